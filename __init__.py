@@ -1,0 +1,3 @@
+"""Lockstep: a serving engine for Mixture-of-Experts language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,23 @@
+"""Chained hashes of token blocks: a block's hash names its tokens and everything before them."""
+
+from __future__ import annotations
+
+import hashlib
+
+from ..types import HASH_BYTES
+
+
+def hash_root(model_revision: str, kv_format: str, adapter: str = "", salt: str = "") -> bytes:
+    """The start of a chain: blocks are shared only between requests with equal roots."""
+    text = "\0".join((model_revision, kv_format, adapter, salt))
+    return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
+
+
+def chain_hashes(root: bytes, tokens_i32: bytes, page_size: int) -> bytes:
+    """Hashes of the full blocks of ``tokens_i32``, 16 bytes each, chained from ``root`` (blake2b, RFC 7693)."""
+    step = 4 * page_size
+    parent, hashes = root, []
+    for start in range(0, len(tokens_i32) - step + 1, step):
+        parent = hashlib.blake2b(tokens_i32[start : start + step], key=parent, digest_size=HASH_BYTES).digest()
+        hashes.append(parent)
+    return b"".join(hashes)

@@ -1,0 +1,522 @@
+"""The wire types: everything the processes of a cluster say to each other.
+
+Messages are ``msgspec`` structs in msgpack, encoded as arrays. Vectors travel as packed little-endian
+bytes and never as lists; the suffix of a field names its layout:
+
+    _i32   int32[n]             _pairs   int32[n, 2]
+    _i64   int64[n]             _f32     float32[n]
+    _u8    uint8[n]             _h128    16 bytes per hash
+
+A *row* is a running sequence of one step; rows of a section are ordered: decoding slots in ascending
+order, then ``extend`` in the order given. See ``engine/slots.py`` for what a section does to a rank.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+
+HASH_BYTES = 16
+
+
+class Message(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Base of every message: an immutable msgpack array."""
+
+
+# --------------------------------------------------------------------------- sampling
+
+
+class Sampling(Message):
+    """How the tokens of one request are drawn. Values are valid: the frontend has checked them.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``num_logprobs`` is
+    -1 for none, 0 for the chosen token alone, n for the n likeliest beside it. ``stop_i32`` are the ids
+    that end the sequence (end-of-sequence ids unless the request ignores them); they are masked until
+    ``min_tokens`` have been sampled.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    min_tokens: int = 0
+    num_logprobs: int = -1
+    stop_i32: bytes = b""
+    bias_ids_i32: bytes = b""
+    bias_values_f32: bytes = b""
+
+
+# --------------------------------------------------------------------------- the plan
+
+
+class Admit(Message):
+    """Puts a staged prompt into a free sequence slot.
+
+    The prompt of ``staged`` holds the request's own prompt and, after a preemption or a replay, the
+    ``num_emitted`` tokens sampled before; KV of its first ``num_cached`` tokens is already in ``pages_i32``.
+    The slot samples positions up to ``limit`` - 1 (``limit`` counts prompt and output).
+    """
+
+    slot: int
+    staged: int
+    num_cached: int
+    num_emitted: int
+    limit: int
+    pages_i32: bytes
+    sampling: Sampling
+
+
+class Copy(Message):
+    """An asynchronous page copy between the pools of two data indices; ``id`` is acknowledged by both."""
+
+    id: int
+    source: int
+    source_page: int
+    target: int
+    target_page: int
+
+
+class Move(Message):
+    """Starts receiving one expert's weights into a staging slot (two-phase: landed, then commit)."""
+
+    id: int
+    layer: int
+    expert: int
+    source_rank: int
+    target_rank: int
+    target_slot: int
+
+
+class Commit(Message):
+    """Makes the landed moves of ``layer`` part of the placement, from this step on."""
+
+    layer: int
+    moves_i32: bytes
+
+
+class Mode(IntEnum):
+    """The dispatch shape of a step: every section decodes one token per row, or some row prefills."""
+
+    DECODE = 0
+    MIXED = 1
+
+
+class Header(Message):
+    """The part of a plan that all ranks of the group share.
+
+    ``predecessor`` is the step before this one in the chain; a rank refuses a plan on a gap. ``capacity``
+    bounds the tokens any rank dispatches, ``cohort`` names the pipeline cohort whose slots (slot modulo
+    the number of cohorts) take part. ``checksum`` asks for a checksum of the state after the step.
+    """
+
+    group: int
+    epoch: int
+    step: int
+    predecessor: int
+    mode: int
+    capacity: int
+    microbatches: int = 1
+    cohort: int = 0
+    checksum: bool = False
+    counts: bool = False
+    moves: tuple[Move, ...] = ()
+    commits: tuple[Commit, ...] = ()
+
+
+class Section(Message):
+    """What one data-parallel rank does in a step, applied in the order of the fields.
+
+    ``rebase`` clears every slot first. ``extend_pairs`` are (slot, prompt tokens to compute now). ``bucket``
+    bounds the tokens of the section (rows after padding).
+    """
+
+    rebase: bool = False
+    free_i32: bytes = b""
+    hold_i32: bytes = b""
+    resume_i32: bytes = b""
+    admit: tuple[Admit, ...] = ()
+    pages_pairs: bytes = b""
+    publish_i32: bytes = b""
+    publish_h128: bytes = b""
+    copies: tuple[Copy, ...] = ()
+    extend_pairs: bytes = b""
+    bucket: int = 0
+
+
+EMPTY_SECTION = Section()
+
+
+class StepPlan(Message):
+    """A header and the section of the data index it is sent to. On the socket: two frames."""
+
+    header: Header
+    section: Section
+
+
+# --------------------------------------------------------------------------- the result
+
+
+class RowLogprobs(Message):
+    """Log-probabilities of one sampled token: ``row`` and ``index`` within the row's tokens of this step."""
+
+    row: int
+    index: int
+    chosen: float
+    top_ids_i32: bytes
+    top_f32: bytes
+
+
+class StepResult(Message, tag="result"):
+    """What a rank did in a step.
+
+    ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty: one each).
+    ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is the time of the step
+    on the rank, ``waited`` the part of it spent waiting in collectives. ``expert_i64`` are token counts
+    [layer, own slot], empty unless asked for.
+    """
+
+    group: int
+    epoch: int
+    step: int
+    rank: int
+    tokens_i32: bytes = b""
+    counts_u8: bytes = b""
+    ended_i32: bytes = b""
+    logprobs: tuple[RowLogprobs, ...] = ()
+    landed_i32: bytes = b""
+    copied_i32: bytes = b""
+    checksum: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    expert_i64: bytes = b""
+
+
+class Refused(Message, tag="refused"):
+    """A rank could not follow the chain: it has executed ``last_step`` and was sent something else."""
+
+    group: int
+    epoch: int
+    rank: int
+    last_step: int
+    step: int
+
+
+# --------------------------------------------------------------------------- bulk, controller and rank
+
+
+class RankHello(Message, tag="hello"):
+    """A rank has loaded its weights and sized its page pool. Sent on the bulk socket, once per connection."""
+
+    rank: int
+    host: str
+    pid: int
+    num_pages: int
+    page_size: int
+    page_bytes: int
+    num_layers: int
+    num_expert_slots: int
+    device: str
+
+
+class Staged(Message, tag="staged"):
+    """The prompt ``staged`` has arrived and can be admitted."""
+
+    rank: int
+    staged: int
+
+
+class Stage(Message, tag="stage"):
+    """A prompt sent ahead of its admission; admission consumes it."""
+
+    staged: int
+    tokens_i32: bytes
+
+
+class Unstage(Message, tag="unstage"):
+    """Forget a staged prompt that will not be admitted."""
+
+    staged: int
+
+
+class Stop(Message, tag="stop"):
+    """Leave cleanly: finish the step in hand, close sockets, exit 0."""
+
+    reason: str = ""
+
+
+# --------------------------------------------------------------------------- frontend and controller
+
+
+class FrontendHello(Message, tag="frontend"):
+    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds."""
+
+    name: str
+    lease: float
+
+
+class Submit(Message, tag="submit"):
+    """A request, tokenised and hashed. Submitting the same ``request_id`` again is harmless.
+
+    ``handle`` is the frontend's own number for it and names it in every later message. ``hashes_h128`` are
+    the chained hashes of the full pages of the prompt (``engine/kv/hashing.py``), empty when prefix caching
+    is off. ``limit`` counts prompt and output tokens.
+    """
+
+    handle: int
+    request_id: str
+    prompt_i32: bytes
+    hashes_h128: bytes
+    limit: int
+    sampling: Sampling
+    priority: int = 0
+
+
+class Abort(Message, tag="abort"):
+    """The client went away, or the frontend saw a stop string: free the request. Acknowledged by FINISHED."""
+
+    handle: int
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """A frontend is alive."""
+
+
+class Drain(Message, tag="drain"):
+    """Accept nothing more, finish what runs within ``deadline`` seconds, then say so in ``ClusterState``."""
+
+    deadline: float
+
+
+class RankLost(Message, tag="lost"):
+    """The launcher has confirmed that a rank is gone: its process exited, or its node is lost."""
+
+    rank: int
+    reason: str
+
+
+class Finish(IntEnum):
+    """Why a request ended; 0 while it runs."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4
+
+
+class HandleLogprobs(Message):
+    """``RowLogprobs`` for a frontend: ``position`` is the index among the request's output tokens."""
+
+    handle: int
+    position: int
+    chosen: float
+    top_ids_i32: bytes
+    top_f32: bytes
+
+
+class TokenBatch(Message, tag="tokens"):
+    """All tokens of a step for one frontend: n entries, tokens ragged over ``counts_i32``.
+
+    ``positions_i32`` is the index of the entry's first token among the request's output tokens, so that a
+    frontend drops what it already has. ``finish_u8`` is a ``Finish`` per entry; an entry may carry no token.
+    """
+
+    step: int
+    handles_i64: bytes
+    positions_i32: bytes
+    counts_i32: bytes
+    tokens_i32: bytes
+    finish_u8: bytes
+    logprobs: tuple[HandleLogprobs, ...] = ()
+
+
+class Started(Message, tag="started"):
+    """Requests that have left the queue: parallel vectors of handle, cached prompt tokens, and data index."""
+
+    handles_i64: bytes
+    cached_i32: bytes
+    data_i32: bytes
+
+
+class Rejected(Message, tag="rejected"):
+    """A request that was not accepted: an HTTP ``status`` (400 or 503) and the reason, in the user's words."""
+
+    handle: int
+    status: int
+    reason: str
+    retry_after: float = 0.0
+
+
+class RankState(Message):
+    """One rank as the controller sees it."""
+
+    rank: int
+    host: str
+    pid: int
+    state: str
+    num_running: int
+    pages_used: int
+    pages_cached: int
+    pages_total: int
+    step_seconds: float
+    wait_seconds: float
+
+
+class ClusterState(Message, tag="state"):
+    """The state of the cluster, sent to every frontend twice a second and whenever ``phase`` changes.
+
+    ``phase`` is starting | serving | draining | drained | failed; ``reason`` says why when not serving. Counters
+    count since the controller started. ``expert_i64`` is the expert load [layer, expert] of the last report.
+    """
+
+    phase: str
+    reason: str
+    epoch: int
+    step: int
+    max_len: int
+    page_size: int
+    prefix_caching: bool
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    steps: int
+    imbalance: float
+    plan_seconds: float
+    expert_layers: int = 0
+    expert_i64: bytes = b""
+    ranks: tuple[RankState, ...] = ()
+
+
+FromRankStep = StepResult | Refused
+FromRankBulk = RankHello | Staged
+ToRankBulk = Stage | Unstage | Stop
+FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Stop
+ToFrontend = TokenBatch | Started | Rejected | ClusterState | Stop
+
+# --------------------------------------------------------------------------- process specifications
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True):
+    """CURVE keys (z85 text) for a process that talks to the controller."""
+
+    server_public: str
+    public: str
+    secret: str
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The factorisation of a group's world: world = pipeline x data x tensor, rank-major in that order."""
+
+    pipeline: Annotated[int, msgspec.Meta(ge=1)] = 1
+    data: Annotated[int, msgspec.Meta(ge=1)] = 1
+    tensor: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    @property
+    def world(self) -> int:
+        return self.pipeline * self.data * self.tensor
+
+
+class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of the planner; the first two are per data-parallel rank."""
+
+    max_batch_tokens: int = 8192
+    max_running: int = 128
+    max_queue: int = 1024
+    inter_token_target: float = 0.2
+    max_advance: int = 1
+    prefix_caching: bool = True
+    checksum_every: int = 64
+    pacing: bool = True
+
+
+class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a controller needs to start. Port 0 binds a free port; the address is reported to the lobby."""
+
+    host: str
+    secret: str
+    public: str
+    allowed: tuple[str, ...]
+    layout: Layout
+    scheduler: SchedulerSpec
+    model_max_len: int
+    max_len: int | None
+    rank_deadline: float = 300.0
+    recording: str | None = None
+    lobby: LobbySpec | None = None
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank needs to start. ``kv_memory`` is bytes of page pool, None to size it from what is free."""
+
+    rank: int
+    layout: Layout
+    keys: Keys
+    step_address: str
+    bulk_address: str
+    store_host: str
+    store_port: int
+    model_path: str
+    dtype: str
+    kv_dtype: str
+    page_size: int
+    kv_memory: int | None
+    ranks_per_host: int
+    max_running: int
+    max_batch_tokens: int
+    max_len: int | None
+    dispatch: str
+    device: str
+    threads: int
+    deterministic: bool = False
+    collective_deadline: float = 60.0
+    lobby: LobbySpec | None = None
+
+
+class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frontend needs to start."""
+
+    name: str
+    keys: Keys
+    address: str
+    model_path: str
+    served_name: str
+    vocab_size: int
+    host: str
+    port: int
+    api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    lobby: LobbySpec | None = None
+
+
+class LobbySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a starting process reports to the launcher (a PULL socket with CURVE)."""
+
+    address: str
+    keys: Keys
+
+
+class Report(Message):
+    """A line from a process to the launcher: ``phase`` is starting | loading | ready | failed | stopped.
+
+    ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it listens.
+    """
+
+    role: str
+    index: int
+    host: str
+    pid: int
+    phase: str
+    detail: str = ""
+    fraction: float = 0.0
+    address: tuple[str, ...] = ()
