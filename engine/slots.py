@@ -23,21 +23,27 @@ _MIX_3 = np.uint64(0x94D049BB133111EB)
 
 def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The splitmix64 finaliser (Steele et al. 2014), elementwise."""
-    value = (value + _MIX_1).astype(np.uint64)
+    value = value + _MIX_1
     value = (value ^ (value >> np.uint64(30))) * _MIX_2
     value = (value ^ (value >> np.uint64(27))) * _MIX_3
-    return value ^ (value >> np.uint64(31))
+    mixed: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return mixed
+
+
+def add64(first: int, second: int) -> int:
+    """Sum modulo 2^64 (numpy warns when a scalar wraps)."""
+    return (first + second) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def page_terms(slots: Int64, indices: Int64, pages: Int64) -> NDArray[np.uint64]:
     """One checksum term per page-table entry (slot, index in the table, page); they add up modulo 2^64."""
-    key = (slots.astype(np.uint64) << np.uint64(48)) ^ (indices.astype(np.uint64) << np.uint64(28))
+    key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ (indices.astype(np.uint64) << np.uint64(28))
     return mix64(key ^ pages.astype(np.uint64))
 
 
 def length_terms(slots: Int64, lengths: Int64) -> NDArray[np.uint64]:
     """One checksum term per active slot; they add up modulo 2^64."""
-    key = (slots.astype(np.uint64) << np.uint64(48)) ^ lengths.astype(np.uint64)
+    key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ lengths.astype(np.uint64)
     return mix64(key ^ np.uint64(0xA5A5 << 40))
 
 
@@ -125,7 +131,7 @@ class SlotTable:
         owners = np.repeat(slots, counts)
         indices = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
         terms = page_terms(owners, indices, self.pages[owners, indices].astype(np.int64))
-        return int(total + terms.sum(dtype=np.uint64))
+        return add64(int(total), int(terms.sum(dtype=np.uint64)))
 
     def _free(self, slots: Int32) -> None:
         assert self.active[slots].all(), f"free of inactive slots {slots.tolist()}"

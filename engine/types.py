@@ -28,7 +28,7 @@ class Message(msgspec.Struct, array_like=True, gc=False, frozen=True):
 # --------------------------------------------------------------------------- sampling
 
 
-class Sampling(Message):
+class Sampling(Message, frozen=True):
     """How the tokens of one request are drawn. Values are valid: the frontend has checked them.
 
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``num_logprobs`` is
@@ -55,7 +55,7 @@ class Sampling(Message):
 # --------------------------------------------------------------------------- the plan
 
 
-class Admit(Message):
+class Admit(Message, frozen=True):
     """Puts a staged prompt into a free sequence slot.
 
     The prompt of ``staged`` holds the request's own prompt and, after a preemption or a replay, the
@@ -72,7 +72,7 @@ class Admit(Message):
     sampling: Sampling
 
 
-class Copy(Message):
+class Copy(Message, frozen=True):
     """An asynchronous page copy between the pools of two data indices; ``id`` is acknowledged by both."""
 
     id: int
@@ -82,7 +82,7 @@ class Copy(Message):
     target_page: int
 
 
-class Move(Message):
+class Move(Message, frozen=True):
     """Starts receiving one expert's weights into a staging slot (two-phase: landed, then commit)."""
 
     id: int
@@ -93,7 +93,7 @@ class Move(Message):
     target_slot: int
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """Makes the landed moves of ``layer`` part of the placement, from this step on."""
 
     layer: int
@@ -107,7 +107,7 @@ class Mode(IntEnum):
     MIXED = 1
 
 
-class Header(Message):
+class Header(Message, frozen=True):
     """The part of a plan that all ranks of the group share.
 
     ``predecessor`` is the step before this one in the chain; a rank refuses a plan on a gap. ``capacity``
@@ -129,7 +129,7 @@ class Header(Message):
     commits: tuple[Commit, ...] = ()
 
 
-class Section(Message):
+class Section(Message, frozen=True):
     """What one data-parallel rank does in a step, applied in the order of the fields.
 
     ``rebase`` clears every slot first. ``extend_pairs`` are (slot, prompt tokens to compute now). ``bucket``
@@ -152,7 +152,7 @@ class Section(Message):
 EMPTY_SECTION = Section()
 
 
-class StepPlan(Message):
+class StepPlan(Message, frozen=True):
     """A header and the section of the data index it is sent to. On the socket: two frames."""
 
     header: Header
@@ -162,7 +162,7 @@ class StepPlan(Message):
 # --------------------------------------------------------------------------- the result
 
 
-class RowLogprobs(Message):
+class RowLogprobs(Message, frozen=True):
     """Log-probabilities of one sampled token: ``row`` and ``index`` within the row's tokens of this step."""
 
     row: int
@@ -172,7 +172,7 @@ class RowLogprobs(Message):
     top_f32: bytes
 
 
-class StepResult(Message, tag="result"):
+class StepResult(Message, tag="result", frozen=True):
     """What a rank did in a step.
 
     ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty: one each).
@@ -197,7 +197,7 @@ class StepResult(Message, tag="result"):
     expert_i64: bytes = b""
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, tag="refused", frozen=True):
     """A rank could not follow the chain: it has executed ``last_step`` and was sent something else."""
 
     group: int
@@ -210,7 +210,7 @@ class Refused(Message, tag="refused"):
 # --------------------------------------------------------------------------- bulk, controller and rank
 
 
-class RankHello(Message, tag="hello"):
+class RankHello(Message, tag="hello", frozen=True):
     """A rank has loaded its weights and sized its page pool. Sent on the bulk socket, once per connection."""
 
     rank: int
@@ -224,27 +224,27 @@ class RankHello(Message, tag="hello"):
     device: str
 
 
-class Staged(Message, tag="staged"):
+class Staged(Message, tag="staged", frozen=True):
     """The prompt ``staged`` has arrived and can be admitted."""
 
     rank: int
     staged: int
 
 
-class Stage(Message, tag="stage"):
+class Stage(Message, tag="stage", frozen=True):
     """A prompt sent ahead of its admission; admission consumes it."""
 
     staged: int
     tokens_i32: bytes
 
 
-class Unstage(Message, tag="unstage"):
+class Unstage(Message, tag="unstage", frozen=True):
     """Forget a staged prompt that will not be admitted."""
 
     staged: int
 
 
-class Stop(Message, tag="stop"):
+class Stop(Message, tag="stop", frozen=True):
     """Leave cleanly: finish the step in hand, close sockets, exit 0."""
 
     reason: str = ""
@@ -253,19 +253,19 @@ class Stop(Message, tag="stop"):
 # --------------------------------------------------------------------------- frontend and controller
 
 
-class FrontendHello(Message, tag="frontend"):
+class FrontendHello(Message, tag="frontend", frozen=True):
     """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds."""
 
     name: str
     lease: float
 
 
-class Submit(Message, tag="submit"):
+class Submit(Message, tag="submit", frozen=True):
     """A request, tokenised and hashed. Submitting the same ``request_id`` again is harmless.
 
     ``handle`` is the frontend's own number for it and names it in every later message. ``hashes_h128`` are
-    the chained hashes of the full pages of the prompt (``engine/kv/hashing.py``), empty when prefix caching
-    is off. ``limit`` counts prompt and output tokens.
+    the root and the chained hashes of the prompt's full pages (``engine/kv/hashing.py``), empty when prefix
+    caching is off. ``limit`` counts prompt and output tokens.
     """
 
     handle: int
@@ -277,23 +277,23 @@ class Submit(Message, tag="submit"):
     priority: int = 0
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, tag="abort", frozen=True):
     """The client went away, or the frontend saw a stop string: free the request. Acknowledged by FINISHED."""
 
     handle: int
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, tag="heartbeat", frozen=True):
     """A frontend is alive."""
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, tag="drain", frozen=True):
     """Accept nothing more, finish what runs within ``deadline`` seconds, then say so in ``ClusterState``."""
 
     deadline: float
 
 
-class RankLost(Message, tag="lost"):
+class RankLost(Message, tag="lost", frozen=True):
     """The launcher has confirmed that a rank is gone: its process exited, or its node is lost."""
 
     rank: int
@@ -310,7 +310,7 @@ class Finish(IntEnum):
     ERROR = 4
 
 
-class HandleLogprobs(Message):
+class HandleLogprobs(Message, frozen=True):
     """``RowLogprobs`` for a frontend: ``position`` is the index among the request's output tokens."""
 
     handle: int
@@ -320,7 +320,7 @@ class HandleLogprobs(Message):
     top_f32: bytes
 
 
-class TokenBatch(Message, tag="tokens"):
+class TokenBatch(Message, tag="tokens", frozen=True):
     """All tokens of a step for one frontend: n entries, tokens ragged over ``counts_i32``.
 
     ``positions_i32`` is the index of the entry's first token among the request's output tokens, so that a
@@ -336,7 +336,7 @@ class TokenBatch(Message, tag="tokens"):
     logprobs: tuple[HandleLogprobs, ...] = ()
 
 
-class Started(Message, tag="started"):
+class Started(Message, tag="started", frozen=True):
     """Requests that have left the queue: parallel vectors of handle, cached prompt tokens, and data index."""
 
     handles_i64: bytes
@@ -344,7 +344,7 @@ class Started(Message, tag="started"):
     data_i32: bytes
 
 
-class Rejected(Message, tag="rejected"):
+class Rejected(Message, tag="rejected", frozen=True):
     """A request that was not accepted: an HTTP ``status`` (400 or 503) and the reason, in the user's words."""
 
     handle: int
@@ -353,7 +353,7 @@ class Rejected(Message, tag="rejected"):
     retry_after: float = 0.0
 
 
-class RankState(Message):
+class RankState(Message, frozen=True):
     """One rank as the controller sees it."""
 
     rank: int
@@ -368,7 +368,7 @@ class RankState(Message):
     wait_seconds: float
 
 
-class ClusterState(Message, tag="state"):
+class ClusterState(Message, tag="state", frozen=True):
     """The state of the cluster, sent to every frontend twice a second and whenever ``phase`` changes.
 
     ``phase`` is starting | serving | draining | drained | failed; ``reason`` says why when not serving. Counters
@@ -484,7 +484,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a frontend needs to start."""
+    """What a frontend needs to start. ``share_port`` lets several frontends listen on one port; ``kv_format`` goes into prompt hashes."""
 
     name: str
     keys: Keys
@@ -496,6 +496,8 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
+    share_port: bool = False
+    kv_format: str = "auto"
     lobby: LobbySpec | None = None
 
 
@@ -506,7 +508,7 @@ class LobbySpec(msgspec.Struct, frozen=True, kw_only=True):
     keys: Keys
 
 
-class Report(Message):
+class Report(Message, frozen=True):
     """A line from a process to the launcher: ``phase`` is starting | loading | ready | failed | stopped.
 
     ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it listens.

@@ -14,10 +14,10 @@ def hash_root(model_revision: str, kv_format: str, adapter: str = "", salt: str 
 
 
 def chain_hashes(root: bytes, tokens_i32: bytes, page_size: int) -> bytes:
-    """Hashes of the full blocks of ``tokens_i32``, 16 bytes each, chained from ``root`` (blake2b, RFC 7693)."""
+    """``root``, then the hashes of the full blocks of ``tokens_i32`` chained from it, 16 bytes each (blake2b, RFC 7693)."""
     step = 4 * page_size
-    parent, hashes = root, []
+    hashes = [root]
     for start in range(0, len(tokens_i32) - step + 1, step):
-        parent = hashlib.blake2b(tokens_i32[start : start + step], key=parent, digest_size=HASH_BYTES).digest()
-        hashes.append(parent)
+        block = tokens_i32[start : start + step]
+        hashes.append(hashlib.blake2b(block, key=hashes[-1], digest_size=HASH_BYTES).digest())
     return b"".join(hashes)

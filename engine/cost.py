@@ -1,0 +1,79 @@
+"""The cost model: predicted seconds of a rank's section, fitted to what the ranks report.
+
+seconds = fixed + token x (tokens) + kv x (KV tokens read) + context x (prefill tokens x context). The planner balances and
+bounds steps by it, so it has to be right in proportion, not to the microsecond.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .slots import Int64
+
+_FORGET = 0.98
+_REFIT_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Coefficients in seconds; the defaults are a small model on a CPU and only matter until the first fit."""
+
+    fixed: float = 2e-3
+    token: float = 5e-5
+    kv: float = 1e-8
+    context: float = 1e-8
+
+
+class CostModel:
+    """Exponentially forgetting least squares over the slowest section of each step, coefficients kept non-negative."""
+
+    def __init__(self, cost: Cost | None = None) -> None:
+        self.cost = cost or Cost()
+        self._normal = np.zeros((4, 4))
+        self._right = np.zeros(4)
+        self._seen = 0
+
+    def observe(self, tokens: float, kv: float, context: float, seconds: float) -> None:
+        """One measured section: its features and the seconds the rank computed (waiting excluded)."""
+        features = np.array([1.0, tokens, kv, context])
+        # Relative error counts: a decode step of a millisecond matters as much as a long prefill.
+        weight = 1.0 / max(seconds, 1e-6) ** 2
+        self._normal = _FORGET * self._normal + weight * np.outer(features, features)
+        self._right = _FORGET * self._right + weight * features * seconds
+        self._seen += 1
+        if self._seen % _REFIT_EVERY == 0:
+            self._refit()
+
+    def seconds(self, tokens: float, kv: float = 0.0, context: float = 0.0) -> float:
+        """Predicted seconds of a section."""
+        cost = self.cost
+        return cost.fixed + cost.token * tokens + cost.kv * kv + cost.context * context
+
+    def prefill_tokens_within(self, seconds: float, decode_tokens: int, kv: float, context: float) -> int:
+        """Prefill tokens that fit a section of ``seconds`` beside its decode rows, at ``context`` tokens of context."""
+        left = seconds - self.seconds(decode_tokens, kv)
+        return int(max(0.0, left) / max(self.cost.token + self.cost.context * context, 1e-12))
+
+    def queue_seconds(self, backlog: NDArray[np.float64], rows: Int64, kv: Int64, horizon: int) -> NDArray[np.float64]:
+        """Predicted seconds [D] a new request waits for and shares: prompt backlog plus ``horizon`` decode steps."""
+        seconds: NDArray[np.float64] = self.cost.token * backlog + horizon * (self.cost.token * rows + self.cost.kv * kv)
+        return seconds
+
+    def _refit(self) -> None:
+        scale = np.sqrt(np.maximum(np.diag(self._normal), 1e-30))
+        matrix = self._normal / np.outer(scale, scale) + 1e-6 * np.eye(4)
+        active = np.ones(4, np.bool_)
+        while True:
+            solution = np.zeros(4)
+            chosen = np.flatnonzero(active)
+            solution[chosen] = np.linalg.solve(matrix[np.ix_(chosen, chosen)], (self._right / scale)[chosen])
+            if (solution >= 0).all():
+                break
+            active &= solution > 0
+            if not active.any():
+                return
+        fitted = solution / scale
+        self.cost = Cost(*(float(value) for value in fitted))

@@ -1,0 +1,150 @@
+"""The state of one group as its planner holds it: rows, pages, queue, and the plans in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cost import CostModel
+from .kv.block_index import UInt64
+from .kv.manager import KVManager
+from .requests import Request, State, WaitingQueue
+from .rows import RowTable
+from .slots import Int64
+from .token_log import TokenLog
+from .types import Layout, SchedulerSpec, Stage, Unstage
+
+
+@dataclass
+class Check:
+    """What a checksummed plan should leave on each data index.
+
+    rows [n]: slots active after it. lengths [n]: their exact lengths, -1 where the result decides. pages [D]: sums of the
+    page-table terms. ``expected`` is complete for a data index once its sampled counts are in; ``reported`` waits for it.
+    """
+
+    rows: Int64
+    lengths: Int64
+    pages: UInt64
+    expected: dict[int, int] = field(default_factory=dict)
+    reported: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Flight:
+    """A plan that was sent and not yet acknowledged by all ranks.
+
+    rows [n]: the rows that sample, in result order, data-major; data index d owns rows[offsets[d]:offsets[d + 1]].
+    decode [n]: whether the row decodes (its length grows by what it emits). The features are the cost model's, per data index.
+    """
+
+    step: int
+    rows: Int64
+    decode: NDArray[np.bool_]
+    offsets: Int64
+    tokens: Int64
+    kv: Int64
+    context: Int64
+    check: Check | None = None
+
+
+@dataclass
+class Counters:
+    """Totals since the controller started."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class Group:
+    """State shared by admission, step building and the ledger of results; it has no behaviour beyond bookkeeping."""
+
+    def __init__(self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int) -> None:
+        self.layout, self.spec, self.max_len = layout, spec, max_len
+        self.num_data = layout.data
+        self.num_cohorts = layout.pipeline
+        self.depth = layout.pipeline + 1
+        max_row_pages = -(-max_len // page_size)
+        self.rows = RowTable(layout.data, spec.max_running, max_row_pages, layout.pipeline)
+        self.kv = KVManager(num_pages, page_size, caching=spec.prefix_caching)
+        self.log = TokenLog(layout.data * spec.max_running)
+        self.cost = CostModel()
+        self.queue = WaitingQueue()
+        self.open: dict[tuple[int, int], Request] = {}
+        self.counters = Counters()
+
+        self.epoch = 0
+        self.next_step = 0
+        self.next_cohort = 0
+        self.newest_result = -1
+        self.acknowledged = np.full(layout.world, -1, np.int64)
+        self.flights: dict[int, Flight] = {}
+        self.alive = np.ones(layout.data, np.bool_)
+        self.rebasing = np.ones(layout.data, np.bool_)
+        self.restarting = True
+
+        self.prefilling: list[list[int]] = [[] for _ in range(layout.data)]
+        self.freeing: dict[int, list[int]] = {}
+        self.holding: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
+        self.draining: list[int] = []
+        self.drained: list[int] = []
+        self.publishing: list[tuple[Int64, UInt64, Int64]] = []
+        self.staging: list[tuple[int, Stage | Unstage]] = []
+        self.by_staged: dict[int, Request] = {}
+        self.next_staged = 0
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.page_size
+
+    @property
+    def in_flight(self) -> int:
+        """Plans of which no result has come in."""
+        return self.next_step - 1 - self.newest_result
+
+    def members(self, data: int) -> list[int]:
+        """The ranks that execute the section of ``data``: every stage and tensor member."""
+        layout = self.layout
+        return [(stage * layout.data + data) * layout.tensor + t for stage in range(layout.pipeline) for t in range(layout.tensor)]
+
+    def data_of_rank(self, rank: int) -> int:
+        return rank // self.layout.tensor % self.layout.data
+
+    def samples(self, rank: int) -> bool:
+        """Whether ``rank`` reports the tokens of its data index: the first tensor member of the last stage."""
+        layout = self.layout
+        return rank // (layout.tensor * layout.data) == layout.pipeline - 1 and rank % layout.tensor == 0
+
+    def retire(self, row: int, last_step: int) -> None:
+        """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up to ``last_step`` still count."""
+        rows = self.rows
+        rows.state[row] = State.DRAINING
+        rows.drain_step[row] = last_step
+        self.freeing.setdefault(rows.data(row), []).append(row)
+        self.draining.append(row)
+
+    def unreserve(self, row: int) -> Request:
+        """Takes back a row that no plan has named yet, with its pages and its staged prompt."""
+        request = self.rows.request(row)
+        self.give_back_pages(row)
+        self.staging.extend((rank, Unstage(request.staged)) for rank in self.members(self.rows.data(row)))
+        self.by_staged.pop(request.staged, None)
+        prefilling = self.prefilling[self.rows.data(row)]
+        if row in prefilling:
+            prefilling.remove(row)
+        self.rows.vacate(row)
+        return request
+
+    def give_back_pages(self, row: int) -> None:
+        self.kv.release(self.rows.data(row), self.rows.take_pages(row))
+
+    def num_running(self) -> Int64:
+        """Rows in use [D]."""
+        used: Int64 = (self.rows.state.reshape(self.num_data, -1) != State.FREE).sum(axis=1)
+        return used

@@ -1,0 +1,198 @@
+"""The KV manager: one index over the page pools of all data indices.
+
+A page is free (on its pool's stack), referenced (by one or more rows) or cached (unreferenced, findable by hash, kept in
+least-recently-used order). Pages are numbered globally, ``data * max_pages + page``; the page id that goes to a rank is
+local. All bookkeeping is numpy: nothing here is a Python object per page or token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .block_index import BlockIndex, Int64, UInt64
+
+PENDING = np.iinfo(np.int64).max
+"""``written`` of a page that is reserved for a block but not yet scheduled to be computed."""
+
+_EVICT_AT_LEAST = 64
+_DEPTH_BITS = 20
+
+
+class KVManager:
+    """Page pools, reference counts, the block index and eviction. ``num_pages[d]`` is the pool size of data index d."""
+
+    def __init__(self, num_pages: list[int], page_size: int, *, caching: bool = True) -> None:
+        self.page_size = page_size
+        self.caching = caching
+        self.num_data = len(num_pages)
+        self.num_pages = np.array(num_pages, np.int64)
+        self.max_pages = int(self.num_pages.max(initial=1))
+        total = self.num_data * self.max_pages
+        self._references = np.zeros(total, np.int32)
+        self._stamp = np.zeros(total, np.int64)
+        self.written = np.full(total, PENDING, np.int64)
+        self.index = BlockIndex(total, self.num_data)
+        # Stacks hand out low page ids first: easier to read in a dump.
+        self._stack = np.tile(np.arange(self.max_pages - 1, -1, -1, dtype=np.int64), (self.num_data, 1))
+        self._top = self.num_pages.copy()
+        for data, count in enumerate(num_pages):
+            self._stack[data, :count] = np.arange(count - 1, -1, -1)
+        self._cached = np.zeros(self.num_data, np.int64)
+        self._clock = 0
+
+    # ----------------------------------------------------------------- questions
+
+    def available(self) -> Int64:
+        """Pages [D] that can be had at once: free, or cached and unreferenced."""
+        return self._top + self._cached
+
+    def available_on(self, data: int) -> int:
+        """``available`` of one data index."""
+        return int(self._top[data] + self._cached[data])
+
+    def cached(self) -> Int64:
+        """Unreferenced pages [D] kept for their content."""
+        return self._cached
+
+    def used(self) -> Int64:
+        """Referenced pages [D]."""
+        return self.num_pages - self._top - self._cached
+
+    def match(self, hashes: list[UInt64], limits: list[int]) -> Int64:
+        """Leading blocks cached [prompt, data] of prompts with block hashes [n, 2]; at most ``limits[i]`` blocks count.
+
+        Blocks that are announced but not yet written count too. The first block is looked up on every data index; where it is found, the length of the prefix by bisection: a
+        block is never evicted before its successors, so presence falls monotonically along a chain.
+        """
+        num = len(hashes)
+        blocks = np.zeros((num, self.num_data), np.int64)
+        asking = [i for i in range(num) if limits[i] > 0]
+        if self.caching and self.index.size and asking:
+            first = np.stack([hashes[i][0] for i in asking])
+            data = np.tile(np.arange(self.num_data), len(asking))
+            hit = self.index.find(data, np.repeat(first, self.num_data, axis=0)) >= 0
+            prompts = np.repeat(np.array(asking), self.num_data)[hit]
+            if prompts.size:
+                blocks[prompts, data[hit]] = self._bisect(hashes, limits, prompts, data[hit])
+        return blocks
+
+    def prefix(self, data: int, hashes: UInt64, num_blocks: int) -> Int64:
+        """Global pages of the leading blocks on ``data``, cut at the first that is missing."""
+        if num_blocks == 0:
+            return np.zeros(0, np.int64)
+        pages = self.index.find(np.full(num_blocks, data), hashes[:num_blocks])
+        missing = np.flatnonzero(pages < 0)
+        return pages[: missing[0]] if missing.size else pages
+
+    # ----------------------------------------------------------------- taking and giving back
+
+    def reserve(self, data: int, shared: Int64, fresh: int) -> Int64 | None:
+        """References ``shared`` (global) pages and takes ``fresh`` new ones; all global ids in order, or None if there is no room."""
+        unreferenced = int((self._references[shared] == 0).sum())
+        if self._top[data] + self._cached[data] - unreferenced < fresh:
+            return None
+        self._references[shared] += 1
+        self._cached[data] -= unreferenced
+        self._make_room(data, fresh)
+        top = int(self._top[data])
+        pages = self._stack[data, top - fresh : top][::-1] + data * self.max_pages
+        self._top[data] = top - fresh
+        self._references[pages] = 1
+        self.written[pages] = PENDING
+        return np.concatenate([shared, pages])
+
+    def short_of(self, wanted: Int64) -> Int64:
+        """Evicts until each data index has ``wanted`` [D] free pages; the data indices where that failed."""
+        for data in np.flatnonzero(wanted > self._top):
+            self._make_room(int(data), int(min(wanted[data], self._top[data] + self._cached[data])))
+        return np.flatnonzero(wanted > self._top)
+
+    def take_each(self, data: Int64) -> Int64:
+        """One fresh page (global id) for every entry of data [n], which ascends; room must have been made."""
+        starts = np.searchsorted(data, data, side="left")
+        ordinal = np.arange(len(data)) - starts
+        pages = self._stack[data, self._top[data] - 1 - ordinal] + data * self.max_pages
+        self._top -= np.bincount(data, minlength=self.num_data)
+        self._references[pages] = 1
+        self.written[pages] = PENDING
+        return pages
+
+    def release(self, data: int, pages: Int64) -> None:
+        """Drops one reference of each page of ``data`` (in block order); hashed and written ones stay cached, the rest is free."""
+        self._references[pages] -= 1
+        assert (self._references[pages] >= 0).all(), "a page was released twice"
+        idle = np.flatnonzero(self._references[pages] == 0)
+        done = pages[idle]
+        keep = self.index.holds(done) & (self.written[done] != PENDING)
+        self._clock += 1
+        # Deeper blocks are older, so that eviction shortens prefixes from their end.
+        self._stamp[done] = (self._clock << _DEPTH_BITS) - idle
+        self._cached[data] += int(keep.sum())
+        gone = done[~keep]
+        self.index.remove(gone)
+        self._push(data, gone)
+
+    # ----------------------------------------------------------------- content
+
+    def announce(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
+        """Enters blocks under their hashes; returns which were new (a block that is already there is not entered twice)."""
+        if not self.caching or not len(pages):
+            return np.zeros(len(pages), np.bool_)
+        return self.index.insert(data, keys, pages)
+
+    def forget_unwritten(self, data: int, last_step: int) -> None:
+        """Drops from the index what was to be written on ``data`` after ``last_step``, cached pages among it."""
+        span = np.arange(data * self.max_pages, data * self.max_pages + int(self.num_pages[data]))
+        lost = span[self.index.holds(span) & (self.written[span] > last_step)]
+        self.index.remove(lost)
+        self._cached[data] -= int((self._references[lost] == 0).sum())
+        self._push(data, lost[self._references[lost] == 0])
+
+    def check(self) -> None:
+        """Integrity of pools, counts and index. Raises AssertionError naming what disagrees."""
+        self.index.check()
+        for data in range(self.num_data):
+            base, count = data * self.max_pages, int(self.num_pages[data])
+            span = np.arange(base, base + count)
+            free = self._stack[data, : self._top[data]] + base
+            assert len(np.unique(free)) == len(free), f"data {data}: a page is free twice"
+            assert (self._references[free] == 0).all(), f"data {data}: a free page is referenced"
+            assert not self.index.holds(free).any(), f"data {data}: a free page is in the index"
+            idle = np.setdiff1d(span[self._references[span] == 0], free)
+            assert len(idle) == self._cached[data], f"data {data}: {len(idle)} cached pages, counted {self._cached[data]}"
+            assert self.index.holds(idle).all(), f"data {data}: a cached page is not in the index"
+
+    # ----------------------------------------------------------------- inside
+
+    def _bisect(self, hashes: list[UInt64], limits: list[int], prompts: Int64, data: Int64) -> Int64:
+        """Prefix lengths >= 1 for pairs (prompt, data) whose first block is present."""
+        low = np.ones(len(prompts), np.int64)
+        high = np.array([limits[i] for i in prompts], np.int64)
+        starts = np.cumsum([0] + [len(h) for h in hashes])[:-1]
+        flat = np.concatenate(hashes)
+        while (open_ := np.flatnonzero(low < high)).size:
+            middle = (low[open_] + high[open_] + 1) // 2
+            there = self.index.find(data[open_], flat[starts[prompts[open_]] + middle - 1]) >= 0
+            low[open_[there]] = middle[there]
+            high[open_[~there]] = middle[~there] - 1
+        return low
+
+    def _make_room(self, data: int, wanted: int) -> None:
+        """Evicts least recently used cached pages of ``data`` until ``wanted`` are free; they must exist."""
+        lacking = wanted - int(self._top[data])
+        if lacking <= 0:
+            return
+        span = np.arange(data * self.max_pages, data * self.max_pages + int(self.num_pages[data]))
+        idle = span[(self._references[span] == 0) & self.index.holds(span)]
+        assert len(idle) >= lacking, f"data {data}: {lacking} pages to evict, {len(idle)} cached"
+        count = min(len(idle), max(lacking, _EVICT_AT_LEAST, len(span) // 64))
+        oldest = idle if count == len(idle) else idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
+        self.index.remove(oldest)
+        self._cached[data] -= count
+        self._push(data, np.sort(oldest)[::-1])
+
+    def _push(self, data: int, pages: Int64) -> None:
+        top = int(self._top[data])
+        self._stack[data, top : top + len(pages)] = pages - data * self.max_pages
+        self._top[data] = top + len(pages)

@@ -1,0 +1,265 @@
+"""The ledger of results: tokens into the log, ends recognised, rows and pages given back.
+
+Only here do sampled tokens become facts. A result is read against the frozen row list of its plan; results that are late, repeated or
+of an older epoch change nothing, and a gap sets the data index back to what is acknowledged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .group import Flight, Group
+from .kv.block_index import as_keys
+from .kv.hashing import chain_hashes
+from .outbox import Entries, Outbox
+from .requests import Request, State
+from .slots import Int32, Int64, add64, length_terms
+from .types import HASH_BYTES, Finish, HandleLogprobs, StepResult
+
+
+class StateMismatch(AssertionError):
+    """A rank's checksum differs from the planner's: one of the two has a bug."""
+
+
+class Ledger:
+    """Books results into a group."""
+
+    def __init__(self, group: Group, outbox: Outbox) -> None:
+        self._group = group
+        self._outbox = outbox
+
+    def book(self, results: list[StepResult]) -> set[int]:
+        """Books results in the order they arrived; returns the data indices whose chain of results has a gap."""
+        gaps: set[int] = set()
+        batch: list[StepResult] = []
+        for result in results:
+            if batch and batch[0].step != result.step:
+                self._book_step(batch)
+                batch = []
+            verdict = self._expected(result)
+            if verdict is None:
+                gaps.add(self._group.data_of_rank(result.rank))
+            elif verdict:
+                batch.append(result)
+                self._group.acknowledged[result.rank] = result.step
+        if batch:
+            self._book_step(batch)
+        return gaps
+
+    def settle(self) -> None:
+        """Gives back rows that have drained: ends requests, or puts them back into the queue with what they have emitted."""
+        group = self._group
+        drained, group.drained = group.drained, []
+        for row in drained:
+            self._settle_row(row)
+
+    def cancel(self, request: Request) -> None:
+        """Ends an open request wherever it stands, on behalf of its client."""
+        group = self._group
+        if request.row < 0:
+            group.queue.drop(request)
+            self._acknowledge_abort(request)
+            return
+        row = request.row
+        request.aborted = True
+        if group.rows.state[row] in (State.STAGING, State.READY):
+            group.unreserve(row)
+            self._acknowledge_abort(request)
+        elif group.rows.state[row] != State.DRAINING:
+            self._leave(row)
+
+    # ----------------------------------------------------------------- one step's results
+
+    def _expected(self, result: StepResult) -> bool | None:
+        """True for the next result of its rank's chain, False for one to ignore, None for a gap."""
+        group = self._group
+        data = group.data_of_rank(result.rank)
+        if result.epoch != group.epoch or not group.alive[data] or group.rebasing[data]:
+            return False
+        last = int(group.acknowledged[result.rank])
+        if result.step <= last or result.step not in group.flights:
+            return False
+        return True if result.step == last + 1 else None
+
+    def _book_step(self, results: list[StepResult]) -> None:
+        group = self._group
+        flight = group.flights[results[0].step]
+        group.newest_result = max(group.newest_result, flight.step)
+        sampling = [result for result in results if group.samples(result.rank)]
+        if sampling:
+            self._book_tokens(flight, sampling)
+        self._observe(flight, results)
+        if flight.check is not None:
+            self._compare(flight, results)
+        self._drain([group.data_of_rank(result.rank) for result in sampling])
+        alive = np.tile(np.repeat(group.alive, group.layout.tensor), group.layout.pipeline)
+        oldest = int(group.acknowledged[alive].min(initial=group.next_step))
+        for step in [step for step in group.flights if step <= oldest]:
+            del group.flights[step]
+
+    def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
+        group, rows = self._group, self._group.rows
+        spans = [slice(*flight.offsets[(data := group.data_of_rank(result.rank)) : data + 2]) for result in results]
+        row = np.concatenate([flight.rows[span] for span in spans])
+        decode = np.concatenate([flight.decode[span] for span in spans])
+        tokens = np.concatenate([np.frombuffer(result.tokens_i32, np.int32) for result in results])
+        counts = np.concatenate([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
+        assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
+        assert int(counts.sum()) == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {int(counts.sum())} counted"
+        ended = self._ended(results, spans, len(row))
+        rows.low[row[decode]] += counts[decode]
+        rows.flying[row[decode]] -= 1
+
+        live = rows.finish[row] == Finish.NONE
+        if not live.all():
+            tokens = tokens[np.repeat(live, counts)]
+            row, counts, ended = row[live], counts[live], ended[live]
+        before = group.log.count[row]
+        if len(tokens) == len(row) and (counts == 1).all():
+            group.log.append(row, tokens)
+        else:
+            group.log.append_ragged(row, counts, tokens)
+        group.counters.generation_tokens += len(tokens)
+        finish = np.where(rows.prompt[row] + group.log.count[row] >= rows.limit[row], Finish.LENGTH, Finish.NONE)
+        finish[ended] = Finish.STOP
+        self._outbox.entries.append(Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens))
+        self._logprobs(flight, results)
+        for index in np.flatnonzero(finish).tolist():
+            self._finish(int(row[index]), Finish(int(finish[index])))
+
+    def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
+        ended = np.zeros(num_rows, np.bool_)
+        start = 0
+        for result, span in zip(results, spans, strict=True):
+            if result.ended_i32:
+                ended[start + np.frombuffer(result.ended_i32, np.int32)] = True
+            start += span.stop - span.start
+        return ended
+
+    def _logprobs(self, flight: Flight, results: list[StepResult]) -> None:
+        """Log-probabilities of rows that asked for them; the row's request was live when its tokens were booked."""
+        group, rows = self._group, self._group.rows
+        for result in results:
+            if not result.logprobs:
+                continue
+            start = int(flight.offsets[group.data_of_rank(result.rank)])
+            counts = _counts(result, int(flight.offsets[group.data_of_rank(result.rank) + 1]) - start)
+            for item in result.logprobs:
+                row = int(flight.rows[start + item.row])
+                if rows.finish[row] == Finish.NONE:
+                    position = int(rows.base[row] + group.log.count[row]) - int(counts[item.row]) + item.index
+                    line = HandleLogprobs(int(rows.handle[row]), position, item.chosen, item.top_ids_i32, item.top_f32)
+                    self._outbox.logprobs.setdefault(int(rows.frontend[row]), []).append(line)
+
+    def _finish(self, row: int, finish: Finish) -> None:
+        """The last token of a request is in: its client is told now, its row drains."""
+        group = self._group
+        request = group.rows.request(row)
+        group.open.pop((request.frontend, request.handle))
+        group.rows.finish[row] = finish
+        if group.rows.state[row] != State.DRAINING:
+            self._leave(row, finish)
+
+    def _leave(self, row: int, finish: Finish = Finish.ABORT) -> None:
+        group = self._group
+        group.rows.finish[row] = finish
+        prefilling = group.prefilling[group.rows.data(row)]
+        if row in prefilling:
+            prefilling.remove(row)
+        group.retire(row, group.next_step - 1)
+        self._drain([group.rows.data(row)])
+
+    # ----------------------------------------------------------------- draining
+
+    def _drain(self, data: list[int]) -> None:
+        """Moves rows whose last result is in to ``group.drained``."""
+        group, rows = self._group, self._group.rows
+        if not group.draining:
+            return
+        reporters = {index: int(group.acknowledged[group.members(index)[-group.layout.tensor]]) for index in set(data)}
+        left: list[int] = []
+        for row in group.draining:
+            last = reporters.get(rows.data(row))
+            (group.drained if last is not None and last >= rows.drain_step[row] else left).append(row)
+        group.draining = left
+
+    def _settle_row(self, row: int) -> None:
+        group, rows = self._group, self._group.rows
+        request = rows.request(row)
+        tokens = group.log.read(row)
+        group.log.clear(row)
+        self._keep_output(row, request, tokens)
+        group.give_back_pages(row)
+        finish = rows.finish[row]
+        rows.vacate(row)
+        request.emitted_i32 += tokens.tobytes()
+        if request.aborted and finish in (Finish.NONE, Finish.ABORT):
+            self._acknowledge_abort(request)
+        elif finish == Finish.NONE:
+            group.queue.put_back(request)
+
+    def _keep_output(self, row: int, request: Request, tokens: Int32) -> None:
+        """Hashes the blocks that sampled tokens have completed, so that they stay in the cache."""
+        group, rows = self._group, self._group.rows
+        if not group.kv.caching or not request.root:
+            return
+        known = len(request.hashes)
+        staged = request.prompt_i32 + request.emitted_i32 + tokens.tobytes()
+        total = len(staged) // 4 // group.page_size
+        if total <= known:
+            return
+        parent = request.hashes[known - 1].tobytes() if known else request.root
+        fresh = as_keys(chain_hashes(parent, staged[4 * known * group.page_size :], group.page_size)[HASH_BYTES:])
+        request.hashes = np.concatenate([request.hashes, fresh])
+        # The last sampled token has no KV yet, and a preempted row has no pages left.
+        written = min(int(rows.low[row]) // group.page_size, int(rows.num_pages[row]), total)
+        if rows.sent[row] < rows.prompt[row] or written <= known:
+            return
+        data = rows.data(row)
+        pages = rows.pages[row, known:written].copy()
+        keys = request.hashes[known:written]
+        taken = group.kv.announce(np.full(len(pages), data), keys, pages)
+        group.kv.written[pages] = group.acknowledged[group.members(data)].min()
+        if taken.any():
+            group.publishing.append((np.full(int(taken.sum()), data), keys[taken], pages[taken]))
+
+    def _acknowledge_abort(self, request: Request) -> None:
+        self._group.open.pop((request.frontend, request.handle), None)
+        self._outbox.end(request.frontend, request.handle, request.num_emitted, Finish.ABORT)
+
+    # ----------------------------------------------------------------- what ranks say beside tokens
+
+    def _observe(self, flight: Flight, results: list[StepResult]) -> None:
+        """Fits the cost model to the slowest section among these results."""
+        group = self._group
+        slowest = max(results, key=lambda result: result.seconds - result.waited)
+        seconds = slowest.seconds - slowest.waited
+        if seconds > 0:
+            data = group.data_of_rank(slowest.rank)
+            group.cost.observe(float(flight.tokens[data]), float(flight.kv[data]), float(flight.context[data]), seconds)
+
+    def _compare(self, flight: Flight, results: list[StepResult]) -> None:
+        """Raises StateMismatch where a rank's checksum is not the planner's."""
+        group, rows, check = self._group, self._group.rows, flight.check
+        assert check is not None
+        for result in results:
+            check.reported[result.rank] = result.checksum
+            data = group.data_of_rank(result.rank)
+            if group.samples(result.rank):
+                mine = (check.rows // rows.num_slots) == data
+                active, lengths = check.rows[mine], check.lengths[mine]
+                lengths = np.where(lengths < 0, rows.low[active], lengths)
+                total = length_terms(active % rows.num_slots, lengths).sum(dtype=np.uint64)
+                check.expected[data] = add64(int(total), int(check.pages[data]))
+        for rank, reported in list(check.reported.items()):
+            expected = check.expected.get(group.data_of_rank(rank))
+            if expected is not None and expected != reported:
+                raise StateMismatch(f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}")
+
+
+def _counts(result: StepResult, num_rows: int) -> Int64:
+    """Tokens per sampling row of a result [num_rows]."""
+    if not result.counts_u8:
+        return np.ones(num_rows, np.int64)
+    return np.frombuffer(result.counts_u8, np.uint8).astype(np.int64)

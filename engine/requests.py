@@ -1,0 +1,127 @@
+"""A request as the controller holds it, and the queue of those that wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from .kv.block_index import UInt64, as_keys
+from .types import HASH_BYTES, Sampling, Submit
+
+
+class State(IntEnum):
+    """Where a request stands, and equally its row: rows of requests that wait are FREE.
+
+    STAGING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has it.
+    DRAINING: removed by a plan; its row is reused once every result that may name it is in.
+    """
+
+    FREE = 0
+    STAGING = 1
+    READY = 2
+    PREFILL = 3
+    DECODE = 4
+    DRAINING = 5
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its place by arrival."""
+
+    frontend: int
+    handle: int
+    request_id: str
+    order: int
+    prompt_i32: bytes
+    root: bytes
+    hashes: UInt64
+    limit: int
+    sampling: Sampling
+    priority: int
+    emitted_i32: bytes = b""
+    row: int = -1
+    staged: int = -1
+    unacknowledged: set[int] = field(default_factory=set)
+    started: bool = False
+    aborted: bool = False
+
+    @classmethod
+    def from_submit(cls, frontend: int, order: int, submit: Submit) -> Request:
+        return cls(
+            frontend=frontend,
+            handle=submit.handle,
+            request_id=submit.request_id,
+            order=order,
+            prompt_i32=submit.prompt_i32,
+            root=submit.hashes_h128[:HASH_BYTES],
+            hashes=as_keys(submit.hashes_h128[HASH_BYTES:]),
+            limit=submit.limit,
+            sampling=submit.sampling,
+            priority=submit.priority,
+        )
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_i32) // 4
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.emitted_i32) // 4
+
+    @property
+    def num_staged(self) -> int:
+        """Tokens a rank must hold before it can sample the next one."""
+        return self.num_prompt + self.num_emitted
+
+
+class WaitingQueue:
+    """Requests without a row: by priority (lower first), preempted ones before new ones, then by arrival."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, deque[Request]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in sorted(self._levels):
+            yield from self._levels[priority]
+
+    def add(self, request: Request) -> None:
+        """Appends a new request."""
+        self._levels.setdefault(request.priority, deque()).append(request)
+        self._size += 1
+
+    def put_back(self, request: Request) -> None:
+        """Inserts a request that has run before among those that arrived later than it."""
+        level = self._levels.setdefault(request.priority, deque())
+        index = 0
+        for index, other in enumerate(level):  # noqa: B007 - the index outlives the loop
+            if other.order > request.order:
+                break
+        else:
+            index = len(level)
+        level.insert(index, request)
+        self._size += 1
+
+    def take(self, requests: list[Request]) -> None:
+        """Removes requests that have been given a row (they are near the front)."""
+        leaving = {id(request) for request in requests}
+        for level in self._levels.values():
+            kept: list[Request] = []
+            while level and leaving:
+                request = level.popleft()
+                if id(request) in leaving:
+                    leaving.discard(id(request))
+                else:
+                    kept.append(request)
+            level.extendleft(reversed(kept))
+        self._size -= len(requests)
+
+    def drop(self, request: Request) -> None:
+        """Removes a waiting request that will never run."""
+        self._levels[request.priority].remove(request)
+        self._size -= 1

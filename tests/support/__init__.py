@@ -1,0 +1,1 @@
+"""What several test folders share. Imported as ``support`` (pytest's pythonpath holds ``tests``)."""

@@ -1,0 +1,281 @@
+"""A planner and simulated ranks with a network in between that a test can make late, lossy and repetitive."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from lockstep.engine.kv.hashing import chain_hashes, hash_root
+from lockstep.engine.planner import Planner
+from lockstep.engine.simulated import SimulatedRank
+from lockstep.engine.slots import Int32, Int64, Rows
+from lockstep.engine.types import (
+    Abort,
+    Finish,
+    Layout,
+    Refused,
+    Rejected,
+    Sampling,
+    SchedulerSpec,
+    Staged,
+    StepPlan,
+    StepResult,
+    Submit,
+    TokenBatch,
+)
+
+ROOT = hash_root("model", "bf16")
+STOP = np.array([0], np.int32).tobytes()
+
+
+class CheckedRank(SimulatedRank):
+    """A simulated rank with page contents: every row must find in its pages exactly the tokens it stands on."""
+
+    def __init__(self, rank: int, num_slots: int, max_pages: int, *, pool: int, page_size: int, num_cohorts: int, samples: bool) -> None:
+        super().__init__(rank, num_slots, max_pages, num_cohorts=num_cohorts, samples=samples)
+        self.page_size = page_size
+        self.content = np.full((pool, page_size, 2), -1, np.int64)
+        self.history: list[list[int]] = [[] for _ in range(num_slots)]
+        self.blocks: dict[bytes, list[int]] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult | Refused | None:
+        result = super().execute(plan)
+        if isinstance(result, StepResult):
+            pages = np.frombuffer(plan.section.publish_i32, np.int32).tolist()
+            for index, page in enumerate(pages):
+                block = plan.section.publish_h128[16 * index : 16 * index + 16]
+                assert self.content[page, :, 0].tolist() == self.blocks[block], f"rank {self.rank}: page {page} is published as what it is not"
+        return result
+
+    def _begin(self, slot: int, prompt: Int32) -> None:
+        self.history[slot] = prompt.tolist()
+
+    def _compute(self, rows: Rows) -> tuple[Int32, Int64]:
+        for slot, start, count in zip(rows.slots.tolist(), rows.starts.tolist(), rows.counts.tolist(), strict=True):
+            self._read(slot, start)
+            self._write(slot, start, start + count)
+        tokens, counts = super()._compute(rows)
+        ends = np.cumsum(counts).tolist()
+        for slot, end, count in zip(rows.slots[rows.samples].tolist(), ends, counts.tolist(), strict=True):
+            length = int(self.table.length[slot])
+            self.history[slot] += tokens[end - count : end].tolist()
+            if count > 1:
+                self._write(slot, length + 1, length + count)
+        return tokens, counts
+
+    def _places(self, slot: int, start: int, end: int) -> tuple[Int64, Int64]:
+        positions = np.arange(start, end)
+        return self.table.pages[slot, positions // self.page_size].astype(np.int64), positions % self.page_size
+
+    def _read(self, slot: int, length: int) -> None:
+        pages, offsets = self._places(slot, 0, length)
+        assert self.content[pages, offsets, 0].tolist() == self.history[slot][:length], f"rank {self.rank}: slot {slot} reads what is not its own"
+        assert (self.content[pages, offsets, 1] == np.arange(length)).all()
+
+    def _write(self, slot: int, start: int, end: int) -> None:
+        pages, offsets = self._places(slot, start, end)
+        assert pages.size == 0 or int(self.table.num_pages[slot]) * self.page_size >= end, f"slot {slot} writes past its pages"
+        self.content[pages, offsets, 0] = self.history[slot][start:end]
+        self.content[pages, offsets, 1] = np.arange(start, end)
+
+
+class World:
+    """Planner, ranks, and what every client has received so far."""
+
+    def __init__(self, layout: Layout, *, pages: int, page_size: int, max_len: int, advance: int = 1, end_every: int = 0, **spec: object) -> None:
+        settings = {"max_running": 8, "max_batch_tokens": 64, "checksum_every": 1, "max_advance": advance} | spec
+        self.planner = Planner(layout, SchedulerSpec(**settings), [pages] * layout.data, page_size, max_len)  # type: ignore[arg-type]
+        self.layout, self.page_size = layout, page_size
+        group = self.planner.group
+        self.ranks = [
+            CheckedRank(
+                rank,
+                group.spec.max_running,
+                -(-max_len // page_size),
+                pool=pages,
+                page_size=page_size,
+                num_cohorts=layout.pipeline,
+                samples=group.samples(rank),
+            )
+            for rank in range(layout.world)
+        ]
+        for rank in self.ranks:
+            rank.max_advance, rank.end_every = advance, end_every
+        self.plans: list[deque[StepPlan]] = [deque() for _ in self.ranks]
+        self.bulk: list[deque[object]] = [deque() for _ in self.ranks]
+        self.results: list[deque[StepResult | Refused]] = [deque() for _ in self.ranks]
+        self.dead: set[int] = set()
+        self.requests: dict[int, Submit] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, Finish] = {}
+        self.rejected: dict[int, Rejected] = {}
+        self.computed_prompt_tokens = 0
+        self.num_plans = 0
+        self.num_admits = 0
+
+    # ------------------------------------------------------------- clients
+
+    def submit(self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True) -> int:
+        handle = len(self.requests)
+        tokens = np.array(prompt, np.int32).tobytes()
+        submit = Submit(
+            handle=handle,
+            request_id=str(handle),
+            prompt_i32=tokens,
+            hashes_h128=chain_hashes(ROOT, tokens, self.page_size),
+            limit=len(prompt) + max_tokens,
+            sampling=Sampling(seed=seed, stop_i32=STOP if stop else b""),
+        )
+        self.requests[handle] = submit
+        self.tokens[handle] = []
+        self._know_blocks(prompt + self.expected(handle))
+        self.planner.submit(0, submit)
+        self.receive()
+        return handle
+
+    def _know_blocks(self, tokens: list[int]) -> None:
+        hashes = chain_hashes(ROOT, np.array(tokens, np.int32).tobytes(), self.page_size)[16:]
+        for index in range(len(hashes) // 16):
+            block = tokens[index * self.page_size : (index + 1) * self.page_size]
+            for rank in self.ranks:
+                rank.blocks[hashes[16 * index : 16 * index + 16]] = block
+
+    def abort(self, handle: int) -> None:
+        self.planner.abort(0, Abort(handle))
+        self.receive()
+
+    def expected(self, handle: int) -> list[int]:
+        """The tokens a request must have when it ends by itself."""
+        submit = self.requests[handle]
+        prompt = np.frombuffer(submit.prompt_i32, np.int32)
+        key = SimulatedRank.request_key(prompt, submit.sampling.seed)
+        positions = np.arange(len(prompt), submit.limit)
+        tokens = self.ranks[0].token(np.full(len(positions), key), positions).tolist()
+        if submit.sampling.stop_i32 and 0 in tokens:
+            tokens = tokens[: tokens.index(0) + 1]
+        return list(tokens)
+
+    def receive(self) -> None:
+        """Delivers what the planner has for frontends."""
+        for _, message in self.planner.take_output():
+            if isinstance(message, Rejected):
+                self.rejected[message.handle] = message
+            elif isinstance(message, TokenBatch):
+                self._receive_batch(message)
+
+    def _receive_batch(self, batch: TokenBatch) -> None:
+        tokens = np.frombuffer(batch.tokens_i32, np.int32).tolist()
+        counts = np.frombuffer(batch.counts_i32, np.int32).tolist()
+        positions = np.frombuffer(batch.positions_i32, np.int32).tolist()
+        finishes = np.frombuffer(batch.finish_u8, np.uint8).tolist()
+        start = 0
+        for handle, position, count, finish in zip(np.frombuffer(batch.handles_i64, np.int64).tolist(), positions, counts, finishes, strict=True):
+            assert handle not in self.finish, f"request {handle} speaks after its end"
+            assert position == len(self.tokens[handle]), f"request {handle}: position {position}, has {len(self.tokens[handle])}"
+            self.tokens[handle] += tokens[start : start + count]
+            start += count
+            if finish:
+                self.finish[handle] = Finish(finish)
+
+    # ------------------------------------------------------------- the network
+
+    def plan(self) -> bool:
+        plan = self.planner.plan()
+        if plan is not None:
+            self.num_plans += 1
+            for data, section in plan.sections.items():
+                pairs = np.frombuffer(section.extend_pairs, np.int32).reshape(-1, 2)
+                self.num_admits += len(section.admit)
+                self.computed_prompt_tokens += int(pairs[:, 1].sum())
+                for rank in self.planner.group.members(data):
+                    self.plans[rank].append(StepPlan(plan.header, section))
+        self.tidy()
+        return plan is not None
+
+    def tidy(self) -> None:
+        self.planner.tidy()
+        for rank, message in self.planner.take_staging():
+            self.bulk[rank].append(message)
+        self.receive()
+
+    def stage(self, rank: int) -> bool:
+        """Delivers one bulk message to a rank and its acknowledgement back."""
+        if not self.bulk[rank]:
+            return False
+        message = self.bulk[rank].popleft()
+        self.ranks[rank].stage(message)  # type: ignore[arg-type]
+        if hasattr(message, "tokens_i32") and rank not in self.dead:
+            self.planner.staged(Staged(rank, message.staged))  # type: ignore[attr-defined]
+        return True
+
+    def execute(self, rank: int) -> bool:
+        """Lets a rank execute its next plan."""
+        if not self.plans[rank] or rank in self.dead:
+            return False
+        result = self.ranks[rank].execute(self.plans[rank].popleft())
+        if result is not None:
+            self.results[rank].append(result)
+        return True
+
+    def deliver(self, rank: int, *, twice: bool = False) -> bool:
+        """Hands a rank's oldest undelivered result to the planner."""
+        if not self.results[rank]:
+            return False
+        result = self.results[rank].popleft()
+        for _ in range(2 if twice else 1):
+            if isinstance(result, Refused):
+                self.planner.refused(result)
+            else:
+                self.planner.results([result])
+        self.tidy()
+        return True
+
+    def drop_result(self, rank: int) -> None:
+        if self.results[rank]:
+            self.results[rank].popleft()
+
+    def drop_plan(self, rank: int) -> None:
+        if self.plans[rank]:
+            self.plans[rank].popleft()
+
+    def kill(self, rank: int) -> None:
+        """A rank dies; the group goes on without its data index."""
+        data = self.planner.group.data_of_rank(rank)
+        self.dead.update(self.planner.group.members(data))
+        self.planner.begin_epoch([data])
+        self.tidy()
+
+    def round(self) -> None:
+        """One plan, then one message each way for every rank."""
+        self.plan()
+        for rank in range(len(self.ranks)):
+            while self.stage(rank):
+                pass
+            self.execute(rank)
+            self.deliver(rank)
+
+    def run(self, limit: int = 20_000) -> None:
+        """Runs an orderly network until nothing moves; a rank that is overdue is set back."""
+        for _ in range(limit):
+            moved = self.plan()
+            for rank in range(len(self.ranks)):
+                while self.stage(rank):
+                    moved = True
+                moved |= self.execute(rank)
+                moved |= self.deliver(rank)
+            if moved:
+                continue
+            if self.planner.idle():
+                return
+            group = self.planner.group
+            overdue = [d for d in range(group.num_data) if group.alive[d] and self._overdue(d)]
+            assert overdue, f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {group.rows.state.tolist()}"
+            for data in overdue:
+                self.planner.resync(data)
+            self.tidy()
+        raise AssertionError(f"not done after {limit} rounds")
+
+    def _overdue(self, data: int) -> bool:
+        group = self.planner.group
+        return any(group.acknowledged[rank] < group.next_step - 1 for rank in group.members(data))
