@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -22,6 +23,12 @@ _NO_ROOM = -1
 _WAITS = -2
 
 _Announcement = tuple[int, UInt64, Int64]
+
+
+def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
+    """Indices by value; the whole order is made only when the first does not do."""
+    yield int(seconds.argmin())
+    yield from np.argsort(seconds, kind="stable").tolist()[1:]
 
 
 class Admission:
@@ -49,7 +56,7 @@ class Admission:
             if self._shares_prefix(request, placed):
                 self._announce()
                 blocks = group.kv.match([request.hashes], [self._limit(request)])[0]
-            data = self._place(request, blocks, seconds - cost.token * group.page_size * blocks)
+            data = self._place(request, blocks, seconds - cost.token * group.page_size * blocks if blocks.any() else seconds)
             if data == _NO_ROOM:
                 break
             if data == _WAITS:
@@ -59,6 +66,7 @@ class Admission:
             seconds[data] += cost.token * computed + _HORIZON * (cost.token + cost.kv * request.num_staged)
         self._announce()
         if placed:
+            group.rows.sum_pages([request.row for request in placed], group.kv.max_pages)
             group.queue.take(placed)
 
     def _limit(self, request: Request) -> int:
@@ -83,7 +91,7 @@ class Admission:
     def _place(self, request: Request, blocks: Int64, seconds: NDArray[np.float64]) -> int:
         """The data index that took the request, or _NO_ROOM, or _WAITS."""
         group = self._group
-        for data in np.argsort(seconds, kind="stable").tolist():
+        for data in _ascending(seconds):
             if not group.alive[data] or not group.rows.has_free(data):
                 continue
             shared = group.kv.prefix(data, request.hashes, int(blocks[data]))
@@ -105,7 +113,7 @@ class Admission:
 
     def _occupy(self, request: Request, data: int, pages: Int64, num_shared: int) -> None:
         group = self._group
-        row = group.rows.occupy(data, request, pages, group.kv.max_pages)
+        row = group.rows.occupy(data, request, pages)
         group.rows.sent[row] = num_shared * group.page_size
         keys = request.hashes[num_shared:]
         if len(keys):

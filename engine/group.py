@@ -43,11 +43,15 @@ class Flight:
     step: int
     rows: Int64
     decode: NDArray[np.bool_]
-    offsets: Int64
+    offsets: list[int]
     tokens: Int64
     kv: Int64
     context: Int64
     check: Check | None = None
+
+    def span(self, data: int) -> slice:
+        """Where the rows of ``data`` are."""
+        return slice(self.offsets[data], self.offsets[data + 1])
 
 
 @dataclass

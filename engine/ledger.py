@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .group import Flight, Group
-from .kv.block_index import as_keys
+from .kv.block_index import UInt64, as_keys
 from .kv.hashing import chain_hashes
 from .outbox import Entries, Outbox
 from .requests import Request, State
@@ -49,10 +49,15 @@ class Ledger:
 
     def settle(self) -> None:
         """Gives back rows that have drained: ends requests, or puts them back into the queue with what they have emitted."""
-        group = self._group
+        group, rows = self._group, self._group.rows
+        if not group.drained:
+            return
         drained, group.drained = group.drained, []
-        for row in drained:
-            self._settle_row(row)
+        tokens = [group.log.read(row) for row in drained]
+        self._keep_outputs(drained, tokens)
+        group.kv.release_many([rows.data(row) for row in drained], [rows.take_pages(row) for row in drained])
+        for row, emitted in zip(drained, tokens, strict=True):
+            self._vacate(row, emitted)
 
     def cancel(self, request: Request) -> None:
         """Ends an open request wherever it stands, on behalf of its client."""
@@ -100,11 +105,14 @@ class Ledger:
 
     def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
         group, rows = self._group, self._group.rows
-        spans = [slice(*flight.offsets[(data := group.data_of_rank(result.rank)) : data + 2]) for result in results]
+        spans = [flight.span(group.data_of_rank(result.rank)) for result in results]
         row = np.concatenate([flight.rows[span] for span in spans])
         decode = np.concatenate([flight.decode[span] for span in spans])
         tokens = np.concatenate([np.frombuffer(result.tokens_i32, np.int32) for result in results])
-        counts = np.concatenate([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
+        if any(result.counts_u8 for result in results):
+            counts = np.concatenate([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
+        else:
+            counts = np.ones(len(row), np.int64)
         assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
         assert int(counts.sum()) == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {int(counts.sum())} counted"
         ended = self._ended(results, spans, len(row))
@@ -143,10 +151,10 @@ class Ledger:
         for result in results:
             if not result.logprobs:
                 continue
-            start = int(flight.offsets[group.data_of_rank(result.rank)])
-            counts = _counts(result, int(flight.offsets[group.data_of_rank(result.rank) + 1]) - start)
+            span = flight.span(group.data_of_rank(result.rank))
+            counts = _counts(result, span.stop - span.start)
             for item in result.logprobs:
-                row = int(flight.rows[start + item.row])
+                row = int(flight.rows[span.start + item.row])
                 if rows.finish[row] == Finish.NONE:
                     position = int(rows.base[row] + group.log.count[row]) - int(counts[item.row]) + item.index
                     line = HandleLogprobs(int(rows.handle[row]), position, item.chosen, item.top_ids_i32, item.top_f32)
@@ -184,45 +192,47 @@ class Ledger:
             (group.drained if last is not None and last >= rows.drain_step[row] else left).append(row)
         group.draining = left
 
-    def _settle_row(self, row: int) -> None:
+    def _vacate(self, row: int, emitted: Int32) -> None:
         group, rows = self._group, self._group.rows
-        request = rows.request(row)
-        tokens = group.log.read(row)
+        request, finish = rows.request(row), rows.finish[row]
         group.log.clear(row)
-        self._keep_output(row, request, tokens)
-        group.give_back_pages(row)
-        finish = rows.finish[row]
         rows.vacate(row)
-        request.emitted_i32 += tokens.tobytes()
+        request.emitted_i32 += emitted.tobytes()
         if request.aborted and finish in (Finish.NONE, Finish.ABORT):
             self._acknowledge_abort(request)
         elif finish == Finish.NONE:
             group.queue.put_back(request)
 
-    def _keep_output(self, row: int, request: Request, tokens: Int32) -> None:
+    def _keep_outputs(self, drained: list[int], tokens: list[Int32]) -> None:
         """Hashes the blocks that sampled tokens have completed, so that they stay in the cache."""
         group, rows = self._group, self._group.rows
-        if not group.kv.caching or not request.root:
-            return
-        known = len(request.hashes)
-        staged = request.prompt_i32 + request.emitted_i32 + tokens.tobytes()
-        total = len(staged) // 4 // group.page_size
-        if total <= known:
-            return
-        parent = request.hashes[known - 1].tobytes() if known else request.root
-        fresh = as_keys(chain_hashes(parent, staged[4 * known * group.page_size :], group.page_size)[HASH_BYTES:])
-        request.hashes = np.concatenate([request.hashes, fresh])
-        # The last sampled token has no KV yet, and a preempted row has no pages left.
-        written = min(int(rows.low[row]) // group.page_size, int(rows.num_pages[row]), total)
-        if rows.sent[row] < rows.prompt[row] or written <= known:
-            return
-        data = rows.data(row)
-        pages = rows.pages[row, known:written].copy()
-        keys = request.hashes[known:written]
-        taken = group.kv.announce(np.full(len(pages), data), keys, pages)
-        group.kv.written[pages] = group.acknowledged[group.members(data)].min()
-        if taken.any():
-            group.publishing.append((np.full(int(taken.sum()), data), keys[taken], pages[taken]))
+        found: list[tuple[int, UInt64, Int64]] = []
+        for row, emitted in zip(drained, tokens, strict=True):
+            request = rows.request(row)
+            if not group.kv.caching or not request.root:
+                continue
+            known = len(request.hashes)
+            self._extend_hashes(request, emitted)
+            # The last sampled token has no KV yet, and a preempted row has no pages left.
+            written = min(int(rows.low[row]) // group.page_size, int(rows.num_pages[row]), len(request.hashes))
+            if rows.sent[row] >= rows.prompt[row] and written > known:
+                pages = rows.pages[row, known:written].copy()
+                group.kv.written[pages] = group.acknowledged[group.members(rows.data(row))].min()
+                found.append((rows.data(row), request.hashes[known:written], pages))
+        if found:
+            data = np.repeat([data for data, _, _ in found], [len(pages) for _, _, pages in found])
+            keys, pages = np.concatenate([keys for _, keys, _ in found]), np.concatenate([pages for _, _, pages in found])
+            taken = group.kv.announce(data, keys, pages)
+            group.publishing.append((data[taken], keys[taken], pages[taken]))
+
+    def _extend_hashes(self, request: Request, emitted: Int32) -> None:
+        """Hashes of the full blocks of prompt and output so far."""
+        known, page_bytes = len(request.hashes), 4 * self._group.page_size
+        total = (request.num_staged + len(emitted)) * 4
+        if total >= (known + 1) * page_bytes:
+            tail = (request.prompt_i32 + request.emitted_i32 + emitted.tobytes())[known * page_bytes :]
+            parent = request.hashes[known - 1].tobytes() if known else request.root
+            request.hashes = np.concatenate([request.hashes, as_keys(chain_hashes(parent, tail, self._group.page_size)[HASH_BYTES:])])
 
     def _acknowledge_abort(self, request: Request) -> None:
         self._group.open.pop((request.frontend, request.handle), None)

@@ -62,7 +62,7 @@ class Outbox:
         tokens = np.concatenate([entry.tokens for entry in self.entries])
         ends = np.cumsum(count)
         batches: list[tuple[int, Message]] = []
-        for name in np.unique(frontend).tolist():
+        for name in np.flatnonzero(np.bincount(frontend)).tolist():
             mine = np.flatnonzero(frontend == name)
             counts = count[mine]
             if len(mine) == len(frontend):

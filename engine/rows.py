@@ -38,6 +38,7 @@ class RowTable:
         self.pages = np.zeros((total, max_pages), np.int64)
         self.page_sum = np.zeros(total, np.uint64)
         self.requests: list[Request | None] = [None] * total
+        self._used = [0] * num_data
         # Free slots per data index and cohort, lowest on top.
         self._free = [[list(range(cohort, num_slots, num_cohorts))[::-1] for cohort in range(num_cohorts)] for _ in range(num_data)]
 
@@ -53,14 +54,15 @@ class RowTable:
         return request
 
     def num_used(self, data: int) -> int:
-        return self.num_slots - sum(map(len, self._free[data]))
+        return self._used[data]
 
     def has_free(self, data: int) -> bool:
-        return any(self._free[data])
+        return self._used[data] < self.num_slots
 
-    def occupy(self, data: int, request: Request, pages: Int64, max_pool_pages: int) -> int:
-        """Gives ``request`` a free row of ``data`` with global ``pages``; the row."""
+    def occupy(self, data: int, request: Request, pages: Int64) -> int:
+        """Gives ``request`` a free row of ``data`` with global ``pages``; the row, whose ``page_sum`` is not yet right."""
         slot = max(self._free[data], key=len).pop()
+        self._used[data] += 1
         row = data * self.num_slots + slot
         self.state[row] = State.STAGING
         self.held[row] = False
@@ -75,11 +77,18 @@ class RowTable:
         count = len(pages)
         self.num_pages[row] = count
         self.pages[row, :count] = pages
-        local = pages - data * max_pool_pages
-        self.page_sum[row] = page_terms(np.full(count, slot, np.int64), np.arange(count), local).sum(dtype=np.uint64)
         self.requests[row] = request
         request.row = row
         return row
+
+    def sum_pages(self, rows: list[int], max_pool_pages: int) -> None:
+        """Sets ``page_sum`` of rows that have just been occupied."""
+        counts = self.num_pages[rows]
+        starts = np.cumsum(counts) - counts
+        owners = np.repeat(np.array(rows), counts)
+        index = np.arange(len(owners)) - np.repeat(starts, counts)
+        local = self.pages[owners, index] - owners // self.num_slots * max_pool_pages
+        self.page_sum[rows] = np.add.reduceat(page_terms(owners % self.num_slots, index, local), starts)
 
     def append_pages(self, rows: Int64, pages: Int64, max_pool_pages: int) -> None:
         """Appends one global page to each of rows [n]."""
@@ -104,4 +113,5 @@ class RowTable:
         request = self.request(row)
         request.row = -1
         self.requests[row] = None
+        self._used[self.data(row)] -= 1
         self._free[self.data(row)][int(self.cohort[row])].append(self.slot(row))

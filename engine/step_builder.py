@@ -74,12 +74,12 @@ class StepBuilder:
 
     def _build_cohort(self, cohort: int) -> Plan | None:
         group = self._group
-        if not len(self._decoding(cohort)) and not self._has_prefill(cohort):
+        decode = self._decoding(cohort)
+        if not len(decode) and not self._has_prefill(cohort):
             return None
-        grown, pages = self._grow(cohort)
+        decode, grown, pages = self._grow(cohort, decode)
         held = self._changed_holds()
         freed = {data: self._freed(data) for data in list(group.freeing)}
-        decode = self._decoding(cohort)
         offsets = np.searchsorted(decode, np.arange(group.num_data + 1) * group.rows.num_slots)
         kv = np.diff(np.concatenate([[0], np.cumsum((group.rows.low + group.rows.flying)[decode])])[offsets])
         drafts = self._prefill(cohort, np.diff(offsets), kv)
@@ -129,14 +129,13 @@ class StepBuilder:
 
     # ----------------------------------------------------------------- pages
 
-    def _grow(self, cohort: int) -> tuple[Int64, Int64]:
+    def _grow(self, cohort: int, decode: Int64) -> tuple[Int64, Int64, Int64]:
         """Pages for the longest every decoding row may become; takes them from others where a pool is exhausted.
 
-        Returns rows and one new page for each. A row that may be at its limit already still computes a position, hence ``limit``.
+        Returns the rows that still decode, those that grow, and one new page for each of these. A row that may be at its limit already still computes a position, hence ``limit``.
         """
         group, rows = self._group, self._group.rows
         while True:
-            decode = self._decoding(cohort)
             longest = np.minimum(rows.low[decode] + (rows.flying[decode] + 1) * group.spec.max_advance, rows.limit[decode])
             growing = decode[longest > rows.num_pages[decode] * group.page_size]
             data = growing // rows.num_slots
@@ -145,9 +144,10 @@ class StepBuilder:
                 break
             for index in short.tolist():
                 self._give_way(index)
+            decode = self._decoding(cohort)
         pages = group.kv.take_each(data)
         rows.append_pages(growing, pages, group.kv.max_pages)
-        return growing, pages
+        return decode, growing, pages
 
     def _give_way(self, data: int) -> None:
         """Frees pages of ``data``: those of rows on their way out, or else the youngest request's, which will run again."""
@@ -260,16 +260,19 @@ class StepBuilder:
         buckets = bucket_of(tokens).tolist()
         sections: dict[int, Section] = {}
         for data in np.flatnonzero(group.alive).tolist():
-            draft = drafts.get(data, _NOTHING)
+            draft, publish = drafts.get(data, _NOTHING), published.get(data)
+            own_pages = pairs[cuts[data] : cuts[data + 1]].tobytes()
+            if draft is _NOTHING and publish is None and not (data in changes.freed or data in changes.held or group.rebasing[data]):
+                sections[data] = Section(pages_pairs=own_pages, bucket=buckets[data])
+                continue
             hold, resume = changes.held.get(data, ([], []))
-            publish = published.get(data)
             sections[data] = Section(
                 rebase=bool(group.rebasing[data]),
                 free_i32=changes.freed.get(data, b""),
                 hold_i32=_i32(hold),
                 resume_i32=_i32(resume),
                 admit=tuple(draft.admit),
-                pages_pairs=pairs[cuts[data] : cuts[data + 1]].tobytes() if cuts[data + 1] > cuts[data] else b"",
+                pages_pairs=own_pages,
                 publish_i32=publish[0] if publish else b"",
                 publish_h128=publish[1] if publish else b"",
                 extend_pairs=np.array(draft.extend, np.int32).tobytes(),
@@ -334,7 +337,7 @@ class StepBuilder:
             order = np.insert(decode, at, sampled)
             is_decode = np.insert(is_decode, at, False)
             offsets = np.searchsorted(order // rows.num_slots, np.arange(group.num_data + 1))
-        flight = Flight(step, order, is_decode, offsets, tokens, kv, context)
+        flight = Flight(step, order, is_decode, offsets.tolist(), tokens, kv, context)
         if step % group.spec.checksum_every == 0:
             flight.check = self._check()
         group.flights[step] = flight

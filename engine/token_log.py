@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .slots import Int32, Int64
 
@@ -15,20 +14,21 @@ class TokenLog:
 
     def __init__(self, num_rows: int) -> None:
         self.count = np.zeros(num_rows, np.int64)
+        self._cursor = np.zeros(num_rows, np.int64)  # where a row's next token goes in the flat pool; 0 modulo the chunk: nowhere yet
         self._table = np.zeros((num_rows, 8), np.int64)
-        self._pool = np.zeros((max(64, 2 * num_rows), _CHUNK), np.int32)
-        self._free = np.arange(len(self._pool) - 1, -1, -1, dtype=np.int64)
-        self._num_free = len(self._pool)
+        self._pool = np.zeros(max(64, 2 * num_rows) * _CHUNK, np.int32)
+        self._free = np.arange(len(self._pool) // _CHUNK - 1, -1, -1, dtype=np.int64)
+        self._num_free = len(self._free)
 
     def append(self, rows: Int64, tokens: Int32) -> None:
         """Appends one token to each of rows [n], which are distinct."""
-        count = self.count[rows]
-        index, offset = count // _CHUNK, count % _CHUNK
-        opening = offset == 0
-        if opening.any():
-            self._open(rows[opening], index[opening])
-        self._pool[self._table[rows, index], offset] = tokens
-        self.count[rows] = count + 1
+        cursor = self._cursor[rows]
+        full = np.flatnonzero(cursor % _CHUNK == 0)
+        if full.size:
+            cursor[full] = self._open(rows[full])
+        self._pool[cursor] = tokens
+        self._cursor[rows] = cursor + 1
+        self.count[rows] += 1
 
     def append_ragged(self, rows: Int64, counts: Int64, tokens: Int32) -> None:
         """Appends ``counts[i]`` tokens to rows [n]; tokens are concatenated in that order."""
@@ -40,26 +40,31 @@ class TokenLog:
     def read(self, row: int) -> Int32:
         """The tokens of ``row`` as a fresh array."""
         count = int(self.count[row])
-        chunks = self._table[row, : -(-count // _CHUNK)]
-        return self._pool[chunks].reshape(-1)[:count].copy()
+        chunks = self._table[row, : -(-count // _CHUNK)].tolist()
+        pieces = [self._pool[chunk * _CHUNK : (chunk + 1) * _CHUNK] for chunk in chunks]
+        return np.concatenate(pieces)[:count] if pieces else np.zeros(0, np.int32)
 
     def clear(self, row: int) -> None:
         """Empties ``row``."""
-        chunks = self._table[row, : -(-int(self.count[row]) // _CHUNK)]
-        self._free[self._num_free : self._num_free + len(chunks)] = chunks
-        self._num_free += len(chunks)
-        self.count[row] = 0
+        num_chunks = -(-int(self.count[row]) // _CHUNK)
+        self._free[self._num_free : self._num_free + num_chunks] = self._table[row, :num_chunks]
+        self._num_free += num_chunks
+        self.count[row] = self._cursor[row] = 0
 
-    def _open(self, rows: Int64, index: NDArray[np.int64]) -> None:
+    def _open(self, rows: Int64) -> Int64:
+        """Gives each of rows [n] its next chunk; where it starts in the flat pool."""
+        index = self.count[rows] // _CHUNK
         while self._num_free < len(rows):
             self._grow_pool()
         while int(index.max()) >= self._table.shape[1]:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
         self._num_free -= len(rows)
-        self._table[rows, index] = self._free[self._num_free : self._num_free + len(rows)]
+        chunks = self._free[self._num_free : self._num_free + len(rows)]
+        self._table[rows, index] = chunks
+        return chunks * _CHUNK
 
     def _grow_pool(self) -> None:
-        old = len(self._pool)
+        old = len(self._pool) // _CHUNK
         self._pool = np.concatenate([self._pool, np.zeros_like(self._pool)])
         self._free = np.concatenate([self._free, np.zeros_like(self._free)])
         self._free[self._num_free : self._num_free + old] = np.arange(2 * old - 1, old - 1, -1)

@@ -222,6 +222,7 @@ class RankHello(Message, tag="hello", frozen=True):
     num_layers: int
     num_expert_slots: int
     device: str
+    num_experts: int = 0
 
 
 class Staged(Message, tag="staged", frozen=True):

@@ -15,7 +15,9 @@ from .block_index import BlockIndex, Int64, UInt64
 PENDING = np.iinfo(np.int64).max
 """``written`` of a page that is reserved for a block but not yet scheduled to be computed."""
 
-_EVICT_AT_LEAST = 64
+_EVICT_SHARE = 32
+"""A pool that runs out evicts at least this fraction of itself, so that not every admission has to search."""
+
 _DEPTH_BITS = 20
 
 
@@ -89,18 +91,19 @@ class KVManager:
 
     def reserve(self, data: int, shared: Int64, fresh: int) -> Int64 | None:
         """References ``shared`` (global) pages and takes ``fresh`` new ones; all global ids in order, or None if there is no room."""
-        unreferenced = int((self._references[shared] == 0).sum())
+        unreferenced = int((self._references[shared] == 0).sum()) if len(shared) else 0
         if self._top[data] + self._cached[data] - unreferenced < fresh:
             return None
-        self._references[shared] += 1
-        self._cached[data] -= unreferenced
+        if len(shared):
+            self._references[shared] += 1
+            self._cached[data] -= unreferenced
         self._make_room(data, fresh)
         top = int(self._top[data])
         pages = self._stack[data, top - fresh : top][::-1] + data * self.max_pages
         self._top[data] = top - fresh
         self._references[pages] = 1
         self.written[pages] = PENDING
-        return np.concatenate([shared, pages])
+        return np.concatenate([shared, pages]) if len(shared) else pages
 
     def short_of(self, wanted: Int64) -> Int64:
         """Evicts until each data index has ``wanted`` [D] free pages; the data indices where that failed."""
@@ -120,18 +123,30 @@ class KVManager:
 
     def release(self, data: int, pages: Int64) -> None:
         """Drops one reference of each page of ``data`` (in block order); hashed and written ones stay cached, the rest is free."""
-        self._references[pages] -= 1
-        assert (self._references[pages] >= 0).all(), "a page was released twice"
-        idle = np.flatnonzero(self._references[pages] == 0)
-        done = pages[idle]
-        keep = self.index.holds(done) & (self.written[done] != PENDING)
+        self.release_many([data], [pages])
+
+    def release_many(self, data: list[int], pages: list[Int64]) -> None:
+        """``release`` for several rows at once: ``pages[i]`` belong to ``data[i]``."""
+        counts = np.array([len(own) for own in pages])
+        owner, all_pages = np.repeat(data, counts), np.concatenate(pages)
+        depth = np.arange(len(all_pages)) - np.repeat(np.cumsum(counts) - counts, counts)
+        np.subtract.at(self._references, all_pages, 1)
+        left = self._references[all_pages]
+        assert (left >= 0).all(), "a page was released twice"
         self._clock += 1
         # Deeper blocks are older, so that eviction shortens prefixes from their end.
-        self._stamp[done] = (self._clock << _DEPTH_BITS) - idle
-        self._cached[data] += int(keep.sum())
+        self._stamp[all_pages] = (self._clock << _DEPTH_BITS) - depth
+        idle = np.flatnonzero(left == 0)
+        if len(pages) > 1:
+            idle = idle[np.unique(all_pages[idle], return_index=True)[1]]
+        done, owner = all_pages[idle], owner[idle]
+        keep = self.index.holds(done) & (self.written[done] != PENDING)
+        self._cached += np.bincount(owner[keep], minlength=self.num_data)
         gone = done[~keep]
-        self.index.remove(gone)
-        self._push(data, gone)
+        if len(gone):
+            self.index.remove(gone)
+            for index in set(data):
+                self._push(index, gone[owner[~keep] == index])
 
     # ----------------------------------------------------------------- content
 
@@ -186,7 +201,7 @@ class KVManager:
         span = np.arange(data * self.max_pages, data * self.max_pages + int(self.num_pages[data]))
         idle = span[(self._references[span] == 0) & self.index.holds(span)]
         assert len(idle) >= lacking, f"data {data}: {lacking} pages to evict, {len(idle)} cached"
-        count = min(len(idle), max(lacking, _EVICT_AT_LEAST, len(span) // 64))
+        count = min(len(idle), max(lacking, len(span) // _EVICT_SHARE))
         oldest = idle if count == len(idle) else idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
         self.index.remove(oldest)
         self._cached[data] -= count

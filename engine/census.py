@@ -1,0 +1,125 @@
+"""What the controller knows of its cluster beside the plan: phase, ranks, timings, expert load; packed for the frontends."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..moe.placement import EMPTY, contiguous
+from .planner import Planner
+from .types import ClusterState, Layout, RankHello, RankState, StepResult
+
+
+class Recent:
+    """The last values of a measurement."""
+
+    def __init__(self, size: int = 4096) -> None:
+        self._values = np.zeros(size)
+        self._count = 0
+
+    def add(self, value: float) -> None:
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def quantile(self, share: float) -> float:
+        """0 before the first value."""
+        seen = self._values[: min(self._count, len(self._values))]
+        return float(np.quantile(seen, share)) if len(seen) else 0.0
+
+
+class Census:
+    """Collects observations on the step thread as arrays; ``state`` packs them twice a second."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.phase, self.reason = "starting", "ranks are loading"
+        self._layout = layout
+        self._seconds = np.zeros(layout.world)
+        self._waited = np.zeros(layout.world)
+        self._lost: set[int] = set()
+        self._hellos: dict[int, RankHello] = {}
+        self._max_len = 0
+        self.plan_seconds = Recent()
+        self.largest_plan = 0
+        self._expert_LE = np.zeros((0, 0), np.int64)
+
+    def open(self, hellos: dict[int, RankHello], max_len: int) -> None:
+        """All ranks are here."""
+        self._hellos, self._max_len, self.reason = hellos, max_len, ""
+        first = hellos[0]
+        self._expert_LE = np.zeros((first.num_layers, first.num_experts), np.int64)
+        self._placement = contiguous(first.num_layers, first.num_experts, self._layout.world) if self._expert_LE.size else None
+
+    def host(self, rank: int) -> str:
+        return self._hellos[rank].host if rank in self._hellos else "an unknown host"
+
+    def lost(self, rank: int) -> None:
+        self._lost.add(rank)
+
+    def observe(self, results: list[StepResult]) -> None:
+        """Takes timings and expert counts out of results."""
+        for result in results:
+            self._seconds[result.rank], self._waited[result.rank] = result.seconds, result.waited
+            if result.expert_i64 and self._placement is not None:
+                self._count_experts(result)
+
+    def step_seconds(self) -> float:
+        """Seconds of the last step on the slowest rank."""
+        return float(self._seconds.max())
+
+    def planned(self, seconds: float, largest: int) -> None:
+        """A plan left ``seconds`` after the messages that called for it were read; its largest message has ``largest`` bytes."""
+        self.plan_seconds.add(seconds)
+        self.largest_plan = max(self.largest_plan, largest)
+
+    def state(self, planner: Planner | None) -> ClusterState:
+        """The state as frontends get it; before the ranks are here it is mostly zeros."""
+        if planner is None:
+            return ClusterState(self.phase, self.reason, 0, 0, 0, 0, False, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 1.0, 0.0)
+        group, counters = planner.group, planner.group.counters
+        own = self._seconds - self._waited
+        running = group.num_running()
+        return ClusterState(
+            phase=self.phase,
+            reason=self.reason,
+            epoch=group.epoch,
+            step=group.next_step - 1,
+            max_len=self._max_len,
+            page_size=group.page_size,
+            prefix_caching=group.kv.caching,
+            num_running=int(running.sum()),
+            num_waiting=len(group.queue),
+            kv_usage=float(group.kv.used().sum() / max(1, group.kv.num_pages.sum())),
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            preemptions=counters.preemptions,
+            steps=counters.steps,
+            imbalance=float(own.max() / own.mean()) if own.mean() > 0 else 1.0,
+            plan_seconds=self.plan_seconds.quantile(0.5),
+            expert_layers=len(self._expert_LE),
+            expert_i64=self._expert_LE.tobytes(),
+            ranks=tuple(self._rank(planner, rank, running) for rank in sorted(self._hellos)),
+        )
+
+    def _rank(self, planner: Planner, rank: int, running: np.ndarray[tuple[int], np.dtype[np.int64]]) -> RankState:
+        group, data = planner.group, planner.group.data_of_rank(rank)
+        return RankState(
+            rank=rank,
+            host=self._hellos[rank].host,
+            pid=self._hellos[rank].pid,
+            state="lost" if rank in self._lost else "serving",
+            num_running=int(running[data]),
+            pages_used=int(group.kv.used()[data]),
+            pages_cached=int(group.kv.cached()[data]),
+            pages_total=int(group.kv.num_pages[data]),
+            step_seconds=float(self._seconds[rank]),
+            wait_seconds=float(self._waited[rank]),
+        )
+
+    def _count_experts(self, result: StepResult) -> None:
+        assert self._placement is not None
+        counts_LS = np.frombuffer(result.expert_i64, np.int64).reshape(len(self._expert_LE), -1)
+        experts_LS = self._placement.experts_LWS[:, result.rank]
+        for layer in range(len(self._expert_LE)):
+            held = experts_LS[layer] != EMPTY
+            self._expert_LE[layer, experts_LS[layer][held]] = counts_LS[layer][held]

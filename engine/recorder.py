@@ -1,0 +1,121 @@
+"""Records what a planner is told and what it decides, so that an incident replays offline, step by step.
+
+A recording is a sequence of msgpack arrays: first the planner's settings, then one array per call, (name, arguments). A plan is recorded
+as the digest of its bytes, which ``replay`` compares. The planner reads no clock, so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from .planner import Planner
+from .step_builder import Plan
+from .types import Abort, Layout, Refused, SchedulerSpec, Staged, StepResult, Submit
+from .wire import encode
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a planner is constructed with."""
+
+    layout: Layout
+    spec: SchedulerSpec
+    num_pages: list[int]
+    page_size: int
+    max_len: int
+
+    def planner(self) -> Planner:
+        return Planner(self.layout, self.spec, self.num_pages, self.page_size, self.max_len)
+
+
+class Mismatch(AssertionError):
+    """A replay decided otherwise than the recording: the planner has changed since, or is not pure."""
+
+
+def digest(plan: Plan | None) -> bytes:
+    """Names a plan by content; empty for no plan."""
+    if plan is None:
+        return b""
+    state = hashlib.blake2b(encode(plan.header), digest_size=16)
+    for data, section in plan.sections.items():
+        state.update(b"%d" % data + encode(section))
+    return state.digest()
+
+
+class Recorder:
+    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical path."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._file: IO[bytes] = path.open("wb", buffering=1 << 20)
+        self._write(msgspec.msgpack.encode(settings))
+
+    def event(self, name: str, *arguments: object) -> None:
+        """One call of the planner, by the name of its method."""
+        self._write(msgspec.msgpack.encode((name, arguments)))
+
+    def plan(self, plan: Plan | None) -> None:
+        self._write(msgspec.msgpack.encode(("plan", (digest(plan),))))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, record: bytes) -> None:
+        self._file.write(len(record).to_bytes(4, "little") + record)
+
+
+def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
+    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan differs.
+
+    A recording that was cut off in the middle of a record ends there.
+    """
+    records = _records(path)
+    settings = msgspec.msgpack.decode(next(records), type=Settings)
+    planner = settings.planner()
+    for record in records:
+        name, arguments = msgspec.msgpack.decode(record)
+        if name == "plan":
+            plan = planner.plan()
+            if digest(plan) != arguments[0]:
+                raise Mismatch(f"plan after step {planner.group.next_step - 2} differs from the recorded one")
+            if plan is not None:
+                yield planner, plan
+        else:
+            _apply(planner, name, arguments)
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while len(head := file.read(4)) == 4:
+            record = file.read(int.from_bytes(head, "little"))
+            if len(record) < int.from_bytes(head, "little"):
+                return
+            yield record
+
+
+def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
+    match name:
+        case "submit":
+            planner.submit(arguments[0], msgspec.convert(arguments[1], Submit))
+        case "abort":
+            planner.abort(arguments[0], msgspec.convert(arguments[1], Abort))
+        case "abort_frontend":
+            planner.abort_frontend(arguments[0])
+        case "staged":
+            planner.staged(msgspec.convert(arguments[0], Staged))
+        case "results":
+            planner.results([msgspec.convert(result, StepResult) for result in arguments[0]])
+        case "refused":
+            planner.refused(msgspec.convert(arguments[0], Refused))
+        case "tidy":
+            planner.tidy()
+            planner.take_staging()
+            planner.take_output()
+        case _:
+            raise ValueError(f"a recording names the unknown call {name!r}")

@@ -1,0 +1,119 @@
+"""Pools, references and eviction of the KV manager."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lockstep.engine.kv.block_index import UInt64, as_keys
+from lockstep.engine.kv.manager import KVManager
+
+NONE = np.zeros(0, np.int64)
+
+
+def chain(seed: int, length: int) -> UInt64:
+    return as_keys(np.random.default_rng(seed).bytes(16 * length))
+
+
+def cache(manager: KVManager, data: int, keys: UInt64) -> None:
+    """Computes a prompt of full blocks and lets it go."""
+    pages = manager.reserve(data, NONE, len(keys))
+    assert pages is not None
+    manager.announce(np.full(len(keys), data), keys, pages)
+    manager.written[pages] = 0
+    manager.release(data, pages)
+
+
+def test_what_was_computed_is_found_on_its_data_index_alone() -> None:
+    manager = KVManager([20, 20], 4)
+    keys = chain(1, 6)
+    cache(manager, 1, keys)
+    assert manager.match([keys], [6]).tolist() == [[0, 6]]
+    assert manager.match([keys], [4]).tolist() == [[0, 4]]
+    assert len(manager.prefix(1, keys, 6)) == 6
+    manager.check()
+
+
+def test_eviction_takes_the_oldest_and_shortens_prefixes_from_their_end() -> None:
+    manager = KVManager([100], 4)
+    old, new = chain(1, 40), chain(2, 40)
+    cache(manager, 0, old)
+    cache(manager, 0, new)
+    assert manager.reserve(0, NONE, 30) is not None
+    left = manager.match([old, new], [40, 40])[:, 0].tolist()
+    assert left[1] == 40 or left[0] == 0, "the newer prefix lost blocks before the older was gone"
+    assert left[0] < 40
+    assert manager.prefix(0, old, left[0]).size == left[0], "a prefix has a hole"
+    manager.check()
+
+
+def test_a_hit_makes_a_prefix_young_again() -> None:
+    manager = KVManager([130], 4)
+    first, second = chain(1, 60), chain(2, 60)
+    cache(manager, 0, first)
+    cache(manager, 0, second)
+    shared = manager.prefix(0, first, 60)
+    pages = manager.reserve(0, shared, 0)
+    assert pages is not None
+    manager.release(0, pages)
+    assert manager.reserve(0, NONE, 40) is not None
+    assert manager.match([first], [60])[0, 0] == 60
+    assert manager.match([second], [60])[0, 0] < 60
+
+
+def test_referenced_pages_are_never_evicted() -> None:
+    manager = KVManager([50], 4)
+    held = manager.reserve(0, NONE, 40)
+    assert held is not None
+    assert manager.reserve(0, NONE, 11) is None
+    assert manager.reserve(0, NONE, 10) is not None
+    assert manager.used().tolist() == [50]
+    manager.check()
+
+
+def test_a_shared_page_outlives_its_first_user() -> None:
+    manager = KVManager([50], 4)
+    keys = chain(1, 10)
+    first = manager.reserve(0, NONE, 10)
+    assert first is not None
+    manager.announce(np.zeros(10, np.int64), keys, first)
+    manager.written[first] = 0
+    second = manager.reserve(0, first, 2)
+    assert second is not None and second[:10].tolist() == first.tolist()
+    manager.release(0, first)
+    assert manager.used().tolist() == [12]
+    manager.release(0, second)
+    assert (manager.used().tolist(), manager.cached().tolist()) == ([0], [10])
+    manager.check()
+
+
+def test_a_page_released_twice_is_noticed() -> None:
+    manager = KVManager([8], 4)
+    pages = manager.reserve(0, NONE, 2)
+    assert pages is not None
+    manager.release(0, pages)
+    with pytest.raises(AssertionError, match="released twice"):
+        manager.release(0, pages)
+
+
+def test_what_was_never_written_is_not_kept() -> None:
+    manager = KVManager([8], 4)
+    keys = chain(1, 3)
+    pages = manager.reserve(0, NONE, 3)
+    assert pages is not None
+    manager.announce(np.zeros(3, np.int64), keys, pages)
+    manager.written[pages[:1]] = 7
+    manager.release(0, pages)
+    assert manager.match([keys], [3]).tolist() == [[1]]
+    manager.forget_unwritten(0, 6)
+    assert manager.match([keys], [3]).tolist() == [[0]]
+    manager.check()
+    assert manager.available().tolist() == [8]
+
+
+def test_without_caching_nothing_is_found() -> None:
+    manager = KVManager([8], 4, caching=False)
+    keys = chain(1, 3)
+    cache(manager, 0, keys)
+    assert manager.match([keys], [3]).tolist() == [[0]]
+    assert manager.cached().tolist() == [0]

@@ -1,0 +1,261 @@
+"""The controller over real sockets, with simulated ranks and a bare frontend."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+from support.planner_world import ROOT
+
+from lockstep.engine.controller import Controller
+from lockstep.engine.kv.hashing import chain_hashes
+from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
+from lockstep.engine.types import (
+    Abort,
+    ClusterState,
+    ControllerSpec,
+    Drain,
+    Finish,
+    FrontendHello,
+    Keys,
+    Layout,
+    RankLost,
+    Rejected,
+    Sampling,
+    SchedulerSpec,
+    Started,
+    Submit,
+    ToFrontend,
+    TokenBatch,
+)
+from lockstep.engine.wire import client_socket, encode, new_keypair
+
+PAGE = 4
+
+
+class Frontend:
+    """A raw peer of the frontend socket."""
+
+    def __init__(self, keys: Keys, address: str, name: bytes = b"f0", lease: float = 30.0) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = client_socket(self._context, zmq.DEALER, keys, name)
+        self._socket.connect(address)
+        self._decoder = msgspec.msgpack.Decoder(ToFrontend)
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, Finish] = {}
+        self.rejected: dict[int, Rejected] = {}
+        self.cached: dict[int, int] = {}
+        self.state: ClusterState | None = None
+        self.send(FrontendHello("test", lease))
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._socket.send(encode(message))
+
+    def submit(self, handle: int, length: int, max_tokens: int) -> None:
+        tokens = np.arange(handle, handle + length, dtype=np.int32).tobytes()
+        self.send(Submit(handle, str(handle), tokens, chain_hashes(ROOT, tokens, PAGE), length + max_tokens, Sampling(seed=handle)))
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+        """Receives until ``condition`` holds; fails naming ``what`` it waited for."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"waited {seconds} s for {what}; state {self.state}"
+            if self._socket.poll(50):
+                self._take(self._decoder.decode(self._socket.recv()))
+
+    def close(self) -> None:
+        self._socket.close(linger=500)
+        self._context.term()
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, TokenBatch):
+            start = 0
+            columns = (
+                np.frombuffer(message.handles_i64, np.int64),
+                np.frombuffer(message.counts_i32, np.int32),
+                np.frombuffer(message.finish_u8, np.uint8),
+            )
+            for handle, count, finish in zip(*(column.tolist() for column in columns), strict=True):
+                self.tokens.setdefault(handle, []).extend(np.frombuffer(message.tokens_i32, np.int32)[start : start + count].tolist())
+                start += count
+                if finish:
+                    self.finish[handle] = Finish(finish)
+        elif isinstance(message, Rejected):
+            self.rejected[message.handle] = message
+        elif isinstance(message, ClusterState):
+            self.state = message
+        elif isinstance(message, Started):
+            for handle, cached in zip(np.frombuffer(message.handles_i64, np.int64), np.frombuffer(message.cached_i32, np.int32), strict=True):
+                self.cached[int(handle)] = int(cached)
+
+
+@dataclass
+class Running:
+    """A controller in a thread, with what is needed to join it."""
+
+    controller: Controller
+    keys: Keys
+    ranks: SimulatedRanks | None = None
+    threads: list[threading.Thread] = field(default_factory=list)
+    peers: list[Frontend] = field(default_factory=list)
+
+    def join_ranks(self, ranks: tuple[int, ...], layout: Layout) -> None:
+        step, bulk, _ = self.controller.addresses
+        spec = SimulatedSpec(
+            ranks=ranks,
+            layout=layout,
+            keys=self.keys,
+            step_address=step,
+            bulk_address=bulk,
+            num_slots=16,
+            max_len=256,
+            num_pages=200,
+            page_size=PAGE,
+            step_seconds=0.002,
+        )
+        self.ranks = SimulatedRanks(spec)
+        self._start(self.ranks.run)
+
+    def frontend(self, name: bytes = b"f0", lease: float = 30.0) -> Frontend:
+        self.peers.append(Frontend(self.keys, self.controller.addresses[2], name, lease))
+        return self.peers[-1]
+
+    def _start(self, run: Callable[[], None]) -> None:
+        self.threads.append(threading.Thread(target=run))
+        self.threads[-1].start()
+
+    def close(self) -> None:
+        self.controller.stop()
+        if self.ranks is not None:
+            self.ranks.stop()
+        for thread in self.threads:
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+        for peer in self.peers:
+            peer.close()
+
+
+def start(layout: Layout, *, max_queue: int = 100, rank_deadline: float = 20.0, max_len: int | None = None) -> Running:
+    server, client = new_keypair(), new_keypair()
+    spec = ControllerSpec(
+        host="127.0.0.1",
+        secret=server[1],
+        public=server[0],
+        allowed=(client[0],),
+        layout=layout,
+        scheduler=SchedulerSpec(max_running=16, max_batch_tokens=64, max_queue=max_queue, checksum_every=1),
+        model_max_len=256,
+        max_len=max_len,
+        rank_deadline=rank_deadline,
+    )
+    return Running(Controller(spec), Keys(server_public=server[0], public=client[0], secret=client[1]))
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    cluster = start(Layout(data=2))
+    cluster._start(cluster.controller.run)
+    cluster.join_ranks((0, 1), Layout(data=2))
+    yield cluster
+    cluster.close()
+
+
+def serving(frontend: Frontend) -> bool:
+    return frontend.state is not None and frontend.state.phase == "serving"
+
+
+def test_serves_tokens(running: Running) -> None:
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    for handle in range(40):
+        frontend.submit(handle, 10 + handle, 20)
+    frontend.until(lambda: len(frontend.finish) == 40, "40 ends")
+    assert all(len(tokens) == 20 for tokens in frontend.tokens.values())
+    assert set(frontend.finish.values()) == {Finish.LENGTH}
+    frontend.submit(39, 49, 20)
+    frontend.until(lambda: not serving(frontend) or 39 in frontend.cached, "a start")
+    frontend.until(lambda: frontend.state is not None and frontend.state.num_running == 0, "rows to be given back")
+    assert frontend.state is not None and frontend.state.kv_usage == 0.0
+
+
+def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.submit(1, 10, 240)
+    frontend.until(lambda: 1 in frontend.tokens, "a token")
+    frontend.send(Abort(1))
+    frontend.until(lambda: frontend.finish.get(1) == Finish.ABORT, "the acknowledgement")
+    frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back", 2.0)
+
+
+def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
+    silent, watcher = running.frontend(b"silent", lease=0.3), running.frontend(b"watcher")
+    silent.until(lambda: serving(silent), "phase serving")
+    for handle in range(4):
+        silent.submit(handle, 10, 240)
+    watcher.until(lambda: watcher.state is not None and watcher.state.num_running > 0, "requests to run")
+    watcher.until(lambda: watcher.state is not None and watcher.state.num_running == 0, "the lease to run out", 5.0)
+
+
+def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> None:
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.submit(1, 10, 200)
+    frontend.until(lambda: 1 in frontend.tokens, "a token")
+    frontend.send(Drain(30.0))
+    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "draining", "phase draining")
+    frontend.submit(2, 10, 5)
+    frontend.until(lambda: 2 in frontend.rejected, "a refusal")
+    assert frontend.rejected[2].status == 503 and frontend.rejected[2].retry_after > 0
+    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
+    assert frontend.finish[1] == Finish.LENGTH and len(frontend.tokens[1]) == 200
+
+
+def test_only_the_launcher_may_declare_a_rank_lost(running: Running) -> None:
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.send(RankLost(1, "said by the wrong one"))
+    frontend.submit(1, 10, 5)
+    frontend.until(lambda: 1 in frontend.finish, "an end")
+    assert serving(frontend)
+
+
+def test_a_lost_rank_is_named_and_its_requests_end(running: Running) -> None:
+    frontend, launcher = running.frontend(), running.frontend(b"launcher")
+    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.submit(1, 10, 240)
+    frontend.until(lambda: 1 in frontend.tokens, "a token")
+    launcher.send(RankLost(1, "it was killed"))
+    frontend.until(lambda: frontend.finish.get(1) == Finish.ERROR, "the end of the request")
+    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "failed", "phase failed")
+    assert frontend.state is not None and "rank 1" in frontend.state.reason and "it was killed" in frontend.state.reason
+
+
+def test_a_stranger_cannot_join(running: Running) -> None:
+    own = new_keypair()
+    stranger = Frontend(Keys(server_public=running.keys.server_public, public=own[0], secret=own[1]), running.controller.addresses[2], b"stranger")
+    with pytest.raises(AssertionError, match="phase serving"):
+        stranger.until(lambda: stranger.state is not None, "phase serving", 1.0)
+    stranger.close()
+
+
+def test_a_rank_that_stays_away_is_named() -> None:
+    cluster = start(Layout(data=3), rank_deadline=0.5)
+    cluster.join_ranks((0, 2), Layout(data=3))
+    with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
+        cluster.controller.run()
+    cluster.close()
+
+
+def test_a_context_that_does_not_fit_is_refused() -> None:
+    cluster = start(Layout(data=1), max_len=10_000)
+    cluster.join_ranks((0,), Layout(data=1))
+    with pytest.raises(ValueError, match=r"model.max_len is 10000.*800 tokens"):
+        cluster.controller.run()
+    cluster.close()
