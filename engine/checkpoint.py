@@ -1,0 +1,135 @@
+"""What a checkpoint directory holds, read from the headers of its safetensors files alone. No torch here.
+
+Format: https://github.com/huggingface/safetensors#format, and ``model.safetensors.index.json`` for sharded checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+_NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in ``file``: bytes [begin, end) from the start of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of the checkpoint in directory ``path``, by name.
+
+    Raises ValueError naming the file and what is wrong with it: no checkpoint, a missing shard, a truncated file, a header
+    that is not JSON or contradicts itself, a tensor that its index places elsewhere.
+    """
+    index = path / INDEX_FILE
+    if not index.is_file():
+        if not (path / SINGLE_FILE).is_file():
+            raise ValueError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read")
+        return read_header(path / SINGLE_FILE)
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, shard in _weight_map(index).items():
+        if shard not in shards:
+            shards[shard] = _read_shard(path / shard, index)
+        if name not in shards[shard]:
+            raise ValueError(f"{path / shard}: holds no tensor {name}, which {INDEX_FILE} places there")
+        tensors[name] = shards[shard][name]
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises ValueError as ``read_checkpoint`` does."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{file}: truncated: {size} bytes, shorter than a safetensors header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{file}: not a safetensors file: its header claims {length} bytes")
+        if 8 + length > size:
+            raise ValueError(f"{file}: truncated: {size} bytes, and its header alone takes {8 + length}")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: header is not a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def check_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless ``tensors`` holds every name of ``expected`` with its shape, in a dtype that can be loaded."""
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
+    for name, shape in expected.items():
+        found = tensors[name]
+        if found.shape != shape:
+            raise ValueError(f"{found.file}: {name} has shape {list(found.shape)}; config.json makes it {list(shape)}")
+        if found.dtype not in _DTYPE_BYTES:
+            raise ValueError(f"{found.file}: {name} has dtype {found.dtype}; supported: {', '.join(_DTYPE_BYTES)}")
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{index}: not readable as JSON: {error}") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is missing or empty")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index}: weight_map[{json.dumps(name)}] is {json.dumps(shard)}; expected the name of a file beside it")
+    return weight_map
+
+
+def _read_shard(shard: Path, index: Path) -> dict[str, StoredTensor]:
+    if not shard.is_file():
+        raise ValueError(f"{shard}: no such file, and {index.name} places tensors there")
+    return read_header(shard)
+
+
+def _stored(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)) and begin <= end
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file}: header entry of {name} is malformed: {json.dumps(entry)[:200]}")
+    if data_start + end > file_size:
+        raise ValueError(f"{file}: truncated: {file_size} bytes, and {name} ends at {data_start + end}")
+    width = _DTYPE_BYTES.get(dtype)
+    if width is not None and end - begin != width * math.prod(shape):
+        raise ValueError(f"{file}: {name} takes {end - begin} bytes; shape {list(shape)} in {dtype} takes {width * math.prod(shape)}")
+    return StoredTensor(file, dtype, shape, data_start + begin, data_start + end)

@@ -1,0 +1,96 @@
+"""Checked access to the fields of a ``config.json``: every error names the file, the field, its value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Fields:
+    """A JSON object of ``source`` (a file, or a path inside one). A field that is absent or null takes its default."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = values
+        self.source = source
+
+    @classmethod
+    def read(cls, path: Path) -> Fields:
+        """The object in the file ``path``. Raises ValueError where there is none."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; a model directory holds config.json and *.safetensors") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not readable as JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: holds a {type(values).__name__}; expected a JSON object")
+        return cls(values, str(path))
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def raw(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def refuse(self, name: str, allowed: str) -> ValueError:
+        """The error for a value of ``name`` that is not allowed; the caller raises it."""
+        return ValueError(f"{self.source}: {name} is {json.dumps(self._values.get(name))}; {allowed}")
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refuse(name, f"expected an integer of at least {minimum}")
+        return value
+
+    def optional_integer(self, name: str) -> int | None:
+        return self.integer(name) if self.has(name) else None
+
+    def number(self, name: str, default: float | None = None, minimum: float = 0.0) -> float:
+        """A finite number above ``minimum``."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum < value < float("inf"):
+            raise self.refuse(name, f"expected a number above {minimum:g}")
+        return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        return self.number(name) if self.has(name) else None
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.refuse(name, "expected true or false")
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """An integer or a list of integers; absent: none."""
+        value = self._values.get(name)
+        if value is None:
+            return ()
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+            raise self.refuse(name, "expected non-negative integers")
+        return tuple(items)
+
+    def expect(self, name: str, *allowed: object) -> None:
+        """Refuses a value other than ``allowed``; an absent field passes."""
+        if self.has(name) and self._values[name] not in allowed:
+            raise self.refuse(name, "supported: " + ", ".join(json.dumps(value) for value in allowed))
+
+    def nested(self, name: str) -> Fields | None:
+        """The object in field ``name``, or None where it is absent."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.refuse(name, "expected an object")
+        return Fields(value, f"{self.source}: {name}")
+
+    def _get(self, name: str, default: object) -> object:
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise ValueError(f"{self.source}: {name} is missing")
+        return default

@@ -1,0 +1,213 @@
+"""The decoder that both families share: embedding, pre-norm layers of attention and MLP or experts, output head.
+
+Parameters carry their Hugging Face names, except where matrices that read the same input are merged into one
+(``MergedLinear``) and where the experts of a layer are stacked by slot; ``checkpoint_tensors`` and ``expert_layers`` say
+where each tensor of a checkpoint goes.
+
+T tokens  R sampled rows  D hidden  V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.norm import rms_norm
+from ...kernels.paged import PagedBatch
+from ...kernels.rope import Angles, angles, frequencies, yarn_frequencies
+from ...moe.dispatch import Dispatcher
+from ...moe.layer import MoELayer
+from .config import ModelConfig, RopeConfig
+
+LayerCache = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where and how the parameters of a model are held."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter; the weight loader fills it."""
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The expert slots of one MoE layer; ``name`` is the prefix of its tensors in a checkpoint, up to the expert's number.
+
+    w13_SFD [S, 2F, D]: gate rows, then up rows. w2_SDF [S, D, F].
+    """
+
+    name: str
+    w13_SFD: Tensor
+    w2_SDF: Tensor
+
+
+class Norm(nn.Module):
+    """RMS norm over ``dim`` values."""
+
+    def __init__(self, dim: int, eps: float, placing: Placing) -> None:
+        super().__init__()
+        self.weight = placing.parameter(dim)
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self._eps)
+
+
+class Linear(nn.Module):
+    """x W^T + b, with weight [rows, columns]."""
+
+    def __init__(self, columns: int, rows: int, placing: Placing, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = placing.parameter(rows, columns)
+        self.bias = placing.parameter(rows) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several matrices that read the same input, stacked by rows: ``parts`` maps their names to their rows, in order.
+
+    ``without_bias`` are parts whose bias stays zero because a checkpoint has none for them.
+    """
+
+    def __init__(self, columns: int, parts: dict[str, int], placing: Placing, bias: bool = False, without_bias: Sequence[str] = ()) -> None:
+        super().__init__(columns, sum(parts.values()), placing, bias)
+        self._parts = parts
+        self._without_bias = without_bias
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views by the names they have in a checkpoint, relative to the module this one is in."""
+        views: dict[str, Tensor] = {}
+        start = 0
+        for name, rows in self._parts.items():
+            views[f"{name}.weight"] = self.weight.data[start : start + rows]
+            if self.bias is not None and name not in self._without_bias:
+                views[f"{name}.bias"] = self.bias.data[start : start + rows]
+            start += rows
+        return views
+
+
+class DenseMLP(nn.Module):
+    """A SwiGLU block in place of experts."""
+
+    def __init__(self, hidden: int, width: int, placing: Placing) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedLinear(hidden, {"gate_proj": width, "up_proj": width}, placing)
+        self.down_proj = Linear(width, hidden, placing)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, -1)
+        return cast(Tensor, self.down_proj(F.silu(gate_TF) * up_TF))
+
+
+class Attention(Protocol):
+    """The attention of one layer, from the normalised hidden states to their update; T is at least 1."""
+
+    def __call__(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor: ...
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP or experts, each on the normalised sum of everything before it."""
+
+    def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module, placing: Placing) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(config.hidden, config.norm_eps, placing)
+        self.self_attn = attention
+        self.post_attention_layernorm = Norm(config.hidden, config.norm_eps, placing)
+        self.mlp = mlp
+
+    def forward(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor:
+        if len(x_TD):
+            x_TD = x_TD + cast(Attention, self.self_attn)(self.input_layernorm(x_TD), rotation, batch, cache)
+        return x_TD + cast(Tensor, self.mlp(self.post_attention_layernorm(x_TD)))
+
+
+class _Stack(nn.Module):
+    """What a checkpoint names ``model``: everything but the output head."""
+
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], placing: Placing) -> None:
+        super().__init__()
+        self.embed_tokens = Linear(config.hidden, config.vocab_size, placing)
+        self.layers = nn.ModuleList(layers)
+        self.norm = Norm(config.hidden, config.norm_eps, placing)
+
+
+class Model(nn.Module):
+    """A decoder with attention made by ``attention_of``. Weights are uninitialised until loaded.
+
+    ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of ``config.kv_shapes``.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dispatcher: Dispatcher, placing: Placing, attention_of: Callable[[ModelConfig, Placing], nn.Module]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        numbers = {layer: number for number, layer in enumerate(config.moe_layers)}
+        layers = []
+        for layer in range(config.num_layers):
+            mlp: nn.Module
+            if layer in numbers:
+                mlp = MoELayer(config.moe, numbers[layer], dispatcher, placing.dtype, placing.device)
+            else:
+                mlp = DenseMLP(config.hidden, config.dense_width, placing)
+            layers.append(DecoderLayer(config, attention_of(config, placing), mlp, placing))
+        self.model = _Stack(config, layers, placing)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden, config.vocab_size, placing)
+        self._frequencies_F = _frequencies(config.rope).to(placing.device)
+        self._magnitude = config.rope.yarn.magnitude if config.rope.yarn else 1.0
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
+        """tokens_T, positions_T int64 -> hidden_TD, before the last norm. Every MoE layer is called even where T is 0."""
+        x_TD = F.embedding(tokens_T, self.model.embed_tokens.weight)
+        rotation = angles(positions_T, self._frequencies_F, self._magnitude)
+        for layer, layer_cache in zip(self.model.layers, cache, strict=True):
+            x_TD = layer(x_TD, rotation, batch, layer_cache)
+        return x_TD
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Float32 [R, V] for rows of what ``forward`` returned."""
+        head = self.lm_head or self.model.embed_tokens
+        return cast(Tensor, head(self.model.norm(hidden_RD))).float()
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Checkpoint name -> the tensor (often a view) it is copied into, for everything but routed experts."""
+        tensors: dict[str, Tensor] = {}
+        merged: list[str] = []
+        for name, module in self.named_modules():
+            if isinstance(module, MergedLinear):
+                merged.append(name + ".")
+                owner = name.rpartition(".")[0]
+                tensors |= {f"{owner}.{part}": view for part, view in module.tensors().items()}
+        for name, tensor in self.state_dict().items():
+            if not name.startswith(tuple(merged)) and ".mlp.experts." not in name:
+                tensors[name] = tensor
+        return tensors
+
+    def expert_layers(self) -> list[ExpertLayer]:
+        """The routed experts of this model's MoE layers, in order."""
+        found = []
+        for layer in self.config.moe_layers:
+            experts = cast(MoELayer, cast(DecoderLayer, self.model.layers[layer]).mlp).experts
+            found.append(ExpertLayer(f"model.layers.{layer}.mlp.experts", experts.w13.data, experts.w2.data))
+        return found
+
+
+def _frequencies(rope: RopeConfig) -> Tensor:
+    if rope.yarn is None:
+        return frequencies(rope.dim, rope.theta)
+    yarn = rope.yarn
+    return yarn_frequencies(rope.dim, rope.theta, yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.truncate)

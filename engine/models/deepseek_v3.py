@@ -1,0 +1,61 @@
+"""DeepSeek-V3 (arXiv 2412.19437): latent attention over a cache of one vector per token.
+
+T tokens  D hidden  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V  Z = C + E
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.mla import mla_attention
+from ...kernels.paged import PagedBatch
+from ...kernels.rope import Angles, rotate_halves, rotate_pairs
+from ...moe.dispatch import Dispatcher
+from .config import MlaConfig, ModelConfig
+from .decoder import LayerCache, Linear, MergedLinear, Model, Norm, Placing
+
+# The norms of the latents keep this value whatever ``rms_norm_eps`` says, as in the reference implementations.
+_LATENT_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    """The attention of one layer. Cache: the normalised latent beside the rotated key part, [positions, Z]."""
+
+    def __init__(self, config: ModelConfig, placing: Placing) -> None:
+        super().__init__()
+        shape = config.attention
+        assert isinstance(shape, MlaConfig)
+        self._shape = shape
+        self._rotate = rotate_pairs if config.rope.interleaved else rotate_halves
+        queries = shape.num_heads * (shape.nope_dim + shape.rope_dim)
+        down = {"q_a_proj": shape.q_latent} if shape.q_latent else {"q_proj": queries}
+        down["kv_a_proj_with_mqa"] = shape.kv_latent + shape.rope_dim
+        self.down_proj = MergedLinear(config.hidden, down, placing, shape.bias, without_bias=("q_proj",))
+        if shape.q_latent:
+            self.q_a_layernorm = Norm(shape.q_latent, _LATENT_EPS, placing)
+            self.q_b_proj = Linear(shape.q_latent, queries, placing)
+        self.kv_a_layernorm = Norm(shape.kv_latent, _LATENT_EPS, placing)
+        self.kv_b_proj = Linear(shape.kv_latent, shape.num_heads * (shape.nope_dim + shape.value_dim), placing)
+        self.o_proj = Linear(shape.num_heads * shape.value_dim, config.hidden, placing, shape.bias)
+
+    def forward(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor:
+        shape = self._shape
+        down_TX = cast(Tensor, self.down_proj(x_TD))
+        latent_size = shape.kv_latent + shape.rope_dim
+        q_TX, c_TC, k_rope_TE = down_TX.split([down_TX.shape[1] - latent_size, shape.kv_latent, shape.rope_dim], 1)
+        if shape.q_latent:
+            q_TX = self.q_b_proj(self.q_a_layernorm(q_TX))
+        q_nope_THN, q_rope_THE = q_TX.unflatten(-1, (shape.num_heads, -1)).split([shape.nope_dim, shape.rope_dim], -1)
+        q_rope_THE = self._rotate(q_rope_THE, rotation).to(x_TD.dtype)
+        k_rope_TE = self._rotate(k_rope_TE.unsqueeze(1), rotation).to(x_TD.dtype).squeeze(1)
+        latent_TZ = torch.cat([self.kv_a_layernorm(c_TC), k_rope_TE], -1)
+        expand_HPC = self.kv_b_proj.weight.unflatten(0, (shape.num_heads, -1))
+        out_THV = mla_attention(q_nope_THN, q_rope_THE, latent_TZ, cache[0], expand_HPC, batch, shape.scale)
+        return cast(Tensor, self.o_proj(out_THV.flatten(1)))
+
+
+def build_deepseek_v3(config: ModelConfig, dispatcher: Dispatcher, placing: Placing) -> Model:
+    return Model(config, dispatcher, placing, LatentAttention)

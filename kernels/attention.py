@@ -1,0 +1,66 @@
+"""Grouped-query attention over a paged cache. It reads what the cache returns, this step's tokens included;
+the cache may be of another dtype.
+
+T tokens  R decode rows  H query heads  K key/value heads  G = H / K  D head dim  C cache positions  L positions of a row
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .paged import DecodeGroup, PagedBatch, gather_pages, write_entries
+
+# Queries of an extend over a cached prefix are masked block by block, so that the mask [block, L] stays small.
+_QUERY_BLOCK = 512
+
+
+def attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, k_cache_CKD: Tensor, v_cache_CKD: Tensor, batch: PagedBatch, scale: float
+) -> Tensor:
+    """Writes keys and values of the step to the cache, then attends causally. Returns [T, H, D] in the dtype of q."""
+    write_entries(k_cache_CKD, batch.write_T, k_TKD)
+    write_entries(v_cache_CKD, batch.write_T, v_TKD)
+    out_THD = torch.empty_like(q_THD)
+    for group in batch.decode_groups:
+        rows = slice(0, batch.num_decode) if group.rows is None else group.rows
+        out_THD[rows] = _decode(q_THD[rows], k_cache_CKD, v_cache_CKD, group, batch.page_size, scale)
+    for row in batch.extends():
+        k_LKD = gather_pages(k_cache_CKD, row.pages, batch.page_size, q_THD.dtype)[: row.length]
+        v_LKD = gather_pages(v_cache_CKD, row.pages, batch.page_size, q_THD.dtype)[: row.length]
+        out_THD[row.begin : row.end] = causal_attention(q_THD[row.begin : row.end], k_LKD, v_LKD, row.start, scale)
+    return out_THD
+
+
+def causal_attention(q_THD: Tensor, k_LKD: Tensor, v_LKE: Tensor, start: int, scale: float) -> Tensor:
+    """Attention of the T queries at positions [start, L) of one sequence over its L keys. Returns [T, H, E]."""
+    q_1HTD, k_1KLD, v_1KLE = (x.transpose(0, 1).unsqueeze(0) for x in (q_THD, k_LKD, v_LKE))
+    grouped = q_THD.shape[1] != k_LKD.shape[1]
+    if start == 0:
+        out_1HTE = F.scaled_dot_product_attention(q_1HTD, k_1KLD, v_1KLE, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out_1HTE[0].transpose(0, 1)
+    blocks = []
+    for begin in range(0, len(q_THD), _QUERY_BLOCK):
+        end = min(begin + _QUERY_BLOCK, len(q_THD))
+        seen = start + end
+        mask = torch.ones(end - begin, seen, dtype=torch.bool, device=q_THD.device).tril(start + begin)
+        out_1HTE = F.scaled_dot_product_attention(
+            q_1HTD[:, :, begin:end], k_1KLD[:, :, :seen], v_1KLE[:, :, :seen], attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
+        blocks.append(out_1HTE[0].transpose(0, 1))
+    return torch.cat(blocks)
+
+
+def _decode(q_RHD: Tensor, k_cache_CKD: Tensor, v_cache_CKD: Tensor, group: DecodeGroup, page_size: int, scale: float) -> Tensor:
+    """One query per row over its own pages, padded to the longest row of the group. Returns [R, H, D].
+
+    The G query heads that share a key head stand where a sequence of queries would, so that keys are read once.
+    """
+    num_rows, num_kv_heads = group.num_rows, k_cache_CKD.shape[1]
+    k_RKLD, v_RKLD = (
+        gather_pages(cache, group.pages, page_size, q_RHD.dtype).unflatten(0, (num_rows, -1)).transpose(1, 2)
+        for cache in (k_cache_CKD, v_cache_CKD)
+    )
+    q_RKGD = q_RHD.unflatten(1, (num_kv_heads, -1))
+    return F.scaled_dot_product_attention(q_RKGD, k_RKLD, v_RKLD, attn_mask=group.mask, scale=scale).flatten(1, 2)

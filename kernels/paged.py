@@ -1,0 +1,145 @@
+"""Which cache positions the tokens of a step are written to, and which a row reads.
+
+A cache tensor is [num_pages * page_size, ...]: position = page * page_size + offset. Positions past a row's length are
+gathered and masked, so a cache must be allocated zeroed and hold finite values.
+
+T tokens  R rows  P pages of the longest row  R1 = R + 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Decode rows are padded to the longest of their group. Rows of less than half its pages go to another group, unless the
+# longest is this short: padding then costs less than one more kernel call.
+_SMALL_GROUP_PAGES = 16
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decode rows attended together. ``rows`` is None when the group is all of them in order.
+
+    pages [rows * P] int32: the page tables, flattened. mask [rows, 1, 1, P * page_size] bool: true where a row may look.
+    """
+
+    rows: Tensor | None
+    num_rows: int
+    pages: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Extend:
+    """A row with several query tokens: tokens [begin, end) of the step, at positions [start, length) of its sequence."""
+
+    begin: int
+    end: int
+    start: int
+    length: int
+    pages: Tensor
+
+
+@dataclass
+class PagedBatch:
+    """The rows of one step: ``num_decode`` rows of one token each (token i is row i's), then the extends.
+
+    query_start_R1 int32: first token of each row, then T. lengths_R int32: KV length of each row, this step's tokens
+    included. pages_RP int32: page tables, any valid page past a row's end. write_T int64: cache position of each token.
+    ``query_starts`` and ``lengths`` are the same on the host, for eager execution.
+    """
+
+    num_decode: int
+    page_size: int
+    query_start_R1: Tensor
+    lengths_R: Tensor
+    pages_RP: Tensor
+    write_T: Tensor
+    query_starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def decode_groups(self) -> tuple[DecodeGroup, ...]:
+        """The decode rows, grouped by length; made once per step and shared by the layers."""
+        num_pages = [self._num_pages(length) for length in self.lengths[: self.num_decode]]
+        groups: list[list[int]] = []
+        for row in sorted(range(self.num_decode), key=lambda row: -num_pages[row]):
+            longest = num_pages[groups[-1][0]] if groups else 0
+            if not groups or (longest > _SMALL_GROUP_PAGES and 2 * num_pages[row] < longest):
+                groups.append([])
+            groups[-1].append(row)
+        if len(groups) == 1:
+            return (self._group(None, num_pages[groups[0][0]]),)
+        return tuple(self._group(sorted(rows), max(num_pages[row] for row in rows)) for rows in groups)
+
+    def extends(self) -> Iterator[Extend]:
+        """The rows past ``num_decode``."""
+        for row in range(self.num_decode, len(self.lengths)):
+            begin, end, length = self.query_starts[row], self.query_starts[row + 1], self.lengths[row]
+            pages = self.pages_RP[row, : self._num_pages(length)]
+            yield Extend(begin, end, length - (end - begin), length, pages)
+
+    def _num_pages(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def _group(self, rows: list[int] | None, num_pages: int) -> DecodeGroup:
+        index = None if rows is None else torch.tensor(rows, device=self.pages_RP.device)
+        pages, lengths = self.pages_RP[: self.num_decode], self.lengths_R[: self.num_decode]
+        if index is not None:
+            pages, lengths = pages[index], lengths[index]
+        offsets = torch.arange(num_pages * self.page_size, device=lengths.device)
+        mask = offsets < lengths[:, None]
+        return DecodeGroup(index, len(lengths), pages[:, :num_pages].reshape(-1), mask[:, None, None, :])
+
+
+def build_batch(
+    starts_R: NDArray[np.int64],
+    counts_R: NDArray[np.int64],
+    num_decode: int,
+    pages_RP: NDArray[np.int32],
+    page_size: int,
+    device: torch.device | str = "cpu",
+) -> tuple[PagedBatch, Tensor]:
+    """A batch from host arrays, and positions_T int64, the position of each token in its sequence.
+
+    starts_R: KV length of each row before the step. counts_R: tokens each row computes, one for decode rows.
+    """
+    assert (counts_R[:num_decode] == 1).all(), "a decode row computes one token"
+    query_start = np.concatenate([[0], np.cumsum(counts_R)])
+    owners = np.repeat(np.arange(len(counts_R)), counts_R)
+    positions = starts_R[owners] + np.arange(len(owners)) - query_start[owners]
+    write = pages_RP[owners, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    lengths = starts_R + counts_R
+
+    def move(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+    batch = PagedBatch(
+        num_decode=num_decode,
+        page_size=page_size,
+        query_start_R1=move(query_start, torch.int32),
+        lengths_R=move(lengths, torch.int32),
+        pages_RP=move(pages_RP, torch.int32),
+        write_T=move(write, torch.int64),
+        query_starts=tuple(query_start.tolist()),
+        lengths=tuple(lengths.tolist()),
+    )
+    return batch, move(positions, torch.int64)
+
+
+def write_entries(cache: Tensor, write_T: Tensor, entries: Tensor) -> None:
+    """Stores the entries [T, ...] of a step at their positions, in the dtype of the cache."""
+    cache.index_copy_(0, write_T, entries.to(cache.dtype))
+
+
+def gather_pages(cache: Tensor, pages: Tensor, page_size: int, dtype: torch.dtype) -> Tensor:
+    """The entries of ``pages`` [n] in order: [n * page_size, ...] of a cache [num_pages * page_size, ...], as ``dtype``."""
+    by_page = cache.view(-1, page_size * cache[0].numel())
+    return by_page.index_select(0, pages).view(-1, *cache.shape[1:]).to(dtype)

@@ -1,0 +1,71 @@
+"""Rotary position embedding (arXiv 2104.09864) and its stretched frequencies (YaRN, arXiv 2309.00071).
+
+Angles and rotation are float32: in bf16 the angle of a position past 256 would already be off by whole steps.
+
+T tokens  H heads  D rotated dims  F = D / 2 frequencies
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The rotations of the tokens of a step, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1, F]."""
+
+    cos_T1F: Tensor
+    sin_T1F: Tensor
+
+
+def frequencies(dim: int, theta: float) -> Tensor:
+    """Radians per position of each pair of dims: float32 [dim / 2]."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def yarn_frequencies(
+    dim: int, theta: float, factor: float, original_length: int, beta_fast: float, beta_slow: float, truncate: bool
+) -> Tensor:
+    """``frequencies`` for a context ``factor`` times ``original_length``: float32 [dim / 2].
+
+    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency, those that turn less than
+    ``beta_slow`` times are slowed ``factor`` times, and a ramp joins them; ``truncate`` rounds the ramp's ends outwards.
+    """
+
+    def pair_of(turns: float) -> float:
+        return dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(beta_fast), pair_of(beta_slow)
+    if truncate:
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    low, high = max(low, 0.0), min(high, dim - 1.0)
+    ramp_F = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    slowed_F = ramp_F.clamp(0, 1)
+    plain_F = frequencies(dim, theta)
+    return plain_F / factor * slowed_F + plain_F * (1 - slowed_F)
+
+
+def angles(positions_T: Tensor, frequencies_F: Tensor, magnitude: float = 1.0) -> Angles:
+    """Angles of positions_T int64; ``magnitude`` multiplies cos and sin."""
+    turn_T1F = (positions_T.float()[:, None] * frequencies_F)[:, None, :]
+    cos_T1F, sin_T1F = turn_T1F.cos(), turn_T1F.sin()
+    return Angles(cos_T1F * magnitude, sin_T1F * magnitude) if magnitude != 1.0 else Angles(cos_T1F, sin_T1F)
+
+
+def rotate_halves(x_THD: Tensor, angles: Angles) -> Tensor:
+    """Rotates the pairs (i, i + D/2) of x_THD. Returns float32 [T, H, D]."""
+    low_THF, high_THF = x_THD.float().chunk(2, -1)
+    cos, sin = angles.cos_T1F, angles.sin_T1F
+    return torch.cat([torch.addcmul(low_THF * cos, high_THF, sin, value=-1), torch.addcmul(high_THF * cos, low_THF, sin)], -1)
+
+
+def rotate_pairs(x_THD: Tensor, angles: Angles) -> Tensor:
+    """Rotates the pairs (2i, 2i + 1) of x_THD. Returns float32 [T, H, D], first members first, so queries and keys must both
+    have passed here."""
+    even_THF, odd_THF = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos_T1F, angles.sin_T1F
+    return torch.cat([torch.addcmul(even_THF * cos, odd_THF, sin, value=-1), torch.addcmul(odd_THF * cos, even_THF, sin)], -1)

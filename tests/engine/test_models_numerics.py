@@ -1,0 +1,124 @@
+"""Logits against ``transformers`` on the same random checkpoints: prefill, chunked prefill and decode through the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.local_model import Stepper, load_local
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": qwen3_moe_config(),
+    "qwen3_moe-plain-weights": qwen3_moe_config(norm_topk_prob=False, num_experts_per_tok=3),
+    "qwen3_moe-dense-layers": qwen3_moe_config(num_hidden_layers=5, mlp_only_layers=[3], decoder_sparse_step=2),
+    "qwen3_moe-tied-bias": qwen3_moe_config(tie_word_embeddings=True, attention_bias=True),
+    "qwen3_moe-yarn": qwen3_moe_config(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "qwen3_moe-v5": qwen3_moe_config(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+    "deepseek_v3": deepseek_v3_config(),
+    "deepseek_v3-direct-queries": deepseek_v3_config(q_lora_rank=None, n_group=1, topk_group=1),
+    "deepseek_v3-yarn": deepseek_v3_config(rope_scaling=YARN, max_position_embeddings=512),
+    "deepseek_v3-halves-bias": deepseek_v3_config(rope_interleave=False, attention_bias=True, n_shared_experts=2),
+    "deepseek_v3-direct-bias": deepseek_v3_config(q_lora_rank=None, attention_bias=True, norm_topk_prob=False),
+}
+BF16_VARIANTS = ("qwen3_moe", "qwen3_moe-plain-weights", "deepseek_v3", "deepseek_v3-direct-queries", "deepseek_v3-yarn")
+
+LENGTHS = (93, 41, 7)
+
+
+def _prompts(vocab: int, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _reference(path: Path, dtype: torch.dtype, prompts: list[list[int]]) -> list[Tensor]:
+    """transformers' logits [tokens, V] of each prompt, computed alone and in one piece, as float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
+
+
+def _whole(stepper: Stepper, prompts: list[list[int]]) -> list[Tensor]:
+    """All prompts in one step."""
+    return list(stepper.step(dict(enumerate(prompts))).values())
+
+
+def _chunked(stepper: Stepper, prompts: list[list[int]]) -> list[Tensor]:
+    """Chunks of growing size, each prompt beside the others."""
+    parts: list[list[Tensor]] = [[] for _ in prompts]
+    for begin, end in ((0, 3), (3, 4), (4, 21), (21, 40), (40, 93)):
+        rows = {i: prompt[begin:end] for i, prompt in enumerate(prompts) if prompt[begin:end]}
+        for i, logits in stepper.step(rows).items():
+            parts[i].append(logits)
+    return [torch.cat(part) for part in parts]
+
+
+def _decoded(stepper: Stepper, prompts: list[list[int]]) -> list[Tensor]:
+    """A few tokens as a prompt, the rest one by one, while the next sequence prefills in the same step."""
+    parts: list[list[Tensor]] = [[] for _ in prompts]
+    for step in range(max(map(len, prompts)) + len(prompts)):
+        decode, extend = {}, {}
+        for i, prompt in enumerate(prompts):
+            done = stepper.lengths.get(i, 0)
+            if done == 0 and step == i:
+                extend[i] = prompt[:5]
+            elif 0 < done < len(prompt):
+                decode[i] = prompt[done : done + 1]
+        for i, logits in stepper.step(decode | extend, num_decode=len(decode)).items():
+            parts[i].append(logits)
+    return [torch.cat(part) for part in parts]
+
+
+WAYS = {"whole": _whole, "chunked": _chunked, "decoded": _decoded}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_equals_transformers(variant: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "m", VARIANTS[variant])
+    prompts = _prompts(VARIANTS[variant]["vocab_size"])
+    reference = _reference(path, torch.float32, prompts)
+    model = load_local(path, torch.float32)
+    for name, way in WAYS.items():
+        ours = way(Stepper(model, torch.float32), prompts)
+        for prompt, expected, got in zip(prompts, reference, ours, strict=True):
+            assert got.shape == (len(prompt), VARIANTS[variant]["vocab_size"])
+            error = (got - expected).abs().max() / expected.abs().max()
+            assert error <= 1e-4, f"{name}, prompt of {len(prompt)}: {error:.2e}"
+
+
+@pytest.mark.parametrize("variant", BF16_VARIANTS)
+def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> None:
+    """Both errors are against float32 on the same bf16 weights and positions: the norm of the difference at a position, its
+    median and its mean. The mean holds the positions where a router turned to another expert, of which a few hundred
+    positions have too few to compare."""
+    path = write_checkpoint(tmp_path / "m", VARIANTS[variant], dtype=torch.bfloat16)
+    prompts = _prompts(VARIANTS[variant]["vocab_size"], [93] * 16)
+    exact = torch.cat(_reference(path, torch.float32, prompts))
+    theirs = (torch.cat(_reference(path, torch.bfloat16, prompts)) - exact).norm(dim=-1)
+    model = load_local(path, torch.bfloat16)
+    for name, way in WAYS.items():
+        ours = (torch.cat(way(Stepper(model, torch.bfloat16, num_pages=256), prompts)) - exact).norm(dim=-1)
+        ratios = (float(ours.median() / theirs.median()), float(ours.mean() / theirs.mean()))
+        print(variant, name, ratios)
+        assert max(ratios) <= 1.5, f"{name}: ours over theirs: median {ratios[0]:.2f}, mean {ratios[1]:.2f}"
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe-tied-bias", "deepseek_v3-yarn"])
+def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = write_checkpoint(tmp_path / "m", VARIANTS[variant])
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
+    ours, theirs = (load_local(directory, torch.float32) for directory in (tmp_path / "saved", path))
+    assert ours.config == theirs.config
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name

@@ -1,0 +1,61 @@
+"""Latent attention over a paged cache, absorbed and materialised, against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.kernels.mla import mla_attention
+from support.paged_rows import PAGE_SIZE, PagedRows
+
+HEADS, NOPE, ROPE, LATENT, SCALE = 4, 12, 6, 20, 0.25
+
+# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so its rounding is no error.
+DTYPES = [
+    (torch.float32, torch.float32, 2e-5),
+    (torch.bfloat16, torch.bfloat16, 3e-2),
+    (torch.float32, torch.bfloat16, 2e-5),
+    (torch.bfloat16, torch.float32, 3e-2),
+]
+
+CASES = {
+    "decode": ([(0, 1), (17, 1), (8, 1)], 3),
+    "decode far apart": ([(700, 1), (2, 1), (600, 1), (90, 1)], 4),
+    "extends": ([(0, 9), (0, 1), (30, 12), (7, 1)], 0),
+    "both": ([(5, 1), (64, 1), (0, 20), (11, 3)], 2),
+    "nothing": ([], 0),
+}
+
+
+def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, start: int) -> Tensor:
+    """Keys and values of every head expanded from the latents."""
+    c, k_rope = latents.double().split([LATENT, ROPE], -1)
+    kv = torch.einsum("lc,hpc->lhp", c, expand.double())
+    scores = torch.einsum("thn,lhn->htl", q_nope.double(), kv[..., :NOPE]) + torch.einsum("the,le->htl", q_rope.double(), k_rope)
+    position = torch.arange(len(q_nope))[:, None] + start
+    scores = (scores * SCALE).masked_fill(torch.arange(len(latents)) > position, -torch.inf)
+    return torch.einsum("htl,lhv->thv", scores.softmax(-1), kv[..., NOPE:])
+
+
+@pytest.mark.parametrize("value_dim", [8, 18, 24])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
+def test_equals_the_definition(case: str, value_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    rows = PagedRows(*CASES[case])
+    num_tokens = int(rows.counts.sum())
+    cache = torch.full((rows.num_pages * PAGE_SIZE, LATENT + ROPE), 1e3, dtype=cache_dtype)
+    for row in range(len(rows.starts)):
+        past = rows.places(row)[: int(rows.starts[row])]
+        cache[past] = torch.randn(len(past), LATENT + ROPE).to(cache_dtype)
+    q_nope, q_rope = (torch.randn(num_tokens, HEADS, dim).to(dtype) for dim in (NOPE, ROPE))
+    latent = torch.randn(num_tokens, LATENT + ROPE).to(dtype)
+    expand = (torch.randn(HEADS, NOPE + value_dim, LATENT) * LATENT**-0.5).to(dtype)
+    out = mla_attention(q_nope, q_rope, latent, cache, expand, rows.batch, SCALE)
+    assert (out.shape, out.dtype) == ((num_tokens, HEADS, value_dim), dtype)
+    for row, start in enumerate(rows.starts.tolist()):
+        tokens, places = rows.queries(row), rows.places(row)
+        assert torch.equal(cache[places[start:]], latent[tokens].to(cache_dtype))
+        expected = definition(q_nope[tokens], q_rope[tokens], cache[places], expand, start)
+        torch.testing.assert_close(out[tokens].double(), expected, rtol=tolerance, atol=tolerance)
