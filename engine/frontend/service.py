@@ -1,0 +1,249 @@
+"""The frontend between HTTP and the controller: what the cluster says, who may enter, and how a request is opened."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from ..types import ClusterState, Drain, FrontendSpec, Rejected, Sampling, Started, Stop, Submit, TokenBatch
+from .client import ControllerLink, FromController
+from .errors import ApiError, bad_request
+from .generation import Generation
+from .metrics import Metrics
+from .prepare import Limits, Model, Prompt, conversation_text, model_revision, prepare
+from .replies import Outline, Receive, Reply
+from .requests import OpenRequests
+from .sampling import build_sampling, load_defaults, with_seed
+from .schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, Generate
+from .stops import StopMatcher
+from .tokenizer import Codec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+THREADS = 4
+RETRY_STARTING = 5.0
+RETRY_DRAINING = 30.0
+PROBE_SECONDS = 30.0
+
+
+class Service:
+    """Lives on one event loop. ``on_stop`` is called when the controller says Stop."""
+
+    def __init__(self, spec: FrontendSpec, on_stop: Callable[[str], None] = lambda reason: None) -> None:
+        path = Path(spec.model_path)
+        codec = Codec(path)
+        self.spec = spec
+        self.model = Model(
+            spec.served_name, codec, load_defaults(path, codec.eos_id), spec.vocab_size, model_revision(path), spec.kv_format
+        )
+        self.metrics = Metrics(spec.served_name)
+        self.cluster: ClusterState | None = None
+        self.started = time.time()
+        self._on_stop = on_stop
+        self._threads = ThreadPoolExecutor(THREADS, "prepare")
+        self._link = ControllerLink(spec, self._on_message, self._on_lost)
+        self.requests = OpenRequests(self._link.send, self.metrics)
+
+    def start(self) -> None:
+        self._link.start()
+
+    def close(self) -> None:
+        self.requests.fail_all(ApiError(503, "The server is shutting down", retry_after=RETRY_STARTING))
+        self._link.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """For what may take long: tokenising, rendering, hashing."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    # ----------------------------------------------------------------- the cluster
+
+    def unable(self) -> str | None:
+        """Why no token can be generated, or None: what /health says."""
+        if self.cluster is None:
+            return "The engine is starting: the controller has not been heard yet"
+        if self._link.lost:
+            return "The controller does not answer"
+        if self.cluster.phase in ("serving", "draining"):
+            return None
+        return f"The engine is {self.cluster.phase}" + (f": {self.cluster.reason}" if self.cluster.reason else "")
+
+    def closed(self) -> ApiError | None:
+        """Why no new request is taken, or None: what /ready says."""
+        reason = self.unable()
+        if reason is not None:
+            return ApiError(503, reason, retry_after=RETRY_STARTING)
+        if self.cluster is not None and self.cluster.phase == "draining":
+            return ApiError(503, "The engine is draining and takes no new requests", retry_after=RETRY_DRAINING)
+        return None
+
+    def limits(self) -> Limits:
+        """Raises ApiError 503 while no new request is taken."""
+        error = self.closed()
+        if error is not None:
+            raise error
+        assert self.cluster is not None
+        return Limits(self.cluster.max_len, self.cluster.page_size if self.cluster.prefix_caching else 0)
+
+    def drain(self, deadline: float) -> None:
+        self._link.send(Drain(deadline))
+
+    def _on_message(self, message: FromController) -> None:
+        match message:
+            case TokenBatch():
+                self.requests.on_tokens(message)
+            case Started():
+                self.requests.on_started(message)
+            case Rejected():
+                self.requests.on_rejected(message)
+            case ClusterState():
+                self.cluster = message
+                self.metrics.state(message)
+            case Stop():
+                self._on_stop(message.reason)
+
+    def _on_lost(self) -> None:
+        self.requests.fail_all(ApiError(500, "The controller was lost while the request was running"))
+
+    # ----------------------------------------------------------------- requests
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model.name:
+            raise ApiError(404, f"The model {name[:200]!r} does not exist; this server serves {self.model.name!r}", "model")
+
+    async def chat(self, ask: ChatRequest, request_id: str, receive: Receive) -> Reply:
+        """Submits a chat request; the reply's client is watched from here on. Raises ApiError."""
+        self.check_model(ask.model)
+        limits = self.limits()
+        tools = ask.tools if ask.tools else None
+
+        def work() -> Prompt:
+            text = conversation_text(self.model.codec, ask, tools)
+            try:
+                return prepare(self.model, limits, text, bool(ask.add_special_tokens), ask.output_tokens, ask.cache_salt or "")
+            except ApiError as error:
+                error.param = "messages" if error.param == "prompt" else error.param
+                raise
+
+        prompt = await self.in_thread(work)
+        outline = self._outline(f"chatcmpl-{request_id}", ask, chat=True, num_logprobs=ask.num_logprobs)
+        return self._open(ask, [prompt], outline, receive)
+
+    async def complete(self, ask: CompletionRequest, request_id: str, receive: Receive) -> Reply:
+        """Submits a text completion; see ``chat``."""
+        self.check_model(ask.model)
+        limits = self.limits()
+        sources = ask.prompts
+        if not sources:
+            raise bad_request("prompt: at least one prompt is needed", "prompt")
+        if len(sources) * (ask.n or 1) > MAX_SEQUENCES:
+            raise bad_request(f"prompt: {len(sources)} prompts x n {ask.n or 1} are more than {MAX_SEQUENCES} sequences", "prompt")
+        special = ask.add_special_tokens is not False
+
+        def work() -> list[Prompt]:
+            salt = ask.cache_salt or ""
+            return [prepare(self.model, limits, source, special, ask.output_tokens, salt) for source in sources]
+
+        prompts = await self.in_thread(work)
+        outline = self._outline(f"cmpl-{request_id}", ask, chat=False, num_logprobs=ask.num_logprobs)
+        return self._open(ask, prompts, outline, receive, echo=bool(ask.echo))
+
+    async def probe(self) -> float:
+        """Generates one real token; returns the seconds it took. Raises ApiError."""
+        limits = self.limits()
+        prompt = prepare(self.model, limits, [0], False, 1, "")
+        outline = Outline("probe", 0, self.model.name, chat=False)
+        reply = Reply(outline, self.model.codec, self.requests)
+        reply.generations.append(self._generation(Generate(ignore_eos=True, temperature=0.0), prompt, Sampling(temperature=0.0), 0, reply))
+        began = time.monotonic()
+        reply.submit()
+        try:
+            await asyncio.wait_for(asyncio.shield(reply.done), PROBE_SECONDS)
+        except TimeoutError:
+            raise ApiError(503, f"No token was generated within {PROBE_SECONDS:.0f} s", retry_after=RETRY_STARTING) from None
+        finally:
+            reply.close()
+        reply.raise_error()
+        return time.monotonic() - began
+
+    def _outline(self, id: str, ask: Generate, chat: bool, num_logprobs: int) -> Outline:
+        options = ask.stream_options
+        return Outline(
+            id=id,
+            created=int(time.time()),
+            model=self.model.name,
+            chat=chat,
+            num_logprobs=num_logprobs,
+            return_token_ids=bool(ask.return_token_ids),
+            include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            interval=ask.stream_interval or 1,
+        )
+
+    def _open(self, ask: Generate, prompts: Sequence[Prompt], outline: Outline, receive: Receive, echo: bool = False) -> Reply:
+        """n generations per prompt, numbered in that order."""
+        for prompt in prompts:
+            if ask.min_tokens and ask.min_tokens > prompt.max_tokens:
+                raise bad_request(f"min_tokens {ask.min_tokens} is more than the {prompt.max_tokens} that may follow", "min_tokens")
+        self.limits()  # the cluster may have closed while the prompt was prepared
+        reply = Reply(outline, self.model.codec, self.requests)
+        first = build_sampling(ask, self.model.defaults, self.model.vocab_size, outline.num_logprobs)
+        for prompt in prompts:
+            for choice in range(ask.n or 1):
+                generation = self._generation(ask, prompt, with_seed(first, choice), len(reply.generations), reply)
+                if echo:
+                    generation.pieces.append(self.model.codec.decode(prompt.ids, skip_special_tokens=ask.skip_special_tokens is not False))
+                reply.generations.append(generation)
+        reply.num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        if prompts[0].max_tokens == 0:  # echo alone: nothing to generate
+            for generation in reply.generations:
+                generation.close("length")
+                reply.advance(generation)
+            return reply
+        reply.watch(receive)
+        reply.submit()
+        return reply
+
+    def _generation(self, ask: Generate, prompt: Prompt, sampling: Sampling, index: int, reply: Reply) -> Generation:
+        eos = () if ask.ignore_eos else self.model.defaults.eos_ids
+        stop_ids: list[int] = array("i", sampling.stop_i32).tolist()
+        include = bool(ask.include_stop_str_in_output)
+        submit = Submit(
+            handle=self.requests.new_handle(),
+            request_id=f"{self.spec.name}-{secrets.token_hex(12)}",
+            prompt_i32=prompt.packed_i32,
+            hashes_h128=prompt.hashes_h128,
+            limit=len(prompt.ids) + prompt.max_tokens,
+            sampling=sampling,
+            priority=ask.priority or 0,
+        )
+        return Generation(
+            submit=submit,
+            index=index,
+            sink=reply,
+            prompt=prompt.ids,
+            detokenizer=self.model.codec.detokenizer(ask.skip_special_tokens is not False, prompt.ids),
+            stop_ids=frozenset(stop_ids),
+            eos_ids=frozenset(eos) - frozenset(ask.stop_token_ids or ()),
+            matcher=StopMatcher(ask.stops, include) if ask.stops else None,
+            include_stop=include,
+            logprobs=[] if sampling.num_logprobs >= 0 else None,
+        )
+
+
+def describe(cluster: ClusterState) -> dict[str, Any]:
+    """A cluster state as JSON: what /admin/cluster shows."""
+    loads = array("q", cluster.expert_i64).tolist() if cluster.expert_layers else []
+    width = len(loads) // cluster.expert_layers if cluster.expert_layers else 0
+    shown = {name: getattr(cluster, name) for name in cluster.__struct_fields__ if name not in ("expert_i64", "expert_layers", "ranks")}
+    shown["ranks"] = [{name: getattr(rank, name) for name in rank.__struct_fields__} for rank in cluster.ranks]
+    shown["expert_load"] = [loads[start : start + width] for start in range(0, len(loads), width)] if width else []
+    return shown

@@ -1,0 +1,301 @@
+"""What a client sees when something goes wrong, and what the engine is told when a client goes away."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from lockstep.engine.frontend import client
+from lockstep.engine.frontend.server import listen
+from lockstep.engine.types import Finish, Rejected, Submit
+from support.running_frontend import RunningFrontend, free_port, wait_until
+from support.scripted_controller import Item, say
+from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
+
+USER = [{"role": "user", "content": "Hello"}]
+WORDS = tiny_tokenizer().encode("The quick brown fox").ids
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path) -> Iterator[RunningFrontend]:
+    with RunningFrontend(model, say([*WORDS, IM_END])) as running:
+        yield running
+
+
+@pytest.fixture
+def frontend(shared: RunningFrontend) -> Iterator[RunningFrontend]:
+    shared.engine.submits.clear()
+    shared.engine.aborts.clear()
+    yield shared
+    shared.engine.script = say([*WORDS, IM_END])
+    assert shared.http.get("/health").status_code == 200
+    wait_until(lambda: not shared.engine.open, "the engine runs nothing any more")
+    wait_until(lambda: shared.http.get("/load").json()["server_load"] == 0, "the frontend holds no request any more")
+
+
+def endless(submit: Submit) -> Iterator[Item]:
+    while True:
+        yield [WORDS[0]]
+
+
+def chat(frontend: RunningFrontend, **fields: Any) -> httpx.Response:
+    return frontend.http.post("/v1/chat/completions", json={"messages": USER, **fields})
+
+
+# --------------------------------------------------------------------------- refusals and errors of the engine
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_503_with_retry_after_also_for_streams(frontend: RunningFrontend, stream: bool) -> None:
+    frontend.engine.script = lambda submit: [Rejected(0, 503, "The queue is full", 3.2)]
+    answer = chat(frontend, stream=stream)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "4"
+    assert answer.json()["error"] == {"message": "The queue is full", "type": "ServiceUnavailableError", "param": None, "code": 503}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_before_the_first_token_is_a_real_500(frontend: RunningFrontend, stream: bool) -> None:
+    frontend.engine.script = lambda submit: [None, None, Finish.ERROR]
+    answer = chat(frontend, stream=stream)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "InternalServerError"
+
+
+def test_one_rejected_choice_fails_the_request_and_aborts_the_rest(frontend: RunningFrontend) -> None:
+    def script(submit: Submit) -> Iterator[Item]:
+        if submit.sampling.seed == 1:
+            yield Rejected(0, 503, "The queue is full", 1.0)
+        while True:
+            yield None
+
+    frontend.engine.script = script
+    assert chat(frontend, n=3, seed=0).status_code == 503
+    wait_until(lambda: len(frontend.engine.aborts) == 2, "the other two choices are aborted")
+
+
+def test_an_error_in_mid_stream_is_a_frame_then_done(frontend: RunningFrontend) -> None:
+    frontend.engine.script = lambda submit: [[WORDS[0]], [WORDS[1]], *[None] * 100, Finish.ERROR]
+    answer = chat(frontend, stream=True)
+    assert answer.status_code == 200
+    frames = answer.text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""]
+    assert json.loads(frames[-3].removeprefix("data: "))["error"]["code"] == 500
+
+
+def test_an_abort_by_the_engine_is_a_finish_reason(frontend: RunningFrontend) -> None:
+    frontend.engine.script = lambda submit: [[WORDS[0]], Finish.ABORT]
+    assert chat(frontend).json()["choices"][0]["finish_reason"] == "abort"
+
+
+def test_headers_of_a_stream_wait_for_the_first_token(frontend: RunningFrontend) -> None:
+    def script(submit: Submit) -> Iterator[Item]:
+        for _ in range(200):
+            yield None
+        yield from ([token] for token in [*WORDS, IM_END])
+
+    frontend.engine.script = script
+    began = time.monotonic()
+    body = {"messages": USER, "stream": True}
+    with frontend.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert time.monotonic() - began > 0.15
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+
+
+# --------------------------------------------------------------------------- clients that go away
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_goes_away_aborts_at_once(frontend: RunningFrontend, stream: bool, n: int) -> None:
+    frontend.engine.script = endless
+    frontend.engine.step_seconds = 0.01
+    host, port = frontend.url.removeprefix("http://").split(":")
+    body = json.dumps({"messages": USER, "stream": stream, "n": n, "ignore_eos": True}).encode()
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        wait_until(lambda: len(frontend.engine.open) == n, "the request runs")
+        if stream:
+            assert raw.recv(100)
+    began = time.monotonic()
+    wait_until(lambda: len(frontend.engine.aborts) == n, "every choice is aborted")
+    assert time.monotonic() - began < 0.5
+    frontend.engine.step_seconds = 0.001
+
+
+def test_two_hundred_streams_cut_in_the_middle_leave_nothing_behind(frontend: RunningFrontend) -> None:
+    frontend.engine.script = endless
+    frontend.engine.step_seconds = 0.05
+    host, port = frontend.url.removeprefix("http://").split(":")
+    body = json.dumps({"messages": USER, "stream": True, "ignore_eos": True}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    streams = [socket.create_connection((host, int(port))) for _ in range(200)]
+    for stream in streams:
+        stream.sendall(request)
+    for stream in streams:
+        assert stream.recv(100).startswith(b"HTTP/1.1 200")
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: not frontend.engine.open, "all are aborted", 2.0)
+    frontend.engine.step_seconds = 0.001
+    assert len(set(frontend.engine.aborts)) == len(frontend.engine.aborts), "each handle is aborted at most once"
+
+
+def test_a_stop_string_aborts_the_engine_and_trims_the_usage(frontend: RunningFrontend) -> None:
+    frontend.engine.script = endless
+    answer = frontend.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 400, "stop": tiny_tokenizer().decode(WORDS[:1]) * 3})
+    document = answer.json()
+    assert (document["choices"][0]["text"], document["usage"]["completion_tokens"]) == ("", 3)
+    wait_until(lambda: len(frontend.engine.aborts) == 1, "the engine is told to stop")
+
+
+# --------------------------------------------------------------------------- keys, draining, losing the controller
+
+
+def test_keys(model: Path) -> None:
+    with RunningFrontend(model, say([*WORDS, IM_END]), api_keys=("one", "two"), admin_key="root") as frontend:
+        http = frontend.http
+        for path in ("/health", "/ready", "/version", "/metrics", "/load"):
+            assert http.get(path).status_code == 200, path
+        for key in (None, "three", "root"):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            answer = http.get("/v1/models", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, 401)
+        assert http.get("/v1/models", headers={"Authorization": "Bearer two"}).status_code == 200
+        assert http.get("/admin/cluster", headers={"Authorization": "Bearer two"}).status_code == 401
+        admin = {"Authorization": "Bearer root"}
+        assert http.get("/admin/cluster", headers=admin).json()["epoch"] == 1
+        assert http.post("/admin/drain", headers=admin, json={"deadline": -1}).status_code == 400
+        assert http.post("/admin/drain", headers=admin, json={"deadline": 7}).status_code == 202
+        wait_until(lambda: [drain.deadline for drain in frontend.engine.drains] == [7.0], "the controller is told to drain")
+
+
+def test_admin_needs_a_configured_key(frontend: RunningFrontend) -> None:
+    answer = frontend.http.get("/admin/cluster", headers={"Authorization": "Bearer x"})
+    assert answer.status_code == 401
+    assert "none is configured" in answer.json()["error"]["message"]
+
+
+def test_phases(frontend: RunningFrontend) -> None:
+    expected = {"starting": (503, 503), "draining": (200, 503), "drained": (503, 503), "failed": (503, 503)}
+    for phase, (health, ready) in expected.items():
+        frontend.engine.set_state(phase=phase, reason="because")
+        wait_until(lambda: frontend.http.get("/ready").status_code == 503, f"/ready shows {phase}")
+        wait_until(lambda expected=health: frontend.http.get("/health").status_code == expected, f"/health shows {phase}")
+        answer = chat(frontend)
+        assert (answer.status_code, frontend.http.get("/ready").status_code) == (ready, ready)
+        assert int(answer.headers["retry-after"]) >= 1
+    frontend.engine.set_state(phase="serving", reason="")
+    wait_until(lambda: frontend.http.get("/ready").status_code == 200, "/ready shows serving")
+    assert chat(frontend).status_code == 200
+
+
+def test_a_silent_controller_is_lost_and_found_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BEAT", 0.1)
+    monkeypatch.setattr(client, "SILENCE", 1.0)
+    with RunningFrontend(model, endless) as frontend:
+        frontend.engine.step_seconds = 0.05
+        body = {"messages": USER, "stream": True, "ignore_eos": True}
+        with frontend.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            frontend.engine.silent = True
+            text = answer.read().decode()
+        frames = text.split("\n\n")
+        assert frames[-2:] == ["data: [DONE]", ""]
+        assert "The controller was lost" in json.loads(frames[-3].removeprefix("data: "))["error"]["message"]
+        assert frontend.http.get("/health").status_code == 503
+        assert chat(frontend).status_code == 503
+        hellos = len(frontend.engine.hellos)
+        frontend.engine.silent = False
+        frontend.engine.open.clear()
+        frontend.engine.script = say([*WORDS, IM_END])
+        wait_until(lambda: frontend.http.get("/health").status_code == 200, "the controller is found again")
+        assert len(frontend.engine.hellos) > hellos, "it was greeted again, as a restarted one must be"
+        assert chat(frontend).json()["choices"][0]["message"]["content"] == "The quick brown fox"
+
+
+# --------------------------------------------------------------------------- the process
+
+CHILD = """
+import sys, msgspec
+from lockstep.engine.frontend.server import main
+from lockstep.engine.types import FrontendSpec
+main(msgspec.json.decode(sys.argv[1], type=FrontendSpec))
+assert "torch" not in sys.modules, "the frontend imported torch"
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "Stop"])
+def test_the_process_leaves_cleanly_without_torch_while_a_stream_is_open(model: Path, how: str) -> None:
+    idle = RunningFrontend(model, endless)  # not entered: only its engine and its spec are used
+    spec = msgspec.json.encode(idle.spec).decode()
+    child = subprocess.Popen([sys.executable, "-c", CHILD, spec], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: _status(idle) == 200, "the child serves", 30)
+        idle.engine.step_seconds = 0.02
+        with idle.http.stream("POST", "/v1/chat/completions", json={"messages": USER, "stream": True, "ignore_eos": True}) as answer:
+            if how == "SIGTERM":
+                child.send_signal(signal.SIGINT)  # ignored: the launcher decides
+                child.send_signal(signal.SIGTERM)
+            else:
+                idle.engine.stop()
+            text = answer.read().decode()
+        assert "shutting down" in text
+        assert text.endswith("data: [DONE]\n\n")
+        _, errors = child.communicate(timeout=15)
+        assert child.returncode == 0, errors
+        assert "Traceback" not in errors, errors
+        wait_until(lambda: not idle.engine.open, "the engine was told to abort")
+    finally:
+        child.kill()
+        child.wait()
+        idle.http.close()
+        idle.engine.close()
+
+
+def _status(frontend: RunningFrontend) -> int:
+    try:
+        return frontend.http.get("/health").status_code
+    except httpx.ConnectError:
+        return 0
+
+
+def test_before_the_controller_answers_everything_is_503(model: Path) -> None:
+    frontend = RunningFrontend(model, say([*WORDS, IM_END]))
+    frontend.engine.silent = True
+    frontend.start()
+    wait_until(lambda: _status(frontend) == 503, "the server listens")
+    assert frontend.http.get("/ready").status_code == 503
+    answer = chat(frontend)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "has not been heard yet" in answer.json()["error"]["message"]
+    frontend.engine.silent = False
+    wait_until(lambda: _status(frontend) == 200, "a late controller is found")
+    frontend.stop()
+
+
+def test_a_taken_port_is_a_clear_error() -> None:
+    port = free_port()
+    first = listen("127.0.0.1", port, share=False)
+    first.listen()
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        listen("127.0.0.1", port, share=False)
+    first.close()
+    shared = [listen("127.0.0.1", port, share=True) for _ in range(2)]
+    for one in shared:
+        one.close()

@@ -1,0 +1,260 @@
+"""A controller for frontends that answers each ``Submit`` from a script: a real CURVE ROUTER in a thread, and no ranks.
+
+A script is called with the ``Submit`` and yields, one per step: a list of tokens, ``None`` (nothing this step), a
+``Finish``, or a ``Rejected`` without its handle. Like the real engine it ends a request at its limit and at its stop ids.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import msgspec
+import zmq
+
+from lockstep.engine.types import (
+    Abort,
+    ClusterState,
+    Drain,
+    Finish,
+    FrontendHello,
+    HandleLogprobs,
+    Heartbeat,
+    Keys,
+    Rejected,
+    Started,
+    Stop,
+    Submit,
+    TokenBatch,
+)
+from lockstep.engine.wire import authenticate, encode, new_keypair, server_socket
+
+FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain
+Item = list[int] | Finish | Rejected | None
+Script = Callable[[Submit], Iterable[Item]]
+Row = tuple[int, int, list[int], Finish]
+
+STATE = ClusterState(
+    phase="serving",
+    reason="",
+    epoch=1,
+    step=0,
+    max_len=512,
+    page_size=16,
+    prefix_caching=True,
+    num_running=0,
+    num_waiting=0,
+    kv_usage=0.25,
+    prompt_tokens=10,
+    generation_tokens=20,
+    prefix_queries=8,
+    prefix_hits=4,
+    preemptions=0,
+    steps=5,
+    imbalance=1.0,
+    plan_seconds=0.001,
+)
+
+
+def say(tokens: Iterable[int]) -> Script:
+    """One token per step, then silence until the limit or a stop id has ended it."""
+
+    def script(submit: Submit) -> Iterator[Item]:
+        for token in tokens:
+            yield [token]
+
+    return script
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    identity: bytes
+    submit: Submit
+    items: Iterator[Item]
+    stops: frozenset[int]
+    left: int
+    sent: int = 0
+    started: bool = False
+
+
+@dataclass
+class ScriptedController:
+    """``script`` may be replaced between requests; what arrived is in ``submits``, ``aborts``, ``hellos`` and ``drains``.
+
+    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said hello.
+    """
+
+    script: Script
+    step_seconds: float = 0.001
+    num_cached: int = 0
+    state: ClusterState = STATE
+    submits: list[Submit] = field(default_factory=list)
+    aborts: list[int] = field(default_factory=list)
+    hellos: list[FrontendHello] = field(default_factory=list)
+    drains: list[Drain] = field(default_factory=list)
+    open: dict[int, _Running] = field(default_factory=dict)
+    silent: bool = False
+
+    def __post_init__(self) -> None:
+        server, client = new_keypair(), new_keypair()
+        self.keys = Keys(server_public=server[0], public=client[0], secret=client[1])
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = authenticate(self._context, (client[0],))
+        self._socket = server_socket(self._context, zmq.ROUTER, *server)
+        self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._outbox: SimpleQueue[object] = SimpleQueue()
+        self._decode = msgspec.msgpack.Decoder(FromFrontend).decode
+        self._leave = threading.Event()
+        self._step = 0
+        self._frontends: set[bytes] = set()
+        self._thread = threading.Thread(target=self._run, name="scripted-controller", daemon=True)
+        self._thread.start()
+
+    def send(self, message: object) -> None:
+        """To every frontend, from any thread."""
+        self._outbox.put(message)
+
+    def set_state(self, **changes: object) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+        self.send(self.state)
+
+    def stop(self) -> None:
+        self.send(Stop("test over"))
+
+    def close(self) -> None:
+        self._leave.set()
+        self._thread.join(10)
+        self._socket.close()
+        self._authenticator.stop()
+        self._context.term()
+
+    def _run(self) -> None:
+        next_step = next_state = time.monotonic()
+        while not self._leave.is_set():
+            wait = max(0.0, next_step - time.monotonic()) if self.open else 0.01
+            if self._socket.poll(wait * 1000):
+                self._receive()
+            now = time.monotonic()
+            if now >= next_state and not self.silent:
+                next_state = now + 0.5
+                self._outbox.put(self.state)
+            self._flush()
+            if now >= next_step and not self.silent:
+                next_step = now + self.step_seconds
+                self._advance()
+
+    def _flush(self) -> None:
+        while True:
+            try:
+                frame = encode(self._outbox.get_nowait())
+            except Empty:
+                return
+            for identity in self._frontends:
+                self._socket.send_multipart([identity, frame])
+
+    def _receive(self) -> None:
+        while self._socket.poll(0):
+            identity, frame = self._socket.recv_multipart()
+            message = self._decode(frame)
+            if self.silent:
+                self._frontends.clear()
+                continue
+            match message:
+                case FrontendHello():
+                    self.hellos.append(message)
+                    self._frontends.add(identity)
+                    self._socket.send_multipart([identity, encode(self.state)])
+                case Submit():
+                    self._submit(identity, message)
+                case Abort():
+                    self.aborts.append(message.handle)
+                    self._end(message.handle)
+                case Drain():
+                    self.drains.append(message)
+
+    def _submit(self, identity: bytes, submit: Submit) -> None:
+        self.submits.append(submit)
+        stops = frozenset(array("i", submit.sampling.stop_i32))
+        left = submit.limit - len(submit.prompt_i32) // 4
+        self.open[submit.handle] = _Running(identity, submit, iter(self.script(submit)), stops, left)
+
+    def _end(self, handle: int) -> None:
+        running = self.open.pop(handle, None)
+        if running is not None:
+            self._socket.send_multipart([running.identity, encode(batch(self._step, [(handle, running.sent, [], Finish.ABORT)]))])
+
+    def _advance(self) -> None:
+        """One step: the next item of every open request, one batch per frontend."""
+        self._step += 1
+        rows: dict[bytes, list[Row]] = {}
+        logprobs: dict[bytes, list[HandleLogprobs]] = {}
+        fresh: dict[bytes, list[int]] = {}
+        for handle, running in list(self.open.items()):
+            item = next(running.items, None)
+            if isinstance(item, Rejected):
+                del self.open[handle]
+                self._socket.send_multipart([running.identity, encode(msgspec.structs.replace(item, handle=handle))])
+                continue
+            if not running.started:
+                running.started = True
+                fresh.setdefault(running.identity, []).append(handle)
+            if item is None:
+                continue
+            tokens, finish = _engine(running, item)
+            rows.setdefault(running.identity, []).append((handle, running.sent, tokens, finish))
+            logprobs.setdefault(running.identity, []).extend(_logprobs(running, tokens))
+            running.sent += len(tokens)
+            if finish:
+                del self.open[handle]
+        for identity, handles in fresh.items():
+            self._socket.send_multipart([identity, encode(started(handles, self.num_cached))])
+        for identity, entries in rows.items():
+            self._socket.send_multipart([identity, encode(batch(self._step, entries, tuple(logprobs[identity])))])
+
+
+def _engine(running: _Running, item: list[int] | Finish) -> tuple[list[int], Finish]:
+    """The tokens of an item up to the limit or a stop id."""
+    if isinstance(item, Finish):
+        return [], item
+    tokens: list[int] = []
+    for token in item:
+        tokens.append(token)
+        running.left -= 1
+        if token in running.stops:
+            return tokens, Finish.STOP
+        if not running.left:
+            return tokens, Finish.LENGTH
+    return tokens, Finish.NONE
+
+
+def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
+    """-0.5 for the chosen token, and for it and the ids after it -0.5, -1.5, -2.5, ..."""
+    count = running.submit.sampling.num_logprobs
+    for index, token in enumerate(tokens if count >= 0 else ()):
+        ids = array("i", [token + other for other in range(count)]).tobytes()
+        values = struct.pack(f"<{count}f", *(-0.5 - other for other in range(count)))
+        yield HandleLogprobs(running.submit.handle, running.sent + index, -0.5, ids, values)
+
+
+def started(handles: list[int], num_cached: int) -> Started:
+    zeros = array("i", [0] * len(handles)).tobytes()
+    return Started(array("q", handles).tobytes(), array("i", [num_cached] * len(handles)).tobytes(), zeros)
+
+
+def batch(step: int, rows: list[Row], logprobs: tuple[HandleLogprobs, ...] = ()) -> TokenBatch:
+    """A step's tokens: rows of (handle, position of the first token, tokens, finish)."""
+    return TokenBatch(
+        step=step,
+        handles_i64=array("q", [row[0] for row in rows]).tobytes(),
+        positions_i32=array("i", [row[1] for row in rows]).tobytes(),
+        counts_i32=array("i", [len(row[2]) for row in rows]).tobytes(),
+        tokens_i32=array("i", [token for row in rows for token in row[2]]).tobytes(),
+        finish_u8=bytes(row[3] for row in rows),
+        logprobs=logprobs,
+    )
