@@ -1,0 +1,206 @@
+"""Executes plans on one rank: sequence slots, page pool, model and sampler.
+
+Suffixes: T tokens of a step, R rows that sample, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.paged import build_batch
+from ..kernels.sampling import Purpose, edit_logits, logprobs, sample, uniform
+from ..moe.dispatch import Dispatcher
+from ..parallel.collectives import Collectives
+from .kv_pool import KVPool
+from .models.decoder import Model
+from .slot_settings import SlotSettings
+from .slots import Int32, Int64, Rows, SlotTable
+from .types import Admit, Header, RankHello, RowLogprobs, Section, StepPlan, StepResult
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an executor works with. The model's weights are loaded; the collectives are built by ``begin_epoch``."""
+
+    rank: int
+    model: Model
+    dispatcher: Dispatcher
+    collectives: Collectives
+    pool: KVPool
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Tokens of the rows that sample, in row order: ``counts`` [rows] is 0 for rows at their length limit, else 1.
+
+    tokens [R], ended (rows whose token is one of their stop ids).
+    """
+
+    tokens: Int64
+    counts: Int64
+    ended: Int64
+    logprobs: tuple[RowLogprobs, ...] = ()
+
+
+class Executor:
+    """The state of a rank and what a plan does to it."""
+
+    def __init__(self, parts: Parts, num_slots: int, max_len: int, num_cohorts: int) -> None:
+        self._parts = parts
+        self._table = SlotTable(num_slots, -(-max_len // parts.pool.page_size), num_cohorts)
+        self._settings = SlotSettings(num_slots)
+        self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
+        self._staged: dict[int, Int32] = {}
+
+    def hello(self) -> RankHello:
+        pool, placement = self._parts.pool, self._parts.dispatcher.placement
+        return RankHello(
+            rank=self._parts.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            num_pages=pool.num_pages,
+            page_size=pool.page_size,
+            page_bytes=pool.page_bytes,
+            num_layers=placement.num_layers,
+            num_expert_slots=placement.num_slots,
+            device=str(self._parts.device),
+            num_experts=placement.num_experts,
+        )
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Meets the other ranks of the group. Raises CollectiveError when they do not come."""
+        self._parts.collectives.build(epoch)
+
+    def stage(self, staged: int, tokens_i32: bytes) -> None:
+        self._staged[staged] = np.frombuffer(tokens_i32, np.int32)
+
+    def unstage(self, staged: int) -> None:
+        self._staged.pop(staged, None)
+
+    def close(self) -> None:
+        self._parts.collectives.destroy()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Applies a plan and computes its step; also without rows, because other ranks wait in the exchange of every layer."""
+        start, waited = time.perf_counter(), self._parts.collectives.waited
+        header, section = plan.header, plan.section
+        self._apply(header, section)
+        rows = self._table.rows(header, section)
+        stopped = self._at_limit(rows)
+        hidden_TD = self._forward(rows, stopped, header.capacity)
+        sampled = self._sample(rows, stopped, hidden_TD)
+        emitted = np.zeros(len(rows.slots), np.int64)
+        emitted[rows.samples] = sampled.counts
+        self._table.advance(rows, emitted)
+        return StepResult(
+            group=header.group,
+            epoch=header.epoch,
+            step=header.step,
+            rank=self._parts.rank,
+            tokens_i32=sampled.tokens.astype(np.int32).tobytes(),
+            counts_u8=b"" if len(sampled.tokens) == len(sampled.counts) else sampled.counts.astype(np.uint8).tobytes(),
+            ended_i32=sampled.ended.astype(np.int32).tobytes(),
+            logprobs=sampled.logprobs,
+            checksum=self._table.checksum() if header.checksum else 0,
+            expert_i64=self._expert_counts() if header.counts else b"",
+            waited=self._parts.collectives.waited - waited,
+            seconds=time.perf_counter() - start,
+        )
+
+    # ----------------------------------------------------------------- state
+
+    def _apply(self, header: Header, section: Section) -> None:
+        assert not (header.moves or header.commits or section.copies), "no expert moves and page copies yet"
+        assert header.microbatches == 1, f"{header.microbatches} microbatches: no overlap yet"
+        lengths = {admit.staged: len(self._staged[admit.staged]) for admit in section.admit} if section.admit else {}
+        for admit in self._table.apply(section, lengths):
+            self._admit(admit)
+        if section.publish_i32:
+            self._parts.pool.publish(section.publish_i32, section.publish_h128)
+
+    def _admit(self, admit: Admit) -> None:
+        tokens = self._staged.pop(admit.staged)
+        self._history[admit.slot, : len(tokens)] = tokens
+        self._settings.admit(admit.slot, admit.sampling, tokens, admit.num_emitted)
+
+    def _at_limit(self, rows: Rows) -> NDArray[np.bool_]:
+        """Rows that may not sample because the next position is their limit: with drafts a row can get there early."""
+        stopped: NDArray[np.bool_] = rows.starts + rows.counts >= self._table.limit[rows.slots]
+        return stopped & rows.samples
+
+    def _expert_counts(self) -> bytes:
+        counts_LS = self._parts.dispatcher.counts_LS
+        counts = counts_LS.cpu().numpy().tobytes()
+        counts_LS.zero_()
+        return counts
+
+    # ----------------------------------------------------------------- the step
+
+    def _forward(self, rows: Rows, stopped: NDArray[np.bool_], capacity: int) -> Tensor:
+        """Hidden states of the step's tokens, [T, D]."""
+        parts, table = self._parts, self._table
+        ends = rows.starts + rows.counts
+        decode_stopped = stopped.copy()
+        decode_stopped[rows.num_decode :] = False
+        room = table.num_pages[rows.slots] * parts.pool.page_size
+        assert ((ends <= room) | decode_stopped).all(), f"slots {rows.slots[ends > room].tolist()}: more tokens than pages"
+        max_pages = -(-int(ends.max(initial=0)) // parts.pool.page_size)
+        pages = table.pages[rows.slots, :max_pages]
+        pages[decode_stopped] = parts.pool.scratch
+        batch, positions_T = build_batch(rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device)
+        owners = np.repeat(rows.slots, rows.counts)
+        tokens = self._history[owners, positions_T.cpu().numpy()]
+        tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
+        parts.dispatcher.begin_step(len(tokens), capacity)
+        hidden_TD: Tensor = parts.model(tokens_T, positions_T, batch, parts.pool.cache)
+        return hidden_TD
+
+    def _sample(self, rows: Rows, stopped: NDArray[np.bool_], hidden_TD: Tensor) -> _Sampled:
+        chosen = np.flatnonzero(rows.samples & ~stopped)
+        counts = (~stopped[rows.samples]).astype(np.int64)
+        if not len(chosen):
+            return _Sampled(np.zeros(0, np.int64), counts, np.zeros(0, np.int64))
+        if len(chosen) < len(hidden_TD):
+            last = np.cumsum(rows.counts)[chosen] - 1
+            hidden_TD = hidden_TD[torch.from_numpy(last).to(hidden_TD.device)]
+        slots, positions = rows.slots[chosen], (rows.starts + rows.counts)[chosen]
+        numbers = np.flatnonzero(counts)  # of the chosen among the rows that sample
+        tokens, lines = self._draw(self._parts.model.logits(hidden_TD), slots, positions, numbers)
+        self._history[slots, positions] = tokens
+        self._settings.observe(slots, tokens)
+        return _Sampled(tokens, counts, numbers[self._settings.ended(slots, tokens)], lines)
+
+    def _draw(self, logits_RV: Tensor, slots: Int64, positions: Int64, numbers: Int64) -> tuple[Int64, tuple[RowLogprobs, ...]]:
+        """Tokens [R] for ``positions`` of ``slots``, and the log-probabilities that were asked for."""
+        settings = self._settings
+        asked = np.flatnonzero(settings.num_logprobs[slots] >= 0)
+        raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
+        edits = settings.edits(slots, positions)
+        if edits is not None:
+            edit_logits(logits_RV, edits)
+        tokens_R = sample(logits_RV, settings.params(slots), uniform(settings.seed[slots], positions, Purpose.SAMPLE))
+        tokens = tokens_R.cpu().numpy()
+        if raw_SV is None:
+            return tokens, ()
+        return tokens, _logprob_lines(raw_SV, tokens[asked], numbers[asked], settings.num_logprobs[slots[asked]])
+
+
+def _logprob_lines(raw_SV: Tensor, tokens: Int64, numbers: Int64, num_top: Int64) -> tuple[RowLogprobs, ...]:
+    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S] others."""
+    tokens_S = torch.from_numpy(tokens).to(raw_SV.device)
+    chosen, ids, values = (part.cpu().numpy() for part in logprobs(raw_SV, tokens_S, int(num_top.max())))
+    ids = ids.astype(np.int32)
+    return tuple(
+        RowLogprobs(row, 0, float(chosen[at]), ids[at, :width].tobytes(), values[at, :width].tobytes())
+        for at, (row, width) in enumerate(zip(numbers.tolist(), num_top.tolist(), strict=True))
+    )

@@ -1,0 +1,91 @@
+"""The rank process: loads its shard, sizes its page pool, then executes plans until told to stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..moe.dispatch import Dispatcher
+from ..moe.dispatch_all_gather import AllGatherDispatcher
+from ..moe.dispatch_all_to_all import AllToAllDispatcher
+from ..moe.dispatch_local import LocalDispatcher
+from ..moe.placement import Placement, contiguous
+from ..parallel.collectives import Collectives, connect_store
+from ..parallel.mesh import Mesh
+from .executor import Executor, Parts
+from .kv_pool import KVPool, PoolLimits, bytes_per_page, fit_pages
+from .lobby import Lobby
+from .models.config import load_config
+from .models.registry import build_model
+from .rank_loop import RankLoop, RankSockets
+from .types import RankSpec
+from .weights import load_weights
+
+_LOG = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(spec: RankSpec) -> None:
+    """Runs rank ``spec.rank`` until the controller says Stop. Raises what ends it otherwise; its process reports that."""
+    torch.set_num_threads(spec.threads)
+    with Lobby(spec.lobby, "rank", spec.rank) as lobby:
+        lobby.report("starting")
+        executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
+        sockets = RankSockets(spec)
+        try:
+            hello = executor.hello()
+            lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")
+            reason = RankLoop(spec.rank, executor, sockets).run()
+            lobby.report("stopped", reason)
+        finally:
+            sockets.close()
+            executor.close()
+
+
+def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor:
+    """Loads this rank's weights and takes its memory. Raises ValueError when checkpoint, layout or memory do not fit."""
+    layout = spec.layout
+    if layout.pipeline != 1 or layout.tensor != 1:
+        raise ValueError(f"parallel: pipeline {layout.pipeline}, tensor {layout.tensor}: only 1 works yet")
+    device = torch.device(spec.device)
+    config = load_config(Path(spec.model_path))
+    mesh = Mesh(layout.pipeline, layout.data, layout.tensor)
+    here = mesh.coordinates(spec.rank)
+    placement = contiguous(len(config.moe_layers), config.moe.num_experts, mesh.experts)
+    store = connect_store(spec.store_host, spec.store_port, spec.collective_deadline) if mesh.experts > 1 else None
+    name = f"experts of stage {here.stage}"
+    collectives = Collectives(name, here.expert, mesh.experts, store, spec.collective_deadline, device)
+    dispatcher = _dispatcher(spec.dispatch, placement, collectives, device)
+    dtype, kv_dtype = _dtype("model.dtype", spec.dtype), _dtype("kv_cache.dtype", spec.kv_dtype)
+    model = build_model(config, dispatcher, dtype, device)
+    load_weights(model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress)
+    max_len = min(spec.max_len or config.max_position, config.max_position)
+    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, spec.ranks_per_host)
+    num_pages = fit_pages(bytes_per_page(config, spec.page_size, kv_dtype), spec.page_size, limits, device)
+    pool = KVPool(config, num_pages, spec.page_size, kv_dtype, device)
+    _LOG.info("rank %d: %s, %s, %d pages, experts %s", spec.rank, device, dtype, num_pages, type(dispatcher).__name__)
+    parts = Parts(spec.rank, model, dispatcher, collectives, pool, device)
+    return Executor(parts, spec.max_running, max_len, layout.pipeline)
+
+
+def _dispatcher(kind: str, placement: Placement, collectives: Collectives, device: torch.device) -> Dispatcher:
+    if kind == "all_gather":
+        return AllGatherDispatcher(placement, collectives, device)
+    if kind == "all_to_all" and device.type == "cpu":
+        return AllToAllDispatcher(placement, collectives, device)
+    if kind == "local" and collectives.size == 1:
+        return LocalDispatcher(placement, device)
+    raise ValueError(
+        f"experts.dispatch = {kind}, on {device} with {collectives.size} ranks: allowed are all_gather, "
+        "all_to_all on a CPU (it counts on the host), and local for one rank"
+    )
+
+
+def _dtype(field: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{field} = {name}: allowed are {', '.join(_DTYPES)}")
+    return _DTYPES[name]

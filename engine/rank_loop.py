@@ -1,0 +1,152 @@
+"""A rank's side of the protocol: plans in, results out, against any executor. No torch here, so ranks can be simulated."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from .types import RankHello, RankSpec, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
+from .wire import client_socket, decode_plan, encode
+
+_LOG = logging.getLogger(__name__)
+
+# A controller that neither closes its connection nor answers for this long is gone, as is one that stays away this long.
+HEARTBEAT_SECONDS = 2.0
+ABSENCE_SECONDS = 10.0
+
+_POLL_MILLISECONDS = 500
+
+
+class ControllerLost(RuntimeError):
+    """The controller has gone away and has not come back within the deadline."""
+
+
+class StepFailed(RuntimeError):
+    """A step could not be executed; the message holds the cause."""
+
+
+class StepExecutor(Protocol):
+    """What executes plans: the model on this rank, or a simulation of it. Plans come in the order of their chain."""
+
+    def hello(self) -> RankHello: ...
+
+    def begin_epoch(self, epoch: int) -> None: ...
+
+    def stage(self, staged: int, tokens_i32: bytes) -> None: ...
+
+    def unstage(self, staged: int) -> None: ...
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class RankSockets:
+    """The rank's connections to the controller, and whether they stand.
+
+    ``poll`` raises ControllerLost once a connection has been down for ``absence`` seconds, or was never made for
+    ``patience`` seconds.
+    """
+
+    def __init__(self, spec: RankSpec, absence: float = ABSENCE_SECONDS, patience: float = 60.0) -> None:
+        identity = b"r%d" % spec.rank
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.step = self._connect(spec, spec.step_address, identity)
+        self.bulk = client_socket(self._context, zmq.DEALER, spec.keys, identity)
+        self._monitor = self.bulk.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._open(self.bulk, spec.bulk_address)
+        self._address = spec.bulk_address
+        self._absence = absence
+        self._lost_at = time.monotonic() + patience - absence
+        self._poller = zmq.Poller()
+        for socket in (self.step, self.bulk, self._monitor):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def poll(self) -> tuple[bool, bool, bool]:
+        """Waits up to half a second; whether (a new connection stands, bulk has a message, step has a message)."""
+        ready = dict(self._poller.poll(_POLL_MILLISECONDS))
+        connected = False
+        if self._monitor in ready:
+            connected = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._lost_at = float("inf") if connected else time.monotonic()
+        elif time.monotonic() - self._lost_at > self._absence:
+            raise ControllerLost(f"no connection to the controller at {self._address} for {self._absence:g} s")
+        return connected, self.bulk in ready, self.step in ready
+
+    def close(self) -> None:
+        """Closes everything; the last message has a second to leave."""
+        self.bulk.disable_monitor()
+        self._monitor.close(linger=0)
+        for socket in (self.step, self.bulk):
+            socket.close(linger=1000)
+        self._context.term()
+
+    def _connect(self, spec: RankSpec, address: str, identity: bytes) -> zmq.Socket[bytes]:
+        socket = client_socket(self._context, zmq.DEALER, spec.keys, identity)
+        self._open(socket, address)
+        return socket
+
+    def _open(self, socket: zmq.Socket[bytes], address: str) -> None:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * HEARTBEAT_SECONDS))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ABSENCE_SECONDS))
+        socket.connect(address)
+
+
+class RankLoop:
+    """Executes the chain of plans: duplicates are ignored, gaps refused, and nothing is decided here."""
+
+    def __init__(self, rank: int, executor: StepExecutor, sockets: RankSockets) -> None:
+        self._rank = rank
+        self._executor = executor
+        self._sockets = sockets
+        self._bulk_decoder = msgspec.msgpack.Decoder(ToRankBulk)
+        self._epoch = -1
+        self._last_step = -1
+
+    def run(self) -> str:
+        """Serves until the controller says Stop; returns its reason. Raises ControllerLost or StepFailed."""
+        while True:
+            connected, bulk, step = self._sockets.poll()
+            if connected:
+                self._sockets.bulk.send(encode(self._executor.hello()))
+            if bulk:
+                stop = self._take(self._bulk_decoder.decode(self._sockets.bulk.recv()))
+                if stop is not None:
+                    return stop.reason
+            elif step:  # staged prompts come before the plans that may name them
+                header, section = self._sockets.step.recv_multipart()
+                answer = self.follow(decode_plan(header, section))
+                if answer is not None:
+                    self._sockets.step.send(encode(answer))
+
+    def follow(self, plan: StepPlan) -> StepResult | Refused | None:
+        """The answer to a plan; None for one that was executed before or belongs to an epoch that has passed."""
+        header = plan.header
+        if header.epoch < self._epoch or (header.epoch == self._epoch and header.step <= self._last_step):
+            return None
+        in_chain = header.epoch == self._epoch and header.predecessor == self._last_step
+        if not in_chain and not plan.section.rebase:
+            return Refused(header.group, header.epoch, self._rank, self._last_step, header.step)
+        try:
+            if header.epoch != self._epoch:
+                self._executor.begin_epoch(header.epoch)
+                self._epoch = header.epoch
+            result = self._executor.execute(plan)
+        except Exception as error:
+            raise StepFailed(f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}") from error
+        self._last_step = header.step
+        return result
+
+    def _take(self, message: Stage | Unstage | Stop) -> Stop | None:
+        if isinstance(message, Stage):
+            self._executor.stage(message.staged, message.tokens_i32)
+            self._sockets.bulk.send(encode(Staged(self._rank, message.staged)))
+        elif isinstance(message, Unstage):
+            self._executor.unstage(message.staged)
+        else:
+            _LOG.info("rank %d: stop: %s", self._rank, message.reason or "no reason given")
+            return message
+        return None

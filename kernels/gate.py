@@ -1,0 +1,63 @@
+"""The gate: which experts a token goes to, and with which weights.
+
+Suffixes: T tokens, D hidden, E experts, G groups of experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing rule.
+
+    ``scoring``: softmax over all experts, or an independent sigmoid for each (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    Of ``num_groups`` equal groups only the ``top_groups`` best are eligible, a group being as good as its two best experts
+    together. ``normalise`` divides the chosen weights by their sum; ``scale`` multiplies them.
+    """
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Returns ids_TK int64, best first, and weights_TK float32.
+
+    ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32 takes part in the
+    selection only; the weights come from the plain scores.
+    """
+    logits_TE = F.linear(x_TD.float(), weight_ED)
+    scores_TE = logits_TE.softmax(-1) if routing.scoring == "softmax" else logits_TE.sigmoid()
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if routing.top_groups < routing.num_groups:
+        choice_TE = _mask_groups(choice_TE, routing)
+    weights_TK, ids_TK = choice_TE.topk(routing.top_k, dim=-1)
+    if choice_TE is not scores_TE:
+        weights_TK = scores_TE.gather(-1, ids_TK)
+    if routing.normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
+    return ids_TK, weights_TK if routing.scale == 1.0 else weights_TK * routing.scale
+
+
+def expert_counts(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Tokens per expert, int64 [num_experts]; ids of -1 (padding) are not counted."""
+    return torch.bincount(ids_TK.flatten() + 1, minlength=num_experts + 1)[1:]
+
+
+def _mask_groups(choice_TE: Tensor, routing: Routing) -> Tensor:
+    """Sets the scores of experts outside the best groups to -inf."""
+    choice_TGE = choice_TE.view(len(choice_TE), routing.num_groups, choice_TE.shape[1] // routing.num_groups)
+    groups_TG = choice_TGE.topk(min(2, choice_TGE.shape[-1]), dim=-1).values.sum(-1)
+    best_TG = groups_TG.topk(routing.top_groups, dim=-1).indices
+    closed_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(-1, best_TG, False)
+    return choice_TGE.masked_fill(closed_TG.unsqueeze(-1), float("-inf")).flatten(-2)

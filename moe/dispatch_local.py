@@ -1,0 +1,34 @@
+"""Dispatch within one rank: the readable reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.experts import weighted_sum
+from .dispatch import Handle, Received
+from .placement import Placement
+
+
+class LocalDispatcher:
+    """All experts live here; nothing travels."""
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"
+        self.placement = placement
+        self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
+        self._slots_LE = torch.from_numpy(placement.homes_LE).to(device)
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        rows_M = torch.arange(len(ids_TK), device=ids_TK.device).repeat_interleave(ids_TK.shape[1])
+        return Handle(weights_TK, layer, Received(x_TD, rows_M, self._slots_LE[layer][ids_TK].flatten()))
+
+    def receive(self, handle: Handle) -> Received:
+        assert isinstance(handle.state, Received)
+        return handle.state
+
+    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
+        return weighted_sum(y_MD.view(*handle.weights_TK.shape, y_MD.shape[1]), handle.weights_TK)

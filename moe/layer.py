@@ -1,0 +1,78 @@
+"""A Mixture-of-Experts layer: gate, exchange, experts, shared experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.gate import Routing, gate
+from .config import MoEConfig
+from .dispatch import Dispatcher
+from .experts import Experts
+
+
+class Gate(nn.Module):
+    """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32 whatever the model's dtype."""
+
+    def __init__(self, config: MoEConfig, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden, device=device), requires_grad=False)
+        self.e_score_correction_bias: nn.Parameter | None = None
+        if config.selection_bias:
+            self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
+        self._routing = Routing(
+            top_k=config.top_k,
+            scoring=config.scoring,
+            normalise=config.normalise,
+            scale=config.scale,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+        )
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ids_TK int64 and weights_TK float32."""
+        return gate(x_TD, self.weight, self.e_score_correction_bias, self._routing)
+
+
+class _Weight(nn.Module):
+    """A matrix without bias, so that its parameter is called ``<name>.weight`` as in the checkpoint."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False)
+
+
+class SharedExperts(nn.Module):
+    """The experts every token passes, as one SwiGLU block of ``shared_width``."""
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.gate_proj = _Weight(config.shared_width, config.hidden, dtype, device)
+        self.up_proj = _Weight(config.shared_width, config.hidden, dtype, device)
+        self.down_proj = _Weight(config.hidden, config.shared_width, dtype, device)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        inner_TF = F.silu(F.linear(x_TD, self.gate_proj.weight)) * F.linear(x_TD, self.up_proj.weight)
+        return F.linear(inner_TF, self.down_proj.weight)
+
+
+class MoELayer(nn.Module):
+    """Layer ``layer`` (counted among MoE layers) of a model; its experts are those of the dispatcher's placement."""
+
+    def __init__(self, config: MoEConfig, layer: int, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.gate = Gate(config, device)
+        self.experts = Experts(config, dispatcher.placement.num_slots, dtype, device)
+        self.shared_experts = SharedExperts(config, dtype, device) if config.shared_width else None
+        self._dispatcher = dispatcher
+        self._layer = layer
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD [T, D] -> [T, D]. T may be 0: other ranks wait in the exchange. Shared experts run while tokens travel."""
+        ids_TK, weights_TK = self.gate(x_TD)
+        handle = self._dispatcher.dispatch(x_TD, ids_TK, weights_TK, self._layer)
+        shared_TD = self.shared_experts(x_TD) if self.shared_experts is not None else None
+        y_MD = self.experts(self._dispatcher.receive(handle), self._dispatcher.counts_LS[self._layer])
+        routed_TD = self._dispatcher.combine(y_MD, handle)
+        return routed_TD if shared_TD is None else routed_TD + shared_TD

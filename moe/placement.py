@@ -1,0 +1,68 @@
+"""Where experts live: the map between logical experts and the expert slots of ranks. No torch here.
+
+Suffixes: L MoE layers, W ranks, S slots per rank, E logical experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """experts_LWS int32: the expert in every slot, ``EMPTY`` where there is none; an expert may have several slots.
+
+    Every expert of [0, num_experts) has at least one slot in every layer (AssertionError otherwise).
+    """
+
+    experts_LWS: NDArray[np.int32]
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        for layer in range(self.num_layers):
+            found = np.unique(self.experts_LWS[layer])
+            missing = np.setdiff1d(np.arange(self.num_experts), found)
+            assert not len(missing), f"layer {layer}: experts {missing.tolist()} have no slot"
+            assert found.max(initial=EMPTY) < self.num_experts, f"layer {layer}: expert {found.max()} of {self.num_experts}"
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.experts_LWS.shape[0])
+
+    @property
+    def num_ranks(self) -> int:
+        return int(self.experts_LWS.shape[1])
+
+    @property
+    def num_slots(self) -> int:
+        """Slots per rank, occupied or not."""
+        return int(self.experts_LWS.shape[2])
+
+    @cached_property
+    def homes_LE(self) -> NDArray[np.int64]:
+        """The first place of every expert, as rank x num_slots + slot."""
+        flat = self.experts_LWS.reshape(self.num_layers, -1)
+        homes = np.empty((self.num_layers, self.num_experts), np.int64)
+        for layer, experts in enumerate(flat):
+            places = np.nonzero(experts != EMPTY)[0][::-1]
+            homes[layer, experts[places]] = places
+        return homes
+
+    def experts_of(self, rank: int, layer: int) -> list[int]:
+        """The experts in the slots of ``rank``, ``EMPTY`` for a free slot."""
+        return [int(expert) for expert in self.experts_LWS[layer, rank]]
+
+
+def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Placement:
+    """Expert after expert, spread over the ranks so that their numbers differ by one at most."""
+    num_slots = -(-num_experts // num_ranks)
+    experts_LWS = np.full((num_layers, num_ranks, num_slots), EMPTY, np.int32)
+    for rank, experts in enumerate(np.array_split(np.arange(num_experts), num_ranks)):
+        experts_LWS[:, rank, : len(experts)] = experts
+    return Placement(experts_LWS, num_experts)

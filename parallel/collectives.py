@@ -1,0 +1,138 @@
+"""Collectives of one group of ranks: started asynchronously, awaited with a deadline, rebuilt for every epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
+
+
+class CollectiveError(RuntimeError):
+    """A collective did not complete: a peer is gone, or the deadline passed. Names the collective and the group."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way; ``output`` holds its result once it has been waited for."""
+
+    what: str
+    output: Tensor
+    work: Work | None
+
+
+def connect_store(host: str, port: int, deadline: float) -> TCPStore:
+    """Connects to the store where the ranks meet; it outlives every epoch.
+
+    Raises TimeoutError naming its address after ``deadline`` seconds.
+    """
+    try:
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=deadline))
+    except (RuntimeError, TimeoutError) as error:
+        raise TimeoutError(f"no store at {host}:{port} within {deadline:g} s") from error
+
+
+class Collectives:
+    """The process group of ``size`` ranks in which this one is ``index``; a group of one needs no store and moves nothing.
+
+    ``before_wait`` is called before a wait that would block: the place where another microbatch can take its turn.
+    ``waited`` counts seconds spent in waits; its owner may reset it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        size: int,
+        store: Store | None,
+        deadline: float,
+        device: torch.device,
+        before_wait: Callable[[], None] | None = None,
+    ) -> None:
+        assert store is not None or size == 1, f"{name}: {size} ranks need a store to meet"
+        self.index = index
+        self.size = size
+        self.waited = 0.0
+        self._name = name
+        self._store = store
+        self._deadline = timedelta(seconds=deadline)
+        self._device = device
+        self._before_wait = before_wait
+        self._group: Any = None  # torch's stubs do not show what a backend can do
+
+    def build(self, epoch: int) -> None:
+        """Meets the other ranks under a prefix of this epoch; a group of an earlier epoch is destroyed first."""
+        self.destroy()
+        if self.size == 1:
+            return
+        assert self._store is not None
+        prefix = f"{self._name}/{epoch}"
+        try:
+            self._group = self._new_group(PrefixStore(prefix, self._store))
+        except RuntimeError as error:
+            raise CollectiveError(f"{prefix}: rank {self.index} did not meet its {self.size - 1} peers: {_first_line(error)}") from error
+
+    def destroy(self) -> None:
+        """Drops the process group; collectives under way on it fail. Without a group nothing happens."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
+    def all_to_all(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str) -> Pending:
+        """Sends ``rows`` in ``size`` runs, run r to rank r, and receives one from each, in rank order.
+
+        send and receive are the rows per rank; None where all runs are equally long.
+        """
+        output = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
+        if self._group is None:
+            return Pending(what, output.copy_(rows), None)
+        return Pending(what, output, self._group.alltoall_base(output, rows, receive or [], send or []))
+
+    def all_gather(self, rows: Tensor, what: str) -> Pending:
+        """The rows of all ranks, in rank order; every rank brings equally many."""
+        output = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
+        if self._group is None:
+            return Pending(what, output.copy_(rows), None)
+        return Pending(what, output, self._group._allgather_base(output, rows))
+
+    def reduce_scatter(self, rows: Tensor, what: str) -> Pending:
+        """Sums ``rows`` over all ranks and keeps the run of this one: 1 / size of the rows."""
+        output = rows.new_empty((len(rows) // self.size, *rows.shape[1:]))
+        if self._group is None:
+            return Pending(what, output.copy_(rows), None)
+        return Pending(what, output, self._group._reduce_scatter_base(output, rows))
+
+    def wait(self, pending: Pending) -> Tensor:
+        """The result of a collective. Raises CollectiveError when a peer is gone or the deadline has passed."""
+        if pending.work is None:
+            return pending.output
+        if self._before_wait is not None:
+            self._before_wait()
+        start = time.perf_counter()
+        try:
+            pending.work.wait()
+        except RuntimeError as error:
+            seconds = time.perf_counter() - start
+            detail = f"after {seconds:.1f} s of {self._deadline.total_seconds():g} s: {_first_line(error)}"
+            raise CollectiveError(f"{self._name}: rank {self.index} waited for {pending.what} {detail}") from error
+        self.waited += time.perf_counter() - start
+        return pending.output
+
+    def _new_group(self, store: Store) -> Any:
+        """A group of its own rather than torch's global one, so that two clusters can live in one process."""
+        if self._device.type == "cpu":
+            return ProcessGroupGloo(store, self.index, self.size, self._deadline)
+        from torch._C._distributed_c10d import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = self._deadline
+        return ProcessGroupNCCL(store, self.index, self.size, options)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

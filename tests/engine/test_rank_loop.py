@@ -1,0 +1,153 @@
+"""The rank's side of the protocol over real CURVE sockets, with an executor that only takes notes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lockstep.engine.rank_loop import ControllerLost, RankLoop, RankSockets, StepFailed
+from lockstep.engine.types import Header, RankHello, Refused, Section, Stage, Staged, StepPlan, StepResult, Stop, Unstage
+from support.mock_controller import MockController
+
+
+class NotingExecutor:
+    """Notes what it is asked; fails in step ``fails_at``."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.notes: list[tuple[str, object]] = []
+        self._fails_at = fails_at
+
+    def hello(self) -> RankHello:
+        return RankHello(0, "here", 1, 16, 8, 1024, 2, 4, "cpu")
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.notes.append(("epoch", epoch))
+
+    def stage(self, staged: int, tokens_i32: bytes) -> None:
+        self.notes.append(("stage", staged))
+
+    def unstage(self, staged: int) -> None:
+        self.notes.append(("unstage", staged))
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.header.step == self._fails_at:
+            raise RuntimeError("the pump is broken")
+        self.notes.append(("step", plan.header.step))
+        return StepResult(0, plan.header.epoch, plan.header.step, 0)
+
+    @property
+    def steps(self) -> list[object]:
+        return [value for name, value in self.notes if name == "step"]
+
+
+class Running:
+    """A RankLoop in a thread of its own, and how it ended."""
+
+    def __init__(self, executor: NotingExecutor, sockets: RankSockets) -> None:
+        self._sockets = sockets
+        self._loop = RankLoop(0, executor, sockets)
+        self._ended: list[object] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self, deadline: float = 10.0) -> object:
+        """What ``run`` returned or raised."""
+        self._thread.join(deadline)
+        assert self._ended, f"the loop still runs after {deadline} s"
+        return self._ended[0]
+
+    def _run(self) -> None:
+        try:
+            self._ended.append(self._loop.run())
+        except Exception as error:
+            self._ended.append(error)
+        finally:
+            self._sockets.close()
+
+
+@pytest.fixture
+def controller() -> Iterator[MockController]:
+    controller = MockController()
+    yield controller
+    controller.close()
+
+
+def _plan(step: int, predecessor: int | None = None, epoch: int = 0, rebase: bool = False) -> StepPlan:
+    header = Header(0, epoch, step, step - 1 if predecessor is None else predecessor, 0, 4)
+    return StepPlan(header, Section(rebase=rebase))
+
+
+def test_the_chain_is_followed_and_its_breaks_are_not(controller: MockController) -> None:
+    executor = NotingExecutor()
+    running = Running(executor, RankSockets(controller.spec()))
+    assert controller.receive("bulk") == executor.hello()
+
+    controller.send(_plan(5, -1, rebase=True))
+    controller.send(_plan(6))
+    assert [controller.receive("step").step for _ in range(2)] == [5, 6]
+    controller.send(_plan(6))
+    controller.send(_plan(5, rebase=True))
+    assert controller.silent("step"), "a duplicate was answered"
+    controller.send(_plan(8))
+    assert controller.receive("step") == Refused(0, 0, 0, 6, 8)
+    controller.send(_plan(7))
+    controller.send(_plan(8))
+    assert [controller.receive("step").step for _ in range(2)] == [7, 8]
+
+    controller.send(_plan(11, 10, rebase=True))  # a rebase needs no predecessor
+    controller.send(_plan(12, epoch=1))  # another epoch without rebase
+    assert controller.receive("step").step == 11
+    assert controller.receive("step") == Refused(0, 1, 0, 11, 12)
+    controller.send(_plan(13, -1, epoch=1, rebase=True))
+    assert controller.receive("step").epoch == 1
+    controller.send(_plan(14, epoch=0))
+    assert controller.silent("step"), "a plan of a past epoch was answered"
+
+    controller.send(Stop("enough"))
+    assert running.end() == "enough"
+    assert executor.steps == [5, 6, 7, 8, 11, 13]
+    assert [value for name, value in executor.notes if name == "epoch"] == [0, 1]
+
+
+def test_prompts_are_staged_before_plans_and_acknowledged(controller: MockController) -> None:
+    executor = NotingExecutor()
+    running = Running(executor, RankSockets(controller.spec()))
+    controller.receive("bulk")
+    controller.send(Stage(3, b"\0" * 4_000_000))
+    controller.send(Unstage(4))
+    assert controller.receive("bulk") == Staged(0, 3)
+    controller.send(_plan(0, -1, rebase=True))
+    controller.receive("step")
+    controller.send(Stop())
+    assert running.end() == ""
+    assert executor.notes == [("stage", 3), ("unstage", 4), ("epoch", 0), ("step", 0)]
+
+
+def test_a_failed_step_says_which_and_why(controller: MockController) -> None:
+    running = Running(NotingExecutor(fails_at=1), RankSockets(controller.spec()))
+    controller.receive("bulk")
+    controller.send(_plan(0, -1, rebase=True))
+    controller.receive("step")
+    controller.send(_plan(1))
+    error = running.end()
+    assert isinstance(error, StepFailed) and str(error) == "epoch 0, step 1: RuntimeError: the pump is broken"
+
+
+def test_a_controller_that_is_gone_is_missed(controller: MockController) -> None:
+    running = Running(NotingExecutor(), RankSockets(controller.spec(), absence=1.0))
+    controller.receive("bulk")
+    start = time.monotonic()
+    controller.unbind()
+    error = running.end()
+    assert isinstance(error, ControllerLost) and controller.addresses["bulk"] in str(error)
+    assert 0.9 < time.monotonic() - start < 4.0
+
+
+def test_a_controller_that_never_answers_is_missed() -> None:
+    nobody = MockController()
+    spec = nobody.spec()
+    nobody.close()
+    assert isinstance(Running(NotingExecutor(), RankSockets(spec, absence=0.2, patience=1.0)).end(), ControllerLost)

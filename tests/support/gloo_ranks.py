@@ -1,0 +1,65 @@
+"""Runs a function on several processes that meet through a store, as the ranks of a cluster do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+from lockstep.parallel.collectives import Collectives, connect_store
+
+Target = Callable[..., Any]
+
+
+def run_ranks(target: Target, world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """``target(collectives, *args)`` on ``world`` fresh processes; their results by rank.
+
+    Fails with the child's traceback when one raises, and names the ranks that are silent when ``timeout`` passes.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    ends = [context.Pipe(duplex=False) for _ in range(world)]
+    children = [
+        context.Process(target=_child, args=(target, rank, world, store.port, ends[rank][1], args), daemon=True) for rank in range(world)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for child, (_, writer) in zip(children, ends, strict=True):
+            child.start()
+            writer.close()
+        answers = [_answer(reader, deadline) for reader, _ in ends]
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+    errors = "\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error is not None)
+    assert not errors, errors
+    return [result for _, result in answers]
+
+
+def _answer(reader: Connection, deadline: float) -> tuple[str | None, Any]:
+    if not reader.poll(max(0.0, deadline - time.monotonic())):
+        return "still silent at the deadline", None
+    try:
+        error, result = pickle.loads(reader.recv_bytes())
+    except EOFError:
+        return "died without a word", None
+    return error, result
+
+
+def _child(target: Target, rank: int, world: int, port: int, writer: Connection, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        store = connect_store("127.0.0.1", port, 20.0) if world > 1 else None
+        collectives = Collectives("test", rank, world, store, 20.0, torch.device("cpu"))
+        collectives.build(0)
+        writer.send_bytes(pickle.dumps((None, target(collectives, *args))))  # by value: shared tensors die with the child
+    except BaseException:
+        writer.send_bytes(pickle.dumps((traceback.format_exc(), None)))

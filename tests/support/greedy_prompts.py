@@ -1,0 +1,110 @@
+"""Prompts with their greedy continuation and its margins, for comparing layouts: ``greedy_prompts.json``.
+
+``python -m support.greedy_prompts`` (in tests/) writes the file anew with transformers as the reference. It keeps prompts whose
+reference run has, at every position computed, router margins above ``MIN_MARGIN`` and, at every sampled one, a top-2 margin above it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
+
+FILE = Path(__file__).with_name("greedy_prompts.json")
+MIN_MARGIN = 1e-5
+NUM_PROMPTS, NUM_NEW = 16, 64
+FAMILIES = {"qwen3_moe": qwen3_moe_config(), "deepseek_v3": deepseek_v3_config()}
+
+
+@dataclass(frozen=True)
+class GreedyPrompt:
+    """``top2_margin``: least difference of the two best logits where a token was chosen. ``router_margin``: least difference, over
+    all tokens and layers, between a chosen score and one not chosen (experts and groups)."""
+
+    prompt: list[int]
+    tokens: list[int]
+    top2_margin: float
+    router_margin: float
+
+
+def load_prompts(family: str) -> list[GreedyPrompt]:
+    return [GreedyPrompt(**entry) for entry in json.loads(FILE.read_text())[family]]
+
+
+def write_family(path: Path, family: str) -> Path:
+    return write_checkpoint(path, FAMILIES[family], seed=11)
+
+
+class Reference:
+    """transformers' model of a checkpoint, with the margins of what it decides."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._config = config
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        self._inputs: list[tuple[Any, Tensor]] = []
+        for module in self._model.modules():
+            if type(module).__name__ in ("Qwen3MoeTopKRouter", "DeepseekV3TopkRouter"):
+                module.register_forward_hook(lambda module, inputs, output: self._inputs.append((module, inputs[0])))
+
+    @torch.inference_mode()
+    def judge(self, prompt: list[int], tokens: list[int]) -> tuple[list[int], float, float]:
+        """(best token at each position of ``tokens``, least top-2 margin there, least router margin) with all of them as input."""
+        self._inputs.clear()
+        logits = self._model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        top = logits.topk(2).values
+        assert self._inputs, "no router was seen"
+        routers = min(self._router_margin(module, x.view(-1, x.shape[-1])) for module, x in self._inputs)
+        return logits.argmax(-1).tolist(), float((top[:, 0] - top[:, 1]).min()), routers
+
+    @torch.inference_mode()
+    def continue_greedily(self, prompt: list[int], num_new: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(num_new):
+            tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(prompt) :]
+
+    def _router_margin(self, module: Any, x_TD: Tensor) -> float:
+        scores_TE = x_TD @ module.weight.T
+        if "n_group" not in self._config:
+            return _gap(scores_TE.softmax(-1), self._config["num_experts_per_tok"])
+        scores_TE = scores_TE.sigmoid() + module.e_score_correction_bias
+        scores_TGE = scores_TE.unflatten(-1, (self._config["n_group"], -1))
+        groups_TG = scores_TGE.topk(2).values.sum(-1)
+        best = groups_TG.topk(self._config["topk_group"]).indices
+        closed = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(-1, best, False)
+        inside = scores_TGE.masked_fill(closed[..., None], -1.0).flatten(1)
+        return min(_gap(groups_TG, self._config["topk_group"]), _gap(inside, self._config["num_experts_per_tok"]))
+
+
+def _gap(scores: Tensor, chosen: int) -> float:
+    """Least difference between the last score chosen and the first not chosen."""
+    top = scores.topk(chosen + 1).values
+    return float((top[:, chosen - 1] - top[:, chosen]).min())
+
+
+def _collect(family: str) -> list[GreedyPrompt]:
+    generator = torch.Generator().manual_seed(23)
+    found: list[GreedyPrompt] = []
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Reference(write_family(Path(folder) / "model", family), FAMILIES[family])
+        while len(found) < NUM_PROMPTS:
+            length = int(torch.randint(1, 80, (1,), generator=generator))
+            prompt = torch.randint(2, 320, (length,), generator=generator).tolist()
+            tokens = reference.continue_greedily(prompt, NUM_NEW)
+            best, top2, router = reference.judge(prompt, tokens)
+            if best == tokens and min(top2, router) > MIN_MARGIN:
+                found.append(GreedyPrompt(prompt, tokens, top2, router))
+    return found
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({family: [asdict(prompt) for prompt in _collect(family)] for family in FAMILIES}) + "\n")

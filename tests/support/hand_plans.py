@@ -1,0 +1,169 @@
+"""An executor over a checkpoint, driven by plans made by hand: what a planner would send, but in every order it may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lockstep.engine.executor import Executor, Parts
+from lockstep.engine.kv_pool import KVPool
+from lockstep.engine.models.config import load_config
+from lockstep.engine.models.registry import build_model
+from lockstep.engine.types import EMPTY_SECTION, Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
+from lockstep.engine.weights import load_weights
+from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
+from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
+from lockstep.moe.dispatch_local import LocalDispatcher
+from lockstep.moe.placement import contiguous
+from lockstep.parallel.collectives import Collectives
+
+GREEDY = Sampling(temperature=0.0)
+PAGE_SIZE = 8
+NUM_SLOTS = 20
+NUM_PAGES = 256
+
+
+def build_executor(path: Path, collectives: Collectives | None = None, dispatch: str = "local", max_len: int = 256) -> Executor:
+    """An executor in float32 over the checkpoint ``path``; alone without ``collectives``."""
+    device = torch.device("cpu")
+    collectives = collectives or Collectives("alone", 0, 1, None, 1.0, device)
+    config = load_config(path)
+    placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
+    if dispatch == "local":
+        dispatcher = LocalDispatcher(placement, device)
+    else:
+        dispatcher = (AllGatherDispatcher if dispatch == "all_gather" else AllToAllDispatcher)(placement, collectives, device)
+    model = build_model(config, dispatcher, torch.float32, device)
+    load_weights(model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None)
+    pool = KVPool(config, NUM_PAGES, PAGE_SIZE, torch.float32, device)
+    return Executor(Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1)
+
+
+@dataclass
+class Request:
+    """A request and when it does what: admitted in step ``start``, prefilled in chunks, held in the steps ``held``."""
+
+    prompt: list[int]
+    num_new: int
+    sampling: Sampling = GREEDY
+    start: int = 0
+    chunk: int = 10_000
+    held: frozenset[int] = frozenset()
+    slot: int = -1
+    length: int = 0
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    is_held: bool = False
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) >= self.num_new
+
+
+class Driver:
+    """Plans the steps of one rank. Slots and pages are handed out in a scrambled order; results are in ``results``."""
+
+    def __init__(self, executor: Executor, requests: Sequence[Request], capacity: int = 512, seed: int = 0) -> None:
+        self.executor = executor
+        self.requests = list(requests)
+        self.results: list[StepResult] = []
+        self.plans: list[StepPlan] = []
+        self._capacity = capacity
+        self._slots = np.random.default_rng(seed).permutation(NUM_SLOTS).tolist()
+        self._pages = np.random.default_rng(seed).permutation(NUM_PAGES).tolist()
+        self._free: list[int] = []
+
+    def run(self, num_steps: int | None = None) -> list[list[int]]:
+        """Steps until all requests are done, or ``num_steps`` times; the tokens of every request."""
+        step = 0
+        while step < num_steps if num_steps is not None else not all(request.done for request in self.requests):
+            self.step(step)
+            step += 1
+            assert step < 2000, "requests never finish"
+        assert all(request.done for request in self.requests)
+        return [request.tokens for request in self.requests]
+
+    def step(self, step: int) -> StepResult:
+        """One step: everything that is due joins it."""
+        section, sampling = self._section(step)
+        header = Header(0, 0, step, step - 1, Mode.MIXED, self._capacity, checksum=True, counts=True)
+        plan = StepPlan(header, section)
+        result = self.executor.execute(plan)
+        tokens = np.frombuffer(result.tokens_i32, np.int32).tolist()
+        assert len(tokens) == len(sampling), f"step {step}: {len(tokens)} tokens for {len(sampling)} rows"
+        for request, token in zip(sampling, tokens, strict=True):
+            request.tokens.append(token)
+            if request.done:
+                self._free.append(request.slot)
+                self._slots.insert(0, request.slot)
+                self._pages = request.pages + self._pages
+                request.slot = -1
+        self.plans.append(plan)
+        self.results.append(result)
+        return result
+
+    def _section(self, step: int) -> tuple[Section, list[Request]]:
+        free, self._free = self._free, []
+        hold, resume = self._holds(step)
+        admit = [self._admit(request) for request in self.requests if request.slot < 0 and not request.done and step >= request.start]
+        running = sorted((request for request in self.requests if request.slot >= 0 and not request.is_held), key=lambda r: r.slot)
+        decoding = [request for request in running if request.length >= len(request.prompt)]
+        pages, extend = [], []
+        sampling = list(decoding)
+        for request in decoding:
+            pages += self._grow(request, 1)
+        for request in running:
+            if request.length < len(request.prompt) and request not in decoding:
+                count = min(request.chunk, len(request.prompt) - request.length)
+                pages += self._grow(request, count)
+                extend.append((request.slot, count))
+                if request.length == len(request.prompt):
+                    sampling.append(request)
+        if not (free or hold or resume or admit or pages or extend):
+            return EMPTY_SECTION, sampling
+        section = Section(
+            free_i32=_i32(free),
+            hold_i32=_i32(hold),
+            resume_i32=_i32(resume),
+            admit=tuple(admit),
+            pages_pairs=_i32(pages),
+            extend_pairs=_i32(extend),
+        )
+        return section, sampling
+
+    def _holds(self, step: int) -> tuple[list[int], list[int]]:
+        hold, resume = [], []
+        for request in self.requests:
+            if request.slot >= 0 and request.is_held != (step in request.held):
+                request.is_held = not request.is_held
+                (hold if request.is_held else resume).append(request.slot)
+        return hold, resume
+
+    def _admit(self, request: Request) -> Admit:
+        staged = self.requests.index(request)
+        self.executor.stage(staged, _i32(request.prompt))
+        request.slot = self._slots.pop()
+        first = [page for _, page in self._take(request, min(request.chunk, len(request.prompt)))]
+        limit = len(request.prompt) + request.num_new
+        return Admit(request.slot, staged, 0, 0, limit, _i32(first), request.sampling)
+
+    def _grow(self, request: Request, count: int) -> list[tuple[int, int]]:
+        """Pages (slot, page) that ``count`` more tokens need; the request's length moves on."""
+        pairs = self._take(request, count)
+        request.length += count
+        return pairs
+
+    def _take(self, request: Request, count: int) -> list[tuple[int, int]]:
+        pairs = []
+        while len(request.pages) * PAGE_SIZE < request.length + count:
+            request.pages.append(self._pages.pop())
+            pairs.append((request.slot, request.pages[-1]))
+        return pairs
+
+
+def _i32(values: Sequence[int] | Sequence[tuple[int, int]]) -> bytes:
+    return np.asarray(values, np.int32).tobytes()

@@ -1,0 +1,77 @@
+"""The controller's end of a rank's sockets, spoken by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import zmq
+
+from lockstep.engine.types import FromRankBulk, FromRankStep, Keys, Layout, RankSpec, StepPlan
+from lockstep.engine.wire import authenticate, encode, new_keypair, server_socket
+
+
+class MockController:
+    """Two ROUTER sockets with CURVE on free ports of the loopback. Receiving fails after ``deadline`` seconds."""
+
+    def __init__(self, deadline: float = 30.0) -> None:
+        self._deadline = deadline
+        self._server, self._client = new_keypair(), new_keypair()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = authenticate(self._context, (self._client[0],))
+        self.sockets = {name: server_socket(self._context, zmq.ROUTER, *self._server) for name in ("step", "bulk")}
+        self.addresses = {name: f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}" for name, socket in self.sockets.items()}
+        self._decoders = {"step": msgspec.msgpack.Decoder(FromRankStep), "bulk": msgspec.msgpack.Decoder(FromRankBulk)}
+
+    def spec(self, **changes: Any) -> RankSpec:
+        """What a rank of a world of one is told."""
+        spec = RankSpec(
+            rank=0,
+            layout=Layout(),
+            keys=Keys(server_public=self._server[0], public=self._client[0], secret=self._client[1]),
+            step_address=self.addresses["step"],
+            bulk_address=self.addresses["bulk"],
+            store_host="127.0.0.1",
+            store_port=0,
+            model_path="",
+            dtype="fp32",
+            kv_dtype="fp32",
+            page_size=8,
+            kv_memory=None,
+            ranks_per_host=1,
+            max_running=4,
+            max_batch_tokens=64,
+            max_len=128,
+            dispatch="local",
+            device="cpu",
+            threads=1,
+        )
+        return msgspec.structs.replace(spec, **changes)
+
+    def receive(self, name: str) -> Any:
+        """The next message on ``step`` or ``bulk``."""
+        socket = self.sockets[name]
+        assert socket.poll(int(1000 * self._deadline)), f"nothing on {name} within {self._deadline} s"
+        _, frame = socket.recv_multipart()
+        return self._decoders[name].decode(frame)
+
+    def silent(self, name: str, seconds: float = 0.3) -> bool:
+        return not self.sockets[name].poll(int(1000 * seconds))
+
+    def send(self, message: Any, rank: int = 0) -> None:
+        """A plan on the step socket, anything else on bulk."""
+        identity = b"r%d" % rank
+        if isinstance(message, StepPlan):
+            self.sockets["step"].send_multipart([identity, encode(message.header), encode(message.section)])
+        else:
+            self.sockets["bulk"].send_multipart([identity, encode(message)])
+
+    def unbind(self) -> None:
+        """Goes away, as a controller that dies: connections end and no new ones are taken."""
+        for socket in self.sockets.values():
+            socket.close(linger=0)
+
+    def close(self) -> None:
+        self.unbind()
+        self._authenticator.stop()
+        self._context.term()
