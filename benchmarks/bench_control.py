@@ -31,22 +31,8 @@ from lockstep.engine.kv.hashing import hash_root
 from lockstep.engine.planner import Planner
 from lockstep.engine.simulated import SimulatedRank
 from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
-from lockstep.engine.types import (
-    ControllerSpec,
-    FrontendHello,
-    Heartbeat,
-    Keys,
-    Layout,
-    Sampling,
-    SchedulerSpec,
-    Stage,
-    Staged,
-    StepPlan,
-    Stop,
-    Submit,
-    ToFrontend,
-    TokenBatch,
-)
+from lockstep.engine.specs import ControllerSpec, Keys, Layout, SchedulerSpec
+from lockstep.engine.types import FrontendHello, Heartbeat, Sampling, Stage, Staged, StepPlan, Stop, Submit, ToFrontend, TokenBatch
 from lockstep.engine.wire import client_socket, encode, new_keypair
 
 PROMPT, OUTPUT, PAGE, MAX_LEN = 4096, 500, 64, 8192
@@ -233,12 +219,13 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
     per_row = float(np.median(seconds[quiet] / rows[quiet]))
     busy = ~quiet
     per_admission = float(np.median((seconds[busy] - per_row * rows[busy]) / admissions[busy]))
-    return {"rows": float(rows.mean()), "admissions": float(admissions.mean()), "us_per_row": 1e6 * per_row, "us_per_admission": 1e6 * per_admission}
+    return {"rows": float(rows.mean()), "us_per_row": 1e6 * per_row, "us_per_admission": 1e6 * per_admission}
 
 
 def write_rows(rows: list[dict[str, object]]) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    common = {"hardware": f"{os.cpu_count()} cores, {cpu_name()}", "versions": f"python {platform.python_version()}, pyzmq {zmq.__version__}", "commit": commit}
+    versions = f"python {platform.python_version()}, pyzmq {zmq.__version__}"
+    common = {"hardware": f"{os.cpu_count()} cores, {cpu_name()}", "versions": versions, "commit": commit}
     fields = ["what", "shape", "p20", "p50", "p80", "p99", "unit", "limit", *common]
     new = not ROWS.exists()
     with ROWS.open("a", newline="") as file:
@@ -268,11 +255,14 @@ def main() -> None:
         goal = 2.0 * num_ranks / 72
         found = run_control(num_ranks, arguments.seconds, arguments.step * num_ranks / 72)
         running = num_ranks * RUNNING_PER_RANK
+        (_, own, _, own_99), (_, seen, _, seen_99) = found["own"], found["seen"]
         print(
-            f"{num_ranks} ranks, {running} running: first result read to next plan handed to the sockets {found['own'][1]:.2f} ms p50, "
-            f"{found['own'][3]:.2f} p99; first result sent by a rank to plan received by all {found['seen'][1]:.2f} p50, {found['seen'][3]:.2f} p99 "
-            f"(goal {goal:.0f} and {2 * goal:.0f}); {found['steps']} steps, {found['admissions']} requests, {found['tokens']} tokens, largest plan "
-            f"{found['largest']} bytes, controller {found['busy']:.0%} of a core, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+            f"{num_ranks} ranks, {running} running, {found['steps']} steps, {found['admissions']} requests, {found['tokens']} tokens\n"
+            f"  goal: {goal:.0f} ms p50, {2 * goal:.0f} ms p99\n"
+            f"  first result read to next plan handed to the sockets: {own:.2f} p50, {own_99:.2f} p99\n"
+            f"  first result sent by a rank to next plan received by all: {seen:.2f} p50, {seen_99:.2f} p99\n"
+            f"  largest plan {found['largest']} bytes, controller {found['busy']:.0%} of a core, "
+            f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
         )
         shape = f"{num_ranks} ranks, {running} running"
         for what, key in (("first result read to next plan sent", "own"), ("first result sent to next plan received by all", "seen")):

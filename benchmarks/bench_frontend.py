@@ -39,7 +39,8 @@ import uvicorn  # noqa: E402
 import uvloop  # noqa: E402
 
 from lockstep.engine.frontend import server  # noqa: E402
-from lockstep.engine.types import FrontendSpec, Submit  # noqa: E402
+from lockstep.engine.specs import FrontendSpec  # noqa: E402
+from lockstep.engine.types import Submit  # noqa: E402
 from support.running_frontend import MODEL, free_port  # noqa: E402
 from support.scripted_controller import STATE, ScriptedController  # noqa: E402
 from support.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer, write_model  # noqa: E402

@@ -6,7 +6,8 @@ import numpy as np
 
 from ..moe.placement import EMPTY, contiguous
 from .planner import Planner
-from .types import ClusterState, Layout, RankHello, RankState, StepResult
+from .specs import Layout
+from .types import ClusterState, RankHello, RankState, StepResult
 
 
 class Recent:
@@ -53,6 +54,16 @@ class Census:
 
     def lost(self, rank: int) -> None:
         self._lost.add(rank)
+
+    def back(self, hello: RankHello) -> None:
+        """Another process has taken a lost rank's place."""
+        self._hellos[hello.rank] = hello
+        self._lost.discard(hello.rank)
+
+    @property
+    def missing(self) -> set[int]:
+        """Ranks that are lost and not yet replaced."""
+        return self._lost
 
     def observe(self, results: list[StepResult]) -> None:
         """Takes timings and expert counts out of results."""

@@ -20,10 +20,10 @@ from .lobby import Lobby
 from .pacing import Pacer
 from .planner import Planner
 from .recorder import Recorder, Settings
+from .specs import ControllerSpec
 from .transport import Transport
 from .types import (
     Abort,
-    ControllerSpec,
     Drain,
     FromFrontend,
     FrontendHello,
@@ -57,6 +57,7 @@ class Controller:
         self._leases: dict[bytes, tuple[float, float]] = {}
         self._stopping = False
         self._drain_deadline: float | None = None
+        self._recovery_deadline: float | None = None
         self._planner: Planner | None = None
         self._recorder: Recorder | None = None
         self._pacer = Pacer(enabled=spec.scheduler.pacing)
@@ -119,7 +120,8 @@ class Controller:
         self._census.open(hellos, settings.max_len)
         if self._spec.recording:
             self._recorder = Recorder(Path(self._spec.recording), settings)
-        self._lobby.report("ready", f"{world} ranks, {sum(settings.num_pages)} pages of {settings.page_size} tokens, context {settings.max_len}")
+        pages = f"{sum(settings.num_pages)} pages of {settings.page_size} tokens"
+        self._lobby.report("ready", f"{world} ranks, {pages}, context {settings.max_len}")
 
     def _settings(self, hellos: dict[int, RankHello]) -> Settings:
         """Pool sizes and the longest context; raises ValueError when the configured context does not fit."""
@@ -131,11 +133,13 @@ class Controller:
         wanted = self._spec.max_len
         if wanted is not None and wanted > fits:
             raise ValueError(
-                f"model.max_len is {wanted}, but the KV cache of a rank holds {fits} tokens: lower model.max_len to {fits} or raise kv_cache.memory"
+                f"model.max_len is {wanted}, but the KV cache of a rank holds {fits} tokens: "
+                f"lower model.max_len to {fits} or raise kv_cache.memory"
             )
         max_len = wanted if wanted is not None else min(self._spec.model_max_len, fits)
         if max_len < self._spec.model_max_len:
-            log.info("the context is limited to %d tokens of the model's %d by the KV cache (%d tokens a rank)", max_len, self._spec.model_max_len, fits)
+            known = self._spec.model_max_len
+            log.info("the context is limited to %d tokens of the model's %d by the KV cache (%d tokens a rank)", max_len, known, fits)
         return Settings(layout, self._spec.scheduler, num_pages, page_size, max_len)
 
     # ----------------------------------------------------------------- the loop
@@ -153,9 +157,12 @@ class Controller:
             self._listen_to_ranks(planner)
             now = time.monotonic()
             self._listen_to_frontends(now)
-            if planner.wants_plan and self._pacer.due(now):
-                self._plan(planner, members, turn)
-            self._follow_up(planner)
+            if self._census.missing:
+                self._send_output(planner)
+            else:
+                if planner.wants_plan and self._pacer.due(now):
+                    self._plan(planner, members, turn)
+                self._follow_up(planner)
             if now >= self._next_housekeeping:
                 self._next_housekeeping = now + _HOUSEKEEPING
                 self._keep_house(planner, now)
@@ -174,6 +181,8 @@ class Controller:
                 self._record("staged", bulk)
                 planner.staged(bulk)
                 self._pacer.work_arrived()
+            elif bulk.rank in self._census.missing:
+                self._replaced(planner, bulk)
 
     def _book(self, planner: Planner, results: list[StepResult]) -> None:
         before = planner.group.newest_result
@@ -208,6 +217,9 @@ class Controller:
         planner.tidy()
         for rank, message in planner.take_staging():
             self._transport.send_bulk(rank, message)
+        self._send_output(planner)
+
+    def _send_output(self, planner: Planner) -> None:
         for frontend, output in planner.take_output():
             self._transport.send_frontend(self._frontends[frontend], output)
 
@@ -237,7 +249,7 @@ class Controller:
             if self._planner is not None:
                 self._record("abort", frontend, message)
                 self._planner.abort(frontend, message)
-        elif self._planner is None or self._census.phase != "serving":
+        elif self._planner is None or self._census.phase not in ("serving", "recovering"):
             reason = self._census.reason or f"the cluster is {self._census.phase}"
             self._transport.send_frontend(name, Rejected(message.handle, 503, reason, retry_after=5.0))
         else:
@@ -257,10 +269,45 @@ class Controller:
         elif isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, RankLost):
-            reason = f"rank {message.rank} is lost: {message.reason}"
-            if self._planner is not None:
-                self._fail(self._planner, reason)
-            self._census.lost(message.rank)
+            self._lost(message)
+
+    # ----------------------------------------------------------------- lost ranks
+
+    def _lost(self, message: RankLost) -> None:
+        """A rank is gone. Its requests wait, with all their tokens, until the launcher has put another in its place."""
+        planner = self._planner
+        self._census.lost(message.rank)
+        reason = f"rank {message.rank} is lost: {message.reason}"
+        if planner is None or self._census.phase not in ("serving", "recovering", "draining"):
+            self._census.reason = reason
+            return
+        log.error("%s; waiting for its replacement", reason)
+        data = planner.group.data_of_rank(message.rank)
+        self._record("begin_epoch", [], [data])
+        planner.begin_epoch(emptied=[data])
+        if self._census.phase == "serving":
+            self._census.phase = "recovering"
+        self._census.reason = reason
+        self._recovery_deadline = time.monotonic() + self._spec.rank_deadline
+        self._next_housekeeping = 0.0
+
+    def _replaced(self, planner: Planner, hello: RankHello) -> None:
+        """A rank has said hello in the place of a lost one; when the last has, the group goes on."""
+        pages = int(planner.group.kv.num_pages[planner.group.data_of_rank(hello.rank)])
+        if hello.num_pages < pages:
+            self._fail(planner, f"rank {hello.rank} came back with {hello.num_pages} pages, it had {pages}: set kv_cache.memory")
+            return
+        self._census.back(hello)
+        if self._census.missing:
+            return
+        log.info("all ranks are back; epoch %d begins", planner.group.epoch)
+        if self._census.phase == "recovering":
+            self._census.phase = "serving"
+        self._census.reason = ""
+        self._recovery_deadline = None
+        self._next_housekeeping = 0.0
+        self._pacer.all_answered(time.monotonic())
+        self._pacer.work_arrived()
 
     # ----------------------------------------------------------------- housekeeping
 
@@ -286,8 +333,13 @@ class Controller:
             self._recorder.flush()
 
     def _watch(self, planner: Planner, now: float) -> None:
-        """Names a rank that has not answered a step within its deadline."""
+        """Names a rank that has not answered a step, or that was not replaced, within its deadline."""
         group = planner.group
+        if self._census.missing:
+            if self._recovery_deadline is not None and now > self._recovery_deadline:
+                missing = sorted(self._census.missing)
+                self._fail(planner, f"{self._census.reason}; no replacement for ranks {missing} within {self._spec.rank_deadline:.0f} s")
+            return
         behind = np.flatnonzero(group.acknowledged < group.next_step - 1)
         if not len(behind) or self._census.phase == "failed":
             self._pacer.all_answered(now)
@@ -306,6 +358,7 @@ class Controller:
         self._census.phase, self._census.reason = "failed", reason
         self._next_housekeeping = 0.0
         planner.fail_all()
+        self._send_output(planner)
         self._lobby.report("failed", reason)
 
     def _record(self, name: str, *arguments: object) -> None:

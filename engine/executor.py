@@ -18,9 +18,10 @@ from torch import Tensor
 from ..kernels.paged import build_batch
 from ..kernels.sampling import Purpose, edit_logits, logprobs, sample, uniform
 from ..moe.dispatch import Dispatcher
-from ..parallel.collectives import Collectives
+from ..parallel.collectives import CollectiveError, Collectives
 from .kv_pool import KVPool
 from .models.decoder import Model
+from .rank_loop import StepAbandoned
 from .slot_settings import SlotSettings
 from .slots import Int32, Int64, Rows, SlotTable
 from .types import Admit, Header, RankHello, RowLogprobs, Section, StepPlan, StepResult
@@ -77,8 +78,10 @@ class Executor:
         )
 
     def begin_epoch(self, epoch: int) -> None:
-        """Meets the other ranks of the group. Raises CollectiveError when they do not come."""
-        self._parts.collectives.build(epoch)
+        try:
+            self._parts.collectives.build(epoch)
+        except CollectiveError as error:
+            raise StepAbandoned(str(error)) from error
 
     def stage(self, staged: int, tokens_i32: bytes) -> None:
         self._staged[staged] = np.frombuffer(tokens_i32, np.int32)
@@ -89,9 +92,19 @@ class Executor:
     def close(self) -> None:
         self._parts.collectives.destroy()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Applies a plan and computes its step; also without rows, because other ranks wait in the exchange of every layer."""
+        """Applies a plan and computes its step; also without rows, because other ranks wait in the exchange of every layer.
+
+        After StepAbandoned the state is that of no step; the rebase that opens the next epoch sets it.
+        """
+        try:
+            return self._execute(plan)
+        except CollectiveError as error:
+            self._parts.collectives.destroy()
+            raise StepAbandoned(str(error)) from error
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> StepResult:
         start, waited = time.perf_counter(), self._parts.collectives.waited
         header, section = plan.header, plan.section
         self._apply(header, section)
@@ -122,6 +135,8 @@ class Executor:
     def _apply(self, header: Header, section: Section) -> None:
         assert not (header.moves or header.commits or section.copies), "no expert moves and page copies yet"
         assert header.microbatches == 1, f"{header.microbatches} microbatches: no overlap yet"
+        if section.rebase:
+            self._staged = {staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from}
         lengths = {admit.staged: len(self._staged[admit.staged]) for admit in section.admit} if section.admit else {}
         for admit in self._table.apply(section, lengths):
             self._admit(admit)

@@ -13,8 +13,9 @@ from .kv.manager import KVManager
 from .requests import Request, State, WaitingQueue
 from .rows import RowTable
 from .slots import Int64
+from .specs import Layout, SchedulerSpec
 from .token_log import TokenLog
-from .types import Layout, SchedulerSpec, Stage, Unstage
+from .types import Stage, Unstage
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Group:
         self.flights: dict[int, Flight] = {}
         self.alive = np.ones(layout.data, np.bool_)
         self.rebasing = np.ones(layout.data, np.bool_)
+        self.staged_from = [0] * layout.data
         self.restarting = True
 
         self.prefilling: list[list[int]] = [[] for _ in range(layout.data)]

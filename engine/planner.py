@@ -15,21 +15,9 @@ from .group import Group
 from .ledger import Ledger
 from .outbox import Outbox
 from .requests import Request, State
+from .specs import Layout, SchedulerSpec
 from .step_builder import Plan, StepBuilder
-from .types import (
-    Abort,
-    Finish,
-    Layout,
-    Message,
-    Refused,
-    Rejected,
-    SchedulerSpec,
-    Stage,
-    Staged,
-    StepResult,
-    Submit,
-    Unstage,
-)
+from .types import Abort, Finish, Message, Refused, Rejected, Stage, Staged, StepResult, Submit, Unstage
 
 
 class Planner:
@@ -106,7 +94,7 @@ class Planner:
     def refused(self, message: Refused) -> None:
         """A rank has lost the chain: the group starts a new epoch from what is acknowledged."""
         if message.epoch == self.group.epoch:
-            self.begin_epoch([])
+            self.begin_epoch()
 
     def resync(self, data: int) -> None:
         """Sets a data index back to what it has acknowledged: its next section clears it, its requests are admitted anew.
@@ -114,13 +102,16 @@ class Planner:
         Their tokens are kept, and so are their pages as far as they are hashed, so that a replay computes little.
         """
         group, rows = self.group, self.group.rows
-        acknowledged = int(group.acknowledged[group.members(data)].min())
+        members = group.members(data)
+        acknowledged = int(group.acknowledged[members].min())
         group.rebasing[data] = True
+        group.staged_from[data] = group.next_staged
+        group.acknowledged[members] = group.next_step - 1
         group.freeing.pop(data, None)
         group.drained = [row for row in group.drained if rows.data(row) != data]
         group.draining = [row for row in group.draining if rows.data(row) != data]
         group.prefilling[data].clear()
-        group.kv.forget_unwritten(data, acknowledged)
+        self._forget(data, acknowledged)
         mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
         rows.on_rank[mine.start : mine.stop] = False
         for row in mine:
@@ -134,17 +125,30 @@ class Planner:
             group.newest_result = group.next_step - 1
         self._ledger.settle()
 
-    def begin_epoch(self, lost: Sequence[int]) -> None:
-        """Starts a new epoch without the data indices ``lost``: plans in flight are void, every survivor is rebased."""
+    def begin_epoch(self, *, gone: Sequence[int] = (), emptied: Sequence[int] = ()) -> None:
+        """Starts a new epoch: plans in flight are void, every data index is rebased.
+
+        Data indices ``gone`` leave for good; those ``emptied`` have a new rank among their members, which holds no page.
+        """
         group = self.group
         group.epoch += 1
         for data in range(group.num_data):
             if group.alive[data]:
                 self.resync(data)
         group.restarting = True
-        for data in lost:
-            group.alive[data] = False
-            group.kv.forget_unwritten(data, -1)
+        group.alive[list(gone)] = False
+        for data in (*gone, *emptied):
+            self._forget(data, -1)
+
+    def _forget(self, data: int, last_step: int) -> None:
+        """Blocks of ``data`` planned after ``last_step`` may not have been written: nobody may find them, no rank be told of them."""
+        group = self.group
+        group.kv.forget_unwritten(data, last_step)
+        kept = []
+        for owners, keys, pages in group.publishing:
+            still = (owners != data) | (group.kv.index.find(owners, keys) == pages)
+            kept.append((owners[still], keys[still], pages[still]))
+        group.publishing = kept
 
     # ----------------------------------------------------------------- steps
 
@@ -193,11 +197,9 @@ class Planner:
         group.kv.check()
         for row, request in enumerate(rows.requests):
             assert (request is None) == (rows.state[row] == State.FREE), f"row {row}: state {rows.state[row]}, request {request}"
-        used = [
-            np.unique(np.concatenate([rows.pages[row, : rows.num_pages[row]] for row in range(d * rows.num_slots, (d + 1) * rows.num_slots)]))
-            for d in range(group.num_data)
-        ]
-        for data, pages in enumerate(used):
+        for data in range(group.num_data):
+            mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
+            pages = np.unique(np.concatenate([rows.pages[row, : rows.num_pages[row]] for row in mine]))
             assert len(pages) == group.kv.used()[data], f"data {data}: rows hold {len(pages)} pages, {group.kv.used()[data]} referenced"
 
     def _announce_started(self, plan: Plan) -> None:

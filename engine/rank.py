@@ -21,7 +21,7 @@ from .lobby import Lobby
 from .models.config import load_config
 from .models.registry import build_model
 from .rank_loop import RankLoop, RankSockets
-from .types import RankSpec
+from .specs import RankSpec
 from .weights import load_weights
 
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from .types import RankHello, RankSpec, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
+from .specs import RankSpec
+from .types import RankHello, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
 from .wire import client_socket, decode_plan, encode
 
 _LOG = logging.getLogger(__name__)
@@ -30,18 +31,26 @@ class StepFailed(RuntimeError):
     """A step could not be executed; the message holds the cause."""
 
 
+class StepAbandoned(RuntimeError):
+    """An exchange of the step did not complete because a peer is gone: this rank is well and waits for the next epoch."""
+
+
 class StepExecutor(Protocol):
     """What executes plans: the model on this rank, or a simulation of it. Plans come in the order of their chain."""
 
     def hello(self) -> RankHello: ...
 
-    def begin_epoch(self, epoch: int) -> None: ...
+    def begin_epoch(self, epoch: int) -> None:
+        """Meets the other ranks. Raises StepAbandoned when they do not come."""
+        ...
 
     def stage(self, staged: int, tokens_i32: bytes) -> None: ...
 
     def unstage(self, staged: int) -> None: ...
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Raises StepAbandoned when a peer is lost in the middle."""
+        ...
 
 
 class RankSockets:
@@ -105,6 +114,7 @@ class RankLoop:
         self._bulk_decoder = msgspec.msgpack.Decoder(ToRankBulk)
         self._epoch = -1
         self._last_step = -1
+        self._abandoned = False
 
     def run(self) -> str:
         """Serves until the controller says Stop; returns its reason. Raises ControllerLost or StepFailed."""
@@ -123,18 +133,22 @@ class RankLoop:
                     self._sockets.step.send(encode(answer))
 
     def follow(self, plan: StepPlan) -> StepResult | Refused | None:
-        """The answer to a plan; None for one that was executed before or belongs to an epoch that has passed."""
+        """The answer to a plan; None for one that was executed before, and for all of an epoch that has passed or was abandoned."""
         header = plan.header
-        if header.epoch < self._epoch or (header.epoch == self._epoch and header.step <= self._last_step):
+        if header.epoch < self._epoch or (header.epoch == self._epoch and (header.step <= self._last_step or self._abandoned)):
             return None
         in_chain = header.epoch == self._epoch and header.predecessor == self._last_step
         if not in_chain and not plan.section.rebase:
             return Refused(header.group, header.epoch, self._rank, self._last_step, header.step)
         try:
             if header.epoch != self._epoch:
+                self._epoch, self._abandoned = header.epoch, False
                 self._executor.begin_epoch(header.epoch)
-                self._epoch = header.epoch
             result = self._executor.execute(plan)
+        except StepAbandoned as error:
+            _LOG.warning("rank %d: epoch %d, step %d abandoned: %s", self._rank, header.epoch, header.step, error)
+            self._abandoned = True
+            return None
         except Exception as error:
             raise StepFailed(f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}") from error
         self._last_step = header.step

@@ -14,8 +14,9 @@ from typing import IO, Any
 import msgspec
 
 from .planner import Planner
+from .specs import Layout, SchedulerSpec
 from .step_builder import Plan
-from .types import Abort, Layout, Refused, SchedulerSpec, Staged, StepResult, Submit
+from .types import Abort, Refused, Staged, StepResult, Submit
 from .wire import encode
 
 
@@ -113,6 +114,8 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
             planner.results([msgspec.convert(result, StepResult) for result in arguments[0]])
         case "refused":
             planner.refused(msgspec.convert(arguments[0], Refused))
+        case "begin_epoch":
+            planner.begin_epoch(gone=arguments[0], emptied=arguments[1])
         case "tidy":
             planner.tidy()
             planner.take_staging()

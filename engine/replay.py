@@ -18,8 +18,9 @@ def main() -> None:
         admitted = sum(len(section.admit) for section in plan.sections.values())
         prefill = sum(len(section.extend_pairs) // 8 for section in plan.sections.values())
         print(
-            f"epoch {plan.header.epoch} step {plan.header.step}: capacity {plan.header.capacity}, admitted {admitted}, prefilling {prefill}, "
-            f"running {int(group.num_running().sum())}, waiting {len(group.queue)}, pages {int(group.kv.used().sum())}"
+            f"epoch {plan.header.epoch} step {plan.header.step}: capacity {plan.header.capacity}, admitted {admitted}, "
+            f"prefilling {prefill}, running {int(group.num_running().sum())}, waiting {len(group.queue)}, "
+            f"pages {int(group.kv.used().sum())}"
         )
         steps += 1
     print(f"{steps} plans replayed, all as recorded")

@@ -38,6 +38,11 @@ class SimulatedRank:
         else:
             self._prompts.pop(message.staged, None)
 
+    @property
+    def num_staged(self) -> int:
+        """Prompts that wait for their admission."""
+        return len(self._prompts)
+
     def execute(self, plan: StepPlan) -> StepResult | Refused | None:
         """The result of a plan; ``Refused`` on a gap in the chain, None for one it has already executed."""
         header, section = plan.header, plan.section
@@ -46,6 +51,8 @@ class SimulatedRank:
         if not section.rebase and header.predecessor != self.last_step:
             return Refused(header.group, self.epoch, self.rank, self.last_step, header.step)
         self.epoch, self.last_step = header.epoch, header.step
+        if section.rebase:
+            self._prompts = {staged: tokens for staged, tokens in self._prompts.items() if staged >= section.staged_from}
         lengths = {staged: len(tokens) for staged, tokens in self._prompts.items()}
         for admit in self.table.apply(section, lengths):
             prompt = self._prompts.pop(admit.staged)

@@ -17,8 +17,9 @@ import zmq
 
 from .cost import Cost
 from .simulated import SimulatedRank
+from .specs import Keys, Layout
 from .transport import rank_identity
-from .types import Keys, Layout, RankHello, Stage, Staged, StepPlan, Stop, ToRankBulk
+from .types import RankHello, Stage, Staged, StepPlan, Stop, ToRankBulk
 from .wire import client_socket, decode_plan, encode
 
 
@@ -88,8 +89,9 @@ class SimulatedRanks:
 
     def _open(self, rank: int) -> None:
         spec = self._spec
+        max_pages, cohorts = -(-spec.max_len // spec.page_size), spec.layout.pipeline
         samples = rank // (spec.layout.tensor * spec.layout.data) == spec.layout.pipeline - 1 and rank % spec.layout.tensor == 0
-        simulated = SimulatedRank(rank, spec.num_slots, -(-spec.max_len // spec.page_size), num_cohorts=spec.layout.pipeline, samples=samples)
+        simulated = SimulatedRank(rank, spec.num_slots, max_pages, num_cohorts=cohorts, samples=samples)
         simulated.vocabulary = spec.vocabulary
         simulated.cost = Cost(spec.step_seconds, spec.token_seconds, spec.kv_seconds, 0.0)
         self._ranks[rank] = simulated
@@ -104,7 +106,7 @@ class SimulatedRanks:
         bulk.send(encode(hello))
 
     def _take_bulk(self, socket: zmq.Socket[bytes]) -> None:
-        while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        while socket.poll(0):
             message = self._decoder.decode(socket.recv())
             if isinstance(message, Stop):
                 self._stopping = True
@@ -115,7 +117,7 @@ class SimulatedRanks:
 
     def _take_plans(self, socket: zmq.Socket[bytes]) -> list[StepPlan]:
         plans: list[StepPlan] = []
-        while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        while socket.poll(0):
             plans.append(decode_plan(*socket.recv_multipart()))
             self.timeline.plan_complete[plans[-1].header.step] = time.monotonic()
         return plans

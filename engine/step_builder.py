@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -132,7 +133,8 @@ class StepBuilder:
     def _grow(self, cohort: int, decode: Int64) -> tuple[Int64, Int64, Int64]:
         """Pages for the longest every decoding row may become; takes them from others where a pool is exhausted.
 
-        Returns the rows that still decode, those that grow, and one new page for each of these. A row that may be at its limit already still computes a position, hence ``limit``.
+        Returns the rows that still decode, those that grow, and one new page for each of these. A row that may be at its limit
+        already still computes a position, hence ``limit``.
         """
         group, rows = self._group, self._group.rows
         while True:
@@ -165,7 +167,7 @@ class StepBuilder:
     def _preempt(self, row: int) -> None:
         group, rows = self._group, self._group.rows
         group.counters.preemptions += 1
-        if not rows.on_rank[row]:
+        if rows.state[row] in (State.STAGING, State.READY):
             group.queue.put_back(group.unreserve(row))
             return
         prefilling = group.prefilling[rows.data(row)]
@@ -268,6 +270,7 @@ class StepBuilder:
             hold, resume = changes.held.get(data, ([], []))
             sections[data] = Section(
                 rebase=bool(group.rebasing[data]),
+                staged_from=group.staged_from[data] if group.rebasing[data] else 0,
                 free_i32=changes.freed.get(data, b""),
                 hold_i32=_i32(hold),
                 resume_i32=_i32(resume),
@@ -305,7 +308,7 @@ class StepBuilder:
         local = pages.astype(np.int32)
         return {
             index: (local[start:end].tobytes(), keys[start:end].tobytes())
-            for index, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+            for index, (start, end) in enumerate(pairwise(cuts))
             if end > start
         }
 

@@ -8,8 +8,9 @@ from typing import TypeVar
 import msgspec
 import zmq
 
+from .specs import ControllerSpec
 from .step_builder import Plan
-from .types import ControllerSpec, FromFrontend, FromRankBulk, FromRankStep, Message
+from .types import FromFrontend, FromRankBulk, FromRankStep, Message
 from .wire import authenticate, encode, server_socket
 
 T = TypeVar("T")

@@ -14,7 +14,6 @@ order, then ``extend`` in the order given. See ``engine/slots.py`` for what a se
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Annotated
 
 import msgspec
 
@@ -132,11 +131,13 @@ class Header(Message, frozen=True):
 class Section(Message, frozen=True):
     """What one data-parallel rank does in a step, applied in the order of the fields.
 
-    ``rebase`` clears every slot first. ``extend_pairs`` are (slot, prompt tokens to compute now). ``bucket``
+    ``rebase`` clears every slot first, and every staged prompt below ``staged_from``: plans that were to admit them may
+    never have been executed. ``extend_pairs`` are (slot, prompt tokens to compute now). ``bucket``
     bounds the tokens of the section (rows after padding).
     """
 
     rebase: bool = False
+    staged_from: int = 0
     free_i32: bytes = b""
     hold_i32: bytes = b""
     resume_i32: bytes = b""
@@ -372,7 +373,8 @@ class RankState(Message, frozen=True):
 class ClusterState(Message, tag="state", frozen=True):
     """The state of the cluster, sent to every frontend twice a second and whenever ``phase`` changes.
 
-    ``phase`` is starting | serving | draining | drained | failed; ``reason`` says why when not serving. Counters
+    ``phase`` is starting | serving | recovering | draining | drained | failed; ``reason`` says why when not serving. While
+    recovering a lost rank is being replaced: requests are taken and wait. Counters
     count since the controller started. ``expert_i64`` is the expert load [layer, expert] of the last report.
     """
 
@@ -404,109 +406,6 @@ FromRankBulk = RankHello | Staged
 ToRankBulk = Stage | Unstage | Stop
 FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Stop
 ToFrontend = TokenBatch | Started | Rejected | ClusterState | Stop
-
-# --------------------------------------------------------------------------- process specifications
-
-
-class Keys(msgspec.Struct, frozen=True, kw_only=True):
-    """CURVE keys (z85 text) for a process that talks to the controller."""
-
-    server_public: str
-    public: str
-    secret: str
-
-
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """The factorisation of a group's world: world = pipeline x data x tensor, rank-major in that order."""
-
-    pipeline: Annotated[int, msgspec.Meta(ge=1)] = 1
-    data: Annotated[int, msgspec.Meta(ge=1)] = 1
-    tensor: Annotated[int, msgspec.Meta(ge=1)] = 1
-
-    @property
-    def world(self) -> int:
-        return self.pipeline * self.data * self.tensor
-
-
-class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of the planner; the first two are per data-parallel rank."""
-
-    max_batch_tokens: int = 8192
-    max_running: int = 128
-    max_queue: int = 1024
-    inter_token_target: float = 0.2
-    max_advance: int = 1
-    prefix_caching: bool = True
-    checksum_every: int = 64
-    pacing: bool = True
-
-
-class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a controller needs to start. Port 0 binds a free port; the address is reported to the lobby."""
-
-    host: str
-    secret: str
-    public: str
-    allowed: tuple[str, ...]
-    layout: Layout
-    scheduler: SchedulerSpec
-    model_max_len: int
-    max_len: int | None
-    rank_deadline: float = 300.0
-    recording: str | None = None
-    lobby: LobbySpec | None = None
-
-
-class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank needs to start. ``kv_memory`` is bytes of page pool, None to size it from what is free."""
-
-    rank: int
-    layout: Layout
-    keys: Keys
-    step_address: str
-    bulk_address: str
-    store_host: str
-    store_port: int
-    model_path: str
-    dtype: str
-    kv_dtype: str
-    page_size: int
-    kv_memory: int | None
-    ranks_per_host: int
-    max_running: int
-    max_batch_tokens: int
-    max_len: int | None
-    dispatch: str
-    device: str
-    threads: int
-    deterministic: bool = False
-    collective_deadline: float = 60.0
-    lobby: LobbySpec | None = None
-
-
-class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a frontend needs to start. ``share_port`` lets several frontends listen on one port; ``kv_format`` goes into prompt hashes."""
-
-    name: str
-    keys: Keys
-    address: str
-    model_path: str
-    served_name: str
-    vocab_size: int
-    host: str
-    port: int
-    api_keys: tuple[str, ...] = ()
-    admin_key: str | None = None
-    share_port: bool = False
-    kv_format: str = "auto"
-    lobby: LobbySpec | None = None
-
-
-class LobbySpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a starting process reports to the launcher (a PULL socket with CURVE)."""
-
-    address: str
-    keys: Keys
 
 
 class Report(Message, frozen=True):

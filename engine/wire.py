@@ -13,7 +13,8 @@ import zmq
 import zmq.auth
 import zmq.auth.thread
 
-from .types import Header, Keys, Section, StepPlan
+from .specs import Keys
+from .types import Header, Section, StepPlan
 
 T = TypeVar("T")
 

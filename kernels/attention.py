@@ -10,18 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .paged import DecodeGroup, PagedBatch, gather_pages, write_entries
+from .paged import DecodeGroup, PagedBatch, gather_pages
 
 # Queries of an extend over a cached prefix are masked block by block, so that the mask [block, L] stays small.
 _QUERY_BLOCK = 512
 
 
-def attention(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, k_cache_CKD: Tensor, v_cache_CKD: Tensor, batch: PagedBatch, scale: float
-) -> Tensor:
-    """Writes keys and values of the step to the cache, then attends causally. Returns [T, H, D] in the dtype of q."""
-    write_entries(k_cache_CKD, batch.write_T, k_TKD)
-    write_entries(v_cache_CKD, batch.write_T, v_TKD)
+def attend(q_THD: Tensor, k_cache_CKD: Tensor, v_cache_CKD: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    """Causal attention over a cache that holds this step's keys and values already. Returns [T, H, D] in the dtype of q."""
     out_THD = torch.empty_like(q_THD)
     for group in batch.decode_groups:
         rows = slice(0, batch.num_decode) if group.rows is None else group.rows

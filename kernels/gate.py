@@ -30,13 +30,33 @@ class Routing:
     top_groups: int = 1
 
 
-def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class GateCounts:
+    """What a captured step adds to a gate. ``num_tokens`` int32 [1]: rows of x from there on are padding, with ids of -1 and
+    weights of 0. ``counts_E`` int64 is increased by the tokens of each expert, padding left out."""
+
+    num_tokens: Tensor
+    counts_E: Tensor
+
+
+def gate(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns ids_TK int64, best first, and weights_TK float32.
 
     ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32 takes part in the
     selection only; the weights come from the plain scores.
     """
-    logits_TE = F.linear(x_TD.float(), weight_ED)
+    ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED), bias_E, routing)
+    if counts is not None:
+        padding_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] >= counts.num_tokens
+        ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, -1), weights_TK.masked_fill(padding_T1, 0.0)
+        counts.counts_E.add_(expert_counts(ids_TK, len(counts.counts_E)))
+    return ids_TK, weights_TK
+
+
+def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The rule itself, from logits_TE float32: ids_TK and weights_TK as above."""
     scores_TE = logits_TE.softmax(-1) if routing.scoring == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if routing.top_groups < routing.num_groups:

@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import causal_attention
-from .paged import DecodeGroup, PagedBatch, gather_pages, write_entries
+from .paged import DecodeGroup, PagedBatch, gather_pages
 
 
-def mla_attention(
-    q_nope_THN: Tensor, q_rope_THE: Tensor, latent_TZ: Tensor, cache_Z: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float
-) -> Tensor:
-    """Writes the step's latents to cache_Z [positions, Z], then attends causally. Returns [T, H, V] in the dtype of q.
-
-    expand_HPC maps a latent to the N key dims and then the V value dims of each head.
-    """
-    write_entries(cache_Z, batch.write_T, latent_TZ)
+def mla_attend(q_nope_THN: Tensor, q_rope_THE: Tensor, cache_Z: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    """Causal attention over a cache that holds this step's latents already. Returns [T, H, V] in the dtype of q."""
     value_dim = expand_HPC.shape[1] - q_nope_THN.shape[2]
     out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], value_dim)
     for group in batch.decode_groups:

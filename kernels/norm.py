@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""Root-mean-square normalisation (arXiv 1910.07467) and the product inside a SwiGLU block."""
 
 from __future__ import annotations
 
@@ -9,3 +9,15 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dim of x [..., D]; computed in float32, returned in the dtype of x."""
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum x + update, rounded to the dtype of x, and the norm of that rounded sum. Both [..., D]."""
+    total = x + update
+    return total, rms_norm(total, weight_D, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [..., 2F], gate first. Returns [..., F]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up

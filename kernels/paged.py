@@ -8,7 +8,7 @@ T tokens  R rows  P pages of the longest row  R1 = R + 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -137,6 +137,15 @@ def build_batch(
 def write_entries(cache: Tensor, write_T: Tensor, entries: Tensor) -> None:
     """Stores the entries [T, ...] of a step at their positions, in the dtype of the cache."""
     cache.index_copy_(0, write_T, entries.to(cache.dtype))
+
+
+def copy_pages(caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, page_size: int) -> None:
+    """Copies page sources_N[i] to page targets_N[i] in every cache; int64, targets distinct, none of them a source. A target of
+    -1 fills up a list of fixed length and is skipped."""
+    real_N = (targets_N >= 0).nonzero()[:, 0]
+    for cache in caches:
+        by_page = cache.view(-1, page_size * cache[0].numel())
+        by_page[targets_N[real_N]] = by_page[sources_N[real_N]]
 
 
 def gather_pages(cache: Tensor, pages: Tensor, page_size: int, dtype: torch.dtype) -> Tensor:

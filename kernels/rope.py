@@ -2,7 +2,7 @@
 
 Angles and rotation are float32: in bf16 the angle of a position past 256 would already be off by whole steps.
 
-T tokens  H heads  D rotated dims  F = D / 2 frequencies
+T tokens  H heads  K key/value heads  D rotated dims  F = D / 2 frequencies  C latent dim  Z = C + D
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .paged import write_entries
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,25 @@ def rotate_pairs(x_THD: Tensor, angles: Angles) -> Tensor:
     even_THF, odd_THF = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos_T1F, angles.sin_T1F
     return torch.cat([torch.addcmul(even_THF * cos, odd_THF, sin, value=-1), torch.addcmul(odd_THF * cos, even_THF, sin)], -1)
+
+
+def rotate_and_write(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+) -> Tensor:
+    """Rotates queries and keys and stores keys and values at write_T int64 in the cache, in its dtype; a key is rounded to the
+    model's dtype first. Returns the queries [T, H, D] in their dtype. ``interleaved``: ``rotate_pairs``, else ``rotate_halves``."""
+    rotate = rotate_pairs if interleaved else rotate_halves
+    write_entries(cache[0], write_T, rotate(k_TKD, angles).to(k_TKD.dtype))
+    write_entries(cache[1], write_T, v_TKD)
+    return rotate(q_THD, angles).to(q_THD.dtype)
+
+
+def rotate_and_write_latent(
+    q_rope_THD: Tensor, c_TC: Tensor, k_rope_TD: Tensor, angles: Angles, cache_Z: Tensor, write_T: Tensor, interleaved: bool
+) -> Tensor:
+    """Rotates q_rope and k_rope and stores c_TC, then the rotated k_rope, at write_T int64 in cache_Z [positions, Z].
+    Returns q_rope [T, H, D] in its dtype."""
+    rotate = rotate_pairs if interleaved else rotate_halves
+    k_TD = rotate(k_rope_TD.unsqueeze(1), angles).to(k_rope_TD.dtype).squeeze(1)
+    write_entries(cache_Z, write_T, torch.cat([c_TC, k_TD], -1))
+    return rotate(q_rope_THD, angles).to(q_rope_THD.dtype)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.gate import Routing, gate
+from ..kernels.gate import Routing
+from ..kernels.table import Ops
 from .config import MoEConfig
 from .dispatch import Dispatcher
 from .experts import Experts
@@ -15,12 +16,13 @@ from .experts import Experts
 class Gate(nn.Module):
     """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32 whatever the model's dtype."""
 
-    def __init__(self, config: MoEConfig, device: torch.device) -> None:
+    def __init__(self, config: MoEConfig, device: torch.device, ops: Ops) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden, device=device), requires_grad=False)
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.selection_bias:
             self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
+        self._ops = ops
         self._routing = Routing(
             top_k=config.top_k,
             scoring=config.scoring,
@@ -32,7 +34,7 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ids_TK int64 and weights_TK float32."""
-        return gate(x_TD, self.weight, self.e_score_correction_bias, self._routing)
+        return self._ops.gate(x_TD, self.weight, self.e_score_correction_bias, self._routing)
 
 
 class _Weight(nn.Module):
@@ -60,10 +62,12 @@ class SharedExperts(nn.Module):
 class MoELayer(nn.Module):
     """Layer ``layer`` (counted among MoE layers) of a model; its experts are those of the dispatcher's placement."""
 
-    def __init__(self, config: MoEConfig, layer: int, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: MoEConfig, layer: int, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device, ops: Ops
+    ) -> None:
         super().__init__()
-        self.gate = Gate(config, device)
-        self.experts = Experts(config, dispatcher.placement.num_slots, dtype, device)
+        self.gate = Gate(config, device, ops)
+        self.experts = Experts(config, dispatcher.placement.num_slots, dtype, device, ops)
         self.shared_experts = SharedExperts(config, dtype, device) if config.shared_width else None
         self._dispatcher = dispatcher
         self._layer = layer

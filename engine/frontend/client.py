@@ -13,7 +13,8 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from ..types import Abort, ClusterState, Drain, FrontendHello, FrontendSpec, Heartbeat, Rejected, Started, Stop, Submit, TokenBatch
+from ..specs import FrontendSpec
+from ..types import Abort, ClusterState, Drain, FrontendHello, Heartbeat, Rejected, Started, Stop, Submit, TokenBatch
 from ..wire import client_socket, encode
 
 LEASE = 10.0

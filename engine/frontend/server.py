@@ -16,7 +16,7 @@ import uvicorn
 import uvloop
 
 from ..lobby import Lobby
-from ..types import FrontendSpec
+from ..specs import FrontendSpec
 from .app import build_app
 from .service import Service
 

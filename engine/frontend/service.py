@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from ..types import ClusterState, Drain, FrontendSpec, Rejected, Sampling, Started, Stop, Submit, TokenBatch
+from ..specs import FrontendSpec
+from ..types import ClusterState, Drain, Rejected, Sampling, Started, Stop, Submit, TokenBatch
 from .client import ControllerLink, FromController
 from .errors import ApiError, bad_request
 from .generation import Generation
@@ -77,7 +78,9 @@ class Service:
         return f"The engine is {self.cluster.phase}" + (f": {self.cluster.reason}" if self.cluster.reason else "")
 
     def closed(self) -> ApiError | None:
-        """Why no new request is taken, or None: what /ready says."""
+        """Why no new request is taken, or None: what /ready says. While a rank is being replaced requests are taken, and wait."""
+        if self.cluster is not None and self.cluster.phase == "recovering" and not self._link.lost:
+            return None
         reason = self.unable()
         if reason is not None:
             return ApiError(503, reason, retry_after=RETRY_STARTING)

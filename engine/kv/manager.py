@@ -64,8 +64,9 @@ class KVManager:
     def match(self, hashes: list[UInt64], limits: list[int]) -> Int64:
         """Leading blocks cached [prompt, data] of prompts with block hashes [n, 2]; at most ``limits[i]`` blocks count.
 
-        Blocks that are announced but not yet written count too. The first block is looked up on every data index; where it is found, the length of the prefix by bisection: a
-        block is never evicted before its successors, so presence falls monotonically along a chain.
+        Blocks that are announced but not yet written count too. The first block is looked up on every data index; where it
+        is found, the length of the prefix by bisection: a block is never evicted before its successors, so presence falls
+        monotonically along a chain.
         """
         num = len(hashes)
         blocks = np.zeros((num, self.num_data), np.int64)

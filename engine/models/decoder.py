@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.norm import rms_norm
 from ...kernels.paged import PagedBatch
 from ...kernels.rope import Angles, angles, frequencies, yarn_frequencies
+from ...kernels.table import Ops
 from ...moe.dispatch import Dispatcher
 from ...moe.layer import MoELayer
 from .config import ModelConfig, RopeConfig
@@ -29,10 +29,11 @@ LayerCache = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Placing:
-    """Where and how the parameters of a model are held."""
+    """Where and how the parameters of a model are held, and the ops that compute with them."""
 
     dtype: torch.dtype
     device: torch.device
+    ops: Ops
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter; the weight loader fills it."""
@@ -58,9 +59,14 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = placing.parameter(dim)
         self._eps = eps
+        self._ops = placing.ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self._eps)
+
+    def add(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of both, and its norm."""
+        return self._ops.add_rms_norm(x, update, self.weight, self._eps)
 
 
 class Linear(nn.Module):
@@ -107,10 +113,10 @@ class DenseMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = MergedLinear(hidden, {"gate_proj": width, "up_proj": width}, placing)
         self.down_proj = Linear(width, hidden, placing)
+        self._ops = placing.ops
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, -1)
-        return cast(Tensor, self.down_proj(F.silu(gate_TF) * up_TF))
+        return cast(Tensor, self.down_proj(self._ops.silu_mul(self.gate_up_proj(x_TD))))
 
 
 class Attention(Protocol):
@@ -130,9 +136,11 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor:
-        if len(x_TD):
-            x_TD = x_TD + cast(Attention, self.self_attn)(self.input_layernorm(x_TD), rotation, batch, cache)
-        return x_TD + cast(Tensor, self.mlp(self.post_attention_layernorm(x_TD)))
+        if not len(x_TD):
+            return cast(Tensor, self.mlp(x_TD))
+        update_TD = cast(Attention, self.self_attn)(self.input_layernorm(x_TD), rotation, batch, cache)
+        x_TD, normed_TD = self.post_attention_layernorm.add(x_TD, update_TD)
+        return x_TD + cast(Tensor, self.mlp(normed_TD))
 
 
 class _Stack(nn.Module):
@@ -161,7 +169,7 @@ class Model(nn.Module):
         for layer in range(config.num_layers):
             mlp: nn.Module
             if layer in numbers:
-                mlp = MoELayer(config.moe, numbers[layer], dispatcher, placing.dtype, placing.device)
+                mlp = MoELayer(config.moe, numbers[layer], dispatcher, placing.dtype, placing.device, placing.ops)
             else:
                 mlp = DenseMLP(config.hidden, config.dense_width, placing)
             layers.append(DecoderLayer(config, attention_of(config, placing), mlp, placing))

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from ...kernels.mla import mla_attention
 from ...kernels.paged import PagedBatch
-from ...kernels.rope import Angles, rotate_halves, rotate_pairs
+from ...kernels.rope import Angles
 from ...moe.dispatch import Dispatcher
 from .config import MlaConfig, ModelConfig
 from .decoder import LayerCache, Linear, MergedLinear, Model, Norm, Placing
@@ -29,7 +27,8 @@ class LatentAttention(nn.Module):
         shape = config.attention
         assert isinstance(shape, MlaConfig)
         self._shape = shape
-        self._rotate = rotate_pairs if config.rope.interleaved else rotate_halves
+        self._interleaved = config.rope.interleaved
+        self._ops = placing.ops
         queries = shape.num_heads * (shape.nope_dim + shape.rope_dim)
         down = {"q_a_proj": shape.q_latent} if shape.q_latent else {"q_proj": queries}
         down["kv_a_proj_with_mqa"] = shape.kv_latent + shape.rope_dim
@@ -49,11 +48,11 @@ class LatentAttention(nn.Module):
         if shape.q_latent:
             q_TX = self.q_b_proj(self.q_a_layernorm(q_TX))
         q_nope_THN, q_rope_THE = q_TX.unflatten(-1, (shape.num_heads, -1)).split([shape.nope_dim, shape.rope_dim], -1)
-        q_rope_THE = self._rotate(q_rope_THE, rotation).to(x_TD.dtype)
-        k_rope_TE = self._rotate(k_rope_TE.unsqueeze(1), rotation).to(x_TD.dtype).squeeze(1)
-        latent_TZ = torch.cat([self.kv_a_layernorm(c_TC), k_rope_TE], -1)
+        q_rope_THE = self._ops.rotate_and_write_latent(
+            q_rope_THE, self.kv_a_layernorm(c_TC), k_rope_TE, rotation, cache[0], batch.write_T, self._interleaved
+        )
         expand_HPC = self.kv_b_proj.weight.unflatten(0, (shape.num_heads, -1))
-        out_THV = mla_attention(q_nope_THN, q_rope_THE, latent_TZ, cache[0], expand_HPC, batch, shape.scale)
+        out_THV = self._ops.mla_attend(q_nope_THN, q_rope_THE, cache[0], expand_HPC, batch, shape.scale)
         return cast(Tensor, self.o_proj(out_THV.flatten(1)))
 
 

@@ -9,9 +9,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ...kernels.attention import attention
 from ...kernels.paged import PagedBatch
-from ...kernels.rope import Angles, rotate_halves
+from ...kernels.rope import Angles
 from ...moe.dispatch import Dispatcher
 from .config import GqaConfig, ModelConfig
 from .decoder import LayerCache, Linear, MergedLinear, Model, Norm, Placing
@@ -25,6 +24,7 @@ class Qwen3Attention(nn.Module):
         shape = config.attention
         assert isinstance(shape, GqaConfig)
         self._shape = shape
+        self._ops = placing.ops
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         self.qkv_proj = MergedLinear(config.hidden, parts, placing, shape.bias)
@@ -36,10 +36,11 @@ class Qwen3Attention(nn.Module):
         shape = self._shape
         qkv_TXE = cast(Tensor, self.qkv_proj(x_TD)).unflatten(-1, (-1, shape.head_dim))
         q_THE, k_TKE, v_TKE = qkv_TXE.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
-        q_THE = rotate_halves(self.q_norm(q_THE), rotation).to(x_TD.dtype)
-        k_TKE = rotate_halves(self.k_norm(k_TKE), rotation).to(x_TD.dtype)
         k_cache, v_cache = cache
-        out_THE = attention(q_THE, k_TKE, v_TKE, k_cache, v_cache, batch, shape.head_dim**-0.5)
+        q_THE = self._ops.rotate_and_write(
+            self.q_norm(q_THE), self.k_norm(k_TKE), v_TKE, rotation, (k_cache, v_cache), batch.write_T, interleaved=False
+        )
+        out_THE = self._ops.attend(q_THE, k_cache, v_cache, batch, shape.head_dim**-0.5)
         return cast(Tensor, self.o_proj(out_THE.flatten(1)))
 
 

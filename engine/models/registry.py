@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...kernels.table import Column, column_for, ops_of
 from ...moe.dispatch import Dispatcher
 from .config import Family, ModelConfig
 from .decoder import Model, Placing
@@ -18,6 +19,9 @@ _BUILDERS: dict[Family, Callable[[ModelConfig, Dispatcher, Placing], Model]] = {
 }
 
 
-def build_model(config: ModelConfig, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device) -> Model:
-    """The model of ``config``, its weights uninitialised; ``dispatcher`` decides which experts get a slot."""
-    return _BUILDERS[config.family](config, dispatcher, Placing(dtype, device))
+def build_model(
+    config: ModelConfig, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device, column: Column | None = None
+) -> Model:
+    """The model of ``config``, its weights uninitialised; ``dispatcher`` decides which experts get a slot. ``column`` of the op
+    table: by default the one that serves on the device."""
+    return _BUILDERS[config.family](config, dispatcher, Placing(dtype, device, ops_of(column or column_for(device))))

@@ -11,30 +11,27 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from support.planner_world import ROOT
 
 from lockstep.engine.controller import Controller
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
+from lockstep.engine.specs import ControllerSpec, Keys, Layout, SchedulerSpec
 from lockstep.engine.types import (
     Abort,
     ClusterState,
-    ControllerSpec,
     Drain,
     Finish,
     FrontendHello,
-    Keys,
-    Layout,
     RankLost,
     Rejected,
     Sampling,
-    SchedulerSpec,
     Started,
     Submit,
     ToFrontend,
     TokenBatch,
 )
 from lockstep.engine.wire import client_socket, encode, new_keypair
+from support.planner_world import ROOT
 
 PAGE = 4
 
@@ -91,8 +88,8 @@ class Frontend:
         elif isinstance(message, ClusterState):
             self.state = message
         elif isinstance(message, Started):
-            for handle, cached in zip(np.frombuffer(message.handles_i64, np.int64), np.frombuffer(message.cached_i32, np.int32), strict=True):
-                self.cached[int(handle)] = int(cached)
+            handles, cached = np.frombuffer(message.handles_i64, np.int64), np.frombuffer(message.cached_i32, np.int32)
+            self.cached |= dict(zip(handles.tolist(), cached.tolist(), strict=True))
 
 
 @dataclass
@@ -197,10 +194,11 @@ def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
 def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
     silent, watcher = running.frontend(b"silent", lease=0.3), running.frontend(b"watcher")
     silent.until(lambda: serving(silent), "phase serving")
-    for handle in range(4):
+    for handle in range(8):
         silent.submit(handle, 10, 240)
-    watcher.until(lambda: watcher.state is not None and watcher.state.num_running > 0, "requests to run")
-    watcher.until(lambda: watcher.state is not None and watcher.state.num_running == 0, "the lease to run out", 5.0)
+    watcher.until(lambda: watcher.state is not None and watcher.state.prompt_tokens == 80, "the requests to arrive")
+    watcher.until(lambda: watcher.state is not None and watcher.state.num_running + watcher.state.num_waiting == 0, "the lease to run out")
+    assert watcher.state is not None and watcher.state.generation_tokens < 8 * 240, "they ran to their end"
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> None:
@@ -226,20 +224,46 @@ def test_only_the_launcher_may_declare_a_rank_lost(running: Running) -> None:
     assert serving(frontend)
 
 
-def test_a_lost_rank_is_named_and_its_requests_end(running: Running) -> None:
+def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
     frontend, launcher = running.frontend(), running.frontend(b"launcher")
+    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.submit(1, 10, 240)
+    frontend.submit(2, 20, 230)
+    frontend.until(lambda: {1, 2} <= set(frontend.tokens), "tokens")
+    assert running.ranks is not None
+    running.ranks.stop()
+    launcher.send(RankLost(1, "it was killed"))
+    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering")
+    assert frontend.state is not None and "rank 1" in frontend.state.reason and "it was killed" in frontend.state.reason
+    assert [rank.state for rank in frontend.state.ranks] == ["serving", "lost"]
+    frontend.submit(3, 10, 20)
+    launcher.send(RankLost(0, "it was killed too"))
+    running.join_ranks((0, 1), Layout(data=2))
+    frontend.until(lambda: {1, 2, 3} <= set(frontend.finish), "all ends")
+    assert set(frontend.finish.values()) == {Finish.LENGTH}
+    assert [len(frontend.tokens[handle]) for handle in (1, 2, 3)] == [240, 230, 20]
+    frontend.until(lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 2, "phase serving in epoch 2")
+
+
+def test_a_rank_that_is_not_replaced_ends_the_cluster() -> None:
+    cluster = start(Layout(data=2), rank_deadline=2.0)
+    cluster._start(cluster.controller.run)
+    cluster.join_ranks((0, 1), Layout(data=2))
+    frontend, launcher = cluster.frontend(), cluster.frontend(b"launcher")
     frontend.until(lambda: serving(frontend), "phase serving")
     frontend.submit(1, 10, 240)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
     launcher.send(RankLost(1, "it was killed"))
     frontend.until(lambda: frontend.finish.get(1) == Finish.ERROR, "the end of the request")
     frontend.until(lambda: frontend.state is not None and frontend.state.phase == "failed", "phase failed")
-    assert frontend.state is not None and "rank 1" in frontend.state.reason and "it was killed" in frontend.state.reason
+    assert frontend.state is not None and "no replacement for ranks [1] within 2 s" in frontend.state.reason
+    cluster.close()
 
 
 def test_a_stranger_cannot_join(running: Running) -> None:
     own = new_keypair()
-    stranger = Frontend(Keys(server_public=running.keys.server_public, public=own[0], secret=own[1]), running.controller.addresses[2], b"stranger")
+    keys = Keys(server_public=running.keys.server_public, public=own[0], secret=own[1])
+    stranger = Frontend(keys, running.controller.addresses[2], b"stranger")
     with pytest.raises(AssertionError, match="phase serving"):
         stranger.until(lambda: stranger.state is not None, "phase serving", 1.0)
     stranger.close()

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.planner_world import World
 
-from lockstep.engine.types import Finish, Layout
+from lockstep.engine.specs import Layout
+from lockstep.engine.types import Finish
+from support.planner_world import World
 
 
 def prompt(start: int, length: int) -> list[int]:
@@ -29,6 +30,7 @@ def assert_served(world: World) -> None:
     world.planner.check()
     assert int(world.planner.group.kv.used().sum()) == 0
     assert not world.planner.group.rows.state.any()
+    assert all(rank.num_staged == 0 for rank in world.ranks if rank.rank not in world.dead), "a staged prompt is left on a rank"
 
 
 def test_one_request() -> None:
@@ -140,6 +142,19 @@ def test_the_death_of_a_rank_is_a_pause() -> None:
     assert_served(world)
 
 
+def test_a_replaced_rank_starts_empty_and_the_others_keep_their_pages() -> None:
+    world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
+    for index in range(8):
+        world.submit(prompt(10 * index, 40), 30, stop=False)
+    for _ in range(6):
+        world.round()
+    before = world.computed_prompt_tokens
+    world.replace(1)
+    world.run()
+    assert_served(world)
+    assert world.computed_prompt_tokens - before < 8 * 40 + 4 * 30, "survivors computed their prompts again"
+
+
 def test_a_lost_plan_starts_a_new_epoch() -> None:
     world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
     world.submit(prompt(1, 20), 30, stop=False)
@@ -193,7 +208,7 @@ def test_identical_events_give_identical_plans() -> None:
     assert plans() == plans()
 
 
-FAULTS = ["abort", "hold", "resume", "twice", "drop result", "drop plan", "kill"]
+FAULTS = ["abort", "hold", "resume", "twice", "drop result", "drop plan", "kill", "replace"]
 OPERATIONS = st.sampled_from(["submit"] * 6 + ["round"] * 8 + ["plan", "stage", "execute", "deliver"] * 2 + FAULTS)
 
 
@@ -218,6 +233,8 @@ def perform(world: World, operation: str, value: int) -> None:
         world.drop_plan(rank)
     elif operation == "kill" and int(np.sum(world.planner.group.alive)) > 1 and rank not in world.dead:
         world.kill(rank)
+    elif operation == "replace" and rank not in world.dead:
+        world.replace(rank)
 
 
 # No shrinking: schedules are long, and the first failing one is already readable.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lockstep.engine.rank import load_executor
-from lockstep.engine.types import Admit, Header, Layout, Mode, RankHello, Section, Stage, Staged, StepPlan, Stop
+from lockstep.engine.specs import Layout
+from lockstep.engine.types import Admit, Header, Mode, RankHello, Section, Stage, Staged, StepPlan, Stop
 from support.checkpoints import qwen3_moe_config, write_checkpoint
 from support.hand_plans import GREEDY, Driver, Request, build_executor
 from support.mock_controller import MockController

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.planner_world import ROOT
 
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.recorder import Mismatch, Recorder, Settings, replay
 from lockstep.engine.simulated import SimulatedRank
-from lockstep.engine.types import Abort, Layout, Sampling, SchedulerSpec, Stage, Staged, StepPlan, StepResult, Submit
+from lockstep.engine.specs import Layout, SchedulerSpec
+from lockstep.engine.types import Abort, Sampling, Stage, Staged, StepPlan, StepResult, Submit
+from support.planner_world import ROOT
 
 
 def record(path: Path) -> int:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels.attention import attention
+from lockstep.kernels.attention import attend
+from lockstep.kernels.paged import write_entries
 from support.paged_rows import PAGE_SIZE, PagedRows
 
 DIM, SCALE = 16, 0.3
@@ -54,7 +55,9 @@ def test_equals_the_definition(case: str, num_kv_heads: int, dtype: torch.dtype,
     q = torch.randn(num_tokens, 6, DIM).to(dtype)
     k, v = (torch.randn(num_tokens, num_kv_heads, DIM).to(dtype) for _ in range(2))
     untouched = k_cache.clone()
-    out = attention(q, k, v, k_cache, v_cache, rows.batch, SCALE)
+    write_entries(k_cache, rows.batch.write_T, k)
+    write_entries(v_cache, rows.batch.write_T, v)
+    out = attend(q, k_cache, v_cache, rows.batch, SCALE)
     assert (out.shape, out.dtype) == (q.shape, dtype)
     for row, start in enumerate(rows.starts.tolist()):
         tokens, places = rows.queries(row), rows.places(row)

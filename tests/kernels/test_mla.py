@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels.mla import mla_attention
+from lockstep.kernels.mla import mla_attend
+from lockstep.kernels.paged import write_entries
 from support.paged_rows import PAGE_SIZE, PagedRows
 
 HEADS, NOPE, ROPE, LATENT, SCALE = 4, 12, 6, 20, 0.25
@@ -52,7 +53,8 @@ def test_equals_the_definition(case: str, value_dim: int, dtype: torch.dtype, ca
     q_nope, q_rope = (torch.randn(num_tokens, HEADS, dim).to(dtype) for dim in (NOPE, ROPE))
     latent = torch.randn(num_tokens, LATENT + ROPE).to(dtype)
     expand = (torch.randn(HEADS, NOPE + value_dim, LATENT) * LATENT**-0.5).to(dtype)
-    out = mla_attention(q_nope, q_rope, latent, cache, expand, rows.batch, SCALE)
+    write_entries(cache, rows.batch.write_T, latent)
+    out = mla_attend(q_nope, q_rope, cache, expand, rows.batch, SCALE)
     assert (out.shape, out.dtype) == ((num_tokens, HEADS, value_dim), dtype)
     for row, start in enumerate(rows.starts.tolist()):
         tokens, places = rows.queries(row), rows.places(row)

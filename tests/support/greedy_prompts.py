@@ -56,14 +56,20 @@ class Reference:
                 module.register_forward_hook(lambda module, inputs, output: self._inputs.append((module, inputs[0])))
 
     @torch.inference_mode()
+    def compute(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """logits [T, V] after each of ``tokens``, and the least router margin [T] over all layers of each."""
+        self._inputs.clear()
+        logits_TV = self._model(torch.tensor([tokens])).logits[0]
+        assert self._inputs, "no router was seen"
+        margins = [self._router_margins(module, x.view(-1, x.shape[-1])) for module, x in self._inputs]
+        return logits_TV, torch.stack(margins).amin(0)
+
     def judge(self, prompt: list[int], tokens: list[int]) -> tuple[list[int], float, float]:
         """(best token at each position of ``tokens``, least top-2 margin there, least router margin) with all of them as input."""
-        self._inputs.clear()
-        logits = self._model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        top = logits.topk(2).values
-        assert self._inputs, "no router was seen"
-        routers = min(self._router_margin(module, x.view(-1, x.shape[-1])) for module, x in self._inputs)
-        return logits.argmax(-1).tolist(), float((top[:, 0] - top[:, 1]).min()), routers
+        logits_TV, routers_T = self.compute(prompt + tokens)
+        logits_TV = logits_TV[len(prompt) - 1 : -1]
+        top = logits_TV.topk(2).values
+        return logits_TV.argmax(-1).tolist(), float((top[:, 0] - top[:, 1]).min()), float(routers_T.min())
 
     @torch.inference_mode()
     def continue_greedily(self, prompt: list[int], num_new: int) -> list[int]:
@@ -72,23 +78,23 @@ class Reference:
             tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
         return tokens[len(prompt) :]
 
-    def _router_margin(self, module: Any, x_TD: Tensor) -> float:
+    def _router_margins(self, module: Any, x_TD: Tensor) -> Tensor:
         scores_TE = x_TD @ module.weight.T
         if "n_group" not in self._config:
-            return _gap(scores_TE.softmax(-1), self._config["num_experts_per_tok"])
+            return _gaps(scores_TE.softmax(-1), self._config["num_experts_per_tok"])
         scores_TE = scores_TE.sigmoid() + module.e_score_correction_bias
         scores_TGE = scores_TE.unflatten(-1, (self._config["n_group"], -1))
         groups_TG = scores_TGE.topk(2).values.sum(-1)
         best = groups_TG.topk(self._config["topk_group"]).indices
         closed = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(-1, best, False)
         inside = scores_TGE.masked_fill(closed[..., None], -1.0).flatten(1)
-        return min(_gap(groups_TG, self._config["topk_group"]), _gap(inside, self._config["num_experts_per_tok"]))
+        return torch.minimum(_gaps(groups_TG, self._config["topk_group"]), _gaps(inside, self._config["num_experts_per_tok"]))
 
 
-def _gap(scores: Tensor, chosen: int) -> float:
-    """Least difference between the last score chosen and the first not chosen."""
+def _gaps(scores: Tensor, chosen: int) -> Tensor:
+    """Difference [T] between the last score chosen and the first not chosen."""
     top = scores.topk(chosen + 1).values
-    return float((top[:, chosen - 1] - top[:, chosen]).min())
+    return top[:, chosen - 1] - top[:, chosen]
 
 
 def _collect(family: str) -> list[GreedyPrompt]:

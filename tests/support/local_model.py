@@ -13,16 +13,17 @@ from lockstep.engine.models.decoder import LayerCache, Model
 from lockstep.engine.models.registry import build_model
 from lockstep.engine.weights import load_weights
 from lockstep.kernels.paged import build_batch
+from lockstep.kernels.table import Column
 from lockstep.moe.dispatch_local import LocalDispatcher
 from lockstep.moe.placement import contiguous
 
 
-def load_local(path: Path, dtype: torch.dtype) -> Model:
+def load_local(path: Path, dtype: torch.dtype, column: Column | None = None) -> Model:
     """The model of directory ``path`` with all its experts here."""
     config = load_config(path)
     device = torch.device("cpu")
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
-    model = build_model(config, LocalDispatcher(placement, device), dtype, device)
+    model = build_model(config, LocalDispatcher(placement, device), dtype, device, column)
     load_weights(model, path, lambda layer: placement.experts_of(0, layer), lambda fraction: None)
     return model
 

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from lockstep.engine.types import FromRankBulk, FromRankStep, Keys, Layout, RankSpec, StepPlan
+from lockstep.engine.specs import Keys, Layout, RankSpec
+from lockstep.engine.types import FromRankBulk, FromRankStep, StepPlan
 from lockstep.engine.wire import authenticate, encode, new_keypair, server_socket
 
 

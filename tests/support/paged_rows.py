@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,3 +38,10 @@ class PagedRows:
     def queries(self, row: int) -> slice:
         begin = int(self.counts[:row].sum())
         return slice(begin, begin + int(self.counts[row]))
+
+
+def on_device(batch: PagedBatch, device: torch.device) -> PagedBatch:
+    """The batch of a step that knows no length on the host: whoever looks for one there fails."""
+    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    return PagedBatch(**(moved | {"query_starts": (), "lengths": ()}))

@@ -10,20 +10,8 @@ from lockstep.engine.kv.hashing import chain_hashes, hash_root
 from lockstep.engine.planner import Planner
 from lockstep.engine.simulated import SimulatedRank
 from lockstep.engine.slots import Int32, Int64, Rows
-from lockstep.engine.types import (
-    Abort,
-    Finish,
-    Layout,
-    Refused,
-    Rejected,
-    Sampling,
-    SchedulerSpec,
-    Staged,
-    StepPlan,
-    StepResult,
-    Submit,
-    TokenBatch,
-)
+from lockstep.engine.specs import Layout, SchedulerSpec
+from lockstep.engine.types import Abort, Finish, Refused, Rejected, Sampling, Staged, StepPlan, StepResult, Submit, TokenBatch
 
 ROOT = hash_root("model", "bf16")
 STOP = np.array([0], np.int32).tobytes()
@@ -45,7 +33,8 @@ class CheckedRank(SimulatedRank):
             pages = np.frombuffer(plan.section.publish_i32, np.int32).tolist()
             for index, page in enumerate(pages):
                 block = plan.section.publish_h128[16 * index : 16 * index + 16]
-                assert self.content[page, :, 0].tolist() == self.blocks[block], f"rank {self.rank}: page {page} is published as what it is not"
+                wrong = f"rank {self.rank}: page {page} is published as what it is not"
+                assert self.content[page, :, 0].tolist() == self.blocks[block], wrong
         return result
 
     def _begin(self, slot: int, prompt: Int32) -> None:
@@ -70,7 +59,8 @@ class CheckedRank(SimulatedRank):
 
     def _read(self, slot: int, length: int) -> None:
         pages, offsets = self._places(slot, 0, length)
-        assert self.content[pages, offsets, 0].tolist() == self.history[slot][:length], f"rank {self.rank}: slot {slot} reads what is not its own"
+        wrong = f"rank {self.rank}: slot {slot} reads what is not its own"
+        assert self.content[pages, offsets, 0].tolist() == self.history[slot][:length], wrong
         assert (self.content[pages, offsets, 1] == np.arange(length)).all()
 
     def _write(self, slot: int, start: int, end: int) -> None:
@@ -83,7 +73,9 @@ class CheckedRank(SimulatedRank):
 class World:
     """Planner, ranks, and what every client has received so far."""
 
-    def __init__(self, layout: Layout, *, pages: int, page_size: int, max_len: int, advance: int = 1, end_every: int = 0, **spec: object) -> None:
+    def __init__(
+        self, layout: Layout, *, pages: int, page_size: int, max_len: int, advance: int = 1, end_every: int = 0, **spec: object
+    ) -> None:
         settings = {"max_running": 8, "max_batch_tokens": 64, "checksum_every": 1, "max_advance": advance} | spec
         self.planner = Planner(layout, SchedulerSpec(**settings), [pages] * layout.data, page_size, max_len)  # type: ignore[arg-type]
         self.layout, self.page_size = layout, page_size
@@ -170,7 +162,8 @@ class World:
         positions = np.frombuffer(batch.positions_i32, np.int32).tolist()
         finishes = np.frombuffer(batch.finish_u8, np.uint8).tolist()
         start = 0
-        for handle, position, count, finish in zip(np.frombuffer(batch.handles_i64, np.int64).tolist(), positions, counts, finishes, strict=True):
+        handles = np.frombuffer(batch.handles_i64, np.int64).tolist()
+        for handle, position, count, finish in zip(handles, positions, counts, finishes, strict=True):
             assert handle not in self.finish, f"request {handle} speaks after its end"
             assert position == len(self.tokens[handle]), f"request {handle}: position {position}, has {len(self.tokens[handle])}"
             self.tokens[handle] += tokens[start : start + count]
@@ -243,7 +236,28 @@ class World:
         """A rank dies; the group goes on without its data index."""
         data = self.planner.group.data_of_rank(rank)
         self.dead.update(self.planner.group.members(data))
-        self.planner.begin_epoch([data])
+        self.planner.begin_epoch(gone=[data])
+        self.tidy()
+
+    def replace(self, rank: int) -> None:
+        """A rank dies and another takes its place: the others keep their pages, the new one has none."""
+        data = self.planner.group.data_of_rank(rank)
+        old = self.ranks[rank]
+        new = CheckedRank(
+            rank,
+            old.table.num_slots,
+            old.table.pages.shape[1],
+            pool=len(old.content),
+            page_size=self.page_size,
+            num_cohorts=self.layout.pipeline,
+            samples=old.samples,
+        )
+        new.max_advance, new.end_every, new.blocks = old.max_advance, old.end_every, old.blocks
+        self.ranks[rank] = new
+        self.plans[rank].clear()
+        self.bulk[rank].clear()
+        self.results[rank].clear()
+        self.planner.begin_epoch(emptied=[data])
         self.tidy()
 
     def round(self) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 from multiprocessing.process import BaseProcess
 
-from lockstep.engine.types import RankSpec
+from lockstep.engine.specs import RankSpec
 
 
 def start_rank(spec: RankSpec) -> BaseProcess:

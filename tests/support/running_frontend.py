@@ -11,7 +11,7 @@ from types import TracebackType
 import httpx
 
 from lockstep.engine.frontend.server import main
-from lockstep.engine.types import FrontendSpec
+from lockstep.engine.specs import FrontendSpec
 
 from .scripted_controller import Script, ScriptedController
 from .tiny_tokenizer import VOCAB_SIZE

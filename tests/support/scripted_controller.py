@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 import msgspec
 import zmq
 
+from lockstep.engine.specs import Keys
 from lockstep.engine.types import (
     Abort,
     ClusterState,
@@ -25,7 +26,6 @@ from lockstep.engine.types import (
     FrontendHello,
     HandleLogprobs,
     Heartbeat,
-    Keys,
     Rejected,
     Started,
     Stop,

@@ -234,7 +234,7 @@ def test_a_silent_controller_is_lost_and_found_again(model: Path, monkeypatch: p
 CHILD = """
 import sys, msgspec
 from lockstep.engine.frontend.server import main
-from lockstep.engine.types import FrontendSpec
+from lockstep.engine.specs import FrontendSpec
 main(msgspec.json.decode(sys.argv[1], type=FrontendSpec))
 assert "torch" not in sys.modules, "the frontend imported torch"
 """

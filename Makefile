@@ -1,0 +1,49 @@
+# The same commands for people and for CI. Everything lives in .venv; `make setup` is quick once it has run.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lockstep-installed
+TYPING := .typing/lockstep
+TORCH ?= 2.13.0
+RECIPE ?= demo.yaml
+# Set PYTHON to choose the interpreter; otherwise the first of these that really starts.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
+
+.PHONY: setup serve test check bench-control bench-frontend plan-anchors clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; name one with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
+	@touch $@
+
+# mypy must see the checkout, whatever its name, as the package lockstep.
+$(TYPING):
+	@mkdir -p $(@D) && ln -sfn .. $@
+
+serve: setup
+	$(BIN)/launch --recipe $(RECIPE) $(OVERRIDES)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup $(TYPING)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench-control: setup
+	$(BIN)/python benchmarks/bench_control.py
+
+bench-frontend: setup
+	$(BIN)/python benchmarks/bench_frontend.py
+
+# The floors of `launch plan` beside published figures.
+plan-anchors: setup
+	$(BIN)/python -m lockstep.launch.plan_anchors > benchmarks/plan_anchors.md
+
+clean:
+	rm -rf $(VENV) .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -1,0 +1,108 @@
+"""What the launcher tells each process when it starts it: frozen structs, passed as JSON on standard input."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True):
+    """CURVE keys (z85 text) for a process that talks to the controller."""
+
+    server_public: str
+    public: str
+    secret: str
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The factorisation of a group's world: world = pipeline x data x tensor, rank-major in that order."""
+
+    pipeline: Annotated[int, msgspec.Meta(ge=1)] = 1
+    data: Annotated[int, msgspec.Meta(ge=1)] = 1
+    tensor: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    @property
+    def world(self) -> int:
+        return self.pipeline * self.data * self.tensor
+
+
+class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of the planner; the first two are per data-parallel rank."""
+
+    max_batch_tokens: int = 8192
+    max_running: int = 128
+    max_queue: int = 1024
+    inter_token_target: float = 0.2
+    max_advance: int = 1
+    prefix_caching: bool = True
+    checksum_every: int = 64
+    pacing: bool = True
+
+
+class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a controller needs to start. Port 0 binds a free port; the address is reported to the lobby."""
+
+    host: str
+    secret: str
+    public: str
+    allowed: tuple[str, ...]
+    layout: Layout
+    scheduler: SchedulerSpec
+    model_max_len: int
+    max_len: int | None
+    rank_deadline: float = 300.0
+    recording: str | None = None
+    lobby: LobbySpec | None = None
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank needs to start. ``kv_memory`` is bytes of page pool, None to size it from what is free."""
+
+    rank: int
+    layout: Layout
+    keys: Keys
+    step_address: str
+    bulk_address: str
+    store_host: str
+    store_port: int
+    model_path: str
+    dtype: str
+    kv_dtype: str
+    page_size: int
+    kv_memory: int | None
+    ranks_per_host: int
+    max_running: int
+    max_batch_tokens: int
+    max_len: int | None
+    dispatch: str
+    device: str
+    threads: int
+    deterministic: bool = False
+    collective_deadline: float = 60.0
+    lobby: LobbySpec | None = None
+
+
+class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frontend needs to start. ``share_port`` lets several frontends listen on one port; ``kv_format`` goes into prompt hashes."""
+
+    name: str
+    keys: Keys
+    address: str
+    model_path: str
+    served_name: str
+    vocab_size: int
+    host: str
+    port: int
+    api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    share_port: bool = False
+    kv_format: str = "auto"
+    lobby: LobbySpec | None = None
+
+
+class LobbySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a starting process reports to the launcher (a PULL socket with CURVE)."""
+
+    address: str
+    keys: Keys

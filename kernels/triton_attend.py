@@ -1,0 +1,317 @@
+"""The kernel behind both kinds of paged attention, for decode rows (split over the keys) and for extends over a cached prefix.
+
+A program takes a tile of (query token, head) pairs of one row that share a key head: for decode rows the heads of a group, for
+extends several tokens of them. It walks the pages of its row and keeps a running softmax, in base 2. Lengths, page tables and the
+first token of each row are read on the device; grids follow from T, R and the width of the page table alone.
+
+T tokens  R rows  H query heads  K key heads  G = H / K  C dims of q0 and k0, and of the values  E further dims of q and k
+S splits of a row's keys
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .paged import PagedBatch
+from .triton_target import interpreted, num_processors, power_of_two
+
+# Programs that a decode step wants per processor before it stops splitting rows, and the fewest keys a split is worth.
+# Defaults for any card: not measured.
+_PROGRAMS_PER_PROCESSOR = 2
+_KEYS_PER_SPLIT = 256
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries, the values' width and where results go. q0_THC and out_THC may have any strides but the last; q1_THE continues q0
+    where keys are wider than values (latents), else None."""
+
+    q0_THC: Tensor
+    q1_THE: Tensor | None
+    out_THC: Tensor
+
+
+@dataclass(frozen=True)
+class Keys:
+    """k0 and v of every cache position: [positions, K, C]. A latent's values are its own first C dims, so v is k0 there, and the E
+    dims after them belong to the key alone."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class AttendTile:
+    """``queries`` pairs by ``keys`` cache positions."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, splits: int = 0) -> None:
+    """The first ``num_decode`` rows and tokens. ``splits`` 0: as many as fill the device, by R, K and the width of the page table."""
+    num_rows, num_heads, dim = batch.num_decode, queries.q0_THC.shape[1], queries.q0_THC.shape[2]
+    if not num_rows:
+        return
+    kv_heads = keys.k.shape[1]
+    tiles = num_rows * triton.cdiv(num_heads // kv_heads, tile.queries)
+    splits = splits or _num_splits(tiles * kv_heads, batch.pages_RP.shape[1] * batch.page_size, queries.q0_THC.device)
+    if splits == 1:
+        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles, 1, None, None))
+        return
+    partial_THSC = queries.q0_THC.new_empty(num_rows, num_heads, splits, dim, dtype=torch.float32)
+    logsum_THS = queries.q0_THC.new_empty(num_rows, num_heads, splits, dtype=torch.float32)
+    _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles, splits, partial_THSC, logsum_THS))
+    out = queries.out_THC
+    _join_kernel[(num_rows, num_heads)](
+        partial_THSC,
+        logsum_THS,
+        out,
+        out.stride(0),
+        out.stride(1),
+        H=num_heads,
+        C=dim,
+        C_PAD=power_of_two(dim),
+        SPLITS=splits,
+        SPLITS_PAD=power_of_two(splits),
+        num_warps=4,
+    )
+
+
+def attend_extend(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
+    """The rows after ``num_decode``."""
+    num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
+    if num_tokens <= 0 or not num_rows:
+        return
+    group = queries.q0_THC.shape[1] // keys.k.shape[1]
+    tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a tile that is not full
+    _launch(queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, 1, None, None))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows [first, first + rows) of a batch in ``tiles`` tiles per key head."""
+
+    first: int
+    rows: int
+    tiles: int
+    splits: int
+    partial_THSC: Tensor | None
+    logsum_THS: Tensor | None
+
+
+def _num_splits(programs: int, max_keys: int, device: torch.device) -> int:
+    """Fixed by the shapes of a captured step, whatever the lengths are."""
+    wanted = _PROGRAMS_PER_PROCESSOR * num_processors(device) // programs
+    return max(1, min(wanted, max_keys // _KEYS_PER_SPLIT, 64))
+
+
+def _launch(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, part: _Part) -> None:
+    q0, out = queries.q0_THC, queries.out_THC
+    q1 = queries.q1_THE if queries.q1_THE is not None else q0
+    assert q0.stride(2) == q1.stride(2) == out.stride(2) == keys.k.stride(2) == keys.v.stride(2) == 1
+    kv_heads, dim = keys.k.shape[1], q0.shape[2]
+    more = q1.shape[2] if queries.q1_THE is not None else 0
+    _attend_kernel[(part.tiles, kv_heads, part.splits)](
+        q0,
+        q1,
+        keys.k,
+        keys.v,
+        out,
+        part.partial_THSC if part.partial_THSC is not None else out,
+        part.logsum_THS if part.logsum_THS is not None else out,
+        batch.query_start_R1,
+        batch.lengths_R,
+        batch.pages_RP,
+        scale * 1.4426950408889634,  # log2(e)
+        part.first,
+        part.rows,
+        q0.stride(0),
+        q0.stride(1),
+        q1.stride(0),
+        q1.stride(1),
+        out.stride(0),
+        out.stride(1),
+        keys.k.stride(0),
+        keys.k.stride(1),
+        keys.v.stride(0),
+        keys.v.stride(1),
+        batch.pages_RP.stride(0),
+        G=q0.shape[1] // kv_heads,
+        C=dim,
+        C_PAD=max(16, power_of_two(dim)),
+        E=more,
+        E_PAD=max(16, power_of_two(more)),
+        PAGE=batch.page_size,
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        SPLITS=part.splits,
+        DECODE=part.first == 0 and part.rows == batch.num_decode,
+        ROWS_PAD=power_of_two(part.rows),
+        WIDEN=interpreted(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def _attend_kernel(
+    q0_ptr,
+    q1_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    partial_ptr,
+    logsum_ptr,
+    query_start_ptr,
+    lengths_ptr,
+    pages_ptr,
+    scale,
+    first_row,
+    num_rows,
+    q0_stride_t,
+    q0_stride_h,
+    q1_stride_t,
+    q1_stride_h,
+    out_stride_t,
+    out_stride_h,
+    k_stride_p,
+    k_stride_h,
+    v_stride_p,
+    v_stride_h,
+    pages_stride,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DECODE: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One tile of pairs, one key head, one split of the row's keys."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    if DECODE:
+        row = tile // tl.cdiv(G, BLOCK_M)
+        tile_in_row = tile % tl.cdiv(G, BLOCK_M)
+        num_queries = 1
+        first_token = row.to(tl.int64)
+    else:
+        r = tl.arange(0, ROWS_PAD)
+        begins = tl.load(query_start_ptr + first_row + r, mask=r < num_rows, other=0)
+        ends = tl.load(query_start_ptr + first_row + r + 1, mask=r < num_rows, other=0)
+        tiles = (((ends - begins) * G + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
+        row = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (r < num_rows).to(tl.int32), 0)
+        if row >= num_rows:
+            return
+        tile_in_row = tile - tl.sum(tl.where(r < row, tiles, 0), 0)
+        num_queries = tl.sum(tl.where(r == row, ends - begins, 0), 0)
+        first_token = tl.sum(tl.where(r == row, begins, 0), 0).to(tl.int64)
+        row += first_row
+    length = tl.load(lengths_ptr + row)
+    start = length - num_queries  # position of the row's first query
+
+    pair = tile_in_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = pair // G
+    live = query < num_queries
+    position = tl.where(live, start + query, -1)
+    token = first_token + query
+    head = kv_head * G + pair % G
+    c = tl.arange(0, C_PAD)
+    e = tl.arange(0, E_PAD)
+    q_mask = live[:, None] & (c < C)[None, :]
+    q0 = tl.load(q0_ptr + token[:, None] * q0_stride_t + head[:, None] * q0_stride_h + c[None, :], mask=q_mask, other=0.0)
+    dtype: tl.constexpr = tl.float32 if WIDEN else q0_ptr.dtype.element_ty
+    q0 = q0.to(dtype)
+    if E > 0:
+        q1_mask = live[:, None] & (e < E)[None, :]
+        q1 = tl.load(q1_ptr + token[:, None] * q1_stride_t + head[:, None] * q1_stride_h + e[None, :], mask=q1_mask, other=0.0)
+        q1 = q1.to(dtype)
+
+    last_query = tl.minimum((tile_in_row * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
+    visible = start + last_query + 1  # keys that some pair of the tile may see
+    per_split = tl.cdiv(tl.cdiv(visible, BLOCK_N), SPLITS) * BLOCK_N
+    key_begin = split * per_split
+    key_end = tl.minimum(key_begin + per_split, visible)
+
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
+    for key_start in range(key_begin, key_end, BLOCK_N):
+        key = key_start + tl.arange(0, BLOCK_N)
+        inside = key < key_end
+        page = tl.load(pages_ptr + row.to(tl.int64) * pages_stride + key // PAGE, mask=inside, other=0).to(tl.int64)
+        at = page * PAGE + key % PAGE
+        k_at = k_ptr + at[:, None] * k_stride_p + kv_head * k_stride_h
+        k_mask = inside[:, None] & (c < C)[None, :]
+        k0 = tl.load(k_at + c[None, :], mask=k_mask, other=0.0).to(dtype)
+        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if E > 0:
+            k1 = tl.load(k_at + C + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0).to(dtype)
+            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+            v = k0
+        else:
+            v = tl.load(v_ptr + at[:, None] * v_stride_p + kv_head * v_stride_h + c[None, :], mask=k_mask, other=0.0).to(dtype)
+        seen = (key[None, :] <= position[:, None]) & inside[None, :]
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a pair that has seen no key yet
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(best - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+        best = new_best
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLITS == 1:
+        out_at = out_ptr + token[:, None] * out_stride_t + head[:, None] * out_stride_h + c[None, :]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        slot = (token * (G * tl.num_programs(1)) + head) * SPLITS + split
+        tl.store(partial_ptr + slot[:, None] * C + c[None, :], out, mask=q_mask)
+        logsum = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
+        tl.store(logsum_ptr + slot, logsum, mask=live)
+
+
+@triton.jit
+def _join_kernel(
+    partial_ptr,
+    logsum_ptr,
+    out_ptr,
+    out_stride_t,
+    out_stride_h,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """One (token, head): its splits, weighted by their shares, in the order of the splits whatever the device did first."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    s = tl.arange(0, SPLITS_PAD)
+    c = tl.arange(0, C_PAD)
+    slot = (token * H + head) * SPLITS
+    logsum = tl.load(logsum_ptr + slot + s, mask=s < SPLITS, other=float("-inf"))
+    best = tl.max(logsum, 0)
+    share = tl.exp2(logsum - tl.where(best == float("-inf"), 0.0, best))
+    total = tl.sum(share, 0)
+    inside = (s < SPLITS)[:, None] & (c < C)[None, :]
+    partial = tl.load(partial_ptr + (slot + s)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    out = tl.sum(partial * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + token * out_stride_t + head * out_stride_h + c, out.to(out_ptr.dtype.element_ty), mask=c < C)

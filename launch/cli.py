@@ -1,0 +1,56 @@
+"""The command line: ``launch --recipe R [key=value ...]``. Exit status: 0 as asked, 1 a failure, 2 a bad recipe or usage."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .foreground import step_behind
+from .interrupts import Interrupts
+from .plan_command import plan
+from .recipe import RecipeError
+from .recipe_file import load_recipe
+from .screen import Screen
+from .supervisor import serve
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+plan_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+plan_app.command()(plan)
+
+
+@app.command()
+def launch(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe (demo).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe.")] = None,
+) -> None:
+    """Starts the cluster that a recipe describes and serves until SIGTERM or Ctrl-C, then drains. See also: launch plan --help."""
+    screen, interrupts = Screen(), Interrupts()
+    interrupts.install()
+    try:
+        parsed, path = load_recipe(recipe, overrides or ())
+        code = serve(parsed, path.parent, screen, interrupts)
+    except RecipeError as error:
+        screen.error(str(error))
+        code = 2
+    except ValueError as error:
+        screen.error(str(error))
+        code = 1
+    except KeyboardInterrupt:
+        code = 1
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console script. ``launch plan`` has options of its own and starts nothing."""
+    if sys.argv[1:2] == ["plan"]:
+        plan_app(sys.argv[2:], prog_name="launch plan")
+    step_behind()
+    app(prog_name="launch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Every environment variable that Lockstep reads or sets."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+RUN_MARK = "LOCKSTEP_RUN"
+
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run launch` must not ship the current folder to every node
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without a GPU is no reason to hide them, nor to warn
+    "SPT_NOENV": "1",  # Ray's processes rename themselves, and must not overwrite the environment that holds the run's mark
+    "RAY_memory_monitor_refresh_ms": "0",  # under memory pressure Ray would kill the rank that uses most
+}
+
+
+def prepare_ray(address: str | None = None) -> None:
+    """Settings that Ray reads when it is imported; those the user made stand.
+
+    A cluster of our own (no ``address``) gets a token of its own, known to this run alone; left to itself Ray would make
+    one in the home directory and share it between clusters. To join a cluster, the user provides its token as Ray documents.
+    """
+    for name, value in _RAY.items():
+        os.environ.setdefault(name, value)
+    if (address or ray_address()) is None and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def ray_address() -> str | None:
+    """The Ray cluster that the environment says to join."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def mark_run(mark: str) -> None:
+    """Puts this run's mark into the environment, which every process below inherits and ``reaper`` finds."""
+    os.environ[RUN_MARK] = mark
+
+
+def child_environment(extra: dict[str, str]) -> dict[str, str]:
+    """The environment of a child process, which has no business with Ray."""
+    own = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    return own | {"PYTHONUNBUFFERED": "1"} | extra
+
+
+def process_settings(*, threads: int, loopback: bool) -> dict[str, str]:
+    """What a process of the cluster is given: its CPU threads, no model hub, and gloo on the interface in use."""
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    if loopback:
+        settings |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return settings
+
+
+def visible_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
+    return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]

@@ -1,0 +1,35 @@
+"""SIGTERM and Ctrl-C: the first asks for an orderly end, the second for an immediate one."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The user wants to stop before the cluster was ready."""
+
+
+class Interrupts:
+    """Counts the signals that ask to stop. The second raises KeyboardInterrupt in the main thread, unless ``muted``."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.name = ""
+        self.muted = False
+
+    def install(self) -> None:
+        """Takes both signals over (again: ray.init takes SIGTERM for itself)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._count)
+
+    def check(self) -> None:
+        """Raises Interrupted once a signal has come."""
+        if self.count:
+            raise Interrupted(self.name)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.name = self.name or signal.Signals(number).name
+        if self.count > 1 and not self.muted:
+            raise KeyboardInterrupt

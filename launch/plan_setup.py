@@ -1,0 +1,123 @@
+"""A recipe resolved for planning: the model, the hardware and every value that ``auto`` left open."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..engine.specs import Layout
+from .hardware import Hardware
+from .plan_model import Shape
+from .recipe import Recipe
+from .specs import dispatch_of, dtype_of
+
+_ITEM = {"fp32": 4, "bf16": 2}
+# Bytes per value of a matrix: fp8 with a float32 scale per 128 x 128 values, NVFP4 with a byte per 16.
+_STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "nvfp4": 0.5 + 1 / 16}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The layers of one pipeline stage; the first stage embeds, the last has the output head."""
+
+    index: int
+    num_layers: int
+    num_moe: int
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is planned. ``weights`` and ``expert_weights`` are the dtypes matrices are held in, ``dtype`` that of activations,
+    ``attention_dtype`` that attention computes in; ``wire_item`` bytes of a value on its way to the experts;
+    ``kv_memory`` None is auto; ``capacity`` the tokens of a rank in a step at most."""
+
+    shape: Shape
+    hardware: Hardware
+    layout: Layout
+    ranks_per_node: int
+    dispatch: str
+    dtype: str
+    weights: str
+    expert_weights: str
+    attention_dtype: str
+    wire_item: float
+    kv_dtype: str
+    page_size: int
+    kv_memory: int | None
+    max_len: int
+    max_running: int
+    capacity: int
+    redundant: int
+
+    @property
+    def item(self) -> int:
+        """Bytes of an activation."""
+        return _ITEM[self.dtype]
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.layout.data * self.layout.tensor
+
+    @property
+    def num_slots(self) -> int:
+        """Expert slots per rank and layer; equal on all ranks, so that some may stay empty."""
+        return -(-(self.shape.moe.num_experts + self.redundant) // self.expert_ranks)
+
+    @property
+    def near_ranks(self) -> int:
+        """Ranks of an expert world that reach each other over the near link."""
+        return min(self.expert_ranks, self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node)
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share what the hardware profile counts: all of a node on a CPU."""
+        return self.ranks_per_node if self.hardware.device == "cpu" else 1
+
+    @property
+    def rank_memory(self) -> int:
+        """Bytes a rank can have."""
+        return self.hardware.memory // self.sharing
+
+    def stages(self) -> list[Stage]:
+        """The layers, spread over the pipeline stages so that their numbers differ by one at most."""
+        found, start, count = [], 0, self.layout.pipeline
+        for index in range(count):
+            end = start + self.shape.num_layers // count + (index < self.shape.num_layers % count)
+            num_moe = sum(start <= layer < end for layer in self.shape.moe_layers)
+            found.append(Stage(index, end - start, num_moe, index == 0, index == count - 1))
+            start = end
+        return found
+
+
+def stored_bytes(values: int, dtype: str) -> int:
+    """Bytes of a matrix with its scales."""
+    return math.ceil(values * _STORED[dtype])
+
+
+def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
+    """The set-up that the recipe describes. ``check_model`` has passed."""
+    dtype = dtype_of(recipe, shape.dtype)
+    weights = shape.stored if recipe.model.dtype == "auto" else dtype
+    parallel = recipe.parallel
+    return Setup(
+        shape=shape,
+        hardware=hardware,
+        layout=Layout(pipeline=parallel.pipeline, data=recipe.data, tensor=parallel.tensor),
+        ranks_per_node=recipe.cluster.ranks_per_node,
+        dispatch=dispatch_of(recipe, hardware.device),
+        dtype=dtype,
+        weights=weights,
+        expert_weights=weights,
+        attention_dtype=dtype,
+        wire_item=_ITEM[dtype],
+        kv_dtype=dtype if recipe.kv_cache.dtype == "auto" else recipe.kv_cache.dtype,
+        page_size=recipe.kv_cache.page_size,
+        kv_memory=recipe.kv_cache.memory,
+        max_len=min(recipe.model.max_len or shape.max_position, shape.max_position),
+        max_running=recipe.scheduler.max_running,
+        capacity=recipe.scheduler.max_batch_tokens,
+        redundant=recipe.experts.redundant,
+    )

@@ -1,0 +1,80 @@
+"""What the person at the terminal sees while a cluster starts, serves and stops."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ..engine.types import Report
+
+
+class Screen:
+    """Progress bars on a terminal, a line per change of phase elsewhere. The ready text goes to standard output, the rest
+    to standard error."""
+
+    def __init__(self) -> None:
+        self._out = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._start = time.monotonic()
+        self._last = self._start
+        self._phases: list[tuple[str, float]] = []
+        self._bars: dict[str, TaskID] = {}
+        self._seen: dict[str, str] = {}
+        columns = (TextColumn("  {task.description:<14}"), BarColumn(bar_width=24), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._err, transient=True)
+
+    def say(self, text: str) -> None:
+        """A line with the time since the start."""
+        self._err.print(f"[dim]{time.monotonic() - self._start:6.1f} s[/dim]  {escape(text)}")
+
+    def error(self, text: str) -> None:
+        self.hide()
+        self._err.print(f"[bold red]error:[/bold red] {escape(text)}")
+
+    def mark(self, phase: str) -> None:
+        """Ends a phase of the start-up, for the timeline."""
+        now = time.monotonic()
+        self._phases.append((phase, now - self._last))
+        self._last = now
+
+    def show(self, name: str, report: Report) -> None:
+        """A process has reported."""
+        if not self._err.is_terminal:
+            if self._seen.get(name) != report.phase and report.phase in ("loading", "ready"):
+                self.say(f"{name}: {report.phase}" + (f" ({report.detail})" if report.detail else ""))
+            self._seen[name] = report.phase
+            return
+        self._progress.start()
+        if name not in self._bars:
+            self._bars[name] = self._progress.add_task(name, total=1.0, phase="")
+        done = 1.0 if report.phase == "ready" else report.fraction
+        self._progress.update(self._bars[name], completed=done, phase=f"{report.phase} {escape(report.detail)}"[:60])
+
+    def hide(self) -> None:
+        """Ends the progress display."""
+        if self._bars:
+            self._progress.stop()
+
+    def ready(self, url: str, model: str, api_key: str | None) -> None:
+        """The ready line, the timeline of the start-up, and two ways to use the server."""
+        self.hide()
+        total = time.monotonic() - self._start
+        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self._phases)
+        header = f" \\\n  -H 'Authorization: Bearer {api_key}'" if api_key else ""
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+        self._out.print(
+            f"\nready: {url}/v1 serves {model} after {total:.1f} s ({parts})\n\n"
+            f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n  -d '{body}'\n\n"
+            "from openai import OpenAI\n"
+            f'client = OpenAI(base_url="{url}/v1", api_key="{api_key or "none"}")\n'
+            f'for chunk in client.chat.completions.create(model="{model}", stream=True, max_tokens=32,\n'
+            '                                            messages=[{"role": "user", "content": "Hello"}]):\n'
+            '    print(chunk.choices[0].delta.content or "", end="", flush=True)\n\n'
+            "Ctrl-C drains and stops; a second one stops at once.",
+            markup=False,
+        )
+        sys.stdout.flush()

@@ -1,0 +1,255 @@
+"""A run of a cluster from its recipe: start, watch, drain, stop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ..engine.checkpoint import read_checkpoint
+from ..engine.models.config import ModelConfig, load_config
+from .cluster import Cluster, Death, LaunchError
+from .controller_link import ControllerLink
+from .environment import prepare_ray
+from .front_door import FirstToken, claim_port, reachable
+from .interrupts import Interrupted, Interrupts
+from .last_resort import LastResort
+from .lobby_desk import LobbyDesk
+from .reaper import Reaper
+from .recipe import Recipe, RecipeError, model_directory
+from .rendezvous import Rendezvous
+from .roster import Roster
+from .run_folder import RunFolder
+from .screen import Screen
+from .specs import Keyring, Site, check_model, controller_task, frontend_task, process_names, rank_task
+
+CONTROLLER_SECONDS = 60.0
+FIRST_TOKEN_SECONDS = 120.0
+RECOVERY_SECONDS = 10.0
+SILENCE_SECONDS = 30.0
+STOP_SECONDS = 10.0
+TERMINATE_SECONDS = 3.0
+CLOSE_SECONDS = 20.0
+_POLL = 0.1
+
+
+def serve(recipe: Recipe, folder: Path, screen: Screen, interrupts: Interrupts) -> int:
+    """Starts the cluster of ``recipe`` (whose file lies in ``folder``) and serves until told to stop; returns the exit code.
+
+    Raises RecipeError for a recipe that does not fit its model, ValueError for a model that cannot be served.
+    """
+    path = model_directory(recipe, folder)
+    config = load_config(path)
+    if found := check_model(recipe, config):
+        raise RecipeError("the recipe does not fit the model\n" + "\n".join(f"  {line}" for line in found))
+    read_checkpoint(path)
+    run = RunFolder(recipe.cluster.log_dir)
+    supervisor = Supervisor(recipe, config, path, run.path, screen, interrupts)
+    code = 1
+    try:
+        supervisor.start()
+        supervisor.watch()
+        code = supervisor.drain()
+    except LaunchError as error:
+        screen.error(str(error))
+    except Interrupted as error:
+        screen.error(f"{error} before the cluster was ready")
+    except KeyboardInterrupt:
+        screen.error("stopped at once; running requests were cut off")
+    finally:
+        supervisor.close()
+        kept = run.end(failed=code != 0)
+        screen.say(f"stopped; logs: {run.path}" if kept else "stopped")
+    return code
+
+
+class Supervisor:
+    """One run. ``start``, ``watch`` and ``drain`` raise LaunchError on a failure; ``close`` must follow in any case."""
+
+    def __init__(
+        self, recipe: Recipe, config: ModelConfig, model_path: Path, run_folder: Path, screen: Screen, interrupts: Interrupts
+    ) -> None:
+        self._recipe = recipe
+        self._config = config
+        self._model_path = model_path
+        self._folder = run_folder
+        self._screen = screen
+        self._interrupts = interrupts
+        self._reaper = Reaper()
+        self._cluster: Cluster | None = None
+        self._desk: LobbyDesk | None = None
+        self._store: Rendezvous | None = None
+        self._link: ControllerLink | None = None
+        self._roster: Roster | None = None
+
+    # ------------------------------------------------------------------ start
+
+    def start(self) -> None:
+        """Brings every process up and proves it with one token through the front door."""
+        recipe, screen = self._recipe, self._screen
+        port = claim_port(recipe.frontend.host, recipe.frontend.port)
+        site = self._open()
+        roster, cluster, store = self._roster, self._cluster, self._store
+        assert roster is not None and cluster is not None and store is not None
+        screen.say("starting the controller")
+        cluster.start([controller_task(site)])
+        roster.wait(["controller 0"], CONTROLLER_SECONDS, lambda report: bool(report.address) or report.phase == "ready")
+        step_address, bulk_address, frontend_address = roster.reports["controller 0"].address
+        screen.mark("controller")
+
+        screen.say(f"starting {recipe.world} ranks ({site.device}, {site.dtype}) and the frontend")
+        self._link = ControllerLink(frontend_address, site.keyring.to_controller("launcher"))
+        ranks = [rank_task(site, rank, step_address, bulk_address, (store.host, store.port)) for rank in range(recipe.world)]
+        cluster.start([*ranks, frontend_task(site, 0, frontend_address, port)])
+        self._wait_ready([task.name for task in ranks])
+        self._first_token(port)
+        url = f"http://{reachable(recipe.frontend.host)}:{port}"
+        screen.ready(url, site.served_name, recipe.frontend.api_keys[0] if recipe.frontend.api_keys else None)
+
+    def _open(self) -> Site:
+        """The cluster, and what the launcher itself offers to its processes."""
+        recipe, screen = self._recipe, self._screen
+        screen.say("starting Ray" if recipe.cluster.backend == "ray" else "starting processes on this machine")
+        self._cluster = self._open_cluster()
+        self._interrupts.install()
+        self._interrupts.check()
+        screen.mark("Ray" if recipe.cluster.backend == "ray" else "cluster")
+        host = self._cluster.host
+        self._store = Rendezvous(host)
+        keyring = Keyring(process_names(recipe))
+        self._desk = LobbyDesk(host, *keyring.lobby, allowed=keyring.allowed)
+        self._roster = Roster(self._cluster, self._desk, self._interrupts, screen.show)
+        device = self._device(self._cluster.gpus_per_node)
+        return Site(recipe, self._config, self._model_path, host, device, self._desk.address, keyring)
+
+    def _open_cluster(self) -> Cluster:
+        recipe = self._recipe.cluster
+        if recipe.backend == "local":
+            from .local_cluster import LocalCluster
+
+            return LocalCluster(self._folder)
+        prepare_ray(recipe.address)
+        from .ray_cluster import RayCluster
+
+        gpus = {"auto": None, "cpu": False, "cuda": True}[recipe.device]
+        nodes, ranks = recipe.nodes, recipe.ranks_per_node
+        cluster = RayCluster(self._folder, address=recipe.address, num_nodes=nodes, ranks_per_node=ranks, gpus=gpus)
+        if cluster.scratch is not None:
+            self._reaper.inherit(cluster.scratch)
+        return cluster
+
+    def _device(self, gpus_per_node: int) -> str:
+        cluster = self._recipe.cluster
+        if cluster.device == "cpu" or (cluster.device == "auto" and gpus_per_node == 0):
+            return "cpu"
+        if gpus_per_node < cluster.ranks_per_node:
+            raise LaunchError(
+                f"cluster.device = {cluster.device}: cluster.ranks_per_node ({cluster.ranks_per_node}) needs as many GPUs on a node, "
+                f"found {gpus_per_node}"
+            )
+        return "cuda"
+
+    def _wait_ready(self, ranks: list[str]) -> None:
+        roster, store, recipe = self._roster, self._store, self._recipe
+        assert roster is not None and store is not None
+        end = time.monotonic() + recipe.cluster.start_deadline
+        roster.wait(ranks, recipe.cluster.start_deadline)
+        store.check()
+        self._screen.mark("ranks")
+        left = max(CONTROLLER_SECONDS, end - time.monotonic())
+        roster.wait(["controller 0", "frontend 0"], left)
+        self._screen.mark("frontend")
+
+    def _first_token(self, port: int) -> None:
+        assert self._roster is not None
+        frontend = self._recipe.frontend
+        key = frontend.api_keys[0] if frontend.api_keys else frontend.admin_key
+        asked = FirstToken(reachable(frontend.host), port, key, FIRST_TOKEN_SECONDS)
+        while not asked.done(_POLL):
+            self._interrupts.check()
+            self._roster.read(0.0)
+            self._roster.check()
+        self._screen.mark("first token")
+
+    # ------------------------------------------------------------------ serve
+
+    def watch(self) -> None:
+        """Returns when told to stop. Raises LaunchError when a process ends and the cluster cannot go on without it."""
+        assert self._roster is not None and self._link is not None
+        while not self._interrupts.count:
+            state = self._link.read(_POLL)
+            self._roster.read(0.0)
+            for death in self._roster.deaths():
+                self._lost(death)
+            if state is not None and state.phase == "failed":
+                raise LaunchError(f"the controller gave up: {state.reason}")
+            if time.monotonic() - self._link.heard > SILENCE_SECONDS:
+                raise LaunchError(f"the controller has said nothing for {SILENCE_SECONDS:g} s")
+
+    def _lost(self, death: Death) -> None:
+        """A process has ended while serving. The controller may recover from a lost rank, by a new epoch without it."""
+        assert self._roster is not None and self._link is not None
+        obituary = self._roster.obituary(death)
+        if death.task.role != "rank":
+            raise LaunchError(obituary)
+        epoch = self._link.state.epoch if self._link.state is not None else 0
+        self._link.rank_lost(death.task.index, obituary)
+        end = time.monotonic() + RECOVERY_SECONDS
+        while time.monotonic() < end:
+            state = self._link.read(_POLL)
+            if state is not None and state.phase == "serving" and state.epoch > epoch:
+                self._screen.say(f"{obituary}; going on without it in epoch {state.epoch}")
+                return
+            if state is not None and state.phase == "failed":
+                break
+        raise LaunchError(f"{obituary}; the cluster cannot go on without it")
+
+    # ------------------------------------------------------------------ stop
+
+    def drain(self) -> int:
+        """Lets running requests finish, then stops every process in order. Returns the exit code."""
+        assert self._roster is not None and self._link is not None
+        allowed = self._recipe.cluster.drain_deadline
+        state = self._link.state
+        self._screen.say(f"{self._interrupts.name}: draining, {0 if state is None else state.num_running} requests running")
+        self._link.drain(allowed)
+        end = time.monotonic() + allowed + STOP_SECONDS
+        while state is None or state.phase != "drained":
+            state = self._link.read(_POLL)
+            if deaths := self._roster.deaths():
+                raise LaunchError(f"while draining: {self._roster.obituary(deaths[0])}")
+            if state is not None and state.phase == "failed":
+                raise LaunchError(f"while draining: the controller gave up: {state.reason}")
+            if time.monotonic() > end:
+                raise LaunchError(f"the controller had not drained {STOP_SECONDS:g} s after the {allowed:g} s of cluster.drain_deadline")
+        self._screen.say("drained; stopping")
+        with LastResort(STOP_SECONDS + TERMINATE_SECONDS + CLOSE_SECONDS, "stopping"):
+            return self._stop()
+
+    def _stop(self) -> int:
+        assert self._cluster is not None and self._roster is not None and self._link is not None
+        self._link.stop("shut down")
+        code = 0
+        for number, seconds in ((None, STOP_SECONDS), (15, TERMINATE_SECONDS)):
+            for task, _ in self._cluster.running():
+                if number is not None:
+                    self._screen.say(f"{task.name} did not stop in {STOP_SECONDS:g} s; terminating it")
+                    self._cluster.signal(task, number)
+                    code = 1
+            end = time.monotonic() + seconds
+            while self._cluster.running() and time.monotonic() < end:
+                for death in self._roster.deaths():
+                    if death.code != 0:
+                        self._screen.say(f"while stopping: {self._roster.obituary(death)}")
+                        code = 1
+                time.sleep(_POLL / 5)
+        return code
+
+    def close(self) -> None:
+        """Kills what is left, waits until it is gone, and closes everything. Nothing of the run stays but its logs."""
+        self._interrupts.muted = True
+        self._screen.hide()
+        with LastResort(CLOSE_SECONDS, "closing"):
+            for part in (self._link, self._desk, self._cluster, self._store):
+                if part is not None:
+                    part.close()
+            self._reaper.finish()

@@ -1,0 +1,1 @@
+"""The demo: a small checkpoint with random weights, and the script that makes it."""

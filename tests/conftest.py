@@ -1,0 +1,15 @@
+"""Settings for the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Tests spawn several processes on few cores; torch's own threads would only fight over them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports Triton: without an NVIDIA card its kernels run in the interpreter, on CPU tensors.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# torch.use_deterministic_algorithms, which fills fresh memory with NaN (support.poison), asks for this on a card.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,154 @@
+"""How the real cluster ends: drained, interrupted, struck by a killed rank, or refused because of its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lockstep.launch.recipe_file import find_recipe
+from support.launcher import Launcher
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+DEMO = find_recipe("demo").parent / "demo" / "model"
+LONG: dict[str, Any] = {"model": "demo", "prompt": "Hello", "temperature": 0.0, "stream": True, "extra_body": {"ignore_eos": True}}
+
+
+def launch(folder: Path, *arguments: str) -> Launcher:
+    return Launcher(folder, "--recipe", "demo", "frontend.port=0", "kv_cache.memory=16MiB", *arguments)
+
+
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0)
+
+
+class Reader(threading.Thread):
+    """Reads a stream of ``max_tokens`` in a thread. ``started`` is set with its first chunk; ``error`` is how it ended."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._url, self._max_tokens = url, max_tokens
+        self.started = threading.Event()
+        self.chunks = 0
+        self.finish: str | None = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            with client(self._url) as made, made.completions.create(max_tokens=self._max_tokens, **LONG) as stream:
+                for chunk in stream:
+                    self.chunks += 1
+                    self.started.set()
+                    self.finish = chunk.choices[0].finish_reason or self.finish
+        except Exception as error:
+            self.error = error
+
+
+def error_line(launcher: Launcher) -> str:
+    [line] = [line for line in launcher.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in launcher.err
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "Ctrl-C"])
+def test_a_stop_drains_what_runs_and_leaves_nothing(way: str, tmp_path: Path) -> None:
+    with launch(tmp_path) as launcher:
+        reader = Reader(launcher.url(), max_tokens=300)
+        reader.start()
+        assert reader.started.wait(30)
+        if way == "Ctrl-C":
+            os.killpg(launcher.process.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group, Ray's processes included
+        else:
+            launcher.signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with client(launcher.url()) as late, pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+            late.completions.create(model="demo", prompt="too late", max_tokens=1)
+        reader.join(30)
+        assert reader.error is None
+        assert reader.finish == "length"
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def test_a_request_longer_than_the_drain_is_cut_off(tmp_path: Path) -> None:
+    with launch(tmp_path, "cluster.drain_deadline=0.5") as launcher:
+        reader = Reader(launcher.url(), max_tokens=4000)
+        reader.start()
+        assert reader.started.wait(30)
+        launcher.signal()
+        assert launcher.wait(20) == 0, launcher.err
+        reader.join(10)
+        assert not reader.is_alive()
+        assert reader.finish != "length"
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_killed_rank_is_one_message(busy: bool, tmp_path: Path) -> None:
+    with launch(tmp_path) as launcher:
+        reader = Reader(launcher.url(), max_tokens=4000)
+        if busy:
+            reader.start()
+            assert reader.started.wait(30)
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        assert launcher.wait() == 1
+        line = error_line(launcher)
+        assert line.startswith("rank 1 on ")
+        assert "was killed by SIGKILL" in line
+        launcher.assert_nothing_left()
+
+
+def test_kill_9_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
+    with launch(tmp_path) as launcher:
+        launcher.url()
+        launcher.process.kill()
+        launcher.wait()
+        launcher.assert_nothing_left(seconds=8.0)
+
+
+def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replaces a tensor of the checkpoint, or removes it from shard and index."""
+    index_file = model / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    shard = model / index["weight_map"][name]
+    tensors = load_file(shard)
+    if tensor is None:
+        del tensors[name], index["weight_map"][name]
+        index_file.write_text(json.dumps(index))
+    else:
+        tensors[name] = tensor
+    save_file(tensors, shard)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("missing tensor", ["model.layers.2.mlp.experts.17.up_proj.weight"]),
+        ("misshapen tensor", ["model.layers.1.self_attn.o_proj.weight", "127", "128"]),
+        ("no tokenizer", ["tokenizer"]),
+    ],
+)
+def test_a_checkpoint_that_only_a_process_can_judge_is_one_message(fault: str, words: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    if fault == "missing tensor":
+        change(model, "model.layers.2.mlp.experts.17.up_proj.weight", None)
+    elif fault == "misshapen tensor":
+        change(model, "model.layers.1.self_attn.o_proj.weight", torch.zeros(127, 128, dtype=torch.bfloat16))
+    else:
+        (model / "tokenizer.json").unlink()
+    with launch(tmp_path / "run", f"model.path={model}") as launcher:
+        launcher.look()
+        assert launcher.wait(60) == 1
+        line = error_line(launcher)
+        assert all(word in line for word in words), line

@@ -1,0 +1,179 @@
+"""The launch command with dummy roles: start, drain, interrupts, and every way in which a process can fail.
+
+Real processes, real sockets, real signals; the roles alone do no work (``support/dummy_cluster.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from lockstep.launch.reaper import marked
+from support.launcher import Launcher
+
+LOCAL = "cluster.backend=local"
+
+
+def launch(folder: Path, *arguments: str, dummy: str = "") -> Launcher:
+    fixed = ("--recipe", "demo", "frontend.port=0", *arguments)
+    return Launcher(folder, *fixed, module="support.launch_dummies", environment={"DUMMY": dummy})
+
+
+def error_line(launcher: Launcher) -> str:
+    [line] = [line for line in launcher.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in launcher.err
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("backend", [LOCAL, pytest.param("cluster.backend=ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serves_until_told_to_stop_and_leaves_nothing(backend: str, number: signal.Signals, tmp_path: Path) -> None:
+    with launch(tmp_path, backend) as launcher:
+        url = launcher.url()
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health", timeout=5) as response:
+            assert response.status == 200
+        launcher.signal(number)
+        assert launcher.wait() == 0
+        launcher.assert_nothing_left()
+        assert f"{number.name}: draining" in launcher.err
+        assert "drained; stopping" in launcher.err
+        assert not list(launcher.temporary.iterdir()), "the run's folder stays only after a failure"
+
+
+def test_the_ready_text_shows_the_key_and_a_timeline(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "frontend.api_keys=[sesame]", "model.served_name=m1") as launcher:
+        url = launcher.url()
+        time.sleep(0.2)
+        for text in (f"curl {url}/chat/completions", "Bearer sesame", f'base_url="{url}"', 'api_key="sesame"', "serves m1"):
+            assert text in launcher.out
+        for phase in ("controller", "ranks", "frontend", "first token"):
+            assert f"{phase} " in launcher.out.partition("(")[2].partition(")")[0]
+
+
+def test_ctrl_c_to_the_whole_foreground_group_drains(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL) as launcher:
+        launcher.url()
+        os.killpg(launcher.process.pid, signal.SIGINT)
+        assert launcher.wait() == 0
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.ray
+def test_sigterm_to_everything_ends_in_time_and_leaves_nothing(tmp_path: Path) -> None:
+    """What systemd does by default: the roles, Ray's own processes and the launcher are all told at once."""
+    with launch(tmp_path) as launcher:
+        launcher.url()
+        for process in launcher.seen:
+            process.terminate()
+        launcher.signal()
+        launcher.wait(30.0)
+        launcher.assert_nothing_left()
+
+
+def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "cluster.drain_deadline=60", dummy="controller 0: undrained") as launcher:
+        launcher.url()
+        launcher.signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert launcher.process.poll() is None
+        launcher.signal(signal.SIGINT)
+        assert launcher.wait(5.0) == 1
+        launcher.assert_nothing_left()
+        assert "stopped at once" in error_line(launcher)
+
+
+def test_a_drain_that_never_ends_has_a_deadline(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "cluster.drain_deadline=0.5", dummy="controller 0: undrained") as launcher:
+        launcher.url()
+        launcher.signal()
+        assert launcher.wait() == 1
+        assert "cluster.drain_deadline" in error_line(launcher)
+        launcher.assert_nothing_left()
+
+
+def test_what_does_not_stop_is_killed_and_named(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, dummy="rank 0: deaf") as launcher:
+        launcher.url()
+        launcher.signal()
+        assert launcher.wait() == 1
+        assert "rank 0 did not stop in 1 s; terminating it" in launcher.err
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment", ["starting", "ready"])
+def test_sigterm_before_it_is_ready(moment: str, tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, dummy="rank 0: wait") as launcher:
+        deadline = time.monotonic() + 20
+        while f"rank 1: {moment}" not in launcher.err and "starting 2 ranks" not in launcher.err:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        launcher.look()
+        launcher.signal()
+        assert launcher.wait() == 1
+        assert error_line(launcher) == "SIGTERM before the cluster was ready"
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("dummy", "words"),
+    [
+        ("rank 1: fail", ["rank 1 on ", "failed: model.safetensors: truncated: 3 bytes"]),
+        ("rank 1: die", ["rank 1 on ", "was killed by SIGKILL"]),
+        ("rank 1: silent", ["rank 1 on ", "exited with status 0"]),
+        ("rank 1: wait", ["not ready after 3 s: rank 1 (loading 50%)"]),
+        ("controller 0: die", ["controller 0 on ", "was killed by SIGKILL"]),
+        ("frontend 0: 503", ["GET /health/generate", "HTTP 503: no"]),
+    ],
+)
+def test_a_failure_in_start_up_is_one_message(dummy: str, words: list[str], tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "cluster.start_deadline=3", dummy=dummy) as launcher:
+        assert launcher.wait() == 1
+        line = error_line(launcher)
+        assert all(word in line for word in words), line
+        [folder] = launcher.temporary.iterdir()
+        assert f"logs: {folder}" in launcher.err
+
+
+@pytest.mark.ray
+def test_a_failure_in_start_up_is_one_message_with_ray_too(tmp_path: Path) -> None:
+    with launch(tmp_path, dummy="rank 1: fail") as launcher:
+        assert launcher.wait() == 1
+        assert "failed: model.safetensors: truncated: 3 bytes" in error_line(launcher)
+
+
+@pytest.mark.parametrize("name", ["rank 1", "controller 0", "frontend 0"])
+def test_a_process_killed_while_serving_is_one_message(name: str, tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL) as launcher:
+        launcher.url()
+        os.kill(launcher.pid_of(name), signal.SIGKILL)
+        assert launcher.wait() == 1
+        line = error_line(launcher)
+        assert line.startswith(f"{name} on ")
+        assert "was killed by SIGKILL" in line
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.parametrize("backend", [LOCAL, pytest.param("cluster.backend=ray", marks=pytest.mark.ray)])
+def test_kill_9_of_the_launcher_leaves_nothing(backend: str, tmp_path: Path) -> None:
+    with launch(tmp_path, backend) as launcher:
+        launcher.url()
+        [mark] = {process.environ()["LOCKSTEP_RUN"] for process in launcher.seen if "LOCKSTEP_RUN" in process.environ()}
+        assert len(marked(mark)) >= 4
+        launcher.process.kill()
+        launcher.wait()
+        launcher.assert_nothing_left(seconds=8.0)
+        assert marked(mark) == []
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with launch(tmp_path / "a", LOCAL) as first:
+        port = first.url().removesuffix("/v1").rpartition(":")[2]
+        with launch(tmp_path / "b", LOCAL, f"frontend.port={port}") as second:
+            assert second.wait() == 1
+            assert f"frontend.port = {port}: cannot be listened on: Address already in use" in error_line(second)
+            assert "starting the controller" not in second.err

@@ -1,0 +1,48 @@
+"""Clusters of dummy roles, and waiting with a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lockstep.launch.cluster import Cluster, Death, Task
+from lockstep.launch.local_cluster import LocalCluster
+
+TESTS = Path(__file__).parent.parent
+
+
+def dummy(index: int, do: str, role: str = "rank", **spec: object) -> Task:
+    path = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    node = 0 if role == "rank" else None
+    return Task(role, index, json.dumps({"do": do, **spec}).encode(), node=node, environment=path, module="support.dummy_role")
+
+
+def make(backend: str, folder: Path) -> Cluster:
+    if backend == "local":
+        return LocalCluster(folder)
+    from lockstep.launch.environment import prepare_ray
+
+    prepare_ray()
+    from lockstep.launch.ray_cluster import RayCluster
+
+    return RayCluster(folder, address=None, num_nodes=1, ranks_per_node=2, gpus=False)
+
+
+def next_deaths(cluster: Cluster, count: int, seconds: float = 15.0) -> list[Death]:
+    found: list[Death] = []
+    deadline = time.monotonic() + seconds
+    while len(found) < count:
+        assert time.monotonic() < deadline, f"{len(found)} of {count} deaths in {seconds:g} s"
+        found += cluster.deaths()
+        time.sleep(0.01)
+    return found
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
+        time.sleep(0.02)

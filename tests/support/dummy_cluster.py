@@ -1,0 +1,127 @@
+"""Stand-ins for controller, rank and frontend that keep their manners at the boundary and do no work.
+
+``python -m support.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text in the environment variable
+``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1: die``, ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``,
+``controller 0: undrained``, ``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import zmq
+
+from lockstep.engine.lobby import Lobby
+from lockstep.engine.specs import ControllerSpec, FrontendSpec, RankSpec
+from lockstep.engine.types import ClusterState, Drain, FromFrontend, FrontendHello, Stop
+from lockstep.engine.wire import authenticate, client_socket, encode, server_socket
+from lockstep.launch import process
+
+
+def ordered(role: str, index: int) -> str:
+    """What this process was told to do wrong."""
+    who, _, what = os.environ.get("DUMMY", "").partition(":")
+    return what.strip() if who == f"{role} {index}" else ""
+
+
+def state(phase: str) -> bytes:
+    zeros: Any = dict.fromkeys(("epoch", "step", "num_running", "num_waiting", "prompt_tokens", "generation_tokens"), 0)
+    rest = {"prefix_queries": 0, "prefix_hits": 0, "preemptions": 0, "steps": 0, "imbalance": 1.0, "plan_seconds": 0.0, "kv_usage": 0.0}
+    return encode(ClusterState(phase=phase, reason="", max_len=16, page_size=4, prefix_caching=True, **zeros, **rest))
+
+
+def controller(spec: ControllerSpec) -> None:
+    lobby = Lobby(spec.lobby, "controller", 0)
+    if ordered("controller", 0) == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    gate = authenticate(context, spec.allowed)
+    socket = server_socket(context, zmq.ROUTER, spec.public, spec.secret)
+    address = f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}"
+    lobby.report("ready", address=(address, address, address))
+    peers, phase, decoder = set(), "serving", msgspec.msgpack.Decoder(FromFrontend)
+    while phase != "stop":
+        if socket.poll(100):
+            peer, payload = socket.recv_multipart()
+            message = decoder.decode(payload) if payload else None
+            peers.add(peer)
+            if isinstance(message, Drain) and ordered("controller", 0) != "undrained":
+                phase = "drained"
+            if isinstance(message, Stop):
+                phase = "stop"
+            if isinstance(message, FrontendHello) and ordered("controller", 0) == "die later":
+                threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        for peer in peers:
+            socket.send_multipart([peer, encode(Stop()) if phase == "stop" else state(phase)])
+    socket.close(linger=500)
+    gate.stop()
+    context.term()
+
+
+def until_stopped(address: str, keys: Any, name: bytes) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = client_socket(context, zmq.DEALER, keys, name)
+    socket.connect(address)
+    socket.send(b"")
+    stop = encode(Stop())
+    while socket.recv() != stop:
+        pass
+    socket.close()
+    context.term()
+
+
+def rank(spec: RankSpec) -> None:
+    lobby, order = Lobby(spec.lobby, "rank", spec.rank), ordered("rank", spec.rank)
+    lobby.report("loading", fraction=0.5)
+    if order == "fail":
+        raise ValueError("model.safetensors: truncated: 3 bytes")
+    if order == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "wait":
+        time.sleep(600)
+    if order == "silent":
+        os._exit(0)
+    lobby.report("ready")
+    if order == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    until_stopped(spec.step_address, spec.keys, b"r%d" % spec.rank)
+
+
+def frontend(spec: FrontendSpec) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            refused = ordered("frontend", 0) == "503"
+            known = not spec.api_keys or self.headers["Authorization"] == f"Bearer {spec.api_keys[0]}"
+            self.send_response(503 if refused else 200 if known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": {"message": "no"}}).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer((spec.host, spec.port), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Lobby(spec.lobby, "frontend", 0) as lobby:
+        lobby.report("ready")
+    until_stopped(spec.address, spec.keys, spec.name.encode())
+
+
+def main() -> None:
+    """Runs one role through the real entry point, with the module of the role replaced."""
+    here = SimpleNamespace(controller=controller, rank=rank, frontend=frontend)
+    sys.modules[f"lockstep.{process.ROLES[sys.argv[1]][0]}"] = SimpleNamespace(main=getattr(here, sys.argv[1]))  # type: ignore[assignment]
+    process.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A launch command under test: started in a session of its own, watched by what it prints and by what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+TESTS = Path(__file__).parent.parent
+
+
+class Launcher:
+    """``python -m MODULE --recipe ...``. Leaving the context kills what is left of it, and of the run, whatever happened."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, module: str = "lockstep.launch.cli", environment: dict[str, str] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        self.temporary = folder / "t"
+        self.temporary.mkdir()
+        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(self.temporary)} | (environment or {}),
+                start_new_session=True,
+            )
+        self.seen: set[psutil.Process] = set()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def url(self, seconds: float = 60.0) -> str:
+        """Waits for the ready line; returns the base URL."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(r"^ready: (\S+) serves", self.out, re.MULTILINE)):
+            assert self.process.poll() is None, f"launch left with {self.process.returncode}\n{self.err}"
+            assert time.monotonic() < deadline, f"not ready in {seconds:g} s\n{self.err}"
+            time.sleep(0.05)
+        self.look()
+        return found[1]
+
+    def look(self) -> None:
+        """Remembers the processes of the run, so that their end can be asked for."""
+        self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
+
+    def pid_of(self, name: str) -> int:
+        """The process of ``role index``, by its command line."""
+        self.look()
+        for process in self.seen:
+            if process.is_running() and " ".join(process.cmdline()[-3:-1]) == name:
+                return process.pid
+        raise AssertionError(f"no process {name} among {[process.cmdline() for process in self.seen if process.is_running()]}")
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = 30.0) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds:g} s\n{self.out}\n{self.err}") from None
+
+    def assert_nothing_left(self, seconds: float = 5.0) -> None:
+        """No process of the run is alive, by what ``look`` has seen."""
+        assert len(self.seen) >= 2, "look() saw no processes"
+        deadline = time.monotonic() + seconds
+        while left := [process for process in self.seen if alive(process)]:
+            assert time.monotonic() < deadline, f"left behind: {[(process.pid, process.cmdline()) for process in left]}"
+            time.sleep(0.05)
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.look()
+            self.process.kill()
+            self.process.wait()
+        for process in self.seen:
+            if alive(process):
+                process.kill()
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

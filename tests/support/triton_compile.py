@@ -1,0 +1,204 @@
+"""Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says what each one needs.
+
+Run as a program, without TRITON_INTERPRET: prints one JSON object {kernel: [{shared, registers, spilled, ...}]}. Launches stop after
+compiling (``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
+the host fails, as it would while a step is captured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from lockstep.kernels import (
+    triton_attention,
+    triton_experts,
+    triton_experts_fp8,
+    triton_fp8,
+    triton_gate,
+    triton_grouping,
+    triton_mla,
+    triton_norm,
+    triton_pages,
+    triton_rope,
+    triton_sampling,
+)
+from lockstep.kernels.fp8 import Quantised
+from lockstep.kernels.gate import GateCounts, Routing
+from lockstep.kernels.paged import PagedBatch
+from lockstep.kernels.rope import Angles
+from lockstep.kernels.sampling import Purpose, SamplingParams
+from lockstep.kernels.triton_sampling import SlotSampling
+
+BF16 = torch.bfloat16
+HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class AbsentCard:
+    """What Triton asks of a driver before it compiles: sm_90, an H100 or H200."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    compiled: dict[str, list[Any]] = {}
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found = compiled.setdefault(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}", [])
+        if kernel not in found:
+            found.append(kernel)
+        return kernel
+
+    driver.set_active(AbsentCard())
+    JITFunction.run = only_compile
+    for name in HOST_READS:
+        setattr(torch.Tensor, name, refuse)
+    for case in CASES:
+        case()
+    json.dump({name: [needs(kernel) for kernel in kernels] for name, kernels in compiled.items()}, sys.stdout)
+
+
+def refuse(*args: Any, **options: Any) -> Any:
+    raise AssertionError("a value of a tensor was read on the host")
+
+
+def needs(kernel: Any) -> dict[str, int]:
+    """Shared memory in bytes (the part asked for at launch), registers and spilled bytes per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "shared": kernel.metadata.shared,
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "warps": kernel.metadata.num_warps,
+        "tensor_cores": int("wgmma" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"]),
+    }
+
+
+def int64(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def gates() -> None:
+    for num_experts, routing in ((128, Routing(8)), (256, Routing(8, "sigmoid", True, 2.5, 8, 4))):
+        bias = torch.zeros(num_experts) if routing.scoring == "sigmoid" else None
+        counts = GateCounts(torch.zeros(1, dtype=torch.int32), int64(num_experts))
+        triton_gate.choose(torch.zeros(4, num_experts), bias, routing, counts)
+
+
+def groupings() -> None:
+    for num_pairs, num_slots in ((512, 128), (32768, 256)):
+        grouping = triton_grouping.group_pairs(int64(num_pairs), int64(num_slots), 64)
+    x_PD = triton_grouping.permute(torch.zeros(8, 7168, dtype=BF16), int64(32768), grouping)
+    triton_grouping.unpermute(x_PD, grouping, 32768)
+
+
+def experts() -> None:
+    for num_slots, hidden, width in ((128, 2048, 768), (32, 7168, 2048)):
+        w13, w2 = torch.empty(num_slots, 2 * width, hidden, dtype=BF16), torch.empty(num_slots, hidden, width, dtype=BF16)
+        for num_pairs in (8, 40 * num_slots, 100 * num_slots):
+            x = torch.empty(num_pairs, hidden, dtype=BF16)
+            triton_experts.experts(x, int64(num_pairs), int64(num_pairs), w13, w2, int64(num_slots))
+        triton_experts.weighted_sum(torch.empty(4, 8, hidden, dtype=BF16), torch.empty(4, 8))
+
+
+def fp8() -> None:
+    for num_slots, hidden, width in ((128, 2048, 768), (32, 7168, 2048)):
+        w13 = Quantised(eight_bits(num_slots, 2 * width, hidden), torch.empty(num_slots, 2, width // 128, hidden // 128))
+        w2 = Quantised(eight_bits(num_slots, hidden, width), torch.empty(num_slots, hidden // 128, width // 128))
+        for num_pairs in (8, 40 * num_slots):
+            pairs = (int64(num_pairs), int64(num_pairs))
+            x = Quantised(eight_bits(num_pairs, hidden), torch.empty(num_pairs, hidden // 128))
+            triton_experts_fp8.experts_fp8(x, pairs, w13, w2, int64(num_slots), BF16)
+        x_bf16, weight = torch.empty(64, hidden, dtype=BF16), torch.empty(hidden, dtype=BF16)
+        triton_fp8.quantise_rows(x_bf16)
+        triton_fp8.add_rms_norm_fp8(x_bf16, x_bf16, weight, 1e-6)
+        triton_fp8.silu_mul_fp8(x_bf16)
+
+
+def eight_bits(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float8_e4m3fn)
+
+
+def norms() -> None:
+    for dim in (128, 512, 2048, 7168):
+        x, weight = torch.empty(64, dim, dtype=BF16), torch.empty(dim, dtype=BF16)
+        triton_norm.rms_norm(x, weight, 1e-6)
+        triton_norm.add_rms_norm(x, x, weight, 1e-6)
+        triton_norm.silu_mul(x)
+
+
+def rotations() -> None:
+    for num_heads, kv_heads, dim in ((32, 4, 128), (128, 1, 64)):
+        rotation = Angles(torch.empty(8, 1, dim // 2), torch.empty(8, 1, dim // 2))
+        q, k = torch.empty(8, num_heads, dim, dtype=BF16), torch.empty(8, kv_heads, dim, dtype=BF16)
+        if kv_heads > 1:
+            cache = torch.empty(640, kv_heads, dim, dtype=BF16)
+            triton_rope.rotate_and_write(q, k, k, rotation, (cache, cache), int64(8), False)
+        else:
+            c, cache = torch.empty(8, 512, dtype=BF16), torch.empty(640, 576, dtype=BF16)
+            triton_rope.rotate_and_write_latent(q, c, k[:, 0], rotation, cache, int64(8), True)
+
+
+def paged_batch() -> PagedBatch:
+    starts = torch.zeros(13, dtype=torch.int32)
+    return PagedBatch(8, 64, starts, starts[:12], torch.zeros(12, 512, dtype=torch.int32), int64(1032), (), ())
+
+
+def attentions() -> None:
+    cache = torch.empty(640, 4, 128, dtype=BF16)
+    q = torch.empty(1032, 32, 128, dtype=BF16)
+    latents, expand = torch.empty(640, 576, dtype=BF16), torch.empty(128, 256, 512, dtype=BF16)
+    q_latent = torch.empty(1032, 128, 192, dtype=BF16)
+    for splits in (1, 8):
+        triton_attention.attend(q, cache, cache, paged_batch(), 1.0, splits)
+        triton_mla.mla_attend(q_latent[..., :128], q_latent[..., 128:], latents, expand, paged_batch(), 1.0, splits)
+
+
+def pages() -> None:
+    triton_pages.copy_pages([torch.empty(640, 576, dtype=BF16)], int64(4), int64(4), 64)
+
+
+def samplers() -> None:
+    logits, ones = torch.empty(8, 151936), torch.ones(8)
+    triton_sampling.sample_slots(logits, SlotSampling(ones, int64(8), ones, ones, int64(8), int64(8)), Purpose.SAMPLE)
+    triton_sampling.sample(
+        logits, SamplingParams(np.ones(8, np.float32), np.ones(8, np.int64), np.ones(8, np.float32), np.ones(8, np.float32)), np.zeros(8)
+    )
+    triton_sampling.logprobs(logits[:, :1000], int64(8), 1)
+    triton_sampling.edit_bias(logits, int64(64), int64(64), torch.ones(64))
+    triton_sampling.edit_mask(logits, int64(64), int64(64))
+    triton_sampling.edit_penalties(logits, (int64(64), int64(64), int64(64)), (ones, ones, ones))
+
+
+CASES: tuple[Callable[[], None], ...] = (gates, groupings, experts, fp8, norms, rotations, attentions, pages, samplers)
+
+if __name__ == "__main__":
+    main()
