@@ -68,6 +68,11 @@ class Roster:
             found += self._cluster.deaths()
         return sorted(found, key=lambda death: death.code is not None and death.code >= 0)
 
+    def forget(self, name: str) -> bool:
+        """Drops what a process has reported, because another will report under its name; whether it had been ready."""
+        report = self.reports.pop(name, None)
+        return report is not None and report.phase in ("ready", "stopped")
+
     def obituary(self, death: Death) -> str:
         """One line: who, where, how, why."""
         report = self.reports.get(death.task.name)

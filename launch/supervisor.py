@@ -17,6 +17,7 @@ from .lobby_desk import LobbyDesk
 from .reaper import Reaper
 from .recipe import Recipe, RecipeError, model_directory
 from .rendezvous import Rendezvous
+from .replacements import Replacements
 from .roster import Roster
 from .run_folder import RunFolder
 from .screen import Screen
@@ -24,7 +25,6 @@ from .specs import Keyring, Site, check_model, controller_task, frontend_task, p
 
 CONTROLLER_SECONDS = 60.0
 FIRST_TOKEN_SECONDS = 120.0
-RECOVERY_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
 STOP_SECONDS = 10.0
 TERMINATE_SECONDS = 3.0
@@ -80,6 +80,7 @@ class Supervisor:
         self._store: Rendezvous | None = None
         self._link: ControllerLink | None = None
         self._roster: Roster | None = None
+        self._replacements: Replacements | None = None
 
     # ------------------------------------------------------------------ start
 
@@ -173,8 +174,9 @@ class Supervisor:
     # ------------------------------------------------------------------ serve
 
     def watch(self) -> None:
-        """Returns when told to stop. Raises LaunchError when a process ends and the cluster cannot go on without it."""
-        assert self._roster is not None and self._link is not None
+        """Returns when told to stop; replaces ranks that die. Raises LaunchError when the cluster cannot go on."""
+        assert self._roster is not None and self._link is not None and self._cluster is not None
+        self._replacements = Replacements(self._cluster, self._recipe.cluster.start_deadline)
         while not self._interrupts.count:
             state = self._link.read(_POLL)
             self._roster.read(0.0)
@@ -182,26 +184,23 @@ class Supervisor:
                 self._lost(death)
             if state is not None and state.phase == "failed":
                 raise LaunchError(f"the controller gave up: {state.reason}")
+            seconds = self._replacements.recovered(state)
+            if seconds is not None and state is not None:
+                self._screen.say(f"all ranks serve again after {seconds:.1f} s, in epoch {state.epoch}")
             if time.monotonic() - self._link.heard > SILENCE_SECONDS:
                 raise LaunchError(f"the controller has said nothing for {SILENCE_SECONDS:g} s")
 
     def _lost(self, death: Death) -> None:
-        """A process has ended while serving. The controller may recover from a lost rank, by a new epoch without it."""
-        assert self._roster is not None and self._link is not None
+        """A process has ended while serving. Another takes a rank's place; without any other process the cluster cannot go on."""
+        assert self._roster is not None and self._link is not None and self._replacements is not None
         obituary = self._roster.obituary(death)
         if death.task.role != "rank":
             raise LaunchError(obituary)
         epoch = self._link.state.epoch if self._link.state is not None else 0
+        ready = self._roster.forget(death.task.name)
         self._link.rank_lost(death.task.index, obituary)
-        end = time.monotonic() + RECOVERY_SECONDS
-        while time.monotonic() < end:
-            state = self._link.read(_POLL)
-            if state is not None and state.phase == "serving" and state.epoch > epoch:
-                self._screen.say(f"{obituary}; going on without it in epoch {state.epoch}")
-                return
-            if state is not None and state.phase == "failed":
-                break
-        raise LaunchError(f"{obituary}; the cluster cannot go on without it")
+        self._screen.say(f"{obituary}; starting another in its place, requests wait")
+        self._replacements.replace(death, obituary, ready=ready, epoch=epoch)
 
     # ------------------------------------------------------------------ stop
 

@@ -12,6 +12,7 @@ import torch
 
 from lockstep.kernels.bench import NOT_MEASURED, Ceilings
 from lockstep.kernels.bench_cases import Call, ExpertShape, cases
+from lockstep.kernels.table import ops_of
 
 
 def test_cases_are_distinct_and_name_every_expert_size() -> None:
@@ -33,8 +34,6 @@ def test_a_roofline_is_the_slower_of_two_ceilings() -> None:
 
 
 def test_experts_and_their_rival_compute_the_same() -> None:
-    from lockstep.kernels.table import ops_of
-
     call = ExpertShape(slots=3, hidden=32, width=16, pairs=11).bf16(torch.device("cpu"))
     rival = call.rivals["torch._grouped_mm"]()
     assert isinstance(rival, torch.Tensor)
@@ -44,14 +43,18 @@ def test_experts_and_their_rival_compute_the_same() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the card")
 def test_a_machine_without_a_card_measures_its_own_rows_and_leaves_the_others_open(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lockstep.kernels.bench", "--out", str(tmp_path), "--only", "Qwen3: 1 tokens"]
-    for _ in range(2):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        rows = {name: list(csv.DictReader((tmp_path / f"kernels_{name}.csv").open(encoding="utf-8"))) for name in ("cpu", "gpu")}
-        (row,) = (row for row in rows["cpu"] if row["op"] == "gate")
-        assert float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) and float(row["copy_gb_s"]) > 0
-        assert row["hardware"] and row["torch"] == torch.__version__ and row["commit"]
-        assert {row["p50_us"] for row in rows["gpu"]} == {NOT_MEASURED}
-        # A second run must not touch what a card may have measured since.
-        text = (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8")
-        (tmp_path / "kernels_gpu.csv").write_text(text, encoding="utf-8")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (row,) = (row for row in rows_of(tmp_path / "kernels_cpu.csv") if row["op"] == "gate")
+    assert float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) and float(row["copy_gb_s"]) > 0
+    assert row["hardware"] and row["torch"] == torch.__version__ and row["commit"]
+    assert {row["p50_us"] for row in rows_of(tmp_path / "kernels_gpu.csv")} == {NOT_MEASURED}
+    # What a card has measured since is not this machine's to overwrite.
+    (tmp_path / "kernels_gpu.csv").write_text("measured on a card", encoding="utf-8")
+    assert subprocess.run(command, capture_output=True, timeout=100, check=False, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8") == "measured on a card"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

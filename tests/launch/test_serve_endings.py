@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Reader(threading.Thread):
         self._url, self._max_tokens = url, max_tokens
         self.started = threading.Event()
         self.chunks = 0
+        self.text = ""
         self.finish: str | None = None
         self.error: Exception | None = None
 
@@ -48,10 +50,18 @@ class Reader(threading.Thread):
             with client(self._url) as made, made.completions.create(max_tokens=self._max_tokens, **LONG) as stream:
                 for chunk in stream:
                     self.chunks += 1
+                    self.text += chunk.choices[0].text
                     self.started.set()
                     self.finish = chunk.choices[0].finish_reason or self.finish
         except Exception as error:
             self.error = error
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
+        time.sleep(0.05)
 
 
 def error_line(launcher: Launcher) -> str:
@@ -93,18 +103,38 @@ def test_a_request_longer_than_the_drain_is_cut_off(tmp_path: Path) -> None:
         launcher.assert_nothing_left()
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_a_killed_rank_is_one_message(busy: bool, tmp_path: Path) -> None:
+def test_a_killed_rank_is_a_pause(tmp_path: Path) -> None:
+    """Streams go on where they were; the text is that of an undisturbed run."""
     with launch(tmp_path) as launcher:
-        reader = Reader(launcher.url(), max_tokens=4000)
-        if busy:
+        url = launcher.url()
+        undisturbed = Reader(url, max_tokens=400)
+        undisturbed.run()
+        readers = [Reader(url, max_tokens=400) for _ in range(6)]
+        for reader in readers:
             reader.start()
-            assert reader.started.wait(30)
+        assert all(reader.started.wait(30) for reader in readers)
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        for reader in readers:
+            reader.join(60)
+        assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * 6
+        assert {reader.text for reader in readers} == {undisturbed.text}
+        assert "rank 1 on " in launcher.err and "all ranks serve again" in launcher.err
+        launcher.look()
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def test_an_idle_rank_that_is_killed_is_replaced_up_to_a_limit(tmp_path: Path) -> None:
+    with launch(tmp_path, "cluster.backend=local") as launcher:
+        url = launcher.url()
+        for times in range(1, 4):
+            os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
+            wait_until(lambda times=times: launcher.err.count("all ranks serve again") == times, f"recovery {times}")
+            Reader(url, max_tokens=3).run()
+        os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
         assert launcher.wait() == 1
-        line = error_line(launcher)
-        assert line.startswith("rank 1 on ")
-        assert "was killed by SIGKILL" in line
+        assert "it was replaced 3 times" in error_line(launcher)
         launcher.assert_nothing_left()
 
 

@@ -146,7 +146,18 @@ def test_a_failure_in_start_up_is_one_message_with_ray_too(tmp_path: Path) -> No
         assert "failed: model.safetensors: truncated: 3 bytes" in error_line(launcher)
 
 
-@pytest.mark.parametrize("name", ["rank 1", "controller 0", "frontend 0"])
+def test_a_rank_that_does_not_come_back_is_one_message(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "cluster.start_deadline=5") as launcher:
+        launcher.url()
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        assert launcher.wait() == 1
+        line = error_line(launcher)
+        assert line.startswith("rank 1 on ") and "was killed by SIGKILL" in line
+        assert line.endswith("the cluster does not serve again after 5 s")
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.parametrize("name", ["controller 0", "frontend 0"])
 def test_a_process_killed_while_serving_is_one_message(name: str, tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL) as launcher:
         launcher.url()

@@ -26,7 +26,7 @@ def with_dummy(make_task: Callable[..., Task]) -> Callable[..., Task]:
 if __name__ == "__main__":
     for name in ("controller_task", "rank_task", "frontend_task"):
         setattr(supervisor, name, with_dummy(getattr(supervisor, name)))
-    for name in ("STOP_SECONDS", "TERMINATE_SECONDS", "RECOVERY_SECONDS", "FIRST_TOKEN_SECONDS"):
+    for name in ("STOP_SECONDS", "TERMINATE_SECONDS", "FIRST_TOKEN_SECONDS"):
         setattr(supervisor, name, 1.0)
     supervisor.CLOSE_SECONDS = 5.0
     cli.main()
