@@ -152,7 +152,8 @@ class Controller:
         gc.disable()
         while not self._stopping:
             now = time.monotonic()
-            self._transport.wait(min(self._next_housekeeping - now, self._pacer.wait(now)))
+            can_plan = planner.wants_plan and not self._census.missing
+            self._transport.wait(min(self._next_housekeeping - now, self._pacer.wait(now) if can_plan else _HOUSEKEEPING))
             turn = time.perf_counter()
             self._listen_to_ranks(planner)
             now = time.monotonic()
