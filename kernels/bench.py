@@ -78,7 +78,7 @@ def main() -> None:
         small = [case for case in chosen if case.small]
         _write(arguments.out / "kernels_cpu.csv", _measured(small, torch.device("cpu"), [ops_of("cpu")]))
         if not (arguments.out / "kernels_gpu.csv").exists():
-            _write(arguments.out / "kernels_gpu.csv", (_unmeasured(case) for case in chosen))
+            _write(arguments.out / "kernels_gpu.csv", _unmeasured(chosen))
 
 
 def _measured(chosen: list[Case], device: torch.device, implementations: list[Ops]) -> Iterator[Row]:
@@ -168,9 +168,10 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     return Ceilings(2 * size / copy * 1e6, 2 * side**3 / product * 1e6)
 
 
-def _unmeasured(case: Case) -> Row:
-    times = dict.fromkeys(("p20_us", "p50_us", "p80_us"), NOT_MEASURED)
-    return replace(_blank(None, None), op=case.op, shape=case.shape, implementation="triton", **times)
+def _unmeasured(chosen: list[Case]) -> Iterator[Row]:
+    blank = replace(_blank(None, None), **dict.fromkeys(("p20_us", "p50_us", "p80_us"), NOT_MEASURED))
+    for case in chosen:
+        yield replace(blank, op=case.op, shape=case.shape, implementation="triton")
 
 
 def _blank(device: torch.device | None, ceilings: Ceilings | None) -> Row:

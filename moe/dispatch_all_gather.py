@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.experts import weighted_sum
+from ..kernels.table import column_for, ops_of
 from ..parallel.collectives import Collectives, Pending
 from .dispatch import Handle, Received
 from .dispatch_rows import pack, unpack
@@ -25,6 +25,7 @@ class AllGatherDispatcher:
     def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
         assert placement.num_ranks == collectives.size, f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
         self.placement = placement
+        self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
         self._places_LE = torch.from_numpy(placement.homes_LE).to(device)
         self._collectives = collectives
@@ -56,4 +57,4 @@ class AllGatherDispatcher:
         num_tokens, top_k = handle.weights_TK.shape
         pending = self._collectives.reduce_scatter(y_MD, f"expert outputs of MoE layer {handle.layer}")
         y_PD = self._collectives.wait(pending)[: num_tokens * top_k]
-        return weighted_sum(y_PD.view(num_tokens, top_k, y_PD.shape[1]), handle.weights_TK)
+        return self._weighted_sum(y_PD.view(num_tokens, top_k, y_PD.shape[1]), handle.weights_TK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.experts import weighted_sum
+from ..kernels.table import column_for, ops_of
 from .dispatch import Handle, Received
 from .placement import Placement
 
@@ -16,6 +16,7 @@ class LocalDispatcher:
     def __init__(self, placement: Placement, device: torch.device) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"
         self.placement = placement
+        self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
         self._slots_LE = torch.from_numpy(placement.homes_LE).to(device)
 
@@ -31,4 +32,4 @@ class LocalDispatcher:
         return handle.state
 
     def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
-        return weighted_sum(y_MD.view(*handle.weights_TK.shape, y_MD.shape[1]), handle.weights_TK)
+        return self._weighted_sum(y_MD.view(*handle.weights_TK.shape, y_MD.shape[1]), handle.weights_TK)

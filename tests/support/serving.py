@@ -146,8 +146,10 @@ def serve(folder: Path, *overrides: str) -> Iterator[Served]:
     arguments = ("--recipe", "demo", "cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN_KEY}", *overrides)
     with Launcher(folder, *arguments) as launcher:
         served = Served(launcher)
-        yield served
-        served.http.close()
+        try:
+            yield served
+        finally:
+            served.http.close()
         launcher.look()
         launcher.signal(signal.SIGTERM)
         assert launcher.wait(30.0) == 0, launcher.err
