@@ -73,6 +73,9 @@ class Group:
     def __init__(self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int) -> None:
         self.layout, self.spec, self.max_len = layout, spec, max_len
         self.num_data = layout.data
+        self._data_of_rank = [rank // layout.tensor % layout.data for rank in range(layout.world)]
+        last_stage = layout.world - layout.data * layout.tensor
+        self._samples = [rank >= last_stage and rank % layout.tensor == 0 for rank in range(layout.world)]
         self.num_cohorts = layout.pipeline
         self.depth = layout.pipeline + 1
         max_row_pages = -(-max_len // page_size)
@@ -120,12 +123,11 @@ class Group:
         return [(stage * layout.data + data) * layout.tensor + t for stage in range(layout.pipeline) for t in range(layout.tensor)]
 
     def data_of_rank(self, rank: int) -> int:
-        return rank // self.layout.tensor % self.layout.data
+        return self._data_of_rank[rank]
 
     def samples(self, rank: int) -> bool:
         """Whether ``rank`` reports the tokens of its data index: the first tensor member of the last stage."""
-        layout = self.layout
-        return rank // (layout.tensor * layout.data) == layout.pipeline - 1 and rank % layout.tensor == 0
+        return self._samples[rank]
 
     def retire(self, row: int, last_step: int) -> None:
         """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up to ``last_step`` still count."""
@@ -149,6 +151,10 @@ class Group:
 
     def give_back_pages(self, row: int) -> None:
         self.kv.release(self.rows.data(row), self.rows.take_pages(row))
+
+    def num_free_rows(self) -> int:
+        """Rows that waiting requests can have at once, pages permitting."""
+        return sum(self.rows.num_slots - self.rows.num_used(data) for data in np.flatnonzero(self.alive).tolist())
 
     def num_running(self) -> Int64:
         """Rows in use [D]."""

@@ -38,14 +38,17 @@ class Planner:
     # ----------------------------------------------------------------- requests
 
     def submit(self, frontend: int, submit: Submit) -> None:
-        """Queues a request, or rejects it at once. Submitting an open one again changes nothing."""
+        """Queues a request, or rejects it at once. Submitting an open one again changes nothing.
+
+        The queue is full when ``max_queue`` requests wait beside those for which there is a free row.
+        """
         group = self.group
         if (frontend, submit.handle) in group.open:
             return
         if submit.limit > group.max_len:
             reason = f"prompt and output together are {submit.limit} tokens, the limit is {group.max_len}"
             self.outbox.reject(frontend, Rejected(submit.handle, 400, reason))
-        elif len(group.queue) >= group.spec.max_queue:
+        elif self._queue_is_full():
             reason = f"{len(group.queue)} requests wait already, which is the limit (scheduler.max_queue)"
             self.outbox.reject(frontend, Rejected(submit.handle, 503, reason, retry_after=self._retry_after()))
         else:
@@ -146,7 +149,7 @@ class Planner:
         group.kv.forget_unwritten(data, last_step)
         kept = []
         for owners, keys, pages in group.publishing:
-            still = (owners != data) | (group.kv.index.find(owners, keys) == pages)
+            still = (owners != data) | group.kv.index.names(owners, keys, pages)
             kept.append((owners[still], keys[still], pages[still]))
         group.publishing = kept
 
@@ -211,6 +214,10 @@ class Planner:
                     request.started = True
                     start = (request.handle, admit.num_cached, data)
                     self.outbox.started.setdefault(request.frontend, []).append(start)
+
+    def _queue_is_full(self) -> bool:
+        group, waiting = self.group, len(self.group.queue)
+        return waiting >= group.spec.max_queue and waiting >= group.spec.max_queue + group.num_free_rows()
 
     def _retry_after(self) -> float:
         """Seconds until the queue has probably moved on: its prompt tokens at the fitted rate, at least one."""

@@ -183,8 +183,10 @@ class StepBuilder:
         group = self._group
         drafts: dict[int, _Draft] = {}
         anyone_decodes = bool(num_decode.any())
-        for data in range(group.num_data):
-            queue = [row for row in group.prefilling[data] if group.rows.cohort[row] == cohort and not group.rows.held[row]]
+        for data, waiting in enumerate(group.prefilling):
+            if not waiting:
+                continue
+            queue = [row for row in waiting if group.rows.cohort[row] == cohort and not group.rows.held[row]]
             if not queue:
                 continue
             draft = _Draft()
@@ -300,7 +302,7 @@ class StepBuilder:
         keys = np.concatenate([keys for _, keys, _ in group.publishing])
         pages = np.concatenate([pages for _, _, pages in group.publishing])
         group.publishing.clear()
-        valid = group.kv.index.find(data, keys) == pages
+        valid = group.kv.index.names(data, keys, pages)
         data, keys, pages = data[valid], keys[valid], pages[valid]
         order = np.argsort(data, kind="stable")
         data, keys, pages = data[order], keys[order], pages[order] - data[order] * group.kv.max_pages

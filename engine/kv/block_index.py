@@ -100,6 +100,17 @@ class BlockIndex:
         """Whether each page has an entry."""
         return self._entry_of_page[pages] >= 0
 
+    def names(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
+        """Whether the index knows each of pages [n] under just this (data, key); cheaper than ``find``."""
+        entries = self._entry_of_page[pages]
+        same: NDArray[np.bool_] = (self._key_a[entries] == keys[:, 0] ^ self._salt[data]) & (self._key_b[entries] == keys[:, 1])
+        return same & (entries >= 0)
+
+    def evictable(self, references: NDArray[np.int32], first: int, count: int) -> Int64:
+        """Indexed pages of [first, first + count) without references."""
+        span = slice(first, first + count)
+        return np.flatnonzero((references[span] == 0) & (self._entry_of_page[span] >= 0)) + first
+
     def check(self) -> None:
         """Integrity: both directions agree and the size is right. Raises AssertionError."""
         used = np.flatnonzero(self._page >= 0)

@@ -199,10 +199,10 @@ class KVManager:
         lacking = wanted - int(self._top[data])
         if lacking <= 0:
             return
-        span = np.arange(data * self.max_pages, data * self.max_pages + int(self.num_pages[data]))
-        idle = span[(self._references[span] == 0) & self.index.holds(span)]
+        size = int(self.num_pages[data])
+        idle = self.index.evictable(self._references, data * self.max_pages, size)
         assert len(idle) >= lacking, f"data {data}: {lacking} pages to evict, {len(idle)} cached"
-        count = min(len(idle), max(lacking, len(span) // _EVICT_SHARE))
+        count = min(len(idle), max(lacking, size // _EVICT_SHARE))
         oldest = idle if count == len(idle) else idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
         self.index.remove(oldest)
         self._cached[data] -= count
