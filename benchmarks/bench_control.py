@@ -215,11 +215,13 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
         admitted = sum(isinstance(message, Stage) for _, message in staging)
         samples.append((int((planner.group.rows.state == 4).sum()), admitted, spent))
     rows, admissions, seconds = (np.array(column, float) for column in zip(*samples[len(samples) // 2 :], strict=True))
-    quiet = admissions <= np.percentile(admissions, 20)
-    per_row = float(np.median(seconds[quiet] / rows[quiet]))
-    busy = ~quiet
-    per_admission = float(np.median((seconds[busy] - per_row * rows[busy]) / admissions[busy]))
-    return {"rows": float(rows.mean()), "us_per_row": 1e6 * per_row, "us_per_admission": 1e6 * per_admission}
+    # A line through the medians for each number of admissions: the intercept is the rows' share, the slope an admission's.
+    counts = np.unique(admissions)
+    medians = np.array([np.median(seconds[admissions == count]) for count in counts])
+    weights = np.sqrt([np.count_nonzero(admissions == count) for count in counts])
+    per_admission, of_rows = np.polyfit(counts, medians, 1, w=weights)
+    per_row = of_rows / rows.mean()
+    return {"rows": float(rows.mean()), "us_per_row": 1e6 * float(per_row), "us_per_admission": 1e6 * float(per_admission)}
 
 
 def write_rows(rows: list[dict[str, object]]) -> None:

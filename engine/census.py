@@ -13,7 +13,7 @@ from .types import ClusterState, RankHello, RankState, StepResult
 class Recent:
     """The last values of a measurement."""
 
-    def __init__(self, size: int = 4096) -> None:
+    def __init__(self, size: int = 512) -> None:
         self._values = np.zeros(size)
         self._count = 0
 

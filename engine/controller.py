@@ -157,12 +157,12 @@ class Controller:
             turn = time.perf_counter()
             self._listen_to_ranks(planner)
             now = time.monotonic()
+            if planner.wants_plan and self._pacer.due(now) and not self._census.missing:
+                self._plan(planner, members, turn)
             self._listen_to_frontends(now)
             if self._census.missing:
                 self._send_output(planner)
             else:
-                if planner.wants_plan and self._pacer.due(now):
-                    self._plan(planner, members, turn)
                 self._follow_up(planner)
             if now >= self._next_housekeeping:
                 self._next_housekeeping = now + _HOUSEKEEPING
@@ -261,16 +261,21 @@ class Controller:
     def _command(self, name: bytes, message: FromFrontend, now: float) -> None:
         """Commands: draining is anyone's who may talk to us (frontends check the admin key), the rest the launcher's."""
         if isinstance(message, Drain):
-            if self._census.phase == "serving":
-                self._census.phase, self._census.reason = "draining", "the cluster is draining"
-                self._drain_deadline = now + message.deadline
-                self._next_housekeeping = now
+            self._drain(now + message.deadline)
+            self._next_housekeeping = now
         elif name != LAUNCHER:
             log.warning("%s sent %s, which only the launcher may", name.decode(), type(message).__name__)
         elif isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, RankLost):
             self._lost(message)
+
+    def _drain(self, deadline: float) -> None:
+        """A second drain may shorten the first."""
+        if self._census.phase in ("serving", "recovering"):
+            self._census.phase, self._census.reason = "draining", ""
+        if self._census.phase == "draining":
+            self._drain_deadline = deadline if self._drain_deadline is None else min(deadline, self._drain_deadline)
 
     # ----------------------------------------------------------------- lost ranks
 
@@ -319,12 +324,12 @@ class Controller:
             self._record("abort_frontend", self._frontends.index(name))
             planner.abort_frontend(self._frontends.index(name))
         self._watch(planner, now)
-        if self._drain_deadline is not None and self._census.phase == "draining" and (planner.idle() or now > self._drain_deadline):
+        if self._drain_deadline is not None and self._census.phase == "draining" and (planner.idle() or now >= self._drain_deadline):
             if not planner.idle():
                 log.warning("draining took longer than its deadline: %d requests are ended", len(planner.group.open))
-                planner.fail_all()
+                self._fail_all(planner)
                 self._follow_up(planner)
-            self._census.phase = "drained"
+            self._census.phase, self._census.reason = "drained", ""
         state = self._census.state(planner)
         for name in self._leases:
             self._transport.send_frontend(name, state)
@@ -358,9 +363,13 @@ class Controller:
         log.error("the cluster has failed: %s", reason)
         self._census.phase, self._census.reason = "failed", reason
         self._next_housekeeping = 0.0
-        planner.fail_all()
+        self._fail_all(planner)
         self._send_output(planner)
         self._lobby.report("failed", reason)
+
+    def _fail_all(self, planner: Planner) -> None:
+        self._record("fail_all")
+        planner.fail_all()
 
     def _record(self, name: str, *arguments: object) -> None:
         if self._recorder is not None:

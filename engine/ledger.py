@@ -59,20 +59,24 @@ class Ledger:
         for row, emitted in zip(drained, tokens, strict=True):
             self._vacate(row, emitted)
 
-    def cancel(self, request: Request) -> None:
-        """Ends an open request wherever it stands, on behalf of its client."""
-        group = self._group
-        if request.row < 0:
+    def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
+        """Ends an open request wherever it stands; its frontend hears of it when its row has drained."""
+        group, row = self._group, request.row
+        if row < 0:
             group.queue.drop(request)
-            self._acknowledge_abort(request)
-            return
-        row = request.row
-        request.aborted = True
-        if group.rows.state[row] in (State.STAGING, State.READY):
+            self.end(request, finish)
+        elif group.rows.state[row] in (State.STAGING, State.READY):
             group.unreserve(row)
-            self._acknowledge_abort(request)
-        elif group.rows.state[row] != State.DRAINING:
-            self._leave(row)
+            self.end(request, finish)
+        elif group.rows.state[row] == State.DRAINING:
+            group.rows.finish[row] = finish
+        else:
+            self._leave(row, finish)
+
+    def end(self, request: Request, finish: Finish) -> None:
+        """Tells the frontend, once, that a request has ended without a further token."""
+        if self._group.open.pop((request.frontend, request.handle), None) is not None:
+            self._outbox.end(request.frontend, request.handle, request.num_emitted, finish)
 
     # ----------------------------------------------------------------- one step's results
 
@@ -169,7 +173,7 @@ class Ledger:
         if group.rows.state[row] != State.DRAINING:
             self._leave(row, finish)
 
-    def _leave(self, row: int, finish: Finish = Finish.ABORT) -> None:
+    def _leave(self, row: int, finish: Finish) -> None:
         group = self._group
         group.rows.finish[row] = finish
         prefilling = group.prefilling[group.rows.data(row)]
@@ -198,8 +202,8 @@ class Ledger:
         group.log.clear(row)
         rows.vacate(row)
         request.emitted_i32 += emitted.tobytes()
-        if request.aborted and finish in (Finish.NONE, Finish.ABORT):
-            self._acknowledge_abort(request)
+        if finish in (Finish.ABORT, Finish.ERROR):
+            self.end(request, Finish(int(finish)))
         elif finish == Finish.NONE:
             group.queue.put_back(request)
 
@@ -233,10 +237,6 @@ class Ledger:
             tail = (request.prompt_i32 + request.emitted_i32 + emitted.tobytes())[known * page_bytes :]
             parent = request.hashes[known - 1].tobytes() if known else request.root
             request.hashes = np.concatenate([request.hashes, as_keys(chain_hashes(parent, tail, self._group.page_size)[HASH_BYTES:])])
-
-    def _acknowledge_abort(self, request: Request) -> None:
-        self._group.open.pop((request.frontend, request.handle), None)
-        self._outbox.end(request.frontend, request.handle, request.num_emitted, Finish.ABORT)
 
     # ----------------------------------------------------------------- what ranks say beside tokens
 

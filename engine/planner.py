@@ -189,10 +189,10 @@ class Planner:
         return not group.open and not group.draining and not group.drained and not len(group.queue)
 
     def fail_all(self) -> None:
-        """Ends every open request with an error: the group cannot serve any more."""
-        for (frontend, handle), request in list(self.group.open.items()):
-            self.outbox.end(frontend, handle, request.num_emitted, Finish.ERROR)
-        self.group.open.clear()
+        """Ends every open request with an error, and says so at once: the ranks may never answer again."""
+        for request in list(self.group.open.values()):
+            self._ledger.cancel(request, Finish.ERROR)
+            self._ledger.end(request, Finish.ERROR)
 
     def check(self) -> None:
         """Integrity of all bookkeeping (tests, and on demand). Raises AssertionError."""

@@ -10,6 +10,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from .chain import Chain, Verdict
 from .specs import RankSpec
 from .types import RankHello, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
 from .wire import client_socket, decode_plan, encode
@@ -112,9 +113,7 @@ class RankLoop:
         self._executor = executor
         self._sockets = sockets
         self._bulk_decoder = msgspec.msgpack.Decoder(ToRankBulk)
-        self._epoch = -1
-        self._last_step = -1
-        self._abandoned = False
+        self._chain = Chain()
 
     def run(self) -> str:
         """Serves until the controller says Stop; returns its reason. Raises ControllerLost or StepFailed."""
@@ -135,23 +134,22 @@ class RankLoop:
     def follow(self, plan: StepPlan) -> StepResult | Refused | None:
         """The answer to a plan; None for one that was executed before, and for all of an epoch that has passed or was abandoned."""
         header = plan.header
-        if header.epoch < self._epoch or (header.epoch == self._epoch and (header.step <= self._last_step or self._abandoned)):
+        verdict = self._chain.judge(plan)
+        if verdict is Verdict.OLD:
             return None
-        in_chain = header.epoch == self._epoch and header.predecessor == self._last_step
-        if not in_chain and not plan.section.rebase:
-            return Refused(header.group, header.epoch, self._rank, self._last_step, header.step)
+        if verdict is Verdict.GAP:
+            return Refused(header.group, header.epoch, self._rank, self._chain.last_step, header.step)
         try:
-            if header.epoch != self._epoch:
-                self._epoch, self._abandoned = header.epoch, False
+            if self._chain.enter(header.epoch):
                 self._executor.begin_epoch(header.epoch)
             result = self._executor.execute(plan)
         except StepAbandoned as error:
             _LOG.warning("rank %d: epoch %d, step %d abandoned: %s", self._rank, header.epoch, header.step, error)
-            self._abandoned = True
+            self._chain.abandon()
             return None
         except Exception as error:
             raise StepFailed(f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}") from error
-        self._last_step = header.step
+        self._chain.executed(header.step)
         return result
 
     def _take(self, message: Stage | Unstage | Stop) -> Stop | None:

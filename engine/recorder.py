@@ -1,7 +1,7 @@
 """Records what a planner is told and what it decides, so that an incident replays offline, step by step.
 
-A recording is a sequence of msgpack arrays: first the planner's settings, then one array per call, (name, arguments). A plan is recorded
-as the digest of its bytes, which ``replay`` compares. The planner reads no clock, so nothing else is needed.
+A recording is a sequence of msgpack records: first a ``Heading`` with the planner's settings, then one array per call, (name, arguments).
+A plan is recorded as the digest of its bytes, which ``replay`` compares. The planner reads no clock, so nothing else is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import msgspec
 
+from .. import __version__
 from .planner import Planner
 from .specs import Layout, SchedulerSpec
 from .step_builder import Plan
@@ -33,8 +34,17 @@ class Settings(msgspec.Struct, frozen=True):
         return Planner(self.layout, self.spec, self.num_pages, self.page_size, self.max_len)
 
 
+class Heading(msgspec.Struct, frozen=True):
+    """What a recording begins with: the version that made it, the planner's Settings encoded, and their digest, which tells whether
+    another version reads them as they were meant."""
+
+    version: str
+    digest: bytes
+    settings: msgspec.Raw
+
+
 class Mismatch(AssertionError):
-    """A replay decided otherwise than the recording: the planner has changed since, or is not pure."""
+    """A replay cannot be what was recorded: the planner has changed since, or is not pure, or the file is something else."""
 
 
 def digest(plan: Plan | None) -> bytes:
@@ -52,7 +62,8 @@ class Recorder:
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self._file: IO[bytes] = path.open("wb", buffering=1 << 20)
-        self._write(msgspec.msgpack.encode(settings))
+        encoded = msgspec.msgpack.encode(settings)
+        self._write(msgspec.msgpack.encode(Heading(__version__, _digest(encoded), msgspec.Raw(encoded))))
 
     def event(self, name: str, *arguments: object) -> None:
         """One call of the planner, by the name of its method."""
@@ -72,23 +83,43 @@ class Recorder:
 
 
 def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
-    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan differs.
+    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan differs or a record is not understood,
+    with the step and what is known of the planner that made it.
 
     A recording that was cut off in the middle of a record ends there.
     """
     records = _records(path)
-    settings = msgspec.msgpack.decode(next(records), type=Settings)
+    try:
+        heading = msgspec.msgpack.decode(next(records, b""), type=Heading)
+    except msgspec.MsgspecError as error:
+        raise Mismatch(f"its first record does not say who made it: no recording, or an older one ({error})") from None
+    try:
+        settings = msgspec.msgpack.decode(heading.settings, type=Settings)
+    except msgspec.MsgspecError as error:
+        raise Mismatch(f"the planner's settings are not understood: {error}{_difference(heading, None)}") from None
     planner = settings.planner()
     for record in records:
-        name, arguments = msgspec.msgpack.decode(record)
-        if name == "plan":
-            plan = planner.plan()
-            if digest(plan) != arguments[0]:
-                raise Mismatch(f"plan after step {planner.group.next_step - 2} differs from the recorded one")
-            if plan is not None:
-                yield planner, plan
-        else:
-            _apply(planner, name, arguments)
+        step = planner.group.next_step
+        try:
+            plan = _repeat(planner, record)
+        except (Mismatch, msgspec.MsgspecError) as error:
+            raise Mismatch(f"step {step}: {error}{_difference(heading, settings)}") from error
+        if plan is not None:
+            yield planner, plan
+
+
+def _digest(settings: bytes) -> bytes:
+    return hashlib.blake2b(settings, digest_size=16).digest()
+
+
+def _difference(heading: Heading, settings: Settings | None) -> str:
+    """What differs between the planner that was recorded and this one, as the end of a sentence."""
+    found = []
+    if heading.version != __version__:
+        found.append(f"; it was recorded by version {heading.version}, this is {__version__}")
+    if settings is not None and heading.digest != _digest(msgspec.msgpack.encode(settings)):
+        found.append("; the planner's settings are not read as they were recorded")
+    return "".join(found)
 
 
 def _records(path: Path) -> Iterator[bytes]:
@@ -98,6 +129,18 @@ def _records(path: Path) -> Iterator[bytes]:
             if len(record) < int.from_bytes(head, "little"):
                 return
             yield record
+
+
+def _repeat(planner: Planner, record: bytes) -> Plan | None:
+    """Makes a recorded call; returns the plan if it was one for a plan."""
+    name, arguments = msgspec.msgpack.decode(record)
+    if name != "plan":
+        _apply(planner, name, arguments)
+        return None
+    plan = planner.plan()
+    if digest(plan) != arguments[0]:
+        raise Mismatch("the plan differs from the recorded one")
+    return plan
 
 
 def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
@@ -116,9 +159,11 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
             planner.refused(msgspec.convert(arguments[0], Refused))
         case "begin_epoch":
             planner.begin_epoch(gone=arguments[0], emptied=arguments[1])
+        case "fail_all":
+            planner.fail_all()
         case "tidy":
             planner.tidy()
             planner.take_staging()
             planner.take_output()
         case _:
-            raise ValueError(f"a recording names the unknown call {name!r}")
+            raise Mismatch(f"the recording names the unknown call {name!r}")

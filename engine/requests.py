@@ -45,7 +45,6 @@ class Request:
     staged: int = -1
     unacknowledged: set[int] = field(default_factory=set)
     started: bool = False
-    aborted: bool = False
 
     @classmethod
     def from_submit(cls, frontend: int, order: int, submit: Submit) -> Request:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .chain import Chain, Verdict
 from .cost import Cost
 from .slots import Int32, Int64, Rows, SlotTable, mix64
 from .types import Refused, Stage, StepPlan, StepResult, Unstage
@@ -25,8 +26,7 @@ class SimulatedRank:
         self.max_advance = 1
         self.cost = Cost()
         self.samples = samples
-        self.last_step = -1
-        self.epoch = 0
+        self._chain = Chain()
         self._prompts: dict[int, Int32] = {}
         self._key = np.zeros(num_slots, np.uint64)
         self._stops = np.zeros(num_slots, np.bool_)
@@ -46,11 +46,13 @@ class SimulatedRank:
     def execute(self, plan: StepPlan) -> StepResult | Refused | None:
         """The result of a plan; ``Refused`` on a gap in the chain, None for one it has already executed."""
         header, section = plan.header, plan.section
-        if header.epoch < self.epoch or (header.epoch == self.epoch and header.step <= self.last_step):
+        verdict = self._chain.judge(plan)
+        if verdict is Verdict.OLD:
             return None
-        if not section.rebase and header.predecessor != self.last_step:
-            return Refused(header.group, self.epoch, self.rank, self.last_step, header.step)
-        self.epoch, self.last_step = header.epoch, header.step
+        if verdict is Verdict.GAP:
+            return Refused(header.group, header.epoch, self.rank, self._chain.last_step, header.step)
+        self._chain.enter(header.epoch)
+        self._chain.executed(header.step)
         if section.rebase:
             self._prompts = {staged: tokens for staged, tokens in self._prompts.items() if staged >= section.staged_from}
         lengths = {staged: len(tokens) for staged, tokens in self._prompts.items()}

@@ -84,7 +84,10 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a frontend needs to start. ``share_port`` lets several frontends listen on one port; ``kv_format`` goes into prompt hashes."""
+    """What a frontend needs to start; ``kv_format`` goes into prompt hashes.
+
+    Port 0 binds a free port; the address is reported to the lobby. ``share_port`` lets several frontends listen on one port.
+    """
 
     name: str
     keys: Keys

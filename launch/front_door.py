@@ -7,14 +7,19 @@ import json
 import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
+from ..engine.types import Report
 from .cluster import LaunchError
 
 _RETRY = 0.05
 
 
-def claim_port(host: str, port: int) -> int:
-    """The port the frontend will listen on: ``port``, or a free one for 0. Raises LaunchError where it is taken."""
+def check_port(host: str, port: int) -> None:
+    """Raises LaunchError where the frontend could not listen, so that a taken port is said before anything starts.
+
+    Nothing is kept: the frontend binds for itself, with 0 to a port of the kernel's choice, and reports which.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -22,12 +27,25 @@ def claim_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise LaunchError(f"frontend.host = {host}, frontend.port = {port}: cannot be listened on: {error.strerror}") from None
-        return int(probe.getsockname()[1])
+
+
+def reported_port(report: Report) -> int:
+    """The port that a frontend listens on, by its ready report. Raises LaunchError where it has left again."""
+    port = urlsplit(report.address[0]).port if report.address else None
+    if port is None:
+        raise LaunchError(f"{report.role} {report.index} on {report.host} (pid {report.pid}) listens nowhere: it is {report.phase}")
+    return port
 
 
 def reachable(host: str) -> str:
     """The address to reach a server by that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def base_url(host: str, port: int) -> str:
+    """Where to reach a server that listens on ``host``."""
+    name = reachable(host)
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 class FirstToken:

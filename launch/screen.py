@@ -13,8 +13,10 @@ from ..engine.types import Report
 
 
 class Screen:
-    """Progress bars on a terminal, a line per change of phase elsewhere. The ready text goes to standard output, the rest
-    to standard error."""
+    """Progress bars on a terminal until the cluster is ready; a line per change of phase elsewhere and afterwards.
+
+    The ready text goes to standard output, the rest to standard error.
+    """
 
     def __init__(self) -> None:
         self._out = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -26,6 +28,7 @@ class Screen:
         self._seen: dict[str, str] = {}
         columns = (TextColumn("  {task.description:<14}"), BarColumn(bar_width=24), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._err, transient=True)
+        self._live = self._err.is_terminal
 
     def say(self, text: str) -> None:
         """A line with the time since the start."""
@@ -43,10 +46,11 @@ class Screen:
 
     def show(self, name: str, report: Report) -> None:
         """A process has reported."""
-        if not self._err.is_terminal:
-            if self._seen.get(name) != report.phase and report.phase in ("loading", "ready"):
+        changed = self._seen.get(name) != report.phase
+        self._seen[name] = report.phase
+        if not self._live:
+            if changed and report.phase in ("loading", "ready"):
                 self.say(f"{name}: {report.phase}" + (f" ({report.detail})" if report.detail else ""))
-            self._seen[name] = report.phase
             return
         self._progress.start()
         if name not in self._bars:
@@ -55,7 +59,8 @@ class Screen:
         self._progress.update(self._bars[name], completed=done, phase=f"{report.phase} {escape(report.detail)}"[:60])
 
     def hide(self) -> None:
-        """Ends the progress display."""
+        """Ends the progress display for good."""
+        self._live = False
         if self._bars:
             self._progress.stop()
 

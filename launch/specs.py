@@ -206,7 +206,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
     )
 
 
-def frontend_task(site: Site, index: int, address: str, port: int) -> Task:
+def frontend_task(site: Site, index: int, address: str) -> Task:
     recipe = site.recipe
     spec = FrontendSpec(
         name=f"frontend-{index}",
@@ -216,7 +216,7 @@ def frontend_task(site: Site, index: int, address: str, port: int) -> Task:
         served_name=site.served_name,
         vocab_size=site.config.vocab_size,
         host=recipe.frontend.host,
-        port=port,
+        port=recipe.frontend.port,
         kv_format=site.kv_dtype,
         api_keys=recipe.frontend.api_keys,
         admin_key=recipe.frontend.admin_key,

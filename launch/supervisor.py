@@ -10,7 +10,7 @@ from ..engine.models.config import ModelConfig, load_config
 from .cluster import Cluster, Death, LaunchError
 from .controller_link import ControllerLink
 from .environment import prepare_ray
-from .front_door import FirstToken, claim_port, reachable
+from .front_door import FirstToken, base_url, check_port, reachable, reported_port
 from .interrupts import Interrupted, Interrupts
 from .last_resort import LastResort
 from .lobby_desk import LobbyDesk
@@ -87,7 +87,7 @@ class Supervisor:
     def start(self) -> None:
         """Brings every process up and proves it with one token through the front door."""
         recipe, screen = self._recipe, self._screen
-        port = claim_port(recipe.frontend.host, recipe.frontend.port)
+        check_port(recipe.frontend.host, recipe.frontend.port)
         site = self._open()
         roster, cluster, store = self._roster, self._cluster, self._store
         assert roster is not None and cluster is not None and store is not None
@@ -100,11 +100,12 @@ class Supervisor:
         screen.say(f"starting {recipe.world} ranks ({site.device}, {site.dtype}) and the frontend")
         self._link = ControllerLink(frontend_address, site.keyring.to_controller("launcher"))
         ranks = [rank_task(site, rank, step_address, bulk_address, (store.host, store.port)) for rank in range(recipe.world)]
-        cluster.start([*ranks, frontend_task(site, 0, frontend_address, port)])
+        cluster.start([*ranks, frontend_task(site, 0, frontend_address)])
         self._wait_ready([task.name for task in ranks])
+        port = reported_port(roster.reports["frontend 0"])
         self._first_token(port)
-        url = f"http://{reachable(recipe.frontend.host)}:{port}"
-        screen.ready(url, site.served_name, recipe.frontend.api_keys[0] if recipe.frontend.api_keys else None)
+        key = recipe.frontend.api_keys[0] if recipe.frontend.api_keys else None
+        screen.ready(base_url(recipe.frontend.host, port), site.served_name, key)
 
     def _open(self) -> Site:
         """The cluster, and what the launcher itself offers to its processes."""

@@ -224,6 +224,7 @@ def _card(service: Service) -> dict[str, Any]:
 def _status(service: Service) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)  # load balancers ask so; the server drops the body
     @router.get("/health")
     async def health() -> Response:
         reason = service.unable()
@@ -231,6 +232,7 @@ def _status(service: Service) -> APIRouter:
             raise ApiError(503, reason, retry_after=1)
         return _json({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> Response:
         error = service.closed()

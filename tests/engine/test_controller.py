@@ -211,8 +211,26 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> N
     frontend.submit(2, 10, 5)
     frontend.until(lambda: 2 in frontend.rejected, "a refusal")
     assert frontend.rejected[2].status == 503 and frontend.rejected[2].retry_after > 0
+    assert frontend.rejected[2].reason == "the cluster is draining"
     frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
     assert frontend.finish[1] == Finish.LENGTH and len(frontend.tokens[1]) == 200
+    assert frontend.state is not None and frontend.state.reason == "", "a reason that contradicts the phase"
+    frontend.submit(3, 10, 5)
+    frontend.until(lambda: 3 in frontend.rejected, "a refusal")
+    assert frontend.rejected[3].reason == "the cluster is drained"
+
+
+def test_a_second_drain_shortens_the_first(running: Running) -> None:
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.submit(1, 10, 240)
+    frontend.submit(2, 20, 230)
+    frontend.until(lambda: {1, 2} <= set(frontend.tokens), "tokens")
+    frontend.send(Drain(600.0))
+    frontend.send(Drain(0.0))
+    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
+    assert frontend.finish == {1: Finish.ERROR, 2: Finish.ERROR}
+    frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back")
 
 
 def test_only_the_launcher_may_declare_a_rank_lost(running: Running) -> None:

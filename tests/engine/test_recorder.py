@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lockstep.engine import recorder
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.recorder import Mismatch, Recorder, Settings, replay
 from lockstep.engine.simulated import SimulatedRank
@@ -69,3 +72,64 @@ def test_a_plan_that_differs_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "recording").write_bytes(whole.replace(b"\xabmax_running\x04", b"\xabmax_running\x03"))
     with pytest.raises(Mismatch):
         list(replay(tmp_path / "recording"))
+
+
+def record_with(path: Path, old: bytes, new: bytes) -> None:
+    """A recording in which one thing is another, of the same length."""
+    record(path)
+    whole = path.read_bytes()
+    assert whole.count(old) >= 1 and len(old) == len(new)
+    path.write_bytes(whole.replace(old, new))
+
+
+def command(path: Path) -> tuple[int, str, str]:
+    """Exit status, output and errors of the replay command."""
+    arguments = [sys.executable, "-m", "lockstep.engine.replay", str(path)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_the_command_replays_a_recording(tmp_path: Path) -> None:
+    plans = record(tmp_path / "recording")
+    code, output, errors = command(tmp_path / "recording")
+    assert (code, errors) == (0, "")
+    assert output.endswith(f"\n{plans} plans replayed, all as recorded\n")
+
+
+def test_the_command_names_step_and_versions_where_a_plan_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "__version__", "0.0.7")
+    digests = iter([True] * 12)
+    plain = recorder.digest
+    monkeypatch.setattr(recorder, "digest", lambda plan: plain(plan) if plan is None or next(digests, None) else b"another")
+    record(tmp_path / "recording")
+    monkeypatch.undo()
+    code, output, errors = command(tmp_path / "recording")
+    [line] = errors.splitlines()
+    last = output.splitlines()[-1].partition(": ")[0].rpartition(" ")[2]
+    assert code == 1 and len(output.splitlines()) == 12
+    assert line == (
+        f"{tmp_path / 'recording'}: step {int(last) + 1}: the plan differs from the recorded one; "
+        f"it was recorded by version 0.0.7, this is {recorder.__version__}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"\xabmax_running\x04", b"\xabmax_running\x03", "settings are not read as they were recorded"),
+        (b"\xabmax_running\x04", b"\xabmax_running\xc0", "settings are not understood: Expected `int`, got `None`"),
+        (b"\x92\xa4tidy\x90", b"\x92\xa4tiny\x90", "step 0: the recording names the unknown call 'tiny'"),
+        (b"\xa7version", b"\xa7aversio", "its first record does not say who made it"),
+    ],
+)
+def test_the_mismatch_says_what_is_wrong(tmp_path: Path, old: bytes, new: bytes, words: str) -> None:
+    record_with(tmp_path / "recording", old, new)
+    with pytest.raises(Mismatch, match=words):
+        list(replay(tmp_path / "recording"))
+
+
+def test_what_is_no_recording_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for name in ("empty", "missing"):
+        code, _, errors = command(tmp_path / name)
+        assert code == 1 and len(errors.splitlines()) == 1 and errors.startswith(f"{tmp_path / name}: ")

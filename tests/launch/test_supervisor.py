@@ -19,9 +19,9 @@ from support.launcher import Launcher
 LOCAL = "cluster.backend=local"
 
 
-def launch(folder: Path, *arguments: str, dummy: str = "") -> Launcher:
+def launch(folder: Path, *arguments: str, dummy: str = "", environment: dict[str, str] | None = None) -> Launcher:
     fixed = ("--recipe", "demo", "frontend.port=0", *arguments)
-    return Launcher(folder, *fixed, module="support.launch_dummies", environment={"DUMMY": dummy})
+    return Launcher(folder, *fixed, module="support.launch_dummies", environment={"DUMMY": dummy} | (environment or {}))
 
 
 def error_line(launcher: Launcher) -> str:
@@ -179,6 +179,34 @@ def test_kill_9_of_the_launcher_leaves_nothing(backend: str, tmp_path: Path) -> 
         launcher.wait()
         launcher.assert_nothing_left(seconds=8.0)
         assert marked(mark) == []
+
+
+def test_the_server_is_where_the_frontend_says(tmp_path: Path) -> None:
+    """A port chosen for the frontend beforehand could be another's by the time the frontend binds it."""
+    with launch(tmp_path, LOCAL, dummy="frontend 0: elsewhere") as launcher:
+        url = launcher.url().removesuffix("/v1")
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
+def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, environment={"FORCE_COLOR": "1", "TERM": "xterm"} if terminal else {}) as launcher:
+        launcher.url()
+        before = len(launcher.err)
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while "rank 1: ready" not in launcher.err[before:]:
+            assert time.monotonic() < deadline, launcher.err
+            time.sleep(0.02)
+        time.sleep(0.3)
+        launcher.signal()
+        assert launcher.wait() == 0
+        said = launcher.err[before:]
+        assert ("\x1b[" in said) == terminal
+        for text in ("was killed by SIGKILL", "rank 1: loading", "rank 1: ready", "SIGTERM: draining", "drained; stopping"):
+            assert said.count(text) == 1, said
+        assert said.count("\n") == 6, "there is another line"
 
 
 def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:

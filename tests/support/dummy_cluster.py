@@ -2,7 +2,8 @@
 
 ``python -m support.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text in the environment variable
 ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1: die``, ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``,
-``controller 0: undrained``, ``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
+``controller 0: undrained``, ``frontend 0: 503``, ``frontend 0: elsewhere`` (not at the port it was given), ``rank 0: deaf`` (ignores Stop
+and SIGTERM).
 """
 
 from __future__ import annotations
@@ -109,10 +110,10 @@ def frontend(spec: FrontendSpec) -> None:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer((spec.host, spec.port), Handler)
+    server = http.server.ThreadingHTTPServer((spec.host, 0 if ordered("frontend", 0) == "elsewhere" else spec.port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with Lobby(spec.lobby, "frontend", 0) as lobby:
-        lobby.report("ready")
+        lobby.report("ready", address=(f"http://{spec.host}:{server.server_port}",))
     until_stopped(spec.address, spec.keys, spec.name.encode())
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,11 @@ import msgspec
 import pytest
 
 from lockstep.engine.frontend import client
-from lockstep.engine.frontend.server import listen
-from lockstep.engine.types import Finish, Rejected, Submit
+from lockstep.engine.frontend.server import listen, main
+from lockstep.engine.specs import Keys, LobbySpec
+from lockstep.engine.types import Finish, Rejected, Report, Submit
+from lockstep.engine.wire import new_keypair
+from lockstep.launch.lobby_desk import LobbyDesk
 from support.running_frontend import RunningFrontend, free_port, wait_until
 from support.scripted_controller import Item, say
 from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
@@ -287,6 +291,25 @@ def test_before_the_controller_answers_everything_is_503(model: Path) -> None:
     frontend.engine.silent = False
     wait_until(lambda: _status(frontend) == 200, "a late controller is found")
     frontend.stop()
+
+
+def test_port_0_is_a_free_one_and_reported(model: Path) -> None:
+    idle = RunningFrontend(model, say([*WORDS, IM_END]))
+    lobby_keys, own_keys = new_keypair(), new_keypair()
+    desk = LobbyDesk("127.0.0.1", *lobby_keys, allowed=(own_keys[0],))
+    lobby = LobbySpec(address=desk.address, keys=Keys(server_public=lobby_keys[0], public=own_keys[0], secret=own_keys[1]))
+    served = threading.Thread(target=main, args=(msgspec.structs.replace(idle.spec, port=0, lobby=lobby),))
+    served.start()
+    reports: list[Report] = []
+    wait_until(lambda: reports.extend(desk.read(0.0)) or (reports and reports[-1].phase == "ready"), "the frontend is ready")
+    [address] = reports[-1].address
+    wait_until(lambda: httpx.get(f"{address}/health").status_code == 200, "the server answers where it says")
+    idle.engine.stop()
+    served.join(15)
+    assert not served.is_alive()
+    idle.http.close()
+    idle.engine.close()
+    desk.close()
 
 
 def test_a_taken_port_is_a_clear_error() -> None:

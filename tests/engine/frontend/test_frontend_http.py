@@ -16,7 +16,7 @@ import pytest
 from lockstep.engine.frontend.app import MAX_BODY_BYTES
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.types import Sampling
-from support.running_frontend import MODEL, RunningFrontend
+from support.running_frontend import MODEL, RunningFrontend, wait_until
 from support.scripted_controller import say
 from support.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
 
@@ -177,6 +177,21 @@ def test_status_endpoints(frontend: RunningFrontend) -> None:
     assert frontend.http.get("/load").json()["server_load"] == 0
     assert frontend.http.get("/health/generate").json()["status"] == "ok"
     assert len(frontend.engine.submits) == 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_head_is_answered_like_get_without_the_body(frontend: RunningFrontend, path: str) -> None:
+    for phase, status in (("serving", 200), ("failed", 503)):
+        frontend.engine.set_state(phase=phase)
+        wait_until(lambda status=status: frontend.http.head(path).status_code == status, f"HEAD {path} shows {phase}")
+        head, get = frontend.http.head(path), frontend.http.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        differing = ("date", "x-request-id")
+        assert [item for item in head.headers.items() if item[0] not in differing] == [
+            item for item in get.headers.items() if item[0] not in differing
+        ]
+    frontend.engine.set_state(phase="serving")
+    wait_until(lambda: frontend.http.get("/ready").status_code == 200, "/ready shows serving")
 
 
 def test_openapi_describes_the_bodies(frontend: RunningFrontend) -> None:
