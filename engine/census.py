@@ -36,6 +36,7 @@ class Census:
         self._seconds = np.zeros(layout.world)
         self._waited = np.zeros(layout.world)
         self._lost: set[int] = set()
+        self._hung: set[int] = set()
         self._hellos: dict[int, RankHello] = {}
         self._max_len = 0
         self.plan_seconds = Recent()
@@ -54,6 +55,15 @@ class Census:
 
     def lost(self, rank: int) -> None:
         self._lost.add(rank)
+        self._hung.discard(rank)
+
+    def hangs(self, rank: int) -> None:
+        """A rank has stopped in the middle of a step: the launcher reads this and kills it."""
+        self._hung.add(rank)
+
+    @property
+    def hung(self) -> set[int]:
+        return self._hung
 
     def back(self, hello: RankHello) -> None:
         """Another process has taken a lost rank's place."""
@@ -118,7 +128,7 @@ class Census:
             rank=rank,
             host=self._hellos[rank].host,
             pid=self._hellos[rank].pid,
-            state="lost" if rank in self._lost else "serving",
+            state="lost" if rank in self._lost else "hung" if rank in self._hung else "serving",
             num_running=int(running[data]),
             pages_used=int(group.kv.used()[data]),
             pages_cached=int(group.kv.cached()[data]),

@@ -37,12 +37,12 @@ from .types import (
     Stop,
     Submit,
 )
+from .vigil import Vigil
 
 log = logging.getLogger(__name__)
 
 LAUNCHER = b"launcher"
 _HOUSEKEEPING = 0.5
-_STEP_DEADLINE_FLOOR = 60.0
 
 
 class Controller:
@@ -60,6 +60,7 @@ class Controller:
         self._recovery_deadline: float | None = None
         self._planner: Planner | None = None
         self._recorder: Recorder | None = None
+        self._vigil = Vigil(spec.collective_deadline)
         self._pacer = Pacer(enabled=spec.scheduler.pacing)
         self._next_housekeeping = 0.0
 
@@ -173,8 +174,11 @@ class Controller:
         for message in self._transport.step_messages():
             if isinstance(message, StepResult):
                 results.append(message)
-            else:
+            elif isinstance(message, Refused):
                 self._refused(planner, message)
+            elif message.epoch == planner.group.epoch:
+                log.warning("rank %d abandoned step %d: %s", message.rank, message.step, message.reason)
+                self._vigil.abandoned(message.rank, time.monotonic())
         if results:
             self._book(planner, results)
         for bulk in self._transport.bulk_messages():
@@ -289,13 +293,18 @@ class Controller:
             return
         log.error("%s; waiting for its replacement", reason)
         data = planner.group.data_of_rank(message.rank)
-        self._record("begin_epoch", [], [data])
-        planner.begin_epoch(emptied=[data])
+        self._begin_epoch(planner, [data])
         if self._census.phase == "serving":
             self._census.phase = "recovering"
         self._census.reason = reason
         self._recovery_deadline = time.monotonic() + self._spec.rank_deadline
         self._next_housekeeping = 0.0
+
+    def _begin_epoch(self, planner: Planner, emptied: list[int]) -> None:
+        self._record("begin_epoch", [], emptied)
+        planner.begin_epoch(emptied=emptied)
+        self._vigil.reset()
+        self._pacer.work_arrived()
 
     def _replaced(self, planner: Planner, hello: RankHello) -> None:
         """A rank has said hello in the place of a lost one; when the last has, the group goes on."""
@@ -339,22 +348,29 @@ class Controller:
             self._recorder.flush()
 
     def _watch(self, planner: Planner, now: float) -> None:
-        """Names a rank that has not answered a step, or that was not replaced, within its deadline."""
+        """Finds ranks that hang, and says when one was not replaced within its deadline."""
         group = planner.group
         if self._census.missing:
             if self._recovery_deadline is not None and now > self._recovery_deadline:
                 missing = sorted(self._census.missing)
                 self._fail(planner, f"{self._census.reason}; no replacement for ranks {missing} within {self._spec.rank_deadline:.0f} s")
             return
-        behind = np.flatnonzero(group.acknowledged < group.next_step - 1)
-        if not len(behind) or self._census.phase == "failed":
+        behind = np.flatnonzero(group.acknowledged < group.next_step - 1).tolist()
+        if not behind:
             self._pacer.all_answered(now)
+        if self._census.hung:
+            if self._pacer.silent_for(now) > self._spec.rank_deadline:
+                self._fail(planner, f"ranks {sorted(self._census.hung)} hang and have not been replaced")
             return
-        deadline = max(_STEP_DEADLINE_FLOOR, 5 * self._census.step_seconds())
-        if self._pacer.silent_for(now) > deadline:
-            names = ", ".join(f"rank {rank} on {self._census.host(rank)}" for rank in behind.tolist())
-            step = int(group.acknowledged[behind].min()) + 1
-            self._fail(planner, f"{names}: no result of step {step} within {deadline:.0f} s")
+        judgement = self._vigil.judge(now, behind, self._pacer.silent_for(now), group.predicted_seconds())
+        if judgement.regroup:
+            log.error("every rank has abandoned the step in hand: epoch %d begins", group.epoch + 1)
+            self._begin_epoch(planner, [])
+        for rank in judgement.hung:
+            step = int(group.acknowledged[rank]) + 1
+            log.error("rank %d on %s hangs in step %d: it has to be replaced", rank, self._census.host(rank), step)
+            self._census.hangs(rank)
+            self._census.reason = f"rank {rank} hangs in step {step}"
 
     def _fail(self, planner: Planner, reason: str) -> None:
         """The group cannot go on: every open request gets an error, health says why."""

@@ -152,6 +152,11 @@ class Group:
     def give_back_pages(self, row: int) -> None:
         self.kv.release(self.rows.data(row), self.rows.take_pages(row))
 
+    def predicted_seconds(self) -> float:
+        """Predicted seconds of the slowest section in flight; 0 when nothing is."""
+        flights = self.flights.values()
+        return max((self.cost.seconds(float(f.tokens.max()), float(f.kv.max()), float(f.context.max())) for f in flights), default=0.0)
+
     def num_free_rows(self) -> int:
         """Rows that waiting requests can have at once, pages permitting."""
         return sum(self.rows.num_slots - self.rows.num_used(data) for data in np.flatnonzero(self.alive).tolist())

@@ -12,7 +12,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from .chain import Chain, Verdict
 from .specs import RankSpec
-from .types import RankHello, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
+from .types import Abandoned, RankHello, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
 from .wire import client_socket, decode_plan, encode
 
 _LOG = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class RankLoop:
                 if answer is not None:
                     self._sockets.step.send(encode(answer))
 
-    def follow(self, plan: StepPlan) -> StepResult | Refused | None:
+    def follow(self, plan: StepPlan) -> StepResult | Refused | Abandoned | None:
         """The answer to a plan; None for one that was executed before, and for all of an epoch that has passed or was abandoned."""
         header = plan.header
         verdict = self._chain.judge(plan)
@@ -146,7 +146,7 @@ class RankLoop:
         except StepAbandoned as error:
             _LOG.warning("rank %d: epoch %d, step %d abandoned: %s", self._rank, header.epoch, header.step, error)
             self._chain.abandon()
-            return None
+            return Abandoned(header.group, header.epoch, self._rank, header.step, str(error))
         except Exception as error:
             raise StepFailed(f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}") from error
         self._chain.executed(header.step)

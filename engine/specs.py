@@ -52,6 +52,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_max_len: int
     max_len: int | None
     rank_deadline: float = 300.0
+    collective_deadline: float = 60.0
     recording: str | None = None
     lobby: LobbySpec | None = None
 

@@ -208,6 +208,16 @@ class Refused(Message, tag="refused", frozen=True):
     step: int
 
 
+class Abandoned(Message, tag="abandoned", frozen=True):
+    """A rank is well but could not finish ``step``, because a peer did not answer: it waits for the next epoch."""
+
+    group: int
+    epoch: int
+    rank: int
+    step: int
+    reason: str
+
+
 # --------------------------------------------------------------------------- bulk, controller and rank
 
 
@@ -401,7 +411,7 @@ class ClusterState(Message, tag="state", frozen=True):
     ranks: tuple[RankState, ...] = ()
 
 
-FromRankStep = StepResult | Refused
+FromRankStep = StepResult | Refused | Abandoned
 FromRankBulk = RankHello | Staged
 ToRankBulk = Stage | Unstage | Stop
 FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Stop

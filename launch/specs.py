@@ -164,6 +164,7 @@ def controller_task(site: Site) -> Task:
         model_max_len=site.config.max_position,
         max_len=recipe.model.max_len,
         rank_deadline=recipe.cluster.start_deadline,
+        collective_deadline=recipe.cluster.collective_deadline,
         recording=None if recipe.recording is None else str(Path(recipe.recording).expanduser().absolute()),
         lobby=site.lobby("controller 0"),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
 from ..engine.checkpoint import read_checkpoint
 from ..engine.models.config import ModelConfig, load_config
+from ..engine.types import ClusterState
 from .cluster import Cluster, Death, LaunchError
 from .controller_link import ControllerLink
 from .environment import prepare_ray
@@ -81,6 +83,7 @@ class Supervisor:
         self._link: ControllerLink | None = None
         self._roster: Roster | None = None
         self._replacements: Replacements | None = None
+        self._ended: set[int] = set()  # processes that were killed because they hung
 
     # ------------------------------------------------------------------ start
 
@@ -185,11 +188,22 @@ class Supervisor:
                 self._lost(death)
             if state is not None and state.phase == "failed":
                 raise LaunchError(f"the controller gave up: {state.reason}")
+            self._end_hung(state)
             seconds = self._replacements.recovered(state)
             if seconds is not None and state is not None:
                 self._screen.say(f"all ranks serve again after {seconds:.1f} s, in epoch {state.epoch}")
             if time.monotonic() - self._link.heard > SILENCE_SECONDS:
                 raise LaunchError(f"the controller has said nothing for {SILENCE_SECONDS:g} s")
+
+    def _end_hung(self, state: ClusterState | None) -> None:
+        """Kills ranks that the controller says hang; their deaths are then like any other."""
+        assert self._cluster is not None
+        hung = {f"rank {rank.rank}": rank.pid for rank in state.ranks if rank.state == "hung"} if state is not None else {}
+        for task, _ in self._cluster.running() if hung else ():
+            if task.name in hung and hung[task.name] not in self._ended:
+                self._ended.add(hung[task.name])
+                self._screen.say(f"{task.name} hangs in the middle of a step; killing it")
+                self._cluster.signal(task, signal.SIGKILL)
 
     def _lost(self, death: Death) -> None:
         """A process has ended while serving. Another takes a rank's place; without any other process the cluster cannot go on."""

@@ -125,6 +125,25 @@ def test_a_killed_rank_is_a_pause(tmp_path: Path) -> None:
         launcher.assert_nothing_left()
 
 
+def test_a_hung_rank_is_killed_and_replaced(tmp_path: Path) -> None:
+    with launch(tmp_path, "cluster.backend=local", "cluster.collective_deadline=3") as launcher:
+        url = launcher.url()
+        undisturbed = Reader(url, max_tokens=400)
+        undisturbed.run()
+        reader = Reader(url, max_tokens=400)
+        reader.start()
+        assert reader.started.wait(30)
+        os.kill(launcher.pid_of("rank 1"), signal.SIGSTOP)
+        reader.join(60)
+        assert (reader.error, reader.finish, reader.text) == (None, "length", undisturbed.text)
+        assert "rank 1 hangs in the middle of a step; killing it" in launcher.err
+        assert "rank 0 hangs" not in launcher.err
+        launcher.look()
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
 def test_an_idle_rank_that_is_killed_is_replaced_up_to_a_limit(tmp_path: Path) -> None:
     with launch(tmp_path, "cluster.backend=local") as launcher:
         url = launcher.url()
