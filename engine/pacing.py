@@ -20,7 +20,6 @@ class Pacer:
         self._due_at = 0.0
         self._idle = False
         self._last_heard = 0.0
-        self._cost = 0.0
 
     def due(self, now: float) -> bool:
         """Whether a plan may leave now."""

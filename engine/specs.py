@@ -79,7 +79,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     dispatch: str
     device: str
     threads: int
-    deterministic: bool = False
     collective_deadline: float = 60.0
     lobby: LobbySpec | None = None
 

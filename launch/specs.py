@@ -193,7 +193,6 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         dispatch=site.dispatch,
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees the one GPU it was given
         threads=site.threads,
-        deterministic=recipe.deterministic,
         collective_deadline=recipe.cluster.collective_deadline,
         lobby=site.lobby(f"rank {rank}"),
     )

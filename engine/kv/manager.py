@@ -45,12 +45,8 @@ class KVManager:
 
     # ----------------------------------------------------------------- questions
 
-    def available(self) -> Int64:
-        """Pages [D] that can be had at once: free, or cached and unreferenced."""
-        return self._top + self._cached
-
     def available_on(self, data: int) -> int:
-        """``available`` of one data index."""
+        """Pages that can be had at once on ``data``: free, or cached and unreferenced."""
         return int(self._top[data] + self._cached[data])
 
     def cached(self) -> Int64:

@@ -54,9 +54,6 @@ class Fields:
             raise self.refuse(name, f"expected a number above {minimum:g}")
         return float(value)
 
-    def optional_number(self, name: str) -> float | None:
-        return self.number(name) if self.has(name) else None
-
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
