@@ -37,9 +37,14 @@ def reachable(host: str) -> str:
 
 
 def base_url(host: str, port: int) -> str:
-    """Where to reach a server that listens on ``host``."""
+    """Where this machine reaches a server that listens on ``host``."""
     name = reachable(host)
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def url_elsewhere(host: str, port: int) -> str | None:
+    """Where others reach a server that listens on every interface, by this host's name; None for one that listens on a single address."""
+    return None if reachable(host) == host else f"http://{socket.gethostname()}:{port}"
 
 
 class FirstToken:

@@ -64,14 +64,15 @@ class Screen:
         if self._bars:
             self._progress.stop()
 
-    def ready(self, url: str, model: str, api_key: str | None) -> None:
-        """The ready line, the timeline of the start-up, and two ways to use the server."""
+    def ready(self, url: str, elsewhere: str | None, model: str, api_key: str | None) -> None:
+        """The ready line, the timeline of the start-up, and two ways to use the server. ``elsewhere``: its URL on other hosts."""
         self.hide()
         total = time.monotonic() - self._start
         header = f" \\\n  -H 'Authorization: Bearer {api_key}'" if api_key else ""
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
         self._out.print(
-            f"\nready: {url}/v1 serves {model} after {total:.1f} s ({', '.join(self._phases)})\n\n"
+            f"\nready: {url}/v1 serves {model} after {total:.1f} s ({', '.join(self._phases)})\n"
+            f"{f'from other hosts: {elsewhere}/v1' + chr(10) if elsewhere else ''}\n"
             f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n  -d '{body}'\n\n"
             "from openai import OpenAI\n"
             f'client = OpenAI(base_url="{url}/v1", api_key="{api_key or "none"}")\n'

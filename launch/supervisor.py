@@ -13,7 +13,7 @@ from .check import preflight, refuse_errors
 from .cluster import Cluster, Death, LaunchError
 from .controller_link import ControllerLink
 from .environment import prepare_ray
-from .front_door import FirstToken, base_url, reachable
+from .front_door import FirstToken, base_url, reachable, url_elsewhere
 from .interrupts import Interrupted, Interrupts
 from .last_resort import LastResort
 from .lobby_desk import LobbyDesk
@@ -114,7 +114,8 @@ class Supervisor:
         self._acceptor.open()
         self._first_token(self._acceptor.port)
         key = recipe.frontend.api_keys[0] if recipe.frontend.api_keys else None
-        screen.ready(base_url(recipe.frontend.host, self._acceptor.port), site.served_name, key)
+        door = recipe.frontend.host, self._acceptor.port
+        screen.ready(base_url(*door), url_elsewhere(*door), site.served_name, key)
 
     def _open(self) -> Site:
         """The cluster, and what the launcher itself offers to its processes."""

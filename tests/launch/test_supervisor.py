@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -47,13 +48,14 @@ def test_serves_until_told_to_stop_and_leaves_nothing(backend: str, number: sign
 
 
 def test_the_ready_text_shows_the_key_and_a_timeline(tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL, "frontend.api_keys=[sesame]", "model.served_name=m1") as launcher:
+    with launch(tmp_path, LOCAL, "frontend.api_keys=[sesame]", "frontend.host=0.0.0.0", "model.served_name=m1") as launcher:
         url = launcher.url()
         time.sleep(0.2)
         for text in (f"curl {url}/chat/completions", "Bearer sesame", f'base_url="{url}"', 'api_key="sesame"', "serves m1"):
             assert text in launcher.out
         load = r"load [\d.]+ \(slowest: rank [01] on \S+\)"
-        phases = rf"s \(cluster [\d.]+, controller [\d.]+, {load}, frontend [\d.]+, first token [\d.]+\)\n"
+        elsewhere = f"from other hosts: http://{socket.gethostname()}:{url.rpartition(':')[2]}\n"
+        phases = rf"s \(cluster [\d.]+, controller [\d.]+, {load}, frontend [\d.]+, first token [\d.]+\)\n{elsewhere}"
         assert re.search(phases, launcher.out)
 
 
