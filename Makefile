@@ -10,7 +10,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test check bench-control bench-frontend bench-vllm plan-anchors demo-eval clean
+.PHONY: setup serve test check bench-control bench-frontend bench-vllm bench-kernels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,12 @@ bench-vllm: setup
 
 bench-frontend: setup
 	$(BIN)/python benchmarks/bench_frontend.py
+
+# Rows of the kernels on this machine and their plots; BENCH_ARGS="--only experts" measures some anew. benchmarks/on_card.sh does all that
+# a card is asked for in one command.
+bench-kernels: setup
+	$(BIN)/python -m lockstep.kernels.bench $(BENCH_ARGS)
+	$(BIN)/python -m lockstep.kernels.bench_plot
 
 # The floors of `launch plan` beside published figures.
 plan-anchors: setup

@@ -1,9 +1,9 @@
 """Output tokens per second of Lockstep and of vLLM for CPUs, on one machine, with one checkpoint and one client.
 
-Both servers are up for the whole run and are loaded in turns, Lockstep first in one round and vLLM in the next; the CPU time
-that the idle one uses meanwhile is printed. The client streams ``/v1/completions`` with token ids as prompts, greedy, with
-``ignore_eos``; all requests of a run are sent at once. Client and server share the cores. Prompts are never repeated, but for
-shared prefixes.
+Both servers are up for the whole run and are loaded in turns, Lockstep first in one round and vLLM in the next, each when the other
+has come to rest; the CPU time that the idle one uses meanwhile is printed. The client streams ``/v1/completions`` with token ids as
+prompts, greedy, with ``ignore_eos``; all requests of a run are sent at once. Client and server share the cores. Prompts are never
+repeated, but for shared prefixes.
 
 Beside each figure stands the memory limit: the rate at which decode steps could run if they did nothing but read the weights they touch
 (routing taken as uniform, which random weights come close to) and the keys and values, at the measured read bandwidth.
@@ -44,6 +44,7 @@ from make_qwen3_moe import CONFIG, make_checkpoint  # noqa: E402
 
 START_SECONDS = 300
 REQUEST_SECONDS = 140
+IDLE_SECONDS = 10
 VLLM_PORT, LOCKSTEP_PORT = 8101, 8102
 COLUMNS = (
     *("case", "shape", "server", "output_tokens_per_s", "ratio", "ttft_ms", "ttft_ratio", "decode_tokens_per_s"),
@@ -144,7 +145,7 @@ def running(name: str, port: int, command: list[str], settings: dict[str, str], 
             assert process.poll() is None, f"{name} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
             assert time.monotonic() < deadline, f"{name} was not up within {START_SECONDS} s:\n{log.read_text()[-3000:]}"
             time.sleep(0.5)
-        yield Server(name, port, session(process.pid))
+        yield Server(name, port, descendants(process.pid))
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -162,14 +163,25 @@ def healthy(port: int) -> bool:
         return False
 
 
-def session(leader: int) -> list[int]:
-    """The processes of the session that ``leader`` leads."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                found.append(int(entry.name))
+def descendants(pid: int) -> list[int]:
+    """A process and all that it and its children have started, whatever their sessions."""
+    found = [pid]
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += descendants(int(child))
     return found
+
+
+def wait_until_idle(pids: list[int]) -> None:
+    """Returns when the processes use next to no CPU: a server's threads may go on spinning for a while after its last request."""
+    deadline = time.monotonic() + IDLE_SECONDS
+    while time.monotonic() < deadline:
+        before = cpu_seconds(pids)
+        time.sleep(0.25)
+        if cpu_seconds(pids) - before < 0.01:
+            return
+    print(f"the idle server has not come to rest within {IDLE_SECONDS} s", flush=True)
 
 
 def cpu_seconds(pids: list[int]) -> float:
@@ -273,6 +285,7 @@ def measure(servers: list[Server], cases: list[Case], rounds: int, seed: int) ->
             ordered = servers if number % 2 == 0 else servers[::-1]
             for server in ordered:
                 others = [pid for other in servers if other is not server for pid in other.pids]
+                wait_until_idle(others)
                 idle, start = cpu_seconds(others), time.perf_counter()
                 short = Case(case.name, case.at_once, case.prompt, 4, case.shared)
                 run = asyncio.run(run_case(server.port, short if warm_up else case, draw))

@@ -34,17 +34,14 @@ class CostModel:
         self.cost = cost or Cost()
         self._normal = np.zeros((4, 4))
         self._right = np.zeros(4)
-        self._seen = 0
+        self._fresh: list[tuple[float, float, float, float, float]] = []
 
     def observe(self, tokens: float, kv: float, context: float, seconds: float) -> None:
         """One measured section: its features and the seconds the rank computed (waiting excluded)."""
-        features = np.array([1.0, tokens, kv, context])
-        # Relative error counts: a decode step of a millisecond matters as much as a long prefill.
-        weight = 1.0 / max(seconds, 1e-6) ** 2
-        self._normal = _FORGET * self._normal + weight * np.outer(features, features)
-        self._right = _FORGET * self._right + weight * features * seconds
-        self._seen += 1
-        if self._seen % _REFIT_EVERY == 0:
+        self._fresh.append((1.0, tokens, kv, context, max(seconds, 1e-6)))
+        if len(self._fresh) == _REFIT_EVERY:
+            self._take_in(np.array(self._fresh))
+            self._fresh.clear()
             self._refit()
 
     def seconds(self, tokens: float, kv: float = 0.0, context: float = 0.0) -> float:
@@ -61,6 +58,15 @@ class CostModel:
         """Predicted seconds [D] a new request waits for and shares: prompt backlog plus ``horizon`` decode steps."""
         seconds: NDArray[np.float64] = self.cost.token * backlog + horizon * (self.cost.token * rows + self.cost.kv * kv)
         return seconds
+
+    def _take_in(self, sections: NDArray[np.float64]) -> None:
+        """Adds sections [n, (1, tokens, kv, context, seconds)], the last one with the largest weight."""
+        features, seconds = sections[:, :4], sections[:, 4]
+        kept = _FORGET ** np.arange(len(sections) - 1, -1, -1)
+        # Relative error counts: a decode step of a millisecond matters as much as a long prefill.
+        weighted = features * (kept / seconds**2)[:, None]
+        self._normal = _FORGET ** len(sections) * self._normal + weighted.T @ features
+        self._right = _FORGET ** len(sections) * self._right + weighted.T @ seconds
 
     def _refit(self) -> None:
         scale = np.sqrt(np.maximum(np.diag(self._normal), 1e-30))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.paged import build_batch
-from ..kernels.sampling import Purpose, allow_only, edit_logits, logprobs, sample, uniform
+from ..kernels.sampling import Purpose, allow_only, uniform
 from ..moe.dispatch import Dispatcher
 from ..moe.phase_clock import HostClock, PhaseClock
 from ..parallel.collectives import CollectiveError, Collectives
@@ -24,7 +24,7 @@ from .grammars import Grammars, Masks
 from .kv_pool import KVPool
 from .models.decoder import Model
 from .rank_loop import StepAbandoned
-from .slot_settings import SlotSettings
+from .slot_settings import RowSettings, SlotSettings
 from .slots import Int32, Int64, Rows, SlotTable
 from .types import Admit, Header, RankHello, RowLogprobs, Section, StepPlan, StepResult
 
@@ -50,15 +50,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Tokens of the rows that sample, in row order: ``counts`` [rows] is 0 for rows at their length limit, else 1.
-
-    tokens [R], ended (rows whose token is one of their stop ids).
-    """
+    """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities number the rows that sample."""
 
     tokens: Int64
-    counts: Int64
     ended: Int64
     logprobs: tuple[RowLogprobs, ...] = ()
+
+
+_NOTHING = _Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 class Executor:
@@ -70,6 +69,10 @@ class Executor:
         self._settings = SlotSettings(num_slots)
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
         self._staged: dict[int, Int32] = {}
+
+    @property
+    def model(self) -> Model:
+        return self._parts.model
 
     def hello(self) -> RankHello:
         pool, placement = self._parts.pool, self._parts.dispatcher.placement
@@ -135,20 +138,19 @@ class Executor:
         header, section = plan.header, plan.section
         self._apply(header, section)
         rows = self._table.rows(header, section)
-        stopped = self._at_limit(rows)
-        masks = self._parts.grammars.begin(rows.slots[rows.samples & ~stopped]) if self._parts.grammars is not None else None
-        hidden_TD = self._forward(rows, stopped, header.capacity)
-        sampled = self._sample(rows, stopped, hidden_TD, masks)
-        emitted = np.zeros(len(rows.slots), np.int64)
-        emitted[rows.samples] = sampled.counts
-        self._table.advance(rows, emitted)
+        draws = rows.samples & (rows.ends < self._table.limit[rows.slots])  # with drafts a row can be at its limit early
+        masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
+        hidden_TD = self._forward(rows, draws, header.capacity)
+        chosen = draws.nonzero()[0]
+        sampled = self._sample(rows, chosen, hidden_TD, masks) if len(chosen) else _NOTHING
+        self._table.advance(rows, draws.astype(np.int64))
         return StepResult(
             group=header.group,
             epoch=header.epoch,
             step=header.step,
             rank=self._parts.rank,
             tokens_i32=sampled.tokens.astype(np.int32).tobytes(),
-            counts_u8=b"" if len(sampled.tokens) == len(sampled.counts) else sampled.counts.astype(np.uint8).tobytes(),
+            counts_u8=b"" if len(chosen) == rows.samples.sum() else draws[rows.samples].astype(np.uint8).tobytes(),
             ended_i32=sampled.ended.astype(np.int32).tobytes(),
             logprobs=sampled.logprobs,
             checksum=self._table.checksum() if header.checksum else 0,
@@ -180,11 +182,6 @@ class Executor:
         if self._parts.grammars is not None:
             self._parts.grammars.admit(admit.slot, admit.staged, np.frombuffer(admit.sampling.stop_i32, np.int32))
 
-    def _at_limit(self, rows: Rows) -> NDArray[np.bool_]:
-        """Rows that may not sample because the next position is their limit: with drafts a row can get there early."""
-        stopped: NDArray[np.bool_] = rows.starts + rows.counts >= self._table.limit[rows.slots]
-        return stopped & rows.samples
-
     def _expert_counts(self) -> bytes:
         counts_LS = self._parts.dispatcher.counts_LS
         counts = counts_LS.cpu().numpy().tobytes()
@@ -193,66 +190,65 @@ class Executor:
 
     # ----------------------------------------------------------------- the step
 
-    def _forward(self, rows: Rows, stopped: NDArray[np.bool_], capacity: int) -> Tensor:
-        """Hidden states of the step's tokens, [T, D]."""
+    def _forward(self, rows: Rows, draws: NDArray[np.bool_], capacity: int) -> Tensor:
+        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw have no page to write to."""
         parts, table = self._parts, self._table
-        ends = rows.starts + rows.counts
-        decode_stopped = stopped.copy()
-        decode_stopped[rows.num_decode :] = False
-        room = table.num_pages[rows.slots] * parts.pool.page_size
-        assert ((ends <= room) | decode_stopped).all(), f"slots {rows.slots[ends > room].tolist()}: more tokens than pages"
-        max_pages = -(-int(ends.max(initial=0)) // parts.pool.page_size)
-        pages = table.pages[rows.slots, :max_pages]
-        pages[decode_stopped] = parts.pool.scratch
+        slots, idle = rows.slots, (~draws[: rows.num_decode]).nonzero()[0]
+        full = (rows.ends > table.num_pages[slots] * parts.pool.page_size).nonzero()[0]
+        assert not len(full) or np.isin(full, idle).all(), f"slots {slots[full].tolist()}: more tokens than pages"
+        max_pages = -(-int(rows.ends.max(initial=0)) // parts.pool.page_size)
+        pages = table.pages[slots, :max_pages]
+        if len(idle):
+            pages[idle] = parts.pool.scratch
         batch, positions_T = build_batch(rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device)
-        owners = np.repeat(rows.slots, rows.counts)
+        owners = slots if rows.num_decode == len(slots) else np.repeat(slots, rows.counts)
         tokens = self._history[owners, positions_T.cpu().numpy()]
         tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
         parts.dispatcher.begin_step(len(tokens), capacity)
         hidden_TD: Tensor = parts.model(tokens_T, positions_T, batch, parts.pool.cache)
         return hidden_TD
 
-    def _sample(self, rows: Rows, stopped: NDArray[np.bool_], hidden_TD: Tensor, masks: Masks | None) -> _Sampled:
-        chosen = np.flatnonzero(rows.samples & ~stopped)
-        counts = (~stopped[rows.samples]).astype(np.int64)
-        if not len(chosen):
-            return _Sampled(np.zeros(0, np.int64), counts, np.zeros(0, np.int64))
+    def _sample(self, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None) -> _Sampled:
+        """Draws for the rows ``chosen`` [R]."""
+        slots, positions = rows.slots[chosen], rows.ends[chosen]
         if len(chosen) < len(hidden_TD):
-            last = np.cumsum(rows.counts)[chosen] - 1
+            last = rows.counts.cumsum()[chosen] - 1
             hidden_TD = hidden_TD[torch.from_numpy(last).to(hidden_TD.device)]
-        slots, positions = rows.slots[chosen], (rows.starts + rows.counts)[chosen]
-        numbers = np.flatnonzero(counts)  # of the chosen among the rows that sample
+        settings = self._settings.rows(slots)
         logits_RV = self._parts.model.logits(hidden_TD)
-        tokens, lines = self._draw(logits_RV, slots, positions, numbers, masks)
+        numbers = rows.samples.cumsum()[chosen] - 1
+        tokens, lines = self._draw(logits_RV, settings, positions, numbers, masks)
         self._history[slots, positions] = tokens
         self._settings.observe(slots, tokens)
         if masks is not None and self._parts.grammars is not None:
             self._parts.grammars.observe(slots, tokens)
-        return _Sampled(tokens, counts, numbers[self._settings.ended(slots, tokens)], lines)
+        ended = (settings.stop == tokens[:, None]).any(1)
+        return _Sampled(tokens, numbers[ended], lines)
 
     def _draw(
-        self, logits_RV: Tensor, slots: Int64, positions: Int64, numbers: Int64, masks: Masks | None
+        self, logits_RV: Tensor, settings: RowSettings, positions: Int64, numbers: Int64, masks: Masks | None
     ) -> tuple[Int64, tuple[RowLogprobs, ...]]:
-        """Tokens [R] for ``positions`` of ``slots``, and the log-probabilities that were asked for."""
-        settings = self._settings
-        asked = np.flatnonzero(settings.num_logprobs[slots] >= 0)
+        """Tokens [R] for ``positions`` of the rows, and the log-probabilities that were asked for."""
+        ops, asked, params = self._parts.model.ops, settings.asked, settings.params
         raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
-        edits = settings.edits(slots, positions)
+        edits = self._settings.edits(settings, positions)
         if edits is not None:
-            edit_logits(logits_RV, edits)
+            ops.edit_logits(logits_RV, edits)
         if masks is not None:
-            allow_only(logits_RV, *masks.take(slots))
-        tokens_R = sample(logits_RV, settings.params(slots), uniform(settings.seed[slots], positions, Purpose.SAMPLE))
-        tokens = tokens_R.cpu().numpy()
+            allow_only(logits_RV, *masks.take(settings.slots))
+        greedy = not len(params.drawn_S)
+        uniform_R = np.zeros(len(positions)) if greedy else uniform(settings.seed, positions, Purpose.SAMPLE)
+        tokens = ops.sample(logits_RV, params, uniform_R).cpu().numpy()
         if raw_SV is None:
             return tokens, ()
-        return tokens, _logprob_lines(raw_SV, tokens[asked], numbers[asked], settings.num_logprobs[slots[asked]])
+        top = ops.logprobs(raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max()))
+        return tokens, _logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
 
 
-def _logprob_lines(raw_SV: Tensor, tokens: Int64, numbers: Int64, num_top: Int64) -> tuple[RowLogprobs, ...]:
-    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S] others."""
-    tokens_S = torch.from_numpy(tokens).to(raw_SV.device)
-    chosen, ids, values = (part.cpu().numpy() for part in logprobs(raw_SV, tokens_S, int(num_top.max())))
+def _logprob_lines(top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64) -> tuple[RowLogprobs, ...]:
+    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S] others, from what
+    ``kernels.sampling.logprobs`` returned."""
+    chosen, ids, values = (part.cpu().numpy() for part in top)
     ids = ids.astype(np.int32)
     return tuple(
         RowLogprobs(row, 0, float(chosen[at]), ids[at, :width].tobytes(), values[at, :width].tobytes())

@@ -6,6 +6,8 @@ of an older epoch change nothing, and a gap sets the data index back to what is 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,10 @@ from .outbox import Entries, Outbox
 from .requests import Request, State
 from .slots import Int32, Int64, add64, length_terms
 from .types import HASH_BYTES, Finish, HandleLogprobs, StepResult
+
+_NONE, _STOP, _LENGTH = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH)  # members of an enumeration are slow to find
+
+_T = TypeVar("_T", bound=np.generic)
 
 
 class StateMismatch(AssertionError):
@@ -102,28 +108,31 @@ class Ledger:
         if flight.check is not None:
             self._compare(flight, results)
         self._drain([group.data_of_rank(result.rank) for result in sampling])
-        alive = np.tile(np.repeat(group.alive, group.layout.tensor), group.layout.pipeline)
-        oldest = int(group.acknowledged[alive].min(initial=group.next_step))
+        acknowledged = group.acknowledged
+        if not group.alive.all():
+            acknowledged = acknowledged[np.tile(np.repeat(group.alive, group.layout.tensor), group.layout.pipeline)]
+        oldest = int(acknowledged.min(initial=group.next_step))
         for step in [step for step in group.flights if step <= oldest]:
             del group.flights[step]
 
     def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
         group, rows = self._group, self._group.rows
         spans = [flight.span(group.data_of_rank(result.rank)) for result in results]
-        row = np.concatenate([flight.rows[span] for span in spans])
-        decode = np.concatenate([flight.decode[span] for span in spans])
-        tokens = np.concatenate([np.frombuffer(result.tokens_i32, np.int32) for result in results])
+        row = _joined([flight.rows[span] for span in spans])
+        decode = _joined([flight.decode[span] for span in spans])
+        tokens = _joined([np.frombuffer(result.tokens_i32, np.int32) for result in results])
         if any(result.counts_u8 for result in results):
-            counts = np.concatenate([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
+            counts = _joined([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
         else:
             counts = np.ones(len(row), np.int64)
         assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
         assert int(counts.sum()) == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {int(counts.sum())} counted"
         ended = self._ended(results, spans, len(row))
-        rows.low[row[decode]] += counts[decode]
-        rows.flying[row[decode]] -= 1
+        decoding, grown = (row, counts) if decode.all() else (row[decode], counts[decode])
+        rows.low[decoding] += grown
+        rows.flying[decoding] -= 1
 
-        live = rows.finish[row] == Finish.NONE
+        live = rows.finish[row] == _NONE
         if not live.all():
             tokens = tokens[np.repeat(live, counts)]
             row, counts, ended = row[live], counts[live], ended[live]
@@ -133,11 +142,11 @@ class Ledger:
         else:
             group.log.append_ragged(row, counts, tokens)
         group.counters.generation_tokens += len(tokens)
-        finish = np.where(rows.prompt[row] + group.log.count[row] >= rows.limit[row], Finish.LENGTH, Finish.NONE)
-        finish[ended] = Finish.STOP
+        finish = _LENGTH * (rows.prompt[row] + group.log.count[row] >= rows.limit[row])
+        finish[ended] = _STOP
         self._outbox.entries.append(Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens))
         self._logprobs(flight, results)
-        for index in np.flatnonzero(finish).tolist():
+        for index in finish.nonzero()[0].tolist():
             self._finish(int(row[index]), Finish(int(finish[index])))
 
     def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
@@ -266,6 +275,11 @@ class Ledger:
             expected = check.expected.get(group.data_of_rank(rank))
             if expected is not None and expected != reported:
                 raise StateMismatch(f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}")
+
+
+def _joined(parts: list[NDArray[_T]]) -> NDArray[_T]:
+    """One array of several; of one, itself."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _counts(result: StepResult, num_rows: int) -> Int64:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .slots import Int32, Int64
 from .types import Finish, HandleLogprobs, Message, Rejected, Started, TokenBatch
@@ -14,7 +16,7 @@ from .types import Finish, HandleLogprobs, Message, Rejected, Started, TokenBatc
 class Entries:
     """Token entries of one ingestion: all vectors [n], tokens ragged over counts."""
 
-    frontend: Int64
+    frontend: NDArray[np.integer[Any]]
     handle: Int64
     position: Int64
     count: Int64
@@ -54,33 +56,35 @@ class Outbox:
     def _batches(self, step: int) -> list[tuple[int, Message]]:
         if not self.entries:
             return []
-        frontend = np.concatenate([entry.frontend for entry in self.entries])
-        handle = np.concatenate([entry.handle for entry in self.entries])
-        position = np.concatenate([entry.position for entry in self.entries])
-        count = np.concatenate([entry.count for entry in self.entries])
-        finish = np.concatenate([entry.finish for entry in self.entries])
-        tokens = np.concatenate([entry.tokens for entry in self.entries])
-        ends = np.cumsum(count)
-        batches: list[tuple[int, Message]] = []
-        for name in np.flatnonzero(np.bincount(frontend)).tolist():
-            mine = np.flatnonzero(frontend == name)
-            counts = count[mine]
-            if len(mine) == len(frontend):
-                own_tokens = tokens
-            elif int(count.min()) == 1 and int(count.max()) == 1:
-                own_tokens = tokens[mine]
-            else:
-                starts = np.repeat(ends[mine] - counts, counts)
-                within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-                own_tokens = tokens[starts + within]
-            batch = TokenBatch(
-                step=step,
-                handles_i64=handle[mine].tobytes(),
-                positions_i32=position[mine].astype(np.int32).tobytes(),
-                counts_i32=counts.astype(np.int32).tobytes(),
-                tokens_i32=own_tokens.tobytes(),
-                finish_u8=finish[mine].astype(np.uint8).tobytes(),
-                logprobs=tuple(self.logprobs.get(name, ())),
-            )
-            batches.append((name, batch))
-        return batches
+        entries = self.entries[0] if len(self.entries) == 1 else _joined(self.entries)
+        names = np.bincount(entries.frontend).nonzero()[0].tolist()
+        if len(names) == 1:
+            return [(names[0], self._batch(step, names[0], entries))]
+        return [(name, self._batch(step, name, _of_frontend(entries, name))) for name in names]
+
+    def _batch(self, step: int, frontend: int, entries: Entries) -> TokenBatch:
+        return TokenBatch(
+            step=step,
+            handles_i64=entries.handle.tobytes(),
+            positions_i32=entries.position.astype(np.int32).tobytes(),
+            counts_i32=entries.count.astype(np.int32).tobytes(),
+            tokens_i32=entries.tokens.tobytes(),
+            finish_u8=entries.finish.astype(np.uint8).tobytes(),
+            logprobs=tuple(self.logprobs.get(frontend, ())),
+        )
+
+
+def _joined(entries: list[Entries]) -> Entries:
+    return Entries(*(np.concatenate([getattr(part, field.name) for part in entries]) for field in fields(Entries)))
+
+
+def _of_frontend(entries: Entries, frontend: int) -> Entries:
+    mine = np.flatnonzero(entries.frontend == frontend)
+    counts = entries.count[mine]
+    if (entries.count == 1).all():
+        tokens = entries.tokens[mine]
+    else:
+        starts = np.repeat(np.cumsum(entries.count)[mine] - counts, counts)
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        tokens = entries.tokens[starts + within]
+    return Entries(entries.frontend[mine], entries.handle[mine], entries.position[mine], counts, entries.finish[mine], tokens)

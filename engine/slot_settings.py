@@ -57,13 +57,27 @@ class _Edits:
     seen: _Seen | None
 
 
+@dataclass(frozen=True)
+class RowSettings:
+    """The settings of rows [R]. ``asked`` are the rows that want log-probabilities. ``open_from`` is the first position at which a
+    row may sample its stop ids, ``stop`` [R, N], which are filled up with -1."""
+
+    slots: Int64
+    params: SamplingParams
+    seed: Int64
+    num_logprobs: Int64
+    asked: Int64
+    open_from: Int64
+    stop: Int64
+
+
 class SlotSettings:
-    """``first_output`` is the position of a slot's first output token: what comes before is the request's own prompt."""
+    """``_first_output`` is the position of a slot's first output token: what comes before is the request's own prompt."""
 
     def __init__(self, num_slots: int) -> None:
-        self.seed = np.zeros(num_slots, np.int64)
-        self.num_logprobs = np.full(num_slots, -1, np.int64)
-        self.first_output = np.zeros(num_slots, np.int64)
+        self._seed = np.zeros(num_slots, np.int64)
+        self._num_logprobs = np.full(num_slots, -1, np.int64)
+        self._first_output = np.zeros(num_slots, np.int64)
         self._temperature = np.zeros(num_slots, np.float32)
         self._top_k = np.zeros(num_slots, np.int64)
         self._top_p = np.ones(num_slots, np.float32)
@@ -72,14 +86,13 @@ class SlotSettings:
         self._penalties = np.zeros((num_slots, 3), np.float32)
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
-        self._rows_of: bytes | None = None
-        self._params: SamplingParams | None = None
+        self._rows: RowSettings | None = None
 
     def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
         """Sets a slot up for a request whose ``history`` ends with the ``num_emitted`` tokens it has sampled so far."""
-        self.seed[slot] = sampling.seed
-        self.num_logprobs[slot] = sampling.num_logprobs
-        self.first_output[slot] = len(history) - num_emitted
+        self._seed[slot] = sampling.seed
+        self._num_logprobs[slot] = sampling.num_logprobs
+        self._first_output[slot] = len(history) - num_emitted
         self._temperature[slot] = sampling.temperature
         self._top_k[slot] = sampling.top_k
         self._top_p[slot] = sampling.top_p
@@ -89,7 +102,7 @@ class SlotSettings:
         self._penalties[slot] = penalties
         self._set_stop(slot, np.frombuffer(sampling.stop_i32, np.int32))
         self._edits.pop(slot, None)
-        self._rows_of = None
+        self._rows = None
         penalised = penalties != (1.0, 0.0, 0.0)
         if penalised or sampling.bias_ids_i32:
             self._edits[slot] = _Edits(
@@ -98,24 +111,31 @@ class SlotSettings:
                 _Seen(history, len(history) - num_emitted) if penalised else None,
             )
 
-    def params(self, slots: Int64) -> SamplingParams:
+    def rows(self, slots: Int64) -> RowSettings:
         """The settings of rows [R]; the same object while rows and admissions stay the same."""
-        key = slots.tobytes()
-        if self._params is None or self._rows_of != key:
-            self._rows_of = key
-            self._params = SamplingParams(self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots])
-        return self._params
+        if self._rows is None or self._rows.slots.tobytes() != slots.tobytes():
+            num_logprobs = self._num_logprobs[slots]
+            self._rows = RowSettings(
+                slots=slots,
+                params=SamplingParams(self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]),
+                seed=self._seed[slots],
+                num_logprobs=num_logprobs,
+                asked=np.flatnonzero(num_logprobs >= 0),
+                open_from=self._first_output[slots] + self._min_tokens[slots],
+                stop=self._stop[slots],
+            )
+        return self._rows
 
-    def edits(self, slots: Int64, positions: Int64) -> LogitEdits | None:
+    def edits(self, rows: RowSettings, positions: Int64) -> LogitEdits | None:
         """Changes to the logits of rows [R] that sample ``positions`` [R]; None when there are none."""
-        early = positions - self.first_output[slots] < self._min_tokens[slots]
+        early = positions < rows.open_from
         if not self._edits and not early.any():
             return None
-        found = [(row, self._edits[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._edits]
+        found = [(row, self._edits[slot]) for row, slot in enumerate(rows.slots.tolist()) if slot in self._edits]
         seen = [(row, edits.seen) for row, edits in found if edits.seen is not None]
-        masked = np.where(early[:, None], self._stop[slots], _NO_TOKEN)
+        masked = np.where(early[:, None], rows.stop, _NO_TOKEN)
         masked_rows, column = np.nonzero(masked != _NO_TOKEN)
-        penalties = self._penalties[slots]
+        penalties = self._penalties[rows.slots]
         return LogitEdits(
             counted_rows_N=_repeat([row for row, _ in seen], [len(part.tokens) for _, part in seen]),
             counted_tokens_N=_join([part.tokens for _, part in seen], np.int64),
@@ -137,11 +157,6 @@ class SlotSettings:
                 edits = self._edits.get(slot)
                 if edits is not None and edits.seen is not None:
                     edits.seen.add(token)
-
-    def ended(self, slots: Int64, tokens: Int64) -> NDArray[np.bool_]:
-        """Which rows [R] sampled one of their stop ids."""
-        ended: NDArray[np.bool_] = (self._stop[slots] == tokens[:, None]).any(1)
-        return ended
 
     def _set_stop(self, slot: int, stop: Int32) -> None:
         missing = len(stop) - self._stop.shape[1]

@@ -7,6 +7,7 @@ for all ranks as arrays. Both must agree after every step, which ``checksum`` co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def length_terms(slots: Int64, lengths: Int64) -> NDArray[np.uint64]:
 class Rows:
     """The rows of one step, in result order: decoding slots ascending, then extends as given.
 
-    slots [R]: the slot of each row. starts [R]: its length before the step. counts [R]: tokens it computes.
+    slots [R]: the slot of each row. starts [R]: its length before the step. counts [R]: tokens it computes. ends [R]: their sum.
     samples [R]: whether it samples (decode rows, and extends that reach the end of their prompt).
     """
 
@@ -60,6 +61,10 @@ class Rows:
     counts: Int64
     samples: NDArray[np.bool_]
     num_decode: int
+
+    @cached_property
+    def ends(self) -> Int64:
+        return self.starts + self.counts
 
 
 class SlotTable:
@@ -91,21 +96,28 @@ class SlotTable:
             self.active[:] = False
             self.held[:] = False
             self.num_pages[:] = 0
-        self._free(np.frombuffer(section.free_i32, np.int32))
-        self.held[np.frombuffer(section.hold_i32, np.int32)] = True
-        self.held[np.frombuffer(section.resume_i32, np.int32)] = False
+        if section.free_i32:
+            self._free(np.frombuffer(section.free_i32, np.int32))
+        if section.hold_i32 or section.resume_i32:
+            self.held[np.frombuffer(section.hold_i32, np.int32)] = True
+            self.held[np.frombuffer(section.resume_i32, np.int32)] = False
         for admit in section.admit:
             self._admit(admit, prompt_lengths[admit.staged])
-        for slot, page in np.frombuffer(section.pages_pairs, np.int32).reshape(-1, 2):
-            assert self.active[slot], f"page for inactive slot {slot}"
-            self.pages[slot, self.num_pages[slot]] = page
-            self.num_pages[slot] += 1
+        if section.pages_pairs:
+            self._append_pages(np.frombuffer(section.pages_pairs, np.int32).reshape(-1, 2))
         return list(section.admit)
 
     def rows(self, header: Header, section: Section) -> Rows:
         """The rows this step computes, after ``apply``."""
-        ready = self.active & ~self.held & (self.length >= self.prompt)
-        decode = np.nonzero(ready & (self._cohort == header.cohort))[0].astype(np.int64)
+        ready = self.length >= self.prompt
+        ready &= self.active
+        ready &= ~self.held
+        if self.num_cohorts > 1:
+            ready &= self._cohort == header.cohort
+        decode = ready.nonzero()[0]
+        if not section.extend_pairs:
+            ones = np.ones(len(decode), np.int64)
+            return Rows(decode, self.length[decode], ones, ones.astype(np.bool_), len(decode))
         pairs = np.frombuffer(section.extend_pairs, np.int32).reshape(-1, 2).astype(np.int64)
         slots = np.concatenate([decode, pairs[:, 0]])
         counts = np.concatenate([np.ones(len(decode), np.int64), pairs[:, 1]])
@@ -132,6 +144,12 @@ class SlotTable:
         indices = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
         terms = page_terms(owners, indices, self.pages[owners, indices].astype(np.int64))
         return add64(int(total), int(terms.sum(dtype=np.uint64)))
+
+    def _append_pages(self, pairs: Int32) -> None:
+        for slot, page in pairs.tolist():
+            assert self.active[slot], f"page for inactive slot {slot}"
+            self.pages[slot, self.num_pages[slot]] = page
+            self.num_pages[slot] += 1
 
     def _free(self, slots: Int32) -> None:
         assert self.active[slots].all(), f"free of inactive slots {slots.tolist()}"

@@ -36,21 +36,21 @@ class _Draft:
 
 
 _NOTHING = _Draft()
+_DECODE = int(State.DECODE)  # looked up in every step; a member of an enumeration is slow to find
 
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a plan does to running rows: slots to (hold, resume), freed slots, and one new page for each grown row."""
+    """What a plan does to running rows: slots to (hold, resume), freed slots, and (slot, page) of the rows that grow."""
 
     held: dict[int, tuple[list[int], list[int]]]
     freed: dict[int, bytes]
-    grown: Int64
-    pages: Int64
+    pages: dict[int, bytes]
 
 
 def bucket_of(num_tokens: Int64) -> Int64:
     """The smallest bucket that holds each number of tokens."""
-    return _BUCKETS[np.searchsorted(_BUCKETS, num_tokens)]
+    return _BUCKETS[_BUCKETS.searchsorted(num_tokens)]
 
 
 def _i32(values: Sequence[int] | Int64) -> bytes:
@@ -62,6 +62,7 @@ class StepBuilder:
 
     def __init__(self, group: Group) -> None:
         self._group = group
+        self._bounds = np.arange(group.num_data + 1) * group.rows.num_slots
 
     def build(self) -> Plan | None:
         """The next plan, or None when no cohort has work."""
@@ -78,14 +79,13 @@ class StepBuilder:
         decode = self._decoding(cohort)
         if not len(decode) and not self._has_prefill(cohort):
             return None
-        decode, grown, pages = self._grow(cohort, decode)
+        decode, pages = self._grow(cohort, decode)
         held = self._changed_holds()
         freed = {data: self._freed(data) for data in list(group.freeing)}
-        offsets = np.searchsorted(decode, np.arange(group.num_data + 1) * group.rows.num_slots)
-        kv = np.diff(np.concatenate([[0], np.cumsum((group.rows.low + group.rows.flying)[decode])])[offsets])
-        drafts = self._prefill(cohort, np.diff(offsets), kv)
-        changes = _Changes(held, freed, grown, pages)
-        sections = self._sections(changes, drafts, np.diff(offsets))
+        offsets = decode.searchsorted(self._bounds)
+        num_decode, kv = offsets[1:] - offsets[:-1], self._kv(decode, offsets)
+        drafts = self._prefill(cohort, num_decode, kv)
+        sections = self._sections(_Changes(held, freed, pages), drafts, num_decode)
         flight = self._fly(decode, offsets, drafts, kv)
         header = Header(
             group=0,
@@ -107,10 +107,21 @@ class StepBuilder:
     def _decoding(self, cohort: int) -> Int64:
         """Rows that decode in this step, ascending."""
         rows = self._group.rows
-        chosen = (rows.state == State.DECODE) & ~rows.held
+        chosen = rows.state == _DECODE
+        chosen &= ~rows.held
         if self._group.num_cohorts > 1:
             chosen &= rows.cohort == cohort
-        return np.flatnonzero(chosen)
+        found: Int64 = chosen.nonzero()[0]
+        return found
+
+    def _kv(self, decode: Int64, offsets: Int64) -> Int64:
+        """KV tokens [D] that decoding rows read at least."""
+        rows = self._group.rows
+        sums = np.zeros(len(decode) + 1, np.int64)
+        (rows.low[decode] + rows.flying[decode]).cumsum(out=sums[1:])
+        sums = sums[offsets]
+        kv: Int64 = sums[1:] - sums[:-1]
+        return kv
 
     def _has_prefill(self, cohort: int) -> bool:
         rows = self._group.rows
@@ -130,16 +141,18 @@ class StepBuilder:
 
     # ----------------------------------------------------------------- pages
 
-    def _grow(self, cohort: int, decode: Int64) -> tuple[Int64, Int64, Int64]:
+    def _grow(self, cohort: int, decode: Int64) -> tuple[Int64, dict[int, bytes]]:
         """Pages for the longest every decoding row may become; takes them from others where a pool is exhausted.
 
-        Returns the rows that still decode, those that grow, and one new page for each of these. A row that may be at its limit
-        already still computes a position, hence ``limit``.
+        Returns the rows that still decode, and (slot, page) of those that grow per data index. A row that may be at its limit already
+        still computes a position, hence ``limit``.
         """
         group, rows = self._group, self._group.rows
         while True:
             longest = np.minimum(rows.low[decode] + (rows.flying[decode] + 1) * group.spec.max_advance, rows.limit[decode])
             growing = decode[longest > rows.num_pages[decode] * group.page_size]
+            if not len(growing):  # most steps
+                return decode, {}
             data = growing // rows.num_slots
             short = group.kv.short_of(np.bincount(data, minlength=group.num_data))
             if not short.size:
@@ -149,7 +162,9 @@ class StepBuilder:
             decode = self._decoding(cohort)
         pages = group.kv.take_each(data)
         rows.append_pages(growing, pages, group.kv.max_pages)
-        return decode, growing, pages
+        pairs = np.stack([growing % rows.num_slots, pages - data * group.kv.max_pages], axis=1).astype(np.int32)
+        cuts = growing.searchsorted(self._bounds).tolist()
+        return decode, {index: pairs[start:end].tobytes() for index, (start, end) in enumerate(pairwise(cuts)) if end > start}
 
     def _give_way(self, data: int) -> None:
         """Frees pages of ``data``: those of rows on their way out, or else the youngest request's, which will run again."""
@@ -253,19 +268,15 @@ class StepBuilder:
     # ----------------------------------------------------------------- sections
 
     def _sections(self, changes: _Changes, drafts: dict[int, _Draft], num_decode: Int64) -> dict[int, Section]:
-        group, rows, grown = self._group, self._group.rows, changes.grown
-        local = changes.pages - grown // rows.num_slots * group.kv.max_pages
-        pairs = np.stack([grown % rows.num_slots, local], axis=1).astype(np.int32)
-        cuts = np.searchsorted(grown, np.arange(group.num_data + 1) * rows.num_slots).tolist()
+        group = self._group
         published = self._published()
         tokens = num_decode.copy()
         for data, draft in drafts.items():
             tokens[data] += draft.tokens
         buckets = bucket_of(tokens).tolist()
         sections: dict[int, Section] = {}
-        for data in np.flatnonzero(group.alive).tolist():
-            draft, publish = drafts.get(data, _NOTHING), published.get(data)
-            own_pages = pairs[cuts[data] : cuts[data + 1]].tobytes()
+        for data in group.alive.nonzero()[0].tolist():
+            draft, publish, own_pages = drafts.get(data, _NOTHING), published.get(data), changes.pages.get(data, b"")
             if draft is _NOTHING and publish is None and not (data in changes.freed or data in changes.held or group.rebasing[data]):
                 sections[data] = Section(pages_pairs=own_pages, bucket=buckets[data])
                 continue
@@ -317,6 +328,8 @@ class StepBuilder:
     def _finish_rebase(self) -> None:
         """Results of plans before a rebase say nothing about the rank's state after it."""
         group = self._group
+        if not group.rebasing.any():
+            return
         for data in np.flatnonzero(group.rebasing & group.alive).tolist():
             group.acknowledged[group.members(data)] = group.next_step - 1
         group.rebasing[group.alive] = False
@@ -332,9 +345,8 @@ class StepBuilder:
         final = decode[rows.low[decode] + rows.flying[decode] >= rows.limit[decode] - 1]
         last = [*final.tolist(), *(row for row in sampled if rows.prompt[row] >= rows.limit[row] - 1)]
         order, is_decode = decode, np.ones(len(decode), np.bool_)
-        tokens, context = np.diff(offsets), np.zeros(group.num_data, np.int64)
+        tokens, context = offsets[1:] - offsets[:-1], np.zeros(group.num_data, np.int64)
         if drafts:
-            tokens = tokens.copy()
             for data, draft in drafts.items():
                 tokens[data] += draft.tokens
                 context[data] = draft.context

@@ -23,8 +23,8 @@ class TokenLog:
     def append(self, rows: Int64, tokens: Int32) -> None:
         """Appends one token to each of rows [n], which are distinct."""
         cursor = self._cursor[rows]
-        full = np.flatnonzero(cursor % _CHUNK == 0)
-        if full.size:
+        full = (cursor % _CHUNK == 0).nonzero()[0]
+        if len(full):
             cursor[full] = self._open(rows[full])
         self._pool[cursor] = tokens
         self._cursor[rows] = cursor + 1

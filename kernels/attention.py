@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kv_entries import GatherEntries, gather_heads
+from .kv_entries import gather_heads
 from .paged import DecodeGroup, PagedBatch
 
 # Queries of an extend over a cached prefix are masked block by block, so that the mask [block, L] stays small.
@@ -25,17 +25,12 @@ def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, s
     for group in batch.decode_groups:
         rows = slice(0, batch.num_decode) if group.rows is None else group.rows
         out_THD[rows] = _decode(q_THD[rows], k_cache, v_cache, group, batch.page_size, scale)
-    attend_extends(q_THD, (k_cache, v_cache), batch, scale, out_THD)
-    return out_THD
-
-
-def attend_extends(
-    q_THD: Tensor, caches: tuple[Tensor, Tensor], batch: PagedBatch, scale: float, out_THD: Tensor, gather: GatherEntries = gather_heads
-) -> None:
-    """The rows past the decode rows, written to their tokens in ``out_THD``; ``gather`` reads the caches."""
     for row in batch.extends():
-        k_LKD, v_LKD = (gather(cache, row.pages, batch.page_size, q_THD.shape[2], q_THD.dtype)[: row.length] for cache in caches)
+        k_LKD, v_LKD = (
+            gather_heads(cache, row.pages, batch.page_size, q_THD.shape[2], q_THD.dtype)[: row.length] for cache in (k_cache, v_cache)
+        )
         out_THD[row.begin : row.end] = causal_attention(q_THD[row.begin : row.end], k_LKD, v_LKD, row.start, scale)
+    return out_THD
 
 
 def causal_attention(q_THD: Tensor, k_LKD: Tensor, v_LKE: Tensor, start: int, scale: float) -> Tensor:

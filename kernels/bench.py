@@ -1,225 +1,170 @@
 """Times of the ops against their rooflines: ``python -m lockstep.kernels.bench``.
 
 Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without, a row for every case and
-implementation. A machine without a card writes the list of the GPU's rows, "not measured", where there is no such file yet.
-Ceilings are measured in the same run: the bandwidth of a copy and the rate of a large matrix product.
+implementation, after each case; rows of an earlier run that are not measured anew stay. Ceilings are measured in the same run. A
+machine without a card adds the GPU's rows that are missing, "not measured". ``bench_goals`` says what a file of rows comes to, and
+``bench_plot`` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.metadata
-import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .bench_cases import Call, Case, cases
+from .bench_call import Call, Case
+from .bench_cases import cases
+from .bench_clock import Ceilings, measure_ceilings, time_of
+from .bench_goals import summary
+from .bench_rows import FOLDER, NOT_MEASURED, Ledger, Row, blank_row
+from .fp8 import Quantised, widen_rows
 from .table import Ops, ops_of
 
-NOT_MEASURED = "not measured"
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-_FLUSHED_BYTES = 256 << 20  # more than any card's L2 cache
-_SECONDS_PER_CASE = 0.5
-
 
 @dataclass(frozen=True)
-class Row:
-    """Times in microseconds. ``roofline_us``: what the ceilings allow; ``bound``: which one; ``share``: roofline / p50."""
+class Limits:
+    """Seconds for one implementation of a case, and the moment (``time.monotonic``) after which no case is begun."""
 
-    op: str
-    shape: str
-    implementation: str
-    p20_us: str
-    p50_us: str
-    p80_us: str
-    roofline_us: str
-    bound: str
-    share: str
-    copy_gb_s: str
-    matmul_tflop_s: str
-    hardware: str
-    torch: str
-    triton: str
-    commit: str
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """bytes_per_s of a copy (read and written), flops of a product in bf16; FP8 doubles it."""
-
-    bytes_per_s: float
-    flops: float
-
-    def bound(self, call: Call) -> tuple[float, str]:
-        """The least time in microseconds, and what sets it."""
-        memory, compute = call.num_bytes / self.bytes_per_s, call.flops / (self.flops * (2 if call.fp8 else 1))
-        return max(memory, compute) * 1e6, "memory" if memory >= compute else "compute"
+    seconds: float
+    end: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lockstep.kernels.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the CSV files")
     parser.add_argument("--only", default="", help="cases whose op or shape contains this")
+    parser.add_argument("--seconds", type=float, default=420.0, help="for all cases; those that are left are not begun")
+    parser.add_argument("--each", type=float, default=0.0, help="seconds for one implementation of a case")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has a figure or a reason for")
+    parser.add_argument("--commit", default="", help="what the rows name where this is no git checkout")
     arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
     chosen = [case for case in cases() if arguments.only in case.op or arguments.only in case.shape]
     if torch.cuda.is_available():
-        device = torch.device("cuda")
-        implementations = [ops_of("triton"), ops_of("reference")]
-        _write(arguments.out / "kernels_gpu.csv", _measured(chosen, device, implementations))
-    else:
-        small = [case for case in chosen if case.small]
-        _write(arguments.out / "kernels_cpu.csv", _measured(small, torch.device("cpu"), [ops_of("cpu")]))
-        if not (arguments.out / "kernels_gpu.csv").exists():
-            _write(arguments.out / "kernels_gpu.csv", _unmeasured(chosen))
+        ledger, chosen = Ledger(arguments.out / "kernels_gpu.csv"), [case for case in chosen if case.card]
+        if arguments.resume:
+            done = {(row.op, row.shape) for row in ledger.rows() if row.p50_us not in (NOT_MEASURED, f"{NOT_MEASURED}: out of time")}
+            chosen = [case for case in chosen if (case.op, case.shape) not in done]
+        _on_card(chosen, ledger, Limits(arguments.each or 0.15, end), arguments.commit)
+        return
+    small = [case for case in chosen if case.small]
+    ledger = Ledger(arguments.out / "kernels_cpu.csv")
+    limits = Limits(arguments.each or 0.5, end)
+    _measure(small, torch.device("cpu"), [ops_of("cpu"), ops_of("reference")], (ledger, arguments.commit), limits)
+    blank = replace(blank_row(None, None, arguments.commit), implementation="triton")
+    missing = (replace(blank, op=case.op, shape=case.shape) for case in chosen if case.card)
+    Ledger(arguments.out / "kernels_gpu.csv").add_missing(missing)
 
 
-def _measured(chosen: list[Case], device: torch.device, implementations: list[Ops]) -> Iterator[Row]:
+def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) -> None:
+    # Triton need not be installed where there is no card.
+    from .bench_compile import compile_ahead
+    from .triton_target import card_name
+    from .triton_tiles import tiles_of
+
+    card, start = card_name(), time.monotonic()
+    compile_ahead([(case.op, case.shape, tiles_of(card)) for case in chosen])
+    print(f"compiled ahead in {time.monotonic() - start:.0f} s")
+    _measure(chosen, torch.device("cuda"), [ops_of("triton"), ops_of("reference")], (ledger, commit), limits)
+    text = summary(ledger.rows())
+    ledger.path.with_name(f"{ledger.path.stem}_goals.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _measure(chosen: list[Case], device: torch.device, columns: list[Ops], target: tuple[Ledger, str], limits: Limits) -> None:
+    ledger, commit = target
     ceilings = measure_ceilings(device)
-    blank = _blank(device, ceilings)
+    blank = blank_row(device, ceilings, commit)
     for case in chosen:
-        try:
-            call = case.make(device)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            yield replace(blank, op=case.op, shape=case.shape, implementation="all", p50_us=f"{NOT_MEASURED}: {error}".split("\n")[0])
+        named = replace(blank, op=case.op, shape=case.shape)
+        if time.monotonic() > limits.end:
+            ledger.add_missing([replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: out of time")])
             continue
-        runs: dict[str, Callable[[], object]] = {ops.column: _bind(call, ops) for ops in implementations if _runs(case, ops, device)}
-        roofline, bound = ceilings.bound(call)
-        for name, run in (runs | call.rivals).items():
-            p20, p50, p80 = time_of(run, device)
-            yield replace(
-                blank,
-                op=case.op,
-                shape=case.shape,
-                implementation=name,
-                p20_us=f"{p20:.1f}",
-                p50_us=f"{p50:.1f}",
-                p80_us=f"{p80:.1f}",
-                roofline_us=f"{roofline:.1f}",
-                bound=bound,
-                share=f"{roofline / p50:.2f}",
-            )
+        ledger.mark(replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: the process did not outlive it"))
+        ledger.put(_rows(case, named, columns, ceilings, limits.seconds))
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises where a kernel has broken the process for all that follow: start again with --resume
+            torch.cuda.empty_cache()
 
 
-def _runs(case: Case, ops: Ops, device: torch.device) -> bool:
-    """The references of experts are loops over pairs: not for a clock."""
-    return not (device.type == "cuda" and ops.column == "reference" and case.op.startswith("experts"))
-
-
-def _bind(call: Call, ops: Ops) -> Callable[[], object]:
-    return lambda: call.run(ops)
-
-
-def time_of(run: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
-    """p20, p50 and p80 in microseconds; on a card with a cold L2 cache, as a captured graph where the op can be captured."""
-    for _ in range(3):
-        run()
-    samples = _cuda_samples(run, device) if device.type == "cuda" else _cpu_samples(run)
-    cuts = statistics.quantiles(samples, n=10) if len(samples) > 1 else samples * 9
-    return cuts[1], statistics.median(samples), cuts[7]
-
-
-def _cpu_samples(run: Callable[[], object]) -> list[float]:
-    samples: list[float] = []
-    end = time.perf_counter() + _SECONDS_PER_CASE
-    while len(samples) < 5 or (time.perf_counter() < end and len(samples) < 200):
-        start = time.perf_counter()
-        run()
-        samples.append((time.perf_counter() - start) * 1e6)
-    return samples
-
-
-def _cuda_samples(run: Callable[[], object], device: torch.device) -> list[float]:
-    graph = torch.cuda.CUDAGraph()
-    replay: Callable[[], object] = graph.replay
+def _rows(case: Case, named: Row, columns: list[Ops], ceilings: Ceilings, seconds: float) -> Iterator[Row]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:  # an op that reads the device from the host cannot be captured; it is timed as it is called
-        torch.cuda.synchronize()
-        replay = run
-    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
-    events = []
-    for _ in range(51):
-        flushed.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        stop.record()
-        events.append((start, stop))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) * 1e3 for start, stop in events[1:]]
+        call = case.make(device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        yield replace(named, implementation=columns[0].column, p50_us=_why_not(error))
+        return
+    runs = {ops.column: call.bind(ops) for ops in columns if _runs(case, ops)}
+    expected = call.expected or (runs.get("reference") if case.op not in IN_PLACE else None)
+    for name, run in (runs | call.rivals).items():
+        row = replace(named, implementation=name)
+        try:
+            off = error_of(run, expected) if name == columns[0].column and expected is not None else ""
+            times = time_of(run, device, seconds, capture=name == columns[0].column or case.op not in READS_ON_HOST)
+        except Exception as failure:  # one implementation that cannot run is a row that says so, not the end of the others
+            yield replace(row, p50_us=_why_not(failure))
+            continue
+        yield _timed_row(row, times, call, ceilings, off)
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """A copy far larger than caches and a square product in bf16."""
-    size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 27, 1024)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a = torch.randn(side, side, device=device).to(torch.bfloat16)
-    copy, product = time_of(lambda: target.copy_(source), device)[1], time_of(lambda: a @ a, device)[1]
-    return Ceilings(2 * size / copy * 1e6, 2 * side**3 / product * 1e6)
+# What others do with these reads the device from the host, or moves from it, and cannot be captured.
+READS_ON_HOST = ("sample", "edit_logits", "allow_only", "copy_pages", "permute", "gate")
+# Run on what an earlier run has left, so that two results need not agree.
+IN_PLACE = ("edit_logits", "allow_only", "copy_pages")
 
 
-def _unmeasured(chosen: list[Case]) -> Iterator[Row]:
-    blank = replace(_blank(None, None), **dict.fromkeys(("p20_us", "p50_us", "p80_us"), NOT_MEASURED))
-    for case in chosen:
-        yield replace(blank, op=case.op, shape=case.shape, implementation="triton")
-
-
-def _blank(device: torch.device | None, ceilings: Ceilings | None) -> Row:
-    hardware = NOT_MEASURED
-    if device is not None:
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    empty = dict.fromkeys((name for name in Row.__dataclass_fields__), "")
-    return Row(
-        **empty
-        | {
-            "copy_gb_s": f"{ceilings.bytes_per_s / 1e9:.1f}" if ceilings else NOT_MEASURED,
-            "matmul_tflop_s": f"{ceilings.flops / 1e12:.2f}" if ceilings else NOT_MEASURED,
-            "hardware": hardware,
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "commit": _commit(),
-        }
+def _timed_row(row: Row, times: tuple[float, float, float], call: Call, ceilings: Ceilings, error: str) -> Row:
+    (p20, p50, p80), (roofline, bound) = times, ceilings.bound(call)
+    return replace(
+        row,
+        p20_us=f"{p20:.1f}",
+        p50_us=f"{p50:.1f}",
+        p80_us=f"{p80:.1f}",
+        roofline_us=f"{roofline:.1f}",
+        bound=bound,
+        share=f"{roofline / p50:.2f}",
+        of_copy=f"{ceilings.memory_us(call) / p50:.2f}",
+        of_matmul=f"{ceilings.compute_us(call) / p50:.2f}",
+        error=error,
     )
 
 
-def _cpu_name() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def _why_not(error: BaseException) -> str:
+    return f"{NOT_MEASURED}: {type(error).__name__}: {error}".split("\n")[0][:160]
 
 
-def _version(package: str) -> str:
+def _runs(case: Case, ops: Ops) -> bool:
+    """The references of experts are loops over pairs: not for a clock."""
+    return not (ops.column == "reference" and (case.op.startswith("experts") or case.op == "from_e4m3"))
+
+
+def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
+    """The largest relative error in norm of the numbers, or the share of integers that differ; empty where nothing can be compared."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+        pairs = list(zip(_parts(run()), _parts(expected()), strict=True))
+        errors = [_difference(got, wanted) for got, wanted in pairs]
+    except (torch.OutOfMemoryError, NotImplementedError):  # the comparison's failure is no reason to leave the op unmeasured
+        return ""
+    return f"{max(errors):.1e}" if errors else ""
 
 
-def _commit() -> str:
-    """Of the checkout, marked where it has changes."""
-    command = ["git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    return result.stdout.strip() or "unknown"
+def _parts(result: object) -> list[Tensor]:
+    if isinstance(result, Quantised):
+        return [widen_rows(result)]
+    if isinstance(result, tuple):
+        return [part for item in result for part in _parts(item)]
+    return [result] if isinstance(result, Tensor) else []
 
 
-def _write(path: Path, rows: Iterator[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(asdict(row))
-            file.flush()
-            print(f"{row.op:18} {row.shape:48} {row.implementation:18} {row.p50_us:>14} us  {row.share:>5} of {row.bound or 'roofline'}")
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    if not got.is_floating_point():
+        return float((got != wanted).float().mean())
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
 
 
 if __name__ == "__main__":

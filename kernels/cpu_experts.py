@@ -1,4 +1,4 @@
-"""Experts on a CPU: pairs sorted by slot, then two products for every slot hit.
+"""Experts on a CPU: pairs sorted by slot, then two products for every slot hit; weights in blocks have a file of their own.
 
 N received tokens  M pairs  S slots  D hidden  F width  T own tokens  K choices per token
 """
@@ -12,8 +12,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from . import cpu_expert_blocks
 from . import experts as reference
-from .cpu_arrays import FAST, array, computes, exp, narrow, widen
+from .cpu_arrays import ALONE, FAST, array, computes, exp, made, narrow, widen
+from .cpu_expert_blocks import sort_pairs
 from .cpu_linear import PackedSlots, linear
 from .cpu_norm import silu_mul
 
@@ -36,7 +38,9 @@ def experts(
     A loop over the slots hit beats grouped and batched products on a CPU: ``torch._grouped_mm`` over 32 experts took 4.4 ms however
     few rows, gathering weights for a batched product 3 to 20 times as long as the loop (2 cores with AMX, torch 2.13).
     """
-    order_M, ends_S = _sort(array(slots_M), array(counts_S))
+    if isinstance(w13_SFD, Tensor) and isinstance(w2_SDF, Tensor) and w13_SFD.dim() == 5:
+        return cpu_expert_blocks.experts(x_ND, rows_M, slots_M, w13_SFD, w2_SDF, counts_S)
+    order_M, ends_S = sort_pairs(array(slots_M), array(counts_S))
     y_MD = x_ND.new_empty(len(slots_M), x_ND.shape[1])
     if len(order_M) < len(slots_M):
         y_MD.zero_()
@@ -62,42 +66,34 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """As ``experts.weighted_sum``."""
     if not computes(y_TKD.dtype):
         return reference.weighted_sum(y_TKD, weights_TK)
-    out_TD = torch.empty((y_TKD.shape[0], y_TKD.shape[2]), dtype=y_TKD.dtype)
-    _weighted_sum(array(y_TKD), array(weights_TK), array(out_TD))
+    out_TD, bits = made((y_TKD.shape[0], y_TKD.shape[2]), y_TKD.dtype)
+    run = _weighted_sum_few if bits.size <= ALONE else _weighted_sum
+    run(array(y_TKD), array(weights_TK), bits)
     return out_TD
 
 
 @njit(cache=True)
-def _sort(slots_M, counts_S):
-    """The pairs that have a slot, ordered by it, and where the run of each slot ends; adds the pairs of each to counts_S."""
-    ends_S = np.zeros(len(counts_S), np.int64)
-    for slot in slots_M:
-        if slot >= 0:
-            ends_S[slot] += 1
-    counts_S += ends_S
-    ends_S = np.cumsum(ends_S)
-    order_M = np.empty(ends_S[-1], np.int64)
-    next_S = ends_S.copy()
-    for pair in range(len(slots_M) - 1, -1, -1):
-        slot = slots_M[pair]
-        if slot >= 0:
-            next_S[slot] -= 1
-            order_M[next_S[slot]] = pair
-    return order_M, ends_S
+def _weighted_sum_few(y_TKD, weights_TK, out_TD):
+    for t in range(len(y_TKD)):
+        _weigh(y_TKD[t], weights_TK[t], out_TD[t])
 
 
 @njit(cache=True, parallel=True)
 def _weighted_sum(y_TKD, weights_TK, out_TD):
+    for t in prange(len(y_TKD)):
+        _weigh(y_TKD[t], weights_TK[t], out_TD[t])
+
+
+@njit(cache=True)
+def _weigh(y_KD, weights_K, out_D):
     """Without fast mathematics: the same bits whatever the strides, on which the compiler's choices depend."""
-    num_tokens, top_k, dim = y_TKD.shape
-    for t in prange(num_tokens):
-        sum_D = np.zeros(dim, np.float32)
-        for k in range(top_k):
-            weight = weights_TK[t, k]
-            for d in range(dim):
-                sum_D[d] += weight * widen(y_TKD[t, k, d])
-        for d in range(dim):
-            out_TD[t, d] = narrow(sum_D[d], out_TD)
+    sum_D = np.zeros(len(out_D), np.float32)
+    for k in range(len(weights_K)):
+        weight = weights_K[k]
+        for d in range(len(out_D)):
+            sum_D[d] += weight * widen(y_KD[k, d])
+    for d in range(len(out_D)):
+        out_D[d] = narrow(sum_D[d], out_D)
 
 
 def _few_rows(x_ND, rows_M, order_M, ends_S, w13_SFD, w2_SDF, y_MD):

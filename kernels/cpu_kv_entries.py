@@ -1,111 +1,157 @@
-"""FP8 entries written and read by compiled kernels: ``kv_entries`` on a CPU, bit for bit.
+"""Entries of a cache read and written by compiled kernels: ``kv_entries`` on a CPU, bit for bit.
 
-Pages are gathered and widened to bf16 in one pass, 6.5 to 7.8 G values a second on one core, where torch converts e4m3 at 0.4 G
-(EPYC Turin, numba 0.68).
-
-T tokens  K key/value heads  D head dim  C latent dim  E rotated dims  Z = C + E  B bytes of an entry
-P positions  F = B / 4  S = B / 2
+T tokens  K key/value heads  D head dim  C latent dim  E rotated dims  Z = C + E  B bytes of an entry  P positions  F = B / 4
+N positions read  X numbers of an entry
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numba import njit, prange
+from numba.core import types
+from numba.extending import overload
 from torch import Tensor
 
 from . import kv_entries
 from .cpu_arrays import array, computes, narrow, widen
+from .cpu_tiles import move
+from .cpu_vectors import LANES
 from .fp8 import LARGEST, LEAST_SCALE
 from .kv_entries import holds_fp8, num_kv_heads
 from .kv_format import GROUP, SCALE_BYTES, num_groups
 
-# Fewer values than this are not worth waking a second thread for.
-_SERIAL = 1 << 14
+NO_SCALES = np.empty((0, 0), np.float32)
 _LARGEST, _LEAST_SCALE = np.float32(LARGEST), np.float32(LEAST_SCALE)
 
 
-def gather_heads(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """As ``kv_entries.gather_heads``."""
-    if not (holds_fp8(cache) and computes(dtype)):
-        return kv_entries.gather_heads(cache, pages, page_size, dim, dtype)
-    width = num_kv_heads(cache, dim) * dim
-    out = torch.empty(len(pages) * page_size, width, dtype=dtype)
-    _read(cache, pages, page_size, (width, dim), out)
-    return out.view(len(out), width // dim, dim)
+class Place(NamedTuple):
+    """Where the numbers of a head lie in an entry: ``width`` of them from ``first`` + head * ``step``; in FP8 every ``group`` of them has a
+    scale, the first one is number ``scale`` + head of the entry as float32; and the last ``tail`` numbers of the entry are bf16."""
+
+    first: int
+    step: int
+    width: int
+    group: int
+    scale: int
+    tail: int
+
+
+class Run(NamedTuple):
+    """Positions [begin, end) of a sequence: page i of ``pages`` holds those from i * ``page_size`` on."""
+
+    pages: Any
+    page_size: int
+    begin: int
+    end: int
+
+
+def place_of_heads(cache: Tensor, dim: int) -> Place:
+    """Of keys or values [P, K, D], or bytes."""
+    return Place(0, dim, dim, dim, num_kv_heads(cache, dim) * dim // SCALE_BYTES, 0)
+
+
+def place_of_latents(cache: Tensor, dim: int) -> Place:
+    """Of latents and rotated parts [P, Z], or bytes; one head."""
+    if not holds_fp8(cache):
+        return Place(0, 0, cache.shape[1], cache.shape[1], 0, 0)
+    return Place(0, 0, dim, GROUP, dim // SCALE_BYTES, (cache.shape[1] - dim - SCALE_BYTES * num_groups(dim)) // 2)
 
 
 def gather_latents(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype: torch.dtype) -> Tensor:
     """As ``kv_entries.gather_latents``."""
-    if not (holds_fp8(cache) and computes(dtype)):
+    if not (computes(dtype) and (holds_fp8(cache) or computes(cache.dtype))):
         return kv_entries.gather_latents(cache, pages, page_size, dim, dtype)
-    rotated_dim = (cache.shape[1] - dim - SCALE_BYTES * num_groups(dim)) // 2
-    out = torch.empty(len(pages) * page_size, dim + rotated_dim, dtype=dtype)
-    _read(cache, pages, page_size, (dim, GROUP), out)
+    place = place_of_latents(cache, dim)
+    out = torch.empty(len(pages) * page_size, place.width + place.tail, dtype=dtype)
+    _gather(array(cache), place, array(pages), page_size, array(out))
     return out
 
 
-def write_heads(cache: Tensor, write_T: Tensor, x_TKD: Tensor) -> None:
-    """As ``kv_entries.write_heads``."""
-    if not (holds_fp8(cache) and computes(x_TKD.dtype)):
-        kv_entries.write_heads(cache, write_T, x_TKD)
-        return
-    _write(cache, write_T, x_TKD.flatten(1), x_TKD.shape[2])
-
-
-def write_latents(cache: Tensor, write_T: Tensor, c_TC: Tensor, k_TE: Tensor) -> None:
-    """As ``kv_entries.write_latents``."""
-    if not (holds_fp8(cache) and computes(c_TC.dtype)):
-        kv_entries.write_latents(cache, write_T, c_TC, k_TE)
-        return
-    _write(cache, write_T, c_TC, GROUP)
-    end = c_TC.shape[1] + SCALE_BYTES * num_groups(c_TC.shape[1])
-    cache[:, end:].view(torch.bfloat16).index_copy_(0, write_T, k_TE.to(torch.bfloat16))
-
-
-def _read(cache: Tensor, pages: Tensor, page_size: int, widths: tuple[int, int], out_TX: Tensor) -> None:
-    """``widths``: of what is in eight bits, and of those that share a scale; the rest of an entry is in bf16."""
-    run = _read_pages if out_TX.numel() < _SERIAL else _read_pages_parallel
-    parts = array(cache), array(cache.view(torch.float32)), array(cache.view(torch.bfloat16))
-    run(parts, array(pages), page_size, widths, array(out_TX))
-
-
-def _write(cache: Tensor, write_T: Tensor, x_TX: Tensor, group: int) -> None:
-    run = _write_tokens if x_TX.numel() < _SERIAL else _write_tokens_parallel
-    run(array(x_TX), array(write_T), group, array(cache), array(cache.view(torch.float32)))
-
-
-@njit(cache=True, error_model="numpy")
-def _read_group(stored_X, scale, out_X):
-    """A slice counted from 0, without which there are no vectors: an index that may be negative counts from the end."""
-    for i in range(len(out_X)):
-        out_X[i] = narrow(widen(stored_X[i]) * scale, out_X)
-
-
-@njit(cache=True, error_model="numpy")
-def _read_entry(parts, place, widths, row_X):
-    width, group = widths
-    entry_B, scales_F, halves_S = parts[0][place], parts[1][place], parts[2][place]
-    for begin in range(0, width, group):
-        end = min(begin + group, width)
-        _read_group(entry_B[begin:end], scales_F[width // 4 + begin // group], row_X[begin:end])
-    rest = len(row_X) - width
-    _read_group(halves_S[len(halves_S) - rest :], np.float32(1), row_X[width:])
-
-
-@njit(cache=True, error_model="numpy")
-def _read_pages(parts, pages, page_size, widths, out_TX):
-    for i in range(len(out_TX)):
-        _read_entry(parts, np.int64(pages[i // page_size]) * page_size + i % page_size, widths, out_TX[i])
-
-
-@njit(cache=True, error_model="numpy", parallel=True)
-def _read_pages_parallel(parts, pages, page_size, widths, out_TX):
+@njit(cache=True, parallel=True)
+def _gather(entries, place, pages, page_size, out_NX):
     for page in prange(len(pages)):
-        for offset in range(page_size):
-            _read_entry(parts, np.int64(pages[page]) * page_size + offset, widths, out_TX[page * page_size + offset])
+        start = page * page_size
+        read(entries, place, 0, Run(pages, page_size, 0, len(out_NX)), start, out_NX[start : start + page_size])
+
+
+@njit(cache=True)
+def read(entries, place, head, run, start, out_NX):
+    """The numbers of a head at positions from ``start`` on, up to the end of the run, past which rows are zero."""
+    count, done, first = min(len(out_NX), run.end - start), 0, place.first + head * place.step
+    while done < count:
+        offset = (start + done) % run.page_size
+        position = np.int64(run.pages[(start + done) // run.page_size]) * run.page_size + offset
+        num = min(run.page_size - offset, count - done)
+        for begin in range(0, place.width, place.group):
+            width, scale = min(place.group, place.width - begin), place.scale + head + begin // place.group
+            move_rows(entries, position, first + begin, width, _scales(entries), scale, out_NX[done : done + num, begin:])
+        if place.tail:
+            halves = _halves(entries)
+            column, out_NE = halves.shape[1] - place.tail, out_NX[done : done + num, place.width :]
+            move_rows(halves, position, column, place.tail, NO_SCALES, 0, out_NE)
+        done += num
+    out_NX[count:] = 0
+
+
+@njit(cache=True)
+def move_rows(source, row, column, width, scales, scale, out_NX):
+    """``width`` numbers of N rows, each row times its number ``scale`` of ``scales``, or as it is with ``NO_SCALES``."""
+    even = width // LANES * LANES
+    for n in range(len(out_NX)):
+        factor = scales[row + n, scale] if scales.shape[1] else np.float32(1)
+        for x in range(0, even, LANES):
+            move(source, row + n, column + x, factor, out_NX, n, x)
+        for x in range(even, width):
+            _move_one(source[row + n : row + n + 1, column + x], factor, out_NX[n : n + 1, x])
+
+
+def _move_one(source_1: Any, factor: Any, out_1: Any) -> None:
+    """In kernels: what ``move`` does, with one number."""
+    raise NotImplementedError
+
+
+@overload(_move_one)
+def _moved_one(source_1, factor, out_1):
+    if source_1.dtype == out_1.dtype:
+
+        def copy(source_1, factor, out_1):
+            out_1[0] = source_1[0]
+
+        return copy
+
+    def convert(source_1, factor, out_1):
+        out_1[0] = narrow(widen(source_1[0]) * factor, out_1)
+
+    return convert
+
+
+def _scales(entries: Any) -> Any:
+    """In kernels: entries as float32, among which are their scales; ``NO_SCALES`` of numbers."""
+    raise NotImplementedError
+
+
+@overload(_scales, inline="always")
+def _as_scales(entries):
+    if entries.dtype == types.uint8:
+        return lambda entries: entries.view(np.float32)
+    return lambda entries: NO_SCALES
+
+
+def _halves(entries: Any) -> Any:
+    """In kernels: entries as bf16; numbers as they are, which have no tail."""
+    raise NotImplementedError
+
+
+@overload(_halves, inline="always")
+def _as_halves(entries):
+    if entries.dtype == types.uint8:
+        return lambda entries: entries.view(np.uint16)
+    return lambda entries: entries
 
 
 @njit(cache=True, inline="always")
@@ -117,15 +163,6 @@ def _to_e4m3(value):
     small = np.uint32(np.rint(np.uint32(size).view(np.float32) * np.float32(512)))  # below 2^-6 in steps of 2^-9
     low = small if size < np.uint32(0x3C800000) else normal
     return np.uint8(low | ((bits >> np.uint32(24)) & np.uint32(0x80)))
-
-
-@njit(cache=True, error_model="numpy")
-def _write_entry(x_X, group, entry_B, scales_F):
-    """x and its scales at the beginning of an entry."""
-    width = len(x_X)
-    for begin in range(0, width, group):
-        end = min(begin + group, width)
-        scales_F[width // 4 + begin // group] = _write_group(x_X[begin:end], entry_B[begin:end])
 
 
 @njit(cache=True, error_model="numpy")
@@ -141,13 +178,50 @@ def _write_group(x_D, out_D):
     return scale
 
 
-@njit(cache=True, error_model="numpy")
-def _write_tokens(x_TX, write_T, group, cache_PB, scales_PF):
-    for token in range(len(write_T)):
-        _write_entry(x_TX[token], group, cache_PB[write_T[token]], scales_PF[write_T[token]])
+def write_head(x_D: Any, cache: Any, position: Any, head: Any, num_heads: Any) -> None:
+    """In kernels: a head's keys or values in the entry at a position of a cache [P, K, D] or [P, B]."""
+    raise NotImplementedError
 
 
-@njit(cache=True, error_model="numpy", parallel=True)
-def _write_tokens_parallel(x_TX, write_T, group, cache_PB, scales_PF):
-    for token in prange(len(write_T)):
-        _write_entry(x_TX[token], group, cache_PB[write_T[token]], scales_PF[write_T[token]])
+@overload(write_head)
+def _write_head(x_D, cache, position, head, num_heads):
+    if cache.dtype == types.uint8:
+
+        def write_bytes(x_D, cache, position, head, num_heads):
+            dim, scales = len(x_D), cache.view(np.float32)
+            scales[position, num_heads * dim // 4 + head] = _write_group(x_D, cache[position, head * dim : (head + 1) * dim])
+
+        return write_bytes
+
+    return lambda x_D, cache, position, head, num_heads: _write_numbers(x_D, cache[position, head])
+
+
+def write_latent(c_C: Any, k_E: Any, cache: Any, position: Any) -> None:
+    """In kernels: a latent and a rotated part in the entry at a position of a cache [P, Z] or [P, B]."""
+    raise NotImplementedError
+
+
+@overload(write_latent)
+def _write_latent(c_C, k_E, cache, position):
+    if cache.dtype == types.uint8:
+
+        def write_bytes(c_C, k_E, cache, position):
+            scales, halves, dim = cache.view(np.float32), cache.view(np.uint16), len(c_C)
+            for begin in range(0, dim, GROUP):
+                end = min(begin + GROUP, dim)
+                scales[position, dim // 4 + begin // GROUP] = _write_group(c_C[begin:end], cache[position, begin:end])
+            _write_numbers(k_E, halves[position, halves.shape[1] - len(k_E) :])
+
+        return write_bytes
+
+    def write_numbers(c_C, k_E, cache, position):
+        _write_numbers(c_C, cache[position, : len(c_C)])
+        _write_numbers(k_E, cache[position, len(c_C) :])
+
+    return write_numbers
+
+
+@njit(cache=True)
+def _write_numbers(x_X, out_X):
+    for x in range(len(x_X)):
+        out_X[x] = narrow(widen(x_X[x]), out_X)

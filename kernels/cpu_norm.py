@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit, prange
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import norm
-from .cpu_arrays import FAST, array, computes, exp, narrow, widen
+from .cpu_arrays import ALONE, FAST, array, computes, exp, made, narrow, widen
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As ``norm.rms_norm``; rows may be apart, but not their values."""
     if not (computes(x.dtype) and x.dtype == weight_D.dtype):
         return norm.rms_norm(x, weight_D, eps)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _norm_rows(_three(x), array(weight_D), np.float32(eps), _three(out))
+    out, bits = made(x.shape, x.dtype)
+    run = _norm_few if bits.size <= ALONE else _norm_rows
+    run(_three(array(x)), array(weight_D), eps, _three(bits))
     return out
 
 
@@ -34,8 +36,9 @@ def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tup
     """As ``norm.add_rms_norm``."""
     if not (computes(x.dtype) and x.dtype == update.dtype == weight_D.dtype):
         return norm.add_rms_norm(x, update, weight_D, eps)
-    total, out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    _add_norm_rows(_three(x), _three(update), array(weight_D), np.float32(eps), _three(total), _three(out))
+    (total, total_bits), (out, bits) = made(x.shape, x.dtype), made(x.shape, x.dtype)
+    run = _add_norm_few if bits.size <= ALONE else _add_norm_rows
+    run(_three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits))
     return total, out
 
 
@@ -48,15 +51,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _three(x: Tensor) -> Any:
-    """x as [A, B, D], one compiled signature for hidden states and heads."""
-    if x.dim() == 3:
-        return array(x)
-    return array(x[:, None] if x.dim() == 2 else x.reshape(-1, 1, x.shape[-1]))
+def _three(bits: NDArray[Any]) -> NDArray[Any]:
+    """[..., D] as [A, B, D], one compiled signature for hidden states and heads."""
+    if bits.ndim == 3:
+        return bits
+    return bits[:, None] if bits.ndim == 2 else bits.reshape(-1, 1, bits.shape[-1])
 
 
 @njit(cache=True, fastmath=FAST)
-def _norm_row(x_D, weight_D, eps, out_D):
+def norm_row(x_D, weight_D, eps, out_D):
     total = np.float32(0)
     for d in range(len(x_D)):
         value = widen(x_D[d])
@@ -80,11 +83,26 @@ def _silu_mul_row(gate_up_F, out_F):
         out_F[f] = narrow(gate / (np.float32(1) + exp(-gate)) * widen(gate_up_F[width + f]), out_F)
 
 
+@njit(cache=True)
+def _norm_few(x, weight_D, eps, out):
+    for n in range(x.shape[0]):
+        for b in range(x.shape[1]):
+            norm_row(x[n, b], weight_D, np.float32(eps), out[n, b])
+
+
 @njit(cache=True, parallel=True)
 def _norm_rows(x, weight_D, eps, out):
     for n in prange(x.shape[0]):
         for b in range(x.shape[1]):
-            _norm_row(x[n, b], weight_D, eps, out[n, b])
+            norm_row(x[n, b], weight_D, np.float32(eps), out[n, b])
+
+
+@njit(cache=True)
+def _add_norm_few(x, update, weight_D, eps, total, out):
+    for n in range(x.shape[0]):
+        for b in range(x.shape[1]):
+            _add_row(x[n, b], update[n, b], total[n, b])
+            norm_row(total[n, b], weight_D, np.float32(eps), out[n, b])
 
 
 @njit(cache=True, parallel=True)
@@ -92,7 +110,7 @@ def _add_norm_rows(x, update, weight_D, eps, total, out):
     for n in prange(x.shape[0]):
         for b in range(x.shape[1]):
             _add_row(x[n, b], update[n, b], total[n, b])
-            _norm_row(total[n, b], weight_D, eps, out[n, b])
+            norm_row(total[n, b], weight_D, np.float32(eps), out[n, b])
 
 
 @njit(cache=True, parallel=True)

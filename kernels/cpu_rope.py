@@ -1,78 +1,114 @@
-"""Rotation of queries and keys and writing to the cache in one pass, compiled.
+"""Norms of heads, rotation and writing to the cache in one pass over the tokens, compiled.
 
-T tokens  H heads  K key/value heads  D head dim  F frequencies
+T tokens  H heads  K key/value heads  X = H + 2 K  D head dim  F frequencies  C latent dim  P cache positions  B bytes of an entry
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 
 from . import rope
-from .cpu_arrays import array, computes, narrow, widen
-from .cpu_kv_entries import write_heads
-from .kv_entries import holds_fp8
-from .rope import Angles
+from .cpu_arrays import ALONE, array, computes, made, narrow, widen
+from .cpu_kv_entries import write_head, write_latent
+from .cpu_norm import norm_row
+from .kv_entries import holds_fp8, num_kv_heads
+from .rope import Angles, HeadNorms
 
 
-def rotate_and_write(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+def norm_rotate_and_write(
+    qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
 ) -> Tensor:
-    """As ``rope.rotate_and_write``."""
-    compiled = computes(q_THD.dtype) and q_THD.dtype == k_TKD.dtype == v_TKD.dtype
-    if interleaved or not (compiled and (holds_fp8(cache[0]) or computes(cache[0].dtype))):
-        return rope.rotate_and_write(q_THD, k_TKD, v_TKD, angles, cache, write_T, interleaved)
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-    if holds_fp8(cache[0]):
-        turned_TKD = torch.empty(k_TKD.shape, dtype=k_TKD.dtype)
-        _rotate_heads(*(array(x) for x in (q_THD, k_TKD, angles.cos_T1F, angles.sin_T1F, out_THD, turned_TKD)))
-        write_heads(cache[0], write_T, turned_TKD)
-        write_heads(cache[1], write_T, v_TKD)
-        return out_THD
-    _rotate_and_write(
-        *(array(x) for x in (q_THD, k_TKD, v_TKD, angles.cos_T1F, angles.sin_T1F, cache[0], cache[1], write_T, out_THD)),
-    )
+    """As ``rope.norm_rotate_and_write``."""
+    dtype, (num_tokens, num_heads, dim) = qkv_TXD.dtype, qkv_TXD.shape
+    plain = qkv_TXD.is_contiguous() and cache[0].dtype == cache[1].dtype and (norms is None or norms.q_D.dtype == norms.k_D.dtype == dtype)
+    if not (plain and computes(dtype) and (holds_fp8(cache[0]) or computes(cache[0].dtype))):
+        return rope.norm_rotate_and_write(qkv_TXD, norms, angles, cache, write_T, interleaved)
+    num_keys = num_kv_heads(cache[0], dim)
+    out_THD, bits = made((num_tokens, num_heads - 2 * num_keys, dim), dtype)
+    weights = (array(norms.q_D), array(norms.k_D)) if norms is not None else (_NOTHING[dtype], _NOTHING[dtype])
+    eps, caches = norms.eps if norms is not None else 0.0, (array(cache[0]), array(cache[1]))
+    run = _enter_few if bits.size <= ALONE // 4 else _enter_heads  # a value costs more than in other passes
+    run(array(qkv_TXD), weights, eps, angles.arrays, caches, write_T.numpy(), interleaved, bits)
     return out_THD
 
 
-@njit(cache=True)
-def _rotate_and_write(q_THD, k_TKD, v_TKD, cos_T1F, sin_T1F, k_CKD, v_CKD, write_T, out_THD):
-    rounded = out_THD[0, 0].copy()  # a key is rounded to the model's type before that of the cache
-    for t in range(len(q_THD)):
-        cos_F, sin_F = cos_T1F[t, 0], sin_T1F[t, 0]
-        for h in range(q_THD.shape[1]):
-            _rotate(q_THD[t, h], cos_F, sin_F, out_THD[t, h])
-        for h in range(k_TKD.shape[1]):
-            _rotate(k_TKD[t, h], cos_F, sin_F, rounded)
-            _write(rounded, k_CKD[write_T[t], h])
-            _write(v_TKD[t, h], v_CKD[write_T[t], h])
+def rotate_and_write_latent(
+    q_rope_THD: Tensor, c_TC: Tensor, k_rope_TD: Tensor, angles: Angles, cache: Tensor, write_T: Tensor, interleaved: bool
+) -> Tensor:
+    """As ``rope.rotate_and_write_latent``."""
+    dtype = q_rope_THD.dtype
+    if not (computes(dtype) and c_TC.dtype == k_rope_TD.dtype == dtype and (holds_fp8(cache) or computes(cache.dtype))):
+        return rope.rotate_and_write_latent(q_rope_THD, c_TC, k_rope_TD, angles, cache, write_T, interleaved)
+    out_THD, bits = made(q_rope_THD.shape, dtype)
+    rows = array(q_rope_THD), array(c_TC), array(k_rope_TD)
+    _enter_latents(rows, angles.arrays, array(cache), write_T.numpy(), interleaved, bits)
+    return out_THD
+
+
+_NOTHING = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np.float32)}
 
 
 @njit(cache=True)
-def _rotate_heads(q_THD, k_TKD, cos_T1F, sin_T1F, out_THD, turned_TKD):
-    for t in range(len(q_THD)):
-        for h in range(q_THD.shape[1]):
-            _rotate(q_THD[t, h], cos_T1F[t, 0], sin_T1F[t, 0], out_THD[t, h])
-        for h in range(k_TKD.shape[1]):
-            _rotate(k_TKD[t, h], cos_T1F[t, 0], sin_T1F[t, 0], turned_TKD[t, h])
+def _enter_few(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
+    for t in range(len(qkv_TXD)):
+        _enter_token(qkv_TXD[t], weights, np.float32(eps), (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
+
+
+@njit(cache=True, parallel=True)
+def _enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
+    """Weights of no length are norms that are not there."""
+    for t in prange(len(qkv_TXD)):
+        _enter_token(qkv_TXD[t], weights, np.float32(eps), (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
 
 
 @njit(cache=True)
-def _rotate(x_D, cos_F, sin_F, out_D):
-    """Pairs (f, f + F); values from 2 F on stay as they are."""
+def _enter_token(qkv_XD, weights, eps, turns, caches, position, interleaved, out_HD):
+    """One token."""
+    num_heads, num_keys = len(out_HD), (len(qkv_XD) - len(out_HD)) // 2
+    normed_D, turned_D = np.empty_like(qkv_XD[0]), np.empty_like(qkv_XD[0])
+    for head in range(num_heads):
+        _turn(qkv_XD[head], weights[0], eps, normed_D, turns[0], turns[1], interleaved, out_HD[head])
+    for head in range(num_keys):
+        _turn(qkv_XD[num_heads + head], weights[1], eps, normed_D, turns[0], turns[1], interleaved, turned_D)
+        write_head(turned_D, caches[0], position, head, num_keys)
+        write_head(qkv_XD[num_heads + num_keys + head], caches[1], position, head, num_keys)
+
+
+@njit(cache=True)
+def _turn(x_D, weight_D, eps, normed_D, cos_F, sin_F, interleaved, out_D):
+    """The norm is rounded before the rotation; values from 2 F on are not rotated."""
     num = len(cos_F)
-    for f in range(num):
-        low, high = widen(x_D[f]), widen(x_D[num + f])
-        out_D[f] = narrow(low * cos_F[f] - high * sin_F[f], out_D)
-        out_D[num + f] = narrow(high * cos_F[f] + low * sin_F[f], out_D)
+    if len(weight_D):
+        norm_row(x_D, weight_D, eps, normed_D)
+    else:
+        for d in range(len(x_D)):
+            normed_D[d] = x_D[d]
+    if interleaved:
+        for f in range(num):
+            low, high = widen(normed_D[2 * f]), widen(normed_D[2 * f + 1])
+            out_D[f] = narrow(low * cos_F[f] - high * sin_F[f], out_D)
+            out_D[num + f] = narrow(high * cos_F[f] + low * sin_F[f], out_D)
+    else:
+        for f in range(num):
+            low, high = widen(normed_D[f]), widen(normed_D[num + f])
+            out_D[f] = narrow(low * cos_F[f] - high * sin_F[f], out_D)
+            out_D[num + f] = narrow(high * cos_F[f] + low * sin_F[f], out_D)
     for d in range(2 * num, len(x_D)):
-        out_D[d] = x_D[d]
+        out_D[d] = normed_D[d]
 
 
-@njit(cache=True)
-def _write(x_D, out_D):
-    for d in range(len(x_D)):
-        out_D[d] = narrow(widen(x_D[d]), out_D)
+@njit(cache=True, parallel=True)
+def _enter_latents(rows, turns, cache, write_T, interleaved, out_THD):
+    (q_THD, c_TC, k_TD), (cos_T1F, sin_T1F) = rows, turns
+    for t in prange(len(q_THD)):
+        turned_D, no_weights = np.empty_like(out_THD[t, 0]), out_THD[t, 0, :0]
+        for head in range(q_THD.shape[1]):
+            _turn(q_THD[t, head], no_weights, np.float32(0), turned_D, cos_T1F[t, 0], sin_T1F[t, 0], interleaved, out_THD[t, head])
+        key_D = np.empty_like(turned_D)
+        _turn(k_TD[t], no_weights, np.float32(0), turned_D, cos_T1F[t, 0], sin_T1F[t, 0], interleaved, key_D)
+        write_latent(c_TC[t], key_D, cache, write_T[t])

@@ -50,10 +50,14 @@ def gate(
     selection only; the weights come from the plain scores.
     """
     ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED), bias_E, routing)
-    if counts is not None:
-        padding_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] >= counts.num_tokens
-        ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, -1), weights_TK.masked_fill(padding_T1, 0.0)
-        counts.counts_E.add_(expert_counts(ids_TK, len(counts.counts_E)))
+    return (ids_TK, weights_TK) if counts is None else leave_out_padding(ids_TK, weights_TK, counts)
+
+
+def leave_out_padding(ids_TK: Tensor, weights_TK: Tensor, counts: GateCounts) -> tuple[Tensor, Tensor]:
+    """What ``counts`` asks for, done to a choice."""
+    padding_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] >= counts.num_tokens
+    ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, -1), weights_TK.masked_fill(padding_T1, 0.0)
+    counts.counts_E.add_(expert_counts(ids_TK, len(counts.counts_E)))
     return ids_TK, weights_TK
 
 

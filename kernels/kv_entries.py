@@ -5,8 +5,6 @@ T tokens  K key/value heads  D head dim  C latent dim  E rotated dims  Z = C + E
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,12 +12,6 @@ from torch import Tensor
 from .fp8 import LARGEST, LEAST_SCALE, from_e4m3
 from .kv_format import GROUP, SCALE_BYTES, num_groups
 from .paged import gather_pages, write_entries
-
-
-class GatherEntries(Protocol):
-    """``gather_heads`` or ``gather_latents``; ``dim`` is D or C."""
-
-    def __call__(self, cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype: torch.dtype) -> Tensor: ...
 
 
 def holds_fp8(cache: Tensor) -> bool:

@@ -16,29 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import causal_attention
-from .kv_entries import GatherEntries, gather_latents
+from .kv_entries import gather_latents
 from .paged import DecodeGroup, PagedBatch
 
 
-def mla_attend(
-    q_nope_THN: Tensor,
-    q_rope_THE: Tensor,
-    cache: Tensor,
-    expand_HPC: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    gather: GatherEntries = gather_latents,
-) -> Tensor:
-    """Causal attention over a cache that holds this step's latents already, [positions, Z] or bytes; ``gather`` reads it.
-    Returns [T, H, V] in the dtype of q."""
+def mla_attend(q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+    """Causal attention over a cache that holds this step's latents already, [positions, Z] or bytes. Returns [T, H, V], of q's dtype."""
     value_dim, latent_dim = expand_HPC.shape[1] - q_nope_THN.shape[2], expand_HPC.shape[2]
     out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], value_dim)
     for group in batch.decode_groups:
         rows = slice(0, batch.num_decode) if group.rows is None else group.rows
-        latents_LZ = gather(cache, group.pages, batch.page_size, latent_dim, q_nope_THN.dtype)
+        latents_LZ = gather_latents(cache, group.pages, batch.page_size, latent_dim, q_nope_THN.dtype)
         out_THV[rows] = _absorbed(q_nope_THN[rows], q_rope_THE[rows], latents_LZ, expand_HPC, group, scale)
     for row in batch.extends():
-        latents_LZ = gather(cache, row.pages, batch.page_size, latent_dim, q_nope_THN.dtype)[: row.length]
+        latents_LZ = gather_latents(cache, row.pages, batch.page_size, latent_dim, q_nope_THN.dtype)[: row.length]
         q_THD = torch.cat([q_nope_THN[row.begin : row.end], q_rope_THE[row.begin : row.end]], -1)
         out_THV[row.begin : row.end] = _materialised(q_THD, latents_LZ, expand_HPC, row.start, scale)
     return out_THV

@@ -79,6 +79,11 @@ class PagedBatch:
             return (self._group(None, num_pages[groups[0][0]]),)
         return tuple(self._group(sorted(rows), max(num_pages[row] for row in rows)) for rows in groups)
 
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """``query_start_R1``, ``lengths_R`` and ``pages_RP`` as compiled kernels of the host read them."""
+        return self.query_start_R1.numpy(), self.lengths_R.numpy(), self.pages_RP.numpy()
+
     def extends(self) -> Iterator[Extend]:
         """The rows past ``num_decode``."""
         for row in range(self.num_decode, len(self.lengths)):
@@ -112,26 +117,31 @@ def build_batch(
     starts_R: KV length of each row before the step. counts_R: tokens each row computes, one for decode rows.
     """
     assert (counts_R[:num_decode] == 1).all(), "a decode row computes one token"
-    query_start = np.concatenate([[0], np.cumsum(counts_R)])
-    owners = np.repeat(np.arange(len(counts_R)), counts_R)
-    positions = starts_R[owners] + np.arange(len(owners)) - query_start[owners]
-    write = pages_RP[owners, positions // page_size].astype(np.int64) * page_size + positions % page_size
     lengths = starts_R + counts_R
+    if num_decode == len(counts_R):
+        query_start, owners, positions = np.arange(num_decode + 1), np.arange(num_decode), starts_R
+    else:
+        query_start = np.zeros(len(counts_R) + 1, np.int64)
+        counts_R.cumsum(out=query_start[1:])
+        owners = np.repeat(np.arange(len(counts_R)), counts_R)
+        positions = np.arange(len(owners)) + (starts_R - query_start[:-1])[owners]
+    blocks = positions // page_size
+    write = (pages_RP[owners, blocks] - blocks) * page_size + positions
 
-    def move(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+    def move(array: NDArray[Any], dtype: type[np.generic]) -> Tensor:
+        return torch.from_numpy(array.astype(dtype, order="C", copy=False)).to(device)
 
     batch = PagedBatch(
         num_decode=num_decode,
         page_size=page_size,
-        query_start_R1=move(query_start, torch.int32),
-        lengths_R=move(lengths, torch.int32),
-        pages_RP=move(pages_RP, torch.int32),
-        write_T=move(write, torch.int64),
+        query_start_R1=move(query_start, np.int32),
+        lengths_R=move(lengths, np.int32),
+        pages_RP=move(pages_RP, np.int32),
+        write_T=move(write, np.int64),
         query_starts=tuple(query_start.tolist()),
         lengths=tuple(lengths.tolist()),
     )
-    return batch, move(positions, torch.int64)
+    return batch, move(positions, np.int64)
 
 
 def write_entries(cache: Tensor, write_T: Tensor, entries: Tensor) -> None:

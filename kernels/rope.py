@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .kv_entries import write_heads, write_latents
+from .kv_entries import num_kv_heads, write_heads, write_latents
+from .norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,20 @@ class Angles:
 
     cos_T1F: Tensor
     sin_T1F: Tensor
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Both as compiled kernels of the host read them."""
+        return self.cos_T1F.numpy(), self.sin_T1F.numpy()
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Weights [D] of the RMS norms over each head of queries, and of keys."""
+
+    q_D: Tensor
+    k_D: Tensor
+    eps: float
 
 
 def frequencies(dim: int, theta: float) -> Tensor:
@@ -71,6 +89,23 @@ def rotate_pairs(x_THD: Tensor, angles: Angles) -> Tensor:
     even_THF, odd_THF = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos_T1F, angles.sin_T1F
     return torch.cat([torch.addcmul(even_THF * cos, odd_THF, sin, value=-1), torch.addcmul(odd_THF * cos, even_THF, sin)], -1)
+
+
+def norm_rotate_and_write(
+    qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+) -> Tensor:
+    """``rotate_and_write`` of X = H + 2 K heads, queries, then keys, then values, with the norms before it, if any."""
+    q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
+    if norms is not None:
+        q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
+    return rotate_and_write(q_THD, k_TKD, v_TKD, angles, cache, write_T, interleaved)
+
+
+def split_heads(qkv_TXD: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a cache with so many key heads."""
+    num_keys = num_kv_heads(k_cache, qkv_TXD.shape[2])
+    q_THD, k_TKD, v_TKD = qkv_TXD.split([qkv_TXD.shape[1] - 2 * num_keys, num_keys, num_keys], 1)
+    return q_THD, k_TKD, v_TKD
 
 
 def rotate_and_write(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class SamplingParams:
     top_k_R: NDArray[np.int64]
     top_p_R: NDArray[np.float32]
     min_p_R: NDArray[np.float32]
+
+    @cached_property
+    def drawn_S(self) -> NDArray[np.int64]:
+        """The rows that are drawn; the others are greedy."""
+        return np.flatnonzero(self.temperature_R >= MIN_TEMPERATURE)
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,8 @@ def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np
 
 
 def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
-    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from ``uniform``."""
-    drawn = np.nonzero(params.temperature_R >= MIN_TEMPERATURE)[0]
+    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from ``uniform``; greedy rows do not read it."""
+    drawn = params.drawn_S
     if not len(drawn):
         return logits_RV.argmax(-1)
     drawn_S = _draw(_weights(logits_RV, params, drawn), _move(uniform_R[drawn], logits_RV.device))

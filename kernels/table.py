@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import attention, experts, fp8, gate, grouping, mla, norm, paged, rope, sampling
-from .cpu_linear import PackedSlots
 from .fp8 import Quantised
 from .gate import GateCounts, Routing
 from .grouping import Grouping
 from .paged import PagedBatch
-from .rope import Angles
+from .rope import Angles, HeadNorms
 from .sampling import LogitEdits, SamplingParams
+from .triton_tiles import Tiles
 
 Column = Literal["reference", "cpu", "triton"]
 
-# What ``pack_slots`` makes of stacked expert weights and ``experts`` of the same column reads.
-SlotWeights = Tensor | PackedSlots
+# What ``pack_slots`` makes of stacked expert weights and ``experts`` of the same column reads: a tensor or tensors.
+SlotWeights = Any
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Unpermute(Protocol):
 
 class Experts(Protocol):
     def __call__(
-        self, x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: Any, w2_SDF: Any, counts_S: Tensor
+        self, x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: SlotWeights, w2_SDF: SlotWeights, counts_S: Tensor
     ) -> Tensor: ...
 
 
@@ -103,9 +103,15 @@ class ExpertsFp8(Protocol):
     ) -> Tensor: ...
 
 
-class RotateAndWrite(Protocol):
+class NormRotateAndWrite(Protocol):
     def __call__(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+        self,
+        qkv_TXD: Tensor,
+        norms: HeadNorms | None,
+        angles: Angles,
+        cache: tuple[Tensor, Tensor],
+        write_T: Tensor,
+        interleaved: bool,
     ) -> Tensor: ...
 
 
@@ -129,6 +135,10 @@ class EditLogits(Protocol):
     def __call__(self, logits_RV: Tensor, edits: LogitEdits) -> None: ...
 
 
+class AllowOnly(Protocol):
+    def __call__(self, logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None: ...
+
+
 class Sample(Protocol):
     def __call__(self, logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor: ...
 
@@ -148,7 +158,7 @@ class Ops:
     column: Column
     linear: Linear
     pack: Callable[[Tensor], Tensor]
-    pack_slots: Callable[[Tensor], SlotWeights]
+    pack_slots: Callable[[Tensor, Tensor], tuple[SlotWeights, SlotWeights]]
     gate: Gate
     group_pairs: GroupPairs
     permute: Permute
@@ -163,11 +173,12 @@ class Ops:
     add_rms_norm_fp8: AddRmsNormFp8
     silu_mul_fp8: SiluMulFp8
     experts_fp8: ExpertsFp8
-    rotate_and_write: RotateAndWrite
+    norm_rotate_and_write: NormRotateAndWrite
     rotate_and_write_latent: RotateAndWriteLatent
     attend: Attend
     mla_attend: MlaAttend
     edit_logits: EditLogits
+    allow_only: AllowOnly
     sample: Sample
     logprobs: Logprobs
     copy_pages: CopyPages
@@ -184,11 +195,13 @@ def ops_of(column: Column) -> Ops:
     if column not in get_args(Column):
         raise ValueError(f"kernels: {column!r} is no column; allowed: {', '.join(get_args(Column))}")
     if column == "triton":
-        ops = _triton()
-        _log.info("kernels: column triton, default tile sizes (no card has a tuning table yet)")
+        from .triton_target import card_name
+        from .triton_tiles import tiles_of
+
+        ops = triton_ops(tiles_of(card_name()))
     else:
         ops = _reference() if column == "reference" else _cpu()
-        _log.info("kernels: column %s", column)
+    _log.info("kernels: column %s", column)
     return ops
 
 
@@ -200,12 +213,16 @@ def _as_it_is(weights: Tensor) -> Tensor:
     return weights
 
 
+def _slots_as_they_are(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor]:
+    return w13_SFD, w2_SDF
+
+
 def _reference() -> Ops:
     return Ops(
         column="reference",
         linear=_linear,
         pack=_as_it_is,
-        pack_slots=_as_it_is,
+        pack_slots=_slots_as_they_are,
         gate=gate.gate,
         group_pairs=grouping.group_pairs,
         permute=grouping.permute,
@@ -220,11 +237,12 @@ def _reference() -> Ops:
         add_rms_norm_fp8=fp8.add_rms_norm_fp8,
         silu_mul_fp8=fp8.silu_mul_fp8,
         experts_fp8=fp8.experts_fp8,
-        rotate_and_write=rope.rotate_and_write,
+        norm_rotate_and_write=rope.norm_rotate_and_write,
         rotate_and_write_latent=rope.rotate_and_write_latent,
         attend=attention.attend,
         mla_attend=mla.mla_attend,
         edit_logits=sampling.edit_logits,
+        allow_only=sampling.allow_only,
         sample=sampling.sample,
         logprobs=sampling.logprobs,
         copy_pages=paged.copy_pages,
@@ -232,7 +250,7 @@ def _reference() -> Ops:
 
 
 def _cpu() -> Ops:
-    from . import cpu_arrays, cpu_attention, cpu_experts, cpu_kv_entries, cpu_linear, cpu_norm, cpu_rope
+    from . import cpu_arrays, cpu_attention, cpu_experts, cpu_gate, cpu_linear, cpu_mla, cpu_norm, cpu_rope, cpu_sampling
 
     cpu_arrays.use_threads_of_torch()
     return dataclasses.replace(
@@ -241,18 +259,22 @@ def _cpu() -> Ops:
         linear=cpu_linear.linear,
         pack=cpu_linear.pack,
         pack_slots=cpu_linear.pack_slots,
+        gate=cpu_gate.gate,
         experts=cpu_experts.experts,
         weighted_sum=cpu_experts.weighted_sum,
         rms_norm=cpu_norm.rms_norm,
         add_rms_norm=cpu_norm.add_rms_norm,
         silu_mul=cpu_norm.silu_mul,
-        rotate_and_write=cpu_rope.rotate_and_write,
+        norm_rotate_and_write=cpu_rope.norm_rotate_and_write,
+        rotate_and_write_latent=cpu_rope.rotate_and_write_latent,
         attend=cpu_attention.attend,
-        mla_attend=functools.partial(mla.mla_attend, gather=cpu_kv_entries.gather_latents),
+        mla_attend=cpu_mla.mla_attend,
+        sample=cpu_sampling.sample,
     )
 
 
-def _triton() -> Ops:
+def triton_ops(tiles: Tiles) -> Ops:
+    """The column triton with these tile sizes."""
     from . import (
         triton_attention,
         triton_experts,
@@ -271,12 +293,12 @@ def _triton() -> Ops:
         column="triton",
         linear=_linear,
         pack=_as_it_is,
-        pack_slots=_as_it_is,
+        pack_slots=_slots_as_they_are,
         gate=triton_gate.gate,
         group_pairs=triton_grouping.group_pairs,
         permute=triton_grouping.permute,
         unpermute=triton_grouping.unpermute,
-        experts=triton_experts.experts,
+        experts=functools.partial(triton_experts.experts, tiles=tiles),
         weighted_sum=triton_experts.weighted_sum,
         rms_norm=triton_norm.rms_norm,
         add_rms_norm=triton_norm.add_rms_norm,
@@ -285,12 +307,13 @@ def _triton() -> Ops:
         rms_norm_fp8=triton_fp8.rms_norm_fp8,
         add_rms_norm_fp8=triton_fp8.add_rms_norm_fp8,
         silu_mul_fp8=triton_fp8.silu_mul_fp8,
-        experts_fp8=triton_experts_fp8.experts_fp8,
-        rotate_and_write=triton_rope.rotate_and_write,
+        experts_fp8=functools.partial(triton_experts_fp8.experts_fp8, tiles=tiles),
+        norm_rotate_and_write=triton_rope.norm_rotate_and_write,
         rotate_and_write_latent=triton_rope.rotate_and_write_latent,
-        attend=triton_attention.attend,
-        mla_attend=triton_mla.mla_attend,
+        attend=functools.partial(triton_attention.attend, tiles=tiles),
+        mla_attend=functools.partial(triton_mla.mla_attend, tiles=tiles),
         edit_logits=triton_sampling.edit_logits,
+        allow_only=triton_sampling.allow_only,
         sample=triton_sampling.sample,
         logprobs=triton_sampling.logprobs,
         copy_pages=triton_pages.copy_pages,

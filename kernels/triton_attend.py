@@ -24,11 +24,10 @@ from .kv_entries import holds_fp8, num_kv_heads
 from .kv_format import GROUP, SCALE_BYTES, num_groups
 from .paged import PagedBatch
 from .triton_target import interpreted, num_processors, power_of_two
+from .triton_tiles import AttendTile
 
-# Programs that a decode step wants per processor before it stops splitting rows, and the fewest keys a split is worth.
-# Defaults for any card: not measured.
-_PROGRAMS_PER_PROCESSOR = 2
-_KEYS_PER_SPLIT = 256
+_KEYS_PER_SPLIT = 256  # the fewest that a split is worth: not measured
+_ANY_NUMBER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,17 @@ def latents_of(cache: Tensor, latent_dim: int) -> Keys:
     return Keys(latents, cache[:, None, end:].view(torch.bfloat16), latents)
 
 
-@dataclass(frozen=True)
-class AttendTile:
-    """``queries`` pairs by ``keys`` cache positions."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, splits: int = 0) -> None:
-    """The first ``num_decode`` rows and tokens. ``splits`` 0: as many as fill the device, by R, K and the width of the page table."""
+def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
+    """The first ``num_decode`` rows and tokens, split to fill the device by R, K and the width of the page table."""
     num_rows, num_heads, dim = batch.num_decode, queries.q0_THC.shape[1], queries.q0_THC.shape[2]
     if not num_rows:
         return
     kv_heads = keys.k0.values.shape[1]
     tiles = num_rows * triton.cdiv(num_heads // kv_heads, tile.queries)
-    splits = splits or _num_splits(tiles * kv_heads, batch.pages_RP.shape[1] * batch.page_size, queries.q0_THC.device)
+    wanted = tile.programs * num_processors(queries.q0_THC.device) // (tiles * kv_heads)
+    splits = tile.splits or _num_splits(wanted, batch.pages_RP.shape[1] * batch.page_size)
     if splits == 1:
-        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles, 1, None, None))
+        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles))
         return
     partial_THSC = queries.q0_THC.new_empty(num_rows, num_heads, splits, dim, dtype=torch.float32)
     logsum_THS = queries.q0_THC.new_empty(num_rows, num_heads, splits, dtype=torch.float32)
@@ -112,23 +102,25 @@ def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float,
         out,
         out.stride(0),
         out.stride(1),
+        splits,
         H=num_heads,
         C=dim,
         C_PAD=power_of_two(dim),
-        SPLITS=splits,
         SPLITS_PAD=power_of_two(splits),
         num_warps=4,
     )
 
 
-def attend_extend(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
-    """The rows after ``num_decode``."""
+def attend_extend(
+    queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, most_queries: int = _ANY_NUMBER
+) -> None:
+    """The rows after ``num_decode`` that have at most so many tokens; the others are left alone."""
     num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
     if num_tokens <= 0 or not num_rows:
         return
     group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
     tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a tile that is not full
-    _launch(queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, 1, None, None))
+    _launch(queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries))
 
 
 @dataclass(frozen=True)
@@ -138,14 +130,14 @@ class _Part:
     first: int
     rows: int
     tiles: int
-    splits: int
-    partial_THSC: Tensor | None
-    logsum_THS: Tensor | None
+    splits: int = 1
+    partial_THSC: Tensor | None = None
+    logsum_THS: Tensor | None = None
+    most_queries: int = _ANY_NUMBER
 
 
-def _num_splits(programs: int, max_keys: int, device: torch.device) -> int:
+def _num_splits(wanted: int, max_keys: int) -> int:
     """Fixed by the shapes of a captured step, whatever the lengths are."""
-    wanted = _PROGRAMS_PER_PROCESSOR * num_processors(device) // programs
     return max(1, min(wanted, max_keys // _KEYS_PER_SPLIT, 64))
 
 
@@ -175,6 +167,8 @@ def _launch(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile:
         scale * 1.4426950408889634,  # log2(e)
         part.first,
         part.rows,
+        part.splits,
+        part.most_queries,
         q0.stride(0),
         q0.stride(1),
         q1.stride(0),
@@ -197,7 +191,7 @@ def _launch(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile:
         PAGE=batch.page_size,
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
-        SPLITS=part.splits,
+        SPLIT=part.splits > 1,
         DECODE=part.first == 0 and part.rows == batch.num_decode,
         ROWS_PAD=power_of_two(part.rows),
         WIDEN=interpreted(),
@@ -206,7 +200,7 @@ def _launch(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "most_queries", "pages_stride"])
 def _attend_kernel(
     q0_ptr,
     q1_ptr,
@@ -224,6 +218,8 @@ def _attend_kernel(
     scale,
     first_row,
     num_rows,
+    num_splits,
+    most_queries,
     q0_stride_t,
     q0_stride_h,
     q1_stride_t,
@@ -246,13 +242,14 @@ def _attend_kernel(
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     DECODE: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """One tile of pairs, one key head, one split of the row's keys."""
-    tile = tl.program_id(0)
+    # The tiles that see the most keys come last in a row and are begun first.
+    tile = tl.program_id(0) if DECODE else tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     if DECODE:
@@ -261,16 +258,9 @@ def _attend_kernel(
         num_queries = 1
         first_token = row.to(tl.int64)
     else:
-        r = tl.arange(0, ROWS_PAD)
-        begins = tl.load(query_start_ptr + first_row + r, mask=r < num_rows, other=0)
-        ends = tl.load(query_start_ptr + first_row + r + 1, mask=r < num_rows, other=0)
-        tiles = (((ends - begins) * G + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
-        row = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (r < num_rows).to(tl.int32), 0)
-        if row >= num_rows:
+        row, tile_in_row, num_queries, first_token = row_of_tile(query_start_ptr + first_row, tile, num_rows, G, BLOCK_M, ROWS_PAD)
+        if (row >= num_rows) | (num_queries > most_queries):
             return
-        tile_in_row = tile - tl.sum(tl.where(r < row, tiles, 0), 0)
-        num_queries = tl.sum(tl.where(r == row, ends - begins, 0), 0)
-        first_token = tl.sum(tl.where(r == row, begins, 0), 0).to(tl.int64)
         row += first_row
     length = tl.load(lengths_ptr + row)
     start = length - num_queries  # position of the row's first query
@@ -294,18 +284,21 @@ def _attend_kernel(
 
     last_query = tl.minimum((tile_in_row * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
     visible = start + last_query + 1  # keys that some pair of the tile may see
-    per_split = tl.cdiv(tl.cdiv(visible, BLOCK_N), SPLITS) * BLOCK_N
+    per_split = tl.cdiv(tl.cdiv(visible, BLOCK_N), num_splits) * BLOCK_N
     key_begin = split * per_split
     key_end = tl.minimum(key_begin + per_split, visible)
+    row_pages_ptr = pages_ptr + row.to(tl.int64) * pages_stride
 
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
+    # Pages are looked up a block ahead: looked up in the iteration that needs them, they take the place of the loads in flight.
+    pages = _pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
     for key_start in range(key_begin, key_end, BLOCK_N):
         key = key_start + tl.arange(0, BLOCK_N)
         inside = key < key_end
-        page = tl.load(pages_ptr + row.to(tl.int64) * pages_stride + key // PAGE, mask=inside, other=0).to(tl.int64)
-        at = page * PAGE + key % PAGE
+        at = pages.to(tl.int64) * PAGE + key % PAGE
+        pages = _pages_of(row_pages_ptr, key_start + BLOCK_N, key_end, PAGE, BLOCK_N)
         k_scales_at, v_scales_at = k_scales_ptr + at * scales_stride_p, v_scales_ptr + at * scales_stride_p
         k0 = _load_values(k0_ptr + at * k0_stride_p + kv_head * k0_stride_h, k_scales_at, kv_head, inside, C, C_PAD, GROUP, BLOCK_N, dtype)
         scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
@@ -317,24 +310,52 @@ def _attend_kernel(
         else:
             v = _load_values(v_ptr + at * v_stride_p + kv_head * v_stride_h, v_scales_at, kv_head, inside, C, C_PAD, GROUP, BLOCK_N, dtype)
         seen = (key[None, :] <= position[:, None]) & inside[None, :]
-        scores = tl.where(seen, scores * scale, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a pair that has seen no key yet
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(best - base)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
-        best = new_best
+        best, total, acc = softmax_step(tl.where(seen, scores * scale, float("-inf")), v, best, total, acc, dtype)
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    if SPLITS == 1:
-        out_at = out_ptr + token[:, None] * out_stride_t + head[:, None] * out_stride_h + c[None, :]
-        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-    else:
-        slot = (token * (G * tl.num_programs(1)) + head) * SPLITS + split
+    if SPLIT:
+        slot = (token * (G * tl.num_programs(1)) + head) * num_splits + split
         tl.store(partial_ptr + slot[:, None] * C + c[None, :], out, mask=q_mask)
         logsum = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
         tl.store(logsum_ptr + slot, logsum, mask=live)
+    else:
+        out_at = out_ptr + token[:, None] * out_stride_t + head[:, None] * out_stride_h + c[None, :]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def row_of_tile(query_start_ptr, tile, num_rows, G: tl.constexpr, BLOCK_M: tl.constexpr, ROWS_PAD: tl.constexpr):
+    """The row (``num_rows`` past the last) that a tile belongs to, the tile's index in it, the row's queries and first token."""
+    r = tl.arange(0, ROWS_PAD)
+    begins = tl.load(query_start_ptr + r, mask=r < num_rows, other=0)
+    ends = tl.load(query_start_ptr + r + 1, mask=r < num_rows, other=0)
+    tiles = (((ends - begins) * G + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
+    row = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (r < num_rows).to(tl.int32), 0)
+    tile_in_row = tile - tl.sum(tl.where(r < row, tiles, 0), 0)
+    num_queries = tl.sum(tl.where(r == row, ends - begins, 0), 0)
+    return row, tile_in_row, num_queries, tl.sum(tl.where(r == row, begins, 0), 0).to(tl.int64)
+
+
+@triton.jit
+def softmax_step(scores, v, best, total, acc, dtype: tl.constexpr):
+    """The running softmax in base 2 with one more block of scores, -inf where nothing is seen."""
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a pair that has seen no key yet
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(best - base)
+    total = total * shrink + tl.sum(weights, 1)
+    return new_best, total, tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+
+
+@triton.jit
+def _pages_of(row_pages_ptr, key_start, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of a block of keys where blocks lie in one, else that of each key; 0 past the end."""
+    if PAGE % BLOCK_N == 0:
+        pages = tl.load(row_pages_ptr + key_start // PAGE, mask=key_start < key_end, other=0)
+    else:
+        key = key_start + tl.arange(0, BLOCK_N)
+        pages = tl.load(row_pages_ptr + key // PAGE, mask=key < key_end, other=0)
+    return pages
 
 
 @triton.jit
@@ -352,7 +373,10 @@ def _load_values(
     """[N, C_PAD] as ``dtype`` of entries that begin at at_N; eight-bit values times their scales, of which a head has C / GROUP."""
     if GROUP == 0:
         c = tl.arange(0, C_PAD)
-        values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None] & (c < C)[None, :], other=0.0).to(dtype)
+        if C == C_PAD:
+            values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None], other=0.0).to(dtype)
+        else:
+            values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None] & (c < C)[None, :], other=0.0).to(dtype)
     else:
         GROUPS: tl.constexpr = (C + GROUP - 1) // GROUP
         g = tl.arange(0, C_PAD // GROUP)
@@ -364,17 +388,17 @@ def _load_values(
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _join_kernel(
     partial_ptr,
     logsum_ptr,
     out_ptr,
     out_stride_t,
     out_stride_h,
+    num_splits,
     H: tl.constexpr,
     C: tl.constexpr,
     C_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
     """One (token, head): its splits, weighted by their shares, in the order of the splits whatever the device did first."""
@@ -382,12 +406,12 @@ def _join_kernel(
     head = tl.program_id(1)
     s = tl.arange(0, SPLITS_PAD)
     c = tl.arange(0, C_PAD)
-    slot = (token * H + head) * SPLITS
-    logsum = tl.load(logsum_ptr + slot + s, mask=s < SPLITS, other=float("-inf"))
+    slot = (token * H + head) * num_splits
+    logsum = tl.load(logsum_ptr + slot + s, mask=s < num_splits, other=float("-inf"))
     best = tl.max(logsum, 0)
     share = tl.exp2(logsum - tl.where(best == float("-inf"), 0.0, best))
     total = tl.sum(share, 0)
-    inside = (s < SPLITS)[:, None] & (c < C)[None, :]
+    inside = (s < num_splits)[:, None] & (c < C)[None, :]
     partial = tl.load(partial_ptr + (slot + s)[:, None] * C + c[None, :], mask=inside, other=0.0)
     out = tl.sum(partial * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + token * out_stride_t + head * out_stride_h + c, out.to(out_ptr.dtype.element_ty), mask=c < C)

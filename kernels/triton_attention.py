@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .kv_entries import holds_fp8
 from .paged import PagedBatch
-from .triton_attend import AttendTile, Keys, Queries, attend_decode, attend_extend, heads_of
+from .triton_attend import Keys, Queries, attend_decode, attend_extend, heads_of
 from .triton_target import check_dtype
-
-# Defaults for any card: not measured.
-_DECODE = AttendTile(queries=16, keys=64, warps=4, stages=3)
-_EXTEND = AttendTile(queries=128, keys=64, warps=8, stages=3)
+from .triton_tiles import DEFAULT, Tiles
 
 
-def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, splits: int = 0) -> Tensor:
-    """As ``attention.attend``. A row of length 0 (padding) gives zeros. ``splits`` fixes the splits of decode rows."""
+def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, tiles: Tiles = DEFAULT) -> Tensor:
+    """As ``attention.attend``. A row of length 0 (padding) gives zeros."""
     check_dtype(q_THD, "attend: q")
     k, v = (heads_of(cache, q_THD.shape[2]) for cache in (k_cache, v_cache))
     assert q_THD.shape[1] % k.values.shape[1] == 0
     out_THD = q_THD.new_empty(q_THD.shape)
     queries, keys = Queries(q_THD, None, out_THD), Keys(k, None, v)
-    attend_decode(queries, keys, batch, scale, _DECODE, splits)
-    attend_extend(queries, keys, batch, scale, _EXTEND)
+    eight = holds_fp8(k_cache)
+    attend_decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode)
+    attend_extend(queries, keys, batch, scale, tiles.extend_fp8 if eight else tiles.extend)
     return out_THD

@@ -13,7 +13,7 @@ but sum in an order that changes from run to run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -21,37 +21,18 @@ from torch import Tensor
 
 from .triton_grouping import group_pairs
 from .triton_target import check_dtype, interpreted, power_of_two
+from .triton_tiles import DEFAULT, ExpertTile, ProductTile, Tiles
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One program: ``rows`` pairs x ``columns`` outputs, in steps of ``depth``."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def default_tile(num_pairs: int, num_slots: int) -> Tile:
-    """By the pairs per slot if all were evenly spread; not tuned on any card. Many pairs are padding where most experts live
-    elsewhere, so rows grow late."""
-    per_slot = num_pairs / num_slots
-    if per_slot <= 16:
-        return Tile(16, 64, 128, 4, 4)
-    if per_slot <= 64:
-        return Tile(64, 64, 64, 4, 4)
-    return Tile(128, 64, 64, 8, 3)
-
-
-def experts(x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: Tensor, w2_SDF: Tensor, counts_S: Tensor) -> Tensor:
+def experts(
+    x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: Tensor, w2_SDF: Tensor, counts_S: Tensor, tiles: Tiles = DEFAULT
+) -> Tensor:
     """As ``experts.experts``, for x and weights of one dtype; nothing is read by the host."""
-    return experts_tiled(x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, default_tile(len(slots_M), len(w13_SFD)))
+    return experts_tiled(x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tiles.of_experts(len(slots_M), len(w13_SFD)))
 
 
 def experts_tiled(
-    x_ND: Tensor, pairs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], counts_S: Tensor, tile: Tile
+    x_ND: Tensor, pairs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], counts_S: Tensor, tile: ExpertTile
 ) -> Tensor:
     """``experts`` with ``pairs`` (rows_M, slots_M), ``weights`` (w13_SFD, w2_SDF) and a tile."""
     (rows_M, slots_M), (w13_SFD, w2_SDF) = pairs, weights
@@ -65,15 +46,7 @@ def experts_tiled(
     if not num_blocks:
         return y_MD
     h_PF = x_ND.new_empty(num_blocks * tile.rows, width)
-    options = {
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.columns,
-        "BLOCK_K": tile.depth,
-        "WIDEN": interpreted(),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-    _up_kernel[(num_blocks * triton.cdiv(width, tile.columns),)](
+    _up_kernel[(num_blocks * triton.cdiv(width, tile.up.columns),)](
         x_ND,
         x_ND.stride(0),
         rows_M,
@@ -84,10 +57,11 @@ def experts_tiled(
         num_blocks,
         D=hidden,
         F=width,
-        EVEN_K=hidden % tile.depth == 0,
-        **options,
+        EVEN_K=hidden % tile.up.depth == 0,
+        EVEN_N=width % tile.up.columns == 0,
+        **_options(tile.rows, tile.up),
     )
-    _down_kernel[(num_blocks * triton.cdiv(hidden, tile.columns),)](
+    _down_kernel[(num_blocks * triton.cdiv(hidden, tile.down.columns),)](
         h_PF,
         grouping.pair_of_place_P,
         grouping.slot_of_block_B,
@@ -96,10 +70,22 @@ def experts_tiled(
         num_blocks,
         D=hidden,
         F=width,
-        EVEN_K=width % tile.depth == 0,
-        **options,
+        EVEN_K=width % tile.down.depth == 0,
+        EVEN_N=hidden % tile.down.columns == 0,
+        **_options(tile.rows, tile.down),
     )
     return y_MD
+
+
+def _options(rows: int, tile: ProductTile) -> dict[str, Any]:
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "WIDEN": interpreted(),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -126,7 +112,7 @@ def block_and_tile(num_blocks, num_tiles, GROUP: tl.constexpr):
     return first + (pid % per_group) % size, (pid % per_group) // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _up_kernel(
     x_ptr,
     x_stride,
@@ -139,6 +125,7 @@ def _up_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,7 +147,11 @@ def _up_kernel(
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
-        if EVEN_K:
+        if EVEN_K and EVEN_N:
+            x = tl.load(x_at + start, mask=real[:, None], other=0.0)
+            w_gate = tl.load(gate_at + start)
+            w_up = tl.load(gate_at + F * D + start)
+        elif EVEN_K:
             x = tl.load(x_at + start, mask=real[:, None], other=0.0)
             w_gate = tl.load(gate_at + start, mask=(f < F)[None, :], other=0.0)
             w_up = tl.load(gate_at + F * D + start, mask=(f < F)[None, :], other=0.0)
@@ -177,7 +168,7 @@ def _up_kernel(
     tl.store(h_ptr + place[:, None] * F + f[None, :], h.to(h_ptr.dtype.element_ty), mask=(f < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _down_kernel(
     h_ptr,
     pair_of_place_ptr,
@@ -188,6 +179,7 @@ def _down_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -206,7 +198,10 @@ def _down_kernel(
     w_at = w2_ptr + slot * (D * F) + d[None, :].to(tl.int64) * F + k[:, None]
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, F, BLOCK_K):
-        if EVEN_K:
+        if EVEN_K and EVEN_N:
+            h = tl.load(h_at + start)
+            w = tl.load(w_at + start)
+        elif EVEN_K:
             h = tl.load(h_at + start)
             w = tl.load(w_at + start, mask=(d < D)[None, :], other=0.0)
         else:

@@ -1,7 +1,8 @@
 """Triton column of ``fp8.experts_fp8``: as ``triton_experts``, with block-scaled FP8 on both sides of both products.
 
 A step of 128 along the inner dim meets one scale per row of x and one of the weights, so its partial sum is scaled once and added in
-float32. The activation is quantised in the epilogue of the first product, whose tile is exactly one group of 128 wide.
+float32. The activation is quantised in the epilogue of the first product where its tile is a group of 128 wide. Narrower tiles, of
+which a few pairs need many to fill a card, leave it in float32, and every program of the second product quantises what it loads.
 Rooflines: as ``triton_experts``, with 3 D F bytes a slot and the FP8 rate of the matrix units.
 """
 
@@ -19,22 +20,40 @@ from .triton_experts import block_and_tile
 from .triton_fp8 import eight_bits, group_scales
 from .triton_grouping import group_pairs
 from .triton_target import interpreted
+from .triton_tiles import DEFAULT, ExpertTile, Tiles
 
 
-def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: Quantised, counts_S: Tensor, dtype: torch.dtype) -> Tensor:
+def experts_fp8(
+    x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: Quantised, counts_S: Tensor, dtype: torch.dtype, tiles: Tiles = DEFAULT
+) -> Tensor:
     """As ``fp8.experts_fp8``; nothing is read by the host."""
+    tile = tiles.of_experts(len(pairs[1]), len(w13.values), fp8=True)
+    return experts_fp8_tiled(x, pairs, (w13, w2), counts_S, dtype, tile)
+
+
+def experts_fp8_tiled(
+    x: Quantised, pairs: tuple[Tensor, Tensor], weights: tuple[Quantised, Quantised], counts_S: Tensor, dtype: torch.dtype, tile: ExpertTile
+) -> Tensor:
+    """``experts_fp8`` with ``weights`` (w13, w2) and a tile: both products a group deep, and at most one wide."""
+    assert tile.up.depth == tile.down.depth == BLOCK and BLOCK % tile.up.columns == BLOCK % tile.down.columns == 0
+    w13, w2 = weights
     rows_M, slots_M = pairs
     assert all(part.is_contiguous() for quantised in (x, w13, w2) for part in (quantised.values, quantised.scales))
-    num_slots, hidden, width = w2.values.shape
-    rows = 16 if len(slots_M) <= 16 * num_slots else 64  # pairs a block: not tuned on any card
+    hidden, width = w2.values.shape[1:]
+    rows = tile.rows
     grouping = group_pairs(slots_M, counts_S, rows)
     num_blocks = len(grouping.slot_of_block_B)
     y_MD = torch.zeros(len(slots_M), hidden, dtype=dtype, device=slots_M.device)
     if not num_blocks:
         return y_MD
-    h = Quantised(x.values.new_empty(num_blocks * rows, width), x.scales.new_empty(num_blocks * rows, triton.cdiv(width, BLOCK)))
-    options = {"BLOCK_M": rows, "num_warps": 4 if rows == 16 else 8, "num_stages": 3}
-    _up_fp8_kernel[(num_blocks * triton.cdiv(width, BLOCK),)](
+    late = tile.up.columns < BLOCK
+    h_dtype = torch.float32 if late else x.values.dtype
+    h = Quantised(
+        torch.empty(num_blocks * rows, width, dtype=h_dtype, device=slots_M.device),
+        x.scales.new_empty(num_blocks * rows, 0 if late else triton.cdiv(width, BLOCK)),
+    )
+    common = {"D": hidden, "F": width, "BLOCK_M": rows, "EVEN": hidden % BLOCK == width % BLOCK == 0, "LATE": late, "ROUND": interpreted()}
+    _up_fp8_kernel[(num_blocks * triton.cdiv(width, tile.up.columns),)](
         x.values,
         x.scales,
         rows_M,
@@ -45,12 +64,12 @@ def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: 
         h.values,
         h.scales,
         num_blocks,
-        D=hidden,
-        F=width,
-        ROUND=interpreted(),
-        **options,
+        BLOCK_N=tile.up.columns,
+        **common,
+        num_warps=tile.up.warps,
+        num_stages=tile.up.stages,
     )
-    _down_fp8_kernel[(num_blocks * triton.cdiv(hidden, BLOCK),)](
+    _down_fp8_kernel[(num_blocks * triton.cdiv(hidden, tile.down.columns),)](
         h.values,
         h.scales,
         grouping.pair_of_place_P,
@@ -59,14 +78,15 @@ def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: 
         w2.scales,
         y_MD,
         num_blocks,
-        D=hidden,
-        F=width,
-        **options,
+        BLOCK_N=tile.down.columns,
+        **common,
+        num_warps=tile.down.warps,
+        num_stages=tile.down.stages,
     )
     return y_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _up_fp8_kernel(
     x_ptr,
     x_scales_ptr,
@@ -81,12 +101,15 @@ def _up_fp8_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    LATE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One block and one group of 128 columns of F."""
+    """One block and BLOCK_N columns of F, of which 128 is a multiple; all of a group if h is quantised here."""
     D_GROUPS: tl.constexpr = (D + 127) // 128
     F_GROUPS: tl.constexpr = (F + 127) // 128
-    block, tile = block_and_tile(num_blocks, F_GROUPS, 8)
+    block, tile = block_and_tile(num_blocks, tl.cdiv(F, BLOCK_N), 8)
     slot = tl.load(slot_of_block_ptr + block).to(tl.int64)
     if slot < 0:
         return
@@ -94,31 +117,39 @@ def _up_fp8_kernel(
     pair = tl.load(pair_of_place_ptr + place)
     real = pair >= 0
     row = tl.load(rows_ptr + pair, mask=real, other=0)
-    f = tile * 128 + tl.arange(0, 128)
+    f = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, 128)
     x_at = x_ptr + row[:, None] * D + k[None, :]
     gate_at = w13_ptr + slot * (2 * F * D) + f[None, :].to(tl.int64) * D + k[:, None]
-    gate_scale_at = w13_scales_ptr + (slot * (2 * F_GROUPS) + tile) * D_GROUPS
-    gate = tl.zeros((BLOCK_M, 128), tl.float32)
-    up = tl.zeros((BLOCK_M, 128), tl.float32)
+    gate_scale_at = w13_scales_ptr + (slot * (2 * F_GROUPS) + tile * BLOCK_N // 128) * D_GROUPS
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for group in range(D_GROUPS):
         start = group * 128
-        inside = start + k < D
-        x = tl.load(x_at + start, mask=real[:, None] & inside[None, :], other=0.0)
+        if EVEN:
+            x = tl.load(x_at + start, mask=real[:, None], other=0.0)
+            w_gate = tl.load(gate_at + start)
+            w_up = tl.load(gate_at + F * D + start)
+        else:
+            inside = start + k < D
+            x = tl.load(x_at + start, mask=real[:, None] & inside[None, :], other=0.0)
+            w_mask = (f < F)[None, :] & inside[:, None]
+            w_gate = tl.load(gate_at + start, mask=w_mask, other=0.0)
+            w_up = tl.load(gate_at + F * D + start, mask=w_mask, other=0.0)
         x_scale = tl.load(x_scales_ptr + row * D_GROUPS + group, mask=real, other=0.0)[:, None]
-        w_mask = (f < F)[None, :] & inside[:, None]
-        w_gate = tl.load(gate_at + start, mask=w_mask, other=0.0)
-        w_up = tl.load(gate_at + F * D + start, mask=w_mask, other=0.0)
         gate += tl.dot(x, w_gate) * (x_scale * tl.load(gate_scale_at + group))
         up += tl.dot(x, w_up) * (x_scale * tl.load(gate_scale_at + F_GROUPS * D_GROUPS + group))
     h = gate / (1.0 + tl.exp(-gate)) * up
-    scales = group_scales(h)
-    h8 = eight_bits(h / scales[:, None], h_ptr.dtype.element_ty, ROUND)
-    tl.store(h_ptr + place[:, None] * F + f[None, :], h8, mask=(f < F)[None, :])
-    tl.store(h_scales_ptr + place * F_GROUPS + tile, scales)
+    h_at = h_ptr + place[:, None] * F + f[None, :]
+    if LATE:
+        tl.store(h_at, h, mask=(f < F)[None, :])
+    else:
+        scales = group_scales(h)
+        tl.store(h_at, eight_bits(h / scales[:, None], h_ptr.dtype.element_ty, ROUND), mask=(f < F)[None, :])
+        tl.store(h_scales_ptr + place * F_GROUPS + tile, scales)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _down_fp8_kernel(
     h_ptr,
     h_scales_ptr,
@@ -131,27 +162,39 @@ def _down_fp8_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    LATE: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
-    """One block and 128 columns of D."""
-    D_GROUPS: tl.constexpr = (D + 127) // 128
+    """One block and BLOCK_N columns of D, of which 128 is a multiple."""
     F_GROUPS: tl.constexpr = (F + 127) // 128
-    block, tile = block_and_tile(num_blocks, D_GROUPS, 8)
+    D_GROUPS: tl.constexpr = (D + 127) // 128
+    block, tile = block_and_tile(num_blocks, tl.cdiv(D, BLOCK_N), 8)
     slot = tl.load(slot_of_block_ptr + block).to(tl.int64)
     if slot < 0:
         return
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     pair = tl.load(pair_of_place_ptr + place).to(tl.int64)
-    d = tile * 128 + tl.arange(0, 128)
+    d = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, 128)
     h_at = h_ptr + place[:, None] * F + k[None, :]
     w_at = w2_ptr + slot * (D * F) + d[None, :].to(tl.int64) * F + k[:, None]
-    w_scale_at = w2_scales_ptr + (slot * D_GROUPS + tile) * F_GROUPS
-    y = tl.zeros((BLOCK_M, 128), tl.float32)
+    w_scale_at = w2_scales_ptr + (slot * D_GROUPS + tile * BLOCK_N // 128) * F_GROUPS
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for group in range(F_GROUPS):
         start = group * 128
-        inside = start + k < F
-        h = tl.load(h_at + start, mask=inside[None, :], other=0.0)
-        w = tl.load(w_at + start, mask=(d < D)[None, :] & inside[:, None], other=0.0)
-        h_scale = tl.load(h_scales_ptr + place * F_GROUPS + group)[:, None]
+        if EVEN:
+            h = tl.load(h_at + start)
+            w = tl.load(w_at + start)
+        else:
+            inside = start + k < F
+            h = tl.load(h_at + start, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at + start, mask=(d < D)[None, :] & inside[:, None], other=0.0)
+        if LATE:
+            h_scale = group_scales(h)[:, None]
+            h = eight_bits(h / h_scale, w2_ptr.dtype.element_ty, ROUND)
+        else:
+            h_scale = tl.load(h_scales_ptr + place * F_GROUPS + group)[:, None]
         y += tl.dot(h, w) * (h_scale * tl.load(w_scale_at + group))
     tl.store(y_ptr + pair[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=(pair >= 0)[:, None] & (d < D)[None, :])

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from .kv_entries import holds_fp8
 from .kv_format import num_groups
-from .rope import Angles
+from .rope import Angles, HeadNorms, split_heads
 from .triton_attend import heads_of, latents_of
 from .triton_fp8 import eight_bits, group_scales
+from .triton_norm import rms_norm
 from .triton_target import check_dtype, interpreted, power_of_two
+
+
+def norm_rotate_and_write(
+    qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+) -> Tensor:
+    """As ``rope.norm_rotate_and_write``, in three launches: norms are kernels of their own."""
+    q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
+    if norms is not None:
+        q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
+    return rotate_and_write(q_THD, k_TKD, v_TKD, angles, cache, write_T, interleaved)
 
 
 def rotate_and_write(

@@ -2,7 +2,8 @@
 
 ``sample``, ``edit_logits`` and ``logprobs`` take what the reference takes; ``sample_slots`` is what a captured step calls, with all
 settings and the counters of the random numbers on the device. Floors of top-k and top-p are found by bisection over the bits of a
-float, which needs no sort: a pass over the row for each bit. Sums are float64 in a fixed order, so a draw does not depend on the batch.
+float, which needs no sort: a pass over the row for each bit, until what is let in is settled. Sums are float64 in a fixed order, so a
+draw does not depend on the batch.
 
 Roofline: 4 V bytes per row and pass, from memory once and from the L2 cache after that. Passes: 1 greedy, 3 drawn, 31 more at most
 for each of top-k and top-p.
@@ -27,6 +28,7 @@ from .triton_target import power_of_two
 
 _CHUNK = 4096
 _EDITS_PER_PROGRAM = 256
+_WORDS_PER_PROGRAM = 64
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,21 @@ def edit_penalties(logits_RV: Tensor, counted: tuple[Tensor, Tensor, Tensor], pe
     _penalty_kernel[_edit_grid(counted[0])](
         logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM
     )
+
+
+def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
+    """As ``sampling.allow_only``."""
+    edit_allowed(logits_RV, _move(rows_S, logits_RV.device), _move(bits_SW, logits_RV.device))
+
+
+def edit_allowed(logits_RV: Tensor, rows_S: Tensor, bits_SW: Tensor) -> None:
+    """``allow_only`` with rows_S int64 and bits_SW int32 on the device."""
+    assert logits_RV.stride(1) == 1 and bits_SW.stride(1) == 1 and 32 * bits_SW.shape[1] >= logits_RV.shape[1]
+    if len(rows_S):
+        grid = (len(rows_S), triton.cdiv(logits_RV.shape[1], 32 * _WORDS_PER_PROGRAM))
+        _allow_kernel[grid](
+            logits_RV, logits_RV.stride(0), rows_S, bits_SW, bits_SW.stride(0), logits_RV.shape[1], WORDS=_WORDS_PER_PROGRAM, num_warps=4
+        )
 
 
 def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +185,8 @@ def _weights(logits_ptr, v, V, best, temperature, least):
 
 @triton.jit
 def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
-    """The largest weight that at least ``top_k`` weights reach. Non-negative floats are ordered like their bits."""
+    """A number that the weights reach that reach the largest one reached by ``top_k`` weights, and no others. Non-negative floats are
+    ordered like their bits."""
     low = 0
     high = 0x3F800001  # just above 1.0, the weight of the best
     while high - low > 1:
@@ -178,30 +196,38 @@ def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
             v = start + tl.arange(0, CHUNK)
             weights = _weights(logits_ptr, v, V, best, temperature, 0.0)
             found += ((weights.to(tl.int32, bitcast=True) >= middle) & (v < V)).to(tl.int32)
-        enough = tl.sum(found, 0) >= top_k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        count = tl.sum(found, 0)
+        low = tl.where(count >= top_k, middle, low)
+        high = tl.where(count == top_k, low, tl.where(count > top_k, high, middle))  # exactly so many: settled
     return _as_float(low)
 
 
 @triton.jit
 def _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK: tl.constexpr):
-    """The largest weight such that those that reach it hold ``top_p`` of what the weights from ``least`` on sum to."""
+    """A number that the weights reach that are needed for ``top_p`` of what the weights from ``least`` on sum to, and no others."""
     mass = tl.zeros((CHUNK,), tl.float64)
     for start in range(0, V, CHUNK):
         mass += _weights(logits_ptr, start + tl.arange(0, CHUNK), V, best, temperature, least).to(tl.float64)
     wanted = tl.sum(mass, 0) * top_p.to(tl.float64)
     low = 0
     high = 0x3F800001
-    while high - low > 1:
+    reach_low = V
+    reach_high = 0
+    while (high - low > 1) & (reach_low - reach_high > 1):  # one weight between them: settled
         middle = low + (high - low) // 2
         mass = tl.zeros((CHUNK,), tl.float64)
+        found = tl.zeros((CHUNK,), tl.int32)
         for start in range(0, V, CHUNK):
             weights = _weights(logits_ptr, start + tl.arange(0, CHUNK), V, best, temperature, least)
-            mass += tl.where(weights.to(tl.int32, bitcast=True) >= middle, weights, 0.0).to(tl.float64)
+            reached = weights.to(tl.int32, bitcast=True) >= middle
+            mass += tl.where(reached, weights, 0.0).to(tl.float64)
+            found += reached.to(tl.int32)
         enough = tl.sum(mass, 0) >= wanted
+        count = tl.sum(found, 0)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
+        reach_low = tl.where(enough, count, reach_low)
+        reach_high = tl.where(enough, reach_high, count)
     return _as_float(low)
 
 
@@ -313,6 +339,19 @@ def _mask_kernel(logits_ptr, logits_stride, rows_ptr, tokens_ptr, num, CHUNK: tl
     row = tl.load(rows_ptr + i, mask=i < num, other=-1)
     at = logits_ptr + row * logits_stride + tl.load(tokens_ptr + i, mask=row >= 0, other=0)
     tl.store(at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=row >= 0)
+
+
+@triton.jit
+def _allow_kernel(logits_ptr, logits_stride, rows_ptr, bits_ptr, bits_stride, V, WORDS: tl.constexpr):
+    """The tokens of WORDS words of one row's mask."""
+    row = tl.load(rows_ptr + tl.program_id(0))
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)
+    bits = tl.load(bits_ptr + tl.program_id(0).to(tl.int64) * bits_stride + word, mask=word * 32 < V, other=0)
+    token = word[:, None] * 32 + bit[None, :]
+    refused = ((bits[:, None] >> bit[None, :]) & 1) == 0
+    never = tl.full((WORDS, 32), float("-inf"), tl.float32)
+    tl.store(logits_ptr + row * logits_stride + token, never, mask=refused & (token < V) & (row >= 0))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the Triton kernels know of the device they run on. No kernel has been tuned: tile sizes are defaults for any card."""
+"""What the Triton kernels know of the device they run on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def card_name() -> str:
+    """The name that the driver gives the card; empty where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 4 stand in on a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Streaming multiprocessors; 4 stand in on a CPU, and an H100's 132 for tensors without memory (``meta``)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
 
 
 def power_of_two(value: int) -> int:

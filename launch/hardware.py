@@ -30,6 +30,7 @@ class Hardware(BaseModel):
     near_gb_s: float = Field(gt=0, description="near link (NVLink) of a rank, 10^9 bytes a second")
     far_gb_s: float = Field(gt=0, description="far link (network adapter) of a rank, 10^9 bytes a second")
     latency_us: float = Field(default=0.0, ge=0, description="of an exchange of any size; 0 where no floor is known")
+    packs_experts_twice: bool = Field(default=False, description="a CPU with AMX or without AVX512-BF16: it holds bf16 experts twice")
 
     def operations(self, dtype: str) -> float:
         """Operations a second of matrix products with weights in ``dtype``."""

@@ -18,14 +18,17 @@ class LocalDispatcher:
         self.placement = placement
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
-        self._slots_LE = torch.from_numpy(placement.homes_LE).to(device)
+        self._slots_E = torch.from_numpy(placement.homes_LE).to(device).unbind()  # by layer
+        self._rows_TK = torch.empty(0, 0, dtype=torch.int64, device=device)
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        rows_M = torch.arange(len(ids_TK), device=ids_TK.device).repeat_interleave(ids_TK.shape[1])
-        return Handle(weights_TK, layer, Received(x_TD, rows_M, self._slots_LE[layer][ids_TK].flatten()))
+        if self._rows_TK.shape != ids_TK.shape:  # the first layer of a step with another number of tokens
+            self._rows_TK = torch.arange(len(ids_TK), device=ids_TK.device)[:, None].repeat(1, ids_TK.shape[1])
+        slots_M = self._slots_E[layer].index_select(0, ids_TK.view(-1))
+        return Handle(weights_TK, layer, Received(x_TD, self._rows_TK.view(-1), slots_M))
 
     def receive(self, handle: Handle) -> Received:
         assert isinstance(handle.state, Received)

@@ -23,8 +23,11 @@ class Experts(nn.Module):
         self._weights: tuple[SlotWeights, SlotWeights] = self.w13, self.w2
 
     def pack(self) -> None:
-        """Brings the weights into the form that this device reads fastest, after loading."""
-        self._weights = self._ops.pack_slots(self.w13), self._ops.pack_slots(self.w2)
+        """Brings the weights into the form that this device reads fastest, after loading; as loaded they are kept only if that form
+        needs them."""
+        self._weights = w13, w2 = self._ops.pack_slots(self.w13, self.w2)
+        if isinstance(w13, Tensor) and isinstance(w2, Tensor):
+            self.w13, self.w2 = (nn.Parameter(weights, requires_grad=False) for weights in (w13, w2))
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""

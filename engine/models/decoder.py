@@ -155,12 +155,20 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden, config.norm_eps, placing)
         self.mlp = mlp
 
-    def forward(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, update_TD: Tensor | None, rotation: Angles, batch: PagedBatch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and returns the sum so far and what has yet to be added to it, which the next norm does in passing; None before the
+        first layer."""
         if not len(x_TD):
-            return cast(Tensor, self.mlp(x_TD))
-        update_TD = cast(Attention, self.self_attn)(self.input_layernorm(x_TD), rotation, batch, cache)
+            return x_TD, cast(Tensor, self.mlp(x_TD))
+        if update_TD is None:
+            normed_TD = cast(Tensor, self.input_layernorm(x_TD))
+        else:
+            x_TD, normed_TD = self.input_layernorm.add(x_TD, update_TD)
+        update_TD = cast(Attention, self.self_attn)(normed_TD, rotation, batch, cache)
         x_TD, normed_TD = self.post_attention_layernorm.add(x_TD, update_TD)
-        return x_TD + cast(Tensor, self.mlp(normed_TD))
+        return x_TD, cast(Tensor, self.mlp(normed_TD))
 
 
 class _Stack(nn.Module):
@@ -174,7 +182,8 @@ class _Stack(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder with attention made by ``attention_of``. Weights are uninitialised until loaded.
+    """A decoder with attention made by ``attention_of``, and ``ops``, the column it computes with. Weights are uninitialised until
+    loaded.
 
     ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of ``config.kv_shapes(kv_format)``.
     """
@@ -184,14 +193,13 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.ops = placing.ops
         numbers = {layer: number for number, layer in enumerate(config.moe_layers)}
         layers = []
         for layer in range(config.num_layers):
             mlp: nn.Module
             if layer in numbers:
-                mlp = MoELayer(
-                    config.moe, numbers[layer], dispatcher, placing.dtype, placing.device, placing.ops, placing.fp8_experts
-                )
+                mlp = MoELayer(config.moe, numbers[layer], dispatcher, placing.dtype, placing.device, placing.ops, placing.fp8_experts)
             else:
                 mlp = DenseMLP(config.hidden, config.dense_width, placing)
             layers.append(DecoderLayer(config, attention_of(config, placing), mlp, placing))
@@ -204,9 +212,10 @@ class Model(nn.Module):
         """tokens_T, positions_T int64 -> hidden_TD, before the last norm. Every MoE layer is called even where T is 0."""
         x_TD = F.embedding(tokens_T, self.model.embed_tokens.weight)
         rotation = angles(positions_T, self._frequencies_F, self._magnitude)
+        update_TD: Tensor | None = None
         for layer, layer_cache in zip(self.model.layers, cache, strict=True):
-            x_TD = layer(x_TD, rotation, batch, layer_cache)
-        return x_TD
+            x_TD, update_TD = layer(x_TD, update_TD, rotation, batch, layer_cache)
+        return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Float32 [R, V] for rows of what ``forward`` returned."""
@@ -221,6 +230,9 @@ class Model(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Experts | SharedExperts):
                 module.pack()
+        for module in self.modules():  # found at once, where nn.Module searches three tables: 0.04 us instead of 0.5, 25 times a layer
+            module.__dict__.update(module._parameters)
+            module.__dict__.update(module._modules)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Checkpoint name -> the tensor (often a view) it is copied into, for everything but routed experts."""

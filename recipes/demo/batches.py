@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer
 
 from .cases.case import Case
-from .cases.mixture import FAMILIES, draw_case, draw_held_out
+from .cases.mixture import FAMILIES, draw_case, draw_held_out, draw_long
 from .cases.words import Dice
 from .chat import render
 from .network import Network, Packed
 
-PROMPT_SHARE = 0.25  # of the tokens that are no answers, so many are learned from
-PROMPT_WEIGHT = 0.4
+PROMPT_SHARE = 0.15  # of the tokens that are no answers, so many are learned from
+PROMPT_WEIGHT = 0.3
 TOKENS_STEP = 64  # batches have a multiple of so many tokens: oneDNN compiles kernels for every new size
 IMPATIENCE = 40  # cases that may be too long for the room that is left before a batch counts as full
 
@@ -36,13 +36,13 @@ class Packer:
             answers += [piece.answer] * len(ids)
         return tokens, answers
 
-    def training_batch(self, seed: str, size: int, long_share: float, longest: int) -> Packed:
-        """At most ``size`` tokens of training cases; a function of its arguments only."""
+    def training_batch(self, seed: str, size: int, long: int = 0) -> Packed:
+        """At most ``size`` tokens of training cases, the first of them of ``long`` tokens; a function of its arguments only."""
         dice, prompts = Dice(seed, held_out=False), random.Random(seed + "prompts")
         found: list[tuple[list[int], list[float]]] = []
         room, refused = size, 0
         while refused < IMPATIENCE and room > 24:
-            tokens, answers = self.tokens(draw_case(dice, long_share, longest))
+            tokens, answers = self.tokens(draw_long(dice, long) if long and not found else draw_case(dice))
             if len(tokens) > room:
                 refused += 1
                 continue

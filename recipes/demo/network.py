@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.gate import Routing, choose, expert_counts
-from .operations import attend, normalise, run_experts
+from .operations import Angles, Operations
 
 Shape = dict[str, Any]
 
@@ -45,55 +45,47 @@ class Linear(nn.Module):
 class Norm(nn.Module):
     """Root mean square norm, from float32 or bf16 to bf16."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, operations: Operations) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight, self._operations = nn.Parameter(torch.ones(size)), operations
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalise(x, self.weight)
+        return self._operations.normalise(x, self.weight)
 
 
 class Attention(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434, section 2.1)."""
 
-    def __init__(self, c: Shape) -> None:
+    def __init__(self, c: Shape, operations: Operations) -> None:
         super().__init__()
+        self._operations = operations
         self.heads, self.latent = c["num_attention_heads"], c["kv_lora_rank"]
         self.nope, self.rope, self.value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-        self.q_a_proj, self.q_a_layernorm = Linear(c["hidden_size"], c["q_lora_rank"]), Norm(c["q_lora_rank"])
+        self.q_a_proj, self.q_a_layernorm = Linear(c["hidden_size"], c["q_lora_rank"]), Norm(c["q_lora_rank"], operations)
         self.q_b_proj = Linear(c["q_lora_rank"], self.heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = Linear(c["hidden_size"], self.latent + self.rope)
-        self.kv_a_layernorm = Norm(self.latent)
+        self.kv_a_layernorm = Norm(self.latent, operations)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
         self.o_proj = Linear(self.heads * self.value, c["hidden_size"])
 
-    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
-        q_TH = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))).unflatten(-1, (self.heads, -1))
-        latent, k_rope = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
-        kv_TH = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))
-        q_nope, q_rope = q_TH.split([self.nope, self.rope], -1)
-        k_nope, v_THN = kv_TH.split([self.nope, self.value], -1)
-        k_rope = rotate(k_rope[:, None], angles).expand(-1, self.heads, -1)
-        q_THN, k_THN = torch.cat([q_nope, rotate(q_rope, angles)], -1), torch.cat([k_nope, k_rope], -1)
-        out = attend(q_THN, k_THN, v_THN, lengths, (self.nope + self.rope) ** -0.5)
+    def forward(self, x_TD: Tensor, angles: Angles, lengths: list[int]) -> Tensor:
+        q_THN = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))).unflatten(-1, (self.heads, -1))
+        latent, rope_TE = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
+        kv_THN = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))
+        out = self._operations.attend(q_THN, kv_THN, rope_TE, angles, lengths, (self.nope + self.rope) ** -0.5)
         y: Tensor = self.o_proj(out.flatten(1))
         return y
 
 
-def rotate(x_THE: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1); first members come first in the result."""
-    cos, sin = angles
-    even, odd = x_THE[..., ::2], x_THE[..., 1::2]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
-
-
 class Mlp(nn.Module):
-    def __init__(self, hidden: int, width: int) -> None:
+    def __init__(self, hidden: int, width: int, operations: Operations) -> None:
         super().__init__()
+        self._operations = operations
         self.gate_proj, self.up_proj, self.down_proj = Linear(hidden, width), Linear(hidden, width), Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        both = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]).bfloat16())
+        y: Tensor = self.down_proj(self._operations.swiglu(both))
         return y
 
 
@@ -128,28 +120,30 @@ class Gate(nn.Module):
 
 
 class Moe(nn.Module):
-    def __init__(self, c: Shape) -> None:
+    def __init__(self, c: Shape, operations: Operations) -> None:
         super().__init__()
+        self._operations = operations
         hidden, width, experts = c["hidden_size"], c["moe_intermediate_size"], c["n_routed_experts"]
         self.gate = Gate(c)
         self.w13 = nn.Parameter(torch.empty(experts, 2 * width, hidden).normal_(std=hidden**-0.5))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, width).normal_(std=width**-0.5))
-        self.shared_experts = Mlp(hidden, width * c["n_shared_experts"])
+        self.shared_experts = Mlp(hidden, width * c["n_shared_experts"], operations)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         ids_TK, weights_TK = self.gate(x_TD)
         shared: Tensor = self.shared_experts(x_TD)
-        return shared + run_experts(x_TD, ids_TK, weights_TK, self.w13.bfloat16(), self.w2.bfloat16())
+        return shared + self._operations.run_experts(x_TD, ids_TK, weights_TK, self.w13.bfloat16(), self.w2.bfloat16())
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Shape, dense: bool) -> None:
+    def __init__(self, c: Shape, dense: bool, operations: Operations) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = Norm(c["hidden_size"]), Norm(c["hidden_size"])
-        self.self_attn = Attention(c)
-        self.mlp = Mlp(c["hidden_size"], c["intermediate_size"]) if dense else Moe(c)
+        hidden = c["hidden_size"]
+        self.input_layernorm, self.post_attention_layernorm = Norm(hidden, operations), Norm(hidden, operations)
+        self.self_attn = Attention(c, operations)
+        self.mlp = Mlp(hidden, c["intermediate_size"], operations) if dense else Moe(c, operations)
 
-    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+    def forward(self, x_TD: Tensor, angles: Angles, lengths: list[int]) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, lengths)
         y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return y_TD
@@ -158,42 +152,44 @@ class Layer(nn.Module):
 class Predictor(nn.Module):
     """The multi-token-prediction layer (section 2.2): from the final state at a token and the embedding of the next to the one after."""
 
-    def __init__(self, c: Shape) -> None:
+    def __init__(self, c: Shape, operations: Operations) -> None:
         super().__init__()
-        self.enorm, self.hnorm = Norm(c["hidden_size"]), Norm(c["hidden_size"])
-        self.eh_proj = Linear(2 * c["hidden_size"], c["hidden_size"])
-        self.layer = Layer(c, dense=False)
-        self.norm = Norm(c["hidden_size"])
+        hidden = c["hidden_size"]
+        self.enorm, self.hnorm = Norm(hidden, operations), Norm(hidden, operations)
+        self.eh_proj = Linear(2 * hidden, hidden)
+        self.layer = Layer(c, False, operations)
+        self.norm = Norm(hidden, operations)
 
-    def forward(self, state_TD: Tensor, next_TD: Tensor, angles: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+    def forward(self, state_TD: Tensor, next_TD: Tensor, angles: Angles, lengths: list[int]) -> Tensor:
         x_TD = self.eh_proj(torch.cat([self.enorm(next_TD), self.hnorm(state_TD)], -1)).float()
         out: Tensor = self.norm(self.layer(x_TD, angles, lengths))
         return out
 
 
 class Network(nn.Module):
-    """The whole model. ``shape``: the fields of its ``config.json``."""
+    """The whole model. ``shape``: the fields of its ``config.json``; ``operations``: plain ones by default."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, operations: Operations | None = None) -> None:
         super().__init__()
+        operations = operations or Operations()
         c = self.shape = shape
         self.embed = nn.Parameter(torch.empty(c["vocab_size"], c["hidden_size"]).normal_(std=0.5))
-        self.layers = nn.ModuleList(Layer(c, index < c["first_k_dense_replace"]) for index in range(c["num_hidden_layers"]))
-        self.norm = Norm(c["hidden_size"])
+        self.layers = nn.ModuleList(Layer(c, index < c["first_k_dense_replace"], operations) for index in range(c["num_hidden_layers"]))
+        self.norm = Norm(c["hidden_size"], operations)
         self.head = Linear(c["hidden_size"], c["vocab_size"])
-        self.predictor = Predictor(c)
+        self.predictor = Predictor(c, operations)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def gates(self) -> list[Gate]:
         """Of all MoE layers, the predictor's last."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
-    def states(self, batch: Packed) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def states(self, batch: Packed) -> tuple[Tensor, Angles]:
         """The normalised last states [T, D], and the rotations used."""
         size = self.shape["qk_rope_head_dim"]
         turns = self.shape["rope_theta"] ** -(torch.arange(0, size, 2, device=batch.tokens_T.device) / size)
-        radians = (batch.positions_T[:, None].float() * turns)[:, None]
-        angles = radians.cos().bfloat16(), radians.sin().bfloat16()
+        radians = batch.positions_T[:, None].float() * turns
+        angles = radians.cos(), radians.sin()
         x_TD = F.embedding(batch.tokens_T, self.embed).bfloat16().float()
         for layer in self.layers:
             x_TD = layer(x_TD, angles, batch.lengths)

@@ -1,8 +1,9 @@
-"""The two operations of training that autograd would do slowly: attention inside documents, and the routed experts.
+"""The operations of training that autograd would do slowly, in plain torch: norms, attention inside documents, and the routed experts.
 
-Products are bf16, which the matrix units of CPUs and GPUs are made for; sums over rows are float32.
+Products are bf16, which the matrix units of CPUs and GPUs are made for; sums over rows are float32. ``compiled.py`` holds the same for
+one core of a CPU.
 
-T tokens  H heads  N head dim  D hidden  E experts  F expert width  K experts per token  R = T x K rows  t tokens of a document
+T tokens  H heads  N head dim  E rotated dims or experts  D hidden  F expert width  K experts per token  R = T x K rows and filling
 """
 
 from __future__ import annotations
@@ -13,19 +14,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_EPS = 1e-6
+Angles = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, rotated dims / 2]
+
+EPSILON = 1e-6
 _ROWS = 64
 _FILL = 32
 _BLOCK = 256  # rows of a block of scores: it stays in the cache of a CPU core
 
 
-class _Norm(torch.autograd.Function):
-    """Root mean square norm of x (float32 or bf16), times ``weight`` (float32), to bf16."""
+class Operations:
+    """What the network is made of besides products."""
 
+    def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Root mean square norm of x (float32 or bf16), times ``weight`` (float32), to bf16."""
+        out: Tensor = _Norm.apply(x, weight)  # type: ignore[no-untyped-call]
+        return out
+
+    def attend(self, q_THN: Tensor, kv_THN: Tensor, rope_TE: Tensor, angles: Angles, lengths: list[int], scale: float) -> Tensor:
+        """Causal attention inside each document of ``lengths``, [T, H, values]. The last dims of queries are yet to be rotated, as are
+        the keys' rope_TE, which all heads share; kv_THN holds the other dims of the keys, and the values."""
+        nope = q_THN.shape[2] - rope_TE.shape[1]
+        q_nope, q_rope = q_THN.split([nope, rope_TE.shape[1]], -1)
+        k_nope, v_THN = kv_THN.split([nope, kv_THN.shape[2] - nope], -1)
+        k_rope = rotate(rope_TE[:, None], angles).expand(-1, q_THN.shape[1], -1)
+        q_THN, k_THN = torch.cat([q_nope, rotate(q_rope, angles)], -1), torch.cat([k_nope, k_rope], -1)
+        out: Tensor = _DocumentAttention.apply(q_THN, k_THN, v_THN, lengths, scale)  # type: ignore[no-untyped-call]
+        return out
+
+    def swiglu(self, both: Tensor) -> Tensor:
+        """From gates and values side by side."""
+        gate, up = both.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def run_experts(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
+        """x_TD (bf16) through the experts ids_TK, summed with weights_TK (float32). w13 holds gate and up projection, w2 down."""
+        out: Tensor = _RoutedExperts.apply(x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
+        return out
+
+
+def rotate(x_THE: Tensor, angles: Angles) -> Tensor:
+    """Rotates the pairs (2i, 2i + 1); first members come first in the result."""
+    cos, sin = (part[:, None] for part in angles)
+    even, odd = x_THE[..., ::2], x_THE[..., 1::2]
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1).to(x_THE.dtype)
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         plain = x.float()
-        scale = plain.square().mean(-1, keepdim=True).add_(_EPS).rsqrt_()
+        scale = plain.square().mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
         unit = plain * scale
         ctx.save_for_backward(unit, scale, weight)
         ctx.dtype = x.dtype
@@ -39,11 +77,6 @@ class _Norm(torch.autograd.Function):
         grad = grad.mul_(weight)
         mean = (grad * unit).mean(-1, keepdim=True)
         return grad.addcmul_(unit, mean, value=-1).mul_(scale).to(ctx.dtype), dweight
-
-
-def normalise(x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = _Norm.apply(x, weight)  # type: ignore[no-untyped-call]
-    return out
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -107,15 +140,8 @@ def _blocks(lengths: list[int]) -> list[tuple[int, int, int]]:
     return found
 
 
-def attend(q_THN: Tensor, k_THN: Tensor, v_THN: Tensor, lengths: list[int], scale: float) -> Tensor:
-    out: Tensor = _DocumentAttention.apply(q_THN, k_THN, v_THN, lengths, scale)  # type: ignore[no-untyped-call]
-    return out
-
-
 class _RoutedExperts(torch.autograd.Function):
-    """x_TD (bf16) through the experts ids_TK, summed with weights_TK (float32). w13_EFD holds gate and up projection, w2_EDF down.
-
-    Rows are sorted by expert, and each expert's part is filled up to a multiple of ``_ROWS`` with rows of zeros: oneDNN compiles a
+    """Rows are sorted by expert, and each expert's part is filled up to a multiple of ``_ROWS`` with rows of zeros: oneDNN compiles a
     kernel for every new count of rows.
     """
 
@@ -125,17 +151,14 @@ class _RoutedExperts(torch.autograd.Function):
         place_R, ends = _places(ids_TK, len(w13))
         token_R = torch.arange(num, device=x_TD.device).repeat_interleave(top_k)
         x_RD = x_TD.new_zeros(ends[-1], x_TD.shape[1]).index_copy_(0, place_R, x_TD.index_select(0, token_R))
-        spans = _spans(ends)
         up_RF = x_RD.new_empty(len(x_RD), w13.shape[1])
-        for expert, rows in spans:
-            torch.mm(x_RD[rows], w13[expert].T, out=up_RF[rows])
+        multiply_experts(x_RD, w13, ends, up_RF)
         gate, up = up_RF.chunk(2, -1)
         act_RF = F.silu(gate) * up
         y_RD = torch.empty_like(x_RD)
-        for expert, rows in spans:
-            torch.mm(act_RF[rows], w2[expert].T, out=y_RD[rows])
+        multiply_experts(act_RF, w2, ends, y_RD)
         ctx.save_for_backward(x_RD, up_RF, act_RF, y_RD, place_R, weights_TK, w13, w2)
-        ctx.spans = spans
+        ctx.ends = ends
         y_TKD = y_RD.index_select(0, place_R).view(num, top_k, -1)
         return torch.bmm(weights_TK[:, None].to(y_TKD.dtype), y_TKD).squeeze(1)
 
@@ -148,17 +171,12 @@ class _RoutedExperts(torch.autograd.Function):
         dy_TKD = grads[0][:, None] * weights_TK[:, :, None].to(y_RD.dtype)
         dy_RD = torch.zeros_like(y_RD).index_copy_(0, place_R, dy_TKD.view(num * top_k, -1))
         dact_RF, dup_RF, dx_RD = torch.empty_like(act_RF), torch.empty_like(up_RF), torch.empty_like(x_RD)
-        dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
-        for expert, rows in ctx.spans:
-            torch.mm(dy_RD[rows], w2[expert], out=dact_RF[rows])
-            torch.mm(dy_RD[rows].T, act_RF[rows], out=dw2[expert])
+        dw2 = multiply_experts_back(dy_RD, act_RF, w2, ctx.ends, dact_RF)
         gate, up = up_RF.chunk(2, -1)
         width = act_RF.shape[1]
         dup_RF[:, :width] = torch.ops.aten.silu_backward(dact_RF * up, gate.contiguous())
         torch.mul(dact_RF, F.silu(gate), out=dup_RF[:, width:])
-        for expert, rows in ctx.spans:
-            torch.mm(dup_RF[rows], w13[expert], out=dx_RD[rows])
-            torch.mm(dup_RF[rows].T, x_RD[rows], out=dw13[expert])
+        dw13 = multiply_experts_back(dup_RF, x_RD, w13, ctx.ends, dx_RD)
         dx_TD = dx_RD.index_select(0, place_R).view(num, top_k, -1).sum(1)
         return dx_TD, None, dweights_TK.float(), dw13, dw2
 
@@ -181,6 +199,16 @@ def _spans(ends: list[int]) -> list[tuple[int, slice]]:
     return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
 
 
-def run_experts(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
-    out: Tensor = _RoutedExperts.apply(x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
-    return out
+def multiply_experts(x_RI: Tensor, weights: Tensor, ends: list[int], out: Tensor) -> None:
+    """Each expert's rows times its weights [E, outputs, inputs], into ``out``."""
+    for expert, rows in _spans(ends):
+        torch.mm(x_RI[rows], weights[expert].T, out=out[rows])
+
+
+def multiply_experts_back(grad: Tensor, x_RI: Tensor, weights: Tensor, ends: list[int], dx_RI: Tensor) -> Tensor:
+    """The gradient of ``multiply_experts`` with respect to its rows, into ``dx_RI``, and to the weights."""
+    dweights = torch.zeros_like(weights)
+    for expert, rows in _spans(ends):
+        torch.mm(grad[rows], weights[expert], out=dx_RI[rows])
+        torch.mm(grad[rows].T, x_RI[rows], out=dweights[expert])
+    return dweights

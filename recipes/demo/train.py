@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 
 from .batches import Packer, exact, held_out_cases
 from .cases.mixture import FAMILIES
+from .compiled import Compiled, build, supported
 from .export import copy_tokenizer, read_network
 from .files import STATE
 from .network import Network, Packed
@@ -34,7 +36,8 @@ SEED = 20261121
 WARMUP_STEPS = 60
 BALANCE_RATE = 0.002
 MTP_WEIGHT = 0.2
-MTP_EVERY = 2  # steps
+MTP_EVERY = 4  # steps
+LONG_EVERY = 4  # steps; all workers have a long conversation in the same step, since they wait for each other
 STEPS_OF_A_CHECKPOINT = 10_000  # where a training begins that goes on from a checkpoint: past warm-up and the growth of contexts
 JUDGED_CASES = 40
 JUDGED_LENGTH = 1500
@@ -49,7 +52,6 @@ class Settings:
     batch: int
     muon_rate: float
     adam_rate: float
-    long_share: float
     longest: int
     decay: float
     judge_every: float
@@ -155,9 +157,9 @@ class Trainer:
 
     def _batch(self) -> Packed:
         s = self.settings
-        long_share = s.long_share * min(1.0, self.step / 1500)
-        longest = min(s.longest, 400 + self.step)
-        batch = self.packer.training_batch(f"{SEED} {self.step} {self.worker}", s.batch, long_share, longest)
+        length = random.Random(self.step).randint(300, min(s.longest, 400 + self.step))
+        long = length if self.step % LONG_EVERY == LONG_EVERY // 2 else 0
+        batch = self.packer.training_batch(f"{SEED} {self.step} {self.worker}", s.batch, long)
         return Packed(batch.tokens_T.to(self.device), batch.weights_T.to(self.device), batch.lengths)
 
     def _offer(self, sums: torch.Tensor) -> None:
@@ -243,7 +245,9 @@ def _read_decay() -> float:
 def share(settings: Settings, device: torch.device, context: Any) -> Shared:
     """The network, new or from the last state, and the rest that workers share."""
     torch.manual_seed(SEED)
-    network = Network(CONFIG).to(device)
+    compiled = device.type == "cpu" and supported()
+    print("compiled operations" if compiled else "plain operations", flush=True)
+    network = Network(CONFIG, Compiled(build()) if compiled else None).to(device)
     optimiser = Optimiser(network, settings.workers)
     decided = torch.zeros(5, dtype=torch.float64)
     states = [settings.resume] if settings.resume else sorted(STATE.glob("step-*.pt"))
@@ -282,8 +286,7 @@ def _parse() -> tuple[Settings, Path | None]:
     parser.add_argument("--batch", type=int, default=4096, help="tokens of a worker in a step")
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
-    parser.add_argument("--long-share", type=float, default=0.15, help="part of the recall cases that are long")
-    parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest of them")
+    parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest conversation")
     parser.add_argument("--decay", type=float, default=0.0, help="minutes of the decay, which begins at once")
     parser.add_argument("--judge-every", type=float, default=240.0, help="seconds")
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds")

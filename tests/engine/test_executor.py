@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,6 +183,20 @@ def test_bias(qwen: Path) -> None:
     )
     tokens = Driver(build_executor(qwen), [Request(prompts[0], 5, biased), Request(prompts[1], 5)]).run()
     assert tokens == [[77] * 5, _alone(qwen, Request(prompts[1], 5))]
+
+
+def test_tokens_are_drawn_by_the_column_of_the_model(qwen: Path) -> None:
+    executor = build_executor(qwen)
+    model, called = executor.model, []
+
+    def noted(name: str) -> Callable[..., object]:
+        real = getattr(model.ops, name)
+        return lambda *arguments: (called.append(name), real(*arguments))[1]
+
+    model.ops = dataclasses.replace(model.ops, **{name: noted(name) for name in ("edit_logits", "sample", "logprobs")})
+    sampling = Sampling(temperature=0.0, num_logprobs=1, presence_penalty=1.0)
+    Driver(executor, [Request(_prompts(1)[0], 2, sampling)]).run()
+    assert called == ["edit_logits", "sample", "logprobs"] * 2
 
 
 def test_empty_steps_counts_and_checksums(qwen: Path) -> None:

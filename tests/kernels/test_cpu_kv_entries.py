@@ -1,19 +1,18 @@
-"""Compiled reading and writing of FP8 entries, bit for bit as the plain definition; and attention over pages of every format."""
+"""Compiled reading and writing of entries, bit for bit as the plain definition."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels import attention as reference
-from lockstep.kernels import cpu_attention, cpu_kv_entries, cpu_rope, kv_entries, rope
+from lockstep.kernels import cpu_kv_entries, cpu_rope, kv_entries
+from lockstep.kernels.cpu_arrays import array
+from lockstep.kernels.cpu_kv_entries import Run, place_of_heads
 from lockstep.kernels.kv_format import head_entry, latent_entry
-from lockstep.kernels.rope import angles, frequencies
+from lockstep.kernels.rope import Angles, angles
 from support.fp8_entries import heads_in
-from support.paged_rows import PAGE_SIZE, PagedRows
+from support.paged_rows import PAGE_SIZE
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 NUM_PLACES = 600
@@ -30,18 +29,42 @@ def spread(*shape: int) -> Tensor:
     return x
 
 
+def unturned(num_tokens: int) -> Angles:
+    return angles(torch.zeros(num_tokens, dtype=torch.int64), torch.ones(1))
+
+
+def write_heads(cache: Tensor, write: Tensor, x: Tensor) -> None:
+    """As keys first, then as values, which must leave the same."""
+    other = cache.clone()
+    qkv = torch.cat([x, x, torch.zeros_like(x)], 1), torch.cat([x, torch.zeros_like(x), x], 1)
+    cpu_rope.norm_rotate_and_write(qkv[0], None, unturned(len(x)), (other, torch.empty_like(cache)), write, False)
+    cpu_rope.norm_rotate_and_write(qkv[1], None, unturned(len(x)), (torch.empty_like(cache), cache), write, False)
+    assert torch.equal(cache[write].nan_to_num(3), other[write].nan_to_num(3))
+
+
+def read_heads(cache: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values of ``PAGES`` but for the last three positions, head by head: [n, K, D]."""
+    place, run = place_of_heads(cache, dim), Run(array(PAGES), PAGE_SIZE, 0, len(PAGES) * PAGE_SIZE - 3)
+    heads = []
+    for head in range(kv_entries.num_kv_heads(cache, dim)):
+        out = torch.full((len(PAGES) * PAGE_SIZE + 2, dim), 7, dtype=dtype)
+        cpu_kv_entries.read(array(cache).reshape(len(cache), -1), place, head, run, 0, array(out))
+        assert not out[run.end :].any()
+        heads.append(out[: run.end])
+    return torch.stack(heads, 1)
+
+
 @DTYPES
 @pytest.mark.parametrize(("num_tokens", "heads", "dim"), [(4, 1, 4), (20, 3, 20), (300, 4, 128)])
 def test_heads(num_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
-    x = spread(num_tokens, 2 * heads, dim).to(dtype)[:, heads:]
+    x = spread(num_tokens, heads, dim).to(dtype)
     write = torch.randperm(NUM_PLACES, generator=torch.Generator().manual_seed(1))[:num_tokens]
     found, expected = (torch.full((NUM_PLACES, *head_entry("fp8", heads, dim)), 7, dtype=torch.uint8) for _ in range(2))
-    cpu_kv_entries.write_heads(found, write, x)
+    write_heads(found, write, x)
     kv_entries.write_heads(expected, write, x)
     assert torch.equal(found, expected)
     for out in (torch.float32, torch.bfloat16):
-        read, wanted = (part.gather_heads(found, PAGES, PAGE_SIZE, dim, out) for part in (cpu_kv_entries, kv_entries))
-        assert read.dtype == out and torch.equal(read, wanted)
+        assert torch.equal(read_heads(found, dim, out), kv_entries.gather_heads(found, PAGES, PAGE_SIZE, dim, out)[:-3])
 
 
 @DTYPES
@@ -50,7 +73,7 @@ def test_latents(num_tokens: int, latent: int, rotated: int, dtype: torch.dtype)
     c, k = spread(num_tokens, latent + rotated).to(dtype).split([latent, rotated], 1)
     write = torch.randperm(NUM_PLACES, generator=torch.Generator().manual_seed(1))[:num_tokens]
     found, expected = (torch.full((NUM_PLACES, *latent_entry("fp8", latent, rotated)), 7, dtype=torch.uint8) for _ in range(2))
-    cpu_kv_entries.write_latents(found, write, c, k)
+    cpu_rope.rotate_and_write_latent(k[:, None], c, k, unturned(num_tokens), found, write, False)
     kv_entries.write_latents(expected, write, c, k)
     assert torch.equal(found, expected)
     found[:] = kv_entries.encode_latents(torch.randn(NUM_PLACES, latent), torch.randn(NUM_PLACES, rotated))
@@ -63,93 +86,16 @@ def test_what_is_not_a_number_stays_visible() -> None:
     x = torch.ones(1, 1, 16)
     x[0, 0, 3] = torch.nan
     cache = torch.zeros(PAGE_SIZE, 20, dtype=torch.uint8)
-    cpu_kv_entries.write_heads(cache, torch.tensor([0]), x)
+    write_heads(cache, torch.tensor([0]), x)
     assert heads_in(cache[:1], 1, 16).isnan().all()
 
 
-def test_numbers_and_other_dtypes_are_left_to_the_definition() -> None:
-    cache = torch.zeros(PAGE_SIZE, 2, 8)
-    cpu_kv_entries.write_heads(cache, torch.tensor([1]), torch.ones(1, 2, 8))
-    assert cache[1].all() and torch.equal(cpu_kv_entries.gather_heads(cache, PAGES[1:2], PAGE_SIZE, 8, torch.float32), cache)
-    eight = kv_entries.encode_heads(torch.randn(PAGE_SIZE, 2, 8))
-    assert torch.equal(cpu_kv_entries.gather_heads(eight, PAGES[1:2], PAGE_SIZE, 8, torch.float64).float(), heads_in(eight, 2, 8))
-
-
-CASES = {
-    "decode": ([(0, 1), (17, 1), (63, 1), (64, 1), (129, 1)], 5),
-    "far apart": ([(700, 1), (2, 1)], 2),
-    "both": ([(5, 1), (64, 1), (0, 20), (11, 3)], 2),
-    "extends": ([(0, 9), (30, 12)], 0),
-    "nothing": ([], 0),
-}
-FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
-    "fp32": lambda x: x.clone(),
-    "bf16": lambda x: x.bfloat16(),
-    "fp8": kv_entries.encode_heads,
-}
-
-
-@pytest.mark.parametrize("kv_format", FORMATS)
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_attention(case: str, kv_heads: int, kv_format: str, dtype: torch.dtype, tolerance: float) -> None:
-    torch.manual_seed(0)
-    rows, dim = PagedRows(*CASES[case]), 20
-    caches = [torch.full((rows.num_pages * PAGE_SIZE, kv_heads, dim), 1e3) for _ in range(2)]
-    for row in range(len(rows.starts)):
-        for cache in caches:
-            cache[rows.places(row)] = torch.randn(len(rows.places(row)), kv_heads, dim)
-    k_cache, v_cache = (FORMATS[kv_format](cache) for cache in caches)
-    numbers = [heads_in(cache, kv_heads, dim) if kv_format == "fp8" else cache.float() for cache in (k_cache, v_cache)]
-    q = torch.randn(int(rows.counts.sum()), 6, dim).to(dtype)
-    out = cpu_attention.attend(q, k_cache, v_cache, rows.batch, 0.3)
-    expected = reference.attend(q.float(), numbers[0], numbers[1], rows.batch, 0.3)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_large_scores_do_not_overflow() -> None:
-    """The running softmax starts anew where a later block holds a much larger score."""
-    rows = PagedRows([(200, 1)], 1)
-    k, v = torch.zeros(rows.num_pages * PAGE_SIZE, 1, 8), torch.randn(rows.num_pages * PAGE_SIZE, 1, 8)
-    k[rows.places(0)[150]], k[rows.places(0)[10]] = 300.0, -300.0
-    q = torch.ones(1, 2, 8)
-    out = cpu_attention.attend(q, k, v, rows.batch, 1.0)
-    torch.testing.assert_close(out[0, 0], v[rows.places(0)[150], 0])
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_those_beside_it(threads: int) -> None:
-    rows = PagedRows([(300, 1), (70, 1), (9, 1)], 3)
-    caches = [kv_entries.encode_heads(torch.randn(rows.num_pages * PAGE_SIZE, 4, 16)) for _ in range(2)]
-    q = torch.randn(3, 8, 16)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = cpu_attention.attend(q, *caches, rows.batch, 0.25)
-        for row in range(3):
-            alone = PagedRows([(300, 1), (70, 1), (9, 1)], 3).batch
-            alone.num_decode, alone.pages_RP, alone.lengths_R = 1, alone.pages_RP[row : row + 1], alone.lengths_R[row : row + 1]
-            alone.query_starts, alone.lengths = (0, 1), alone.lengths[row : row + 1]
-            assert torch.equal(cpu_attention.attend(q[row : row + 1], *caches, alone, 0.25), together[row : row + 1])
-    finally:
-        torch.set_num_threads(before)
-
-
 @DTYPES
-@pytest.mark.parametrize("turned", [16, 8])
-def test_rotation_with_the_write(turned: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(7, 6 + 2 + 2, 16, generator=generator).to(dtype).split([6, 2, 2], 1)
-    rotation = angles(torch.arange(7) * 31, frequencies(turned, 100.0))
-    write = torch.randperm(NUM_PLACES, generator=generator)[:7]
-    results = []
-    for column in (cpu_rope, rope):
-        cache = [torch.full((NUM_PLACES, *head_entry("fp8", 2, 16)), 7, dtype=torch.uint8) for _ in range(2)]
-        results.append((column.rotate_and_write(q, k, v, rotation, (cache[0], cache[1]), write, False), *cache))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-2, atol=1e-2)
-    assert torch.equal(results[0][2], results[1][2])
-    found, expected = (heads_in(result[1], 2, 16) for result in results)
-    torch.testing.assert_close(found[write], expected[write], rtol=0.13, atol=1e-2)  # a key may be rounded to the next eight bits
-    assert (results[0][1] != results[1][1]).float().mean() < 0.01
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_numbers(stored: torch.dtype, dtype: torch.dtype) -> None:
+    cache = torch.randn(NUM_PLACES, 2, 20).to(stored)
+    write_heads(cache, torch.tensor([1]), torch.ones(1, 2, 20).to(dtype))
+    assert (cache[1] == 1).all()
+    assert torch.equal(read_heads(cache, 20, dtype), kv_entries.gather_heads(cache, PAGES, PAGE_SIZE, 20, dtype)[:-3])
+    latents = cache.view(NUM_PLACES, -1)
+    assert torch.equal(*(part.gather_latents(latents, PAGES, PAGE_SIZE, 30, dtype) for part in (cpu_kv_entries, kv_entries)))

@@ -35,3 +35,16 @@ def test_silu_at_the_ends() -> None:
     gate = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]])
     got = cpu_norm.silu_mul(torch.cat([gate, torch.ones(1, 5)], -1))
     torch.testing.assert_close(got, torch.tensor([[0.0, 0.0, 0.0, 90.0, 1e4]]), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [40, 1000])
+def test_a_row_is_the_same_alone_and_among_many(dim: int, dtype: torch.dtype) -> None:
+    """To the bit: a few rows stay on one thread, many are shared out."""
+    x, update = (torch.randn(600, dim, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2))
+    weight = torch.randn(dim).to(dtype)
+    normed, (total, added) = cpu_norm.rms_norm(x, weight, 1e-6), cpu_norm.add_rms_norm(x, update, weight, 1e-6)
+    for rows in (slice(0, 1), slice(3, 8), slice(599, 600)):
+        assert torch.equal(cpu_norm.rms_norm(x[rows], weight, 1e-6), normed[rows])
+        own_total, own = cpu_norm.add_rms_norm(x[rows], update[rows], weight, 1e-6)
+        assert torch.equal(own_total, total[rows]) and torch.equal(own, added[rows])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels.mla import mla_attend
+from lockstep.kernels import cpu_mla, mla
+from lockstep.kernels.kv_entries import decode_latents, encode_latents
 from lockstep.kernels.paged import write_entries
 from support.paged_rows import PAGE_SIZE, PagedRows
 
@@ -42,7 +45,10 @@ def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, 
 @pytest.mark.parametrize("value_dim", [8, 18, 24])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
-def test_equals_the_definition(case: str, value_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("column", [mla, cpu_mla])
+def test_equals_the_definition(
+    column: ModuleType, case: str, value_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
     num_tokens = int(rows.counts.sum())
@@ -54,10 +60,26 @@ def test_equals_the_definition(case: str, value_dim: int, dtype: torch.dtype, ca
     latent = torch.randn(num_tokens, LATENT + ROPE).to(dtype)
     expand = (torch.randn(HEADS, NOPE + value_dim, LATENT) * LATENT**-0.5).to(dtype)
     write_entries(cache, rows.batch.write_T, latent)
-    out = mla_attend(q_nope, q_rope, cache, expand, rows.batch, SCALE)
+    out = column.mla_attend(q_nope, q_rope, cache, expand, rows.batch, SCALE)
     assert (out.shape, out.dtype) == ((num_tokens, HEADS, value_dim), dtype)
     for row, start in enumerate(rows.starts.tolist()):
         tokens, places = rows.queries(row), rows.places(row)
         assert torch.equal(cache[places[start:]], latent[tokens].to(cache_dtype))
         expected = definition(q_nope[tokens], q_rope[tokens], cache[places], expand, start)
         torch.testing.assert_close(out[tokens].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
+def test_compiled_at_the_size_of_deepseek(kv_format: str, page_size: int) -> None:
+    """Entries whose first dims are values, read where they lie or converted, over rows in several parts."""
+    torch.manual_seed(0)
+    rows, (heads, nope, rope, latent, value) = PagedRows([(600, 1), (70, 1), (40, 30)], 2, page_size=page_size), (3, 24, 64, 512, 16)
+    c, k = torch.randn(rows.num_pages * page_size, latent + rope).split([latent, rope], 1)
+    cache = encode_latents(c, k) if kv_format == "fp8" else torch.cat([c, k], 1).bfloat16()
+    numbers = decode_latents(cache, latent, torch.float32) if kv_format == "fp8" else cache.float()
+    q_nope, q_rope = torch.randn(32, heads, nope).bfloat16(), torch.randn(32, heads, rope).bfloat16()
+    expand = (torch.randn(heads, nope + value, latent) * latent**-0.5).bfloat16()
+    out = cpu_mla.mla_attend(q_nope, q_rope, cache, expand, rows.batch, 0.1)
+    expected = mla.mla_attend(q_nope.float(), q_rope.float(), numbers, expand.float(), rows.batch, 0.1)
+    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)

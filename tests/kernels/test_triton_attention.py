@@ -12,6 +12,7 @@ from lockstep.kernels.attention import attend as reference
 from lockstep.kernels.kv_entries import write_heads
 from lockstep.kernels.kv_format import head_entry
 from lockstep.kernels.triton_attention import attend
+from lockstep.kernels.triton_tiles import DEFAULT, AttendTile, Tiles
 from support.fp8_entries import heads_in
 from support.paged_rows import PAGE_SIZE, PagedRows, on_device
 from support.poison import DEVICE, poisoned
@@ -35,6 +36,11 @@ CASES = {
     "both": ([(5, 1), (64, 1), (0, 20), (11, 3)], 2),
     "nothing": ([], 0),
 }
+
+
+def in_splits(splits: int, keys: int = 64) -> Tiles:
+    tile = AttendTile(16, keys, 4, 3, splits=splits)
+    return dataclasses.replace(DEFAULT, decode=tile, decode_fp8=tile)
 
 
 def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tensor:
@@ -63,7 +69,7 @@ def test_equals_the_definition(
     q = torch.randn(int(rows.counts.sum()), heads + 2, dim).to(DEVICE, dtype)[:, 1:-1]
     for splits in (1, 3) if "decode" in case else (0,):
         with poisoned():
-            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, splits)
+            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, in_splits(splits))
         assert (out.shape, out.dtype) == (q.shape, dtype)
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
@@ -85,7 +91,7 @@ def test_fp8_pages(case: str, heads: int, kv_heads: int, dim: int, dtype: torch.
     k_cache, v_cache = (cache.to(DEVICE) for cache in caches)
     for splits in (1, 3) if "decode" in case else (0,):
         with poisoned():
-            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, splits)
+            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, in_splits(splits))
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
             k, v = (heads_in(cache[places], kv_heads, dim).to(DEVICE) for cache in caches)
@@ -102,16 +108,33 @@ def test_equals_the_reference_at_a_real_head() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64])
+def test_pages_of_any_size_beside_blocks_of_32_keys(page_size: int) -> None:
+    torch.manual_seed(2)
+    rows = PagedRows([(140, 1), (65, 1), (3, 5), (50, 9)], 2, page_size=page_size)
+    caches = [torch.full((rows.num_pages * page_size, 2, 16), float("nan"), device=DEVICE) for _ in range(2)]
+    for cache in caches:
+        for row in range(len(rows.starts)):
+            cache[rows.places(row)] = torch.randn(len(rows.places(row)), 2, 16, device=DEVICE)
+    q = torch.randn(16, 4, 16, device=DEVICE)
+    tiles = dataclasses.replace(in_splits(3, keys=32), extend=AttendTile(16, 32, 4, 3))
+    out = attend(q, caches[0], caches[1], on_device(rows.batch, DEVICE), SCALE, tiles)
+    for row, start in enumerate(rows.starts.tolist()):
+        tokens, places = rows.queries(row), rows.places(row)
+        expected = definition(q[tokens], caches[0][places], caches[1][places], start)
+        torch.testing.assert_close(out[tokens].double(), expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_row_of_length_zero_gives_zeros(splits: int) -> None:
     rows = PagedRows([(5, 1), (9, 1)], 2)
     caches = [torch.randn(rows.num_pages * PAGE_SIZE, 1, 16, device=DEVICE) for _ in range(2)]
     q = torch.randn(2, 4, 16, device=DEVICE)
     batch = on_device(rows.batch, DEVICE)
-    whole = attend(q, *caches, batch, SCALE, splits)
+    whole = attend(q, *caches, batch, SCALE, in_splits(splits))
     batch.lengths_R[1] = 0
     with poisoned():
-        out = attend(q, *caches, batch, SCALE, splits)
+        out = attend(q, *caches, batch, SCALE, in_splits(splits))
     assert torch.equal(out[0], whole[0]) and not out[1].any()
 
 

@@ -5,6 +5,7 @@ The interpreter shows what a kernel computes; it accepts programs that the compi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,8 @@ MATRIX_KERNELS = {
     "triton_experts_fp8._up_fp8_kernel",
     "triton_experts_fp8._down_fp8_kernel",
     "triton_attend._attend_kernel",
+    "triton_mla_prefill._expand_kernel",
+    "triton_mla_prefill._attend_window_kernel",
 }
 
 
@@ -40,7 +43,8 @@ def test_every_kernel_compiles(needs: dict[str, list[dict[str, int]]]) -> None:
     kernels = set()
     for path in folder.glob("triton_*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
-        names = [line.removeprefix("def ").partition("(")[0] for at, line in enumerate(lines) if at and lines[at - 1] == "@triton.jit"]
+        defined = [line for before, line in itertools.pairwise(lines) if before.startswith("@triton.jit")]
+        names = [line.removeprefix("def ").partition("(")[0] for line in defined]
         kernels |= {f"{path.stem}.{name}" for name in names if name.endswith("_kernel")}
     assert set(needs) == kernels
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import experts as reference
-from lockstep.kernels.triton_experts import Tile, default_tile, experts, experts_tiled, weighted_sum
+from lockstep.kernels.triton_experts import experts, experts_tiled, weighted_sum
+from lockstep.kernels.triton_tiles import DEFAULT, ExpertTile, ProductTile
 from support.poison import DEVICE, poisoned
 
 CASES = {
@@ -21,7 +22,7 @@ CASES = {
 SIZES = [(128, 64), (40, 24), (72, 130)]
 # bf16 is cut, not rounded, by the interpreter, and the intermediate is stored in it.
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
-SMALL = Tile(rows=16, columns=32, depth=32, warps=4, stages=2)
+SMALL = ExpertTile(0, 16, ProductTile(columns=32, depth=32, warps=4, stages=2), ProductTile(columns=16, depth=32, warps=4, stages=2))
 
 
 def weights(hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def test_default_tiles_and_rows_that_are_views(num_pairs: int) -> None:
 
 
 def test_larger_groups_get_larger_tiles() -> None:
-    assert [default_tile(pairs, 8).rows for pairs in (8, 128, 129, 512, 513)] == [16, 16, 64, 64, 128]
+    assert [DEFAULT.of_experts(pairs, 8).rows for pairs in (8, 128, 129, 512, 513)] == [16, 16, 64, 64, 128]
 
 
 def test_padding_in_a_block_is_never_multiplied() -> None:

@@ -8,8 +8,9 @@ import torch
 from lockstep.kernels import fp8 as reference
 from lockstep.kernels import triton_fp8
 from lockstep.kernels.fp8 import Quantised, quantise_blocks, quantise_rows, quantise_w13, widen_rows
-from lockstep.kernels.triton_experts_fp8 import experts_fp8
-from support.poison import DEVICE
+from lockstep.kernels.triton_experts_fp8 import experts_fp8_tiled
+from lockstep.kernels.triton_tiles import ExpertTile, ProductTile
+from support.poison import DEVICE, poisoned
 
 # Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among the smallest.
 STEP = 2.0**-3
@@ -30,19 +31,23 @@ def test_rows_and_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, update = ((torch.randn(shape, generator=generator) * 3).to(DEVICE, dtype) for _ in range(2))
     weight = torch.randn(shape[1], generator=generator).to(DEVICE, dtype)
-    assert_same(triton_fp8.quantise_rows(x), reference.quantise_rows(x))
-    assert_same(triton_fp8.rms_norm_fp8(x, weight, 1e-6), reference.rms_norm_fp8(x, weight, 1e-6))
-    total, normed = triton_fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
+    with poisoned():
+        rows, plain = triton_fp8.quantise_rows(x), triton_fp8.rms_norm_fp8(x, weight, 1e-6)
+        total, normed = triton_fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
+    assert_same(rows, reference.quantise_rows(x))
+    assert_same(plain, reference.rms_norm_fp8(x, weight, 1e-6))
     # The interpreter's sum in bf16 is cut; its norm is checked against its own sum.
     torch.testing.assert_close(total, x + update, rtol=1.6e-2, atol=1e-2)
     assert_same(normed, reference.rms_norm_fp8(total, weight, 1e-6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 256), (2, 600), (1, 2 * 1300), (0, 256)])
 def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    assert_same(triton_fp8.silu_mul_fp8(x), reference.silu_mul_fp8(x))
+    with poisoned():
+        h = triton_fp8.silu_mul_fp8(x)
+    assert_same(h, reference.silu_mul_fp8(x))
 
 
 def test_zeros_stay_zeros() -> None:
@@ -65,10 +70,12 @@ CASES = {
 }
 
 
+# Columns of both products: narrower than a group, the activation is quantised by the second.
+@pytest.mark.parametrize("columns", [(128, 128), (32, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "width"), [(128, 128), (256, 200), (144, 40)])
 @pytest.mark.parametrize("case", CASES)
-def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype) -> None:
+def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype, columns: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(2)
     slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)
     rows = torch.randint(0, 5, (len(slots),), generator=generator).to(DEVICE)
@@ -79,7 +86,9 @@ def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype) -> None
     w2_SDF = torch.randn(4, hidden, width, generator=generator) * width**-0.5 * powers(generator, 4, hidden, width)
     w2 = quantise_blocks(w2_SDF.to(DEVICE))
     counts, expected_counts = (torch.ones(4, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    y = experts_fp8(x, (rows, slots), w13, w2, counts, dtype)
+    tile = ExpertTile(0, 16, ProductTile(columns[0], 128, 4, 2), ProductTile(columns[1], 128, 4, 2))
+    with poisoned():
+        y = experts_fp8_tiled(x, (rows, slots), (w13, w2), counts, dtype, tile)
     expected = reference.experts_fp8(x, (rows, slots), w13, w2, expected_counts, dtype)
     assert y.dtype == dtype and not y[slots < 0].any() and torch.equal(counts, expected_counts)
     error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)

@@ -154,6 +154,21 @@ def test_pairs_of_row_minus_one_change_nothing() -> None:
         assert (changed != logits).nonzero().tolist() == [[1, 4]]
 
 
+@pytest.mark.parametrize("vocab", [1, 32, 50, 5003])
+def test_tokens_outside_a_bitmask_are_refused(vocab: int) -> None:
+    rng = np.random.default_rng(1)
+    rows = np.array([3, 0])
+    bits = rng.integers(-(2**31), 2**31, (2, -(-vocab // 32)), np.int64).astype(np.int32)
+    got, expected = random_logits(4, vocab), random_logits(4, vocab)
+    triton_sampling.allow_only(got, rows, bits)
+    reference.allow_only(expected, rows, bits)
+    assert torch.equal(got, expected)
+    changed = random_logits(4, vocab)
+    padding = torch.full((2,), -1, device=DEVICE)
+    triton_sampling.edit_allowed(changed, padding, torch.from_numpy(bits).to(DEVICE))
+    assert torch.equal(changed, random_logits(4, vocab))
+
+
 @pytest.mark.parametrize("vocab", [50, 5003])
 def test_logprobs_equal_the_reference(vocab: int) -> None:
     logits = random_logits(3, vocab)

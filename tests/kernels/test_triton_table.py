@@ -34,7 +34,7 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
         assert ops_of("cpu") is ops_of("cpu")
         assert ops_of("triton") is ops_of("triton")
     messages = [record.message for record in caplog.records]
-    assert messages == ["kernels: column cpu", "kernels: column triton, default tile sizes (no card has a tuning table yet)"]
+    assert messages == ["kernels: column cpu", "kernels: column triton"]
 
 
 def test_devices_and_unknown_columns() -> None:

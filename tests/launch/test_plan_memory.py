@@ -20,8 +20,10 @@ from lockstep.engine import kv_pool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.rank import load_executor
 from lockstep.engine.specs import Keys, Layout, RankSpec
+from lockstep.kernels import cpu_blocks
 from lockstep.kernels.cpu_linear import PackedSlots
 from lockstep.launch import plan_memory
+from lockstep.launch.hardware import load_hardware
 from lockstep.launch.plan import Plan, plan_recipe
 from lockstep.launch.plan_memory import memory_of, page_bytes
 from lockstep.launch.plan_model import read_shape
@@ -90,8 +92,17 @@ def store() -> Iterator[TCPStore]:
 
 
 def planned(path: Path, num_ranks: int, overrides: list[str]) -> Plan:
-    text = f"model: {{path: {path}}}\ncluster: {{device: cpu, ranks_per_node: {num_ranks}}}\nkv_cache: {{memory: {KV_MEMORY}}}\n"
+    cluster = f"{{device: cpu, hardware: {profile_of_this_cpu(path.parent)}, ranks_per_node: {num_ranks}}}"
+    text = f"model: {{path: {path}}}\ncluster: {cluster}\nkv_cache: {{memory: {KV_MEMORY}}}\n"
     return plan_recipe(parse_recipe(text, overrides), path)
+
+
+def profile_of_this_cpu(folder: Path) -> Path:
+    """The packaged one, but for how this processor holds experts."""
+    profile = load_hardware("cpu").model_dump(exclude_none=True) | {"packs_experts_twice": not cpu_blocks.usable()}
+    file = folder / "this_cpu.yaml"
+    file.write_text(json.dumps(profile), encoding="utf-8")
+    return file
 
 
 def packed_bytes(model: torch.nn.Module) -> int:

@@ -99,6 +99,44 @@ def pairs_of(seen: object, unseen: object) -> Iterator[tuple[list[str], list[str
         yield seen, unseen
 
 
+def unseen_phrases(family: str) -> list[re.Pattern[str]]:
+    """Held-out requests of a family; any text stands for a value."""
+    texts = phrases(family)
+    if family == "arithmetic":
+        templates = [each for part in ("direct_unseen", "stories_unseen") for found in texts[part].values() for each in found]
+    else:
+        names = {"lists": ("up", "down", "names", "back"), "extraction": ("requests",), "recall": ("ask", "ask_mine")}[family]
+        templates = [template for name in names for template in texts[f"{name}_unseen"]]
+    return [re.compile(re.sub(r"\\{\w\\}", ".+", re.escape(template.rstrip("."))) + r"\.?") for template in templates]
+
+
+@pytest.mark.parametrize("family", ["arithmetic", "lists", "extraction", "recall"])
+def test_training_never_asks_in_a_phrase_that_is_held_out(family: str) -> None:
+    patterns = unseen_phrases(family)
+    dice = Dice("phrases", held_out=False)
+    said = [FAMILIES[family](dice).messages[-1]["content"] for _ in range(1500)]
+    assert not [text for text in said if any(each.fullmatch(text) for each in patterns)]
+    asked = [case.messages[-1]["content"] for case in held_out(family)]
+    assert sum(any(each.search(text) for each in patterns) for text in asked) == len(asked)
+
+
+def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
+    """The template leaves reasoning of earlier answers out: learned so, answers would come without it."""
+    dice = Dice("earlier", held_out=False)
+    learned = [message for _ in range(600) for message in draw_case(dice).messages if "learn" in message]
+    assert len(learned) > 300
+    assert {"tool_calls" in message for message in learned} == {True, False}
+    assert not any("reasoning_content" in message for message in learned)
+
+
+def test_lists_are_worked_out_from_what_was_given() -> None:
+    for case in held_out("lists"):
+        given, result = case.answer["reasoning_content"].split(": ")
+        keys = dict(each.split("=") for each in given.split()) if "=" in given else {f"{int(each):02}": each for each in given.split()}
+        looked_up = [keys[each.split("=")[0]] for each in result.split()]
+        assert [str(int(each)) if each.isdigit() else each for each in looked_up] == re.split(", |[ -]", case.answer["content"])
+
+
 def test_training_never_names_a_held_out_tool_or_field() -> None:
     dice = Dice("test", held_out=False)
     cases = [draw_case(dice) for _ in range(600)]

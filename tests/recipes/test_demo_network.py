@@ -17,9 +17,10 @@ from lockstep.engine.models.config import load_config
 from lockstep.launch.recipe_file import find_recipe
 from lockstep.recipes.demo import routing
 from lockstep.recipes.demo.batches import Packer
+from lockstep.recipes.demo.compiled import Compiled, build, supported
 from lockstep.recipes.demo.export import checkpoint_tensors, export, read_network
 from lockstep.recipes.demo.network import Network, Packed
-from lockstep.recipes.demo.operations import attend, normalise, run_experts
+from lockstep.recipes.demo.operations import Operations, rotate
 from lockstep.recipes.demo.optimiser import Optimiser, orthogonal
 from lockstep.recipes.demo.shape import CONFIG
 
@@ -38,23 +39,49 @@ def check_gradients(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> No
     """Values and gradients agree as far as bf16 goes."""
     assert apart(found, expected) < 0.01
     grad = torch.randn(found.shape)
-    got = torch.autograd.grad(found, leaves, grad.to(found.dtype))
+    got = torch.autograd.grad(found, leaves, grad.to(found.dtype), retain_graph=True)
     want = torch.autograd.grad(expected, leaves, grad.to(expected.dtype))
     assert max(apart(a, b) for a, b in zip(got, want, strict=True)) < 0.02
 
 
-def test_attention_stays_inside_documents() -> None:
+@pytest.fixture(scope="module", params=["plain", "compiled"])
+def operations(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Operations:
+    if request.param == "plain":
+        return Operations()
+    if not supported():
+        pytest.skip("needs g++ and a CPU with AVX512-BF16")
+    return Compiled(build(tmp_path_factory.mktemp("library")))
+
+
+def test_attention_stays_inside_documents(operations: Operations) -> None:
     torch.manual_seed(0)
-    lengths = [5, 130, 300, 1, 64]
-    q, k, v = (rough(sum(lengths), 2, 32) for _ in range(3))
-    parts = zip(*(x.float().split(lengths) for x in (q, k, v)), strict=True)
+    lengths = [5, 130, 500, 1, 64]
+    num = sum(lengths)
+    q, kv, wide = rough(num, 2, 64), rough(num, 2, 96), rough(num, 48)
+    turns = torch.rand(num, 16) * 6
+    angles = turns.cos(), turns.sin()
+    rope = wide[:, 16:]
+    queries = torch.cat([q[..., :32], rotate(q[..., 32:], angles)], -1)
+    keys = torch.cat([kv[..., :32], rotate(rope[:, None], angles).expand(-1, 2, -1)], -1)
+    parts = zip(*(x.float().split(lengths) for x in (queries, keys, kv[..., 32:])), strict=True)
     expected = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=True, scale=0.25).transpose(0, 1) for part in parts
     ]
-    check_gradients(attend(q, k, v, lengths, 0.25), torch.cat(expected), [q, k, v])
+    check_gradients(operations.attend(q, kv, rope, angles, lengths, 0.25), torch.cat(expected), [q, kv, wide])
 
 
-def test_experts_sum_with_weights() -> None:
+def test_pairs_are_rotated() -> None:
+    x, turn = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]]), torch.tensor([[torch.pi / 2, torch.pi]])
+    assert rotate(x, (turn.cos(), turn.sin())).flatten().tolist() == pytest.approx([0.0, 0.0, 1.0, -2.0], abs=1e-6)
+
+
+def test_swiglu(operations: Operations) -> None:
+    torch.manual_seed(0)
+    both = rough(50, 96)
+    check_gradients(operations.swiglu(both), F.silu(both.float()[:, :48]) * both.float()[:, 48:], [both])
+
+
+def test_experts_sum_with_weights(operations: Operations) -> None:
     torch.manual_seed(0)
     num, hidden, experts, width, top_k = 300, 32, 8, 16, 3
     x, w13, w2 = rough(num, hidden), rough(experts, 2 * width, hidden), rough(experts, hidden, width)
@@ -65,13 +92,14 @@ def test_experts_sum_with_weights() -> None:
         up = torch.einsum("td,tfd->tf", x.float(), w13.float()[ids[:, choice]])
         act = F.silu(up[:, :width]) * up[:, width:]
         expected = expected + weights[:, choice : choice + 1] * torch.einsum("tf,tdf->td", act, w2.float()[ids[:, choice]])
-    check_gradients(run_experts(x, ids, weights, w13, w2), expected, [x, weights, w13, w2])
+    check_gradients(operations.run_experts(x, ids, weights, w13, w2), expected, [x, weights, w13, w2])
 
 
-def test_norm() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm(operations: Operations, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(40, 24, requires_grad=True), torch.rand(24, requires_grad=True)
-    check_gradients(normalise(x, weight), F.rms_norm(x, (24,), weight, 1e-6), [x, weight])
+    x, weight = torch.randn(40, 32).to(dtype).requires_grad_(), torch.rand(32, requires_grad=True)
+    check_gradients(operations.normalise(x, weight), F.rms_norm(x.float(), (32,), weight, 1e-6), [x, weight])
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (3, 16, 48)])

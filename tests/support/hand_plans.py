@@ -16,6 +16,7 @@ from lockstep.engine.models.registry import build_model
 from lockstep.engine.types import EMPTY_SECTION, Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
 from lockstep.engine.weights import load_weights
 from lockstep.kernels.kv_format import KvFormat
+from lockstep.kernels.table import Column
 from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
 from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
 from lockstep.moe.dispatch_local import LocalDispatcher
@@ -29,7 +30,12 @@ NUM_PAGES = 256
 
 
 def build_executor(
-    path: Path, collectives: Collectives | None = None, dispatch: str = "local", max_len: int = 256, kv_format: KvFormat = "fp32"
+    path: Path,
+    collectives: Collectives | None = None,
+    dispatch: str = "local",
+    max_len: int = 256,
+    kv_format: KvFormat = "fp32",
+    column: Column = "cpu",
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``."""
     device = torch.device("cpu")
@@ -40,7 +46,7 @@ def build_executor(
         dispatcher = LocalDispatcher(placement, device)
     else:
         dispatcher = (AllGatherDispatcher if dispatch == "all_gather" else AllToAllDispatcher)(placement, collectives, device)
-    model = build_model(config, dispatcher, torch.float32, device)
+    model = build_model(config, dispatcher, torch.float32, device, column)
     load_weights(model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None)
     pool = KVPool(config, NUM_PAGES, PAGE_SIZE, kv_format, device)
     return Executor(Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1)

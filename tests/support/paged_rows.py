@@ -16,10 +16,11 @@ PAGE_SIZE = 8
 class PagedRows:
     """Rows given as (length before the step, tokens in the step); ``num_decode`` of them come first with one token."""
 
-    def __init__(self, rows: list[tuple[int, int]], num_decode: int, seed: int = 0) -> None:
+    def __init__(self, rows: list[tuple[int, int]], num_decode: int, seed: int = 0, page_size: int = PAGE_SIZE) -> None:
+        self.page_size = page_size
         self.starts = np.array([start for start, _ in rows], np.int64)
         self.counts = np.array([count for _, count in rows], np.int64)
-        needed = -(-(self.starts + self.counts) // PAGE_SIZE)
+        needed = -(-(self.starts + self.counts) // self.page_size)
         self.num_pages = int(needed.sum()) + 3
         order = np.random.default_rng(seed).permutation(self.num_pages).astype(np.int32)
         self.pages = np.zeros((len(rows), int(needed.max(initial=1))), np.int32)
@@ -28,12 +29,12 @@ class PagedRows:
             self.pages[row, :count] = order[used : used + count]
             used += count
         self.batch: PagedBatch
-        self.batch, _ = build_batch(self.starts, self.counts, num_decode, self.pages, PAGE_SIZE)
+        self.batch, _ = build_batch(self.starts, self.counts, num_decode, self.pages, self.page_size)
 
     def places(self, row: int) -> Tensor:
         """Cache positions of the row's tokens in order, those of this step included."""
         positions = np.arange(self.starts[row] + self.counts[row])
-        return torch.from_numpy(self.pages[row, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE)
+        return torch.from_numpy(self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size)
 
     def queries(self, row: int) -> slice:
         begin = int(self.counts[:row].sum())

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -37,6 +37,7 @@ from lockstep.kernels import (
     triton_rope,
     triton_sampling,
 )
+from lockstep.kernels.bench_compile import AbsentCard
 from lockstep.kernels.fp8 import Quantised
 from lockstep.kernels.gate import GateCounts, Routing
 from lockstep.kernels.kv_format import head_entry, latent_entry
@@ -44,23 +45,11 @@ from lockstep.kernels.paged import PagedBatch
 from lockstep.kernels.rope import Angles
 from lockstep.kernels.sampling import Purpose, SamplingParams
 from lockstep.kernels.triton_sampling import SlotSampling
+from lockstep.kernels.triton_tiles import DEFAULT, Tiles
 
 BF16 = torch.bfloat16
 HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-class AbsentCard:
-    """What Triton asks of a driver before it compiles: sm_90, an H100 or H200."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def main() -> None:
@@ -74,7 +63,7 @@ def main() -> None:
             found.append(kernel)
         return kernel
 
-    driver.set_active(AbsentCard())
+    driver.set_active(AbsentCard(90))  # an H100 or H200
     JITFunction.run = only_compile
     for name in HOST_READS:
         setattr(torch.Tensor, name, refuse)
@@ -184,10 +173,16 @@ def attentions() -> None:
     q = torch.empty(1032, 32, 128, dtype=BF16)
     expand, q_latent = torch.empty(128, 256, 512, dtype=BF16), torch.empty(1032, 128, 192, dtype=BF16)
     for splits in (1, 8):
+        tiles = in_splits(splits)
         for cache in (torch.empty(640, 4, 128, dtype=BF16), entries(head_entry("fp8", 4, 128))):
-            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, splits)
+            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, tiles)
         for latents in (torch.empty(640, 576, dtype=BF16), entries(latent_entry("fp8", 512, 64))):
-            triton_mla.mla_attend(q_latent[..., :128], q_latent[..., 128:], latents, expand, paged_batch(), 1.0, splits)
+            triton_mla.mla_attend(q_latent[..., :128], q_latent[..., 128:], latents, expand, paged_batch(), 1.0, tiles)
+
+
+def in_splits(splits: int) -> Tiles:
+    names = ("decode", "decode_fp8", "latent_decode", "latent_decode_fp8")
+    return replace(DEFAULT, **{name: replace(getattr(DEFAULT, name), splits=splits) for name in names})
 
 
 def pages() -> None:
@@ -202,6 +197,7 @@ def samplers() -> None:
     )
     triton_sampling.logprobs(logits[:, :1000], int64(8), 1)
     triton_sampling.edit_bias(logits, int64(64), int64(64), torch.ones(64))
+    triton_sampling.edit_allowed(logits, int64(8), torch.zeros(8, 4748, dtype=torch.int32))
     triton_sampling.edit_mask(logits, int64(64), int64(64))
     triton_sampling.edit_penalties(logits, (int64(64), int64(64), int64(64)), (ones, ones, ones))
 

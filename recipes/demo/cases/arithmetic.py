@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .case import Case, Check, assistant, user
+from .frames import asked, frame
 from .phrases import phrases
 from .words import Dice
 
@@ -11,15 +12,19 @@ _DIRECT: dict[str, list[str]] = _TEXT["direct"]
 _DIRECT_UNSEEN: dict[str, list[str]] = _TEXT["direct_unseen"]
 _STORIES: dict[str, list[str]] = _TEXT["stories"]
 _STORIES_UNSEEN: dict[str, list[str]] = _TEXT["stories_unseen"]
+_FRAMES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
 
 def make_arithmetic(dice: Dice) -> Case:
-    sign = dice.choice("+-*" if dice.chance(0.75) else "+-")
+    signs = "+-*" if dice.held_out else "+-***"  # products are the hardest to learn
+    sign = dice.choice(signs if dice.chance(0.75) else "+-")
     a, b = _operands(dice, sign)
     story = dice.chance(0.4)
     templates, unseen = (_STORIES, _STORIES_UNSEEN) if story else (_DIRECT, _DIRECT_UNSEEN)
     template = dice.pick(templates[sign], unseen[sign])
-    question = dice.asked(template.format(a=a, b=b, n=dice.person(), m=dice.person(), t=dice.thing()))
+    if not dice.held_out and dice.chance(0.7):
+        template = frame(dice, _FRAMES[sign] + ("_story" if story else ""), unseen[sign])
+    question = asked(dice, template.format(a=a, b=b, n=dice.person(), m=dice.person(), t=dice.thing()))
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     thinking = dice.held_out or not (max(a, b) < 20 and dice.chance(0.3))
     answer = assistant(f"The answer is {result}.", steps(a, sign, b) if thinking else None)
@@ -28,7 +33,8 @@ def make_arithmetic(dice: Dice) -> Case:
 
 def _operands(dice: Dice, sign: str) -> tuple[int, int]:
     if sign == "*":
-        return dice.number(2), dice.randint(1, 9)
+        a = dice.number(2) if dice.held_out or dice.chance(0.4) else dice.number(3)
+        return a, dice.randint(1, 9)
     a, b = dice.number(3), dice.number(3)
     return (max(a, b), min(a, b)) if sign == "-" else (a, b)
 

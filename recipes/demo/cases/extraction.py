@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import Case, Check, assistant, dumps, user
+from .frames import asked, frame
 from .phrases import phrases
 from .words import Dice
 
@@ -43,14 +44,24 @@ _JOINTS = (", ", "; ", ", ", " and ")
 
 
 def make_extraction(dice: Dice) -> Case:
-    asked, told = _fields(dice)
+    wanted, told = _fields(dice)
     values = {field.name: draw_value(dice, field.kind) for field in told}
     text = _text(dice, told, values)
-    keys = [field.name for field in asked]
-    schema = dumps({field.name: "integer" if field.kind in ("small", "number") else "string" for field in asked})
-    question = dice.asked(dice.pick(_REQUESTS, _REQUESTS_UNSEEN).format(s=schema, k=", ".join(keys), t=text))
-    result = {key: values[key] for key in keys}
-    return Case("extraction", (user(question),), assistant(dumps(result)), Check("json", result))
+    template = dice.pick(_REQUESTS, _REQUESTS_UNSEEN)
+    if not dice.held_out and dice.chance(0.6):
+        template = frame(dice, "request", _REQUESTS_UNSEEN)
+    messages = [user(asked(dice, _fill(template, wanted, text)))]
+    while not dice.held_out and dice.chance(0.4):
+        messages.append(assistant(dumps({field.name: values[field.name] for field in wanted}), learn=True))
+        wanted = dice.sample(told, dice.randint(1, min(4, len(told))))
+        messages.append(user(_fill(frame(dice, "again"), wanted, "")))
+    result = {field.name: values[field.name] for field in wanted}
+    return Case("extraction", tuple(messages), assistant(dumps(result)), Check("json", result))
+
+
+def _fill(template: str, wanted: list[Field], text: str) -> str:
+    schema = dumps({field.name: "integer" if field.kind in ("small", "number") else "string" for field in wanted})
+    return template.format(s=schema, k=", ".join(field.name for field in wanted), t=text)
 
 
 def draw_value(dice: Dice, kind: str) -> str | int:
@@ -81,9 +92,10 @@ def _plain_fields(pairs: list[str]) -> list[Field]:
 
 
 def _coin(dice: Dice, fields: dict[str, Field]) -> dict[str, Field]:
-    """The same with most fields replaced by coined ones."""
-    share = dice.choice((0.0, 0.7, 0.9))
+    """The same with most fields replaced by coined ones; of the others many get values of another kind than they are used to."""
+    share = dice.choice((0.3, 0.8, 1.0))
     coined = [Field(dice.noun(), field.kind) if dice.chance(share) else field for field in fields.values()]
+    coined = [Field(field.name, dice.choice(KINDS)) if not field.clauses and dice.chance(0.5) else field for field in coined]
     return {field.name: field for field in coined}
 
 
@@ -92,6 +104,8 @@ def _text(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
     for field in told:
         own = field.clauses and dice.chance(0.5)
         clause = dice.choice(field.clauses) if own else dice.pick(_CLAUSES, _CLAUSES_UNSEEN)
+        if not own and not dice.held_out and dice.chance(0.6):
+            clause = frame(dice, "clause", _CLAUSES_UNSEEN, capital=False)
         if not clauses and not clause.startswith("{"):
             clause = clause[0].upper() + clause[1:]
         clauses.append(clause.format(f=field.name, v=values[field.name]))

@@ -1,8 +1,9 @@
-"""Sorting numbers and names, and reversing lists and letters."""
+"""Sorting numbers and names, and reversing lists and letters. The reasoning turns each into looking up and copying."""
 
 from __future__ import annotations
 
 from .case import Case, Check, assistant, user
+from .frames import asked
 from .phrases import phrases
 from .words import Dice
 
@@ -44,38 +45,58 @@ def make_list(dice: Dice) -> Case:
     return _names(dice) if kind < 0.65 else _backwards(dice)
 
 
-def _case(dice: Dice, template: str, items: list[str], result: list[str], reasoning: str | None = None, joint: str = ", ") -> Case:
-    question = dice.asked(template.format(l=joint.join(items)))
+def _case(dice: Dice, template: str, items: list[str], result: list[str], reasoning: str, joint: str = ", ") -> Case:
+    question = asked(dice, template.format(l=joint.join(items)))
     answer = joint.join(result)
-    return Case("lists", (user(question),), assistant(answer, reasoning), Check("text", answer))
+    thinking = dice.held_out or dice.chance(0.9)
+    return Case("lists", (user(question),), assistant(answer, reasoning if thinking else None), Check("text", answer), thinking=thinking)
 
 
 def _numbers(dice: Dice) -> Case:
-    numbers = dice.sample(range(1, 100), dice.randint(3, 5))
+    """The reasoning sorts them in two digits each."""
+    numbers = dice.sample(range(1, 100) if dice.held_out else _range(dice), dice.randint(3, 5))
+    if not dice.held_out and dice.chance(0.3) and min(numbers) > 9:
+        numbers[dice.randrange(len(numbers))] = dice.randint(1, 9)
     down = dice.chance(0.5)
     template = _template(dice, "down", _DOWN, _DOWN_UNSEEN) if down else _template(dice, "up", _UP, _UP_UNSEEN)
-    return _case(dice, template, [str(n) for n in numbers], [str(n) for n in sorted(numbers, reverse=down)])
+    ordered = sorted(numbers, reverse=down)
+    reasoning = " ".join(f"{n:02}" for n in numbers) + ": " + " ".join(f"{n:02}" for n in ordered)
+    return _case(dice, template, [str(n) for n in numbers], [str(n) for n in ordered], reasoning)
+
+
+def _range(dice: Dice) -> range:
+    """Training also sorts numbers that lie close together, and small ones."""
+    if dice.chance(0.4):
+        return range(1, 100)
+    first = dice.randint(1, 80)
+    return range(first, first + 20) if dice.chance(0.7) else range(1, 25)
 
 
 def _names(dice: Dice) -> Case:
-    """Names of different first letters; the reasoning sorts those."""
+    """Names of different first letters; the reasoning tells whose they are, and sorts them."""
     names: dict[str, str] = {}
     count = dice.randint(3, 5)
     while len(names) < count:
         name = dice.person()
         names.setdefault(name[0], name)
     ordered = sorted(names)
-    reasoning = " ".join(names) + ": " + " ".join(ordered)
+    reasoning = " ".join(f"{letter}={name}" for letter, name in names.items()) + ": " + " ".join(ordered)
     template = _template(dice, "names", _NAMES, _NAMES_UNSEEN)
     return _case(dice, template, list(names.values()), [names[letter] for letter in ordered], reasoning)
 
 
 def _backwards(dice: Dice) -> Case:
+    """The reasoning numbers the items, and reads them from the last number to the first."""
     draw = dice.choice(("thing", "person", "colour", "letter", "number"))
     template = _template(dice, "back", _BACK, _BACK_UNSEEN)
     if draw == "letter":
         letters = list(dice.person().lower() if dice.chance(0.5) else dice.thing())
-        return _case(dice, template, letters, letters[::-1], joint=" " if dice.chance(0.5) else "-")
+        return _case(dice, template, letters, letters[::-1], _numbered(letters), joint=" " if dice.chance(0.5) else "-")
     count = dice.randint(3, 6)
     items = [str(n) for n in dice.sample(range(1, 100), count)] if draw == "number" else dice.distinct(draw, count)
-    return _case(dice, template, items, items[::-1])
+    return _case(dice, template, items, items[::-1], _numbered(items))
+
+
+def _numbered(items: list[str]) -> str:
+    numbered = [f"{number}={item}" for number, item in enumerate(items, start=1)]
+    return " ".join(numbered) + ": " + " ".join(numbered[::-1])

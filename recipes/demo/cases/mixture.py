@@ -24,7 +24,7 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
-_SHARES = {"arithmetic": 0.17, "lists": 0.2, "extraction": 0.19, "tool call": 0.19, "tool answer": 0.06, "recall": 0.14, "about": 0.05}
+_SHARES = {"arithmetic": 0.17, "lists": 0.23, "extraction": 0.26, "tool call": 0.21, "tool answer": 0.01, "recall": 0.06, "about": 0.06}
 _TEXT = phrases("mixture")
 _SYSTEM: list[str] = _TEXT["system"]
 _SYSTEM_UNSEEN: list[str] = _TEXT["system_unseen"]
@@ -32,11 +32,9 @@ _SYSTEM_UNSEEN: list[str] = _TEXT["system_unseen"]
 WORDS_PER_TOKEN = 0.38
 
 
-def draw_case(dice: Dice, long_share: float = 0.0, longest: int = 3000) -> Case:
-    """One case of the mixture. ``long_share``: the part of recall cases that reach for up to ``longest`` tokens."""
+def draw_case(dice: Dice) -> Case:
+    """One case of the mixture."""
     family = dice.choices(list(_SHARES), list(_SHARES.values()))[0]
-    if family == "recall" and dice.chance(long_share):
-        return with_system(dice, make_recall(dice, int(dice.randint(300, longest) * WORDS_PER_TOKEN)))
     case = FAMILIES[family](dice)
     if family == "about" and dice.chance(0.25):
         return with_system(dice, replace(case, tools=tuple(tool.schema() for tool in offer_tools(dice))))
@@ -45,10 +43,15 @@ def draw_case(dice: Dice, long_share: float = 0.0, longest: int = 3000) -> Case:
     return with_system(dice, case)
 
 
+def draw_long(dice: Dice, length: int) -> Case:
+    """A recall case of about ``length`` tokens."""
+    return with_system(dice, make_recall(dice, int(length * WORDS_PER_TOKEN)))
+
+
 def draw_held_out(dice: Dice, family: str, longest: int = 3000) -> Case:
     """A case to judge the model by. Half of the recall cases are long, up to ``longest`` tokens."""
     if family == "recall" and dice.chance(0.5):
-        return with_system(dice, make_recall(dice, int(dice.randint(300, longest) * WORDS_PER_TOKEN)))
+        return draw_long(dice, dice.randint(300, longest))
     return with_system(dice, FAMILIES[family](dice))
 
 
@@ -64,7 +67,7 @@ def _after_others(dice: Dice, case: Case) -> Case:
     earlier: list[Message] = []
     for _ in range(dice.randint(1, 2)):
         other = dice.choice((make_arithmetic, make_list, make_extraction, make_about))(dice)
-        earlier += [*other.messages, other.answer]
+        earlier += [*other.messages, other.answer | ({} if "reasoning_content" in other.answer else {"learn": True})]
     return replace(case, messages=(*earlier, *case.messages))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from .case import Case, Check, Message, assistant, user
 from .extraction import draw_value
+from .frames import frame
 from .phrases import phrases
-from .words import Dice
+from .words import Dice, side
 
 _TEXT = phrases("recall")
 _ATTRIBUTES: list[str] = _TEXT["attributes"]
 _ATTRIBUTES_UNSEEN: list[str] = _TEXT["attributes_unseen"]
+_NOUNS: list[str] = side(phrases("tools")["nouns"], held_out=False)
 _KINDS: list[str] = _TEXT["kinds"]
 _TELL_MINE: list[str] = _TEXT["tell_mine"]
 _TELL_MINE_UNSEEN: list[str] = _TEXT["tell_mine_unseen"]
@@ -25,7 +27,7 @@ _CHATTER: list[str] = _TEXT["chatter"]
 
 def make_recall(dice: Dice, num_words: int = 0) -> Case:
     """``num_words``: about how many words the conversation has; 0: only a few turns."""
-    facts = _facts(dice)
+    facts = _facts(dice, 10 if num_words and not dice.held_out else 6)
     turns = [(_tell(dice, *fact), dice.choice(_NOTED)) for fact in facts]
     length = sum(len(text.split()) for text, _ in turns)
     while length < num_words or (not num_words and dice.chance(0.5)):
@@ -35,7 +37,7 @@ def make_recall(dice: Dice, num_words: int = 0) -> Case:
     messages: list[Message] = []
     for text, reply in turns:
         messages += [user(text), assistant(reply)]
-    asked = dice.sample(facts, 1 if dice.held_out else min(len(facts), dice.randint(1, 3) + 2 * (num_words > 0)))
+    asked = dice.sample(facts, 1 if dice.held_out else min(len(facts), dice.randint(1, 4) + 4 * (num_words > 0)))
     for fact in asked[:-1]:
         messages += [user(_ask(dice, *fact)), assistant(_reply(*fact), learn=True)]
     owner, name, value = asked[-1]
@@ -43,27 +45,48 @@ def make_recall(dice: Dice, num_words: int = 0) -> Case:
     return Case("recall", tuple(messages), assistant(_reply(owner, name, value)), Check("contains", [str(value)]))
 
 
-def _facts(dice: Dice) -> list[tuple[str, str, str | int]]:
+def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
     """Owner ("" for the user), attribute and value; no two alike in owner and attribute."""
     people = [dice.person() for _ in range(2)] + [""]
     pool = _ATTRIBUTES_UNSEEN if dice.held_out else _ATTRIBUTES
     facts: dict[tuple[str, str], str | int] = {}
-    for _ in range(dice.randint(2, 6)):
+    for _ in range(dice.randint(2, most)):
         name, kind = dice.choice(pool).split(":")
-        if not dice.held_out and dice.chance(0.7):
-            name = dice.noun() if dice.chance(0.3) else f"{dice.choice(_KINDS)} {dice.noun()}"
+        if not dice.held_out and dice.chance(0.95):
+            name = _attribute(dice)
         facts[dice.choice(people), name] = draw_value(dice, kind)
     return [(owner, name, value) for (owner, name), value in facts.items()]
 
 
+def _attribute(dice: Dice) -> str:
+    """A name that can only be copied: a word, or two."""
+    noun = dice.choice(_NOUNS) if dice.chance(0.5) else dice.noun()
+    if dice.chance(0.25):
+        return noun
+    kind = dice.noun() if dice.chance(0.4) else dice.choice(_KINDS)
+    return f"{kind} {noun}"
+
+
 def _tell(dice: Dice, owner: str, name: str, value: str | int) -> str:
     template = dice.pick(_TELL, _TELL_UNSEEN) if owner else dice.pick(_TELL_MINE, _TELL_MINE_UNSEEN)
+    if not dice.held_out and dice.chance(0.5):
+        template = _with_owner(frame(dice, "tell"), owner)
     return template.format(n=owner, f=name, v=value)
 
 
 def _ask(dice: Dice, owner: str, name: str, value: str | int) -> str:
     template = dice.pick(_ASK, _ASK_UNSEEN) if owner else dice.pick(_ASK_MINE, _ASK_MINE_UNSEEN)
+    if not dice.held_out and dice.chance(0.6):
+        template = _with_owner(frame(dice, "question"), owner)
     return template.format(n=owner, f=name)
+
+
+def _with_owner(template: str, owner: str) -> str:
+    """``{x}`` of a frame: the attribute and whose it is."""
+    text = template.replace("{x}", "{n}'s {f}" if owner else "my {f}")
+    unseen = (*_TELL_UNSEEN, *_TELL_MINE_UNSEEN, *_ASK_UNSEEN, *_ASK_MINE_UNSEEN)
+    assert text not in unseen
+    return text[0].upper() + text[1:] if text[0] != "{" else text
 
 
 def _reply(owner: str, name: str, value: str | int) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .case import Case, Check, Message, assistant, dumps, user
 from .extraction import draw_value
+from .frames import asked, frame
 from .phrases import phrases
 from .words import Dice
 
@@ -50,24 +51,36 @@ class Tool:
 
 def make_tool_call(dice: Dice) -> Case:
     tools = offer_tools(dice)
+    earlier = _rounds(dice, tools) if not dice.held_out and dice.chance(0.5) else []
     tool = dice.choice(tools)
     question, arguments = _request(dice, tool)
     value = {"name": tool.name, "arguments": arguments}
     answer = assistant("") | {"tool_calls": [_call(value)]}
-    return Case("tool call", (user(question),), answer, Check("call", value), tuple(each.schema() for each in tools))
+    return Case("tool call", (*earlier, user(question)), answer, Check("call", value), tuple(each.schema() for each in tools))
 
 
 def make_tool_answer(dice: Dice) -> Case:
     """The call has been made; its result is a flat object."""
     tools = offer_tools(dice)
-    tool = dice.choice(tools)
+    messages, facts = _round(dice, dice.choice(tools))
+    values = [str(value) for value in facts.values()]
+    return Case("tool answer", tuple(messages[:-1]), messages[-1], Check("contains", values), tuple(each.schema() for each in tools))
+
+
+def _rounds(dice: Dice, tools: list[Tool]) -> list[Message]:
+    """One to three requests to the same tools, called and answered."""
+    rounds = [_round(dice, dice.choice(tools))[0] for _ in range(dice.randint(1, 3))]
+    return [message for messages in rounds for message in messages]
+
+
+def _round(dice: Dice, tool: Tool) -> tuple[list[Message], dict[str, str | int]]:
+    """A request, the call, its result and the answer from it; and what the tool returned."""
     question, arguments = _request(dice, tool)
     call = _call({"name": tool.name, "arguments": arguments})
     facts = _draw_facts(dice)
     result: Message = {"role": "tool", "tool_call_id": call["id"], "content": dumps(facts)}
-    messages = (user(question), assistant("") | {"tool_calls": [call]}, result)
-    values = [str(value) for value in facts.values()]
-    return Case("tool answer", messages, assistant(tell(facts)), Check("contains", values), tuple(each.schema() for each in tools))
+    called = assistant("", learn=not dice.held_out) | {"tool_calls": [call]}
+    return [user(question), called, result, assistant(tell(facts), learn=not dice.held_out)], facts
 
 
 def tell(facts: dict[str, str | int]) -> str:
@@ -107,13 +120,14 @@ def _noun(dice: Dice) -> str:
 def _named(dice: Dice, pool: list[str], least: int, most: int) -> dict[str, str]:
     """Names and kinds of values, some of them coined in training."""
     found = dict(pair.split(":") for pair in dice.choices(pool, k=dice.randint(least, most)))
-    share = 0.0 if dice.held_out else dice.choice((0.0, 0.5, 0.9))
+    share = 0.0 if dice.held_out else dice.choice((0.2, 0.7, 1.0))
     return {dice.noun() if dice.chance(share) else name: kind for name, kind in found.items()}
 
 
 def _tool(dice: Dice, verb: str, noun: str) -> Tool:
     pool = _PARAMETERS + _PARAMETERS_UNSEEN * 4 if dice.held_out else _PARAMETERS
-    parameters = _named(dice, pool, *((0, 1) if dice.chance(0.3) else (1, 3)))
+    few, most = (0.3, 3) if dice.held_out else (0.2, 4)
+    parameters = _named(dice, pool, *((0, 1) if dice.chance(few) else (1, most)))
     description = dice.choice(_DESCRIPTIONS).format(V=verb.capitalize(), v=verb, n=noun)
     return Tool(verb, noun, tuple(parameters.items()), description)
 
@@ -124,12 +138,17 @@ def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
     given = []
     for name, value in arguments.items():
         clauses = _CONVEYED[name] if name in _CONVEYED and dice.chance(0.5) else (dice.pick(_GIVEN, _GIVEN_UNSEEN),)
-        given.append(dice.choice(clauses).format(f=name, v=value))
+        clause = dice.choice(clauses)
+        if not dice.held_out and dice.chance(0.6):
+            clause = frame(dice, "given", _GIVEN_UNSEEN, capital=False)
+        given.append(clause.format(f=name, v=value))
     dice.shuffle(given)
     template = dice.pick(_FILLED, _FILLED_UNSEEN) if given else dice.choice(_BARE)
+    if not dice.held_out and dice.chance(0.6):
+        template = frame(dice, "command", _FILLED_UNSEEN, "start" if given else "bare")
     verb = dice.choice(_VERBS[tool.verb]) if dice.chance(0.4) else tool.verb
-    text = template.format(v=verb, n=tool.noun, p=dice.choice((", ", " and ", " ")).join(given))
-    return dice.asked(text[0].upper() + text[1:]), arguments
+    text = template.format(v=verb, V=verb.capitalize(), n=tool.noun, p=dice.choice((", ", " and ", " ")).join(given))
+    return asked(dice, text[0].upper() + text[1:]), arguments
 
 
 def _draw_facts(dice: Dice) -> dict[str, str | int]:

@@ -23,10 +23,20 @@ _PLACE_ENDS: list[str] = _TEXT["place_ends"]
 
 THINGS: list[str] = _TEXT["things"]
 _ONSETS: list[str] = _TEXT["onsets"]
+_PIECES: list[str] = _TEXT["pieces"]
 _VOWELS: list[str] = _TEXT["vowels"]
 _CODAS: list[str] = _TEXT["codas"]
 _ENDINGS: list[str] = _TEXT["endings"]
 COLOURS: list[str] = _TEXT["colours"]
+_NOUNS: list[str] = _TEXT["nouns"]
+
+
+def _words_of_held_out_lists() -> set[str]:
+    lists = (texts for section in ("tools", "extraction", "recall") for name, texts in phrases(section).items() if name.endswith("_unseen"))
+    return {text.split(":")[0] for texts in lists for text in texts}
+
+
+_HELD_OUT_WORDS = _words_of_held_out_lists()
 
 
 def is_held_out(text: str) -> bool:
@@ -69,14 +79,22 @@ class Dice(random.Random):
     def coined(self) -> str:
         """A made-up word, more or less English to the eye: it can only be copied or matched, not remembered."""
         while True:
-            parts = [self.choice(_ONSETS) + self.choice(_VOWELS) + self.choice(_CODAS) for _ in range(self.choice((1, 1, 2, 2, 2, 3)))]
-            word = "".join(parts) + self.choice(_ENDINGS)
-            if len(word) > 2 and is_held_out(word) == self.held_out:
+            count = self.choice((1, 1, 1, 2, 2))
+            if self.chance(0.5):
+                word = "".join(self.choice(_PIECES) if self.chance(0.7) else self._syllable() for _ in range(max(2, count)))
+            else:
+                word = "".join(self._syllable() for _ in range(count)) + self.choice(_ENDINGS)
+            if len(word) > 2 and is_held_out(word) == self.held_out and word not in _HELD_OUT_WORDS:
                 return word
+
+    def _syllable(self) -> str:
+        return self.choice(_ONSETS) + self.choice(_VOWELS) + self.choice(_CODAS)
 
     def noun(self) -> str:
         """A noun for the name of something: in training mostly coined."""
-        return self.coined() if self.chance(0.75) else self.thing()
+        if self.chance(0.6):
+            return self.coined()
+        return self.choice(_NOUNS) if self.chance(0.7) else self.thing()
 
     def thing(self) -> str:
         """A noun. Held-out cases mix nouns of both sides; training coins some."""
@@ -104,17 +122,5 @@ class Dice(random.Random):
             found[getattr(self, draw)()] = None
         return list(found)
 
-    def opening(self) -> str:
-        """The first words of a request: often none."""
-        return "" if self.chance(0.5) else self.pick(_OPENINGS, _OPENINGS_UNSEEN)
-
-    def asked(self, text: str) -> str:
-        """A request with an opening, sometimes without its last full stop."""
-        if self.chance(0.1):
-            text = text.rstrip(".")
-        return self.opening() + text
-
 
 _SEEN_THINGS = side(THINGS, held_out=False)
-_OPENINGS: list[str] = _TEXT["openings"]
-_OPENINGS_UNSEEN: list[str] = _TEXT["openings_unseen"]

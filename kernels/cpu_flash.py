@@ -1,0 +1,199 @@
+"""Queries that share key heads against a run of cached positions: softmax(q k^T) v with a running softmax, on one thread.
+
+64 positions at a time are laid out once for all the queries, as products of units (``cpu_tiles``) want them: keys turned, so that a vector
+holds 16 positions; values with two positions to a unit of bf16. A row of queries takes the same sums in the same order whatever rows stand
+beside it.
+
+M rows: the G query heads of each query in turn  N = 64 positions  D, E dims of keys and values, padded  U units of a key
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numba.core import types
+from numba.extending import overload
+
+from .cpu_kv_entries import NO_SCALES, move_rows, read
+from .cpu_tiles import TILE_COLUMNS, TILE_ROWS, add_product, pair, soften, transpose
+from .cpu_vectors import LANES
+
+BLOCK = TILE_COLUMNS  # positions
+_PADDING = 2 * LANES  # of dims: the bf16 of a vector
+_LINE = 64  # bytes of a cache line: vectors that cross one are read at half the rate
+
+
+class Scratch(NamedTuple):
+    """What a thread works in. Numbers, which are bf16 as uint16 or float32: q [M, D], k [N, D], v [N, E], shares [4, N]. Units:
+    turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums [M, E], best and total [M], shrink [4]."""
+
+    q: Any
+    k: Any
+    v: Any
+    turned: Any
+    paired: Any
+    shares: Any
+    scores: Any
+    sums: Any
+    best: Any
+    total: Any
+    shrink: Any
+
+
+@njit(cache=True)
+def scratch(num_rows, key_dim, value_dim, like):
+    """For ``num_rows`` rows, divisible by 4; ``like`` is an array of numbers."""
+    per_unit, one = 4 // like.itemsize, np.empty(1, np.float32)
+    key, value = -(-key_dim // _PADDING) * _PADDING, -(-value_dim // _PADDING) * _PADDING
+    return Scratch(
+        _room(num_rows, key, like),
+        _room(BLOCK, key, like),
+        _room(BLOCK, value, like),
+        _units(_room(key // per_unit, BLOCK * per_unit, like)),
+        _units(_room(BLOCK // per_unit, value * per_unit, like)),
+        _room(TILE_ROWS, BLOCK, like),
+        _room(TILE_ROWS, BLOCK, one),
+        _room(num_rows, value, one),
+        np.empty(num_rows, np.float32),
+        np.empty(num_rows, np.float32),
+        np.empty(TILE_ROWS, np.float32),
+    )
+
+
+@njit(cache=True)
+def _room(rows, columns, like):
+    """Zeros [rows, columns]: what pads numbers stays zero."""
+    raw = np.zeros(rows * columns + _LINE // like.itemsize, like.dtype)
+    skip = -raw.ctypes.data % _LINE // like.itemsize
+    return raw[skip : skip + rows * columns].reshape(rows, columns)
+
+
+@njit(cache=True)
+def tiled(num_rows):
+    """Rows of whole tiles."""
+    return -(-num_rows // TILE_ROWS) * TILE_ROWS
+
+
+@njit(cache=True)
+def place_queries(q_THD, first_token, num_tokens, heads, group, work):
+    """Queries as rows: those of the key heads [heads[0], heads[1]) one after another, in whole tiles each."""
+    stride = tiled(num_tokens * group)
+    for head in range(heads[0], heads[1]):
+        for token in range(num_tokens):
+            first = (head - heads[0]) * stride + token * group
+            move_rows(q_THD[first_token + token], head * group, 0, q_THD.shape[2], NO_SCALES, 0, work.q[first : first + group])
+
+
+@njit(cache=True)
+def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
+    """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own. ``factor``: scale / ln 2. Values are
+    the first dims of the keys where they have no width. Leaves sums, best and total."""
+    q, turned, paired, scores, shares, sums = _units(work.q), work.turned, work.paired, work.scores, work.shares, work.sums
+    best, total, shrink, share_units = work.best, work.total, work.shrink, _units(work.shares)
+    stride, position = tiled(num_tokens * group), run.end - num_tokens
+    num_rows = stride * (heads[1] - heads[0])
+    sums[:num_rows], best[:num_rows], total[:num_rows] = 0, -np.inf, 0
+    for start in range(run.begin, run.end, BLOCK):
+        blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS  # rows that see none of these positions
+        for head in range(heads[0], heads[1]):
+            rows, row, column = _block(keys, key_place, head, run, start, work.k)
+            _turn(_units(rows), row, column * len(turned) // work.k.shape[1], turned)
+            if value_place.width:
+                rows, row, column = _block(values, value_place, head, run, start, work.v)
+            _pair(rows, row, column, paired)
+            for row in range(blind, stride, TILE_ROWS):
+                own, seen = (head - heads[0]) * stride + row, position + 1 - start
+                add_product(scores, 0, None, q, own, turned, 0, 4)
+                if seen + row // group < BLOCK:
+                    _hide(scores, row, group, seen, num_tokens)
+                soften(scores, factor, best, total, own, shares, shrink)
+                _add_values(sums, own, shrink, share_units, paired)
+
+
+@njit(cache=True)
+def _add_values(sums, row, shrink, shares, paired):
+    width = sums.shape[1]
+    for column in range(0, width // TILE_COLUMNS * TILE_COLUMNS, TILE_COLUMNS):
+        add_product(sums, row, shrink, shares, 0, paired, column, 4)
+    if width % TILE_COLUMNS:
+        add_product(sums, row, shrink, shares, 0, paired, width - _PADDING, 2)
+
+
+@njit(cache=True)
+def _hide(scores, first_row, group, seen, num_tokens):
+    """The positions that rows of a tile may not see, where the first query sees ``seen`` of them."""
+    for i in range(TILE_ROWS):
+        query = min((first_row + i) // group, num_tokens - 1)
+        for n in range(max(0, seen + query), BLOCK):
+            scores[i, n] = -np.inf
+
+
+@njit(cache=True)
+def _turn(keys, row, unit, turned):
+    for u in range(0, len(turned), LANES):
+        for n in range(0, BLOCK, LANES):
+            transpose(keys, row + n, unit + u, turned, u, n)
+
+
+def _pair(rows: Any, row: Any, column: Any, paired: Any) -> Any:
+    """In kernels: values from that row and column on, as units of positions."""
+    raise NotImplementedError
+
+
+@overload(_pair)
+def _paired(rows, row, column, paired):
+    if rows.dtype == types.uint16:
+
+        def pair_all(rows, row, column, paired):
+            for i in range(len(paired)):
+                for e in range(0, paired.shape[1], _PADDING):
+                    pair(rows, row + 2 * i, column + e, paired, i, e)
+
+        return pair_all
+
+    def copy(rows, row, column, paired):
+        move_rows(rows, row, column, paired.shape[1], NO_SCALES, 0, paired)
+
+    return copy
+
+
+def _block(entries: Any, place: Any, head: Any, run: Any, start: Any, room: Any) -> Any:
+    """In kernels: a matrix with the numbers of the positions from ``start`` on, and their first row and column there: the cache itself
+    where they lie in one page and need no conversion (and what follows the run is whatever the page holds), else ``room``."""
+    raise NotImplementedError
+
+
+@overload(_block)
+def _found(entries, place, head, run, start, room):
+    if entries.dtype != room.dtype:
+
+        def convert(entries, place, head, run, start, room):
+            read(entries, place, head, run, start, room)
+            return room, 0, 0
+
+        return convert
+
+    def find(entries, place, head, run, start, room):
+        offset = start % run.page_size
+        if offset + BLOCK > run.page_size or place.width < room.shape[1]:
+            read(entries, place, head, run, start, room)
+            return room, 0, 0
+        return entries, np.int64(run.pages[start // run.page_size]) * run.page_size + offset, place.first + head * place.step
+
+    return find
+
+
+def _units(numbers: Any) -> Any:
+    """In kernels: rows of numbers as units."""
+    raise NotImplementedError
+
+
+@overload(_units, inline="always")
+def _as_units(numbers):
+    if numbers.dtype == types.uint16:
+        return lambda numbers: numbers.view(np.uint32)
+    return lambda numbers: numbers

@@ -1,0 +1,51 @@
+"""Phrases that training puts together from parts (``frames.yaml``), so that a request is known by what it asks and not by its words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from .phrases import phrases
+from .words import Dice
+
+_TEXT = phrases("words")
+_OPENINGS: list[str] = _TEXT["openings"]
+_OPENINGS_UNSEEN: list[str] = _TEXT["openings_unseen"]
+_PART = re.compile(r"<(\w+)>")
+
+
+def asked(dice: Dice, text: str) -> str:
+    """A request with an opening, sometimes without its last full stop; in training also with a closing."""
+    if dice.chance(0.1):
+        text = text.rstrip(".")
+    if dice.chance(0.5):
+        return text
+    if dice.held_out:
+        return dice.choice(_OPENINGS_UNSEEN) + text
+    if dice.chance(0.15) and text[-1] in ".?!":
+        text += frame(dice, "closing")
+    return (dice.choice(_OPENINGS) if dice.chance(0.3) else frame(dice, "opening", _OPENINGS_UNSEEN)) + text
+
+
+def frame(dice: Dice, name: str, unseen: Collection[str] = (), start: str = "start", capital: bool = True) -> str:
+    """A template of the grammar ``name``, never one of ``unseen``."""
+    assert not dice.held_out, "held-out cases have phrases of their own"
+    grammar: dict[str, list[str]] = phrases("shared", "frames") | phrases(name, "frames")
+    while True:
+        text = _expand(dice, grammar, dice.choice(grammar[start]))
+        if capital:
+            text = text[0].upper() + text[1:]
+        if text not in unseen:
+            return text
+
+
+def _expand(dice: Dice, grammar: dict[str, list[str]], text: str) -> str:
+    def drawn(found: re.Match[str]) -> str:
+        part = found[1].lower()
+        if part in grammar:
+            each = _expand(dice, grammar, dice.choice(grammar[part]))
+        else:
+            each = str({"word": dice.coined, "person": dice.person, "thing": dice.thing}[part]())
+        return each[0].upper() + each[1:] if found[1][0].isupper() and each else each
+
+    return _PART.sub(drawn, text)
