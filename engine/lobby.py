@@ -32,7 +32,7 @@ class Lobby:
             self._socket.connect(spec.address)
 
     def report(self, phase: str, detail: str = "", fraction: float = 0.0, address: tuple[str, ...] = ()) -> None:
-        """Sends a line; never blocks. ``phase`` is starting | loading | ready | failed | stopped."""
+        """Sends a line; never blocks. ``phase`` is starting | compiling | loading | ready | failed | stopped."""
         if self._socket is None:
             return
         line = Report(self._role, self._index, self._host, os.getpid(), phase, detail, fraction, address)

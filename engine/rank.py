@@ -27,6 +27,7 @@ from .models.config import load_config
 from .models.registry import build_model
 from .rank_loop import RankLoop, RankSockets
 from .specs import RankSpec
+from .warm_up import warm_up
 from .weights import load_weights
 
 _LOG = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ def main(spec: RankSpec) -> None:
     torch.set_num_threads(spec.threads)
     with Lobby(spec.lobby, "rank", spec.rank) as lobby:
         lobby.report("starting")
+        if spec.device == "cpu":
+            lobby.report("compiling", "kernels, once for every version and kind of model")
+            config = load_config(Path(spec.model_path))
+            warm_up(config, _dtype(spec.dtype), parse_format(spec.kv_dtype), spec.page_size)
         executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
         sockets = RankSockets(spec)
         try:

@@ -1,15 +1,20 @@
 """Tensors as compiled CPU kernels see them: numpy arrays over the same memory, bf16 as its 16 bits.
 
-The kernels are compiled by numba, which needs no C compiler and keeps what it compiled beside the source or in the user's cache. They
-run on the threads of torch's own OpenMP, so that the two do not compete: a parallel call costs 0.8 us, one on this thread 0.1 us
-(2 cores of an EPYC Turin, numba 0.68).
+The kernels are compiled by numba, which needs no C compiler and keeps what it compiled on disk (``_cache_folder``). They run on the
+threads of torch's own OpenMP, so that the two do not compete: a parallel call costs 0.8 us, one on this thread 0.1 us (2 cores of an
+EPYC Turin, numba 0.68).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,6 +25,37 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+
+def _cache_folder() -> str:
+    """Where compiled kernels are kept: beside the source, or in the user's cache where that is not writable.
+
+    There is a folder for every version of the sources, because numba looks only at the file of a function and not at those it calls.
+    """
+    here = Path(__file__).parent
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("cpu_*.py"))))
+    chosen = config.CACHE_DIR  # type: ignore[attr-defined]
+    places = [Path(chosen)] if chosen else [here / "__pycache__", Path.home() / ".cache" / "lockstep"]
+    place = next((place for place in places if os.access(place, os.W_OK)), places[-1])
+    return str(place / f"numba-{sources.hexdigest()[:16]}")
+
+
+@contextlib.contextmanager
+def alone_in_compiling() -> Iterator[None]:
+    """Lets one process at a time through of those that keep compiled kernels in the same folder; all of them where there is none."""
+    folder = Path(config.CACHE_DIR)  # type: ignore[attr-defined]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "compiling").open("w")
+    except OSError:  # numba has nowhere to keep what it compiles, or finds another place
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Before the first kernel is declared.
+config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
 # Up to this many values a pass over rows stays on the thread that asks for it: 4 us, and no waiting for a thread that another process

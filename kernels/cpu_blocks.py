@@ -22,12 +22,12 @@ import torch
 from llvmlite import ir
 from numba import extending, njit, prange
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
 from torch import Tensor
 
 from .cpu_arrays import narrow, widen
+from .cpu_vectors import F32, I32, LANES, SUMS, UNITS, has, multiplies_bf16, multiply_add_halves, spread
 
-COLUMNS = 16  # of a block: one vector of float32 sums
+COLUMNS = LANES  # of a block: one vector of float32 sums
 BLOCKS = 4  # of a panel, read side by side
 ROWS = 6  # of a tile: 24 sums and 4 weights of the 32 registers
 STRETCH = 96  # rows that meet a panel while it lies in the cache; short enough for threads to share evenly
@@ -38,8 +38,7 @@ _PACE = 1024  # of prefetching one vector per vector read
 
 def usable() -> bool:
     """Whether products with blocks are the fastest here: oneDNN's are, for many rows, where the processor has AMX."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return "+avx512bf16" in features and "+amx-bf16" not in features
+    return multiplies_bf16() and not has("amx-bf16")
 
 
 def fit(num_columns: int, num_inner: int) -> bool:
@@ -59,23 +58,9 @@ def pack_blocks(weights: Tensor) -> Tensor:
     return packed.copy_(weights.detach().view(*leading, num_columns // COLUMNS, COLUMNS, num_inner // 2, 2).transpose(-3, -2))
 
 
-class _Bfloat(ir.types.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bfloat)
-
-    def __hash__(self) -> int:
-        return hash(_Bfloat)
-
-
 _intrinsic: Any = extending.intrinsic  # its type is that of the definition, which takes the compiler's context, too
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_SUMS, _PAIRS, _HALVES = ir.VectorType(_F32, COLUMNS), ir.VectorType(_I32, COLUMNS), ir.VectorType(_Bfloat(), 2 * COLUMNS)
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
 
 
 class _Tile:
@@ -84,11 +69,8 @@ class _Tile:
     def __init__(self, builder: Any, num_rows: int) -> None:
         self._builder = builder
         self._num_rows = num_rows
-        self._multiply = builder.module.declare_intrinsic(
-            "llvm.x86.avx512bf16.dpbf16ps.512", (), ir.FunctionType(_SUMS, (_SUMS, _HALVES, _HALVES))
-        )
         self._prefetch = builder.module.declare_intrinsic(
-            "llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), (_I8.as_pointer(), _I32, _I32, _I32))
+            "llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), (_I8.as_pointer(), I32, I32, I32))
         )
 
     def generate(self, sums: Any, rows: Any, blocks: Any, num_pairs: Any, fetch: Any) -> None:
@@ -100,12 +82,12 @@ class _Tile:
         builder.position_at_end(loop)
         pair = builder.phi(_I64)
         pair.add_incoming(_I64(0), before)
-        held = [[builder.phi(_SUMS) for _ in w] for _ in x]
+        held = [[builder.phi(SUMS) for _ in w] for _ in x]
         self._fetch(pair, w, *cgutils.unpack_tuple(builder, fetch))
         totals = self._step(pair, x, w, held)
         for held_row, row in zip(held, totals, strict=True):
             for phi, total in zip(held_row, row, strict=True):
-                phi.add_incoming(ir.Constant(_SUMS, [0.0] * COLUMNS), before)
+                phi.add_incoming(ir.Constant(SUMS, [0.0] * COLUMNS), before)
                 phi.add_incoming(total, loop)
         following = builder.add(pair, _I64(1))
         pair.add_incoming(following, loop)
@@ -113,8 +95,8 @@ class _Tile:
         builder.position_at_end(after)
         for r, row in enumerate(totals):
             for b, total in enumerate(row):
-                place = builder.gep(sums, [_I64((r * BLOCKS + b) * COLUMNS)], source_etype=_F32)
-                builder.store(total, builder.bitcast(place, _SUMS.as_pointer()), align=4)
+                place = builder.gep(sums, [_I64((r * BLOCKS + b) * COLUMNS)], source_etype=F32)
+                builder.store(total, builder.bitcast(place, SUMS.as_pointer()), align=4)
 
     def _fetch(self, pair: Any, w: list[Any], ahead: Any, pace: Any) -> None:
         builder = self._builder
@@ -122,7 +104,7 @@ class _Tile:
         distance = builder.add(ahead, builder.mul(vectors, _I64(4 * COLUMNS)))
         for block in w:
             place = builder.gep(block, [distance], source_etype=_I8)
-            builder.call(self._prefetch, [place, _I32(0), _I32(3), _I32(1)])  # to read, into the nearest cache, data
+            builder.call(self._prefetch, [place, I32(0), I32(3), I32(1)])  # to read, into the nearest cache, data
 
     def _pointers(self, addresses: Any, count: int) -> list[Any]:
         builder = self._builder
@@ -135,14 +117,11 @@ class _Tile:
         factors = []
         for block in w:
             place = builder.gep(block, [builder.mul(pair, _I64(4 * COLUMNS))], source_etype=_I8)
-            factors.append(builder.bitcast(builder.load(place, typ=_PAIRS, align=64), _HALVES))
+            factors.append(builder.load(place, typ=UNITS, align=64))
         totals = []
         for row, row_sums in zip(x, sums, strict=True):
-            value = builder.load(builder.gep(row, [builder.mul(pair, _I64(4))], source_etype=_I8), typ=_I32, align=2)
-            first = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), value, _I32(0))
-            spread = builder.shuffle_vector(first, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * COLUMNS))
-            spread = builder.bitcast(spread, _HALVES)
-            totals.append([builder.call(self._multiply, [s, spread, f]) for s, f in zip(row_sums, factors, strict=True)])
+            pairs = spread(builder, builder.load(builder.gep(row, [builder.mul(pair, _I64(4))], source_etype=_I8), typ=I32, align=2))
+            totals.append([multiply_add_halves(builder, s, pairs, f) for s, f in zip(row_sums, factors, strict=True)])
         return totals
 
 

@@ -40,9 +40,14 @@ class _Bfloat(ir.types.Type):  # type: ignore[misc]
 _HALVES = ir.VectorType(_Bfloat(), 2 * LANES)
 
 
+def has(feature: str) -> bool:
+    """Whether numba compiles for a processor that has it; named as LLVM does."""
+    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
 def multiplies_bf16() -> bool:
-    """Whether this processor has AVX512-BF16."""
-    return "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    """Whether there is AVX512-BF16."""
+    return has("avx512bf16")
 
 
 def is_matrix(array: Any, *dtypes: Any) -> bool:

@@ -18,7 +18,7 @@ from lockstep.parallel.collectives import Collectives, connect_store
 Target = Callable[..., Any]
 
 
-def run_ranks(target: Target, world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(target: Target, world: int, *args: Any, timeout: float = 150.0) -> list[Any]:
     """``target(collectives, *args)`` on ``world`` fresh processes; their results by rank.
 
     Fails with the child's traceback when one raises, and names the ranks that are silent when ``timeout`` passes.

@@ -14,6 +14,7 @@ from lockstep.engine.kv_pool import KVPool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import build_model
 from lockstep.engine.types import EMPTY_SECTION, Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
+from lockstep.engine.warm_up import warm_up
 from lockstep.engine.weights import load_weights
 from lockstep.kernels.kv_format import KvFormat
 from lockstep.kernels.table import Column
@@ -49,6 +50,8 @@ def build_executor(
     model = build_model(config, dispatcher, torch.float32, device, column)
     load_weights(model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None)
     pool = KVPool(config, NUM_PAGES, PAGE_SIZE, kv_format, device)
+    if column == "cpu":
+        warm_up(config, torch.float32, kv_format, PAGE_SIZE)
     return Executor(Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1)
 
 

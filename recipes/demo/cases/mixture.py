@@ -24,7 +24,7 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
-_SHARES = {"arithmetic": 0.17, "lists": 0.23, "extraction": 0.26, "tool call": 0.21, "tool answer": 0.01, "recall": 0.06, "about": 0.06}
+_SHARES = {"arithmetic": 0.19, "lists": 0.21, "extraction": 0.18, "tool call": 0.31, "tool answer": 0.01, "recall": 0.05, "about": 0.05}
 _TEXT = phrases("mixture")
 _SYSTEM: list[str] = _TEXT["system"]
 _SYSTEM_UNSEEN: list[str] = _TEXT["system_unseen"]

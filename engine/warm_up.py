@@ -1,0 +1,82 @@
+"""Has the kernels of a model compiled before its rank meets the others: no step with a deadline should wait for a compiler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..kernels.cpu_arrays import alone_in_compiling
+from ..kernels.kv_format import KvFormat
+from ..kernels.paged import build_batch
+from ..kernels.sampling import SamplingParams
+from ..moe.dispatch_local import LocalDispatcher
+from ..moe.placement import contiguous
+from .kv_pool import KVPool
+from .models.config import ModelConfig
+from .models.registry import build_model
+
+_WIDEST = 512
+_VOCABULARY = 64
+_PROMPT, _SHORT = 33, 3  # tokens: enough to be shared out among threads, and too few
+
+
+def warm_up(config: ModelConfig, dtype: torch.dtype, kv_format: KvFormat, page_size: int) -> None:
+    """Computes a few steps on this CPU with a model of one layer of each kind and small sizes. Of the processes of a machine one
+    compiles at a time, and the next ones find what it compiled."""
+    with alone_in_compiling():
+        _compute(_miniature(config), dtype, kv_format, page_size)
+
+
+@torch.inference_mode()
+def _compute(config: ModelConfig, dtype: torch.dtype, kv_format: KvFormat, page_size: int) -> None:
+    cpu = torch.device("cpu")
+    dispatcher = LocalDispatcher(contiguous(len(config.moe_layers), config.moe.num_experts, 1), cpu)
+    model = build_model(config, dispatcher, dtype, cpu)
+    for parameter in model.parameters():
+        parameter.zero_()
+    model.pack()
+    pool = KVPool(config, -(-(_PROMPT + 2) // page_size), page_size, kv_format, cpu)
+    pages_1P = np.arange(pool.num_pages, dtype=np.int32)[None]
+    for start, count in ((0, _PROMPT), (_PROMPT, 1), (0, _SHORT)):
+        batch, positions_T = build_batch(np.array([start]), np.array([count]), int(count == 1), pages_1P, page_size, cpu)
+        dispatcher.begin_step(count, count)
+        hidden_TD = model(torch.zeros(count, dtype=torch.int64), positions_T, batch, pool.cache)
+        logits_RV = model.logits(hidden_TD[-1:])
+        model.ops.sample(logits_RV, _greedy(), np.zeros(1))
+
+
+def _greedy() -> SamplingParams:
+    return SamplingParams(np.zeros(1, np.float32), np.zeros(1, np.int64), np.ones(1, np.float32), np.zeros(1, np.float32))
+
+
+def _miniature(config: ModelConfig) -> ModelConfig:
+    """What is compiled depends on types and kinds of layers, and on whether widths divide by small powers of two; not on sizes."""
+    moe = config.moe
+    per_group = max(2, -(-moe.top_k // moe.top_groups))
+    hidden, width = _narrow(moe.hidden), _narrow(moe.expert_width)
+    small = replace(
+        moe,
+        hidden=hidden,
+        expert_width=width,
+        shared_width=width if moe.shared_width else 0,
+        num_experts=min(moe.num_experts, moe.num_groups * per_group),
+    )
+    num_dense = int(len(config.moe_layers) < config.num_layers)
+    return replace(
+        config,
+        vocab_size=_VOCABULARY,
+        hidden=hidden,
+        num_layers=num_dense + 1,
+        moe_layers=(num_dense,),
+        dense_width=_narrow(config.dense_width),
+        eos_ids=(),
+        moe=small,
+    )
+
+
+def _narrow(width: int) -> int:
+    """At most about 512, with the same powers of two as divisors, up to 128."""
+    return width if width <= _WIDEST else _WIDEST + math.gcd(width, 128) % 128
