@@ -272,7 +272,7 @@ class Stop(Message, tag="stop", frozen=True):
 
 
 class FrontendHello(Message, tag="frontend", frozen=True):
-    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds.
+    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds (infinity: never).
 
     ``life`` is drawn once by a process: another under the same name has taken the place of one that died.
     """

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import msgspec
 import zmq
 
 from ..engine.specs import Keys
-from ..engine.types import ClusterState, Drain, FrontendHello, Heartbeat, Message, RankLost, Stop, ToFrontend
+from ..engine.types import ClusterState, Drain, FrontendHello, Message, RankLost, Stop, ToFrontend
 from ..engine.wire import client_socket, encode
-
-LEASE = 30.0
-_BEAT = 5.0
 
 
 class ControllerLink:
-    """``state`` is the last ClusterState heard, ``heard`` when (monotonic seconds). Call ``read`` more often than the lease."""
+    """``state`` is the last ClusterState heard, ``heard`` when (monotonic seconds).
+
+    The lease never runs out: no controller outlives its launcher, which says nothing for as long as ranks take to load.
+    """
 
     def __init__(self, address: str, keys: Keys) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = client_socket(self._context, zmq.DEALER, keys, b"launcher")
         self.socket.connect(address)
         self._decoder = msgspec.msgpack.Decoder(ToFrontend)
-        self._beaten = 0.0
         self.state: ClusterState | None = None
         self.heard = time.monotonic()
-        self._send(FrontendHello("launcher", LEASE))
+        self._send(FrontendHello("launcher", lease=math.inf))
 
     def read(self, timeout: float) -> ClusterState | None:
         """Takes in what has come, after waiting up to ``timeout`` seconds for the first; returns ``state``."""
-        if time.monotonic() - self._beaten > _BEAT:
-            self._send(Heartbeat())
         wait = max(0, int(timeout * 1000))
         while self.socket.poll(wait):
             message = self._decoder.decode(self.socket.recv())
@@ -55,5 +53,4 @@ class ControllerLink:
         self._context.term()
 
     def _send(self, message: Message) -> None:
-        self._beaten = time.monotonic()
         self.socket.send(encode(message), zmq.DONTWAIT)

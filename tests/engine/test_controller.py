@@ -31,6 +31,7 @@ from lockstep.engine.types import (
     TokenBatch,
 )
 from lockstep.engine.wire import client_socket, encode, new_keypair
+from lockstep.launch.controller_link import ControllerLink
 from support.planner_world import ROOT
 
 PAGE = 4
@@ -199,6 +200,23 @@ def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
     watcher.until(lambda: watcher.state is not None and watcher.state.prompt_tokens == 80, "the requests to arrive")
     watcher.until(lambda: watcher.state is not None and watcher.state.num_running + watcher.state.num_waiting == 0, "the lease to run out")
     assert watcher.state is not None and watcher.state.generation_tokens < 8 * 240, "they ran to their end"
+
+
+def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, frontend = ControllerLink(running.controller.addresses[2], running.keys), running.frontend()
+    try:
+        frontend.until(lambda: serving(frontend), "phase serving")
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 3600)
+        frontend.state = None
+        with pytest.raises(AssertionError, match="a state"):
+            frontend.until(lambda: frontend.state is not None, "a state, though its lease is over", 2.0)
+        launcher.drain(5.0)
+        end = time.monotonic() + 10
+        while (state := launcher.read(0.1)) is None or state.phase != "drained":
+            assert time.monotonic() < end, f"the launcher was left with {state}"
+    finally:
+        launcher.close()
 
 
 def test_another_process_under_the_same_name_aborts_the_requests_of_the_one_before(running: Running) -> None:
