@@ -41,9 +41,9 @@ def main(spec: RankSpec) -> None:
     with Lobby(spec.lobby, "rank", spec.rank) as lobby:
         lobby.report("starting")
         if spec.device == "cpu":
-            lobby.report("compiling", "kernels, once for every version and kind of model")
             config = load_config(Path(spec.model_path))
-            warm_up(config, _dtype(spec.dtype), parse_format(spec.kv_dtype), spec.page_size)
+            kv_format = parse_format(spec.kv_dtype)
+            warm_up(config, _dtype(spec.dtype), kv_format, spec.page_size, lambda what: lobby.report("compiling", what))
         executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
         sockets = RankSockets(spec)
         try:

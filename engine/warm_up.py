@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..kernels.cpu_arrays import alone_in_compiling
+from ..kernels.compiling import alone_in_compiling
 from ..kernels.kv_format import KvFormat
 from ..kernels.paged import build_batch
 from ..kernels.sampling import SamplingParams
@@ -23,10 +24,10 @@ _VOCABULARY = 64
 _PROMPT, _SHORT = 33, 3  # tokens: enough to be shared out among threads, and too few
 
 
-def warm_up(config: ModelConfig, dtype: torch.dtype, kv_format: KvFormat, page_size: int) -> None:
+def warm_up(config: ModelConfig, dtype: torch.dtype, kv_format: KvFormat, page_size: int, report: Callable[[str], None]) -> None:
     """Computes a few steps on this CPU with a model of one layer of each kind and small sizes. Of the processes of a machine one
-    compiles at a time, and the next ones find what it compiled."""
-    with alone_in_compiling():
+    compiles at a time, and the next ones find what it compiled. ``report`` is told what is compiled, if anything is."""
+    with alone_in_compiling(report):
         _compute(_miniature(config), dtype, kv_format, page_size)
 
 

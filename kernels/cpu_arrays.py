@@ -9,11 +9,9 @@ EPYC Turin, numba 0.68).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +37,10 @@ def _cache_folder() -> str:
     return str(place / f"numba-{sources.hexdigest()[:16]}")
 
 
-@contextlib.contextmanager
-def alone_in_compiling() -> Iterator[None]:
-    """Lets one process at a time through of those that keep compiled kernels in the same folder; all of them where there is none."""
-    folder = Path(config.CACHE_DIR)  # type: ignore[attr-defined]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "compiling").open("w")
-    except OSError:  # numba has nowhere to keep what it compiles, or finds another place
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
+CACHE_FOLDER = _cache_folder()
 
 # Before the first kernel is declared.
-config.CACHE_DIR = _cache_folder()  # type: ignore[attr-defined]
+config.CACHE_DIR = CACHE_FOLDER  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
 # Up to this many values a pass over rows stays on the thread that asks for it: 4 us, and no waiting for a thread that another process

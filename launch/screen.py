@@ -49,7 +49,7 @@ class Screen:
         changed = self._seen.get(name) != report.phase
         self._seen[name] = report.phase
         if not self._live:
-            if changed and report.phase in ("loading", "ready"):
+            if changed and report.phase in ("compiling", "loading", "ready"):
                 self.say(f"{name}: {report.phase}" + (f" ({report.detail})" if report.detail else ""))
             return
         self._progress.start()

@@ -97,10 +97,10 @@ def exact(network: Network, packer: Packer, cases: list[Case], device: torch.dev
     return hits, foretold, total
 
 
-def held_out_cases(count: int, seed: int = 0, longest: int = 3000) -> dict[str, list[Case]]:
-    """``count`` cases of every family that training never sees."""
+def held_out_cases(count: int, seed: int = 0, longest: int = 3000, final: bool = False) -> dict[str, list[Case]]:
+    """``count`` cases of every family that training never sees; ``final``: in phrases that are kept for the last evaluation."""
     found = {}
     for family in FAMILIES:
-        dice = Dice(f"held out {seed} {family}", held_out=True)
+        dice = Dice(f"held out {seed} {family}", held_out=True, final=final)
         found[family] = [draw_held_out(dice, family, longest) for _ in range(count)]
     return found

@@ -28,7 +28,7 @@ path, dtype, pages = Path(sys.argv[2]), getattr(torch, sys.argv[3]), getattr(tor
 def taken():
     kernels = [x for x in gc.get_objects() if isinstance(x, Dispatcher) and x.py_func.__module__.startswith("lockstep.")]
     return sorted((k.__name__, len(k.signatures)) for k in kernels if k.signatures)
-warm_up(load_config(path), dtype, FORMATS[pages], 8)
+warm_up(load_config(path), dtype, FORMATS[pages], 8, print)
 before = taken()
 model = load_local(path, dtype)
 model.pack()

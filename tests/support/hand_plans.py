@@ -51,7 +51,7 @@ def build_executor(
     load_weights(model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None)
     pool = KVPool(config, NUM_PAGES, PAGE_SIZE, kv_format, device)
     if column == "cpu":
-        warm_up(config, torch.float32, kv_format, PAGE_SIZE)
+        warm_up(config, torch.float32, kv_format, PAGE_SIZE, print)
     return Executor(Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1)
 
 

@@ -6,16 +6,18 @@ from typing import Any
 
 from .case import Case, Check, assistant, user
 from .frames import frame
-from .phrases import phrases
+from .phrases import Sides, phrases
 from .words import Dice
 
 _FACTS: list[dict[str, Any]] = phrases("about")["facts"]
-_UNSEEN = {phrase for fact in _FACTS for phrase in fact["unseen"]}
+_FINAL: list[list[str]] = phrases("about", "final")
+_UNSEEN = {phrase for fact, final in zip(_FACTS, _FINAL, strict=True) for phrase in fact["unseen"] + final}
 
 
 def make_about(dice: Dice) -> Case:
-    fact = dice.choice(_FACTS)
-    question = dice.pick(fact["seen"], fact["unseen"])
+    number = dice.randrange(len(_FACTS))
+    fact = _FACTS[number]
+    question = dice.pick(Sides(fact["seen"], fact["unseen"], _FINAL[number]))
     if not dice.held_out and "topics" in fact and dice.chance(0.6):
         about = dice.chance(0.6)
         template = frame(dice, "about", start="start" if about else "topic", capital=False)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from .case import Case, Check, assistant, user
 from .frames import asked, frame
-from .phrases import phrases
+from .phrases import sides
 from .words import Dice
 
-_TEXT = phrases("arithmetic")
-_DIRECT: dict[str, list[str]] = _TEXT["direct"]
-_DIRECT_UNSEEN: dict[str, list[str]] = _TEXT["direct_unseen"]
-_STORIES: dict[str, list[str]] = _TEXT["stories"]
-_STORIES_UNSEEN: dict[str, list[str]] = _TEXT["stories_unseen"]
+_DIRECT = {sign: sides("arithmetic", "direct", sign) for sign in "+-*"}
+_STORIES = {sign: sides("arithmetic", "stories", sign) for sign in "+-*"}
 _FRAMES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
 
@@ -20,10 +17,10 @@ def make_arithmetic(dice: Dice) -> Case:
     sign = dice.choice(signs if dice.chance(0.75) else "+-")
     a, b = _operands(dice, sign)
     story = dice.chance(0.4)
-    templates, unseen = (_STORIES, _STORIES_UNSEEN) if story else (_DIRECT, _DIRECT_UNSEEN)
-    template = dice.pick(templates[sign], unseen[sign])
+    templates = (_STORIES if story else _DIRECT)[sign]
+    template = dice.pick(templates)
     if not dice.held_out and dice.chance(0.7):
-        template = frame(dice, _FRAMES[sign] + ("_story" if story else ""), unseen[sign])
+        template = frame(dice, _FRAMES[sign] + ("_story" if story else ""), templates.unseen)
     question = asked(dice, template.format(a=a, b=b, n=dice.person(), m=dice.person(), t=dice.thing()))
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     thinking = dice.held_out or not (max(a, b) < 20 and dice.chance(0.3))

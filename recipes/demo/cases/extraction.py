@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .case import Case, Check, assistant, dumps, user
 from .frames import asked, frame
-from .phrases import phrases
+from .phrases import sides
 from .words import Dice
 
 
@@ -32,13 +32,9 @@ _KNOWN = (
     Field("price", "number", ("for {v} coins", "costs {v} coins", "at {v} coins", "paid {v} coins")),
     Field("colour", "colour", ("painted {v}", "all in {v}", "of {v} colour")),
 )
-_TEXT = phrases("extraction")
-_TOLD: list[str] = _TEXT["told"]
-_TOLD_UNSEEN: list[str] = _TEXT["told_unseen"]
-_CLAUSES: list[str] = _TEXT["clauses"]
-_CLAUSES_UNSEEN: list[str] = _TEXT["clauses_unseen"]
-_REQUESTS: list[str] = _TEXT["requests"]
-_REQUESTS_UNSEEN: list[str] = _TEXT["requests_unseen"]
+_TOLD = sides("extraction", "told")
+_CLAUSES = sides("extraction", "clauses")
+_REQUESTS = sides("extraction", "requests")
 KINDS = ("person", "place", "thing", "colour", "small", "number")
 _JOINTS = (", ", "; ", ", ", " and ")
 
@@ -47,9 +43,9 @@ def make_extraction(dice: Dice) -> Case:
     wanted, told = _fields(dice)
     values = {field.name: draw_value(dice, field.kind) for field in told}
     text = _text(dice, told, values)
-    template = dice.pick(_REQUESTS, _REQUESTS_UNSEEN)
+    template = dice.pick(_REQUESTS)
     if not dice.held_out and dice.chance(0.6):
-        template = frame(dice, "request", _REQUESTS_UNSEEN)
+        template = frame(dice, "request", _REQUESTS.unseen)
     messages = [user(asked(dice, _fill(template, wanted, text)))]
     while not dice.held_out and dice.chance(0.4):
         messages.append(assistant(dumps({field.name: values[field.name] for field in wanted}), learn=True))
@@ -73,14 +69,14 @@ def draw_value(dice: Dice, kind: str) -> str | int:
 def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
     """Fields asked for, in the order of the schema, and fields told, in the order of the text. Held-out schemas ask for at least one
     field that training does not know."""
-    seen = _plain_fields(_TOLD) + list(_KNOWN) * 2
-    pool = seen + _plain_fields(_TOLD_UNSEEN) * 4 if dice.held_out else seen
+    seen, own = _plain_fields(_TOLD.training) + list(_KNOWN) * 2, dice.own(_TOLD)
+    pool = seen + _plain_fields(own) * 4 if dice.held_out else seen
     while True:
         chosen = {field.name: field for field in dice.choices(pool, k=dice.randint(2, 4))}
         extra = {field.name: field for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2)))}
         if not dice.held_out:
             chosen, extra = _coin(dice, chosen), _coin(dice, extra)
-        if len(chosen) >= 2 and (not dice.held_out or any(f"{f.name}:{f.kind}" in _TOLD_UNSEEN for f in chosen.values())):
+        if len(chosen) >= 2 and (not dice.held_out or any(f"{f.name}:{f.kind}" in own for f in chosen.values())):
             break
     told = list((chosen | extra).values())
     dice.shuffle(told)
@@ -103,9 +99,9 @@ def _text(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
     clauses: list[str] = []
     for field in told:
         own = field.clauses and dice.chance(0.5)
-        clause = dice.choice(field.clauses) if own else dice.pick(_CLAUSES, _CLAUSES_UNSEEN)
+        clause = dice.choice(field.clauses) if own else dice.pick(_CLAUSES)
         if not own and not dice.held_out and dice.chance(0.6):
-            clause = frame(dice, "clause", _CLAUSES_UNSEEN, capital=False)
+            clause = frame(dice, "clause", _CLAUSES.unseen, capital=False)
         if not clauses and not clause.startswith("{"):
             clause = clause[0].upper() + clause[1:]
         clauses.append(clause.format(f=field.name, v=values[field.name]))
@@ -113,4 +109,4 @@ def _text(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
 
 
 def extraction_words() -> set[str]:
-    return {pair.split(":")[0] for pair in _TOLD + _TOLD_UNSEEN} | {field.name for field in _KNOWN}
+    return {pair.split(":")[0] for pair in _TOLD.training + _TOLD.held_out} | {field.name for field in _KNOWN}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from .phrases import phrases
+from .phrases import phrases, sides
 from .words import Dice
 
-_TEXT = phrases("words")
-_OPENINGS: list[str] = _TEXT["openings"]
-_OPENINGS_UNSEEN: list[str] = _TEXT["openings_unseen"]
+_OPENINGS = sides("words", "openings")
 _PART = re.compile(r"<(\w+)>")
 
 
@@ -21,10 +19,10 @@ def asked(dice: Dice, text: str) -> str:
     if dice.chance(0.5):
         return text
     if dice.held_out:
-        return dice.choice(_OPENINGS_UNSEEN) + text
+        return dice.pick(_OPENINGS) + text
     if dice.chance(0.15) and text[-1] in ".?!":
         text += frame(dice, "closing")
-    return (dice.choice(_OPENINGS) if dice.chance(0.3) else frame(dice, "opening", _OPENINGS_UNSEEN)) + text
+    return (dice.pick(_OPENINGS) if dice.chance(0.3) else frame(dice, "opening", _OPENINGS.unseen)) + text
 
 
 def frame(dice: Dice, name: str, unseen: Collection[str] = (), start: str = "start", capital: bool = True) -> str:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from .case import Case, Check, assistant, user
 from .frames import asked
-from .phrases import phrases
+from .phrases import phrases, sides
 from .words import Dice
 
 _TEXT = phrases("lists")
-_UP: list[str] = _TEXT["up"]
-_UP_UNSEEN: list[str] = _TEXT["up_unseen"]
-_DOWN: list[str] = _TEXT["down"]
-_DOWN_UNSEEN: list[str] = _TEXT["down_unseen"]
-_NAMES: list[str] = _TEXT["names"]
-_NAMES_UNSEEN: list[str] = _TEXT["names_unseen"]
-_BACK: list[str] = _TEXT["back"]
-_BACK_UNSEEN: list[str] = _TEXT["back_unseen"]
-
+_ASKED = {way: sides("lists", way) for way in ("up", "down", "names", "back")}
 
 _WAYS: dict[str, list[str]] = _TEXT["ways"]
 _FRAMES: list[str] = _TEXT["frames"]
@@ -32,10 +24,8 @@ def _phrase(dice: Dice, way: str) -> str:
     return text[0].upper() + text[1:] if text[0] != "{" else text
 
 
-def _template(dice: Dice, way: str, seen: list[str], unseen: list[str]) -> str:
-    if dice.held_out:
-        return dice.choice(unseen)
-    return _phrase(dice, way) if dice.chance(0.5) else dice.choice(seen)
+def _template(dice: Dice, way: str) -> str:
+    return _phrase(dice, way) if not dice.held_out and dice.chance(0.5) else dice.pick(_ASKED[way])
 
 
 def make_list(dice: Dice) -> Case:
@@ -58,7 +48,7 @@ def _numbers(dice: Dice) -> Case:
     if not dice.held_out and dice.chance(0.3) and min(numbers) > 9:
         numbers[dice.randrange(len(numbers))] = dice.randint(1, 9)
     down = dice.chance(0.5)
-    template = _template(dice, "down", _DOWN, _DOWN_UNSEEN) if down else _template(dice, "up", _UP, _UP_UNSEEN)
+    template = _template(dice, "down" if down else "up")
     ordered = sorted(numbers, reverse=down)
     reasoning = " ".join(f"{n:02}" for n in numbers) + ": " + " ".join(f"{n:02}" for n in ordered)
     return _case(dice, template, [str(n) for n in numbers], [str(n) for n in ordered], reasoning)
@@ -81,14 +71,14 @@ def _names(dice: Dice) -> Case:
         names.setdefault(name[0], name)
     ordered = sorted(names)
     reasoning = " ".join(f"{letter}={name}" for letter, name in names.items()) + ": " + " ".join(ordered)
-    template = _template(dice, "names", _NAMES, _NAMES_UNSEEN)
+    template = _template(dice, "names")
     return _case(dice, template, list(names.values()), [names[letter] for letter in ordered], reasoning)
 
 
 def _backwards(dice: Dice) -> Case:
     """The reasoning numbers the items, and reads them from the last number to the first."""
     draw = dice.choice(("thing", "person", "colour", "letter", "number"))
-    template = _template(dice, "back", _BACK, _BACK_UNSEEN)
+    template = _template(dice, "back")
     if draw == "letter":
         letters = list(dice.person().lower() if dice.chance(0.5) else dice.thing())
         return _case(dice, template, letters, letters[::-1], _numbered(letters), joint=" " if dice.chance(0.5) else "-")

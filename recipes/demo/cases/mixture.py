@@ -10,7 +10,7 @@ from .arithmetic import make_arithmetic
 from .case import Case, Message
 from .extraction import extraction_words, make_extraction
 from .lists import make_list
-from .phrases import phrases
+from .phrases import sides
 from .recall import make_recall, recall_words
 from .tools import make_tool_answer, make_tool_call, offer_tools, tool_words
 from .words import COLOURS, THINGS, Dice
@@ -25,9 +25,7 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "about": make_about,
 }
 _SHARES = {"arithmetic": 0.19, "lists": 0.21, "extraction": 0.18, "tool call": 0.31, "tool answer": 0.01, "recall": 0.05, "about": 0.05}
-_TEXT = phrases("mixture")
-_SYSTEM: list[str] = _TEXT["system"]
-_SYSTEM_UNSEEN: list[str] = _TEXT["system_unseen"]
+_SYSTEM = sides("mixture", "system")
 # Words of a long conversation per wanted token of it; measured with the demo's tokenizer.
 WORDS_PER_TOKEN = 0.38
 
@@ -58,7 +56,7 @@ def draw_held_out(dice: Dice, family: str, longest: int = 3000) -> Case:
 def with_system(dice: Dice, case: Case) -> Case:
     if not dice.chance(0.3):
         return case
-    system: Message = {"role": "system", "content": dice.pick(_SYSTEM, _SYSTEM_UNSEEN)}
+    system: Message = {"role": "system", "content": dice.pick(_SYSTEM)}
     return replace(case, messages=(system, *case.messages))
 
 

@@ -1,7 +1,8 @@
-"""The words and phrases of the generator: ``phrases.yaml``, a section a family, and the grammars of ``frames.yaml``."""
+"""The words and phrases of the generator: ``phrases.yaml``, a section a family, the grammars of ``frames.yaml``, and ``final.yaml``."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,33 @@ from typing import Any
 import yaml
 
 
-def phrases(section: str, file: str = "phrases") -> dict[str, Any]:
-    found: dict[str, Any] = _read(file)[section]
-    return found
+@dataclass(frozen=True)
+class Sides:
+    """A list of phrases or words as training has it, as held-out cases have it, and as those of the final evaluation have it."""
+
+    training: list[str]
+    held_out: list[str]
+    final: list[str]
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """What training must not say, where the sides differ."""
+        return frozenset(self.held_out + self.final)
+
+
+def sides(section: str, name: str, *keys: str) -> Sides:
+    """The list ``name`` of a section (or what is under ``keys`` in it); where a side has none of its own it takes that of the one before."""
+    texts = phrases(section)
+    training = texts[name]
+    held_out = texts.get(f"{name}_unseen", training)
+    final = phrases(section, "final").get(name, held_out)
+    for key in keys:
+        training, held_out, final = training[key], held_out[key], final[key]
+    return Sides(training, held_out, final)
+
+
+def phrases(section: str, file: str = "phrases") -> Any:
+    return _read(file)[section]
 
 
 @cache

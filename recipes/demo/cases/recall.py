@@ -5,22 +5,15 @@ from __future__ import annotations
 from .case import Case, Check, Message, assistant, user
 from .extraction import draw_value
 from .frames import frame
-from .phrases import phrases
+from .phrases import phrases, sides
 from .words import Dice, side
 
 _TEXT = phrases("recall")
-_ATTRIBUTES: list[str] = _TEXT["attributes"]
-_ATTRIBUTES_UNSEEN: list[str] = _TEXT["attributes_unseen"]
+_ATTRIBUTES = sides("recall", "attributes")
 _NOUNS: list[str] = side(phrases("tools")["nouns"], held_out=False)
 _KINDS: list[str] = _TEXT["kinds"]
-_TELL_MINE: list[str] = _TEXT["tell_mine"]
-_TELL_MINE_UNSEEN: list[str] = _TEXT["tell_mine_unseen"]
-_TELL: list[str] = _TEXT["tell"]
-_TELL_UNSEEN: list[str] = _TEXT["tell_unseen"]
-_ASK_MINE: list[str] = _TEXT["ask_mine"]
-_ASK_MINE_UNSEEN: list[str] = _TEXT["ask_mine_unseen"]
-_ASK: list[str] = _TEXT["ask"]
-_ASK_UNSEEN: list[str] = _TEXT["ask_unseen"]
+_TELL_MINE, _TELL, _ASK_MINE, _ASK = (sides("recall", name) for name in ("tell_mine", "tell", "ask_mine", "ask"))
+_UNSEEN = _TELL_MINE.unseen | _TELL.unseen | _ASK_MINE.unseen | _ASK.unseen
 _NOTED: list[str] = _TEXT["noted"]
 _CHATTER: list[str] = _TEXT["chatter"]
 
@@ -48,7 +41,7 @@ def make_recall(dice: Dice, num_words: int = 0) -> Case:
 def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
     """Owner ("" for the user), attribute and value; no two alike in owner and attribute."""
     people = [dice.person() for _ in range(2)] + [""]
-    pool = _ATTRIBUTES_UNSEEN if dice.held_out else _ATTRIBUTES
+    pool = dice.own(_ATTRIBUTES)
     facts: dict[tuple[str, str], str | int] = {}
     for _ in range(dice.randint(2, most)):
         name, kind = dice.choice(pool).split(":")
@@ -68,14 +61,14 @@ def _attribute(dice: Dice) -> str:
 
 
 def _tell(dice: Dice, owner: str, name: str, value: str | int) -> str:
-    template = dice.pick(_TELL, _TELL_UNSEEN) if owner else dice.pick(_TELL_MINE, _TELL_MINE_UNSEEN)
+    template = dice.pick(_TELL if owner else _TELL_MINE)
     if not dice.held_out and dice.chance(0.5):
         template = _with_owner(frame(dice, "tell"), owner)
     return template.format(n=owner, f=name, v=value)
 
 
 def _ask(dice: Dice, owner: str, name: str, value: str | int) -> str:
-    template = dice.pick(_ASK, _ASK_UNSEEN) if owner else dice.pick(_ASK_MINE, _ASK_MINE_UNSEEN)
+    template = dice.pick(_ASK if owner else _ASK_MINE)
     if not dice.held_out and dice.chance(0.6):
         template = _with_owner(frame(dice, "question"), owner)
     return template.format(n=owner, f=name)
@@ -99,4 +92,4 @@ def _chatter(dice: Dice) -> str:
 
 
 def recall_words() -> set[str]:
-    return {word for pair in _ATTRIBUTES + _ATTRIBUTES_UNSEEN for word in pair.split(":")[0].split()}
+    return {word for pair in _ATTRIBUTES.training + _ATTRIBUTES.held_out for word in pair.split(":")[0].split()}

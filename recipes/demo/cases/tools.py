@@ -10,24 +10,15 @@ from dataclasses import dataclass
 from .case import Case, Check, Message, assistant, dumps, user
 from .extraction import draw_value
 from .frames import asked, frame
-from .phrases import phrases
+from .phrases import phrases, sides
 from .words import Dice
 
 _TEXT = phrases("tools")
 _VERBS: dict[str, list[str]] = _TEXT["verbs"]
-_NOUNS: list[str] = _TEXT["nouns"]
-_NOUNS_UNSEEN: list[str] = _TEXT["nouns_unseen"]
-_PARAMETERS: list[str] = _TEXT["parameters"]
-_PARAMETERS_UNSEEN: list[str] = _TEXT["parameters_unseen"]
 _DESCRIPTIONS: list[str] = _TEXT["descriptions"]
-_BARE: list[str] = _TEXT["bare"]
-_FILLED: list[str] = _TEXT["filled"]
-_FILLED_UNSEEN: list[str] = _TEXT["filled_unseen"]
-_GIVEN: list[str] = _TEXT["given"]
-_GIVEN_UNSEEN: list[str] = _TEXT["given_unseen"]
+_NOUNS, _PARAMETERS, _FACTS = (sides("tools", name) for name in ("nouns", "parameters", "facts"))
+_BARE, _FILLED, _GIVEN = (sides("tools", name) for name in ("bare", "filled", "given"))
 _CONVEYED: dict[str, list[str]] = _TEXT["conveyed"]
-_FACTS: list[str] = _TEXT["facts"]
-_FACTS_UNSEEN: list[str] = _TEXT["facts_unseen"]
 _STATES: list[str] = _TEXT["states"]
 
 
@@ -113,8 +104,8 @@ def offer_tools(dice: Dice) -> list[Tool]:
 def _noun(dice: Dice) -> str:
     """Training also takes nouns of other families and coins some, so that they have to be matched and not remembered."""
     if dice.held_out:
-        return dice.choice(_NOUNS_UNSEEN)
-    return dice.choice(_NOUNS) if dice.chance(0.35) else dice.noun()
+        return dice.pick(_NOUNS)
+    return dice.pick(_NOUNS) if dice.chance(0.35) else dice.noun()
 
 
 def _named(dice: Dice, pool: list[str], least: int, most: int) -> dict[str, str]:
@@ -125,7 +116,7 @@ def _named(dice: Dice, pool: list[str], least: int, most: int) -> dict[str, str]
 
 
 def _tool(dice: Dice, verb: str, noun: str) -> Tool:
-    pool = _PARAMETERS + _PARAMETERS_UNSEEN * 4 if dice.held_out else _PARAMETERS
+    pool = _PARAMETERS.training + dice.own(_PARAMETERS) * 4 if dice.held_out else _PARAMETERS.training
     few, most = (0.3, 3) if dice.held_out else (0.2, 4)
     parameters = _named(dice, pool, *((0, 1) if dice.chance(few) else (1, most)))
     description = dice.choice(_DESCRIPTIONS).format(V=verb.capitalize(), v=verb, n=noun)
@@ -137,26 +128,26 @@ def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
     arguments = {name: draw_value(dice, kind) for name, kind in tool.parameters}
     given = []
     for name, value in arguments.items():
-        clauses = _CONVEYED[name] if name in _CONVEYED and dice.chance(0.5) else (dice.pick(_GIVEN, _GIVEN_UNSEEN),)
+        clauses = _CONVEYED[name] if name in _CONVEYED and dice.chance(0.5) else (dice.pick(_GIVEN),)
         clause = dice.choice(clauses)
         if not dice.held_out and dice.chance(0.6):
-            clause = frame(dice, "given", _GIVEN_UNSEEN, capital=False)
+            clause = frame(dice, "given", _GIVEN.unseen, capital=False)
         given.append(clause.format(f=name, v=value))
     dice.shuffle(given)
-    template = dice.pick(_FILLED, _FILLED_UNSEEN) if given else dice.choice(_BARE)
+    template = dice.pick(_FILLED if given else _BARE)
     if not dice.held_out and dice.chance(0.6):
-        template = frame(dice, "command", _FILLED_UNSEEN, "start" if given else "bare")
+        template = frame(dice, "command", _FILLED.unseen | frozenset(_BARE.final), "start" if given else "bare")
     verb = dice.choice(_VERBS[tool.verb]) if dice.chance(0.4) else tool.verb
     text = template.format(v=verb, V=verb.capitalize(), n=tool.noun, p=dice.choice((", ", " and ", " ")).join(given))
     return asked(dice, text[0].upper() + text[1:]), arguments
 
 
 def _draw_facts(dice: Dice) -> dict[str, str | int]:
-    pool = _FACTS + _FACTS_UNSEEN * 4 if dice.held_out else _FACTS
+    pool = _FACTS.training + dice.own(_FACTS) * 4 if dice.held_out else _FACTS.training
     facts = _named(dice, pool, 1, 3)
     return {name: dice.choice(_STATES) if kind == "state" else draw_value(dice, kind) for name, kind in facts.items()}
 
 
 def tool_words() -> set[str]:
-    named = (_PARAMETERS, _PARAMETERS_UNSEEN, _FACTS, _FACTS_UNSEEN)
-    return {*_VERBS, *_NOUNS, *_NOUNS_UNSEEN, *_STATES} | {pair.split(":")[0] for pairs in named for pair in pairs}
+    named = (_PARAMETERS.training, _PARAMETERS.held_out, _FACTS.training, _FACTS.held_out)
+    return {*_VERBS, *_NOUNS.training, *_NOUNS.held_out, *_STATES} | {pair.split(":")[0] for pairs in named for pair in pairs}

@@ -9,11 +9,8 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from typing import TypeVar
 
-from .phrases import phrases
-
-T = TypeVar("T")
+from .phrases import Sides, phrases
 
 _TEXT = phrases("words")
 _STARTS: list[str] = _TEXT["starts"]
@@ -32,7 +29,9 @@ _NOUNS: list[str] = _TEXT["nouns"]
 
 
 def _words_of_held_out_lists() -> set[str]:
-    lists = (texts for section in ("tools", "extraction", "recall") for name, texts in phrases(section).items() if name.endswith("_unseen"))
+    sections = ("tools", "extraction", "recall")
+    lists = [texts for section in sections for name, texts in phrases(section).items() if name.endswith("_unseen")]
+    lists += [texts for section in sections for texts in phrases(section, "final").values()]
     return {text.split(":")[0] for texts in lists for text in texts}
 
 
@@ -50,15 +49,21 @@ def side(words: Sequence[str], held_out: bool) -> list[str]:
 
 
 class Dice(random.Random):
-    """The draws of the generator; ``held_out`` says which side of the split they are from."""
+    """The draws of the generator; ``held_out`` says which side of the split they are from, ``final`` that they are held out for the
+    final evaluation."""
 
-    def __init__(self, seed: int | str, held_out: bool) -> None:
+    def __init__(self, seed: int | str, held_out: bool, final: bool = False) -> None:
         super().__init__(seed)
-        self.held_out = held_out
+        self.held_out, self.final = held_out or final, final
 
-    def pick(self, seen: Sequence[T], unseen: Sequence[T]) -> T:
-        """From ``seen`` in training, from ``unseen`` otherwise."""
-        return self.choice(unseen if self.held_out else seen)
+    def own(self, lists: Sides) -> list[str]:
+        """The list of this side."""
+        if self.final:
+            return lists.final
+        return lists.held_out if self.held_out else lists.training
+
+    def pick(self, lists: Sides) -> str:
+        return self.choice(self.own(lists))
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability

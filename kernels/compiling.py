@@ -1,0 +1,55 @@
+"""The first use of a version's CPU kernels: one process of a machine compiles them, and says how far it is."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from numba.core import event
+
+from . import cpu_arrays
+
+
+@contextlib.contextmanager
+def alone_in_compiling(report: Callable[[str], None]) -> Iterator[None]:
+    """Lets one process at a time through of those that keep compiled kernels in the same folder; all of them where there is none.
+
+    ``report`` is told what is waited for: each kernel that is compiled within, or the process that is ahead; nothing where all
+    kernels are on the disk.
+    """
+    with _lock(Path(cpu_arrays.CACHE_FOLDER), report), event.install_listener("numba:compile", _Count(report)):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "compiling").open("w")
+    except OSError:  # numba has nowhere to keep what it compiles, or finds another place
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another process of this machine, which compiles the kernels")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _Count(event.Listener):
+    """Counts kernels as their compilation begins; those that others call are counted within theirs."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._count = 0
+
+    def on_start(self, event: event.Event) -> None:
+        self._count += 1
+        self._report(f"CPU kernels, once for a version and kind of model: number {self._count}, {event.data['dispatcher'].__name__}")
+
+    def on_end(self, event: event.Event) -> None:
+        """A kernel is ready."""
