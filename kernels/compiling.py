@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from numba.core import event
 
 from . import cpu_arrays
+
+_READS = 2.0  # seconds: a process that finds its kernels on the disk is through sooner
 
 
 @contextlib.contextmanager
@@ -32,12 +36,21 @@ def _lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken_within(lock, _READS):
             report("waiting for another process of this machine, which compiles the kernels")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _taken_within(lock: IO[str], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
 
 
 class _Count(event.Listener):
