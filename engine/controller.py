@@ -352,6 +352,10 @@ class Controller:
             gc.collect()
         if self._recorder is not None:
             self._recorder.flush()
+            if self._recorder.failure:
+                self._lobby.report("ready", f"the recording to {self._spec.recording} has ended: {self._recorder.failure}")
+                self._recorder.close()
+                self._recorder = None
 
     def _watch(self, planner: Planner, now: float) -> None:
         """Finds ranks that hang, and says when one was not replaced within its deadline."""

@@ -20,6 +20,8 @@ from .step_builder import Plan
 from .types import Abort, Refused, Staged, StepResult, Submit
 from .wire import encode
 
+_BUFFER = 1 << 20  # bytes
+
 
 class Settings(msgspec.Struct, frozen=True):
     """What a planner is constructed with."""
@@ -58,10 +60,15 @@ def digest(plan: Plan | None) -> bytes:
 
 
 class Recorder:
-    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical path."""
+    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical path.
+
+    Serving does not depend on it: where the disk takes no more, ``failure`` says why, and the recording ends with what was written.
+    """
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self._file: IO[bytes] = path.open("wb", buffering=1 << 20)
+        self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._pending = bytearray()
+        self.failure = ""
         encoded = msgspec.msgpack.encode(settings)
         self._write(msgspec.msgpack.encode(Heading(__version__, _digest(encoded), msgspec.Raw(encoded))))
 
@@ -73,13 +80,22 @@ class Recorder:
         self._write(msgspec.msgpack.encode(("plan", (digest(plan),))))
 
     def flush(self) -> None:
-        self._file.flush()
+        rest = memoryview(bytes(self._pending))
+        self._pending.clear()
+        try:
+            while rest and not self.failure:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.failure = str(error)
 
     def close(self) -> None:
+        self.flush()
         self._file.close()
 
     def _write(self, record: bytes) -> None:
-        self._file.write(len(record).to_bytes(4, "little") + record)
+        self._pending += len(record).to_bytes(4, "little") + record
+        if len(self._pending) > _BUFFER:
+            self.flush()
 
 
 def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:

@@ -25,7 +25,7 @@ class Screen:
         self._last = self._start
         self._phases: list[str] = []
         self._bars: dict[str, TaskID] = {}
-        self._seen: dict[str, str] = {}
+        self._seen: dict[str, tuple[str, str]] = {}
         columns = (TextColumn("  {task.description:<14}"), BarColumn(bar_width=24), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self._err, transient=True)
         self._live = self._err.is_terminal
@@ -46,8 +46,9 @@ class Screen:
 
     def show(self, name: str, report: Report) -> None:
         """A process has reported."""
-        changed = self._seen.get(name) != report.phase
-        self._seen[name] = report.phase
+        now = report.phase, report.detail if report.phase == "ready" else ""
+        changed = self._seen.get(name) != now
+        self._seen[name] = now
         if not self._live:
             if changed and report.phase in ("compiling", "loading", "ready"):
                 self.say(f"{name}: {report.phase}" + (f" ({report.detail})" if report.detail else ""))

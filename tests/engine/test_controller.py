@@ -139,7 +139,9 @@ class Running:
             peer.close()
 
 
-def start(layout: Layout, *, max_queue: int = 100, rank_deadline: float = 20.0, max_len: int | None = None) -> Running:
+def start(
+    layout: Layout, *, max_queue: int = 100, rank_deadline: float = 20.0, max_len: int | None = None, recording: str | None = None
+) -> Running:
     server, client = new_keypair(), new_keypair()
     spec = ControllerSpec(
         host="127.0.0.1",
@@ -151,6 +153,7 @@ def start(layout: Layout, *, max_queue: int = 100, rank_deadline: float = 20.0, 
         model_max_len=256,
         max_len=max_len,
         rank_deadline=rank_deadline,
+        recording=recording,
     )
     return Running(Controller(spec), Keys(server_public=server[0], public=client[0], secret=client[1]))
 
@@ -180,6 +183,23 @@ def test_serves_tokens(running: Running) -> None:
     frontend.until(lambda: not serving(frontend) or 39 in frontend.cached, "a start")
     frontend.until(lambda: frontend.state is not None and frontend.state.num_running == 0, "rows to be given back")
     assert frontend.state is not None and frontend.state.kv_usage == 0.0
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_service() -> None:
+    cluster = start(Layout(), recording="/dev/full")
+    cluster._start(cluster.controller.run)
+    cluster.join_ranks((0,), Layout())
+    try:
+        frontend = cluster.frontend()
+        frontend.until(lambda: serving(frontend), "phase serving")
+        frontend.submit(1, 10, 240)
+        frontend.until(lambda: 1 in frontend.finish, "the end")
+        assert frontend.finish[1] == Finish.LENGTH
+        frontend.until(lambda: cluster.controller._recorder is None, "the recording to end", 5.0)
+        frontend.submit(2, 10, 20)
+        frontend.until(lambda: 2 in frontend.finish, "the end of a request after it")
+    finally:
+        cluster.close()
 
 
 def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:

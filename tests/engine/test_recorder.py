@@ -54,6 +54,19 @@ def record(path: Path) -> int:
     return plans
 
 
+def test_a_recording_that_the_disk_does_not_take_raises_nothing_and_says_why() -> None:
+    settings = Settings(Layout(), SchedulerSpec(max_running=4, max_batch_tokens=32), [40], 4, 96)
+    recorder = Recorder(Path("/dev/full"), settings)
+    assert recorder.failure == ""
+    recorder.flush()
+    assert "No space left" in recorder.failure
+    for _ in range(3):
+        recorder.event("tidy")
+        recorder.flush()
+    recorder.close()
+    assert "No space left" in recorder.failure
+
+
 def test_a_recording_replays_to_the_same_plans(tmp_path: Path) -> None:
     plans = record(tmp_path / "recording")
     assert sum(1 for _ in replay(tmp_path / "recording")) == plans > 20
