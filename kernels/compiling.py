@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from numba.core import event
 
 from . import cpu_arrays
 
+_FORGOTTEN = 30 * 86400.0  # seconds; the lock's file is touched by every process that starts
 _READS = 2.0  # seconds: a process that finds its kernels on the disk is through sooner
 
 
@@ -35,11 +37,20 @@ def _lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     except OSError:  # numba has nowhere to keep what it compiles, or finds another place
         yield
         return
+    _forget_unused(folder)
     with lock:
         if not _taken_within(lock, _READS):
             report("waiting for another process of this machine, which compiles the kernels")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _forget_unused(folder: Path) -> None:
+    """Removes what other versions compiled and no process has asked for in a month; 20 MB each."""
+    for other in folder.parent.glob("numba-*/compiling"):
+        with contextlib.suppress(OSError):  # another process is at it
+            if time.time() - other.stat().st_mtime > _FORGOTTEN:
+                shutil.rmtree(other.parent)
 
 
 def _taken_within(lock: IO[str], seconds: float) -> bool:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128
+KERNEL_BLOCK = (BLOCK, BLOCK)  # rows and columns of a block of weights that kernels take
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST_SCALE = 1e-12  # a group of zeros is not divided by zero
-_BAND = 8 * BLOCK  # rows widened at once
+_BAND = 8  # blocks of rows widened at once
 _E4M3_IN_BF16 = 0x87F0 - 0x10000  # sign, exponent and mantissa, as an int16
 
 
@@ -38,13 +39,13 @@ def quantise_rows(x_ND: Tensor) -> Quantised:
     return Quantised(values.flatten(1)[:, :dim].contiguous(), scales_NG)
 
 
-def quantise_blocks(w: Tensor) -> Quantised:
-    """Each block of w [..., rows, columns] fills the range of FP8. Scales [..., ceil(rows / 128), ceil(columns / 128)]."""
+def quantise_blocks(w: Tensor, block: tuple[int, int] = KERNEL_BLOCK) -> Quantised:
+    """Each block of w [..., rows, columns] fills the range of FP8. Scales [..., ceil(rows / 128), ceil(columns / 128)], or by ``block``."""
     rows, columns = w.shape[-2:]
-    padded = F.pad(w.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    padded = F.pad(w.float(), (0, -columns % block[1], 0, -rows % block[0]))
+    blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
     scales = (blocks.abs().amax((-3, -1)) / LARGEST).clamp_min(LEAST_SCALE)
-    values = (padded / _spread(scales, padded.shape[-2], padded.shape[-1])).to(torch.float8_e4m3fn)
+    values = (padded / _spread(scales, padded.shape[-2], padded.shape[-1], block)).to(torch.float8_e4m3fn)
     return Quantised(values[..., :rows, :columns].contiguous(), scales)
 
 
@@ -59,21 +60,22 @@ def widen_rows(x: Quantised) -> Tensor:
     return from_e4m3(x.values, torch.float32) * x.scales.repeat_interleave(BLOCK, -1)[:, : x.values.shape[1]]
 
 
-def widen_blocks(w: Quantised) -> Tensor:
+def widen_blocks(w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> Tensor:
     """float32 [..., rows, columns]; w13 too."""
     if w.scales.dim() > w.values.dim():
         halves = w.values.unflatten(-2, (2, -1))
-        widened: Tensor = from_e4m3(halves, torch.float32) * _spread(w.scales, *halves.shape[-2:])
+        widened: Tensor = from_e4m3(halves, torch.float32) * _spread(w.scales, *halves.shape[-2:], block)
         return widened.flatten(-3, -2)
-    return from_e4m3(w.values, torch.float32) * _spread(w.scales, *w.values.shape[-2:])
+    return from_e4m3(w.values, torch.float32) * _spread(w.scales, *w.values.shape[-2:], block)
 
 
-def widen_into(target: Tensor, w: Quantised) -> None:
+def widen_into(target: Tensor, w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> None:
     """Writes w [rows, columns] to ``target``, in its dtype and on its device, by bands of rows: little memory is taken beside them."""
-    for begin in range(0, len(target), _BAND):
-        values, scales = w.values[begin : begin + _BAND], w.scales[begin // BLOCK : (begin + _BAND) // BLOCK]
+    rows = _BAND * block[0]
+    for begin in range(0, len(target), rows):
+        values, scales = w.values[begin : begin + rows], w.scales[begin // block[0] : (begin + rows) // block[0]]
         band = Quantised(values.to(target.device), scales.to(target.device, torch.float32))
-        target[begin : begin + _BAND].copy_(widen_blocks(band))
+        target[begin : begin + rows].copy_(widen_blocks(band, block))
 
 
 def from_e4m3(bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,5 +121,5 @@ def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: 
     return y_MD.to(dtype)
 
 
-def _spread(scales: Tensor, rows: int, columns: int) -> Tensor:
-    return scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., :rows, :columns]
+def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int]) -> Tensor:
+    return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., :rows, :columns]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
+import time
 from pathlib import Path
 
 import numba
@@ -55,6 +57,18 @@ def test_who_comes_second_says_that_it_waits_and_waits(folder: Path) -> None:
     thread.join()
     assert len(told) == 1
     assert "another process" in told[0]
+
+
+def test_what_no_process_has_used_for_a_month_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, fresh, old, strange = (folder / name for name in ("numba-mine", "numba-fresh", "numba-old", "strange"))
+    for place in (fresh, old, strange):
+        place.mkdir(parents=True)
+        (place / "compiling").touch()
+    for place in (old, strange):
+        os.utime(place / "compiling", (time.time() - 40 * 86400.0,) * 2)
+    monkeypatch.setattr(cpu_arrays, "CACHE_FOLDER", str(mine))
+    with compiling.alone_in_compiling(print):
+        assert sorted(place.name for place in folder.iterdir()) == ["numba-fresh", "numba-mine", "strange"]
 
 
 def test_a_folder_that_cannot_be_made_stops_nobody(folder: Path) -> None:
