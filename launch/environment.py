@@ -26,7 +26,10 @@ def prepare_ray(address: str | None = None) -> None:
     """
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
-    if (address or ray_address()) is None and "RAY_AUTH_MODE" not in os.environ:
+    if (address or ray_address()) is not None:
+        return
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # its head is on this machine: it is there or it has died
+    if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

@@ -213,6 +213,8 @@ class RayCluster:
                     held.place = ray.get(held.placed)
 
     def deaths(self) -> list[Death]:
+        """Raises LaunchError when Ray itself is gone."""
+        self._session.check_head()
         self._look()
         refs = {held.ended: name for name, held in self._held.items()}
         if not refs:
@@ -246,6 +248,11 @@ class RayCluster:
             self._held[task.name].actor.signal.remote(number)
 
     def close(self) -> None:
+        if not self._session.lost:
+            self._end_all()
+        self._session.close()
+
+    def _end_all(self) -> None:
         self._look()
         for name, held in list(self._held.items()):
             if held.place is NOWHERE:  # and will be nowhere now
@@ -262,7 +269,6 @@ class RayCluster:
         with contextlib.suppress(RayError):
             for group in self._groups:
                 remove_placement_group(group)
-        self._session.close()
 
 
 def _nodes_of(group: PlacementGroup) -> list[str]:

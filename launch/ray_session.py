@@ -6,6 +6,7 @@ import logging
 import shutil
 import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .environment import ray_address
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing but a few small results goes through it
 SOCKET_PATH_LIMIT = 107
+_KNOCK_SECONDS = 1.0
 _SESSION_PATH = 70  # what Ray puts below its folder: /session_<date, time, pid>/sockets/plasma_store
 
 
@@ -46,9 +48,12 @@ class RaySession:
         address = address or ray_address()
         self.joined = address is not None
         self.scratch: Path | None = None
+        self._next_knock = 0.0
+        self._head_died = False
         try:
             self._connect(log_dir, address, num_cpus)
-            own = ray.get_runtime_context().get_node_id()
+            context = ray.get_runtime_context()
+            own, self._head = context.get_node_id(), str(context.gcs_address)
             self.here = next(node for node in self.nodes() if node.id == own)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
             where = f"the Ray cluster at {address} cannot be reached" if self.joined else "Ray cannot be started on this machine"
@@ -59,9 +64,27 @@ class RaySession:
         """The nodes that are alive."""
         return [_node(entry) for entry in ray.nodes() if entry["Alive"]]
 
+    def check_head(self) -> None:
+        """Raises LaunchError when the head process of a cluster that was started here has died: whoever asks Ray for anything
+        after that waits, and is ended by Ray without a word of ours."""
+        if self.joined or time.monotonic() < self._next_knock:
+            return
+        self._next_knock = time.monotonic() + _KNOCK_SECONDS
+        try:
+            _knock(self._head)
+        except ConnectionRefusedError:
+            self._head_died = True
+            raise LaunchError(f"Ray's head process, which listened at {self._head}, has died; its processes go with it") from None
+
+    @property
+    def lost(self) -> bool:
+        """Whether ``check_head`` has found the cluster dead."""
+        return self._head_died
+
     def close(self) -> None:
         """Leaves the cluster; one that was started here ends."""
-        ray.shutdown()
+        if not self._head_died:
+            ray.shutdown()
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 

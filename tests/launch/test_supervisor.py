@@ -172,6 +172,21 @@ def test_a_controller_killed_while_serving_is_one_message(tmp_path: Path) -> Non
         launcher.assert_nothing_left()
 
 
+@pytest.mark.ray
+def test_the_death_of_rays_head_is_one_message_at_once(tmp_path: Path) -> None:
+    with launch(tmp_path) as launcher:
+        launcher.url()
+        [head] = [process for process in launcher.seen if process.name() == "gcs_server"]
+        head.kill()
+        deadline = time.monotonic() + 10
+        while "error: " not in launcher.err:
+            assert time.monotonic() < deadline, f"nothing said\n{launcher.err}"
+            time.sleep(0.05)
+        assert re.fullmatch(r"Ray's head process, which listened at \S+, has died; its processes go with it", error_line(launcher))
+        assert launcher.wait() == 1
+        launcher.assert_nothing_left()
+
+
 @pytest.mark.parametrize("backend", [LOCAL, pytest.param("cluster.backend=ray", marks=pytest.mark.ray)])
 def test_kill_9_of_the_launcher_leaves_nothing(backend: str, tmp_path: Path) -> None:
     with launch(tmp_path, backend) as launcher:
