@@ -327,6 +327,7 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = read_bandwidth(options.ranks * options.threads)
     cases = [CASES[name] for name in options.cases]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the servers end with us
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs = measure(servers(options, Path(folder), stack), cases, options.rounds, options.seed)
     labels = {"lockstep": f"lockstep, {options.ranks} x {options.threads} threads"}
