@@ -36,6 +36,12 @@ def add64(first: int, second: int) -> int:
     return (first + second) & 0xFFFF_FFFF_FFFF_FFFF
 
 
+def ragged(counts: Int64) -> tuple[Int64, Int64]:
+    """For lists of ``counts`` [n] elements laid end to end: the list each element is of, and its place in it."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+
+
 def page_terms(slots: Int64, indices: Int64, pages: Int64) -> NDArray[np.uint64]:
     """One checksum term per page-table entry (slot, index in the table, page); they add up modulo 2^64."""
     key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ (indices.astype(np.uint64) << np.uint64(28))
@@ -139,9 +145,8 @@ class SlotTable:
         """Checksum over active slots, lengths and page tables (``page_terms``, ``length_terms``)."""
         slots = np.nonzero(self.active)[0].astype(np.int64)
         total = length_terms(slots, self.length[slots]).sum(dtype=np.uint64)
-        counts = self.num_pages[slots]
-        owners = np.repeat(slots, counts)
-        indices = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        owners, indices = ragged(self.num_pages[slots])
+        owners = slots[owners]
         terms = page_terms(owners, indices, self.pages[owners, indices].astype(np.int64))
         return add64(int(total), int(terms.sum(dtype=np.uint64)))
 

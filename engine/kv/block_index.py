@@ -1,16 +1,20 @@
 """The index of cached blocks: (data index, block hash) -> page, as one vectorised hash table.
 
 Open addressing with linear probing over numpy arrays, so that a step's look-ups and insertions are a handful of
-array operations and no page is a Python object. Deleted entries become tombstones, which are cleared as soon as the
-entry behind them is empty; probe lengths therefore stay short however long the table lives.
+array operations and no page is a Python object. The table holds pages alone: what a page is found under stands beside the
+other pages of its prompt, so that a look-up touches one place far away and not four. The table counts how many entries were moved past
+each place; a place that was given up is a tombstone, over which searches go on, only as long as that count is not zero. Probe lengths
+therefore stay short however long the table lives, and whatever stays in it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..slots import mix64
+from ..slots import mix64, ragged
 
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
@@ -27,7 +31,8 @@ def as_keys(hashes_h128: bytes) -> UInt64:
 class BlockIndex:
     """Maps (data index, hash) to a page id; all methods take equally long vectors.
 
-    ``capacity`` is the largest number of entries (one per page at most); the table is kept at most a quarter full.
+    ``capacity`` is the largest number of entries (one per page at most); the table is kept at most a quarter full. A block is looked for
+    from its hash + its data index on, so that the places of one block on all data indices are neighbours.
     """
 
     def __init__(self, capacity: int, num_data: int) -> None:
@@ -35,66 +40,52 @@ class BlockIndex:
         while size < 4 * capacity:
             size *= 2
         self._mask = np.int64(size - 1)
-        self._key_a = np.zeros(size, np.uint64)
-        self._key_b = np.zeros(size, np.uint64)
-        self._page = np.full(size, _EMPTY, np.int64)
-        self._claim = np.zeros(size, np.int64)
+        self._page = np.full(size, _EMPTY, np.int32)
+        self._passed = np.zeros(size, np.int32)
+        self._entry_of_page = np.full(capacity, -1, np.int32)
+        self._home_of_page = np.zeros(capacity, np.int32)
+        self._key_a = np.zeros(capacity, np.uint64)
+        self._key_b = np.zeros(capacity, np.uint64)
         self._salt = mix64(np.arange(1, num_data + 1, dtype=np.uint64))
-        self._entry_of_page = np.full(capacity, -1, np.int64)
-        self._capacity = capacity
         self.size = 0
 
     def find(self, data: Int64, keys: UInt64) -> Int64:
         """Pages of (data [n], keys [n, 2]); -1 where there is none."""
-        key_a, key_b = keys[:, 0] ^ self._salt[data], keys[:, 1]
-        where = (key_a.astype(np.int64)) & self._mask
-        found = np.full(len(where), -1, np.int64)
-        todo = np.arange(len(where))
-        while todo.size:
-            at = where[todo]
-            page = self._page[at]
-            match = (page >= 0) & (self._key_a[at] == key_a[todo]) & (self._key_b[at] == key_b[todo])
-            found[todo[match]] = page[match]
-            todo = todo[~match & (page != _EMPTY)]
-            where[todo] = (where[todo] + 1) & self._mask
-        return found
+        return self._search(keys[:, 0] ^ self._salt[data], keys[:, 1], self._home(data, keys))[0]
 
     def insert(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
-        """Adds entries; an entry that exists keeps its page. pages [n] are unique and not yet in the index.
+        """Enters pages [n], which have no entry yet, under (data [n], keys [n, 2]).
 
-        Returns [n]: whether the page was taken in.
+        Returns which were new: a name that has an entry is left alone, and of equal names in one call the last one wins.
         """
-        key_a, key_b = keys[:, 0] ^ self._salt[data], keys[:, 1]
+        key_a, key_b, home = keys[:, 0] ^ self._salt[data], keys[:, 1], self._home(data, keys)
+        self._key_a[pages], self._key_b[pages], self._home_of_page[pages] = key_a, key_b, home
+        found, at = self._search(key_a, key_b, home)
         taken = np.zeros(len(pages), np.bool_)
-        todo = np.flatnonzero(self.find(data, keys) < 0)
-        where = key_a.astype(np.int64) & self._mask
+        todo = (found < 0).nonzero()[0]
         while todo.size:
-            at = where[todo]
-            free = self._page[at] < 0
-            self._claim[at[free]] = todo[free]
-            won = free & (self._claim[at] == todo)
-            winners, spots = todo[won], at[won]
-            self._key_a[spots], self._key_b[spots], self._page[spots] = key_a[winners], key_b[winners], pages[winners]
-            self._entry_of_page[pages[winners]] = spots
-            taken[winners] = True
-            # A loser whose key the winner has just written is a duplicate within this call.
-            duplicate = ~won & (self._page[at] >= 0) & (self._key_a[at] == key_a[todo]) & (self._key_b[at] == key_b[todo])
-            todo = todo[~won & ~duplicate]
-            where[todo] = (where[todo] + 1) & self._mask
-        self.size += int(taken.sum())
+            places, own = at[todo], pages[todo]
+            free = self._page[places] < 0
+            self._page[places[free]] = own[free]
+            there = self._page[places]
+            won = there == own
+            self._entry_of_page[own[won]] = places[won]
+            taken[todo[won]] = True
+            # A loser whose key the winner has is a duplicate within this call.
+            todo = todo[~won & ((self._key_a[there] != key_a[todo]) | (self._key_b[there] != key_b[todo]))]
+            at[todo] = (at[todo] + 1) & self._mask
+        self.size += int(np.count_nonzero(taken))
+        self._pass(home[taken], at[taken], 1)
         return taken
 
     def remove(self, pages: Int64) -> None:
         """Removes the entries of pages [n] that have one."""
+        pages = pages[self._entry_of_page[pages] >= 0]
         entries = self._entry_of_page[pages]
-        entries = entries[entries >= 0]
         self._entry_of_page[pages] = -1
-        self._page[entries] = _TOMBSTONE
-        self.size -= len(entries)
-        while entries.size:
-            entries = entries[(self._page[entries] == _TOMBSTONE) & (self._page[(entries + 1) & self._mask] == _EMPTY)]
-            self._page[entries] = _EMPTY
-            entries = (entries - 1) & self._mask
+        self._page[entries] = np.where(self._passed[entries] > 0, _TOMBSTONE, _EMPTY)
+        self.size -= len(pages)
+        self._pass(self._home_of_page[pages], entries, -1)
 
     def holds(self, pages: Int64) -> NDArray[np.bool_]:
         """Whether each page has an entry."""
@@ -102,9 +93,8 @@ class BlockIndex:
 
     def names(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
         """Whether the index knows each of pages [n] under just this (data, key); cheaper than ``find``."""
-        entries = self._entry_of_page[pages]
-        same: NDArray[np.bool_] = (self._key_a[entries] == keys[:, 0] ^ self._salt[data]) & (self._key_b[entries] == keys[:, 1])
-        return same & (entries >= 0)
+        same: NDArray[np.bool_] = (self._key_a[pages] == keys[:, 0] ^ self._salt[data]) & (self._key_b[pages] == keys[:, 1])
+        return same & self.holds(pages)
 
     def evictable(self, references: NDArray[np.int32], first: int, count: int) -> Int64:
         """Indexed pages of [first, first + count) without references."""
@@ -117,3 +107,42 @@ class BlockIndex:
         assert len(used) == self.size, f"{len(used)} entries, size {self.size}"
         assert (self._entry_of_page[self._page[used]] == used).all(), "an entry and its page disagree"
         assert int((self._entry_of_page >= 0).sum()) == self.size, "a page points at a removed entry"
+        distance = (used - self._home_of_page[self._page[used]]) & self._mask
+        owners, steps = ragged(distance)
+        passed = np.bincount((used[owners] - 1 - steps) & self._mask, minlength=len(self._passed))
+        assert (passed == self._passed).all(), "places are not passed by as many entries as counted"
+        assert (self._page[passed > 0] != _EMPTY).all(), "a search stops before an entry"
+        assert (self._page[passed == 0] != _TOMBSTONE).all(), "a tombstone is left behind"
+
+    def _home(self, data: Int64, keys: UInt64) -> Int64:
+        """The entries that each of (data [n], keys [n, 2]) is looked for from."""
+        home: Int64 = (keys[:, 0].astype(np.int64) + data) & self._mask
+        return home
+
+    def _search(self, key_a: UInt64, key_b: UInt64, home: Int64) -> tuple[Int64, Int64]:
+        """Pages under keys [n], looked for from ``home`` [n] on, -1 where there is none; and the first free place on the way to there."""
+        found, free = np.full(len(home), -1, np.int64), home.copy()
+        page = self._page[home]
+        todo = (page != _EMPTY).nonzero()[0]
+        at, page = home[todo], page[todo]
+        settled = page < 0
+        while todo.size:
+            match = (self._key_a[page] == key_a[todo]) & (self._key_b[page] == key_b[todo]) & (page >= 0)
+            found[todo[match]] = page[match]
+            at = (at + 1) & self._mask
+            free[todo] = np.where(settled, free[todo], at)
+            page = self._page[at]
+            settled |= page < 0
+            left = (~match & (page != _EMPTY)).nonzero()[0]
+            todo, at, page, settled = todo[left], at[left], page[left], settled[left]
+        return found, free
+
+    def _pass(self, homes: NDArray[np.integer[Any]], entries: NDArray[np.integer[Any]], change: int) -> None:
+        """Counts entries [n] in, or out, at the places between where they are looked for from and where they are."""
+        distance = (entries - homes) & self._mask
+        moved = distance.nonzero()[0]
+        if moved.size:
+            owners, steps = ragged(distance[moved])
+            places = (homes[moved][owners] + steps) & self._mask
+            np.add.at(self._passed, places, np.int32(change))
+            self._page[places[(self._passed[places] == 0) & (self._page[places] == _TOMBSTONE)]] = _EMPTY

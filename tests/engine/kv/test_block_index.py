@@ -55,6 +55,32 @@ def test_long_use_keeps_the_table_clean() -> None:
     assert not (index._page == -2).any(), "tombstones are left behind"
 
 
+def test_the_table_does_not_fill_up_beside_entries_that_stay() -> None:
+    """Entries that come and go before one that stays leave nothing behind that a search would have to walk over."""
+    index = BlockIndex(64, 1)
+    random = np.random.default_rng(0)
+    zero = np.zeros(1, np.int64)
+    index.insert(np.zeros(32, np.int64), as_keys(random.bytes(16 * 32)), np.arange(32))
+    for turn in range(5000):
+        index.insert(zero, as_keys(random.bytes(16)), zero + 32 + turn % 2)
+        index.remove(zero + 32 + (turn + 1) % 2)
+        assert np.count_nonzero(index._page == -2) <= 34, "searches walk over what is gone"
+    index.check()
+
+
+def test_a_full_index_in_which_some_entries_stay_keeps_its_searches_short() -> None:
+    index = BlockIndex(1024, 1)
+    random, pages = np.random.default_rng(0), np.arange(1000)
+    index.insert(np.zeros(1000, np.int64), as_keys(random.bytes(16 * 1000)), pages)
+    for _ in range(2000):
+        gone = random.choice(pages[100:], 32, replace=False)
+        index.remove(gone)
+        index.insert(np.zeros(32, np.int64), as_keys(random.bytes(16 * 32)), gone)
+    index.check()
+    assert np.count_nonzero(index._page == -2) < 250
+    assert index._passed.sum() < 600, "entries are far from where they are looked for"
+
+
 def test_equal_hashes_on_two_data_indices_are_two_blocks() -> None:
     index = BlockIndex(8, 2)
     key = as_keys(b"0123456789abcdef" * 2)
