@@ -12,8 +12,6 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
-
 from .census import Census
 from .ledger import StateMismatch
 from .lobby import Lobby
@@ -365,7 +363,7 @@ class Controller:
                 missing = sorted(self._census.missing)
                 self._fail(planner, f"{self._census.reason}; no replacement for ranks {missing} within {self._spec.rank_deadline:.0f} s")
             return
-        behind = np.flatnonzero(group.acknowledged < group.next_step - 1).tolist()
+        behind = [rank for rank, step in enumerate(group.acknowledged) if step < group.next_step - 1]
         if not behind:
             self._pacer.all_answered(now)
         if self._census.hung:

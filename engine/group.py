@@ -22,12 +22,12 @@ from .types import Stage, Unstage
 class Check:
     """What a checksummed plan should leave on each data index.
 
-    rows [n]: slots active after it. lengths [n]: their exact lengths, -1 where the result decides. pages [D]: sums of the
+    rows [n]: slots active after it. sent [n]: the lengths of those still in prefill, -1 where results decide. pages [D]: sums of the
     page-table terms. ``expected`` is complete for a data index once its sampled counts are in; ``reported`` waits for it.
     """
 
     rows: Int64
-    lengths: Int64
+    sent: Int64
     pages: UInt64
     expected: dict[int, int] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
@@ -76,6 +76,10 @@ class Group:
         self._data_of_rank = [rank // layout.tensor % layout.data for rank in range(layout.world)]
         last_stage = layout.world - layout.data * layout.tensor
         self._samples = [rank >= last_stage and rank % layout.tensor == 0 for rank in range(layout.world)]
+        self._members = [
+            [(stage * layout.data + data) * layout.tensor + t for stage in range(layout.pipeline) for t in range(layout.tensor)]
+            for data in range(layout.data)
+        ]
         self.num_cohorts = layout.pipeline
         self.depth = layout.pipeline + 1
         max_row_pages = -(-max_len // page_size)
@@ -91,7 +95,7 @@ class Group:
         self.next_step = 0
         self.next_cohort = 0
         self.newest_result = -1
-        self.acknowledged = np.full(layout.world, -1, np.int64)
+        self.acknowledged = [-1] * layout.world
         self.flights: dict[int, Flight] = {}
         self.alive = np.ones(layout.data, np.bool_)
         self.rebasing = np.ones(layout.data, np.bool_)
@@ -99,9 +103,9 @@ class Group:
         self.restarting = True
 
         self.prefilling: list[list[int]] = [[] for _ in range(layout.data)]
-        self.freeing: dict[int, list[int]] = {}
+        self.freeing: list[int] = []
         self.holding: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
-        self.draining: list[int] = []
+        self.draining: list[tuple[int, int]] = []  # (row, the last step whose result counts)
         self.drained: list[int] = []
         self.publishing: list[tuple[Int64, UInt64, Int64]] = []
         self.staging: list[tuple[int, Stage | Unstage]] = []
@@ -119,8 +123,20 @@ class Group:
 
     def members(self, data: int) -> list[int]:
         """The ranks that execute the section of ``data``: every stage and tensor member."""
-        layout = self.layout
-        return [(stage * layout.data + data) * layout.tensor + t for stage in range(layout.pipeline) for t in range(layout.tensor)]
+        return self._members[data]
+
+    def reporter(self, data: int) -> int:
+        """The member that reports the tokens of ``data``."""
+        return self._members[data][-self.layout.tensor]
+
+    def executed(self, data: int) -> int:
+        """The last step that all members of ``data`` have acknowledged."""
+        return min(self.acknowledged[rank] for rank in self._members[data])
+
+    def assume_executed(self, data: int) -> None:
+        """Results of ``data`` for plans sent so far no longer count."""
+        for rank in self._members[data]:
+            self.acknowledged[rank] = self.next_step - 1
 
     def data_of_rank(self, rank: int) -> int:
         return self._data_of_rank[rank]
@@ -129,13 +145,16 @@ class Group:
         """Whether ``rank`` reports the tokens of its data index: the first tensor member of the last stage."""
         return self._samples[rank]
 
+    def planned_after(self, step: int) -> Int64:
+        """How many plans after ``step`` let each row decode [rows], of those not yet acknowledged by all ranks."""
+        later = [flight.rows[flight.decode] for flight in self.flights.values() if flight.step > step]
+        return np.bincount(np.concatenate(later), minlength=len(self.rows.state)) if later else np.zeros(len(self.rows.state), np.int64)
+
     def retire(self, row: int, last_step: int) -> None:
         """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up to ``last_step`` still count."""
-        rows = self.rows
-        rows.state[row] = State.DRAINING
-        rows.drain_step[row] = last_step
-        self.freeing.setdefault(rows.data(row), []).append(row)
-        self.draining.append(row)
+        self.rows.state[row] = State.DRAINING
+        self.freeing.append(row)
+        self.draining.append((row, last_step))
 
     def unreserve(self, row: int) -> Request:
         """Takes back a row that no plan has named yet, with its pages and its staged prompt."""
@@ -146,11 +165,11 @@ class Group:
         prefilling = self.prefilling[self.rows.data(row)]
         if row in prefilling:
             prefilling.remove(row)
-        self.rows.vacate(row)
+        self.rows.vacate([row])
         return request
 
     def give_back_pages(self, row: int) -> None:
-        self.kv.release(self.rows.data(row), self.rows.take_pages(row))
+        self.kv.release(np.array([self.rows.data(row)]), *self.rows.take_pages(np.array([row])))
 
     def predicted_seconds(self) -> float:
         """Predicted seconds of the slowest section in flight; 0 when nothing is."""
@@ -159,9 +178,8 @@ class Group:
 
     def num_free_rows(self) -> int:
         """Rows that waiting requests can have at once, pages permitting."""
-        return sum(self.rows.num_slots - self.rows.num_used(data) for data in np.flatnonzero(self.alive).tolist())
+        return sum(self.rows.num_slots - self.rows.num_used[data] for data in np.flatnonzero(self.alive).tolist())
 
     def num_running(self) -> Int64:
         """Rows in use [D]."""
-        used: Int64 = (self.rows.state.reshape(self.num_data, -1) != State.FREE).sum(axis=1)
-        return used
+        return np.array(self.rows.num_used)

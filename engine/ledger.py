@@ -6,20 +6,21 @@ of an older epoch change nothing, and a gap sets the data index back to what is 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .group import Flight, Group
-from .kv.block_index import UInt64, as_keys
-from .kv.hashing import chain_hashes
+from .kv.block_index import as_keys
 from .outbox import Entries, Outbox
 from .requests import Request, State
-from .slots import Int32, Int64, add64, length_terms
+from .slots import Int64, add64, length_terms, ragged
 from .types import HASH_BYTES, Finish, HandleLogprobs, StepResult
 
-_NONE, _STOP, _LENGTH = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH)  # members of an enumeration are slow to find
+# Members of an enumeration are slow to find.
+_NONE, _STOP, _LENGTH, _ABORT = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH), int(Finish.ABORT)
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -59,11 +60,20 @@ class Ledger:
         if not group.drained:
             return
         drained, group.drained = group.drained, []
-        tokens = [group.log.read(row) for row in drained]
-        self._keep_outputs(drained, tokens)
-        group.kv.release_many([rows.data(row) for row in drained], [rows.take_pages(row) for row in drained])
-        for row, emitted in zip(drained, tokens, strict=True):
-            self._vacate(row, emitted)
+        row = np.array(drained)
+        tokens = group.log.read(row)
+        self._keep_outputs(row, tokens)
+        group.kv.release(row // rows.num_slots, *rows.take_pages(row))
+        group.log.clear(row)
+        requests = [rows.request(index) for index in drained]
+        finishes = rows.finish[row].tolist()
+        rows.vacate(drained)
+        for request, finish, emitted in zip(requests, finishes, tokens, strict=True):
+            request.emitted_i32 += emitted
+            if finish >= _ABORT:
+                self.end(request, Finish(finish))
+            elif finish == _NONE:
+                group.queue.put_back(request)
 
     def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
         """Ends an open request wherever it stands; its frontend hears of it when its row has drained."""
@@ -92,7 +102,7 @@ class Ledger:
         data = group.data_of_rank(result.rank)
         if result.epoch != group.epoch or not group.alive[data] or group.rebasing[data]:
             return False
-        last = int(group.acknowledged[result.rank])
+        last = group.acknowledged[result.rank]
         if result.step <= last or result.step not in group.flights:
             return False
         return True if result.step == last + 1 else None
@@ -107,47 +117,49 @@ class Ledger:
         self._observe(flight, results)
         if flight.check is not None:
             self._compare(flight, results)
-        self._drain([group.data_of_rank(result.rank) for result in sampling])
-        acknowledged = group.acknowledged
+        self._drain({group.data_of_rank(result.rank) for result in sampling})
+        oldest = min(group.acknowledged)
         if not group.alive.all():
-            acknowledged = acknowledged[np.tile(np.repeat(group.alive, group.layout.tensor), group.layout.pipeline)]
-        oldest = int(acknowledged.min(initial=group.next_step))
+            oldest = min((group.executed(data) for data in group.alive.nonzero()[0].tolist()), default=group.next_step)
         for step in [step for step in group.flights if step <= oldest]:
             del group.flights[step]
 
     def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
+        """Tokens of sampling ranks: into the log and the outbox; requests whose last one is among them have ended."""
         group, rows = self._group, self._group.rows
         spans = [flight.span(group.data_of_rank(result.rank)) for result in results]
         row = _joined([flight.rows[span] for span in spans])
-        decode = _joined([flight.decode[span] for span in spans])
-        tokens = _joined([np.frombuffer(result.tokens_i32, np.int32) for result in results])
-        if any(result.counts_u8 for result in results):
+        tokens = np.frombuffer(b"".join([result.tokens_i32 for result in results]), np.int32)
+        counts, counted = np.ones(len(row), np.int64), len(row)
+        one_each = not any(result.counts_u8 for result in results)
+        if not one_each:
             counts = _joined([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
-        else:
-            counts = np.ones(len(row), np.int64)
+            counted = int(counts.sum())
         assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
-        assert int(counts.sum()) == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {int(counts.sum())} counted"
+        assert counted == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {counted} counted"
         ended = self._ended(results, spans, len(row))
-        decoding, grown = (row, counts) if decode.all() else (row[decode], counts[decode])
-        rows.low[decoding] += grown
-        rows.flying[decoding] -= 1
+        if not one_each or group.spec.max_advance > 1:
+            self._narrow(row, counts, _joined([flight.decode[span] for span in spans]))
 
         live = rows.finish[row] == _NONE
         if not live.all():
             tokens = tokens[np.repeat(live, counts)]
             row, counts, ended = row[live], counts[live], ended[live]
-        before = group.log.count[row]
-        if len(tokens) == len(row) and (counts == 1).all():
-            group.log.append(row, tokens)
-        else:
-            group.log.append_ragged(row, counts, tokens)
+        before = group.log.append(row, tokens) if one_each else group.log.append_ragged(row, counts, tokens)
         group.counters.generation_tokens += len(tokens)
-        finish = _LENGTH * (rows.prompt[row] + group.log.count[row] >= rows.limit[row])
+        finish = _LENGTH * (before + counts >= rows.allowance[row])
         finish[ended] = _STOP
         self._outbox.entries.append(Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens))
         self._logprobs(flight, results)
         for index in finish.nonzero()[0].tolist():
             self._finish(int(row[index]), Finish(int(finish[index])))
+
+    def _narrow(self, row: Int64, counts: Int64, decode: NDArray[np.bool_]) -> None:
+        """Decoding rows have grown by ``counts``, where the plan had reckoned with 1 to ``max_advance``."""
+        rows = self._group.rows
+        row, grown = row[decode], counts[decode]
+        rows.low[row] += grown - 1
+        rows.high[row] += grown - self._group.spec.max_advance
 
     def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
         ended = np.zeros(num_rows, np.bool_)
@@ -193,59 +205,41 @@ class Ledger:
 
     # ----------------------------------------------------------------- draining
 
-    def _drain(self, data: list[int]) -> None:
-        """Moves rows whose last result is in to ``group.drained``."""
-        group, rows = self._group, self._group.rows
-        if not group.draining:
-            return
-        reporters = {index: int(group.acknowledged[group.members(index)[-group.layout.tensor]]) for index in set(data)}
-        left: list[int] = []
-        for row in group.draining:
-            last = reporters.get(rows.data(row))
-            (group.drained if last is not None and last >= rows.drain_step[row] else left).append(row)
+    def _drain(self, data: Collection[int]) -> None:
+        """Moves rows of ``data`` whose last result is in to ``group.drained``."""
+        group = self._group
+        left: list[tuple[int, int]] = []
+        for row, last in group.draining:
+            index = group.rows.data(row)
+            if index in data and group.acknowledged[group.reporter(index)] >= last:
+                group.drained.append(row)
+            else:
+                left.append((row, last))
         group.draining = left
 
-    def _vacate(self, row: int, emitted: Int32) -> None:
+    def _keep_outputs(self, row: Int64, tokens: list[bytes]) -> None:
+        """Hashes the blocks that the sampled tokens of rows [n] have completed, so that they stay in the cache."""
         group, rows = self._group, self._group.rows
-        request, finish = rows.request(row), rows.finish[row]
-        group.log.clear(row)
-        rows.vacate(row)
-        request.emitted_i32 += emitted.tobytes()
-        if finish in (Finish.ABORT, Finish.ERROR):
-            self.end(request, Finish(int(finish)))
-        elif finish == Finish.NONE:
-            group.queue.put_back(request)
-
-    def _keep_outputs(self, drained: list[int], tokens: list[Int32]) -> None:
-        """Hashes the blocks that sampled tokens have completed, so that they stay in the cache."""
-        group, rows = self._group, self._group.rows
-        found: list[tuple[int, UInt64, Int64]] = []
-        for row, emitted in zip(drained, tokens, strict=True):
-            request = rows.request(row)
-            if not group.kv.caching or not request.root:
-                continue
-            known = len(request.hashes)
-            self._extend_hashes(request, emitted)
-            # The last sampled token has no KV yet, and a preempted row has no pages left.
-            written = min(int(rows.low[row]) // group.page_size, int(rows.num_pages[row]), len(request.hashes))
-            if rows.sent[row] >= rows.prompt[row] and written > known:
-                pages = rows.pages[row, known:written].copy()
-                group.kv.written[pages] = group.acknowledged[group.members(rows.data(row))].min()
-                found.append((rows.data(row), request.hashes[known:written], pages))
-        if found:
-            data = np.repeat([data for data, _, _ in found], [len(pages) for _, _, pages in found])
-            keys, pages = np.concatenate([keys for _, keys, _ in found]), np.concatenate([pages for _, _, pages in found])
-            taken = group.kv.announce(data, keys, pages)
-            group.publishing.append((data[taken], keys[taken], pages[taken]))
-
-    def _extend_hashes(self, request: Request, emitted: Int32) -> None:
-        """Hashes of the full blocks of prompt and output so far."""
-        known, page_bytes = len(request.hashes), 4 * self._group.page_size
-        total = (request.num_staged + len(emitted)) * 4
-        if total >= (known + 1) * page_bytes:
-            tail = (request.prompt_i32 + request.emitted_i32 + emitted.tobytes())[known * page_bytes :]
-            parent = request.hashes[known - 1].tobytes() if known else request.root
-            request.hashes = np.concatenate([request.hashes, as_keys(chain_hashes(parent, tail, self._group.page_size)[HASH_BYTES:])])
+        if not group.kv.caching:
+            return
+        requests = [rows.request(index) for index in row.tolist()]
+        known = [request.num_hashes for request in requests]
+        for request, emitted in zip(requests, tokens, strict=True):
+            if request.root:
+                request.hash_outputs(emitted, group.page_size)
+        # The last sampled token has no KV yet, and a preempted row has no pages left.
+        written = np.minimum(rows.low[row] // group.page_size, rows.num_pages[row])
+        written[rows.sent[row] < rows.prompt[row]] = 0
+        written = np.minimum(written, [request.num_hashes for request in requests])
+        owners, index = ragged(np.maximum(written - known, 0))
+        if not len(owners):
+            return
+        data, pages = row[owners] // rows.num_slots, rows.pages[row[owners], np.array(known)[owners] + index]
+        spans = zip(requests, known, written.tolist(), strict=True)
+        keys = as_keys(b"".join([request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]))
+        group.kv.written[pages] = np.array([group.executed(index) for index in (row // rows.num_slots).tolist()])[owners]
+        taken = group.kv.announce(data, keys, pages)
+        group.publishing.append((data[taken], keys[taken], pages[taken]))
 
     # ----------------------------------------------------------------- what ranks say beside tokens
 
@@ -262,13 +256,14 @@ class Ledger:
         """Raises StateMismatch where a rank's checksum is not the planner's."""
         group, rows, check = self._group, self._group.rows, flight.check
         assert check is not None
+        later = group.planned_after(flight.step)
         for result in results:
             check.reported[result.rank] = result.checksum
             data = group.data_of_rank(result.rank)
             if group.samples(result.rank):
                 mine = (check.rows // rows.num_slots) == data
-                active, lengths = check.rows[mine], check.lengths[mine]
-                lengths = np.where(lengths < 0, rows.low[active], lengths)
+                active, sent = check.rows[mine], check.sent[mine]
+                lengths = np.where(sent < 0, rows.low[active] - later[active], sent)
                 total = length_terms(active % rows.num_slots, lengths).sum(dtype=np.uint64)
                 check.expected[data] = add64(int(total), int(check.pages[data]))
         for rank, reported in list(check.reported.items()):

@@ -108,18 +108,18 @@ class Planner:
         Their tokens are kept, and so are their pages as far as they are hashed, so that a replay computes little.
         """
         group, rows = self.group, self.group.rows
-        members = group.members(data)
-        acknowledged = int(group.acknowledged[members].min())
+        executed = group.executed(data)
         group.rebasing[data] = True
         group.staged_from[data] = group.next_staged
-        group.acknowledged[members] = group.next_step - 1
-        group.freeing.pop(data, None)
-        group.drained = [row for row in group.drained if rows.data(row) != data]
-        group.draining = [row for row in group.draining if rows.data(row) != data]
-        group.prefilling[data].clear()
-        self._forget(data, acknowledged)
         mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
-        rows.on_rank[mine.start : mine.stop] = False
+        rows.low[mine] -= group.planned_after(group.acknowledged[group.reporter(data)])[mine]  # those plans never were
+        rows.on_rank[mine] = False
+        group.assume_executed(data)
+        group.freeing = [row for row in group.freeing if row not in mine]
+        group.drained = [row for row in group.drained if row not in mine]
+        group.draining = [(row, last) for row, last in group.draining if row not in mine]
+        group.prefilling[data].clear()
+        self._forget(data, executed)
         for row in mine:
             state = rows.state[row]
             if state in (State.STAGING, State.READY):

@@ -5,30 +5,33 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum
+from typing import Final
 
-from .kv.block_index import UInt64, as_keys
+from .kv.hashing import chain_hashes
 from .types import HASH_BYTES, Sampling, Submit
 
 
-class State(IntEnum):
-    """Where a request stands, and equally its row: rows of requests that wait are FREE.
+class State:
+    """Where a request stands, and equally its row: rows of requests that wait are FREE. Numbers, as arrays hold them.
 
     STAGING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has it.
     DRAINING: removed by a plan; its row is reused once every result that may name it is in.
     """
 
-    FREE = 0
-    STAGING = 1
-    READY = 2
-    PREFILL = 3
-    DECODE = 4
-    DRAINING = 5
+    FREE: Final = 0
+    STAGING: Final = 1
+    READY: Final = 2
+    PREFILL: Final = 3
+    DECODE: Final = 4
+    DRAINING: Final = 5
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its place by arrival."""
+    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its place by arrival.
+
+    ``hashes_h128`` are those of its full blocks after ``root``, empty without prefix caching.
+    """
 
     frontend: int
     handle: int
@@ -36,7 +39,7 @@ class Request:
     order: int
     prompt_i32: bytes
     root: bytes
-    hashes: UInt64
+    hashes_h128: bytes
     limit: int
     sampling: Sampling
     priority: int
@@ -56,7 +59,7 @@ class Request:
             order=order,
             prompt_i32=submit.prompt_i32,
             root=submit.hashes_h128[:HASH_BYTES],
-            hashes=as_keys(submit.hashes_h128[HASH_BYTES:]),
+            hashes_h128=submit.hashes_h128[HASH_BYTES:],
             limit=submit.limit,
             sampling=submit.sampling,
             priority=submit.priority,
@@ -74,7 +77,19 @@ class Request:
     @property
     def num_staged(self) -> int:
         """Tokens a rank must hold before it can sample the next one."""
-        return self.num_prompt + self.num_emitted
+        return (len(self.prompt_i32) + len(self.emitted_i32)) // 4
+
+    @property
+    def num_hashes(self) -> int:
+        return len(self.hashes_h128) // HASH_BYTES
+
+    def hash_outputs(self, tokens_i32: bytes, page_size: int) -> None:
+        """Appends the hashes of the blocks that ``tokens_i32``, sampled since its admission, have completed."""
+        start = self.num_hashes * page_size * 4
+        if len(self.prompt_i32) + len(self.emitted_i32) + len(tokens_i32) >= start + page_size * 4:
+            tail = self.prompt_i32[start:] + self.emitted_i32[max(0, start - len(self.prompt_i32)) :] + tokens_i32
+            parent = self.hashes_h128[-HASH_BYTES:] or self.root
+            self.hashes_h128 += chain_hashes(parent, tail, page_size)[HASH_BYTES:]
 
 
 class WaitingQueue:

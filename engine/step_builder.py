@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .group import Check, Flight, Group
-from .requests import Request, State
-from .slots import Int64
-from .types import Admit, Header, Mode, Section
+from .kv.block_index import as_keys
+from .requests import State
+from .slots import Int64, ragged
+from .types import HASH_BYTES, Admit, Header, Mode, Section
 
 _BUCKETS = np.array([0, 1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 128), *range(1024, 1 << 20, 1024)])
 
@@ -25,18 +29,24 @@ class Plan:
 
 
 @dataclass
-class _Draft:
-    """The parts of one section while it is being filled."""
+class _Prompts:
+    """The prompt chunks of one step, data-major and in the order of each queue.
 
-    admit: list[Admit] = field(default_factory=list)
-    extend: list[tuple[int, int]] = field(default_factory=list)
-    sampled: list[int] = field(default_factory=list)
-    tokens: int = 0
-    context: int = 0
+    data, rows, starts, counts [n]: whose they are, where in its prompt each begins, and its tokens. sampled [k], sampled_data [k]: rows
+    whose prompt ends here, so that they sample. admits: of the rows that come with their first chunk, per data index.
+    """
+
+    data: Int64
+    rows: Int64
+    starts: Int64
+    counts: Int64
+    sampled: Int64
+    sampled_data: Int64
+    admits: dict[int, list[Admit]]
 
 
-_NOTHING = _Draft()
-_DECODE = int(State.DECODE)  # looked up in every step; a member of an enumeration is slow to find
+_Packed = dict[int, bytes]
+"""Parts of sections as they are sent, for those data indices that have any."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class _Changes:
     """What a plan does to running rows: slots to (hold, resume), freed slots, and (slot, page) of the rows that grow."""
 
     held: dict[int, tuple[list[int], list[int]]]
-    freed: dict[int, bytes]
-    pages: dict[int, bytes]
+    freed: _Packed
+    pages: _Packed
 
 
 def bucket_of(num_tokens: Int64) -> Int64:
@@ -53,8 +63,13 @@ def bucket_of(num_tokens: Int64) -> Int64:
     return _BUCKETS[_BUCKETS.searchsorted(num_tokens)]
 
 
-def _i32(values: Sequence[int] | Int64) -> bytes:
-    return np.asarray(values, np.int32).tobytes()
+def _i32(values: Sequence[int]) -> bytes:
+    return np.array(values, np.int32).tobytes()
+
+
+def _pairs(first: Int64, second: Int64) -> NDArray[np.int32]:
+    """Columns [n] as int32 [n, 2]."""
+    return np.stack([first, second], axis=1).astype(np.int32)
 
 
 class StepBuilder:
@@ -62,7 +77,7 @@ class StepBuilder:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._bounds = np.arange(group.num_data + 1) * group.rows.num_slots
+        self._data = np.arange(group.num_data + 1)
 
     def build(self) -> Plan | None:
         """The next plan, or None when no cohort has work."""
@@ -76,23 +91,22 @@ class StepBuilder:
 
     def _build_cohort(self, cohort: int) -> Plan | None:
         group = self._group
-        decode = self._decoding(cohort)
-        if not len(decode) and not self._has_prefill(cohort):
+        decoding = self._decoding(cohort)
+        if not decoding.any() and not self._has_prefill(cohort):
             return None
-        decode, pages = self._grow(cohort, decode)
-        held = self._changed_holds()
-        freed = {data: self._freed(data) for data in list(group.freeing)}
-        offsets = decode.searchsorted(self._bounds)
-        num_decode, kv = offsets[1:] - offsets[:-1], self._kv(decode, offsets)
-        drafts = self._prefill(cohort, num_decode, kv)
-        sections = self._sections(_Changes(held, freed, pages), drafts, num_decode)
-        flight = self._fly(decode, offsets, drafts, kv)
+        decoding, pages = self._grow(cohort, decoding)
+        changes = _Changes(self._changed_holds(), self._freed(), pages)
+        num_decode, kv = self._sum(decoding), self._sum(group.rows.low * decoding)
+        prompts = self._prefill(cohort, num_decode, kv)
+        tokens = num_decode if prompts is None else num_decode + self._add_up(prompts.data, prompts.counts)
+        sections = self._sections(changes, prompts, tokens)
+        flight = self._fly(decoding, num_decode, prompts, tokens, kv)
         header = Header(
             group=0,
             epoch=group.epoch,
             step=group.next_step,
             predecessor=-1 if group.restarting else group.next_step - 1,
-            mode=Mode.MIXED if drafts else Mode.DECODE,
+            mode=Mode.DECODE if prompts is None else Mode.MIXED,
             capacity=max((section.bucket for section in sections.values()), default=0),
             cohort=cohort,
             checksum=flight.check is not None,
@@ -102,26 +116,33 @@ class StepBuilder:
         group.next_step += 1
         return Plan(header, sections)
 
+    # ----------------------------------------------------------------- per data index
+
+    def _sum(self, of_rows: NDArray[Any]) -> Int64:
+        """Sums [D] over the rows of each data index."""
+        sums: Int64 = of_rows.reshape(self._group.num_data, -1).sum(axis=1)
+        return sums
+
+    def _add_up(self, data: Int64, values: Int64) -> Int64:
+        """Sums [D] of values [n] that belong to data [n]."""
+        return np.bincount(data, values, minlength=self._group.num_data).astype(np.int64)
+
+    def _pack(self, data: Int64, values: NDArray[Any]) -> _Packed:
+        """The bytes of values [n, ...] that belong to data [n], which ascends."""
+        packed, size = values.tobytes(), values.itemsize * math.prod(values.shape[1:])
+        cuts = (data.searchsorted(self._data) * size).tolist()
+        return {index: packed[start:end] for index, (start, end) in enumerate(pairwise(cuts)) if end > start}
+
     # ----------------------------------------------------------------- rows
 
-    def _decoding(self, cohort: int) -> Int64:
-        """Rows that decode in this step, ascending."""
+    def _decoding(self, cohort: int) -> NDArray[np.bool_]:
+        """Which rows decode in this step [rows]."""
         rows = self._group.rows
-        chosen = rows.state == _DECODE
+        chosen: NDArray[np.bool_] = rows.state == State.DECODE
         chosen &= ~rows.held
         if self._group.num_cohorts > 1:
             chosen &= rows.cohort == cohort
-        found: Int64 = chosen.nonzero()[0]
-        return found
-
-    def _kv(self, decode: Int64, offsets: Int64) -> Int64:
-        """KV tokens [D] that decoding rows read at least."""
-        rows = self._group.rows
-        sums = np.zeros(len(decode) + 1, np.int64)
-        (rows.low[decode] + rows.flying[decode]).cumsum(out=sums[1:])
-        sums = sums[offsets]
-        kv: Int64 = sums[1:] - sums[:-1]
-        return kv
+        return chosen
 
     def _has_prefill(self, cohort: int) -> bool:
         rows = self._group.rows
@@ -141,30 +162,28 @@ class StepBuilder:
 
     # ----------------------------------------------------------------- pages
 
-    def _grow(self, cohort: int, decode: Int64) -> tuple[Int64, dict[int, bytes]]:
+    def _grow(self, cohort: int, decoding: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], _Packed]:
         """Pages for the longest every decoding row may become; takes them from others where a pool is exhausted.
 
-        Returns the rows that still decode, and (slot, page) of those that grow per data index. A row that may be at its limit already
+        Returns which rows still decode, and (slot, page) of those that grow. A row that may be at its limit already
         still computes a position, hence ``limit``.
         """
         group, rows = self._group, self._group.rows
         while True:
-            longest = np.minimum(rows.low[decode] + (rows.flying[decode] + 1) * group.spec.max_advance, rows.limit[decode])
-            growing = decode[longest > rows.num_pages[decode] * group.page_size]
-            if not len(growing):  # most steps
-                return decode, {}
+            longest = np.minimum(rows.high + group.spec.max_advance, rows.limit)
+            growing = ((longest > rows.num_pages * group.page_size) & decoding).nonzero()[0]
+            if not len(growing):
+                return decoding, {}
             data = growing // rows.num_slots
             short = group.kv.short_of(np.bincount(data, minlength=group.num_data))
             if not short.size:
                 break
             for index in short.tolist():
                 self._give_way(index)
-            decode = self._decoding(cohort)
+            decoding = self._decoding(cohort)
         pages = group.kv.take_each(data)
         rows.append_pages(growing, pages, group.kv.max_pages)
-        pairs = np.stack([growing % rows.num_slots, pages - data * group.kv.max_pages], axis=1).astype(np.int32)
-        cuts = growing.searchsorted(self._bounds).tolist()
-        return decode, {index: pairs[start:end].tobytes() for index, (start, end) in enumerate(pairwise(cuts)) if end > start}
+        return decoding, self._pack(data, _pairs(growing % rows.num_slots, pages - data * group.kv.max_pages))
 
     def _give_way(self, data: int) -> None:
         """Frees pages of ``data``: those of rows on their way out, or else the youngest request's, which will run again."""
@@ -193,168 +212,167 @@ class StepBuilder:
 
     # ----------------------------------------------------------------- prompts
 
-    def _prefill(self, cohort: int, num_decode: Int64, kv: Int64) -> dict[int, _Draft]:
-        """Gives every data index its share of prompt tokens; rows that reach the end of their prompt start to decode."""
-        group = self._group
-        drafts: dict[int, _Draft] = {}
-        anyone_decodes = bool(num_decode.any())
-        for data, waiting in enumerate(group.prefilling):
+    def _prefill(self, cohort: int, num_decode: Int64, kv: Int64) -> _Prompts | None:
+        """Gives every data index its share of prompt tokens; rows that reach the end of their prompt start to decode.
+
+        None when no prompt waits; one that waits where the rows that decode leave no token for it has no chunk.
+        """
+        group, rows = self._group, self._group.rows
+        chunks: list[tuple[int, int, int, int]] = []  # data, row, start, count
+        anyone_decodes, anyone_waits = bool(num_decode.any()), False
+        for data, queue in enumerate(group.prefilling):
+            waiting = [row for row in queue if rows.cohort[row] == cohort and not rows.held[row]]
             if not waiting:
                 continue
-            queue = [row for row in waiting if group.rows.cohort[row] == cohort and not group.rows.held[row]]
-            if not queue:
-                continue
-            draft = _Draft()
+            anyone_waits = True
             budget = group.spec.max_batch_tokens - int(num_decode[data])
             if anyone_decodes:
-                context = int(group.rows.sent[queue[0]])
+                context = int(rows.sent[waiting[0]])
                 fits = group.cost.prefill_tokens_within(group.spec.inter_token_target, int(num_decode[data]), float(kv[data]), context)
                 budget = min(budget, max(fits, group.page_size))
-            for row in queue:
+            for row in waiting:
                 if budget <= 0:
                     break
-                budget -= self._extend(draft, data, row, budget)
-            drafts[data] = draft
-        return drafts
+                start = int(rows.sent[row])
+                count = min(int(rows.prompt[row]) - start, budget)
+                chunks.append((data, row, start, count))
+                budget -= count
+        return self._advance(np.array(chunks, np.int64).reshape(-1, 4)) if anyone_waits else None
 
-    def _extend(self, draft: _Draft, data: int, row: int, budget: int) -> int:
-        """Plans the next chunk of one prompt, at most ``budget`` tokens; returns its length."""
+    def _advance(self, chunks: Int64) -> _Prompts:
+        """Moves rows past their chunks [n, (data, row, start, count)]."""
         group, rows = self._group, self._group.rows
-        sent, prompt = int(rows.sent[row]), int(rows.prompt[row])
-        count = min(prompt - sent, budget)
-        if rows.state[row] == State.READY:
-            draft.admit.append(self._admit(data, row, sent))
-        draft.extend.append((rows.slot(row), count))
-        draft.tokens += count
-        draft.context += count * sent
-        self._mark_written(data, row, sent, sent + count)
-        rows.sent[row] = sent + count
-        rows.state[row] = State.PREFILL
-        if sent + count == prompt:
-            group.prefilling[data].remove(row)
-            rows.state[row] = State.DECODE
-            rows.low[row], rows.flying[row] = prompt, 0
-            draft.sampled.append(row)
-        return count
+        data, row, start, count = chunks.T
+        end = start + count
+        new, last = rows.state[row] == State.READY, end == rows.prompt[row]
+        admits = self._admit(data[new], row[new])
+        self._mark_written(data, row, start, end)
+        rows.sent[row] = end
+        rows.state[row] = np.where(last, State.DECODE, State.PREFILL)
+        sampled, sampled_data = row[last], data[last]
+        rows.low[sampled] = rows.high[sampled] = end[last]
+        for index, owner in zip(sampled.tolist(), sampled_data.tolist(), strict=True):
+            group.prefilling[owner].remove(index)
+        return _Prompts(data, row, start, count, sampled, sampled_data, admits)
 
-    def _admit(self, data: int, row: int, num_cached: int) -> Admit:
+    def _admit(self, data: Int64, row: Int64) -> dict[int, list[Admit]]:
+        """Admits rows [n] of data [n]."""
         group, rows = self._group, self._group.rows
-        request: Request = rows.request(row)
-        group.by_staged.pop(request.staged)
+        admits: dict[int, list[Admit]] = {}
         rows.on_rank[row] = True
-        local = rows.pages[row, : rows.num_pages[row]] - data * group.kv.max_pages
-        return Admit(
-            slot=rows.slot(row),
-            staged=request.staged,
-            num_cached=num_cached,
-            num_emitted=request.num_emitted,
-            limit=request.limit,
-            pages_i32=_i32(local),
-            sampling=request.sampling,
-        )
+        for owner, index, cached in zip(data.tolist(), row.tolist(), rows.sent[row].tolist(), strict=True):
+            request = rows.request(index)
+            group.by_staged.pop(request.staged)
+            pages = rows.pages[index, : rows.num_pages[index]] - owner * group.kv.max_pages
+            admit = Admit(
+                slot=rows.slot(index),
+                staged=request.staged,
+                num_cached=cached,
+                num_emitted=request.num_emitted,
+                limit=request.limit,
+                pages_i32=pages.astype(np.int32).tobytes(),
+                sampling=request.sampling,
+            )
+            admits.setdefault(owner, []).append(admit)
+        return admits
 
-    def _mark_written(self, data: int, row: int, start: int, end: int) -> None:
-        """The blocks that [start, end) completes can be read by later plans on the same rank."""
-        group = self._group
-        first, last = start // group.page_size, end // group.page_size
-        if last > first:
-            pages = group.rows.pages[row, first:last]
-            group.kv.written[pages] = group.next_step
-            hashes = group.rows.request(row).hashes[first:last]
-            pages = pages[: len(hashes)]
-            if len(pages):
-                group.publishing.append((np.full(len(pages), data), hashes, pages.copy()))
+    def _mark_written(self, data: Int64, row: Int64, start: Int64, end: Int64) -> None:
+        """The blocks that chunks [start, end) [n] complete can be read by later plans on the same rank."""
+        group, rows = self._group, self._group.rows
+        first, behind = start // group.page_size, end // group.page_size
+        owners, index = ragged(behind - first)
+        pages = rows.pages[row[owners], first[owners] + index]
+        group.kv.written[pages] = group.next_step
+        hashes = [rows.request(own).hashes_h128 for own in row.tolist()]
+        spans = zip(hashes, first.tolist(), behind.tolist(), strict=True)
+        keys = as_keys(b"".join([own[HASH_BYTES * begin : HASH_BYTES * stop] for own, begin, stop in spans]))
+        hashed = index + first[owners] < np.array([len(own) // HASH_BYTES for own in hashes], np.int64)[owners]
+        group.publishing.append((data[owners[hashed]], keys, pages[hashed]))
 
     # ----------------------------------------------------------------- sections
 
-    def _sections(self, changes: _Changes, drafts: dict[int, _Draft], num_decode: Int64) -> dict[int, Section]:
-        group = self._group
-        published = self._published()
-        tokens = num_decode.copy()
-        for data, draft in drafts.items():
-            tokens[data] += draft.tokens
+    def _sections(self, changes: _Changes, prompts: _Prompts | None, tokens: Int64) -> dict[int, Section]:
+        group, slots = self._group, self._group.rows.num_slots
+        pages, hashes = self._published()
+        admits: dict[int, list[Admit]] = {}
+        extends: _Packed = {}
+        if prompts is not None:
+            admits, extends = prompts.admits, self._pack(prompts.data, _pairs(prompts.rows % slots, prompts.counts))
+        rebasing = np.flatnonzero(group.rebasing).tolist()
+        changed = {*pages, *extends, *changes.freed, *changes.held, *rebasing}  # the others only grow
         buckets = bucket_of(tokens).tolist()
         sections: dict[int, Section] = {}
         for data in group.alive.nonzero()[0].tolist():
-            draft, publish, own_pages = drafts.get(data, _NOTHING), published.get(data), changes.pages.get(data, b"")
-            if draft is _NOTHING and publish is None and not (data in changes.freed or data in changes.held or group.rebasing[data]):
-                sections[data] = Section(pages_pairs=own_pages, bucket=buckets[data])
+            if data not in changed:
+                sections[data] = Section(pages_pairs=changes.pages.get(data, b""), bucket=buckets[data])
                 continue
-            hold, resume = changes.held.get(data, ([], []))
+            hold, resume = changes.held.get(data, ((), ()))
+            rebase = data in rebasing
             sections[data] = Section(
-                rebase=bool(group.rebasing[data]),
-                staged_from=group.staged_from[data] if group.rebasing[data] else 0,
-                free_i32=changes.freed.get(data, b""),
-                hold_i32=_i32(hold),
-                resume_i32=_i32(resume),
-                admit=tuple(draft.admit),
-                pages_pairs=own_pages,
-                publish_i32=publish[0] if publish else b"",
-                publish_h128=publish[1] if publish else b"",
-                extend_pairs=np.array(draft.extend, np.int32).tobytes(),
+                rebase=rebase,
+                staged_from=group.staged_from[data] if rebase else 0,
+                free_i32=b"" if rebase else changes.freed.get(data, b""),  # after a rebase the rank has none to free
+                hold_i32=_i32(hold) if hold else b"",
+                resume_i32=_i32(resume) if resume else b"",
+                admit=tuple(admits.get(data, ())),
+                pages_pairs=changes.pages.get(data, b""),
+                publish_i32=pages.get(data, b""),
+                publish_h128=hashes.get(data, b""),
+                extend_pairs=extends.get(data, b""),
                 bucket=buckets[data],
             )
         self._finish_rebase()
         return sections
 
-    def _freed(self, data: int) -> bytes:
-        """Slots this plan frees; after a rebase the rank has none to free."""
-        group = self._group
-        freed = group.freeing.pop(data)
-        group.rows.on_rank[freed] = False
-        return b"" if group.rebasing[data] else _i32([group.rows.slot(row) for row in freed])
+    def _freed(self) -> _Packed:
+        """Slots this plan frees."""
+        group, rows = self._group, self._group.rows
+        if not group.freeing:
+            return {}
+        freed = np.array(group.freeing)
+        group.freeing.clear()
+        rows.on_rank[freed] = False
+        data = freed // rows.num_slots
+        order = data.argsort(kind="stable")
+        return self._pack(data[order], (freed % rows.num_slots)[order].astype(np.int32))
 
-    def _published(self) -> dict[int, tuple[bytes, bytes]]:
-        """(pages, hashes) per data index of the blocks written since the last plan that are still what they were."""
+    def _published(self) -> tuple[_Packed, _Packed]:
+        """Pages, and their hashes, of the blocks written since the last plan that are still what they were."""
         group = self._group
         if not group.publishing:
-            return {}
-        data = np.concatenate([data for data, _, _ in group.publishing])
-        keys = np.concatenate([keys for _, keys, _ in group.publishing])
-        pages = np.concatenate([pages for _, _, pages in group.publishing])
+            return {}, {}
+        data, keys, pages = (np.concatenate(parts) for parts in zip(*group.publishing, strict=True))
         group.publishing.clear()
-        valid = group.kv.index.names(data, keys, pages)
+        valid = group.kv.index.names(data, keys, pages).nonzero()[0]
+        valid = valid[data[valid].argsort(kind="stable")]
         data, keys, pages = data[valid], keys[valid], pages[valid]
-        order = np.argsort(data, kind="stable")
-        data, keys, pages = data[order], keys[order], pages[order] - data[order] * group.kv.max_pages
-        cuts = np.searchsorted(data, np.arange(group.num_data + 1)).tolist()
-        local = pages.astype(np.int32)
-        return {
-            index: (local[start:end].tobytes(), keys[start:end].tobytes())
-            for index, (start, end) in enumerate(pairwise(cuts))
-            if end > start
-        }
+        return self._pack(data, (pages - data * group.kv.max_pages).astype(np.int32)), self._pack(data, keys)
 
     def _finish_rebase(self) -> None:
         """Results of plans before a rebase say nothing about the rank's state after it."""
         group = self._group
-        if not group.rebasing.any():
-            return
         for data in np.flatnonzero(group.rebasing & group.alive).tolist():
-            group.acknowledged[group.members(data)] = group.next_step - 1
+            group.assume_executed(data)
         group.rebasing[group.alive] = False
 
     # ----------------------------------------------------------------- commitments
 
-    def _fly(self, decode: Int64, offsets: Int64, drafts: dict[int, _Draft], kv: Int64) -> Flight:
+    def _fly(self, decoding: NDArray[np.bool_], num_decode: Int64, prompts: _Prompts | None, tokens: Int64, kv: Int64) -> Flight:
         """Records the plan as in flight: frozen rows, bounds on lengths, rows that end by their length limit."""
         group, rows = self._group, self._group.rows
         step = group.next_step
-        rows.flying[decode] += 1
-        sampled = [row for draft in drafts.values() for row in draft.sampled]
-        final = decode[rows.low[decode] + rows.flying[decode] >= rows.limit[decode] - 1]
-        last = [*final.tolist(), *(row for row in sampled if rows.prompt[row] >= rows.limit[row] - 1)]
-        order, is_decode = decode, np.ones(len(decode), np.bool_)
-        tokens, context = offsets[1:] - offsets[:-1], np.zeros(group.num_data, np.int64)
-        if drafts:
-            for data, draft in drafts.items():
-                tokens[data] += draft.tokens
-                context[data] = draft.context
-            at = np.repeat(offsets[1:], [len(drafts[d].sampled) if d in drafts else 0 for d in range(group.num_data)])
-            order = np.insert(decode, at, sampled)
-            is_decode = np.insert(is_decode, at, False)
-            offsets = np.searchsorted(order // rows.num_slots, np.arange(group.num_data + 1))
-        flight = Flight(step, order, is_decode, offsets.tolist(), tokens, kv, context)
+        rows.low += decoding
+        rows.high += decoding * group.spec.max_advance
+        frozen = decoding.nonzero()[0]
+        last = ((rows.low >= rows.limit - 1) & decoding).nonzero()[0].tolist()
+        decode, ends, context = np.ones(len(frozen), np.bool_), num_decode.cumsum(), np.zeros(group.num_data, np.int64)
+        if prompts is not None:
+            at, sampled = ends[prompts.sampled_data], prompts.sampled
+            frozen, decode = np.insert(frozen, at, sampled), np.insert(decode, at, False)
+            ends = ends + np.bincount(prompts.sampled_data, minlength=group.num_data).cumsum()
+            context = self._add_up(prompts.data, prompts.counts * prompts.starts)
+            last += sampled[rows.prompt[sampled] >= rows.limit[sampled] - 1].tolist()
+        flight = Flight(step, frozen, decode, [0, *ends.tolist()], tokens, kv, context)
         if step % group.spec.checksum_every == 0:
             flight.check = self._check()
         group.flights[step] = flight
@@ -366,7 +384,6 @@ class StepBuilder:
     def _check(self) -> Check:
         rows = self._group.rows
         active = np.flatnonzero(rows.on_rank)
-        exact = np.where(rows.flying[active] == 0, rows.low[active], -1)
-        lengths = np.where(rows.sent[active] < rows.prompt[active], rows.sent[active], exact)
+        sent = np.where(rows.sent[active] < rows.prompt[active], rows.sent[active], -1)
         sums = np.where(rows.on_rank, rows.page_sum, np.uint64(0)).reshape(rows.num_data, -1).sum(axis=1, dtype=np.uint64)
-        return Check(active, lengths, sums)
+        return Check(active, sent, sums)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .block_index import BlockIndex, Int64, UInt64
+from ..slots import ragged
+from ..types import HASH_BYTES
+from .block_index import BlockIndex, Int64, UInt64, as_keys
 
 PENDING = np.iinfo(np.int64).max
 """``written`` of a page that is reserved for a block but not yet scheduled to be computed."""
@@ -19,6 +21,8 @@ _EVICT_SHARE = 32
 """A pool that runs out evicts at least this fraction of itself, so that not every admission has to search."""
 
 _DEPTH_BITS = 20
+
+_NO_PAGES = np.zeros(0, np.int64)
 
 
 class KVManager:
@@ -57,30 +61,29 @@ class KVManager:
         """Referenced pages [D]."""
         return self.num_pages - self._top - self._cached
 
-    def match(self, hashes: list[UInt64], limits: list[int]) -> Int64:
-        """Leading blocks cached [prompt, data] of prompts with block hashes [n, 2]; at most ``limits[i]`` blocks count.
+    def match(self, hashes: list[bytes], limits: list[int]) -> Int64:
+        """Leading blocks cached [prompt, data] of prompts with packed block hashes; at most ``limits[i]`` blocks count.
 
         Blocks that are announced but not yet written count too. The first block is looked up on every data index; where it
         is found, the length of the prefix by bisection: a block is never evicted before its successors, so presence falls
         monotonically along a chain.
         """
-        num = len(hashes)
-        blocks = np.zeros((num, self.num_data), np.int64)
-        asking = [i for i in range(num) if limits[i] > 0]
+        blocks = np.zeros((len(hashes), self.num_data), np.int64)
+        asking = [i for i, limit in enumerate(limits) if limit > 0]
         if self.caching and self.index.size and asking:
-            first = np.stack([hashes[i][0] for i in asking])
+            first = as_keys(b"".join([hashes[i][:HASH_BYTES] for i in asking]))
             data = np.tile(np.arange(self.num_data), len(asking))
-            hit = self.index.find(data, np.repeat(first, self.num_data, axis=0)) >= 0
-            prompts = np.repeat(np.array(asking), self.num_data)[hit]
-            if prompts.size:
+            hit = self.index.find(data, first.repeat(self.num_data, axis=0)) >= 0
+            if hit.any():
+                prompts = np.repeat(np.array(asking), self.num_data)[hit]
                 blocks[prompts, data[hit]] = self._bisect(hashes, limits, prompts, data[hit])
         return blocks
 
-    def prefix(self, data: int, hashes: UInt64, num_blocks: int) -> Int64:
+    def prefix(self, data: int, hashes: bytes, num_blocks: int) -> Int64:
         """Global pages of the leading blocks on ``data``, cut at the first that is missing."""
         if num_blocks == 0:
-            return np.zeros(0, np.int64)
-        pages = self.index.find(np.full(num_blocks, data), hashes[:num_blocks])
+            return _NO_PAGES
+        pages = self.index.find(np.full(num_blocks, data), as_keys(hashes[: HASH_BYTES * num_blocks]))
         missing = np.flatnonzero(pages < 0)
         return pages[: missing[0]] if missing.size else pages
 
@@ -110,40 +113,36 @@ class KVManager:
 
     def take_each(self, data: Int64) -> Int64:
         """One fresh page (global id) for every entry of data [n], which ascends; room must have been made."""
-        starts = np.searchsorted(data, data, side="left")
-        ordinal = np.arange(len(data)) - starts
+        ordinal = np.arange(len(data)) - data.searchsorted(data)
         pages = self._stack[data, self._top[data] - 1 - ordinal] + data * self.max_pages
         self._top -= np.bincount(data, minlength=self.num_data)
         self._references[pages] = 1
         self.written[pages] = PENDING
         return pages
 
-    def release(self, data: int, pages: Int64) -> None:
-        """Drops one reference of each page of ``data`` (in block order); hashed and written ones stay cached, the rest is free."""
-        self.release_many([data], [pages])
+    def release(self, data: Int64, counts: Int64, pages: Int64) -> None:
+        """Drops one reference of every page of some rows; hashed and written pages stay cached, the rest is free.
 
-    def release_many(self, data: list[int], pages: list[Int64]) -> None:
-        """``release`` for several rows at once: ``pages[i]`` belong to ``data[i]``."""
-        counts = np.array([len(own) for own in pages])
-        owner, all_pages = np.repeat(data, counts), np.concatenate(pages)
-        depth = np.arange(len(all_pages)) - np.repeat(np.cumsum(counts) - counts, counts)
-        np.subtract.at(self._references, all_pages, 1)
-        left = self._references[all_pages]
+        data [rows], counts [rows]: whose they are and how many; pages [counts.sum()]: those of a row together, in block order.
+        """
+        rows, depth = ragged(counts)
+        before = self._references[pages]
+        np.subtract.at(self._references, pages, np.int32(1))
+        left = self._references[pages]
         assert (left >= 0).all(), "a page was released twice"
         self._clock += 1
         # Deeper blocks are older, so that eviction shortens prefixes from their end.
-        self._stamp[all_pages] = (self._clock << _DEPTH_BITS) - depth
+        self._stamp[pages] = (self._clock << _DEPTH_BITS) - depth
         idle = np.flatnonzero(left == 0)
-        if len(pages) > 1:
-            idle = idle[np.unique(all_pages[idle], return_index=True)[1]]
-        done, owner = all_pages[idle], owner[idle]
+        if (before - left > 1).any():  # rows that shared pages: each page once
+            idle = idle[np.unique(pages[idle], return_index=True)[1]]
+        done, owner = pages[idle], data[rows[idle]]
         keep = self.index.holds(done) & (self.written[done] != PENDING)
         self._cached += np.bincount(owner[keep], minlength=self.num_data)
         gone = done[~keep]
         if len(gone):
             self.index.remove(gone)
-            for index in set(data):
-                self._push(index, gone[owner[~keep] == index])
+            self._push_each(gone if len(counts) == 1 else np.sort(gone))
 
     # ----------------------------------------------------------------- content
 
@@ -177,15 +176,16 @@ class KVManager:
 
     # ----------------------------------------------------------------- inside
 
-    def _bisect(self, hashes: list[UInt64], limits: list[int], prompts: Int64, data: Int64) -> Int64:
+    def _bisect(self, hashes: list[bytes], limits: list[int], prompts: Int64, data: Int64) -> Int64:
         """Prefix lengths >= 1 for pairs (prompt, data) whose first block is present."""
         low = np.ones(len(prompts), np.int64)
-        high = np.array([limits[i] for i in prompts], np.int64)
-        starts = np.cumsum([0] + [len(h) for h in hashes])[:-1]
-        flat = np.concatenate(hashes)
+        high = np.array(limits)[prompts]
+        lengths = np.array([len(own) // HASH_BYTES for own in hashes])
+        starts = (np.cumsum(lengths) - lengths)[prompts]
+        flat = as_keys(b"".join(hashes))
         while (open_ := np.flatnonzero(low < high)).size:
             middle = (low[open_] + high[open_] + 1) // 2
-            there = self.index.find(data[open_], flat[starts[prompts[open_]] + middle - 1]) >= 0
+            there = self.index.find(data[open_], flat[starts[open_] + middle - 1]) >= 0
             low[open_[there]] = middle[there]
             high[open_[~there]] = middle[~there] - 1
         return low
@@ -205,6 +205,14 @@ class KVManager:
         self._push(data, np.sort(oldest)[::-1])
 
     def _push(self, data: int, pages: Int64) -> None:
+        """Frees pages (global ids) of ``data``; the last is the first to be taken again."""
         top = int(self._top[data])
         self._stack[data, top : top + len(pages)] = pages - data * self.max_pages
         self._top[data] = top + len(pages)
+
+    def _push_each(self, pages: Int64) -> None:
+        """``_push`` for pages whose data indices ascend."""
+        data = pages // self.max_pages
+        ordinal = np.arange(len(data)) - data.searchsorted(data)
+        self._stack[data, self._top[data] + ordinal] = pages - data * self.max_pages
+        self._top += np.bincount(data, minlength=self.num_data)

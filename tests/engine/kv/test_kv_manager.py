@@ -5,23 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lockstep.engine.kv.block_index import UInt64, as_keys
+from lockstep.engine.kv.block_index import Int64, as_keys
 from lockstep.engine.kv.manager import KVManager
 
 NONE = np.zeros(0, np.int64)
 
 
-def chain(seed: int, length: int) -> UInt64:
-    return as_keys(np.random.default_rng(seed).bytes(16 * length))
+def chain(seed: int, length: int) -> bytes:
+    return np.random.default_rng(seed).bytes(16 * length)
 
 
-def cache(manager: KVManager, data: int, keys: UInt64) -> None:
+def release(manager: KVManager, *rows: tuple[int, Int64]) -> None:
+    """Lets go of rows, each of a data index and with its pages."""
+    data, pages = [data for data, _ in rows], [pages for _, pages in rows]
+    manager.release(np.array(data), np.array([len(own) for own in pages]), np.concatenate(pages))
+
+
+def cache(manager: KVManager, data: int, hashes: bytes) -> None:
     """Computes a prompt of full blocks and lets it go."""
+    keys = as_keys(hashes)
     pages = manager.reserve(data, NONE, len(keys))
     assert pages is not None
     manager.announce(np.full(len(keys), data), keys, pages)
     manager.written[pages] = 0
-    manager.release(data, pages)
+    release(manager, (data, pages))
 
 
 def test_what_was_computed_is_found_on_its_data_index_alone() -> None:
@@ -55,7 +62,7 @@ def test_a_hit_makes_a_prefix_young_again() -> None:
     shared = manager.prefix(0, first, 60)
     pages = manager.reserve(0, shared, 0)
     assert pages is not None
-    manager.release(0, pages)
+    release(manager, (0, pages))
     assert manager.reserve(0, NONE, 40) is not None
     assert manager.match([first], [60])[0, 0] == 60
     assert manager.match([second], [60])[0, 0] < 60
@@ -76,14 +83,29 @@ def test_a_shared_page_outlives_its_first_user() -> None:
     keys = chain(1, 10)
     first = manager.reserve(0, NONE, 10)
     assert first is not None
-    manager.announce(np.zeros(10, np.int64), keys, first)
+    manager.announce(np.zeros(10, np.int64), as_keys(keys), first)
     manager.written[first] = 0
     second = manager.reserve(0, first, 2)
     assert second is not None and second[:10].tolist() == first.tolist()
-    manager.release(0, first)
+    release(manager, (0, first))
     assert manager.used().tolist() == [12]
-    manager.release(0, second)
+    release(manager, (0, second))
     assert (manager.used().tolist(), manager.cached().tolist()) == ([0], [10])
+    manager.check()
+
+
+def test_a_page_shared_by_rows_that_end_together_is_kept_once() -> None:
+    manager = KVManager([50, 50], 4)
+    keys = chain(1, 10)
+    first = manager.reserve(0, NONE, 11)
+    assert first is not None
+    manager.announce(np.zeros(10, np.int64), as_keys(keys), first[:10])
+    manager.written[first] = 0
+    second, other = manager.reserve(0, first[:10], 3), manager.reserve(1, NONE, 4)
+    assert second is not None and other is not None
+    release(manager, (0, first), (1, other), (0, second))
+    assert (manager.used().tolist(), manager.cached().tolist()) == ([0, 0], [10, 0])
+    assert [manager.available_on(data) for data in range(2)] == [50, 50]
     manager.check()
 
 
@@ -91,9 +113,9 @@ def test_a_page_released_twice_is_noticed() -> None:
     manager = KVManager([8], 4)
     pages = manager.reserve(0, NONE, 2)
     assert pages is not None
-    manager.release(0, pages)
+    release(manager, (0, pages))
     with pytest.raises(AssertionError, match="released twice"):
-        manager.release(0, pages)
+        release(manager, (0, pages))
 
 
 def test_what_was_never_written_is_not_kept() -> None:
@@ -101,9 +123,9 @@ def test_what_was_never_written_is_not_kept() -> None:
     keys = chain(1, 3)
     pages = manager.reserve(0, NONE, 3)
     assert pages is not None
-    manager.announce(np.zeros(3, np.int64), keys, pages)
+    manager.announce(np.zeros(3, np.int64), as_keys(keys), pages)
     manager.written[pages[:1]] = 7
-    manager.release(0, pages)
+    release(manager, (0, pages))
     assert manager.match([keys], [3]).tolist() == [[1]]
     manager.forget_unwritten(0, 6)
     assert manager.match([keys], [3]).tolist() == [[0]]
