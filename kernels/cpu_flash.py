@@ -1,7 +1,8 @@
 """Queries that share key heads against a run of cached positions: softmax(q k^T) v with a running softmax, on one thread.
 
 64 positions at a time are laid out once for all the queries, as products of units (``cpu_tiles``) want them: keys turned, so that a vector
-holds 16 positions; values with two positions to a unit of bf16. A row of queries takes the same sums in the same order whatever rows stand
+holds 16 positions; values with two positions to a unit of bf16. Heads of e4m3 become bf16 on the way, without their scales: a position's
+scale of keys multiplies its scores, that of values its shares. A row of queries takes the same sums in the same order whatever rows stand
 beside it.
 
 M rows: the G query heads of each query in turn  N = 64 positions  D, E dims of keys and values, padded  U units of a key
@@ -18,7 +19,8 @@ from numba import njit
 from numba.core import types
 from numba.extending import overload
 
-from .cpu_kv_entries import NO_SCALES, move_rows, read
+from .cpu_e4m3 import AT_ONCE, decodes, pair_bytes, take_scales, turn_bytes
+from .cpu_kv_entries import NO_SCALES, Block, find, move_rows, read
 from .cpu_tiles import TILE_COLUMNS, TILE_ROWS, add_product, pair, soften, transpose
 from .cpu_vectors import LANES
 
@@ -29,7 +31,8 @@ _LINE = 64  # bytes of a cache line: vectors that cross one are read at half the
 
 class Scratch(NamedTuple):
     """What a thread works in. Numbers, which are bf16 as uint16 or float32: q [M, D], k [N, D], v [N, E], shares [4, N]. Units:
-    turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums [M, E], best and total [M], shrink [4]."""
+    turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums [M, E], best and total [M], shrink [4], scales [2, N] of keys and
+    values. int64: places [N], the cache rows of positions."""
 
     q: Any
     k: Any
@@ -42,6 +45,8 @@ class Scratch(NamedTuple):
     best: Any
     total: Any
     shrink: Any
+    scales: Any
+    places: Any
 
 
 @njit(cache=True)
@@ -61,6 +66,8 @@ def scratch(num_rows, key_dim, value_dim, like):
         np.empty(num_rows, np.float32),
         np.empty(num_rows, np.float32),
         np.empty(TILE_ROWS, np.float32),
+        np.empty((2, BLOCK), np.float32),
+        np.empty(BLOCK, np.int64),
     )
 
 
@@ -85,32 +92,34 @@ def place_queries(q_THD, first_token, num_tokens, heads, group, work):
     for head in range(heads[0], heads[1]):
         for token in range(num_tokens):
             first = (head - heads[0]) * stride + token * group
-            move_rows(q_THD[first_token + token], head * group, 0, q_THD.shape[2], NO_SCALES, 0, work.q[first : first + group])
+            move_rows(q_THD[first_token + token], head * group, 0, q_THD.shape[2], NO_SCALES, 0, work.q, first, 0, group)
 
 
 @njit(cache=True)
 def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
     """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own. ``factor``: scale / ln 2. Values are
-    the first dims of the keys where they have no width. Leaves sums, best and total."""
-    q, turned, paired, scores, shares, sums = _units(work.q), work.turned, work.paired, work.scores, work.shares, work.sums
-    best, total, shrink, share_units = work.best, work.total, work.shrink, _units(work.shares)
+    the first dims of the keys where they have no width. Leaves sums, best and total.
+
+    What the loops call takes arrays one by one: a tuple of them counts its references, which took a third of the time.
+    """
+    q, k, v, turned, paired, places = _units(work.q), work.k, work.v, work.turned, work.paired, work.places
+    scores, shares, share_units, sums = work.scores, work.shares, _units(work.shares), work.sums
+    best, total, shrink, scales, pages = work.best, work.total, work.shrink, _scales(keys, work.k, work.scales), run.pages
     stride, position = tiled(num_tokens * group), run.end - num_tokens
     num_rows = stride * (heads[1] - heads[0])
     sums[:num_rows], best[:num_rows], total[:num_rows] = 0, -np.inf, 0
     for start in range(run.begin, run.end, BLOCK):
+        block = Block(start, min(start + BLOCK, run.end), run.page_size)
         blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS  # rows that see none of these positions
+        find(pages, block, places)
         for head in range(heads[0], heads[1]):
-            rows, row, column = _block(keys, key_place, head, run, start, work.k)
-            _turn(_units(rows), row, column * len(turned) // work.k.shape[1], turned)
-            if value_place.width:
-                rows, row, column = _block(values, value_place, head, run, start, work.v)
-            _pair(rows, row, column, paired)
+            _lay_out(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales)
             for row in range(blind, stride, TILE_ROWS):
                 own, seen = (head - heads[0]) * stride + row, position + 1 - start
                 add_product(scores, 0, None, q, own, turned, 0, 4)
                 if seen + row // group < BLOCK:
                     _hide(scores, row, group, seen, num_tokens)
-                soften(scores, factor, best, total, own, shares, shrink)
+                soften(scores, factor, scales, best, total, own, shares, shrink)
                 _add_values(sums, own, shrink, share_units, paired)
 
 
@@ -132,11 +141,92 @@ def _hide(scores, first_row, group, seen, num_tokens):
             scores[i, n] = -np.inf
 
 
+def _scales(entries: Any, room: Any, scales: Any) -> Any:
+    """In kernels: ``scales`` where entries can be laid out without theirs, else None."""
+    raise NotImplementedError
+
+
+@overload(_scales, inline="always")
+def _found_scales(entries, room, scales):
+    if entries.dtype == types.uint8 and room.dtype == types.uint16 and decodes():
+        return lambda entries, room, scales: scales
+    return lambda entries, room, scales: None
+
+
+def _lay_out(
+    keys: Any, values: Any, key_place: Any, value_place: Any, head: Any, pages: Any, block: Any, places: Any, k: Any, v: Any, turned: Any,
+    paired: Any, scales: Any,
+) -> Any:  # fmt: skip
+    """In kernels: the keys of a head turned, its values paired, and the scales that are left to the caller."""
+    raise NotImplementedError
+
+
+@overload(_lay_out)
+def _laid_out(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
+    if keys.dtype == k.dtype:
+        return _lay_out_where_they_lie
+    if scales == types.none:
+        return _lay_out_converted
+
+    def lay_out(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
+        if key_place.step and key_place.width % AT_ONCE == 0:  # of heads
+            _turn_bytes(keys, places, key_place.first + head * key_place.step, turned)
+            _pair_bytes(values, places, value_place.first + head * value_place.step, paired)
+            take_scales(keys, places, key_place.scale + head, scales, 0)
+            take_scales(values, places, value_place.scale + head, scales, 1)
+        else:
+            _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired)
+            scales[:] = 1
+
+    return lay_out
+
+
+def _lay_out_where_they_lie(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
+    """In kernels: from the cache itself where the positions are in one page; what follows the run is whatever the page holds."""
+    whole = block.begin % block.page_size + BLOCK <= block.page_size
+    if whole and key_place.width >= k.shape[1]:
+        _turn(keys, places[0], (key_place.first + head * key_place.step) * len(turned) // k.shape[1], turned)
+    else:
+        read(keys, key_place, head, pages, block, k)
+        _turn(k, 0, 0, turned)
+    place = value_place if value_place.width else key_place
+    if whole and place.width >= v.shape[1]:
+        _pair(values, places[0], place.first + head * place.step, paired)
+    elif value_place.width:
+        read(values, value_place, head, pages, block, v)
+        _pair(v, 0, 0, paired)
+    else:
+        _pair(k, 0, 0, paired)
+
+
+def _lay_out_converted(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
+    """In kernels: as numbers of the products, scales and all."""
+    _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired)
+
+
+@njit(cache=True)
+def _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired):
+    read(keys, key_place, head, pages, block, k)
+    _turn(k, 0, 0, turned)
+    if value_place.width:
+        read(values, value_place, head, pages, block, v)
+        _pair(v, 0, 0, paired)
+    else:
+        _pair(k, 0, 0, paired)
+
+
 @njit(cache=True)
 def _turn(keys, row, unit, turned):
     for u in range(0, len(turned), LANES):
         for n in range(0, BLOCK, LANES):
             transpose(keys, row + n, unit + u, turned, u, n)
+
+
+@njit(cache=True)
+def _turn_bytes(keys, places, column, turned):
+    for u in range(0, len(turned), AT_ONCE // 2):
+        for n in range(0, BLOCK, LANES):
+            turn_bytes(keys, places, n, column + 2 * u, turned, u, n)
 
 
 def _pair(rows: Any, row: Any, column: Any, paired: Any) -> Any:
@@ -156,35 +246,16 @@ def _paired(rows, row, column, paired):
         return pair_all
 
     def copy(rows, row, column, paired):
-        move_rows(rows, row, column, paired.shape[1], NO_SCALES, 0, paired)
+        move_rows(rows, row, column, paired.shape[1], NO_SCALES, 0, paired, 0, 0, len(paired))
 
     return copy
 
 
-def _block(entries: Any, place: Any, head: Any, run: Any, start: Any, room: Any) -> Any:
-    """In kernels: a matrix with the numbers of the positions from ``start`` on, and their first row and column there: the cache itself
-    where they lie in one page and need no conversion (and what follows the run is whatever the page holds), else ``room``."""
-    raise NotImplementedError
-
-
-@overload(_block)
-def _found(entries, place, head, run, start, room):
-    if entries.dtype != room.dtype:
-
-        def convert(entries, place, head, run, start, room):
-            read(entries, place, head, run, start, room)
-            return room, 0, 0
-
-        return convert
-
-    def find(entries, place, head, run, start, room):
-        offset = start % run.page_size
-        if offset + BLOCK > run.page_size or place.width < room.shape[1]:
-            read(entries, place, head, run, start, room)
-            return room, 0, 0
-        return entries, np.int64(run.pages[start // run.page_size]) * run.page_size + offset, place.first + head * place.step
-
-    return find
+@njit(cache=True)
+def _pair_bytes(values, places, column, paired):
+    for i in range(len(paired)):
+        for e in range(0, paired.shape[1], AT_ONCE):
+            pair_bytes(values, places, 2 * i, column + e, paired, i, e)
 
 
 def _units(numbers: Any) -> Any:

@@ -50,6 +50,14 @@ class Run(NamedTuple):
     end: int
 
 
+class Block(NamedTuple):
+    """Positions [begin, end) of a run, and its page size. Without the pages: a tuple with an array counts references wherever it goes."""
+
+    begin: int
+    end: int
+    page_size: int
+
+
 def place_of_heads(cache: Tensor, dim: int) -> Place:
     """Of keys or values [P, K, D], or bytes."""
     return Place(0, dim, dim, dim, num_kv_heads(cache, dim) * dim // SCALE_BYTES, 0)
@@ -76,38 +84,52 @@ def gather_latents(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype
 def _gather(entries, place, pages, page_size, out_NX):
     for page in prange(len(pages)):
         start = page * page_size
-        read(entries, place, 0, Run(pages, page_size, 0, len(out_NX)), start, out_NX[start : start + page_size])
+        block = Block(start, start + page_size, page_size)
+        read(entries, place, 0, pages, block, out_NX[start : start + page_size])
 
 
 @njit(cache=True)
-def read(entries, place, head, run, start, out_NX):
-    """The numbers of a head at positions from ``start`` on, up to the end of the run, past which rows are zero."""
-    count, done, first = min(len(out_NX), run.end - start), 0, place.first + head * place.step
+def find(pages, block, rows_N):
+    """The cache rows of the positions of a block, and past its end that of the last one."""
+    count, done = block.end - block.begin, 0
     while done < count:
-        offset = (start + done) % run.page_size
-        position = np.int64(run.pages[(start + done) // run.page_size]) * run.page_size + offset
-        num = min(run.page_size - offset, count - done)
+        offset = (block.begin + done) % block.page_size
+        first = np.int64(pages[(block.begin + done) // block.page_size]) * block.page_size + offset
+        num = min(block.page_size - offset, count - done)
+        for n in range(num):
+            rows_N[done + n] = first + n
+        done += num
+    rows_N[count:] = rows_N[count - 1]
+
+
+@njit(cache=True)
+def read(entries, place, head, pages, block, out_NX):
+    """The numbers of a head at the positions of a block; rows past its end are zero."""
+    count, done, first = block.end - block.begin, 0, place.first + head * place.step
+    scales, halves = _scales(entries), _halves(entries)
+    while done < count:
+        offset = (block.begin + done) % block.page_size
+        row = np.int64(pages[(block.begin + done) // block.page_size]) * block.page_size + offset
+        num = min(block.page_size - offset, count - done)
         for begin in range(0, place.width, place.group):
             width, scale = min(place.group, place.width - begin), place.scale + head + begin // place.group
-            move_rows(entries, position, first + begin, width, _scales(entries), scale, out_NX[done : done + num, begin:])
+            move_rows(entries, row, first + begin, width, scales, scale, out_NX, done, begin, num)
         if place.tail:
-            halves = _halves(entries)
-            column, out_NE = halves.shape[1] - place.tail, out_NX[done : done + num, place.width :]
-            move_rows(halves, position, column, place.tail, NO_SCALES, 0, out_NE)
+            move_rows(halves, row, halves.shape[1] - place.tail, place.tail, NO_SCALES, 0, out_NX, done, place.width, num)
         done += num
     out_NX[count:] = 0
 
 
 @njit(cache=True)
-def move_rows(source, row, column, width, scales, scale, out_NX):
-    """``width`` numbers of N rows, each row times its number ``scale`` of ``scales``, or as it is with ``NO_SCALES``."""
+def move_rows(source, row, column, width, scales, scale, out, out_row, out_column, num_rows):
+    """``width`` numbers of some rows, each row times its number ``scale`` of ``scales``, or as it is with ``NO_SCALES``."""
     even = width // LANES * LANES
-    for n in range(len(out_NX)):
+    for n in range(num_rows):
         factor = scales[row + n, scale] if scales.shape[1] else np.float32(1)
         for x in range(0, even, LANES):
-            move(source, row + n, column + x, factor, out_NX, n, x)
+            move(source, row + n, column + x, factor, out, out_row + n, out_column + x)
         for x in range(even, width):
-            _move_one(source[row + n : row + n + 1, column + x], factor, out_NX[n : n + 1, x])
+            _move_one(source[row + n : row + n + 1, column + x], factor, out[out_row + n : out_row + n + 1, out_column + x])
 
 
 def _move_one(source_1: Any, factor: Any, out_1: Any) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
@@ -46,8 +45,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """As ``norm.silu_mul``; silu is not rounded before the product."""
     if not computes(gate_up.dtype):
         return norm.silu_mul(gate_up)
-    out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype)
-    _silu_mul_rows(array(gate_up.reshape(-1, gate_up.shape[-1])), array(out.view(-1, out.shape[-1])))
+    out, bits = made((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up.dtype)
+    run = _silu_mul_few if bits.size <= ALONE else _silu_mul_rows
+    run(array(gate_up.reshape(-1, gate_up.shape[-1])), bits.reshape(-1, out.shape[-1]))
     return out
 
 
@@ -75,7 +75,7 @@ def _add_row(x_D, update_D, total_D):
         total_D[d] = narrow(widen(x_D[d]) + widen(update_D[d]), total_D)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")  # a division that raised could not be one of vectors
 def _silu_mul_row(gate_up_F, out_F):
     width = len(out_F)
     for f in range(width):
@@ -111,6 +111,12 @@ def _add_norm_rows(x, update, weight_D, eps, total, out):
         for b in range(x.shape[1]):
             _add_row(x[n, b], update[n, b], total[n, b])
             norm_row(total[n, b], weight_D, np.float32(eps), out[n, b])
+
+
+@njit(cache=True)
+def _silu_mul_few(gate_up_NF, out_NF):
+    for n in range(len(gate_up_NF)):
+        _silu_mul_row(gate_up_NF[n], out_NF[n])
 
 
 @njit(cache=True, parallel=True)

@@ -79,22 +79,28 @@ def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_v
 
 @_intrinsic
 def transpose(typing_context, rows, row, column, out, out_row, out_column):
-    """out[out_row + i, out_column + j] = rows[row + j, column + i] for 16 i and 16 j, of units."""
-    if not (is_matrix(rows, types.uint32, types.float32) and is_matrix(out, rows.dtype)):
-        raise TypingError("transpose takes two matrices of units")
+    """out[out_row + i, out_column + j] = unit ``column`` + i of rows[row + j], for 16 i and 16 j. ``rows``: numbers, bf16 as uint16."""
+    unit = types.uint32 if rows.dtype == types.uint16 else types.float32
+    if not (is_matrix(rows, types.uint16, types.float32) and is_matrix(out, unit)):
+        raise TypingError("transpose takes a matrix of numbers and one of units")
     signature = types.void(rows, types.intp, types.intp, out, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
         _, row, column, _, out_row, out_column = arguments
-        source, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
+        source, target = (Rows(context, builder, signature.args[i], arguments[i], unit) for i in (0, 3))
         vectors = [source.load(_plus(builder, row, j), column) for j in range(LANES)]
-        for width in (1, 2, 4, 8):  # quadrants of blocks twice as wide change places
-            vectors = [_exchange(builder, vectors[i & ~width], vectors[i | width], width, bool(i & width)) for i in range(LANES)]
-        for i, vector in enumerate(vectors):
+        for i, vector in enumerate(transposed(builder, vectors)):
             target.store(vector, _plus(builder, out_row, i), out_column)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
+    """16 vectors of 16 units, the other way round."""
+    for width in (1, 2, 4, 8):  # quadrants of blocks twice as wide change places
+        vectors = [_exchange(builder, vectors[i & ~width], vectors[i | width], width, bool(i & width)) for i in range(LANES)]
+    return vectors
 
 
 def _exchange(builder: Any, upper: Any, lower: Any, width: int, second: bool) -> Any:
@@ -157,26 +163,32 @@ def prefetch(typing_context, rows, row, column):
 
 
 @_intrinsic
-def soften(typing_context, scores, factor, best, sums, row, shares, shrink):
+def soften(typing_context, scores, factor, scales, best, sums, row, shares, shrink):
     """The next 64 scores of 4 rows as shares of a softmax that goes on: shares[r] = 2^(factor * (scores[r] - the largest so far)).
-    ``best`` and ``sums`` keep the largest score and the sum of row ``row`` + r; shrink[r] is what is left of all summed before."""
+    ``best`` and ``sums`` keep the largest score and the sum of row ``row`` + r; shrink[r] is what is left of all summed before.
+    ``scales`` [2, 64], if there are any (not None), multiply scores beforehand, but for -inf, and shares afterwards: sums are without."""
     if not (is_matrix(scores, types.float32) and is_matrix(shares, types.float32, types.uint16)):
         raise TypingError("soften takes float32 scores and a matrix of numbers")
-    signature = types.void(scores, types.float32, best, sums, types.intp, shares, shrink)
+    signature = types.void(scores, types.float32, scales, best, sums, types.intp, shares, shrink)
     columns = range(0, TILE_COLUMNS, LANES)
 
     def generate(context, builder, signature, arguments):
-        _, factor, _, _, row, _, _ = arguments
-        score_rows, best_r, sum_r, share_rows, shrink_r = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 3, 5, 6))
+        _, factor, _, _, _, row, _, _ = arguments
+        score_rows, best_r, sum_r, share_rows, shrink_r = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 4, 6, 7))
+        scale_rows = None if scales == types.none else Rows(context, builder, scales, arguments[2])
         for r in range(TILE_ROWS):
             own = _plus(builder, row, r)
             vectors = [score_rows.load(_index(r), _index(n)) for n in columns]
+            if scale_rows is not None:
+                pairs = zip(vectors, (scale_rows.load(_index(0), _index(n)) for n in columns), strict=True)
+                vectors = [_scaled_but_infinite(builder, vector, scale) for vector, scale in pairs]
             before = best_r.load(None, own, 1)
             most = larger(builder, before, largest(builder, _tree(builder, larger, vectors)))
             factors, mosts = spread(builder, factor), spread(builder, most)
             parts = [exp2(builder, builder.fmul(builder.fsub(vector, mosts), factors)) for vector in vectors]
             for n, part in zip(columns, parts, strict=True):
-                share_rows.store_numbers(part, _index(r), _index(n))
+                share = part if scale_rows is None else builder.fmul(part, scale_rows.load(_index(1), _index(n)))
+                share_rows.store_numbers(share, _index(r), _index(n))
             change = builder.fmul(builder.fsub(before, most), factor)
             left = builder.extract_element(exp2(builder, spread(builder, change, 4)), I32(0))
             sum_of_parts = total(builder, _tree(builder, lambda builder, a, b: builder.fadd(a, b), parts))
@@ -186,6 +198,11 @@ def soften(typing_context, scores, factor, best, sums, row, shares, shrink):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _scaled_but_infinite(builder: Any, vector: Any, scale: Any) -> Any:
+    hidden = builder.fcmp_ordered("==", vector, all_lanes(SUMS, float("-inf")))
+    return builder.select(hidden, vector, builder.fmul(vector, scale))
 
 
 def _tree(builder: Any, combine: Any, values: list[Any]) -> Any:

@@ -20,8 +20,8 @@ LANES = 16
 F32, _I8, I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 SUMS = ir.VectorType(F32, LANES)
 UNITS = ir.VectorType(I32, LANES)
-_KINDS = {types.float32: F32, types.uint32: I32, types.uint16: ir.IntType(16), types.uint8: _I8}
-_SHIFTS = {types.float32: 2, types.uint32: 2, types.uint16: 1, types.uint8: 0}
+_KINDS = {types.float32: F32, types.int64: ir.IntType(64), types.uint32: I32, types.uint16: ir.IntType(16), types.uint8: _I8}
+_SHIFTS = {types.float32: 2, types.int64: 3, types.uint32: 2, types.uint16: 1, types.uint8: 0}
 
 
 class _Bfloat(ir.types.Type):  # type: ignore[misc]
@@ -56,11 +56,11 @@ def is_matrix(array: Any, *dtypes: Any) -> bool:
 
 
 class Rows:
-    """An array of two dimensions, or one, whose values of a row lie one after another."""
+    """An array of two dimensions, or one, whose values of a row lie one after another; read as of ``dtype`` where one is given."""
 
-    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, dtype: Any = None) -> None:
         parts = arrayobj.make_array(array_type)(context, builder, array)
-        self._builder, self._dtype = builder, array_type.dtype
+        self._builder, self._dtype = builder, dtype or array_type.dtype
         self._data = builder.bitcast(parts.data, _I8.as_pointer())
         self._stride = cgutils.unpack_tuple(builder, parts.strides)[0]
         self.num_columns = cgutils.unpack_tuple(builder, parts.shape)[-1]

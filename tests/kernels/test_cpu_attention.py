@@ -27,8 +27,9 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": lambda x: x.bfloat16(),
     "fp8": kv_entries.encode_heads,
 }
-# Query heads, key heads, dim, page size. The last two are read where they lie; 40 query heads of a key head are more than a tile.
-SHAPES = [(6, 1, 20, 8), (6, 6, 20, 64), (6, 2, 96, 40), (40, 1, 32, 64), (4, 2, 64, 128)]
+# Query heads, key heads, dim, page size. Those of pages of 64 and more are read where they lie; 40 query heads of a key head are more than
+# a tile; dims of 64 and 128 are decoded as bytes.
+SHAPES = [(6, 1, 20, 8), (6, 6, 20, 64), (6, 2, 96, 40), (40, 1, 32, 64), (4, 2, 64, 128), (16, 2, 128, 16)]
 
 
 def filled(rows: PagedRows, kv_heads: int, dim: int, kv_format: str) -> list[Tensor]:
@@ -81,6 +82,27 @@ def test_what_is_not_a_number_stays_visible() -> None:
         caches[spoiled][rows.places(0)[3], 1, 5] = torch.nan
         out = cpu_attention.attend(torch.ones(1, 4, 8), *caches, rows.batch, 1.0)
         assert out[0, :2].isfinite().all() and out[0, 2:].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("dim", [20, 64])
+def test_a_scale_that_is_no_number_stays_visible_and_spoils_only_what_sees_it(dim: int) -> None:
+    """Keys of position 3 of 7: the queries before it, in the same chunk, do not look there; heads beside it neither."""
+    rows = PagedRows([(0, 7)], 0, page_size=64)
+    keys, values = (torch.randn(rows.num_pages * 64, 2, dim) for _ in range(2))
+    keys[rows.places(0)[3], 1, 5] = torch.nan
+    out = cpu_attention.attend(torch.ones(7, 4, dim).bfloat16(), *(kv_entries.encode_heads(x) for x in (keys, values)), rows.batch, 0.1)
+    assert out[:, :2].isfinite().all() and out[:3].isfinite().all() and out[3:, 2:].isnan().all()
+
+
+def test_heads_of_very_different_sizes_share_a_cache() -> None:
+    """Scales of 1e-6 and 1e4 times those of other positions, in scores and in sums."""
+    rows = PagedRows([(150, 1), (0, 70)], 1, page_size=64)
+    sizes = torch.logspace(-6, 4, rows.num_pages * 64)[torch.randperm(rows.num_pages * 64)].view(-1, 1, 1)
+    caches = [kv_entries.encode_heads(torch.randn(len(sizes), 2, 64) * sizes**part) for part in (0.2, 1.0)]
+    q = torch.randn(71, 8, 64).bfloat16()
+    expected = reference.attend(q.float(), *(heads_in(cache, 2, 64) for cache in caches), rows.batch, 0.1)
+    out = cpu_attention.attend(q, *caches, rows.batch, 0.1).float()
+    assert (out - expected).norm() < 5e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8"])

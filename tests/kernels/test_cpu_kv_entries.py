@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep.kernels import cpu_kv_entries, cpu_rope, kv_entries
 from lockstep.kernels.cpu_arrays import array
-from lockstep.kernels.cpu_kv_entries import Run, place_of_heads
+from lockstep.kernels.cpu_kv_entries import Block, place_of_heads
 from lockstep.kernels.kv_format import head_entry, latent_entry
 from lockstep.kernels.rope import Angles, angles
 from support.fp8_entries import heads_in
@@ -44,13 +44,13 @@ def write_heads(cache: Tensor, write: Tensor, x: Tensor) -> None:
 
 def read_heads(cache: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Keys or values of ``PAGES`` but for the last three positions, head by head: [n, K, D]."""
-    place, run = place_of_heads(cache, dim), Run(array(PAGES), PAGE_SIZE, 0, len(PAGES) * PAGE_SIZE - 3)
+    place, block = place_of_heads(cache, dim), Block(0, len(PAGES) * PAGE_SIZE - 3, PAGE_SIZE)
     heads = []
     for head in range(kv_entries.num_kv_heads(cache, dim)):
         out = torch.full((len(PAGES) * PAGE_SIZE + 2, dim), 7, dtype=dtype)
-        cpu_kv_entries.read(array(cache).reshape(len(cache), -1), place, head, run, 0, array(out))
-        assert not out[run.end :].any()
-        heads.append(out[: run.end])
+        cpu_kv_entries.read(array(cache).reshape(len(cache), -1), place, head, array(PAGES), block, array(out))
+        assert not out[block.end :].any()
+        heads.append(out[: block.end])
     return torch.stack(heads, 1)
 
 

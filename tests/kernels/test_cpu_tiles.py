@@ -56,7 +56,7 @@ def test_transposition_and_pairs() -> None:
     def turn(rows, out):  # type: ignore[no-untyped-def]
         cpu_tiles.transpose(rows, 3, 5, out, 2, 4)
 
-    turn(units(rows), out)
+    turn(array(rows), out)
     assert np.array_equal(out[2:18, 4:20], units(rows)[3:19, 5:21].T) and not out[:2].any() and not out[:, :4].any()
     paired = np.zeros((2, 33), np.uint32)
 
@@ -89,20 +89,28 @@ def test_conversions(source: torch.dtype, target: torch.dtype, compiled: Callabl
 
 
 @SUPPORT
-def test_softmax_that_goes_on(compiled: Callable[[Callable[..., None]], Any]) -> None:
+@pytest.mark.parametrize("scaled", [True, False])
+def test_softmax_that_goes_on(scaled: bool, compiled: Callable[[Callable[..., None]], Any]) -> None:
     scores = torch.randn(5, 128) * 30
+    scales = torch.rand(2, 64) + 0.5 if scaled else None
     scores[2, 64:], scores[3, 3:] = -torch.inf, -torch.inf
     best, sums, shrink = torch.full((5,), -torch.inf), torch.zeros(5), torch.empty(4)
     shares = torch.empty(4, 64, dtype=torch.bfloat16)
     kept = []
 
-    def run(scores, best, sums, shares, shrink):  # type: ignore[no-untyped-def]
-        cpu_tiles.soften(scores, np.float32(0.25), best, sums, 1, shares, shrink)
+    def run(scores, scales, best, sums, shares, shrink):  # type: ignore[no-untyped-def]
+        cpu_tiles.soften(scores, np.float32(0.25), scales, best, sums, 1, shares, shrink)
 
-    step = compiled(run)
+    step, numbers = compiled(run), None if scales is None else scales.numpy()
+    if scales is not None:
+        scales[0, 2] = torch.nan  # of a position that no row sees
+        scores[:, [2, 66]] = -torch.inf
     for half in range(2):
-        step(scores[1:, 64 * half : 64 * half + 64].contiguous().numpy(), best.numpy(), sums.numpy(), array(shares), shrink.numpy())
-        kept = [part * shrink[:, None] for part in kept] + [shares.double()]
+        part = scores[1:, 64 * half : 64 * half + 64].contiguous().numpy()
+        step(part, numbers, best.numpy(), sums.numpy(), array(shares), shrink.numpy())
+        kept = [part * shrink[:, None] for part in kept] + [shares.double() / (1 if scales is None else scales[1])]
+    if scales is not None:
+        scores = torch.where(scores.isinf(), scores, scores * scales[0].repeat(2))
     powers = torch.exp2((scores[1:].double() - scores[1:].double().amax(-1, keepdim=True)) * 0.25)
     assert torch.equal(best[1:], scores[1:].amax(-1)) and best[0] == -torch.inf
     torch.testing.assert_close(sums[1:].double(), powers.sum(-1), rtol=1e-5, atol=0.0)
