@@ -26,7 +26,7 @@ from torch import Tensor
 from . import attention
 from .cpu_arrays import array, computes, made, narrow
 from .cpu_flash import BLOCK, attend_rows, place_queries, scratch, tiled
-from .cpu_kv_entries import Place, Run, place_of_heads
+from .cpu_kv_entries import NO_SCALES, Place, Run, move_rows, place_of_heads
 from .kv_entries import holds_fp8, num_kv_heads
 from .paged import PagedBatch
 
@@ -172,12 +172,13 @@ def _run(thread, q_THD, keys, values, key_place, value_place, pages_RP, shape, f
 
 @njit(cache=True)
 def _store(sums, total, out_TGE):
+    group = out_TGE.shape[1]
+    for row in range(len(out_TGE) * group):
+        share = np.float32(1) / total[row]
+        for e in range(sums.shape[1]):
+            sums[row, e] *= share
     for t in range(len(out_TGE)):
-        for g in range(out_TGE.shape[1]):
-            row = t * out_TGE.shape[1] + g
-            share = np.float32(1) / total[row]
-            for e in range(out_TGE.shape[2]):
-                out_TGE[t, g, e] = narrow(sums[row, e] * share, out_TGE)
+        move_rows(sums, t * group, 0, sums.shape[1], NO_SCALES, 0, out_TGE[t], 0, 0, group)
 
 
 @njit(cache=True)

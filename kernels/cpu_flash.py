@@ -55,14 +55,14 @@ def scratch(num_rows, key_dim, value_dim, like):
     per_unit, one = 4 // like.itemsize, np.empty(1, np.float32)
     key, value = -(-key_dim // _PADDING) * _PADDING, -(-value_dim // _PADDING) * _PADDING
     return Scratch(
-        _room(num_rows, key, like),
-        _room(BLOCK, key, like),
-        _room(BLOCK, value, like),
-        _units(_room(key // per_unit, BLOCK * per_unit, like)),
-        _units(_room(BLOCK // per_unit, value * per_unit, like)),
-        _room(TILE_ROWS, BLOCK, like),
-        _room(TILE_ROWS, BLOCK, one),
-        _room(num_rows, value, one),
+        room_for(num_rows, key, like),
+        room_for(BLOCK, key, like),
+        room_for(BLOCK, value, like),
+        units(room_for(key // per_unit, BLOCK * per_unit, like)),
+        units(room_for(BLOCK // per_unit, value * per_unit, like)),
+        room_for(TILE_ROWS, BLOCK, like),
+        room_for(TILE_ROWS, BLOCK, one),
+        room_for(num_rows, value, one),
         np.empty(num_rows, np.float32),
         np.empty(num_rows, np.float32),
         np.empty(TILE_ROWS, np.float32),
@@ -72,8 +72,8 @@ def scratch(num_rows, key_dim, value_dim, like):
 
 
 @njit(cache=True)
-def _room(rows, columns, like):
-    """Zeros [rows, columns]: what pads numbers stays zero."""
+def room_for(rows, columns, like):
+    """Zeros [rows, columns] on a cache line: what pads numbers stays zero."""
     raw = np.zeros(rows * columns + _LINE // like.itemsize, like.dtype)
     skip = -raw.ctypes.data % _LINE // like.itemsize
     return raw[skip : skip + rows * columns].reshape(rows, columns)
@@ -102,8 +102,8 @@ def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, h
 
     What the loops call takes arrays one by one: a tuple of them counts its references, which took a third of the time.
     """
-    q, k, v, turned, paired, places = _units(work.q), work.k, work.v, work.turned, work.paired, work.places
-    scores, shares, share_units, sums = work.scores, work.shares, _units(work.shares), work.sums
+    q, k, v, turned, paired, places = units(work.q), work.k, work.v, work.turned, work.paired, work.places
+    scores, shares, share_units, sums = work.scores, work.shares, units(work.shares), work.sums
     best, total, shrink, scales, pages = work.best, work.total, work.shrink, _scales(keys, work.k, work.scales), run.pages
     stride, position = tiled(num_tokens * group), run.end - num_tokens
     num_rows = stride * (heads[1] - heads[0])
@@ -185,18 +185,18 @@ def _lay_out_where_they_lie(keys, values, key_place, value_place, head, pages, b
     """In kernels: from the cache itself where the positions are in one page; what follows the run is whatever the page holds."""
     whole = block.begin % block.page_size + BLOCK <= block.page_size
     if whole and key_place.width >= k.shape[1]:
-        _turn(keys, places[0], (key_place.first + head * key_place.step) * len(turned) // k.shape[1], turned)
+        turn_rows(keys, places[0], (key_place.first + head * key_place.step) * len(turned) // k.shape[1], turned)
     else:
         read(keys, key_place, head, pages, block, k)
-        _turn(k, 0, 0, turned)
+        turn_rows(k, 0, 0, turned)
     place = value_place if value_place.width else key_place
     if whole and place.width >= v.shape[1]:
-        _pair(values, places[0], place.first + head * place.step, paired)
+        pair_rows(values, places[0], place.first + head * place.step, paired)
     elif value_place.width:
         read(values, value_place, head, pages, block, v)
-        _pair(v, 0, 0, paired)
+        pair_rows(v, 0, 0, paired)
     else:
-        _pair(k, 0, 0, paired)
+        pair_rows(k, 0, 0, paired)
 
 
 def _lay_out_converted(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
@@ -207,19 +207,20 @@ def _lay_out_converted(keys, values, key_place, value_place, head, pages, block,
 @njit(cache=True)
 def _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired):
     read(keys, key_place, head, pages, block, k)
-    _turn(k, 0, 0, turned)
+    turn_rows(k, 0, 0, turned)
     if value_place.width:
         read(values, value_place, head, pages, block, v)
-        _pair(v, 0, 0, paired)
+        pair_rows(v, 0, 0, paired)
     else:
-        _pair(k, 0, 0, paired)
+        pair_rows(k, 0, 0, paired)
 
 
 @njit(cache=True)
-def _turn(keys, row, unit, turned):
+def turn_rows(rows, row, unit, turned):
+    """Units from ``unit`` on of as many rows of numbers as ``turned`` [U, N] has columns."""
     for u in range(0, len(turned), LANES):
-        for n in range(0, BLOCK, LANES):
-            transpose(keys, row + n, unit + u, turned, u, n)
+        for n in range(0, turned.shape[1], LANES):
+            transpose(rows, row + n, unit + u, turned, u, n)
 
 
 @njit(cache=True)
@@ -229,12 +230,12 @@ def _turn_bytes(keys, places, column, turned):
             turn_bytes(keys, places, n, column + 2 * u, turned, u, n)
 
 
-def _pair(rows: Any, row: Any, column: Any, paired: Any) -> Any:
-    """In kernels: values from that row and column on, as units of positions."""
+def pair_rows(rows: Any, row: Any, column: Any, paired: Any) -> Any:
+    """In kernels: numbers from that row and column on, with two rows to a unit of bf16: [N / 2 or N, E]."""
     raise NotImplementedError
 
 
-@overload(_pair)
+@overload(pair_rows)
 def _paired(rows, row, column, paired):
     if rows.dtype == types.uint16:
 
@@ -258,12 +259,12 @@ def _pair_bytes(values, places, column, paired):
             pair_bytes(values, places, 2 * i, column + e, paired, i, e)
 
 
-def _units(numbers: Any) -> Any:
+def units(numbers: Any) -> Any:
     """In kernels: rows of numbers as units."""
     raise NotImplementedError
 
 
-@overload(_units, inline="always")
+@overload(units, inline="always")
 def _as_units(numbers):
     if numbers.dtype == types.uint16:
         return lambda numbers: numbers.view(np.uint32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import mla
 from .cpu_arrays import array, computes, made
 from .cpu_attention import Shape, attend_places
+from .cpu_head_products import multiply_heads, multiply_heads_turned
 from .cpu_kv_entries import Place, gather_latents, place_of_latents
 from .kv_entries import holds_fp8
 from .paged import Extend, PagedBatch
@@ -29,7 +30,7 @@ def mla_attend(q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC
     value_dim, num_decode = expand_HPC.shape[1] - q_nope_THN.shape[2], batch.num_decode
     out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], value_dim)
     if num_decode:
-        out_THV[:num_decode] = _absorbed(q_nope_THN[:num_decode], q_rope_THE[:num_decode], cache, expand_HPC, batch, scale)
+        _absorbed(q_nope_THN[:num_decode], q_rope_THE[:num_decode], cache, expand_HPC, batch, scale, out_THV[:num_decode])
     for row in batch.extends():
         q_THD = torch.cat([q_nope_THN[row.begin : row.end], q_rope_THE[row.begin : row.end]], -1)
         latents_LZ = gather_latents(cache, row.pages, batch.page_size, expand_HPC.shape[2], dtype)[: row.length]
@@ -37,18 +38,21 @@ def mla_attend(q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC
     return out_THV
 
 
-def _absorbed(q_nope_RHN: Tensor, q_rope_RHE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """The decode rows: H query heads share a key head, whose values are the first C dims of its keys. Returns [R, H, V]."""
-    num_rows, nope_dim, latent_dim = len(q_nope_RHN), q_nope_RHN.shape[2], expand_HPC.shape[2]
-    q_RHC = torch.bmm(q_nope_RHN.transpose(0, 1), expand_HPC[:, :nope_dim]).transpose(0, 1)
-    q_RHZ = torch.cat([q_RHC, q_rope_RHE], -1)
-    out_RHC, bits = made((num_rows, q_RHZ.shape[1], latent_dim), q_RHZ.dtype)
+def _absorbed(
+    q_nope_RHN: Tensor, q_rope_RHE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float, out_RHV: Tensor
+) -> None:
+    """The decode rows: H query heads share a key head, whose values are the first C dims of its keys."""
+    (num_rows, num_heads, nope_dim), latent_dim = q_nope_RHN.shape, expand_HPC.shape[2]
+    q_RHZ = q_nope_RHN.new_empty(num_rows, num_heads, latent_dim + q_rope_RHE.shape[2])
+    multiply_heads(q_nope_RHN, expand_HPC[:, :nope_dim], q_RHZ[..., :latent_dim])
+    q_RHZ[..., latent_dim:] = q_rope_RHE
+    out_RHC, bits = made((num_rows, num_heads, latent_dim), q_RHZ.dtype)
     starts_R1, lengths_R, pages_RP = batch.arrays
     rows = starts_R1[: num_rows + 1], lengths_R[:num_rows], pages_RP[:num_rows]
     shape, place = Shape(1, num_rows, batch.page_size, torch.get_num_threads()), place_of_latents(cache, latent_dim)
     entries = cache if holds_fp8(cache) else cache[:, None]  # as other attention has them: no kernel more to compile
     attend_places(q_RHZ, (entries, entries), (place, _SAME_AS_KEYS), rows, shape, scale, bits)
-    return torch.bmm(out_RHC.transpose(0, 1), expand_HPC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)
+    multiply_heads_turned(out_RHC, expand_HPC[:, nope_dim:], out_RHV)
 
 
 def _materialised(q_THD: Tensor, latents_LZ: Tensor, expand_HPC: Tensor, row: Extend, scale: float, out_THV: Tensor) -> None:

@@ -11,6 +11,7 @@ B blocks of W tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -30,6 +31,10 @@ _NUCLEUS_WIDTHS = (256, 4096)
 
 # The cumulative distribution is searched by block, then within one, which spares a float64 cumulative sum over V.
 _DRAW_BLOCK = 512
+
+
+# As ``likeliest``.
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Purpose(IntEnum):
@@ -120,12 +125,19 @@ def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np
         logits_RV[row].add_(table.index_select(0, bytes_N.int()).flatten()[:vocab])
 
 
-def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
-    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from ``uniform``; greedy rows do not read it."""
+def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row, best first, and where they are: both [S, count]."""
+    top = x_SV.topk(count, dim=-1)
+    return top.values, top.indices
+
+
+def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64], search: Search = likeliest) -> Tensor:
+    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from ``uniform``; greedy rows do not read it.
+    ``search`` does what ``likeliest`` does."""
     drawn = params.drawn_S
     if not len(drawn):
         return logits_RV.argmax(-1)
-    drawn_S = _draw(_weights(logits_RV, params, drawn), _move(uniform_R[drawn], logits_RV.device))
+    drawn_S = _draw(_weights(logits_RV, params, drawn, search), _move(uniform_R[drawn], logits_RV.device))
     if len(drawn) == len(logits_RV):
         return drawn_S
     tokens_R = logits_RV.argmax(-1)
@@ -133,15 +145,15 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
     return tokens_R
 
 
-def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int, search: Search = likeliest) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the model's own logits (before ``edit_logits``), float32.
 
     Returns chosen_S of tokens_S, then ids [S, num_top] int64 and values [S, num_top] of the likeliest tokens, best first.
     """
     total_S1 = logits_SV.logsumexp(-1, keepdim=True)
     chosen_S = (logits_SV.gather(-1, tokens_S[:, None]) - total_S1)[:, 0]
-    top = logits_SV.topk(num_top, dim=-1)
-    return chosen_S, top.indices, top.values - total_S1
+    values, ids = search(logits_SV, num_top)
+    return chosen_S, ids, values - total_S1
 
 
 # --------------------------------------------------------------------------- parts
@@ -158,7 +170,7 @@ def _penalise(logits_RV: Tensor, edits: LogitEdits) -> None:
     logits_RV[where] = values_N - _move(subtracted.astype(np.float32), device)
 
 
-def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64]) -> Tensor:
+def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64], search: Search) -> Tensor:
     """The distributions of the rows ``drawn``, not normalised: [S, B, W], the vocabulary in blocks of W, zeros at the end.
 
     Min-p, then top-k, then top-p over what is left set weights to 0. Each is a floor, so tokens equal to the last one let
@@ -176,29 +188,30 @@ def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64]
     if (min_p > 0).any():
         weights_SV.masked_fill_(weights_SV < _move(min_p, logits_RV.device)[:, None], 0.0)
     if (top_k > 0).any():
-        weights_SV.masked_fill_(scaled_SV < _top_k_floor(scaled_SV, top_k), 0.0)
+        weights_SV.masked_fill_(scaled_SV < _top_k_floor(scaled_SV, top_k, search), 0.0)
     if (top_p < 1).any():
-        weights_SV.masked_fill_(weights_SV < _top_p_floor(weights_SV, top_p), 0.0)
+        weights_SV.masked_fill_(weights_SV < _top_p_floor(weights_SV, blocks_SBW.flatten(1), top_p, search), 0.0)
     return blocks_SBW
 
 
-def _top_k_floor(scaled_SV: Tensor, top_k: NDArray[np.int64]) -> Tensor:
+def _top_k_floor(scaled_SV: Tensor, top_k: NDArray[np.int64], search: Search) -> Tensor:
     """[S, 1]: the k-th largest value, -inf where k is 0."""
     top_k = np.minimum(top_k, scaled_SV.shape[1])
-    values = scaled_SV.topk(int(top_k.max()), dim=-1).values
+    values, _ = search(scaled_SV, int(top_k.max()))
     floor_S1 = values.gather(-1, _move(np.maximum(top_k - 1, 0), scaled_SV.device)[:, None])
     return floor_S1.masked_fill_(_move(top_k == 0, scaled_SV.device)[:, None], -math.inf)
 
 
-def _top_p_floor(weights_SV: Tensor, top_p: NDArray[np.float32]) -> Tensor:
-    """[S, 1]: the weight of the last token of the smallest set of likeliest tokens whose share reaches ``top_p``."""
+def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float32], search: Search) -> Tensor:
+    """[S, 1]: the weight of the last token of the smallest set of likeliest tokens whose share reaches ``top_p``. ``padded_SP``: the
+    weights with zeros behind them, rows one after another."""
     num_rows, vocab = weights_SV.shape
     device = weights_SV.device
     mass_S1 = weights_SV.sum(-1, keepdim=True).double() * _move(top_p.astype(np.float64), device)[:, None]
     floor_S1 = torch.zeros(num_rows, 1, device=device)
     open_S = _move(np.nonzero(top_p < 1)[0], device)
     for width in (*_NUCLEUS_WIDTHS, vocab):
-        values = weights_SV[open_S].topk(min(width, vocab), dim=-1).values
+        values, _ = search(padded_SP if len(open_S) == num_rows else padded_SP[open_S], min(width, vocab))
         before = (values.double().cumsum(-1) < mass_S1[open_S]).sum(-1, keepdim=True)  # tokens before the one that reaches the mass
         floor_S1[open_S] = values.gather(-1, before.clamp_max(values.shape[1] - 1))
         open_S = open_S[(before[:, 0] >= values.shape[1]) & (values[:, -1] > 0)]

@@ -270,6 +270,7 @@ def _cpu() -> Ops:
         attend=cpu_attention.attend,
         mla_attend=cpu_mla.mla_attend,
         sample=cpu_sampling.sample,
+        logprobs=cpu_sampling.logprobs,
     )
 
 

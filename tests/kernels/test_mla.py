@@ -69,12 +69,13 @@ def test_equals_the_definition(
         torch.testing.assert_close(out[tokens].double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("nope", "value"), [(24, 16), (128, 128)])
 @pytest.mark.parametrize("page_size", [8, 64])
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
-def test_compiled_at_the_size_of_deepseek(kv_format: str, page_size: int) -> None:
-    """Entries whose first dims are values, read where they lie or converted, over rows in several parts."""
+def test_compiled_at_the_size_of_deepseek(kv_format: str, page_size: int, nope: int, value: int) -> None:
+    """Entries whose first dims are values, read where they lie or converted, over rows in several parts; products by torch and our own."""
     torch.manual_seed(0)
-    rows, (heads, nope, rope, latent, value) = PagedRows([(600, 1), (70, 1), (40, 30)], 2, page_size=page_size), (3, 24, 64, 512, 16)
+    rows, (heads, rope, latent) = PagedRows([(600, 1), (70, 1), (40, 30)], 2, page_size=page_size), (3, 64, 512)
     c, k = torch.randn(rows.num_pages * page_size, latent + rope).split([latent, rope], 1)
     cache = encode_latents(c, k) if kv_format == "fp8" else torch.cat([c, k], 1).bfloat16()
     numbers = decode_latents(cache, latent, torch.float32) if kv_format == "fp8" else cache.float()
