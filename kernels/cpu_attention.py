@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import attention
-from .cpu_arrays import array, computes, made, narrow
+from .cpu_arrays import array, computes, made
 from .cpu_flash import BLOCK, attend_rows, place_queries, scratch, tiled
 from .cpu_kv_entries import NO_SCALES, Place, Run, move_rows, place_of_heads
 from .kv_entries import holds_fp8, num_kv_heads
@@ -93,7 +93,8 @@ def _attend(q_THD, keys, values, key_place, value_place, rows, shape, factor, li
     for thread in prange(shape.num_threads):
         _run(np.intp(thread), q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE)
     if num_parts:
-        _join(items, sums_SGE, stats_2SG, factor, out_THE)
+        for thread in prange(shape.num_threads):
+            _join(np.intp(thread), shape.num_threads, items, sums_SGE, stats_2SG, factor, out_THE)
 
 
 @njit(cache=True)
@@ -182,29 +183,38 @@ def _store(sums, total, out_TGE):
 
 
 @njit(cache=True)
-def _join(items, sums_SGE, stats_2SG, factor, out_THE):
-    """Split rows from their parts."""
+def _join(thread, num_threads, items, sums_SGE, stats_2SG, factor, out_THE):
+    """Split rows from their parts: of every ``num_threads`` query heads one."""
     group, first = sums_SGE.shape[1], 0
     while first < len(items):
         item, end = _item(items[first]), first + 1
         while end < len(items) and items[end, 5] > 0 and item.part >= 0:
             end += 1
         if item.part >= 0:
-            step = item.end_head - item.head
+            step, out_HE = item.end_head - item.head, out_THE[item.token]
             for head in range(item.head, item.end_head):
                 parts = slice(item.part + head - item.head, item.part + (end - first) * step, step)
                 for g in range(group):
-                    _join_parts(sums_SGE[parts, g], stats_2SG[:, parts, g], factor, out_THE[item.token, head * group + g])
+                    if (head * group + g) % num_threads == thread:
+                        sums_SE = sums_SGE[parts, g]
+                        _join_parts(sums_SE, stats_2SG[0, parts, g], stats_2SG[1, parts, g], factor)
+                        move_rows(sums_SE, 0, 0, out_HE.shape[1], NO_SCALES, 0, out_HE, head * group + g, 0, 1)
         first = end
 
 
-@njit(cache=True)
-def _join_parts(sums_SE, stats_2S, factor, out_E):
-    best, total, sum_E = stats_2S[0].max(), np.float32(0), np.zeros(len(out_E), np.float32)
+@njit(cache=True, error_model="numpy")
+def _join_parts(sums_SE, best_S, total_S, factor):
+    """Into the first of them."""
+    best, total = best_S.max(), np.float32(0)
     for s in range(len(sums_SE)):
-        share = np.exp2((stats_2S[0, s] - best) * factor)
-        total += stats_2S[1, s] * share
-        for e in range(len(out_E)):
-            sum_E[e] += sums_SE[s, e] * share
-    for e in range(len(out_E)):
-        out_E[e] = narrow(sum_E[e] / total, out_E)
+        share = np.exp2((best_S[s] - best) * factor)
+        total += total_S[s] * share
+        if s:
+            for e in range(sums_SE.shape[1]):
+                sums_SE[0, e] += sums_SE[s, e] * share
+        else:
+            for e in range(sums_SE.shape[1]):
+                sums_SE[0, e] *= share
+    share = np.float32(1) / total
+    for e in range(sums_SE.shape[1]):
+        sums_SE[0, e] *= share

@@ -49,6 +49,14 @@ class Scratch(NamedTuple):
     places: Any
 
 
+class Spot(NamedTuple):
+    """A head of entries at the positions of a block."""
+
+    place: Any
+    head: int
+    block: Any
+
+
 @njit(cache=True)
 def scratch(num_rows, key_dim, value_dim, like):
     """For ``num_rows`` rows, divisible by 4; ``like`` is an array of numbers."""
@@ -113,7 +121,11 @@ def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, h
         blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS  # rows that see none of these positions
         find(pages, block, places)
         for head in range(heads[0], heads[1]):
-            _lay_out(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales)
+            row = _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
+            if value_place.width:
+                _lay_out_values(values, Spot(value_place, head, block), pages, places, v, paired, scales)
+            else:
+                _pair_keys(keys, row, key_place.first, k, paired)
             for row in range(blind, stride, TILE_ROWS):
                 own, seen = (head - heads[0]) * stride + row, position + 1 - start
                 add_product(scores, 0, None, q, own, turned, 0, 4)
@@ -153,66 +165,118 @@ def _found_scales(entries, room, scales):
     return lambda entries, room, scales: None
 
 
-def _lay_out(
-    keys: Any, values: Any, key_place: Any, value_place: Any, head: Any, pages: Any, block: Any, places: Any, k: Any, v: Any, turned: Any,
-    paired: Any, scales: Any,
-) -> Any:  # fmt: skip
-    """In kernels: the keys of a head turned, its values paired, and the scales that are left to the caller."""
+def _lay_out_keys(keys: Any, spot: Any, pages: Any, places: Any, k: Any, turned: Any, scales: Any) -> Any:
+    """In kernels: the keys of a head turned, and their scales where they are not in them. Returns the cache row of the first position
+    where the keys were read where they lie, else -1: they are in ``k``."""
     raise NotImplementedError
 
 
-@overload(_lay_out)
-def _laid_out(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
+@overload(_lay_out_keys)
+def _keys_laid_out(keys, spot, pages, places, k, turned, scales):
     if keys.dtype == k.dtype:
-        return _lay_out_where_they_lie
-    if scales == types.none:
-        return _lay_out_converted
 
-    def lay_out(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
-        if key_place.step and key_place.width % AT_ONCE == 0:  # of heads
-            _turn_bytes(keys, places, key_place.first + head * key_place.step, turned)
-            _pair_bytes(values, places, value_place.first + head * value_place.step, paired)
-            take_scales(keys, places, key_place.scale + head, scales, 0)
-            take_scales(values, places, value_place.scale + head, scales, 1)
-        else:
-            _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired)
-            scales[:] = 1
+        def where_they_lie(keys, spot, pages, places, k, turned, scales):
+            if _in_one_page(spot, k):
+                turn_rows(keys, places[0], _column(spot) * len(turned) // k.shape[1], turned)
+                return places[0]
+            read(keys, spot.place, spot.head, pages, spot.block, k)
+            turn_rows(k, 0, 0, turned)
+            return -1
 
-    return lay_out
+        return where_they_lie
 
-
-def _lay_out_where_they_lie(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
-    """In kernels: from the cache itself where the positions are in one page; what follows the run is whatever the page holds."""
-    whole = block.begin % block.page_size + BLOCK <= block.page_size
-    if whole and key_place.width >= k.shape[1]:
-        turn_rows(keys, places[0], (key_place.first + head * key_place.step) * len(turned) // k.shape[1], turned)
-    else:
-        read(keys, key_place, head, pages, block, k)
+    def converted(keys, spot, pages, places, k, turned, scales):
+        read(keys, spot.place, spot.head, pages, spot.block, k)
         turn_rows(k, 0, 0, turned)
-    place = value_place if value_place.width else key_place
-    if whole and place.width >= v.shape[1]:
-        pair_rows(values, places[0], place.first + head * place.step, paired)
-    elif value_place.width:
-        read(values, value_place, head, pages, block, v)
+        return -1
+
+    if scales == types.none:
+        return converted
+
+    def as_bytes(keys, spot, pages, places, k, turned, scales):
+        if _decoded(spot.place):
+            _turn_bytes(keys, places, _column(spot), turned)
+            take_scales(keys, places, spot.place.scale + spot.head, scales, 0)
+        else:
+            read(keys, spot.place, spot.head, pages, spot.block, k)
+            turn_rows(k, 0, 0, turned)
+            scales[:] = 1
+        return -1
+
+    return as_bytes
+
+
+def _lay_out_values(values: Any, spot: Any, pages: Any, places: Any, v: Any, paired: Any, scales: Any) -> Any:
+    """In kernels: the values of a head paired, and their scales where they are not in them."""
+    raise NotImplementedError
+
+
+@overload(_lay_out_values)
+def _values_laid_out(values, spot, pages, places, v, paired, scales):
+    if values.dtype == v.dtype:
+
+        def where_they_lie(values, spot, pages, places, v, paired, scales):
+            if _in_one_page(spot, v):
+                pair_rows(values, places[0], _column(spot), paired)
+            else:
+                read(values, spot.place, spot.head, pages, spot.block, v)
+                pair_rows(v, 0, 0, paired)
+
+        return where_they_lie
+
+    def converted(values, spot, pages, places, v, paired, scales):
+        read(values, spot.place, spot.head, pages, spot.block, v)
         pair_rows(v, 0, 0, paired)
-    else:
-        pair_rows(k, 0, 0, paired)
+
+    if scales == types.none:
+        return converted
+
+    def as_bytes(values, spot, pages, places, v, paired, scales):
+        if _decoded(spot.place):
+            _pair_bytes(values, places, _column(spot), paired)
+            take_scales(values, places, spot.place.scale + spot.head, scales, 1)
+        else:
+            read(values, spot.place, spot.head, pages, spot.block, v)
+            pair_rows(v, 0, 0, paired)
+            scales[1] = 1
+
+    return as_bytes
 
 
-def _lay_out_converted(keys, values, key_place, value_place, head, pages, block, places, k, v, turned, paired, scales):
-    """In kernels: as numbers of the products, scales and all."""
-    _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired)
+def _pair_keys(keys: Any, row: Any, column: Any, k: Any, paired: Any) -> Any:
+    """In kernels: the first dims of the keys as values, from where ``_lay_out_keys`` has read them."""
+    raise NotImplementedError
+
+
+@overload(_pair_keys)
+def _keys_paired(keys, row, column, k, paired):
+    if keys.dtype == k.dtype:
+
+        def where_they_lie(keys, row, column, k, paired):
+            if row >= 0:
+                pair_rows(keys, row, column, paired)
+            else:
+                pair_rows(k, 0, 0, paired)
+
+        return where_they_lie
+    return lambda keys, row, column, k, paired: pair_rows(k, 0, 0, paired)
 
 
 @njit(cache=True)
-def _convert(keys, values, key_place, value_place, head, pages, block, k, v, turned, paired):
-    read(keys, key_place, head, pages, block, k)
-    turn_rows(k, 0, 0, turned)
-    if value_place.width:
-        read(values, value_place, head, pages, block, v)
-        pair_rows(v, 0, 0, paired)
-    else:
-        pair_rows(k, 0, 0, paired)
+def _in_one_page(spot, room):
+    """Then numbers are read where they lie; what follows the run is whatever the page holds."""
+    return spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size and spot.place.width >= room.shape[1]
+
+
+@njit(cache=True)
+def _column(spot):
+    return spot.place.first + spot.head * spot.place.step
+
+
+@njit(cache=True)
+def _decoded(place):
+    """Whether bytes are those of heads (not latents, which have several scales) and whole vectors."""
+    return place.step > 0 and place.width % AT_ONCE == 0
 
 
 @njit(cache=True)

@@ -3,6 +3,9 @@
 ``reference`` is plain torch, the definition; ``cpu`` is what serves on a CPU, which differs where the reference is too slow;
 ``triton`` is for NVIDIA cards, and for Triton's interpreter in tests. The column is a parameter of whoever starts a process; it is
 chosen once, and the choice logged.
+
+Products of FP8 weights and what feeds them (``experts_fp8``, ``quantise_rows``, the norms and ``silu_mul_fp8``) are the reference in the
+column ``cpu``: a CPU has no such product, its weights are widened when they are loaded, and no model calls these ops there.
 """
 
 from __future__ import annotations
