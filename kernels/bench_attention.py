@@ -38,7 +38,7 @@ def attention_cases() -> Iterator[Case]:
         for kind, name in _NAMES.items():
             shape = f"{tokens} over {prefix}"
             yield Case("attend", f"Qwen3 extend{name}: {shape}", _heads(1, tokens + prefix, tokens, kind), small=prefix == 0)
-            yield Case("mla_attend", f"DeepSeek-V3 extend{name}: {shape}", _latents(1, tokens + prefix, tokens, kind))
+            yield Case("mla_attend", f"DeepSeek-V3 extend{name}: {shape}", _latents(1, tokens + prefix, tokens, kind), small=prefix == 0)
 
 
 def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torch.device], Call]:

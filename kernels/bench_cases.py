@@ -39,7 +39,7 @@ def cases() -> Iterator[Case]:
             yield Case("gate", f"{model}: {tokens} tokens", _gate(experts, rule, tokens), small=tokens <= 64)
     for rows in ROW_COUNTS:
         yield from _row_cases(rows)
-    yield Case("copy_pages", "64 pages of 64 x 576, 61 layers", _copy_pages)
+    yield Case("copy_pages", "64 pages of 64 x 576, 61 layers", _copy_pages, small=True)
     yield Case("from_e4m3", "64 M values", _from_e4m3, small=True, card=False)
 
 
@@ -66,7 +66,7 @@ def _row_cases(rows: int) -> Iterator[Case]:
         yield Case("weighted_sum", f"{rows} x 8 x {hidden}", _weighted_sum(rows, hidden), small)
         yield Case("silu_mul", f"{rows} x {2 * width}", _silu_mul(rows, width), small)
         yield Case("silu_mul_fp8", f"{rows} x {2 * width}", _silu_mul_fp8(rows, width), small)
-        yield Case("permute", f"{rows} x 8 rows of {hidden}, 16 slots", _permute(rows, hidden))
+        yield Case("permute", f"{rows} x 8 rows of {hidden}, 16 slots", _permute(rows, hidden), small)
     yield Case("norm_rotate_and_write", f"Qwen3: {rows} tokens", _rotate_and_write(rows, "bf16"), small)
     yield Case("norm_rotate_and_write", f"Qwen3, FP8 pages: {rows} tokens", _rotate_and_write(rows, "fp8"), small)
     yield Case("rotate_and_write_latent", f"DeepSeek-V3: {rows} tokens", _rotate_latent(rows, "bf16"), small)
