@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 
+# Of a step: what its length may be mistaken by, and what a plan takes to be made and to arrive. Where little is left of a step a plan
+# leaves at once, which also spares the controller from being woken twice: it may share its cores with ranks.
 _MARGIN_SHARE = 0.3
-_MARGIN = 0.003
+_MARGIN = 0.006
 
 
 class Pacer:
