@@ -79,11 +79,11 @@ def attend_places(
     """Heads of keys and values lie at ``places`` of entries of one dtype. ``rows`` as ``PagedBatch.arrays``."""
     halves = q_THD.dtype == torch.bfloat16 and caches[0].dtype != torch.float32
     like, factor = _BF16 if halves else _FLOAT32, scale / math.log(2)
-    _attend(array(q_THD), array(caches[0]), array(caches[1]), *places, rows, shape, factor, like, out_THE)
+    attend_heads(array(q_THD), array(caches[0]), array(caches[1]), *places, rows, shape, factor, like, out_THE)
 
 
 @njit(cache=True, parallel=True)
-def _attend(q_THD, keys, values, key_place, value_place, rows, shape, factor, like, out_THE):
+def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, factor, like, out_THE):
     group = q_THD.shape[1] // shape.num_heads
     items, num_parts = _items(rows[0], rows[1], shape, group)
     bounds = _bounds(items, group, shape.num_threads)

@@ -23,11 +23,11 @@ _HALF = BLOCKS // 2
 
 def experts(x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: Tensor, counts_S: Tensor) -> Tensor:
     """As ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D / 16, F / 2, 16, 2] (``cpu_blocks``)."""
-    assert x_ND.dtype == torch.bfloat16 and x_ND.stride(1) == 1, f"x: {x_ND.dtype}, strides {x_ND.stride()}"
+    assert x_ND.dtype == torch.bfloat16 and (x_ND.stride(1) == 1 or not len(x_ND)), f"x: {x_ND.dtype}, strides {x_ND.stride()}"
     y_MD = torch.empty((len(slots_M), x_ND.shape[1]), dtype=x_ND.dtype)
     places = (x_ND.data_ptr(), 2 * x_ND.stride(0), w13_S.data_ptr(), w2_S.data_ptr(), 2 * w2_S.shape[2])
     pairs = array(rows_M.contiguous()), array(slots_M.contiguous())
-    _experts(*places, *pairs, array(counts_S), array(y_MD), numba.get_num_threads())
+    run_experts(*places, *pairs, array(counts_S), array(y_MD), numba.get_num_threads())
     return y_MD
 
 
@@ -70,7 +70,7 @@ def _stretches(ends_S):
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads):
+def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads):
     """x, w13 and w2 are addresses, ``x_stride`` bytes."""
     order_M, ends_S = sort_pairs(slots_M, counts_S)
     if len(order_M) < len(slots_M):

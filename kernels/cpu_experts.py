@@ -67,19 +67,19 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     if not computes(y_TKD.dtype):
         return reference.weighted_sum(y_TKD, weights_TK)
     out_TD, bits = made((y_TKD.shape[0], y_TKD.shape[2]), y_TKD.dtype)
-    run = _weighted_sum_few if bits.size <= ALONE else _weighted_sum
+    run = weigh_few if bits.size <= ALONE else weigh_rows
     run(array(y_TKD), array(weights_TK), bits)
     return out_TD
 
 
 @njit(cache=True)
-def _weighted_sum_few(y_TKD, weights_TK, out_TD):
+def weigh_few(y_TKD, weights_TK, out_TD):
     for t in range(len(y_TKD)):
         _weigh(y_TKD[t], weights_TK[t], out_TD[t])
 
 
 @njit(cache=True, parallel=True)
-def _weighted_sum(y_TKD, weights_TK, out_TD):
+def weigh_rows(y_TKD, weights_TK, out_TD):
     for t in prange(len(y_TKD)):
         _weigh(y_TKD[t], weights_TK[t], out_TD[t])
 

@@ -20,7 +20,7 @@ from .cpu_arrays import FAST, array, computes, exp, widen
 from .gate import GateCounts, Routing
 
 # Fewer multiplications than this are done on this thread: 10 us, and no waiting for a thread that another process may hold up.
-_ALONE = 1 << 18
+ALONE = 1 << 18
 _BLOCK = 16
 
 _NO_BIAS = np.zeros(0, np.float32)
@@ -34,23 +34,27 @@ def gate(
         return reference.gate(x_TD, weight_ED, bias_E, routing, counts)
     x, weight, bias = array(x_TD), array(weight_ED), _NO_BIAS if bias_E is None else array(bias_E)
     ids, weights = np.empty((len(x), routing.top_k), np.int64), np.empty((len(x), routing.top_k), np.float32)
-    groups = (routing.num_groups, min(routing.top_groups, routing.num_groups), routing.group_quality == "best_two")
-    rule = (routing.scoring == "sigmoid", routing.normalise, routing.scale)
-    run = _route if len(x) * weight.size < _ALONE else _route_blocks
-    run(x, weight, bias, groups, rule, ids, weights)
+    run = route_few if len(x) * weight.size < ALONE else route_blocks
+    run(x, weight, bias, *rule_of(routing), ids, weights)
     ids_TK, weights_TK = torch.from_numpy(ids), torch.from_numpy(weights)
     return (ids_TK, weights_TK) if counts is None else reference.leave_out_padding(ids_TK, weights_TK, counts)
 
 
+def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, float]]:
+    """Groups and rule, as compiled code takes them."""
+    groups = (routing.num_groups, min(routing.top_groups, routing.num_groups), routing.group_quality == "best_two")
+    return groups, (routing.scoring == "sigmoid", routing.normalise, routing.scale)
+
+
 @njit(cache=True, parallel=True)
-def _route_blocks(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
+def route_blocks(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
     for block in prange((len(x_TD) + _BLOCK - 1) // _BLOCK):
         own = slice(block * _BLOCK, min((block + 1) * _BLOCK, len(x_TD)))
-        _route(x_TD[own], weight_ED, bias_E, groups, rule, ids_TK[own], weights_TK[own])
+        route_few(x_TD[own], weight_ED, bias_E, groups, rule, ids_TK[own], weights_TK[own])
 
 
 @njit(cache=True)
-def _route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
+def route_few(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
     sigmoid, normalise, scale = rule
     scores_TE = _logits(x_TD, weight_ED)
     for t in range(len(x_TD)):

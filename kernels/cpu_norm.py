@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if not (computes(x.dtype) and x.dtype == weight_D.dtype):
         return norm.rms_norm(x, weight_D, eps)
     out, bits = made(x.shape, x.dtype)
-    run = _norm_few if bits.size <= ALONE else _norm_rows
+    run = norm_few if bits.size <= ALONE else norm_rows
     run(_three(array(x)), array(weight_D), eps, _three(bits))
     return out
 
@@ -36,7 +36,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tup
     if not (computes(x.dtype) and x.dtype == update.dtype == weight_D.dtype):
         return norm.add_rms_norm(x, update, weight_D, eps)
     (total, total_bits), (out, bits) = made(x.shape, x.dtype), made(x.shape, x.dtype)
-    run = _add_norm_few if bits.size <= ALONE else _add_norm_rows
+    run = add_norm_few if bits.size <= ALONE else add_norm_rows
     run(_three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits))
     return total, out
 
@@ -84,21 +84,21 @@ def _silu_mul_row(gate_up_F, out_F):
 
 
 @njit(cache=True)
-def _norm_few(x, weight_D, eps, out):
+def norm_few(x, weight_D, eps, out):
     for n in range(x.shape[0]):
         for b in range(x.shape[1]):
             norm_row(x[n, b], weight_D, np.float32(eps), out[n, b])
 
 
 @njit(cache=True, parallel=True)
-def _norm_rows(x, weight_D, eps, out):
+def norm_rows(x, weight_D, eps, out):
     for n in prange(x.shape[0]):
         for b in range(x.shape[1]):
             norm_row(x[n, b], weight_D, np.float32(eps), out[n, b])
 
 
 @njit(cache=True)
-def _add_norm_few(x, update, weight_D, eps, total, out):
+def add_norm_few(x, update, weight_D, eps, total, out):
     for n in range(x.shape[0]):
         for b in range(x.shape[1]):
             _add_row(x[n, b], update[n, b], total[n, b])
@@ -106,7 +106,7 @@ def _add_norm_few(x, update, weight_D, eps, total, out):
 
 
 @njit(cache=True, parallel=True)
-def _add_norm_rows(x, update, weight_D, eps, total, out):
+def add_norm_rows(x, update, weight_D, eps, total, out):
     for n in prange(x.shape[0]):
         for b in range(x.shape[1]):
             _add_row(x[n, b], update[n, b], total[n, b])

@@ -19,6 +19,8 @@ from .cpu_norm import norm_row
 from .kv_entries import holds_fp8, num_kv_heads
 from .rope import Angles, HeadNorms
 
+ENTER_ALONE = ALONE // 4  # a value costs more than in other passes
+
 
 def norm_rotate_and_write(
     qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
@@ -32,7 +34,7 @@ def norm_rotate_and_write(
     out_THD, bits = made((num_tokens, num_heads - 2 * num_keys, dim), dtype)
     weights = (array(norms.q_D), array(norms.k_D)) if norms is not None else (_NOTHING[dtype], _NOTHING[dtype])
     eps, caches = norms.eps if norms is not None else 0.0, (array(cache[0]), array(cache[1]))
-    run = _enter_few if bits.size <= ALONE // 4 else _enter_heads  # a value costs more than in other passes
+    run = enter_few if bits.size <= ENTER_ALONE else enter_heads
     run(array(qkv_TXD), weights, eps, angles.arrays, caches, write_T.numpy(), interleaved, bits)
     return out_THD
 
@@ -54,13 +56,13 @@ _NOTHING = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, n
 
 
 @njit(cache=True)
-def _enter_few(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
+def enter_few(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
     for t in range(len(qkv_TXD)):
         _enter_token(qkv_TXD[t], weights, np.float32(eps), (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
 
 
 @njit(cache=True, parallel=True)
-def _enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
+def enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
     """Weights of no length are norms that are not there."""
     for t in prange(len(qkv_TXD)):
         _enter_token(qkv_TXD[t], weights, np.float32(eps), (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import attention, experts, fp8, gate, grouping, mla, norm, paged, rope, sampling
+from . import attention, experts, fp8, gate, grouping, mla, norm, paged, rope, sampling, sublayers
 from .fp8 import Quantised
 from .gate import GateCounts, Routing
 from .grouping import Grouping
 from .paged import PagedBatch
 from .rope import Angles, HeadNorms
 from .sampling import LogitEdits, SamplingParams
+from .sublayers import GateWeights, GroupedHeads, Here, Residual, RowNorm, Step
 from .triton_tiles import Tiles
 
 Column = Literal["reference", "cpu", "triton"]
@@ -134,6 +135,22 @@ class MlaAttend(Protocol):
     ) -> Tensor: ...
 
 
+class AttentionSublayer(Protocol):
+    def __call__(self, ops: sublayers.Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step) -> tuple[Tensor, Tensor]: ...
+
+
+class ExpertsSublayer(Protocol):
+    def __call__(
+        self,
+        ops: sublayers.Ops,
+        residual: Residual,
+        norm: RowNorm,
+        gate: GateWeights,
+        weights: tuple[SlotWeights, SlotWeights],
+        here: Here,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class EditLogits(Protocol):
     def __call__(self, logits_RV: Tensor, edits: LogitEdits) -> None: ...
 
@@ -180,6 +197,8 @@ class Ops:
     rotate_and_write_latent: RotateAndWriteLatent
     attend: Attend
     mla_attend: MlaAttend
+    attention_sublayer: AttentionSublayer
+    experts_sublayer: ExpertsSublayer
     edit_logits: EditLogits
     allow_only: AllowOnly
     sample: Sample
@@ -244,6 +263,8 @@ def _reference() -> Ops:
         rotate_and_write_latent=rope.rotate_and_write_latent,
         attend=attention.attend,
         mla_attend=mla.mla_attend,
+        attention_sublayer=sublayers.attention_sublayer,
+        experts_sublayer=sublayers.experts_sublayer,
         edit_logits=sampling.edit_logits,
         allow_only=sampling.allow_only,
         sample=sampling.sample,
@@ -253,7 +274,7 @@ def _reference() -> Ops:
 
 
 def _cpu() -> Ops:
-    from . import cpu_arrays, cpu_attention, cpu_experts, cpu_gate, cpu_linear, cpu_mla, cpu_norm, cpu_rope, cpu_sampling
+    from . import cpu_arrays, cpu_attention, cpu_experts, cpu_gate, cpu_linear, cpu_mla, cpu_norm, cpu_rope, cpu_sampling, cpu_sublayers
 
     cpu_arrays.use_threads_of_torch()
     return dataclasses.replace(
@@ -272,6 +293,8 @@ def _cpu() -> Ops:
         rotate_and_write_latent=cpu_rope.rotate_and_write_latent,
         attend=cpu_attention.attend,
         mla_attend=cpu_mla.mla_attend,
+        attention_sublayer=cpu_sublayers.attention_sublayer,
+        experts_sublayer=cpu_sublayers.experts_sublayer,
         sample=cpu_sampling.sample,
         logprobs=cpu_sampling.logprobs,
     )
@@ -316,6 +339,8 @@ def triton_ops(tiles: Tiles) -> Ops:
         rotate_and_write_latent=triton_rope.rotate_and_write_latent,
         attend=functools.partial(triton_attention.attend, tiles=tiles),
         mla_attend=functools.partial(triton_mla.mla_attend, tiles=tiles),
+        attention_sublayer=sublayers.attention_sublayer,
+        experts_sublayer=sublayers.experts_sublayer,
         edit_logits=triton_sampling.edit_logits,
         allow_only=triton_sampling.allow_only,
         sample=triton_sampling.sample,

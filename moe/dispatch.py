@@ -1,7 +1,8 @@
 """The dispatch seam: tokens travel to the ranks of their experts and the experts' outputs travel back.
 
-A layer calls ``dispatch`` (the exchange starts), does what it can meanwhile, calls ``receive``, runs its experts and calls
-``combine``. Every rank makes the same calls in the same order in every step, with or without tokens of its own.
+Where ``here`` says that nothing travels, a layer computes all at once. Otherwise it calls ``dispatch`` (the exchange starts), does what
+it can meanwhile, calls ``receive``, runs its experts and calls ``combine``. Every rank makes the same calls in the same order in every
+step, with or without tokens of its own.
 
 Suffixes: T own tokens, K choices per token, D hidden, N received tokens (padded ones included), M pairs (token, choice)
 for the experts of this rank, L MoE layers, S expert slots of this rank.
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..kernels.sublayers import Here
 from .placement import Placement
 
 
@@ -43,6 +45,10 @@ class Dispatcher(Protocol):
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         """Announces a step: T of every layer, and the bound on T over all ranks."""
+        ...
+
+    def here(self, layer: int, num_tokens: int, top_k: int) -> Here | None:
+        """Where the experts of a layer are, if all live on this rank."""
         ...
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:

@@ -52,6 +52,9 @@ class AllToAllDispatcher:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity
 
+    def here(self, layer: int, num_tokens: int, top_k: int) -> None:
+        """Tokens travel."""
+
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         ranks_TK, slots_TK = np.divmod(self.placement.homes_LE[layer][ids_TK.numpy()], self.placement.num_slots)
         hit_WT = np.zeros((self._collectives.size, len(ranks_TK)), np.bool_)

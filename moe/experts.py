@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.fp8 import BLOCK, Quantised
+from ..kernels.sublayers import GateWeights, Here, Residual, RowNorm, route_through
 from ..kernels.table import Ops, SlotWeights
 from .config import MoEConfig
 from .dispatch import Received
@@ -33,6 +34,10 @@ class Experts(nn.Module):
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
         return self._ops.experts(received.x_ND, received.rows_M, received.slots_M, *self._weights, counts_S)
 
+    def sublayer(self, residual: Residual, norm: RowNorm, gate: GateWeights, here: Here) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``kernels.sublayers.experts_sublayer``."""
+        return self._ops.experts_sublayer(self._ops, residual, norm, gate, self._weights, here)
+
 
 class Fp8Experts(nn.Module):
     """The same in block-scaled FP8 (``kernels.fp8.Quantised``): w13 with w13_scales [S, 2, ceil(F / 128), ceil(D / 128)], w2 with
@@ -55,3 +60,11 @@ class Fp8Experts(nn.Module):
         w13, w2 = Quantised(self.w13, self.w13_scales), Quantised(self.w2, self.w2_scales)
         pairs = (received.rows_M, received.slots_M)
         return self._ops.experts_fp8(self._ops.quantise_rows(received.x_ND), pairs, w13, w2, counts_S, received.x_ND.dtype)
+
+    def sublayer(self, residual: Residual, norm: RowNorm, gate: GateWeights, here: Here) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``kernels.sublayers.experts_sublayer``."""
+
+        def run(x_TD: Tensor, slots_M: Tensor) -> Tensor:
+            return self.forward(Received(x_TD, here.rows_M, slots_M), here.counts_S)
+
+        return route_through(self._ops, residual, norm, gate, here.slots_L, run)

@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts layer: gate, exchange, experts, shared experts."""
+"""A Mixture-of-Experts layer: norm, gate, exchange, experts, shared experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.gate import Routing
+from ..kernels.sublayers import Residual, RowNorm, add_norm
 from ..kernels.table import Ops
 from .config import MoEConfig
 from .dispatch import Dispatcher
@@ -23,7 +24,7 @@ class Gate(nn.Module):
         if config.selection_bias:
             self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
         self._ops = ops
-        self._routing = Routing(
+        self.routing = Routing(
             top_k=config.top_k,
             scoring=config.scoring,
             normalise=config.normalise,
@@ -33,9 +34,13 @@ class Gate(nn.Module):
             group_quality=config.group_quality,
         )
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.e_score_correction_bias
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ids_TK int64 and weights_TK float32."""
-        return self._ops.gate(x_TD, self.weight, self.e_score_correction_bias, self._routing)
+        return self._ops.gate(x_TD, self.weight, self.bias, self.routing)
 
 
 class _Weight(nn.Module):
@@ -88,14 +93,25 @@ class MoELayer(nn.Module):
         plain = not fp8_experts
         self.experts = Experts(config, num_slots, dtype, device, ops) if plain else Fp8Experts(config, num_slots, device, ops)
         self.shared_experts = SharedExperts(config, dtype, device, ops) if config.shared_width else None
+        self._ops = ops
         self._dispatcher = dispatcher
         self._layer = layer
+        self._top_k = config.top_k
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """x_TD [T, D] -> [T, D]. T may be 0: other ranks wait in the exchange. Shared experts run while tokens travel."""
-        ids_TK, weights_TK = self.gate(x_TD)
-        handle = self._dispatcher.dispatch(x_TD, ids_TK, weights_TK, self._layer)
-        shared_TD = self.shared_experts(x_TD) if self.shared_experts is not None else None
-        y_MD = self.experts(self._dispatcher.receive(handle), self._dispatcher.counts_LS[self._layer])
-        routed_TD = self._dispatcher.combine(y_MD, handle)
-        return routed_TD if shared_TD is None else routed_TD + shared_TD
+    def forward(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:
+        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange. Shared experts run while tokens travel."""
+        here = self._dispatcher.here(self._layer, len(residual[0]), self._top_k)
+        if here is not None:
+            x_TD, normed_TD, routed_TD = self.experts.sublayer(residual, norm, self.gate, here)
+            shared_TD = self._shared(normed_TD)
+        else:
+            x_TD, normed_TD = add_norm(self._ops, residual, norm)
+            ids_TK, weights_TK = self.gate(normed_TD)
+            handle = self._dispatcher.dispatch(normed_TD, ids_TK, weights_TK, self._layer)
+            shared_TD = self._shared(normed_TD)
+            y_MD = self.experts(self._dispatcher.receive(handle), self._dispatcher.counts_LS[self._layer])
+            routed_TD = self._dispatcher.combine(y_MD, handle)
+        return x_TD, routed_TD if shared_TD is None else routed_TD + shared_TD
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        return self.shared_experts(x_TD) if self.shared_experts is not None else None

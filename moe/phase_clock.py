@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.sublayers import Here
 from .dispatch import Dispatcher, Handle, Received
 from .placement import Placement
 
@@ -123,6 +124,10 @@ class TimedDispatcher:
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         self.clock.begin_step()
         self._inner.begin_step(num_tokens, capacity)
+
+    def here(self, layer: int, num_tokens: int, top_k: int) -> Here | None:
+        """Where nothing travels no phase is told from another."""
+        return self._inner.here(layer, num_tokens, top_k)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         self.clock.mark()

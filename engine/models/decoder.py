@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...kernels.paged import PagedBatch
 from ...kernels.rope import Angles, angles, frequencies, yarn_frequencies
+from ...kernels.sublayers import Residual, RowNorm, add_norm
 from ...kernels.table import Ops
 from ...moe.dispatch import Dispatcher
 from ...moe.experts import Experts, Fp8Experts
@@ -67,15 +68,11 @@ class Norm(nn.Module):
     def __init__(self, dim: int, eps: float, placing: Placing) -> None:
         super().__init__()
         self.weight = placing.parameter(dim)
-        self._eps = eps
+        self.eps = eps
         self._ops = placing.ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, self.weight, self._eps)
-
-    def add(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of both, and its norm."""
-        return self._ops.add_rms_norm(x, update, self.weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self.eps)
 
 
 class Matrix(nn.Module):
@@ -135,18 +132,19 @@ class DenseMLP(nn.Module):
         self.down_proj = Linear(width, hidden, placing)
         self._ops = placing.ops
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return cast(Tensor, self.down_proj(self._ops.silu_mul(self.gate_up_proj(x_TD))))
+    def forward(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:
+        x_TD, normed_TD = add_norm(self._ops, residual, norm)
+        return x_TD, cast(Tensor, self.down_proj(self._ops.silu_mul(self.gate_up_proj(normed_TD))))
 
 
 class Attention(Protocol):
-    """The attention of one layer, from the normalised hidden states to their update; T is at least 1."""
+    """The attention of one layer; T is at least 1."""
 
-    def __call__(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor: ...
+    def __call__(self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual: ...
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP or experts, each on the normalised sum of everything before it."""
+    """Attention, then MLP or experts, each on the normalised sum of everything before it, the *residual* (``kernels.sublayers``)."""
 
     def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module, placing: Placing) -> None:
         super().__init__()
@@ -155,20 +153,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden, config.norm_eps, placing)
         self.mlp = mlp
 
-    def forward(
-        self, x_TD: Tensor, update_TD: Tensor | None, rotation: Angles, batch: PagedBatch, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
-        """Takes and returns the sum so far and what has yet to be added to it, which the next norm does in passing; None before the
-        first layer."""
-        if not len(x_TD):
-            return x_TD, cast(Tensor, self.mlp(x_TD))
-        if update_TD is None:
-            normed_TD = cast(Tensor, self.input_layernorm(x_TD))
-        else:
-            x_TD, normed_TD = self.input_layernorm.add(x_TD, update_TD)
-        update_TD = cast(Attention, self.self_attn)(normed_TD, rotation, batch, cache)
-        x_TD, normed_TD = self.post_attention_layernorm.add(x_TD, update_TD)
-        return x_TD, cast(Tensor, self.mlp(normed_TD))
+    def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
+        if len(residual[0]):
+            residual = cast(Attention, self.self_attn)(residual, self.input_layernorm, rotation, batch, cache)
+        return cast(Residual, self.mlp(residual, self.post_attention_layernorm))
 
 
 class _Stack(nn.Module):
@@ -212,9 +200,10 @@ class Model(nn.Module):
         """tokens_T, positions_T int64 -> hidden_TD, before the last norm. Every MoE layer is called even where T is 0."""
         x_TD = F.embedding(tokens_T, self.model.embed_tokens.weight)
         rotation = angles(positions_T, self._frequencies_F, self._magnitude)
-        update_TD: Tensor | None = None
+        residual: Residual = x_TD, None
         for layer, layer_cache in zip(self.model.layers, cache, strict=True):
-            x_TD, update_TD = layer(x_TD, update_TD, rotation, batch, layer_cache)
+            residual = layer(residual, rotation, batch, layer_cache)
+        x_TD, update_TD = residual
         return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.paged import PagedBatch
 from ...kernels.rope import Angles
+from ...kernels.sublayers import Residual, RowNorm, add_norm
 from .config import MlaConfig, ModelConfig
 from .decoder import LayerCache, Linear, Matrix, MergedLinear, Norm, Placing
 
@@ -39,9 +40,10 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Matrix(shape.kv_latent, shape.num_heads * (shape.nope_dim + shape.value_dim), placing)
         self.o_proj = Linear(shape.num_heads * shape.value_dim, config.hidden, placing, shape.bias)
 
-    def forward(self, x_TD: Tensor, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Tensor:
+    def forward(self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
         shape = self._shape
-        down_TX = cast(Tensor, self.down_proj(x_TD))
+        x_TD, normed_TD = add_norm(self._ops, residual, norm)
+        down_TX = cast(Tensor, self.down_proj(normed_TD))
         latent_size = shape.kv_latent + shape.rope_dim
         q_TX, c_TC, k_rope_TE = down_TX.split([down_TX.shape[1] - latent_size, shape.kv_latent, shape.rope_dim], 1)
         if shape.q_latent:
@@ -52,4 +54,4 @@ class LatentAttention(nn.Module):
         )
         expand_HPC = self.kv_b_proj.weight.unflatten(0, (shape.num_heads, -1))
         out_THV = self._ops.mla_attend(q_nope_THN, q_rope_THE, cache[0], expand_HPC, batch, shape.scale)
-        return cast(Tensor, self.o_proj(out_THV.flatten(1)))
+        return x_TD, cast(Tensor, self.o_proj(out_THV.flatten(1)))
