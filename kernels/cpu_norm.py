@@ -58,8 +58,10 @@ def _three(bits: NDArray[Any]) -> NDArray[Any]:
     return bits[:, None] if bits.ndim == 2 else bits.reshape(-1, 1, bits.shape[-1])
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, forceinline=True)
 def norm_row(x_D, weight_D, eps, out_D):
+    """Inlined by force: left as a function of its own it exists once for every caller, summed in another order, and the linker's choice
+    among them was another in the process that compiled than in those that load."""
     total = np.float32(0)
     for d in range(len(x_D)):
         value = widen(x_D[d])
