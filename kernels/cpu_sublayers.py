@@ -64,10 +64,10 @@ def experts_sublayer(
         return sublayers.experts_sublayer(ops, residual, norm, gate, weights, here)
     total_TD, rows = _rows(residual, norm)
     (normed_TD, normed), (out_TD, out) = made(total_TD.shape, torch.bfloat16), made(total_TD.shape, torch.bfloat16)
-    routing = array(gate.weight), _FLOAT32 if gate.bias is None else array(gate.bias), *rule_of(gate.routing), gate.routing.top_k
-    places = array(here.slots_L), array(here.rows_M), array(here.counts_S)
+    weight, bias = gate.arrays
+    routing = weight, _FLOAT32 if bias is None else bias, *rule_of(gate.routing), gate.routing.top_k
     blocks = w13.data_ptr(), w2.data_ptr(), 2 * w2.shape[2]
-    _experts(rows, routing, places, blocks, normed, out, numba.get_num_threads())
+    _experts(rows, routing, here.arrays, blocks, normed, out, numba.get_num_threads())
     return total_TD, normed_TD, out_TD
 
 
@@ -81,7 +81,7 @@ def _plain(residual: Residual, norm: RowNorm) -> bool:
 def _rows(residual: Residual, norm: RowNorm) -> tuple[Tensor, Any]:
     """The sum, yet to be computed unless it is there; and all that ``_add_norm`` needs for it."""
     x_TD, update_TD = residual
-    x, weight = array(x_TD), array(norm.weight)
+    x, weight = array(x_TD), norm.array
     if update_TD is None:
         return x_TD, (x, _NO_ROWS, weight, norm.eps, x)
     total_TD, total = made(x_TD.shape, torch.bfloat16)
@@ -95,9 +95,8 @@ def _blocks(projection: Projection) -> tuple[int, int, NDArray[Any]]:
 
 
 def _head_norms(heads: GroupedHeads) -> tuple[NDArray[Any], NDArray[Any], float]:
-    if heads.norms is None:
-        return _BF16, _BF16, 0.0
-    return array(heads.norms.q_D), array(heads.norms.k_D), heads.norms.eps
+    arrays = heads.norm_arrays
+    return (_BF16, _BF16, 0.0) if heads.norms is None or arrays is None else (*arrays, heads.norms.eps)
 
 
 @njit(cache=True)

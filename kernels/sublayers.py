@@ -12,8 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .gate import Routing
@@ -23,14 +27,17 @@ from .rope import Angles, HeadNorms
 Residual = tuple[Tensor, Tensor | None]
 
 
-class RowNorm(Protocol):
+@dataclass(frozen=True)
+class RowNorm:
     """An RMS norm."""
 
-    @property
-    def weight(self) -> Tensor: ...
+    weight: Tensor
+    eps: float
 
-    @property
-    def eps(self) -> float: ...
+    @cached_property
+    def array(self) -> NDArray[Any]:
+        """The weight as compiled kernels of the host read it, bf16 as its bits; so are all arrays here. It takes 1 to 2 us to find."""
+        return _memory(self.weight)
 
 
 class Projection(Protocol):
@@ -53,6 +60,11 @@ class GroupedHeads:
     qkv: Projection
     out: Projection
 
+    @cached_property
+    def norm_arrays(self) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Weights of the norms, if any."""
+        return None if self.norms is None else (_memory(self.norms.q_D), _memory(self.norms.k_D))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -63,17 +75,17 @@ class Step:
     cache: tuple[Tensor, Tensor]
 
 
-class GateWeights(Protocol):
+@dataclass(frozen=True)
+class GateWeights:
     """A gate: weight [L, D] and perhaps a bias [L], both float32, and its rule."""
 
-    @property
-    def weight(self) -> Tensor: ...
+    weight: Tensor
+    bias: Tensor | None
+    routing: Routing
 
-    @property
-    def bias(self) -> Tensor | None: ...
-
-    @property
-    def routing(self) -> Routing: ...
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        return self.weight.numpy(), None if self.bias is None else self.bias.numpy()
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,10 @@ class Here:
     slots_L: Tensor
     rows_M: Tensor
     counts_S: Tensor
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        return self.slots_L.numpy(), self.rows_M.numpy(), self.counts_S.numpy()
 
 
 class Ops(Protocol):
@@ -112,6 +128,10 @@ class Ops(Protocol):
 
     @property
     def weighted_sum(self) -> Callable[..., Tensor]: ...
+
+
+def _memory(x: Tensor) -> NDArray[Any]:
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def add_norm(ops: Ops, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:

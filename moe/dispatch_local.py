@@ -19,17 +19,19 @@ class LocalDispatcher:
         self.placement = placement
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
-        self._counts_S = self.counts_LS.unbind()  # by layer
         self._slots_E = torch.from_numpy(placement.homes_LE).to(device).unbind()  # by layer
-        self._rows_TK = torch.empty(0, 0, dtype=torch.int64, device=device)
+        self._shape: tuple[int, int] | None = None  # of a step
+        self._here: list[Here] = []  # by layer
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
 
     def here(self, layer: int, num_tokens: int, top_k: int) -> Here:
-        if self._rows_TK.shape != (num_tokens, top_k):  # the first layer of a step with another number of tokens
-            self._rows_TK = torch.arange(num_tokens, device=self._rows_TK.device)[:, None].repeat(1, top_k)
-        return Here(self._slots_E[layer], self._rows_TK.view(-1), self._counts_S[layer])
+        if self._shape != (num_tokens, top_k):  # the first layer of a step with another number of tokens
+            self._shape = num_tokens, top_k
+            rows_M = torch.arange(num_tokens, device=self.counts_LS.device)[:, None].repeat(1, top_k).view(-1)
+            self._here = [Here(slots_E, rows_M, counts_S) for slots_E, counts_S in zip(self._slots_E, self.counts_LS, strict=True)]
+        return self._here[layer]
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         here = self.here(layer, *ids_TK.shape)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.gate import Routing
-from ..kernels.sublayers import Residual, RowNorm, add_norm
+from ..kernels.sublayers import GateWeights, Residual, RowNorm, add_norm
 from ..kernels.table import Ops
 from .config import MoEConfig
 from .dispatch import Dispatcher
@@ -24,7 +24,7 @@ class Gate(nn.Module):
         if config.selection_bias:
             self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
         self._ops = ops
-        self.routing = Routing(
+        routing = Routing(
             top_k=config.top_k,
             scoring=config.scoring,
             normalise=config.normalise,
@@ -33,14 +33,11 @@ class Gate(nn.Module):
             top_groups=config.top_groups,
             group_quality=config.group_quality,
         )
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.e_score_correction_bias
+        self.weights = GateWeights(self.weight, self.e_score_correction_bias, routing)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ids_TK int64 and weights_TK float32."""
-        return self._ops.gate(x_TD, self.weight, self.bias, self.routing)
+        return self._ops.gate(x_TD, self.weights.weight, self.weights.bias, self.weights.routing)
 
 
 class _Weight(nn.Module):
@@ -102,7 +99,7 @@ class MoELayer(nn.Module):
         """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange. Shared experts run while tokens travel."""
         here = self._dispatcher.here(self._layer, len(residual[0]), self._top_k)
         if here is not None:
-            x_TD, normed_TD, routed_TD = self.experts.sublayer(residual, norm, self.gate, here)
+            x_TD, normed_TD, routed_TD = self.experts.sublayer(residual, norm, self.gate.weights, here)
             shared_TD = self._shared(normed_TD)
         else:
             x_TD, normed_TD = add_norm(self._ops, residual, norm)

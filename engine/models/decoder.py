@@ -68,11 +68,11 @@ class Norm(nn.Module):
     def __init__(self, dim: int, eps: float, placing: Placing) -> None:
         super().__init__()
         self.weight = placing.parameter(dim)
-        self.eps = eps
+        self.row = RowNorm(self.weight, eps)
         self._ops = placing.ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, self.weight, self.eps)
+        return self._ops.rms_norm(x, self.weight, self.row.eps)
 
 
 class Matrix(nn.Module):
@@ -155,8 +155,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
         if len(residual[0]):
-            residual = cast(Attention, self.self_attn)(residual, self.input_layernorm, rotation, batch, cache)
-        return cast(Residual, self.mlp(residual, self.post_attention_layernorm))
+            residual = cast(Attention, self.self_attn)(residual, self.input_layernorm.row, rotation, batch, cache)
+        return cast(Residual, self.mlp(residual, self.post_attention_layernorm.row))
 
 
 class _Stack(nn.Module):

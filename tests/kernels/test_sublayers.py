@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from lockstep.kernels.gate import Routing
 from lockstep.kernels.kv_format import head_entry
 from lockstep.kernels.paged import PagedBatch, build_batch
 from lockstep.kernels.rope import HeadNorms, angles, frequencies
-from lockstep.kernels.sublayers import GroupedHeads, Here, Residual, Step
+from lockstep.kernels.sublayers import GateWeights, GroupedHeads, Here, Residual, RowNorm, Step
 from lockstep.kernels.table import Ops, ops_of
 
 HIDDEN, HEADS, KEYS, DIM, SLOTS, WIDTH, TOP_K = 64, 4, 2, 32, 8, 48, 3
@@ -26,13 +25,11 @@ ROWS = [(1, 0), (7, 0), (0, 600), (5, 33)]  # decode rows, tokens of an extend
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Anything with a weight and perhaps a bias; a norm or a gate."""
+class Matrix:
+    """A projection."""
 
     weight: Tensor
-    bias: Tensor | None = None
-    eps: float = 1e-6
-    routing: Routing = dataclasses.field(default_factory=lambda: Routing(TOP_K))
+    bias: Tensor | None
 
 
 def _draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -55,20 +52,20 @@ def _attention(ops: Ops, sublayer: Any, rows: tuple[int, int], *, first: bool, b
     qkv, out = _draw((HEADS + 2 * KEYS) * DIM, HIDDEN, scale=0.1, seed=3), _draw(HIDDEN, HEADS * DIM, scale=0.1, seed=4)
     biases = (_draw(len(qkv), seed=5), _draw(HIDDEN, seed=6)) if bias else (None, None)
     head_norms = HeadNorms(_draw(DIM, seed=7), _draw(DIM, seed=8), 1e-6) if norms else None
-    heads = GroupedHeads(DIM, False, head_norms, Parts(ops.pack(qkv), biases[0]), Parts(ops.pack(out), biases[1]))
+    heads = GroupedHeads(DIM, False, head_norms, Matrix(ops.pack(qkv), biases[0]), Matrix(ops.pack(out), biases[1]))
     batch, positions = _batch(*rows)
     entry, dtype = head_entry("fp8" if fp8 else "bf16", KEYS, DIM), torch.uint8 if fp8 else torch.bfloat16
     cache = (torch.zeros(4096 * 2, *entry, dtype=dtype), torch.zeros(4096 * 2, *entry, dtype=dtype))
     step = Step(angles(positions, frequencies(DIM, 1e4)), batch, cache)
-    return [*sublayer(ops, _residual(sum(rows), first), Parts(_draw(HIDDEN, seed=9)), heads, step), *cache]
+    return [*sublayer(ops, _residual(sum(rows), first), RowNorm(_draw(HIDDEN, seed=9), 1e-6), heads, step), *cache]
 
 
 def _experts(ops: Ops, sublayer: Any, num_tokens: int, *, first: bool, bias: bool) -> list[Tensor]:
     w13, w2 = _draw(SLOTS, 2 * WIDTH, HIDDEN, scale=0.1, seed=3), _draw(SLOTS, HIDDEN, WIDTH, scale=0.1, seed=4)
     routing = Routing(TOP_K, "sigmoid", num_groups=4, top_groups=2, scale=2.5) if bias else Routing(TOP_K)
-    gate = Parts(_draw(SLOTS, HIDDEN, seed=5).float(), _draw(SLOTS, seed=6).float() if bias else None, routing=routing)
+    gate = GateWeights(_draw(SLOTS, HIDDEN, seed=5).float(), _draw(SLOTS, seed=6).float() if bias else None, routing)
     here = Here(torch.arange(SLOTS).flip(0), torch.arange(num_tokens).repeat_interleave(TOP_K), torch.zeros(SLOTS, dtype=torch.int64))
-    norm = Parts(_draw(HIDDEN, seed=9))
+    norm = RowNorm(_draw(HIDDEN, seed=9), 1e-6)
     return [*sublayer(ops, _residual(num_tokens, first), norm, gate, ops.pack_slots(w13, w2), here), here.counts_S]
 
 
