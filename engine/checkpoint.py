@@ -17,7 +17,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 FP8 = "F8_E4M3"
-FP8_BLOCK = 128  # rows and columns of a block with one scale
 SCALE_SUFFIX = "_scale_inv"  # of the tensor that holds a matrix's scales, which its values are multiplied by
 _DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
@@ -85,10 +84,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
-def check_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], fp8: bool = False) -> None:
+def check_tensors(
+    path: Path, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], fp8_block: tuple[int, int] | None = None
+) -> None:
     """Raises ValueError unless ``tensors`` holds every name of ``expected`` with its shape, in a dtype that can be loaded.
 
-    ``fp8``: matrices may be in FP8, each with a scale per 128 x 128 block in a tensor of its own.
+    ``fp8_block``: matrices may be in FP8, each with a scale per block of so many rows and columns in a tensor of its own.
     """
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -97,23 +98,23 @@ def check_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: Map
         found = tensors[name]
         if found.shape != shape:
             raise ValueError(f"{found.file}: {name} has shape {list(found.shape)}; config.json makes it {list(shape)}")
-        if fp8 and found.dtype == FP8 and len(shape) == 2:
-            _check_scales(tensors, name)
+        if fp8_block and found.dtype == FP8 and len(shape) == 2:
+            _check_scales(tensors, name, fp8_block)
         elif found.dtype not in _PLAIN_DTYPES:
-            allowed = f"{', '.join(_PLAIN_DTYPES)}" + (f", and {FP8} for matrices" if fp8 else "")
+            allowed = f"{', '.join(_PLAIN_DTYPES)}" + (f", and {FP8} for matrices" if fp8_block else "")
             raise ValueError(f"{found.file}: {name} has dtype {found.dtype}; supported: {allowed}")
 
 
-def _check_scales(tensors: Mapping[str, StoredTensor], name: str) -> None:
+def _check_scales(tensors: Mapping[str, StoredTensor], name: str, block: tuple[int, int]) -> None:
     """Raises ValueError unless the matrix ``name`` in FP8 has its scales."""
     values, scales = tensors[name], tensors.get(name + SCALE_SUFFIX)
     if scales is None:
         raise ValueError(f"{values.file}: {name} is in {FP8}, but {name + SCALE_SUFFIX} is missing")
-    blocks = tuple(-(-size // FP8_BLOCK) for size in values.shape)
+    blocks = tuple(-(-size // each) for size, each in zip(values.shape, block, strict=True))
     if scales.shape != blocks:
         raise ValueError(
             f"{scales.file}: {name + SCALE_SUFFIX} has shape {list(scales.shape)}; {name} of shape {list(values.shape)} has "
-            f"{list(blocks)} blocks of {FP8_BLOCK} x {FP8_BLOCK}"
+            f"{list(blocks)} blocks of {block[0]} x {block[1]}"
         )
     if scales.dtype not in _PLAIN_DTYPES:
         raise ValueError(f"{scales.file}: {name + SCALE_SUFFIX} has dtype {scales.dtype}; supported: {', '.join(_PLAIN_DTYPES)}")

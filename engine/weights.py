@@ -63,7 +63,7 @@ def load_weights(model: Model, path: Path, experts_of_layer: Callable[[int], lis
     places = {name: _Place(tensor) for name, tensor in model.checkpoint_tensors().items()}
     places |= _expert_places(model, experts_of_layer)
     expected = expected_shapes(model)
-    check_tensors(path, stored, expected, model.config.fp8)
+    check_tensors(path, stored, expected, model.config.fp8_block)
     _report_unexpected(path, stored, expected, model.config)
     reads = [_Read(name, stored[name], place) for name, place in places.items()]
     _report_fp8(path, reads)
@@ -72,7 +72,7 @@ def load_weights(model: Model, path: Path, experts_of_layer: Callable[[int], lis
     progress(0.0)
     scales = _read_scales(stored, reads)
     for read, values in _in_file_order(reads):
-        _store(values, scales.get(read.name), read.place)
+        _store(values, scales.get(read.name), read.place, model.config.fp8_block)
         done += read.stored.num_bytes
         if done >= (shown + _PROGRESS_STEP) * total:
             shown = done / total
@@ -130,11 +130,12 @@ def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[st
     return {read.name.removesuffix(SCALE_SUFFIX): scales for read, scales in found}
 
 
-def _store(values: Tensor, scales: Tensor | None, place: _Place) -> None:
+def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
     if scales is None:
         place.values.copy_(values)
     elif place.scales is None:
-        widen_into(place.values, Quantised(values, scales))
+        assert block is not None
+        widen_into(place.values, Quantised(values, scales), block)
     else:
         place.values.copy_(values)
         place.scales.copy_(scales)
@@ -155,7 +156,7 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
 
 def _report_unexpected(path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
     """Logs once what the checkpoint holds beyond the model, but for what is known to be there and unused."""
-    scales = {name + SCALE_SUFFIX for name in expected} if config.fp8 else set()
+    scales = {name + SCALE_SUFFIX for name in expected} if config.fp8_block else set()
     names = [name for name in stored if name not in expected and name not in scales and not _known(name, config)]
     if names:
         _LOG.warning("%s: %d tensors are not used, the first is %s", path, len(names), names[0])

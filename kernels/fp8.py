@@ -45,7 +45,7 @@ def quantise_blocks(w: Tensor, block: tuple[int, int] = KERNEL_BLOCK) -> Quantis
     padded = F.pad(w.float(), (0, -columns % block[1], 0, -rows % block[0]))
     blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
     scales = (blocks.abs().amax((-3, -1)) / LARGEST).clamp_min(LEAST_SCALE)
-    values = (padded / _spread(scales, padded.shape[-2], padded.shape[-1], block)).to(torch.float8_e4m3fn)
+    values = (padded / _spread(scales, padded.shape, block)).to(torch.float8_e4m3fn)
     return Quantised(values[..., :rows, :columns].contiguous(), scales)
 
 
@@ -64,9 +64,9 @@ def widen_blocks(w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> Tensor:
     """float32 [..., rows, columns]; w13 too."""
     if w.scales.dim() > w.values.dim():
         halves = w.values.unflatten(-2, (2, -1))
-        widened: Tensor = from_e4m3(halves, torch.float32) * _spread(w.scales, *halves.shape[-2:], block)
+        widened: Tensor = from_e4m3(halves, torch.float32) * _spread(w.scales, halves.shape, block)
         return widened.flatten(-3, -2)
-    return from_e4m3(w.values, torch.float32) * _spread(w.scales, *w.values.shape[-2:], block)
+    return from_e4m3(w.values, torch.float32) * _spread(w.scales, w.values.shape, block)
 
 
 def widen_into(target: Tensor, w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> None:
@@ -121,5 +121,6 @@ def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: 
     return y_MD.to(dtype)
 
 
-def _spread(scales: Tensor, rows: int, columns: int, block: tuple[int, int]) -> Tensor:
-    return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., :rows, :columns]
+def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """The scale of every value of a tensor of ``shape``."""
+    return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[-2], : shape[-1]]

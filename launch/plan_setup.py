@@ -110,7 +110,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         dispatch=dispatch_of(recipe, hardware.device),
         dtype=dtype,
         weights=dtype,
-        expert_weights="fp8" if fp8_experts_of(recipe, shape.fp8, hardware.device) else dtype,
+        expert_weights="fp8" if fp8_experts_of(recipe, shape.kernel_fp8, hardware.device) else dtype,
         attention_dtype=dtype,
         wire_item=_ITEM[dtype],
         kv_dtype=kv_format_of(recipe, dtype, hardware.device),

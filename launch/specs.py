@@ -92,9 +92,9 @@ def dtype_of(recipe: Recipe, checkpoint: str) -> str:
     return _DTYPES[checkpoint] if recipe.model.dtype == "auto" else recipe.model.dtype
 
 
-def fp8_experts_of(recipe: Recipe, stored_fp8: bool, device: str) -> bool:
+def fp8_experts_of(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
     """Whether experts stay in the checkpoint's FP8: the kernels for it are those of GPUs. A dtype that is asked for is that of all."""
-    return stored_fp8 and device == "cuda" and recipe.model.dtype == "auto"
+    return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
 
 
 def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
@@ -204,7 +204,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         store_port=store[1],
         model_path=str(site.model_path),
         dtype=site.dtype,
-        fp8_experts=fp8_experts_of(recipe, site.config.fp8, site.device),
+        fp8_experts=fp8_experts_of(recipe, site.config.kernel_fp8, site.device),
         kv_dtype=site.kv_format,
         page_size=recipe.kv_cache.page_size,
         kv_memory=recipe.kv_cache.memory,

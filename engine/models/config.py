@@ -5,7 +5,6 @@ Every file in ``families/`` describes one kind of model; it reads what is its ow
 
 from __future__ import annotations
 
-import json
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ...moe.config import MoEConfig
 from .config_fields import Fields
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_KERNEL_BLOCK = (128, 128)  # kernels/fp8.py
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ class Family:
 class ModelConfig:
     """A decoder of ``num_layers`` layers, of which ``moe_layers`` (ascending) hold experts and the others a dense MLP.
 
-    ``dtype`` is the checkpoint's own, ``fp8`` whether its matrices are in FP8 with a scale per 128 x 128 block. ``max_position``
-    bounds the length of a sequence. ``eos_ids`` end a sequence. ``num_predict_layers`` of the checkpoint follow the last one.
+    ``dtype`` is the checkpoint's own, ``fp8_block`` the rows and columns of a block with one scale where its matrices are in FP8.
+    ``max_position`` bounds the length of a sequence. ``eos_ids`` end a sequence. ``num_predict_layers`` of the checkpoint follow the
+    last one.
     """
 
     family: str
@@ -134,13 +135,18 @@ class ModelConfig:
     dense_width: int
     eos_ids: tuple[int, ...]
     dtype: str
-    fp8: bool
+    fp8_block: tuple[int, int] | None
     moe_layers: tuple[int, ...]
     moe: MoEConfig
     attention: GqaConfig | MlaConfig
     rope: RopeConfig
     names: CheckpointNames
     num_predict_layers: int
+
+    @property
+    def kernel_fp8(self) -> bool:
+        """Whether matrices are in FP8 in the blocks that kernels take, so that experts may stay in it."""
+        return self.fp8_block == _KERNEL_BLOCK
 
     def kv_shapes(self, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
         """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and values. MLA: the latent."""
@@ -189,7 +195,7 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         dense_width=fields.integer("intermediate_size", blocks.moe.expert_width),
         eos_ids=eos_ids,
         dtype=_dtype(fields),
-        fp8=_fp8(fields),
+        fp8_block=_fp8_block(fields),
         moe_layers=blocks.moe_layers,
         moe=blocks.moe,
         attention=blocks.attention,
@@ -233,17 +239,19 @@ def _dtype(fields: Fields) -> str:
     return str(fields.raw(name) or "bfloat16")
 
 
-def _fp8(fields: Fields) -> bool:
-    """Whether matrices are stored as DeepSeek-V3's: e4m3 with a scale per block. Everything else that is quantised is refused."""
+def _fp8_block(fields: Fields) -> tuple[int, int] | None:
+    """The block of matrices that are stored as DeepSeek-V3's: e4m3 with a scale per block. Everything else that is quantised is refused."""
     stored = fields.nested("quantization_config")
     if stored is None:
-        return False
-    for name, value in (("quant_method", "fp8"), ("weight_block_size", [128, 128])):
-        if stored.raw(name) != value:
-            raise stored.refuse(name, f"supported: {json.dumps(value)}, or a checkpoint in bf16, fp16 or fp32")
+        return None
+    if stored.raw("quant_method") != "fp8":
+        raise stored.refuse("quant_method", 'supported: "fp8", or a checkpoint in bf16, fp16 or fp32')
     stored.expect("fmt", "e4m3")
     stored.expect("activation_scheme", "dynamic")
-    return True
+    block = stored.integers("weight_block_size")
+    if len(block) != 2 or 0 in block:
+        raise stored.refuse("weight_block_size", "expected the rows and columns of a block, as in [128, 128]")
+    return block[0], block[1]
 
 
 def _max_position(fields: Fields, rope: RopeConfig) -> int:

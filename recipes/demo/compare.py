@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
-from math import comb
+from math import comb, exp, log, log1p
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def proportion_interval(hits: int, total: int) -> tuple[float, float]:
 
 
 def _at_most(hits: int, total: int, p: float) -> float:
-    return sum(comb(total, count) * p**count * (1 - p) ** (total - count) for count in range(hits + 1))
+    """The chance of at most ``hits`` of ``total``; by logarithms, since ways to choose from a thousand are too many for a float."""
+    return sum(exp(log(comb(total, count)) + count * log(p) + (total - count) * log1p(-p)) for count in range(hits + 1))
 
 
 def _solve(rising: Any) -> float:

@@ -1,4 +1,7 @@
-"""Writes the checkpoint in Hugging Face form from the last state of training: ``python -m lockstep.recipes.demo.export [DIRECTORY]``."""
+"""Writes the checkpoint in Hugging Face form from the last state of training: ``python -m lockstep.recipes.demo.export [DIRECTORY]``.
+
+``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per block, as DeepSeek-V3's are, to be compared with those in bf16.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...kernels.fp8 import quantise_blocks
 from .files import MODEL, STATE, write_json
 from .network import Network
 from .shape import CONFIG
@@ -55,6 +59,19 @@ def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
     return {name: (tensor if name.endswith("correction_bias") else tensor.bfloat16()).clone() for name, tensor in found.items()}
 
 
+def in_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tensor]:
+    """The same with the matrices of linear layers in FP8 and their scales beside them; embeddings, heads, routers and the projection
+    before the predictor stay, as in DeepSeek-V3."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or name.endswith(("embed_tokens.weight", "head.weight", ".gate.weight", "eh_proj.weight")):
+            found[name] = tensor
+        else:
+            quantised = quantise_blocks(tensor, block)
+            found |= {name: quantised.values, f"{name}_scale_inv": quantised.scales}
+    return found
+
+
 def _named(name: str, tensor: Tensor, num_layers: int) -> dict[str, Tensor]:
     """A tensor of the network under the names it has in the checkpoint; stacked experts come apart."""
     if name in ("embed", "head.weight"):
@@ -69,13 +86,17 @@ def _named(name: str, tensor: Tensor, num_layers: int) -> dict[str, Tensor]:
     return {name: tensor}
 
 
-def export(network: Network, tokenizer: Path, directory: Path) -> None:
+def export(network: Network, tokenizer: Path, directory: Path, fp8_block: tuple[int, int] | None = None) -> None:
     """Writes config, tokenizer (from the folder ``tokenizer``) and weights into ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(tokenizer, directory)
-    write_json(directory / "config.json", CONFIG)
+    config, tensors = CONFIG, checkpoint_tensors(network)
+    if fp8_block:
+        stored = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(fp8_block)}
+        config, tensors = CONFIG | {"quantization_config": stored}, in_fp8(tensors, fp8_block)
+    write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-    _write_weights(directory, checkpoint_tensors(network))
+    _write_weights(directory, tensors)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -104,8 +125,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Write the demo checkpoint.")
     parser.add_argument("directory", nargs="?", type=Path, default=MODEL)
-    directory = parser.parse_args().directory
-    export(last_network(), STATE, directory)
+    parser.add_argument("--fp8-block", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="matrices in FP8 with a scale per such a block")
+    args = parser.parse_args()
+    directory, block = args.directory, args.fp8_block
+    if block and directory == MODEL:
+        parser.error("--fp8-block: name another directory; the recipe serves bf16")
+    export(last_network(), STATE, directory, tuple(block) if block else None)
     print(f"{directory}: {sum(path.stat().st_size for path in directory.iterdir()) / 1e6:.2f} MB")
 
 

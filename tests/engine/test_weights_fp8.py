@@ -51,7 +51,7 @@ def load_fp8_experts(path: Path, dtype: torch.dtype, column: Column, experts: li
 
 def test_logits_are_those_of_the_dequantised_checkpoint(pair: tuple[Path, Path]) -> None:
     eight, plain = (load_local(path, torch.float32) for path in pair)
-    assert eight.config.fp8 and not plain.config.fp8
+    assert eight.config.fp8_block == (128, 128) and plain.config.fp8_block is None
     for name, tensor in plain.state_dict().items():
         assert torch.equal(eight.state_dict()[name], tensor), name
     steps = [Stepper(model, torch.float32).step(PROMPTS) for model in (eight, plain)]
@@ -114,14 +114,27 @@ def test_the_triton_column_computes_with_fp8_experts(pair: tuple[Path, Path]) ->
         assert error.median() < 0.01
 
 
+@pytest.mark.parametrize("block", [(128, 128), (32, 32), (48, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 127), (1024, 256), (1500, 300)])
-def test_bands_are_widened_as_the_whole(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    w = quantise_blocks(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None])
+def test_bands_are_widened_as_the_whole(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int]) -> None:
+    w = quantise_blocks(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], block)
+    assert w.scales.shape == (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     target = torch.empty(shape, dtype=dtype)
-    widen_into(target, w)
-    assert torch.equal(target, widen_blocks(w).to(dtype))
-    assert torch.equal(widen_blocks(w), widen_blocks(Quantised(w.values.clone(), w.scales)))
+    widen_into(target, w, block)
+    assert torch.equal(target, widen_blocks(w, block).to(dtype))
+    assert torch.equal(widen_blocks(w, block), widen_blocks(Quantised(w.values.clone(), w.scales), block))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_blocks_may_have_other_sizes(family: str, tmp_path: Path) -> None:
+    eight, plain = write_pair(tmp_path, CONFIGS[family], block=(48, 20))
+    expected = load_local(plain, torch.float32).state_dict()
+    found = load_local(eight, torch.float32)
+    assert found.config.fp8_block == (48, 20)
+    assert not found.config.kernel_fp8, "its experts are widened on GPUs too"
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 # --------------------------------------------------------------------------- errors
@@ -185,7 +198,7 @@ def test_experts_that_are_not_in_fp8_cannot_stay_in_it(tmp_path: Path) -> None:
         ValueError, match=r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\.dtype"
     ):
         load_fp8_experts(path, torch.float32, "reference")
-    assert load_local(path, torch.float32).config.fp8, "widened, nothing is in the way"
+    assert load_local(path, torch.float32).config.kernel_fp8, "widened, nothing is in the way"
 
 
 def test_a_checkpoint_of_several_kinds_of_matrices_is_read(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lockstep.launch.recipe_file import find_recipe
 from lockstep.recipes.demo.cases.arithmetic import steps
 from lockstep.recipes.demo.cases.case import Case, Check
+from lockstep.recipes.demo.cases.frames import frame
 from lockstep.recipes.demo.cases.mixture import FAMILIES, draw_case, draw_held_out, value_words
-from lockstep.recipes.demo.cases.phrases import phrases
+from lockstep.recipes.demo.cases.phrases import Sides, phrases, sides
+from lockstep.recipes.demo.cases.recall import _facts
+from lockstep.recipes.demo.cases.tools import offer_tools
 from lockstep.recipes.demo.cases.words import Dice
 from lockstep.recipes.demo.chat import render
 from lockstep.recipes.demo.evaluate import request_messages
@@ -27,8 +30,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
-def held_out(family: str, count: int = 60) -> Iterator[Case]:
-    dice = Dice("test", held_out=True)
+SIDES = ("held_out", "final")
+
+
+def held_out(family: str, count: int = 60, final: bool = False) -> Iterator[Case]:
+    dice = Dice("test", held_out=True, final=final)
     return (draw_held_out(dice, family, 400) for _ in range(count))
 
 
@@ -36,9 +42,10 @@ def calls_of(case: Case) -> list[tuple[str, str]]:
     return [(call["function"]["name"], json.dumps(call["function"]["arguments"])) for call in case.answer.get("tool_calls", ())]
 
 
+@pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_right_answer_passes_and_that_of_another_case_does_not(family: str) -> None:
-    cases = list(held_out(family))
+def test_the_right_answer_passes_and_that_of_another_case_does_not(family: str, final: bool) -> None:
+    cases = list(held_out(family, final=final))
     assert all(case.check.passes(case.answer["content"], calls_of(case)) for case in cases)
     wrong = sum(one.check.passes(two.answer["content"], calls_of(two)) for one, two in pairwise(cases))
     assert wrong <= len(cases) // 4  # answers may agree by chance
@@ -77,47 +84,70 @@ def test_the_same_seed_gives_the_same_cases() -> None:
     assert draw_case(Dice(3, held_out=False)) != draw_case(Dice(4, held_out=False))
 
 
-def test_no_template_serves_both_sides() -> None:
-    for section in ("words", "arithmetic", "lists", "extraction", "tools", "recall", "mixture"):
-        texts = phrases(section)
-        for name, unseen in texts.items():
-            if name.endswith("_unseen"):
-                for seen, other in pairs_of(texts[name.removesuffix("_unseen")], unseen):
-                    assert not set(seen) & set(other), f"{section}.{name}"
-    for fact in phrases("about")["facts"]:
+@pytest.mark.parametrize("section", ["words", "arithmetic", "lists", "extraction", "tools", "recall", "mixture"])
+def test_no_template_serves_two_sides(section: str) -> None:
+    texts, last = phrases(section), phrases(section, "final")
+    for name in {each.removesuffix("_unseen") for each in texts if each.endswith("_unseen")} | set(last):
+        for key in texts[name] if isinstance(texts[name], dict) else [None]:
+            lists = sides(section, name, *([] if key is None else [key]))
+            assert not set(lists.final) & {*lists.training, *lists.held_out}, name
+            assert lists.held_out is lists.training or not set(lists.held_out) & set(lists.training), name
+
+
+def test_no_question_about_lockstep_serves_two_sides() -> None:
+    for fact, final in zip(phrases("about")["facts"], phrases("about", "final"), strict=True):
         assert not set(fact["seen"]) & set(fact["unseen"]), fact
+        assert not set(final) & {*fact["seen"], *fact["unseen"]}, fact
 
 
-def pairs_of(seen: object, unseen: object) -> Iterator[tuple[list[str], list[str]]]:
-    if isinstance(seen, dict):
-        assert isinstance(unseen, dict)
-        for key in seen:
-            yield seen[key], unseen[key]
-    else:
-        assert isinstance(seen, list)
-        assert isinstance(unseen, list)
-        yield seen, unseen
+def templates_of(family: str, side: str) -> list[re.Pattern[str]]:
+    """Requests of a family on one side; any text stands for a value."""
+    names = {"arithmetic": ("direct", "stories"), "lists": ("up", "down", "names", "back"), "extraction": ("requests",),
+             "recall": ("ask", "ask_mine"), "tool call": ("filled", "bare")}[family]  # fmt: skip
+    section = "tools" if family == "tool call" else family
+    keys: tuple[tuple[str, ...], ...] = tuple((sign,) for sign in "+-*") if family == "arithmetic" else ((),)
+    found = [template for name in names for key in keys for template in getattr(sides(section, name, *key), side)]
+    return [re.compile(re.sub(r"\\{\w\\}", ".+", re.escape(template.rstrip("."))) + r"\.?") for template in found]
 
 
-def unseen_phrases(family: str) -> list[re.Pattern[str]]:
-    """Held-out requests of a family; any text stands for a value."""
-    texts = phrases(family)
-    if family == "arithmetic":
-        templates = [each for part in ("direct_unseen", "stories_unseen") for found in texts[part].values() for each in found]
-    else:
-        names = {"lists": ("up", "down", "names", "back"), "extraction": ("requests",), "recall": ("ask", "ask_mine")}[family]
-        templates = [template for name in names for template in texts[f"{name}_unseen"]]
-    return [re.compile(re.sub(r"\\{\w\\}", ".+", re.escape(template.rstrip("."))) + r"\.?") for template in templates]
-
-
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", ["arithmetic", "lists", "extraction", "recall"])
-def test_training_never_asks_in_a_phrase_that_is_held_out(family: str) -> None:
-    patterns = unseen_phrases(family)
+def test_training_never_asks_in_a_phrase_that_is_held_out(family: str, side: str) -> None:
+    patterns = templates_of(family, side)
     dice = Dice("phrases", held_out=False)
     said = [FAMILIES[family](dice).messages[-1]["content"] for _ in range(1500)]
     assert not [text for text in said if any(each.fullmatch(text) for each in patterns)]
-    asked = [case.messages[-1]["content"] for case in held_out(family)]
-    assert sum(any(each.search(text) for each in patterns) for text in asked) == len(asked)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", ["arithmetic", "lists", "extraction", "recall", "tool call"])
+def test_each_side_asks_in_its_own_phrases(family: str, side: str) -> None:
+    patterns = templates_of(family, side)
+    asked = [case.messages[-1]["content"] for case in held_out(family, final=side == "final")]
+    assert all(any(each.search(text) for each in patterns) for text in asked)
+    assert sum(any(each.search(text) for text in asked) for each in patterns) > 0.7 * len(patterns)
+
+
+@pytest.mark.parametrize(("grammar", "part", "lists"), [
+    ("opening", "start", sides("words", "openings")), ("given", "start", sides("tools", "given")),
+    ("command", "start", sides("tools", "filled")), ("command", "bare", sides("tools", "bare")),
+    ("clause", "start", sides("extraction", "clauses")), ("request", "start", sides("extraction", "requests")),
+])  # fmt: skip
+def test_phrases_from_parts_are_never_held_out(grammar: str, part: str, lists: Sides) -> None:
+    dice = Dice("parts", held_out=False)
+    unseen = lists.unseen - set(lists.training)
+    assert unseen
+    said = {frame(dice, grammar, lists.unseen, part, capital=grammar in ("command", "request", "opening")) for _ in range(3000)}
+    assert len(said) > 1000
+    assert not said & unseen
+
+
+def test_training_never_asks_about_lockstep_as_the_held_out_do() -> None:
+    dice = Dice("about", held_out=False)
+    asked = {FAMILIES["about"](dice).messages[-1]["content"].rstrip(".?!") for _ in range(4000)}
+    unseen = {each.rstrip(".?!") for fact in phrases("about")["facts"] for each in fact["unseen"]}
+    unseen |= {each.rstrip(".?!") for final in phrases("about", "final") for each in final}
+    assert not asked & unseen
 
 
 def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
@@ -141,15 +171,43 @@ def test_training_never_names_a_held_out_tool_or_field() -> None:
     dice = Dice("test", held_out=False)
     cases = [draw_case(dice) for _ in range(600)]
     offered = {tool["function"]["name"].split("_")[1] for case in cases for tool in case.tools}
-    assert not offered & set(phrases("tools")["nouns_unseen"])
+    assert not offered & sides("tools", "nouns").unseen
     asked = {key for case in cases if case.check.kind == "json" for key in case.check.value}
     assert len(asked) > 40
-    assert not asked & {pair.split(":")[0] for pair in phrases("extraction")["told_unseen"]}
+    assert not asked & {pair.split(":")[0] for pair in sides("extraction", "told").unseen}
 
 
-def test_held_out_schemas_have_a_field_that_training_lacks() -> None:
-    unseen = {pair.split(":")[0] for pair in phrases("extraction")["told_unseen"]}
-    assert all(set(case.check.value) & unseen for case in held_out("extraction"))
+@pytest.mark.parametrize("side", SIDES)
+def test_held_out_schemas_have_a_field_that_training_lacks(side: str) -> None:
+    unseen = {pair.split(":")[0] for pair in getattr(sides("extraction", "told"), side)}
+    assert all(set(case.check.value) & unseen for case in held_out("extraction", final=side == "final"))
+
+
+def test_tools_of_a_training_case_share_parameters() -> None:
+    """So that which of them a call takes has to be read from its tool."""
+    dice = Dice("shared", held_out=False)
+    unseen = {pair.split(":")[0] for pair in sides("tools", "parameters").unseen}
+    sharing = 0
+    for _ in range(300):
+        names = [name for tool in offer_tools(dice) for name, _ in tool.parameters]
+        sharing += len(set(names)) < len(names)
+        assert not set(names) & unseen
+    assert sharing > 100
+
+
+def test_training_tells_the_same_attribute_of_several_people() -> None:
+    """So that whose it is has to be matched; and names that share a word, so that all of a name has to be."""
+    dice = Dice("alike", held_out=False)
+    same = sharing = 0
+    for _ in range(200):
+        facts = _facts(dice, 7)
+        names = [name for _, name, _ in facts]
+        same += len(set(names)) < len(names)
+        words = [word for name in set(names) for word in name.split()]
+        sharing += len(set(words)) < len(words)
+        assert len({(owner, name) for owner, name, _ in facts}) == len(facts)
+        assert not set(names) & {pair.split(":")[0] for pair in sides("recall", "attributes").unseen}
+    assert min(same, sharing) > 40
 
 
 def test_people_of_the_two_sides_differ() -> None:

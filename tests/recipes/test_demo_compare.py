@@ -26,6 +26,11 @@ def test_exact_intervals(hits: int, total: int, low: float, high: float) -> None
     assert proportion_interval(hits, total) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_the_interval_of_many_is_near_the_normal_one() -> None:
+    spread = 1.96 * (0.96 * 0.04 / 2000) ** 0.5
+    assert proportion_interval(1920, 2000) == pytest.approx((0.96 - spread, 0.96 + spread), abs=1e-3)
+
+
 def test_flips_by_family() -> None:
     before = answers([True, True, False, False]) + answers([True], "b")
     after = answers([True, False, True, False]) + answers([False], "b")

@@ -23,6 +23,7 @@ from lockstep.recipes.demo.network import Network, Packed
 from lockstep.recipes.demo.operations import Operations, rotate
 from lockstep.recipes.demo.optimiser import Optimiser, orthogonal
 from lockstep.recipes.demo.shape import CONFIG
+from support.local_model import load_local
 
 MODEL = find_recipe("demo").parent / "demo" / "model"
 
@@ -155,6 +156,25 @@ def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
     export(made, MODEL, tmp_path)
     again = read_network(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor.bfloat16().float()) for name, tensor in made.state_dict().items())
+
+
+def test_matrices_may_be_exported_in_fp8(tmp_path: Path) -> None:
+    """Blocks of 32 x 32: several for each matrix, and a last one that is not full for the width of an expert."""
+    made = Network(CONFIG)
+    export(made, MODEL, tmp_path, (32, 32))
+    plain = checkpoint_tensors(made)
+    model = load_local(tmp_path, torch.float32)
+    assert model.config.fp8_block == (32, 32)
+    stored = read_checkpoint(tmp_path)
+    eight = {name for name, each in stored.items() if each.dtype == "F8_E4M3"}
+    assert {name.split(".")[-2] for name in set(plain) - eight if plain[name].dim() == 2} == {
+        "embed_tokens", "lm_head", "head", "gate", "eh_proj",
+    }  # fmt: skip
+    for name, tensor in model.checkpoint_tensors().items():
+        expected = plain[name].float()
+        tolerance = 0.04 * expected.abs().max() if name in eight else 0.0  # half a step of e4m3 is at most 1/28 of the largest
+        assert (tensor - expected).abs().max() <= tolerance, name
+        assert name not in eight or not torch.equal(tensor, expected), name
 
 
 def test_the_predictor_is_the_layer_past_the_last(network: Network) -> None:

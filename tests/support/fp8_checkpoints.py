@@ -12,33 +12,34 @@ from torch import Tensor
 from .checkpoints import random_tensors, save_tensors
 
 QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+Block = tuple[int, int]
 SCALES = "_scale_inv"
 
 
-def quantised(tensors: dict[str, Tensor], scale_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def quantised(tensors: dict[str, Tensor], scale_dtype: torch.dtype = torch.float32, size: Block = (128, 128)) -> dict[str, Tensor]:
     """The matrices of linear layers in e4m3 with their scales beside them; embeddings, head and gates stay as they are."""
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if value.dim() != 2 or "embed_tokens" in name or "lm_head" in name or name.endswith(".gate.weight"):
             found[name] = value
             continue
-        rows, columns = (-(-size // 128) for size in value.shape)
+        rows, columns = (-(-length // each) for length, each in zip(value.shape, size, strict=True))
         eight, scales = torch.empty(value.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns, dtype=scale_dtype)
         for row in range(rows):
             for column in range(columns):
-                block = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+                block = slice(size[0] * row, size[0] * (row + 1)), slice(size[1] * column, size[1] * (column + 1))
                 scales[row, column] = value[block].float().abs().max() / 448 * 1.01  # scales in bf16 are rounded
                 eight[block] = (value[block].float() / scales[row, column].float()).to(torch.float8_e4m3fn)
         found |= {name: eight, name + SCALES: scales}
     return found
 
 
-def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def dequantised(tensors: dict[str, Tensor], size: Block = (128, 128)) -> dict[str, Tensor]:
     """The same in float32, without scales."""
     found = {}
     for name, value in tensors.items():
         if name + SCALES in tensors:
-            scales = tensors[name + SCALES].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+            scales = tensors[name + SCALES].float().repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
             value = value.float() * scales[: value.shape[0], : value.shape[1]]
         if not name.endswith(SCALES):
             found[name] = value.float()
@@ -46,16 +47,23 @@ def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_pair(
-    folder: Path, config: dict[str, Any], *, seed: int = 0, num_shards: int = 1, scale_dtype: torch.dtype = torch.float32
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    num_shards: int = 1,
+    scale_dtype: torch.dtype = torch.float32,
+    block: Block = (128, 128),
 ) -> tuple[Path, Path]:
     """The checkpoint ``fp8`` and the one it stands for in float32, ``plain``, in new directories of ``folder``."""
-    eight = quantised(random_tensors(config, seed, torch.bfloat16), scale_dtype)
-    for name, tensors, fields in (
-        ("fp8", eight, {"quantization_config": QUANTISATION, "torch_dtype": "bfloat16"}),
-        ("plain", dequantised(eight), {}),
+    eight = quantised(random_tensors(config, seed, torch.bfloat16), scale_dtype, block)
+    fields = {"quantization_config": QUANTISATION | {"weight_block_size": list(block)}, "torch_dtype": "bfloat16"}
+    for name, tensors, added in (
+        ("fp8", eight, fields),
+        ("plain", dequantised(eight, block), {}),
     ):
         path = folder / name
         path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps(config | fields))
+        (path / "config.json").write_text(json.dumps(config | added))
         save_tensors(path, tensors, num_shards)
     return folder / "fp8", folder / "plain"

@@ -72,8 +72,8 @@ def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
     seen, own = _plain_fields(_TOLD.training) + list(_KNOWN) * 2, dice.own(_TOLD)
     pool = seen + _plain_fields(own) * 4 if dice.held_out else seen
     while True:
-        chosen = {field.name: field for field in dice.choices(pool, k=dice.randint(2, 4))}
-        extra = {field.name: field for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2)))}
+        chosen = {field.name: field for field in dice.choices(pool, k=dice.randint(2, 4 if dice.held_out else 5))}
+        extra = {field.name: field for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2) if dice.held_out else (0, 1, 2, 3)))}
         if not dice.held_out:
             chosen, extra = _coin(dice, chosen), _coin(dice, extra)
         if len(chosen) >= 2 and (not dice.held_out or any(f"{f.name}:{f.kind}" in own for f in chosen.values())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .case import Case, Check, assistant, user
-from .frames import asked
+from .frames import asked, frame
 from .phrases import phrases, sides
 from .words import Dice
 
@@ -11,21 +11,25 @@ _TEXT = phrases("lists")
 _ASKED = {way: sides("lists", way) for way in ("up", "down", "names", "back")}
 
 _WAYS: dict[str, list[str]] = _TEXT["ways"]
-_FRAMES: list[str] = _TEXT["frames"]
 _OBJECTS: dict[str, list[str]] = _TEXT["objects"]
-_VERBS = ("sort", "order", "arrange", "put", "list", "write", "give")
-_BACK_VERBS = ("give", "write", "list", "say", "put", "turn", "read")
+_VERBS = ("sort", "order", "arrange", "put", "list", "write", "give", "place", "lay out", "print", "set")
+_BACK_VERBS = ("give", "write", "list", "say", "put", "turn", "read", "print", "tell me", "copy", "repeat")
 
 
 def _phrase(dice: Dice, way: str) -> str:
     """A request put together from parts, with a place for the list."""
     verbs = _BACK_VERBS if way == "back" else _VERBS
-    text = dice.choice(_FRAMES).format(v=dice.choice(verbs), o=dice.choice(_OBJECTS[way]), w=dice.choice(_WAYS[way]), l="{l}")
-    return text[0].upper() + text[1:] if text[0] != "{" else text
+    while True:
+        verb = dice.coined() if dice.chance(0.1) else dice.choice(verbs)
+        parts = {"v": verb, "o": dice.choice(_OBJECTS[way]), "w": dice.choice(_WAYS[way]), "l": "{l}"}
+        text = frame(dice, "listing", capital=False).format(**parts)
+        text = text[0].upper() + text[1:]
+        if text not in _ASKED[way].unseen:
+            return text
 
 
 def _template(dice: Dice, way: str) -> str:
-    return _phrase(dice, way) if not dice.held_out and dice.chance(0.5) else dice.pick(_ASKED[way])
+    return _phrase(dice, way) if not dice.held_out and dice.chance(0.65) else dice.pick(_ASKED[way])
 
 
 def make_list(dice: Dice) -> Case:

@@ -24,7 +24,7 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
-_SHARES = {"arithmetic": 0.19, "lists": 0.21, "extraction": 0.18, "tool call": 0.31, "tool answer": 0.01, "recall": 0.05, "about": 0.05}
+_SHARES = {"arithmetic": 0.08, "lists": 0.1, "extraction": 0.09, "tool call": 0.5, "tool answer": 0.01, "recall": 0.18, "about": 0.04}
 _SYSTEM = sides("mixture", "system")
 # Words of a long conversation per wanted token of it; measured with the demo's tokenizer.
 WORDS_PER_TOKEN = 0.38

@@ -25,7 +25,7 @@ class Sides:
 
 
 def sides(section: str, name: str, *keys: str) -> Sides:
-    """The list ``name`` of a section (or what is under ``keys`` in it); where a side has none of its own it takes that of the one before."""
+    """The list ``name`` of a section, or what is under ``keys`` in it; a side that has none of its own takes that of the one before."""
     texts = phrases(section)
     training = texts[name]
     held_out = texts.get(f"{name}_unseen", training)

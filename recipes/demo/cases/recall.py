@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .case import Case, Check, Message, assistant, user
-from .extraction import draw_value
+from .extraction import KINDS, draw_value
 from .frames import frame
 from .phrases import phrases, sides
 from .words import Dice, side
 
 _TEXT = phrases("recall")
 _ATTRIBUTES = sides("recall", "attributes")
+_ATTRIBUTES_UNSEEN = {each.split(":")[0] for each in _ATTRIBUTES.unseen}
 _NOUNS: list[str] = side(phrases("tools")["nouns"], held_out=False)
 _KINDS: list[str] = _TEXT["kinds"]
 _TELL_MINE, _TELL, _ASK_MINE, _ASK = (sides("recall", name) for name in ("tell_mine", "tell", "ask_mine", "ask"))
@@ -20,7 +21,7 @@ _CHATTER: list[str] = _TEXT["chatter"]
 
 def make_recall(dice: Dice, num_words: int = 0) -> Case:
     """``num_words``: about how many words the conversation has; 0: only a few turns."""
-    facts = _facts(dice, 10 if num_words and not dice.held_out else 6)
+    facts = _facts(dice, 6 if dice.held_out else 10 if num_words else 7)
     turns = [(_tell(dice, *fact), dice.choice(_NOTED)) for fact in facts]
     length = sum(len(text.split()) for text, _ in turns)
     while length < num_words or (not num_words and dice.chance(0.5)):
@@ -41,45 +42,52 @@ def make_recall(dice: Dice, num_words: int = 0) -> Case:
 def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
     """Owner ("" for the user), attribute and value; no two alike in owner and attribute."""
     people = [dice.person() for _ in range(2)] + [""]
-    pool = dice.own(_ATTRIBUTES)
+    pool = dice.own(_ATTRIBUTES) if dice.held_out or dice.chance(0.05) else _attributes(dice)
     facts: dict[tuple[str, str], str | int] = {}
     for _ in range(dice.randint(2, most)):
         name, kind = dice.choice(pool).split(":")
-        if not dice.held_out and dice.chance(0.95):
-            name = _attribute(dice)
         facts[dice.choice(people), name] = draw_value(dice, kind)
     return [(owner, name, value) for (owner, name), value in facts.items()]
 
 
-def _attribute(dice: Dice) -> str:
-    """A name that can only be copied: a word, or two."""
-    noun = dice.choice(_NOUNS) if dice.chance(0.5) else dice.noun()
-    if dice.chance(0.25):
-        return noun
-    kind = dice.noun() if dice.chance(0.4) else dice.choice(_KINDS)
-    return f"{kind} {noun}"
+def _attributes(dice: Dice) -> list[str]:
+    """Attributes of a conversation, with the kinds of their values. Few, so that several owners have the same one and the owner has to be
+    matched, or many; and often put together from few words ("desk", "desk neighbour", "bag neighbour"), so that all of a name has to be."""
+    nouns = [*dice.distinct("noun", dice.randint(1, 2)), dice.choice(_NOUNS)]
+    kinds = [*dice.sample(_KINDS, 2), dice.noun(), nouns[0]]
+    alike = dice.chance(0.5)
+    found: dict[str, str] = {}
+    wanted = dice.choice((2, 2, 3, 3) if alike else (2, 3, 4, 8))
+    while len(found) < wanted:
+        noun, kind = (dice.choice(nouns), dice.choice(kinds)) if alike else (dice.noun(), dice.choice((dice.noun(), dice.choice(_KINDS))))
+        name = noun if noun == kind or dice.chance(0.25) else f"{kind} {noun}"
+        if name not in _ATTRIBUTES_UNSEEN:
+            found[name] = dice.choice(KINDS)
+    return [f"{name}:{kind}" for name, kind in found.items()]
 
 
 def _tell(dice: Dice, owner: str, name: str, value: str | int) -> str:
     template = dice.pick(_TELL if owner else _TELL_MINE)
     if not dice.held_out and dice.chance(0.5):
-        template = _with_owner(frame(dice, "tell"), owner)
+        template = _framed(dice, "tell", owner)
     return template.format(n=owner, f=name, v=value)
 
 
 def _ask(dice: Dice, owner: str, name: str, value: str | int) -> str:
     template = dice.pick(_ASK if owner else _ASK_MINE)
     if not dice.held_out and dice.chance(0.6):
-        template = _with_owner(frame(dice, "question"), owner)
+        template = _framed(dice, "question", owner)
     return template.format(n=owner, f=name)
 
 
-def _with_owner(template: str, owner: str) -> str:
-    """``{x}`` of a frame: the attribute and whose it is."""
-    text = template.replace("{x}", "{n}'s {f}" if owner else "my {f}")
-    unseen = (*_TELL_UNSEEN, *_TELL_MINE_UNSEEN, *_ASK_UNSEEN, *_ASK_MINE_UNSEEN)
-    assert text not in unseen
-    return text[0].upper() + text[1:] if text[0] != "{" else text
+def _framed(dice: Dice, name: str, owner: str) -> str:
+    """A template of a grammar; ``{x}`` in it is the attribute and whose it is."""
+    whose = dice.choice(("{n}'s {f}", "{n}'s {f}", "the {f} of {n}")) if owner else "my {f}"
+    while True:
+        text = frame(dice, name).replace("{x}", whose)
+        text = text[0].upper() + text[1:]
+        if text not in _UNSEEN:
+            return text
 
 
 def _reply(owner: str, name: str, value: str | int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import Case, Check, Message, assistant, dumps, user
-from .extraction import draw_value
+from .extraction import KINDS, draw_value
 from .frames import asked, frame
 from .phrases import phrases, sides
 from .words import Dice
@@ -20,6 +20,8 @@ _NOUNS, _PARAMETERS, _FACTS = (sides("tools", name) for name in ("nouns", "param
 _BARE, _FILLED, _GIVEN = (sides("tools", name) for name in ("bare", "filled", "given"))
 _CONVEYED: dict[str, list[str]] = _TEXT["conveyed"]
 _STATES: list[str] = _TEXT["states"]
+_JOINTS = (", ", " and ", " ")
+_MORE_JOINTS = (", and ", "; ", " but ", ", then ", " as well as ", " plus ", ", also ", " - ")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def offer_tools(dice: Dice) -> list[Tool]:
     """Two to four tools; often two of them share the noun or the verb."""
     tools: dict[str, Tool] = {}
     count = dice.randint(2, 4)
+    pool = _shared_parameters(dice) if not dice.held_out and dice.chance(0.6) else None
     verb, noun = dice.choice(list(_VERBS)), _noun(dice)
     while len(tools) < count:
-        tool = _tool(dice, verb, noun)
+        tool = _tool(dice, verb, noun, pool)
         tools.setdefault(tool.name, tool)
         keep = dice.random()
         verb = verb if keep < 0.25 else dice.choice(list(_VERBS))
@@ -115,10 +118,21 @@ def _named(dice: Dice, pool: list[str], least: int, most: int) -> dict[str, str]
     return {dice.noun() if dice.chance(share) else name: kind for name, kind in found.items()}
 
 
-def _tool(dice: Dice, verb: str, noun: str) -> Tool:
+def _shared_parameters(dice: Dice) -> list[str]:
+    """Few parameters for all tools of a case, coined: which of them a tool takes has to be read from that tool."""
+    coined = [f"{name}:{dice.choice(KINDS)}" for name in dice.distinct("noun", dice.randint(2, 5))]
+    return coined + dice.sample(_PARAMETERS.training, dice.randint(1, 3))
+
+
+def _tool(dice: Dice, verb: str, noun: str, shared: list[str] | None) -> Tool:
+    """``shared``: parameters to choose from, None for those of its side."""
     pool = _PARAMETERS.training + dice.own(_PARAMETERS) * 4 if dice.held_out else _PARAMETERS.training
-    few, most = (0.3, 3) if dice.held_out else (0.2, 4)
-    parameters = _named(dice, pool, *((0, 1) if dice.chance(few) else (1, most)))
+    few, least, most = (0.3, 1, 3) if dice.held_out else (0.12, 2, 5)
+    least, most = (0, 1) if dice.chance(few) else (least, most)
+    if shared:
+        parameters = dict(pair.split(":") for pair in dice.choices(shared, k=dice.randint(least, most)))
+    else:
+        parameters = _named(dice, pool, least, most)
     description = dice.choice(_DESCRIPTIONS).format(V=verb.capitalize(), v=verb, n=noun)
     return Tool(verb, noun, tuple(parameters.items()), description)
 
@@ -130,15 +144,19 @@ def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
     for name, value in arguments.items():
         clauses = _CONVEYED[name] if name in _CONVEYED and dice.chance(0.5) else (dice.pick(_GIVEN),)
         clause = dice.choice(clauses)
-        if not dice.held_out and dice.chance(0.6):
+        if not dice.held_out and dice.chance(0.75):
             clause = frame(dice, "given", _GIVEN.unseen, capital=False)
         given.append(clause.format(f=name, v=value))
+    first = given[:1]
     dice.shuffle(given)
+    if not dice.held_out and dice.chance(0.4):  # what is said last is then not the last argument
+        given = [clause for clause in given if clause not in first] + first
     template = dice.pick(_FILLED if given else _BARE)
     if not dice.held_out and dice.chance(0.6):
         template = frame(dice, "command", _FILLED.unseen | frozenset(_BARE.final), "start" if given else "bare")
     verb = dice.choice(_VERBS[tool.verb]) if dice.chance(0.4) else tool.verb
-    text = template.format(v=verb, V=verb.capitalize(), n=tool.noun, p=dice.choice((", ", " and ", " ")).join(given))
+    joints = _JOINTS if dice.held_out or dice.chance(0.7) else _MORE_JOINTS
+    text = template.format(v=verb, V=verb.capitalize(), n=tool.noun, p=dice.choice(joints).join(given))
     return asked(dice, text[0].upper() + text[1:]), arguments
 
 
