@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lockstep.moe.layer import Gate
+from lockstep.kernels.sublayers import add_norm
+from lockstep.moe.layer import Gate, MoELayer
 from lockstep.parallel.collectives import Collectives
 
 from .greedy_prompts import load_prompts
@@ -31,9 +32,8 @@ def certain(path: Path, family: str) -> list[list[int]]:
     """What every prompt of the family gets alone, up to the first close choice."""
     model = load_local(path, torch.float32)
     close: list[Tensor] = []
-    gates = [module for module in model.modules() if isinstance(module, Gate)]
-    for gate in gates:
-        gate.register_forward_hook(lambda gate, inputs, output: close.append(turns(gate, inputs[0], output[0])))
+    for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
+        layer.register_forward_hook(lambda layer, inputs, _: close.append(turns(layer.gate, add_norm(model.ops, *inputs)[1])))
     found = []
     for prompt in prompts_of(family):
         tokens = Driver(build_executor(path, kv_format="fp8"), [Request(prompt, NUM_NEW)]).run()[0]
@@ -46,13 +46,13 @@ def certain(path: Path, family: str) -> list[list[int]]:
     return found
 
 
-def turns(gate: Gate, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+def turns(gate: Gate, x_TD: Tensor) -> Tensor:
     """[T] whether a little noise on its input makes the gate choose other experts."""
     generator = torch.Generator().manual_seed(0)
     size_T1 = x_TD.std(-1, keepdim=True)
     noisy = (x_TD + ROUTER_NOISE * size_T1 * torch.randn(x_TD.shape, generator=generator) for _ in range(ROUTER_DRAWS))
-    chosen = [type(gate).forward(gate, x)[0].sort(-1).values for x in noisy]
-    return torch.stack([(ids != ids_TK.sort(-1).values).any(-1) for ids in chosen]).any(0)
+    ids_TK, *chosen = (gate(x)[0].sort(-1).values for x in (x_TD, *noisy))
+    return torch.stack([(ids != ids_TK).any(-1) for ids in chosen]).any(0)
 
 
 def continue_over_fp8(collectives: Collectives, paths: dict[str, Path], dispatch: str) -> dict[str, list[list[int]]]:
