@@ -2,8 +2,8 @@
 
 On a CPU a single-threaded worker for each core shares in the work of every step (products run in bf16, which cores with
 AVX512-BF16 or AMX do quickly); where there is a GPU one worker uses it. Every batch is a function of (seed, step, worker).
-The learning rate is constant until decay is asked for, by ``--decay MINUTES`` or by writing the minutes into ``state/decay``
-while it runs: it then falls to zero in that time and training ends; the state before is kept as ``before-decay.pt``.
+The learning rate is constant until decay is asked for, by ``--decay MILLIONS`` or by writing the number into ``state/decay`` while it runs:
+it then falls to zero over so many million tokens and training ends; the state before is kept as ``before-decay.pt``.
 Started again, it goes on from the last state, or from the one or the checkpoint that ``--resume`` names.
 """
 
@@ -45,8 +45,8 @@ JUDGED_LENGTH = 1500
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line sets. ``batch``: tokens of a worker in a step; ``decay`` in minutes, ``judge_every`` and ``save_every``
-    in seconds; ``resume``: the state to go on from, None for the last."""
+    """What the command line sets. ``batch``: tokens of a worker in a step; ``decay`` in millions of tokens, ``judge_every`` and
+    ``save_every`` in seconds; ``resume``: the state to go on from, None for the last."""
 
     workers: int
     batch: int
@@ -84,7 +84,7 @@ class Trainer:
             gate.counts_E = torch.zeros_like(gate.counts_E)  # this worker's own
         self.packer = Packer(STATE)
         self.step, self.tokens_seen = int(shared.decided[0]), int(shared.decided[1])
-        self.decay_from, self.decay_seconds = 0.0, 0.0
+        self.decay_from, self.decay_tokens = 0, 0.0
         self.rate = 1.0
 
     def run(self) -> None:
@@ -123,16 +123,16 @@ class Trainer:
         return bool(self.shared.decided[3]), bool(self.shared.decided[4])
 
     def _begin_decay(self) -> None:
-        minutes = self.settings.decay or _read_decay()
-        if minutes and not self.decay_seconds:
+        millions = self.settings.decay or _read_decay()
+        if millions and not self.decay_tokens:
             self.save("before-decay.pt")
-            self.decay_from, self.decay_seconds = time.monotonic(), 60 * minutes
-            self._say(f"the rate falls to zero in {minutes:g} minutes from step {self.step} on")
+            self.decay_from, self.decay_tokens = self.tokens_seen, 1e6 * millions
+            self._say(f"the rate falls to zero over {millions:g} M tokens from step {self.step} on")
 
     def _now(self) -> float:
         """The part of the learning rate that holds at this step."""
         rate = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        return rate * max(0.0, 1 - (time.monotonic() - self.decay_from) / self.decay_seconds) if self.decay_seconds else rate
+        return rate * max(0.0, 1 - (self.tokens_seen - self.decay_from) / self.decay_tokens) if self.decay_tokens else rate
 
     # ----------------------------------------------------------------- a step
 
@@ -287,7 +287,7 @@ def _parse() -> tuple[Settings, Path | None]:
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
     parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest conversation")
-    parser.add_argument("--decay", type=float, default=0.0, help="minutes of the decay, which begins at once")
+    parser.add_argument("--decay", type=float, default=0.0, help="million tokens of the decay, which begins at once")
     parser.add_argument("--judge-every", type=float, default=240.0, help="seconds")
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds")
     parser.add_argument("--resume", type=Path, help="state, or folder of a checkpoint, to go on from; the last state by default")
