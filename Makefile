@@ -37,6 +37,7 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: setup $(TYPING)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -134,9 +134,8 @@ def bare(pipe: Connection, chunk: bytes, counter: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         pipe.send(listener.getsockname()[1])
         writing = asyncio.create_task(app.write())
-        await uvicorn.Server(
-            uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False)
-        ).serve([listener])
+        config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False)
+        await uvicorn.Server(config).serve([listener])
         writing.cancel()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -289,7 +288,7 @@ def sample_chunk(per_chunk: int) -> bytes:
     """A chunk of the size the frontend writes."""
     text = "lazy " * per_chunk
     shared = b'{"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"tiny"'
-    return b"data: %s,\"choices\":[{\"index\":0,\"delta\":{\"content\":\"%s\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n" % (
+    return b'data: %s,"choices":[{"index":0,"delta":{"content":"%s"},"logprobs":null,"finish_reason":null}]}\n\n' % (
         shared,
         text.encode(),
     )

@@ -111,9 +111,7 @@ def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float,
     )
 
 
-def attend_extend(
-    queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, most_queries: int = _ANY_NUMBER
-) -> None:
+def attend_extend(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, most_queries: int = _ANY_NUMBER) -> None:
     """The rows after ``num_decode`` that have at most so many tokens; the others are left alone."""
     num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
     if num_tokens <= 0 or not num_rows:

@@ -31,9 +31,7 @@ def experts(
     return experts_tiled(x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tiles.of_experts(len(slots_M), len(w13_SFD)))
 
 
-def experts_tiled(
-    x_ND: Tensor, pairs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], counts_S: Tensor, tile: ExpertTile
-) -> Tensor:
+def experts_tiled(x_ND: Tensor, pairs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], counts_S: Tensor, tile: ExpertTile) -> Tensor:
     """``experts`` with ``pairs`` (rows_M, slots_M), ``weights`` (w13_SFD, w2_SDF) and a tile."""
     (rows_M, slots_M), (w13_SFD, w2_SDF) = pairs, weights
     check_dtype(x_ND, "experts: x")

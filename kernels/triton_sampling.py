@@ -83,9 +83,7 @@ def edit_mask(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor) -> None:
 
 def edit_penalties(logits_RV: Tensor, counted: tuple[Tensor, Tensor, Tensor], penalties: tuple[Tensor, Tensor, Tensor]) -> None:
     """Penalises in place. ``counted``: rows_N, tokens_N, output_counts_N int64. ``penalties``: repetition, presence, frequency [R]."""
-    _penalty_kernel[_edit_grid(counted[0])](
-        logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM
-    )
+    _penalty_kernel[_edit_grid(counted[0])](logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM)
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:

@@ -93,9 +93,7 @@ class RayNodes:
         answers = self._each("its calls to others", ask, ANSWER_SECONDS + 2 * CONNECT_SECONDS + SEND_SECONDS)
         return {(link.source, link.target): link for links in answers.values() for link in links}
 
-    def _each(
-        self, what: str, ask: Callable[[Node, Any], Any], seconds: float, only: dict[Node, Any] | None = None
-    ) -> dict[Node, Any]:
+    def _each(self, what: str, ask: Callable[[Node, Any], Any], seconds: float, only: dict[Node, Any] | None = None) -> dict[Node, Any]:
         """The answers of all nodes, asked at once; one that fails is not asked again."""
         refs = {node: ask(node, prober) for node, prober in (self._probers if only is None else only).items()}
         end = time.monotonic() + seconds

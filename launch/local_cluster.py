@@ -63,4 +63,3 @@ class LocalCluster:
 
     def _place(self, child: Child) -> Place:
         return Place(socket.gethostname(), child.pid, str(child.log))
-

@@ -104,7 +104,7 @@ def test_it_runs_where_torch_is_not_installed(tmp_path: Path) -> None:
     assert broken.returncode == 1, "the check can fail"
 
 
-def test_model_dimensions_come_from_the_model_where_it_is(tmp_path: Path) -> None:
+def test_model_dimensions_come_from_the_model_where_it_is() -> None:
     demo = ROOT / "recipes" / "demo" / "model"
     assert plan_of("qwen3-30b-a3b-1xh100").setup.shape.family == "qwen3_moe"
     found = plan_of("qwen3-30b-a3b-1xh100", f"model.path={demo}", "model.max_len=auto")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -84,7 +83,7 @@ def test_what_cannot_run_is_still_refused_by_default() -> None:
         parse_recipe(text)
 
 
-def test_installed_copies_have_them(tmp_path: Path) -> None:
+def test_installed_copies_have_them() -> None:
     text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
     for pattern in ("*.yaml", "hardware/*.yaml", "configs/*/config.json"):
         assert f'"{pattern}"' in text and list(FOLDER.glob(pattern))

@@ -92,7 +92,7 @@ def test_the_death_of_a_frontend_ends_its_streams_alone(two: Served) -> None:
     two.assert_clean()
 
 
-def test_a_frontend_that_hangs_is_replaced_and_its_connections_are_answered(two: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frontend_that_hangs_is_replaced_and_its_connections_are_answered(two: Served) -> None:
     two.launcher.look()
     os.kill(two.launcher.pid_of("frontend 0"), signal.SIGSTOP)
     answers: list[int] = []
