@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.fp8 import BLOCK
+from ..kernels.fp8_format import BLOCK
 from ..kernels.kv_format import parse_format
 from ..moe.config import MoEConfig
 from ..moe.dispatch import Dispatcher

@@ -17,7 +17,8 @@ from .bench_attention import attention_cases
 from .bench_call import PAGE_SIZE, Call, Case, random
 from .bench_rivals import convert_e4m3, grouped_mm, scaled_grouped_mm, vllm_experts
 from .bench_sampler import sampler_cases
-from .fp8 import BLOCK, Quantised, from_e4m3
+from .fp8 import Quantised, from_e4m3
+from .fp8_format import BLOCK
 from .gate import GateCounts, Routing
 from .kv_format import head_entry, latent_entry
 from .rope import HeadNorms, angles, frequencies

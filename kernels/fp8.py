@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128
-KERNEL_BLOCK = (BLOCK, BLOCK)  # rows and columns of a block of weights that kernels take
+from .fp8_format import BLOCK, KERNEL_BLOCK
+
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST_SCALE = 1e-12  # a group of zeros is not divided by zero
 _BAND = 8  # blocks of rows widened at once

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8 import BLOCK, Quantised
+from .fp8 import Quantised
+from .fp8_format import BLOCK
 from .triton_experts import block_and_tile
 from .triton_fp8 import eight_bits, group_scales
 from .triton_grouping import group_pairs

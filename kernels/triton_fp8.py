@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8 import BLOCK, LARGEST, LEAST_SCALE, Quantised
+from .fp8 import LARGEST, LEAST_SCALE, Quantised
+from .fp8_format import BLOCK
 from .triton_target import check_dtype, interpreted, power_of_two
 
 # What kernels may name must be a constant of their language.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..engine.specs import Layout
+from ..kernels.fp8_format import BLOCK
 from ..kernels.kv_format import KvFormat
 from .hardware import Hardware
 from .plan_model import Shape
@@ -13,8 +14,8 @@ from .recipe import Recipe
 from .specs import dispatch_of, dtype_of, fp8_experts_of, kv_format_of
 
 _ITEM = {"fp32": 4, "bf16": 2}
-# Bytes per value of a matrix: fp8 with a float32 scale per 128 x 128 values, NVFP4 with a byte per 16.
-_STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "nvfp4": 0.5 + 1 / 16}
+# Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
+_STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / BLOCK**2, "nvfp4": 0.5 + 1 / 16}
 
 
 @dataclass(frozen=True)

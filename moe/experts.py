@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fp8 import BLOCK, Quantised
+from ..kernels.fp8 import Quantised
+from ..kernels.fp8_format import BLOCK
 from ..kernels.sublayers import GateWeights, Here, Residual, RowNorm, route_through
 from ..kernels.table import Ops, SlotWeights
 from .config import MoEConfig

@@ -12,12 +12,12 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from ...kernels.fp8_format import KERNEL_BLOCK
 from ...kernels.kv_format import KvFormat, entry_bytes, head_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_KERNEL_BLOCK = (128, 128)  # kernels/fp8.py
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class ModelConfig:
     @property
     def kernel_fp8(self) -> bool:
         """Whether matrices are in FP8 in the blocks that kernels take, so that experts may stay in it."""
-        return self.fp8_block == _KERNEL_BLOCK
+        return self.fp8_block == KERNEL_BLOCK
 
     def kv_shapes(self, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
         """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and values. MLA: the latent."""
