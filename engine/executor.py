@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.paged import build_batch
-from ..kernels.sampling import Purpose, allow_only, uniform
+from ..kernels.sampling import Purpose, uniform
 from ..moe.dispatch import Dispatcher
 from ..moe.phase_clock import HostClock, PhaseClock
 from ..parallel.collectives import CollectiveError, Collectives
@@ -235,7 +235,7 @@ class Executor:
         if edits is not None:
             ops.edit_logits(logits_RV, edits)
         if masks is not None:
-            allow_only(logits_RV, *masks.take(settings.slots))
+            ops.allow_only(logits_RV, *masks.take(settings.slots))
         greedy = not len(params.drawn_S)
         uniform_R = np.zeros(len(positions)) if greedy else uniform(settings.seed, positions, Purpose.SAMPLE)
         tokens = ops.sample(logits_RV, params, uniform_R).cpu().numpy()

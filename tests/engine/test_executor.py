@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lockstep.engine.executor import Executor
+from lockstep.engine.slots import Int32, Int64
 from lockstep.engine.types import Admit, Header, Mode, Sampling, Section, StepPlan
 from support.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.hand_plans import GREEDY, PAGE_SIZE, Driver, Request, build_executor
@@ -185,6 +186,29 @@ def test_bias(qwen: Path) -> None:
     assert tokens == [[77] * 5, _alone(qwen, Request(prompts[1], 5))]
 
 
+OPS = ["edit_logits", "allow_only", "sample", "logprobs"]
+
+
+class OneToken:
+    """Grammars and masks by which every row may sample ``ONLY``."""
+
+    ONLY = 70
+
+    def begin(self, slots: Int64) -> OneToken:
+        return self
+
+    def take(self, slots: Int64) -> tuple[Int64, Int32]:
+        bits = np.zeros((len(slots), 10), np.int32)
+        bits[:, self.ONLY // 32] = 1 << self.ONLY % 32
+        return np.arange(len(slots)), bits
+
+    def rebase(self, staged_from: int) -> None: ...
+
+    def admit(self, slot: int, staged: int, stop_ids: Int32) -> None: ...
+
+    def observe(self, slots: Int64, tokens: Int64) -> None: ...
+
+
 def test_tokens_are_drawn_by_the_column_of_the_model(qwen: Path) -> None:
     executor = build_executor(qwen)
     model, called = executor.model, []
@@ -193,10 +217,11 @@ def test_tokens_are_drawn_by_the_column_of_the_model(qwen: Path) -> None:
         real = getattr(model.ops, name)
         return lambda *arguments: (called.append(name), real(*arguments))[1]
 
-    model.ops = dataclasses.replace(model.ops, **{name: noted(name) for name in ("edit_logits", "sample", "logprobs")})
+    model.ops = dataclasses.replace(model.ops, **{name: noted(name) for name in OPS})
+    executor._parts = dataclasses.replace(executor._parts, grammars=OneToken())
     sampling = Sampling(temperature=0.0, num_logprobs=1, presence_penalty=1.0)
-    Driver(executor, [Request(_prompts(1)[0], 2, sampling)]).run()
-    assert called == ["edit_logits", "sample", "logprobs"] * 2
+    assert Driver(executor, [Request(_prompts(1)[0], 2, sampling)]).run() == [[OneToken.ONLY] * 2]
+    assert called == OPS * 2
 
 
 def test_empty_steps_counts_and_checksums(qwen: Path) -> None:
