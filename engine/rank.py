@@ -14,8 +14,7 @@ from ..moe.config import MoEConfig
 from ..moe.dispatch import Dispatcher
 from ..moe.dispatch_all_gather import AllGatherDispatcher
 from ..moe.dispatch_all_to_all import AllToAllDispatcher
-from ..moe.dispatch_local import LocalDispatcher
-from ..moe.phase_clock import TimedDispatcher, clock_for
+from ..moe.phase_clock import PhaseClock, TimedExchange, TimedLocal, clock_for
 from ..moe.placement import Placement, contiguous
 from ..parallel.collectives import Collectives, connect_store
 from ..parallel.mesh import Mesh
@@ -69,7 +68,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     store = connect_store(spec.store_host, spec.store_port, spec.collective_deadline) if mesh.experts > 1 else None
     name = f"experts of stage {here.stage}"
     collectives = Collectives(name, here.expert, mesh.experts, store, spec.collective_deadline, device)
-    dispatcher = TimedDispatcher(_dispatcher(spec.dispatch, placement, collectives, device), clock_for(device))
+    clock = clock_for(device)
+    dispatcher = _dispatcher(spec.dispatch, placement, collectives, device, clock)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
     page_bytes = bytes_per_page(config, spec.page_size, kv_format)
     model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts)
@@ -83,17 +83,17 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
     vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
     grammars = Grammars(vocabulary) if vocabulary is not None else None
-    parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, dispatcher.clock, expert_bytes, grammars)
+    parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, clock, expert_bytes, grammars)
     return Executor(parts, spec.max_running, max_len, layout.pipeline)
 
 
-def _dispatcher(kind: str, placement: Placement, collectives: Collectives, device: torch.device) -> Dispatcher:
+def _dispatcher(kind: str, placement: Placement, collectives: Collectives, device: torch.device, clock: PhaseClock) -> Dispatcher:
     if kind == "all_gather":
-        return AllGatherDispatcher(placement, collectives, device)
+        return TimedExchange(AllGatherDispatcher(placement, collectives, device), clock)
     if kind == "all_to_all" and device.type == "cpu":
-        return AllToAllDispatcher(placement, collectives, device)
+        return TimedExchange(AllToAllDispatcher(placement, collectives, device), clock)
     if kind == "local" and collectives.size == 1:
-        return LocalDispatcher(placement, device)
+        return TimedLocal(placement, device, clock)
     raise ValueError(
         f"experts.dispatch = {kind}, on {device} with {collectives.size} ranks: allowed are all_gather, "
         "all_to_all on a CPU (it counts on the host), and local for one rank"

@@ -1,6 +1,6 @@
 """What the steps of a group add up to, for the metrics: kept as arrays on the step thread, packed when a state is sent.
 
-Suffixes: D data indices, W ranks, L MoE layers, P phases of a layer's exchange.
+Suffixes: D data indices, W ranks, L MoE layers, P phases of such a layer.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..moe.phases import PHASES
 from .slots import Int64
 from .specs import Layout
 from .types import Header, StepResult, Totals
 
-PHASES = ("dispatch", "expert", "combine")
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 PLAN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.008, 0.016, 0.05, 0.1, 0.5)
 

@@ -179,7 +179,7 @@ class StepResult(Message, tag="result", frozen=True):
     ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty: one each).
     ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is the time of the step
     on the rank, ``waited`` the part of it spent waiting in collectives. ``expert_i64`` are token counts
-    [layer, own slot], empty unless asked for, and ``phases_f32`` the seconds spent in dispatch, experts and combine; both are of
+    [layer, own slot], empty unless asked for, and ``phases_f32`` the seconds spent in each of ``moe.phases``; both are of
     all steps since they were last asked for.
     """
 

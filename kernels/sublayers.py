@@ -152,6 +152,12 @@ def attention_sublayer(ops: Ops, residual: Residual, norm: RowNorm, heads: Group
     return x_TD, ops.linear(out_THE.flatten(1), heads.out.weight, heads.out.bias)
 
 
+def choose_experts(ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum so far, its norm, and the experts that the gate chooses for that: ids_TC int64 and weights_TC float32."""
+    x_TD, normed_TD = add_norm(ops, residual, norm)
+    return x_TD, normed_TD, *ops.gate(normed_TD, gate.weight, gate.bias, gate.routing)
+
+
 def experts_sublayer(
     ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights, weights: tuple[Any, Any], here: Here
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +174,6 @@ def route_through(
     ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights, slots_L: Tensor, run: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``experts_sublayer`` with any experts: ``run`` takes x_TD and slots_M and returns y_MD, unweighted."""
-    x_TD, normed_TD = add_norm(ops, residual, norm)
-    ids_TC, weights_TC = ops.gate(normed_TD, gate.weight, gate.bias, gate.routing)
+    x_TD, normed_TD, ids_TC, weights_TC = choose_experts(ops, residual, norm, gate)
     y_MD = run(normed_TD, slots_L.index_select(0, ids_TC.view(-1)))
     return x_TD, normed_TD, ops.weighted_sum(y_MD.view(*ids_TC.shape, y_MD.shape[1]), weights_TC)

@@ -1,8 +1,10 @@
-"""The dispatch seam: tokens travel to the ranks of their experts and the experts' outputs travel back.
+"""The dispatch seam: tokens meet their experts, wherever those live. A dispatcher is one of two kinds.
 
-Where ``here`` says that nothing travels, a layer computes all at once. Otherwise it calls ``dispatch`` (the exchange starts), does what
-it can meanwhile, calls ``receive``, runs its experts and calls ``combine``. Every rank makes the same calls in the same order in every
-step, with or without tokens of its own.
+``LocalDispatcher``: all experts of a layer live on this rank, nothing travels, and the layer is computed at once.
+
+``Exchange``: tokens travel to the ranks of their experts and the experts' outputs travel back. A layer calls ``dispatch`` (the exchange
+starts), does what it can meanwhile, calls ``receive``, runs its experts and calls ``combine``. Every rank makes the same calls in the
+same order in every step, with or without tokens of its own.
 
 Suffixes: T own tokens, K choices per token, D hidden, N received tokens (padded ones included), M pairs (token, choice)
 for the experts of this rank, L MoE layers, S expert slots of this rank.
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..kernels.sublayers import Here
+from .dispatch_local import LocalDispatcher
 from .placement import Placement
 
 
@@ -37,18 +39,19 @@ class Received:
     slots_M: Tensor
 
 
-class Dispatcher(Protocol):
-    """What an exchange must offer. ``counts_LS`` int64 on the device: tokens met by every own slot since it was last zeroed."""
+class Exchange(Protocol):
+    """What a way for tokens to travel must offer."""
 
-    placement: Placement
-    counts_LS: Tensor
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def counts_LS(self) -> Tensor:
+        """int64 on the device: tokens met by every own slot since it was last zeroed."""
+        ...
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         """Announces a step: T of every layer, and the bound on T over all ranks."""
-        ...
-
-    def here(self, layer: int, num_tokens: int, top_k: int) -> Here | None:
-        """Where the experts of a layer are, if all live on this rank."""
         ...
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
@@ -63,3 +66,6 @@ class Dispatcher(Protocol):
         """Returns [T, D]: the experts' outputs y_MD (unweighted, in the order of ``Received``) on their own ranks again,
         weighted and summed in float32 in the order of k."""
         ...
+
+
+Dispatcher = LocalDispatcher | Exchange

@@ -35,9 +35,6 @@ class AllGatherDispatcher:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity
 
-    def here(self, layer: int, num_tokens: int, top_k: int) -> None:
-        """Tokens travel."""
-
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         num_tokens, top_k = ids_TK.shape
         x_CD = x_TD.new_zeros(self._capacity, x_TD.shape[1])

@@ -52,9 +52,6 @@ class AllToAllDispatcher:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity
 
-    def here(self, layer: int, num_tokens: int, top_k: int) -> None:
-        """Tokens travel."""
-
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         ranks_TK, slots_TK = np.divmod(self.placement.homes_LE[layer][ids_TK.numpy()], self.placement.num_slots)
         hit_WT = np.zeros((self._collectives.size, len(ranks_TK)), np.bool_)
@@ -64,7 +61,7 @@ class AllToAllDispatcher:
         rows = pack(x_TD[torch.from_numpy(tokens)], torch.from_numpy(slots_NK))
         what = f"tokens of MoE layer {layer}"
         if self._capacity * rows.shape[1] <= _PADDED_BYTES:
-            pending, arriving = self._send_padded(rows, targets, hit_WT, slots_NK.shape[1], what)
+            pending, arriving = self._send_padded(rows, targets, hit_WT, what)
         else:
             pending, arriving = self._send_counted(rows, hit_WT.sum(1), what)
         exchange = _Exchange(pending, ranks_TK, x_TD.shape[1], x_TD.dtype, arriving, [])
@@ -93,9 +90,7 @@ class AllToAllDispatcher:
         y_PD = y_PD[torch.from_numpy(place)]
         return self._weighted_sum(y_PD.view(*exchange.ranks_TK.shape, exchange.hidden), handle.weights_TK)
 
-    def _send_padded(
-        self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_], top_k: int, what: str
-    ) -> tuple[Pending, list[int]]:
+    def _send_padded(self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_], what: str) -> tuple[Pending, list[int]]:
         """``capacity`` rows for everybody; rows beyond those sent have no slots."""
         size = self._collectives.size
         padded = rows.new_full((size * self._capacity, rows.shape[1]), 0xFF)  # the bits of EMPTY

@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts layer: norm, gate, exchange, experts, shared experts."""
+"""A Mixture-of-Experts layer: norm, gate, dispatch, experts, shared experts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.gate import Routing
-from ..kernels.sublayers import GateWeights, Residual, RowNorm, add_norm
+from ..kernels.sublayers import GateWeights, Here, Residual, RowNorm, choose_experts
 from ..kernels.table import Ops
 from .config import MoEConfig
 from .dispatch import Dispatcher
+from .dispatch_local import LocalDispatcher
 from .experts import Experts, Fp8Experts
 
 
 class Gate(nn.Module):
-    """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32 whatever the model's dtype."""
+    """What chooses experts, by ``kernels.sublayers.choose_experts``. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32
+    whatever the model's dtype."""
 
-    def __init__(self, config: MoEConfig, device: torch.device, ops: Ops) -> None:
+    def __init__(self, config: MoEConfig, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden, device=device), requires_grad=False)
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.selection_bias:
             self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
-        self._ops = ops
         routing = Routing(
             top_k=config.top_k,
             scoring=config.scoring,
@@ -34,10 +35,6 @@ class Gate(nn.Module):
             group_quality=config.group_quality,
         )
         self.weights = GateWeights(self.weight, self.e_score_correction_bias, routing)
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ids_TK int64 and weights_TK float32."""
-        return self._ops.gate(x_TD, self.weights.weight, self.weights.bias, self.weights.routing)
 
 
 class _Weight(nn.Module):
@@ -85,7 +82,7 @@ class MoELayer(nn.Module):
         fp8_experts: bool = False,
     ) -> None:
         super().__init__()
-        self.gate = Gate(config, device, ops)
+        self.gate = Gate(config, device)
         num_slots = dispatcher.placement.num_slots
         plain = not fp8_experts
         self.experts = Experts(config, num_slots, dtype, device, ops) if plain else Fp8Experts(config, num_slots, device, ops)
@@ -97,17 +94,20 @@ class MoELayer(nn.Module):
 
     def forward(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:
         """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange. Shared experts run while tokens travel."""
-        here = self._dispatcher.here(self._layer, len(residual[0]), self._top_k)
-        if here is not None:
-            x_TD, normed_TD, routed_TD = self.experts.sublayer(residual, norm, self.gate.weights, here)
+        dispatcher = self._dispatcher
+        if isinstance(dispatcher, LocalDispatcher):
+
+            def compute(here: Here) -> tuple[Tensor, Tensor, Tensor]:
+                return self.experts.sublayer(residual, norm, self.gate.weights, here)
+
+            x_TD, normed_TD, routed_TD = dispatcher.run(self._layer, (len(residual[0]), self._top_k), compute)
             shared_TD = self._shared(normed_TD)
         else:
-            x_TD, normed_TD = add_norm(self._ops, residual, norm)
-            ids_TK, weights_TK = self.gate(normed_TD)
-            handle = self._dispatcher.dispatch(normed_TD, ids_TK, weights_TK, self._layer)
+            x_TD, normed_TD, ids_TK, weights_TK = choose_experts(self._ops, residual, norm, self.gate.weights)
+            handle = dispatcher.dispatch(normed_TD, ids_TK, weights_TK, self._layer)
             shared_TD = self._shared(normed_TD)
-            y_MD = self.experts(self._dispatcher.receive(handle), self._dispatcher.counts_LS[self._layer])
-            routed_TD = self._dispatcher.combine(y_MD, handle)
+            y_MD = self.experts(dispatcher.receive(handle), dispatcher.counts_LS[self._layer])
+            routed_TD = dispatcher.combine(y_MD, handle)
         return x_TD, routed_TD if shared_TD is None else routed_TD + shared_TD
 
     def _shared(self, x_TD: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How long the phases of an MoE layer take on this rank: around any dispatcher, so that neither it nor the layer has to know.
+"""How long the phases of an MoE layer take on this rank: around a dispatcher of either kind, so that the layer does not have to know.
 
 On a GPU the times are those of the device, taken by events in one step of many and read when they have long passed: nothing waits.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels.sublayers import Here
-from .dispatch import Dispatcher, Handle, Received
+from .dispatch import Exchange, Handle, Received
+from .dispatch_local import LocalDispatcher
+from .phases import COMBINE, DISPATCH, EXPERT, PHASES
 from .placement import Placement
 
-NUM_PHASES = 3
-DISPATCH, EXPERT, COMBINE = range(NUM_PHASES)
+_T = TypeVar("_T")
 
 
 class PhaseClock(Protocol):
@@ -30,7 +31,7 @@ class PhaseClock(Protocol):
     def lap(self, phase: int) -> None: ...
 
     def take(self) -> list[float]:
-        """Seconds [dispatch, expert, combine] since the last call, as far as they are known."""
+        """Seconds of PHASES since the last call, as far as they are known."""
         ...
 
 
@@ -40,7 +41,7 @@ class HostClock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._last = 0.0
-        self._seconds = [0.0] * NUM_PHASES
+        self._seconds = [0.0] * len(PHASES)
 
     def begin_step(self) -> None:
         """Every step is measured."""
@@ -54,7 +55,7 @@ class HostClock:
         self._last = now
 
     def take(self) -> list[float]:
-        taken, self._seconds = self._seconds, [0.0] * NUM_PHASES
+        taken, self._seconds = self._seconds, [0.0] * len(PHASES)
         return taken
 
 
@@ -85,7 +86,7 @@ class DeviceClock:
             self._laps.append((phase, before, self._last))
 
     def take(self) -> list[float]:
-        seconds = [0.0] * NUM_PHASES
+        seconds = [0.0] * len(PHASES)
         if all(end.query() for _, _, end in self._laps):
             for phase, start, end in self._laps:
                 seconds[phase] += start.elapsed_time(end) * 1e-3 * max(1, self._steps)
@@ -98,51 +99,57 @@ def clock_for(device: torch.device) -> PhaseClock:
     return DeviceClock() if device.type == "cuda" else HostClock()
 
 
-class TimedDispatcher:
-    """A dispatcher and the clock that runs beside it. The experts' time is what lies between ``receive`` and ``combine``."""
+class TimedLocal(LocalDispatcher):
+    """A local dispatcher and the clock that runs beside it. A layer being one call, all of it is the experts' time."""
 
-    def __init__(self, inner: Dispatcher, clock: PhaseClock) -> None:
+    def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock) -> None:
+        super().__init__(placement, device)
+        self._clock = clock
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        self._clock.begin_step()
+        super().begin_step(num_tokens, capacity)
+
+    def run(self, layer: int, shape: tuple[int, int], compute: Callable[[Here], _T]) -> _T:
+        self._clock.mark()
+        output = super().run(layer, shape, compute)
+        self._clock.lap(EXPERT)
+        return output
+
+
+class TimedExchange:
+    """An exchange and the clock that runs beside it. The experts' time is what lies between ``receive`` and ``combine``."""
+
+    def __init__(self, inner: Exchange, clock: PhaseClock) -> None:
         self._inner = inner
-        self.clock = clock
+        self._clock = clock
 
     @property
     def placement(self) -> Placement:
         return self._inner.placement
 
-    @placement.setter
-    def placement(self, placement: Placement) -> None:
-        self._inner.placement = placement
-
     @property
     def counts_LS(self) -> Tensor:
         return self._inner.counts_LS
 
-    @counts_LS.setter
-    def counts_LS(self, counts_LS: Tensor) -> None:
-        self._inner.counts_LS = counts_LS
-
     def begin_step(self, num_tokens: int, capacity: int) -> None:
-        self.clock.begin_step()
+        self._clock.begin_step()
         self._inner.begin_step(num_tokens, capacity)
 
-    def here(self, layer: int, num_tokens: int, top_k: int) -> Here | None:
-        """Where nothing travels no phase is told from another."""
-        return self._inner.here(layer, num_tokens, top_k)
-
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        self.clock.mark()
+        self._clock.mark()
         handle = self._inner.dispatch(x_TD, ids_TK, weights_TK, layer)
-        self.clock.lap(DISPATCH)
+        self._clock.lap(DISPATCH)
         return handle
 
     def receive(self, handle: Handle) -> Received:
-        self.clock.mark()
+        self._clock.mark()
         received = self._inner.receive(handle)
-        self.clock.lap(DISPATCH)
+        self._clock.lap(DISPATCH)
         return received
 
     def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
-        self.clock.lap(EXPERT)
+        self._clock.lap(EXPERT)
         output = self._inner.combine(y_MD, handle)
-        self.clock.lap(COMBINE)
+        self._clock.lap(COMBINE)
         return output

@@ -8,12 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..step_totals import PHASES, PLAN_SECONDS, STEP_TOKENS
+from ...moe.phases import PHASES
+from ..step_totals import PLAN_SECONDS, STEP_TOKENS
 from ..types import ClusterState, Totals
 from .histogram import Histogram
 
 LABELS = ("model_name", "engine")
 PREFIXES = ("vllm", "lockstep")
+
+_NOTHING_TRAVELS = "0 where all experts live on one rank"
+_PHASE_TEXTS = {
+    "dispatch": f"seconds a rank spent sending tokens to their experts' ranks and waiting for those sent to it; {_NOTHING_TRAVELS}",
+    "expert": "seconds a rank spent in its experts; where all live on one rank: from the norm before them to their sum, which is one call",
+    "combine": f"seconds a rank spent getting experts' outputs back to their tokens and adding them up; {_NOTHING_TRAVELS}",
+}
 
 
 def engine_metrics(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
@@ -118,8 +126,7 @@ def _ranks(state: ClusterState) -> Iterator[Metric]:
         yield _table(CounterMetricFamily, f"lockstep:{name}", f"{name.replace('_', ' ')} in steps", {"rank": column})
     phases_PW = np.frombuffer(totals.phases_f64, np.float64).reshape(-1, len(PHASES)).T
     for phase, seconds_W in zip(PHASES, phases_PW, strict=True):
-        text = f"seconds a rank spent in {phase} of its MoE layers"
-        yield _table(CounterMetricFamily, f"lockstep:{phase}_seconds", text, {"rank": _column(seconds_W)})
+        yield _table(CounterMetricFamily, f"lockstep:{phase}_seconds", _PHASE_TEXTS[phase], {"rank": _column(seconds_W)})
 
 
 def _experts(state: ClusterState) -> Iterator[Metric]:

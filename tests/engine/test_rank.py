@@ -47,9 +47,12 @@ def test_a_rank_serves_and_stops(path: Path, controller: MockController) -> None
     section = Section(rebase=True, admit=(admit,), extend_pairs=_i32(2, len(prompt)), publish_i32=_i32(9), publish_h128=b"h" * 16)
     tokens: list[int] = []
     for step in range(5):
-        controller.send(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 64), section if step == 0 else Section()))
-        tokens += np.frombuffer(controller.receive("step").tokens_i32, np.int32).tolist()
+        controller.send(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 64, counts=step == 4), section if step == 0 else Section()))
+        result = controller.receive("step")
+        tokens += np.frombuffer(result.tokens_i32, np.int32).tolist()
     assert tokens == expected
+    dispatch, expert, combine = np.frombuffer(result.phases_f32, np.float32).tolist()
+    assert dispatch == combine == 0 < expert, "nothing travels, and the experts' time is counted all the same"
     controller.send(Stop("done"))
     process.join(10.0)
     assert process.exitcode == 0

@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lockstep.kernels.sublayers import Here
 from lockstep.moe.dispatch import Handle, Received
-from lockstep.moe.dispatch_local import LocalDispatcher
-from lockstep.moe.phase_clock import DeviceClock, HostClock, PhaseClock, TimedDispatcher
+from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
+from lockstep.moe.phase_clock import DeviceClock, HostClock, PhaseClock, TimedExchange, TimedLocal
 from lockstep.moe.placement import contiguous
+from lockstep.parallel.collectives import Collectives
+
+CPU = torch.device("cpu")
+ALONE = Collectives("alone", 0, 1, None, 1.0, CPU)
 
 
-class Slow(LocalDispatcher):
+class Slow(AllToAllDispatcher):
     """Takes 1 s to dispatch, 2 to receive, 5 to combine, by a clock that the test moves."""
 
     now = 0.0
@@ -32,8 +37,9 @@ class Slow(LocalDispatcher):
 
 
 def test_the_host_clock_splits_a_layer() -> None:
-    slow = Slow(contiguous(1, 2, 1), torch.device("cpu"))
-    timed = TimedDispatcher(slow, HostClock(lambda: slow.now))
+    slow = Slow(contiguous(1, 2, 1), ALONE, CPU)
+    clock = HostClock(lambda: slow.now)
+    timed = TimedExchange(slow, clock)
     for layers in (1, 2):
         timed.begin_step(3, 4)
         for _ in range(layers):
@@ -41,10 +47,27 @@ def test_the_host_clock_splits_a_layer() -> None:
             slow.now += 100  # shared experts: nobody's
             received = timed.receive(handle)
             slow.now += 4  # experts
-            assert timed.combine(received.x_ND, handle).shape == (3, 2)
+            assert timed.combine(received.x_ND[received.rows_M], handle).shape == (3, 2)
             slow.now += 1000  # attention of the next layer
-    assert timed.clock.take() == [9.0, 12.0, 15.0]
-    assert timed.clock.take() == [0.0, 0.0, 0.0]
+    assert clock.take() == [9.0, 12.0, 15.0]
+    assert clock.take() == [0.0, 0.0, 0.0]
+
+
+def test_where_nothing_travels_all_of_a_layer_is_the_experts_time() -> None:
+    now = 0.0
+    clock = HostClock(lambda: now)
+    timed = TimedLocal(contiguous(2, 3, 1), CPU, clock)
+
+    def compute(here: Here) -> Tensor:
+        nonlocal now
+        now += 4
+        return here.rows_M
+
+    timed.begin_step(2, 2)
+    for layer in range(2):
+        assert timed.run(layer, (2, 3), compute).tolist() == [0, 0, 0, 1, 1, 1]
+        now += 1000  # shared experts, and attention of the next layer
+    assert clock.take() == [0.0, 8.0, 0.0]
 
 
 class Event:

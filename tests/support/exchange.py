@@ -1,4 +1,4 @@
-"""A MoE exchange with given tokens, experts and weights: what dispatchers are compared by."""
+"""An MoE layer with given tokens, choices and weights: what dispatchers are compared by."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lockstep.kernels.cpu_experts import experts
-from lockstep.moe.dispatch import Dispatcher
+from lockstep.kernels.cpu_experts import experts, weighted_sum
+from lockstep.kernels.sublayers import Here
 from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
 from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
 from lockstep.moe.dispatch_local import LocalDispatcher
@@ -19,6 +19,7 @@ from lockstep.parallel.collectives import Collectives
 Kind = Literal["local", "all_gather", "all_to_all"]
 
 HIDDEN, WIDTH, LAYERS = 32, 24, 2
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,21 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
     """The combined output of this rank's tokens in every layer, and its counts."""
     rank, size = collectives.index, collectives.size
     placement = contiguous(LAYERS, case.num_experts, size)
-    dispatcher = _dispatcher(kind, placement, collectives)
     start = sum(case.tokens[:rank]) if size > 1 else 0
     stop = start + case.tokens[rank] if size > 1 else sum(case.tokens)
     x, ids, weights = (part[start:stop] for part in case.inputs())
     w13, w2 = case.weights(placement.experts_of(rank, 0))
     outputs = []
+    if kind == "local":
+
+        def compute(here: Here) -> Tensor:
+            y = experts(x, here.rows_M, here.slots_L[ids.flatten()], w13, w2, here.counts_S)
+            return weighted_sum(y.view(*ids.shape, HIDDEN), weights)
+
+        local = LocalDispatcher(placement, CPU)
+        local.begin_step(len(x), len(x))
+        return [local.run(layer, (len(x), case.top_k), compute) for layer in range(LAYERS)], local.counts_LS
+    dispatcher = (AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher)(placement, collectives, CPU)
     dispatcher.begin_step(len(x), case.capacity if size > 1 else len(x))
     for layer in range(LAYERS):
         handle = dispatcher.dispatch(x, ids, weights, layer)
@@ -75,11 +85,3 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
 def run_cases(collectives: Collectives, cases: list[Case], kinds: tuple[Kind, ...]) -> list[list[tuple[list[Tensor], Tensor]]]:
     """``run_case`` for every case and kind."""
     return [[run_case(case, kind, collectives) for kind in kinds] for case in cases]
-
-
-def _dispatcher(kind: Kind, placement: object, collectives: Collectives) -> Dispatcher:
-    device = torch.device("cpu")
-    if kind == "local":
-        return LocalDispatcher(placement, device)
-    chosen = AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher
-    return chosen(placement, collectives, device)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lockstep.kernels.sublayers import add_norm
-from lockstep.moe.layer import Gate, MoELayer
+from lockstep.kernels.sublayers import GateWeights, add_norm
+from lockstep.kernels.table import Ops
+from lockstep.moe.layer import MoELayer
 from lockstep.parallel.collectives import Collectives
 
 from .greedy_prompts import load_prompts
@@ -33,7 +34,9 @@ def certain(path: Path, family: str) -> list[list[int]]:
     model = load_local(path, torch.float32)
     close: list[Tensor] = []
     for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
-        layer.register_forward_hook(lambda layer, inputs, _: close.append(turns(layer.gate, add_norm(model.ops, *inputs)[1])))
+        layer.register_forward_hook(
+            lambda layer, inputs, _: close.append(turns(model.ops, layer.gate.weights, add_norm(model.ops, *inputs)[1]))
+        )
     found = []
     for prompt in prompts_of(family):
         tokens = Driver(build_executor(path, kv_format="fp8"), [Request(prompt, NUM_NEW)]).run()[0]
@@ -46,12 +49,12 @@ def certain(path: Path, family: str) -> list[list[int]]:
     return found
 
 
-def turns(gate: Gate, x_TD: Tensor) -> Tensor:
+def turns(ops: Ops, gate: GateWeights, x_TD: Tensor) -> Tensor:
     """[T] whether a little noise on its input makes the gate choose other experts."""
     generator = torch.Generator().manual_seed(0)
     size_T1 = x_TD.std(-1, keepdim=True)
     noisy = (x_TD + ROUTER_NOISE * size_T1 * torch.randn(x_TD.shape, generator=generator) for _ in range(ROUTER_DRAWS))
-    ids_TK, *chosen = (gate(x)[0].sort(-1).values for x in (x_TD, *noisy))
+    ids_TK, *chosen = (ops.gate(x, gate.weight, gate.bias, gate.routing)[0].sort(-1).values for x in (x_TD, *noisy))
     return torch.stack([(ids != ids_TK).any(-1) for ids in chosen]).any(0)
 
 
