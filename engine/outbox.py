@@ -30,7 +30,7 @@ class Outbox:
 
     entries: list[Entries] = field(default_factory=list)
     logprobs: dict[int, list[HandleLogprobs]] = field(default_factory=dict)
-    started: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    started: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     single: list[tuple[int, Message]] = field(default_factory=list)
 
     def end(self, frontend: int, handle: int, position: int, finish: Finish) -> None:
@@ -45,10 +45,8 @@ class Outbox:
         """Everything since the last call as (frontend, message), starts before tokens."""
         messages = self.single
         for frontend, starts in self.started.items():
-            handles, cached, data = (np.array(column) for column in zip(*starts, strict=True))
-            messages.append(
-                (frontend, Started(handles.astype(np.int64).tobytes(), cached.astype(np.int32).tobytes(), data.astype(np.int32).tobytes()))
-            )
+            handles, cached = zip(*starts, strict=True)
+            messages.append((frontend, Started(np.array(handles, np.int64).tobytes(), np.array(cached, np.int32).tobytes())))
         messages.extend(self._batches(step))
         self.entries, self.logprobs, self.started, self.single = [], {}, {}, []
         return messages

@@ -215,8 +215,7 @@ class Planner:
                 request = rows.request(data * rows.num_slots + admit.slot)
                 if not request.started:
                     request.started = True
-                    start = (request.handle, admit.num_cached, data)
-                    self.outbox.started.setdefault(request.frontend, []).append(start)
+                    self.outbox.started.setdefault(request.frontend, []).append((request.handle, admit.num_cached))
 
     def _queue_is_full(self) -> bool:
         group, waiting = self.group, len(self.group.queue)

@@ -13,13 +13,9 @@ from zmq.utils.monitor import recv_monitor_message
 from .chain import Chain, Verdict
 from .specs import RankSpec
 from .types import Abandoned, RankHello, Refused, Stage, Staged, StepPlan, StepResult, Stop, ToRankBulk, Unstage
-from .wire import client_socket, decode_plan, encode
+from .wire import ABSENCE_SECONDS, client_socket, decode_plan, encode, keep_watch, rank_identity
 
 _LOG = logging.getLogger(__name__)
-
-# A controller that neither closes its connection nor answers for this long is gone, as is one that stays away this long.
-HEARTBEAT_SECONDS = 2.0
-ABSENCE_SECONDS = 10.0
 
 _POLL_MILLISECONDS = 500
 _COMPILING_MILLISECONDS = 2  # between looks at a grammar that is being compiled
@@ -74,7 +70,7 @@ class RankSockets:
     """
 
     def __init__(self, spec: RankSpec, absence: float = ABSENCE_SECONDS, patience: float = 60.0) -> None:
-        identity = b"r%d" % spec.rank
+        identity = rank_identity(spec.rank)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.step = self._connect(spec, spec.step_address, identity)
         self.bulk = client_socket(self._context, zmq.DEALER, spec.keys, identity)
@@ -112,8 +108,7 @@ class RankSockets:
         return socket
 
     def _open(self, socket: zmq.Socket[bytes], address: str) -> None:
-        socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * HEARTBEAT_SECONDS))
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ABSENCE_SECONDS))
+        keep_watch(socket)
         socket.connect(address)
 
 

@@ -18,9 +18,8 @@ import zmq
 from .cost import Cost
 from .simulated import SimulatedRank
 from .specs import Keys, Layout
-from .transport import rank_identity
 from .types import RankHello, Stage, Staged, StepPlan, Stop, ToRankBulk
-from .wire import client_socket, decode_plan, encode
+from .wire import client_socket, decode_plan, encode, rank_identity
 
 
 class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):

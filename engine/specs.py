@@ -76,7 +76,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory: int | None
     ranks_per_host: int
     max_running: int
-    max_batch_tokens: int
     max_len: int | None
     dispatch: str
     device: str

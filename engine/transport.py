@@ -11,16 +11,11 @@ import zmq
 from .specs import ControllerSpec
 from .step_builder import Plan
 from .types import FromFrontend, FromRankBulk, FromRankStep, Message
-from .wire import authenticate, encode, server_socket
+from .wire import authenticate, encode, keep_watch, rank_identity, server_socket
 
 T = TypeVar("T")
 
 _MAX_DRAIN = 4096
-
-
-def rank_identity(rank: int) -> bytes:
-    """How a rank names itself to the ROUTER sockets."""
-    return b"r%d" % rank
 
 
 class Transport:
@@ -34,8 +29,7 @@ class Transport:
         for socket in sockets:
             # A second connection of the same name is the same peer come back after a broken link.
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
+            keep_watch(socket)
         self.addresses = tuple(f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets)
         self._poller = zmq.Poller()
         for socket in sockets:

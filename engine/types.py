@@ -150,9 +150,6 @@ class Section(Message, frozen=True):
     bucket: int = 0
 
 
-EMPTY_SECTION = Section()
-
-
 class StepPlan(Message, frozen=True):
     """A header and the section of the data index it is sent to. On the socket: two frames."""
 
@@ -361,11 +358,10 @@ class TokenBatch(Message, tag="tokens", frozen=True):
 
 
 class Started(Message, tag="started", frozen=True):
-    """Requests that have left the queue: parallel vectors of handle, cached prompt tokens, and data index."""
+    """Requests that have left the queue: parallel vectors of handle and cached prompt tokens."""
 
     handles_i64: bytes
     cached_i32: bytes
-    data_i32: bytes
 
 
 class Rejected(Message, tag="rejected", frozen=True):

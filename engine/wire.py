@@ -18,6 +18,9 @@ from .types import Header, Section, StepPlan
 
 T = TypeVar("T")
 
+ABSENCE_SECONDS = 10.0  # who neither closes a connection nor answers for this long is gone
+_HEARTBEAT_SECONDS = 2.0
+
 _encoder = msgspec.msgpack.Encoder()
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _section_decoder = msgspec.msgpack.Decoder(Section)
@@ -60,6 +63,17 @@ def client_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, keys: Keys
     socket.sndhwm = 0
     socket.rcvhwm = 0
     return socket
+
+
+def rank_identity(rank: int) -> bytes:
+    """How a rank names itself to the ROUTER sockets."""
+    return b"r%d" % rank
+
+
+def keep_watch(socket: zmq.Socket[bytes]) -> None:
+    """Before it binds or connects: connections end when the other side has not answered for ``ABSENCE_SECONDS``."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * _HEARTBEAT_SECONDS))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ABSENCE_SECONDS))
 
 
 class AllowedKeys:

@@ -210,7 +210,6 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         kv_memory=recipe.kv_cache.memory,
         ranks_per_host=recipe.cluster.ranks_per_node,
         max_running=recipe.scheduler.max_running,
-        max_batch_tokens=recipe.scheduler.max_batch_tokens,
         max_len=recipe.model.max_len,
         dispatch=site.dispatch,
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees the one GPU it was given

@@ -46,13 +46,3 @@ class Mesh:
         data, tensor = divmod(expert, self.tensor)
         assert rank == (stage * self.data + data) * self.tensor + tensor
         return Coordinates(stage, data, tensor, expert)
-
-    def expert_ranks(self, rank: int) -> list[int]:
-        """The ranks among which the experts of this rank's stage are spread, in the order of their expert index."""
-        start = self.coordinates(rank).stage * self.experts
-        return list(range(start, start + self.experts))
-
-    def tensor_ranks(self, rank: int) -> list[int]:
-        """The ranks that share this rank's sequences, in the order of their tensor index."""
-        start = rank - self.coordinates(rank).tensor
-        return list(range(start, start + self.tensor))

@@ -250,7 +250,8 @@ def describe(cluster: ClusterState) -> dict[str, Any]:
     """A cluster state as JSON: what /admin/cluster shows."""
     loads = array("q", cluster.expert_i64).tolist() if cluster.expert_layers else []
     width = len(loads) // cluster.expert_layers if cluster.expert_layers else 0
-    shown = {name: getattr(cluster, name) for name in cluster.__struct_fields__ if name not in ("expert_i64", "expert_layers", "ranks")}
+    apart = ("expert_i64", "expert_layers", "ranks", "totals")  # totals are for /metrics
+    shown = {name: getattr(cluster, name) for name in cluster.__struct_fields__ if name not in apart}
     shown["ranks"] = [{name: getattr(rank, name) for name in rank.__struct_fields__} for rank in cluster.ranks]
     shown["expert_load"] = [loads[start : start + width] for start in range(0, len(loads), width)] if width else []
     return shown

@@ -128,7 +128,6 @@ def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
         kv_memory=setup.kv_memory,
         ranks_per_host=setup.ranks_per_node,
         max_running=setup.max_running,
-        max_batch_tokens=setup.capacity,
         max_len=setup.max_len,
         dispatch=setup.dispatch,
         device="cpu",

@@ -13,7 +13,7 @@ from lockstep.engine.executor import Executor, Parts
 from lockstep.engine.kv_pool import KVPool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import build_model
-from lockstep.engine.types import EMPTY_SECTION, Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
+from lockstep.engine.types import Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
 from lockstep.engine.warm_up import warm_up
 from lockstep.engine.weights import load_weights
 from lockstep.kernels.kv_format import KvFormat
@@ -139,7 +139,7 @@ class Driver:
                 if request.length == len(request.prompt):
                     sampling.append(request)
         if not (free or hold or resume or admit or pages or extend):
-            return EMPTY_SECTION, sampling
+            return Section(), sampling
         section = Section(
             free_i32=_i32(free),
             hold_i32=_i32(hold),

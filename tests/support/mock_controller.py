@@ -42,7 +42,6 @@ class MockController:
             kv_memory=None,
             ranks_per_host=1,
             max_running=4,
-            max_batch_tokens=64,
             max_len=128,
             dispatch="local",
             device="cpu",

@@ -243,8 +243,7 @@ def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
 
 
 def started(handles: list[int], num_cached: int) -> Started:
-    zeros = array("i", [0] * len(handles)).tobytes()
-    return Started(array("q", handles).tobytes(), array("i", [num_cached] * len(handles)).tobytes(), zeros)
+    return Started(array("q", handles).tobytes(), array("i", [num_cached] * len(handles)).tobytes())
 
 
 def batch(step: int, rows: list[Row], logprobs: tuple[HandleLogprobs, ...] = ()) -> TokenBatch:
