@@ -54,13 +54,12 @@ class RowTable:
     def has_free(self, data: int) -> bool:
         return self.num_used[data] < self.num_slots
 
-    def claim(self, data: int, request: Request) -> int:
+    def claim(self, data: int, request: Request) -> None:
         """Gives ``request`` a free row of ``data``, which ``occupy`` fills."""
         slot = max(self._free[data], key=len).pop()
         self.num_used[data] += 1
         request.row = data * self.num_slots + slot
         self.requests[request.row] = request
-        return request.row
 
     def occupy(self, requests: list[Request], pages: list[Int64], sent: list[int], max_pool_pages: int) -> None:
         """Fills the rows of ``requests``: each with its global pages, of which the first ``sent`` tokens need not be computed."""

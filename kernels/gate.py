@@ -6,30 +6,12 @@ Suffixes: T tokens, D hidden, E experts, G groups of experts, K experts per toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Routing:
-    """The routing rule.
-
-    ``scoring``: softmax over all experts, or an independent sigmoid for each (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-    Of ``num_groups`` equal groups only the ``top_groups`` best are eligible, a group being as good as its two best experts
-    together or its best one (DeepSeek-V2, arXiv 2405.04434, section 2.2.2): ``group_quality``. ``normalise`` divides the chosen
-    weights by their sum; ``scale`` multiplies them.
-    """
-
-    top_k: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    normalise: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-    group_quality: Literal["best_two", "best"] = "best_two"
+from .routing import Routing as Routing  # for all who call a gate
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.gate import Routing
 from ..kernels.sublayers import GateWeights, Here, Residual, RowNorm, choose_experts
 from ..kernels.table import Ops
 from .config import MoEConfig
@@ -25,16 +24,7 @@ class Gate(nn.Module):
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.selection_bias:
             self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
-        routing = Routing(
-            top_k=config.top_k,
-            scoring=config.scoring,
-            normalise=config.normalise,
-            scale=config.scale,
-            num_groups=config.num_groups,
-            top_groups=config.top_groups,
-            group_quality=config.group_quality,
-        )
-        self.weights = GateWeights(self.weight, self.e_score_correction_bias, routing)
+        self.weights = GateWeights(self.weight, self.e_score_correction_bias, config)
 
 
 class _Weight(nn.Module):
