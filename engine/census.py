@@ -14,10 +14,10 @@ from .types import ClusterState, RankHello, RankState, StepResult
 
 
 class Recent:
-    """The last values of a measurement."""
+    """The last 512 values of a measurement."""
 
-    def __init__(self, size: int = 512) -> None:
-        self._values = np.zeros(size)
+    def __init__(self) -> None:
+        self._values = np.zeros(512)
         self._count = 0
 
     def add(self, value: float) -> None:

@@ -30,8 +30,8 @@ class Cost:
 class CostModel:
     """Exponentially forgetting least squares over the slowest section of each step, coefficients kept non-negative."""
 
-    def __init__(self, cost: Cost | None = None) -> None:
-        self.cost = cost or Cost()
+    def __init__(self) -> None:
+        self.cost = Cost()
         self._normal = np.zeros((4, 4))
         self._right = np.zeros(4)
         self._fresh: list[tuple[float, float, float, float, float]] = []

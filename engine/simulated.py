@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.splitmix import mix64
 from .chain import Chain, Verdict
 from .cost import Cost
-from .slots import Int32, Int64, Rows, SlotTable, mix64
+from .slots import Int32, Int64, Rows, SlotTable
 from .types import Refused, Stage, StepPlan, StepResult, Unstage
 
 
@@ -68,7 +69,7 @@ class SimulatedRank:
         self.table.advance(rows, emitted)
         ended = self._ended(tokens, counts, rows.slots[rows.samples])
         num_tokens = int(rows.counts.sum())
-        kv = int((rows.starts + rows.counts)[: rows.num_decode].sum())
+        kv = int(rows.ends[: rows.num_decode].sum())
         context = int((rows.counts * rows.starts)[rows.num_decode :].sum())
         return StepResult(
             group=header.group,
@@ -110,7 +111,7 @@ class SimulatedRank:
     def _sample(self, rows: Rows) -> tuple[Int32, Int64]:
         """Ragged tokens and counts of the rows that sample."""
         slots = rows.slots[rows.samples]
-        positions = (rows.starts + rows.counts)[rows.samples]
+        positions = rows.ends[rows.samples]
         decode = np.flatnonzero(rows.samples) < rows.num_decode
         counts = np.ones(len(slots), np.int64)
         keys = self._key[slots]

@@ -12,23 +12,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.splitmix import mix64
 from .types import Admit, Header, Section
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-
-_MIX_1 = np.uint64(0x9E3779B97F4A7C15)
-_MIX_2 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_3 = np.uint64(0x94D049BB133111EB)
-
-
-def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The splitmix64 finaliser (Steele et al. 2014), elementwise."""
-    value = value + _MIX_1
-    value = (value ^ (value >> np.uint64(30))) * _MIX_2
-    value = (value ^ (value >> np.uint64(27))) * _MIX_3
-    mixed: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
-    return mixed
 
 
 def add64(first: int, second: int) -> int:

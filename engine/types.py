@@ -455,7 +455,7 @@ ToFrontend = TokenBatch | Started | Rejected | ClusterState | Stop
 
 
 class Report(Message, frozen=True):
-    """A line from a process to the launcher: ``phase`` is starting | loading | ready | failed | stopped.
+    """A line from a process to the launcher: ``phase`` is starting | compiling | loading | ready | failed | stopped.
 
     ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it listens.
     """

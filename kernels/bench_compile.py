@@ -41,13 +41,13 @@ class AbsentCard:
         return 0
 
 
-def compile_ahead(jobs: Sequence[Job], processes: int = 0) -> list[str]:
+def compile_ahead(jobs: Sequence[Job]) -> list[str]:
     """Compiles what the jobs launch. Returns what did not compile; a candidate may ask for more than there is."""
     arch = _ARCH
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
-    count = processes or max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
+    count = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
     # Neighbours launch the same kernels: dealt out in runs, they meet in one process.
     size = -(-len(jobs) // (4 * count))
     parts = [list(jobs[begin : begin + size]) for begin in range(0, len(jobs), size)]
@@ -55,7 +55,7 @@ def compile_ahead(jobs: Sequence[Job], processes: int = 0) -> list[str]:
         return [failure for failures in pool.imap_unordered(_compile, parts) for failure in failures]
 
 
-def stop_after_compiling(arch: int = _ARCH) -> None:
+def stop_after_compiling(arch: int) -> None:
     """From here on launches of this process compile for a card of that kind and do nothing else."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .splitmix import mix64
+
 # Below this a temperature is greedy, as in vLLM: the distribution is a point in float32 anyway.
 MIN_TEMPERATURE = 1e-5
 
@@ -82,10 +84,10 @@ class LogitEdits:
 
 
 def uniform(seed: NDArray[np.int64], position: NDArray[np.int64], purpose: Purpose) -> NDArray[np.float64]:
-    """A number of [0, 1) for each (seed, position): splitmix64 (Steele et al. 2014) over the three, 53 bits."""
-    key = _mix(seed.astype(np.uint64))
-    key = _mix(key ^ position.astype(np.uint64))
-    key = _mix(key ^ np.uint64(purpose))
+    """A number of [0, 1) for each (seed, position): ``mix64`` over the three, 53 bits."""
+    key = mix64(seed.astype(np.uint64))
+    key = mix64(key ^ position.astype(np.uint64))
+    key = mix64(key ^ np.uint64(purpose))
     return (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -235,13 +237,6 @@ def _first_past(ends_SN: Tensor, target_S1: Tensor) -> Tensor:
     put the target at the total or past it."""
     last_S1 = torch.searchsorted(ends_SN, ends_SN[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(ends_SN, target_S1, right=True), last_S1)
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def _pairs(rows_N: NDArray[np.int64], tokens_N: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -40,8 +39,7 @@ def connect_store(host: str, port: int, deadline: float) -> TCPStore:
 class Collectives:
     """The process group of ``size`` ranks in which this one is ``index``; a group of one needs no store and moves nothing.
 
-    ``before_wait`` is called before a wait that would block: the place where another microbatch can take its turn.
-    ``waited`` counts seconds spent in waits; its owner may reset it.
+    ``waited`` counts the seconds spent in waits.
     """
 
     def __init__(
@@ -52,7 +50,6 @@ class Collectives:
         store: Store | None,
         deadline: float,
         device: torch.device,
-        before_wait: Callable[[], None] | None = None,
     ) -> None:
         assert store is not None or size == 1, f"{name}: {size} ranks need a store to meet"
         self.index = index
@@ -62,7 +59,6 @@ class Collectives:
         self._store = store
         self._deadline = timedelta(seconds=deadline)
         self._device = device
-        self._before_wait = before_wait
         self._group: Any = None  # torch's stubs do not show what a backend can do
 
     def build(self, epoch: int) -> None:
@@ -111,8 +107,6 @@ class Collectives:
         """The result of a collective. Raises CollectiveError when a peer is gone or the deadline has passed."""
         if pending.work is None:
             return pending.output
-        if self._before_wait is not None:
-            self._before_wait()
         start = time.perf_counter()
         try:
             pending.work.wait()

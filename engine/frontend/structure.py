@@ -117,11 +117,11 @@ def _schema(given: Any, param: str) -> Any:
 
 def _calls(ask: ChatRequest, manner: Manner, lark: Lark) -> str:
     """The calls that the reply may make."""
-    assert manner.formats.tools is not None
-    assert manner.tools is not None
-    named = isinstance(ask.tool_choice, NamedTool)
-    names = [ask.tool_choice.function.name] if isinstance(ask.tool_choice, NamedTool) else ask.tool_names
-    return manner.formats.tools(manner.tools).write(lark, names, many=not named and not manner.one_call)
+    assert manner.formats.tools is not None and manner.tools is not None
+    write = manner.formats.tools(manner.tools).write
+    if isinstance(ask.tool_choice, NamedTool):
+        return write(lark, [ask.tool_choice.function.name], many=False)
+    return write(lark, ask.tool_names, many=not manner.one_call)
 
 
 def _behind_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import msgspec
 
-from .generation import Generation
+from .generation import REASONS, Generation
 from .histogram import Histogram
 
 
@@ -22,7 +22,6 @@ PER_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 HTTP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS = one_two_five(10**9)
 SIZES = ("request_prompt_tokens", "request_generation_tokens")
-REASONS = ("stop", "length", "abort", "error")
 REQUEST_PHASES = ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time", "request_inference_time")
 
 
@@ -56,7 +55,7 @@ class Tally:
         self._per_token = Histogram(PER_TOKEN)
         self._phases = {name: Histogram(PER_REQUEST) for name in REQUEST_PHASES}
         self.sizes = {name: Histogram(TOKENS) for name in SIZES}
-        self.finishes = Counter(dict.fromkeys(REASONS, 0))
+        self.finishes = Counter(dict.fromkeys(REASONS.values(), 0))
         self.http: Counter[tuple[str, str, str]] = Counter()
         self.http_seconds: dict[tuple[str, str], Histogram] = {}
         self.histograms = {

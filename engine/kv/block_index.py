@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..slots import mix64, ragged
+from ...kernels.splitmix import mix64
+from ..slots import ragged
 
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
