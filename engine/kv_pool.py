@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.kv_format import KvFormat
+from .kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
 from .models.config import ModelConfig
 from .types import HASH_BYTES
-
-# Shares of free memory that `memory: auto` takes: on a CPU of what the ranks of a host have together, where prompts,
-# activations and other processes need the rest; on a GPU of its own, after a reserve for activations and libraries.
-CPU_SHARE = 0.5
-GPU_SHARE = 0.9
-GPU_RESERVE_BYTES = 1 << 30
 
 _DTYPES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _CGROUP = Path("/sys/fs/cgroup")

@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from ..engine.kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
 from ..engine.models.config import GqaConfig
 from .plan_setup import Setup, Stage, stored_bytes
-
-# The shares of free memory that a rank takes for pages when kv_cache.memory is auto, as in engine/kv_pool.py (a test
-# compares them); that module needs torch, which a machine that only plans may not have.
-CPU_SHARE = 0.5
-GPU_SHARE = 0.9
-GPU_RESERVE_BYTES = 1 << 30
 
 _GATE_ITEM = 4  # gates are float32 whatever the model's dtype
 _LOGIT_COPIES = 3  # float32 logits, the same sorted, and their probabilities

@@ -194,11 +194,6 @@ def test_fp8_pages_hold_twice_the_tokens() -> None:
         assert 1.7 < found.kv_tokens_per_rank / plan_recipe(recipe, path.parent).kv_tokens_per_rank < 2.0
 
 
-def test_an_automatic_pool_is_the_shares_of_the_rank() -> None:
-    for name in ("CPU_SHARE", "GPU_SHARE", "GPU_RESERVE_BYTES"):
-        assert getattr(plan_memory, name) == getattr(kv_pool, name)
-
-
 def test_an_automatic_pool_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "model", qwen3_moe_config())
     plan = planned(path, 2, ["kv_cache.memory=auto", "scheduler.max_running=4096", "model.max_len=2048"])
