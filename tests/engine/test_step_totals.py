@@ -36,12 +36,16 @@ def result(rank: int, seconds: float, waited: float, loads: list[list[int]] | No
 
 def shown(totals: StepTotals) -> dict[str, float]:
     """The samples of /metrics of a cluster with these totals."""
+    lines = [line for line in rendered(totals) if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def rendered(totals: StepTotals) -> list[str]:
     ranks = tuple(RankState(rank, "node", 10 + rank, "serving" if rank else "lost", 1, 2, 3, 4, 0.1, 0.05) for rank in range(WORLD))
     state = msgspec.structs.replace(STATE, epoch=7, page_size=4, kv_usage=0.0, imbalance=1.25, ranks=ranks, totals=totals.pack())
     metrics = Metrics("m")
     metrics.state(state)
-    lines = [line for line in metrics.render(0).decode().splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+    return metrics.render(0).decode().splitlines()
 
 
 @pytest.fixture
@@ -91,6 +95,13 @@ def test_seconds_of_ranks(values: dict[str, float]) -> None:
     assert busy == pytest.approx([0.4, 0.4, 0.05]) and waited == pytest.approx([0.3, 0.0, 0.25])
     for phase, expected in {"dispatch": [1.0, 1.0, 1.0], "expert": [0.5, 0.5, 0.5], "combine": [0.0, 2.0, 4.0]}.items():
         assert [values[f'lockstep:{phase}_seconds_total{{rank="{rank}"}}'] for rank in range(WORLD)] == expected
+
+
+def test_a_phase_that_stays_empty_on_one_rank_says_so() -> None:
+    helps = dict(line.removeprefix("# HELP ").split(" ", 1) for line in rendered(StepTotals(Layout())) if line.startswith("# HELP "))
+    for phase in ("dispatch", "combine"):
+        assert helps[f"lockstep:{phase}_seconds_total"].endswith("0 where all experts live on one rank")
+    assert "from the norm before them to their sum" in helps["lockstep:expert_seconds_total"]
 
 
 def test_load_and_balance_of_experts(values: dict[str, float]) -> None:
