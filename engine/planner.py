@@ -49,7 +49,7 @@ class Planner:
             reason = f"prompt and output together are {submit.limit} tokens, the limit is {group.max_len}"
             self.outbox.reject(frontend, Rejected(submit.handle, 400, reason))
         elif self._queue_is_full():
-            reason = f"{len(group.queue)} requests wait already, which is the limit (scheduler.max_queue)"
+            reason = f"The queue is full: {group.spec.max_queue} requests may wait (scheduler.max_queue)"
             self.outbox.reject(frontend, Rejected(submit.handle, 503, reason, retry_after=self._retry_after()))
         else:
             request = Request.from_submit(frontend, self._arrivals, submit)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -20,7 +20,7 @@ from .errors import ApiError, bad_request, error_response, from_validation
 from .gate import ID_KEY, Gate
 from .replies import Reply
 from .sampling import check_ids
-from .schemas import ChatRequest, CompletionRequest, Conversation, DetokenizeRequest, TokenizeChat, TokenizeText
+from .schemas import ChatRequest, CompletionRequest, Conversation, DetokenizeRequest, TokenizeChat, TokenizeRequest, TokenizeText
 from .service import Service, describe
 from .streams import Stream
 
@@ -39,7 +39,9 @@ T = TypeVar("T")
 
 
 class DrainRequest(BaseModel):
-    """The body of /admin/drain; ``deadline`` in seconds."""
+    """The body of /admin/drain; ``deadline`` in seconds. A misspelt one is an error, not the default."""
+
+    model_config = ConfigDict(extra="forbid")
 
     deadline: float = DRAIN_SECONDS
 
@@ -166,7 +168,7 @@ async def _answer(reply: Reply, stream: bool) -> Response:
 def _texts(service: Service) -> APIRouter:
     router = APIRouter()
     codec = service.model.codec
-    tokenize_requests: TypeAdapter[TokenizeText | TokenizeChat] = TypeAdapter(TokenizeText | TokenizeChat)
+    tokenize_requests: TypeAdapter[TokenizeText | TokenizeChat] = TypeAdapter(TokenizeRequest)
     detokenize_requests = TypeAdapter(DetokenizeRequest)
 
     @router.get("/v1/models")
@@ -205,8 +207,8 @@ def _token_ids(service: Service, ask: TokenizeText | TokenizeChat) -> Callable[[
 
     def work() -> list[int]:
         if isinstance(ask, Conversation):
-            return codec.encode(conversation_text(codec, service.model.habits, ask), ask.add_special_tokens)
-        return codec.encode(ask.prompt, ask.add_special_tokens)
+            return codec.encode(conversation_text(codec, service.model.habits, ask), bool(ask.add_special_tokens))
+        return codec.encode(ask.prompt, ask.add_special_tokens is not False)
 
     return work
 

@@ -11,6 +11,7 @@ from .errors import ApiError, bad_request
 from .schemas import Conversation, Message
 from .tokenizer import Codec
 
+OWN_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 PROBE_NAME, PROBE_VALUE = "probe_function", "probe_value"
 PROBE_TOOL = {
     "type": "function",
@@ -67,13 +68,13 @@ def conversation_text(codec: Codec, habits: Habits, ask: Conversation) -> str:
     options = dict(ask.chat_template_kwargs or {})
     if ask.reasoning_effort is not None:
         options.setdefault("reasoning_effort", ask.reasoning_effort)
-    for name in ("add_generation_prompt", "continue_final_message"):
+    for name in OWN_FIELDS:
         if name in options:
             raise bad_request(f"chat_template_kwargs.{name} is not allowed: {name} is a field of its own", "chat_template_kwargs")
     messages = [_plain(habits, index, message) for index, message in enumerate(ask.messages)]
     tools = [tool.model_dump(exclude_unset=True) for tool in ask.tools] if ask.tools else None
-    generate = ask.add_generation_prompt and not ask.continue_final_message
-    return codec.render(messages, tools, add_generation_prompt=generate, continue_final_message=ask.continue_final_message, **options)
+    continues = bool(ask.continue_final_message)
+    return codec.render(messages, tools, add_generation_prompt=ask.opens_turn, continue_final_message=continues, **options)
 
 
 def continued(ask: Conversation) -> str | None:
@@ -105,7 +106,7 @@ def _plain(habits: Habits, index: int, message: Message) -> dict[str, Any]:
         plain.pop("tool_calls", None)  # templates ask whether there are any by asking for the key
     for number, call in enumerate(plain.get("tool_calls", ())):
         where = f"messages[{index}].tool_calls[{number}].function.arguments"
-        call["function"]["arguments"] = _arguments(habits, call["function"]["arguments"], where)
+        call["function"]["arguments"] = _arguments(habits, call["function"].get("arguments", "{}"), where)
     return plain
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -22,6 +24,7 @@ TYPES = {
     503: "ServiceUnavailableError",
 }
 MAX_SHOWN = 80
+_MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # of unions, as pydantic writes them into paths
 
 
 class ApiError(HTTPException):
@@ -51,39 +54,44 @@ def error_response(error: HTTPException) -> Response:
 
 def from_validation(error: ValidationError) -> ApiError:
     """A pydantic failure as a 400 that names the field, what is wrong and (shortened) what was given."""
-    first = min(error.errors(include_url=False), key=lambda item: _rank(item["type"]))
-    if first["type"] == "json_invalid":
-        return bad_request(f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    failures = error.errors(include_url=False)
+    first = min(failures, key=_rank)
     text = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:  # a check across fields: its text starts with the field
+    if first["type"] == "json_invalid":
+        return bad_request(f"The body is not valid JSON: {text.removeprefix('Invalid JSON: ')}")
+    if first["type"] == "value_error":  # a check across fields: its text starts with the field
         return bad_request(text, text.split(" ", 1)[0])
     param = _field(first["loc"])
     if first["type"] == "missing":
         return bad_request(f"{param}: {text}", param)
-    return bad_request(f"{param}: {text} (got {shown(first['input'])})", param)
+    same = (item["msg"] for item in failures if item["type"] != "missing" and _field(item["loc"]) == param)
+    text = " or ".join([text, *(other.removeprefix("Input should be ") for other in dict.fromkeys(same) if other != text)])
+    given = f"(got {shown(first['input'])})"
+    return bad_request(f"{param}: {text} {given}", param) if param else bad_request(f"{text.replace('Input', 'The body', 1)} {given}")
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message, cut to a length that fits one."""
+    """``value`` for a message, cut to a length that fits one and written as in JSON."""
     if isinstance(value, dict):
         return "an object"
-    text = repr(value[:MAX_SHOWN] if isinstance(value, str | list) else value)
+    if isinstance(value, str):
+        text = repr(value[:MAX_SHOWN])
+    else:
+        text = json.dumps(value[:MAX_SHOWN] if isinstance(value, list) else value, ensure_ascii=False, default=str)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
-def _rank(kind: str) -> int:
+def _rank(failure: ErrorDetails) -> tuple[bool, int]:
     """Of the failures of a union's members the one that got furthest says most; a plain type mismatch says least."""
-    return 1 if kind.endswith("_type") else 0
+    return failure["type"].endswith("_type"), -_field(failure["loc"]).count(".") - _field(failure["loc"]).count("[")
 
 
 def _field(location: Sequence[int | str]) -> str:
-    """``("messages", 0, "content", "str")`` as ``messages[0].content``: pydantic ends a union's path with the member."""
+    """``("messages", 0, "content", "str")`` as ``messages[0].content``: pydantic names the member of a union in the path."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part not in {"str", "int", "float", "list"}:
-            path += f".{part}" if path else part
-        elif not part.startswith(("list[", "str", "int", "float", "list", "constrained", "nullable", "function")):
-            path += f".{part[:MAX_SHOWN]}"
+        elif not (part in _MEMBERS or "[" in part or part[:1].isupper() or part.startswith("constrained")):
+            path += f".{part[:MAX_SHOWN]}" if path else part[:MAX_SHOWN]
     return path

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..specs import AcceptorSpec
 from .board import Board
+from .errors import error_body
 
 OPEN, TAKEN, ENDED = b"o", b"t", b"e"
 HELLO_SECONDS = 10.0
@@ -26,7 +27,7 @@ MakeProtocol = Callable[[Callable[[], None]], asyncio.Protocol]
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, and it says when it has ended."""
+    """uvicorn's, and it says when it has ended; what is not HTTP it answers in the shape of all errors."""
 
     def __init__(self, *args: object, on_end: Callable[[], None], **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -35,6 +36,12 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._on_end()
+
+    def send_400_response(self, msg: str) -> None:
+        body = error_body(400, msg)
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
 
 class Intake:

@@ -24,8 +24,12 @@ class OpenRequests:
     nothing and is dropped.
     """
 
-    def __init__(self, send: Send, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, send: Send, metrics: Metrics, unfinished: Callable[[], ApiError], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``unfinished`` says why the engine may have ended a request without a result."""
         self._send = send
+        self._unfinished = unfinished
         self._metrics = metrics
         self._clock = clock
         self._open: dict[int, Generation] = {}
@@ -120,7 +124,7 @@ class OpenRequests:
             return
         if finish and not generation.ended:
             if finish == Finish.ERROR:
-                self._fail(generation, ApiError(500, "The engine could not finish this request"))
+                self._fail(generation, self._unfinished())
                 return
             generation.close(REASONS[Finish(finish)])
         if generation.ended:

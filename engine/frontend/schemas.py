@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 MAX_CHOICES = 128
 MAX_SEQUENCES = 1024
@@ -184,10 +184,10 @@ class Part(Strict):
 
 
 class CalledFunction(Strict):
-    """``arguments`` as the client got them: JSON as text. An object is taken too."""
+    """``arguments`` as the client got them: JSON as text. An object is taken too, and null for none."""
 
     name: Name
-    arguments: str | dict[str, Any] = "{}"
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(Strict):
@@ -234,15 +234,20 @@ class Conversation(Strict):
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     reasoning_effort: str | None = None
 
     @model_validator(mode="after")
     def _one_ending(self) -> Conversation:
-        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+        if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         return self
+
+    @property
+    def opens_turn(self) -> bool:
+        """The prompt ends with the opening of the reply."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
 
 class ChatRequest(Generate, Conversation):
@@ -333,14 +338,23 @@ class CompletionRequest(Generate):
 class TokenizeText(Strict):
     prompt: str
     model: str | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
 class TokenizeChat(Conversation):
     model: str | None = None
-    add_special_tokens: bool = False
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+
+def _tokenize_kind(body: Any) -> str:
+    return "TokenizeChat" if isinstance(body, dict) and body.get("messages") is not None else "TokenizeText"
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizeText, Tag("TokenizeText")] | Annotated[TokenizeChat, Tag("TokenizeChat")], Discriminator(_tokenize_kind)
+]
 
 
 class DetokenizeRequest(Strict):

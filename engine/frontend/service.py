@@ -49,7 +49,7 @@ class Service:
         self._publishing: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(THREADS, "prepare")
         self._link = ControllerLink(spec, self._on_message, self._on_lost)
-        self.requests = OpenRequests(self._link.send, self.metrics)
+        self.requests = OpenRequests(self._link.send, self.metrics, self._unfinished)
 
     def start(self, on_stop: Callable[[], None]) -> None:
         """On the running loop. ``on_stop`` is called when the controller says Stop."""
@@ -102,6 +102,13 @@ class Service:
         if self.cluster is not None and self.cluster.phase == "draining":
             return ApiError(503, "The engine is draining and takes no new requests", retry_after=RETRY_DRAINING)
         return None
+
+    def _unfinished(self) -> ApiError:
+        """What a client is told whose request the engine has ended without a result."""
+        if self.cluster is not None and self.cluster.phase in ("draining", "drained"):
+            text = "The server is shutting down, and this request had not finished when the time for running ones was over"
+            return ApiError(503, text, retry_after=RETRY_DRAINING)
+        return ApiError(500, "The engine could not finish this request")
 
     def limits(self) -> Limits:
         """Raises ApiError 503 while no new request is taken."""

@@ -55,7 +55,7 @@ class Codec:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **kwargs: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, /, **kwargs: Any) -> str:
         """The prompt text of a conversation. Raises ApiError where there is no template or it refuses the messages."""
         if self.chat_template is None:
             raise bad_request("This model has no chat template: use /v1/completions", "messages")

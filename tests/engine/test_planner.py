@@ -115,6 +115,7 @@ def test_a_full_queue_answers_at_once() -> None:
         world.submit(prompt(index, 5), 5)
     assert len(world.rejected) == 20 - 5 - 8  # five wait beside the eight for which there are rows
     assert all(r.status == 503 and r.retry_after >= 1 for r in world.rejected.values())
+    assert {r.reason for r in world.rejected.values()} == {"The queue is full: 5 requests may wait (scheduler.max_queue)"}
     world.run()
     assert_served(world)
 

@@ -77,6 +77,23 @@ def test_an_error_before_the_first_token_is_a_real_500(frontend: RunningFrontend
     assert answer.json()["error"]["type"] == "InternalServerError"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_drain_cuts_off_is_503_and_says_so(frontend: RunningFrontend, stream: bool) -> None:
+    def cut_off(submit: Submit) -> Iterator[Item]:
+        yield None
+        frontend.engine.set_state(phase="draining")
+        yield from [None] * 20
+        yield Finish.ERROR
+
+    frontend.engine.script = cut_off
+    answer = chat(frontend, stream=stream)
+    frontend.engine.set_state(phase="serving")
+    wait_until(lambda: frontend.http.get("/ready").status_code == 200, "/ready shows serving")
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "shutting down" in answer.json()["error"]["message"]
+
+
 def test_one_rejected_choice_fails_the_request_and_aborts_the_rest(frontend: RunningFrontend) -> None:
     def script(submit: Submit) -> Iterator[Item]:
         if submit.sampling.seed == 1:
@@ -179,9 +196,11 @@ def test_keys(model: Path) -> None:
         assert http.get("/v1/models", headers={"Authorization": "Bearer two"}).status_code == 200
         assert http.get("/admin/cluster", headers={"Authorization": "Bearer two"}).status_code == 401
         admin = {"Authorization": "Bearer root"}
-        shown = http.get("/admin/cluster", headers=admin).json()
-        assert shown["epoch"] == 1 and "totals" not in shown, "packed vectors are no answer for a person"
-        assert http.post("/admin/drain", headers=admin, json={"deadline": -1}).status_code == 400
+        state = http.get("/admin/cluster", headers=admin).json()
+        assert (state["epoch"], state["phase"]) == (1, "serving")
+        assert "totals" not in state, "packed bytes tell a reader nothing"
+        for wrong in ({"deadline": -1}, {"dead_line": 7}, []):
+            assert http.post("/admin/drain", headers=admin, json=wrong).status_code == 400
         assert http.post("/admin/drain", headers=admin, json={"deadline": 7}).status_code == 202
         wait_until(lambda: [drain.deadline for drain in frontend.engine.drains] == [7.0], "the controller is told to drain")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lockstep.engine.frontend.app import MAX_BODY_BYTES
+from lockstep.engine.frontend.schemas import ChatRequest, TokenizeChat, TokenizeText
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.types import Sampling
 from support.running_frontend import MODEL, RunningFrontend, wait_until
@@ -378,6 +379,79 @@ def test_unknown_paths_and_methods_have_the_error_shape(frontend: RunningFronten
     assert frontend.http.post("/v1/completions", json={"prompt": "x", "model": "other"}).status_code == 404
     assert frontend.http.post("/detokenize", json={"tokens": [VOCAB_SIZE]}).status_code == 400
     assert frontend.http.post("/tokenize", json={"tokens": 1}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string or a valid array (got 5)"),
+        ("chat", {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", "an object (got 'x')"),
+        ("chat", {"messages": None}, "messages", "valid array (got null)"),
+        ("chat", {"messages": USER, "stop": ["a", None]}, "stop[1]", "valid string (got null)"),
+        ("chat", {"messages": USER, "logprobs": [True, None]}, "logprobs", "valid boolean (got [true, null])"),
+        ("chat", {"messages": USER, "tools": [TOOL], "tool_choice": "always"}, "tool_choice", "'auto' or 'required' or an object"),
+        ("chat", {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function", "Field required"),
+        ("chat", {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "_schema is missing"),
+        (
+            "chat",
+            {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"schema": None}}},
+            "response_format.json_schema.schema",
+            "an object or a valid boolean (got null)",
+        ),
+        ("chat", {"messages": USER, "structured_outputs": {}}, "structured_outputs", "structured_outputs takes exactly one"),
+        ("chat", {"messages": USER, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages is a field"),
+        ("chat", {"messages": USER, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "tools is a field"),
+        ("chat", {"messages": USER, "chat_template_kwargs": {"self": 1}}, "messages", "The chat template refused"),
+        ("chat", [1], None, "The body should be an object (got [1])"),
+        ("completions", {"prompt": ["a", 1]}, "prompt[1]", "(got 1)"),
+        ("completions", {"prompt": 5}, "prompt", "valid string or a valid array (got 5)"),
+        ("tokenize", {}, "prompt", "prompt: Field required"),
+        ("tokenize", {"prompt": None}, "prompt", "valid string (got null)"),
+        ("tokenize", {"messages": [{"content": "x"}]}, "messages[0].role", "Field required"),
+        ("tokenize", [], None, "The body should be an object (got [])"),
+    ],
+)
+def test_errors_name_the_field_and_what_is_allowed(
+    frontend: RunningFrontend, path: str, body: Any, param: str | None, message: str
+) -> None:
+    """In the client's words: no name of a type of ours, no member of a union, JSON's null."""
+    paths = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "tokenize": "/tokenize"}
+    answer = frontend.http.post(paths[path], json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert message in error["message"], error
+    assert not any(
+        word in error["message"]
+        for word in ("Tokenize", "dict", "literal", "None", "response_format: response", "structured_outputs: structured")
+    )
+
+
+def test_null_is_the_same_as_left_out(frontend: RunningFrontend) -> None:
+    names = set(ChatRequest.model_fields) - {"messages"}
+    call = {"type": "function", "function": {"name": "f", "arguments": None}}
+    messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+    ids = []
+    for fields in (dict.fromkeys(names), {}):
+        answer = chat(frontend, messages=messages, **fields)
+        assert answer.status_code == 200, answer.text
+        ids.append(frontend.engine.submits[-1].prompt_i32)
+    assert ids[0] == ids[1]
+    for body in ({"prompt": "x"}, {"messages": USER}):
+        kind = TokenizeText if "prompt" in body else TokenizeChat
+        nulls = dict.fromkeys(set(kind.model_fields) - set(body))
+        answers = [frontend.http.post("/tokenize", json={**nulls, **body}), frontend.http.post("/tokenize", json=body)]
+        assert answers[0].json() == answers[1].json()
+        assert answers[0].status_code == 200
+
+
+def test_what_is_not_http_has_the_error_shape(frontend: RunningFrontend) -> None:
+    host, port = frontend.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"hello\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: raw.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert f"content-length: {len(body)}".encode() in head
+    assert json.loads(body)["error"]["code"] == 400
 
 
 def test_garbage_on_the_socket_does_not_hurt(frontend: RunningFrontend) -> None:

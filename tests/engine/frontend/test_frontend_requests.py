@@ -40,7 +40,7 @@ class World:
     def __init__(self, stops: tuple[str, ...] = (), max_tokens: int = 100, min_tokens: int = 0, include: bool = False) -> None:
         self.sent: list[object] = []
         self.sink = Recorder()
-        self.requests = OpenRequests(self.sent.append, Metrics("m"), clock=lambda: 1.0)
+        self.requests = OpenRequests(self.sent.append, Metrics("m"), lambda: ApiError(503, "ended"), clock=lambda: 1.0)
         sampling = Sampling(min_tokens=min_tokens, stop_i32=array("i", [STOP_ID]).tobytes())
         submit = Submit(self.requests.new_handle(), "r", array("i", PROMPT).tobytes(), b"", len(PROMPT) + max_tokens, sampling)
         self.generation = Generation(
@@ -166,7 +166,7 @@ def test_a_rejection_carries_its_status_and_retry_after() -> None:
 def test_an_engine_error_fails_the_request() -> None:
     world = World()
     world.tokens(0, "a", Finish.ERROR)
-    assert world.sink.errors[0].status_code == 500
+    assert [(error.status_code, error.detail) for error in world.sink.errors] == [(503, "ended")]
 
 
 def test_started_books_the_cached_tokens_and_unknown_handles_are_ignored() -> None:

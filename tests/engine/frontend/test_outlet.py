@@ -93,7 +93,7 @@ class World:
 
     def __init__(self, codec: Codec, **outline: Any) -> None:
         self.reader = Reader()
-        self.requests = OpenRequests(lambda message: None, Metrics("m"))
+        self.requests = OpenRequests(lambda message: None, Metrics("m"), lambda: ApiError(500, "ended"))
         self.reply = Reply(Outline("id", 1, "m", chat=True, **outline), codec, self.requests)
         submit = Submit(self.requests.new_handle(), "r", b"", b"", 1000, Sampling())
         empty: frozenset[int] = frozenset()
