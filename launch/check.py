@@ -31,7 +31,7 @@ _OBJECT_STORE_BYTES = 100 << 20
 
 def preflight(recipe: Recipe, folder: Path) -> list[Finding]:
     """What can be known of this machine at once; nothing is started. ``folder`` is the recipe file's."""
-    return judge([look_around(_questions(recipe, folder, thorough=False))], _wanted(recipe, _planned(recipe, folder)))
+    return _recording(recipe) + judge([look_around(_questions(recipe, folder, thorough=False))], _wanted(recipe, _planned(recipe, folder)))
 
 
 def refuse_errors(found: list[Finding]) -> list[Finding]:
@@ -46,7 +46,7 @@ def check(recipe: Recipe, folder: Path) -> list[Finding]:
     """Everything, on every node that would be used. Starts Ray where the recipe would, and ends it again."""
     plan = _planned(recipe, folder)
     questions, wanted = _questions(recipe, folder, thorough=True), _wanted(recipe, plan)
-    found = _recipe_findings(recipe, folder, plan) + _port(recipe)
+    found = _recipe_findings(recipe, folder, plan) + _recording(recipe) + _port(recipe)
     if recipe.cluster.backend == "local":
         return found + judge([look_around(questions)], wanted)
     return found + _check_ray(recipe, questions, wanted)
@@ -136,6 +136,13 @@ def _recipe_findings(recipe: Recipe, folder: Path, plan: Plan | None) -> list[Fi
     if plan is not None and recipe.cluster.hardware is not None:
         found += [Finding("warning", "plan", line, f"cluster.hardware = {recipe.cluster.hardware}") for line in plan.misfits]
     return found
+
+
+def _recording(recipe: Recipe) -> list[Finding]:
+    """Whether its folder can be written to is among the questions."""
+    if recipe.recording is None or not Path(recipe.recording).expanduser().is_dir():
+        return []
+    return [Finding("error", "recording", f"recording = {recipe.recording}: is a directory", "", "name a file in it")]
 
 
 def _port(recipe: Recipe) -> list[Finding]:

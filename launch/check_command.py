@@ -20,7 +20,7 @@ _STYLE = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 def check(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings for a program.")] = False,
 ) -> None:
     """Looks at every node that a recipe would use. Exit status: 0 nothing found, 1 errors, 2 a bad recipe, 3 only warnings."""

@@ -1,66 +1,32 @@
-"""The command line: ``launch --recipe R [key=value ...]``. Exit status: 0 as asked, 1 a failure, 2 a bad recipe or usage."""
+"""The console script: what has to stand before anything large is imported."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import Annotated
-
-import typer
-
-from .check_command import check
-from .foreground import step_behind
-from .interrupts import Interrupts
-from .plan_command import plan
-from .recipe import RecipeError
-from .recipe_file import load_recipe
-from .screen import Screen
-from .slurm_command import slurm_app
-from .supervisor import serve
-
-_HELP = {"help_option_names": ["-h", "--help"]}
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
-plan_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
-plan_app.command()(plan)
-check_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
-check_app.command()(check)
-
-
-@app.command()
-def launch(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe (demo).")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe.")] = None,
-) -> None:
-    """Starts the cluster that a recipe describes and serves until SIGTERM or Ctrl-C, then drains.
-
-    See also launch plan, launch check and launch slurm, each with --help.
-    """
-    screen, interrupts = Screen(), Interrupts()
-    interrupts.install()
-    try:
-        parsed, path = load_recipe(recipe, overrides or ())
-        code = serve(parsed, path.parent, screen, interrupts)
-    except RecipeError as error:
-        screen.error(str(error))
-        code = 2
-    except ValueError as error:
-        screen.error(str(error))
-        code = 1
-    except KeyboardInterrupt:
-        code = 1
-    raise typer.Exit(code)
 
 
 def main() -> None:
-    """The console script. ``launch plan``, ``check`` and ``slurm`` have options of their own and serve nothing."""
-    if sys.argv[1:2] == ["plan"]:
-        plan_app(sys.argv[2:], prog_name="launch plan")
-    if sys.argv[1:2] == ["check"]:
-        check_app(sys.argv[2:], prog_name="launch check")
-    if sys.argv[1:2] == ["slurm"]:
-        slurm_app(sys.argv[2:], prog_name="launch slurm")
-    step_behind()
-    app(prog_name="launch")
+    """Runs the command line. Until all of it is imported, which takes half a second, Ctrl-C ends it without a trace."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _replace_closed_streams()
+    from .commands import run
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run()
+
+
+def _replace_closed_streams() -> None:
+    """A standard stream that the caller has closed goes nowhere; else the next file or socket would get its number, and what is
+    printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
 
 
 if __name__ == "__main__":

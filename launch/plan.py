@@ -97,7 +97,8 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Plan:
     try:
         shape = read_shape(model)
     except ValueError as error:
-        raise RecipeError(str(error)) from None
+        key = "model.path" if model == model_directory(recipe, folder) else "model.config"
+        raise RecipeError(f"{key}: {error}") from None
     if found := check_model(recipe, shape):
         raise RecipeError("\n".join(found))
     name = recipe.cluster.hardware or ("cpu" if recipe.cluster.device == "cpu" else None)

@@ -17,7 +17,7 @@ from .recipe_file import load_recipe
 
 def plan(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan for a program; sizes in bytes, times in seconds.")] = False,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request that batch and floors are computed for.")] = CONTEXT,
 ) -> None:

@@ -30,6 +30,7 @@ class _Loader(yaml.SafeLoader):
 
 
 Check = Callable[[Recipe], list[str]]
+COMMANDS = ("plan", "check", "slurm")  # words behind launch, which take no other place
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:
@@ -62,16 +63,24 @@ def find_recipe(name: str) -> Path:
     for candidate in (name, f"{name}.yaml"):
         if candidate in packaged:
             return folder / candidate
-    what = "is a directory" if path.is_dir() else "no such file"
-    known = f"{_nearest(name, packaged)} (packaged: {', '.join(packaged) or 'none'})"
+    what = "is a directory" if name and path.is_dir() else "no such file"
+    stems = [entry.removesuffix(".yaml") for entry in packaged]
+    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)
+    known = f"{f'; did you mean {close[0]}.yaml?' if close else ''} (packaged: {', '.join(packaged) or 'none'})"
     raise RecipeError(f"--recipe {name}: {what}, and not a packaged recipe{known}")
 
 
 def parse_recipe(text: bytes | str, overrides: Sequence[str] = (), source: str = "recipe", check: Check = problems) -> Recipe:
     """The recipe in ``text`` with ``key=value`` overrides applied. Raises RecipeError."""
     data = _parse_yaml(text, source)
+    wrong = []
     for override in overrides:
-        _override(data, override)
+        try:
+            _override(data, override)
+        except RecipeError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RecipeError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} overrides cannot be used", *wrong]))
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -109,7 +118,9 @@ def _override(data: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise RecipeError(f"override {text!r}: should be key=value, for example frontend.port=9000")
+        commands = difflib.get_close_matches(text, COMMANDS, n=1)
+        hint = f"; did you mean launch {commands[0]}?" if commands else ""
+        raise RecipeError(f"override {text!r}: should be key=value, for example frontend.port=9000{hint}")
     path = tuple(key.split("."))
     kind = key_type(path)
     if kind is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,9 +20,11 @@ class RunFolder:
     def end(self, *, failed: bool) -> bool:
         """Deletes the folder unless it was asked for or the run failed; returns whether it was kept.
 
-        Ray's own files go in any case but after a failure.
+        An empty one goes in any case, Ray's own files in any case but after a failure.
         """
         if failed:
-            return True
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            return self.path.exists()
         shutil.rmtree(self.path / "ray" if self._keep else self.path, ignore_errors=True)
         return self._keep

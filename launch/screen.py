@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from ..engine.types import Report
 
+_WIDE = 100  # columns of a terminal
+
 
 class Screen:
     """Progress bars on a terminal until the cluster is ready; a line per change of phase elsewhere and afterwards.
@@ -26,8 +28,10 @@ class Screen:
         self._phases: list[str] = []
         self._bars: dict[str, TaskID] = {}
         self._seen: dict[str, tuple[str, str]] = {}
-        columns = (TextColumn("  {task.description:<14}"), BarColumn(bar_width=24), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=self._err, transient=True)
+        bar = 24 if self._err.width >= _WIDE else 8
+        self._room = max(8, min(60, self._err.width - bar - 26))  # for a phase, beside the name, the bar and the time
+        texts = TextColumn("  {task.description:<14}"), TextColumn("{task.fields[phase]}")
+        self._progress = Progress(texts[0], BarColumn(bar_width=bar), texts[1], TimeElapsedColumn(), console=self._err, transient=True)
         self._live = self._err.is_terminal
 
     def say(self, text: str) -> None:
@@ -57,7 +61,7 @@ class Screen:
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name, total=1.0, phase="")
         done = 1.0 if report.phase == "ready" else report.fraction
-        self._progress.update(self._bars[name], completed=done, phase=f"{report.phase} {escape(report.detail)}"[:60])
+        self._progress.update(self._bars[name], completed=done, phase=escape(f"{report.phase} {report.detail}"[: self._room]))
 
     def hide(self) -> None:
         """Ends the progress display for good."""

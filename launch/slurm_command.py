@@ -24,7 +24,7 @@ slurm_app = typer.Typer(
 @slurm_app.command()
 def slurm(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Checked against the recipe's cluster.nodes, which it takes from there.")] = None,
     spare: Annotated[int, typer.Option(min=0, help="Nodes beyond those of the recipe, for ranks whose node is lost.")] = 0,
     partition: Annotated[_Text, typer.Option("--partition", "-p", help="As sbatch has it, like the next ones.")] = None,

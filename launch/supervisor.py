@@ -42,7 +42,10 @@ def serve(recipe: Recipe, folder: Path, screen: Screen, interrupts: Interrupts) 
     Raises RecipeError for a recipe that does not fit its model, ValueError for a model that cannot be served here.
     """
     path = model_directory(recipe, folder)
-    config = load_config(path)
+    try:
+        config = load_config(path)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
     if found := check_model(recipe, config):
         raise RecipeError("the recipe does not fit the model\n" + "\n".join(f"  {line}" for line in found))
     for warning in refuse_errors(preflight(recipe, folder)):

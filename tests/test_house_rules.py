@@ -43,6 +43,7 @@ TORCH_FREE = (
     "engine.frontend.server",
     "moe.placement",
     "launch.cli",
+    "launch.commands",
     "launch.recipe",
     "launch.process",
 )

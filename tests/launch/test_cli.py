@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,10 @@ def test_wrong_usage_is_2(arguments: list[str], tmp_path: Path) -> None:
     [
         (["--recipe", "nothing.yaml"], ["--recipe nothing.yaml: no such file", "packaged: ", "demo.yaml"]),
         (["--recipe", "."], ["--recipe .: is a directory"]),
+        (["--recipe", ""], ["--recipe : no such file"]),
+        (["--recipe", "dem"], ["--recipe dem: no such file", "did you mean demo.yaml?"]),
+        (["--recipe", "demo", "frontend.prot=3", "max_runing=2"], ["2 overrides", "frontend.port?", "scheduler.max_running?"]),
+        (["pln", "--recipe", "demo"], ["'pln'", "key=value", "did you mean launch plan?"]),
         (["--recipe", "demo", "frontend.prot=3"], ["unknown key", "did you mean frontend.port?"]),
         (["--recipe", "demo", "plan"], ["'plan'", "key=value"]),
         (["--recipe", "demo", "overlap=on"], ["overlap = on", "does not work yet"]),
@@ -104,4 +109,30 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: {path: nowhere}\n")
     result = launch(tmp_path, "--recipe", "mine.yaml")
     assert result.returncode == 1
-    assert f"{tmp_path / 'nowhere'}: not a directory" in result.stderr
+    assert f"error: model.path: {tmp_path / 'nowhere'}: not a directory" in result.stderr
+
+
+def test_a_recording_that_is_a_folder_is_found_before_anything_starts(tmp_path: Path) -> None:
+    result = launch(tmp_path, "--recipe", "demo", f"recording={tmp_path}")
+    assert result.returncode == 1
+    assert f"recording = {tmp_path}: is a directory" in result.stderr
+    assert "starting" not in result.stderr
+
+
+def test_closed_streams_are_no_error(tmp_path: Path) -> None:
+    code = "import sys\nfrom lockstep.launch import cli, commands\n"
+    code += "commands.run = lambda: sys.exit(sys.stdout.write('1234567') + sys.stderr.write('') + len(sys.stdin.read()))\ncli.main()"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *command], timeout=60, check=False, cwd=tmp_path)
+    assert result.returncode == 7
+    result = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m lockstep.launch.cli --recipe nothing 2>&-"], capture_output=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (2, b""), "an error does not go where the answer should"
+
+
+def test_ctrl_c_while_the_command_is_imported_leaves_no_trace(tmp_path: Path) -> None:
+    code = "import os, signal, sys\nfrom lockstep.launch import cli\n"
+    code += "sys.meta_path.insert(0, type('Finder', (), {'find_spec': lambda *_: os.kill(os.getpid(), signal.SIGINT)})())\ncli.main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")

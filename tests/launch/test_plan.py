@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lockstep.engine.specs import Layout
 from lockstep.launch.hardware import Hardware, hardware_names, load_hardware
@@ -19,6 +21,7 @@ from lockstep.launch.plan import Plan, make_plan, plan_recipe
 from lockstep.launch.plan_anchors import EXCHANGE_TOKENS, EXCHANGES, PUBLISHED, deepseek, floor_beside, markdown
 from lockstep.launch.plan_floors import decode_work, distinct, floor_of, prefill_work, traffic
 from lockstep.launch.plan_memory import dispatch_buffers
+from lockstep.launch.plan_screen import show_plan
 from lockstep.launch.recipe import RecipeError, contradictions
 from lockstep.launch.recipe_file import find_recipe, load_recipe, parse_recipe
 from lockstep.moe.config import MoEConfig
@@ -46,6 +49,17 @@ def test_a_person_reads_a_table(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for words in ("attention", "experts (16 slots a layer)", "KV pool", "headroom", "longest context", "binds", "output token", "fits"):
         assert words in result.stdout
+
+
+def test_a_narrow_terminal_costs_no_figure() -> None:
+    recipe, path = load_recipe("deepseek-h200", check=contradictions)
+    texts = []
+    for columns in (60, 200):
+        paper = io.StringIO()
+        show_plan(plan_recipe(recipe, path.parent), "deepseek-h200", Console(file=paper, width=columns))
+        texts.append(paper.getvalue())
+    assert "\u2026" not in texts[0]
+    assert set(texts[1].split()) - set(texts[0].split()) <= {text for text in texts[1].split() if "\u2500" in text}
 
 
 def test_a_program_reads_json(tmp_path: Path) -> None:

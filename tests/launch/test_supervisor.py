@@ -229,3 +229,5 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
             assert second.wait() == 1
             assert f"frontend.port = {port}: cannot be listened on: Address already in use" in error_line(second)
             assert "starting the controller" not in second.err
+            assert "logs:" not in second.err, "there are none"
+            assert not list(second.temporary.iterdir())

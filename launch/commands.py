@@ -1,0 +1,66 @@
+"""The commands: ``launch --recipe R [key=value ...]`` and those with a name of their own.
+
+Exit status: 0 as asked, 1 a failure, 2 a bad recipe or usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .check_command import check
+from .foreground import step_behind
+from .interrupts import Interrupts
+from .plan_command import plan
+from .recipe import RecipeError
+from .recipe_file import load_recipe
+from .screen import Screen
+from .slurm_command import slurm_app
+from .supervisor import serve
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+plan_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+plan_app.command()(plan)
+check_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+check_app.command()(check)
+
+
+@app.command()
+def launch(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe (demo).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
+) -> None:
+    """Starts the cluster that a recipe describes and serves until SIGTERM or Ctrl-C, then drains.
+
+    See also launch plan, launch check and launch slurm, each with --help.
+    """
+    screen, interrupts = Screen(), Interrupts()
+    interrupts.install()
+    try:
+        parsed, path = load_recipe(recipe, overrides or ())
+        code = serve(parsed, path.parent, screen, interrupts)
+    except RecipeError as error:
+        screen.error(str(error))
+        code = 2
+    except ValueError as error:
+        screen.error(str(error))
+        code = 1
+    except KeyboardInterrupt:
+        code = 1
+    raise typer.Exit(code)
+
+
+def run() -> None:
+    """The command that was asked for. ``launch plan``, ``check`` and ``slurm`` have options of their own and serve nothing."""
+    if sys.argv[1:2] == ["plan"]:
+        plan_app(sys.argv[2:], prog_name="launch plan")
+    if sys.argv[1:2] == ["check"]:
+        check_app(sys.argv[2:], prog_name="launch check")
+    if sys.argv[1:2] == ["slurm"]:
+        slurm_app(sys.argv[2:], prog_name="launch slurm")
+    step_behind()
+    app(prog_name="launch")
