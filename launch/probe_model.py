@@ -28,16 +28,19 @@ class ModelFiles(msgspec.Struct, frozen=True):
 def read_model_files(folder: Path) -> ModelFiles:
     """Reads configuration and headers; the weights themselves are not read."""
     problem, tensors = "", 0
+    parts: dict[str, str] = {}
+    num_bytes = 0
     try:
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
+                num_bytes += file.stat().st_size
+                parts[file.name] = _digest(file)
         load_config(folder)
         tensors = len(read_checkpoint(folder))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        problem = f"{error.filename or folder}: cannot be read: {error.strerror}"
+    except ValueError as error:
         problem = str(error)
-    parts, num_bytes = {}, 0
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
-            num_bytes += file.stat().st_size
-            parts[file.name] = _digest(file)
     return ModelFiles(str(folder), problem, tensors, num_bytes, parts)
 
 

@@ -24,6 +24,7 @@ TYPES = {
     503: "ServiceUnavailableError",
 }
 MAX_SHOWN = 80
+_SHOULD = "Input should be "
 _MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # of unions, as pydantic writes them into paths
 
 
@@ -64,8 +65,9 @@ def from_validation(error: ValidationError) -> ApiError:
     param = _field(first["loc"])
     if first["type"] == "missing":
         return bad_request(f"{param}: {text}", param)
-    same = (item["msg"] for item in failures if item["type"] != "missing" and _field(item["loc"]) == param)
-    text = " or ".join([text, *(other.removeprefix("Input should be ") for other in dict.fromkeys(same) if other != text)])
+    if text.startswith(_SHOULD):  # what the other members of a union take
+        others = (item["msg"] for item in failures if item["msg"].startswith(_SHOULD) and _field(item["loc"]) == param)
+        text = " or ".join([text, *(other.removeprefix(_SHOULD) for other in dict.fromkeys(others) if other != text)])
     given = f"(got {shown(first['input'])})"
     return bad_request(f"{param}: {text} {given}", param) if param else bad_request(f"{text.replace('Input', 'The body', 1)} {given}")
 

@@ -22,7 +22,9 @@ class Fields:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; a model directory holds config.json and *.safetensors") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not readable as JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: holds a {type(values).__name__}; expected a JSON object")

@@ -135,6 +135,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read: Is a directory"):
+        load_config(tmp_path)
 
 
 def test_imports_without_torch() -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,20 @@ def test_model_files_are_compared_by_header_and_size(tmp_path: Path) -> None:
     shard.unlink()
     assert shard.name in read_model_files(tmp_path / "same").problem
     assert "not a directory" in read_model_files(tmp_path / "nowhere").problem
+
+
+def test_a_model_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "model-00002-of-00002.safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    found = read_model_files(DEMO)
+    assert found.problem == f"{DEMO / 'model-00002-of-00002.safetensors'}: cannot be read: Permission denied"
+    assert "config.json" in found.parts
 
 
 # --------------------------------------------------------------------------- between nodes

@@ -388,6 +388,7 @@ def test_unknown_paths_and_methods_have_the_error_shape(frontend: RunningFronten
         ("chat", {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", "an object (got 'x')"),
         ("chat", {"messages": None}, "messages", "valid array (got null)"),
         ("chat", {"messages": USER, "stop": ["a", None]}, "stop[1]", "valid string (got null)"),
+        ("chat", {"messages": USER, "stop": "a" * 1025}, "stop", "at most 1024 characters (got 'aaa"),
         ("chat", {"messages": USER, "logprobs": [True, None]}, "logprobs", "valid boolean (got [true, null])"),
         ("chat", {"messages": USER, "tools": [TOOL], "tool_choice": "always"}, "tool_choice", "'auto' or 'required' or an object"),
         ("chat", {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function", "Field required"),
