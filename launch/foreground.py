@@ -12,9 +12,10 @@ import os
 import signal
 from types import FrameType
 
+from .interrupts import TERMINATE
 from .process import leave_with_parent
 
-_PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+_PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: TERMINATE, signal.SIGHUP: TERMINATE}
 
 
 def step_behind() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+TERMINATE = signal.SIGUSR2  # SIGTERM as it is passed on: ray.init takes SIGTERM itself, and aborts the process at some points
+_MEANING = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", TERMINATE: "SIGTERM"}
+
 
 class Interrupted(Exception):
     """The user wants to stop before the cluster was ready."""
@@ -19,8 +22,8 @@ class Interrupts:
         self.muted = False
 
     def install(self) -> None:
-        """Takes both signals over (again: ray.init takes SIGTERM for itself)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Takes the signals over (again: ray.init takes SIGTERM for itself)."""
+        for number in _MEANING:
             signal.signal(number, self._count)
 
     def check(self) -> None:
@@ -30,6 +33,6 @@ class Interrupts:
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
-        self.name = self.name or signal.Signals(number).name
+        self.name = self.name or _MEANING[signal.Signals(number)]
         if self.count > 1 and not self.muted:
             raise KeyboardInterrupt

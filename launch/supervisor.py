@@ -125,7 +125,10 @@ class Supervisor:
         recipe, screen, acceptor = self._recipe, self._screen, self._acceptor
         assert acceptor is not None
         screen.say("starting Ray" if recipe.cluster.backend == "ray" else "starting processes on this machine")
-        self._cluster = self._open_cluster()
+        try:
+            self._cluster = self._open_cluster()
+        except SystemExit:  # Ray's own answer to SIGTERM, from within ray.init until the handlers are ours again
+            raise Interrupted("SIGTERM") from None
         self._interrupts.install()
         self._interrupts.check()
         host = self._cluster.host

@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -220,6 +222,42 @@ def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_pa
         for text in ("was killed by SIGKILL", "rank 1: loading", "rank 1: ready", "SIGTERM: draining", "drained; stopping"):
             assert said.count(text) == 1, said
         assert said.count("\n") == 6, "there is another line"
+
+
+RAY_TAKES_SIGTERM = """
+import os, signal, time
+from lockstep.launch import cli, supervisor
+real = supervisor.Supervisor._open_cluster
+def open_cluster(self):
+    signal.signal(signal.SIGTERM, lambda *_: os.abort())  # as Ray's C++ does while it connects
+    print("opening", flush=True)
+    end = time.monotonic() + 20
+    while not self._interrupts.count and time.monotonic() < end:
+        time.sleep(0.01)
+    return real(self)
+supervisor.Supervisor._open_cluster = open_cluster
+cli.main()
+"""
+
+
+def test_sigterm_reaches_the_launcher_while_ray_has_taken_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RAY_TAKES_SIGTERM, "--recipe", "demo", "frontend.port=0", LOCAL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "opening\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "error: SIGTERM before the cluster was ready" in said
+
+
+def test_sigterm_to_the_launcher_itself_that_ray_answers_is_an_interrupt_too(tmp_path: Path) -> None:
+    code = "import sys\nfrom lockstep.launch import cli, supervisor\n"
+    code += "supervisor.Supervisor._open_cluster = lambda self: sys.exit(15)\ncli.main()"
+    command = [sys.executable, "-c", code, "--recipe", "demo", "frontend.port=0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "error: SIGTERM before the cluster was ready" in result.stderr
 
 
 def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
