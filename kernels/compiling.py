@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,18 @@ def alone_in_compiling(report: Callable[[str], None]) -> Iterator[None]:
     ``report`` is told what is waited for: each kernel that is compiled within, or the process that is ahead; nothing where all
     kernels are on the disk.
     """
-    with _lock(Path(cpu_arrays.CACHE_FOLDER), report), event.install_listener("numba:compile", _Count(report)):
+    with _lock(Path(cpu_arrays.CACHE_FOLDER), report), event.install_listener("numba:compile", _Count(report)), _old_objects_left_alone():
         yield
+
+
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """A compiler makes many objects, and Python would look through all those of torch again and again: a second of thirteen."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

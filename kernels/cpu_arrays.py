@@ -19,7 +19,7 @@ import numba
 import numpy as np
 import torch
 from numba.core import config, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload, register_jitable
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,6 +73,27 @@ def made(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, NDArray[Any]
 def computes(dtype: torch.dtype) -> bool:
     """Whether kernels read and write tensors of this type."""
     return dtype in (torch.bfloat16, torch.float32)
+
+
+def inner(**options: Any) -> Any:
+    """Declares what only kernels call: compiled into them, without ways in from elsewhere. From Python it runs as Python."""
+    return register_jitable(no_cfunc_wrapper=True, **options)
+
+
+_intrinsic: Any = intrinsic  # its type is that of the definition, which takes the compiler's context, too
+
+
+@_intrinsic
+def stay_apart(typing_context):
+    """In kernels: the function that says this is not inlined. Those that call it are compiled faster; for coarse calls, and only where
+    sums may not be reassociated, since there is a copy for every kernel and the linker takes any of them."""
+
+    def generate(context, builder, signature, arguments):
+        builder.function.attributes.add("noinline")
+        builder.function.attributes.add("optsize")  # loops are neither unrolled nor doubled
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def widen(value: Any) -> Any:

@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import attention
-from .cpu_arrays import array, computes, made
+from .cpu_arrays import array, computes, inner, made
 from .cpu_flash import BLOCK, attend_rows, place_queries, scratch, tiled
 from .cpu_kv_entries import NO_SCALES, Place, Run, move_rows, place_of_heads
+from .cpu_threads import share_out
 from .kv_entries import holds_fp8, num_kv_heads
 from .paged import PagedBatch
 
@@ -82,7 +83,7 @@ def attend_places(
     attend_heads(array(q_THD), array(caches[0]), array(caches[1]), *places, rows, shape, factor, like, out_THE)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, factor, like, out_THE):
     group = q_THD.shape[1] // shape.num_heads
     items, num_parts = _items(rows[0], rows[1], shape, group)
@@ -90,14 +91,13 @@ def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, facto
     sums_SGE, stats_2SG = np.empty((num_parts, group, out_THE.shape[2]), np.float32), np.empty((2, num_parts, group), np.float32)
     pages_RP, keys, values, factor = rows[2], keys.reshape(len(keys), -1), values.reshape(len(values), -1), np.float32(factor)
     work = items, bounds, sums_SGE, stats_2SG
-    for thread in prange(shape.num_threads):
-        _run(np.intp(thread), q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE)
+    given = q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE
+    share_out(_attend, shape.num_threads, given, False)
     if num_parts:
-        for thread in prange(shape.num_threads):
-            _join(np.intp(thread), shape.num_threads, items, sums_SGE, stats_2SG, factor, out_THE)
+        share_out(_join, out_THE.shape[1], (items, sums_SGE, stats_2SG, factor, out_THE), False)
 
 
-@njit(cache=True)
+@inner()
 def _items(starts_R1, lengths_R, shape, group):
     """Items int64 [I, 8], and the number of parts."""
     block = max(1, _ROWS // group)
@@ -115,7 +115,8 @@ def _items(starts_R1, lengths_R, shape, group):
             for cut in range(cuts):
                 head, end_head = cut * shape.num_heads // cuts, (cut + 1) * shape.num_heads // cuts
                 for begin in range(0, length, _SPLIT):
-                    items[num] = Item(row, head, end_head, row, 1, begin, min(begin + _SPLIT, length), part if length > _SPLIT else -1)
+                    end, own = min(begin + _SPLIT, length), part if length > _SPLIT else -1
+                    _put(Item(row, head, end_head, row, 1, begin, end, own), items[num])
                     part += end_head - head if length > _SPLIT else 0
                     num += 1
         else:
@@ -123,41 +124,54 @@ def _items(starts_R1, lengths_R, shape, group):
             for head in range(shape.num_heads):
                 for token in range(first, end, block):
                     num_tokens = min(block, end - token)
-                    items[num] = Item(row, head, head + 1, token, num_tokens, 0, length - end + token + num_tokens, -1)
+                    _put(Item(row, head, head + 1, token, num_tokens, 0, length - end + token + num_tokens, -1), items[num])
                     num += 1
     return items, part
 
 
-@njit(cache=True)
+@inner()
+def _put(item, x_8):
+    """Value by value: an assignment to the row would bring the text of its errors along, which takes seconds to compile."""
+    x_8[0], x_8[1], x_8[2], x_8[3] = item.row, item.head, item.end_head, item.token
+    x_8[4], x_8[5], x_8[6], x_8[7] = item.num_tokens, item.begin, item.end, item.part
+
+
+@inner()
 def _item(x_8):
     return Item(x_8[0], x_8[1], x_8[2], x_8[3], x_8[4], x_8[5], x_8[6], x_8[7])
 
 
-@njit(cache=True)
+@inner()
 def _bounds(items, group, num_threads):
     """Where the items of each thread begin and end, int64 [threads + 1]: equal costs, as far as they can be."""
-    costs = np.empty(len(items), np.float64)
-    if not len(items):
-        return np.zeros(num_threads + 1, np.int64)
+    costs, total = np.empty(len(items), np.float64), 0.0
     for i in range(len(items)):
         item = _item(items[i])
         length, seen = item.end - item.begin, item.end - item.begin - (item.num_tokens - 1) / 2
         costs[i] = (item.end_head - item.head) * (length * _LAYING_OUT + seen * tiled(item.num_tokens * group) + BLOCK)
-    done = np.cumsum(costs)
-    return np.searchsorted(done - costs / 2, np.arange(num_threads + 1) * (done[-1] / num_threads))
+        total += costs[i]
+    bounds, thread, done = np.empty(num_threads + 1, np.int64), 0, 0.0
+    for i in range(len(items)):
+        while thread <= num_threads and done + costs[i] / 2 >= total / num_threads * thread:
+            bounds[thread] = i
+            thread += 1
+        done += costs[i]
+    bounds[thread:] = len(items)
+    return bounds
 
 
-@njit(cache=True)
-def _run(thread, q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE):
+@inner()
+def _attend(begin, end, q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE):
+    """The items of some threads."""
     items, bounds, sums_SGE, stats_2SG = work
     group, num_rows = q_THD.shape[1] // shape.num_heads, 0
-    for i in range(bounds[thread], bounds[thread + 1]):
+    for i in range(bounds[begin], bounds[end]):
         item = _item(items[i])
         num_rows = max(num_rows, (item.end_head - item.head) * tiled(item.num_tokens * group))
     if not num_rows:
         return
     room = scratch(num_rows, q_THD.shape[2], out_THE.shape[2], like)
-    for i in range(bounds[thread], bounds[thread + 1]):
+    for i in range(bounds[begin], bounds[end]):
         item = _item(items[i])
         heads, run = (item.head, item.end_head), Run(pages_RP[item.row], shape.page_size, item.begin, item.end)
         place_queries(q_THD, item.token, item.num_tokens, heads, group, room)
@@ -168,10 +182,10 @@ def _run(thread, q_THD, keys, values, key_place, value_place, pages_RP, shape, f
             if item.part < 0:
                 _store(sums, total, out_THE[item.token : item.token + item.num_tokens, head * group : (head + 1) * group])
             else:
-                sums_SGE[part], stats_2SG[0, part], stats_2SG[1, part] = sums[:group], room.best[first : first + group], total[:group]
+                _keep(sums, room.best[first:], total, sums_SGE[part], stats_2SG[:, part])
 
 
-@njit(cache=True)
+@inner()
 def _store(sums, total, out_TGE):
     group = out_TGE.shape[1]
     for row in range(len(out_TGE) * group):
@@ -182,9 +196,18 @@ def _store(sums, total, out_TGE):
         move_rows(sums, t * group, 0, sums.shape[1], NO_SCALES, 0, out_TGE[t], 0, 0, group)
 
 
-@njit(cache=True)
-def _join(thread, num_threads, items, sums_SGE, stats_2SG, factor, out_THE):
-    """Split rows from their parts: of every ``num_threads`` query heads one."""
+@inner()
+def _keep(sums, best, total, sums_GE, stats_2G):
+    """A part."""
+    for g in range(len(sums_GE)):
+        stats_2G[0, g], stats_2G[1, g] = best[g], total[g]
+        for e in range(sums_GE.shape[1]):
+            sums_GE[g, e] = sums[g, e]
+
+
+@inner()
+def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
+    """Split rows from their parts, some of their query heads."""
     group, first = sums_SGE.shape[1], 0
     while first < len(items):
         item, end = _item(items[first]), first + 1
@@ -195,14 +218,14 @@ def _join(thread, num_threads, items, sums_SGE, stats_2SG, factor, out_THE):
             for head in range(item.head, item.end_head):
                 parts = slice(item.part + head - item.head, item.part + (end - first) * step, step)
                 for g in range(group):
-                    if (head * group + g) % num_threads == thread:
+                    if first_head <= head * group + g < end_head:
                         sums_SE = sums_SGE[parts, g]
                         _join_parts(sums_SE, stats_2SG[0, parts, g], stats_2SG[1, parts, g], factor)
                         move_rows(sums_SE, 0, 0, out_HE.shape[1], NO_SCALES, 0, out_HE, head * group + g, 0, 1)
         first = end
 
 
-@njit(cache=True, error_model="numpy")
+@inner(error_model="numpy")
 def _join_parts(sums_SE, best_S, total_S, factor):
     """Into the first of them."""
     best, total = best_S.max(), np.float32(0)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import extending, njit, prange
+from numba import extending, njit
 from numba.core import cgutils, types
 from torch import Tensor
 
-from .cpu_arrays import narrow, widen
+from .cpu_arrays import inner, narrow, widen
+from .cpu_threads import share_out
 from .cpu_vectors import F32, I32, LANES, SUMS, UNITS, has, multiplies_bf16, multiply_add_halves, spread
 
 COLUMNS = LANES  # of a block: one vector of float32 sums
@@ -151,7 +152,7 @@ def take_item(typing_context, counter):
     return signature, generate
 
 
-@njit(cache=True)
+@inner()
 def multiply(num_rows, sums, rows, blocks, num_pairs, fetch):
     """One tile of 1 to 6 rows by four blocks: ``sums`` float32 [6, 64]; ``rows`` [6] and ``blocks`` [4] are addresses;
     ``fetch`` comes from ``look_ahead``."""
@@ -198,14 +199,19 @@ def parts(total, most):
     return (total + most - 1) // most
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def multiply_rows(x, x_stride, w, num_inner, bias_N, y_TN, num_threads):
     """y = x w^T + b. ``x`` is the address of the first row, ``x_stride`` the bytes from one to the next; ``w`` the address of packed
     weights [N / 16, K / 2, 16, 2]; ``bias_N`` is empty where there is none."""
+    counter = np.zeros(1, np.int64)
+    share_out(_multiply_panels, num_threads, (x, x_stride, w, num_inner, bias_N, y_TN, counter), False)
+
+
+@inner(error_model="numpy")
+def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counter):
     num_blocks = y_TN.shape[1] // COLUMNS
     panels, stretches = parts(num_blocks, BLOCKS), parts(len(y_TN), STRETCH)
-    counter = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
+    for _ in range(begin, end):
         sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
         item = take_item(counter)
         while item < panels * stretches:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from .cpu_arrays import array, exp, narrow
+from .cpu_arrays import array, exp, inner, narrow
 from .cpu_blocks import BLOCKS, COLUMNS, ROWS, STRETCH, block_bytes, look_ahead, multiply, part, parts, take_item
+from .cpu_threads import share_out
 
 _HALF = BLOCKS // 2
 
@@ -50,7 +51,7 @@ def sort_pairs(slots_M, counts_S):
     return order_M, ends_S
 
 
-@njit(cache=True, error_model="numpy")
+@inner(error_model="numpy")
 def _stretches(ends_S):
     """Slot, start and length of the stretches that the pairs in order are cut into."""
     count, start = 0, 0
@@ -69,7 +70,7 @@ def _stretches(ends_S):
     return found_I
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads):
     """x, w13 and w2 are addresses, ``x_stride`` bytes."""
     order_M, ends_S = sort_pairs(slots_M, counts_S)
@@ -80,10 +81,9 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, nu
     stretches_I = _stretches(ends_S)
     inner_MF = np.empty((len(order_M), width), np.uint16)
     next_inner, next_outer = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        _inner(x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, inner_MF)
-    for _ in prange(num_threads):
-        _outer(inner_MF, order_M, stretches_I, w2, next_outer, y_MD)
+    given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, inner_MF
+    share_out(_inner, num_threads, given, False)
+    share_out(_outer, num_threads, (inner_MF, order_M, stretches_I, w2, next_outer, y_MD), False)
 
 
 @njit(cache=True, inline="always")
@@ -93,8 +93,8 @@ def _first_block(item, panels, stretches_I, num_blocks, step):
     return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
 
 
-@njit(cache=True, error_model="numpy")
-def _inner(x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, inner_MF):
+@inner(error_model="numpy")
+def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, inner_MF):
     """silu(gate) * up for the pairs in order: a panel is two blocks of gate columns and the same two of up."""
     sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
     num_blocks = inner_MF.shape[1] // COLUMNS
@@ -124,15 +124,15 @@ def _inner(x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, i
         item = following
 
 
-@njit(cache=True, error_model="numpy")
+@inner(error_model="numpy")
 def _silu_mul(gate_up, out):
     for n in range(len(out)):
         gate = gate_up[n]
         out[n] = narrow(gate / (np.float32(1) + exp(-gate)) * gate_up[_HALF * COLUMNS + n], out)
 
 
-@njit(cache=True, error_model="numpy")
-def _outer(inner_MF, order_M, stretches_I, w2, counter, y_MD):
+@inner(error_model="numpy")
+def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
     """The second product, each row of it at the place of its pair."""
     sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
     num_blocks, num_inner = y_MD.shape[1] // COLUMNS, inner_MF.shape[1]

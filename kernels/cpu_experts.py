@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from . import cpu_expert_blocks
 from . import experts as reference
-from .cpu_arrays import ALONE, FAST, array, computes, exp, made, narrow, widen
+from .cpu_arrays import ALONE, FAST, array, computes, exp, inner, made, narrow, widen
 from .cpu_expert_blocks import sort_pairs
 from .cpu_linear import PackedSlots, linear
 from .cpu_norm import silu_mul
+from .cpu_threads import share_out
 
 # Up to this many pairs for each slot hit, on average, the compiled product wins over oneDNN's: 32 experts of 512 x 1024 of which 8 and 32
 # tokens choose 4 took 1.1 and 3.2 ms against 2.2 and 3.7, 64 tokens 6.5 against 4.7 (2 cores of an EPYC Turin; 1.1 is the memory limit).
@@ -67,24 +68,22 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     if not computes(y_TKD.dtype):
         return reference.weighted_sum(y_TKD, weights_TK)
     out_TD, bits = made((y_TKD.shape[0], y_TKD.shape[2]), y_TKD.dtype)
-    run = weigh_few if bits.size <= ALONE else weigh_rows
-    run(array(y_TKD), array(weights_TK), bits)
+    weigh_rows(array(y_TKD), array(weights_TK), bits)
     return out_TD
 
 
 @njit(cache=True)
-def weigh_few(y_TKD, weights_TK, out_TD):
-    for t in range(len(y_TKD)):
-        _weigh(y_TKD[t], weights_TK[t], out_TD[t])
-
-
-@njit(cache=True, parallel=True)
 def weigh_rows(y_TKD, weights_TK, out_TD):
-    for t in prange(len(y_TKD)):
+    share_out(_weigh_rows, len(y_TKD), (y_TKD, weights_TK, out_TD), out_TD.size <= ALONE)
+
+
+@inner()
+def _weigh_rows(begin, end, y_TKD, weights_TK, out_TD):
+    for t in range(begin, end):
         _weigh(y_TKD[t], weights_TK[t], out_TD[t])
 
 
-@njit(cache=True)
+@inner()
 def _weigh(y_KD, weights_K, out_D):
     """Without fast mathematics: the same bits whatever the strides, on which the compiler's choices depend."""
     sum_D = np.zeros(len(out_D), np.float32)
@@ -126,7 +125,7 @@ def _silu_mul(gate_up_MF):
     return out_MF
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _product(x_MC, w_SRC, ends_S, places_M, out):
     """out[places_M[m]] = w of the slot of pair m, times x_MC[m]; R rows and C columns of a weight. Slots are cut into blocks of rows, so
     that threads share evenly."""
@@ -135,14 +134,20 @@ def _product(x_MC, w_SRC, ends_S, places_M, out):
     starts_S[1:] = ends_S[:-1]
     hit = np.nonzero(ends_S > starts_S)[0]
     blocks = (num_rows + _BLOCK - 1) // _BLOCK
-    for item in prange(len(hit) * blocks):
+    share_out(_product_blocks, len(hit) * blocks, (blocks, hit, x_MC, w_SRC, starts_S, ends_S, places_M, out), False)
+
+
+@inner()
+def _product_blocks(begin, end, blocks, hit, x_MC, w_SRC, starts_S, ends_S, places_M, out):
+    num_rows = w_SRC.shape[1]
+    for item in range(begin, end):
         slot, first = hit[item // blocks], item % blocks * _BLOCK
         for row in range(first, min(first + _BLOCK, num_rows)):
             for m in range(starts_S[slot], ends_S[slot], 4):
                 _dots(w_SRC[slot, row], x_MC[m : min(m + 4, ends_S[slot])], places_M[m : m + 4], row, out)
 
 
-@njit(cache=True, fastmath=FAST)
+@inner(fastmath=FAST)
 def _dots(w_C, x_MC, places_M, row, out):
     """One weight row times up to four pairs: each weight is read and widened once."""
     a = b = c = d = np.float32(0)

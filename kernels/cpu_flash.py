@@ -19,6 +19,7 @@ from numba import njit
 from numba.core import types
 from numba.extending import overload
 
+from .cpu_arrays import inner, stay_apart
 from .cpu_e4m3 import AT_ONCE, decodes, pair_bytes, take_scales, turn_bytes
 from .cpu_kv_entries import NO_SCALES, Block, find, move_rows, read
 from .cpu_tiles import TILE_COLUMNS, TILE_ROWS, add_product, pair, soften, transpose
@@ -57,7 +58,7 @@ class Spot(NamedTuple):
     block: Any
 
 
-@njit(cache=True)
+@inner()
 def scratch(num_rows, key_dim, value_dim, like):
     """For ``num_rows`` rows, divisible by 4; ``like`` is an array of numbers."""
     per_unit, one = 4 // like.itemsize, np.empty(1, np.float32)
@@ -79,21 +80,22 @@ def scratch(num_rows, key_dim, value_dim, like):
     )
 
 
-@njit(cache=True)
+@inner()
 def room_for(rows, columns, like):
     """Zeros [rows, columns] on a cache line: what pads numbers stays zero."""
+    stay_apart()
     raw = np.zeros(rows * columns + _LINE // like.itemsize, like.dtype)
     skip = -raw.ctypes.data % _LINE // like.itemsize
     return raw[skip : skip + rows * columns].reshape(rows, columns)
 
 
-@njit(cache=True)
+@inner()
 def tiled(num_rows):
     """Rows of whole tiles."""
     return -(-num_rows // TILE_ROWS) * TILE_ROWS
 
 
-@njit(cache=True)
+@inner()
 def place_queries(q_THD, first_token, num_tokens, heads, group, work):
     """Queries as rows: those of the key heads [heads[0], heads[1]) one after another, in whole tiles each."""
     stride = tiled(num_tokens * group)
@@ -103,7 +105,7 @@ def place_queries(q_THD, first_token, num_tokens, heads, group, work):
             move_rows(q_THD[first_token + token], head * group, 0, q_THD.shape[2], NO_SCALES, 0, work.q, first, 0, group)
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
     """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own. ``factor``: scale / ln 2. Values are
     the first dims of the keys where they have no width. Leaves sums, best and total.
@@ -135,7 +137,7 @@ def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, h
                 _add_values(sums, own, shrink, share_units, paired)
 
 
-@njit(cache=True)
+@inner()
 def _add_values(sums, row, shrink, shares, paired):
     width = sums.shape[1]
     for column in range(0, width // TILE_COLUMNS * TILE_COLUMNS, TILE_COLUMNS):
@@ -144,7 +146,7 @@ def _add_values(sums, row, shrink, shares, paired):
         add_product(sums, row, shrink, shares, 0, paired, width - _PADDING, 2)
 
 
-@njit(cache=True)
+@inner()
 def _hide(scores, first_row, group, seen, num_tokens):
     """The positions that rows of a tile may not see, where the first query sees ``seen`` of them."""
     for i in range(TILE_ROWS):
@@ -262,33 +264,35 @@ def _keys_paired(keys, row, column, k, paired):
     return lambda keys, row, column, k, paired: pair_rows(k, 0, 0, paired)
 
 
-@njit(cache=True)
+@inner()
 def _in_one_page(spot, room):
     """Then numbers are read where they lie; what follows the run is whatever the page holds."""
     return spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size and spot.place.width >= room.shape[1]
 
 
-@njit(cache=True)
+@inner()
 def _column(spot):
     return spot.place.first + spot.head * spot.place.step
 
 
-@njit(cache=True)
+@inner()
 def _decoded(place):
     """Whether bytes are those of heads (not latents, which have several scales) and whole vectors."""
     return place.step > 0 and place.width % AT_ONCE == 0
 
 
-@njit(cache=True)
+@inner()
 def turn_rows(rows, row, unit, turned):
     """Units from ``unit`` on of as many rows of numbers as ``turned`` [U, N] has columns."""
+    stay_apart()
     for u in range(0, len(turned), LANES):
         for n in range(0, turned.shape[1], LANES):
             transpose(rows, row + n, unit + u, turned, u, n)
 
 
-@njit(cache=True)
+@inner()
 def _turn_bytes(keys, places, column, turned):
+    stay_apart()
     for u in range(0, len(turned), AT_ONCE // 2):
         for n in range(0, BLOCK, LANES):
             turn_bytes(keys, places, n, column + 2 * u, turned, u, n)
@@ -304,6 +308,7 @@ def _paired(rows, row, column, paired):
     if rows.dtype == types.uint16:
 
         def pair_all(rows, row, column, paired):
+            stay_apart()
             for i in range(len(paired)):
                 for e in range(0, paired.shape[1], _PADDING):
                     pair(rows, row + 2 * i, column + e, paired, i, e)
@@ -316,8 +321,9 @@ def _paired(rows, row, column, paired):
     return copy
 
 
-@njit(cache=True)
+@inner()
 def _pair_bytes(values, places, column, paired):
+    stay_apart()
     for i in range(len(paired)):
         for e in range(0, paired.shape[1], AT_ONCE):
             pair_bytes(values, places, 2 * i, column + e, paired, i, e)

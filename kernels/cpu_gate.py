@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from . import gate as reference
-from .cpu_arrays import FAST, array, computes, exp, widen
+from .cpu_arrays import FAST, array, computes, exp, inner, widen
+from .cpu_threads import share_out
 from .gate import GateCounts, Routing
 
 # Fewer multiplications than this are done on this thread: 10 us, and no waiting for a thread that another process may hold up.
-ALONE = 1 << 18
+_ALONE = 1 << 18
 _BLOCK = 16
 
 _NO_BIAS = np.zeros(0, np.float32)
@@ -34,8 +35,7 @@ def gate(
         return reference.gate(x_TD, weight_ED, bias_E, routing, counts)
     x, weight, bias = array(x_TD), array(weight_ED), _NO_BIAS if bias_E is None else array(bias_E)
     ids, weights = np.empty((len(x), routing.top_k), np.int64), np.empty((len(x), routing.top_k), np.float32)
-    run = route_few if len(x) * weight.size < ALONE else route_blocks
-    run(x, weight, bias, *rule_of(routing), ids, weights)
+    route(x, weight, bias, *rule_of(routing), ids, weights)
     ids_TK, weights_TK = torch.from_numpy(ids), torch.from_numpy(weights)
     return (ids_TK, weights_TK) if counts is None else reference.leave_out_padding(ids_TK, weights_TK, counts)
 
@@ -46,15 +46,21 @@ def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, 
     return groups, (routing.scoring == "sigmoid", routing.normalise, routing.scale)
 
 
-@njit(cache=True, parallel=True)
-def route_blocks(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
-    for block in prange((len(x_TD) + _BLOCK - 1) // _BLOCK):
-        own = slice(block * _BLOCK, min((block + 1) * _BLOCK, len(x_TD)))
-        route_few(x_TD[own], weight_ED, bias_E, groups, rule, ids_TK[own], weights_TK[own])
-
-
 @njit(cache=True)
-def route_few(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
+def route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
+    blocks, alone = (len(x_TD) + _BLOCK - 1) // _BLOCK, len(x_TD) * weight_ED.size < _ALONE
+    share_out(_route_blocks, blocks, (x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK), alone)
+
+
+@inner()
+def _route_blocks(begin, end, x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
+    for block in range(begin, end):
+        own = slice(block * _BLOCK, min((block + 1) * _BLOCK, len(x_TD)))
+        _route(x_TD[own], weight_ED, bias_E, groups, rule, ids_TK[own], weights_TK[own])
+
+
+@njit(cache=True, inline="always")
+def _route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
     sigmoid, normalise, scale = rule
     scores_TE = _logits(x_TD, weight_ED)
     for t in range(len(x_TD)):
@@ -81,7 +87,7 @@ def route_few(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
             weights_TK[t, k] *= factor
 
 
-@njit(cache=True)
+@inner()
 def _logits(x_TD, weight_ED):
     """Four experts at a time, whose weights stay in the nearest cache while all tokens pass."""
     wide_TD = np.empty(x_TD.shape, np.float32)
@@ -99,7 +105,7 @@ def _logits(x_TD, weight_ED):
     return out_TE
 
 
-@njit(cache=True, fastmath=FAST)
+@inner(fastmath=FAST)
 def _four_dots(x_D, weight_4D):
     a = b = c = d = np.float32(0)
     for i in range(len(x_D)):
@@ -111,7 +117,7 @@ def _four_dots(x_D, weight_4D):
     return a, b, c, d
 
 
-@njit(cache=True, fastmath=FAST)
+@inner(fastmath=FAST)
 def _dot(x_D, weight_D):
     total = np.float32(0)
     for i in range(len(x_D)):
@@ -119,7 +125,7 @@ def _dot(x_D, weight_D):
     return total
 
 
-@njit(cache=True, fastmath=FAST)
+@inner(fastmath=FAST)
 def _softmax(scores_E):
     largest = scores_E.max()
     total = np.float32(0)
@@ -130,13 +136,13 @@ def _softmax(scores_E):
         scores_E[e] /= total
 
 
-@njit(cache=True)
+@inner()
 def _sigmoid(scores_E):
     for e in range(len(scores_E)):
         scores_E[e] = np.float32(1) / (np.float32(1) + exp(-scores_E[e]))
 
 
-@njit(cache=True)
+@inner()
 def _best(values):
     best = 0
     for i in range(1, len(values)):
@@ -145,7 +151,7 @@ def _best(values):
     return best
 
 
-@njit(cache=True)
+@inner()
 def _close_groups(choice_E, groups):
     """Sets what lies outside the best groups to -inf."""
     num_groups, top_groups, two = groups

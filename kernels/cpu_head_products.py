@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from .cpu_arrays import array, computes
+from .cpu_arrays import array, computes, inner
 from .cpu_flash import pair_rows, room_for, tiled, turn_rows, units
 from .cpu_kv_entries import NO_SCALES, move_rows
+from .cpu_threads import share_out
 from .cpu_tiles import TILE_COLUMNS, TILE_ROWS, add_product
 from .cpu_vectors import LANES
 
@@ -44,9 +45,14 @@ def _fit(x_RHI: Tensor, w: Tensor, out_RHO: Tensor) -> bool:
     return computes(x_RHI.dtype) and whole and x_RHI.stride(2) == w.stride(2) == out_RHO.stride(2) == 1
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _multiply(x_RHI, w_HIO, out_RHO):
-    for head in prange(x_RHI.shape[1]):
+    share_out(_multiply_some, x_RHI.shape[1], (x_RHI, w_HIO, out_RHO), False)
+
+
+@inner()
+def _multiply_some(begin, end, x_RHI, w_HIO, out_RHO):
+    for head in range(begin, end):
         rows, w_IO, out_RO = _rows(x_RHI, head), w_HIO[head], out_RHO[:, head]
         row_units, sums = units(rows), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
         paired = units(room_for(row_units.shape[1], TILE_COLUMNS * row_units.itemsize // rows.itemsize, rows))
@@ -55,9 +61,14 @@ def _multiply(x_RHI, w_HIO, out_RHO):
             _multiply_rows(row_units, paired, sums, column, out_RO)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _multiply_turned(x_RHI, w_HOI, out_RHO):
-    for head in prange(x_RHI.shape[1]):
+    share_out(_multiply_some_turned, x_RHI.shape[1], (x_RHI, w_HOI, out_RHO), False)
+
+
+@inner()
+def _multiply_some_turned(begin, end, x_RHI, w_HOI, out_RHO):
+    for head in range(begin, end):
         rows, w_OI, out_RO = _rows(x_RHI, head), w_HOI[head], out_RHO[:, head]
         row_units, sums = units(rows), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
         turned = units(room_for(row_units.shape[1], TILE_COLUMNS * row_units.itemsize // rows.itemsize, rows))
@@ -66,7 +77,7 @@ def _multiply_turned(x_RHI, w_HOI, out_RHO):
             _multiply_rows(row_units, turned, sums, column, out_RO)
 
 
-@njit(cache=True)
+@inner()
 def _rows(x_RHI, head):
     """Those of a head, in whole tiles."""
     rows = room_for(tiled(len(x_RHI)), x_RHI.shape[2], x_RHI)
@@ -74,7 +85,7 @@ def _rows(x_RHI, head):
     return rows
 
 
-@njit(cache=True)
+@inner()
 def _multiply_rows(row_units, w_UN, sums, column, out_RO):
     for first in range(0, len(row_units), TILE_ROWS):
         add_product(sums, 0, None, row_units, first, w_UN, 0, 4)

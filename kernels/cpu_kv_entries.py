@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from numba.core import types
 from numba.extending import overload
 from torch import Tensor
 
 from . import kv_entries
-from .cpu_arrays import array, computes, narrow, widen
+from .cpu_arrays import array, computes, inner, narrow, stay_apart, widen
+from .cpu_threads import share_out
 from .cpu_tiles import move
 from .cpu_vectors import LANES
 from .fp8 import LARGEST, LEAST_SCALE
@@ -80,15 +81,20 @@ def gather_latents(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype
     return out
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _gather(entries, place, pages, page_size, out_NX):
-    for page in prange(len(pages)):
+    share_out(_gather_pages, len(pages), (entries, place, pages, page_size, out_NX), False)
+
+
+@inner()
+def _gather_pages(begin, end, entries, place, pages, page_size, out_NX):
+    for page in range(begin, end):
         start = page * page_size
         block = Block(start, start + page_size, page_size)
         read(entries, place, 0, pages, block, out_NX[start : start + page_size])
 
 
-@njit(cache=True)
+@inner()
 def find(pages, block, rows_N):
     """The cache rows of the positions of a block, and past its end that of the last one."""
     count, done = block.end - block.begin, 0
@@ -102,9 +108,10 @@ def find(pages, block, rows_N):
     rows_N[count:] = rows_N[count - 1]
 
 
-@njit(cache=True)
+@inner()
 def read(entries, place, head, pages, block, out_NX):
     """The numbers of a head at the positions of a block; rows past its end are zero."""
+    stay_apart()
     count, done, first = block.end - block.begin, 0, place.first + head * place.step
     scales, halves = _scales(entries), _halves(entries)
     while done < count:
@@ -120,9 +127,10 @@ def read(entries, place, head, pages, block, out_NX):
     out_NX[count:] = 0
 
 
-@njit(cache=True)
+@inner()
 def move_rows(source, row, column, width, scales, scale, out, out_row, out_column, num_rows):
     """``width`` numbers of some rows, each row times its number ``scale`` of ``scales``, or as it is with ``NO_SCALES``."""
+    stay_apart()
     even = width // LANES * LANES
     for n in range(num_rows):
         factor = scales[row + n, scale] if scales.shape[1] else np.float32(1)
@@ -142,11 +150,13 @@ def _moved_one(source_1, factor, out_1):
     if source_1.dtype == out_1.dtype:
 
         def copy(source_1, factor, out_1):
+            stay_apart()  # or the few values that are no vector make loops of vectors, six times the code
             out_1[0] = source_1[0]
 
         return copy
 
     def convert(source_1, factor, out_1):
+        stay_apart()
         out_1[0] = narrow(widen(source_1[0]) * factor, out_1)
 
     return convert
@@ -187,7 +197,7 @@ def _to_e4m3(value):
     return np.uint8(low | ((bits >> np.uint32(24)) & np.uint32(0x80)))
 
 
-@njit(cache=True, error_model="numpy")
+@inner(error_model="numpy")
 def _write_group(x_D, out_D):
     """Returns their scale."""
     largest = np.uint32(0)  # as bits, which vectors compare faster, and in which NaN is larger than all
@@ -243,7 +253,7 @@ def _write_latent(c_C, k_E, cache, position):
     return write_numbers
 
 
-@njit(cache=True)
+@inner()
 def _write_numbers(x_X, out_X):
     for x in range(len(x_X)):
         out_X[x] = narrow(widen(x_X[x]), out_X)

@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import norm
-from .cpu_arrays import ALONE, FAST, array, computes, exp, made, narrow, widen
+from .cpu_arrays import ALONE, FAST, array, computes, exp, inner, made, narrow, widen
+from .cpu_threads import share_out
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -26,8 +27,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if not (computes(x.dtype) and x.dtype == weight_D.dtype):
         return norm.rms_norm(x, weight_D, eps)
     out, bits = made(x.shape, x.dtype)
-    run = norm_few if bits.size <= ALONE else norm_rows
-    run(_three(array(x)), array(weight_D), eps, _three(bits))
+    norm_rows(_three(array(x)), array(weight_D), eps, _three(bits))
     return out
 
 
@@ -36,8 +36,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tup
     if not (computes(x.dtype) and x.dtype == update.dtype == weight_D.dtype):
         return norm.add_rms_norm(x, update, weight_D, eps)
     (total, total_bits), (out, bits) = made(x.shape, x.dtype), made(x.shape, x.dtype)
-    run = add_norm_few if bits.size <= ALONE else add_norm_rows
-    run(_three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits))
+    add_norm_rows(_three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits))
     return total, out
 
 
@@ -46,8 +45,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if not computes(gate_up.dtype):
         return norm.silu_mul(gate_up)
     out, bits = made((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up.dtype)
-    run = _silu_mul_few if bits.size <= ALONE else _silu_mul_rows
-    run(array(gate_up.reshape(-1, gate_up.shape[-1])), bits.reshape(-1, out.shape[-1]))
+    _silu_mul(array(gate_up.reshape(-1, gate_up.shape[-1])), bits.reshape(-1, out.shape[-1]))
     return out
 
 
@@ -58,7 +56,7 @@ def _three(bits: NDArray[Any]) -> NDArray[Any]:
     return bits[:, None] if bits.ndim == 2 else bits.reshape(-1, 1, bits.shape[-1])
 
 
-@njit(cache=True, fastmath=FAST, forceinline=True)
+@inner(fastmath=FAST, forceinline=True)
 def norm_row(x_D, weight_D, eps, out_D):
     """Inlined by force: left as a function of its own it exists once for every caller, summed in another order, and the linker's choice
     among them was another in the process that compiled than in those that load."""
@@ -71,13 +69,13 @@ def norm_row(x_D, weight_D, eps, out_D):
         out_D[d] = narrow(widen(x_D[d]) * factor * widen(weight_D[d]), out_D)
 
 
-@njit(cache=True, fastmath=FAST)
+@inner(fastmath=FAST)
 def _add_row(x_D, update_D, total_D):
     for d in range(len(x_D)):
         total_D[d] = narrow(widen(x_D[d]) + widen(update_D[d]), total_D)
 
 
-@njit(cache=True, error_model="numpy")  # a division that raised could not be one of vectors
+@inner(error_model="numpy")  # a division that raised could not be one of vectors
 def _silu_mul_row(gate_up_F, out_F):
     width = len(out_F)
     for f in range(width):
@@ -86,42 +84,36 @@ def _silu_mul_row(gate_up_F, out_F):
 
 
 @njit(cache=True)
-def norm_few(x, weight_D, eps, out):
-    for n in range(x.shape[0]):
-        for b in range(x.shape[1]):
-            norm_row(x[n, b], weight_D, np.float32(eps), out[n, b])
-
-
-@njit(cache=True, parallel=True)
 def norm_rows(x, weight_D, eps, out):
-    for n in prange(x.shape[0]):
+    share_out(_norm, len(x), (x, weight_D, np.float32(eps), out), out.size <= ALONE)
+
+
+@inner()
+def _norm(begin, end, x, weight_D, eps, out):
+    for n in range(begin, end):
         for b in range(x.shape[1]):
-            norm_row(x[n, b], weight_D, np.float32(eps), out[n, b])
+            norm_row(x[n, b], weight_D, eps, out[n, b])
 
 
 @njit(cache=True)
-def add_norm_few(x, update, weight_D, eps, total, out):
-    for n in range(x.shape[0]):
-        for b in range(x.shape[1]):
-            _add_row(x[n, b], update[n, b], total[n, b])
-            norm_row(total[n, b], weight_D, np.float32(eps), out[n, b])
-
-
-@njit(cache=True, parallel=True)
 def add_norm_rows(x, update, weight_D, eps, total, out):
-    for n in prange(x.shape[0]):
+    share_out(_add_norm, len(x), (x, update, weight_D, np.float32(eps), total, out), out.size <= ALONE)
+
+
+@inner()
+def _add_norm(begin, end, x, update, weight_D, eps, total, out):
+    for n in range(begin, end):
         for b in range(x.shape[1]):
             _add_row(x[n, b], update[n, b], total[n, b])
-            norm_row(total[n, b], weight_D, np.float32(eps), out[n, b])
+            norm_row(total[n, b], weight_D, eps, out[n, b])
 
 
 @njit(cache=True)
-def _silu_mul_few(gate_up_NF, out_NF):
-    for n in range(len(gate_up_NF)):
-        _silu_mul_row(gate_up_NF[n], out_NF[n])
+def _silu_mul(gate_up_NF, out_NF):
+    share_out(_silu_mul_rows, len(out_NF), (gate_up_NF, out_NF), out_NF.size <= ALONE)
 
 
-@njit(cache=True, parallel=True)
-def _silu_mul_rows(gate_up_NF, out_NF):
-    for n in prange(len(gate_up_NF)):
+@inner()
+def _silu_mul_rows(begin, end, gate_up_NF, out_NF):
+    for n in range(begin, end):
         _silu_mul_row(gate_up_NF[n], out_NF[n])

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from . import rope
-from .cpu_arrays import ALONE, array, computes, made, narrow, widen
+from .cpu_arrays import ALONE, array, computes, inner, made, narrow, widen
 from .cpu_kv_entries import write_head, write_latent
 from .cpu_norm import norm_row
+from .cpu_threads import share_out
 from .kv_entries import holds_fp8, num_kv_heads
 from .rope import Angles, HeadNorms
 
-ENTER_ALONE = ALONE // 4  # a value costs more than in other passes
+_ENTER_ALONE = ALONE // 4  # a value costs more than in other passes
 
 
 def norm_rotate_and_write(
@@ -34,8 +35,7 @@ def norm_rotate_and_write(
     out_THD, bits = made((num_tokens, num_heads - 2 * num_keys, dim), dtype)
     weights = (array(norms.q_D), array(norms.k_D)) if norms is not None else (_NOTHING[dtype], _NOTHING[dtype])
     eps, caches = norms.eps if norms is not None else 0.0, (array(cache[0]), array(cache[1]))
-    run = enter_few if bits.size <= ENTER_ALONE else enter_heads
-    run(array(qkv_TXD), weights, eps, angles.arrays, caches, write_T.numpy(), interleaved, bits)
+    enter_heads(array(qkv_TXD), weights, eps, angles.arrays, caches, write_T.numpy(), interleaved, bits)
     return out_THD
 
 
@@ -47,7 +47,7 @@ def rotate_and_write_latent(
     if not (computes(dtype) and c_TC.dtype == k_rope_TD.dtype == dtype and (holds_fp8(cache) or computes(cache.dtype))):
         return rope.rotate_and_write_latent(q_rope_THD, c_TC, k_rope_TD, angles, cache, write_T, interleaved)
     out_THD, bits = made(q_rope_THD.shape, dtype)
-    rows = array(q_rope_THD), array(c_TC), array(k_rope_TD)
+    rows = array(q_rope_THD), array(c_TC), array(k_rope_TD.contiguous())  # few values, and one kernel less: a single row always is
     _enter_latents(rows, angles.arrays, array(cache), write_T.numpy(), interleaved, bits)
     return out_THD
 
@@ -56,19 +56,19 @@ _NOTHING = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, n
 
 
 @njit(cache=True)
-def enter_few(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
-    for t in range(len(qkv_TXD)):
-        _enter_token(qkv_TXD[t], weights, np.float32(eps), (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
-
-
-@njit(cache=True, parallel=True)
 def enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
     """Weights of no length are norms that are not there."""
-    for t in prange(len(qkv_TXD)):
-        _enter_token(qkv_TXD[t], weights, np.float32(eps), (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
+    given = qkv_TXD, weights, np.float32(eps), turns, caches, write_T, interleaved, out_THD
+    share_out(_enter_tokens, len(qkv_TXD), given, out_THD.size <= _ENTER_ALONE)
 
 
-@njit(cache=True)
+@inner()
+def _enter_tokens(begin, end, qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
+    for t in range(begin, end):
+        _enter_token(qkv_TXD[t], weights, eps, (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
+
+
+@inner()
 def _enter_token(qkv_XD, weights, eps, turns, caches, position, interleaved, out_HD):
     """One token."""
     num_heads, num_keys = len(out_HD), (len(qkv_XD) - len(out_HD)) // 2
@@ -81,7 +81,7 @@ def _enter_token(qkv_XD, weights, eps, turns, caches, position, interleaved, out
         write_head(qkv_XD[num_heads + num_keys + head], caches[1], position, head, num_keys)
 
 
-@njit(cache=True)
+@inner()
 def _turn(x_D, weight_D, eps, normed_D, cos_F, sin_F, interleaved, out_D):
     """The norm is rounded before the rotation; values from 2 F on are not rotated."""
     num = len(cos_F)
@@ -104,10 +104,15 @@ def _turn(x_D, weight_D, eps, normed_D, cos_F, sin_F, interleaved, out_D):
         out_D[d] = normed_D[d]
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _enter_latents(rows, turns, cache, write_T, interleaved, out_THD):
+    share_out(_enter_each, len(out_THD), (rows, turns, cache, write_T, interleaved, out_THD), False)
+
+
+@inner()
+def _enter_each(begin, end, rows, turns, cache, write_T, interleaved, out_THD):
     (q_THD, c_TC, k_TD), (cos_T1F, sin_T1F) = rows, turns
-    for t in prange(len(q_THD)):
+    for t in range(begin, end):
         turned_D, no_weights = np.empty_like(out_THD[t, 0]), out_THD[t, 0, :0]
         for head in range(q_THD.shape[1]):
             _turn(q_THD[t, head], no_weights, np.float32(0), turned_D, cos_T1F[t, 0], sin_T1F[t, 0], interleaved, out_THD[t, head])

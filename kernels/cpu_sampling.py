@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import sampling
-from .cpu_arrays import array
+from .cpu_arrays import array, inner
+from .cpu_threads import share_out
 from .sampling import SamplingParams
 
 _BLOCK = 512
@@ -45,13 +46,18 @@ def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _search(x_SV, values_SK, ids_SK):
-    for s in prange(len(x_SV)):
+    share_out(_search_rows, len(x_SV), (x_SV, values_SK, ids_SK), False)
+
+
+@inner()
+def _search_rows(begin, end, x_SV, values_SK, ids_SK):
+    for s in range(begin, end):
         _search_row(x_SV[s], values_SK[s], ids_SK[s])
 
 
-@njit(cache=True)
+@inner()
 def _search_row(x_V, values_K, ids_K):
     """The K-th largest of the blocks' maxima is a bound that K values at least reach, and only blocks that pass it are looked into."""
     count, num_blocks = len(values_K), -(-len(x_V) // _SEARCHED)
@@ -72,7 +78,7 @@ def _search_row(x_V, values_K, ids_K):
     _fill(x_V, most_B, bound, values_K[len(order) :], ids_K[len(order) :])
 
 
-@njit(cache=True)
+@inner()
 def _fill(x_V, most_B, bound, values_K, ids_K):
     """The lowest places where the bound itself stands."""
     num, b = 0, 0
@@ -86,13 +92,18 @@ def _fill(x_V, most_B, bound, values_K, ids_K):
     values_K[num:], ids_K[num:] = np.nan, 0  # fewer are numbers
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True)
 def _argmax(logits_RV, tokens_R):
-    for r in prange(len(logits_RV)):
+    share_out(_argmax_rows, len(logits_RV), (logits_RV, tokens_R), False)
+
+
+@inner()
+def _argmax_rows(begin, end, logits_RV, tokens_R):
+    for r in range(begin, end):
         tokens_R[r] = _argmax_row(logits_RV[r])
 
 
-@njit(cache=True)
+@inner()
 def _argmax_row(logits_V):
     """The first block with the largest maximum, and the place within it: a maximum is taken by vectors, a place is not."""
     best, start = np.float32(-np.inf), 0
@@ -106,7 +117,7 @@ def _argmax_row(logits_V):
     return 0
 
 
-@njit(cache=True, fastmath={"nnan", "nsz"})
+@inner(fastmath={"nnan", "nsz"})
 def _largest(values):
     largest = values[0]
     for i in range(1, len(values)):

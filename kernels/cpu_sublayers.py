@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import sublayers
-from .cpu_arrays import ALONE, array, computes, made
+from .cpu_arrays import array, computes, inner, made
 from .cpu_attention import Shape, attend_heads
 from .cpu_blocks import COLUMNS, multiply_rows
 from .cpu_expert_blocks import run_experts
-from .cpu_experts import weigh_few, weigh_rows
-from .cpu_gate import ALONE as GATE_ALONE
-from .cpu_gate import route_blocks, route_few, rule_of
+from .cpu_experts import weigh_rows
+from .cpu_gate import route, rule_of
 from .cpu_kv_entries import place_of_heads
-from .cpu_norm import add_norm_few, add_norm_rows, norm_few, norm_rows
-from .cpu_rope import ENTER_ALONE, enter_few, enter_heads
+from .cpu_norm import add_norm_rows, norm_rows
+from .cpu_rope import enter_heads
 from .kv_entries import holds_fp8, num_kv_heads
 from .sublayers import GateWeights, GroupedHeads, Here, Ops, Projection, Residual, RowNorm, Step
 
@@ -99,24 +98,18 @@ def _head_norms(heads: GroupedHeads) -> tuple[NDArray[Any], NDArray[Any], float]
     return (_BF16, _BF16, 0.0) if heads.norms is None or arrays is None else (*arrays, heads.norms.eps)
 
 
-@njit(cache=True)
+@inner()
 def _add_norm(rows, normed_TD):
     x_TD, update_TD, weight_D, eps, total_TD = rows
     shape = (len(x_TD), 1, x_TD.shape[1])  # as ``cpu_norm`` passes rows
     x, total, normed = x_TD.reshape(shape), total_TD.reshape(shape), normed_TD.reshape(shape)
-    few = x_TD.size <= ALONE
-    if not len(update_TD):
-        if few:
-            norm_few(x, weight_D, eps, normed)
-        else:
-            norm_rows(x, weight_D, eps, normed)
-    elif few:
-        add_norm_few(x, update_TD.reshape(shape), weight_D, eps, total, normed)
-    else:
+    if len(update_TD):
         add_norm_rows(x, update_TD.reshape(shape), weight_D, eps, total, normed)
+    else:
+        norm_rows(x, weight_D, eps, normed)
 
 
-@njit(cache=True)
+@inner()
 def _multiply(x_TC, blocks, y_TN, num_threads):
     multiply_rows(np.int64(x_TC.ctypes.data), 2 * x_TC.shape[1], blocks[0], x_TC.shape[1], blocks[2], y_TN, num_threads)
 
@@ -130,10 +123,7 @@ def _attention(rows, dim, qkv, entering, attending, out, out_TD):
     _multiply(normed_TD, qkv, qkv_TN, shape.num_threads)
     qkv_TXE = qkv_TN.reshape(num_tokens, num_heads, dim)
     q_THE = np.empty((num_tokens, num_heads - 2 * shape.num_heads, dim), np.uint16)
-    if q_THE.size <= ENTER_ALONE:
-        enter_few(qkv_TXE, norms[:2], norms[2], turns, caches, write_T, interleaved, q_THE)
-    else:
-        enter_heads(qkv_TXE, norms[:2], norms[2], turns, caches, write_T, interleaved, q_THE)
+    enter_heads(qkv_TXE, norms[:2], norms[2], turns, caches, write_T, interleaved, q_THE)
     seen_THE = np.empty_like(q_THE)
     attend_heads(q_THE, caches[0], caches[1], place, place, batch, shape, factor, like, seen_THE)
     _multiply(seen_THE.reshape(num_tokens, -1), out, out_TD, shape.num_threads)
@@ -146,15 +136,9 @@ def _experts(rows, routing, places, blocks, normed_TD, out_TD, num_threads):
     num_tokens, hidden = out_TD.shape
     _add_norm(rows, normed_TD)
     ids_TC, weights_TC = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
-    if num_tokens * weight_LD.size < GATE_ALONE:
-        route_few(normed_TD, weight_LD, bias_L, groups, rule, ids_TC, weights_TC)
-    else:
-        route_blocks(normed_TD, weight_LD, bias_L, groups, rule, ids_TC, weights_TC)
+    route(normed_TD, weight_LD, bias_L, groups, rule, ids_TC, weights_TC)
     slots_M = slots_L[ids_TC.reshape(-1)]
     y_MD = np.empty((len(slots_M), hidden), np.uint16)
     run_experts(np.int64(normed_TD.ctypes.data), 2 * hidden, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads)
     y_TCD = y_MD.reshape(num_tokens, top_k, hidden)
-    if out_TD.size <= ALONE:
-        weigh_few(y_TCD, weights_TC, out_TD)
-    else:
-        weigh_rows(y_TCD, weights_TC, out_TD)
+    weigh_rows(y_TCD, weights_TC, out_TD)

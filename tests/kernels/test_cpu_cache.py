@@ -11,14 +11,18 @@ import lockstep
 
 SCRIPT = """
 import hashlib, torch
-from lockstep.kernels import cpu_gate, cpu_norm
+from lockstep.kernels import cpu_gate, cpu_head_products, cpu_norm
 from lockstep.kernels.gate import Routing
 draw = torch.Generator().manual_seed(0)
 x = torch.randn(256, 1024, generator=draw).bfloat16()
 weight, gate = torch.randn(1024, generator=draw).bfloat16(), torch.randn(32, 1024, generator=draw)
+heads, out = torch.randn(8, 128, 128, generator=draw).bfloat16(), torch.empty(256, 8, 128).bfloat16()
 for rows in (x, x[:1]):
     norms = cpu_norm.rms_norm(rows, weight, 1e-6), *cpu_norm.add_rms_norm(rows, rows, weight, 1e-6)
     found = *norms, *cpu_gate.gate(rows, gate, None, Routing(4))
+    for multiply in (cpu_head_products.multiply_heads, cpu_head_products.multiply_heads_turned):
+        multiply(rows.view(-1, 8, 128), heads, out[: len(rows)])
+        found = *found, out[: len(rows)].clone()
     print(*(hashlib.md5(each.view(torch.uint8).numpy().tobytes()).hexdigest() for each in found))
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from support.paged_rows import PAGE_SIZE
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 NUM_PLACES = 600
+_read = numba.njit(cpu_kv_entries.read)
 PAGES = torch.tensor([3, 0, 17], dtype=torch.int32)
 
 
@@ -48,7 +50,7 @@ def read_heads(cache: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     heads = []
     for head in range(kv_entries.num_kv_heads(cache, dim)):
         out = torch.full((len(PAGES) * PAGE_SIZE + 2, dim), 7, dtype=dtype)
-        cpu_kv_entries.read(array(cache).reshape(len(cache), -1), place, head, array(PAGES), block, array(out))
+        _read(array(cache).reshape(len(cache), -1), place, head, array(PAGES), block, array(out))
         assert not out[block.end :].any()
         heads.append(out[: block.end])
     return torch.stack(heads, 1)
