@@ -125,7 +125,7 @@ def _silu_mul(gate_up_MF):
     return out_MF
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _product(x_MC, w_SRC, ends_S, places_M, out):
     """out[places_M[m]] = w of the slot of pair m, times x_MC[m]; R rows and C columns of a weight. Slots are cut into blocks of rows, so
     that threads share evenly."""

@@ -46,7 +46,7 @@ def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, 
     return groups, (routing.scoring == "sigmoid", routing.normalise, routing.scale)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
     blocks, alone = (len(x_TD) + _BLOCK - 1) // _BLOCK, len(x_TD) * weight_ED.size < _ALONE
     share_out(_route_blocks, blocks, (x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK), alone)

@@ -58,8 +58,6 @@ def _three(bits: NDArray[Any]) -> NDArray[Any]:
 
 @inner(fastmath=FAST, forceinline=True)
 def norm_row(x_D, weight_D, eps, out_D):
-    """Inlined by force: left as a function of its own it exists once for every caller, summed in another order, and the linker's choice
-    among them was another in the process that compiled than in those that load."""
     total = np.float32(0)
     for d in range(len(x_D)):
         value = widen(x_D[d])
@@ -83,7 +81,7 @@ def _silu_mul_row(gate_up_F, out_F):
         out_F[f] = narrow(gate / (np.float32(1) + exp(-gate)) * widen(gate_up_F[width + f]), out_F)
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def norm_rows(x, weight_D, eps, out):
     share_out(_norm, len(x), (x, weight_D, np.float32(eps), out), out.size <= ALONE)
 
@@ -95,7 +93,7 @@ def _norm(begin, end, x, weight_D, eps, out):
             norm_row(x[n, b], weight_D, eps, out[n, b])
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def add_norm_rows(x, update, weight_D, eps, total, out):
     share_out(_add_norm, len(x), (x, update, weight_D, np.float32(eps), total, out), out.size <= ALONE)
 

@@ -55,7 +55,7 @@ def rotate_and_write_latent(
 _NOTHING = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, np.float32)}
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
     """Weights of no length are norms that are not there."""
     given = qkv_TXD, weights, np.float32(eps), turns, caches, write_T, interleaved, out_THD
@@ -104,7 +104,7 @@ def _turn(x_D, weight_D, eps, normed_D, cos_F, sin_F, interleaved, out_D):
         out_D[d] = normed_D[d]
 
 
-@njit(cache=True)
+@njit(cache=True, forceinline=True)
 def _enter_latents(rows, turns, cache, write_T, interleaved, out_THD):
     share_out(_enter_each, len(out_THD), (rows, turns, cache, write_T, interleaved, out_THD), False)
 

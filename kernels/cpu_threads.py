@@ -42,26 +42,40 @@ def share_out(typing_context, body, count, arguments, alone):
         room = cgutils.alloca_once(builder, ir.LiteralStructType([leaf.type for leaf in leaves]))
         for i, leaf in enumerate(leaves):
             builder.store(leaf, cgutils.gep_inbounds(builder, room, 0, i))
-        part = _part(context, builder.module, run_body, packer, room.type)
+        part = _part(context, builder.module, run_body, given, room.type)
         run_loop(builder, (builder.ptrtoint(part, _INDEX), builder.ptrtoint(room, _INDEX), count, alone))
         return context.get_dummy_value()
 
     return types.void(body, types.intp, arguments, types.boolean), generate
 
 
-def _part(context: Any, module: Any, run_body: Any, packer: Any, room_type: Any) -> Any:
+def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room_type: Any) -> Any:
     """The function that calls the body, in numba's convention for calls; by itself, so that the body is there only once."""
     kind = context.call_conv.get_function_type(types.none, _PART)
     function = ir.Function(module, kind, module.get_unique_name("part"))
     function.linkage = "internal"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block())
-    begin, end, address = function.args[-3:]
+    begin, end, address = context.call_conv.get_arguments(function)
     room = builder.inttoptr(address, room_type)
     leaves = [builder.load(cgutils.gep_inbounds(builder, room, 0, i)) for i in range(len(room_type.pointee.elements))]
-    run_body(builder, (begin, end, *packer.from_arguments(builder, leaves)))
+    values = context.get_arg_packer(given).from_arguments(builder, leaves)
+    run_body(builder, (begin, end, *(_borrowed(context, builder, *pair) for pair in zip(given, values, strict=True))))
     context.call_conv.return_value(builder, context.get_dummy_value())
     return function
+
+
+def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The same without owners of arrays, whose references nobody need count then: threads would take turns at every row."""
+    if isinstance(kind, types.BaseTuple):
+        kinds = kind.types  # type: ignore[attr-defined]
+        items = zip(kinds, cgutils.unpack_tuple(builder, value, len(kinds)), strict=True)
+        return context.make_tuple(builder, kind, [_borrowed(context, builder, *item) for item in items])
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = array.parent = cgutils.get_null_value(array.meminfo.type)
+    return array._getvalue()
 
 
 @_intrinsic

@@ -15,7 +15,7 @@ from lockstep.kernels import cpu_gate, cpu_head_products, cpu_norm
 from lockstep.kernels.gate import Routing
 draw = torch.Generator().manual_seed(0)
 x = torch.randn(256, 1024, generator=draw).bfloat16()
-weight, gate = torch.randn(1024, generator=draw).bfloat16(), torch.randn(32, 1024, generator=draw)
+weight, gate = torch.randn(1024, generator=draw).bfloat16(), torch.randn(131, 1024, generator=draw)
 heads, out = torch.randn(8, 128, 128, generator=draw).bfloat16(), torch.empty(256, 8, 128).bfloat16()
 for rows in (x, x[:1]):
     norms = cpu_norm.rms_norm(rows, weight, 1e-6), *cpu_norm.add_rms_norm(rows, rows, weight, 1e-6)
