@@ -57,7 +57,7 @@ def _lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def _forget_unused(folder: Path) -> None:
-    """Removes what other versions compiled and no process has asked for in a month; 20 MB each."""
+    """Removes what other versions compiled and no process has asked for in a month; 2 MB for each kind of model."""
     for other in folder.parent.glob("numba-*/compiling"):
         with contextlib.suppress(OSError):  # another process is at it
             if time.time() - other.stat().st_mtime > _FORGOTTEN:

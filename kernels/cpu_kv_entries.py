@@ -131,10 +131,14 @@ def read(entries, place, head, pages, block, out_NX):
 def move_rows(source, row, column, width, scales, scale, out, out_row, out_column, num_rows):
     """``width`` numbers of some rows, each row times its number ``scale`` of ``scales``, or as it is with ``NO_SCALES``."""
     stay_apart()
-    even = width // LANES * LANES
+    wide, even = width // (4 * LANES) * (4 * LANES), width // LANES * LANES
     for n in range(num_rows):
         factor = scales[row + n, scale] if scales.shape[1] else np.float32(1)
-        for x in range(0, even, LANES):
+        for x in range(0, wide, 4 * LANES):  # since the compiler does not unroll here
+            for part in range(4):
+                at = x + part * LANES
+                move(source, row + n, column + at, factor, out, out_row + n, out_column + at)
+        for x in range(wide, even, LANES):
             move(source, row + n, column + x, factor, out, out_row + n, out_column + x)
         for x in range(even, width):
             _move_one(source[row + n : row + n + 1, column + x], factor, out[out_row + n : out_row + n + 1, out_column + x])

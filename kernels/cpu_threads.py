@@ -1,6 +1,6 @@
 """Loops of compiled kernels on the threads of torch's OpenMP, whose bodies are compiled once.
 
-Numba compiles the body of ``prange`` four times over, in the loop's function and in each of three around it, which was more than a third of
+Numba compiles the body of ``prange`` four times over, in the function of the loop and in each of three around it, which was a third of
 what it took to compile the kernels of a model. Here there is one such loop, and it calls bodies by their address.
 """
 
