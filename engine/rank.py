@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..moe.config import MoEConfig
 from ..moe.dispatch import Dispatcher
 from ..moe.dispatch_all_gather import AllGatherDispatcher
 from ..moe.dispatch_all_to_all import AllToAllDispatcher
-from ..moe.phase_clock import PhaseClock, TimedExchange, TimedLocal, clock_for
+from ..moe.phase_clock import HostClock, PhaseClock, TimedExchange, TimedLocal, clock_for
 from ..moe.placement import Placement, contiguous
 from ..parallel.collectives import Collectives, connect_store
 from ..parallel.mesh import Mesh
@@ -26,7 +27,7 @@ from .models.config import load_config
 from .models.registry import build_model
 from .rank_loop import RankLoop, RankSockets
 from .specs import RankSpec
-from .warm_up import warm_up
+from .warm_up import Pages, warm_up
 from .weights import load_weights
 
 _LOG = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def main(spec: RankSpec) -> None:
         lobby.report("starting")
         if spec.device == "cpu":
             config = load_config(Path(spec.model_path))
-            kv_format = parse_format(spec.kv_dtype)
-            warm_up(config, _dtype(spec.dtype), kv_format, spec.page_size, lambda what: lobby.report("compiling", what))
+            pages = Pages(parse_format(spec.kv_dtype), spec.page_size)
+            warm_up(config, _dtype(spec.dtype), pages, functools.partial(_alone, spec), lambda what: lobby.report("compiling", what))
         executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
         sockets = RankSockets(spec)
         try:
@@ -85,6 +86,13 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     grammars = Grammars(vocabulary) if vocabulary is not None else None
     parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, clock, expert_bytes, grammars)
     return Executor(parts, spec.max_running, max_len, layout.pipeline)
+
+
+def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
+    """The dispatcher of this rank, in a group of one."""
+    device = torch.device(spec.device)
+    collectives = Collectives("warm-up", 0, 1, None, spec.collective_deadline, device)
+    return _dispatcher(spec.dispatch, placement, collectives, device, HostClock())
 
 
 def _dispatcher(kind: str, placement: Placement, collectives: Collectives, device: torch.device, clock: PhaseClock) -> Dispatcher:

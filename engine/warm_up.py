@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..kernels.compiling import alone_in_compiling
 from ..kernels.kv_format import KvFormat
 from ..kernels.paged import build_batch
 from ..kernels.sampling import SamplingParams
-from ..moe.dispatch_local import LocalDispatcher
-from ..moe.placement import contiguous
+from ..kernels.table import Ops
+from ..moe.dispatch import Dispatcher
+from ..moe.placement import Placement, contiguous
 from .kv_pool import KVPool
 from .models.config import ModelConfig
 from .models.registry import build_model
@@ -22,35 +24,53 @@ from .models.registry import build_model
 _WIDEST = 512
 _VOCABULARY = 64
 _PROMPT, _SHORT = 33, 3  # tokens: enough to be shared out among threads, and too few
+_LIKELIEST, _CHOICES = 2, 1024  # of how many tokens the likeliest are looked for: a few of many take a kernel of their own
 
 
-def warm_up(config: ModelConfig, dtype: torch.dtype, kv_format: KvFormat, page_size: int, report: Callable[[str], None]) -> None:
+@dataclass(frozen=True)
+class Pages:
+    """How the KV cache is kept: what an entry is, and how many tokens a page has."""
+
+    format: KvFormat
+    size: int
+
+
+def warm_up(
+    config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Callable[[Placement], Dispatcher], report: Callable[[str], None]
+) -> None:
     """Computes a few steps on this CPU with a model of one layer of each kind and small sizes. Of the processes of a machine one
-    compiles at a time, and the next ones find what it compiled. ``report`` is told what is compiled, if anything is."""
+    compiles at a time, and the next ones find what it compiled. ``alone``: a dispatcher of the kind that the rank will have, for a
+    group of one. ``report`` is told what is compiled, if anything is."""
     with alone_in_compiling(report):
-        _compute(_miniature(config), dtype, kv_format, page_size)
+        _compute(_miniature(config), dtype, pages, alone)
 
 
 @torch.inference_mode()
-def _compute(config: ModelConfig, dtype: torch.dtype, kv_format: KvFormat, page_size: int) -> None:
+def _compute(config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Callable[[Placement], Dispatcher]) -> None:
     cpu = torch.device("cpu")
-    dispatcher = LocalDispatcher(contiguous(len(config.moe_layers), config.moe.num_experts, 1), cpu)
+    dispatcher = alone(contiguous(len(config.moe_layers), config.moe.num_experts, 1))
     model = build_model(config, dispatcher, dtype, cpu)
     for parameter in model.parameters():
         parameter.zero_()
     model.pack()
-    pool = KVPool(config, -(-(_PROMPT + 2) // page_size), page_size, kv_format, cpu)
+    pool = KVPool(config, -(-(_PROMPT + 2) // pages.size), pages.size, pages.format, cpu)
     pages_1P = np.arange(pool.num_pages, dtype=np.int32)[None]
     for start, count in ((0, _PROMPT), (_PROMPT, 1), (0, _SHORT)):
-        batch, positions_T = build_batch(np.array([start]), np.array([count]), int(count == 1), pages_1P, page_size, cpu)
+        batch, positions_T = build_batch(np.array([start]), np.array([count]), int(count == 1), pages_1P, pages.size, cpu)
         dispatcher.begin_step(count, count)
         hidden_TD = model(torch.zeros(count, dtype=torch.int64), positions_T, batch, pool.cache)
-        logits_RV = model.logits(hidden_TD[-1:])
-        model.ops.sample(logits_RV, _greedy(), np.zeros(1))
+        model.logits(hidden_TD[-1:])
+    _sample(model.ops, torch.zeros(1, _CHOICES))
 
 
-def _greedy() -> SamplingParams:
-    return SamplingParams(np.zeros(1, np.float32), np.zeros(1, np.int64), np.ones(1, np.float32), np.zeros(1, np.float32))
+def _sample(ops: Ops, logits_RV: Tensor) -> None:
+    """The most likely token, draws from all tokens, from the best few and from the most probable ones, and log-probabilities."""
+    for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, _LIKELIEST, 1.0), (1.0, 0, 0.5)):
+        params = SamplingParams(
+            np.full(1, temperature, np.float32), np.full(1, top_k), np.full(1, top_p, np.float32), np.zeros(1, np.float32)
+        )
+        tokens_R = ops.sample(logits_RV, params, np.full(1, 0.5))
+    ops.logprobs(logits_RV, tokens_R, _LIKELIEST)
 
 
 def _miniature(config: ModelConfig) -> ModelConfig:

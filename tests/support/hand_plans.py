@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,13 @@ from lockstep.engine.kv_pool import KVPool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import build_model
 from lockstep.engine.types import Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
-from lockstep.engine.warm_up import warm_up
+from lockstep.engine.warm_up import Pages, warm_up
 from lockstep.engine.weights import load_weights
 from lockstep.kernels.kv_format import KvFormat
 from lockstep.kernels.table import Column
-from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
-from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
-from lockstep.moe.dispatch_local import LocalDispatcher
 from lockstep.moe.placement import contiguous
 from lockstep.parallel.collectives import Collectives
+from support.dispatchers import dispatcher_of
 
 GREEDY = Sampling(temperature=0.0)
 PAGE_SIZE = 8
@@ -43,15 +42,12 @@ def build_executor(
     collectives = collectives or Collectives("alone", 0, 1, None, 1.0, device)
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
-    if dispatch == "local":
-        dispatcher = LocalDispatcher(placement, device)
-    else:
-        dispatcher = (AllGatherDispatcher if dispatch == "all_gather" else AllToAllDispatcher)(placement, collectives, device)
+    dispatcher = dispatcher_of(dispatch, placement, collectives)
     model = build_model(config, dispatcher, torch.float32, device, column)
     load_weights(model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None)
     pool = KVPool(config, NUM_PAGES, PAGE_SIZE, kv_format, device)
     if column == "cpu":
-        warm_up(config, torch.float32, kv_format, PAGE_SIZE, print)
+        warm_up(config, torch.float32, Pages(kv_format, PAGE_SIZE), functools.partial(dispatcher_of, dispatch), print)
     return Executor(Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1)
 
 

@@ -16,16 +16,20 @@ from lockstep.engine.weights import load_weights
 from lockstep.kernels.kv_format import KvFormat
 from lockstep.kernels.paged import build_batch
 from lockstep.kernels.table import Column
-from lockstep.moe.dispatch_local import LocalDispatcher
 from lockstep.moe.placement import contiguous
+from support.dispatchers import dispatcher_of
+
+MOST_TOKENS = 600
 
 
-def load_local(path: Path, dtype: torch.dtype, column: Column | None = None) -> Model:
-    """The model of directory ``path`` with all its experts here."""
+def load_local(path: Path, dtype: torch.dtype, column: Column | None = None, dispatch: str = "local") -> Model:
+    """The model of directory ``path`` with all its experts here, whatever the ``dispatch``; a step of at most MOST_TOKENS."""
     config = load_config(path)
     device = torch.device("cpu")
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
-    model = build_model(config, LocalDispatcher(placement, device), dtype, device, column)
+    dispatcher = dispatcher_of(dispatch, placement)
+    dispatcher.begin_step(0, MOST_TOKENS)
+    model = build_model(config, dispatcher, dtype, device, column)
     load_weights(model, path, lambda layer: placement.experts_of(0, layer), lambda fraction: None)
     return model
 

@@ -1,0 +1,22 @@
+"""Dispatchers by name."""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.moe.dispatch import Dispatcher
+from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
+from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
+from lockstep.moe.dispatch_local import LocalDispatcher
+from lockstep.moe.placement import Placement
+from lockstep.parallel.collectives import Collectives
+
+CPU = torch.device("cpu")
+
+
+def dispatcher_of(kind: str, placement: Placement, collectives: Collectives | None = None) -> Dispatcher:
+    """``local``, ``all_gather`` or ``all_to_all``; in a group of one without ``collectives``."""
+    if kind == "local":
+        return LocalDispatcher(placement, CPU)
+    exchange = AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher
+    return exchange(placement, collectives or Collectives("alone", 0, 1, None, 1.0, CPU), CPU)
