@@ -87,8 +87,8 @@ class Admission:
         self._settle_in(placed)
 
     def _limit(self, request: Request) -> int:
-        """Blocks that may come from the cache: at least the last token is computed, to have something to sample from."""
-        return min(request.num_hashes, (request.num_staged - 1) // self._group.page_size)
+        """Blocks that may come from the cache."""
+        return min(request.num_hashes, request.num_skippable // self._group.page_size)
 
     def _queue_seconds(self) -> NDArray[np.float64]:
         """Predicted seconds [D] that a new request would wait for and share."""

@@ -23,10 +23,11 @@ from ..parallel.collectives import CollectiveError, Collectives
 from .grammars import Grammars, Masks
 from .kv_pool import KVPool
 from .models.decoder import Model
+from .prompt_scores import Chunk, score
 from .rank_loop import StepAbandoned
 from .slot_settings import RowSettings, SlotSettings
 from .slots import Int32, Int64, Rows, SlotTable
-from .types import Admit, Header, RankHello, RowLogprobs, Section, StepPlan, StepResult
+from .types import Admit, Header, PromptLogprobs, RankHello, RowLogprobs, Section, StepPlan, StepResult
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Executor:
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
         hidden_TD = self._forward(rows, draws, header.capacity)
         chosen = draws.nonzero()[0]
+        scores = self._score(rows, hidden_TD)
         sampled = self._sample(rows, chosen, hidden_TD, masks) if len(chosen) else _NOTHING
         self._table.advance(rows, draws.astype(np.int64))
         return StepResult(
@@ -158,6 +160,7 @@ class Executor:
             phases_f32=np.array(self._parts.clock.take(), np.float32).tobytes() if header.counts else b"",
             waited=self._parts.collectives.waited - waited,
             seconds=time.perf_counter() - start,
+            prompt_logprobs=scores,
         )
 
     # ----------------------------------------------------------------- state
@@ -207,6 +210,19 @@ class Executor:
         parts.dispatcher.begin_step(len(tokens), capacity)
         hidden_TD: Tensor = parts.model(tokens_T, positions_T, batch, parts.pool.cache)
         return hidden_TD
+
+    def _score(self, rows: Rows, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
+        """Log-probabilities of the prompt tokens that this step's chunks lead to, for requests that asked for them."""
+        settings, slots = self._settings, rows.slots[rows.num_decode :]
+        found: list[PromptLogprobs] = []
+        for number in np.flatnonzero(settings.num_prompt_logprobs[slots] >= 0).tolist():
+            row, slot = rows.num_decode + number, slots[number]
+            start, end = int(rows.starts[row]), min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
+            if end > start + 1:
+                first, top = int(rows.counts[:row].sum()), int(settings.num_prompt_logprobs[slot])
+                chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top)
+                found.append(score(self._parts.model, hidden_TD, chunk))
+        return tuple(found)
 
     def _sample(self, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None) -> _Sampled:
         """Draws for the rows ``chosen`` [R]."""

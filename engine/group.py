@@ -39,6 +39,7 @@ class Flight:
 
     rows [n]: the rows that sample, in result order, data-major; data index d owns rows[offsets[d]:offsets[d + 1]].
     decode [n]: whether the row decodes (its length grows by what it emits). The features are the cost model's, per data index.
+    prompts [m]: the rows whose prompts advance, in the order of each section's ``extend``, data-major.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Flight:
     tokens: Int64
     kv: Int64
     context: Int64
+    prompts: Int64
     check: Check | None = None
 
     def span(self, data: int) -> slice:

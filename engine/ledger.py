@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import TypeVar
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from .group import Flight, Group
@@ -151,6 +152,7 @@ class Ledger:
         finish[ended] = _STOP
         self._outbox.entries.append(Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens))
         self._logprobs(flight, results)
+        self._prompt_logprobs(flight, results)
         for index in finish.nonzero()[0].tolist():
             self._finish(int(row[index]), Finish(int(finish[index])))
 
@@ -184,6 +186,21 @@ class Ledger:
                     position = int(rows.base[row] + group.log.count[row]) - int(counts[item.row]) + item.index
                     line = HandleLogprobs(int(rows.handle[row]), position, item.chosen, item.top_ids_i32, item.top_f32)
                     self._outbox.logprobs.setdefault(int(rows.frontend[row]), []).append(line)
+
+    def _prompt_logprobs(self, flight: Flight, results: list[StepResult]) -> None:
+        """Log-probabilities of prompts, on to the frontends. A request that runs again reports again what was not known when it was
+        admitted, and its frontend drops what it has."""
+        group, rows = self._group, self._group.rows
+        for result in results:
+            if not result.prompt_logprobs:
+                continue
+            mine = flight.prompts[flight.prompts // rows.num_slots == group.data_of_rank(result.rank)]
+            for item in result.prompt_logprobs:
+                row = int(mine[item.of])
+                if rows.finish[row] == Finish.NONE:
+                    request = rows.request(row)
+                    request.scored = max(request.scored, item.position + len(item.chosen_f32) // 4 - 1)
+                    self._outbox.prompt_logprobs(request.frontend, structs.replace(item, of=request.handle))
 
     def _finish(self, row: int, finish: Finish) -> None:
         """The last token of a request is in: its client is told now, its row drains."""

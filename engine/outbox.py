@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .slots import Int32, Int64
-from .types import Finish, HandleLogprobs, Message, Rejected, Started, TokenBatch
+from .types import Finish, HandleLogprobs, Message, PromptLogprobs, Rejected, Started, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Outbox:
         """A request ends without a further token."""
         one = [np.array([value], np.int64) for value in (frontend, handle, position, 0, int(finish))]
         self.entries.append(Entries(one[0], one[1], one[2], one[3], one[4], np.zeros(0, np.int32)))
+
+    def prompt_logprobs(self, frontend: int, logprobs: PromptLogprobs) -> None:
+        """They are sent before the tokens of the same step."""
+        self.single.append((frontend, logprobs))
 
     def reject(self, frontend: int, rejected: Rejected) -> None:
         self.single.append((frontend, rejected))

@@ -29,6 +29,7 @@ class State:
 @dataclass(slots=True, eq=False)
 class Request:
     """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its place by arrival.
+    ``scored`` is the last position of its prompt whose log-probability is known, where they were asked for.
 
     ``hashes_h128`` are those of its full blocks after ``root``, empty without prefix caching.
     """
@@ -45,6 +46,7 @@ class Request:
     priority: int
     grammar: str
     emitted_i32: bytes = b""
+    scored: int = 0
     row: int = -1
     staged: int = -1
     unacknowledged: set[int] = field(default_factory=set)
@@ -78,6 +80,19 @@ class Request:
     def num_staged(self) -> int:
         """Tokens a rank must hold before it can sample the next one."""
         return (len(self.prompt_i32) + len(self.emitted_i32)) // 4
+
+    @property
+    def num_skippable(self) -> int:
+        """Leading tokens that need not be computed if they are cached. The last one is, to have something to sample from, and so is
+        every token whose successor's log-probability is still owed."""
+        owes = self.sampling.num_prompt_logprobs >= 0 and self.scored < self.num_prompt - 1
+        return self.scored if owes else self.num_staged - 1
+
+    @property
+    def score_bytes(self) -> int:
+        """What each token of its prompt adds to the result of a step; see ``PromptLogprobs``."""
+        asked = self.sampling.num_prompt_logprobs
+        return 4 + 8 * asked if asked >= 0 else 0
 
     @property
     def num_hashes(self) -> int:

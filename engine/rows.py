@@ -30,8 +30,8 @@ class RowTable:
         self.sent = np.zeros(total, np.int64)
         self.finish = np.zeros(total, np.uint8)
         # What a request brings with it, set at once: see ``occupy``. ``allowance`` is how many tokens it may sample at most.
-        self._brought = np.zeros((7, total), np.int64)
-        self.prompt, self.limit, self.allowance, self.base, self.order, self.frontend, self.handle = self._brought
+        self._brought = np.zeros((8, total), np.int64)
+        self.prompt, self.limit, self.allowance, self.base, self.order, self.frontend, self.handle, self.score_bytes = self._brought
         self.num_pages = np.zeros(total, np.int64)
         self.pages = np.zeros((total, max_pages), np.int64)
         self.page_sum = np.zeros(total, np.uint64)
@@ -80,7 +80,8 @@ class RowTable:
     @staticmethod
     def _of_request(request: Request) -> tuple[int, ...]:
         staged, limit = request.num_staged, request.limit
-        return staged, limit, limit - staged, request.num_emitted, request.order, request.frontend, request.handle
+        who = request.order, request.frontend, request.handle
+        return staged, limit, limit - staged, request.num_emitted, *who, request.score_bytes
 
     def append_pages(self, rows: Int64, pages: Int64, max_pool_pages: int) -> None:
         """Appends one global page to each of rows [n]."""

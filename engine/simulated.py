@@ -13,7 +13,7 @@ from ..kernels.splitmix import mix64
 from .chain import Chain, Verdict
 from .cost import Cost
 from .slots import Int32, Int64, Rows, SlotTable
-from .types import Refused, Stage, StepPlan, StepResult, Unstage
+from .types import PromptLogprobs, Refused, Stage, StepPlan, StepResult, Unstage
 
 
 class SimulatedRank:
@@ -31,6 +31,7 @@ class SimulatedRank:
         self._prompts: dict[int, Int32] = {}
         self._key = np.zeros(num_slots, np.uint64)
         self._stops = np.zeros(num_slots, np.bool_)
+        self._scored = np.zeros((num_slots, 2), np.int64)  # log-probabilities wanted of a prompt, and the tokens that are its own
 
     def stage(self, message: Stage | Unstage) -> None:
         """Takes or forgets a prompt."""
@@ -62,8 +63,10 @@ class SimulatedRank:
             self._begin(admit.slot, prompt)
             self._key[admit.slot] = self.request_key(prompt[: len(prompt) - admit.num_emitted], admit.sampling.seed)
             self._stops[admit.slot] = bool(admit.sampling.stop_i32)
+            self._scored[admit.slot] = admit.sampling.num_prompt_logprobs, len(prompt) - admit.num_emitted
         rows = self.table.rows(header, section)
         tokens, counts = self._compute(rows)
+        scores = self._score(rows)
         emitted = np.zeros(len(rows.slots), np.int64)
         emitted[rows.samples] = counts
         self.table.advance(rows, emitted)
@@ -81,6 +84,7 @@ class SimulatedRank:
             ended_i32=ended.astype(np.int32).tobytes() if self.samples else b"",
             checksum=self.table.checksum() if header.checksum else 0,
             seconds=self.cost.fixed + self.cost.token * num_tokens + self.cost.kv * kv + self.cost.context * context,
+            prompt_logprobs=scores if self.samples else (),
         )
 
     @staticmethod
@@ -96,6 +100,23 @@ class SimulatedRank:
             tokens[mixed // np.uint64(7919) % np.uint64(self.end_every) == 0] = 0
         return tokens
 
+    @staticmethod
+    def logprob(key: np.uint64, positions: Int64) -> NDArray[np.float32]:
+        """That of the prompt's token at each position [n] of the request with ``key``; the likeliest have it too."""
+        return -(mix64(key ^ positions.astype(np.uint64)) % np.uint64(4096)).astype(np.float32)
+
+    def _score(self, rows: Rows) -> tuple[PromptLogprobs, ...]:
+        """What chunks say of the prompt tokens they lead to, for requests that asked."""
+        found: list[PromptLogprobs] = []
+        for number, row in enumerate(range(rows.num_decode, len(rows.slots))):
+            top, own = self._scored[rows.slots[row]].tolist()
+            positions = np.arange(int(rows.starts[row]) + 1, min(int(rows.ends[row]) + 1, own))
+            if top >= 0 and len(positions):
+                values = self.logprob(self._key[rows.slots[row]], positions)
+                ids, tops = positions.astype(np.int32).repeat(top), values.repeat(top)
+                found.append(PromptLogprobs(number, int(positions[0]), values.tobytes(), ids.tobytes(), tops.tobytes()))
+        return tuple(found)
+
     def _begin(self, slot: int, prompt: Int32) -> None:
         """A prompt moves into a slot."""
 
@@ -109,16 +130,16 @@ class SimulatedRank:
         return np.flatnonzero((tokens[np.cumsum(counts) - 1] == 0) & (counts > 0) & self._stops[slots])
 
     def _sample(self, rows: Rows) -> tuple[Int32, Int64]:
-        """Ragged tokens and counts of the rows that sample."""
+        """Ragged tokens and counts of the rows that sample; a row at its limit has none."""
         slots = rows.slots[rows.samples]
         positions = rows.ends[rows.samples]
         decode = np.flatnonzero(rows.samples) < rows.num_decode
-        counts = np.ones(len(slots), np.int64)
+        left = np.maximum(self.table.limit[slots] - positions, 0)
+        counts = np.minimum(left, 1)
         keys = self._key[slots]
         if self.max_advance > 1:
             accepted = 1 + (mix64(keys ^ positions.astype(np.uint64)) % np.uint64(self.max_advance)).astype(np.int64)
-            left = self.table.limit[slots] - positions
-            counts[decode] = np.minimum(accepted, np.maximum(left, 0))[decode]
+            counts[decode] = np.minimum(accepted, left)[decode]
         if (counts == 1).all():
             return self.token(keys, positions), counts
         return self._sample_ragged(slots, keys, positions, counts)

@@ -72,12 +72,14 @@ class RowSettings:
 
 
 class SlotSettings:
-    """``_first_output`` is the position of a slot's first output token: what comes before is the request's own prompt."""
+    """``first_output`` is the position of a slot's first output token: what comes before is the request's own prompt.
+    ``num_prompt_logprobs`` is as in ``Sampling``."""
 
     def __init__(self, num_slots: int) -> None:
         self._seed = np.zeros(num_slots, np.int64)
         self._num_logprobs = np.full(num_slots, -1, np.int64)
-        self._first_output = np.zeros(num_slots, np.int64)
+        self.num_prompt_logprobs = np.full(num_slots, -1, np.int64)
+        self.first_output = np.zeros(num_slots, np.int64)
         self._temperature = np.zeros(num_slots, np.float32)
         self._top_k = np.zeros(num_slots, np.int64)
         self._top_p = np.ones(num_slots, np.float32)
@@ -92,7 +94,8 @@ class SlotSettings:
         """Sets a slot up for a request whose ``history`` ends with the ``num_emitted`` tokens it has sampled so far."""
         self._seed[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
-        self._first_output[slot] = len(history) - num_emitted
+        self.num_prompt_logprobs[slot] = sampling.num_prompt_logprobs
+        self.first_output[slot] = len(history) - num_emitted
         self._temperature[slot] = sampling.temperature
         self._top_k[slot] = sampling.top_k
         self._top_p[slot] = sampling.top_p
@@ -121,7 +124,7 @@ class SlotSettings:
                 seed=self._seed[slots],
                 num_logprobs=num_logprobs,
                 asked=np.flatnonzero(num_logprobs >= 0),
-                open_from=self._first_output[slots] + self._min_tokens[slots],
+                open_from=self.first_output[slots] + self._min_tokens[slots],
                 stop=self._stop[slots],
             )
         return self._rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,9 @@ from .kv.block_index import as_keys
 from .requests import State
 from .slots import Int64, ragged
 from .types import HASH_BYTES, Admit, Header, Mode, Section
+
+_SCORE_BYTES = 12 << 10
+"""Log-probabilities of prompts that the result of a step may hold. The step socket carries at most 16 kB per rank and step."""
 
 _BUCKETS = np.array([0, 1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 128), *range(1024, 1 << 20, 1024)])
 
@@ -230,14 +233,22 @@ class StepBuilder:
                 context = int(rows.sent[waiting[0]])
                 fits = group.cost.prefill_tokens_within(group.spec.inter_token_target, int(num_decode[data]), float(kv[data]), context)
                 budget = min(budget, max(fits, group.page_size))
-            for row in waiting:
-                if budget <= 0:
-                    break
-                start = int(rows.sent[row])
-                count = min(int(rows.prompt[row]) - start, budget)
-                chunks.append((data, row, start, count))
-                budget -= count
+            chunks += [(data, *chunk) for chunk in self._share(waiting, budget)]
         return self._advance(np.array(chunks, np.int64).reshape(-1, 4)) if anyone_waits else None
+
+    def _share(self, waiting: list[int], budget: int) -> Iterator[tuple[int, int, int]]:
+        """Chunks (row, start, count) of the first prompts that wait, ``budget`` tokens together. Rows that report log-probabilities
+        of their prompts advance as far as one result has room for that."""
+        rows, room = self._group.rows, _SCORE_BYTES
+        for row in waiting:
+            if budget <= 0:
+                return
+            start, each = int(rows.sent[row]), int(rows.score_bytes[row])
+            count = min(int(rows.prompt[row]) - start, budget, room // each if each else budget)
+            if count:
+                yield row, start, count
+                budget -= count
+                room -= count * each
 
     def _advance(self, chunks: Int64) -> _Prompts:
         """Moves rows past their chunks [n, (data, row, start, count)]."""
@@ -366,13 +377,15 @@ class StepBuilder:
         frozen = decoding.nonzero()[0]
         last = ((rows.low >= rows.limit - 1) & decoding).nonzero()[0].tolist()
         decode, ends, context = np.ones(len(frozen), np.bool_), num_decode.cumsum(), np.zeros(group.num_data, np.int64)
+        extended = frozen[:0]
         if prompts is not None:
+            extended = prompts.rows
             at, sampled = ends[prompts.sampled_data], prompts.sampled
             frozen, decode = np.insert(frozen, at, sampled), np.insert(decode, at, False)
             ends = ends + np.bincount(prompts.sampled_data, minlength=group.num_data).cumsum()
             context = self._add_up(prompts.data, prompts.counts * prompts.starts)
             last += sampled[rows.prompt[sampled] >= rows.limit[sampled] - 1].tolist()
-        flight = Flight(step, frozen, decode, [0, *ends.tolist()], tokens, kv, context)
+        flight = Flight(step, frozen, decode, [0, *ends.tolist()], tokens, kv, context, extended)
         if step % group.spec.checksum_every == 0:
             flight.check = self._check()
         group.flights[step] = flight

@@ -33,7 +33,7 @@ class Sampling(Message, frozen=True):
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``num_logprobs`` is
     -1 for none, 0 for the chosen token alone, n for the n likeliest beside it. ``stop_i32`` are the ids
     that end the sequence (end-of-sequence ids unless the request ignores them); they are masked until
-    ``min_tokens`` have been sampled.
+    ``min_tokens`` have been sampled. ``num_prompt_logprobs`` is as ``num_logprobs``, for every token of the prompt but the first.
     """
 
     temperature: float = 1.0
@@ -49,6 +49,7 @@ class Sampling(Message, frozen=True):
     stop_i32: bytes = b""
     bias_ids_i32: bytes = b""
     bias_values_f32: bytes = b""
+    num_prompt_logprobs: int = -1
 
 
 # --------------------------------------------------------------------------- the plan
@@ -59,7 +60,7 @@ class Admit(Message, frozen=True):
 
     The prompt of ``staged`` holds the request's own prompt and, after a preemption or a replay, the
     ``num_emitted`` tokens sampled before; KV of its first ``num_cached`` tokens is already in ``pages_i32``.
-    The slot samples positions up to ``limit`` - 1 (``limit`` counts prompt and output).
+    The slot samples positions up to ``limit`` - 1 (``limit`` counts prompt and output): none when that is all of the prompt.
     """
 
     slot: int
@@ -170,6 +171,21 @@ class RowLogprobs(Message, frozen=True):
     top_f32: bytes
 
 
+class PromptLogprobs(Message, tag="prompt", frozen=True):
+    """Log-probabilities of a request's own prompt tokens from ``position`` (at least 1) on: theirs [n], and ids and values [n, top]
+    of the likeliest at each. ``of`` is the chunk by its place in ``extend`` where a rank reports, the handle where a frontend is told.
+
+    A token takes 4 + 8 x top bytes: 512 of them with the top 5 are 22,549 bytes, more than a step's message may have, so that the
+    planner cuts the chunks of such prompts (``step_builder``).
+    """
+
+    of: int
+    position: int
+    chosen_f32: bytes
+    top_ids_i32: bytes
+    top_f32: bytes
+
+
 class StepResult(Message, tag="result", frozen=True):
     """What a rank did in a step.
 
@@ -195,6 +211,7 @@ class StepResult(Message, tag="result", frozen=True):
     waited: float = 0.0
     expert_i64: bytes = b""
     phases_f32: bytes = b""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class Refused(Message, tag="refused", frozen=True):
@@ -451,7 +468,7 @@ FromRankStep = StepResult | Refused | Abandoned
 FromRankBulk = RankHello | Staged
 ToRankBulk = Stage | Unstage | Stop
 FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Stop
-ToFrontend = TokenBatch | Started | Rejected | ClusterState | Stop
+ToFrontend = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop
 
 
 class Report(Message, frozen=True):

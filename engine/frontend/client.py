@@ -15,14 +15,14 @@ import msgspec
 import zmq
 
 from ..specs import FrontendSpec
-from ..types import Abort, ClusterState, Drain, FrontendHello, Heartbeat, Rejected, Started, Stop, Submit, TokenBatch
+from ..types import Abort, ClusterState, Drain, FrontendHello, Heartbeat, PromptLogprobs, Rejected, Started, Stop, Submit, TokenBatch
 from ..wire import client_socket, encode
 
 LEASE = 10.0
 BEAT = 1.0
 SILENCE = 5.0  # the controller sends its state twice a second
 
-FromController = TokenBatch | Started | Rejected | ClusterState | Stop
+FromController = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop
 _log = logging.getLogger("lockstep.frontend")
 
 

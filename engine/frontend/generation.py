@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..types import Finish, HandleLogprobs, Submit
+from ..types import Finish, HandleLogprobs, PromptLogprobs, Submit
 from .detokenizer import Detokenizer
+from .echo import Echo
 from .errors import ApiError
 from .formats.parser import ReplyParser
 from .stops import StopMatcher
@@ -31,7 +32,8 @@ class Generation:
 
     ``tokens`` are those that count for the client: nothing behind a stop string, whatever the engine computed
     meanwhile; ``num_received`` counts what the engine sent. ``pieces`` is text not yet taken by the sink, ``num_taken``
-    the tokens it has taken; with a ``parser`` the text goes there instead. ``eos_ids`` are the stop ids that are no stop
+    the tokens it has taken; with a ``parser`` the text goes there instead. ``echo`` is the prompt where its log-probabilities are
+    shown: it is text once they are all here, which is before the first token. ``eos_ids`` are the stop ids that are no stop
     reason of their own. Times are seconds of the monotonic clock, 0 where it has not happened.
     """
 
@@ -43,6 +45,7 @@ class Generation:
     stop_ids: frozenset[int]
     eos_ids: frozenset[int]
     matcher: StopMatcher | None = None
+    echo: Echo | None = None
     parser: ReplyParser | None = None
     include_stop: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -84,6 +87,22 @@ class Generation:
     def finish_reason(self) -> str | None:
         """``finish`` as the client is told."""
         return self.finish if self.parser is None or self.finish is None else self.parser.reason(self.finish)
+
+    def begin_with(self, echo: Echo) -> None:
+        """The prompt is shown, with its log-probabilities."""
+        self.echo = echo
+        if echo.complete:  # a single token has none
+            self.pieces.append(echo.text)
+
+    def hear(self, prompt: PromptLogprobs) -> None:
+        """Takes log-probabilities of the prompt; its text comes with the last."""
+        if self.echo is not None and self.echo.take(prompt):
+            self.pieces.append(self.echo.text)
+
+    @property
+    def lacks_prompt(self) -> bool:
+        """Log-probabilities of the prompt are still to come."""
+        return self.echo is not None and not self.echo.complete
 
     def accept(self, tokens: list[int], logprobs: Callable[[int], HandleLogprobs | None] | None = None) -> None:
         """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives those of an output position."""

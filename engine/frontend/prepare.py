@@ -126,7 +126,7 @@ def prepare(model: Model, limits: Limits, source: str | list[int], special: bool
         check_ids(ids, model.vocab_size, "prompt")
     if not ids:
         raise bad_request("The prompt is empty: at least one token is needed", "prompt")
-    budget = output_budget(len(ids), asked, limits.max_len, model.defaults) if asked != 0 else 0
+    budget = output_budget(len(ids), asked, limits.max_len, model.defaults)
     packed = np.array(ids, "<i4").tobytes()
     if not limits.page_size:
         return Prompt(ids, packed, b"", budget)

@@ -125,8 +125,11 @@ class Reply:
         tokens, entries = generation.tokens[taken:], generation.logprobs[taken:]
         if self.outline.chat:
             return chat_logprobs(self.codec, tokens, entries, num_top)
-        offset = sum(len(self.codec.piece(token).decode("utf-8", "replace")) for token in generation.tokens[:taken])
-        return text_logprobs(self.codec, tokens, entries, num_top, offset)
+        echo = generation.echo
+        offset = 0 if echo is None else len(echo.text)
+        offset += sum(len(self.codec.piece(token).decode("utf-8", "replace")) for token in generation.tokens[:taken])
+        shown = text_logprobs(self.codec, tokens, entries, num_top, offset)
+        return shown if echo is None or not echo.complete else echo.before(shown)
 
     def _choice(self, generation: Generation) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": generation.index}

@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Callable
 
-from ..types import Abort, Finish, HandleLogprobs, Heartbeat, Rejected, Started, Submit, TokenBatch
+from ..types import Abort, Finish, HandleLogprobs, Heartbeat, PromptLogprobs, Rejected, Started, Submit, TokenBatch
 from .errors import ApiError
 from .generation import REASONS, Generation
 from .metrics import Metrics
@@ -83,6 +83,16 @@ class OpenRequests:
                     self._break(generation)
             start += count
 
+    def on_prompt(self, prompt: PromptLogprobs) -> None:
+        """Log-probabilities of a prompt; those that are known are sent again when a request runs again."""
+        generation = self._open.get(prompt.of)
+        if generation is None or generation.finish is not None or generation.echo is None:
+            return
+        if prompt.position > generation.echo.known:
+            self._on_gap(generation, "Log-probabilities of the prompt")
+        else:
+            generation.hear(prompt)
+
     def on_started(self, started: Started) -> None:
         now = self._clock()
         handles = array("q", started.handles_i64).tolist()
@@ -110,11 +120,14 @@ class OpenRequests:
         known = generation.num_received - position
         if known:
             if known < 0:
-                self._on_gap(generation, position)
+                self._on_gap(generation, f"Output tokens {generation.num_received} to {position - 1}")
                 return
             tokens = tokens[known:]
         generation.num_received += len(tokens)
         if generation.finish is not None:  # the client has all it will get; only the engine's end was awaited
+            return
+        if generation.lacks_prompt and finish < Finish.ABORT:
+            self._on_gap(generation, "Log-probabilities of the prompt")
             return
         if tokens:
             self._metrics.tokens(generation, now)
@@ -138,11 +151,10 @@ class OpenRequests:
             self._send(Abort(generation.handle))
         self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
 
-    def _on_gap(self, generation: Generation, position: int) -> None:
-        """Tokens are missing, so no text after them can be right: an error for the client, an abort for the engine."""
+    def _on_gap(self, generation: Generation, what: str) -> None:
+        """Something is missing, so nothing after it can be right: an error for the client, an abort for the engine."""
         if generation.finish is None:
-            text = f"Output tokens {generation.num_received} to {position - 1} were lost between the engine and this frontend"
-            self._fail(generation, ApiError(500, text))
+            self._fail(generation, ApiError(500, f"{what} were lost between the engine and this frontend"))
             self._send(Abort(generation.handle))
 
     def _fail(self, generation: Generation, error: ApiError) -> None:

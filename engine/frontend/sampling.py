@@ -63,6 +63,7 @@ def build_sampling(ask: Generate, defaults: Defaults, vocab_size: int, num_logpr
         stop_i32=np.array(sorted(_stop_ids(ask, defaults, vocab_size)), "<i4").tobytes(),
         bias_ids_i32=np.array(ids, "<i4").tobytes(),
         bias_values_f32=np.array(values, "<f4").tobytes(),
+        num_prompt_logprobs=num_logprobs if ask.scores_prompt else -1,
     )
 
 
@@ -76,7 +77,7 @@ def with_seed(sampling: Sampling, choice: int) -> Sampling:
 def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults) -> int:
     """How many tokens may follow a prompt of ``num_prompt``. Raises ApiError where it does not fit ``max_len``."""
     limit = f"This model's maximum context length is {max_len} tokens."
-    if num_prompt >= max_len:
+    if num_prompt >= max_len + (asked == 0):
         raise bad_request(f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt.", "prompt")
     if asked is None:
         room = max_len - num_prompt

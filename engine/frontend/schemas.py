@@ -165,6 +165,11 @@ class Generate(Strict):
         """The text has to follow a grammar."""
         return self.structured_outputs is not None or (self.response_format is not None and self.response_format.type != "text")
 
+    @property
+    def scores_prompt(self) -> bool:
+        """The log-probabilities of the prompt's own tokens are asked for."""
+        return False
+
     def refuse_endless(self, field: str) -> None:
         """A text that follows a grammar ends where the grammar does."""
         if self.ignore_eos:
@@ -311,11 +316,15 @@ class CompletionRequest(Generate):
 
     @model_validator(mode="after")
     def _echo(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs together with echo is not supported by this server")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1 unless echo is true")
+        if self.scores_prompt and self.max_tokens == 0 and (self.n or 1) > 1:
+            raise ValueError("n must be 1 when only the prompt's own logprobs are asked for (max_tokens 0): all choices would be equal")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def num_logprobs(self) -> int:

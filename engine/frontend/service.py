@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from ..specs import FrontendSpec
-from ..types import ClusterState, Drain, Rejected, Sampling, Started, Stop, Submit, TokenBatch
+from ..types import ClusterState, Drain, PromptLogprobs, Rejected, Sampling, Started, Stop, Submit, TokenBatch
 from .client import ControllerLink, FromController
+from .echo import Echo
 from .errors import ApiError, bad_request
 from .generation import Generation
 from .metrics import Metrics
@@ -125,6 +126,8 @@ class Service:
         match message:
             case TokenBatch():
                 self.requests.on_tokens(message)
+            case PromptLogprobs():
+                self.requests.on_prompt(message)
             case Started():
                 self.requests.on_started(message)
             case Rejected():
@@ -210,10 +213,10 @@ class Service:
             for choice in range(ask.n or 1):
                 generation = self._generation(ask, prompt, with_seed(first, choice), len(reply.generations), reply)
                 if echo:
-                    generation.pieces.append(self.model.codec.decode(prompt.ids, skip_special_tokens=ask.skip_special_tokens is not False))
+                    self._echo(ask, generation)
                 reply.generations.append(generation)
         reply.num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        if prompts[0].max_tokens == 0:  # echo alone: nothing to generate
+        if prompts[0].max_tokens == 0 and not ask.scores_prompt:  # echo alone: nothing to compute
             for generation in reply.generations:
                 generation.close("length")
                 reply.advance(generation)
@@ -221,6 +224,14 @@ class Service:
         reply.watch(receive)
         reply.submit()
         return reply
+
+    def _echo(self, ask: Generate, generation: Generation) -> None:
+        """The prompt is shown first: as it is, or when its log-probabilities are here."""
+        codec, skip = self.model.codec, ask.skip_special_tokens is not False
+        if ask.scores_prompt:
+            generation.begin_with(Echo(codec, generation.prompt, generation.submit.sampling.num_prompt_logprobs, skip))
+        else:
+            generation.pieces.append(codec.decode(generation.prompt, skip_special_tokens=skip))
 
     def _generation(self, ask: Generate, prompt: Prompt, sampling: Sampling, index: int, reply: Reply) -> Generation:
         eos = () if ask.ignore_eos else self.model.defaults.eos_ids

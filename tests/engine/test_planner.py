@@ -26,7 +26,8 @@ def assert_served(world: World) -> None:
             assert world.tokens[handle] == world.expected(handle)[: len(world.tokens[handle])]
             continue
         assert world.tokens[handle] == world.expected(handle), f"request {handle}"
-        assert finish == (Finish.STOP if world.tokens[handle][-1] == 0 and world.requests[handle].sampling.stop_i32 else Finish.LENGTH)
+        assert world.scores[handle] == world.expected_scores(handle)
+        assert finish == (Finish.STOP if world.tokens[handle][-1:] == [0] and world.requests[handle].sampling.stop_i32 else Finish.LENGTH)
     world.planner.check()
     assert int(world.planner.group.kv.used().sum()) == 0
     assert not world.planner.group.rows.state.any()
@@ -96,6 +97,76 @@ def test_equal_prefixes_at_once_are_computed_once_per_data_index() -> None:
         world.submit([*prompt(1, 100), 1000 + index], 3)
     world.run()
     assert world.computed_prompt_tokens <= 2 * 100 + 100 * 4
+    assert_served(world)
+
+
+def test_a_prompt_that_is_scored_is_computed_whole_and_can_be_found() -> None:
+    world = World(Layout(data=1), pages=200, page_size=4, max_len=256)
+    world.submit(prompt(1, 100), 4)
+    world.run()
+    for tail, computed in (([], 100), ([7, 8], 102)):
+        before = world.computed_prompt_tokens
+        world.submit(prompt(1, 100) + tail, 3, scored=2)
+        world.run()
+        assert world.computed_prompt_tokens - before == computed
+    before = world.computed_prompt_tokens
+    world.submit([*prompt(1, 100), 7, 8, 9, 10, 11], 3)
+    world.run()
+    assert world.computed_prompt_tokens - before <= 1 + 4, "what was computed for scores is not in the cache"
+    world.submit(prompt(500, 100), 3, scored=0)
+    world.submit(prompt(500, 100), 3)
+    before = world.computed_prompt_tokens
+    world.run()
+    assert world.computed_prompt_tokens - before <= 100 + 4, "a neighbour did not wait for the same blocks"
+    assert_served(world)
+
+
+def test_a_request_may_sample_nothing() -> None:
+    world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
+    handles = [world.submit(prompt(10 * index, 1 + 7 * index), 0, scored=index % 3) for index in range(8)]
+    world.submit(prompt(5, 20), 30, stop=False)
+    world.run()
+    assert all(world.finish[handle] == Finish.LENGTH and world.tokens[handle] == [] for handle in handles)
+    assert world.planner.group.counters.generation_tokens == 30
+    assert_served(world)
+
+
+@pytest.mark.parametrize("top", [0, 1, 5, 20])
+def test_log_probabilities_of_prompts_fit_a_step(top: int) -> None:
+    """Eight prompts of 600 tokens where a step may compute all of them: results stay below 16 kB, which ``World`` watches."""
+    world = World(Layout(data=1), pages=2000, page_size=4, max_len=640, max_batch_tokens=8192, max_running=16)
+    for index in range(8):
+        world.submit(prompt(1000 * index, 600), 2, scored=top)
+    world.submit(prompt(9000, 600), 2)
+    world.run()
+    assert_served(world)
+    assert world.num_plans <= 4 + 8 * 600 * (4 + 8 * top) / 10_000
+
+
+def test_a_request_that_runs_again_is_scored_on_from_what_is_known() -> None:
+    world = World(Layout(data=2), pages=128, page_size=4, max_len=128, max_batch_tokens=16)
+    for index in range(6):
+        world.submit(prompt(100 * index, 80), 20, stop=False, scored=1)
+    for _ in range(8):
+        world.round()
+    group = world.planner.group
+    kept = [request.scored for request in group.open.values() if 0 <= request.row < group.rows.num_slots]
+    assert sum(kept) > 80 and 0 < sum(map(len, world.scores.values())) < 6 * 79
+    emitted = sum(map(len, world.tokens.values()))
+    before = world.computed_prompt_tokens
+    world.replace(1)
+    world.run()
+    assert_served(world)
+    left = 6 * 80 - sum(kept) + 4 * len(kept) + emitted + 2 * 6  # whole pages are kept; two plans may be in flight
+    assert world.computed_prompt_tokens - before <= left < 6 * 80, "what the survivor had computed was computed again"
+
+
+def test_preempted_requests_are_scored_once() -> None:
+    world = World(Layout(data=2), pages=24, page_size=4, max_len=96)
+    for index in range(24):
+        world.submit(prompt(100 * index, 12), 60, stop=False, scored=index % 3 - 1)
+    world.run()
+    assert world.planner.group.counters.preemptions > 0
     assert_served(world)
 
 
@@ -229,7 +300,9 @@ def perform(world: World, operation: str, value: int) -> None:
     rank = value % len(world.ranks)
     if operation == "submit":
         shared = prompt(0, (value >> 4) % 40)
-        world.submit([*shared, *prompt(value % 3, 1 + value % 7)], 1 + value % 40, seed=value % 2, stop=value % 2 > 0)
+        scored = (-1, -1, 0, 3)[(value >> 10) % 4]
+        most = 0 if scored >= 0 and (value >> 12) % 3 == 0 else 1 + value % 40
+        world.submit([*shared, *prompt(value % 3, 1 + value % 7)], most, seed=value % 2, stop=value % 2 > 0, scored=scored)
     elif operation in ("plan", "round"):
         getattr(world, operation)()
     elif operation in ("stage", "execute"):
@@ -262,7 +335,7 @@ def perform(world: World, operation: str, value: int) -> None:
 )
 def test_any_schedule(data: int, pipeline: int, advance: int, end_every: int, pages: int, script: list[tuple[str, int]]) -> None:
     """Late, lost, repeated messages, aborts, holds and deaths: checksums hold in every step, every row reads its own tokens from
-    its pages, published hashes are true, and every client gets exactly its tokens."""
+    its pages, published hashes are true, and every client gets exactly its tokens and its prompt's log-probabilities."""
     world = World(Layout(data=data, pipeline=pipeline), pages=pages, page_size=4, max_len=96, advance=advance, end_every=end_every)
     for operation, value in script:
         perform(world, operation, value)

@@ -26,7 +26,8 @@ def record(path: Path) -> int:
     plans = 0
     for index in range(10):
         tokens = np.arange(index, index + 20, dtype=np.int32).tobytes()
-        submit = Submit(index, str(index), tokens, chain_hashes(ROOT, tokens, 4), 40, Sampling(seed=index))
+        sampling = Sampling(seed=index, num_prompt_logprobs=index % 3 - 1)
+        submit = Submit(index, str(index), tokens, chain_hashes(ROOT, tokens, 4), 40, sampling)
         recorder.event("submit", 0, submit)
         planner.submit(0, submit)
     for turn in range(150):

@@ -31,8 +31,17 @@ def test_a_quarter_of_the_memory_changes_no_token(tight: Served, oracle: Oracle)
     [before] = tight.counted("num_preemptions")
     chosen = [known[index % len(known)] for index in range(72)]
     assert len(chosen) * (30 + NUM_OUTPUT) // 16 >= 4 * 2 * PAGES_PER_RANK
-    answers = tight.ok([each.ask(NUM_OUTPUT, cache_salt=f"{index}", stream=index % 3 == 0) for index, each in enumerate(chosen)])
-    for each, answer in zip(chosen, answers, strict=True):
+    scored = [{"echo": True, "logprobs": 1} if index % 4 == 0 else {} for index in range(72)]
+    answers = tight.ok(
+        [each.ask(NUM_OUTPUT, cache_salt=f"{index}", stream=index % 3 == 0, **scored[index]) for index, each in enumerate(chosen)]
+    )
+    for each, answer, extra in zip(chosen, answers, scored, strict=True):
+        if extra:
+            parts = [choice["logprobs"] for part in answer.chunks or [answer.document] for choice in part["choices"]]
+            values = [value for part in parts for value in part["token_logprobs"]]
+            certain = oracle.score(each.body["prompt"])
+            assert len(values) == len(each.body["prompt"]) + NUM_OUTPUT
+            assert values[1 : len(certain) + 1] == pytest.approx(certain, abs=1e-3)
         assert len(answer.tokens) == NUM_OUTPUT
         assert answer.finish == "length"
         each.assert_same(answer, "under pressure")

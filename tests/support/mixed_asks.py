@@ -64,6 +64,14 @@ class Oracle:
         model = random_checkpoint()
         self._reference = Reference(model, json.loads((model / "config.json").read_text()))
 
+    def score(self, prompt: list[int]) -> list[float]:
+        """Log-probabilities of the tokens of ``prompt`` after its first, as far as no choice of an expert before them is close."""
+        logits_TV, routers_T = self._reference.compute(prompt)
+        close = (routers_T[:-1] < ROUTER_MARGIN).numpy()
+        num = int(np.argmax(close)) if close.any() else len(close)
+        values = logits_TV[:-1].log_softmax(-1).gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        return [float(value) for value in values[:num]]
+
     def know(self, served: Served, bodies: Sequence[Body], num_tokens: int, at_once: int = 64) -> list[Known]:
         """Asks each for ``num_tokens`` and compares with the reference; keeps those of which at least half is certain."""
         known: list[Known] = []

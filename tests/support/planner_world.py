@@ -11,10 +11,25 @@ from lockstep.engine.planner import Planner
 from lockstep.engine.simulated import SimulatedRank
 from lockstep.engine.slots import Int32, Int64, Rows
 from lockstep.engine.specs import Layout, SchedulerSpec
-from lockstep.engine.types import Abort, Finish, Refused, Rejected, Sampling, Stage, Staged, StepPlan, StepResult, Submit, TokenBatch
+from lockstep.engine.types import (
+    Abort,
+    Finish,
+    PromptLogprobs,
+    Refused,
+    Rejected,
+    Sampling,
+    Stage,
+    Staged,
+    StepPlan,
+    StepResult,
+    Submit,
+    TokenBatch,
+)
+from lockstep.engine.wire import encode
 
 ROOT = hash_root("model", "bf16")
 STOP = np.array([0], np.int32).tobytes()
+MAX_STEP_BYTES = 16 << 10
 
 
 class CheckedRank(SimulatedRank):
@@ -100,6 +115,7 @@ class World:
         self.dead: set[int] = set()
         self.requests: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.scores: dict[int, list[float]] = {}  # of the prompt's tokens but the first
         self.finish: dict[int, Finish] = {}
         self.rejected: dict[int, Rejected] = {}
         self.impossible: set[int] = set()  # handles whose grammars ranks cannot compile
@@ -109,7 +125,8 @@ class World:
 
     # ------------------------------------------------------------- clients
 
-    def submit(self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True) -> int:
+    def submit(self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True, scored: int = -1) -> int:
+        """``scored``: how many of the likeliest are wanted at every token of the prompt, -1 for no log-probabilities of it."""
         handle = len(self.requests)
         tokens = np.array(prompt, np.int32).tobytes()
         submit = Submit(
@@ -118,11 +135,11 @@ class World:
             prompt_i32=tokens,
             hashes_h128=chain_hashes(ROOT, tokens, self.page_size),
             limit=len(prompt) + max_tokens,
-            sampling=Sampling(seed=seed, stop_i32=STOP if stop else b""),
+            sampling=Sampling(seed=seed, stop_i32=STOP if stop else b"", num_prompt_logprobs=scored),
             grammar=f"grammar {handle}",
         )
         self.requests[handle] = submit
-        self.tokens[handle] = []
+        self.tokens[handle], self.scores[handle] = [], []
         self._know_blocks(prompt + self.expected(handle))
         self.planner.submit(0, submit)
         self.receive()
@@ -142,21 +159,42 @@ class World:
     def expected(self, handle: int) -> list[int]:
         """The tokens a request must have when it ends by itself."""
         submit = self.requests[handle]
-        prompt = np.frombuffer(submit.prompt_i32, np.int32)
-        key = SimulatedRank.request_key(prompt, submit.sampling.seed)
-        positions = np.arange(len(prompt), submit.limit)
+        key, num_prompt = self._key(submit)
+        positions = np.arange(num_prompt, submit.limit)
         tokens = self.ranks[0].token(np.full(len(positions), key), positions).tolist()
         if submit.sampling.stop_i32 and 0 in tokens:
             tokens = tokens[: tokens.index(0) + 1]
         return list(tokens)
+
+    def expected_scores(self, handle: int) -> list[float]:
+        """The log-probabilities of its prompt that a request must have before its first token."""
+        submit = self.requests[handle]
+        key, num_prompt = self._key(submit)
+        if submit.sampling.num_prompt_logprobs < 0:
+            return []
+        return [float(value) for value in SimulatedRank.logprob(key, np.arange(1, num_prompt))]
+
+    @staticmethod
+    def _key(submit: Submit) -> tuple[np.uint64, int]:
+        prompt = np.frombuffer(submit.prompt_i32, np.int32)
+        return SimulatedRank.request_key(prompt, submit.sampling.seed), len(prompt)
 
     def receive(self) -> None:
         """Delivers what the planner has for frontends."""
         for _, message in self.planner.take_output():
             if isinstance(message, Rejected):
                 self.rejected[message.handle] = message
+            elif isinstance(message, PromptLogprobs):
+                self._receive_scores(message)
             elif isinstance(message, TokenBatch):
                 self._receive_batch(message)
+
+    def _receive_scores(self, message: PromptLogprobs) -> None:
+        values = np.frombuffer(message.chosen_f32, np.float32).tolist()
+        known, top = self.scores[message.of], self.requests[message.of].sampling.num_prompt_logprobs
+        assert 1 <= message.position <= len(known) + 1, f"request {message.of}: position {message.position}, has {len(known)}"
+        assert len(message.top_ids_i32) == len(message.top_f32) == 4 * top * len(values)
+        known += values[len(known) + 1 - message.position :]
 
     def _receive_batch(self, batch: TokenBatch) -> None:
         tokens = np.frombuffer(batch.tokens_i32, np.int32).tolist()
@@ -167,6 +205,8 @@ class World:
         handles = np.frombuffer(batch.handles_i64, np.int64).tolist()
         for handle, position, count, finish in zip(handles, positions, counts, finishes, strict=True):
             assert handle not in self.finish, f"request {handle} speaks after its end"
+            if count or finish < Finish.ABORT:
+                assert self.scores[handle] == self.expected_scores(handle), f"request {handle}: tokens before its prompt is told"
             assert position == len(self.tokens[handle]), f"request {handle}: position {position}, has {len(self.tokens[handle])}"
             self.tokens[handle] += tokens[start : start + count]
             start += count
@@ -219,6 +259,7 @@ class World:
         if not self.plans[rank] or rank in self.dead:
             return False
         result = self.ranks[rank].execute(self.plans[rank].popleft())
+        assert len(encode(result)) <= MAX_STEP_BYTES
         if result is not None:
             self.results[rank].append(result)
         return True

@@ -26,6 +26,7 @@ from lockstep.engine.types import (
     FrontendHello,
     HandleLogprobs,
     Heartbeat,
+    PromptLogprobs,
     Rejected,
     Started,
     Stop,
@@ -189,6 +190,10 @@ class ScriptedController:
         if running is not None:
             self._socket.send_multipart([running.identity, encode(batch(self._step, [(handle, running.sent, [], Finish.ABORT)]))])
 
+    def _score(self, running: _Running) -> None:
+        for message in prompt_logprobs(running.submit):
+            self._socket.send_multipart([running.identity, encode(message)])
+
     def _advance(self) -> None:
         """One step: the next item of every open request, one batch per frontend."""
         self._step += 1
@@ -204,9 +209,10 @@ class ScriptedController:
             if not running.started:
                 running.started = True
                 fresh.setdefault(running.identity, []).append(handle)
-            if item is None:
+                self._score(running)
+            if item is None and running.left:
                 continue
-            tokens, finish = _engine(running, item)
+            tokens, finish = _engine(running, item or [])
             rows.setdefault(running.identity, []).append((handle, running.sent, tokens, finish))
             logprobs.setdefault(running.identity, []).extend(_logprobs(running, tokens))
             running.sent += len(tokens)
@@ -223,6 +229,8 @@ def _engine(running: _Running, item: list[int] | Finish) -> tuple[list[int], Fin
     if isinstance(item, Finish):
         return [], item
     tokens: list[int] = []
+    if not running.left:
+        return tokens, Finish.LENGTH
     for token in item:
         tokens.append(token)
         running.left -= 1
@@ -240,6 +248,16 @@ def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
         ids = array("i", [token + other for other in range(count)]).tobytes()
         values = struct.pack(f"<{count}f", *(-0.5 - other for other in range(count)))
         yield HandleLogprobs(running.submit.handle, running.sent + index, -0.5, ids, values)
+
+
+def prompt_logprobs(submit: Submit, each: int = 3) -> Iterator[PromptLogprobs]:
+    """``each`` positions a message: -position / 8 for the prompt's token, and for it and the ids after it that, 1 less, 2 less, ..."""
+    top, prompt = submit.sampling.num_prompt_logprobs, array("i", submit.prompt_i32).tolist()
+    for start in range(1, len(prompt) if top >= 0 else 0, each):
+        positions = range(start, min(start + each, len(prompt)))
+        ids = array("i", [prompt[at] + other for at in positions for other in range(top)])
+        values = array("f", [-at / 8 - other for at in positions for other in range(top)])
+        yield PromptLogprobs(submit.handle, start, array("f", [-at / 8 for at in positions]).tobytes(), ids.tobytes(), values.tobytes())
 
 
 def started(handles: list[int], num_cached: int) -> Started:
