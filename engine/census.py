@@ -48,6 +48,7 @@ class Census:
         self._totals = StepTotals(layout)
         self._reports: list[StepResult] = []
         self._expert_LE = np.zeros((0, 0), np.int64)
+        self._placement_i32 = b""
 
     def open(self, hellos: dict[int, RankHello], max_len: int) -> None:
         """All ranks are here."""
@@ -56,6 +57,7 @@ class Census:
         self._expert_LE = np.zeros((first.num_layers, first.num_experts), np.int64)
         self._totals.opened(first.num_layers, first.expert_bytes)
         self._placement = contiguous(first.num_layers, first.num_experts, self._layout.world) if self._expert_LE.size else None
+        self._placement_i32 = b"" if self._placement is None else self._placement.ranges().tobytes()
 
     def host(self, rank: int) -> str:
         return self._hellos[rank].host if rank in self._hellos else "an unknown host"
@@ -133,6 +135,7 @@ class Census:
             ranks=tuple(self._rank(planner, rank, running) for rank in sorted(self._hellos)),
             number=self._states,
             totals=self._totals.pack(),
+            placement_i32=self._placement_i32,
         )
 
     def _rank(self, planner: Planner, rank: int, running: np.ndarray[tuple[int], np.dtype[np.int64]]) -> RankState:

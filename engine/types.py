@@ -437,6 +437,7 @@ class ClusterState(Message, tag="state", frozen=True):
     ``phase`` is starting | serving | recovering | draining | drained | failed; ``reason`` says why when not serving. While
     recovering a lost rank is being replaced: requests are taken and wait. Counters
     count since the controller started. ``expert_i64`` is the expert load [layer, expert] of the last report. ``number`` orders states.
+    ``placement_i32`` says which experts live on which rank: ``Placement.ranges``.
     """
 
     phase: str
@@ -462,6 +463,7 @@ class ClusterState(Message, tag="state", frozen=True):
     ranks: tuple[RankState, ...] = ()
     number: int = 0
     totals: Totals = Totals()
+    placement_i32: bytes = b""
 
 
 FromRankStep = StepResult | Refused | Abandoned

@@ -54,6 +54,18 @@ class Placement:
             homes[layer, experts[places]] = places
         return homes
 
+    def ranges(self) -> NDArray[np.int32]:
+        """The same in few numbers [n, 5]: (first layer, last layer, rank, first expert, last expert); layers that follow one another
+        and are alike are one range. Which slots the experts are in, and how many of them, is left out."""
+        found: list[tuple[int, ...]] = []
+        changes = (self.experts_LWS[1:] != self.experts_LWS[:-1]).any(axis=(1, 2)).nonzero()[0] + 1
+        for layers in np.split(np.arange(self.num_layers), changes):
+            for rank, slots in enumerate(self.experts_LWS[layers[0]] if len(layers) else ()):
+                experts = np.unique(slots[slots != EMPTY])
+                parts = np.split(experts, (np.diff(experts) > 1).nonzero()[0] + 1)
+                found += [(layers[0], layers[-1], rank, part[0], part[-1]) for part in parts if len(part)]
+        return np.array(found, np.int32).reshape(-1, 5)
+
     def experts_of(self, rank: int, layer: int) -> list[int]:
         """The experts in the slots of ``rank``, ``EMPTY`` for a free slot."""
         return [int(expert) for expert in self.experts_LWS[layer, rank]]

@@ -268,8 +268,18 @@ def describe(cluster: ClusterState) -> dict[str, Any]:
     """A cluster state as JSON: what /admin/cluster shows."""
     loads = array("q", cluster.expert_i64).tolist() if cluster.expert_layers else []
     width = len(loads) // cluster.expert_layers if cluster.expert_layers else 0
-    apart = ("expert_i64", "expert_layers", "ranks", "totals")  # totals are for /metrics
+    apart = ("expert_i64", "expert_layers", "placement_i32", "ranks", "totals")  # totals are for /metrics
     shown = {name: getattr(cluster, name) for name in cluster.__struct_fields__ if name not in apart}
     shown["ranks"] = [{name: getattr(rank, name) for name in rank.__struct_fields__} for rank in cluster.ranks]
     shown["expert_load"] = [loads[start : start + width] for start in range(0, len(loads), width)] if width else []
+    shown["placement"] = _placement(cluster)
     return shown
+
+
+def _placement(cluster: ClusterState) -> list[dict[str, Any]]:
+    """Per range of MoE layers, both ends included, and rank: the ranges of experts that live there."""
+    numbers = array("i", cluster.placement_i32).tolist()
+    layers: dict[tuple[int, int], list[list[list[int]]]] = {}
+    for first, last, rank, low, high in zip(*[iter(numbers)] * 5, strict=True):
+        layers.setdefault((first, last), [[] for _ in cluster.ranks])[rank].append([low, high])
+    return [{"layers": list(span), "experts": experts} for span, experts in layers.items()]

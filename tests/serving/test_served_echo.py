@@ -89,6 +89,10 @@ def test_the_official_client_judges_continuations(demo: Served, oracle: Oracle) 
         assert len(values) == 6
 
 
+def test_the_cluster_says_where_experts_live(demo: Served) -> None:
+    assert demo.cluster()["placement"] == [{"layers": [0, 2], "experts": [[[0, 15]], [[16, 31]]]}]
+
+
 def test_a_killed_rank_neither_repeats_nor_loses_a_position(tmp_path: Path) -> None:
     """Prompts that take some fifty steps each are on both ranks when one dies."""
     dice = random.Random(64)

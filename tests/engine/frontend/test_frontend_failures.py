@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import msgspec
 import pytest
 
 from lockstep.engine.frontend import client
-from lockstep.engine.types import Finish, Rejected, Submit
+from lockstep.engine.types import Finish, RankState, Rejected, Submit
 from support.running_frontend import RunningFrontend, wait_until
 from support.scripted_controller import Item, say
 from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
@@ -198,7 +199,16 @@ def test_keys(model: Path) -> None:
         admin = {"Authorization": "Bearer root"}
         state = http.get("/admin/cluster", headers=admin).json()
         assert (state["epoch"], state["phase"]) == (1, "serving")
-        assert "totals" not in state, "packed bytes tell a reader nothing"
+        assert not {"totals", "placement_i32", "expert_i64"} & set(state), "packed bytes tell a reader nothing"
+        assert state["placement"] == []
+        ranks = tuple(RankState(rank, "here", 1, "serving", 0, 0, 0, 9, 0.0, 0.0) for rank in range(2))
+        lines = array("i", [0, 1, 0, 0, 3, 0, 1, 1, 4, 7, 2, 2, 0, 1, 1, 2, 2, 0, 5, 7]).tobytes()
+        frontend.engine.set_state(ranks=ranks, placement_i32=lines)
+        wait_until(lambda: http.get("/admin/cluster", headers=admin).json()["placement"], "the placement to be told")
+        assert http.get("/admin/cluster", headers=admin).json()["placement"] == [
+            {"layers": [0, 1], "experts": [[[0, 3]], [[4, 7]]]},
+            {"layers": [2, 2], "experts": [[[1, 1], [5, 7]], []]},
+        ]
         for wrong in ({"deadline": -1}, {"dead_line": 7}, []):
             assert http.post("/admin/drain", headers=admin, json=wrong).status_code == 400
         assert http.post("/admin/drain", headers=admin, json={"deadline": 7}).status_code == 202
