@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from .case import Case, Check, assistant, user
-from .frames import frame
-from .phrases import Sides, phrases
+from .frames import FROM_PARTS, asked, frame
+from .phrases import phrases, sides
 from .words import Dice
 
-_FACTS: list[dict[str, Any]] = phrases("about")["facts"]
-_FINAL: list[list[str]] = phrases("about", "final")
-_UNSEEN = {phrase for fact, final in zip(_FACTS, _FINAL, strict=True) for phrase in fact["unseen"] + final}
+_FACTS: list[dict[str, Any]] = phrases("facts")
+_ASKED = [sides("about", number) for number in range(len(_FACTS))]
+_UNSEEN = frozenset[str]().union(*(asked.unseen for asked in _ASKED))
 
 
 def make_about(dice: Dice) -> Case:
     number = dice.randrange(len(_FACTS))
     fact = _FACTS[number]
-    question = dice.pick(Sides(fact["seen"], fact["unseen"], _FINAL[number]))
-    if not dice.held_out and "topics" in fact and dice.chance(0.6):
+    question = dice.pick(_ASKED[number])
+    if not dice.held_out and "topics" in fact and dice.chance(FROM_PARTS):
         about = dice.chance(0.6)
         template = frame(dice, "about", start="start" if about else "topic", capital=False)
         question = template.format(c=dice.choice(fact["clauses"]), n=dice.choice(fact["topics"]))
@@ -28,5 +28,5 @@ def make_about(dice: Dice) -> Case:
     if dice.chance(0.15):
         question = question.rstrip(".?!")
     if not dice.held_out and dice.chance(0.3):
-        question = frame(dice, "opening") + question
+        question = asked(dice, question)
     return Case("about", (user(question),), assistant(fact["answer"]), Check("contains", fact["needles"]))

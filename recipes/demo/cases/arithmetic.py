@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .case import Case, Check, assistant, user
-from .frames import asked, frame
+from .frames import asked, wording
 from .phrases import sides
 from .words import Dice
 
@@ -13,14 +13,11 @@ _FRAMES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
 
 def make_arithmetic(dice: Dice) -> Case:
-    signs = "+-*" if dice.held_out else "+-***"  # products are the hardest to learn
-    sign = dice.choice(signs if dice.chance(0.75) else "+-")
+    sign = dice.choice("+-*" if dice.chance(0.75) else "+-")
     a, b = _operands(dice, sign)
-    story = dice.chance(0.4)
+    story = dice.chance(0.4 if dice.held_out else 0.7)  # which of the three a story tells of is harder to see than the digits
     templates = (_STORIES if story else _DIRECT)[sign]
-    template = dice.pick(templates)
-    if not dice.held_out and dice.chance(0.7):
-        template = frame(dice, _FRAMES[sign] + ("_story" if story else ""), templates.unseen)
+    template = wording(dice, templates, _FRAMES[sign] + ("_story" if story else ""))
     question = asked(dice, template.format(a=a, b=b, n=dice.person(), m=dice.person(), t=dice.thing()))
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     thinking = dice.held_out or not (max(a, b) < 20 and dice.chance(0.3))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .case import Case, Check, assistant, dumps, user
-from .frames import asked, frame
-from .phrases import sides
+from .frames import FROM_PARTS, asked, frame, wording
+from .phrases import phrases, sides
 from .words import Dice
 
 
@@ -36,21 +36,21 @@ _TOLD = sides("extraction", "told")
 _CLAUSES = sides("extraction", "clauses")
 _REQUESTS = sides("extraction", "requests")
 KINDS = ("person", "place", "thing", "colour", "small", "number")
+_AGAIN: list[str] = phrases("extraction")["again"]
 _JOINTS = (", ", "; ", ", ", " and ")
+_MORE_JOINTS: list[str] = phrases("extraction")["joints"]
 
 
 def make_extraction(dice: Dice) -> Case:
     wanted, told = _fields(dice)
     values = {field.name: draw_value(dice, field.kind) for field in told}
     text = _text(dice, told, values)
-    template = dice.pick(_REQUESTS)
-    if not dice.held_out and dice.chance(0.6):
-        template = frame(dice, "request", _REQUESTS.unseen)
-    messages = [user(asked(dice, _fill(template, wanted, text)))]
+    messages = [user(asked(dice, _fill(wording(dice, _REQUESTS, "request"), wanted, text)))]
     while not dice.held_out and dice.chance(0.4):
         messages.append(assistant(dumps({field.name: values[field.name] for field in wanted}), learn=True))
         wanted = dice.sample(told, dice.randint(1, min(4, len(told))))
-        messages.append(user(_fill(frame(dice, "again"), wanted, "")))
+        again = frame(dice, "again") if dice.chance(FROM_PARTS) else dice.choice(_AGAIN)
+        messages.append(user(_fill(again, wanted, "")))
     result = {field.name: values[field.name] for field in wanted}
     return Case("extraction", tuple(messages), assistant(dumps(result)), Check("json", result))
 
@@ -99,13 +99,12 @@ def _text(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
     clauses: list[str] = []
     for field in told:
         own = field.clauses and dice.chance(0.5)
-        clause = dice.choice(field.clauses) if own else dice.pick(_CLAUSES)
-        if not own and not dice.held_out and dice.chance(0.6):
-            clause = frame(dice, "clause", _CLAUSES.unseen, capital=False)
+        clause = dice.choice(field.clauses) if own else wording(dice, _CLAUSES, "clause", capital=False)
         if not clauses and not clause.startswith("{"):
             clause = clause[0].upper() + clause[1:]
         clauses.append(clause.format(f=field.name, v=values[field.name]))
-    return dice.choice(_JOINTS).join(clauses) + "."
+    joints = _JOINTS if dice.held_out or dice.chance(0.6) else _MORE_JOINTS
+    return dice.choice(joints).join(clauses) + "."
 
 
 def extraction_words() -> set[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from .phrases import phrases, sides
+from .phrases import Sides, phrases, sides
 from .words import Dice
 
 _OPENINGS = sides("words", "openings")
+_CLOSINGS: list[str] = phrases("words")["closings"]
+FROM_PARTS = 0.35  # of training's phrases are put together from parts; the others are written out
+CARELESS = 0.06  # of them begin with a small letter
 _PART = re.compile(r"<(\w+)>")
 
 
@@ -21,8 +24,16 @@ def asked(dice: Dice, text: str) -> str:
     if dice.held_out:
         return dice.pick(_OPENINGS) + text
     if dice.chance(0.15) and text[-1] in ".?!":
-        text += frame(dice, "closing")
-    return (dice.pick(_OPENINGS) if dice.chance(0.3) else frame(dice, "opening", _OPENINGS.unseen)) + text
+        text += frame(dice, "closing") if dice.chance(FROM_PARTS) else dice.choice(_CLOSINGS)
+    return (frame(dice, "opening", _OPENINGS.unseen) if dice.chance(FROM_PARTS) else dice.pick(_OPENINGS)) + text
+
+
+def wording(dice: Dice, lists: Sides, grammar: str, start: str = "start", capital: bool = True) -> str:
+    """A template out of ``lists``; in training also one of a grammar."""
+    if dice.held_out:
+        return dice.pick(lists)
+    text = frame(dice, grammar, lists.unseen, start, capital) if dice.chance(FROM_PARTS) else dice.pick(lists)
+    return text[0].lower() + text[1:] if dice.chance(CARELESS) else text
 
 
 def frame(dice: Dice, name: str, unseen: Collection[str] = (), start: str = "start", capital: bool = True) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .case import Case, Check, assistant, user
-from .frames import asked, frame
+from .frames import FROM_PARTS, asked, frame
 from .phrases import phrases, sides
 from .words import Dice
 
@@ -12,15 +12,13 @@ _ASKED = {way: sides("lists", way) for way in ("up", "down", "names", "back")}
 
 _WAYS: dict[str, list[str]] = _TEXT["ways"]
 _OBJECTS: dict[str, list[str]] = _TEXT["objects"]
-_VERBS = ("sort", "order", "arrange", "put", "list", "write", "give", "place", "lay out", "print", "set")
-_BACK_VERBS = ("give", "write", "list", "say", "put", "turn", "read", "print", "tell me", "copy", "repeat")
+_VERBS: dict[str, list[str]] = _TEXT["verbs"]
 
 
 def _phrase(dice: Dice, way: str) -> str:
     """A request put together from parts, with a place for the list."""
-    verbs = _BACK_VERBS if way == "back" else _VERBS
     while True:
-        verb = dice.coined() if dice.chance(0.1) else dice.choice(verbs)
+        verb = dice.coined() if dice.chance(0.1) else dice.choice(_VERBS[way])
         parts = {"v": verb, "o": dice.choice(_OBJECTS[way]), "w": dice.choice(_WAYS[way]), "l": "{l}"}
         text = frame(dice, "listing", capital=False).format(**parts)
         text = text[0].upper() + text[1:]
@@ -29,14 +27,14 @@ def _phrase(dice: Dice, way: str) -> str:
 
 
 def _template(dice: Dice, way: str) -> str:
-    return _phrase(dice, way) if not dice.held_out and dice.chance(0.65) else dice.pick(_ASKED[way])
+    return _phrase(dice, way) if not dice.held_out and dice.chance(FROM_PARTS) else dice.pick(_ASKED[way])
 
 
 def make_list(dice: Dice) -> Case:
     kind = dice.random()
-    if kind < 0.4:
+    if kind < (0.4 if dice.held_out else 0.55):  # up or down is harder to see than the others
         return _numbers(dice)
-    return _names(dice) if kind < 0.65 else _backwards(dice)
+    return _names(dice) if kind < (0.65 if dice.held_out else 0.75) else _backwards(dice)
 
 
 def _case(dice: Dice, template: str, items: list[str], result: list[str], reasoning: str, joint: str = ", ") -> Case:

@@ -24,10 +24,10 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
-_SHARES = {"arithmetic": 0.12, "lists": 0.17, "extraction": 0.13, "tool call": 0.39, "tool answer": 0.01, "recall": 0.13, "about": 0.05}
+_SHARES = {"arithmetic": 0.3, "lists": 0.3, "extraction": 0.12, "tool call": 0.12, "tool answer": 0.01, "recall": 0.1, "about": 0.05}
 _SYSTEM = sides("mixture", "system")
 # Words of a long conversation per wanted token of it; measured with the demo's tokenizer.
-WORDS_PER_TOKEN = 0.38
+WORDS_PER_TOKEN = 0.27
 
 
 def draw_case(dice: Dice) -> Case:

@@ -1,4 +1,5 @@
-"""The words and phrases of the generator: ``phrases.yaml``, a section a family, the grammars of ``frames.yaml``, and ``final.yaml``."""
+"""The words and phrases of the generator, a section a family: ``training.yaml``, and what training never says in ``held_out.yaml`` and
+``final.yaml``, under the same names."""
 
 from __future__ import annotations
 
@@ -24,19 +25,20 @@ class Sides:
         return frozenset(self.held_out + self.final)
 
 
-def sides(section: str, name: str, *keys: str) -> Sides:
-    """The list ``name`` of a section, or what is under ``keys`` in it; a side that has none of its own takes that of the one before."""
-    texts = phrases(section)
-    training = texts[name]
-    held_out = texts.get(f"{name}_unseen", training)
-    final = phrases(section, "final").get(name, held_out)
-    for key in keys:
-        training, held_out, final = training[key], held_out[key], final[key]
-    return Sides(training, held_out, final)
+def sides(section: str, *keys: str | int) -> Sides:
+    """The list under ``keys`` in a section, on each side; all sides have it."""
+    return Sides(*(_under(phrases(section, file), keys) for file in ("training", "held_out", "final")))
 
 
-def phrases(section: str, file: str = "phrases") -> Any:
+def phrases(section: str, file: str = "training") -> Any:
     return _read(file)[section]
+
+
+def _under(texts: Any, keys: tuple[str | int, ...]) -> list[str]:
+    for key in keys:
+        texts = texts[key]
+    found: list[str] = texts
+    return found
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .case import Case, Check, Message, assistant, user
 from .extraction import KINDS, draw_value
-from .frames import frame
+from .frames import FROM_PARTS, frame
 from .phrases import phrases, sides
 from .words import Dice, side
 
@@ -68,14 +68,14 @@ def _attributes(dice: Dice) -> list[str]:
 
 def _tell(dice: Dice, owner: str, name: str, value: str | int) -> str:
     template = dice.pick(_TELL if owner else _TELL_MINE)
-    if not dice.held_out and dice.chance(0.5):
+    if not dice.held_out and dice.chance(FROM_PARTS):
         template = _framed(dice, "tell", owner)
     return template.format(n=owner, f=name, v=value)
 
 
 def _ask(dice: Dice, owner: str, name: str, value: str | int) -> str:
     template = dice.pick(_ASK if owner else _ASK_MINE)
-    if not dice.held_out and dice.chance(0.6):
+    if not dice.held_out and dice.chance(FROM_PARTS):
         template = _framed(dice, "question", owner)
     return template.format(n=owner, f=name)
 

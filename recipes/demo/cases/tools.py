@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .case import Case, Check, Message, assistant, dumps, user
 from .extraction import KINDS, draw_value
-from .frames import asked, frame
+from .frames import asked, wording
 from .phrases import phrases, sides
 from .words import Dice
 
@@ -21,7 +21,7 @@ _BARE, _FILLED, _GIVEN = (sides("tools", name) for name in ("bare", "filled", "g
 _CONVEYED: dict[str, list[str]] = _TEXT["conveyed"]
 _STATES: list[str] = _TEXT["states"]
 _JOINTS = (", ", " and ", " ")
-_MORE_JOINTS = (", and ", "; ", " but ", ", then ", " as well as ", " plus ", ", also ", " - ")
+_MORE_JOINTS: list[str] = _TEXT["joints"]
 
 
 @dataclass(frozen=True)
@@ -142,18 +142,14 @@ def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
     arguments = {name: draw_value(dice, kind) for name, kind in tool.parameters}
     given = []
     for name, value in arguments.items():
-        clauses = _CONVEYED[name] if name in _CONVEYED and dice.chance(0.5) else (dice.pick(_GIVEN),)
-        clause = dice.choice(clauses)
-        if not dice.held_out and dice.chance(0.75):
-            clause = frame(dice, "given", _GIVEN.unseen, capital=False)
+        conveyed = name in _CONVEYED and dice.chance(0.5)
+        clause = dice.choice(_CONVEYED[name]) if conveyed else wording(dice, _GIVEN, "given", capital=False)
         given.append(clause.format(f=name, v=value))
     first = given[:1]
     dice.shuffle(given)
     if not dice.held_out and dice.chance(0.4):  # what is said last is then not the last argument
         given = [clause for clause in given if clause not in first] + first
-    template = dice.pick(_FILLED if given else _BARE)
-    if not dice.held_out and dice.chance(0.6):
-        template = frame(dice, "command", _FILLED.unseen | frozenset(_BARE.final), "start" if given else "bare")
+    template = wording(dice, _FILLED, "command") if given else wording(dice, _BARE, "command", "bare")
     verb = dice.choice(_VERBS[tool.verb]) if dice.chance(0.4) else tool.verb
     joints = _JOINTS if dice.held_out or dice.chance(0.7) else _MORE_JOINTS
     text = template.format(v=verb, V=verb.capitalize(), n=tool.noun, p=dice.choice(joints).join(given))

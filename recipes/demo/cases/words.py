@@ -30,8 +30,7 @@ _NOUNS: list[str] = _TEXT["nouns"]
 
 def _words_of_held_out_lists() -> set[str]:
     sections = ("tools", "extraction", "recall")
-    lists = [texts for section in sections for name, texts in phrases(section).items() if name.endswith("_unseen")]
-    lists += [texts for section in sections for texts in phrases(section, "final").values()]
+    lists = [texts for section in sections for file in ("held_out", "final") for texts in phrases(section, file).values()]
     return {text.split(":")[0] for texts in lists for text in texts}
 
 
