@@ -133,6 +133,7 @@ def test_closed_streams_are_no_error(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_the_command_is_imported_leaves_no_trace(tmp_path: Path) -> None:
     code = "import os, signal, sys\nfrom lockstep.launch import cli\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what is started in the background ignores it
     code += "sys.meta_path.insert(0, type('Finder', (), {'find_spec': lambda *_: os.kill(os.getpid(), signal.SIGINT)})())\ncli.main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
