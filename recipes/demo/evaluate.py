@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--cases", type=int, default=50, help="of each family; 286 make 2,002 in all, enough to compare two runs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--phrases", choices=("held-out", "final"), default="held-out", help="final: those whose answers are counted, not read")
+    parser.add_argument(
+        "--phrases", choices=("held-out", "final"), default="held-out", help="final: those whose answers are counted, not read"
+    )
     parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of the longest conversation to recall from")
     parser.add_argument("--at-once", type=int, default=48)
     parser.add_argument("--failed", type=int, default=0, help="show so many wrong answers of each family")
