@@ -41,14 +41,17 @@ def test_a_text_that_does_not_fit_is_refused_and_leaves_the_last() -> None:
     assert len(board.own()) == SLOT_BYTES // 2 - 24
 
 
+# In bursts: a frontend writes a few times a second, and a long text takes longer to copy out than the next takes to be written.
 WRITER = """
-import itertools, sys
+import itertools, sys, time
 from lockstep.engine.frontend.board import Board
 board = Board(int(sys.argv[1]), 0)
 for turn in itertools.count():
-    board.write(bytes([turn % 256]) * (1 + turn % 200_000))
+    board.write(bytes([turn % 256]) * (1 + turn * 37 % 200_000))
     if turn == 0:
         print("writing", flush=True)
+    if turn % 8 == 0:
+        time.sleep(0.0005)
 """
 
 
@@ -57,19 +60,19 @@ def test_what_is_read_is_whole_while_another_process_writes_and_after_it_was_kil
     os.ftruncate(memory, board_bytes(2))
     reader = Board(os.dup(memory), 1)
     os.set_inheritable(memory, True)
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(memory)], stdout=subprocess.PIPE, pass_fds=(memory,))
-    assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
-    sizes, end = set(), time.monotonic() + 0.7
-    while time.monotonic() < end:
-        [text] = reader.others()
-        assert len(set(text)) == 1, "half of one text, half of another"
-        sizes.add(len(text))
-    writer.kill()
-    writer.wait()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(memory)], stdout=subprocess.PIPE, pass_fds=(memory,)) as writer:
+        try:
+            assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+            sizes, end = set(), time.monotonic() + 0.7
+            while time.monotonic() < end:
+                [text] = reader.others()
+                assert len(set(text)) == 1, "half of one text, half of another"
+                sizes.add(len(text))
+        finally:
+            writer.kill()
     [text] = reader.others()
     assert len(set(text)) == 1 and text == Board(os.dup(memory), 0).own(), "what was valid when it died"
     assert len(sizes) > 10, "the writer stood still"
-    writer.stdout.close()
     os.close(memory)
 
 
