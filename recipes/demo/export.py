@@ -48,14 +48,12 @@ def read_network(directory: Path) -> Network:
 def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
     """All tensors under their Hugging Face names, bf16 but for the bias of the routers.
 
-    The multi-token-prediction layer is layer ``num_hidden_layers``, and holds copies of embedding and head, as DeepSeek-V3's does.
+    The multi-token-prediction layer is layer ``num_hidden_layers``. Its embedding and head are the model's, as in DeepSeek-V3, whose
+    checkpoint holds them a second time; this one, which lives in a repository, does not.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         found |= _named(name, tensor, len(network.layers))
-    last = f"model.layers.{len(network.layers)}."
-    found[last + "embed_tokens.weight"] = found["model.embed_tokens.weight"]
-    found[last + "shared_head.head.weight"] = found["lm_head.weight"]
     return {name: (tensor if name.endswith("correction_bias") else tensor.bfloat16()).clone() for name, tensor in found.items()}
 
 

@@ -10,7 +10,7 @@ from .words import Dice
 
 _OPENINGS = sides("words", "openings")
 _CLOSINGS: list[str] = phrases("words")["closings"]
-FROM_PARTS = 0.35  # of training's phrases are put together from parts; the others are written out
+FROM_PARTS = 0.3  # of training's phrases are put together from parts; the others are written out
 CARELESS = 0.06  # of them begin with a small letter
 _PART = re.compile(r"<(\w+)>")
 

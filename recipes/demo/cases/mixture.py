@@ -24,7 +24,7 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
-_SHARES = {"arithmetic": 0.3, "lists": 0.3, "extraction": 0.12, "tool call": 0.12, "tool answer": 0.01, "recall": 0.1, "about": 0.05}
+_SHARES = {"arithmetic": 0.28, "lists": 0.22, "extraction": 0.14, "tool call": 0.12, "tool answer": 0.01, "recall": 0.18, "about": 0.05}
 _SYSTEM = sides("mixture", "system")
 # Words of a long conversation per wanted token of it; measured with the demo's tokenizer.
 WORDS_PER_TOKEN = 0.27
