@@ -7,7 +7,7 @@ import torch
 
 from lockstep.parallel.collectives import Collectives, connect_store
 from support.collective_calls import all_kinds, one_dies, one_is_late
-from support.gloo_ranks import run_ranks
+from support.gloo_ranks import DEADLINE, run_ranks
 
 
 def test_values_in_every_epoch() -> None:
@@ -34,8 +34,8 @@ def test_the_death_of_a_peer_is_an_error_at_once() -> None:
 def test_a_late_peer_is_an_error_at_the_deadline() -> None:
     told = run_ranks(one_is_late, 2)
     text, seconds = told[0]
-    assert "rank 0 waited for tokens of MoE layer 3" in text and "of 2 s" in text, text
-    assert 1.5 < seconds < 3.5
+    assert "rank 0 waited for tokens of MoE layer 3" in text and "of 5 s" in text, text
+    assert 4.5 < seconds < DEADLINE / 2, "at its own deadline, however slow the machine, and not at another"
 
 
 def test_no_store() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -31,20 +32,33 @@ def all_kinds(collectives: Collectives, epochs: int) -> list[dict[str, Tensor]]:
 
 def one_dies(collectives: Collectives) -> tuple[str, float]:
     """The last rank dies before a collective; what the others are told, and after how many seconds."""
+    _all_here(collectives)
     if collectives.index == collectives.size - 1:
         os._exit(0)
     return _wait_for_all(collectives)
 
 
 def one_is_late(collectives: Collectives) -> tuple[str, float]:
-    """The last rank does not come within the deadline, which is two seconds here."""
-    collectives.wait(collectives.all_gather(torch.zeros(1), "everybody"))
-    collectives._deadline = collectives._deadline / 10
+    """The last rank does not come before the others have given up, after a deadline of five seconds."""
+    _all_here(collectives)
+    collectives._deadline = timedelta(seconds=5)
     collectives.build(1)
+    store = collectives._store
+    assert store is not None
     if collectives.index == collectives.size - 1:
-        time.sleep(4.0)
+        store.wait(["told"], timedelta(seconds=60))
         return "", 0.0
-    return _wait_for_all(collectives)
+    told = _wait_for_all(collectives)
+    store.set("told", "")
+    return told
+
+
+def _all_here(collectives: Collectives) -> None:
+    """Returns once every rank has built its group. By the store: no rank is then in the middle of a collective."""
+    store = collectives._store
+    assert store is not None
+    store.set(f"built/{collectives.index}", "")
+    store.wait([f"built/{index}" for index in range(collectives.size)], timedelta(seconds=60))
 
 
 def _wait_for_all(collectives: Collectives) -> tuple[str, float]:

@@ -17,6 +17,8 @@ from lockstep.parallel.collectives import Collectives, connect_store
 
 Target = Callable[..., Any]
 
+DEADLINE = 90.0  # of a meeting and of a collective: one rank may compile kernels or wait for a core while the others are ready
+
 
 def run_ranks(target: Target, world: int, *args: Any, timeout: float = 150.0) -> list[Any]:
     """``target(collectives, *args)`` on ``world`` fresh processes; their results by rank.
@@ -37,8 +39,9 @@ def run_ranks(target: Target, world: int, *args: Any, timeout: float = 150.0) ->
         answers = [_answer(reader, deadline) for reader, _ in ends]
     finally:
         for child in children:
-            child.kill()
-            child.join()
+            if child.pid is not None:
+                child.kill()
+                child.join()
     errors = "\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error is not None)
     assert not errors, errors
     return [result for _, result in answers]
@@ -57,8 +60,8 @@ def _answer(reader: Connection, deadline: float) -> tuple[str | None, Any]:
 def _child(target: Target, rank: int, world: int, port: int, writer: Connection, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
-        store = connect_store("127.0.0.1", port, 20.0) if world > 1 else None
-        collectives = Collectives("test", rank, world, store, 20.0, torch.device("cpu"))
+        store = connect_store("127.0.0.1", port, DEADLINE) if world > 1 else None
+        collectives = Collectives("test", rank, world, store, DEADLINE, torch.device("cpu"))
         collectives.build(0)
         writer.send_bytes(pickle.dumps((None, target(collectives, *args))))  # by value: shared tensors die with the child
     except BaseException:
