@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -19,10 +20,10 @@ from .tiny_tokenizer import VOCAB_SIZE
 MODEL = "tiny"
 
 
-def wait_until(condition: object, what: str, seconds: float = 10.0) -> None:
+def wait_until(condition: object, what: str, seconds: float = 30.0) -> None:
     """Polls ``condition()`` until it holds; says what did not happen."""
     assert callable(condition)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds  # what is awaited comes much sooner, unless the machine has other things to do
     while not condition():
         assert time.monotonic() < deadline, f"within {seconds} s not: {what}"
         time.sleep(0.005)
@@ -64,9 +65,15 @@ class RunningFrontend:
 
     def __enter__(self) -> RunningFrontend:
         self.start()
-        for _ in self.specs:  # as many connections: one to each
-            with httpx.Client(base_url=self.url, timeout=20) as http:
-                wait_until(lambda http=http: self._is_up(http), "the frontend answers /health with 200")  # type: ignore[misc]
+        try:
+            wait_until(self._all_ready, "every frontend takes connections")
+            with ExitStack() as stack:
+                for http in [stack.enter_context(httpx.Client(base_url=self.url, timeout=20)) for _ in self.specs]:  # one to each
+                    wait_until(lambda http=http: self._is_up(http), "the frontend answers /health with 200")  # type: ignore[misc]
+            wait_until(self._none_open, "those connections have ended")
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -79,16 +86,24 @@ class RunningFrontend:
     def stop(self) -> None:
         self.http.close()
         self.engine.stop()
+        end = time.monotonic() + 30
         for thread in self._threads:
-            thread.join(15)
+            thread.join(max(0.0, end - time.monotonic()))
         self.close()
-        assert not any(thread.is_alive() for thread in self._threads), "a frontend did not leave within 15 s of Stop"
+        assert not any(thread.is_alive() for thread in self._threads), "a frontend did not leave within 30 s of Stop"
 
     def close(self) -> None:
         """What belongs to the test and not to the frontend."""
         self.http.close()
         self.acceptor.close()
         self.engine.close()
+
+    def _all_ready(self) -> bool:
+        assert all(thread.is_alive() for thread in self._threads), "a frontend ended while starting"
+        return self.acceptor.num_ready == len(self.specs)
+
+    def _none_open(self) -> bool:
+        return not any(channel.num_open for channel in self.acceptor._channels)
 
     def _is_up(self, http: httpx.Client) -> bool:
         assert all(thread.is_alive() for thread in self._threads), "the frontend ended while starting"

@@ -87,7 +87,8 @@ class _Running:
 class ScriptedController:
     """``script`` may be replaced between requests; what arrived is in ``submits``, ``aborts``, ``hellos`` and ``drains``.
 
-    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said hello.
+    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said hello. After ``stop`` it is neither, and
+    whoever says hello late is told as well.
     """
 
     script: Script
@@ -112,6 +113,7 @@ class ScriptedController:
         self._outbox: SimpleQueue[object] = SimpleQueue()
         self._decode = msgspec.msgpack.Decoder(FromFrontend).decode
         self._leave = threading.Event()
+        self._stopping = False
         self._step = 0
         self._frontends: set[bytes] = set()
         self._thread = threading.Thread(target=self._run, name="scripted-controller", daemon=True)
@@ -126,6 +128,7 @@ class ScriptedController:
         self.send(self.state)
 
     def stop(self) -> None:
+        self.silent, self._stopping = False, True
         self.send(Stop("test over"))
 
     def close(self) -> None:
@@ -142,10 +145,10 @@ class ScriptedController:
             if self._socket.poll(wait * 1000):
                 self._receive()
             now = time.monotonic()
-            if now >= next_state and not self.silent:
-                next_state = now + 0.5
-                self._outbox.put(self.state)
             self._flush()
+            if now >= next_state and not self.silent:  # read here and sent at once: a state put in the outbox meanwhile comes after it
+                next_state = now + 0.5
+                self._send_all(self.state)
             if now >= next_step and not self.silent:
                 next_step = now + self.step_seconds
                 self._advance()
@@ -153,11 +156,15 @@ class ScriptedController:
     def _flush(self) -> None:
         while True:
             try:
-                frame = encode(self._outbox.get_nowait())
+                message = self._outbox.get_nowait()
             except Empty:
                 return
-            for identity in self._frontends:
-                self._socket.send_multipart([identity, frame])
+            self._send_all(message)
+
+    def _send_all(self, message: object) -> None:
+        frame = encode(message)
+        for identity in self._frontends:
+            self._socket.send_multipart([identity, frame])
 
     def _receive(self) -> None:
         while self._socket.poll(0):
@@ -170,7 +177,7 @@ class ScriptedController:
                 case FrontendHello():
                     self.hellos.append(message)
                     self._frontends.add(identity)
-                    self._socket.send_multipart([identity, encode(self.state)])
+                    self._socket.send_multipart([identity, encode(Stop("test over") if self._stopping else self.state)])
                 case Submit():
                     self._submit(identity, message)
                 case Abort():

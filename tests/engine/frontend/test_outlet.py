@@ -59,7 +59,7 @@ def test_a_write_goes_through_at_once_and_parks_only_when_the_reader_lags() -> N
         assert outlet.busy
         assert reader.bodies == [b"a"]
         reader.open.set()
-        await asyncio.wait_for(idle.wait(), 5)
+        await asyncio.wait_for(idle.wait(), 30)
         assert reader.bodies == [b"a", b"b"]
         assert not outlet.busy
 
@@ -77,7 +77,7 @@ def test_a_send_that_breaks_while_parked_leaves_the_outlet_idle() -> None:
 
         outlet = Outlet(send, idle.set)
         outlet.write(b"a", True)
-        await asyncio.wait_for(idle.wait(), 5)
+        await asyncio.wait_for(idle.wait(), 30)
         assert not outlet.busy
 
     asyncio.run(run())
@@ -126,7 +126,7 @@ def test_a_lagging_reader_gets_merged_deltas_and_the_same_text(codec: Codec) -> 
         world.tokens(ids[-1:], Finish.STOP)
         assert not world.reader.ended
         world.reader.open.set()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 30)
         chunks = world.reader.chunks()
         texts = [choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"]]
         assert "".join(texts) == "The quick brown fox jumps over the lazy dog."
@@ -150,7 +150,7 @@ def test_an_error_in_mid_stream_is_a_frame_and_then_done(codec: Codec, lags: boo
             world.tokens([51])
         world.requests.fail_all(ApiError(500, "the controller was lost"))
         world.reader.open.set()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 30)
         frames = b"".join(world.reader.bodies).split(b"\n\n")
         assert json.loads(frames[-3].removeprefix(b"data: "))["error"]["message"] == "the controller was lost"
         assert frames[-2] == b"data: [DONE]"
@@ -169,7 +169,7 @@ def test_stream_interval_never_delays_the_first_and_the_last_token(codec: Codec)
         for token in ids[1:-1]:
             world.tokens([token])
         world.tokens(ids[-1:], Finish.STOP)
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 30)
         texts = [choice["delta"]["content"] for chunk in world.reader.chunks() for choice in chunk["choices"]]
         assert texts[1] == tiny_tokenizer().decode(ids[:1])
         assert len(texts) == 2 + -(-(len(ids) - 1) // 3)
@@ -189,10 +189,12 @@ def test_a_connection_that_breaks_ends_the_stream_and_aborts(codec: Codec) -> No
             await world.reader.send(message)
 
         task = asyncio.create_task(Stream(world.reply)({}, world.reader.receive, send))
-        await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while not world.reader.bodies:
+                await asyncio.sleep(0)
         world.tokens([51])
         world.tokens([52])
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 30)
         assert (len(world.reader.bodies), world.generation.finish) == (1, "abort")
 
     asyncio.run(run())

@@ -63,9 +63,13 @@ def test_one_scrape_of_either_is_the_sum_of_both(pair: RunningFrontend, clients:
     stops = 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"}'
     routes = 'http_requests_total{handler="/v1/chat/completions",method="POST",status="2xx"}'
     for client in (first, second):
-        wait_until(lambda client=client: values(client)[stops] == 5, "the counts of both to be seen")  # type: ignore[misc]
-        seen = values(client)
-        assert seen[routes] == 5
+        seen: dict[str, float] = {}
+
+        def both_are_seen(client: httpx.Client = client, seen: dict[str, float] = seen) -> bool:
+            seen.update(values(client))
+            return seen[stops] == seen[routes] == 5  # a request ends before its answer has left
+
+        wait_until(both_are_seen, "the counts of both to be seen")
         assert seen[f"vllm:time_to_first_token_seconds_count{label}"] == 5
         assert seen[f"vllm:inter_token_latency_seconds_count{label}"] == 5 * len(WORDS), "gaps of the words and of the end"
         assert seen[f"vllm:request_generation_tokens_sum{label}"] == 5 * (len(WORDS) + 1)
@@ -103,7 +107,7 @@ def test_a_restarted_frontend_goes_on_from_the_counts_before(tmp_path: Path) -> 
         for life in range(1, 4):
             child = subprocess.Popen(command)
             try:
-                with httpx.Client(base_url=idle.url, timeout=20) as http:  # waits in the queue of the port meanwhile
+                with httpx.Client(base_url=idle.url, timeout=60) as http:  # waits in the queue of the port meanwhile
                     wait_until(lambda http=http: http.get("/health").status_code == 200, "it serves")  # type: ignore[misc]
                     assert http.post("/v1/chat/completions", json={"messages": USER}).status_code == 200
                     assert values(http)[stops] == life
@@ -117,11 +121,12 @@ def test_a_restarted_frontend_goes_on_from_the_counts_before(tmp_path: Path) -> 
 
 
 def test_load_counts_the_open_requests_of_both(pair: RunningFrontend, clients: list[httpx.Client]) -> None:
-    def endless(submit: object) -> Iterator[Item]:
+    def one_token_and_no_end(submit: object) -> Iterator[Item]:
+        yield [WORDS[0]]
         while True:
-            yield [WORDS[0]]
+            yield None
 
-    pair.engine.script = endless
+    pair.engine.script = one_token_and_no_end
     with ExitStack() as streams:
         for client, count in zip(clients, (1, 1), strict=True):
             for _ in range(count):
@@ -164,18 +169,22 @@ def test_64_connections_are_32_each(pair: RunningFrontend) -> None:
     pair.engine.script = endless
     pair.engine.step_seconds = 0.05
     body = msgspec.json.encode({"messages": USER, "stream": True, "ignore_eos": True})
-    with ExitStack() as stack:
-        for _ in range(64):
-            http = stack.enter_context(httpx.Client(base_url=pair.url, timeout=20))
-            threading.Thread(target=_ignore, args=(http, body), daemon=True).start()
-        wait_until(lambda: len(pair.engine.submits) == 64, "64 requests", 30)
+    threads = [threading.Thread(target=_ask, args=(pair.url, body), daemon=True) for _ in range(64)]
+    try:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(pair.engine.submits) == 64, "64 requests", 60)
         names = [submit.request_id.rpartition("-")[0] for submit in pair.engine.submits]
         assert names.count("frontend-0") == names.count("frontend-1") == 32
+    finally:
         pair.engine.stop()
+        for thread in threads:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "streams that nobody ended"
 
 
-def _ignore(http: httpx.Client, body: bytes) -> None:
-    with suppress(httpx.HTTPError):
+def _ask(url: str, body: bytes) -> None:
+    with httpx.Client(base_url=url, timeout=60) as http, suppress(httpx.HTTPError):
         http.post("/v1/chat/completions", content=body, headers=KEY)
 
 
