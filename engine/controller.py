@@ -182,8 +182,11 @@ class Controller:
                 self._record("staged", bulk)
                 planner.staged(bulk)
                 self._pacer.work_arrived()
-            elif bulk.rank in self._census.missing:
-                self._replaced(planner, bulk)
+            else:
+                if bulk.rank not in self._census.missing:  # the launcher has told before it put another there; was it read?
+                    self._listen_to_frontends(time.monotonic())
+                if bulk.rank in self._census.missing:
+                    self._replaced(planner, bulk)
 
     def _book(self, planner: Planner, results: list[StepResult]) -> None:
         before = planner.group.newest_result

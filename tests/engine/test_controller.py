@@ -18,6 +18,7 @@ from lockstep.engine.cost import Cost
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.specs import ControllerSpec, Keys, Layout, SchedulerSpec
+from lockstep.engine.transport import Transport
 from lockstep.engine.types import (
     Abort,
     ClusterState,
@@ -385,6 +386,42 @@ def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
     assert set(frontend.finish.values()) == {Finish.LENGTH}
     assert [len(frontend.tokens[handle]) for handle in (1, 2, 3)] == [240, 230, 20]
     frontend.until(lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 2, "phase serving in epoch 2")
+
+
+def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that stood still finds the hello of the new rank among the ranks' messages and reads those first."""
+    go, standing, wait = threading.Event(), threading.Event(), Transport.wait
+    go.set()
+
+    def held(transport: Transport, seconds: float) -> None:
+        if not go.is_set():
+            standing.set()
+            assert go.wait(60)
+        wait(transport, seconds)
+
+    monkeypatch.setattr(Transport, "wait", held)
+    with start(Layout(data=2)) as running:
+        running._start(running.controller.run)
+        for rank in range(2):
+            running.join_ranks((rank,), Layout(data=2))
+        frontend, launcher = running.frontend(), running.frontend(b"launcher")
+        frontend.until(lambda: serving(frontend), "phase serving")
+        launcher.until(lambda: serving(launcher), "phase serving")
+        go.clear()
+        try:
+            assert standing.wait(30)
+            running.end_ranks()
+            launcher.send(RankLost(1, "it was killed"))
+            running.join_ranks((1,), Layout(data=2))
+            transport, end = running.controller._transport, time.monotonic() + 30
+            while not all(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in (transport._bulk, transport._frontend)):
+                assert time.monotonic() < end, "waited 30 s for the loss and the hello to arrive"
+                time.sleep(0.01)
+        finally:
+            go.set()
+        frontend.until(lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 1, "phase serving in epoch 1")
+        frontend.submit(1, 10, 20)
+        frontend.until(lambda: 1 in frontend.finish, "an end")
 
 
 def test_a_rank_that_is_not_replaced_ends_the_cluster(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from lockstep.engine.rank_loop import ControllerLost, RankLoop, RankSockets, StepFailed
 from lockstep.engine.types import Header, RankHello, Refused, Section, Stage, Staged, StepPlan, StepResult, Stop, Unstage
+from lockstep.engine.wire import ABSENCE_SECONDS
 from support.mock_controller import MockController
 
 
@@ -71,7 +72,7 @@ class Running:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def end(self, deadline: float = 10.0) -> object:
+    def end(self, deadline: float = 30.0) -> object:
         """What ``run`` returned or raised."""
         self._thread.join(deadline)
         assert self._ended, f"the loop still runs after {deadline} s"
@@ -176,8 +177,8 @@ def test_a_controller_that_is_gone_is_missed(controller: MockController) -> None
     start = time.monotonic()
     controller.unbind()
     error = running.end()
-    assert isinstance(error, ControllerLost) and controller.addresses["bulk"] in str(error)
-    assert 0.9 < time.monotonic() - start < 4.0
+    assert isinstance(error, ControllerLost) and all(address in str(error) for address in controller.addresses.values())
+    assert 0.9 < time.monotonic() - start < 0.9 * ABSENCE_SECONDS, "after its own time, however slow the machine, and not the usual one"
 
 
 def test_a_controller_that_never_answers_is_missed() -> None:
@@ -185,3 +186,18 @@ def test_a_controller_that_never_answers_is_missed() -> None:
     spec = nobody.spec()
     nobody.close()
     assert isinstance(Running(NotingExecutor(), RankSockets(spec, absence=0.2, patience=1.0)).end(), ControllerLost)
+
+
+def test_hello_is_said_when_plans_can_come(controller: MockController) -> None:
+    """A plan for a rank that is known on bulk only would be thrown away."""
+    address = controller.addresses["step"]
+    controller.sockets["step"].unbind(address)
+    executor = NotingExecutor()
+    running = Running(executor, RankSockets(controller.spec()))
+    assert controller.silent("bulk", 0.5)
+    controller.sockets["step"].bind(address)
+    assert controller.receive("bulk") == executor.hello()
+    controller.send(_plan(0, -1, rebase=True))
+    assert controller.receive("step").step == 0
+    controller.send(Stop("enough"))
+    assert running.end() == "enough"

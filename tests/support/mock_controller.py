@@ -13,9 +13,10 @@ from lockstep.engine.wire import authenticate, encode, new_keypair, server_socke
 
 
 class MockController:
-    """Two ROUTER sockets with CURVE on free ports of the loopback. Receiving fails after ``deadline`` seconds."""
+    """Two ROUTER sockets with CURVE on free ports of the loopback. Receiving fails after ``deadline`` seconds: a rank in a process of
+    its own may have kernels to compile before it says hello."""
 
-    def __init__(self, deadline: float = 30.0) -> None:
+    def __init__(self, deadline: float = 100.0) -> None:
         self._deadline = deadline
         self._server, self._client = new_keypair(), new_keypair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

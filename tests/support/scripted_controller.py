@@ -87,8 +87,8 @@ class _Running:
 class ScriptedController:
     """``script`` may be replaced between requests; what arrived is in ``submits``, ``aborts``, ``hellos`` and ``drains``.
 
-    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said hello. After ``stop`` it is neither, and
-    whoever says hello late is told as well.
+    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said hello. ``stop`` is told to everybody who
+    ever spoke to it, and to who says hello late.
     """
 
     script: Script
@@ -116,6 +116,7 @@ class ScriptedController:
         self._stopping = False
         self._step = 0
         self._frontends: set[bytes] = set()
+        self._known: set[bytes] = set()
         self._thread = threading.Thread(target=self._run, name="scripted-controller", daemon=True)
         self._thread.start()
 
@@ -163,13 +164,14 @@ class ScriptedController:
 
     def _send_all(self, message: object) -> None:
         frame = encode(message)
-        for identity in self._frontends:
+        for identity in self._known if isinstance(message, Stop) else self._frontends:
             self._socket.send_multipart([identity, frame])
 
     def _receive(self) -> None:
         while self._socket.poll(0):
             identity, frame = self._socket.recv_multipart()
             message = self._decode(frame)
+            self._known.add(identity)
             if self.silent:
                 self._frontends.clear()
                 continue
