@@ -42,11 +42,11 @@ def grammars(vocabulary: LLTokenizer) -> Iterator[Grammars]:
 
 def compiled(grammars: Grammars, count: int = 1) -> list[tuple[int, str]]:
     told: list[tuple[int, str]] = []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(told) < count:
         assert grammars.compiling
         told += grammars.take_compiled()
-        assert time.monotonic() < deadline, f"only {told} after 20 s"
+        assert time.monotonic() < deadline, f"only {told} after 60 s"
         time.sleep(0.001)
     assert not grammars.compiling
     return told
@@ -129,7 +129,7 @@ def test_a_grammar_that_cannot_be_followed_is_told_and_forgotten(grammars: Gramm
     grammars.stage(1, "start: %json false", NOTHING)
     grammars.stage(2, GRAMMAR, np.array([IM_END], np.int32))
     grammars.stage(3, GRAMMAR, NOTHING)
-    told = compiled(grammars, 3)
+    told = sorted(compiled(grammars, 3))
     assert [staged for staged, _ in told] == [1, 2, 3]
     assert "schema is false" in told[0][1]
     assert "emitted so far do not follow" in told[1][1]

@@ -115,10 +115,12 @@ def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
 def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
     x, rows, slots, w13, w2 = _drawn(150)
     weights, before, results = pack_slots(w13, w2), numba.get_num_threads(), []
-    for threads in {1, numba.config.NUMBA_NUM_THREADS}:
-        numba.set_num_threads(threads)
-        results.append(experts(x, rows, slots, *weights, torch.zeros(5, dtype=torch.int64)))
-    numba.set_num_threads(before)
+    try:
+        for threads in {1, numba.config.NUMBA_NUM_THREADS}:
+            numba.set_num_threads(threads)
+            results.append(experts(x, rows, slots, *weights, torch.zeros(5, dtype=torch.int64)))
+    finally:
+        numba.set_num_threads(before)
     assert torch.equal(results[0], results[-1])
 
 

@@ -33,7 +33,7 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, "lockstep.kernels.table"):
         assert ops_of("cpu") is ops_of("cpu")
         assert ops_of("triton") is ops_of("triton")
-    messages = [record.message for record in caplog.records]
+    messages = [record.message for record in caplog.records if record.name == "lockstep.kernels.table"]
     assert messages == ["kernels: column cpu", "kernels: column triton"]
 
 

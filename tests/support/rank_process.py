@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 from lockstep.engine.specs import RankSpec
 
 
-def start_rank(spec: RankSpec) -> BaseProcess:
+@contextmanager
+def start_rank(spec: RankSpec) -> Iterator[BaseProcess]:
+    """The process, which is killed at the end where it has not left by itself."""
     process = multiprocessing.get_context("spawn").Process(target=_main, args=(spec,), daemon=True)
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def _main(spec: RankSpec) -> None:
