@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -54,10 +55,11 @@ class Frontend:
         self.rejected: dict[int, Rejected] = {}
         self.cached: dict[int, int] = {}
         self.state: ClusterState | None = None
-        self.send(FrontendHello("test", lease, life))
+        with suppress(zmq.Again):  # its key has been refused already
+            self.send(FrontendHello("test", lease, life))
 
     def send(self, message: msgspec.Struct) -> None:
-        self._socket.send(encode(message))
+        self._socket.send(encode(message), zmq.DONTWAIT)
 
     def submit(self, handle: int, length: int, max_tokens: int) -> None:
         tokens = np.arange(handle, handle + length, dtype=np.int32).tobytes()
