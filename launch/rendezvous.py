@@ -29,9 +29,11 @@ class Rendezvous:
             prepare_store()
             import torch.distributed
 
-            self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
-                self.host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=self._socket.detach()
-            )
+            listening = self._socket.detach()
+            if listening >= 0:  # not closed meanwhile
+                self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+                    self.host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listening
+                )
         except BaseException as error:
             self._error = error
 
@@ -41,6 +43,6 @@ class Rendezvous:
             raise self._error
 
     def close(self) -> None:
-        self._thread.join(30.0)
-        self._store = None
+        """Does not wait for a store that is not yet open: its thread finds the socket closed, or ends with the process."""
         self._socket.close()
+        self._store = None

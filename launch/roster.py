@@ -68,11 +68,13 @@ class Roster:
         if deaths:
             raise LaunchError(self.obituaries(deaths)[0][0])
 
-    def deaths(self) -> list[Death]:
+    def deaths(self, *, stopping: bool = False) -> list[Death]:
         """Processes that have ended. When there is one, its last words and the deaths it caused are waited for briefly;
-        those that were killed come first, since the others' exits usually follow from theirs."""
+        those that were killed come first, since the others' exits usually follow from theirs.
+
+        ``stopping``: all were told to end, so that nothing follows from one that ended well."""
         found = self._cluster.deaths()
-        if found:
+        if any(death.code != 0 for death in found) if stopping else found:
             self.read(_LAST_WORDS)
             found += self._cluster.deaths()
         return sorted(found, key=lambda death: death.code is not None and death.code >= 0)

@@ -93,6 +93,8 @@ finish() {
     rm -f "$folder/endpoint"
     for ray_step in $ray_workers $ray_head; do
         kill -USR1 "$ray_step" 2> /dev/null || say "Ray had ended before launch did; see $folder/ray-*.log"
+    done
+    for ray_step in $ray_workers $ray_head; do
         status_of "$ray_step" > /dev/null 2>&1
     done
     say "job $job ends with $code"

@@ -280,7 +280,7 @@ class Supervisor:
                     code = 1
             end = time.monotonic() + seconds
             while self._cluster.running() and time.monotonic() < end:
-                for death in self._roster.deaths():
+                for death in self._roster.deaths(stopping=True):
                     if death.code != 0:
                         self._screen.say(f"while stopping: {self._roster.obituary(death)}")
                         code = 1
