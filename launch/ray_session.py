@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -84,6 +87,8 @@ class RaySession:
     def close(self) -> None:
         """Leaves the cluster; one that was started here ends."""
         if not self._head_died:
+            if not self.joined:
+                _end_autoscaler()
             ray.shutdown()
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -109,6 +114,16 @@ class RaySession:
             _temp_dir=str(folder),
             **common,
         )
+
+
+def _end_autoscaler() -> None:
+    """Kills the autoscaler of a cluster that this process has started. There is nothing to scale; but ray.shutdown ends the head before
+    it, and then waits the whole second that it allows for an answer to SIGTERM."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(") ")[2].split()[1])
+            if parent == os.getpid() and b"/ray/autoscaler/" in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _node(entry: dict[str, Any]) -> Node:

@@ -10,6 +10,7 @@ import pytest
 from lockstep.launch.cluster import LaunchError, Task
 from lockstep.launch.local_cluster import LocalCluster
 from support.clusters import dummy, make, next_deaths, until
+from support.launcher import command_of
 
 
 @pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -18,6 +19,8 @@ def test_close_kills_even_what_ignores_sigterm(backend: str, tmp_path: Path) -> 
     made = make(backend, tmp_path)
     made.start([dummy(0, "ignore"), dummy(1, "sleep")])
     pids = [place.pid for _, place in made.running()]
+    own = [" ".join(command_of(process)) for process in set(psutil.Process().children()) - before]
+    assert sum("/ray/autoscaler/" in command for command in own) == (backend == "ray"), "close looks for it, for a quick end"
     made.close()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     until(lambda: set(psutil.Process().children(recursive=True)) <= before, "the cluster's own processes to end")
