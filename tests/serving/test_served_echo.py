@@ -7,14 +7,13 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from support.mixed_asks import Oracle, random_bodies, random_prompt
-from support.serving import Answer, Ask, Body, Served, serve
+from support.serving import Answer, Ask, Body, Served
 
 pytestmark = pytest.mark.timeout(120)
 SCORED: Body = {"echo": True, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
@@ -93,25 +92,33 @@ def test_the_cluster_says_where_experts_live(demo: Served) -> None:
     assert demo.cluster()["placement"] == [{"layers": [0, 2], "experts": [[[0, 15]], [[16, 31]]]}]
 
 
-def test_a_killed_rank_neither_repeats_nor_loses_a_position(tmp_path: Path) -> None:
-    """Prompts that take some fifty steps each are on both ranks when one dies."""
+def test_a_killed_rank_neither_repeats_nor_loses_a_position(calling: Served) -> None:
+    """Prompts that take some fifty steps each are on both ranks when one dies; they are sent again and again until then."""
     dice = random.Random(64)
     prompts = [random_prompt(dice, 2500, 2500) for _ in range(6)]
-    with serve(tmp_path / "run") as served:
-        began = time.monotonic()
-        quiet = [served.ask(prompt=prompt, logprobs=20, max_tokens=2, **SCORED) for prompt in prompts[:2]]
-        seconds = time.monotonic() - began  # what both take one after the other; on two ranks all six take at least that
-        asks = [Ask({"prompt": prompt, "logprobs": 20, "max_tokens": 2, **SCORED}) for prompt in prompts]
-        answers: list[Answer] = []
-        thread = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
-        thread.start()
-        time.sleep(seconds / 2)
-        assert thread.is_alive(), "all was done before the rank was killed"
-        os.kill(served.launcher.pid_of("rank 1"), signal.SIGKILL)
-        thread.join(90)
-        assert len(answers) == 6
+    victim, epoch = calling.launcher.pid_of("rank 1"), calling.cluster()["epoch"]
+    began = time.monotonic()
+    quiet = [calling.ask(prompt=prompt, logprobs=20, max_tokens=2, **SCORED) for prompt in prompts[:2]]
+    seconds = time.monotonic() - began  # what both take one after the other; on two ranks all six take at least that
+    asks = [Ask({"prompt": prompt, "logprobs": 20, "max_tokens": 2, **SCORED}) for prompt in prompts]
+    rounds: list[list[Answer]] = []
+    killed = threading.Event()
+
+    def insist() -> None:
+        while not killed.is_set():
+            rounds.append(calling.ok(asks))
+
+    thread = threading.Thread(target=insist, daemon=True)
+    thread.start()
+    time.sleep(seconds / 2)
+    assert thread.is_alive()
+    os.kill(victim, signal.SIGKILL)
+    killed.set()
+    thread.join(100)
+    assert rounds and not thread.is_alive()
+    for answers in rounds:
         found = [scores(answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
         for values, answer, prompt in zip(found, quiet, prompts, strict=False):
             assert values == pytest.approx(scores(answer, prompt), abs=1e-3)
-        assert served.cluster()["epoch"] > 0
-        served.assert_clean(10.0)
+    calling.wait_until(lambda: calling.cluster()["epoch"] > epoch, "the state of the cluster after the loss")
+    calling.assert_clean(10.0)

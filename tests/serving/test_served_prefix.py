@@ -98,8 +98,8 @@ def test_tokens_do_not_depend_on_the_cache(demo: Served, uncached: Served, oracl
     dice = random.Random(8)
     trunk = random_prompt(dice, 400, 400)
     bodies: list[Body] = [{"prompt": trunk[: dice.randrange(1, 400)] + random_prompt(dice, 0, 40), **GREEDY} for _ in range(16)]
-    known = oracle.know(uncached, bodies, 40, at_once=4)
-    known += oracle.know(uncached, [{"prompt": [*each.body["prompt"], *each.tokens], **GREEDY} for each in known], 40, at_once=4)
+    known = oracle.know(uncached, bodies, 40)
+    known += oracle.know(uncached, [{"prompt": [*each.body["prompt"], *each.tokens], **GREEDY} for each in known], 40)
     _assert_same_cached(demo, known)
     assert _assert_same_cached(demo, known) > len(known) * 150
     assert uncached.ask(prompt=bodies[0]["prompt"], max_tokens=1).cached == 0

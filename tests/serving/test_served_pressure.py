@@ -27,7 +27,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_a_quarter_of_the_memory_changes_no_token(tight: Served, oracle: Oracle) -> None:
     """72 requests of 8 pages at once, for which there are 128 pages. Salts keep equal prompts from sharing pages."""
-    known = oracle.know(tight, random_bodies(random.Random(3), 12, (30, 32)), NUM_OUTPUT, at_once=4)
+    known = oracle.know(tight, random_bodies(random.Random(3), 12, (30, 32)), NUM_OUTPUT)
     [before] = tight.counted("num_preemptions")
     chosen = [known[index % len(known)] for index in range(72)]
     assert len(chosen) * (30 + NUM_OUTPUT) // 16 >= 4 * 2 * PAGES_PER_RANK

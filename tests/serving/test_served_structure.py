@@ -7,16 +7,13 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
 
 from support.mixed_asks import random_prompt
-from support.random_checkpoint import random_checkpoint
-from support.serving import Ask, Body, Served, serve
-from support.tiny_tokenizer import TOOL_TEMPLATE
+from support.serving import Answer, Ask, Body, Served
 
 pytestmark = pytest.mark.timeout(120)
 ZIP = {"type": "string", "pattern": "^[0-9]{5}$"}
@@ -38,21 +35,6 @@ ITEM = {
 }
 ITEM |= {"required": ["id", "word"], "additionalProperties": False}
 LONG = {"type": "array", "items": ITEM, "minItems": 4, "maxItems": 4}
-
-
-@pytest.fixture(scope="module")
-def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Random weights whose chat template shows tools and reasoning."""
-    folder = tmp_path_factory.mktemp("calling")
-    model = folder / "model"
-    model.mkdir()
-    for file in random_checkpoint().iterdir():
-        (model / file.name).symlink_to(file)
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").unlink()
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TOOL_TEMPLATE}))
-    with serve(folder / "run", f"model.path={model}") as served:
-        yield served
 
 
 def structured(seed: int, **fields: Any) -> Body:
@@ -105,8 +87,8 @@ def test_choices_and_patterns(demo: Served) -> None:
 
 
 def test_a_pattern_of_everything_leaves_whole_characters(demo: Served) -> None:
-    for seed in range(6):
-        answer = demo.ask(**structured(seed, structured_outputs={"regex": r"(.|\n)*"}, max_tokens=60, skip_special_tokens=False))
+    everything: Body = {"structured_outputs": {"regex": r"(.|\n)*"}, "max_tokens": 60, "skip_special_tokens": False}
+    for answer in demo.ok([Ask(structured(seed, **everything)) for seed in range(6)]):
         assert "\ufffd" not in answer.text.rstrip("\ufffd"), "only the last character may be cut"
         assert "<|" not in answer.text
 
@@ -140,12 +122,10 @@ def test_a_forced_call_is_a_call_with_valid_arguments(calling: Served, choice: A
     tools = [
         {"type": "function", "function": {"name": name, "description": "Adds.", "parameters": SCHEMA}} for name in ("add_person", "add")
     ]
-    for seed in range(6):
-        body: Body = {"messages": [{"role": "user", "content": "Add someone"}], "tools": tools, "tool_choice": choice, "seed": seed}
-        body |= {"temperature": 1.3, "max_tokens": 400, "parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
-        answer = calling.http.post("/v1/chat/completions", json=body)
-        assert answer.status_code == 200, answer.text
-        [shown] = answer.json()["choices"]
+    body: Body = {"messages": [{"role": "user", "content": "Add someone"}], "tools": tools, "tool_choice": choice}
+    body |= {"temperature": 1.3, "max_tokens": 400, "parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
+    for answer in calling.ok([Ask(body | {"seed": seed}, "/v1/chat/completions") for seed in range(6)]):
+        [shown] = answer.document["choices"]
         [call] = shown["message"]["tool_calls"]
         jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
         assert shown["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
@@ -159,18 +139,28 @@ def test_cut_off_streams_free_their_grammars(demo: Served) -> None:
 
 
 def test_a_rank_killed_in_mid_object_changes_no_text(calling: Served) -> None:
+    """The objects are asked for again and again until the rank is killed, so that it is while some are written."""
     asks = [Ask(structured(seed, structured_outputs={"json": LONG}, max_tokens=400, stream=True)) for seed in range(4)]
     undisturbed = [answer.text for answer in calling.ok(asks)]
     [counted], epoch = calling.counted("generation_tokens"), calling.cluster()["epoch"]
-    whole: list[Any] = []
-    sending = threading.Thread(target=lambda: whole.extend(calling.ok(asks)))
+    victim = calling.launcher.pid_of("rank 1")
+    rounds: list[list[Answer]] = []
+    killed = threading.Event()
+
+    def insist() -> None:
+        while not killed.is_set():
+            rounds.append(calling.ok(asks))
+
+    sending = threading.Thread(target=insist, daemon=True)
     sending.start()
     calling.wait_until(lambda: calling.metrics()["generation_tokens_total"] > counted + 40, "tokens are streaming")
-    os.kill(calling.launcher.pid_of("rank 1"), signal.SIGKILL)
-    assert sending.is_alive(), "the kill came too late"
-    sending.join(90)
-    assert [answer.text for answer in whole] == undisturbed
-    assert calling.cluster()["epoch"] > epoch
-    for answer in whole:
-        jsonschema.validate(json.loads(answer.text), LONG)
-        assert answer.finish == "stop"
+    os.kill(victim, signal.SIGKILL)
+    killed.set()
+    sending.join(100)
+    assert rounds and not sending.is_alive()
+    for whole in rounds:
+        assert [answer.text for answer in whole] == undisturbed
+        for answer in whole:
+            jsonschema.validate(json.loads(answer.text), LONG)
+            assert answer.finish == "stop"
+    calling.wait_until(lambda: calling.cluster()["epoch"] > epoch, "the state of the cluster after the loss")

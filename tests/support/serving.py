@@ -124,7 +124,7 @@ class Served:
         }
         return ", ".join(f"{value} {name}" for name, value in facts.items() if value)
 
-    def assert_clean(self, seconds: float = 2.0) -> None:
+    def assert_clean(self, seconds: float = 5.0) -> None:
         """Within ``seconds`` nothing runs, waits or holds pages, and the server serves."""
         began = time.monotonic()
         time.sleep(STATE_PERIOD + 0.1)  # an older state would be of no use
@@ -154,7 +154,7 @@ def serve(folder: Path, *overrides: str) -> Iterator[Served]:
             served.http.close()
         launcher.look()
         launcher.signal(signal.SIGTERM)
-        assert launcher.wait(30.0) == 0, launcher.err
+        assert launcher.wait(60.0) == 0, launcher.err
         launcher.assert_nothing_left()
 
 
