@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from support.two_hosts import RayHosts, ray_hosts
 
 pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
 DEMO = find_recipe("demo").parent / "demo" / "model"
+LAUNCH = (str(Path(sys.executable).parent / "launch"),)
+SOON = "from lockstep.launch import check, cli; check.ROOM_SECONDS = 4.0; cli.main()"
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,9 @@ def check(cluster: RayHosts, *arguments: str) -> tuple[int, list[dict[str, Any]]
     return check_on(cluster.hosts[0], cluster.surroundings(), "--recipe", "demo-two-hosts", *arguments)
 
 
-def check_on(host: Host, environment: dict[str, str], *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+def check_on(host: Host, environment: dict[str, str], *arguments: str, launch: Sequence[str] = LAUNCH) -> tuple[int, list[dict[str, Any]]]:
     """Exit status and findings."""
-    command = host.command(str(Path(sys.executable).parent / "launch"), "check", "--json", *arguments)
+    command = host.command(*launch, "check", "--json", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=environment)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)["findings"]
@@ -82,10 +84,11 @@ def test_faults_of_the_second_host_are_told_with_its_name(cluster: RayHosts, mod
 
 
 def test_no_room_is_told_with_what_there_is(cluster: RayHosts) -> None:
-    code, found = check(cluster, "cluster.nodes=3")
+    surroundings, soon = cluster.surroundings(), (sys.executable, "-c", SOON)
+    code, found = check_on(cluster.hosts[0], surroundings, "--recipe", "demo-two-hosts", "cluster.nodes=3", launch=soon)
     assert code == 1
     [line] = errors(found)
-    assert "found no room for 3 x 1 CPU for the ranks on 3 nodes, only on 2" in line
+    assert "found no room for 3 x 1 CPU for the ranks on 3 nodes, only on 2 in 4 s" in line
     assert "alpha" in line and "beta" in line
 
 

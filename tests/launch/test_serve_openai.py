@@ -1,4 +1,4 @@
-"""The real cluster through Ray with 2 and 4 ranks, and the official client: nothing mocked."""
+"""The real cluster with 2 ranks as local processes and with 4 through Ray, and the official client: nothing mocked."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ import pytest
 
 from support.launcher import Launcher
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 PROMPT = "The planner sends the next step to every rank"
 GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0.0, "extra_body": {"ignore_eos": True}}
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((2, "local"), id="2 ranks"), pytest.param((4, "ray"), id="4 ranks", marks=pytest.mark.ray)]
+)
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("serve")
-    arguments = ("--recipe", "demo", "frontend.port=0", f"cluster.ranks_per_node={request.param}", "kv_cache.memory=16MiB")
-    with Launcher(folder, *arguments) as started:
+    ranks, backend = request.param
+    fixed = ("--recipe", "demo", "frontend.port=0", "kv_cache.memory=16MiB")
+    with Launcher(folder, *fixed, f"cluster.ranks_per_node={ranks}", f"cluster.backend={backend}") as started:
         started.url(120.0)
         yield started
         started.signal(signal.SIGTERM)
@@ -48,7 +51,7 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
 
 
 def test_every_rank_serves(launcher: Launcher, request: pytest.FixtureRequest) -> None:
-    ranks = request.node.callspec.params["launcher"]
+    ranks, _ = request.node.callspec.params["launcher"]
     assert all(launcher.pid_of(f"rank {rank}") for rank in range(ranks))
     with pytest.raises(AssertionError, match="no process"):
         launcher.pid_of(f"rank {ranks}")

@@ -20,6 +20,8 @@ import psutil
 import pytest
 
 from lockstep.launch.reaper import marked
+from support.clusters import until
+from support.launch_dummies import HASTE
 from support.launcher import Launcher
 
 LOCAL = "cluster.backend=local"
@@ -54,7 +56,7 @@ def test_serves_until_told_to_stop_and_leaves_nothing(backend: str, number: sign
 def test_the_ready_text_shows_the_key_and_a_timeline(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, "frontend.api_keys=[sesame]", "frontend.host=0.0.0.0", "model.served_name=m1") as launcher:
         url = launcher.url()
-        time.sleep(0.2)
+        until(lambda: "a second one stops at once" in launcher.out, "all of the ready text")
         for text in (f"curl {url}/chat/completions", "Bearer sesame", f'base_url="{url}"', 'api_key="sesame"', "serves m1"):
             assert text in launcher.out
         load = r"load [\d.]+ \(slowest: rank [01] on \S+\)"
@@ -88,10 +90,11 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, "cluster.drain_deadline=60", dummy="controller 0: undrained") as launcher:
         launcher.url()
         launcher.signal(signal.SIGINT)
+        until(lambda: "SIGINT: draining" in launcher.err, "the first to be heard; a second one at once would be the same", 30.0)
         time.sleep(0.5)
         assert launcher.process.poll() is None
         launcher.signal(signal.SIGINT)
-        assert launcher.wait(5.0) == 1
+        assert launcher.wait(30.0) == 1
         launcher.assert_nothing_left()
         assert "stopped at once" in error_line(launcher)
 
@@ -114,13 +117,10 @@ def test_what_does_not_stop_is_killed_and_named(tmp_path: Path) -> None:
         launcher.assert_nothing_left()
 
 
-@pytest.mark.parametrize("moment", ["starting", "ready"])
+@pytest.mark.parametrize("moment", ["starting 2 ranks", "rank 1: ready"])
 def test_sigterm_before_it_is_ready(moment: str, tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, dummy="rank 0: wait") as launcher:
-        deadline = time.monotonic() + 20
-        while f"rank 1: {moment}" not in launcher.err and "starting 2 ranks" not in launcher.err:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: moment in launcher.err, moment, 30.0)
         launcher.look()
         launcher.signal()
         assert launcher.wait() == 1
@@ -134,13 +134,14 @@ def test_sigterm_before_it_is_ready(moment: str, tmp_path: Path) -> None:
         ("rank 1: fail", ["rank 1 on ", "failed: model.safetensors: truncated: 3 bytes"]),
         ("rank 1: die", ["rank 1 on ", "was killed by SIGKILL"]),
         ("rank 1: silent", ["rank 1 on ", "exited with status 0"]),
-        ("rank 1: wait", ["not ready after 3 s: rank 1 (loading 50%)"]),
+        ("rank 1: wait", ["not ready after 4 s: rank 1 (loading 50%)"]),
         ("controller 0: die", ["controller 0 on ", "was killed by SIGKILL"]),
         ("frontend 0: 503", ["GET /health/generate", "HTTP 503: no"]),
     ],
 )
 def test_a_failure_in_start_up_is_one_message(dummy: str, words: list[str], tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL, "cluster.start_deadline=3", dummy=dummy) as launcher:
+    deadline = 4 if dummy.endswith("wait") else 60  # long enough for the others to be ready
+    with launch(tmp_path, LOCAL, f"cluster.start_deadline={deadline}", dummy=dummy) as launcher:
         assert launcher.wait() == 1
         line = error_line(launcher)
         assert all(word in line for word in words), line
@@ -156,13 +157,13 @@ def test_a_failure_in_start_up_is_one_message_with_ray_too(tmp_path: Path) -> No
 
 
 def test_a_rank_that_does_not_come_back_is_one_message(tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL, "cluster.start_deadline=5") as launcher:
+    with launch(tmp_path, LOCAL, f"cluster.start_deadline={HASTE}") as launcher:
         launcher.url()
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
         assert launcher.wait() == 1
         line = error_line(launcher)
         assert line.startswith("rank 1 on ") and "was killed by SIGKILL" in line
-        assert line.endswith("the cluster does not serve again after 5 s")
+        assert line.endswith("the cluster does not serve again after 1 s")
         launcher.assert_nothing_left()
 
 
@@ -183,10 +184,7 @@ def test_the_death_of_rays_head_is_one_message_at_once(tmp_path: Path) -> None:
         launcher.url()
         [head] = [process for process in launcher.seen if process.name() == "gcs_server"]
         head.kill()
-        deadline = time.monotonic() + 10
-        while "error: " not in launcher.err:
-            assert time.monotonic() < deadline, f"nothing said\n{launcher.err}"
-            time.sleep(0.05)
+        until(lambda: "error: " in launcher.err, "the error", 10.0)
         assert re.fullmatch(r"Ray's head process, which listened at \S+, has died; its processes go with it", error_line(launcher))
         assert launcher.wait() == 1
         launcher.assert_nothing_left()
@@ -210,10 +208,7 @@ def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_pa
         launcher.url()
         before = len(launcher.err)
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while "rank 1: ready" not in launcher.err[before:]:
-            assert time.monotonic() < deadline, launcher.err
-            time.sleep(0.02)
+        until(lambda: "rank 1: ready" in launcher.err[before:], "another rank 1", 30.0)
         time.sleep(0.3)
         launcher.signal()
         assert launcher.wait() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -75,9 +76,9 @@ class Launcher:
         """The process of ``role index``, by its command line."""
         self.look()
         for process in self.seen:
-            if process.is_running() and " ".join(process.cmdline()[-3:-1]) == name:
+            if process.is_running() and command_of(process)[-3:-1] == name.split():
                 return process.pid
-        raise AssertionError(f"no process {name} among {[process.cmdline() for process in self.seen if process.is_running()]}")
+        raise AssertionError(f"no process {name} among {[command_of(process) for process in self.seen if process.is_running()]}")
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         (inner(self.process) if self._on_host else self.process).send_signal(number)
@@ -89,12 +90,12 @@ class Launcher:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds:g} s\n{self.out}\n{self.err}") from None
 
-    def assert_nothing_left(self, seconds: float = 5.0) -> None:
+    def assert_nothing_left(self, seconds: float = 10.0) -> None:
         """No process of the run is alive, by what ``look`` has seen."""
         assert len(self.seen) >= 2, "look() saw no processes"
         deadline = time.monotonic() + seconds
         while left := [process for process in self.seen if alive(process)]:
-            assert time.monotonic() < deadline, f"left behind: {[(process.pid, process.cmdline()) for process in left]}"
+            assert time.monotonic() < deadline, f"left behind: {[(process.pid, command_of(process)) for process in left]}"
             time.sleep(0.05)
 
     def __enter__(self) -> Launcher:
@@ -107,7 +108,8 @@ class Launcher:
             self.process.wait()
         for process in self.seen:
             if alive(process):
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -119,4 +121,7 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has ended between the two questions
+        return False

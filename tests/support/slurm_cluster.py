@@ -7,6 +7,7 @@ under a tmpfs: none of the machine's own groups is touched.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -24,6 +25,7 @@ import pytest
 
 from .clusters import until
 from .hosts import Host, make_hosts, missing
+from .launcher import alive, command_of
 
 _TOOLS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 _GROUPS = ("freezer", "memory", "cpuset", "devices", "cpuacct", "systemd")
@@ -51,6 +53,7 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0
 KillWait=60
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00
@@ -128,8 +131,10 @@ class SlurmCluster:
         """Processes on the nodes other than Slurm's daemons, and files in their shared memory and own folders."""
         found = []
         for host in self.hosts:
-            alive = [process for process in host.processes() if process.status() != psutil.STATUS_ZOMBIE]
-            found += [f"{host.name}: {' '.join(process.cmdline())}" for process in alive if process.name() not in but]
+            for process in filter(alive, host.processes()):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                    if process.name() not in but:
+                        found.append(f"{host.name}: {' '.join(command_of(process))}")
             found += [f"{host.name}: {name}" for name in host.run("find", "/dev/shm", str(self.own), "-mindepth", "1").split()]
         return found
 
