@@ -20,6 +20,7 @@ from .plan_command import plan
 from .recipe import RecipeError
 from .recipe_file import load_recipe
 from .screen import Screen
+from .simulate_command import simulate
 from .slurm_command import slurm_app
 from .supervisor import serve
 
@@ -30,6 +31,8 @@ plan_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_excep
 plan_app.command()(plan)
 check_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
 check_app.command()(check)
+simulate_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+simulate_app.command()(simulate)
 
 
 @app.command()
@@ -39,7 +42,7 @@ def launch(
 ) -> None:
     """Starts the cluster that a recipe describes and serves until SIGTERM or Ctrl-C, then drains.
 
-    See also launch plan, launch check and launch slurm, each with --help.
+    See also launch plan, launch simulate, launch check and launch slurm, each with --help.
     """
     screen, interrupts = Screen(), Interrupts()
     interrupts.install()
@@ -58,11 +61,13 @@ def launch(
 
 
 def run() -> None:
-    """The command that was asked for. ``launch plan``, ``check`` and ``slurm`` have options of their own and serve nothing."""
+    """The command that was asked for. ``plan``, ``simulate``, ``check`` and ``slurm`` have options of their own and serve nothing."""
     if sys.argv[1:2] == ["plan"]:
         plan_app(sys.argv[2:], prog_name="launch plan")
     if sys.argv[1:2] == ["check"]:
         check_app(sys.argv[2:], prog_name="launch check")
+    if sys.argv[1:2] == ["simulate"]:
+        simulate_app(sys.argv[2:], prog_name="launch simulate")
     if sys.argv[1:2] == ["slurm"]:
         slurm_app(sys.argv[2:], prog_name="launch slurm")
     step_behind()

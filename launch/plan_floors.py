@@ -15,12 +15,14 @@ from .plan_setup import Setup, Stage
 @dataclass(frozen=True)
 class Work:
     """A step on one data-parallel rank: ``tokens`` computed, ``sampled`` rows, ``attended`` positions summed over the tokens,
-    ``kv_reads`` positions that are read from memory."""
+    ``kv_reads`` positions that are read from memory, ``routed`` tokens whose experts it computes: a mean over the ranks, which
+    are as many as its own where all have equally many."""
 
-    tokens: int
+    tokens: float
     sampled: float
     attended: float
     kv_reads: float
+    routed: float
     decode: bool
 
 
@@ -58,21 +60,22 @@ class Floor:
 
 def decode_work(batch: int, context: int) -> Work:
     """One token for each of ``batch`` requests with ``context`` positions."""
-    return Work(batch, batch, batch * context, batch * context, True)
+    return Work(batch, batch, batch * context, batch * context, batch, True)
 
 
 def prefill_work(tokens: int, prompt: int) -> Work:
     """``tokens`` of prompts of ``prompt`` tokens each, none of them cached; a chunk reads its context once."""
-    return Work(tokens, tokens / prompt, tokens * prompt / 2, tokens + prompt / 2, False)
+    return Work(tokens, tokens / prompt, tokens * prompt / 2, tokens + prompt / 2, tokens, False)
 
 
 def floor_of(setup: Setup, work: Work) -> Floor:
     """The floor of a step; with stages in a row their times add up."""
-    parts = [_stage_floor(setup, stage, work) for stage in setup.stages()]
+    parts = [stage_floor(setup, stage, work) for stage in setup.stages()]
     return Floor(*(sum(getattr(part, name) for part in parts) for name in ("compute", "memory", "network")))
 
 
-def _stage_floor(setup: Setup, stage: Stage, work: Work) -> Floor:
+def stage_floor(setup: Setup, stage: Stage, work: Work) -> Floor:
+    """The part of a step that one stage does."""
     exchange = traffic(setup, work.tokens)
     network = stage.num_moe * (exchange.dispatch_seconds + exchange.combine_seconds)
     return Floor(setup.sharing * _compute(setup, stage, work), setup.sharing * _memory(setup, stage, work), network)
@@ -87,7 +90,7 @@ def _compute(setup: Setup, stage: Stage, work: Work) -> float:
     gates = stage.num_moe * shape.moe.num_experts * shape.hidden * work.tokens
     head = stage.last * shape.vocab_size * shape.hidden * work.sampled
     seconds = 2 * work.tokens * dense / tensor / hardware.operations(setup.weights)
-    seconds += 2 * work.tokens * experts / tensor / hardware.operations(setup.expert_weights)
+    seconds += 2 * work.routed * experts / tensor / hardware.operations(setup.expert_weights)
     seconds += context / tensor / hardware.operations(setup.attention_dtype)
     return seconds + 2 * (gates + head) / hardware.operations(setup.dtype)
 
@@ -96,7 +99,7 @@ def _memory(setup: Setup, stage: Stage, work: Work) -> float:
     """Weights are read once in a step, of experts those that some token wants; replicas share the tokens and cost no reads."""
     shape, moe = setup.shape, setup.shape.moe
     weights = weights_of(setup, stage)
-    chosen = 1 - (1 - moe.top_k / moe.num_experts) ** (work.tokens * setup.layout.data)
+    chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.layout.data)
     head = stage.last * shape.vocab_size * shape.hidden * setup.item
     kv = work.kv_reads * stage.num_layers * shape.kv_bytes(setup.kv_dtype, setup.layout.tensor)
     read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head + kv
@@ -106,7 +109,7 @@ def _memory(setup: Setup, stage: Stage, work: Work) -> float:
 # --------------------------------------------------------------------------- network
 
 
-def traffic(setup: Setup, num_tokens: int) -> Traffic:
+def traffic(setup: Setup, num_tokens: float) -> Traffic:
     """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
 
     all_to_all: a token goes once to every rank that has one of its experts, and an output comes back for each of its

@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 
 
 Check = Callable[[Recipe], list[str]]
-COMMANDS = ("plan", "check", "slurm")  # words behind launch, which take no other place
+COMMANDS = ("plan", "check", "slurm", "simulate")  # words behind launch, which take no other place
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:

@@ -165,6 +165,18 @@ def process_names(recipe: Recipe) -> list[str]:
     return ["launcher", "controller 0", *[f"frontend {index}" for index in range(recipe.frontend.processes)], *ranks]
 
 
+def scheduler_spec(recipe: Recipe) -> SchedulerSpec:
+    """The bounds of the planner."""
+    return SchedulerSpec(
+        max_batch_tokens=recipe.scheduler.max_batch_tokens,
+        max_running=recipe.scheduler.max_running,
+        max_queue=recipe.scheduler.max_queue,
+        inter_token_target=recipe.scheduler.inter_token_target,
+        prefix_caching=recipe.kv_cache.prefix_caching,
+        checksum_every=recipe.scheduler.checksum_every,
+    )
+
+
 def controller_task(site: Site) -> Task:
     recipe = site.recipe
     public, secret = site.keyring.controller
@@ -174,14 +186,7 @@ def controller_task(site: Site) -> Task:
         secret=secret,
         allowed=site.keyring.allowed,
         layout=site.layout,
-        scheduler=SchedulerSpec(
-            max_batch_tokens=recipe.scheduler.max_batch_tokens,
-            max_running=recipe.scheduler.max_running,
-            max_queue=recipe.scheduler.max_queue,
-            inter_token_target=recipe.scheduler.inter_token_target,
-            prefix_caching=recipe.kv_cache.prefix_caching,
-            checksum_every=recipe.scheduler.checksum_every,
-        ),
+        scheduler=scheduler_spec(recipe),
         model_max_len=site.config.max_position,
         max_len=recipe.model.max_len,
         rank_deadline=recipe.cluster.start_deadline,
