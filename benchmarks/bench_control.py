@@ -28,11 +28,11 @@ import zmq
 
 from lockstep.engine.controller import Controller
 from lockstep.engine.kv.hashing import hash_root
-from lockstep.engine.planner import Planner
-from lockstep.engine.simulated import SimulatedRank
+from lockstep.engine.recorder import Settings
+from lockstep.engine.simulated_group import SimulatedGroup
 from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.specs import ControllerSpec, Keys, Layout, SchedulerSpec
-from lockstep.engine.types import FrontendHello, Heartbeat, Sampling, Stage, Staged, StepPlan, Stop, Submit, ToFrontend, TokenBatch
+from lockstep.engine.types import FrontendHello, Heartbeat, Sampling, Stage, Staged, Stop, Submit, ToFrontend, TokenBatch
 from lockstep.engine.wire import client_socket, encode, new_keypair
 
 PROMPT, OUTPUT, PAGE, MAX_LEN = 4096, 500, 64, 8192
@@ -190,8 +190,8 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
     """The planner alone, in this process: microseconds per running row, and per admission, by regression over the steps."""
     layout = Layout(data=num_ranks)
     spec = SchedulerSpec(max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0)
-    planner = Planner(layout, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
-    ranks = [SimulatedRank(rank, RUNNING_PER_RANK, MAX_LEN // PAGE) for rank in range(num_ranks)]
+    settings = Settings(layout, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
+    planner, group = settings.planner(), SimulatedGroup(settings)
     prompts, handle, samples = Prompts(0), 0, []
     for step in range(steps):
         missing = num_ranks * RUNNING_PER_RANK - len(planner.group.open)
@@ -205,12 +205,13 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
         planner.take_output()
         spent = time.perf_counter() - start
         for rank, message in staging:
-            ranks[rank].stage(message)
+            group.stage(message)
             if isinstance(message, Stage):
                 planner.staged(Staged(rank, message.staged))
-        results = [ranks[data].execute(StepPlan(plan.header, section)) for data, section in plan.sections.items()] if plan else []
+        executed = group.execute(plan) if plan else None
+        results = group.results(executed, 0, 2e-3 + 5e-5 * executed.work.tokens_D) if executed else []
         start = time.perf_counter()
-        planner.results([result for result in results if result is not None and hasattr(result, "tokens_i32")])  # type: ignore[misc]
+        planner.results(results)
         spent += time.perf_counter() - start
         admitted = sum(isinstance(message, Stage) for _, message in staging)
         samples.append((int((planner.group.rows.state == 4).sum()), admitted, spent))

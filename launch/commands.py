@@ -20,7 +20,7 @@ from .plan_command import plan
 from .recipe import RecipeError
 from .recipe_file import load_recipe
 from .screen import Screen
-from .simulate_command import simulate
+from .simulate_command import simulate_app
 from .slurm_command import slurm_app
 from .supervisor import serve
 
@@ -31,8 +31,6 @@ plan_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_excep
 plan_app.command()(plan)
 check_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
 check_app.command()(check)
-simulate_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
-simulate_app.command()(simulate)
 
 
 @app.command()

@@ -18,7 +18,12 @@ from .simulate import EFFICIENCY, Progress, simulate_plan
 from .simulate_screen import ProgressScreen, show_report
 from .simulate_trace import BLOCK, TraceError, read_trace
 
+simulate_app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
+
+@simulate_app.command()
 def simulate(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
     trace: Annotated[

@@ -95,9 +95,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """``bound``: the part of the steps that the rest waited for, as shares of their time; ``held``: shares of the steps' time while
-    waiting requests lacked sequence slots or pages, and while prompts were left over for later steps. ``binds`` says it in a
-    sentence. All but ``measured`` is a function of recipe, trace and options."""
+    """``queue_wait`` ends with the plan that computes a request's first tokens. ``bound``: the part of the steps that the rest waited
+    for, as shares of their time; ``held``: shares of the steps' time while waiting requests lacked sequence slots or pages, and while
+    prompts were left over for later steps. ``binds`` says it in a sentence. All but ``measured`` is a function of recipe, trace and
+    options."""
 
     trace: str
     complete: bool
@@ -139,7 +140,10 @@ def make_report(
     """The figures of a simulation that has ended, or was stopped."""
     ranks, seconds = settings.layout.world, simulation.now
     requests = Requests(len(trace.asks), record.finished, record.refused, record.unavailable, len(trace.asks) - record.answered)
-    steps, pages, bound, held = _steps(record, seconds), _pages(record), _shares(times.bound), _held(record)
+    steps, wait = _steps(record, seconds), _of_known(record.started - record.arrived)
+    pages, total = _pages(record), sum(record.seconds)
+    bound = _shares(times.bound, sum(times.bound.values()))
+    held = _shares(record.held, total)
     return Report(
         trace=trace.source,
         complete=complete,
@@ -149,14 +153,14 @@ def make_report(
         tokens=_tokens(trace, record, seconds, ranks),
         time_to_first_token=_of_known(record.first - record.arrived),
         time_between_tokens=quantiles(record.gaps, record.gap_counts),
-        queue_wait=_of_known(record.started - record.arrived),
+        queue_wait=wait,
         prefix=_prefix(trace, record),
         pages=pages,
         preemptions=simulation.planner.group.counters.preemptions,
         steps=steps,
         bound=bound,
         held=held,
-        binds=_binds(settings, requests, steps, pages, bound, held),
+        binds=_binds(settings, _Causes(requests, wait, steps, pages, bound, held)),
         measured=Measured(quantiles(np.add(record.booking, record.planning)), LAW_P50, LAW_P99, wall),
     )
 
@@ -197,24 +201,38 @@ def _steps(record: Record, seconds: float) -> Steps:
     )
 
 
-def _shares(seconds: dict[str, float]) -> dict[str, float]:
-    total = sum(seconds.values())
+def _shares(seconds: dict[str, float], total: float) -> dict[str, float]:
     return {name: part / total if total else 0.0 for name, part in seconds.items()}
-
-
-def _held(record: Record) -> dict[str, float]:
-    total = sum(record.seconds)
-    return {name: part / total if total else 0.0 for name, part in record.held.items()}
 
 
 # --------------------------------------------------------------------------- the closing sentence
 
 _NOTABLE = 0.1  # share of the time from which something that holds requests up is what binds
+_UNEVEN = 0.3  # share of the steps' time, waited for the slowest rank, from which that is what binds
 _PARTS = {"compute": "computing", "memory": "memory bandwidth", "network": "the exchange between ranks"}
 
 
-def _binds(settings: Settings, requests: Requests, steps: Steps, pages: Pages, bound: dict[str, float], held: dict[str, float]) -> str:
+@dataclass(frozen=True)
+class _Causes:
+    """What the sentence is made of."""
+
+    requests: Requests
+    wait: Spread
+    steps: Steps
+    pages: Pages
+    bound: dict[str, float]
+    held: dict[str, float]
+
+    @property
+    def prefill_binds(self) -> bool:
+        """Prompts are often left over, and half of the requests wait for longer than steps take."""
+        wait, step = self.wait.p50 or 0.0, self.steps.seconds.p99 or 0.0
+        return self.held["prefill"] >= _NOTABLE and wait > 2 * step
+
+
+def _binds(settings: Settings, causes: _Causes) -> str:
     """What to change first: what holds requests up before they run, or else what the steps' time goes into."""
+    requests, steps, pages, bound, held = causes.requests, causes.steps, causes.pages, causes.bound, causes.held
     if not steps.count:
         return "Nothing ran."
     part = max(bound, key=lambda name: bound[name])
@@ -229,10 +247,15 @@ def _binds(settings: Settings, requests: Requests, steps: Steps, pages: Pages, b
     if held["slots"] >= _NOTABLE:
         what = f"Sequence slots bind: for {held['slots']:.0%} of the steps' time requests waited while all {spec.max_running:,} of a rank"
         return f"{what} (scheduler.max_running) were taken on every rank, with at most {pages.peak:.0%} of the pages in use; {step}{tail}"
-    if held["prefill"] >= 0.5:
+    if causes.prefill_binds:
         what = f"Prefill binds: in {held['prefill']:.0%} of the steps' time prompts were left over, as a step takes at most"
         limits = f"{spec.max_batch_tokens:,} tokens a rank (scheduler.max_batch_tokens) and {spec.inter_token_target:g} s beside decode"
         return f"{what} {limits} (scheduler.inter_token_target); {step}{tail}"
+    if steps.waiting >= _UNEVEN:
+        what = f"Imbalance binds: for {steps.waiting:.0%} of the steps' time ranks wait for the slowest"
+        if held["prefill"] >= _NOTABLE:
+            what += f", as few have prompts to compute and a step may take {spec.inter_token_target:g} s (scheduler.inter_token_target)"
+        return f"{what}; {step}{tail}"
     if steps.idle >= 0.5:
         return f"Nothing binds: for {steps.idle:.0%} of the time there was no step; of the rest {step}{tail}"
     return f"Nothing holds requests up for long, so that what they see is the time of steps; {step}{tail}"

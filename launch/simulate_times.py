@@ -59,8 +59,8 @@ class _StageTimes:
         """Compute [D], memory [D] and network seconds."""
         total, most = int(work.tokens_D.sum()), int(work.tokens_D.max())
         features = np.stack([work.tokens_D, work.sampled_D, work.decode_context_D, work.prompt_context_D]).astype(np.float64)
-        compute_D: NDArray[np.float64] = self._compute @ features + self._routed * total / self._data
-        memory_D: NDArray[np.float64] = self._floor(total).memory + self._kv_read * work.kv_reads_D
+        compute_D = np.asarray(self._compute @ features + self._routed * total / self._data, np.float64)
+        memory_D = np.asarray(self._floor(total).memory + self._kv_read * work.kv_reads_D, np.float64)
         return compute_D, memory_D, self._floor(most * self._data).network
 
     def _even_floor(self, total: int) -> Floor:

@@ -2,7 +2,8 @@
 
 A file holds a JSON object a line, as the public Mooncake traces do (arXiv 2407.00079): ``timestamp`` in milliseconds, ``input_length``
 and ``output_length`` in tokens, and ``hash_ids``, which name the blocks of the prompt, each with everything before it; where a trace
-has none, no two prompts begin alike. What else stands in a line is not looked at.
+has none, no two prompts begin alike. What else stands in a line is not looked at. Nothing in a trace says which tokens an answer had,
+so that a later turn finds the prompts of earlier ones in the cache, and not their answers.
 """
 
 from __future__ import annotations

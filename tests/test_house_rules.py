@@ -36,6 +36,7 @@ TORCH_FREE = (
     "engine.controller",
     "engine.grammars",
     "engine.simulated",
+    "engine.simulation",
     "engine.checkpoint",
     "engine.models.config",
     "engine.kv.hashing",
