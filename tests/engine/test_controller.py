@@ -17,7 +17,9 @@ import zmq
 from lockstep.engine.controller import Controller
 from lockstep.engine.cost import Cost
 from lockstep.engine.kv.hashing import chain_hashes
+from lockstep.engine.recorder import Settings
 from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
+from lockstep.engine.simulation import Simulation
 from lockstep.engine.specs import ControllerSpec, Keys, Layout, SchedulerSpec
 from lockstep.engine.transport import Transport
 from lockstep.engine.types import (
@@ -36,10 +38,16 @@ from lockstep.engine.types import (
 )
 from lockstep.engine.wire import client_socket, encode, new_keypair
 from lockstep.launch.controller_link import ControllerLink
+from lockstep.launch.simulate_record import Record
 from support.planner_world import ROOT
 
 PAGE = 4
 SLOW = 0.1  # seconds of a step: what a test does while a request of 240 tokens runs it does within 24 s
+
+
+def submit_of(handle: int, length: int, max_tokens: int) -> Submit:
+    tokens = np.arange(handle, handle + length, dtype=np.int32).tobytes()
+    return Submit(handle, str(handle), tokens, chain_hashes(ROOT, tokens, PAGE), length + max_tokens, Sampling(seed=handle))
 
 
 class Frontend:
@@ -62,8 +70,7 @@ class Frontend:
         self._socket.send(encode(message), zmq.DONTWAIT)
 
     def submit(self, handle: int, length: int, max_tokens: int) -> None:
-        tokens = np.arange(handle, handle + length, dtype=np.int32).tobytes()
-        self.send(Submit(handle, str(handle), tokens, chain_hashes(ROOT, tokens, PAGE), length + max_tokens, Sampling(seed=handle)))
+        self.send(submit_of(handle, length, max_tokens))
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
         """Receives until ``condition`` holds; fails naming ``what`` it waited for."""
@@ -110,7 +117,7 @@ class Running:
     threads: list[threading.Thread] = field(default_factory=list)
     peers: list[Frontend] = field(default_factory=list)
 
-    def join_ranks(self, ranks: tuple[int, ...], layout: Layout) -> None:
+    def join_ranks(self, ranks: tuple[int, ...], layout: Layout, step_seconds: float = 0.002) -> None:
         step, bulk, _ = self.controller.addresses
         spec = SimulatedSpec(
             ranks=ranks,
@@ -122,7 +129,7 @@ class Running:
             max_len=256,
             num_pages=200,
             page_size=PAGE,
-            step_seconds=0.002,
+            step_seconds=step_seconds,
         )
         self.ranks = SimulatedRanks(spec)
         self._start(self.ranks.run)
@@ -167,6 +174,10 @@ def forward(clock: pytest.MonkeyPatch, seconds: float) -> None:
     clock.setattr(time, "monotonic", lambda: now() + seconds)
 
 
+def scheduler(max_queue: int = 100) -> SchedulerSpec:
+    return SchedulerSpec(max_running=16, max_batch_tokens=64, max_queue=max_queue, checksum_every=1)
+
+
 def start(
     layout: Layout, *, max_queue: int = 100, rank_deadline: float = 20.0, max_len: int | None = None, recording: str | None = None
 ) -> Running:
@@ -177,7 +188,7 @@ def start(
         public=server[0],
         allowed=(client[0],),
         layout=layout,
-        scheduler=SchedulerSpec(max_running=16, max_batch_tokens=64, max_queue=max_queue, checksum_every=1),
+        scheduler=scheduler(max_queue),
         model_max_len=256,
         max_len=max_len,
         rank_deadline=rank_deadline,
@@ -217,6 +228,33 @@ def test_serves_tokens(running: Running) -> None:
     frontend.until(lambda: 39 in frontend.cached, "a start")
     frontend.until(lambda: idle_after(frontend, 41 * 20), "rows to be given back")
     frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back")
+
+
+def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
+    """Virtual time says what the controller does: the same order within a turn, the same pacing."""
+    asks = [(handle, 10 + handle, 20) for handle in range(40)]
+    cluster, record = start(Layout()), Record(np.zeros(len(asks)))
+    simulated = Simulation(Settings(Layout(), scheduler(), [200], PAGE, 256), lambda work: np.full((1, 1), 0.02), record)
+    assert simulated.run(iter([(0.0, submit_of(*ask)) for ask in asks]))
+    cluster._start(cluster.controller.run)
+    cluster.join_ranks((0,), Layout(), step_seconds=0.02)
+    try:
+        frontend = cluster.frontend()
+        frontend.until(lambda: serving(frontend), "phase serving")
+        began = time.monotonic()
+        for ask in asks:
+            frontend.submit(*ask)
+        frontend.until(lambda: len(frontend.finish) == len(asks), "all ends")
+        took = time.monotonic() - began
+        frontend.until(lambda: frontend.state is not None and frontend.state.generation_tokens == 800, "the state after them")
+        assert frontend.state is not None
+        steps = frontend.state.steps
+    finally:
+        cluster.close()
+    expected = simulated.planner.group.counters
+    assert abs(steps - expected.steps) <= 3, "requests do not arrive all at once over a socket"
+    assert took == pytest.approx(simulated.now, rel=0.15)
+    assert record.finished == len(asks) and expected.prefix_hits == frontend.state.prefix_hits
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_service() -> None:
