@@ -121,7 +121,8 @@ def test_stages_of_a_pipeline_work_side_by_side() -> None:
 
 def test_the_planner_learns_what_steps_take() -> None:
     times = Line(0.005, 0.0004)
-    _, simulated = run(settings_of(max_running=16), times, [arrival(n, 0.01 * n, 10 + 7 * n % 50, 40) for n in range(40)])
+    uneven = settings_of(Layout(data=3), max_running=16)
+    _, simulated = run(uneven, times, [arrival(n, 0.01 * n, 10 + 7 * n % 50, 40) for n in range(40)])
     cost = simulated.planner.group.cost.cost
     assert (cost.fixed, cost.token) == (pytest.approx(0.005, rel=0.05), pytest.approx(0.0004, rel=0.05))
     assert cost.token != Cost().token

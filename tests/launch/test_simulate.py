@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -71,10 +72,13 @@ def test_steady_decode_takes_what_the_plan_says(name: str) -> None:
     assert {part for part, bound in times.bound.items() if bound} == {plan.decode.floor.binds}
 
 
-def test_a_prompt_on_one_rank_is_work_of_all_experts() -> None:
-    plan, _ = planned(QWEN)
-    own = FloorTimes(plan.setup, 1.0)(work_of(decodes=[0] * 8, chunks=[3000] + [0] * 7))[0]
-    assert own[0] == pytest.approx(floor_of(plan.setup, whole_prompt(3000, 8)).seconds)
+@pytest.mark.parametrize(("dispatch", "binds"), [("all_gather", "network"), ("local", "compute")])
+def test_a_prompt_on_one_rank_is_work_of_all_experts(dispatch: str, binds: str) -> None:
+    setup = replace(planned(QWEN)[0].setup, dispatch=dispatch)
+    floor = floor_of(setup, whole_prompt(8000, 8))
+    own = FloorTimes(setup, 1.0)(work_of(decodes=[0] * 8, chunks=[8000] + [0] * 7))[0]
+    assert floor.binds == binds
+    assert own[0] == pytest.approx(floor.seconds)
     assert (own[1:] == own[1]).all() and own[1] <= own[0]
 
 
@@ -127,6 +131,7 @@ def test_a_full_cluster_decodes_at_the_rate_of_the_plan() -> None:
     assert report.steps.rows.p50 == 128
     assert report.time_between_tokens.p50 == pytest.approx(2 * plan.seconds_per_token, rel=0.02)
     assert report.tokens.output == 128 * 400
+    assert (report.held["slots"], report.held["pages"]) == (0, 0), "who waits for a turn of admission lacks nothing"
 
 
 def test_equal_prefixes_are_computed_once() -> None:
