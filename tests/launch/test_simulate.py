@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ from rich.console import Console
 from lockstep.engine.simulated_group import StepWork
 from lockstep.launch import simulate_screen
 from lockstep.launch.plan import Plan, plan_recipe
+from lockstep.launch.plan_anchors import PUBLISHED, floor_beside
 from lockstep.launch.plan_floors import Work, decode_work, floor_of
 from lockstep.launch.recipe import Recipe, contradictions
 from lockstep.launch.recipe_file import load_recipe
-from lockstep.launch.simulate import Progress, settings_of, simulate_plan
+from lockstep.launch.simulate import EFFICIENCY, Progress, settings_of, simulate_plan
 from lockstep.launch.simulate_report import Report, quantiles
 from lockstep.launch.simulate_screen import ProgressScreen, show_report
 from lockstep.launch.simulate_times import FloorTimes
@@ -90,6 +92,12 @@ def test_decode_and_prefill_attend_at_their_own_cost() -> None:
     far = np.full(72, 10**12)
     decode, prompt = (FloorTimes(plan.setup, 1.0)(StepWork(zeros, zeros + 1, zeros, *pair, zeros)) for pair in ((far, zeros), (zeros, far)))
     assert decode / prompt == pytest.approx(shape.attention_operations(True) / shape.attention_operations(False), rel=1e-3)
+
+
+def test_the_default_is_what_published_figures_reach() -> None:
+    shares = sorted(figure.rate / figure.tokens * floor_beside(figure).seconds for figure in PUBLISHED)
+    assert (len(shares), round(shares[0], 2), round(statistics.median(shares), 2), round(shares[-1], 2)) == (9, 0.24, 0.31, 0.5)
+    assert pytest.approx(statistics.median(shares), abs=0.02) == EFFICIENCY
 
 
 def test_stages_share_the_layers_and_add_up_to_the_plan() -> None:
