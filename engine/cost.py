@@ -6,7 +6,7 @@ bounds steps by it, so it has to be right in proportion, not to the microsecond.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from .slots import Int64
 
 _FORGET = 0.98
 _REFIT_EVERY = 16
+_PULL = 0.01  # of one section's weight: what holds a coefficient where the sections say nothing of it
+_LEAST = 0.01  # of the default in proportion: from there a coefficient that was fitted to zero comes back
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,12 @@ class Cost:
 
 
 class CostModel:
-    """Exponentially forgetting least squares over the slowest section of each step, coefficients kept non-negative."""
+    """Exponentially forgetting least squares over the slowest section of each step, coefficients kept non-negative.
+
+    Sections that are all alike (a full chunk of prompt in each step, or the same rows decoding for minutes) tell the sum of the
+    coefficients' parts and not the parts. What they do not tell stays as it was in proportion: a fit that called it all ``fixed`` would
+    find every rank equally quick, and send a burst to one.
+    """
 
     def __init__(self) -> None:
         self.cost = Cost()
@@ -69,17 +76,22 @@ class CostModel:
         self._right = _FORGET ** len(sections) * self._right + weighted.T @ seconds
 
     def _refit(self) -> None:
-        scale = np.sqrt(np.maximum(np.diag(self._normal), 1e-30))
-        matrix = self._normal / np.outer(scale, scale) + 1e-6 * np.eye(4)
+        anchor = np.maximum(self._scaled(self.cost), _LEAST * self._scaled(Cost()))
+        # In multiples of the anchor, so that 1 is "as before"; the pull is towards that.
+        matrix = self._normal * np.outer(anchor, anchor) + _PULL * np.eye(4)
+        right = self._right * anchor + _PULL
         active = np.ones(4, np.bool_)
         while True:
             solution = np.zeros(4)
             chosen = np.flatnonzero(active)
-            solution[chosen] = np.linalg.solve(matrix[np.ix_(chosen, chosen)], (self._right / scale)[chosen])
+            solution[chosen] = np.linalg.solve(matrix[np.ix_(chosen, chosen)], right[chosen])
             if (solution >= 0).all():
                 break
             active &= solution > 0
-            if not active.any():
-                return
-        fitted = solution / scale
-        self.cost = Cost(*(float(value) for value in fitted))
+        self.cost = Cost(*(solution * anchor).tolist())
+
+    def _scaled(self, cost: Cost) -> NDArray[np.float64]:
+        """The coefficients in the same proportion, at the speed that the sections show."""
+        each = np.array(astuple(cost))
+        scaled: NDArray[np.float64] = each * (each @ self._right / (each @ self._normal @ each))
+        return scaled
