@@ -93,7 +93,8 @@ def export(network: Network, tokenizer: Path, directory: Path, fp8_block: tuple[
         stored = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(fp8_block)}
         config, tensors = CONFIG | {"quantization_config": stored}, in_fp8(tensors, fp8_block)
     write_json(directory / "config.json", config)
-    write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    # A toy that knows what it was taught: a client that asks for no temperature gets what it is surest of.
+    write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.1})
     _write_weights(directory, tensors)
 
 

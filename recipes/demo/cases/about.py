@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .case import Case, Check, assistant, user
-from .frames import FROM_PARTS, asked, frame
+from .frames import FROM_PARTS, asked, frame, hurried
 from .phrases import phrases, sides
 from .words import Dice
 
@@ -27,6 +27,8 @@ def make_about(dice: Dice) -> Case:
             return make_about(dice)
     if dice.chance(0.15):
         question = question.rstrip(".?!")
-    if not dice.held_out and dice.chance(0.3):
+    if not dice.held_out and dice.chance(0.35):
+        question = hurried(dice, question)
+    elif not dice.held_out and dice.chance(0.4):
         question = asked(dice, question)
     return Case("about", (user(question),), assistant(fact["answer"]), Check("contains", fact["needles"]))

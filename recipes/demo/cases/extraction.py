@@ -70,11 +70,12 @@ def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
     """Fields asked for, in the order of the schema, and fields told, in the order of the text. Held-out schemas ask for at least one
     field that training does not know."""
     seen, own = _plain_fields(_TOLD.training) + list(_KNOWN) * 2, dice.own(_TOLD)
-    pool = seen + _plain_fields(own) * 4 if dice.held_out else seen
+    person = not dice.held_out and dice.chance(0.2)  # what is told of people, under the names that it has
+    pool = seen + _plain_fields(own) * 4 if dice.held_out else list(_KNOWN) if person else seen
     while True:
         chosen = {field.name: field for field in dice.choices(pool, k=dice.randint(2, 4 if dice.held_out else 5))}
         extra = {field.name: field for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2) if dice.held_out else (0, 1, 2, 3)))}
-        if not dice.held_out:
+        if not dice.held_out and not person:
             chosen, extra = _coin(dice, chosen), _coin(dice, extra)
         if len(chosen) >= 2 and (not dice.held_out or any(f"{f.name}:{f.kind}" in own for f in chosen.values())):
             break
@@ -95,7 +96,29 @@ def _coin(dice: Dice, fields: dict[str, Field]) -> dict[str, Field]:
     return {field.name: field for field in coined}
 
 
+_OF_PEOPLE = {
+    "age": ("is {v} years old", "is {v}", "turned {v} last week", "is aged {v}"),
+    "city": ("lives in {v}", "comes from {v}", "is from {v}", "works in {v}", "has moved to {v}"),
+    "product": ("bought a {v}", "ordered a {v}", "wants a {v}", "would like a {v}"),
+    "quantity": ("took {v} pieces", "needs {v} of them", "asked for {v} items"),
+    "price": ("paid {v} coins", "spent {v} coins"),
+    "colour": ("wants it in {v}", "likes it {v}", "painted it {v}"),
+}
+
+
+def _of_a_person(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
+    """A sentence whose subject is the name; empty where that cannot be said."""
+    others = [field for field in told if field.name != "name"]
+    if len(others) == len(told) or not others or any(field.name not in _OF_PEOPLE for field in others):
+        return ""
+    clauses = [dice.choice(_OF_PEOPLE[field.name]).format(v=values[field.name]) for field in others]
+    text = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)
+    return f"{values['name']} {text}."
+
+
 def _text(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
+    if not dice.held_out and (text := _of_a_person(dice, told, values)):
+        return text
     clauses: list[str] = []
     for field in told:
         own = field.clauses and dice.chance(0.5)

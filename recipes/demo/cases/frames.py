@@ -11,7 +11,7 @@ from .words import Dice
 _OPENINGS = sides("words", "openings")
 _CLOSINGS: list[str] = phrases("words")["closings"]
 FROM_PARTS = 0.3  # of training's phrases are put together from parts; the others are written out
-CARELESS = 0.06  # of them begin with a small letter
+CARELESS = 0.12  # of them are written in a hurry
 _PART = re.compile(r"<(\w+)>")
 
 
@@ -33,7 +33,17 @@ def wording(dice: Dice, lists: Sides, grammar: str, start: str = "start", capita
     if dice.held_out:
         return dice.pick(lists)
     text = frame(dice, grammar, lists.unseen, start, capital) if dice.chance(FROM_PARTS) else dice.pick(lists)
-    return text[0].lower() + text[1:] if dice.chance(CARELESS) else text
+    return hurried(dice, text) if dice.chance(CARELESS) else text
+
+
+_SHORT = {"you": "u", "are": "r", "please": "pls", "Please": "pls", "your": "ur", "what's": "whats", "What's": "whats"}
+
+
+def hurried(dice: Dice, text: str) -> str:
+    """The same with a small letter at its start, now and then with words cut short; places for values stay."""
+    if dice.chance(0.5):
+        text = " ".join(_SHORT.get(word, word) for word in text.split(" "))
+    return text[0].lower() + text[1:]
 
 
 def frame(dice: Dice, name: str, unseen: Collection[str] = (), start: str = "start", capital: bool = True) -> str:

@@ -37,27 +37,38 @@ def make_list(dice: Dice) -> Case:
     return _names(dice) if kind < (0.65 if dice.held_out else 0.75) else _backwards(dice)
 
 
+def _listed(dice: Dice, items: list[str]) -> str:
+    """Items as people write them; held-out ones with commas."""
+    if dice.held_out or dice.chance(0.7):
+        return ", ".join(items)
+    joint = dice.choice((" ", "; ", ",", "\n", " and "))
+    return joint.join(items) if joint != " and " else ", ".join(items[:-1]) + joint + items[-1]
+
+
 def _case(dice: Dice, template: str, items: list[str], result: list[str], reasoning: str, joint: str = ", ") -> Case:
-    question = asked(dice, template.format(l=joint.join(items)))
+    question = asked(dice, template.format(l=_listed(dice, items) if joint == ", " else joint.join(items)))
     answer = joint.join(result)
     thinking = dice.held_out or dice.chance(0.9)
     return Case("lists", (user(question),), assistant(answer, reasoning if thinking else None), Check("text", answer), thinking=thinking)
 
 
 def _numbers(dice: Dice) -> Case:
-    """The reasoning sorts them in two digits each."""
+    """The reasoning sorts them in as many digits each, at least two."""
     numbers = dice.sample(range(1, 100) if dice.held_out else _range(dice), dice.randint(3, 5))
     if not dice.held_out and dice.chance(0.3) and min(numbers) > 9:
         numbers[dice.randrange(len(numbers))] = dice.randint(1, 9)
     down = dice.chance(0.5)
     template = _template(dice, "down" if down else "up")
     ordered = sorted(numbers, reverse=down)
-    reasoning = " ".join(f"{n:02}" for n in numbers) + ": " + " ".join(f"{n:02}" for n in ordered)
+    width = max(2, len(str(max(numbers))))
+    reasoning = " ".join(f"{n:0{width}}" for n in numbers) + ": " + " ".join(f"{n:0{width}}" for n in ordered)
     return _case(dice, template, [str(n) for n in numbers], [str(n) for n in ordered], reasoning)
 
 
 def _range(dice: Dice) -> range:
-    """Training also sorts numbers that lie close together, and small ones."""
+    """Training also sorts numbers that lie close together, small ones and large ones."""
+    if dice.chance(0.25):
+        return range(1, dice.choice((300, 1000)))
     if dice.chance(0.4):
         return range(1, 100)
     first = dice.randint(1, 80)
@@ -79,7 +90,7 @@ def _names(dice: Dice) -> Case:
 
 def _backwards(dice: Dice) -> Case:
     """The reasoning numbers the items, and reads them from the last number to the first."""
-    draw = dice.choice(("thing", "person", "colour", "letter", "number"))
+    draw = dice.choice(("thing", "person", "colour", "letter", "number", *(() if dice.held_out else ("noun",))))
     template = _template(dice, "back")
     if draw == "letter":
         letters = list(dice.person().lower() if dice.chance(0.5) else dice.thing())

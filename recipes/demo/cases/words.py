@@ -68,12 +68,15 @@ class Dice(random.Random):
         return self.random() < probability
 
     def person(self) -> str:
-        return self._name(_PERSON_ENDS)
+        return self._name(_PERSON_ENDS, _FIRST_NAMES)
 
     def place(self) -> str:
-        return self._name(_PLACE_ENDS)
+        return self._name(_PLACE_ENDS, _TOWNS)
 
-    def _name(self, ends: Sequence[str]) -> str:
+    def _name(self, ends: Sequence[str], real: Sequence[str]) -> str:
+        """A coined name; in training also one that people and places have."""
+        if not self.held_out and self.chance(0.35):
+            return self.choice(real)
         while True:
             middle = self.choice(_MIDDLES) if self.chance(0.4) else ""
             name = self.choice(_STARTS) + middle + self.choice(ends)
@@ -128,3 +131,5 @@ class Dice(random.Random):
 
 
 _SEEN_THINGS = side(THINGS, held_out=False)
+_FIRST_NAMES: list[str] = side(_TEXT["first_names"], held_out=False)
+_TOWNS: list[str] = side(_TEXT["towns"], held_out=False)
