@@ -121,7 +121,7 @@ def _end_autoscaler() -> None:
     it, and then waits the whole second that it allows for an answer to SIGTERM."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(") ")[2].split()[1])
+            parent = int((folder / "stat").read_bytes().rpartition(b") ")[2].split()[1])  # a process may have any bytes for a name
             if parent == os.getpid() and b"/ray/autoscaler/" in (folder / "cmdline").read_bytes():
                 os.kill(int(folder.name), signal.SIGKILL)
 
