@@ -80,6 +80,8 @@ def _leave_at_once_after(command: Callable[[], object]) -> NoReturn:
         command()
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        if isinstance(leave.code, str):  # a message, as the interpreter takes it
+            print(leave.code, file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()

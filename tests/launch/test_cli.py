@@ -131,6 +131,14 @@ def test_closed_streams_are_no_error(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, b""), "an error does not go where the answer should"
 
 
+@pytest.mark.parametrize(("left_with", "code", "words"), [("3", 3, ""), ("None", 0, ""), ("'no room'", 1, "no room\n")])
+def test_leaving_at_once_keeps_exit_code_and_output(left_with: str, code: int, words: str, tmp_path: Path) -> None:
+    start = "import atexit, sys\nfrom lockstep.launch import commands\natexit.register(print, 'torn down')\n"
+    start += f"def command():\n    print('said', end='')\n    sys.exit({left_with})\ncommands._leave_at_once_after(command)"
+    result = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "said", words)
+
+
 def test_ctrl_c_while_the_command_is_imported_leaves_no_trace(tmp_path: Path) -> None:
     code = "import os, signal, sys\nfrom lockstep.launch import cli\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what is started in the background ignores it
