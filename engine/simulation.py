@@ -25,7 +25,7 @@ from .simulated_group import Executed, SimulatedGroup, StepWork
 from .types import Message, Stage, Staged, StepResult, Submit, TokenBatch
 
 PATIENCE = 10_000
-"""Steps in a row without a token for anybody, after which something is wrong: the longest prompt takes fewer."""
+"""Steps in a row without a token for anybody, beside those that the longest prompt takes, after which something is wrong."""
 
 _STATES = {State.STAGING: "is being staged", State.READY: "waits for its first chunk", State.PREFILL: "is in prefill"}
 _STATES |= {State.DECODE: "decodes", State.DRAINING: "drains"}
@@ -68,6 +68,12 @@ class Watcher(Protocol):
 Arrival = tuple[float, Submit]
 
 
+def patience(settings: Settings) -> int:
+    """Steps in a row without a token for anybody, after which a simulation is stuck. While nobody decodes, a prompt advances by
+    ``max_batch_tokens`` whenever it is its cohort's turn."""
+    return PATIENCE + settings.layout.pipeline * -(-settings.max_len // settings.spec.max_batch_tokens)
+
+
 class Simulation:
     """Runs one group from its first arrival until everything is answered."""
 
@@ -84,6 +90,7 @@ class Simulation:
         self._step_seconds = 0.0
         self._booking = 0.0
         self._barren = 0  # steps since somebody got a token
+        self._patience = patience(settings)
 
     def run(self, arrivals: Iterator[Arrival], stopped: Callable[[], bool] = lambda: False) -> bool:
         """Serves arrivals, whose times ascend; whether all of them were answered before ``stopped``. Raises Stuck."""
@@ -144,8 +151,8 @@ class Simulation:
         self._booking = 0.0
         self._watcher.stepped(self.planner, self._execute(self._group.execute(plan)))
         self._barren += 1
-        if self._barren > PATIENCE:
-            raise Stuck(f"nobody has got a token for {PATIENCE} steps, and {self._oldest()}")
+        if self._barren > self._patience:
+            raise Stuck(f"nobody has got a token for {self._patience} steps, and {self._oldest()}")
 
     def _execute(self, step: Executed) -> StepSeen:
         """A stage begins a step when it has the plan, what the stage before makes of it, and has done the step before."""

@@ -241,9 +241,16 @@ def test_a_request_that_never_ends_is_named() -> None:
 
 
 def test_steps_without_a_token_for_anybody_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "PATIENCE", 5)
+    monkeypatch.setattr(simulation, "patience", lambda settings: 5)
     with pytest.raises(Stuck, match=r"no.* token for 5 steps, and request r0 \(200 prompt tokens, limit 202\) is in prefill"):
         run(settings_of(max_batch_tokens=4), Line(), [arrival(0, 0.0, 200, 2)])
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_long_prompt_in_small_chunks_is_waited_for(pipeline: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "PATIENCE", 5)
+    log, _ = run(settings_of(Layout(pipeline=pipeline), max_batch_tokens=2), Line(stages=pipeline), [arrival(0, 0.0, 200, 2)])
+    assert set(log.finished) == {0}
 
 
 def test_it_can_be_stopped() -> None:
