@@ -28,6 +28,7 @@ BLOCK = 512  # tokens of a block that hash_ids name, in the Mooncake traces
 MADE = "poisson:"
 _MADE_KEYS = "poisson:rate=R,input=N,output=N,count=N[,seed=N]"
 _MOST = 10_000_000  # tokens, or requests of a made trace
+_LONGEST = 1e9  # seconds from the first request to the last: beyond it, virtual time would not tell microseconds apart
 _LAST_ID = (1 << 62) - 1
 _NOBODYS = np.uint64(1 << 63)  # blocks that the trace does not name are their request's own
 
@@ -78,7 +79,10 @@ def read_trace(text: str, requests: int | None = None, speed: float = 1.0, block
     asks = _made(text, requests) if text.startswith(MADE) else list(_lines(Path(text).expanduser(), requests, block))
     if not asks:
         raise TraceError(f"--trace {text}: holds no request")
-    first = min(ask.seconds for ask in asks)
+    first, last = min(ask.seconds for ask in asks), max(ask.seconds for ask in asks)
+    if not (last - first) / speed <= _LONGEST:
+        took = f"its requests arrive over {(last - first) / speed:g} s at --speed {speed:g}"
+        raise TraceError(f"--trace {text}: {took}; should be {_LONGEST:g} s at most")
     moved = [Ask((ask.seconds - first) / speed, ask.num_input, ask.num_output, ask.ids) for ask in asks]
     return Trace(text, tuple(sorted(moved, key=lambda ask: ask.seconds)), block)
 
@@ -103,7 +107,7 @@ def _made(text: str, requests: int | None) -> list[Ask]:
         rate = float(given["rate"])
     except ValueError:
         rate = math.nan
-    if not 0 < rate < math.inf:
+    if not 0 < rate < math.inf or math.isinf(1 / rate):
         raise TraceError(f"--trace {text}: rate = {given['rate']}: should be a number of requests a second above 0")
     random = np.random.default_rng(_whole(text, "seed", given.get("seed", "0"), 0))
     times = np.cumsum(random.exponential(1 / rate, count)).tolist()[:requests]
@@ -135,7 +139,9 @@ def _lines(path: Path, requests: int | None, block: int) -> Iterator[Ask]:
 
 def _ask(line: bytes, where: str, block: int) -> Ask:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{where}: not JSON: {error.msg} at column {error.colno}; should be an object a line") from None
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{where}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):

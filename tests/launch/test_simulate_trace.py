@@ -76,6 +76,22 @@ def test_blocks_of_another_size(tmp_path: Path) -> None:
         read_trace(path)
 
 
+def test_arrivals_that_a_clock_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, LINE | {"timestamp": 0}, LINE | {"timestamp": 1e12})
+    assert read_trace(path).asks[1].seconds == 1e9
+    with pytest.raises(TraceError, match=r"arrive over 2e\+09 s at --speed 0\.5; should be 1e\+09 s at most"):
+        read_trace(path, speed=0.5)
+    with pytest.raises(TraceError, match="arrive over"):
+        read_trace("poisson:rate=1e-300,input=1,output=1,count=3")
+
+
+def test_a_file_that_is_one_array_over_several_lines_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "array.json"
+    path.write_text("[\n")
+    with pytest.raises(TraceError, match=r"json: line 1: not JSON: Expecting value at column 2; should be an object a line"):
+        read_trace(str(path))
+
+
 def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"nothing\.jsonl: cannot be read: No such file.*poisson:rate=R"):
         read_trace(str(tmp_path / "nothing.jsonl"))
@@ -108,6 +124,7 @@ def test_made_traffic_arrives_at_random_at_its_rate() -> None:
         ("rate=0,input=1,output=1,count=1", "rate = 0: should be a number of requests a second above 0"),
         ("rate=x,input=1,output=1,count=1", "rate = x"),
         ("rate=inf,input=1,output=1,count=1", "rate = inf"),
+        ("rate=1e-320,input=1,output=1,count=1", "rate = 1e-320"),
         ("rate=1,input=0,output=1,count=1", "input = 0: should be a whole number from 1 to 10,000,000"),
         ("rate=1,input=1,output=1.5,count=1", "output = 1.5"),
         ("rate=1,input=1,output=1,count=99999999", "count = 99999999"),
