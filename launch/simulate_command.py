@@ -73,15 +73,22 @@ def simulate(
         return interrupts.count > 0
 
     try:
-        report = simulate_plan(plan, parsed, asked, efficiency, told)
+        try:
+            report = simulate_plan(plan, parsed, asked, efficiency, told)
+        finally:
+            screen.hide()  # or the terminal is left without a cursor
     except Stuck as error:
-        screen.hide()
         err.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
-    screen.hide()
-    if as_json:
-        options = {"speed": speed, "efficiency": efficiency, "block": block}
-        print(json.dumps({"recipe": path.name} | options | report.to_json(), indent=2))
-    else:
-        show_report(report, plan, path.stem, efficiency, Console(highlight=False, soft_wrap=True))
+    try:
+        if as_json:
+            options = {"speed": speed, "efficiency": efficiency, "block": block}
+            print(json.dumps({"recipe": path.name} | options | report.to_json(), indent=2), flush=True)
+        else:
+            show_report(report, plan, path.stem, efficiency, Console(highlight=False, soft_wrap=True))
+    except BrokenPipeError:  # nobody reads it any more, which needs no message
+        raise
+    except OSError as error:
+        err.print(f"error: the report cannot be written: {error.strerror}", markup=False)
+        raise typer.Exit(1) from None
     raise typer.Exit(0 if report.complete else 1)

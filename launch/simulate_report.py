@@ -234,7 +234,8 @@ def _binds(settings: Settings, causes: _Causes) -> str:
     """What to change first: what holds requests up before they run, or else what the steps' time goes into."""
     requests, steps, pages, bound, held = causes.requests, causes.steps, causes.pages, causes.bound, causes.held
     if not steps.count:
-        return "Nothing ran."
+        longer = f": all requests are longer than the context of {settings.max_len:,} tokens, which model.max_len and the pages limit"
+        return f"Nothing ran{longer if requests.refused == requests.asked else ''}."
     part = max(bound, key=lambda name: bound[name])
     step = f"the steps' time is {_PARTS[part]} ({bound[part]:.0%} of it)"
     spec = settings.spec

@@ -18,13 +18,13 @@ import pytest
 from rich.console import Console
 
 from lockstep.engine.simulated_group import StepWork
-from lockstep.launch import simulate_screen
+from lockstep.launch import simulate_command, simulate_screen
 from lockstep.launch.plan import Plan, plan_recipe
 from lockstep.launch.plan_anchors import PUBLISHED, floor_beside
 from lockstep.launch.plan_floors import Work, decode_work, floor_of
 from lockstep.launch.recipe import Recipe, contradictions
 from lockstep.launch.recipe_file import load_recipe
-from lockstep.launch.simulate import EFFICIENCY, Progress, settings_of, simulate_plan
+from lockstep.launch.simulate import EFFICIENCY, Progress, Told, settings_of, simulate_plan
 from lockstep.launch.simulate_report import Report, quantiles
 from lockstep.launch.simulate_screen import ProgressScreen, show_report
 from lockstep.launch.simulate_times import FloorTimes
@@ -191,6 +191,8 @@ def test_what_is_too_long_is_refused() -> None:
     assert settings_of(plan, recipe).max_len == 32768
     report = simulated([Ask(0.0, 32_000, 768), Ask(0.0, 32_000, 769), Ask(0.0, 9_000_000, 1)], QWEN)
     assert (report.requests.finished, report.requests.refused) == (1, 2)
+    report = simulated([Ask(0.0, 32_000, 769)], QWEN)
+    assert report.binds.startswith("Nothing ran: all requests are longer than the context of 32,768 tokens")
 
 
 def test_pages_and_bounds_are_the_plans() -> None:
@@ -304,6 +306,31 @@ def test_ctrl_c_prints_what_was_simulated(tmp_path: Path) -> None:
     assert not report["complete"]
     assert 0 < report["requests"]["finished"] < 500_000
     assert report["requests"]["open"] == 500_000 - report["requests"]["finished"]
+
+
+def test_a_report_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    for more in ("", " --json"):
+        line = f"launch simulate --recipe demo --trace {SHORT}{more} > /dev/full"
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        result = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path, env=os.environ | {"PATH": path}
+        )
+        assert (result.returncode, result.stderr) == (1, "error: the report cannot be written: No space left on device\n")
+
+
+def test_a_second_ctrl_c_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float, told: Told) -> Report:
+        told(Progress(0.0, 1, 0, 0))
+        raise KeyboardInterrupt
+
+    paper = io.StringIO()
+    monkeypatch.setattr(simulate_screen, "_BLINK", 0.0)
+    monkeypatch.setattr(simulate_command, "simulate_plan", interrupted)
+    monkeypatch.setattr(simulate_command, "Console", lambda **_: Console(file=paper, width=100, force_terminal=True))
+    monkeypatch.setattr(simulate_command.Interrupts, "install", lambda interrupts: None)
+    with pytest.raises(KeyboardInterrupt):
+        simulate_command.simulate("demo", SHORT)
+    assert paper.getvalue().count("\x1b[?25l") == paper.getvalue().count("\x1b[?25h") == 1
 
 
 def test_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
