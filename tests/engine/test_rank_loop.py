@@ -202,3 +202,17 @@ def test_hello_is_said_when_plans_can_come(controller: MockController) -> None:
     assert controller.receive("step").step == 0
     controller.send(Stop("enough"))
     assert running.end() == "enough"
+
+
+@pytest.mark.parametrize("name", ["step", "bulk"])
+def test_hello_is_said_again_when_one_of_the_connections_has_come_back(name: str, controller: MockController) -> None:
+    executor = NotingExecutor()
+    running = Running(executor, RankSockets(controller.spec()))
+    assert controller.receive("bulk") == executor.hello()
+    for last, step in ((-1, 0), (0, 1)):
+        controller.renew(name)
+        assert controller.receive("bulk") == executor.hello()
+        controller.send(_plan(step, last, rebase=step == 0))
+        assert controller.receive("step").step == step
+    controller.send(Stop("enough"))
+    assert running.end() == "enough"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -67,6 +68,19 @@ class MockController:
             self.sockets["step"].send_multipart([identity, encode(message.header), encode(message.section)])
         else:
             self.sockets["bulk"].send_multipart([identity, encode(message)])
+
+    def renew(self, name: str) -> None:
+        """Drops the connections of one socket, and takes new ones at the same address."""
+        self.sockets[name].close(linger=0)
+        self.sockets[name] = server_socket(self._context, zmq.ROUTER, *self._server)
+        end = time.monotonic() + self._deadline
+        while True:
+            try:
+                self.sockets[name].bind(self.addresses[name])
+                return
+            except zmq.ZMQError:  # the old one closes in a thread of its own
+                assert time.monotonic() < end, f"{self.addresses[name]} does not become free"
+                time.sleep(0.01)
 
     def unbind(self) -> None:
         """Goes away, as a controller that dies: connections end and no new ones are taken."""
