@@ -32,7 +32,7 @@ def simulate(
             "--trace",
             "-t",
             help="A file of JSON lines with timestamp (ms), input_length, output_length and hash_ids, as the Mooncake traces have, "
-            "or poisson:rate=20,input=2000,output=300,count=2000[,seed=0].",
+            "or poisson:rate=20,input=2000,output=300,count=2000[,seed=0] (requests a second, tokens, tokens, requests).",
         ),
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
@@ -45,8 +45,8 @@ def simulate(
         typer.Option(
             min=0.01,
             max=1.0,
-            help="Speed of a step through that of its floor, which launch plan prints: published figures for DeepSeek-V3 reach 0.24 to "
-            "0.50 of theirs, 0.31 in the median (benchmarks/plan_anchors.md). 1 is the floor itself.",
+            help="At what share of the speed of its floor, which launch plan prints, a step runs: published figures for DeepSeek-V3 reach "
+            "0.24 to 0.50 of theirs, 0.31 in the median (benchmarks/plan_anchors.md). 1 is the floor itself.",
         ),
     ] = EFFICIENCY,
 ) -> None:

@@ -61,7 +61,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Pages:
-    """Pages in use through those there are, over the time of steps: of all ranks, and the most on any one."""
+    """Pages in use of those there are, over the time of steps: of all ranks, and the most on any one."""
 
     mean: float
     peak: float
@@ -71,7 +71,7 @@ class Pages:
 @dataclass(frozen=True)
 class Steps:
     """``rows`` are sampled by all ranks together in a step, ``tokens`` computed. ``imbalance``: predicted seconds of the slowest rank
-    through the mean. ``idle``: share of the time without a step; ``waiting``: share of the steps' time that ranks wait for the slowest."""
+    over the mean. ``idle``: share of the time without a step; ``waiting``: share of the steps' time that ranks wait for the slowest."""
 
     count: int
     seconds: Spread

@@ -105,7 +105,7 @@ def _cluster(report: Report) -> Table:
     _spread(table, "time of a step", steps.seconds)
     _spread(table, "sampled rows of a step", steps.rows, ",.0f")
     _spread(table, "computed tokens of a step", steps.tokens, ",.0f")
-    _spread(table, "slowest rank through mean, predicted", steps.imbalance, ".3f")
+    _spread(table, "slowest rank / mean, predicted", steps.imbalance, ".3f")
     _spread(table, "planner, on this machine *", measured.planner)
     table.add_section()
     table.add_row("no step at all", f"{steps.idle:.1%}", "", "")
