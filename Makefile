@@ -28,7 +28,7 @@ $(TYPING):
 serve: setup
 	$(BIN)/launch --recipe $(RECIPE) $(OVERRIDES)
 
-# Asks a running `make serve` held-out cases; EVAL_ARGS="--cases 286 --save run.json" keeps 2,002 answers for
+# Asks a running `make serve` held-out cases; EVAL_ARGS="--save run.json" keeps the 2,002 answers for
 # `python -m lockstep.recipes.demo.compare`.
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)

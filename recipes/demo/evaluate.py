@@ -110,7 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the demo model that a server serves.")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--cases", type=int, default=50, help="of each family; 286 make 2,002 in all, enough to compare two runs")
+    parser.add_argument(
+        "--cases", type=int, default=286, help="of each family; 286 make 2,002 in all, enough to see half a point between two runs"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--phrases", choices=("held-out", "final"), default="held-out", help="final: those whose answers are counted, not read"
