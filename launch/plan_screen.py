@@ -33,7 +33,8 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
         console.print("[green]fits[/green]")
 
 
-def _table(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> Table:
+    """A table under its title, the first column for words and the others for figures."""
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
@@ -43,7 +44,7 @@ def _table(title: str, *columns: str) -> Table:
 def _memory_table(plan: Plan) -> Table:
     spans = [(rank.first_rank, rank.last_rank) for rank in plan.ranks]
     names = [f"ranks {first}-{last}" if first < last else f"rank {first}" for first, last in spans]
-    table = _table(f"memory of a rank, of {size_text(plan.setup.rank_memory)}", "", *names)
+    table = table_of(f"memory of a rank, of {size_text(plan.setup.rank_memory)}", "", *names)
     held = [rank.memory for rank in plan.ranks]
     rows = [
         ("attention", [memory.weights.attention for memory in held]),
@@ -67,7 +68,7 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _capacity_table(plan: Plan) -> Table:
-    table = _table("capacity", "", "per rank", "in all")
+    table = table_of("capacity", "", "per rank", "in all")
     table.add_row("KV tokens", f"{plan.kv_tokens_per_rank:,}", f"{plan.kv_tokens:,}")
     table.add_row(f"requests of {plan.context:,} tokens at once", f"{plan.largest_batch_per_rank:,}", f"{plan.largest_batch:,}")
     table.add_row("longest context", f"{plan.longest_context:,}", "")
@@ -75,7 +76,7 @@ def _capacity_table(plan: Plan) -> Table:
 
 
 def _floor_table(plan: Plan) -> Table:
-    table = _table(f"floors at data-sheet rates, context {plan.context:,}; a real engine is slower", "", "decode", "prefill")
+    table = table_of(f"floors at data-sheet rates, context {plan.context:,}; a real engine is slower", "", "decode", "prefill")
     phases = (plan.decode, plan.prefill)
 
     def row(name: str, values: list[str]) -> None:

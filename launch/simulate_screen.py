@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .plan import Plan
-from .plan_screen import time_text
+from .plan_screen import table_of, time_text
 from .simulate import Progress as Progressed
 from .simulate_report import Report, Spread
 
@@ -72,16 +71,9 @@ def show_report(report: Report, plan: Plan, title: str, efficiency: float, conso
     console.print(f"[bold]{escape(report.binds)}[/bold]")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    return table
-
-
 def _totals(report: Report) -> Table:
     requests, tokens = report.requests, report.tokens
-    table = _table(f"{report.seconds:,.1f} s simulated", "", "in all", "per second", "and rank")
+    table = table_of(f"{report.seconds:,.1f} s simulated", "", "in all", "per second", "and rank")
     table.add_row("prompt tokens", f"{tokens.input:,}", f"{tokens.input_per_second:,.0f}", f"{tokens.input_per_second_per_rank:,.0f}")
     table.add_row("output tokens", f"{tokens.output:,}", f"{tokens.output_per_second:,.0f}", f"{tokens.output_per_second_per_rank:,.0f}")
     table.add_row("requests finished", f"{requests.finished:,}", f"{requests.finished / max(report.seconds, 1e-9):,.1f}", "")
@@ -92,7 +84,7 @@ def _totals(report: Report) -> Table:
 
 
 def _clients(report: Report) -> Table:
-    table = _table("what clients see", "", "p50", "p90", "p99")
+    table = table_of("what clients see", "", "p50", "p90", "p99")
     _spread(table, "time to first token", report.time_to_first_token)
     _spread(table, "time between tokens", report.time_between_tokens)
     _spread(table, "wait in the queue", report.queue_wait)
@@ -101,7 +93,7 @@ def _clients(report: Report) -> Table:
 
 def _cluster(report: Report) -> Table:
     steps, pages, measured = report.steps, report.pages, report.measured
-    table = _table(f"what the cluster does: {steps.count:,} steps", "", "p50", "p90", "p99")
+    table = table_of(f"what the cluster does: {steps.count:,} steps", "", "p50", "p90", "p99")
     _spread(table, "time of a step", steps.seconds)
     _spread(table, "sampled rows of a step", steps.rows, ",.0f")
     _spread(table, "computed tokens of a step", steps.tokens, ",.0f")

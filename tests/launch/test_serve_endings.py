@@ -9,12 +9,9 @@ import json
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
-from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,44 +19,16 @@ from safetensors.torch import load_file, save_file
 from lockstep.launch.recipe_file import find_recipe
 from support.clusters import until
 from support.launcher import Launcher
+from support.reader import Reader, refused
 
 pytestmark = pytest.mark.timeout(180)
 DEMO = find_recipe("demo").parent / "demo" / "model"
 LOCAL = "cluster.backend=local"
 TOKENS = 240
-LONG: dict[str, Any] = {"model": "demo", "prompt": "Hello", "temperature": 0.0, "stream": True, "extra_body": {"ignore_eos": True}}
 
 
 def launch(folder: Path, *arguments: str) -> Launcher:
     return Launcher(folder, "--recipe", "demo", "frontend.port=0", "kv_cache.memory=16MiB", *arguments)
-
-
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0)
-
-
-class Reader(threading.Thread):
-    """Reads a stream of ``max_tokens`` in a thread. ``started`` is set with its first chunk; ``error`` is how it ended."""
-
-    def __init__(self, url: str, max_tokens: int) -> None:
-        super().__init__(daemon=True)
-        self._url, self._max_tokens = url, max_tokens
-        self.started = threading.Event()
-        self.chunks = 0
-        self.text = ""
-        self.finish: str | None = None
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            with client(self._url) as made, made.completions.create(max_tokens=self._max_tokens, **LONG) as stream:
-                for chunk in stream:
-                    self.chunks += 1
-                    self.text += chunk.choices[0].text
-                    self.started.set()
-                    self.finish = chunk.choices[0].finish_reason or self.finish
-        except Exception as error:
-            self.error = error
 
 
 def closed(url: str) -> bool:
@@ -68,15 +37,6 @@ def closed(url: str) -> bool:
         return httpx.get(f"{url.removesuffix('/v1')}/ready", timeout=10.0).status_code == 503
     except httpx.TransportError:
         return True
-
-
-def refused(url: str) -> bool:
-    with client(url) as late:
-        try:
-            late.completions.create(model="demo", prompt="too late", max_tokens=1)
-        except (openai.InternalServerError, openai.APIConnectionError):
-            return True
-    return False
 
 
 def error_line(launcher: Launcher) -> str:
@@ -89,9 +49,7 @@ def error_line(launcher: Launcher) -> str:
 def test_a_stop_drains_what_runs_and_leaves_nothing(way: str, backend: str, tmp_path: Path) -> None:
     with launch(tmp_path, backend) as launcher:
         url = launcher.url()
-        reader = Reader(url, max_tokens=300)
-        reader.start()
-        assert reader.started.wait(30)
+        reader = Reader(url, max_tokens=300).flowing()
         if way == "Ctrl-C":
             os.killpg(launcher.process.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group, Ray's processes included
         else:
@@ -107,9 +65,7 @@ def test_a_stop_drains_what_runs_and_leaves_nothing(way: str, backend: str, tmp_
 
 def test_a_request_longer_than_the_drain_is_cut_off(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, "cluster.drain_deadline=0.5") as launcher:
-        reader = Reader(launcher.url(), max_tokens=4000)
-        reader.start()
-        assert reader.started.wait(30)
+        reader = Reader(launcher.url(), max_tokens=4000).flowing()
         launcher.signal()
         assert launcher.wait() == 0, launcher.err
         reader.join(30)
@@ -147,9 +103,7 @@ def test_a_hung_rank_is_killed_and_replaced(tmp_path: Path) -> None:
         url, victim = launcher.url(), launcher.pid_of("rank 1")
         undisturbed = Reader(url, TOKENS)
         undisturbed.run()
-        reader, late = Reader(url, TOKENS), Reader(url, TOKENS)
-        reader.start()
-        assert reader.started.wait(30)
+        reader, late = Reader(url, TOKENS).flowing(), Reader(url, TOKENS)
         os.kill(victim, signal.SIGSTOP)
         late.start()  # finds the rank stopped even where the other has ended by now
         for each in (reader, late):

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import openai
 import pytest
 
 from support.clusters import until
 from support.launcher import command_of
+from support.reader import Reader, client, refused
 from support.slurm_cluster import Job, SlurmCluster, needs_slurm, slurm_cluster
 
 pytestmark = [*needs_slurm, pytest.mark.slow, pytest.mark.timeout(240)]
-LONG: dict[str, Any] = {"model": "demo", "prompt": "Hello", "temperature": 0.0, "stream": True, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +31,6 @@ def script(cluster: SlurmCluster, *arguments: str, recipe: str = "demo-two-hosts
     return subprocess.run([*command, *arguments, threads], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0)
-
-
-class Stream(threading.Thread):
-    """A request that is read in a thread; ``finish`` is how the server ended it, ``error`` what cut it off."""
-
-    def __init__(self, url: str, max_tokens: int) -> None:
-        super().__init__(daemon=True)
-        self._url, self._max_tokens = url, max_tokens
-        self.started = threading.Event()
-        self.chunks = 0
-        self.finish: str | None = None
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with client(self._url) as made, made.completions.create(max_tokens=self._max_tokens, **LONG) as stream:
-                for chunk in stream:
-                    self.chunks += 1
-                    self.finish = chunk.choices[0].finish_reason or self.finish
-                    self.started.set()
-        except Exception as error:
-            self.error = error
-
-    def flowing(self) -> Stream:
-        """This one, when its first chunk is here."""
-        assert self.started.wait(60), self.error
-        return self
-
-
-def refused(url: str) -> bool:
-    with client(url) as late:
-        try:
-            late.completions.create(model="demo", prompt="too late", max_tokens=1)
-        except (openai.InternalServerError, openai.APIConnectionError):
-            return True
-    return False
-
-
 def ended(job: Job, state: str, code: int) -> None:
     assert job.wait(90.0) == (state, code), job.output
     until(lambda: not job.cluster.left(), "nothing to be left on the nodes", 20.0)
@@ -85,13 +41,14 @@ def test_a_time_limit_drains_and_the_drain_has_its_deadline(slurm: SlurmCluster)
     """The first of the file: Slurm looks 30 s after its own start, when the job will just serve, and only every 30 s after that."""
     job = slurm.submit(script(slurm, "--no-check", "--time=10", "cluster.drain_deadline=2"))
     url = job.url()
-    streams = [Stream(url, 4000).flowing()]
+    streams = [Reader(url, 4000).flowing()]
     began = time.monotonic()
     slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+80seconds")  # the signal is due 62 s before it, or earlier
 
     def is_told() -> bool:
         if streams[-1].chunks > 2000:  # so that one of them always lasts longer than the drain may
-            streams.append(Stream(url, 4000))
+            streams.append(Reader(url, 4000))
+            streams[-1].start()
         return "told to stop" in job.output
 
     until(is_told, "Slurm to look at its limits, every 30 s", 60.0)
@@ -116,7 +73,7 @@ def test_a_job_serves_from_two_hosts_and_scancel_drains_it(slurm: SlurmCluster) 
     with client(url) as made:
         chat = made.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8)
         assert chat.usage is not None and chat.usage.completion_tokens >= 1
-    stream = Stream(url, 100).flowing()
+    stream = Reader(url, 100).flowing()
     slurm.command("scancel", str(job.number))
     until(lambda: refused(url), "new requests to be refused", 30.0)
     stream.join(45)
