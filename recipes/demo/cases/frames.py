@@ -29,7 +29,7 @@ def asked(dice: Dice, text: str) -> str:
 
 
 def wording(dice: Dice, lists: Sides, grammar: str, start: str = "start", capital: bool = True) -> str:
-    """A template out of ``lists``; in training also one of a grammar, and now and then with a small letter at its start."""
+    """A template out of ``lists``; in training also one of a grammar, and now and then written in a hurry."""
     if dice.held_out:
         return dice.pick(lists)
     text = frame(dice, grammar, lists.unseen, start, capital) if dice.chance(FROM_PARTS) else dice.pick(lists)
