@@ -25,26 +25,16 @@ from numba.core import cgutils, types
 from torch import Tensor
 
 from .cpu_arrays import inner, narrow, widen
+from .cpu_isa import COLUMNS, fit
 from .cpu_threads import share_out
-from .cpu_vectors import F32, I32, LANES, SUMS, UNITS, has, multiplies_bf16, multiply_add_halves, spread
+from .cpu_vectors import F32, I32, SUMS, UNITS, multiply_add_halves, spread
 
-COLUMNS = LANES  # of a block: one vector of float32 sums
 BLOCKS = 4  # of a panel, read side by side
 ROWS = 6  # of a tile: 24 sums and 4 weights of the 32 registers
 STRETCH = 96  # rows that meet a panel while it lies in the cache; short enough for threads to share evenly
 
 _AHEAD = 1024  # bytes to prefetch within a panel that is read once: 3 to 8 % more bandwidth
 _PACE = 1024  # of prefetching one vector per vector read
-
-
-def usable() -> bool:
-    """Whether products with blocks are the fastest here: oneDNN's are, for many rows, where the processor has AMX."""
-    return multiplies_bf16() and not has("amx-bf16")
-
-
-def fit(num_columns: int, num_inner: int) -> bool:
-    """Whether a weight of this shape can be packed."""
-    return num_columns % COLUMNS == 0 and num_inner % 2 == 0 and num_columns * num_inner > 0
 
 
 def pack_blocks(weights: Tensor) -> Tensor:

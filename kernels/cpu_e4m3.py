@@ -16,8 +16,9 @@ from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from . import cpu_isa
 from .cpu_tiles import transposed
-from .cpu_vectors import I32, LANES, UNITS, Rows, all_lanes, has, is_matrix, multiplies_bf16
+from .cpu_vectors import I32, LANES, UNITS, Rows, all_lanes, is_matrix, multiplies_bf16
 
 _intrinsic: Any = intrinsic
 
@@ -27,7 +28,7 @@ _BYTES = ir.VectorType(ir.IntType(8), AT_ONCE)
 
 def decodes() -> bool:
     """Whether the processor can, and multiplies bf16."""
-    return multiplies_bf16() and has("avx512vbmi")
+    return multiplies_bf16() and "avx512vbmi" in cpu_isa.features()
 
 
 @_intrinsic

@@ -16,7 +16,8 @@ from numba import njit
 from torch import Tensor
 
 from .cpu_arrays import array, exp, inner, narrow
-from .cpu_blocks import BLOCKS, COLUMNS, ROWS, STRETCH, block_bytes, look_ahead, multiply, part, parts, take_item
+from .cpu_blocks import BLOCKS, ROWS, STRETCH, block_bytes, look_ahead, multiply, part, parts, take_item
+from .cpu_isa import COLUMNS
 from .cpu_threads import share_out
 
 _HALF = BLOCKS // 2

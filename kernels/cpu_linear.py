@@ -1,8 +1,8 @@
 """Products with weights in the form that the processor reads fastest, made once when they are loaded.
 
-With AVX512-BF16 and without AMX that is ``cpu_blocks``; otherwise oneDNN's own layout, if it computes in bf16 at all. Plain bf16 weights
-are reordered by every ``F.linear``: for 1 to 8 rows of 1536 x 1024 that took 104 to 122 us, packed for oneDNN 65 to 85 us. In blocks it
-takes 0.92 to 1.0 of the latter, for 32 and 64 rows 0.8 to 0.9, for more as long (2 cores of an EPYC Turin, torch 2.13).
+``cpu_isa`` says which: blocks (``cpu_blocks``), or oneDNN's own layout if it computes in bf16 at all. Plain bf16 weights are reordered
+by every ``F.linear``: for 1 to 8 rows of 1536 x 1024 that took 104 to 122 us, packed for oneDNN 65 to 85 us. In blocks it takes 0.92 to
+1.0 of the latter, for 32 and 64 rows 0.8 to 0.9, for more as long (2 cores of an EPYC Turin, torch 2.13).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_blocks
+from . import cpu_blocks, cpu_isa
 from .cpu_arrays import array
 
 
@@ -24,9 +24,10 @@ def pack(weights: Tensor) -> Tensor:
 
     What is packed can only be given to ``linear``.
     """
-    if weights.dtype == torch.bfloat16 and cpu_blocks.usable() and cpu_blocks.fit(*weights.shape):
+    form = cpu_isa.weight_form(cpu_isa.here(), *weights.shape) if weights.dtype == torch.bfloat16 else "plain"
+    if form == "blocks":
         return cpu_blocks.pack_blocks(weights)
-    return pack_for_onednn(weights)
+    return pack_for_onednn(weights) if form == "onednn" else weights
 
 
 def pack_for_onednn(weights: Tensor) -> Tensor:
@@ -47,10 +48,10 @@ class PackedSlots:
 def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
     """The weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], in the forms that ``experts`` reads: both in blocks, [S, 2F / 16,
     D / 2, 16, 2] and [S, D / 16, F / 2, 16, 2], both twice, or the tensors themselves where packing changes nothing."""
-    hidden, width = w2_SDF.shape[1:]
-    if w13_SFD.dtype == torch.bfloat16 and cpu_blocks.usable() and cpu_blocks.fit(hidden, width) and cpu_blocks.fit(width, hidden):
+    form = cpu_isa.slot_form(cpu_isa.here(), *w2_SDF.shape[1:]) if w13_SFD.dtype == torch.bfloat16 else "plain"
+    if form == "blocks":
         return cpu_blocks.pack_blocks(w13_SFD), cpu_blocks.pack_blocks(w2_SDF)
-    return pack_slots_for_onednn(w13_SFD, w2_SDF)
+    return pack_slots_for_onednn(w13_SFD, w2_SDF) if form == "onednn" else (w13_SFD, w2_SDF)
 
 
 def pack_slots_for_onednn(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
@@ -73,7 +74,7 @@ def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor
 def _linear_in_blocks(x: Tensor, weight: Tensor, bias_N: Tensor | None) -> Tensor:
     num_inner = x.shape[-1]
     assert x.dtype == torch.bfloat16 and num_inner == 2 * weight.shape[1], f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}"
-    y = x.new_empty((*x.shape[:-1], weight.shape[0] * cpu_blocks.COLUMNS))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0] * cpu_isa.COLUMNS))
     x_TD = x.reshape(-1, num_inner)
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()

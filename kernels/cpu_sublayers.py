@@ -23,10 +23,11 @@ from torch import Tensor
 from . import sublayers
 from .cpu_arrays import array, computes, inner, made
 from .cpu_attention import Shape, attend_heads
-from .cpu_blocks import COLUMNS, multiply_rows
+from .cpu_blocks import multiply_rows
 from .cpu_expert_blocks import run_experts
 from .cpu_experts import weigh_rows
 from .cpu_gate import route, rule_of
+from .cpu_isa import COLUMNS
 from .cpu_kv_entries import place_of_heads
 from .cpu_norm import add_norm_rows, norm_rows
 from .cpu_rope import enter_heads

@@ -12,8 +12,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
 from numba.np import arrayobj
+
+from . import cpu_isa
 
 LANES = 16
 
@@ -40,14 +41,9 @@ class _Bfloat(ir.types.Type):  # type: ignore[misc]
 _HALVES = ir.VectorType(_Bfloat(), 2 * LANES)
 
 
-def has(feature: str) -> bool:
-    """Whether numba compiles for a processor that has it; named as LLVM does."""
-    return f"+{feature}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-
-
 def multiplies_bf16() -> bool:
     """Whether there is AVX512-BF16."""
-    return has("avx512bf16")
+    return "avx512bf16" in cpu_isa.features()
 
 
 def is_matrix(array: Any, *dtypes: Any) -> bool:

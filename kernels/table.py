@@ -274,8 +274,21 @@ def _reference() -> Ops:
 
 
 def _cpu() -> Ops:
-    from . import cpu_arrays, cpu_attention, cpu_experts, cpu_gate, cpu_linear, cpu_mla, cpu_norm, cpu_rope, cpu_sampling, cpu_sublayers
+    from . import (
+        cpu_arrays,
+        cpu_attention,
+        cpu_experts,
+        cpu_gate,
+        cpu_isa,
+        cpu_linear,
+        cpu_mla,
+        cpu_norm,
+        cpu_rope,
+        cpu_sampling,
+        cpu_sublayers,
+    )
 
+    cpu_isa.check()
     cpu_arrays.use_threads_of_torch()
     return dataclasses.replace(
         _reference(),

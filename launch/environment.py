@@ -66,15 +66,38 @@ def child_environment(extra: dict[str, str]) -> dict[str, str]:
 _SPINS = "500"
 
 
-def process_settings(*, threads: int, loopback: bool) -> dict[str, str]:
-    """What a process of the cluster is given: its CPU threads and how they wait, no model hub, and gloo on the interface in use."""
+# How the compiler of our kernels, oneDNN, PyTorch and MKL are told the most that they may use; LLVM's x86-64-v3 is AVX2, its v4 AVX-512.
+_ISA = {
+    "avx2": {
+        "NUMBA_CPU_NAME": "x86-64-v3",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {
+        "NUMBA_CPU_NAME": "x86-64-v4",
+        "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+    },
+}
+
+
+def isa_settings(isa: str) -> dict[str, str]:
+    """What limits a process to the instructions of ``cluster.isa``, given before it imports the libraries that compute."""
+    return {} if isa == "auto" else dict(_ISA[isa])
+
+
+def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict[str, str]:
+    """What a process of the cluster is given: its CPU threads and how they wait, its instructions, no model hub, and gloo on the
+    interface in use."""
     settings = {
         "OMP_NUM_THREADS": str(threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPINS),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    }
+    } | isa_settings(isa)
     if loopback:
         settings |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return settings

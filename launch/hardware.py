@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..kernels.cpu_isa import Isa
 from .recipe import RecipeError, Size
 
 
@@ -30,7 +31,7 @@ class Hardware(BaseModel):
     near_gb_s: float = Field(gt=0, description="near link (NVLink) of a rank, 10^9 bytes a second")
     far_gb_s: float = Field(gt=0, description="far link (network adapter) of a rank, 10^9 bytes a second")
     latency_us: float = Field(default=0.0, ge=0, description="of an exchange of any size; 0 where no floor is known")
-    packs_experts_twice: bool = Field(default=False, description="a CPU with AMX or without AVX512-BF16: it holds bf16 experts twice")
+    isa: Isa | None = Field(default=None, description="instructions of a CPU, which decide how it holds bf16 weights; none: this machine's")
 
     def operations(self, dtype: str) -> float:
         """Operations a second of matrix products with weights in ``dtype``."""

@@ -81,7 +81,7 @@ class Plan:
         model |= {"parameters": self.setup.shape.total_params, "experts": self.setup.shape.moe.num_experts}
         layout = self.setup.layout
         plan["layout"] = {"world": layout.world, "pipeline": layout.pipeline, "data": layout.data, "tensor": layout.tensor}
-        names = ("dispatch", "dtype", "weights", "expert_weights", "kv_dtype", "page_size", "max_running", "capacity", "redundant")
+        names = ("dispatch", "dtype", "weights", "expert_weights", "kv_dtype", "page_size", "max_running", "capacity", "redundant", "isa")
         plan |= {"model": model, "hardware": self.setup.hardware.model_dump(), "resolved": {name: setup[name] for name in names}}
         for rank, held in zip(plan["ranks"], self.ranks, strict=True):
             rank["memory"]["weights"]["total"] = held.memory.weights.total

@@ -17,7 +17,7 @@ _LOGIT_COPIES = 3  # float32 logits, the same sorted, and their probabilities
 class Weights:
     """Bytes of parameters on a rank. Slots are counted as experts, replicas and empty ones by their mean over the ranks.
 
-    ``packed_copies``: some CPUs hold their expert slots in bf16 twice (``kernels.cpu_linear.PackedSlots``).
+    ``packed_copies``: some CPUs hold their expert slots in bf16 twice (``kernels.cpu_isa``).
     """
 
     attention: int
@@ -81,7 +81,7 @@ def weights_of(setup: Setup, stage: Stage) -> Weights:
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
-        packed_copies=slots if setup.hardware.packs_experts_twice and setup.expert_weights == "bf16" else 0,
+        packed_copies=slots if setup.slots_twice else 0,
         embeddings=tables * table + stage.last * shape.hidden * item,
     )
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ..engine.specs import Layout
+from ..kernels import cpu_isa
+from ..kernels.cpu_isa import Isa
 from ..kernels.fp8_format import BLOCK
 from ..kernels.kv_format import KvFormat
 from .hardware import Hardware
@@ -33,7 +35,7 @@ class Stage:
 class Setup:
     """What is planned. ``weights`` and ``expert_weights`` are the dtypes matrices are held in, ``dtype`` that of activations,
     ``attention_dtype`` that attention computes in; ``wire_item`` bytes of a value on its way to the experts;
-    ``kv_memory`` None is auto; ``capacity`` the tokens of a rank in a step at most."""
+    ``kv_memory`` None is auto; ``capacity`` the tokens of a rank in a step at most; ``isa`` the kind of CPU, None for GPUs."""
 
     shape: Shape
     hardware: Hardware
@@ -52,6 +54,7 @@ class Setup:
     max_running: int
     capacity: int
     redundant: int
+    isa: Isa | None
 
     @property
     def item(self) -> int:
@@ -72,6 +75,13 @@ class Setup:
     def near_ranks(self) -> int:
         """Ranks of an expert world that reach each other over the near link."""
         return min(self.expert_ranks, self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node)
+
+    @property
+    def slots_twice(self) -> bool:
+        """Whether ranks hold their expert slots again, packed."""
+        if self.isa is None or self.expert_weights != "bf16":
+            return False
+        return cpu_isa.slot_form(self.isa, self.shape.hidden, self.shape.moe.expert_width) == "onednn"
 
     @property
     def sharing(self) -> int:
@@ -121,4 +131,13 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         max_running=recipe.scheduler.max_running,
         capacity=recipe.scheduler.max_batch_tokens,
         redundant=recipe.experts.redundant,
+        isa=_isa(recipe, hardware),
     )
+
+
+def _isa(recipe: Recipe, hardware: Hardware) -> Isa | None:
+    """What ranks compute with: the profile's CPU, or this machine's where it names none, limited by the recipe."""
+    if hardware.device != "cpu":
+        return None
+    isa = hardware.isa or cpu_isa.here()
+    return isa if recipe.cluster.isa == "auto" else cpu_isa.lesser(isa, recipe.cluster.isa)

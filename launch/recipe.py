@@ -77,6 +77,7 @@ class Cluster(Part):
     nodes: int = Field(default=1, ge=1, le=4096, description="machines the ranks are spread over")
     ranks_per_node: int = Field(default=1, ge=1, le=64, description="ranks (one GPU each, or a share of the cores) on each of them")
     threads: AutoInt = Field(default=None, ge=1, description="CPU threads per rank; auto: the node's cores divided by its ranks")
+    isa: Literal["auto", "avx512", "avx2"] = Field(default="auto", description="the most that ranks on x86 CPUs compute with")
     address: str | None = Field(default=None, description="a running Ray cluster to join; a new one on this machine if left out")
     log_dir: str | None = Field(default=None, description="folder for the logs of runs; the system's temporary one if left out")
     start_deadline: float = Field(default=600.0, gt=0, description="seconds until every rank must have loaded its weights")

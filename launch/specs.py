@@ -156,7 +156,7 @@ class Site:
         return LobbySpec(address=self.lobby_address, keys=self.keyring.to_lobby(name))
 
     def settings(self, threads: int) -> dict[str, str]:
-        return process_settings(threads=threads, loopback=self.host.startswith("127."))
+        return process_settings(threads=threads, loopback=self.host.startswith("127."), isa=self.recipe.cluster.isa)
 
 
 def process_names(recipe: Recipe) -> list[str]:

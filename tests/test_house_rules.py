@@ -43,6 +43,7 @@ TORCH_FREE = (
     "engine.kv.manager",
     "engine.frontend.server",
     "moe.placement",
+    "kernels.cpu_isa",
     "launch.cli",
     "launch.commands",
     "launch.recipe",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels import cpu_blocks, cpu_sublayers, sublayers
+from lockstep.kernels import cpu_isa, cpu_sublayers, sublayers
 from lockstep.kernels.gate import Routing
 from lockstep.kernels.kv_format import head_entry
 from lockstep.kernels.paged import PagedBatch, build_batch
@@ -96,11 +96,11 @@ def test_experts_in_one_call(num_tokens: int, first: bool, bias: bool) -> None:
             torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.skipif(not cpu_blocks.usable(), reason="weights are in blocks only on processors with AVX512-BF16")
 def test_blocks_do_take_the_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def composed(*_: Any) -> None:
         raise AssertionError("made of single ops")
 
+    monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")  # which holds weights in blocks
     monkeypatch.setattr(cpu_sublayers.sublayers, "attention_sublayer", composed)
     monkeypatch.setattr(cpu_sublayers.sublayers, "experts_sublayer", composed)
     _attention(CPU, CPU.attention_sublayer, (2, 0), first=False, bias=False, norms=True, fp8=False)

@@ -20,7 +20,8 @@ from lockstep.engine import kv_pool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.rank import load_executor
 from lockstep.engine.specs import Keys, Layout, RankSpec
-from lockstep.kernels import cpu_blocks
+from lockstep.kernels import cpu_isa
+from lockstep.kernels.cpu_isa import Isa
 from lockstep.kernels.cpu_linear import PackedSlots
 from lockstep.launch import plan_memory
 from lockstep.launch.hardware import load_hardware
@@ -92,17 +93,19 @@ def store() -> Iterator[TCPStore]:
 
 
 def planned(path: Path, num_ranks: int, overrides: list[str]) -> Plan:
-    cluster = f"{{device: cpu, hardware: {profile_of_this_cpu(path.parent)}, ranks_per_node: {num_ranks}}}"
+    cluster = f"{{device: cpu, ranks_per_node: {num_ranks}}}"
     text = f"model: {{path: {path}}}\ncluster: {cluster}\nkv_cache: {{memory: {KV_MEMORY}}}\n"
     return plan_recipe(parse_recipe(text, overrides), path)
 
 
-def profile_of_this_cpu(folder: Path) -> Path:
-    """The packaged one, but for how this processor holds experts."""
-    profile = load_hardware("cpu").model_dump(exclude_none=True) | {"packs_experts_twice": not cpu_blocks.usable()}
-    file = folder / "this_cpu.yaml"
-    file.write_text(json.dumps(profile), encoding="utf-8")
-    return file
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
+    """The kind of CPU that weights are packed for here; nothing computes with them, so that it need not be this one's."""
+    isa: Isa = request.param
+    if isa == "avx512" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN packs no bf16 weights on this processor")
+    monkeypatch.setattr(cpu_isa, "here", lambda: isa)
+    return isa
 
 
 def packed_bytes(model: torch.nn.Module) -> int:
@@ -136,11 +139,12 @@ def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_pages_are_what_every_rank_allocates(name: str, tmp_path: Path, store: TCPStore) -> None:
+def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tmp_path: Path, store: TCPStore) -> None:
     config, dtype, num_ranks, overrides = CASES[name]
     path = write_checkpoint(tmp_path / "model", config, dtype=dtype)
     plan = planned(path, num_ranks, overrides)
     memory = plan.ranks[0].memory
+    assert plan.setup.isa == isa
     assert (plan.ranks[0].first_rank, plan.ranks[0].last_rank) == (0, num_ranks - 1)
     for rank in range(num_ranks):
         parts = load_executor(rank_spec(plan.setup, path, rank, store.port), lambda fraction: None)._parts
@@ -153,6 +157,22 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, tmp_path: Pa
         experts = sum(parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key)
         assert memory.weights.experts + memory.weights.empty_slots == experts
         assert memory.weights.packed_copies == packed_bytes(parts.model)
+
+
+def test_the_profile_names_a_cpu_and_the_recipe_limits_it(tmp_path: Path, isa: Isa) -> None:
+    path = write_checkpoint(tmp_path / "model", qwen3_moe_config(), dtype=torch.bfloat16)
+    profile = tmp_path / "amx.yaml"
+    profile.write_text(json.dumps(load_hardware("cpu").model_dump(exclude_none=True) | {"isa": "amx"}), encoding="utf-8")
+    for overrides, expected in (
+        ([], isa),
+        (["cluster.isa=avx2"], "avx2"),
+        ([f"cluster.hardware={profile}"], "amx"),
+        ([f"cluster.hardware={profile}", "cluster.isa=avx512"], "avx512"),
+    ):
+        plan = planned(path, 2, overrides)
+        weights = plan.ranks[0].memory.weights
+        assert plan.setup.isa == expected
+        assert weights.packed_copies == (weights.experts + weights.empty_slots if expected in ("amx", "avx512") else 0)
 
 
 # Blocks of 128 x 128 in both directions, so that scales are what the plan counts: four bytes per block.
