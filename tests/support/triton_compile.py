@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says what each one needs.
 
-Run as a program, without TRITON_INTERPRET: prints one JSON object {kernel: [{shared, registers, spilled, ...}]}. Launches stop after
-compiling (``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
-the host fails, as it would while a step is captured.
+Run as a program with the names of cases, without TRITON_INTERPRET: prints one JSON object {kernel: [{shared, registers, spilled, ...}]}.
+Launches stop after compiling (``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would read a
+value of a tensor on the host fails, as it would while a step is captured.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def main() -> None:
     JITFunction.run = only_compile
     for name in HOST_READS:
         setattr(torch.Tensor, name, refuse)
-    for case in CASES:
-        case()
+    for name in sys.argv[1:]:
+        CASES[name]()
     json.dump({name: [needs(kernel) for kernel in kernels] for name, kernels in compiled.items()}, sys.stdout)
 
 
@@ -171,13 +171,23 @@ def paged_batch() -> PagedBatch:
 
 def attentions() -> None:
     q = torch.empty(1032, 32, 128, dtype=BF16)
-    expand, q_latent = torch.empty(128, 256, 512, dtype=BF16), torch.empty(1032, 128, 192, dtype=BF16)
     for splits in (1, 8):
-        tiles = in_splits(splits)
         for cache in (torch.empty(640, 4, 128, dtype=BF16), entries(head_entry("fp8", 4, 128))):
-            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, tiles)
-        for latents in (torch.empty(640, 576, dtype=BF16), entries(latent_entry("fp8", 512, 64))):
-            triton_mla.mla_attend(q_latent[..., :128], q_latent[..., 128:], latents, expand, paged_batch(), 1.0, tiles)
+            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, in_splits(splits))
+
+
+def latent_attentions() -> None:
+    attend_latents(torch.empty(640, 576, dtype=BF16))
+
+
+def latent_attentions_fp8() -> None:
+    attend_latents(entries(latent_entry("fp8", 512, 64)))
+
+
+def attend_latents(cache: Tensor) -> None:
+    expand, q = torch.empty(128, 256, 512, dtype=BF16), torch.empty(1032, 128, 192, dtype=BF16)
+    for splits in (1, 8):
+        triton_mla.mla_attend(q[..., :128], q[..., 128:], cache, expand, paged_batch(), 1.0, in_splits(splits))
 
 
 def in_splits(splits: int) -> Tiles:
@@ -202,7 +212,8 @@ def samplers() -> None:
     triton_sampling.edit_penalties(logits, (int64(64), int64(64), int64(64)), (ones, ones, ones))
 
 
-CASES: tuple[Callable[[], None], ...] = (gates, groupings, experts, fp8, norms, rotations, attentions, pages, samplers)
+_CASES = (gates, groupings, experts, fp8, norms, rotations, attentions, latent_attentions, latent_attentions_fp8, pages, samplers)
+CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in _CASES}
 
 if __name__ == "__main__":
     main()
