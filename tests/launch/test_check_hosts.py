@@ -16,7 +16,7 @@ from lockstep.launch.recipe_file import find_recipe
 from support.hosts import Host, make_hosts, needs_hosts
 from support.two_hosts import RayHosts, ray_hosts
 
-pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
 DEMO = find_recipe("demo").parent / "demo" / "model"
 LAUNCH = (str(Path(sys.executable).parent / "launch"),)
 SOON = "from lockstep.launch import check, cli; check.ROOM_SECONDS = 4.0; cli.main()"

@@ -10,7 +10,7 @@ from lockstep.launch.environment import prepare_ray
 from lockstep.launch.probe import Questions
 from lockstep.launch.recipe_file import find_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ray]
 DEMO = find_recipe("demo").parent / "demo" / "model"
 
 

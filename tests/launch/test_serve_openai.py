@@ -14,7 +14,6 @@ import pytest
 
 from support.launcher import Launcher
 
-pytestmark = pytest.mark.timeout(300)
 PROMPT = "The planner sends the next step to every rank"
 GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0.0, "extra_body": {"ignore_eos": True}}
 

@@ -15,7 +15,7 @@ from support.launcher import command_of
 from support.reader import Reader, client, refused
 from support.slurm_cluster import Job, SlurmCluster, needs_slurm, slurm_cluster
 
-pytestmark = [*needs_slurm, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [*needs_slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

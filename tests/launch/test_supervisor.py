@@ -43,7 +43,7 @@ def error_line(launcher: Launcher) -> str:
 def test_serves_until_told_to_stop_and_leaves_nothing(backend: str, number: signal.Signals, tmp_path: Path) -> None:
     with launch(tmp_path, backend) as launcher:
         url = launcher.url()
-        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health", timeout=5) as response:
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health", timeout=60) as response:
             assert response.status == 200
         launcher.signal(number)
         assert launcher.wait() == 0
@@ -82,7 +82,7 @@ def test_sigterm_to_everything_ends_in_time_and_leaves_nothing(tmp_path: Path) -
             with contextlib.suppress(psutil.NoSuchProcess):  # one of Ray's may have gone with the one before it
                 process.terminate()
         launcher.signal()
-        launcher.wait(30.0)
+        launcher.wait()
         launcher.assert_nothing_left()
 
 
@@ -90,11 +90,11 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, "cluster.drain_deadline=60", dummy="controller 0: undrained") as launcher:
         launcher.url()
         launcher.signal(signal.SIGINT)
-        until(lambda: "SIGINT: draining" in launcher.err, "the first to be heard; a second one at once would be the same", 30.0)
+        until(lambda: "SIGINT: draining" in launcher.err, "the first to be heard; a second one at once would be the same")
         time.sleep(0.5)
         assert launcher.process.poll() is None
         launcher.signal(signal.SIGINT)
-        assert launcher.wait(30.0) == 1
+        assert launcher.wait() == 1
         launcher.assert_nothing_left()
         assert "stopped at once" in error_line(launcher)
 
@@ -134,13 +134,13 @@ def test_sigterm_before_it_is_ready(moment: str, tmp_path: Path) -> None:
         ("rank 1: fail", ["rank 1 on ", "failed: model.safetensors: truncated: 3 bytes"]),
         ("rank 1: die", ["rank 1 on ", "was killed by SIGKILL"]),
         ("rank 1: silent", ["rank 1 on ", "exited with status 0"]),
-        ("rank 1: wait", ["not ready after 4 s: rank 1 (loading 50%)"]),
+        ("rank 1: wait", ["not ready after 10 s: rank 1 (loading 50%)"]),
         ("controller 0: die", ["controller 0 on ", "was killed by SIGKILL"]),
         ("frontend 0: 503", ["GET /health/generate", "HTTP 503: no"]),
     ],
 )
 def test_a_failure_in_start_up_is_one_message(dummy: str, words: list[str], tmp_path: Path) -> None:
-    deadline = 4 if dummy.endswith("wait") else 60  # long enough for the others to be ready
+    deadline = 10 if dummy.endswith("wait") else 60  # long enough for the others to be ready
     with launch(tmp_path, LOCAL, f"cluster.start_deadline={deadline}", dummy=dummy) as launcher:
         assert launcher.wait() == 1
         line = error_line(launcher)
@@ -184,7 +184,7 @@ def test_the_death_of_rays_head_is_one_message_at_once(tmp_path: Path) -> None:
         launcher.url()
         [head] = [process for process in launcher.seen if process.name() == "gcs_server"]
         head.kill()
-        until(lambda: "error: " in launcher.err, "the error", 10.0)
+        until(lambda: "error: " in launcher.err, "the error")
         assert re.fullmatch(r"Ray's head process, which listened at \S+, has died; its processes go with it", error_line(launcher))
         assert launcher.wait() == 1
         launcher.assert_nothing_left()
@@ -198,7 +198,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(backend: str, tmp_path: Path) -> 
         assert len(marked(mark)) >= 4
         launcher.process.kill()
         launcher.wait()
-        launcher.assert_nothing_left(seconds=8.0)
+        launcher.assert_nothing_left()
         assert marked(mark) == []
 
 
@@ -208,8 +208,7 @@ def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_pa
         launcher.url()
         before = len(launcher.err)
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
-        until(lambda: "rank 1: ready" in launcher.err[before:], "another rank 1", 30.0)
-        time.sleep(0.3)
+        until(lambda: "all ranks serve again" in launcher.err[before:], "another rank 1")
         launcher.signal()
         assert launcher.wait() == 0
         said = launcher.err[before:]
@@ -241,7 +240,7 @@ def test_sigterm_reaches_the_launcher_while_ray_has_taken_it(tmp_path: Path) -> 
         assert process.stdout is not None
         assert process.stdout.readline() == "opening\n"
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "error: SIGTERM before the cluster was ready" in said
 

@@ -21,7 +21,7 @@ from support.launch_dummies import HASTE
 from support.launcher import Launcher, command_of
 from support.two_hosts import RayHosts, ray_hosts
 
-pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
 
 DEMO = find_recipe("demo").parent / "demo" / "model"
 TOKENS = 240

@@ -14,7 +14,6 @@ import pytest
 from support.mixed_asks import Oracle
 from support.serving import EOS, MAX_LEN, VOCAB_SIZE, Ask, Body, Served
 
-pytestmark = pytest.mark.timeout(60)
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER: list[Body] = [{"role": "user", "content": "Hello"}]
 GOOD: Body = {"prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}

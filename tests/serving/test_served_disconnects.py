@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import time
 
 import httpx
-import pytest
 
 from support.mixed_asks import Known, Oracle, random_bodies, random_prompt
 from support.serving import Answer, Ask, Body, Served, send
 
-pytestmark = pytest.mark.timeout(120)
-NUM_CUT, NUM_KEPT, NUM_TOKENS = 200, 8, 300
-SECONDS = 5.0
+NUM_CUT, NUM_KEPT, NUM_TOKENS, NUM_ENDLESS = 200, 8, 300, 3000
 
 
 class Crowd:
@@ -25,7 +21,7 @@ class Crowd:
         self._served, self._endless, self._kept = served, endless, kept
         self.kept: list[Answer] = []
         self.chunks = 0
-        self.seconds_to_free = 0.0
+        self.tokens_to_free = 0.0  # that the server made from the cut until all was free
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -37,9 +33,11 @@ class Crowd:
                 for _ in cut:
                     await streaming.acquire()
             await asyncio.to_thread(self._served.wait_until, self._all_seen, "the state of the cluster shows them all")
+            generated = await asyncio.to_thread(self._generated)
             gate.set()
             await asyncio.gather(*cut)
-            await self._freed(http)
+            await asyncio.to_thread(self._served.wait_until, self._all_free, "only what the kept streams may hold is held")
+            self.tokens_to_free = await asyncio.to_thread(self._generated) - generated
             assert not any(task.done() for task in kept), "the others were to outlast the cut ones"
             self.kept = list(await asyncio.gather(*kept))
 
@@ -58,33 +56,28 @@ class Crowd:
     def _all_seen(self) -> bool:
         return bool(self._served.cluster()["num_running"] == len(self._endless) + len(self._kept))
 
-    async def _freed(self, http: httpx.AsyncClient) -> None:
-        """Polls until only what the kept streams may hold is held."""
-        began = time.monotonic()
+    def _all_free(self) -> bool:
         most_pages = sum((len(ask.body["prompt"]) + NUM_TOKENS) // 16 + 2 for ask in self._kept)
-        while True:
-            await asyncio.sleep(0.02)
-            cluster = await asyncio.to_thread(self._served.cluster)
-            load = (await http.get("/load")).json()["server_load"]
-            pages = sum(rank["pages_used"] for rank in cluster["ranks"])
-            self.seconds_to_free = time.monotonic() - began
-            if max(load, cluster["num_running"]) <= len(self._kept) and pages <= most_pages and not cluster["num_waiting"]:
-                return
-            held = f"{load} requests, {cluster['num_running']} running, {cluster['num_waiting']} waiting, {pages} pages"
-            assert self.seconds_to_free < SECONDS, f"{SECONDS} s after the cut: {held}"
+        cluster, load = self._served.cluster(), _load(self._served)
+        pages = sum(rank["pages_used"] for rank in cluster["ranks"])
+        return max(load, cluster["num_running"]) <= len(self._kept) and pages <= most_pages and not cluster["num_waiting"]
+
+    def _generated(self) -> float:
+        return self._served.metrics()["generation_tokens_total"]
 
 
 def test_two_hundred_streams_cut_in_the_middle(demo: Served, oracle: Oracle) -> None:
     dice = random.Random(21)
     known = oracle.know(demo, random_bodies(dice, NUM_KEPT, (5, 40)), NUM_TOKENS)
     endless: list[Body] = [
-        {"prompt": random_prompt(dice, 5, 60), "max_tokens": 3000, "ignore_eos": True, "stream": True, "temperature": 1.0}
+        {"prompt": random_prompt(dice, 5, 60), "max_tokens": NUM_ENDLESS, "ignore_eos": True, "stream": True, "temperature": 1.0}
         for _ in range(NUM_CUT)
     ]
     asks = [known[index % len(known)].ask(NUM_TOKENS, cache_salt=f"kept {index}", stream=index % 2 == 0) for index in range(NUM_KEPT)]
     crowd = Crowd(demo, endless, asks)
     asyncio.run(crowd.run())
     assert crowd.chunks > 2 * NUM_CUT
+    assert crowd.tokens_to_free < NUM_CUT * NUM_ENDLESS / 10, "long before they would have ended"
     for index, answer in enumerate(crowd.kept):
         assert len(answer.tokens) == NUM_TOKENS
         known[index % len(known)].assert_same(answer, "beside streams that were cut")
@@ -94,10 +87,22 @@ def test_two_hundred_streams_cut_in_the_middle(demo: Served, oracle: Oracle) -> 
 def test_clients_that_leave_while_they_wait_for_a_whole_answer(demo: Served) -> None:
     """Not streamed: the server sees nothing but the end of the connection, some of them before a row was free."""
     aborted = _aborted(demo)
-    with pytest.raises(TimeoutError):
-        demo.together([Ask({"prompt": [5, 9, 11 + index], "max_tokens": 3000, "ignore_eos": True}) for index in range(300)], seconds=1.5)
+    asks = [Ask({"prompt": [5, 9, 11 + index], "max_tokens": NUM_ENDLESS, "ignore_eos": True}) for index in range(300)]
+    asyncio.run(_ask_and_leave(demo, asks))
     demo.assert_clean()
-    assert _aborted(demo) >= aborted + 300
+    demo.wait_until(lambda: _aborted(demo) >= aborted + len(asks), "all are counted as aborted")
+
+
+async def _ask_and_leave(served: Served, asks: list[Ask]) -> None:
+    """Goes away when the server has all of them: it never hears of a request that was still on its way."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=served.base, timeout=60.0, limits=limits) as http:
+        waiting = [asyncio.create_task(send(http, ask)) for ask in asks]
+        await asyncio.to_thread(served.wait_until, lambda: _load(served) >= len(asks), "the server has all requests")
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 def test_clients_that_leave_before_their_request_is_complete(demo: Served) -> None:
@@ -105,7 +110,7 @@ def test_clients_that_leave_before_their_request_is_complete(demo: Served) -> No
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
     for sent in (head, head + b'{"prompt": "', head[:40], b""):
         for _ in range(25):
-            with socket.create_connection((host, int(port)), timeout=5.0) as raw:
+            with socket.create_connection((host, int(port)), timeout=60.0) as raw:
                 raw.sendall(sent)
     demo.assert_clean()
 
@@ -124,6 +129,10 @@ def test_random_cuts_leave_the_others_whole(demo: Served, oracle: Oracle) -> Non
         assert answer.cut or (answer.done and len(answer.tokens) == 40)
     assert sum(answer.cut for answer in answers) >= 40
     demo.assert_clean()
+
+
+def _load(served: Served) -> int:
+    return int(served.http.get("/load").json()["server_load"])
 
 
 def _aborted(served: Served) -> float:

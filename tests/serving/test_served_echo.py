@@ -15,7 +15,6 @@ import pytest
 from support.mixed_asks import Oracle, random_bodies, random_prompt
 from support.serving import Answer, Ask, Body, Served
 
-pytestmark = pytest.mark.timeout(120)
 SCORED: Body = {"echo": True, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
 
 
@@ -121,4 +120,4 @@ def test_a_killed_rank_neither_repeats_nor_loses_a_position(calling: Served) -> 
         for values, answer, prompt in zip(found, quiet, prompts, strict=False):
             assert values == pytest.approx(scores(answer, prompt), abs=1e-3)
     calling.wait_until(lambda: calling.cluster()["epoch"] > epoch, "the state of the cluster after the loss")
-    calling.assert_clean(10.0)
+    calling.assert_clean()

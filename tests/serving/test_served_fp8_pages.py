@@ -10,7 +10,6 @@ import pytest
 from support.mixed_asks import random_prompt
 from support.serving import PAGE_SIZE, Ask, Body, Served, serve
 
-pytestmark = pytest.mark.timeout(150)
 NUM_PROMPTS, NUM_NEW = 10, 12
 LOGIT_MARGIN = 0.02
 

@@ -11,7 +11,6 @@ import pytest
 from support.mixed_asks import Known, Oracle, random_prompt
 from support.serving import PAGE_SIZE, Ask, Body, Served, serve
 
-pytestmark = pytest.mark.timeout(120)
 NUM_PREFIX = 1000
 FULL = NUM_PREFIX - NUM_PREFIX % PAGE_SIZE
 GREEDY: Body = {"temperature": 0.0, "ignore_eos": True}

@@ -10,7 +10,6 @@ import pytest
 from support.mixed_asks import Oracle, random_bodies
 from support.serving import Ask, Served, serve
 
-pytestmark = pytest.mark.timeout(180)
 PAGE_BYTES = 20480
 PAGES_PER_RANK = 64
 NUM_OUTPUT = 96

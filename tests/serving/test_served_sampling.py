@@ -12,7 +12,6 @@ import pytest
 from support.mixed_asks import TOP_K, Oracle, random_bodies, random_prompt
 from support.serving import EOS, Answer, Ask, Body, Served
 
-pytestmark = pytest.mark.timeout(60)
 CHAT = "/v1/chat/completions"
 USER: list[Body] = [{"role": "user", "content": "Hello, how are you?"}]
 GREEDY: Body = {"temperature": 0.0, "ignore_eos": True, "return_token_ids": True}

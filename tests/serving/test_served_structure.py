@@ -15,7 +15,6 @@ import pytest
 from support.mixed_asks import random_prompt
 from support.serving import Answer, Ask, Body, Served
 
-pytestmark = pytest.mark.timeout(120)
 ZIP = {"type": "string", "pattern": "^[0-9]{5}$"}
 SCHEMA = {
     "type": "object",

@@ -31,7 +31,7 @@ def make(backend: str, folder: Path) -> Cluster:
     return RayCluster(folder, Needs(1, 2, gpus=False), address=None)
 
 
-def next_deaths(cluster: Cluster, count: int, seconds: float = 15.0) -> list[Death]:
+def next_deaths(cluster: Cluster, count: int, seconds: float = 60.0) -> list[Death]:
     found: list[Death] = []
     deadline = time.monotonic() + seconds
     while len(found) < count:
@@ -41,7 +41,7 @@ def next_deaths(cluster: Cluster, count: int, seconds: float = 15.0) -> list[Dea
     return found
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"

@@ -17,10 +17,10 @@ from lockstep.parallel.collectives import Collectives, connect_store
 
 Target = Callable[..., Any]
 
-DEADLINE = 90.0  # of a meeting and of a collective: one rank may compile kernels or wait for a core while the others are ready
+DEADLINE = 240.0  # of a meeting and of a collective: one rank may compile kernels or wait for a core while the others are ready
 
 
-def run_ranks(target: Target, world: int, *args: Any, timeout: float = 110.0) -> list[Any]:
+def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) -> list[Any]:
     """``target(collectives, *args)`` on ``world`` fresh processes; their results by rank.
 
     Fails with the child's traceback when one raises, and names the ranks that are silent when ``timeout`` passes.

@@ -58,7 +58,7 @@ class Launcher:
     def err(self) -> str:
         return self._err.read_text()
 
-    def url(self, seconds: float = 60.0) -> str:
+    def url(self, seconds: float = 480.0) -> str:
         """Waits for the ready line; returns the base URL."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(r"^ready: (\S+) serves", self.out, re.MULTILINE)):
@@ -83,14 +83,14 @@ class Launcher:
     def signal(self, number: int = signal.SIGTERM) -> None:
         (inner(self.process) if self._on_host else self.process).send_signal(number)
 
-    def wait(self, seconds: float = 30.0) -> int:
+    def wait(self, seconds: float = 90.0) -> int:
         """The exit status."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds:g} s\n{self.out}\n{self.err}") from None
 
-    def assert_nothing_left(self, seconds: float = 10.0) -> None:
+    def assert_nothing_left(self, seconds: float = 30.0) -> None:
         """No process of the run is alive, by what ``look`` has seen."""
         assert len(self.seen) >= 2, "look() saw no processes"
         deadline = time.monotonic() + seconds

@@ -134,7 +134,7 @@ class ScriptedController:
 
     def close(self) -> None:
         self._leave.set()
-        self._thread.join(10)
+        self._thread.join(60)
         self._socket.close()
         self._authenticator.stop()
         self._context.term()

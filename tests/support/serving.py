@@ -18,7 +18,6 @@ from .launcher import Launcher
 from .random_checkpoint import random_checkpoint
 
 ADMIN_KEY = "admin-key-of-the-tests"
-STATE_PERIOD = 0.5
 PAGE_SIZE = 16
 MAX_LEN = 4096
 VOCAB_SIZE = 1024
@@ -100,16 +99,21 @@ class Served:
         return values
 
     def cluster(self) -> Body:
-        """/admin/cluster: at most ``STATE_PERIOD`` old."""
+        """/admin/cluster: the controller's last state, of every half second."""
         answer = self.http.get("/admin/cluster", headers={"Authorization": f"Bearer {ADMIN_KEY}"})
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
     def counted(self, *names: str) -> list[float]:
         """Counters of /metrics, when the controller has spoken again."""
-        time.sleep(STATE_PERIOD + 0.2)
+        self.wait_for_state()
         metrics = self.metrics()
         return [metrics[f"{name}_total"] for name in names]
+
+    def wait_for_state(self) -> None:
+        """Until the server knows a state of the cluster that was made after this call: not the next one, which may be on its way."""
+        number = self.cluster()["number"]
+        self.wait_until(lambda: self.cluster()["number"] >= number + 2, "two more states of the cluster")
 
     def busy(self) -> str:
         """What still runs, waits or holds pages; empty when nothing does. Cached pages are no one's."""
@@ -124,17 +128,17 @@ class Served:
         }
         return ", ".join(f"{value} {name}" for name, value in facts.items() if value)
 
-    def assert_clean(self, seconds: float = 5.0) -> None:
+    def assert_clean(self, seconds: float = 30.0) -> None:
         """Within ``seconds`` nothing runs, waits or holds pages, and the server serves."""
-        began = time.monotonic()
-        time.sleep(STATE_PERIOD + 0.1)  # an older state would be of no use
+        self.wait_for_state()
+        deadline = time.monotonic() + seconds
         while busy := self.busy():
-            assert time.monotonic() - began < seconds, f"after {seconds:g} s: {busy}"
+            assert time.monotonic() < deadline, f"after {seconds:g} s: {busy}"
             time.sleep(0.05)
         assert self.http.get("/health").status_code == 200
         assert self.ask(prompt=[5, 6, 7], max_tokens=2, ignore_eos=True).usage["completion_tokens"] == 2
 
-    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"within {seconds:g} s not: {what}"
@@ -154,7 +158,7 @@ def serve(folder: Path, *overrides: str) -> Iterator[Served]:
             served.http.close()
         launcher.look()
         launcher.signal(signal.SIGTERM)
-        assert launcher.wait(60.0) == 0, launcher.err
+        assert launcher.wait(90.0) == 0, launcher.err
         launcher.assert_nothing_left()
 
 
