@@ -54,11 +54,11 @@ bench-frontend: setup
 # a card is asked for in one command.
 bench-kernels: setup
 	$(BIN)/python -m lockstep.kernels.bench $(BENCH_ARGS)
-	$(BIN)/python -m lockstep.kernels.bench_plot
+	$(BIN)/python -m lockstep.kernels.bench.plot
 
 # The floors of `launch plan` beside published figures.
 plan-anchors: setup
-	$(BIN)/python -m lockstep.launch.plan_anchors > benchmarks/plan_anchors.md
+	$(BIN)/python -m lockstep.launch.capacity.anchors > benchmarks/plan_anchors.md
 
 clean:
 	rm -rf $(VENV) .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -26,14 +26,24 @@ import msgspec
 import numpy as np
 import zmq
 
-from lockstep.engine.controller import Controller
+from lockstep.engine.controller.controller import Controller
 from lockstep.engine.kv.hashing import hash_root
-from lockstep.engine.recorder import Settings
-from lockstep.engine.simulated_group import SimulatedGroup
-from lockstep.engine.simulated_ranks import SimulatedRanks, SimulatedSpec
-from lockstep.engine.specs import ControllerSpec, Keys, Layout, SchedulerSpec
-from lockstep.engine.types import FrontendHello, Heartbeat, Sampling, Stage, Staged, Stop, Submit, ToFrontend, TokenBatch
-from lockstep.engine.wire import client_socket, encode, new_keypair
+from lockstep.engine.protocol.plan import (
+    FrontendHello,
+    Heartbeat,
+    Sampling,
+    Stage,
+    Staged,
+    Stop,
+    Submit,
+    ToFrontend,
+    TokenBatch,
+)
+from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
+from lockstep.engine.protocol.specs import ControllerSpec, Keys, Layout, SchedulerSpec
+from lockstep.engine.recording.recorder import Settings
+from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
+from lockstep.engine.simulation.simulated_group import SimulatedGroup
 
 PROMPT, OUTPUT, PAGE, MAX_LEN = 4096, 500, 64, 8192
 RUNNING_PER_RANK = 128

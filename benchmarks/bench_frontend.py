@@ -44,10 +44,10 @@ import msgspec  # noqa: E402
 import uvicorn  # noqa: E402
 import uvloop  # noqa: E402
 
-from lockstep.engine.frontend import server  # noqa: E402
-from lockstep.engine.specs import FrontendSpec  # noqa: E402
-from lockstep.engine.types import Submit  # noqa: E402
-from lockstep.launch.acceptor import Acceptor  # noqa: E402
+from lockstep.engine.frontend import process as server  # noqa: E402
+from lockstep.engine.protocol.plan import Submit  # noqa: E402
+from lockstep.engine.protocol.specs import FrontendSpec  # noqa: E402
+from lockstep.launch.run.acceptor import Acceptor  # noqa: E402
 from support.running_frontend import MODEL, wait_until  # noqa: E402
 from support.scripted_controller import STATE, ScriptedController  # noqa: E402
 from support.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer, write_model  # noqa: E402

@@ -20,7 +20,7 @@ export PYTHONPATH=$home:$PWD/tests TRITON_CACHE_DIR=$home/triton PYTHONUNBUFFERE
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
 "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.version.cuda)'
 
-timeout -k 5 170 "$python" -m lockstep.kernels.tune --seconds 130 --commit "$commit"
+timeout -k 5 170 "$python" -m lockstep.kernels.bench.tune --seconds 130 --commit "$commit"
 find kernels/tuned -name '*.json' -newer "$home/begun" -exec cp -v {} "$out/" \;
 
 # A kernel that breaks its process takes the rows after it along; the next attempt goes on behind it.
@@ -30,10 +30,10 @@ for attempt in 1 2 3; do
     timeout -k 5 $((seconds + 20)) "$python" -m lockstep.kernels.bench --out "$out" --resume --seconds "$seconds" --commit "$commit" && break
     echo "attempt $attempt ended early"
 done
-timeout -k 5 40 "$python" -m lockstep.kernels.bench_plot "$out/kernels_gpu.csv"
+timeout -k 5 40 "$python" -m lockstep.kernels.bench.plot "$out/kernels_gpu.csv"
 
 seconds=$(left 0)
 if [ "$seconds" -gt 20 ]; then
-    timeout -k 5 "$seconds" "$python" -m pytest -q -n 12 -p no:cacheprovider tests/kernels/test_triton_*.py | tail -n 40
+    timeout -k 5 "$seconds" "$python" -m pytest -q -n 12 -p no:cacheprovider tests/kernels/triton | tail -n 40
 fi
 rm -rf "$home"

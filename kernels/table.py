@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import attention, experts, fp8, gate, grouping, mla, norm, paged, rope, sampling, sublayers
-from .fp8 import Quantised
-from .gate import GateCounts, Routing
-from .grouping import Grouping
-from .paged import PagedBatch
-from .rope import Angles, HeadNorms
-from .sampling import LogitEdits, SamplingParams
-from .sublayers import GateWeights, GroupedHeads, Here, Residual, RowNorm, Step
-from .triton_tiles import Tiles
+from .reference import attention, experts, fp8, gate, grouping, mla, norm, paged, rope, sampling, sublayers
+from .reference.fp8 import Quantised
+from .reference.gate import GateCounts, Routing
+from .reference.grouping import Grouping
+from .reference.paged import PagedBatch
+from .reference.rope import Angles, HeadNorms
+from .reference.sampling import LogitEdits, SamplingParams
+from .reference.sublayers import GateWeights, GroupedHeads, Here, Residual, RowNorm, Step
+from .triton.tiles import Tiles
 
 Column = Literal["reference", "cpu", "triton"]
 
@@ -217,8 +217,8 @@ def ops_of(column: Column) -> Ops:
     if column not in get_args(Column):
         raise ValueError(f"kernels: {column!r} is no column; allowed: {', '.join(get_args(Column))}")
     if column == "triton":
-        from .triton_target import card_name
-        from .triton_tiles import tiles_of
+        from .triton.target import card_name
+        from .triton.tiles import tiles_of
 
         ops = triton_ops(tiles_of(card_name()))
     else:
@@ -274,19 +274,19 @@ def _reference() -> Ops:
 
 
 def _cpu() -> Ops:
-    from . import (
-        cpu_arrays,
-        cpu_attention,
-        cpu_experts,
-        cpu_gate,
-        cpu_isa,
-        cpu_linear,
-        cpu_mla,
-        cpu_norm,
-        cpu_rope,
-        cpu_sampling,
-        cpu_sublayers,
+    from . import cpu_isa
+    from .cpu import (
+        attention as cpu_attention,
+        experts as cpu_experts,
+        gate as cpu_gate,
+        linear as cpu_linear,
+        mla as cpu_mla,
+        norm as cpu_norm,
+        rope as cpu_rope,
+        sampling as cpu_sampling,
+        sublayers as cpu_sublayers,
     )
+    from .cpu.codegen import arrays as cpu_arrays
 
     cpu_isa.check()
     cpu_arrays.use_threads_of_torch()
@@ -315,18 +315,18 @@ def _cpu() -> Ops:
 
 def triton_ops(tiles: Tiles) -> Ops:
     """The column triton with these tile sizes."""
-    from . import (
-        triton_attention,
-        triton_experts,
-        triton_experts_fp8,
-        triton_fp8,
-        triton_gate,
-        triton_grouping,
-        triton_mla,
-        triton_norm,
-        triton_pages,
-        triton_rope,
-        triton_sampling,
+    from .triton import (
+        attention as triton_attention,
+        experts as triton_experts,
+        experts_fp8 as triton_experts_fp8,
+        fp8 as triton_fp8,
+        gate as triton_gate,
+        grouping as triton_grouping,
+        mla as triton_mla,
+        norm as triton_norm,
+        pages as triton_pages,
+        rope as triton_rope,
+        sampling as triton_sampling,
     )
 
     return Ops(

@@ -13,7 +13,7 @@ def main() -> None:
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _replace_closed_streams()
-    from .commands import run
+    from .commands.main import run
 
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fp8 import Quantised
-from ..kernels.fp8_format import BLOCK
-from ..kernels.sublayers import GateWeights, Here, Residual, RowNorm, route_through
+from ..kernels.formats.fp8_format import BLOCK
+from ..kernels.reference.fp8 import Quantised
+from ..kernels.reference.sublayers import GateWeights, Here, Residual, RowNorm, route_through
 from ..kernels.table import Ops, SlotWeights
 from .config import MoEConfig
-from .dispatch import Received
+from .dispatch.dispatcher import Received
 
 
 class Experts(nn.Module):

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.sublayers import GateWeights, Here, Residual, RowNorm, choose_experts
+from ..kernels.reference.sublayers import GateWeights, Here, Residual, RowNorm, choose_experts
 from ..kernels.table import Ops
 from .config import MoEConfig
-from .dispatch import Dispatcher
-from .dispatch_local import LocalDispatcher
+from .dispatch.dispatcher import Dispatcher
+from .dispatch.local import LocalDispatcher
 from .experts import Experts, Fp8Experts
 
 

@@ -26,28 +26,28 @@ MAY_IMPORT = {
     "recipes": {"recipes", "kernels"},  # the demo model is trained with the gate that serves it
 }
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-WITH_TORCH = ("engine.rank", "engine.executor", "engine.kv_pool", "engine.weights")
+WITH_TORCH = ("engine.rank.process", "engine.rank.executor", "engine.rank.page_pool", "engine.models.weights")
 TORCH_FREE = (
-    "engine.types",
-    "engine.wire",
-    "engine.slots",
-    "engine.lobby",
-    "engine.planner",
-    "engine.controller",
-    "engine.grammars",
-    "engine.simulated",
-    "engine.simulation",
-    "engine.checkpoint",
+    "engine.protocol.plan",
+    "engine.protocol.sockets",
+    "engine.protocol.slot_table",
+    "engine.protocol.lobby",
+    "engine.planner.planner",
+    "engine.controller.controller",
+    "engine.rank.grammars",
+    "engine.simulation.simulated_rank",
+    "engine.simulation.simulation",
+    "engine.models.checkpoint",
     "engine.models.config",
     "engine.kv.hashing",
     "engine.kv.manager",
-    "engine.frontend.server",
-    "moe.placement",
+    "engine.frontend.process",
+    "moe.balance.placement",
     "kernels.cpu_isa",
     "launch.cli",
-    "launch.commands",
-    "launch.recipe",
-    "launch.process",
+    "launch.commands.main",
+    "launch.recipe.recipe",
+    "launch.cluster.entry",
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 80, 7
 RANK_WORDS = re.compile(

@@ -12,19 +12,29 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from ..specs import FrontendSpec
-from ..types import ClusterState, Drain, PromptLogprobs, Rejected, Sampling, Started, Stop, Submit, TokenBatch
-from .client import ControllerLink, FromController
-from .echo import Echo
-from .errors import ApiError, bad_request
-from .generation import Generation
-from .metrics import Metrics
-from .prepare import Limits, Prompt, load_model, prepare, prepare_chat, prepare_texts
-from .replies import Outline, Receive, Reply
-from .requests import OpenRequests
-from .sampling import build_sampling, with_seed
-from .schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, Generate
-from .stops import StopMatcher
+from ..protocol.plan import (
+    ClusterState,
+    Drain,
+    PromptLogprobs,
+    Rejected,
+    Sampling,
+    Started,
+    Stop,
+    Submit,
+    TokenBatch,
+)
+from ..protocol.specs import FrontendSpec
+from .api.errors import ApiError, bad_request
+from .api.schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, Generate
+from .controller_link import ControllerLink, FromController
+from .metrics.metrics import Metrics
+from .open_requests import OpenRequests
+from .reply import Outline, Receive, Reply
+from .requests.echo import Echo
+from .requests.generation import Generation
+from .requests.prepare import Limits, Prompt, load_model, prepare, prepare_chat, prepare_texts
+from .requests.sampling import build_sampling, with_seed
+from .requests.stops import StopMatcher
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.splitmix import mix64
-from ..slots import ragged
+from ..protocol.slot_table import ragged
 
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..slots import ragged
-from ..types import HASH_BYTES
+from ..protocol.plan import HASH_BYTES
+from ..protocol.slot_table import ragged
 from .block_index import BlockIndex, Int64, UInt64, as_keys
 
 PENDING = np.iinfo(np.int64).max

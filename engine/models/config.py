@@ -12,8 +12,8 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from ...kernels.fp8_format import KERNEL_BLOCK
-from ...kernels.kv_format import KvFormat, entry_bytes, head_entry, latent_entry
+from ...kernels.formats.fp8_format import KERNEL_BLOCK
+from ...kernels.formats.kv_format import KvFormat, entry_bytes, head_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.paged import PagedBatch
-from ...kernels.rope import Angles, angles, frequencies, yarn_frequencies
-from ...kernels.sublayers import Residual, RowNorm, add_norm
+from ...kernels.reference.paged import PagedBatch
+from ...kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
+from ...kernels.reference.sublayers import Residual, RowNorm, add_norm
 from ...kernels.table import Ops
-from ...moe.dispatch import Dispatcher
+from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import Experts, Fp8Experts
 from ...moe.layer import MoELayer, SharedExperts
 from .config import ModelConfig, RopeConfig

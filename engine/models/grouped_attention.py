@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...kernels.paged import PagedBatch
-from ...kernels.rope import Angles, HeadNorms
-from ...kernels.sublayers import GroupedHeads, Residual, RowNorm, Step
+from ...kernels.reference.paged import PagedBatch
+from ...kernels.reference.rope import Angles, HeadNorms
+from ...kernels.reference.sublayers import GroupedHeads, Residual, RowNorm, Step
 from .config import GqaConfig, ModelConfig
 from .decoder import LayerCache, Linear, MergedLinear, Norm, Placing
 

@@ -9,9 +9,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ...kernels.paged import PagedBatch
-from ...kernels.rope import Angles
-from ...kernels.sublayers import Residual, RowNorm, add_norm
+from ...kernels.reference.paged import PagedBatch
+from ...kernels.reference.rope import Angles
+from ...kernels.reference.sublayers import Residual, RowNorm, add_norm
 from .config import MlaConfig, ModelConfig
 from .decoder import LayerCache, Linear, Matrix, MergedLinear, Norm, Placing
 

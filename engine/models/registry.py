@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.table import Column, column_for, ops_of
-from ...moe.dispatch import Dispatcher
+from ...moe.dispatch.dispatcher import Dispatcher
 from .config import MlaConfig, ModelConfig
 from .decoder import Model, Placing
 from .grouped_attention import GroupedAttention

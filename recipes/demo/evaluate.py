@@ -16,8 +16,8 @@ from typing import Any
 
 import openai
 
-from .batches import held_out_cases
 from .cases.case import Case, dumps
+from .training.batches import held_out_cases
 
 GOAL = 95.0  # per cent of every family
 MAX_TOKENS = 200

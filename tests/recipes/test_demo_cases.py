@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lockstep.launch.recipe_file import find_recipe
+from lockstep.launch.recipe.file import find_recipe
 from lockstep.recipes.demo.cases.arithmetic import steps
 from lockstep.recipes.demo.cases.case import Case, Check
 from lockstep.recipes.demo.cases.frames import frame

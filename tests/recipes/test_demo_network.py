@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lockstep.engine.checkpoint import read_checkpoint
+from lockstep.engine.models.checkpoint import read_checkpoint
 from lockstep.engine.models.config import load_config
-from lockstep.launch.recipe_file import find_recipe
-from lockstep.recipes.demo import routing
-from lockstep.recipes.demo.batches import Packer
-from lockstep.recipes.demo.compiled import Compiled, build, supported
-from lockstep.recipes.demo.export import checkpoint_tensors, export, read_network
-from lockstep.recipes.demo.network import Network, Packed
-from lockstep.recipes.demo.operations import Operations, rotate
-from lockstep.recipes.demo.optimiser import Optimiser, orthogonal
-from lockstep.recipes.demo.shape import CONFIG
+from lockstep.launch.recipe.file import find_recipe
+from lockstep.recipes.demo.training import routing
+from lockstep.recipes.demo.training.batches import Packer
+from lockstep.recipes.demo.training.compiled import Compiled, build, supported
+from lockstep.recipes.demo.training.export import checkpoint_tensors, export, read_network
+from lockstep.recipes.demo.training.network import Network, Packed
+from lockstep.recipes.demo.training.operations import Operations, rotate
+from lockstep.recipes.demo.training.optimiser import Optimiser, orthogonal
+from lockstep.recipes.demo.training.shape import CONFIG
 from support.local_model import load_local
 
 MODEL = find_recipe("demo").parent / "demo" / "model"

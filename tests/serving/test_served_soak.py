@@ -46,7 +46,7 @@ def test_soak_and_replay(oracle: Oracle, tmp_path: Path) -> None:
                 judge(each, ask, answer)
         served.assert_clean()
     replayed = subprocess.run(
-        [sys.executable, "-m", "lockstep.engine.replay", str(recording)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "lockstep.engine.recording.replay", str(recording)], capture_output=True, text=True, timeout=60, check=False
     )
     assert replayed.returncode == 0, replayed.stderr
     assert "all as recorded" in replayed.stdout

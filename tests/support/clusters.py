@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lockstep.launch.cluster import Cluster, Death, Task
-from lockstep.launch.local_cluster import LocalCluster
+from lockstep.launch.cluster.cluster import Cluster, Death, Task
+from lockstep.launch.cluster.local import LocalCluster
 
 TESTS = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ def make(backend: str, folder: Path) -> Cluster:
     from lockstep.launch.environment import prepare_ray
 
     prepare_ray()
-    from lockstep.launch.ray_cluster import Needs, RayCluster
+    from lockstep.launch.cluster.ray_cluster import Needs, RayCluster
 
     return RayCluster(folder, Needs(1, 2, gpus=False), address=None)
 

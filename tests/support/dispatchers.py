@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from lockstep.moe.dispatch import Dispatcher
-from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
-from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
-from lockstep.moe.dispatch_local import LocalDispatcher
-from lockstep.moe.placement import Placement
+from lockstep.moe.balance.placement import Placement
+from lockstep.moe.dispatch.all_gather import AllGatherDispatcher
+from lockstep.moe.dispatch.all_to_all import AllToAllDispatcher
+from lockstep.moe.dispatch.dispatcher import Dispatcher
+from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.parallel.collectives import Collectives
 
 CPU = torch.device("cpu")

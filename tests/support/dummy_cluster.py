@@ -23,12 +23,12 @@ from typing import Any
 import msgspec
 import zmq
 
-from lockstep.engine.frontend.intake import ENDED, OPEN, TAKEN
-from lockstep.engine.lobby import Lobby
-from lockstep.engine.specs import ControllerSpec, FrontendSpec, RankSpec
-from lockstep.engine.types import ClusterState, Drain, FromFrontend, FrontendHello, Stop
-from lockstep.engine.wire import authenticate, client_socket, encode, server_socket
-from lockstep.launch import process
+from lockstep.engine.frontend.connections import ENDED, OPEN, TAKEN
+from lockstep.engine.protocol.lobby import Lobby
+from lockstep.engine.protocol.plan import ClusterState, Drain, FromFrontend, FrontendHello, Stop
+from lockstep.engine.protocol.sockets import authenticate, client_socket, encode, server_socket
+from lockstep.engine.protocol.specs import ControllerSpec, FrontendSpec, RankSpec
+from lockstep.launch.cluster import entry as process
 
 
 def ordered(role: str, index: int) -> str:

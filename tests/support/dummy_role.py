@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from lockstep.launch.process import leave_with_parent
+from lockstep.launch.cluster.entry import leave_with_parent
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lockstep.kernels.cpu_experts import experts, weighted_sum
-from lockstep.kernels.sublayers import Here
-from lockstep.moe.dispatch_all_gather import AllGatherDispatcher
-from lockstep.moe.dispatch_all_to_all import AllToAllDispatcher
-from lockstep.moe.dispatch_local import LocalDispatcher
-from lockstep.moe.placement import contiguous
+from lockstep.kernels.cpu.experts import experts, weighted_sum
+from lockstep.kernels.reference.sublayers import Here
+from lockstep.moe.balance.placement import contiguous
+from lockstep.moe.dispatch.all_gather import AllGatherDispatcher
+from lockstep.moe.dispatch.all_to_all import AllToAllDispatcher
+from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.parallel.collectives import Collectives
 
 Kind = Literal["local", "all_gather", "all_to_all"]

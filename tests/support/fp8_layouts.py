@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lockstep.kernels.sublayers import GateWeights, add_norm
+from lockstep.kernels.reference.sublayers import GateWeights, add_norm
 from lockstep.kernels.table import Ops
 from lockstep.moe.layer import MoELayer
 from lockstep.parallel.collectives import Collectives

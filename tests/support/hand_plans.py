@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lockstep.engine.executor import Executor, Parts
-from lockstep.engine.kv_pool import KVPool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import build_model
-from lockstep.engine.types import Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
-from lockstep.engine.warm_up import Pages, warm_up
-from lockstep.engine.weights import load_weights
-from lockstep.kernels.kv_format import KvFormat
+from lockstep.engine.models.weights import load_weights
+from lockstep.engine.protocol.plan import Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
+from lockstep.engine.rank.executor import Executor, Parts
+from lockstep.engine.rank.page_pool import KVPool
+from lockstep.engine.rank.warm_up import Pages, warm_up
+from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.table import Column
-from lockstep.moe.placement import contiguous
+from lockstep.moe.balance.placement import contiguous
 from lockstep.parallel.collectives import Collectives
 from support.dispatchers import dispatcher_of
 

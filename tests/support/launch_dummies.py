@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.launch import cli, supervisor
-from lockstep.launch.cluster import Cluster, Task
-from lockstep.launch.rendezvous import Rendezvous
-from lockstep.launch.replacements import Replacements
+from lockstep.launch import cli
+from lockstep.launch.cluster.cluster import Cluster, Task
+from lockstep.launch.run import supervisor
+from lockstep.launch.run.rendezvous import Rendezvous
+from lockstep.launch.run.replacements import Replacements
 
 TESTS = str(Path(__file__).parent.parent)
 HASTE = 20  # a cluster that does not come back is given up after so much less than cluster.start_deadline

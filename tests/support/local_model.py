@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.engine.kv_pool import KVPool
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import LayerCache, Model
 from lockstep.engine.models.registry import build_model
-from lockstep.engine.weights import load_weights
-from lockstep.kernels.kv_format import KvFormat
-from lockstep.kernels.paged import build_batch
+from lockstep.engine.models.weights import load_weights
+from lockstep.engine.rank.page_pool import KVPool
+from lockstep.kernels.formats.kv_format import KvFormat
+from lockstep.kernels.reference.paged import build_batch
 from lockstep.kernels.table import Column
-from lockstep.moe.placement import contiguous
+from lockstep.moe.balance.placement import contiguous
 from support.dispatchers import dispatcher_of
 
 MOST_TOKENS = 600

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.kernels.sampling import Purpose, uniform
+from lockstep.kernels.reference.sampling import Purpose, uniform
 
 from .greedy_prompts import Reference
 from .random_checkpoint import random_checkpoint

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from lockstep.engine.specs import Keys, Layout, RankSpec
-from lockstep.engine.types import FromRankBulk, FromRankStep, StepPlan
-from lockstep.engine.wire import authenticate, encode, new_keypair, server_socket
+from lockstep.engine.protocol.plan import FromRankBulk, FromRankStep, StepPlan
+from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
+from lockstep.engine.protocol.specs import Keys, Layout, RankSpec
 
 
 class MockController:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.kernels.paged import PagedBatch, build_batch
+from lockstep.kernels.reference.paged import PagedBatch, build_batch
 
 PAGE_SIZE = 8
 

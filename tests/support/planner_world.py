@@ -7,11 +7,8 @@ from collections import deque
 import numpy as np
 
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
-from lockstep.engine.planner import Planner
-from lockstep.engine.simulated import SimulatedRank
-from lockstep.engine.slots import Int32, Int64, Rows
-from lockstep.engine.specs import Layout, SchedulerSpec
-from lockstep.engine.types import (
+from lockstep.engine.planner.planner import Planner
+from lockstep.engine.protocol.plan import (
     Abort,
     Finish,
     PromptLogprobs,
@@ -25,7 +22,10 @@ from lockstep.engine.types import (
     Submit,
     TokenBatch,
 )
-from lockstep.engine.wire import encode
+from lockstep.engine.protocol.slot_table import Int32, Int64, Rows
+from lockstep.engine.protocol.sockets import encode
+from lockstep.engine.protocol.specs import Layout, SchedulerSpec
+from lockstep.engine.simulation.simulated_rank import SimulatedRank
 
 ROOT = hash_root("model", "bf16")
 STOP = np.array([0], np.int32).tobytes()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
-from lockstep.engine.specs import RankSpec
+from lockstep.engine.protocol.specs import RankSpec
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def start_rank(spec: RankSpec) -> Iterator[BaseProcess]:
 
 
 def _main(spec: RankSpec) -> None:
-    from lockstep.engine.rank import main
+    from lockstep.engine.rank.process import main
 
     main(spec)
     assert "transformers" not in sys.modules, "a rank has imported transformers"

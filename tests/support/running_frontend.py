@@ -10,9 +10,9 @@ from types import TracebackType
 
 import httpx
 
-from lockstep.engine.frontend.server import main
-from lockstep.engine.specs import FrontendSpec
-from lockstep.launch.acceptor import Acceptor
+from lockstep.engine.frontend.process import main
+from lockstep.engine.protocol.specs import FrontendSpec
+from lockstep.launch.run.acceptor import Acceptor
 
 from .scripted_controller import Script, ScriptedController
 from .tiny_tokenizer import VOCAB_SIZE

@@ -17,8 +17,7 @@ from queue import Empty, SimpleQueue
 import msgspec
 import zmq
 
-from lockstep.engine.specs import Keys
-from lockstep.engine.types import (
+from lockstep.engine.protocol.plan import (
     Abort,
     ClusterState,
     Drain,
@@ -33,7 +32,8 @@ from lockstep.engine.types import (
     Submit,
     TokenBatch,
 )
-from lockstep.engine.wire import authenticate, encode, new_keypair, server_socket
+from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
+from lockstep.engine.protocol.specs import Keys
 
 FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain
 Item = list[int] | Finish | Rejected | None

@@ -24,28 +24,28 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lockstep.kernels import (
-    triton_attention,
-    triton_experts,
-    triton_experts_fp8,
-    triton_fp8,
-    triton_gate,
-    triton_grouping,
-    triton_mla,
-    triton_norm,
-    triton_pages,
-    triton_rope,
-    triton_sampling,
+from lockstep.kernels.bench.compile import AbsentCard
+from lockstep.kernels.formats.kv_format import head_entry, latent_entry
+from lockstep.kernels.reference.fp8 import Quantised
+from lockstep.kernels.reference.gate import GateCounts, Routing
+from lockstep.kernels.reference.paged import PagedBatch
+from lockstep.kernels.reference.rope import Angles
+from lockstep.kernels.reference.sampling import Purpose, SamplingParams
+from lockstep.kernels.triton import (
+    attention as triton_attention,
+    experts as triton_experts,
+    experts_fp8 as triton_experts_fp8,
+    fp8 as triton_fp8,
+    gate as triton_gate,
+    grouping as triton_grouping,
+    mla as triton_mla,
+    norm as triton_norm,
+    pages as triton_pages,
+    rope as triton_rope,
+    sampling as triton_sampling,
 )
-from lockstep.kernels.bench_compile import AbsentCard
-from lockstep.kernels.fp8 import Quantised
-from lockstep.kernels.gate import GateCounts, Routing
-from lockstep.kernels.kv_format import head_entry, latent_entry
-from lockstep.kernels.paged import PagedBatch
-from lockstep.kernels.rope import Angles
-from lockstep.kernels.sampling import Purpose, SamplingParams
-from lockstep.kernels.triton_sampling import SlotSampling
-from lockstep.kernels.triton_tiles import DEFAULT, Tiles
+from lockstep.kernels.triton.sampling import SlotSampling
+from lockstep.kernels.triton.tiles import DEFAULT, Tiles
 
 BF16 = torch.bfloat16
 HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")

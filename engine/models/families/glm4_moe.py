@@ -6,7 +6,14 @@ Layers past the last predict further tokens in training (``num_nextn_predict_lay
 from __future__ import annotations
 
 from ..config import Blocks, Family
-from ..config_blocks import layers_after_dense, layers_beyond, read_corrected_moe, read_gqa, read_rope, rotated_part
+from ..config_blocks import (
+    layers_after_dense,
+    layers_beyond,
+    read_corrected_moe,
+    read_gqa,
+    read_rope,
+    rotated_part,
+)
 from ..config_fields import Fields
 
 

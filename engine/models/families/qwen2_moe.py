@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from ....moe.config import MoEConfig
 from ..config import Blocks, CheckpointNames, Family
-from ..config_blocks import check_choice, expect_full_attention, first_present, read_gqa, read_rope, sparse_layers
+from ..config_blocks import (
+    check_choice,
+    expect_full_attention,
+    first_present,
+    read_gqa,
+    read_rope,
+    sparse_layers,
+)
 from ..config_fields import Fields
 
 _NAMES = CheckpointNames(

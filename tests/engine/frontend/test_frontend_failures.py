@@ -19,8 +19,8 @@ import httpx
 import msgspec
 import pytest
 
-from lockstep.engine.frontend import client
-from lockstep.engine.types import Finish, RankState, Rejected, Submit
+from lockstep.engine.frontend import controller_link as client
+from lockstep.engine.protocol.plan import Finish, RankState, Rejected, Submit
 from support.running_frontend import RunningFrontend, wait_until
 from support.scripted_controller import Item, say
 from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
@@ -276,8 +276,8 @@ def test_a_silent_controller_is_lost_and_found_again(model: Path, monkeypatch: p
 
 CHILD = """
 import sys, msgspec
-from lockstep.engine.frontend.server import main
-from lockstep.engine.specs import FrontendSpec
+from lockstep.engine.frontend.process import main
+from lockstep.engine.protocol.specs import FrontendSpec
 main(msgspec.json.decode(sys.argv[1], type=FrontendSpec))
 assert "torch" not in sys.modules, "the frontend imported torch"
 """

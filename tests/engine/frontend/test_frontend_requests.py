@@ -5,16 +5,15 @@ from __future__ import annotations
 from array import array
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from lockstep.engine.frontend.detokenizer import ByteDetokenizer, BytePieces
-from lockstep.engine.frontend.errors import ApiError
-from lockstep.engine.frontend.generation import Generation
-from lockstep.engine.frontend.metrics import Metrics
-from lockstep.engine.frontend.requests import OpenRequests
-from lockstep.engine.frontend.stops import StopMatcher
-from lockstep.engine.types import Abort, Finish, Rejected, Sampling, Submit
+from lockstep.engine.frontend.api.errors import ApiError
+from lockstep.engine.frontend.metrics.metrics import Metrics
+from lockstep.engine.frontend.open_requests import OpenRequests
+from lockstep.engine.frontend.requests.generation import Generation
+from lockstep.engine.frontend.requests.stops import StopMatcher
+from lockstep.engine.protocol.plan import Abort, Finish, Rejected, Sampling, Submit
+from lockstep.engine.text.detokenizer import ByteDetokenizer, BytePieces
 from support.scripted_controller import batch, started
 
 STOP_ID = 7

@@ -14,8 +14,8 @@ import httpx
 import msgspec
 import pytest
 
-from lockstep.engine.frontend.intake import Intake
-from lockstep.engine.specs import AcceptorSpec
+from lockstep.engine.frontend.connections import Intake
+from lockstep.engine.protocol.specs import AcceptorSpec
 from support.running_frontend import RunningFrontend, wait_until
 from support.scripted_controller import Item, say
 from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
@@ -93,8 +93,8 @@ def test_scrapes_in_turn_never_count_backwards(pair: RunningFrontend, clients: l
 
 CHILD = """
 import sys, msgspec
-from lockstep.engine.frontend.server import main
-from lockstep.engine.specs import FrontendSpec
+from lockstep.engine.frontend.process import main
+from lockstep.engine.protocol.specs import FrontendSpec
 main(msgspec.json.decode(sys.argv[1], type=FrontendSpec))
 """
 

@@ -1,0 +1,91 @@
+"""What the steps of a group add up to, for the metrics: kept as arrays on the step thread, packed when a state is sent.
+
+Suffixes: D data indices, W ranks, L MoE layers, P phases of such a layer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...moe.phases import PHASES
+from ..protocol.plan import Header, StepResult, Totals
+from ..protocol.slot_table import Int64
+from ..protocol.specs import Layout
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+PLAN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.008, 0.016, 0.05, 0.1, 0.5)
+
+
+class StepTotals:
+    """``opened`` is called when the ranks have said how many layers they have and how large an expert is."""
+
+    def __init__(self, layout: Layout) -> None:
+        world = layout.world
+        self._layout = layout
+        self._plan_counts, self._step_counts = [0] * (len(PLAN_SECONDS) + 1), [0] * (len(STEP_TOKENS) + 1)
+        self._plan_seconds = 0.0
+        self._tokens_D, self._last_D = np.zeros(layout.data, np.int64), np.zeros(layout.data, np.int64)
+        self._rows = self._dispatch_rows = self._overlapped = self._moved = 0
+        self._overlap = False
+        self._busy_W, self._waited_W = np.zeros(world), np.zeros(world)
+        self._phases_WP = np.zeros((world, len(PHASES)))
+        self._load_LW, self._last_load_LW = np.zeros((0, world), np.int64), np.zeros((0, world), np.int64)
+        self._expert_bytes = 0
+
+    def opened(self, num_layers: int, expert_bytes: int) -> None:
+        self._load_LW = np.zeros((num_layers, self._layout.world), np.int64)
+        self._last_load_LW = self._load_LW.copy()
+        self._expert_bytes = expert_bytes
+
+    def planned(self, seconds: float, header: Header, tokens_D: Int64, rows: int) -> None:
+        """A plan left after ``seconds``; its sections compute tokens_D tokens in ``rows`` rows, padding included."""
+        self._plan_counts[bisect_left(PLAN_SECONDS, seconds)] += 1
+        self._plan_seconds += seconds
+        self._tokens_D += tokens_D
+        self._last_D = tokens_D
+        self._step_counts[bisect_left(STEP_TOKENS, int(tokens_D.sum()))] += 1
+        self._rows += rows
+        self._dispatch_rows += header.capacity * len(tokens_D)
+        self._overlap = header.microbatches > 1
+        self._overlapped += self._overlap
+        self._moved += len(header.moves) * self._expert_bytes
+
+    def observed(self, results: Sequence[StepResult]) -> None:
+        """Results of several ranks; a rank may be among them more than once."""
+        ranks = [result.rank for result in results]
+        waited = np.array([result.waited for result in results])
+        np.add.at(self._waited_W, ranks, waited)
+        np.add.at(self._busy_W, ranks, np.array([result.seconds for result in results]) - waited)
+
+    def reported(self, result: StepResult) -> None:
+        """What a result carries when a rank was asked for its counts; dear, so not on the way to a plan."""
+        if result.phases_f32:
+            self._phases_WP[result.rank] += np.frombuffer(result.phases_f32, np.float32)
+        if result.expert_i64 and len(self._load_LW):
+            counts_L = np.frombuffer(result.expert_i64, np.int64).reshape(len(self._load_LW), -1).sum(axis=1)
+            self._last_load_LW[:, result.rank] = counts_L
+            self._load_LW[:, result.rank] += counts_L
+
+    def pack(self) -> Totals:
+        most_L = self._last_load_LW.max(axis=1, initial=0)
+        balanced_L = np.where(most_L > 0, self._last_load_LW.mean(axis=1) / np.maximum(most_L, 1), 1.0)
+        return Totals(
+            plan_i64=np.array(self._plan_counts, np.int64).tobytes(),
+            plan_seconds=self._plan_seconds,
+            step_i64=np.array(self._step_counts, np.int64).tobytes(),
+            tokens_i64=self._tokens_D.tobytes(),
+            last_tokens_i64=np.asarray(self._last_D, np.int64).tobytes(),
+            rows=self._rows,
+            dispatch_rows=self._dispatch_rows,
+            overlap=self._overlap,
+            overlapped=self._overlapped,
+            moved_bytes=self._moved,
+            busy_f64=self._busy_W.tobytes(),
+            waited_f64=self._waited_W.tobytes(),
+            phases_f64=self._phases_WP.tobytes(),
+            load_i64=self._load_LW.tobytes(),
+            balancedness_f64=balanced_L.tobytes(),
+        )

@@ -1,0 +1,92 @@
+"""The controller's sockets: ranks on a step and a bulk socket, frontends and the launcher on a third."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from ..planner.step_builder import Plan
+from ..protocol.plan import FromFrontend, FromRankBulk, FromRankStep, Message
+from ..protocol.sockets import authenticate, encode, keep_watch, rank_identity, server_socket
+from ..protocol.specs import ControllerSpec
+
+T = TypeVar("T")
+
+_MAX_DRAIN = 4096
+
+
+class Transport:
+    """Binds the three ROUTER sockets on ``spec.host`` and moves decoded messages; one thread only."""
+
+    def __init__(self, spec: ControllerSpec) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = authenticate(self._context, spec.allowed)
+        sockets = [server_socket(self._context, zmq.ROUTER, spec.public, spec.secret) for _ in range(3)]
+        self._step, self._bulk, self._frontend = sockets
+        for socket in sockets:
+            # A second connection of the same name is the same peer come back after a broken link.
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            keep_watch(socket)
+        self.addresses = tuple(f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets)
+        self._poller = zmq.Poller()
+        for socket in sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        self._ready: set[zmq.Socket[bytes]] = set()
+        self._from_rank_step = msgspec.msgpack.Decoder(FromRankStep)
+        self._from_rank_bulk = msgspec.msgpack.Decoder(FromRankBulk)
+        self._from_frontend = msgspec.msgpack.Decoder(FromFrontend)
+        self._identities: list[bytes] = [rank_identity(rank) for rank in range(spec.layout.world)]
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a message is there, or after ``seconds``. What the methods below return had arrived by then."""
+        self._ready = {socket for socket, _ in self._poller.poll(math.ceil(min(max(0.0, seconds), 60.0) * 1000))}
+
+    def step_messages(self) -> list[FromRankStep]:
+        """All step results that have arrived."""
+        return [self._from_rank_step.decode(frames[1]) for frames in self._drain(self._step)]
+
+    def bulk_messages(self) -> list[FromRankBulk]:
+        """All hellos and staging acknowledgements that have arrived."""
+        return [self._from_rank_bulk.decode(frames[1]) for frames in self._drain(self._bulk)]
+
+    def frontend_messages(self) -> list[tuple[bytes, FromFrontend]]:
+        """All messages of frontends and of the launcher, with the name of their sender."""
+        return [(frames[0], self._from_frontend.decode(frames[1])) for frames in self._drain(self._frontend)]
+
+    def send_plan(self, plan: Plan, members: dict[int, list[int]]) -> int:
+        """Sends each section to the members of its data index; the largest plan in bytes."""
+        header, largest = encode(plan.header), 0
+        for data, section in plan.sections.items():
+            body = encode(section)
+            largest = max(largest, len(header) + len(body))
+            for rank in members[data]:
+                # Frame by frame: send_multipart checks every frame first, which doubles the cost.
+                self._step.send(self._identities[rank], zmq.SNDMORE)
+                self._step.send(header, zmq.SNDMORE)
+                self._step.send(body)
+        return largest
+
+    def send_bulk(self, rank: int, message: Message) -> None:
+        self._bulk.send_multipart((self._identities[rank], encode(message)), zmq.DONTWAIT)
+
+    def send_frontend(self, name: bytes, message: Message) -> None:
+        """Sends to a peer of the third socket; a peer that has gone is ignored, its lease ends it."""
+        self._frontend.send_multipart((name, encode(message)), zmq.DONTWAIT)
+
+    def close(self) -> None:
+        """Closes everything; what was sent last still leaves for up to a second."""
+        for socket in (self._step, self._bulk, self._frontend):
+            socket.close(linger=1000)
+        self._authenticator.stop()
+        self._context.term()
+
+    def _drain(self, socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+        """To ask whether there is more costs a tenth of the exception of a socket that is empty."""
+        received: list[list[bytes]] = []
+        if socket in self._ready:
+            while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN and len(received) < _MAX_DRAIN:
+                received.append(socket.recv_multipart(zmq.DONTWAIT))
+        return received

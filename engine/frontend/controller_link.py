@@ -1,0 +1,123 @@
+"""The link to the controller: one DEALER read where the loop sees it readable, heartbeats, and whether anyone answers.
+
+The socket's descriptor is edge-triggered: after it fires, and after every send, the socket must be read until it is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from ..protocol.plan import (
+    Abort,
+    ClusterState,
+    Drain,
+    FrontendHello,
+    Heartbeat,
+    PromptLogprobs,
+    Rejected,
+    Started,
+    Stop,
+    Submit,
+    TokenBatch,
+)
+from ..protocol.sockets import client_socket, encode
+from ..protocol.specs import FrontendSpec
+
+LEASE = 10.0
+BEAT = 1.0
+SILENCE = 5.0  # the controller sends its state twice a second
+
+FromController = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop
+_log = logging.getLogger("lockstep.frontend")
+
+
+class ControllerLink:
+    """Sends without waiting; calls ``on_message`` for what arrives and ``on_lost`` when the controller has fallen silent.
+
+    After a loss it says hello again until it is answered, so that it finds a controller that was restarted.
+    """
+
+    def __init__(self, spec: FrontendSpec, on_message: Callable[[FromController], None], on_lost: Callable[[], None]) -> None:
+        self._hello = FrontendHello(spec.name, LEASE, secrets.randbits(62))
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._decode = msgspec.msgpack.Decoder(FromController).decode
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = client_socket(self._context, zmq.DEALER, spec.keys, spec.name.encode())
+        self._socket.connect(spec.address)
+        self._descriptor: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._beats: asyncio.Task[None] | None = None
+        self._look_scheduled = False
+        self._heard = time.monotonic()
+        self.lost = True  # until the first message
+
+    def start(self) -> None:
+        """On the running loop: reads from now on, and says hello."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._descriptor, self._read)
+        self.send(self._hello)
+        self._beats = self._loop.create_task(self._beat())
+
+    def send(self, message: Submit | Abort | Heartbeat | Drain | FrontendHello) -> None:
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # no connection to queue for: the controller has refused our key
+            self._lose()
+        if not self._look_scheduled and self._loop is not None:
+            self._look_scheduled = True
+            self._loop.call_soon(self._look)
+
+    def close(self) -> None:
+        """Lets what was sent leave, for at most half a second."""
+        if self._beats is not None:
+            self._beats.cancel()
+        if self._loop is not None:
+            self._loop.remove_reader(self._descriptor)
+        self._socket.close(linger=500)
+        self._context.term()
+
+    def _look(self) -> None:
+        self._look_scheduled = False
+        self._read()
+
+    def _read(self) -> None:
+        receive, decode, on_message = self._socket.recv, self._decode, self._on_message
+        while not self._socket.closed:
+            try:
+                frame = receive(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._heard = time.monotonic()
+            self.lost = False
+            try:
+                on_message(decode(frame))
+            except Exception:  # the socket must be read until it is empty, whatever a message does
+                _log.exception("a message of %d bytes from the controller could not be handled", len(frame))
+
+    async def _beat(self) -> None:
+        """Heartbeats, and the watch over the controller's. A stall of our own loop is not the controller's silence."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(BEAT)
+            now = time.monotonic()
+            self._read()
+            if self.lost:
+                self.send(self._hello)
+            elif now - before < 2 * BEAT and now - self._heard > SILENCE:
+                self._lose()
+            else:
+                self.send(Heartbeat())
+
+    def _lose(self) -> None:
+        if not self.lost and self._loop is not None:
+            self.lost = True
+            _log.error("the controller has been silent for %.1f s", time.monotonic() - self._heard)
+            self._loop.call_soon(self._on_lost)

@@ -1,0 +1,292 @@
+"""The routes: what of the OpenAI dialect lives at which path, and the OpenAPI document of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from .... import __version__
+from ..api.errors import ApiError, bad_request, error_response, from_validation
+from ..api.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    Conversation,
+    DetokenizeRequest,
+    TokenizeChat,
+    TokenizeRequest,
+    TokenizeText,
+)
+from ..reply import Reply
+from ..requests.conversation import conversation_text
+from ..requests.sampling import check_ids
+from ..service import Service, describe
+from .access import ID_KEY, Gate
+from .streams import Stream
+
+MAX_BODY_BYTES = 8 * 2**20
+DRAIN_SECONDS = 600.0
+CLIENT_GONE = 499
+SCHEMAS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeText, TokenizeChat, DetokenizeRequest)
+BODY_SCHEMAS = {
+    "/v1/chat/completions": (ChatRequest,),
+    "/v1/completions": (CompletionRequest,),
+    "/tokenize": (TokenizeText, TokenizeChat),
+    "/detokenize": (DetokenizeRequest,),
+}
+
+T = TypeVar("T")
+
+
+class DrainRequest(BaseModel):
+    """The body of /admin/drain; ``deadline`` in seconds. A misspelt one is an error, not the default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    deadline: float = DRAIN_SECONDS
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The ASGI application of one frontend."""
+    app = FastAPI(title="Lockstep", version=__version__, redoc_url=None)
+    for router in (_generation(service), _texts(service), _status(service), _admin(service)):
+        app.include_router(router)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(Exception, _on_bug)
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        _, definitions = models_json_schema([(model, "validation") for model in SCHEMAS], ref_template="#/components/schemas/{model}")
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return Gate(app, service.spec.api_keys, service.spec.admin_key, service.metrics)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error if isinstance(error, ApiError) else _routing_error(request, error))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """What nobody foresaw: no trace and no path for the client; the gate logs it."""
+    text = f"Internal error; the server's log has it under request id {request.scope[ID_KEY]}"
+    return error_response(ApiError(500, text))
+
+
+def _routing_error(request: Request, error: HTTPException) -> HTTPException:
+    """404 and 405 of the router, in words that name the path."""
+    if error.status_code == 404:
+        return ApiError(404, f"There is nothing at {request.url.path[:200]}")
+    if error.status_code == 405:
+        return HTTPException(405, f"{request.method} is not allowed at {request.url.path[:200]}", error.headers)
+    return error
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
+    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:
+        raise ApiError(CLIENT_GONE, "The client went away before its request was complete") from None
+    return b"".join(parts)
+
+
+async def _parse(request: Request, kind: type[T] | TypeAdapter[T]) -> T:
+    body = await read_body(request)
+    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from None
+    except RecursionError:
+        raise bad_request("The body is nested too deeply") from None
+
+
+def _json(document: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type="application/json")
+
+
+def _body_schema(path: str) -> dict[str, Any]:
+    """The request body in the OpenAPI document; bodies are parsed by ``_parse`` and not by FastAPI, which takes NaN."""
+    choices = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BODY_SCHEMAS[path]]
+    schema = {"anyOf": choices} if choices[1:] else choices[0]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _generation(service: Service) -> APIRouter:
+    router = APIRouter()
+    chats, completions = TypeAdapter(ChatRequest), TypeAdapter(CompletionRequest)
+
+    @router.post("/v1/chat/completions", openapi_extra=_body_schema("/v1/chat/completions"))
+    async def chat_completions(request: Request) -> Response:
+        ask = await _parse(request, chats)
+        reply = await service.chat(ask, request.scope[ID_KEY], request.receive)
+        return await _answer(reply, bool(ask.stream))
+
+    @router.post("/v1/completions", openapi_extra=_body_schema("/v1/completions"))
+    async def text_completions(request: Request) -> Response:
+        ask = await _parse(request, completions)
+        reply = await service.complete(ask, request.scope[ID_KEY], request.receive)
+        return await _answer(reply, bool(ask.stream))
+
+    @router.get("/health/generate")
+    async def health_generate() -> Response:
+        return _json({"status": "ok", "seconds": round(await service.probe(), 6)})
+
+    return router
+
+
+async def _answer(reply: Reply, stream: bool) -> Response:
+    """Waits for the first token of a stream, so that an error before it has its own status, or for the whole answer."""
+    handed_over = False
+    try:
+        await (reply.opened if stream else reply.done)
+        if reply.gone.done():
+            return Response(status_code=CLIENT_GONE)
+        reply.raise_error()
+        if not stream:
+            return _json(reply.document())
+        handed_over = True
+        return Stream(reply)
+    finally:
+        if not handed_over:
+            reply.close()
+
+
+def _texts(service: Service) -> APIRouter:
+    router = APIRouter()
+    codec = service.model.codec
+    tokenize_requests: TypeAdapter[TokenizeText | TokenizeChat] = TypeAdapter(TokenizeRequest)
+    detokenize_requests = TypeAdapter(DetokenizeRequest)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_card(service)]})
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        service.check_model(model)
+        return _json(_card(service))
+
+    @router.post("/tokenize", openapi_extra=_body_schema("/tokenize"))
+    async def tokenize(request: Request) -> Response:
+        ask = await _parse(request, tokenize_requests)
+        service.check_model(ask.model)
+        ids = await service.in_thread(_token_ids(service, ask))
+        names = [codec.token_name(token) for token in ids] if ask.return_token_strs else None
+        return _json({"count": len(ids), "max_model_len": _max_len(service), "tokens": ids, "token_strs": names})
+
+    @router.post("/detokenize", openapi_extra=_body_schema("/detokenize"))
+    async def detokenize(request: Request) -> Response:
+        ask = await _parse(request, detokenize_requests)
+        service.check_model(ask.model)
+        check_ids(ask.tokens, service.model.vocab_size, "tokens")
+        return _json({"prompt": await service.in_thread(codec.decode, ask.tokens, False)})
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return _json(codec.describe())
+
+    return router
+
+
+def _token_ids(service: Service, ask: TokenizeText | TokenizeChat) -> Callable[[], list[int]]:
+    codec = service.model.codec
+
+    def work() -> list[int]:
+        if isinstance(ask, Conversation):
+            return codec.encode(conversation_text(codec, service.model.habits, ask), bool(ask.add_special_tokens))
+        return codec.encode(ask.prompt, ask.add_special_tokens is not False)
+
+    return work
+
+
+def _max_len(service: Service) -> int | None:
+    return None if service.cluster is None else service.cluster.max_len
+
+
+def _card(service: Service) -> dict[str, Any]:
+    name = service.model.name
+    card = {"id": name, "object": "model", "created": int(service.started), "owned_by": "lockstep", "root": name, "parent": None}
+    return {**card, "max_model_len": _max_len(service)}
+
+
+def _status(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.head("/health", include_in_schema=False)  # load balancers ask so; the server drops the body
+    @router.get("/health")
+    async def health() -> Response:
+        reason = service.unable()
+        if reason is not None:
+            raise ApiError(503, reason, retry_after=1)
+        return _json({"status": "ok"})
+
+    @router.head("/ready", include_in_schema=False)
+    @router.get("/ready")
+    async def ready() -> Response:
+        error = service.closed()
+        if error is not None:
+            raise error
+        return _json({"status": "ready"})
+
+    @router.get("/version")
+    async def version() -> Response:
+        return _json({"version": __version__})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(len(service.requests)), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/load")
+    async def load() -> Response:
+        cluster = service.cluster
+        running, waiting, usage = (cluster.num_running, cluster.num_waiting, cluster.kv_usage) if cluster else (0, 0, 0.0)
+        load = len(service.requests) + service.metrics.open_elsewhere()
+        return _json({"server_load": load, "num_running": running, "num_waiting": waiting, "kv_usage": usage})
+
+    return router
+
+
+def _admin(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/admin/drain")
+    async def drain(request: Request) -> Response:
+        body = await read_body(request)
+        try:
+            deadline = DrainRequest.model_validate_json(body).deadline if body else DRAIN_SECONDS
+        except ValidationError as error:
+            raise from_validation(error) from None
+        if not 0 <= deadline <= 86400:
+            raise bad_request(f"deadline: must be 0 to 86400 seconds (got {deadline})", "deadline")
+        service.drain(deadline)
+        return _json({"status": "draining", "deadline": deadline}, 202)
+
+    @router.get("/admin/cluster")
+    async def cluster() -> Response:
+        if service.cluster is None:
+            raise ApiError(503, "The controller has not been heard yet", retry_after=1)
+        return _json(describe(service.cluster))
+
+    return router

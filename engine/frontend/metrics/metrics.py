@@ -1,0 +1,125 @@
+"""What /metrics shows: counters of the cluster from ``ClusterState``, timings of all frontends' requests, HTTP requests.
+
+Whichever frontend is asked, the answer is the cluster's: its own counts are at this moment, the others' as they published them last.
+
+Families that vLLM also has appear under both prefixes with its labels and buckets, so that its dashboards and
+autoscalers work; the rest, in ``engine_metrics``, appear as ``lockstep:`` alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ...protocol.plan import ClusterState
+from ...protocol.sockets import encode
+from ..requests.generation import Generation
+from .counters import Packed, Tally, unpack
+from .engine_metrics import LABELS, PREFIXES, engine_metrics
+from .shared_counters import Board
+
+_decode_state = msgspec.msgpack.Decoder(ClusterState).decode
+FRESH_SECONDS = 2.0  # a frontend whose counts are older has gone, and with it its open requests
+
+
+class Metrics(Collector):
+    """Told by the event loop, read by /metrics on the same loop. From ``join`` on it shows what all frontends have counted."""
+
+    def __init__(self, model_name: str) -> None:
+        self._labels = (model_name, "0")
+        self._state: ClusterState | None = None
+        self._own = Tally()
+        self._encoded_state = b""
+        self._board: Board | None = None
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def render(self, num_open: int) -> bytes:
+        """What is shown is published first, so that no other frontend shows less from now on."""
+        self.publish(num_open)
+        return generate_latest(self._registry)
+
+    def join(self, board: Board) -> None:
+        """Goes on from what an earlier process has counted in this frontend's place."""
+        self._board = board
+        if earlier := board.own():
+            self._own.add(unpack(earlier))
+
+    def publish(self, num_open: int) -> None:
+        """Shows the other frontends the counts of this one, which has ``num_open`` requests."""
+        if self._board is not None:
+            number = 0 if self._state is None else self._state.number
+            self._board.write(self._own.pack(time.monotonic(), num_open, number, self._encoded_state))
+
+    def open_elsewhere(self) -> int:
+        """Open requests of the other frontends, as they published them last."""
+        now = time.monotonic()
+        return sum(packed.open for packed in self._others() if now - packed.at < FRESH_SECONDS)
+
+    def _others(self) -> list[Packed]:
+        return [] if self._board is None else [unpack(text) for text in self._board.others()]
+
+    def state(self, state: ClusterState) -> None:
+        self._state = state
+        self._encoded_state = encode(state)
+
+    def tokens(self, generation: Generation, now: float) -> None:
+        """A step's tokens of a generation arrived at ``now``."""
+        if generation.first:
+            self._own.inter_token.observe(now - generation.last)
+        else:
+            generation.first = now
+            self._own.first_token.observe(now - generation.submitted)
+        generation.last = now
+
+    def finished(self, generation: Generation, now: float) -> None:
+        self._own.finished(generation, now)
+
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """``handler`` is a route, never a path as sent: labels stay few."""
+        self._own.request(handler, method, status, seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        total = Tally()
+        others = self._others()
+        for packed in (unpack(self._own.pack(0.0, 0)), *others):
+            total.add(packed)
+        state = self._newest(others)
+        yield from self._requests(total, float("inf") if state is None else state.max_len)
+        yield from self._http_requests(total)
+        if state is not None:
+            yield from engine_metrics(state, self._labels)
+
+    def _newest(self, others: list[Packed]) -> ClusterState | None:
+        """The newest state that any frontend has: two that are scraped in turn must not count backwards."""
+        newest = max(others, key=lambda packed: packed.number, default=None)
+        if newest is None or not newest.state or (self._state is not None and self._state.number >= newest.number):
+            return self._state
+        return _decode_state(newest.state)
+
+    def _requests(self, total: Tally, longest: float) -> Iterator[Metric]:
+        for prefix in PREFIXES:
+            for name, histogram in (total.histograms | total.sizes).items():
+                family = HistogramMetricFamily(f"{prefix}:{name}", name.replace("_", " "), labels=LABELS)
+                histogram.add_to(family, self._labels, longest if name in total.sizes else float("inf"))
+                yield family
+            labels = (*LABELS, "finished_reason")
+            finished = CounterMetricFamily(f"{prefix}:request_success", "requests by the reason they ended", labels=labels)
+            for reason, count in total.finishes.items():
+                finished.add_metric((*self._labels, reason), count)
+            yield finished
+
+    def _http_requests(self, total: Tally) -> Iterator[Metric]:
+        requests = CounterMetricFamily("http_requests", "HTTP requests", labels=("handler", "method", "status"))
+        for labels, count in total.http.items():
+            requests.add_metric(labels, count)
+        yield requests
+        seconds = HistogramMetricFamily("http_request_duration_seconds", "seconds per HTTP request", labels=("handler", "method"))
+        for key, histogram in total.http_seconds.items():
+            histogram.add_to(seconds, key)
+        yield seconds

@@ -1,0 +1,176 @@
+"""The open requests of this frontend: every token event finds its generation here, every abort waits here for its end."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from array import array
+from collections.abc import Callable
+
+from ..protocol.plan import (
+    Abort,
+    Finish,
+    HandleLogprobs,
+    Heartbeat,
+    PromptLogprobs,
+    Rejected,
+    Started,
+    Submit,
+    TokenBatch,
+)
+from .api.errors import ApiError
+from .metrics.metrics import Metrics
+from .requests.generation import REASONS, Generation
+
+_log = logging.getLogger("lockstep.frontend")
+Send = Callable[[Submit | Abort | Heartbeat], None]
+
+
+class OpenRequests:
+    """Generations by handle, from submission until the engine says that they have ended.
+
+    A handle is never used twice, also not by a frontend that takes over the name: a late event of an earlier life finds
+    nothing and is dropped.
+    """
+
+    def __init__(
+        self, send: Send, metrics: Metrics, unfinished: Callable[[], ApiError], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``unfinished`` says why the engine may have ended a request without a result."""
+        self._send = send
+        self._unfinished = unfinished
+        self._metrics = metrics
+        self._clock = clock
+        self._open: dict[int, Generation] = {}
+        self._next_handle = secrets.randbits(38) << 24
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def new_handle(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
+
+    def submit(self, generation: Generation) -> None:
+        generation.submitted = self._clock()
+        self._open[generation.handle] = generation
+        self._send(generation.submit)
+
+    def abort(self, generation: Generation) -> None:
+        """Nobody waits for it any more: tells the engine and keeps the entry until the engine has ended it."""
+        if generation.finish is None:
+            generation.finish = "abort"
+            self._finished(generation, self._clock())
+            self._send(Abort(generation.handle))
+
+    def fail_all(self, error: ApiError) -> None:
+        """The controller is gone, and with it all that was open."""
+        for generation in list(self._open.values()):
+            if generation.finish is None:
+                self._fail(generation, error)
+            self._send(Abort(generation.handle))
+        self._open.clear()
+
+    def on_tokens(self, batch: TokenBatch) -> None:
+        """One step's tokens, all in one go."""
+        now = self._clock()
+        handles: list[int] = array("q", batch.handles_i64).tolist()
+        positions: list[int] = array("i", batch.positions_i32).tolist()
+        counts: list[int] = array("i", batch.counts_i32).tolist()
+        tokens: list[int] = array("i", batch.tokens_i32).tolist()
+        logprobs = {(item.handle, item.position): item for item in batch.logprobs} if batch.logprobs else None
+        start = 0
+        for handle, position, count, finish in zip(handles, positions, counts, batch.finish_u8, strict=True):
+            generation = self._open.get(handle)
+            if generation is not None:
+                if finish:
+                    del self._open[handle]
+                try:
+                    self._on_entry(generation, position, tokens[start : start + count], finish, now, logprobs)
+                except Exception:  # a bug in one answer must not cost the others of this step their tokens
+                    _log.exception("request %s failed", generation.submit.request_id)
+                    self._break(generation)
+            start += count
+
+    def on_prompt(self, prompt: PromptLogprobs) -> None:
+        """Log-probabilities of a prompt; those that are known are sent again when a request runs again."""
+        generation = self._open.get(prompt.of)
+        if generation is None or generation.finish is not None or generation.echo is None:
+            return
+        if prompt.position > generation.echo.known:
+            self._on_gap(generation, "Log-probabilities of the prompt")
+        else:
+            generation.hear(prompt)
+
+    def on_started(self, started: Started) -> None:
+        now = self._clock()
+        handles = array("q", started.handles_i64).tolist()
+        for handle, cached in zip(handles, array("i", started.cached_i32).tolist(), strict=True):
+            generation = self._open.get(handle)
+            if generation is not None and not generation.started:
+                generation.started = now
+                generation.num_cached = cached
+
+    def on_rejected(self, rejected: Rejected) -> None:
+        generation = self._open.pop(rejected.handle, None)
+        if generation is not None and generation.finish is None:
+            retry = max(1.0, rejected.retry_after) if rejected.status == 503 else None
+            self._fail(generation, ApiError(rejected.status, rejected.reason, retry_after=retry))
+
+    def _on_entry(
+        self,
+        generation: Generation,
+        position: int,
+        tokens: list[int],
+        finish: int,
+        now: float,
+        logprobs: dict[tuple[int, int], HandleLogprobs] | None,
+    ) -> None:
+        known = generation.num_received - position
+        if known:
+            if known < 0:
+                self._on_gap(generation, f"Output tokens {generation.num_received} to {position - 1}")
+                return
+            tokens = tokens[known:]
+        generation.num_received += len(tokens)
+        if generation.finish is not None:  # the client has all it will get; only the engine's end was awaited
+            return
+        if generation.lacks_prompt and finish < Finish.ABORT:
+            self._on_gap(generation, "Log-probabilities of the prompt")
+            return
+        if tokens:
+            self._metrics.tokens(generation, now)
+            handle = generation.handle
+            generation.accept(tokens, None if logprobs is None else lambda index: logprobs.get((handle, index)))
+        elif not finish:
+            return
+        if finish and not generation.ended:
+            if finish == Finish.ERROR:
+                self._fail(generation, self._unfinished())
+                return
+            generation.close(REASONS[Finish(finish)])
+        if generation.ended:
+            self._finished(generation, now)
+            if generation.stopped_early and not finish:
+                self._send(Abort(generation.handle))
+        generation.sink.advance(generation)
+
+    def _break(self, generation: Generation) -> None:
+        if generation.finish is None:
+            self._send(Abort(generation.handle))
+        self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
+
+    def _on_gap(self, generation: Generation, what: str) -> None:
+        """Something is missing, so nothing after it can be right: an error for the client, an abort for the engine."""
+        if generation.finish is None:
+            self._fail(generation, ApiError(500, f"{what} were lost between the engine and this frontend"))
+            self._send(Abort(generation.handle))
+
+    def _fail(self, generation: Generation, error: ApiError) -> None:
+        generation.finish = "error"
+        self._finished(generation, self._clock())
+        generation.sink.fail(generation, error)
+
+    def _finished(self, generation: Generation, now: float) -> None:
+        self._metrics.finished(generation, now)

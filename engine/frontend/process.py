@@ -1,0 +1,104 @@
+"""The frontend process: starts the service and its HTTP server, and leaves when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+
+from ..protocol.lobby import Lobby
+from ..protocol.specs import FrontendSpec
+from .connections import Connection, Intake
+from .http.app import build_app
+from .service import Service
+
+KEEP_ALIVE_SECONDS = 75
+GRACE_SECONDS = 5
+PARENT_CHECK_SECONDS = 1.0
+HEARD_SECONDS = 2.0
+_log = logging.getLogger("lockstep.frontend")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the process decides when to leave."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(spec: FrontendSpec) -> None:
+    """Serves until SIGTERM, a Stop from the controller, or the end of the parent process. Raises ValueError for a bad spec."""
+    with Lobby(spec.lobby, "frontend", spec.index) as lobby:
+        lobby.report("starting", "loading the tokenizer")
+        _allow_descriptors()
+        service = Service(spec)
+        intake = Intake(spec.acceptor, spec.index)
+        service.metrics.join(intake.board)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(service, intake, lobby))
+        lobby.report("stopped")
+
+
+def _allow_descriptors() -> None:
+    """A connection is a descriptor, and the usual soft limit is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _serve(service: Service, intake: Intake, lobby: Lobby) -> None:
+    leave = asyncio.Event()
+    config = uvicorn.Config(
+        build_app(service),
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the launcher decides
+        loop.add_signal_handler(signal.SIGTERM, leave.set)
+    service.start(leave.set)
+    running = asyncio.create_task(server.serve([]))
+    watching = asyncio.create_task(_watch_parent(leave))
+    leaving = asyncio.create_task(leave.wait())
+    try:
+        while not server.started and not running.done():
+            await asyncio.sleep(0.01)
+        await service.wait_heard(HEARD_SECONDS)  # one that is restarted answers no health check with its own beginnings
+        intake.open(lambda on_end: Connection(config, server.server_state, {}, loop, on_end=on_end))
+        lobby.report("ready")
+        gc.collect()
+        gc.freeze()
+        await asyncio.wait((running, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watching.cancel()
+        leaving.cancel()
+        intake.close()
+        service.close()  # ends open streams with an error, so that the server need not wait for them
+        server.should_exit = True
+        await running
+
+
+async def _watch_parent(leave: asyncio.Event) -> None:
+    """A child whose launcher has died leaves too."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        await asyncio.sleep(PARENT_CHECK_SECONDS)
+    _log.error("the parent process %d has died: leaving", parent)
+    leave.set()

@@ -1,0 +1,137 @@
+"""From a request to ``Sampling``: what the client left open comes from the model's generation_config.json."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from ...protocol.plan import Sampling
+from ..api.errors import ApiError, bad_request
+from ..api.schemas import Generate
+
+T = TypeVar("T")
+
+SEEDS = 2**63
+MIN_TEMPERATURE = 0.01
+DEFAULT_TEMPERATURE = 1.0
+
+
+class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model asks for when the client says nothing; ``eos_ids`` end a sequence."""
+
+    temperature: float = DEFAULT_TEMPERATURE
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+
+def load_defaults(model_path: Path, tokenizer_eos: int | None) -> Defaults:
+    """Reads generation_config.json and the eos ids of config.json; a missing file leaves the neutral values."""
+    generation = _read(model_path / "generation_config.json")
+    eos = _ids(generation.get("eos_token_id")) | _ids(_read(model_path / "config.json").get("eos_token_id")) | _ids(tokenizer_eos)
+    named = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+    given = {name: generation[name] for name in named if generation.get(name) is not None}
+    try:
+        return msgspec.convert({**given, "eos_ids": tuple(sorted(eos))}, Defaults)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{model_path / 'generation_config.json'}: {error}") from error
+
+
+def build_sampling(ask: Generate, defaults: Defaults, vocab_size: int, num_logprobs: int) -> Sampling:
+    """The ``Sampling`` of the first choice. Raises ApiError for ids outside the vocabulary."""
+    temperature = _pick(ask.temperature, defaults.temperature)
+    top_k = max(0, _pick(ask.top_k, defaults.top_k))
+    ids, values = _biases(ask.logit_bias, vocab_size)
+    return Sampling(
+        temperature=temperature if temperature == 0 else max(temperature, MIN_TEMPERATURE),  # a smaller one overflows float32 logits
+        top_p=_pick(ask.top_p, defaults.top_p),
+        top_k=0 if top_k >= vocab_size else top_k,
+        min_p=_pick(ask.min_p, defaults.min_p),
+        presence_penalty=_pick(ask.presence_penalty, 0.0),
+        frequency_penalty=_pick(ask.frequency_penalty, 0.0),
+        repetition_penalty=_pick(ask.repetition_penalty, defaults.repetition_penalty),
+        seed=secrets.randbits(63) if ask.seed is None else ask.seed % SEEDS,
+        min_tokens=ask.min_tokens or 0,
+        num_logprobs=num_logprobs,
+        stop_i32=np.array(sorted(_stop_ids(ask, defaults, vocab_size)), "<i4").tobytes(),
+        bias_ids_i32=np.array(ids, "<i4").tobytes(),
+        bias_values_f32=np.array(values, "<f4").tobytes(),
+        num_prompt_logprobs=num_logprobs if ask.scores_prompt else -1,
+    )
+
+
+def with_seed(sampling: Sampling, choice: int) -> Sampling:
+    """The sampling of the choice-th of n choices: the seed moves on by one each."""
+    if choice == 0:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % SEEDS)
+
+
+def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults) -> int:
+    """How many tokens may follow a prompt of ``num_prompt``. Raises ApiError where it does not fit ``max_len``."""
+    limit = f"This model's maximum context length is {max_len} tokens."
+    if num_prompt >= max_len + (asked == 0):
+        raise bad_request(f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt.", "prompt")
+    if asked is None:
+        room = max_len - num_prompt
+        return room if defaults.max_new_tokens is None else max(1, min(room, defaults.max_new_tokens))
+    if num_prompt + asked > max_len:
+        text = f"{limit} However, you requested {num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} for the completion)."
+        raise bad_request(f"{text} Please shorten one of them.", "max_tokens")
+    return asked
+
+
+def check_ids(ids: list[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError where an id is outside the vocabulary."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise _outside(wrong, vocab_size, param)
+
+
+def _stop_ids(ask: Generate, defaults: Defaults, vocab_size: int) -> set[int]:
+    own = ask.stop_token_ids or []
+    check_ids(own, vocab_size, "stop_token_ids")
+    eos = () if ask.ignore_eos else defaults.eos_ids
+    return {*own, *(token for token in eos if token < vocab_size)}
+
+
+def _biases(biases: dict[str, float] | None, vocab_size: int) -> tuple[list[int], list[float]]:
+    """Token ids and their biases, ascending by id."""
+    pairs: dict[int, float] = {}
+    for key, value in (biases or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12):
+            raise bad_request(f"logit_bias: keys must be token ids (got {key[:40]!r})", "logit_bias")
+        pairs[int(key)] = value
+    check_ids(list(pairs), vocab_size, "logit_bias")
+    ids = sorted(pairs)
+    return ids, [pairs[token] for token in ids]
+
+
+def _outside(token: int, vocab_size: int, param: str) -> ApiError:
+    given = str(token) if abs(token) < 10**18 else "a huge number"
+    return bad_request(f"{param}: token id {given} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1})", param)
+
+
+def _pick(asked: T | None, default: T) -> T:
+    return default if asked is None else asked
+
+
+def _ids(value: Any) -> set[int]:
+    """An eos entry of a config file: an id, a list of ids, or nothing."""
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: not a JSON object: {error}") from error

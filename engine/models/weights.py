@@ -1,0 +1,175 @@
+"""Loads a checkpoint into a model: everything but routed experts, and those experts that have a slot here.
+
+The whole checkpoint is checked from its headers first, also the part that is not read. Matrices in block-scaled FP8 (DeepSeek-V3's
+format) are widened as they are read, except where the model holds its experts in FP8.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...kernels.reference.fp8 import Quantised, widen_into
+from .checkpoint import FP8, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
+from .config import ModelConfig
+from .decoder import ExpertLayer, Model
+
+_LOG = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PROGRESS_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read: tensors and their bytes in the checkpoint's dtype, headers and scales not counted."""
+
+    num_tensors: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes, and where its scales go if it stays in FP8; otherwise values are cast or widened on the way."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One tensor to read, and where it goes."""
+
+    name: str
+    stored: StoredTensor
+    place: _Place
+
+
+def load_weights(model: Model, path: Path, experts_of_layer: Callable[[int], list[int]], progress: Callable[[float], None]) -> Loaded:
+    """Fills ``model`` from the checkpoint in directory ``path``.
+
+    ``experts_of_layer`` maps a MoE layer (counted among MoE layers) to the logical expert of each of its slots, -1 for a
+    slot that stays empty. ``progress`` is told the fraction read, from 0 to 1. Raises ValueError naming file and tensor
+    before anything is read where the checkpoint does not fit the model (``read_checkpoint``, ``check_tensors``).
+    """
+    stored = read_checkpoint(path)
+    places = {name: _Place(tensor) for name, tensor in model.checkpoint_tensors().items()}
+    places |= _expert_places(model, experts_of_layer)
+    expected = expected_shapes(model)
+    check_tensors(path, stored, expected, model.config.fp8_block)
+    _report_unexpected(path, stored, expected, model.config)
+    reads = [_Read(name, stored[name], place) for name, place in places.items()]
+    _report_fp8(path, reads)
+    total = sum(read.stored.num_bytes for read in reads)
+    done, shown = 0, 0.0
+    progress(0.0)
+    scales = _read_scales(stored, reads)
+    for read, values in _in_file_order(reads):
+        _store(values, scales.get(read.name), read.place, model.config.fp8_block)
+        done += read.stored.num_bytes
+        if done >= (shown + _PROGRESS_STEP) * total:
+            shown = done / total
+            progress(shown)
+    progress(1.0)
+    return Loaded(len(reads), done)
+
+
+def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this model must hold, those of experts without a slot here included."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.checkpoint_tensors().items()}
+    moe = model.config.moe
+    for layer in model.expert_layers():
+        for expert in range(moe.num_experts):
+            up = (moe.expert_width, moe.hidden)
+            for projection, shape in zip(layer.projections, (up, up, up[::-1]), strict=True):
+                shapes[f"{layer.name}.{expert}.{projection}.weight"] = shape
+    return shapes
+
+
+def _expert_places(model: Model, experts_of_layer: Callable[[int], list[int]]) -> Iterator[tuple[str, _Place]]:
+    """The checkpoint name and the place of every projection of every expert that has a slot here."""
+    for number, layer in enumerate(model.expert_layers()):
+        for slot, expert in enumerate(experts_of_layer(number)):
+            if expert >= 0:
+                for projection, place in zip(layer.projections, _slot_places(layer, slot), strict=True):
+                    yield f"{layer.name}.{expert}.{projection}.weight", place
+
+
+def _slot_places(layer: ExpertLayer, slot: int) -> tuple[_Place, _Place, _Place]:
+    """Of an expert's gate, up and down matrices."""
+    gate_FD, up_FD = layer.w13_SFD[slot].chunk(2)
+    if layer.scales is None:
+        return _Place(gate_FD), _Place(up_FD), _Place(layer.w2_SDF[slot])
+    w13_scales, w2_scales = layer.scales[0][slot], layer.scales[1][slot]
+    return _Place(gate_FD, w13_scales[0]), _Place(up_FD, w13_scales[1]), _Place(layer.w2_SDF[slot], w2_scales)
+
+
+def _in_file_order(reads: Iterable[_Read]) -> Iterator[tuple[_Read, Tensor]]:
+    """Every tensor, in the order of the files."""
+    ordered = sorted(reads, key=lambda read: (str(read.stored.file), read.stored.begin))
+    for file, group in groupby(ordered, key=lambda read: read.stored.file):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for read in group:
+                    yield read, reader.get_tensor(read.name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
+
+
+def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[str, Tensor]:
+    """The scales of those that are in FP8, by the names of the matrices; they may lie in other files."""
+    names = {read.name + SCALE_SUFFIX: read for read in reads if read.stored.dtype == FP8}
+    found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
+    return {read.name.removesuffix(SCALE_SUFFIX): scales for read, scales in found}
+
+
+def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
+    if scales is None:
+        place.values.copy_(values)
+    elif place.scales is None:
+        assert block is not None
+        widen_into(place.values, Quantised(values, scales), block)
+    else:
+        place.values.copy_(values)
+        place.scales.copy_(scales)
+
+
+def _report_fp8(path: Path, reads: list[_Read]) -> None:
+    """Logs once what becomes of FP8. Raises ValueError for a matrix that should stay in FP8 but is stored otherwise."""
+    for read in reads:
+        if read.place.scales is not None and read.stored.dtype != FP8:
+            found = f"{read.stored.file}: {read.name} has dtype {read.stored.dtype}"
+            raise ValueError(f"{found}; experts are held in {FP8} here; set model.dtype to widen all of them")
+    widened = [read for read in reads if read.stored.dtype == FP8 and read.place.scales is None]
+    if widened:
+        kept = sum(read.place.scales is not None for read in reads)
+        dtype = widened[0].place.values.dtype
+        _LOG.info("%s: %d matrices in FP8 are widened to %s as they are read, %d stay in FP8", path, len(widened), dtype, kept)
+
+
+def _report_unexpected(path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Logs once what the checkpoint holds beyond the model, but for what is known to be there and unused."""
+    scales = {name + SCALE_SUFFIX for name in expected} if config.fp8_block else set()
+    names = [name for name in stored if name not in expected and name not in scales and not _known(name, config)]
+    if names:
+        _LOG.warning("%s: %d tensors are not used, the first is %s", path, len(names), names[0])
+    if further := sum(_predicts_further(name, config) for name in stored):
+        _LOG.info("%s: %d tensors of layers from %d on, which predict further tokens, are not loaded", path, further, config.num_layers)
+
+
+def _known(name: str, config: ModelConfig) -> bool:
+    """Layers that predict further tokens, rotary frequencies, and the copy of tied embeddings."""
+    tied = config.tie_embeddings and name == "lm_head.weight"
+    return _predicts_further(name, config) or name.endswith("rotary_emb.inv_freq") or tied
+
+
+def _predicts_further(name: str, config: ModelConfig) -> bool:
+    layer = _LAYER.match(name)
+    return layer is not None and config.num_layers <= int(layer[1]) < config.num_layers + config.num_predict_layers

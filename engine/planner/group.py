@@ -1,0 +1,187 @@
+"""The state of one group as its planner holds it: rows, pages, queue, and the plans in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kv.block_index import UInt64
+from ..kv.manager import KVManager
+from ..protocol.plan import Stage, Unstage
+from ..protocol.slot_table import Int64
+from ..protocol.specs import Layout, SchedulerSpec
+from .cost_model import CostModel
+from .request import Request, State, WaitingQueue
+from .rows import RowTable
+from .token_log import TokenLog
+
+
+@dataclass
+class Check:
+    """What a checksummed plan should leave on each data index.
+
+    rows [n]: slots active after it. sent [n]: the lengths of those still in prefill, -1 where results decide. pages [D]: sums of the
+    page-table terms. ``expected`` is complete for a data index once its sampled counts are in; ``reported`` waits for it.
+    """
+
+    rows: Int64
+    sent: Int64
+    pages: UInt64
+    expected: dict[int, int] = field(default_factory=dict)
+    reported: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Flight:
+    """A plan that was sent and not yet acknowledged by all ranks.
+
+    rows [n]: the rows that sample, in result order, data-major; data index d owns rows[offsets[d]:offsets[d + 1]].
+    decode [n]: whether the row decodes (its length grows by what it emits). The features are the cost model's, per data index.
+    prompts [m]: the rows whose prompts advance, in the order of each section's ``extend``, data-major.
+    """
+
+    step: int
+    rows: Int64
+    decode: NDArray[np.bool_]
+    offsets: list[int]
+    tokens: Int64
+    kv: Int64
+    context: Int64
+    prompts: Int64
+    check: Check | None = None
+
+    def span(self, data: int) -> slice:
+        """Where the rows of ``data`` are."""
+        return slice(self.offsets[data], self.offsets[data + 1])
+
+
+@dataclass
+class Counters:
+    """Totals since the controller started."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class Group:
+    """State shared by admission, step building and the ledger of results; it has no behaviour beyond bookkeeping."""
+
+    def __init__(self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int) -> None:
+        self.layout, self.spec, self.max_len = layout, spec, max_len
+        self.num_data = layout.data
+        self._data_of_rank = [rank // layout.tensor % layout.data for rank in range(layout.world)]
+        last_stage = layout.world - layout.data * layout.tensor
+        self._samples = [rank >= last_stage and rank % layout.tensor == 0 for rank in range(layout.world)]
+        self._members = [
+            [(stage * layout.data + data) * layout.tensor + t for stage in range(layout.pipeline) for t in range(layout.tensor)]
+            for data in range(layout.data)
+        ]
+        self.num_cohorts = layout.pipeline
+        self.depth = layout.pipeline + 1
+        max_row_pages = -(-max_len // page_size)
+        self.rows = RowTable(layout.data, spec.max_running, max_row_pages, layout.pipeline)
+        self.kv = KVManager(num_pages, page_size, caching=spec.prefix_caching)
+        self.log = TokenLog(layout.data * spec.max_running)
+        self.cost = CostModel()
+        self.queue = WaitingQueue()
+        self.open: dict[tuple[int, int], Request] = {}
+        self.counters = Counters()
+
+        self.epoch = 0
+        self.next_step = 0
+        self.next_cohort = 0
+        self.newest_result = -1
+        self.acknowledged = [-1] * layout.world
+        self.flights: dict[int, Flight] = {}
+        self.alive = np.ones(layout.data, np.bool_)
+        self.rebasing = np.ones(layout.data, np.bool_)
+        self.staged_from = [0] * layout.data
+        self.restarting = True
+
+        self.prefilling: list[list[int]] = [[] for _ in range(layout.data)]
+        self.freeing: list[int] = []
+        self.holding: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
+        self.draining: list[tuple[int, int]] = []  # (row, the last step whose result counts)
+        self.drained: list[int] = []
+        self.publishing: list[tuple[Int64, UInt64, Int64]] = []
+        self.staging: list[tuple[int, Stage | Unstage]] = []
+        self.by_staged: dict[int, Request] = {}
+        self.next_staged = 0
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.page_size
+
+    @property
+    def in_flight(self) -> int:
+        """Plans of which no result has come in."""
+        return self.next_step - 1 - self.newest_result
+
+    def members(self, data: int) -> list[int]:
+        """The ranks that execute the section of ``data``: every stage and tensor member."""
+        return self._members[data]
+
+    def reporter(self, data: int) -> int:
+        """The member that reports the tokens of ``data``."""
+        return self._members[data][-self.layout.tensor]
+
+    def executed(self, data: int) -> int:
+        """The last step that all members of ``data`` have acknowledged."""
+        return min(self.acknowledged[rank] for rank in self._members[data])
+
+    def assume_executed(self, data: int) -> None:
+        """Results of ``data`` for plans sent so far no longer count."""
+        for rank in self._members[data]:
+            self.acknowledged[rank] = self.next_step - 1
+
+    def data_of_rank(self, rank: int) -> int:
+        return self._data_of_rank[rank]
+
+    def samples(self, rank: int) -> bool:
+        """Whether ``rank`` reports the tokens of its data index: the first tensor member of the last stage."""
+        return self._samples[rank]
+
+    def planned_after(self, step: int) -> Int64:
+        """How many plans after ``step`` let each row decode [rows], of those not yet acknowledged by all ranks."""
+        later = [flight.rows[flight.decode] for flight in self.flights.values() if flight.step > step]
+        return np.bincount(np.concatenate(later), minlength=len(self.rows.state)) if later else np.zeros(len(self.rows.state), np.int64)
+
+    def retire(self, row: int, last_step: int) -> None:
+        """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up to ``last_step`` still count."""
+        self.rows.state[row] = State.DRAINING
+        self.freeing.append(row)
+        self.draining.append((row, last_step))
+
+    def unreserve(self, row: int) -> Request:
+        """Takes back a row that no plan has named yet, with its pages and its staged prompt."""
+        request = self.rows.request(row)
+        self.give_back_pages(row)
+        self.staging.extend((rank, Unstage(request.staged)) for rank in self.members(self.rows.data(row)))
+        self.by_staged.pop(request.staged, None)
+        prefilling = self.prefilling[self.rows.data(row)]
+        if row in prefilling:
+            prefilling.remove(row)
+        self.rows.vacate([row])
+        return request
+
+    def give_back_pages(self, row: int) -> None:
+        self.kv.release(np.array([self.rows.data(row)]), *self.rows.take_pages(np.array([row])))
+
+    def predicted_seconds(self) -> float:
+        """Predicted seconds of the slowest section in flight; 0 when nothing is."""
+        flights = self.flights.values()
+        return max((self.cost.seconds(float(f.tokens.max()), float(f.kv.max()), float(f.context.max())) for f in flights), default=0.0)
+
+    def num_free_rows(self) -> int:
+        """Rows that waiting requests can have at once, pages permitting."""
+        return sum(self.rows.num_slots - self.rows.num_used[data] for data in np.flatnonzero(self.alive).tolist())
+
+    def num_running(self) -> Int64:
+        """Rows in use [D]."""
+        return np.array(self.rows.num_used)

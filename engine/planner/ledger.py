@@ -1,0 +1,301 @@
+"""The ledger of results: tokens into the log, ends recognised, rows and pages given back.
+
+Only here do sampled tokens become facts. A result is read against the frozen row list of its plan; results that are late, repeated or
+of an older epoch change nothing, and a gap sets the data index back to what is acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeVar
+
+import numpy as np
+from msgspec import structs
+from numpy.typing import NDArray
+
+from ..kv.block_index import as_keys
+from ..protocol.plan import HASH_BYTES, Finish, HandleLogprobs, StepResult
+from ..protocol.slot_table import Int64, add64, length_terms, ragged
+from .group import Flight, Group
+from .outbox import Entries, Outbox
+from .request import Request, State
+
+# Members of an enumeration are slow to find.
+_NONE, _STOP, _LENGTH, _ABORT = int(Finish.NONE), int(Finish.STOP), int(Finish.LENGTH), int(Finish.ABORT)
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+class StateMismatch(AssertionError):
+    """A rank's checksum differs from the planner's: one of the two has a bug."""
+
+
+class Ledger:
+    """Books results into a group."""
+
+    def __init__(self, group: Group, outbox: Outbox) -> None:
+        self._group = group
+        self._outbox = outbox
+
+    def book(self, results: list[StepResult]) -> set[int]:
+        """Books results in the order they arrived; returns the data indices whose chain of results has a gap."""
+        gaps: set[int] = set()
+        batch: list[StepResult] = []
+        for result in results:
+            if batch and batch[0].step != result.step:
+                self._book_step(batch)
+                batch = []
+            verdict = self._expected(result)
+            if verdict is None:
+                gaps.add(self._group.data_of_rank(result.rank))
+            elif verdict:
+                batch.append(result)
+                self._group.acknowledged[result.rank] = result.step
+        if batch:
+            self._book_step(batch)
+        return gaps
+
+    def settle(self) -> None:
+        """Gives back rows that have drained: ends requests, or puts them back into the queue with what they have emitted."""
+        group, rows = self._group, self._group.rows
+        if not group.drained:
+            return
+        drained, group.drained = group.drained, []
+        row = np.array(drained)
+        tokens = group.log.read(row)
+        self._keep_outputs(row, tokens)
+        group.kv.release(row // rows.num_slots, *rows.take_pages(row))
+        group.log.clear(row)
+        requests = [rows.request(index) for index in drained]
+        finishes = rows.finish[row].tolist()
+        rows.vacate(drained)
+        for request, finish, emitted in zip(requests, finishes, tokens, strict=True):
+            request.emitted_i32 += emitted
+            if finish >= _ABORT:
+                self.end(request, Finish(finish))
+            elif finish == _NONE:
+                group.queue.put_back(request)
+
+    def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
+        """Ends an open request wherever it stands; its frontend hears of it when its row has drained."""
+        group, row = self._group, request.row
+        if row < 0:
+            group.queue.drop(request)
+            self.end(request, finish)
+        elif group.rows.state[row] in (State.STAGING, State.READY):
+            group.unreserve(row)
+            self.end(request, finish)
+        elif group.rows.state[row] == State.DRAINING:
+            group.rows.finish[row] = finish
+        else:
+            self._leave(row, finish)
+
+    def end(self, request: Request, finish: Finish) -> None:
+        """Tells the frontend, once, that a request has ended without a further token."""
+        if self._group.open.pop((request.frontend, request.handle), None) is not None:
+            self._outbox.end(request.frontend, request.handle, request.num_emitted, finish)
+
+    # ----------------------------------------------------------------- one step's results
+
+    def _expected(self, result: StepResult) -> bool | None:
+        """True for the next result of its rank's chain, False for one to ignore, None for a gap."""
+        group = self._group
+        data = group.data_of_rank(result.rank)
+        if result.epoch != group.epoch or not group.alive[data] or group.rebasing[data]:
+            return False
+        last = group.acknowledged[result.rank]
+        if result.step <= last or result.step not in group.flights:
+            return False
+        return True if result.step == last + 1 else None
+
+    def _book_step(self, results: list[StepResult]) -> None:
+        group = self._group
+        flight = group.flights[results[0].step]
+        group.newest_result = max(group.newest_result, flight.step)
+        sampling = [result for result in results if group.samples(result.rank)]
+        if sampling:
+            self._book_tokens(flight, sampling)
+        self._observe(flight, results)
+        if flight.check is not None:
+            self._compare(flight, results)
+        self._drain({group.data_of_rank(result.rank) for result in sampling})
+        oldest = min(group.acknowledged)
+        if not group.alive.all():
+            oldest = min((group.executed(data) for data in group.alive.nonzero()[0].tolist()), default=group.next_step)
+        for step in [step for step in group.flights if step <= oldest]:
+            del group.flights[step]
+
+    def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
+        """Tokens of sampling ranks: into the log and the outbox; requests whose last one is among them have ended."""
+        group, rows = self._group, self._group.rows
+        spans = [flight.span(group.data_of_rank(result.rank)) for result in results]
+        row = _joined([flight.rows[span] for span in spans])
+        tokens = np.frombuffer(b"".join([result.tokens_i32 for result in results]), np.int32)
+        counts, counted = np.ones(len(row), np.int64), len(row)
+        one_each = not any(result.counts_u8 for result in results)
+        if not one_each:
+            counts = _joined([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
+            counted = int(counts.sum())
+        assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
+        assert counted == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {counted} counted"
+        ended = self._ended(results, spans, len(row))
+        if not one_each or group.spec.max_advance > 1:
+            self._narrow(row, counts, _joined([flight.decode[span] for span in spans]))
+
+        live = rows.finish[row] == _NONE
+        if not live.all():
+            tokens = tokens[np.repeat(live, counts)]
+            row, counts, ended = row[live], counts[live], ended[live]
+        before = group.log.append(row, tokens) if one_each else group.log.append_ragged(row, counts, tokens)
+        group.counters.generation_tokens += len(tokens)
+        finish = _LENGTH * (before + counts >= rows.allowance[row])
+        finish[ended] = _STOP
+        self._outbox.entries.append(Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens))
+        self._logprobs(flight, results)
+        self._prompt_logprobs(flight, results)
+        for index in finish.nonzero()[0].tolist():
+            self._finish(int(row[index]), Finish(int(finish[index])))
+
+    def _narrow(self, row: Int64, counts: Int64, decode: NDArray[np.bool_]) -> None:
+        """Decoding rows have grown by ``counts``, where the plan had reckoned with 1 to ``max_advance``."""
+        rows = self._group.rows
+        row, grown = row[decode], counts[decode]
+        rows.low[row] += grown - 1
+        rows.high[row] += grown - self._group.spec.max_advance
+
+    def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
+        ended = np.zeros(num_rows, np.bool_)
+        start = 0
+        for result, span in zip(results, spans, strict=True):
+            if result.ended_i32:
+                ended[start + np.frombuffer(result.ended_i32, np.int32)] = True
+            start += span.stop - span.start
+        return ended
+
+    def _logprobs(self, flight: Flight, results: list[StepResult]) -> None:
+        """Log-probabilities of rows that asked for them; the row's request was live when its tokens were booked."""
+        group, rows = self._group, self._group.rows
+        for result in results:
+            if not result.logprobs:
+                continue
+            span = flight.span(group.data_of_rank(result.rank))
+            counts = _counts(result, span.stop - span.start)
+            for item in result.logprobs:
+                row = int(flight.rows[span.start + item.row])
+                if rows.finish[row] == Finish.NONE:
+                    position = int(rows.base[row] + group.log.count[row]) - int(counts[item.row]) + item.index
+                    line = HandleLogprobs(int(rows.handle[row]), position, item.chosen, item.top_ids_i32, item.top_f32)
+                    self._outbox.logprobs.setdefault(int(rows.frontend[row]), []).append(line)
+
+    def _prompt_logprobs(self, flight: Flight, results: list[StepResult]) -> None:
+        """Log-probabilities of prompts, on to the frontends. A request that runs again reports again what was not known when it was
+        admitted, and its frontend drops what it has."""
+        group, rows = self._group, self._group.rows
+        for result in results:
+            if not result.prompt_logprobs:
+                continue
+            mine = flight.prompts[flight.prompts // rows.num_slots == group.data_of_rank(result.rank)]
+            for item in result.prompt_logprobs:
+                row = int(mine[item.of])
+                if rows.finish[row] == Finish.NONE:
+                    request = rows.request(row)
+                    request.scored = max(request.scored, item.position + len(item.chosen_f32) // 4 - 1)
+                    self._outbox.prompt_logprobs(request.frontend, structs.replace(item, of=request.handle))
+
+    def _finish(self, row: int, finish: Finish) -> None:
+        """The last token of a request is in: its client is told now, its row drains."""
+        group = self._group
+        request = group.rows.request(row)
+        group.open.pop((request.frontend, request.handle))
+        group.rows.finish[row] = finish
+        if group.rows.state[row] != State.DRAINING:
+            self._leave(row, finish)
+
+    def _leave(self, row: int, finish: Finish) -> None:
+        group = self._group
+        group.rows.finish[row] = finish
+        prefilling = group.prefilling[group.rows.data(row)]
+        if row in prefilling:
+            prefilling.remove(row)
+        group.retire(row, group.next_step - 1)
+        self._drain([group.rows.data(row)])
+
+    # ----------------------------------------------------------------- draining
+
+    def _drain(self, data: Collection[int]) -> None:
+        """Moves rows of ``data`` whose last result is in to ``group.drained``."""
+        group = self._group
+        left: list[tuple[int, int]] = []
+        for row, last in group.draining:
+            index = group.rows.data(row)
+            if index in data and group.acknowledged[group.reporter(index)] >= last:
+                group.drained.append(row)
+            else:
+                left.append((row, last))
+        group.draining = left
+
+    def _keep_outputs(self, row: Int64, tokens: list[bytes]) -> None:
+        """Hashes the blocks that the sampled tokens of rows [n] have completed, so that they stay in the cache."""
+        group, rows = self._group, self._group.rows
+        if not group.kv.caching:
+            return
+        requests = [rows.request(index) for index in row.tolist()]
+        known = [request.num_hashes for request in requests]
+        for request, emitted in zip(requests, tokens, strict=True):
+            if request.root:
+                request.hash_outputs(emitted, group.page_size)
+        # The last sampled token has no KV yet, and a preempted row has no pages left.
+        written = np.minimum(rows.low[row] // group.page_size, rows.num_pages[row])
+        written[rows.sent[row] < rows.prompt[row]] = 0
+        written = np.minimum(written, [request.num_hashes for request in requests])
+        owners, index = ragged(np.maximum(written - known, 0))
+        if not len(owners):
+            return
+        data, pages = row[owners] // rows.num_slots, rows.pages[row[owners], np.array(known)[owners] + index]
+        spans = zip(requests, known, written.tolist(), strict=True)
+        keys = as_keys(b"".join([request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]))
+        group.kv.written[pages] = np.array([group.executed(index) for index in (row // rows.num_slots).tolist()])[owners]
+        taken = group.kv.announce(data, keys, pages)
+        group.publishing.append((data[taken], keys[taken], pages[taken]))
+
+    # ----------------------------------------------------------------- what ranks say beside tokens
+
+    def _observe(self, flight: Flight, results: list[StepResult]) -> None:
+        """Fits the cost model to the slowest section among these results."""
+        group = self._group
+        slowest = max(results, key=lambda result: result.seconds - result.waited)
+        seconds = slowest.seconds - slowest.waited
+        if seconds > 0:
+            data = group.data_of_rank(slowest.rank)
+            group.cost.observe(float(flight.tokens[data]), float(flight.kv[data]), float(flight.context[data]), seconds)
+
+    def _compare(self, flight: Flight, results: list[StepResult]) -> None:
+        """Raises StateMismatch where a rank's checksum is not the planner's."""
+        group, rows, check = self._group, self._group.rows, flight.check
+        assert check is not None
+        later = group.planned_after(flight.step)
+        for result in results:
+            check.reported[result.rank] = result.checksum
+            data = group.data_of_rank(result.rank)
+            if group.samples(result.rank):
+                mine = (check.rows // rows.num_slots) == data
+                active, sent = check.rows[mine], check.sent[mine]
+                lengths = np.where(sent < 0, rows.low[active] - later[active], sent)
+                total = length_terms(active % rows.num_slots, lengths).sum(dtype=np.uint64)
+                check.expected[data] = add64(int(total), int(check.pages[data]))
+        for rank, reported in list(check.reported.items()):
+            expected = check.expected.get(group.data_of_rank(rank))
+            if expected is not None and expected != reported:
+                raise StateMismatch(f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}")
+
+
+def _joined(parts: list[NDArray[_T]]) -> NDArray[_T]:
+    """One array of several; of one, itself."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _counts(result: StepResult, num_rows: int) -> Int64:
+    """Tokens per sampling row of a result [num_rows]."""
+    if not result.counts_u8:
+        return np.ones(num_rows, np.int64)
+    return np.frombuffer(result.counts_u8, np.uint8).astype(np.int64)

@@ -1,0 +1,158 @@
+"""A request as the controller holds it, and the queue of those that wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..kv.hashing import chain_hashes
+from ..protocol.plan import HASH_BYTES, Sampling, Submit
+
+
+class State:
+    """Where a request stands, and equally its row: rows of requests that wait are FREE. Numbers, as arrays hold them.
+
+    STAGING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has it.
+    DRAINING: removed by a plan; its row is reused once every result that may name it is in.
+    """
+
+    FREE: Final = 0
+    STAGING: Final = 1
+    READY: Final = 2
+    PREFILL: Final = 3
+    DECODE: Final = 4
+    DRAINING: Final = 5
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its place by arrival.
+    ``scored`` is the last position of its prompt whose log-probability is known, where they were asked for.
+
+    ``hashes_h128`` are those of its full blocks after ``root``, empty without prefix caching.
+    """
+
+    frontend: int
+    handle: int
+    request_id: str
+    order: int
+    prompt_i32: bytes
+    root: bytes
+    hashes_h128: bytes
+    limit: int
+    sampling: Sampling
+    priority: int
+    grammar: str
+    emitted_i32: bytes = b""
+    scored: int = 0
+    row: int = -1
+    staged: int = -1
+    unacknowledged: set[int] = field(default_factory=set)
+    started: bool = False
+
+    @classmethod
+    def from_submit(cls, frontend: int, order: int, submit: Submit) -> Request:
+        return cls(
+            frontend=frontend,
+            handle=submit.handle,
+            request_id=submit.request_id,
+            order=order,
+            prompt_i32=submit.prompt_i32,
+            root=submit.hashes_h128[:HASH_BYTES],
+            hashes_h128=submit.hashes_h128[HASH_BYTES:],
+            limit=submit.limit,
+            sampling=submit.sampling,
+            priority=submit.priority,
+            grammar=submit.grammar,
+        )
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_i32) // 4
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.emitted_i32) // 4
+
+    @property
+    def num_staged(self) -> int:
+        """Tokens a rank must hold before it can sample the next one."""
+        return (len(self.prompt_i32) + len(self.emitted_i32)) // 4
+
+    @property
+    def num_skippable(self) -> int:
+        """Leading tokens that need not be computed if they are cached. The last one is, to have something to sample from, and so is
+        every token whose successor's log-probability is still owed."""
+        owes = self.sampling.num_prompt_logprobs >= 0 and self.scored < self.num_prompt - 1
+        return self.scored if owes else self.num_staged - 1
+
+    @property
+    def score_bytes(self) -> int:
+        """What each token of its prompt adds to the result of a step; see ``PromptLogprobs``."""
+        asked = self.sampling.num_prompt_logprobs
+        return 4 + 8 * asked if asked >= 0 else 0
+
+    @property
+    def num_hashes(self) -> int:
+        return len(self.hashes_h128) // HASH_BYTES
+
+    def hash_outputs(self, tokens_i32: bytes, page_size: int) -> None:
+        """Appends the hashes of the blocks that ``tokens_i32``, sampled since its admission, have completed."""
+        start = self.num_hashes * page_size * 4
+        if len(self.prompt_i32) + len(self.emitted_i32) + len(tokens_i32) >= start + page_size * 4:
+            tail = self.prompt_i32[start:] + self.emitted_i32[max(0, start - len(self.prompt_i32)) :] + tokens_i32
+            parent = self.hashes_h128[-HASH_BYTES:] or self.root
+            self.hashes_h128 += chain_hashes(parent, tail, page_size)[HASH_BYTES:]
+
+
+class WaitingQueue:
+    """Requests without a row: by priority (lower first), preempted ones before new ones, then by arrival."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, deque[Request]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in sorted(self._levels):
+            yield from self._levels[priority]
+
+    def add(self, request: Request) -> None:
+        """Appends a new request."""
+        self._levels.setdefault(request.priority, deque()).append(request)
+        self._size += 1
+
+    def put_back(self, request: Request) -> None:
+        """Inserts a request that has run before among those that arrived later than it."""
+        level = self._levels.setdefault(request.priority, deque())
+        index = 0
+        for index, other in enumerate(level):  # noqa: B007 - the index outlives the loop
+            if other.order > request.order:
+                break
+        else:
+            index = len(level)
+        level.insert(index, request)
+        self._size += 1
+
+    def take(self, requests: list[Request]) -> None:
+        """Removes requests that have been given a row (they are near the front)."""
+        leaving = {id(request) for request in requests}
+        for level in self._levels.values():
+            kept: list[Request] = []
+            while level and leaving:
+                request = level.popleft()
+                if id(request) in leaving:
+                    leaving.discard(id(request))
+                else:
+                    kept.append(request)
+            level.extendleft(reversed(kept))
+        self._size -= len(requests)
+
+    def drop(self, request: Request) -> None:
+        """Removes a waiting request that will never run."""
+        self._levels[request.priority].remove(request)
+        self._size -= 1

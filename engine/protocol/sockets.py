@@ -1,0 +1,94 @@
+"""Encoding of messages and the ZeroMQ sockets they travel on.
+
+Every socket is CURVE-encrypted: the controller accepts the client keys that the launcher handed out and nobody
+else. Plans are two frames (header shared by the group, section of the recipient); everything else is one.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+import zmq
+import zmq.auth
+import zmq.auth.thread
+
+from .plan import Header, Section, StepPlan
+from .specs import Keys
+
+T = TypeVar("T")
+
+ABSENCE_SECONDS = 10.0  # who neither closes a connection nor answers for this long is gone
+_HEARTBEAT_SECONDS = 2.0
+
+_encoder = msgspec.msgpack.Encoder()
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_section_decoder = msgspec.msgpack.Decoder(Section)
+
+encode = _encoder.encode
+
+
+def decode_plan(header: bytes, section: bytes) -> StepPlan:
+    """Decodes the two frames of a plan. Raises msgspec.ValidationError on anything malformed."""
+    return StepPlan(_header_decoder.decode(header), _section_decoder.decode(section))
+
+
+def new_keypair() -> tuple[str, str]:
+    """A fresh CURVE key pair (public, secret), z85 text."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def server_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, public: str, secret: str) -> zmq.Socket[bytes]:
+    """An unbound CURVE server socket; which clients may connect is decided by ``authenticate``."""
+    socket = context.socket(kind)
+    socket.curve_server = True
+    socket.curve_publickey = public.encode()
+    socket.curve_secretkey = secret.encode()
+    socket.linger = 0
+    socket.sndhwm = 0
+    socket.rcvhwm = 0
+    return socket
+
+
+def client_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, keys: Keys, identity: bytes = b"") -> zmq.Socket[bytes]:
+    """An unconnected CURVE client socket that names itself ``identity`` to a ROUTER."""
+    socket = context.socket(kind)
+    socket.curve_serverkey = keys.server_public.encode()
+    socket.curve_publickey = keys.public.encode()
+    socket.curve_secretkey = keys.secret.encode()
+    if identity:
+        socket.setsockopt(zmq.IDENTITY, identity)
+    socket.linger = 0
+    socket.sndhwm = 0
+    socket.rcvhwm = 0
+    return socket
+
+
+def rank_identity(rank: int) -> bytes:
+    """How a rank names itself to the ROUTER sockets."""
+    return b"r%d" % rank
+
+
+def keep_watch(socket: zmq.Socket[bytes]) -> None:
+    """Before it binds or connects: connections end when the other side has not answered for ``ABSENCE_SECONDS``."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * _HEARTBEAT_SECONDS))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ABSENCE_SECONDS))
+
+
+class AllowedKeys:
+    """Credentials provider for ``zmq.auth``: exactly the public keys the launcher handed out."""
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        self._allowed = {key.encode() for key in allowed}
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self._allowed  # already z85 text
+
+
+def authenticate(context: zmq.Context[zmq.Socket[bytes]], allowed: tuple[str, ...]) -> zmq.auth.thread.ThreadAuthenticator:
+    """Starts the ZAP thread of ``context``; ``stop()`` it before the context ends."""
+    authenticator = zmq.auth.thread.ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback("*", credentials_provider=AllowedKeys(allowed))
+    return authenticator

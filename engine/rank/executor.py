@@ -1,0 +1,281 @@
+"""Executes plans on one rank: sequence slots, page pool, model and sampler.
+
+Suffixes: T tokens of a step, R rows that sample, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...kernels.reference.paged import build_batch
+from ...kernels.reference.sampling import Purpose, uniform
+from ...moe.clock import HostClock, PhaseClock
+from ...moe.dispatch.dispatcher import Dispatcher
+from ...parallel.collectives import CollectiveError, Collectives
+from ..models.decoder import Model
+from ..protocol.plan import (
+    Admit,
+    Header,
+    PromptLogprobs,
+    RankHello,
+    RowLogprobs,
+    Section,
+    StepPlan,
+    StepResult,
+)
+from ..protocol.slot_table import Int32, Int64, Rows, SlotTable
+from .grammars import Grammars, Masks
+from .loop import StepAbandoned
+from .page_pool import KVPool
+from .prompt_logprobs import Chunk, score
+from .slot_sampling import RowSettings, SlotSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an executor works with. The model's weights are loaded; the collectives are built by ``begin_epoch``.
+
+    ``clock`` is that of the dispatcher; ``expert_bytes`` are the weights of one expert of one layer. ``grammars`` None: no request
+    may have one.
+    """
+
+    rank: int
+    model: Model
+    dispatcher: Dispatcher
+    collectives: Collectives
+    pool: KVPool
+    device: torch.device
+    clock: PhaseClock = field(default_factory=HostClock)
+    expert_bytes: int = 0
+    grammars: Grammars | None = None
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities number the rows that sample."""
+
+    tokens: Int64
+    ended: Int64
+    logprobs: tuple[RowLogprobs, ...] = ()
+
+
+_NOTHING = _Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+class Executor:
+    """The state of a rank and what a plan does to it."""
+
+    def __init__(self, parts: Parts, num_slots: int, max_len: int, num_cohorts: int) -> None:
+        self._parts = parts
+        self._table = SlotTable(num_slots, -(-max_len // parts.pool.page_size), num_cohorts)
+        self._settings = SlotSettings(num_slots)
+        self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
+        self._staged: dict[int, Int32] = {}
+
+    @property
+    def model(self) -> Model:
+        return self._parts.model
+
+    def hello(self) -> RankHello:
+        pool, placement = self._parts.pool, self._parts.dispatcher.placement
+        return RankHello(
+            rank=self._parts.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            num_pages=pool.num_pages,
+            page_size=pool.page_size,
+            page_bytes=pool.page_bytes,
+            num_layers=placement.num_layers,
+            num_expert_slots=placement.num_slots,
+            device=str(self._parts.device),
+            num_experts=placement.num_experts,
+            expert_bytes=self._parts.expert_bytes,
+        )
+
+    def begin_epoch(self, epoch: int) -> None:
+        try:
+            self._parts.collectives.build(epoch)
+        except CollectiveError as error:
+            raise StepAbandoned(str(error)) from error
+
+    def stage(self, staged: int, tokens_i32: bytes, grammar: str = "", num_emitted: int = 0) -> bool:
+        tokens = self._staged[staged] = np.frombuffer(tokens_i32, np.int32)
+        if not grammar:
+            return True
+        assert self._parts.grammars is not None, "a grammar for a rank without vocabulary"
+        self._parts.grammars.stage(staged, grammar, tokens[len(tokens) - num_emitted :])
+        return False
+
+    def unstage(self, staged: int) -> None:
+        self._staged.pop(staged, None)
+        if self._parts.grammars is not None:
+            self._parts.grammars.unstage(staged)
+
+    @property
+    def compiling(self) -> bool:
+        return self._parts.grammars is not None and self._parts.grammars.compiling
+
+    def take_compiled(self) -> list[tuple[int, str]]:
+        return [] if self._parts.grammars is None else self._parts.grammars.take_compiled()
+
+    def close(self) -> None:
+        if self._parts.grammars is not None:
+            self._parts.grammars.close()
+        self._parts.collectives.destroy()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Applies a plan and computes its step; also without rows, because other ranks wait in the exchange of every layer.
+
+        After StepAbandoned the state is that of no step; the rebase that opens the next epoch sets it.
+        """
+        try:
+            return self._execute(plan)
+        except CollectiveError as error:
+            self._parts.collectives.destroy()
+            raise StepAbandoned(str(error)) from error
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> StepResult:
+        start, waited = time.perf_counter(), self._parts.collectives.waited
+        header, section = plan.header, plan.section
+        self._apply(header, section)
+        rows = self._table.rows(header, section)
+        draws = rows.samples & (rows.ends < self._table.limit[rows.slots])  # with drafts a row can be at its limit early
+        masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
+        hidden_TD = self._forward(rows, draws, header.capacity)
+        chosen = draws.nonzero()[0]
+        scores = self._score(rows, hidden_TD)
+        sampled = self._sample(rows, chosen, hidden_TD, masks) if len(chosen) else _NOTHING
+        self._table.advance(rows, draws.astype(np.int64))
+        return StepResult(
+            group=header.group,
+            epoch=header.epoch,
+            step=header.step,
+            rank=self._parts.rank,
+            tokens_i32=sampled.tokens.astype(np.int32).tobytes(),
+            counts_u8=b"" if len(chosen) == rows.samples.sum() else draws[rows.samples].astype(np.uint8).tobytes(),
+            ended_i32=sampled.ended.astype(np.int32).tobytes(),
+            logprobs=sampled.logprobs,
+            checksum=self._table.checksum() if header.checksum else 0,
+            expert_i64=self._expert_counts() if header.counts else b"",
+            phases_f32=np.array(self._parts.clock.take(), np.float32).tobytes() if header.counts else b"",
+            waited=self._parts.collectives.waited - waited,
+            seconds=time.perf_counter() - start,
+            prompt_logprobs=scores,
+        )
+
+    # ----------------------------------------------------------------- state
+
+    def _apply(self, header: Header, section: Section) -> None:
+        assert not (header.moves or header.commits or section.copies), "no expert moves and page copies yet"
+        assert header.microbatches == 1, f"{header.microbatches} microbatches: no overlap yet"
+        if section.rebase:
+            self._staged = {staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from}
+            if self._parts.grammars is not None:
+                self._parts.grammars.rebase(section.staged_from)
+        lengths = {admit.staged: len(self._staged[admit.staged]) for admit in section.admit} if section.admit else {}
+        for admit in self._table.apply(section, lengths):
+            self._admit(admit)
+        if section.publish_i32:
+            self._parts.pool.publish(section.publish_i32, section.publish_h128)
+
+    def _admit(self, admit: Admit) -> None:
+        tokens = self._staged.pop(admit.staged)
+        self._history[admit.slot, : len(tokens)] = tokens
+        self._settings.admit(admit.slot, admit.sampling, tokens, admit.num_emitted)
+        if self._parts.grammars is not None:
+            self._parts.grammars.admit(admit.slot, admit.staged, np.frombuffer(admit.sampling.stop_i32, np.int32))
+
+    def _expert_counts(self) -> bytes:
+        counts_LS = self._parts.dispatcher.counts_LS
+        counts = counts_LS.cpu().numpy().tobytes()
+        counts_LS.zero_()
+        return counts
+
+    # ----------------------------------------------------------------- the step
+
+    def _forward(self, rows: Rows, draws: NDArray[np.bool_], capacity: int) -> Tensor:
+        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw have no page to write to."""
+        parts, table = self._parts, self._table
+        slots, idle = rows.slots, (~draws[: rows.num_decode]).nonzero()[0]
+        full = (rows.ends > table.num_pages[slots] * parts.pool.page_size).nonzero()[0]
+        assert not len(full) or np.isin(full, idle).all(), f"slots {slots[full].tolist()}: more tokens than pages"
+        max_pages = -(-int(rows.ends.max(initial=0)) // parts.pool.page_size)
+        pages = table.pages[slots, :max_pages]
+        if len(idle):
+            pages[idle] = parts.pool.scratch
+        batch, positions_T = build_batch(rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device)
+        owners = slots if rows.num_decode == len(slots) else np.repeat(slots, rows.counts)
+        tokens = self._history[owners, positions_T.cpu().numpy()]
+        tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
+        parts.dispatcher.begin_step(len(tokens), capacity)
+        hidden_TD: Tensor = parts.model(tokens_T, positions_T, batch, parts.pool.cache)
+        return hidden_TD
+
+    def _score(self, rows: Rows, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
+        """Log-probabilities of the prompt tokens that this step's chunks lead to, for requests that asked for them."""
+        settings, slots = self._settings, rows.slots[rows.num_decode :]
+        found: list[PromptLogprobs] = []
+        for number in np.flatnonzero(settings.num_prompt_logprobs[slots] >= 0).tolist():
+            row, slot = rows.num_decode + number, slots[number]
+            start, end = int(rows.starts[row]), min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
+            if end > start + 1:
+                first, top = int(rows.counts[:row].sum()), int(settings.num_prompt_logprobs[slot])
+                chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top)
+                found.append(score(self._parts.model, hidden_TD, chunk))
+        return tuple(found)
+
+    def _sample(self, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None) -> _Sampled:
+        """Draws for the rows ``chosen`` [R]."""
+        slots, positions = rows.slots[chosen], rows.ends[chosen]
+        if len(chosen) < len(hidden_TD):
+            last = rows.counts.cumsum()[chosen] - 1
+            hidden_TD = hidden_TD[torch.from_numpy(last).to(hidden_TD.device)]
+        settings = self._settings.rows(slots)
+        logits_RV = self._parts.model.logits(hidden_TD)
+        numbers = rows.samples.cumsum()[chosen] - 1
+        tokens, lines = self._draw(logits_RV, settings, positions, numbers, masks)
+        self._history[slots, positions] = tokens
+        self._settings.observe(slots, tokens)
+        if masks is not None and self._parts.grammars is not None:
+            self._parts.grammars.observe(slots, tokens)
+        ended = (settings.stop == tokens[:, None]).any(1)
+        return _Sampled(tokens, numbers[ended], lines)
+
+    def _draw(
+        self, logits_RV: Tensor, settings: RowSettings, positions: Int64, numbers: Int64, masks: Masks | None
+    ) -> tuple[Int64, tuple[RowLogprobs, ...]]:
+        """Tokens [R] for ``positions`` of the rows, and the log-probabilities that were asked for."""
+        ops, asked, params = self._parts.model.ops, settings.asked, settings.params
+        raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
+        edits = self._settings.edits(settings, positions)
+        if edits is not None:
+            ops.edit_logits(logits_RV, edits)
+        if masks is not None:
+            ops.allow_only(logits_RV, *masks.take(settings.slots))
+        greedy = not len(params.drawn_S)
+        uniform_R = np.zeros(len(positions)) if greedy else uniform(settings.seed, positions, Purpose.SAMPLE)
+        tokens = ops.sample(logits_RV, params, uniform_R).cpu().numpy()
+        if raw_SV is None:
+            return tokens, ()
+        top = ops.logprobs(raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max()))
+        return tokens, _logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
+
+
+def _logprob_lines(top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64) -> tuple[RowLogprobs, ...]:
+    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S] others, from what
+    ``kernels.sampling.logprobs`` returned."""
+    chosen, ids, values = (part.cpu().numpy() for part in top)
+    ids = ids.astype(np.int32)
+    return tuple(
+        RowLogprobs(row, 0, float(chosen[at]), ids[at, :width].tobytes(), values[at, :width].tobytes())
+        for at, (row, width) in enumerate(zip(numbers.tolist(), num_top.tolist(), strict=True))
+    )

@@ -1,0 +1,208 @@
+"""Structured output on a rank: grammars compiled beside the steps, a matcher for each slot that has one, and their masks.
+
+A matcher follows what its slot samples. It is rebuilt from the tokens emitted before whenever its request is staged again,
+so that a preemption, a replay or a new rank in place of a dead one changes nothing. Rows without a grammar cost nothing.
+No torch here. Suffixes: S rows with a grammar, W words of 32 tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from numpy.typing import NDArray
+
+from ..protocol.slot_table import Int32, Int64
+
+_LOG = logging.getLogger(__name__)
+
+CACHED_GRAMMARS = 64
+MASK_SECONDS = 60.0
+
+Bits = NDArray[np.int32]
+
+
+def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer | None:
+    """The vocabulary of a checkpoint as the matchers need it, None where it has no tokenizer. ``vocab_size`` is the width of the logits.
+
+    152,000 tokens take 0.3 s and 47 MB on an idle core, during which no other thread runs: for start-up, not for a thread beside the steps.
+    """
+    if (model_path / "tokenizer.json").exists():
+        text = (model_path / "tokenizer.json").read_text(encoding="utf-8")
+    elif (model_path / "tiktoken.model").exists():
+        from ..text.tokenizer import Codec  # brings transformers, which takes seconds and other checkpoints do not need
+
+        text = Codec(model_path).to_json()
+    else:
+        return None
+    return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_ids) or None)
+
+
+class Grammars:
+    """Grammars of staged prompts by their number, and matchers of running requests by their slot."""
+
+    def __init__(self, vocabulary: LLTokenizer) -> None:
+        self._vocabulary = vocabulary
+        self._compiled = lru_cache(maxsize=CACHED_GRAMMARS)(self._compile)  # called by the one thread of the pool below
+        self._pool = ThreadPoolExecutor(1, "grammars")
+        self._filler = ThreadPoolExecutor(1, "masks")
+        self._staged: dict[int, Future[LLMatcher]] = {}
+        self._untold: set[int] = set()
+        self._slots: dict[int, _Follower] = {}
+
+    # ----------------------------------------------------------------- staging
+
+    @property
+    def compiling(self) -> bool:
+        """Whether ``take_compiled`` has something to say, now or soon."""
+        return bool(self._untold)
+
+    def stage(self, staged: int, grammar: str, emitted: Int32) -> None:
+        """Begins to compile the grammar of a staged prompt, ``emitted`` of whose tokens follow it already."""
+        self._staged[staged] = self._pool.submit(self._build, grammar, emitted.tolist())
+        self._untold.add(staged)
+
+    def take_compiled(self) -> list[tuple[int, str]]:
+        """Staged prompts whose grammar is compiled since the last call, with the error where that failed."""
+        done = [staged for staged in sorted(self._untold) if self._staged[staged].done()]
+        self._untold.difference_update(done)
+        told = []
+        for staged in done:
+            error = self._staged[staged].exception()
+            if error is not None:
+                del self._staged[staged]
+                _LOG.warning("the grammar of staged prompt %d cannot be followed: %s", staged, error)
+            told.append((staged, "" if error is None else str(error)))
+        return told
+
+    def unstage(self, staged: int) -> None:
+        future = self._staged.pop(staged, None)
+        if future is not None:
+            future.cancel()
+            self._untold.discard(staged)
+
+    def rebase(self, staged_from: int) -> None:
+        """Forgets the slots, and what was staged before ``staged_from``."""
+        self._slots.clear()
+        for staged in [staged for staged in self._staged if staged < staged_from]:
+            self.unstage(staged)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._filler.shutdown(wait=False, cancel_futures=True)
+
+    # ----------------------------------------------------------------- running
+
+    def admit(self, slot: int, staged: int, stop_ids: Int32) -> None:
+        """Gives a slot the matcher of a staged prompt, or none; a sequence ends with one of ``stop_ids``."""
+        future = self._staged.pop(staged, None)
+        self._slots.pop(slot, None)
+        if future is not None:
+            self._slots[slot] = _Follower(slot, future.result(timeout=0), stop_ids, self._vocabulary)
+
+    def begin(self, slots: Int64) -> Masks | None:
+        """Begins to compute the masks of those of ``slots`` that have a grammar, beside the caller. None: no slot has."""
+        if not self._slots:
+            return None
+        followers = [self._slots[slot] for slot in slots.tolist() if slot in self._slots]
+        if not followers:
+            return None
+        bits_SW = allocate_token_bitmask(len(followers), self._vocabulary.vocab_size)
+        return Masks({follower.slot: row for row, follower in enumerate(followers)}, self._filler.submit(_fill, followers, bits_SW))
+
+    def observe(self, slots: Int64, tokens: Int64) -> None:
+        """The matchers follow what their slots have sampled."""
+        if self._slots:
+            for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+                follower = self._slots.get(slot)
+                if follower is not None and not follower.follow(token):
+                    del self._slots[slot]
+
+    # ----------------------------------------------------------------- compiling, in the pool's thread
+
+    def _build(self, grammar: str, emitted: list[int]) -> LLMatcher:
+        matcher: LLMatcher = self._compiled(grammar).deep_copy()
+        if not matcher.consume_tokens(emitted):
+            raise ValueError(f"the tokens emitted so far do not follow the grammar: {_first_line(matcher)}")
+        return matcher
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(_first_line(matcher))
+        return matcher
+
+
+class Masks:
+    """Masks that are being computed: which tokens each slot with a grammar may sample."""
+
+    def __init__(self, rows: dict[int, int], bits: Future[Bits]) -> None:
+        self._rows = rows
+        self._bits = bits
+
+    def take(self, slots: Int64) -> tuple[Int64, Bits]:
+        """Which of the rows with ``slots`` have a mask, [S], and the masks [S, W], a bit per token. Waits for them."""
+        found = [(row, self._rows[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._rows]
+        try:
+            bits_SW = self._bits.result(MASK_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"the masks of {len(self._rows)} grammars were not there after {MASK_SECONDS:g} s") from None
+        return np.array([row for row, _ in found], np.int64), bits_SW[[index for _, index in found]]
+
+
+class _Follower:
+    """The matcher of one slot. When it can follow no more, the sequence may only end."""
+
+    def __init__(self, slot: int, matcher: LLMatcher, stop_ids: Int32, vocabulary: LLTokenizer) -> None:
+        self.slot = slot
+        self._matcher = matcher
+        self._stops = _bits_of(stop_ids.tolist(), vocabulary.vocab_size)
+        self._ends = ~_bits_of(vocabulary.eos_tokens, vocabulary.vocab_size)
+        self._stop_ids = frozenset(stop_ids.tolist())
+        self._told = False
+
+    def fill(self, bits_W: Bits) -> None:
+        """Ends are allowed where the grammar may end, and are those of the request."""
+        if not self._matcher.is_error():
+            fill_next_token_bitmask(self._matcher, bits_W[None], 0)
+            bits_W &= self._ends
+            if self._matcher.is_accepting():
+                bits_W |= self._stops
+        if self._matcher.is_error() or not bits_W.any():
+            self._tell()
+            bits_W[:] = self._stops
+
+    def follow(self, token: int) -> bool:
+        """False when the sequence has ended."""
+        if token in self._stop_ids:
+            return False
+        if not self._matcher.is_error():
+            self._matcher.consume_token(token)
+        return True
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            _LOG.warning("slot %d: its grammar allows no token, the text ends: %s", self.slot, _first_line(self._matcher))
+
+
+def _fill(followers: list[_Follower], bits_SW: Bits) -> Bits:
+    for follower, bits_W in zip(followers, bits_SW, strict=True):
+        follower.fill(bits_W)
+    return bits_SW
+
+
+def _bits_of(tokens: list[int], vocab_size: int) -> Bits:
+    """[W]: a bit for each of ``tokens``."""
+    flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    flags[tokens] = 1
+    return np.packbits(flags, bitorder="little").view(np.int32)
+
+
+def _first_line(matcher: LLMatcher) -> str:
+    return matcher.get_error().split("\n", 1)[0]

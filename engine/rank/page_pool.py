@@ -1,0 +1,94 @@
+"""The page pool of one rank: its size, its cache tensors, and which block each page holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.formats.kv_format import KvFormat
+from ..kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
+from ..models.config import ModelConfig
+from ..protocol.plan import HASH_BYTES
+
+_DTYPES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """What bounds a pool. ``memory``: bytes, None for a share of what is free. ``max_tokens``: all that could ever run at once."""
+
+    memory: int | None
+    max_tokens: int
+    ranks_per_host: int
+
+
+class KVPool:
+    """``num_pages`` pages of ``page_size`` tokens, and one more, ``scratch``, for rows whose KV nobody will read.
+
+    ``cache`` holds per layer a tuple of zeroed tensors [(num_pages + 1) * page_size, *shape], as the model's attention wants it.
+    """
+
+    def __init__(self, config: ModelConfig, num_pages: int, page_size: int, kv_format: KvFormat, device: torch.device) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.page_bytes = bytes_per_page(config, page_size, kv_format)
+        self.scratch = num_pages
+        positions = (num_pages + 1) * page_size
+        dtype, shapes = _DTYPES[kv_format], config.kv_shapes(kv_format)
+        self.cache = [tuple(_zeros((positions, *shape), dtype, device) for shape in shapes) for _ in range(config.num_layers)]
+        self._hashes = np.zeros((num_pages, HASH_BYTES), np.uint8)
+        self._known = np.zeros(num_pages, np.bool_)
+
+    def publish(self, pages_i32: bytes, hashes_h128: bytes) -> None:
+        """Remembers the block hash of each page, for a controller that has lost its index."""
+        pages = np.frombuffer(pages_i32, np.int32)
+        self._hashes[pages] = np.frombuffer(hashes_h128, np.uint8).reshape(-1, HASH_BYTES)
+        self._known[pages] = True
+
+    def published(self) -> tuple[bytes, bytes]:
+        """All remembered pages (int32) and their hashes, as in ``Section.publish``."""
+        pages = np.flatnonzero(self._known)
+        return pages.astype(np.int32).tobytes(), self._hashes[pages].tobytes()
+
+
+def bytes_per_page(config: ModelConfig, page_size: int, kv_format: KvFormat) -> int:
+    return page_size * config.kv_bytes_per_token(kv_format)
+
+
+def fit_pages(page_bytes: int, page_size: int, limits: PoolLimits, device: torch.device) -> int:
+    """How many pages the pool gets. Raises ValueError when the memory does not hold one."""
+    if limits.memory is not None:
+        budget, most, source = limits.memory, None, "kv_cache.memory"
+    else:
+        free = free_bytes(device)
+        share = free * CPU_SHARE / limits.ranks_per_host if device.type == "cpu" else free * GPU_SHARE - GPU_RESERVE_BYTES
+        budget, most, source = int(share), -(-limits.max_tokens // page_size), f"kv_cache.memory = auto: of {free} free bytes"
+    pages = budget // page_bytes
+    if pages < 1:
+        raise ValueError(f"{source}: {budget} bytes hold no page of {page_bytes} bytes ({page_size} tokens)")
+    return pages if most is None else min(pages, most)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on the device; on a CPU, what the kernel and the control group allow."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (bound := limit.read_text().strip()) != "max":
+        free = min(free, int(bound) - int(used.read_text()))
+    return max(free, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU memory that the kernel provides, zeroed, when it is first written: a large pool costs nothing before."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,177 @@
+"""How the tokens of each sequence slot are drawn: settings of the requests in arrays, and what a step makes of them.
+
+Suffixes: R sampling rows of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...kernels.reference.sampling import LogitEdits, SamplingParams, token_counts
+from ..protocol.plan import Sampling
+from ..protocol.slot_table import Int32, Int64
+
+_T = TypeVar("_T", bound=np.generic)
+
+_NO_TOKEN = -1
+
+
+class _Seen:
+    """The distinct tokens of one slot and how often each was sampled (0: in the prompt alone), kept up to date."""
+
+    def __init__(self, history: Int32, prompt_length: int) -> None:
+        tokens, counts = token_counts(history, prompt_length)
+        self._size = len(tokens)
+        self._tokens, self._counts = tokens, counts
+        self._index = {token: at for at, token in enumerate(tokens.tolist())}
+
+    @property
+    def tokens(self) -> Int64:
+        return self._tokens[: self._size]
+
+    @property
+    def counts(self) -> Int64:
+        return self._counts[: self._size]
+
+    def add(self, token: int) -> None:
+        at = self._index.setdefault(token, self._size)
+        if at == self._size:
+            if at == len(self._tokens):
+                self._tokens = np.concatenate([self._tokens, np.zeros(at + 16, np.int64)])
+                self._counts = np.concatenate([self._counts, np.zeros(at + 16, np.int64)])
+            self._tokens[at], self._counts[at] = token, 0
+            self._size += 1
+        self._counts[at] += 1
+
+
+@dataclass
+class _Edits:
+    """What changes the logits of one slot beside min_tokens; ``seen`` is None without penalties."""
+
+    bias_tokens: Int64
+    bias_values: NDArray[np.float32]
+    seen: _Seen | None
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """The settings of rows [R]. ``asked`` are the rows that want log-probabilities. ``open_from`` is the first position at which a
+    row may sample its stop ids, ``stop`` [R, N], which are filled up with -1."""
+
+    slots: Int64
+    params: SamplingParams
+    seed: Int64
+    num_logprobs: Int64
+    asked: Int64
+    open_from: Int64
+    stop: Int64
+
+
+class SlotSettings:
+    """``first_output`` is the position of a slot's first output token: what comes before is the request's own prompt.
+    ``num_prompt_logprobs`` is as in ``Sampling``."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._seed = np.zeros(num_slots, np.int64)
+        self._num_logprobs = np.full(num_slots, -1, np.int64)
+        self.num_prompt_logprobs = np.full(num_slots, -1, np.int64)
+        self.first_output = np.zeros(num_slots, np.int64)
+        self._temperature = np.zeros(num_slots, np.float32)
+        self._top_k = np.zeros(num_slots, np.int64)
+        self._top_p = np.ones(num_slots, np.float32)
+        self._min_p = np.zeros(num_slots, np.float32)
+        self._min_tokens = np.zeros(num_slots, np.int64)
+        self._penalties = np.zeros((num_slots, 3), np.float32)
+        self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
+        self._edits: dict[int, _Edits] = {}
+        self._rows: RowSettings | None = None
+
+    def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
+        """Sets a slot up for a request whose ``history`` ends with the ``num_emitted`` tokens it has sampled so far."""
+        self._seed[slot] = sampling.seed
+        self._num_logprobs[slot] = sampling.num_logprobs
+        self.num_prompt_logprobs[slot] = sampling.num_prompt_logprobs
+        self.first_output[slot] = len(history) - num_emitted
+        self._temperature[slot] = sampling.temperature
+        self._top_k[slot] = sampling.top_k
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._min_tokens[slot] = sampling.min_tokens
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        self._penalties[slot] = penalties
+        self._set_stop(slot, np.frombuffer(sampling.stop_i32, np.int32))
+        self._edits.pop(slot, None)
+        self._rows = None
+        penalised = penalties != (1.0, 0.0, 0.0)
+        if penalised or sampling.bias_ids_i32:
+            self._edits[slot] = _Edits(
+                np.frombuffer(sampling.bias_ids_i32, np.int32).astype(np.int64),
+                np.frombuffer(sampling.bias_values_f32, np.float32),
+                _Seen(history, len(history) - num_emitted) if penalised else None,
+            )
+
+    def rows(self, slots: Int64) -> RowSettings:
+        """The settings of rows [R]; the same object while rows and admissions stay the same."""
+        if self._rows is None or self._rows.slots.tobytes() != slots.tobytes():
+            num_logprobs = self._num_logprobs[slots]
+            self._rows = RowSettings(
+                slots=slots,
+                params=SamplingParams(self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]),
+                seed=self._seed[slots],
+                num_logprobs=num_logprobs,
+                asked=np.flatnonzero(num_logprobs >= 0),
+                open_from=self.first_output[slots] + self._min_tokens[slots],
+                stop=self._stop[slots],
+            )
+        return self._rows
+
+    def edits(self, rows: RowSettings, positions: Int64) -> LogitEdits | None:
+        """Changes to the logits of rows [R] that sample ``positions`` [R]; None when there are none."""
+        early = positions < rows.open_from
+        if not self._edits and not early.any():
+            return None
+        found = [(row, self._edits[slot]) for row, slot in enumerate(rows.slots.tolist()) if slot in self._edits]
+        seen = [(row, edits.seen) for row, edits in found if edits.seen is not None]
+        masked = np.where(early[:, None], rows.stop, _NO_TOKEN)
+        masked_rows, column = np.nonzero(masked != _NO_TOKEN)
+        penalties = self._penalties[rows.slots]
+        return LogitEdits(
+            counted_rows_N=_repeat([row for row, _ in seen], [len(part.tokens) for _, part in seen]),
+            counted_tokens_N=_join([part.tokens for _, part in seen], np.int64),
+            output_counts_N=_join([part.counts for _, part in seen], np.int64),
+            repetition_R=penalties[:, 0],
+            presence_R=penalties[:, 1],
+            frequency_R=penalties[:, 2],
+            bias_rows_N=_repeat([row for row, _ in found], [len(edits.bias_tokens) for _, edits in found]),
+            bias_tokens_N=_join([edits.bias_tokens for _, edits in found], np.int64),
+            bias_values_N=_join([edits.bias_values for _, edits in found], np.float32),
+            masked_rows_N=masked_rows,
+            masked_tokens_N=masked[masked_rows, column],
+        )
+
+    def observe(self, slots: Int64, tokens: Int64) -> None:
+        """Counts the tokens sampled in rows [R] where penalties need it."""
+        if self._edits:
+            for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+                edits = self._edits.get(slot)
+                if edits is not None and edits.seen is not None:
+                    edits.seen.add(token)
+
+    def _set_stop(self, slot: int, stop: Int32) -> None:
+        missing = len(stop) - self._stop.shape[1]
+        if missing > 0:
+            self._stop = np.pad(self._stop, ((0, 0), (0, missing)), constant_values=_NO_TOKEN)
+        self._stop[slot] = _NO_TOKEN
+        self._stop[slot, : len(stop)] = stop
+
+
+def _repeat(rows: list[int], counts: list[int]) -> Int64:
+    return np.repeat(np.asarray(rows, np.int64), counts)
+
+
+def _join(parts: list[NDArray[_T]], dtype: type[_T]) -> NDArray[_T]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)

@@ -1,0 +1,185 @@
+"""Records what a planner is told and what it decides, so that an incident replays offline, step by step.
+
+A recording is a sequence of msgpack records: first a ``Heading`` with the planner's settings, then one array per call, (name, arguments).
+A plan is recorded as the digest of its bytes, which ``replay`` compares. The planner reads no clock, so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from ... import __version__
+from ..planner.planner import Planner
+from ..planner.step_builder import Plan
+from ..protocol.plan import Abort, Refused, Staged, StepResult, Submit
+from ..protocol.sockets import encode
+from ..protocol.specs import Layout, SchedulerSpec
+
+_BUFFER = 1 << 20  # bytes
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a planner is constructed with."""
+
+    layout: Layout
+    spec: SchedulerSpec
+    num_pages: list[int]
+    page_size: int
+    max_len: int
+
+    def planner(self) -> Planner:
+        return Planner(self.layout, self.spec, self.num_pages, self.page_size, self.max_len)
+
+
+class Heading(msgspec.Struct, frozen=True):
+    """What a recording begins with: the version that made it, the planner's Settings encoded, and their digest, which tells whether
+    another version reads them as they were meant."""
+
+    version: str
+    digest: bytes
+    settings: msgspec.Raw
+
+
+class Mismatch(AssertionError):
+    """A replay cannot be what was recorded: the planner has changed since, or is not pure, or the file is something else."""
+
+
+def digest(plan: Plan | None) -> bytes:
+    """Names a plan by content; empty for no plan."""
+    if plan is None:
+        return b""
+    state = hashlib.blake2b(encode(plan.header), digest_size=16)
+    for data, section in plan.sections.items():
+        state.update(b"%d" % data + encode(section))
+    return state.digest()
+
+
+class Recorder:
+    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical path.
+
+    Serving does not depend on it: where the disk takes no more, ``failure`` says why, and the recording ends with what was written.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._pending = bytearray()
+        self.failure = ""
+        encoded = msgspec.msgpack.encode(settings)
+        self._write(msgspec.msgpack.encode(Heading(__version__, _digest(encoded), msgspec.Raw(encoded))))
+
+    def event(self, name: str, *arguments: object) -> None:
+        """One call of the planner, by the name of its method."""
+        self._write(msgspec.msgpack.encode((name, arguments)))
+
+    def plan(self, plan: Plan | None) -> None:
+        self._write(msgspec.msgpack.encode(("plan", (digest(plan),))))
+
+    def flush(self) -> None:
+        rest = memoryview(bytes(self._pending))
+        self._pending.clear()
+        try:
+            while rest and not self.failure:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.failure = str(error)
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+    def _write(self, record: bytes) -> None:
+        self._pending += len(record).to_bytes(4, "little") + record
+        if len(self._pending) > _BUFFER:
+            self.flush()
+
+
+def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
+    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan differs or a record is not understood,
+    with the step and what is known of the planner that made it.
+
+    A recording that was cut off in the middle of a record ends there.
+    """
+    records = _records(path)
+    try:
+        heading = msgspec.msgpack.decode(next(records, b""), type=Heading)
+    except msgspec.MsgspecError as error:
+        raise Mismatch(f"its first record does not say who made it: no recording, or an older one ({error})") from None
+    try:
+        settings = msgspec.msgpack.decode(heading.settings, type=Settings)
+    except msgspec.MsgspecError as error:
+        raise Mismatch(f"the planner's settings are not understood: {error}{_difference(heading, None)}") from None
+    planner = settings.planner()
+    for record in records:
+        step = planner.group.next_step
+        try:
+            plan = _repeat(planner, record)
+        except (Mismatch, msgspec.MsgspecError) as error:
+            raise Mismatch(f"step {step}: {error}{_difference(heading, settings)}") from error
+        if plan is not None:
+            yield planner, plan
+
+
+def _digest(settings: bytes) -> bytes:
+    return hashlib.blake2b(settings, digest_size=16).digest()
+
+
+def _difference(heading: Heading, settings: Settings | None) -> str:
+    """What differs between the planner that was recorded and this one, as the end of a sentence."""
+    found = []
+    if heading.version != __version__:
+        found.append(f"; it was recorded by version {heading.version}, this is {__version__}")
+    if settings is not None and heading.digest != _digest(msgspec.msgpack.encode(settings)):
+        found.append("; the planner's settings are not read as they were recorded")
+    return "".join(found)
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while len(head := file.read(4)) == 4:
+            record = file.read(int.from_bytes(head, "little"))
+            if len(record) < int.from_bytes(head, "little"):
+                return
+            yield record
+
+
+def _repeat(planner: Planner, record: bytes) -> Plan | None:
+    """Makes a recorded call; returns the plan if it was one for a plan."""
+    name, arguments = msgspec.msgpack.decode(record)
+    if name != "plan":
+        _apply(planner, name, arguments)
+        return None
+    plan = planner.plan()
+    if digest(plan) != arguments[0]:
+        raise Mismatch("the plan differs from the recorded one")
+    return plan
+
+
+def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
+    match name:
+        case "submit":
+            planner.submit(arguments[0], msgspec.convert(arguments[1], Submit))
+        case "abort":
+            planner.abort(arguments[0], msgspec.convert(arguments[1], Abort))
+        case "abort_frontend":
+            planner.abort_frontend(arguments[0])
+        case "staged":
+            planner.staged(msgspec.convert(arguments[0], Staged))
+        case "results":
+            planner.results([msgspec.convert(result, StepResult) for result in arguments[0]])
+        case "refused":
+            planner.refused(msgspec.convert(arguments[0], Refused))
+        case "begin_epoch":
+            planner.begin_epoch(gone=arguments[0], emptied=arguments[1])
+        case "fail_all":
+            planner.fail_all()
+        case "tidy":
+            planner.tidy()
+            planner.take_staging()
+            planner.take_output()
+        case _:
+            raise Mismatch(f"the recording names the unknown call {name!r}")

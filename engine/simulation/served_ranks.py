@@ -1,0 +1,144 @@
+"""Many simulated ranks in one process, on real sockets: the controller cannot tell them from real ones.
+
+Every rank executes its plans one after the other; a step takes what the cost model says, as wall time. Used by the control-path
+benchmark and by tests of the serving path that need no model.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import signal
+import socket as network
+import time
+
+import msgspec
+import zmq
+
+from ..planner.cost_model import Cost
+from ..protocol.plan import RankHello, Stage, Staged, StepPlan, Stop, ToRankBulk
+from ..protocol.sockets import client_socket, decode_plan, encode, rank_identity
+from ..protocol.specs import Keys, Layout
+from .simulated_rank import SimulatedRank
+
+
+class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Which ranks to simulate, and how. ``step_seconds`` is what a step takes beside the cost of its tokens."""
+
+    ranks: tuple[int, ...]
+    layout: Layout
+    keys: Keys
+    step_address: str
+    bulk_address: str
+    num_slots: int
+    max_len: int
+    num_pages: int
+    page_size: int
+    step_seconds: float = 0.02
+    token_seconds: float = 0.0
+    kv_seconds: float = 0.0
+    vocabulary: int = 1000
+
+
+class Timeline:
+    """When each step's first result left this process and when its plan had reached all its ranks (monotonic seconds)."""
+
+    def __init__(self) -> None:
+        self.first_result: dict[int, float] = {}
+        self.plan_complete: dict[int, float] = {}
+
+
+class SimulatedRanks:
+    """Serves its ranks until the controller says Stop."""
+
+    def __init__(self, spec: SimulatedSpec) -> None:
+        self._spec = spec
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.setsockopt(zmq.MAX_SOCKETS, 4096)
+        self._poller = zmq.Poller()
+        self._step: dict[zmq.Socket[bytes], int] = {}
+        self._bulk: dict[zmq.Socket[bytes], int] = {}
+        self._ranks: dict[int, SimulatedRank] = {}
+        self._free_at: dict[int, float] = dict.fromkeys(spec.ranks, 0.0)
+        self._due: list[tuple[float, int, bytes, int]] = []
+        self._by_rank: dict[int, zmq.Socket[bytes]] = {}
+        self.timeline = Timeline()
+        self._decoder = msgspec.msgpack.Decoder(ToRankBulk)
+        self._stopping = False
+        for rank in spec.ranks:
+            self._open(rank)
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        while not self._stopping:
+            timeout = max(0.0, self._due[0][0] - time.monotonic()) if self._due else 0.2
+            ready = [socket for socket, _ in self._poller.poll(int(1000 * timeout))]
+            plans = [(self._step[socket], plan) for socket in ready if socket in self._step for plan in self._take_plans(socket)]
+            for socket in ready:
+                if socket in self._bulk:
+                    self._take_bulk(socket)
+            for rank, plan in plans:
+                self._execute(rank, plan)
+            self._send_due()
+        for socket in (*self._step, *self._bulk):
+            socket.close(linger=0)
+        self._context.term()
+
+    def _open(self, rank: int) -> None:
+        spec = self._spec
+        max_pages, cohorts = -(-spec.max_len // spec.page_size), spec.layout.pipeline
+        samples = rank // (spec.layout.tensor * spec.layout.data) == spec.layout.pipeline - 1 and rank % spec.layout.tensor == 0
+        simulated = SimulatedRank(rank, spec.num_slots, max_pages, num_cohorts=cohorts, samples=samples)
+        simulated.vocabulary = spec.vocabulary
+        simulated.cost = Cost(spec.step_seconds, spec.token_seconds, spec.kv_seconds, 0.0)
+        self._ranks[rank] = simulated
+        step = client_socket(self._context, zmq.DEALER, spec.keys, rank_identity(rank))
+        step.connect(spec.step_address)
+        bulk = client_socket(self._context, zmq.DEALER, spec.keys, rank_identity(rank))
+        bulk.connect(spec.bulk_address)
+        self._step[step], self._bulk[bulk], self._by_rank[rank] = rank, rank, step
+        self._poller.register(step, zmq.POLLIN)
+        self._poller.register(bulk, zmq.POLLIN)
+        hello = RankHello(rank, network.gethostname(), os.getpid(), spec.num_pages, spec.page_size, 0, 0, 0, "simulated")
+        bulk.send(encode(hello))
+
+    def _take_bulk(self, socket: zmq.Socket[bytes]) -> None:
+        while socket.poll(0):
+            message = self._decoder.decode(socket.recv())
+            if isinstance(message, Stop):
+                self._stopping = True
+                return
+            self._ranks[self._bulk[socket]].stage(message)
+            if isinstance(message, Stage):
+                socket.send(encode(Staged(self._bulk[socket], message.staged)))
+
+    def _take_plans(self, socket: zmq.Socket[bytes]) -> list[StepPlan]:
+        plans: list[StepPlan] = []
+        while socket.poll(0):
+            plans.append(decode_plan(*socket.recv_multipart()))
+            self.timeline.plan_complete[plans[-1].header.step] = time.monotonic()
+        return plans
+
+    def _execute(self, rank: int, plan: StepPlan) -> None:
+        """A rank starts its next step when it has the plan and has finished the one before."""
+        received = self.timeline.plan_complete[plan.header.step]
+        result = self._ranks[rank].execute(plan)
+        if result is not None:
+            self._free_at[rank] = max(received, self._free_at[rank]) + getattr(result, "seconds", 0.0)
+            heapq.heappush(self._due, (self._free_at[rank], rank, encode(result), plan.header.step))
+
+    def _send_due(self) -> None:
+        while self._due and self._due[0][0] <= time.monotonic():
+            _, rank, payload, step = heapq.heappop(self._due)
+            self.timeline.first_result.setdefault(step, time.monotonic())
+            self._by_rank[rank].send(payload)
+
+
+def main(spec: SimulatedSpec) -> SimulatedRanks:
+    """Simulates ranks in this process until the controller stops them; returns them for their timeline."""
+    ranks = SimulatedRanks(spec)
+    signal.signal(signal.SIGTERM, lambda *_: ranks.stop())
+    ranks.run()
+    return ranks

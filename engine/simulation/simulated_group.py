@@ -1,0 +1,143 @@
+"""All ranks of a group, simulated at once: the state of many ``SimulatedRank`` at the price of one.
+
+For simulations in virtual time, where the planner should cost more than the ranks. Ranks that disagree, messages that are lost and rows
+that advance by more than a token are matters of ``SimulatedRank``. Suffixes: D data indices, S stages of the pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..planner.step_builder import Plan
+from ..protocol.plan import Header, Section, Stage, StepResult, Unstage
+from ..protocol.slot_table import Int64, SlotTable
+from ..recording.recorder import Settings
+
+_TOKEN = np.ones(1, np.int32).tobytes()
+"""What every row samples: nobody reads it, but the blocks of outputs are hashed from it."""
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What the data indices compute in a step, each int64 [D].
+
+    decodes: rows that decode. tokens: those and prompt tokens. sampled: rows that sample. decode_context and prompt_context: positions
+    attended to, summed over the tokens of rows that decode and of prompts. kv_reads: positions read, by a chunk of a prompt once.
+    """
+
+    decodes_D: Int64
+    tokens_D: Int64
+    sampled_D: Int64
+    decode_context_D: Int64
+    prompt_context_D: Int64
+    kv_reads_D: Int64
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A step as the ranks have executed it: ``checksums`` of the data indices, where the plan asked for them."""
+
+    header: Header
+    work: StepWork
+    checksums: tuple[int, ...] | None
+
+
+class SimulatedGroup:
+    """The ranks of one group; plans must come in order."""
+
+    def __init__(self, settings: Settings) -> None:
+        layout, spec = settings.layout, settings.spec
+        assert spec.max_advance == 1, "rows advance by a token"
+        self._layout = layout
+        self._num_slots = spec.max_running
+        max_pages = -(-settings.max_len // settings.page_size)
+        self._tables = [SlotTable(spec.max_running, max_pages, layout.pipeline) for _ in range(layout.data)]
+        self._cohort = np.tile(np.arange(spec.max_running) % layout.pipeline, layout.data)
+        self._staged: dict[int, int] = {}  # tokens of prompts that wait for their admission
+
+    def stage(self, message: Stage | Unstage) -> None:
+        """Takes or forgets a prompt; members of a data index get the same one."""
+        if isinstance(message, Stage):
+            self._staged[message.staged] = len(message.tokens_i32) // 4
+        else:
+            self._staged.pop(message.staged, None)
+
+    def execute(self, plan: Plan) -> Executed:
+        """Applies a plan to all slots and moves their lengths past it."""
+        tables = self._tables
+        for data, section in plan.sections.items():
+            if _changes(section):
+                for admit in tables[data].apply(section, self._staged):
+                    del self._staged[admit.staged]
+        length = np.concatenate([table.length for table in tables])
+        prompt = np.concatenate([table.prompt for table in tables])
+        limit = np.concatenate([table.limit for table in tables])
+        decodes = np.concatenate([table.active & ~table.held for table in tables])
+        decodes &= length >= prompt
+        if self._layout.pipeline > 1:
+            decodes &= self._cohort == plan.header.cohort
+        grow = decodes.astype(np.int64)
+        slots, counts = self._extends(plan)
+        ends = length[slots] + counts
+        sampled = slots[ends >= prompt[slots]]
+        grow[slots] += counts
+        longer = length + grow
+        assert (longer[decodes] < limit[decodes]).all(), "a row decodes past its limit"
+        context = counts * length[slots] + counts * (counts + 1) // 2
+        work = StepWork(
+            decodes_D=self._sum(decodes),
+            tokens_D=self._sum(grow),
+            sampled_D=self._sum(decodes) + self._add_up(sampled),
+            decode_context_D=self._sum(longer * decodes),
+            prompt_context_D=self._add_up(slots, context),
+            kv_reads_D=self._sum(longer * decodes) + self._add_up(slots, ends),
+        )
+        for table, own in zip(tables, longer.reshape(len(tables), -1), strict=True):
+            table.length[:] = own
+        return Executed(plan.header, work, tuple(table.checksum() for table in tables) if plan.header.checksum else None)
+
+    def results(self, step: Executed, stage: int, own_D: NDArray[np.float64]) -> list[StepResult]:
+        """What the ranks of ``stage`` report of a step, each after ``own_D`` seconds of work; all wait for the slowest."""
+        layout, header = self._layout, step.header
+        last, seconds = stage == layout.pipeline - 1, float(own_D.max())
+        results: list[StepResult] = []
+        own, sampled = own_D.tolist(), step.work.sampled_D.tolist()
+        for data in range(layout.data):
+            for member in range(layout.tensor):
+                result = StepResult(
+                    group=header.group,
+                    epoch=header.epoch,
+                    step=header.step,
+                    rank=(stage * layout.data + data) * layout.tensor + member,
+                    tokens_i32=_TOKEN * sampled[data] if last and not member else b"",
+                    checksum=0 if step.checksums is None else step.checksums[data],
+                    seconds=seconds,
+                    waited=seconds - own[data],
+                )
+                results.append(result)
+        return results
+
+    def _extends(self, plan: Plan) -> tuple[Int64, Int64]:
+        """The slots of all data indices whose prompts advance, data-major, and by how many tokens."""
+        parts = [(data, section.extend_pairs) for data, section in plan.sections.items() if section.extend_pairs]
+        pairs = np.frombuffer(b"".join([packed for _, packed in parts]), np.int32).reshape(-1, 2).astype(np.int64)
+        first = np.repeat([data * self._num_slots for data, _ in parts], [len(packed) // 8 for _, packed in parts])
+        return pairs[:, 0] + first.astype(np.int64), pairs[:, 1]
+
+    def _sum(self, of_slots: NDArray[np.bool_] | Int64) -> Int64:
+        """Sums [D] over the slots of each data index."""
+        sums: Int64 = of_slots.reshape(len(self._tables), -1).sum(axis=1, dtype=np.int64)
+        return sums
+
+    def _add_up(self, slots: Int64, values: Int64 | None = None) -> Int64:
+        """Sums [D] of values [n], or how many there are, that belong to slots [n]."""
+        sums: Int64 = np.bincount(slots // self._num_slots, values, minlength=len(self._tables)).astype(np.int64)
+        return sums
+
+
+def _changes(section: Section) -> bool:
+    """Whether a section does more than let its rows go on."""
+    return bool(section.rebase or section.pages_pairs or section.admit or section.free_i32 or section.hold_i32 or section.resume_i32)

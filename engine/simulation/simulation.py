@@ -1,0 +1,192 @@
+"""A group in virtual time: the planner, and what the controller does around it, against simulated ranks, without waiting for any of it.
+
+The order within a turn and the pacing of plans are the controller's. Between processes no time passes: prompts, plans and results arrive
+when they are sent. What the planner itself takes is measured and never added, so that equal arrivals give equal results on any machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..controller.pacer import Pacer
+from ..planner.planner import Planner
+from ..planner.request import Request, State
+from ..protocol.plan import Message, Stage, Staged, StepResult, Submit, TokenBatch
+from ..recording.recorder import Settings
+from .simulated_group import Executed, SimulatedGroup, StepWork
+
+PATIENCE = 10_000
+"""Steps in a row without a token for anybody, beside those that the longest prompt takes, after which something is wrong."""
+
+_STATES = {State.STAGING: "is being staged", State.READY: "waits for its first chunk", State.PREFILL: "is in prefill"}
+_STATES |= {State.DECODE: "decodes", State.DRAINING: "drains"}
+
+
+class Stuck(RuntimeError):
+    """Requests are open and will never end; the message names the oldest."""
+
+
+class StepTimes(Protocol):
+    """How long a step takes: seconds [S, D] that each stage of each data index works on it, waiting for others excluded."""
+
+    def __call__(self, work: StepWork) -> NDArray[np.float64]: ...
+
+
+@dataclass(frozen=True)
+class StepSeen:
+    """A step that was planned at ``planned``; the first stage starts at ``start``, the last ends at ``end``. own_SD as ``StepTimes``."""
+
+    planned: float
+    start: float
+    end: float
+    work: StepWork
+    own_SD: NDArray[np.float64]
+
+
+class Watcher(Protocol):
+    """Who writes down what happens; times are virtual seconds."""
+
+    def told(self, now: float, messages: list[tuple[int, Message]]) -> None:
+        """Messages for frontends, as (frontend, message)."""
+
+    def stepped(self, planner: Planner, step: StepSeen) -> None:
+        """The planner has just made a plan, and this is what becomes of it."""
+
+    def measured(self, booking: float, planning: float) -> None:
+        """Real seconds, on this machine, that the planner took for the results before a plan, and for the plan."""
+
+
+Arrival = tuple[float, Submit]
+
+
+def patience(settings: Settings) -> int:
+    """Steps in a row without a token for anybody, after which a simulation is stuck. While nobody decodes, a prompt advances by
+    ``max_batch_tokens`` whenever it is its cohort's turn."""
+    return PATIENCE + settings.layout.pipeline * -(-settings.max_len // settings.spec.max_batch_tokens)
+
+
+class Simulation:
+    """Runs one group from its first arrival until everything is answered."""
+
+    def __init__(self, settings: Settings, times: StepTimes, watcher: Watcher) -> None:
+        self.planner = settings.planner()
+        self.now = 0.0
+        self._times, self._watcher = times, watcher
+        self._group = SimulatedGroup(settings)
+        self._pacer = Pacer(enabled=settings.spec.pacing)
+        self._results: list[tuple[float, int, list[StepResult]]] = []  # due at, order, results
+        self._sent = 0
+        self._free_at = [0.0] * settings.layout.pipeline  # when each stage has done what it was sent
+        self._sampled_at = [0.0] * settings.layout.pipeline  # when each cohort has its last tokens
+        self._step_seconds = 0.0
+        self._booking = 0.0
+        self._barren = 0  # steps since somebody got a token
+        self._patience = patience(settings)
+
+    def run(self, arrivals: Iterator[Arrival], stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Serves arrivals, whose times ascend; whether all of them were answered before ``stopped``. Raises Stuck."""
+        coming = next(arrivals, None)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            while not stopped():
+                due = self._due(math.inf if coming is None else coming[0])
+                if due == math.inf:
+                    if self.planner.idle():
+                        return True
+                    raise Stuck(f"nothing can happen any more, but {self._oldest()}")
+                self.now = max(self.now, due)
+                self._book()
+                if self.planner.wants_plan and self._pacer.due(self.now):
+                    self._plan()
+                while coming is not None and coming[0] <= self.now:
+                    self.planner.submit(0, coming[1])
+                    self._pacer.work_arrived()
+                    coming = next(arrivals, None)
+                self._follow_up()
+            return False
+        finally:
+            gc.enable()
+            gc.unfreeze()
+
+    def _due(self, arrival: float) -> float:
+        """When something happens next; infinity when nothing ever does."""
+        result = self._results[0][0] if self._results else math.inf
+        plan = self.now + self._pacer.wait(self.now) if self.planner.wants_plan else math.inf
+        return min(arrival, result, plan)
+
+    def _book(self) -> None:
+        """Results that have come in by now."""
+        results: list[StepResult] = []
+        while self._results and self._results[0][0] <= self.now:
+            results += heapq.heappop(self._results)[2]
+        if not results:
+            return
+        began, before = time.perf_counter(), self.planner.group.newest_result
+        self.planner.results(results)
+        self._booking += time.perf_counter() - began
+        self._step_seconds = max(result.seconds for result in results)
+        if self.planner.group.newest_result > before:
+            self._pacer.first_result(self.now, self.planner.group.in_flight, self._step_seconds)
+
+    def _plan(self) -> None:
+        began = time.perf_counter()
+        plan = self.planner.plan()
+        planning = time.perf_counter() - began
+        if plan is None:
+            self._pacer.nothing_to_do()
+            return
+        self._pacer.sent(self.now)
+        self._watcher.measured(self._booking, planning)
+        self._booking = 0.0
+        self._watcher.stepped(self.planner, self._execute(self._group.execute(plan)))
+        self._barren += 1
+        if self._barren > self._patience:
+            raise Stuck(f"nobody has got a token for {self._patience} steps, and {self._oldest()}")
+
+    def _execute(self, step: Executed) -> StepSeen:
+        """A stage begins a step when it has the plan, what the stage before makes of it, and has done the step before."""
+        own_SD, cohort = self._times(step.work), step.header.cohort
+        end = start = max(self.now, self._free_at[0], self._sampled_at[cohort])
+        for stage, own_D in enumerate(own_SD):
+            end = max(end, self._free_at[stage]) + float(own_D.max())
+            self._free_at[stage] = end
+            heapq.heappush(self._results, (end, self._sent, self._group.results(step, stage, own_D)))
+            self._sent += 1
+        self._sampled_at[cohort] = end
+        return StepSeen(self.now, start, end, step.work, own_SD)
+
+    def _follow_up(self) -> None:
+        """What the controller does once the plan is out; ranks acknowledge prompts at once."""
+        planner = self.planner
+        planner.tidy()
+        for rank, message in planner.take_staging():
+            self._group.stage(message)
+            if isinstance(message, Stage):
+                planner.staged(Staged(rank, message.staged))
+                self._pacer.work_arrived()
+        if output := planner.take_output():
+            if any(isinstance(message, TokenBatch) for _, message in output):
+                self._barren = 0
+            self._watcher.told(self.now, output)
+
+    def _oldest(self) -> str:
+        request = min(self.planner.group.open.values(), key=lambda request: request.order, default=None)
+        if request is None:
+            return "the planner is not idle, though no request is open"
+        return f"request {request.request_id} ({request.num_prompt} prompt tokens, limit {request.limit}) {self._stands(request)}"
+
+    def _stands(self, request: Request) -> str:
+        if request.row < 0:
+            return f"waits at {self.now:.3f} s"
+        return f"{_STATES[int(self.planner.group.rows.state[request.row])]} at {self.now:.3f} s"

@@ -1,0 +1,171 @@
+"""Times of the ops against their rooflines: ``python -m lockstep.kernels.bench``.
+
+Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without, a row for every case and
+implementation, after each case; rows of an earlier run that are not measured anew stay. Ceilings are measured in the same run. A
+machine without a card adds the GPU's rows that are missing, "not measured". ``bench_goals`` says what a file of rows comes to, and
+``bench_plot`` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..reference.fp8 import Quantised, widen_rows
+from ..table import Ops, ops_of
+from .call import Call, Case
+from .cases import cases
+from .clock import Ceilings, measure_ceilings, time_of
+from .goals import summary
+from .rows import FOLDER, NOT_MEASURED, Ledger, Row, blank_row
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds for one implementation of a case, and the moment (``time.monotonic``) after which no case is begun."""
+
+    seconds: float
+    end: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lockstep.kernels.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the CSV files")
+    parser.add_argument("--only", default="", help="cases whose op or shape contains this")
+    parser.add_argument("--seconds", type=float, default=420.0, help="for all cases; those that are left are not begun")
+    parser.add_argument("--each", type=float, default=0.0, help="seconds for one implementation of a case")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has a figure or a reason for")
+    parser.add_argument("--commit", default="", help="what the rows name where this is no git checkout")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    chosen = [case for case in cases() if arguments.only in case.op or arguments.only in case.shape]
+    if torch.cuda.is_available():
+        ledger, chosen = Ledger(arguments.out / "kernels_gpu.csv"), [case for case in chosen if case.card]
+        if arguments.resume:
+            done = {(row.op, row.shape) for row in ledger.rows() if row.p50_us not in (NOT_MEASURED, f"{NOT_MEASURED}: out of time")}
+            chosen = [case for case in chosen if (case.op, case.shape) not in done]
+        _on_card(chosen, ledger, Limits(arguments.each or 0.15, end), arguments.commit)
+        return
+    small = [case for case in chosen if case.small]
+    ledger = Ledger(arguments.out / "kernels_cpu.csv")
+    limits = Limits(arguments.each or 0.5, end)
+    _measure(small, torch.device("cpu"), [ops_of("cpu"), ops_of("reference")], (ledger, arguments.commit), limits)
+    blank = replace(blank_row(None, None, arguments.commit), implementation="triton")
+    missing = (replace(blank, op=case.op, shape=case.shape) for case in chosen if case.card)
+    Ledger(arguments.out / "kernels_gpu.csv").add_missing(missing)
+
+
+def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) -> None:
+    # Triton need not be installed where there is no card.
+    from ..triton.target import card_name
+    from ..triton.tiles import tiles_of
+    from .compile import compile_ahead
+
+    card, start = card_name(), time.monotonic()
+    compile_ahead([(case.op, case.shape, tiles_of(card)) for case in chosen])
+    print(f"compiled ahead in {time.monotonic() - start:.0f} s")
+    _measure(chosen, torch.device("cuda"), [ops_of("triton"), ops_of("reference")], (ledger, commit), limits)
+    text = summary(ledger.rows())
+    ledger.path.with_name(f"{ledger.path.stem}_goals.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _measure(chosen: list[Case], device: torch.device, columns: list[Ops], target: tuple[Ledger, str], limits: Limits) -> None:
+    ledger, commit = target
+    ceilings = measure_ceilings(device)
+    blank = blank_row(device, ceilings, commit)
+    for case in chosen:
+        named = replace(blank, op=case.op, shape=case.shape)
+        if time.monotonic() > limits.end:
+            ledger.add_missing([replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: out of time")])
+            continue
+        ledger.mark(replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: the process did not outlive it"))
+        ledger.put(_rows(case, named, columns, ceilings, limits.seconds))
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises where a kernel has broken the process for all that follow: start again with --resume
+            torch.cuda.empty_cache()
+
+
+def _rows(case: Case, named: Row, columns: list[Ops], ceilings: Ceilings, seconds: float) -> Iterator[Row]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        call = case.make(device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        yield replace(named, implementation=columns[0].column, p50_us=_why_not(error))
+        return
+    runs = {ops.column: call.bind(ops) for ops in columns if _runs(case, ops)}
+    expected = call.expected or (runs.get("reference") if case.op not in IN_PLACE else None)
+    for name, run in (runs | call.rivals).items():
+        row = replace(named, implementation=name)
+        try:
+            off = error_of(run, expected) if name == columns[0].column and expected is not None else ""
+            times = time_of(run, device, seconds, capture=name == columns[0].column or case.op not in READS_ON_HOST)
+        except Exception as failure:  # one implementation that cannot run is a row that says so, not the end of the others
+            yield replace(row, p50_us=_why_not(failure))
+            continue
+        yield _timed_row(row, times, call, ceilings, off)
+
+
+# What others do with these reads the device from the host, or moves from it, and cannot be captured.
+READS_ON_HOST = ("sample", "edit_logits", "allow_only", "copy_pages", "permute", "gate")
+# Run on what an earlier run has left, so that two results need not agree.
+IN_PLACE = ("edit_logits", "allow_only", "copy_pages")
+
+
+def _timed_row(row: Row, times: tuple[float, float, float], call: Call, ceilings: Ceilings, error: str) -> Row:
+    (p20, p50, p80), (roofline, bound) = times, ceilings.bound(call)
+    return replace(
+        row,
+        p20_us=f"{p20:.1f}",
+        p50_us=f"{p50:.1f}",
+        p80_us=f"{p80:.1f}",
+        roofline_us=f"{roofline:.1f}",
+        bound=bound,
+        share=f"{roofline / p50:.2f}",
+        of_copy=f"{ceilings.memory_us(call) / p50:.2f}",
+        of_matmul=f"{ceilings.compute_us(call) / p50:.2f}",
+        error=error,
+    )
+
+
+def _why_not(error: BaseException) -> str:
+    return f"{NOT_MEASURED}: {type(error).__name__}: {error}".split("\n")[0][:160]
+
+
+def _runs(case: Case, ops: Ops) -> bool:
+    """The references of experts are loops over pairs: not for a clock."""
+    return not (ops.column == "reference" and (case.op.startswith("experts") or case.op == "from_e4m3"))
+
+
+def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
+    """The largest relative error in norm of the numbers, or the share of integers that differ; empty where nothing can be compared."""
+    try:
+        pairs = list(zip(_parts(run()), _parts(expected()), strict=True))
+        errors = [_difference(got, wanted) for got, wanted in pairs]
+    except (torch.OutOfMemoryError, NotImplementedError):  # the comparison's failure is no reason to leave the op unmeasured
+        return ""
+    return f"{max(errors):.1e}" if errors else ""
+
+
+def _parts(result: object) -> list[Tensor]:
+    if isinstance(result, Quantised):
+        return [widen_rows(result)]
+    if isinstance(result, tuple):
+        return [part for item in result for part in _parts(item)]
+    return [result] if isinstance(result, Tensor) else []
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    if not got.is_floating_point():
+        return float((got != wanted).float().mean())
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What is benchmarked: every op at every shape of the list, fixed before a run, with the bytes and operations that bound it.
+
+An expert layer is what one of ``spread`` equal shares of the experts sees under balanced load: tokens x K pairs for its slots.
+The other cases are in ``bench_attention`` and ``bench_sampler``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.fp8_format import BLOCK
+from ..formats.kv_format import head_entry, latent_entry
+from ..reference.fp8 import Quantised, from_e4m3
+from ..reference.gate import GateCounts, Routing
+from ..reference.rope import HeadNorms, angles, frequencies
+from ..table import Ops
+from .attention import attention_cases
+from .call import PAGE_SIZE, Call, Case, random
+from .rivals import convert_e4m3, grouped_mm, scaled_grouped_mm, vllm_experts
+from .sampler import sampler_cases
+
+EXPERT_LAYERS = {"Qwen3-30B-A3B": (2048, 768, 128, 8, (1, 8, 32, 72)), "DeepSeek-V3": (7168, 2048, 256, 8, (8, 32, 72))}
+EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+ROW_COUNTS = (1, 64, 4096)
+GATES = (("Qwen3", 128, Routing(8)), ("DeepSeek-V3", 256, Routing(8, "sigmoid", True, 2.5, 8, 4)))
+
+
+def cases() -> Iterator[Case]:
+    """All of them, in the order of the rows; what has a goal comes first."""
+    yield from expert_cases()
+    yield from attention_cases()
+    yield from sampler_cases()
+    for model, experts, rule in GATES:
+        for tokens in ROW_COUNTS:
+            yield Case("gate", f"{model}: {tokens} tokens", _gate(experts, rule, tokens), small=tokens <= 64)
+    for rows in ROW_COUNTS:
+        yield from _row_cases(rows)
+    yield Case("copy_pages", "64 pages of 64 x 576, 61 layers", _copy_pages, small=True)
+    yield Case("from_e4m3", "64 M values", _from_e4m3, small=True, card=False)
+
+
+def expert_cases() -> Iterator[Case]:
+    for model, (hidden, width, experts, top_k, spreads) in EXPERT_LAYERS.items():
+        for spread in spreads:
+            slots = -(-experts // spread)
+            for tokens in EXPERT_TOKENS:
+                layer = ExpertShape(slots, hidden, width, tokens * top_k)
+                shape = f"{model} EP {spread}: {tokens} tokens, {slots} slots"
+                small = model.startswith("Qwen") and spread == 8
+                yield Case("experts", shape, layer.bf16, small=small and tokens <= 64)
+                yield Case("experts_fp8", shape, layer.fp8, small=small and tokens in (1, 16))
+
+
+def _row_cases(rows: int) -> Iterator[Case]:
+    small = rows == 64
+    for hidden, width in ((2048, 768), (7168, 2048)):
+        size = f"{rows} x {hidden}"
+        yield Case("rms_norm", size, _rms_norm(rows, hidden), small)
+        yield Case("add_rms_norm", size, _add_rms_norm(rows, hidden), small)
+        yield Case("add_rms_norm_fp8", size, _add_rms_norm_fp8(rows, hidden), small)
+        yield Case("quantise_rows", size, _quantise_rows(rows, hidden), small)
+        yield Case("weighted_sum", f"{rows} x 8 x {hidden}", _weighted_sum(rows, hidden), small)
+        yield Case("silu_mul", f"{rows} x {2 * width}", _silu_mul(rows, width), small)
+        yield Case("silu_mul_fp8", f"{rows} x {2 * width}", _silu_mul_fp8(rows, width), small)
+        yield Case("permute", f"{rows} x 8 rows of {hidden}, 16 slots", _permute(rows, hidden), small)
+    yield Case("norm_rotate_and_write", f"Qwen3: {rows} tokens", _rotate_and_write(rows, "bf16"), small)
+    yield Case("norm_rotate_and_write", f"Qwen3, FP8 pages: {rows} tokens", _rotate_and_write(rows, "fp8"), small)
+    yield Case("rotate_and_write_latent", f"DeepSeek-V3: {rows} tokens", _rotate_latent(rows, "bf16"), small)
+    yield Case("rotate_and_write_latent", f"DeepSeek-V3, FP8 pages: {rows} tokens", _rotate_latent(rows, "fp8"), small)
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Pairs spread evenly over the slots, each with a row of its own."""
+
+    slots: int
+    hidden: int
+    width: int
+    pairs: int
+
+    def bf16(self, device: torch.device) -> Call:
+        x, w13, w2 = (random(device, *shape) for shape in self._shapes())
+        rows, slots = self._pairs(device)
+
+        def bind(ops: Ops) -> Callable[[], object]:
+            counts, packed = torch.zeros(self.slots, dtype=torch.int64, device=device), ops.pack_slots(w13, w2)
+            return lambda: ops.experts(x, rows, slots, *packed, counts)
+
+        grouped = grouped_mm(x, slots, (w13, w2))
+        rivals = {"torch._grouped_mm": grouped}
+        if device.type != "cpu":
+            rivals["vllm fused_moe"] = vllm_experts(x, slots, (w13, w2))
+        return Call(bind, *self._least(2), rivals=rivals, expected=grouped)
+
+    def fp8(self, device: torch.device) -> Call:
+        x, w13, w2 = (random(device, *shape).to(torch.float8_e4m3fn) for shape in self._shapes())
+        groups = (-(-self.hidden // BLOCK), -(-self.width // BLOCK))
+        pairs = self._pairs(device)
+        quantised = (
+            Quantised(x, torch.full((self.pairs, groups[0]), 0.5, device=device)),
+            Quantised(w13, torch.full((self.slots, 2, groups[1], groups[0]), 0.25, device=device)),
+            Quantised(w2, torch.full((self.slots, groups[0], groups[1]), 2.0, device=device)),
+        )
+
+        def bind(ops: Ops) -> Callable[[], object]:
+            counts = torch.zeros(self.slots, dtype=torch.int64, device=device)
+            return lambda: ops.experts_fp8(quantised[0], pairs, quantised[1], quantised[2], counts, torch.bfloat16)
+
+        if device.type == "cpu":  # which has no such product
+            return Call(bind, *self._least(1), fp8=True)
+        rival = scaled_grouped_mm(x, pairs[1], (w13, w2), (0.5, 0.25, 2.0))
+        return Call(bind, *self._least(1), fp8=True, rivals={"torch._scaled_grouped_mm by rows": rival}, expected=rival)
+
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.pairs, self.hidden), (self.slots, 2 * self.width, self.hidden), (self.slots, self.hidden, self.width)
+
+    def _pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        index = torch.arange(self.pairs, device=device)
+        return index, index * 7919 % self.slots  # a prime step: neighbours meet different slots
+
+    def _least(self, itemsize: int) -> tuple[float, float]:
+        weights = min(self.slots, self.pairs) * 3 * self.hidden * self.width * itemsize
+        return weights + self.pairs * self.hidden * (itemsize + 2), 6.0 * self.pairs * self.hidden * self.width
+
+
+Make = Callable[[torch.device], Call]
+
+
+def _gate(experts: int, rule: Routing, tokens: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x, weight = random(device, tokens, 2048), random(device, experts, 2048).float()
+        bias = torch.zeros(experts, device=device) if rule.scoring == "sigmoid" else None
+        counts = GateCounts(
+            torch.full((1,), tokens, dtype=torch.int32, device=device), torch.zeros(experts, dtype=torch.int64, device=device)
+        )
+        flops = 2.0 * tokens * experts * 2048
+        return Call(lambda ops: lambda: ops.gate(x, weight, bias, rule, counts), tokens * 4096.0 + experts * 8192.0, flops)
+
+    return make
+
+
+def _rms_norm(rows: int, hidden: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x, weight = random(device, rows, hidden), random(device, hidden)
+        return Call(lambda ops: lambda: ops.rms_norm(x, weight, 1e-6), rows * hidden * 4.0)
+
+    return make
+
+
+def _add_rms_norm(rows: int, hidden: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x, update, weight = random(device, rows, hidden), random(device, rows, hidden), random(device, hidden)
+        return Call(lambda ops: lambda: ops.add_rms_norm(x, update, weight, 1e-6), rows * hidden * 8.0)
+
+    return make
+
+
+def _add_rms_norm_fp8(rows: int, hidden: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x, update, weight = random(device, rows, hidden), random(device, rows, hidden), random(device, hidden)
+        return Call(lambda ops: lambda: ops.add_rms_norm_fp8(x, update, weight, 1e-6), rows * hidden * 7.0)
+
+    return make
+
+
+def _quantise_rows(rows: int, hidden: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x = random(device, rows, hidden)
+        return Call(lambda ops: lambda: ops.quantise_rows(x), rows * hidden * 3.0)
+
+    return make
+
+
+def _silu_mul(rows: int, width: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x = random(device, rows, 2 * width)
+        return Call(lambda ops: lambda: ops.silu_mul(x), rows * width * 6.0)
+
+    return make
+
+
+def _silu_mul_fp8(rows: int, width: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x = random(device, rows, 2 * width)
+        return Call(lambda ops: lambda: ops.silu_mul_fp8(x), rows * width * 5.0)
+
+    return make
+
+
+def _weighted_sum(rows: int, hidden: int) -> Make:
+    def make(device: torch.device) -> Call:
+        y, weights = random(device, rows, 8, hidden), torch.rand(rows, 8, device=device)
+        return Call(lambda ops: lambda: ops.weighted_sum(y, weights), rows * hidden * 18.0)
+
+    return make
+
+
+def _permute(tokens: int, hidden: int) -> Make:
+    """Grouped, moved and moved back: what a transport needs that wants rows by slot."""
+
+    def make(device: torch.device) -> Call:
+        x, pairs = random(device, tokens, hidden), torch.arange(tokens * 8, device=device)
+        rows, slots = pairs // 8, pairs * 7919 % 16
+
+        def bind(ops: Ops) -> Callable[[], object]:
+            counts = torch.zeros(16, dtype=torch.int64, device=device)
+
+            def there_and_back() -> Tensor:
+                grouping = ops.group_pairs(slots, counts, 16)
+                return ops.unpermute(ops.permute(x, rows, grouping), grouping, len(pairs))
+
+            return there_and_back
+
+        return Call(bind, tokens * 8 * hidden * 8.0)
+
+    return make
+
+
+def _rotate_and_write(rows: int, kv_format: str) -> Make:
+    def make(device: torch.device) -> Call:
+        qkv, norms = random(device, rows, 40, 128), HeadNorms(random(device, 128), random(device, 128), 1e-6)
+        entry = head_entry("fp8" if kv_format == "fp8" else "bf16", 4, 128)
+        cache = (_cache(device, rows, entry), _cache(device, rows, entry))
+        rotation = angles(torch.arange(rows, device=device), frequencies(128, 1e6).to(device))
+        write = torch.randperm(rows, device=device)
+        num_bytes = rows * (36 * 128 * 2.0 + 32 * 128 * 2 + 4 * 128 * 2) + sum(part.numel() * part.element_size() for part in cache)
+        return Call(lambda ops: lambda: ops.norm_rotate_and_write(qkv, norms, rotation, cache, write, False), num_bytes)
+
+    return make
+
+
+def _rotate_latent(rows: int, kv_format: str) -> Make:
+    def make(device: torch.device) -> Call:
+        q, c, k = random(device, rows, 128, 64), random(device, rows, 512), random(device, rows, 64)
+        cache = _cache(device, rows, latent_entry("fp8" if kv_format == "fp8" else "bf16", 512, 64))
+        rotation = angles(torch.arange(rows, device=device), frequencies(64, 1e4).to(device))
+        write = torch.randperm(rows, device=device)
+        num_bytes = rows * (128 * 64 * 4.0 + 576 * 2) + cache.numel() * cache.element_size()
+        return Call(lambda ops: lambda: ops.rotate_and_write_latent(q, c, k, rotation, cache, write, True), num_bytes)
+
+    return make
+
+
+def _cache(device: torch.device, rows: int, entry: tuple[int, ...]) -> Tensor:
+    """Of bytes where entries are FP8, which are one-dimensional whatever they hold: heads 528, latents 656."""
+    dtype: Any = torch.uint8 if entry in ((528,), (656,)) else torch.bfloat16
+    return torch.zeros(rows, *entry, dtype=dtype, device=device)
+
+
+def _copy_pages(device: torch.device) -> Call:
+    caches = [random(device, 256 * PAGE_SIZE, 576) for _ in range(61)]
+    order = torch.randperm(256, device=device)
+    return Call(lambda ops: lambda: ops.copy_pages(caches, order[:64], order[64:128], PAGE_SIZE), 61 * 64 * PAGE_SIZE * 576 * 4.0)
+
+
+def _from_e4m3(device: torch.device) -> Call:
+    """No op of a column, but what the CPU column reads FP8 weights and pages with."""
+    bits = torch.randint(0, 126, (1 << 26,), dtype=torch.uint8, device=device)
+    torch_own = convert_e4m3(bits)
+    return Call(lambda ops: lambda: from_e4m3(bits, torch.bfloat16), bits.numel() * 3.0, rivals={"torch": torch_own}, expected=torch_own)

@@ -1,0 +1,122 @@
+"""The sampler's cases at a vocabulary of 152k. A captured step finds settings, counters and edits on the device, so the Triton column is
+timed with them there; the others take them from the host, as their signature says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..reference.sampling import LogitEdits, Purpose, SamplingParams, uniform
+from ..table import Ops
+from .call import Call, Case
+
+BATCHES, VOCABULARY = (1, 16, 64, 256), 152064
+SETTINGS = {"greedy": (0.0, 0, 1.0, 0.0), "plain": (1.0, 0, 1.0, 0.0), "top-k 50, top-p 0.9": (0.8, 50, 0.9, 0.0)}
+_COUNTED, _BIASED, _LIKELIEST = 2000, 20, 20
+
+Make = Callable[[torch.device], Call]
+
+
+def sampler_cases() -> Iterator[Case]:
+    for batch in BATCHES:
+        for name, row in SETTINGS.items():
+            yield Case("sample", f"{batch} x {VOCABULARY}, {name}", _sample(batch, row), small=batch == 16)
+        yield Case("logprobs", f"{batch} x {VOCABULARY}, {_LIKELIEST} likeliest", _logprobs(batch), small=batch == 16)
+        yield Case("edit_logits", f"{batch} x {VOCABULARY}, {_COUNTED} counted, {_BIASED} biased", _edit_logits(batch), small=batch == 16)
+        yield Case("allow_only", f"{batch} x {VOCABULARY}", _allow_only(batch), small=batch == 16)
+
+
+def _logits(device: torch.device, rows: int) -> Tensor:
+    return torch.empty(rows, VOCABULARY, device=device).normal_(0, 3)
+
+
+def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
+    def make(device: torch.device) -> Call:
+        logits, seeds, positions = _logits(device, rows), np.arange(rows), np.arange(rows) * 17
+        dtypes = (np.float32, np.int64, np.float32, np.float32)
+        params = SamplingParams(*(np.full(rows, value, dtype) for value, dtype in zip(row, dtypes, strict=True)))
+        uniform_R = uniform(seeds, positions, Purpose.SAMPLE)
+
+        def bind(ops: Ops) -> Callable[[], object]:
+            if ops.column != "triton":
+                return lambda: ops.sample(logits, params, uniform_R)
+            from ..triton.sampling import SlotSampling, sample_slots
+
+            settings = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, seeds, positions)
+            slots = SlotSampling(*(torch.from_numpy(setting).to(device) for setting in settings))
+            return lambda: sample_slots(logits, slots, Purpose.SAMPLE)
+
+        return Call(bind, rows * VOCABULARY * 4.0)
+
+    return make
+
+
+def _logprobs(rows: int) -> Make:
+    def make(device: torch.device) -> Call:
+        logits, tokens = _logits(device, rows), torch.arange(rows, device=device)
+        return Call(lambda ops: lambda: ops.logprobs(logits, tokens, _LIKELIEST), rows * VOCABULARY * 4.0)
+
+    return make
+
+
+def _edit_logits(rows: int) -> Make:
+    """So small that logits stay where they are however often they are edited."""
+
+    def make(device: torch.device) -> Call:
+        logits = _logits(device, rows)
+        owners, biased = np.repeat(np.arange(rows), _COUNTED), np.repeat(np.arange(rows), _BIASED)
+        edits = LogitEdits(
+            counted_rows_N=owners,
+            counted_tokens_N=np.tile(np.arange(_COUNTED) * 71, rows),
+            output_counts_N=np.ones(len(owners), np.int64),
+            repetition_R=np.full(rows, 1.0001, np.float32),
+            presence_R=np.full(rows, 0.0001, np.float32),
+            frequency_R=np.full(rows, 0.0001, np.float32),
+            bias_rows_N=biased,
+            bias_tokens_N=np.tile(np.arange(_BIASED) * 999, rows),
+            bias_values_N=np.full(len(biased), 0.0001, np.float32),
+            masked_rows_N=biased[:0],
+            masked_tokens_N=biased[:0],
+        )
+
+        def bind(ops: Ops) -> Callable[[], object]:
+            if ops.column != "triton":
+                return lambda: ops.edit_logits(logits, edits)
+            from ..triton.sampling import edit_bias, edit_penalties
+
+            bias = [torch.from_numpy(part).to(device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)]
+            counted = (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N)
+            pairs, tokens, counts, *penalties = (
+                torch.from_numpy(part).to(device) for part in (*counted, edits.repetition_R, edits.presence_R, edits.frequency_R)
+            )
+
+            def run() -> None:
+                edit_bias(logits, *bias)
+                edit_penalties(logits, (pairs, tokens, counts), (penalties[0], penalties[1], penalties[2]))
+
+            return run
+
+        return Call(bind, len(owners) * 32.0 + len(biased) * 28.0)
+
+    return make
+
+
+def _allow_only(rows: int) -> Make:
+    def make(device: torch.device) -> Call:
+        logits, owners = _logits(device, rows), np.arange(rows)
+        bits = np.random.default_rng(0).integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64).astype(np.int32)
+
+        def bind(ops: Ops) -> Callable[[], object]:
+            if ops.column != "triton":
+                return lambda: ops.allow_only(logits, owners, bits)
+            from ..triton.sampling import edit_allowed
+
+            on_device = torch.from_numpy(owners).to(device), torch.from_numpy(bits).to(device)
+            return lambda: edit_allowed(logits, *on_device)
+
+        return Call(bind, rows * VOCABULARY * (0.125 + 2.0))  # half of the tokens are refused, and only those written
+
+    return make

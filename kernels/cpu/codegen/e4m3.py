@@ -1,0 +1,133 @@
+"""Cached e4m3 as units of bf16, for products: decoded by tables that stay in registers, scales left to the caller.
+
+A value of e4m3 is one of bf16 too. Its two bytes are looked up by the seven bits beside the sign, 64 values at a time, which takes
+AVX512-VBMI.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
+
+from ... import cpu_isa
+from .tiles import transposed
+from .vectors import I32, LANES, UNITS, Rows, all_lanes, is_matrix, multiplies_bf16
+
+_intrinsic: Any = intrinsic
+
+AT_ONCE = 64  # values
+_BYTES = ir.VectorType(ir.IntType(8), AT_ONCE)
+
+
+def decodes() -> bool:
+    """Whether the processor can, and multiplies bf16."""
+    return multiplies_bf16() and "avx512vbmi" in cpu_isa.features()
+
+
+@_intrinsic
+def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
+    """out[out_row + u, out_column + j] = the values ``column`` + 2 u and the next one of row rows_N[first + j], for 32 u and 16 j."""
+    _check(entries, rows_N, out)
+    signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        _, _, first, column, _, out_row, out_column = arguments
+        source, rows, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4))
+        quads = [_load(builder, source, rows, first, j, column) for j in range(LANES)]
+        for i, quad in enumerate(transposed(builder, [builder.bitcast(values, UNITS) for values in quads])):
+            low, high = _decoded(builder, builder.bitcast(quad, _BYTES))
+            for half in range(2):
+                lanes = [4 * (n // 4) + 2 * half + n % 4 // 2 + n % 2 * AT_ONCE for n in range(AT_ONCE)]
+                target.store(_shuffled(builder, low, high, lanes), _plus(builder, out_row, 2 * i + half), out_column)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_intrinsic
+def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
+    """out[out_row, out_column + i] = the values ``column`` + i of rows rows_N[first] and rows_N[first + 1], for 64 i."""
+    _check(entries, rows_N, out)
+    signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        _, _, first, column, _, out_row, out_column = arguments
+        source, rows, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4))
+        both = [_load(builder, source, rows, first, n, column) for n in range(2)]
+        for half in range(2):
+            # Each quarter of the vector takes the values that its part of two vectors of units will hold.
+            values = [32 * half + 4 * (w // 8) + w % 4 + 16 * (w % 8 // 4) for w in range(AT_ONCE // 2)]
+            mixed = builder.shuffle_vector(*both, _lanes([value + n * AT_ONCE for value in values for n in range(2)]))
+            low, high = _decoded(builder, mixed)
+            for part in range(2):
+                lanes = [16 * (n // 16) + 8 * part + n % 16 // 2 + n % 2 * AT_ONCE for n in range(AT_ONCE)]
+                target.store(_shuffled(builder, low, high, lanes), out_row, _plus(builder, out_column, 32 * half + 16 * part))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_intrinsic
+def take_scales(typing_context, entries, rows_N, number, out, out_row):
+    """out[out_row, n] = number ``number`` of row rows_N[n], as float32, for every column n of ``out``."""
+    if not (is_matrix(entries, types.uint8) and rows_N.dtype == types.int64 and is_matrix(out, types.float32)):
+        raise TypingError("take_scales takes bytes, rows and a matrix of float32")
+    signature = types.void(entries, rows_N, types.intp, out, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        _, _, number, _, out_row = arguments
+        source = Rows(context, builder, entries, arguments[0], types.float32)
+        rows, target = Rows(context, builder, rows_N, arguments[1]), Rows(context, builder, out, arguments[3])
+        with cgutils.for_range(builder, target.num_columns) as loop:
+            target.store(source.load(rows.load(None, loop.index, 1), number, 1), out_row, loop.index)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _check(entries: Any, rows_N: Any, out: Any) -> None:
+    if not (is_matrix(entries, types.uint8) and rows_N.dtype == types.int64 and is_matrix(out, types.uint32)):
+        raise TypingError("takes bytes, rows and a matrix of units")
+
+
+def _load(builder: Any, source: Rows, rows: Rows, first: Any, n: int, column: Any) -> Any:
+    return source.load(rows.load(None, _plus(builder, first, n), 1), column, AT_ONCE)
+
+
+def _decoded(builder: Any, values: Any) -> tuple[Any, Any]:
+    """The low and the high bytes."""
+    bits = [struct.unpack("<I", struct.pack("<f", _value(size)))[0] >> 16 for size in range(128)]
+    low, high = (_looked_up(builder, values, [number >> shift & 0xFF for number in bits]) for shift in (0, 8))
+    return low, builder.or_(high, builder.and_(values, all_lanes(_BYTES, 0x80)))
+
+
+def _value(size: int) -> float:
+    """Of the seven bits beside the sign; all set, which stands for NaN, is read as ``fp8.from_e4m3`` does."""
+    exponent, fraction = size >> 3, size & 7
+    return (8 + fraction) / 8 * 2.0 ** (exponent - 7) if exponent else fraction / 8 * 2.0**-6
+
+
+def _looked_up(builder: Any, values: Any, table: list[int]) -> Any:
+    kind = ir.FunctionType(_BYTES, (_BYTES, _BYTES, _BYTES))
+    function = builder.module.declare_intrinsic("llvm.x86.avx512.vpermi2var.qi.512", (), kind)
+    halves = (ir.Constant(_BYTES, table[begin : begin + AT_ONCE]) for begin in (0, AT_ONCE))
+    return builder.call(function, [next(halves), values, next(halves)])
+
+
+def _shuffled(builder: Any, low: Any, high: Any, lanes: list[int]) -> Any:
+    return builder.bitcast(builder.shuffle_vector(low, high, _lanes(lanes)), UNITS)
+
+
+def _lanes(lanes: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+
+
+def _plus(builder: Any, value: Any, constant: int) -> Any:
+    return builder.add(value, ir.Constant(value.type, constant))

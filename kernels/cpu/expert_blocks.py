@@ -1,0 +1,164 @@
+"""Experts whose weights are packed in blocks: both products of all slots in one call.
+
+What lies between the products is rounded to bf16 once, after silu and product in float32; what follows is written where it belongs.
+
+N received tokens  M pairs  S slots  D hidden  F width  I stretches: some pairs of one slot
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..cpu_isa import COLUMNS
+from .codegen.arrays import array, exp, inner, narrow
+from .codegen.blocks import BLOCKS, ROWS, STRETCH, block_bytes, look_ahead, multiply, part, parts, take_item
+from .codegen.threads import share_out
+
+_HALF = BLOCKS // 2
+
+
+def experts(x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: Tensor, counts_S: Tensor) -> Tensor:
+    """As ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D / 16, F / 2, 16, 2] (``cpu_blocks``)."""
+    assert x_ND.dtype == torch.bfloat16 and (x_ND.stride(1) == 1 or not len(x_ND)), f"x: {x_ND.dtype}, strides {x_ND.stride()}"
+    y_MD = torch.empty((len(slots_M), x_ND.shape[1]), dtype=x_ND.dtype)
+    places = (x_ND.data_ptr(), 2 * x_ND.stride(0), w13_S.data_ptr(), w2_S.data_ptr(), 2 * w2_S.shape[2])
+    pairs = array(rows_M.contiguous()), array(slots_M.contiguous())
+    run_experts(*places, *pairs, array(counts_S), array(y_MD), numba.get_num_threads())
+    return y_MD
+
+
+@njit(cache=True, error_model="numpy")
+def sort_pairs(slots_M, counts_S):
+    """The pairs that have a slot, ordered by it, and where the run of each slot ends; adds the pairs of each to counts_S."""
+    ends_S = np.zeros(len(counts_S), np.int64)
+    for slot in slots_M:
+        if slot >= 0:
+            ends_S[slot] += 1
+    counts_S += ends_S
+    ends_S = np.cumsum(ends_S)
+    order_M = np.empty(ends_S[-1], np.int64)
+    next_S = ends_S.copy()
+    for pair in range(len(slots_M) - 1, -1, -1):
+        slot = slots_M[pair]
+        if slot >= 0:
+            next_S[slot] -= 1
+            order_M[next_S[slot]] = pair
+    return order_M, ends_S
+
+
+@inner(error_model="numpy")
+def _stretches(ends_S):
+    """Slot, start and length of the stretches that the pairs in order are cut into."""
+    count, start = 0, 0
+    for end in ends_S:
+        count += parts(end - start, STRETCH)
+        start = end
+    found_I = np.empty((count, 3), np.int64)
+    i, start = 0, 0
+    for slot, end in enumerate(ends_S):
+        of = parts(end - start, STRETCH)
+        for number in range(of):
+            first, length = part(number, of, end - start)
+            found_I[i, 0], found_I[i, 1], found_I[i, 2] = slot, start + first, length
+            i += 1
+        start = end
+    return found_I
+
+
+@njit(cache=True, error_model="numpy")
+def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads):
+    """x, w13 and w2 are addresses, ``x_stride`` bytes."""
+    order_M, ends_S = sort_pairs(slots_M, counts_S)
+    if len(order_M) < len(slots_M):
+        for m in range(len(slots_M)):
+            if slots_M[m] < 0:
+                y_MD[m] = 0
+    stretches_I = _stretches(ends_S)
+    inner_MF = np.empty((len(order_M), width), np.uint16)
+    next_inner, next_outer = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, inner_MF
+    share_out(_inner, num_threads, given, False)
+    share_out(_outer, num_threads, (inner_MF, order_M, stretches_I, w2, next_outer, y_MD), False)
+
+
+@njit(cache=True, inline="always")
+def _first_block(item, panels, stretches_I, num_blocks, step):
+    """Of the panel that is item ``item``, counted over all slots; items beyond the last one are where the first is."""
+    stretch = item // panels
+    return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
+
+
+@inner(error_model="numpy")
+def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, inner_MF):
+    """silu(gate) * up for the pairs in order: a panel is two blocks of gate columns and the same two of up."""
+    sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
+    num_blocks = inner_MF.shape[1] // COLUMNS
+    panels = parts(num_blocks, _HALF)
+    item = take_item(counter)
+    while item < panels * len(stretches_I):
+        following = take_item(counter)
+        here = _first_block(item, panels, stretches_I, 2 * num_blocks, _HALF)
+        there = _first_block(following, panels, stretches_I, 2 * num_blocks, _HALF)
+        panel = item % panels
+        for b in range(_HALF):
+            blocks[b] = w13 + (here + min(b, num_blocks - 1 - panel * _HALF)) * block_bytes(num_inner)
+            blocks[_HALF + b] = blocks[b] + num_blocks * block_bytes(num_inner)
+        column = panel * _HALF * COLUMNS
+        width = min(_HALF * COLUMNS, inner_MF.shape[1] - column)
+        start, length = stretches_I[item // panels, 1:]
+        tiles = parts(length, ROWS)
+        for tile in range(tiles):
+            first, num_rows = part(tile, tiles, length)
+            first += start
+            for r in range(num_rows):
+                rows[r] = x + rows_M[order_M[first + r]] * x_stride
+            fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
+            multiply(num_rows, sums, rows, blocks, num_inner // 2, fetch)
+            for r in range(num_rows):
+                _silu_mul(sums[r], inner_MF[first + r, column : column + width])
+        item = following
+
+
+@inner(error_model="numpy")
+def _silu_mul(gate_up, out):
+    for n in range(len(out)):
+        gate = gate_up[n]
+        out[n] = narrow(gate / (np.float32(1) + exp(-gate)) * gate_up[_HALF * COLUMNS + n], out)
+
+
+@inner(error_model="numpy")
+def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
+    """The second product, each row of it at the place of its pair."""
+    sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
+    num_blocks, num_inner = y_MD.shape[1] // COLUMNS, inner_MF.shape[1]
+    panels = parts(num_blocks, BLOCKS)
+    item = take_item(counter)
+    while item < panels * len(stretches_I):
+        following = take_item(counter)
+        here = _first_block(item, panels, stretches_I, num_blocks, BLOCKS)
+        there = _first_block(following, panels, stretches_I, num_blocks, BLOCKS)
+        panel = item % panels
+        for b in range(BLOCKS):
+            blocks[b] = w2 + (here + min(b, num_blocks - 1 - panel * BLOCKS)) * block_bytes(num_inner)
+        column = panel * BLOCKS * COLUMNS
+        width = min(BLOCKS * COLUMNS, y_MD.shape[1] - column)
+        start, length = stretches_I[item // panels, 1:]
+        tiles = parts(length, ROWS)
+        for tile in range(tiles):
+            first, num_rows = part(tile, tiles, length)
+            first += start
+            for r in range(num_rows):
+                rows[r] = inner_MF[first + r].ctypes.data
+            fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
+            multiply(num_rows, sums, rows, blocks, num_inner // 2, fetch)
+            for r in range(num_rows):
+                y_D = y_MD[order_M[first + r]]
+                for n in range(width):
+                    y_D[column + n] = narrow(sums[r, n], y_D)
+        item = following

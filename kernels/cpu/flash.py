@@ -1,0 +1,341 @@
+"""Queries that share key heads against a run of cached positions: softmax(q k^T) v with a running softmax, on one thread.
+
+64 positions at a time are laid out once for all the queries, as products of units (``cpu_tiles``) want them: keys turned, so that a vector
+holds 16 positions; values with two positions to a unit of bf16. Heads of e4m3 become bf16 on the way, without their scales: a position's
+scale of keys multiplies its scores, that of values its shares. A row of queries takes the same sums in the same order whatever rows stand
+beside it.
+
+M rows: the G query heads of each query in turn  N = 64 positions  D, E dims of keys and values, padded  U units of a key
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numba.core import types
+from numba.extending import overload
+
+from .codegen.arrays import inner, stay_apart
+from .codegen.e4m3 import AT_ONCE, decodes, pair_bytes, take_scales, turn_bytes
+from .codegen.tiles import TILE_COLUMNS, TILE_ROWS, add_product, pair, soften, transpose
+from .codegen.vectors import LANES
+from .kv_entries import NO_SCALES, Block, find, move_rows, read
+
+BLOCK = TILE_COLUMNS  # positions
+_PADDING = 2 * LANES  # of dims: the bf16 of a vector
+_LINE = 64  # bytes of a cache line: vectors that cross one are read at half the rate
+
+
+class Scratch(NamedTuple):
+    """What a thread works in. Numbers, which are bf16 as uint16 or float32: q [M, D], k [N, D], v [N, E], shares [4, N]. Units:
+    turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums [M, E], best and total [M], shrink [4], scales [2, N] of keys and
+    values. int64: places [N], the cache rows of positions."""
+
+    q: Any
+    k: Any
+    v: Any
+    turned: Any
+    paired: Any
+    shares: Any
+    scores: Any
+    sums: Any
+    best: Any
+    total: Any
+    shrink: Any
+    scales: Any
+    places: Any
+
+
+class Spot(NamedTuple):
+    """A head of entries at the positions of a block."""
+
+    place: Any
+    head: int
+    block: Any
+
+
+@inner()
+def scratch(num_rows, key_dim, value_dim, like):
+    """For ``num_rows`` rows, divisible by 4; ``like`` is an array of numbers."""
+    per_unit, one = 4 // like.itemsize, np.empty(1, np.float32)
+    key, value = -(-key_dim // _PADDING) * _PADDING, -(-value_dim // _PADDING) * _PADDING
+    return Scratch(
+        room_for(num_rows, key, like),
+        room_for(BLOCK, key, like),
+        room_for(BLOCK, value, like),
+        units(room_for(key // per_unit, BLOCK * per_unit, like)),
+        units(room_for(BLOCK // per_unit, value * per_unit, like)),
+        room_for(TILE_ROWS, BLOCK, like),
+        room_for(TILE_ROWS, BLOCK, one),
+        room_for(num_rows, value, one),
+        np.empty(num_rows, np.float32),
+        np.empty(num_rows, np.float32),
+        np.empty(TILE_ROWS, np.float32),
+        np.empty((2, BLOCK), np.float32),
+        np.empty(BLOCK, np.int64),
+    )
+
+
+@inner()
+def room_for(rows, columns, like):
+    """Zeros [rows, columns] on a cache line: what pads numbers stays zero."""
+    stay_apart()
+    raw = np.zeros(rows * columns + _LINE // like.itemsize, like.dtype)
+    skip = -raw.ctypes.data % _LINE // like.itemsize
+    return raw[skip : skip + rows * columns].reshape(rows, columns)
+
+
+@inner()
+def tiled(num_rows):
+    """Rows of whole tiles."""
+    return -(-num_rows // TILE_ROWS) * TILE_ROWS
+
+
+@inner()
+def place_queries(q_THD, first_token, num_tokens, heads, group, work):
+    """Queries as rows: those of the key heads [heads[0], heads[1]) one after another, in whole tiles each."""
+    stride = tiled(num_tokens * group)
+    for head in range(heads[0], heads[1]):
+        for token in range(num_tokens):
+            first = (head - heads[0]) * stride + token * group
+            move_rows(q_THD[first_token + token], head * group, 0, q_THD.shape[2], NO_SCALES, 0, work.q, first, 0, group)
+
+
+@njit(cache=True, inline="always")
+def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
+    """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own. ``factor``: scale / ln 2. Values are
+    the first dims of the keys where they have no width. Leaves sums, best and total.
+
+    What the loops call takes arrays one by one: a tuple of them counts its references, which took a third of the time.
+    """
+    q, k, v, turned, paired, places = units(work.q), work.k, work.v, work.turned, work.paired, work.places
+    scores, shares, share_units, sums = work.scores, work.shares, units(work.shares), work.sums
+    best, total, shrink, scales, pages = work.best, work.total, work.shrink, _scales(keys, work.k, work.scales), run.pages
+    stride, position = tiled(num_tokens * group), run.end - num_tokens
+    num_rows = stride * (heads[1] - heads[0])
+    sums[:num_rows], best[:num_rows], total[:num_rows] = 0, -np.inf, 0
+    for start in range(run.begin, run.end, BLOCK):
+        block = Block(start, min(start + BLOCK, run.end), run.page_size)
+        blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS  # rows that see none of these positions
+        find(pages, block, places)
+        for head in range(heads[0], heads[1]):
+            row = _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
+            if value_place.width:
+                _lay_out_values(values, Spot(value_place, head, block), pages, places, v, paired, scales)
+            else:
+                _pair_keys(keys, row, key_place.first, k, paired)
+            for row in range(blind, stride, TILE_ROWS):
+                own, seen = (head - heads[0]) * stride + row, position + 1 - start
+                add_product(scores, 0, None, q, own, turned, 0, 4)
+                if seen + row // group < BLOCK:
+                    _hide(scores, row, group, seen, num_tokens)
+                soften(scores, factor, scales, best, total, own, shares, shrink)
+                _add_values(sums, own, shrink, share_units, paired)
+
+
+@inner()
+def _add_values(sums, row, shrink, shares, paired):
+    width = sums.shape[1]
+    for column in range(0, width // TILE_COLUMNS * TILE_COLUMNS, TILE_COLUMNS):
+        add_product(sums, row, shrink, shares, 0, paired, column, 4)
+    if width % TILE_COLUMNS:
+        add_product(sums, row, shrink, shares, 0, paired, width - _PADDING, 2)
+
+
+@inner()
+def _hide(scores, first_row, group, seen, num_tokens):
+    """The positions that rows of a tile may not see, where the first query sees ``seen`` of them."""
+    for i in range(TILE_ROWS):
+        query = min((first_row + i) // group, num_tokens - 1)
+        for n in range(max(0, seen + query), BLOCK):
+            scores[i, n] = -np.inf
+
+
+def _scales(entries: Any, room: Any, scales: Any) -> Any:
+    """In kernels: ``scales`` where entries can be laid out without theirs, else None."""
+    raise NotImplementedError
+
+
+@overload(_scales, inline="always")
+def _found_scales(entries, room, scales):
+    if entries.dtype == types.uint8 and room.dtype == types.uint16 and decodes():
+        return lambda entries, room, scales: scales
+    return lambda entries, room, scales: None
+
+
+def _lay_out_keys(keys: Any, spot: Any, pages: Any, places: Any, k: Any, turned: Any, scales: Any) -> Any:
+    """In kernels: the keys of a head turned, and their scales where they are not in them. Returns the cache row of the first position
+    where the keys were read where they lie, else -1: they are in ``k``."""
+    raise NotImplementedError
+
+
+@overload(_lay_out_keys)
+def _keys_laid_out(keys, spot, pages, places, k, turned, scales):
+    if keys.dtype == k.dtype:
+
+        def where_they_lie(keys, spot, pages, places, k, turned, scales):
+            if _in_one_page(spot, k):
+                turn_rows(keys, places[0], _column(spot) * len(turned) // k.shape[1], turned)
+                return places[0]
+            read(keys, spot.place, spot.head, pages, spot.block, k)
+            turn_rows(k, 0, 0, turned)
+            return -1
+
+        return where_they_lie
+
+    def converted(keys, spot, pages, places, k, turned, scales):
+        read(keys, spot.place, spot.head, pages, spot.block, k)
+        turn_rows(k, 0, 0, turned)
+        return -1
+
+    if scales == types.none:
+        return converted
+
+    def as_bytes(keys, spot, pages, places, k, turned, scales):
+        if _decoded(spot.place):
+            _turn_bytes(keys, places, _column(spot), turned)
+            take_scales(keys, places, spot.place.scale + spot.head, scales, 0)
+        else:
+            read(keys, spot.place, spot.head, pages, spot.block, k)
+            turn_rows(k, 0, 0, turned)
+            scales[:] = 1
+        return -1
+
+    return as_bytes
+
+
+def _lay_out_values(values: Any, spot: Any, pages: Any, places: Any, v: Any, paired: Any, scales: Any) -> Any:
+    """In kernels: the values of a head paired, and their scales where they are not in them."""
+    raise NotImplementedError
+
+
+@overload(_lay_out_values)
+def _values_laid_out(values, spot, pages, places, v, paired, scales):
+    if values.dtype == v.dtype:
+
+        def where_they_lie(values, spot, pages, places, v, paired, scales):
+            if _in_one_page(spot, v):
+                pair_rows(values, places[0], _column(spot), paired)
+            else:
+                read(values, spot.place, spot.head, pages, spot.block, v)
+                pair_rows(v, 0, 0, paired)
+
+        return where_they_lie
+
+    def converted(values, spot, pages, places, v, paired, scales):
+        read(values, spot.place, spot.head, pages, spot.block, v)
+        pair_rows(v, 0, 0, paired)
+
+    if scales == types.none:
+        return converted
+
+    def as_bytes(values, spot, pages, places, v, paired, scales):
+        if _decoded(spot.place):
+            _pair_bytes(values, places, _column(spot), paired)
+            take_scales(values, places, spot.place.scale + spot.head, scales, 1)
+        else:
+            read(values, spot.place, spot.head, pages, spot.block, v)
+            pair_rows(v, 0, 0, paired)
+            scales[1] = 1
+
+    return as_bytes
+
+
+def _pair_keys(keys: Any, row: Any, column: Any, k: Any, paired: Any) -> Any:
+    """In kernels: the first dims of the keys as values, from where ``_lay_out_keys`` has read them."""
+    raise NotImplementedError
+
+
+@overload(_pair_keys)
+def _keys_paired(keys, row, column, k, paired):
+    if keys.dtype == k.dtype:
+
+        def where_they_lie(keys, row, column, k, paired):
+            if row >= 0:
+                pair_rows(keys, row, column, paired)
+            else:
+                pair_rows(k, 0, 0, paired)
+
+        return where_they_lie
+    return lambda keys, row, column, k, paired: pair_rows(k, 0, 0, paired)
+
+
+@inner()
+def _in_one_page(spot, room):
+    """Then numbers are read where they lie; what follows the run is whatever the page holds."""
+    return spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size and spot.place.width >= room.shape[1]
+
+
+@inner()
+def _column(spot):
+    return spot.place.first + spot.head * spot.place.step
+
+
+@inner()
+def _decoded(place):
+    """Whether bytes are those of heads (not latents, which have several scales) and whole vectors."""
+    return place.step > 0 and place.width % AT_ONCE == 0
+
+
+@inner()
+def turn_rows(rows, row, unit, turned):
+    """Units from ``unit`` on of as many rows of numbers as ``turned`` [U, N] has columns."""
+    stay_apart()
+    for u in range(0, len(turned), LANES):
+        for n in range(0, turned.shape[1], LANES):
+            transpose(rows, row + n, unit + u, turned, u, n)
+
+
+@inner()
+def _turn_bytes(keys, places, column, turned):
+    stay_apart()
+    for u in range(0, len(turned), AT_ONCE // 2):
+        for n in range(0, BLOCK, LANES):
+            turn_bytes(keys, places, n, column + 2 * u, turned, u, n)
+
+
+def pair_rows(rows: Any, row: Any, column: Any, paired: Any) -> Any:
+    """In kernels: numbers from that row and column on, with two rows to a unit of bf16: [N / 2 or N, E]."""
+    raise NotImplementedError
+
+
+@overload(pair_rows)
+def _paired(rows, row, column, paired):
+    if rows.dtype == types.uint16:
+
+        def pair_all(rows, row, column, paired):
+            stay_apart()
+            for i in range(len(paired)):
+                for e in range(0, paired.shape[1], _PADDING):
+                    pair(rows, row + 2 * i, column + e, paired, i, e)
+
+        return pair_all
+
+    def copy(rows, row, column, paired):
+        move_rows(rows, row, column, paired.shape[1], NO_SCALES, 0, paired, 0, 0, len(paired))
+
+    return copy
+
+
+@inner()
+def _pair_bytes(values, places, column, paired):
+    stay_apart()
+    for i in range(len(paired)):
+        for e in range(0, paired.shape[1], AT_ONCE):
+            pair_bytes(values, places, 2 * i, column + e, paired, i, e)
+
+
+def units(numbers: Any) -> Any:
+    """In kernels: rows of numbers as units."""
+    raise NotImplementedError
+
+
+@overload(units, inline="always")
+def _as_units(numbers):
+    if numbers.dtype == types.uint16:
+        return lambda numbers: numbers.view(np.uint32)
+    return lambda numbers: numbers

@@ -1,0 +1,126 @@
+"""Block-scaled FP8 (e4m3): activations with a scale per row and 128 values, weights with one per 128 x 128 block.
+
+The scheme of DeepSeek-V3 (arXiv 2412.19437, section 3.3). A value is its eight bits times its scale; scales are float32.
+
+N rows  D values of a row  G = ceil(D / 128) groups  M pairs  S expert slots  F expert width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats.fp8_format import BLOCK, KERNEL_BLOCK
+
+LARGEST = 448.0  # of float8_e4m3fn
+LEAST_SCALE = 1e-12  # a group of zeros is not divided by zero
+_BAND = 8  # blocks of rows widened at once
+_E4M3_IN_BF16 = 0x87F0 - 0x10000  # sign, exponent and mantissa, as an int16
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """``values`` float8_e4m3fn and their ``scales``. Rows: [N, D] and [N, G]. Expert weights: w13 [S, 2F, D] and
+    [S, 2, ceil(F / 128), ceil(D / 128)], gate and up apart as in checkpoints; w2 [S, D, F] and [S, ceil(D / 128), ceil(F / 128)]."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantise_rows(x_ND: Tensor) -> Quantised:
+    """Each group of 128 values of a row fills the range of FP8."""
+    num_rows, dim = x_ND.shape
+    groups_NGB = F.pad(x_ND.float(), (0, -dim % BLOCK)).view(num_rows, -(-dim // BLOCK), BLOCK)
+    scales_NG = (groups_NGB.abs().amax(-1) / LARGEST).clamp_min(LEAST_SCALE)
+    values = (groups_NGB / scales_NG[..., None]).to(torch.float8_e4m3fn)
+    return Quantised(values.flatten(1)[:, :dim].contiguous(), scales_NG)
+
+
+def quantise_blocks(w: Tensor, block: tuple[int, int] = KERNEL_BLOCK) -> Quantised:
+    """Each block of w [..., rows, columns] fills the range of FP8. Scales [..., ceil(rows / 128), ceil(columns / 128)], or by ``block``."""
+    rows, columns = w.shape[-2:]
+    padded = F.pad(w.float(), (0, -columns % block[1], 0, -rows % block[0]))
+    blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    scales = (blocks.abs().amax((-3, -1)) / LARGEST).clamp_min(LEAST_SCALE)
+    values = (padded / _spread(scales, padded.shape, block)).to(torch.float8_e4m3fn)
+    return Quantised(values[..., :rows, :columns].contiguous(), scales)
+
+
+def quantise_w13(w13_SFD: Tensor) -> Quantised:
+    """The gate rows and the up rows of w13 apart."""
+    halves = quantise_blocks(w13_SFD.unflatten(1, (2, -1)))
+    return Quantised(halves.values.flatten(1, 2), halves.scales)
+
+
+def widen_rows(x: Quantised) -> Tensor:
+    """float32 [N, D]."""
+    return from_e4m3(x.values, torch.float32) * x.scales.repeat_interleave(BLOCK, -1)[:, : x.values.shape[1]]
+
+
+def widen_blocks(w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> Tensor:
+    """float32 [..., rows, columns]; w13 too."""
+    if w.scales.dim() > w.values.dim():
+        halves = w.values.unflatten(-2, (2, -1))
+        widened: Tensor = from_e4m3(halves, torch.float32) * _spread(w.scales, halves.shape, block)
+        return widened.flatten(-3, -2)
+    return from_e4m3(w.values, torch.float32) * _spread(w.scales, w.values.shape, block)
+
+
+def widen_into(target: Tensor, w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> None:
+    """Writes w [rows, columns] to ``target``, in its dtype and on its device, by bands of rows: little memory is taken beside them."""
+    rows = _BAND * block[0]
+    for begin in range(0, len(target), rows):
+        values, scales = w.values[begin : begin + rows], w.scales[begin // block[0] : (begin + rows) // block[0]]
+        band = Quantised(values.to(target.device), scales.to(target.device, torch.float32))
+        target[begin : begin + rows].copy_(widen_blocks(band, block))
+
+
+def from_e4m3(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of ``bits`` (uint8 or float8_e4m3fn) as float32 or bf16, which hold them exactly; bits that stand for NaN give 480.
+
+    torch converts 0.4 G values a second on a CPU core. Moved to where bf16 has its sign, exponent and mantissa, the same bits are
+    the value x 2^-120, subnormal numbers included.
+    """
+    if bits.device.type != "cpu":
+        return bits.view(torch.float8_e4m3fn).to(dtype)
+    moved = bits.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(_E4M3_IN_BF16)
+    return moved.view(torch.bfloat16).mul_(2.0**120).to(dtype)
+
+
+def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
+    """``norm.rms_norm``, quantised from float32."""
+    return quantise_rows(F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps))
+
+
+def add_rms_norm_fp8(x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Quantised]:
+    """``norm.add_rms_norm``: the rounded sum, and its norm quantised from float32."""
+    total_ND = x_ND + update_ND
+    return total_ND, rms_norm_fp8(total_ND, weight_D, eps)
+
+
+def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
+    """``norm.silu_mul`` of [N, 2F], quantised from float32."""
+    gate_NF, up_NF = gate_up_NF.float().chunk(2, -1)
+    return quantise_rows(F.silu(gate_NF) * up_NF)
+
+
+def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: Quantised, counts_S: Tensor, dtype: torch.dtype) -> Tensor:
+    """``experts.experts`` of quantised rows and weights, ``pairs`` being (rows_M, slots_M): products summed in float32, the
+    activation quantised from float32 in between. Returns y_MD as ``dtype``."""
+    rows_M, slots_M = pairs
+    x_ND, w13_SFD, w2_SDF = widen_rows(x), widen_blocks(w13), widen_blocks(w2)
+    y_MD = x_ND.new_zeros(len(slots_M), w2_SDF.shape[1])
+    for pair, (row, slot) in enumerate(zip(rows_M.tolist(), slots_M.tolist(), strict=True)):
+        if slot >= 0:
+            h_1F = widen_rows(silu_mul_fp8(F.linear(x_ND[row : row + 1], w13_SFD[slot])))
+            y_MD[pair] = F.linear(h_1F, w2_SDF[slot])[0]
+            counts_S[slot] += 1
+    return y_MD.to(dtype)
+
+
+def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """The scale of every value of a tensor of ``shape``."""
+    return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[-2], : shape[-1]]

@@ -1,0 +1,415 @@
+"""The kernel behind both kinds of paged attention, for decode rows (split over the keys) and for extends over a cached prefix.
+
+A program takes a tile of (query token, head) pairs of one row that share a key head: for decode rows the heads of a group, for
+extends several tokens of them. It walks the pages of its row and keeps a running softmax, in base 2; eight-bit values are scaled as
+they are loaded. Lengths, page tables and the first token of each row are read on the device; grids follow from T, R and the width of
+the page table alone.
+
+T tokens  R rows  P positions  H query heads  K key heads  G = H / K  C dims of q0 and k0, and of the values  E further dims of q and k
+S splits of a row's keys
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats.kv_format import GROUP, SCALE_BYTES, num_groups
+from ..reference.kv_entries import holds_fp8, num_kv_heads
+from ..reference.paged import PagedBatch
+from .target import interpreted, num_processors, power_of_two
+from .tiles import AttendTile
+
+_KEYS_PER_SPLIT = 256  # the fewest that a split is worth: not measured
+_ANY_NUMBER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries, the values' width and where results go. q0_THC and out_THC may have any strides but the last; q1_THE continues q0
+    where keys are wider than values (latents), else None."""
+
+    q0_THC: Tensor
+    q1_THE: Tensor | None
+    out_THC: Tensor
+
+
+@dataclass(frozen=True)
+class Values:
+    """A cache's [positions, K, C] in any dtype. In eight bits, with ``scales`` float32 [positions, K x groups], one for every ``group``
+    values of a head; else ``group`` is 0 and ``scales`` stands for nothing."""
+
+    values: Tensor
+    scales: Tensor
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Keys:
+    """k0 and v of every cache position, and k1 [positions, 1, E], which continues k0. A latent's values are its k0; otherwise there
+    is no k1."""
+
+    k0: Values
+    k1_PKE: Tensor | None
+    v: Values
+
+
+def heads_of(cache: Tensor, dim: int) -> Values:
+    """Keys or values of a cache in any format (``kv_format``)."""
+    if not holds_fp8(cache):
+        return Values(cache, cache)
+    heads = num_kv_heads(cache, dim)
+    values = cache[:, : heads * dim].view(torch.float8_e4m3fn).unflatten(1, (heads, dim))
+    return Values(values, cache.view(torch.float32)[:, heads * dim // SCALE_BYTES :], power_of_two(dim))
+
+
+def latents_of(cache: Tensor, latent_dim: int) -> Keys:
+    """Latents of a cache in any format, as keys of one head."""
+    if not holds_fp8(cache):
+        latents = Values(cache[:, None, :latent_dim], cache)
+        return Keys(latents, cache[:, None, latent_dim:], latents)
+    end = latent_dim + SCALE_BYTES * num_groups(latent_dim)
+    values = cache[:, None, :latent_dim].view(torch.float8_e4m3fn)
+    latents = Values(values, cache.view(torch.float32)[:, latent_dim // SCALE_BYTES :], min(GROUP, power_of_two(latent_dim)))
+    return Keys(latents, cache[:, None, end:].view(torch.bfloat16), latents)
+
+
+def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
+    """The first ``num_decode`` rows and tokens, split to fill the device by R, K and the width of the page table."""
+    num_rows, num_heads, dim = batch.num_decode, queries.q0_THC.shape[1], queries.q0_THC.shape[2]
+    if not num_rows:
+        return
+    kv_heads = keys.k0.values.shape[1]
+    tiles = num_rows * triton.cdiv(num_heads // kv_heads, tile.queries)
+    wanted = tile.programs * num_processors(queries.q0_THC.device) // (tiles * kv_heads)
+    splits = tile.splits or _num_splits(wanted, batch.pages_RP.shape[1] * batch.page_size)
+    if splits == 1:
+        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles))
+        return
+    partial_THSC = queries.q0_THC.new_empty(num_rows, num_heads, splits, dim, dtype=torch.float32)
+    logsum_THS = queries.q0_THC.new_empty(num_rows, num_heads, splits, dtype=torch.float32)
+    _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles, splits, partial_THSC, logsum_THS))
+    out = queries.out_THC
+    _join_kernel[(num_rows, num_heads)](
+        partial_THSC,
+        logsum_THS,
+        out,
+        out.stride(0),
+        out.stride(1),
+        splits,
+        H=num_heads,
+        C=dim,
+        C_PAD=power_of_two(dim),
+        SPLITS_PAD=power_of_two(splits),
+        num_warps=4,
+    )
+
+
+def attend_extend(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, most_queries: int = _ANY_NUMBER) -> None:
+    """The rows after ``num_decode`` that have at most so many tokens; the others are left alone."""
+    num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
+    if num_tokens <= 0 or not num_rows:
+        return
+    group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
+    tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a tile that is not full
+    _launch(queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows [first, first + rows) of a batch in ``tiles`` tiles per key head."""
+
+    first: int
+    rows: int
+    tiles: int
+    splits: int = 1
+    partial_THSC: Tensor | None = None
+    logsum_THS: Tensor | None = None
+    most_queries: int = _ANY_NUMBER
+
+
+def _num_splits(wanted: int, max_keys: int) -> int:
+    """Fixed by the shapes of a captured step, whatever the lengths are."""
+    return max(1, min(wanted, max_keys // _KEYS_PER_SPLIT, 64))
+
+
+def _launch(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, part: _Part) -> None:
+    q0, out = queries.q0_THC, queries.out_THC
+    k0, v = keys.k0.values, keys.v.values
+    q1 = queries.q1_THE if queries.q1_THE is not None else q0
+    k1 = keys.k1_PKE if keys.k1_PKE is not None else k0
+    assert q0.stride(2) == q1.stride(2) == out.stride(2) == k0.stride(2) == k1.stride(2) == v.stride(2) == 1
+    assert keys.k0.group == keys.v.group and keys.k0.scales.stride(0) == keys.v.scales.stride(0)
+    kv_heads, dim = k0.shape[1], q0.shape[2]
+    more = q1.shape[2] if queries.q1_THE is not None else 0
+    _attend_kernel[(part.tiles, kv_heads, part.splits)](
+        q0,
+        q1,
+        k0,
+        keys.k0.scales,
+        k1,
+        v,
+        keys.v.scales,
+        out,
+        part.partial_THSC if part.partial_THSC is not None else out,
+        part.logsum_THS if part.logsum_THS is not None else out,
+        batch.query_start_R1,
+        batch.lengths_R,
+        batch.pages_RP,
+        scale * 1.4426950408889634,  # log2(e)
+        part.first,
+        part.rows,
+        part.splits,
+        part.most_queries,
+        q0.stride(0),
+        q0.stride(1),
+        q1.stride(0),
+        q1.stride(1),
+        out.stride(0),
+        out.stride(1),
+        k0.stride(0),
+        k0.stride(1),
+        k1.stride(0),
+        v.stride(0),
+        v.stride(1),
+        keys.k0.scales.stride(0),
+        batch.pages_RP.stride(0),
+        G=q0.shape[1] // kv_heads,
+        C=dim,
+        C_PAD=max(16, power_of_two(dim)),
+        E=more,
+        E_PAD=max(16, power_of_two(more)),
+        GROUP=max(16, keys.k0.group) if keys.k0.group else 0,
+        PAGE=batch.page_size,
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        SPLIT=part.splits > 1,
+        DECODE=part.first == 0 and part.rows == batch.num_decode,
+        ROWS_PAD=power_of_two(part.rows),
+        WIDEN=interpreted(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "most_queries", "pages_stride"])
+def _attend_kernel(
+    q0_ptr,
+    q1_ptr,
+    k0_ptr,
+    k_scales_ptr,
+    k1_ptr,
+    v_ptr,
+    v_scales_ptr,
+    out_ptr,
+    partial_ptr,
+    logsum_ptr,
+    query_start_ptr,
+    lengths_ptr,
+    pages_ptr,
+    scale,
+    first_row,
+    num_rows,
+    num_splits,
+    most_queries,
+    q0_stride_t,
+    q0_stride_h,
+    q1_stride_t,
+    q1_stride_h,
+    out_stride_t,
+    out_stride_h,
+    k0_stride_p,
+    k0_stride_h,
+    k1_stride_p,
+    v_stride_p,
+    v_stride_h,
+    scales_stride_p,
+    pages_stride,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DECODE: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One tile of pairs, one key head, one split of the row's keys."""
+    # The tiles that see the most keys come last in a row and are begun first.
+    tile = tl.program_id(0) if DECODE else tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    if DECODE:
+        row = tile // tl.cdiv(G, BLOCK_M)
+        tile_in_row = tile % tl.cdiv(G, BLOCK_M)
+        num_queries = 1
+        first_token = row.to(tl.int64)
+    else:
+        row, tile_in_row, num_queries, first_token = row_of_tile(query_start_ptr + first_row, tile, num_rows, G, BLOCK_M, ROWS_PAD)
+        if (row >= num_rows) | (num_queries > most_queries):
+            return
+        row += first_row
+    length = tl.load(lengths_ptr + row)
+    start = length - num_queries  # position of the row's first query
+
+    pair = tile_in_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = pair // G
+    live = query < num_queries
+    position = tl.where(live, start + query, -1)
+    token = first_token + query
+    head = kv_head * G + pair % G
+    c = tl.arange(0, C_PAD)
+    e = tl.arange(0, E_PAD)
+    q_mask = live[:, None] & (c < C)[None, :]
+    q0 = tl.load(q0_ptr + token[:, None] * q0_stride_t + head[:, None] * q0_stride_h + c[None, :], mask=q_mask, other=0.0)
+    dtype: tl.constexpr = tl.float32 if WIDEN else q0_ptr.dtype.element_ty
+    q0 = q0.to(dtype)
+    if E > 0:
+        q1_mask = live[:, None] & (e < E)[None, :]
+        q1 = tl.load(q1_ptr + token[:, None] * q1_stride_t + head[:, None] * q1_stride_h + e[None, :], mask=q1_mask, other=0.0)
+        q1 = q1.to(dtype)
+
+    last_query = tl.minimum((tile_in_row * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
+    visible = start + last_query + 1  # keys that some pair of the tile may see
+    per_split = tl.cdiv(tl.cdiv(visible, BLOCK_N), num_splits) * BLOCK_N
+    key_begin = split * per_split
+    key_end = tl.minimum(key_begin + per_split, visible)
+    row_pages_ptr = pages_ptr + row.to(tl.int64) * pages_stride
+
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
+    # Pages are looked up a block ahead: looked up in the iteration that needs them, they take the place of the loads in flight.
+    pages = _pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
+    for key_start in range(key_begin, key_end, BLOCK_N):
+        key = key_start + tl.arange(0, BLOCK_N)
+        inside = key < key_end
+        at = pages.to(tl.int64) * PAGE + key % PAGE
+        pages = _pages_of(row_pages_ptr, key_start + BLOCK_N, key_end, PAGE, BLOCK_N)
+        k_scales_at, v_scales_at = k_scales_ptr + at * scales_stride_p, v_scales_ptr + at * scales_stride_p
+        k0 = _load_values(k0_ptr + at * k0_stride_p + kv_head * k0_stride_h, k_scales_at, kv_head, inside, C, C_PAD, GROUP, BLOCK_N, dtype)
+        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        if E > 0:
+            k1_mask = inside[:, None] & (e < E)[None, :]
+            k1 = tl.load(k1_ptr + at[:, None] * k1_stride_p + e[None, :], mask=k1_mask, other=0.0).to(dtype)
+            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
+            v = k0
+        else:
+            v = _load_values(v_ptr + at * v_stride_p + kv_head * v_stride_h, v_scales_at, kv_head, inside, C, C_PAD, GROUP, BLOCK_N, dtype)
+        seen = (key[None, :] <= position[:, None]) & inside[None, :]
+        best, total, acc = softmax_step(tl.where(seen, scores * scale, float("-inf")), v, best, total, acc, dtype)
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLIT:
+        slot = (token * (G * tl.num_programs(1)) + head) * num_splits + split
+        tl.store(partial_ptr + slot[:, None] * C + c[None, :], out, mask=q_mask)
+        logsum = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
+        tl.store(logsum_ptr + slot, logsum, mask=live)
+    else:
+        out_at = out_ptr + token[:, None] * out_stride_t + head[:, None] * out_stride_h + c[None, :]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def row_of_tile(query_start_ptr, tile, num_rows, G: tl.constexpr, BLOCK_M: tl.constexpr, ROWS_PAD: tl.constexpr):
+    """The row (``num_rows`` past the last) that a tile belongs to, the tile's index in it, the row's queries and first token."""
+    r = tl.arange(0, ROWS_PAD)
+    begins = tl.load(query_start_ptr + r, mask=r < num_rows, other=0)
+    ends = tl.load(query_start_ptr + r + 1, mask=r < num_rows, other=0)
+    tiles = (((ends - begins) * G + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
+    row = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (r < num_rows).to(tl.int32), 0)
+    tile_in_row = tile - tl.sum(tl.where(r < row, tiles, 0), 0)
+    num_queries = tl.sum(tl.where(r == row, ends - begins, 0), 0)
+    return row, tile_in_row, num_queries, tl.sum(tl.where(r == row, begins, 0), 0).to(tl.int64)
+
+
+@triton.jit
+def softmax_step(scores, v, best, total, acc, dtype: tl.constexpr):
+    """The running softmax in base 2 with one more block of scores, -inf where nothing is seen."""
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a pair that has seen no key yet
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(best - base)
+    total = total * shrink + tl.sum(weights, 1)
+    return new_best, total, tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
+
+
+@triton.jit
+def _pages_of(row_pages_ptr, key_start, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of a block of keys where blocks lie in one, else that of each key; 0 past the end."""
+    if PAGE % BLOCK_N == 0:
+        pages = tl.load(row_pages_ptr + key_start // PAGE, mask=key_start < key_end, other=0)
+    else:
+        key = key_start + tl.arange(0, BLOCK_N)
+        pages = tl.load(row_pages_ptr + key // PAGE, mask=key < key_end, other=0)
+    return pages
+
+
+@triton.jit
+def _load_values(
+    at_N,
+    scales_at_N,
+    kv_head,
+    inside_N,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    N: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[N, C_PAD] as ``dtype`` of entries that begin at at_N; eight-bit values times their scales, of which a head has C / GROUP."""
+    if GROUP == 0:
+        c = tl.arange(0, C_PAD)
+        if C == C_PAD:
+            values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None], other=0.0).to(dtype)
+        else:
+            values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None] & (c < C)[None, :], other=0.0).to(dtype)
+    else:
+        GROUPS: tl.constexpr = (C + GROUP - 1) // GROUP
+        g = tl.arange(0, C_PAD // GROUP)
+        c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        x = tl.load(at_N[:, None, None] + c[None, :, :], mask=inside_N[:, None, None] & (c < C)[None, :, :], other=0.0)
+        scales_mask = inside_N[:, None] & (g < GROUPS)[None, :]
+        scales = tl.load(scales_at_N[:, None] + kv_head * GROUPS + g[None, :], mask=scales_mask, other=0.0)
+        values = tl.reshape((x.to(tl.float32) * scales[:, :, None]).to(dtype), (N, C_PAD))
+    return values
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _join_kernel(
+    partial_ptr,
+    logsum_ptr,
+    out_ptr,
+    out_stride_t,
+    out_stride_h,
+    num_splits,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """One (token, head): its splits, weighted by their shares, in the order of the splits whatever the device did first."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    s = tl.arange(0, SPLITS_PAD)
+    c = tl.arange(0, C_PAD)
+    slot = (token * H + head) * num_splits
+    logsum = tl.load(logsum_ptr + slot + s, mask=s < num_splits, other=float("-inf"))
+    best = tl.max(logsum, 0)
+    share = tl.exp2(logsum - tl.where(best == float("-inf"), 0.0, best))
+    total = tl.sum(share, 0)
+    inside = (s < num_splits)[:, None] & (c < C)[None, :]
+    partial = tl.load(partial_ptr + (slot + s)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    out = tl.sum(partial * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + token * out_stride_t + head * out_stride_h + c, out.to(out_ptr.dtype.element_ty), mask=c < C)

@@ -1,0 +1,28 @@
+"""Triton column of ``attention.attend``: grouped queries over paged keys and values.
+
+Rooflines: decode reads each key and value once, 2 K D x itemsize bytes a cached token (in FP8 2 K (D + 4)); extends do 4 H D flops
+per query and key.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..reference.kv_entries import holds_fp8
+from ..reference.paged import PagedBatch
+from .attend import Keys, Queries, attend_decode, attend_extend, heads_of
+from .target import check_dtype
+from .tiles import DEFAULT, Tiles
+
+
+def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, tiles: Tiles = DEFAULT) -> Tensor:
+    """As ``attention.attend``. A row of length 0 (padding) gives zeros."""
+    check_dtype(q_THD, "attend: q")
+    k, v = (heads_of(cache, q_THD.shape[2]) for cache in (k_cache, v_cache))
+    assert q_THD.shape[1] % k.values.shape[1] == 0
+    out_THD = q_THD.new_empty(q_THD.shape)
+    queries, keys = Queries(q_THD, None, out_THD), Keys(k, None, v)
+    eight = holds_fp8(k_cache)
+    attend_decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode)
+    attend_extend(queries, keys, batch, scale, tiles.extend_fp8 if eight else tiles.extend)
+    return out_THD

@@ -1,0 +1,160 @@
+"""Triton column of ``grouping``: counts, places and moved rows without the host seeing a count.
+
+Roofline: ``group_pairs`` reads slots_M once per slot from the L2 cache (8 S M bytes) and writes 4 (P + B); no atomics, so places
+are the same in every run. ``permute`` and ``unpermute`` are copies: 2 x M x D x itemsize bytes, and the zeros they write.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.grouping import Grouping, most_blocks
+from .target import power_of_two
+
+_COPIED_COLUMNS = 1024
+
+
+def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
+    """As ``grouping.group_pairs``."""
+    num_pairs, num_slots, device = len(slots_M), len(counts_S), slots_M.device
+    num_blocks = most_blocks(num_pairs, num_slots, block)
+    slot_of_block_B = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    pair_of_place_P = torch.empty(num_blocks * block, dtype=torch.int32, device=device)
+    if num_pairs:
+        step_counts_S = torch.empty(num_slots, dtype=torch.int32, device=device)
+        chunk = min(2048, max(128, power_of_two(num_pairs)))
+        _count_kernel[(num_slots,)](slots_M, step_counts_S, counts_S, num_pairs, CHUNK=chunk)
+        _place_kernel[(num_slots,)](
+            slots_M,
+            step_counts_S,
+            slot_of_block_B,
+            pair_of_place_P,
+            num_pairs,
+            num_blocks,
+            S=num_slots,
+            S_PAD=power_of_two(num_slots),
+            BLOCK=block,
+            CHUNK=chunk,
+        )
+    return Grouping(block, slot_of_block_B, pair_of_place_P)
+
+
+def permute(x_ND: Tensor, rows_M: Tensor, grouping: Grouping) -> Tensor:
+    """As ``grouping.permute``."""
+    assert x_ND.stride(1) == 1
+    places, hidden = len(grouping.pair_of_place_P), x_ND.shape[1]
+    out_PD = x_ND.new_empty(places, hidden)
+    if places:
+        _permute_kernel[(places,)](
+            x_ND,
+            x_ND.stride(0),
+            rows_M,
+            grouping.pair_of_place_P,
+            grouping.slot_of_block_B,
+            out_PD,
+            hidden,
+            BLOCK=grouping.block,
+            COLUMNS=min(_COPIED_COLUMNS, power_of_two(hidden)),
+        )
+    return out_PD
+
+
+def unpermute(y_PD: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
+    """As ``grouping.unpermute``."""
+    hidden = y_PD.shape[1]
+    y_MD = y_PD.new_zeros(num_pairs, hidden)
+    if len(y_PD):
+        _unpermute_kernel[(len(y_PD),)](
+            y_PD,
+            grouping.pair_of_place_P,
+            grouping.slot_of_block_B,
+            y_MD,
+            hidden,
+            BLOCK=grouping.block,
+            COLUMNS=min(_COPIED_COLUMNS, power_of_two(hidden)),
+        )
+    return y_MD
+
+
+@triton.jit
+def _count_kernel(slots_ptr, step_counts_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr):
+    """One slot a program: its pairs, for this step and added to the running count."""
+    slot = tl.program_id(0)
+    found = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        slots = tl.load(slots_ptr + pair, mask=pair < num_pairs, other=-1)
+        found += (slots == slot).to(tl.int32)
+    count = tl.sum(found, 0)
+    tl.store(step_counts_ptr + slot, count)
+    tl.store(counts_ptr + slot, tl.load(counts_ptr + slot) + count)
+
+
+@triton.jit
+def _place_kernel(
+    slots_ptr,
+    step_counts_ptr,
+    slot_of_block_ptr,
+    pair_of_place_ptr,
+    num_pairs,
+    num_blocks,
+    S: tl.constexpr,
+    S_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One slot a program: its blocks, its pairs in order, the padding of its last block; slot 0 marks the unused blocks too."""
+    slot = tl.program_id(0)
+    s = tl.arange(0, S_PAD)
+    counts = tl.load(step_counts_ptr + s, mask=s < S, other=0)
+    blocks = (counts + BLOCK - 1) // BLOCK
+    first = tl.sum(tl.where(s < slot, blocks, 0), 0)
+    mine = tl.sum(tl.where(s == slot, blocks, 0), 0)
+    lane = tl.arange(0, CHUNK)
+    for start in range(0, mine, CHUNK):
+        tl.store(slot_of_block_ptr + first + start + lane, slot, mask=start + lane < mine)
+    if slot == 0:
+        for start in range(tl.sum(blocks, 0), num_blocks, CHUNK):
+            tl.store(slot_of_block_ptr + start + lane, -1, mask=start + lane < num_blocks)
+
+    begin = first * BLOCK
+    placed = 0
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + lane
+        match = (tl.load(slots_ptr + pair, mask=pair < num_pairs, other=-1) == slot).to(tl.int32)
+        tl.store(pair_of_place_ptr + begin + placed + tl.cumsum(match, 0) - 1, pair, mask=match > 0)
+        placed += tl.sum(match, 0)
+    pad = placed + tl.arange(0, BLOCK)
+    tl.store(pair_of_place_ptr + begin + pad, -1, mask=pad < mine * BLOCK)
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr, x_stride, rows_ptr, pair_of_place_ptr, slot_of_block_ptr, out_ptr, D, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """One place a program."""
+    place = tl.program_id(0).to(tl.int64)
+    used = tl.load(slot_of_block_ptr + place // BLOCK) >= 0
+    pair = tl.load(pair_of_place_ptr + place, mask=used, other=-1)
+    row = tl.load(rows_ptr + pair, mask=pair >= 0, other=0)
+    for start in range(0, D, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        x = tl.load(x_ptr + row * x_stride + d, mask=(d < D) & (pair >= 0), other=0.0)
+        tl.store(out_ptr + place * D + d, x, mask=d < D)
+
+
+@triton.jit
+def _unpermute_kernel(y_ptr, pair_of_place_ptr, slot_of_block_ptr, out_ptr, D, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """One place a program; those without a pair write nothing."""
+    place = tl.program_id(0).to(tl.int64)
+    if tl.load(slot_of_block_ptr + place // BLOCK) >= 0:
+        pair = tl.load(pair_of_place_ptr + place).to(tl.int64)
+        if pair >= 0:
+            for start in range(0, D, COLUMNS):
+                d = start + tl.arange(0, COLUMNS)
+                tl.store(out_ptr + pair * D + d, tl.load(y_ptr + place * D + d, mask=d < D), mask=d < D)

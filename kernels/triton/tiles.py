@@ -1,0 +1,137 @@
+"""Tile sizes of the Triton kernels: defaults for any card, and those found on one.
+
+A card's table is ``kernels/tuned/<card>.json``, written by ``python -m lockstep.kernels.bench.tune`` on that card: the name the driver
+gives
+it, the versions and commit it was tuned with, and the tiles. What a table does not name stays at its default. The defaults come from
+what the compiler says of registers and shared memory for sm_90; no card has timed them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "tuned"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """One program of a grouped product: ``columns`` outputs, in steps of ``depth`` along the inner dim."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ExpertTile:
+    """Up to ``per_slot`` pairs per slot, if all were evenly spread (0: any number): blocks of ``rows`` pairs, and both products."""
+
+    per_slot: int
+    rows: int
+    up: ProductTile
+    down: ProductTile
+
+
+@dataclass(frozen=True)
+class AttendTile:
+    """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until there are ``programs`` per processor,
+    or in ``splits`` where that is not 0."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int = 4
+    splits: int = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one card runs with. ``latent_*``: over latents as they are; ``prefill``: over expanded ones, for rows of more than
+    ``most_absorbed`` queries (None: from where it is fewer operations), in a workspace of about ``prefill_bytes``."""
+
+    experts: tuple[ExpertTile, ...] = (
+        ExpertTile(16, 16, ProductTile(32, 128, 4, 4), ProductTile(32, 128, 4, 5)),
+        ExpertTile(64, 64, ProductTile(64, 64, 4, 4), ProductTile(128, 64, 4, 4)),
+        ExpertTile(0, 128, ProductTile(128, 64, 8, 3), ProductTile(256, 64, 8, 3)),
+    )
+    experts_fp8: tuple[ExpertTile, ...] = (
+        ExpertTile(16, 16, ProductTile(32, 128, 4, 4), ProductTile(32, 128, 4, 4)),
+        ExpertTile(0, 64, ProductTile(128, 128, 8, 4), ProductTile(128, 128, 4, 4)),
+    )
+    decode: AttendTile = AttendTile(16, 64, 4, 3)
+    decode_fp8: AttendTile = AttendTile(16, 64, 4, 4)
+    extend: AttendTile = AttendTile(128, 64, 8, 3)
+    extend_fp8: AttendTile = AttendTile(128, 64, 8, 3)
+    latent_decode: AttendTile = AttendTile(64, 32, 8, 3)
+    latent_decode_fp8: AttendTile = AttendTile(32, 32, 8, 3)
+    latent_extend: AttendTile = AttendTile(32, 64, 8, 2)
+    latent_extend_fp8: AttendTile = AttendTile(32, 16, 8, 3)
+    prefill: AttendTile = AttendTile(128, 64, 8, 2)
+    most_absorbed: int | None = None
+    prefill_bytes: int = 512 << 20
+
+    def of_experts(self, num_pairs: int, num_slots: int, fp8: bool = False) -> ExpertTile:
+        """Many pairs are padding where most experts live elsewhere, so a block's rows grow late."""
+        entries = self.experts_fp8 if fp8 else self.experts
+        return next(entry for entry in entries if not entry.per_slot or num_pairs <= entry.per_slot * num_slots)
+
+
+DEFAULT = Tiles()
+
+
+def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
+    """The tiles for the card of that name (empty: the interpreter's), and a line in the log that says where they come from.
+
+    Raises ValueError for a table that does not say what it should."""
+    path = folder / f"{file_stem(card)}.json"
+    if not card:
+        return DEFAULT
+    if not path.exists():
+        known = ", ".join(sorted(table.stem for table in folder.glob("*.json"))) or "none"
+        _log.warning("kernels: no tuning table for %s (there are: %s); default tile sizes", card, known)
+        return DEFAULT
+    table = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        tiles = _parse(table["tiles"])
+        _log.info("kernels: tile sizes tuned on %s (triton %s, commit %s)", table["card"], table["triton"], table["commit"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no tuning table: {error!r}; write it anew with python -m lockstep.kernels.bench.tune") from None
+    return tiles
+
+
+def write_table(card: str, tiles: Tiles, found_with: dict[str, str], folder: Path = FOLDER) -> Path:
+    """``found_with`` names what is on record beside the card: versions, commit, measured ceilings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_stem(card)}.json"
+    path.write_text(json.dumps({"card": card} | found_with | {"tiles": dataclasses.asdict(tiles)}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def file_stem(card: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def _parse(table: dict[str, Any]) -> Tiles:
+    unknown = sorted(table.keys() - {field.name for field in dataclasses.fields(Tiles)})
+    if unknown:
+        raise ValueError(f"unknown ops {', '.join(unknown)}")
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if name.startswith("experts"):
+            found[name] = tuple(ExpertTile(**(entry | {key: ProductTile(**entry[key]) for key in ("up", "down")})) for entry in value)
+            if not found[name] or found[name][-1].per_slot:
+                raise ValueError(f"{name}: the last entry must hold for any number of pairs (per_slot 0)")
+        else:
+            found[name] = AttendTile(**value) if isinstance(value, dict) else value
+    return Tiles(**found)

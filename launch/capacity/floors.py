@@ -1,0 +1,165 @@
+"""Floors of time: what a step cannot be faster than, by compute, by memory and by network, from data-sheet rates.
+
+Overlap is taken as perfect and load as even, so a real engine is slower. Suffixes of seconds: none; all times are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...moe.config import MoEConfig
+from .memory import row_bytes, weights_of
+from .setup import Setup, Stage
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step on one data-parallel rank: ``tokens`` computed, ``sampled`` rows, ``attended`` positions summed over the tokens,
+    ``kv_reads`` positions that are read from memory, ``routed`` tokens whose experts it computes: a mean over the ranks, which
+    are as many as its own where all have equally many."""
+
+    tokens: float
+    sampled: float
+    attended: float
+    kv_reads: float
+    routed: float
+    decode: bool
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Expert exchange of one layer on one rank: bytes that leave it, over near and far links, and what they take."""
+
+    dispatch_bytes: int
+    combine_bytes: int
+    dispatch_seconds: float
+    combine_seconds: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of a step over all stages."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def serial(self) -> float:
+        """Without overlap of exchange and computation."""
+        return max(self.compute, self.memory) + self.network
+
+    @property
+    def binds(self) -> str:
+        return max(("compute", "memory", "network"), key=lambda name: float(getattr(self, name)))
+
+
+def decode_work(batch: int, context: int) -> Work:
+    """One token for each of ``batch`` requests with ``context`` positions."""
+    return Work(batch, batch, batch * context, batch * context, batch, True)
+
+
+def prefill_work(tokens: int, prompt: int) -> Work:
+    """``tokens`` of prompts of ``prompt`` tokens each, none of them cached; a chunk reads its context once."""
+    return Work(tokens, tokens / prompt, tokens * prompt / 2, tokens + prompt / 2, tokens, False)
+
+
+def floor_of(setup: Setup, work: Work) -> Floor:
+    """The floor of a step; with stages in a row their times add up."""
+    parts = [stage_floor(setup, stage, work) for stage in setup.stages()]
+    return Floor(*(sum(getattr(part, name) for part in parts) for name in ("compute", "memory", "network")))
+
+
+def stage_floor(setup: Setup, stage: Stage, work: Work) -> Floor:
+    """The part of a step that one stage does."""
+    exchange = traffic(setup, work.tokens)
+    network = stage.num_moe * (exchange.dispatch_seconds + exchange.combine_seconds)
+    return Floor(setup.sharing * _compute(setup, stage, work), setup.sharing * _memory(setup, stage, work), network)
+
+
+def _compute(setup: Setup, stage: Stage, work: Work) -> float:
+    shape, tensor, hardware = setup.shape, setup.layout.tensor, setup.hardware
+    dense = stage.num_layers * shape.attention_params
+    dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
+    experts = stage.num_moe * shape.moe.top_k * shape.expert_params
+    context = stage.num_layers * shape.attention_operations(work.decode) * work.attended
+    gates = stage.num_moe * shape.moe.num_experts * shape.hidden * work.tokens
+    head = stage.last * shape.vocab_size * shape.hidden * work.sampled
+    seconds = 2 * work.tokens * dense / tensor / hardware.operations(setup.weights)
+    seconds += 2 * work.routed * experts / tensor / hardware.operations(setup.expert_weights)
+    seconds += context / tensor / hardware.operations(setup.attention_dtype)
+    return seconds + 2 * (gates + head) / hardware.operations(setup.dtype)
+
+
+def _memory(setup: Setup, stage: Stage, work: Work) -> float:
+    """Weights are read once in a step, of experts those that some token wants; replicas share the tokens and cost no reads."""
+    shape, moe = setup.shape, setup.shape.moe
+    weights = weights_of(setup, stage)
+    chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.layout.data)
+    head = stage.last * shape.vocab_size * shape.hidden * setup.item
+    kv = work.kv_reads * stage.num_layers * shape.kv_bytes(setup.kv_dtype, setup.layout.tensor)
+    read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head + kv
+    return read / (1e12 * setup.hardware.memory_tb_s)
+
+
+# --------------------------------------------------------------------------- network
+
+
+def traffic(setup: Setup, num_tokens: float) -> Traffic:
+    """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
+
+    all_to_all: a token goes once to every rank that has one of its experts, and an output comes back for each of its
+    experts. two_level: it goes once to every node, is passed on inside it, and comes back summed by node. all_gather: every
+    token goes everywhere and outputs are reduced, apart for each of a token's experts.
+    """
+    ranks, near = setup.expert_ranks, setup.near_ranks
+    if ranks == 1 or setup.dispatch == "local":
+        return Traffic(0, 0, 0.0, 0.0)
+    tokens = num_tokens / setup.layout.tensor
+    top_k, row, output = setup.shape.moe.top_k, row_bytes(setup), setup.shape.hidden * setup.item
+    near_share, far_share = (near - 1) / ranks, (ranks - near) / ranks
+    if setup.dispatch == "all_gather":
+        away = (near - 1.0, (ranks - near) / near)
+        back = (away[0] * top_k, away[1] * top_k)
+    else:
+        copies = distinct(setup.shape.moe, ranks)
+        away, back = (copies * near_share, copies * far_share), (top_k * near_share, top_k * far_share)
+        if setup.dispatch == "two_level":
+            nodes = ranks / near
+            far = distinct(setup.shape.moe, nodes) * (nodes - 1) / nodes
+            away, back = (copies * (near - 1) / near, far), (top_k * (near - 1) / near, far)
+    sent, returned = [tokens * row * part for part in away], [tokens * output * part for part in back]
+    return Traffic(int(sum(sent)), int(sum(returned)), _exchange(setup, *sent), _exchange(setup, *returned))
+
+
+def _exchange(setup: Setup, near: float, far: float) -> float:
+    """Both links at once."""
+    hardware = setup.hardware
+    return max(near / (1e9 * hardware.near_gb_s), far / (1e9 * hardware.far_gb_s)) + 1e-6 * hardware.latency_us
+
+
+def distinct(moe: MoEConfig, units: float) -> float:
+    """How many of ``units`` (ranks or nodes, each with an equal share of the experts) hold one of a token's experts, on average.
+
+    The choice is taken as uniform, within ``top_groups`` of the experts' groups where there are groups.
+    """
+    groups, chosen = moe.num_groups, moe.top_groups
+    if groups == 1:
+        return units * (1 - _missed(moe.num_experts, moe.num_experts / units, moe.top_k))
+    if units <= groups:
+        return units * (1 - _missed(groups, groups / units, chosen))
+    per_group = units / groups
+    size = moe.num_experts / groups
+    return chosen * per_group * (1 - _missed(size, size / per_group, round(moe.top_k / chosen)))
+
+
+def _missed(total: float, part: float, picks: int) -> float:
+    """The probability that ``picks`` different ones out of ``total`` are all outside a ``part`` of them."""
+    missed = 1.0
+    for pick in range(picks):
+        missed *= max(0.0, (total - part - pick) / (total - pick))
+    return missed

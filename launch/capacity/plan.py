@@ -1,0 +1,243 @@
+"""The plan of a recipe: what every rank would hold, how much fits, how fast it can be at best, and what stands in the way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...engine.protocol.specs import Layout
+from ..recipe.hardware import hardware_names, load_hardware
+from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
+from ..run.tasks import check_model
+from .floors import Floor, Traffic, decode_work, floor_of, prefill_work, traffic
+from .memory import Memory, memory_of, page_bytes
+from .setup import Setup, resolve
+from .shape import read_shape
+
+CONTEXT = 4096  # tokens of a request that batch and floors are computed for, unless told otherwise
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The ranks of a pipeline stage, which hold the same; ``slots`` are expert slots per layer."""
+
+    stage: int
+    first_rank: int
+    last_rank: int
+    layers: int
+    moe_layers: int
+    slots: int
+    page_bytes: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Decode or prefill at the plan's context: ``tokens`` per data-parallel rank and step, their floor and their exchange."""
+
+    tokens: int
+    floor: Floor
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``misfits`` are reasons why it does not fit; ``unsupported`` is what this version refuses to launch. Tokens count KV."""
+
+    setup: Setup
+    verified: str | None
+    ranks: tuple[RankPlan, ...]
+    kv_tokens_per_rank: int
+    kv_tokens: int
+    longest_context: int
+    context: int
+    largest_batch_per_rank: int
+    largest_batch: int
+    decode: Phase
+    prefill: Phase
+    misfits: tuple[str, ...]
+    unsupported: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.misfits
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Floor of the time between two tokens of a request."""
+        return self.decode.floor.seconds
+
+    @property
+    def seconds_per_1k_prompt(self) -> float:
+        """Floor of the time a rank takes for 1,000 prompt tokens, all ranks computing as many."""
+        return 1000 * self.prefill.floor.seconds / self.prefill.tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs; sizes in bytes, times in seconds, bytes of an exchange per layer and rank."""
+        plan = asdict(self)
+        setup = plan.pop("setup")
+        model = {name: setup["shape"][name] for name in ("family", "num_layers", "hidden", "max_position")}
+        model |= {"parameters": self.setup.shape.total_params, "experts": self.setup.shape.moe.num_experts}
+        layout = self.setup.layout
+        plan["layout"] = {"world": layout.world, "pipeline": layout.pipeline, "data": layout.data, "tensor": layout.tensor}
+        names = ("dispatch", "dtype", "weights", "expert_weights", "kv_dtype", "page_size", "max_running", "capacity", "redundant", "isa")
+        plan |= {"model": model, "hardware": self.setup.hardware.model_dump(), "resolved": {name: setup[name] for name in names}}
+        for rank, held in zip(plan["ranks"], self.ranks, strict=True):
+            rank["memory"]["weights"]["total"] = held.memory.weights.total
+        for name, phase in (("decode", self.decode), ("prefill", self.prefill)):
+            plan[name]["floor"] |= {"seconds": phase.floor.seconds, "serial": phase.floor.serial, "binds": phase.floor.binds}
+        plan |= {"seconds_per_token": self.seconds_per_token, "seconds_per_1k_prompt": self.seconds_per_1k_prompt}
+        return {"fits": self.fits, "launches": not self.unsupported} | plan
+
+
+def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Plan:
+    """Plans a recipe from the file's ``folder``, without weights. Raises RecipeError where it cannot be planned."""
+    model = model_folder(recipe, folder)
+    try:
+        shape = read_shape(model)
+    except ValueError as error:
+        key = "model.path" if model == model_directory(recipe, folder) else "model.config"
+        raise RecipeError(f"{key}: {error}") from None
+    if found := check_model(recipe, shape):
+        raise RecipeError("\n".join(found))
+    name = recipe.cluster.hardware or ("cpu" if recipe.cluster.device == "cpu" else None)
+    if name is None:
+        known = ", ".join(hardware_names())
+        raise RecipeError(f"cluster.hardware: missing, and a plan needs it; add cluster.hardware=... to the command (packaged: {known})")
+    hardware = load_hardware(name)
+    if recipe.cluster.device not in ("auto", hardware.device):
+        raise RecipeError(f"cluster.device = {recipe.cluster.device}: cluster.hardware = {name} is {hardware.device}")
+    setup = resolve(recipe, shape, hardware)
+    return make_plan(setup, recipe, context, tuple(not_yet(recipe)))
+
+
+def model_folder(recipe: Recipe, folder: Path) -> Path:
+    """Where config.json is: with the model, or what the recipe brings along while the model is not there."""
+    path = model_directory(recipe, folder)
+    if recipe.model.config is None or (path / "config.json").is_file():
+        return path
+    return (folder / Path(recipe.model.config).expanduser()).resolve()
+
+
+def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str, ...]) -> Plan:
+    """The figures of a resolved set-up."""
+    size = setup.layout.data * setup.layout.tensor
+    ranks = tuple(
+        RankPlan(
+            stage=stage.index,
+            first_rank=stage.index * size,
+            last_rank=(stage.index + 1) * size - 1,
+            layers=stage.num_layers,
+            moe_layers=stage.num_moe,
+            slots=setup.num_slots,
+            page_bytes=page_bytes(setup, stage),
+            memory=memory_of(setup, stage),
+        )
+        for stage in setup.stages()
+    )
+    pages = min(rank.memory.num_pages for rank in ranks)
+    kv_tokens = pages * setup.page_size
+    longest = min(setup.max_len, kv_tokens)
+    context = min(context, longest) or context
+    batch = min(setup.max_running, pages // -(-context // setup.page_size))
+    rows = max(1, batch)
+    decode = Phase(rows, floor_of(setup, decode_work(rows, context)), traffic(setup, rows))
+    prefill = Phase(setup.capacity, floor_of(setup, prefill_work(setup.capacity, context)), traffic(setup, setup.capacity))
+    return Plan(
+        setup=setup,
+        verified=recipe.verified,
+        ranks=ranks,
+        kv_tokens_per_rank=kv_tokens,
+        kv_tokens=kv_tokens * setup.layout.data,
+        longest_context=longest,
+        context=context,
+        largest_batch_per_rank=batch,
+        largest_batch=batch * setup.layout.data,
+        decode=decode,
+        prefill=prefill,
+        misfits=(*_layout_misfits(setup), *_memory_misfits(setup, ranks), *_length_misfits(recipe, kv_tokens)),
+        unsupported=unsupported,
+    )
+
+
+# --------------------------------------------------------------------------- what does not fit
+
+
+def _layout_misfits(setup: Setup) -> list[str]:
+    here, most = setup.ranks_per_node, setup.hardware.ranks_per_node
+    found = []
+    if here > most:
+        found.append(f"cluster.ranks_per_node = {here}: a node of this hardware has {most} devices; use {most} and more cluster.nodes")
+    if here % setup.layout.tensor:
+        what = f"parallel.tensor = {setup.layout.tensor}: a tensor group stays on one node, which has {here} ranks"
+        found.append(f"{what}; use a divisor of {here}")
+    return found
+
+
+def _length_misfits(recipe: Recipe, kv_tokens: int) -> list[str]:
+    wanted = recipe.model.max_len
+    if wanted is None or not kv_tokens or wanted <= kv_tokens:
+        return []
+    return [
+        f"model.max_len is {wanted}, but the KV cache of a rank holds {kv_tokens} tokens: "
+        f"lower model.max_len to {kv_tokens} or raise kv_cache.memory"
+    ]
+
+
+def _memory_misfits(setup: Setup, ranks: tuple[RankPlan, ...]) -> list[str]:
+    for rank in ranks:
+        memory = rank.memory
+        if memory.weights.total + memory.reserve > setup.rank_memory:
+            have = f"weights: {size_text(memory.weights.total)} on a rank that has {size_text(setup.rank_memory)}"
+            return [f"{have}; {_more_ranks(setup)}"]
+        if not memory.num_pages:
+            return [f"kv_cache.memory: holds no page of {rank.page_bytes} bytes ({setup.page_size} tokens); {_more_ranks(setup)}"]
+        if memory.headroom < 0:
+            return [_too_full(setup, rank)]
+    return []
+
+
+def _more_ranks(setup: Setup) -> str:
+    """The smallest number of nodes on which everything fits, if need be with fewer tokens in a step."""
+    layout, per_node = setup.layout, setup.ranks_per_node
+    most = setup.shape.moe.num_experts * layout.pipeline // per_node
+    for nodes in range(layout.world // per_node + 1, most + 1):
+        data, rest = divmod(nodes * per_node, layout.pipeline * layout.tensor)
+        wider = replace(setup, layout=Layout(pipeline=layout.pipeline, data=data, tensor=layout.tensor))
+        capacity = None if rest else _fitting_capacity(wider)
+        if capacity is not None:
+            fewer = f" and scheduler.max_batch_tokens = {capacity}" if capacity < setup.capacity else ""
+            return f"use cluster.nodes = {nodes}{fewer}, or a device with more memory"
+    return "more ranks do not help; use a device with more memory"
+
+
+def _fitting_capacity(setup: Setup) -> int | None:
+    """The most tokens in a step, halved as often as needed, with which everything fits; none if no page does."""
+    tokens = setup.capacity
+    while tokens >= setup.max_running:
+        held = [memory_of(replace(setup, capacity=tokens), stage) for stage in setup.stages()]
+        if all(memory.num_pages and memory.headroom >= 0 for memory in held):
+            return tokens
+        tokens = 1 << (tokens - 1).bit_length() >> 1
+    return None
+
+
+def _too_full(setup: Setup, rank: RankPlan) -> str:
+    """Weights fit, the rest does not: less in a step, or fewer pages."""
+    memory, fewer = rank.memory, _fitting_capacity(setup)
+    ways = [] if fewer is None else [f"scheduler.max_batch_tokens = {fewer}"]
+    spare = memory.kv_pool + memory.headroom - rank.page_bytes
+    if spare > rank.page_bytes:
+        ways.append(f"kv_cache.memory = {spare >> 20}MiB")
+    parts = f"activations {size_text(memory.activations)} and dispatch buffers {size_text(memory.dispatch)}"
+    what = f"{parts} at scheduler.max_batch_tokens = {setup.capacity} exceed what weights and pages leave by {size_text(-memory.headroom)}"
+    return f"{what}; use {' or '.join(ways) or 'more ranks'}"
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes in the largest unit that gives at least 1."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"

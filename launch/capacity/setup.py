@@ -1,0 +1,143 @@
+"""A recipe resolved for planning: the model, the hardware and every value that ``auto`` left open."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...engine.protocol.specs import Layout
+from ...kernels import cpu_isa
+from ...kernels.cpu_isa import Isa
+from ...kernels.formats.fp8_format import BLOCK
+from ...kernels.formats.kv_format import KvFormat
+from ..recipe.hardware import Hardware
+from ..recipe.recipe import Recipe
+from ..run.tasks import dispatch_of, dtype_of, fp8_experts_of, kv_format_of
+from .shape import Shape
+
+_ITEM = {"fp32": 4, "bf16": 2}
+# Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
+_STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / BLOCK**2, "nvfp4": 0.5 + 1 / 16}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The layers of one pipeline stage; the first stage embeds, the last has the output head."""
+
+    index: int
+    num_layers: int
+    num_moe: int
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is planned. ``weights`` and ``expert_weights`` are the dtypes matrices are held in, ``dtype`` that of activations,
+    ``attention_dtype`` that attention computes in; ``wire_item`` bytes of a value on its way to the experts;
+    ``kv_memory`` None is auto; ``capacity`` the tokens of a rank in a step at most; ``isa`` the kind of CPU, None for GPUs."""
+
+    shape: Shape
+    hardware: Hardware
+    layout: Layout
+    ranks_per_node: int
+    dispatch: str
+    dtype: str
+    weights: str
+    expert_weights: str
+    attention_dtype: str
+    wire_item: float
+    kv_dtype: KvFormat
+    page_size: int
+    kv_memory: int | None
+    max_len: int
+    max_running: int
+    capacity: int
+    redundant: int
+    isa: Isa | None
+
+    @property
+    def item(self) -> int:
+        """Bytes of an activation."""
+        return _ITEM[self.dtype]
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.layout.data * self.layout.tensor
+
+    @property
+    def num_slots(self) -> int:
+        """Expert slots per rank and layer; equal on all ranks, so that some may stay empty."""
+        return -(-(self.shape.moe.num_experts + self.redundant) // self.expert_ranks)
+
+    @property
+    def near_ranks(self) -> int:
+        """Ranks of an expert world that reach each other over the near link."""
+        return min(self.expert_ranks, self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node)
+
+    @property
+    def slots_twice(self) -> bool:
+        """Whether ranks hold their expert slots again, packed."""
+        if self.isa is None or self.expert_weights != "bf16":
+            return False
+        return cpu_isa.slot_form(self.isa, self.shape.hidden, self.shape.moe.expert_width) == "onednn"
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share what the hardware profile counts: all of a node on a CPU."""
+        return self.ranks_per_node if self.hardware.device == "cpu" else 1
+
+    @property
+    def rank_memory(self) -> int:
+        """Bytes a rank can have."""
+        return self.hardware.memory // self.sharing
+
+    def stages(self) -> list[Stage]:
+        """The layers, spread over the pipeline stages so that their numbers differ by one at most."""
+        found, start, count = [], 0, self.layout.pipeline
+        for index in range(count):
+            end = start + self.shape.num_layers // count + (index < self.shape.num_layers % count)
+            num_moe = sum(start <= layer < end for layer in self.shape.moe_layers)
+            found.append(Stage(index, end - start, num_moe, index == 0, index == count - 1))
+            start = end
+        return found
+
+
+def stored_bytes(values: int, dtype: str) -> int:
+    """Bytes of a matrix with its scales."""
+    return math.ceil(values * _STORED[dtype])
+
+
+def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
+    """The set-up that the recipe describes. ``check_model`` has passed."""
+    dtype = dtype_of(recipe, shape.dtype)
+    parallel = recipe.parallel
+    return Setup(
+        shape=shape,
+        hardware=hardware,
+        layout=Layout(pipeline=parallel.pipeline, data=recipe.data, tensor=parallel.tensor),
+        ranks_per_node=recipe.cluster.ranks_per_node,
+        dispatch=dispatch_of(recipe, hardware.device),
+        dtype=dtype,
+        weights=dtype,
+        expert_weights="fp8" if fp8_experts_of(recipe, shape.kernel_fp8, hardware.device) else dtype,
+        attention_dtype=dtype,
+        wire_item=_ITEM[dtype],
+        kv_dtype=kv_format_of(recipe, dtype, hardware.device),
+        page_size=recipe.kv_cache.page_size,
+        kv_memory=recipe.kv_cache.memory,
+        max_len=min(recipe.model.max_len or shape.max_position, shape.max_position),
+        max_running=recipe.scheduler.max_running,
+        capacity=recipe.scheduler.max_batch_tokens,
+        redundant=recipe.experts.redundant,
+        isa=_isa(recipe, hardware),
+    )
+
+
+def _isa(recipe: Recipe, hardware: Hardware) -> Isa | None:
+    """What ranks compute with: the profile's CPU, or this machine's where it names none, limited by the recipe."""
+    if hardware.device != "cpu":
+        return None
+    isa = hardware.isa or cpu_isa.here()
+    return isa if recipe.cluster.isa == "auto" else cpu_isa.lesser(isa, recipe.cluster.isa)

@@ -1,0 +1,86 @@
+"""The dimensions of a model and how many values they make: all that a plan needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...engine.models.config import GqaConfig, MlaConfig, ModelConfig, kv_shapes, load_config
+from ...kernels.formats.kv_format import KvFormat, entry_bytes
+
+SWIGLU = 3  # matrices of a feed-forward block
+
+
+@dataclass(frozen=True)
+class Shape(ModelConfig):
+    """A model with the number of its values."""
+
+    @property
+    def attention_params(self) -> int:
+        """Values in the matrices and biases of one layer's attention."""
+        shape, hidden = self.attention, self.hidden
+        if isinstance(shape, GqaConfig):
+            queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+            return hidden * (2 * queries + 2 * keys) + shape.qkv_bias * (queries + 2 * keys) + shape.out_bias * hidden
+        queries = shape.num_heads * (shape.nope_dim + shape.rope_dim)
+        down = (shape.q_latent or queries) + shape.kv_latent + shape.rope_dim
+        up = shape.kv_latent * shape.num_heads * (shape.nope_dim + shape.value_dim) + (shape.q_latent or 0) * queries
+        return hidden * (down + shape.num_heads * shape.value_dim) + up + shape.bias * (down + hidden)
+
+    @property
+    def norm_params(self) -> int:
+        """Values in the norms of one layer."""
+        shape = self.attention
+        if isinstance(shape, MlaConfig):
+            return 2 * self.hidden + (shape.q_latent or 0) + shape.kv_latent
+        return 2 * self.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+
+    @property
+    def dense_params(self) -> int:
+        """Values in the feed-forward block of a layer without experts."""
+        return SWIGLU * self.hidden * self.dense_width
+
+    @property
+    def shared_params(self) -> int:
+        """Values in the shared experts of one MoE layer, and in the gate of their output."""
+        return self.hidden * (SWIGLU * self.moe.shared_width + self.moe.shared_gate)
+
+    @property
+    def gate_params(self) -> int:
+        """Values in the gate of one MoE layer."""
+        return self.moe.num_experts * (self.hidden + self.moe.selection_bias)
+
+    @property
+    def expert_params(self) -> int:
+        """Values in one expert."""
+        return SWIGLU * self.hidden * self.moe.expert_width
+
+    @property
+    def total_params(self) -> int:
+        """Values of the whole model."""
+        num_moe = len(self.moe_layers)
+        per_moe = self.shared_params + self.gate_params + self.moe.num_experts * self.expert_params
+        head = self.vocab_size * self.hidden * (1 if self.tie_embeddings else 2) + self.hidden
+        layers = self.num_layers * (self.attention_params + self.norm_params)
+        return head + layers + num_moe * per_moe + (self.num_layers - num_moe) * self.dense_params
+
+    def kv_bytes(self, kv_format: KvFormat, tensor: int = 1) -> int:
+        """Bytes of cache one token takes in one layer on one of ``tensor`` ranks: all of a latent, its share of key heads."""
+        held = self.attention
+        if isinstance(held, GqaConfig):
+            held = replace(held, num_kv_heads=-(-held.num_kv_heads // tensor))
+        return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
+
+    def attention_operations(self, decode: bool) -> int:
+        """Operations of one layer for one token and one position of its context. In decode latent attention works on the latent."""
+        shape = self.attention
+        if isinstance(shape, GqaConfig):
+            return 4 * shape.num_heads * shape.head_dim
+        if decode:
+            return 2 * shape.num_heads * (2 * shape.kv_latent + shape.rope_dim)
+        return 2 * shape.num_heads * (shape.nope_dim + shape.rope_dim + shape.value_dim)
+
+
+def read_shape(folder: Path) -> Shape:
+    """The dimensions of the model in ``folder``. Raises ValueError naming the file and field at fault."""
+    return Shape(**vars(load_config(folder)))

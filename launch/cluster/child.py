@@ -1,0 +1,62 @@
+"""One child process: its own session, the spec on its standard input, its output in a log file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ..environment import child_environment
+from .cluster import Task
+
+TAIL_BYTES = 4096
+
+
+class Child:
+    """Starts ``task`` and owns its process.
+
+    The child dies with this process (``process.leave_with_parent``), or rather with the thread that constructs the
+    Child, as Linux has it: construct it in a thread that stays.
+    """
+
+    def __init__(self, task: Task, log_dir: Path) -> None:
+        self.log = log_dir / f"{task.role}-{task.index}.log"
+        command = [sys.executable, "-P", "-m", task.module, task.role, str(task.index), str(os.getpid())]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=log_dir,
+                env=child_environment(dict(task.environment)),
+                start_new_session=True,
+            )
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(task.spec)
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has died already, and deaths() will say so
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def tail(self) -> str:
+        """The last lines of the log."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+    def signal(self, number: int) -> None:
+        """Signals the process's whole group while the process is there; its pid cannot have been reused before ``poll``."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> int:
+        """Kills it and waits; returns the exit status."""
+        self.signal(signal.SIGKILL)
+        return self.process.wait()

@@ -1,0 +1,81 @@
+"""The entry point of every process of a cluster: ``python -m lockstep.launch.cluster.entry ROLE INDEX PARENT_PID``.
+
+The role's specification is read from standard input as JSON. A failure is reported to the lobby in one line and
+written to standard error in full.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import msgspec
+
+from ...engine.protocol.lobby import Lobby
+from ...engine.protocol.specs import ControllerSpec, FrontendSpec, LobbySpec, RankSpec
+
+_PR_SET_PDEATHSIG = 1
+ROLES: dict[str, tuple[str, type[ControllerSpec] | type[RankSpec] | type[FrontendSpec]]] = {
+    "controller": ("engine.controller.controller", ControllerSpec),
+    "rank": ("engine.rank.process", RankSpec),
+    "frontend": ("engine.frontend.process", FrontendSpec),
+}
+
+
+def leave_with_parent(parent: int) -> None:
+    """Asks Linux to kill this process when ``parent`` ends, and leaves at once if it already has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """The error as a person should read it: the text of a ValueError or OSError, else its type as well."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def main() -> NoReturn:
+    """Runs one role. Never returns: exits 0 when the role ended as it should, 1 when it failed."""
+    role, index, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    leave_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
+    signal.signal(signal.SIGTERM, _terminated)
+    faulthandler.enable()
+    code, lobby = 0, None
+    try:
+        module, spec_type = ROLES[role]
+        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=spec_type)
+        lobby = spec.lobby
+        importlib.import_module(f"{__package__.partition('.')[0]}.{module}").main(spec)
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except BaseException as error:
+        traceback.print_exc()
+        _report_failure(lobby, role, index, one_line(error))
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # interpreter teardown can hang on a communicator's threads whose peers are gone
+
+
+def _report_failure(lobby: LobbySpec | None, role: str, index: int, detail: str) -> None:
+    with Lobby(lobby, role, index) as line:
+        line.report("failed", detail)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Processes on a Ray cluster: groups of ranks, each on a node of its own, and what runs beside the launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..environment import ray_address
+from ..recipe.recipe import Recipe
+from .cluster import Death, LaunchError, Place, Task
+from .ray_host import START_SECONDS, RayHost
+from .ray_session import Node, RaySession
+
+NOWHERE = Place("a node still to be found", 0, "")
+_RETRY = 0.2
+_PLACE_SECONDS = 5.0  # until Ray's worker processes have started
+_ATTEMPTS = 3
+
+
+@dataclass
+class _Held:
+    """The driver's view of a process: its actor, and where it runs once that is known."""
+
+    task: Task
+    actor: Any
+    placed: Any
+    ended: Any
+    attempts: int
+    place: Place = NOWHERE
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The room that a recipe takes. ``gpus``: whether each rank has one; None: where nodes have any."""
+
+    num_nodes: int
+    ranks_per_node: int
+    gpus: bool | None
+    num_beside: int = 2
+
+
+def needs_of(recipe: Recipe) -> Needs:
+    """The controller and the frontends run beside the launcher."""
+    gpus = {"auto": None, "cpu": False, "cuda": True}[recipe.cluster.device]
+    return Needs(recipe.cluster.nodes, recipe.cluster.ranks_per_node, gpus, 1 + recipe.frontend.processes)
+
+
+class RayCluster:
+    """``num_nodes`` groups of ``ranks_per_node`` ranks, each group on a node of its own; ``num_beside`` other tasks run on the
+    launcher's node.
+
+    When a node is lost, Ray looks for another with room for its group: a spare one, one that comes back, or one that has a
+    group already. Tasks started meanwhile wait for it, see ``waiting``. Raises LaunchError when Ray cannot be started or
+    reached, or has no room within ``deadline`` seconds. ``mark`` is told of every phase of the start that has ended.
+    """
+
+    def __init__(
+        self,
+        log_dir: Path,
+        needs: Needs,
+        *,
+        address: str | None,
+        deadline: float = START_SECONDS,
+        mark: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self._log_dir = log_dir
+        self._deadline = deadline
+        self._held: dict[str, _Held] = {}
+        self._groups: list[PlacementGroup] = []
+        num_nodes, ranks_per_node = needs.num_nodes, needs.ranks_per_node
+        if num_nodes > 1 and (address or ray_address()) is None:
+            raise LaunchError(f"cluster.nodes = {num_nodes}: needs a Ray cluster to join; name it in cluster.address or RAY_ADDRESS")
+        self._session = RaySession(log_dir, address=address, num_cpus=num_nodes * ranks_per_node + needs.num_beside)
+        try:
+            mark("Ray")
+            self.host = self._session.here.address
+            self.gpus_per_node = max(node.gpus for node in self._session.nodes())
+            use_gpus = self.gpus_per_node > 0 if needs.gpus is None else needs.gpus
+            self._share = {"CPU": float(ranks_per_node)} | ({"GPU": float(ranks_per_node)} if use_gpus else {})
+            if num_nodes > 1:
+                self._check_address(num_nodes)
+            self._reserve(num_nodes, needs.num_beside)
+            mark("placement")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def scratch(self) -> Path | None:
+        """A folder that Ray keeps outside that of the logs, to be deleted at the end."""
+        return self._session.scratch
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The node of each group of ranks, in their order."""
+        by_id = {node.id: node for node in self._session.nodes()}
+        places = _nodes_of(self._groups[1])
+        return [by_id[places[bundle]] for bundle in self._bundles if places[bundle] in by_id]
+
+    @property
+    def here(self) -> Node:
+        """The launcher's node."""
+        return self._session.here
+
+    def _check_address(self, num_nodes: int) -> None:
+        if self.host.startswith("127."):
+            raise LaunchError(
+                f"cluster.nodes = {num_nodes}: this node is {self.host} in the Ray cluster, which other nodes cannot reach; "
+                "start Ray with --node-ip-address and an address that they can"
+            )
+
+    def _reserve(self, num_nodes: int, num_beside: int) -> None:
+        """Room for the tasks beside the launcher, then a bundle per node of ranks."""
+        beside = {"CPU": float(num_beside)}
+        where = f" on {self._session.here}, where the launcher runs"
+        self._groups.append(placement_group([beside | {f"node:{self.host}": 0.001}], strategy="STRICT_PACK"))
+        self._await(self._groups[0], f"controller and frontend ({_text(beside)}){where}", time.monotonic() + self._deadline)
+        self._groups.append(self._spread(num_nodes))
+        self._bundles = self._in_order(_nodes_of(self._groups[1]))
+
+    def _in_order(self, places: list[str]) -> list[int]:
+        """The bundles, for the groups of ranks in their order: the launcher's own node first, the others by address."""
+        address = {node.id: int(ipaddress.ip_address(node.address)) for node in self._session.nodes()}
+        return sorted(range(len(places)), key=lambda bundle: (places[bundle] != self._session.here.id, address[places[bundle]]))
+
+    def _spread(self, num_nodes: int) -> PlacementGroup:
+        """A bundle on each of ``num_nodes`` nodes.
+
+        The strategy is SPREAD, not STRICT_SPREAD, for the sake of a bundle whose node is lost: it may then go to a node that
+        has one already. At first it may not, so what Ray makes of it is looked at.
+        """
+        what = f"{num_nodes} x {_text(self._share)} for the ranks"
+        end = time.monotonic() + self._deadline
+        while True:
+            group: PlacementGroup = placement_group([self._share] * num_nodes, strategy="SPREAD")
+            self._await(group, what, end)
+            found = len(set(_nodes_of(group)))
+            if found == num_nodes:
+                return group
+            remove_placement_group(group)
+            if time.monotonic() > end:
+                raise self._no_room(f"{what} on {num_nodes} nodes, only on {found}")
+            time.sleep(_RETRY)
+
+    def _await(self, group: PlacementGroup, what: str, end: float) -> None:
+        try:
+            ray.get(group.ready(), timeout=max(_RETRY, end - time.monotonic()))
+        except GetTimeoutError:
+            remove_placement_group(group)
+            raise self._no_room(what) from None
+
+    def _no_room(self, what: str) -> LaunchError:
+        return LaunchError(f"Ray found no room for {what} in {self._deadline:g} s; {self._room()}")
+
+    def _room(self) -> str:
+        nodes = ", ".join(f"{node}: {node.cpus:g} CPU" + (f", {node.gpus} GPU" if node.gpus else "") for node in self._session.nodes())
+        return f"the cluster has {nodes}; free are {_text(ray.available_resources())}"
+
+    # ------------------------------------------------------------------ processes
+
+    def start(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            assert task.name not in self._held, f"{task.name} runs already"
+            self._hold(task, attempts=1)
+
+    def _hold(self, task: Task, attempts: int) -> None:
+        actor = self._actor(task)
+        self._held[task.name] = _Held(task, actor, actor.place.remote(), actor.wait.remote(), attempts)
+
+    def _actor(self, task: Task) -> Any:
+        group, bundle = (self._groups[0], 0) if task.node is None else (self._groups[1], self._bundles[task.node])
+        strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+        options = ray.remote(RayHost).options(
+            num_cpus=1, num_gpus=task.num_gpus, max_concurrency=8, max_restarts=0, scheduling_strategy=strategy
+        )
+        return options.remote(task, str(self._log_dir))
+
+    def running(self) -> list[tuple[Task, Place]]:
+        starting = [held.placed for held in self._held.values() if held.place is NOWHERE and self._has_room(held.task)]
+        if starting:
+            ray.wait(starting, num_returns=len(starting), timeout=_PLACE_SECONDS)
+        self._look()
+        return [(held.task, held.place) for held in self._held.values() if held.place is not NOWHERE]
+
+    def waiting(self) -> str:
+        """Started tasks for which Ray looks for a node, and why it finds none; empty where there are none."""
+        self._look()
+        names = [held.task.name for held in self._held.values() if held.place is NOWHERE and not self._has_room(held.task)]
+        if not names:
+            return ""
+        return f"no node has room for {', '.join(names)} ({_text(self._share)} a node); {self._room()}"
+
+    def _has_room(self, task: Task) -> bool:
+        """Whether the bundle of the task's group is on a node, rather than waiting for one."""
+        return task.node is None or str(placement_group_table(self._groups[1])["state"]) == "CREATED"
+
+    def _look(self) -> None:
+        """Takes in where processes run that had to wait for a node."""
+        for held in self._held.values():
+            if held.place is NOWHERE and ray.wait([held.placed], timeout=0)[0]:
+                with contextlib.suppress(RayError):  # its death says so
+                    held.place = ray.get(held.placed)
+
+    def deaths(self) -> list[Death]:
+        """Raises LaunchError when Ray itself is gone."""
+        self._session.check_head()
+        self._look()
+        refs = {held.ended: name for name, held in self._held.items()}
+        if not refs:
+            return []
+        ended, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        alive = {node.id for node in self._session.nodes()} if ended else set()
+        return [death for ref in ended if (death := self._bury(self._held[refs[ref]], alive)) is not None]
+
+    def _bury(self, held: _Held, alive: set[str]) -> Death | None:
+        """None where there is still something to wait for."""
+        code: int | None
+        lost_node = ""
+        try:
+            code, tail = ray.get(held.ended)
+        except ActorUnavailableError:  # its connection broke; Ray does not know yet whether the node is lost, or the actor, or neither
+            held.ended = held.actor.wait.remote()
+            return None
+        except RayError as error:
+            if held.place is NOWHERE and held.attempts < _ATTEMPTS:  # sent to a node that was lost and not yet known to be
+                self._hold(held.task, held.attempts + 1)
+                return None
+            code, tail = None, _one_line(error)
+            if held.place.node and held.place.node not in alive:
+                lost_node = f"{held.place.host} ({held.place.address})"
+        del self._held[held.task.name]
+        ray.kill(held.actor)
+        return Death(held.task, held.place, code, tail, lost_node)
+
+    def signal(self, task: Task, number: int) -> None:
+        if task.name in self._held:
+            self._held[task.name].actor.signal.remote(number)
+
+    def close(self) -> None:
+        if not self._session.lost:
+            self._end_all()
+        self._session.close()
+
+    def _end_all(self) -> None:
+        self._look()
+        for name, held in list(self._held.items()):
+            if held.place is NOWHERE:  # and will be nowhere now
+                ray.kill(held.actor)
+                del self._held[name]
+            held.actor.signal.remote(signal.SIGKILL)
+        deadline = time.monotonic() + 5.0
+        while self._held and time.monotonic() < deadline:
+            if not self.deaths():
+                time.sleep(0.02)
+        for held in self._held.values():
+            ray.kill(held.actor)  # takes the process with it
+        self._held.clear()
+        with contextlib.suppress(RayError):
+            for group in self._groups:
+                remove_placement_group(group)
+
+
+def _nodes_of(group: PlacementGroup) -> list[str]:
+    """The id of the node of every bundle, in the order of the bundles."""
+    bundles = placement_group_table(group)["bundles_to_node_id"]
+    return [str(bundles[index]) for index in sorted(bundles)]
+
+
+def _text(resources: dict[str, float]) -> str:
+    named = {name: amount for name, amount in resources.items() if name in ("CPU", "GPU")}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(named.items())) or "nothing"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

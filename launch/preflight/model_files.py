@@ -1,0 +1,57 @@
+"""A model's files as one node sees them: whether they are sound, and a digest that nodes can compare."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from ...engine.models.checkpoint import read_checkpoint
+from ...engine.models.config import load_config
+
+_SMALL = 32 << 20  # config, index and tokenizer are below; hashed whole
+_LENGTH = 8
+
+
+class ModelFiles(msgspec.Struct, frozen=True):
+    """``problem`` is empty where the checkpoint can be read; ``parts`` holds a digest of every file: of a small one's contents,
+    of a shard's header and size."""
+
+    folder: str
+    problem: str
+    num_tensors: int
+    num_bytes: int
+    parts: dict[str, str]
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """Reads configuration and headers; the weights themselves are not read."""
+    problem, tensors = "", 0
+    parts: dict[str, str] = {}
+    num_bytes = 0
+    try:
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
+                num_bytes += file.stat().st_size
+                parts[file.name] = _digest(file)
+        load_config(folder)
+        tensors = len(read_checkpoint(folder))
+    except OSError as error:
+        problem = f"{error.filename or folder}: cannot be read: {error.strerror}"
+    except ValueError as error:
+        problem = str(error)
+    return ModelFiles(str(folder), problem, tensors, num_bytes, parts)
+
+
+def _digest(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if file.suffix == ".safetensors":
+            prefix = stream.read(_LENGTH)
+            digest.update(prefix)
+            digest.update(stream.read(min(int.from_bytes(prefix, "little"), _SMALL)))
+        elif size <= _SMALL:
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""Hardware profiles: what a device and its links can do at best, as data (``recipes/hardware/*.yaml``) with its sources."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...kernels.cpu_isa import Isa
+from .recipe import RecipeError, Size
+
+
+class Hardware(BaseModel):
+    """One kind of device. Rates are peaks, dense; links count one direction. A CPU's figures are those of the whole node."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    device: Literal["cpu", "cuda"] = Field(description="cluster.device of ranks on it")
+    memory: Size = Field(gt=0, description="bytes a process can have")
+    memory_tb_s: float = Field(gt=0, description="memory reads, 10^12 bytes a second")
+    fp32_tflops: float = Field(gt=0, description="10^12 operations a second in float32")
+    bf16_tflops: float = Field(gt=0, description="the same in bfloat16")
+    fp8_tflops: float | None = Field(default=None, gt=0, description="the same in float8; none: computed in bfloat16")
+    fp4_tflops: float | None = Field(default=None, gt=0, description="the same in NVFP4; none: computed in float8")
+    ranks_per_node: int = Field(ge=1, description="ranks that a node has devices for")
+    near_ranks: int = Field(ge=1, description="ranks that reach each other over the near link")
+    near_gb_s: float = Field(gt=0, description="near link (NVLink) of a rank, 10^9 bytes a second")
+    far_gb_s: float = Field(gt=0, description="far link (network adapter) of a rank, 10^9 bytes a second")
+    latency_us: float = Field(default=0.0, ge=0, description="of an exchange of any size; 0 where no floor is known")
+    isa: Isa | None = Field(default=None, description="instructions of a CPU, which decide how it holds bf16 weights; none: this machine's")
+
+    def operations(self, dtype: str) -> float:
+        """Operations a second of matrix products with weights in ``dtype``."""
+        rates = {"fp32": self.fp32_tflops, "bf16": self.bf16_tflops}
+        rates["fp8"] = self.fp8_tflops or self.bf16_tflops
+        rates["nvfp4"] = self.fp4_tflops or rates["fp8"]
+        return 1e12 * rates[dtype]
+
+
+def hardware_names() -> list[str]:
+    """The packaged profiles."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """The packaged profile ``name``, or the one in the file of that path. Raises RecipeError."""
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, hardware_names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(hardware_names())
+        raise RecipeError(f"cluster.hardware = {name}: no such profile{hint} (packaged: {known}; or a path to a YAML file)")
+    try:
+        return Hardware.model_validate(yaml.safe_load(path.read_bytes()))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        raise RecipeError(f"{path}: not a hardware profile\n" + "\n".join(lines)) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _folder() -> Path:
+    return Path(str(resources.files(__package__.partition(".")[0] + ".recipes"))) / "hardware"

@@ -1,0 +1,114 @@
+"""What is known of every process while the cluster starts: its last report, and whether it has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from ...engine.protocol.plan import Report
+from ..cluster.cluster import Cluster, Death, LaunchError
+from ..terminal.interrupts import Interrupts
+from .lobby_desk import LobbyDesk
+
+_POLL = 0.05
+_LAST_WORDS = 0.5
+
+
+class Roster:
+    """Reads the lobby and the cluster's deaths. ``on_report`` is called for every report, in order."""
+
+    def __init__(self, cluster: Cluster, desk: LobbyDesk, interrupts: Interrupts, on_report: Callable[[str, Report], None]) -> None:
+        self._cluster = cluster
+        self._desk = desk
+        self._interrupts = interrupts
+        self._on_report = on_report
+        self.reports: dict[str, Report] = {}
+        self._ready: dict[str, float] = {}  # since when, in monotonic seconds
+
+    def read(self, timeout: float) -> None:
+        """Takes in reports, waiting up to ``timeout`` seconds for one."""
+        for report in self._desk.read(timeout):
+            name = f"{report.role} {report.index}"
+            last = self.reports.get(name)
+            if last is None or last.phase != "failed":
+                self.reports[name] = report
+                if report.phase == "ready":
+                    self._ready.setdefault(name, time.monotonic())
+            self._on_report(name, report)
+
+    def slowest(self, names: Iterable[str]) -> str:
+        """Which of ``names`` was ready last, and where."""
+        _, name = max((self._ready[name], name) for name in names)
+        return f"slowest: {name} on {self.reports[name].host}"
+
+    def wait(self, names: Iterable[str], deadline: float, done: Callable[[Report], bool] | None = None) -> None:
+        """Waits until each of ``names`` is ready (or ``done``).
+
+        Raises LaunchError when one fails, when any process of the cluster ends, or after ``deadline`` seconds.
+        """
+        finished = done or (lambda report: report.phase == "ready")
+        missing, end = set(names), time.monotonic() + deadline
+        while missing:
+            self._interrupts.check()
+            self.read(_POLL)
+            self.check()
+            missing = {name for name in missing if name not in self.reports or not finished(self.reports[name])}
+            if missing and time.monotonic() > end:
+                waiting = ", ".join(self._standing(name) for name in sorted(missing))
+                room = self._cluster.waiting()
+                raise LaunchError(f"not ready after {deadline:g} s: {waiting}" + (f"; {room}" if room else ""))
+
+    def check(self) -> None:
+        """Raises LaunchError when a process has failed or ended. The first failure reported is the cause of the others."""
+        failed = [name for name, report in self.reports.items() if report.phase == "failed"]
+        deaths = [] if failed else self.deaths()
+        if failed:
+            report = self.reports[failed[0]]
+            raise LaunchError(f"{failed[0]} on {report.host} (pid {report.pid}) failed: {report.detail}")
+        if deaths:
+            raise LaunchError(self.obituaries(deaths)[0][0])
+
+    def deaths(self, *, stopping: bool = False) -> list[Death]:
+        """Processes that have ended. When there is one, its last words and the deaths it caused are waited for briefly;
+        those that were killed come first, since the others' exits usually follow from theirs.
+
+        ``stopping``: all were told to end, so that nothing follows from one that ended well."""
+        found = self._cluster.deaths()
+        if any(death.code != 0 for death in found) if stopping else found:
+            self.read(_LAST_WORDS)
+            found += self._cluster.deaths()
+        return sorted(found, key=lambda death: death.code is not None and death.code >= 0)
+
+    def forget(self, name: str) -> bool:
+        """Drops what a process has reported, because another will report under its name; whether it had been ready."""
+        self._ready.pop(name, None)
+        report = self.reports.pop(name, None)
+        return report is not None and report.phase in ("ready", "stopped")
+
+    def obituaries(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
+        """A line for each cause, and the deaths it explains: all that went with a node share one."""
+        by_cause: dict[str, list[Death]] = {}
+        for death in deaths:
+            by_cause.setdefault(death.lost_node or death.task.name, []).append(death)
+        return [(self._node_obituary(group) if group[0].lost_node else self.obituary(group[0]), group) for group in by_cause.values()]
+
+    def _node_obituary(self, deaths: list[Death]) -> str:
+        names = ", ".join(sorted((death.task.name for death in deaths), key=lambda name: (len(name), name)))
+        return f"the node {deaths[0].lost_node} was lost, and with it {names}"
+
+    def obituary(self, death: Death) -> str:
+        """One line: who, where, how, why."""
+        report = self.reports.get(death.task.name)
+        who = f"{death.task.name} on {death.place.host} (pid {death.place.pid})"
+        if report is not None and report.phase == "failed":
+            return f"{who} failed: {report.detail}"
+        phase = f" while {report.phase}" if report is not None and report.phase not in ("ready", "stopped") else ""
+        said = f"; its last line: {death.last_line}" if death.last_line and not death.killed else ""
+        return f"{who} {death.cause}{phase}{said}"
+
+    def _standing(self, name: str) -> str:
+        report = self.reports.get(name)
+        if report is None:
+            return f"{name} (has not reported)"
+        progress = f" {report.fraction:.0%}" if report.phase == "loading" else ""
+        return f"{name} ({report.phase}{progress})"

@@ -1,0 +1,127 @@
+"""What is written down while a simulation runs: every request's times, every step's figures. All times are virtual seconds."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engine.planner.group import Group
+from ...engine.planner.planner import Planner
+from ...engine.planner.request import Request
+from ...engine.protocol.plan import Finish, Message, Rejected, Started, TokenBatch
+from ...engine.simulation.simulation import StepSeen
+
+HELD = ("slots", "pages", "prefill")
+_TOO_LONG = 400
+
+Floats = NDArray[np.float64]
+
+
+class Record:
+    """The watcher of a simulation of ``num_requests``, whose handles count from 0 on.
+
+    ``arrived``, ``started``, ``first``, ``last`` [requests] are times, NaN where it never came to that; ``cached`` and ``emitted``
+    tokens. Steps are arrays with an entry a step. ``held``: seconds of steps while waiting requests lacked sequence slots or
+    pages, and while prompts were left over for later steps.
+    """
+
+    def __init__(self, arrived: Floats) -> None:
+        size = len(arrived)
+        self.arrived = arrived
+        self.started, self.first, self.last = (np.full(size, np.nan) for _ in range(3))
+        self.cached, self.emitted = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.finished = self.refused = self.unavailable = 0
+        self.gaps, self.gap_counts = array("d"), array("q")
+        self._last_batch = -1.0
+        # Of steps
+        self.seconds, self.busy, self.waiting = array("d"), array("d"), array("d")
+        self.rows, self.tokens = array("q"), array("q")
+        self.imbalance, self.kv_used, self.kv_fullest = array("d"), array("d"), array("d")
+        self.held = dict.fromkeys(HELD, 0.0)
+        self.booking, self.planning = array("d"), array("d")  # real seconds
+
+    @property
+    def answered(self) -> int:
+        """Requests that have ended, one way or the other."""
+        return self.finished + self.refused + self.unavailable
+
+    # ----------------------------------------------------------------- what frontends hear
+
+    def told(self, now: float, messages: Iterable[tuple[int, Message]]) -> None:
+        for _, message in messages:
+            if isinstance(message, TokenBatch):
+                self._tokens(now, message)
+            elif isinstance(message, Started):
+                handles = np.frombuffer(message.handles_i64, np.int64)
+                self.started[handles] = now
+                self.cached[handles] = np.frombuffer(message.cached_i32, np.int32)
+            elif isinstance(message, Rejected):
+                if message.status == _TOO_LONG:
+                    self.refused += 1
+                else:
+                    self.unavailable += 1
+
+    def _tokens(self, now: float, batch: TokenBatch) -> None:
+        handles = np.frombuffer(batch.handles_i64, np.int64)
+        finish = np.frombuffer(batch.finish_u8, np.uint8)
+        assert (finish <= Finish.LENGTH).all(), "requests end by their length"
+        assert len(batch.tokens_i32) == 4 * len(handles), "rows advance by a token"
+        begins = np.frombuffer(batch.positions_i32, np.int32) == 0
+        self.first[handles[begins]] = now
+        before = self.last[handles[~begins]]
+        steady = before == self._last_batch  # most of them: their gap is that between two steps
+        if count := int(steady.sum()):
+            self._gap(now - self._last_batch, count)
+        for time in before[~steady].tolist():
+            self._gap(now - time, 1)
+        self.last[handles] = now
+        self.emitted[handles] += 1
+        self.finished += int(np.count_nonzero(finish))
+        self._last_batch = now
+
+    def _gap(self, seconds: float, count: int) -> None:
+        self.gaps.append(seconds)
+        self.gap_counts.append(count)
+
+    # ----------------------------------------------------------------- steps
+
+    def stepped(self, planner: Planner, step: StepSeen) -> None:
+        group, work = planner.group, step.work
+        slowest_S = step.own_SD.max(axis=1)
+        seconds = step.end - step.start
+        self.seconds.append(seconds)
+        self.busy.append(float(slowest_S.mean()))
+        self.waiting.append(float((slowest_S[:, None] - step.own_SD).mean()))
+        self.rows.append(int(work.sampled_D.sum()))
+        self.tokens.append(int(work.tokens_D.sum()))
+        flight, cost = group.flights[group.next_step - 1], group.cost.cost
+        predicted_D = cost.fixed + cost.token * flight.tokens + cost.kv * flight.kv + cost.context * flight.context
+        self.imbalance.append(float(predicted_D.max() / predicted_D.mean()))
+        used_D = group.kv.used()
+        self.kv_used.append(float(used_D.sum() / group.kv.num_pages.sum()))
+        self.kv_fullest.append(float((used_D / group.kv.num_pages).max()))
+        if lacks := _lacks(group):
+            self.held[lacks] += seconds
+        if any(group.prefilling):
+            self.held["prefill"] += seconds
+
+    def measured(self, booking: float, planning: float) -> None:
+        self.booking.append(booking)
+        self.planning.append(planning)
+
+
+def _lacks(group: Group) -> str:
+    """What the first waiting request lacks; empty when none waits, or it has only not had its turn yet."""
+    if not len(group.queue):
+        return ""
+    request: Request = next(iter(group.queue))
+    running_D = group.num_running()
+    has_slot_D = group.alive & (running_D < group.rows.num_slots)
+    if not has_slot_D.any():
+        return "slots"
+    fresh = -(-request.num_staged // group.page_size)
+    room_D = group.kv.num_pages - group.kv.used() >= fresh + running_D  # as admission has it
+    return "" if (has_slot_D & (room_D | (running_D == 0))).any() else "pages"

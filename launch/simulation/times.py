@@ -1,0 +1,75 @@
+"""How long a simulated step takes: the floors of ``launch plan``, applied to what each rank has to do in the step.
+
+Floors are linear in what a section does but for the experts' weights, of which a step reads those that some token wants. The factors
+are therefore taken from ``plan_floors`` once. Suffixes: D data indices, S stages.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engine.simulation.simulated_group import StepWork
+from ..capacity.floors import Floor, Work, stage_floor
+from ..capacity.setup import Setup, Stage
+
+PARTS = ("compute", "memory", "network")
+
+
+class FloorTimes:
+    """Seconds of a step at a share ``efficiency`` of the speed of its floor.
+
+    Of a step's parts (``PARTS``) the slowest counts, as if the others ran beside it. Experts are loaded evenly, so that their part
+    is the same on all ranks; an exchange ends when the rank that sends most has sent. ``bound`` adds up the seconds of all steps by
+    the part that they waited for.
+    """
+
+    def __init__(self, setup: Setup, efficiency: float) -> None:
+        self.bound = dict.fromkeys(PARTS, 0.0)
+        self._efficiency = efficiency
+        self._stages = [_StageTimes(setup, stage) for stage in setup.stages()]
+
+    def __call__(self, work: StepWork) -> NDArray[np.float64]:
+        own_SD, largest = [], np.zeros(len(PARTS))
+        for stage in self._stages:
+            compute_D, memory_D, network = stage.parts(work)
+            own_SD.append(np.maximum(np.maximum(compute_D, memory_D), network))
+            largest += (float(compute_D.max()), float(memory_D.max()), network)
+        seconds: NDArray[np.float64] = np.stack(own_SD) / self._efficiency
+        self.bound[PARTS[int(largest.argmax())]] += float(seconds.max(axis=1).sum())
+        return seconds
+
+
+class _StageTimes:
+    """The floor of one stage as factors. compute [4]: seconds per token, sampled row, and position attended in decode and prefill."""
+
+    def __init__(self, setup: Setup, stage: Stage) -> None:
+        self._setup, self._stage = setup, stage
+        self._data = setup.layout.data
+        units = (_work(tokens=1), _work(sampled=1), _work(attended=1), _work(attended=1, decode=False))
+        self._compute = np.array([stage_floor(setup, stage, unit).compute for unit in units])
+        self._routed = stage_floor(setup, stage, _work(routed=1)).compute
+        reads = 1e6  # enough of them to stand out beside the weights
+        self._kv_read = (stage_floor(setup, stage, _work(kv_reads=reads)).memory - stage_floor(setup, stage, _work()).memory) / reads
+        self._floor = lru_cache(1 << 16)(self._even_floor)
+
+    def parts(self, work: StepWork) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+        """Compute [D], memory [D] and network seconds."""
+        total, most = int(work.tokens_D.sum()), int(work.tokens_D.max())
+        features = np.stack([work.tokens_D, work.sampled_D, work.decode_context_D, work.prompt_context_D]).astype(np.float64)
+        compute_D = np.asarray(self._compute @ features + self._routed * total / self._data, np.float64)
+        memory_D = np.asarray(self._floor(total).memory + self._kv_read * work.kv_reads_D, np.float64)
+        return compute_D, memory_D, self._floor(most * self._data).network
+
+    def _even_floor(self, total: int) -> Floor:
+        """Of ``total`` tokens on all ranks together, as many on each."""
+        each = total / self._data
+        return stage_floor(self._setup, self._stage, _work(tokens=each, routed=each))
+
+
+def _work(
+    *, tokens: float = 0, sampled: float = 0, attended: float = 0, kv_reads: float = 0, routed: float = 0, decode: bool = True
+) -> Work:
+    return Work(tokens, sampled, attended, kv_reads, routed, decode)

@@ -1,0 +1,107 @@
+"""Runs one command of a Slurm step: ``python -m lockstep.launch.slurm.step [options] COMMAND...``.
+
+``scancel`` sends SIGTERM to every step of a job at once, to Ray and to the ranks as well as to launch, which would leave
+nothing to drain with. So a step's command runs in a session of its own, this wrapper takes no notice of SIGTERM, and the
+job's script, which gets it too, says with SIGUSR1 (srun passes it on) which step is to end when: the command then gets
+SIGTERM. When the wrapper itself is killed, the command goes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from argparse import REMAINDER, ArgumentParser, Namespace
+from pathlib import Path
+from types import FrameType
+
+from ..cluster.entry import leave_with_parent
+
+
+class Step:
+    """The command, from its start on.
+
+    ``patience`` seconds after it was told to end it is killed, and either end is as it should be; None waits as long as it
+    takes, and the command's own status counts.
+    """
+
+    def __init__(self, command: list[str], patience: float | None) -> None:
+        self._patience = patience
+        self._told = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, _take_no_notice)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, self._tell)
+        signal.signal(signal.SIGALRM, self._kill)
+        wrapper = os.getpid()
+        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: _become_command(wrapper, mask))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def wait(self) -> int:
+        """The exit status, as a shell has it, once the command has ended and nothing of its session is left."""
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._kill()
+        code = self._process.wait()
+        if self._told and self._patience is not None:
+            return 0
+        return code if code >= 0 else 128 - code
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        if self._told:
+            return
+        self._told = True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        if self._patience is not None:
+            signal.setitimer(signal.ITIMER_REAL, self._patience)
+
+    def _kill(self, number: int = 0, frame: FrameType | None = None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _take_no_notice(number: int, frame: FrameType | None) -> None:
+    """A handler rather than SIG_IGN, which the command would inherit."""
+
+
+def _become_command(wrapper: int, mask: set[signal.Signals] | set[int]) -> None:
+    leave_with_parent(wrapper)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def parse(arguments: list[str]) -> Namespace:
+    parser = ArgumentParser(prog="slurm_step", allow_abbrev=False)
+    parser.add_argument("--scratch", type=Path, help="Ray's folder on this node: made before, deleted afterwards")
+    parser.add_argument("--logs", type=Path, help="where Ray's logs go from there")
+    parser.add_argument("--patience", type=float, help="seconds to end when told to, before it is killed; 0 is its status then")
+    parser.add_argument("command", nargs=REMAINDER)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    wishes = parse(sys.argv[1:])
+    scratch: Path | None = wishes.scratch
+    if scratch is not None:
+        scratch.mkdir(mode=0o700, exist_ok=True)
+    try:
+        code = Step(wishes.command, wishes.patience).wait()
+    finally:
+        if scratch is not None:
+            _clear(scratch, wishes.logs)
+    sys.exit(code)
+
+
+def _clear(scratch: Path, logs: Path | None) -> None:
+    found = (scratch / "session_latest" / "logs").resolve()
+    if logs is not None and found.is_dir():
+        shutil.copytree(found, logs / f"ray-{socket.gethostname()}", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

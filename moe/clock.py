@@ -1,0 +1,155 @@
+"""How long the phases of an MoE layer take on this rank: around a dispatcher of either kind, so that the layer does not have to know.
+
+On a GPU the times are those of the device, taken by events in one step of many and read when they have long passed: nothing waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference.sublayers import Here
+from .balance.placement import Placement
+from .dispatch.dispatcher import Exchange, Handle, Received
+from .dispatch.local import LocalDispatcher
+from .phases import COMBINE, DISPATCH, EXPERT, PHASES
+
+_T = TypeVar("_T")
+
+
+class PhaseClock(Protocol):
+    """Seconds by phase. ``mark`` says that something else has happened until now, ``lap`` that a phase has."""
+
+    def begin_step(self) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def lap(self, phase: int) -> None: ...
+
+    def take(self) -> list[float]:
+        """Seconds of PHASES since the last call, as far as they are known."""
+        ...
+
+
+class HostClock:
+    """The host's time, which is the time of the work where work is done on the host."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._last = 0.0
+        self._seconds = [0.0] * len(PHASES)
+
+    def begin_step(self) -> None:
+        """Every step is measured."""
+
+    def mark(self) -> None:
+        self._last = self._now()
+
+    def lap(self, phase: int) -> None:
+        now = self._now()
+        self._seconds[phase] += now - self._last
+        self._last = now
+
+    def take(self) -> list[float]:
+        taken, self._seconds = self._seconds, [0.0] * len(PHASES)
+        return taken
+
+
+class DeviceClock:
+    """The time of a stream, measured in the step after ``take`` and scaled to the steps until the next one.
+
+    ``begin_step`` counts steps. Events that have not passed at ``take`` are left for the next one.
+    """
+
+    def __init__(self, new_event: Any = lambda: torch.cuda.Event(enable_timing=True)) -> None:
+        self._new_event = new_event
+        self._steps = 0
+        self._last: Any = None
+        self._laps: list[tuple[int, Any, Any]] = []
+
+    def begin_step(self) -> None:
+        self._steps += 1
+
+    def mark(self) -> None:
+        if self._steps <= 1:
+            self._last = self._new_event()
+            self._last.record()
+
+    def lap(self, phase: int) -> None:
+        if self._steps <= 1 and self._last is not None:
+            before = self._last
+            self.mark()
+            self._laps.append((phase, before, self._last))
+
+    def take(self) -> list[float]:
+        seconds = [0.0] * len(PHASES)
+        if all(end.query() for _, _, end in self._laps):
+            for phase, start, end in self._laps:
+                seconds[phase] += start.elapsed_time(end) * 1e-3 * max(1, self._steps)
+            self._laps.clear()
+        self._steps, self._last = 0, None
+        return seconds
+
+
+def clock_for(device: torch.device) -> PhaseClock:
+    return DeviceClock() if device.type == "cuda" else HostClock()
+
+
+class TimedLocal(LocalDispatcher):
+    """A local dispatcher and the clock that runs beside it. A layer being one call, all of it is the experts' time."""
+
+    def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock) -> None:
+        super().__init__(placement, device)
+        self._clock = clock
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        self._clock.begin_step()
+        super().begin_step(num_tokens, capacity)
+
+    def run(self, layer: int, shape: tuple[int, int], compute: Callable[[Here], _T]) -> _T:
+        self._clock.mark()
+        output = super().run(layer, shape, compute)
+        self._clock.lap(EXPERT)
+        return output
+
+
+class TimedExchange:
+    """An exchange and the clock that runs beside it. The experts' time is what lies between ``receive`` and ``combine``."""
+
+    def __init__(self, inner: Exchange, clock: PhaseClock) -> None:
+        self._inner = inner
+        self._clock = clock
+
+    @property
+    def placement(self) -> Placement:
+        return self._inner.placement
+
+    @property
+    def counts_LS(self) -> Tensor:
+        return self._inner.counts_LS
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        self._clock.begin_step()
+        self._inner.begin_step(num_tokens, capacity)
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        self._clock.mark()
+        handle = self._inner.dispatch(x_TD, ids_TK, weights_TK, layer)
+        self._clock.lap(DISPATCH)
+        return handle
+
+    def receive(self, handle: Handle) -> Received:
+        self._clock.mark()
+        received = self._inner.receive(handle)
+        self._clock.lap(DISPATCH)
+        return received
+
+    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
+        self._clock.lap(EXPERT)
+        output = self._inner.combine(y_MD, handle)
+        self._clock.lap(COMBINE)
+        return output

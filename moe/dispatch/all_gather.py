@@ -1,0 +1,60 @@
+"""Dispatch by all-gather and reduce-scatter: every rank sees every token, computes its own experts and adds up.
+
+All shapes follow from the step's capacity. Suffixes: T own tokens, C capacity, W ranks, N = W x C, K choices, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels.table import column_for, ops_of
+from ...parallel.collectives import Collectives, Pending
+from ..balance.placement import EMPTY, Placement
+from .dispatcher import Handle, Received
+from .rows import pack, unpack
+
+
+class AllGatherDispatcher:
+    """Tokens are padded to the capacity; padding goes to no expert.
+
+    The outputs of a token's K experts are reduced apart: each is the sum of one rank's output and zeros, which is exact,
+    and only their own rank adds them up, so that the sum does not depend on the number of ranks.
+    """
+
+    def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
+        assert placement.num_ranks == collectives.size, f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
+        self.placement = placement
+        self._weighted_sum = ops_of(column_for(device)).weighted_sum
+        self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
+        self._places_LE = torch.from_numpy(placement.homes_LE).to(device)
+        self._collectives = collectives
+        self._capacity = 0
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
+        self._capacity = capacity
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        num_tokens, top_k = ids_TK.shape
+        x_CD = x_TD.new_zeros(self._capacity, x_TD.shape[1])
+        x_CD[:num_tokens] = x_TD
+        places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
+        places_CK[:num_tokens] = self._places_LE[layer][ids_TK]
+        pending = self._collectives.all_gather(pack(x_CD, places_CK), f"tokens of MoE layer {layer}")
+        return Handle(weights_TK, layer, (pending, x_TD.shape[1], x_TD.dtype))
+
+    def receive(self, handle: Handle) -> Received:
+        pending, hidden, dtype = handle.state
+        assert isinstance(pending, Pending)
+        x_ND, places_NK = unpack(self._collectives.wait(pending), hidden, dtype)
+        slots_NK = places_NK.to(torch.int64) - self._collectives.index * self.placement.num_slots
+        slots_NK = torch.where((slots_NK >= 0) & (slots_NK < self.placement.num_slots), slots_NK, EMPTY)
+        rows_M = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(slots_NK.shape[1])
+        return Received(x_ND, rows_M, slots_NK.flatten())
+
+    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
+        num_tokens, top_k = handle.weights_TK.shape
+        pending = self._collectives.reduce_scatter(y_MD, f"expert outputs of MoE layer {handle.layer}")
+        y_PD = self._collectives.wait(pending)[: num_tokens * top_k]
+        return self._weighted_sum(y_PD.view(num_tokens, top_k, y_PD.shape[1]), handle.weights_TK)

@@ -1,0 +1,106 @@
+"""Batches of packed documents, and how many held-out cases a network answers exactly."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from ..cases.case import Case
+from ..cases.mixture import FAMILIES, draw_case, draw_held_out, draw_long
+from ..cases.words import Dice
+from ..chat import render
+from .network import Network, Packed
+
+PROMPT_SHARE = 0.15  # of the tokens that are no answers, so many are learned from
+PROMPT_WEIGHT = 0.3
+TOKENS_STEP = 64  # batches have a multiple of so many tokens: oneDNN compiles kernels for every new size
+IMPATIENCE = 40  # cases that may be too long for the room that is left before a batch counts as full
+
+
+class Packer:
+    """Turns cases into tokens."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    def tokens(self, case: Case) -> tuple[list[int], list[bool]]:
+        """The tokens of the whole conversation, and which of them are answers."""
+        tokens: list[int] = []
+        answers: list[bool] = []
+        for piece in render(case):
+            ids = self._tokenizer.encode(piece.text, add_special_tokens=False).ids
+            tokens += ids
+            answers += [piece.answer] * len(ids)
+        return tokens, answers
+
+    def training_batch(self, seed: str, size: int, long: int = 0) -> Packed:
+        """At most ``size`` tokens of training cases, the first of them of ``long`` tokens; a function of its arguments only."""
+        dice, prompts = Dice(seed, held_out=False), random.Random(seed + "prompts")
+        found: list[tuple[list[int], list[float]]] = []
+        room, refused = size, 0
+        while refused < IMPATIENCE and room > 24:
+            tokens, answers = self.tokens(draw_long(dice, long) if long and not found else draw_case(dice))
+            if len(tokens) > room:
+                refused += 1
+                continue
+            room -= len(tokens)
+            found.append((tokens, [1.0 if answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE) for answer in answers]))
+        _shorten(found, (size - room) % TOKENS_STEP)
+        return _packed(found)
+
+    def pack(self, cases: list[Case]) -> Packed:
+        """Cases to be judged: only their last answer has weight."""
+        found = []
+        for case in cases:
+            tokens, answers = self.tokens(case)
+            start = len(answers) - answers[::-1].index(False)
+            found.append((tokens, [float(index >= start) for index in range(len(tokens))]))
+        return _packed(found)
+
+
+def _shorten(documents: list[tuple[list[int], list[float]]], surplus: int) -> None:
+    """Takes ``surplus`` tokens off the end of the longest document."""
+    longest = max(documents, key=lambda document: len(document[0]))
+    for values in longest:
+        del values[len(values) - surplus :]
+
+
+def _packed(documents: list[tuple[list[int], list[float]]]) -> Packed:
+    return Packed(
+        tokens_T=torch.tensor([token for tokens, _ in documents for token in tokens]),
+        weights_T=torch.tensor([weight for _, weights in documents for weight in weights]),
+        lengths=[len(tokens) for tokens, _ in documents],
+    )
+
+
+@torch.no_grad()
+def exact(network: Network, packer: Packer, cases: list[Case], device: torch.device) -> tuple[int, int, int]:
+    """Cases whose whole answer is the greedy one, and of the answers' tokens those that the predictor foretells, and all.
+
+    An answer is greedy exactly if every token of it is the best one after those before, so one pass is enough.
+    """
+    hits = foretold = total = 0
+    for start in range(0, len(cases), 16):
+        batch = packer.pack(cases[start : start + 16])
+        batch = Packed(batch.tokens_T.to(device), batch.weights_T.to(device), batch.lengths)
+        states_TD, angles = network.states(batch)
+        next_TD = torch.nn.functional.embedding(batch.tokens_T.roll(-1), network.embed)
+        ahead_TD = network.predictor(states_TD, next_TD, angles, batch.lengths)
+        answers_T = batch.weights_T > 0
+        right_T = (network.head(states_TD).argmax(-1).roll(1) == batch.tokens_T) | ~answers_T
+        hits += sum(bool(part.all()) for part in right_T.split(batch.lengths))
+        foretold += int(((network.head(ahead_TD).argmax(-1).roll(2) == batch.tokens_T) & answers_T).sum())
+        total += int(answers_T.sum())
+    return hits, foretold, total
+
+
+def held_out_cases(count: int, seed: int = 0, longest: int = 3000, final: bool = False) -> dict[str, list[Case]]:
+    """``count`` cases of every family that training never sees; ``final``: in phrases that are kept for the last evaluation."""
+    found = {}
+    for family in FAMILIES:
+        dice = Dice(f"held out {seed} {family}", held_out=True, final=final)
+        found[family] = [draw_held_out(dice, family, longest) for _ in range(count)]
+    return found

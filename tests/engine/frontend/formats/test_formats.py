@@ -1,0 +1,302 @@
+"""Parsers of replies by themselves: what each format means, that cuts do not matter, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner, choose
+from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
+from lockstep.engine.frontend.formats.parser import ReplyParser
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "note": {}}}
+TOOLS = {"get_weather": SCHEMA, "now": {}}
+NAMES = tuple(TOOL_FORMATS)
+KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+
+
+@dataclass
+class Said:
+    """What a client puts together from the deltas of a reply."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, str]] = field(default_factory=list)
+    reason: str = ""
+
+    def add(self, parser: ReplyParser) -> None:
+        delta = parser.take()
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        for call in delta.calls:
+            function = call["function"]
+            if "id" in call:
+                assert call["index"] == len(self.calls)
+                self.calls.append({"name": function["name"], "arguments": "", "id": call["id"]})
+            self.calls[call["index"]]["arguments"] += function["arguments"]
+
+    @property
+    def plain(self) -> tuple[str, str, list[tuple[str, str]], str]:
+        """Without the random ids."""
+        return self.content, self.reasoning, [(call["name"], call["arguments"]) for call in self.calls], self.reason
+
+    @property
+    def values(self) -> list[tuple[str, Any]]:
+        return [(call["name"], json.loads(call["arguments"])) for call in self.calls]
+
+
+def read(text: str, tools: str | None = None, sizes: list[int] | None = None, finish: str = "stop", **manner: Any) -> Said:
+    """Parses ``text`` cut into pieces of ``sizes`` (one piece without), taking what there is after each."""
+    formats = Formats(REASONING_TAGS["think"], TOOL_FORMATS[tools] if tools else None)
+    parser = Manner(formats, tools=TOOLS if tools else None, **manner).parser()
+    assert parser is not None
+    said, start = Said(), 0
+    for size in sizes or [len(text)]:
+        parser.push(text[start : start + size])
+        said.add(parser)
+        start += size
+    parser.push(text[start:])
+    parser.finish()
+    said.add(parser)
+    assert not parser.pending
+    said.reason = parser.reason(finish)
+    return said
+
+
+# --------------------------------------------------------------------------- one call in every format
+
+
+def written(format: str, name: str, arguments: dict[str, Any]) -> str:
+    """A call as the chat template of ``format`` writes it."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    if format == "hermes":
+        return f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>'
+    if format == "deepseek_v3":
+        return f"{SECTION}{CALL}function{SEPARATOR}{name}\n```json\n{text}\n```{CALL_END}{SECTION_END}"
+    if format == "kimi_k2":
+        return KIMI.format(f"functions.{name}:0", text)
+    if format == "mistral":
+        return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {text}}}]'
+    members = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value if isinstance(value, str) else json.dumps(value)}</arg_value>\n"
+        for key, value in arguments.items()
+    )
+    return f"<tool_call>{name}\n{members}</tool_call>"
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_a_call_behind_reasoning_and_content(format: str) -> None:
+    arguments = {"city": 'Köln "am" Rhein </tool_call> {', "days": 3, "note": {"a": [1, None]}}
+    said = read("<think>\nHm, \n\n weather?\n</think>\n\nI look.\n" + written(format, "get_weather", arguments) + "\n", format)
+    assert (said.reasoning, said.content, said.reason) == ("Hm, \n\n weather?", "I look.", "tool_calls")
+    assert said.values == [("get_weather", arguments)]
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_several_calls_are_numbered_and_have_their_own_ids(format: str) -> None:
+    said = read(written(format, "get_weather", {"city": "a"}) + "\n" + written(format, "get_weather", {"city": "b"}), format)
+    assert said.values == [("get_weather", {"city": "a"}), ("get_weather", {"city": "b"})]
+    assert said.content == ""
+    assert format == "kimi_k2" or len({call["id"] for call in said.calls}) == 2
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_a_call_without_arguments(format: str) -> None:
+    said = read(written(format, "now", {}), format)
+    assert (said.values, said.reason) == ([("now", {})], "tool_calls")
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_parallel_tool_calls_false_ends_the_reply_with_the_first_call(format: str) -> None:
+    formats = Formats(None, TOOL_FORMATS[format])
+    parser = Manner(formats, tools=TOOLS, one_call=True).parser()
+    assert parser is not None
+    text = written(format, "now", {}) + "\n" + written(format, "get_weather", {"city": "b"}) + " and more"
+    for char in text:
+        parser.push(char)
+    assert parser.full
+    parser.finish()
+    delta = parser.take()
+    assert ([call["function"]["name"] for call in delta.calls], delta.content) == (["now"], "")
+    assert parser.reason("stop") == "tool_calls"
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_a_call_cut_off_is_no_finished_call(format: str) -> None:
+    whole = written(format, "get_weather", {"city": "Paris", "note": "x" * 10})
+    said = read(whole[: whole.index("xxx") + 2], format, finish="length")
+    assert said.reason == "length"
+    assert said.calls[0]["name"] == "get_weather"
+    assert said.calls[0]["arguments"].startswith('{"city": "Paris", "note": ')
+    assert read(whole[: whole.index("xxx") + 2], format).reason == "stop", "an end in mid-call is no call to act upon"
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_the_named_function_finishes_with_stop(format: str) -> None:
+    assert read(written(format, "now", {}), format, named=True).reason == "stop"
+
+
+def test_the_other_forms_of_formats() -> None:
+    assert read(f'{SECTION}{CALL}now{SEPARATOR}{{"a": 1}}{CALL_END}{SECTION_END}', "deepseek_v3").values == [("now", {"a": 1})]
+    two = f"{SECTION}{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}\n{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}"
+    assert read(two + SECTION_END + "x", "deepseek_v3").plain == ("x", "", [("now", "{}")] * 2, "tool_calls")
+    assert read('[TOOL_CALLS]now[ARGS]{"a": 1}[TOOL_CALLS]now{}', "mistral").values == [("now", {"a": 1}), ("now", {})]
+    with_id = read("[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{}", "mistral")
+    assert (with_id.calls[0]["id"], with_id.calls[0]["name"]) == ("abcdefghi", "now")
+    both = read('[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"arguments": {"b": 2}, "name": "now", "id": "x"}]', "mistral")
+    assert both.values == [("now", {}), ("now", {"b": 2})]
+    assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in both.calls)
+    assert read(KIMI.format("functions.now:3", "{}"), "kimi_k2").calls[0]["id"] == "functions.now:3"
+    assert read("<tool_call>now</tool_call>", "glm4").values == [("now", {})]
+
+
+def test_loose_ways_of_writing_hermes() -> None:
+    cases = {
+        '<tool_call>{"arguments": {"a": 1}, "name": "now"}</tool_call>': {"a": 1},
+        '<tool_call>{"name": "now"}</tool_call>': {},
+        '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>': {"a": 1},
+        '<tool_call>{"name": "now", "parameters": {"a": 1}}</tool_call>': {"a": 1},
+        '<tool_call>{"name": "now", "arguments": {"a": 1}</tool_call>': {"a": 1},
+        '<tool_call>{"name": "now", "arguments": {"a": 1}}': {"a": 1},
+    }
+    for text, arguments in cases.items():
+        said = read(text, "hermes")
+        assert (said.values, said.content, said.reason) == ([("now", arguments)], "", "tool_calls"), text
+
+
+def test_a_broken_call_keeps_its_text_as_arguments() -> None:
+    said = read('<tool_call>{"name": "now", "arguments": {"a": [1}}</tool_call> after', "hermes")
+    assert said.plain == (" after", "", [("now", '{"a": [1}}')], "stop")
+
+
+def test_glm_takes_the_types_from_the_schema() -> None:
+    text = "<tool_call>get_weather\n<arg_key>city</arg_key><arg_value>12</arg_value><arg_key>days</arg_key><arg_value> 12 </arg_value>"
+    text += '<arg_key>note</arg_key><arg_value>a "b"\n</arg_value></tool_call>'
+    assert read(text, "glm4").values == [("get_weather", {"city": "12", "days": 12, "note": 'a "b"\n'})]
+
+
+# --------------------------------------------------------------------------- reasoning
+
+
+def test_reasoning() -> None:
+    assert read("<think>a</think>b").plain == ("b", "a", [], "stop")
+    assert read("a</think>\n\nb", thinking=True).plain == ("b", "a", [], "stop")
+    assert read("<think>\na</think>b", thinking=True).plain == ("b", "a", [], "stop")
+    assert read("<think>\n\n</think>\n\nb").plain == ("b", "", [], "stop")
+    assert read("<think>a\n", finish="length").plain == ("", "a\n", [], "length")
+    assert read("b <think>a</think>").plain == ("b <think>a</think>", "", [], "stop"), "only what comes first is reasoning"
+    assert read(" \n<thin air").plain == (" \n<thin air", "", [], "stop")
+    assert read("</think>b").plain == ("</think>b", "", [], "stop")
+    assert read("<think>a</think>b", show_reasoning=False).plain == ("b", "", [], "stop")
+    inside = read('<think>I could <tool_call>{"name": "now"}</tool_call></think>b', "hermes")
+    assert inside.plain == ("b", 'I could <tool_call>{"name": "now"}</tool_call>', [], "stop")
+
+
+def test_where_the_prompt_opens_the_reasoning() -> None:
+    formats = Formats(REASONING_TAGS["think"])
+    assert formats.opens_reasoning("<|user|>x<|assistant|><think>\n", None)
+    assert not formats.opens_reasoning("<|user|>say <think><|assistant|>", None)
+    assert not formats.opens_reasoning("<think>\n\n</think>\n\n", None)
+    assert formats.opens_reasoning("...<think>well", "<think>well")
+    assert not formats.opens_reasoning("...<think>a</think>b", "<think>a</think>b")
+    assert not Formats().opens_reasoning("<think>", None)
+
+
+# --------------------------------------------------------------------------- cuts and look-alikes
+
+MARKERS = sorted({marker for kind in TOOL_FORMATS.values() for marker in kind.markers})
+SCRAPS = [
+    *MARKERS,
+    "<think>",
+    "</think>",
+    '{"name": "now", "arguments": {',
+    '"a": 1',
+    "}",
+    "]",
+    "\n",
+    " ",
+    "now",
+    '"',
+    "\\",
+    "function",
+    "```json\n",
+    "```",
+]
+BUILT = [written(format, "get_weather", {"city": 'a\n"ü', "days": 2}) for format in NAMES]
+texts = st.lists(
+    st.one_of(st.sampled_from(SCRAPS), st.sampled_from(BUILT), st.text(alphabet="ab<|[{}】\n ü", max_size=6)), max_size=10
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    format=st.sampled_from(NAMES),
+    text=texts,
+    sizes=st.lists(st.integers(1, 9), max_size=30),
+    thinking=st.booleans(),
+    one_call=st.booleans(),
+)
+def test_the_parts_do_not_depend_on_the_cuts(format: str, text: str, sizes: list[int], thinking: bool, one_call: bool) -> None:
+    whole = read(text, format, thinking=thinking, one_call=one_call)
+    assert read(text, format, sizes, thinking=thinking, one_call=one_call).plain == whole.plain
+    assert read(text, format, [1] * len(text), thinking=thinking, one_call=one_call).plain == whole.plain
+
+
+@settings(max_examples=400, deadline=None)
+@given(format=st.sampled_from(NAMES), text=texts)
+@example("hermes", '<tool_call>{"name": 5}</tool_call>')
+@example("hermes", "a <tool_call> b")
+@example("kimi_k2", "<|tool_calls_section_begin|> none <|tool_calls_section_end|>")
+def test_a_reply_without_calls_is_its_text(format: str, text: str) -> None:
+    said = read("!" + text, format)
+    if not said.calls:
+        assert said.content == "!" + text
+
+
+@settings(max_examples=300, deadline=None)
+@given(format=st.sampled_from(NAMES), before=texts, after=texts)
+def test_no_letter_is_lost_beside_calls(format: str, before: str, after: str) -> None:
+    """Letters outside calls come out as content, whatever stands around them."""
+    said = read("!" + before + "QX" + after + "ZW", format)
+    inside = said.content + "".join(call["name"] + call["arguments"] + call["id"] for call in said.calls)
+    assert "QX" in inside
+    assert "ZW" in inside
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    format=st.sampled_from(NAMES),
+    arguments=st.fixed_dictionaries(
+        {"city": st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20)},
+        optional={"days": st.integers(-(2**60), 2**60), "more": st.recursive(st.booleans(), lambda inner: st.lists(inner, max_size=3))},
+    ),
+    sizes=st.lists(st.integers(1, 7), max_size=20),
+)
+def test_any_arguments_survive(format: str, arguments: dict[str, Any], sizes: list[int]) -> None:
+    if format == "glm4" and "</arg_value>" in arguments["city"]:
+        return
+    said = read("Let me see. " + written(format, "get_weather", arguments), format, sizes)
+    assert said.values == [("get_weather", arguments)]
+    assert (said.content, said.reason) == ("Let me see.", "tool_calls")
+
+
+# --------------------------------------------------------------------------- the choice
+
+
+def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
+    assert choose("... <tool_call> ... </think>", "") == Formats(REASONING_TAGS["think"], TOOL_FORMATS["hermes"])
+    assert choose("<tool_call> <arg_key>", "qwen3_moe").tools is TOOL_FORMATS["glm4"]
+    assert choose("{{ messages }}", "deepseek_v3") == Formats(None, TOOL_FORMATS["deepseek_v3"])
+    assert choose("<tool_call><function=", "qwen3_moe").tools is None
+    assert choose(None, "llama") == Formats()
+    assert choose("<tool_call> </think>", "", "mistral", "off") == Formats(None, TOOL_FORMATS["mistral"])
+    with pytest.raises(
+        ValueError, match=r"frontend\.tool_parser = qwen: should be one of auto, off, deepseek_v3, glm4, hermes, kimi_k2, mistral"
+    ):
+        choose(None, "", "qwen")
+    with pytest.raises(ValueError, match=r"frontend\.reasoning_parser = qwen: should be one of auto, off, think, mistral"):
+        choose(None, "", "auto", "qwen")

@@ -1,0 +1,222 @@
+"""Checkpoints in block-scaled FP8: widened as they are read, or kept for experts; and the errors for those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lockstep.engine.models.config import load_config
+from lockstep.engine.models.decoder import Model
+from lockstep.engine.models.registry import build_model
+from lockstep.engine.models.weights import load_weights
+from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, widen_blocks, widen_into
+from lockstep.kernels.table import Column
+from lockstep.moe.balance.placement import contiguous
+from lockstep.moe.dispatch.local import LocalDispatcher
+from support.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
+from support.fp8_checkpoints import SCALES, write_pair
+from support.local_model import Stepper, load_local
+
+# Several blocks each way, and a last one that is not full.
+SIZES = {"hidden_size": 160, "intermediate_size": 200, "moe_intermediate_size": 144, "num_experts_per_tok": 3}
+CONFIGS = {
+    "qwen3_moe": qwen3_moe_config(head_dim=64, **SIZES),
+    "deepseek_v3": deepseek_v3_config(kv_lora_rank=132, q_lora_rank=140, **SIZES),
+}
+CPU = torch.device("cpu")
+PROMPTS = {0: list(range(40, 75)), 1: [7, 8, 9]}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_pair(tmp_path_factory.mktemp(request.param), CONFIGS[request.param], num_shards=3)
+
+
+def load_fp8_experts(path: Path, dtype: torch.dtype, column: Column, experts: list[int] | None = None) -> Model:
+    """With experts kept in FP8; ``experts``: those in the slots of every layer, by default all."""
+    config = load_config(path)
+    placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
+    model = build_model(config, LocalDispatcher(placement, CPU), dtype, CPU, column, fp8_experts=True)
+    load_weights(model, path, lambda layer: experts or placement.experts_of(0, layer), lambda fraction: None)
+    return model
+
+
+def test_logits_are_those_of_the_dequantised_checkpoint(pair: tuple[Path, Path]) -> None:
+    eight, plain = (load_local(path, torch.float32) for path in pair)
+    assert eight.config.fp8_block == (128, 128) and plain.config.fp8_block is None
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(eight.state_dict()[name], tensor), name
+    steps = [Stepper(model, torch.float32).step(PROMPTS) for model in (eight, plain)]
+    for sequence in PROMPTS:
+        assert torch.equal(steps[0][sequence], steps[1][sequence])
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_bf16_holds_the_rounded_values(scale_dtype: torch.dtype, tmp_path: Path) -> None:
+    eight, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"], scale_dtype=scale_dtype)
+    for name, tensor in load_local(plain, torch.bfloat16).state_dict().items():
+        assert torch.equal(load_local(eight, torch.bfloat16).state_dict()[name], tensor), name
+
+
+def test_what_is_widened_is_logged_once(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lockstep"):
+        load_local(pair[0], torch.float32)
+    (line,) = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
+    assert "matrices in FP8 are widened to torch.float32 as they are read, 0 stay in FP8" in line
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "scales are no unused tensors"
+
+
+def test_experts_stay_in_fp8(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lockstep"):
+        model = load_fp8_experts(pair[0], torch.bfloat16, "reference", experts=[5, 2, -1, 0, 1, 3, 4, 6])
+    assert any(
+        f"{8 * 3 * len(model.config.moe_layers) - 3 * len(model.config.moe_layers)} stay in FP8" in r.getMessage() for r in caplog.records
+    )
+    stored = tensors_of(pair[0])
+    for layer in model.expert_layers():
+        assert layer.scales is not None and layer.w13_SFD.dtype == torch.float8_e4m3fn
+        for slot, expert in ((0, 5), (1, 2), (7, 6)):
+            names = [f"{layer.name}.{expert}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+            gate, up, down = (stored[name].view(torch.uint8) for name in names)
+            assert torch.equal(layer.w13_SFD[slot].view(torch.uint8), torch.cat([gate, up]))
+            assert torch.equal(layer.w2_SDF[slot].view(torch.uint8), down)
+            assert torch.equal(layer.scales[0][slot], torch.stack([stored[name + SCALES] for name in names[:2]]))
+            assert torch.equal(layer.scales[1][slot], stored[names[2] + SCALES])
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    wide = sum(p.nbytes for name, p in load_local(pair[0], torch.bfloat16).named_parameters() if ".experts." in name)
+    assert 0.5 < experts / wide < 0.51
+
+
+def test_fp8_experts_compute_what_the_widened_ones_do(pair: tuple[Path, Path]) -> None:
+    """Rows are quantised before each product, which costs a few percent; a router may turn on that, hence the median."""
+    exact = torch.cat(list(Stepper(load_local(pair[0], torch.float32), torch.float32).step(PROMPTS).values()))
+    found = torch.cat(list(Stepper(load_fp8_experts(pair[0], torch.float32, "reference"), torch.float32).step(PROMPTS).values()))
+    error = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert 1e-3 < error.median() < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
+def test_the_triton_column_computes_with_fp8_experts(pair: tuple[Path, Path]) -> None:
+    rows = {0: [3, 4, 5, 6], 1: [9]}
+    found, expected = (
+        Stepper(load_fp8_experts(pair[0], torch.float32, column), torch.float32).step(rows) for column in ("triton", "reference")
+    )
+    for sequence in rows:
+        error = (found[sequence] - expected[sequence]).norm(dim=-1) / expected[sequence].norm(dim=-1)
+        assert error.median() < 0.01
+
+
+@pytest.mark.parametrize("block", [(128, 128), (32, 32), (48, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 127), (1024, 256), (1500, 300)])
+def test_bands_are_widened_as_the_whole(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int]) -> None:
+    w = quantise_blocks(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], block)
+    assert w.scales.shape == (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    target = torch.empty(shape, dtype=dtype)
+    widen_into(target, w, block)
+    assert torch.equal(target, widen_blocks(w, block).to(dtype))
+    assert torch.equal(widen_blocks(w, block), widen_blocks(Quantised(w.values.clone(), w.scales), block))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_blocks_may_have_other_sizes(family: str, tmp_path: Path) -> None:
+    eight, plain = write_pair(tmp_path, CONFIGS[family], block=(48, 20))
+    expected = load_local(plain, torch.float32).state_dict()
+    found = load_local(eight, torch.float32)
+    assert found.config.fp8_block == (48, 20)
+    assert not found.config.kernel_fp8, "its experts are widened on GPUs too"
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# --------------------------------------------------------------------------- errors
+
+QUERY = "model.layers.2.self_attn.q_proj.weight"
+FAR = "model.layers.1.mlp.experts.6.up_proj.weight"
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def without(name: str) -> Change:
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def having(name: str, value: Tensor) -> Change:
+    return lambda tensors: tensors | {name: value}
+
+
+ERRORS: dict[str, tuple[Change, str]] = {
+    "no scales": (without(QUERY + SCALES), f"model.safetensors: {QUERY} is in F8_E4M3, but {QUERY}_scale_inv is missing"),
+    "no scales of an expert elsewhere": (without(FAR + SCALES), f"{FAR}_scale_inv is missing"),
+    "misshapen scales": (
+        having(QUERY + SCALES, torch.ones(2, 1)),
+        rf"{QUERY}_scale_inv has shape \[2, 1\]; {QUERY} of shape \[256, 160\] has \[2, 2\] blocks of 128 x 128",
+    ),
+    "scales of another kind": (
+        having(QUERY + SCALES, torch.ones(2, 2, dtype=torch.int32)),
+        f"{QUERY}_scale_inv has dtype I32; supported: BF16, F16, F32",
+    ),
+    "a norm in FP8": (
+        having("model.norm.weight", torch.ones(160).to(torch.float8_e4m3fn)),
+        "model.norm.weight has dtype F8_E4M3; supported: BF16, F16, F32, and F8_E4M3 for matrices",
+    ),
+    "misshapen matrix": (
+        having(QUERY, torch.zeros(255, 160).to(torch.float8_e4m3fn)),
+        rf"{QUERY} has shape \[255, 160\]; config.json makes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_file_and_tensor(case: str, tmp_path: Path) -> None:
+    config, (change, message) = CONFIGS["qwen3_moe"], ERRORS[case]
+    path, _ = write_pair(tmp_path, config)
+    save_tensors(path, change(tensors_of(path)))
+    with pytest.raises(ValueError, match=message) as error:
+        load_local(path, torch.float32)
+    assert str(path) in str(error.value)
+
+
+def test_fp8_that_config_json_does_not_tell_of_is_refused(tmp_path: Path) -> None:
+    path, _ = write_pair(tmp_path, CONFIGS["qwen3_moe"])
+    rewrite(path, lambda config: {key: value for key, value in config.items() if key != "quantization_config"})
+    with pytest.raises(ValueError, match=r"has dtype F8_E4M3; supported: BF16, F16, F32$"):
+        load_local(path, torch.float32)
+
+
+def test_experts_that_are_not_in_fp8_cannot_stay_in_it(tmp_path: Path) -> None:
+    path, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"])
+    save_tensors(path, tensors_of(plain))
+    with pytest.raises(
+        ValueError, match=r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\.dtype"
+    ):
+        load_fp8_experts(path, torch.float32, "reference")
+    assert load_local(path, torch.float32).config.kernel_fp8, "widened, nothing is in the way"
+
+
+def test_a_checkpoint_of_several_kinds_of_matrices_is_read(tmp_path: Path) -> None:
+    """Modules that were left out of the quantisation are in bf16 beside those in FP8."""
+    path, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"])
+    stored = tensors_of(path)
+    del stored[QUERY + SCALES]
+    save_tensors(path, stored | {QUERY: tensors_of(plain)[QUERY]})
+    assert torch.equal(load_local(path, torch.float32).checkpoint_tensors()[QUERY], tensors_of(plain)[QUERY])
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as reader:
+            found |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - no mapping
+    return found
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    (path / "config.json").write_text(json.dumps(change(json.loads((path / "config.json").read_text()))))

@@ -1,0 +1,94 @@
+"""The rank process: from a checkpoint on disk to tokens on the socket, and its ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from lockstep.engine.protocol.plan import (
+    Admit,
+    Header,
+    Mode,
+    RankHello,
+    Section,
+    Stage,
+    Staged,
+    StepPlan,
+    Stop,
+)
+from lockstep.engine.protocol.specs import Layout
+from lockstep.engine.rank.process import load_executor
+from support.checkpoints import qwen3_moe_config, write_checkpoint
+from support.hand_plans import GREEDY, Driver, Request, build_executor
+from support.mock_controller import MockController
+from support.rank_process import start_rank
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("rank") / "model", qwen3_moe_config(), num_shards=2)
+
+
+@pytest.fixture
+def controller() -> Iterator[MockController]:
+    controller = MockController()
+    yield controller
+    controller.close()
+
+
+def _i32(*values: int) -> bytes:
+    return np.asarray(values, np.int32).tobytes()
+
+
+def test_a_rank_serves_and_stops(path: Path, controller: MockController) -> None:
+    prompt = list(range(40, 60))
+    expected = Driver(build_executor(path), [Request(prompt, 5)]).run()[0]
+    with start_rank(controller.spec(model_path=str(path), kv_memory=1 << 20)) as process:
+        hello = controller.receive("bulk")
+        assert isinstance(hello, RankHello) and hello.pid == process.pid
+        assert hello.num_pages == (1 << 20) // hello.page_bytes and (hello.num_layers, hello.num_expert_slots) == (3, 8)
+        controller.send(Stage(0, _i32(*prompt)))
+        assert controller.receive("bulk") == Staged(0, 0)
+        admit = Admit(2, 0, 0, 0, len(prompt) + 5, _i32(9, 3, 5, 7), GREEDY)
+        section = Section(rebase=True, admit=(admit,), extend_pairs=_i32(2, len(prompt)), publish_i32=_i32(9), publish_h128=b"h" * 16)
+        tokens: list[int] = []
+        for step in range(5):
+            controller.send(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 64, counts=step == 4), section if step == 0 else Section()))
+            result = controller.receive("step")
+            tokens += np.frombuffer(result.tokens_i32, np.int32).tolist()
+        assert tokens == expected
+        dispatch, expert, combine = np.frombuffer(result.phases_f32, np.float32).tolist()
+        assert dispatch == combine == 0 < expert, "nothing travels, and the experts' time is counted all the same"
+        controller.send(Stop("done"))
+        process.join(60.0)
+        assert process.exitcode == 0
+
+
+def test_a_fatal_step_ends_the_process(path: Path, controller: MockController) -> None:
+    with start_rank(controller.spec(model_path=str(path), kv_memory=1 << 20)) as process:
+        controller.receive("bulk")
+        controller.send(StepPlan(Header(0, 0, 0, -1, Mode.MIXED, 64), Section(rebase=True, free_i32=_i32(1))))
+        process.join(60.0)
+        assert process.exitcode == 1 and controller.silent("step")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kv_memory": 100}, r"kv_cache.memory: 100 bytes hold no page of \d+ bytes \(8 tokens\)"),
+        ({"dtype": "fp8"}, "model.dtype = fp8: allowed are bf16, fp32"),
+        ({"dispatch": "pigeon"}, "experts.dispatch = pigeon, on cpu with 1 ranks: allowed are"),
+        ({"layout": Layout(tensor=2)}, "pipeline 1, tensor 2: only 1 works yet"),
+        ({"model_path": "/nowhere"}, "/nowhere: not a directory"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_computed(
+    path: Path, controller: MockController, changes: dict[str, object], text: str
+) -> None:
+    spec = msgspec.structs.replace(controller.spec(model_path=str(path)), **changes)
+    with pytest.raises(ValueError, match=text):
+        load_executor(spec, lambda fraction: None)

@@ -1,0 +1,149 @@
+"""A recording replays to the same plans, and a changed one is noticed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lockstep.engine.kv.hashing import chain_hashes
+from lockstep.engine.protocol.plan import Abort, Sampling, Stage, Staged, StepPlan, StepResult, Submit
+from lockstep.engine.protocol.specs import Layout, SchedulerSpec
+from lockstep.engine.recording import recorder
+from lockstep.engine.recording.recorder import Mismatch, Recorder, Settings, replay
+from lockstep.engine.simulation.simulated_rank import SimulatedRank
+from support.planner_world import ROOT
+
+
+def record(path: Path) -> int:
+    """Serves ten requests, one of them aborted, and records it; the number of plans."""
+    settings = Settings(Layout(data=2), SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
+    planner, recorder = settings.planner(), Recorder(path, settings)
+    ranks = [SimulatedRank(rank, 4, 24) for rank in range(2)]
+    plans = 0
+    for index in range(10):
+        tokens = np.arange(index, index + 20, dtype=np.int32).tobytes()
+        sampling = Sampling(seed=index, num_prompt_logprobs=index % 3 - 1)
+        submit = Submit(index, str(index), tokens, chain_hashes(ROOT, tokens, 4), 40, sampling)
+        recorder.event("submit", 0, submit)
+        planner.submit(0, submit)
+    for turn in range(150):
+        if turn == 9:
+            recorder.event("abort", 0, Abort(1))
+            planner.abort(0, Abort(1))
+        plan = planner.plan()
+        recorder.plan(plan)
+        recorder.event("tidy")
+        planner.tidy()
+        for rank, message in planner.take_staging():
+            ranks[rank].stage(message)
+            if isinstance(message, Stage):
+                recorder.event("staged", Staged(rank, message.staged))
+                planner.staged(Staged(rank, message.staged))
+        planner.take_output()
+        if plan is not None:
+            plans += 1
+            results = [ranks[data].execute(StepPlan(plan.header, section)) for data, section in plan.sections.items()]
+            booked = [result for result in results if isinstance(result, StepResult)]
+            recorder.event("results", booked)
+            planner.results(booked)
+    assert planner.idle()
+    recorder.close()
+    return plans
+
+
+def test_a_recording_that_the_disk_does_not_take_raises_nothing_and_says_why() -> None:
+    settings = Settings(Layout(), SchedulerSpec(max_running=4, max_batch_tokens=32), [40], 4, 96)
+    recorder = Recorder(Path("/dev/full"), settings)
+    assert recorder.failure == ""
+    recorder.flush()
+    assert "No space left" in recorder.failure
+    for _ in range(3):
+        recorder.event("tidy")
+        recorder.flush()
+    recorder.close()
+    assert "No space left" in recorder.failure
+
+
+def test_a_recording_replays_to_the_same_plans(tmp_path: Path) -> None:
+    plans = record(tmp_path / "recording")
+    assert sum(1 for _ in replay(tmp_path / "recording")) == plans > 20
+
+
+def test_a_recording_cut_off_ends_where_it_is_cut(tmp_path: Path) -> None:
+    plans = record(tmp_path / "recording")
+    whole = (tmp_path / "recording").read_bytes()
+    (tmp_path / "recording").write_bytes(whole[: len(whole) // 2 + 1])
+    assert 0 < sum(1 for _ in replay(tmp_path / "recording")) < plans
+
+
+def test_a_plan_that_differs_is_noticed(tmp_path: Path) -> None:
+    record(tmp_path / "recording")
+    whole = (tmp_path / "recording").read_bytes()
+    (tmp_path / "recording").write_bytes(whole.replace(b"\xabmax_running\x04", b"\xabmax_running\x03"))
+    with pytest.raises(Mismatch):
+        list(replay(tmp_path / "recording"))
+
+
+def record_with(path: Path, old: bytes, new: bytes) -> None:
+    """A recording in which one thing is another, of the same length."""
+    record(path)
+    whole = path.read_bytes()
+    assert whole.count(old) >= 1 and len(old) == len(new)
+    path.write_bytes(whole.replace(old, new))
+
+
+def command(path: Path) -> tuple[int, str, str]:
+    """Exit status, output and errors of the replay command."""
+    arguments = [sys.executable, "-m", "lockstep.engine.recording.replay", str(path)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_the_command_replays_a_recording(tmp_path: Path) -> None:
+    plans = record(tmp_path / "recording")
+    code, output, errors = command(tmp_path / "recording")
+    assert (code, errors) == (0, "")
+    assert output.endswith(f"\n{plans} plans replayed, all as recorded\n")
+
+
+def test_the_command_names_step_and_versions_where_a_plan_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "__version__", "0.0.7")
+    digests = iter([True] * 12)
+    plain = recorder.digest
+    monkeypatch.setattr(recorder, "digest", lambda plan: plain(plan) if plan is None or next(digests, None) else b"another")
+    record(tmp_path / "recording")
+    monkeypatch.undo()
+    code, output, errors = command(tmp_path / "recording")
+    [line] = errors.splitlines()
+    last = output.splitlines()[-1].partition(": ")[0].rpartition(" ")[2]
+    assert code == 1 and len(output.splitlines()) == 12
+    assert line == (
+        f"{tmp_path / 'recording'}: step {int(last) + 1}: the plan differs from the recorded one; "
+        f"it was recorded by version 0.0.7, this is {recorder.__version__}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"\xabmax_running\x04", b"\xabmax_running\x03", "settings are not read as they were recorded"),
+        (b"\xabmax_running\x04", b"\xabmax_running\xc0", "settings are not understood: Expected `int`, got `None`"),
+        (b"\x92\xa4tidy\x90", b"\x92\xa4tiny\x90", "step 0: the recording names the unknown call 'tiny'"),
+        (b"\xa7version", b"\xa7aversio", "its first record does not say who made it"),
+    ],
+)
+def test_the_mismatch_says_what_is_wrong(tmp_path: Path, old: bytes, new: bytes, words: str) -> None:
+    record_with(tmp_path / "recording", old, new)
+    with pytest.raises(Mismatch, match=words):
+        list(replay(tmp_path / "recording"))
+
+
+def test_what_is_no_recording_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for name in ("empty", "missing"):
+        code, _, errors = command(tmp_path / name)
+        assert code == 1 and len(errors.splitlines()) == 1 and errors.startswith(f"{tmp_path / name}: ")

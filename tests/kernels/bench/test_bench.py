@@ -1,0 +1,134 @@
+"""The benchmark program: its list of cases, what they compute, and a run of one of them."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from lockstep.kernels.bench.__main__ import error_of
+from lockstep.kernels.bench.call import Call
+from lockstep.kernels.bench.cases import ExpertShape, cases
+from lockstep.kernels.bench.clock import Ceilings
+from lockstep.kernels.bench.rows import NOT_MEASURED
+from lockstep.kernels.table import Ops, ops_of
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def test_cases_are_distinct_and_name_every_size() -> None:
+    names = [(case.op, case.shape) for case in cases()]
+    assert len(set(names)) == len(names)
+    for spread, slots in ((1, 128), (8, 16), (32, 4), (72, 2)):
+        assert ("experts", f"Qwen3-30B-A3B EP {spread}: 4096 tokens, {slots} slots") in names
+    for spread, slots in ((8, 32), (32, 8), (72, 4)):
+        assert ("experts_fp8", f"DeepSeek-V3 EP {spread}: 1 tokens, {slots} slots") in names
+    for op, model in (("attend", "Qwen3"), ("mla_attend", "DeepSeek-V3")):
+        for kind in ("", ", FP8 pages"):
+            decode = [name for name in names if name[0] == op and name[1].startswith(f"{model} decode{kind}: ")]
+            assert len(decode) == 18 and (op, f"{model} extend{kind}: 2048 over 8192") in names
+
+
+def test_every_op_of_the_table_has_a_case() -> None:
+    plain = {"column", "linear", "pack", "pack_slots"}
+    moved = {"group_pairs", "unpermute"}  # with permute
+    made_of_others = {"attention_sublayer", "experts_sublayer"}  # whose cases tell what they take; bench_vllm.py measures the whole
+    missing = set(Ops.__dataclass_fields__) - plain - moved - made_of_others - {case.op for case in cases()}
+    assert missing == {"rms_norm_fp8"}  # as with a residual
+
+
+def test_a_roofline_is_the_slower_of_two_ceilings() -> None:
+    ceilings = Ceilings(bytes_per_s=1e12, flops=1e15)
+
+    def call(flops: float, fp8: bool = False) -> Call:
+        return Call(lambda ops: lambda: None, num_bytes=2e6, flops=flops, fp8=fp8)
+
+    assert ceilings.bound(call(1e9)) == (pytest.approx(2.0), "memory")
+    assert ceilings.bound(call(1e10)) == (pytest.approx(10.0), "compute")
+    assert ceilings.bound(call(1e10, fp8=True)) == (pytest.approx(5.0), "compute")
+    assert Ceilings(1e12, 1e15, fp8_flops=1e16).bound(call(1e10, fp8=True)) == (pytest.approx(2.0), "memory")
+
+
+def test_experts_and_their_rival_compute_the_same() -> None:
+    call = ExpertShape(slots=3, hidden=32, width=16, pairs=11).bf16(CPU)
+    assert call.expected is not None
+    assert 0 < float(error_of(call.bind(ops_of("cpu")), call.expected)) < 2e-2
+    assert set(call.rivals) == {"torch._grouped_mm"}, "vLLM's Triton kernels need a card"
+
+
+@pytest.mark.parametrize("shape", ["Qwen3 decode: 1 x 1024", "Qwen3 decode, FP8 pages: 1 x 1024"])
+def test_attention_and_its_rival_compute_the_same(shape: str) -> None:
+    (case,) = (case for case in cases() if (case.op, case.shape) == ("attend", shape))
+    call = case.make(CPU)
+    got, rival = call.bind(ops_of("reference"))(), call.rivals["sdpa on gathered pages"]()
+    assert isinstance(got, torch.Tensor) and isinstance(rival, torch.Tensor)
+    torch.testing.assert_close(got, rival.flatten(1, 2), rtol=2e-2, atol=1e-3)
+
+
+def test_errors_are_norms_of_numbers_and_shares_of_integers() -> None:
+    x = torch.tensor([3.0, 4.0])
+    assert error_of(lambda: x * 1.01, lambda: x) == "1.0e-02"
+    assert error_of(lambda: (x, torch.tensor([1, 2, 3, 4])), lambda: (x, torch.tensor([1, 2, 3, 5]))) == "2.5e-01"
+    assert error_of(lambda: None, lambda: None) == ""
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are launched from here on, and do nothing."""
+    launched: list[str] = []
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(self.fn.__name__)
+
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", note)
+    return launched
+
+
+def test_no_size_of_a_step_is_read_by_the_host(launches: list[str]) -> None:
+    """Tensors on ``meta`` have shapes and no values: whatever the host would read of one fails, grids included."""
+    seen = set()
+    for case in cases():
+        if case.card and (case.op, case.shape.partition(":")[0]) not in seen:
+            seen.add((case.op, case.shape.partition(":")[0]))
+            before = len(launches)
+            case.make(META).bind(ops_of("triton"))()
+            assert len(launches) > before, f"{case.op} launches no kernel"
+
+
+@pytest.mark.parametrize(("op", "shape"), [("experts_fp8", "EP 8"), ("sample", "top-k 50")])
+def test_that_check_can_fail(op: str, shape: str) -> None:
+    """References may read what they like."""
+    case = next(case for case in cases() if case.op == op and shape in case.shape)
+    call = case.make(META)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        call.bind(ops_of("reference"))()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the card")
+def test_a_machine_without_a_card_measures_its_own_rows_and_leaves_the_others_open(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lockstep.kernels.bench", "--out", str(tmp_path), "--only", "Qwen3: 1 tokens", "--each", "0.05"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    row, plain = (row for row in rows_of(tmp_path / "kernels_cpu.csv") if row["op"] == "gate")
+    assert (row["implementation"], plain["implementation"]) == ("cpu", "reference") and float(row["error"]) < 1e-2
+    assert float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) and float(row["copy_gb_s"]) > 0
+    assert row["hardware"] and row["torch"] == torch.__version__ and row["commit"]
+    assert {row["p50_us"] for row in rows_of(tmp_path / "kernels_gpu.csv")} == {NOT_MEASURED}
+    # What a card has measured since is not this machine's to overwrite.
+    text = (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8").replace(NOT_MEASURED, "7.0")
+    (tmp_path / "kernels_gpu.csv").write_text(text, encoding="utf-8")
+    assert subprocess.run(command, capture_output=True, timeout=280, check=False, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8") == text
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

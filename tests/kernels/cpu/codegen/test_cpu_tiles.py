@@ -1,0 +1,117 @@
+"""Products, transpositions and conversions on vectors, with the instructions of this processor and with those of any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.kernels.cpu.codegen import tiles as cpu_tiles, vectors as cpu_vectors
+from lockstep.kernels.cpu.codegen.arrays import array
+
+SUPPORT = pytest.mark.parametrize("native", [True, False])
+
+
+@pytest.fixture
+def compiled(native: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], Any]:
+    if not native:
+        monkeypatch.setattr(cpu_vectors, "multiplies_bf16", lambda: False)
+    return numba.njit
+
+
+def units(x: Tensor) -> Any:
+    return array(x).view(np.uint32) if x.dtype == torch.bfloat16 else array(x)
+
+
+@SUPPORT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products(dtype: torch.dtype, compiled: Callable[[Callable[..., None]], Any]) -> None:
+    a, b = torch.randn(6, 40).to(dtype), torch.randn(70, 40).to(dtype)
+    b_units = np.ascontiguousarray(units(b).T)
+    out, shrink = torch.randn(9, 80), torch.tensor([0.5, 1.0, 2.0, -1.0])
+    before = out.clone()
+    arrays = out.numpy(), shrink.numpy(), units(a), b_units
+
+    def run(out, shrink, a, b):  # type: ignore[no-untyped-def]
+        cpu_tiles.add_product(out, 5, shrink, a, 2, b, 32, 2)
+        cpu_tiles.add_product(out, 0, None, a, 1, b, 3, 4)
+
+    compiled(run)(*arrays)
+    product = a.double() @ b.double().T
+    expected = before.double()
+    expected[5:9, 32:64] = expected[5:9, 32:64] * shrink[:, None] + product[2:6, 32:64]
+    expected[0:4, 3:67] = product[1:5, 3:67]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transposition_and_pairs() -> None:
+    rows, out = torch.randn(20, 44).bfloat16(), np.zeros((18, 20), np.uint32)
+
+    @numba.njit
+    def turn(rows, out):  # type: ignore[no-untyped-def]
+        cpu_tiles.transpose(rows, 3, 5, out, 2, 4)
+
+    turn(array(rows), out)
+    assert np.array_equal(out[2:18, 4:20], units(rows)[3:19, 5:21].T) and not out[:2].any() and not out[:, :4].any()
+    paired = np.zeros((2, 33), np.uint32)
+
+    @numba.njit
+    def join(rows, out):  # type: ignore[no-untyped-def]
+        cpu_tiles.pair(rows, 7, 2, out, 1, 1)
+
+    join(array(rows), paired)
+    both = torch.from_numpy(paired.view(np.uint16)).view(torch.bfloat16)[1, 2:].view(32, 2)
+    assert torch.equal(both, rows[7:9, 2:34].T) and not paired[0].any()
+
+
+@SUPPORT
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("source", [torch.uint8, torch.bfloat16, torch.float32])
+def test_conversions(source: torch.dtype, target: torch.dtype, compiled: Callable[[Callable[..., None]], Any]) -> None:
+    numbers = torch.arange(256).to(torch.uint8).view(16, 16)
+    numbers = numbers if source == torch.uint8 else torch.randn(16, 16).mul(100).to(source)
+    out = torch.zeros(16, 18, dtype=target)
+
+    def run(numbers, out):  # type: ignore[no-untyped-def]
+        for row in range(16):
+            cpu_tiles.move(numbers, row, 0, np.float32(0.3), out, row, 2)
+
+    compiled(run)(array(numbers), array(out))
+    wide = numbers.view(torch.float8_e4m3fn).float() if source == torch.uint8 else numbers.float()
+    wide[wide.isnan()] = torch.tensor(480.0).copysign(wide[wide.isnan()])  # never written; all bits set read as the number they would be
+    expected = numbers if source == target else (wide * np.float32(0.3)).to(target)
+    assert torch.equal(out[:, 2:], expected) and not out[:, :2].any()
+
+
+@SUPPORT
+@pytest.mark.parametrize("scaled", [True, False])
+def test_softmax_that_goes_on(scaled: bool, compiled: Callable[[Callable[..., None]], Any]) -> None:
+    scores = torch.randn(5, 128) * 30
+    scales = torch.rand(2, 64) + 0.5 if scaled else None
+    scores[2, 64:], scores[3, 3:] = -torch.inf, -torch.inf
+    best, sums, shrink = torch.full((5,), -torch.inf), torch.zeros(5), torch.empty(4)
+    shares = torch.empty(4, 64, dtype=torch.bfloat16)
+    kept = []
+
+    def run(scores, scales, best, sums, shares, shrink):  # type: ignore[no-untyped-def]
+        cpu_tiles.soften(scores, np.float32(0.25), scales, best, sums, 1, shares, shrink)
+
+    step, numbers = compiled(run), None if scales is None else scales.numpy()
+    if scales is not None:
+        scales[0, 2] = torch.nan  # of a position that no row sees
+        scores[:, [2, 66]] = -torch.inf
+    for half in range(2):
+        part = scores[1:, 64 * half : 64 * half + 64].contiguous().numpy()
+        step(part, numbers, best.numpy(), sums.numpy(), array(shares), shrink.numpy())
+        kept = [part * shrink[:, None] for part in kept] + [shares.double() / (1 if scales is None else scales[1])]
+    if scales is not None:
+        scores = torch.where(scores.isinf(), scores, scores * scales[0].repeat(2))
+    powers = torch.exp2((scores[1:].double() - scores[1:].double().amax(-1, keepdim=True)) * 0.25)
+    assert torch.equal(best[1:], scores[1:].amax(-1)) and best[0] == -torch.inf
+    torch.testing.assert_close(sums[1:].double(), powers.sum(-1), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(torch.cat(kept, 1), powers, rtol=5e-3, atol=1e-30)

@@ -1,0 +1,135 @@
+"""Compiled attention over pages of every format against the reference, which is held to the definition in ``test_attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.kernels.cpu import attention as cpu_attention
+from lockstep.kernels.reference import attention as reference, kv_entries
+from lockstep.kernels.reference.paged import PagedBatch
+from support.fp8_entries import heads_in
+from support.paged_rows import PagedRows
+
+CASES = {
+    "decode": ([(0, 1), (17, 1), (63, 1), (64, 1), (129, 1)], 5),
+    "split": ([(1100, 1), (2, 1), (511, 1), (512, 1)], 4),
+    "both": ([(5, 1), (600, 1), (0, 20), (11, 3)], 2),
+    "extends": ([(0, 9), (30, 12), (64, 1)], 0),
+    "blocks of queries": ([(70, 300)], 0),
+    "nothing": ([], 0),
+}
+FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp32": lambda x: x.clone(),
+    "bf16": lambda x: x.bfloat16(),
+    "fp8": kv_entries.encode_heads,
+}
+# Query heads, key heads, dim, page size. Those of pages of 64 and more are read where they lie; 40 query heads of a key head are more than
+# a tile; dims of 64 and 128 are decoded as bytes.
+SHAPES = [(6, 1, 20, 8), (6, 6, 20, 64), (6, 2, 96, 40), (40, 1, 32, 64), (4, 2, 64, 128), (16, 2, 128, 16)]
+
+
+def filled(rows: PagedRows, kv_heads: int, dim: int, kv_format: str) -> list[Tensor]:
+    """Keys and values; large numbers wherever no row may look."""
+    caches = [torch.full((rows.num_pages * rows.page_size, kv_heads, dim), 1e3) for _ in range(2)]
+    for row in range(len(rows.starts)):
+        for cache in caches:
+            cache[rows.places(row)] = torch.randn(len(rows.places(row)), kv_heads, dim)
+    return [FORMATS[kv_format](cache) for cache in caches]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_as_the_reference(case: str, shape: tuple[int, int, int, int], kv_format: str, dtype: torch.dtype, tolerance: float) -> None:
+    heads, kv_heads, dim, page_size = shape
+    torch.manual_seed(0)
+    rows = PagedRows(*CASES[case], page_size=page_size)
+    caches = filled(rows, kv_heads, dim, kv_format)
+    numbers = [heads_in(cache, kv_heads, dim) if kv_format == "fp8" else cache.float() for cache in caches]
+    q = torch.randn(int(rows.counts.sum()), heads, dim).to(dtype)
+    out = cpu_attention.attend(q, *caches, rows.batch, dim**-0.5)
+    expected = reference.attend(q.float(), *numbers, rows.batch, dim**-0.5)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    """The running softmax starts anew where a later block, or a later part of the row, holds a much larger score."""
+    for largest in (150, 700):
+        rows = PagedRows([(800, 1)], 1)
+        k, v = torch.zeros(rows.num_pages * rows.page_size, 1, 8), torch.randn(rows.num_pages * rows.page_size, 1, 8)
+        k[rows.places(0)[largest]], k[rows.places(0)[10]] = 300.0, -300.0
+        out = cpu_attention.attend(torch.ones(1, 2, 8), k, v, rows.batch, 1.0)
+        torch.testing.assert_close(out[0, 0], v[rows.places(0)[largest], 0])
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    rows = PagedRows([(70, 1)], 1)
+    for spoiled in range(2):
+        caches = filled(rows, 2, 8, "fp32")
+        caches[spoiled][rows.places(0)[3], 1, 5] = torch.nan
+        out = cpu_attention.attend(torch.ones(1, 4, 8), *caches, rows.batch, 1.0)
+        assert out[0, :2].isfinite().all() and out[0, 2:].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("dim", [20, 64])
+def test_a_scale_that_is_no_number_stays_visible_and_spoils_only_what_sees_it(dim: int) -> None:
+    """Keys of position 3 of 7: the queries before it, in the same chunk, do not look there; heads beside it neither."""
+    rows = PagedRows([(0, 7)], 0, page_size=64)
+    keys, values = (torch.randn(rows.num_pages * 64, 2, dim) for _ in range(2))
+    keys[rows.places(0)[3], 1, 5] = torch.nan
+    out = cpu_attention.attend(torch.ones(7, 4, dim).bfloat16(), *(kv_entries.encode_heads(x) for x in (keys, values)), rows.batch, 0.1)
+    assert out[:, :2].isfinite().all() and out[:3].isfinite().all() and out[3:, 2:].isnan().all()
+
+
+def test_heads_of_very_different_sizes_share_a_cache() -> None:
+    """Scales of 1e-6 and 1e4 times those of other positions, in scores and in sums."""
+    rows = PagedRows([(150, 1), (0, 70)], 1, page_size=64)
+    sizes = torch.logspace(-6, 4, rows.num_pages * 64)[torch.randperm(rows.num_pages * 64)].view(-1, 1, 1)
+    caches = [kv_entries.encode_heads(torch.randn(len(sizes), 2, 64) * sizes**part) for part in (0.2, 1.0)]
+    q = torch.randn(71, 8, 64).bfloat16()
+    expected = reference.attend(q.float(), *(heads_in(cache, 2, 64) for cache in caches), rows.batch, 0.1)
+    out = cpu_attention.attend(q, *caches, rows.batch, 0.1).float()
+    assert (out - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
+def test_a_row_depends_neither_on_those_beside_it_nor_on_threads(kv_format: str, threads: Callable[[int], None]) -> None:
+    lengths = [(1300, 1), (70, 1), (9, 1), (40, 100)]
+    rows = PagedRows(lengths, 3, page_size=64)
+    caches = filled(rows, 4, 64, kv_format)
+    q = torch.randn(103, 8, 64).bfloat16()
+    threads(1)
+    expected = cpu_attention.attend(q, *caches, rows.batch, 0.25)
+    for count in (2, 3):
+        threads(count)
+        assert torch.equal(cpu_attention.attend(q, *caches, rows.batch, 0.25), expected)
+    for row in range(4):
+        alone, tokens = _alone(rows, row), rows.queries(row)
+        assert torch.equal(cpu_attention.attend(q[tokens], *caches, alone, 0.25), expected[tokens])
+
+
+def _alone(rows: PagedRows, row: int) -> PagedBatch:
+    batch, count = rows.batch, int(rows.counts[row])
+    return PagedBatch(
+        num_decode=int(count == 1),
+        page_size=batch.page_size,
+        query_start_R1=torch.tensor([0, count], dtype=torch.int32),
+        lengths_R=batch.lengths_R[row : row + 1],
+        pages_RP=batch.pages_RP[row : row + 1],
+        write_T=batch.write_T[rows.queries(row)],
+        query_starts=(0, count),
+        lengths=batch.lengths[row : row + 1],
+    )

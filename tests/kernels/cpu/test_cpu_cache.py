@@ -1,0 +1,39 @@
+"""Compiled code and the same code kept from an earlier process: the same bits, or ranks would differ by who compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lockstep
+
+SCRIPT = """
+import hashlib, torch
+from lockstep.kernels import cpu_gate, cpu_head_products, cpu_norm
+from lockstep.kernels.reference.gate import Routing
+draw = torch.Generator().manual_seed(0)
+x = torch.randn(256, 1024, generator=draw).bfloat16()
+weight, gate = torch.randn(1024, generator=draw).bfloat16(), torch.randn(131, 1024, generator=draw)
+heads, out = torch.randn(8, 128, 128, generator=draw).bfloat16(), torch.empty(256, 8, 128).bfloat16()
+for rows in (x, x[:1]):
+    norms = cpu_norm.rms_norm(rows, weight, 1e-6), *cpu_norm.add_rms_norm(rows, rows, weight, 1e-6)
+    found = *norms, *cpu_gate.gate(rows, gate, None, Routing(4))
+    for multiply in (cpu_head_products.multiply_heads, cpu_head_products.multiply_heads_turned):
+        multiply(rows.view(-1, 8, 128), heads, out[: len(rows)])
+        found = *found, out[: len(rows)].clone()
+    print(*(hashlib.md5(each.view(torch.uint8).numpy().tobytes()).hexdigest() for each in found))
+"""
+
+
+def test_who_compiles_gets_the_bits_of_who_loads(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(lockstep.__path__[0]).parent)}
+
+    def run() -> str:
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    compiled = run()
+    assert any(tmp_path.rglob("*.nbc")) and run() == compiled

@@ -1,0 +1,121 @@
+"""Packed weights against plain ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lockstep.kernels import cpu_isa
+from lockstep.kernels.cpu.codegen import blocks as cpu_blocks
+from lockstep.kernels.cpu.linear import (
+    PackedSlots,
+    linear,
+    pack,
+    pack_for_onednn,
+    pack_slots,
+    pack_slots_for_onednn,
+)
+from lockstep.kernels.table import ops_of
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CPU with AVX512-BF16 holds weights; others compute with them as well, slower."""
+    monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_torch() -> None:
+    """What compiled kernels would set otherwise, for the whole process, to the number of cores."""
+    ops_of("cpu")
+
+
+@pytest.mark.parametrize("packing", [pack, pack_for_onednn, cpu_blocks.pack_blocks])
+@pytest.mark.parametrize("rows", [0, 1, 5, 33])
+@pytest.mark.parametrize(("width", "columns"), [(48, 64), (80, 34), (7, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_weight_gives_what_the_plain_one_does(packing: object, rows: int, width: int, columns: int, bias: bool) -> None:
+    assert callable(packing)
+    if packing is cpu_blocks.pack_blocks and not cpu_isa.fit(width, columns):
+        return
+    draw = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, columns, generator=draw).bfloat16(), torch.randn(width, columns, generator=draw).bfloat16()
+    added = torch.randn(width, generator=draw).bfloat16() if bias else None
+    got = linear(x, packing(weight), added)
+    assert got.dtype == torch.bfloat16 and got.shape == (rows, width)
+    torch.testing.assert_close(got, F.linear(x, weight, added), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_results_in_blocks_are_rounded_once() -> None:
+    """Beside the exact product: half a unit of the last place, and what float32 loses in the sum."""
+    x, weight, bias = torch.randn(13, 512).bfloat16(), torch.randn(96, 512).bfloat16(), torch.randn(96).bfloat16()
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(linear(x, pack(weight), bias).double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_a_row_in_blocks_does_not_depend_on_the_rows_beside_it() -> None:
+    weight = pack(torch.randn(112, 66).bfloat16())
+    wide = torch.randn(200, 80).bfloat16()
+    x = wide[:, 3:69]  # rows apart, and not where vectors begin
+    whole = linear(x, weight)
+    for start, stop in [(0, count) for count in range(1, 14)] + [(5, 199), (100, 101)]:
+        assert torch.equal(linear(x[start:stop], weight), whole[start:stop])
+    assert torch.equal(linear(x.unflatten(0, (2, 100)), weight).flatten(0, 1), whole)
+    assert torch.equal(linear(x.t().contiguous().t(), weight), whole)
+
+
+def test_blocks_hold_pairs_of_the_inner_dim() -> None:
+    weights = torch.arange(2 * 32 * 6).view(2, 32, 6).bfloat16()
+    packed = cpu_blocks.pack_blocks(weights)
+    assert packed.shape == (2, 2, 3, 16, 2) and packed.data_ptr() % 64 == 0
+    assert torch.equal(packed[1, 1, 2, 5], weights[1, 16 + 5, 4:6])
+
+
+def test_float32_is_left_as_it_is() -> None:
+    weight, w13, w2 = torch.ones(16, 16), torch.ones(2, 64, 16), torch.ones(2, 16, 32)
+    assert pack(weight) is weight
+    assert pack_slots(w13, w2) == (w13, w2)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_slots_are_held_once_in_blocks_where_they_fit() -> None:
+    w13, w2 = torch.randn(3, 64, 16).bfloat16(), torch.randn(3, 16, 32).bfloat16()
+    packed = pack_slots(w13, w2)
+    assert [weights.shape for weights in packed if isinstance(weights, torch.Tensor)] == [(3, 4, 8, 16, 2), (3, 1, 16, 16, 2)]
+    narrow = pack_slots(w13[:, :24], w2[:, :, :12])
+    assert all(not isinstance(weights, torch.Tensor) or weights.dim() == 3 for weights in narrow), "no blocks of 12 columns"
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute in bf16")
+def test_slots_are_packed_one_by_one_for_onednn_and_kept() -> None:
+    weights = torch.randn(3, 8, 16).bfloat16()
+    packed, other = pack_slots_for_onednn(weights, torch.randn(3, 16, 4).bfloat16())
+    assert isinstance(packed, PackedSlots) and packed.plain_SND is weights and len(packed.packed) == 3 and isinstance(other, PackedSlots)
+    x = torch.randn(2, 16).bfloat16()
+    torch.testing.assert_close(linear(x, packed.packed[1]), F.linear(x, weights[1]), rtol=0.02, atol=0.02)
+
+
+_COMPUTE = """
+import torch
+from lockstep.kernels import cpu_blocks, cpu_expert_blocks
+from lockstep.kernels.cpu.codegen.blocks import pack_blocks
+from lockstep.kernels.cpu.linear import linear
+x, one = torch.ones(1, 32).bfloat16(), torch.zeros(1, dtype=torch.int64)
+linear(x, pack_blocks(torch.ones(16, 32).bfloat16()))
+w13, w2 = torch.ones(1, 32, 32).bfloat16(), torch.ones(1, 32, 16).bfloat16()
+cpu_expert_blocks.experts(x, one, one, pack_blocks(w13), pack_blocks(w2), one.clone())
+"""
+
+
+def test_a_second_process_compiles_nothing() -> None:
+    exec(_COMPUTE)
+    count = "print([sum(f.stats.cache_misses.values()) for f in (cpu_blocks.multiply_rows, cpu_expert_blocks.run_experts)])"
+    command = [sys.executable, "-c", _COMPUTE + count]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout.strip() == "[0, 0]", result.stderr

@@ -1,0 +1,137 @@
+"""Experts against their definition, pair by pair; the sum that joins their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.kernels.cpu.codegen.blocks import pack_blocks
+from lockstep.kernels.cpu.experts import experts, weighted_sum
+from lockstep.kernels.cpu.linear import pack_slots, pack_slots_for_onednn
+from lockstep.kernels.reference.experts import experts_reference
+from lockstep.kernels.table import ops_of
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_torch() -> None:
+    """What compiled kernels would set otherwise, for the whole process, to the number of cores."""
+    ops_of("cpu")
+
+
+def _weights(slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    w13 = torch.randn(slots, 2 * 12, 16, generator=generator) * 0.25
+    return w13.to(dtype), (torch.randn(slots, 16, 12, generator=generator) * 0.25).to(dtype)
+
+
+CASES = {
+    "spread": [3, 0, 1, 3, 2, 2, 0, 3],
+    "one slot": [1] * 8,
+    "padding": [-1, 2, -1, 0, 0, -1, 3, -1],
+    "only padding": [-1] * 8,
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_definition(case: str, dtype: torch.dtype) -> None:
+    slots = torch.tensor(CASES[case], dtype=torch.int64)
+    rows = torch.randint(0, 5, (len(slots),), generator=torch.Generator().manual_seed(3))
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(4)).to(dtype)
+    w13, w2 = _weights(4, dtype)
+    counts, expected_counts = torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    y = experts(x, rows, slots, w13, w2, counts)
+    expected = experts_reference(x, rows, slots, w13, w2, expected_counts)
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-2  # in bf16 the definition rounds silu, and the CPU's only its product
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    assert (y[slots < 0] == 0).all() and y.dtype == dtype
+    assert torch.equal(counts, expected_counts) and int(counts.sum()) == 4 + int((slots >= 0).sum())
+
+
+def test_weighted_sum_is_in_order_of_k_and_float32() -> None:
+    y = torch.tensor([[[2.0**25], [1.0], [-(2.0**25)]]])
+    assert weighted_sum(y, torch.ones(1, 3)).item() == 0.0  # the 1 is lost in float32 only if it is added second
+    assert weighted_sum(y[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0
+    half = torch.full((1, 3, 1), 1.0, dtype=torch.bfloat16)
+    assert weighted_sum(half, torch.tensor([[1.0, 2**-9, 2**-9]])).item() == 1.0 + 2**-8 - 2**-8  # rounded once, at the end
+    assert weighted_sum(half, torch.tensor([[1.0, 2**-8, 2**-8]])).item() == 1.0 + 2**-7
+
+
+def test_weighted_sum_of_a_token_does_not_depend_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for dtype in (torch.float32, torch.bfloat16):
+        y, weights = torch.randn(37, 8, 1000, generator=generator).to(dtype), torch.rand(37, 8, generator=generator)
+        whole = weighted_sum(y, weights)
+        for start, stop in ((0, 1), (5, 7), (20, 37)):
+            assert torch.equal(weighted_sum(y[start:stop], weights[start:stop]), whole[start:stop])
+    assert weighted_sum(torch.zeros(0, 8, 16), torch.zeros(0, 8)).shape == (0, 16)
+
+
+def _in_blocks(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    """Of this form every CPU can compute, though it is the fastest with AVX512-BF16 only."""
+    return pack_blocks(w13), pack_blocks(w2)
+
+
+PACKINGS = [pack_slots, pack_slots_for_onednn, _in_blocks]
+Packing = Callable[[Tensor, Tensor], tuple[Any, Any]]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("num_tokens", [1, 3, 9, 40, 300])
+def test_packed_weights_give_the_same_for_few_rows_and_for_many(num_tokens: int, packing: Packing) -> None:
+    """All forms, and for oneDNN the compiled product of few rows, too, are within what bf16 rounds away."""
+    x, rows, slots, w13, w2 = _drawn(num_tokens)
+    counts, expected_counts = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    y = experts(x, rows, slots, *packing(w13, w2), counts)
+    expected = experts_reference(x.double(), rows, slots, w13.double(), w2.double(), expected_counts)
+    torch.testing.assert_close(y.double(), expected, rtol=0.02, atol=0.02)
+    assert (y[slots < 0] == 0).all() and torch.equal(counts, expected_counts)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_padding_only_with_packed_weights(packing: Packing) -> None:
+    _, _, _, w13, w2 = _drawn(1)
+    counts = torch.zeros(5, dtype=torch.int64)
+    none = torch.tensor([-1, -1])
+    assert not experts(torch.ones(2, 96).bfloat16(), torch.tensor([0, 1]), none, *packing(w13, w2), counts).any()
+    assert experts(torch.ones(2, 96).bfloat16(), none[:0], none[:0], *packing(w13, w2), counts).shape == (0, 96)
+    assert not counts.any()
+
+
+def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
+    x, rows, slots, w13, w2 = _drawn(150)
+    weights = _in_blocks(w13, w2)
+    wide = torch.zeros(150, 100).bfloat16()
+    wide[:, 2:98] = x  # rows as they arrive from other ranks: between other things
+    whole = experts(wide[:, 2:98], rows, slots, *weights, torch.zeros(5, dtype=torch.int64))
+    for count in (1, 2, 7, 50, 449):
+        some = torch.randperm(450, generator=torch.Generator().manual_seed(count))[:count]
+        assert torch.equal(experts(x, rows[some], slots[some], *weights, torch.zeros(5, dtype=torch.int64)), whole[some])
+
+
+def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
+    x, rows, slots, w13, w2 = _drawn(150)
+    weights, before, results = _in_blocks(w13, w2), numba.get_num_threads(), []
+    try:
+        for threads in {1, numba.config.NUMBA_NUM_THREADS}:
+            numba.set_num_threads(threads)
+            results.append(experts(x, rows, slots, *weights, torch.zeros(5, dtype=torch.int64)))
+    finally:
+        numba.set_num_threads(before)
+    assert torch.equal(results[0], results[-1])
+
+
+def _drawn(num_tokens: int) -> tuple[Tensor, ...]:
+    """x, rows, slots, w13 and w2 of 5 slots; 3 pairs for every token, some of them padding. Panels of blocks are not full."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    w13 = (torch.randn(5, 2 * 80, 96, generator=generator) * 0.1).bfloat16()
+    w2 = (torch.randn(5, 96, 80, generator=generator) * 0.1).bfloat16()
+    x = torch.randn(num_tokens, 96, generator=generator).bfloat16()
+    slots = torch.randint(-1, 5, (3 * num_tokens,), generator=generator)
+    return x, torch.arange(num_tokens).repeat_interleave(3), slots, w13, w2

@@ -1,0 +1,80 @@
+"""The Triton kernels through the real compiler for sm_90 (H100, H200), which needs no card: types, shared memory, spills.
+
+The interpreter shows what a kernel computes; it accepts programs that the compiler refuses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(900)  # 3 to 20 s of two cores of an EPYC Genoa for a case; a compiler that hangs must end some day
+SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capability 9.0
+PROGRAM = Path(__file__).parent.parent.parent / "support" / "triton_compile.py"
+_PLACING = {"triton_grouping._count_kernel", "triton_grouping._place_kernel"}
+_ATTENDING = {"triton_attend._attend_kernel", "triton_attend._join_kernel"}
+_PREFILLING = {"triton_mla_prefill._expand_kernel", "triton_mla_prefill._attend_window_kernel"}
+# The cases of the program, and what each compiles.
+CASES = {
+    "gates": {"triton_gate._choose_kernel"},
+    "groupings": _PLACING | {"triton_grouping._permute_kernel", "triton_grouping._unpermute_kernel"},
+    "experts": _PLACING | {"triton_experts._up_kernel", "triton_experts._down_kernel", "triton_experts._weighted_sum_kernel"},
+    "fp8": _PLACING
+    | {"triton_experts_fp8._up_fp8_kernel", "triton_experts_fp8._down_fp8_kernel"}
+    | {"triton_fp8._quantise_kernel", "triton_fp8._silu_mul_fp8_kernel"},
+    "norms": {"triton_norm._rms_norm_kernel", "triton_norm._silu_mul_kernel"},
+    "rotations": {"triton_rope._rotate_and_write_kernel", "triton_rope._rotate_and_write_latent_kernel"},
+    "attentions": _ATTENDING,
+    "latent_attentions": _ATTENDING | _PREFILLING,
+    "latent_attentions_fp8": _ATTENDING | _PREFILLING,
+    "pages": {"triton_pages._copy_pages_kernel"},
+    "samplers": {f"triton_sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")},
+}
+MATRIX_KERNELS = _PREFILLING | {
+    "triton_experts._up_kernel",
+    "triton_experts._down_kernel",
+    "triton_experts_fp8._up_fp8_kernel",
+    "triton_experts_fp8._down_fp8_kernel",
+    "triton_attend._attend_kernel",
+}
+
+
+def test_every_kernel_is_compiled_by_some_case() -> None:
+    folder = Path(__file__).parent.parent.parent.parent / "kernels" / "triton"
+    kernels = set()
+    for path in folder.glob("*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        defined = [line for before, line in itertools.pairwise(lines) if before.startswith("@triton.jit")]
+        names = [line.removeprefix("def ").partition("(")[0] for line in defined]
+        kernels |= {f"{path.stem}.{name}" for name in names if name.endswith("_kernel")}
+    assert set().union(*CASES.values()) == kernels
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of compiled kernels, so that what several cases need is compiled here once."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_fit_spill_nothing_and_use_the_matrix_units(case: str, cache: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(PROGRAM), case]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=890, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    needs: dict[str, list[dict[str, int]]] = json.loads(result.stdout)
+    assert set(needs) == CASES[case]
+    for name, variants in needs.items():
+        assert variants
+        for variant in variants:
+            assert variant["shared"] <= SHARED_PER_PROGRAM, (name, variant)
+            assert variant["spilled"] == 0, (name, variant)
+            assert variant["tensor_cores"] or name not in MATRIX_KERNELS, (name, variant)

@@ -1,0 +1,103 @@
+"""FP8 in Triton: quantised rows, and experts on them, against the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lockstep.kernels.reference import fp8 as reference
+from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, quantise_rows, quantise_w13, widen_rows
+from lockstep.kernels.triton import fp8 as triton_fp8
+from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
+from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
+from support.poison import DEVICE, poisoned
+
+# Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among the smallest.
+STEP = 2.0**-3
+
+
+def assert_same(got: Quantised, expected: Quantised) -> None:
+    assert got.values.dtype == torch.float8_e4m3fn and got.values.shape == expected.values.shape
+    torch.testing.assert_close(got.scales, expected.scales, rtol=1e-5, atol=0)
+    groups = expected.scales.repeat_interleave(128, 1)[:, : expected.values.shape[1]]
+    assert (got.values.view(torch.uint8) != expected.values.view(torch.uint8)).float().mean().nan_to_num() < 0.01
+    error = (widen_rows(got) - widen_rows(expected)).abs()
+    assert (error <= (widen_rows(expected).abs() * STEP + groups * 2.0**-9) * 1.001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 128), (5, 300), (2, 1), (0, 256), (2, 7168)])
+def test_rows_and_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, update = ((torch.randn(shape, generator=generator) * 3).to(DEVICE, dtype) for _ in range(2))
+    weight = torch.randn(shape[1], generator=generator).to(DEVICE, dtype)
+    with poisoned():
+        rows, plain = triton_fp8.quantise_rows(x), triton_fp8.rms_norm_fp8(x, weight, 1e-6)
+        total, normed = triton_fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
+    assert_same(rows, reference.quantise_rows(x))
+    assert_same(plain, reference.rms_norm_fp8(x, weight, 1e-6))
+    # The interpreter's sum in bf16 is cut; its norm is checked against its own sum.
+    torch.testing.assert_close(total, x + update, rtol=1.6e-2, atol=1e-2)
+    assert_same(normed, reference.rms_norm_fp8(total, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 256), (2, 600), (1, 2 * 1300), (0, 256)])
+def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    with poisoned():
+        h = triton_fp8.silu_mul_fp8(x)
+    assert_same(h, reference.silu_mul_fp8(x))
+
+
+def test_zeros_stay_zeros() -> None:
+    q = triton_fp8.quantise_rows(torch.zeros(2, 200, device=DEVICE))
+    assert not widen_rows(q).any() and q.scales.isfinite().all()
+
+
+def powers(generator: torch.Generator, *shape: int, rows: int = 128) -> torch.Tensor:
+    """Factors of 1/4 to 4, one for each block of 128 in the last two dims, so that no two scales are alike."""
+    blocks = torch.randint(-2, 3, (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // 128)), generator=generator)
+    return (2.0**blocks).repeat_interleave(rows, -2).repeat_interleave(128, -1)[..., : shape[-2], : shape[-1]]
+
+
+CASES = {
+    "spread": [3, 0, 1, 3, 2, 2, 0, 3],
+    "one slot, more than a block": [1] * 70,
+    "padding": [-1, 2, -1, 0, 0, -1, 3, -1],
+    "only padding": [-1] * 8,
+    "none": [],
+}
+
+
+# Columns of both products: narrower than a group, the activation is quantised by the second.
+@pytest.mark.parametrize("columns", [(128, 128), (32, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "width"), [(128, 128), (256, 200), (144, 40)])
+@pytest.mark.parametrize("case", CASES)
+def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype, columns: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)
+    rows = torch.randint(0, 5, (len(slots),), generator=generator).to(DEVICE)
+    x = quantise_rows((torch.randn(5, hidden, generator=generator) * powers(generator, 5, hidden, rows=1)).to(DEVICE))
+    w13_SFD = torch.randn(4, 2 * width, hidden, generator=generator) * hidden**-0.5
+    w13_SFD.unflatten(1, (2, -1)).mul_(powers(generator, 4, 2, width, hidden))
+    w13 = quantise_w13(w13_SFD.to(DEVICE))
+    w2_SDF = torch.randn(4, hidden, width, generator=generator) * width**-0.5 * powers(generator, 4, hidden, width)
+    w2 = quantise_blocks(w2_SDF.to(DEVICE))
+    counts, expected_counts = (torch.ones(4, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    tile = ExpertTile(0, 16, ProductTile(columns[0], 128, 4, 2), ProductTile(columns[1], 128, 4, 2))
+    with poisoned():
+        y = experts_fp8_tiled(x, (rows, slots), (w13, w2), counts, dtype, tile)
+    expected = reference.experts_fp8(x, (rows, slots), w13, w2, expected_counts, dtype)
+    assert y.dtype == dtype and not y[slots < 0].any() and torch.equal(counts, expected_counts)
+    error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
+    assert (error < 0.01).all()
+
+
+def test_every_number_is_rounded_to_the_nearest_and_ties_to_even() -> None:
+    x = torch.cat([torch.linspace(0, 0.03, 1000), torch.linspace(0.03, 448, 5000), torch.tensor([448.0])]).repeat(2)
+    x[: len(x) // 2].neg_()
+    for part in x.split(127):
+        row = torch.cat([torch.tensor([448.0]), part])[None].to(DEVICE)
+        assert torch.equal(triton_fp8.quantise_rows(row).values.float(), row.to(torch.float8_e4m3fn).float())

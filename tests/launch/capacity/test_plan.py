@@ -1,0 +1,303 @@
+"""``launch plan``: what it prints and returns, the floors, and every reason why a set-up would not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lockstep.engine.protocol.specs import Layout
+from lockstep.launch.capacity.anchors import (
+    EXCHANGE_TOKENS,
+    EXCHANGES,
+    PUBLISHED,
+    deepseek,
+    floor_beside,
+    markdown,
+)
+from lockstep.launch.capacity.floors import decode_work, distinct, floor_of, prefill_work, traffic
+from lockstep.launch.capacity.memory import dispatch_buffers
+from lockstep.launch.capacity.plan import Plan, make_plan, plan_recipe
+from lockstep.launch.capacity.screen import show_plan
+from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
+from lockstep.launch.recipe.hardware import Hardware, hardware_names, load_hardware
+from lockstep.launch.recipe.recipe import RecipeError, contradictions
+from lockstep.moe.config import MoEConfig
+
+ROOT = find_recipe("demo").parent.parent
+
+
+def plan_of(name: str, *overrides: str, context: int = 4096) -> Plan:
+    recipe, path = load_recipe(name, overrides, contradictions)
+    return plan_recipe(recipe, path.parent, context)
+
+
+def command(folder: Path, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = [str(Path(sys.executable).parent / "launch")] if code is None else [sys.executable, "-c", code]
+    words = [*start, "plan", *arguments]
+    wide = os.environ | {"COLUMNS": "120"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=wide)
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def test_a_person_reads_a_table(tmp_path: Path) -> None:
+    result = command(tmp_path, "--recipe", "demo")
+    assert result.returncode == 0, result.stderr
+    for words in ("attention", "experts (16 slots a layer)", "KV pool", "headroom", "longest context", "binds", "output token", "fits"):
+        assert words in result.stdout
+
+
+def test_a_narrow_terminal_costs_no_figure() -> None:
+    recipe, path = load_recipe("deepseek-h200", check=contradictions)
+    texts = []
+    for columns in (60, 200):
+        paper = io.StringIO()
+        show_plan(plan_recipe(recipe, path.parent), "deepseek-h200", Console(file=paper, width=columns))
+        texts.append(paper.getvalue())
+    assert "\u2026" not in texts[0]
+    assert set(texts[1].split()) - set(texts[0].split()) <= {text for text in texts[1].split() if "\u2500" in text}
+
+
+def test_a_program_reads_json(tmp_path: Path) -> None:
+    result = command(tmp_path, "--recipe", "deepseek-gb200", "--json")
+    plan = json.loads(result.stdout)
+    assert (result.returncode, plan["fits"], plan["launches"]) == (0, True, False)
+    assert plan["layout"] == {"world": 72, "pipeline": 1, "data": 72, "tensor": 1}
+    (ranks,) = plan["ranks"]
+    held = ranks["memory"]
+    assert held["weights"]["total"] == sum(size for name, size in held["weights"].items() if name != "total")
+    parts = ("kv_pool", "activations", "dispatch", "reserve", "headroom")
+    assert held["weights"]["total"] + sum(held[part] for part in parts) == plan["hardware"]["memory"]
+    assert plan["kv_tokens"] == 72 * plan["kv_tokens_per_rank"]
+    assert plan["decode"]["floor"]["binds"] in ("compute", "memory", "network")
+    assert plan["decode"]["traffic"]["dispatch_bytes"] > 0
+    assert plan["seconds_per_token"] == plan["decode"]["floor"]["seconds"]
+
+
+def test_what_does_not_fit_is_1(tmp_path: Path) -> None:
+    result = command(tmp_path, "--recipe", "mixtral-8x7b", "cluster.ranks_per_node=1")
+    assert result.returncode == 1
+    assert "does not fit: weights: 87" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "nothing"], "not a packaged recipe"),
+        (["--recipe", "demo", "cluster.hardware=h10"], "did you mean h100?"),
+        (["--recipe", "demo", "cluster.hardware=h100"], "cluster.device = cpu: cluster.hardware = h100 is cuda"),
+        (["--recipe", "demo", "model.max_len=5000"], "4096 positions"),
+        (["--recipe", "demo", "parallel.tensor=3"], "does not divide"),
+        (["--recipe", "demo", "model.path=."], "config.json"),
+        (["--recipe", "qwen3-30b-a3b-8xh100", "cluster.ranks_per_node=64", "cluster.nodes=4"], "more ranks than the 128 experts"),
+        (["--recipe", "demo", "--context", "0"], "--context"),
+    ],
+)
+def test_a_bad_recipe_is_2_and_one_message(arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = command(tmp_path, *arguments)
+    assert result.returncode == 2, result.stdout
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_a_gpu_recipe_without_a_profile_says_what_to_add(tmp_path: Path) -> None:
+    model = ROOT / "recipes" / "configs" / "qwen3-30b-a3b"
+    with pytest.raises(RecipeError, match=r"cluster\.hardware: missing.*h100"):
+        plan_recipe(parse_recipe(f"model: {{path: {model}}}\ncluster: {{device: cuda}}"), tmp_path)
+
+
+def test_it_runs_where_torch_is_not_installed(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from lockstep.launch.cli import main; main()"
+    result = command(tmp_path, "--recipe", "deepseek-h200", code=code)
+    assert result.returncode == 0, result.stderr
+    broken = command(tmp_path, code="import sys; sys.modules['torch'] = None; import lockstep.engine.rank.page_pool")
+    assert broken.returncode == 1, "the check can fail"
+
+
+def test_model_dimensions_come_from_the_model_where_it_is() -> None:
+    demo = ROOT / "recipes" / "demo" / "model"
+    assert plan_of("qwen3-30b-a3b-1xh100").setup.shape.family == "qwen3_moe"
+    found = plan_of("qwen3-30b-a3b-1xh100", f"model.path={demo}", "model.max_len=auto")
+    assert found.setup.shape.family == "deepseek_v3"
+
+
+# --------------------------------------------------------------------------- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("qwen3-30b-a3b-8xh100", ["cluster.ranks_per_node=16"], "cluster.ranks_per_node = 16: a node of this hardware has 8 devices"),
+        ("qwen3-235b-2x8", ["parallel.tensor=16"], "parallel.tensor = 16: a tensor group stays on one node, which has 8 ranks"),
+        ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=512MiB"], "model.max_len is 32768, but the KV cache of a rank holds 10560 tokens"),
+        ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=1MiB"], "holds no page of 3244032 bytes (64 tokens)"),
+        ("kimi-k2-h200", ["model.dtype=bf16"], "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3 and"),
+        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192"], "dispatch buffers 9.6 GiB at scheduler.max_batch_tokens = 8192 exceed"),
+        ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"], "; use kv_cache.memory = "),
+    ],
+)
+def test_every_reason_is_named_with_what_to_change(recipe: str, overrides: list[str], words: str) -> None:
+    found = plan_of(recipe, *overrides)
+    assert not found.fits
+    assert any(words in reason for reason in found.misfits), found.misfits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("kimi-k2-h200", ["model.dtype=bf16"]),
+        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192"]),
+        ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"]),
+        ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=512MiB"]),
+    ],
+)
+def test_each_advice_that_is_given_helps(recipe: str, overrides: list[str]) -> None:
+    (reason,) = plan_of(recipe, *overrides).misfits
+    advice = re.findall(r"(?:use|or) ([a-z_.]+ = \w+(?: and [a-z_.]+ = \w+)?)", reason)
+    advice += ["model.max_len = " + tokens for tokens in re.findall(r"lower model.max_len to (\d+)", reason)]
+    assert advice
+    for change in advice:
+        together = [part.replace(" ", "") for part in change.split(" and ")]
+        assert plan_of(recipe, *overrides, *together).fits, change
+
+
+def test_more_ranks_cannot_help_where_each_holds_too_much() -> None:
+    tiny = replace(deepseek("h100", 32, prefill=False), hardware=hardware(memory=1 << 30))
+    recipe, _ = load_recipe("deepseek-h200", check=contradictions)
+    assert "more ranks do not help" in make_plan(tiny, recipe, 4096, ()).misfits[0]
+
+
+# --------------------------------------------------------------------------- capacity
+
+
+def test_batch_and_context_are_those_of_the_pages() -> None:
+    found = plan_of("qwen3-30b-a3b-1xh100", "kv_cache.memory=6GiB", context=1100)
+    pages = (6 << 30) // (64 * 50688)
+    assert found.kv_tokens_per_rank == pages * 64
+    assert found.largest_batch_per_rank == pages // 18 == 110, "a request takes whole pages"
+    assert found.longest_context == 32768
+    assert plan_of("qwen3-30b-a3b-1xh100", "scheduler.max_running=7").largest_batch == 7
+
+
+def test_dispatch_buffers_follow_the_dispatcher() -> None:
+    base = deepseek("h200", 32, prefill=False)
+    shape = base.shape
+    few = replace(base, capacity=10, wire_item=2, dispatch="all_gather")
+    row, output = 2 * 7168 + 32, 2 * 7168
+    assert shape.moe.top_k == 8
+    assert dispatch_buffers(few) == 10 * row * 33 + 32 * 10 * 8 * output + 80 * output
+    assert dispatch_buffers(replace(few, dispatch="all_to_all")) == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
+    assert dispatch_buffers(replace(few, layout=Layout(data=1))) == 80 * output
+
+
+# --------------------------------------------------------------------------- floors
+
+
+def hardware(**changes: float) -> Hardware:
+    return load_hardware("h100").model_copy(update=changes)
+
+
+def test_floors_scale_with_what_they_are_made_of() -> None:
+    setup = deepseek("h100", 32, prefill=False)
+    base = floor_of(setup, decode_work(64, 2048))
+    faster = floor_of(replace(setup, hardware=hardware(memory_tb_s=6.7)), decode_work(64, 2048))
+    assert faster.memory == pytest.approx(base.memory / 2) and faster.compute == base.compute
+    slow_wire = floor_of(replace(setup, hardware=hardware(far_gb_s=25)), decode_work(64, 2048))
+    assert slow_wire.network == pytest.approx(2 * base.network)
+    assert slow_wire.binds == "network" and slow_wire.seconds == slow_wire.network
+    assert slow_wire.serial == slow_wire.network + max(slow_wire.compute, slow_wire.memory)
+
+
+def test_prefill_computes_two_operations_per_active_parameter() -> None:
+    """DeepSeek-V3 has 37 G active parameters, of which 0.9 G are looked up and 0.9 G compute sampled rows only."""
+    setup = deepseek("h100", 1, prefill=True)
+    seconds = floor_of(setup, prefill_work(8192, 8192)).compute
+    attention = 61 * 2 * 128 * (192 + 128) * 8192 / 2 / 989.5e12
+    assert (seconds / 8192 - attention) * 1979e12 / 2 == pytest.approx(37e9 - 1.85e9, rel=0.02)
+
+
+def test_decode_reads_every_expert_of_a_wide_batch_and_few_of_a_single_request() -> None:
+    """One request on one GPU: 8 of 256 experts of each layer and all else once."""
+    setup = deepseek("h100", 1, prefill=False)
+    one = floor_of(setup, decode_work(1, 1)).memory * 3.35e12
+    active = 58 * 8 * 44.04e6
+    assert one == pytest.approx(active + 11.4e9 + 3.75e9 + 0.43e9 + 1.85e9, rel=0.02)
+    many = floor_of(setup, decode_work(2048, 1)).memory * 3.35e12
+    assert many > 58 * 256 * 44e6
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_a_token_meets_as_many_ranks_as_a_count_says(ranks: int) -> None:
+    moe = MoEConfig(hidden=8, expert_width=8, num_experts=64, top_k=4)
+    per = 64 // ranks
+    expected = ranks * (1 - math.comb(64 - per, 4) / math.comb(64, 4))
+    assert distinct(moe, ranks) == pytest.approx(expected)
+    grouped = replace(moe, num_groups=8, top_groups=2)
+    assert distinct(grouped, ranks) < distinct(moe, ranks) + 1e-9
+    assert distinct(grouped, 8) == pytest.approx(2), "an expert group on each rank: the chosen groups are the ranks"
+
+
+def test_traffic_by_dispatcher() -> None:
+    setup = deepseek("h100", 16, prefill=False)
+    sent = traffic(setup, 100)
+    assert traffic(replace(setup, layout=Layout(data=1)), 100).dispatch_bytes == 0
+    assert sent.combine_bytes == int(100 * 8 * 15 / 16 * 2 * 7168), "every pair comes back, 1 of 16 from here"
+    everywhere = traffic(replace(setup, dispatch="all_gather"), 100)
+    assert everywhere.dispatch_bytes > sent.dispatch_bytes and everywhere.combine_bytes > sent.combine_bytes
+    passed_on = traffic(replace(setup, dispatch="two_level"), 100)
+    assert passed_on.combine_seconds < sent.combine_seconds
+
+
+# --------------------------------------------------------------------------- published figures
+
+
+@pytest.mark.parametrize("figure", PUBLISHED, ids=lambda figure: f"{figure.system} {figure.hardware} {figure.ranks}")
+def test_no_published_figure_beats_its_floor_and_none_is_far_away(figure: object) -> None:
+    assert isinstance(figure, type(PUBLISHED[0]))
+    ratio = figure.rate / figure.tokens * floor_beside(figure).seconds
+    assert 0.2 < ratio < 1
+    assert len(figure.reason) > 20
+
+
+@pytest.mark.parametrize("measured", EXCHANGES, ids=lambda measured: str(measured.ranks))
+def test_exchanges_over_the_wire_are_near_their_floor(measured: object) -> None:
+    assert isinstance(measured, type(EXCHANGES[0]))
+    floor = traffic(deepseek("h800", measured.ranks, prefill=False), EXCHANGE_TOKENS)
+    dispatch, combine = 1e6 * floor.dispatch_seconds / measured.dispatch_us, 1e6 * floor.combine_seconds / measured.combine_us
+    lowest = 0.6 if measured.ranks >= 32 else 0.2
+    assert lowest < dispatch < 1 and lowest < combine < 1
+
+
+def test_the_kept_table_is_current() -> None:
+    assert (ROOT / "benchmarks" / "plan_anchors.md").read_text(encoding="utf-8") == markdown(), "run make plan-anchors"
+
+
+# --------------------------------------------------------------------------- hardware
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_profiles_load_and_name_their_sources(name: str) -> None:
+    profile = load_hardware(name)
+    assert profile.operations("fp8") >= profile.operations("bf16") > profile.operations("fp32")
+    text = (ROOT / "recipes" / "hardware" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "[1]" in text.split("device:")[0], "sources stand at the top"
+
+
+def test_a_profile_of_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text((ROOT / "recipes" / "hardware" / "h100.yaml").read_text().replace("81559MiB", "40GiB"))
+    assert load_hardware(str(own)).memory == 40 << 30
+    own.write_text("device: tpu\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml: not a hardware profile\n(.*\n)*.*memory: Field required"):
+        load_hardware(str(own))

@@ -1,0 +1,89 @@
+"""The recipes that ship: each loads, cross-checks and plans without its weights, and says what it has run on."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from lockstep.launch.capacity.plan import plan_recipe
+from lockstep.launch.capacity.shape import read_shape
+from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
+from lockstep.launch.recipe.hardware import load_hardware
+from lockstep.launch.recipe.recipe import RecipeError, contradictions, key_paths
+
+FOLDER = find_recipe("demo").parent
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+LARGE = sorted(set(RECIPES) - {name for name in RECIPES if name.startswith("demo")})
+# Published totals, in 10^9: arXiv 2412.19437, 2507.20534, 2505.09388, 2405.04434, 2401.04088; each without prediction modules.
+PARAMETERS = {"deepseek-v3": 671.0, "kimi-k2": 1026, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
+PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7}
+
+
+def test_all_are_there() -> None:
+    expected = {"deepseek-gb200", "deepseek-h200", "kimi-k2-h200", "qwen3-30b-a3b-1xh100", "qwen3-30b-a3b-8xh100", "qwen3-235b-2x8"}
+    assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_says_what_it_has_run_on(name: str) -> None:
+    assert load_recipe(name, check=contradictions)[0].verified
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_loads_and_plans_without_weights(name: str) -> None:
+    recipe, path = load_recipe(name, check=contradictions)
+    found = plan_recipe(recipe, path.parent)
+    assert found.fits, found.misfits
+    assert found.largest_batch_per_rank >= 1
+    assert found.ranks[-1].last_rank == recipe.world - 1
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_says_what_it_has_run_on_and_comments_every_key_once(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    recipe, _ = load_recipe(name, check=contradictions)
+    assert recipe.verified is not None
+    assert recipe.cluster.hardware is not None and load_hardware(recipe.cluster.hardware)
+    assert text.startswith("# "), "a first line for the reader"
+    for line in text.splitlines():
+        if re.match(r"\s+\w+:", line) or (re.match(r"\w+: \S", line) and not line.startswith("verified:")):
+            assert "  # " in line or " # " in line, f"no comment: {line}"
+    used = {f"{section}.{key}" for section, keys in yaml.safe_load(text).items() if isinstance(keys, dict) for key in keys}
+    assert used <= set(key_paths())
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_launching_refuses_with_the_words_of_the_plan(name: str) -> None:
+    recipe, path = load_recipe(name, check=contradictions)
+    listed = [line for line in plan_recipe(recipe, path.parent).unsupported if "config.json" not in line]
+    if not listed:
+        load_recipe(name)
+        return
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(name)
+    assert [line.strip() for line in str(refusal.value).splitlines()[1:]] == listed
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_dimensions_give_the_published_number_of_parameters(name: str) -> None:
+    assert read_shape(FOLDER / "configs" / name).total_params / 1e9 == pytest.approx(PARAMETERS[name], rel=0.002)
+
+
+def test_every_packaged_dimension_file_is_used() -> None:
+    used = {load_recipe(name, check=contradictions)[0].model.config for name in LARGE}
+    assert used == {f"configs/{folder.name}" for folder in (FOLDER / "configs").iterdir()}
+
+
+def test_what_cannot_run_is_still_refused_by_default() -> None:
+    text = "model: {path: x}\nkv_cache: {host_memory: 1GiB}"
+    assert parse_recipe(text, check=contradictions).kv_cache.host_memory == 2**30
+    with pytest.raises(RecipeError, match="does not work yet"):
+        parse_recipe(text)
+
+
+def test_installed_copies_have_them() -> None:
+    text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
+    for pattern in ("*.yaml", "hardware/*.yaml", "configs/*/config.json"):
+        assert f'"{pattern}"' in text and list(FOLDER.glob(pattern))

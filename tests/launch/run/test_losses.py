@@ -1,0 +1,142 @@
+"""What is said of processes lost with their node, and when the launcher goes on: real roster and replacements, a scripted cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from lockstep.engine.protocol.plan import ClusterState, Report
+from lockstep.launch.cluster.cluster import Death, LaunchError, Place, Task
+from lockstep.launch.run.replacements import Replacements
+from lockstep.launch.run.roster import Roster
+from lockstep.launch.terminal.interrupts import Interrupts
+
+BETA = "beta (10.0.0.3)"
+
+
+class ScriptedCluster:
+    """Says what a test has written down."""
+
+    host, gpus_per_node = "10.0.0.2", 0
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.room, self.dead = "", [lost(1)]
+
+    def start(self, tasks: list[Task]) -> None:
+        self.started += [task.name for task in tasks]
+
+    def waiting(self) -> str:
+        return self.room
+
+    def deaths(self) -> list[Death]:
+        found, self.dead = self.dead, []
+        return found
+
+    def running(self) -> list[tuple[Task, Place]]:
+        return []
+
+    def signal(self, task: Task, number: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ScriptedDesk:
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+
+    def read(self, timeout: float) -> list[Report]:
+        found, self.reports = self.reports, []
+        return found
+
+
+def lost(index: int, node: str = BETA, role: str = "rank") -> Death:
+    return Death(Task(role, index, b"", node=1), Place("beta", 100 + index, ""), None, "ActorDiedError: gone", node)
+
+
+def roster(cluster: ScriptedCluster, desk: ScriptedDesk) -> Roster:
+    return Roster(cluster, desk, Interrupts(), lambda name, report: None)  # type: ignore[arg-type]
+
+
+def state(phase: str, epoch: int) -> ClusterState:
+    zeros: Any = dict.fromkeys(("step", "num_running", "num_waiting", "prompt_tokens", "generation_tokens"), 0)
+    rest = {"prefix_queries": 0, "prefix_hits": 0, "preemptions": 0, "steps": 0, "imbalance": 1.0, "plan_seconds": 0.0, "kv_usage": 0.0}
+    return ClusterState(phase=phase, reason="", max_len=16, page_size=4, prefix_caching=True, epoch=epoch, **zeros, **rest)
+
+
+def test_all_that_went_with_a_node_is_one_line_and_the_rest_a_line_each() -> None:
+    killed = Death(Task("rank", 0, b""), Place("alpha", 7, ""), -9, "")
+    gone = Death(Task("rank", 4, b""), Place("gamma", 9, ""), None, "ActorDiedError: why")
+    found = roster(ScriptedCluster(), ScriptedDesk()).obituaries([lost(10), killed, lost(2), lost(3, "gamma (10.0.0.4)"), gone])
+    assert [(line, [death.task.index for death in deaths]) for line, deaths in found] == [
+        (f"the node {BETA} was lost, and with it rank 2, rank 10", [10, 2]),
+        ("rank 0 on alpha (pid 7) was killed by SIGKILL (the kernel does this when memory runs out)", [0]),
+        ("the node gamma (10.0.0.4) was lost, and with it rank 3", [3]),
+        ("rank 4 on gamma (pid 9) was lost with its Ray actor: ActorDiedError: why", [4]),
+    ]
+
+
+def test_the_loss_of_a_node_while_starting_is_the_error() -> None:
+    with pytest.raises(LaunchError, match=r"^the node beta \(10\.0\.0\.3\) was lost, and with it rank 1$"):
+        roster(ScriptedCluster(), ScriptedDesk()).wait(["rank 0"], 5.0)
+
+
+def test_a_start_that_takes_too_long_says_where_there_is_no_room() -> None:
+    cluster = ScriptedCluster()
+    cluster.dead, cluster.room = [], "no node has room for rank 0"
+    with pytest.raises(LaunchError, match=r"not ready after 0\.1 s: rank 0 \(has not reported\); no node has room for rank 0"):
+        roster(cluster, ScriptedDesk()).wait(["rank 0"], 0.1)
+
+
+def test_the_slowest_is_the_one_that_was_ready_last() -> None:
+    cluster, desk = ScriptedCluster(), ScriptedDesk()
+    cluster.dead = []
+    watched = roster(cluster, desk)
+    for index, host in ((1, "beta"), (0, "alpha"), (2, "gamma")):
+        desk.reports = [Report("rank", index, host, 1, "ready")]
+        watched.read(0.0)
+        time.sleep(0.002)
+    desk.reports = [Report("rank", 1, "beta", 1, "ready")]  # a second report changes nothing
+    watched.read(0.0)
+    assert watched.slowest(["rank 0", "rank 1"]) == "slowest: rank 0 on alpha"
+    watched.forget("rank 2")
+    assert watched.slowest(["rank 1"]) == "slowest: rank 1 on beta"
+
+
+def test_a_wait_for_room_and_its_end_are_told_once() -> None:
+    cluster = ScriptedCluster()
+    replacements = Replacements(cluster, 60.0)
+    assert replacements.news() == ""
+    replacements.replace(lost(1), "beta was lost", ready=True, epoch=3)
+    assert cluster.started == ["rank 1"]
+    cluster.room = "no node has room for rank 1"
+    assert replacements.news() == "no node has room for rank 1; waiting up to 60 s for a node to join or come back"
+    assert replacements.news() == ""
+    cluster.room = ""
+    assert replacements.news() == "a node with room has been found"
+    assert replacements.news() == ""
+    assert replacements.recovered(state("serving", 3)) is None
+    assert replacements.recovered(state("serving", 4)) is not None
+
+
+def test_without_room_until_the_deadline_the_error_says_so() -> None:
+    cluster = ScriptedCluster()
+    replacements = Replacements(cluster, 0.05)
+    replacements.replace(lost(1), "beta was lost", ready=True, epoch=3)
+    cluster.room = "no node has room for rank 1"
+    replacements.news()
+    time.sleep(0.06)
+    with pytest.raises(LaunchError, match=r"^beta was lost; the cluster does not serve again after 0\.05 s: no node has room for rank 1$"):
+        replacements.recovered(state("recovering", 3))
+
+
+def test_losing_nodes_again_and_again_is_no_fault_of_the_rank() -> None:
+    cluster = ScriptedCluster()
+    replacements = Replacements(cluster, 60.0)
+    for _ in range(5):
+        replacements.replace(lost(1), "beta was lost", ready=False, epoch=0)
+    assert len(cluster.started) == 5
+    with pytest.raises(LaunchError, match="it was to replace a rank"):
+        replacements.replace(Death(Task("rank", 1, b""), Place("alpha", 1, ""), 1, ""), "rank 1 failed", ready=False, epoch=0)

@@ -1,0 +1,175 @@
+"""How the real cluster ends: drained, interrupted, struck by a killed rank, or refused because of its checkpoint.
+
+Through Ray where its processes are struck as well, or have to start another; the processes of the cluster are the same ones without.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lockstep.launch.recipe.file import find_recipe
+from support.clusters import until
+from support.launcher import Launcher
+from support.reader import Reader, refused
+
+DEMO = find_recipe("demo").parent / "demo" / "model"
+LOCAL = "cluster.backend=local"
+TOKENS = 240
+
+
+def launch(folder: Path, *arguments: str) -> Launcher:
+    return Launcher(folder, "--recipe", "demo", "frontend.port=0", "kv_cache.memory=16MiB", *arguments)
+
+
+def closed(url: str) -> bool:
+    """Whether /ready says so; a server that has gone takes nothing either."""
+    try:
+        return httpx.get(f"{url.removesuffix('/v1')}/ready", timeout=10.0).status_code == 503
+    except httpx.TransportError:
+        return True
+
+
+def error_line(launcher: Launcher) -> str:
+    [line] = [line for line in launcher.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in launcher.err
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("way", "backend"), [("SIGTERM", LOCAL), pytest.param("Ctrl-C", "cluster.backend=ray", marks=pytest.mark.ray)])
+def test_a_stop_drains_what_runs_and_leaves_nothing(way: str, backend: str, tmp_path: Path) -> None:
+    with launch(tmp_path, backend) as launcher:
+        url = launcher.url()
+        reader = Reader(url, max_tokens=300).flowing()
+        if way == "Ctrl-C":
+            os.killpg(launcher.process.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group, Ray's processes included
+        else:
+            launcher.signal(signal.SIGTERM)
+        until(lambda: closed(url), "the drain to be known to the frontend", 30.0)
+        assert refused(url), "a request was taken while others drained"
+        reader.join(30)
+        assert reader.error is None
+        assert reader.finish == "length"
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def test_a_request_longer_than_the_drain_is_cut_off(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "cluster.drain_deadline=0.5") as launcher:
+        reader = Reader(launcher.url(), max_tokens=4000).flowing()
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        reader.join(30)
+        assert not reader.is_alive()
+        assert reader.finish != "length"
+        launcher.assert_nothing_left()
+
+
+@pytest.mark.ray
+def test_a_killed_rank_is_a_pause(tmp_path: Path) -> None:
+    """Streams go on where they were; the text is that of an undisturbed run."""
+    with launch(tmp_path) as launcher:
+        url, victim = launcher.url(), launcher.pid_of("rank 1")
+        undisturbed = Reader(url, TOKENS)
+        undisturbed.run()
+        readers = [Reader(url, TOKENS) for _ in range(6)]
+        for reader in readers:
+            reader.start()
+        assert all(reader.started.wait(30) for reader in readers)
+        os.kill(victim, signal.SIGKILL)
+        for reader in readers:
+            reader.join(60)
+        assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * 6
+        assert {reader.text for reader in readers} == {undisturbed.text}
+        until(lambda: "all ranks serve again" in launcher.err, "the end of the pause to be told", 30.0)
+        assert "rank 1 on " in launcher.err
+        launcher.look()
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def test_a_hung_rank_is_killed_and_replaced(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "cluster.collective_deadline=3") as launcher:
+        url, victim = launcher.url(), launcher.pid_of("rank 1")
+        undisturbed = Reader(url, TOKENS)
+        undisturbed.run()
+        reader, late = Reader(url, TOKENS).flowing(), Reader(url, TOKENS)
+        os.kill(victim, signal.SIGSTOP)
+        late.start()  # finds the rank stopped even where the other has ended by now
+        for each in (reader, late):
+            each.join(60)
+            assert (each.error, each.finish, each.text) == (None, "length", undisturbed.text)
+        assert "rank 1 hangs in the middle of a step; killing it" in launcher.err
+        assert "rank 0 hangs" not in launcher.err
+        launcher.look()
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def test_an_idle_rank_that_is_killed_is_replaced_up_to_a_limit(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL) as launcher:
+        url = launcher.url()
+        for times in range(1, 4):
+            os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
+            until(lambda times=times: launcher.err.count("all ranks serve again") == times, f"recovery {times}", 30.0)  # type: ignore[misc]
+            Reader(url, max_tokens=3).run()
+        os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
+        assert launcher.wait() == 1
+        assert "it was replaced 3 times" in error_line(launcher)
+        launcher.assert_nothing_left()
+
+
+def test_kill_9_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL) as launcher:
+        launcher.url()
+        launcher.process.kill()
+        launcher.wait()
+        launcher.assert_nothing_left()
+
+
+def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replaces a tensor of the checkpoint, or removes it from shard and index."""
+    index_file = model / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    shard = model / index["weight_map"][name]
+    tensors = load_file(shard)
+    if tensor is None:
+        del tensors[name], index["weight_map"][name]
+        index_file.write_text(json.dumps(index))
+    else:
+        tensors[name] = tensor
+    save_file(tensors, shard)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("missing tensor", ["model.layers.2.mlp.experts.17.up_proj.weight"]),
+        ("misshapen tensor", ["model.layers.1.self_attn.o_proj.weight", "127", "128"]),
+        ("no tokenizer", ["tokenizer"]),
+    ],
+)
+def test_a_checkpoint_that_only_a_process_can_judge_is_one_message(fault: str, words: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    if fault == "missing tensor":
+        change(model, "model.layers.2.mlp.experts.17.up_proj.weight", None)
+    elif fault == "misshapen tensor":
+        change(model, "model.layers.1.self_attn.o_proj.weight", torch.zeros(127, 128, dtype=torch.bfloat16))
+    else:
+        (model / "tokenizer.json").unlink()
+    with launch(tmp_path / "run", LOCAL, f"model.path={model}") as launcher:
+        launcher.look()
+        assert launcher.wait(60) == 1
+        line = error_line(launcher)
+        assert all(word in line for word in words), line
