@@ -28,20 +28,12 @@ import zmq
 
 from lockstep.engine.controller.controller import Controller
 from lockstep.engine.kv.hashing import hash_root
-from lockstep.engine.protocol.plan import (
-    FrontendHello,
-    Heartbeat,
-    Sampling,
-    Stage,
-    Staged,
-    Stop,
-    Submit,
-    ToFrontend,
-    TokenBatch,
-)
+from lockstep.engine.planner.settings import Settings
+from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.frontends import FrontendHello, Heartbeat, Submit, ToFrontend, TokenBatch
+from lockstep.engine.protocol.message import Sampling, Stop
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, Layout, SchedulerSpec
-from lockstep.engine.recording.recorder import Settings
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulated_group import SimulatedGroup
 

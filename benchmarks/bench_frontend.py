@@ -45,7 +45,7 @@ import uvicorn  # noqa: E402
 import uvloop  # noqa: E402
 
 from lockstep.engine.frontend import process as server  # noqa: E402
-from lockstep.engine.protocol.plan import Submit  # noqa: E402
+from lockstep.engine.protocol.frontends import Submit  # noqa: E402
 from lockstep.engine.protocol.specs import FrontendSpec  # noqa: E402
 from lockstep.launch.run.acceptor import Acceptor  # noqa: E402
 from support.running_frontend import MODEL, wait_until  # noqa: E402

@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
 import time
 from pathlib import Path
 
 from ..planner.ledger import StateMismatch
 from ..planner.planner import Planner
+from ..planner.settings import Settings
+from ..protocol.bulk import RankHello, Staged
+from ..protocol.frontends import Abort, Drain, FromFrontend, FrontendHello, Heartbeat, RankLost, Rejected, Submit
 from ..protocol.lobby import Lobby
-from ..protocol.plan import (
-    Abort,
-    Drain,
-    FromFrontend,
-    FrontendHello,
-    Heartbeat,
-    RankHello,
-    RankLost,
-    Refused,
-    Rejected,
-    Staged,
-    StepResult,
-    Stop,
-    Submit,
-)
+from ..protocol.message import Stop
+from ..protocol.results import Refused, StepResult
 from ..protocol.specs import ControllerSpec
-from ..recording.recorder import Recorder, Settings
+from ..recording.recorder import Recorder
 from .hang_detector import Vigil
 from .pacer import Pacer
 from .status import Census
@@ -401,11 +390,3 @@ class Controller:
     def _record(self, name: str, *arguments: object) -> None:
         if self._recorder is not None:
             self._recorder.event(name, *arguments)
-
-
-def main(spec: ControllerSpec) -> None:
-    """Runs a controller in this process until it is told to stop (``Stop`` from the launcher, or SIGTERM)."""
-    controller = Controller(spec)
-    signal.signal(signal.SIGTERM, lambda *_: controller.stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    controller.run()

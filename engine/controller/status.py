@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ...moe.balance.placement import EMPTY, contiguous
+from ..planner.group_plan import Plan
 from ..planner.planner import Planner
-from ..planner.step_builder import Plan
-from ..protocol.plan import ClusterState, RankHello, RankState, StepResult
-from ..protocol.slot_table import Int64
+from ..protocol.arrays import Int64
+from ..protocol.bulk import RankHello
+from ..protocol.cluster_state import ClusterState, RankState
+from ..protocol.results import StepResult
 from ..protocol.specs import Layout
 from .step_totals import StepTotals
 

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...moe.phases import PHASES
-from ..protocol.plan import Header, StepResult, Totals
-from ..protocol.slot_table import Int64
+from ..protocol.arrays import Int64
+from ..protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, Totals
+from ..protocol.plan import Header
+from ..protocol.results import StepResult
 from ..protocol.specs import Layout
-
-STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-PLAN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.008, 0.016, 0.05, 0.1, 0.5)
 
 
 class StepTotals:

@@ -8,8 +8,11 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from ..planner.step_builder import Plan
-from ..protocol.plan import FromFrontend, FromRankBulk, FromRankStep, Message
+from ..planner.group_plan import Plan
+from ..protocol.bulk import FromRankBulk
+from ..protocol.frontends import FromFrontend
+from ..protocol.message import Message
+from ..protocol.results import FromRankStep
 from ..protocol.sockets import authenticate, encode, keep_watch, rank_identity, server_socket
 from ..protocol.specs import ControllerSpec
 

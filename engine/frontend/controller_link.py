@@ -14,19 +14,10 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from ..protocol.plan import (
-    Abort,
-    ClusterState,
-    Drain,
-    FrontendHello,
-    Heartbeat,
-    PromptLogprobs,
-    Rejected,
-    Started,
-    Stop,
-    Submit,
-    TokenBatch,
-)
+from ..protocol.cluster_state import ClusterState
+from ..protocol.frontends import Abort, Drain, FrontendHello, Heartbeat, Rejected, Started, Submit, TokenBatch
+from ..protocol.message import Stop
+from ..protocol.results import PromptLogprobs
 from ..protocol.sockets import client_socket, encode
 from ..protocol.specs import FrontendSpec
 

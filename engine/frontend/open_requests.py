@@ -8,17 +8,9 @@ import time
 from array import array
 from collections.abc import Callable
 
-from ..protocol.plan import (
-    Abort,
-    Finish,
-    HandleLogprobs,
-    Heartbeat,
-    PromptLogprobs,
-    Rejected,
-    Started,
-    Submit,
-    TokenBatch,
-)
+from ..protocol.frontends import Abort, HandleLogprobs, Heartbeat, Rejected, Started, Submit, TokenBatch
+from ..protocol.message import Finish
+from ..protocol.results import PromptLogprobs
 from .api.errors import ApiError
 from .metrics.metrics import Metrics
 from .requests.generation import REASONS, Generation

@@ -12,17 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from ..protocol.plan import (
-    ClusterState,
-    Drain,
-    PromptLogprobs,
-    Rejected,
-    Sampling,
-    Started,
-    Stop,
-    Submit,
-    TokenBatch,
-)
+from ..protocol.cluster_state import ClusterState
+from ..protocol.frontends import Drain, Rejected, Started, Submit, TokenBatch
+from ..protocol.message import Sampling, Stop
+from ..protocol.results import PromptLogprobs
 from ..protocol.specs import FrontendSpec
 from .api.errors import ApiError, bad_request
 from .api.schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, Generate

@@ -15,18 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.splitmix import mix64
-from ..protocol.slot_table import ragged
-
-UInt64 = NDArray[np.uint64]
-Int64 = NDArray[np.int64]
+from ..protocol.arrays import Int64, UInt64, ragged
 
 _EMPTY = -1
 _TOMBSTONE = -2
-
-
-def as_keys(hashes_h128: bytes) -> UInt64:
-    """Packed hashes as uint64 [n, 2]."""
-    return np.frombuffer(hashes_h128, "<u8").reshape(-1, 2)
 
 
 class BlockIndex:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from ..protocol.plan import HASH_BYTES
+from ..protocol.message import HASH_BYTES
 
 
 def hash_root(model_revision: str, kv_format: str, adapter: str = "", salt: str = "") -> bytes:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.plan import HASH_BYTES
-from ..protocol.slot_table import ragged
-from .block_index import BlockIndex, Int64, UInt64, as_keys
+from ..protocol.arrays import Int64, UInt64, as_keys, ragged
+from ..protocol.message import HASH_BYTES
+from .block_index import BlockIndex
 
 PENDING = np.iinfo(np.int64).max
 """``written`` of a page that is reserved for a block but not yet scheduled to be computed."""

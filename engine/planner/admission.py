@@ -9,10 +9,10 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kv.block_index import as_keys
 from ..kv.manager import PENDING
-from ..protocol.plan import HASH_BYTES, Stage
-from ..protocol.slot_table import Int64
+from ..protocol.arrays import Int64, as_keys
+from ..protocol.bulk import Stage
+from ..protocol.message import HASH_BYTES
 from .group import Group
 from .request import Request, State
 

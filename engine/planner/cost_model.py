@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.slot_table import Int64
+from ..protocol.arrays import Int64
 
 _FORGET = 0.98
 _REFIT_EVERY = 16

@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..kv.block_index import UInt64
 from ..kv.manager import KVManager
-from ..protocol.plan import Stage, Unstage
-from ..protocol.slot_table import Int64
+from ..protocol.arrays import Int64, UInt64
+from ..protocol.bulk import Stage, Unstage
 from ..protocol.specs import Layout, SchedulerSpec
 from .cost_model import CostModel
-from .request import Request, State, WaitingQueue
+from .flight import Flight
+from .queue import WaitingQueue
+from .request import Request, State
 from .rows import RowTable
 from .token_log import TokenLog
-
-
-@dataclass
-class Check:
-    """What a checksummed plan should leave on each data index.
-
-    rows [n]: slots active after it. sent [n]: the lengths of those still in prefill, -1 where results decide. pages [D]: sums of the
-    page-table terms. ``expected`` is complete for a data index once its sampled counts are in; ``reported`` waits for it.
-    """
-
-    rows: Int64
-    sent: Int64
-    pages: UInt64
-    expected: dict[int, int] = field(default_factory=dict)
-    reported: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass
-class Flight:
-    """A plan that was sent and not yet acknowledged by all ranks.
-
-    rows [n]: the rows that sample, in result order, data-major; data index d owns rows[offsets[d]:offsets[d + 1]].
-    decode [n]: whether the row decodes (its length grows by what it emits). The features are the cost model's, per data index.
-    prompts [m]: the rows whose prompts advance, in the order of each section's ``extend``, data-major.
-    """
-
-    step: int
-    rows: Int64
-    decode: NDArray[np.bool_]
-    offsets: list[int]
-    tokens: Int64
-    kv: Int64
-    context: Int64
-    prompts: Int64
-    check: Check | None = None
-
-    def span(self, data: int) -> slice:
-        """Where the rows of ``data`` are."""
-        return slice(self.offsets[data], self.offsets[data + 1])
 
 
 @dataclass

@@ -13,10 +13,13 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from ..kv.block_index import as_keys
-from ..protocol.plan import HASH_BYTES, Finish, HandleLogprobs, StepResult
-from ..protocol.slot_table import Int64, add64, length_terms, ragged
-from .group import Flight, Group
+from ..protocol.arrays import Int64, add64, as_keys, ragged
+from ..protocol.checksum import length_terms
+from ..protocol.frontends import HandleLogprobs
+from ..protocol.message import HASH_BYTES, Finish
+from ..protocol.results import StepResult
+from .flight import Flight
+from .group import Group
 from .outbox import Entries, Outbox
 from .request import Request, State
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.plan import Finish, HandleLogprobs, Message, PromptLogprobs, Rejected, Started, TokenBatch
-from ..protocol.slot_table import Int32, Int64
+from ..protocol.arrays import Int32, Int64
+from ..protocol.frontends import HandleLogprobs, Rejected, Started, TokenBatch
+from ..protocol.message import Finish, Message
+from ..protocol.results import PromptLogprobs
 
 
 @dataclass(frozen=True)

@@ -10,25 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..protocol.plan import (
-    Abort,
-    Finish,
-    Message,
-    Refused,
-    Rejected,
-    Stage,
-    Staged,
-    StepResult,
-    Submit,
-    Unstage,
-)
+from ..protocol.bulk import Stage, Staged, Unstage
+from ..protocol.frontends import Abort, Rejected, Submit
+from ..protocol.message import Finish, Message
+from ..protocol.results import Refused, StepResult
 from ..protocol.specs import Layout, SchedulerSpec
 from .admission import Admission
 from .group import Group
+from .group_plan import Plan
 from .ledger import Ledger
 from .outbox import Outbox
 from .request import Request, State
-from .step_builder import Plan, StepBuilder
+from .step_builder import StepBuilder
 
 
 class Planner:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from ..kv.hashing import chain_hashes
-from ..protocol.plan import HASH_BYTES, Sampling, Submit
+from ..protocol.frontends import Submit
+from ..protocol.message import HASH_BYTES, Sampling
 
 
 class State:
@@ -105,54 +104,3 @@ class Request:
             tail = self.prompt_i32[start:] + self.emitted_i32[max(0, start - len(self.prompt_i32)) :] + tokens_i32
             parent = self.hashes_h128[-HASH_BYTES:] or self.root
             self.hashes_h128 += chain_hashes(parent, tail, page_size)[HASH_BYTES:]
-
-
-class WaitingQueue:
-    """Requests without a row: by priority (lower first), preempted ones before new ones, then by arrival."""
-
-    def __init__(self) -> None:
-        self._levels: dict[int, deque[Request]] = {}
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[Request]:
-        for priority in sorted(self._levels):
-            yield from self._levels[priority]
-
-    def add(self, request: Request) -> None:
-        """Appends a new request."""
-        self._levels.setdefault(request.priority, deque()).append(request)
-        self._size += 1
-
-    def put_back(self, request: Request) -> None:
-        """Inserts a request that has run before among those that arrived later than it."""
-        level = self._levels.setdefault(request.priority, deque())
-        index = 0
-        for index, other in enumerate(level):  # noqa: B007 - the index outlives the loop
-            if other.order > request.order:
-                break
-        else:
-            index = len(level)
-        level.insert(index, request)
-        self._size += 1
-
-    def take(self, requests: list[Request]) -> None:
-        """Removes requests that have been given a row (they are near the front)."""
-        leaving = {id(request) for request in requests}
-        for level in self._levels.values():
-            kept: list[Request] = []
-            while level and leaving:
-                request = level.popleft()
-                if id(request) in leaving:
-                    leaving.discard(id(request))
-                else:
-                    kept.append(request)
-            level.extendleft(reversed(kept))
-        self._size -= len(requests)
-
-    def drop(self, request: Request) -> None:
-        """Removes a waiting request that will never run."""
-        self._levels[request.priority].remove(request)
-        self._size -= 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..protocol.slot_table import Int64, page_terms, ragged
+from ..protocol.arrays import Int64, ragged
+from ..protocol.checksum import page_terms
 from .request import Request, State
 
 

@@ -11,24 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kv.block_index import as_keys
-from ..protocol.plan import HASH_BYTES, Admit, Header, Mode, Section
-from ..protocol.slot_table import Int64, ragged
-from .group import Check, Flight, Group
+from ..protocol.arrays import Int64, as_keys, ragged
+from ..protocol.message import HASH_BYTES
+from ..protocol.plan import Admit, Header, Mode, Section
+from .flight import Check, Flight
+from .group import Group
+from .group_plan import Plan
 from .request import State
 
 _SCORE_BYTES = 12 << 10
 """Log-probabilities of prompts that the result of a step may hold. The step socket carries at most 16 kB per rank and step."""
 
 _BUCKETS = np.array([0, 1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 128), *range(1024, 1 << 20, 1024)])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A step for the whole group: the shared header and the section of every living data index."""
-
-    header: Header
-    sections: dict[int, Section]
 
 
 @dataclass

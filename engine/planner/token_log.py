@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..protocol.slot_table import Int32, Int64, ragged
+from ..protocol.arrays import Int32, Int64, ragged
 
 _CHUNK = 64
 

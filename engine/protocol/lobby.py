@@ -8,7 +8,7 @@ from types import TracebackType
 
 import zmq
 
-from .plan import Report
+from .cluster_state import Report
 from .sockets import client_socket, encode
 from .specs import LobbySpec
 

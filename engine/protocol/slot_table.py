@@ -12,34 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.splitmix import mix64
+from .arrays import Int32, Int64, add64, ragged
+from .checksum import length_terms, page_terms
 from .plan import Admit, Header, Section
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-
-
-def add64(first: int, second: int) -> int:
-    """Sum modulo 2^64 (numpy warns when a scalar wraps)."""
-    return (first + second) & 0xFFFF_FFFF_FFFF_FFFF
-
-
-def ragged(counts: Int64) -> tuple[Int64, Int64]:
-    """For lists of ``counts`` [n] elements laid end to end: the list each element is of, and its place in it."""
-    owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
-
-
-def page_terms(slots: Int64, indices: Int64, pages: Int64) -> NDArray[np.uint64]:
-    """One checksum term per page-table entry (slot, index in the table, page); they add up modulo 2^64."""
-    key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ (indices.astype(np.uint64) << np.uint64(28))
-    return mix64(key ^ pages.astype(np.uint64))
-
-
-def length_terms(slots: Int64, lengths: Int64) -> NDArray[np.uint64]:
-    """One checksum term per active slot; they add up modulo 2^64."""
-    key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ lengths.astype(np.uint64)
-    return mix64(key ^ np.uint64(0xA5A5 << 40))
 
 
 @dataclass(frozen=True)

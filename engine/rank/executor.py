@@ -21,19 +21,13 @@ from ...moe.clock import HostClock, PhaseClock
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import CollectiveError, Collectives
 from ..models.decoder import Model
-from ..protocol.plan import (
-    Admit,
-    Header,
-    PromptLogprobs,
-    RankHello,
-    RowLogprobs,
-    Section,
-    StepPlan,
-    StepResult,
-)
-from ..protocol.slot_table import Int32, Int64, Rows, SlotTable
+from ..protocol.arrays import Int32, Int64
+from ..protocol.bulk import RankHello
+from ..protocol.plan import Admit, Header, Section, StepPlan
+from ..protocol.results import PromptLogprobs, RowLogprobs, StepResult
+from ..protocol.slot_table import Rows, SlotTable
+from .contract import StepAbandoned
 from .grammars import Grammars, Masks
-from .loop import StepAbandoned
 from .page_pool import KVPool
 from .prompt_logprobs import Chunk, score
 from .slot_sampling import RowSettings, SlotSettings

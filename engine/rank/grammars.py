@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 
-from ..protocol.slot_table import Int32, Int64
+from ..protocol.arrays import Int32, Int64
 
 _LOG = logging.getLogger(__name__)
 

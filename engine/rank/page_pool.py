@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.formats.kv_format import KvFormat
 from ..kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
 from ..models.config import ModelConfig
-from ..protocol.plan import HASH_BYTES
+from ..protocol.message import HASH_BYTES
 
 _DTYPES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _CGROUP = Path("/sys/fs/cgroup")

@@ -12,11 +12,12 @@ import torch
 from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import parse_format
 from ...moe.balance.placement import Placement, contiguous
-from ...moe.clock import HostClock, PhaseClock, TimedExchange, TimedLocal, clock_for
+from ...moe.clock import HostClock, PhaseClock, clock_for
 from ...moe.config import MoEConfig
 from ...moe.dispatch.all_gather import AllGatherDispatcher
 from ...moe.dispatch.all_to_all import AllToAllDispatcher
 from ...moe.dispatch.dispatcher import Dispatcher
+from ...moe.dispatch.timed import TimedExchange, TimedLocal
 from ...parallel.collectives import Collectives, connect_store
 from ...parallel.mesh import Mesh
 from ..models.config import load_config
@@ -26,8 +27,9 @@ from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
 from .executor import Executor, Parts
 from .grammars import Grammars, load_vocabulary
-from .loop import RankLoop, RankSockets
+from .loop import RankLoop
 from .page_pool import KVPool, PoolLimits, bytes_per_page, fit_pages
+from .sockets import RankSockets
 from .warm_up import Pages, warm_up
 
 _LOG = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..models.decoder import Model
-from ..protocol.plan import PromptLogprobs
-from ..protocol.slot_table import Int32
+from ..protocol.arrays import Int32
+from ..protocol.results import PromptLogprobs
 
 # Logits of a slice of a chunk, in float32: of a vocabulary of 152,000 that is 110 tokens. A chunk of 8,192 would be 5 GB.
 _SLICE_BYTES = 64 << 20

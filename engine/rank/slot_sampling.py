@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.reference.sampling import LogitEdits, SamplingParams, token_counts
-from ..protocol.plan import Sampling
-from ..protocol.slot_table import Int32, Int64
+from ..protocol.arrays import Int32, Int64
+from ..protocol.message import Sampling
 
 _T = TypeVar("_T", bound=np.generic)
 

@@ -14,26 +14,15 @@ from typing import IO, Any
 import msgspec
 
 from ... import __version__
+from ..planner.group_plan import Plan
 from ..planner.planner import Planner
-from ..planner.step_builder import Plan
-from ..protocol.plan import Abort, Refused, Staged, StepResult, Submit
+from ..planner.settings import Settings
+from ..protocol.bulk import Staged
+from ..protocol.frontends import Abort, Submit
+from ..protocol.results import Refused, StepResult
 from ..protocol.sockets import encode
-from ..protocol.specs import Layout, SchedulerSpec
 
 _BUFFER = 1 << 20  # bytes
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """What a planner is constructed with."""
-
-    layout: Layout
-    spec: SchedulerSpec
-    num_pages: list[int]
-    page_size: int
-    max_len: int
-
-    def planner(self) -> Planner:
-        return Planner(self.layout, self.spec, self.num_pages, self.page_size, self.max_len)
 
 
 class Heading(msgspec.Struct, frozen=True):

@@ -16,7 +16,9 @@ import msgspec
 import zmq
 
 from ..planner.cost_model import Cost
-from ..protocol.plan import RankHello, Stage, Staged, StepPlan, Stop, ToRankBulk
+from ..protocol.bulk import RankHello, Stage, Staged, ToRankBulk
+from ..protocol.message import Stop
+from ..protocol.plan import StepPlan
 from ..protocol.sockets import client_socket, decode_plan, encode, rank_identity
 from ..protocol.specs import Keys, Layout
 from .simulated_rank import SimulatedRank

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planner.step_builder import Plan
-from ..protocol.plan import Header, Section, Stage, StepResult, Unstage
-from ..protocol.slot_table import Int64, SlotTable
-from ..recording.recorder import Settings
+from ..planner.group_plan import Plan
+from ..planner.settings import Settings
+from ..protocol.arrays import Int64
+from ..protocol.bulk import Stage, Unstage
+from ..protocol.plan import Header, Section
+from ..protocol.results import StepResult
+from ..protocol.slot_table import SlotTable
 
 _TOKEN = np.ones(1, np.int32).tobytes()
 """What every row samples: nobody reads it, but the blocks of outputs are hashed from it."""

@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from ...kernels.splitmix import mix64
 from ..planner.cost_model import Cost
+from ..protocol.arrays import Int32, Int64
+from ..protocol.bulk import Stage, Unstage
 from ..protocol.chain import Chain, Verdict
-from ..protocol.plan import PromptLogprobs, Refused, Stage, StepPlan, StepResult, Unstage
-from ..protocol.slot_table import Int32, Int64, Rows, SlotTable
+from ..protocol.plan import StepPlan
+from ..protocol.results import PromptLogprobs, Refused, StepResult
+from ..protocol.slot_table import Rows, SlotTable
 
 
 class SimulatedRank:

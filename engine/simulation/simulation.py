@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from ..controller.pacer import Pacer
 from ..planner.planner import Planner
 from ..planner.request import Request, State
-from ..protocol.plan import Message, Stage, Staged, StepResult, Submit, TokenBatch
-from ..recording.recorder import Settings
+from ..planner.settings import Settings
+from ..protocol.bulk import Stage, Staged
+from ..protocol.frontends import Submit, TokenBatch
+from ..protocol.message import Message
+from ..protocol.results import StepResult
 from .simulated_group import Executed, SimulatedGroup, StepWork
 
 PATIENCE = 10_000

@@ -9,7 +9,7 @@ from typing import Any
 from ...engine.protocol.specs import Layout
 from ..recipe.hardware import hardware_names, load_hardware
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
-from ..run.tasks import check_model
+from ..recipe.resolve import check_model
 from .floors import Floor, Traffic, decode_work, floor_of, prefill_work, traffic
 from .memory import Memory, memory_of, page_bytes
 from .setup import Setup, resolve

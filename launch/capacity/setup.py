@@ -12,7 +12,7 @@ from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import KvFormat
 from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
-from ..run.tasks import dispatch_of, dtype_of, fp8_experts_of, kv_format_of
+from ..recipe.resolve import dispatch_of, dtype_of, fp8_experts_of, kv_format_of
 from .shape import Shape
 
 _ITEM = {"fp32": 4, "bf16": 2}

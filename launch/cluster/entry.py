@@ -23,7 +23,7 @@ from ...engine.protocol.specs import ControllerSpec, FrontendSpec, LobbySpec, Ra
 
 _PR_SET_PDEATHSIG = 1
 ROLES: dict[str, tuple[str, type[ControllerSpec] | type[RankSpec] | type[FrontendSpec]]] = {
-    "controller": ("engine.controller.controller", ControllerSpec),
+    "controller": ("engine.controller.process", ControllerSpec),
     "rank": ("engine.rank.process", RankSpec),
     "frontend": ("engine.frontend.process", FrontendSpec),
 }

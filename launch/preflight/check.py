@@ -15,7 +15,7 @@ from ..cluster.reaper import Reaper
 from ..environment import prepare_ray, ray_address
 from ..recipe.hardware import hardware_names
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
-from ..run.tasks import check_model
+from ..recipe.resolve import check_model
 from .finding import Finding
 from .judge import Wanted, judge
 from .links import judge_clocks, judge_links

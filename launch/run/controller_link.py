@@ -8,7 +8,9 @@ import time
 import msgspec
 import zmq
 
-from ...engine.protocol.plan import ClusterState, Drain, FrontendHello, Message, RankLost, Stop, ToFrontend
+from ...engine.protocol.cluster_state import ClusterState
+from ...engine.protocol.frontends import Drain, FrontendHello, RankLost, ToFrontend
+from ...engine.protocol.message import Message, Stop
 from ...engine.protocol.sockets import client_socket, encode
 from ...engine.protocol.specs import Keys
 

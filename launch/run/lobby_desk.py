@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import zmq
 
-from ...engine.protocol.plan import Report
+from ...engine.protocol.cluster_state import Report
 from ...engine.protocol.sockets import authenticate, server_socket
 
 

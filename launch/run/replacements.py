@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from ...engine.protocol.plan import ClusterState
+from ...engine.protocol.cluster_state import ClusterState
 from ..cluster.cluster import Cluster, Death, LaunchError
 
 LIMIT = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from ...engine.protocol.plan import Report
+from ...engine.protocol.cluster_state import Report
 from ..cluster.cluster import Cluster, Death, LaunchError
 from ..terminal.interrupts import Interrupts
 from .lobby_desk import LobbyDesk

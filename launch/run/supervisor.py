@@ -7,24 +7,27 @@ import time
 from pathlib import Path
 
 from ...engine.models.config import ModelConfig, load_config
-from ...engine.protocol.plan import ClusterState
+from ...engine.protocol.cluster_state import ClusterState
 from ..cluster.cluster import Cluster, Death, LaunchError
-from ..cluster.ports import FirstToken, base_url, reachable, url_elsewhere
+from ..cluster.ports import base_url, reachable, url_elsewhere
 from ..cluster.reaper import Reaper
 from ..environment import prepare_ray
 from ..preflight.check import preflight, refuse_errors
 from ..recipe.recipe import Recipe, RecipeError, model_directory
+from ..recipe.resolve import check_model
 from ..terminal.interrupts import Interrupted, Interrupts
 from ..terminal.screen import Screen
 from .acceptor import Acceptor
 from .controller_link import ControllerLink
+from .first_token import FirstToken
+from .keyring import Keyring, process_names
 from .last_resort import LastResort
 from .lobby_desk import LobbyDesk
 from .rendezvous import Rendezvous
 from .replacements import Replacements
 from .roster import Roster
 from .run_folder import RunFolder
-from .tasks import Keyring, Site, check_model, controller_task, frontend_task, process_names, rank_task
+from .tasks import Site, controller_task, frontend_task, rank_task
 
 CONTROLLER_SECONDS = 60.0
 FIRST_TOKEN_SECONDS = 120.0

@@ -5,122 +5,24 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
-from ...engine.models.config import GqaConfig, MlaConfig, ModelConfig, kv_shapes
-from ...engine.protocol.sockets import new_keypair
+from ...engine.models.config import ModelConfig
 from ...engine.protocol.specs import (
     AcceptorSpec,
     ControllerSpec,
     FrontendSpec,
-    Keys,
     Layout,
     LobbySpec,
     RankSpec,
-    SchedulerSpec,
 )
-from ...kernels.formats.kv_format import KvFormat, parse_format
-from ...moe.config import MoEConfig
+from ...kernels.formats.kv_format import KvFormat
 from ..cluster.cluster import Task
 from ..environment import process_settings
 from ..recipe.recipe import Recipe
-
-_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
-
-
-class Keyring:
-    """The CURVE keys of one run: a pair each for the controller's and the lobby's sockets, and one per client process."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._controller = new_keypair()
-        self._lobby = new_keypair()
-        self._clients = {name: new_keypair() for name in names}
-
-    @property
-    def controller(self) -> tuple[str, str]:
-        """(public, secret) of the controller's server sockets."""
-        return self._controller
-
-    @property
-    def lobby(self) -> tuple[str, str]:
-        """(public, secret) of the lobby's server socket."""
-        return self._lobby
-
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """Public keys of all clients."""
-        return tuple(public for public, _ in self._clients.values())
-
-    def to_controller(self, name: str) -> Keys:
-        return self._keys(self._controller[0], name)
-
-    def to_lobby(self, name: str) -> Keys:
-        return self._keys(self._lobby[0], name)
-
-    def _keys(self, server_public: str, name: str) -> Keys:
-        public, secret = self._clients[name]
-        return Keys(server_public=server_public, public=public, secret=secret)
-
-
-class ModelFacts(Protocol):
-    """What of a model is compared with a recipe."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def max_position(self) -> int: ...
-    @property
-    def moe(self) -> MoEConfig: ...
-    @property
-    def attention(self) -> GqaConfig | MlaConfig: ...
-
-
-def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
-    """What does not fit between the recipe and the model; each line holds both values."""
-    found = []
-    max_len = recipe.model.max_len
-    if max_len is not None and max_len > config.max_position:
-        found.append(f"model.max_len = {max_len}: above the {config.max_position} positions of the model")
-    if recipe.model.dtype == "auto" and config.dtype not in _DTYPES:
-        found.append(f"model.dtype = auto: the checkpoint holds {config.dtype}, which is not computed in; use bf16 or fp32")
-    if recipe.kv_cache.dtype == "fp8" or (recipe.kv_cache.dtype == "auto" and recipe.cluster.device != "cpu"):
-        try:
-            kv_shapes(config.attention, "fp8")
-        except ValueError as error:
-            found.append(str(error))
-    if recipe.world > config.moe.num_experts:
-        num_experts = config.moe.num_experts
-        found.append(f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the {num_experts} experts of the model")
-    return found
-
-
-def dtype_of(recipe: Recipe, checkpoint: str) -> str:
-    """What the model computes in; ``checkpoint`` is the dtype of its file."""
-    return _DTYPES[checkpoint] if recipe.model.dtype == "auto" else recipe.model.dtype
-
-
-def fp8_experts_of(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
-    """Whether experts stay in the checkpoint's FP8: the kernels for it are those of GPUs. A dtype that is asked for is that of all."""
-    return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
-
-
-def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
-    """How pages hold keys and values; ``dtype`` is what the model computes in."""
-    wanted = recipe.kv_cache.dtype
-    if wanted != "auto":
-        return wanted
-    return "fp8" if device == "cuda" else parse_format(dtype)
-
-
-def dispatch_of(recipe: Recipe, device: str) -> str:
-    """all_to_all sends only what is needed but reads counts on the host, which a GPU step must not do."""
-    if recipe.experts.dispatch != "auto":
-        return recipe.experts.dispatch
-    if recipe.world == 1:
-        return "local"
-    return "all_to_all" if device == "cpu" else "all_gather"
+from ..recipe.resolve import dispatch_of, dtype_of, fp8_experts_of, kv_format_of, scheduler_spec
+from .keyring import Keyring
 
 
 @dataclass(frozen=True)
@@ -166,24 +68,6 @@ class Site:
 
     def settings(self, threads: int) -> dict[str, str]:
         return process_settings(threads=threads, loopback=self.host.startswith("127."), isa=self.recipe.cluster.isa)
-
-
-def process_names(recipe: Recipe) -> list[str]:
-    """Every process that needs a key, the launcher included."""
-    ranks = [f"rank {rank}" for rank in range(recipe.world)]
-    return ["launcher", "controller 0", *[f"frontend {index}" for index in range(recipe.frontend.processes)], *ranks]
-
-
-def scheduler_spec(recipe: Recipe) -> SchedulerSpec:
-    """The bounds of the planner."""
-    return SchedulerSpec(
-        max_batch_tokens=recipe.scheduler.max_batch_tokens,
-        max_running=recipe.scheduler.max_running,
-        max_queue=recipe.scheduler.max_queue,
-        inter_token_target=recipe.scheduler.inter_token_target,
-        prefix_caching=recipe.kv_cache.prefix_caching,
-        checksum_every=recipe.scheduler.checksum_every,
-    )
 
 
 def controller_task(site: Site) -> Task:

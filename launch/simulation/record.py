@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ...engine.planner.group import Group
 from ...engine.planner.planner import Planner
 from ...engine.planner.request import Request
-from ...engine.protocol.plan import Finish, Message, Rejected, Started, TokenBatch
+from ...engine.protocol.frontends import Rejected, Started, TokenBatch
+from ...engine.protocol.message import Finish, Message
 from ...engine.simulation.simulation import StepSeen
 
 HELD = ("slots", "pages", "prefill")

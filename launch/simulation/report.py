@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...engine.recording.recorder import Settings
+from ...engine.planner.settings import Settings
 from ...engine.simulation.simulation import Simulation
 from .record import Record
 from .times import FloorTimes

@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from ...engine.recording.recorder import Settings
+from ...engine.planner.settings import Settings
 from ...engine.simulation.simulation import Arrival, Simulation
 from ..capacity.plan import Plan
 from ..recipe.recipe import Recipe
-from ..run.tasks import scheduler_spec
+from ..recipe.resolve import scheduler_spec
 from .record import Record
 from .report import Report, make_report
 from .times import FloorTimes

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine.kv.hashing import chain_hashes, hash_root
-from ...engine.protocol.plan import Sampling, Submit
-from ...engine.recording.recorder import Settings
+from ...engine.planner.settings import Settings
+from ...engine.protocol.frontends import Submit
+from ...engine.protocol.message import Sampling
 from ...engine.simulation.simulation import Arrival
 from ...kernels.splitmix import mix64
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ...engine.protocol.plan import Report
+from ...engine.protocol.cluster_state import Report
 
 _WIDE = 100  # columns of a terminal
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lockstep.kernels.reference.sublayers import Here
 from lockstep.moe.balance.placement import contiguous
-from lockstep.moe.clock import DeviceClock, HostClock, PhaseClock, TimedExchange, TimedLocal
+from lockstep.moe.clock import DeviceClock, HostClock, PhaseClock
 from lockstep.moe.dispatch.all_to_all import AllToAllDispatcher
 from lockstep.moe.dispatch.dispatcher import Handle, Received
+from lockstep.moe.dispatch.timed import TimedExchange, TimedLocal
 from lockstep.parallel.collectives import Collectives
 
 CPU = torch.device("cpu")

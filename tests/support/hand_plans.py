@@ -13,7 +13,9 @@ import torch
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import build_model
 from lockstep.engine.models.weights import load_weights
-from lockstep.engine.protocol.plan import Admit, Header, Mode, Sampling, Section, StepPlan, StepResult
+from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
+from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.executor import Executor, Parts
 from lockstep.engine.rank.page_pool import KVPool
 from lockstep.engine.rank.warm_up import Pages, warm_up

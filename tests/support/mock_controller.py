@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from lockstep.engine.protocol.plan import FromRankBulk, FromRankStep, StepPlan
+from lockstep.engine.protocol.bulk import FromRankBulk
+from lockstep.engine.protocol.plan import StepPlan
+from lockstep.engine.protocol.results import FromRankStep
 from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
 from lockstep.engine.protocol.specs import Keys, Layout, RankSpec
 

@@ -8,21 +8,13 @@ import numpy as np
 
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
 from lockstep.engine.planner.planner import Planner
-from lockstep.engine.protocol.plan import (
-    Abort,
-    Finish,
-    PromptLogprobs,
-    Refused,
-    Rejected,
-    Sampling,
-    Stage,
-    Staged,
-    StepPlan,
-    StepResult,
-    Submit,
-    TokenBatch,
-)
-from lockstep.engine.protocol.slot_table import Int32, Int64, Rows
+from lockstep.engine.protocol.arrays import Int32, Int64
+from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.frontends import Abort, Rejected, Submit, TokenBatch
+from lockstep.engine.protocol.message import Finish, Sampling
+from lockstep.engine.protocol.plan import StepPlan
+from lockstep.engine.protocol.results import PromptLogprobs, Refused, StepResult
+from lockstep.engine.protocol.slot_table import Rows
 from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.protocol.specs import Layout, SchedulerSpec
 from lockstep.engine.simulation.simulated_rank import SimulatedRank

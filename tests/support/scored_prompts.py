@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.engine.protocol.plan import Sampling
+from lockstep.engine.protocol.message import Sampling
 from lockstep.parallel.collectives import Collectives
 
 from .hand_plans import GREEDY, Driver, Request, build_executor

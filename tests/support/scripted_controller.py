@@ -17,21 +17,10 @@ from queue import Empty, SimpleQueue
 import msgspec
 import zmq
 
-from lockstep.engine.protocol.plan import (
-    Abort,
-    ClusterState,
-    Drain,
-    Finish,
-    FrontendHello,
-    HandleLogprobs,
-    Heartbeat,
-    PromptLogprobs,
-    Rejected,
-    Started,
-    Stop,
-    Submit,
-    TokenBatch,
-)
+from lockstep.engine.protocol.cluster_state import ClusterState
+from lockstep.engine.protocol.frontends import Abort, Drain, FrontendHello, HandleLogprobs, Heartbeat, Rejected, Started, Submit, TokenBatch
+from lockstep.engine.protocol.message import Finish, Stop
+from lockstep.engine.protocol.results import PromptLogprobs
 from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
 from lockstep.engine.protocol.specs import Keys
 

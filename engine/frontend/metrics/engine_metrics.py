@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ....moe.phases import PHASES
-from ...controller.step_totals import PLAN_SECONDS, STEP_TOKENS
-from ...protocol.plan import ClusterState, Totals
+from ...protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, ClusterState, Totals
 from .histogram import Histogram
 
 LABELS = ("model_name", "engine")

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ...protocol.plan import ClusterState
+from ...protocol.cluster_state import ClusterState
 from ...protocol.sockets import encode
 from ..requests.generation import Generation
 from .counters import Packed, Tally, unpack

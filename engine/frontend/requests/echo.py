@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from ...protocol.plan import HandleLogprobs, PromptLogprobs
+from ...protocol.frontends import HandleLogprobs
+from ...protocol.results import PromptLogprobs
 from ...text.tokenizer import Codec
 from .logprobs import text_logprobs
 

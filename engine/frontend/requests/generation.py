@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ...protocol.plan import Finish, HandleLogprobs, PromptLogprobs, Submit
+from ...protocol.frontends import HandleLogprobs, Submit
+from ...protocol.message import Finish
+from ...protocol.results import PromptLogprobs
 from ...text.detokenizer import Detokenizer
 from ..api.errors import ApiError
 from ..formats.parser import ReplyParser

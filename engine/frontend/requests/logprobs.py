@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...protocol.plan import HandleLogprobs
+from ...protocol.frontends import HandleLogprobs
 from ...text.tokenizer import Codec
 
 LOWEST = -9999.0  # JSON has no infinity

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from ...protocol.plan import Sampling
+from ...protocol.message import Sampling
 from ..api.errors import ApiError, bad_request
 from ..api.schemas import Generate
 

@@ -18,23 +18,12 @@ from lockstep.engine.controller.controller import Controller
 from lockstep.engine.controller.transport import Transport
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.planner.cost_model import Cost
-from lockstep.engine.protocol.plan import (
-    Abort,
-    ClusterState,
-    Drain,
-    Finish,
-    FrontendHello,
-    RankLost,
-    Rejected,
-    Sampling,
-    Started,
-    Submit,
-    ToFrontend,
-    TokenBatch,
-)
+from lockstep.engine.planner.settings import Settings
+from lockstep.engine.protocol.cluster_state import ClusterState
+from lockstep.engine.protocol.frontends import Abort, Drain, FrontendHello, RankLost, Rejected, Started, Submit, ToFrontend, TokenBatch
+from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, Layout, SchedulerSpec
-from lockstep.engine.recording.recorder import Settings
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulation import Simulation
 from lockstep.launch.run.controller_link import ControllerLink

@@ -6,9 +6,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from lockstep.engine.controller.step_totals import PLAN_SECONDS, STEP_TOKENS, StepTotals
+from lockstep.engine.controller.step_totals import StepTotals
 from lockstep.engine.frontend.metrics.metrics import Metrics
-from lockstep.engine.protocol.plan import Header, Mode, Move, RankState, StepResult
+from lockstep.engine.protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, RankState
+from lockstep.engine.protocol.plan import Header, Mode, Move
+from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.protocol.specs import Layout
 from support.scripted_controller import STATE
 

@@ -20,7 +20,9 @@ import msgspec
 import pytest
 
 from lockstep.engine.frontend import controller_link as client
-from lockstep.engine.protocol.plan import Finish, RankState, Rejected, Submit
+from lockstep.engine.protocol.cluster_state import RankState
+from lockstep.engine.protocol.frontends import Rejected, Submit
+from lockstep.engine.protocol.message import Finish
 from support.running_frontend import RunningFrontend, wait_until
 from support.scripted_controller import Item, say
 from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model

@@ -12,7 +12,8 @@ from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.frontend.open_requests import OpenRequests
 from lockstep.engine.frontend.requests.generation import Generation
 from lockstep.engine.frontend.requests.stops import StopMatcher
-from lockstep.engine.protocol.plan import Abort, Finish, Rejected, Sampling, Submit
+from lockstep.engine.protocol.frontends import Abort, Rejected, Submit
+from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.detokenizer import ByteDetokenizer, BytePieces
 from support.scripted_controller import batch, started
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from lockstep.engine.kv.block_index import BlockIndex, as_keys
+from lockstep.engine.kv.block_index import BlockIndex
+from lockstep.engine.protocol.arrays import as_keys
 
 
 def keys_of(numbers: list[int]) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lockstep.engine.kv.block_index import Int64, as_keys
 from lockstep.engine.kv.manager import KVManager
+from lockstep.engine.protocol.arrays import Int64, as_keys
 
 NONE = np.zeros(0, np.int64)
 

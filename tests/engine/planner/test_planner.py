@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from lockstep.engine.protocol.plan import Finish
+from lockstep.engine.protocol.message import Finish
 from lockstep.engine.protocol.specs import Layout
 from support.planner_world import World
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.engine.protocol.plan import Admit, Header, Mode, Sampling, Section, StepPlan
-from lockstep.engine.protocol.slot_table import Int32, Int64
+from lockstep.engine.protocol.arrays import Int32, Int64
+from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.rank.executor import Executor
 from support.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.hand_plans import GREEDY, PAGE_SIZE, Driver, Request, build_executor

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.engine.protocol.plan import Sampling
+from lockstep.engine.protocol.message import Sampling
 from lockstep.kernels.table import Column
 from support.checkpoints import qwen3_moe_config, write_checkpoint
 from support.hand_plans import Driver, Request, build_executor

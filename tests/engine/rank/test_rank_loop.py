@@ -8,20 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.engine.protocol.plan import (
-    Header,
-    RankHello,
-    Refused,
-    Section,
-    Stage,
-    Staged,
-    StepPlan,
-    StepResult,
-    Stop,
-    Unstage,
-)
+from lockstep.engine.protocol.bulk import RankHello, Stage, Staged, Unstage
+from lockstep.engine.protocol.message import Stop
+from lockstep.engine.protocol.plan import Header, Section, StepPlan
+from lockstep.engine.protocol.results import Refused, StepResult
 from lockstep.engine.protocol.sockets import ABSENCE_SECONDS
-from lockstep.engine.rank.loop import ControllerLost, RankLoop, RankSockets, StepFailed
+from lockstep.engine.rank.contract import ControllerLost, StepFailed
+from lockstep.engine.rank.loop import RankLoop
+from lockstep.engine.rank.sockets import RankSockets
 from support.mock_controller import MockController
 
 

@@ -9,17 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from lockstep.engine.protocol.plan import (
-    Admit,
-    Header,
-    Mode,
-    RankHello,
-    Section,
-    Stage,
-    Staged,
-    StepPlan,
-    Stop,
-)
+from lockstep.engine.protocol.bulk import RankHello, Stage, Staged
+from lockstep.engine.protocol.message import Stop
+from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.specs import Layout
 from lockstep.engine.rank.process import load_executor
 from support.checkpoints import qwen3_moe_config, write_checkpoint

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from lockstep.engine.kv.hashing import chain_hashes
-from lockstep.engine.protocol.plan import Abort, Sampling, Stage, Staged, StepPlan, StepResult, Submit
+from lockstep.engine.planner.settings import Settings
+from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.frontends import Abort, Submit
+from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.plan import StepPlan
+from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.protocol.specs import Layout, SchedulerSpec
 from lockstep.engine.recording import recorder
-from lockstep.engine.recording.recorder import Mismatch, Recorder, Settings, replay
+from lockstep.engine.recording.recorder import Mismatch, Recorder, replay
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
 from support.planner_world import ROOT
 

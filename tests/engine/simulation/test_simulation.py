@@ -15,19 +15,13 @@ from numpy.typing import NDArray
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.planner.cost_model import Cost
 from lockstep.engine.planner.planner import Planner
-from lockstep.engine.protocol.plan import (
-    Message,
-    Rejected,
-    Sampling,
-    Stage,
-    Staged,
-    StepPlan,
-    StepResult,
-    Submit,
-    TokenBatch,
-)
+from lockstep.engine.planner.settings import Settings
+from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.frontends import Rejected, Submit, TokenBatch
+from lockstep.engine.protocol.message import Message, Sampling
+from lockstep.engine.protocol.plan import StepPlan
+from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.protocol.specs import Layout, SchedulerSpec
-from lockstep.engine.recording.recorder import Settings
 from lockstep.engine.simulation import simulation
 from lockstep.engine.simulation.simulated_group import SimulatedGroup, StepWork
 from lockstep.engine.simulation.simulated_rank import SimulatedRank

@@ -17,31 +17,29 @@ import pytest
 pytestmark = pytest.mark.timeout(900)  # 3 to 20 s of two cores of an EPYC Genoa for a case; a compiler that hangs must end some day
 SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capability 9.0
 PROGRAM = Path(__file__).parent.parent.parent / "support" / "triton_compile.py"
-_PLACING = {"triton_grouping._count_kernel", "triton_grouping._place_kernel"}
-_ATTENDING = {"triton_attend._attend_kernel", "triton_attend._join_kernel"}
-_PREFILLING = {"triton_mla_prefill._expand_kernel", "triton_mla_prefill._attend_window_kernel"}
+_PLACING = {"grouping._count_kernel", "grouping._place_kernel"}
+_ATTENDING = {"attend._attend_kernel", "attend._join_kernel"}
+_PREFILLING = {"mla_prefill._expand_kernel", "mla_prefill._attend_window_kernel"}
 # The cases of the program, and what each compiles.
 CASES = {
-    "gates": {"triton_gate._choose_kernel"},
-    "groupings": _PLACING | {"triton_grouping._permute_kernel", "triton_grouping._unpermute_kernel"},
-    "experts": _PLACING | {"triton_experts._up_kernel", "triton_experts._down_kernel", "triton_experts._weighted_sum_kernel"},
-    "fp8": _PLACING
-    | {"triton_experts_fp8._up_fp8_kernel", "triton_experts_fp8._down_fp8_kernel"}
-    | {"triton_fp8._quantise_kernel", "triton_fp8._silu_mul_fp8_kernel"},
-    "norms": {"triton_norm._rms_norm_kernel", "triton_norm._silu_mul_kernel"},
-    "rotations": {"triton_rope._rotate_and_write_kernel", "triton_rope._rotate_and_write_latent_kernel"},
+    "gates": {"gate._choose_kernel"},
+    "groupings": _PLACING | {"grouping._permute_kernel", "grouping._unpermute_kernel"},
+    "experts": _PLACING | {"experts._up_kernel", "experts._down_kernel", "experts._weighted_sum_kernel"},
+    "fp8": _PLACING | {"experts_fp8._up_fp8_kernel", "experts_fp8._down_fp8_kernel"} | {"fp8._quantise_kernel", "fp8._silu_mul_fp8_kernel"},
+    "norms": {"norm._rms_norm_kernel", "norm._silu_mul_kernel"},
+    "rotations": {"rope._rotate_and_write_kernel", "rope._rotate_and_write_latent_kernel"},
     "attentions": _ATTENDING,
     "latent_attentions": _ATTENDING | _PREFILLING,
     "latent_attentions_fp8": _ATTENDING | _PREFILLING,
-    "pages": {"triton_pages._copy_pages_kernel"},
-    "samplers": {f"triton_sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")},
+    "pages": {"pages._copy_pages_kernel"},
+    "samplers": {f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")},
 }
 MATRIX_KERNELS = _PREFILLING | {
-    "triton_experts._up_kernel",
-    "triton_experts._down_kernel",
-    "triton_experts_fp8._up_fp8_kernel",
-    "triton_experts_fp8._down_fp8_kernel",
-    "triton_attend._attend_kernel",
+    "experts._up_kernel",
+    "experts._down_kernel",
+    "experts_fp8._up_fp8_kernel",
+    "experts_fp8._down_fp8_kernel",
+    "attend._attend_kernel",
 }
 
 

@@ -24,7 +24,6 @@ from lockstep.engine.rank.process import load_executor
 from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu.linear import PackedSlots
 from lockstep.kernels.cpu_isa import Isa
-from lockstep.launch.capacity import memory as plan_memory
 from lockstep.launch.capacity.memory import memory_of, page_bytes
 from lockstep.launch.capacity.plan import Plan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan

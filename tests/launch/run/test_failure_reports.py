@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lockstep.engine.protocol.plan import Report
+from lockstep.engine.protocol.cluster_state import Report
 from lockstep.engine.protocol.sockets import new_keypair
 from lockstep.engine.protocol.specs import (
     AcceptorSpec,

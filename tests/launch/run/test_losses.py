@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.engine.protocol.plan import ClusterState, Report
+from lockstep.engine.protocol.cluster_state import ClusterState, Report
 from lockstep.launch.cluster.cluster import Death, LaunchError, Place, Task
 from lockstep.launch.run.replacements import Replacements
 from lockstep.launch.run.roster import Roster

@@ -281,7 +281,8 @@ def test_what_cannot_be_simulated_is_one_message(arguments: list[str], status: i
 
 
 def test_a_planner_that_gets_nowhere_is_an_error_that_names_the_request(tmp_path: Path) -> None:
-    code = "from lockstep.engine.simulation import simulation; simulation.patience = lambda settings: 3\nfrom lockstep.launch.cli import main; main()"
+    code = "from lockstep.engine.simulation import simulation; simulation.patience = lambda settings: 3\n"
+    code += "from lockstep.launch.cli import main; main()"
     result = command(tmp_path, "--recipe", "demo", "--trace", "poisson:rate=1,input=4000,output=9,count=1", code=code)
     assert (result.returncode, result.stdout) == (1, "")
     assert "nobody has got a token for 3 steps, and request 0 (4000 prompt tokens, limit 4009) is in prefill" in result.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.specs import Layout, SchedulerSpec
-from lockstep.engine.recording.recorder import Settings
 from lockstep.launch.simulation.trace import Ask, Trace, TraceError, read_trace
 
 LINE = {"timestamp": 1500, "input_length": 1200, "output_length": 7, "hash_ids": [3, 4, 5]}

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lockstep.engine.protocol.plan import Report
+from lockstep.engine.protocol.cluster_state import Report
 from lockstep.launch.terminal.screen import Screen
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

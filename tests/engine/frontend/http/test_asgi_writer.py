@@ -16,7 +16,8 @@ from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.frontend.open_requests import OpenRequests
 from lockstep.engine.frontend.reply import Outline, Reply
 from lockstep.engine.frontend.requests.generation import Generation
-from lockstep.engine.protocol.plan import Finish, Sampling, Submit
+from lockstep.engine.protocol.frontends import Submit
+from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.tokenizer import Codec
 from support.scripted_controller import batch
 from support.tiny_tokenizer import tiny_tokenizer, write_model

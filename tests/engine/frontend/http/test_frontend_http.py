@@ -15,7 +15,7 @@ import pytest
 from lockstep.engine.frontend.api.schemas import ChatRequest, TokenizeChat, TokenizeText
 from lockstep.engine.frontend.http.app import MAX_BODY_BYTES
 from lockstep.engine.kv.hashing import chain_hashes
-from lockstep.engine.protocol.plan import Sampling
+from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec
 from support.running_frontend import MODEL, RunningFrontend, wait_until
 from support.scripted_controller import say

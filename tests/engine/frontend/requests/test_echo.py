@@ -11,7 +11,8 @@ import openai
 import pytest
 
 from lockstep.engine.frontend.requests.echo import Echo
-from lockstep.engine.protocol.plan import Sampling, Submit
+from lockstep.engine.protocol.frontends import Submit
+from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec
 from support.running_frontend import MODEL, RunningFrontend
 from support.scripted_controller import prompt_logprobs, say

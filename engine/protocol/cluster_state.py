@@ -1,0 +1,103 @@
+"""The state of the cluster as the controller tells it, and a process's report to the launcher."""
+
+from __future__ import annotations
+
+from .message import Message
+
+
+class RankState(Message, frozen=True):
+    """One rank as the controller sees it."""
+
+    rank: int
+    host: str
+    pid: int
+    state: str
+    num_running: int
+    pages_used: int
+    pages_cached: int
+    pages_total: int
+    step_seconds: float
+    wait_seconds: float
+
+
+class Totals(Message, frozen=True):
+    """What all steps have added up to since the controller started, for the metrics; see ``engine/controller/step_totals.py``.
+
+    ``plan_i64`` and ``step_i64`` count plans by their seconds and steps by their tokens, in the buckets given there. ``tokens_i64`` are
+    tokens [data], ``last_tokens_i64`` those of the last step. ``rows`` were computed for them, padding included, ``dispatch_rows``
+    bounded for their exchange. ``busy_f64`` and ``waited_f64`` are seconds [rank], ``phases_f64`` [rank, phase]; ``load_i64`` are tokens
+    that experts computed [layer, rank], ``balancedness_f64`` [layer] the mean over ranks through the largest, of the last report.
+    """
+
+    plan_i64: bytes = b""
+    plan_seconds: float = 0.0
+    step_i64: bytes = b""
+    tokens_i64: bytes = b""
+    last_tokens_i64: bytes = b""
+    rows: int = 0
+    dispatch_rows: int = 0
+    overlap: bool = False
+    overlapped: int = 0
+    moved_bytes: int = 0
+    busy_f64: bytes = b""
+    waited_f64: bytes = b""
+    phases_f64: bytes = b""
+    load_i64: bytes = b""
+    balancedness_f64: bytes = b""
+
+
+class ClusterState(Message, tag="state", frozen=True):
+    """The state of the cluster, sent to every frontend twice a second and whenever ``phase`` changes.
+
+    ``phase`` is starting | serving | recovering | draining | drained | failed; ``reason`` says why when not serving. While
+    recovering a lost rank is being replaced: requests are taken and wait. Counters
+    count since the controller started. ``expert_i64`` is the expert load [layer, expert] of the last report. ``number`` orders states.
+    ``placement_i32`` says which experts live on which rank: ``Placement.ranges``.
+    """
+
+    phase: str
+    reason: str
+    epoch: int
+    step: int
+    max_len: int
+    page_size: int
+    prefix_caching: bool
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    steps: int
+    imbalance: float
+    plan_seconds: float
+    expert_layers: int = 0
+    expert_i64: bytes = b""
+    ranks: tuple[RankState, ...] = ()
+    number: int = 0
+    totals: Totals = Totals()
+    placement_i32: bytes = b""
+
+
+class Report(Message, frozen=True):
+    """A line from a process to the launcher: ``phase`` is starting | compiling | loading | ready | failed | stopped.
+
+    ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it listens.
+    """
+
+    role: str
+    index: int
+    host: str
+    pid: int
+    phase: str
+    detail: str = ""
+    fraction: float = 0.0
+    address: tuple[str, ...] = ()
+
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+PLAN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.008, 0.016, 0.05, 0.1, 0.5)

@@ -1,0 +1,108 @@
+"""Messages between frontends, the launcher and the controller."""
+
+from __future__ import annotations
+
+from .cluster_state import ClusterState
+from .message import Message, Sampling, Stop
+from .results import PromptLogprobs
+
+
+class FrontendHello(Message, tag="frontend", frozen=True):
+    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds (infinity: never).
+
+    ``life`` is drawn once by a process: another under the same name has taken the place of one that died.
+    """
+
+    name: str
+    lease: float
+    life: int = 0
+
+
+class Submit(Message, tag="submit", frozen=True):
+    """A request, tokenised and hashed. Submitting the same ``request_id`` again is harmless.
+
+    ``handle`` is the frontend's own number for it and names it in every later message. ``hashes_h128`` are
+    the root and the chained hashes of the prompt's full pages (``engine/kv/hashing.py``), empty when prefix
+    caching is off. ``limit`` counts prompt and output tokens. ``grammar`` is what the output must follow, in the Lark
+    dialect of llguidance; empty: anything.
+    """
+
+    handle: int
+    request_id: str
+    prompt_i32: bytes
+    hashes_h128: bytes
+    limit: int
+    sampling: Sampling
+    priority: int = 0
+    grammar: str = ""
+
+
+class Abort(Message, tag="abort", frozen=True):
+    """The client went away, or the frontend saw a stop string: free the request. Acknowledged by FINISHED."""
+
+    handle: int
+
+
+class Heartbeat(Message, tag="heartbeat", frozen=True):
+    """A frontend is alive."""
+
+
+class Drain(Message, tag="drain", frozen=True):
+    """Accept nothing more, finish what runs within ``deadline`` seconds, then say so in ``ClusterState``."""
+
+    deadline: float
+
+
+class RankLost(Message, tag="lost", frozen=True):
+    """The launcher has confirmed that a rank is gone: its process exited, or its node is lost."""
+
+    rank: int
+    reason: str
+
+
+class HandleLogprobs(Message, frozen=True):
+    """``RowLogprobs`` for a frontend: ``position`` is the index among the request's output tokens."""
+
+    handle: int
+    position: int
+    chosen: float
+    top_ids_i32: bytes
+    top_f32: bytes
+
+
+class TokenBatch(Message, tag="tokens", frozen=True):
+    """All tokens of a step for one frontend: n entries, tokens ragged over ``counts_i32``.
+
+    ``positions_i32`` is the index of the entry's first token among the request's output tokens, so that a
+    frontend drops what it already has. ``finish_u8`` is a ``Finish`` per entry; an entry may carry no token.
+    """
+
+    step: int
+    handles_i64: bytes
+    positions_i32: bytes
+    counts_i32: bytes
+    tokens_i32: bytes
+    finish_u8: bytes
+    logprobs: tuple[HandleLogprobs, ...] = ()
+
+
+class Started(Message, tag="started", frozen=True):
+    """Requests that have left the queue: parallel vectors of handle and cached prompt tokens."""
+
+    handles_i64: bytes
+    cached_i32: bytes
+
+
+class Rejected(Message, tag="rejected", frozen=True):
+    """A request that was not accepted: an HTTP ``status`` (400 or 503) and the reason, in the user's words."""
+
+    handle: int
+    status: int
+    reason: str
+    retry_after: float = 0.0
+
+
+FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Stop
+
+
+ToFrontend = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop

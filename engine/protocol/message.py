@@ -1,0 +1,54 @@
+"""The base of all messages, and the values that several kinds of message carry."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+HASH_BYTES = 16
+
+
+class Message(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Base of every message: an immutable msgpack array."""
+
+
+class Sampling(Message, frozen=True):
+    """How the tokens of one request are drawn. Values are valid: the frontend has checked them.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``num_logprobs`` is
+    -1 for none, 0 for the chosen token alone, n for the n likeliest beside it. ``stop_i32`` are the ids
+    that end the sequence (end-of-sequence ids unless the request ignores them); they are masked until
+    ``min_tokens`` have been sampled. ``num_prompt_logprobs`` is as ``num_logprobs``, for every token of the prompt but the first.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    min_tokens: int = 0
+    num_logprobs: int = -1
+    stop_i32: bytes = b""
+    bias_ids_i32: bytes = b""
+    bias_values_f32: bytes = b""
+    num_prompt_logprobs: int = -1
+
+
+class Stop(Message, tag="stop", frozen=True):
+    """Leave cleanly: finish the step in hand, close sockets, exit 0."""
+
+    reason: str = ""
+
+
+class Finish(IntEnum):
+    """Why a request ended; 0 while it runs."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4

@@ -1,0 +1,81 @@
+"""Messages from a rank about a step: its result, or why there is none."""
+
+from __future__ import annotations
+
+from .message import Message
+
+
+class RowLogprobs(Message, frozen=True):
+    """Log-probabilities of one sampled token: ``row`` and ``index`` within the row's tokens of this step."""
+
+    row: int
+    index: int
+    chosen: float
+    top_ids_i32: bytes
+    top_f32: bytes
+
+
+class PromptLogprobs(Message, tag="prompt", frozen=True):
+    """Log-probabilities of a request's own prompt tokens from ``position`` (at least 1) on: theirs [n], and ids and values [n, top]
+    of the likeliest at each. ``of`` is the chunk by its place in ``extend`` where a rank reports, the handle where a frontend is told.
+
+    A token takes 4 + 8 x top bytes: 512 of them with the top 5 are 22,549 bytes, more than a step's message may have, so that the
+    planner cuts the chunks of such prompts (``step_builder``).
+    """
+
+    of: int
+    position: int
+    chosen_f32: bytes
+    top_ids_i32: bytes
+    top_f32: bytes
+
+
+class StepResult(Message, tag="result", frozen=True):
+    """What a rank did in a step.
+
+    ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty: one each).
+    ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is the time of the step
+    on the rank, ``waited`` the part of it spent waiting in collectives. ``expert_i64`` are token counts
+    [layer, own slot], empty unless asked for, and ``phases_f32`` the seconds spent in each of ``moe.phases``; both are of
+    all steps since they were last asked for.
+    """
+
+    group: int
+    epoch: int
+    step: int
+    rank: int
+    tokens_i32: bytes = b""
+    counts_u8: bytes = b""
+    ended_i32: bytes = b""
+    logprobs: tuple[RowLogprobs, ...] = ()
+    landed_i32: bytes = b""
+    copied_i32: bytes = b""
+    checksum: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    expert_i64: bytes = b""
+    phases_f32: bytes = b""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+
+
+class Refused(Message, tag="refused", frozen=True):
+    """A rank could not follow the chain: it has executed ``last_step`` and was sent something else."""
+
+    group: int
+    epoch: int
+    rank: int
+    last_step: int
+    step: int
+
+
+class Abandoned(Message, tag="abandoned", frozen=True):
+    """A rank is well but could not finish ``step``, because a peer did not answer: it waits for the next epoch."""
+
+    group: int
+    epoch: int
+    rank: int
+    step: int
+    reason: str
+
+
+FromRankStep = StepResult | Refused | Abandoned

@@ -1,0 +1,84 @@
+"""Values that a recipe leaves to the model or to the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
+from ...engine.protocol.specs import SchedulerSpec
+from ...kernels.formats.kv_format import KvFormat, parse_format
+from ...moe.config import MoEConfig
+from .recipe import Recipe
+
+_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+class ModelFacts(Protocol):
+    """What of a model is compared with a recipe."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def max_position(self) -> int: ...
+    @property
+    def moe(self) -> MoEConfig: ...
+    @property
+    def attention(self) -> GqaConfig | MlaConfig: ...
+
+
+def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """What does not fit between the recipe and the model; each line holds both values."""
+    found = []
+    max_len = recipe.model.max_len
+    if max_len is not None and max_len > config.max_position:
+        found.append(f"model.max_len = {max_len}: above the {config.max_position} positions of the model")
+    if recipe.model.dtype == "auto" and config.dtype not in _DTYPES:
+        found.append(f"model.dtype = auto: the checkpoint holds {config.dtype}, which is not computed in; use bf16 or fp32")
+    if recipe.kv_cache.dtype == "fp8" or (recipe.kv_cache.dtype == "auto" and recipe.cluster.device != "cpu"):
+        try:
+            kv_shapes(config.attention, "fp8")
+        except ValueError as error:
+            found.append(str(error))
+    if recipe.world > config.moe.num_experts:
+        num_experts = config.moe.num_experts
+        found.append(f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the {num_experts} experts of the model")
+    return found
+
+
+def dtype_of(recipe: Recipe, checkpoint: str) -> str:
+    """What the model computes in; ``checkpoint`` is the dtype of its file."""
+    return _DTYPES[checkpoint] if recipe.model.dtype == "auto" else recipe.model.dtype
+
+
+def fp8_experts_of(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
+    """Whether experts stay in the checkpoint's FP8: the kernels for it are those of GPUs. A dtype that is asked for is that of all."""
+    return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
+
+
+def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
+    """How pages hold keys and values; ``dtype`` is what the model computes in."""
+    wanted = recipe.kv_cache.dtype
+    if wanted != "auto":
+        return wanted
+    return "fp8" if device == "cuda" else parse_format(dtype)
+
+
+def dispatch_of(recipe: Recipe, device: str) -> str:
+    """all_to_all sends only what is needed but reads counts on the host, which a GPU step must not do."""
+    if recipe.experts.dispatch != "auto":
+        return recipe.experts.dispatch
+    if recipe.world == 1:
+        return "local"
+    return "all_to_all" if device == "cpu" else "all_gather"
+
+
+def scheduler_spec(recipe: Recipe) -> SchedulerSpec:
+    """The bounds of the planner."""
+    return SchedulerSpec(
+        max_batch_tokens=recipe.scheduler.max_batch_tokens,
+        max_running=recipe.scheduler.max_running,
+        max_queue=recipe.scheduler.max_queue,
+        inter_token_target=recipe.scheduler.inter_token_target,
+        prefix_caching=recipe.kv_cache.prefix_caching,
+        checksum_every=recipe.scheduler.checksum_every,
+    )

@@ -1,0 +1,47 @@
+"""The CURVE keys of one run."""
+
+from __future__ import annotations
+
+from ...engine.protocol.sockets import new_keypair
+from ...engine.protocol.specs import Keys
+from ..recipe.recipe import Recipe
+
+
+class Keyring:
+    """The CURVE keys of one run: a pair each for the controller's and the lobby's sockets, and one per client process."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._controller = new_keypair()
+        self._lobby = new_keypair()
+        self._clients = {name: new_keypair() for name in names}
+
+    @property
+    def controller(self) -> tuple[str, str]:
+        """(public, secret) of the controller's server sockets."""
+        return self._controller
+
+    @property
+    def lobby(self) -> tuple[str, str]:
+        """(public, secret) of the lobby's server socket."""
+        return self._lobby
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """Public keys of all clients."""
+        return tuple(public for public, _ in self._clients.values())
+
+    def to_controller(self, name: str) -> Keys:
+        return self._keys(self._controller[0], name)
+
+    def to_lobby(self, name: str) -> Keys:
+        return self._keys(self._lobby[0], name)
+
+    def _keys(self, server_public: str, name: str) -> Keys:
+        public, secret = self._clients[name]
+        return Keys(server_public=server_public, public=public, secret=secret)
+
+
+def process_names(recipe: Recipe) -> list[str]:
+    """Every process that needs a key, the launcher included."""
+    ranks = [f"rank {rank}" for rank in range(recipe.world)]
+    return ["launcher", "controller 0", *[f"frontend {index}" for index in range(recipe.frontend.processes)], *ranks]
