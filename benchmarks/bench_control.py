@@ -1,9 +1,11 @@
-"""The control path: the real controller process, CURVE sockets, simulated ranks and frontends under steady churn.
+"""The control path: the real controller process, CURVE sockets, simulated ranks and frontends under
+steady churn.
 
     python benchmarks/bench_control.py --ranks 72 --seconds 20
 
-Measured at the ranks' end, where it matters: from a step's first result leaving a rank to the following plan having reached the last
-rank of a process. A planner-only figure stands beside it: the planner's own time per step, divided into rows and admissions.
+Measured at the ranks' end, where it matters: from a step's first result leaving a rank to the
+following plan having reached the last rank of a process. A planner-only figure stands beside it:
+the planner's own time per step, divided into rows and admissions.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ ROWS = Path(__file__).parent / "control.csv"
 
 
 class Prompts:
-    """Random prompts of 4,096 tokens with made-up hashes, as frontends would send them; outputs of 500 tokens, first ones staggered."""
+    """Random prompts of 4,096 tokens with made-up hashes, as frontends would send them; outputs of
+    500 tokens, first ones staggered.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -53,7 +57,9 @@ class Prompts:
     def submit(self, handle: int, *, first: bool) -> Submit:
         output = int(self._random.integers(1, OUTPUT + 1)) if first else OUTPUT
         hashes = self._root + self._random.bytes(16 * (PROMPT // PAGE))
-        return Submit(handle, f"request-{handle}", self._tokens, hashes, PROMPT + output, Sampling(seed=handle))
+        return Submit(
+            handle, f"request-{handle}", self._tokens, hashes, PROMPT + output, Sampling(seed=handle)
+        )
 
 
 def controller_process(spec: bytes, addresses: Queue[Any], out: Queue[Any]) -> None:
@@ -72,11 +78,18 @@ def ranks_process(spec: bytes, out: Queue[Any]) -> None:
     out.put(("ranks", ranks.timeline.first_result, ranks.timeline.plan_complete))
 
 
-def frontends_process(names: list[str], keys: bytes, address: str, open_requests: int, seconds: float, out: Queue[Any]) -> None:
-    """Several frontends in one process: each keeps its share of requests open and replaces every one that ends."""
+def frontends_process(
+    names: list[str], keys: bytes, address: str, open_requests: int, seconds: float, out: Queue[Any]
+) -> None:
+    """Several frontends in one process: each keeps its share of requests open and replaces every
+    one that ends.
+    """
     context = zmq.Context()
     client = msgspec.json.decode(keys, type=Keys)
-    sockets = {client_socket(context, zmq.DEALER, client, name.encode()): Prompts(index) for index, name in enumerate(names)}
+    sockets = {
+        client_socket(context, zmq.DEALER, client, name.encode()): Prompts(index)
+        for index, name in enumerate(names)
+    }
     poller = zmq.Poller()
     decoder = msgspec.msgpack.Decoder(ToFrontend)
     handles = dict.fromkeys(sockets, 0)
@@ -125,7 +138,9 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
         allowed=(client[0], launcher[0]),
         layout=Layout(data=num_ranks),
         # Without pacing a plan leaves as soon as it can, which is what is measured.
-        scheduler=SchedulerSpec(max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0),
+        scheduler=SchedulerSpec(
+            max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0
+        ),
         model_max_len=MAX_LEN,
         max_len=None,
     )
@@ -149,7 +164,10 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
     share = num_ranks * RUNNING_PER_RANK // len(names)
     others = [
         context.Process(target=ranks_process, args=(msgspec.json.encode(simulated), out)),
-        context.Process(target=frontends_process, args=(names, msgspec.json.encode(keys), frontend_address, share, seconds, out)),
+        context.Process(
+            target=frontends_process,
+            args=(names, msgspec.json.encode(keys), frontend_address, share, seconds, out),
+        ),
     ]
     for process in others:
         process.start()
@@ -165,7 +183,12 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
 
 def stop_controller(server_public: str, launcher: tuple[str, str], address: str) -> None:
     context = zmq.Context()
-    socket = client_socket(context, zmq.DEALER, Keys(server_public=server_public, public=launcher[0], secret=launcher[1]), b"launcher")
+    socket = client_socket(
+        context,
+        zmq.DEALER,
+        Keys(server_public=server_public, public=launcher[0], secret=launcher[1]),
+        b"launcher",
+    )
     socket.connect(address)
     socket.send(encode(Stop("the benchmark is over")))
     socket.close(linger=2000)
@@ -178,18 +201,33 @@ def _collect(out: Queue[Any], seconds: float, stop: Callable[[], None]) -> dict[
     try:
         rest = {message[0]: message[1:] for message in (out.get(timeout=60), out.get(timeout=60))}
     except queue.Empty:
-        raise TimeoutError("controller or simulated ranks did not hand in their figures within 60 s") from None
+        raise TimeoutError(
+            "controller or simulated ranks did not hand in their figures within 60 s"
+        ) from None
     first_result, plan_complete = rest["ranks"]
     steps = sorted(step for step in first_result if step + 2 in plan_complete)
-    # A step's first result makes room for the plan two steps on: one is executing already. The first half is the ramp.
-    gaps = 1000 * np.array([plan_complete[step + 2] - first_result[step] for step in steps[len(steps) // 2 :]])
+    # A step's first result makes room for the plan two steps on: one is executing already. The
+    # first half is the ramp.
+    gaps = 1000 * np.array(
+        [plan_complete[step + 2] - first_result[step] for step in steps[len(steps) // 2 :]]
+    )
     own, largest, busy = rest["controller"]
     seen = [float(np.percentile(gaps, share)) for share in (20, 50, 80, 99)]
-    return {"steps": len(gaps), "own": own, "seen": seen, "largest": largest, "busy": busy, "tokens": tokens, "admissions": admissions}
+    return {
+        "steps": len(gaps),
+        "own": own,
+        "seen": seen,
+        "largest": largest,
+        "busy": busy,
+        "tokens": tokens,
+        "admissions": admissions,
+    }
 
 
 def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
-    """The planner alone, in this process: microseconds per running row, and per admission, by regression over the steps."""
+    """The planner alone, in this process: microseconds per running row, and per admission, by
+    regression over the steps.
+    """
     layout = Layout(data=num_ranks)
     spec = SchedulerSpec(max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0)
     settings = Settings(layout, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
@@ -217,18 +255,27 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
         spent += time.perf_counter() - start
         admitted = sum(isinstance(message, Stage) for _, message in staging)
         samples.append((int((planner.group.rows.state == 4).sum()), admitted, spent))
-    rows, admissions, seconds = (np.array(column, float) for column in zip(*samples[len(samples) // 2 :], strict=True))
-    # A line through the medians for each number of admissions: the intercept is the rows' share, the slope an admission's.
+    rows, admissions, seconds = (
+        np.array(column, float) for column in zip(*samples[len(samples) // 2 :], strict=True)
+    )
+    # A line through the medians for each number of admissions: the intercept is the rows' share,
+    # the slope an admission's.
     counts = np.unique(admissions)
     medians = np.array([np.median(seconds[admissions == count]) for count in counts])
     weights = np.sqrt([np.count_nonzero(admissions == count) for count in counts])
     per_admission, of_rows = np.polyfit(counts, medians, 1, w=weights)
     per_row = of_rows / rows.mean()
-    return {"rows": float(rows.mean()), "us_per_row": 1e6 * float(per_row), "us_per_admission": 1e6 * float(per_admission)}
+    return {
+        "rows": float(rows.mean()),
+        "us_per_row": 1e6 * float(per_row),
+        "us_per_admission": 1e6 * float(per_admission),
+    }
 
 
 def write_rows(rows: list[dict[str, object]]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     versions = f"python {platform.python_version()}, pyzmq {zmq.__version__}"
     common = {"hardware": f"{os.cpu_count()} cores, {cpu_name()}", "versions": versions, "commit": commit}
     fields = ["what", "shape", "p20", "p50", "p80", "p99", "unit", "limit", *common]
@@ -270,16 +317,33 @@ def main() -> None:
             f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
         )
         shape = f"{num_ranks} ranks, {running} running"
-        for what, key in (("first result read to next plan sent", "own"), ("first result sent to next plan received by all", "seen")):
-            times = {name: f"{value:.3f}" for name, value in zip(("p20", "p50", "p80", "p99"), found[key], strict=True)}
+        for what, key in (
+            ("first result read to next plan sent", "own"),
+            ("first result sent to next plan received by all", "seen"),
+        ):
+            times = {
+                name: f"{value:.3f}"
+                for name, value in zip(("p20", "p50", "p80", "p99"), found[key], strict=True)
+            }
             rows.append({"what": what, "shape": shape, "unit": "ms", "limit": goal} | times)
         alone = run_planner(num_ranks, 800)
         print(
             f"  planner alone: {alone['us_per_row']:.3f} us per running row (goal 0.1; vLLM's scheduler 10-12), "
             f"{alone['us_per_admission']:.1f} us per admission (goal 30)"
         )
-        for what, key, limit in (("planner per running row", "us_per_row", 0.1), ("planner per admission", "us_per_admission", 30)):
-            rows.append({"what": what, "shape": f"{alone['rows']:.0f} rows", "p50": f"{alone[key]:.4f}", "unit": "us", "limit": limit})
+        for what, key, limit in (
+            ("planner per running row", "us_per_row", 0.1),
+            ("planner per admission", "us_per_admission", 30),
+        ):
+            rows.append(
+                {
+                    "what": what,
+                    "shape": f"{alone['rows']:.0f} rows",
+                    "p50": f"{alone[key]:.4f}",
+                    "unit": "us",
+                    "limit": limit,
+                }
+            )
     if not arguments.no_rows:
         write_rows(rows)
 

@@ -1,13 +1,15 @@
-"""CPU time of the frontends per streamed token, beside the bare cost of an ASGI write, and the tokens per second they stream.
+"""CPU time of the frontends per streamed token, beside the bare cost of an ASGI write, and the
+tokens per second they stream.
 
-Processes: this one (which accepts connections, as the launcher does), a mock controller that sends a step's tokens every 20 ms, one or
-two frontends (``server.main``, real sockets), and a client that reads 256 streams and throws them away. The limit is measured in the
-same way with an application that writes a constant chunk of the same size to each stream: what uvicorn, uvloop and the kernel take.
-CPU time is that of whole processes, their ZeroMQ threads included. Windows of both alternate.
+Processes: this one (which accepts connections, as the launcher does), a mock controller that sends
+a step's tokens every 20 ms, one or two frontends (``server.main``, real sockets), and a client that
+reads 256 streams and throws them away. The limit is measured in the same way with an application
+that writes a constant chunk of the same size to each stream: what uvicorn, uvloop and the kernel
+take. CPU time is that of whole processes, their ZeroMQ threads included. Windows of both alternate.
 
-Rows called "saturated" have steps of 2 ms and count the chunks that the client has read: chunks per second
-follow the number of frontends where there are cores for them, for the mock controller and for the client. A frontend that lags merges
-tokens, so that there may be fewer chunks than tokens.
+Rows called "saturated" have steps of 2 ms and count the chunks that the client has read: chunks per
+second follow the number of frontends where there are cores for them, for the mock controller and
+for the client. A frontend that lags merges tokens, so that there may be fewer chunks than tokens.
 
     python benchmarks/bench_frontend.py [--streams 256] [--windows 7] [--seconds 2] [--processes 1 2] [--per-chunk 1 4] [--saturated]
 """
@@ -37,7 +39,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # a script here must not shadow a package
+sys.path[:] = [
+    entry for entry in sys.path if Path(entry or ".").resolve() != HERE
+]  # a script here must not shadow a package
 sys.path.append(str(HERE.parent / "tests"))
 
 import msgspec  # noqa: E402
@@ -62,7 +66,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``per_chunk`` tokens in every step of every stream, ``processes`` frontends, steps of ``step_seconds``."""
+    """One row: ``per_chunk`` tokens in every step of every stream, ``processes`` frontends, steps
+    of ``step_seconds``.
+    """
 
     streams: int
     per_chunk: int
@@ -76,7 +82,9 @@ class Case:
     @property
     def shape(self) -> str:
         step = f"{self.step_seconds * 1000:.0f}ms" if self.step_seconds >= 0.001 else "none"
-        return f"streams={self.streams} tokens_per_chunk={self.per_chunk} step={step} processes={self.processes}"
+        return (
+            f"streams={self.streams} tokens_per_chunk={self.per_chunk} step={step} processes={self.processes}"
+        )
 
 
 # --------------------------------------------------------------------------- the processes
@@ -113,7 +121,13 @@ class BareStreams:
         self._sends: list[Send] = []
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream")],
+            }
+        )
         self._sends.append(send)
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -134,7 +148,9 @@ def bare(pipe: Connection, chunk: bytes, counter: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         pipe.send(listener.getsockname()[1])
         writing = asyncio.create_task(app.write())
-        config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False)
+        config = uvicorn.Config(
+            app, http="httptools", ws="none", lifespan="off", log_level="warning", access_log=False
+        )
         await uvicorn.Server(config).serve([listener])
         writing.cancel()
 
@@ -143,9 +159,21 @@ def bare(pipe: Connection, chunk: bytes, counter: Any) -> None:
 
 
 def clients(port: int, streams: int, ready: Any, chunks: Any) -> None:
-    """Opens the streams and throws away what comes, counting ``chunks`` if given; sets ``ready`` when each has sent something."""
-    body = msgspec.json.encode({"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": True, "ignore_eos": True})
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    """Opens the streams and throws away what comes, counting ``chunks`` if given; sets ``ready``
+    when each has sent something.
+    """
+    body = msgspec.json.encode(
+        {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "stream": True,
+            "ignore_eos": True,
+        }
+    )
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+    )
 
     async def one(started: asyncio.Semaphore) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -173,12 +201,16 @@ def clients(port: int, streams: int, ready: Any, chunks: Any) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all its threads (Linux: the clock id that clock_getcpuclockid gives)."""
+    """CPU time of a process and all its threads (Linux: the clock id that clock_getcpuclockid
+    gives).
+    """
     return time.clock_gettime((~pid << 3) | 2)
 
 
 class Load:
-    """Server processes with their streams open: ``window`` measures microseconds of CPU per token (or chunk), and how many a second."""
+    """Server processes with their streams open: ``window`` measures microseconds of CPU per token
+    (or chunk), and how many a second.
+    """
 
     def __init__(self, pids: list[int], counter: Any) -> None:
         self._pids = pids
@@ -288,15 +320,20 @@ def sample_chunk(per_chunk: int) -> bytes:
     """A chunk of the size the frontend writes."""
     text = "lazy " * per_chunk
     shared = b'{"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"tiny"'
-    return b'data: %s,"choices":[{"index":0,"delta":{"content":"%s"},"logprobs":null,"finish_reason":null}]}\n\n' % (
-        shared,
-        text.encode(),
+    return (
+        b'data: %s,"choices":[{"index":0,"delta":{"content":"%s"},"logprobs":null,"finish_reason":null}]}\n\n'
+        % (
+            shared,
+            text.encode(),
+        )
     )
 
 
 @dataclass
 class Measured:
-    """Windows of a case: microseconds of CPU per token, tokens (or chunks) per second, and the median cost of a bare write per token."""
+    """Windows of a case: microseconds of CPU per token, tokens (or chunks) per second, and the
+    median cost of a bare write per token.
+    """
 
     cpu: list[float]
     rate: list[float]
@@ -304,7 +341,9 @@ class Measured:
 
 
 def measure(case: Case, model: Path, windows: int, seconds: float) -> Measured:
-    """Windows of the frontends and, where steps pause, of bare writes in turn; beside saturated ones a bare write measures nothing."""
+    """Windows of the frontends and, where steps pause, of bare writes in turn; beside saturated
+    ones a bare write measures nothing.
+    """
     bench = Bench(model)
     try:
         measured = bench.frontend(case)
@@ -326,17 +365,29 @@ def measure(case: Case, model: Path, windows: int, seconds: float) -> Measured:
 
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     return f"{model}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
 def versions() -> str:
     names = ("uvicorn", "uvloop", "httptools", "fastapi", "pyzmq", "msgspec", "tokenizers")
-    return " ".join([f"python {platform.python_version()}", *(f"{name} {importlib.metadata.version(name)}" for name in names)])
+    return " ".join(
+        [
+            f"python {platform.python_version()}",
+            *(f"{name} {importlib.metadata.version(name)}" for name in names),
+        ]
+    )
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "-C", str(HERE.parent), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(HERE.parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -352,13 +403,18 @@ def record(path: Path, case: Case, measured: Measured) -> None:
 def row(path: Path, case: Case, unit: str, values: list[float], limit: float) -> None:
     quintiles = statistics.quantiles(values, n=5, method="inclusive")
     p20, p50, p80 = quintiles[0], statistics.median(values), quintiles[3]
-    print(f"{case.what:28} {case.shape:60} p20 {p20:9.2f}  p50 {p50:9.2f}  p80 {p80:9.2f} {unit}   bare write {limit:6.2f}", flush=True)
+    print(
+        f"{case.what:28} {case.shape:60} p20 {p20:9.2f}  p50 {p50:9.2f}  p80 {p80:9.2f} {unit}   bare write {limit:6.2f}",
+        flush=True,
+    )
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(COLUMNS)
-        figures = [f"{value:.2f}" for value in (p20, p50, p80)] + ["" if math.isnan(limit) else f"{limit:.2f}"]
+        figures = [f"{value:.2f}" for value in (p20, p50, p80)] + [
+            "" if math.isnan(limit) else f"{limit:.2f}"
+        ]
         writer.writerow([case.what, case.shape, unit, *figures, hardware(), versions(), commit()])
 
 
@@ -376,7 +432,12 @@ def main() -> None:
         model = write_model(Path(folder) / "model")
         for processes in options.processes:
             for per_chunk in options.per_chunk:
-                case = Case(options.streams, per_chunk, processes, SATURATED_SECONDS if options.saturated else STEP_SECONDS)
+                case = Case(
+                    options.streams,
+                    per_chunk,
+                    processes,
+                    SATURATED_SECONDS if options.saturated else STEP_SECONDS,
+                )
                 record(options.csv, case, measure(case, model, options.windows, options.seconds))
 
 

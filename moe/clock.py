@@ -1,6 +1,8 @@
-"""How long the phases of an MoE layer take on this rank: around a dispatcher of either kind, so that the layer does not have to know.
+"""How long the phases of an MoE layer take on this rank: around a dispatcher of either kind, so
+that the layer does not have to know.
 
-On a GPU the times are those of the device, taken by events in one step of many and read when they have long passed: nothing waits.
+On a GPU the times are those of the device, taken by events in one step of many and read when they
+have long passed: nothing waits.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ _T = TypeVar("_T")
 
 
 class PhaseClock(Protocol):
-    """Seconds by phase. ``mark`` says that something else has happened until now, ``lap`` that a phase has."""
+    """Seconds by phase. ``mark`` says that something else has happened until now, ``lap`` that a
+    phase has.
+    """
 
     def begin_step(self) -> None: ...
 
@@ -55,7 +59,8 @@ class HostClock:
 
 
 class DeviceClock:
-    """The time of a stream, measured in the step after ``take`` and scaled to the steps until the next one.
+    """The time of a stream, measured in the step after ``take`` and scaled to the steps until the
+    next one.
 
     ``begin_step`` counts steps. Events that have not passed at ``take`` are left for the next one.
     """

@@ -11,8 +11,9 @@ from ..kernels.routing import Routing
 class MoEConfig(Routing):
     """Sizes of a layer, and the rule it chooses experts by.
 
-    ``selection_bias`` adds a per-expert bias to the scores for selection alone. ``shared_width`` is the intermediate width of the
-    shared experts together, 0 for none; with ``shared_gate`` a sigmoid gate scales their output for every token (Qwen2-MoE).
+    ``selection_bias`` adds a per-expert bias to the scores for selection alone. ``shared_width`` is
+    the intermediate width of the shared experts together, 0 for none; with ``shared_gate`` a
+    sigmoid gate scales their output for every token (Qwen2-MoE).
     """
 
     hidden: int

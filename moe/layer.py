@@ -15,28 +15,39 @@ from .experts import Experts, Fp8Experts
 
 
 class Gate(nn.Module):
-    """What chooses experts, by ``kernels.sublayers.choose_experts``. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32
-    whatever the model's dtype."""
+    """What chooses experts, by ``kernels.sublayers.choose_experts``. ``weight`` [E, D] and
+    ``e_score_correction_bias`` [E] are float32 whatever the model's dtype.
+    """
 
     def __init__(self, config: MoEConfig, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden, device=device), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(config.num_experts, config.hidden, device=device), requires_grad=False
+        )
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.selection_bias:
-            self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_experts, device=device), requires_grad=False)
+            self.e_score_correction_bias = nn.Parameter(
+                torch.empty(config.num_experts, device=device), requires_grad=False
+            )
         self.weights = GateWeights(self.weight, self.e_score_correction_bias, config)
 
 
 class _Weight(nn.Module):
-    """A matrix without bias, so that its parameter is called ``<name>.weight`` as in the checkpoint."""
+    """A matrix without bias, so that its parameter is called ``<name>.weight`` as in the
+    checkpoint.
+    """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False
+        )
 
 
 class SharedExperts(nn.Module):
-    """The experts every token passes, as one SwiGLU block of ``shared_width``, and the gate of their output if there is one."""
+    """The experts every token passes, as one SwiGLU block of ``shared_width``, and the gate of
+    their output if there is one.
+    """
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
         super().__init__()
@@ -58,8 +69,9 @@ class SharedExperts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Layer ``layer`` (counted among MoE layers) of a model; its experts are those of the dispatcher's placement, in ``dtype`` or
-    in block-scaled FP8."""
+    """Layer ``layer`` (counted among MoE layers) of a model; its experts are those of the
+    dispatcher's placement, in ``dtype`` or in block-scaled FP8.
+    """
 
     def __init__(
         self,
@@ -75,7 +87,11 @@ class MoELayer(nn.Module):
         self.gate = Gate(config, device)
         num_slots = dispatcher.placement.num_slots
         plain = not fp8_experts
-        self.experts = Experts(config, num_slots, dtype, device, ops) if plain else Fp8Experts(config, num_slots, device, ops)
+        self.experts = (
+            Experts(config, num_slots, dtype, device, ops)
+            if plain
+            else Fp8Experts(config, num_slots, device, ops)
+        )
         self.shared_experts = SharedExperts(config, dtype, device, ops) if config.shared_width else None
         self._ops = ops
         self._dispatcher = dispatcher
@@ -83,7 +99,9 @@ class MoELayer(nn.Module):
         self._top_k = config.top_k
 
     def forward(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:
-        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange. Shared experts run while tokens travel."""
+        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange.
+        Shared experts run while tokens travel.
+        """
         dispatcher = self._dispatcher
         if isinstance(dispatcher, LocalDispatcher):
 

@@ -1,4 +1,6 @@
-"""Collectives of one group of ranks: started asynchronously, awaited with a deadline, rebuilt for every epoch."""
+"""Collectives of one group of ranks: started asynchronously, awaited with a deadline, rebuilt for
+every epoch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCP
 
 
 class CollectiveError(RuntimeError):
-    """A collective did not complete: a peer is gone, or the deadline passed. Names the collective and the group."""
+    """A collective did not complete: a peer is gone, or the deadline passed. Names the collective
+    and the group.
+    """
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def connect_store(host: str, port: int, deadline: float) -> TCPStore:
 
 
 class Collectives:
-    """The process group of ``size`` ranks in which this one is ``index``; a group of one needs no store and moves nothing.
+    """The process group of ``size`` ranks in which this one is ``index``; a group of one needs no
+    store and moves nothing.
 
     ``waited`` counts the seconds spent in waits.
     """
@@ -62,7 +67,9 @@ class Collectives:
         self._group: Any = None  # torch's stubs do not show what a backend can do
 
     def build(self, epoch: int) -> None:
-        """Meets the other ranks under a prefix of this epoch; a group of an earlier epoch is destroyed first."""
+        """Meets the other ranks under a prefix of this epoch; a group of an earlier epoch is
+        destroyed first.
+        """
         self.destroy()
         if self.size == 1:
             return
@@ -71,16 +78,23 @@ class Collectives:
         try:
             self._group = self._new_group(PrefixStore(prefix, self._store))
         except RuntimeError as error:
-            raise CollectiveError(f"{prefix}: rank {self.index} did not meet its {self.size - 1} peers: {_first_line(error)}") from error
+            raise CollectiveError(
+                f"{prefix}: rank {self.index} did not meet its {self.size - 1} peers: {_first_line(error)}"
+            ) from error
 
     def destroy(self) -> None:
-        """Drops the process group; collectives under way on it fail. Without a group nothing happens."""
+        """Drops the process group; collectives under way on it fail. Without a group nothing
+        happens.
+        """
         group, self._group = self._group, None
         if group is not None:
             group.abort()
 
-    def all_to_all(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str) -> Pending:
-        """Sends ``rows`` in ``size`` runs, run r to rank r, and receives one from each, in rank order.
+    def all_to_all(
+        self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str
+    ) -> Pending:
+        """Sends ``rows`` in ``size`` runs, run r to rank r, and receives one from each, in rank
+        order.
 
         send and receive are the rows per rank; None where all runs are equally long.
         """
@@ -104,7 +118,9 @@ class Collectives:
         return Pending(what, output, self._group._reduce_scatter_base(output, rows))
 
     def wait(self, pending: Pending) -> Tensor:
-        """The result of a collective. Raises CollectiveError when a peer is gone or the deadline has passed."""
+        """The result of a collective. Raises CollectiveError when a peer is gone or the deadline
+        has passed.
+        """
         if pending.work is None:
             return pending.output
         start = time.perf_counter()
@@ -113,12 +129,16 @@ class Collectives:
         except RuntimeError as error:
             seconds = time.perf_counter() - start
             detail = f"after {seconds:.1f} s of {self._deadline.total_seconds():g} s: {_first_line(error)}"
-            raise CollectiveError(f"{self._name}: rank {self.index} waited for {pending.what} {detail}") from error
+            raise CollectiveError(
+                f"{self._name}: rank {self.index} waited for {pending.what} {detail}"
+            ) from error
         self.waited += time.perf_counter() - start
         return pending.output
 
     def _new_group(self, store: Store) -> Any:
-        """A group of its own rather than torch's global one, so that two clusters can live in one process."""
+        """A group of its own rather than torch's global one, so that two clusters can live in one
+        process.
+        """
         if self._device.type == "cpu":
             return ProcessGroupGloo(store, self.index, self.size, self._deadline)
         from torch._C._distributed_c10d import ProcessGroupNCCL

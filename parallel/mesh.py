@@ -1,7 +1,8 @@
 """The factorings of a group's world.
 
-A world is pipeline x data x tensor, rank-major in that order. Within a pipeline stage the experts are spread over all
-data x tensor ranks, whatever the attention does: a second factoring of the same world, pipeline x experts.
+A world is pipeline x data x tensor, rank-major in that order. Within a pipeline stage the experts
+are spread over all data x tensor ranks, whatever the attention does: a second factoring of the same
+world, pipeline x experts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank stands: its stage, data index and tensor index, and its index among the ranks that share experts."""
+    """Where a rank stands: its stage, data index and tensor index, and its index among the ranks
+    that share experts.
+    """
 
     stage: int
     data: int

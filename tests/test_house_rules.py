@@ -1,4 +1,6 @@
-"""The rules of the house that a machine can hold: which way imports point, what stays free of torch and of ranks, sizes."""
+"""The rules of the house that a machine can hold: which way imports point, what stays free of torch
+and of ranks, sizes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ RANK_WORDS = re.compile(
     r"torch\.distributed|\bdist\.|process_group|all_gather|all_reduce|all_to_all|reduce_scatter|\b(?:\w+_)?ranks?\b|world_size",
     re.IGNORECASE,
 )
-LOW_RANK = re.compile(r"\b(?:q|kv)_(?:lora_)?rank\b|\blow[- ]rank\b")  # the rank of a factor (MLA) is not one of a group
+LOW_RANK = re.compile(
+    r"\b(?:q|kv)_(?:lora_)?rank\b|\blow[- ]rank\b"
+)  # the rank of a factor (MLA) is not one of a group
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
@@ -75,7 +79,9 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             names = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from ((node.lineno, name.removeprefix("lockstep.")) for name in names if name.startswith("lockstep."))
+        yield from (
+            (node.lineno, name.removeprefix("lockstep.")) for name in names if name.startswith("lockstep.")
+        )
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -101,16 +107,33 @@ def test_imports_inside_the_package_are_relative() -> None:
         where(path, node.lineno)
         for path in SOURCES
         for node in ast.walk(tree(path))
-        if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "lockstep")
-        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "lockstep" for alias in node.names))
+        if (
+            isinstance(node, ast.ImportFrom)
+            and not node.level
+            and (node.module or "").split(".")[0] == "lockstep"
+        )
+        or (
+            isinstance(node, ast.Import)
+            and any(alias.name.split(".")[0] == "lockstep" for alias in node.names)
+        )
     ]
     assert not wrong
 
 
 def test_no_import_cycles() -> None:
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES if path.name != "__init__.py"}
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in SOURCES
+        if path.name != "__init__.py"
+    }
     edges = {
-        module: {target for _, name in imported(path) for target in (name, name.rpartition(".")[0]) if target in modules} - {module}
+        module: {
+            target
+            for _, name in imported(path)
+            for target in (name, name.rpartition(".")[0])
+            if target in modules
+        }
+        - {module}
         for module, path in modules.items()
     }
     done: set[str] = set()
@@ -129,14 +152,19 @@ def test_no_import_cycles() -> None:
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_imports_without_torch(module: str) -> None:
     code = f"import sys, lockstep.{module}; sys.exit('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 0, result.stderr or f"importing lockstep.{module} imports torch"
 
 
 @pytest.mark.parametrize("module", WITH_TORCH)
 def test_the_torch_check_can_fail(module: str) -> None:
     code = f"import sys, lockstep.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 1
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode
+        == 1
+    )
 
 
 def test_models_and_kernels_know_nothing_of_ranks() -> None:
@@ -151,19 +179,25 @@ def test_models_and_kernels_know_nothing_of_ranks() -> None:
 
 
 def test_the_environment_is_read_in_launch_only() -> None:
-    readers = {path for path in SOURCES if re.search(r"os\.environ|getenv|putenv", path.read_text(encoding="utf-8"))}
+    readers = {
+        path for path in SOURCES if re.search(r"os\.environ|getenv|putenv", path.read_text(encoding="utf-8"))
+    }
     assert not [str(path) for path in readers if not path.is_relative_to(ROOT / "launch")]
     assert ROOT / "launch" / "environment.py" in readers
 
 
 def test_files_are_one_noun_and_not_long() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES
+    }
     assert not {name: length for name, length in lengths.items() if length > MAX_FILE_LINES}
     assert not [name for name in lengths if Path(name).stem in FORBIDDEN_NAMES]
 
 
 def exempt(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Kernels of Triton and Numba take arrays and may be long, and a command's parameters are its options."""
+    """Kernels of Triton and Numba take arrays and may be long, and a command's parameters are its
+    options.
+    """
     decorators = " ".join(ast.unparse(decorator) for decorator in function.decorator_list)
     return any(name in decorators for name in ("triton", "njit", "inner(", "intrinsic", "command"))
 
@@ -195,8 +229,16 @@ def test_no_module_level_mutable_state() -> None:
     for path in SOURCES:
         for node in tree(path).body:
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-            empty = (isinstance(value, ast.List | ast.Set) and not value.elts) or (isinstance(value, ast.Dict) and not value.keys)
-            made = isinstance(value, ast.Call) and ast.unparse(value.func) in ("list", "dict", "set", "defaultdict", "deque")
+            empty = (isinstance(value, ast.List | ast.Set) and not value.elts) or (
+                isinstance(value, ast.Dict) and not value.keys
+            )
+            made = isinstance(value, ast.Call) and ast.unparse(value.func) in (
+                "list",
+                "dict",
+                "set",
+                "defaultdict",
+                "deque",
+            )
             if empty or made:
                 wrong.append(where(path, node.lineno))
         wrong += [where(path, node.lineno) for node in ast.walk(tree(path)) if isinstance(node, ast.Global)]
@@ -204,7 +246,9 @@ def test_no_module_level_mutable_state() -> None:
 
 
 def test_packages_are_listed() -> None:
-    """setup lists the packages by hand; a new folder must be in it, or it is missing from an installed copy."""
+    """setup lists the packages by hand; a new folder must be in it, or it is missing from an
+    installed copy.
+    """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     folders = {path.parent.relative_to(ROOT) for path in SOURCES}
     for folder in folders:

@@ -1,7 +1,8 @@
-"""The controller process: moves messages between sockets and the planner, and decides when a plan leaves.
+"""The controller process: moves messages between sockets and the planner, and decides when a plan
+leaves.
 
-One thread, no asyncio, no HTTP. The order within a turn is the order of urgency: results, plan out, then admission, staging and output,
-then housekeeping twice a second.
+One thread, no asyncio, no HTTP. The order within a turn is the order of urgency: results, plan out,
+then admission, staging and output, then housekeeping twice a second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from ..planner.ledger import StateMismatch
 from ..planner.planner import Planner
 from ..planner.settings import Settings
 from ..protocol.bulk import RankHello, Staged
-from ..protocol.frontends import Abort, Drain, FromFrontend, FrontendHello, Heartbeat, RankLost, Rejected, Submit
+from ..protocol.frontends import (
+    Abort,
+    Drain,
+    FromFrontend,
+    FrontendHello,
+    Heartbeat,
+    RankLost,
+    Rejected,
+    Submit,
+)
 from ..protocol.lobby import Lobby
 from ..protocol.message import Stop
 from ..protocol.results import Refused, StepResult
@@ -94,11 +104,15 @@ class Controller:
             for message in self._transport.bulk_messages():
                 if isinstance(message, RankHello):
                     hellos[message.rank] = message
-                    self._lobby.report("starting", f"{len(hellos)} of {world} ranks are here", len(hellos) / world)
+                    self._lobby.report(
+                        "starting", f"{len(hellos)} of {world} ranks are here", len(hellos) / world
+                    )
             self._listen_to_frontends(time.monotonic())
             if time.monotonic() > deadline:
                 missing = [rank for rank in range(world) if rank not in hellos]
-                raise TimeoutError(f"ranks {missing} have not reported within {self._spec.rank_deadline:.0f} s")
+                raise TimeoutError(
+                    f"ranks {missing} have not reported within {self._spec.rank_deadline:.0f} s"
+                )
         if self._stopping:
             return
         settings = self._settings(hellos)
@@ -110,9 +124,14 @@ class Controller:
         self._lobby.report("ready", f"{world} ranks, {pages}, context {settings.max_len}")
 
     def _settings(self, hellos: dict[int, RankHello]) -> Settings:
-        """Pool sizes and the longest context; raises ValueError when the configured context does not fit."""
+        """Pool sizes and the longest context; raises ValueError when the configured context does
+        not fit.
+        """
         layout = self._spec.layout
-        group = [[hellos[rank] for rank in hellos if rank // layout.tensor % layout.data == data] for data in range(layout.data)]
+        group = [
+            [hellos[rank] for rank in hellos if rank // layout.tensor % layout.data == data]
+            for data in range(layout.data)
+        ]
         num_pages = [min(hello.num_pages for hello in members) for members in group]
         page_size = hellos[0].page_size
         fits = min(num_pages) * page_size
@@ -125,7 +144,12 @@ class Controller:
         max_len = wanted if wanted is not None else min(self._spec.model_max_len, fits)
         if max_len < self._spec.model_max_len:
             known = self._spec.model_max_len
-            log.info("the context is limited to %d tokens of the model's %d by the KV cache (%d tokens a rank)", max_len, known, fits)
+            log.info(
+                "the context is limited to %d tokens of the model's %d by the KV cache (%d tokens a rank)",
+                max_len,
+                known,
+                fits,
+            )
         return Settings(layout, self._spec.scheduler, num_pages, page_size, max_len)
 
     # ----------------------------------------------------------------- the loop
@@ -139,7 +163,9 @@ class Controller:
         while not self._stopping:
             now = time.monotonic()
             can_plan = planner.wants_plan and not self._census.missing
-            self._transport.wait(min(self._next_housekeeping - now, self._pacer.wait(now) if can_plan else _HOUSEKEEPING))
+            self._transport.wait(
+                min(self._next_housekeeping - now, self._pacer.wait(now) if can_plan else _HOUSEKEEPING)
+            )
             turn = time.perf_counter()
             self._listen_to_ranks(planner)
             now = time.monotonic()
@@ -172,7 +198,9 @@ class Controller:
                 planner.staged(bulk)
                 self._pacer.work_arrived()
             else:
-                if bulk.rank not in self._census.missing:  # the launcher has told before it put another there; was it read?
+                if (
+                    bulk.rank not in self._census.missing
+                ):  # the launcher has told before it put another there; was it read?
                     self._listen_to_frontends(time.monotonic())
                 if bulk.rank in self._census.missing:
                     self._replaced(planner, bulk)
@@ -189,7 +217,9 @@ class Controller:
             self._pacer.first_result(time.monotonic(), planner.group.in_flight, self._census.step_seconds())
 
     def _refused(self, planner: Planner, message: Refused) -> None:
-        log.error("rank %d refused step %d: it has executed %d", message.rank, message.step, message.last_step)
+        log.error(
+            "rank %d refused step %d: it has executed %d", message.rank, message.step, message.last_step
+        )
         self._record("refused", message)
         planner.refused(message)
 
@@ -202,10 +232,14 @@ class Controller:
             return
         largest = self._transport.send_plan(plan, members)
         self._pacer.sent(time.monotonic())
-        self._census.planned(time.perf_counter() - turn, largest, plan, planner.group.flights[plan.header.step].tokens)
+        self._census.planned(
+            time.perf_counter() - turn, largest, plan, planner.group.flights[plan.header.step].tokens
+        )
 
     def _follow_up(self, planner: Planner) -> None:
-        """What can wait until the plan is out: settling, admission, prompts to ranks, tokens to frontends."""
+        """What can wait until the plan is out: settling, admission, prompts to ranks, tokens to
+        frontends.
+        """
         self._record("tidy")
         planner.tidy()
         for rank, message in planner.take_staging():
@@ -234,7 +268,9 @@ class Controller:
         if name not in self._frontends:
             self._frontends.append(name)
         elif self._lives[name] != hello.life:
-            log.warning("another process is frontend %s: the requests of the one before it are aborted", name.decode())
+            log.warning(
+                "another process is frontend %s: the requests of the one before it are aborted", name.decode()
+            )
             self._abort_frontend(name)
         self._lives[name] = hello.life
         self._leases[name] = (now + hello.lease, hello.lease)
@@ -260,7 +296,9 @@ class Controller:
             self._pacer.work_arrived()
 
     def _command(self, name: bytes, message: FromFrontend, now: float) -> None:
-        """Commands: draining is anyone's who may talk to us (frontends check the admin key), the rest the launcher's."""
+        """Commands: draining is anyone's who may talk to us (frontends check the admin key), the
+        rest the launcher's.
+        """
         if isinstance(message, Drain):
             self._drain(now + message.deadline)
             self._next_housekeeping = now
@@ -276,12 +314,16 @@ class Controller:
         if self._census.phase in ("serving", "recovering"):
             self._census.phase, self._census.reason = "draining", ""
         if self._census.phase == "draining":
-            self._drain_deadline = deadline if self._drain_deadline is None else min(deadline, self._drain_deadline)
+            self._drain_deadline = (
+                deadline if self._drain_deadline is None else min(deadline, self._drain_deadline)
+            )
 
     # ----------------------------------------------------------------- lost ranks
 
     def _lost(self, message: RankLost) -> None:
-        """A rank is gone. Its requests wait, with all their tokens, until the launcher has put another in its place."""
+        """A rank is gone. Its requests wait, with all their tokens, until the launcher has put
+        another in its place.
+        """
         planner = self._planner
         self._census.lost(message.rank)
         reason = f"rank {message.rank} is lost: {message.reason}"
@@ -304,10 +346,15 @@ class Controller:
         self._pacer.work_arrived()
 
     def _replaced(self, planner: Planner, hello: RankHello) -> None:
-        """A rank has said hello in the place of a lost one; when the last has, the group goes on."""
+        """A rank has said hello in the place of a lost one; when the last has, the group goes
+        on.
+        """
         pages = int(planner.group.kv.num_pages[planner.group.data_of_rank(hello.rank)])
         if hello.num_pages < pages:
-            self._fail(planner, f"rank {hello.rank} came back with {hello.num_pages} pages, it had {pages}: set kv_cache.memory")
+            self._fail(
+                planner,
+                f"rank {hello.rank} came back with {hello.num_pages} pages, it had {pages}: set kv_cache.memory",
+            )
             return
         self._census.back(hello)
         if self._census.missing:
@@ -325,13 +372,22 @@ class Controller:
 
     def _keep_house(self, planner: Planner, now: float) -> None:
         for name in [name for name, (expiry, _) in self._leases.items() if expiry < now]:
-            log.warning("frontend %s has been silent for longer than its lease: its requests are aborted", name.decode())
+            log.warning(
+                "frontend %s has been silent for longer than its lease: its requests are aborted",
+                name.decode(),
+            )
             del self._leases[name]
             self._abort_frontend(name)
         self._watch(planner, now)
-        if self._drain_deadline is not None and self._census.phase == "draining" and (planner.idle() or now >= self._drain_deadline):
+        if (
+            self._drain_deadline is not None
+            and self._census.phase == "draining"
+            and (planner.idle() or now >= self._drain_deadline)
+        ):
             if not planner.idle():
-                log.warning("draining took longer than its deadline: %d requests are ended", len(planner.group.open))
+                log.warning(
+                    "draining took longer than its deadline: %d requests are ended", len(planner.group.open)
+                )
                 self._fail_all(planner)
                 self._follow_up(planner)
             self._census.phase, self._census.reason = "drained", ""
@@ -343,7 +399,9 @@ class Controller:
         if self._recorder is not None:
             self._recorder.flush()
             if self._recorder.failure:
-                self._lobby.report("ready", f"the recording to {self._spec.recording} has ended: {self._recorder.failure}")
+                self._lobby.report(
+                    "ready", f"the recording to {self._spec.recording} has ended: {self._recorder.failure}"
+                )
                 self._recorder.close()
                 self._recorder = None
 
@@ -353,7 +411,10 @@ class Controller:
         if self._census.missing:
             if self._recovery_deadline is not None and now > self._recovery_deadline:
                 missing = sorted(self._census.missing)
-                self._fail(planner, f"{self._census.reason}; no replacement for ranks {missing} within {self._spec.rank_deadline:.0f} s")
+                self._fail(
+                    planner,
+                    f"{self._census.reason}; no replacement for ranks {missing} within {self._spec.rank_deadline:.0f} s",
+                )
             return
         behind = [rank for rank, step in enumerate(group.acknowledged) if step < group.next_step - 1]
         if not behind:
@@ -368,7 +429,9 @@ class Controller:
             self._begin_epoch(planner, [])
         for rank in judgement.hung:
             step = int(group.acknowledged[rank]) + 1
-            log.error("rank %d on %s hangs in step %d: it has to be replaced", rank, self._census.host(rank), step)
+            log.error(
+                "rank %d on %s hangs in step %d: it has to be replaced", rank, self._census.host(rank), step
+            )
             self._census.hangs(rank)
             self._census.reason = f"rank {rank} hangs in step {step}"
 

@@ -1,7 +1,8 @@
 """Who hangs: told from who has abandoned a step and who has said nothing.
 
-When a rank stops in the middle of a step, the others wait for it in an exchange until its deadline, abandon the step and say so. The one
-that neither answers nor abandons is the one that hangs. Slow is not hung: until somebody's deadline has passed nothing is judged.
+When a rank stops in the middle of a step, the others wait for it in an exchange until its deadline,
+abandon the step and say so. The one that neither answers nor abandons is the one that hangs. Slow
+is not hung: until somebody's deadline has passed nothing is judged.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Judgement:
 
 
 class Vigil:
-    """Watches one epoch. ``collective_deadline`` is what ranks allow an exchange; times are monotonic seconds."""
+    """Watches one epoch. ``collective_deadline`` is what ranks allow an exchange; times are
+    monotonic seconds.
+    """
 
     def __init__(self, collective_deadline: float) -> None:
         self._deadline = collective_deadline + _BEYOND
@@ -41,9 +44,11 @@ class Vigil:
         self._abandoned.add(rank)
 
     def judge(self, now: float, behind: list[int], silent_for: float, predicted: float) -> Judgement:
-        """``behind`` are the ranks that owe a result, ``silent_for`` the seconds since the last first result.
+        """``behind`` are the ranks that owe a result, ``silent_for`` the seconds since the last
+        first result.
 
-        Where nobody abandons (a group of one has no exchange), silence counts beyond five times the ``predicted`` step.
+        Where nobody abandons (a group of one has no exchange), silence counts beyond five times the
+        ``predicted`` step.
         """
         if self._abandoned:
             if now - self._first < GRACE:

@@ -1,4 +1,6 @@
-"""What the controller knows of its cluster beside the plan: phase, ranks, timings, expert load; packed for the frontends."""
+"""What the controller knows of its cluster beside the plan: phase, ranks, timings, expert load;
+packed for the frontends.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,11 @@ class Census:
         first = hellos[0]
         self._expert_LE = np.zeros((first.num_layers, first.num_experts), np.int64)
         self._totals.opened(first.num_layers, first.expert_bytes)
-        self._placement = contiguous(first.num_layers, first.num_experts, self._layout.world) if self._expert_LE.size else None
+        self._placement = (
+            contiguous(first.num_layers, first.num_experts, self._layout.world)
+            if self._expert_LE.size
+            else None
+        )
         self._placement_i32 = b"" if self._placement is None else self._placement.ranges().tobytes()
 
     def host(self, rank: int) -> str:
@@ -87,7 +93,9 @@ class Census:
         return self._lost
 
     def observe(self, results: list[StepResult]) -> None:
-        """Takes timings out of results; what ranks report now and then is kept until the next state is packed."""
+        """Takes timings out of results; what ranks report now and then is kept until the next state
+        is packed.
+        """
         self._totals.observed(results)
         for result in results:
             self._seconds[result.rank], self._waited[result.rank] = result.seconds, result.waited
@@ -99,8 +107,12 @@ class Census:
         return float(self._seconds.max())
 
     def planned(self, seconds: float, largest: int, plan: Plan, tokens_D: Int64) -> None:
-        """A plan left ``seconds`` after the messages that called for it were read; its largest message has ``largest`` bytes."""
-        self._totals.planned(seconds, plan.header, tokens_D, sum(section.bucket for section in plan.sections.values()))
+        """A plan left ``seconds`` after the messages that called for it were read; its largest
+        message has ``largest`` bytes.
+        """
+        self._totals.planned(
+            seconds, plan.header, tokens_D, sum(section.bucket for section in plan.sections.values())
+        )
         self.plan_seconds.add(seconds)
         self.largest_plan = max(self.largest_plan, largest)
 
@@ -109,7 +121,27 @@ class Census:
         self._states += 1
         self._read_reports()
         if planner is None:
-            return ClusterState(self.phase, self.reason, 0, 0, 0, 0, False, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 1.0, 0.0, number=self._states)
+            return ClusterState(
+                self.phase,
+                self.reason,
+                0,
+                0,
+                0,
+                0,
+                False,
+                0,
+                0,
+                0.0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                1.0,
+                0.0,
+                number=self._states,
+            )
         group, counters = planner.group, planner.group.counters
         own = self._seconds - self._waited
         running = group.num_running()
@@ -140,7 +172,9 @@ class Census:
             placement_i32=self._placement_i32,
         )
 
-    def _rank(self, planner: Planner, rank: int, running: np.ndarray[tuple[int], np.dtype[np.int64]]) -> RankState:
+    def _rank(
+        self, planner: Planner, rank: int, running: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ) -> RankState:
         group, data = planner.group, planner.group.data_of_rank(rank)
         return RankState(
             rank=rank,

@@ -1,4 +1,5 @@
-"""What the steps of a group add up to, for the metrics: kept as arrays on the step thread, packed when a state is sent.
+"""What the steps of a group add up to, for the metrics: kept as arrays on the step thread, packed
+when a state is sent.
 
 Suffixes: D data indices, W ranks, L MoE layers, P phases of such a layer.
 """
@@ -19,7 +20,9 @@ from ..protocol.specs import Layout
 
 
 class StepTotals:
-    """``opened`` is called when the ranks have said how many layers they have and how large an expert is."""
+    """``opened`` is called when the ranks have said how many layers they have and how large an
+    expert is.
+    """
 
     def __init__(self, layout: Layout) -> None:
         world = layout.world
@@ -40,7 +43,9 @@ class StepTotals:
         self._expert_bytes = expert_bytes
 
     def planned(self, seconds: float, header: Header, tokens_D: Int64, rows: int) -> None:
-        """A plan left after ``seconds``; its sections compute tokens_D tokens in ``rows`` rows, padding included."""
+        """A plan left after ``seconds``; its sections compute tokens_D tokens in ``rows`` rows,
+        padding included.
+        """
         self._plan_counts[bisect_left(PLAN_SECONDS, seconds)] += 1
         self._plan_seconds += seconds
         self._tokens_D += tokens_D
@@ -60,7 +65,9 @@ class StepTotals:
         np.add.at(self._busy_W, ranks, np.array([result.seconds for result in results]) - waited)
 
     def reported(self, result: StepResult) -> None:
-        """What a result carries when a rank was asked for its counts; dear, so not on the way to a plan."""
+        """What a result carries when a rank was asked for its counts; dear, so not on the way to a
+        plan.
+        """
         if result.phases_f32:
             self._phases_WP[result.rank] += np.frombuffer(result.phases_f32, np.float32)
         if result.expert_i64 and len(self._load_LW):

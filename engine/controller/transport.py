@@ -1,4 +1,6 @@
-"""The controller's sockets: ranks on a step and a bulk socket, frontends and the launcher on a third."""
+"""The controller's sockets: ranks on a step and a bulk socket, frontends and the launcher on a
+third.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _MAX_DRAIN = 4096
 
 
 class Transport:
-    """Binds the three ROUTER sockets on ``spec.host`` and moves decoded messages; one thread only."""
+    """Binds the three ROUTER sockets on ``spec.host`` and moves decoded messages; one thread
+    only.
+    """
 
     def __init__(self, spec: ControllerSpec) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -33,7 +37,9 @@ class Transport:
             # A second connection of the same name is the same peer come back after a broken link.
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
             keep_watch(socket)
-        self.addresses = tuple(f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets)
+        self.addresses = tuple(
+            f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets
+        )
         self._poller = zmq.Poller()
         for socket in sockets:
             self._poller.register(socket, zmq.POLLIN)
@@ -44,8 +50,12 @@ class Transport:
         self._identities: list[bytes] = [rank_identity(rank) for rank in range(spec.layout.world)]
 
     def wait(self, seconds: float) -> None:
-        """Returns when a message is there, or after ``seconds``. What the methods below return had arrived by then."""
-        self._ready = {socket for socket, _ in self._poller.poll(math.ceil(min(max(0.0, seconds), 60.0) * 1000))}
+        """Returns when a message is there, or after ``seconds``. What the methods below return had
+        arrived by then.
+        """
+        self._ready = {
+            socket for socket, _ in self._poller.poll(math.ceil(min(max(0.0, seconds), 60.0) * 1000))
+        }
 
     def step_messages(self) -> list[FromRankStep]:
         """All step results that have arrived."""
@@ -76,7 +86,9 @@ class Transport:
         self._bulk.send_multipart((self._identities[rank], encode(message)), zmq.DONTWAIT)
 
     def send_frontend(self, name: bytes, message: Message) -> None:
-        """Sends to a peer of the third socket; a peer that has gone is ignored, its lease ends it."""
+        """Sends to a peer of the third socket; a peer that has gone is ignored, its lease ends
+        it.
+        """
         self._frontend.send_multipart((name, encode(message)), zmq.DONTWAIT)
 
     def close(self) -> None:

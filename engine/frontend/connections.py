@@ -1,7 +1,8 @@
 """Where a frontend gets its connections: the launcher accepts them and passes their descriptors.
 
-One packet socket in the abstract namespace (Linux). The frontend says who it is, gets the shared board, says ``OPEN`` when it can
-serve, and from then on a packet with a descriptor per connection; it answers ``TAKEN`` to each and says ``ENDED`` when one has closed.
+One packet socket in the abstract namespace (Linux). The frontend says who it is, gets the shared
+board, says ``OPEN`` when it can serve, and from then on a packet with a descriptor per connection;
+it answers ``TAKEN`` to each and says ``ENDED`` when one has closed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ MakeProtocol = Callable[[Callable[[], None]], asyncio.Protocol]
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, and it says when it has ended; what is not HTTP it answers in the shape of all errors."""
+    """uvicorn's, and it says when it has ended; what is not HTTP it answers in the shape of all
+    errors.
+    """
 
     def __init__(self, *args: object, on_end: Callable[[], None], **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -45,7 +48,9 @@ class Connection(HttpToolsProtocol):
 
 
 class Intake:
-    """The frontend's end. Raises TimeoutError where the launcher does not answer, ConnectionError where it is not there."""
+    """The frontend's end. Raises TimeoutError where the launcher does not answer, ConnectionError
+    where it is not there.
+    """
 
     def __init__(self, spec: AcceptorSpec, index: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -68,13 +73,17 @@ class Intake:
         self._unsaid = b""
 
     def open(self, make: MakeProtocol) -> None:
-        """On the running loop: takes connections from now on; ``make`` gets what its protocol has to call at the end of one."""
+        """On the running loop: takes connections from now on; ``make`` gets what its protocol has
+        to call at the end of one.
+        """
         self._loop, self._make = asyncio.get_running_loop(), make
         self._loop.add_reader(self._socket.fileno(), self._take)
         self._say(OPEN)
 
     def close(self) -> None:
-        """Takes no more; the launcher offers elsewhere what was not taken. Connections that were stay. Closing twice is harmless."""
+        """Takes no more; the launcher offers elsewhere what was not taken. Connections that were
+        stay. Closing twice is harmless.
+        """
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._loop = None
@@ -83,7 +92,9 @@ class Intake:
     def _take(self) -> None:
         while self._loop is not None:
             try:
-                packet, descriptors, flags, _ = socket.recv_fds(self._socket, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC)
+                packet, descriptors, flags, _ = socket.recv_fds(
+                    self._socket, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return
             except OSError as error:

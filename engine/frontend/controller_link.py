@@ -1,6 +1,8 @@
-"""The link to the controller: one DEALER read where the loop sees it readable, heartbeats, and whether anyone answers.
+"""The link to the controller: one DEALER read where the loop sees it readable, heartbeats, and
+whether anyone answers.
 
-The socket's descriptor is edge-triggered: after it fires, and after every send, the socket must be read until it is empty.
+The socket's descriptor is edge-triggered: after it fires, and after every send, the socket must be
+read until it is empty.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class ControllerLink:
-    """Sends without waiting; calls ``on_message`` for what arrives and ``on_lost`` when the controller has fallen silent.
+    """Sends without waiting; calls ``on_message`` for what arrives and ``on_lost`` when the
+    controller has fallen silent.
 
-    After a loss it says hello again until it is answered, so that it finds a controller that was restarted.
+    After a loss it says hello again until it is answered, so that it finds a controller that was
+    restarted.
     """
 
-    def __init__(self, spec: FrontendSpec, on_message: Callable[[FromController], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: FrontendSpec, on_message: Callable[[FromController], None], on_lost: Callable[[], None]
+    ) -> None:
         self._hello = FrontendHello(spec.name, LEASE, secrets.randbits(62))
         self._on_message = on_message
         self._on_lost = on_lost
@@ -94,7 +100,9 @@ class ControllerLink:
                 _log.exception("a message of %d bytes from the controller could not be handled", len(frame))
 
     async def _beat(self) -> None:
-        """Heartbeats, and the watch over the controller's. A stall of our own loop is not the controller's silence."""
+        """Heartbeats, and the watch over the controller's. A stall of our own loop is not the
+        controller's silence.
+        """
         while True:
             before = time.monotonic()
             await asyncio.sleep(BEAT)

@@ -1,4 +1,6 @@
-"""The open requests of this frontend: every token event finds its generation here, every abort waits here for its end."""
+"""The open requests of this frontend: every token event finds its generation here, every abort
+waits here for its end.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ Send = Callable[[Submit | Abort | Heartbeat], None]
 class OpenRequests:
     """Generations by handle, from submission until the engine says that they have ended.
 
-    A handle is never used twice, also not by a frontend that takes over the name: a late event of an earlier life finds
-    nothing and is dropped.
+    A handle is never used twice, also not by a frontend that takes over the name: a late event of
+    an earlier life finds nothing and is dropped.
     """
 
     def __init__(
-        self, send: Send, metrics: Metrics, unfinished: Callable[[], ApiError], clock: Callable[[], float] = time.monotonic
+        self,
+        send: Send,
+        metrics: Metrics,
+        unfinished: Callable[[], ApiError],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``unfinished`` says why the engine may have ended a request without a result."""
         self._send = send
@@ -50,7 +56,9 @@ class OpenRequests:
         self._send(generation.submit)
 
     def abort(self, generation: Generation) -> None:
-        """Nobody waits for it any more: tells the engine and keeps the entry until the engine has ended it."""
+        """Nobody waits for it any more: tells the engine and keeps the entry until the engine has
+        ended it.
+        """
         if generation.finish is None:
             generation.finish = "abort"
             self._finished(generation, self._clock())
@@ -86,7 +94,9 @@ class OpenRequests:
             start += count
 
     def on_prompt(self, prompt: PromptLogprobs) -> None:
-        """Log-probabilities of a prompt; those that are known are sent again when a request runs again."""
+        """Log-probabilities of a prompt; those that are known are sent again when a request runs
+        again.
+        """
         generation = self._open.get(prompt.of)
         if generation is None or generation.finish is not None or generation.echo is None:
             return
@@ -134,7 +144,9 @@ class OpenRequests:
         if tokens:
             self._metrics.tokens(generation, now)
             handle = generation.handle
-            generation.accept(tokens, None if logprobs is None else lambda index: logprobs.get((handle, index)))
+            generation.accept(
+                tokens, None if logprobs is None else lambda index: logprobs.get((handle, index))
+            )
         elif not finish:
             return
         if finish and not generation.ended:
@@ -154,7 +166,9 @@ class OpenRequests:
         self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
 
     def _on_gap(self, generation: Generation, what: str) -> None:
-        """Something is missing, so nothing after it can be right: an error for the client, an abort for the engine."""
+        """Something is missing, so nothing after it can be right: an error for the client, an abort
+        for the engine.
+        """
         if generation.finish is None:
             self._fail(generation, ApiError(500, f"{what} were lost between the engine and this frontend"))
             self._send(Abort(generation.handle))

@@ -37,7 +37,9 @@ class _Server(uvicorn.Server):
 
 
 def main(spec: FrontendSpec) -> None:
-    """Serves until SIGTERM, a Stop from the controller, or the end of the parent process. Raises ValueError for a bad spec."""
+    """Serves until SIGTERM, a Stop from the controller, or the end of the parent process. Raises
+    ValueError for a bad spec.
+    """
     with Lobby(spec.lobby, "frontend", spec.index) as lobby:
         lobby.report("starting", "loading the tokenizer")
         _allow_descriptors()
@@ -71,7 +73,9 @@ async def _serve(service: Service, intake: Intake, lobby: Lobby) -> None:
     server = _Server(config)
     loop = asyncio.get_running_loop()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the launcher decides
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C goes to the whole process group; the launcher decides
         loop.add_signal_handler(signal.SIGTERM, leave.set)
     service.start(leave.set)
     running = asyncio.create_task(server.serve([]))
@@ -80,7 +84,9 @@ async def _serve(service: Service, intake: Intake, lobby: Lobby) -> None:
     try:
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        await service.wait_heard(HEARD_SECONDS)  # one that is restarted answers no health check with its own beginnings
+        await service.wait_heard(
+            HEARD_SECONDS
+        )  # one that is restarted answers no health check with its own beginnings
         intake.open(lambda on_end: Connection(config, server.server_state, {}, loop, on_end=on_end))
         lobby.report("ready")
         gc.collect()

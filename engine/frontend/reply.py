@@ -1,4 +1,6 @@
-"""The answer to one HTTP request: its generations, and the JSON document they make when it is not streamed."""
+"""The answer to one HTTP request: its generations, and the JSON document they make when it is not
+streamed.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ class Outline:
 
 
 class Reply:
-    """Collects the generations of a request until they are done, or until a stream takes over as their sink.
+    """Collects the generations of a request until they are done, or until a stream takes over as
+    their sink.
 
-    ``opened`` is set by the first token, finish or error; ``done`` by the last finish or an error; ``gone`` when the
-    client has gone away, together with both.
+    ``opened`` is set by the first token, finish or error; ``done`` by the last finish or an error;
+    ``gone`` when the client has gone away, together with both.
     """
 
     def __init__(self, outline: Outline, codec: Codec, requests: OpenRequests) -> None:
@@ -94,7 +97,9 @@ class Reply:
         chosen = self.generations if generation is None else [generation]
         prompt = self.num_prompt_tokens if generation is None else len(generation.prompt)
         output = sum(len(item.tokens) for item in chosen)
-        cached = sum({id(item.prompt): item.num_cached for item in chosen}.values())  # n choices share a prompt
+        cached = sum(
+            {id(item.prompt): item.num_cached for item in chosen}.values()
+        )  # n choices share a prompt
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
@@ -127,7 +132,9 @@ class Reply:
             return chat_logprobs(self.codec, tokens, entries, num_top)
         echo = generation.echo
         offset = 0 if echo is None else len(echo.text)
-        offset += sum(len(self.codec.piece(token).decode("utf-8", "replace")) for token in generation.tokens[:taken])
+        offset += sum(
+            len(self.codec.piece(token).decode("utf-8", "replace")) for token in generation.tokens[:taken]
+        )
         shown = text_logprobs(self.codec, tokens, entries, num_top, offset)
         return shown if echo is None or not echo.complete else echo.before(shown)
 
@@ -168,7 +175,9 @@ def _message(generation: Generation) -> dict[str, Any]:
     if said.reasoning:
         message["reasoning"] = message["reasoning_content"] = said.reasoning
     if said.calls:
-        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in said.calls]
+        message["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "index"} for call in said.calls
+        ]
     return message
 
 

@@ -1,4 +1,6 @@
-"""The frontend between HTTP and the controller: what the cluster says, who may enter, and how a request is opened."""
+"""The frontend between HTTP and the controller: what the cluster says, who may enter, and how a
+request is opened.
+"""
 
 from __future__ import annotations
 
@@ -71,15 +73,21 @@ class Service:
 
     async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """For what may take long: tokenising, rendering, hashing."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(function, *args, **kwargs)
+        )
 
     async def wait_heard(self, seconds: float) -> None:
-        """Returns when the controller has said how the cluster is, at the latest after ``seconds``."""
+        """Returns when the controller has said how the cluster is, at the latest after
+        ``seconds``.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._heard.wait(), seconds)
 
     async def _publish(self) -> None:
-        """Shows the other frontends what this one has counted, so that any of them can answer for all."""
+        """Shows the other frontends what this one has counted, so that any of them can answer for
+        all.
+        """
         while True:
             self.metrics.publish(len(self.requests))
             await asyncio.sleep(PUBLISH_SECONDS)
@@ -94,17 +102,23 @@ class Service:
             return "The controller does not answer"
         if self.cluster.phase in ("serving", "draining"):
             return None
-        return f"The engine is {self.cluster.phase}" + (f": {self.cluster.reason}" if self.cluster.reason else "")
+        return f"The engine is {self.cluster.phase}" + (
+            f": {self.cluster.reason}" if self.cluster.reason else ""
+        )
 
     def closed(self) -> ApiError | None:
-        """Why no new request is taken, or None: what /ready says. While a rank is being replaced requests are taken, and wait."""
+        """Why no new request is taken, or None: what /ready says. While a rank is being replaced
+        requests are taken, and wait.
+        """
         if self.cluster is not None and self.cluster.phase == "recovering" and not self._link.lost:
             return None
         reason = self.unable()
         if reason is not None:
             return ApiError(503, reason, retry_after=RETRY_STARTING)
         if self.cluster is not None and self.cluster.phase == "draining":
-            return ApiError(503, "The engine is draining and takes no new requests", retry_after=RETRY_DRAINING)
+            return ApiError(
+                503, "The engine is draining and takes no new requests", retry_after=RETRY_DRAINING
+            )
         return None
 
     def _unfinished(self) -> ApiError:
@@ -149,7 +163,11 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model.name:
-            raise ApiError(404, f"The model {name[:200]!r} does not exist; this server serves {self.model.name!r}", "model")
+            raise ApiError(
+                404,
+                f"The model {name[:200]!r} does not exist; this server serves {self.model.name!r}",
+                "model",
+            )
 
     async def chat(self, ask: ChatRequest, request_id: str, receive: Receive) -> Reply:
         """Submits a chat request; the reply's client is watched from here on. Raises ApiError."""
@@ -167,7 +185,10 @@ class Service:
         if not sources:
             raise bad_request("prompt: at least one prompt is needed", "prompt")
         if len(sources) * (ask.n or 1) > MAX_SEQUENCES:
-            raise bad_request(f"prompt: {len(sources)} prompts x n {ask.n or 1} are more than {MAX_SEQUENCES} sequences", "prompt")
+            raise bad_request(
+                f"prompt: {len(sources)} prompts x n {ask.n or 1} are more than {MAX_SEQUENCES} sequences",
+                "prompt",
+            )
         prompts = await self.in_thread(prepare_texts, self.model, limits, ask)
         outline = self._outline(f"cmpl-{request_id}", ask, chat=False, num_logprobs=ask.num_logprobs)
         return self._open(ask, prompts, outline, receive, echo=bool(ask.echo))
@@ -178,13 +199,19 @@ class Service:
         prompt = prepare(self.model, limits, [0], False, 1, "")
         outline = Outline("probe", 0, self.model.name, chat=False)
         reply = Reply(outline, self.model.codec, self.requests)
-        reply.generations.append(self._generation(Generate(ignore_eos=True, temperature=0.0), prompt, Sampling(temperature=0.0), 0, reply))
+        reply.generations.append(
+            self._generation(
+                Generate(ignore_eos=True, temperature=0.0), prompt, Sampling(temperature=0.0), 0, reply
+            )
+        )
         began = time.monotonic()
         reply.submit()
         try:
             await asyncio.wait_for(asyncio.shield(reply.done), PROBE_SECONDS)
         except TimeoutError:
-            raise ApiError(503, f"No token was generated within {PROBE_SECONDS:.0f} s", retry_after=RETRY_STARTING) from None
+            raise ApiError(
+                503, f"No token was generated within {PROBE_SECONDS:.0f} s", retry_after=RETRY_STARTING
+            ) from None
         finally:
             reply.close()
         reply.raise_error()
@@ -204,17 +231,24 @@ class Service:
             interval=ask.stream_interval or 1,
         )
 
-    def _open(self, ask: Generate, prompts: Sequence[Prompt], outline: Outline, receive: Receive, echo: bool = False) -> Reply:
+    def _open(
+        self, ask: Generate, prompts: Sequence[Prompt], outline: Outline, receive: Receive, echo: bool = False
+    ) -> Reply:
         """n generations per prompt, numbered in that order."""
         for prompt in prompts:
             if ask.min_tokens and ask.min_tokens > prompt.max_tokens:
-                raise bad_request(f"min_tokens {ask.min_tokens} is more than the {prompt.max_tokens} that may follow", "min_tokens")
+                raise bad_request(
+                    f"min_tokens {ask.min_tokens} is more than the {prompt.max_tokens} that may follow",
+                    "min_tokens",
+                )
         self.limits()  # the cluster may have closed while the prompt was prepared
         reply = Reply(outline, self.model.codec, self.requests)
         first = build_sampling(ask, self.model.defaults, self.model.vocab_size, outline.num_logprobs)
         for prompt in prompts:
             for choice in range(ask.n or 1):
-                generation = self._generation(ask, prompt, with_seed(first, choice), len(reply.generations), reply)
+                generation = self._generation(
+                    ask, prompt, with_seed(first, choice), len(reply.generations), reply
+                )
                 if echo:
                     self._echo(ask, generation)
                 reply.generations.append(generation)
@@ -232,11 +266,15 @@ class Service:
         """The prompt is shown first: as it is, or when its log-probabilities are here."""
         codec, skip = self.model.codec, ask.skip_special_tokens is not False
         if ask.scores_prompt:
-            generation.begin_with(Echo(codec, generation.prompt, generation.submit.sampling.num_prompt_logprobs, skip))
+            generation.begin_with(
+                Echo(codec, generation.prompt, generation.submit.sampling.num_prompt_logprobs, skip)
+            )
         else:
             generation.pieces.append(codec.decode(generation.prompt, skip_special_tokens=skip))
 
-    def _generation(self, ask: Generate, prompt: Prompt, sampling: Sampling, index: int, reply: Reply) -> Generation:
+    def _generation(
+        self, ask: Generate, prompt: Prompt, sampling: Sampling, index: int, reply: Reply
+    ) -> Generation:
         eos = () if ask.ignore_eos else self.model.defaults.eos_ids
         stop_ids: list[int] = array("i", sampling.stop_i32).tolist()
         include = bool(ask.include_stop_str_in_output)
@@ -273,14 +311,20 @@ def describe(cluster: ClusterState) -> dict[str, Any]:
     width = len(loads) // cluster.expert_layers if cluster.expert_layers else 0
     apart = ("expert_i64", "expert_layers", "placement_i32", "ranks", "totals")  # totals are for /metrics
     shown = {name: getattr(cluster, name) for name in cluster.__struct_fields__ if name not in apart}
-    shown["ranks"] = [{name: getattr(rank, name) for name in rank.__struct_fields__} for rank in cluster.ranks]
-    shown["expert_load"] = [loads[start : start + width] for start in range(0, len(loads), width)] if width else []
+    shown["ranks"] = [
+        {name: getattr(rank, name) for name in rank.__struct_fields__} for rank in cluster.ranks
+    ]
+    shown["expert_load"] = (
+        [loads[start : start + width] for start in range(0, len(loads), width)] if width else []
+    )
     shown["placement"] = _placement(cluster)
     return shown
 
 
 def _placement(cluster: ClusterState) -> list[dict[str, Any]]:
-    """Per range of MoE layers, both ends included, and rank: the ranges of experts that live there."""
+    """Per range of MoE layers, both ends included, and rank: the ranges of experts that live
+    there.
+    """
     numbers = array("i", cluster.placement_i32).tolist()
     layers: dict[tuple[int, int], list[list[list[int]]]] = {}
     for first, last, rank, low, high in zip(*[iter(numbers)] * 5, strict=True):

@@ -1,10 +1,11 @@
 """The index of cached blocks: (data index, block hash) -> page, as one vectorised hash table.
 
-Open addressing with linear probing over numpy arrays, so that a step's look-ups and insertions are a handful of
-array operations and no page is a Python object. The table holds pages alone: what a page is found under stands beside the
-other pages of its prompt, so that a look-up touches one place far away and not four. The table counts how many entries were moved past
-each place; a place that was given up is a tombstone, over which searches go on, only as long as that count is not zero. Probe lengths
-therefore stay short however long the table lives, and whatever stays in it.
+Open addressing with linear probing over numpy arrays, so that a step's look-ups and insertions are
+a handful of array operations and no page is a Python object. The table holds pages alone: what a
+page is found under stands beside the other pages of its prompt, so that a look-up touches one place
+far away and not four. The table counts how many entries were moved past each place; a place that
+was given up is a tombstone, over which searches go on, only as long as that count is not zero.
+Probe lengths therefore stay short however long the table lives, and whatever stays in it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _TOMBSTONE = -2
 class BlockIndex:
     """Maps (data index, hash) to a page id; all methods take equally long vectors.
 
-    ``capacity`` is the largest number of entries (one per page at most); the table is kept at most a quarter full. A block is looked for
-    from its hash + its data index on, so that the places of one block on all data indices are neighbours.
+    ``capacity`` is the largest number of entries (one per page at most); the table is kept at most
+    a quarter full. A block is looked for from its hash + its data index on, so that the places of
+    one block on all data indices are neighbours.
     """
 
     def __init__(self, capacity: int, num_data: int) -> None:
@@ -49,7 +51,8 @@ class BlockIndex:
     def insert(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
         """Enters pages [n], which have no entry yet, under (data [n], keys [n, 2]).
 
-        Returns which were new: a name that has an entry is left alone, and of equal names in one call the last one wins.
+        Returns which were new: a name that has an entry is left alone, and of equal names in one
+        call the last one wins.
         """
         key_a, key_b, home = keys[:, 0] ^ self._salt[data], keys[:, 1], self._home(data, keys)
         self._key_a[pages], self._key_b[pages], self._home_of_page[pages] = key_a, key_b, home
@@ -85,8 +88,12 @@ class BlockIndex:
         return self._entry_of_page[pages] >= 0
 
     def names(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
-        """Whether the index knows each of pages [n] under just this (data, key); cheaper than ``find``."""
-        same: NDArray[np.bool_] = (self._key_a[pages] == keys[:, 0] ^ self._salt[data]) & (self._key_b[pages] == keys[:, 1])
+        """Whether the index knows each of pages [n] under just this (data, key); cheaper than
+        ``find``.
+        """
+        same: NDArray[np.bool_] = (self._key_a[pages] == keys[:, 0] ^ self._salt[data]) & (
+            self._key_b[pages] == keys[:, 1]
+        )
         return same & self.holds(pages)
 
     def evictable(self, references: NDArray[np.int32], first: int, count: int) -> Int64:
@@ -113,7 +120,9 @@ class BlockIndex:
         return home
 
     def _search(self, key_a: UInt64, key_b: UInt64, home: Int64) -> tuple[Int64, Int64]:
-        """Pages under keys [n], looked for from ``home`` [n] on, -1 where there is none; and the first free place on the way to there."""
+        """Pages under keys [n], looked for from ``home`` [n] on, -1 where there is none; and the
+        first free place on the way to there.
+        """
         found, free = np.full(len(home), -1, np.int64), home.copy()
         page = self._page[home]
         todo = (page != _EMPTY).nonzero()[0]
@@ -131,7 +140,9 @@ class BlockIndex:
         return found, free
 
     def _pass(self, homes: NDArray[np.integer[Any]], entries: NDArray[np.integer[Any]], change: int) -> None:
-        """Counts entries [n] in, or out, at the places between where they are looked for from and where they are."""
+        """Counts entries [n] in, or out, at the places between where they are looked for from and
+        where they are.
+        """
         distance = (entries - homes) & self._mask
         moved = distance.nonzero()[0]
         if moved.size:

@@ -14,7 +14,9 @@ def hash_root(model_revision: str, kv_format: str, adapter: str = "", salt: str 
 
 
 def chain_hashes(root: bytes, tokens_i32: bytes, page_size: int) -> bytes:
-    """``root``, then the hashes of the full blocks of ``tokens_i32`` chained from it, 16 bytes each (blake2b, RFC 7693)."""
+    """``root``, then the hashes of the full blocks of ``tokens_i32`` chained from it, 16 bytes each
+    (blake2b, RFC 7693).
+    """
     step = 4 * page_size
     hashes = [root]
     for start in range(0, len(tokens_i32) - step + 1, step):

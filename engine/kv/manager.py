@@ -1,8 +1,9 @@
 """The KV manager: one index over the page pools of all data indices.
 
-A page is free (on its pool's stack), referenced (by one or more rows) or cached (unreferenced, findable by hash, kept in
-least-recently-used order). Pages are numbered globally, ``data * max_pages + page``; the page id that goes to a rank is
-local. All bookkeeping is numpy: nothing here is a Python object per page or token.
+A page is free (on its pool's stack), referenced (by one or more rows) or cached (unreferenced,
+findable by hash, kept in least-recently-used order). Pages are numbered globally, ``data *
+max_pages + page``; the page id that goes to a rank is local. All bookkeeping is numpy: nothing here
+is a Python object per page or token.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _NO_PAGES = np.zeros(0, np.int64)
 
 
 class KVManager:
-    """Page pools, reference counts, the block index and eviction. ``num_pages[d]`` is the pool size of data index d."""
+    """Page pools, reference counts, the block index and eviction. ``num_pages[d]`` is the pool size
+    of data index d.
+    """
 
     def __init__(self, num_pages: list[int], page_size: int, *, caching: bool = True) -> None:
         self.page_size = page_size
@@ -62,11 +65,12 @@ class KVManager:
         return self.num_pages - self._top - self._cached
 
     def match(self, hashes: list[bytes], limits: list[int]) -> Int64:
-        """Leading blocks cached [prompt, data] of prompts with packed block hashes; at most ``limits[i]`` blocks count.
+        """Leading blocks cached [prompt, data] of prompts with packed block hashes; at most
+        ``limits[i]`` blocks count.
 
-        Blocks that are announced but not yet written count too. The first block is looked up on every data index; where it
-        is found, the length of the prefix by bisection: a block is never evicted before its successors, so presence falls
-        monotonically along a chain.
+        Blocks that are announced but not yet written count too. The first block is looked up on
+        every data index; where it is found, the length of the prefix by bisection: a block is never
+        evicted before its successors, so presence falls monotonically along a chain.
         """
         blocks = np.zeros((len(hashes), self.num_data), np.int64)
         asking = [i for i, limit in enumerate(limits) if limit > 0]
@@ -90,7 +94,9 @@ class KVManager:
     # ----------------------------------------------------------------- taking and giving back
 
     def reserve(self, data: int, shared: Int64, fresh: int) -> Int64 | None:
-        """References ``shared`` (global) pages and takes ``fresh`` new ones; all global ids in order, or None if there is no room."""
+        """References ``shared`` (global) pages and takes ``fresh`` new ones; all global ids in
+        order, or None if there is no room.
+        """
         unreferenced = int((self._references[shared] == 0).sum()) if len(shared) else 0
         if self._top[data] + self._cached[data] - unreferenced < fresh:
             return None
@@ -106,13 +112,17 @@ class KVManager:
         return np.concatenate([shared, pages]) if len(shared) else pages
 
     def short_of(self, wanted: Int64) -> Int64:
-        """Evicts until each data index has ``wanted`` [D] free pages; the data indices where that failed."""
+        """Evicts until each data index has ``wanted`` [D] free pages; the data indices where that
+        failed.
+        """
         for data in np.flatnonzero(wanted > self._top):
             self._make_room(int(data), int(min(wanted[data], self._top[data] + self._cached[data])))
         return np.flatnonzero(wanted > self._top)
 
     def take_each(self, data: Int64) -> Int64:
-        """One fresh page (global id) for every entry of data [n], which ascends; room must have been made."""
+        """One fresh page (global id) for every entry of data [n], which ascends; room must have
+        been made.
+        """
         ordinal = np.arange(len(data)) - data.searchsorted(data)
         pages = self._stack[data, self._top[data] - 1 - ordinal] + data * self.max_pages
         self._top -= np.bincount(data, minlength=self.num_data)
@@ -121,9 +131,11 @@ class KVManager:
         return pages
 
     def release(self, data: Int64, counts: Int64, pages: Int64) -> None:
-        """Drops one reference of every page of some rows; hashed and written pages stay cached, the rest is free.
+        """Drops one reference of every page of some rows; hashed and written pages stay cached, the
+        rest is free.
 
-        data [rows], counts [rows]: whose they are and how many; pages [counts.sum()]: those of a row together, in block order.
+        data [rows], counts [rows]: whose they are and how many; pages [counts.sum()]: those of a
+        row together, in block order.
         """
         rows, depth = ragged(counts)
         before = self._references[pages]
@@ -147,13 +159,17 @@ class KVManager:
     # ----------------------------------------------------------------- content
 
     def announce(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
-        """Enters blocks under their hashes; returns which were new (a block that is already there is not entered twice)."""
+        """Enters blocks under their hashes; returns which were new (a block that is already there
+        is not entered twice).
+        """
         if not self.caching or not len(pages):
             return np.zeros(len(pages), np.bool_)
         return self.index.insert(data, keys, pages)
 
     def forget_unwritten(self, data: int, last_step: int) -> None:
-        """Drops from the index what was to be written on ``data`` after ``last_step``, cached pages among it."""
+        """Drops from the index what was to be written on ``data`` after ``last_step``, cached pages
+        among it.
+        """
         span = np.arange(data * self.max_pages, data * self.max_pages + int(self.num_pages[data]))
         lost = span[self.index.holds(span) & (self.written[span] > last_step)]
         self.index.remove(lost)
@@ -171,7 +187,9 @@ class KVManager:
             assert (self._references[free] == 0).all(), f"data {data}: a free page is referenced"
             assert not self.index.holds(free).any(), f"data {data}: a free page is in the index"
             idle = np.setdiff1d(span[self._references[span] == 0], free)
-            assert len(idle) == self._cached[data], f"data {data}: {len(idle)} cached pages, counted {self._cached[data]}"
+            assert len(idle) == self._cached[data], (
+                f"data {data}: {len(idle)} cached pages, counted {self._cached[data]}"
+            )
             assert self.index.holds(idle).all(), f"data {data}: a cached page is not in the index"
 
     # ----------------------------------------------------------------- inside
@@ -191,7 +209,9 @@ class KVManager:
         return low
 
     def _make_room(self, data: int, wanted: int) -> None:
-        """Evicts least recently used cached pages of ``data`` until ``wanted`` are free; they must exist."""
+        """Evicts least recently used cached pages of ``data`` until ``wanted`` are free; they must
+        exist.
+        """
         lacking = wanted - int(self._top[data])
         if lacking <= 0:
             return

@@ -1,7 +1,9 @@
-"""How much memory pages take where nobody says: read by ranks, and by plans, which may have no torch. No torch here.
+"""How much memory pages take where nobody says: read by ranks, and by plans, which may have no
+torch. No torch here.
 
-Shares of free memory that ``kv_cache.memory: auto`` takes: on a CPU of what the ranks of a host have together, where prompts,
-activations and other processes need the rest; on a GPU of its own, after a reserve for activations and libraries.
+Shares of free memory that ``kv_cache.memory: auto`` takes: on a CPU of what the ranks of a host
+have together, where prompts, activations and other processes need the rest; on a GPU of its own,
+after a reserve for activations and libraries.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What a checkpoint directory holds, read from the headers of its safetensors files alone. No torch here.
+"""What a checkpoint directory holds, read from the headers of its safetensors files alone. No torch
+here.
 
-Format: https://github.com/huggingface/safetensors#format, and ``model.safetensors.index.json`` for sharded checkpoints.
+Format: https://github.com/huggingface/safetensors#format, and ``model.safetensors.index.json`` for
+sharded checkpoints.
 """
 
 from __future__ import annotations
@@ -42,13 +44,16 @@ class StoredTensor:
 def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
     """The tensors of the checkpoint in directory ``path``, by name.
 
-    Raises ValueError naming the file and what is wrong with it: no checkpoint, a missing shard, a truncated file, a header
-    that is not JSON or contradicts itself, a tensor that its index places elsewhere.
+    Raises ValueError naming the file and what is wrong with it: no checkpoint, a missing shard, a
+    truncated file, a header that is not JSON or contradicts itself, a tensor that its index places
+    elsewhere.
     """
     index = path / INDEX_FILE
     if not index.is_file():
         if not (path / SINGLE_FILE).is_file():
-            raise ValueError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read")
+            raise ValueError(
+                f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read"
+            )
         return read_header(path / SINGLE_FILE)
     shards: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
@@ -85,11 +90,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(
-    path: Path, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], fp8_block: tuple[int, int] | None = None
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    fp8_block: tuple[int, int] | None = None,
 ) -> None:
-    """Raises ValueError unless ``tensors`` holds every name of ``expected`` with its shape, in a dtype that can be loaded.
+    """Raises ValueError unless ``tensors`` holds every name of ``expected`` with its shape, in a
+    dtype that can be loaded.
 
-    ``fp8_block``: matrices may be in FP8, each with a scale per block of so many rows and columns in a tensor of its own.
+    ``fp8_block``: matrices may be in FP8, each with a scale per block of so many rows and columns
+    in a tensor of its own.
     """
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -97,7 +107,9 @@ def check_tensors(
     for name, shape in expected.items():
         found = tensors[name]
         if found.shape != shape:
-            raise ValueError(f"{found.file}: {name} has shape {list(found.shape)}; config.json makes it {list(shape)}")
+            raise ValueError(
+                f"{found.file}: {name} has shape {list(found.shape)}; config.json makes it {list(shape)}"
+            )
         if fp8_block and found.dtype == FP8 and len(shape) == 2:
             _check_scales(tensors, name, fp8_block)
         elif found.dtype not in _PLAIN_DTYPES:
@@ -117,7 +129,9 @@ def _check_scales(tensors: Mapping[str, StoredTensor], name: str, block: tuple[i
             f"{list(blocks)} blocks of {block[0]} x {block[1]}"
         )
     if scales.dtype not in _PLAIN_DTYPES:
-        raise ValueError(f"{scales.file}: {name + SCALE_SUFFIX} has dtype {scales.dtype}; supported: {', '.join(_PLAIN_DTYPES)}")
+        raise ValueError(
+            f"{scales.file}: {name + SCALE_SUFFIX} has dtype {scales.dtype}; supported: {', '.join(_PLAIN_DTYPES)}"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -135,7 +149,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index}: weight_map is missing or empty")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: weight_map[{json.dumps(name)}] is {json.dumps(shard)}; expected the name of a file beside it")
+            raise ValueError(
+                f"{index}: weight_map[{json.dumps(name)}] is {json.dumps(shard)}; expected the name of a file beside it"
+            )
     return weight_map
 
 
@@ -157,5 +173,7 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, file_size: int) 
         raise ValueError(f"{file}: truncated: {file_size} bytes, and {name} ends at {data_start + end}")
     width = _DTYPE_BYTES.get(dtype)
     if width is not None and end - begin != width * math.prod(shape):
-        raise ValueError(f"{file}: {name} takes {end - begin} bytes; shape {list(shape)} in {dtype} takes {width * math.prod(shape)}")
+        raise ValueError(
+            f"{file}: {name} takes {end - begin} bytes; shape {list(shape)} in {dtype} takes {width * math.prod(shape)}"
+        )
     return StoredTensor(file, dtype, shape, data_start + begin, data_start + end)

@@ -1,6 +1,8 @@
-"""What a model is: its Hugging Face ``config.json`` as a checked, frozen description. No torch here.
+"""What a model is: its Hugging Face ``config.json`` as a checked, frozen description. No torch
+here.
 
-Every file in ``families/`` describes one kind of model; it reads what is its own, and this module what all have in common.
+Every file in ``families/`` describes one kind of model; it reads what is its own, and this module
+what all have in common.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN (arXiv 2309.00071): ``factor`` stretches ``original_length``; cos and sin are multiplied by ``magnitude``."""
+    """YaRN (arXiv 2309.00071): ``factor`` stretches ``original_length``; cos and sin are multiplied
+    by ``magnitude``.
+    """
 
     factor: float
     original_length: int
@@ -34,7 +38,9 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of the first ``dim`` values of a head: pairs are (i, i + dim/2), or (2i, 2i + 1) when ``interleaved``."""
+    """Rotary embedding of the first ``dim`` values of a head: pairs are (i, i + dim/2), or (2i, 2i
+    + 1) when ``interleaved``.
+    """
 
     dim: int
     theta: float
@@ -44,8 +50,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class GqaConfig:
-    """Grouped-query attention. ``qkv_bias`` on the projections to queries, keys and values, ``out_bias`` on the one back;
-    ``qk_norm``: each head's queries and keys pass an RMS norm before they are rotated."""
+    """Grouped-query attention. ``qkv_bias`` on the projections to queries, keys and values,
+    ``out_bias`` on the one back; ``qk_norm``: each head's queries and keys pass an RMS norm before
+    they are rotated.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -57,9 +65,11 @@ class GqaConfig:
 
 @dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention (arXiv 2405.04434 section 2.1). ``q_latent`` None: queries are projected directly.
+    """Multi-head latent attention (arXiv 2405.04434 section 2.1). ``q_latent`` None: queries are
+    projected directly.
 
-    ``scale`` multiplies the scores and holds YaRN's correction. ``bias`` on the projections from and to the hidden state.
+    ``scale`` multiplies the scores and holds YaRN's correction. ``bias`` on the projections from
+    and to the hidden state.
     """
 
     num_heads: int
@@ -76,8 +86,8 @@ class MlaConfig:
 class CheckpointNames:
     """Where a checkpoint's names differ from ours, which are those of Qwen3-MoE and DeepSeek-V3.
 
-    ``renamed``: (our prefix, theirs) of names within a layer; the first that fits is replaced. ``projections``: an expert's
-    gate, up and down matrices.
+    ``renamed``: (our prefix, theirs) of names within a layer; the first that fits is replaced.
+    ``projections``: an expert's gate, up and down matrices.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
@@ -93,8 +103,10 @@ class CheckpointNames:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the file of a family says of a model. ``moe_layers`` (ascending) hold experts, the others a dense MLP. A checkpoint may
-    hold ``num_predict_layers`` more, which predict further tokens (DeepSeek-V3, section 2.2); they are not loaded."""
+    """What the file of a family says of a model. ``moe_layers`` (ascending) hold experts, the
+    others a dense MLP. A checkpoint may hold ``num_predict_layers`` more, which predict further
+    tokens (DeepSeek-V3, section 2.2); they are not loaded.
+    """
 
     attention: GqaConfig | MlaConfig
     rope: RopeConfig
@@ -106,8 +118,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: one file in ``families/``, which calls it FAMILY. ``architectures`` and ``model_types`` are the values in
-    config.json that stand for it; ``norm_eps`` is its rms_norm_eps where config.json has none."""
+    """A kind of model: one file in ``families/``, which calls it FAMILY. ``architectures`` and
+    ``model_types`` are the values in config.json that stand for it; ``norm_eps`` is its
+    rms_norm_eps where config.json has none.
+    """
 
     name: str
     architectures: tuple[str, ...]
@@ -118,11 +132,12 @@ class Family:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of ``num_layers`` layers, of which ``moe_layers`` (ascending) hold experts and the others a dense MLP.
+    """A decoder of ``num_layers`` layers, of which ``moe_layers`` (ascending) hold experts and the
+    others a dense MLP.
 
-    ``dtype`` is the checkpoint's own, ``fp8_block`` the rows and columns of a block with one scale where its matrices are in FP8.
-    ``max_position`` bounds the length of a sequence. ``eos_ids`` end a sequence. ``num_predict_layers`` of the checkpoint follow the
-    last one.
+    ``dtype`` is the checkpoint's own, ``fp8_block`` the rows and columns of a block with one scale
+    where its matrices are in FP8. ``max_position`` bounds the length of a sequence. ``eos_ids`` end
+    a sequence. ``num_predict_layers`` of the checkpoint follow the last one.
     """
 
     family: str
@@ -145,11 +160,15 @@ class ModelConfig:
 
     @property
     def kernel_fp8(self) -> bool:
-        """Whether matrices are in FP8 in the blocks that kernels take, so that experts may stay in it."""
+        """Whether matrices are in FP8 in the blocks that kernels take, so that experts may stay in
+        it.
+        """
         return self.fp8_block == KERNEL_BLOCK
 
     def kv_shapes(self, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
-        """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and values. MLA: the latent."""
+        """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and
+        values. MLA: the latent.
+        """
         return kv_shapes(self.attention, kv_format)
 
     def kv_bytes_per_token(self, kv_format: KvFormat) -> int:
@@ -166,8 +185,9 @@ def kv_shapes(attention: GqaConfig | MlaConfig, kv_format: KvFormat) -> tuple[tu
 
 
 def load_config(path: Path) -> ModelConfig:
-    """The description of the model in directory ``path``. Raises ValueError naming the file and field at fault, also where the
-    model is one that is not served yet."""
+    """The description of the model in directory ``path``. Raises ValueError naming the file and
+    field at fault, also where the model is one that is not served yet.
+    """
     if not path.is_dir():
         raise ValueError(f"{path}: not a directory; a model directory holds config.json and *.safetensors")
     fields = Fields.read(path / "config.json")
@@ -175,7 +195,9 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def read_config(fields: Fields, generation: Path) -> ModelConfig:
-    """The description in the ``fields`` of a config.json and in the file ``generation`` beside it, which may be missing."""
+    """The description in the ``fields`` of a config.json and in the file ``generation`` beside it,
+    which may be missing.
+    """
     family = _family(fields)
     fields.expect("hidden_act", "silu")
     blocks = family.read(fields)
@@ -183,7 +205,9 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         raise ValueError(f"{fields.source}: no layer holds experts; a Mixture-of-Experts model is required")
     vocab_size, eos_ids = fields.integer("vocab_size"), _eos_ids(fields, generation)
     if any(token >= vocab_size for token in eos_ids):
-        raise ValueError(f"{fields.source}: eos_token_id is {list(eos_ids)}; expected ids below vocab_size ({vocab_size})")
+        raise ValueError(
+            f"{fields.source}: eos_token_id is {list(eos_ids)}; expected ids below vocab_size ({vocab_size})"
+        )
     return ModelConfig(
         family=family.name,
         vocab_size=vocab_size,
@@ -209,7 +233,10 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
 def families() -> tuple[Family, ...]:
     """Those of the folder ``families``, by name."""
     folder = import_module(".families", __package__)
-    return tuple(import_module(f".{module.name}", folder.__name__).FAMILY for module in pkgutil.iter_modules(folder.__path__))
+    return tuple(
+        import_module(f".{module.name}", folder.__name__).FAMILY
+        for module in pkgutil.iter_modules(folder.__path__)
+    )
 
 
 def _family(fields: Fields) -> Family:
@@ -226,7 +253,9 @@ def _family(fields: Fields) -> Family:
 
 
 def _eos_ids(fields: Fields, generation: Path) -> tuple[int, ...]:
-    """Ids that end a sequence: those of config.json, then further ones of generation_config.json."""
+    """Ids that end a sequence: those of config.json, then further ones of
+    generation_config.json.
+    """
     ids = fields.integers("eos_token_id")
     if generation.is_file():
         ids += Fields.read(generation).integers("eos_token_id")
@@ -240,7 +269,9 @@ def _dtype(fields: Fields) -> str:
 
 
 def _fp8_block(fields: Fields) -> tuple[int, int] | None:
-    """The block of matrices that are stored as DeepSeek-V3's: e4m3 with a scale per block. Everything else that is quantised is refused."""
+    """The block of matrices that are stored as DeepSeek-V3's: e4m3 with a scale per block.
+    Everything else that is quantised is refused.
+    """
     stored = fields.nested("quantization_config")
     if stored is None:
         return None
@@ -255,6 +286,8 @@ def _fp8_block(fields: Fields) -> tuple[int, int] | None:
 
 
 def _max_position(fields: Fields, rope: RopeConfig) -> int:
-    """The length the position encoding is meant for: with YaRN the stretched one, which config.json may not show."""
+    """The length the position encoding is meant for: with YaRN the stretched one, which config.json
+    may not show.
+    """
     length = fields.integer("max_position_embeddings")
     return max(length, int(rope.yarn.factor * rope.yarn.original_length)) if rope.yarn else length

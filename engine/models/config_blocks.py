@@ -1,6 +1,8 @@
-"""Readers of what several families write alike in ``config.json``: rotary embedding, attention, groups of experts. No torch here.
+"""Readers of what several families write alike in ``config.json``: rotary embedding, attention,
+groups of experts. No torch here.
 
-Both generations of the file are read: ``rope_theta`` and ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5).
+Both generations of the file are read: ``rope_theta`` and ``rope_scaling`` (transformers 4) or
+``rope_parameters`` (5).
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from .config import GqaConfig, MlaConfig, RopeConfig, YarnConfig
 from .config_fields import Fields
 
 
-def read_rope(fields: Fields, dim: int, interleaved: bool, theta: float = 10000.0, part: float = 1.0) -> RopeConfig:
-    """The rotary embedding of heads of ``dim`` values. ``theta`` is the family's where the file has none; ``part`` the fraction of a
-    head that the family rotates, and a file that says another is refused."""
+def read_rope(
+    fields: Fields, dim: int, interleaved: bool, theta: float = 10000.0, part: float = 1.0
+) -> RopeConfig:
+    """The rotary embedding of heads of ``dim`` values. ``theta`` is the family's where the file has
+    none; ``part`` the fraction of a head that the family rotates, and a file that says another is
+    refused.
+    """
     scaling = _scaling(fields)
     owner = scaling if scaling is not None and scaling.has("rope_theta") else fields
     for holder in (fields, scaling):
@@ -26,7 +32,9 @@ def read_rope(fields: Fields, dim: int, interleaved: bool, theta: float = 10000.
     return RopeConfig(rotated, owner.number("rope_theta", theta), interleaved, _yarn(fields, scaling))
 
 
-def read_gqa(fields: Fields, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False) -> GqaConfig:
+def read_gqa(
+    fields: Fields, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+) -> GqaConfig:
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -57,13 +65,17 @@ def read_mla(fields: Fields) -> MlaConfig:
 def layers_after_dense(fields: Fields) -> tuple[int, ...]:
     """The layers with experts where the first ones are dense (DeepSeek, GLM)."""
     fields.expect("moe_layer_freq", 1)
-    return tuple(range(fields.integer("first_k_dense_replace", 0, minimum=0), fields.integer("num_hidden_layers")))
+    return tuple(
+        range(fields.integer("first_k_dense_replace", 0, minimum=0), fields.integer("num_hidden_layers"))
+    )
 
 
 def sparse_layers(fields: Fields) -> tuple[int, ...]:
     """The layers with experts where every n-th one has them, some excepted (Qwen)."""
     period, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
-    return tuple(i for i in range(fields.integer("num_hidden_layers")) if i not in dense and (i + 1) % period == 0)
+    return tuple(
+        i for i in range(fields.integer("num_hidden_layers")) if i not in dense and (i + 1) % period == 0
+    )
 
 
 def expect_full_attention(fields: Fields) -> None:
@@ -74,8 +86,10 @@ def expect_full_attention(fields: Fields) -> None:
 
 
 def read_corrected_moe(fields: Fields, num_shared: int) -> MoEConfig:
-    """DeepSeek-V3's experts (arXiv 2412.19437, section 2.1.2), which others took over: a sigmoid gate whose selection a bias corrects,
-    and ``num_shared`` shared experts where the file does not say how many."""
+    """DeepSeek-V3's experts (arXiv 2412.19437, section 2.1.2), which others took over: a sigmoid
+    gate whose selection a bias corrects, and ``num_shared`` shared experts where the file does not
+    say how many.
+    """
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
     width = fields.integer("moe_intermediate_size")
@@ -103,14 +117,20 @@ def layers_beyond(fields: Fields) -> int:
 def check_choice(fields: Fields, moe: MoEConfig) -> MoEConfig:
     """``moe``, if as many experts as it chooses are eligible. Raises ValueError otherwise."""
     if moe.top_k > moe.num_experts:
-        raise fields.refuse("num_experts_per_tok", f"expected at most the number of experts ({moe.num_experts})")
+        raise fields.refuse(
+            "num_experts_per_tok", f"expected at most the number of experts ({moe.num_experts})"
+        )
     least = 2 if moe.group_quality == "best_two" else 1
     if moe.num_groups > 1 and (moe.num_experts % moe.num_groups or moe.num_experts < least * moe.num_groups):
-        raise fields.refuse("n_group", f"expected groups of equal size, {least} or more of the {moe.num_experts} experts each")
+        raise fields.refuse(
+            "n_group", f"expected groups of equal size, {least} or more of the {moe.num_experts} experts each"
+        )
     if moe.top_groups > moe.num_groups:
         raise fields.refuse("topk_group", f"expected at most n_group ({moe.num_groups})")
     if moe.top_k > moe.num_experts // moe.num_groups * moe.top_groups:
-        raise fields.refuse("num_experts_per_tok", f"expected at most the experts of topk_group ({moe.top_groups}) groups")
+        raise fields.refuse(
+            "num_experts_per_tok", f"expected at most the experts of topk_group ({moe.top_groups}) groups"
+        )
     return moe
 
 
@@ -125,7 +145,9 @@ def rotated_part(fields: Fields, default: float) -> float:
 
 
 def first_present(fields: Fields, *names: str) -> str:
-    """The first of ``names`` that the file has, or else the first: generations of a file name one field differently."""
+    """The first of ``names`` that the file has, or else the first: generations of a file name one
+    field differently.
+    """
     return next((name for name in names if fields.has(name)), names[0])
 
 
@@ -147,7 +169,9 @@ def _yarn(fields: Fields, scaling: Fields | None) -> YarnConfig | None:
     if scaling.has("attention_factor"):
         magnitude = scaling.number("attention_factor")
     elif mscale and mscale_all:
-        magnitude = _yarn_magnitude(factor, scaling.number("mscale")) / _yarn_magnitude(factor, scaling.number("mscale_all_dim"))
+        magnitude = _yarn_magnitude(factor, scaling.number("mscale")) / _yarn_magnitude(
+            factor, scaling.number("mscale_all_dim")
+        )
     else:
         magnitude = _yarn_magnitude(factor, 1.0)
     return YarnConfig(
@@ -161,5 +185,7 @@ def _yarn(fields: Fields, scaling: Fields | None) -> YarnConfig | None:
 
 
 def _yarn_magnitude(factor: float, weight: float) -> float:
-    """The factor by which YaRN scales attention for a context stretched ``factor`` times (arXiv 2309.00071, equation 22)."""
+    """The factor by which YaRN scales attention for a context stretched ``factor`` times (arXiv
+    2309.00071, equation 22).
+    """
     return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0

@@ -1,4 +1,6 @@
-"""Checked access to the fields of a ``config.json``: every error names the file, the field, its value and what is allowed."""
+"""Checked access to the fields of a ``config.json``: every error names the file, the field, its
+value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Any
 
 
 class Fields:
-    """A JSON object of ``source`` (a file, or a path inside one). A field that is absent or null takes its default."""
+    """A JSON object of ``source`` (a file, or a path inside one). A field that is absent or null
+    takes its default.
+    """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values = values
@@ -21,7 +25,9 @@ class Fields:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; a model directory holds config.json and *.safetensors") from None
+            raise ValueError(
+                f"{path}: no such file; a model directory holds config.json and *.safetensors"
+            ) from None
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -52,7 +58,11 @@ class Fields:
     def number(self, name: str, default: float | None = None, minimum: float = 0.0) -> float:
         """A finite number above ``minimum``."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum < value < float("inf"):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not minimum < value < float("inf")
+        ):
             raise self.refuse(name, f"expected a number above {minimum:g}")
         return float(value)
 

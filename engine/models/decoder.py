@@ -1,8 +1,10 @@
-"""The decoder that all families share: embedding, pre-norm layers of attention and MLP or experts, output head.
+"""The decoder that all families share: embedding, pre-norm layers of attention and MLP or experts,
+output head.
 
-Parameters carry their Hugging Face names, except where matrices that read the same input are merged into one
-(``MergedLinear``), where the experts of a layer are stacked by slot and where the family says so (``CheckpointNames``);
-``checkpoint_tensors`` and ``expert_layers`` say where each tensor of a checkpoint goes.
+Parameters carry their Hugging Face names, except where matrices that read the same input are merged
+into one (``MergedLinear``), where the experts of a layer are stacked by slot and where the family
+says so (``CheckpointNames``); ``checkpoint_tensors`` and ``expert_layers`` say where each tensor of
+a checkpoint goes.
 
 T tokens  R sampled rows  D hidden  V vocabulary
 """
@@ -34,8 +36,9 @@ _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 @dataclass(frozen=True)
 class Placing:
-    """Where and how the parameters of a model are held, and the ops that compute with them. ``fp8_experts``: experts stay in the
-    FP8 of their checkpoint."""
+    """Where and how the parameters of a model are held, and the ops that compute with them.
+    ``fp8_experts``: experts stay in the FP8 of their checkpoint.
+    """
 
     dtype: torch.dtype
     device: torch.device
@@ -49,10 +52,12 @@ class Placing:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The expert slots of one MoE layer; ``name`` is the prefix of its tensors in a checkpoint, up to the expert's number, and
-    ``projections`` are what gate, up and down matrices are called there.
+    """The expert slots of one MoE layer; ``name`` is the prefix of its tensors in a checkpoint, up
+    to the expert's number, and ``projections`` are what gate, up and down matrices are called
+    there.
 
-    w13_SFD [S, 2F, D]: gate rows, then up rows. w2_SDF [S, D, F]. ``scales`` of both, where they are FP8 (``kernels.fp8.Quantised``).
+    w13_SFD [S, 2F, D]: gate rows, then up rows. w2_SDF [S, D, F]. ``scales`` of both, where they
+    are FP8 (``kernels.fp8.Quantised``).
     """
 
     name: str
@@ -99,12 +104,20 @@ class Linear(Matrix):
 
 
 class MergedLinear(Linear):
-    """Several matrices that read the same input, stacked by rows: ``parts`` maps their names to their rows, in order.
+    """Several matrices that read the same input, stacked by rows: ``parts`` maps their names to
+    their rows, in order.
 
     ``without_bias`` are parts whose bias stays zero because a checkpoint has none for them.
     """
 
-    def __init__(self, columns: int, parts: dict[str, int], placing: Placing, bias: bool = False, without_bias: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        columns: int,
+        parts: dict[str, int],
+        placing: Placing,
+        bias: bool = False,
+        without_bias: Sequence[str] = (),
+    ) -> None:
         super().__init__(columns, sum(parts.values()), placing, bias)
         self._parts = parts
         self._without_bias = without_bias
@@ -140,11 +153,15 @@ class DenseMLP(nn.Module):
 class Attention(Protocol):
     """The attention of one layer; T is at least 1."""
 
-    def __call__(self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual: ...
+    def __call__(
+        self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache
+    ) -> Residual: ...
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP or experts, each on the normalised sum of everything before it, the *residual* (``kernels.sublayers``)."""
+    """Attention, then MLP or experts, each on the normalised sum of everything before it, the
+    *residual* (``kernels.sublayers``).
+    """
 
     def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module, placing: Placing) -> None:
         super().__init__()
@@ -155,7 +172,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
         if len(residual[0]):
-            residual = cast(Attention, self.self_attn)(residual, self.input_layernorm.row, rotation, batch, cache)
+            residual = cast(Attention, self.self_attn)(
+                residual, self.input_layernorm.row, rotation, batch, cache
+            )
         return cast(Residual, self.mlp(residual, self.post_attention_layernorm.row))
 
 
@@ -170,14 +189,19 @@ class _Stack(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder with attention made by ``attention_of``, and ``ops``, the column it computes with. Weights are uninitialised until
-    loaded.
+    """A decoder with attention made by ``attention_of``, and ``ops``, the column it computes with.
+    Weights are uninitialised until loaded.
 
-    ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of ``config.kv_shapes(kv_format)``.
+    ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of
+    ``config.kv_shapes(kv_format)``.
     """
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher, placing: Placing, attention_of: Callable[[ModelConfig, Placing], nn.Module]
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher,
+        placing: Placing,
+        attention_of: Callable[[ModelConfig, Placing], nn.Module],
     ) -> None:
         super().__init__()
         self.config = config
@@ -187,7 +211,15 @@ class Model(nn.Module):
         for layer in range(config.num_layers):
             mlp: nn.Module
             if layer in numbers:
-                mlp = MoELayer(config.moe, numbers[layer], dispatcher, placing.dtype, placing.device, placing.ops, placing.fp8_experts)
+                mlp = MoELayer(
+                    config.moe,
+                    numbers[layer],
+                    dispatcher,
+                    placing.dtype,
+                    placing.device,
+                    placing.ops,
+                    placing.fp8_experts,
+                )
             else:
                 mlp = DenseMLP(config.hidden, config.dense_width, placing)
             layers.append(DecoderLayer(config, attention_of(config, placing), mlp, placing))
@@ -196,8 +228,12 @@ class Model(nn.Module):
         self._frequencies_F = _frequencies(config.rope).to(placing.device)
         self._magnitude = config.rope.yarn.magnitude if config.rope.yarn else 1.0
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, batch: PagedBatch, cache: Sequence[LayerCache]) -> Tensor:
-        """tokens_T, positions_T int64 -> hidden_TD, before the last norm. Every MoE layer is called even where T is 0."""
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, batch: PagedBatch, cache: Sequence[LayerCache]
+    ) -> Tensor:
+        """tokens_T, positions_T int64 -> hidden_TD, before the last norm. Every MoE layer is called
+        even where T is 0.
+        """
         x_TD = F.embedding(tokens_T, self.model.embed_tokens.weight)
         rotation = angles(positions_T, self._frequencies_F, self._magnitude)
         residual: Residual = x_TD, None
@@ -214,17 +250,22 @@ class Model(nn.Module):
         return cast(Tensor, self.lm_head(normed_RD)).float()
 
     def pack(self) -> None:
-        """Brings matrices into the form that this device reads fastest. Once, after loading: no tensor of a checkpoint has a place here
-        any more."""
+        """Brings matrices into the form that this device reads fastest. Once, after loading: no
+        tensor of a checkpoint has a place here any more.
+        """
         for module in self.modules():
             if isinstance(module, Linear | Experts | SharedExperts):
                 module.pack()
-        for module in self.modules():  # found at once, where nn.Module searches three tables: 0.04 us instead of 0.5, 25 times a layer
+        for module in (
+            self.modules()
+        ):  # found at once, where nn.Module searches three tables: 0.04 us instead of 0.5, 25 times a layer
             module.__dict__.update(module._parameters)
             module.__dict__.update(module._modules)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Checkpoint name -> the tensor (often a view) it is copied into, for everything but routed experts."""
+        """Checkpoint name -> the tensor (often a view) it is copied into, for everything but routed
+        experts.
+        """
         return {self._checkpoint_name(name): tensor for name, tensor in self._own_tensors().items()}
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -247,8 +288,12 @@ class Model(nn.Module):
         for layer in self.config.moe_layers:
             experts = cast(MoELayer, cast(DecoderLayer, self.model.layers[layer]).mlp).experts
             name = self._checkpoint_name(f"model.layers.{layer}.mlp.experts")
-            scales = (experts.w13_scales.data, experts.w2_scales.data) if isinstance(experts, Fp8Experts) else None
-            found.append(ExpertLayer(name, self.config.names.projections, experts.w13.data, experts.w2.data, scales))
+            scales = (
+                (experts.w13_scales.data, experts.w2_scales.data) if isinstance(experts, Fp8Experts) else None
+            )
+            found.append(
+                ExpertLayer(name, self.config.names.projections, experts.w13.data, experts.w2.data, scales)
+            )
         return found
 
     def _checkpoint_name(self, name: str) -> str:
@@ -260,4 +305,6 @@ def _frequencies(rope: RopeConfig) -> Tensor:
     if rope.yarn is None:
         return frequencies(rope.dim, rope.theta)
     yarn = rope.yarn
-    return yarn_frequencies(rope.dim, rope.theta, yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.truncate)
+    return yarn_frequencies(
+        rope.dim, rope.theta, yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.truncate
+    )

@@ -1,4 +1,6 @@
-"""Grouped-query attention (arXiv 2305.13245), with biases and with norms of queries and keys where a family has them."""
+"""Grouped-query attention (arXiv 2305.13245), with biases and with norms of queries and keys where
+a family has them.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,10 @@ class GroupedAttention(nn.Module):
         self.o_proj = Linear(queries, config.hidden, placing, shape.out_bias)
         self._heads = GroupedHeads(shape.head_dim, config.rope.interleaved, norms, self.qkv_proj, self.o_proj)
 
-    def forward(self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
+    def forward(
+        self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache
+    ) -> Residual:
         k_cache, v_cache = cache
-        return self._ops.attention_sublayer(self._ops, residual, norm, self._heads, Step(rotation, batch, (k_cache, v_cache)))
+        return self._ops.attention_sublayer(
+            self._ops, residual, norm, self._heads, Step(rotation, batch, (k_cache, v_cache))
+        )

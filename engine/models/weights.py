@@ -1,7 +1,9 @@
-"""Loads a checkpoint into a model: everything but routed experts, and those experts that have a slot here.
+"""Loads a checkpoint into a model: everything but routed experts, and those experts that have a
+slot here.
 
-The whole checkpoint is checked from its headers first, also the part that is not read. Matrices in block-scaled FP8 (DeepSeek-V3's
-format) are widened as they are read, except where the model holds its experts in FP8.
+The whole checkpoint is checked from its headers first, also the part that is not read. Matrices in
+block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except where the model holds
+its experts in FP8.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _PROGRESS_STEP = 0.01
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: tensors and their bytes in the checkpoint's dtype, headers and scales not counted."""
+    """What was read: tensors and their bytes in the checkpoint's dtype, headers and scales not
+    counted.
+    """
 
     num_tensors: int
     num_bytes: int
@@ -37,7 +41,9 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes, and where its scales go if it stays in FP8; otherwise values are cast or widened on the way."""
+    """Where a tensor goes, and where its scales go if it stays in FP8; otherwise values are cast or
+    widened on the way.
+    """
 
     values: Tensor
     scales: Tensor | None = None
@@ -52,12 +58,15 @@ class _Read:
     place: _Place
 
 
-def load_weights(model: Model, path: Path, experts_of_layer: Callable[[int], list[int]], progress: Callable[[float], None]) -> Loaded:
+def load_weights(
+    model: Model, path: Path, experts_of_layer: Callable[[int], list[int]], progress: Callable[[float], None]
+) -> Loaded:
     """Fills ``model`` from the checkpoint in directory ``path``.
 
-    ``experts_of_layer`` maps a MoE layer (counted among MoE layers) to the logical expert of each of its slots, -1 for a
-    slot that stays empty. ``progress`` is told the fraction read, from 0 to 1. Raises ValueError naming file and tensor
-    before anything is read where the checkpoint does not fit the model (``read_checkpoint``, ``check_tensors``).
+    ``experts_of_layer`` maps a MoE layer (counted among MoE layers) to the logical expert of each
+    of its slots, -1 for a slot that stays empty. ``progress`` is told the fraction read, from 0 to
+    1. Raises ValueError naming file and tensor before anything is read where the checkpoint does
+    not fit the model (``read_checkpoint``, ``check_tensors``).
     """
     stored = read_checkpoint(path)
     places = {name: _Place(tensor) for name, tensor in model.checkpoint_tensors().items()}
@@ -82,7 +91,9 @@ def load_weights(model: Model, path: Path, experts_of_layer: Callable[[int], lis
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this model must hold, those of experts without a slot here included."""
+    """Every tensor a checkpoint of this model must hold, those of experts without a slot here
+    included.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.checkpoint_tensors().items()}
     moe = model.config.moe
     for layer in model.expert_layers():
@@ -93,8 +104,12 @@ def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _expert_places(model: Model, experts_of_layer: Callable[[int], list[int]]) -> Iterator[tuple[str, _Place]]:
-    """The checkpoint name and the place of every projection of every expert that has a slot here."""
+def _expert_places(
+    model: Model, experts_of_layer: Callable[[int], list[int]]
+) -> Iterator[tuple[str, _Place]]:
+    """The checkpoint name and the place of every projection of every expert that has a slot
+    here.
+    """
     for number, layer in enumerate(model.expert_layers()):
         for slot, expert in enumerate(experts_of_layer(number)):
             if expert >= 0:
@@ -124,7 +139,9 @@ def _in_file_order(reads: Iterable[_Read]) -> Iterator[tuple[_Read, Tensor]]:
 
 
 def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[str, Tensor]:
-    """The scales of those that are in FP8, by the names of the matrices; they may lie in other files."""
+    """The scales of those that are in FP8, by the names of the matrices; they may lie in other
+    files.
+    """
     names = {read.name + SCALE_SUFFIX: read for read in reads if read.stored.dtype == FP8}
     found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
     return {read.name.removesuffix(SCALE_SUFFIX): scales for read, scales in found}
@@ -142,7 +159,9 @@ def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[in
 
 
 def _report_fp8(path: Path, reads: list[_Read]) -> None:
-    """Logs once what becomes of FP8. Raises ValueError for a matrix that should stay in FP8 but is stored otherwise."""
+    """Logs once what becomes of FP8. Raises ValueError for a matrix that should stay in FP8 but is
+    stored otherwise.
+    """
     for read in reads:
         if read.place.scales is not None and read.stored.dtype != FP8:
             found = f"{read.stored.file}: {read.name} has dtype {read.stored.dtype}"
@@ -151,17 +170,34 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
     if widened:
         kept = sum(read.place.scales is not None for read in reads)
         dtype = widened[0].place.values.dtype
-        _LOG.info("%s: %d matrices in FP8 are widened to %s as they are read, %d stay in FP8", path, len(widened), dtype, kept)
+        _LOG.info(
+            "%s: %d matrices in FP8 are widened to %s as they are read, %d stay in FP8",
+            path,
+            len(widened),
+            dtype,
+            kept,
+        )
 
 
-def _report_unexpected(path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-    """Logs once what the checkpoint holds beyond the model, but for what is known to be there and unused."""
+def _report_unexpected(
+    path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: ModelConfig
+) -> None:
+    """Logs once what the checkpoint holds beyond the model, but for what is known to be there and
+    unused.
+    """
     scales = {name + SCALE_SUFFIX for name in expected} if config.fp8_block else set()
-    names = [name for name in stored if name not in expected and name not in scales and not _known(name, config)]
+    names = [
+        name for name in stored if name not in expected and name not in scales and not _known(name, config)
+    ]
     if names:
         _LOG.warning("%s: %d tensors are not used, the first is %s", path, len(names), names[0])
     if further := sum(_predicts_further(name, config) for name in stored):
-        _LOG.info("%s: %d tensors of layers from %d on, which predict further tokens, are not loaded", path, further, config.num_layers)
+        _LOG.info(
+            "%s: %d tensors of layers from %d on, which predict further tokens, are not loaded",
+            path,
+            further,
+            config.num_layers,
+        )
 
 
 def _known(name: str, config: ModelConfig) -> bool:
@@ -172,4 +208,7 @@ def _known(name: str, config: ModelConfig) -> bool:
 
 def _predicts_further(name: str, config: ModelConfig) -> bool:
     layer = _LAYER.match(name)
-    return layer is not None and config.num_layers <= int(layer[1]) < config.num_layers + config.num_predict_layers
+    return (
+        layer is not None
+        and config.num_layers <= int(layer[1]) < config.num_layers + config.num_predict_layers
+    )

@@ -1,4 +1,6 @@
-"""Admission: which waiting request gets a row, where, and which of its blocks it need not compute."""
+"""Admission: which waiting request gets a row, where, and which of its blocks it need not
+compute.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _NO_ROOM = -1
 
 @dataclass(slots=True)
 class _Place:
-    """What one request got: a row of ``data`` and its pages (global), the first ``num_shared`` of them from the cache."""
+    """What one request got: a row of ``data`` and its pages (global), the first ``num_shared`` of
+    them from the cache.
+    """
 
     request: Request
     data: int
@@ -43,8 +47,8 @@ def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
 class Admission:
     """Reserves rows and pages for waiting requests and stages their prompts.
 
-    Requests of a round are placed one by one, since each finds what the ones before it have left; what that means for rows, pages and
-    index is entered for all of them together.
+    Requests of a round are placed one by one, since each finds what the ones before it have left;
+    what that means for rows, pages and index is entered for all of them together.
     """
 
     def __init__(self, group: Group) -> None:
@@ -53,14 +57,17 @@ class Admission:
     def reserve(self) -> None:
         """Places as many of the first waiting requests as have room, in order.
 
-        The first that finds no room ends the round, so nobody is overtaken for good; one that needs a block which is being
-        computed steps aside until it is there. Prompts to stage are left in ``group.staging``.
+        The first that finds no room ends the round, so nobody is overtaken for good; one that needs
+        a block which is being computed steps aside until it is there. Prompts to stage are left in
+        ``group.staging``.
         """
         group = self._group
         if not len(group.queue) or not group.num_free_rows():
             return
         candidates = list(islice(group.queue, _LOOK_AHEAD))
-        found = group.kv.match([request.hashes_h128 for request in candidates], [self._limit(request) for request in candidates])
+        found = group.kv.match(
+            [request.hashes_h128 for request in candidates], [self._limit(request) for request in candidates]
+        )
         hits = np.count_nonzero(found, axis=1).tolist()
         seconds, cost = self._queue_seconds(), group.cost.cost
         placed: list[_Place] = []
@@ -73,7 +80,9 @@ class Admission:
                 announced = len(placed)
                 blocks = group.kv.match([request.hashes_h128], [self._limit(request)])[0]
                 hit = 1
-            place = self._place(request, blocks, seconds - cost.token * group.page_size * blocks if hit else seconds)
+            place = self._place(
+                request, blocks, seconds - cost.token * group.page_size * blocks if hit else seconds
+            )
             if place == _NO_ROOM:
                 break
             if isinstance(place, int):
@@ -82,7 +91,9 @@ class Admission:
             if first:
                 prefixes.add(first)
             computed = request.num_staged - place.num_shared * group.page_size
-            seconds[place.data] += cost.token * computed + _HORIZON * (cost.token + cost.kv * request.num_staged)
+            seconds[place.data] += cost.token * computed + _HORIZON * (
+                cost.token + cost.kv * request.num_staged
+            )
         self._announce(placed[announced:])
         self._settle_in(placed)
 
@@ -95,8 +106,12 @@ class Admission:
         group, rows = self._group, self._group.rows
         waiting = ((rows.state >= State.STAGING) & (rows.state <= State.PREFILL)).nonzero()[0]
         left = (rows.prompt[waiting] - rows.sent[waiting]).astype(np.float64)
-        backlog = np.bincount(waiting // rows.num_slots, weights=left, minlength=rows.num_data).astype(np.float64)
-        return group.cost.queue_seconds(backlog, group.num_running(), group.kv.used() * group.page_size, _HORIZON)
+        backlog = np.bincount(waiting // rows.num_slots, weights=left, minlength=rows.num_data).astype(
+            np.float64
+        )
+        return group.cost.queue_seconds(
+            backlog, group.num_running(), group.kv.used() * group.page_size, _HORIZON
+        )
 
     def _place(self, request: Request, blocks: Int64, seconds: NDArray[np.float64]) -> _Place | int:
         """Where the request goes, with a row and pages taken for it; or _NO_ROOM, or _WAITS."""
@@ -117,7 +132,9 @@ class Admission:
         return _NO_ROOM
 
     def _has_headroom(self, data: int, fresh: int) -> bool:
-        """Every running row may need one more page soon; admitting into the last pages only causes preemptions."""
+        """Every running row may need one more page soon; admitting into the last pages only causes
+        preemptions.
+        """
         running = self._group.rows.num_used[data]
         return not running or self._group.kv.available_on(data) >= fresh + running
 
@@ -126,7 +143,10 @@ class Admission:
         hashes = [place.request.hashes_h128[HASH_BYTES * place.num_shared :] for place in placed]
         if any(hashes):
             counts = [len(own) // HASH_BYTES for own in hashes]
-            pages = [place.pages[place.num_shared : place.num_shared + count] for place, count in zip(placed, counts, strict=True)]
+            pages = [
+                place.pages[place.num_shared : place.num_shared + count]
+                for place, count in zip(placed, counts, strict=True)
+            ]
             data = np.repeat([place.data for place in placed], counts)
             self._group.kv.announce(data, as_keys(b"".join(hashes)), np.concatenate(pages))
 
@@ -151,5 +171,7 @@ class Admission:
         request.unacknowledged = set(members)
         group.next_staged += 1
         group.by_staged[request.staged] = request
-        stage = Stage(request.staged, request.prompt_i32 + request.emitted_i32, request.grammar, request.num_emitted)
+        stage = Stage(
+            request.staged, request.prompt_i32 + request.emitted_i32, request.grammar, request.num_emitted
+        )
         group.staging.extend([(rank, stage) for rank in members])

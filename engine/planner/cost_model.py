@@ -1,7 +1,8 @@
 """The cost model: predicted seconds of a rank's section, fitted to what the ranks report.
 
-seconds = fixed + token x (tokens) + kv x (KV tokens read) + context x (prefill tokens x context). The planner balances and
-bounds steps by it, so it has to be right in proportion, not to the microsecond.
+seconds = fixed + token x (tokens) + kv x (KV tokens read) + context x (prefill tokens x context).
+The planner balances and bounds steps by it, so it has to be right in proportion, not to the
+microsecond.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _LEAST = 0.01  # of the default in proportion: from there a coefficient that was
 
 @dataclass(frozen=True)
 class Cost:
-    """Coefficients in seconds; the defaults are a small model on a CPU and only matter until the first fit."""
+    """Coefficients in seconds; the defaults are a small model on a CPU and only matter until the
+    first fit.
+    """
 
     fixed: float = 2e-3
     token: float = 5e-5
@@ -30,11 +33,13 @@ class Cost:
 
 
 class CostModel:
-    """Exponentially forgetting least squares over the slowest section of each step, coefficients kept non-negative.
+    """Exponentially forgetting least squares over the slowest section of each step, coefficients
+    kept non-negative.
 
-    Sections that are all alike (a full chunk of prompt in each step, or the same rows decoding for minutes) tell the sum of the
-    coefficients' parts and not the parts. What they do not tell stays as it was in proportion: a fit that called it all ``fixed`` would
-    find every rank equally quick, and send a burst to one.
+    Sections that are all alike (a full chunk of prompt in each step, or the same rows decoding for
+    minutes) tell the sum of the coefficients' parts and not the parts. What they do not tell stays
+    as it was in proportion: a fit that called it all ``fixed`` would find every rank equally quick,
+    and send a burst to one.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,9 @@ class CostModel:
         self._fresh: list[tuple[float, float, float, float, float]] = []
 
     def observe(self, tokens: float, kv: float, context: float, seconds: float) -> None:
-        """One measured section: its features and the seconds the rank computed (waiting excluded)."""
+        """One measured section: its features and the seconds the rank computed (waiting
+        excluded).
+        """
         self._fresh.append((1.0, tokens, kv, context, max(seconds, 1e-6)))
         if len(self._fresh) == _REFIT_EVERY:
             self._take_in(np.array(self._fresh))
@@ -57,17 +64,27 @@ class CostModel:
         return cost.fixed + cost.token * tokens + cost.kv * kv + cost.context * context
 
     def prefill_tokens_within(self, seconds: float, decode_tokens: int, kv: float, context: float) -> int:
-        """Prefill tokens that fit a section of ``seconds`` beside its decode rows, at ``context`` tokens of context."""
+        """Prefill tokens that fit a section of ``seconds`` beside its decode rows, at ``context``
+        tokens of context.
+        """
         left = seconds - self.seconds(decode_tokens, kv)
         return int(max(0.0, left) / max(self.cost.token + self.cost.context * context, 1e-12))
 
-    def queue_seconds(self, backlog: NDArray[np.float64], rows: Int64, kv: Int64, horizon: int) -> NDArray[np.float64]:
-        """Predicted seconds [D] a new request waits for and shares: prompt backlog plus ``horizon`` decode steps."""
-        seconds: NDArray[np.float64] = self.cost.token * backlog + horizon * (self.cost.token * rows + self.cost.kv * kv)
+    def queue_seconds(
+        self, backlog: NDArray[np.float64], rows: Int64, kv: Int64, horizon: int
+    ) -> NDArray[np.float64]:
+        """Predicted seconds [D] a new request waits for and shares: prompt backlog plus ``horizon``
+        decode steps.
+        """
+        seconds: NDArray[np.float64] = self.cost.token * backlog + horizon * (
+            self.cost.token * rows + self.cost.kv * kv
+        )
         return seconds
 
     def _take_in(self, sections: NDArray[np.float64]) -> None:
-        """Adds sections [n, (1, tokens, kv, context, seconds)], the last one with the largest weight."""
+        """Adds sections [n, (1, tokens, kv, context, seconds)], the last one with the largest
+        weight.
+        """
         features, seconds = sections[:, :4], sections[:, 4]
         kept = _FORGET ** np.arange(len(sections) - 1, -1, -1)
         # Relative error counts: a decode step of a millisecond matters as much as a long prefill.

@@ -14,8 +14,9 @@ from ..protocol.arrays import Int64, UInt64
 class Check:
     """What a checksummed plan should leave on each data index.
 
-    rows [n]: slots active after it. sent [n]: the lengths of those still in prefill, -1 where results decide. pages [D]: sums of the
-    page-table terms. ``expected`` is complete for a data index once its sampled counts are in; ``reported`` waits for it.
+    rows [n]: slots active after it. sent [n]: the lengths of those still in prefill, -1 where
+    results decide. pages [D]: sums of the page-table terms. ``expected`` is complete for a data
+    index once its sampled counts are in; ``reported`` waits for it.
     """
 
     rows: Int64
@@ -29,9 +30,10 @@ class Check:
 class Flight:
     """A plan that was sent and not yet acknowledged by all ranks.
 
-    rows [n]: the rows that sample, in result order, data-major; data index d owns rows[offsets[d]:offsets[d + 1]].
-    decode [n]: whether the row decodes (its length grows by what it emits). The features are the cost model's, per data index.
-    prompts [m]: the rows whose prompts advance, in the order of each section's ``extend``, data-major.
+    rows [n]: the rows that sample, in result order, data-major; data index d owns
+    rows[offsets[d]:offsets[d + 1]]. decode [n]: whether the row decodes (its length grows by what
+    it emits). The features are the cost model's, per data index. prompts [m]: the rows whose
+    prompts advance, in the order of each section's ``extend``, data-major.
     """
 
     step: int

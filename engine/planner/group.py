@@ -31,16 +31,24 @@ class Counters:
 
 
 class Group:
-    """State shared by admission, step building and the ledger of results; it has no behaviour beyond bookkeeping."""
+    """State shared by admission, step building and the ledger of results; it has no behaviour
+    beyond bookkeeping.
+    """
 
-    def __init__(self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int) -> None:
+    def __init__(
+        self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
+    ) -> None:
         self.layout, self.spec, self.max_len = layout, spec, max_len
         self.num_data = layout.data
         self._data_of_rank = [rank // layout.tensor % layout.data for rank in range(layout.world)]
         last_stage = layout.world - layout.data * layout.tensor
         self._samples = [rank >= last_stage and rank % layout.tensor == 0 for rank in range(layout.world)]
         self._members = [
-            [(stage * layout.data + data) * layout.tensor + t for stage in range(layout.pipeline) for t in range(layout.tensor)]
+            [
+                (stage * layout.data + data) * layout.tensor + t
+                for stage in range(layout.pipeline)
+                for t in range(layout.tensor)
+            ]
             for data in range(layout.data)
         ]
         self.num_cohorts = layout.pipeline
@@ -105,16 +113,26 @@ class Group:
         return self._data_of_rank[rank]
 
     def samples(self, rank: int) -> bool:
-        """Whether ``rank`` reports the tokens of its data index: the first tensor member of the last stage."""
+        """Whether ``rank`` reports the tokens of its data index: the first tensor member of the
+        last stage.
+        """
         return self._samples[rank]
 
     def planned_after(self, step: int) -> Int64:
-        """How many plans after ``step`` let each row decode [rows], of those not yet acknowledged by all ranks."""
+        """How many plans after ``step`` let each row decode [rows], of those not yet acknowledged
+        by all ranks.
+        """
         later = [flight.rows[flight.decode] for flight in self.flights.values() if flight.step > step]
-        return np.bincount(np.concatenate(later), minlength=len(self.rows.state)) if later else np.zeros(len(self.rows.state), np.int64)
+        return (
+            np.bincount(np.concatenate(later), minlength=len(self.rows.state))
+            if later
+            else np.zeros(len(self.rows.state), np.int64)
+        )
 
     def retire(self, row: int, last_step: int) -> None:
-        """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up to ``last_step`` still count."""
+        """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up
+        to ``last_step`` still count.
+        """
         self.rows.state[row] = State.DRAINING
         self.freeing.append(row)
         self.draining.append((row, last_step))
@@ -137,11 +155,19 @@ class Group:
     def predicted_seconds(self) -> float:
         """Predicted seconds of the slowest section in flight; 0 when nothing is."""
         flights = self.flights.values()
-        return max((self.cost.seconds(float(f.tokens.max()), float(f.kv.max()), float(f.context.max())) for f in flights), default=0.0)
+        return max(
+            (
+                self.cost.seconds(float(f.tokens.max()), float(f.kv.max()), float(f.context.max()))
+                for f in flights
+            ),
+            default=0.0,
+        )
 
     def num_free_rows(self) -> int:
         """Rows that waiting requests can have at once, pages permitting."""
-        return sum(self.rows.num_slots - self.rows.num_used[data] for data in np.flatnonzero(self.alive).tolist())
+        return sum(
+            self.rows.num_slots - self.rows.num_used[data] for data in np.flatnonzero(self.alive).tolist()
+        )
 
     def num_running(self) -> Int64:
         """Rows in use [D]."""

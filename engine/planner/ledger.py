@@ -1,7 +1,8 @@
 """The ledger of results: tokens into the log, ends recognised, rows and pages given back.
 
-Only here do sampled tokens become facts. A result is read against the frozen row list of its plan; results that are late, repeated or
-of an older epoch change nothing, and a gap sets the data index back to what is acknowledged.
+Only here do sampled tokens become facts. A result is read against the frozen row list of its plan;
+results that are late, repeated or of an older epoch change nothing, and a gap sets the data index
+back to what is acknowledged.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Ledger:
         self._outbox = outbox
 
     def book(self, results: list[StepResult]) -> set[int]:
-        """Books results in the order they arrived; returns the data indices whose chain of results has a gap."""
+        """Books results in the order they arrived; returns the data indices whose chain of results
+        has a gap.
+        """
         gaps: set[int] = set()
         batch: list[StepResult] = []
         for result in results:
@@ -59,7 +62,9 @@ class Ledger:
         return gaps
 
     def settle(self) -> None:
-        """Gives back rows that have drained: ends requests, or puts them back into the queue with what they have emitted."""
+        """Gives back rows that have drained: ends requests, or puts them back into the queue with
+        what they have emitted.
+        """
         group, rows = self._group, self._group.rows
         if not group.drained:
             return
@@ -80,7 +85,9 @@ class Ledger:
                 group.queue.put_back(request)
 
     def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
-        """Ends an open request wherever it stands; its frontend hears of it when its row has drained."""
+        """Ends an open request wherever it stands; its frontend hears of it when its row has
+        drained.
+        """
         group, row = self._group, request.row
         if row < 0:
             group.queue.drop(request)
@@ -124,12 +131,16 @@ class Ledger:
         self._drain({group.data_of_rank(result.rank) for result in sampling})
         oldest = min(group.acknowledged)
         if not group.alive.all():
-            oldest = min((group.executed(data) for data in group.alive.nonzero()[0].tolist()), default=group.next_step)
+            oldest = min(
+                (group.executed(data) for data in group.alive.nonzero()[0].tolist()), default=group.next_step
+            )
         for step in [step for step in group.flights if step <= oldest]:
             del group.flights[step]
 
     def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
-        """Tokens of sampling ranks: into the log and the outbox; requests whose last one is among them have ended."""
+        """Tokens of sampling ranks: into the log and the outbox; requests whose last one is among
+        them have ended.
+        """
         group, rows = self._group, self._group.rows
         spans = [flight.span(group.data_of_rank(result.rank)) for result in results]
         row = _joined([flight.rows[span] for span in spans])
@@ -137,7 +148,9 @@ class Ledger:
         counts, counted = np.ones(len(row), np.int64), len(row)
         one_each = not any(result.counts_u8 for result in results)
         if not one_each:
-            counts = _joined([_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)])
+            counts = _joined(
+                [_counts(result, span.stop - span.start) for result, span in zip(results, spans, strict=True)]
+            )
             counted = int(counts.sum())
         assert len(counts) == len(row), f"step {flight.step}: {len(counts)} rows reported, {len(row)} planned"
         assert counted == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {counted} counted"
@@ -153,14 +166,18 @@ class Ledger:
         group.counters.generation_tokens += len(tokens)
         finish = _LENGTH * (before + counts >= rows.allowance[row])
         finish[ended] = _STOP
-        self._outbox.entries.append(Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens))
+        self._outbox.entries.append(
+            Entries(rows.frontend[row], rows.handle[row], rows.base[row] + before, counts, finish, tokens)
+        )
         self._logprobs(flight, results)
         self._prompt_logprobs(flight, results)
         for index in finish.nonzero()[0].tolist():
             self._finish(int(row[index]), Finish(int(finish[index])))
 
     def _narrow(self, row: Int64, counts: Int64, decode: NDArray[np.bool_]) -> None:
-        """Decoding rows have grown by ``counts``, where the plan had reckoned with 1 to ``max_advance``."""
+        """Decoding rows have grown by ``counts``, where the plan had reckoned with 1 to
+        ``max_advance``.
+        """
         rows = self._group.rows
         row, grown = row[decode], counts[decode]
         rows.low[row] += grown - 1
@@ -176,7 +193,9 @@ class Ledger:
         return ended
 
     def _logprobs(self, flight: Flight, results: list[StepResult]) -> None:
-        """Log-probabilities of rows that asked for them; the row's request was live when its tokens were booked."""
+        """Log-probabilities of rows that asked for them; the row's request was live when its tokens
+        were booked.
+        """
         group, rows = self._group, self._group.rows
         for result in results:
             if not result.logprobs:
@@ -187,12 +206,15 @@ class Ledger:
                 row = int(flight.rows[span.start + item.row])
                 if rows.finish[row] == Finish.NONE:
                     position = int(rows.base[row] + group.log.count[row]) - int(counts[item.row]) + item.index
-                    line = HandleLogprobs(int(rows.handle[row]), position, item.chosen, item.top_ids_i32, item.top_f32)
+                    line = HandleLogprobs(
+                        int(rows.handle[row]), position, item.chosen, item.top_ids_i32, item.top_f32
+                    )
                     self._outbox.logprobs.setdefault(int(rows.frontend[row]), []).append(line)
 
     def _prompt_logprobs(self, flight: Flight, results: list[StepResult]) -> None:
-        """Log-probabilities of prompts, on to the frontends. A request that runs again reports again what was not known when it was
-        admitted, and its frontend drops what it has."""
+        """Log-probabilities of prompts, on to the frontends. A request that runs again reports
+        again what was not known when it was admitted, and its frontend drops what it has.
+        """
         group, rows = self._group, self._group.rows
         for result in results:
             if not result.prompt_logprobs:
@@ -238,7 +260,9 @@ class Ledger:
         group.draining = left
 
     def _keep_outputs(self, row: Int64, tokens: list[bytes]) -> None:
-        """Hashes the blocks that the sampled tokens of rows [n] have completed, so that they stay in the cache."""
+        """Hashes the blocks that the sampled tokens of rows [n] have completed, so that they stay
+        in the cache.
+        """
         group, rows = self._group, self._group.rows
         if not group.kv.caching:
             return
@@ -256,8 +280,14 @@ class Ledger:
             return
         data, pages = row[owners] // rows.num_slots, rows.pages[row[owners], np.array(known)[owners] + index]
         spans = zip(requests, known, written.tolist(), strict=True)
-        keys = as_keys(b"".join([request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]))
-        group.kv.written[pages] = np.array([group.executed(index) for index in (row // rows.num_slots).tolist()])[owners]
+        keys = as_keys(
+            b"".join(
+                [request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]
+            )
+        )
+        group.kv.written[pages] = np.array(
+            [group.executed(index) for index in (row // rows.num_slots).tolist()]
+        )[owners]
         taken = group.kv.announce(data, keys, pages)
         group.publishing.append((data[taken], keys[taken], pages[taken]))
 
@@ -270,7 +300,9 @@ class Ledger:
         seconds = slowest.seconds - slowest.waited
         if seconds > 0:
             data = group.data_of_rank(slowest.rank)
-            group.cost.observe(float(flight.tokens[data]), float(flight.kv[data]), float(flight.context[data]), seconds)
+            group.cost.observe(
+                float(flight.tokens[data]), float(flight.kv[data]), float(flight.context[data]), seconds
+            )
 
     def _compare(self, flight: Flight, results: list[StepResult]) -> None:
         """Raises StateMismatch where a rank's checksum is not the planner's."""
@@ -289,7 +321,9 @@ class Ledger:
         for rank, reported in list(check.reported.items()):
             expected = check.expected.get(group.data_of_rank(rank))
             if expected is not None and expected != reported:
-                raise StateMismatch(f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}")
+                raise StateMismatch(
+                    f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}"
+                )
 
 
 def _joined(parts: list[NDArray[_T]]) -> NDArray[_T]:

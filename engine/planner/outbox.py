@@ -52,7 +52,12 @@ class Outbox:
         messages = self.single
         for frontend, starts in self.started.items():
             handles, cached = zip(*starts, strict=True)
-            messages.append((frontend, Started(np.array(handles, np.int64).tobytes(), np.array(cached, np.int32).tobytes())))
+            messages.append(
+                (
+                    frontend,
+                    Started(np.array(handles, np.int64).tobytes(), np.array(cached, np.int32).tobytes()),
+                )
+            )
         messages.extend(self._batches(step))
         self.entries, self.logprobs, self.started, self.single = [], {}, {}, []
         return messages
@@ -79,7 +84,9 @@ class Outbox:
 
 
 def _joined(entries: list[Entries]) -> Entries:
-    return Entries(*(np.concatenate([getattr(part, field.name) for part in entries]) for field in fields(Entries)))
+    return Entries(
+        *(np.concatenate([getattr(part, field.name) for part in entries]) for field in fields(Entries))
+    )
 
 
 def _of_frontend(entries: Entries, frontend: int) -> Entries:
@@ -91,4 +98,11 @@ def _of_frontend(entries: Entries, frontend: int) -> Entries:
         starts = np.repeat(np.cumsum(entries.count)[mine] - counts, counts)
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         tokens = entries.tokens[starts + within]
-    return Entries(entries.frontend[mine], entries.handle[mine], entries.position[mine], counts, entries.finish[mine], tokens)
+    return Entries(
+        entries.frontend[mine],
+        entries.handle[mine],
+        entries.position[mine],
+        counts,
+        entries.finish[mine],
+        tokens,
+    )

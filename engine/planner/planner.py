@@ -1,7 +1,8 @@
 """The planner of one group: events in, plans and messages out.
 
-It has no sockets, no clock of its own and no torch, and nothing in it depends on hash order, so that the same events give the same
-plans: in tests, in simulation, and when a recorded incident is replayed.
+It has no sockets, no clock of its own and no torch, and nothing in it depends on hash order, so
+that the same events give the same plans: in tests, in simulation, and when a recorded incident is
+replayed.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from .step_builder import StepBuilder
 class Planner:
     """Plans every step for every rank of a group.
 
-    The owner feeds it (``submit``, ``abort``, ``results``, ...), asks for a plan whenever ``wants_plan``, and calls ``tidy`` when the
-    plan is out: what is slow and not urgent (admission, hashing of outputs) happens there, off the critical path.
+    The owner feeds it (``submit``, ``abort``, ``results``, ...), asks for a plan whenever
+    ``wants_plan``, and calls ``tidy`` when the plan is out: what is slow and not urgent (admission,
+    hashing of outputs) happens there, off the critical path.
     """
 
-    def __init__(self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int) -> None:
+    def __init__(
+        self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
+    ) -> None:
         self.group = Group(layout, spec, num_pages, page_size, max_len)
         self.outbox = Outbox()
         self._admission = Admission(self.group)
@@ -44,7 +48,8 @@ class Planner:
     def submit(self, frontend: int, submit: Submit) -> None:
         """Queues a request, or rejects it at once. Submitting an open one again changes nothing.
 
-        The queue is full when ``max_queue`` requests wait beside those for which there is a free row.
+        The queue is full when ``max_queue`` requests wait beside those for which there is a free
+        row.
         """
         group = self.group
         if (frontend, submit.handle) in group.open:
@@ -54,7 +59,9 @@ class Planner:
             self.outbox.reject(frontend, Rejected(submit.handle, 400, reason))
         elif self._queue_is_full():
             reason = f"The queue is full: {group.spec.max_queue} requests may wait (scheduler.max_queue)"
-            self.outbox.reject(frontend, Rejected(submit.handle, 503, reason, retry_after=self._retry_after()))
+            self.outbox.reject(
+                frontend, Rejected(submit.handle, 503, reason, retry_after=self._retry_after())
+            )
         else:
             request = Request.from_submit(frontend, self._arrivals, submit)
             self._arrivals += 1
@@ -63,7 +70,9 @@ class Planner:
             group.counters.prompt_tokens += request.num_prompt
 
     def abort(self, frontend: int, abort: Abort) -> None:
-        """Frees a request; its end is acknowledged by an entry with ``Finish.ABORT`` unless it has ended already."""
+        """Frees a request; its end is acknowledged by an entry with ``Finish.ABORT`` unless it has
+        ended already.
+        """
         request = self.group.open.get((frontend, abort.handle))
         if request is not None:
             self._ledger.cancel(request)
@@ -107,16 +116,20 @@ class Planner:
             self.begin_epoch()
 
     def resync(self, data: int) -> None:
-        """Sets a data index back to what it has acknowledged: its next section clears it, its requests are admitted anew.
+        """Sets a data index back to what it has acknowledged: its next section clears it, its
+        requests are admitted anew.
 
-        Their tokens are kept, and so are their pages as far as they are hashed, so that a replay computes little.
+        Their tokens are kept, and so are their pages as far as they are hashed, so that a replay
+        computes little.
         """
         group, rows = self.group, self.group.rows
         executed = group.executed(data)
         group.rebasing[data] = True
         group.staged_from[data] = group.next_staged
         mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
-        rows.low[mine] -= group.planned_after(group.acknowledged[group.reporter(data)])[mine]  # those plans never were
+        rows.low[mine] -= group.planned_after(group.acknowledged[group.reporter(data)])[
+            mine
+        ]  # those plans never were
         rows.on_rank[mine] = False
         group.assume_executed(data)
         group.freeing = [row for row in group.freeing if row not in mine]
@@ -138,7 +151,8 @@ class Planner:
     def begin_epoch(self, *, gone: Sequence[int] = (), emptied: Sequence[int] = ()) -> None:
         """Starts a new epoch: plans in flight are void, every data index is rebased.
 
-        Data indices ``gone`` leave for good; those ``emptied`` have a new rank among their members, which holds no page.
+        Data indices ``gone`` leave for good; those ``emptied`` have a new rank among their members,
+        which holds no page.
         """
         group = self.group
         group.epoch += 1
@@ -151,7 +165,9 @@ class Planner:
             self._forget(data, -1)
 
     def _forget(self, data: int, last_step: int) -> None:
-        """Blocks of ``data`` planned after ``last_step`` may not have been written: nobody may find them, no rank be told of them."""
+        """Blocks of ``data`` planned after ``last_step`` may not have been written: nobody may find
+        them, no rank be told of them.
+        """
         group = self.group
         group.kv.forget_unwritten(data, last_step)
         kept = []
@@ -196,7 +212,9 @@ class Planner:
         return not group.open and not group.draining and not group.drained and not len(group.queue)
 
     def fail_all(self) -> None:
-        """Ends every open request with an error, and says so at once: the ranks may never answer again."""
+        """Ends every open request with an error, and says so at once: the ranks may never answer
+        again.
+        """
         for request in list(self.group.open.values()):
             self._ledger.cancel(request, Finish.ERROR)
             self._ledger.end(request, Finish.ERROR)
@@ -206,11 +224,15 @@ class Planner:
         group, rows = self.group, self.group.rows
         group.kv.check()
         for row, request in enumerate(rows.requests):
-            assert (request is None) == (rows.state[row] == State.FREE), f"row {row}: state {rows.state[row]}, request {request}"
+            assert (request is None) == (rows.state[row] == State.FREE), (
+                f"row {row}: state {rows.state[row]}, request {request}"
+            )
         for data in range(group.num_data):
             mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
             pages = np.unique(np.concatenate([rows.pages[row, : rows.num_pages[row]] for row in mine]))
-            assert len(pages) == group.kv.used()[data], f"data {data}: rows hold {len(pages)} pages, {group.kv.used()[data]} referenced"
+            assert len(pages) == group.kv.used()[data], (
+                f"data {data}: rows hold {len(pages)} pages, {group.kv.used()[data]} referenced"
+            )
 
     def _announce_started(self, plan: Plan) -> None:
         rows = self.group.rows
@@ -219,14 +241,18 @@ class Planner:
                 request = rows.request(data * rows.num_slots + admit.slot)
                 if not request.started:
                     request.started = True
-                    self.outbox.started.setdefault(request.frontend, []).append((request.handle, admit.num_cached))
+                    self.outbox.started.setdefault(request.frontend, []).append(
+                        (request.handle, admit.num_cached)
+                    )
 
     def _queue_is_full(self) -> bool:
         group, waiting = self.group, len(self.group.queue)
         return waiting >= group.spec.max_queue and waiting >= group.spec.max_queue + group.num_free_rows()
 
     def _retry_after(self) -> float:
-        """Seconds until the queue has probably moved on: its prompt tokens at the fitted rate, at least one."""
+        """Seconds until the queue has probably moved on: its prompt tokens at the fitted rate, at
+        least one.
+        """
         group = self.group
         tokens = sum(request.num_staged for request in group.queue)
         return max(1.0, group.cost.cost.token * tokens / max(1, int(group.alive.sum())))

@@ -9,7 +9,9 @@ from .request import Request
 
 
 class WaitingQueue:
-    """Requests without a row: by priority (lower first), preempted ones before new ones, then by arrival."""
+    """Requests without a row: by priority (lower first), preempted ones before new ones, then by
+    arrival.
+    """
 
     def __init__(self) -> None:
         self._levels: dict[int, deque[Request]] = {}

@@ -11,10 +11,11 @@ from ..protocol.message import HASH_BYTES, Sampling
 
 
 class State:
-    """Where a request stands, and equally its row: rows of requests that wait are FREE. Numbers, as arrays hold them.
+    """Where a request stands, and equally its row: rows of requests that wait are FREE. Numbers, as
+    arrays hold them.
 
-    STAGING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has it.
-    DRAINING: removed by a plan; its row is reused once every result that may name it is in.
+    STAGING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has
+    it. DRAINING: removed by a plan; its row is reused once every result that may name it is in.
     """
 
     FREE: Final = 0
@@ -27,8 +28,9 @@ class State:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its place by arrival.
-    ``scored`` is the last position of its prompt whose log-probability is known, where they were asked for.
+    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its
+    place by arrival. ``scored`` is the last position of its prompt whose log-probability is known,
+    where they were asked for.
 
     ``hashes_h128`` are those of its full blocks after ``root``, empty without prefix caching.
     """
@@ -82,8 +84,10 @@ class Request:
 
     @property
     def num_skippable(self) -> int:
-        """Leading tokens that need not be computed if they are cached. The last one is, to have something to sample from, and so is
-        every token whose successor's log-probability is still owed."""
+        """Leading tokens that need not be computed if they are cached. The last one is, to have
+        something to sample from, and so is every token whose successor's log-probability is still
+        owed.
+        """
         owes = self.sampling.num_prompt_logprobs >= 0 and self.scored < self.num_prompt - 1
         return self.scored if owes else self.num_staged - 1
 
@@ -98,9 +102,15 @@ class Request:
         return len(self.hashes_h128) // HASH_BYTES
 
     def hash_outputs(self, tokens_i32: bytes, page_size: int) -> None:
-        """Appends the hashes of the blocks that ``tokens_i32``, sampled since its admission, have completed."""
+        """Appends the hashes of the blocks that ``tokens_i32``, sampled since its admission, have
+        completed.
+        """
         start = self.num_hashes * page_size * 4
         if len(self.prompt_i32) + len(self.emitted_i32) + len(tokens_i32) >= start + page_size * 4:
-            tail = self.prompt_i32[start:] + self.emitted_i32[max(0, start - len(self.prompt_i32)) :] + tokens_i32
+            tail = (
+                self.prompt_i32[start:]
+                + self.emitted_i32[max(0, start - len(self.prompt_i32)) :]
+                + tokens_i32
+            )
             parent = self.hashes_h128[-HASH_BYTES:] or self.root
             self.hashes_h128 += chain_hashes(parent, tail, page_size)[HASH_BYTES:]

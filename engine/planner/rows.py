@@ -1,4 +1,6 @@
-"""The planner's rows: the sequence slots of all data indices as arrays, row = data x num_slots + slot."""
+"""The planner's rows: the sequence slots of all data indices as arrays, row = data x num_slots +
+slot.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from .request import Request, State
 class RowTable:
     """What the planner knows of every row. Lengths count tokens whose KV is computed.
 
-    The length of a decoding row after all plans sent lies in [``low``, ``high``], cut at ``limit`` - 1: a plan moves both on, a result
-    brings them together. For a row in prefill ``sent`` is the exact number of prompt tokens planned. ``on_rank`` says whether plans so
-    far leave the slot active.
+    The length of a decoding row after all plans sent lies in [``low``, ``high``], cut at ``limit``
+    - 1: a plan moves both on, a result brings them together. For a row in prefill ``sent`` is the
+    exact number of prompt tokens planned. ``on_rank`` says whether plans so far leave the slot
+    active.
 
-    Most columns are read whole: a step has work for nearly every row, and a mask over all of them is cheaper than picking them out.
+    Most columns are read whole: a step has work for nearly every row, and a mask over all of them
+    is cheaper than picking them out.
     """
 
     def __init__(self, num_data: int, num_slots: int, max_pages: int, num_cohorts: int) -> None:
@@ -30,16 +34,29 @@ class RowTable:
         self.high = np.zeros(total, np.int64)
         self.sent = np.zeros(total, np.int64)
         self.finish = np.zeros(total, np.uint8)
-        # What a request brings with it, set at once: see ``occupy``. ``allowance`` is how many tokens it may sample at most.
+        # What a request brings with it, set at once: see ``occupy``. ``allowance`` is how many
+        # tokens it may sample at most.
         self._brought = np.zeros((8, total), np.int64)
-        self.prompt, self.limit, self.allowance, self.base, self.order, self.frontend, self.handle, self.score_bytes = self._brought
+        (
+            self.prompt,
+            self.limit,
+            self.allowance,
+            self.base,
+            self.order,
+            self.frontend,
+            self.handle,
+            self.score_bytes,
+        ) = self._brought
         self.num_pages = np.zeros(total, np.int64)
         self.pages = np.zeros((total, max_pages), np.int64)
         self.page_sum = np.zeros(total, np.uint64)
         self.requests: list[Request | None] = [None] * total
         self.num_used = [0] * num_data
         # Free slots per data index and cohort, lowest on top.
-        self._free = [[list(range(cohort, num_slots, num_cohorts))[::-1] for cohort in range(num_cohorts)] for _ in range(num_data)]
+        self._free = [
+            [list(range(cohort, num_slots, num_cohorts))[::-1] for cohort in range(num_cohorts)]
+            for _ in range(num_data)
+        ]
 
     def data(self, row: int) -> int:
         return row // self.num_slots
@@ -62,8 +79,12 @@ class RowTable:
         request.row = data * self.num_slots + slot
         self.requests[request.row] = request
 
-    def occupy(self, requests: list[Request], pages: list[Int64], sent: list[int], max_pool_pages: int) -> None:
-        """Fills the rows of ``requests``: each with its global pages, of which the first ``sent`` tokens need not be computed."""
+    def occupy(
+        self, requests: list[Request], pages: list[Int64], sent: list[int], max_pool_pages: int
+    ) -> None:
+        """Fills the rows of ``requests``: each with its global pages, of which the first ``sent``
+        tokens need not be computed.
+        """
         rows = np.array([request.row for request in requests])
         counts = np.array([len(own) for own in pages])
         self.state[rows] = State.STAGING
@@ -93,7 +114,9 @@ class RowTable:
         self.page_sum[rows] += page_terms(rows % self.num_slots, count, local)
 
     def take_pages(self, rows: Int64) -> tuple[Int64, Int64]:
-        """Empties the page tables of rows [n]; how many pages each held [n], and which, end to end (global ids)."""
+        """Empties the page tables of rows [n]; how many pages each held [n], and which, end to end
+        (global ids).
+        """
         counts = self.num_pages[rows]
         owners, index = ragged(counts)
         pages = self.pages[rows[owners], index]

@@ -1,4 +1,6 @@
-"""Builds the next plan of a group: which rows decode, which prompts advance, which pages they get."""
+"""Builds the next plan of a group: which rows decode, which prompts advance, which pages they
+get.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,18 @@ from .request import State
 _SCORE_BYTES = 12 << 10
 """Log-probabilities of prompts that the result of a step may hold. The step socket carries at most 16 kB per rank and step."""
 
-_BUCKETS = np.array([0, 1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 128), *range(1024, 1 << 20, 1024)])
+_BUCKETS = np.array(
+    [0, 1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 128), *range(1024, 1 << 20, 1024)]
+)
 
 
 @dataclass
 class _Prompts:
     """The prompt chunks of one step, data-major and in the order of each queue.
 
-    data, rows, starts, counts [n]: whose they are, where in its prompt each begins, and its tokens. sampled [k], sampled_data [k]: rows
-    whose prompt ends here, so that they sample. admits: of the rows that come with their first chunk, per data index.
+    data, rows, starts, counts [n]: whose they are, where in its prompt each begins, and its tokens.
+    sampled [k], sampled_data [k]: rows whose prompt ends here, so that they sample. admits: of the
+    rows that come with their first chunk, per data index.
     """
 
     data: Int64
@@ -48,7 +53,9 @@ _Packed = dict[int, bytes]
 
 @dataclass(frozen=True)
 class _Changes:
-    """What a plan does to running rows: slots to (hold, resume), freed slots, and (slot, page) of the rows that grow."""
+    """What a plan does to running rows: slots to (hold, resume), freed slots, and (slot, page) of
+    the rows that grow.
+    """
 
     held: dict[int, tuple[list[int], list[int]]]
     freed: _Packed
@@ -70,7 +77,9 @@ def _pairs(first: Int64, second: Int64) -> NDArray[np.int32]:
 
 
 class StepBuilder:
-    """Turns the state of a group into its next plan, and records what that plan commits the group to."""
+    """Turns the state of a group into its next plan, and records what that plan commits the group
+    to.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -143,16 +152,24 @@ class StepBuilder:
 
     def _has_prefill(self, cohort: int) -> bool:
         rows = self._group.rows
-        return any(rows.cohort[row] == cohort and not rows.held[row] for queue in self._group.prefilling for row in queue)
+        return any(
+            rows.cohort[row] == cohort and not rows.held[row]
+            for queue in self._group.prefilling
+            for row in queue
+        )
 
     def _changed_holds(self) -> dict[int, tuple[list[int], list[int]]]:
-        """Slots to hold and to resume per data index; a row that is not on its rank yet is named later, one that has left never."""
+        """Slots to hold and to resume per data index; a row that is not on its rank yet is named
+        later, one that has left never.
+        """
         group, rows = self._group, self._group.rows
         changed: dict[int, tuple[list[int], list[int]]] = {}
         touched, group.holding = group.holding, {}
         for row in touched:
             if rows.on_rank[row] and rows.state[row] in (State.PREFILL, State.DECODE):
-                changed.setdefault(rows.data(row), ([], []))[0 if rows.held[row] else 1].append(rows.slot(row))
+                changed.setdefault(rows.data(row), ([], []))[0 if rows.held[row] else 1].append(
+                    rows.slot(row)
+                )
             elif rows.state[row] in (State.STAGING, State.READY):
                 group.holding[row] = None
         return changed
@@ -160,10 +177,11 @@ class StepBuilder:
     # ----------------------------------------------------------------- pages
 
     def _grow(self, cohort: int, decoding: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], _Packed]:
-        """Pages for the longest every decoding row may become; takes them from others where a pool is exhausted.
+        """Pages for the longest every decoding row may become; takes them from others where a pool
+        is exhausted.
 
-        Returns which rows still decode, and (slot, page) of those that grow. A row that may be at its limit already
-        still computes a position, hence ``limit``.
+        Returns which rows still decode, and (slot, page) of those that grow. A row that may be at
+        its limit already still computes a position, hence ``limit``.
         """
         group, rows = self._group, self._group.rows
         while True:
@@ -183,7 +201,9 @@ class StepBuilder:
         return decoding, self._pack(data, _pairs(growing % rows.num_slots, pages - data * group.kv.max_pages))
 
     def _give_way(self, data: int) -> None:
-        """Frees pages of ``data``: those of rows on their way out, or else the youngest request's, which will run again."""
+        """Frees pages of ``data``: those of rows on their way out, or else the youngest request's,
+        which will run again.
+        """
         group, rows = self._group, self._group.rows
         mine = np.arange(data * rows.num_slots, (data + 1) * rows.num_slots)
         leaving = mine[(rows.state[mine] == State.DRAINING) & (rows.num_pages[mine] > 0)]
@@ -210,9 +230,11 @@ class StepBuilder:
     # ----------------------------------------------------------------- prompts
 
     def _prefill(self, cohort: int, num_decode: Int64, kv: Int64) -> _Prompts | None:
-        """Gives every data index its share of prompt tokens; rows that reach the end of their prompt start to decode.
+        """Gives every data index its share of prompt tokens; rows that reach the end of their
+        prompt start to decode.
 
-        None when no prompt waits; one that waits where the rows that decode leave no token for it has no chunk.
+        None when no prompt waits; one that waits where the rows that decode leave no token for it
+        has no chunk.
         """
         group, rows = self._group, self._group.rows
         chunks: list[tuple[int, int, int, int]] = []  # data, row, start, count
@@ -225,14 +247,18 @@ class StepBuilder:
             budget = group.spec.max_batch_tokens - int(num_decode[data])
             if anyone_decodes:
                 context = int(rows.sent[waiting[0]])
-                fits = group.cost.prefill_tokens_within(group.spec.inter_token_target, int(num_decode[data]), float(kv[data]), context)
+                fits = group.cost.prefill_tokens_within(
+                    group.spec.inter_token_target, int(num_decode[data]), float(kv[data]), context
+                )
                 budget = min(budget, max(fits, group.page_size))
             chunks += [(data, *chunk) for chunk in self._share(waiting, budget)]
         return self._advance(np.array(chunks, np.int64).reshape(-1, 4)) if anyone_waits else None
 
     def _share(self, waiting: list[int], budget: int) -> Iterator[tuple[int, int, int]]:
-        """Chunks (row, start, count) of the first prompts that wait, ``budget`` tokens together. Rows that report log-probabilities
-        of their prompts advance as far as one result has room for that."""
+        """Chunks (row, start, count) of the first prompts that wait, ``budget`` tokens together.
+        Rows that report log-probabilities of their prompts advance as far as one result has room
+        for that.
+        """
         rows, room = self._group.rows, _SCORE_BYTES
         for row in waiting:
             if budget <= 0:
@@ -282,7 +308,9 @@ class StepBuilder:
         return admits
 
     def _mark_written(self, data: Int64, row: Int64, start: Int64, end: Int64) -> None:
-        """The blocks that chunks [start, end) [n] complete can be read by later plans on the same rank."""
+        """The blocks that chunks [start, end) [n] complete can be read by later plans on the same
+        rank.
+        """
         group, rows = self._group, self._group.rows
         first, behind = start // group.page_size, end // group.page_size
         owners, index = ragged(behind - first)
@@ -291,7 +319,9 @@ class StepBuilder:
         hashes = [rows.request(own).hashes_h128 for own in row.tolist()]
         spans = zip(hashes, first.tolist(), behind.tolist(), strict=True)
         keys = as_keys(b"".join([own[HASH_BYTES * begin : HASH_BYTES * stop] for own, begin, stop in spans]))
-        hashed = index + first[owners] < np.array([len(own) // HASH_BYTES for own in hashes], np.int64)[owners]
+        hashed = (
+            index + first[owners] < np.array([len(own) // HASH_BYTES for own in hashes], np.int64)[owners]
+        )
         group.publishing.append((data[owners[hashed]], keys, pages[hashed]))
 
     # ----------------------------------------------------------------- sections
@@ -302,7 +332,10 @@ class StepBuilder:
         admits: dict[int, list[Admit]] = {}
         extends: _Packed = {}
         if prompts is not None:
-            admits, extends = prompts.admits, self._pack(prompts.data, _pairs(prompts.rows % slots, prompts.counts))
+            admits, extends = (
+                prompts.admits,
+                self._pack(prompts.data, _pairs(prompts.rows % slots, prompts.counts)),
+            )
         rebasing = np.flatnonzero(group.rebasing).tolist()
         changed = {*pages, *extends, *changes.freed, *changes.held, *rebasing}  # the others only grow
         buckets = bucket_of(tokens).tolist()
@@ -316,7 +349,9 @@ class StepBuilder:
             sections[data] = Section(
                 rebase=rebase,
                 staged_from=group.staged_from[data] if rebase else 0,
-                free_i32=b"" if rebase else changes.freed.get(data, b""),  # after a rebase the rank has none to free
+                free_i32=b""
+                if rebase
+                else changes.freed.get(data, b""),  # after a rebase the rank has none to free
                 hold_i32=_i32(hold) if hold else b"",
                 resume_i32=_i32(resume) if resume else b"",
                 admit=tuple(admits.get(data, ())),
@@ -342,7 +377,9 @@ class StepBuilder:
         return self._pack(data[order], (freed % rows.num_slots)[order].astype(np.int32))
 
     def _published(self) -> tuple[_Packed, _Packed]:
-        """Pages, and their hashes, of the blocks written since the last plan that are still what they were."""
+        """Pages, and their hashes, of the blocks written since the last plan that are still what
+        they were.
+        """
         group = self._group
         if not group.publishing:
             return {}, {}
@@ -362,15 +399,28 @@ class StepBuilder:
 
     # ----------------------------------------------------------------- commitments
 
-    def _fly(self, decoding: NDArray[np.bool_], num_decode: Int64, prompts: _Prompts | None, tokens: Int64, kv: Int64) -> Flight:
-        """Records the plan as in flight: frozen rows, bounds on lengths, rows that end by their length limit."""
+    def _fly(
+        self,
+        decoding: NDArray[np.bool_],
+        num_decode: Int64,
+        prompts: _Prompts | None,
+        tokens: Int64,
+        kv: Int64,
+    ) -> Flight:
+        """Records the plan as in flight: frozen rows, bounds on lengths, rows that end by their
+        length limit.
+        """
         group, rows = self._group, self._group.rows
         step = group.next_step
         rows.low += decoding
         rows.high += decoding * group.spec.max_advance
         frozen = decoding.nonzero()[0]
         last = ((rows.low >= rows.limit - 1) & decoding).nonzero()[0].tolist()
-        decode, ends, context = np.ones(len(frozen), np.bool_), num_decode.cumsum(), np.zeros(group.num_data, np.int64)
+        decode, ends, context = (
+            np.ones(len(frozen), np.bool_),
+            num_decode.cumsum(),
+            np.zeros(group.num_data, np.int64),
+        )
         extended = frozen[:0]
         if prompts is not None:
             extended = prompts.rows
@@ -392,5 +442,9 @@ class StepBuilder:
         rows = self._group.rows
         active = np.flatnonzero(rows.on_rank)
         sent = np.where(rows.sent[active] < rows.prompt[active], rows.sent[active], -1)
-        sums = np.where(rows.on_rank, rows.page_sum, np.uint64(0)).reshape(rows.num_data, -1).sum(axis=1, dtype=np.uint64)
+        sums = (
+            np.where(rows.on_rank, rows.page_sum, np.uint64(0))
+            .reshape(rows.num_data, -1)
+            .sum(axis=1, dtype=np.uint64)
+        )
         return Check(active, sent, sums)

@@ -1,4 +1,6 @@
-"""The controller's token log: the sampled tokens of every running row, and so the truth about each request."""
+"""The controller's token log: the sampled tokens of every running row, and so the truth about each
+request.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ _CHUNK = 64
 
 
 class TokenLog:
-    """Append-only token lists of ``num_rows`` rows, in chunks of 64 tokens from one growing pool."""
+    """Append-only token lists of ``num_rows`` rows, in chunks of 64 tokens from one growing
+    pool.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.count = np.zeros(num_rows, np.int64)
@@ -32,7 +36,9 @@ class TokenLog:
         return count
 
     def append_ragged(self, rows: Int64, counts: Int64, tokens: Int32) -> Int64:
-        """Appends ``counts[i]`` tokens to rows [n]; tokens are concatenated in that order. Returns how many each had."""
+        """Appends ``counts[i]`` tokens to rows [n]; tokens are concatenated in that order. Returns
+        how many each had.
+        """
         before = self.count[rows]
         starts = np.cumsum(counts) - counts
         for step in range(int(counts.max(initial=0))):
@@ -46,7 +52,9 @@ class TokenLog:
         chunks, num_chunks = self._chunks(rows)
         tokens = self._pool.reshape(-1, _CHUNK)[chunks].tobytes()
         starts = (4 * _CHUNK * (np.cumsum(num_chunks) - num_chunks)).tolist()
-        return [tokens[start : start + 4 * count] for start, count in zip(starts, counts.tolist(), strict=True)]
+        return [
+            tokens[start : start + 4 * count] for start, count in zip(starts, counts.tolist(), strict=True)
+        ]
 
     def clear(self, rows: Int64) -> None:
         """Empties rows [n]."""

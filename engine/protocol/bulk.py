@@ -6,7 +6,9 @@ from .message import Message, Stop
 
 
 class RankHello(Message, tag="hello", frozen=True):
-    """A rank has loaded its weights and sized its page pool. Sent on the bulk socket, once per connection."""
+    """A rank has loaded its weights and sized its page pool. Sent on the bulk socket, once per
+    connection.
+    """
 
     rank: int
     host: str
@@ -22,7 +24,9 @@ class RankHello(Message, tag="hello", frozen=True):
 
 
 class Staged(Message, tag="staged", frozen=True):
-    """The prompt ``staged`` has arrived, its grammar is compiled, and it can be admitted; with an ``error`` it never can."""
+    """The prompt ``staged`` has arrived, its grammar is compiled, and it can be admitted; with an
+    ``error`` it never can.
+    """
 
     rank: int
     staged: int
@@ -30,7 +34,9 @@ class Staged(Message, tag="staged", frozen=True):
 
 
 class Stage(Message, tag="stage", frozen=True):
-    """A prompt sent ahead of its admission; admission consumes it. Its last ``num_emitted`` tokens follow ``grammar`` already."""
+    """A prompt sent ahead of its admission; admission consumes it. Its last ``num_emitted`` tokens
+    follow ``grammar`` already.
+    """
 
     staged: int
     tokens_i32: bytes

@@ -1,4 +1,6 @@
-"""The chain of plans as a rank follows it: each names its predecessor, and only the next one is executed."""
+"""The chain of plans as a rank follows it: each names its predecessor, and only the next one is
+executed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from .plan import StepPlan
 
 
 class Verdict(Enum):
-    """What to do with a plan: execute it, refuse it because of a gap, or ignore it as executed, abandoned or of an old epoch."""
+    """What to do with a plan: execute it, refuse it because of a gap, or ignore it as executed,
+    abandoned or of an old epoch.
+    """
 
     NEXT = 1
     GAP = 2
@@ -26,7 +30,9 @@ class Chain:
     def judge(self, plan: StepPlan) -> Verdict:
         """A rebase may be executed whatever came before; nothing of an abandoned epoch may."""
         header = plan.header
-        if header.epoch < self.epoch or (header.epoch == self.epoch and (header.step <= self.last_step or self._abandoned)):
+        if header.epoch < self.epoch or (
+            header.epoch == self.epoch and (header.step <= self.last_step or self._abandoned)
+        ):
             return Verdict.OLD
         follows = header.epoch == self.epoch and header.predecessor == self.last_step
         return Verdict.NEXT if follows or plan.section.rebase else Verdict.GAP

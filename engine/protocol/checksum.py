@@ -10,8 +10,12 @@ from .arrays import Int64
 
 
 def page_terms(slots: Int64, indices: Int64, pages: Int64) -> NDArray[np.uint64]:
-    """One checksum term per page-table entry (slot, index in the table, page); they add up modulo 2^64."""
-    key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ (indices.astype(np.uint64) << np.uint64(28))
+    """One checksum term per page-table entry (slot, index in the table, page); they add up modulo
+    2^64.
+    """
+    key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ (
+        indices.astype(np.uint64) << np.uint64(28)
+    )
     return mix64(key ^ pages.astype(np.uint64))
 
 

@@ -21,12 +21,15 @@ class RankState(Message, frozen=True):
 
 
 class Totals(Message, frozen=True):
-    """What all steps have added up to since the controller started, for the metrics; see ``engine/controller/step_totals.py``.
+    """What all steps have added up to since the controller started, for the metrics; see
+    ``engine/controller/step_totals.py``.
 
-    ``plan_i64`` and ``step_i64`` count plans by their seconds and steps by their tokens, in the buckets given there. ``tokens_i64`` are
-    tokens [data], ``last_tokens_i64`` those of the last step. ``rows`` were computed for them, padding included, ``dispatch_rows``
-    bounded for their exchange. ``busy_f64`` and ``waited_f64`` are seconds [rank], ``phases_f64`` [rank, phase]; ``load_i64`` are tokens
-    that experts computed [layer, rank], ``balancedness_f64`` [layer] the mean over ranks through the largest, of the last report.
+    ``plan_i64`` and ``step_i64`` count plans by their seconds and steps by their tokens, in the
+    buckets given there. ``tokens_i64`` are tokens [data], ``last_tokens_i64`` those of the last
+    step. ``rows`` were computed for them, padding included, ``dispatch_rows`` bounded for their
+    exchange. ``busy_f64`` and ``waited_f64`` are seconds [rank], ``phases_f64`` [rank, phase];
+    ``load_i64`` are tokens that experts computed [layer, rank], ``balancedness_f64`` [layer] the
+    mean over ranks through the largest, of the last report.
     """
 
     plan_i64: bytes = b""
@@ -47,12 +50,14 @@ class Totals(Message, frozen=True):
 
 
 class ClusterState(Message, tag="state", frozen=True):
-    """The state of the cluster, sent to every frontend twice a second and whenever ``phase`` changes.
+    """The state of the cluster, sent to every frontend twice a second and whenever ``phase``
+    changes.
 
-    ``phase`` is starting | serving | recovering | draining | drained | failed; ``reason`` says why when not serving. While
-    recovering a lost rank is being replaced: requests are taken and wait. Counters
-    count since the controller started. ``expert_i64`` is the expert load [layer, expert] of the last report. ``number`` orders states.
-    ``placement_i32`` says which experts live on which rank: ``Placement.ranges``.
+    ``phase`` is starting | serving | recovering | draining | drained | failed; ``reason`` says why
+    when not serving. While recovering a lost rank is being replaced: requests are taken and wait.
+    Counters count since the controller started. ``expert_i64`` is the expert load [layer, expert]
+    of the last report. ``number`` orders states. ``placement_i32`` says which experts live on which
+    rank: ``Placement.ranges``.
     """
 
     phase: str
@@ -82,9 +87,11 @@ class ClusterState(Message, tag="state", frozen=True):
 
 
 class Report(Message, frozen=True):
-    """A line from a process to the launcher: ``phase`` is starting | compiling | loading | ready | failed | stopped.
+    """A line from a process to the launcher: ``phase`` is starting | compiling | loading | ready |
+    failed | stopped.
 
-    ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it listens.
+    ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it
+    listens.
     """
 
     role: str

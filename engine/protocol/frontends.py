@@ -8,9 +8,11 @@ from .results import PromptLogprobs
 
 
 class FrontendHello(Message, tag="frontend", frozen=True):
-    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds (infinity: never).
+    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds (infinity:
+    never).
 
-    ``life`` is drawn once by a process: another under the same name has taken the place of one that died.
+    ``life`` is drawn once by a process: another under the same name has taken the place of one that
+    died.
     """
 
     name: str
@@ -21,10 +23,11 @@ class FrontendHello(Message, tag="frontend", frozen=True):
 class Submit(Message, tag="submit", frozen=True):
     """A request, tokenised and hashed. Submitting the same ``request_id`` again is harmless.
 
-    ``handle`` is the frontend's own number for it and names it in every later message. ``hashes_h128`` are
-    the root and the chained hashes of the prompt's full pages (``engine/kv/hashing.py``), empty when prefix
-    caching is off. ``limit`` counts prompt and output tokens. ``grammar`` is what the output must follow, in the Lark
-    dialect of llguidance; empty: anything.
+    ``handle`` is the frontend's own number for it and names it in every later message.
+    ``hashes_h128`` are the root and the chained hashes of the prompt's full pages
+    (``engine/kv/hashing.py``), empty when prefix caching is off. ``limit`` counts prompt and output
+    tokens. ``grammar`` is what the output must follow, in the Lark dialect of llguidance; empty:
+    anything.
     """
 
     handle: int
@@ -38,7 +41,9 @@ class Submit(Message, tag="submit", frozen=True):
 
 
 class Abort(Message, tag="abort", frozen=True):
-    """The client went away, or the frontend saw a stop string: free the request. Acknowledged by FINISHED."""
+    """The client went away, or the frontend saw a stop string: free the request. Acknowledged by
+    FINISHED.
+    """
 
     handle: int
 
@@ -48,7 +53,9 @@ class Heartbeat(Message, tag="heartbeat", frozen=True):
 
 
 class Drain(Message, tag="drain", frozen=True):
-    """Accept nothing more, finish what runs within ``deadline`` seconds, then say so in ``ClusterState``."""
+    """Accept nothing more, finish what runs within ``deadline`` seconds, then say so in
+    ``ClusterState``.
+    """
 
     deadline: float
 
@@ -61,7 +68,9 @@ class RankLost(Message, tag="lost", frozen=True):
 
 
 class HandleLogprobs(Message, frozen=True):
-    """``RowLogprobs`` for a frontend: ``position`` is the index among the request's output tokens."""
+    """``RowLogprobs`` for a frontend: ``position`` is the index among the request's output
+    tokens.
+    """
 
     handle: int
     position: int
@@ -73,8 +82,9 @@ class HandleLogprobs(Message, frozen=True):
 class TokenBatch(Message, tag="tokens", frozen=True):
     """All tokens of a step for one frontend: n entries, tokens ragged over ``counts_i32``.
 
-    ``positions_i32`` is the index of the entry's first token among the request's output tokens, so that a
-    frontend drops what it already has. ``finish_u8`` is a ``Finish`` per entry; an entry may carry no token.
+    ``positions_i32`` is the index of the entry's first token among the request's output tokens, so
+    that a frontend drops what it already has. ``finish_u8`` is a ``Finish`` per entry; an entry may
+    carry no token.
     """
 
     step: int
@@ -94,7 +104,9 @@ class Started(Message, tag="started", frozen=True):
 
 
 class Rejected(Message, tag="rejected", frozen=True):
-    """A request that was not accepted: an HTTP ``status`` (400 or 503) and the reason, in the user's words."""
+    """A request that was not accepted: an HTTP ``status`` (400 or 503) and the reason, in the
+    user's words.
+    """
 
     handle: int
     status: int

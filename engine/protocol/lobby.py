@@ -14,10 +14,11 @@ from .specs import LobbySpec
 
 
 class Lobby:
-    """The child's end of the lobby: a PUSH socket to the launcher. Without a spec every report is dropped.
+    """The child's end of the lobby: a PUSH socket to the launcher. Without a spec every report is
+    dropped.
 
-    Not thread-safe. ``close`` waits up to two seconds for the last report to leave, so that a process that fails
-    says why.
+    Not thread-safe. ``close`` waits up to two seconds for the last report to leave, so that a
+    process that fails says why.
     """
 
     def __init__(self, spec: LobbySpec | None, role: str, index: int = 0) -> None:
@@ -31,8 +32,12 @@ class Lobby:
             self._socket = client_socket(self._context, zmq.PUSH, spec.keys)
             self._socket.connect(spec.address)
 
-    def report(self, phase: str, detail: str = "", fraction: float = 0.0, address: tuple[str, ...] = ()) -> None:
-        """Sends a line; never blocks. ``phase`` is starting | compiling | loading | ready | failed | stopped."""
+    def report(
+        self, phase: str, detail: str = "", fraction: float = 0.0, address: tuple[str, ...] = ()
+    ) -> None:
+        """Sends a line; never blocks. ``phase`` is starting | compiling | loading | ready | failed
+        | stopped.
+        """
         if self._socket is None:
             return
         line = Report(self._role, self._index, self._host, os.getpid(), phase, detail, fraction, address)
@@ -48,5 +53,7 @@ class Lobby:
     def __enter__(self) -> Lobby:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,14 +1,15 @@
 """The wire types: everything the processes of a cluster say to each other.
 
-Messages are ``msgspec`` structs in msgpack, encoded as arrays. Vectors travel as packed little-endian
-bytes and never as lists; the suffix of a field names its layout:
+Messages are ``msgspec`` structs in msgpack, encoded as arrays. Vectors travel as packed
+little-endian bytes and never as lists; the suffix of a field names its layout:
 
     _i32   int32[n]             _pairs   int32[n, 2]
     _i64   int64[n]             _f32     float32[n]
     _u8    uint8[n]             _h128    16 bytes per hash
 
-A *row* is a running sequence of one step; rows of a section are ordered: decoding slots in ascending
-order, then ``extend`` in the order given. See ``engine/protocol/slot_table.py`` for what a section does to a rank.
+A *row* is a running sequence of one step; rows of a section are ordered: decoding slots in
+ascending order, then ``extend`` in the order given. See ``engine/protocol/slot_table.py`` for what
+a section does to a rank.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Admit(Message, frozen=True):
     """Puts a staged prompt into a free sequence slot.
 
     The prompt of ``staged`` holds the request's own prompt and, after a preemption or a replay, the
-    ``num_emitted`` tokens sampled before; KV of its first ``num_cached`` tokens is already in ``pages_i32``.
-    The slot samples positions up to ``limit`` - 1 (``limit`` counts prompt and output): none when that is all of the prompt.
+    ``num_emitted`` tokens sampled before; KV of its first ``num_cached`` tokens is already in
+    ``pages_i32``. The slot samples positions up to ``limit`` - 1 (``limit`` counts prompt and
+    output): none when that is all of the prompt.
     """
 
     slot: int
@@ -36,7 +38,9 @@ class Admit(Message, frozen=True):
 
 
 class Copy(Message, frozen=True):
-    """An asynchronous page copy between the pools of two data indices; ``id`` is acknowledged by both."""
+    """An asynchronous page copy between the pools of two data indices; ``id`` is acknowledged by
+    both.
+    """
 
     id: int
     source: int
@@ -46,7 +50,9 @@ class Copy(Message, frozen=True):
 
 
 class Move(Message, frozen=True):
-    """Starts receiving one expert's weights into a staging slot (two-phase: landed, then commit)."""
+    """Starts receiving one expert's weights into a staging slot (two-phase: landed, then
+    commit).
+    """
 
     id: int
     layer: int
@@ -64,7 +70,9 @@ class Commit(Message, frozen=True):
 
 
 class Mode(IntEnum):
-    """The dispatch shape of a step: every section decodes one token per row, or some row prefills."""
+    """The dispatch shape of a step: every section decodes one token per row, or some row
+    prefills.
+    """
 
     DECODE = 0
     MIXED = 1
@@ -73,9 +81,10 @@ class Mode(IntEnum):
 class Header(Message, frozen=True):
     """The part of a plan that all ranks of the group share.
 
-    ``predecessor`` is the step before this one in the chain; a rank refuses a plan on a gap. ``capacity``
-    bounds the tokens any rank dispatches, ``cohort`` names the pipeline cohort whose slots (slot modulo
-    the number of cohorts) take part. ``checksum`` asks for a checksum of the state after the step.
+    ``predecessor`` is the step before this one in the chain; a rank refuses a plan on a gap.
+    ``capacity`` bounds the tokens any rank dispatches, ``cohort`` names the pipeline cohort whose
+    slots (slot modulo the number of cohorts) take part. ``checksum`` asks for a checksum of the
+    state after the step.
     """
 
     group: int
@@ -95,9 +104,9 @@ class Header(Message, frozen=True):
 class Section(Message, frozen=True):
     """What one data-parallel rank does in a step, applied in the order of the fields.
 
-    ``rebase`` clears every slot first, and every staged prompt below ``staged_from``: plans that were to admit them may
-    never have been executed. ``extend_pairs`` are (slot, prompt tokens to compute now). ``bucket``
-    bounds the tokens of the section (rows after padding).
+    ``rebase`` clears every slot first, and every staged prompt below ``staged_from``: plans that
+    were to admit them may never have been executed. ``extend_pairs`` are (slot, prompt tokens to
+    compute now). ``bucket`` bounds the tokens of the section (rows after padding).
     """
 
     rebase: bool = False

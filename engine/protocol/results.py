@@ -6,7 +6,9 @@ from .message import Message
 
 
 class RowLogprobs(Message, frozen=True):
-    """Log-probabilities of one sampled token: ``row`` and ``index`` within the row's tokens of this step."""
+    """Log-probabilities of one sampled token: ``row`` and ``index`` within the row's tokens of this
+    step.
+    """
 
     row: int
     index: int
@@ -16,11 +18,12 @@ class RowLogprobs(Message, frozen=True):
 
 
 class PromptLogprobs(Message, tag="prompt", frozen=True):
-    """Log-probabilities of a request's own prompt tokens from ``position`` (at least 1) on: theirs [n], and ids and values [n, top]
-    of the likeliest at each. ``of`` is the chunk by its place in ``extend`` where a rank reports, the handle where a frontend is told.
+    """Log-probabilities of a request's own prompt tokens from ``position`` (at least 1) on: theirs
+    [n], and ids and values [n, top] of the likeliest at each. ``of`` is the chunk by its place in
+    ``extend`` where a rank reports, the handle where a frontend is told.
 
-    A token takes 4 + 8 x top bytes: 512 of them with the top 5 are 22,549 bytes, more than a step's message may have, so that the
-    planner cuts the chunks of such prompts (``step_builder``).
+    A token takes 4 + 8 x top bytes: 512 of them with the top 5 are 22,549 bytes, more than a step's
+    message may have, so that the planner cuts the chunks of such prompts (``step_builder``).
     """
 
     of: int
@@ -33,11 +36,12 @@ class PromptLogprobs(Message, tag="prompt", frozen=True):
 class StepResult(Message, tag="result", frozen=True):
     """What a rank did in a step.
 
-    ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty: one each).
-    ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is the time of the step
-    on the rank, ``waited`` the part of it spent waiting in collectives. ``expert_i64`` are token counts
-    [layer, own slot], empty unless asked for, and ``phases_f32`` the seconds spent in each of ``moe.phases``; both are of
-    all steps since they were last asked for.
+    ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty:
+    one each). ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is
+    the time of the step on the rank, ``waited`` the part of it spent waiting in collectives.
+    ``expert_i64`` are token counts [layer, own slot], empty unless asked for, and ``phases_f32``
+    the seconds spent in each of ``moe.phases``; both are of all steps since they were last asked
+    for.
     """
 
     group: int
@@ -59,7 +63,9 @@ class StepResult(Message, tag="result", frozen=True):
 
 
 class Refused(Message, tag="refused", frozen=True):
-    """A rank could not follow the chain: it has executed ``last_step`` and was sent something else."""
+    """A rank could not follow the chain: it has executed ``last_step`` and was sent something
+    else.
+    """
 
     group: int
     epoch: int
@@ -69,7 +75,9 @@ class Refused(Message, tag="refused", frozen=True):
 
 
 class Abandoned(Message, tag="abandoned", frozen=True):
-    """A rank is well but could not finish ``step``, because a peer did not answer: it waits for the next epoch."""
+    """A rank is well but could not finish ``step``, because a peer did not answer: it waits for the
+    next epoch.
+    """
 
     group: int
     epoch: int

@@ -1,7 +1,8 @@
 """Encoding of messages and the ZeroMQ sockets they travel on.
 
-Every socket is CURVE-encrypted: the controller accepts the client keys that the launcher handed out and nobody
-else. Plans are two frames (header shared by the group, section of the recipient); everything else is one.
+Every socket is CURVE-encrypted: the controller accepts the client keys that the launcher handed out
+and nobody else. Plans are two frames (header shared by the group, section of the recipient);
+everything else is one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def new_keypair() -> tuple[str, str]:
     return public.decode(), secret.decode()
 
 
-def server_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, public: str, secret: str) -> zmq.Socket[bytes]:
+def server_socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, public: str, secret: str
+) -> zmq.Socket[bytes]:
     """An unbound CURVE server socket; which clients may connect is decided by ``authenticate``."""
     socket = context.socket(kind)
     socket.curve_server = True
@@ -51,7 +54,9 @@ def server_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, public: st
     return socket
 
 
-def client_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, keys: Keys, identity: bytes = b"") -> zmq.Socket[bytes]:
+def client_socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, keys: Keys, identity: bytes = b""
+) -> zmq.Socket[bytes]:
     """An unconnected CURVE client socket that names itself ``identity`` to a ROUTER."""
     socket = context.socket(kind)
     socket.curve_serverkey = keys.server_public.encode()
@@ -71,7 +76,9 @@ def rank_identity(rank: int) -> bytes:
 
 
 def keep_watch(socket: zmq.Socket[bytes]) -> None:
-    """Before it binds or connects: connections end when the other side has not answered for ``ABSENCE_SECONDS``."""
+    """Before it binds or connects: connections end when the other side has not answered for
+    ``ABSENCE_SECONDS``.
+    """
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * _HEARTBEAT_SECONDS))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ABSENCE_SECONDS))
 
@@ -86,7 +93,9 @@ class AllowedKeys:
         return key in self._allowed  # already z85 text
 
 
-def authenticate(context: zmq.Context[zmq.Socket[bytes]], allowed: tuple[str, ...]) -> zmq.auth.thread.ThreadAuthenticator:
+def authenticate(
+    context: zmq.Context[zmq.Socket[bytes]], allowed: tuple[str, ...]
+) -> zmq.auth.thread.ThreadAuthenticator:
     """Starts the ZAP thread of ``context``; ``stop()`` it before the context ends."""
     authenticator = zmq.auth.thread.ThreadAuthenticator(context)
     authenticator.start()

@@ -1,4 +1,6 @@
-"""What the launcher tells each process when it starts it: frozen structs, passed as JSON on standard input."""
+"""What the launcher tells each process when it starts it: frozen structs, passed as JSON on
+standard input.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """The factorisation of a group's world: world = pipeline x data x tensor, rank-major in that order."""
+    """The factorisation of a group's world: world = pipeline x data x tensor, rank-major in that
+    order.
+    """
 
     pipeline: Annotated[int, msgspec.Meta(ge=1)] = 1
     data: Annotated[int, msgspec.Meta(ge=1)] = 1
@@ -41,7 +45,9 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a controller needs to start. Port 0 binds a free port; the address is reported to the lobby."""
+    """What a controller needs to start. Port 0 binds a free port; the address is reported to the
+    lobby.
+    """
 
     host: str
     secret: str
@@ -58,8 +64,10 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank needs to start. ``kv_memory`` is bytes of page pool, None to size it from what is free.
-    ``fp8_experts``: experts stay in the FP8 of the checkpoint; all else is held in ``dtype``."""
+    """What a rank needs to start. ``kv_memory`` is bytes of page pool, None to size it from what is
+    free. ``fp8_experts``: experts stay in the FP8 of the checkpoint; all else is held in
+    ``dtype``.
+    """
 
     rank: int
     layout: Layout
@@ -85,7 +93,9 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Where frontends get their connections: a Unix packet socket in the abstract namespace, and the word that opens it."""
+    """Where frontends get their connections: a Unix packet socket in the abstract namespace, and
+    the word that opens it.
+    """
 
     address: str
     token: str
@@ -94,7 +104,8 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a frontend needs to start; ``kv_format`` goes into prompt hashes.
 
-    ``index`` numbers the frontends behind a port; one that is restarted has the number and the name of the one before it.
+    ``index`` numbers the frontends behind a port; one that is restarted has the number and the name
+    of the one before it.
     """
 
     name: str

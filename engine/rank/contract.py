@@ -18,11 +18,15 @@ class StepFailed(RuntimeError):
 
 
 class StepAbandoned(RuntimeError):
-    """An exchange of the step did not complete because a peer is gone: this rank is well and waits for the next epoch."""
+    """An exchange of the step did not complete because a peer is gone: this rank is well and waits
+    for the next epoch.
+    """
 
 
 class StepExecutor(Protocol):
-    """What executes plans: the model on this rank, or a simulation of it. Plans come in the order of their chain."""
+    """What executes plans: the model on this rank, or a simulation of it. Plans come in the order
+    of their chain.
+    """
 
     def hello(self) -> RankHello: ...
 
@@ -42,7 +46,9 @@ class StepExecutor(Protocol):
         ...
 
     def take_compiled(self) -> list[tuple[int, str]]:
-        """Staged prompts whose grammars are compiled since the last call, with the error where that failed."""
+        """Staged prompts whose grammars are compiled since the last call, with the error where that
+        failed.
+        """
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:

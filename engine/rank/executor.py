@@ -35,10 +35,11 @@ from .slot_sampling import RowSettings, SlotSettings
 
 @dataclass(frozen=True)
 class Parts:
-    """What an executor works with. The model's weights are loaded; the collectives are built by ``begin_epoch``.
+    """What an executor works with. The model's weights are loaded; the collectives are built by
+    ``begin_epoch``.
 
-    ``clock`` is that of the dispatcher; ``expert_bytes`` are the weights of one expert of one layer. ``grammars`` None: no request
-    may have one.
+    ``clock`` is that of the dispatcher; ``expert_bytes`` are the weights of one expert of one
+    layer. ``grammars`` None: no request may have one.
     """
 
     rank: int
@@ -54,7 +55,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities number the rows that sample."""
+    """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities number
+    the rows that sample.
+    """
 
     tokens: Int64
     ended: Int64
@@ -126,9 +129,11 @@ class Executor:
         self._parts.collectives.destroy()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Applies a plan and computes its step; also without rows, because other ranks wait in the exchange of every layer.
+        """Applies a plan and computes its step; also without rows, because other ranks wait in the
+        exchange of every layer.
 
-        After StepAbandoned the state is that of no step; the rebase that opens the next epoch sets it.
+        After StepAbandoned the state is that of no step; the rebase that opens the next epoch sets
+        it.
         """
         try:
             return self._execute(plan)
@@ -142,7 +147,9 @@ class Executor:
         header, section = plan.header, plan.section
         self._apply(header, section)
         rows = self._table.rows(header, section)
-        draws = rows.samples & (rows.ends < self._table.limit[rows.slots])  # with drafts a row can be at its limit early
+        draws = rows.samples & (
+            rows.ends < self._table.limit[rows.slots]
+        )  # with drafts a row can be at its limit early
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
         hidden_TD = self._forward(rows, draws, header.capacity)
         chosen = draws.nonzero()[0]
@@ -155,7 +162,9 @@ class Executor:
             step=header.step,
             rank=self._parts.rank,
             tokens_i32=sampled.tokens.astype(np.int32).tobytes(),
-            counts_u8=b"" if len(chosen) == rows.samples.sum() else draws[rows.samples].astype(np.uint8).tobytes(),
+            counts_u8=b""
+            if len(chosen) == rows.samples.sum()
+            else draws[rows.samples].astype(np.uint8).tobytes(),
             ended_i32=sampled.ended.astype(np.int32).tobytes(),
             logprobs=sampled.logprobs,
             checksum=self._table.checksum() if header.checksum else 0,
@@ -172,10 +181,16 @@ class Executor:
         assert not (header.moves or header.commits or section.copies), "no expert moves and page copies yet"
         assert header.microbatches == 1, f"{header.microbatches} microbatches: no overlap yet"
         if section.rebase:
-            self._staged = {staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from}
+            self._staged = {
+                staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from
+            }
             if self._parts.grammars is not None:
                 self._parts.grammars.rebase(section.staged_from)
-        lengths = {admit.staged: len(self._staged[admit.staged]) for admit in section.admit} if section.admit else {}
+        lengths = (
+            {admit.staged: len(self._staged[admit.staged]) for admit in section.admit}
+            if section.admit
+            else {}
+        )
         for admit in self._table.apply(section, lengths):
             self._admit(admit)
         if section.publish_i32:
@@ -186,7 +201,9 @@ class Executor:
         self._history[admit.slot, : len(tokens)] = tokens
         self._settings.admit(admit.slot, admit.sampling, tokens, admit.num_emitted)
         if self._parts.grammars is not None:
-            self._parts.grammars.admit(admit.slot, admit.staged, np.frombuffer(admit.sampling.stop_i32, np.int32))
+            self._parts.grammars.admit(
+                admit.slot, admit.staged, np.frombuffer(admit.sampling.stop_i32, np.int32)
+            )
 
     def _expert_counts(self) -> bytes:
         counts_LS = self._parts.dispatcher.counts_LS
@@ -197,16 +214,22 @@ class Executor:
     # ----------------------------------------------------------------- the step
 
     def _forward(self, rows: Rows, draws: NDArray[np.bool_], capacity: int) -> Tensor:
-        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw have no page to write to."""
+        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw have no page to
+        write to.
+        """
         parts, table = self._parts, self._table
         slots, idle = rows.slots, (~draws[: rows.num_decode]).nonzero()[0]
         full = (rows.ends > table.num_pages[slots] * parts.pool.page_size).nonzero()[0]
-        assert not len(full) or np.isin(full, idle).all(), f"slots {slots[full].tolist()}: more tokens than pages"
+        assert not len(full) or np.isin(full, idle).all(), (
+            f"slots {slots[full].tolist()}: more tokens than pages"
+        )
         max_pages = -(-int(rows.ends.max(initial=0)) // parts.pool.page_size)
         pages = table.pages[slots, :max_pages]
         if len(idle):
             pages[idle] = parts.pool.scratch
-        batch, positions_T = build_batch(rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device)
+        batch, positions_T = build_batch(
+            rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device
+        )
         owners = slots if rows.num_decode == len(slots) else np.repeat(slots, rows.counts)
         tokens = self._history[owners, positions_T.cpu().numpy()]
         tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
@@ -215,7 +238,9 @@ class Executor:
         return hidden_TD
 
     def _score(self, rows: Rows, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
-        """Log-probabilities of the prompt tokens that this step's chunks lead to, for requests that asked for them."""
+        """Log-probabilities of the prompt tokens that this step's chunks lead to, for requests that
+        asked for them.
+        """
         settings, slots = self._settings, rows.slots[rows.num_decode :]
         found: list[PromptLogprobs] = []
         for number in np.flatnonzero(settings.num_prompt_logprobs[slots] >= 0).tolist():
@@ -247,7 +272,9 @@ class Executor:
     def _draw(
         self, logits_RV: Tensor, settings: RowSettings, positions: Int64, numbers: Int64, masks: Masks | None
     ) -> tuple[Int64, tuple[RowLogprobs, ...]]:
-        """Tokens [R] for ``positions`` of the rows, and the log-probabilities that were asked for."""
+        """Tokens [R] for ``positions`` of the rows, and the log-probabilities that were asked
+        for.
+        """
         ops, asked, params = self._parts.model.ops, settings.asked, settings.params
         raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
         edits = self._settings.edits(settings, positions)
@@ -260,13 +287,18 @@ class Executor:
         tokens = ops.sample(logits_RV, params, uniform_R).cpu().numpy()
         if raw_SV is None:
             return tokens, ()
-        top = ops.logprobs(raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max()))
+        top = ops.logprobs(
+            raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max())
+        )
         return tokens, _logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
 
 
-def _logprob_lines(top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64) -> tuple[RowLogprobs, ...]:
-    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S] others, from what
-    ``kernels.sampling.logprobs`` returned."""
+def _logprob_lines(
+    top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64
+) -> tuple[RowLogprobs, ...]:
+    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S]
+    others, from what ``kernels.sampling.logprobs`` returned.
+    """
     chosen, ids, values = (part.cpu().numpy() for part in top)
     ids = ids.astype(np.int32)
     return tuple(

@@ -1,8 +1,10 @@
-"""Structured output on a rank: grammars compiled beside the steps, a matcher for each slot that has one, and their masks.
+"""Structured output on a rank: grammars compiled beside the steps, a matcher for each slot that has
+one, and their masks.
 
-A matcher follows what its slot samples. It is rebuilt from the tokens emitted before whenever its request is staged again,
-so that a preemption, a replay or a new rank in place of a dead one changes nothing. Rows without a grammar cost nothing.
-No torch here. Suffixes: S rows with a grammar, W words of 32 tokens.
+A matcher follows what its slot samples. It is rebuilt from the tokens emitted before whenever its
+request is staged again, so that a preemption, a replay or a new rank in place of a dead one changes
+nothing. Rows without a grammar cost nothing. No torch here. Suffixes: S rows with a grammar, W
+words of 32 tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +30,18 @@ Bits = NDArray[np.int32]
 
 
 def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer | None:
-    """The vocabulary of a checkpoint as the matchers need it, None where it has no tokenizer. ``vocab_size`` is the width of the logits.
+    """The vocabulary of a checkpoint as the matchers need it, None where it has no tokenizer.
+    ``vocab_size`` is the width of the logits.
 
-    152,000 tokens take 0.3 s and 47 MB on an idle core, during which no other thread runs: for start-up, not for a thread beside the steps.
+    152,000 tokens take 0.3 s and 47 MB on an idle core, during which no other thread runs: for
+    start-up, not for a thread beside the steps.
     """
     if (model_path / "tokenizer.json").exists():
         text = (model_path / "tokenizer.json").read_text(encoding="utf-8")
     elif (model_path / "tiktoken.model").exists():
-        from ..text.tokenizer import Codec  # brings transformers, which takes seconds and other checkpoints do not need
+        from ..text.tokenizer import (
+            Codec,
+        )  # brings transformers, which takes seconds and other checkpoints do not need
 
         text = Codec(model_path).to_json()
     else:
@@ -44,11 +50,15 @@ def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...])
 
 
 class Grammars:
-    """Grammars of staged prompts by their number, and matchers of running requests by their slot."""
+    """Grammars of staged prompts by their number, and matchers of running requests by their
+    slot.
+    """
 
     def __init__(self, vocabulary: LLTokenizer) -> None:
         self._vocabulary = vocabulary
-        self._compiled = lru_cache(maxsize=CACHED_GRAMMARS)(self._compile)  # called by the one thread of the pool below
+        self._compiled = lru_cache(maxsize=CACHED_GRAMMARS)(
+            self._compile
+        )  # called by the one thread of the pool below
         self._pool = ThreadPoolExecutor(1, "grammars")
         self._filler = ThreadPoolExecutor(1, "masks")
         self._staged: dict[int, Future[LLMatcher]] = {}
@@ -63,12 +73,16 @@ class Grammars:
         return bool(self._untold)
 
     def stage(self, staged: int, grammar: str, emitted: Int32) -> None:
-        """Begins to compile the grammar of a staged prompt, ``emitted`` of whose tokens follow it already."""
+        """Begins to compile the grammar of a staged prompt, ``emitted`` of whose tokens follow it
+        already.
+        """
         self._staged[staged] = self._pool.submit(self._build, grammar, emitted.tolist())
         self._untold.add(staged)
 
     def take_compiled(self) -> list[tuple[int, str]]:
-        """Staged prompts whose grammar is compiled since the last call, with the error where that failed."""
+        """Staged prompts whose grammar is compiled since the last call, with the error where that
+        failed.
+        """
         done = [staged for staged in sorted(self._untold) if self._staged[staged].done()]
         self._untold.difference_update(done)
         told = []
@@ -99,21 +113,28 @@ class Grammars:
     # ----------------------------------------------------------------- running
 
     def admit(self, slot: int, staged: int, stop_ids: Int32) -> None:
-        """Gives a slot the matcher of a staged prompt, or none; a sequence ends with one of ``stop_ids``."""
+        """Gives a slot the matcher of a staged prompt, or none; a sequence ends with one of
+        ``stop_ids``.
+        """
         future = self._staged.pop(staged, None)
         self._slots.pop(slot, None)
         if future is not None:
             self._slots[slot] = _Follower(slot, future.result(timeout=0), stop_ids, self._vocabulary)
 
     def begin(self, slots: Int64) -> Masks | None:
-        """Begins to compute the masks of those of ``slots`` that have a grammar, beside the caller. None: no slot has."""
+        """Begins to compute the masks of those of ``slots`` that have a grammar, beside the caller.
+        None: no slot has.
+        """
         if not self._slots:
             return None
         followers = [self._slots[slot] for slot in slots.tolist() if slot in self._slots]
         if not followers:
             return None
         bits_SW = allocate_token_bitmask(len(followers), self._vocabulary.vocab_size)
-        return Masks({follower.slot: row for row, follower in enumerate(followers)}, self._filler.submit(_fill, followers, bits_SW))
+        return Masks(
+            {follower.slot: row for row, follower in enumerate(followers)},
+            self._filler.submit(_fill, followers, bits_SW),
+        )
 
     def observe(self, slots: Int64, tokens: Int64) -> None:
         """The matchers follow what their slots have sampled."""
@@ -146,12 +167,16 @@ class Masks:
         self._bits = bits
 
     def take(self, slots: Int64) -> tuple[Int64, Bits]:
-        """Which of the rows with ``slots`` have a mask, [S], and the masks [S, W], a bit per token. Waits for them."""
+        """Which of the rows with ``slots`` have a mask, [S], and the masks [S, W], a bit per token.
+        Waits for them.
+        """
         found = [(row, self._rows[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._rows]
         try:
             bits_SW = self._bits.result(MASK_SECONDS)
         except TimeoutError:
-            raise TimeoutError(f"the masks of {len(self._rows)} grammars were not there after {MASK_SECONDS:g} s") from None
+            raise TimeoutError(
+                f"the masks of {len(self._rows)} grammars were not there after {MASK_SECONDS:g} s"
+            ) from None
         return np.array([row for row, _ in found], np.int64), bits_SW[[index for _, index in found]]
 
 
@@ -188,7 +213,11 @@ class _Follower:
     def _tell(self) -> None:
         if not self._told:
             self._told = True
-            _LOG.warning("slot %d: its grammar allows no token, the text ends: %s", self.slot, _first_line(self._matcher))
+            _LOG.warning(
+                "slot %d: its grammar allows no token, the text ends: %s",
+                self.slot,
+                _first_line(self._matcher),
+            )
 
 
 def _fill(followers: list[_Follower], bits_SW: Bits) -> Bits:

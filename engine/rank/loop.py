@@ -1,4 +1,6 @@
-"""A rank's side of the protocol: plans in, results out, against any executor. No torch here, so ranks can be simulated."""
+"""A rank's side of the protocol: plans in, results out, against any executor. No torch here, so
+ranks can be simulated.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _COMPILING_MILLISECONDS = 2  # between looks at a grammar that is being compiled
 
 
 class RankLoop:
-    """Executes the chain of plans: duplicates are ignored, gaps refused, and nothing is decided here."""
+    """Executes the chain of plans: duplicates are ignored, gaps refused, and nothing is decided
+    here.
+    """
 
     def __init__(self, rank: int, executor: StepExecutor, sockets: RankSockets) -> None:
         self._rank = rank
@@ -31,10 +35,14 @@ class RankLoop:
         self._chain = Chain()
 
     def run(self) -> str:
-        """Serves until the controller says Stop; returns its reason. Raises ControllerLost or StepFailed."""
+        """Serves until the controller says Stop; returns its reason. Raises ControllerLost or
+        StepFailed.
+        """
         while True:
             compiling = self._executor.compiling
-            connected, bulk, step = self._sockets.poll(_COMPILING_MILLISECONDS if compiling else _POLL_MILLISECONDS)
+            connected, bulk, step = self._sockets.poll(
+                _COMPILING_MILLISECONDS if compiling else _POLL_MILLISECONDS
+            )
             if compiling:
                 for staged, error in self._executor.take_compiled():
                     self._sockets.bulk.send(encode(Staged(self._rank, staged, error)))
@@ -51,7 +59,9 @@ class RankLoop:
                     self._sockets.step.send(encode(answer))
 
     def follow(self, plan: StepPlan) -> StepResult | Refused | Abandoned | None:
-        """The answer to a plan; None for one that was executed before, and for all of an epoch that has passed or was abandoned."""
+        """The answer to a plan; None for one that was executed before, and for all of an epoch that
+        has passed or was abandoned.
+        """
         header = plan.header
         verdict = self._chain.judge(plan)
         if verdict is Verdict.OLD:
@@ -63,11 +73,15 @@ class RankLoop:
                 self._executor.begin_epoch(header.epoch)
             result = self._executor.execute(plan)
         except StepAbandoned as error:
-            _LOG.warning("rank %d: epoch %d, step %d abandoned: %s", self._rank, header.epoch, header.step, error)
+            _LOG.warning(
+                "rank %d: epoch %d, step %d abandoned: %s", self._rank, header.epoch, header.step, error
+            )
             self._chain.abandon()
             return Abandoned(header.group, header.epoch, self._rank, header.step, str(error))
         except Exception as error:
-            raise StepFailed(f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}") from error
+            raise StepFailed(
+                f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}"
+            ) from error
         self._chain.executed(header.step)
         return result
 

@@ -21,7 +21,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class PoolLimits:
-    """What bounds a pool. ``memory``: bytes, None for a share of what is free. ``max_tokens``: all that could ever run at once."""
+    """What bounds a pool. ``memory``: bytes, None for a share of what is free. ``max_tokens``: all
+    that could ever run at once.
+    """
 
     memory: int | None
     max_tokens: int
@@ -29,19 +31,26 @@ class PoolLimits:
 
 
 class KVPool:
-    """``num_pages`` pages of ``page_size`` tokens, and one more, ``scratch``, for rows whose KV nobody will read.
+    """``num_pages`` pages of ``page_size`` tokens, and one more, ``scratch``, for rows whose KV
+    nobody will read.
 
-    ``cache`` holds per layer a tuple of zeroed tensors [(num_pages + 1) * page_size, *shape], as the model's attention wants it.
+    ``cache`` holds per layer a tuple of zeroed tensors [(num_pages + 1) * page_size, *shape], as
+    the model's attention wants it.
     """
 
-    def __init__(self, config: ModelConfig, num_pages: int, page_size: int, kv_format: KvFormat, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page_size: int, kv_format: KvFormat, device: torch.device
+    ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_bytes = bytes_per_page(config, page_size, kv_format)
         self.scratch = num_pages
         positions = (num_pages + 1) * page_size
         dtype, shapes = _DTYPES[kv_format], config.kv_shapes(kv_format)
-        self.cache = [tuple(_zeros((positions, *shape), dtype, device) for shape in shapes) for _ in range(config.num_layers)]
+        self.cache = [
+            tuple(_zeros((positions, *shape), dtype, device) for shape in shapes)
+            for _ in range(config.num_layers)
+        ]
         self._hashes = np.zeros((num_pages, HASH_BYTES), np.uint8)
         self._known = np.zeros(num_pages, np.bool_)
 
@@ -67,8 +76,16 @@ def fit_pages(page_bytes: int, page_size: int, limits: PoolLimits, device: torch
         budget, most, source = limits.memory, None, "kv_cache.memory"
     else:
         free = free_bytes(device)
-        share = free * CPU_SHARE / limits.ranks_per_host if device.type == "cpu" else free * GPU_SHARE - GPU_RESERVE_BYTES
-        budget, most, source = int(share), -(-limits.max_tokens // page_size), f"kv_cache.memory = auto: of {free} free bytes"
+        share = (
+            free * CPU_SHARE / limits.ranks_per_host
+            if device.type == "cpu"
+            else free * GPU_SHARE - GPU_RESERVE_BYTES
+        )
+        budget, most, source = (
+            int(share),
+            -(-limits.max_tokens // page_size),
+            f"kv_cache.memory = auto: of {free} free bytes",
+        )
     pages = budget // page_bytes
     if pages < 1:
         raise ValueError(f"{source}: {budget} bytes hold no page of {page_bytes} bytes ({page_size} tokens)")
@@ -76,7 +93,9 @@ def fit_pages(page_bytes: int, page_size: int, limits: PoolLimits, device: torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on the device; on a CPU, what the kernel and the control group allow."""
+    """Memory that can be had on the device; on a CPU, what the kernel and the control group
+    allow.
+    """
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -88,7 +107,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU memory that the kernel provides, zeroed, when it is first written: a large pool costs nothing before."""
+    """On a CPU memory that the kernel provides, zeroed, when it is first written: a large pool
+    costs nothing before.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

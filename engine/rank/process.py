@@ -1,4 +1,6 @@
-"""The rank process: loads its shard, sizes its page pool, then executes plans until told to stop."""
+"""The rank process: loads its shard, sizes its page pool, then executes plans until told to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,22 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(spec: RankSpec) -> None:
-    """Runs rank ``spec.rank`` until the controller says Stop. Raises what ends it otherwise; its process reports that."""
+    """Runs rank ``spec.rank`` until the controller says Stop. Raises what ends it otherwise; its
+    process reports that.
+    """
     torch.set_num_threads(spec.threads)
     with Lobby(spec.lobby, "rank", spec.rank) as lobby:
         lobby.report("starting")
         if spec.device == "cpu":
             config = load_config(Path(spec.model_path))
             pages = Pages(parse_format(spec.kv_dtype), spec.page_size)
-            warm_up(config, _dtype(spec.dtype), pages, functools.partial(_alone, spec), lambda what: lobby.report("compiling", what))
+            warm_up(
+                config,
+                _dtype(spec.dtype),
+                pages,
+                functools.partial(_alone, spec),
+                lambda what: lobby.report("compiling", what),
+            )
         executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
         sockets = RankSockets(spec)
         try:
@@ -59,7 +69,9 @@ def main(spec: RankSpec) -> None:
 
 
 def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor:
-    """Loads this rank's weights and takes its memory. Raises ValueError when checkpoint, layout or memory do not fit."""
+    """Loads this rank's weights and takes its memory. Raises ValueError when checkpoint, layout or
+    memory do not fit.
+    """
     layout = spec.layout
     if layout.pipeline != 1 or layout.tensor != 1:
         raise ValueError(f"parallel: pipeline {layout.pipeline}, tensor {layout.tensor}: only 1 works yet")
@@ -68,7 +80,11 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     mesh = Mesh(layout.pipeline, layout.data, layout.tensor)
     here = mesh.coordinates(spec.rank)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, mesh.experts)
-    store = connect_store(spec.store_host, spec.store_port, spec.collective_deadline) if mesh.experts > 1 else None
+    store = (
+        connect_store(spec.store_host, spec.store_port, spec.collective_deadline)
+        if mesh.experts > 1
+        else None
+    )
     name = f"experts of stage {here.stage}"
     collectives = Collectives(name, here.expert, mesh.experts, store, spec.collective_deadline, device)
     clock = clock_for(device)
@@ -76,13 +92,23 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
     page_bytes = bytes_per_page(config, spec.page_size, kv_format)
     model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts)
-    load_weights(model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress)
+    load_weights(
+        model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress
+    )
     model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, spec.ranks_per_host)
     num_pages = fit_pages(page_bytes, spec.page_size, limits, device)
     pool = KVPool(config, num_pages, spec.page_size, kv_format, device)
-    _LOG.info("rank %d: %s, %s, %d pages in %s, experts %s", spec.rank, device, dtype, num_pages, kv_format, spec.dispatch)
+    _LOG.info(
+        "rank %d: %s, %s, %d pages in %s, experts %s",
+        spec.rank,
+        device,
+        dtype,
+        num_pages,
+        kv_format,
+        spec.dispatch,
+    )
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
     vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
     grammars = Grammars(vocabulary) if vocabulary is not None else None
@@ -97,7 +123,9 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
     return _dispatcher(spec.dispatch, placement, collectives, device, HostClock())
 
 
-def _dispatcher(kind: str, placement: Placement, collectives: Collectives, device: torch.device, clock: PhaseClock) -> Dispatcher:
+def _dispatcher(
+    kind: str, placement: Placement, collectives: Collectives, device: torch.device, clock: PhaseClock
+) -> Dispatcher:
     if kind == "all_gather":
         return TimedExchange(AllGatherDispatcher(placement, collectives, device), clock)
     if kind == "all_to_all" and device.type == "cpu":
@@ -113,7 +141,11 @@ def _dispatcher(kind: str, placement: Placement, collectives: Collectives, devic
 def _expert_bytes(moe: MoEConfig, dtype: torch.dtype, fp8: bool) -> int:
     """Weights of one expert of one layer, with the scales of FP8."""
     weights = 3 * moe.hidden * moe.expert_width
-    return weights + 4 * 3 * -(-moe.hidden // BLOCK) * -(-moe.expert_width // BLOCK) if fp8 else weights * dtype.itemsize
+    return (
+        weights + 4 * 3 * -(-moe.hidden // BLOCK) * -(-moe.expert_width // BLOCK)
+        if fp8
+        else weights * dtype.itemsize
+    )
 
 
 def _dtype(name: str) -> torch.dtype:

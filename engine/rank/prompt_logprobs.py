@@ -15,14 +15,17 @@ from ..models.decoder import Model
 from ..protocol.arrays import Int32
 from ..protocol.results import PromptLogprobs
 
-# Logits of a slice of a chunk, in float32: of a vocabulary of 152,000 that is 110 tokens. A chunk of 8,192 would be 5 GB.
+# Logits of a slice of a chunk, in float32: of a vocabulary of 152,000 that is 110 tokens. A chunk
+# of 8,192 would be 5 GB.
 _SLICE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Which tokens are scored: ``number`` is the chunk's place in the section, next_T int32 the tokens from ``position`` on, of which
-    row ``first`` of the step's hidden states and those after it are to predict one each. K is ``num_top``."""
+    """Which tokens are scored: ``number`` is the chunk's place in the section, next_T int32 the
+    tokens from ``position`` on, of which row ``first`` of the step's hidden states and those after
+    it are to predict one each. K is ``num_top``.
+    """
 
     number: int
     position: int
@@ -32,7 +35,9 @@ class Chunk:
 
 
 def score(model: Model, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
-    """The model's own log-probabilities of the chunk's tokens, a bounded slice of logits at a time."""
+    """The model's own log-probabilities of the chunk's tokens, a bounded slice of logits at a
+    time.
+    """
     width = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
     next_T = torch.from_numpy(chunk.next_T.astype(np.int64)).to(hidden_TD.device)
     hidden_TD = hidden_TD[chunk.first : chunk.first + len(next_T)]

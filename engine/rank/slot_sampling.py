@@ -1,4 +1,5 @@
-"""How the tokens of each sequence slot are drawn: settings of the requests in arrays, and what a step makes of them.
+"""How the tokens of each sequence slot are drawn: settings of the requests in arrays, and what a
+step makes of them.
 
 Suffixes: R sampling rows of a step.
 """
@@ -21,7 +22,9 @@ _NO_TOKEN = -1
 
 
 class _Seen:
-    """The distinct tokens of one slot and how often each was sampled (0: in the prompt alone), kept up to date."""
+    """The distinct tokens of one slot and how often each was sampled (0: in the prompt alone), kept
+    up to date.
+    """
 
     def __init__(self, history: Int32, prompt_length: int) -> None:
         tokens, counts = token_counts(history, prompt_length)
@@ -59,8 +62,10 @@ class _Edits:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """The settings of rows [R]. ``asked`` are the rows that want log-probabilities. ``open_from`` is the first position at which a
-    row may sample its stop ids, ``stop`` [R, N], which are filled up with -1."""
+    """The settings of rows [R]. ``asked`` are the rows that want log-probabilities. ``open_from``
+    is the first position at which a row may sample its stop ids, ``stop`` [R, N], which are filled
+    up with -1.
+    """
 
     slots: Int64
     params: SamplingParams
@@ -72,8 +77,9 @@ class RowSettings:
 
 
 class SlotSettings:
-    """``first_output`` is the position of a slot's first output token: what comes before is the request's own prompt.
-    ``num_prompt_logprobs`` is as in ``Sampling``."""
+    """``first_output`` is the position of a slot's first output token: what comes before is the
+    request's own prompt. ``num_prompt_logprobs`` is as in ``Sampling``.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self._seed = np.zeros(num_slots, np.int64)
@@ -91,7 +97,9 @@ class SlotSettings:
         self._rows: RowSettings | None = None
 
     def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
-        """Sets a slot up for a request whose ``history`` ends with the ``num_emitted`` tokens it has sampled so far."""
+        """Sets a slot up for a request whose ``history`` ends with the ``num_emitted`` tokens it
+        has sampled so far.
+        """
         self._seed[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
         self.num_prompt_logprobs[slot] = sampling.num_prompt_logprobs
@@ -120,7 +128,9 @@ class SlotSettings:
             num_logprobs = self._num_logprobs[slots]
             self._rows = RowSettings(
                 slots=slots,
-                params=SamplingParams(self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]),
+                params=SamplingParams(
+                    self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
+                ),
                 seed=self._seed[slots],
                 num_logprobs=num_logprobs,
                 asked=np.flatnonzero(num_logprobs >= 0),
@@ -130,11 +140,15 @@ class SlotSettings:
         return self._rows
 
     def edits(self, rows: RowSettings, positions: Int64) -> LogitEdits | None:
-        """Changes to the logits of rows [R] that sample ``positions`` [R]; None when there are none."""
+        """Changes to the logits of rows [R] that sample ``positions`` [R]; None when there are
+        none.
+        """
         early = positions < rows.open_from
         if not self._edits and not early.any():
             return None
-        found = [(row, self._edits[slot]) for row, slot in enumerate(rows.slots.tolist()) if slot in self._edits]
+        found = [
+            (row, self._edits[slot]) for row, slot in enumerate(rows.slots.tolist()) if slot in self._edits
+        ]
         seen = [(row, edits.seen) for row, edits in found if edits.seen is not None]
         masked = np.where(early[:, None], rows.stop, _NO_TOKEN)
         masked_rows, column = np.nonzero(masked != _NO_TOKEN)

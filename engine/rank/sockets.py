@@ -17,8 +17,8 @@ _POLL_MILLISECONDS = 500
 class RankSockets:
     """The rank's connections to the controller, and whether they stand.
 
-    ``poll`` raises ControllerLost once a connection has been down for ``absence`` seconds, or was never made for
-    ``patience`` seconds.
+    ``poll`` raises ControllerLost once a connection has been down for ``absence`` seconds, or was
+    never made for ``patience`` seconds.
     """
 
     _MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -34,15 +34,19 @@ class RankSockets:
         self._lost_at = time.monotonic() + patience - absence
 
     def poll(self, milliseconds: int = _POLL_MILLISECONDS) -> tuple[bool, bool, bool]:
-        """Waits up to ``milliseconds``; whether (both connections stand anew, bulk has a message, step has a message).
+        """Waits up to ``milliseconds``; whether (both connections stand anew, bulk has a message,
+        step has a message).
 
-        Who says hello before its step connection stands may be sent a plan that nobody keeps for it.
+        Who says hello before its step connection stands may be sent a plan that nobody keeps for
+        it.
         """
         ready = dict(self._poller.poll(milliseconds))
         made = [self._watch(monitor) for monitor in self._addresses if monitor in ready]
         connected = any(made) and not self._down
         if not made and time.monotonic() - self._lost_at > self._absence:
-            addresses = " and ".join(self._addresses[monitor] for monitor in self._addresses if monitor in self._down)
+            addresses = " and ".join(
+                self._addresses[monitor] for monitor in self._addresses if monitor in self._down
+            )
             raise ControllerLost(f"no connection to the controller at {addresses} for {self._absence:g} s")
         return connected, self.bulk in ready, self.step in ready
 

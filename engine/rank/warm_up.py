@@ -1,4 +1,6 @@
-"""Has the kernels of a model compiled before its rank meets the others: no step with a deadline should wait for a compiler."""
+"""Has the kernels of a model compiled before its rank meets the others: no step with a deadline
+should wait for a compiler.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from .page_pool import KVPool
 _WIDEST = 512
 _VOCABULARY = 64
 _PROMPT, _SHORT = 33, 3  # tokens: enough to be shared out among threads, and too few
-_LIKELIEST, _CHOICES = 2, 1024  # of how many tokens the likeliest are looked for: a few of many take a kernel of their own
+_LIKELIEST, _CHOICES = (
+    2,
+    1024,
+)  # of how many tokens the likeliest are looked for: a few of many take a kernel of their own
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,25 @@ class Pages:
 
 
 def warm_up(
-    config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Callable[[Placement], Dispatcher], report: Callable[[str], None]
+    config: ModelConfig,
+    dtype: torch.dtype,
+    pages: Pages,
+    alone: Callable[[Placement], Dispatcher],
+    report: Callable[[str], None],
 ) -> None:
-    """Computes a few steps on this CPU with a model of one layer of each kind and small sizes. Of the processes of a machine one
-    compiles at a time, and the next ones find what it compiled. ``alone``: a dispatcher of the kind that the rank will have, for a
-    group of one. ``report`` is told what is compiled, if anything is."""
+    """Computes a few steps on this CPU with a model of one layer of each kind and small sizes. Of
+    the processes of a machine one compiles at a time, and the next ones find what it compiled.
+    ``alone``: a dispatcher of the kind that the rank will have, for a group of one. ``report`` is
+    told what is compiled, if anything is.
+    """
     with alone_in_compiling(report):
         _compute(_miniature(config), dtype, pages, alone)
 
 
 @torch.inference_mode()
-def _compute(config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Callable[[Placement], Dispatcher]) -> None:
+def _compute(
+    config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Callable[[Placement], Dispatcher]
+) -> None:
     cpu = torch.device("cpu")
     dispatcher = alone(contiguous(len(config.moe_layers), config.moe.num_experts, 1))
     model = build_model(config, dispatcher, dtype, cpu)
@@ -56,7 +69,9 @@ def _compute(config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Calla
     pool = KVPool(config, -(-(_PROMPT + 2) // pages.size), pages.size, pages.format, cpu)
     pages_1P = np.arange(pool.num_pages, dtype=np.int32)[None]
     for start, count in ((0, _PROMPT), (_PROMPT, 1), (0, _SHORT)):
-        batch, positions_T = build_batch(np.array([start]), np.array([count]), int(count == 1), pages_1P, pages.size, cpu)
+        batch, positions_T = build_batch(
+            np.array([start]), np.array([count]), int(count == 1), pages_1P, pages.size, cpu
+        )
         dispatcher.begin_step(count, count)
         hidden_TD = model(torch.zeros(count, dtype=torch.int64), positions_T, batch, pool.cache)
         model.logits(hidden_TD[-1:])
@@ -64,17 +79,24 @@ def _compute(config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Calla
 
 
 def _sample(ops: Ops, logits_RV: Tensor) -> None:
-    """The most likely token, draws from all tokens, from the best few and from the most probable ones, and log-probabilities."""
+    """The most likely token, draws from all tokens, from the best few and from the most probable
+    ones, and log-probabilities.
+    """
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, _LIKELIEST, 1.0), (1.0, 0, 0.5)):
         params = SamplingParams(
-            np.full(1, temperature, np.float32), np.full(1, top_k), np.full(1, top_p, np.float32), np.zeros(1, np.float32)
+            np.full(1, temperature, np.float32),
+            np.full(1, top_k),
+            np.full(1, top_p, np.float32),
+            np.zeros(1, np.float32),
         )
         tokens_R = ops.sample(logits_RV, params, np.full(1, 0.5))
     ops.logprobs(logits_RV, tokens_R, _LIKELIEST)
 
 
 def _miniature(config: ModelConfig) -> ModelConfig:
-    """What is compiled depends on types and kinds of layers, and on whether widths divide by small powers of two; not on sizes."""
+    """What is compiled depends on types and kinds of layers, and on whether widths divide by small
+    powers of two; not on sizes.
+    """
     moe = config.moe
     per_group = max(2, -(-moe.top_k // moe.top_groups))
     hidden, width = _narrow(moe.hidden), _narrow(moe.expert_width)

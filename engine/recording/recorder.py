@@ -1,7 +1,9 @@
-"""Records what a planner is told and what it decides, so that an incident replays offline, step by step.
+"""Records what a planner is told and what it decides, so that an incident replays offline, step by
+step.
 
-A recording is a sequence of msgpack records: first a ``Heading`` with the planner's settings, then one array per call, (name, arguments).
-A plan is recorded as the digest of its bytes, which ``replay`` compares. The planner reads no clock, so nothing else is needed.
+A recording is a sequence of msgpack records: first a ``Heading`` with the planner's settings, then
+one array per call, (name, arguments). A plan is recorded as the digest of its bytes, which
+``replay`` compares. The planner reads no clock, so nothing else is needed.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ _BUFFER = 1 << 20  # bytes
 
 
 class Heading(msgspec.Struct, frozen=True):
-    """What a recording begins with: the version that made it, the planner's Settings encoded, and their digest, which tells whether
-    another version reads them as they were meant."""
+    """What a recording begins with: the version that made it, the planner's Settings encoded, and
+    their digest, which tells whether another version reads them as they were meant.
+    """
 
     version: str
     digest: bytes
@@ -35,7 +38,9 @@ class Heading(msgspec.Struct, frozen=True):
 
 
 class Mismatch(AssertionError):
-    """A replay cannot be what was recorded: the planner has changed since, or is not pure, or the file is something else."""
+    """A replay cannot be what was recorded: the planner has changed since, or is not pure, or the
+    file is something else.
+    """
 
 
 def digest(plan: Plan | None) -> bytes:
@@ -49,9 +54,11 @@ def digest(plan: Plan | None) -> bytes:
 
 
 class Recorder:
-    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical path.
+    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical
+    path.
 
-    Serving does not depend on it: where the disk takes no more, ``failure`` says why, and the recording ends with what was written.
+    Serving does not depend on it: where the disk takes no more, ``failure`` says why, and the
+    recording ends with what was written.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -88,8 +95,9 @@ class Recorder:
 
 
 def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
-    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan differs or a record is not understood,
-    with the step and what is known of the planner that made it.
+    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan
+    differs or a record is not understood, with the step and what is known of the planner that made
+    it.
 
     A recording that was cut off in the middle of a record ends there.
     """
@@ -97,11 +105,15 @@ def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
     try:
         heading = msgspec.msgpack.decode(next(records, b""), type=Heading)
     except msgspec.MsgspecError as error:
-        raise Mismatch(f"its first record does not say who made it: no recording, or an older one ({error})") from None
+        raise Mismatch(
+            f"its first record does not say who made it: no recording, or an older one ({error})"
+        ) from None
     try:
         settings = msgspec.msgpack.decode(heading.settings, type=Settings)
     except msgspec.MsgspecError as error:
-        raise Mismatch(f"the planner's settings are not understood: {error}{_difference(heading, None)}") from None
+        raise Mismatch(
+            f"the planner's settings are not understood: {error}{_difference(heading, None)}"
+        ) from None
     planner = settings.planner()
     for record in records:
         step = planner.group.next_step

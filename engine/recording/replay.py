@@ -1,4 +1,6 @@
-"""``python -m lockstep.engine.recording.replay FILE``: replays a recording and prints each step. Exit status 1 where it does not replay."""
+"""``python -m lockstep.engine.recording.replay FILE``: replays a recording and prints each step.
+Exit status 1 where it does not replay.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def main() -> None:
     try:
         steps = _print_steps(arguments.file)
     except (Mismatch, OSError) as error:
-        raise SystemExit(f"{arguments.file}: {error.strerror if isinstance(error, OSError) else error}") from None
+        raise SystemExit(
+            f"{arguments.file}: {error.strerror if isinstance(error, OSError) else error}"
+        ) from None
     print(f"{steps} plans replayed, all as recorded")
 
 

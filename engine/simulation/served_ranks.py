@@ -1,7 +1,8 @@
-"""Many simulated ranks in one process, on real sockets: the controller cannot tell them from real ones.
+"""Many simulated ranks in one process, on real sockets: the controller cannot tell them from real
+ones.
 
-Every rank executes its plans one after the other; a step takes what the cost model says, as wall time. Used by the control-path
-benchmark and by tests of the serving path that need no model.
+Every rank executes its plans one after the other; a step takes what the cost model says, as wall
+time. Used by the control-path benchmark and by tests of the serving path that need no model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from .simulated_rank import SimulatedRank
 
 
 class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Which ranks to simulate, and how. ``step_seconds`` is what a step takes beside the cost of its tokens."""
+    """Which ranks to simulate, and how. ``step_seconds`` is what a step takes beside the cost of
+    its tokens.
+    """
 
     ranks: tuple[int, ...]
     layout: Layout
@@ -43,7 +46,9 @@ class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeline:
-    """When each step's first result left this process and when its plan had reached all its ranks (monotonic seconds)."""
+    """When each step's first result left this process and when its plan had reached all its ranks
+    (monotonic seconds).
+    """
 
     def __init__(self) -> None:
         self.first_result: dict[int, float] = {}
@@ -77,7 +82,12 @@ class SimulatedRanks:
         while not self._stopping:
             timeout = max(0.0, self._due[0][0] - time.monotonic()) if self._due else 0.2
             ready = [socket for socket, _ in self._poller.poll(int(1000 * timeout))]
-            plans = [(self._step[socket], plan) for socket in ready if socket in self._step for plan in self._take_plans(socket)]
+            plans = [
+                (self._step[socket], plan)
+                for socket in ready
+                if socket in self._step
+                for plan in self._take_plans(socket)
+            ]
             for socket in ready:
                 if socket in self._bulk:
                     self._take_bulk(socket)
@@ -91,7 +101,10 @@ class SimulatedRanks:
     def _open(self, rank: int) -> None:
         spec = self._spec
         max_pages, cohorts = -(-spec.max_len // spec.page_size), spec.layout.pipeline
-        samples = rank // (spec.layout.tensor * spec.layout.data) == spec.layout.pipeline - 1 and rank % spec.layout.tensor == 0
+        samples = (
+            rank // (spec.layout.tensor * spec.layout.data) == spec.layout.pipeline - 1
+            and rank % spec.layout.tensor == 0
+        )
         simulated = SimulatedRank(rank, spec.num_slots, max_pages, num_cohorts=cohorts, samples=samples)
         simulated.vocabulary = spec.vocabulary
         simulated.cost = Cost(spec.step_seconds, spec.token_seconds, spec.kv_seconds, 0.0)
@@ -103,7 +116,9 @@ class SimulatedRanks:
         self._step[step], self._bulk[bulk], self._by_rank[rank] = rank, rank, step
         self._poller.register(step, zmq.POLLIN)
         self._poller.register(bulk, zmq.POLLIN)
-        hello = RankHello(rank, network.gethostname(), os.getpid(), spec.num_pages, spec.page_size, 0, 0, 0, "simulated")
+        hello = RankHello(
+            rank, network.gethostname(), os.getpid(), spec.num_pages, spec.page_size, 0, 0, 0, "simulated"
+        )
         bulk.send(encode(hello))
 
     def _take_bulk(self, socket: zmq.Socket[bytes]) -> None:
@@ -139,7 +154,9 @@ class SimulatedRanks:
 
 
 def main(spec: SimulatedSpec) -> SimulatedRanks:
-    """Simulates ranks in this process until the controller stops them; returns them for their timeline."""
+    """Simulates ranks in this process until the controller stops them; returns them for their
+    timeline.
+    """
     ranks = SimulatedRanks(spec)
     signal.signal(signal.SIGTERM, lambda *_: ranks.stop())
     ranks.run()

@@ -1,7 +1,8 @@
 """All ranks of a group, simulated at once: the state of many ``SimulatedRank`` at the price of one.
 
-For simulations in virtual time, where the planner should cost more than the ranks. Ranks that disagree, messages that are lost and rows
-that advance by more than a token are matters of ``SimulatedRank``. Suffixes: D data indices, S stages of the pipeline.
+For simulations in virtual time, where the planner should cost more than the ranks. Ranks that
+disagree, messages that are lost and rows that advance by more than a token are matters of
+``SimulatedRank``. Suffixes: D data indices, S stages of the pipeline.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _TOKEN = np.ones(1, np.int32).tobytes()
 class StepWork:
     """What the data indices compute in a step, each int64 [D].
 
-    decodes: rows that decode. tokens: those and prompt tokens. sampled: rows that sample. decode_context and prompt_context: positions
-    attended to, summed over the tokens of rows that decode and of prompts. kv_reads: positions read, by a chunk of a prompt once.
+    decodes: rows that decode. tokens: those and prompt tokens. sampled: rows that sample.
+    decode_context and prompt_context: positions attended to, summed over the tokens of rows that
+    decode and of prompts. kv_reads: positions read, by a chunk of a prompt once.
     """
 
     decodes_D: Int64
@@ -41,7 +43,9 @@ class StepWork:
 
 @dataclass(frozen=True)
 class Executed:
-    """A step as the ranks have executed it: ``checksums`` of the data indices, where the plan asked for them."""
+    """A step as the ranks have executed it: ``checksums`` of the data indices, where the plan asked
+    for them.
+    """
 
     header: Header
     work: StepWork
@@ -100,10 +104,14 @@ class SimulatedGroup:
         )
         for table, own in zip(tables, longer.reshape(len(tables), -1), strict=True):
             table.length[:] = own
-        return Executed(plan.header, work, tuple(table.checksum() for table in tables) if plan.header.checksum else None)
+        return Executed(
+            plan.header, work, tuple(table.checksum() for table in tables) if plan.header.checksum else None
+        )
 
     def results(self, step: Executed, stage: int, own_D: NDArray[np.float64]) -> list[StepResult]:
-        """What the ranks of ``stage`` report of a step, each after ``own_D`` seconds of work; all wait for the slowest."""
+        """What the ranks of ``stage`` report of a step, each after ``own_D`` seconds of work; all
+        wait for the slowest.
+        """
         layout, header = self._layout, step.header
         last, seconds = stage == layout.pipeline - 1, float(own_D.max())
         results: list[StepResult] = []
@@ -124,10 +132,18 @@ class SimulatedGroup:
         return results
 
     def _extends(self, plan: Plan) -> tuple[Int64, Int64]:
-        """The slots of all data indices whose prompts advance, data-major, and by how many tokens."""
-        parts = [(data, section.extend_pairs) for data, section in plan.sections.items() if section.extend_pairs]
-        pairs = np.frombuffer(b"".join([packed for _, packed in parts]), np.int32).reshape(-1, 2).astype(np.int64)
-        first = np.repeat([data * self._num_slots for data, _ in parts], [len(packed) // 8 for _, packed in parts])
+        """The slots of all data indices whose prompts advance, data-major, and by how many
+        tokens.
+        """
+        parts = [
+            (data, section.extend_pairs) for data, section in plan.sections.items() if section.extend_pairs
+        ]
+        pairs = (
+            np.frombuffer(b"".join([packed for _, packed in parts]), np.int32).reshape(-1, 2).astype(np.int64)
+        )
+        first = np.repeat(
+            [data * self._num_slots for data, _ in parts], [len(packed) // 8 for _, packed in parts]
+        )
         return pairs[:, 0] + first.astype(np.int64), pairs[:, 1]
 
     def _sum(self, of_slots: NDArray[np.bool_] | Int64) -> Int64:
@@ -137,10 +153,19 @@ class SimulatedGroup:
 
     def _add_up(self, slots: Int64, values: Int64 | None = None) -> Int64:
         """Sums [D] of values [n], or how many there are, that belong to slots [n]."""
-        sums: Int64 = np.bincount(slots // self._num_slots, values, minlength=len(self._tables)).astype(np.int64)
+        sums: Int64 = np.bincount(slots // self._num_slots, values, minlength=len(self._tables)).astype(
+            np.int64
+        )
         return sums
 
 
 def _changes(section: Section) -> bool:
     """Whether a section does more than let its rows go on."""
-    return bool(section.rebase or section.pages_pairs or section.admit or section.free_i32 or section.hold_i32 or section.resume_i32)
+    return bool(
+        section.rebase
+        or section.pages_pairs
+        or section.admit
+        or section.free_i32
+        or section.hold_i32
+        or section.resume_i32
+    )

@@ -1,7 +1,8 @@
 """Simulated ranks: the protocol of a rank without a model.
 
-``SimulatedRank`` keeps the same ``SlotTable`` as a real one, follows or refuses the chain like a real one, and samples tokens that depend
-only on the request and the position, so that a replay gives the same text. Its seconds come from a cost model.
+``SimulatedRank`` keeps the same ``SlotTable`` as a real one, follows or refuses the chain like a
+real one, and samples tokens that depend only on the request and the position, so that a replay
+gives the same text. Its seconds come from a cost model.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from ..protocol.slot_table import Rows, SlotTable
 
 
 class SimulatedRank:
-    """One rank's side of the protocol. ``end_every``: one token in that many is the end-of-sequence id 0 (0: none)."""
+    """One rank's side of the protocol. ``end_every``: one token in that many is the end-of-sequence
+    id 0 (0: none).
+    """
 
-    def __init__(self, rank: int, num_slots: int, max_pages: int, *, num_cohorts: int = 1, samples: bool = True) -> None:
+    def __init__(
+        self, rank: int, num_slots: int, max_pages: int, *, num_cohorts: int = 1, samples: bool = True
+    ) -> None:
         self.rank = rank
         self.table = SlotTable(num_slots, max_pages, num_cohorts)
         self.vocabulary = 1000
@@ -34,7 +39,9 @@ class SimulatedRank:
         self._prompts: dict[int, Int32] = {}
         self._key = np.zeros(num_slots, np.uint64)
         self._stops = np.zeros(num_slots, np.bool_)
-        self._scored = np.zeros((num_slots, 2), np.int64)  # log-probabilities wanted of a prompt, and the tokens that are its own
+        self._scored = np.zeros(
+            (num_slots, 2), np.int64
+        )  # log-probabilities wanted of a prompt, and the tokens that are its own
 
     def stage(self, message: Stage | Unstage) -> None:
         """Takes or forgets a prompt."""
@@ -49,7 +56,9 @@ class SimulatedRank:
         return len(self._prompts)
 
     def execute(self, plan: StepPlan) -> StepResult | Refused | None:
-        """The result of a plan; ``Refused`` on a gap in the chain, None for one it has already executed."""
+        """The result of a plan; ``Refused`` on a gap in the chain, None for one it has already
+        executed.
+        """
         header, section = plan.header, plan.section
         verdict = self._chain.judge(plan)
         if verdict is Verdict.OLD:
@@ -59,12 +68,16 @@ class SimulatedRank:
         self._chain.enter(header.epoch)
         self._chain.executed(header.step)
         if section.rebase:
-            self._prompts = {staged: tokens for staged, tokens in self._prompts.items() if staged >= section.staged_from}
+            self._prompts = {
+                staged: tokens for staged, tokens in self._prompts.items() if staged >= section.staged_from
+            }
         lengths = {staged: len(tokens) for staged, tokens in self._prompts.items()}
         for admit in self.table.apply(section, lengths):
             prompt = self._prompts.pop(admit.staged)
             self._begin(admit.slot, prompt)
-            self._key[admit.slot] = self.request_key(prompt[: len(prompt) - admit.num_emitted], admit.sampling.seed)
+            self._key[admit.slot] = self.request_key(
+                prompt[: len(prompt) - admit.num_emitted], admit.sampling.seed
+            )
             self._stops[admit.slot] = bool(admit.sampling.stop_i32)
             self._scored[admit.slot] = admit.sampling.num_prompt_logprobs, len(prompt) - admit.num_emitted
         rows = self.table.rows(header, section)
@@ -86,7 +99,10 @@ class SimulatedRank:
             counts_u8=b"" if not self.samples or (counts == 1).all() else counts.astype(np.uint8).tobytes(),
             ended_i32=ended.astype(np.int32).tobytes() if self.samples else b"",
             checksum=self.table.checksum() if header.checksum else 0,
-            seconds=self.cost.fixed + self.cost.token * num_tokens + self.cost.kv * kv + self.cost.context * context,
+            seconds=self.cost.fixed
+            + self.cost.token * num_tokens
+            + self.cost.kv * kv
+            + self.cost.context * context,
             prompt_logprobs=scores if self.samples else (),
         )
 
@@ -105,7 +121,9 @@ class SimulatedRank:
 
     @staticmethod
     def logprob(key: np.uint64, positions: Int64) -> NDArray[np.float32]:
-        """That of the prompt's token at each position [n] of the request with ``key``; the likeliest have it too."""
+        """That of the prompt's token at each position [n] of the request with ``key``; the
+        likeliest have it too.
+        """
         return -(mix64(key ^ positions.astype(np.uint64)) % np.uint64(4096)).astype(np.float32)
 
     def _score(self, rows: Rows) -> tuple[PromptLogprobs, ...]:
@@ -117,7 +135,9 @@ class SimulatedRank:
             if top >= 0 and len(positions):
                 values = self.logprob(self._key[rows.slots[row]], positions)
                 ids, tops = positions.astype(np.int32).repeat(top), values.repeat(top)
-                found.append(PromptLogprobs(number, int(positions[0]), values.tobytes(), ids.tobytes(), tops.tobytes()))
+                found.append(
+                    PromptLogprobs(number, int(positions[0]), values.tobytes(), ids.tobytes(), tops.tobytes())
+                )
         return tuple(found)
 
     def _begin(self, slot: int, prompt: Int32) -> None:
@@ -141,13 +161,17 @@ class SimulatedRank:
         counts = np.minimum(left, 1)
         keys = self._key[slots]
         if self.max_advance > 1:
-            accepted = 1 + (mix64(keys ^ positions.astype(np.uint64)) % np.uint64(self.max_advance)).astype(np.int64)
+            accepted = 1 + (mix64(keys ^ positions.astype(np.uint64)) % np.uint64(self.max_advance)).astype(
+                np.int64
+            )
             counts[decode] = np.minimum(accepted, left)[decode]
         if (counts == 1).all():
             return self.token(keys, positions), counts
         return self._sample_ragged(slots, keys, positions, counts)
 
-    def _sample_ragged(self, slots: Int64, keys: NDArray[np.uint64], positions: Int64, counts: Int64) -> tuple[Int32, Int64]:
+    def _sample_ragged(
+        self, slots: Int64, keys: NDArray[np.uint64], positions: Int64, counts: Int64
+    ) -> tuple[Int32, Int64]:
         pieces: list[Int32] = []
         for index in range(len(slots)):
             span = positions[index] + np.arange(counts[index])

@@ -1,7 +1,9 @@
-"""A group in virtual time: the planner, and what the controller does around it, against simulated ranks, without waiting for any of it.
+"""A group in virtual time: the planner, and what the controller does around it, against simulated
+ranks, without waiting for any of it.
 
-The order within a turn and the pacing of plans are the controller's. Between processes no time passes: prompts, plans and results arrive
-when they are sent. What the planner itself takes is measured and never added, so that equal arrivals give equal results on any machine.
+The order within a turn and the pacing of plans are the controller's. Between processes no time
+passes: prompts, plans and results arrive when they are sent. What the planner itself takes is
+measured and never added, so that equal arrivals give equal results on any machine.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ from .simulated_group import Executed, SimulatedGroup, StepWork
 PATIENCE = 10_000
 """Steps in a row without a token for anybody, beside those that the longest prompt takes, after which something is wrong."""
 
-_STATES = {State.STAGING: "is being staged", State.READY: "waits for its first chunk", State.PREFILL: "is in prefill"}
+_STATES = {
+    State.STAGING: "is being staged",
+    State.READY: "waits for its first chunk",
+    State.PREFILL: "is in prefill",
+}
 _STATES |= {State.DECODE: "decodes", State.DRAINING: "drains"}
 
 
@@ -39,14 +45,18 @@ class Stuck(RuntimeError):
 
 
 class StepTimes(Protocol):
-    """How long a step takes: seconds [S, D] that each stage of each data index works on it, waiting for others excluded."""
+    """How long a step takes: seconds [S, D] that each stage of each data index works on it, waiting
+    for others excluded.
+    """
 
     def __call__(self, work: StepWork) -> NDArray[np.float64]: ...
 
 
 @dataclass(frozen=True)
 class StepSeen:
-    """A step that was planned at ``planned``; the first stage starts at ``start``, the last ends at ``end``. own_SD as ``StepTimes``."""
+    """A step that was planned at ``planned``; the first stage starts at ``start``, the last ends at
+    ``end``. own_SD as ``StepTimes``.
+    """
 
     planned: float
     start: float
@@ -65,15 +75,18 @@ class Watcher(Protocol):
         """The planner has just made a plan, and this is what becomes of it."""
 
     def measured(self, booking: float, planning: float) -> None:
-        """Real seconds, on this machine, that the planner took for the results before a plan, and for the plan."""
+        """Real seconds, on this machine, that the planner took for the results before a plan, and
+        for the plan.
+        """
 
 
 Arrival = tuple[float, Submit]
 
 
 def patience(settings: Settings) -> int:
-    """Steps in a row without a token for anybody, after which a simulation is stuck. While nobody decodes, a prompt advances by
-    ``max_batch_tokens`` whenever it is its cohort's turn."""
+    """Steps in a row without a token for anybody, after which a simulation is stuck. While nobody
+    decodes, a prompt advances by ``max_batch_tokens`` whenever it is its cohort's turn.
+    """
     return PATIENCE + settings.layout.pipeline * -(-settings.max_len // settings.spec.max_batch_tokens)
 
 
@@ -96,7 +109,9 @@ class Simulation:
         self._patience = patience(settings)
 
     def run(self, arrivals: Iterator[Arrival], stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Serves arrivals, whose times ascend; whether all of them were answered before ``stopped``. Raises Stuck."""
+        """Serves arrivals, whose times ascend; whether all of them were answered before
+        ``stopped``. Raises Stuck.
+        """
         coming = next(arrivals, None)
         gc.collect()
         gc.freeze()
@@ -158,7 +173,9 @@ class Simulation:
             raise Stuck(f"nobody has got a token for {self._patience} steps, and {self._oldest()}")
 
     def _execute(self, step: Executed) -> StepSeen:
-        """A stage begins a step when it has the plan, what the stage before makes of it, and has done the step before."""
+        """A stage begins a step when it has the plan, what the stage before makes of it, and has
+        done the step before.
+        """
         own_SD, cohort = self._times(step.work), step.header.cohort
         end = start = max(self.now, self._free_at[0], self._sampled_at[cohort])
         for stage, own_D in enumerate(own_SD):

@@ -1,6 +1,7 @@
 """Tokens to text, one token at a time, never a broken character.
 
-A detokeniser's pushed texts and its last ``finish`` join to the decoding of all tokens, whatever the grouping.
+A detokeniser's pushed texts and its last ``finish`` join to the decoding of all tokens, whatever
+the grouping.
 """
 
 from __future__ import annotations
@@ -22,16 +23,24 @@ class Detokenizer(Protocol):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The byte for each character of the byte-level BPE alphabet: printable ones stand for themselves, the rest start at 256."""
+    """The byte for each character of the byte-level BPE alphabet: printable ones stand for
+    themselves, the rest start at 256.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
 
 
 class BytePieces(dict[int, bytes]):
-    """Token id -> the bytes it stands for, filled on first use. ``hidden`` ids stand for nothing, as do unknown ones."""
+    """Token id -> the bytes it stands for, filled on first use. ``hidden`` ids stand for nothing,
+    as do unknown ones.
+    """
 
-    def __init__(self, id_to_token: Callable[[int], str | None], hidden: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, id_to_token: Callable[[int], str | None], hidden: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
         self._id_to_token = id_to_token
         self._hidden = hidden
@@ -64,10 +73,11 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any other tokenizer: decodes a short window twice, without and with the new tokens, and takes the difference.
+    """For any other tokenizer: decodes a short window twice, without and with the new tokens, and
+    takes the difference.
 
-    The window starts at the last text that was certain, so a token is decoded a bounded number of times. ``hidden`` ids
-    stand for nothing.
+    The window starts at the last text that was certain, so a token is decoded a bounded number of
+    times. ``hidden`` ids stand for nothing.
     """
 
     __slots__ = ("_decode", "_hidden", "_known", "_window")

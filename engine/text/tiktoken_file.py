@@ -1,9 +1,11 @@
-"""A tokenizer from ``tiktoken.model``, the form in which Kimi-K2 comes: byte sequences with their ranks, and no tokenizer.json.
+"""A tokenizer from ``tiktoken.model``, the form in which Kimi-K2 comes: byte sequences with their
+ranks, and no tokenizer.json.
 
-The pattern that splits text beforehand and the names of unnamed tokens are in Python code beside the file, tokenization_kimi.py; they
-are written down here instead of running that code (https://huggingface.co/moonshotai/Kimi-K2-Instruct). That code also cuts text
-every 400,000 characters and runs of 25,000 without a change between space and other; such texts get other ids there. transformers 5
-reads the file by itself, but splits text by the pattern of Llama 3.
+The pattern that splits text beforehand and the names of unnamed tokens are in Python code beside
+the file, tokenization_kimi.py; they are written down here instead of running that code
+(https://huggingface.co/moonshotai/Kimi-K2-Instruct). That code also cuts text every 400,000
+characters and runs of 25,000 without a change between space and other; such texts get other ids
+there. transformers 5 reads the file by itself, but splits text by the pattern of Llama 3.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from .detokenizer import byte_alphabet
 FILE = "tiktoken.model"
 DECODER = {"type": "ByteLevel"}  # as tokenizer.json would say it
 
-_KNOWN_CODE = ("tokenization_kimi.TikTokenTokenizer", "tokenization_moonshot.TikTokenTokenizer")  # the same in Moonlight
+_KNOWN_CODE = (
+    "tokenization_kimi.TikTokenTokenizer",
+    "tokenization_moonshot.TikTokenTokenizer",
+)  # the same in Moonlight
 _NUM_ADDED = 256
 _LETTERS = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -45,7 +50,9 @@ class _Added(msgspec.Struct):
 
 
 class _Settings(msgspec.Struct):
-    """The part of tokenizer_config.json that counts. A token is written as its text or as an object with ``content``."""
+    """The part of tokenizer_config.json that counts. A token is written as its text or as an object
+    with ``content``.
+    """
 
     auto_map: dict[str, Any] = {}
     added_tokens_decoder: dict[int, _Added] = {}
@@ -62,14 +69,18 @@ def load_tokenizer(folder: Path) -> Any:
     code = settings.auto_map.get("AutoTokenizer")
     code = code[0] if isinstance(code, list) and code else code
     if code not in _KNOWN_CODE:
-        raise ValueError(f"tokenizer_config.json: auto_map.AutoTokenizer is {code!r}; supported: {', '.join(_KNOWN_CODE)}")
+        raise ValueError(
+            f"tokenizer_config.json: auto_map.AutoTokenizer is {code!r}; supported: {', '.join(_KNOWN_CODE)}"
+        )
     backend = _build(_read_ranks(folder / FILE), settings.added_tokens_decoder)
     named = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = getattr(settings, name)
         named[name] = token.content if isinstance(token, _Added) else token
         if named[name] is not None and backend.token_to_id(named[name]) is None:
-            raise ValueError(f"tokenizer_config.json: {name} is {named[name]!r}, which is no token of {FILE} or added_tokens_decoder")
+            raise ValueError(
+                f"tokenizer_config.json: {name} is {named[name]!r}, which is no token of {FILE} or added_tokens_decoder"
+            )
     template = folder / "chat_template.jinja"
     tokenizer_class: Any = PreTrainedTokenizerFast  # untyped
     return tokenizer_class(
@@ -87,10 +98,14 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
             sequence, rank = line.split()
             ranks[base64.b64decode(sequence, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"{file.name}: line {number} is not a token in base64 and its rank: {line[:60]!r}") from None
+            raise ValueError(
+                f"{file.name}: line {number} is not a token in base64 and its rank: {line[:60]!r}"
+            ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{file.name}: expected ranks from 0 on without gaps and every single byte ({len(missing)} bytes are missing)")
+        raise ValueError(
+            f"{file.name}: expected ranks from 0 on without gaps and every single byte ({len(missing)} bytes are missing)"
+        )
     return ranks
 
 
@@ -101,12 +116,16 @@ def _build(ranks: dict[bytes, int], added: dict[int, _Added]) -> Tokenizer:
     merges = [(names[left], names[right]) for left, right in _merges(ranks)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     split = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     first, last = len(ranks), len(ranks) + _NUM_ADDED - 1
     outside = [id for id in added if not first <= id <= last]
     if outside:
-        raise ValueError(f"tokenizer_config.json: added_tokens_decoder names token {outside[0]}; expected {first} to {last}")
+        raise ValueError(
+            f"tokenizer_config.json: added_tokens_decoder names token {outside[0]}; expected {first} to {last}"
+        )
     for id in range(first, last + 1):
         token = added.get(id, _Added(f"<|reserved_token_{id}|>", special=True))
         tokenizer.add_tokens([AddedToken(token.content, special=token.special, normalized=False)])
@@ -114,8 +133,9 @@ def _build(ranks: dict[bytes, int], added: dict[int, _Added]) -> Tokenizer:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that join to a token, in the order of its rank: of the pairs at hand the one with the least rank is joined
-    first, however the token is cut."""
+    """Every pair of tokens that join to a token, in the order of its rank: of the pairs at hand the
+    one with the least rank is joined first, however the token is cut.
+    """
     pairs = []
     for sequence, rank in ranks.items():
         for cut in range(1, len(sequence)):

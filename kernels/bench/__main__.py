@@ -1,8 +1,9 @@
 """Times of the ops against their rooflines: ``python -m lockstep.kernels.bench``.
 
-Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without, a row for every case and
-implementation, after each case; rows of an earlier run that are not measured anew stay. Ceilings are measured in the same run. A
-machine without a card adds the GPU's rows that are missing, "not measured". ``bench_goals`` says what a file of rows comes to, and
+Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without,
+a row for every case and implementation, after each case; rows of an earlier run that are not
+measured anew stay. Ceilings are measured in the same run. A machine without a card adds the GPU's
+rows that are missing, "not measured". ``bench_goals`` says what a file of rows comes to, and
 ``bench_plot`` draws it.
 """
 
@@ -28,19 +29,27 @@ from .rows import FOLDER, NOT_MEASURED, Ledger, Row, blank_row
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds for one implementation of a case, and the moment (``time.monotonic``) after which no case is begun."""
+    """Seconds for one implementation of a case, and the moment (``time.monotonic``) after which no
+    case is begun.
+    """
 
     seconds: float
     end: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lockstep.kernels.bench", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lockstep.kernels.bench", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the CSV files")
     parser.add_argument("--only", default="", help="cases whose op or shape contains this")
-    parser.add_argument("--seconds", type=float, default=420.0, help="for all cases; those that are left are not begun")
+    parser.add_argument(
+        "--seconds", type=float, default=420.0, help="for all cases; those that are left are not begun"
+    )
     parser.add_argument("--each", type=float, default=0.0, help="seconds for one implementation of a case")
-    parser.add_argument("--resume", action="store_true", help="leave out what the file has a figure or a reason for")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has a figure or a reason for"
+    )
     parser.add_argument("--commit", default="", help="what the rows name where this is no git checkout")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
@@ -48,14 +57,20 @@ def main() -> None:
     if torch.cuda.is_available():
         ledger, chosen = Ledger(arguments.out / "kernels_gpu.csv"), [case for case in chosen if case.card]
         if arguments.resume:
-            done = {(row.op, row.shape) for row in ledger.rows() if row.p50_us not in (NOT_MEASURED, f"{NOT_MEASURED}: out of time")}
+            done = {
+                (row.op, row.shape)
+                for row in ledger.rows()
+                if row.p50_us not in (NOT_MEASURED, f"{NOT_MEASURED}: out of time")
+            }
             chosen = [case for case in chosen if (case.op, case.shape) not in done]
         _on_card(chosen, ledger, Limits(arguments.each or 0.15, end), arguments.commit)
         return
     small = [case for case in chosen if case.small]
     ledger = Ledger(arguments.out / "kernels_cpu.csv")
     limits = Limits(arguments.each or 0.5, end)
-    _measure(small, torch.device("cpu"), [ops_of("cpu"), ops_of("reference")], (ledger, arguments.commit), limits)
+    _measure(
+        small, torch.device("cpu"), [ops_of("cpu"), ops_of("reference")], (ledger, arguments.commit), limits
+    )
     blank = replace(blank_row(None, None, arguments.commit), implementation="triton")
     missing = (replace(blank, op=case.op, shape=case.shape) for case in chosen if case.card)
     Ledger(arguments.out / "kernels_gpu.csv").add_missing(missing)
@@ -76,16 +91,26 @@ def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) ->
     print(text)
 
 
-def _measure(chosen: list[Case], device: torch.device, columns: list[Ops], target: tuple[Ledger, str], limits: Limits) -> None:
+def _measure(
+    chosen: list[Case], device: torch.device, columns: list[Ops], target: tuple[Ledger, str], limits: Limits
+) -> None:
     ledger, commit = target
     ceilings = measure_ceilings(device)
     blank = blank_row(device, ceilings, commit)
     for case in chosen:
         named = replace(blank, op=case.op, shape=case.shape)
         if time.monotonic() > limits.end:
-            ledger.add_missing([replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: out of time")])
+            ledger.add_missing(
+                [replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: out of time")]
+            )
             continue
-        ledger.mark(replace(named, implementation=columns[0].column, p50_us=f"{NOT_MEASURED}: the process did not outlive it"))
+        ledger.mark(
+            replace(
+                named,
+                implementation=columns[0].column,
+                p50_us=f"{NOT_MEASURED}: the process did not outlive it",
+            )
+        )
         ledger.put(_rows(case, named, columns, ceilings, limits.seconds))
         if device.type == "cuda":
             torch.cuda.synchronize()  # raises where a kernel has broken the process for all that follow: start again with --resume
@@ -105,20 +130,27 @@ def _rows(case: Case, named: Row, columns: list[Ops], ceilings: Ceilings, second
         row = replace(named, implementation=name)
         try:
             off = error_of(run, expected) if name == columns[0].column and expected is not None else ""
-            times = time_of(run, device, seconds, capture=name == columns[0].column or case.op not in READS_ON_HOST)
-        except Exception as failure:  # one implementation that cannot run is a row that says so, not the end of the others
+            times = time_of(
+                run, device, seconds, capture=name == columns[0].column or case.op not in READS_ON_HOST
+            )
+        except (
+            Exception
+        ) as failure:  # one implementation that cannot run is a row that says so, not the end of the others
             yield replace(row, p50_us=_why_not(failure))
             continue
         yield _timed_row(row, times, call, ceilings, off)
 
 
-# What others do with these reads the device from the host, or moves from it, and cannot be captured.
+# What others do with these reads the device from the host, or moves from it, and cannot be
+# captured.
 READS_ON_HOST = ("sample", "edit_logits", "allow_only", "copy_pages", "permute", "gate")
 # Run on what an earlier run has left, so that two results need not agree.
 IN_PLACE = ("edit_logits", "allow_only", "copy_pages")
 
 
-def _timed_row(row: Row, times: tuple[float, float, float], call: Call, ceilings: Ceilings, error: str) -> Row:
+def _timed_row(
+    row: Row, times: tuple[float, float, float], call: Call, ceilings: Ceilings, error: str
+) -> Row:
     (p20, p50, p80), (roofline, bound) = times, ceilings.bound(call)
     return replace(
         row,
@@ -144,11 +176,16 @@ def _runs(case: Case, ops: Ops) -> bool:
 
 
 def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
-    """The largest relative error in norm of the numbers, or the share of integers that differ; empty where nothing can be compared."""
+    """The largest relative error in norm of the numbers, or the share of integers that differ;
+    empty where nothing can be compared.
+    """
     try:
         pairs = list(zip(_parts(run()), _parts(expected()), strict=True))
         errors = [_difference(got, wanted) for got, wanted in pairs]
-    except (torch.OutOfMemoryError, NotImplementedError):  # the comparison's failure is no reason to leave the op unmeasured
+    except (
+        torch.OutOfMemoryError,
+        NotImplementedError,
+    ):  # the comparison's failure is no reason to leave the op unmeasured
         return ""
     return f"{max(errors):.1e}" if errors else ""
 

@@ -1,4 +1,6 @@
-"""The attention cases: decode and extends, grouped queries at Qwen3-30B-A3B's sizes and latents at DeepSeek-V3's, bf16 and FP8 pages."""
+"""The attention cases: decode and extends, grouped queries at Qwen3-30B-A3B's sizes and latents at
+DeepSeek-V3's, bf16 and FP8 pages.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,33 @@ def attention_cases() -> Iterator[Case]:
         for batch in BATCHES:
             small = batch * context <= 8192
             for kind, name in _NAMES.items():
-                yield Case("attend", f"Qwen3 decode{name}: {batch} x {context}", _heads(batch, context, 1, kind), small)
-                yield Case("mla_attend", f"DeepSeek-V3 decode{name}: {batch} x {context}", _latents(batch, context, 1, kind), small)
+                yield Case(
+                    "attend",
+                    f"Qwen3 decode{name}: {batch} x {context}",
+                    _heads(batch, context, 1, kind),
+                    small,
+                )
+                yield Case(
+                    "mla_attend",
+                    f"DeepSeek-V3 decode{name}: {batch} x {context}",
+                    _latents(batch, context, 1, kind),
+                    small,
+                )
     for tokens, prefix in EXTENDS:
         for kind, name in _NAMES.items():
             shape = f"{tokens} over {prefix}"
-            yield Case("attend", f"Qwen3 extend{name}: {shape}", _heads(1, tokens + prefix, tokens, kind), small=prefix == 0)
-            yield Case("mla_attend", f"DeepSeek-V3 extend{name}: {shape}", _latents(1, tokens + prefix, tokens, kind), small=prefix == 0)
+            yield Case(
+                "attend",
+                f"Qwen3 extend{name}: {shape}",
+                _heads(1, tokens + prefix, tokens, kind),
+                small=prefix == 0,
+            )
+            yield Case(
+                "mla_attend",
+                f"DeepSeek-V3 extend{name}: {shape}",
+                _latents(1, tokens + prefix, tokens, kind),
+                small=prefix == 0,
+            )
 
 
 def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torch.device], Call]:
@@ -63,11 +85,17 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
             k_RHLD, v_RHLD = (x.repeat_interleave(group, 1) for x in (k_RKLD, v_RKLD))
             return sdpa(q.transpose(0, 1)[None], k_RHLD, v_RHLD, _SCALE, causal=True)
 
-        # Over a prefix torch would need a mask as large as the scores: the column reference does that, block by block.
+        # Over a prefix torch would need a mask as large as the scores: the column reference does
+        # that, block by block.
         rivals = {"sdpa on gathered pages": _made_once(gathered)} if tokens in (1, context) else {}
         seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) / 2)
         num_bytes = rows * context * per_token + 4.0 * q.numel()
-        return Call(lambda ops: lambda: ops.attend(q, k, v, batch, _SCALE), num_bytes, 4.0 * seen * _HEADS * _DIM, rivals=rivals)
+        return Call(
+            lambda ops: lambda: ops.attend(q, k, v, batch, _SCALE),
+            num_bytes,
+            4.0 * seen * _HEADS * _DIM,
+            rivals=rivals,
+        )
 
     return make
 
@@ -78,20 +106,29 @@ def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[to
         positions = _positions(rows, context, per_token)
         cache = _pages(positions, lambda count: _entries_of_latents(device, kind, count))
         q_nope, q_rope = (random(device, rows * tokens, _LATENT_HEADS, dim) for dim in (_NOPE, _ROPE))
-        expand, batch = random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT), _batch(device, rows, context, tokens)
+        expand, batch = (
+            random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT),
+            _batch(device, rows, context, tokens),
+        )
 
         def bind(ops: Ops) -> Callable[[], object]:
             return lambda: ops.mla_attend(q_nope, q_rope, cache, expand, batch, _SCALE)
 
         def gathered() -> Callable[[], object]:
-            """Without the two products around it. Values are whole entries: equal widths are what the fused kernels want."""
+            """Without the two products around it. Values are whole entries: equal widths are what
+            the fused kernels want.
+            """
             dim = _LATENT + _ROPE
             latents = gather_latents(cache, batch.pages_RP.flatten(), PAGE_SIZE, _LATENT, torch.bfloat16)
             latents = latents.view(rows, 1, -1, dim)[:, :, :context]
             return sdpa(random(device, rows, 1, _LATENT_HEADS, dim), latents, latents, _SCALE)
 
         rivals = {"sdpa on gathered pages": _made_once(gathered)} if tokens == 1 else {}
-        num_bytes = rows * context * per_token + 2.0 * expand.numel() + 2.0 * rows * tokens * _LATENT_HEADS * (_NOPE + _ROPE + _VALUE)
+        num_bytes = (
+            rows * context * per_token
+            + 2.0 * expand.numel()
+            + 2.0 * rows * tokens * _LATENT_HEADS * (_NOPE + _ROPE + _VALUE)
+        )
         return Call(bind, num_bytes, _latent_flops(rows, context, tokens), rivals=rivals)
 
     return make
@@ -126,17 +163,30 @@ def _positions(rows: int, context: int, bytes_per_token: int) -> int:
 
 
 def _batch(device: torch.device, rows: int, context: int, tokens: int) -> PagedBatch:
-    """Rows of ``context`` positions, the last ``tokens`` of them in this step; pages in no order."""
+    """Rows of ``context`` positions, the last ``tokens`` of them in this step; pages in no
+    order.
+    """
     pages_per_row = -(-context // PAGE_SIZE)
-    pages = np.random.default_rng(0).permutation(rows * pages_per_row).astype(np.int32).reshape(rows, pages_per_row)
+    pages = (
+        np.random.default_rng(0)
+        .permutation(rows * pages_per_row)
+        .astype(np.int32)
+        .reshape(rows, pages_per_row)
+    )
     starts, counts = np.full(rows, context - tokens), np.full(rows, tokens)
     return build_batch(starts, counts, rows if tokens == 1 else 0, pages, PAGE_SIZE, device)[0]
 
 
 def _pages(positions: int, entries: Callable[[int], Tensor]) -> Tensor:
-    """A cache of random entries, a part repeated: encoding to FP8 takes eight times an entry's memory."""
+    """A cache of random entries, a part repeated: encoding to FP8 takes eight times an entry's
+    memory.
+    """
     part = entries(min(positions, 1 << 16))
-    return part if len(part) == positions else part.repeat(-(-positions // len(part)), *[1] * (part.dim() - 1))[:positions]
+    return (
+        part
+        if len(part) == positions
+        else part.repeat(-(-positions // len(part)), *[1] * (part.dim() - 1))[:positions]
+    )
 
 
 def _entries_of_heads(device: torch.device, kind: Format, count: int) -> Tensor:

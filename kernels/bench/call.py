@@ -15,8 +15,10 @@ PAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class Call:
-    """``bind`` gives a column's run. ``num_bytes`` must be moved and ``flops`` done at least. ``rivals`` do the same otherwise; one whose
-    library is missing raises ImportError. ``expected`` is what a result is compared with, else the column reference's."""
+    """``bind`` gives a column's run. ``num_bytes`` must be moved and ``flops`` done at least.
+    ``rivals`` do the same otherwise; one whose library is missing raises ImportError. ``expected``
+    is what a result is compared with, else the column reference's.
+    """
 
     bind: Callable[[Ops], Callable[[], object]]
     num_bytes: float
@@ -28,7 +30,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """``make`` lays out the tensors on a device; on ``meta`` too. ``small``: fit to run on a CPU; ``card``: it says something of a card."""
+    """``make`` lays out the tensors on a device; on ``meta`` too. ``small``: fit to run on a CPU;
+    ``card``: it says something of a card.
+    """
 
     op: str
     shape: str

@@ -1,7 +1,8 @@
-"""What is benchmarked: every op at every shape of the list, fixed before a run, with the bytes and operations that bound it.
+"""What is benchmarked: every op at every shape of the list, fixed before a run, with the bytes and
+operations that bound it.
 
-An expert layer is what one of ``spread`` equal shares of the experts sees under balanced load: tokens x K pairs for its slots.
-The other cases are in ``bench_attention`` and ``bench_sampler``.
+An expert layer is what one of ``spread`` equal shares of the experts sees under balanced load:
+tokens x K pairs for its slots. The other cases are in ``bench_attention`` and ``bench_sampler``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from .call import PAGE_SIZE, Call, Case, random
 from .rivals import convert_e4m3, grouped_mm, scaled_grouped_mm, vllm_experts
 from .sampler import sampler_cases
 
-EXPERT_LAYERS = {"Qwen3-30B-A3B": (2048, 768, 128, 8, (1, 8, 32, 72)), "DeepSeek-V3": (7168, 2048, 256, 8, (8, 32, 72))}
+EXPERT_LAYERS = {
+    "Qwen3-30B-A3B": (2048, 768, 128, 8, (1, 8, 32, 72)),
+    "DeepSeek-V3": (7168, 2048, 256, 8, (8, 32, 72)),
+}
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 ROW_COUNTS = (1, 64, 4096)
 GATES = (("Qwen3", 128, Routing(8)), ("DeepSeek-V3", 256, Routing(8, "sigmoid", True, 2.5, 8, 4)))
@@ -69,9 +73,16 @@ def _row_cases(rows: int) -> Iterator[Case]:
         yield Case("silu_mul_fp8", f"{rows} x {2 * width}", _silu_mul_fp8(rows, width), small)
         yield Case("permute", f"{rows} x 8 rows of {hidden}, 16 slots", _permute(rows, hidden), small)
     yield Case("norm_rotate_and_write", f"Qwen3: {rows} tokens", _rotate_and_write(rows, "bf16"), small)
-    yield Case("norm_rotate_and_write", f"Qwen3, FP8 pages: {rows} tokens", _rotate_and_write(rows, "fp8"), small)
+    yield Case(
+        "norm_rotate_and_write", f"Qwen3, FP8 pages: {rows} tokens", _rotate_and_write(rows, "fp8"), small
+    )
     yield Case("rotate_and_write_latent", f"DeepSeek-V3: {rows} tokens", _rotate_latent(rows, "bf16"), small)
-    yield Case("rotate_and_write_latent", f"DeepSeek-V3, FP8 pages: {rows} tokens", _rotate_latent(rows, "fp8"), small)
+    yield Case(
+        "rotate_and_write_latent",
+        f"DeepSeek-V3, FP8 pages: {rows} tokens",
+        _rotate_latent(rows, "fp8"),
+        small,
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,10 @@ class ExpertShape:
         rows, slots = self._pairs(device)
 
         def bind(ops: Ops) -> Callable[[], object]:
-            counts, packed = torch.zeros(self.slots, dtype=torch.int64, device=device), ops.pack_slots(w13, w2)
+            counts, packed = (
+                torch.zeros(self.slots, dtype=torch.int64, device=device),
+                ops.pack_slots(w13, w2),
+            )
             return lambda: ops.experts(x, rows, slots, *packed, counts)
 
         grouped = grouped_mm(x, slots, (w13, w2))
@@ -109,15 +123,27 @@ class ExpertShape:
 
         def bind(ops: Ops) -> Callable[[], object]:
             counts = torch.zeros(self.slots, dtype=torch.int64, device=device)
-            return lambda: ops.experts_fp8(quantised[0], pairs, quantised[1], quantised[2], counts, torch.bfloat16)
+            return lambda: ops.experts_fp8(
+                quantised[0], pairs, quantised[1], quantised[2], counts, torch.bfloat16
+            )
 
         if device.type == "cpu":  # which has no such product
             return Call(bind, *self._least(1), fp8=True)
         rival = scaled_grouped_mm(x, pairs[1], (w13, w2), (0.5, 0.25, 2.0))
-        return Call(bind, *self._least(1), fp8=True, rivals={"torch._scaled_grouped_mm by rows": rival}, expected=rival)
+        return Call(
+            bind,
+            *self._least(1),
+            fp8=True,
+            rivals={"torch._scaled_grouped_mm by rows": rival},
+            expected=rival,
+        )
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self.pairs, self.hidden), (self.slots, 2 * self.width, self.hidden), (self.slots, self.hidden, self.width)
+        return (
+            (self.pairs, self.hidden),
+            (self.slots, 2 * self.width, self.hidden),
+            (self.slots, self.hidden, self.width),
+        )
 
     def _pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         index = torch.arange(self.pairs, device=device)
@@ -125,7 +151,9 @@ class ExpertShape:
 
     def _least(self, itemsize: int) -> tuple[float, float]:
         weights = min(self.slots, self.pairs) * 3 * self.hidden * self.width * itemsize
-        return weights + self.pairs * self.hidden * (itemsize + 2), 6.0 * self.pairs * self.hidden * self.width
+        return weights + self.pairs * self.hidden * (
+            itemsize + 2
+        ), 6.0 * self.pairs * self.hidden * self.width
 
 
 Make = Callable[[torch.device], Call]
@@ -136,10 +164,15 @@ def _gate(experts: int, rule: Routing, tokens: int) -> Make:
         x, weight = random(device, tokens, 2048), random(device, experts, 2048).float()
         bias = torch.zeros(experts, device=device) if rule.scoring == "sigmoid" else None
         counts = GateCounts(
-            torch.full((1,), tokens, dtype=torch.int32, device=device), torch.zeros(experts, dtype=torch.int64, device=device)
+            torch.full((1,), tokens, dtype=torch.int32, device=device),
+            torch.zeros(experts, dtype=torch.int64, device=device),
         )
         flops = 2.0 * tokens * experts * 2048
-        return Call(lambda ops: lambda: ops.gate(x, weight, bias, rule, counts), tokens * 4096.0 + experts * 8192.0, flops)
+        return Call(
+            lambda ops: lambda: ops.gate(x, weight, bias, rule, counts),
+            tokens * 4096.0 + experts * 8192.0,
+            flops,
+        )
 
     return make
 
@@ -228,8 +261,13 @@ def _rotate_and_write(rows: int, kv_format: str) -> Make:
         cache = (_cache(device, rows, entry), _cache(device, rows, entry))
         rotation = angles(torch.arange(rows, device=device), frequencies(128, 1e6).to(device))
         write = torch.randperm(rows, device=device)
-        num_bytes = rows * (36 * 128 * 2.0 + 32 * 128 * 2 + 4 * 128 * 2) + sum(part.numel() * part.element_size() for part in cache)
-        return Call(lambda ops: lambda: ops.norm_rotate_and_write(qkv, norms, rotation, cache, write, False), num_bytes)
+        num_bytes = rows * (36 * 128 * 2.0 + 32 * 128 * 2 + 4 * 128 * 2) + sum(
+            part.numel() * part.element_size() for part in cache
+        )
+        return Call(
+            lambda ops: lambda: ops.norm_rotate_and_write(qkv, norms, rotation, cache, write, False),
+            num_bytes,
+        )
 
     return make
 
@@ -241,13 +279,17 @@ def _rotate_latent(rows: int, kv_format: str) -> Make:
         rotation = angles(torch.arange(rows, device=device), frequencies(64, 1e4).to(device))
         write = torch.randperm(rows, device=device)
         num_bytes = rows * (128 * 64 * 4.0 + 576 * 2) + cache.numel() * cache.element_size()
-        return Call(lambda ops: lambda: ops.rotate_and_write_latent(q, c, k, rotation, cache, write, True), num_bytes)
+        return Call(
+            lambda ops: lambda: ops.rotate_and_write_latent(q, c, k, rotation, cache, write, True), num_bytes
+        )
 
     return make
 
 
 def _cache(device: torch.device, rows: int, entry: tuple[int, ...]) -> Tensor:
-    """Of bytes where entries are FP8, which are one-dimensional whatever they hold: heads 528, latents 656."""
+    """Of bytes where entries are FP8, which are one-dimensional whatever they hold: heads 528,
+    latents 656.
+    """
     dtype: Any = torch.uint8 if entry in ((528,), (656,)) else torch.bfloat16
     return torch.zeros(rows, *entry, dtype=dtype, device=device)
 
@@ -255,11 +297,19 @@ def _cache(device: torch.device, rows: int, entry: tuple[int, ...]) -> Tensor:
 def _copy_pages(device: torch.device) -> Call:
     caches = [random(device, 256 * PAGE_SIZE, 576) for _ in range(61)]
     order = torch.randperm(256, device=device)
-    return Call(lambda ops: lambda: ops.copy_pages(caches, order[:64], order[64:128], PAGE_SIZE), 61 * 64 * PAGE_SIZE * 576 * 4.0)
+    return Call(
+        lambda ops: lambda: ops.copy_pages(caches, order[:64], order[64:128], PAGE_SIZE),
+        61 * 64 * PAGE_SIZE * 576 * 4.0,
+    )
 
 
 def _from_e4m3(device: torch.device) -> Call:
     """No op of a column, but what the CPU column reads FP8 weights and pages with."""
     bits = torch.randint(0, 126, (1 << 26,), dtype=torch.uint8, device=device)
     torch_own = convert_e4m3(bits)
-    return Call(lambda ops: lambda: from_e4m3(bits, torch.bfloat16), bits.numel() * 3.0, rivals={"torch": torch_own}, expected=torch_own)
+    return Call(
+        lambda ops: lambda: from_e4m3(bits, torch.bfloat16),
+        bits.numel() * 3.0,
+        rivals={"torch": torch_own},
+        expected=torch_own,
+    )

@@ -1,4 +1,6 @@
-"""Times of runs, and what they are measured against: the bandwidth of a copy and the rates of large products, taken in the same run."""
+"""Times of runs, and what they are measured against: the bandwidth of a copy and the rates of large
+products, taken in the same run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """bytes_per_s of a copy (read and written), flops of a product in bf16 and in FP8 (0: not measured, taken as twice that in bf16)."""
+    """bytes_per_s of a copy (read and written), flops of a product in bf16 and in FP8 (0: not
+    measured, taken as twice that in bf16).
+    """
 
     bytes_per_s: float
     flops: float
@@ -47,17 +51,24 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     fp8_flops = 0.0
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         a8, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
-        product8 = time_of(lambda: torch._scaled_mm(a8, a8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), device)[1]
+        product8 = time_of(
+            lambda: torch._scaled_mm(a8, a8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), device
+        )[1]
         fp8_flops = 2 * side**3 / product8 * 1e6
     return Ceilings(2 * size / copy * 1e6, 2 * side**3 / product * 1e6, fp8_flops)
 
 
-def time_of(run: Run, device: torch.device, seconds: float = 0.5, capture: bool = True) -> tuple[float, float, float]:
-    """p20, p50 and p80 in microseconds, of five runs at least; on a card with a cold L2 cache, and as a captured graph or else as it is
-    called."""
+def time_of(
+    run: Run, device: torch.device, seconds: float = 0.5, capture: bool = True
+) -> tuple[float, float, float]:
+    """p20, p50 and p80 in microseconds, of five runs at least; on a card with a cold L2 cache, and
+    as a captured graph or else as it is called.
+    """
     for _ in range(2):
         run()
-    samples = _cuda_samples(run, device, seconds, capture) if device.type == "cuda" else _cpu_samples(run, seconds)
+    samples = (
+        _cuda_samples(run, device, seconds, capture) if device.type == "cuda" else _cpu_samples(run, seconds)
+    )
     cuts = statistics.quantiles(samples, n=10)
     return cuts[1], statistics.median(samples), cuts[7]
 

@@ -1,8 +1,9 @@
 """Triton kernels compiled before they are needed, in as many processes as there are cores.
 
-A kernel takes half a second to compile, and a benchmark with its tuning has hundreds of variants: minutes, one after another. Ops run
-on tensors without memory (``meta``), every launch stops once its kernel is compiled, and what was compiled lies in Triton's cache on
-disk, where the measuring process finds it. No card is touched, and none need be there.
+A kernel takes half a second to compile, and a benchmark with its tuning has hundreds of variants:
+minutes, one after another. Ops run on tensors without memory (``meta``), every launch stops once
+its kernel is compiled, and what was compiled lies in Triton's cache on disk, where the measuring
+process finds it. No card is touched, and none need be there.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class AbsentCard:
 
 
 def compile_ahead(jobs: Sequence[Job]) -> list[str]:
-    """Compiles what the jobs launch. Returns what did not compile; a candidate may ask for more than there is."""
+    """Compiles what the jobs launch. Returns what did not compile; a candidate may ask for more
+    than there is.
+    """
     arch = _ARCH
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -51,7 +54,9 @@ def compile_ahead(jobs: Sequence[Job]) -> list[str]:
     # Neighbours launch the same kernels: dealt out in runs, they meet in one process.
     size = -(-len(jobs) // (4 * count))
     parts = [list(jobs[begin : begin + size]) for begin in range(0, len(jobs), size)]
-    with multiprocessing.get_context("spawn").Pool(count, initializer=stop_after_compiling, initargs=(arch,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        count, initializer=stop_after_compiling, initargs=(arch,)
+    ) as pool:
         return [failure for failures in pool.imap_unordered(_compile, parts) for failure in failures]
 
 

@@ -1,4 +1,6 @@
-"""What the rows of a card come to against the goals set for them: ``python -m lockstep.kernels.bench.goals [CSV]``."""
+"""What the rows of a card come to against the goals set for them: ``python -m
+lockstep.kernels.bench.goals [CSV]``.
+"""
 
 from __future__ import annotations
 
@@ -62,25 +64,48 @@ def summary(rows: Sequence[Row]) -> str:
     missed: list[str] = []
     for goal in GOALS:
         figures = [(goal.figure(row), row) for row in ours if goal.concerns(row) and row.measured]
-        lines.append(_line(goal.name, goal.least, [figure for figure, _ in figures], sum(map(goal.concerns, ours))))
-        late = sorted((figure, row.op, row.shape, row.bound) for figure, row in figures if figure < goal.least)
-        missed += [f"- {goal.name}: {op} {shape}: {figure:.2f} ({bound})" for figure, op, shape, bound in late]
+        lines.append(
+            _line(goal.name, goal.least, [figure for figure, _ in figures], sum(map(goal.concerns, ours)))
+        )
+        late = sorted(
+            (figure, row.op, row.shape, row.bound) for figure, row in figures if figure < goal.least
+        )
+        missed += [
+            f"- {goal.name}: {op} {shape}: {figure:.2f} ({bound})" for figure, op, shape, bound in late
+        ]
     for rival, ratios in _against(rows).items():
         lines.append(_line(f"time of {rival} over ours", 1.0, [ratio for ratio, *_ in ratios], len(ratios)))
-        missed += [f"- behind {rival}: {op} {shape}: {ratio:.2f}" for ratio, op, shape in sorted(ratios) if ratio < 1.0]
-    wrong = [f"- error {row.error}: {row.op} {row.shape}" for row in ours if row.error and not float(row.error) < _LARGEST_ERROR]
-    return "\n".join(lines + ["", "Missed:" if missed else "Nothing measured misses a goal.", *missed, *wrong]) + "\n"
+        missed += [
+            f"- behind {rival}: {op} {shape}: {ratio:.2f}"
+            for ratio, op, shape in sorted(ratios)
+            if ratio < 1.0
+        ]
+    wrong = [
+        f"- error {row.error}: {row.op} {row.shape}"
+        for row in ours
+        if row.error and not float(row.error) < _LARGEST_ERROR
+    ]
+    return (
+        "\n".join(lines + ["", "Missed:" if missed else "Nothing measured misses a goal.", *missed, *wrong])
+        + "\n"
+    )
 
 
 def _line(name: str, least: float, figures: list[float], total: int) -> str:
     ordered = sorted(figures)
-    known = f"{ordered[len(ordered) // 2]:.2f} | {ordered[0]:.2f}" if ordered else "not measured | not measured"
+    known = (
+        f"{ordered[len(ordered) // 2]:.2f} | {ordered[0]:.2f}" if ordered else "not measured | not measured"
+    )
     return f"| {name} | {least} | {sum(figure >= least for figure in figures)} of {total} | {known} |"
 
 
 def _against(rows: Sequence[Row]) -> dict[str, list[tuple[float, str, str]]]:
     """By rival: its time over ours, op and shape."""
-    ours = {(row.op, row.shape): float(row.p50_us) for row in rows if row.implementation == "triton" and row.measured}
+    ours = {
+        (row.op, row.shape): float(row.p50_us)
+        for row in rows
+        if row.implementation == "triton" and row.measured
+    }
     ratios: dict[str, list[tuple[float, str, str]]] = {}
     for row in rows:
         if row.implementation not in ("triton", "cpu") and row.measured and (row.op, row.shape) in ours:

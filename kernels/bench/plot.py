@@ -1,7 +1,9 @@
-"""Draws rows of the benchmark against their rooflines: ``python -m lockstep.kernels.bench.plot [CSV ...]``.
+"""Draws rows of the benchmark against their rooflines: ``python -m lockstep.kernels.bench.plot [CSV
+...]``.
 
-One SVG for a file and family of ops, beside the file: times over the roofline's, an implementation a line, 1 being what the measured
-ceilings allow. Rows without a time are left out and named in the title.
+One SVG for a file and family of ops, beside the file: times over the roofline's, an implementation
+a line, 1 being what the measured ceilings allow. Rows without a time are left out and named in the
+title.
 """
 
 from __future__ import annotations
@@ -45,8 +47,13 @@ def _draw_family(rows: Sequence[Row], path: Path) -> None:
         panels.setdefault(_panel(row), []).append(row)
     panels = {title: members for title, members in panels.items() if any(row.measured for row in members)}
     count = -(-len(panels) // _COLUMNS)
-    matplotlib.rcParams |= {"svg.hashsalt": "lockstep", "svg.fonttype": "none"}  # the same rows give the same file, with text as text
-    figure = Figure(figsize=(_PANEL[0] * min(_COLUMNS, len(panels)), _PANEL[1] * count + 0.6), layout="constrained")
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "lockstep",
+        "svg.fonttype": "none",
+    }  # the same rows give the same file, with text as text
+    figure = Figure(
+        figsize=(_PANEL[0] * min(_COLUMNS, len(panels)), _PANEL[1] * count + 0.6), layout="constrained"
+    )
     axes = figure.subplots(count, min(_COLUMNS, len(panels)), squeeze=False).flatten()
     for axis, (title, members) in zip(axes, panels.items(), strict=False):
         _draw_panel(axis, title, members)
@@ -62,7 +69,9 @@ def _draw_family(rows: Sequence[Row], path: Path) -> None:
 
 
 def _panel(row: Row) -> str:
-    """What a panel shows: an op at one model and context, numbers of tokens or rows along its axis; all extends of a model together."""
+    """What a panel shows: an op at one model and context, numbers of tokens or rows along its axis;
+    all extends of a model together.
+    """
     if " over " in row.shape:
         return f"{row.op}: {row.shape.partition(':')[0]}"
     several = re.sub(r"[0-9]+ (tokens|x)\b", r"n \1", row.shape, count=1)
@@ -75,7 +84,9 @@ def _draw_panel(axis: Axes, title: str, rows: Sequence[Row]) -> None:
     missing = 0
     for name in dict.fromkeys(row.implementation for row in rows):
         mine = [row for row in rows if row.implementation == name]
-        points = {row.shape: 1 / float(row.share) for row in mine if row.measured and float(row.share or 0) > 0}
+        points = {
+            row.shape: 1 / float(row.share) for row in mine if row.measured and float(row.share or 0) > 0
+        }
         missing += sum(not row.measured for row in mine)
         at = [place for place, shape in enumerate(shapes) if shape in points]
         axis.plot(at, [points[shapes[place]] for place in at], marker="o", markersize=3, label=name)

@@ -1,6 +1,8 @@
-"""What others offer for the same work: torch's grouped products, its attention on gathered pages, vLLM's experts.
+"""What others offer for the same work: torch's grouped products, its attention on gathered pages,
+vLLM's experts.
 
-A rival prepares on its first call, which is not timed; one whose library is missing raises ImportError there.
+A rival prepares on its first call, which is not timed; one whose library is missing raises
+ImportError there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ Run = Callable[[], object]
 
 
 def grouped_mm(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) -> Run:
-    """``torch._grouped_mm``, rows gathered and scattered around it; which rows go where is known beforehand."""
+    """``torch._grouped_mm``, rows gathered and scattered around it; which rows go where is known
+    beforehand.
+    """
     w13_SFD, w2_SDF = weights
     sorted_by = _sorted_by_slot(slots_M, len(w13_SFD))
 
@@ -30,27 +34,40 @@ def grouped_mm(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) ->
     return run
 
 
-def scaled_grouped_mm(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor], scales: tuple[float, float, float]) -> Run:
-    """``torch._scaled_grouped_mm``, which has a scale per row and per column of weights: less to do than 128 x 128 blocks."""
+def scaled_grouped_mm(
+    x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor], scales: tuple[float, float, float]
+) -> Run:
+    """``torch._scaled_grouped_mm``, which has a scale per row and per column of weights: less to do
+    than 128 x 128 blocks.
+    """
     w13_SFD, w2_SDF = weights
     sorted_by = _sorted_by_slot(slots_M, len(w13_SFD))
 
     @functools.cache
     def constant_scales() -> tuple[Tensor, ...]:
         sizes = (len(x_MD),), (len(w13_SFD), w13_SFD.shape[1]), (len(w2_SDF), w2_SDF.shape[1])
-        return tuple(torch.full(size, scale, device=x_MD.device) for size, scale in zip(sizes, scales, strict=True))
+        return tuple(
+            torch.full(size, scale, device=x_MD.device) for size, scale in zip(sizes, scales, strict=True)
+        )
 
     def run() -> Tensor:
         order, ends = sorted_by()
         x_scale, w13_scale, w2_scale = constant_scales()
         gate_up = torch._scaled_grouped_mm(
-            x_MD.view(torch.uint8)[order].view(x_MD.dtype), w13_SFD.transpose(1, 2), x_scale, w13_scale, offs=ends, out_dtype=torch.bfloat16
+            x_MD.view(torch.uint8)[order].view(x_MD.dtype),
+            w13_SFD.transpose(1, 2),
+            x_scale,
+            w13_scale,
+            offs=ends,
+            out_dtype=torch.bfloat16,
         )
         gate, up = gate_up.float().chunk(2, -1)
         h_MF = F.silu(gate) * up
         h_scale = h_MF.abs().amax(-1).div(448.0).clamp_min(1e-12)
         h8_MF = (h_MF / h_scale[:, None]).to(x_MD.dtype)
-        y_MD = torch._scaled_grouped_mm(h8_MF, w2_SDF.transpose(1, 2), h_scale, w2_scale, offs=ends, out_dtype=torch.bfloat16)
+        y_MD = torch._scaled_grouped_mm(
+            h8_MF, w2_SDF.transpose(1, 2), h_scale, w2_scale, offs=ends, out_dtype=torch.bfloat16
+        )
         return torch.empty_like(y_MD).index_copy_(0, order, y_MD)
 
     return run
@@ -62,7 +79,11 @@ def vllm_experts(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) 
     @functools.cache
     def prepared() -> tuple[Callable[..., Tensor], Tensor, Tensor]:
         module = importlib.import_module("vllm.model_executor.layers.fused_moe.fused_moe")
-        return module.fused_experts, torch.ones(len(slots_M), 1, device=x_MD.device), slots_M[:, None].to(torch.int32)
+        return (
+            module.fused_experts,
+            torch.ones(len(slots_M), 1, device=x_MD.device),
+            slots_M[:, None].to(torch.int32),
+        )
 
     def run() -> Tensor:
         fused_experts, ones, ids = prepared()
@@ -72,7 +93,9 @@ def vllm_experts(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) 
 
 
 def sdpa(q_RHGD: Tensor, k_RHLD: Tensor, v_RHLD: Tensor, scale: float, causal: bool = False) -> Run:
-    """``scaled_dot_product_attention`` on what was gathered from pages beforehand; the heads of a group stand where queries would."""
+    """``scaled_dot_product_attention`` on what was gathered from pages beforehand; the heads of a
+    group stand where queries would.
+    """
     return lambda: F.scaled_dot_product_attention(q_RHGD, k_RHLD, v_RHLD, is_causal=causal, scale=scale)
 
 
@@ -84,6 +107,8 @@ def convert_e4m3(bits: Tensor) -> Run:
 def _sorted_by_slot(slots_M: Tensor, num_slots: int) -> Callable[[], tuple[Tensor, Tensor]]:
     @functools.cache
     def sort() -> tuple[Tensor, Tensor]:
-        return slots_M.argsort(stable=True), torch.bincount(slots_M, minlength=num_slots).cumsum(0).to(torch.int32)
+        return slots_M.argsort(stable=True), torch.bincount(slots_M, minlength=num_slots).cumsum(0).to(
+            torch.int32
+        )
 
     return sort

@@ -21,9 +21,11 @@ FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
 
 @dataclass(frozen=True)
 class Row:
-    """Times in microseconds. ``roofline_us``: what the ceilings allow; ``bound``: which one; ``share``: roofline / p50; ``of_copy`` and
-    ``of_matmul``: the same for memory and for the matrix units alone. ``error``: from the column reference, or from a rival where
-    that is a loop. A time that is not there says why in ``p50_us``."""
+    """Times in microseconds. ``roofline_us``: what the ceilings allow; ``bound``: which one;
+    ``share``: roofline / p50; ``of_copy`` and ``of_matmul``: the same for memory and for the matrix
+    units alone. ``error``: from the column reference, or from a rival where that is a loop. A time
+    that is not there says why in ``p50_us``.
+    """
 
     op: str
     shape: str
@@ -55,8 +57,9 @@ class Row:
 
 
 class Ledger:
-    """The rows of a file, one for each op, shape and implementation; written anew after every change, so that what was measured stays
-    whatever becomes of the run."""
+    """The rows of a file, one for each op, shape and implementation; written anew after every
+    change, so that what was measured stays whatever becomes of the run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +74,9 @@ class Ledger:
         return list(self._rows.values())
 
     def put(self, rows: Iterable[Row]) -> None:
-        """In place of rows of the same key; a row that could not be measured does not take the place of one that was."""
+        """In place of rows of the same key; a row that could not be measured does not take the
+        place of one that was.
+        """
         for row in rows:
             name = f"{row.op:24} {row.shape:52} {row.implementation:24}"
             print(f"{name} {row.p50_us:>12} us  {row.share:>5} of {row.bound or 'roofline'}", flush=True)
@@ -105,12 +110,18 @@ def blank_row(device: torch.device | None, ceilings: Ceilings | None, commit: st
     """A row without a case; without a device, one that was not measured."""
     hardware = NOT_MEASURED
     if device is not None:
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        hardware = (
+            torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        )
     times = dict.fromkeys(("p20_us", "p50_us", "p80_us"), NOT_MEASURED if device is None else "")
     known = {
         "copy_gb_s": f"{ceilings.bytes_per_s / 1e9:.1f}" if ceilings else NOT_MEASURED,
         "matmul_tflop_s": f"{ceilings.flops / 1e12:.2f}" if ceilings else NOT_MEASURED,
-        "fp8_tflop_s": f"{ceilings.fp8_flops / 1e12:.1f}" if ceilings and ceilings.fp8_flops else NOT_MEASURED,
+        "fp8_tflop_s": f"{ceilings.fp8_flops / 1e12:.1f}"
+        if ceilings and ceilings.fp8_flops
+        else NOT_MEASURED,
         "hardware": hardware,
         "torch": torch.__version__,
         "triton": version_of("triton"),
@@ -127,7 +138,11 @@ def version_of(package: str) -> str:
 
 
 def _cpu_name() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.machine()
 
 

@@ -1,5 +1,7 @@
-"""The sampler's cases at a vocabulary of 152k. A captured step finds settings, counters and edits on the device, so the Triton column is
-timed with them there; the others take them from the host, as their signature says."""
+"""The sampler's cases at a vocabulary of 152k. A captured step finds settings, counters and edits
+on the device, so the Triton column is timed with them there; the others take them from the host, as
+their signature says.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from ..table import Ops
 from .call import Call, Case
 
 BATCHES, VOCABULARY = (1, 16, 64, 256), 152064
-SETTINGS = {"greedy": (0.0, 0, 1.0, 0.0), "plain": (1.0, 0, 1.0, 0.0), "top-k 50, top-p 0.9": (0.8, 50, 0.9, 0.0)}
+SETTINGS = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "plain": (1.0, 0, 1.0, 0.0),
+    "top-k 50, top-p 0.9": (0.8, 50, 0.9, 0.0),
+}
 _COUNTED, _BIASED, _LIKELIEST = 2000, 20, 20
 
 Make = Callable[[torch.device], Call]
@@ -24,8 +30,15 @@ def sampler_cases() -> Iterator[Case]:
     for batch in BATCHES:
         for name, row in SETTINGS.items():
             yield Case("sample", f"{batch} x {VOCABULARY}, {name}", _sample(batch, row), small=batch == 16)
-        yield Case("logprobs", f"{batch} x {VOCABULARY}, {_LIKELIEST} likeliest", _logprobs(batch), small=batch == 16)
-        yield Case("edit_logits", f"{batch} x {VOCABULARY}, {_COUNTED} counted, {_BIASED} biased", _edit_logits(batch), small=batch == 16)
+        yield Case(
+            "logprobs", f"{batch} x {VOCABULARY}, {_LIKELIEST} likeliest", _logprobs(batch), small=batch == 16
+        )
+        yield Case(
+            "edit_logits",
+            f"{batch} x {VOCABULARY}, {_COUNTED} counted, {_BIASED} biased",
+            _edit_logits(batch),
+            small=batch == 16,
+        )
         yield Case("allow_only", f"{batch} x {VOCABULARY}", _allow_only(batch), small=batch == 16)
 
 
@@ -37,7 +50,9 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
     def make(device: torch.device) -> Call:
         logits, seeds, positions = _logits(device, rows), np.arange(rows), np.arange(rows) * 17
         dtypes = (np.float32, np.int64, np.float32, np.float32)
-        params = SamplingParams(*(np.full(rows, value, dtype) for value, dtype in zip(row, dtypes, strict=True)))
+        params = SamplingParams(
+            *(np.full(rows, value, dtype) for value, dtype in zip(row, dtypes, strict=True))
+        )
         uniform_R = uniform(seeds, positions, Purpose.SAMPLE)
 
         def bind(ops: Ops) -> Callable[[], object]:
@@ -45,7 +60,14 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
                 return lambda: ops.sample(logits, params, uniform_R)
             from ..triton.sampling import SlotSampling, sample_slots
 
-            settings = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, seeds, positions)
+            settings = (
+                params.temperature_R,
+                params.top_k_R,
+                params.top_p_R,
+                params.min_p_R,
+                seeds,
+                positions,
+            )
             slots = SlotSampling(*(torch.from_numpy(setting).to(device) for setting in settings))
             return lambda: sample_slots(logits, slots, Purpose.SAMPLE)
 
@@ -87,10 +109,14 @@ def _edit_logits(rows: int) -> Make:
                 return lambda: ops.edit_logits(logits, edits)
             from ..triton.sampling import edit_bias, edit_penalties
 
-            bias = [torch.from_numpy(part).to(device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)]
+            bias = [
+                torch.from_numpy(part).to(device)
+                for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)
+            ]
             counted = (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N)
             pairs, tokens, counts, *penalties = (
-                torch.from_numpy(part).to(device) for part in (*counted, edits.repetition_R, edits.presence_R, edits.frequency_R)
+                torch.from_numpy(part).to(device)
+                for part in (*counted, edits.repetition_R, edits.presence_R, edits.frequency_R)
             )
 
             def run() -> None:
@@ -107,7 +133,11 @@ def _edit_logits(rows: int) -> Make:
 def _allow_only(rows: int) -> Make:
     def make(device: torch.device) -> Call:
         logits, owners = _logits(device, rows), np.arange(rows)
-        bits = np.random.default_rng(0).integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64).astype(np.int32)
+        bits = (
+            np.random.default_rng(0)
+            .integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64)
+            .astype(np.int32)
+        )
 
         def bind(ops: Ops) -> Callable[[], object]:
             if ops.column != "triton":
@@ -117,6 +147,8 @@ def _allow_only(rows: int) -> Make:
             on_device = torch.from_numpy(owners).to(device), torch.from_numpy(bits).to(device)
             return lambda: edit_allowed(logits, *on_device)
 
-        return Call(bind, rows * VOCABULARY * (0.125 + 2.0))  # half of the tokens are refused, and only those written
+        return Call(
+            bind, rows * VOCABULARY * (0.125 + 2.0)
+        )  # half of the tokens are refused, and only those written
 
     return make

@@ -1,8 +1,9 @@
 """Finds tile sizes on the card of this machine: ``python -m lockstep.kernels.bench.tune``.
 
-Times candidates on cases of the benchmark and writes ``kernels/tuned/<card>.json``, which the op table's Triton column reads from then
-on. A group of tiles is searched whole before the next begins; what the time does not suffice for keeps its default. Candidates are
-compiled ahead in parallel; one that asks for more than the card has is left out.
+Times candidates on cases of the benchmark and writes ``kernels/tuned/<card>.json``, which the op
+table's Triton column reads from then on. A group of tiles is searched whole before the next begins;
+what the time does not suffice for keeps its default. Candidates are compiled ahead in parallel; one
+that asks for more than the card has is left out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ QWEN, DEEPSEEK = "Qwen3-30B-A3B EP 8: {} tokens, 16 slots", "DeepSeek-V3 EP 8: {
 
 @dataclass(frozen=True)
 class Group:
-    """Candidates for one place in the table, tried on cases (op, shape); ``stages`` of the search each start from the best so far."""
+    """Candidates for one place in the table, tried on cases (op, shape); ``stages`` of the search
+    each start from the best so far.
+    """
 
     name: str
     cases: tuple[tuple[str, str], ...]
@@ -58,7 +61,9 @@ def groups() -> Iterator[Group]:
         shapes = (("mla_attend", latents + "64 over 8192"),)
         field, candidates = f"latent_extend{suffix}", LATENT_EXTEND_FP8 if suffix else LATENT_EXTEND
         yield Group(field, shapes, _attend_stages(field, candidates, programs=()))
-    shapes = tuple(("mla_attend", f"DeepSeek-V3 extend: {shape}") for shape in ("2048 over 0", "2048 over 8192"))
+    shapes = tuple(
+        ("mla_attend", f"DeepSeek-V3 extend: {shape}") for shape in ("2048 over 0", "2048 over 8192")
+    )
     yield Group("prefill", shapes, _attend_stages("prefill", PREFILL, programs=()))
 
 
@@ -74,7 +79,9 @@ Size = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of a block, then columns, depth, warps and stages of the first product and of the second."""
+    """Rows of a block, then columns, depth, warps and stages of the first product and of the
+    second.
+    """
 
     rows: tuple[int, ...]
     up: tuple[Size, ...]
@@ -86,8 +93,22 @@ BLOCKS: dict[str, tuple[Blocks, ...]] = {
     "experts": (
         Blocks(
             (16,),
-            ((16, 128, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3), (32, 64, 2, 6), (64, 128, 4, 4), (64, 64, 4, 5)),
-            ((16, 128, 4, 6), (32, 128, 4, 5), (32, 256, 4, 4), (32, 64, 2, 6), (64, 128, 4, 4), (128, 64, 4, 4)),
+            (
+                (16, 128, 4, 5),
+                (32, 128, 4, 4),
+                (32, 256, 4, 3),
+                (32, 64, 2, 6),
+                (64, 128, 4, 4),
+                (64, 64, 4, 5),
+            ),
+            (
+                (16, 128, 4, 6),
+                (32, 128, 4, 5),
+                (32, 256, 4, 4),
+                (32, 64, 2, 6),
+                (64, 128, 4, 4),
+                (128, 64, 4, 4),
+            ),
         ),
         Blocks(
             (16, 32, 64),
@@ -103,7 +124,14 @@ BLOCKS: dict[str, tuple[Blocks, ...]] = {
     "experts_fp8": (
         Blocks(
             (16,),
-            ((16, 128, 4, 6), (32, 128, 4, 4), (32, 128, 4, 6), (64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4)),
+            (
+                (16, 128, 4, 6),
+                (32, 128, 4, 4),
+                (32, 128, 4, 6),
+                (64, 128, 4, 4),
+                (128, 128, 4, 3),
+                (128, 128, 8, 4),
+            ),
             ((16, 128, 4, 6), (32, 128, 4, 4), (32, 128, 4, 6), (64, 128, 4, 4), (128, 128, 4, 3)),
         ),
         Blocks(
@@ -114,9 +142,27 @@ BLOCKS: dict[str, tuple[Blocks, ...]] = {
     ),
 }
 # Queries, keys, warps, stages.
-DECODE: tuple[Size, ...] = ((16, 64, 4, 3), (16, 64, 4, 4), (16, 32, 4, 4), (16, 32, 4, 6), (16, 64, 8, 3), (16, 32, 2, 4))
-LATENT_DECODE: tuple[Size, ...] = ((64, 32, 8, 3), (64, 64, 8, 2), (64, 16, 8, 3), (32, 32, 8, 3), (32, 64, 8, 2), (16, 32, 4, 3))
-LATENT_DECODE_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 32, 8, 2), (32, 16, 8, 4))  # widening takes registers
+DECODE: tuple[Size, ...] = (
+    (16, 64, 4, 3),
+    (16, 64, 4, 4),
+    (16, 32, 4, 4),
+    (16, 32, 4, 6),
+    (16, 64, 8, 3),
+    (16, 32, 2, 4),
+)
+LATENT_DECODE: tuple[Size, ...] = (
+    (64, 32, 8, 3),
+    (64, 64, 8, 2),
+    (64, 16, 8, 3),
+    (32, 32, 8, 3),
+    (32, 64, 8, 2),
+    (16, 32, 4, 3),
+)
+LATENT_DECODE_FP8: tuple[Size, ...] = (
+    (32, 32, 8, 3),
+    (32, 32, 8, 2),
+    (32, 16, 8, 4),
+)  # widening takes registers
 EXTEND: tuple[Size, ...] = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3))
 LATENT_EXTEND: tuple[Size, ...] = ((32, 64, 8, 2), (32, 32, 8, 3), (32, 16, 8, 3))
 LATENT_EXTEND_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 16, 8, 3))
@@ -157,20 +203,34 @@ def _attend_stages(
 
 
 def jobs(every: Sequence[Group]) -> list[tuple[str, str, Tiles]]:
-    """What the search may launch, for compiling ahead: the stages of a group are independent in what they compile."""
-    return [(*case, tiles) for group in every for stage in group.stages for tiles in stage(DEFAULT) for case in group.cases]
+    """What the search may launch, for compiling ahead: the stages of a group are independent in
+    what they compile.
+    """
+    return [
+        (*case, tiles)
+        for group in every
+        for stage in group.stages
+        for tiles in stage(DEFAULT)
+        for case in group.cases
+    ]
 
 
 def search(group: Group, tiles: Tiles, clock: Callable[[tuple[str, str], Tiles], float]) -> tuple[Tiles, str]:
-    """The tiles with the group's best candidate in place, and a line on what was found. ``clock`` gives microseconds, infinity for a
-    candidate that cannot run."""
+    """The tiles with the group's best candidate in place, and a line on what was found. ``clock``
+    gives microseconds, infinity for a candidate that cannot run.
+    """
     spread = 1.0
     for stage in group.stages:
-        times = {candidate: [clock(case, candidate) for case in group.cases] for candidate in dict.fromkeys([tiles, *stage(tiles)])}
+        times = {
+            candidate: [clock(case, candidate) for case in group.cases]
+            for candidate in dict.fromkeys([tiles, *stage(tiles)])
+        }
         least = [min(column) for column in zip(*times.values(), strict=True)]
         slower = {candidate: _mean_ratio(row, least) for candidate, row in times.items()}
         tiles = min(slower, key=lambda candidate: slower[candidate])
-        spread *= max((value for value in slower.values() if math.isfinite(value)), default=1.0) / slower[tiles]
+        spread *= (
+            max((value for value in slower.values() if math.isfinite(value)), default=1.0) / slower[tiles]
+        )
     return tiles, f"{group.name}: worst candidate {spread:.2f} times the time of the chosen one"
 
 
@@ -203,16 +263,22 @@ class CardClock:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lockstep.kernels.bench.tune", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lockstep.kernels.bench.tune", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the tables")
-    parser.add_argument("--seconds", type=float, default=180.0, help="groups that are left after that keep their defaults")
+    parser.add_argument(
+        "--seconds", type=float, default=180.0, help="groups that are left after that keep their defaults"
+    )
     parser.add_argument("--commit", default="", help="what the table names where this is no git checkout")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernels.tune: no NVIDIA card here; a table can only be found on one")
     end, every = time.monotonic() + arguments.seconds, list(groups())
     failures = compile_ahead(jobs(every))
-    print(f"{len(failures)} of {len(jobs(every))} candidates do not compile; {end - time.monotonic():.0f} s left")
+    print(
+        f"{len(failures)} of {len(jobs(every))} candidates do not compile; {end - time.monotonic():.0f} s left"
+    )
     device, clock, tiles = torch.device("cuda"), CardClock(), DEFAULT
     ceilings = measure_ceilings(device)
     record = {

@@ -1,11 +1,13 @@
 """Attention on a CPU: compiled, over pages where they lie, decode rows and extends alike.
 
-Work is cut into items: for a decode row the query heads of some key heads over up to 512 positions, for an extend those of one key head
-of a block of queries over all that they see. Nothing that is summed depends on how heads are cut, so the result of a row depends neither
-on the rows beside it nor on the number of threads.
+Work is cut into items: for a decode row the query heads of some key heads over up to 512 positions,
+for an extend those of one key head of a block of queries over all that they see. Nothing that is
+summed depends on how heads are cut, so the result of a row depends neither on the rows beside it
+nor on the number of threads.
 
-16 query and 4 key heads of 64 in bf16, on 2 cores of an EPYC Turin: 8 decode rows of 320 positions 65 us from the cache and 150 us from
-memory, which takes 60 us to read; 8 prompts of 256 at 400 GFLOP/s, one of 2,048 at 650, where oneDNN's products reach 970.
+16 query and 4 key heads of 64 in bf16, on 2 cores of an EPYC Turin: 8 decode rows of 320 positions
+65 us from the cache and 150 us from memory, which takes 60 us to read; 8 prompts of 256 at 400
+GFLOP/s, one of 2,048 at 650, where oneDNN's products reach 970.
 
 T tokens  R rows  H query heads  K key/value heads  G = H / K  D, E dims of keys and values  I items  S parts of split rows, a head each
 """
@@ -49,8 +51,10 @@ class Shape(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row, its key heads [head, end_head), its ``num_tokens`` queries from ``token`` on, which end at position ``end``, over positions
-    [begin, end); and the number of the first part of a split row, or -1."""
+    """A row, its key heads [head, end_head), its ``num_tokens`` queries from ``token`` on, which
+    end at position ``end``, over positions [begin, end); and the number of the first part of a
+    split row, or -1.
+    """
 
     row: int
     head: int
@@ -63,9 +67,15 @@ class Item(NamedTuple):
 
 
 def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """As ``attention.attend``. Where neither queries nor cache are float32, the shares of the softmax are rounded to bf16."""
+    """As ``attention.attend``. Where neither queries nor cache are float32, the shares of the
+    softmax are rounded to bf16.
+    """
     dim = q_THD.shape[2]
-    if not (computes(q_THD.dtype) and (holds_fp8(k_cache) or computes(k_cache.dtype)) and k_cache.dtype == v_cache.dtype):
+    if not (
+        computes(q_THD.dtype)
+        and (holds_fp8(k_cache) or computes(k_cache.dtype))
+        and k_cache.dtype == v_cache.dtype
+    ):
         return attention.attend(q_THD, k_cache, v_cache, batch, scale)
     out_THD, bits = made(q_THD.shape, q_THD.dtype)
     shape = Shape(num_kv_heads(k_cache, dim), batch.num_decode, batch.page_size, torch.get_num_threads())
@@ -75,12 +85,22 @@ def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, s
 
 
 def attend_places(
-    q_THD: Tensor, caches: tuple[Tensor, Tensor], places: tuple[Place, Place], rows: Any, shape: Shape, scale: float, out_THE: NDArray[Any]
+    q_THD: Tensor,
+    caches: tuple[Tensor, Tensor],
+    places: tuple[Place, Place],
+    rows: Any,
+    shape: Shape,
+    scale: float,
+    out_THE: NDArray[Any],
 ) -> None:
-    """Heads of keys and values lie at ``places`` of entries of one dtype. ``rows`` as ``PagedBatch.arrays``."""
+    """Heads of keys and values lie at ``places`` of entries of one dtype. ``rows`` as
+    ``PagedBatch.arrays``.
+    """
     halves = q_THD.dtype == torch.bfloat16 and caches[0].dtype != torch.float32
     like, factor = _BF16 if halves else _FLOAT32, scale / math.log(2)
-    attend_heads(array(q_THD), array(caches[0]), array(caches[1]), *places, rows, shape, factor, like, out_THE)
+    attend_heads(
+        array(q_THD), array(caches[0]), array(caches[1]), *places, rows, shape, factor, like, out_THE
+    )
 
 
 @njit(cache=True)
@@ -88,8 +108,16 @@ def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, facto
     group = q_THD.shape[1] // shape.num_heads
     items, num_parts = _items(rows[0], rows[1], shape, group)
     bounds = _bounds(items, group, shape.num_threads)
-    sums_SGE, stats_2SG = np.empty((num_parts, group, out_THE.shape[2]), np.float32), np.empty((2, num_parts, group), np.float32)
-    pages_RP, keys, values, factor = rows[2], keys.reshape(len(keys), -1), values.reshape(len(values), -1), np.float32(factor)
+    sums_SGE, stats_2SG = (
+        np.empty((num_parts, group, out_THE.shape[2]), np.float32),
+        np.empty((2, num_parts, group), np.float32),
+    )
+    pages_RP, keys, values, factor = (
+        rows[2],
+        keys.reshape(len(keys), -1),
+        values.reshape(len(values), -1),
+        np.float32(factor),
+    )
     work = items, bounds, sums_SGE, stats_2SG
     given = q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE
     share_out(_attend, shape.num_threads, given, False)
@@ -124,14 +152,21 @@ def _items(starts_R1, lengths_R, shape, group):
             for head in range(shape.num_heads):
                 for token in range(first, end, block):
                     num_tokens = min(block, end - token)
-                    _put(Item(row, head, head + 1, token, num_tokens, 0, length - end + token + num_tokens, -1), items[num])
+                    _put(
+                        Item(
+                            row, head, head + 1, token, num_tokens, 0, length - end + token + num_tokens, -1
+                        ),
+                        items[num],
+                    )
                     num += 1
     return items, part
 
 
 @inner()
 def _put(item, x_8):
-    """Value by value: an assignment to the row would bring the text of its errors along, which takes seconds to compile."""
+    """Value by value: an assignment to the row would bring the text of its errors along, which
+    takes seconds to compile.
+    """
     x_8[0], x_8[1], x_8[2], x_8[3] = item.row, item.head, item.end_head, item.token
     x_8[4], x_8[5], x_8[6], x_8[7] = item.num_tokens, item.begin, item.end, item.part
 
@@ -143,12 +178,16 @@ def _item(x_8):
 
 @inner()
 def _bounds(items, group, num_threads):
-    """Where the items of each thread begin and end, int64 [threads + 1]: equal costs, as far as they can be."""
+    """Where the items of each thread begin and end, int64 [threads + 1]: equal costs, as far as
+    they can be.
+    """
     costs, total = np.empty(len(items), np.float64), 0.0
     for i in range(len(items)):
         item = _item(items[i])
         length, seen = item.end - item.begin, item.end - item.begin - (item.num_tokens - 1) / 2
-        costs[i] = (item.end_head - item.head) * (length * _LAYING_OUT + seen * tiled(item.num_tokens * group) + BLOCK)
+        costs[i] = (item.end_head - item.head) * (
+            length * _LAYING_OUT + seen * tiled(item.num_tokens * group) + BLOCK
+        )
         total += costs[i]
     bounds, thread, done = np.empty(num_threads + 1, np.int64), 0, 0.0
     for i in range(len(items)):
@@ -161,7 +200,9 @@ def _bounds(items, group, num_threads):
 
 
 @inner()
-def _attend(begin, end, q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE):
+def _attend(
+    begin, end, q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE
+):
     """The items of some threads."""
     items, bounds, sums_SGE, stats_2SG = work
     group, num_rows = q_THD.shape[1] // shape.num_heads, 0
@@ -173,14 +214,21 @@ def _attend(begin, end, q_THD, keys, values, key_place, value_place, pages_RP, s
     room = scratch(num_rows, q_THD.shape[2], out_THE.shape[2], like)
     for i in range(bounds[begin], bounds[end]):
         item = _item(items[i])
-        heads, run = (item.head, item.end_head), Run(pages_RP[item.row], shape.page_size, item.begin, item.end)
+        heads, run = (
+            (item.head, item.end_head),
+            Run(pages_RP[item.row], shape.page_size, item.begin, item.end),
+        )
         place_queries(q_THD, item.token, item.num_tokens, heads, group, room)
         attend_rows(room, item.num_tokens, group, keys, values, key_place, value_place, heads, run, factor)
         for head in range(item.head, item.end_head):
             first, part = (head - item.head) * tiled(item.num_tokens * group), item.part + head - item.head
             sums, total = room.sums[first:, : out_THE.shape[2]], room.total[first:]
             if item.part < 0:
-                _store(sums, total, out_THE[item.token : item.token + item.num_tokens, head * group : (head + 1) * group])
+                _store(
+                    sums,
+                    total,
+                    out_THE[item.token : item.token + item.num_tokens, head * group : (head + 1) * group],
+                )
             else:
                 _keep(sums, room.best[first:], total, sums_SGE[part], stats_2SG[:, part])
 
@@ -221,7 +269,9 @@ def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
                     if first_head <= head * group + g < end_head:
                         sums_SE = sums_SGE[parts, g]
                         _join_parts(sums_SE, stats_2SG[0, parts, g], stats_2SG[1, parts, g], factor)
-                        move_rows(sums_SE, 0, 0, out_HE.shape[1], NO_SCALES, 0, out_HE, head * group + g, 0, 1)
+                        move_rows(
+                            sums_SE, 0, 0, out_HE.shape[1], NO_SCALES, 0, out_HE, head * group + g, 0, 1
+                        )
         first = end
 
 

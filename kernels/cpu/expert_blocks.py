@@ -1,6 +1,7 @@
 """Experts whose weights are packed in blocks: both products of all slots in one call.
 
-What lies between the products is rounded to bf16 once, after silu and product in float32; what follows is written where it belongs.
+What lies between the products is rounded to bf16 once, after silu and product in float32; what
+follows is written where it belongs.
 
 N received tokens  M pairs  S slots  D hidden  F width  I stretches: some pairs of one slot
 """
@@ -23,9 +24,15 @@ from .codegen.threads import share_out
 _HALF = BLOCKS // 2
 
 
-def experts(x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: Tensor, counts_S: Tensor) -> Tensor:
-    """As ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D / 16, F / 2, 16, 2] (``cpu_blocks``)."""
-    assert x_ND.dtype == torch.bfloat16 and (x_ND.stride(1) == 1 or not len(x_ND)), f"x: {x_ND.dtype}, strides {x_ND.stride()}"
+def experts(
+    x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: Tensor, counts_S: Tensor
+) -> Tensor:
+    """As ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D / 16,
+    F / 2, 16, 2] (``cpu_blocks``).
+    """
+    assert x_ND.dtype == torch.bfloat16 and (x_ND.stride(1) == 1 or not len(x_ND)), (
+        f"x: {x_ND.dtype}, strides {x_ND.stride()}"
+    )
     y_MD = torch.empty((len(slots_M), x_ND.shape[1]), dtype=x_ND.dtype)
     places = (x_ND.data_ptr(), 2 * x_ND.stride(0), w13_S.data_ptr(), w2_S.data_ptr(), 2 * w2_S.shape[2])
     pairs = array(rows_M.contiguous()), array(slots_M.contiguous())
@@ -35,7 +42,9 @@ def experts(x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: 
 
 @njit(cache=True, error_model="numpy")
 def sort_pairs(slots_M, counts_S):
-    """The pairs that have a slot, ordered by it, and where the run of each slot ends; adds the pairs of each to counts_S."""
+    """The pairs that have a slot, ordered by it, and where the run of each slot ends; adds the
+    pairs of each to counts_S.
+    """
     ends_S = np.zeros(len(counts_S), np.int64)
     for slot in slots_M:
         if slot >= 0:
@@ -89,15 +98,23 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, nu
 
 @njit(cache=True, inline="always")
 def _first_block(item, panels, stretches_I, num_blocks, step):
-    """Of the panel that is item ``item``, counted over all slots; items beyond the last one are where the first is."""
+    """Of the panel that is item ``item``, counted over all slots; items beyond the last one are
+    where the first is.
+    """
     stretch = item // panels
     return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
 
 
 @inner(error_model="numpy")
 def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, inner_MF):
-    """silu(gate) * up for the pairs in order: a panel is two blocks of gate columns and the same two of up."""
-    sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
+    """silu(gate) * up for the pairs in order: a panel is two blocks of gate columns and the same
+    two of up.
+    """
+    sums, rows, blocks = (
+        np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
+        np.empty(ROWS, np.int64),
+        np.empty(BLOCKS, np.int64),
+    )
     num_blocks = inner_MF.shape[1] // COLUMNS
     panels = parts(num_blocks, _HALF)
     item = take_item(counter)
@@ -135,7 +152,11 @@ def _silu_mul(gate_up, out):
 @inner(error_model="numpy")
 def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
     """The second product, each row of it at the place of its pair."""
-    sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
+    sums, rows, blocks = (
+        np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
+        np.empty(ROWS, np.int64),
+        np.empty(BLOCKS, np.int64),
+    )
     num_blocks, num_inner = y_MD.shape[1] // COLUMNS, inner_MF.shape[1]
     panels = parts(num_blocks, BLOCKS)
     item = take_item(counter)

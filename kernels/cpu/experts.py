@@ -1,4 +1,5 @@
-"""Experts on a CPU: pairs sorted by slot, then two products for every slot hit; weights in blocks have a file of their own.
+"""Experts on a CPU: pairs sorted by slot, then two products for every slot hit; weights in blocks
+have a file of their own.
 
 N received tokens  M pairs  S slots  D hidden  F width  T own tokens  K choices per token
 """
@@ -20,8 +21,9 @@ from .expert_blocks import sort_pairs
 from .linear import PackedSlots, linear
 from .norm import silu_mul
 
-# Up to this many pairs for each slot hit, on average, the compiled product wins over oneDNN's: 32 experts of 512 x 1024 of which 8 and 32
-# tokens choose 4 took 1.1 and 3.2 ms against 2.2 and 3.7, 64 tokens 6.5 against 4.7 (2 cores of an EPYC Turin; 1.1 is the memory limit).
+# Up to this many pairs for each slot hit, on average, the compiled product wins over oneDNN's: 32
+# experts of 512 x 1024 of which 8 and 32 tokens choose 4 took 1.1 and 3.2 ms against 2.2 and 3.7,
+# 64 tokens 6.5 against 4.7 (2 cores of an EPYC Turin; 1.1 is the memory limit).
 _FEW = 4.5
 _BLOCK = 64
 
@@ -36,8 +38,9 @@ def experts(
 ) -> Tensor:
     """As ``experts.experts_reference``. The host reads the counts.
 
-    A loop over the slots hit beats grouped and batched products on a CPU: ``torch._grouped_mm`` over 32 experts took 4.4 ms however
-    few rows, gathering weights for a batched product 3 to 20 times as long as the loop (2 cores with AMX, torch 2.13).
+    A loop over the slots hit beats grouped and batched products on a CPU: ``torch._grouped_mm``
+    over 32 experts took 4.4 ms however few rows, gathering weights for a batched product 3 to 20
+    times as long as the loop (2 cores with AMX, torch 2.13).
     """
     if isinstance(w13_SFD, Tensor) and isinstance(w2_SDF, Tensor) and w13_SFD.dim() == 5:
         return cpu_expert_blocks.experts(x_ND, rows_M, slots_M, w13_SFD, w2_SDF, counts_S)
@@ -49,9 +52,19 @@ def experts(
         return y_MD
     few = len(order_M) <= _FEW * np.count_nonzero(np.diff(ends_S, prepend=0))
     if few and isinstance(w13_SFD, PackedSlots) and isinstance(w2_SDF, PackedSlots):
-        _few_rows(array(x_ND), array(rows_M), order_M, ends_S, array(w13_SFD.plain_SND), array(w2_SDF.plain_SND), array(y_MD))
+        _few_rows(
+            array(x_ND),
+            array(rows_M),
+            order_M,
+            ends_S,
+            array(w13_SFD.plain_SND),
+            array(w2_SDF.plain_SND),
+            array(y_MD),
+        )
         return y_MD
-    w13, w2 = (weights.packed if isinstance(weights, PackedSlots) else weights for weights in (w13_SFD, w2_SDF))
+    w13, w2 = (
+        weights.packed if isinstance(weights, PackedSlots) else weights for weights in (w13_SFD, w2_SDF)
+    )
     order = torch.from_numpy(order_M)
     x_MD = x_ND.index_select(0, rows_M.index_select(0, order))
     parts, start = [], 0
@@ -85,7 +98,9 @@ def _weigh_rows(begin, end, y_TKD, weights_TK, out_TD):
 
 @inner()
 def _weigh(y_KD, weights_K, out_D):
-    """Without fast mathematics: the same bits whatever the strides, on which the compiler's choices depend."""
+    """Without fast mathematics: the same bits whatever the strides, on which the compiler's choices
+    depend.
+    """
     sum_D = np.zeros(len(out_D), np.float32)
     for k in range(len(weights_K)):
         weight = weights_K[k]
@@ -96,7 +111,9 @@ def _weigh(y_KD, weights_K, out_D):
 
 
 def _few_rows(x_ND, rows_M, order_M, ends_S, w13_SFD, w2_SDF, y_MD):
-    """Both products for slots of a few pairs each, limited by reading the weights. What lies between them stays float32."""
+    """Both products for slots of a few pairs each, limited by reading the weights. What lies
+    between them stays float32.
+    """
     num_pairs, width = len(order_M), w2_SDF.shape[2]
     x_MD, inner_MF = _gather(x_ND, rows_M, order_M), np.empty((num_pairs, 2 * width), np.float32)
     _product(x_MD, w13_SFD, ends_S, np.arange(num_pairs), inner_MF)
@@ -127,14 +144,17 @@ def _silu_mul(gate_up_MF):
 
 @njit(cache=True, forceinline=True)
 def _product(x_MC, w_SRC, ends_S, places_M, out):
-    """out[places_M[m]] = w of the slot of pair m, times x_MC[m]; R rows and C columns of a weight. Slots are cut into blocks of rows, so
-    that threads share evenly."""
+    """out[places_M[m]] = w of the slot of pair m, times x_MC[m]; R rows and C columns of a weight.
+    Slots are cut into blocks of rows, so that threads share evenly.
+    """
     num_rows = w_SRC.shape[1]
     starts_S = np.zeros(len(ends_S), np.int64)
     starts_S[1:] = ends_S[:-1]
     hit = np.nonzero(ends_S > starts_S)[0]
     blocks = (num_rows + _BLOCK - 1) // _BLOCK
-    share_out(_product_blocks, len(hit) * blocks, (blocks, hit, x_MC, w_SRC, starts_S, ends_S, places_M, out), False)
+    share_out(
+        _product_blocks, len(hit) * blocks, (blocks, hit, x_MC, w_SRC, starts_S, ends_S, places_M, out), False
+    )
 
 
 @inner()

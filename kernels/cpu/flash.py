@@ -1,9 +1,11 @@
-"""Queries that share key heads against a run of cached positions: softmax(q k^T) v with a running softmax, on one thread.
+"""Queries that share key heads against a run of cached positions: softmax(q k^T) v with a running
+softmax, on one thread.
 
-64 positions at a time are laid out once for all the queries, as products of units (``cpu_tiles``) want them: keys turned, so that a vector
-holds 16 positions; values with two positions to a unit of bf16. Heads of e4m3 become bf16 on the way, without their scales: a position's
-scale of keys multiplies its scores, that of values its shares. A row of queries takes the same sums in the same order whatever rows stand
-beside it.
+64 positions at a time are laid out once for all the queries, as products of units (``cpu_tiles``)
+want them: keys turned, so that a vector holds 16 positions; values with two positions to a unit of
+bf16. Heads of e4m3 become bf16 on the way, without their scales: a position's scale of keys
+multiplies its scores, that of values its shares. A row of queries takes the same sums in the same
+order whatever rows stand beside it.
 
 M rows: the G query heads of each query in turn  N = 64 positions  D, E dims of keys and values, padded  U units of a key
 """
@@ -31,9 +33,11 @@ _LINE = 64  # bytes of a cache line: vectors that cross one are read at half the
 
 
 class Scratch(NamedTuple):
-    """What a thread works in. Numbers, which are bf16 as uint16 or float32: q [M, D], k [N, D], v [N, E], shares [4, N]. Units:
-    turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums [M, E], best and total [M], shrink [4], scales [2, N] of keys and
-    values. int64: places [N], the cache rows of positions."""
+    """What a thread works in. Numbers, which are bf16 as uint16 or float32: q [M, D], k [N, D], v
+    [N, E], shares [4, N]. Units: turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N],
+    sums [M, E], best and total [M], shrink [4], scales [2, N] of keys and values. int64: places
+    [N], the cache rows of positions.
+    """
 
     q: Any
     k: Any
@@ -97,30 +101,53 @@ def tiled(num_rows):
 
 @inner()
 def place_queries(q_THD, first_token, num_tokens, heads, group, work):
-    """Queries as rows: those of the key heads [heads[0], heads[1]) one after another, in whole tiles each."""
+    """Queries as rows: those of the key heads [heads[0], heads[1]) one after another, in whole
+    tiles each.
+    """
     stride = tiled(num_tokens * group)
     for head in range(heads[0], heads[1]):
         for token in range(num_tokens):
             first = (head - heads[0]) * stride + token * group
-            move_rows(q_THD[first_token + token], head * group, 0, q_THD.shape[2], NO_SCALES, 0, work.q, first, 0, group)
+            move_rows(
+                q_THD[first_token + token],
+                head * group,
+                0,
+                q_THD.shape[2],
+                NO_SCALES,
+                0,
+                work.q,
+                first,
+                0,
+                group,
+            )
 
 
 @njit(cache=True, inline="always")
 def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
-    """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own. ``factor``: scale / ln 2. Values are
-    the first dims of the keys where they have no width. Leaves sums, best and total.
+    """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own.
+    ``factor``: scale / ln 2. Values are the first dims of the keys where they have no width. Leaves
+    sums, best and total.
 
-    What the loops call takes arrays one by one: a tuple of them counts its references, which took a third of the time.
+    What the loops call takes arrays one by one: a tuple of them counts its references, which took a
+    third of the time.
     """
     q, k, v, turned, paired, places = units(work.q), work.k, work.v, work.turned, work.paired, work.places
     scores, shares, share_units, sums = work.scores, work.shares, units(work.shares), work.sums
-    best, total, shrink, scales, pages = work.best, work.total, work.shrink, _scales(keys, work.k, work.scales), run.pages
+    best, total, shrink, scales, pages = (
+        work.best,
+        work.total,
+        work.shrink,
+        _scales(keys, work.k, work.scales),
+        run.pages,
+    )
     stride, position = tiled(num_tokens * group), run.end - num_tokens
     num_rows = stride * (heads[1] - heads[0])
     sums[:num_rows], best[:num_rows], total[:num_rows] = 0, -np.inf, 0
     for start in range(run.begin, run.end, BLOCK):
         block = Block(start, min(start + BLOCK, run.end), run.page_size)
-        blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS  # rows that see none of these positions
+        blind = (
+            max(0, start - position) * group // TILE_ROWS * TILE_ROWS
+        )  # rows that see none of these positions
         find(pages, block, places)
         for head in range(heads[0], heads[1]):
             row = _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
@@ -148,7 +175,9 @@ def _add_values(sums, row, shrink, shares, paired):
 
 @inner()
 def _hide(scores, first_row, group, seen, num_tokens):
-    """The positions that rows of a tile may not see, where the first query sees ``seen`` of them."""
+    """The positions that rows of a tile may not see, where the first query sees ``seen`` of
+    them.
+    """
     for i in range(TILE_ROWS):
         query = min((first_row + i) // group, num_tokens - 1)
         for n in range(max(0, seen + query), BLOCK):
@@ -168,8 +197,10 @@ def _found_scales(entries, room, scales):
 
 
 def _lay_out_keys(keys: Any, spot: Any, pages: Any, places: Any, k: Any, turned: Any, scales: Any) -> Any:
-    """In kernels: the keys of a head turned, and their scales where they are not in them. Returns the cache row of the first position
-    where the keys were read where they lie, else -1: they are in ``k``."""
+    """In kernels: the keys of a head turned, and their scales where they are not in them. Returns
+    the cache row of the first position where the keys were read where they lie, else -1: they are
+    in ``k``.
+    """
     raise NotImplementedError
 
 
@@ -246,7 +277,9 @@ def _values_laid_out(values, spot, pages, places, v, paired, scales):
 
 
 def _pair_keys(keys: Any, row: Any, column: Any, k: Any, paired: Any) -> Any:
-    """In kernels: the first dims of the keys as values, from where ``_lay_out_keys`` has read them."""
+    """In kernels: the first dims of the keys as values, from where ``_lay_out_keys`` has read
+    them.
+    """
     raise NotImplementedError
 
 
@@ -267,7 +300,10 @@ def _keys_paired(keys, row, column, k, paired):
 @inner()
 def _in_one_page(spot, room):
     """Then numbers are read where they lie; what follows the run is whatever the page holds."""
-    return spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size and spot.place.width >= room.shape[1]
+    return (
+        spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size
+        and spot.place.width >= room.shape[1]
+    )
 
 
 @inner()
@@ -277,7 +313,9 @@ def _column(spot):
 
 @inner()
 def _decoded(place):
-    """Whether bytes are those of heads (not latents, which have several scales) and whole vectors."""
+    """Whether bytes are those of heads (not latents, which have several scales) and whole
+    vectors.
+    """
     return place.step > 0 and place.width % AT_ONCE == 0
 
 
@@ -299,7 +337,9 @@ def _turn_bytes(keys, places, column, turned):
 
 
 def pair_rows(rows: Any, row: Any, column: Any, paired: Any) -> Any:
-    """In kernels: numbers from that row and column on, with two rows to a unit of bf16: [N / 2 or N, E]."""
+    """In kernels: numbers from that row and column on, with two rows to a unit of bf16: [N / 2 or
+    N, E].
+    """
     raise NotImplementedError
 
 

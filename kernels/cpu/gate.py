@@ -1,7 +1,8 @@
 """The gate on a CPU in one compiled call: product, scores, choice and weights, token by token.
 
-A token's result depends neither on the tokens beside it nor on the number of threads: each of its products is summed by the same
-code whoever calls it. The gate's weights [E, D] stay in a core's cache from one token to the next.
+A token's result depends neither on the tokens beside it nor on the number of threads: each of its
+products is summed by the same code whoever calls it. The gate's weights [E, D] stay in a core's
+cache from one token to the next.
 
 T tokens  D hidden  E experts  G groups of experts  K experts per token
 """
@@ -20,7 +21,8 @@ from ..reference.gate import GateCounts, Routing
 from .codegen.arrays import FAST, array, computes, exp, inner, widen
 from .codegen.threads import share_out
 
-# Fewer multiplications than this are done on this thread: 10 us, and no waiting for a thread that another process may hold up.
+# Fewer multiplications than this are done on this thread: 10 us, and no waiting for a thread that
+# another process may hold up.
 _ALONE = 1 << 18
 _BLOCK = 16
 
@@ -42,7 +44,11 @@ def gate(
 
 def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, float]]:
     """Groups and rule, as compiled code takes them."""
-    groups = (routing.num_groups, min(routing.top_groups, routing.num_groups), routing.group_quality == "best_two")
+    groups = (
+        routing.num_groups,
+        min(routing.top_groups, routing.num_groups),
+        routing.group_quality == "best_two",
+    )
     return groups, (routing.scoring == "sigmoid", routing.normalise, routing.scale)
 
 
@@ -98,7 +104,9 @@ def _logits(x_TD, weight_ED):
     out_TE = np.empty((len(x_TD), num), np.float32)
     for e in range(0, num - num % 4, 4):
         for t in range(len(x_TD)):
-            out_TE[t, e], out_TE[t, e + 1], out_TE[t, e + 2], out_TE[t, e + 3] = _four_dots(wide_TD[t], weight_ED[e : e + 4])
+            out_TE[t, e], out_TE[t, e + 1], out_TE[t, e + 2], out_TE[t, e + 3] = _four_dots(
+                wide_TD[t], weight_ED[e : e + 4]
+            )
     for e in range(num - num % 4, num):
         for t in range(len(x_TD)):
             out_TE[t, e] = _dot(wide_TD[t], weight_ED[e])

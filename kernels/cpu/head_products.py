@@ -1,7 +1,9 @@
-"""Products of rows with weights that each head has for itself, as decode rows of latent attention need: read once, where they lie.
+"""Products of rows with weights that each head has for itself, as decode rows of latent attention
+need: read once, where they lie.
 
-``torch.bmm`` takes 3.7 ms for one row of 128 heads by 128 x 512 in bf16 where the inner dimension is the weights' last, which it lays out
-anew first; reading them takes 0.4 (2 cores of an EPYC Turin, torch 2.13). A row's result does not depend on the rows beside it.
+``torch.bmm`` takes 3.7 ms for one row of 128 heads by 128 x 512 in bf16 where the inner dimension
+is the weights' last, which it lays out anew first; reading them takes 0.4 (2 cores of an EPYC
+Turin, torch 2.13). A row's result does not depend on the rows beside it.
 
 R rows  H heads  I inner dims  O outer dims  N = 64 outer dims
 """
@@ -24,7 +26,9 @@ from .kv_entries import NO_SCALES, move_rows
 
 
 def multiply_heads(x_RHI: Tensor, w_HIO: Tensor, out_RHO: Tensor) -> None:
-    """out[r, h] = x[r, h] times w[h], for tensors of one dtype; ``out`` may be part of wider rows."""
+    """out[r, h] = x[r, h] times w[h], for tensors of one dtype; ``out`` may be part of wider
+    rows.
+    """
     if _fit(x_RHI, w_HIO, out_RHO):
         _multiply(array(x_RHI), array(w_HIO), array(out_RHO))
     else:
@@ -89,4 +93,6 @@ def _rows(x_RHI, head):
 def _multiply_rows(row_units, w_UN, sums, column, out_RO):
     for first in range(0, len(row_units), TILE_ROWS):
         add_product(sums, 0, None, row_units, first, w_UN, 0, 4)
-        move_rows(sums, 0, 0, TILE_COLUMNS, NO_SCALES, 0, out_RO, first, column, min(TILE_ROWS, len(out_RO) - first))
+        move_rows(
+            sums, 0, 0, TILE_COLUMNS, NO_SCALES, 0, out_RO, first, column, min(TILE_ROWS, len(out_RO) - first)
+        )

@@ -31,8 +31,10 @@ _LARGEST, _LEAST_SCALE = np.float32(LARGEST), np.float32(LEAST_SCALE)
 
 
 class Place(NamedTuple):
-    """Where the numbers of a head lie in an entry: ``width`` of them from ``first`` + head * ``step``; in FP8 every ``group`` of them has a
-    scale, the first one is number ``scale`` + head of the entry as float32; and the last ``tail`` numbers of the entry are bf16."""
+    """Where the numbers of a head lie in an entry: ``width`` of them from ``first`` + head *
+    ``step``; in FP8 every ``group`` of them has a scale, the first one is number ``scale`` + head
+    of the entry as float32; and the last ``tail`` numbers of the entry are bf16.
+    """
 
     first: int
     step: int
@@ -43,7 +45,9 @@ class Place(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Positions [begin, end) of a sequence: page i of ``pages`` holds those from i * ``page_size`` on."""
+    """Positions [begin, end) of a sequence: page i of ``pages`` holds those from i * ``page_size``
+    on.
+    """
 
     pages: Any
     page_size: int
@@ -52,7 +56,9 @@ class Run(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Positions [begin, end) of a run, and its page size. Without the pages: a tuple with an array counts references wherever it goes."""
+    """Positions [begin, end) of a run, and its page size. Without the pages: a tuple with an array
+    counts references wherever it goes.
+    """
 
     begin: int
     end: int
@@ -68,7 +74,9 @@ def place_of_latents(cache: Tensor, dim: int) -> Place:
     """Of latents and rotated parts [P, Z], or bytes; one head."""
     if not holds_fp8(cache):
         return Place(0, 0, cache.shape[1], cache.shape[1], 0, 0)
-    return Place(0, 0, dim, GROUP, dim // SCALE_BYTES, (cache.shape[1] - dim - SCALE_BYTES * num_groups(dim)) // 2)
+    return Place(
+        0, 0, dim, GROUP, dim // SCALE_BYTES, (cache.shape[1] - dim - SCALE_BYTES * num_groups(dim)) // 2
+    )
 
 
 def gather_latents(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -122,14 +130,27 @@ def read(entries, place, head, pages, block, out_NX):
             width, scale = min(place.group, place.width - begin), place.scale + head + begin // place.group
             move_rows(entries, row, first + begin, width, scales, scale, out_NX, done, begin, num)
         if place.tail:
-            move_rows(halves, row, halves.shape[1] - place.tail, place.tail, NO_SCALES, 0, out_NX, done, place.width, num)
+            move_rows(
+                halves,
+                row,
+                halves.shape[1] - place.tail,
+                place.tail,
+                NO_SCALES,
+                0,
+                out_NX,
+                done,
+                place.width,
+                num,
+            )
         done += num
     out_NX[count:] = 0
 
 
 @inner()
 def move_rows(source, row, column, width, scales, scale, out, out_row, out_column, num_rows):
-    """``width`` numbers of some rows, each row times its number ``scale`` of ``scales``, or as it is with ``NO_SCALES``."""
+    """``width`` numbers of some rows, each row times its number ``scale`` of ``scales``, or as it
+    is with ``NO_SCALES``.
+    """
     stay_apart()
     wide, even = width // (4 * LANES) * (4 * LANES), width // LANES * LANES
     for n in range(num_rows):
@@ -141,7 +162,11 @@ def move_rows(source, row, column, width, scales, scale, out, out_row, out_colum
         for x in range(wide, even, LANES):
             move(source, row + n, column + x, factor, out, out_row + n, out_column + x)
         for x in range(even, width):
-            _move_one(source[row + n : row + n + 1, column + x], factor, out[out_row + n : out_row + n + 1, out_column + x])
+            _move_one(
+                source[row + n : row + n + 1, column + x],
+                factor,
+                out[out_row + n : out_row + n + 1, out_column + x],
+            )
 
 
 def _move_one(source_1: Any, factor: Any, out_1: Any) -> None:
@@ -195,8 +220,12 @@ def _to_e4m3(value):
     """A float32 of at most 448 as the nearest value of e4m3, ties to even."""
     bits = np.float32(value).view(np.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
-    normal = ((size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)) - np.uint32(120 << 3)
-    small = np.uint32(np.rint(np.uint32(size).view(np.float32) * np.float32(512)))  # below 2^-6 in steps of 2^-9
+    normal = (
+        (size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+    ) - np.uint32(120 << 3)
+    small = np.uint32(
+        np.rint(np.uint32(size).view(np.float32) * np.float32(512))
+    )  # below 2^-6 in steps of 2^-9
     low = small if size < np.uint32(0x3C800000) else normal
     return np.uint8(low | ((bits >> np.uint32(24)) & np.uint32(0x80)))
 
@@ -215,7 +244,9 @@ def _write_group(x_D, out_D):
 
 
 def write_head(x_D: Any, cache: Any, position: Any, head: Any, num_heads: Any) -> None:
-    """In kernels: a head's keys or values in the entry at a position of a cache [P, K, D] or [P, B]."""
+    """In kernels: a head's keys or values in the entry at a position of a cache [P, K, D] or [P,
+    B].
+    """
     raise NotImplementedError
 
 
@@ -225,7 +256,9 @@ def _write_head(x_D, cache, position, head, num_heads):
 
         def write_bytes(x_D, cache, position, head, num_heads):
             dim, scales = len(x_D), cache.view(np.float32)
-            scales[position, num_heads * dim // 4 + head] = _write_group(x_D, cache[position, head * dim : (head + 1) * dim])
+            scales[position, num_heads * dim // 4 + head] = _write_group(
+                x_D, cache[position, head * dim : (head + 1) * dim]
+            )
 
         return write_bytes
 
@@ -233,7 +266,9 @@ def _write_head(x_D, cache, position, head, num_heads):
 
 
 def write_latent(c_C: Any, k_E: Any, cache: Any, position: Any) -> None:
-    """In kernels: a latent and a rotated part in the entry at a position of a cache [P, Z] or [P, B]."""
+    """In kernels: a latent and a rotated part in the entry at a position of a cache [P, Z] or [P,
+    B].
+    """
     raise NotImplementedError
 
 
@@ -245,7 +280,9 @@ def _write_latent(c_C, k_E, cache, position):
             scales, halves, dim = cache.view(np.float32), cache.view(np.uint16), len(c_C)
             for begin in range(0, dim, GROUP):
                 end = min(begin + GROUP, dim)
-                scales[position, dim // 4 + begin // GROUP] = _write_group(c_C[begin:end], cache[position, begin:end])
+                scales[position, dim // 4 + begin // GROUP] = _write_group(
+                    c_C[begin:end], cache[position, begin:end]
+                )
             _write_numbers(k_E, halves[position, halves.shape[1] - len(k_E) :])
 
         return write_bytes

@@ -1,8 +1,10 @@
-"""Products with weights in the form that the processor reads fastest, made once when they are loaded.
+"""Products with weights in the form that the processor reads fastest, made once when they are
+loaded.
 
-``cpu_isa`` says which: blocks (``cpu_blocks``), or oneDNN's own layout if it computes in bf16 at all. Plain bf16 weights are reordered
-by every ``F.linear``: for 1 to 8 rows of 1536 x 1024 that took 104 to 122 us, packed for oneDNN 65 to 85 us. In blocks it takes 0.92 to
-1.0 of the latter, for 32 and 64 rows 0.8 to 0.9, for more as long (2 cores of an EPYC Turin, torch 2.13).
+``cpu_isa`` says which: blocks (``cpu_blocks``), or oneDNN's own layout if it computes in bf16 at
+all. Plain bf16 weights are reordered by every ``F.linear``: for 1 to 8 rows of 1536 x 1024 that
+took 104 to 122 us, packed for oneDNN 65 to 85 us. In blocks it takes 0.92 to 1.0 of the latter, for
+32 and 64 rows 0.8 to 0.9, for more as long (2 cores of an EPYC Turin, torch 2.13).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from .codegen.arrays import array
 
 
 def pack(weights: Tensor) -> Tensor:
-    """Weights [N, D] as ``linear`` reads them fastest: bf16 in blocks [N / 16, D / 2, 16, 2] or in oneDNN's layout, others themselves.
+    """Weights [N, D] as ``linear`` reads them fastest: bf16 in blocks [N / 16, D / 2, 16, 2] or in
+    oneDNN's layout, others themselves.
 
     What is packed can only be given to ``linear``.
     """
@@ -40,22 +43,30 @@ def pack_for_onednn(weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedSlots:
-    """The weights of expert slots twice: as loaded, for products of a few rows, and packed one by one for oneDNN, for more."""
+    """The weights of expert slots twice: as loaded, for products of a few rows, and packed one by
+    one for oneDNN, for more.
+    """
 
     plain_SND: Tensor
     packed: list[Tensor]
 
 
 def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
-    """The weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], in the forms that ``experts`` reads: both in blocks, [S, 2F / 16,
-    D / 2, 16, 2] and [S, D / 16, F / 2, 16, 2], both twice, or the tensors themselves where packing changes nothing."""
-    form = cpu_isa.slot_form(cpu_isa.here(), *w2_SDF.shape[1:]) if w13_SFD.dtype == torch.bfloat16 else "plain"
+    """The weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], in the forms that ``experts``
+    reads: both in blocks, [S, 2F / 16, D / 2, 16, 2] and [S, D / 16, F / 2, 16, 2], both twice, or
+    the tensors themselves where packing changes nothing.
+    """
+    form = (
+        cpu_isa.slot_form(cpu_isa.here(), *w2_SDF.shape[1:]) if w13_SFD.dtype == torch.bfloat16 else "plain"
+    )
     if form == "blocks":
         return cpu_blocks.pack_blocks(w13_SFD), cpu_blocks.pack_blocks(w2_SDF)
     return pack_slots_for_onednn(w13_SFD, w2_SDF) if form == "onednn" else (w13_SFD, w2_SDF)
 
 
-def pack_slots_for_onednn(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
+def pack_slots_for_onednn(
+    w13_SFD: Tensor, w2_SDF: Tensor
+) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
     packed = [[pack_for_onednn(slot) for slot in weights] for weights in (w13_SFD, w2_SDF)]
     if not all(slot.is_mkldnn for slots in packed for slot in slots):
         return w13_SFD, w2_SDF
@@ -63,7 +74,9 @@ def pack_slots_for_onednn(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tens
 
 
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x W^T + b over the last dim of x [..., D], the weight packed or not. A row's result does not depend on the rows beside it."""
+    """x W^T + b over the last dim of x [..., D], the weight packed or not. A row's result does not
+    depend on the rows beside it.
+    """
     if weight_ND.dim() == 4:
         return _linear_in_blocks(x, weight_ND, bias_N)
     if not weight_ND.is_mkldnn:
@@ -74,12 +87,16 @@ def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 def _linear_in_blocks(x: Tensor, weight: Tensor, bias_N: Tensor | None) -> Tensor:
     num_inner = x.shape[-1]
-    assert x.dtype == torch.bfloat16 and num_inner == 2 * weight.shape[1], f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}"
+    assert x.dtype == torch.bfloat16 and num_inner == 2 * weight.shape[1], (
+        f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}"
+    )
     y = x.new_empty((*x.shape[:-1], weight.shape[0] * cpu_isa.COLUMNS))
     x_TD = x.reshape(-1, num_inner)
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     bias = np.empty(0, np.uint16) if bias_N is None else array(bias_N)
     y_TN = array(y.view(-1, y.shape[-1]))
-    cpu_blocks.multiply_rows(x_TD.data_ptr(), 2 * x_TD.stride(0), weight.data_ptr(), num_inner, bias, y_TN, numba.get_num_threads())
+    cpu_blocks.multiply_rows(
+        x_TD.data_ptr(), 2 * x_TD.stride(0), weight.data_ptr(), num_inner, bias, y_TN, numba.get_num_threads()
+    )
     return y

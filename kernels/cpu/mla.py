@@ -1,4 +1,5 @@
-"""Latent attention on a CPU, in the forms of ``mla``: compiled, decode rows over pages of latents where they lie.
+"""Latent attention on a CPU, in the forms of ``mla``: compiled, decode rows over pages of latents
+where they lie.
 
 T tokens  R decode rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V  L positions of a row  Z = C + E
 D = N + E
@@ -22,26 +23,52 @@ from .kv_entries import Place, gather_latents, place_of_latents
 _SAME_AS_KEYS = Place(0, 0, 0, 1, 0, 0)
 
 
-def mla_attend(q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """As ``mla.mla_attend``. Where neither queries nor cache are float32, the shares of the softmax are rounded to bf16."""
+def mla_attend(
+    q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float
+) -> Tensor:
+    """As ``mla.mla_attend``. Where neither queries nor cache are float32, the shares of the softmax
+    are rounded to bf16.
+    """
     dtype = q_nope_THN.dtype
-    if not (computes(dtype) and dtype == q_rope_THE.dtype == expand_HPC.dtype and (holds_fp8(cache) or computes(cache.dtype))):
+    if not (
+        computes(dtype)
+        and dtype == q_rope_THE.dtype == expand_HPC.dtype
+        and (holds_fp8(cache) or computes(cache.dtype))
+    ):
         return mla.mla_attend(q_nope_THN, q_rope_THE, cache, expand_HPC, batch, scale)
     value_dim, num_decode = expand_HPC.shape[1] - q_nope_THN.shape[2], batch.num_decode
     out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], value_dim)
     if num_decode:
-        _absorbed(q_nope_THN[:num_decode], q_rope_THE[:num_decode], cache, expand_HPC, batch, scale, out_THV[:num_decode])
+        _absorbed(
+            q_nope_THN[:num_decode],
+            q_rope_THE[:num_decode],
+            cache,
+            expand_HPC,
+            batch,
+            scale,
+            out_THV[:num_decode],
+        )
     for row in batch.extends():
         q_THD = torch.cat([q_nope_THN[row.begin : row.end], q_rope_THE[row.begin : row.end]], -1)
-        latents_LZ = gather_latents(cache, row.pages, batch.page_size, expand_HPC.shape[2], dtype)[: row.length]
+        latents_LZ = gather_latents(cache, row.pages, batch.page_size, expand_HPC.shape[2], dtype)[
+            : row.length
+        ]
         _materialised(q_THD, latents_LZ, expand_HPC, row, scale, out_THV[row.begin : row.end])
     return out_THV
 
 
 def _absorbed(
-    q_nope_RHN: Tensor, q_rope_RHE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float, out_RHV: Tensor
+    q_nope_RHN: Tensor,
+    q_rope_RHE: Tensor,
+    cache: Tensor,
+    expand_HPC: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    out_RHV: Tensor,
 ) -> None:
-    """The decode rows: H query heads share a key head, whose values are the first C dims of its keys."""
+    """The decode rows: H query heads share a key head, whose values are the first C dims of its
+    keys.
+    """
     (num_rows, num_heads, nope_dim), latent_dim = q_nope_RHN.shape, expand_HPC.shape[2]
     q_RHZ = q_nope_RHN.new_empty(num_rows, num_heads, latent_dim + q_rope_RHE.shape[2])
     multiply_heads(q_nope_RHN, expand_HPC[:, :nope_dim], q_RHZ[..., :latent_dim])
@@ -49,19 +76,31 @@ def _absorbed(
     out_RHC, bits = made((num_rows, num_heads, latent_dim), q_RHZ.dtype)
     starts_R1, lengths_R, pages_RP = batch.arrays
     rows = starts_R1[: num_rows + 1], lengths_R[:num_rows], pages_RP[:num_rows]
-    shape, place = Shape(1, num_rows, batch.page_size, torch.get_num_threads()), place_of_latents(cache, latent_dim)
-    entries = cache if holds_fp8(cache) else cache[:, None]  # as other attention has them: no kernel more to compile
+    shape, place = (
+        Shape(1, num_rows, batch.page_size, torch.get_num_threads()),
+        place_of_latents(cache, latent_dim),
+    )
+    entries = (
+        cache if holds_fp8(cache) else cache[:, None]
+    )  # as other attention has them: no kernel more to compile
     attend_places(q_RHZ, (entries, entries), (place, _SAME_AS_KEYS), rows, shape, scale, bits)
     multiply_heads_turned(out_RHC, expand_HPC[:, nope_dim:], out_RHV)
 
 
-def _materialised(q_THD: Tensor, latents_LZ: Tensor, expand_HPC: Tensor, row: Extend, scale: float, out_THV: Tensor) -> None:
+def _materialised(
+    q_THD: Tensor, latents_LZ: Tensor, expand_HPC: Tensor, row: Extend, scale: float, out_THV: Tensor
+) -> None:
     """A row whose keys and values are expanded: a cache of one page, made for it."""
     (num_heads, width, latent_dim), key_dim, value_dim = expand_HPC.shape, q_THD.shape[2], out_THV.shape[2]
     rope_LE = latents_LZ[:, latent_dim:]
     kv_LHP = F.linear(latents_LZ[:, :latent_dim], expand_HPC.flatten(0, 1)).unflatten(1, (num_heads, -1))
-    k_LHD = torch.cat([kv_LHP[..., : key_dim - rope_LE.shape[1]], rope_LE[:, None].expand(-1, num_heads, -1)], -1)
-    places = Place(0, key_dim, key_dim, key_dim, 0, 0), Place(width - value_dim, width, value_dim, value_dim, 0, 0)
+    k_LHD = torch.cat(
+        [kv_LHP[..., : key_dim - rope_LE.shape[1]], rope_LE[:, None].expand(-1, num_heads, -1)], -1
+    )
+    places = (
+        Place(0, key_dim, key_dim, key_dim, 0, 0),
+        Place(width - value_dim, width, value_dim, value_dim, 0, 0),
+    )
     rows = np.array([0, len(q_THD)], np.int32), np.array([row.length], np.int32), np.zeros((1, 1), np.int32)
     shape = Shape(num_heads, 0, row.length, torch.get_num_threads())
     attend_places(q_THD, (k_LHD, kv_LHP), places, rows, shape, scale, array(out_THV))

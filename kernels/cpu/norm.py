@@ -1,7 +1,8 @@
-"""RMS norm and the product inside a SwiGLU block, compiled: ``norm``'s are chains of five to eight kernels for bf16.
+"""RMS norm and the product inside a SwiGLU block, compiled: ``norm``'s are chains of five to eight
+kernels for bf16.
 
-There is one compiled form, whatever the number of rows: another one would sum in another order, and a row's result must not depend
-on the rows beside it.
+There is one compiled form, whatever the number of rows: another one would sum in another order, and
+a row's result must not depend on the rows beside it.
 
 N rows  D values of a row  F width
 """
@@ -36,7 +37,9 @@ def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tup
     if not (computes(x.dtype) and x.dtype == update.dtype == weight_D.dtype):
         return norm.add_rms_norm(x, update, weight_D, eps)
     (total, total_bits), (out, bits) = made(x.shape, x.dtype), made(x.shape, x.dtype)
-    add_norm_rows(_three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits))
+    add_norm_rows(
+        _three(array(x)), _three(array(update)), array(weight_D), eps, _three(total_bits), _three(bits)
+    )
     return total, out
 
 

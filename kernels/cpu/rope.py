@@ -24,30 +24,55 @@ _ENTER_ALONE = ALONE // 4  # a value costs more than in other passes
 
 
 def norm_rotate_and_write(
-    qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+    qkv_TXD: Tensor,
+    norms: HeadNorms | None,
+    angles: Angles,
+    cache: tuple[Tensor, Tensor],
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """As ``rope.norm_rotate_and_write``."""
     dtype, (num_tokens, num_heads, dim) = qkv_TXD.dtype, qkv_TXD.shape
-    plain = qkv_TXD.is_contiguous() and cache[0].dtype == cache[1].dtype and (norms is None or norms.q_D.dtype == norms.k_D.dtype == dtype)
+    plain = (
+        qkv_TXD.is_contiguous()
+        and cache[0].dtype == cache[1].dtype
+        and (norms is None or norms.q_D.dtype == norms.k_D.dtype == dtype)
+    )
     if not (plain and computes(dtype) and (holds_fp8(cache[0]) or computes(cache[0].dtype))):
         return rope.norm_rotate_and_write(qkv_TXD, norms, angles, cache, write_T, interleaved)
     num_keys = num_kv_heads(cache[0], dim)
     out_THD, bits = made((num_tokens, num_heads - 2 * num_keys, dim), dtype)
-    weights = (array(norms.q_D), array(norms.k_D)) if norms is not None else (_NOTHING[dtype], _NOTHING[dtype])
+    weights = (
+        (array(norms.q_D), array(norms.k_D)) if norms is not None else (_NOTHING[dtype], _NOTHING[dtype])
+    )
     eps, caches = norms.eps if norms is not None else 0.0, (array(cache[0]), array(cache[1]))
     enter_heads(array(qkv_TXD), weights, eps, angles.arrays, caches, write_T.numpy(), interleaved, bits)
     return out_THD
 
 
 def rotate_and_write_latent(
-    q_rope_THD: Tensor, c_TC: Tensor, k_rope_TD: Tensor, angles: Angles, cache: Tensor, write_T: Tensor, interleaved: bool
+    q_rope_THD: Tensor,
+    c_TC: Tensor,
+    k_rope_TD: Tensor,
+    angles: Angles,
+    cache: Tensor,
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """As ``rope.rotate_and_write_latent``."""
     dtype = q_rope_THD.dtype
-    if not (computes(dtype) and c_TC.dtype == k_rope_TD.dtype == dtype and (holds_fp8(cache) or computes(cache.dtype))):
+    if not (
+        computes(dtype)
+        and c_TC.dtype == k_rope_TD.dtype == dtype
+        and (holds_fp8(cache) or computes(cache.dtype))
+    ):
         return rope.rotate_and_write_latent(q_rope_THD, c_TC, k_rope_TD, angles, cache, write_T, interleaved)
     out_THD, bits = made(q_rope_THD.shape, dtype)
-    rows = array(q_rope_THD), array(c_TC), array(k_rope_TD.contiguous())  # few values, and one kernel less: a single row always is
+    rows = (
+        array(q_rope_THD),
+        array(c_TC),
+        array(k_rope_TD.contiguous()),
+    )  # few values, and one kernel less: a single row always is
     _enter_latents(rows, angles.arrays, array(cache), write_T.numpy(), interleaved, bits)
     return out_THD
 
@@ -65,7 +90,16 @@ def enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_
 @inner()
 def _enter_tokens(begin, end, qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
     for t in range(begin, end):
-        _enter_token(qkv_TXD[t], weights, eps, (turns[0][t, 0], turns[1][t, 0]), caches, write_T[t], interleaved, out_THD[t])
+        _enter_token(
+            qkv_TXD[t],
+            weights,
+            eps,
+            (turns[0][t, 0], turns[1][t, 0]),
+            caches,
+            write_T[t],
+            interleaved,
+            out_THD[t],
+        )
 
 
 @inner()
@@ -115,7 +149,16 @@ def _enter_each(begin, end, rows, turns, cache, write_T, interleaved, out_THD):
     for t in range(begin, end):
         turned_D, no_weights = np.empty_like(out_THD[t, 0]), out_THD[t, 0, :0]
         for head in range(q_THD.shape[1]):
-            _turn(q_THD[t, head], no_weights, np.float32(0), turned_D, cos_T1F[t, 0], sin_T1F[t, 0], interleaved, out_THD[t, head])
+            _turn(
+                q_THD[t, head],
+                no_weights,
+                np.float32(0),
+                turned_D,
+                cos_T1F[t, 0],
+                sin_T1F[t, 0],
+                interleaved,
+                out_THD[t, head],
+            )
         key_D = np.empty_like(turned_D)
         _turn(k_TD[t], no_weights, np.float32(0), turned_D, cos_T1F[t, 0], sin_T1F[t, 0], interleaved, key_D)
         write_latent(c_TC[t], key_D, cache, write_T[t])

@@ -1,9 +1,9 @@
-"""Sublayers on a CPU: where weights are packed in blocks, each is one compiled call, made of the same compiled functions as the single ops:
-a row's result is the same to the bit.
+"""Sublayers on a CPU: where weights are packed in blocks, each is one compiled call, made of the
+same compiled functions as the single ops: a row's result is the same to the bit.
 
-A call costs 5 to 20 us of Python, more when weights that stream through have driven its code out of the caches, and meanwhile the other
-threads have nothing to do. One row through 8 layers of 32 experts took 0.5 to 0.9 ms less, of 4.2 to 5.2, than by single ops (2 cores of
-an EPYC Turin).
+A call costs 5 to 20 us of Python, more when weights that stream through have driven its code out of
+the caches, and meanwhile the other threads have nothing to do. One row through 8 layers of 32
+experts took 0.5 to 0.9 ms less, of 4.2 to 5.2, than by single ops (2 cores of an EPYC Turin).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -37,7 +37,9 @@ from .rope import enter_heads
 _BF16, _FLOAT32, _NO_ROWS = np.empty(0, np.uint16), np.empty(0, np.float32), np.empty((0, 0), np.uint16)
 
 
-def attention_sublayer(ops: Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step) -> tuple[Tensor, Tensor]:
+def attention_sublayer(
+    ops: Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step
+) -> tuple[Tensor, Tensor]:
     """As ``sublayers.attention_sublayer``."""
     keys, values = step.cache
     kept = keys.dtype == values.dtype and (holds_fp8(keys) or computes(keys.dtype))
@@ -63,7 +65,10 @@ def experts_sublayer(
     if not (isinstance(w13, Tensor) and w13.dim() == 5 and _plain(residual, norm)):
         return sublayers.experts_sublayer(ops, residual, norm, gate, weights, here)
     total_TD, rows = _rows(residual, norm)
-    (normed_TD, normed), (out_TD, out) = made(total_TD.shape, torch.bfloat16), made(total_TD.shape, torch.bfloat16)
+    (normed_TD, normed), (out_TD, out) = (
+        made(total_TD.shape, torch.bfloat16),
+        made(total_TD.shape, torch.bfloat16),
+    )
     weight, bias = gate.arrays
     routing = weight, _FLOAT32 if bias is None else bias, *rule_of(gate.routing), gate.routing.top_k
     blocks = w13.data_ptr(), w2.data_ptr(), 2 * w2.shape[2]
@@ -112,7 +117,9 @@ def _add_norm(rows, normed_TD):
 
 @inner()
 def _multiply(x_TC, blocks, y_TN, num_threads):
-    multiply_rows(np.int64(x_TC.ctypes.data), 2 * x_TC.shape[1], blocks[0], x_TC.shape[1], blocks[2], y_TN, num_threads)
+    multiply_rows(
+        np.int64(x_TC.ctypes.data), 2 * x_TC.shape[1], blocks[0], x_TC.shape[1], blocks[2], y_TN, num_threads
+    )
 
 
 @njit(cache=True)
@@ -133,13 +140,28 @@ def _attention(rows, dim, qkv, entering, attending, out, out_TD):
 @njit(cache=True)
 def _experts(rows, routing, places, blocks, normed_TD, out_TD, num_threads):
     """``blocks``: addresses of packed w13 and w2, and F."""
-    (weight_LD, bias_L, groups, rule, top_k), (slots_L, rows_M, counts_S), (w13, w2, width) = routing, places, blocks
+    (weight_LD, bias_L, groups, rule, top_k), (slots_L, rows_M, counts_S), (w13, w2, width) = (
+        routing,
+        places,
+        blocks,
+    )
     num_tokens, hidden = out_TD.shape
     _add_norm(rows, normed_TD)
     ids_TC, weights_TC = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
     route(normed_TD, weight_LD, bias_L, groups, rule, ids_TC, weights_TC)
     slots_M = slots_L[ids_TC.reshape(-1)]
     y_MD = np.empty((len(slots_M), hidden), np.uint16)
-    run_experts(np.int64(normed_TD.ctypes.data), 2 * hidden, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads)
+    run_experts(
+        np.int64(normed_TD.ctypes.data),
+        2 * hidden,
+        w13,
+        w2,
+        width,
+        rows_M,
+        slots_M,
+        counts_S,
+        y_MD,
+        num_threads,
+    )
     y_TCD = y_MD.reshape(num_tokens, top_k, hidden)
     weigh_rows(y_TCD, weights_TC, out_TD)

@@ -1,4 +1,6 @@
-"""How FP8 values share their scales in products: DeepSeek-V3's blocks (arXiv 2412.19437, section 3.3). No torch here."""
+"""How FP8 values share their scales in products: DeepSeek-V3's blocks (arXiv 2412.19437, section
+3.3). No torch here.
+"""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
 """What a page holds for one token: its entry, by the format of the cache. No torch here.
 
-``fp32`` and ``bf16``: numbers. Grouped queries: keys and values, a tensor each, entries [K, D]. Latents: one tensor, entries
-[C + E], the normalised latent and then the rotated part of the key.
+``fp32`` and ``bf16``: numbers. Grouped queries: keys and values, a tensor each, entries [K, D].
+Latents: one tensor, entries [C + E], the normalised latent and then the rotated part of the key.
 
-``fp8``: bytes; a uint8 tensor takes the place of each of those. A value is its eight bits (e4m3) times a float32 scale.
+``fp8``: bytes; a uint8 tensor takes the place of each of those. A value is its eight bits (e4m3)
+times a float32 scale.
 
 - Keys, and likewise values: K x D values, then a scale for each of the K heads: K (D + 4) bytes.
 - Latents, as in FlashMLA (https://github.com/deepseek-ai/FlashMLA): C values, then a scale for every 128 of them (the last group may
   be shorter), then the E rotated values in bf16: C + 4 ceil(C / 128) + 2 E bytes, 656 at DeepSeek-V3's sizes.
 
-A scale is the largest magnitude among its values / 448. It belongs to one token, so that an entry is written once and no later token
-changes it: what a page holds does not depend on how its tokens were cut into steps. Values come first, so that pages of usual sizes
-can be read 16 bytes at a time; D and C are multiples of 4, so that a scale lies where a float32 may.
+A scale is the largest magnitude among its values / 448. It belongs to one token, so that an entry
+is written once and no later token changes it: what a page holds does not depend on how its tokens
+were cut into steps. Values come first, so that pages of usual sizes can be read 16 bytes at a time;
+D and C are multiples of 4, so that a scale lies where a float32 may.
 
 K key/value heads  D head dim  C latent dim  E rotated dims
 """
@@ -66,4 +68,6 @@ def num_groups(latent_dim: int) -> int:
 
 def _check_multiple(field: str, dim: int) -> None:
     if dim % SCALE_BYTES:
-        raise ValueError(f"kv_cache.dtype = fp8: {field} is {dim}; expected a multiple of {SCALE_BYTES}; use bf16 or fp32")
+        raise ValueError(
+            f"kv_cache.dtype = fp8: {field} is {dim}; expected a multiple of {SCALE_BYTES}; use bf16 or fp32"
+        )

@@ -1,5 +1,5 @@
-"""Grouped-query attention over a paged cache. It reads what the cache returns, this step's tokens included;
-the cache may be of another dtype, or hold FP8 entries (``kv_format``).
+"""Grouped-query attention over a paged cache. It reads what the cache returns, this step's tokens
+included; the cache may be of another dtype, or hold FP8 entries (``kv_format``).
 
 T tokens  R decode rows  H query heads  K key/value heads  G = H / K  D head dim  L positions of a row
 """
@@ -13,32 +13,42 @@ from torch import Tensor
 from .kv_entries import gather_heads
 from .paged import DecodeGroup, PagedBatch
 
-# Queries of an extend over a cached prefix are masked block by block, so that the mask [block, L] stays small.
+# Queries of an extend over a cached prefix are masked block by block, so that the mask [block, L]
+# stays small.
 _QUERY_BLOCK = 512
 
 
 def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """Causal attention over caches that hold this step's keys and values already. Returns [T, H, D] in the dtype of q.
+    """Causal attention over caches that hold this step's keys and values already. Returns [T, H, D]
+    in the dtype of q.
 
-    Caches are [positions, K, D], or bytes."""
+    Caches are [positions, K, D], or bytes.
+    """
     out_THD = torch.empty_like(q_THD)
     for group in batch.decode_groups:
         rows = slice(0, batch.num_decode) if group.rows is None else group.rows
         out_THD[rows] = _decode(q_THD[rows], k_cache, v_cache, group, batch.page_size, scale)
     for row in batch.extends():
         k_LKD, v_LKD = (
-            gather_heads(cache, row.pages, batch.page_size, q_THD.shape[2], q_THD.dtype)[: row.length] for cache in (k_cache, v_cache)
+            gather_heads(cache, row.pages, batch.page_size, q_THD.shape[2], q_THD.dtype)[: row.length]
+            for cache in (k_cache, v_cache)
         )
-        out_THD[row.begin : row.end] = causal_attention(q_THD[row.begin : row.end], k_LKD, v_LKD, row.start, scale)
+        out_THD[row.begin : row.end] = causal_attention(
+            q_THD[row.begin : row.end], k_LKD, v_LKD, row.start, scale
+        )
     return out_THD
 
 
 def causal_attention(q_THD: Tensor, k_LKD: Tensor, v_LKE: Tensor, start: int, scale: float) -> Tensor:
-    """Attention of the T queries at positions [start, L) of one sequence over its L keys. Returns [T, H, E]."""
+    """Attention of the T queries at positions [start, L) of one sequence over its L keys. Returns
+    [T, H, E].
+    """
     q_1HTD, k_1KLD, v_1KLE = (x.transpose(0, 1).unsqueeze(0) for x in (q_THD, k_LKD, v_LKE))
     grouped = q_THD.shape[1] != k_LKD.shape[1]
     if start == 0:
-        out_1HTE = F.scaled_dot_product_attention(q_1HTD, k_1KLD, v_1KLE, is_causal=True, scale=scale, enable_gqa=grouped)
+        out_1HTE = F.scaled_dot_product_attention(
+            q_1HTD, k_1KLD, v_1KLE, is_causal=True, scale=scale, enable_gqa=grouped
+        )
         return out_1HTE[0].transpose(0, 1)
     blocks = []
     for begin in range(0, len(q_THD), _QUERY_BLOCK):
@@ -46,20 +56,33 @@ def causal_attention(q_THD: Tensor, k_LKD: Tensor, v_LKE: Tensor, start: int, sc
         seen = start + end
         mask = torch.ones(end - begin, seen, dtype=torch.bool, device=q_THD.device).tril(start + begin)
         out_1HTE = F.scaled_dot_product_attention(
-            q_1HTD[:, :, begin:end], k_1KLD[:, :, :seen], v_1KLE[:, :, :seen], attn_mask=mask, scale=scale, enable_gqa=grouped
+            q_1HTD[:, :, begin:end],
+            k_1KLD[:, :, :seen],
+            v_1KLE[:, :, :seen],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=grouped,
         )
         blocks.append(out_1HTE[0].transpose(0, 1))
     return torch.cat(blocks)
 
 
-def _decode(q_RHD: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, page_size: int, scale: float) -> Tensor:
-    """One query per row over its own pages, padded to the longest row of the group. Returns [R, H, D].
+def _decode(
+    q_RHD: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, page_size: int, scale: float
+) -> Tensor:
+    """One query per row over its own pages, padded to the longest row of the group. Returns [R, H,
+    D].
 
-    The G query heads that share a key head stand where a sequence of queries would, so that keys are read once.
+    The G query heads that share a key head stand where a sequence of queries would, so that keys
+    are read once.
     """
     k_RKLD, v_RKLD = (
-        gather_heads(cache, group.pages, page_size, q_RHD.shape[2], q_RHD.dtype).unflatten(0, (group.num_rows, -1)).transpose(1, 2)
+        gather_heads(cache, group.pages, page_size, q_RHD.shape[2], q_RHD.dtype)
+        .unflatten(0, (group.num_rows, -1))
+        .transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
     q_RKGD = q_RHD.unflatten(1, (k_RKLD.shape[1], -1))
-    return F.scaled_dot_product_attention(q_RKGD, k_RKLD, v_RKLD, attn_mask=group.mask, scale=scale).flatten(1, 2)
+    return F.scaled_dot_product_attention(q_RKGD, k_RKLD, v_RKLD, attn_mask=group.mask, scale=scale).flatten(
+        1, 2
+    )

@@ -1,6 +1,8 @@
-"""Block-scaled FP8 (e4m3): activations with a scale per row and 128 values, weights with one per 128 x 128 block.
+"""Block-scaled FP8 (e4m3): activations with a scale per row and 128 values, weights with one per
+128 x 128 block.
 
-The scheme of DeepSeek-V3 (arXiv 2412.19437, section 3.3). A value is its eight bits times its scale; scales are float32.
+The scheme of DeepSeek-V3 (arXiv 2412.19437, section 3.3). A value is its eight bits times its
+scale; scales are float32.
 
 N rows  D values of a row  G = ceil(D / 128) groups  M pairs  S expert slots  F expert width
 """
@@ -23,8 +25,10 @@ _E4M3_IN_BF16 = 0x87F0 - 0x10000  # sign, exponent and mantissa, as an int16
 
 @dataclass(frozen=True)
 class Quantised:
-    """``values`` float8_e4m3fn and their ``scales``. Rows: [N, D] and [N, G]. Expert weights: w13 [S, 2F, D] and
-    [S, 2, ceil(F / 128), ceil(D / 128)], gate and up apart as in checkpoints; w2 [S, D, F] and [S, ceil(D / 128), ceil(F / 128)]."""
+    """``values`` float8_e4m3fn and their ``scales``. Rows: [N, D] and [N, G]. Expert weights: w13
+    [S, 2F, D] and [S, 2, ceil(F / 128), ceil(D / 128)], gate and up apart as in checkpoints; w2 [S,
+    D, F] and [S, ceil(D / 128), ceil(F / 128)].
+    """
 
     values: Tensor
     scales: Tensor
@@ -40,7 +44,9 @@ def quantise_rows(x_ND: Tensor) -> Quantised:
 
 
 def quantise_blocks(w: Tensor, block: tuple[int, int] = KERNEL_BLOCK) -> Quantised:
-    """Each block of w [..., rows, columns] fills the range of FP8. Scales [..., ceil(rows / 128), ceil(columns / 128)], or by ``block``."""
+    """Each block of w [..., rows, columns] fills the range of FP8. Scales [..., ceil(rows / 128),
+    ceil(columns / 128)], or by ``block``.
+    """
     rows, columns = w.shape[-2:]
     padded = F.pad(w.float(), (0, -columns % block[1], 0, -rows % block[0]))
     blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
@@ -70,19 +76,25 @@ def widen_blocks(w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> Tensor:
 
 
 def widen_into(target: Tensor, w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> None:
-    """Writes w [rows, columns] to ``target``, in its dtype and on its device, by bands of rows: little memory is taken beside them."""
+    """Writes w [rows, columns] to ``target``, in its dtype and on its device, by bands of rows:
+    little memory is taken beside them.
+    """
     rows = _BAND * block[0]
     for begin in range(0, len(target), rows):
-        values, scales = w.values[begin : begin + rows], w.scales[begin // block[0] : (begin + rows) // block[0]]
+        values, scales = (
+            w.values[begin : begin + rows],
+            w.scales[begin // block[0] : (begin + rows) // block[0]],
+        )
         band = Quantised(values.to(target.device), scales.to(target.device, torch.float32))
         target[begin : begin + rows].copy_(widen_blocks(band, block))
 
 
 def from_e4m3(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of ``bits`` (uint8 or float8_e4m3fn) as float32 or bf16, which hold them exactly; bits that stand for NaN give 480.
+    """The values of ``bits`` (uint8 or float8_e4m3fn) as float32 or bf16, which hold them exactly;
+    bits that stand for NaN give 480.
 
-    torch converts 0.4 G values a second on a CPU core. Moved to where bf16 has its sign, exponent and mantissa, the same bits are
-    the value x 2^-120, subnormal numbers included.
+    torch converts 0.4 G values a second on a CPU core. Moved to where bf16 has its sign, exponent
+    and mantissa, the same bits are the value x 2^-120, subnormal numbers included.
     """
     if bits.device.type != "cpu":
         return bits.view(torch.float8_e4m3fn).to(dtype)
@@ -95,7 +107,9 @@ def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     return quantise_rows(F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps))
 
 
-def add_rms_norm_fp8(x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Quantised]:
+def add_rms_norm_fp8(
+    x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Quantised]:
     """``norm.add_rms_norm``: the rounded sum, and its norm quantised from float32."""
     total_ND = x_ND + update_ND
     return total_ND, rms_norm_fp8(total_ND, weight_D, eps)
@@ -107,9 +121,18 @@ def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
     return quantise_rows(F.silu(gate_NF) * up_NF)
 
 
-def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: Quantised, counts_S: Tensor, dtype: torch.dtype) -> Tensor:
-    """``experts.experts`` of quantised rows and weights, ``pairs`` being (rows_M, slots_M): products summed in float32, the
-    activation quantised from float32 in between. Returns y_MD as ``dtype``."""
+def experts_fp8(
+    x: Quantised,
+    pairs: tuple[Tensor, Tensor],
+    w13: Quantised,
+    w2: Quantised,
+    counts_S: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``experts.experts`` of quantised rows and weights, ``pairs`` being (rows_M, slots_M):
+    products summed in float32, the activation quantised from float32 in between. Returns y_MD as
+    ``dtype``.
+    """
     rows_M, slots_M = pairs
     x_ND, w13_SFD, w2_SDF = widen_rows(x), widen_blocks(w13), widen_blocks(w2)
     y_MD = x_ND.new_zeros(len(slots_M), w2_SDF.shape[1])
@@ -123,4 +146,6 @@ def experts_fp8(x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: 
 
 def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
     """The scale of every value of a tensor of ``shape``."""
-    return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[-2], : shape[-1]]
+    return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[
+        ..., : shape[-2], : shape[-1]
+    ]

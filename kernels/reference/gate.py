@@ -16,8 +16,10 @@ from ..routing import Routing as Routing  # for all who call a gate
 
 @dataclass(frozen=True)
 class GateCounts:
-    """What a captured step adds to a gate. ``num_tokens`` int32 [1]: rows of x from there on are padding, with ids of -1 and
-    weights of 0. ``counts_E`` int64 is increased by the tokens of each expert, padding left out."""
+    """What a captured step adds to a gate. ``num_tokens`` int32 [1]: rows of x from there on are
+    padding, with ids of -1 and weights of 0. ``counts_E`` int64 is increased by the tokens of each
+    expert, padding left out.
+    """
 
     num_tokens: Tensor
     counts_E: Tensor
@@ -28,8 +30,8 @@ def gate(
 ) -> tuple[Tensor, Tensor]:
     """Returns ids_TK int64, best first, and weights_TK float32.
 
-    ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32 takes part in the
-    selection only; the weights come from the plain scores.
+    ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32
+    takes part in the selection only; the weights come from the plain scores.
     """
     ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED), bias_E, routing)
     return (ids_TK, weights_TK) if counts is None else leave_out_padding(ids_TK, weights_TK, counts)

@@ -1,6 +1,8 @@
-"""Pairs grouped by the expert slot they go to, within bounds that the host knows: sizes never depend on data.
+"""Pairs grouped by the expert slot they go to, within bounds that the host knows: sizes never
+depend on data.
 
-Every slot's run is padded to whole blocks, so that one block of a grouped product meets one slot's weights.
+Every slot's run is padded to whole blocks, so that one block of a grouped product meets one slot's
+weights.
 
 M pairs (token, choice)  S expert slots  B blocks  P = B x block places  N received tokens  D hidden
 """
@@ -15,8 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grouping:
-    """``slot_of_block_B`` int32: the slot of each block, -1 past the last. ``pair_of_place_P`` int32: the pair at each place, in
-    the order of pairs within a slot, -1 where a run is padded; not defined in blocks of slot -1."""
+    """``slot_of_block_B`` int32: the slot of each block, -1 past the last. ``pair_of_place_P``
+    int32: the pair at each place, in the order of pairs within a slot, -1 where a run is padded;
+    not defined in blocks of slot -1.
+    """
 
     block: int
     slot_of_block_B: Tensor
@@ -24,13 +28,17 @@ class Grouping:
 
 
 def most_blocks(num_pairs: int, num_slots: int, block: int) -> int:
-    """The blocks that ``num_pairs`` pairs can need at most: as many slots as possible begun with a single pair, the rest full."""
+    """The blocks that ``num_pairs`` pairs can need at most: as many slots as possible begun with a
+    single pair, the rest full.
+    """
     begun = min(num_pairs, num_slots)
     return begun + (num_pairs - begun) // block
 
 
 def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
-    """Groups slots_M int64; slots of -1 are padding and get no place. counts_S int64 is increased by the pairs of each slot."""
+    """Groups slots_M int64; slots of -1 are padding and get no place. counts_S int64 is increased
+    by the pairs of each slot.
+    """
     num_slots, device = len(counts_S), slots_M.device
     num_blocks = most_blocks(len(slots_M), num_slots, block)
     counts = torch.bincount(slots_M + 1, minlength=num_slots + 1)
@@ -38,7 +46,10 @@ def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
     ends_S = (-(-counts[1:] // block)).cumsum(0)
     order_M = slots_M.argsort(stable=True)
     sorted_M = slots_M[order_M]
-    first_pair_S, first_block_S = counts.cumsum(0)[:-1], ends_S + counts[1:].neg() // block  # -(count // -block) blocks before the end
+    first_pair_S, first_block_S = (
+        counts.cumsum(0)[:-1],
+        ends_S + counts[1:].neg() // block,
+    )  # -(count // -block) blocks before the end
     index_M = torch.arange(len(slots_M), device=device)
     slot_M = sorted_M.clamp_min(0)
     place_M = first_block_S[slot_M] * block + index_M - first_pair_S[slot_M]
@@ -53,7 +64,11 @@ def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
 def permute(x_ND: Tensor, rows_M: Tensor, grouping: Grouping) -> Tensor:
     """Rows of x at their places: [P, D], zero where there is no pair. rows_M int64 into x_ND."""
     pair_P = _pairs(grouping)
-    return torch.where((pair_P >= 0)[:, None], x_ND[rows_M[pair_P.clamp_min(0)]], 0) if len(rows_M) else x_ND.new_zeros(0, x_ND.shape[1])
+    return (
+        torch.where((pair_P >= 0)[:, None], x_ND[rows_M[pair_P.clamp_min(0)]], 0)
+        if len(rows_M)
+        else x_ND.new_zeros(0, x_ND.shape[1])
+    )
 
 
 def unpermute(y_PD: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Keys, values and latents in the entries of a paged cache, in every format of ``kv_format``: a cache of bytes holds FP8.
+"""Keys, values and latents in the entries of a paged cache, in every format of ``kv_format``: a
+cache of bytes holds FP8.
 
 T tokens  K key/value heads  D head dim  C latent dim  E rotated dims  Z = C + E  G = ceil(C / 128) groups  B bytes of an entry
 """
@@ -30,7 +31,9 @@ def write_heads(cache: Tensor, write_T: Tensor, x_TKD: Tensor) -> None:
 
 def write_latents(cache: Tensor, write_T: Tensor, c_TC: Tensor, k_TE: Tensor) -> None:
     """Stores the latents and rotated key parts of a step at its places."""
-    write_entries(cache, write_T, encode_latents(c_TC, k_TE) if holds_fp8(cache) else torch.cat([c_TC, k_TE], -1))
+    write_entries(
+        cache, write_T, encode_latents(c_TC, k_TE) if holds_fp8(cache) else torch.cat([c_TC, k_TE], -1)
+    )
 
 
 def gather_heads(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -59,7 +62,9 @@ def decode_heads(entries_TB: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[T, K, D] of entries: products in float32, rounded to ``dtype``."""
     num_heads = num_kv_heads(entries_TB, dim)
     scales_TK = entries_TB[:, num_heads * dim :].view(torch.float32)
-    values_TKD: Tensor = from_e4m3(entries_TB[:, : num_heads * dim], torch.float32).unflatten(1, (num_heads, dim))
+    values_TKD: Tensor = from_e4m3(entries_TB[:, : num_heads * dim], torch.float32).unflatten(
+        1, (num_heads, dim)
+    )
     values_TKD *= scales_TK[..., None]
     return values_TKD.to(dtype)
 
@@ -69,7 +74,14 @@ def encode_latents(c_TC: Tensor, k_TE: Tensor) -> Tensor:
     padded_TGg = F.pad(c_TC.float(), (0, -c_TC.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scales_TG = (padded_TGg.abs().amax(-1) / LARGEST).clamp_min(LEAST_SCALE)
     values_TC = (padded_TGg / scales_TG[..., None]).to(torch.float8_e4m3fn).flatten(1)[:, : c_TC.shape[1]]
-    return torch.cat([values_TC.view(torch.uint8), scales_TG.view(torch.uint8), k_TE.to(torch.bfloat16).contiguous().view(torch.uint8)], 1)
+    return torch.cat(
+        [
+            values_TC.view(torch.uint8),
+            scales_TG.view(torch.uint8),
+            k_TE.to(torch.bfloat16).contiguous().view(torch.uint8),
+        ],
+        1,
+    )
 
 
 def decode_latents(entries_TB: Tensor, latent_dim: int, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,16 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim of x [..., D]; computed in float32, returned in the dtype of x."""
+    """x / rms(x) * weight over the last dim of x [..., D]; computed in float32, returned in the
+    dtype of x.
+    """
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum x + update, rounded to the dtype of x, and the norm of that rounded sum. Both [..., D]."""
+    """The sum x + update, rounded to the dtype of x, and the norm of that rounded sum. Both [...,
+    D].
+    """
     total = x + update
     return total, rms_norm(total, weight_D, eps)
 

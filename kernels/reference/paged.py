@@ -1,7 +1,7 @@
 """Which cache positions the tokens of a step are written to, and which a row reads.
 
-A cache tensor is [num_pages * page_size, ...]: position = page * page_size + offset. Positions past a row's length are
-gathered and masked, so a cache must be allocated zeroed and hold finite values.
+A cache tensor is [num_pages * page_size, ...]: position = page * page_size + offset. Positions past
+a row's length are gathered and masked, so a cache must be allocated zeroed and hold finite values.
 
 T tokens  R rows  P pages of the longest row  R1 = R + 1
 """
@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Decode rows are padded to the longest of their group. Rows of less than half its pages go to another group, unless the
-# longest is this short: padding then costs less than one more kernel call.
+# Decode rows are padded to the longest of their group. Rows of less than half its pages go to
+# another group, unless the longest is this short: padding then costs less than one more kernel
+# call.
 _SMALL_GROUP_PAGES = 16
 
 
@@ -27,7 +28,8 @@ _SMALL_GROUP_PAGES = 16
 class DecodeGroup:
     """Decode rows attended together. ``rows`` is None when the group is all of them in order.
 
-    pages [rows * P] int32: the page tables, flattened. mask [rows, 1, 1, P * page_size] bool: true where a row may look.
+    pages [rows * P] int32: the page tables, flattened. mask [rows, 1, 1, P * page_size] bool: true
+    where a row may look.
     """
 
     rows: Tensor | None
@@ -38,7 +40,9 @@ class DecodeGroup:
 
 @dataclass(frozen=True)
 class Extend:
-    """A row with several query tokens: tokens [begin, end) of the step, at positions [start, length) of its sequence."""
+    """A row with several query tokens: tokens [begin, end) of the step, at positions [start,
+    length) of its sequence.
+    """
 
     begin: int
     end: int
@@ -49,11 +53,13 @@ class Extend:
 
 @dataclass
 class PagedBatch:
-    """The rows of one step: ``num_decode`` rows of one token each (token i is row i's), then the extends.
+    """The rows of one step: ``num_decode`` rows of one token each (token i is row i's), then the
+    extends.
 
-    query_start_R1 int32: first token of each row, then T. lengths_R int32: KV length of each row, this step's tokens
-    included. pages_RP int32: page tables, any valid page past a row's end. write_T int64: cache position of each token.
-    ``query_starts`` and ``lengths`` are the same on the host, for eager execution.
+    query_start_R1 int32: first token of each row, then T. lengths_R int32: KV length of each row,
+    this step's tokens included. pages_RP int32: page tables, any valid page past a row's end.
+    write_T int64: cache position of each token. ``query_starts`` and ``lengths`` are the same on
+    the host, for eager execution.
     """
 
     num_decode: int
@@ -81,7 +87,9 @@ class PagedBatch:
 
     @cached_property
     def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """``query_start_R1``, ``lengths_R`` and ``pages_RP`` as compiled kernels of the host read them."""
+        """``query_start_R1``, ``lengths_R`` and ``pages_RP`` as compiled kernels of the host read
+        them.
+        """
         return self.query_start_R1.numpy(), self.lengths_R.numpy(), self.pages_RP.numpy()
 
     def extends(self) -> Iterator[Extend]:
@@ -114,7 +122,8 @@ def build_batch(
 ) -> tuple[PagedBatch, Tensor]:
     """A batch from host arrays, and positions_T int64, the position of each token in its sequence.
 
-    starts_R: KV length of each row before the step. counts_R: tokens each row computes, one for decode rows.
+    starts_R: KV length of each row before the step. counts_R: tokens each row computes, one for
+    decode rows.
     """
     assert (counts_R[:num_decode] == 1).all(), "a decode row computes one token"
     lengths = starts_R + counts_R
@@ -151,7 +160,8 @@ def write_entries(cache: Tensor, write_T: Tensor, entries: Tensor) -> None:
 
 def copy_pages(caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, page_size: int) -> None:
     """Copies page sources_N[i] to page targets_N[i] in every cache; int64, targets distinct, none of them a source. A target of
-    -1 fills up a list of fixed length and is skipped."""
+    -1 fills up a list of fixed length and is skipped.
+    """
     real_N = (targets_N >= 0).nonzero()[:, 0]
     for cache in caches:
         by_page = cache.view(-1, page_size * cache[0].numel())
@@ -159,6 +169,8 @@ def copy_pages(caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, p
 
 
 def gather_pages(cache: Tensor, pages: Tensor, page_size: int, dtype: torch.dtype) -> Tensor:
-    """The entries of ``pages`` [n] in order: [n * page_size, ...] of a cache [num_pages * page_size, ...], as ``dtype``."""
+    """The entries of ``pages`` [n] in order: [n * page_size, ...] of a cache [num_pages *
+    page_size, ...], as ``dtype``.
+    """
     by_page = cache.view(-1, page_size * cache[0].numel())
     return by_page.index_select(0, pages).view(-1, *cache.shape[1:]).to(dtype)

@@ -1,6 +1,8 @@
-"""Rotary position embedding (arXiv 2104.09864) and its stretched frequencies (YaRN, arXiv 2309.00071).
+"""Rotary position embedding (arXiv 2104.09864) and its stretched frequencies (YaRN, arXiv
+2309.00071).
 
-Angles and rotation are float32: in bf16 the angle of a position past 256 would already be off by whole steps.
+Angles and rotation are float32: in bf16 the angle of a position past 256 would already be off by
+whole steps.
 
 T tokens  H heads  K key/value heads  D head dim, all rotated if nothing else is said  F = D / 2 frequencies  C latent dim  Z = C + D
 """
@@ -22,7 +24,9 @@ from .norm import rms_norm
 
 @dataclass(frozen=True)
 class Angles:
-    """The rotations of the tokens of a step, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1, F]."""
+    """The rotations of the tokens of a step, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1,
+    F].
+    """
 
     cos_T1F: Tensor
     sin_T1F: Tensor
@@ -48,12 +52,19 @@ def frequencies(dim: int, theta: float) -> Tensor:
 
 
 def yarn_frequencies(
-    dim: int, theta: float, factor: float, original_length: int, beta_fast: float, beta_slow: float, truncate: bool
+    dim: int,
+    theta: float,
+    factor: float,
+    original_length: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
 ) -> Tensor:
     """``frequencies`` for a context ``factor`` times ``original_length``: float32 [dim / 2].
 
-    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency, those that turn less than
-    ``beta_slow`` times are slowed ``factor`` times, and a ramp joins them; ``truncate`` rounds the ramp's ends outwards.
+    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency,
+    those that turn less than ``beta_slow`` times are slowed ``factor`` times, and a ramp joins
+    them; ``truncate`` rounds the ramp's ends outwards.
     """
 
     def pair_of(turns: float) -> float:
@@ -80,21 +91,35 @@ def rotate_halves(x_THD: Tensor, angles: Angles) -> Tensor:
     """Rotates the pairs (i, i + D/2) of x_THD. Returns float32 [T, H, D]."""
     low_THF, high_THF = x_THD.float().chunk(2, -1)
     cos, sin = angles.cos_T1F, angles.sin_T1F
-    return torch.cat([torch.addcmul(low_THF * cos, high_THF, sin, value=-1), torch.addcmul(high_THF * cos, low_THF, sin)], -1)
+    return torch.cat(
+        [torch.addcmul(low_THF * cos, high_THF, sin, value=-1), torch.addcmul(high_THF * cos, low_THF, sin)],
+        -1,
+    )
 
 
 def rotate_pairs(x_THD: Tensor, angles: Angles) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of x_THD. Returns float32 [T, H, D], first members first, so queries and keys must both
-    have passed here."""
+    """Rotates the pairs (2i, 2i + 1) of x_THD. Returns float32 [T, H, D], first members first, so
+    queries and keys must both have passed here.
+    """
     even_THF, odd_THF = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos_T1F, angles.sin_T1F
-    return torch.cat([torch.addcmul(even_THF * cos, odd_THF, sin, value=-1), torch.addcmul(odd_THF * cos, even_THF, sin)], -1)
+    return torch.cat(
+        [torch.addcmul(even_THF * cos, odd_THF, sin, value=-1), torch.addcmul(odd_THF * cos, even_THF, sin)],
+        -1,
+    )
 
 
 def norm_rotate_and_write(
-    qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+    qkv_TXD: Tensor,
+    norms: HeadNorms | None,
+    angles: Angles,
+    cache: tuple[Tensor, Tensor],
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
-    """``rotate_and_write`` of X = H + 2 K heads, queries, then keys, then values, with the norms before it, if any."""
+    """``rotate_and_write`` of X = H + 2 K heads, queries, then keys, then values, with the norms
+    before it, if any.
+    """
     q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
     if norms is not None:
         q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
@@ -109,21 +134,36 @@ def split_heads(qkv_TXD: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def rotate_and_write(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    angles: Angles,
+    cache: tuple[Tensor, Tensor],
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
-    """Rotates queries and keys and stores keys and values at write_T int64 in the cache, in its format; a key is rounded to the
-    model's dtype first. Returns the queries [T, H, D] in their dtype. ``interleaved``: ``rotate_pairs``, else ``rotate_halves``.
-    With F < D / 2 only the first 2 F values of a head are rotated."""
+    """Rotates queries and keys and stores keys and values at write_T int64 in the cache, in its
+    format; a key is rounded to the model's dtype first. Returns the queries [T, H, D] in their
+    dtype. ``interleaved``: ``rotate_pairs``, else ``rotate_halves``. With F < D / 2 only the first
+    2 F values of a head are rotated.
+    """
     write_heads(cache[0], write_T, _rotate_first(k_TKD, angles, interleaved))
     write_heads(cache[1], write_T, v_TKD)
     return _rotate_first(q_THD, angles, interleaved)
 
 
 def rotate_and_write_latent(
-    q_rope_THD: Tensor, c_TC: Tensor, k_rope_TD: Tensor, angles: Angles, cache: Tensor, write_T: Tensor, interleaved: bool
+    q_rope_THD: Tensor,
+    c_TC: Tensor,
+    k_rope_TD: Tensor,
+    angles: Angles,
+    cache: Tensor,
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
-    """Rotates q_rope and k_rope and stores c_TC, then the rotated k_rope, at write_T int64 in the cache, [positions, Z] or
-    bytes. Returns q_rope [T, H, D] in its dtype."""
+    """Rotates q_rope and k_rope and stores c_TC, then the rotated k_rope, at write_T int64 in the
+    cache, [positions, Z] or bytes. Returns q_rope [T, H, D] in its dtype.
+    """
     rotate = rotate_pairs if interleaved else rotate_halves
     k_TD = rotate(k_rope_TD.unsqueeze(1), angles).to(k_rope_TD.dtype).squeeze(1)
     write_latents(cache, write_T, c_TC, k_TD)

@@ -1,8 +1,9 @@
 """Choosing the next token of every row from its logits.
 
-A draw is a function of its row's logits, settings and one uniform number, whatever the other rows of the batch: the
-cumulative distribution is inverted in vocabulary order, and the number is a hash of (seed, position, purpose).
-Settings stay on the host, which picks the rows that need each rule; a batch of greedy rows costs one argmax.
+A draw is a function of its row's logits, settings and one uniform number, whatever the other rows
+of the batch: the cumulative distribution is inverted in vocabulary order, and the number is a hash
+of (seed, position, purpose). Settings stay on the host, which picks the rows that need each rule; a
+batch of greedy rows costs one argmax.
 
 R rows  V vocabulary  N pairs (row, token) of a sparse edit  S rows that are drawn
 B blocks of W tokens
@@ -27,11 +28,13 @@ from ..splitmix import mix64
 # Below this a temperature is greedy, as in vLLM: the distribution is a point in float32 anyway.
 MIN_TEMPERATURE = 1e-5
 
-# Rows are searched for the boundary of their top-p nucleus among this many likeliest tokens, then more, then all.
-# Partial sorts: 32 rows of 152,000 took 2.2 ms for 50, 9.4 ms for 1,024 and 198 ms for all on 2 cores (EPYC, torch 2.13).
+# Rows are searched for the boundary of their top-p nucleus among this many likeliest tokens, then
+# more, then all. Partial sorts: 32 rows of 152,000 took 2.2 ms for 50, 9.4 ms for 1,024 and 198 ms
+# for all on 2 cores (EPYC, torch 2.13).
 _NUCLEUS_WIDTHS = (256, 4096)
 
-# The cumulative distribution is searched by block, then within one, which spares a float64 cumulative sum over V.
+# The cumulative distribution is searched by block, then within one, which spares a float64
+# cumulative sum over V.
 _DRAW_BLOCK = 512
 
 
@@ -49,7 +52,9 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of the rows, host arrays [R]. top_k 0, top_p 1 and min_p 0 are off; temperature 0 is greedy."""
+    """Settings of the rows, host arrays [R]. top_k 0, top_p 1 and min_p 0 are off; temperature 0 is
+    greedy.
+    """
 
     temperature_R: NDArray[np.float32]
     top_k_R: NDArray[np.int64]
@@ -66,8 +71,9 @@ class SamplingParams:
 class LogitEdits:
     """Sparse changes of logits; every pair (row, token) at most once per kind. Host arrays.
 
-    counted: tokens that a row has seen; ``output_counts_N`` is how often among its sampled tokens (0: in the prompt
-    alone); the penalties [R] act on these. bias: added. masked: set to -inf (stop ids before ``min_tokens``).
+    counted: tokens that a row has seen; ``output_counts_N`` is how often among its sampled tokens
+    (0: in the prompt alone); the penalties [R] act on these. bias: added. masked: set to -inf (stop
+    ids before ``min_tokens``).
     """
 
     counted_rows_N: NDArray[np.int64]
@@ -91,8 +97,12 @@ def uniform(seed: NDArray[np.int64], position: NDArray[np.int64], purpose: Purpo
     return (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def token_counts(history_i32: NDArray[np.int32], prompt_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct tokens of one row, prompt first in ``history_i32``, and how often each was sampled (0: prompt alone)."""
+def token_counts(
+    history_i32: NDArray[np.int32], prompt_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct tokens of one row, prompt first in ``history_i32``, and how often each was
+    sampled (0: prompt alone).
+    """
     tokens, index = np.unique(history_i32, return_inverse=True)
     counts = np.bincount(index[prompt_length:], minlength=len(tokens))
     return tokens.astype(np.int64), counts.astype(np.int64)
@@ -101,8 +111,9 @@ def token_counts(history_i32: NDArray[np.int32], prompt_length: int) -> tuple[ND
 def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     """Applies bias, then the mask, then penalties, in place on logits_RV float32.
 
-    Repetition divides positive and multiplies negative logits of every counted token (arXiv 1909.05858); frequency is
-    subtracted once per occurrence in the output, presence once if there is one.
+    Repetition divides positive and multiplies negative logits of every counted token (arXiv
+    1909.05858); frequency is subtracted once per occurrence in the output, presence once if there
+    is one.
     """
     device = logits_RV.device
     if len(edits.bias_rows_N):
@@ -115,10 +126,11 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
-    """Sets what ``rows_S`` may not sample to -inf, in place: token t is allowed where bit t % 32 of word t // 32 is set.
+    """Sets what ``rows_S`` may not sample to -inf, in place: token t is allowed where bit t % 32 of
+    word t // 32 is set.
 
-    Row by row, adding 0 or -inf by a table over bytes: at V 152,000 that took a core 0.05 to 0.13 ms a row, ``masked_fill_`` with a
-    mask of bools up to 1.7 ms (EPYC, torch 2.13).
+    Row by row, adding 0 or -inf by a table over bytes: at V 152,000 that took a core 0.05 to 0.13
+    ms a row, ``masked_fill_`` with a mask of bools up to 1.7 ms (EPYC, torch 2.13).
     """
     vocab, device = logits_RV.shape[1], logits_RV.device
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
@@ -133,9 +145,12 @@ def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top.values, top.indices
 
 
-def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64], search: Search = likeliest) -> Tensor:
-    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from ``uniform``; greedy rows do not read it.
-    ``search`` does what ``likeliest`` does."""
+def sample(
+    logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64], search: Search = likeliest
+) -> Tensor:
+    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from
+    ``uniform``; greedy rows do not read it. ``search`` does what ``likeliest`` does.
+    """
     drawn = params.drawn_S
     if not len(drawn):
         return logits_RV.argmax(-1)
@@ -147,10 +162,13 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
     return tokens_R
 
 
-def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int, search: Search = likeliest) -> tuple[Tensor, Tensor, Tensor]:
+def logprobs(
+    logits_SV: Tensor, tokens_S: Tensor, num_top: int, search: Search = likeliest
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the model's own logits (before ``edit_logits``), float32.
 
-    Returns chosen_S of tokens_S, then ids [S, num_top] int64 and values [S, num_top] of the likeliest tokens, best first.
+    Returns chosen_S of tokens_S, then ids [S, num_top] int64 and values [S, num_top] of the
+    likeliest tokens, best first.
     """
     total_S1 = logits_SV.logsumexp(-1, keepdim=True)
     chosen_S = (logits_SV.gather(-1, tokens_S[:, None]) - total_S1)[:, 0]
@@ -173,10 +191,11 @@ def _penalise(logits_RV: Tensor, edits: LogitEdits) -> None:
 
 
 def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64], search: Search) -> Tensor:
-    """The distributions of the rows ``drawn``, not normalised: [S, B, W], the vocabulary in blocks of W, zeros at the end.
+    """The distributions of the rows ``drawn``, not normalised: [S, B, W], the vocabulary in blocks
+    of W, zeros at the end.
 
-    Min-p, then top-k, then top-p over what is left set weights to 0. Each is a floor, so tokens equal to the last one let
-    in are let in too.
+    Min-p, then top-k, then top-p over what is left set weights to 0. Each is a floor, so tokens
+    equal to the last one let in are let in too.
     """
     if len(drawn) < len(logits_RV):
         logits_RV = logits_RV[_move(drawn, logits_RV.device)]
@@ -192,7 +211,9 @@ def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64]
     if (top_k > 0).any():
         weights_SV.masked_fill_(scaled_SV < _top_k_floor(scaled_SV, top_k, search), 0.0)
     if (top_p < 1).any():
-        weights_SV.masked_fill_(weights_SV < _top_p_floor(weights_SV, blocks_SBW.flatten(1), top_p, search), 0.0)
+        weights_SV.masked_fill_(
+            weights_SV < _top_p_floor(weights_SV, blocks_SBW.flatten(1), top_p, search), 0.0
+        )
     return blocks_SBW
 
 
@@ -205,8 +226,9 @@ def _top_k_floor(scaled_SV: Tensor, top_k: NDArray[np.int64], search: Search) ->
 
 
 def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float32], search: Search) -> Tensor:
-    """[S, 1]: the weight of the last token of the smallest set of likeliest tokens whose share reaches ``top_p``. ``padded_SP``: the
-    weights with zeros behind them, rows one after another."""
+    """[S, 1]: the weight of the last token of the smallest set of likeliest tokens whose share
+    reaches ``top_p``. ``padded_SP``: the weights with zeros behind them, rows one after another.
+    """
     num_rows, vocab = weights_SV.shape
     device = weights_SV.device
     mass_S1 = weights_SV.sum(-1, keepdim=True).double() * _move(top_p.astype(np.float64), device)[:, None]
@@ -214,7 +236,9 @@ def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float3
     open_S = _move(np.nonzero(top_p < 1)[0], device)
     for width in (*_NUCLEUS_WIDTHS, vocab):
         values, _ = search(padded_SP if len(open_S) == num_rows else padded_SP[open_S], min(width, vocab))
-        before = (values.double().cumsum(-1) < mass_S1[open_S]).sum(-1, keepdim=True)  # tokens before the one that reaches the mass
+        before = (values.double().cumsum(-1) < mass_S1[open_S]).sum(
+            -1, keepdim=True
+        )  # tokens before the one that reaches the mass
         floor_S1[open_S] = values.gather(-1, before.clamp_max(values.shape[1] - 1))
         open_S = open_S[(before[:, 0] >= values.shape[1]) & (values[:, -1] > 0)]
         if not len(open_S) or width >= vocab:
@@ -223,23 +247,32 @@ def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float3
 
 
 def _draw(weights_SBW: Tensor, uniform_S: Tensor) -> Tensor:
-    """The token at which the cumulative weight passes uniform_S float64 of its total: first its block, then within it."""
+    """The token at which the cumulative weight passes uniform_S float64 of its total: first its
+    block, then within it.
+    """
     ends_SB = weights_SBW.sum(-1).double().cumsum(-1)
     target_S1 = uniform_S[:, None] * ends_SB[:, -1:]
     block_S1 = _first_past(ends_SB, target_S1)
     before_S1 = torch.where(block_S1 > 0, ends_SB.gather(1, (block_S1 - 1).clamp_min(0)), 0.0)
-    inner_SW = weights_SBW[torch.arange(len(weights_SBW), device=weights_SBW.device), block_S1[:, 0]].double().cumsum(-1)
+    inner_SW = (
+        weights_SBW[torch.arange(len(weights_SBW), device=weights_SBW.device), block_S1[:, 0]]
+        .double()
+        .cumsum(-1)
+    )
     return (block_S1 * _DRAW_BLOCK + _first_past(inner_SW, target_S1 - before_S1))[:, 0]
 
 
 def _first_past(ends_SN: Tensor, target_S1: Tensor) -> Tensor:
-    """The first index [S, 1] whose cumulative weight is above the target: never one of weight zero, though rounding may
-    put the target at the total or past it."""
+    """The first index [S, 1] whose cumulative weight is above the target: never one of weight zero,
+    though rounding may put the target at the total or past it.
+    """
     last_S1 = torch.searchsorted(ends_SN, ends_SN[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(ends_SN, target_S1, right=True), last_S1)
 
 
-def _pairs(rows_N: NDArray[np.int64], tokens_N: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+def _pairs(
+    rows_N: NDArray[np.int64], tokens_N: NDArray[np.int64], device: torch.device
+) -> tuple[Tensor, Tensor]:
     return _move(rows_N, device), _move(tokens_N, device)
 
 

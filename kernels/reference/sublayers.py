@@ -1,9 +1,12 @@
-"""The two sublayers of a decoder layer, each with the norm before it: grouped-query attention, and routed experts that all live here.
+"""The two sublayers of a decoder layer, each with the norm before it: grouped-query attention, and
+routed experts that all live here.
 
-They are made of other ops, which differ by column; and they are ops themselves, because a column may compute one in fewer calls: with a
-few rows it takes longer to make a dozen calls than to do what they ask for.
+They are made of other ops, which differ by column; and they are ops themselves, because a column
+may compute one in fewer calls: with a few rows it takes longer to make a dozen calls than to do
+what they ask for.
 
-A *residual* is the sum so far and what has yet to be added to it, None before the first sublayer: the next norm adds it in passing.
+A *residual* is the sum so far and what has yet to be added to it, None before the first sublayer:
+the next norm adds it in passing.
 
 T tokens  D hidden  H query heads  K key/value heads  X = H + 2 K  E head dim  C choices per token  M = T C pairs  L experts  S slots
 """
@@ -36,7 +39,9 @@ class RowNorm:
 
     @cached_property
     def array(self) -> NDArray[Any]:
-        """The weight as compiled kernels of the host read it, bf16 as its bits; so are all arrays here. It takes 1 to 2 us to find."""
+        """The weight as compiled kernels of the host read it, bf16 as its bits; so are all arrays
+        here. It takes 1 to 2 us to find.
+        """
         return _memory(self.weight)
 
 
@@ -52,7 +57,9 @@ class Projection(Protocol):
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """What grouped-query attention is made of. ``qkv`` gives X heads of ``dim``: queries, then keys, then values."""
+    """What grouped-query attention is made of. ``qkv`` gives X heads of ``dim``: queries, then
+    keys, then values.
+    """
 
     dim: int
     interleaved: bool
@@ -90,8 +97,9 @@ class GateWeights:
 
 @dataclass(frozen=True)
 class Here:
-    """Where the experts of a layer are, all of which are in reach: slots_L int64; rows_M int64, the token of each pair; counts_S int64,
-    increased by the pairs of every slot."""
+    """Where the experts of a layer are, all of which are in reach: slots_L int64; rows_M int64, the
+    token of each pair; counts_S int64, increased by the pairs of every slot.
+    """
 
     slots_L: Tensor
     rows_M: Tensor
@@ -142,18 +150,26 @@ def add_norm(ops: Ops, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tenso
     return ops.add_rms_norm(x_TD, update_TD, norm.weight, norm.eps)
 
 
-def attention_sublayer(ops: Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step) -> tuple[Tensor, Tensor]:
+def attention_sublayer(
+    ops: Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step
+) -> tuple[Tensor, Tensor]:
     """The residual after attention. T is at least 1. ``ops`` is the column."""
     x_TD, normed_TD = add_norm(ops, residual, norm)
     qkv_TXE = ops.linear(normed_TD, heads.qkv.weight, heads.qkv.bias).unflatten(-1, (-1, heads.dim))
     batch = step.batch
-    q_THE = ops.norm_rotate_and_write(qkv_TXE, heads.norms, step.rotation, step.cache, batch.write_T, heads.interleaved)
+    q_THE = ops.norm_rotate_and_write(
+        qkv_TXE, heads.norms, step.rotation, step.cache, batch.write_T, heads.interleaved
+    )
     out_THE = ops.attend(q_THE, *step.cache, batch, heads.dim**-0.5)
     return x_TD, ops.linear(out_THE.flatten(1), heads.out.weight, heads.out.bias)
 
 
-def choose_experts(ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum so far, its norm, and the experts that the gate chooses for that: ids_TC int64 and weights_TC float32."""
+def choose_experts(
+    ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum so far, its norm, and the experts that the gate chooses for that: ids_TC int64 and
+    weights_TC float32.
+    """
     x_TD, normed_TD = add_norm(ops, residual, norm)
     return x_TD, normed_TD, *ops.gate(normed_TD, gate.weight, gate.bias, gate.routing)
 
@@ -161,8 +177,9 @@ def choose_experts(ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeight
 def experts_sublayer(
     ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights, weights: tuple[Any, Any], here: Here
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum so far, its norm, and what the experts that the gate chooses make of that, weighted. ``weights``: w13 and w2, as
-    ``experts`` of the column reads them."""
+    """The sum so far, its norm, and what the experts that the gate chooses make of that, weighted.
+    ``weights``: w13 and w2, as ``experts`` of the column reads them.
+    """
 
     def run(x_TD: Tensor, slots_M: Tensor) -> Tensor:
         return ops.experts(x_TD, here.rows_M, slots_M, *weights, here.counts_S)
@@ -171,9 +188,16 @@ def experts_sublayer(
 
 
 def route_through(
-    ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights, slots_L: Tensor, run: Callable[[Tensor, Tensor], Tensor]
+    ops: Ops,
+    residual: Residual,
+    norm: RowNorm,
+    gate: GateWeights,
+    slots_L: Tensor,
+    run: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``experts_sublayer`` with any experts: ``run`` takes x_TD and slots_M and returns y_MD, unweighted."""
+    """``experts_sublayer`` with any experts: ``run`` takes x_TD and slots_M and returns y_MD,
+    unweighted.
+    """
     x_TD, normed_TD, ids_TC, weights_TC = choose_experts(ops, residual, norm, gate)
     y_MD = run(normed_TD, slots_L.index_select(0, ids_TC.view(-1)))
     return x_TD, normed_TD, ops.weighted_sum(y_MD.view(*ids_TC.shape, y_MD.shape[1]), weights_TC)

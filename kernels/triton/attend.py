@@ -1,9 +1,11 @@
-"""The kernel behind both kinds of paged attention, for decode rows (split over the keys) and for extends over a cached prefix.
+"""The kernel behind both kinds of paged attention, for decode rows (split over the keys) and for
+extends over a cached prefix.
 
-A program takes a tile of (query token, head) pairs of one row that share a key head: for decode rows the heads of a group, for
-extends several tokens of them. It walks the pages of its row and keeps a running softmax, in base 2; eight-bit values are scaled as
-they are loaded. Lengths, page tables and the first token of each row are read on the device; grids follow from T, R and the width of
-the page table alone.
+A program takes a tile of (query token, head) pairs of one row that share a key head: for decode
+rows the heads of a group, for extends several tokens of them. It walks the pages of its row and
+keeps a running softmax, in base 2; eight-bit values are scaled as they are loaded. Lengths, page
+tables and the first token of each row are read on the device; grids follow from T, R and the width
+of the page table alone.
 
 T tokens  R rows  P positions  H query heads  K key heads  G = H / K  C dims of q0 and k0, and of the values  E further dims of q and k
 S splits of a row's keys
@@ -32,8 +34,9 @@ _ANY_NUMBER = 2**31 - 1
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries, the values' width and where results go. q0_THC and out_THC may have any strides but the last; q1_THE continues q0
-    where keys are wider than values (latents), else None."""
+    """Queries, the values' width and where results go. q0_THC and out_THC may have any strides but
+    the last; q1_THE continues q0 where keys are wider than values (latents), else None.
+    """
 
     q0_THC: Tensor
     q1_THE: Tensor | None
@@ -42,8 +45,10 @@ class Queries:
 
 @dataclass(frozen=True)
 class Values:
-    """A cache's [positions, K, C] in any dtype. In eight bits, with ``scales`` float32 [positions, K x groups], one for every ``group``
-    values of a head; else ``group`` is 0 and ``scales`` stands for nothing."""
+    """A cache's [positions, K, C] in any dtype. In eight bits, with ``scales`` float32 [positions,
+    K x groups], one for every ``group`` values of a head; else ``group`` is 0 and ``scales`` stands
+    for nothing.
+    """
 
     values: Tensor
     scales: Tensor
@@ -52,8 +57,9 @@ class Values:
 
 @dataclass(frozen=True)
 class Keys:
-    """k0 and v of every cache position, and k1 [positions, 1, E], which continues k0. A latent's values are its k0; otherwise there
-    is no k1."""
+    """k0 and v of every cache position, and k1 [positions, 1, E], which continues k0. A latent's
+    values are its k0; otherwise there is no k1.
+    """
 
     k0: Values
     k1_PKE: Tensor | None
@@ -76,12 +82,18 @@ def latents_of(cache: Tensor, latent_dim: int) -> Keys:
         return Keys(latents, cache[:, None, latent_dim:], latents)
     end = latent_dim + SCALE_BYTES * num_groups(latent_dim)
     values = cache[:, None, :latent_dim].view(torch.float8_e4m3fn)
-    latents = Values(values, cache.view(torch.float32)[:, latent_dim // SCALE_BYTES :], min(GROUP, power_of_two(latent_dim)))
+    latents = Values(
+        values,
+        cache.view(torch.float32)[:, latent_dim // SCALE_BYTES :],
+        min(GROUP, power_of_two(latent_dim)),
+    )
     return Keys(latents, cache[:, None, end:].view(torch.bfloat16), latents)
 
 
 def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
-    """The first ``num_decode`` rows and tokens, split to fill the device by R, K and the width of the page table."""
+    """The first ``num_decode`` rows and tokens, split to fill the device by R, K and the width of
+    the page table.
+    """
     num_rows, num_heads, dim = batch.num_decode, queries.q0_THC.shape[1], queries.q0_THC.shape[2]
     if not num_rows:
         return
@@ -111,14 +123,23 @@ def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float,
     )
 
 
-def attend_extend(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, most_queries: int = _ANY_NUMBER) -> None:
+def attend_extend(
+    queries: Queries,
+    keys: Keys,
+    batch: PagedBatch,
+    scale: float,
+    tile: AttendTile,
+    most_queries: int = _ANY_NUMBER,
+) -> None:
     """The rows after ``num_decode`` that have at most so many tokens; the others are left alone."""
     num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
     if num_tokens <= 0 or not num_rows:
         return
     group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
     tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a tile that is not full
-    _launch(queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries))
+    _launch(
+        queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries)
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +160,9 @@ def _num_splits(wanted: int, max_keys: int) -> int:
     return max(1, min(wanted, max_keys // _KEYS_PER_SPLIT, 64))
 
 
-def _launch(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, part: _Part) -> None:
+def _launch(
+    queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, part: _Part
+) -> None:
     q0, out = queries.q0_THC, queries.out_THC
     k0, v = keys.k0.values, keys.v.values
     q1 = queries.q1_THE if queries.q1_THE is not None else q0
@@ -256,7 +279,9 @@ def _attend_kernel(
         num_queries = 1
         first_token = row.to(tl.int64)
     else:
-        row, tile_in_row, num_queries, first_token = row_of_tile(query_start_ptr + first_row, tile, num_rows, G, BLOCK_M, ROWS_PAD)
+        row, tile_in_row, num_queries, first_token = row_of_tile(
+            query_start_ptr + first_row, tile, num_rows, G, BLOCK_M, ROWS_PAD
+        )
         if (row >= num_rows) | (num_queries > most_queries):
             return
         row += first_row
@@ -272,12 +297,20 @@ def _attend_kernel(
     c = tl.arange(0, C_PAD)
     e = tl.arange(0, E_PAD)
     q_mask = live[:, None] & (c < C)[None, :]
-    q0 = tl.load(q0_ptr + token[:, None] * q0_stride_t + head[:, None] * q0_stride_h + c[None, :], mask=q_mask, other=0.0)
+    q0 = tl.load(
+        q0_ptr + token[:, None] * q0_stride_t + head[:, None] * q0_stride_h + c[None, :],
+        mask=q_mask,
+        other=0.0,
+    )
     dtype: tl.constexpr = tl.float32 if WIDEN else q0_ptr.dtype.element_ty
     q0 = q0.to(dtype)
     if E > 0:
         q1_mask = live[:, None] & (e < E)[None, :]
-        q1 = tl.load(q1_ptr + token[:, None] * q1_stride_t + head[:, None] * q1_stride_h + e[None, :], mask=q1_mask, other=0.0)
+        q1 = tl.load(
+            q1_ptr + token[:, None] * q1_stride_t + head[:, None] * q1_stride_h + e[None, :],
+            mask=q1_mask,
+            other=0.0,
+        )
         q1 = q1.to(dtype)
 
     last_query = tl.minimum((tile_in_row * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
@@ -290,7 +323,8 @@ def _attend_kernel(
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
-    # Pages are looked up a block ahead: looked up in the iteration that needs them, they take the place of the loads in flight.
+    # Pages are looked up a block ahead: looked up in the iteration that needs them, they take the
+    # place of the loads in flight.
     pages = _pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
     for key_start in range(key_begin, key_end, BLOCK_N):
         key = key_start + tl.arange(0, BLOCK_N)
@@ -298,7 +332,17 @@ def _attend_kernel(
         at = pages.to(tl.int64) * PAGE + key % PAGE
         pages = _pages_of(row_pages_ptr, key_start + BLOCK_N, key_end, PAGE, BLOCK_N)
         k_scales_at, v_scales_at = k_scales_ptr + at * scales_stride_p, v_scales_ptr + at * scales_stride_p
-        k0 = _load_values(k0_ptr + at * k0_stride_p + kv_head * k0_stride_h, k_scales_at, kv_head, inside, C, C_PAD, GROUP, BLOCK_N, dtype)
+        k0 = _load_values(
+            k0_ptr + at * k0_stride_p + kv_head * k0_stride_h,
+            k_scales_at,
+            kv_head,
+            inside,
+            C,
+            C_PAD,
+            GROUP,
+            BLOCK_N,
+            dtype,
+        )
         scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if E > 0:
             k1_mask = inside[:, None] & (e < E)[None, :]
@@ -306,9 +350,21 @@ def _attend_kernel(
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
             v = k0
         else:
-            v = _load_values(v_ptr + at * v_stride_p + kv_head * v_stride_h, v_scales_at, kv_head, inside, C, C_PAD, GROUP, BLOCK_N, dtype)
+            v = _load_values(
+                v_ptr + at * v_stride_p + kv_head * v_stride_h,
+                v_scales_at,
+                kv_head,
+                inside,
+                C,
+                C_PAD,
+                GROUP,
+                BLOCK_N,
+                dtype,
+            )
         seen = (key[None, :] <= position[:, None]) & inside[None, :]
-        best, total, acc = softmax_step(tl.where(seen, scores * scale, float("-inf")), v, best, total, acc, dtype)
+        best, total, acc = softmax_step(
+            tl.where(seen, scores * scale, float("-inf")), v, best, total, acc, dtype
+        )
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if SPLIT:
@@ -322,8 +378,12 @@ def _attend_kernel(
 
 
 @triton.jit
-def row_of_tile(query_start_ptr, tile, num_rows, G: tl.constexpr, BLOCK_M: tl.constexpr, ROWS_PAD: tl.constexpr):
-    """The row (``num_rows`` past the last) that a tile belongs to, the tile's index in it, the row's queries and first token."""
+def row_of_tile(
+    query_start_ptr, tile, num_rows, G: tl.constexpr, BLOCK_M: tl.constexpr, ROWS_PAD: tl.constexpr
+):
+    """The row (``num_rows`` past the last) that a tile belongs to, the tile's index in it, the
+    row's queries and first token.
+    """
     r = tl.arange(0, ROWS_PAD)
     begins = tl.load(query_start_ptr + r, mask=r < num_rows, other=0)
     ends = tl.load(query_start_ptr + r + 1, mask=r < num_rows, other=0)
@@ -347,7 +407,9 @@ def softmax_step(scores, v, best, total, acc, dtype: tl.constexpr):
 
 @triton.jit
 def _pages_of(row_pages_ptr, key_start, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of a block of keys where blocks lie in one, else that of each key; 0 past the end."""
+    """The page of a block of keys where blocks lie in one, else that of each key; 0 past the
+    end.
+    """
     if PAGE % BLOCK_N == 0:
         pages = tl.load(row_pages_ptr + key_start // PAGE, mask=key_start < key_end, other=0)
     else:
@@ -368,18 +430,24 @@ def _load_values(
     N: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """[N, C_PAD] as ``dtype`` of entries that begin at at_N; eight-bit values times their scales, of which a head has C / GROUP."""
+    """[N, C_PAD] as ``dtype`` of entries that begin at at_N; eight-bit values times their scales,
+    of which a head has C / GROUP.
+    """
     if GROUP == 0:
         c = tl.arange(0, C_PAD)
         if C == C_PAD:
             values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None], other=0.0).to(dtype)
         else:
-            values = tl.load(at_N[:, None] + c[None, :], mask=inside_N[:, None] & (c < C)[None, :], other=0.0).to(dtype)
+            values = tl.load(
+                at_N[:, None] + c[None, :], mask=inside_N[:, None] & (c < C)[None, :], other=0.0
+            ).to(dtype)
     else:
         GROUPS: tl.constexpr = (C + GROUP - 1) // GROUP
         g = tl.arange(0, C_PAD // GROUP)
         c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        x = tl.load(at_N[:, None, None] + c[None, :, :], mask=inside_N[:, None, None] & (c < C)[None, :, :], other=0.0)
+        x = tl.load(
+            at_N[:, None, None] + c[None, :, :], mask=inside_N[:, None, None] & (c < C)[None, :, :], other=0.0
+        )
         scales_mask = inside_N[:, None] & (g < GROUPS)[None, :]
         scales = tl.load(scales_at_N[:, None] + kv_head * GROUPS + g[None, :], mask=scales_mask, other=0.0)
         values = tl.reshape((x.to(tl.float32) * scales[:, :, None]).to(dtype), (N, C_PAD))
@@ -399,7 +467,9 @@ def _join_kernel(
     C_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
-    """One (token, head): its splits, weighted by their shares, in the order of the splits whatever the device did first."""
+    """One (token, head): its splits, weighted by their shares, in the order of the splits whatever
+    the device did first.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     s = tl.arange(0, SPLITS_PAD)
@@ -412,4 +482,6 @@ def _join_kernel(
     inside = (s < num_splits)[:, None] & (c < C)[None, :]
     partial = tl.load(partial_ptr + (slot + s)[:, None] * C + c[None, :], mask=inside, other=0.0)
     out = tl.sum(partial * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + token * out_stride_t + head * out_stride_h + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
+    tl.store(
+        out_ptr + token * out_stride_t + head * out_stride_h + c, out.to(out_ptr.dtype.element_ty), mask=c < C
+    )

@@ -1,12 +1,14 @@
-"""Triton column of ``experts``: a grouped product with SwiGLU in its epilogue, one that scatters back to pairs, the ordered sum.
+"""Triton column of ``experts``: a grouped product with SwiGLU in its epilogue, one that scatters
+back to pairs, the ordered sum.
 
-Two launches after the grouping: ``_up_kernel`` gathers rows of x by pair and writes silu(gate) * up in grouped order,
-``_down_kernel`` writes every pair's row of y. Programs of blocks without a slot leave at once, so grids are bounds known to the host.
-Rooflines: up to some 64 tokens the weights of the slots hit, 6 D F bytes each in bf16, against memory bandwidth; at thousands of
-tokens 6 D F flops per pair against the matmul rate. ``weighted_sum`` reads K and writes 1 row per token.
+Two launches after the grouping: ``_up_kernel`` gathers rows of x by pair and writes silu(gate) * up
+in grouped order, ``_down_kernel`` writes every pair's row of y. Programs of blocks without a slot
+leave at once, so grids are bounds known to the host. Rooflines: up to some 64 tokens the weights of
+the slots hit, 6 D F bytes each in bf16, against memory bandwidth; at thousands of tokens 6 D F
+flops per pair against the matmul rate. ``weighted_sum`` reads K and writes 1 row per token.
 
-The sum over k is a pass of its own, in the order of k and in float32: atomic adds from ``_down_kernel`` would spare a read of y
-but sum in an order that changes from run to run.
+The sum over k is a pass of its own, in the order of k and in float32: atomic adds from
+``_down_kernel`` would spare a read of y but sum in an order that changes from run to run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -25,13 +27,27 @@ from .tiles import DEFAULT, ExpertTile, ProductTile, Tiles
 
 
 def experts(
-    x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: Tensor, w2_SDF: Tensor, counts_S: Tensor, tiles: Tiles = DEFAULT
+    x_ND: Tensor,
+    rows_M: Tensor,
+    slots_M: Tensor,
+    w13_SFD: Tensor,
+    w2_SDF: Tensor,
+    counts_S: Tensor,
+    tiles: Tiles = DEFAULT,
 ) -> Tensor:
     """As ``experts.experts``, for x and weights of one dtype; nothing is read by the host."""
-    return experts_tiled(x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tiles.of_experts(len(slots_M), len(w13_SFD)))
+    return experts_tiled(
+        x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tiles.of_experts(len(slots_M), len(w13_SFD))
+    )
 
 
-def experts_tiled(x_ND: Tensor, pairs: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], counts_S: Tensor, tile: ExpertTile) -> Tensor:
+def experts_tiled(
+    x_ND: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    counts_S: Tensor,
+    tile: ExpertTile,
+) -> Tensor:
     """``experts`` with ``pairs`` (rows_M, slots_M), ``weights`` (w13_SFD, w2_SDF) and a tile."""
     (rows_M, slots_M), (w13_SFD, w2_SDF) = pairs, weights
     check_dtype(x_ND, "experts: x")
@@ -102,7 +118,9 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 @triton.jit
 def block_and_tile(num_blocks, num_tiles, GROUP: tl.constexpr):
-    """Programs that run together share tiles of weights among GROUP neighbouring blocks, which mostly meet the same slot."""
+    """Programs that run together share tiles of weights among GROUP neighbouring blocks, which
+    mostly meet the same slot.
+    """
     pid = tl.program_id(0)
     per_group = GROUP * num_tiles
     first = (pid // per_group) * GROUP
@@ -209,7 +227,11 @@ def _down_kernel(
         if WIDEN:
             h, w = h.to(tl.float32), w.to(tl.float32)
         y = tl.dot(h, w, y, input_precision="ieee")
-    tl.store(y_ptr + pair[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=(pair >= 0)[:, None] & (d < D)[None, :])
+    tl.store(
+        y_ptr + pair[:, None] * D + d[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=(pair >= 0)[:, None] & (d < D)[None, :],
+    )
 
 
 @triton.jit

@@ -1,9 +1,12 @@
-"""Triton column of ``fp8.experts_fp8``: as ``triton_experts``, with block-scaled FP8 on both sides of both products.
+"""Triton column of ``fp8.experts_fp8``: as ``triton_experts``, with block-scaled FP8 on both sides
+of both products.
 
-A step of 128 along the inner dim meets one scale per row of x and one of the weights, so its partial sum is scaled once and added in
-float32. The activation is quantised in the epilogue of the first product where its tile is a group of 128 wide. Narrower tiles, of
-which a few pairs need many to fill a card, leave it in float32, and every program of the second product quantises what it loads.
-Rooflines: as ``triton_experts``, with 3 D F bytes a slot and the FP8 rate of the matrix units.
+A step of 128 along the inner dim meets one scale per row of x and one of the weights, so its
+partial sum is scaled once and added in float32. The activation is quantised in the epilogue of the
+first product where its tile is a group of 128 wide. Narrower tiles, of which a few pairs need many
+to fill a card, leave it in float32, and every program of the second product quantises what it
+loads. Rooflines: as ``triton_experts``, with 3 D F bytes a slot and the FP8 rate of the matrix
+units.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -25,7 +28,13 @@ from .tiles import DEFAULT, ExpertTile, Tiles
 
 
 def experts_fp8(
-    x: Quantised, pairs: tuple[Tensor, Tensor], w13: Quantised, w2: Quantised, counts_S: Tensor, dtype: torch.dtype, tiles: Tiles = DEFAULT
+    x: Quantised,
+    pairs: tuple[Tensor, Tensor],
+    w13: Quantised,
+    w2: Quantised,
+    counts_S: Tensor,
+    dtype: torch.dtype,
+    tiles: Tiles = DEFAULT,
 ) -> Tensor:
     """As ``fp8.experts_fp8``; nothing is read by the host."""
     tile = tiles.of_experts(len(pairs[1]), len(w13.values), fp8=True)
@@ -33,13 +42,25 @@ def experts_fp8(
 
 
 def experts_fp8_tiled(
-    x: Quantised, pairs: tuple[Tensor, Tensor], weights: tuple[Quantised, Quantised], counts_S: Tensor, dtype: torch.dtype, tile: ExpertTile
+    x: Quantised,
+    pairs: tuple[Tensor, Tensor],
+    weights: tuple[Quantised, Quantised],
+    counts_S: Tensor,
+    dtype: torch.dtype,
+    tile: ExpertTile,
 ) -> Tensor:
-    """``experts_fp8`` with ``weights`` (w13, w2) and a tile: both products a group deep, and at most one wide."""
-    assert tile.up.depth == tile.down.depth == BLOCK and BLOCK % tile.up.columns == BLOCK % tile.down.columns == 0
+    """``experts_fp8`` with ``weights`` (w13, w2) and a tile: both products a group deep, and at
+    most one wide.
+    """
+    assert (
+        tile.up.depth == tile.down.depth == BLOCK
+        and BLOCK % tile.up.columns == BLOCK % tile.down.columns == 0
+    )
     w13, w2 = weights
     rows_M, slots_M = pairs
-    assert all(part.is_contiguous() for quantised in (x, w13, w2) for part in (quantised.values, quantised.scales))
+    assert all(
+        part.is_contiguous() for quantised in (x, w13, w2) for part in (quantised.values, quantised.scales)
+    )
     hidden, width = w2.values.shape[1:]
     rows = tile.rows
     grouping = group_pairs(slots_M, counts_S, rows)
@@ -53,7 +74,14 @@ def experts_fp8_tiled(
         torch.empty(num_blocks * rows, width, dtype=h_dtype, device=slots_M.device),
         x.scales.new_empty(num_blocks * rows, 0 if late else triton.cdiv(width, BLOCK)),
     )
-    common = {"D": hidden, "F": width, "BLOCK_M": rows, "EVEN": hidden % BLOCK == width % BLOCK == 0, "LATE": late, "ROUND": interpreted()}
+    common = {
+        "D": hidden,
+        "F": width,
+        "BLOCK_M": rows,
+        "EVEN": hidden % BLOCK == width % BLOCK == 0,
+        "LATE": late,
+        "ROUND": interpreted(),
+    }
     _up_fp8_kernel[(num_blocks * triton.cdiv(width, tile.up.columns),)](
         x.values,
         x.scales,
@@ -107,7 +135,9 @@ def _up_fp8_kernel(
     LATE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One block and BLOCK_N columns of F, of which 128 is a multiple; all of a group if h is quantised here."""
+    """One block and BLOCK_N columns of F, of which 128 is a multiple; all of a group if h is
+    quantised here.
+    """
     D_GROUPS: tl.constexpr = (D + 127) // 128
     F_GROUPS: tl.constexpr = (F + 127) // 128
     block, tile = block_and_tile(num_blocks, tl.cdiv(F, BLOCK_N), 8)
@@ -198,4 +228,8 @@ def _down_fp8_kernel(
         else:
             h_scale = tl.load(h_scales_ptr + place * F_GROUPS + group)[:, None]
         y += tl.dot(h, w) * (h_scale * tl.load(w_scale_at + group))
-    tl.store(y_ptr + pair[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=(pair >= 0)[:, None] & (d < D)[None, :])
+    tl.store(
+        y_ptr + pair[:, None] * D + d[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=(pair >= 0)[:, None] & (d < D)[None, :],
+    )

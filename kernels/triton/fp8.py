@@ -1,6 +1,8 @@
-"""Triton column of the rows of ``fp8``: quantised as they are, after a norm (with a residual), and after SiLU times up.
+"""Triton column of the rows of ``fp8``: quantised as they are, after a norm (with a residual), and
+after SiLU times up.
 
-Roofline: memory, 2 bytes read and 1 + 4 / 128 written per value in bf16; 2 more read and written for the residual.
+Roofline: memory, 2 bytes read and 1 + 4 / 128 written per value in bf16; 2 more read and written
+for the residual.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -31,7 +33,9 @@ def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     return _rows(x_ND, None, weight_D, eps)[1]
 
 
-def add_rms_norm_fp8(x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Quantised]:
+def add_rms_norm_fp8(
+    x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Quantised]:
     """As ``fp8.add_rms_norm_fp8``."""
     assert x_ND.shape == update_ND.shape and x_ND.dtype == update_ND.dtype
     return _rows(x_ND, update_ND, weight_D, eps)
@@ -59,7 +63,9 @@ def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
     return out
 
 
-def _rows(x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Quantised]:
+def _rows(
+    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor | None, eps: float
+) -> tuple[Tensor, Quantised]:
     check_dtype(x_ND, "fp8: x")
     assert x_ND.stride(1) == 1 and (update_ND is None or update_ND.stride(1) == 1)
     num_rows, dim = x_ND.shape
@@ -101,8 +107,9 @@ def group_scales(x):
 
 @triton.jit
 def eight_bits(x, dtype: tl.constexpr, ROUND: tl.constexpr):
-    """x float32 as e4m3. The interpreter (3.7.1) drops the carry when it rounds, so there x is put on a value of e4m3 beforehand:
-    three bits of mantissa, or whole multiples of 2^-9 below 2^-6."""
+    """x float32 as e4m3. The interpreter (3.7.1) drops the carry when it rounds, so there x is put
+    on a value of e4m3 beforehand: three bits of mantissa, or whole multiples of 2^-9 below 2^-6.
+    """
     if ROUND:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
@@ -143,12 +150,18 @@ def _quantise_kernel(
         weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         x = x * (1.0 / tl.sqrt(mean + eps)) * weight
     scales = group_scales(x)
-    tl.store(values_ptr + row * D + d, eight_bits(x / scales[:, None], values_ptr.dtype.element_ty, ROUND), mask=d < D)
+    tl.store(
+        values_ptr + row * D + d,
+        eight_bits(x / scales[:, None], values_ptr.dtype.element_ty, ROUND),
+        mask=d < D,
+    )
     tl.store(scales_ptr + row * GROUPS + group, scales, mask=group < GROUPS)
 
 
 @triton.jit
-def _silu_mul_fp8_kernel(x_ptr, x_stride, values_ptr, scales_ptr, F, num_groups, GROUPS: tl.constexpr, ROUND: tl.constexpr):
+def _silu_mul_fp8_kernel(
+    x_ptr, x_stride, values_ptr, scales_ptr, F, num_groups, GROUPS: tl.constexpr, ROUND: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     f = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -156,5 +169,9 @@ def _silu_mul_fp8_kernel(x_ptr, x_stride, values_ptr, scales_ptr, F, num_groups,
     up = tl.load(x_ptr + row * x_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
     h = gate / (1.0 + tl.exp(-gate)) * up
     scales = group_scales(h)
-    tl.store(values_ptr + row * F + f, eight_bits(h / scales[:, None], values_ptr.dtype.element_ty, ROUND), mask=f < F)
+    tl.store(
+        values_ptr + row * F + f,
+        eight_bits(h / scales[:, None], values_ptr.dtype.element_ty, ROUND),
+        mask=f < F,
+    )
     tl.store(scales_ptr + row * num_groups + group, scales, mask=group < num_groups)

@@ -1,7 +1,8 @@
 """Triton column of ``gate``: the routing rule and the counts in one pass over the logits.
 
-The product with the gate's weights stays with the library: float32, E is small, and a small batch needs it split over the hidden
-dim. Roofline of the kernel: memory, T x (4 E read + 12 K written) bytes; in practice the latency of 3 K reductions over E.
+The product with the gate's weights stays with the library: float32, E is small, and a small batch
+needs it split over the hidden dim. Roofline of the kernel: memory, T x (4 E read + 12 K written)
+bytes; in practice the latency of 3 K reductions over E.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -25,7 +26,9 @@ def gate(
     return choose(F.linear(x_TD.float(), weight_ED), bias_E, routing, counts)
 
 
-def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_TE: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
+) -> tuple[Tensor, Tensor]:
     """As ``gate.choose``, with the counts."""
     num_tokens, num_experts = logits_TE.shape
     assert num_experts % routing.num_groups == 0, f"{num_experts} experts in {routing.num_groups} groups"

@@ -1,7 +1,8 @@
 """Triton column of ``grouping``: counts, places and moved rows without the host seeing a count.
 
-Roofline: ``group_pairs`` reads slots_M once per slot from the L2 cache (8 S M bytes) and writes 4 (P + B); no atomics, so places
-are the same in every run. ``permute`` and ``unpermute`` are copies: 2 x M x D x itemsize bytes, and the zeros they write.
+Roofline: ``group_pairs`` reads slots_M once per slot from the L2 cache (8 S M bytes) and writes 4
+(P + B); no atomics, so places are the same in every run. ``permute`` and ``unpermute`` are copies:
+2 x M x D x itemsize bytes, and the zeros they write.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -108,7 +109,9 @@ def _place_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One slot a program: its blocks, its pairs in order, the padding of its last block; slot 0 marks the unused blocks too."""
+    """One slot a program: its blocks, its pairs in order, the padding of its last block; slot 0
+    marks the unused blocks too.
+    """
     slot = tl.program_id(0)
     s = tl.arange(0, S_PAD)
     counts = tl.load(step_counts_ptr + s, mask=s < S, other=0)
@@ -135,7 +138,15 @@ def _place_kernel(
 
 @triton.jit
 def _permute_kernel(
-    x_ptr, x_stride, rows_ptr, pair_of_place_ptr, slot_of_block_ptr, out_ptr, D, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr,
+    x_stride,
+    rows_ptr,
+    pair_of_place_ptr,
+    slot_of_block_ptr,
+    out_ptr,
+    D,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One place a program."""
     place = tl.program_id(0).to(tl.int64)
@@ -149,7 +160,9 @@ def _permute_kernel(
 
 
 @triton.jit
-def _unpermute_kernel(y_ptr, pair_of_place_ptr, slot_of_block_ptr, out_ptr, D, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def _unpermute_kernel(
+    y_ptr, pair_of_place_ptr, slot_of_block_ptr, out_ptr, D, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
     """One place a program; those without a pair write nothing."""
     place = tl.program_id(0).to(tl.int64)
     if tl.load(slot_of_block_ptr + place // BLOCK) >= 0:

@@ -1,9 +1,12 @@
-"""Triton column of ``mla.mla_attend``: latent attention, absorbed for decode rows and for rows of few queries, else materialised.
+"""Triton column of ``mla.mla_attend``: latent attention, absorbed for decode rows and for rows of
+few queries, else materialised.
 
-Absorbed, queries are moved into the space of latents (a batched product of the library), so all heads read one vector per cached token.
-Rooflines: decode reads each latent once, Z x itemsize bytes a cached token (656 in FP8), and at 128 heads does 2 H (Z + C) flops for
-it, which in bf16 is more than an H200's memory lets pass; extends do the same flops per query and key, 3.4 times those on expanded
-keys at DeepSeek-V3's sizes, so from 171 queries of a row on the expansion pays (``triton_mla_prefill``).
+Absorbed, queries are moved into the space of latents (a batched product of the library), so all
+heads read one vector per cached token. Rooflines: decode reads each latent once, Z x itemsize bytes
+a cached token (656 in FP8), and at 128 heads does 2 H (Z + C) flops for it, which in bf16 is more
+than an H200's memory lets pass; extends do the same flops per query and key, 3.4 times those on
+expanded keys at DeepSeek-V3's sizes, so from 171 queries of a row on the expansion pays
+(``triton_mla_prefill``).
 """
 
 from __future__ import annotations
@@ -30,8 +33,14 @@ def mla_attend(
     """As ``mla.mla_attend``. A row of length 0 (padding) gives zeros."""
     check_dtype(q_nope_THN, "mla_attend: q")
     nope, rope, latent = q_nope_THN.shape[2], q_rope_THE.shape[2], expand_HPC.shape[2]
-    most_absorbed = break_even(nope, rope, expand_HPC.shape[1] - nope, latent) if tiles.most_absorbed is None else tiles.most_absorbed
-    windows = plan_windows(batch, len(q_nope_THN), most_absorbed, window_keys(tiles.prefill_bytes, expand_HPC))
+    most_absorbed = (
+        break_even(nope, rope, expand_HPC.shape[1] - nope, latent)
+        if tiles.most_absorbed is None
+        else tiles.most_absorbed
+    )
+    windows = plan_windows(
+        batch, len(q_nope_THN), most_absorbed, window_keys(tiles.prefill_bytes, expand_HPC)
+    )
     latents = latents_of(cache, latent)
     if windows and all_expanded(batch, most_absorbed):
         out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], expand_HPC.shape[1] - nope)
@@ -45,7 +54,13 @@ def mla_attend(
 
 
 def _absorbed(
-    q: tuple[Tensor, Tensor], latents: Keys, expand_HPC: Tensor, batch: PagedBatch, scale: float, tiles: Tiles, most_queries: int
+    q: tuple[Tensor, Tensor],
+    latents: Keys,
+    expand_HPC: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    tiles: Tiles,
+    most_queries: int,
 ) -> Tensor:
     """[T, H, V]; what it holds for rows with more queries is not defined."""
     (q_nope_THN, q_rope_THE), (num_tokens, num_heads, nope_dim) = q, q[0].shape
@@ -54,5 +69,12 @@ def _absorbed(
     queries = Queries(q_HTC.transpose(0, 1), q_rope_THE, out_HTC.transpose(0, 1))
     eight = bool(latents.k0.group)
     attend_decode(queries, latents, batch, scale, tiles.latent_decode_fp8 if eight else tiles.latent_decode)
-    attend_extend(queries, latents, batch, scale, tiles.latent_extend_fp8 if eight else tiles.latent_extend, most_queries)
+    attend_extend(
+        queries,
+        latents,
+        batch,
+        scale,
+        tiles.latent_extend_fp8 if eight else tiles.latent_extend,
+        most_queries,
+    )
     return torch.bmm(out_HTC, expand_HPC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)

@@ -1,10 +1,13 @@
-"""Latent attention over expanded keys and values, for rows with many queries: the materialised form of ``mla``.
+"""Latent attention over expanded keys and values, for rows with many queries: the materialised form
+of ``mla``.
 
-The latents of a row are expanded window by window into a workspace of fixed size, and each window is attended before the next is
-expanded. Which rows take part, where they begin and end and how many windows hold anything is read on the device; the host knows a
-bound of the windows, and programs without work leave at once. Rows lie one after another in the windows, each from a whole block on.
+The latents of a row are expanded window by window into a workspace of fixed size, and each window
+is attended before the next is expanded. Which rows take part, where they begin and end and how many
+windows hold anything is read on the device; the host knows a bound of the windows, and programs
+without work leave at once. Rows lie one after another in the windows, each from a whole block on.
 
-Rooflines, both compute: expansion 2 C P flops a key and head, attention 2 (N + E + V) a query, key and head.
+Rooflines, both compute: expansion 2 C P flops a key and head, attention 2 (N + E + V) a query, key
+and head.
 
 T tokens  R rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V  W keys of a window
 """
@@ -31,7 +34,9 @@ _MOST_WINDOWS = 32  # more launches than this are not worth a captured step
 
 @dataclass(frozen=True)
 class Heads:
-    """What is attended: q_nope_THN, q_rope_THE, the weights that expand a latent, and out_THV with any strides but the last."""
+    """What is attended: q_nope_THN, q_rope_THE, the weights that expand a latent, and out_THV with
+    any strides but the last.
+    """
 
     q_nope_THN: Tensor
     q_rope_THE: Tensor
@@ -40,7 +45,9 @@ class Heads:
 
 
 def break_even(nope: int, rope: int, value: int, latent: int) -> int:
-    """The most queries of a row that cost fewer operations on latents as they are than on expanded ones."""
+    """The most queries of a row that cost fewer operations on latents as they are than on expanded
+    ones.
+    """
     absorbed, expanded = 2 * latent + rope, nope + rope + value
     return 2**31 - 1 if absorbed <= expanded else latent * (nope + value) // (absorbed - expanded)
 
@@ -55,23 +62,33 @@ class Windows:
 
 
 def plan_windows(batch: PagedBatch, num_tokens: int, most_absorbed: int, keys: int) -> Windows | None:
-    """Enough windows of at most ``keys`` for whatever the device may find, by the lengths where the host knows them, else by shapes; None
-    where no row can have so many queries, or so many windows might be needed that latents are better attended as they are."""
+    """Enough windows of at most ``keys`` for whatever the device may find, by the lengths where the
+    host knows them, else by shapes; None where no row can have so many queries, or so many windows
+    might be needed that latents are better attended as they are.
+    """
     if batch.lengths:
         extends = range(batch.num_decode, len(batch.lengths))
         bounds = [batch.lengths[row] for row in extends if _num_queries(batch, row) > most_absorbed]
     else:
-        rows = min(len(batch.lengths_R) - batch.num_decode, (num_tokens - batch.num_decode) // (most_absorbed + 1))
+        rows = min(
+            len(batch.lengths_R) - batch.num_decode, (num_tokens - batch.num_decode) // (most_absorbed + 1)
+        )
         bounds = [batch.pages_RP.shape[1] * batch.page_size] * rows
     needed = sum(triton.cdiv(bound, _BLOCK) * _BLOCK for bound in bounds)
     keys = min(keys, needed)
-    return Windows(triton.cdiv(needed, keys), keys, most_absorbed) if 0 < needed <= keys * _MOST_WINDOWS else None
+    return (
+        Windows(triton.cdiv(needed, keys), keys, most_absorbed)
+        if 0 < needed <= keys * _MOST_WINDOWS
+        else None
+    )
 
 
 def all_expanded(batch: PagedBatch, most_absorbed: int) -> bool:
     """Whether the host knows that no row is left to be attended as it is."""
     rows = range(len(batch.lengths))
-    return bool(rows) and not batch.num_decode and all(_num_queries(batch, row) > most_absorbed for row in rows)
+    return (
+        bool(rows) and not batch.num_decode and all(_num_queries(batch, row) > most_absorbed for row in rows)
+    )
 
 
 def _num_queries(batch: PagedBatch, row: int) -> int:
@@ -83,7 +100,9 @@ def window_keys(num_bytes: int, expand_HPC: Tensor) -> int:
     return max(1, num_bytes // (expand_HPC[:, :, 0].numel() * expand_HPC.element_size() * _BLOCK)) * _BLOCK
 
 
-def attend_expanded(heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tile: AttendTile, windows: Windows) -> None:
+def attend_expanded(
+    heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tile: AttendTile, windows: Windows
+) -> None:
     """The rows after ``num_decode`` with more than ``windows.most_absorbed`` queries."""
     num_keys = windows.keys
     q_THN, out = heads.q_nope_THN, heads.out_THV
@@ -165,8 +184,18 @@ def attend_expanded(heads: Heads, latents: Keys, batch: PagedBatch, scale: float
 
 
 @triton.jit
-def _places_of_rows(query_start_ptr, lengths_ptr, first_row, num_rows, most_absorbed, BLOCK: tl.constexpr, ROWS_PAD: tl.constexpr):
-    """[ROWS_PAD] of the rows from ``first_row`` on: the block in which each begins, counted over all windows, and its blocks."""
+def _places_of_rows(
+    query_start_ptr,
+    lengths_ptr,
+    first_row,
+    num_rows,
+    most_absorbed,
+    BLOCK: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+):
+    """[ROWS_PAD] of the rows from ``first_row`` on: the block in which each begins, counted over
+    all windows, and its blocks.
+    """
     r = tl.arange(0, ROWS_PAD)
     begins = tl.load(query_start_ptr + first_row + r, mask=r < num_rows, other=0)
     ends = tl.load(query_start_ptr + first_row + r + 1, mask=r < num_rows, other=0)
@@ -207,11 +236,15 @@ def _expand_kernel(
     ROWS_PAD: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One block of keys, one head, BLOCK_P of its P values; the first of these programs brings the rotated part along."""
+    """One block of keys, one head, BLOCK_P of its P values; the first of these programs brings the
+    rotated part along.
+    """
     here = tl.program_id(0)
     part = tl.program_id(1)
     block = window_start // BLOCK_N + here
-    first_blocks, blocks = _places_of_rows(query_start_ptr, lengths_ptr, first_row, num_rows, most_absorbed, BLOCK_N, ROWS_PAD)
+    first_blocks, blocks = _places_of_rows(
+        query_start_ptr, lengths_ptr, first_row, num_rows, most_absorbed, BLOCK_N, ROWS_PAD
+    )
     if block >= tl.sum(blocks, 0):
         return
     mine = (block >= first_blocks) & (block < first_blocks + blocks)
@@ -219,7 +252,9 @@ def _expand_kernel(
     n = tl.arange(0, BLOCK_N)
     key = (block - tl.sum(tl.where(mine, first_blocks, 0), 0)) * BLOCK_N + n
     inside = key < tl.load(lengths_ptr + row)
-    page = tl.load(pages_ptr + row.to(tl.int64) * pages_stride + key // PAGE, mask=inside, other=0).to(tl.int64)
+    page = tl.load(pages_ptr + row.to(tl.int64) * pages_stride + key // PAGE, mask=inside, other=0).to(
+        tl.int64
+    )
     at = page * PAGE + key % PAGE
     to = (here * BLOCK_N + n).to(tl.int64)
 
@@ -229,18 +264,34 @@ def _expand_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x = tl.load(latents_ptr + at[:, None] * latents_stride + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        x = tl.load(
+            latents_ptr + at[:, None] * latents_stride + c[None, :],
+            mask=inside[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
         if GROUP > 0:  # what is loaded shares a scale
             scales = tl.load(scales_ptr + at * scales_stride + start // GROUP, mask=inside, other=0.0)
             x = x.to(tl.float32) * scales[:, None]
         weights_at = expand_ptr + (head.to(tl.int64) * P + p)[None, :] * C + c[:, None]
         w = tl.load(weights_at, mask=(p < P)[None, :] & (c < C)[:, None], other=0.0)
         acc = tl.dot(x.to(kv_ptr.dtype.element_ty).to(dtype), w.to(dtype), acc, input_precision="ieee")
-    tl.store(kv_ptr + (to[:, None] * H + head) * P + p[None, :], acc.to(kv_ptr.dtype.element_ty), mask=(p < P)[None, :])
+    tl.store(
+        kv_ptr + (to[:, None] * H + head) * P + p[None, :],
+        acc.to(kv_ptr.dtype.element_ty),
+        mask=(p < P)[None, :],
+    )
     if part == 0:
         e = tl.arange(0, E_PAD)
-        rotated = tl.load(rotated_ptr + at[:, None] * rotated_stride + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0)
-        tl.store(rope_ptr + to[:, None] * E + e[None, :], rotated.to(rope_ptr.dtype.element_ty), mask=(e < E)[None, :])
+        rotated = tl.load(
+            rotated_ptr + at[:, None] * rotated_stride + e[None, :],
+            mask=inside[:, None] & (e < E)[None, :],
+            other=0.0,
+        )
+        tl.store(
+            rope_ptr + to[:, None] * E + e[None, :],
+            rotated.to(rope_ptr.dtype.element_ty),
+            mask=(e < E)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows", "most_absorbed", "window_start", "window_keys"])
@@ -284,16 +335,22 @@ def _attend_window_kernel(
     # The tiles that see the most keys come last in a row and are begun first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    row, tile_in_row, num_queries, first_token = row_of_tile(query_start_ptr + first_row, tile, num_rows, 1, BLOCK_M, ROWS_PAD)
+    row, tile_in_row, num_queries, first_token = row_of_tile(
+        query_start_ptr + first_row, tile, num_rows, 1, BLOCK_M, ROWS_PAD
+    )
     if (row >= num_rows) | (num_queries <= most_absorbed):
         return
-    first_blocks, _ = _places_of_rows(query_start_ptr, lengths_ptr, first_row, num_rows, most_absorbed, ROW_BLOCK, ROWS_PAD)
+    first_blocks, _ = _places_of_rows(
+        query_start_ptr, lengths_ptr, first_row, num_rows, most_absorbed, ROW_BLOCK, ROWS_PAD
+    )
     # Where the row's first key lies, seen from the beginning of the window.
     origin = tl.sum(tl.where(tl.arange(0, ROWS_PAD) == row, first_blocks, 0), 0) * ROW_BLOCK - window_start
     start = tl.load(lengths_ptr + first_row + row) - num_queries
     query = tile_in_row * BLOCK_M + tl.arange(0, BLOCK_M)
     live = query < num_queries
-    visible = start + tl.minimum(tile_in_row * BLOCK_M + BLOCK_M, num_queries)  # keys that some query of the tile may see
+    visible = start + tl.minimum(
+        tile_in_row * BLOCK_M + BLOCK_M, num_queries
+    )  # keys that some query of the tile may see
     key_begin = tl.maximum(0, -origin)
     key_end = tl.minimum(visible, window_keys - origin)
     if key_begin >= key_end:
@@ -321,19 +378,34 @@ def _attend_window_kernel(
 
     kv_ptr += head * (N + V)
     # Up to here every query sees every key, and nothing is masked.
-    whole_end = key_begin + tl.maximum(tl.minimum(key_end, start + tile_in_row * BLOCK_M + 1) - key_begin, 0) // BLOCK_N * BLOCK_N
+    whole_end = (
+        key_begin
+        + tl.maximum(tl.minimum(key_end, start + tile_in_row * BLOCK_M + 1) - key_begin, 0)
+        // BLOCK_N
+        * BLOCK_N
+    )
     for key_start in range(key_begin, whole_end, BLOCK_N):
         at = (origin + key_start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        keys, more, values = _load_block(kv_ptr, rope_ptr, at, at >= 0, H, N, N_PAD, E, E_PAD, V, V_PAD, dtype)
-        scores = tl.dot(q1, tl.trans(more), tl.dot(q0, tl.trans(keys), input_precision="ieee"), input_precision="ieee")
+        keys, more, values = _load_block(
+            kv_ptr, rope_ptr, at, at >= 0, H, N, N_PAD, E, E_PAD, V, V_PAD, dtype
+        )
+        scores = tl.dot(
+            q1, tl.trans(more), tl.dot(q0, tl.trans(keys), input_precision="ieee"), input_precision="ieee"
+        )
         best, total, acc = softmax_step(scores * scale, values, best, total, acc, dtype)
     for key_start in range(whole_end, key_end, BLOCK_N):
         key = key_start + tl.arange(0, BLOCK_N)
         at = (origin + key).to(tl.int64)
-        keys, more, values = _load_block(kv_ptr, rope_ptr, at, key < key_end, H, N, N_PAD, E, E_PAD, V, V_PAD, dtype)
-        scores = tl.dot(q1, tl.trans(more), tl.dot(q0, tl.trans(keys), input_precision="ieee"), input_precision="ieee")
+        keys, more, values = _load_block(
+            kv_ptr, rope_ptr, at, key < key_end, H, N, N_PAD, E, E_PAD, V, V_PAD, dtype
+        )
+        scores = tl.dot(
+            q1, tl.trans(more), tl.dot(q0, tl.trans(keys), input_precision="ieee"), input_precision="ieee"
+        )
         seen = (key[None, :] <= (start + query)[:, None]) & (live[:, None] & (key < key_end)[None, :])
-        best, total, acc = softmax_step(tl.where(seen, scores * scale, float("-inf")), values, best, total, acc, dtype)
+        best, total, acc = softmax_step(
+            tl.where(seen, scores * scale, float("-inf")), values, best, total, acc, dtype
+        )
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if SEVERAL:  # noqa: SIM102
@@ -367,6 +439,8 @@ def _load_block(
     v = tl.arange(0, V_PAD)
     keys_at = kv_ptr + at[:, None] * (H * (N + V))
     keys = tl.load(keys_at + n[None, :], mask=inside[:, None] & (n < N)[None, :], other=0.0).to(dtype)
-    more = tl.load(rope_ptr + at[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0).to(dtype)
+    more = tl.load(
+        rope_ptr + at[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0
+    ).to(dtype)
     values = tl.load(keys_at + N + v[None, :], mask=inside[:, None] & (v < V)[None, :], other=0.0).to(dtype)
     return keys, more, values

@@ -1,7 +1,7 @@
 """Triton column of ``norm``.
 
-Roofline: memory. ``rms_norm`` reads and writes each value once, ``add_rms_norm`` reads two and writes two, ``silu_mul`` reads two
-and writes one.
+Roofline: memory. ``rms_norm`` reads and writes each value once, ``add_rms_norm`` reads two and
+writes two, ``silu_mul`` reads two and writes one.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -19,7 +19,9 @@ _TILE = 4096
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As ``norm.rms_norm``, for x [..., D] whose rows lie at regular distances (a slice of a wider matrix is read in place)."""
+    """As ``norm.rms_norm``, for x [..., D] whose rows lie at regular distances (a slice of a wider
+    matrix is read in place).
+    """
     return _launch(x, None, weight_D, eps)[0]
 
 
@@ -38,7 +40,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     if out.numel():
         columns = min(2048, power_of_two(width))
-        _silu_mul_kernel[(len(rows), triton.cdiv(width, columns))](rows, rows.stride(0), out, width, COLUMNS=columns, num_warps=4)
+        _silu_mul_kernel[(len(rows), triton.cdiv(width, columns))](
+            rows, rows.stride(0), out, width, COLUMNS=columns, num_warps=4
+        )
     return out
 
 
@@ -106,13 +110,17 @@ def _rms_norm_kernel(
     token, head = row // heads, row % heads
     x = tl.load(x_ptr + token * x_stride_t + head * x_stride_h + d, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(update_ptr + token * update_stride_t + head * update_stride_h + d, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(
+            update_ptr + token * update_stride_t + head * update_stride_h + d, mask=inside, other=0.0
+        ).to(tl.float32)
         rounded = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * D + d, rounded, mask=inside)
         x = rounded.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row * D + d, (x * scale[:, None] * weight).to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        normed_ptr + row * D + d, (x * scale[:, None] * weight).to(normed_ptr.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -121,4 +129,6 @@ def _silu_mul_kernel(x_ptr, x_stride, out_ptr, F, COLUMNS: tl.constexpr):
     f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     gate = tl.load(x_ptr + row * x_stride + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * F + f, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=f < F)
+    tl.store(
+        out_ptr + row * F + f, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=f < F
+    )

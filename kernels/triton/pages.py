@@ -25,7 +25,11 @@ def copy_pages(caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, p
         assert cache.is_contiguous()
         page_bytes = page_size * cache[0].numel() * cache.element_size()
         # Copied as the widest integers that a page is a multiple of, whatever the dtype.
-        integer = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.int8) if page_bytes % kind.itemsize == 0)
+        integer = next(
+            kind
+            for kind in (torch.int64, torch.int32, torch.int16, torch.int8)
+            if page_bytes % kind.itemsize == 0
+        )
         words = page_bytes // integer.itemsize
         chunk = min(_BYTES_PER_PROGRAM // integer.itemsize, power_of_two(words))
         if len(targets_N):

@@ -21,7 +21,12 @@ from .target import check_dtype, interpreted, power_of_two
 
 
 def norm_rotate_and_write(
-    qkv_TXD: Tensor, norms: HeadNorms | None, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+    qkv_TXD: Tensor,
+    norms: HeadNorms | None,
+    angles: Angles,
+    cache: tuple[Tensor, Tensor],
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """As ``rope.norm_rotate_and_write``, in three launches: norms are kernels of their own."""
     q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
@@ -31,7 +36,13 @@ def norm_rotate_and_write(
 
 
 def rotate_and_write(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, angles: Angles, cache: tuple[Tensor, Tensor], write_T: Tensor, interleaved: bool
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    angles: Angles,
+    cache: tuple[Tensor, Tensor],
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """As ``rope.rotate_and_write``; a token whose place is negative is not written."""
     check_dtype(q_THD, "rotate_and_write: q")
@@ -83,7 +94,13 @@ def rotate_and_write(
 
 
 def rotate_and_write_latent(
-    q_rope_THD: Tensor, c_TC: Tensor, k_rope_TD: Tensor, angles: Angles, cache: Tensor, write_T: Tensor, interleaved: bool
+    q_rope_THD: Tensor,
+    c_TC: Tensor,
+    k_rope_TD: Tensor,
+    angles: Angles,
+    cache: Tensor,
+    write_T: Tensor,
+    interleaved: bool,
 ) -> Tensor:
     """As ``rope.rotate_and_write_latent``; a token whose place is negative is not written."""
     check_dtype(q_rope_THD, "rotate_and_write_latent: q")
@@ -130,9 +147,19 @@ def rotate_and_write_latent(
 
 @triton.jit
 def _rotate(
-    x_ptr, stride_h, cos, sin, H: tl.constexpr, H_PAD: tl.constexpr, F: tl.constexpr, F_PAD: tl.constexpr, INTERLEAVED: tl.constexpr
+    x_ptr,
+    stride_h,
+    cos,
+    sin,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    F: tl.constexpr,
+    F_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    """First and second members [H_PAD, F_PAD] float32 of the rotated pairs of one token's heads, rounded to the dtype of x."""
+    """First and second members [H_PAD, F_PAD] float32 of the rotated pairs of one token's heads,
+    rounded to the dtype of x.
+    """
     h = tl.arange(0, H_PAD)[:, None]
     f = tl.arange(0, F_PAD)[None, :]
     inside = (h < H) & (f < F)
@@ -149,7 +176,15 @@ def _rotate(
 
 @triton.jit
 def _store_halves(
-    out_ptr, first, second, H: tl.constexpr, H_PAD: tl.constexpr, F: tl.constexpr, F_PAD: tl.constexpr, D: tl.constexpr, wanted
+    out_ptr,
+    first,
+    second,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    F: tl.constexpr,
+    F_PAD: tl.constexpr,
+    D: tl.constexpr,
+    wanted,
 ):
     """To the first 2F values of the rows of [H, D], contiguous, in its dtype."""
     h = tl.arange(0, H_PAD)[:, None]
@@ -161,7 +196,15 @@ def _store_halves(
 
 
 @triton.jit
-def _load_rest(x_ptr, stride_h, H: tl.constexpr, H_PAD: tl.constexpr, START: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def _load_rest(
+    x_ptr,
+    stride_h,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    START: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
     """The values from START on of one token's heads, [H_PAD, D_PAD]; zeros before them."""
     h = tl.arange(0, H_PAD)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
@@ -169,11 +212,22 @@ def _load_rest(x_ptr, stride_h, H: tl.constexpr, H_PAD: tl.constexpr, START: tl.
 
 
 @triton.jit
-def _store_rest(out_ptr, x, H: tl.constexpr, H_PAD: tl.constexpr, START: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, wanted):
+def _store_rest(
+    out_ptr,
+    x,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    START: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    wanted,
+):
     """What ``_load_rest`` gave to [H, D], contiguous, in its dtype."""
     h = tl.arange(0, H_PAD)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
-    tl.store(out_ptr + h * D + d, x.to(out_ptr.dtype.element_ty), mask=(h < H) & (d >= START) & (d < D) & wanted)
+    tl.store(
+        out_ptr + h * D + d, x.to(out_ptr.dtype.element_ty), mask=(h < H) & (d >= START) & (d < D) & wanted
+    )
 
 
 @triton.jit
@@ -292,4 +346,8 @@ def _rotate_and_write_latent_kernel(
         scales = group_scales(latent)
         latent = eight_bits(latent / scales[:, None], cache_ptr.dtype.element_ty, ROUND)
         tl.store(scales_ptr + place * scales_stride + g, scales, mask=(g < C_GROUPS) & (place >= 0))
-    tl.store(cache_ptr + place * cache_stride + c, latent.to(cache_ptr.dtype.element_ty), mask=(c < C) & (place >= 0))
+    tl.store(
+        cache_ptr + place * cache_stride + c,
+        latent.to(cache_ptr.dtype.element_ty),
+        mask=(c < C) & (place >= 0),
+    )

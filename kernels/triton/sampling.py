@@ -1,12 +1,13 @@
 """Triton column of ``sampling``: edits of logits, draws and log-probabilities, one program per row.
 
-``sample``, ``edit_logits`` and ``logprobs`` take what the reference takes; ``sample_slots`` is what a captured step calls, with all
-settings and the counters of the random numbers on the device. Floors of top-k and top-p are found by bisection over the bits of a
-float, which needs no sort: a pass over the row for each bit, until what is let in is settled. Sums are float64 in a fixed order, so a
-draw does not depend on the batch.
+``sample``, ``edit_logits`` and ``logprobs`` take what the reference takes; ``sample_slots`` is what
+a captured step calls, with all settings and the counters of the random numbers on the device.
+Floors of top-k and top-p are found by bisection over the bits of a float, which needs no sort: a
+pass over the row for each bit, until what is let in is settled. Sums are float64 in a fixed order,
+so a draw does not depend on the batch.
 
-Roofline: 4 V bytes per row and pass, from memory once and from the L2 cache after that. Passes: 1 greedy, 3 drawn, 31 more at most
-for each of top-k and top-p.
+Roofline: 4 V bytes per row and pass, from memory once and from the L2 cache after that. Passes: 1
+greedy, 3 drawn, 31 more at most for each of top-k and top-p.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -33,8 +34,10 @@ _WORDS_PER_PROGRAM = 64
 
 @dataclass(frozen=True)
 class SlotSampling:
-    """Settings of the rows on the device, [R] each: float32, but top_k, seed and position int64. ``position`` is that of the token
-    to be drawn. Their addresses may be those of a captured step."""
+    """Settings of the rows on the device, [R] each: float32, but top_k, seed and position int64.
+    ``position`` is that of the token to be drawn. Their addresses may be those of a captured
+    step.
+    """
 
     temperature_R: Tensor
     top_k_R: Tensor
@@ -49,11 +52,15 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
     device = logits_RV.device
     settings = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R)
     temperature, top_k, top_p, min_p = (_move(setting, device) for setting in settings)
-    return _sample(logits_RV, (temperature, top_k, top_p, min_p), _move(uniform_R, device), None, Purpose.SAMPLE)
+    return _sample(
+        logits_RV, (temperature, top_k, top_p, min_p), _move(uniform_R, device), None, Purpose.SAMPLE
+    )
 
 
 def sample_slots(logits_RV: Tensor, slots: SlotSampling, purpose: Purpose) -> Tensor:
-    """As ``sampling.sample`` with the numbers of ``sampling.uniform`` for the seeds and positions of ``slots``. Returns [R] int64."""
+    """As ``sampling.sample`` with the numbers of ``sampling.uniform`` for the seeds and positions
+    of ``slots``. Returns [R] int64.
+    """
     settings = (slots.temperature_R, slots.top_k_R, slots.top_p_R, slots.min_p_R)
     return _sample(logits_RV, settings, slots.seed_R, slots.position_R, purpose)
 
@@ -62,28 +69,50 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     """As ``sampling.edit_logits``."""
     device = logits_RV.device
     if len(edits.bias_rows_N):
-        edit_bias(logits_RV, *(_move(part, device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)))
+        edit_bias(
+            logits_RV,
+            *(_move(part, device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)),
+        )
     if len(edits.masked_rows_N):
         edit_mask(logits_RV, *(_move(part, device) for part in (edits.masked_rows_N, edits.masked_tokens_N)))
     if len(edits.counted_rows_N):
-        counted = tuple(_move(part, device) for part in (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N))
-        penalties = tuple(_move(part, device) for part in (edits.repetition_R, edits.presence_R, edits.frequency_R))
-        edit_penalties(logits_RV, (counted[0], counted[1], counted[2]), (penalties[0], penalties[1], penalties[2]))
+        counted = tuple(
+            _move(part, device)
+            for part in (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N)
+        )
+        penalties = tuple(
+            _move(part, device) for part in (edits.repetition_R, edits.presence_R, edits.frequency_R)
+        )
+        edit_penalties(
+            logits_RV, (counted[0], counted[1], counted[2]), (penalties[0], penalties[1], penalties[2])
+        )
 
 
 def edit_bias(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor, values_N: Tensor) -> None:
-    """Adds values_N float32 in place; a pair whose row is -1 fills up a list of fixed length (also below)."""
-    _bias_kernel[_edit_grid(rows_N)](logits_RV, logits_RV.stride(0), rows_N, tokens_N, values_N, len(rows_N), CHUNK=_EDITS_PER_PROGRAM)
+    """Adds values_N float32 in place; a pair whose row is -1 fills up a list of fixed length (also
+    below).
+    """
+    _bias_kernel[_edit_grid(rows_N)](
+        logits_RV, logits_RV.stride(0), rows_N, tokens_N, values_N, len(rows_N), CHUNK=_EDITS_PER_PROGRAM
+    )
 
 
 def edit_mask(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor) -> None:
     """Sets pairs to -inf in place."""
-    _mask_kernel[_edit_grid(rows_N)](logits_RV, logits_RV.stride(0), rows_N, tokens_N, len(rows_N), CHUNK=_EDITS_PER_PROGRAM)
+    _mask_kernel[_edit_grid(rows_N)](
+        logits_RV, logits_RV.stride(0), rows_N, tokens_N, len(rows_N), CHUNK=_EDITS_PER_PROGRAM
+    )
 
 
-def edit_penalties(logits_RV: Tensor, counted: tuple[Tensor, Tensor, Tensor], penalties: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Penalises in place. ``counted``: rows_N, tokens_N, output_counts_N int64. ``penalties``: repetition, presence, frequency [R]."""
-    _penalty_kernel[_edit_grid(counted[0])](logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM)
+def edit_penalties(
+    logits_RV: Tensor, counted: tuple[Tensor, Tensor, Tensor], penalties: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Penalises in place. ``counted``: rows_N, tokens_N, output_counts_N int64. ``penalties``:
+    repetition, presence, frequency [R].
+    """
+    _penalty_kernel[_edit_grid(counted[0])](
+        logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM
+    )
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
@@ -97,7 +126,14 @@ def edit_allowed(logits_RV: Tensor, rows_S: Tensor, bits_SW: Tensor) -> None:
     if len(rows_S):
         grid = (len(rows_S), triton.cdiv(logits_RV.shape[1], 32 * _WORDS_PER_PROGRAM))
         _allow_kernel[grid](
-            logits_RV, logits_RV.stride(0), rows_S, bits_SW, bits_SW.stride(0), logits_RV.shape[1], WORDS=_WORDS_PER_PROGRAM, num_warps=4
+            logits_RV,
+            logits_RV.stride(0),
+            rows_S,
+            bits_SW,
+            bits_SW.stride(0),
+            logits_RV.shape[1],
+            WORDS=_WORDS_PER_PROGRAM,
+            num_warps=4,
         )
 
 
@@ -107,13 +143,26 @@ def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor,
     assert logits_SV.dtype == torch.float32 and logits_SV.stride(1) == 1
     total_S, chosen_S = (logits_SV.new_empty(num_rows) for _ in range(2))
     if num_rows:
-        _logsumexp_kernel[(num_rows,)](logits_SV, logits_SV.stride(0), tokens_S, total_S, chosen_S, vocab, CHUNK=_chunk(vocab), num_warps=8)
+        _logsumexp_kernel[(num_rows,)](
+            logits_SV,
+            logits_SV.stride(0),
+            tokens_S,
+            total_S,
+            chosen_S,
+            vocab,
+            CHUNK=_chunk(vocab),
+            num_warps=8,
+        )
     top = logits_SV.topk(num_top, dim=-1)
     return chosen_S, top.indices, top.values - total_S[:, None]
 
 
 def _sample(
-    logits_RV: Tensor, settings: tuple[Tensor, Tensor, Tensor, Tensor], seed_R: Tensor, position_R: Tensor | None, purpose: Purpose
+    logits_RV: Tensor,
+    settings: tuple[Tensor, Tensor, Tensor, Tensor],
+    seed_R: Tensor,
+    position_R: Tensor | None,
+    purpose: Purpose,
 ) -> Tensor:
     """Without positions, ``seed_R`` holds the uniform numbers themselves."""
     num_rows, vocab = logits_RV.shape
@@ -160,7 +209,9 @@ def _mix(value):
 
 @triton.jit
 def _uniform(seed, position, PURPOSE: tl.constexpr):
-    """``sampling.uniform`` of scalars; as vectors of one, because 64-bit products of scalars warn in the interpreter."""
+    """``sampling.uniform`` of scalars; as vectors of one, because 64-bit products of scalars warn
+    in the interpreter.
+    """
     one = tl.zeros((1,), tl.int64)
     key = _mix((seed + one).to(tl.uint64, bitcast=True))
     key = _mix(key ^ (position + one).to(tl.uint64, bitcast=True))
@@ -183,8 +234,9 @@ def _weights(logits_ptr, v, V, best, temperature, least):
 
 @triton.jit
 def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
-    """A number that the weights reach that reach the largest one reached by ``top_k`` weights, and no others. Non-negative floats are
-    ordered like their bits."""
+    """A number that the weights reach that reach the largest one reached by ``top_k`` weights, and
+    no others. Non-negative floats are ordered like their bits.
+    """
     low = 0
     high = 0x3F800001  # just above 1.0, the weight of the best
     while high - low > 1:
@@ -196,13 +248,17 @@ def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
             found += ((weights.to(tl.int32, bitcast=True) >= middle) & (v < V)).to(tl.int32)
         count = tl.sum(found, 0)
         low = tl.where(count >= top_k, middle, low)
-        high = tl.where(count == top_k, low, tl.where(count > top_k, high, middle))  # exactly so many: settled
+        high = tl.where(
+            count == top_k, low, tl.where(count > top_k, high, middle)
+        )  # exactly so many: settled
     return _as_float(low)
 
 
 @triton.jit
 def _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK: tl.constexpr):
-    """A number that the weights reach that are needed for ``top_p`` of what the weights from ``least`` on sum to, and no others."""
+    """A number that the weights reach that are needed for ``top_p`` of what the weights from
+    ``least`` on sum to, and no others.
+    """
     mass = tl.zeros((CHUNK,), tl.float64)
     for start in range(0, V, CHUNK):
         mass += _weights(logits_ptr, start + tl.arange(0, CHUNK), V, best, temperature, least).to(tl.float64)
@@ -231,8 +287,9 @@ def _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK: tl.const
 
 @triton.jit
 def _draw(logits_ptr, uniform, V, best, temperature, least, CHUNK: tl.constexpr):
-    """The chunk in which the cumulative weight passes ``uniform`` of its total, then the place in it; the last token with any
-    weight where rounding puts the target at the total."""
+    """The chunk in which the cumulative weight passes ``uniform`` of its total, then the place in
+    it; the last token with any weight where rounding puts the target at the total.
+    """
     lane = tl.arange(0, CHUNK)
     # Added up chunk by chunk here and below, so that both come to the same total.
     total = tl.sum(tl.zeros((1,), tl.float64), 0)

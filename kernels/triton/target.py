@@ -13,8 +13,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which takes the bits of bf16 for integers in ``tl.dot`` (3.7.1, 3.9.0):
-    operands are then widened to float32 first, which changes no product."""
+    """Whether kernels run in Triton's interpreter, which takes the bits of bf16 for integers in
+    ``tl.dot`` (3.7.1, 3.9.0): operands are then widened to float32 first, which changes no
+    product.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -25,7 +27,9 @@ def card_name() -> str:
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 4 stand in on a CPU, and an H100's 132 for tensors without memory (``meta``)."""
+    """Streaming multiprocessors; 4 stand in on a CPU, and an H100's 132 for tensors without memory
+    (``meta``).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 4

@@ -1,9 +1,9 @@
 """Tile sizes of the Triton kernels: defaults for any card, and those found on one.
 
-A card's table is ``kernels/tuned/<card>.json``, written by ``python -m lockstep.kernels.bench.tune`` on that card: the name the driver
-gives
-it, the versions and commit it was tuned with, and the tiles. What a table does not name stays at its default. The defaults come from
-what the compiler says of registers and shared memory for sm_90; no card has timed them.
+A card's table is ``kernels/tuned/<card>.json``, written by ``python -m
+lockstep.kernels.bench.tune`` on that card: the name the driver gives it, the versions and commit it
+was tuned with, and the tiles. What a table does not name stays at its default. The defaults come
+from what the compiler says of registers and shared memory for sm_90; no card has timed them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProductTile:
-    """One program of a grouped product: ``columns`` outputs, in steps of ``depth`` along the inner dim."""
+    """One program of a grouped product: ``columns`` outputs, in steps of ``depth`` along the inner
+    dim.
+    """
 
     columns: int
     depth: int
@@ -33,7 +35,9 @@ class ProductTile:
 
 @dataclass(frozen=True)
 class ExpertTile:
-    """Up to ``per_slot`` pairs per slot, if all were evenly spread (0: any number): blocks of ``rows`` pairs, and both products."""
+    """Up to ``per_slot`` pairs per slot, if all were evenly spread (0: any number): blocks of
+    ``rows`` pairs, and both products.
+    """
 
     per_slot: int
     rows: int
@@ -43,8 +47,9 @@ class ExpertTile:
 
 @dataclass(frozen=True)
 class AttendTile:
-    """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until there are ``programs`` per processor,
-    or in ``splits`` where that is not 0."""
+    """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until
+    there are ``programs`` per processor, or in ``splits`` where that is not 0.
+    """
 
     queries: int
     keys: int
@@ -56,8 +61,10 @@ class AttendTile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one card runs with. ``latent_*``: over latents as they are; ``prefill``: over expanded ones, for rows of more than
-    ``most_absorbed`` queries (None: from where it is fewer operations), in a workspace of about ``prefill_bytes``."""
+    """What one card runs with. ``latent_*``: over latents as they are; ``prefill``: over expanded
+    ones, for rows of more than ``most_absorbed`` queries (None: from where it is fewer operations),
+    in a workspace of about ``prefill_bytes``.
+    """
 
     experts: tuple[ExpertTile, ...] = (
         ExpertTile(16, 16, ProductTile(32, 128, 4, 4), ProductTile(32, 128, 4, 5)),
@@ -83,16 +90,20 @@ class Tiles:
     def of_experts(self, num_pairs: int, num_slots: int, fp8: bool = False) -> ExpertTile:
         """Many pairs are padding where most experts live elsewhere, so a block's rows grow late."""
         entries = self.experts_fp8 if fp8 else self.experts
-        return next(entry for entry in entries if not entry.per_slot or num_pairs <= entry.per_slot * num_slots)
+        return next(
+            entry for entry in entries if not entry.per_slot or num_pairs <= entry.per_slot * num_slots
+        )
 
 
 DEFAULT = Tiles()
 
 
 def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
-    """The tiles for the card of that name (empty: the interpreter's), and a line in the log that says where they come from.
+    """The tiles for the card of that name (empty: the interpreter's), and a line in the log that
+    says where they come from.
 
-    Raises ValueError for a table that does not say what it should."""
+    Raises ValueError for a table that does not say what it should.
+    """
     path = folder / f"{file_stem(card)}.json"
     if not card:
         return DEFAULT
@@ -103,17 +114,29 @@ def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
     table = json.loads(path.read_text(encoding="utf-8"))
     try:
         tiles = _parse(table["tiles"])
-        _log.info("kernels: tile sizes tuned on %s (triton %s, commit %s)", table["card"], table["triton"], table["commit"])
+        _log.info(
+            "kernels: tile sizes tuned on %s (triton %s, commit %s)",
+            table["card"],
+            table["triton"],
+            table["commit"],
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no tuning table: {error!r}; write it anew with python -m lockstep.kernels.bench.tune") from None
+        raise ValueError(
+            f"{path}: no tuning table: {error!r}; write it anew with python -m lockstep.kernels.bench.tune"
+        ) from None
     return tiles
 
 
 def write_table(card: str, tiles: Tiles, found_with: dict[str, str], folder: Path = FOLDER) -> Path:
-    """``found_with`` names what is on record beside the card: versions, commit, measured ceilings."""
+    """``found_with`` names what is on record beside the card: versions, commit, measured
+    ceilings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_stem(card)}.json"
-    path.write_text(json.dumps({"card": card} | found_with | {"tiles": dataclasses.asdict(tiles)}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"card": card} | found_with | {"tiles": dataclasses.asdict(tiles)}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
@@ -129,7 +152,10 @@ def _parse(table: dict[str, Any]) -> Tiles:
     found: dict[str, Any] = {}
     for name, value in table.items():
         if name.startswith("experts"):
-            found[name] = tuple(ExpertTile(**(entry | {key: ProductTile(**entry[key]) for key in ("up", "down")})) for entry in value)
+            found[name] = tuple(
+                ExpertTile(**(entry | {key: ProductTile(**entry[key]) for key in ("up", "down")}))
+                for entry in value
+            )
             if not found[name] or found[name][-1].per_slot:
                 raise ValueError(f"{name}: the last entry must hold for any number of pairs (per_slot 0)")
         else:

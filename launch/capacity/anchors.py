@@ -1,4 +1,5 @@
-"""The floors beside published figures: ``python -m lockstep.launch.capacity.anchors`` prints what benchmarks/plan_anchors.md keeps.
+"""The floors beside published figures: ``python -m lockstep.launch.capacity.anchors`` prints what
+benchmarks/plan_anchors.md keeps.
 
 A floor that a published figure beats is wrong; a ratio far below 1 has to have a reason.
 """
@@ -22,8 +23,10 @@ _FP8_ROW = 1 + 4 / 128  # DeepEP sends fp8 with a float32 scale per 128 values
 
 @dataclass(frozen=True)
 class Published:
-    """A figure for DeepSeek-V3 or R1. ``batch`` per GPU, 0 for prefill; ``rate`` tokens a second and GPU; ``set_up`` says what
-    is assumed because it is not published; ``reason`` of the gap to the floor."""
+    """A figure for DeepSeek-V3 or R1. ``batch`` per GPU, 0 for prefill; ``rate`` tokens a second
+    and GPU; ``set_up`` says what is assumed because it is not published; ``reason`` of the gap to
+    the floor.
+    """
 
     system: str
     hardware: str
@@ -155,7 +158,9 @@ EXCHANGE_TOKENS = 128
 
 
 def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
-    """DeepSeek-V3 as those systems run it: FP8, on Blackwell NVFP4 experts and FP8 attention; prefill passes tokens on in a node."""
+    """DeepSeek-V3 as those systems run it: FP8, on Blackwell NVFP4 experts and FP8 attention;
+    prefill passes tokens on in a node.
+    """
     recipe, path = load_recipe("deepseek-h200", check=contradictions)
     device = load_hardware(hardware)
     blackwell = device.fp4_tflops is not None
@@ -211,7 +216,11 @@ def _rate_lines() -> list[str]:
     ]
     for figure in PUBLISHED:
         floor = floor_beside(figure)
-        step = f"decode EP{figure.ranks}, {figure.batch} x {figure.context:,}" if figure.batch else f"prefill EP{figure.ranks}"
+        step = (
+            f"decode EP{figure.ranks}, {figure.batch} x {figure.context:,}"
+            if figure.batch
+            else f"prefill EP{figure.ranks}"
+        )
         times = " / ".join(f"{1e3 * part:.1f}" for part in (floor.compute, floor.memory, floor.network))
         per_second = figure.rate / figure.tokens
         ratio = f"{per_second * floor.seconds:.2f} ({per_second * floor.serial:.2f})"
@@ -222,7 +231,10 @@ def _rate_lines() -> list[str]:
 
 
 def _exchange_lines() -> list[str]:
-    lines = ["| ranks | dispatch us: floor | measured | ratio | combine us: floor | measured | ratio |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| ranks | dispatch us: floor | measured | ratio | combine us: floor | measured | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for measured in EXCHANGES:
         floor = traffic(deepseek("h800", measured.ranks, prefill=False), EXCHANGE_TOKENS)
         dispatch, combine = 1e6 * floor.dispatch_seconds, 1e6 * floor.combine_seconds

@@ -1,6 +1,8 @@
-"""Floors of time: what a step cannot be faster than, by compute, by memory and by network, from data-sheet rates.
+"""Floors of time: what a step cannot be faster than, by compute, by memory and by network, from
+data-sheet rates.
 
-Overlap is taken as perfect and load as even, so a real engine is slower. Suffixes of seconds: none; all times are seconds.
+Overlap is taken as perfect and load as even, so a real engine is slower. Suffixes of seconds: none;
+all times are seconds.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from .setup import Setup, Stage
 
 @dataclass(frozen=True)
 class Work:
-    """A step on one data-parallel rank: ``tokens`` computed, ``sampled`` rows, ``attended`` positions summed over the tokens,
-    ``kv_reads`` positions that are read from memory, ``routed`` tokens whose experts it computes: a mean over the ranks, which
-    are as many as its own where all have equally many."""
+    """A step on one data-parallel rank: ``tokens`` computed, ``sampled`` rows, ``attended``
+    positions summed over the tokens, ``kv_reads`` positions that are read from memory, ``routed``
+    tokens whose experts it computes: a mean over the ranks, which are as many as its own where all
+    have equally many.
+    """
 
     tokens: float
     sampled: float
@@ -28,7 +32,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Expert exchange of one layer on one rank: bytes that leave it, over near and far links, and what they take."""
+    """Expert exchange of one layer on one rank: bytes that leave it, over near and far links, and
+    what they take.
+    """
 
     dispatch_bytes: int
     combine_bytes: int
@@ -64,7 +70,9 @@ def decode_work(batch: int, context: int) -> Work:
 
 
 def prefill_work(tokens: int, prompt: int) -> Work:
-    """``tokens`` of prompts of ``prompt`` tokens each, none of them cached; a chunk reads its context once."""
+    """``tokens`` of prompts of ``prompt`` tokens each, none of them cached; a chunk reads its
+    context once.
+    """
     return Work(tokens, tokens / prompt, tokens * prompt / 2, tokens + prompt / 2, tokens, False)
 
 
@@ -78,7 +86,9 @@ def stage_floor(setup: Setup, stage: Stage, work: Work) -> Floor:
     """The part of a step that one stage does."""
     exchange = traffic(setup, work.tokens)
     network = stage.num_moe * (exchange.dispatch_seconds + exchange.combine_seconds)
-    return Floor(setup.sharing * _compute(setup, stage, work), setup.sharing * _memory(setup, stage, work), network)
+    return Floor(
+        setup.sharing * _compute(setup, stage, work), setup.sharing * _memory(setup, stage, work), network
+    )
 
 
 def _compute(setup: Setup, stage: Stage, work: Work) -> float:
@@ -96,7 +106,9 @@ def _compute(setup: Setup, stage: Stage, work: Work) -> float:
 
 
 def _memory(setup: Setup, stage: Stage, work: Work) -> float:
-    """Weights are read once in a step, of experts those that some token wants; replicas share the tokens and cost no reads."""
+    """Weights are read once in a step, of experts those that some token wants; replicas share the
+    tokens and cost no reads.
+    """
     shape, moe = setup.shape, setup.shape.moe
     weights = weights_of(setup, stage)
     chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.layout.data)
@@ -112,9 +124,10 @@ def _memory(setup: Setup, stage: Stage, work: Work) -> float:
 def traffic(setup: Setup, num_tokens: float) -> Traffic:
     """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
 
-    all_to_all: a token goes once to every rank that has one of its experts, and an output comes back for each of its
-    experts. two_level: it goes once to every node, is passed on inside it, and comes back summed by node. all_gather: every
-    token goes everywhere and outputs are reduced, apart for each of a token's experts.
+    all_to_all: a token goes once to every rank that has one of its experts, and an output comes
+    back for each of its experts. two_level: it goes once to every node, is passed on inside it, and
+    comes back summed by node. all_gather: every token goes everywhere and outputs are reduced,
+    apart for each of a token's experts.
     """
     ranks, near = setup.expert_ranks, setup.near_ranks
     if ranks == 1 or setup.dispatch == "local":
@@ -139,13 +152,17 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
 def _exchange(setup: Setup, near: float, far: float) -> float:
     """Both links at once."""
     hardware = setup.hardware
-    return max(near / (1e9 * hardware.near_gb_s), far / (1e9 * hardware.far_gb_s)) + 1e-6 * hardware.latency_us
+    return (
+        max(near / (1e9 * hardware.near_gb_s), far / (1e9 * hardware.far_gb_s)) + 1e-6 * hardware.latency_us
+    )
 
 
 def distinct(moe: MoEConfig, units: float) -> float:
-    """How many of ``units`` (ranks or nodes, each with an equal share of the experts) hold one of a token's experts, on average.
+    """How many of ``units`` (ranks or nodes, each with an equal share of the experts) hold one of a
+    token's experts, on average.
 
-    The choice is taken as uniform, within ``top_groups`` of the experts' groups where there are groups.
+    The choice is taken as uniform, within ``top_groups`` of the experts' groups where there are
+    groups.
     """
     groups, chosen = moe.num_groups, moe.top_groups
     if groups == 1:
@@ -158,7 +175,9 @@ def distinct(moe: MoEConfig, units: float) -> float:
 
 
 def _missed(total: float, part: float, picks: int) -> float:
-    """The probability that ``picks`` different ones out of ``total`` are all outside a ``part`` of them."""
+    """The probability that ``picks`` different ones out of ``total`` are all outside a ``part`` of
+    them.
+    """
     missed = 1.0
     for pick in range(picks):
         missed *= max(0.0, (total - part - pick) / (total - pick))

@@ -1,4 +1,6 @@
-"""Bytes that a rank holds: weights by kind, pages, activations and the buffers of the expert exchange."""
+"""Bytes that a rank holds: weights by kind, pages, activations and the buffers of the expert
+exchange.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _LOGIT_COPIES = 3  # float32 logits, the same sorted, and their probabilities
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of parameters on a rank. Slots are counted as experts, replicas and empty ones by their mean over the ranks.
+    """Bytes of parameters on a rank. Slots are counted as experts, replicas and empty ones by their
+    mean over the ranks.
 
     ``packed_copies``: some CPUs hold their expert slots in bf16 twice (``kernels.cpu_isa``).
     """
@@ -36,9 +39,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank. ``kv_pool`` is num_pages pages and one for scratch; ``activations`` is an estimate of the peak at
-    ``capacity`` tokens; ``dispatch`` bounds the exchange at capacity; ``reserve`` is for libraries; ``headroom`` is what is left,
-    below 0 what is missing."""
+    """Bytes of a rank. ``kv_pool`` is num_pages pages and one for scratch; ``activations`` is an
+    estimate of the peak at ``capacity`` tokens; ``dispatch`` bounds the exchange at capacity;
+    ``reserve`` is for libraries; ``headroom`` is what is left, below 0 what is missing.
+    """
 
     weights: Weights
     num_pages: int
@@ -64,7 +68,9 @@ def memory_of(setup: Setup, stage: Stage) -> Memory:
 
 
 def weights_of(setup: Setup, stage: Stage) -> Weights:
-    """Parameters of a rank: attention, dense layers and shared experts are split over the tensor group, gates are not."""
+    """Parameters of a rank: attention, dense layers and shared experts are split over the tensor
+    group, gates are not.
+    """
     shape, tensor, item = setup.shape, setup.layout.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
     slot = stored_bytes(shape.expert_params, setup.expert_weights)
@@ -75,8 +81,11 @@ def weights_of(setup: Setup, stage: Stage) -> Weights:
     table = shape.vocab_size * shape.hidden * item
     tables = stage.first + (stage.last and not (stage.first and shape.tie_embeddings))
     return Weights(
-        attention=stage.num_layers * (stored_bytes(shape.attention_params // tensor, setup.weights) + shape.norm_params * item),
-        dense=stored_bytes((num_dense * shape.dense_params + stage.num_moe * shape.shared_params) // tensor, setup.weights),
+        attention=stage.num_layers
+        * (stored_bytes(shape.attention_params // tensor, setup.weights) + shape.norm_params * item),
+        dense=stored_bytes(
+            (num_dense * shape.dense_params + stage.num_moe * shape.shared_params) // tensor, setup.weights
+        ),
         gates=stage.num_moe * shape.gate_params * _GATE_ITEM,
         experts=slots - redundant - empty,
         redundant=redundant,
@@ -101,17 +110,24 @@ def pages_of(setup: Setup, stage: Stage, weights: Weights) -> int:
 
 
 def activations_of(setup: Setup, stage: Stage) -> int:
-    """The peak within a layer beside the residual stream, or of sampling; experts with their mean share of pairs."""
+    """The peak within a layer beside the residual stream, or of sampling; experts with their mean
+    share of pairs.
+    """
     shape, tensor, item, tokens = setup.shape, setup.layout.tensor, setup.item, setup.capacity
     residual = 3 * tokens * shape.hidden * item
     heads = shape.attention
-    width = heads.num_heads * (heads.head_dim if isinstance(heads, GqaConfig) else heads.nope_dim + heads.rope_dim)
+    width = heads.num_heads * (
+        heads.head_dim if isinstance(heads, GqaConfig) else heads.nope_dim + heads.rope_dim
+    )
     blocks = [4 * tokens * width // tensor * item]
     if stage.num_layers > stage.num_moe:
         blocks.append(3 * tokens * shape.dense_width // tensor * item)
     if stage.num_moe:
         pairs = -(-tokens // tensor) * shape.moe.top_k
-        blocks.append(pairs * (2 * shape.hidden + 3 * shape.moe.expert_width) * item + 3 * tokens * shape.moe.shared_width // tensor * item)
+        blocks.append(
+            pairs * (2 * shape.hidden + 3 * shape.moe.expert_width) * item
+            + 3 * tokens * shape.moe.shared_width // tensor * item
+        )
     if stage.last:
         blocks.append(_LOGIT_COPIES * setup.max_running * shape.vocab_size * 4)
     return residual + max(blocks)
@@ -123,8 +139,10 @@ def row_bytes(setup: Setup) -> int:
 
 
 def dispatch_buffers(setup: Setup) -> int:
-    """Bytes of an exchange when every rank has ``capacity`` tokens and, in all_to_all, all of them want this one's experts:
-    rows sent and received, outputs of their pairs, and those that come back."""
+    """Bytes of an exchange when every rank has ``capacity`` tokens and, in all_to_all, all of them
+    want this one's experts: rows sent and received, outputs of their pairs, and those that come
+    back.
+    """
     moe, ranks = setup.shape.moe, setup.expert_ranks
     tokens = -(-setup.capacity // setup.layout.tensor)
     row, output = row_bytes(setup), setup.shape.hidden * setup.item

@@ -1,4 +1,6 @@
-"""The plan of a recipe: what every rank would hold, how much fits, how fast it can be at best, and what stands in the way."""
+"""The plan of a recipe: what every rank would hold, how much fits, how fast it can be at best, and
+what stands in the way.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Phase:
-    """Decode or prefill at the plan's context: ``tokens`` per data-parallel rank and step, their floor and their exchange."""
+    """Decode or prefill at the plan's context: ``tokens`` per data-parallel rank and step, their
+    floor and their exchange.
+    """
 
     tokens: int
     floor: Floor
@@ -43,7 +47,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """``misfits`` are reasons why it does not fit; ``unsupported`` is what this version refuses to launch. Tokens count KV."""
+    """``misfits`` are reasons why it does not fit; ``unsupported`` is what this version refuses to
+    launch. Tokens count KV.
+    """
 
     setup: Setup
     verified: str | None
@@ -74,25 +80,56 @@ class Plan:
         return 1000 * self.prefill.floor.seconds / self.prefill.tokens
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; sizes in bytes, times in seconds, bytes of an exchange per layer and rank."""
+        """For programs; sizes in bytes, times in seconds, bytes of an exchange per layer and
+        rank.
+        """
         plan = asdict(self)
         setup = plan.pop("setup")
         model = {name: setup["shape"][name] for name in ("family", "num_layers", "hidden", "max_position")}
         model |= {"parameters": self.setup.shape.total_params, "experts": self.setup.shape.moe.num_experts}
         layout = self.setup.layout
-        plan["layout"] = {"world": layout.world, "pipeline": layout.pipeline, "data": layout.data, "tensor": layout.tensor}
-        names = ("dispatch", "dtype", "weights", "expert_weights", "kv_dtype", "page_size", "max_running", "capacity", "redundant", "isa")
-        plan |= {"model": model, "hardware": self.setup.hardware.model_dump(), "resolved": {name: setup[name] for name in names}}
+        plan["layout"] = {
+            "world": layout.world,
+            "pipeline": layout.pipeline,
+            "data": layout.data,
+            "tensor": layout.tensor,
+        }
+        names = (
+            "dispatch",
+            "dtype",
+            "weights",
+            "expert_weights",
+            "kv_dtype",
+            "page_size",
+            "max_running",
+            "capacity",
+            "redundant",
+            "isa",
+        )
+        plan |= {
+            "model": model,
+            "hardware": self.setup.hardware.model_dump(),
+            "resolved": {name: setup[name] for name in names},
+        }
         for rank, held in zip(plan["ranks"], self.ranks, strict=True):
             rank["memory"]["weights"]["total"] = held.memory.weights.total
         for name, phase in (("decode", self.decode), ("prefill", self.prefill)):
-            plan[name]["floor"] |= {"seconds": phase.floor.seconds, "serial": phase.floor.serial, "binds": phase.floor.binds}
-        plan |= {"seconds_per_token": self.seconds_per_token, "seconds_per_1k_prompt": self.seconds_per_1k_prompt}
+            plan[name]["floor"] |= {
+                "seconds": phase.floor.seconds,
+                "serial": phase.floor.serial,
+                "binds": phase.floor.binds,
+            }
+        plan |= {
+            "seconds_per_token": self.seconds_per_token,
+            "seconds_per_1k_prompt": self.seconds_per_1k_prompt,
+        }
         return {"fits": self.fits, "launches": not self.unsupported} | plan
 
 
 def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Plan:
-    """Plans a recipe from the file's ``folder``, without weights. Raises RecipeError where it cannot be planned."""
+    """Plans a recipe from the file's ``folder``, without weights. Raises RecipeError where it
+    cannot be planned.
+    """
     model = model_folder(recipe, folder)
     try:
         shape = read_shape(model)
@@ -104,16 +141,22 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Plan:
     name = recipe.cluster.hardware or ("cpu" if recipe.cluster.device == "cpu" else None)
     if name is None:
         known = ", ".join(hardware_names())
-        raise RecipeError(f"cluster.hardware: missing, and a plan needs it; add cluster.hardware=... to the command (packaged: {known})")
+        raise RecipeError(
+            f"cluster.hardware: missing, and a plan needs it; add cluster.hardware=... to the command (packaged: {known})"
+        )
     hardware = load_hardware(name)
     if recipe.cluster.device not in ("auto", hardware.device):
-        raise RecipeError(f"cluster.device = {recipe.cluster.device}: cluster.hardware = {name} is {hardware.device}")
+        raise RecipeError(
+            f"cluster.device = {recipe.cluster.device}: cluster.hardware = {name} is {hardware.device}"
+        )
     setup = resolve(recipe, shape, hardware)
     return make_plan(setup, recipe, context, tuple(not_yet(recipe)))
 
 
 def model_folder(recipe: Recipe, folder: Path) -> Path:
-    """Where config.json is: with the model, or what the recipe brings along while the model is not there."""
+    """Where config.json is: with the model, or what the recipe brings along while the model is not
+    there.
+    """
     path = model_directory(recipe, folder)
     if recipe.model.config is None or (path / "config.json").is_file():
         return path
@@ -143,7 +186,9 @@ def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str
     batch = min(setup.max_running, pages // -(-context // setup.page_size))
     rows = max(1, batch)
     decode = Phase(rows, floor_of(setup, decode_work(rows, context)), traffic(setup, rows))
-    prefill = Phase(setup.capacity, floor_of(setup, prefill_work(setup.capacity, context)), traffic(setup, setup.capacity))
+    prefill = Phase(
+        setup.capacity, floor_of(setup, prefill_work(setup.capacity, context)), traffic(setup, setup.capacity)
+    )
     return Plan(
         setup=setup,
         verified=recipe.verified,
@@ -156,7 +201,11 @@ def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str
         largest_batch=batch * setup.layout.data,
         decode=decode,
         prefill=prefill,
-        misfits=(*_layout_misfits(setup), *_memory_misfits(setup, ranks), *_length_misfits(recipe, kv_tokens)),
+        misfits=(
+            *_layout_misfits(setup),
+            *_memory_misfits(setup, ranks),
+            *_length_misfits(recipe, kv_tokens),
+        ),
         unsupported=unsupported,
     )
 
@@ -168,7 +217,9 @@ def _layout_misfits(setup: Setup) -> list[str]:
     here, most = setup.ranks_per_node, setup.hardware.ranks_per_node
     found = []
     if here > most:
-        found.append(f"cluster.ranks_per_node = {here}: a node of this hardware has {most} devices; use {most} and more cluster.nodes")
+        found.append(
+            f"cluster.ranks_per_node = {here}: a node of this hardware has {most} devices; use {most} and more cluster.nodes"
+        )
     if here % setup.layout.tensor:
         what = f"parallel.tensor = {setup.layout.tensor}: a tensor group stays on one node, which has {here} ranks"
         found.append(f"{what}; use a divisor of {here}")
@@ -192,14 +243,18 @@ def _memory_misfits(setup: Setup, ranks: tuple[RankPlan, ...]) -> list[str]:
             have = f"weights: {size_text(memory.weights.total)} on a rank that has {size_text(setup.rank_memory)}"
             return [f"{have}; {_more_ranks(setup)}"]
         if not memory.num_pages:
-            return [f"kv_cache.memory: holds no page of {rank.page_bytes} bytes ({setup.page_size} tokens); {_more_ranks(setup)}"]
+            return [
+                f"kv_cache.memory: holds no page of {rank.page_bytes} bytes ({setup.page_size} tokens); {_more_ranks(setup)}"
+            ]
         if memory.headroom < 0:
             return [_too_full(setup, rank)]
     return []
 
 
 def _more_ranks(setup: Setup) -> str:
-    """The smallest number of nodes on which everything fits, if need be with fewer tokens in a step."""
+    """The smallest number of nodes on which everything fits, if need be with fewer tokens in a
+    step.
+    """
     layout, per_node = setup.layout, setup.ranks_per_node
     most = setup.shape.moe.num_experts * layout.pipeline // per_node
     for nodes in range(layout.world // per_node + 1, most + 1):
@@ -213,7 +268,9 @@ def _more_ranks(setup: Setup) -> str:
 
 
 def _fitting_capacity(setup: Setup) -> int | None:
-    """The most tokens in a step, halved as often as needed, with which everything fits; none if no page does."""
+    """The most tokens in a step, halved as often as needed, with which everything fits; none if no
+    page does.
+    """
     tokens = setup.capacity
     while tokens >= setup.max_running:
         held = [memory_of(replace(setup, capacity=tokens), stage) for stage in setup.stages()]

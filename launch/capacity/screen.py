@@ -15,7 +15,11 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
     setup = plan.setup
     layout, shape = setup.layout, setup.shape
     ranks = "1 rank" if layout.world == 1 else f"{layout.world} ranks"
-    held = setup.weights if setup.weights == setup.expert_weights else f"{setup.weights}, of experts {setup.expert_weights}"
+    held = (
+        setup.weights
+        if setup.weights == setup.expert_weights
+        else f"{setup.weights}, of experts {setup.expert_weights}"
+    )
     console.print(
         f"[bold]{escape(title)}[/bold]: {shape.total_params / 1e9:.1f} G parameters of {shape.family} on {ranks} "
         f"(pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}); weights {held}, KV {setup.kv_dtype}, "
@@ -70,27 +74,45 @@ def _memory_table(plan: Plan) -> Table:
 def _capacity_table(plan: Plan) -> Table:
     table = table_of("capacity", "", "per rank", "in all")
     table.add_row("KV tokens", f"{plan.kv_tokens_per_rank:,}", f"{plan.kv_tokens:,}")
-    table.add_row(f"requests of {plan.context:,} tokens at once", f"{plan.largest_batch_per_rank:,}", f"{plan.largest_batch:,}")
+    table.add_row(
+        f"requests of {plan.context:,} tokens at once",
+        f"{plan.largest_batch_per_rank:,}",
+        f"{plan.largest_batch:,}",
+    )
     table.add_row("longest context", f"{plan.longest_context:,}", "")
     return table
 
 
 def _floor_table(plan: Plan) -> Table:
-    table = table_of(f"floors at data-sheet rates, context {plan.context:,}; a real engine is slower", "", "decode", "prefill")
+    table = table_of(
+        f"floors at data-sheet rates, context {plan.context:,}; a real engine is slower",
+        "",
+        "decode",
+        "prefill",
+    )
     phases = (plan.decode, plan.prefill)
 
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
 
     row("tokens of a step per rank", [f"{phase.tokens:,}" for phase in phases])
-    row("dispatch per layer", [_exchange(phase.traffic.dispatch_bytes, phase.traffic.dispatch_seconds) for phase in phases])
-    row("combine per layer", [_exchange(phase.traffic.combine_bytes, phase.traffic.combine_seconds) for phase in phases])
+    row(
+        "dispatch per layer",
+        [_exchange(phase.traffic.dispatch_bytes, phase.traffic.dispatch_seconds) for phase in phases],
+    )
+    row(
+        "combine per layer",
+        [_exchange(phase.traffic.combine_bytes, phase.traffic.combine_seconds) for phase in phases],
+    )
     for part in ("compute", "memory", "network"):
         row(part, [time_text(getattr(phase.floor, part)) for phase in phases])
     row("binds", [phase.floor.binds for phase in phases])
     row("step, all overlapped", [time_text(phase.floor.seconds) for phase in phases])
     row("step, nothing overlapped", [time_text(phase.floor.serial) for phase in phases])
-    row("output token | 1k prompt tokens", [time_text(plan.seconds_per_token), time_text(plan.seconds_per_1k_prompt)])
+    row(
+        "output token | 1k prompt tokens",
+        [time_text(plan.seconds_per_token), time_text(plan.seconds_per_1k_prompt)],
+    )
     row("tokens/s of all ranks", [f"{_rate(plan, phase):,.0f}" for phase in phases])
     return table
 

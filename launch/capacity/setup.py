@@ -1,4 +1,6 @@
-"""A recipe resolved for planning: the model, the hardware and every value that ``auto`` left open."""
+"""A recipe resolved for planning: the model, the hardware and every value that ``auto`` left
+open.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is planned. ``weights`` and ``expert_weights`` are the dtypes matrices are held in, ``dtype`` that of activations,
-    ``attention_dtype`` that attention computes in; ``wire_item`` bytes of a value on its way to the experts;
-    ``kv_memory`` None is auto; ``capacity`` the tokens of a rank in a step at most; ``isa`` the kind of CPU, None for GPUs."""
+    """What is planned. ``weights`` and ``expert_weights`` are the dtypes matrices are held in,
+    ``dtype`` that of activations, ``attention_dtype`` that attention computes in; ``wire_item``
+    bytes of a value on its way to the experts; ``kv_memory`` None is auto; ``capacity`` the tokens
+    of a rank in a step at most; ``isa`` the kind of CPU, None for GPUs.
+    """
 
     shape: Shape
     hardware: Hardware
@@ -74,7 +78,10 @@ class Setup:
     @property
     def near_ranks(self) -> int:
         """Ranks of an expert world that reach each other over the near link."""
-        return min(self.expert_ranks, self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node)
+        return min(
+            self.expert_ranks,
+            self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node,
+        )
 
     @property
     def slots_twice(self) -> bool:
@@ -94,7 +101,9 @@ class Setup:
         return self.hardware.memory // self.sharing
 
     def stages(self) -> list[Stage]:
-        """The layers, spread over the pipeline stages so that their numbers differ by one at most."""
+        """The layers, spread over the pipeline stages so that their numbers differ by one at
+        most.
+        """
         found, start, count = [], 0, self.layout.pipeline
         for index in range(count):
             end = start + self.shape.num_layers // count + (index < self.shape.num_layers % count)
@@ -136,7 +145,9 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
 
 
 def _isa(recipe: Recipe, hardware: Hardware) -> Isa | None:
-    """What ranks compute with: the profile's CPU, or this machine's where it names none, limited by the recipe."""
+    """What ranks compute with: the profile's CPU, or this machine's where it names none, limited by
+    the recipe.
+    """
     if hardware.device != "cpu":
         return None
     isa = hardware.isa or cpu_isa.here()

@@ -21,10 +21,17 @@ class Shape(ModelConfig):
         shape, hidden = self.attention, self.hidden
         if isinstance(shape, GqaConfig):
             queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-            return hidden * (2 * queries + 2 * keys) + shape.qkv_bias * (queries + 2 * keys) + shape.out_bias * hidden
+            return (
+                hidden * (2 * queries + 2 * keys)
+                + shape.qkv_bias * (queries + 2 * keys)
+                + shape.out_bias * hidden
+            )
         queries = shape.num_heads * (shape.nope_dim + shape.rope_dim)
         down = (shape.q_latent or queries) + shape.kv_latent + shape.rope_dim
-        up = shape.kv_latent * shape.num_heads * (shape.nope_dim + shape.value_dim) + (shape.q_latent or 0) * queries
+        up = (
+            shape.kv_latent * shape.num_heads * (shape.nope_dim + shape.value_dim)
+            + (shape.q_latent or 0) * queries
+        )
         return hidden * (down + shape.num_heads * shape.value_dim) + up + shape.bias * (down + hidden)
 
     @property
@@ -65,14 +72,18 @@ class Shape(ModelConfig):
         return head + layers + num_moe * per_moe + (self.num_layers - num_moe) * self.dense_params
 
     def kv_bytes(self, kv_format: KvFormat, tensor: int = 1) -> int:
-        """Bytes of cache one token takes in one layer on one of ``tensor`` ranks: all of a latent, its share of key heads."""
+        """Bytes of cache one token takes in one layer on one of ``tensor`` ranks: all of a latent,
+        its share of key heads.
+        """
         held = self.attention
         if isinstance(held, GqaConfig):
             held = replace(held, num_kv_heads=-(-held.num_kv_heads // tensor))
         return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
 
     def attention_operations(self, decode: bool) -> int:
-        """Operations of one layer for one token and one position of its context. In decode latent attention works on the latent."""
+        """Operations of one layer for one token and one position of its context. In decode latent
+        attention works on the latent.
+        """
         shape = self.attention
         if isinstance(shape, GqaConfig):
             return 4 * shape.num_heads * shape.head_dim
@@ -82,5 +93,7 @@ class Shape(ModelConfig):
 
 
 def read_shape(folder: Path) -> Shape:
-    """The dimensions of the model in ``folder``. Raises ValueError naming the file and field at fault."""
+    """The dimensions of the model in ``folder``. Raises ValueError naming the file and field at
+    fault.
+    """
     return Shape(**vars(load_config(folder)))

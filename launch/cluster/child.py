@@ -17,8 +17,8 @@ TAIL_BYTES = 4096
 class Child:
     """Starts ``task`` and owns its process.
 
-    The child dies with this process (``process.leave_with_parent``), or rather with the thread that constructs the
-    Child, as Linux has it: construct it in a thread that stays.
+    The child dies with this process (``process.leave_with_parent``), or rather with the thread that
+    constructs the Child, as Linux has it: construct it in a thread that stays.
     """
 
     def __init__(self, task: Task, log_dir: Path) -> None:
@@ -52,7 +52,9 @@ class Child:
             return file.read().decode(errors="replace")
 
     def signal(self, number: int) -> None:
-        """Signals the process's whole group while the process is there; its pid cannot have been reused before ``poll``."""
+        """Signals the process's whole group while the process is there; its pid cannot have been
+        reused before ``poll``.
+        """
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 

@@ -1,4 +1,6 @@
-"""What the launcher asks of a place to run processes: start them, kill them, say which have died."""
+"""What the launcher asks of a place to run processes: start them, kill them, say which have
+died.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """A process to run: ``python -m lockstep.launch.cluster.entry role index`` with ``spec`` (JSON) on its standard input.
+    """A process to run: ``python -m lockstep.launch.cluster.entry role index`` with ``spec`` (JSON)
+    on its standard input.
 
-    ``node`` is the group of ranks it belongs to, None for the launcher's own machine. ``num_gpus`` is 0 or 1.
-    ``module`` is the Python module that is run.
+    ``node`` is the group of ranks it belongs to, None for the launcher's own machine. ``num_gpus``
+    is 0 or 1. ``module`` is the Python module that is run.
     """
 
     role: str
@@ -35,7 +38,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a task runs. ``node`` and ``address`` are those of its host in the cluster, where that has several."""
+    """Where a task runs. ``node`` and ``address`` are those of its host in the cluster, where that
+    has several.
+    """
 
     host: str
     pid: int
@@ -46,8 +51,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Death:
-    """A process that has ended. ``code`` is the exit status, negative for a signal, None when its node or Ray actor
-    went with it; ``tail`` the last lines it wrote; ``lost_node`` the node when all of it was lost."""
+    """A process that has ended. ``code`` is the exit status, negative for a signal, None when its
+    node or Ray actor went with it; ``tail`` the last lines it wrote; ``lost_node`` the node when
+    all of it was lost.
+    """
 
     task: Task
     place: Place
@@ -63,10 +70,16 @@ class Death:
     @property
     def cause(self) -> str:
         if self.code is None:
-            return "was lost with its node" if self.lost_node else f"was lost with its Ray actor: {self.last_line}"
+            return (
+                "was lost with its node"
+                if self.lost_node
+                else f"was lost with its Ray actor: {self.last_line}"
+            )
         if self.code < 0:
             name = signal.Signals(-self.code).name
-            return f"was killed by {name}" + (" (the kernel does this when memory runs out)" if name == "SIGKILL" else "")
+            return f"was killed by {name}" + (
+                " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
+            )
         return f"exited with status {self.code}"
 
     @property
@@ -77,7 +90,9 @@ class Death:
 
 
 class Cluster(Protocol):
-    """Processes on one machine or many. ``host`` is the address under which they reach the launcher's machine."""
+    """Processes on one machine or many. ``host`` is the address under which they reach the
+    launcher's machine.
+    """
 
     host: str
     gpus_per_node: int
@@ -91,7 +106,9 @@ class Cluster(Protocol):
         ...
 
     def waiting(self) -> str:
-        """Which of the processes started still wait for a node with room, and why there is none; empty when none does."""
+        """Which of the processes started still wait for a node with room, and why there is none;
+        empty when none does.
+        """
         ...
 
     def deaths(self) -> list[Death]:

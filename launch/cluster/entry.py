@@ -1,7 +1,8 @@
-"""The entry point of every process of a cluster: ``python -m lockstep.launch.cluster.entry ROLE INDEX PARENT_PID``.
+"""The entry point of every process of a cluster: ``python -m lockstep.launch.cluster.entry ROLE
+INDEX PARENT_PID``.
 
-The role's specification is read from standard input as JSON. A failure is reported to the lobby in one line and
-written to standard error in full.
+The role's specification is read from standard input as JSON. A failure is reported to the lobby in
+one line and written to standard error in full.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ ROLES: dict[str, tuple[str, type[ControllerSpec] | type[RankSpec] | type[Fronten
 
 
 def leave_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when ``parent`` ends, and leaves at once if it already has."""
+    """Asks Linux to kill this process when ``parent`` ends, and leaves at once if it already
+    has.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -39,9 +42,15 @@ def leave_with_parent(parent: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error as a person should read it: the text of a ValueError or OSError, else its type as well."""
+    """The error as a person should read it: the text of a ValueError or OSError, else its type as
+    well.
+    """
     text = " ".join(str(error).split())
-    return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    return (
+        text
+        if text and isinstance(error, ValueError | OSError)
+        else f"{type(error).__name__}: {text}".rstrip(": ")
+    )
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

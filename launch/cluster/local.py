@@ -33,7 +33,9 @@ class LocalCluster:
             return task
         if task.index >= len(self._gpus):
             raise LaunchError(f"{task.name} needs a GPU of its own, but {len(self._gpus)} are visible here")
-        return replace(task, environment=dict(task.environment) | {"CUDA_VISIBLE_DEVICES": self._gpus[task.index]})
+        return replace(
+            task, environment=dict(task.environment) | {"CUDA_VISIBLE_DEVICES": self._gpus[task.index]}
+        )
 
     def running(self) -> list[tuple[Task, Place]]:
         return [(task, self._place(child)) for task, child in self._children.values()]

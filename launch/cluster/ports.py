@@ -8,7 +8,9 @@ from .cluster import LaunchError
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to where the cluster is to listen, 0 for a port of the kernel's choice. Raises LaunchError where it cannot be."""
+    """A TCP socket bound to where the cluster is to listen, 0 for a port of the kernel's choice.
+    Raises LaunchError where it cannot be.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -16,7 +18,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        raise LaunchError(f"frontend.host = {host}, frontend.port = {port}: cannot be listened on: {error.strerror}") from None
+        raise LaunchError(
+            f"frontend.host = {host}, frontend.port = {port}: cannot be listened on: {error.strerror}"
+        ) from None
     return bound
 
 
@@ -37,5 +41,7 @@ def base_url(host: str, port: int) -> str:
 
 
 def url_elsewhere(host: str, port: int) -> str | None:
-    """Where others reach a server that listens on every interface, by this host's name; None for one that listens on a single address."""
+    """Where others reach a server that listens on every interface, by this host's name; None for
+    one that listens on a single address.
+    """
     return None if reachable(host) == host else f"http://{socket.gethostname()}:{port}"

@@ -1,4 +1,6 @@
-"""Processes on a Ray cluster: groups of ranks, each on a node of its own, and what runs beside the launcher."""
+"""Processes on a Ray cluster: groups of ranks, each on a node of its own, and what runs beside the
+launcher.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..environment import ray_address
@@ -42,7 +49,9 @@ class _Held:
 
 @dataclass(frozen=True)
 class Needs:
-    """The room that a recipe takes. ``gpus``: whether each rank has one; None: where nodes have any."""
+    """The room that a recipe takes. ``gpus``: whether each rank has one; None: where nodes have
+    any.
+    """
 
     num_nodes: int
     ranks_per_node: int
@@ -57,12 +66,13 @@ def needs_of(recipe: Recipe) -> Needs:
 
 
 class RayCluster:
-    """``num_nodes`` groups of ``ranks_per_node`` ranks, each group on a node of its own; ``num_beside`` other tasks run on the
-    launcher's node.
+    """``num_nodes`` groups of ``ranks_per_node`` ranks, each group on a node of its own;
+    ``num_beside`` other tasks run on the launcher's node.
 
-    When a node is lost, Ray looks for another with room for its group: a spare one, one that comes back, or one that has a
-    group already. Tasks started meanwhile wait for it, see ``waiting``. Raises LaunchError when Ray cannot be started or
-    reached, or has no room within ``deadline`` seconds. ``mark`` is told of every phase of the start that has ended.
+    When a node is lost, Ray looks for another with room for its group: a spare one, one that comes
+    back, or one that has a group already. Tasks started meanwhile wait for it, see ``waiting``.
+    Raises LaunchError when Ray cannot be started or reached, or has no room within ``deadline``
+    seconds. ``mark`` is told of every phase of the start that has ended.
     """
 
     def __init__(
@@ -80,14 +90,20 @@ class RayCluster:
         self._groups: list[PlacementGroup] = []
         num_nodes, ranks_per_node = needs.num_nodes, needs.ranks_per_node
         if num_nodes > 1 and (address or ray_address()) is None:
-            raise LaunchError(f"cluster.nodes = {num_nodes}: needs a Ray cluster to join; name it in cluster.address or RAY_ADDRESS")
-        self._session = RaySession(log_dir, address=address, num_cpus=num_nodes * ranks_per_node + needs.num_beside)
+            raise LaunchError(
+                f"cluster.nodes = {num_nodes}: needs a Ray cluster to join; name it in cluster.address or RAY_ADDRESS"
+            )
+        self._session = RaySession(
+            log_dir, address=address, num_cpus=num_nodes * ranks_per_node + needs.num_beside
+        )
         try:
             mark("Ray")
             self.host = self._session.here.address
             self.gpus_per_node = max(node.gpus for node in self._session.nodes())
             use_gpus = self.gpus_per_node > 0 if needs.gpus is None else needs.gpus
-            self._share = {"CPU": float(ranks_per_node)} | ({"GPU": float(ranks_per_node)} if use_gpus else {})
+            self._share = {"CPU": float(ranks_per_node)} | (
+                {"GPU": float(ranks_per_node)} if use_gpus else {}
+            )
             if num_nodes > 1:
                 self._check_address(num_nodes)
             self._reserve(num_nodes, needs.num_beside)
@@ -125,20 +141,30 @@ class RayCluster:
         beside = {"CPU": float(num_beside)}
         where = f" on {self._session.here}, where the launcher runs"
         self._groups.append(placement_group([beside | {f"node:{self.host}": 0.001}], strategy="STRICT_PACK"))
-        self._await(self._groups[0], f"controller and frontend ({_text(beside)}){where}", time.monotonic() + self._deadline)
+        self._await(
+            self._groups[0],
+            f"controller and frontend ({_text(beside)}){where}",
+            time.monotonic() + self._deadline,
+        )
         self._groups.append(self._spread(num_nodes))
         self._bundles = self._in_order(_nodes_of(self._groups[1]))
 
     def _in_order(self, places: list[str]) -> list[int]:
-        """The bundles, for the groups of ranks in their order: the launcher's own node first, the others by address."""
+        """The bundles, for the groups of ranks in their order: the launcher's own node first, the
+        others by address.
+        """
         address = {node.id: int(ipaddress.ip_address(node.address)) for node in self._session.nodes()}
-        return sorted(range(len(places)), key=lambda bundle: (places[bundle] != self._session.here.id, address[places[bundle]]))
+        return sorted(
+            range(len(places)),
+            key=lambda bundle: (places[bundle] != self._session.here.id, address[places[bundle]]),
+        )
 
     def _spread(self, num_nodes: int) -> PlacementGroup:
         """A bundle on each of ``num_nodes`` nodes.
 
-        The strategy is SPREAD, not STRICT_SPREAD, for the sake of a bundle whose node is lost: it may then go to a node that
-        has one already. At first it may not, so what Ray makes of it is looked at.
+        The strategy is SPREAD, not STRICT_SPREAD, for the sake of a bundle whose node is lost: it
+        may then go to a node that has one already. At first it may not, so what Ray makes of it is
+        looked at.
         """
         what = f"{num_nodes} x {_text(self._share)} for the ranks"
         end = time.monotonic() + self._deadline
@@ -164,7 +190,10 @@ class RayCluster:
         return LaunchError(f"Ray found no room for {what} in {self._deadline:g} s; {self._room()}")
 
     def _room(self) -> str:
-        nodes = ", ".join(f"{node}: {node.cpus:g} CPU" + (f", {node.gpus} GPU" if node.gpus else "") for node in self._session.nodes())
+        nodes = ", ".join(
+            f"{node}: {node.cpus:g} CPU" + (f", {node.gpus} GPU" if node.gpus else "")
+            for node in self._session.nodes()
+        )
         return f"the cluster has {nodes}; free are {_text(ray.available_resources())}"
 
     # ------------------------------------------------------------------ processes
@@ -179,24 +208,40 @@ class RayCluster:
         self._held[task.name] = _Held(task, actor, actor.place.remote(), actor.wait.remote(), attempts)
 
     def _actor(self, task: Task) -> Any:
-        group, bundle = (self._groups[0], 0) if task.node is None else (self._groups[1], self._bundles[task.node])
-        strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+        group, bundle = (
+            (self._groups[0], 0) if task.node is None else (self._groups[1], self._bundles[task.node])
+        )
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=bundle
+        )
         options = ray.remote(RayHost).options(
-            num_cpus=1, num_gpus=task.num_gpus, max_concurrency=8, max_restarts=0, scheduling_strategy=strategy
+            num_cpus=1,
+            num_gpus=task.num_gpus,
+            max_concurrency=8,
+            max_restarts=0,
+            scheduling_strategy=strategy,
         )
         return options.remote(task, str(self._log_dir))
 
     def running(self) -> list[tuple[Task, Place]]:
-        starting = [held.placed for held in self._held.values() if held.place is NOWHERE and self._has_room(held.task)]
+        starting = [
+            held.placed for held in self._held.values() if held.place is NOWHERE and self._has_room(held.task)
+        ]
         if starting:
             ray.wait(starting, num_returns=len(starting), timeout=_PLACE_SECONDS)
         self._look()
         return [(held.task, held.place) for held in self._held.values() if held.place is not NOWHERE]
 
     def waiting(self) -> str:
-        """Started tasks for which Ray looks for a node, and why it finds none; empty where there are none."""
+        """Started tasks for which Ray looks for a node, and why it finds none; empty where there
+        are none.
+        """
         self._look()
-        names = [held.task.name for held in self._held.values() if held.place is NOWHERE and not self._has_room(held.task)]
+        names = [
+            held.task.name
+            for held in self._held.values()
+            if held.place is NOWHERE and not self._has_room(held.task)
+        ]
         if not names:
             return ""
         return f"no node has room for {', '.join(names)} ({_text(self._share)} a node); {self._room()}"
@@ -229,11 +274,15 @@ class RayCluster:
         lost_node = ""
         try:
             code, tail = ray.get(held.ended)
-        except ActorUnavailableError:  # its connection broke; Ray does not know yet whether the node is lost, or the actor, or neither
+        except (
+            ActorUnavailableError
+        ):  # its connection broke; Ray does not know yet whether the node is lost, or the actor, or neither
             held.ended = held.actor.wait.remote()
             return None
         except RayError as error:
-            if held.place is NOWHERE and held.attempts < _ATTEMPTS:  # sent to a node that was lost and not yet known to be
+            if (
+                held.place is NOWHERE and held.attempts < _ATTEMPTS
+            ):  # sent to a node that was lost and not yet known to be
                 self._hold(held.task, held.attempts + 1)
                 return None
             code, tail = None, _one_line(error)

@@ -19,9 +19,11 @@ START_SECONDS = 60.0
 
 
 class RayHost:
-    """Starts a process, waits for it and passes signals on. ``wait`` occupies one of its threads, signals take another.
+    """Starts a process, waits for it and passes signals on. ``wait`` occupies one of its threads,
+    signals take another.
 
-    The process itself stays free of Ray's threads and of its allocator. It dies with its actor, and actors die with their driver.
+    The process itself stays free of Ray's threads and of its allocator. It dies with its actor, and
+    actors die with their driver.
     """
 
     def __init__(self, task: Task, log_dir: str) -> None:
@@ -29,7 +31,9 @@ class RayHost:
         folder = _folder(Path(log_dir))
         self._child: Child | None = None
         self._started, self._ended = threading.Event(), threading.Event()
-        threading.Thread(target=self._run, args=(folder,), daemon=True).start()  # a thread that stays: see Child
+        threading.Thread(
+            target=self._run, args=(folder,), daemon=True
+        ).start()  # a thread that stays: see Child
 
     def _run(self, folder: Path) -> None:
         settings = interface_settings(interface_of(_own_address()))
@@ -39,7 +43,9 @@ class RayHost:
         self._ended.set()
 
     def place(self) -> Place:
-        assert self._started.wait(START_SECONDS) and self._child is not None, f"{self._task.name} was not started"
+        assert self._started.wait(START_SECONDS) and self._child is not None, (
+            f"{self._task.name} was not started"
+        )
         return Place(socket.gethostname(), self._child.pid, str(self._child.log), _own_id(), _own_address())
 
     def wait(self) -> tuple[int, str]:
@@ -54,7 +60,9 @@ class RayHost:
 
 
 def _folder(log_dir: Path) -> Path:
-    """That of the run, which has the same path on every node; one of its own where that cannot be."""
+    """That of the run, which has the same path on every node; one of its own where that cannot
+    be.
+    """
     try:
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

@@ -1,4 +1,6 @@
-"""A connection to a Ray cluster: one that this launcher starts on its machine, or one that it joins."""
+"""A connection to a Ray cluster: one that this launcher starts on its machine, or one that it
+joins.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,12 @@ class Node:
 
 
 class RaySession:
-    """``address`` None and no RAY_ADDRESS starts a cluster of ``num_cpus`` on this machine; else the one there is joined.
+    """``address`` None and no RAY_ADDRESS starts a cluster of ``num_cpus`` on this machine; else
+    the one there is joined.
 
-    ``here`` is the launcher's own node. ``scratch`` is where Ray keeps its sockets and logs when they cannot be with the logs
-    of the run, because their path would be too long for a socket. Raises LaunchError when Ray cannot be started or reached.
+    ``here`` is the launcher's own node. ``scratch`` is where Ray keeps its sockets and logs when
+    they cannot be with the logs of the run, because their path would be too long for a socket.
+    Raises LaunchError when Ray cannot be started or reached.
     """
 
     def __init__(self, log_dir: Path, *, address: str | None, num_cpus: int) -> None:
@@ -59,8 +63,16 @@ class RaySession:
             own, self._head = context.get_node_id(), str(context.gcs_address)
             self.here = next(node for node in self.nodes() if node.id == own)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"the Ray cluster at {address} cannot be reached" if self.joined else "Ray cannot be started on this machine"
-            hint = "; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if self.joined else ""
+            where = (
+                f"the Ray cluster at {address} cannot be reached"
+                if self.joined
+                else "Ray cannot be started on this machine"
+            )
+            hint = (
+                "; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+                if self.joined
+                else ""
+            )
             raise LaunchError(f"{where}: {' '.join(str(error).split())[:500]}{hint}") from error
 
     def nodes(self) -> list[Node]:
@@ -68,8 +80,10 @@ class RaySession:
         return [_node(entry) for entry in ray.nodes() if entry["Alive"]]
 
     def check_head(self) -> None:
-        """Raises LaunchError when the head process of a cluster that was started here has died: whoever asks Ray for anything
-        after that waits, and is ended by Ray without a word of ours."""
+        """Raises LaunchError when the head process of a cluster that was started here has died:
+        whoever asks Ray for anything after that waits, and is ended by Ray without a word of
+        ours.
+        """
         if self.joined or time.monotonic() < self._next_knock:
             return
         self._next_knock = time.monotonic() + _KNOCK_SECONDS
@@ -77,7 +91,9 @@ class RaySession:
             _knock(self._head)
         except ConnectionRefusedError:
             self._head_died = True
-            raise LaunchError(f"Ray's head process, which listened at {self._head}, has died; its processes go with it") from None
+            raise LaunchError(
+                f"Ray's head process, which listened at {self._head}, has died; its processes go with it"
+            ) from None
 
     @property
     def lost(self) -> bool:
@@ -95,7 +111,11 @@ class RaySession:
 
     def _connect(self, log_dir: Path, address: str | None, num_cpus: int) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+        common: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "include_dashboard": False,
+        }
         if address is not None:
             del common["include_dashboard"]
             _knock(address)
@@ -117,11 +137,15 @@ class RaySession:
 
 
 def _end_autoscaler() -> None:
-    """Kills the autoscaler of a cluster that this process has started. There is nothing to scale; but ray.shutdown ends the head before
-    it, and then waits the whole second that it allows for an answer to SIGTERM."""
+    """Kills the autoscaler of a cluster that this process has started. There is nothing to scale;
+    but ray.shutdown ends the head before it, and then waits the whole second that it allows for an
+    answer to SIGTERM.
+    """
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_bytes().rpartition(b") ")[2].split()[1])  # a process may have any bytes for a name
+            parent = int(
+                (folder / "stat").read_bytes().rpartition(b") ")[2].split()[1]
+            )  # a process may have any bytes for a name
             if parent == os.getpid() and b"/ray/autoscaler/" in (folder / "cmdline").read_bytes():
                 os.kill(int(folder.name), signal.SIGKILL)
 
@@ -129,11 +153,19 @@ def _end_autoscaler() -> None:
 def _node(entry: dict[str, Any]) -> Node:
     resources = entry["Resources"]
     name = str(entry["NodeManagerHostname"])
-    return Node(str(entry["NodeID"]), name, str(entry["NodeManagerAddress"]), resources.get("CPU", 0.0), int(resources.get("GPU", 0)))
+    return Node(
+        str(entry["NodeID"]),
+        name,
+        str(entry["NodeManagerAddress"]),
+        resources.get("CPU", 0.0),
+        int(resources.get("GPU", 0)),
+    )
 
 
 def _knock(address: str) -> None:
-    """Raises OSError or ValueError for an address where nothing listens; Ray itself would try for two minutes."""
+    """Raises OSError or ValueError for an address where nothing listens; Ray itself would try for
+    two minutes.
+    """
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")

@@ -1,8 +1,8 @@
 """A process that outlives the launcher by a moment and ends whatever it has left behind.
 
-Children die with their parent and Ray's processes with their driver, but some of those take a minute to notice. Every
-process of a run inherits a mark in its environment; when the launcher is gone, the reaper kills what bears the mark.
-Linux only: it reads ``/proc``.
+Children die with their parent and Ray's processes with their driver, but some of those take a
+minute to notice. Every process of a run inherits a mark in its environment; when the launcher is
+gone, the reaper kills what bears the mark. Linux only: it reads ``/proc``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _POLL = 0.05
 
 
 class Reaper:
-    """Marks this run and starts the reaper process. ``finish`` leaves nothing that bears the mark."""
+    """Marks this run and starts the reaper process. ``finish`` leaves nothing that bears the
+    mark.
+    """
 
     def __init__(self) -> None:
         self.mark = f"{os.getpid()}-{secrets.token_hex(8)}"
@@ -64,7 +66,9 @@ def marked(mark: str) -> list[int]:
 
 
 def reap(mark: str, patience: float) -> None:
-    """Waits up to ``patience`` seconds until nothing bears the mark, then kills until nothing does."""
+    """Waits up to ``patience`` seconds until nothing bears the mark, then kills until nothing
+    does.
+    """
     deadline = time.monotonic() + patience
     while (found := marked(mark)) and time.monotonic() < deadline + _INSISTENCE:
         if time.monotonic() > deadline:

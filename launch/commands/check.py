@@ -1,4 +1,6 @@
-"""``launch check``: looks for what stands in the way, on every node. Exit status: 0 nothing, 1 errors, 2 a bad recipe, 3 only warnings."""
+"""``launch check``: looks for what stands in the way, on every node. Exit status: 0 nothing, 1
+errors, 2 a bad recipe, 3 only warnings.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ _STYLE = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def check(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings for a program.")] = False,
 ) -> None:
-    """Looks at every node that a recipe would use. Exit status: 0 nothing found, 1 errors, 2 a bad recipe, 3 only warnings."""
+    """Looks at every node that a recipe would use. Exit status: 0 nothing found, 1 errors, 2 a bad
+    recipe, 3 only warnings.
+    """
     try:
         parsed, path = load_recipe(recipe, overrides or (), contradictions)
     except RecipeError as error:
@@ -42,4 +50,7 @@ def show(found: list[Finding], console: Console) -> None:
     for finding in found:
         console.print(f"[{_STYLE[finding.level]}]{finding.level:<8}[/]{escape(str(finding))}")
     counts = [(level, sum(finding.level == level for finding in found)) for level in ("error", "warning")]
-    console.print(", ".join(f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts if count) or "nothing in the way")
+    console.print(
+        ", ".join(f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts if count)
+        or "nothing in the way"
+    )

@@ -26,17 +26,27 @@ from .slurm import slurm_app
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
-plan_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP
+)
+plan_app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP
+)
 plan_app.command()(plan)
-check_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP)
+check_app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_HELP
+)
 check_app.command()(check)
 
 
 @app.command()
 def launch(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe (demo).")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe (demo).")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")
+    ] = None,
 ) -> None:
     """Starts the cluster that a recipe describes and serves until SIGTERM or Ctrl-C, then drains.
 
@@ -59,7 +69,9 @@ def launch(
 
 
 def run() -> None:
-    """The command that was asked for. ``plan``, ``simulate``, ``check`` and ``slurm`` have options of their own and serve nothing."""
+    """The command that was asked for. ``plan``, ``simulate``, ``check`` and ``slurm`` have options
+    of their own and serve nothing.
+    """
     if sys.argv[1:2] == ["plan"]:
         plan_app(sys.argv[2:], prog_name="launch plan")
     if sys.argv[1:2] == ["check"]:
@@ -73,8 +85,9 @@ def run() -> None:
 
 
 def _leave_at_once_after(command: Callable[[], object]) -> NoReturn:
-    """Nothing is left to be torn down once a run is closed; to unload torch and Ray would take half a second, and Ray's own last
-    steps longer where its head has died."""
+    """Nothing is left to be torn down once a run is closed; to unload torch and Ray would take half
+    a second, and Ray's own last steps longer where its head has died.
+    """
     code = 0
     try:
         command()

@@ -1,4 +1,6 @@
-"""``launch plan``: what a recipe needs and what it can do, without starting anything. Exit status: 0 fits, 1 not, 2 a bad recipe."""
+"""``launch plan``: what a recipe needs and what it can do, without starting anything. Exit status:
+0 fits, 1 not, 2 a bad recipe.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,18 @@ from ..recipe.recipe import RecipeError, contradictions
 
 
 def plan(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan for a program; sizes in bytes, times in seconds.")] = False,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a request that batch and floors are computed for.")] = CONTEXT,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan for a program; sizes in bytes, times in seconds.")
+    ] = False,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens of a request that batch and floors are computed for.")
+    ] = CONTEXT,
 ) -> None:
     """Shows memory, capacity and floors of time of a recipe, and why it would not fit."""
     try:

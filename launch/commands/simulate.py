@@ -1,4 +1,6 @@
-"""``launch simulate``: a recipe under a trace, without a cluster. Exit status: 0 simulated, 1 not to its end, 2 a bad recipe or trace."""
+"""``launch simulate``: a recipe under a trace, without a cluster. Exit status: 0 simulated, 1 not
+to its end, 2 a bad recipe or trace.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,18 @@ from ..simulation.trace import BLOCK, TraceError, read_trace
 from ..terminal.interrupts import Interrupts
 
 simulate_app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @simulate_app.command()
 def simulate(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a packaged recipe.")
+    ],
     trace: Annotated[
         str,
         typer.Option(
@@ -35,11 +42,20 @@ def simulate(
             "or poisson:rate=20,input=2000,output=300,count=2000[,seed=0] (requests a second, tokens, tokens, requests).",
         ),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report for a program; times in seconds, shares from 0 to 1.")] = False,
-    speed: Annotated[float, typer.Option(min=1e-6, max=1e6, help="Requests arrive so many times as fast.")] = 1.0,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the report for a program; times in seconds, shares from 0 to 1."),
+    ] = False,
+    speed: Annotated[
+        float, typer.Option(min=1e-6, max=1e6, help="Requests arrive so many times as fast.")
+    ] = 1.0,
     requests: Annotated[int | None, typer.Option(min=1, help="Only so many of the trace, its first.")] = None,
-    block: Annotated[int, typer.Option(min=1, max=1 << 20, help="Tokens of a block that hash_ids name.")] = BLOCK,
+    block: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Tokens of a block that hash_ids name.")
+    ] = BLOCK,
     efficiency: Annotated[
         float,
         typer.Option(
@@ -50,8 +66,9 @@ def simulate(
         ),
     ] = EFFICIENCY,
 ) -> None:
-    """Serves a trace of requests on a cluster that is not there: the planner, its KV pages and its queue are those that serve; what a step
-    takes comes from the floors of launch plan. Ctrl-C prints what was simulated so far.
+    """Serves a trace of requests on a cluster that is not there: the planner, its KV pages and its
+    queue are those that serve; what a step takes comes from the floors of launch plan. Ctrl-C
+    prints what was simulated so far.
     """
     err, interrupts = Console(file=sys.stderr, highlight=False, soft_wrap=True), Interrupts()
     try:

@@ -1,4 +1,6 @@
-"""What stands in the way of a recipe, before it is started: quickly on this machine, or thoroughly on every node it would use."""
+"""What stands in the way of a recipe, before it is started: quickly on this machine, or thoroughly
+on every node it would use.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,28 @@ _OBJECT_STORE_BYTES = 100 << 20
 
 
 def preflight(recipe: Recipe, folder: Path) -> list[Finding]:
-    """What can be known of this machine at once; nothing is started. ``folder`` is the recipe file's."""
-    return _recording(recipe) + judge([look_around(_questions(recipe, folder, thorough=False))], _wanted(recipe, _planned(recipe, folder)))
+    """What can be known of this machine at once; nothing is started. ``folder`` is the recipe
+    file's.
+    """
+    return _recording(recipe) + judge(
+        [look_around(_questions(recipe, folder, thorough=False))], _wanted(recipe, _planned(recipe, folder))
+    )
 
 
 def refuse_errors(found: list[Finding]) -> list[Finding]:
     """The warnings among them. Raises ValueError for the errors, a line each."""
     errors = [str(finding) for finding in found if finding.level == "error"]
     if errors:
-        raise ValueError(errors[0] if len(errors) == 1 else "\n  ".join([f"{len(errors)} things are in the way", *errors]))
+        raise ValueError(
+            errors[0] if len(errors) == 1 else "\n  ".join([f"{len(errors)} things are in the way", *errors])
+        )
     return [finding for finding in found if finding.level == "warning"]
 
 
 def check(recipe: Recipe, folder: Path) -> list[Finding]:
-    """Everything, on every node that would be used. Starts Ray where the recipe would, and ends it again."""
+    """Everything, on every node that would be used. Starts Ray where the recipe would, and ends it
+    again.
+    """
     plan = _planned(recipe, folder)
     questions, wanted = _questions(recipe, folder, thorough=True), _wanted(recipe, plan)
     found = _recipe_findings(recipe, folder, plan) + _recording(recipe) + _port(recipe)
@@ -60,7 +70,9 @@ def _check_ray(recipe: Recipe, questions: Questions, wanted: Wanted) -> list[Fin
     cluster: RayCluster | None = None
     with tempfile.TemporaryDirectory(prefix="lockstep-check-", ignore_cleanup_errors=True) as folder:
         try:
-            cluster = RayCluster(Path(folder), needs_of(recipe), address=recipe.cluster.address, deadline=ROOM_SECONDS)
+            cluster = RayCluster(
+                Path(folder), needs_of(recipe), address=recipe.cluster.address, deadline=ROOM_SECONDS
+            )
             return _ask_nodes(cluster, questions, wanted)
         except LaunchError as error:
             where = "start Ray on as many nodes as the recipe has, or end what else runs there; only this machine was looked at"
@@ -75,7 +87,11 @@ def _ask_nodes(cluster: RayCluster, questions: Questions, wanted: Wanted) -> lis
     from .ray_nodes import RayNodes
 
     used = [cluster.here, *[node for node in cluster.nodes if node.id != cluster.here.id]]
-    ok = Finding("ok", "Ray", f"room for the ranks on {', '.join(map(str, cluster.nodes))}; launched from {cluster.here}")
+    ok = Finding(
+        "ok",
+        "Ray",
+        f"room for the ranks on {', '.join(map(str, cluster.nodes))}; launched from {cluster.here}",
+    )
     nodes = RayNodes(used)
     facts = nodes.facts(questions)
     between = judge_clocks(nodes.clocks()) + judge_links(nodes.links()) if len(used) > 1 else []
@@ -132,9 +148,15 @@ def _rank_memory(recipe: Recipe, plan: Plan) -> int:
 def _recipe_findings(recipe: Recipe, folder: Path, plan: Plan | None) -> list[Finding]:
     found = [Finding("error", "recipe", line) for line in not_yet(recipe)]
     with contextlib.suppress(ValueError):  # the nodes say what is wrong with the model
-        found += [Finding("error", "recipe", line) for line in check_model(recipe, load_config(model_directory(recipe, folder)))]
+        found += [
+            Finding("error", "recipe", line)
+            for line in check_model(recipe, load_config(model_directory(recipe, folder)))
+        ]
     if plan is not None and recipe.cluster.hardware is not None:
-        found += [Finding("warning", "plan", line, f"cluster.hardware = {recipe.cluster.hardware}") for line in plan.misfits]
+        found += [
+            Finding("warning", "plan", line, f"cluster.hardware = {recipe.cluster.hardware}")
+            for line in plan.misfits
+        ]
     return found
 
 
@@ -142,7 +164,11 @@ def _recording(recipe: Recipe) -> list[Finding]:
     """Whether its folder can be written to is among the questions."""
     if recipe.recording is None or not Path(recipe.recording).expanduser().is_dir():
         return []
-    return [Finding("error", "recording", f"recording = {recipe.recording}: is a directory", "", "name a file in it")]
+    return [
+        Finding(
+            "error", "recording", f"recording = {recipe.recording}: is a directory", "", "name a file in it"
+        )
+    ]
 
 
 def _port(recipe: Recipe) -> list[Finding]:
@@ -150,5 +176,17 @@ def _port(recipe: Recipe) -> list[Finding]:
     try:
         check_port(host, port)
     except LaunchError as error:
-        return [Finding("error", "port", str(error), "", "choose another frontend.port, or end what listens there")]
-    return [Finding("ok", "port", f"frontend.port = {port} can be listened on at {host}" if port else "frontend.port = 0 takes a free one")]
+        return [
+            Finding(
+                "error", "port", str(error), "", "choose another frontend.port, or end what listens there"
+            )
+        ]
+    return [
+        Finding(
+            "ok",
+            "port",
+            f"frontend.port = {port} can be listened on at {host}"
+            if port
+            else "frontend.port = 0 takes a free one",
+        )
+    ]

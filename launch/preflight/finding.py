@@ -12,7 +12,9 @@ FINE, ERRORS, WARNINGS = 0, 1, 3  # exit status; 2 is a bad recipe or usage
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """``subject`` is what was looked at, ``where`` a node, a pair of them or empty for all; ``todo`` is empty where all is well."""
+    """``subject`` is what was looked at, ``where`` a node, a pair of them or empty for all;
+    ``todo`` is empty where all is well.
+    """
 
     level: Level
     subject: str
@@ -33,4 +35,7 @@ def exit_status(findings: list[Finding]) -> int:
 
 def to_json(findings: list[Finding]) -> dict[str, Any]:
     """For programs."""
-    return {"status": exit_status(findings), "findings": [msgspec.to_builtins(finding) for finding in findings]}
+    return {
+        "status": exit_status(findings),
+        "findings": [msgspec.to_builtins(finding) for finding in findings],
+    }

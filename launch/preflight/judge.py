@@ -1,4 +1,6 @@
-"""From what nodes answered to findings. Nothing is asked here: the same answers give the same findings."""
+"""From what nodes answered to findings. Nothing is asked here: the same answers give the same
+findings.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,29 @@ from ..capacity.plan import size_text
 from .finding import Finding, Level
 from .probe import Gpu, NodeFacts
 
-# Soft limits below these are too low: descriptors for libraries and logs, and per rank of the cluster those of its connections.
+# Soft limits below these are too low: descriptors for libraries and logs, and per rank of the
+# cluster those of its connections.
 _FILES, _FILES_PER_RANK = 256, 8
 _FILES_FOR_CLIENTS = 4096  # below this a frontend runs out of connections before it is busy
 _MEMLOCK = 1 << 30  # RDMA adapters pin their buffers
 _SHM_PER_RANK = 64 << 20  # NCCL's buffers between the GPUs of a node
 _DISK_FULL, _DISK_LOW = 100 << 20, 1 << 30
 _GPU_IN_USE = 0.95  # of a GPU's memory that is free when nobody else is on it
-_SAME_EVERYWHERE = ("python", "lockstep", "torch", "ray", "cuda", "nccl")  # a different transformers only tokenises
+_SAME_EVERYWHERE = (
+    "python",
+    "lockstep",
+    "torch",
+    "ray",
+    "cuda",
+    "nccl",
+)  # a different transformers only tokenises
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What a recipe asks of a node. ``device`` is cpu, cuda or auto; ``gpu`` part of the name that its GPUs should have, if known;
-    ``rank_memory`` the bytes a rank takes at least, None where that is not known; ``shm`` bytes of ``/dev/shm`` per node."""
+    """What a recipe asks of a node. ``device`` is cpu, cuda or auto; ``gpu`` part of the name that
+    its GPUs should have, if known; ``rank_memory`` the bytes a rank takes at least, None where that
+    is not known; ``shm`` bytes of ``/dev/shm`` per node.
+    """
 
     world: int
     ranks_per_node: int
@@ -48,7 +60,9 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
 
 def _unanswered(nodes: Sequence[NodeFacts]) -> list[Finding]:
     todo = "see that the node can answer this"
-    return [Finding("error", name, why, str(node), todo) for node in nodes for name, why in node.failed.items()]
+    return [
+        Finding("error", name, why, str(node), todo) for node in nodes for name, why in node.failed.items()
+    ]
 
 
 def _interfaces(nodes: Sequence[NodeFacts]) -> list[Finding]:
@@ -82,13 +96,24 @@ def _differences(groups: dict[Hashable, list[str]]) -> str:
 
 def _versions(nodes: Sequence[NodeFacts]) -> list[Finding]:
     known = [node for node in nodes if node.versions is not None]
-    names = sorted({name for node in known for name in node.versions or {}}, key=lambda name: (name not in _SAME_EVERYWHERE, name))
+    names = sorted(
+        {name for node in known for name in node.versions or {}},
+        key=lambda name: (name not in _SAME_EVERYWHERE, name),
+    )
     found, equal = [], []
     for name in names:
         groups = _groups((node, (node.versions or {}).get(name, "none")) for node in known)
         if len(groups) > 1:
             level: Level = "error" if name in _SAME_EVERYWHERE else "warning"
-            found.append(Finding(level, "versions", f"{name} is {_differences(groups)}", "", "install the same version on every node"))
+            found.append(
+                Finding(
+                    level,
+                    "versions",
+                    f"{name} is {_differences(groups)}",
+                    "",
+                    "install the same version on every node",
+                )
+            )
         else:
             equal.append(f"{name} {next(iter(groups))}")
     return found + ([Finding("ok", "versions", ", ".join(equal))] if equal else [])
@@ -115,7 +140,11 @@ def _models(nodes: Sequence[NodeFacts]) -> list[Finding]:
             found.append(Finding("error", "model", text, "", "copy the same checkpoint to every node"))
     if not found and sound[0].model is not None:
         model = sound[0].model
-        found.append(Finding("ok", "model", f"{model.folder}: {model.num_tensors} tensors, {size_text(model.num_bytes)}"))
+        found.append(
+            Finding(
+                "ok", "model", f"{model.folder}: {model.num_tensors} tensors, {size_text(model.num_bytes)}"
+            )
+        )
     return found
 
 
@@ -129,15 +158,31 @@ def _gpus(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
         gpus = node.gpus or ()
         if len(gpus) < wanted.ranks_per_node:
             text = f"{len(gpus)} GPUs, and cluster.ranks_per_node is {wanted.ranks_per_node}"
-            found.append(Finding("error", "GPUs", text, str(node), "lower cluster.ranks_per_node, or see what nvidia-smi says there"))
-        found += [line for index, gpu in enumerate(gpus[: wanted.ranks_per_node]) if (line := _gpu(node, index, gpu, wanted))]
+            found.append(
+                Finding(
+                    "error",
+                    "GPUs",
+                    text,
+                    str(node),
+                    "lower cluster.ranks_per_node, or see what nvidia-smi says there",
+                )
+            )
+        found += [
+            line
+            for index, gpu in enumerate(gpus[: wanted.ranks_per_node])
+            if (line := _gpu(node, index, gpu, wanted))
+        ]
     for what in ("name", "driver"):
         groups = _groups((node, _text({getattr(gpu, what) for gpu in node.gpus or ()})) for node in known)
         if len(groups) > 1:
-            found.append(Finding("warning", "GPUs", f"{what}: {_differences(groups)}", "", "use nodes that are alike"))
+            found.append(
+                Finding("warning", "GPUs", f"{what}: {_differences(groups)}", "", "use nodes that are alike")
+            )
     if known and not any(finding.level == "error" for finding in found):
         first = (known[0].gpus or ())[0]
-        found.append(Finding("ok", "GPUs", f"{wanted.ranks_per_node} x {first.name} on a node, driver {first.driver}"))
+        found.append(
+            Finding("ok", "GPUs", f"{wanted.ranks_per_node} x {first.name} on a node, driver {first.driver}")
+        )
     return found
 
 
@@ -145,12 +190,26 @@ def _gpu(node: NodeFacts, index: int, gpu: Gpu, wanted: Wanted) -> Finding | Non
     have = f"GPU {index} ({gpu.name}) has {size_text(gpu.free)} free"
     if wanted.rank_memory is not None and gpu.memory and gpu.free < wanted.rank_memory:
         todo = "end what else runs there, or see launch plan"
-        return Finding("error", "GPU memory", f"{have}, and a rank takes {size_text(wanted.rank_memory)}", str(node), todo)
+        return Finding(
+            "error",
+            "GPU memory",
+            f"{have}, and a rank takes {size_text(wanted.rank_memory)}",
+            str(node),
+            todo,
+        )
     if gpu.free < _GPU_IN_USE * gpu.memory:
-        return Finding("warning", "GPU memory", f"{have} of {size_text(gpu.memory)}", str(node), "end what else runs there")
+        return Finding(
+            "warning",
+            "GPU memory",
+            f"{have} of {size_text(gpu.memory)}",
+            str(node),
+            "end what else runs there",
+        )
     if wanted.gpu is not None and wanted.gpu.lower() not in gpu.name.lower():
         text = f"GPU {index} is {gpu.name}, and cluster.hardware is {wanted.gpu}"
-        return Finding("warning", "GPUs", text, str(node), "name the profile of these GPUs, for launch plan to be right")
+        return Finding(
+            "warning", "GPUs", text, str(node), "name the profile of these GPUs, for launch plan to be right"
+        )
     return None
 
 
@@ -161,12 +220,27 @@ def _host_memory(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
             continue
         have = f"{size_text(node.memory)} available"
         if wanted.rank_memory is None:
-            found.append(Finding("ok", "memory", f"{have}; not compared with the plan, which needs cluster.hardware", str(node)))
+            found.append(
+                Finding(
+                    "ok",
+                    "memory",
+                    f"{have}; not compared with the plan, which needs cluster.hardware",
+                    str(node),
+                )
+            )
             continue
         need = wanted.rank_memory * wanted.ranks_per_node
         text = f"{have}, and {wanted.ranks_per_node} ranks take {size_text(need)}"
         if node.memory < need:
-            found.append(Finding("error", "memory", text, str(node), "end what else runs there, or lower kv_cache.memory; see launch plan"))
+            found.append(
+                Finding(
+                    "error",
+                    "memory",
+                    text,
+                    str(node),
+                    "end what else runs there, or lower kv_cache.memory; see launch plan",
+                )
+            )
         else:
             found.append(Finding("ok", "memory", text, str(node)))
     return found
@@ -184,7 +258,9 @@ def _shared_memory(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> li
             who = "NCCL fails" if nccl else "Ray uses a disk instead"
             todo = "give it more (docker run --shm-size, or mount -o remount,size= /dev/shm)"
             level: Level = "error" if nccl else "warning"
-            found.append(Finding(level, "shared memory", f"{text}; {who} below {size_text(need)}", str(node), todo))
+            found.append(
+                Finding(level, "shared memory", f"{text}; {who} below {size_text(need)}", str(node), todo)
+            )
         else:
             found.append(Finding("ok", "shared memory", text, str(node)))
     return found
@@ -199,14 +275,34 @@ def _limits(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> list[Find
         files, memlock = node.limits.open_files, node.limits.memlock
         if 0 <= files < least:
             todo = f"raise it (ulimit -n {max(least, 65536)}) where Ray is started"
-            found.append(Finding("error", "limits", f"{files} open files, and {wanted.world} ranks take {least}", str(node), todo))
+            found.append(
+                Finding(
+                    "error",
+                    "limits",
+                    f"{files} open files, and {wanted.world} ranks take {least}",
+                    str(node),
+                    todo,
+                )
+            )
         elif 0 <= files < _FILES_FOR_CLIENTS:
             todo = "raise it (ulimit -n 65536) where Ray is started"
-            found.append(Finding("warning", "limits", f"{files} open files bound the connections of clients", str(node), todo))
+            found.append(
+                Finding(
+                    "warning",
+                    "limits",
+                    f"{files} open files bound the connections of clients",
+                    str(node),
+                    todo,
+                )
+            )
         if gpus and node.rdma and 0 <= memlock < _MEMLOCK:
             text = f"{size_text(memlock)} of locked memory; RDMA fails below {size_text(_MEMLOCK)}"
-            found.append(Finding("error", "limits", text, str(node), "ulimit -l unlimited where Ray is started"))
-    return found or [Finding("ok", "limits", f"open files and locked memory suffice for {wanted.world} ranks")]
+            found.append(
+                Finding("error", "limits", text, str(node), "ulimit -l unlimited where Ray is started")
+            )
+    return found or [
+        Finding("ok", "limits", f"open files and locked memory suffice for {wanted.world} ranks")
+    ]
 
 
 def _disks(nodes: Sequence[NodeFacts]) -> list[Finding]:
@@ -215,7 +311,15 @@ def _disks(nodes: Sequence[NodeFacts]) -> list[Finding]:
         for disk in node.disks or ():
             text = f"{disk.path}: {size_text(disk.free)} free"
             if disk.problem:
-                found.append(Finding("error", "disk", disk.problem, str(node), "choose another cluster.log_dir or recording"))
+                found.append(
+                    Finding(
+                        "error",
+                        "disk",
+                        disk.problem,
+                        str(node),
+                        "choose another cluster.log_dir or recording",
+                    )
+                )
             elif disk.free < _DISK_LOW:
                 level: Level = "error" if disk.free < _DISK_FULL else "warning"
                 found.append(Finding(level, "disk", text, str(node), "make room for logs and recordings"))
@@ -233,13 +337,29 @@ def _rdma(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> list[Findin
     for node in known:
         down = [f"{port.name} is {port.state}" for port in node.rdma or () if port.state != "ACTIVE"]
         if down:
-            found.append(Finding("warning", "RDMA", ", ".join(down), str(node), "see ibstat there, and the cable"))
+            found.append(
+                Finding("warning", "RDMA", ", ".join(down), str(node), "see ibstat there, and the cable")
+            )
         if gpus and wanted.num_nodes > 1 and not node.rdma:
             text = "no RDMA device: exchanges with other nodes go through TCP"
-            found.append(Finding("warning", "RDMA", text, str(node), "load the adapter's driver, and pass /dev/infiniband into containers"))
-    groups = _groups((node, _text({port.rate for port in node.rdma or () if port.state == "ACTIVE"})) for node in known)
+            found.append(
+                Finding(
+                    "warning",
+                    "RDMA",
+                    text,
+                    str(node),
+                    "load the adapter's driver, and pass /dev/infiniband into containers",
+                )
+            )
+    groups = _groups(
+        (node, _text({port.rate for port in node.rdma or () if port.state == "ACTIVE"})) for node in known
+    )
     if len(groups) > 1:
-        found.append(Finding("warning", "RDMA", f"active ports: {_differences(groups)}", "", "use nodes that are alike"))
+        found.append(
+            Finding(
+                "warning", "RDMA", f"active ports: {_differences(groups)}", "", "use nodes that are alike"
+            )
+        )
     elif known and known[0].rdma and not found:
         found.append(Finding("ok", "RDMA", f"{len(known[0].rdma)} ports on a node, {next(iter(groups))}"))
     return found
@@ -248,5 +368,9 @@ def _rdma(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> list[Findin
 def _numa(nodes: Sequence[NodeFacts]) -> list[Finding]:
     groups = _groups((node, node.numa) for node in nodes if node.numa is not None)
     if len(groups) > 1:
-        return [Finding("warning", "NUMA", f"nodes of memory: {_differences(groups)}", "", "use nodes that are alike")]
+        return [
+            Finding(
+                "warning", "NUMA", f"nodes of memory: {_differences(groups)}", "", "use nodes that are alike"
+            )
+        ]
     return [Finding("ok", "NUMA", f"{next(iter(groups))} on a node")] if groups else []

@@ -35,10 +35,20 @@ def judge_links(links: Sequence[Link]) -> list[Finding]:
         good.append(link)
         if link.round_trip > _SLOW_TRIP:
             text = f"{1e3 * link.round_trip:.2f} ms for a round trip; every step takes several"
-            found.append(Finding("warning", "network", text, where, "use nodes that are nearer, or see what else uses the network"))
+            found.append(
+                Finding(
+                    "warning",
+                    "network",
+                    text,
+                    where,
+                    "use nodes that are nearer, or see what else uses the network",
+                )
+            )
         if 0.0 < link.rate < _SLOW_RATE:
             text = f"{link.rate / 1e6:.0f} MB/s through TCP"
-            found.append(Finding("warning", "network", text, where, "see the adapter's speed, and what else uses it"))
+            found.append(
+                Finding("warning", "network", text, where, "see the adapter's speed, and what else uses it")
+            )
     if not good:
         return found
     trips = [link.round_trip for link in good]
@@ -49,12 +59,24 @@ def judge_links(links: Sequence[Link]) -> list[Finding]:
 
 
 def judge_clocks(clocks: Sequence[Clock]) -> list[Finding]:
-    """Clocks only date logs and recordings: nothing fails when they differ, but nobody can follow what happened."""
+    """Clocks only date logs and recordings: nothing fails when they differ, but nobody can follow
+    what happened.
+    """
     found = [
-        Finding("warning", "clock", f"{clock.ahead:+.1f} s from the launcher's", clock.node, "run chrony or another NTP client there")
+        Finding(
+            "warning",
+            "clock",
+            f"{clock.ahead:+.1f} s from the launcher's",
+            clock.node,
+            "run chrony or another NTP client there",
+        )
         for clock in clocks
         if abs(clock.ahead) - clock.doubt > _SKEW
     ]
     if found or not clocks:
         return found
-    return [Finding("ok", "clock", f"at most {max(abs(clock.ahead) + clock.doubt for clock in clocks):.3f} s apart")]
+    return [
+        Finding(
+            "ok", "clock", f"at most {max(abs(clock.ahead) + clock.doubt for clock in clocks):.3f} s apart"
+        )
+    ]

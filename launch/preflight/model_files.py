@@ -1,4 +1,6 @@
-"""A model's files as one node sees them: whether they are sound, and a digest that nodes can compare."""
+"""A model's files as one node sees them: whether they are sound, and a digest that nodes can
+compare.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ _LENGTH = 8
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
-    """``problem`` is empty where the checkpoint can be read; ``parts`` holds a digest of every file: of a small one's contents,
-    of a shard's header and size."""
+    """``problem`` is empty where the checkpoint can be read; ``parts`` holds a digest of every
+    file: of a small one's contents, of a shard's header and size.
+    """
 
     folder: str
     problem: str

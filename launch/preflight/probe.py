@@ -1,7 +1,8 @@
-"""What a node is like, asked on the node itself. Every question has a deadline; one without an answer is named.
+"""What a node is like, asked on the node itself. Every question has a deadline; one without an
+answer is named.
 
-Linux only: it reads ``/proc`` and ``/sys``. Without ``thorough`` nothing is asked that takes longer than reading small files,
-so neither torch is imported nor nvidia-smi run.
+Linux only: it reads ``/proc`` and ``/sys``. Without ``thorough`` nothing is asked that takes longer
+than reading small files, so neither torch is imported nor nvidia-smi run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from .model_files import ModelFiles, read_model_files
 
 QUESTION_SECONDS = 20.0
 MODEL_SECONDS = 120.0
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+_NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-gpu=name,memory.total,memory.free,driver_version",
+    "--format=csv,noheader,nounits",
+)
 _SHM = "/dev/shm"
 _INFINIBAND = "sys/class/infiniband"
 _NUMA = "sys/devices/system/node"
@@ -45,7 +50,9 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Port(msgspec.Struct, frozen=True):
-    """A port of an RDMA device: ``state`` is ACTIVE where it can be used, ``rate`` as the kernel writes it."""
+    """A port of an RDMA device: ``state`` is ACTIVE where it can be used, ``rate`` as the kernel
+    writes it.
+    """
 
     name: str
     state: str
@@ -79,9 +86,11 @@ class Questions(msgspec.Struct, frozen=True):
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The answers; those that failed or were late hold None, and ``failed`` says why. Sizes in bytes.
+    """The answers; those that failed or were late hold None, and ``failed`` says why. Sizes in
+    bytes.
 
-    ``versions`` are those of Python and of packages that all nodes must agree on; ``numa`` the number of NUMA nodes.
+    ``versions`` are those of Python and of packages that all nodes must agree on; ``numa`` the
+    number of NUMA nodes.
     """
 
     name: str
@@ -103,7 +112,9 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def look_around(questions: Questions, address: str = "") -> NodeFacts:
-    """Answers all questions about this node, side by side; ``address`` is what the other nodes reach it by."""
+    """Answers all questions about this node, side by side; ``address`` is what the other nodes
+    reach it by.
+    """
     root = Path(questions.root)
     asked: dict[str, Callable[[], object]] = {
         "versions": lambda: _versions(questions.thorough),
@@ -125,8 +136,11 @@ def look_around(questions: Questions, address: str = "") -> NodeFacts:
     return NodeFacts(name=socket.gethostname(), address=address, failed=failed, **known)
 
 
-def ask(asked: dict[str, Callable[[], object]], deadlines: dict[str, float]) -> tuple[dict[str, object], dict[str, str]]:
-    """Asks everything at once, each in a thread that may be left behind (a dead file server keeps it for ever).
+def ask(
+    asked: dict[str, Callable[[], object]], deadlines: dict[str, float]
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Asks everything at once, each in a thread that may be left behind (a dead file server keeps
+    it for ever).
 
     Returns the answers in time, and of the others what went wrong.
     """
@@ -139,7 +153,10 @@ def ask(asked: dict[str, Callable[[], object]], deadlines: dict[str, float]) -> 
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"
 
-    threads = {name: threading.Thread(target=answer, args=(name,), name=f"probe {name}", daemon=True) for name in asked}
+    threads = {
+        name: threading.Thread(target=answer, args=(name,), name=f"probe {name}", daemon=True)
+        for name in asked
+    }
     start = time.monotonic()
     for thread in threads.values():
         thread.start()
@@ -175,7 +192,9 @@ def _gpus(seconds: float) -> tuple[Gpu, ...]:
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """The rows that nvidia-smi prints: name, MiB in all, MiB free, driver version. A size it does not know counts as 0."""
+    """The rows that nvidia-smi prints: name, MiB in all, MiB free, driver version. A size it does
+    not know counts as 0.
+    """
     rows = [[value.strip() for value in line.split(",")] for line in text.splitlines() if line.strip()]
     return tuple(Gpu(name, _mebibytes(total), _mebibytes(free), driver) for name, total, free, driver in rows)
 
@@ -195,7 +214,12 @@ def _free_memory(root: Path) -> int:
 def _rdma(root: Path) -> tuple[Port, ...]:
     ports = sorted((root / _INFINIBAND).glob("*/ports/*"))
     return tuple(
-        Port(f"{port.parent.parent.name}:{port.name}", _read(port / "state").rpartition(" ")[2], _read(port / "rate")) for port in ports
+        Port(
+            f"{port.parent.parent.name}:{port.name}",
+            _read(port / "state").rpartition(" ")[2],
+            _read(port / "rate"),
+        )
+        for port in ports
     )
 
 
@@ -216,5 +240,9 @@ def _limits() -> Limits:
 def _disk(folder: Path) -> Disk:
     """The folder need not exist yet: its nearest ancestor that does is looked at."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    problem = "" if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else f"{there}: no folder that can be written to"
+    problem = (
+        ""
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        else f"{there}: no folder that can be written to"
+    )
     return Disk(str(folder), shutil.disk_usage(there).free, problem)

@@ -1,4 +1,6 @@
-"""A check on the nodes of a Ray cluster that a recipe would use: an actor on each, which is asked in its place."""
+"""A check on the nodes of a Ray cluster that a recipe would use: an actor on each, which is asked
+in its place.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Prober:
 
 
 class RayNodes:
-    """Asks the ``nodes``. What does not answer within its deadline is left out, and is a finding in ``silent``."""
+    """Asks the ``nodes``. What does not answer within its deadline is left out, and is a finding in
+    ``silent``.
+    """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.silent: list[Finding] = []
@@ -60,12 +64,16 @@ class RayNodes:
         return list(answers.values())
 
     def clocks(self) -> list[Clock]:
-        """The reading with the shortest way to the node and back counts: the node's clock was read somewhere in between."""
+        """The reading with the shortest way to the node and back counts: the node's clock was read
+        somewhere in between.
+        """
         readings: dict[Node, list[tuple[float, float]]] = {}
         for _ in range(_CLOCK_READINGS):
             for node, prober in list(self._probers.items()):
                 before = time.time()
-                there = self._each("its clock", lambda _, prober: prober.time.remote(), ANSWER_SECONDS, only={node: prober}).get(node)
+                there = self._each(
+                    "its clock", lambda _, prober: prober.time.remote(), ANSWER_SECONDS, only={node: prober}
+                ).get(node)
                 after = time.time()
                 if there is not None:
                     readings.setdefault(node, []).append(((after - before) / 2, there - (before + after) / 2))
@@ -73,14 +81,22 @@ class RayNodes:
         return [Clock(str(node), ahead, doubt) for node, (doubt, ahead) in best.items()]
 
     def links(self) -> list[Link]:
-        """Every direction between two nodes is called; then each node sends to the next but k, for k = 1, 2, ..."""
+        """Every direction between two nodes is called; then each node sends to the next but k, for
+        k = 1, 2, ...
+        """
         ports = self._each("a port to listen on", lambda node, prober: prober.listen.remote(), ANSWER_SECONDS)
         peers = [(node, Peer(str(node), node.address, port)) for node, port in ports.items()]
 
-        found = self._call({node: [peer for other, peer in peers if other != node] for node in ports}, measure=False)
+        found = self._call(
+            {node: [peer for other, peer in peers if other != node] for node in ports}, measure=False
+        )
         for shift in range(1, min(len(peers), _MAX_ROUNDS + 1)):
             target = {node: peers[(index + shift) % len(peers)][1] for index, (node, _) in enumerate(peers)}
-            works = {node: [peer] for node, peer in target.items() if not found.get((str(node), peer.name), _UNKNOWN).problem}
+            works = {
+                node: [peer]
+                for node, peer in target.items()
+                if not found.get((str(node), peer.name), _UNKNOWN).problem
+            }
             found |= self._call(works, measure=True)
         return list(found.values())
 
@@ -93,7 +109,9 @@ class RayNodes:
         answers = self._each("its calls to others", ask, ANSWER_SECONDS + 2 * CONNECT_SECONDS + SEND_SECONDS)
         return {(link.source, link.target): link for links in answers.values() for link in links}
 
-    def _each(self, what: str, ask: Callable[[Node, Any], Any], seconds: float, only: dict[Node, Any] | None = None) -> dict[Node, Any]:
+    def _each(
+        self, what: str, ask: Callable[[Node, Any], Any], seconds: float, only: dict[Node, Any] | None = None
+    ) -> dict[Node, Any]:
         """The answers of all nodes, asked at once; one that fails is not asked again."""
         refs = {node: ask(node, prober) for node, prober in (self._probers if only is None else only).items()}
         end = time.monotonic() + seconds
@@ -118,4 +136,8 @@ _UNKNOWN = Link("", "", "not called")
 
 def _prober(node: Node, token: bytes) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-    return ray.remote(Prober).options(num_cpus=0, max_restarts=0, scheduling_strategy=strategy).remote(node.address, token)
+    return (
+        ray.remote(Prober)
+        .options(num_cpus=0, max_restarts=0, scheduling_strategy=strategy)
+        .remote(node.address, token)
+    )

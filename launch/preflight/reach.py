@@ -1,6 +1,7 @@
 """Whether nodes reach each other: every one listens, and every one calls every other.
 
-A caller shows the token that all have, then measures round trips of one byte and for a moment sends as much as goes through.
+A caller shows the token that all have, then measures round trips of one byte and for a moment sends
+as much as goes through.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class Link(msgspec.Struct, frozen=True):
-    """One direction between two nodes, by name. ``problem`` is empty where it works; seconds of a round trip (median), bytes a
-    second of one TCP stream, 0 where that was not measured."""
+    """One direction between two nodes, by name. ``problem`` is empty where it works; seconds of a
+    round trip (median), bytes a second of one TCP stream, 0 where that was not measured.
+    """
 
     source: str
     target: str
@@ -41,7 +43,9 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Listener:
-    """Answers callers on ``address`` at ``port``, each in a thread of its own, until it is closed."""
+    """Answers callers on ``address`` at ``port``, each in a thread of its own, until it is
+    closed.
+    """
 
     def __init__(self, address: str, token: bytes) -> None:
         self._token = token
@@ -77,7 +81,9 @@ class Listener:
 
 
 def call(source: str, peers: list[Peer], token: bytes, *, measure: bool) -> list[Link]:
-    """Calls all ``peers`` at once; with ``measure`` also sends for a moment, so then there should be one."""
+    """Calls all ``peers`` at once; with ``measure`` also sends for a moment, so then there should
+    be one.
+    """
     if not peers:
         return []
     with ThreadPoolExecutor(len(peers)) as pool:

@@ -24,7 +24,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -36,8 +38,8 @@ COMMANDS = ("plan", "check", "slurm", "simulate")  # words behind launch, which 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:
     """Reads the recipe ``name`` (a path, or a packaged recipe's name with or without .yaml).
 
-    Returns the recipe and the file. Raises RecipeError with everything that is wrong; ``check`` says what is, in a
-    well-formed recipe.
+    Returns the recipe and the file. Raises RecipeError with everything that is wrong; ``check``
+    says what is, in a well-formed recipe.
     """
     path = find_recipe(name)
     try:
@@ -48,9 +50,15 @@ def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problem
 
 
 def from_here(override: str) -> str:
-    """A relative model.path given on the command line starts from the current folder, not from the recipe's."""
+    """A relative model.path given on the command line starts from the current folder, not from the
+    recipe's.
+    """
     key, equals, value = override.partition("=")
-    return f"{key}={Path(value.strip()).expanduser().absolute()}" if equals and key.strip() == "model.path" and value.strip() else override
+    return (
+        f"{key}={Path(value.strip()).expanduser().absolute()}"
+        if equals and key.strip() == "model.path" and value.strip()
+        else override
+    )
 
 
 def find_recipe(name: str) -> Path:
@@ -66,11 +74,15 @@ def find_recipe(name: str) -> Path:
     what = "is a directory" if name and path.is_dir() else "no such file"
     stems = [entry.removesuffix(".yaml") for entry in packaged]
     close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)
-    known = f"{f'; did you mean {close[0]}.yaml?' if close else ''} (packaged: {', '.join(packaged) or 'none'})"
+    known = (
+        f"{f'; did you mean {close[0]}.yaml?' if close else ''} (packaged: {', '.join(packaged) or 'none'})"
+    )
     raise RecipeError(f"--recipe {name}: {what}, and not a packaged recipe{known}")
 
 
-def parse_recipe(text: bytes | str, overrides: Sequence[str] = (), source: str = "recipe", check: Check = problems) -> Recipe:
+def parse_recipe(
+    text: bytes | str, overrides: Sequence[str] = (), source: str = "recipe", check: Check = problems
+) -> Recipe:
     """The recipe in ``text`` with ``key=value`` overrides applied. Raises RecipeError."""
     data = _parse_yaml(text, source)
     wrong = []
@@ -80,7 +92,9 @@ def parse_recipe(text: bytes | str, overrides: Sequence[str] = (), source: str =
         except RecipeError as error:
             wrong.append(str(error))
     if wrong:
-        raise RecipeError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} overrides cannot be used", *wrong]))
+        raise RecipeError(
+            wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} overrides cannot be used", *wrong])
+        )
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -109,7 +123,9 @@ def _parse_yaml(text: bytes | str, source: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise RecipeError(f"{source}: should be sections with keys (model:, cluster:, ...), is a {type(data).__name__}")
+        raise RecipeError(
+            f"{source}: should be sections with keys (model:, cluster:, ...), is a {type(data).__name__}"
+        )
     return data
 
 
@@ -156,12 +172,16 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] in ("model_type", "model_attributes_type"):
         keys = [key.rpartition(".")[2] for key in key_paths() if key.rpartition(".")[0] == path]
         return f"{path} = {_show(value)}: should be a section with keys ({', '.join(keys)})"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list")
+    message = (
+        detail["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list")
+    )
     return f"{path} = {_show(value)}: {message[0].lower()}{message[1:]}"
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value, default=str) if isinstance(value, str | list | dict | bool | None) else str(value)
+    text = (
+        json.dumps(value, default=str) if isinstance(value, str | list | dict | bool | None) else str(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 

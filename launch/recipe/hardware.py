@@ -1,4 +1,6 @@
-"""Hardware profiles: what a device and its links can do at best, as data (``recipes/hardware/*.yaml``) with its sources."""
+"""Hardware profiles: what a device and its links can do at best, as data
+(``recipes/hardware/*.yaml``) with its sources.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from .recipe import RecipeError, Size
 
 
 class Hardware(BaseModel):
-    """One kind of device. Rates are peaks, dense; links count one direction. A CPU's figures are those of the whole node."""
+    """One kind of device. Rates are peaks, dense; links count one direction. A CPU's figures are
+    those of the whole node.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -24,14 +28,23 @@ class Hardware(BaseModel):
     memory_tb_s: float = Field(gt=0, description="memory reads, 10^12 bytes a second")
     fp32_tflops: float = Field(gt=0, description="10^12 operations a second in float32")
     bf16_tflops: float = Field(gt=0, description="the same in bfloat16")
-    fp8_tflops: float | None = Field(default=None, gt=0, description="the same in float8; none: computed in bfloat16")
-    fp4_tflops: float | None = Field(default=None, gt=0, description="the same in NVFP4; none: computed in float8")
+    fp8_tflops: float | None = Field(
+        default=None, gt=0, description="the same in float8; none: computed in bfloat16"
+    )
+    fp4_tflops: float | None = Field(
+        default=None, gt=0, description="the same in NVFP4; none: computed in float8"
+    )
     ranks_per_node: int = Field(ge=1, description="ranks that a node has devices for")
     near_ranks: int = Field(ge=1, description="ranks that reach each other over the near link")
     near_gb_s: float = Field(gt=0, description="near link (NVLink) of a rank, 10^9 bytes a second")
     far_gb_s: float = Field(gt=0, description="far link (network adapter) of a rank, 10^9 bytes a second")
-    latency_us: float = Field(default=0.0, ge=0, description="of an exchange of any size; 0 where no floor is known")
-    isa: Isa | None = Field(default=None, description="instructions of a CPU, which decide how it holds bf16 weights; none: this machine's")
+    latency_us: float = Field(
+        default=0.0, ge=0, description="of an exchange of any size; 0 where no floor is known"
+    )
+    isa: Isa | None = Field(
+        default=None,
+        description="instructions of a CPU, which decide how it holds bf16 weights; none: this machine's",
+    )
 
     def operations(self, dtype: str) -> float:
         """Operations a second of matrix products with weights in ``dtype``."""
@@ -53,7 +66,9 @@ def load_hardware(name: str) -> Hardware:
         near = difflib.get_close_matches(name, hardware_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         known = ", ".join(hardware_names())
-        raise RecipeError(f"cluster.hardware = {name}: no such profile{hint} (packaged: {known}; or a path to a YAML file)")
+        raise RecipeError(
+            f"cluster.hardware = {name}: no such profile{hint} (packaged: {known}; or a path to a YAML file)"
+        )
     try:
         return Hardware.model_validate(yaml.safe_load(path.read_bytes()))
     except ValidationError as error:

@@ -33,7 +33,9 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
     if max_len is not None and max_len > config.max_position:
         found.append(f"model.max_len = {max_len}: above the {config.max_position} positions of the model")
     if recipe.model.dtype == "auto" and config.dtype not in _DTYPES:
-        found.append(f"model.dtype = auto: the checkpoint holds {config.dtype}, which is not computed in; use bf16 or fp32")
+        found.append(
+            f"model.dtype = auto: the checkpoint holds {config.dtype}, which is not computed in; use bf16 or fp32"
+        )
     if recipe.kv_cache.dtype == "fp8" or (recipe.kv_cache.dtype == "auto" and recipe.cluster.device != "cpu"):
         try:
             kv_shapes(config.attention, "fp8")
@@ -41,7 +43,9 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             found.append(str(error))
     if recipe.world > config.moe.num_experts:
         num_experts = config.moe.num_experts
-        found.append(f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the {num_experts} experts of the model")
+        found.append(
+            f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the {num_experts} experts of the model"
+        )
     return found
 
 
@@ -51,7 +55,9 @@ def dtype_of(recipe: Recipe, checkpoint: str) -> str:
 
 
 def fp8_experts_of(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
-    """Whether experts stay in the checkpoint's FP8: the kernels for it are those of GPUs. A dtype that is asked for is that of all."""
+    """Whether experts stay in the checkpoint's FP8: the kernels for it are those of GPUs. A dtype
+    that is asked for is that of all.
+    """
     return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
 
 
@@ -64,7 +70,9 @@ def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
 
 
 def dispatch_of(recipe: Recipe, device: str) -> str:
-    """all_to_all sends only what is needed but reads counts on the host, which a GPU step must not do."""
+    """all_to_all sends only what is needed but reads counts on the host, which a GPU step must not
+    do.
+    """
     if recipe.experts.dispatch != "auto":
         return recipe.experts.dispatch
     if recipe.world == 1:

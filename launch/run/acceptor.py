@@ -1,9 +1,11 @@
 """The port of the cluster: accepts connections and passes each to the frontend that has the fewest.
 
-Sharing a port between processes leaves the choice to the kernel, which spreads few connections badly. With 64 connections opened at
-once on 4 processes the fullest got 1.25 times its share in the median with SO_REUSEPORT (1.50 at worst), 1.88 (2.94) with one listening
-socket that all accept from, and exactly its share here, for 7 to 38 us more CPU per connection and none per request (2 cores of an AMD
-EPYC, 15 runs each). And a frontend that dies takes no connection with it that it had not taken: those that wait are given to others.
+Sharing a port between processes leaves the choice to the kernel, which spreads few connections
+badly. With 64 connections opened at once on 4 processes the fullest got 1.25 times its share in the
+median with SO_REUSEPORT (1.50 at worst), 1.88 (2.94) with one listening socket that all accept
+from, and exactly its share here, for 7 to 38 us more CPU per connection and none per request (2
+cores of an AMD EPYC, 15 runs each). And a frontend that dies takes no connection with it that it
+had not taken: those that wait are given to others.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ _SHORT_OF_DESCRIPTORS = 0.1
 
 @dataclass(eq=False)
 class _Channel:
-    """A line to a frontend: ``offered`` are connections it has not taken yet and since when, ``num_open`` those it has not ended."""
+    """A line to a frontend: ``offered`` are connections it has not taken yet and since when,
+    ``num_open`` those it has not ended.
+    """
 
     line: socket.socket
     index: int = -1
@@ -43,7 +47,8 @@ class _Channel:
 
 
 class Acceptor:
-    """Binds at once, so that a taken port is an error before anything starts (LaunchError), and listens from ``open`` on.
+    """Binds at once, so that a taken port is an error before anything starts (LaunchError), and
+    listens from ``open`` on.
 
     One thread does all the work. ``spec`` is what frontends need to join.
     """
@@ -72,11 +77,15 @@ class Acceptor:
         self._thread.start()
 
     def open(self) -> None:
-        """Listens. Raises LaunchError where another process has begun to listen on the port since it was bound."""
+        """Listens. Raises LaunchError where another process has begun to listen on the port since
+        it was bound.
+        """
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
-            raise LaunchError(f"frontend.port = {self.port}: cannot be listened on: {error.strerror}") from None
+            raise LaunchError(
+                f"frontend.port = {self.port}: cannot be listened on: {error.strerror}"
+            ) from None
         self._listening = True
         self._wake.send(b"w")
 
@@ -88,7 +97,11 @@ class Acceptor:
     def stuck(self, seconds: float) -> list[int]:
         """Frontends that have left a connection untaken for longer than that."""
         since = time.monotonic() - seconds
-        return [channel.index for channel in list(self._channels) if any(at < since for _, at in list(channel.offered)[:1])]
+        return [
+            channel.index
+            for channel in list(self._channels)
+            if any(at < since for _, at in list(channel.offered)[:1])
+        ]
 
     def close(self) -> None:
         """Refuses connections from now on. Closing twice is harmless."""
@@ -100,7 +113,9 @@ class Acceptor:
     def check(self) -> None:
         """Raises LaunchError where the thread has ended."""
         if self._problem is not None:
-            raise LaunchError(f"connections are no longer accepted: {type(self._problem).__name__}: {self._problem}") from self._problem
+            raise LaunchError(
+                f"connections are no longer accepted: {type(self._problem).__name__}: {self._problem}"
+            ) from self._problem
 
     # ----------------------------------------------------------------- the thread
 
@@ -146,7 +161,9 @@ class Acceptor:
         os.close(self._board)
 
     def _candidates(self) -> list[_Channel]:
-        return [channel for channel in self._channels if channel.ready and len(channel.offered) < _MAX_OFFERED]
+        return [
+            channel for channel in self._channels if channel.ready and len(channel.offered) < _MAX_OFFERED
+        ]
 
     def _accept(self) -> None:
         for _ in range(_BURST):
@@ -163,9 +180,13 @@ class Acceptor:
                 return
 
     def _offer(self, connection: socket.socket) -> bool:
-        """Passes a connection to the frontend with the fewest, in turn among equals; whether one could take it."""
+        """Passes a connection to the frontend with the fewest, in turn among equals; whether one
+        could take it.
+        """
         count = self._num_frontends
-        for channel in sorted(self._candidates(), key=lambda channel: (channel.num_open, (channel.index - self._turn) % count)):
+        for channel in sorted(
+            self._candidates(), key=lambda channel: (channel.num_open, (channel.index - self._turn) % count)
+        ):
             try:
                 socket.send_fds(channel.line, [b"c"], [connection.fileno()])
             except BlockingIOError:
@@ -214,7 +235,11 @@ class Acceptor:
 
     def _admit(self, stranger: _Channel, words: bytes) -> None:
         token, _, index = words.partition(b" ")
-        known = hmac.compare_digest(token, self.spec.token.encode()) and index.isdigit() and int(index) < self._num_frontends
+        known = (
+            hmac.compare_digest(token, self.spec.token.encode())
+            and index.isdigit()
+            and int(index) < self._num_frontends
+        )
         if not known:
             self._forget(stranger)
             return

@@ -1,4 +1,6 @@
-"""The launcher's line to the controller: it joins as a frontend called ``launcher`` that submits nothing."""
+"""The launcher's line to the controller: it joins as a frontend called ``launcher`` that submits
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from ...engine.protocol.specs import Keys
 class ControllerLink:
     """``state`` is the last ClusterState heard, ``heard`` when (monotonic seconds).
 
-    The lease never runs out: no controller outlives its launcher, which says nothing for as long as ranks take to load.
+    The lease never runs out: no controller outlives its launcher, which says nothing for as long as
+    ranks take to load.
     """
 
     def __init__(self, address: str, keys: Keys) -> None:
@@ -31,7 +34,9 @@ class ControllerLink:
         self._send(FrontendHello("launcher", lease=math.inf))
 
     def read(self, timeout: float) -> ClusterState | None:
-        """Takes in what has come, after waiting up to ``timeout`` seconds for the first; returns ``state``."""
+        """Takes in what has come, after waiting up to ``timeout`` seconds for the first; returns
+        ``state``.
+        """
         wait = max(0, int(timeout * 1000))
         while self.socket.poll(wait):
             message = self._decoder.decode(self.socket.recv())

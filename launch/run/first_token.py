@@ -13,9 +13,11 @@ _RETRY = 0.05
 
 
 class FirstToken:
-    """Asks ``GET /health/generate`` for one real token, in a thread, so that the launcher can watch its processes meanwhile.
+    """Asks ``GET /health/generate`` for one real token, in a thread, so that the launcher can watch
+    its processes meanwhile.
 
-    A 503 is asked again until ``deadline`` seconds have passed: the frontend may not have heard yet that all ranks are there.
+    A 503 is asked again until ``deadline`` seconds have passed: the frontend may not have heard yet
+    that all ranks are there.
     """
 
     def __init__(self, host: str, port: int, api_key: str | None, deadline: float) -> None:
@@ -26,12 +28,16 @@ class FirstToken:
         self._thread.start()
 
     def done(self, timeout: float) -> bool:
-        """Whether the token has come, after waiting up to ``timeout`` seconds. Raises LaunchError where it will not."""
+        """Whether the token has come, after waiting up to ``timeout`` seconds. Raises LaunchError
+        where it will not.
+        """
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
         if self._problem is not None:
-            raise LaunchError(f"the server does not answer GET /health/generate with a token: {self._problem}")
+            raise LaunchError(
+                f"the server does not answer GET /health/generate with a token: {self._problem}"
+            )
         return True
 
     def _insist(self) -> None:
@@ -41,8 +47,12 @@ class FirstToken:
             self._problem = None
 
     def _ask(self) -> int | None:
-        """The status of one attempt, None where there was no answer; ``_problem`` says what was wrong with it."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=max(1.0, self._end - time.monotonic()))
+        """The status of one attempt, None where there was no answer; ``_problem`` says what was
+        wrong with it.
+        """
+        connection = http.client.HTTPConnection(
+            self._host, self._port, timeout=max(1.0, self._end - time.monotonic())
+        )
         try:
             connection.request("GET", "/health/generate", headers=self._headers)
             response = connection.getresponse()

@@ -9,7 +9,9 @@ from types import TracebackType
 
 
 class LastResort:
-    """Ends this process with status 1 when the block is not left within ``seconds``; the reaper then ends the rest of the run."""
+    """Ends this process with status 1 when the block is not left within ``seconds``; the reaper
+    then ends the rest of the run.
+    """
 
     def __init__(self, seconds: float, what: str) -> None:
         self._message = f"error: {what} took more than {seconds:g} s; leaving, and killing what is left\n"
@@ -25,5 +27,7 @@ class LastResort:
         self._timer.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._timer.cancel()

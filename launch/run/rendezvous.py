@@ -1,4 +1,6 @@
-"""The store where ranks find each other (torch.distributed). It lives in the launcher, so that it outlives every rank."""
+"""The store where ranks find each other (torch.distributed). It lives in the launcher, so that it
+outlives every rank.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from ..environment import prepare_store
 
 
 class Rendezvous:
-    """A TCPStore that listens on ``host`` alone. torch takes a second or two to import, so that happens in a thread.
+    """A TCPStore that listens on ``host`` alone. torch takes a second or two to import, so that
+    happens in a thread.
 
     ``port`` is known at once; clients that connect early wait in the listening socket's queue.
     """
@@ -43,6 +46,8 @@ class Rendezvous:
             raise self._error
 
     def close(self) -> None:
-        """Does not wait for a store that is not yet open: its thread finds the socket closed, or ends with the process."""
+        """Does not wait for a store that is not yet open: its thread finds the socket closed, or
+        ends with the process.
+        """
         self._socket.close()
         self._store = None

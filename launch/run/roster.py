@@ -1,4 +1,6 @@
-"""What is known of every process while the cluster starts: its last report, and whether it has ended."""
+"""What is known of every process while the cluster starts: its last report, and whether it has
+ended.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,17 @@ _LAST_WORDS = 0.5
 
 
 class Roster:
-    """Reads the lobby and the cluster's deaths. ``on_report`` is called for every report, in order."""
+    """Reads the lobby and the cluster's deaths. ``on_report`` is called for every report, in
+    order.
+    """
 
-    def __init__(self, cluster: Cluster, desk: LobbyDesk, interrupts: Interrupts, on_report: Callable[[str, Report], None]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        desk: LobbyDesk,
+        interrupts: Interrupts,
+        on_report: Callable[[str, Report], None],
+    ) -> None:
         self._cluster = cluster
         self._desk = desk
         self._interrupts = interrupts
@@ -41,10 +51,13 @@ class Roster:
         _, name = max((self._ready[name], name) for name in names)
         return f"slowest: {name} on {self.reports[name].host}"
 
-    def wait(self, names: Iterable[str], deadline: float, done: Callable[[Report], bool] | None = None) -> None:
+    def wait(
+        self, names: Iterable[str], deadline: float, done: Callable[[Report], bool] | None = None
+    ) -> None:
         """Waits until each of ``names`` is ready (or ``done``).
 
-        Raises LaunchError when one fails, when any process of the cluster ends, or after ``deadline`` seconds.
+        Raises LaunchError when one fails, when any process of the cluster ends, or after
+        ``deadline`` seconds.
         """
         finished = done or (lambda report: report.phase == "ready")
         missing, end = set(names), time.monotonic() + deadline
@@ -52,14 +65,20 @@ class Roster:
             self._interrupts.check()
             self.read(_POLL)
             self.check()
-            missing = {name for name in missing if name not in self.reports or not finished(self.reports[name])}
+            missing = {
+                name for name in missing if name not in self.reports or not finished(self.reports[name])
+            }
             if missing and time.monotonic() > end:
                 waiting = ", ".join(self._standing(name) for name in sorted(missing))
                 room = self._cluster.waiting()
-                raise LaunchError(f"not ready after {deadline:g} s: {waiting}" + (f"; {room}" if room else ""))
+                raise LaunchError(
+                    f"not ready after {deadline:g} s: {waiting}" + (f"; {room}" if room else "")
+                )
 
     def check(self) -> None:
-        """Raises LaunchError when a process has failed or ended. The first failure reported is the cause of the others."""
+        """Raises LaunchError when a process has failed or ended. The first failure reported is the
+        cause of the others.
+        """
         failed = [name for name, report in self.reports.items() if report.phase == "failed"]
         deaths = [] if failed else self.deaths()
         if failed:
@@ -69,10 +88,12 @@ class Roster:
             raise LaunchError(self.obituaries(deaths)[0][0])
 
     def deaths(self, *, stopping: bool = False) -> list[Death]:
-        """Processes that have ended. When there is one, its last words and the deaths it caused are waited for briefly;
-        those that were killed come first, since the others' exits usually follow from theirs.
+        """Processes that have ended. When there is one, its last words and the deaths it caused are
+        waited for briefly; those that were killed come first, since the others' exits usually
+        follow from theirs.
 
-        ``stopping``: all were told to end, so that nothing follows from one that ended well."""
+        ``stopping``: all were told to end, so that nothing follows from one that ended well.
+        """
         found = self._cluster.deaths()
         if any(death.code != 0 for death in found) if stopping else found:
             self.read(_LAST_WORDS)
@@ -80,17 +101,24 @@ class Roster:
         return sorted(found, key=lambda death: death.code is not None and death.code >= 0)
 
     def forget(self, name: str) -> bool:
-        """Drops what a process has reported, because another will report under its name; whether it had been ready."""
+        """Drops what a process has reported, because another will report under its name; whether it
+        had been ready.
+        """
         self._ready.pop(name, None)
         report = self.reports.pop(name, None)
         return report is not None and report.phase in ("ready", "stopped")
 
     def obituaries(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
-        """A line for each cause, and the deaths it explains: all that went with a node share one."""
+        """A line for each cause, and the deaths it explains: all that went with a node share
+        one.
+        """
         by_cause: dict[str, list[Death]] = {}
         for death in deaths:
             by_cause.setdefault(death.lost_node or death.task.name, []).append(death)
-        return [(self._node_obituary(group) if group[0].lost_node else self.obituary(group[0]), group) for group in by_cause.values()]
+        return [
+            (self._node_obituary(group) if group[0].lost_node else self.obituary(group[0]), group)
+            for group in by_cause.values()
+        ]
 
     def _node_obituary(self, deaths: list[Death]) -> str:
         names = ", ".join(sorted((death.task.name for death in deaths), key=lambda name: (len(name), name)))
@@ -102,7 +130,11 @@ class Roster:
         who = f"{death.task.name} on {death.place.host} (pid {death.place.pid})"
         if report is not None and report.phase == "failed":
             return f"{who} failed: {report.detail}"
-        phase = f" while {report.phase}" if report is not None and report.phase not in ("ready", "stopped") else ""
+        phase = (
+            f" while {report.phase}"
+            if report is not None and report.phase not in ("ready", "stopped")
+            else ""
+        )
         said = f"; its last line: {death.last_line}" if death.last_line and not death.killed else ""
         return f"{who} {death.cause}{phase}{said}"
 

@@ -40,9 +40,11 @@ _POLL = 0.1
 
 
 def serve(recipe: Recipe, folder: Path, screen: Screen, interrupts: Interrupts) -> int:
-    """Starts the cluster of ``recipe`` (whose file lies in ``folder``) and serves until told to stop; returns the exit code.
+    """Starts the cluster of ``recipe`` (whose file lies in ``folder``) and serves until told to
+    stop; returns the exit code.
 
-    Raises RecipeError for a recipe that does not fit its model, ValueError for a model that cannot be served here.
+    Raises RecipeError for a recipe that does not fit its model, ValueError for a model that cannot
+    be served here.
     """
     path = model_directory(recipe, folder)
     try:
@@ -74,10 +76,18 @@ def serve(recipe: Recipe, folder: Path, screen: Screen, interrupts: Interrupts) 
 
 
 class Supervisor:
-    """One run. ``start``, ``watch`` and ``drain`` raise LaunchError on a failure; ``close`` must follow in any case."""
+    """One run. ``start``, ``watch`` and ``drain`` raise LaunchError on a failure; ``close`` must
+    follow in any case.
+    """
 
     def __init__(
-        self, recipe: Recipe, config: ModelConfig, model_path: Path, run_folder: Path, screen: Screen, interrupts: Interrupts
+        self,
+        recipe: Recipe,
+        config: ModelConfig,
+        model_path: Path,
+        run_folder: Path,
+        screen: Screen,
+        interrupts: Interrupts,
     ) -> None:
         self._recipe = recipe
         self._config = config
@@ -106,15 +116,24 @@ class Supervisor:
         assert roster is not None and cluster is not None and store is not None
         screen.say("starting the controller")
         cluster.start([controller_task(site)])
-        roster.wait(["controller 0"], CONTROLLER_SECONDS, lambda report: bool(report.address) or report.phase == "ready")
+        roster.wait(
+            ["controller 0"],
+            CONTROLLER_SECONDS,
+            lambda report: bool(report.address) or report.phase == "ready",
+        )
         step_address, bulk_address, frontend_address = roster.reports["controller 0"].address
         screen.mark("controller")
 
-        frontends = [frontend_task(site, index, frontend_address) for index in range(recipe.frontend.processes)]
+        frontends = [
+            frontend_task(site, index, frontend_address) for index in range(recipe.frontend.processes)
+        ]
         beside = "the frontend" if len(frontends) == 1 else f"{len(frontends)} frontends"
         screen.say(f"starting {recipe.world} ranks ({site.device}, {site.dtype}) and {beside}")
         self._link = ControllerLink(frontend_address, site.keyring.to_controller("launcher"))
-        ranks = [rank_task(site, rank, step_address, bulk_address, (store.host, store.port)) for rank in range(recipe.world)]
+        ranks = [
+            rank_task(site, rank, step_address, bulk_address, (store.host, store.port))
+            for rank in range(recipe.world)
+        ]
         cluster.start([*ranks, *frontends])
         self._wait_ready([task.name for task in ranks], [task.name for task in frontends])
         self._acceptor.open()
@@ -127,10 +146,14 @@ class Supervisor:
         """The cluster, and what the launcher itself offers to its processes."""
         recipe, screen, acceptor = self._recipe, self._screen, self._acceptor
         assert acceptor is not None
-        screen.say("starting Ray" if recipe.cluster.backend == "ray" else "starting processes on this machine")
+        screen.say(
+            "starting Ray" if recipe.cluster.backend == "ray" else "starting processes on this machine"
+        )
         try:
             self._cluster = self._open_cluster()
-        except SystemExit:  # Ray's own answer to SIGTERM, from within ray.init until the handlers are ours again
+        except (
+            SystemExit
+        ):  # Ray's own answer to SIGTERM, from within ray.init until the handlers are ours again
             raise Interrupted("SIGTERM") from None
         self._interrupts.install()
         self._interrupts.check()
@@ -140,7 +163,9 @@ class Supervisor:
         self._desk = LobbyDesk(host, *keyring.lobby, allowed=keyring.allowed)
         self._roster = Roster(self._cluster, self._desk, self._interrupts, screen.show)
         device = self._device(self._cluster.gpus_per_node)
-        return Site(recipe, self._config, self._model_path, host, device, self._desk.address, keyring, acceptor.spec)
+        return Site(
+            recipe, self._config, self._model_path, host, device, self._desk.address, keyring, acceptor.spec
+        )
 
     def _open_cluster(self) -> Cluster:
         recipe = self._recipe.cluster
@@ -152,7 +177,9 @@ class Supervisor:
         prepare_ray(recipe.address)
         from ..cluster.ray_cluster import RayCluster, needs_of
 
-        cluster = RayCluster(self._folder, needs_of(self._recipe), address=recipe.address, mark=self._screen.mark)
+        cluster = RayCluster(
+            self._folder, needs_of(self._recipe), address=recipe.address, mark=self._screen.mark
+        )
         if cluster.scratch is not None:
             self._reaper.inherit(cluster.scratch)
         return cluster
@@ -193,8 +220,15 @@ class Supervisor:
     # ------------------------------------------------------------------ serve
 
     def watch(self) -> None:
-        """Returns when told to stop; replaces ranks and frontends that die. Raises LaunchError when the cluster cannot go on."""
-        assert self._roster is not None and self._link is not None and self._cluster is not None and self._acceptor is not None
+        """Returns when told to stop; replaces ranks and frontends that die. Raises LaunchError when
+        the cluster cannot go on.
+        """
+        assert (
+            self._roster is not None
+            and self._link is not None
+            and self._cluster is not None
+            and self._acceptor is not None
+        )
         self._replacements = Replacements(self._cluster, self._recipe.cluster.start_deadline)
         while not self._interrupts.count:
             state = self._link.read(_POLL)
@@ -210,31 +244,48 @@ class Supervisor:
             seconds = self._replacements.recovered(state)
             if seconds is not None and state is not None:
                 self._screen.say(f"all ranks serve again after {seconds:.1f} s, in epoch {state.epoch}")
-            self._replacements.check_ready({name for name, report in self._roster.reports.items() if report.phase == "ready"})
+            self._replacements.check_ready(
+                {name for name, report in self._roster.reports.items() if report.phase == "ready"}
+            )
             if time.monotonic() - self._link.heard > SILENCE_SECONDS:
                 raise LaunchError(f"the controller has said nothing for {SILENCE_SECONDS:g} s")
 
     def _end_hung(self, state: ClusterState | None) -> None:
-        """Kills ranks that the controller says hang, and frontends that leave connections untaken; their deaths are then like any other."""
+        """Kills ranks that the controller says hang, and frontends that leave connections untaken;
+        their deaths are then like any other.
+        """
         assert self._cluster is not None and self._acceptor is not None
-        ranks = {f"rank {rank.rank}": rank.pid for rank in state.ranks if rank.state == "hung"} if state is not None else {}
+        ranks = (
+            {f"rank {rank.rank}": rank.pid for rank in state.ranks if rank.state == "hung"}
+            if state is not None
+            else {}
+        )
         frontends = {f"frontend {index}" for index in self._acceptor.stuck(UNTAKEN_SECONDS)}
         for task, place in self._cluster.running() if ranks or frontends else ():
             hangs = ranks.get(task.name) == place.pid or task.name in frontends
             if hangs and (place.host, place.pid) not in self._ended:
                 self._ended.add((place.host, place.pid))
-                how = "in the middle of a step" if task.name in ranks else f"and has taken no connection for {UNTAKEN_SECONDS:g} s"
+                how = (
+                    "in the middle of a step"
+                    if task.name in ranks
+                    else f"and has taken no connection for {UNTAKEN_SECONDS:g} s"
+                )
                 self._screen.say(f"{task.name} hangs {how}; killing it")
                 self._cluster.signal(task, signal.SIGKILL)
 
     def _lost(self, obituary: str, deaths: list[Death]) -> None:
-        """Processes have ended while serving, by one cause. Others take the places of ranks and frontends; without a
-        controller nothing goes on."""
+        """Processes have ended while serving, by one cause. Others take the places of ranks and
+        frontends; without a controller nothing goes on.
+        """
         assert self._roster is not None and self._link is not None and self._replacements is not None
         if any(death.task.role not in ("rank", "frontend") for death in deaths):
             raise LaunchError(obituary)
         places = "another in its place" if len(deaths) == 1 else "others in their places"
-        effect = "requests wait" if any(death.task.role == "rank" for death in deaths) else "its streams have ended"
+        effect = (
+            "requests wait"
+            if any(death.task.role == "rank" for death in deaths)
+            else "its streams have ended"
+        )
         self._screen.say(f"{obituary}; starting {places}, {effect}")
         epoch = self._link.state.epoch if self._link.state is not None else 0
         for death in deaths:
@@ -248,11 +299,15 @@ class Supervisor:
     # ------------------------------------------------------------------ stop
 
     def drain(self) -> int:
-        """Lets running requests finish, then stops every process in order. Returns the exit code."""
+        """Lets running requests finish, then stops every process in order. Returns the exit
+        code.
+        """
         assert self._roster is not None and self._link is not None
         allowed = self._recipe.cluster.drain_deadline
         state = self._link.state
-        self._screen.say(f"{self._interrupts.name}: draining, {0 if state is None else state.num_running} requests running")
+        self._screen.say(
+            f"{self._interrupts.name}: draining, {0 if state is None else state.num_running} requests running"
+        )
         self._link.drain(allowed)
         end = time.monotonic() + allowed + STOP_SECONDS
         while state is None or state.phase != "drained":
@@ -265,13 +320,20 @@ class Supervisor:
             if state is not None and state.phase == "failed":
                 raise LaunchError(f"while draining: the controller gave up: {state.reason}")
             if time.monotonic() > end:
-                raise LaunchError(f"the controller had not drained {STOP_SECONDS:g} s after the {allowed:g} s of cluster.drain_deadline")
+                raise LaunchError(
+                    f"the controller had not drained {STOP_SECONDS:g} s after the {allowed:g} s of cluster.drain_deadline"
+                )
         self._screen.say("drained; stopping")
         with LastResort(STOP_SECONDS + TERMINATE_SECONDS + CLOSE_SECONDS, "stopping"):
             return self._stop()
 
     def _stop(self) -> int:
-        assert self._cluster is not None and self._roster is not None and self._link is not None and self._acceptor is not None
+        assert (
+            self._cluster is not None
+            and self._roster is not None
+            and self._link is not None
+            and self._acceptor is not None
+        )
         self._acceptor.close()
         self._link.stop("shut down")
         code = 0
@@ -291,7 +353,9 @@ class Supervisor:
         return code
 
     def close(self) -> None:
-        """Kills what is left, waits until it is gone, and closes everything. Nothing of the run stays but its logs."""
+        """Kills what is left, waits until it is gone, and closes everything. Nothing of the run
+        stays but its logs.
+        """
         self._interrupts.muted = True
         self._screen.hide()
         with LastResort(CLOSE_SECONDS, "closing"):

@@ -27,7 +27,9 @@ from .keyring import Keyring
 
 @dataclass(frozen=True)
 class Site:
-    """Facts of this run that the recipe leaves open. ``device`` is cpu or cuda; ``host`` the launcher's address."""
+    """Facts of this run that the recipe leaves open. ``device`` is cpu or cuda; ``host`` the
+    launcher's address.
+    """
 
     recipe: Recipe
     config: ModelConfig
@@ -40,7 +42,9 @@ class Site:
 
     @property
     def layout(self) -> Layout:
-        return Layout(pipeline=self.recipe.parallel.pipeline, data=self.recipe.data, tensor=self.recipe.parallel.tensor)
+        return Layout(
+            pipeline=self.recipe.parallel.pipeline, data=self.recipe.data, tensor=self.recipe.parallel.tensor
+        )
 
     @property
     def dtype(self) -> str:
@@ -67,7 +71,9 @@ class Site:
         return LobbySpec(address=self.lobby_address, keys=self.keyring.to_lobby(name))
 
     def settings(self, threads: int) -> dict[str, str]:
-        return process_settings(threads=threads, loopback=self.host.startswith("127."), isa=self.recipe.cluster.isa)
+        return process_settings(
+            threads=threads, loopback=self.host.startswith("127."), isa=self.recipe.cluster.isa
+        )
 
 
 def controller_task(site: Site) -> Task:

@@ -1,4 +1,6 @@
-"""What is written down while a simulation runs: every request's times, every step's figures. All times are virtual seconds."""
+"""What is written down while a simulation runs: every request's times, every step's figures. All
+times are virtual seconds.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ Floats = NDArray[np.float64]
 class Record:
     """The watcher of a simulation of ``num_requests``, whose handles count from 0 on.
 
-    ``arrived``, ``started``, ``first``, ``last`` [requests] are times, NaN where it never came to that; ``cached`` and ``emitted``
-    tokens. Steps are arrays with an entry a step. ``held``: seconds of steps while waiting requests lacked sequence slots or
-    pages, and while prompts were left over for later steps.
+    ``arrived``, ``started``, ``first``, ``last`` [requests] are times, NaN where it never came to
+    that; ``cached`` and ``emitted`` tokens. Steps are arrays with an entry a step. ``held``:
+    seconds of steps while waiting requests lacked sequence slots or pages, and while prompts were
+    left over for later steps.
     """
 
     def __init__(self, arrived: Floats) -> None:
@@ -99,7 +102,9 @@ class Record:
         self.rows.append(int(work.sampled_D.sum()))
         self.tokens.append(int(work.tokens_D.sum()))
         flight, cost = group.flights[group.next_step - 1], group.cost.cost
-        predicted_D = cost.fixed + cost.token * flight.tokens + cost.kv * flight.kv + cost.context * flight.context
+        predicted_D = (
+            cost.fixed + cost.token * flight.tokens + cost.kv * flight.kv + cost.context * flight.context
+        )
         self.imbalance.append(float(predicted_D.max() / predicted_D.mean()))
         used_D = group.kv.used()
         self.kv_used.append(float(used_D.sum() / group.kv.num_pages.sum()))
@@ -115,7 +120,9 @@ class Record:
 
 
 def _lacks(group: Group) -> str:
-    """What the first waiting request lacks; empty when none waits, or it has only not had its turn yet."""
+    """What the first waiting request lacks; empty when none waits, or it has only not had its turn
+    yet.
+    """
     if not len(group.queue):
         return ""
     request: Request = next(iter(group.queue))

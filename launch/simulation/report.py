@@ -1,4 +1,6 @@
-"""What a simulation comes to, for people and programs: sizes in tokens, times in seconds, shares from 0 to 1."""
+"""What a simulation comes to, for people and programs: sizes in tokens, times in seconds, shares
+from 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Requests:
-    """``refused`` are longer than the context (400), ``unavailable`` met a full queue (503); ``open`` are left when it was stopped."""
+    """``refused`` are longer than the context (400), ``unavailable`` met a full queue (503);
+    ``open`` are left when it was stopped.
+    """
 
     asked: int
     finished: int
@@ -52,7 +56,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens of the prompts that have left the queue, and how many of them needed not be computed."""
+    """Tokens of the prompts that have left the queue, and how many of them needed not be
+    computed.
+    """
 
     asked: int
     saved: int
@@ -61,7 +67,9 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Pages:
-    """Pages in use of those there are, over the time of steps: of all ranks, and the most on any one."""
+    """Pages in use of those there are, over the time of steps: of all ranks, and the most on any
+    one.
+    """
 
     mean: float
     peak: float
@@ -70,8 +78,10 @@ class Pages:
 
 @dataclass(frozen=True)
 class Steps:
-    """``rows`` are sampled by all ranks together in a step, ``tokens`` computed. ``imbalance``: predicted seconds of the slowest rank
-    over the mean. ``idle``: share of the time without a step; ``waiting``: share of the steps' time that ranks wait for the slowest."""
+    """``rows`` are sampled by all ranks together in a step, ``tokens`` computed. ``imbalance``:
+    predicted seconds of the slowest rank over the mean. ``idle``: share of the time without a step;
+    ``waiting``: share of the steps' time that ranks wait for the slowest.
+    """
 
     count: int
     seconds: Spread
@@ -84,8 +94,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Measured:
-    """Real seconds on the machine that simulates: of the planner for the results of a step and the plan that follows them, beside what
-    law 5 of the design allows for that and for the sockets, at 72 ranks; and of the whole simulation."""
+    """Real seconds on the machine that simulates: of the planner for the results of a step and the
+    plan that follows them, beside what law 5 of the design allows for that and for the sockets, at
+    72 ranks; and of the whole simulation.
+    """
 
     planner: Spread
     limit_p50: float
@@ -95,10 +107,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """``queue_wait`` ends with the plan that computes a request's first tokens. ``bound``: the part of the steps that the rest waited
-    for, as shares of their time; ``held``: shares of the steps' time while waiting requests lacked sequence slots or pages, and while
-    prompts were left over for later steps. ``binds`` says it in a sentence. All but ``measured`` is a function of recipe, trace and
-    options."""
+    """``queue_wait`` ends with the plan that computes a request's first tokens. ``bound``: the part
+    of the steps that the rest waited for, as shares of their time; ``held``: shares of the steps'
+    time while waiting requests lacked sequence slots or pages, and while prompts were left over for
+    later steps. ``binds`` says it in a sentence. All but ``measured`` is a function of recipe,
+    trace and options.
+    """
 
     trace: str
     complete: bool
@@ -122,8 +136,12 @@ class Report:
         return asdict(self)
 
 
-def quantiles(values: ArrayLike, counts: ArrayLike | None = None, shares: Sequence[float] = (0.5, 0.9, 0.99)) -> Spread:
-    """The smallest values that no less than each share of all values reach; ``counts`` says how often each value stands."""
+def quantiles(
+    values: ArrayLike, counts: ArrayLike | None = None, shares: Sequence[float] = (0.5, 0.9, 0.99)
+) -> Spread:
+    """The smallest values that no less than each share of all values reach; ``counts`` says how
+    often each value stands.
+    """
     seen = np.asarray(values, np.float64)
     if not len(seen):
         return Spread(None, None, None)
@@ -135,11 +153,24 @@ def quantiles(values: ArrayLike, counts: ArrayLike | None = None, shares: Sequen
 
 
 def make_report(
-    settings: Settings, trace: Trace, record: Record, simulation: Simulation, times: FloorTimes, *, wall: float, complete: bool
+    settings: Settings,
+    trace: Trace,
+    record: Record,
+    simulation: Simulation,
+    times: FloorTimes,
+    *,
+    wall: float,
+    complete: bool,
 ) -> Report:
     """The figures of a simulation that has ended, or was stopped."""
     ranks, seconds = settings.layout.world, simulation.now
-    requests = Requests(len(trace.asks), record.finished, record.refused, record.unavailable, len(trace.asks) - record.answered)
+    requests = Requests(
+        len(trace.asks),
+        record.finished,
+        record.refused,
+        record.unavailable,
+        len(trace.asks) - record.answered,
+    )
     steps, wait = _steps(record, seconds), _of_known(record.started - record.arrived)
     pages, total = _pages(record), sum(record.seconds)
     bound = _shares(times.bound, sum(times.bound.values()))
@@ -178,14 +209,19 @@ def _tokens(trace: Trace, record: Record, seconds: float, ranks: int) -> Tokens:
 
 def _prefix(trace: Trace, record: Record) -> Prefix:
     started = ~np.isnan(record.started)
-    asked, saved = int(np.array([ask.num_input for ask in trace.asks])[started].sum()), int(record.cached.sum())
+    asked, saved = (
+        int(np.array([ask.num_input for ask in trace.asks])[started].sum()),
+        int(record.cached.sum()),
+    )
     return Prefix(asked, saved, saved / max(1, asked))
 
 
 def _pages(record: Record) -> Pages:
     if not record.seconds:
         return Pages(0.0, 0.0, 0.0)
-    return Pages(float(np.average(record.kv_used, weights=record.seconds)), max(record.kv_used), max(record.kv_fullest))
+    return Pages(
+        float(np.average(record.kv_used, weights=record.seconds)), max(record.kv_used), max(record.kv_fullest)
+    )
 
 
 def _steps(record: Record, seconds: float) -> Steps:
@@ -231,8 +267,16 @@ class _Causes:
 
 
 def _binds(settings: Settings, causes: _Causes) -> str:
-    """What to change first: what holds requests up before they run, or else what the steps' time goes into."""
-    requests, steps, pages, bound, held = causes.requests, causes.steps, causes.pages, causes.bound, causes.held
+    """What to change first: what holds requests up before they run, or else what the steps' time
+    goes into.
+    """
+    requests, steps, pages, bound, held = (
+        causes.requests,
+        causes.steps,
+        causes.pages,
+        causes.bound,
+        causes.held,
+    )
     if not steps.count:
         longer = f": all requests are longer than the context of {settings.max_len:,} tokens, which model.max_len and the pages limit"
         return f"Nothing ran{longer if requests.refused == requests.asked else ''}."
@@ -241,7 +285,8 @@ def _binds(settings: Settings, causes: _Causes) -> str:
     spec = settings.spec
     turned_away = f"; the queue of {spec.max_queue:,} (scheduler.max_queue) was full for {requests.unavailable:,} requests"
     tail = f"{turned_away if requests.unavailable else ''}."
-    # In the order of the causes: without pages nobody gets a slot, and who has a slot waits for prefill.
+    # In the order of the causes: without pages nobody gets a slot, and who has a slot waits for
+    # prefill.
     if held["pages"] >= max(_NOTABLE, held["slots"]):
         what = f"KV pages bind: for {held['pages']:.0%} of the steps' time requests waited while sequence slots were free and pages not"
         return f"{what} (the fullest rank reached {pages.peak_of_a_rank:.0%}); {step}{tail}"

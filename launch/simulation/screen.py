@@ -23,9 +23,16 @@ class ProgressScreen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        texts = TextColumn("  {task.description}"), TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests answered")
+        texts = (
+            TextColumn("  {task.description}"),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests answered"),
+        )
         columns = (texts[0], BarColumn(bar_width=24), texts[1], TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        self._bar = (
+            Progress(*columns, console=console, transient=True, auto_refresh=False)
+            if console.is_terminal
+            else None
+        )
         self._began = time.monotonic()
         self._next = self._began + (_BLINK if self._bar else _EVERY)
         self._task = None if self._bar is None else self._bar.add_task("", total=1)
@@ -39,12 +46,16 @@ class ProgressScreen:
             self._next = now + _BLINK
             self._bar.start()
             simulated = f"{progress.seconds:,.1f} s simulated"
-            self._bar.update(self._task, completed=progress.answered, total=progress.asked, description=simulated)
+            self._bar.update(
+                self._task, completed=progress.answered, total=progress.asked, description=simulated
+            )
             self._bar.refresh()
         else:
             self._next = now + _EVERY
             answered = f"{progress.answered:,} of {progress.asked:,} requests answered"
-            self._console.print(f"{now - self._began:6.1f} s  {progress.seconds:,.1f} s simulated, {answered}", markup=False)
+            self._console.print(
+                f"{now - self._began:6.1f} s  {progress.seconds:,.1f} s simulated, {answered}", markup=False
+            )
 
     def hide(self) -> None:
         if self._bar is not None:
@@ -67,17 +78,38 @@ def show_report(report: Report, plan: Plan, title: str, efficiency: float, conso
     console.print(_cluster(report))
     for line in plan.unsupported:
         console.print(f"[yellow]this version refuses to launch it:[/yellow] {escape(line)}")
-    console.print("Sockets, tokenising and HTTP take no time here, experts are loaded evenly, and answers end by their length.")
+    console.print(
+        "Sockets, tokenising and HTTP take no time here, experts are loaded evenly, and answers end by their length."
+    )
     console.print(f"[bold]{escape(report.binds)}[/bold]")
 
 
 def _totals(report: Report) -> Table:
     requests, tokens = report.requests, report.tokens
     table = table_of(f"{report.seconds:,.1f} s simulated", "", "in all", "per second", "and rank")
-    table.add_row("prompt tokens", f"{tokens.input:,}", f"{tokens.input_per_second:,.0f}", f"{tokens.input_per_second_per_rank:,.0f}")
-    table.add_row("output tokens", f"{tokens.output:,}", f"{tokens.output_per_second:,.0f}", f"{tokens.output_per_second_per_rank:,.0f}")
-    table.add_row("requests finished", f"{requests.finished:,}", f"{requests.finished / max(report.seconds, 1e-9):,.1f}", "")
-    for name, count in (("too long (400)", requests.refused), ("queue full (503)", requests.unavailable), ("still open", requests.open)):
+    table.add_row(
+        "prompt tokens",
+        f"{tokens.input:,}",
+        f"{tokens.input_per_second:,.0f}",
+        f"{tokens.input_per_second_per_rank:,.0f}",
+    )
+    table.add_row(
+        "output tokens",
+        f"{tokens.output:,}",
+        f"{tokens.output_per_second:,.0f}",
+        f"{tokens.output_per_second_per_rank:,.0f}",
+    )
+    table.add_row(
+        "requests finished",
+        f"{requests.finished:,}",
+        f"{requests.finished / max(report.seconds, 1e-9):,.1f}",
+        "",
+    )
+    for name, count in (
+        ("too long (400)", requests.refused),
+        ("queue full (503)", requests.unavailable),
+        ("still open", requests.open),
+    ):
         if count:
             table.add_row(f"requests {name}", f"{count:,}", "", "")
     return table
@@ -117,4 +149,7 @@ def _cluster(report: Report) -> Table:
 def _spread(table: Table, name: str, spread: Spread, form: str | None = None) -> None:
     """Seconds, unless a format is given."""
     values = (spread.p50, spread.p90, spread.p99)
-    table.add_row(name, *("-" if value is None else format(value, form) if form else time_text(value) for value in values))
+    table.add_row(
+        name,
+        *("-" if value is None else format(value, form) if form else time_text(value) for value in values),
+    )

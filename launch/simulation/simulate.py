@@ -1,4 +1,6 @@
-"""A recipe under a trace of requests: the planner that would serve it, on the cluster that ``launch plan`` describes, in virtual time."""
+"""A recipe under a trace of requests: the planner that would serve it, on the cluster that ``launch
+plan`` describes, in virtual time.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ EFFICIENCY = 0.3
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a simulation has come: virtual ``seconds``, and of ``asked`` requests those that have arrived and been answered."""
+    """How far a simulation has come: virtual ``seconds``, and of ``asked`` requests those that have
+    arrived and been answered.
+    """
 
     seconds: float
     asked: int
@@ -38,14 +42,24 @@ Told = Callable[[Progress], bool]
 
 
 def settings_of(plan: Plan, recipe: Recipe) -> Settings:
-    """What the controller would make its planner with: the pools and the longest context that the plan finds."""
+    """What the controller would make its planner with: the pools and the longest context that the
+    plan finds.
+    """
     setup = plan.setup
     pages = plan.kv_tokens_per_rank // setup.page_size
-    return Settings(setup.layout, scheduler_spec(recipe), [pages] * setup.layout.data, setup.page_size, plan.longest_context)
+    return Settings(
+        setup.layout,
+        scheduler_spec(recipe),
+        [pages] * setup.layout.data,
+        setup.page_size,
+        plan.longest_context,
+    )
 
 
 def simulate_plan(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float, told: Told) -> Report:
-    """Serves a trace until the last request is answered, or ``told`` says stop. The plan must fit. Raises ``engine.simulation.Stuck``."""
+    """Serves a trace until the last request is answered, or ``told`` says stop. The plan must fit.
+    Raises ``engine.simulation.Stuck``.
+    """
     assert plan.fits, "there is no cluster to simulate"
     settings = settings_of(plan, recipe)
     record = Record(np.array([ask.seconds for ask in trace.asks]))

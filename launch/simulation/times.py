@@ -1,7 +1,9 @@
-"""How long a simulated step takes: the floors of ``launch plan``, applied to what each rank has to do in the step.
+"""How long a simulated step takes: the floors of ``launch plan``, applied to what each rank has to
+do in the step.
 
-Floors are linear in what a section does but for the experts' weights, of which a step reads those that some token wants. The factors
-are therefore taken from ``plan_floors`` once. Suffixes: D data indices, S stages.
+Floors are linear in what a section does but for the experts' weights, of which a step reads those
+that some token wants. The factors are therefore taken from ``plan_floors`` once. Suffixes: D data
+indices, S stages.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ PARTS = ("compute", "memory", "network")
 class FloorTimes:
     """Seconds of a step at a share ``efficiency`` of the speed of its floor.
 
-    Of a step's parts (``PARTS``) the slowest counts, as if the others ran beside it. Experts are loaded evenly, so that their part
-    is the same on all ranks; an exchange ends when the rank that sends most has sent. ``bound`` adds up the seconds of all steps by
-    the part that they waited for.
+    Of a step's parts (``PARTS``) the slowest counts, as if the others ran beside it. Experts are
+    loaded evenly, so that their part is the same on all ranks; an exchange ends when the rank that
+    sends most has sent. ``bound`` adds up the seconds of all steps by the part that they waited
+    for.
     """
 
     def __init__(self, setup: Setup, efficiency: float) -> None:
@@ -43,7 +46,9 @@ class FloorTimes:
 
 
 class _StageTimes:
-    """The floor of one stage as factors. compute [4]: seconds per token, sampled row, and position attended in decode and prefill."""
+    """The floor of one stage as factors. compute [4]: seconds per token, sampled row, and position
+    attended in decode and prefill.
+    """
 
     def __init__(self, setup: Setup, stage: Stage) -> None:
         self._setup, self._stage = setup, stage
@@ -52,13 +57,18 @@ class _StageTimes:
         self._compute = np.array([stage_floor(setup, stage, unit).compute for unit in units])
         self._routed = stage_floor(setup, stage, _work(routed=1)).compute
         reads = 1e6  # enough of them to stand out beside the weights
-        self._kv_read = (stage_floor(setup, stage, _work(kv_reads=reads)).memory - stage_floor(setup, stage, _work()).memory) / reads
+        self._kv_read = (
+            stage_floor(setup, stage, _work(kv_reads=reads)).memory
+            - stage_floor(setup, stage, _work()).memory
+        ) / reads
         self._floor = lru_cache(1 << 16)(self._even_floor)
 
     def parts(self, work: StepWork) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
         """Compute [D], memory [D] and network seconds."""
         total, most = int(work.tokens_D.sum()), int(work.tokens_D.max())
-        features = np.stack([work.tokens_D, work.sampled_D, work.decode_context_D, work.prompt_context_D]).astype(np.float64)
+        features = np.stack(
+            [work.tokens_D, work.sampled_D, work.decode_context_D, work.prompt_context_D]
+        ).astype(np.float64)
         compute_D = np.asarray(self._compute @ features + self._routed * total / self._data, np.float64)
         memory_D = np.asarray(self._floor(total).memory + self._kv_read * work.kv_reads_D, np.float64)
         return compute_D, memory_D, self._floor(most * self._data).network
@@ -70,6 +80,12 @@ class _StageTimes:
 
 
 def _work(
-    *, tokens: float = 0, sampled: float = 0, attended: float = 0, kv_reads: float = 0, routed: float = 0, decode: bool = True
+    *,
+    tokens: float = 0,
+    sampled: float = 0,
+    attended: float = 0,
+    kv_reads: float = 0,
+    routed: float = 0,
+    decode: bool = True,
 ) -> Work:
     return Work(tokens, sampled, attended, kv_reads, routed, decode)

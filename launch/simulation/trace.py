@@ -1,9 +1,11 @@
 """Traffic to simulate: a trace of requests read from a file, or a made one.
 
-A file holds a JSON object a line, as the public Mooncake traces do (arXiv 2407.00079): ``timestamp`` in milliseconds, ``input_length``
-and ``output_length`` in tokens, and ``hash_ids``, which name the blocks of the prompt, each with everything before it; where a trace
-has none, no two prompts begin alike. What else stands in a line is not looked at. Nothing in a trace says which tokens an answer had,
-so that a later turn finds the prompts of earlier ones in the cache, and not their answers.
+A file holds a JSON object a line, as the public Mooncake traces do (arXiv 2407.00079):
+``timestamp`` in milliseconds, ``input_length`` and ``output_length`` in tokens, and ``hash_ids``,
+which name the blocks of the prompt, each with everything before it; where a trace has none, no two
+prompts begin alike. What else stands in a line is not looked at. Nothing in a trace says which
+tokens an answer had, so that a later turn finds the prompts of earlier ones in the cache, and not
+their answers.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: when it arrives in seconds, tokens of its prompt and of its answer, and the names of the prompt's first blocks."""
+    """A request: when it arrives in seconds, tokens of its prompt and of its answer, and the names
+    of the prompt's first blocks.
+    """
 
     seconds: float
     num_input: int
@@ -50,14 +54,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in the order of their arrival, the first at 0. ``block``: tokens of a named block."""
+    """Requests in the order of their arrival, the first at 0. ``block``: tokens of a named
+    block.
+    """
 
     source: str
     asks: tuple[Ask, ...]
     block: int = BLOCK
 
     def arrivals(self, settings: Settings) -> Iterator[Arrival]:
-        """What a frontend sends when a request comes; handles count from 0 on. A prompt is made when it is its turn."""
+        """What a frontend sends when a request comes; handles count from 0 on. A prompt is made
+        when it is its turn.
+        """
         root = hash_root("simulated", "simulated")
         for number, ask in enumerate(self.asks):
             limit = ask.num_input + ask.num_output
@@ -67,17 +75,29 @@ class Trace:
             yield ask.seconds, Submit(number, str(number), prompt, hashes, limit, Sampling(seed=number))
 
     def prompt(self, number: int) -> bytes:
-        """Tokens of a request's prompt, int32: equal where the names of blocks are equal, and nowhere else."""
+        """Tokens of a request's prompt, int32: equal where the names of blocks are equal, and
+        nowhere else.
+        """
         ask = self.asks[number]
-        own = np.arange(-(-ask.num_input // self.block) - len(ask.ids), dtype=np.uint64) + np.uint64(number << 32) + _NOBODYS
+        own = (
+            np.arange(-(-ask.num_input // self.block) - len(ask.ids), dtype=np.uint64)
+            + np.uint64(number << 32)
+            + _NOBODYS
+        )
         keys = mix64(np.concatenate([np.array(ask.ids, np.uint64), own]))
         tokens: NDArray[np.uint64] = keys[:, None] ^ np.arange(self.block, dtype=np.uint64)
         return (tokens.reshape(-1)[: ask.num_input] & np.uint64(0x7FFF_FFFF)).astype(np.int32).tobytes()
 
 
 def read_trace(text: str, requests: int | None = None, speed: float = 1.0, block: int = BLOCK) -> Trace:
-    """The trace that ``--trace`` names: its first ``requests``, arriving ``speed`` times as fast. Raises TraceError."""
-    asks = _made(text, requests) if text.startswith(MADE) else list(_lines(Path(text).expanduser(), requests, block))
+    """The trace that ``--trace`` names: its first ``requests``, arriving ``speed`` times as fast.
+    Raises TraceError.
+    """
+    asks = (
+        _made(text, requests)
+        if text.startswith(MADE)
+        else list(_lines(Path(text).expanduser(), requests, block))
+    )
     if not asks:
         raise TraceError(f"--trace {text}: holds no request")
     first, last = min(ask.seconds for ask in asks), max(ask.seconds for ask in asks)
@@ -92,24 +112,33 @@ def read_trace(text: str, requests: int | None = None, speed: float = 1.0, block
 
 
 def _made(text: str, requests: int | None) -> list[Ask]:
-    """Arrivals at random and independent of each other, ``rate`` a second on average; all lengths are the same."""
+    """Arrivals at random and independent of each other, ``rate`` a second on average; all lengths
+    are the same.
+    """
     given: dict[str, str] = {}
     for pair in text.removeprefix(MADE).split(","):
         key, _, value = pair.partition("=")
         if key not in ("rate", "input", "output", "count", "seed") or key in given:
-            raise TraceError(f"--trace {text}: {key!r} is {'given twice' if key in given else 'unknown'}; should be {_MADE_KEYS}")
+            raise TraceError(
+                f"--trace {text}: {key!r} is {'given twice' if key in given else 'unknown'}; should be {_MADE_KEYS}"
+            )
         given[key] = value
     for key in ("rate", "input", "output", "count"):
         if key not in given:
             raise TraceError(f"--trace {text}: {key} is missing; should be {_MADE_KEYS}")
     count = _whole(text, "count", given["count"], 1)
-    num_input, num_output = _whole(text, "input", given["input"], 1), _whole(text, "output", given["output"], 1)
+    num_input, num_output = (
+        _whole(text, "input", given["input"], 1),
+        _whole(text, "output", given["output"], 1),
+    )
     try:
         rate = float(given["rate"])
     except ValueError:
         rate = math.nan
     if not 0 < rate < math.inf or math.isinf(1 / rate):
-        raise TraceError(f"--trace {text}: rate = {given['rate']}: should be a number of requests a second above 0")
+        raise TraceError(
+            f"--trace {text}: rate = {given['rate']}: should be a number of requests a second above 0"
+        )
     random = np.random.default_rng(_whole(text, "seed", given.get("seed", "0"), 0))
     times = np.cumsum(random.exponential(1 / rate, count)).tolist()[:requests]
     return [Ask(seconds, num_input, num_output) for seconds in times]
@@ -117,7 +146,9 @@ def _made(text: str, requests: int | None) -> list[Ask]:
 
 def _whole(text: str, key: str, value: str, least: int) -> int:
     if not value.isascii() or not value.isdigit() or not least <= int(value) <= _MOST:
-        raise TraceError(f"--trace {text}: {key} = {value}: should be a whole number from {least} to {_MOST:,}")
+        raise TraceError(
+            f"--trace {text}: {key} = {value}: should be a whole number from {least} to {_MOST:,}"
+        )
     return int(value)
 
 
@@ -135,14 +166,18 @@ def _lines(path: Path, requests: int | None, block: int) -> Iterator[Ask]:
                     found += 1
                     yield _ask(line, f"{path}: line {number}", block)
     except OSError as error:
-        raise TraceError(f"--trace {path}: cannot be read: {error.strerror}; a file, or {_MADE_KEYS}") from None
+        raise TraceError(
+            f"--trace {path}: cannot be read: {error.strerror}; a file, or {_MADE_KEYS}"
+        ) from None
 
 
 def _ask(line: bytes, where: str, block: int) -> Ask:
     try:
         fields = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
-        raise TraceError(f"{where}: not JSON: {error.msg} at column {error.colno}; should be an object a line") from None
+        raise TraceError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}; should be an object a line"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{where}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
@@ -152,12 +187,16 @@ def _ask(line: bytes, where: str, block: int) -> Ask:
             raise TraceError(f"{where}: {name}: missing")
     timestamp = fields["timestamp"]
     if not isinstance(timestamp, int | float) or isinstance(timestamp, bool) or not 0 <= timestamp <= 1e15:
-        raise TraceError(f"{where}: timestamp = {_show(timestamp)}: should be milliseconds, a number from 0 on")
+        raise TraceError(
+            f"{where}: timestamp = {_show(timestamp)}: should be milliseconds, a number from 0 on"
+        )
     lengths = {}
     for name in ("input_length", "output_length"):
         value = fields[name]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
-            raise TraceError(f"{where}: {name} = {_show(value)}: should be a whole number of tokens from 1 to {_MOST:,}")
+            raise TraceError(
+                f"{where}: {name} = {_show(value)}: should be a whole number of tokens from 1 to {_MOST:,}"
+            )
         lengths[name] = value
     ids = _ids(fields.get("hash_ids", ()), where, lengths["input_length"], block)
     return Ask(timestamp / 1000, lengths["input_length"], lengths["output_length"], ids)
@@ -166,10 +205,14 @@ def _ask(line: bytes, where: str, block: int) -> Ask:
 def _ids(value: Any, where: str, num_input: int, block: int) -> tuple[int, ...]:
     """Names of blocks; a last one that is not full may be named or not."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TraceError(f"{where}: hash_ids = {_show(value)}: should be a list of whole numbers, one for every {block} tokens")
+        raise TraceError(
+            f"{where}: hash_ids = {_show(value)}: should be a list of whole numbers, one for every {block} tokens"
+        )
     for one in value:
         if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one <= _LAST_ID:
-            raise TraceError(f"{where}: hash_ids: {_show(one)}: should be a whole number from 0 to {_LAST_ID}")
+            raise TraceError(
+                f"{where}: hash_ids: {_show(one)}: should be a whole number from 0 to {_LAST_ID}"
+            )
     if value and not num_input // block <= len(value) <= -(-num_input // block):
         want = f"{-(-num_input // block)}, one for every {block} tokens of its {num_input} (--block says how many a block has)"
         raise TraceError(f"{where}: hash_ids: has {len(value)} blocks, should be {want}")

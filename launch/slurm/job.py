@@ -11,7 +11,8 @@ from pathlib import Path
 from ..recipe.hardware import load_hardware
 from ..recipe.recipe import Recipe, RecipeError
 
-# What a drain may take beyond cluster.drain_deadline: stopping the processes, Ray, and the moment Slurm takes to signal.
+# What a drain may take beyond cluster.drain_deadline: stopping the processes, Ray, and the moment
+# Slurm takes to signal.
 STOPPING_SECONDS = 60
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _GPUS = re.compile(r"gpu(?::[A-Za-z][\w.-]*)?(?::(?P<count>\d+))?(?:\(.*\))?")
@@ -50,8 +51,9 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and what its job asks for. ``recipe_name`` is a packaged recipe's name or a file's path, ``bin`` the folder of
-    the commands on every node, None for the PATH of a container."""
+    """A recipe and what its job asks for. ``recipe_name`` is a packaged recipe's name or a file's
+    path, ``bin`` the folder of the commands on every node, None for the PATH of a container.
+    """
 
     recipe: Recipe
     recipe_name: str
@@ -80,8 +82,12 @@ class Job:
         return 1 + self.recipe.frontend.processes
 
 
-def make_job(recipe: Recipe, path: Path, model_path: Path, overrides: Sequence[str], wishes: Wishes, bin_folder: Path) -> Job:
-    """The job for ``recipe``, whose file is ``path``. Raises RecipeError with everything that does not fit."""
+def make_job(
+    recipe: Recipe, path: Path, model_path: Path, overrides: Sequence[str], wishes: Wishes, bin_folder: Path
+) -> Job:
+    """The job for ``recipe``, whose file is ``path``. Raises RecipeError with everything that does
+    not fit.
+    """
     found, gpus = _gpus(recipe, wishes)
     found += _contradictions(recipe, wishes)
     if found:
@@ -102,16 +108,29 @@ def _gpus(recipe: Recipe, wishes: Wishes) -> tuple[list[str], int]:
     if device == "auto" and cluster.hardware is not None:
         device = load_hardware(cluster.hardware).device
     if device == "auto":
-        return ["cluster.device = auto: a job must know whether to ask for GPUs; use cluster.device=cuda or cluster.device=cpu"], 0
+        return [
+            "cluster.device = auto: a job must know whether to ask for GPUs; use cluster.device=cuda or cluster.device=cpu"
+        ], 0
     wanted = cluster.ranks_per_node if device == "cuda" else 0
     if wishes.gres is None:
         return [], wanted
-    match = next((found for entry in wishes.gres.split(",") if (found := _GPUS.fullmatch(entry.removeprefix("gres/")))), None)
+    match = next(
+        (
+            found
+            for entry in wishes.gres.split(",")
+            if (found := _GPUS.fullmatch(entry.removeprefix("gres/")))
+        ),
+        None,
+    )
     offered = 0 if match is None else int(match["count"] or 1)
     if wanted and offered < wanted:
-        return [f"--gres {wishes.gres}: {offered} GPUs on a node, but cluster.ranks_per_node = {wanted} needs one for each rank"], wanted
+        return [
+            f"--gres {wishes.gres}: {offered} GPUs on a node, but cluster.ranks_per_node = {wanted} needs one for each rank"
+        ], wanted
     if offered and not wanted:
-        return [f"--gres {wishes.gres}: asks for GPUs, but the recipe's ranks run on CPUs (cluster.device = {cluster.device})"], wanted
+        return [
+            f"--gres {wishes.gres}: asks for GPUs, but the recipe's ranks run on CPUs (cluster.device = {cluster.device})"
+        ], wanted
     return [], wanted
 
 
@@ -125,8 +144,14 @@ def _contradictions(recipe: Recipe, wishes: Wishes) -> list[str]:
             f"--nodes {wishes.nodes}: the recipe spreads its ranks over cluster.nodes = {cluster.nodes}; "
             f"leave --nodes out, or override the recipe with cluster.nodes={wishes.nodes}",
         ),
-        (cluster.backend == "local", "cluster.backend = local: starts no processes on the job's nodes; use ray"),
-        (cluster.address is not None, f"cluster.address = {cluster.address}: the job starts a Ray cluster of its own; leave it out"),
+        (
+            cluster.backend == "local",
+            "cluster.backend = local: starts no processes on the job's nodes; use ray",
+        ),
+        (
+            cluster.address is not None,
+            f"cluster.address = {cluster.address}: the job starts a Ray cluster of its own; leave it out",
+        ),
         (
             wishes.cpus is not None and wishes.cpus < cluster.ranks_per_node,
             f"--cpus {wishes.cpus}: fewer than cluster.ranks_per_node = {cluster.ranks_per_node}",
@@ -144,7 +169,10 @@ def _contradictions(recipe: Recipe, wishes: Wishes) -> list[str]:
             wishes.name is not None and not _NAME.fullmatch(wishes.name),
             f"--name {wishes.name}: should be letters, digits, dots, dashes and underscores",
         ),
-        (bool(wishes.container_mounts) and wishes.container_image is None, "--container-mount: needs --container-image"),
+        (
+            bool(wishes.container_mounts) and wishes.container_image is None,
+            "--container-mount: needs --container-image",
+        ),
         (
             recipe.frontend.port == 0 and wishes.port is None,
             "frontend.port = 0: nobody could tell where the job serves; name a port, or leave the key out for one of the job's own",
@@ -152,11 +180,19 @@ def _contradictions(recipe: Recipe, wishes: Wishes) -> list[str]:
     )
     texts = {field: value for field, value in vars(wishes).items() if isinstance(value, str)}
     texts |= {f"sbatch {number}": value for number, value in enumerate(wishes.sbatch, start=1)}
-    texts |= {f"container-mount {number}": value for number, value in enumerate(wishes.container_mounts, start=1)}
+    texts |= {
+        f"container-mount {number}": value for number, value in enumerate(wishes.container_mounts, start=1)
+    }
     unfit = [
-        f"--{field.replace('_', '-')}: should be one line, is {value!r}" for field, value in texts.items() if "\n" in value or not value
+        f"--{field.replace('_', '-')}: should be one line, is {value!r}"
+        for field, value in texts.items()
+        if "\n" in value or not value
     ]
-    unfit += [f"--sbatch {value}: should be an option of sbatch, such as --comment=text" for value in wishes.sbatch if value[:1] != "-"]
+    unfit += [
+        f"--sbatch {value}: should be an option of sbatch, such as --comment=text"
+        for value in wishes.sbatch
+        if value[:1] != "-"
+    ]
     return [text for wrong, text in checks if wrong] + unfit
 
 
@@ -165,7 +201,9 @@ def parse_time(text: str) -> int | None:
     match = _TIME.fullmatch(text)
     if match is None:
         return None
-    first, second, third = (None if match[name] is None else int(match[name]) for name in ("first", "second", "third"))
+    first, second, third = (
+        None if match[name] is None else int(match[name]) for name in ("first", "second", "third")
+    )
     if match["days"] is not None:
         return int(match["days"]) * 86400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
     if third is not None:

@@ -1,4 +1,6 @@
-"""The text of an sbatch script for a job: a head of what this job asks for, and a body that is the same for all."""
+"""The text of an sbatch script for a job: a head of what this job asks for, and a body that is the
+same for all.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def script(job: Job) -> str:
     """The whole script, ready for sbatch."""
-    return "\n".join(["#!/bin/bash", *_comments(job), *_options(job), "", *_settings(job), "", _BODY.read_text()])
+    return "\n".join(
+        ["#!/bin/bash", *_comments(job), *_options(job), "", *_settings(job), "", _BODY.read_text()]
+    )
 
 
 def _comments(job: Job) -> list[str]:
@@ -71,7 +75,9 @@ def _options(job: Job) -> list[str]:
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it from a script: double quotes and backslashes, nothing else of the shell."""
+    """An option as sbatch reads it from a script: double quotes and backslashes, nothing else of
+    the shell.
+    """
     if not _UNSAFE.search(option):
         return option
     return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -114,7 +120,9 @@ def _settings(job: Job) -> list[str]:
         "interface": "whose address Ray and the server use; empty: the address that Slurm uses",
         "image": "of a container for every step; empty: none",
     }
-    return [f"{_assignment(name, value)}{f'  # {notes[name]}' if name in notes else ''}" for name, value in lines] + [
+    return [
+        f"{_assignment(name, value)}{f'  # {notes[name]}' if name in notes else ''}" for name, value in lines
+    ] + [
         "# Ray is this job's alone, keeps quiet, and leaves memory to the ranks.",
         *(f"export {name}={shlex.quote(value)}" for name, value in ray_settings().items()),
     ]

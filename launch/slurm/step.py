@@ -1,9 +1,10 @@
 """Runs one command of a Slurm step: ``python -m lockstep.launch.slurm.step [options] COMMAND...``.
 
-``scancel`` sends SIGTERM to every step of a job at once, to Ray and to the ranks as well as to launch, which would leave
-nothing to drain with. So a step's command runs in a session of its own, this wrapper takes no notice of SIGTERM, and the
-job's script, which gets it too, says with SIGUSR1 (srun passes it on) which step is to end when: the command then gets
-SIGTERM. When the wrapper itself is killed, the command goes with it.
+``scancel`` sends SIGTERM to every step of a job at once, to Ray and to the ranks as well as to
+launch, which would leave nothing to drain with. So a step's command runs in a session of its own,
+this wrapper takes no notice of SIGTERM, and the job's script, which gets it too, says with SIGUSR1
+(srun passes it on) which step is to end when: the command then gets SIGTERM. When the wrapper
+itself is killed, the command goes with it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ..cluster.entry import leave_with_parent
 class Step:
     """The command, from its start on.
 
-    ``patience`` seconds after it was told to end it is killed, and either end is as it should be; None waits as long as it
-    takes, and the command's own status counts.
+    ``patience`` seconds after it was told to end it is killed, and either end is as it should be;
+    None waits as long as it takes, and the command's own status counts.
     """
 
     def __init__(self, command: list[str], patience: float | None) -> None:
@@ -38,11 +39,15 @@ class Step:
         signal.signal(signal.SIGUSR1, self._tell)
         signal.signal(signal.SIGALRM, self._kill)
         wrapper = os.getpid()
-        self._process = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: _become_command(wrapper, mask))
+        self._process = subprocess.Popen(
+            command, start_new_session=True, preexec_fn=lambda: _become_command(wrapper, mask)
+        )
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def wait(self) -> int:
-        """The exit status, as a shell has it, once the command has ended and nothing of its session is left."""
+        """The exit status, as a shell has it, once the command has ended and nothing of its session
+        is left.
+        """
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._kill()
@@ -76,9 +81,15 @@ def _become_command(wrapper: int, mask: set[signal.Signals] | set[int]) -> None:
 
 def parse(arguments: list[str]) -> Namespace:
     parser = ArgumentParser(prog="slurm_step", allow_abbrev=False)
-    parser.add_argument("--scratch", type=Path, help="Ray's folder on this node: made before, deleted afterwards")
+    parser.add_argument(
+        "--scratch", type=Path, help="Ray's folder on this node: made before, deleted afterwards"
+    )
     parser.add_argument("--logs", type=Path, help="where Ray's logs go from there")
-    parser.add_argument("--patience", type=float, help="seconds to end when told to, before it is killed; 0 is its status then")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        help="seconds to end when told to, before it is killed; 0 is its status then",
+    )
     parser.add_argument("command", nargs=REMAINDER)
     return parser.parse_args(arguments)
 
@@ -99,7 +110,9 @@ def main() -> None:
 def _clear(scratch: Path, logs: Path | None) -> None:
     found = (scratch / "session_latest" / "logs").resolve()
     if logs is not None and found.is_dir():
-        shutil.copytree(found, logs / f"ray-{socket.gethostname()}", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        shutil.copytree(
+            found, logs / f"ray-{socket.gethostname()}", dirs_exist_ok=True, ignore_dangling_symlinks=True
+        )
     shutil.rmtree(scratch, ignore_errors=True)
 
 

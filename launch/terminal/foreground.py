@@ -1,8 +1,8 @@
 """The process the user sees, apart from the launcher proper.
 
-A terminal, ``timeout`` and service managers signal a whole process group, Ray's own processes included, which would take
-Ray away before anything has drained. So the launcher and all below it run in a session of their own, and the process
-that was started only passes signals on and waits.
+A terminal, ``timeout`` and service managers signal a whole process group, Ray's own processes
+included, which would take Ray away before anything has drained. So the launcher and all below it
+run in a session of their own, and the process that was started only passes signals on and waits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ _PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: TERMINATE, signal.SI
 
 
 def step_behind() -> None:
-    """Forks. Returns in the child, which leads a session of its own and dies with its parent; the parent stays here and
-    leaves with the child's exit status. To be called before there are threads."""
+    """Forks. Returns in the child, which leads a session of its own and dies with its parent; the
+    parent stays here and leaves with the child's exit status. To be called before there are
+    threads.
+    """
     parent = os.getpid()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-TERMINATE = signal.SIGUSR2  # SIGTERM as it is passed on: ray.init takes SIGTERM itself, and aborts the process at some points
+TERMINATE = (
+    signal.SIGUSR2
+)  # SIGTERM as it is passed on: ray.init takes SIGTERM itself, and aborts the process at some points
 _MEANING = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", TERMINATE: "SIGTERM"}
 
 
@@ -14,7 +16,9 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Counts the signals that ask to stop. The second raises KeyboardInterrupt in the main thread, unless ``muted``."""
+    """Counts the signals that ask to stop. The second raises KeyboardInterrupt in the main thread,
+    unless ``muted``.
+    """
 
     def __init__(self) -> None:
         self.count = 0

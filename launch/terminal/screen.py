@@ -15,7 +15,8 @@ _WIDE = 100  # columns of a terminal
 
 
 class Screen:
-    """Progress bars on a terminal until the cluster is ready; a line per change of phase elsewhere and afterwards.
+    """Progress bars on a terminal until the cluster is ready; a line per change of phase elsewhere
+    and afterwards.
 
     The ready text goes to standard output, the rest to standard error.
     """
@@ -29,9 +30,18 @@ class Screen:
         self._bars: dict[str, TaskID] = {}
         self._seen: dict[str, tuple[str, str]] = {}
         bar = 24 if self._err.width >= _WIDE else 8
-        self._room = max(8, min(60, self._err.width - bar - 26))  # for a phase, beside the name, the bar and the time
+        self._room = max(
+            8, min(60, self._err.width - bar - 26)
+        )  # for a phase, beside the name, the bar and the time
         texts = TextColumn("  {task.description:<14}"), TextColumn("{task.fields[phase]}")
-        self._progress = Progress(texts[0], BarColumn(bar_width=bar), texts[1], TimeElapsedColumn(), console=self._err, transient=True)
+        self._progress = Progress(
+            texts[0],
+            BarColumn(bar_width=bar),
+            texts[1],
+            TimeElapsedColumn(),
+            console=self._err,
+            transient=True,
+        )
         self._live = self._err.is_terminal
 
     def say(self, text: str) -> None:
@@ -61,7 +71,9 @@ class Screen:
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name, total=1.0, phase="")
         done = 1.0 if report.phase == "ready" else report.fraction
-        self._progress.update(self._bars[name], completed=done, phase=escape(f"{report.phase} {report.detail}"[: self._room]))
+        self._progress.update(
+            self._bars[name], completed=done, phase=escape(f"{report.phase} {report.detail}"[: self._room])
+        )
 
     def hide(self) -> None:
         """Ends the progress display for good."""
@@ -70,11 +82,15 @@ class Screen:
             self._progress.stop()
 
     def ready(self, url: str, elsewhere: str | None, model: str, api_key: str | None) -> None:
-        """The ready line, the timeline of the start-up, and two ways to use the server. ``elsewhere``: its URL on other hosts."""
+        """The ready line, the timeline of the start-up, and two ways to use the server.
+        ``elsewhere``: its URL on other hosts.
+        """
         self.hide()
         total = time.monotonic() - self._start
         header = f" \\\n  -H 'Authorization: Bearer {api_key}'" if api_key else ""
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+        body = (
+            f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+        )
         self._out.print(
             f"\nready: {url}/v1 serves {model} after {total:.1f} s ({', '.join(self._phases)})\n"
             f"{f'from other hosts: {elsewhere}/v1' + chr(10) if elsewhere else ''}\n"

@@ -16,9 +16,11 @@ EMPTY = -1
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """experts_LWS int32: the expert in every slot, ``EMPTY`` where there is none; an expert may have several slots.
+    """experts_LWS int32: the expert in every slot, ``EMPTY`` where there is none; an expert may
+    have several slots.
 
-    Every expert of [0, num_experts) has at least one slot in every layer (AssertionError otherwise).
+    Every expert of [0, num_experts) has at least one slot in every layer (AssertionError
+    otherwise).
     """
 
     experts_LWS: NDArray[np.int32]
@@ -29,7 +31,9 @@ class Placement:
             found = np.unique(self.experts_LWS[layer])
             missing = np.setdiff1d(np.arange(self.num_experts), found)
             assert not len(missing), f"layer {layer}: experts {missing.tolist()} have no slot"
-            assert found.max(initial=EMPTY) < self.num_experts, f"layer {layer}: expert {found.max()} of {self.num_experts}"
+            assert found.max(initial=EMPTY) < self.num_experts, (
+                f"layer {layer}: expert {found.max()} of {self.num_experts}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -55,8 +59,10 @@ class Placement:
         return homes
 
     def ranges(self) -> NDArray[np.int32]:
-        """The same in few numbers [n, 5]: (first layer, last layer, rank, first expert, last expert); layers that follow one another
-        and are alike are one range. Which slots the experts are in, and how many of them, is left out."""
+        """The same in few numbers [n, 5]: (first layer, last layer, rank, first expert, last
+        expert); layers that follow one another and are alike are one range. Which slots the experts
+        are in, and how many of them, is left out.
+        """
         found: list[tuple[int, ...]] = []
         changes = (self.experts_LWS[1:] != self.experts_LWS[:-1]).any(axis=(1, 2)).nonzero()[0] + 1
         for layers in np.split(np.arange(self.num_layers), changes):

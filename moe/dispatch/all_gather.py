@@ -1,6 +1,8 @@
-"""Dispatch by all-gather and reduce-scatter: every rank sees every token, computes its own experts and adds up.
+"""Dispatch by all-gather and reduce-scatter: every rank sees every token, computes its own experts
+and adds up.
 
-All shapes follow from the step's capacity. Suffixes: T own tokens, C capacity, W ranks, N = W x C, K choices, D hidden.
+All shapes follow from the step's capacity. Suffixes: T own tokens, C capacity, W ranks, N = W x C,
+K choices, D hidden.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ from .rows import pack, unpack
 class AllGatherDispatcher:
     """Tokens are padded to the capacity; padding goes to no expert.
 
-    The outputs of a token's K experts are reduced apart: each is the sum of one rank's output and zeros, which is exact,
-    and only their own rank adds them up, so that the sum does not depend on the number of ranks.
+    The outputs of a token's K experts are reduced apart: each is the sum of one rank's output and
+    zeros, which is exact, and only their own rank adds them up, so that the sum does not depend on
+    the number of ranks.
     """
 
     def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
-        assert placement.num_ranks == collectives.size, f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
+        assert placement.num_ranks == collectives.size, (
+            f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
+        )
         self.placement = placement
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
-        self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
+        self.counts_LS = torch.zeros(
+            placement.num_layers, placement.num_slots, dtype=torch.int64, device=device
+        )
         self._places_LE = torch.from_numpy(placement.homes_LE).to(device)
         self._collectives = collectives
         self._capacity = 0

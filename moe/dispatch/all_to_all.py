@@ -1,4 +1,5 @@
-"""Dispatch by all-to-all: a token goes once to every rank that has one of its experts; each expert's output comes back.
+"""Dispatch by all-to-all: a token goes once to every rank that has one of its experts; each
+expert's output comes back.
 
 Ragged: rows per rank are counted on the host, so this is for eager execution on a CPU.
 Suffixes: T own tokens, W ranks, N received tokens, K choices, M pairs (token, choice), D hidden.
@@ -19,14 +20,17 @@ from ..balance.placement import EMPTY, Placement
 from .dispatcher import Handle, Received
 from .rows import pack, unpack
 
-# Up to this many bytes for each peer, rows are padded to the capacity instead of counting them in an exchange beforehand:
-# with 2 gloo ranks on one host an exchange takes 70 us however small, and 64 kB more take 30 us (2 cores, torch 2.13).
+# Up to this many bytes for each peer, rows are padded to the capacity instead of counting them in
+# an exchange beforehand: with 2 gloo ranks on one host an exchange takes 70 us however small, and
+# 64 kB more take 30 us (2 cores, torch 2.13).
 _PADDED_BYTES = 1 << 16
 
 
 @dataclass
 class _Exchange:
-    """Tokens under way. ranks_TK: the rank of every choice. ``received`` [W]: pairs that came from each rank."""
+    """Tokens under way. ranks_TK: the rank of every choice. ``received`` [W]: pairs that came from
+    each rank.
+    """
 
     pending: Pending
     ranks_TK: NDArray[np.int64]
@@ -41,9 +45,13 @@ class AllToAllDispatcher:
 
     def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
         assert device.type == "cpu", f"ragged exchange on {device}: it counts on the host"
-        assert placement.num_ranks == collectives.size, f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
+        assert placement.num_ranks == collectives.size, (
+            f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
+        )
         self.placement = placement
-        self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
+        self.counts_LS = torch.zeros(
+            placement.num_layers, placement.num_slots, dtype=torch.int64, device=device
+        )
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self._collectives = collectives
         self._capacity = 0
@@ -53,7 +61,9 @@ class AllToAllDispatcher:
         self._capacity = capacity
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        ranks_TK, slots_TK = np.divmod(self.placement.homes_LE[layer][ids_TK.numpy()], self.placement.num_slots)
+        ranks_TK, slots_TK = np.divmod(
+            self.placement.homes_LE[layer][ids_TK.numpy()], self.placement.num_slots
+        )
         hit_WT = np.zeros((self._collectives.size, len(ranks_TK)), np.bool_)
         hit_WT[ranks_TK, np.arange(len(ranks_TK))[:, None]] = True
         targets, tokens = np.nonzero(hit_WT)
@@ -90,7 +100,9 @@ class AllToAllDispatcher:
         y_PD = y_PD[torch.from_numpy(place)]
         return self._weighted_sum(y_PD.view(*exchange.ranks_TK.shape, exchange.hidden), handle.weights_TK)
 
-    def _send_padded(self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_], what: str) -> tuple[Pending, list[int]]:
+    def _send_padded(
+        self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_], what: str
+    ) -> tuple[Pending, list[int]]:
         """``capacity`` rows for everybody; rows beyond those sent have no slots."""
         size = self._collectives.size
         padded = rows.new_full((size * self._capacity, rows.shape[1]), 0xFF)  # the bits of EMPTY
@@ -98,7 +110,9 @@ class AllToAllDispatcher:
         padded[torch.from_numpy(targets * self._capacity + np.arange(len(targets)) - firsts[targets])] = rows
         return self._collectives.all_to_all(padded, None, None, what), [self._capacity] * size
 
-    def _send_counted(self, rows: Tensor, counts_W: NDArray[np.int64], what: str) -> tuple[Pending, list[int]]:
+    def _send_counted(
+        self, rows: Tensor, counts_W: NDArray[np.int64], what: str
+    ) -> tuple[Pending, list[int]]:
         counts = self._collectives.all_to_all(torch.from_numpy(counts_W), None, None, "the number of " + what)
         arriving: list[int] = self._collectives.wait(counts).tolist()
         return self._collectives.all_to_all(rows, counts_W.tolist(), arriving, what), arriving

@@ -22,7 +22,9 @@ class LocalDispatcher:
     def __init__(self, placement: Placement, device: torch.device) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"
         self.placement = placement
-        self.counts_LS = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)
+        self.counts_LS = torch.zeros(
+            placement.num_layers, placement.num_slots, dtype=torch.int64, device=device
+        )
         self._slots_E = torch.from_numpy(placement.homes_LE).to(device).unbind()  # by layer
         self._shape: tuple[int, int] | None = None  # of a step
         self._here: list[Here] = []  # by layer
@@ -35,5 +37,8 @@ class LocalDispatcher:
         if self._shape != shape:  # the first layer of a step with another number of tokens
             self._shape, (num_tokens, top_k) = shape, shape
             rows_M = torch.arange(num_tokens, device=self.counts_LS.device)[:, None].repeat(1, top_k).view(-1)
-            self._here = [Here(slots_E, rows_M, counts_S) for slots_E, counts_S in zip(self._slots_E, self.counts_LS, strict=True)]
+            self._here = [
+                Here(slots_E, rows_M, counts_S)
+                for slots_E, counts_S in zip(self._slots_E, self.counts_LS, strict=True)
+            ]
         return compute(self._here[layer])

@@ -1,4 +1,5 @@
-"""Tokens on the wire: one row of bytes holds a token's hidden state and the K places its experts have.
+"""Tokens on the wire: one row of bytes holds a token's hidden state and the K places its experts
+have.
 
 Suffixes: N rows, K choices, D hidden.
 """

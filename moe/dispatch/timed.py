@@ -16,7 +16,9 @@ from .local import LocalDispatcher
 
 
 class TimedLocal(LocalDispatcher):
-    """A local dispatcher and the clock that runs beside it. A layer being one call, all of it is the experts' time."""
+    """A local dispatcher and the clock that runs beside it. A layer being one call, all of it is
+    the experts' time.
+    """
 
     def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock) -> None:
         super().__init__(placement, device)
@@ -34,7 +36,9 @@ class TimedLocal(LocalDispatcher):
 
 
 class TimedExchange:
-    """An exchange and the clock that runs beside it. The experts' time is what lies between ``receive`` and ``combine``."""
+    """An exchange and the clock that runs beside it. The experts' time is what lies between
+    ``receive`` and ``combine``.
+    """
 
     def __init__(self, inner: Exchange, clock: PhaseClock) -> None:
         self._inner = inner

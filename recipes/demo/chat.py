@@ -1,4 +1,6 @@
-"""The chat format: the template that goes with the checkpoint, and the same in Python with the answers marked for training."""
+"""The chat format: the template that goes with the checkpoint, and the same in Python with the
+answers marked for training.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from .cases.case import Case, Message, dumps
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-# Tools are shown as signatures, which takes a third of the tokens of their JSON. Reasoning before the last user message is left out.
+# Tools are shown as signatures, which takes a third of the tokens of their JSON. Reasoning before
+# the last user message is left out.
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(last=-1) -%}"
     "{%- for message in messages -%}"
@@ -94,8 +97,13 @@ def _tools(tools: tuple[Message, ...]) -> str:
     lines = []
     for tool in tools:
         function = tool["function"]
-        parameters = ", ".join(f"{name}: {schema['type']}" for name, schema in function["parameters"]["properties"].items())
-        lines.append(f"\n- {function['name']}({parameters})" + (f" {function['description']}" if function["description"] else ""))
+        parameters = ", ".join(
+            f"{name}: {schema['type']}" for name, schema in function["parameters"]["properties"].items()
+        )
+        lines.append(
+            f"\n- {function['name']}({parameters})"
+            + (f" {function['description']}" if function["description"] else "")
+        )
     return "\nTools:" + "".join(lines) if tools else ""
 
 

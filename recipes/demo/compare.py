@@ -1,7 +1,8 @@
-"""Compares two runs of the evaluation, case by case: ``python -m lockstep.recipes.demo.compare BEFORE.json AFTER.json``.
+"""Compares two runs of the evaluation, case by case: ``python -m lockstep.recipes.demo.compare
+BEFORE.json AFTER.json``.
 
-Only cases that flip say anything about the difference. Given their number, gains are binomial; the interval is Clopper and Pearson's
-(Biometrika 26, 1934) and the test McNemar's, exact.
+Only cases that flip say anything about the difference. Given their number, gains are binomial; the
+interval is Clopper and Pearson's (Biometrika 26, 1934) and the test McNemar's, exact.
 """
 
 from __future__ import annotations
@@ -54,8 +55,13 @@ def proportion_interval(hits: int, total: int) -> tuple[float, float]:
 
 
 def _at_most(hits: int, total: int, p: float) -> float:
-    """The chance of at most ``hits`` of ``total``; by logarithms, since ways to choose from a thousand are too many for a float."""
-    return sum(exp(log(comb(total, count)) + count * log(p) + (total - count) * log1p(-p)) for count in range(hits + 1))
+    """The chance of at most ``hits`` of ``total``; by logarithms, since ways to choose from a
+    thousand are too many for a float.
+    """
+    return sum(
+        exp(log(comb(total, count)) + count * log(p) + (total - count) * log1p(-p))
+        for count in range(hits + 1)
+    )
 
 
 def _solve(rising: Any) -> float:
@@ -69,11 +75,19 @@ def _solve(rising: Any) -> float:
 
 def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Flips]:
     """By family, and ``all``. Raises ValueError where the runs did not ask the same."""
-    if [(a["family"], a["question"], a["wanted"]) for a in before] != [(a["family"], a["question"], a["wanted"]) for a in after]:
-        raise ValueError("the two files hold answers to different cases; use the same --cases, --seed and --longest")
+    if [(a["family"], a["question"], a["wanted"]) for a in before] != [
+        (a["family"], a["question"], a["wanted"]) for a in after
+    ]:
+        raise ValueError(
+            "the two files hold answers to different cases; use the same --cases, --seed and --longest"
+        )
     found = {}
     for family in [*dict.fromkeys(answer["family"] for answer in before), "all"]:
-        pairs = [(old["passed"], new["passed"]) for old, new in zip(before, after, strict=True) if family in ("all", old["family"])]
+        pairs = [
+            (old["passed"], new["passed"])
+            for old, new in zip(before, after, strict=True)
+            if family in ("all", old["family"])
+        ]
         found[family] = Flips(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
     return found
 
@@ -84,7 +98,9 @@ def verdict(whole: Flips) -> str:
         return f"no significant difference; a loss above {max(0.0, -low):.2f} points is unlikely"
     if whole.difference > 0:
         return f"a significant gain of {whole.difference:.2f} points"
-    return f"a significant loss of {-whole.difference:.2f} points" + (", to be explained" if -whole.difference > ALARM else "")
+    return f"a significant loss of {-whole.difference:.2f} points" + (
+        ", to be explained" if -whole.difference > ALARM else ""
+    )
 
 
 def main() -> None:
@@ -94,7 +110,10 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     args = parser.parse_args()
     try:
-        found = flips(json.loads(args.before.read_text(encoding="utf-8")), json.loads(args.after.read_text(encoding="utf-8")))
+        found = flips(
+            json.loads(args.before.read_text(encoding="utf-8")),
+            json.loads(args.after.read_text(encoding="utf-8")),
+        )
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     for family, each in found.items():

@@ -1,6 +1,7 @@
 """Asks a running server the held-out cases and prints how many of each family it answers right.
 
-``python -m lockstep.recipes.demo.evaluate``; with ``--save FILE`` it keeps every answer, for ``lockstep.recipes.demo.compare``.
+``python -m lockstep.recipes.demo.evaluate``; with ``--save FILE`` it keeps every answer, for
+``lockstep.recipes.demo.compare``.
 """
 
 from __future__ import annotations
@@ -57,7 +58,12 @@ class Asker:
         extra = {} if case.thinking else {"chat_template_kwargs": {"enable_thinking": False}}
         async with self._room:
             reply = await self._client.chat.completions.create(
-                model=self._model, messages=request_messages(case), temperature=0.0, max_tokens=MAX_TOKENS, extra_body=extra, **fields
+                model=self._model,
+                messages=request_messages(case),
+                temperature=0.0,
+                max_tokens=MAX_TOKENS,
+                extra_body=extra,
+                **fields,
             )
         message = reply.choices[0].message
         content = message.content or ""
@@ -80,7 +86,9 @@ def request_messages(case: Case) -> list[Any]:
     for message in case.messages:
         plain = {key: value for key, value in message.items() if key != "learn"}
         if "tool_calls" in plain:
-            plain["tool_calls"] = [call | {"function": _as_text(call["function"])} for call in plain["tool_calls"]]
+            plain["tool_calls"] = [
+                call | {"function": _as_text(call["function"])} for call in plain["tool_calls"]
+            ]
         messages.append(plain)
     return messages
 
@@ -98,11 +106,16 @@ def table(answers: list[Answered]) -> str:
         remark = "" if share >= GOAL else f"  below the goal of {GOAL:g} %"
         lines.append(f"{family:12} {sum(passed):5} of {len(passed):5}  {share:5.1f} %{remark}")
     right = sum(answer.passed for answer in answers)
-    return "\n".join([*lines, f"{'all':12} {right:5} of {len(answers):5}  {100 * right / len(answers):5.1f} %"])
+    return "\n".join(
+        [*lines, f"{'all':12} {right:5} of {len(answers):5}  {100 * right / len(answers):5.1f} %"]
+    )
 
 
 def save(path: Path, answers: list[Answered]) -> None:
-    path.write_text(json.dumps([asdict(answer) for answer in answers], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps([asdict(answer) for answer in answers], indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
 
 
 def main() -> None:
@@ -111,13 +124,21 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="demo")
     parser.add_argument(
-        "--cases", type=int, default=286, help="of each family; 286 make 2,002 in all, enough to see half a point between two runs"
+        "--cases",
+        type=int,
+        default=286,
+        help="of each family; 286 make 2,002 in all, enough to see half a point between two runs",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--phrases", choices=("held-out", "final"), default="held-out", help="final: those whose answers are counted, not read"
+        "--phrases",
+        choices=("held-out", "final"),
+        default="held-out",
+        help="final: those whose answers are counted, not read",
     )
-    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of the longest conversation to recall from")
+    parser.add_argument(
+        "--longest", type=int, default=LONGEST, help="tokens of the longest conversation to recall from"
+    )
     parser.add_argument("--at-once", type=int, default=48)
     parser.add_argument("--failed", type=int, default=0, help="show so many wrong answers of each family")
     parser.add_argument("--save", type=Path)
@@ -131,8 +152,12 @@ def main() -> None:
     print(table(answers))
     print(f"{len(answers)} cases in {time.monotonic() - began:.0f} s")
     for family in cases:
-        for wrong in [answer for answer in answers if answer.family == family and not answer.passed][: args.failed]:
-            print(f"{family}: {wrong.question!r}\n  wanted {wrong.wanted!r}\n  got    {wrong.content!r} {wrong.calls} {wrong.reasoning!r}")
+        for wrong in [answer for answer in answers if answer.family == family and not answer.passed][
+            : args.failed
+        ]:
+            print(
+                f"{family}: {wrong.question!r}\n  wanted {wrong.wanted!r}\n  got    {wrong.content!r} {wrong.calls} {wrong.reasoning!r}"
+            )
     if args.save:
         save(args.save, answers)
 

@@ -1,4 +1,6 @@
-"""The hosts that other tests run on: they are separate, reach each other, and leave nothing behind."""
+"""The hosts that other tests run on: they are separate, reach each other, and leave nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def test_hosts_have_names_addresses_and_folders_of_their_own(tmp_path: Path) -> 
     with make_hosts("alpha", "beta", private=[own], shm="8m") as (alpha, beta):
         assert [host.run("hostname").strip() for host in (alpha, beta)] == ["alpha", "beta"]
         alpha.run("touch", str(own / "file"), str(tmp_path / "shared"), "/dev/shm/file")
-        assert [beta.run("ls", folder).split() for folder in (str(own), "/dev/shm", str(tmp_path))] == [[], [], ["own", "shared"]]
+        assert [beta.run("ls", folder).split() for folder in (str(own), "/dev/shm", str(tmp_path))] == [
+            [],
+            [],
+            ["own", "shared"],
+        ]
         assert "8.0M" in beta.run("df", "-h", "/dev/shm")
         assert beta.run("ls", "/sys/class/net").split() == ["eth0", "lo"]
         assert socket.gethostname() not in ("alpha", "beta")

@@ -44,7 +44,9 @@ def test_the_host_clock_splits_a_layer() -> None:
     for layers in (1, 2):
         timed.begin_step(3, 4)
         for _ in range(layers):
-            handle = timed.dispatch(torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 0)
+            handle = timed.dispatch(
+                torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 0
+            )
             slow.now += 100  # shared experts: nobody's
             received = timed.receive(handle)
             slow.now += 4  # experts

@@ -14,16 +14,25 @@ def test_values_in_every_epoch() -> None:
     size = 3
     for rank, epochs in enumerate(run_ranks(all_kinds, size, 3)):
         for found in epochs:
-            assert found["equal"].flatten().tolist() == [10 * peer + 2 * rank + i for peer in range(size) for i in range(2)]
-            assert found["ragged"].tolist() == [[float(peer)] * 3 for peer in range(size) for _ in range(rank + 1)]
-            assert found["gathered"].flatten().tolist() == [10 * peer + i for peer in range(size) for i in range(2)]
+            assert found["equal"].flatten().tolist() == [
+                10 * peer + 2 * rank + i for peer in range(size) for i in range(2)
+            ]
+            assert found["ragged"].tolist() == [
+                [float(peer)] * 3 for peer in range(size) for _ in range(rank + 1)
+            ]
+            assert found["gathered"].flatten().tolist() == [
+                10 * peer + i for peer in range(size) for i in range(2)
+            ]
             assert found["reduced"].flatten().tolist() == [30 + size * (2 * rank + i) for i in range(2)]
 
 
 def test_a_group_of_one_moves_nothing() -> None:
     alone = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))
     found = all_kinds(alone, 2)[1]
-    assert found["equal"].flatten().tolist() == found["reduced"].flatten().tolist() == [0, 1] and alone.waited == 0
+    assert (
+        found["equal"].flatten().tolist() == found["reduced"].flatten().tolist() == [0, 1]
+        and alone.waited == 0
+    )
 
 
 def test_the_death_of_a_peer_is_an_error_at_once() -> None:

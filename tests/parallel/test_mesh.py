@@ -14,8 +14,12 @@ def test_every_rank_has_its_own_place_in_both_factorings(sizes: tuple[int, int, 
     mesh = Mesh(*sizes)
     places = [mesh.coordinates(rank) for rank in range(mesh.world)]
     assert sorted((p.stage, p.data, p.tensor) for p in places) == list(itertools.product(*map(range, sizes)))
-    assert sorted((p.stage, p.expert) for p in places) == list(itertools.product(range(sizes[0]), range(mesh.experts)))
-    assert all(p.expert == p.data * mesh.tensor + p.tensor for p in places), "ranks that share sequences are neighbours among the experts'"
+    assert sorted((p.stage, p.expert) for p in places) == list(
+        itertools.product(range(sizes[0]), range(mesh.experts))
+    )
+    assert all(p.expert == p.data * mesh.tensor + p.tensor for p in places), (
+        "ranks that share sequences are neighbours among the experts'"
+    )
 
 
 def test_out_of_the_world() -> None:

@@ -1,4 +1,6 @@
-"""The generator of the demo's cases: right answers, an honest split, and the format that the template writes."""
+"""The generator of the demo's cases: right answers, an honest split, and the format that the
+template writes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def held_out(family: str, count: int = 60, final: bool = False) -> Iterator[Case
 
 
 def calls_of(case: Case) -> list[tuple[str, str]]:
-    return [(call["function"]["name"], json.dumps(call["function"]["arguments"])) for call in case.answer.get("tool_calls", ())]
+    return [
+        (call["function"]["name"], json.dumps(call["function"]["arguments"]))
+        for call in case.answer.get("tool_calls", ())
+    ]
 
 
 @pytest.mark.parametrize("final", [False, True])
@@ -67,13 +72,25 @@ def test_how_answers_are_judged(kind: str, value: object, content: str, passes: 
 def test_a_call_is_judged_by_name_and_arguments() -> None:
     check = Check("call", {"name": "f", "arguments": {"a": 1, "b": "x"}})
     assert check.passes("", [("f", '{"b": "x", "a": 1}')])
-    for calls in ([], [("g", '{"b": "x", "a": 1}')], [("f", '{"a": 1}')], [("f", "{")], [("f", '{"b": "x", "a": 1}')] * 2):
+    for calls in (
+        [],
+        [("g", '{"b": "x", "a": 1}')],
+        [("f", '{"a": 1}')],
+        [("f", "{")],
+        [("f", '{"b": "x", "a": 1}')] * 2,
+    ):
         assert not check.passes("", calls)
 
 
-@pytest.mark.parametrize(("a", "sign", "b"), [(999, "+", 999), (5, "+", 17), (500, "-", 1), (100, "-", 100), (99, "*", 9), (10, "*", 1)])
+@pytest.mark.parametrize(
+    ("a", "sign", "b"),
+    [(999, "+", 999), (5, "+", 17), (500, "-", 1), (100, "-", 100), (99, "*", 9), (10, "*", 1)],
+)
 def test_the_steps_lead_to_the_result(a: int, sign: str, b: int) -> None:
-    digits = [re.fullmatch(r"(\d)[-+*](\d)[-+](\d)=(\d)(\d)", step) for step in steps(a, sign, b).split(":")[1].split(";")]
+    digits = [
+        re.fullmatch(r"(\d)[-+*](\d)[-+](\d)=(\d)(\d)", step)
+        for step in steps(a, sign, b).split(":")[1].split(";")
+    ]
     number = sum(int(found[4]) * 10**place for place, found in enumerate(digits) if found)
     last = digits[-1]
     assert last is not None
@@ -92,7 +109,11 @@ def keys_of(texts: dict[str, Any] | list[list[str]]) -> list[tuple[str | int, ..
     """Where the lists of a section are."""
     if isinstance(texts, list):
         return [(number,) for number in range(len(texts))]
-    return [(name, key) for name in texts for key in texts[name]] if "direct" in texts else [(name,) for name in texts]
+    return (
+        [(name, key) for name in texts for key in texts[name]]
+        if "direct" in texts
+        else [(name,) for name in texts]
+    )
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -103,7 +124,8 @@ def test_no_template_serves_two_sides(section: str) -> None:
         lists = sides(section, *keys)
         assert min(map(len, (lists.training, lists.held_out, lists.final))) > 1, keys
         training, held_out, final = (
-            {re.sub(r"[^\w+*=-]+", " ", text).strip().lower() for text in texts} for texts in (lists.training, lists.held_out, lists.final)
+            {re.sub(r"[^\w+*=-]+", " ", text).strip().lower() for text in texts}
+            for texts in (lists.training, lists.held_out, lists.final)
         )
         assert not (training & held_out or training & final or held_out & final), keys
 
@@ -119,21 +141,35 @@ def test_templates_have_a_place_for_every_value(side: str) -> None:
                 places = re.findall(r"{(.*?)}", text)
                 assert all(places.count(each) == 1 for each in once.get(str(keys[0]), "")), text
                 assert keys[0] != "requests" or places.count("k") + places.count("s") == 1, text
-                assert keys[0] not in ("bare", "filled") or [each.lower() for each in places].count("v") == 1 == places.count("n"), text
+                assert keys[0] not in ("bare", "filled") or [each.lower() for each in places].count(
+                    "v"
+                ) == 1 == places.count("n"), text
                 assert (keys[0] == "filled") == ("p" in places), text
 
 
 def templates_of(family: str, side: str) -> list[re.Pattern[str]]:
     """Requests of a family on one side, with what a place can hold."""
     name = r"\w+" if family == "tool call" else r"[A-Z]\w+"
-    values = {"a": r"\d+", "b": r"\d+", "n": name, "m": r"[A-Z]\w+", "f": r"\w+( (?!again)\w+)?", "l": "[\\w, -]+"}
+    values = {
+        "a": r"\d+",
+        "b": r"\d+",
+        "n": name,
+        "m": r"[A-Z]\w+",
+        "f": r"\w+( (?!again)\w+)?",
+        "l": "[\\w, -]+",
+    }
     names = {"arithmetic": ("direct", "stories"), "lists": ("up", "down", "names", "back"), "extraction": ("requests",),
              "recall": ("ask", "ask_mine"), "tool call": ("filled", "bare")}[family]  # fmt: skip
     section = "tools" if family == "tool call" else family
     keys: tuple[tuple[str, ...], ...] = tuple((sign,) for sign in "+-*") if family == "arithmetic" else ((),)
-    found = [template for name in names for key in keys for template in getattr(sides(section, name, *key), side)]
+    found = [
+        template for name in names for key in keys for template in getattr(sides(section, name, *key), side)
+    ]
     escaped = [re.escape(template.rstrip(".")) for template in found]
-    return [re.compile(re.sub(r"\\{(\w)\\}", lambda place: values.get(place[1], ".+"), each) + r"\.?") for each in escaped]
+    return [
+        re.compile(re.sub(r"\\{(\w)\\}", lambda place: values.get(place[1], ".+"), each) + r"\.?")
+        for each in escaped
+    ]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -163,7 +199,10 @@ def test_phrases_from_parts_are_never_held_out(grammar: str, part: str, lists: S
     dice = Dice("parts", held_out=False)
     unseen = lists.unseen - set(lists.training)
     assert unseen
-    said = {frame(dice, grammar, lists.unseen, part, capital=grammar in ("command", "request", "opening")) for _ in range(3000)}
+    said = {
+        frame(dice, grammar, lists.unseen, part, capital=grammar in ("command", "request", "opening"))
+        for _ in range(3000)
+    }
     assert len(said) > 1000
     assert not said & unseen
 
@@ -176,7 +215,9 @@ def test_training_never_asks_about_lockstep_as_the_held_out_do() -> None:
 
 
 def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
-    """The template leaves reasoning of earlier answers out: learned so, answers would come without it."""
+    """The template leaves reasoning of earlier answers out: learned so, answers would come without
+    it.
+    """
     dice = Dice("earlier", held_out=False)
     learned = [message for _ in range(600) for message in draw_case(dice).messages if "learn" in message]
     assert len(learned) > 300
@@ -187,9 +228,15 @@ def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
 def test_lists_are_worked_out_from_what_was_given() -> None:
     for case in held_out("lists"):
         given, result = case.answer["reasoning_content"].split(": ")
-        keys = dict(each.split("=") for each in given.split()) if "=" in given else {f"{int(each):02}": each for each in given.split()}
+        keys = (
+            dict(each.split("=") for each in given.split())
+            if "=" in given
+            else {f"{int(each):02}": each for each in given.split()}
+        )
         looked_up = [keys[each.split("=")[0]] for each in result.split()]
-        assert [str(int(each)) if each.isdigit() else each for each in looked_up] == re.split(", |[ -]", case.answer["content"])
+        assert [str(int(each)) if each.isdigit() else each for each in looked_up] == re.split(
+            ", |[ -]", case.answer["content"]
+        )
 
 
 def test_training_never_names_a_held_out_tool_or_field() -> None:
@@ -221,7 +268,9 @@ def test_tools_of_a_training_case_share_parameters() -> None:
 
 
 def test_training_tells_the_same_attribute_of_several_people() -> None:
-    """So that whose it is has to be matched; and names that share a word, so that all of a name has to be."""
+    """So that whose it is has to be matched; and names that share a word, so that all of a name has
+    to be.
+    """
     dice = Dice("alike", held_out=False)
     same = sharing = 0
     for _ in range(200):
@@ -236,7 +285,9 @@ def test_training_tells_the_same_attribute_of_several_people() -> None:
 
 
 def test_people_of_the_two_sides_differ() -> None:
-    seen, unseen = ({dice.person() for _ in range(500)} for dice in (Dice(1, held_out=False), Dice(1, held_out=True)))
+    seen, unseen = (
+        {dice.person() for _ in range(500)} for dice in (Dice(1, held_out=False), Dice(1, held_out=True))
+    )
     assert not seen & unseen
 
 
@@ -254,21 +305,34 @@ def test_training_reads_what_the_template_writes(family: str, tokenizer: PreTrai
         assert pieces[-1].answer
         assert pieces[-1].text.endswith("<|end|>")
         whole = tokenizer("".join(piece.text for piece in pieces), add_special_tokens=False)["input_ids"]
-        assert whole == [token for piece in pieces for token in tokenizer(piece.text, add_special_tokens=False)["input_ids"]]
+        assert whole == [
+            token
+            for piece in pieces
+            for token in tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        ]
 
 
 def test_requests_carry_arguments_as_text() -> None:
     for case in held_out("tool answer", 5):
-        [call] = next(message for message in request_messages(case) if message.get("tool_calls"))["tool_calls"]
+        [call] = next(message for message in request_messages(case) if message.get("tool_calls"))[
+            "tool_calls"
+        ]
         assert isinstance(json.loads(call["function"]["arguments"]), dict)
         assert isinstance(case.messages[-2]["tool_calls"][0]["function"]["arguments"], dict)
 
 
 def test_a_value_has_the_same_tokens_wherever_it_stands(tokenizer: PreTrainedTokenizerBase) -> None:
     dice = Dice("copy", held_out=True)
-    for word in [*sorted(value_words())[::7], *(dice.person() for _ in range(20)), *(dice.coined() for _ in range(20))]:
+    for word in [
+        *sorted(value_words())[::7],
+        *(dice.person() for _ in range(20)),
+        *(dice.coined() for _ in range(20)),
+    ]:
         tokens = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (word, f"the {word}.", f'{{"a": "{word}"}}', f"get_{word}(")
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (word, f"the {word}.", f'{{"a": "{word}"}}', f"get_{word}(")
         ]
         length = len(tokens[0])
-        assert all(any(found[i : i + length] == tokens[0] for i in range(len(found))) for found in tokens), word
+        assert all(any(found[i : i + length] == tokens[0] for i in range(len(found))) for found in tokens), (
+            word
+        )

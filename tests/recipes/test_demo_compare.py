@@ -15,12 +15,20 @@ from lockstep.recipes.demo.compare import Flips, flips, proportion_interval, ver
 
 
 def answers(passed: list[bool], family: str = "a") -> list[dict[str, Any]]:
-    return [{"family": family, "question": str(number), "wanted": "", "passed": each} for number, each in enumerate(passed)]
+    return [
+        {"family": family, "question": str(number), "wanted": "", "passed": each}
+        for number, each in enumerate(passed)
+    ]
 
 
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
-    [(0, 10, 0.0, 0.3085), (10, 10, 0.6915, 1.0), (5, 10, 0.1871, 0.8129), (1, 20, 0.0013, 0.2487)],  # Clopper-Pearson, from tables
+    [
+        (0, 10, 0.0, 0.3085),
+        (10, 10, 0.6915, 1.0),
+        (5, 10, 0.1871, 0.8129),
+        (1, 20, 0.0013, 0.2487),
+    ],  # Clopper-Pearson, from tables
 )
 def test_exact_intervals(hits: int, total: int, low: float, high: float) -> None:
     assert proportion_interval(hits, total) == pytest.approx((low, high), abs=1e-4)
@@ -61,7 +69,9 @@ def test_the_command(tmp_path: Path) -> None:
     for name, passed in (("one.json", [True] * 30), ("two.json", [True] * 20 + [False] * 10)):
         (tmp_path / name).write_text(json.dumps(answers(passed)))
     arguments = [sys.executable, "-m", "lockstep.recipes.demo.compare", "one.json", "two.json"]
-    found = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = subprocess.run(
+        arguments, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
     assert "lost   10  gained    0  of    30  -33.33 points" in found
     assert f"p = {2 / 2**10:.3g}" in found
     assert math.isclose(2 / 2**10, 0.00195, abs_tol=1e-5)

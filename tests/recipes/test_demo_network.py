@@ -1,4 +1,6 @@
-"""The training code against plain torch, and the exported checkpoint against transformers and our own reader."""
+"""The training code against plain torch, and the exported checkpoint against transformers and our
+own reader.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +68,19 @@ def test_attention_stays_inside_documents(operations: Operations) -> None:
     keys = torch.cat([kv[..., :32], rotate(rope[:, None], angles).expand(-1, 2, -1)], -1)
     parts = zip(*(x.float().split(lengths) for x in (queries, keys, kv[..., 32:])), strict=True)
     expected = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=True, scale=0.25).transpose(0, 1) for part in parts
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in part), is_causal=True, scale=0.25
+        ).transpose(0, 1)
+        for part in parts
     ]
     check_gradients(operations.attend(q, kv, rope, angles, lengths, 0.25), torch.cat(expected), [q, kv, wide])
 
 
 def test_pairs_are_rotated() -> None:
     x, turn = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]]), torch.tensor([[torch.pi / 2, torch.pi]])
-    assert rotate(x, (turn.cos(), turn.sin())).flatten().tolist() == pytest.approx([0.0, 0.0, 1.0, -2.0], abs=1e-6)
+    assert rotate(x, (turn.cos(), turn.sin())).flatten().tolist() == pytest.approx(
+        [0.0, 0.0, 1.0, -2.0], abs=1e-6
+    )
 
 
 def test_swiglu(operations: Operations) -> None:
@@ -92,7 +99,9 @@ def test_experts_sum_with_weights(operations: Operations) -> None:
     for choice in range(top_k):
         up = torch.einsum("td,tfd->tf", x.float(), w13.float()[ids[:, choice]])
         act = F.silu(up[:, :width]) * up[:, width:]
-        expected = expected + weights[:, choice : choice + 1] * torch.einsum("tf,tdf->td", act, w2.float()[ids[:, choice]])
+        expected = expected + weights[:, choice : choice + 1] * torch.einsum(
+            "tf,tdf->td", act, w2.float()[ids[:, choice]]
+        )
     check_gradients(operations.run_experts(x, ids, weights, w13, w2), expected, [x, weights, w13, w2])
 
 
@@ -114,7 +123,13 @@ def test_muon_makes_singular_values_one(shape: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def network() -> Network:
     torch.manual_seed(1)
-    small: dict[str, Any] = CONFIG | {"vocab_size": 64, "num_hidden_layers": 2, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    small: dict[str, Any] = CONFIG | {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    }
     made = Network(small)
     for gate in made.gates():
         gate.e_score_correction_bias.normal_(std=0.1)
@@ -155,11 +170,15 @@ def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
     made = Network(CONFIG)
     export(made, MODEL, tmp_path)
     again = read_network(tmp_path).state_dict()
-    assert all(torch.equal(again[name], tensor.bfloat16().float()) for name, tensor in made.state_dict().items())
+    assert all(
+        torch.equal(again[name], tensor.bfloat16().float()) for name, tensor in made.state_dict().items()
+    )
 
 
 def test_matrices_may_be_exported_in_fp8(tmp_path: Path) -> None:
-    """Blocks of 32 x 32: several for each matrix, and a last one that is not full for the width of an expert."""
+    """Blocks of 32 x 32: several for each matrix, and a last one that is not full for the width of
+    an expert.
+    """
     made = Network(CONFIG)
     export(made, MODEL, tmp_path, (32, 32))
     plain = checkpoint_tensors(made)
@@ -172,7 +191,9 @@ def test_matrices_may_be_exported_in_fp8(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, tensor in model.checkpoint_tensors().items():
         expected = plain[name].float()
-        tolerance = 0.04 * expected.abs().max() if name in eight else 0.0  # half a step of e4m3 is at most 1/28 of the largest
+        tolerance = (
+            0.04 * expected.abs().max() if name in eight else 0.0
+        )  # half a step of e4m3 is at most 1/28 of the largest
         assert (tensor - expected).abs().max() <= tolerance, name
         assert name not in eight or not torch.equal(tensor, expected), name
 
@@ -181,7 +202,11 @@ def test_the_predictor_is_the_layer_past_the_last(network: Network) -> None:
     names = checkpoint_tensors(network)
     last = {name.removeprefix("model.layers.2.") for name in names if name.startswith("model.layers.2.")}
     assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"} < last
-    assert {"self_attn.kv_b_proj.weight", "mlp.experts.7.down_proj.weight", "mlp.gate.e_score_correction_bias"} < last
+    assert {
+        "self_attn.kv_b_proj.weight",
+        "mlp.experts.7.down_proj.weight",
+        "mlp.gate.e_score_correction_bias",
+    } < last
 
 
 def test_the_committed_checkpoint_is_of_this_shape() -> None:
@@ -194,18 +219,26 @@ def test_the_committed_checkpoint_is_of_this_shape() -> None:
         4,
     )
     found = {name: stored.shape for name, stored in read_checkpoint(MODEL).items()}
-    assert found == {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(Network(CONFIG)).items()}
+    assert found == {
+        name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(Network(CONFIG)).items()
+    }
 
 
 def test_the_folder_is_small_enough_for_a_repository() -> None:
     """Code, phrases, figures and checkpoint; the routing trace may have 2 MB of its own."""
     folder = MODEL.parent
-    kept = [path for path in folder.rglob("*") if path.is_file() and not {"state", "__pycache__"} & set(path.relative_to(folder).parts)]
+    kept = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not {"state", "__pycache__"} & set(path.relative_to(folder).parts)
+    ]
     assert sum(path.stat().st_size for path in kept if path.suffix != ".npz") < 14e6
     assert sum(path.stat().st_size for path in kept if path.suffix == ".npz") < 2e6
 
 
-def test_the_trace_counts_every_token_in_every_layer(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_counts_every_token_in_every_layer(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(routing, "POOL", 8)
     monkeypatch.setattr(routing, "PHASE", 40)
     torch.manual_seed(2)

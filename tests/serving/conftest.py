@@ -22,7 +22,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The same weights with a chat template that shows tools and reasoning. Its ranks may be killed, one in a test."""
+    """The same weights with a chat template that shows tools and reasoning. Its ranks may be
+    killed, one in a test.
+    """
     folder = tmp_path_factory.mktemp("calling")
     model = folder / "model"
     model.mkdir()

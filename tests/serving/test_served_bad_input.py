@@ -1,6 +1,8 @@
-"""Bad input to the whole product: a clear error in the shape of API.md, and a server that serves the next request as before.
+"""Bad input to the whole product: a clear error in the shape of API.md, and a server that serves
+the next request as before.
 
-``tests/engine/frontend`` goes through every field; here is what reaches further, and everything bad at once beside good requests.
+``tests/engine/frontend`` goes through every field; here is what reaches further, and everything bad
+at once beside good requests.
 """
 
 from __future__ import annotations
@@ -16,21 +18,51 @@ from support.serving import EOS, MAX_LEN, VOCAB_SIZE, Ask, Body, Served
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER: list[Body] = [{"role": "user", "content": "Hello"}]
-GOOD: Body = {"prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
+GOOD: Body = {
+    "prompt": [5, 6, 7, 8],
+    "max_tokens": 12,
+    "temperature": 0.0,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
 
 REFUSED: list[tuple[str, Body, int, str | None, str]] = [
-    (TEXT, {"prompt": [9] * (MAX_LEN + 1)}, 400, "prompt", "This model's maximum context length is 4096 tokens"),
+    (
+        TEXT,
+        {"prompt": [9] * (MAX_LEN + 1)},
+        400,
+        "prompt",
+        "This model's maximum context length is 4096 tokens",
+    ),
     (TEXT, {"prompt": [9] * MAX_LEN, "max_tokens": 1}, 400, "prompt", "maximum context length"),
     (TEXT, {"prompt": [9] * (MAX_LEN - 1), "max_tokens": 2}, 400, "max_tokens", "you requested 4097 tokens"),
     (TEXT, {"prompt": "word " * 6000}, 400, "prompt", "maximum context length"),
-    (CHAT, {"messages": [{"role": "user", "content": "word " * 6000}]}, 400, "messages", "maximum context length"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "word " * 6000}]},
+        400,
+        "messages",
+        "maximum context length",
+    ),
     (TEXT, {"prompt": [VOCAB_SIZE]}, 400, "prompt", "outside the vocabulary of 1024 ids"),
     (TEXT, {"prompt": [[5], [-1]]}, 400, "prompt", "token id -1"),
     (TEXT, {"prompt": "x", "stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids", "outside the vocabulary"),
     (TEXT, {"prompt": "x", "logit_bias": {"1024": 1.0}}, 400, "logit_bias", "outside the vocabulary"),
-    (TEXT, {"prompt": "x", "model": "gpt-4"}, 404, "model", "'gpt-4' does not exist; this server serves 'demo'"),
+    (
+        TEXT,
+        {"prompt": "x", "model": "gpt-4"},
+        404,
+        "model",
+        "'gpt-4' does not exist; this server serves 'demo'",
+    ),
     (CHAT, {"messages": USER, "model": "DEMO"}, 404, "model", "does not exist"),
-    (CHAT, {"messages": [{"role": "pirate", "content": "arr"}]}, 400, "messages", "roles are system, user and assistant, not pirate"),
+    (
+        CHAT,
+        {"messages": [{"role": "pirate", "content": "arr"}]},
+        400,
+        "messages",
+        "roles are system, user and assistant, not pirate",
+    ),
     (CHAT, {"messages": USER, "temperature": 2.5}, 400, "temperature", "2"),
     (CHAT, {"messages": "Hello"}, 400, "messages", "messages"),
     (CHAT, {}, 400, "messages", "messages"),
@@ -82,9 +114,13 @@ def assert_error(answer: httpx.Response, status: int, message: str = "") -> Body
     return error
 
 
-@pytest.mark.parametrize(("path", "body", "status", "param", "message"), REFUSED, ids=[row[-1] for row in REFUSED])
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "message"), REFUSED, ids=[row[-1] for row in REFUSED]
+)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_fields(demo: Served, path: str, body: Body, status: int, param: str | None, message: str, stream: bool) -> None:
+def test_fields(
+    demo: Served, path: str, body: Body, status: int, param: str | None, message: str, stream: bool
+) -> None:
     error = assert_error(demo.http.post(path, json=body | {"stream": stream}), status, message)
     assert param is None or error["param"].startswith(param)
 
@@ -97,7 +133,11 @@ def test_bodies(demo: Served, body: bytes) -> None:
 def test_ten_megabytes_are_413_and_five_of_text_400(demo: Served) -> None:
     assert_error(demo.http.post(TEXT, content=json.dumps({"prompt": "x" * 10_000_000})), 413)
     assert_error(demo.http.post(TEXT, content=json.dumps({"prompt": [9] * 3_400_000})), 413)
-    assert_error(demo.http.post(TEXT, content=json.dumps({"prompt": "x y " * 1_250_000})), 400, "maximum context length")
+    assert_error(
+        demo.http.post(TEXT, content=json.dumps({"prompt": "x y " * 1_250_000})),
+        400,
+        "maximum context length",
+    )
 
 
 def test_other_paths_and_methods(demo: Served) -> None:
@@ -114,13 +154,31 @@ def test_the_edges_of_what_is_allowed_are_served(demo: Served) -> None:
     """Everything at its limit, one step inside of what the tests above refuse."""
     assert demo.ask(prompt=[9] * (MAX_LEN - 1), max_tokens=1).usage["total_tokens"] == MAX_LEN
     assert demo.ask(prompt=[0, EOS, VOCAB_SIZE - 1], max_tokens=1).usage["prompt_tokens"] == 3
-    assert demo.ask(prompt="x", max_tokens=3, temperature=2.0, top_p=1e-9, min_p=1.0, top_k=2**31 - 1).status == 200
-    assert demo.ask(prompt="x", max_tokens=3, temperature=1e-300, presence_penalty=-2.0, frequency_penalty=2.0).status == 200
+    assert (
+        demo.ask(prompt="x", max_tokens=3, temperature=2.0, top_p=1e-9, min_p=1.0, top_k=2**31 - 1).status
+        == 200
+    )
+    assert (
+        demo.ask(
+            prompt="x", max_tokens=3, temperature=1e-300, presence_penalty=-2.0, frequency_penalty=2.0
+        ).status
+        == 200
+    )
     assert demo.ask(prompt="x", max_tokens=3, seed=-(2**63), repetition_penalty=1000.0).status == 200
-    assert demo.ask(prompt="x", max_tokens=3, logit_bias={str(token): -100.0 for token in range(VOCAB_SIZE)}).status == 200
+    assert (
+        demo.ask(
+            prompt="x", max_tokens=3, logit_bias={str(token): -100.0 for token in range(VOCAB_SIZE)}
+        ).status
+        == 200
+    )
     assert demo.ask(prompt="x", max_tokens=1, n=128).usage["completion_tokens"] == 128
-    assert demo.ask(prompt="x" * 4000 + "\x00é漢\U0001f600", max_tokens=1, stop=["\x00", "漢", "😀", "é"]).status == 200
-    assert demo.ask(prompt=[[5 + index] for index in range(64)], max_tokens=1, n=2).usage["prompt_tokens"] == 64
+    assert (
+        demo.ask(prompt="x" * 4000 + "\x00é漢\U0001f600", max_tokens=1, stop=["\x00", "漢", "😀", "é"]).status
+        == 200
+    )
+    assert (
+        demo.ask(prompt=[[5 + index] for index in range(64)], max_tokens=1, n=2).usage["prompt_tokens"] == 64
+    )
 
 
 def test_bad_and_good_together(demo: Served, good: list[int]) -> None:

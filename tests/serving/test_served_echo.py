@@ -1,4 +1,6 @@
-"""Prompts shown with the log-probabilities of their tokens: the numbers of the model, whatever happens to the request."""
+"""Prompts shown with the log-probabilities of their tokens: the numbers of the model, whatever
+happens to the request.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def shown(answer: Answer) -> dict[str, list[Any]]:
 
 
 def scores(answer: Answer, prompt: list[int]) -> list[float]:
-    """Of the prompt's tokens but the first. The lists of an answer are of one length, which is that of all tokens."""
+    """Of the prompt's tokens but the first. The lists of an answer are of one length, which is that
+    of all tokens.
+    """
     lists = shown(answer)
     assert {len(values) for values in lists.values()} == {len(prompt) + len(answer.tokens)}
     assert lists["token_logprobs"][0] is lists["top_logprobs"][0] is None
@@ -34,10 +38,15 @@ def scores(answer: Answer, prompt: list[int]) -> list[float]:
 
 
 def test_numbers_are_those_of_the_reference(demo: Served, oracle: Oracle) -> None:
-    """Whole and streamed, with nothing, one and many tokens after the prompt, beside requests that only generate."""
+    """Whole and streamed, with nothing, one and many tokens after the prompt, beside requests that
+    only generate.
+    """
     dice = random.Random(61)
     prompts = [random_prompt(dice, 1, 400) for _ in range(16)] + [[7]]
-    ways: list[Body] = [{"logprobs": index % 6, "max_tokens": (0, 1, 12)[index % 3], "stream": index % 2 == 1} for index in range(17)]
+    ways: list[Body] = [
+        {"logprobs": index % 6, "max_tokens": (0, 1, 12)[index % 3], "stream": index % 2 == 1}
+        for index in range(17)
+    ]
     noise = [Ask(body | {"max_tokens": 40}) for body in random_bodies(dice, 24, (1, 200))]
     asks = [Ask({"prompt": prompt, **SCORED, **way}) for prompt, way in zip(prompts, ways, strict=True)]
     answers = demo.ok([each for pair in zip(asks, noise, strict=False) for each in pair])[::2]
@@ -54,7 +63,9 @@ def test_numbers_are_those_of_the_reference(demo: Served, oracle: Oracle) -> Non
 
 
 def test_usage_and_the_cache(demo: Served) -> None:
-    """A scored prompt takes nothing from the cache, gives the same numbers, and leaves its pages there."""
+    """A scored prompt takes nothing from the cache, gives the same numbers, and leaves its pages
+    there.
+    """
     prompt = random_prompt(random.Random(62), 700, 700)
     first = demo.ask(prompt=prompt, logprobs=3, max_tokens=0, **SCORED)
     plain = demo.ask(prompt=[*prompt, 9], max_tokens=1)
@@ -64,20 +75,28 @@ def test_usage_and_the_cache(demo: Served) -> None:
     assert first.usage["total_tokens"] == first.usage["prompt_tokens"] == len(prompt)
     assert scores(again, prompt) == pytest.approx(scores(first, prompt), abs=1e-4)
     assert again.text.startswith(first.text)
-    streamed = demo.ask(prompt=prompt, logprobs=3, max_tokens=1, stream=True, stream_options={"include_usage": True}, **SCORED)
+    streamed = demo.ask(
+        prompt=prompt, logprobs=3, max_tokens=1, stream=True, stream_options={"include_usage": True}, **SCORED
+    )
     assert streamed.text == again.text and streamed.usage["completion_tokens"] == 1
-    assert len(streamed.chunks[0]["choices"][0]["logprobs"]["tokens"]) >= len(prompt), "the prompt comes with the first chunk"
+    assert len(streamed.chunks[0]["choices"][0]["logprobs"]["tokens"]) >= len(prompt), (
+        "the prompt comes with the first chunk"
+    )
     assert scores(streamed, prompt) == pytest.approx(scores(first, prompt), abs=1e-4)
 
 
 def test_the_official_client_judges_continuations(demo: Served, oracle: Oracle) -> None:
-    """As evaluation harnesses ask: ids in, one token generated, the sum over a continuation, and whether it is the greedy one."""
+    """As evaluation harnesses ask: ids in, one token generated, the sum over a continuation, and
+    whether it is the greedy one.
+    """
     prompt = random_prompt(random.Random(63), 40, 40)
     greedy = demo.ask(prompt=prompt, max_tokens=6, **{**SCORED, "echo": False}).tokens
     other = [token + 1 for token in greedy]
     with openai.OpenAI(base_url=f"{demo.base}/v1", api_key="none", max_retries=0) as client:
         asked = [prompt + greedy, prompt + other]
-        done = client.completions.create(model="demo", prompt=asked, echo=True, logprobs=1, max_tokens=1, temperature=0.0, seed=1)
+        done = client.completions.create(
+            model="demo", prompt=asked, echo=True, logprobs=1, max_tokens=1, temperature=0.0, seed=1
+        )
     assert done.usage is not None and done.usage.completion_tokens == 2
     for choice, whole, is_greedy in zip(done.choices, asked, (True, False), strict=True):
         values, tops = choice.logprobs.token_logprobs[40:-1], choice.logprobs.top_logprobs[40:-1]
@@ -92,13 +111,17 @@ def test_the_cluster_says_where_experts_live(demo: Served) -> None:
 
 
 def test_a_killed_rank_neither_repeats_nor_loses_a_position(calling: Served) -> None:
-    """Prompts that take some fifty steps each are on both ranks when one dies; they are sent again and again until then."""
+    """Prompts that take some fifty steps each are on both ranks when one dies; they are sent again
+    and again until then.
+    """
     dice = random.Random(64)
     prompts = [random_prompt(dice, 2500, 2500) for _ in range(6)]
     victim, epoch = calling.launcher.pid_of("rank 1"), calling.cluster()["epoch"]
     began = time.monotonic()
     quiet = [calling.ask(prompt=prompt, logprobs=20, max_tokens=2, **SCORED) for prompt in prompts[:2]]
-    seconds = time.monotonic() - began  # what both take one after the other; on two ranks all six take at least that
+    seconds = (
+        time.monotonic() - began
+    )  # what both take one after the other; on two ranks all six take at least that
     asks = [Ask({"prompt": prompt, "logprobs": 20, "max_tokens": 2, **SCORED}) for prompt in prompts]
     rounds: list[list[Answer]] = []
     killed = threading.Event()

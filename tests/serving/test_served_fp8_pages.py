@@ -1,4 +1,6 @@
-"""FP8 pages from the front door: two ranks, with and without the prefix cache, whole prompts and chunks: the same greedy tokens."""
+"""FP8 pages from the front door: two ranks, with and without the prefix cache, whole prompts and
+chunks: the same greedy tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,20 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def uncached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    overrides = ("kv_cache.dtype=fp8", "kv_cache.prefix_caching=false", "scheduler.max_batch_tokens=64", "scheduler.max_running=16")
+    overrides = (
+        "kv_cache.dtype=fp8",
+        "kv_cache.prefix_caching=false",
+        "scheduler.max_batch_tokens=64",
+        "scheduler.max_running=16",
+    )
     with serve(tmp_path_factory.mktemp("uncached") / "run", *overrides) as served:
         yield served
 
 
 def test_tokens_depend_neither_on_the_cache_nor_on_chunks(cached: Served, uncached: Served) -> None:
-    """Prompts that share prefixes, asked twice where they are cached; tokens are compared up to the first close choice."""
+    """Prompts that share prefixes, asked twice where they are cached; tokens are compared up to the
+    first close choice.
+    """
     dice = random.Random(3)
     trunk = random_prompt(dice, 300, 300)
     bodies: list[Body] = [
@@ -42,7 +51,9 @@ def test_tokens_depend_neither_on_the_cache_nor_on_chunks(cached: Served, uncach
     ]
     asks = [Ask(body | {"return_token_ids": True, "logprobs": 2}) for body in bodies]
     first, again, plain = cached.ok(asks), cached.ok(asks), uncached.ok(asks)
-    assert sum(answer.cached for answer in again) > NUM_PROMPTS * PAGE_SIZE and not any(answer.cached for answer in plain)
+    assert sum(answer.cached for answer in again) > NUM_PROMPTS * PAGE_SIZE and not any(
+        answer.cached for answer in plain
+    )
     compared = 0
     for number, (expected, *others) in enumerate(zip(plain, first, again, strict=True)):
         sure = certain(expected.document["choices"][0]["logprobs"]["top_logprobs"])

@@ -1,4 +1,6 @@
-"""Two frontend processes behind one port, with real ranks: one is killed, the rest of the world goes on."""
+"""Two frontend processes behind one port, with real ranks: one is killed, the rest of the world
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 class Stream:
-    """A stream of ``num_tokens`` tokens in a thread; ``ended`` says how: complete, cut by ``cut``, or by an error."""
+    """A stream of ``num_tokens`` tokens in a thread; ``ended`` says how: complete, cut by ``cut``,
+    or by an error.
+    """
 
     def __init__(self, base: str, num_tokens: int) -> None:
         self.chunks = 0
@@ -64,7 +68,10 @@ def finished(served: Served) -> float:
 
 
 def test_the_death_of_a_frontend_ends_its_streams_alone(two: Served) -> None:
-    two.wait_until(lambda: finished(two) == finished(two) >= 1, "both processes to say the same of the launcher's own request")
+    two.wait_until(
+        lambda: finished(two) == finished(two) >= 1,
+        "both processes to say the same of the launcher's own request",
+    )
     before, ready = finished(two), two.launcher.err.count("frontend 1: ready")
     for _ in range(6):
         assert two.ask(prompt=[5, 6, 7], max_tokens=4, ignore_eos=True).finish == "length"
@@ -82,8 +89,13 @@ def test_the_death_of_a_frontend_ends_its_streams_alone(two: Served) -> None:
     two.wait_until(lambda: sum(bool(stream.ended) for stream in streams) == 4, "half of the streams to end")
     going = [stream for stream in streams if not stream.ended]
     counts = [stream.chunks for stream in going]
-    two.wait_until(lambda: all(stream.chunks > count + 5 for stream, count in zip(going, counts, strict=True)), "the others to go on")
-    two.wait_until(lambda: two.launcher.err.count("frontend 1: ready") == ready + 1, "another in its place", 30)
+    two.wait_until(
+        lambda: all(stream.chunks > count + 5 for stream, count in zip(going, counts, strict=True)),
+        "the others to go on",
+    )
+    two.wait_until(
+        lambda: two.launcher.err.count("frontend 1: ready") == ready + 1, "another in its place", 30
+    )
     assert "was killed by SIGKILL" in two.launcher.err and "its streams have ended" in two.launcher.err
     two.wait_until(lambda: two.cluster()["num_running"] == 4, "the dead one's requests to be aborted", 15)
     for stream in going:
@@ -92,7 +104,9 @@ def test_the_death_of_a_frontend_ends_its_streams_alone(two: Served) -> None:
         assert stream.ended == "cut"
     for _ in range(2):
         assert two.ask(prompt=[5, 6, 7], max_tokens=4, ignore_eos=True).finish == "length"
-    two.wait_until(lambda: finished(two) == finished(two) == before + 8, "counts go on from those of the dead process")
+    two.wait_until(
+        lambda: finished(two) == finished(two) == before + 8, "counts go on from those of the dead process"
+    )
     two.assert_clean()
 
 
@@ -111,7 +125,9 @@ def test_a_frontend_that_hangs_is_replaced_and_its_connections_are_answered(two:
         thread.join(60)
     assert answers == [200] * 10
     assert "frontend 0 hangs and has taken no connection for 10 s; killing it" in two.launcher.err
-    two.wait_until(lambda: two.launcher.err.count("frontend 0: ready") == ready + 1, "another in its place", 30)
+    two.wait_until(
+        lambda: two.launcher.err.count("frontend 0: ready") == ready + 1, "another in its place", 30
+    )
 
 
 def test_draining_through_one_drains_both_and_port_0_works(tmp_path: Path) -> None:
@@ -119,11 +135,18 @@ def test_draining_through_one_drains_both_and_port_0_works(tmp_path: Path) -> No
         long = Stream(two.base, 400)
         two.wait_until(lambda: long.chunks > 2, "a stream to flow")
         headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-        assert httpx.post(f"{two.base}/admin/drain", headers={"Authorization": "Bearer no"}, timeout=20).status_code == 401
+        assert (
+            httpx.post(
+                f"{two.base}/admin/drain", headers={"Authorization": "Bearer no"}, timeout=20
+            ).status_code
+            == 401
+        )
         assert httpx.post(f"{two.base}/admin/drain", headers=headers, timeout=20).status_code == 202
         for _ in range(4):  # connections are dealt in turn
             two.wait_until(lambda: httpx.get(f"{two.base}/ready", timeout=20).status_code == 503, "not ready")
-            answer = httpx.post(f"{two.base}/v1/completions", json={"prompt": [5], "max_tokens": 2}, timeout=20)
+            answer = httpx.post(
+                f"{two.base}/v1/completions", json={"prompt": [5], "max_tokens": 2}, timeout=20
+            )
             assert answer.status_code == 503
         long.thread.join(60)
         assert long.ended == "complete", "what ran was finished"

@@ -1,4 +1,6 @@
-"""Kimi-K2 as users serve it: a model folder in the form it is downloaded, launched on two ranks, against transformers and tiktoken."""
+"""Kimi-K2 as users serve it: a model folder in the form it is downloaded, launched on two ranks,
+against transformers and tiktoken.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,22 @@ def continued(path: Path, prompt: list[int]) -> list[int]:
 
 
 def test_kimi_k2_without_its_code(tmp_path: Path) -> None:
-    """The code that config.json and tokenizer_config.json name is not there, and is not asked for."""
+    """The code that config.json and tokenizer_config.json name is not there, and is not asked
+    for.
+    """
     auto_map = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
     config = kimi_k2_config(vocab_size=VOCAB_SIZE, eos_token_id=SPECIAL["<|im_end|>"], auto_map=auto_map)
     path = write_tokenizer(write_checkpoint(tmp_path / "model", config, seed=3))
     encoding = reference_encoding()
     prompt = encoding.encode(f"[BOS]<|im_user|>{QUESTION}<|im_end|>", allowed_special="all")
     expected = continued(path, prompt)
-    greedy = {"max_tokens": NUM_NEW, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True, "skip_special_tokens": False}
+    greedy = {
+        "max_tokens": NUM_NEW,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+    }
     overrides = (f"model.path={path}", "model.served_name=small", "model.max_len=256", "kv_cache.memory=4MiB")
     with serve(tmp_path / "run", *overrides) as served:
         chat = served.ask("/v1/chat/completions", messages=[{"role": "user", "content": QUESTION}], **greedy)

@@ -19,7 +19,10 @@ def promised() -> list[tuple[str, list[str]]]:
     for line in CONTRACT.read_text().splitlines():
         if not line.startswith("#"):
             whose, name, *rest = line.split()
-            found += [(f"{prefix}:{name}", rest) for prefix in (("vllm", "lockstep") if whose == "both" else ("lockstep",))]
+            found += [
+                (f"{prefix}:{name}", rest)
+                for prefix in (("vllm", "lockstep") if whose == "both" else ("lockstep",))
+            ]
     return found
 
 
@@ -41,8 +44,12 @@ def samples(demo: Served) -> dict[str, list[tuple[dict[str, str], float]]]:
     return scrape(demo)
 
 
-@pytest.mark.parametrize(("name", "rest"), promised(), ids=lambda value: value if isinstance(value, str) else "")
-def test_the_contract_is_kept(name: str, rest: list[str], samples: dict[str, list[tuple[dict[str, str], float]]]) -> None:
+@pytest.mark.parametrize(
+    ("name", "rest"), promised(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_the_contract_is_kept(
+    name: str, rest: list[str], samples: dict[str, list[tuple[dict[str, str], float]]]
+) -> None:
     if rest and rest[0][-1].isdigit():
         bounds = [labels["le"] for labels, _ in samples[f"{name}_bucket"]]
         assert bounds == [*(str(float(bound)) for bound in rest), "+Inf"]
@@ -54,9 +61,15 @@ def test_the_contract_is_kept(name: str, rest: list[str], samples: dict[str, lis
             assert not {"pid", "process", "frontend", "worker"} & set(labels)
 
 
-def test_experts_and_phases_were_counted_on_the_ranks(samples: dict[str, list[tuple[dict[str, str], float]]]) -> None:
-    """200 steps are three reports of 64, in each of which every token meets top_k experts of every layer."""
-    loads = {(labels["layer"], labels["rank"]): value for labels, value in samples["lockstep:expert_load_total"]}
+def test_experts_and_phases_were_counted_on_the_ranks(
+    samples: dict[str, list[tuple[dict[str, str], float]]],
+) -> None:
+    """200 steps are three reports of 64, in each of which every token meets top_k experts of every
+    layer.
+    """
+    loads = {
+        (labels["layer"], labels["rank"]): value for labels, value in samples["lockstep:expert_load_total"]
+    }
     by_layer: dict[str, float] = {}
     for (layer, _), value in loads.items():
         by_layer[layer] = by_layer.get(layer, 0) + value

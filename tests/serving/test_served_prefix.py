@@ -1,4 +1,6 @@
-"""The prefix cache from the front door: what hits, on which rank, and that tokens do not depend on it."""
+"""The prefix cache from the front door: what hits, on which rank, and that tokens do not depend on
+it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def uncached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two rows per rank."""
-    with serve(tmp_path_factory.mktemp("narrow") / "run", "scheduler.max_running=2", "kv_cache.memory=8MiB") as served:
+    with serve(
+        tmp_path_factory.mktemp("narrow") / "run", "scheduler.max_running=2", "kv_cache.memory=8MiB"
+    ) as served:
         yield served
 
 
@@ -61,26 +65,40 @@ def test_a_different_salt_or_first_token_hits_nothing(demo: Served, prefix: list
     assert demo.ask(prompt=[prefix[0] + 1, *prefix[1:]], max_tokens=1, **GREEDY).cached == 0
 
 
-def test_equal_prefixes_at_once_are_computed_once_per_rank(demo: Served, prefix: list[int], oracle: Oracle) -> None:
-    bodies = [{"prompt": [*prefix, 5 + index], "max_tokens": 4, "return_token_ids": True, **GREEDY} for index in range(100)]
+def test_equal_prefixes_at_once_are_computed_once_per_rank(
+    demo: Served, prefix: list[int], oracle: Oracle
+) -> None:
+    bodies = [
+        {"prompt": [*prefix, 5 + index], "max_tokens": 4, "return_token_ids": True, **GREEDY}
+        for index in range(100)
+    ]
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     answers = demo.ok([Ask(body | streamed if index % 2 else body) for index, body in enumerate(bodies)])
     cached = [answer.cached for answer in answers]
     assert sum(FULL - each for each in cached) <= 2 * FULL, cached
     assert cached.count(0) in (1, 2)
-    certain = [oracle.certain(body, answer.tokens) for body, answer in zip(bodies[::10], answers[::10], strict=True)]
+    certain = [
+        oracle.certain(body, answer.tokens) for body, answer in zip(bodies[::10], answers[::10], strict=True)
+    ]
     assert sum(map(len, certain)) > 20
 
 
 def test_a_request_whose_home_rank_is_full_runs_elsewhere(narrow: Served, prefix: list[int]) -> None:
-    """The rank that has the prefix gets as many long requests as it has rows; one more still finishes meanwhile."""
+    """The rank that has the prefix gets as many long requests as it has rows; one more still
+    finishes meanwhile.
+    """
     narrow.ask(prompt=prefix, max_tokens=1, **GREEDY)
     home = next(rank["rank"] for rank in _ranks(narrow) if rank["pages_cached"] >= FULL // PAGE_SIZE)
     with ExitStack() as stack:
-        streams = [stack.enter_context(narrow.http.stream("POST", "/v1/completions", json=_long(prefix))) for _ in range(2)]
+        streams = [
+            stack.enter_context(narrow.http.stream("POST", "/v1/completions", json=_long(prefix)))
+            for _ in range(2)
+        ]
         lines = [stream.iter_lines() for stream in streams]  # kept: the end of an iterator ends its stream
         assert all(next(each).startswith("data: ") for each in lines)
-        narrow.wait_until(lambda: _ranks(narrow)[home]["num_running"] == 2, "both rows of the home rank are taken")
+        narrow.wait_until(
+            lambda: _ranks(narrow)[home]["num_running"] == 2, "both rows of the home rank are taken"
+        )
         third = narrow.ask(prompt=prefix, max_tokens=8, return_token_ids=True, **GREEDY)
         assert third.usage["completion_tokens"] == 8
         assert third.cached == 0, "it did not run on the other rank"
@@ -96,9 +114,13 @@ def test_tokens_do_not_depend_on_the_cache(demo: Served, uncached: Served, oracl
     """Prompts that share prefixes of many lengths, asked twice and with the answer appended."""
     dice = random.Random(8)
     trunk = random_prompt(dice, 400, 400)
-    bodies: list[Body] = [{"prompt": trunk[: dice.randrange(1, 400)] + random_prompt(dice, 0, 40), **GREEDY} for _ in range(16)]
+    bodies: list[Body] = [
+        {"prompt": trunk[: dice.randrange(1, 400)] + random_prompt(dice, 0, 40), **GREEDY} for _ in range(16)
+    ]
     known = oracle.know(uncached, bodies, 40)
-    known += oracle.know(uncached, [{"prompt": [*each.body["prompt"], *each.tokens], **GREEDY} for each in known], 40)
+    known += oracle.know(
+        uncached, [{"prompt": [*each.body["prompt"], *each.tokens], **GREEDY} for each in known], 40
+    )
     _assert_same_cached(demo, known)
     assert _assert_same_cached(demo, known) > len(known) * 150
     assert uncached.ask(prompt=bodies[0]["prompt"], max_tokens=1).cached == 0

@@ -1,4 +1,6 @@
-"""More than the cluster can hold, in KV pages and in the queue: slower, or refused in time, never different."""
+"""More than the cluster can hold, in KV pages and in the queue: slower, or refused in time, never
+different.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,27 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def test_a_quarter_of_the_memory_changes_no_token(tight: Served, oracle: Oracle) -> None:
-    """72 requests of 8 pages at once, for which there are 128 pages. Salts keep equal prompts from sharing pages."""
+    """72 requests of 8 pages at once, for which there are 128 pages. Salts keep equal prompts from
+    sharing pages.
+    """
     known = oracle.know(tight, random_bodies(random.Random(3), 12, (30, 32)), NUM_OUTPUT)
     [before] = tight.counted("num_preemptions")
     chosen = [known[index % len(known)] for index in range(72)]
     assert len(chosen) * (30 + NUM_OUTPUT) // 16 >= 4 * 2 * PAGES_PER_RANK
     scored = [{"echo": True, "logprobs": 1} if index % 4 == 0 else {} for index in range(72)]
     answers = tight.ok(
-        [each.ask(NUM_OUTPUT, cache_salt=f"{index}", stream=index % 3 == 0, **scored[index]) for index, each in enumerate(chosen)]
+        [
+            each.ask(NUM_OUTPUT, cache_salt=f"{index}", stream=index % 3 == 0, **scored[index])
+            for index, each in enumerate(chosen)
+        ]
     )
     for each, answer, extra in zip(chosen, answers, scored, strict=True):
         if extra:
-            parts = [choice["logprobs"] for part in answer.chunks or [answer.document] for choice in part["choices"]]
+            parts = [
+                choice["logprobs"]
+                for part in answer.chunks or [answer.document]
+                for choice in part["choices"]
+            ]
             values = [value for part in parts for value in part["token_logprobs"]]
             certain = oracle.score(each.body["prompt"])
             assert len(values) == len(each.body["prompt"]) + NUM_OUTPUT
@@ -50,7 +61,15 @@ def test_a_quarter_of_the_memory_changes_no_token(tight: Served, oracle: Oracle)
 
 def test_a_thousand_at_once_get_tokens_or_503(tight: Served) -> None:
     asks = [
-        Ask({"prompt": [5 + index % 900, 7, 9], "max_tokens": 8, "ignore_eos": True, "return_token_ids": True, "stream": index % 2 == 0})
+        Ask(
+            {
+                "prompt": [5 + index % 900, 7, 9],
+                "max_tokens": 8,
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "stream": index % 2 == 0,
+            }
+        )
         for index in range(1000)
     ]
     answers = tight.together(asks)
@@ -81,7 +100,10 @@ def test_a_request_as_long_as_the_pool_is_served_and_a_longer_one_refused(tight:
 
 def test_two_that_each_fill_a_pool_take_turns_with_the_rest(tight: Served) -> None:
     room = PAGES_PER_RANK * 16
-    asks = [Ask({"prompt": [11 + index] * (room - 40), "max_tokens": 40, "ignore_eos": True}) for index in range(4)]
+    asks = [
+        Ask({"prompt": [11 + index] * (room - 40), "max_tokens": 40, "ignore_eos": True})
+        for index in range(4)
+    ]
     asks += [Ask({"prompt": [21 + index, 8], "max_tokens": 60, "ignore_eos": True}) for index in range(20)]
     assert sum(answer.usage["completion_tokens"] for answer in tight.ok(asks)) == 4 * 40 + 20 * 60
     tight.assert_clean()

@@ -1,4 +1,6 @@
-"""How tokens are drawn and shown, from the front door: every field changes what it should and nothing else."""
+"""How tokens are drawn and shown, from the front door: every field changes what it should and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_tokens_are_those_of_the_reference(demo: Served, oracle: Oracle) -> None
 
 def test_seeds_reproduce(demo: Served) -> None:
     prompt = random_prompt(random.Random(42), 20, 20)
-    first, again, other = (demo.ask(prompt=prompt, seed=seed, max_tokens=24, **SEEDED).tokens for seed in (7, 7, 8))
+    first, again, other = (
+        demo.ask(prompt=prompt, seed=seed, max_tokens=24, **SEEDED).tokens for seed in (7, 7, 8)
+    )
     assert first == again
     assert first != other
     free = [demo.ask(prompt=prompt, max_tokens=24, **SEEDED).tokens for _ in range(3)]
@@ -54,8 +58,12 @@ def test_greedy_choices_are_equal_and_prompts_stay_in_order(demo: Served) -> Non
     prompts = [random_prompt(random.Random(44 + index), 10, 30) for index in range(5)]
     whole = demo.ask(prompt=prompts, n=2, max_tokens=6, **GREEDY)
     alone = [demo.ask(prompt=prompt, max_tokens=6, **GREEDY).tokens for prompt in prompts]
-    assert [choice["token_ids"] for choice in choices(whole)] == [tokens for tokens in alone for _ in range(2)]
-    assert [choice["prompt_token_ids"] for choice in choices(whole)] == [prompt for prompt in prompts for _ in range(2)]
+    assert [choice["token_ids"] for choice in choices(whole)] == [
+        tokens for tokens in alone for _ in range(2)
+    ]
+    assert [choice["prompt_token_ids"] for choice in choices(whole)] == [
+        prompt for prompt in prompts for _ in range(2)
+    ]
     assert whole.usage["prompt_tokens"] == sum(map(len, prompts))
 
 
@@ -70,10 +78,20 @@ def test_filters_that_leave_one_token_are_greedy(demo: Served, only: Body) -> No
 
 def test_top_k_and_top_p_keep_only_the_likeliest(demo: Served) -> None:
     prompt = random_prompt(random.Random(46), 20, 20)
-    shown = choices(demo.ask(prompt=prompt, n=100, seed=5, max_tokens=1, temperature=2.0, top_k=5, return_token_ids=True))
+    shown = choices(
+        demo.ask(prompt=prompt, n=100, seed=5, max_tokens=1, temperature=2.0, top_k=5, return_token_ids=True)
+    )
     kept = {choice["token_ids"][0] for choice in shown}
     assert 2 <= len(kept) <= 5
-    assert len({c["token_ids"][0] for c in choices(demo.ask(prompt=prompt, n=100, seed=5, max_tokens=1, return_token_ids=True))}) > 5
+    assert (
+        len(
+            {
+                c["token_ids"][0]
+                for c in choices(demo.ask(prompt=prompt, n=100, seed=5, max_tokens=1, return_token_ids=True))
+            }
+        )
+        > 5
+    )
 
 
 # --------------------------------------------------------------------------- penalties and biases
@@ -108,14 +126,27 @@ def test_a_presence_penalty_counts_output_and_a_repetition_penalty_the_prompt_to
     prompts = [random_prompt(dice, 4, 4) for _ in range(12)]
     plain = demo.ask(prompt=prompts, max_tokens=24, **GREEDY)
     present = demo.ask(prompt=prompts, max_tokens=24, presence_penalty=2.0, **GREEDY)
-    distinct = [sum(len(set(choice["token_ids"])) for choice in choices(answer)) for answer in (plain, present)]
+    distinct = [
+        sum(len(set(choice["token_ids"])) for choice in choices(answer)) for answer in (plain, present)
+    ]
     assert distinct[0] < distinct[1]
-    assert all(a["token_ids"][0] == b["token_ids"][0] for a, b in zip(choices(plain), choices(present), strict=True))
+    assert all(
+        a["token_ids"][0] == b["token_ids"][0] for a, b in zip(choices(plain), choices(present), strict=True)
+    )
     best = choices(plain)[0]["token_ids"][0]
     seen = [best, *prompts[0]]
     again = demo.ask(prompt=seen, max_tokens=1, logit_bias={str(best): 5.0}, **GREEDY).tokens
-    penalised = demo.ask(prompt=seen, max_tokens=1, logit_bias={str(best): 5.0}, repetition_penalty=1000.0, **GREEDY).tokens
-    untouched = demo.ask(prompt=seen, max_tokens=1, logit_bias={str(best): 5.0}, presence_penalty=2.0, frequency_penalty=2.0, **GREEDY)
+    penalised = demo.ask(
+        prompt=seen, max_tokens=1, logit_bias={str(best): 5.0}, repetition_penalty=1000.0, **GREEDY
+    ).tokens
+    untouched = demo.ask(
+        prompt=seen,
+        max_tokens=1,
+        logit_bias={str(best): 5.0},
+        presence_penalty=2.0,
+        frequency_penalty=2.0,
+        **GREEDY,
+    )
     assert untouched.tokens == again
     assert best not in penalised
 
@@ -124,7 +155,10 @@ def test_a_presence_penalty_counts_output_and_a_repetition_penalty_the_prompt_to
 
 
 def test_ends_of_sequence(demo: Served) -> None:
-    prompt, forced = random_prompt(random.Random(50), 20, 20), {"logit_bias": {str(EOS): 100.0}, "return_token_ids": True}
+    prompt, forced = (
+        random_prompt(random.Random(50), 20, 20),
+        {"logit_bias": {str(EOS): 100.0}, "return_token_ids": True},
+    )
     ended = demo.ask(prompt=prompt, max_tokens=9, temperature=0.0, **forced)
     assert (ended.finish, ended.text, choices(ended)[0]["stop_reason"]) == ("stop", "", None)
     assert ended.tokens in ([], [EOS])
@@ -152,7 +186,11 @@ def test_stop_token_ids(demo: Served) -> None:
 def test_stop_strings(demo: Served, stream: bool) -> None:
     """A string that lies across tokens, somewhere in the text; nothing of it leaks."""
     text = demo.ask(CHAT, messages=USER, max_tokens=40, **GREEDY).text
-    at = next(at for at in range(12, len(text)) if text.find(text[at : at + 5]) == at and "\ufffd" not in text[at : at + 5])
+    at = next(
+        at
+        for at in range(12, len(text))
+        if text.find(text[at : at + 5]) == at and "\ufffd" not in text[at : at + 5]
+    )
     stop = text[at : at + 5]
     fields: Body = {"messages": USER, "max_tokens": 40, "stream": stream, **GREEDY}
     cut = demo.ask(CHAT, stop=["never in it", stop], **fields)
@@ -188,7 +226,14 @@ def test_logprobs_are_a_distribution_and_agree_everywhere(demo: Served) -> None:
 def test_logprobs_are_those_of_the_model_whatever_is_sampled(demo: Served) -> None:
     prompt = random_prompt(random.Random(52), 20, 20)
     plain = demo.ask(prompt=prompt, max_tokens=1, logprobs=1, **GREEDY)
-    other = demo.ask(prompt=prompt, max_tokens=1, logprobs=1, temperature=2.0, seed=1, logit_bias={str(plain.tokens[0]): 100.0})
+    other = demo.ask(
+        prompt=prompt,
+        max_tokens=1,
+        logprobs=1,
+        temperature=2.0,
+        seed=1,
+        logit_bias={str(plain.tokens[0]): 100.0},
+    )
     one, two = (choices(answer)[0]["logprobs"]["token_logprobs"][0] for answer in (plain, other))
     assert one == pytest.approx(two, abs=1e-4)
 
@@ -202,7 +247,9 @@ def test_a_stream_joined_is_the_whole(demo: Served, path: str, extra: Body) -> N
     else:
         fields |= {"prompt": "Hello, how are you?"}
     whole = demo.ask(path, **fields)
-    stream = demo.ask(path, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}, **fields)
+    stream = demo.ask(
+        path, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}, **fields
+    )
     num = fields.get("n", 1)
     for index in range(num):
         parts = [choice for chunk in stream.chunks for choice in chunk["choices"] if choice["index"] == index]
@@ -228,7 +275,11 @@ def test_text_and_ids_agree(demo: Served) -> None:
     ids = demo.http.post("/tokenize", json={"prompt": text}).json()["tokens"]
     by_text, by_ids = (demo.ask(prompt=prompt, max_tokens=20, **GREEDY) for prompt in (text, ids))
     assert by_text.tokens == by_ids.tokens
-    assert by_text.text == by_ids.text == demo.http.post("/detokenize", json={"tokens": by_ids.tokens}).json()["prompt"]
+    assert (
+        by_text.text
+        == by_ids.text
+        == demo.http.post("/detokenize", json={"tokens": by_ids.tokens}).json()["prompt"]
+    )
     assert choices(by_text)[0]["prompt_token_ids"] == ids
     assert by_text.usage["prompt_tokens"] == len(ids)
     echoed = demo.ask(prompt=text, max_tokens=20, echo=True, **GREEDY)
@@ -242,7 +293,9 @@ def test_draws_do_not_depend_on_the_company(demo: Served, oracle: Oracle) -> Non
     known = oracle.know(demo, random_bodies(dice, 24, (1, 60)), 32)
     for crowd in range(3):
         dice.shuffle(known)
-        noise = [Ask({"prompt": random_prompt(dice, 1, 300), "max_tokens": dice.randint(1, 40)}) for _ in range(40)]
+        noise = [
+            Ask({"prompt": random_prompt(dice, 1, 300), "max_tokens": dice.randint(1, 40)}) for _ in range(40)
+        ]
         answers = demo.ok([each.ask(32, cache_salt=f"crowd {crowd}") for each in known] + noise)
         for each, answer in zip(known, answers, strict=False):
             each.assert_same(answer, f"crowd {crowd}")
@@ -250,4 +303,8 @@ def test_draws_do_not_depend_on_the_company(demo: Served, oracle: Oracle) -> Non
 
 def _logprobs(parts: list[Body]) -> list[float]:
     shown = [part["logprobs"] for part in parts if part["logprobs"]]
-    return [value for each in shown for value in each.get("token_logprobs") or [entry["logprob"] for entry in each["content"]]]
+    return [
+        value
+        for each in shown
+        for value in each.get("token_logprobs") or [entry["logprob"] for entry in each["content"]]
+    ]

@@ -1,4 +1,6 @@
-"""Three hundred mixed requests under pressure, recorded: survivors get their tokens, nothing stays behind, and the recording replays."""
+"""Three hundred mixed requests under pressure, recorded: survivors get their tokens, nothing stays
+behind, and the recording replays.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NUM_KNOWN, MOST_TOKENS = 40, 64
 
 
 def random_ask(dice: random.Random, known: list[Known], number: int) -> tuple[Known, Ask]:
-    """One of the known requests for a random number of tokens: streamed or not, hurried away from or not, sharing pages or not."""
+    """One of the known requests for a random number of tokens: streamed or not, hurried away from
+    or not, sharing pages or not.
+    """
     each = dice.choice(known)
     stream = dice.random() < 0.6
     fields = {"stream": stream} | ({"cache_salt": f"{number}"} if dice.random() < 0.5 else {})
@@ -38,7 +42,13 @@ def test_soak_and_replay(oracle: Oracle, tmp_path: Path) -> None:
     recording = tmp_path / "recording"
     dice = random.Random(99)
     pages = f"kv_cache.memory={48 * 20480}"
-    with serve(tmp_path / "run", f"recording={recording}", pages, "scheduler.max_running=24", "scheduler.max_batch_tokens=128") as served:
+    with serve(
+        tmp_path / "run",
+        f"recording={recording}",
+        pages,
+        "scheduler.max_running=24",
+        "scheduler.max_batch_tokens=128",
+    ) as served:
         known = oracle.know(served, random_bodies(dice, NUM_KNOWN, (1, 250)), MOST_TOKENS, at_once=20)
         for wave in WAVES:
             asked = [random_ask(dice, known, dice.randrange(10**9)) for _ in range(wave)]
@@ -46,7 +56,11 @@ def test_soak_and_replay(oracle: Oracle, tmp_path: Path) -> None:
                 judge(each, ask, answer)
         served.assert_clean()
     replayed = subprocess.run(
-        [sys.executable, "-m", "lockstep.engine.recording.replay", str(recording)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "lockstep.engine.recording.replay", str(recording)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert replayed.returncode == 0, replayed.stderr
     assert "all as recorded" in replayed.stdout

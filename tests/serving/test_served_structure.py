@@ -1,4 +1,6 @@
-"""Structured output from the front door: random weights under a grammar write what it says, every time, and disturb nobody."""
+"""Structured output from the front door: random weights under a grammar write what it says, every
+time, and disturb nobody.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ SCHEMA = {
         "name": {"type": "string", "maxLength": 12},
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
         "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
-        "home": {"type": "object", "properties": {"zip": ZIP}, "required": ["zip"], "additionalProperties": False},
+        "home": {
+            "type": "object",
+            "properties": {"zip": ZIP},
+            "required": ["zip"],
+            "additionalProperties": False,
+        },
     },
     "required": ["name", "age", "tags", "home"],
     "additionalProperties": False,
@@ -30,7 +37,10 @@ SCHEMA = {
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
 ITEM = {
     "type": "object",
-    "properties": {"id": {"type": "integer", "minimum": 0, "maximum": 10**6}, "word": {"type": "string", "maxLength": 8}},
+    "properties": {
+        "id": {"type": "integer", "minimum": 0, "maximum": 10**6},
+        "word": {"type": "string", "maxLength": 8},
+    },
 }
 ITEM |= {"required": ["id", "word"], "additionalProperties": False}
 LONG = {"type": "array", "items": ITEM, "minItems": 4, "maxItems": 4}
@@ -49,7 +59,15 @@ def structured(seed: int, **fields: Any) -> Body:
 
 def free(seed: int) -> Body:
     prompt = random_prompt(random.Random(1000 + seed), 5, 60)
-    return {"prompt": prompt, "seed": seed, "temperature": 1.0, "top_k": 20, "max_tokens": 48, "ignore_eos": True, "return_token_ids": True}
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "temperature": 1.0,
+        "top_k": 20,
+        "max_tokens": 48,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
 
 
 def test_random_weights_write_valid_json_and_neighbours_do_not_notice(demo: Served) -> None:
@@ -80,13 +98,21 @@ def test_the_same_seed_gives_the_same_object_in_any_company(demo: Served) -> Non
 
 def test_choices_and_patterns(demo: Served) -> None:
     for seed in range(6):
-        assert demo.ask(**structured(seed, structured_outputs={"choice": ["yes", "no", "不"]})).text in ("yes", "no", "不")
+        assert demo.ask(**structured(seed, structured_outputs={"choice": ["yes", "no", "不"]})).text in (
+            "yes",
+            "no",
+            "不",
+        )
         date = demo.ask(**structured(seed, structured_outputs={"regex": r"20[0-9]{2}-(0[1-9]|1[0-2])"})).text
         assert (len(date), date[:2], date[4]) == (7, "20", "-")
 
 
 def test_a_pattern_of_everything_leaves_whole_characters(demo: Served) -> None:
-    everything: Body = {"structured_outputs": {"regex": r"(.|\n)*"}, "max_tokens": 60, "skip_special_tokens": False}
+    everything: Body = {
+        "structured_outputs": {"regex": r"(.|\n)*"},
+        "max_tokens": 60,
+        "skip_special_tokens": False,
+    }
     for answer in demo.ok([Ask(structured(seed, **everything)) for seed in range(6)]):
         assert "\ufffd" not in answer.text.rstrip("\ufffd"), "only the last character may be cut"
         assert "<|" not in answer.text
@@ -94,7 +120,14 @@ def test_a_pattern_of_everything_leaves_whole_characters(demo: Served) -> None:
 
 def test_logprobs_and_penalties_go_with_a_grammar(demo: Served) -> None:
     body = structured(
-        3, response_format=FORMAT, logprobs=2, presence_penalty=1.0, repetition_penalty=1.3, logit_bias={"5": 50}, top_p=0.9, top_k=30
+        3,
+        response_format=FORMAT,
+        logprobs=2,
+        presence_penalty=1.0,
+        repetition_penalty=1.3,
+        logit_bias={"5": 50},
+        top_p=0.9,
+        top_k=30,
     )
     answer = demo.ask(**body)
     jsonschema.validate(json.loads(answer.text), SCHEMA)
@@ -116,30 +149,56 @@ def test_a_schema_that_allows_nothing_fails_clearly_and_nothing_is_queued(demo: 
     demo.assert_clean()
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add_person"}}], ids=["required", "named"])
+@pytest.mark.parametrize(
+    "choice",
+    ["required", {"type": "function", "function": {"name": "add_person"}}],
+    ids=["required", "named"],
+)
 def test_a_forced_call_is_a_call_with_valid_arguments(calling: Served, choice: Any) -> None:
     tools = [
-        {"type": "function", "function": {"name": name, "description": "Adds.", "parameters": SCHEMA}} for name in ("add_person", "add")
+        {"type": "function", "function": {"name": name, "description": "Adds.", "parameters": SCHEMA}}
+        for name in ("add_person", "add")
     ]
-    body: Body = {"messages": [{"role": "user", "content": "Add someone"}], "tools": tools, "tool_choice": choice}
-    body |= {"temperature": 1.3, "max_tokens": 400, "parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
+    body: Body = {
+        "messages": [{"role": "user", "content": "Add someone"}],
+        "tools": tools,
+        "tool_choice": choice,
+    }
+    body |= {
+        "temperature": 1.3,
+        "max_tokens": 400,
+        "parallel_tool_calls": False,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
     for answer in calling.ok([Ask(body | {"seed": seed}, "/v1/chat/completions") for seed in range(6)]):
         [shown] = answer.document["choices"]
         [call] = shown["message"]["tool_calls"]
         jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
         assert shown["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
-        assert call["function"]["name"] in (("add_person", "add") if choice == "required" else ("add_person",))
+        assert call["function"]["name"] in (
+            ("add_person", "add") if choice == "required" else ("add_person",)
+        )
 
 
 def test_cut_off_streams_free_their_grammars(demo: Served) -> None:
-    demo.ok([Ask(structured(seed, structured_outputs={"json": LONG}, stream=True), cut_after=3) for seed in range(20)])
+    demo.ok(
+        [
+            Ask(structured(seed, structured_outputs={"json": LONG}, stream=True), cut_after=3)
+            for seed in range(20)
+        ]
+    )
     demo.assert_clean()
     jsonschema.validate(json.loads(demo.ask(**structured(1, response_format=FORMAT)).text), SCHEMA)
 
 
 def test_a_rank_killed_in_mid_object_changes_no_text(calling: Served) -> None:
-    """The objects are asked for again and again until the rank is killed, so that it is while some are written."""
-    asks = [Ask(structured(seed, structured_outputs={"json": LONG}, max_tokens=400, stream=True)) for seed in range(4)]
+    """The objects are asked for again and again until the rank is killed, so that it is while some
+    are written.
+    """
+    asks = [
+        Ask(structured(seed, structured_outputs={"json": LONG}, max_tokens=400, stream=True))
+        for seed in range(4)
+    ]
     undisturbed = [answer.text for answer in calling.ok(asks)]
     [counted], epoch = calling.counted("generation_tokens"), calling.cluster()["epoch"]
     victim = calling.launcher.pid_of("rank 1")
@@ -152,7 +211,9 @@ def test_a_rank_killed_in_mid_object_changes_no_text(calling: Served) -> None:
 
     sending = threading.Thread(target=insist, daemon=True)
     sending.start()
-    calling.wait_until(lambda: calling.metrics()["generation_tokens_total"] > counted + 40, "tokens are streaming")
+    calling.wait_until(
+        lambda: calling.metrics()["generation_tokens_total"] > counted + 40, "tokens are streaming"
+    )
     os.kill(victim, signal.SIGKILL)
     killed.set()
     sending.join(100)

@@ -1,1 +1,3 @@
-"""What several test folders share. Imported as ``support`` (pytest's pythonpath holds ``tests``)."""
+"""What several test folders share. Imported as ``support`` (pytest's pythonpath holds
+``tests``).
+"""

@@ -1,5 +1,6 @@
-"""Small random checkpoints on disk, in the layout of Hugging Face. Names and shapes are written down here a second time,
-independently of the model code."""
+"""Small random checkpoints on disk, in the layout of Hugging Face. Names and shapes are written
+down here a second time, independently of the model code.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def qwen3_moe_config(**changes: Any) -> dict[str, Any]:
-    """The config.json of a Qwen3-MoE with 8 experts and 3 layers; ``changes`` replace fields, None removes one."""
+    """The config.json of a Qwen3-MoE with 8 experts and 3 layers; ``changes`` replace fields, None
+    removes one.
+    """
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -49,7 +52,9 @@ def qwen3_moe_config(**changes: Any) -> dict[str, Any]:
 
 
 def deepseek_v3_config(**changes: Any) -> dict[str, Any]:
-    """The config.json of a DeepSeek-V3 with 8 experts in 4 groups and 3 layers, the first one dense."""
+    """The config.json of a DeepSeek-V3 with 8 experts in 4 groups and 3 layers, the first one
+    dense.
+    """
     config = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -102,8 +107,17 @@ YARN = {
 }
 
 
-def write_checkpoint(path: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32, num_shards: int = 1) -> Path:
-    """Writes config.json and random weights to the new directory ``path``; the same seed gives the same values."""
+def write_checkpoint(
+    path: Path,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    num_shards: int = 1,
+) -> Path:
+    """Writes config.json and random weights to the new directory ``path``; the same seed gives the
+    same values.
+    """
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config | {"torch_dtype": _DTYPE_NAMES[dtype]}))
     save_tensors(path, random_tensors(config, seed, dtype), num_shards)
@@ -118,14 +132,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], num_shards: int = 1) ->
     names = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
     weight_map = {tensor: names[i % num_shards] for i, tensor in enumerate(tensors)}
     for file in names:
-        save_file({t: v for t, v in tensors.items() if weight_map[t] == file}, path / file, metadata={"format": "pt"})
+        save_file(
+            {t: v for t, v in tensors.items() if weight_map[t] == file},
+            path / file,
+            metadata={"format": "pt"},
+        )
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def random_tensors(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Weights whose activations stay near 1: matrices N(0, 1 / columns), norms near 1, biases small."""
+def random_tensors(
+    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Weights whose activations stay near 1: matrices N(0, 1 / columns), norms near 1, biases
+    small.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
@@ -174,7 +196,10 @@ def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _is_moe(config: dict[str, Any], layer: int) -> bool:
     if "first_k_dense_replace" in config:
         return bool(layer >= config["first_k_dense_replace"])
-    return layer not in config.get("mlp_only_layers", []) and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    return (
+        layer not in config.get("mlp_only_layers", [])
+        and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    )
 
 
 def _gqa_shapes(config: dict[str, Any]) -> Shapes:
@@ -194,7 +219,9 @@ def _gqa_shapes(config: dict[str, Any]) -> Shapes:
 
 def _mla_shapes(config: dict[str, Any]) -> Shapes:
     hidden, heads, q_size = config["hidden_size"], config["num_attention_heads"], config["q_lora_rank"]
-    nope, rope, value, kv_size = (config[f] for f in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
+    nope, rope, value, kv_size = (
+        config[f] for f in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
     shapes: Shapes = {
         "kv_a_proj_with_mqa.weight": (kv_size + rope, hidden),
         "kv_a_layernorm.weight": (kv_size,),

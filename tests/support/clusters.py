@@ -17,7 +17,14 @@ TESTS = Path(__file__).parent.parent
 def dummy(index: int, do: str, role: str = "rank", **spec: object) -> Task:
     path = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
     node = 0 if role == "rank" else None
-    return Task(role, index, json.dumps({"do": do, **spec}).encode(), node=node, environment=path, module="support.dummy_role")
+    return Task(
+        role,
+        index,
+        json.dumps({"do": do, **spec}).encode(),
+        node=node,
+        environment=path,
+        module="support.dummy_role",
+    )
 
 
 def make(backend: str, folder: Path) -> Cluster:

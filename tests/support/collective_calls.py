@@ -22,7 +22,9 @@ def all_kinds(collectives: Collectives, epochs: int) -> list[dict[str, Tensor]]:
         ragged = rank + torch.zeros(size * (size + 1) // 2, 3)  # 1 row to rank 0, 2 to rank 1, ...
         pending = {
             "equal": collectives.all_to_all(rows, None, None, "equal runs"),
-            "ragged": collectives.all_to_all(ragged, list(range(1, size + 1)), [rank + 1] * size, "ragged runs"),
+            "ragged": collectives.all_to_all(
+                ragged, list(range(1, size + 1)), [rank + 1] * size, "ragged runs"
+            ),
             "gathered": collectives.all_gather(rows[:2], "rows"),
             "reduced": collectives.reduce_scatter(rows, "rows"),
         }
@@ -31,7 +33,9 @@ def all_kinds(collectives: Collectives, epochs: int) -> list[dict[str, Tensor]]:
 
 
 def one_dies(collectives: Collectives) -> tuple[str, float]:
-    """The last rank dies before a collective; what the others are told, and after how many seconds."""
+    """The last rank dies before a collective; what the others are told, and after how many
+    seconds.
+    """
     _all_here(collectives)
     if collectives.index == collectives.size - 1:
         os._exit(0)
@@ -39,7 +43,9 @@ def one_dies(collectives: Collectives) -> tuple[str, float]:
 
 
 def one_is_late(collectives: Collectives) -> tuple[str, float]:
-    """The last rank does not come before the others have given up, after a deadline of five seconds."""
+    """The last rank does not come before the others have given up, after a deadline of five
+    seconds.
+    """
     _all_here(collectives)
     collectives._deadline = timedelta(seconds=5)
     collectives.build(1)
@@ -54,7 +60,9 @@ def one_is_late(collectives: Collectives) -> tuple[str, float]:
 
 
 def _all_here(collectives: Collectives) -> None:
-    """Returns once every rank has built its group. By the store: no rank is then in the middle of a collective."""
+    """Returns once every rank has built its group. By the store: no rank is then in the middle of a
+    collective.
+    """
     store = collectives._store
     assert store is not None
     store.set(f"built/{collectives.index}", "")
@@ -64,7 +72,9 @@ def _all_here(collectives: Collectives) -> None:
 def _wait_for_all(collectives: Collectives) -> tuple[str, float]:
     start = time.monotonic()
     try:
-        collectives.wait(collectives.all_to_all(torch.zeros(2 * collectives.size, 1), None, None, "tokens of MoE layer 3"))
+        collectives.wait(
+            collectives.all_to_all(torch.zeros(2 * collectives.size, 1), None, None, "tokens of MoE layer 3")
+        )
     except CollectiveError as error:
         return str(error), time.monotonic() - start
     return "", 0.0

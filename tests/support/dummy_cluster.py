@@ -1,8 +1,10 @@
-"""Stand-ins for controller, rank and frontend that keep their manners at the boundary and do no work.
+"""Stand-ins for controller, rank and frontend that keep their manners at the boundary and do no
+work.
 
-``python -m support.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text in the environment variable
-``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1: die``, ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``,
-``controller 0: undrained``, ``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
+``python -m support.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text
+in the environment variable ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1: die``,
+``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``, ``frontend
+0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
 """
 
 from __future__ import annotations
@@ -40,9 +42,21 @@ def ordered(role: str, index: int) -> str:
 
 
 def state(phase: str) -> bytes:
-    zeros: Any = dict.fromkeys(("epoch", "step", "num_running", "num_waiting", "prompt_tokens", "generation_tokens"), 0)
-    rest = {"prefix_queries": 0, "prefix_hits": 0, "preemptions": 0, "steps": 0, "imbalance": 1.0, "plan_seconds": 0.0, "kv_usage": 0.0}
-    return encode(ClusterState(phase=phase, reason="", max_len=16, page_size=4, prefix_caching=True, **zeros, **rest))
+    zeros: Any = dict.fromkeys(
+        ("epoch", "step", "num_running", "num_waiting", "prompt_tokens", "generation_tokens"), 0
+    )
+    rest = {
+        "prefix_queries": 0,
+        "prefix_hits": 0,
+        "preemptions": 0,
+        "steps": 0,
+        "imbalance": 1.0,
+        "plan_seconds": 0.0,
+        "kv_usage": 0.0,
+    }
+    return encode(
+        ClusterState(phase=phase, reason="", max_len=16, page_size=4, prefix_caching=True, **zeros, **rest)
+    )
 
 
 def controller(spec: ControllerSpec) -> None:
@@ -148,7 +162,9 @@ def frontend(spec: FrontendSpec) -> None:
 def main() -> None:
     """Runs one role through the real entry point, with the module of the role replaced."""
     here = SimpleNamespace(controller=controller, rank=rank, frontend=frontend)
-    sys.modules[f"lockstep.{process.ROLES[sys.argv[1]][0]}"] = SimpleNamespace(main=getattr(here, sys.argv[1]))  # type: ignore[assignment]
+    sys.modules[f"lockstep.{process.ROLES[sys.argv[1]][0]}"] = SimpleNamespace(
+        main=getattr(here, sys.argv[1])
+    )  # type: ignore[assignment]
     process.main()
 
 

@@ -1,7 +1,8 @@
-"""A stand-in for a role: ``python -m support.dummy_role ROLE INDEX PARENT`` does what its specification says.
+"""A stand-in for a role: ``python -m support.dummy_role ROLE INDEX PARENT`` does what its
+specification says.
 
-Runs under the same rules as a real role (its own session, dies with its parent). The specification is JSON:
-``{"do": "sleep" | "exit" | "fail" | "ignore", "code": 3, "say": "text"}``.
+Runs under the same rules as a real role (its own session, dies with its parent). The specification
+is JSON: ``{"do": "sleep" | "exit" | "fail" | "ignore", "code": 3, "say": "text"}``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """``tokens``: how many each rank has. ``only``: an expert that every token's first choice is, None for random choices."""
+    """``tokens``: how many each rank has. ``only``: an expert that every token's first choice is,
+    None for random choices.
+    """
 
     name: str
     num_experts: int
@@ -42,7 +44,11 @@ class Case:
         if self.only is not None:
             scores[:, self.only] += 1
         ids = scores.topk(self.top_k).indices
-        return torch.randn(total, HIDDEN, generator=generator).to(self.dtype), ids, torch.rand(total, self.top_k, generator=generator)
+        return (
+            torch.randn(total, HIDDEN, generator=generator).to(self.dtype),
+            ids,
+            torch.rand(total, self.top_k, generator=generator),
+        )
 
     def weights(self, experts_of_rank: list[int]) -> tuple[Tensor, Tensor]:
         """w13 and w2 of the given experts, zero for -1."""
@@ -72,7 +78,9 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
         local = LocalDispatcher(placement, CPU)
         local.begin_step(len(x), len(x))
         return [local.run(layer, (len(x), case.top_k), compute) for layer in range(LAYERS)], local.counts_LS
-    dispatcher = (AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher)(placement, collectives, CPU)
+    dispatcher = (AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher)(
+        placement, collectives, CPU
+    )
     dispatcher.begin_step(len(x), case.capacity if size > 1 else len(x))
     for layer in range(LAYERS):
         handle = dispatcher.dispatch(x, ids, weights, layer)
@@ -82,6 +90,8 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
     return outputs, dispatcher.counts_LS
 
 
-def run_cases(collectives: Collectives, cases: list[Case], kinds: tuple[Kind, ...]) -> list[list[tuple[list[Tensor], Tensor]]]:
+def run_cases(
+    collectives: Collectives, cases: list[Case], kinds: tuple[Kind, ...]
+) -> list[list[tuple[list[Tensor], Tensor]]]:
     """``run_case`` for every case and kind."""
     return [[run_case(case, kind, collectives) for kind in kinds] for case in cases]

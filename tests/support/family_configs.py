@@ -1,4 +1,6 @@
-"""config.json of small models of every family, each with three layers and eight experts. ``changes`` replace fields, None removes one."""
+"""config.json of small models of every family, each with three layers and eight experts.
+``changes`` replace fields, None removes one.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +13,89 @@ from .checkpoints import YARN, deepseek_v3_config, qwen3_moe_config
 KIMI_YARN = YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "factor": 32.0}
 KIMI_YARN |= {"original_max_position_embeddings": 4096}
 _ABSENT = {"rope_interleave": None, "topk_method": None, "scoring_func": None}
-_NOT_QWEN3 = {"attention_bias": None, "use_sliding_window": None, "decoder_sparse_step": None, "mlp_only_layers": None}
+_NOT_QWEN3 = {
+    "attention_bias": None,
+    "use_sliding_window": None,
+    "decoder_sparse_step": None,
+    "mlp_only_layers": None,
+}
 
 
 def deepseek_v2_config(**changes: Any) -> dict[str, Any]:
-    """A DeepSeek-V2 with a query latent; the groups take part with ``topk_method`` group_limited_greedy."""
-    own = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "norm_topk_prob": False, "routed_scaling_factor": 4.0}
+    """A DeepSeek-V2 with a query latent; the groups take part with ``topk_method``
+    group_limited_greedy.
+    """
+    own = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 4.0,
+    }
     return deepseek_v3_config(**(_ABSENT | own | {"topk_method": "greedy", "n_shared_experts": 2} | changes))
 
 
 def kimi_k2_config(**changes: Any) -> dict[str, Any]:
-    own = {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "rope_theta": 50000.0}
+    own = {
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_theta": 50000.0,
+    }
     rope = {"rope_scaling": KIMI_YARN, "max_position_embeddings": 131072, "qk_rope_head_dim": 16}
     return deepseek_v3_config(**(own | rope | changes))
 
 
 def mixtral_config(**changes: Any) -> dict[str, Any]:
-    own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "rope_theta": 1000000.0, "rms_norm_eps": 1e-5}
-    moe = {"num_local_experts": 8, "num_experts": None, "moe_intermediate_size": None, "norm_topk_prob": None, "head_dim": None}
+    own = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    moe = {
+        "num_local_experts": 8,
+        "num_experts": None,
+        "moe_intermediate_size": None,
+        "norm_topk_prob": None,
+        "head_dim": None,
+    }
     return qwen3_moe_config(**(_NOT_QWEN3 | own | moe | changes))
 
 
 def qwen2_moe_config(**changes: Any) -> dict[str, Any]:
-    own = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False, "head_dim": None}
+    own = {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "head_dim": None,
+    }
     attention = {"attention_bias": None, "qkv_bias": True, "sliding_window": 32768, "max_window_layers": 21}
     return qwen3_moe_config(**(own | attention | {"shared_expert_intermediate_size": 48} | changes))
 
 
 def glm4_moe_config(**changes: Any) -> dict[str, Any]:
     """As GLM-4.5: biases, norms of queries and keys, half of a head rotated."""
-    own = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5}
-    attention = {"attention_bias": True, "use_qk_norm": True, "use_sliding_window": None, "decoder_sparse_step": None}
-    moe = {"num_experts": None, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "mlp_only_layers": None}
+    own = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    }
+    attention = {
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "use_sliding_window": None,
+        "decoder_sparse_step": None,
+    }
+    moe = {
+        "num_experts": None,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "mlp_only_layers": None,
+    }
     scale = {"routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     return qwen3_moe_config(**(own | attention | moe | scale | changes))
 

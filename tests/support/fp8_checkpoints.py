@@ -1,4 +1,6 @@
-"""Checkpoints as DeepSeek-V3, Kimi-K2 and Qwen3's FP8 releases ship them, made from random weights, block by block."""
+"""Checkpoints as DeepSeek-V3, Kimi-K2 and Qwen3's FP8 releases ship them, made from random weights,
+block by block.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,41 @@ from torch import Tensor
 
 from .checkpoints import random_tensors, save_tensors
 
-QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+QUANTISATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 Block = tuple[int, int]
 SCALES = "_scale_inv"
 
 
-def quantised(tensors: dict[str, Tensor], scale_dtype: torch.dtype = torch.float32, size: Block = (128, 128)) -> dict[str, Tensor]:
-    """The matrices of linear layers in e4m3 with their scales beside them; embeddings, head and gates stay as they are."""
+def quantised(
+    tensors: dict[str, Tensor], scale_dtype: torch.dtype = torch.float32, size: Block = (128, 128)
+) -> dict[str, Tensor]:
+    """The matrices of linear layers in e4m3 with their scales beside them; embeddings, head and
+    gates stay as they are.
+    """
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if value.dim() != 2 or "embed_tokens" in name or "lm_head" in name or name.endswith(".gate.weight"):
             found[name] = value
             continue
         rows, columns = (-(-length // each) for length, each in zip(value.shape, size, strict=True))
-        eight, scales = torch.empty(value.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns, dtype=scale_dtype)
+        eight, scales = (
+            torch.empty(value.shape, dtype=torch.float8_e4m3fn),
+            torch.empty(rows, columns, dtype=scale_dtype),
+        )
         for row in range(rows):
             for column in range(columns):
-                block = slice(size[0] * row, size[0] * (row + 1)), slice(size[1] * column, size[1] * (column + 1))
-                scales[row, column] = value[block].float().abs().max() / 448 * 1.01  # scales in bf16 are rounded
+                block = (
+                    slice(size[0] * row, size[0] * (row + 1)),
+                    slice(size[1] * column, size[1] * (column + 1)),
+                )
+                scales[row, column] = (
+                    value[block].float().abs().max() / 448 * 1.01
+                )  # scales in bf16 are rounded
                 eight[block] = (value[block].float() / scales[row, column].float()).to(torch.float8_e4m3fn)
         found |= {name: eight, name + SCALES: scales}
     return found
@@ -39,7 +58,9 @@ def dequantised(tensors: dict[str, Tensor], size: Block = (128, 128)) -> dict[st
     found = {}
     for name, value in tensors.items():
         if name + SCALES in tensors:
-            scales = tensors[name + SCALES].float().repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
+            scales = (
+                tensors[name + SCALES].float().repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
+            )
             value = value.float() * scales[: value.shape[0], : value.shape[1]]
         if not name.endswith(SCALES):
             found[name] = value.float()
@@ -55,9 +76,14 @@ def write_pair(
     scale_dtype: torch.dtype = torch.float32,
     block: Block = (128, 128),
 ) -> tuple[Path, Path]:
-    """The checkpoint ``fp8`` and the one it stands for in float32, ``plain``, in new directories of ``folder``."""
+    """The checkpoint ``fp8`` and the one it stands for in float32, ``plain``, in new directories of
+    ``folder``.
+    """
     eight = quantised(random_tensors(config, seed, torch.bfloat16), scale_dtype, block)
-    fields = {"quantization_config": QUANTISATION | {"weight_block_size": list(block)}, "torch_dtype": "bfloat16"}
+    fields = {
+        "quantization_config": QUANTISATION | {"weight_block_size": list(block)},
+        "torch_dtype": "bfloat16",
+    }
     for name, tensors, added in (
         ("fp8", eight, fields),
         ("plain", dequantised(eight, block), {}),

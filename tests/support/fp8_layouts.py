@@ -1,7 +1,9 @@
-"""Greedy tokens over FP8 pages, as far as they are certain, and what a rank does to show that its layout does not change them.
+"""Greedy tokens over FP8 pages, as far as they are certain, and what a rank does to show that its
+layout does not change them.
 
-Keys that differ in the last bit of float32 may be rounded to eight bits one step apart. A few in a million are; they move hidden
-states and logits by about 1e-4 of their size. Tokens count as certain up to the first position where that could change a choice.
+Keys that differ in the last bit of float32 may be rounded to eight bits one step apart. A few in a
+million are; they move hidden states and logits by about 1e-4 of their size. Tokens count as certain
+up to the first position where that could change a choice.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def certain(path: Path, family: str) -> list[list[int]]:
     close: list[Tensor] = []
     for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
         layer.register_forward_hook(
-            lambda layer, inputs, _: close.append(turns(model.ops, layer.gate.weights, add_norm(model.ops, *inputs)[1]))
+            lambda layer, inputs, _: close.append(
+                turns(model.ops, layer.gate.weights, add_norm(model.ops, *inputs)[1])
+            )
         )
     found = []
     for prompt in prompts_of(family):
@@ -53,18 +57,29 @@ def turns(ops: Ops, gate: GateWeights, x_TD: Tensor) -> Tensor:
     """[T] whether a little noise on its input makes the gate choose other experts."""
     generator = torch.Generator().manual_seed(0)
     size_T1 = x_TD.std(-1, keepdim=True)
-    noisy = (x_TD + ROUTER_NOISE * size_T1 * torch.randn(x_TD.shape, generator=generator) for _ in range(ROUTER_DRAWS))
-    ids_TK, *chosen = (ops.gate(x, gate.weight, gate.bias, gate.routing)[0].sort(-1).values for x in (x_TD, *noisy))
+    noisy = (
+        x_TD + ROUTER_NOISE * size_T1 * torch.randn(x_TD.shape, generator=generator)
+        for _ in range(ROUTER_DRAWS)
+    )
+    ids_TK, *chosen = (
+        ops.gate(x, gate.weight, gate.bias, gate.routing)[0].sort(-1).values for x in (x_TD, *noisy)
+    )
     return torch.stack([(ids != ids_TK).any(-1) for ids in chosen]).any(0)
 
 
-def continue_over_fp8(collectives: Collectives, paths: dict[str, Path], dispatch: str) -> dict[str, list[list[int]]]:
-    """The tokens of this rank's share of every family's prompts: half of them start whole, the others one by one in chunks while the
-    first ones decode."""
+def continue_over_fp8(
+    collectives: Collectives, paths: dict[str, Path], dispatch: str
+) -> dict[str, list[list[int]]]:
+    """The tokens of this rank's share of every family's prompts: half of them start whole, the
+    others one by one in chunks while the first ones decode.
+    """
     found = {}
     for family, path in paths.items():
         mine = prompts_of(family)[collectives.index :: collectives.size]
-        requests = [Request(prompt, NUM_NEW, start=i, chunk=9 + i) if i % 2 else Request(prompt, NUM_NEW) for i, prompt in enumerate(mine)]
+        requests = [
+            Request(prompt, NUM_NEW, start=i, chunk=9 + i) if i % 2 else Request(prompt, NUM_NEW)
+            for i, prompt in enumerate(mine)
+        ]
         executor = build_executor(path, collectives, dispatch, kv_format="fp8")
         found[family] = Driver(executor, requests, lambda step: 1280).run(NUM_STEPS)
     return found

@@ -23,13 +23,17 @@ DEADLINE = 240.0  # of a meeting and of a collective: one rank may compile kerne
 def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) -> list[Any]:
     """``target(collectives, *args)`` on ``world`` fresh processes; their results by rank.
 
-    Fails with the child's traceback when one raises, and names the ranks that are silent when ``timeout`` passes.
+    Fails with the child's traceback when one raises, and names the ranks that are silent when
+    ``timeout`` passes.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe(duplex=False) for _ in range(world)]
     children = [
-        context.Process(target=_child, args=(target, rank, world, store.port, ends[rank][1], args), daemon=True) for rank in range(world)
+        context.Process(
+            target=_child, args=(target, rank, world, store.port, ends[rank][1], args), daemon=True
+        )
+        for rank in range(world)
     ]
     deadline = time.monotonic() + timeout
     try:
@@ -42,7 +46,9 @@ def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) ->
             if child.pid is not None:
                 child.kill()
                 child.join()
-    errors = "\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error is not None)
+    errors = "\n".join(
+        f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error is not None
+    )
     assert not errors, errors
     return [result for _, result in answers]
 
@@ -57,12 +63,16 @@ def _answer(reader: Connection, deadline: float) -> tuple[str | None, Any]:
     return error, result
 
 
-def _child(target: Target, rank: int, world: int, port: int, writer: Connection, args: tuple[Any, ...]) -> None:
+def _child(
+    target: Target, rank: int, world: int, port: int, writer: Connection, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     try:
         store = connect_store("127.0.0.1", port, DEADLINE) if world > 1 else None
         collectives = Collectives("test", rank, world, store, DEADLINE, torch.device("cpu"))
         collectives.build(0)
-        writer.send_bytes(pickle.dumps((None, target(collectives, *args))))  # by value: shared tensors die with the child
+        writer.send_bytes(
+            pickle.dumps((None, target(collectives, *args)))
+        )  # by value: shared tensors die with the child
     except BaseException:
         writer.send_bytes(pickle.dumps((traceback.format_exc(), None)))

@@ -12,21 +12,36 @@ from .hand_plans import Driver, Request, build_executor
 NUM_STEPS = 100  # enough for what is planned below
 
 
-def continue_prompts(collectives: Collectives, paths: dict[str, Path], dispatch: str) -> dict[str, list[list[int]]]:
-    """The tokens of this rank's share of every family's prompts; ``paths`` are the families' checkpoints. Half of the prompts start
-    whole in the first step, the others one by one in chunks, while the first ones decode.
+def continue_prompts(
+    collectives: Collectives, paths: dict[str, Path], dispatch: str
+) -> dict[str, list[list[int]]]:
+    """The tokens of this rank's share of every family's prompts; ``paths`` are the families'
+    checkpoints. Half of the prompts start whole in the first step, the others one by one in chunks,
+    while the first ones decode.
 
-    Ranks take prompts in turn but the last one takes none, so that it takes part without ever having a token.
+    Ranks take prompts in turn but the last one takes none, so that it takes part without ever
+    having a token.
     """
     holders = max(collectives.size - 1, 1)
     found = {}
     for family, path in paths.items():
-        mine = [entry.prompt for entry in load_prompts(family)[collectives.index :: holders]] if collectives.index < holders else []
-        requests = [Request(prompt, NUM_NEW, start=i, chunk=9 + i) if i % 2 else Request(prompt, NUM_NEW) for i, prompt in enumerate(mine)]
-        found[family] = Driver(build_executor(path, collectives, dispatch), requests, _capacity).run(NUM_STEPS)
+        mine = (
+            [entry.prompt for entry in load_prompts(family)[collectives.index :: holders]]
+            if collectives.index < holders
+            else []
+        )
+        requests = [
+            Request(prompt, NUM_NEW, start=i, chunk=9 + i) if i % 2 else Request(prompt, NUM_NEW)
+            for i, prompt in enumerate(mine)
+        ]
+        found[family] = Driver(build_executor(path, collectives, dispatch), requests, _capacity).run(
+            NUM_STEPS
+        )
     return found
 
 
 def _capacity(step: int) -> int:
-    """Bounds the tokens of a rank: eight prompts of 79 tokens at most, then chunks beside rows that decode, then those alone."""
+    """Bounds the tokens of a rank: eight prompts of 79 tokens at most, then chunks beside rows that
+    decode, then those alone.
+    """
     return 640 if step == 0 else 144 if step < 26 else 16

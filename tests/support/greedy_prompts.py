@@ -1,8 +1,9 @@
-"""Prompts with their greedy continuation and its margins, for comparing layouts: ``greedy_prompts.json``.
+"""Prompts with their greedy continuation and its margins, for comparing layouts:
+``greedy_prompts.json``.
 
-``python -m support.greedy_prompts FAMILY...`` (in tests/) writes those of some families anew with transformers as the reference. It
-keeps prompts whose reference run has, at every position computed, router margins above ``MIN_MARGIN`` and, at every sampled one, a
-top-2 margin above it.
+``python -m support.greedy_prompts FAMILY...`` (in tests/) writes those of some families anew with
+transformers as the reference. It keeps prompts whose reference run has, at every position computed,
+router margins above ``MIN_MARGIN`` and, at every sampled one, a top-2 margin above it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ import torch
 from torch import Tensor
 
 from .checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from .family_configs import deepseek_v2_config, glm4_moe_config, kimi_k2_config, mixtral_config, qwen2_moe_config
+from .family_configs import (
+    deepseek_v2_config,
+    glm4_moe_config,
+    kimi_k2_config,
+    mixtral_config,
+    qwen2_moe_config,
+)
 from .reference_models import load_reference
 
 FILE = Path(__file__).with_name("greedy_prompts.json")
@@ -39,8 +46,10 @@ _ROUTERS = ("TopKRouter", "TopkRouter")  # how transformers' routers end
 
 @dataclass(frozen=True)
 class GreedyPrompt:
-    """``top2_margin``: least difference of the two best logits where a token was chosen. ``router_margin``: least difference, over
-    all tokens and layers, between a chosen score and one not chosen (experts and groups)."""
+    """``top2_margin``: least difference of the two best logits where a token was chosen.
+    ``router_margin``: least difference, over all tokens and layers, between a chosen score and one
+    not chosen (experts and groups).
+    """
 
     prompt: list[int]
     tokens: list[int]
@@ -65,11 +74,15 @@ class Reference:
         self._inputs: list[tuple[Any, Tensor]] = []
         for module in self._model.modules():
             if type(module).__name__.endswith(_ROUTERS):
-                module.register_forward_hook(lambda module, inputs, output: self._inputs.append((module, inputs[0])))
+                module.register_forward_hook(
+                    lambda module, inputs, output: self._inputs.append((module, inputs[0]))
+                )
 
     @torch.inference_mode()
     def compute(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
-        """logits [T, V] after each of ``tokens``, and the least router margin [T] over all layers of each."""
+        """logits [T, V] after each of ``tokens``, and the least router margin [T] over all layers
+        of each.
+        """
         self._inputs.clear()
         logits_TV = self._model(torch.tensor([tokens])).logits[0]
         assert self._inputs, "no router was seen"
@@ -77,7 +90,9 @@ class Reference:
         return logits_TV, torch.stack(margins).amin(0)
 
     def judge(self, prompt: list[int], tokens: list[int]) -> tuple[list[int], float, float]:
-        """(best token at each position of ``tokens``, least top-2 margin there, least router margin) with all of them as input."""
+        """(best token at each position of ``tokens``, least top-2 margin there, least router
+        margin) with all of them as input.
+        """
         logits_TV, routers_T = self.compute(prompt + tokens)
         logits_TV = logits_TV[len(prompt) - 1 : -1]
         top = logits_TV.topk(2).values
@@ -93,15 +108,22 @@ class Reference:
     def _router_margins(self, module: Any, x_TD: Tensor) -> Tensor:
         scores_TE = x_TD @ module.weight.T
         corrected = hasattr(module, "e_score_correction_bias")
-        scores_TE = scores_TE.sigmoid() + module.e_score_correction_bias if corrected else scores_TE.softmax(-1)
-        if self._config.get("topk_group", 1) == self._config.get("n_group", 1) or self._config.get("topk_method") == "greedy":
+        scores_TE = (
+            scores_TE.sigmoid() + module.e_score_correction_bias if corrected else scores_TE.softmax(-1)
+        )
+        if (
+            self._config.get("topk_group", 1) == self._config.get("n_group", 1)
+            or self._config.get("topk_method") == "greedy"
+        ):
             return _gaps(scores_TE, self._config["num_experts_per_tok"])
         scores_TGE = scores_TE.unflatten(-1, (self._config["n_group"], -1))
         groups_TG = scores_TGE.topk(2 if corrected else 1).values.sum(-1)
         best = groups_TG.topk(self._config["topk_group"]).indices
         closed = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(-1, best, False)
         inside = scores_TGE.masked_fill(closed[..., None], -1.0).flatten(1)
-        return torch.minimum(_gaps(groups_TG, self._config["topk_group"]), _gaps(inside, self._config["num_experts_per_tok"]))
+        return torch.minimum(
+            _gaps(groups_TG, self._config["topk_group"]), _gaps(inside, self._config["num_experts_per_tok"])
+        )
 
 
 def _gaps(scores: Tensor, chosen: int) -> Tensor:

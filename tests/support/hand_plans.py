@@ -1,4 +1,6 @@
-"""An executor over a checkpoint, driven by plans made by hand: what a planner would send, but in every order it may."""
+"""An executor over a checkpoint, driven by plans made by hand: what a planner would send, but in
+every order it may.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,28 @@ def build_executor(
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
     dispatcher = dispatcher_of(dispatch, placement, collectives)
     model = build_model(config, dispatcher, torch.float32, device, column)
-    load_weights(model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None)
+    load_weights(
+        model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None
+    )
     pool = KVPool(config, NUM_PAGES, PAGE_SIZE, kv_format, device)
     if column == "cpu":
-        warm_up(config, torch.float32, Pages(kv_format, PAGE_SIZE), functools.partial(dispatcher_of, dispatch), print)
-    return Executor(Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1)
+        warm_up(
+            config,
+            torch.float32,
+            Pages(kv_format, PAGE_SIZE),
+            functools.partial(dispatcher_of, dispatch),
+            print,
+        )
+    return Executor(
+        Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1
+    )
 
 
 @dataclass
 class Request:
-    """A request and when it does what: admitted in step ``start``, prefilled in chunks, held in the steps ``held``."""
+    """A request and when it does what: admitted in step ``start``, prefilled in chunks, held in the
+    steps ``held``.
+    """
 
     prompt: list[int]
     num_new: int
@@ -75,11 +89,16 @@ class Request:
 
 
 class Driver:
-    """Plans the steps of one rank, each with the ``capacity`` of its number. Slots and pages are handed out in a scrambled order;
-    results are in ``results``."""
+    """Plans the steps of one rank, each with the ``capacity`` of its number. Slots and pages are
+    handed out in a scrambled order; results are in ``results``.
+    """
 
     def __init__(
-        self, executor: Executor, requests: Sequence[Request], capacity: Callable[[int], int] = lambda step: 512, seed: int = 0
+        self,
+        executor: Executor,
+        requests: Sequence[Request],
+        capacity: Callable[[int], int] = lambda step: 512,
+        seed: int = 0,
     ) -> None:
         self.executor = executor
         self.requests = list(requests)
@@ -91,9 +110,13 @@ class Driver:
         self._free: list[int] = []
 
     def run(self, num_steps: int | None = None) -> list[list[int]]:
-        """Steps until all requests are done, or ``num_steps`` times; the tokens of every request."""
+        """Steps until all requests are done, or ``num_steps`` times; the tokens of every
+        request.
+        """
         step = 0
-        while step < num_steps if num_steps is not None else not all(request.done for request in self.requests):
+        while (
+            step < num_steps if num_steps is not None else not all(request.done for request in self.requests)
+        ):
             self.step(step)
             step += 1
             assert step < 2000, "requests never finish"
@@ -122,8 +145,15 @@ class Driver:
     def _section(self, step: int) -> tuple[Section, list[Request]]:
         free, self._free = self._free, []
         hold, resume = self._holds(step)
-        admit = [self._admit(request) for request in self.requests if request.slot < 0 and not request.done and step >= request.start]
-        running = sorted((request for request in self.requests if request.slot >= 0 and not request.is_held), key=lambda r: r.slot)
+        admit = [
+            self._admit(request)
+            for request in self.requests
+            if request.slot < 0 and not request.done and step >= request.start
+        ]
+        running = sorted(
+            (request for request in self.requests if request.slot >= 0 and not request.is_held),
+            key=lambda r: r.slot,
+        )
         decoding = [request for request in running if request.length >= len(request.prompt)]
         pages, extend = [], []
         sampling = list(decoding)

@@ -1,9 +1,12 @@
-"""Several hosts on one machine: each is a set of namespaces with its own name, address and processes.
+"""Several hosts on one machine: each is a set of namespaces with its own name, address and
+processes.
 
-A host has its own network (``eth0`` on a switch that joins all of them and this machine), host name, process ids, ``/dev/shm``
-and ``/etc/hosts``, which names all of them. Files are shared, but for the folders in ``private``. Everything lives as long as
-the first process of its namespace, which leaves when this process closes its pipe or dies: the kernel then kills what ran on
-the host and takes its network away, so that nothing stays behind whatever happens. Needs root, iproute2 and util-linux.
+A host has its own network (``eth0`` on a switch that joins all of them and this machine), host
+name, process ids, ``/dev/shm`` and ``/etc/hosts``, which names all of them. Files are shared, but
+for the folders in ``private``. Everything lives as long as the first process of its namespace,
+which leaves when this process closes its pipe or dies: the kernel then kills what ran on the host
+and takes its network away, so that nothing stays behind whatever happens. Needs root, iproute2 and
+util-linux.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from typing import Any
 import psutil
 import pytest
 
-# The first process of a namespace: orphans are its children, and are reaped by the kernel because it ignores their end.
+# The first process of a namespace: orphans are its children, and are reaped by the kernel because
+# it ignores their end.
 _INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 _ISOLATED = ("--net", "--uts", "--mount", "--ipc", "--pid")
@@ -34,7 +38,9 @@ _SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Host:
-    """One of several. ``pid`` is its first process as this machine numbers it; ``machine`` this machine's address on the switch."""
+    """One of several. ``pid`` is its first process as this machine numbers it; ``machine`` this
+    machine's address on the switch.
+    """
 
     name: str
     address: str
@@ -42,11 +48,25 @@ class Host:
     pid: int
 
     def command(self, *arguments: str, folder: Path | None = None) -> list[str]:
-        """The command line that runs ``arguments`` on this host, in ``folder`` (the current one)."""
-        return ["nsenter", "--target", str(self.pid), *_ISOLATED, f"--wdns={folder or Path.cwd()}", "--", *arguments]
+        """The command line that runs ``arguments`` on this host, in ``folder`` (the current
+        one).
+        """
+        return [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            *_ISOLATED,
+            f"--wdns={folder or Path.cwd()}",
+            "--",
+            *arguments,
+        ]
 
-    def run(self, *arguments: str, seconds: float = _SECONDS, environment: Mapping[str, str] | None = None) -> str:
-        """Runs a command to its end and returns what it printed. A failure is an assertion with its words."""
+    def run(
+        self, *arguments: str, seconds: float = _SECONDS, environment: Mapping[str, str] | None = None
+    ) -> str:
+        """Runs a command to its end and returns what it printed. A failure is an assertion with its
+        words.
+        """
         done = subprocess.run(
             self.command(*arguments),
             capture_output=True,
@@ -56,15 +76,21 @@ class Host:
             check=False,
             stdin=subprocess.DEVNULL,
         )
-        assert done.returncode == 0, f"{self.name}: {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, (
+            f"{self.name}: {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done.stdout
 
     def popen(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
-        """Starts a command. The Popen is that of nsenter, which waits for it; ``inner`` finds the command itself, to signal it."""
+        """Starts a command. The Popen is that of nsenter, which waits for it; ``inner`` finds the
+        command itself, to signal it.
+        """
         return subprocess.Popen(self.command(*arguments), **options)
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs on this host, by this machine's process ids, but for the first process; nothing once it is down."""
+        """Everything that runs on this host, by this machine's process ids, but for the first
+        process; nothing once it is down.
+        """
         found: list[psutil.Process] = []
         try:
             namespace = os.readlink(f"/proc/{self.pid}/ns/pid")
@@ -97,8 +123,8 @@ def inner(process: subprocess.Popen[Any], seconds: float = _SECONDS) -> psutil.P
 def make_hosts(*names: str, private: Sequence[Path] = (), shm: str = "1g") -> Iterator[list[Host]]:
     """Hosts of these names, which reach each other and this machine, by address and by name.
 
-    Each sees an empty folder of its own in place of every folder in ``private`` (which must exist), and a ``/dev/shm`` of
-    the size ``shm``.
+    Each sees an empty folder of its own in place of every folder in ``private`` (which must exist),
+    and a ``/dev/shm`` of the size ``shm``.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
@@ -136,9 +162,13 @@ def _furnish(host: Host, table: Path, private: Sequence[Path], shm: str) -> None
 
 @contextmanager
 def _namespace(*kinds: str) -> Iterator[int]:
-    """New namespaces, held by a first process whose id is given; they end with the context, or with this process."""
+    """New namespaces, held by a first process whose id is given; they end with the context, or with
+    this process.
+    """
     command = ["unshare", *kinds, "--fork", "--kill-child", "--", sys.executable, "-I", "-S", "-c", _INIT]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/")
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
+    )
     try:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == b"up\n", f"{command} did not come up"
@@ -156,7 +186,9 @@ def _in_network(pid: int | None, *arguments: str) -> None:
 def _plug(switch: int, port: str, name: str, pid: int | None) -> None:
     """A cable from a port of the switch to the interface ``name`` of a host, or of this machine."""
     where = () if pid is None else ("netns", str(pid))
-    _in_network(None, "ip", "link", "add", name, *where, "type", "veth", "peer", "name", port, "netns", str(switch))
+    _in_network(
+        None, "ip", "link", "add", name, *where, "type", "veth", "peer", "name", port, "netns", str(switch)
+    )
     _in_network(switch, "ip", "link", "set", port, "master", "switch", "up")
 
 
@@ -167,7 +199,9 @@ def _bring_up(pid: int | None, name: str, address: str) -> None:
 
 def _free_network() -> str:
     """The first three numbers of a network that no interface of this machine is in."""
-    used = {entry.address.rpartition(".")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
+    used = {
+        entry.address.rpartition(".")[0] for entries in psutil.net_if_addrs().values() for entry in entries
+    }
     return random.choice([name for name in (f"10.213.{third}" for third in range(256)) if name not in used])
 
 
@@ -178,7 +212,13 @@ def missing() -> str:
         return "makes network namespaces, which takes root on Linux"
     if absent := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         return f"makes network namespaces, which takes {', '.join(absent)} (iproute2, util-linux)"
-    tried = subprocess.run(["unshare", *_ISOLATED, "--fork", "true"], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    tried = subprocess.run(
+        ["unshare", *_ISOLATED, "--fork", "true"],
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
     return f"cannot make namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 

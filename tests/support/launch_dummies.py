@@ -1,7 +1,9 @@
-"""``python -m support.launch_dummies --recipe R ...``: the launch command, with dummy roles in place of the real ones.
+"""``python -m support.launch_dummies --recipe R ...``: the launch command, with dummy roles in
+place of the real ones.
 
-Ranks that do no work do not meet either, so the store where they would is not opened: torch, which holds it, takes a second to import.
-Deadlines that a test waits for are short, but only where a dummy was told to misbehave; others must not be met by a machine that is busy.
+Ranks that do no work do not meet either, so the store where they would is not opened: torch, which
+holds it, takes a second to import. Deadlines that a test waits for are short, but only where a
+dummy was told to misbehave; others must not be met by a machine that is busy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A launch command under test: started in a session of its own, watched by what it prints and by what it leaves behind."""
+"""A launch command under test: started in a session of its own, watched by what it prints and by
+what it leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ TESTS = Path(__file__).parent.parent
 
 
 class Launcher:
-    """``python -m MODULE --recipe ...``, on ``host`` if there is one. Leaving the context kills what is left of it, and of the run,
-    whatever happened."""
+    """``python -m MODULE --recipe ...``, on ``host`` if there is one. Leaving the context kills
+    what is left of it, and of the run, whatever happened.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,9 @@ class Launcher:
         for process in self.seen:
             if process.is_running() and command_of(process)[-3:-1] == name.split():
                 return process.pid
-        raise AssertionError(f"no process {name} among {[command_of(process) for process in self.seen if process.is_running()]}")
+        raise AssertionError(
+            f"no process {name} among {[command_of(process) for process in self.seen if process.is_running()]}"
+        )
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         (inner(self.process) if self._on_host else self.process).send_signal(number)
@@ -95,13 +100,17 @@ class Launcher:
         assert len(self.seen) >= 2, "look() saw no processes"
         deadline = time.monotonic() + seconds
         while left := [process for process in self.seen if alive(process)]:
-            assert time.monotonic() < deadline, f"left behind: {[(process.pid, command_of(process)) for process in left]}"
+            assert time.monotonic() < deadline, (
+                f"left behind: {[(process.pid, command_of(process)) for process in left]}"
+            )
             time.sleep(0.05)
 
     def __enter__(self) -> Launcher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.process.poll() is None:
             self.look()
             self.process.kill()

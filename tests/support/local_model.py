@@ -22,8 +22,12 @@ from support.dispatchers import dispatcher_of
 MOST_TOKENS = 600
 
 
-def load_local(path: Path, dtype: torch.dtype, column: Column | None = None, dispatch: str = "local") -> Model:
-    """The model of directory ``path`` with all its experts here, whatever the ``dispatch``; a step of at most MOST_TOKENS."""
+def load_local(
+    path: Path, dtype: torch.dtype, column: Column | None = None, dispatch: str = "local"
+) -> Model:
+    """The model of directory ``path`` with all its experts here, whatever the ``dispatch``; a step
+    of at most MOST_TOKENS.
+    """
     config = load_config(path)
     device = torch.device("cpu")
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
@@ -38,19 +42,26 @@ FORMATS: dict[torch.dtype, KvFormat] = {torch.float32: "fp32", torch.bfloat16: "
 
 
 class Stepper:
-    """Sequences over a paged cache of tensors of ``dtype`` with scattered pages. ``step`` computes some tokens of some sequences."""
+    """Sequences over a paged cache of tensors of ``dtype`` with scattered pages. ``step`` computes
+    some tokens of some sequences.
+    """
 
-    def __init__(self, model: Model, dtype: torch.dtype, num_pages: int = 128, page_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, num_pages: int = 128, page_size: int = 8, seed: int = 0
+    ) -> None:
         self.model = model
         self.page_size = page_size
         self.lengths: dict[int, int] = {}
         self._pages: dict[int, list[int]] = {}
         self._free = np.random.default_rng(seed).permutation(num_pages).tolist()
-        self.cache: list[LayerCache] = KVPool(model.config, num_pages - 1, page_size, FORMATS[dtype], torch.device("cpu")).cache
+        self.cache: list[LayerCache] = KVPool(
+            model.config, num_pages - 1, page_size, FORMATS[dtype], torch.device("cpu")
+        ).cache
 
     @torch.inference_mode()
     def step(self, rows: dict[int, list[int]], num_decode: int = 0) -> dict[int, Tensor]:
-        """rows: sequence -> its next tokens; the first ``num_decode`` are decode rows of one token each.
+        """rows: sequence -> its next tokens; the first ``num_decode`` are decode rows of one token
+        each.
 
         Returns float32 logits [tokens, V] of every computed token, by sequence.
         """

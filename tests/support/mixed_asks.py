@@ -1,8 +1,9 @@
 """Requests whose tokens are known, to be asked again under load, where they must be the same.
 
-What a request should get is computed by transformers from what the server gave, all at once. Batches differ in the last bits of
-float32, so tokens count as certain up to the first position where a choice is close: of an expert, of the best token, of the
-tokens that top-k keeps, or of a draw.
+What a request should get is computed by transformers from what the server gave, all at once.
+Batches differ in the last bits of float32, so tokens count as certain up to the first position
+where a choice is close: of an expert, of the best token, of the tokens that top-k keeps, or of a
+draw.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Known:
 
     def ask(self, num_tokens: int, cut_after: int | None = None, **fields: object) -> Ask:
         """The same request for ``num_tokens``."""
-        return Ask(self.body | {"max_tokens": num_tokens, "return_token_ids": True} | fields, cut_after=cut_after)
+        return Ask(
+            self.body | {"max_tokens": num_tokens, "return_token_ids": True} | fields, cut_after=cut_after
+        )
 
     def assert_same(self, answer: Answer, what: str) -> None:
         """``answer`` begins as this request does, as far as both go."""
@@ -50,9 +53,14 @@ def random_prompt(dice: random.Random, least: int, most: int) -> list[int]:
 
 
 def random_bodies(dice: random.Random, num: int, prompts: tuple[int, int]) -> list[Body]:
-    """``num`` requests with prompts of a length within ``prompts``; every second one is greedy, the others are seeded."""
+    """``num`` requests with prompts of a length within ``prompts``; every second one is greedy, the
+    others are seeded.
+    """
     ways: list[Body] = [
-        {"temperature": 1.0, "top_k": TOP_K, "seed": dice.randrange(2**40)} if index % 2 else {"temperature": 0.0} for index in range(num)
+        {"temperature": 1.0, "top_k": TOP_K, "seed": dice.randrange(2**40)}
+        if index % 2
+        else {"temperature": 0.0}
+        for index in range(num)
     ]
     return [{"prompt": random_prompt(dice, *prompts), "ignore_eos": True, **way} for way in ways]
 
@@ -65,7 +73,9 @@ class Oracle:
         self._reference = Reference(model, json.loads((model / "config.json").read_text()))
 
     def score(self, prompt: list[int]) -> list[float]:
-        """Log-probabilities of the tokens of ``prompt`` after its first, as far as no choice of an expert before them is close."""
+        """Log-probabilities of the tokens of ``prompt`` after its first, as far as no choice of an
+        expert before them is close.
+        """
         logits_TV, routers_T = self._reference.compute(prompt)
         close = (routers_T[:-1] < ROUTER_MARGIN).numpy()
         num = int(np.argmax(close)) if close.any() else len(close)
@@ -73,7 +83,9 @@ class Oracle:
         return [float(value) for value in values[:num]]
 
     def know(self, served: Served, bodies: Sequence[Body], num_tokens: int, at_once: int = 64) -> list[Known]:
-        """Asks each for ``num_tokens`` and compares with the reference; keeps those of which at least half is certain."""
+        """Asks each for ``num_tokens`` and compares with the reference; keeps those of which at
+        least half is certain.
+        """
         known: list[Known] = []
         for start in range(0, len(bodies), at_once):
             asks = [Known(body, []).ask(num_tokens) for body in bodies[start : start + at_once]]
@@ -81,11 +93,15 @@ class Oracle:
                 assert len(answer.tokens) == num_tokens
                 known.append(Known(ask.body, self.certain(ask.body, answer.tokens)))
         kept = [each for each in known if len(each.tokens) >= num_tokens / 2]
-        assert len(kept) >= 0.7 * len(bodies), f"only {len(kept)} of {len(bodies)} requests are certain enough"
+        assert len(kept) >= 0.7 * len(bodies), (
+            f"only {len(kept)} of {len(bodies)} requests are certain enough"
+        )
         return kept
 
     def certain(self, body: Body, tokens: list[int]) -> list[int]:
-        """The leading tokens that leave no doubt. Raises AssertionError where one of them is not the reference's."""
+        """The leading tokens that leave no doubt. Raises AssertionError where one of them is not
+        the reference's.
+        """
         prompt = body["prompt"]
         logits_TV, routers_T = self._reference.compute(prompt + tokens[:-1])
         logits_TV = logits_TV[len(prompt) - 1 :]
@@ -104,12 +120,18 @@ def _best(logits_TV: Tensor, body: Body, num_prompt: int) -> tuple[list[int], np
 
 
 def _draws(logits_TV: Tensor, body: Body, num_prompt: int) -> tuple[list[int], np.ndarray]:
-    """The token drawn at each position by inverse CDF in vocabulary order over the top-k, and whether another is close."""
+    """The token drawn at each position by inverse CDF in vocabulary order over the top-k, and
+    whether another is close.
+    """
     positions = np.arange(num_prompt, num_prompt + len(logits_TV))
     draw_T = torch.from_numpy(uniform(np.full(len(positions), body["seed"]), positions, Purpose.SAMPLE))
     top_TK, ids_TK = logits_TV.double().topk(body["top_k"] + 1)
     kept_TK, order_TK = ids_TK[:, :-1].sort(-1)
     cdf_TK = (top_TK[:, :-1] / body["temperature"]).softmax(-1).gather(-1, order_TK).cumsum(-1)
-    drawn = kept_TK.gather(-1, (cdf_TK <= draw_T[:, None]).sum(-1, keepdim=True).clamp(max=body["top_k"] - 1))[:, 0]
-    close = ((cdf_TK - draw_T[:, None]).abs().amin(-1) < DRAW_MARGIN) | (top_TK[:, -2] - top_TK[:, -1] < LOGIT_MARGIN)
+    drawn = kept_TK.gather(
+        -1, (cdf_TK <= draw_T[:, None]).sum(-1, keepdim=True).clamp(max=body["top_k"] - 1)
+    )[:, 0]
+    close = ((cdf_TK - draw_T[:, None]).abs().amin(-1) < DRAW_MARGIN) | (
+        top_TK[:, -2] - top_TK[:, -1] < LOGIT_MARGIN
+    )
     return drawn.tolist(), close.numpy()

@@ -16,17 +16,27 @@ from lockstep.engine.protocol.specs import Keys, Layout, RankSpec
 
 
 class MockController:
-    """Two ROUTER sockets with CURVE on free ports of the loopback. Receiving fails after ``deadline`` seconds: a rank in a process of
-    its own may have kernels to compile before it says hello."""
+    """Two ROUTER sockets with CURVE on free ports of the loopback. Receiving fails after
+    ``deadline`` seconds: a rank in a process of its own may have kernels to compile before it says
+    hello.
+    """
 
     def __init__(self, deadline: float = 100.0) -> None:
         self._deadline = deadline
         self._server, self._client = new_keypair(), new_keypair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = authenticate(self._context, (self._client[0],))
-        self.sockets = {name: server_socket(self._context, zmq.ROUTER, *self._server) for name in ("step", "bulk")}
-        self.addresses = {name: f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}" for name, socket in self.sockets.items()}
-        self._decoders = {"step": msgspec.msgpack.Decoder(FromRankStep), "bulk": msgspec.msgpack.Decoder(FromRankBulk)}
+        self.sockets = {
+            name: server_socket(self._context, zmq.ROUTER, *self._server) for name in ("step", "bulk")
+        }
+        self.addresses = {
+            name: f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
+            for name, socket in self.sockets.items()
+        }
+        self._decoders = {
+            "step": msgspec.msgpack.Decoder(FromRankStep),
+            "bulk": msgspec.msgpack.Decoder(FromRankBulk),
+        }
 
     def spec(self, **changes: Any) -> RankSpec:
         """What a rank of a world of one is told."""

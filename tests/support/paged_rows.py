@@ -14,9 +14,13 @@ PAGE_SIZE = 8
 
 
 class PagedRows:
-    """Rows given as (length before the step, tokens in the step); ``num_decode`` of them come first with one token."""
+    """Rows given as (length before the step, tokens in the step); ``num_decode`` of them come first
+    with one token.
+    """
 
-    def __init__(self, rows: list[tuple[int, int]], num_decode: int, seed: int = 0, page_size: int = PAGE_SIZE) -> None:
+    def __init__(
+        self, rows: list[tuple[int, int]], num_decode: int, seed: int = 0, page_size: int = PAGE_SIZE
+    ) -> None:
         self.page_size = page_size
         self.starts = np.array([start for start, _ in rows], np.int64)
         self.counts = np.array([count for _, count in rows], np.int64)
@@ -34,7 +38,10 @@ class PagedRows:
     def places(self, row: int) -> Tensor:
         """Cache positions of the row's tokens in order, those of this step included."""
         positions = np.arange(self.starts[row] + self.counts[row])
-        return torch.from_numpy(self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size)
+        return torch.from_numpy(
+            self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size
+            + positions % self.page_size
+        )
 
     def queries(self, row: int) -> slice:
         begin = int(self.counts[:row].sum())
@@ -44,5 +51,7 @@ class PagedRows:
 def on_device(batch: PagedBatch, device: torch.device) -> PagedBatch:
     """The batch of a step that knows no length on the host: whoever looks for one there fails."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()
+    }
     return PagedBatch(**(moved | {"query_starts": (), "lengths": ()}))

@@ -1,4 +1,6 @@
-"""A planner and simulated ranks with a network in between that a test can make late, lossy and repetitive."""
+"""A planner and simulated ranks with a network in between that a test can make late, lossy and
+repetitive.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,21 @@ MAX_STEP_BYTES = 16 << 10
 
 
 class CheckedRank(SimulatedRank):
-    """A simulated rank with page contents: every row must find in its pages exactly the tokens it stands on."""
+    """A simulated rank with page contents: every row must find in its pages exactly the tokens it
+    stands on.
+    """
 
-    def __init__(self, rank: int, num_slots: int, max_pages: int, *, pool: int, page_size: int, num_cohorts: int, samples: bool) -> None:
+    def __init__(
+        self,
+        rank: int,
+        num_slots: int,
+        max_pages: int,
+        *,
+        pool: int,
+        page_size: int,
+        num_cohorts: int,
+        samples: bool,
+    ) -> None:
         super().__init__(rank, num_slots, max_pages, num_cohorts=num_cohorts, samples=samples)
         self.page_size = page_size
         self.content = np.full((pool, page_size, 2), -1, np.int64)
@@ -48,7 +62,9 @@ class CheckedRank(SimulatedRank):
         self.history[slot] = prompt.tolist()
 
     def _compute(self, rows: Rows) -> tuple[Int32, Int64]:
-        for slot, start, count in zip(rows.slots.tolist(), rows.starts.tolist(), rows.counts.tolist(), strict=True):
+        for slot, start, count in zip(
+            rows.slots.tolist(), rows.starts.tolist(), rows.counts.tolist(), strict=True
+        ):
             self._read(slot, start)
             self._write(slot, start, start + count)
         tokens, counts = super()._compute(rows)
@@ -62,7 +78,9 @@ class CheckedRank(SimulatedRank):
 
     def _places(self, slot: int, start: int, end: int) -> tuple[Int64, Int64]:
         positions = np.arange(start, end)
-        return self.table.pages[slot, positions // self.page_size].astype(np.int64), positions % self.page_size
+        return self.table.pages[slot, positions // self.page_size].astype(
+            np.int64
+        ), positions % self.page_size
 
     def _read(self, slot: int, length: int) -> None:
         pages, offsets = self._places(slot, 0, length)
@@ -72,7 +90,9 @@ class CheckedRank(SimulatedRank):
 
     def _write(self, slot: int, start: int, end: int) -> None:
         pages, offsets = self._places(slot, start, end)
-        assert pages.size == 0 or int(self.table.num_pages[slot]) * self.page_size >= end, f"slot {slot} writes past its pages"
+        assert pages.size == 0 or int(self.table.num_pages[slot]) * self.page_size >= end, (
+            f"slot {slot} writes past its pages"
+        )
         self.content[pages, offsets, 0] = self.history[slot][start:end]
         self.content[pages, offsets, 1] = np.arange(start, end)
 
@@ -81,9 +101,22 @@ class World:
     """Planner, ranks, and what every client has received so far."""
 
     def __init__(
-        self, layout: Layout, *, pages: int, page_size: int, max_len: int, advance: int = 1, end_every: int = 0, **spec: object
+        self,
+        layout: Layout,
+        *,
+        pages: int,
+        page_size: int,
+        max_len: int,
+        advance: int = 1,
+        end_every: int = 0,
+        **spec: object,
     ) -> None:
-        settings = {"max_running": 8, "max_batch_tokens": 64, "checksum_every": 1, "max_advance": advance} | spec
+        settings = {
+            "max_running": 8,
+            "max_batch_tokens": 64,
+            "checksum_every": 1,
+            "max_advance": advance,
+        } | spec
         self.planner = Planner(layout, SchedulerSpec(**settings), [pages] * layout.data, page_size, max_len)  # type: ignore[arg-type]
         self.layout, self.page_size = layout, page_size
         group = self.planner.group
@@ -117,8 +150,12 @@ class World:
 
     # ------------------------------------------------------------- clients
 
-    def submit(self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True, scored: int = -1) -> int:
-        """``scored``: how many of the likeliest are wanted at every token of the prompt, -1 for no log-probabilities of it."""
+    def submit(
+        self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True, scored: int = -1
+    ) -> int:
+        """``scored``: how many of the likeliest are wanted at every token of the prompt, -1 for no
+        log-probabilities of it.
+        """
         handle = len(self.requests)
         tokens = np.array(prompt, np.int32).tobytes()
         submit = Submit(
@@ -184,7 +221,9 @@ class World:
     def _receive_scores(self, message: PromptLogprobs) -> None:
         values = np.frombuffer(message.chosen_f32, np.float32).tolist()
         known, top = self.scores[message.of], self.requests[message.of].sampling.num_prompt_logprobs
-        assert 1 <= message.position <= len(known) + 1, f"request {message.of}: position {message.position}, has {len(known)}"
+        assert 1 <= message.position <= len(known) + 1, (
+            f"request {message.of}: position {message.position}, has {len(known)}"
+        )
         assert len(message.top_ids_i32) == len(message.top_f32) == 4 * top * len(values)
         known += values[len(known) + 1 - message.position :]
 
@@ -198,8 +237,12 @@ class World:
         for handle, position, count, finish in zip(handles, positions, counts, finishes, strict=True):
             assert handle not in self.finish, f"request {handle} speaks after its end"
             if count or finish < Finish.ABORT:
-                assert self.scores[handle] == self.expected_scores(handle), f"request {handle}: tokens before its prompt is told"
-            assert position == len(self.tokens[handle]), f"request {handle}: position {position}, has {len(self.tokens[handle])}"
+                assert self.scores[handle] == self.expected_scores(handle), (
+                    f"request {handle}: tokens before its prompt is told"
+                )
+            assert position == len(self.tokens[handle]), (
+                f"request {handle}: position {position}, has {len(self.tokens[handle])}"
+            )
             self.tokens[handle] += tokens[start : start + count]
             start += count
             if finish:
@@ -236,11 +279,15 @@ class World:
             self._check_grammar(message)
             if rank not in self.dead:
                 handle = int(message.grammar.split()[1])
-                self.planner.staged(Staged(rank, message.staged, "no such word" if handle in self.impossible else ""))
+                self.planner.staged(
+                    Staged(rank, message.staged, "no such word" if handle in self.impossible else "")
+                )
         return True
 
     def _check_grammar(self, message: Stage) -> None:
-        """A prompt comes with its request's grammar, and with how much of it follows the grammar already."""
+        """A prompt comes with its request's grammar, and with how much of it follows the grammar
+        already.
+        """
         submit = self.requests[int(message.grammar.split()[1])]
         assert message.grammar == submit.grammar
         assert len(message.tokens_i32) // 4 - message.num_emitted == len(submit.prompt_i32) // 4
@@ -285,7 +332,9 @@ class World:
         self.tidy()
 
     def replace(self, rank: int) -> None:
-        """A rank dies and another takes its place: the others keep their pages, the new one has none."""
+        """A rank dies and another takes its place: the others keep their pages, the new one has
+        none.
+        """
         data = self.planner.group.data_of_rank(rank)
         old = self.ranks[rank]
         new = CheckedRank(
@@ -329,7 +378,9 @@ class World:
                 return
             group = self.planner.group
             overdue = [d for d in range(group.num_data) if group.alive[d] and self._overdue(d)]
-            assert overdue, f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {group.rows.state.tolist()}"
+            assert overdue, (
+                f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {group.rows.state.tolist()}"
+            )
             for data in overdue:
                 self.planner.resync(data)
             self.tidy()

@@ -1,7 +1,8 @@
 """A DeepSeek-V3-shaped checkpoint of 2.4 million random weights with a tokenizer of its own.
 
-Random weights are the harder test of numerics and of sampling: no token is far more likely than the rest, and every expert is used.
-The result depends on nothing but this file: numpy draws the weights, and the text that the tokenizer is trained on is composed here.
+Random weights are the harder test of numerics and of sampling: no token is far more likely than the
+rest, and every expert is used. The result depends on nothing but this file: numpy draws the
+weights, and the text that the tokenizer is trained on is composed here.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def random_checkpoint() -> Path:
 
 
 def make_checkpoint(directory: Path) -> None:
-    """Writes config, tokenizer and weights into ``directory`` in the form of a Hugging Face model."""
+    """Writes config, tokenizer and weights into ``directory`` in the form of a Hugging Face
+    model.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", CONFIG)
     write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
@@ -101,10 +104,50 @@ def write_json(path: Path, value: object) -> None:
 def sentences(count: int) -> list[str]:
     """Plain English-looking lines, code and numbers, enough for a few hundred merges."""
     draw = random.Random(SEED)
-    who = ("the controller", "a rank", "the planner", "every frontend", "a client", "the launcher", "an expert", "this request")
-    verb = ("sends", "plans", "waits for", "computes", "admits", "frees", "counts", "holds", "reads", "writes", "answers", "moves")
-    what = ("a token", "the next step", "two prompts", "its experts", "the page table", "a result", "the queue", "some weights")
-    tail = ("in order", "without delay", "at once", "when asked", "on every node", "before the deadline", "as before", "again and again")
+    who = (
+        "the controller",
+        "a rank",
+        "the planner",
+        "every frontend",
+        "a client",
+        "the launcher",
+        "an expert",
+        "this request",
+    )
+    verb = (
+        "sends",
+        "plans",
+        "waits for",
+        "computes",
+        "admits",
+        "frees",
+        "counts",
+        "holds",
+        "reads",
+        "writes",
+        "answers",
+        "moves",
+    )
+    what = (
+        "a token",
+        "the next step",
+        "two prompts",
+        "its experts",
+        "the page table",
+        "a result",
+        "the queue",
+        "some weights",
+    )
+    tail = (
+        "in order",
+        "without delay",
+        "at once",
+        "when asked",
+        "on every node",
+        "before the deadline",
+        "as before",
+        "again and again",
+    )
     lines = []
     for _ in range(count):
         a, b, c, d = draw.choice(who), draw.choice(verb), draw.choice(what), draw.choice(tail)
@@ -113,12 +156,16 @@ def sentences(count: int) -> list[str]:
             number = draw.randrange(10 ** draw.randrange(1, 6))
             lines.append(f'{b.split()[0]}({number}, {draw.random():.2f}) == {number * 2}  # {c}: "{d}"')
         if draw.random() < 0.1:
-            lines.append(f"- Hello, how are you? I am {a}; the quick brown fox jumps over {draw.randrange(100)} lazy dogs.")
+            lines.append(
+                f"- Hello, how are you? I am {a}; the quick brown fox jumps over {draw.randrange(100)} lazy dogs."
+            )
     return lines
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE (any text round-trips) of ``vocab_size`` tokens, with the chat template's marks as special tokens."""
+    """A byte-level BPE (any text round-trips) of ``vocab_size`` tokens, with the chat template's
+    marks as special tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -160,13 +207,20 @@ def shapes() -> dict[str, tuple[int, ...]]:
         found[prefix + "mlp.gate.e_score_correction_bias"] = (c["n_routed_experts"],)
         for expert in range(c["n_routed_experts"]):
             found |= _mlp_shapes(f"{prefix}mlp.experts.{expert}.", c["moe_intermediate_size"])
-        found |= _mlp_shapes(prefix + "mlp.shared_experts.", c["moe_intermediate_size"] * c["n_shared_experts"])
+        found |= _mlp_shapes(
+            prefix + "mlp.shared_experts.", c["moe_intermediate_size"] * c["n_shared_experts"]
+        )
     return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
 def _attention_shapes() -> dict[str, tuple[int, ...]]:
     c = CONFIG
-    hidden, heads, nope, rope = c["hidden_size"], c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+    hidden, heads, nope, rope = (
+        c["hidden_size"],
+        c["num_attention_heads"],
+        c["qk_nope_head_dim"],
+        c["qk_rope_head_dim"],
+    )
     return {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -190,7 +244,9 @@ def _mlp_shapes(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def draw_weights() -> dict[str, torch.Tensor]:
-    """All weights in bf16 (the gate's selection bias in fp32): norms near one, matrices scaled by their fan-in."""
+    """All weights in bf16 (the gate's selection bias in fp32): norms near one, matrices scaled by
+    their fan-in.
+    """
     draw = np.random.Generator(np.random.PCG64(SEED))
     weights = {}
     for name, shape in shapes().items():
@@ -200,7 +256,9 @@ def draw_weights() -> dict[str, torch.Tensor]:
             continue
         scaled = 1.0 + 0.05 * values if len(shape) == 1 else values * shape[-1] ** -0.5
         weights[name] = torch.from_numpy(scaled).to(torch.bfloat16)
-    weights["lm_head.weight"] *= 2.0  # logits far enough apart for greedy decoding to be clear about its choice
+    weights["lm_head.weight"] *= (
+        2.0  # logits far enough apart for greedy decoding to be clear about its choice
+    )
     return weights
 
 
@@ -218,4 +276,6 @@ def write_weights(directory: Path) -> None:
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index}
+    )

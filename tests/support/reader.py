@@ -1,4 +1,6 @@
-"""A client of a server that a test ends or breaks: a stream read in a thread, and whether new requests are refused."""
+"""A client of a server that a test ends or breaks: a stream read in a thread, and whether new
+requests are refused.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ from typing import Any
 
 import openai
 
-_LONG: dict[str, Any] = {"model": "demo", "prompt": "Hello", "temperature": 0.0, "stream": True, "extra_body": {"ignore_eos": True}}
+_LONG: dict[str, Any] = {
+    "model": "demo",
+    "prompt": "Hello",
+    "temperature": 0.0,
+    "stream": True,
+    "extra_body": {"ignore_eos": True},
+}
 
 
 def client(url: str) -> openai.OpenAI:
@@ -25,8 +33,9 @@ def refused(url: str) -> bool:
 
 
 class Reader(threading.Thread):
-    """Reads a stream of ``max_tokens`` in a thread. ``started`` is set with its first chunk; ``finish`` is how the server ended it,
-    ``error`` what cut it off."""
+    """Reads a stream of ``max_tokens`` in a thread. ``started`` is set with its first chunk;
+    ``finish`` is how the server ended it, ``error`` what cut it off.
+    """
 
     def __init__(self, url: str, max_tokens: int) -> None:
         super().__init__(daemon=True)
@@ -39,7 +48,10 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            with client(self._url) as made, made.completions.create(max_tokens=self._max_tokens, **_LONG) as stream:
+            with (
+                client(self._url) as made,
+                made.completions.create(max_tokens=self._max_tokens, **_LONG) as stream,
+            ):
                 for chunk in stream:
                     self.chunks += 1
                     self.text += chunk.choices[0].text

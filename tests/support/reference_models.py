@@ -19,4 +19,6 @@ def load_reference(path: Path, dtype: torch.dtype) -> Any:
     config = json.loads((path / "config.json").read_text())
     same_as = _SAME_AS.get(config["model_type"])
     described = AutoConfig.for_model(**(config | {"model_type": same_as})) if same_as else None
-    return AutoModelForCausalLM.from_pretrained(path, config=described, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, config=described, dtype=dtype, attn_implementation="eager"
+    ).eval()

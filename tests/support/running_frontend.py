@@ -23,14 +23,17 @@ MODEL = "tiny"
 def wait_until(condition: object, what: str, seconds: float = 30.0) -> None:
     """Polls ``condition()`` until it holds; says what did not happen."""
     assert callable(condition)
-    deadline = time.monotonic() + seconds  # what is awaited comes much sooner, unless the machine has other things to do
+    deadline = (
+        time.monotonic() + seconds
+    )  # what is awaited comes much sooner, unless the machine has other things to do
     while not condition():
         assert time.monotonic() < deadline, f"within {seconds} s not: {what}"
         time.sleep(0.005)
 
 
 class RunningFrontend:
-    """Use as a context manager. ``http`` is a client of the server; ``engine`` the mock controller behind it.
+    """Use as a context manager. ``http`` is a client of the server; ``engine`` the mock controller
+    behind it.
 
     With ``processes`` above 1 as many frontends share the port, each in a thread of its own.
     """
@@ -55,7 +58,9 @@ class RunningFrontend:
             for index in range(processes)
         ]
         self.http = httpx.Client(base_url=self.url, timeout=20)
-        self._threads = [threading.Thread(target=main, args=(spec,), name=spec.name, daemon=True) for spec in self.specs]
+        self._threads = [
+            threading.Thread(target=main, args=(spec,), name=spec.name, daemon=True) for spec in self.specs
+        ]
 
     @property
     def spec(self) -> FrontendSpec:
@@ -68,7 +73,9 @@ class RunningFrontend:
         try:
             wait_until(self._all_ready, "every frontend takes connections")
             with ExitStack() as stack:
-                for http in [stack.enter_context(httpx.Client(base_url=self.url, timeout=20)) for _ in self.specs]:  # one to each
+                for http in [
+                    stack.enter_context(httpx.Client(base_url=self.url, timeout=20)) for _ in self.specs
+                ]:  # one to each
                     wait_until(lambda http=http: self._is_up(http), "the frontend answers /health with 200")  # type: ignore[misc]
             wait_until(self._none_open, "those connections have ended")
         except BaseException:
@@ -76,7 +83,9 @@ class RunningFrontend:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -90,7 +99,9 @@ class RunningFrontend:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         self.close()
-        assert not any(thread.is_alive() for thread in self._threads), "a frontend did not leave within 30 s of Stop"
+        assert not any(thread.is_alive() for thread in self._threads), (
+            "a frontend did not leave within 30 s of Stop"
+        )
 
     def close(self) -> None:
         """What belongs to the test and not to the frontend."""

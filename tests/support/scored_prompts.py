@@ -1,4 +1,6 @@
-"""What executors say of the tokens of prompts, driven by plans made by hand, and what transformers says of them."""
+"""What executors say of the tokens of prompts, driven by plans made by hand, and what transformers
+says of them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Told = list[tuple[int, float, list[int], list[float]]]
 
 
 def scored(top: int) -> Sampling:
-    return Sampling(temperature=0.7, seed=5, repetition_penalty=1.5, num_logprobs=top, num_prompt_logprobs=top)
+    return Sampling(
+        temperature=0.7, seed=5, repetition_penalty=1.5, num_logprobs=top, num_prompt_logprobs=top
+    )
 
 
 def prompts(count: int, seed: int, longest: int = 60) -> list[list[int]]:
@@ -45,10 +49,18 @@ def tell(driver: Driver) -> list[Told]:
 
 
 def score_share(collectives: Collectives, path: Path, dispatch: str) -> list[tuple[list[int], Told]]:
-    """This rank's prompts, whole and in chunks, beside requests that are not scored; what it said of those that are."""
+    """This rank's prompts, whole and in chunks, beside requests that are not scored; what it said
+    of those that are.
+    """
     mine = prompts(5, 10 + collectives.index)
-    requests = [Request(prompt, 3, scored(4), start=index, chunk=11 if index % 2 else 1000) for index, prompt in enumerate(mine)]
-    requests += [Request(prompt, 12, GREEDY, start=index) for index, prompt in enumerate(prompts(3, 20 + collectives.index))]
+    requests = [
+        Request(prompt, 3, scored(4), start=index, chunk=11 if index % 2 else 1000)
+        for index, prompt in enumerate(mine)
+    ]
+    requests += [
+        Request(prompt, 12, GREEDY, start=index)
+        for index, prompt in enumerate(prompts(3, 20 + collectives.index))
+    ]
     driver = Driver(build_executor(path, collectives, dispatch), requests, lambda step: 640)
     driver.run(40)
     return list(zip(mine, tell(driver), strict=False))
@@ -62,7 +74,9 @@ def reference(path: Path, sequences: Sequence[list[int]]) -> list[Tensor]:
 
 
 def assert_told(told: Told, prompt: list[int], logprobs_TV: Tensor, top: int) -> None:
-    """Every position of ``prompt`` but the first, once and in order, with the reference's numbers."""
+    """Every position of ``prompt`` but the first, once and in order, with the reference's
+    numbers.
+    """
     assert [position for position, *_ in told] == list(range(1, len(prompt)))
     for position, chosen, ids, values in told:
         expected_V = logprobs_TV[position - 1]

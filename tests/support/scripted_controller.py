@@ -1,7 +1,9 @@
-"""A controller for frontends that answers each ``Submit`` from a script: a real CURVE ROUTER in a thread, and no ranks.
+"""A controller for frontends that answers each ``Submit`` from a script: a real CURVE ROUTER in a
+thread, and no ranks.
 
-A script is called with the ``Submit`` and yields, one per step: a list of tokens, ``None`` (nothing this step), a
-``Finish``, or a ``Rejected`` without its handle. Like the real engine it ends a request at its limit and at its stop ids.
+A script is called with the ``Submit`` and yields, one per step: a list of tokens, ``None`` (nothing
+this step), a ``Finish``, or a ``Rejected`` without its handle. Like the real engine it ends a
+request at its limit and at its stop ids.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ import msgspec
 import zmq
 
 from lockstep.engine.protocol.cluster_state import ClusterState
-from lockstep.engine.protocol.frontends import Abort, Drain, FrontendHello, HandleLogprobs, Heartbeat, Rejected, Started, Submit, TokenBatch
+from lockstep.engine.protocol.frontends import (
+    Abort,
+    Drain,
+    FrontendHello,
+    HandleLogprobs,
+    Heartbeat,
+    Rejected,
+    Started,
+    Submit,
+    TokenBatch,
+)
 from lockstep.engine.protocol.message import Finish, Stop
 from lockstep.engine.protocol.results import PromptLogprobs
 from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
@@ -74,10 +86,11 @@ class _Running:
 
 @dataclass
 class ScriptedController:
-    """``script`` may be replaced between requests; what arrived is in ``submits``, ``aborts``, ``hellos`` and ``drains``.
+    """``script`` may be replaced between requests; what arrived is in ``submits``, ``aborts``,
+    ``hellos`` and ``drains``.
 
-    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said hello. ``stop`` is told to everybody who
-    ever spoke to it, and to who says hello late.
+    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said
+    hello. ``stop`` is told to everybody who ever spoke to it, and to who says hello late.
     """
 
     script: Script
@@ -136,7 +149,9 @@ class ScriptedController:
                 self._receive()
             now = time.monotonic()
             self._flush()
-            if now >= next_state and not self.silent:  # read here and sent at once: a state put in the outbox meanwhile comes after it
+            if (
+                now >= next_state and not self.silent
+            ):  # read here and sent at once: a state put in the outbox meanwhile comes after it
                 next_state = now + 0.5
                 self._send_all(self.state)
             if now >= next_step and not self.silent:
@@ -168,7 +183,9 @@ class ScriptedController:
                 case FrontendHello():
                     self.hellos.append(message)
                     self._frontends.add(identity)
-                    self._socket.send_multipart([identity, encode(Stop("test over") if self._stopping else self.state)])
+                    self._socket.send_multipart(
+                        [identity, encode(Stop("test over") if self._stopping else self.state)]
+                    )
                 case Submit():
                     self._submit(identity, message)
                 case Abort():
@@ -186,7 +203,9 @@ class ScriptedController:
     def _end(self, handle: int) -> None:
         running = self.open.pop(handle, None)
         if running is not None:
-            self._socket.send_multipart([running.identity, encode(batch(self._step, [(handle, running.sent, [], Finish.ABORT)]))])
+            self._socket.send_multipart(
+                [running.identity, encode(batch(self._step, [(handle, running.sent, [], Finish.ABORT)]))]
+            )
 
     def _score(self, running: _Running) -> None:
         for message in prompt_logprobs(running.submit):
@@ -202,7 +221,9 @@ class ScriptedController:
             item = next(running.items, None)
             if isinstance(item, Rejected):
                 del self.open[handle]
-                self._socket.send_multipart([running.identity, encode(msgspec.structs.replace(item, handle=handle))])
+                self._socket.send_multipart(
+                    [running.identity, encode(msgspec.structs.replace(item, handle=handle))]
+                )
                 continue
             if not running.started:
                 running.started = True
@@ -219,7 +240,9 @@ class ScriptedController:
         for identity, handles in fresh.items():
             self._socket.send_multipart([identity, encode(started(handles, self.num_cached))])
         for identity, entries in rows.items():
-            self._socket.send_multipart([identity, encode(batch(self._step, entries, tuple(logprobs[identity])))])
+            self._socket.send_multipart(
+                [identity, encode(batch(self._step, entries, tuple(logprobs[identity])))]
+            )
 
 
 def _engine(running: _Running, item: list[int] | Finish) -> tuple[list[int], Finish]:
@@ -249,13 +272,21 @@ def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
 
 
 def prompt_logprobs(submit: Submit, each: int = 3) -> Iterator[PromptLogprobs]:
-    """``each`` positions a message: -position / 8 for the prompt's token, and for it and the ids after it that, 1 less, 2 less, ..."""
+    """``each`` positions a message: -position / 8 for the prompt's token, and for it and the ids
+    after it that, 1 less, 2 less, ...
+    """
     top, prompt = submit.sampling.num_prompt_logprobs, array("i", submit.prompt_i32).tolist()
     for start in range(1, len(prompt) if top >= 0 else 0, each):
         positions = range(start, min(start + each, len(prompt)))
         ids = array("i", [prompt[at] + other for at in positions for other in range(top)])
         values = array("f", [-at / 8 - other for at in positions for other in range(top)])
-        yield PromptLogprobs(submit.handle, start, array("f", [-at / 8 for at in positions]).tobytes(), ids.tobytes(), values.tobytes())
+        yield PromptLogprobs(
+            submit.handle,
+            start,
+            array("f", [-at / 8 for at in positions]).tobytes(),
+            ids.tobytes(),
+            values.tobytes(),
+        )
 
 
 def started(handles: list[int], num_cached: int) -> Started:

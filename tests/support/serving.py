@@ -1,4 +1,6 @@
-"""The served product as a client meets it: a launched cluster, many requests at once, and what the server says of itself."""
+"""The served product as a client meets it: a launched cluster, many requests at once, and what the
+server says of itself.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ask:
-    """A request to be sent. ``cut_after``: the client goes away after that many chunks of the stream."""
+    """A request to be sent. ``cut_after``: the client goes away after that many chunks of the
+    stream.
+    """
 
     body: Body
     path: str = "/v1/completions"
@@ -41,7 +45,9 @@ class Ask:
 
 @dataclass
 class Answer:
-    """What came back: a ``document`` or the ``chunks`` of a stream. ``tokens``, ``text`` and ``finish`` are those of the first choice."""
+    """What came back: a ``document`` or the ``chunks`` of a stream. ``tokens``, ``text`` and
+    ``finish`` are those of the first choice.
+    """
 
     status: int
     headers: httpx.Headers
@@ -60,7 +66,9 @@ class Answer:
 
 
 class Served:
-    """A launched cluster. ``http`` is a plain client of it; ``together`` sends many requests at once."""
+    """A launched cluster. ``http`` is a plain client of it; ``together`` sends many requests at
+    once.
+    """
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
@@ -72,7 +80,9 @@ class Served:
         return self.ok([Ask(body, path)])[0]
 
     def together(self, asks: Sequence[Ask], seconds: float = 90.0) -> list[Answer]:
-        """All of them at once, each on a connection of its own. Fails when not all have been answered in time."""
+        """All of them at once, each on a connection of its own. Fails when not all have been
+        answered in time.
+        """
         return asyncio.run(self._gather(asks, seconds))
 
     def ok(self, asks: Sequence[Ask], seconds: float = 90.0) -> list[Answer]:
@@ -84,18 +94,25 @@ class Served:
 
     async def _gather(self, asks: Sequence[Ask], seconds: float) -> list[Answer]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=self.base, timeout=seconds, limits=limits) as http, asyncio.timeout(seconds):
+        async with (
+            httpx.AsyncClient(base_url=self.base, timeout=seconds, limits=limits) as http,
+            asyncio.timeout(seconds),
+        ):
             return await asyncio.gather(*(send(http, ask) for ask in asks))
 
     # ----------------------------------------------------------------- what the server says of itself
 
     def metrics(self) -> dict[str, float]:
-        """Samples of /metrics of the family prefix ``lockstep:`` that carry no labels but the model's, by name."""
+        """Samples of /metrics of the family prefix ``lockstep:`` that carry no labels but the
+        model's, by name.
+        """
         values: dict[str, float] = {}
         for line in self.http.get("/metrics").text.splitlines():
             if line.startswith("lockstep:"):
                 name, _, value = line.rpartition(" ")
-                values[name.removeprefix("lockstep:").removesuffix('{engine="0",model_name="demo"}')] = float(value)
+                values[name.removeprefix("lockstep:").removesuffix('{engine="0",model_name="demo"}')] = float(
+                    value
+                )
         return values
 
     def cluster(self) -> Body:
@@ -111,12 +128,16 @@ class Served:
         return [metrics[f"{name}_total"] for name in names]
 
     def wait_for_state(self) -> None:
-        """Until the server knows a state of the cluster that was made after this call: not the next one, which may be on its way."""
+        """Until the server knows a state of the cluster that was made after this call: not the next
+        one, which may be on its way.
+        """
         number = self.cluster()["number"]
         self.wait_until(lambda: self.cluster()["number"] >= number + 2, "two more states of the cluster")
 
     def busy(self) -> str:
-        """What still runs, waits or holds pages; empty when nothing does. Cached pages are no one's."""
+        """What still runs, waits or holds pages; empty when nothing does. Cached pages are no
+        one's.
+        """
         cluster, load = self.cluster(), self.http.get("/load").json()
         pages = [rank["pages_used"] for rank in cluster["ranks"]]
         facts = {
@@ -147,9 +168,19 @@ class Served:
 
 @contextmanager
 def serve(folder: Path, *overrides: str) -> Iterator[Served]:
-    """The demo recipe with random weights on two local ranks; drained and left without a process behind."""
+    """The demo recipe with random weights on two local ranks; drained and left without a process
+    behind.
+    """
     model = f"model.path={random_checkpoint()}"
-    arguments = ("--recipe", "demo", model, "cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN_KEY}", *overrides)
+    arguments = (
+        "--recipe",
+        "demo",
+        model,
+        "cluster.backend=local",
+        "frontend.port=0",
+        f"frontend.admin_key={ADMIN_KEY}",
+        *overrides,
+    )
     with Launcher(folder, *arguments) as launcher:
         served = Served(launcher)
         try:

@@ -1,8 +1,10 @@
-"""Slurm on hosts made of namespaces: the controller on one, ``slurmd`` under its own name on each of the others.
+"""Slurm on hosts made of namespaces: the controller on one, ``slurmd`` under its own name on each
+of the others.
 
-Daemons, sockets, keys and state are this cluster's own and lie in one folder; everything ends with the hosts. Slurm as Debian
-has it (22.05) looks for the folders of the version 1 control groups even where nothing uses them, so each host gets empty ones
-under a tmpfs: none of the machine's own groups is touched.
+Daemons, sockets, keys and state are this cluster's own and lie in one folder; everything ends with
+the hosts. Slurm as Debian has it (22.05) looks for the folders of the version 1 control groups even
+where nothing uses them, so each host gets empty ones under a tmpfs: none of the machine's own
+groups is touched.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00
 
 
 class SlurmCluster:
-    """``hosts`` are the nodes, ``work`` a folder that all of them share, for scripts and logs; ``own`` is empty on each."""
+    """``hosts`` are the nodes, ``work`` a folder that all of them share, for scripts and logs;
+    ``own`` is empty on each.
+    """
 
     def __init__(self, controller: Host, hosts: list[Host], folder: Path) -> None:
         self.hosts = hosts
@@ -73,10 +77,19 @@ class SlurmCluster:
 
     def up(self) -> None:
         """Writes the configuration, starts the daemons, and waits until every node is idle."""
-        nodes = "\n".join(f"NodeName={host.name} NodeAddr={host.address} CPUs=4 RealMemory=4000" for host in self.hosts)
-        settings = {"controller": self._controller.name, "address": self._controller.address, "folder": self._folder, "nodes": nodes}
+        nodes = "\n".join(
+            f"NodeName={host.name} NodeAddr={host.address} CPUs=4 RealMemory=4000" for host in self.hosts
+        )
+        settings = {
+            "controller": self._controller.name,
+            "address": self._controller.address,
+            "folder": self._folder,
+            "nodes": nodes,
+        }
         (self._folder / "slurm.conf").write_text(_CONF.format(**settings))
-        (self._folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nIgnoreSystemd=yes\n")
+        (self._folder / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nIgnoreSystemd=yes\n"
+        )
         key = self._folder / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o600)
@@ -99,7 +112,9 @@ class SlurmCluster:
     def _daemon(self, host: Host, *command: str) -> None:
         with (self._folder / f"{command[0]}-{host.name}.out").open("ab") as output:
             environment = os.environ | self._environment
-            self._daemons.append(host.popen(*command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment))
+            self._daemons.append(
+                host.popen(*command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+            )
 
     def down(self) -> None:
         """Waits for the daemons, which end with their hosts."""
@@ -114,13 +129,17 @@ class SlurmCluster:
 
     def logs(self) -> str:
         """What the daemons have said, for a failure."""
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self._folder.glob("slurm*.log")))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self._folder.glob("slurm*.log"))
+        )
 
     # ------------------------------------------------------------------ jobs
 
     def command(self, *arguments: str) -> str:
         """A Slurm command as a user types it on the login node, in ``work``."""
-        return self._controller.run("env", "--chdir", str(self.work), *arguments, environment=self._environment)
+        return self._controller.run(
+            "env", "--chdir", str(self.work), *arguments, environment=self._environment
+        )
 
     def submit(self, script: str, *options: str) -> Job:
         path = self.work / f"job-{secrets.token_hex(4)}.sh"
@@ -128,14 +147,19 @@ class SlurmCluster:
         return Job(self, int(self.command("sbatch", "--parsable", *options, str(path))))
 
     def left(self, but: Sequence[str] = _DAEMONS) -> list[str]:
-        """Processes on the nodes other than Slurm's daemons, and files in their shared memory and own folders."""
+        """Processes on the nodes other than Slurm's daemons, and files in their shared memory and
+        own folders.
+        """
         found = []
         for host in self.hosts:
             for process in filter(alive, host.processes()):
                 with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
                     if process.name() not in but:
                         found.append(f"{host.name}: {' '.join(command_of(process))}")
-            found += [f"{host.name}: {name}" for name in host.run("find", "/dev/shm", str(self.own), "-mindepth", "1").split()]
+            found += [
+                f"{host.name}: {name}"
+                for name in host.run("find", "/dev/shm", str(self.own), "-mindepth", "1").split()
+            ]
         return found
 
 
@@ -156,13 +180,17 @@ class Job:
 
     def facts(self) -> dict[str, str]:
         """What ``scontrol show job`` says."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.cluster.command("scontrol", "show", "job", str(self.number))))
+        return dict(
+            re.findall(r"(\w+)=(\S*)", self.cluster.command("scontrol", "show", "job", str(self.number)))
+        )
 
     def url(self, seconds: float = 90.0) -> str:
         """Waits for the ready line; returns the address in the job's folder."""
         deadline = time.monotonic() + seconds
         while "\nready: " not in self.output:
-            assert self.facts()["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), f"{self.facts()}\n{self.output}"
+            assert self.facts()["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), (
+                f"{self.facts()}\n{self.output}"
+            )
             assert time.monotonic() < deadline, f"not ready in {seconds:g} s: {self.facts()}\n{self.output}"
             time.sleep(0.3)
         return (self.folder / "endpoint").read_text().strip()
@@ -171,7 +199,9 @@ class Job:
         """State and exit code when the job has ended on all its nodes."""
         deadline = time.monotonic() + seconds
         while (facts := self.facts())["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-            assert time.monotonic() < deadline, f"still {facts['JobState']} after {seconds:g} s\n{self.output}\n{self.cluster.logs()}"
+            assert time.monotonic() < deadline, (
+                f"still {facts['JobState']} after {seconds:g} s\n{self.output}\n{self.cluster.logs()}"
+            )
             time.sleep(0.2)
         return facts["JobState"], int(facts["ExitCode"].partition(":")[0])
 
@@ -180,7 +210,9 @@ class Job:
 def slurm_cluster(*names: str) -> Iterator[SlurmCluster]:
     """Slurm with a node of every name, ready for jobs."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True)))
+        folder = Path(
+            stack.enter_context(TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True))
+        )
         folder.chmod(0o755)
         for name in ("work", "own"):
             (folder / name).mkdir()
@@ -200,4 +232,8 @@ def missing_slurm() -> str:
     return missing()
 
 
-needs_slurm = [pytest.mark.slurm, pytest.mark.hosts, pytest.mark.skipif(bool(missing_slurm()), reason=missing_slurm())]
+needs_slurm = [
+    pytest.mark.slurm,
+    pytest.mark.hosts,
+    pytest.mark.skipif(bool(missing_slurm()), reason=missing_slurm()),
+]

@@ -1,4 +1,6 @@
-"""A model folder's tokenizer in the form of Kimi-K2: ``tiktoken.model``, trained on a few sentences, and tokenizer_config.json."""
+"""A model folder's tokenizer in the form of Kimi-K2: ``tiktoken.model``, trained on a few
+sentences, and tokenizer_config.json.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,19 @@ PATTERN = "|".join(
     ]
 )
 CORPUS = (
-    "The quick brown fox jumps over the lazy dog's back; they'll say it's 12345 times QUICKER than McDonald's. " * 3
+    "The quick brown fox jumps over the lazy dog's back; they'll say it's 12345 times QUICKER than McDonald's. "
+    * 3
     + "中文English混合、北京市的天气。東京 カタカナ ひらがな 한국어 naïve Größe 🙂🙃 aaaaaaaa abababab banana\n\n"
     + "  indented\r\n\tcode(x) == {y: 'z'}"
 )
 NUM_TRAINED = 260
-ADDED = {0: ("[BOS]", True), 1: ("[EOS]", True), 2: ("<|im_end|>", True), 3: ("<|im_user|>", True), 11: ("<|tool|>", False)}
+ADDED = {
+    0: ("[BOS]", True),
+    1: ("[EOS]", True),
+    2: ("<|im_end|>", True),
+    3: ("<|im_user|>", True),
+    11: ("<|tool|>", False),
+}
 
 
 def train(words: list[str], num_merges: int) -> dict[bytes, int]:
@@ -74,7 +83,10 @@ def write_tokenizer(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     lines = [f"{base64.b64encode(sequence).decode()} {rank}\n" for sequence, rank in RANKS.items()]
     (folder / "tiktoken.model").write_text("".join(lines))
-    added = {str(FIRST + i): {"content": name, "special": special, "lstrip": False} for i, (name, special) in ADDED.items()}
+    added = {
+        str(FIRST + i): {"content": name, "special": special, "lstrip": False}
+        for i, (name, special) in ADDED.items()
+    }
     settings = {
         "tokenizer_class": "TikTokenTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},

@@ -1,4 +1,6 @@
-"""A small byte-level BPE tokenizer with a chat template, written as a model directory without weights."""
+"""A small byte-level BPE tokenizer with a chat template, written as a model directory without
+weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ TEMPLATE = (
     "{% if not (continue_final_message and loop.last) %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{% if loud %}LOUD{% endif %}"
 )
-# In the manner of Qwen3: JSON between tags, reasoning in front, <think></think> for those who want none.
+# In the manner of Qwen3: JSON between tags, reasoning in front, <think></think> for those who want
+# none.
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -41,7 +44,9 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     return tokenizer
 
@@ -50,9 +55,19 @@ def write_model(path: Path, generation: dict[str, object] | None = None, templat
     """Writes tokenizer, config.json and generation_config.json into ``path``."""
     path.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer().save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "chat_template": template,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    (path / "config.json").write_text(json.dumps({"model_type": "tiny", "vocab_size": VOCAB_SIZE, "eos_token_id": IM_END}))
-    defaults = {"eos_token_id": [IM_END, END_OF_TEXT], "temperature": 0.7, "top_p": 0.9} if generation is None else generation
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "tiny", "vocab_size": VOCAB_SIZE, "eos_token_id": IM_END})
+    )
+    defaults = (
+        {"eos_token_id": [IM_END, END_OF_TEXT], "temperature": 0.7, "top_p": 0.9}
+        if generation is None
+        else generation
+    )
     (path / "generation_config.json").write_text(json.dumps(defaults))
     return path

@@ -1,8 +1,10 @@
-"""Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says what each one needs.
+"""Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says
+what each one needs.
 
-Run as a program with the names of cases, without TRITON_INTERPRET: prints one JSON object {kernel: [{shared, registers, spilled, ...}]}.
-Launches stop after compiling (``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would read a
-value of a tensor on the host fails, as it would while a step is captured.
+Run as a program with the names of cases, without TRITON_INTERPRET: prints one JSON object {kernel:
+[{shared, registers, spilled, ...}]}. Launches stop after compiling (``warmup``), so nothing is
+executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
+the host fails, as it would while a step is captured.
 """
 
 from __future__ import annotations
@@ -77,11 +79,15 @@ def refuse(*args: Any, **options: Any) -> Any:
 
 
 def needs(kernel: Any) -> dict[str, int]:
-    """Shared memory in bytes (the part asked for at launch), registers and spilled bytes per thread."""
+    """Shared memory in bytes (the part asked for at launch), registers and spilled bytes per
+    thread.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "shared": kernel.metadata.shared,
@@ -113,7 +119,10 @@ def groupings() -> None:
 
 def experts() -> None:
     for num_slots, hidden, width in ((128, 2048, 768), (32, 7168, 2048)):
-        w13, w2 = torch.empty(num_slots, 2 * width, hidden, dtype=BF16), torch.empty(num_slots, hidden, width, dtype=BF16)
+        w13, w2 = (
+            torch.empty(num_slots, 2 * width, hidden, dtype=BF16),
+            torch.empty(num_slots, hidden, width, dtype=BF16),
+        )
         for num_pairs in (8, 40 * num_slots, 100 * num_slots):
             x = torch.empty(num_pairs, hidden, dtype=BF16)
             triton_experts.experts(x, int64(num_pairs), int64(num_pairs), w13, w2, int64(num_slots))
@@ -122,8 +131,12 @@ def experts() -> None:
 
 def fp8() -> None:
     for num_slots, hidden, width in ((128, 2048, 768), (32, 7168, 2048)):
-        w13 = Quantised(eight_bits(num_slots, 2 * width, hidden), torch.empty(num_slots, 2, width // 128, hidden // 128))
-        w2 = Quantised(eight_bits(num_slots, hidden, width), torch.empty(num_slots, hidden // 128, width // 128))
+        w13 = Quantised(
+            eight_bits(num_slots, 2 * width, hidden), torch.empty(num_slots, 2, width // 128, hidden // 128)
+        )
+        w2 = Quantised(
+            eight_bits(num_slots, hidden, width), torch.empty(num_slots, hidden // 128, width // 128)
+        )
         for num_pairs in (8, 40 * num_slots):
             pairs = (int64(num_pairs), int64(num_pairs))
             x = Quantised(eight_bits(num_pairs, hidden), torch.empty(num_pairs, hidden // 128))
@@ -151,7 +164,10 @@ def rotations() -> None:
         rotation = Angles(torch.empty(8, 1, turned // 2), torch.empty(8, 1, turned // 2))
         q, k = torch.empty(8, num_heads, dim, dtype=BF16), torch.empty(8, kv_heads, dim, dtype=BF16)
         if kv_heads > 1:
-            for cache in (torch.empty(640, kv_heads, dim, dtype=BF16), entries(head_entry("fp8", kv_heads, dim))):
+            for cache in (
+                torch.empty(640, kv_heads, dim, dtype=BF16),
+                entries(head_entry("fp8", kv_heads, dim)),
+            ):
                 triton_rope.rotate_and_write(q, k, k, rotation, (cache, cache), int64(8), False)
         else:
             c = torch.empty(8, 512, dtype=BF16)
@@ -166,7 +182,9 @@ def entries(shape: tuple[int, ...]) -> Tensor:
 
 def paged_batch() -> PagedBatch:
     starts = torch.zeros(13, dtype=torch.int32)
-    return PagedBatch(8, 64, starts, starts[:12], torch.zeros(12, 512, dtype=torch.int32), int64(1032), (), ())
+    return PagedBatch(
+        8, 64, starts, starts[:12], torch.zeros(12, 512, dtype=torch.int32), int64(1032), (), ()
+    )
 
 
 def attentions() -> None:
@@ -187,7 +205,9 @@ def latent_attentions_fp8() -> None:
 def attend_latents(cache: Tensor) -> None:
     expand, q = torch.empty(128, 256, 512, dtype=BF16), torch.empty(1032, 128, 192, dtype=BF16)
     for splits in (1, 8):
-        triton_mla.mla_attend(q[..., :128], q[..., 128:], cache, expand, paged_batch(), 1.0, in_splits(splits))
+        triton_mla.mla_attend(
+            q[..., :128], q[..., 128:], cache, expand, paged_batch(), 1.0, in_splits(splits)
+        )
 
 
 def in_splits(splits: int) -> Tiles:
@@ -201,9 +221,15 @@ def pages() -> None:
 
 def samplers() -> None:
     logits, ones = torch.empty(8, 151936), torch.ones(8)
-    triton_sampling.sample_slots(logits, SlotSampling(ones, int64(8), ones, ones, int64(8), int64(8)), Purpose.SAMPLE)
+    triton_sampling.sample_slots(
+        logits, SlotSampling(ones, int64(8), ones, ones, int64(8), int64(8)), Purpose.SAMPLE
+    )
     triton_sampling.sample(
-        logits, SamplingParams(np.ones(8, np.float32), np.ones(8, np.int64), np.ones(8, np.float32), np.ones(8, np.float32)), np.zeros(8)
+        logits,
+        SamplingParams(
+            np.ones(8, np.float32), np.ones(8, np.int64), np.ones(8, np.float32), np.ones(8, np.float32)
+        ),
+        np.zeros(8),
     )
     triton_sampling.logprobs(logits[:, :1000], int64(8), 1)
     triton_sampling.edit_bias(logits, int64(64), int64(64), torch.ones(64))
@@ -212,7 +238,19 @@ def samplers() -> None:
     triton_sampling.edit_penalties(logits, (int64(64), int64(64), int64(64)), (ones, ones, ones))
 
 
-_CASES = (gates, groupings, experts, fp8, norms, rotations, attentions, latent_attentions, latent_attentions_fp8, pages, samplers)
+_CASES = (
+    gates,
+    groupings,
+    experts,
+    fp8,
+    norms,
+    rotations,
+    attentions,
+    latent_attentions,
+    latent_attentions_fp8,
+    pages,
+    samplers,
+)
 CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in _CASES}
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A Ray cluster over hosts made of namespaces: the head on the first, a node on each of the others."""
+"""A Ray cluster over hosts made of namespaces: the head on the first, a node on each of the
+others.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PORT = 6379
 
 
 class RayHosts:
-    """``environment`` is what a process needs to join. A node is started with ``up`` and lost with ``lose``."""
+    """``environment`` is what a process needs to join. A node is started with ``up`` and lost with
+    ``lose``.
+    """
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.hosts = hosts
@@ -58,7 +62,11 @@ class RayHosts:
                 *options,
                 f"--node-ip-address={host.address}",
                 "--object-store-memory=100000000",
-                env={name: value for name, value in (os.environ | self.environment).items() if name != "RAY_ADDRESS"},
+                env={
+                    name: value
+                    for name, value in (os.environ | self.environment).items()
+                    if name != "RAY_ADDRESS"
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -83,14 +91,22 @@ class RayHosts:
         for process in host.processes():
             if command_of(process)[-3:-1] == ["rank", str(index)]:
                 return process.pid
-        raise AssertionError(f"no rank {index} on {host.name}: {[command_of(process)[:6] for process in host.processes()]}")
+        raise AssertionError(
+            f"no rank {index} on {host.name}: {[command_of(process)[:6] for process in host.processes()]}"
+        )
 
 
 @contextmanager
-def ray_hosts(*names: str, cpus: tuple[int, ...], private: Sequence[Path] = (), shm: str = "1g") -> Iterator[RayHosts]:
-    """Hosts with Ray on them, with so many CPUs each; 0 leaves a host without Ray. The rest as for ``make_hosts``."""
+def ray_hosts(
+    *names: str, cpus: tuple[int, ...], private: Sequence[Path] = (), shm: str = "1g"
+) -> Iterator[RayHosts]:
+    """Hosts with Ray on them, with so many CPUs each; 0 leaves a host without Ray. The rest as for
+    ``make_hosts``.
+    """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="rh-", dir="/tmp", ignore_cleanup_errors=True)))
+        folder = Path(
+            stack.enter_context(TemporaryDirectory(prefix="rh-", dir="/tmp", ignore_cleanup_errors=True))
+        )
         (folder / "ray").mkdir()
         cluster = RayHosts(stack.enter_context(make_hosts(*names, private=private, shm=shm)), folder / "ray")
         for host, number in zip(cluster.hosts, cpus, strict=True):

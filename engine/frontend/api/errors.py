@@ -1,4 +1,6 @@
-"""Errors as the API shows them: one shape everywhere, with a status, a message and the field at fault."""
+"""Errors as the API shows them: one shape everywhere, with a status, a message and the field at
+fault.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ _MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # of unions, as p
 
 
 class ApiError(HTTPException):
-    """An error a client is to see. ``retry_after`` is in seconds; ``param`` names the field of the request at fault."""
+    """An error a client is to see. ``retry_after`` is in seconds; ``param`` names the field of the
+    request at fault.
+    """
 
-    def __init__(self, status: int, message: str, param: str | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
         headers = None if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
         super().__init__(status, message, headers)
         self.param = param
@@ -54,7 +60,9 @@ def error_response(error: HTTPException) -> Response:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """A pydantic failure as a 400 that names the field, what is wrong and (shortened) what was given."""
+    """A pydantic failure as a 400 that names the field, what is wrong and (shortened) what was
+    given.
+    """
     failures = error.errors(include_url=False)
     first = min(failures, key=_rank)
     text = first["msg"].removeprefix("Value error, ")
@@ -66,10 +74,20 @@ def from_validation(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return bad_request(f"{param}: {text}", param)
     if text.startswith(_SHOULD):  # what the other members of a union take
-        others = (item["msg"] for item in failures if item["msg"].startswith(_SHOULD) and _field(item["loc"]) == param)
-        text = " or ".join([text, *(other.removeprefix(_SHOULD) for other in dict.fromkeys(others) if other != text)])
+        others = (
+            item["msg"]
+            for item in failures
+            if item["msg"].startswith(_SHOULD) and _field(item["loc"]) == param
+        )
+        text = " or ".join(
+            [text, *(other.removeprefix(_SHOULD) for other in dict.fromkeys(others) if other != text)]
+        )
     given = f"(got {shown(first['input'])})"
-    return bad_request(f"{param}: {text} {given}", param) if param else bad_request(f"{text.replace('Input', 'The body', 1)} {given}")
+    return (
+        bad_request(f"{param}: {text} {given}", param)
+        if param
+        else bad_request(f"{text.replace('Input', 'The body', 1)} {given}")
+    )
 
 
 def shown(value: Any) -> str:
@@ -79,17 +97,25 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         text = repr(value[:MAX_SHOWN])
     else:
-        text = json.dumps(value[:MAX_SHOWN] if isinstance(value, list) else value, ensure_ascii=False, default=str)
+        text = json.dumps(
+            value[:MAX_SHOWN] if isinstance(value, list) else value, ensure_ascii=False, default=str
+        )
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def _rank(failure: ErrorDetails) -> tuple[bool, int]:
-    """Of the failures of a union's members the one that got furthest says most; a plain type mismatch says least."""
-    return failure["type"].endswith("_type"), -_field(failure["loc"]).count(".") - _field(failure["loc"]).count("[")
+    """Of the failures of a union's members the one that got furthest says most; a plain type
+    mismatch says least.
+    """
+    return failure["type"].endswith("_type"), -_field(failure["loc"]).count(".") - _field(
+        failure["loc"]
+    ).count("[")
 
 
 def _field(location: Sequence[int | str]) -> str:
-    """``("messages", 0, "content", "str")`` as ``messages[0].content``: pydantic names the member of a union in the path."""
+    """``("messages", 0, "content", "str")`` as ``messages[0].content``: pydantic names the member
+    of a union in the path.
+    """
     path = ""
     for part in location:
         if isinstance(part, int):

@@ -1,7 +1,8 @@
-"""What a client may send. Types and ranges are checked here; what depends on the model is checked in ``prepare.py``.
+"""What a client may send. Types and ranges are checked here; what depends on the model is checked
+in ``prepare.py``.
 
-Unknown fields are accepted, because clients rely on it, but a field that would change the output and is not served is
-refused, never ignored.
+Unknown fields are accepted, because clients rely on it, but a field that would change the output
+and is not served is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ MAX_PATTERN_CHARS = 16384
 MAX_STRINGS = 4096
 INT64 = 2**63
 
-# Fields that would change the output if they were served, and the values of them that ask for nothing.
+# Fields that would change the output if they were served, and the values of them that ask for
+# nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "regex": (),
@@ -55,7 +57,9 @@ REMOVED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class Strict(BaseModel):
-    """A request body: no coercion between JSON types, no NaN or infinity, unknown fields kept for inspection."""
+    """A request body: no coercion between JSON types, no NaN or infinity, unknown fields kept for
+    inspection.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -95,7 +99,9 @@ class StructuredOutputs(Strict):
     def _one(self) -> StructuredOutputs:
         for name, value in (self.model_extra or {}).items():
             if value not in (None, False):
-                raise ValueError(f"structured_outputs.{name[:80]} is not supported by this server: json, regex and choice are")
+                raise ValueError(
+                    f"structured_outputs.{name[:80]} is not supported by this server: json, regex and choice are"
+                )
         if sum(value is not None for value in (self.json_, self.regex, self.choice)) != 1:
             raise ValueError("structured_outputs takes exactly one of json, regex and choice")
         return self
@@ -119,7 +125,9 @@ class Generate(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
+    ) = None
     seed: Int64 | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -151,9 +159,15 @@ class Generate(Strict):
             if value is not None and value not in neutral:
                 raise ValueError(f"{name} is not supported by this server")
         if self.is_structured:
-            if self.structured_outputs is not None and self.response_format is not None and self.response_format.type != "text":
+            if (
+                self.structured_outputs is not None
+                and self.response_format is not None
+                and self.response_format.type != "text"
+            ):
                 raise ValueError("structured_outputs and response_format exclude each other")
-            self.refuse_endless("structured_outputs" if self.structured_outputs is not None else "response_format")
+            self.refuse_endless(
+                "structured_outputs" if self.structured_outputs is not None else "response_format"
+            )
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of is not supported by this server unless it equals n")
         if self.stream_options is not None and not self.stream:
@@ -163,7 +177,9 @@ class Generate(Strict):
     @property
     def is_structured(self) -> bool:
         """The text has to follow a grammar."""
-        return self.structured_outputs is not None or (self.response_format is not None and self.response_format.type != "text")
+        return self.structured_outputs is not None or (
+            self.response_format is not None and self.response_format.type != "text"
+        )
 
     @property
     def scores_prompt(self) -> bool:
@@ -189,7 +205,9 @@ class Part(Strict):
 
 
 class CalledFunction(Strict):
-    """``arguments`` as the client got them: JSON as text. An object is taken too, and null for none."""
+    """``arguments`` as the client got them: JSON as text. An object is taken too, and null for
+    none.
+    """
 
     name: Name
     arguments: str | dict[str, Any] | None = None
@@ -270,11 +288,15 @@ class ChatRequest(Generate, Conversation):
         if self.forced_tool and not self.tools:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.tool_names:
-            raise ValueError(f"tool_choice.function.name {self.tool_choice.function.name[:80]!r} is not one of tools")
+            raise ValueError(
+                f"tool_choice.function.name {self.tool_choice.function.name[:80]!r} is not one of tools"
+            )
         if self.forced_tool:
             self.refuse_endless("tool_choice")
             if self.is_structured:
-                raise ValueError("tool_choice that asks for a call does not go with response_format or structured_outputs")
+                raise ValueError(
+                    "tool_choice that asks for a call does not go with response_format or structured_outputs"
+                )
         if len(set(self.tool_names)) != len(self.tool_names):
             raise ValueError("tools has two functions of the same name")
         if self.top_logprobs and not self.logprobs:
@@ -319,7 +341,9 @@ class CompletionRequest(Generate):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1 unless echo is true")
         if self.scores_prompt and self.max_tokens == 0 and (self.n or 1) > 1:
-            raise ValueError("n must be 1 when only the prompt's own logprobs are asked for (max_tokens 0): all choices would be equal")
+            raise ValueError(
+                "n must be 1 when only the prompt's own logprobs are asked for (max_tokens 0): all choices would be equal"
+            )
         return self
 
     @property
@@ -362,7 +386,8 @@ def _tokenize_kind(body: Any) -> str:
 
 
 TokenizeRequest = Annotated[
-    Annotated[TokenizeText, Tag("TokenizeText")] | Annotated[TokenizeChat, Tag("TokenizeChat")], Discriminator(_tokenize_kind)
+    Annotated[TokenizeText, Tag("TokenizeText")] | Annotated[TokenizeChat, Tag("TokenizeChat")],
+    Discriminator(_tokenize_kind),
 ]
 
 

@@ -1,4 +1,6 @@
-"""Which formats a checkpoint writes: told by its chat template, else by its family, or said in the recipe."""
+"""Which formats a checkpoint writes: told by its chat template, else by its family, or said in the
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _TOOL_SIGNS = (
     ("glm4", "<arg_key>"),
     ("hermes", "<tool_call>"),
 )
-_OTHER_TAGGED = ("<function=",)  # Qwen3-Coder writes XML between the tags of Hermes, for which there is no parser
+_OTHER_TAGGED = (
+    "<function=",
+)  # Qwen3-Coder writes XML between the tags of Hermes, for which there is no parser
 _FAMILIES = {
     "deepseek_v3": "deepseek_v3",
     "glm4_moe": "glm4",
@@ -59,7 +63,9 @@ class Formats:
         return tags + (() if self.tools is None else self.tools.markers)
 
     def opens_reasoning(self, prompt: str, last_message: str | None) -> bool:
-        """Whether a reply to ``prompt`` begins within the reasoning. ``last_message`` is what it continues, if it does."""
+        """Whether a reply to ``prompt`` begins within the reasoning. ``last_message`` is what it
+        continues, if it does.
+        """
         if self.reasoning is None:
             return False
         if last_message is not None:
@@ -75,8 +81,8 @@ class Formats:
 class Manner:
     """How the replies to one request are parsed. ``tools`` None: no call is looked for.
 
-    ``thinking``: the prompt has opened the reasoning. ``answering``: it has closed it, or there is none. Neither: the
-    model may begin with it.
+    ``thinking``: the prompt has opened the reasoning. ``answering``: it has closed it, or there is
+    none. Neither: the model may begin with it.
     """
 
     formats: Formats
@@ -97,13 +103,17 @@ class Manner:
         return ReplyParser(speech, self.formats.reasoning, format, self.thinking, self.named)
 
 
-def choose(template: str | None, model_type: str, tool_parser: str = AUTO, reasoning_parser: str = AUTO) -> Formats:
+def choose(
+    template: str | None, model_type: str, tool_parser: str = AUTO, reasoning_parser: str = AUTO
+) -> Formats:
     """The formats of a checkpoint. Raises ValueError for a parser that does not exist."""
     template = template or ""
     if tool_parser == AUTO:
         tool_parser = _tool_format(template, model_type)
     if reasoning_parser == AUTO:
-        reasoning_parser = next((name for name, tags in REASONING_TAGS.items() if tags.close in template), OFF)
+        reasoning_parser = next(
+            (name for name, tags in REASONING_TAGS.items() if tags.close in template), OFF
+        )
     _check("tool_parser", tool_parser, TOOL_FORMATS)
     _check("reasoning_parser", reasoning_parser, REASONING_TAGS)
     return Formats(REASONING_TAGS.get(reasoning_parser), TOOL_FORMATS.get(tool_parser))

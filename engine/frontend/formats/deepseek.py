@@ -1,4 +1,5 @@
-"""DeepSeek-V3 and R1: a section of calls, each with a type, a name and a fenced block; V3.1 leaves type and fence out.
+"""DeepSeek-V3 and R1: a section of calls, each with a type, a name and a fenced block; V3.1 leaves
+type and fence out.
 
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather
     ```json

@@ -15,8 +15,9 @@ Tools = dict[str, dict[str, Any]]  # name of a function -> JSON schema of its pa
 class ToolFormat(Protocol):
     """How one family of models writes tool calls.
 
-    ``openings`` begin a call or a section of calls; ``markers`` are all tags of the format, which must reach the parser
-    also where the tokenizer calls them special. ``id_length`` is that of the ids the chat template accepts, 0 for any.
+    ``openings`` begin a call or a section of calls; ``markers`` are all tags of the format, which
+    must reach the parser also where the tokenizer calls them special. ``id_length`` is that of the
+    ids the chat template accepts, 0 for any.
     """
 
     openings: ClassVar[tuple[str, ...]]
@@ -26,15 +27,20 @@ class ToolFormat(Protocol):
     def __init__(self, tools: Tools) -> None: ...
 
     def read(self, reader: Reader, speech: Speech) -> Steps[bool]:
-        """Behind an opening and a pin: reads what it opens. False where it is no call, which the caller then rewinds."""
+        """Behind an opening and a pin: reads what it opens. False where it is no call, which the
+        caller then rewinds.
+        """
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
         """The expression of a call of one of the functions ``names``, or of several calls."""
 
 
-def section(reader: Reader, speech: Speech, call: tuple[str, Callable[[Reader, Speech], Steps[bool]]], end: str) -> Steps[bool]:
-    """Behind the opening of a section: its calls, up to its end. ``call`` is the tag that opens one and what reads it; False where
-    not even one comes."""
+def section(
+    reader: Reader, speech: Speech, call: tuple[str, Callable[[Reader, Speech], Steps[bool]]], end: str
+) -> Steps[bool]:
+    """Behind the opening of a section: its calls, up to its end. ``call`` is the tag that opens one
+    and what reads it; False where not even one comes.
+    """
     tag, read = call
     num_calls = 0
     while not speech.full:
@@ -51,7 +57,9 @@ def section(reader: Reader, speech: Speech, call: tuple[str, Callable[[Reader, S
 
 
 def close(reader: Reader, speech: Speech, tag: str) -> Steps[None]:
-    """Behind a call: moves behind its closing tag. A call that broke off keeps what stands before the tag in its arguments."""
+    """Behind a call: moves behind its closing tag. A call that broke off keeps what stands before
+    the tag in its arguments.
+    """
     if not speech.calls[-1].complete:
         yield from reader.scan((tag,), speech.arguments)
         return

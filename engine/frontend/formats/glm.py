@@ -1,11 +1,13 @@
-"""GLM-4.5 and its successors: a name, then keys and values between tags; strings stand as they are, other values as JSON.
+"""GLM-4.5 and its successors: a name, then keys and values between tags; strings stand as they are,
+other values as JSON.
 
     <tool_call>get_weather
     <arg_key>city</arg_key>
     <arg_value>Paris</arg_value>
     </tool_call>
 
-The schema of the function says which values are strings; where it does not, a value that is JSON is taken as JSON.
+The schema of the function says which values are strings; where it does not, a value that is JSON is
+taken as JSON.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Glm:
             if key is None or not (yield from optional(reader, VALUE)):
                 return False
             speech.arguments(f"{before}{msgspec.json.encode(key.strip()).decode()}: ")
-            if not (yield from self._value(reader, speech, schema.get("properties", {}).get(key.strip(), {}))):
+            if not (
+                yield from self._value(reader, speech, schema.get("properties", {}).get(key.strip(), {}))
+            ):
                 return False
             if not (yield from optional(reader, KEY)):
                 return True
@@ -93,7 +97,8 @@ class Glm:
         for name in names:
             schema = self._tools[name]
             members = [
-                self._member(lark, line, schema, key, part) + ("" if key in schema.get("required", ()) else "?")
+                self._member(lark, line, schema, key, part)
+                + ("" if key in schema.get("required", ()) else "?")
                 for key, part in schema.get("properties", {}).items()
             ]
             calls.append(" ".join([lark.tag(OPEN), lark.text(name), line, *members, lark.tag(CLOSE)]))
@@ -107,8 +112,12 @@ class Glm:
             value = lark.until(VALUE_END)
         else:
             named = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-            value = f"{lark.json({**part, **named} if isinstance(part, dict) else part)} {lark.tag(VALUE_END)}"
-        return f"({lark.tag(KEY)} {lark.text(key)} {lark.tag(KEY_END)} {line} {lark.tag(VALUE)} {value} {line})"
+            value = (
+                f"{lark.json({**part, **named} if isinstance(part, dict) else part)} {lark.tag(VALUE_END)}"
+            )
+        return (
+            f"({lark.tag(KEY)} {lark.text(key)} {lark.tag(KEY_END)} {line} {lark.tag(VALUE)} {value} {line})"
+        )
 
 
 def _is_json(text: str) -> bool:

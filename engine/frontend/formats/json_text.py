@@ -34,7 +34,9 @@ def decoded(text: str) -> Any:
 
 
 def value(reader: Reader, sink: Sink) -> Steps[bool]:
-    """Passes the JSON value at the cursor on as it is written. True if it ended as one: brackets matched, strings closed."""
+    """Passes the JSON value at the cursor on as it is written. True if it ended as one: brackets
+    matched, strings closed.
+    """
     first = yield from reader.peek()
     if first == '"':
         return (yield from _string(reader, sink))
@@ -92,8 +94,8 @@ class Quoted:
 def call_object(reader: Reader, speech: Speech) -> Steps[bool]:
     """Reads ``{"name": ..., "arguments": {...}}`` at the cursor, behind a pin, into a call.
 
-    False where it is none; the caller goes back to its pin. Once the name is known and the arguments have begun it stays
-    a call, whatever follows, and the pin is released.
+    False where it is none; the caller goes back to its pin. Once the name is known and the
+    arguments have begun it stays a call, whatever follows, and the pin is released.
     """
     return (yield from _CallObject(reader, speech).read())
 
@@ -130,7 +132,12 @@ class _CallObject:
         if not isinstance(key, str) or not (yield from reader.take(":")):
             return False
         yield from reader.skip(SPACE)
-        if key in ARGUMENTS and self._name is not None and not self._open and (yield from reader.peek()) == "{":
+        if (
+            key in ARGUMENTS
+            and self._name is not None
+            and not self._open
+            and (yield from reader.peek()) == "{"
+        ):
             self._begin()
             if not (yield from value(reader, self._speech.arguments)):
                 return False
@@ -154,7 +161,9 @@ class _CallObject:
             return False
         self._begin()
         held = _or_none(self._held) if self._held is not None else {}
-        self._speech.arguments(held if isinstance(held, str) else self._held or "{}")  # some models write the object as a string
+        self._speech.arguments(
+            held if isinstance(held, str) else self._held or "{}"
+        )  # some models write the object as a string
         self._speech.close_call()
         return True
 

@@ -1,4 +1,5 @@
-"""Kimi-K2: a section of calls, each with an id that holds the name and a running number, and its arguments.
+"""Kimi-K2: a section of calls, each with an id that holds the name and a running number, and its
+arguments.
 
     <|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}
     <|tool_call_end|><|tool_calls_section_end|>
@@ -49,7 +50,8 @@ class Kimi:
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
         line, number = lark.line_breaks(1), lark.regex("[0-9]{1,4}")
         calls = [
-            f"{lark.text(f'functions.{name}:')} {number} {lark.tag(ARGUMENTS)} {lark.json(arguments(self._tools, name))}" for name in names
+            f"{lark.text(f'functions.{name}:')} {number} {lark.tag(ARGUMENTS)} {lark.json(arguments(self._tools, name))}"
+            for name in names
         ]
         call = f"{lark.tag(CALL)} {lark.either(calls)} {lark.tag(CALL_END)}"
         return f"{lark.tag(SECTION)} {repeated(call, line, many)} {lark.tag(SECTION_END)}"

@@ -1,7 +1,8 @@
 """Grammars in the Lark dialect of llguidance, written piece by piece.
 
-What must follow what is an expression; pieces that need a rule of their own get one. See the documentation of llguidance
-on its syntax: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+What must follow what is an expression; pieces that need a rule of their own get one. See the
+documentation of llguidance on its syntax:
+https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 import msgspec
 from llguidance import regex_to_lark
 
-Spell = Callable[[str], int | None]  # the id of a tag that the tokenizer calls special, None where a tag is text
+Spell = Callable[
+    [str], int | None
+]  # the id of a tag that the tokenizer calls special, None where a tag is text
 
-# Between the parts of JSON: nothing, a space, or a line break and an indent. Without a bound a model may go on for ever.
+# Between the parts of JSON: nothing, a space, or a line break and an indent. Without a bound a
+# model may go on for ever.
 WHITE_SPACE = r"( |\n[ \t]{0,32})"
 
 
@@ -30,7 +34,9 @@ class Lark:
         return msgspec.json.encode(literal).decode()
 
     def tag(self, name: str) -> str:
-        """A tag of the model's format: a token of its own where the tokenizer calls it special, else text."""
+        """A tag of the model's format: a token of its own where the tokenizer calls it special,
+        else text.
+        """
         id = self._spell(name)
         return self.text(name) if id is None else f"<[{id}]>"
 

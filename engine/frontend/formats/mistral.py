@@ -1,9 +1,11 @@
-"""Mistral and Mixtral: a tag before a JSON array of calls, or, from tokenizer version 11 on, before each name.
+"""Mistral and Mixtral: a tag before a JSON array of calls, or, from tokenizer version 11 on, before
+each name.
 
     [TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]
     [TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}
 
-``[CALL_ID]`` and an id may stand before ``[ARGS]``. The chat templates accept ids of nine letters and digits only.
+``[CALL_ID]`` and an id may stand before ``[ARGS]``. The chat templates accept ids of nine letters
+and digits only.
 """
 
 from __future__ import annotations

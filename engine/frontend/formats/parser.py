@@ -20,14 +20,31 @@ class Tags:
 class ReplyParser:
     """Parses one reply. ``thinking`` says that the prompt has opened the reasoning already.
 
-    Reasoning can only come first; a tag that appears later is content, and so is everything that looks like a tool call
-    and is none. ``named`` says that the client asked for one function by its name. ``full`` once the one call that was
-    allowed has been read: nothing more is taken.
+    Reasoning can only come first; a tag that appears later is content, and so is everything that
+    looks like a tool call and is none. ``named`` says that the client asked for one function by its
+    name. ``full`` once the one call that was allowed has been read: nothing more is taken.
     """
 
-    __slots__ = ("_done", "_in_reasoning", "_named", "_reader", "_speech", "_steps", "_tags", "_tools", "full")
+    __slots__ = (
+        "_done",
+        "_in_reasoning",
+        "_named",
+        "_reader",
+        "_speech",
+        "_steps",
+        "_tags",
+        "_tools",
+        "full",
+    )
 
-    def __init__(self, speech: Speech, tags: Tags | None, tools: ToolFormat | None, thinking: bool = False, named: bool = False) -> None:
+    def __init__(
+        self,
+        speech: Speech,
+        tags: Tags | None,
+        tools: ToolFormat | None,
+        thinking: bool = False,
+        named: bool = False,
+    ) -> None:
         self.full = False
         self._done = False
         self._speech = speech
@@ -59,7 +76,9 @@ class ReplyParser:
         return self._speech.take()
 
     def reason(self, finish: str) -> str:
-        """The finish reason to show: a stop behind complete calls is ``tool_calls``, unless the client named the function."""
+        """The finish reason to show: a stop behind complete calls is ``tool_calls``, unless the
+        client named the function.
+        """
         calls = self._speech.calls
         if finish == "stop" and calls and not self._named and all(call.complete for call in calls):
             return "tool_calls"

@@ -1,8 +1,8 @@
 """Text that is still arriving, for parsers that are written as if it were all there.
 
-A parser is a generator: where it needs text that has not come it yields, and goes on when there is more or when the
-text has ended. What it does depends on the text alone, never on how the text was cut, because every decision waits
-until its text is complete.
+A parser is a generator: where it needs text that has not come it yields, and goes on when there is
+more or when the text has ended. What it does depends on the text alone, never on how the text was
+cut, because every decision waits until its text is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ MAX_HEAD = 256  # characters of a name: what does not end within them is no name
 
 
 class Reader:
-    """A cursor over the text. ``position`` counts characters from the start; what was committed is forgotten."""
+    """A cursor over the text. ``position`` counts characters from the start; what was committed is
+    forgotten.
+    """
 
     __slots__ = ("_at", "_base", "_floor", "_pinned", "_text", "ended")
 
@@ -49,7 +51,9 @@ class Reader:
             self._floor = self._at
 
     def pin(self) -> int:
-        """The position of the cursor, to which ``rewind`` may go until ``release``. Pins do not nest: the first one holds."""
+        """The position of the cursor, to which ``rewind`` may go until ``release``. Pins do not
+        nest: the first one holds.
+        """
         self._pinned = True
         return self.position
 
@@ -95,7 +99,9 @@ class Reader:
             yield
 
     def head(self, end: str) -> Steps[str | None]:
-        """The text up to ``end``, moving behind it; None, without moving, where it does not come within MAX_HEAD characters."""
+        """The text up to ``end``, moving behind it; None, without moving, where it does not come
+        within MAX_HEAD characters.
+        """
         while True:
             limit = self._at + MAX_HEAD + len(end)
             found = self._text.find(end, self._at, limit)
@@ -108,7 +114,8 @@ class Reader:
             yield
 
     def run(self, until: Callable[[str, int], int], sink: Sink) -> Steps[bool]:
-        """Gives out and commits text up to the index that ``until(text, start)`` finds (-1: not in this text).
+        """Gives out and commits text up to the index that ``until(text, start)`` finds (-1: not in
+        this text).
 
         False where the text ends first.
         """
@@ -126,12 +133,16 @@ class Reader:
             yield
 
     def scan(self, markers: Sequence[str], sink: Sink) -> Steps[str | None]:
-        """Gives out and commits the text up to the first of ``markers``, moves behind it (committing) and returns it.
+        """Gives out and commits the text up to the first of ``markers``, moves behind it
+        (committing) and returns it.
 
-        None at the end of the text, all of which has been given out. Text that may be the start of a marker is held back.
+        None at the end of the text, all of which has been given out. Text that may be the start of
+        a marker is held back.
         """
         while True:
-            hits = [(start, marker) for marker in markers if (start := self._text.find(marker, self._at)) >= 0]
+            hits = [
+                (start, marker) for marker in markers if (start := self._text.find(marker, self._at)) >= 0
+            ]
             start, marker = min(hits) if hits else (self._undecided(markers), None)
             if start > self._at:
                 sink(self._text[self._at : start])

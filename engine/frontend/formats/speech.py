@@ -1,4 +1,6 @@
-"""What an assistant message consists of while it is being generated: content, reasoning and tool calls, not yet taken by its sink."""
+"""What an assistant message consists of while it is being generated: content, reasoning and tool
+calls, not yet taken by its sink.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from .reader import NEWLINES, SPACE
 
 @dataclass(slots=True)
 class Call:
-    """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told`` whether its name has."""
+    """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told`` whether
+    its name has.
+    """
 
     index: int
     id: str
@@ -23,7 +27,9 @@ class Call:
 
 @dataclass(slots=True)
 class Delta:
-    """What was said since the last time it was taken. ``calls`` are in the shape of streamed chunks."""
+    """What was said since the last time it was taken. ``calls`` are in the shape of streamed
+    chunks.
+    """
 
     content: str = ""
     reasoning: str = ""
@@ -31,13 +37,23 @@ class Delta:
 
 
 class Speech:
-    """Told by a parser what each piece of text is. White space beside a tag is framing and is dropped.
+    """Told by a parser what each piece of text is. White space beside a tag is framing and is
+    dropped.
 
-    ``show_reasoning`` False drops reasoning. ``one_call`` True makes it ``full`` with the first call. ``id_length`` is that
-    of generated call ids, 0 for the usual form.
+    ``show_reasoning`` False drops reasoning. ``one_call`` True makes it ``full`` with the first
+    call. ``id_length`` is that of generated call ids, 0 for the usual form.
     """
 
-    __slots__ = ("_content", "_id_length", "_one_call", "_reasoning", "_show_reasoning", "_space", "_untold", "calls")
+    __slots__ = (
+        "_content",
+        "_id_length",
+        "_one_call",
+        "_reasoning",
+        "_show_reasoning",
+        "_space",
+        "_untold",
+        "calls",
+    )
 
     def __init__(self, show_reasoning: bool = True, one_call: bool = False, id_length: int = 0) -> None:
         self.calls: list[Call] = []
@@ -94,7 +110,9 @@ class Speech:
         self.calls[-1].complete = True
 
     def finish(self, reasoning: bool) -> None:
-        """The text has ended, ``reasoning``: within the reasoning. White space at the end belongs to what it follows, but for a call."""
+        """The text has ended, ``reasoning``: within the reasoning. White space at the end belongs
+        to what it follows, but for a call.
+        """
         space, self._space = self._space, ""
         if reasoning:
             self._reasoning += space if self._show_reasoning else ""
@@ -109,12 +127,18 @@ class Speech:
         return delta
 
     def _new_id(self) -> str:
-        return secrets.token_hex(self._id_length)[: self._id_length] if self._id_length else f"call_{secrets.token_hex(12)}"
+        return (
+            secrets.token_hex(self._id_length)[: self._id_length]
+            if self._id_length
+            else f"call_{secrets.token_hex(12)}"
+        )
 
 
 def _shown(call: Call) -> dict[str, Any]:
     """The call's part of a chunk: id and name the first time."""
     function = {"arguments": call.fresh} if call.told else {"name": call.name, "arguments": call.fresh}
-    shown: dict[str, Any] = {"index": call.index} if call.told else {"index": call.index, "id": call.id, "type": "function"}
+    shown: dict[str, Any] = (
+        {"index": call.index} if call.told else {"index": call.index, "id": call.id, "type": "function"}
+    )
     call.fresh, call.told = "", True
     return {**shown, "function": function}

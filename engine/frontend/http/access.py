@@ -1,4 +1,6 @@
-"""The outermost ASGI layer: who may enter, request ids, HTTP metrics, and the log of what went wrong."""
+"""The outermost ASGI layer: who may enter, request ids, HTTP metrics, and the log of what went
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,13 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class Gate:
-    """Wraps the application. Without ``api_keys`` everybody may enter; admin paths always need the admin key."""
+    """Wraps the application. Without ``api_keys`` everybody may enter; admin paths always need the
+    admin key.
+    """
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], admin_key: str | None, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: tuple[str, ...], admin_key: str | None, metrics: Metrics
+    ) -> None:
         self._app = app
         self._api_keys = api_keys
         self._admin_key = admin_key
@@ -42,7 +48,9 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         scope[ID_KEY] = request_id
-        scope[SEND_KEY] = send  # streams write past the layers in between, which have nothing to say about a chunk
+        scope[SEND_KEY] = (
+            send  # streams write past the layers in between, which have nothing to say about a chunk
+        )
         status = 0
 
         async def opening(message: MutableMapping[str, Any]) -> None:
@@ -64,7 +72,9 @@ class Gate:
                 raise
         finally:
             route = scope.get("route")
-            self._metrics.http(getattr(route, "path", "none"), scope["method"], status or 499, time.monotonic() - began)
+            self._metrics.http(
+                getattr(route, "path", "none"), scope["method"], status or 499, time.monotonic() - began
+            )
 
     def _refusal(self, path: str, authorization: str) -> ApiError | None:
         if path.startswith("/admin"):
@@ -76,7 +86,9 @@ class Gate:
         else:
             keys = self._api_keys
         scheme, _, given = authorization.partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]  # all, in constant time
+        matches = [
+            hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys
+        ]  # all, in constant time
         if scheme.lower() == "bearer" and any(matches):
             return None
         return ApiError(401, "A valid API key is needed: Authorization: Bearer <key>")

@@ -35,7 +35,13 @@ from .streams import Stream
 MAX_BODY_BYTES = 8 * 2**20
 DRAIN_SECONDS = 600.0
 CLIENT_GONE = 499
-SCHEMAS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeText, TokenizeChat, DetokenizeRequest)
+SCHEMAS: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeText,
+    TokenizeChat,
+    DetokenizeRequest,
+)
 BODY_SCHEMAS = {
     "/v1/chat/completions": (ChatRequest,),
     "/v1/completions": (CompletionRequest,),
@@ -47,7 +53,9 @@ T = TypeVar("T")
 
 
 class DrainRequest(BaseModel):
-    """The body of /admin/drain; ``deadline`` in seconds. A misspelt one is an error, not the default."""
+    """The body of /admin/drain; ``deadline`` in seconds. A misspelt one is an error, not the
+    default.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,7 +73,9 @@ def build_app(service: Service) -> ASGIApp:
 
     def openapi() -> dict[str, Any]:
         document = plain()
-        _, definitions = models_json_schema([(model, "validation") for model in SCHEMAS], ref_template="#/components/schemas/{model}")
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in SCHEMAS], ref_template="#/components/schemas/{model}"
+        )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
         return document
 
@@ -89,7 +99,9 @@ def _routing_error(request: Request, error: HTTPException) -> HTTPException:
     if error.status_code == 404:
         return ApiError(404, f"There is nothing at {request.url.path[:200]}")
     if error.status_code == 405:
-        return HTTPException(405, f"{request.method} is not allowed at {request.url.path[:200]}", error.headers)
+        return HTTPException(
+            405, f"{request.method} is not allowed at {request.url.path[:200]}", error.headers
+        )
     return error
 
 
@@ -127,7 +139,9 @@ def _json(document: Any, status: int = 200) -> Response:
 
 
 def _body_schema(path: str) -> dict[str, Any]:
-    """The request body in the OpenAPI document; bodies are parsed by ``_parse`` and not by FastAPI, which takes NaN."""
+    """The request body in the OpenAPI document; bodies are parsed by ``_parse`` and not by FastAPI,
+    which takes NaN.
+    """
     choices = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BODY_SCHEMAS[path]]
     schema = {"anyOf": choices} if choices[1:] else choices[0]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -157,7 +171,9 @@ def _generation(service: Service) -> APIRouter:
 
 
 async def _answer(reply: Reply, stream: bool) -> Response:
-    """Waits for the first token of a stream, so that an error before it has its own status, or for the whole answer."""
+    """Waits for the first token of a stream, so that an error before it has its own status, or for
+    the whole answer.
+    """
     handed_over = False
     try:
         await (reply.opened if stream else reply.done)
@@ -194,7 +210,9 @@ def _texts(service: Service) -> APIRouter:
         service.check_model(ask.model)
         ids = await service.in_thread(_token_ids(service, ask))
         names = [codec.token_name(token) for token in ids] if ask.return_token_strs else None
-        return _json({"count": len(ids), "max_model_len": _max_len(service), "tokens": ids, "token_strs": names})
+        return _json(
+            {"count": len(ids), "max_model_len": _max_len(service), "tokens": ids, "token_strs": names}
+        )
 
     @router.post("/detokenize", openapi_extra=_body_schema("/detokenize"))
     async def detokenize(request: Request) -> Response:
@@ -215,7 +233,9 @@ def _token_ids(service: Service, ask: TokenizeText | TokenizeChat) -> Callable[[
 
     def work() -> list[int]:
         if isinstance(ask, Conversation):
-            return codec.encode(conversation_text(codec, service.model.habits, ask), bool(ask.add_special_tokens))
+            return codec.encode(
+                conversation_text(codec, service.model.habits, ask), bool(ask.add_special_tokens)
+            )
         return codec.encode(ask.prompt, ask.add_special_tokens is not False)
 
     return work
@@ -227,7 +247,14 @@ def _max_len(service: Service) -> int | None:
 
 def _card(service: Service) -> dict[str, Any]:
     name = service.model.name
-    card = {"id": name, "object": "model", "created": int(service.started), "owned_by": "lockstep", "root": name, "parent": None}
+    card = {
+        "id": name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "lockstep",
+        "root": name,
+        "parent": None,
+    }
     return {**card, "max_model_len": _max_len(service)}
 
 
@@ -256,12 +283,17 @@ def _status(service: Service) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(len(service.requests)), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            service.metrics.render(len(service.requests)),
+            media_type="text/plain; version=0.0.4; charset=utf-8",
+        )
 
     @router.get("/load")
     async def load() -> Response:
         cluster = service.cluster
-        running, waiting, usage = (cluster.num_running, cluster.num_waiting, cluster.kv_usage) if cluster else (0, 0, 0.0)
+        running, waiting, usage = (
+            (cluster.num_running, cluster.num_waiting, cluster.kv_usage) if cluster else (0, 0, 0.0)
+        )
         load = len(service.requests) + service.metrics.open_elsewhere()
         return _json({"server_load": load, "num_running": running, "num_waiting": waiting, "kv_usage": usage})
 

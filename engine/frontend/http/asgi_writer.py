@@ -1,8 +1,8 @@
 """Writes to an ASGI ``send`` without a task per write.
 
-A task that waits for the next token costs two wake-ups of the loop per token and stream. ``send`` of a server with room in
-its buffer returns without waiting, so its coroutine can be run where the token arrives; only when it does wait (the
-reader lags) is it parked on the future it waits for.
+A task that waits for the next token costs two wake-ups of the loop per token and stream. ``send``
+of a server with room in its buffer returns without waiting, so its coroutine can be run where the
+token arrives; only when it does wait (the reader lags) is it parked on the future it waits for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Outlet:
-    """``busy`` while the last write has not gone through; ``on_idle`` is called when it has, or has failed."""
+    """``busy`` while the last write has not gone through; ``on_idle`` is called when it has, or has
+    failed.
+    """
 
     __slots__ = ("_loop", "_on_idle", "_send", "_step", "busy")
 
@@ -27,7 +29,9 @@ class Outlet:
         self.busy = False
 
     def write(self, body: bytes, more: bool) -> None:
-        """Sends a part of the body. Not allowed while busy. What ``send`` raises at once is raised here."""
+        """Sends a part of the body. Not allowed while busy. What ``send`` raises at once is raised
+        here.
+        """
         assert not self.busy, "write to a busy outlet"
         step = self._send({"type": "http.response.body", "body": body, "more_body": more})
         try:
@@ -42,7 +46,9 @@ class Outlet:
         if waits_for is None:  # a bare yield: goes on in the next turn of the loop
             self._loop.call_soon(self._resume)
             return
-        waits_for._asyncio_future_blocking = False  # what a Task does to say that the future was awaited properly
+        waits_for._asyncio_future_blocking = (
+            False  # what a Task does to say that the future was awaited properly
+        )
         waits_for.add_done_callback(self._resume)
 
     def _resume(self, _: object = None) -> None:

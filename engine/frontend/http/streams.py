@@ -1,7 +1,7 @@
 """Streams as server-sent events: chunks from byte templates, sent where their tokens arrive.
 
-Everything of a chunk but the text is fixed when the stream starts. A reader that lags gets what has come in meanwhile
-as one merged chunk per choice.
+Everything of a chunk but the text is fixed when the stream starts. A reader that lags gets what has
+come in meanwhile as one merged chunk per choice.
 """
 
 from __future__ import annotations
@@ -46,14 +46,20 @@ class Template:
         choice = b',"choices":[{"index":%d,' % index
         self.head = start + choice + (b'"delta":{"content":' if outline.chat else b'"text":')
         self.head_delta = start + choice + b'"delta":'
-        self.head_role = start + choice + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        self.head_role = (
+            start
+            + choice
+            + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        )
         self.close_text = b"}" if outline.chat else b""
         self.tail_delta = b',"logprobs":null,"finish_reason":null}]}\n\n'
         self.tail = self.close_text + self.tail_delta
 
 
 class Stream(Response):
-    """A raw ASGI response that takes over the generations of ``reply`` and writes their chunks as they come."""
+    """A raw ASGI response that takes over the generations of ``reply`` and writes their chunks as
+    they come.
+    """
 
     def __init__(self, reply: Reply) -> None:
         self.status_code = 200
@@ -116,7 +122,9 @@ class Stream(Response):
             self._ended = True
         try:
             self._outlet.write(body, more=not self._ended)
-        except Exception:  # the connection is unusable; returning without a complete body makes the server close it
+        except (
+            Exception
+        ):  # the connection is unusable; returning without a complete body makes the server close it
             _log.warning("stream %s broke", self._outline.id, exc_info=True)
             self._ended = True
         if self._ended and not self._outlet.busy:
@@ -146,10 +154,17 @@ class Stream(Response):
         return self._full_chunk(generation, template)
 
     def _full_chunk(self, generation: Generation, template: Template) -> bytes:
-        """A chunk with the optional parts: the first of a choice, the last, or with ids, logprobs or usage."""
+        """A chunk with the optional parts: the first of a choice, the last, or with ids, logprobs
+        or usage.
+        """
         outline, finish = self._outline, generation.finish
         opening = b"" if generation.num_taken else self._opening(generation, template)
-        parts = [opening, _said(generation, template), b',"logprobs":', _encode(self._reply.logprobs(generation))]
+        parts = [
+            opening,
+            _said(generation, template),
+            b',"logprobs":',
+            _encode(self._reply.logprobs(generation)),
+        ]
         parts += [b',"finish_reason":', _encode(generation.finish_reason)]
         if finish is not None:
             parts += [b',"stop_reason":', _encode(generation.stop_reason)]
@@ -175,7 +190,11 @@ class Stream(Response):
         if self._outline.return_token_ids:
             parts += [b',"prompt_token_ids":', _encode(generation.prompt)]
         if self._outline.continuous_usage:
-            usage = {**self._reply.usage(generation), "completion_tokens": 0, "total_tokens": len(generation.prompt)}
+            usage = {
+                **self._reply.usage(generation),
+                "completion_tokens": 0,
+                "total_tokens": len(generation.prompt),
+            }
             parts += [b',"usage":', _encode(usage)]
         return b"".join([*parts, b"}\n\n"])
 
@@ -184,7 +203,13 @@ class Stream(Response):
             return b""
         outline = self._outline
         kind = "chat.completion.chunk" if outline.chat else "text_completion"
-        chunk = {"id": outline.id, "object": kind, "created": outline.created, "model": outline.model, "choices": []}
+        chunk = {
+            "id": outline.id,
+            "object": kind,
+            "created": outline.created,
+            "model": outline.model,
+            "choices": [],
+        }
         return b"data: " + _encode({**chunk, "usage": self._reply.usage()}) + b"\n\n"
 
 

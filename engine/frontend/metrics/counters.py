@@ -1,4 +1,6 @@
-"""What a frontend counts of its requests. Packed, it can be added to that of another: of a sibling, or of an earlier process."""
+"""What a frontend counts of its requests. Packed, it can be added to that of another: of a sibling,
+or of an earlier process.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,49 @@ def one_two_five(limit: int) -> tuple[int, ...]:
     return tuple(bound for bound in bounds if bound <= limit)
 
 
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
 PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 PER_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 HTTP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS = one_two_five(10**9)
 SIZES = ("request_prompt_tokens", "request_generation_tokens")
-REQUEST_PHASES = ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time", "request_inference_time")
+REQUEST_PHASES = (
+    "e2e_request_latency",
+    "request_queue_time",
+    "request_prefill_time",
+    "request_decode_time",
+    "request_inference_time",
+)
 
 
 class Packed(msgspec.Struct, array_like=True):
     """A tally on the board. Histograms are (counts by bucket, sum).
 
-    ``at`` is when (seconds of CLOCK_MONOTONIC), ``open`` the requests then, ``state`` the newest ClusterState, encoded, and ``number`` its
-    number.
+    ``at`` is when (seconds of CLOCK_MONOTONIC), ``open`` the requests then, ``state`` the newest
+    ClusterState, encoded, and ``number`` its number.
     """
 
     at: float
@@ -47,7 +78,9 @@ _decode = msgspec.msgpack.Decoder(Packed).decode
 
 
 class Tally:
-    """Counters and histograms, for one thread. Labels of HTTP requests are routes, never paths as sent, so they stay few."""
+    """Counters and histograms, for one thread. Labels of HTTP requests are routes, never paths as
+    sent, so they stay few.
+    """
 
     def __init__(self) -> None:
         self.first_token = Histogram(FIRST_TOKEN)

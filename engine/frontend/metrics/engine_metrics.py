@@ -1,4 +1,6 @@
-"""What /metrics shows of the engine: a ``ClusterState`` as metric families, without a word about who asked."""
+"""What /metrics shows of the engine: a ``ClusterState`` as metric families, without a word about
+who asked.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def _counter(name: str, labels: Sequence[str], value: float) -> Metric:
 
 
 def _table(
-    kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, values: Mapping[str, Mapping[str, float]]
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    values: Mapping[str, Mapping[str, float]],
 ) -> Metric:
     """A family with one label: ``values`` has the label's name and its values."""
     [(label, column)] = values.items()
@@ -57,7 +62,11 @@ def _table(
 
 def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
     """Families that vLLM has too."""
-    gauges = {"num_requests_running": state.num_running, "num_requests_waiting": state.num_waiting, "kv_cache_usage_perc": state.kv_usage}
+    gauges = {
+        "num_requests_running": state.num_running,
+        "num_requests_waiting": state.num_waiting,
+        "kv_cache_usage_perc": state.kv_usage,
+    }
     counters = {
         "prompt_tokens": state.prompt_tokens,
         "generation_tokens": state.generation_tokens,
@@ -73,9 +82,15 @@ def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
         for name, value in counters.items():
             yield _counter(f"{prefix}:{name}", labels, value)
         name = f"{prefix}:iteration_tokens_total"
-        yield Histogram(STEP_TOKENS).filled(state.totals.step_i64, step_tokens).family(name, "tokens computed in a step", LABELS, labels)
+        yield (
+            Histogram(STEP_TOKENS)
+            .filled(state.totals.step_i64, step_tokens)
+            .family(name, "tokens computed in a step", LABELS, labels)
+        )
         info = GaugeMetricFamily(
-            f"{prefix}:cache_config_info", "the KV cache", labels=("engine", "block_size", "num_gpu_blocks", "enable_prefix_caching")
+            f"{prefix}:cache_config_info",
+            "the KV cache",
+            labels=("engine", "block_size", "num_gpu_blocks", "enable_prefix_caching"),
         )
         info.add_metric(("0", str(state.page_size), pages, str(state.prefix_caching)), 1)
         yield info
@@ -91,13 +106,20 @@ def _group(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
 
 def _steps(totals: Totals, labels: Sequence[str]) -> Iterator[Metric]:
     plans = Histogram(PLAN_SECONDS).filled(totals.plan_i64, totals.plan_seconds)
-    yield plans.family("lockstep:plan_seconds", "from the results that call for a plan to its leaving", LABELS, labels)
+    yield plans.family(
+        "lockstep:plan_seconds", "from the results that call for a plan to its leaving", LABELS, labels
+    )
     tokens = int(_vector(totals.tokens_i64).sum())
     yield _counter("lockstep:step_tokens", labels, tokens)
     yield _counter("lockstep:step_rows", labels, totals.rows)
     yield _counter("lockstep:dispatch_rows", labels, totals.dispatch_rows)
-    waste = {name: 1 - tokens / rows if rows else 0.0 for name, rows in (("rows", totals.rows), ("dispatch", totals.dispatch_rows))}
-    yield _table(GaugeMetricFamily, "lockstep:padding_waste", "share of planned rows that hold no token", {"of": waste})
+    waste = {
+        name: 1 - tokens / rows if rows else 0.0
+        for name, rows in (("rows", totals.rows), ("dispatch", totals.dispatch_rows))
+    }
+    yield _table(
+        GaugeMetricFamily, "lockstep:padding_waste", "share of planned rows that hold no token", {"of": waste}
+    )
     yield _gauge("lockstep:overlap", labels, totals.overlap)
     yield _counter("lockstep:overlapped_steps", labels, totals.overlapped)
     yield _counter("lockstep:moved_bytes", labels, totals.moved_bytes)
@@ -107,8 +129,15 @@ def _ranks(state: ClusterState) -> Iterator[Metric]:
     names = ("num_running", "pages_used", "pages_cached", "pages_total", "step_seconds", "wait_seconds")
     for name in names:
         column = {str(rank.rank): float(getattr(rank, name)) for rank in state.ranks}
-        yield _table(GaugeMetricFamily, f"lockstep:rank_{name}", f"{name.replace('_', ' ')} of a rank", {"rank": column})
-    states = GaugeMetricFamily("lockstep:rank_state", "1 for the state a rank is in", labels=("rank", "host", "state"))
+        yield _table(
+            GaugeMetricFamily,
+            f"lockstep:rank_{name}",
+            f"{name.replace('_', ' ')} of a rank",
+            {"rank": column},
+        )
+    states = GaugeMetricFamily(
+        "lockstep:rank_state", "1 for the state a rank is in", labels=("rank", "host", "state")
+    )
     for rank in state.ranks:
         states.add_metric((str(rank.rank), rank.host, rank.state), 1)
     yield states
@@ -117,21 +146,35 @@ def _ranks(state: ClusterState) -> Iterator[Metric]:
     text = "tokens of a data index, which all ranks of it compute"
     yield _table(CounterMetricFamily, "lockstep:rank_tokens", text, {"data": _column(by_data["rank_tokens"])})
     yield _table(
-        GaugeMetricFamily, "lockstep:rank_step_tokens", text + ", in the last step", {"data": _column(by_data["rank_step_tokens"])}
+        GaugeMetricFamily,
+        "lockstep:rank_step_tokens",
+        text + ", in the last step",
+        {"data": _column(by_data["rank_step_tokens"])},
     )
     seconds = {"rank_busy_seconds": totals.busy_f64, "rank_waited_seconds": totals.waited_f64}
     for name, packed in seconds.items():
         column = _column(np.frombuffer(packed, np.float64))
-        yield _table(CounterMetricFamily, f"lockstep:{name}", f"{name.replace('_', ' ')} in steps", {"rank": column})
+        yield _table(
+            CounterMetricFamily, f"lockstep:{name}", f"{name.replace('_', ' ')} in steps", {"rank": column}
+        )
     phases_PW = np.frombuffer(totals.phases_f64, np.float64).reshape(-1, len(PHASES)).T
     for phase, seconds_W in zip(PHASES, phases_PW, strict=True):
-        yield _table(CounterMetricFamily, f"lockstep:{phase}_seconds", _PHASE_TEXTS[phase], {"rank": _column(seconds_W)})
+        yield _table(
+            CounterMetricFamily,
+            f"lockstep:{phase}_seconds",
+            _PHASE_TEXTS[phase],
+            {"rank": _column(seconds_W)},
+        )
 
 
 def _experts(state: ClusterState) -> Iterator[Metric]:
-    """Load per layer and rank. Per expert it would be 15,000 series for DeepSeek-V3; /admin/cluster has it."""
+    """Load per layer and rank. Per expert it would be 15,000 series for DeepSeek-V3; /admin/cluster
+    has it.
+    """
     totals = state.totals
-    load = CounterMetricFamily("lockstep:expert_load", "tokens that experts have computed", labels=("layer", "rank"))
+    load = CounterMetricFamily(
+        "lockstep:expert_load", "tokens that experts have computed", labels=("layer", "rank")
+    )
     if state.ranks:
         for layer, row in enumerate(_vector(totals.load_i64).reshape(-1, len(state.ranks)).tolist()):
             for rank, tokens in enumerate(row):
@@ -142,8 +185,16 @@ def _experts(state: ClusterState) -> Iterator[Metric]:
     yield _table(GaugeMetricFamily, "lockstep:balancedness", text, {"layer": balanced})
     if state.expert_layers and state.expert_i64:
         loads = _vector(state.expert_i64).reshape(state.expert_layers, -1)
-        for name, values in {"expert_tokens_mean": loads.mean(axis=1), "expert_tokens_max": loads.max(axis=1)}.items():
-            yield _table(GaugeMetricFamily, f"lockstep:{name}", f"{name.replace('_', ' ')} of a layer", {"layer": _column(values)})
+        for name, values in {
+            "expert_tokens_mean": loads.mean(axis=1),
+            "expert_tokens_max": loads.max(axis=1),
+        }.items():
+            yield _table(
+                GaugeMetricFamily,
+                f"lockstep:{name}",
+                f"{name.replace('_', ' ')} of a layer",
+                {"layer": _column(values)},
+            )
 
 
 def _vector(packed: bytes) -> NDArray[np.int64]:

@@ -1,4 +1,6 @@
-"""A histogram cheap enough to be told about every token (prometheus_client's takes a lock and 1.5 us per observation)."""
+"""A histogram cheap enough to be told about every token (prometheus_client's takes a lock and 1.5
+us per observation).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from prometheus_client.core import HistogramMetricFamily
 
 
 class Histogram:
-    """Counts by upper bound. For one thread; a reader elsewhere may see an observation counted but not yet summed."""
+    """Counts by upper bound. For one thread; a reader elsewhere may see an observation counted but
+    not yet summed.
+    """
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -40,13 +44,17 @@ class Histogram:
             self.add(array("q", counts_i64).tolist(), total)
         return self
 
-    def family(self, name: str, text: str, names: Sequence[str], labels: Sequence[str]) -> HistogramMetricFamily:
+    def family(
+        self, name: str, text: str, names: Sequence[str], labels: Sequence[str]
+    ) -> HistogramMetricFamily:
         """A family with this as its only sample."""
         family = HistogramMetricFamily(name, text, labels=names)
         self.add_to(family, labels)
         return family
 
-    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str], limit: float = float("inf")) -> None:
+    def add_to(
+        self, family: HistogramMetricFamily, labels: Sequence[str], limit: float = float("inf")
+    ) -> None:
         """Adds a sample to a family; bounds above ``limit`` are left to +Inf."""
         total, buckets = 0, []
         for bound, count in zip(self._bounds, self._counts, strict=False):

@@ -1,9 +1,11 @@
-"""What /metrics shows: counters of the cluster from ``ClusterState``, timings of all frontends' requests, HTTP requests.
+"""What /metrics shows: counters of the cluster from ``ClusterState``, timings of all frontends'
+requests, HTTP requests.
 
-Whichever frontend is asked, the answer is the cluster's: its own counts are at this moment, the others' as they published them last.
+Whichever frontend is asked, the answer is the cluster's: its own counts are at this moment, the
+others' as they published them last.
 
-Families that vLLM also has appear under both prefixes with its labels and buckets, so that its dashboards and
-autoscalers work; the rest, in ``engine_metrics``, appear as ``lockstep:`` alone.
+Families that vLLM also has appear under both prefixes with its labels and buckets, so that its
+dashboards and autoscalers work; the rest, in ``engine_metrics``, appear as ``lockstep:`` alone.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ FRESH_SECONDS = 2.0  # a frontend whose counts are older has gone, and with it i
 
 
 class Metrics(Collector):
-    """Told by the event loop, read by /metrics on the same loop. From ``join`` on it shows what all frontends have counted."""
+    """Told by the event loop, read by /metrics on the same loop. From ``join`` on it shows what all
+    frontends have counted.
+    """
 
     def __init__(self, model_name: str) -> None:
         self._labels = (model_name, "0")
@@ -96,9 +100,15 @@ class Metrics(Collector):
             yield from engine_metrics(state, self._labels)
 
     def _newest(self, others: list[Packed]) -> ClusterState | None:
-        """The newest state that any frontend has: two that are scraped in turn must not count backwards."""
+        """The newest state that any frontend has: two that are scraped in turn must not count
+        backwards.
+        """
         newest = max(others, key=lambda packed: packed.number, default=None)
-        if newest is None or not newest.state or (self._state is not None and self._state.number >= newest.number):
+        if (
+            newest is None
+            or not newest.state
+            or (self._state is not None and self._state.number >= newest.number)
+        ):
             return self._state
         return _decode_state(newest.state)
 
@@ -109,17 +119,23 @@ class Metrics(Collector):
                 histogram.add_to(family, self._labels, longest if name in total.sizes else float("inf"))
                 yield family
             labels = (*LABELS, "finished_reason")
-            finished = CounterMetricFamily(f"{prefix}:request_success", "requests by the reason they ended", labels=labels)
+            finished = CounterMetricFamily(
+                f"{prefix}:request_success", "requests by the reason they ended", labels=labels
+            )
             for reason, count in total.finishes.items():
                 finished.add_metric((*self._labels, reason), count)
             yield finished
 
     def _http_requests(self, total: Tally) -> Iterator[Metric]:
-        requests = CounterMetricFamily("http_requests", "HTTP requests", labels=("handler", "method", "status"))
+        requests = CounterMetricFamily(
+            "http_requests", "HTTP requests", labels=("handler", "method", "status")
+        )
         for labels, count in total.http.items():
             requests.add_metric(labels, count)
         yield requests
-        seconds = HistogramMetricFamily("http_request_duration_seconds", "seconds per HTTP request", labels=("handler", "method"))
+        seconds = HistogramMetricFamily(
+            "http_request_duration_seconds", "seconds per HTTP request", labels=("handler", "method")
+        )
         for key, histogram in total.http_seconds.items():
             histogram.add_to(seconds, key)
         yield seconds

@@ -1,6 +1,8 @@
-"""Memory that all frontends of a cluster share: each writes what it has counted, any can read what all have counted.
+"""Memory that all frontends of a cluster share: each writes what it has counted, any can read what
+all have counted.
 
-The launcher makes it and keeps it, so that a frontend that is restarted goes on from the counts of the one before it.
+The launcher makes it and keeps it, so that a frontend that is restarted goes on from the counts of
+the one before it.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ def board_bytes(num_frontends: int) -> int:
 class Board:
     """The slot ``index`` is this process's to write. Takes the descriptor over.
 
-    A slot is two buffers; the number at its head says which is valid and how often it was written. A writer fills the other one and
-    then counts up, so that one that is killed while writing leaves the last text whole.
+    A slot is two buffers; the number at its head says which is valid and how often it was written.
+    A writer fills the other one and then counts up, so that one that is killed while writing leaves
+    the last text whole.
     """
 
     def __init__(self, descriptor: int, index: int) -> None:

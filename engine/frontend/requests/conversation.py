@@ -1,4 +1,6 @@
-"""A conversation as text: messages in the shape that the model's chat template takes, and what the template can do."""
+"""A conversation as text: messages in the shape that the model's chat template takes, and what the
+template can do.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ PROBE_TOOL = {
     "function": {
         "name": PROBE_NAME,
         "description": "A probe.",
-        "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "A key."}}, "required": ["key"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "A key."}},
+            "required": ["key"],
+        },
     },
 }
 
@@ -27,8 +33,9 @@ PROBE_TOOL = {
 class Habits:
     """How a chat template takes what templates differ in; found out by rendering probes.
 
-    ``text_arguments``: arguments of calls as JSON text, not as objects. ``null_content``: a message with calls and no
-    text has no content, not an empty one. ``shows_tools``: the prompt depends on ``tools``.
+    ``text_arguments``: arguments of calls as JSON text, not as objects. ``null_content``: a message
+    with calls and no text has no content, not an empty one. ``shows_tools``: the prompt depends on
+    ``tools``.
     """
 
     text_arguments: bool = False
@@ -37,13 +44,18 @@ class Habits:
 
 
 def learn_habits(codec: Codec) -> Habits:
-    """The first way of writing a call of an earlier turn whose prompt shows its name and argument; else the usual one."""
+    """The first way of writing a call of an earlier turn whose prompt shows its name and argument;
+    else the usual one.
+    """
     if codec.chat_template is None:
         return Habits()
     shows_tools = PROBE_NAME in (_probe(codec, [{"role": "user", "content": "x"}]) or "")
     for text_arguments, null_content in ((False, False), (False, True), (True, False), (True, True)):
         arguments = {"key": PROBE_VALUE}
-        function = {"name": PROBE_NAME, "arguments": msgspec.json.encode(arguments).decode() if text_arguments else arguments}
+        function = {
+            "name": PROBE_NAME,
+            "arguments": msgspec.json.encode(arguments).decode() if text_arguments else arguments,
+        }
         call = {"id": "probe0001", "type": "function", "function": function}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "x"},
@@ -70,11 +82,16 @@ def conversation_text(codec: Codec, habits: Habits, ask: Conversation) -> str:
         options.setdefault("reasoning_effort", ask.reasoning_effort)
     for name in OWN_FIELDS:
         if name in options:
-            raise bad_request(f"chat_template_kwargs.{name} is not allowed: {name} is a field of its own", "chat_template_kwargs")
+            raise bad_request(
+                f"chat_template_kwargs.{name} is not allowed: {name} is a field of its own",
+                "chat_template_kwargs",
+            )
     messages = [_plain(habits, index, message) for index, message in enumerate(ask.messages)]
     tools = [tool.model_dump(exclude_unset=True) for tool in ask.tools] if ask.tools else None
     continues = bool(ask.continue_final_message)
-    return codec.render(messages, tools, add_generation_prompt=ask.opens_turn, continue_final_message=continues, **options)
+    return codec.render(
+        messages, tools, add_generation_prompt=ask.opens_turn, continue_final_message=continues, **options
+    )
 
 
 def continued(ask: Conversation) -> str | None:
@@ -89,13 +106,17 @@ def content_of(index: int, message: Message) -> str:
     texts = []
     for part in message.content:
         if part.type != "text" or part.text is None:
-            raise bad_request(f"messages[{index}].content: only text parts are supported (got {part.type!r})", "messages")
+            raise bad_request(
+                f"messages[{index}].content: only text parts are supported (got {part.type!r})", "messages"
+            )
         texts.append(part.text)
     return "\n".join(texts)
 
 
 def _plain(habits: Habits, index: int, message: Message) -> dict[str, Any]:
-    """A message as the template takes it: text content, both names of reasoning, arguments in its way."""
+    """A message as the template takes it: text content, both names of reasoning, arguments in its
+    way.
+    """
     plain = message.model_dump(exclude_none=True)
     content = content_of(index, message)
     plain["content"] = None if message.tool_calls and not content and habits.null_content else content

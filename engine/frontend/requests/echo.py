@@ -12,10 +12,12 @@ from .logprobs import text_logprobs
 
 
 class Echo:
-    """What ``choices[].logprobs`` of a text completion begins with. It is put together as the engine's messages come, each of which
-    is small, so that a long prompt never keeps the event loop for long.
+    """What ``choices[].logprobs`` of a text completion begins with. It is put together as the
+    engine's messages come, each of which is small, so that a long prompt never keeps the event loop
+    for long.
 
-    ``text`` is the prompt as it is shown. Offsets are places in it: those of a character that several tokens make are equal.
+    ``text`` is the prompt as it is shown. Offsets are places in it: those of a character that
+    several tokens make are equal.
     """
 
     def __init__(self, codec: Codec, prompt: list[int], num_top: int, skip_special_tokens: bool) -> None:
@@ -25,7 +27,10 @@ class Echo:
         self._offset = 0
         self._shown = False
         self._lists: dict[str, list[Any]] = {name: [] for name in text_logprobs(codec, [], [], 0, 0)}
-        self._append(text_logprobs(codec, prompt[:1], [None], 0, 0) | {"token_logprobs": [None], "top_logprobs": [None]})
+        self._append(
+            text_logprobs(codec, prompt[:1], [None], 0, 0)
+            | {"token_logprobs": [None], "top_logprobs": [None]}
+        )
 
     @property
     def known(self) -> int:
@@ -45,7 +50,8 @@ class Echo:
         tops = [slice(at * each, (at + 1) * each) for at in new]
         tokens = self._prompt[self.known : self.known + len(new)]
         entries = [
-            HandleLogprobs(0, 0, chosen[at], message.top_ids_i32[top], message.top_f32[top]) for at, top in zip(new, tops, strict=True)
+            HandleLogprobs(0, 0, chosen[at], message.top_ids_i32[top], message.top_f32[top])
+            for at, top in zip(new, tops, strict=True)
         ]
         self._append(text_logprobs(self._codec, tokens, entries, self._num_top, 0))
         return len(new) > 0 and self.complete

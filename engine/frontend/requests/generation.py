@@ -32,11 +32,12 @@ class Sink(Protocol):
 class Generation:
     """One choice of one prompt; one ``Submit``.
 
-    ``tokens`` are those that count for the client: nothing behind a stop string, whatever the engine computed
-    meanwhile; ``num_received`` counts what the engine sent. ``pieces`` is text not yet taken by the sink, ``num_taken``
-    the tokens it has taken; with a ``parser`` the text goes there instead. ``echo`` is the prompt where its log-probabilities are
-    shown: it is text once they are all here, which is before the first token. ``eos_ids`` are the stop ids that are no stop
-    reason of their own. Times are seconds of the monotonic clock, 0 where it has not happened.
+    ``tokens`` are those that count for the client: nothing behind a stop string, whatever the
+    engine computed meanwhile; ``num_received`` counts what the engine sent. ``pieces`` is text not
+    yet taken by the sink, ``num_taken`` the tokens it has taken; with a ``parser`` the text goes
+    there instead. ``echo`` is the prompt where its log-probabilities are shown: it is text once
+    they are all here, which is before the first token. ``eos_ids`` are the stop ids that are no
+    stop reason of their own. Times are seconds of the monotonic clock, 0 where it has not happened.
     """
 
     submit: Submit
@@ -78,7 +79,9 @@ class Generation:
     @property
     def stopped_early(self) -> bool:
         """A stop string or the last tool call allowed ended it, which the engine cannot see."""
-        return (self.matcher is not None and self.matcher.matched is not None) or (self.parser is not None and self.parser.full)
+        return (self.matcher is not None and self.matcher.matched is not None) or (
+            self.parser is not None and self.parser.full
+        )
 
     @property
     def pending(self) -> bool:
@@ -106,8 +109,12 @@ class Generation:
         """Log-probabilities of the prompt are still to come."""
         return self.echo is not None and not self.echo.complete
 
-    def accept(self, tokens: list[int], logprobs: Callable[[int], HandleLogprobs | None] | None = None) -> None:
-        """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives those of an output position."""
+    def accept(
+        self, tokens: list[int], logprobs: Callable[[int], HandleLogprobs | None] | None = None
+    ) -> None:
+        """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives those
+        of an output position.
+        """
         for token in tokens:
             self.tokens.append(token)
             if self.logprobs is not None:

@@ -13,7 +13,9 @@ from ...text.tokenizer import Codec
 LOWEST = -9999.0  # JSON has no infinity
 
 
-def chat_logprobs(codec: Codec, tokens: Sequence[int], entries: Sequence[HandleLogprobs | None], num_top: int) -> dict[str, Any]:
+def chat_logprobs(
+    codec: Codec, tokens: Sequence[int], entries: Sequence[HandleLogprobs | None], num_top: int
+) -> dict[str, Any]:
     """``choices[].logprobs`` of a chat completion for ``tokens``."""
     content = []
     for token, entry in zip(tokens, entries, strict=True):
@@ -25,7 +27,9 @@ def chat_logprobs(codec: Codec, tokens: Sequence[int], entries: Sequence[HandleL
 def text_logprobs(
     codec: Codec, tokens: Sequence[int], entries: Sequence[HandleLogprobs | None], num_top: int, offset: int
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of a text completion; ``offset`` is where the first token's text starts."""
+    """``choices[].logprobs`` of a text completion; ``offset`` is where the first token's text
+    starts.
+    """
     texts = [_text(codec, token) for token in tokens]
     offsets, tops = [], []
     for token, text, entry in zip(tokens, texts, entries, strict=True):
@@ -36,7 +40,12 @@ def text_logprobs(
             if other != token:
                 top.setdefault(_text(codec, other), value)
         tops.append(top)
-    return {"tokens": texts, "token_logprobs": [_chosen(entry) for entry in entries], "top_logprobs": tops, "text_offset": offsets}
+    return {
+        "tokens": texts,
+        "token_logprobs": [_chosen(entry) for entry in entries],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
 
 
 def _named(codec: Codec, token: int, value: float) -> dict[str, Any]:

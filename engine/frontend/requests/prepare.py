@@ -1,4 +1,5 @@
-"""From what a client sent to what the engine needs: messages to text, text to tokens, tokens to hashes.
+"""From what a client sent to what the engine needs: messages to text, text to tokens, tokens to
+hashes.
 
 Everything here is for threads: it may take long (a 128k prompt) and touches no shared state.
 """
@@ -43,7 +44,9 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the controller has said: see ``ClusterState``. ``page_size`` 0 when prefixes are not cached."""
+    """What the controller has said: see ``ClusterState``. ``page_size`` 0 when prefixes are not
+    cached.
+    """
 
     max_len: int
     page_size: int
@@ -51,7 +54,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt ready to be submitted: its ids, packed and hashed, how many tokens may follow, and how they are read.
+    """A prompt ready to be submitted: its ids, packed and hashed, how many tokens may follow, and
+    how they are read.
 
     ``grammar`` is what the reply must follow, empty where it is free.
     """
@@ -94,7 +98,9 @@ def prepare_chat(model: Model, limits: Limits, ask: ChatRequest) -> Prompt:
         _check_tools(model)
     text = conversation_text(model.codec, model.habits, ask)
     try:
-        prompt = prepare(model, limits, text, bool(ask.add_special_tokens), ask.output_tokens, ask.cache_salt or "")
+        prompt = prepare(
+            model, limits, text, bool(ask.add_special_tokens), ask.output_tokens, ask.cache_salt or ""
+        )
     except ApiError as error:
         error.param = "messages" if error.param == "prompt" else error.param
         raise
@@ -113,12 +119,23 @@ def prepare_chat(model: Model, limits: Limits, ask: ChatRequest) -> Prompt:
 
 def prepare_texts(model: Model, limits: Limits, ask: CompletionRequest) -> list[Prompt]:
     """The prompts of a text completion. Raises ApiError."""
-    grammar, salt, special = _grammar(model, ask, None), ask.cache_salt or "", ask.add_special_tokens is not False
-    return [replace(prepare(model, limits, source, special, ask.output_tokens, salt), grammar=grammar) for source in ask.prompts]
+    grammar, salt, special = (
+        _grammar(model, ask, None),
+        ask.cache_salt or "",
+        ask.add_special_tokens is not False,
+    )
+    return [
+        replace(prepare(model, limits, source, special, ask.output_tokens, salt), grammar=grammar)
+        for source in ask.prompts
+    ]
 
 
-def prepare(model: Model, limits: Limits, source: str | list[int], special: bool, asked: int | None, salt: str) -> Prompt:
-    """Encodes (``source`` text) or checks (ids), fits into the context, packs and hashes. Raises ApiError."""
+def prepare(
+    model: Model, limits: Limits, source: str | list[int], special: bool, asked: int | None, salt: str
+) -> Prompt:
+    """Encodes (``source`` text) or checks (ids), fits into the context, packs and hashes. Raises
+    ApiError.
+    """
     if isinstance(source, str):
         ids = model.codec.encode(source, special)
     else:
@@ -147,7 +164,10 @@ def _check_tools(model: Model) -> None:
         text = "the chat template of this model does not show tools to it; one that does can be put into the model's directory"
         raise bad_request(f"tools: {text} as chat_template.jinja", "tools")
     if model.formats.tools is None:
-        raise bad_request("tools: this server does not know how this model writes tool calls; frontend.tool_parser says it", "tools")
+        raise bad_request(
+            "tools: this server does not know how this model writes tool calls; frontend.tool_parser says it",
+            "tools",
+        )
 
 
 def _model_type(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""From a request to ``Sampling``: what the client left open comes from the model's generation_config.json."""
+"""From a request to ``Sampling``: what the client left open comes from the model's
+generation_config.json.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,15 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_defaults(model_path: Path, tokenizer_eos: int | None) -> Defaults:
-    """Reads generation_config.json and the eos ids of config.json; a missing file leaves the neutral values."""
+    """Reads generation_config.json and the eos ids of config.json; a missing file leaves the
+    neutral values.
+    """
     generation = _read(model_path / "generation_config.json")
-    eos = _ids(generation.get("eos_token_id")) | _ids(_read(model_path / "config.json").get("eos_token_id")) | _ids(tokenizer_eos)
+    eos = (
+        _ids(generation.get("eos_token_id"))
+        | _ids(_read(model_path / "config.json").get("eos_token_id"))
+        | _ids(tokenizer_eos)
+    )
     named = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
     given = {name: generation[name] for name in named if generation.get(name) is not None}
     try:
@@ -50,7 +58,9 @@ def build_sampling(ask: Generate, defaults: Defaults, vocab_size: int, num_logpr
     top_k = max(0, _pick(ask.top_k, defaults.top_k))
     ids, values = _biases(ask.logit_bias, vocab_size)
     return Sampling(
-        temperature=temperature if temperature == 0 else max(temperature, MIN_TEMPERATURE),  # a smaller one overflows float32 logits
+        temperature=temperature
+        if temperature == 0
+        else max(temperature, MIN_TEMPERATURE),  # a smaller one overflows float32 logits
         top_p=_pick(ask.top_p, defaults.top_p),
         top_k=0 if top_k >= vocab_size else top_k,
         min_p=_pick(ask.min_p, defaults.min_p),
@@ -75,10 +85,14 @@ def with_seed(sampling: Sampling, choice: int) -> Sampling:
 
 
 def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults) -> int:
-    """How many tokens may follow a prompt of ``num_prompt``. Raises ApiError where it does not fit ``max_len``."""
+    """How many tokens may follow a prompt of ``num_prompt``. Raises ApiError where it does not fit
+    ``max_len``.
+    """
     limit = f"This model's maximum context length is {max_len} tokens."
     if num_prompt >= max_len + (asked == 0):
-        raise bad_request(f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt.", "prompt")
+        raise bad_request(
+            f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt.", "prompt"
+        )
     if asked is None:
         room = max_len - num_prompt
         return room if defaults.max_new_tokens is None else max(1, min(room, defaults.max_new_tokens))
@@ -116,7 +130,10 @@ def _biases(biases: dict[str, float] | None, vocab_size: int) -> tuple[list[int]
 
 def _outside(token: int, vocab_size: int, param: str) -> ApiError:
     given = str(token) if abs(token) < 10**18 else "a huge number"
-    return bad_request(f"{param}: token id {given} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1})", param)
+    return bad_request(
+        f"{param}: token id {given} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1})",
+        param,
+    )
 
 
 def _pick(asked: T | None, default: T) -> T:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Finds the stop string that completes first (of those the one that starts first), however the text is cut.
+    """Finds the stop string that completes first (of those the one that starts first), however the
+    text is cut.
 
-    ``push`` returns text that no stop string can claim any more; text that may be the start of one is held back.
-    After a match ``matched`` names the stop string and nothing more may be pushed.
+    ``push`` returns text that no stop string can claim any more; text that may be the start of one
+    is held back. After a match ``matched`` names the stop string and nothing more may be pushed.
     """
 
     __slots__ = ("_held", "_ignored", "_include", "_reach", "_stops", "matched")
@@ -23,7 +24,9 @@ class StopMatcher:
         self._ignored = 0  # a match must end behind this many characters of the held text
 
     def push(self, text: str, armed: bool = True) -> str:
-        """Text of the next token. A stop string that completes in an unarmed text (before min_tokens) does not count."""
+        """Text of the next token. A stop string that completes in an unarmed text (before
+        min_tokens) does not count.
+        """
         buffer = self._held + text
         if armed:
             match = self._first(buffer)

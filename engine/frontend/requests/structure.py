@@ -1,8 +1,9 @@
-"""Structured output: from response_format, structured_outputs and forced tools to a grammar that a rank can follow.
+"""Structured output: from response_format, structured_outputs and forced tools to a grammar that a
+rank can follow.
 
-The grammar holds for all of a reply: reasoning, where the model may begin with it, then content of the shape asked for,
-or calls in the model's own format. It is checked here, against a vocabulary of bytes, so that a schema or a pattern that
-cannot be followed is refused before anything is queued.
+The grammar holds for all of a reply: reasoning, where the model may begin with it, then content of
+the shape asked for, or calls in the model's own format. It is checked here, against a vocabulary of
+bytes, so that a schema or a pattern that cannot be followed is refused before anything is queued.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class GrammarCheck:
     def __call__(self, grammar: str, param: str) -> None:
         """Raises ApiError, naming the field ``param``."""
         if len(grammar) > MAX_GRAMMAR_BYTES:
-            raise bad_request(f"{param}: its grammar has {len(grammar)} bytes, at most {MAX_GRAMMAR_BYTES} are allowed", param)
+            raise bad_request(
+                f"{param}: its grammar has {len(grammar)} bytes, at most {MAX_GRAMMAR_BYTES} are allowed",
+                param,
+            )
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise bad_request(f"{param}: {_reason(matcher.get_error())}", param)
@@ -134,7 +138,9 @@ def _behind_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
 
 
 def _reason(error: str) -> str:
-    """The first line that says what is wrong, without the grammar that we have written around it."""
+    """The first line that says what is wrong, without the grammar that we have written around
+    it.
+    """
     text = _PLACE.sub("", _CONTEXT.split(error, maxsplit=1)[0])
     return " ".join(text.split())[:MAX_MESSAGE_CHARS]
 
@@ -142,4 +148,6 @@ def _reason(error: str) -> str:
 def refuse_without_end(eos_ids: tuple[int, ...]) -> None:
     """Raises ApiError for a model whose texts cannot end."""
     if not eos_ids:
-        raise ApiError(400, "Structured output needs a model with an end-of-sequence id, which this one does not name")
+        raise ApiError(
+            400, "Structured output needs a model with an end-of-sequence id, which this one does not name"
+        )

@@ -1,7 +1,8 @@
 """DeepSeek-V2 and V2-Lite (arXiv 2405.04434): latent attention, softmax gate, shared experts.
 
-V2 chooses experts of the groups that hold the best ones, V2-Lite of all; that is ``topk_method``, and the groups in the file of a
-model that chooses of all mean nothing. V2-Lite projects its queries directly (``q_lora_rank`` null).
+V2 chooses experts of the groups that hold the best ones, V2-Lite of all; that is ``topk_method``,
+and the groups in the file of a model that chooses of all mean nothing. V2-Lite projects its queries
+directly (``q_lora_rank`` null).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def _read(fields: Fields) -> Blocks:
     fields.expect("rope_interleave", True)
     grouped = fields.raw("topk_method") == "group_limited_greedy"
     width, top_k = fields.integer("moe_intermediate_size"), fields.integer("num_experts_per_tok")
-    # As in the model's own code, weights are either divided by their sum or scaled; transformers 5 only scales.
+    # As in the model's own code, weights are either divided by their sum or scaled; transformers 5
+    # only scales.
     normalise = fields.flag("norm_topk_prob", False) and top_k > 1
     scale = fields.number("routed_scaling_factor", 1.0)
     moe = MoEConfig(

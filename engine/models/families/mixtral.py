@@ -1,4 +1,6 @@
-"""Mixtral (arXiv 2401.04088): grouped-query attention, experts in every layer, softmax over the chosen experts."""
+"""Mixtral (arXiv 2401.04088): grouped-query attention, experts in every layer, softmax over the
+chosen experts.
+"""
 
 from __future__ import annotations
 

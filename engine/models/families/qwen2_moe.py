@@ -1,5 +1,6 @@
-"""Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671): grouped-query attention with biases, softmax gate, and a shared expert whose output
-a gate of its own scales for every token."""
+"""Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671): grouped-query attention with biases, softmax gate,
+and a shared expert whose output a gate of its own scales for every token.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from ..config_blocks import (
 from ..config_fields import Fields
 
 _NAMES = CheckpointNames(
-    renamed=(("mlp.shared_experts.gate.", "mlp.shared_expert_gate."), ("mlp.shared_experts.", "mlp.shared_expert.")),
+    renamed=(
+        ("mlp.shared_experts.gate.", "mlp.shared_expert_gate."),
+        ("mlp.shared_experts.", "mlp.shared_expert."),
+    ),
 )
 
 

@@ -1,4 +1,6 @@
-"""Qwen3-MoE (arXiv 2505.09388): grouped-query attention with normalised queries and keys, softmax gate."""
+"""Qwen3-MoE (arXiv 2505.09388): grouped-query attention with normalised queries and keys, softmax
+gate.
+"""
 
 from __future__ import annotations
 

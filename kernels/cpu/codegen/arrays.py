@@ -1,8 +1,8 @@
 """Tensors as compiled CPU kernels see them: numpy arrays over the same memory, bf16 as its 16 bits.
 
-The kernels are compiled by numba, which needs no C compiler and keeps what it compiled on disk (``_cache_folder``). They run on the
-threads of torch's own OpenMP, so that the two do not compete: a parallel call costs 0.8 us, one on this thread 0.1 us (2 cores of an
-EPYC Turin, numba 0.68).
+The kernels are compiled by numba, which needs no C compiler and keeps what it compiled on disk
+(``_cache_folder``). They run on the threads of torch's own OpenMP, so that the two do not compete:
+a parallel call costs 0.8 us, one on this thread 0.1 us (2 cores of an EPYC Turin, numba 0.68).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -25,9 +25,11 @@ from torch import Tensor
 
 
 def _cache_folder() -> str:
-    """Where compiled kernels are kept: beside the source, or in the user's cache where that is not writable.
+    """Where compiled kernels are kept: beside the source, or in the user's cache where that is not
+    writable.
 
-    There is a folder for every version of the sources, because numba looks only at the file of a function and not at those it calls.
+    There is a folder for every version of the sources, because numba looks only at the file of a
+    function and not at those it calls.
     """
     here = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.parent.rglob("*.py"))))
@@ -43,14 +45,15 @@ CACHE_FOLDER = _cache_folder()
 config.CACHE_DIR = CACHE_FOLDER  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
-# Up to this many values a pass over rows stays on the thread that asks for it: 4 us, and no waiting for a thread that another process
-# may hold up.
+# Up to this many values a pass over rows stays on the thread that asks for it: 4 us, and no waiting
+# for a thread that another process may hold up.
 ALONE = 1 << 13
 
-# Compiled code may reassociate sums, which vectors need, but must keep infinities: masked logits and maxima start from them. Kernels in
-# which it may are declared with ``forceinline``, which all that they call inherits but what says ``stay_apart``. As functions of their own
-# they would be there once for every caller, summed in another order, and the linker's choice among them is another in the process that
-# compiles than in those that load.
+# Compiled code may reassociate sums, which vectors need, but must keep infinities: masked logits
+# and maxima start from them. Kernels in which it may are declared with ``forceinline``, which all
+# that they call inherits but what says ``stay_apart``. As functions of their own they would be
+# there once for every caller, summed in another order, and the linker's choice among them is
+# another in the process that compiles than in those that load.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -58,7 +61,9 @@ def use_threads_of_torch() -> None:
     """Lets parallel kernels called from this thread run on as many threads as torch does."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)  # the first call of numba's has set OpenMP to all cores for the whole process
+    torch.set_num_threads(
+        threads
+    )  # the first call of numba's has set OpenMP to all cores for the whole process
 
 
 def array(x: Tensor) -> NDArray[Any]:
@@ -67,7 +72,9 @@ def array(x: Tensor) -> NDArray[Any]:
 
 
 def made(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, NDArray[Any]]:
-    """A new tensor of bf16 or float32, and its memory: 1 us, where ``torch.empty`` and ``array`` take 2.4."""
+    """A new tensor of bf16 or float32, and its memory: 1 us, where ``torch.empty`` and ``array``
+    take 2.4.
+    """
     bits = np.empty(shape, np.uint16 if dtype == torch.bfloat16 else np.float32)
     x = torch.from_numpy(bits)
     return (x.view(dtype) if dtype == torch.bfloat16 else x), bits
@@ -79,7 +86,9 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def inner(**options: Any) -> Any:
-    """Declares what only kernels call: compiled into them, without ways in from elsewhere. From Python it runs as Python."""
+    """Declares what only kernels call: compiled into them, without ways in from elsewhere. From
+    Python it runs as Python.
+    """
     return register_jitable(no_cfunc_wrapper=True, **options)
 
 
@@ -88,8 +97,10 @@ _intrinsic: Any = intrinsic  # its type is that of the definition, which takes t
 
 @_intrinsic
 def stay_apart(typing_context):
-    """In kernels: the function that says this is not inlined, nor its loops unrolled: three quarters of the time that some callers took to
-    compile. For coarse calls, and not with ``FAST``."""
+    """In kernels: the function that says this is not inlined, nor its loops unrolled: three
+    quarters of the time that some callers took to compile. For coarse calls, and not with
+    ``FAST``.
+    """
 
     def generate(context, builder, signature, arguments):
         builder.function.attributes.discard("alwaysinline")
@@ -101,7 +112,9 @@ def stay_apart(typing_context):
 
 
 def widen(value: Any) -> Any:
-    """In kernels: an element of an array as float32. Eight bits are e4m3, as ``fp8.from_e4m3`` reads them."""
+    """In kernels: an element of an array as float32. Eight bits are e4m3, as ``fp8.from_e4m3``
+    reads them.
+    """
     raise NotImplementedError
 
 
@@ -130,7 +143,10 @@ def _narrow(value, array):
 
         def to_bits(value, array):
             bits = np.float32(value).view(np.uint32)
-            return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+            return np.uint16(
+                np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+                >> np.uint32(16)
+            )
 
         return to_bits
     return lambda value, array: np.float32(value)
@@ -138,11 +154,15 @@ def _narrow(value, array):
 
 @numba.njit(cache=True, inline="always")
 def exp(x):
-    """e^x of float32 for vectors: within 2 units of the last place; 0 below -87, and no more than e^88."""
+    """e^x of float32 for vectors: within 2 units of the last place; 0 below -87, and no more than
+    e^88.
+    """
     x = min(max(x, np.float32(-87.3)), np.float32(88.0))
     scaled = x * np.float32(1.4426950408889634)
     whole = np.floor(scaled + np.float32(0.5))
-    rest = (x - whole * np.float32(0.693359375)) + whole * np.float32(2.12194440e-4)  # ln 2 in two parts (Cody and Waite)
+    rest = (x - whole * np.float32(0.693359375)) + whole * np.float32(
+        2.12194440e-4
+    )  # ln 2 in two parts (Cody and Waite)
     y = np.float32(1.9875691500e-4)  # the polynomial of Cephes' expf
     y = y * rest + np.float32(1.3981999507e-3)
     y = y * rest + np.float32(8.3334519073e-3)

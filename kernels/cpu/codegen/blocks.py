@@ -1,11 +1,15 @@
-"""Weights in blocks of 16 columns, and the products of rows with them, on processors with AVX512-BF16.
+"""Weights in blocks of 16 columns, and the products of rows with them, on processors with
+AVX512-BF16.
 
-Packed weights are [..., N / 16, K / 2, 16, 2] instead of [..., N, K]: a vector holds two neighbouring k of 16 columns, which
-``vdpbf16ps`` multiplies by the same two k of a row. Up to 6 rows by 4 blocks are summed in registers. k is summed from first to last
-in one register whatever the number of rows, so that a result depends neither on the rows beside it nor on the number of threads.
+Packed weights are [..., N / 16, K / 2, 16, 2] instead of [..., N, K]: a vector holds two
+neighbouring k of 16 columns, which ``vdpbf16ps`` multiplies by the same two k of a row. Up to 6
+rows by 4 blocks are summed in registers. k is summed from first to last in one register whatever
+the number of rows, so that a result depends neither on the rows beside it nor on the number of
+threads.
 
-Few rows take what reading the weights from memory takes, while that is no faster than 50 GB/s; at 75 GB/s four rows take 1.25 times as
-long. From 32 rows on the rate is that of oneDNN, within a tenth either way, 860 to 980 GFLOP/s (2 cores of an EPYC Turin).
+Few rows take what reading the weights from memory takes, while that is no faster than 50 GB/s; at
+75 GB/s four rows take 1.25 times as long. From 32 rows on the rate is that of oneDNN, within a
+tenth either way, 860 to 980 GFLOP/s (2 cores of an EPYC Turin).
 
 N columns  K inner values  P panels of up to four blocks
 """
@@ -38,18 +42,27 @@ _PACE = 1024  # of prefetching one vector per vector read
 
 
 def pack_blocks(weights: Tensor) -> Tensor:
-    """bf16 [..., N, K] as [..., N / 16, K / 2, 16, 2], in memory of its own: huge pages where the system has them, 5 to 10 % more
-    bandwidth."""
+    """bf16 [..., N, K] as [..., N / 16, K / 2, 16, 2], in memory of its own: huge pages where the
+    system has them, 5 to 10 % more bandwidth.
+    """
     *leading, num_columns, num_inner = weights.shape
-    assert weights.dtype == torch.bfloat16 and fit(num_columns, num_inner), f"{weights.dtype} {tuple(weights.shape)}"
+    assert weights.dtype == torch.bfloat16 and fit(num_columns, num_inner), (
+        f"{weights.dtype} {tuple(weights.shape)}"
+    )
     memory = mmap.mmap(-1, weights.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    packed = torch.frombuffer(memory, dtype=torch.bfloat16).view(*leading, num_columns // COLUMNS, num_inner // 2, COLUMNS, 2)
-    return packed.copy_(weights.detach().view(*leading, num_columns // COLUMNS, COLUMNS, num_inner // 2, 2).transpose(-3, -2))
+    packed = torch.frombuffer(memory, dtype=torch.bfloat16).view(
+        *leading, num_columns // COLUMNS, num_inner // 2, COLUMNS, 2
+    )
+    return packed.copy_(
+        weights.detach().view(*leading, num_columns // COLUMNS, COLUMNS, num_inner // 2, 2).transpose(-3, -2)
+    )
 
 
-_intrinsic: Any = extending.intrinsic  # its type is that of the definition, which takes the compiler's context, too
+_intrinsic: Any = (
+    extending.intrinsic
+)  # its type is that of the definition, which takes the compiler's context, too
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
@@ -68,7 +81,11 @@ class _Tile:
         builder = self._builder
         x = self._pointers(rows, self._num_rows)
         w = self._pointers(blocks, BLOCKS)
-        before, loop, after = builder.block, builder.append_basic_block("pairs"), builder.append_basic_block("summed")
+        before, loop, after = (
+            builder.block,
+            builder.append_basic_block("pairs"),
+            builder.append_basic_block("summed"),
+        )
         builder.branch(loop)
         builder.position_at_end(loop)
         pair = builder.phi(_I64)
@@ -95,11 +112,15 @@ class _Tile:
         distance = builder.add(ahead, builder.mul(vectors, _I64(4 * COLUMNS)))
         for block in w:
             place = builder.gep(block, [distance], source_etype=_I8)
-            builder.call(self._prefetch, [place, I32(0), I32(3), I32(1)])  # to read, into the nearest cache, data
+            builder.call(
+                self._prefetch, [place, I32(0), I32(3), I32(1)]
+            )  # to read, into the nearest cache, data
 
     def _pointers(self, addresses: Any, count: int) -> list[Any]:
         builder = self._builder
-        loads = [builder.load(builder.gep(addresses, [_I64(i)], source_etype=_I64), typ=_I64) for i in range(count)]
+        loads = [
+            builder.load(builder.gep(addresses, [_I64(i)], source_etype=_I64), typ=_I64) for i in range(count)
+        ]
         return [builder.inttoptr(load, _I8.as_pointer()) for load in loads]
 
     def _step(self, pair: Any, x: list[Any], w: list[Any], sums: list[list[Any]]) -> list[list[Any]]:
@@ -111,14 +132,23 @@ class _Tile:
             factors.append(builder.load(place, typ=UNITS, align=64))
         totals = []
         for row, row_sums in zip(x, sums, strict=True):
-            pairs = spread(builder, builder.load(builder.gep(row, [builder.mul(pair, _I64(4))], source_etype=_I8), typ=I32, align=2))
-            totals.append([multiply_add_halves(builder, s, pairs, f) for s, f in zip(row_sums, factors, strict=True)])
+            pairs = spread(
+                builder,
+                builder.load(
+                    builder.gep(row, [builder.mul(pair, _I64(4))], source_etype=_I8), typ=I32, align=2
+                ),
+            )
+            totals.append(
+                [multiply_add_halves(builder, s, pairs, f) for s, f in zip(row_sums, factors, strict=True)]
+            )
         return totals
 
 
 @_intrinsic(prefer_literal=True)
 def _tile(typing_context, num_rows, sums, rows, blocks, num_pairs, fetch):
-    """sums[r, 16 b + n] = sum over the pairs of row r times block b; ``rows`` and ``blocks`` hold addresses. Nothing is checked."""
+    """sums[r, 16 b + n] = sum over the pairs of row r times block b; ``rows`` and ``blocks`` hold
+    addresses. Nothing is checked.
+    """
     signature = types.void(num_rows, sums, rows, blocks, types.intp, types.UniTuple(types.intp, 2))
 
     def generate(context, builder, signature, arguments):
@@ -144,8 +174,9 @@ def take_item(typing_context, counter):
 
 @inner()
 def multiply(num_rows, sums, rows, blocks, num_pairs, fetch):
-    """One tile of 1 to 6 rows by four blocks: ``sums`` float32 [6, 64]; ``rows`` [6] and ``blocks`` [4] are addresses;
-    ``fetch`` comes from ``look_ahead``."""
+    """One tile of 1 to 6 rows by four blocks: ``sums`` float32 [6, 64]; ``rows`` [6] and ``blocks``
+    [4] are addresses; ``fetch`` comes from ``look_ahead``.
+    """
     if num_rows == 1:
         _tile(1, sums, rows, blocks, num_pairs, fetch)
     elif num_rows == 2:
@@ -162,9 +193,11 @@ def multiply(num_rows, sums, rows, blocks, num_pairs, fetch):
 
 @njit(cache=True, inline="always")
 def look_ahead(tile, tiles, num_inner, next_panel):
-    """What a tile prefetches: how many bytes from its blocks, and how many vectors for 1024 that it reads. The tiles of a panel share in
-    fetching the next one, ``next_panel`` bytes from it: 9 to 26 % faster, at 16 to 64 rows a slot, than if the last did it all. A panel of
-    one tile fetches its own."""
+    """What a tile prefetches: how many bytes from its blocks, and how many vectors for 1024 that it
+    reads. The tiles of a panel share in fetching the next one, ``next_panel`` bytes from it: 9 to
+    26 % faster, at 16 to 64 rows a slot, than if the last did it all. A panel of one tile fetches
+    its own.
+    """
     if tiles == 1:
         return _AHEAD, _PACE
     return next_panel + num_inner // 2 * tile // tiles * 4 * COLUMNS, _PACE // tiles
@@ -178,7 +211,9 @@ def block_bytes(num_inner):
 
 @njit(cache=True, inline="always")
 def part(number, of, total):
-    """Where part ``number`` begins, and its length, when ``total`` is cut into ``of`` parts as even as can be."""
+    """Where part ``number`` begins, and its length, when ``total`` is cut into ``of`` parts as even
+    as can be.
+    """
     start = total * number // of
     return start, total * (number + 1) // of - start
 
@@ -191,8 +226,10 @@ def parts(total, most):
 
 @njit(cache=True, error_model="numpy")
 def multiply_rows(x, x_stride, w, num_inner, bias_N, y_TN, num_threads):
-    """y = x w^T + b. ``x`` is the address of the first row, ``x_stride`` the bytes from one to the next; ``w`` the address of packed
-    weights [N / 16, K / 2, 16, 2]; ``bias_N`` is empty where there is none."""
+    """y = x w^T + b. ``x`` is the address of the first row, ``x_stride`` the bytes from one to the
+    next; ``w`` the address of packed weights [N / 16, K / 2, 16, 2]; ``bias_N`` is empty where
+    there is none.
+    """
     counter = np.zeros(1, np.int64)
     share_out(_multiply_panels, num_threads, (x, x_stride, w, num_inner, bias_N, y_TN, counter), False)
 
@@ -202,7 +239,11 @@ def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counte
     num_blocks = y_TN.shape[1] // COLUMNS
     panels, stretches = parts(num_blocks, BLOCKS), parts(len(y_TN), STRETCH)
     for _ in range(begin, end):
-        sums, rows, blocks = np.empty((ROWS, BLOCKS * COLUMNS), np.float32), np.empty(ROWS, np.int64), np.empty(BLOCKS, np.int64)
+        sums, rows, blocks = (
+            np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
+            np.empty(ROWS, np.int64),
+            np.empty(BLOCKS, np.int64),
+        )
         item = take_item(counter)
         while item < panels * stretches:
             following = take_item(counter)
@@ -219,9 +260,20 @@ def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counte
                 for r in range(num_rows):
                     rows[r] = x + (first + r) * x_stride
                 next_panel = (following % panels - panel) * BLOCKS * block_bytes(num_inner)
-                multiply(num_rows, sums, rows, blocks, num_inner // 2, look_ahead(tile, tiles, num_inner, next_panel))
+                multiply(
+                    num_rows,
+                    sums,
+                    rows,
+                    blocks,
+                    num_inner // 2,
+                    look_ahead(tile, tiles, num_inner, next_panel),
+                )
                 for r in range(num_rows):
-                    _write(sums[r, :width], bias_N[column : column + width], y_TN[first + r, column : column + width])
+                    _write(
+                        sums[r, :width],
+                        bias_N[column : column + width],
+                        y_TN[first + r, column : column + width],
+                    )
             item = following
 
 

@@ -1,7 +1,8 @@
-"""Cached e4m3 as units of bf16, for products: decoded by tables that stay in registers, scales left to the caller.
+"""Cached e4m3 as units of bf16, for products: decoded by tables that stay in registers, scales left
+to the caller.
 
-A value of e4m3 is one of bf16 too. Its two bytes are looked up by the seven bits beside the sign, 64 values at a time, which takes
-AVX512-VBMI.
+A value of e4m3 is one of bf16 too. Its two bytes are looked up by the seven bits beside the sign,
+64 values at a time, which takes AVX512-VBMI.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -33,7 +34,9 @@ def decodes() -> bool:
 
 @_intrinsic
 def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
-    """out[out_row + u, out_column + j] = the values ``column`` + 2 u and the next one of row rows_N[first + j], for 32 u and 16 j."""
+    """out[out_row + u, out_column + j] = the values ``column`` + 2 u and the next one of row
+    rows_N[first + j], for 32 u and 16 j.
+    """
     _check(entries, rows_N, out)
     signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
 
@@ -45,7 +48,9 @@ def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
             low, high = _decoded(builder, builder.bitcast(quad, _BYTES))
             for half in range(2):
                 lanes = [4 * (n // 4) + 2 * half + n % 4 // 2 + n % 2 * AT_ONCE for n in range(AT_ONCE)]
-                target.store(_shuffled(builder, low, high, lanes), _plus(builder, out_row, 2 * i + half), out_column)
+                target.store(
+                    _shuffled(builder, low, high, lanes), _plus(builder, out_row, 2 * i + half), out_column
+                )
         return context.get_dummy_value()
 
     return signature, generate
@@ -53,7 +58,9 @@ def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
 
 @_intrinsic
 def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
-    """out[out_row, out_column + i] = the values ``column`` + i of rows rows_N[first] and rows_N[first + 1], for 64 i."""
+    """out[out_row, out_column + i] = the values ``column`` + i of rows rows_N[first] and
+    rows_N[first + 1], for 64 i.
+    """
     _check(entries, rows_N, out)
     signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
 
@@ -62,13 +69,20 @@ def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
         source, rows, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4))
         both = [_load(builder, source, rows, first, n, column) for n in range(2)]
         for half in range(2):
-            # Each quarter of the vector takes the values that its part of two vectors of units will hold.
+            # Each quarter of the vector takes the values that its part of two vectors of units will
+            # hold.
             values = [32 * half + 4 * (w // 8) + w % 4 + 16 * (w % 8 // 4) for w in range(AT_ONCE // 2)]
-            mixed = builder.shuffle_vector(*both, _lanes([value + n * AT_ONCE for value in values for n in range(2)]))
+            mixed = builder.shuffle_vector(
+                *both, _lanes([value + n * AT_ONCE for value in values for n in range(2)])
+            )
             low, high = _decoded(builder, mixed)
             for part in range(2):
                 lanes = [16 * (n // 16) + 8 * part + n % 16 // 2 + n % 2 * AT_ONCE for n in range(AT_ONCE)]
-                target.store(_shuffled(builder, low, high, lanes), out_row, _plus(builder, out_column, 32 * half + 16 * part))
+                target.store(
+                    _shuffled(builder, low, high, lanes),
+                    out_row,
+                    _plus(builder, out_column, 32 * half + 16 * part),
+                )
         return context.get_dummy_value()
 
     return signature, generate
@@ -76,8 +90,12 @@ def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
 
 @_intrinsic
 def take_scales(typing_context, entries, rows_N, number, out, out_row):
-    """out[out_row, n] = number ``number`` of row rows_N[n], as float32, for every column n of ``out``."""
-    if not (is_matrix(entries, types.uint8) and rows_N.dtype == types.int64 and is_matrix(out, types.float32)):
+    """out[out_row, n] = number ``number`` of row rows_N[n], as float32, for every column n of
+    ``out``.
+    """
+    if not (
+        is_matrix(entries, types.uint8) and rows_N.dtype == types.int64 and is_matrix(out, types.float32)
+    ):
         raise TypingError("take_scales takes bytes, rows and a matrix of float32")
     signature = types.void(entries, rows_N, types.intp, out, types.intp)
 
@@ -109,7 +127,9 @@ def _decoded(builder: Any, values: Any) -> tuple[Any, Any]:
 
 
 def _value(size: int) -> float:
-    """Of the seven bits beside the sign; all set, which stands for NaN, is read as ``fp8.from_e4m3`` does."""
+    """Of the seven bits beside the sign; all set, which stands for NaN, is read as
+    ``fp8.from_e4m3`` does.
+    """
     exponent, fraction = size >> 3, size & 7
     return (8 + fraction) / 8 * 2.0 ** (exponent - 7) if exponent else fraction / 8 * 2.0**-6
 

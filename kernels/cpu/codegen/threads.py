@@ -1,7 +1,8 @@
 """Loops of compiled kernels on the threads of torch's OpenMP, whose bodies are compiled once.
 
-Numba compiles the body of ``prange`` four times over, in the function of the loop and in each of three around it, which was a third of
-what it took to compile the kernels of a model. Here there is one such loop, and it calls bodies by their address.
+Numba compiles the body of ``prange`` four times over, in the function of the loop and in each of
+three around it, which was a third of what it took to compile the kernels of a model. Here there is
+one such loop, and it calls bodies by their address.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -25,18 +26,24 @@ _PART = (types.intp, types.intp, types.intp)  # begin, end, and the address of w
 
 @_intrinsic
 def share_out(typing_context, body, count, arguments, alone):
-    """In kernels: body(begin, end, *arguments) for parts that make up [0, count), on all threads, or all of it on this one if ``alone``.
+    """In kernels: body(begin, end, *arguments) for parts that make up [0, count), on all threads,
+    or all of it on this one if ``alone``.
 
     ``arguments`` is a tuple; what they refer to stays the caller's.
     """
     given = tuple(types.unliteral(kind) for kind in arguments.types)
     body_signature = body.get_call_type(typing_context, (types.intp, types.intp, *given), {})
     loop = types.Dispatcher(_loop)
-    loop_signature = loop.get_call_type(typing_context, (types.intp, types.intp, types.intp, types.boolean), {})
+    loop_signature = loop.get_call_type(
+        typing_context, (types.intp, types.intp, types.intp, types.boolean), {}
+    )
 
     def generate(context, builder, signature, values):
         _, count, arguments, alone = values
-        run_body, run_loop = context.get_function(body, body_signature), context.get_function(loop, loop_signature)
+        run_body, run_loop = (
+            context.get_function(body, body_signature),
+            context.get_function(loop, loop_signature),
+        )
         packer = context.get_arg_packer(given)
         leaves = packer.as_arguments(builder, cgutils.unpack_tuple(builder, arguments, len(given)))
         room = cgutils.alloca_once(builder, ir.LiteralStructType([leaf.type for leaf in leaves]))
@@ -50,7 +57,9 @@ def share_out(typing_context, body, count, arguments, alone):
 
 
 def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room_type: Any) -> Any:
-    """The function that calls the body, in numba's convention for calls; by itself, so that the body is there only once."""
+    """The function that calls the body, in numba's convention for calls; by itself, so that the
+    body is there only once.
+    """
     kind = context.call_conv.get_function_type(types.none, _PART)
     function = ir.Function(module, kind, module.get_unique_name("part"))
     function.linkage = "internal"
@@ -58,15 +67,23 @@ def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room
     builder = ir.IRBuilder(function.append_basic_block())
     begin, end, address = context.call_conv.get_arguments(function)
     room = builder.inttoptr(address, room_type)
-    leaves = [builder.load(cgutils.gep_inbounds(builder, room, 0, i)) for i in range(len(room_type.pointee.elements))]
+    leaves = [
+        builder.load(cgutils.gep_inbounds(builder, room, 0, i))
+        for i in range(len(room_type.pointee.elements))
+    ]
     values = context.get_arg_packer(given).from_arguments(builder, leaves)
-    run_body(builder, (begin, end, *(_borrowed(context, builder, *pair) for pair in zip(given, values, strict=True))))
+    run_body(
+        builder,
+        (begin, end, *(_borrowed(context, builder, *pair) for pair in zip(given, values, strict=True))),
+    )
     context.call_conv.return_value(builder, context.get_dummy_value())
     return function
 
 
 def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    """The same without owners of arrays, whose references nobody need count then: threads would take turns at every row."""
+    """The same without owners of arrays, whose references nobody need count then: threads would
+    take turns at every row.
+    """
     if isinstance(kind, types.BaseTuple):
         kinds = kind.types  # type: ignore[attr-defined]
         items = zip(kinds, cgutils.unpack_tuple(builder, value, len(kinds)), strict=True)

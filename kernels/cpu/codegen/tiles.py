@@ -1,7 +1,8 @@
-"""Operations on small matrices for compiled kernels, each a handful of vector instructions; nothing is checked.
+"""Operations on small matrices for compiled kernels, each a handful of vector instructions; nothing
+is checked.
 
-A unit is what a lane of a product takes of the inner dimension: two neighbouring bf16 (an array of uint32), multiplied exactly and
-summed in float32, or one float32.
+A unit is what a lane of a product takes of the inner dimension: two neighbouring bf16 (an array of
+uint32), multiplied exactly and summed in float32, or one float32.
 
 R rows  U units  N columns
 """
@@ -38,31 +39,48 @@ _INDEX = ir.IntType(64)  # types.intp
 _intrinsic: Any = intrinsic  # whose types count the typing context among the arguments of a call
 
 TILE_ROWS = 4
-TILE_COLUMNS = 64  # with 4 rows: 16 sums, enough to keep both units of a core busy, and all of them in registers
+TILE_COLUMNS = (
+    64  # with 4 rows: 16 sums, enough to keep both units of a core busy, and all of them in registers
+)
 
 
 @_intrinsic(prefer_literal=True)
 def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_vectors):
-    """out[out_row + r, column + n] = that times shrink[r], plus the sum over u of a[a_row + r, u] * b[u, column + n], for 4 rows r and 16
-    ``num_vectors`` columns n. Without ``shrink`` (None) the sum alone. a [., U], b [U, .]: units; out, shrink: float32."""
-    if not (is_matrix(out, types.float32) and is_matrix(a, types.uint32, types.float32) and is_matrix(b, a.dtype)):
+    """out[out_row + r, column + n] = that times shrink[r], plus the sum over u of a[a_row + r, u] *
+    b[u, column + n], for 4 rows r and 16 ``num_vectors`` columns n. Without ``shrink`` (None) the
+    sum alone. a [., U], b [U, .]: units; out, shrink: float32.
+    """
+    if not (
+        is_matrix(out, types.float32) and is_matrix(a, types.uint32, types.float32) and is_matrix(b, a.dtype)
+    ):
         raise TypingError("add_product takes a float32 matrix and two matrices of units")
     signature = types.void(out, types.intp, shrink, a, types.intp, b, types.intp, num_vectors)
     vectors = range(num_vectors.literal_value)
 
     def generate(context, builder, signature, arguments):
         _, out_row, _, _, a_row, _, column, _ = arguments
-        out_rows, a_rows, b_rows = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5))
+        out_rows, a_rows, b_rows = (
+            Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5)
+        )
         multiply = multiply_add_halves if a.dtype == types.uint32 else multiply_add
         columns = [_plus(builder, column, v * LANES) for v in vectors]
         sums = [[cgutils.alloca_once(builder, SUMS) for _ in vectors] for _ in range(TILE_ROWS)]
         for r, row in enumerate(sums):
-            factor = None if shrink == types.none else Rows(context, builder, shrink, arguments[2]).load(None, _index(r), 1)
+            factor = (
+                None
+                if shrink == types.none
+                else Rows(context, builder, shrink, arguments[2]).load(None, _index(r), 1)
+            )
             for v, place in enumerate(row):
                 if factor is None:
                     builder.store(all_lanes(SUMS, 0.0), place)
                 else:
-                    builder.store(builder.fmul(out_rows.load(_plus(builder, out_row, r), columns[v]), spread(builder, factor)), place)
+                    builder.store(
+                        builder.fmul(
+                            out_rows.load(_plus(builder, out_row, r), columns[v]), spread(builder, factor)
+                        ),
+                        place,
+                    )
         with cgutils.for_range(builder, a_rows.num_columns) as loop:
             factors = [b_rows.load(loop.index, columns[v]) for v in vectors]
             for r, row in enumerate(sums):
@@ -79,7 +97,9 @@ def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_v
 
 @_intrinsic
 def transpose(typing_context, rows, row, column, out, out_row, out_column):
-    """out[out_row + i, out_column + j] = unit ``column`` + i of rows[row + j], for 16 i and 16 j. ``rows``: numbers, bf16 as uint16."""
+    """out[out_row + i, out_column + j] = unit ``column`` + i of rows[row + j], for 16 i and 16 j.
+    ``rows``: numbers, bf16 as uint16.
+    """
     unit = types.uint32 if rows.dtype == types.uint16 else types.float32
     if not (is_matrix(rows, types.uint16, types.float32) and is_matrix(out, unit)):
         raise TypingError("transpose takes a matrix of numbers and one of units")
@@ -99,19 +119,28 @@ def transpose(typing_context, rows, row, column, out, out_row, out_column):
 def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
     """16 vectors of 16 units, the other way round."""
     for width in (1, 2, 4, 8):  # quadrants of blocks twice as wide change places
-        vectors = [_exchange(builder, vectors[i & ~width], vectors[i | width], width, bool(i & width)) for i in range(LANES)]
+        vectors = [
+            _exchange(builder, vectors[i & ~width], vectors[i | width], width, bool(i & width))
+            for i in range(LANES)
+        ]
     return vectors
 
 
 def _exchange(builder: Any, upper: Any, lower: Any, width: int, second: bool) -> Any:
-    """The upper or the lower row of a pair after the exchange: lane l comes from the row that its bit ``width`` names."""
-    lanes = [(lane | width if second else lane & ~width) + (LANES if lane & width else 0) for lane in range(LANES)]
+    """The upper or the lower row of a pair after the exchange: lane l comes from the row that its
+    bit ``width`` names.
+    """
+    lanes = [
+        (lane | width if second else lane & ~width) + (LANES if lane & width else 0) for lane in range(LANES)
+    ]
     return builder.shuffle_vector(upper, lower, ir.Constant(UNITS, lanes))
 
 
 @_intrinsic
 def pair(typing_context, rows, row, column, out, out_row, out_column):
-    """out[out_row, out_column + i] = the unit of rows[row, column + i] and rows[row + 1, column + i], for 32 i. bf16."""
+    """out[out_row, out_column + i] = the unit of rows[row, column + i] and rows[row + 1, column +
+    i], for 32 i. bf16.
+    """
     if not (is_matrix(rows, types.uint16) and is_matrix(out, types.uint32)):
         raise TypingError("pair takes bf16 and a matrix of units")
     signature = types.void(rows, types.intp, types.intp, out, types.intp, types.intp)
@@ -131,7 +160,9 @@ def pair(typing_context, rows, row, column, out, out_row, out_column):
 
 @_intrinsic
 def move(typing_context, source, row, column, scale, out, out_row, out_column):
-    """16 numbers of a row times ``scale``, rounded to the dtype of ``out``; as they are where both have it."""
+    """16 numbers of a row times ``scale``, rounded to the dtype of ``out``; as they are where both
+    have it.
+    """
     numbers = types.float32, types.uint16, types.uint8
     if not (is_matrix(source, *numbers) and is_matrix(out, *numbers[:2])):
         raise TypingError("move takes two matrices of numbers")
@@ -164,9 +195,12 @@ def prefetch(typing_context, rows, row, column):
 
 @_intrinsic
 def soften(typing_context, scores, factor, scales, best, sums, row, shares, shrink):
-    """The next 64 scores of 4 rows as shares of a softmax that goes on: shares[r] = 2^(factor * (scores[r] - the largest so far)).
-    ``best`` and ``sums`` keep the largest score and the sum of row ``row`` + r; shrink[r] is what is left of all summed before.
-    ``scales`` [2, 64], if there are any (not None), multiply scores beforehand, but for -inf, and shares afterwards: sums are without."""
+    """The next 64 scores of 4 rows as shares of a softmax that goes on: shares[r] = 2^(factor *
+    (scores[r] - the largest so far)). ``best`` and ``sums`` keep the largest score and the sum of
+    row ``row`` + r; shrink[r] is what is left of all summed before. ``scales`` [2, 64], if there
+    are any (not None), multiply scores beforehand, but for -inf, and shares afterwards: sums are
+    without.
+    """
     if not (is_matrix(scores, types.float32) and is_matrix(shares, types.float32, types.uint16)):
         raise TypingError("soften takes float32 scores and a matrix of numbers")
     signature = types.void(scores, types.float32, scales, best, sums, types.intp, shares, shrink)
@@ -174,7 +208,9 @@ def soften(typing_context, scores, factor, scales, best, sums, row, shares, shri
 
     def generate(context, builder, signature, arguments):
         _, factor, _, _, _, row, _, _ = arguments
-        score_rows, best_r, sum_r, share_rows, shrink_r = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 4, 6, 7))
+        score_rows, best_r, sum_r, share_rows, shrink_r = (
+            Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 4, 6, 7)
+        )
         scale_rows = None if scales == types.none else Rows(context, builder, scales, arguments[2])
         for r in range(TILE_ROWS):
             own = _plus(builder, row, r)
@@ -187,12 +223,17 @@ def soften(typing_context, scores, factor, scales, best, sums, row, shares, shri
             factors, mosts = spread(builder, factor), spread(builder, most)
             parts = [exp2(builder, builder.fmul(builder.fsub(vector, mosts), factors)) for vector in vectors]
             for n, part in zip(columns, parts, strict=True):
-                share = part if scale_rows is None else builder.fmul(part, scale_rows.load(_index(1), _index(n)))
+                share = (
+                    part if scale_rows is None else builder.fmul(part, scale_rows.load(_index(1), _index(n)))
+                )
                 share_rows.store_numbers(share, _index(r), _index(n))
             change = builder.fmul(builder.fsub(before, most), factor)
             left = builder.extract_element(exp2(builder, spread(builder, change, 4)), I32(0))
             sum_of_parts = total(builder, _tree(builder, lambda builder, a, b: builder.fadd(a, b), parts))
-            for array, value in ((best_r, most), (sum_r, multiply_add(builder, sum_of_parts, sum_r.load(None, own, 1), left))):
+            for array, value in (
+                (best_r, most),
+                (sum_r, multiply_add(builder, sum_of_parts, sum_r.load(None, own, 1), left)),
+            ):
                 array.store(value, None, own)
             shrink_r.store(left, None, _index(r))
         return context.get_dummy_value()
@@ -208,7 +249,10 @@ def _scaled_but_infinite(builder: Any, vector: Any, scale: Any) -> Any:
 def _tree(builder: Any, combine: Any, values: list[Any]) -> Any:
     """All of them, by pairs."""
     while len(values) > 1:
-        values = [combine(builder, *values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+        values = [
+            combine(builder, *values[i : i + 2]) if i + 1 < len(values) else values[i]
+            for i in range(0, len(values), 2)
+        ]
     return values[0]
 
 

@@ -1,7 +1,9 @@
-"""How the innermost loops of compiled kernels are written: LLVM instructions on vectors of 16 float32, or of whatever fits 16 lanes.
+"""How the innermost loops of compiled kernels are written: LLVM instructions on vectors of 16
+float32, or of whatever fits 16 lanes.
 
-Numbers are float32, bf16 as uint16, or e4m3 as uint8. The instructions are chosen for the processor that compiles (numba's cache keeps
-processors apart): one with AVX512-BF16 multiplies and rounds bf16 by itself, others get integer arithmetic.
+Numbers are float32, bf16 as uint16, or e4m3 as uint8. The instructions are chosen for the processor
+that compiles (numba's cache keeps processors apart): one with AVX512-BF16 multiplies and rounds
+bf16 by itself, others get integer arithmetic.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,7 +23,13 @@ LANES = 16
 F32, _I8, I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 SUMS = ir.VectorType(F32, LANES)
 UNITS = ir.VectorType(I32, LANES)
-_KINDS = {types.float32: F32, types.int64: ir.IntType(64), types.uint32: I32, types.uint16: ir.IntType(16), types.uint8: _I8}
+_KINDS = {
+    types.float32: F32,
+    types.int64: ir.IntType(64),
+    types.uint32: I32,
+    types.uint16: ir.IntType(16),
+    types.uint8: _I8,
+}
 _SHIFTS = {types.float32: 2, types.int64: 3, types.uint32: 2, types.uint16: 1, types.uint8: 0}
 
 
@@ -52,7 +60,9 @@ def is_matrix(array: Any, *dtypes: Any) -> bool:
 
 
 class Rows:
-    """An array of two dimensions, or one, whose values of a row lie one after another; read as of ``dtype`` where one is given."""
+    """An array of two dimensions, or one, whose values of a row lie one after another; read as of
+    ``dtype`` where one is given.
+    """
 
     def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, dtype: Any = None) -> None:
         parts = arrayobj.make_array(array_type)(context, builder, array)
@@ -75,7 +85,9 @@ class Rows:
         if self._dtype == types.float32:
             return raw
         if self._dtype == types.uint16:
-            return self._builder.bitcast(self._builder.shl(self._builder.zext(raw, UNITS), all_lanes(UNITS, 16)), SUMS)
+            return self._builder.bitcast(
+                self._builder.shl(self._builder.zext(raw, UNITS), all_lanes(UNITS, 16)), SUMS
+            )
         moved = self._builder.shl(self._builder.sext(raw, UNITS), all_lanes(UNITS, 20))
         small = self._builder.bitcast(self._builder.and_(moved, all_lanes(UNITS, 0x87F00000)), SUMS)
         return self._builder.fmul(small, all_lanes(SUMS, 2.0**120))
@@ -152,7 +164,14 @@ def exp2(builder: Any, x: Any) -> Any:
     whole = _call(builder, "llvm.rint", x.type, [x])
     rest = builder.fsub(x, whole)
     y = all_lanes(x.type, 1.535336188319500e-4)  # the polynomial of Cephes' exp2f
-    for factor in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0):
+    for factor in (
+        1.339887440266574e-3,
+        9.618437357674640e-3,
+        5.550332471162809e-2,
+        2.402264791363012e-1,
+        6.931472028550421e-1,
+        1.0,
+    ):
         y = multiply_add(builder, all_lanes(x.type, factor), y, rest)
     exponent = builder.shl(builder.fptosi(whole, integers), all_lanes(integers, 23))
     return builder.bitcast(builder.add(builder.bitcast(y, integers), exponent), x.type)
@@ -161,7 +180,9 @@ def exp2(builder: Any, x: Any) -> Any:
 def _call(builder: Any, name: str, result: Any, arguments: list[Any], flags: tuple[str, ...] = ()) -> Any:
     """An intrinsic of LLVM for the type of the last argument, a vector."""
     kinds = [argument.type for argument in arguments]
-    function = builder.module.declare_intrinsic(f"{name}.v{kinds[-1].count}f32", (), ir.FunctionType(result, kinds))
+    function = builder.module.declare_intrinsic(
+        f"{name}.v{kinds[-1].count}f32", (), ir.FunctionType(result, kinds)
+    )
     return builder.call(function, arguments, fastmath=flags)
 
 
@@ -173,4 +194,6 @@ def _to_bf16(builder: Any, value: Any) -> Any:
     bits = builder.bitcast(value, UNITS)
     odd = builder.and_(builder.lshr(bits, all_lanes(UNITS, 16)), all_lanes(UNITS, 1))
     rounded = builder.add(builder.add(bits, all_lanes(UNITS, 0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, all_lanes(UNITS, 16)), ir.VectorType(_KINDS[types.uint16], LANES))
+    return builder.trunc(
+        builder.lshr(rounded, all_lanes(UNITS, 16)), ir.VectorType(_KINDS[types.uint16], LANES)
+    )

@@ -15,8 +15,9 @@ _NUMBER = re.compile(r"-?\d+")
 
 @dataclass(frozen=True)
 class Check:
-    """How an answer is judged: by its last ``number``, by its ``text`` as a whole, by the ``json`` object it is, by the tool ``call`` it
-    makes, or by the strings it ``contains``."""
+    """How an answer is judged: by its last ``number``, by its ``text`` as a whole, by the ``json``
+    object it is, by the tool ``call`` it makes, or by the strings it ``contains``.
+    """
 
     kind: CheckKind
     value: Any
@@ -24,7 +25,11 @@ class Check:
     def passes(self, content: str, calls: list[tuple[str, str]]) -> bool:
         """``calls``: name and arguments (as JSON text) of the tool calls of the answer."""
         if self.kind == "call":
-            return len(calls) == 1 and calls[0][0] == self.value["name"] and _parsed(calls[0][1]) == self.value["arguments"]
+            return (
+                len(calls) == 1
+                and calls[0][0] == self.value["name"]
+                and _parsed(calls[0][1]) == self.value["arguments"]
+            )
         if calls:
             return False
         if self.kind == "number":
@@ -34,7 +39,9 @@ class Check:
             return bool(content.strip() == self.value)
         if self.kind == "json":
             return bool(_parsed(content) == self.value)
-        return all(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", content, re.IGNORECASE) for part in self.value)
+        return all(
+            re.search(rf"(?<!\w){re.escape(part)}(?!\w)", content, re.IGNORECASE) for part in self.value
+        )
 
 
 def _parsed(text: str) -> Any:
@@ -46,10 +53,11 @@ def _parsed(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """``messages`` up to the one that is asked for, in the form of the chat API, and the ``answer`` message.
+    """``messages`` up to the one that is asked for, in the form of the chat API, and the ``answer``
+    message.
 
-    Earlier assistant messages that hold ``"learn": True`` are answers to learn from as well. ``thinking`` False: the template is
-    told ``enable_thinking=False``.
+    Earlier assistant messages that hold ``"learn": True`` are answers to learn from as well.
+    ``thinking`` False: the template is told ``enable_thinking=False``.
     """
 
     family: str

@@ -1,7 +1,8 @@
 """A JSON object of a given schema out of a sentence.
 
-A few fields are told in words of their own ("aged 41"); every field may also be told by its name, and only so are the fields of
-held-out schemas, which training never names. Training also coins fields, so that they have to be matched and not remembered.
+A few fields are told in words of their own ("aged 41"); every field may also be told by its name,
+and only so are the fields of held-out schemas, which training never names. Training also coins
+fields, so that they have to be matched and not remembered.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def make_extraction(dice: Dice) -> Case:
 
 
 def _fill(template: str, wanted: list[Field], text: str) -> str:
-    schema = dumps({field.name: "integer" if field.kind in ("small", "number") else "string" for field in wanted})
+    schema = dumps(
+        {field.name: "integer" if field.kind in ("small", "number") else "string" for field in wanted}
+    )
     return template.format(s=schema, k=", ".join(field.name for field in wanted), t=text)
 
 
@@ -67,17 +70,25 @@ def draw_value(dice: Dice, kind: str) -> str | int:
 
 
 def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
-    """Fields asked for, in the order of the schema, and fields told, in the order of the text. Held-out schemas ask for at least one
-    field that training does not know."""
+    """Fields asked for, in the order of the schema, and fields told, in the order of the text.
+    Held-out schemas ask for at least one field that training does not know.
+    """
     seen, own = _plain_fields(_TOLD.training) + list(_KNOWN) * 2, dice.own(_TOLD)
     person = not dice.held_out and dice.chance(0.2)  # what is told of people, under the names that it has
     pool = seen + _plain_fields(own) * 4 if dice.held_out else list(_KNOWN) if person else seen
     while True:
-        chosen = {field.name: field for field in dice.choices(pool, k=dice.randint(2, 4 if dice.held_out else 5))}
-        extra = {field.name: field for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2) if dice.held_out else (0, 1, 2, 3)))}
+        chosen = {
+            field.name: field for field in dice.choices(pool, k=dice.randint(2, 4 if dice.held_out else 5))
+        }
+        extra = {
+            field.name: field
+            for field in dice.choices(pool, k=dice.choice((0, 0, 1, 2) if dice.held_out else (0, 1, 2, 3)))
+        }
         if not dice.held_out and not person:
             chosen, extra = _coin(dice, chosen), _coin(dice, extra)
-        if len(chosen) >= 2 and (not dice.held_out or any(f"{f.name}:{f.kind}" in own for f in chosen.values())):
+        if len(chosen) >= 2 and (
+            not dice.held_out or any(f"{f.name}:{f.kind}" in own for f in chosen.values())
+        ):
             break
     told = list((chosen | extra).values())
     dice.shuffle(told)
@@ -89,10 +100,15 @@ def _plain_fields(pairs: list[str]) -> list[Field]:
 
 
 def _coin(dice: Dice, fields: dict[str, Field]) -> dict[str, Field]:
-    """The same with most fields replaced by coined ones; of the others many get values of another kind than they are used to."""
+    """The same with most fields replaced by coined ones; of the others many get values of another
+    kind than they are used to.
+    """
     share = dice.choice((0.3, 0.8, 1.0))
     coined = [Field(dice.noun(), field.kind) if dice.chance(share) else field for field in fields.values()]
-    coined = [Field(field.name, dice.choice(KINDS)) if not field.clauses and dice.chance(0.5) else field for field in coined]
+    coined = [
+        Field(field.name, dice.choice(KINDS)) if not field.clauses and dice.chance(0.5) else field
+        for field in coined
+    ]
     return {field.name: field for field in coined}
 
 

@@ -1,4 +1,6 @@
-"""Phrases that training puts together from parts (``frames.yaml``), so that a request is known by what it asks and not by its words."""
+"""Phrases that training puts together from parts (``frames.yaml``), so that a request is known by
+what it asks and not by its words.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _PART = re.compile(r"<(\w+)>")
 
 
 def asked(dice: Dice, text: str) -> str:
-    """A request with an opening, sometimes without its last full stop; in training also with a closing."""
+    """A request with an opening, sometimes without its last full stop; in training also with a
+    closing.
+    """
     if dice.chance(0.1):
         text = text.rstrip(".")
     if dice.chance(0.5):
@@ -25,28 +29,44 @@ def asked(dice: Dice, text: str) -> str:
         return dice.pick(_OPENINGS) + text
     if dice.chance(0.15) and text[-1] in ".?!":
         text += frame(dice, "closing") if dice.chance(FROM_PARTS) else dice.choice(_CLOSINGS)
-    return (frame(dice, "opening", _OPENINGS.unseen) if dice.chance(FROM_PARTS) else dice.pick(_OPENINGS)) + text
+    return (
+        frame(dice, "opening", _OPENINGS.unseen) if dice.chance(FROM_PARTS) else dice.pick(_OPENINGS)
+    ) + text
 
 
 def wording(dice: Dice, lists: Sides, grammar: str, start: str = "start", capital: bool = True) -> str:
-    """A template out of ``lists``; in training also one of a grammar, and now and then written in a hurry."""
+    """A template out of ``lists``; in training also one of a grammar, and now and then written in a
+    hurry.
+    """
     if dice.held_out:
         return dice.pick(lists)
     text = frame(dice, grammar, lists.unseen, start, capital) if dice.chance(FROM_PARTS) else dice.pick(lists)
     return hurried(dice, text) if dice.chance(CARELESS) else text
 
 
-_SHORT = {"you": "u", "are": "r", "please": "pls", "Please": "pls", "your": "ur", "what's": "whats", "What's": "whats"}
+_SHORT = {
+    "you": "u",
+    "are": "r",
+    "please": "pls",
+    "Please": "pls",
+    "your": "ur",
+    "what's": "whats",
+    "What's": "whats",
+}
 
 
 def hurried(dice: Dice, text: str) -> str:
-    """The same with a small letter at its start, now and then with words cut short; places for values stay."""
+    """The same with a small letter at its start, now and then with words cut short; places for
+    values stay.
+    """
     if dice.chance(0.5):
         text = " ".join(_SHORT.get(word, word) for word in text.split(" "))
     return text[0].lower() + text[1:]
 
 
-def frame(dice: Dice, name: str, unseen: Collection[str] = (), start: str = "start", capital: bool = True) -> str:
+def frame(
+    dice: Dice, name: str, unseen: Collection[str] = (), start: str = "start", capital: bool = True
+) -> str:
     """A template of the grammar ``name``, never one of ``unseen``."""
     assert not dice.held_out, "held-out cases have phrases of their own"
     grammar: dict[str, list[str]] = phrases("shared", "frames") | phrases(name, "frames")

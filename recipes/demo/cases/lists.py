@@ -1,4 +1,6 @@
-"""Sorting numbers and names, and reversing lists and letters. The reasoning turns each into looking up and copying."""
+"""Sorting numbers and names, and reversing lists and letters. The reasoning turns each into looking
+up and copying.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,19 @@ def _listed(dice: Dice, items: list[str]) -> str:
     return joint.join(items) if joint != " and " else ", ".join(items[:-1]) + joint + items[-1]
 
 
-def _case(dice: Dice, template: str, items: list[str], result: list[str], reasoning: str, joint: str = ", ") -> Case:
+def _case(
+    dice: Dice, template: str, items: list[str], result: list[str], reasoning: str, joint: str = ", "
+) -> Case:
     question = asked(dice, template.format(l=_listed(dice, items) if joint == ", " else joint.join(items)))
     answer = joint.join(result)
     thinking = dice.held_out or dice.chance(0.9)
-    return Case("lists", (user(question),), assistant(answer, reasoning if thinking else None), Check("text", answer), thinking=thinking)
+    return Case(
+        "lists",
+        (user(question),),
+        assistant(answer, reasoning if thinking else None),
+        Check("text", answer),
+        thinking=thinking,
+    )
 
 
 def _numbers(dice: Dice) -> Case:
@@ -90,13 +100,21 @@ def _names(dice: Dice) -> Case:
 
 def _backwards(dice: Dice) -> Case:
     """The reasoning numbers the items, and reads them from the last number to the first."""
-    draw = dice.choice(("thing", "person", "colour", "letter", "number", *(() if dice.held_out else ("noun",))))
+    draw = dice.choice(
+        ("thing", "person", "colour", "letter", "number", *(() if dice.held_out else ("noun",)))
+    )
     template = _template(dice, "back")
     if draw == "letter":
         letters = list(dice.person().lower() if dice.chance(0.5) else dice.thing())
-        return _case(dice, template, letters, letters[::-1], _numbered(letters), joint=" " if dice.chance(0.5) else "-")
+        return _case(
+            dice, template, letters, letters[::-1], _numbered(letters), joint=" " if dice.chance(0.5) else "-"
+        )
     count = dice.randint(3, 6)
-    items = [str(n) for n in dice.sample(range(1, 100), count)] if draw == "number" else dice.distinct(draw, count)
+    items = (
+        [str(n) for n in dice.sample(range(1, 100), count)]
+        if draw == "number"
+        else dice.distinct(draw, count)
+    )
     return _case(dice, template, items, items[::-1], _numbered(items))
 
 

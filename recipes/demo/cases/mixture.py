@@ -1,4 +1,6 @@
-"""The mixture: which family is drawn how often, system prompts, and conversations of more than one request."""
+"""The mixture: which family is drawn how often, system prompts, and conversations of more than one
+request.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,15 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
-_SHARES = {"arithmetic": 0.28, "lists": 0.22, "extraction": 0.14, "tool call": 0.12, "tool answer": 0.01, "recall": 0.18, "about": 0.05}
+_SHARES = {
+    "arithmetic": 0.28,
+    "lists": 0.22,
+    "extraction": 0.14,
+    "tool call": 0.12,
+    "tool answer": 0.01,
+    "recall": 0.18,
+    "about": 0.05,
+}
 _SYSTEM = sides("mixture", "system")
 # Words of a long conversation per wanted token of it; measured with the demo's tokenizer.
 WORDS_PER_TOKEN = 0.27
@@ -65,10 +75,15 @@ def _after_others(dice: Dice, case: Case) -> Case:
     earlier: list[Message] = []
     for _ in range(dice.randint(1, 2)):
         other = dice.choice((make_arithmetic, make_list, make_extraction, make_about))(dice)
-        earlier += [*other.messages, other.answer | ({} if "reasoning_content" in other.answer else {"learn": True})]
+        earlier += [
+            *other.messages,
+            other.answer | ({} if "reasoning_content" in other.answer else {"learn": True}),
+        ]
     return replace(case, messages=(*earlier, *case.messages))
 
 
 def value_words() -> set[str]:
-    """Words that occur as values, names of fields, tools and their parameters, or attributes: those that answers copy."""
+    """Words that occur as values, names of fields, tools and their parameters, or attributes: those
+    that answers copy.
+    """
     return {*extraction_words(), *tool_words(), *recall_words(), *THINGS, *COLOURS}

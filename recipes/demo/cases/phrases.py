@@ -1,5 +1,6 @@
-"""The words and phrases of the generator, a section a family: ``training.yaml``, and what training never says in ``held_out.yaml`` and
-``final.yaml``, under the same names."""
+"""The words and phrases of the generator, a section a family: ``training.yaml``, and what training
+never says in ``held_out.yaml`` and ``final.yaml``, under the same names.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ import yaml
 
 @dataclass(frozen=True)
 class Sides:
-    """A list of phrases or words as training has it, as held-out cases have it, and as those of the final evaluation have it."""
+    """A list of phrases or words as training has it, as held-out cases have it, and as those of the
+    final evaluation have it.
+    """
 
     training: list[str]
     held_out: list[str]

@@ -13,7 +13,9 @@ _ATTRIBUTES = sides("recall", "attributes")
 _ATTRIBUTES_UNSEEN = {each.split(":")[0] for each in _ATTRIBUTES.unseen}
 _NOUNS: list[str] = side(phrases("tools")["nouns"], held_out=False)
 _KINDS: list[str] = _TEXT["kinds"]
-_TELL_MINE, _TELL, _ASK_MINE, _ASK = (sides("recall", name) for name in ("tell_mine", "tell", "ask_mine", "ask"))
+_TELL_MINE, _TELL, _ASK_MINE, _ASK = (
+    sides("recall", name) for name in ("tell_mine", "tell", "ask_mine", "ask")
+)
 _UNSEEN = _TELL_MINE.unseen | _TELL.unseen | _ASK_MINE.unseen | _ASK.unseen
 _NOTED: list[str] = _TEXT["noted"]
 _CHATTER: list[str] = _TEXT["chatter"]
@@ -31,12 +33,16 @@ def make_recall(dice: Dice, num_words: int = 0) -> Case:
     messages: list[Message] = []
     for text, reply in turns:
         messages += [user(text), assistant(reply)]
-    asked = dice.sample(facts, 1 if dice.held_out else min(len(facts), dice.randint(1, 4) + 4 * (num_words > 0)))
+    asked = dice.sample(
+        facts, 1 if dice.held_out else min(len(facts), dice.randint(1, 4) + 4 * (num_words > 0))
+    )
     for fact in asked[:-1]:
         messages += [user(_ask(dice, *fact)), assistant(_reply(*fact), learn=True)]
     owner, name, value = asked[-1]
     messages.append(user(_ask(dice, owner, name, value)))
-    return Case("recall", tuple(messages), assistant(_reply(owner, name, value)), Check("contains", [str(value)]))
+    return Case(
+        "recall", tuple(messages), assistant(_reply(owner, name, value)), Check("contains", [str(value)])
+    )
 
 
 def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
@@ -51,15 +57,21 @@ def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
 
 
 def _attributes(dice: Dice) -> list[str]:
-    """Attributes of a conversation, with the kinds of their values. Few, so that several owners have the same one and the owner has to be
-    matched, or many; and often put together from few words ("desk", "desk neighbour", "bag neighbour"), so that all of a name has to be."""
+    """Attributes of a conversation, with the kinds of their values. Few, so that several owners
+    have the same one and the owner has to be matched, or many; and often put together from few
+    words ("desk", "desk neighbour", "bag neighbour"), so that all of a name has to be.
+    """
     nouns = [*dice.distinct("noun", dice.randint(1, 2)), dice.choice(_NOUNS)]
     kinds = [*dice.sample(_KINDS, 2), dice.noun(), nouns[0]]
     alike = dice.chance(0.5)
     found: dict[str, str] = {}
     wanted = dice.choice((2, 2, 3, 3) if alike else (2, 3, 4, 8))
     while len(found) < wanted:
-        noun, kind = (dice.choice(nouns), dice.choice(kinds)) if alike else (dice.noun(), dice.choice((dice.noun(), dice.choice(_KINDS))))
+        noun, kind = (
+            (dice.choice(nouns), dice.choice(kinds))
+            if alike
+            else (dice.noun(), dice.choice((dice.noun(), dice.choice(_KINDS))))
+        )
         name = noun if noun == kind or dice.chance(0.25) else f"{kind} {noun}"
         if name not in _ATTRIBUTES_UNSEEN:
             found[name] = dice.choice(KINDS)
@@ -96,8 +108,17 @@ def _reply(owner: str, name: str, value: str | int) -> str:
 
 def _chatter(dice: Dice) -> str:
     template = dice.choice(_CHATTER)
-    return template.format(n=dice.person(), m=dice.person(), p=dice.place(), t=dice.thing(), c=dice.colour(), d=dice.randint(2, 99))
+    return template.format(
+        n=dice.person(),
+        m=dice.person(),
+        p=dice.place(),
+        t=dice.thing(),
+        c=dice.colour(),
+        d=dice.randint(2, 99),
+    )
 
 
 def recall_words() -> set[str]:
-    return {word for pair in _ATTRIBUTES.training + _ATTRIBUTES.held_out for word in pair.split(":")[0].split()}
+    return {
+        word for pair in _ATTRIBUTES.training + _ATTRIBUTES.held_out for word in pair.split(":")[0].split()
+    }

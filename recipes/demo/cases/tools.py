@@ -1,4 +1,5 @@
-"""Choosing and filling a tool call out of two to four tools, and answering from what a tool returned.
+"""Choosing and filling a tool call out of two to four tools, and answering from what a tool
+returned.
 
 The tools of held-out cases have nouns and parameters that training never offers.
 """
@@ -37,9 +38,18 @@ class Tool:
 
     def schema(self) -> Message:
         """As the chat API takes it."""
-        kinds = {name: "integer" if kind in ("small", "number") else "string" for name, kind in self.parameters}
-        parameters = {"type": "object", "properties": {name: {"type": kind} for name, kind in kinds.items()}, "required": list(kinds)}
-        return {"type": "function", "function": {"name": self.name, "description": self.description, "parameters": parameters}}
+        kinds = {
+            name: "integer" if kind in ("small", "number") else "string" for name, kind in self.parameters
+        }
+        parameters = {
+            "type": "object",
+            "properties": {name: {"type": kind} for name, kind in kinds.items()},
+            "required": list(kinds),
+        }
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": self.description, "parameters": parameters},
+        }
 
 
 def make_tool_call(dice: Dice) -> Case:
@@ -49,7 +59,13 @@ def make_tool_call(dice: Dice) -> Case:
     question, arguments = _request(dice, tool)
     value = {"name": tool.name, "arguments": arguments}
     answer = assistant("") | {"tool_calls": [_call(value)]}
-    return Case("tool call", (*earlier, user(question)), answer, Check("call", value), tuple(each.schema() for each in tools))
+    return Case(
+        "tool call",
+        (*earlier, user(question)),
+        answer,
+        Check("call", value),
+        tuple(each.schema() for each in tools),
+    )
 
 
 def make_tool_answer(dice: Dice) -> Case:
@@ -57,7 +73,13 @@ def make_tool_answer(dice: Dice) -> Case:
     tools = offer_tools(dice)
     messages, facts = _round(dice, dice.choice(tools))
     values = [str(value) for value in facts.values()]
-    return Case("tool answer", tuple(messages[:-1]), messages[-1], Check("contains", values), tuple(each.schema() for each in tools))
+    return Case(
+        "tool answer",
+        tuple(messages[:-1]),
+        messages[-1],
+        Check("contains", values),
+        tuple(each.schema() for each in tools),
+    )
 
 
 def _rounds(dice: Dice, tools: list[Tool]) -> list[Message]:
@@ -105,7 +127,9 @@ def offer_tools(dice: Dice) -> list[Tool]:
 
 
 def _noun(dice: Dice) -> str:
-    """Training also takes nouns of other families and coins some, so that they have to be matched and not remembered."""
+    """Training also takes nouns of other families and coins some, so that they have to be matched
+    and not remembered.
+    """
     if dice.held_out:
         return dice.pick(_NOUNS)
     return dice.pick(_NOUNS) if dice.chance(0.35) else dice.noun()
@@ -119,7 +143,9 @@ def _named(dice: Dice, pool: list[str], least: int, most: int) -> dict[str, str]
 
 
 def _shared_parameters(dice: Dice) -> list[str]:
-    """Few parameters for all tools of a case, coined: which of them a tool takes has to be read from that tool."""
+    """Few parameters for all tools of a case, coined: which of them a tool takes has to be read
+    from that tool.
+    """
     coined = [f"{name}:{dice.choice(KINDS)}" for name in dice.distinct("noun", dice.randint(2, 5))]
     return coined + dice.sample(_PARAMETERS.training, dice.randint(1, 3))
 
@@ -159,9 +185,14 @@ def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
 def _draw_facts(dice: Dice) -> dict[str, str | int]:
     pool = _FACTS.training + dice.own(_FACTS) * 4 if dice.held_out else _FACTS.training
     facts = _named(dice, pool, 1, 3)
-    return {name: dice.choice(_STATES) if kind == "state" else draw_value(dice, kind) for name, kind in facts.items()}
+    return {
+        name: dice.choice(_STATES) if kind == "state" else draw_value(dice, kind)
+        for name, kind in facts.items()
+    }
 
 
 def tool_words() -> set[str]:
     named = (_PARAMETERS.training, _PARAMETERS.held_out, _FACTS.training, _FACTS.held_out)
-    return {*_VERBS, *_NOUNS.training, *_NOUNS.held_out, *_STATES} | {pair.split(":")[0] for pairs in named for pair in pairs}
+    return {*_VERBS, *_NOUNS.training, *_NOUNS.held_out, *_STATES} | {
+        pair.split(":")[0] for pairs in named for pair in pairs
+    }

@@ -1,7 +1,8 @@
 """The words of the generator, and which of them training never sees.
 
-Names are put together from syllables, so that copying has to be learned and cannot be remembered. A name or a number of syllables
-belongs to the held-out side by its checksum; other words are held out by list.
+Names are put together from syllables, so that copying has to be learned and cannot be remembered. A
+name or a number of syllables belongs to the held-out side by its checksum; other words are held out
+by list.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ _NOUNS: list[str] = _TEXT["nouns"]
 
 def _words_of_held_out_lists() -> set[str]:
     sections = ("tools", "extraction", "recall")
-    lists = [texts for section in sections for file in ("held_out", "final") for texts in phrases(section, file).values()]
+    lists = [
+        texts
+        for section in sections
+        for file in ("held_out", "final")
+        for texts in phrases(section, file).values()
+    ]
     return {text.split(":")[0] for texts in lists for text in texts}
 
 
@@ -48,8 +54,9 @@ def side(words: Sequence[str], held_out: bool) -> list[str]:
 
 
 class Dice(random.Random):
-    """The draws of the generator; ``held_out`` says which side of the split they are from, ``final`` that they are held out for the
-    final evaluation."""
+    """The draws of the generator; ``held_out`` says which side of the split they are from,
+    ``final`` that they are held out for the final evaluation.
+    """
 
     def __init__(self, seed: int | str, held_out: bool, final: bool = False) -> None:
         super().__init__(seed)
@@ -84,11 +91,16 @@ class Dice(random.Random):
                 return name
 
     def coined(self) -> str:
-        """A made-up word, more or less English to the eye: it can only be copied or matched, not remembered."""
+        """A made-up word, more or less English to the eye: it can only be copied or matched, not
+        remembered.
+        """
         while True:
             count = self.choice((1, 1, 1, 2, 2))
             if self.chance(0.5):
-                word = "".join(self.choice(_PIECES) if self.chance(0.7) else self._syllable() for _ in range(max(2, count)))
+                word = "".join(
+                    self.choice(_PIECES) if self.chance(0.7) else self._syllable()
+                    for _ in range(max(2, count))
+                )
             else:
                 word = "".join(self._syllable() for _ in range(count)) + self.choice(_ENDINGS)
             if len(word) > 2 and is_held_out(word) == self.held_out and word not in _HELD_OUT_WORDS:

@@ -37,7 +37,9 @@ class Packer:
         return tokens, answers
 
     def training_batch(self, seed: str, size: int, long: int = 0) -> Packed:
-        """At most ``size`` tokens of training cases, the first of them of ``long`` tokens; a function of its arguments only."""
+        """At most ``size`` tokens of training cases, the first of them of ``long`` tokens; a
+        function of its arguments only.
+        """
         dice, prompts = Dice(seed, held_out=False), random.Random(seed + "prompts")
         found: list[tuple[list[int], list[float]]] = []
         room, refused = size, 0
@@ -47,7 +49,15 @@ class Packer:
                 refused += 1
                 continue
             room -= len(tokens)
-            found.append((tokens, [1.0 if answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE) for answer in answers]))
+            found.append(
+                (
+                    tokens,
+                    [
+                        1.0 if answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE)
+                        for answer in answers
+                    ],
+                )
+            )
         _shorten(found, (size - room) % TOKENS_STEP)
         return _packed(found)
 
@@ -78,9 +88,11 @@ def _packed(documents: list[tuple[list[int], list[float]]]) -> Packed:
 
 @torch.no_grad()
 def exact(network: Network, packer: Packer, cases: list[Case], device: torch.device) -> tuple[int, int, int]:
-    """Cases whose whole answer is the greedy one, and of the answers' tokens those that the predictor foretells, and all.
+    """Cases whose whole answer is the greedy one, and of the answers' tokens those that the
+    predictor foretells, and all.
 
-    An answer is greedy exactly if every token of it is the best one after those before, so one pass is enough.
+    An answer is greedy exactly if every token of it is the best one after those before, so one pass
+    is enough.
     """
     hits = foretold = total = 0
     for start in range(0, len(cases), 16):
@@ -97,8 +109,12 @@ def exact(network: Network, packer: Packer, cases: list[Case], device: torch.dev
     return hits, foretold, total
 
 
-def held_out_cases(count: int, seed: int = 0, longest: int = 3000, final: bool = False) -> dict[str, list[Case]]:
-    """``count`` cases of every family that training never sees; ``final``: in phrases that are kept for the last evaluation."""
+def held_out_cases(
+    count: int, seed: int = 0, longest: int = 3000, final: bool = False
+) -> dict[str, list[Case]]:
+    """``count`` cases of every family that training never sees; ``final``: in phrases that are kept
+    for the last evaluation.
+    """
     found = {}
     for family in FAMILIES:
         dice = Dice(f"held out {seed} {family}", held_out=True, final=final)

@@ -1,7 +1,8 @@
-"""The operations of training compiled for one core of a CPU: ``operations.cpp``, built by g++ where training runs.
+"""The operations of training compiled for one core of a CPU: ``operations.cpp``, built by g++ where
+training runs.
 
-Several times faster than plain torch there: attention stays in the cache, and chains over rows take one pass.
-T, H, N, D, E, F, K, R as in ``operations.py``
+Several times faster than plain torch there: attention stays in the cache, and chains over rows take
+one pass. T, H, N, D, E, F, K, R as in ``operations.py``
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Compiled(Operations):
         out: Tensor = _Norm.apply(self, x, weight)  # type: ignore[no-untyped-call]
         return out
 
-    def attend(self, q_THN: Tensor, kv_THN: Tensor, rope_TE: Tensor, angles: Angles, lengths: list[int], scale: float) -> Tensor:
+    def attend(
+        self, q_THN: Tensor, kv_THN: Tensor, rope_TE: Tensor, angles: Angles, lengths: list[int], scale: float
+    ) -> Tensor:
         assert q_THN.shape[2] == 64, "operations.cpp is written for this model's heads"
         assert kv_THN.shape[2] == 96
         assert rope_TE.shape[1] == 32
@@ -67,7 +70,9 @@ class Compiled(Operations):
         out: Tensor = _Swiglu.apply(self, both)  # type: ignore[no-untyped-call]
         return out
 
-    def run_experts(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
+    def run_experts(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor
+    ) -> Tensor:
         out: Tensor = _Experts.apply(self, x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
         return out
 
@@ -85,8 +90,13 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, library: Compiled, x: Tensor, weight: Tensor) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1]
-        out, scales = x.new_empty(x.shape, dtype=torch.bfloat16), x.new_empty(x.numel() // width, dtype=torch.float32)
-        library.run("norm_forward", x, int(x.dtype == torch.float32), weight, len(scales), width, EPSILON, out, scales)
+        out, scales = (
+            x.new_empty(x.shape, dtype=torch.bfloat16),
+            x.new_empty(x.numel() // width, dtype=torch.float32),
+        )
+        library.run(
+            "norm_forward", x, int(x.dtype == torch.float32), weight, len(scales), width, EPSILON, out, scales
+        )
         ctx.save_for_backward(x, weight, scales)
         ctx.library = library
         return out
@@ -96,13 +106,17 @@ class _Norm(torch.autograd.Function):
         x, weight, scales = ctx.saved_tensors
         dx, dweight, grad = torch.empty_like(x), torch.zeros_like(weight), grads[0].contiguous()
         is_float = int(x.dtype == torch.float32)
-        ctx.library.run("norm_backward", x, is_float, weight, scales, grad, len(scales), x.shape[-1], dx, dweight)
+        ctx.library.run(
+            "norm_backward", x, is_float, weight, scales, grad, len(scales), x.shape[-1], dx, dweight
+        )
         return None, dx, dweight
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: Compiled, how: tuple[Angles, Tensor, float], q: Tensor, kv: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, library: Compiled, how: tuple[Angles, Tensor, float], q: Tensor, kv: Tensor, rope: Tensor
+    ) -> Tensor:
         """``how``: angles, lengths of the documents, scale."""
         q, kv = q.contiguous(), kv.contiguous()
         num, heads = q.shape[:2]
@@ -110,13 +124,31 @@ class _Attention(torch.autograd.Function):
         angles, lengths, scale = ctx.how = how
         ctx.library = library
         ctx.save_for_backward(q, kv, rope, out, log_sums)
-        library.run("attention_forward", q, kv, rope, rope.stride(0), *angles, lengths, len(lengths), heads, scale, out, log_sums)
+        library.run(
+            "attention_forward",
+            q,
+            kv,
+            rope,
+            rope.stride(0),
+            *angles,
+            lengths,
+            len(lengths),
+            heads,
+            scale,
+            out,
+            log_sums,
+        )
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, rope, out, log_sums = ctx.saved_tensors
-        dq, dkv, drope, grad = torch.empty_like(q), torch.empty_like(kv), rope.new_empty(rope.shape), grads[0].contiguous()
+        dq, dkv, drope, grad = (
+            torch.empty_like(q),
+            torch.empty_like(kv),
+            rope.new_empty(rope.shape),
+            grads[0].contiguous(),
+        )
         angles, lengths, scale = ctx.how
         inputs = (q, kv, rope, rope.stride(0), *angles, lengths, len(lengths), q.shape[1], scale)
         ctx.library.run("attention_backward", *inputs, out, log_sums, grad, dq, dkv, drope)
@@ -143,7 +175,9 @@ class _Swiglu(torch.autograd.Function):
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: Compiled, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, library: Compiled, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor
+    ) -> Tensor:
         shape = *ids_TK.shape, x_TD.shape[1]
         x_TD, weights_TK = x_TD.contiguous(), weights_TK.contiguous()
         place_R, ends_E = ids_TK.new_empty(ids_TK.numel()), ids_TK.new_empty(len(w13))
@@ -151,7 +185,11 @@ class _Experts(torch.autograd.Function):
         ends = ends_E.tolist()
         x_RD = x_TD.new_zeros(ends[-1], shape[2])
         library.run("spread_rows", x_TD, place_R, *shape, x_RD)
-        up_RF, act_RF, y_RD = x_RD.new_empty(len(x_RD), w13.shape[1]), x_RD.new_empty(len(x_RD), w2.shape[2]), torch.empty_like(x_RD)
+        up_RF, act_RF, y_RD = (
+            x_RD.new_empty(len(x_RD), w13.shape[1]),
+            x_RD.new_empty(len(x_RD), w2.shape[2]),
+            torch.empty_like(x_RD),
+        )
         multiply_experts(x_RD, w13, ends, up_RF)
         library.run("swiglu_forward", up_RF, *act_RF.shape, act_RF)
         multiply_experts(act_RF, w2, ends, y_RD)

@@ -1,6 +1,8 @@
-"""Writes the last state of training as a Hugging Face checkpoint: ``python -m lockstep.recipes.demo.training.export [DIRECTORY]``.
+"""Writes the last state of training as a Hugging Face checkpoint: ``python -m
+lockstep.recipes.demo.training.export [DIRECTORY]``.
 
-``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per block, as DeepSeek-V3's are, to be compared with those in bf16.
+``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per block, as DeepSeek-V3's are, to
+be compared with those in bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def last_network() -> Network:
     """The network of the last state. Raises ValueError where there is none."""
     states = sorted(STATE.glob("step-*.pt"))
     if not states:
-        raise ValueError(f"{STATE}: holds no step-*.pt; train first, with python -m lockstep.recipes.demo.training.train")
+        raise ValueError(
+            f"{STATE}: holds no step-*.pt; train first, with python -m lockstep.recipes.demo.training.train"
+        )
     network = Network(CONFIG)
     network.load_state_dict(torch.load(states[-1], map_location="cpu", weights_only=True)["network"])
     return network.eval()
@@ -48,21 +52,28 @@ def read_network(directory: Path) -> Network:
 def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
     """All tensors under their Hugging Face names, bf16 but for the bias of the routers.
 
-    The multi-token-prediction layer is layer ``num_hidden_layers``. Its embedding and head are the model's, as in DeepSeek-V3, whose
-    checkpoint holds them a second time; this one, which lives in a repository, does not.
+    The multi-token-prediction layer is layer ``num_hidden_layers``. Its embedding and head are the
+    model's, as in DeepSeek-V3, whose checkpoint holds them a second time; this one, which lives in
+    a repository, does not.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         found |= _named(name, tensor, len(network.layers))
-    return {name: (tensor if name.endswith("correction_bias") else tensor.bfloat16()).clone() for name, tensor in found.items()}
+    return {
+        name: (tensor if name.endswith("correction_bias") else tensor.bfloat16()).clone()
+        for name, tensor in found.items()
+    }
 
 
 def in_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tensor]:
-    """The same with the matrices of linear layers in FP8 and their scales beside them; embeddings, heads, routers and the projection
-    before the predictor stay, as in DeepSeek-V3."""
+    """The same with the matrices of linear layers in FP8 and their scales beside them; embeddings,
+    heads, routers and the projection before the predictor stay, as in DeepSeek-V3.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.dim() != 2 or name.endswith(("embed_tokens.weight", "head.weight", ".gate.weight", "eh_proj.weight")):
+        if tensor.dim() != 2 or name.endswith(
+            ("embed_tokens.weight", "head.weight", ".gate.weight", "eh_proj.weight")
+        ):
             found[name] = tensor
         else:
             quantised = quantise_blocks(tensor, block)
@@ -71,30 +82,51 @@ def in_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tens
 
 
 def _named(name: str, tensor: Tensor, num_layers: int) -> dict[str, Tensor]:
-    """A tensor of the network under the names it has in the checkpoint; stacked experts come apart."""
+    """A tensor of the network under the names it has in the checkpoint; stacked experts come
+    apart.
+    """
     if name in ("embed", "head.weight"):
         return {"model.embed_tokens.weight" if name == "embed" else "lm_head.weight": tensor}
-    name = name.replace("predictor.layer.", f"layers.{num_layers}.").replace("predictor.norm.", f"layers.{num_layers}.shared_head.norm.")
+    name = name.replace("predictor.layer.", f"layers.{num_layers}.").replace(
+        "predictor.norm.", f"layers.{num_layers}.shared_head.norm."
+    )
     name = "model." + name.replace("predictor.", f"layers.{num_layers}.")
     if name.endswith(".w13"):
         pairs = zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True)
-        return {f"{name[:-3]}experts.{expert}.{part}.weight": half[expert] for part, half in pairs for expert in range(len(tensor))}
+        return {
+            f"{name[:-3]}experts.{expert}.{part}.weight": half[expert]
+            for part, half in pairs
+            for expert in range(len(tensor))
+        }
     if name.endswith(".w2"):
-        return {f"{name[:-2]}experts.{expert}.down_proj.weight": tensor[expert] for expert in range(len(tensor))}
+        return {
+            f"{name[:-2]}experts.{expert}.down_proj.weight": tensor[expert] for expert in range(len(tensor))
+        }
     return {name: tensor}
 
 
-def export(network: Network, tokenizer: Path, directory: Path, fp8_block: tuple[int, int] | None = None) -> None:
+def export(
+    network: Network, tokenizer: Path, directory: Path, fp8_block: tuple[int, int] | None = None
+) -> None:
     """Writes config, tokenizer (from the folder ``tokenizer``) and weights into ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(tokenizer, directory)
     config, tensors = CONFIG, checkpoint_tensors(network)
     if fp8_block:
-        stored = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(fp8_block)}
+        stored = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(fp8_block),
+        }
         config, tensors = CONFIG | {"quantization_config": stored}, in_fp8(tensors, fp8_block)
     write_json(directory / "config.json", config)
-    # A toy that knows what it was taught: a client that asks for no temperature gets what it is surest of.
-    write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.1})
+    # A toy that knows what it was taught: a client that asks for no temperature gets what it is
+    # surest of.
+    write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.1},
+    )
     _write_weights(directory, tensors)
 
 
@@ -113,18 +145,29 @@ def _write_weights(directory: Path, tensors: dict[str, Tensor]) -> None:
         if len(shards) < SHARDS and sum(stored.nbytes for stored in shards[-1].values()) >= total / SHARDS:
             shards.append({})
         shards[-1][name] = tensor
-    files = {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, start=1)}
+    files = {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
     for file, shard in files.items():
         save_file(shard, directory / file, metadata={"format": "pt"})
     index = {name: file for file, shard in files.items() for name in shard}
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index}
+    )
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Write the demo checkpoint.")
     parser.add_argument("directory", nargs="?", type=Path, default=MODEL)
-    parser.add_argument("--fp8-block", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="matrices in FP8 with a scale per such a block")
+    parser.add_argument(
+        "--fp8-block",
+        nargs=2,
+        type=int,
+        metavar=("ROWS", "COLUMNS"),
+        help="matrices in FP8 with a scale per such a block",
+    )
     args = parser.parse_args()
     directory, block = args.directory, args.fp8_block
     if block and directory == MODEL:

@@ -1,6 +1,8 @@
-"""The demo model for training: DeepSeek-V3 (arXiv 2412.19437) with one multi-token-prediction layer, over packed documents.
+"""The demo model for training: DeepSeek-V3 (arXiv 2412.19437) with one multi-token-prediction
+layer, over packed documents.
 
-Weights are float32 and used rounded to bf16, so that the exported checkpoint is the trained function.
+Weights are float32 and used rounded to bf16, so that the exported checkpoint is the trained
+function.
 
 T tokens  D hidden  H heads  N unrotated dims  E rotated dims  K experts per token
 """
@@ -22,7 +24,9 @@ Shape = dict[str, Any]
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents one behind the other: tokens_T int64, weights_T float32 (how much the prediction *of* a token counts), ``lengths``."""
+    """Documents one behind the other: tokens_T int64, weights_T float32 (how much the prediction
+    *of* a token counts), ``lengths``.
+    """
 
     tokens_T: Tensor
     weights_T: Tensor
@@ -61,7 +65,10 @@ class Attention(nn.Module):
         self._operations = operations
         self.heads, self.latent = c["num_attention_heads"], c["kv_lora_rank"]
         self.nope, self.rope, self.value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-        self.q_a_proj, self.q_a_layernorm = Linear(c["hidden_size"], c["q_lora_rank"]), Norm(c["q_lora_rank"], operations)
+        self.q_a_proj, self.q_a_layernorm = (
+            Linear(c["hidden_size"], c["q_lora_rank"]),
+            Norm(c["q_lora_rank"], operations),
+        )
         self.q_b_proj = Linear(c["q_lora_rank"], self.heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = Linear(c["hidden_size"], self.latent + self.rope)
         self.kv_a_layernorm = Norm(self.latent, operations)
@@ -72,7 +79,9 @@ class Attention(nn.Module):
         q_THN = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))).unflatten(-1, (self.heads, -1))
         latent, rope_TE = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
         kv_THN = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))
-        out = self._operations.attend(q_THN, kv_THN, rope_TE, angles, lengths, (self.nope + self.rope) ** -0.5)
+        out = self._operations.attend(
+            q_THN, kv_THN, rope_TE, angles, lengths, (self.nope + self.rope) ** -0.5
+        )
         y: Tensor = self.o_proj(out.flatten(1))
         return y
 
@@ -81,7 +90,11 @@ class Mlp(nn.Module):
     def __init__(self, hidden: int, width: int, operations: Operations) -> None:
         super().__init__()
         self._operations = operations
-        self.gate_proj, self.up_proj, self.down_proj = Linear(hidden, width), Linear(hidden, width), Linear(width, hidden)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            Linear(hidden, width),
+            Linear(hidden, width),
+            Linear(width, hidden),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         both = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]).bfloat16())
@@ -98,7 +111,9 @@ class Gate(nn.Module):
     def __init__(self, c: Shape) -> None:
         super().__init__()
         experts = c["n_routed_experts"]
-        self.weight = nn.Parameter(torch.empty(experts, c["hidden_size"]).normal_(std=c["hidden_size"] ** -0.5))
+        self.weight = nn.Parameter(
+            torch.empty(experts, c["hidden_size"]).normal_(std=c["hidden_size"] ** -0.5)
+        )
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.routing = Routing(
@@ -108,14 +123,18 @@ class Gate(nn.Module):
         self.last_ids_TK: Tensor | None = None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        ids_TK, weights_TK = choose(F.linear(x_TD.float(), self.weight.bfloat16().float()), self.e_score_correction_bias, self.routing)
+        ids_TK, weights_TK = choose(
+            F.linear(x_TD.float(), self.weight.bfloat16().float()), self.e_score_correction_bias, self.routing
+        )
         self.last_ids_TK = ids_TK
         if self.training:
             self.counts_E += expert_counts(ids_TK, len(self.counts_E))
         return ids_TK, weights_TK
 
     def balance(self, counts_E: Tensor, rate: float) -> None:
-        """Auxiliary-loss-free balancing (arXiv 2408.15664): the bias of an expert above the mean load falls, below it rises."""
+        """Auxiliary-loss-free balancing (arXiv 2408.15664): the bias of an expert above the mean
+        load falls, below it rises.
+        """
         self.e_score_correction_bias -= rate * (counts_E - counts_E.mean()).sign()
 
 
@@ -132,14 +151,19 @@ class Moe(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         ids_TK, weights_TK = self.gate(x_TD)
         shared: Tensor = self.shared_experts(x_TD)
-        return shared + self._operations.run_experts(x_TD, ids_TK, weights_TK, self.w13.bfloat16(), self.w2.bfloat16())
+        return shared + self._operations.run_experts(
+            x_TD, ids_TK, weights_TK, self.w13.bfloat16(), self.w2.bfloat16()
+        )
 
 
 class Layer(nn.Module):
     def __init__(self, c: Shape, dense: bool, operations: Operations) -> None:
         super().__init__()
         hidden = c["hidden_size"]
-        self.input_layernorm, self.post_attention_layernorm = Norm(hidden, operations), Norm(hidden, operations)
+        self.input_layernorm, self.post_attention_layernorm = (
+            Norm(hidden, operations),
+            Norm(hidden, operations),
+        )
         self.self_attn = Attention(c, operations)
         self.mlp = Mlp(hidden, c["intermediate_size"], operations) if dense else Moe(c, operations)
 
@@ -150,7 +174,9 @@ class Layer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The multi-token-prediction layer (section 2.2): from the final state at a token and the embedding of the next to the one after."""
+    """The multi-token-prediction layer (section 2.2): from the final state at a token and the
+    embedding of the next to the one after.
+    """
 
     def __init__(self, c: Shape, operations: Operations) -> None:
         super().__init__()
@@ -167,14 +193,19 @@ class Predictor(nn.Module):
 
 
 class Network(nn.Module):
-    """The whole model. ``shape``: the fields of its ``config.json``; ``operations``: plain ones by default."""
+    """The whole model. ``shape``: the fields of its ``config.json``; ``operations``: plain ones by
+    default.
+    """
 
     def __init__(self, shape: Shape, operations: Operations | None = None) -> None:
         super().__init__()
         operations = operations or Operations()
         c = self.shape = shape
         self.embed = nn.Parameter(torch.empty(c["vocab_size"], c["hidden_size"]).normal_(std=0.5))
-        self.layers = nn.ModuleList(Layer(c, index < c["first_k_dense_replace"], operations) for index in range(c["num_hidden_layers"]))
+        self.layers = nn.ModuleList(
+            Layer(c, index < c["first_k_dense_replace"], operations)
+            for index in range(c["num_hidden_layers"])
+        )
         self.norm = Norm(c["hidden_size"], operations)
         self.head = Linear(c["hidden_size"], c["vocab_size"])
         self.predictor = Predictor(c, operations)
@@ -196,7 +227,9 @@ class Network(nn.Module):
         return self.norm(x_TD), angles
 
     def losses(self, batch: Packed, predict: bool) -> tuple[Tensor, Tensor]:
-        """Weighted sums of the losses on the next token and, where asked to ``predict``, on the one after."""
+        """Weighted sums of the losses on the next token and, where asked to ``predict``, on the one
+        after.
+        """
         states_TD, angles = self.states(batch)
         loss = self._loss(states_TD, batch, 1)
         if not predict:
@@ -205,7 +238,9 @@ class Network(nn.Module):
         return loss, self._loss(self.predictor(states_TD, next_TD, angles, batch.lengths), batch, 2)
 
     def _loss(self, states_TD: Tensor, batch: Packed, ahead: int) -> Tensor:
-        """Cross-entropy of the tokens ``ahead``; the first ``ahead`` tokens of a document are no one's."""
+        """Cross-entropy of the tokens ``ahead``; the first ``ahead`` tokens of a document are no
+        one's.
+        """
         weights_T = batch.weights_T.masked_fill(batch.positions_T < ahead, 0.0)
         chosen = weights_T.nonzero().squeeze(1)
         logits = self.head(states_TD.index_select(0, chosen - ahead)).float()

@@ -1,7 +1,8 @@
-"""The operations of training that autograd would do slowly, in plain torch: norms, attention inside documents, and the routed experts.
+"""The operations of training that autograd would do slowly, in plain torch: norms, attention inside
+documents, and the routed experts.
 
-Products are bf16, which the matrix units of CPUs and GPUs are made for; sums over rows are float32. ``compiled.py`` holds the same for
-one core of a CPU.
+Products are bf16, which the matrix units of CPUs and GPUs are made for; sums over rows are float32.
+``compiled.py`` holds the same for one core of a CPU.
 
 T tokens  H heads  N head dim  E rotated dims or experts  D hidden  F expert width  K experts per token  R = T x K rows and filling
 """
@@ -30,9 +31,13 @@ class Operations:
         out: Tensor = _Norm.apply(x, weight)  # type: ignore[no-untyped-call]
         return out
 
-    def attend(self, q_THN: Tensor, kv_THN: Tensor, rope_TE: Tensor, angles: Angles, lengths: list[int], scale: float) -> Tensor:
-        """Causal attention inside each document of ``lengths``, [T, H, values]. The last dims of queries are yet to be rotated, as are
-        the keys' rope_TE, which all heads share; kv_THN holds the other dims of the keys, and the values."""
+    def attend(
+        self, q_THN: Tensor, kv_THN: Tensor, rope_TE: Tensor, angles: Angles, lengths: list[int], scale: float
+    ) -> Tensor:
+        """Causal attention inside each document of ``lengths``, [T, H, values]. The last dims of
+        queries are yet to be rotated, as are the keys' rope_TE, which all heads share; kv_THN holds
+        the other dims of the keys, and the values.
+        """
         nope = q_THN.shape[2] - rope_TE.shape[1]
         q_nope, q_rope = q_THN.split([nope, rope_TE.shape[1]], -1)
         k_nope, v_THN = kv_THN.split([nope, kv_THN.shape[2] - nope], -1)
@@ -46,8 +51,12 @@ class Operations:
         gate, up = both.chunk(2, -1)
         return F.silu(gate) * up
 
-    def run_experts(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor) -> Tensor:
-        """x_TD (bf16) through the experts ids_TK, summed with weights_TK (float32). w13 holds gate and up projection, w2 down."""
+    def run_experts(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor
+    ) -> Tensor:
+        """x_TD (bf16) through the experts ids_TK, summed with weights_TK (float32). w13 holds gate
+        and up projection, w2 down.
+        """
         out: Tensor = _RoutedExperts.apply(x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
         return out
 
@@ -82,11 +91,14 @@ class _Norm(torch.autograd.Function):
 class _DocumentAttention(torch.autograd.Function):
     """Causal attention of q_THN, k_THN and v_THN (bf16) inside each document of ``lengths``.
 
-    Documents are filled up to a multiple of ``_FILL`` tokens with zeros behind their end, where causality hides them.
+    Documents are filled up to a multiple of ``_FILL`` tokens with zeros behind their end, where
+    causality hides them.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_THN: Tensor, k_THN: Tensor, v_THN: Tensor, lengths: list[int], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q_THN: Tensor, k_THN: Tensor, v_THN: Tensor, lengths: list[int], scale: float
+    ) -> Tensor:
         filled = [-(-length // _FILL) * _FILL for length in lengths]
         places_T = _filled_places(lengths, filled).to(q_THN.device)
         q, k, v = (_fill(x, places_T, sum(filled)) for x in (q_THN, k_THN, v_THN))
@@ -113,7 +125,13 @@ class _DocumentAttention(torch.autograd.Function):
         for (first, row, last), chances in zip(_blocks(ctx.filled), saved, strict=True):
             part = grad[:, row:last]
             dv[:, first:last] += torch.bmm(chances.transpose(1, 2), part)
-            dscores = torch.bmm(part, v[:, first:last].transpose(1, 2)).float().sub_(inner[:, row:last]).mul_(chances.float()).to(q.dtype)
+            dscores = (
+                torch.bmm(part, v[:, first:last].transpose(1, 2))
+                .float()
+                .sub_(inner[:, row:last])
+                .mul_(chances.float())
+                .to(q.dtype)
+            )
             torch.bmm(dscores, k[:, first:last], out=dq[:, row:last])
             dk[:, first:last] += torch.bmm(dscores.transpose(1, 2), q[:, row:last])
         dq *= ctx.scale
@@ -128,25 +146,31 @@ def _filled_places(lengths: list[int], filled: list[int]) -> Tensor:
 
 def _fill(x_THN: Tensor, places_T: Tensor, size: int) -> Tensor:
     """Heads first, tokens at their places, zeros between."""
-    return x_THN.new_zeros(x_THN.shape[1], size, x_THN.shape[2]).index_copy_(1, places_T, x_THN.transpose(0, 1))
+    return x_THN.new_zeros(x_THN.shape[1], size, x_THN.shape[2]).index_copy_(
+        1, places_T, x_THN.transpose(0, 1)
+    )
 
 
 def _blocks(lengths: list[int]) -> list[tuple[int, int, int]]:
     """First token of the document, first and last row of a block."""
     found, start = [], 0
     for length in lengths:
-        found += [(start, row, min(row + _BLOCK, start + length)) for row in range(start, start + length, _BLOCK)]
+        found += [
+            (start, row, min(row + _BLOCK, start + length)) for row in range(start, start + length, _BLOCK)
+        ]
         start += length
     return found
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Rows are sorted by expert, and each expert's part is filled up to a multiple of ``_ROWS`` with rows of zeros: oneDNN compiles a
-    kernel for every new count of rows.
+    """Rows are sorted by expert, and each expert's part is filled up to a multiple of ``_ROWS``
+    with rows of zeros: oneDNN compiles a kernel for every new count of rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: Tensor, w2: Tensor
+    ) -> Tensor:
         num, top_k = ids_TK.shape
         place_R, ends = _places(ids_TK, len(w13))
         token_R = torch.arange(num, device=x_TD.device).repeat_interleave(top_k)
@@ -196,7 +220,11 @@ def _places(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
 
 def _spans(ends: list[int]) -> list[tuple[int, slice]]:
     """Experts that have rows, and their rows."""
-    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+    return [
+        (expert, slice(start, end))
+        for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        if end > start
+    ]
 
 
 def multiply_experts(x_RI: Tensor, weights: Tensor, ends: list[int], out: Tensor) -> None:
@@ -205,8 +233,12 @@ def multiply_experts(x_RI: Tensor, weights: Tensor, ends: list[int], out: Tensor
         torch.mm(x_RI[rows], weights[expert].T, out=out[rows])
 
 
-def multiply_experts_back(grad: Tensor, x_RI: Tensor, weights: Tensor, ends: list[int], dx_RI: Tensor) -> Tensor:
-    """The gradient of ``multiply_experts`` with respect to its rows, into ``dx_RI``, and to the weights."""
+def multiply_experts_back(
+    grad: Tensor, x_RI: Tensor, weights: Tensor, ends: list[int], dx_RI: Tensor
+) -> Tensor:
+    """The gradient of ``multiply_experts`` with respect to its rows, into ``dx_RI``, and to the
+    weights.
+    """
     dweights = torch.zeros_like(weights)
     for expert, rows in _spans(ends):
         torch.mm(grad[rows], weights[expert], out=dx_RI[rows])

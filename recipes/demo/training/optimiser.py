@@ -1,6 +1,8 @@
-"""Muon for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), Adam for the rest, shared out over workers.
+"""Muon for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), Adam for the rest,
+shared out over workers.
 
-Weights and the optimiser's averages lie in memory that all workers share; each worker updates the weights that are its own.
+Weights and the optimiser's averages lie in memory that all workers share; each worker updates the
+weights that are its own.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ class Optimiser:
         loads = [0.0] * workers
         for name, parameter in sorted(network.named_parameters(), key=lambda item: -item[1].numel()):
             count = 1 if by_muon(name, parameter) else 2
-            self.averages[name] = [torch.zeros_like(parameter, requires_grad=False).share_memory_() for _ in range(count)]
+            self.averages[name] = [
+                torch.zeros_like(parameter, requires_grad=False).share_memory_() for _ in range(count)
+            ]
             self.owners[name] = loads.index(min(loads))
             loads[self.owners[name]] += parameter.numel()
 
     @torch.no_grad()
-    def update(self, name: str, parameter: nn.Parameter, gradient: Tensor, rates: tuple[float, float], step: int) -> None:
+    def update(
+        self, name: str, parameter: nn.Parameter, gradient: Tensor, rates: tuple[float, float], step: int
+    ) -> None:
         """One step of one parameter; ``rates`` of Muon and Adam. ``step`` counts from 1."""
         if by_muon(name, parameter):
             [average] = self.averages[name]
@@ -51,7 +57,9 @@ def by_muon(name: str, parameter: Tensor) -> bool:
 
 
 def orthogonal(gradient: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrix, about, whose singular values are one: Newton-Schulz iterations in bf16. Of three dimensions: a stack."""
+    """The nearest matrix, about, whose singular values are one: Newton-Schulz iterations in bf16.
+    Of three dimensions: a stack.
+    """
     x: Tensor = gradient.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x

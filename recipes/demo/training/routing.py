@@ -1,8 +1,10 @@
-"""What training did to routing, and a trace of it: ``python -m lockstep.recipes.demo.training.routing``.
+"""What training did to routing, and a trace of it: ``python -m
+lockstep.recipes.demo.training.routing``.
 
-The trace is that of a server with ``SLOTS`` running requests: every step holds one token of each running request and the prompts
-of those that just came. The experts of a token depend on the tokens before it only, so one pass over a conversation gives the
-experts of all its steps. Requests come from one family mostly, which changes every ``PHASE`` steps, as a day of traffic does.
+The trace is that of a server with ``SLOTS`` running requests: every step holds one token of each
+running request and the prompts of those that just came. The experts of a token depend on the tokens
+before it only, so one pass over a conversation gives the experts of all its steps. Requests come
+from one family mostly, which changes every ``PHASE`` steps, as a day of traffic does.
 
 S steps  L layers with experts  E experts  F families  T tokens  K experts per token
 """
@@ -40,7 +42,9 @@ TRACE = HERE / "routing_trace.npz"
 
 @dataclass
 class Routed:
-    """A conversation: the experts of its tokens, ids_TLK, of which ``prompt`` come in at once. ``done`` of them have been computed."""
+    """A conversation: the experts of its tokens, ids_TLK, of which ``prompt`` come in at once.
+    ``done`` of them have been computed.
+    """
 
     family: int
     ids_TLK: np.ndarray[Any, np.dtype[np.uint8]]
@@ -50,7 +54,9 @@ class Routed:
 
 @torch.no_grad()
 def routed(network: Network, packer: Packer, family: str) -> list[Routed]:
-    """``POOL`` held-out conversations of a family, and where their tokens went. The predictor's layer is left out."""
+    """``POOL`` held-out conversations of a family, and where their tokens went. The predictor's
+    layer is left out.
+    """
     dice = Dice(f"{SEED} {family}", held_out=True)
     found: list[Routed] = []
     while len(found) < POOL:
@@ -58,7 +64,9 @@ def routed(network: Network, packer: Packer, family: str) -> list[Routed]:
         network.states(batch)
         ids = [gate.last_ids_TK for gate in network.gates()[:-1]]
         ids_TLK = torch.stack([each for each in ids if each is not None], 1).to(torch.uint8)
-        for part, weights in zip(ids_TLK.split(batch.lengths), batch.weights_T.split(batch.lengths), strict=True):
+        for part, weights in zip(
+            ids_TLK.split(batch.lengths), batch.weights_T.split(batch.lengths), strict=True
+        ):
             found.append(Routed(list(FAMILIES).index(family), part.numpy(), int(weights.argmax())))
     return found
 
@@ -93,14 +101,18 @@ def trace(network: Network, packer: Packer, steps: int) -> tuple[np.ndarray[Any,
             each.done += size
             tokens_SF[now[0], each.family] += size
             for layer in range(layers):
-                counts_SLE[now[0], layer] += np.bincount(part[:, layer].ravel(), minlength=experts).astype(np.uint16)
+                counts_SLE[now[0], layer] += np.bincount(part[:, layer].ravel(), minlength=experts).astype(
+                    np.uint16
+                )
         running = deque(each for each in running if each.done < len(each.ids_TLK))
     return counts_SLE, tokens_SF
 
 
 def report(counts_SLE: np.ndarray[Any, Any], tokens_SF: np.ndarray[Any, Any]) -> str:
     """Load of the experts over all steps, skew, and how far the loads of families are apart."""
-    lines = ["layer  least load  most load  skew of a step (median)  skew of a family (median, most)  drift between families"]
+    lines = [
+        "layer  least load  most load  skew of a step (median)  skew of a family (median, most)  drift between families"
+    ]
     major_S = tokens_SF.argmax(1)
     for layer in range(counts_SLE.shape[1]):
         counts_SE = counts_SLE[:, layer].astype(np.float64)
@@ -114,19 +126,25 @@ def report(counts_SLE: np.ndarray[Any, Any], tokens_SF: np.ndarray[Any, Any]) ->
             f"{layer + 1:5}  {total_E.min() / total_E.mean():10.2f}  {total_E.max() / total_E.mean():9.2f}  {np.median(step_S):23.2f}"
             f"  {np.median(skew_F):14.2f}, {skew_F.max():14.2f}  {np.mean(apart):22.2f}"
         )
-    lines.append("Loads and skews are multiples of the mean; drift is the mean part of the load that sits elsewhere for another family.")
+    lines.append(
+        "Loads and skews are multiples of the mean; drift is the mean part of the load that sits elsewhere for another family."
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Write the routing trace of the demo model and print the report.")
+    parser = argparse.ArgumentParser(
+        description="Write the routing trace of the demo model and print the report."
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=TRACE)
     args = parser.parse_args()
     torch.set_num_threads(1)
     counts_SLE, tokens_SF = trace(read_network(MODEL), Packer(MODEL), args.steps)
-    np.savez_compressed(args.out, counts_SLE=counts_SLE, tokens_SF=tokens_SF, families=np.array(list(FAMILIES)))
+    np.savez_compressed(
+        args.out, counts_SLE=counts_SLE, tokens_SF=tokens_SF, families=np.array(list(FAMILIES))
+    )
     print(report(counts_SLE, tokens_SF))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {counts_SLE.nbytes / 1e6:.2f} MB of counts")
 

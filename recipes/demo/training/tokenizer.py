@@ -1,4 +1,6 @@
-"""Makes the demo's tokenizer: a byte-level BPE in which every digit is a token, learned from the generator's own text."""
+"""Makes the demo's tokenizer: a byte-level BPE in which every digit is a token, learned from the
+generator's own text.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ NUM_FREQUENT = 220
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json. The tags of reasoning and tools are ordinary text to a decoder."""
+    """Writes tokenizer.json and tokenizer_config.json. The tags of reasoning and tools are ordinary
+    text to a decoder.
+    """
     texts = list(_texts())
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(_word_pattern(texts)), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -49,12 +55,21 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def _word_pattern(texts: list[str]) -> str:
-    """Every digit and every word is apart. A word that the generator never uses as a value takes the space before it along, if it is
-    among the frequent ones; any other word is made of the same tokens wherever it stands, so that it can be copied from anywhere.
-    Marks take the spaces between and after them along."""
+    """Every digit and every word is apart. A word that the generator never uses as a value takes
+    the space before it along, if it is among the frequent ones; any other word is made of the same
+    tokens wherever it stands, so that it can be copied from anywhere. Marks take the spaces between
+    and after them along.
+    """
     values = value_words()
-    counts = Counter(word for text in texts for word in re.findall(r" ([a-z]{2,}|a)(?![A-Za-z])", text) if word not in values)
-    frequent = sorted((word for word, _ in counts.most_common(NUM_FREQUENT)), key=lambda word: (-len(word), word))
+    counts = Counter(
+        word
+        for text in texts
+        for word in re.findall(r" ([a-z]{2,}|a)(?![A-Za-z])", text)
+        if word not in values
+    )
+    frequent = sorted(
+        (word for word, _ in counts.most_common(NUM_FREQUENT)), key=lambda word: (-len(word), word)
+    )
     taken = rf"(?:{'|'.join(frequent)})(?!\p{{L}})"
     marks = rf"(?: ?[^\s\p{{L}}\p{{N}}]+)+(?: (?=[\p{{L}}\p{{N}}])(?!{taken}))?"
     return rf"\p{{N}}| {taken}|{marks}| (?=\S)|\p{{L}}+|\s+"

@@ -1,10 +1,12 @@
 """Trains the demo model: ``python -m lockstep.recipes.demo.training.train --help``.
 
-On a CPU a single-threaded worker for each core shares in the work of every step (products run in bf16, which cores with
-AVX512-BF16 or AMX do quickly); where there is a GPU one worker uses it. Every batch is a function of (seed, step, worker).
-The learning rate is constant until decay is asked for, by ``--decay MILLIONS`` or by writing the number into ``state/decay`` while it runs:
-it then falls to zero over so many million tokens and training ends; the state before is kept as ``before-decay.pt``.
-Started again, it goes on from the last state, or from the one or the checkpoint that ``--resume`` names.
+On a CPU a single-threaded worker for each core shares in the work of every step (products run in
+bf16, which cores with AVX512-BF16 or AMX do quickly); where there is a GPU one worker uses it.
+Every batch is a function of (seed, step, worker). The learning rate is constant until decay is
+asked for, by ``--decay MILLIONS`` or by writing the number into ``state/decay`` while it runs: it
+then falls to zero over so many million tokens and training ends; the state before is kept as
+``before-decay.pt``. Started again, it goes on from the last state, or from the one or the
+checkpoint that ``--resume`` names.
 """
 
 from __future__ import annotations
@@ -38,15 +40,19 @@ BALANCE_RATE = 0.002
 MTP_WEIGHT = 0.2
 MTP_EVERY = 4  # steps
 LONG_EVERY = 4  # steps; all workers have a long conversation in the same step, since they wait for each other
-STEPS_OF_A_CHECKPOINT = 10_000  # where a training begins that goes on from a checkpoint: past warm-up and the growth of contexts
+STEPS_OF_A_CHECKPOINT = (
+    10_000  # where a training begins that goes on from a checkpoint: past warm-up and the growth of contexts
+)
 JUDGED_CASES = 40
 JUDGED_LENGTH = 1500
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line sets. ``batch``: tokens of a worker in a step; ``decay`` in millions of tokens, ``judge_every`` and
-    ``save_every`` in seconds; ``resume``: the state to go on from, None for the last."""
+    """What the command line sets. ``batch``: tokens of a worker in a step; ``decay`` in millions of
+    tokens, ``judge_every`` and ``save_every`` in seconds; ``resume``: the state to go on from, None
+    for the last.
+    """
 
     workers: int
     batch: int
@@ -61,8 +67,10 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What the workers share: weights, the optimiser's state, a row for the gradients and sums of each worker, and what worker 0 decided:
-    the step and the tokens to begin with, the part of the learning rate that holds now, and whether to judge and to save."""
+    """What the workers share: weights, the optimiser's state, a row for the gradients and sums of
+    each worker, and what worker 0 decided: the step and the tokens to begin with, the part of the
+    learning rate that holds now, and whether to judge and to save.
+    """
 
     network: Network
     optimiser: Optimiser
@@ -98,7 +106,9 @@ class Trainer:
                 self._say(self._progress(sums, now - shown))
                 sums, shown = torch.zeros(4), now
             if self.step % 10 == 0:
-                judge, save = self._agree(now - judged > self.settings.judge_every, now - saved > self.settings.save_every)
+                judge, save = self._agree(
+                    now - judged > self.settings.judge_every, now - saved > self.settings.save_every
+                )
                 if judge:
                     self.judge()
                     judged = time.monotonic()
@@ -132,17 +142,25 @@ class Trainer:
     def _now(self) -> float:
         """The part of the learning rate that holds at this step."""
         rate = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        return rate * max(0.0, 1 - (self.tokens_seen - self.decay_from) / self.decay_tokens) if self.decay_tokens else rate
+        return (
+            rate * max(0.0, 1 - (self.tokens_seen - self.decay_from) / self.decay_tokens)
+            if self.decay_tokens
+            else rate
+        )
 
     # ----------------------------------------------------------------- a step
 
     def _one_step(self) -> torch.Tensor:
-        """Returns sums over the workers: losses on the next token and the one after, their weight, and tokens."""
+        """Returns sums over the workers: losses on the next token and the one after, their weight,
+        and tokens.
+        """
         batch = self._batch()
         predict = self.step % MTP_EVERY == 0
         loss, ahead = self.network.losses(batch, predict)
         (loss + MTP_WEIGHT * ahead).backward()
-        sums = torch.tensor([loss.item(), ahead.item() * MTP_EVERY, batch.weights_T.sum().item(), len(batch.tokens_T)])
+        sums = torch.tensor(
+            [loss.item(), ahead.item() * MTP_EVERY, batch.weights_T.sum().item(), len(batch.tokens_T)]
+        )
         self._offer(sums)
         if self.worker == 0:
             self.shared.decided[2] = self._now()
@@ -165,16 +183,22 @@ class Trainer:
     def _offer(self, sums: torch.Tensor) -> None:
         """Shows this worker's gradients, sums and expert counts to the others."""
         row = self.shared.gradients_WN[self.worker]
-        for part, parameter in zip(row.split([p.numel() for p in self.parameters.values()]), self.parameters.values(), strict=True):
+        for part, parameter in zip(
+            row.split([p.numel() for p in self.parameters.values()]), self.parameters.values(), strict=True
+        ):
             if parameter.grad is None:
                 part.zero_()
             else:
                 part.copy_(parameter.grad.flatten())
             parameter.grad = None
-        self.shared.sums_WS[self.worker] = torch.cat([sums, *(gate.counts_E.float().cpu() for gate in self.gates)])
+        self.shared.sums_WS[self.worker] = torch.cat(
+            [sums, *(gate.counts_E.float().cpu() for gate in self.gates)]
+        )
 
     def _update(self, weight: float) -> None:
-        """Updates the weights that are this worker's, by the mean gradient over the ``weight`` of all tokens."""
+        """Updates the weights that are this worker's, by the mean gradient over the ``weight`` of
+        all tokens.
+        """
         optimiser = self.shared.optimiser
         rates = (self.settings.muon_rate * self.rate, self.settings.adam_rate * self.rate)
         start = 0
@@ -199,20 +223,28 @@ class Trainer:
     # ----------------------------------------------------------------- judging and saving
 
     def judge(self) -> None:
-        """Prints the share of held-out cases that are answered exactly; each worker takes a part of the families."""
+        """Prints the share of held-out cases that are answered exactly; each worker takes a part of
+        the families.
+        """
         self.network.eval()
         found = self.shared.sums_WS[:, : 3 * len(FAMILIES)]
         self._wait()
         found[self.worker] = 0
         for index, cases in enumerate(held_out_cases(JUDGED_CASES, longest=JUDGED_LENGTH).values()):
             if index % self.settings.workers == self.worker:
-                found[self.worker, 3 * index : 3 * index + 3] = torch.tensor(exact(self.network, self.packer, cases, self.device))
+                found[self.worker, 3 * index : 3 * index + 3] = torch.tensor(
+                    exact(self.network, self.packer, cases, self.device)
+                )
         self._wait()
         hits, foretold, total = found.sum(0).view(-1, 3).T
         self.network.train()
-        parts = [f"{family} {100 * hit / JUDGED_CASES:.0f}%" for family, hit in zip(FAMILIES, hits, strict=True)]
+        parts = [
+            f"{family} {100 * hit / JUDGED_CASES:.0f}%" for family, hit in zip(FAMILIES, hits, strict=True)
+        ]
         ahead = 100 * float(foretold.sum() / total.sum())
-        self._say(f"held out after {self.tokens_seen / 1e6:.1f} M tokens: {'  '.join(parts)}  (second token foretold {ahead:.0f}%)")
+        self._say(
+            f"held out after {self.tokens_seen / 1e6:.1f} M tokens: {'  '.join(parts)}  (second token foretold {ahead:.0f}%)"
+        )
         self._wait()
 
     def save(self, name: str = "") -> None:
@@ -287,10 +319,16 @@ def _parse() -> tuple[Settings, Path | None]:
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
     parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest conversation")
-    parser.add_argument("--decay", type=float, default=0.0, help="million tokens of the decay, which begins at once")
+    parser.add_argument(
+        "--decay", type=float, default=0.0, help="million tokens of the decay, which begins at once"
+    )
     parser.add_argument("--judge-every", type=float, default=240.0, help="seconds")
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds")
-    parser.add_argument("--resume", type=Path, help="state, or folder of a checkpoint, to go on from; the last state by default")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        help="state, or folder of a checkpoint, to go on from; the last state by default",
+    )
     parser.add_argument("--pid-file", type=Path, help="file to write the process ids to")
     values: dict[str, Any] = vars(parser.parse_args())
     pid_file = values.pop("pid_file")
@@ -302,7 +340,9 @@ def main() -> None:
     settings, pid_file = _parse()
     STATE.mkdir(exist_ok=True)
     if not (STATE / "tokenizer.json").exists():
-        copy_tokenizer(settings.resume, STATE) if settings.resume and settings.resume.is_dir() else write_tokenizer(STATE)
+        copy_tokenizer(
+            settings.resume, STATE
+        ) if settings.resume and settings.resume.is_dir() else write_tokenizer(STATE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = share(settings, device, processes.get_context("spawn"))
     if settings.workers == 1:

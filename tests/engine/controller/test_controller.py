@@ -20,7 +20,17 @@ from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.planner.cost_model import Cost
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.cluster_state import ClusterState
-from lockstep.engine.protocol.frontends import Abort, Drain, FrontendHello, RankLost, Rejected, Started, Submit, ToFrontend, TokenBatch
+from lockstep.engine.protocol.frontends import (
+    Abort,
+    Drain,
+    FrontendHello,
+    RankLost,
+    Rejected,
+    Started,
+    Submit,
+    ToFrontend,
+    TokenBatch,
+)
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, Layout, SchedulerSpec
@@ -36,13 +46,22 @@ SLOW = 0.1  # seconds of a step: what a test does while a request of 240 tokens 
 
 def submit_of(handle: int, length: int, max_tokens: int) -> Submit:
     tokens = np.arange(handle, handle + length, dtype=np.int32).tobytes()
-    return Submit(handle, str(handle), tokens, chain_hashes(ROOT, tokens, PAGE), length + max_tokens, Sampling(seed=handle))
+    return Submit(
+        handle,
+        str(handle),
+        tokens,
+        chain_hashes(ROOT, tokens, PAGE),
+        length + max_tokens,
+        Sampling(seed=handle),
+    )
 
 
 class Frontend:
     """A raw peer of the frontend socket."""
 
-    def __init__(self, keys: Keys, address: str, name: bytes = b"f0", lease: float = 30.0, life: int = 0) -> None:
+    def __init__(
+        self, keys: Keys, address: str, name: bytes = b"f0", lease: float = 30.0, life: int = 0
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = client_socket(self._context, zmq.DEALER, keys, name)
         self._socket.connect(address)
@@ -83,7 +102,9 @@ class Frontend:
                 np.frombuffer(message.finish_u8, np.uint8),
             )
             for handle, count, finish in zip(*(column.tolist() for column in columns), strict=True):
-                self.tokens.setdefault(handle, []).extend(np.frombuffer(message.tokens_i32, np.int32)[start : start + count].tolist())
+                self.tokens.setdefault(handle, []).extend(
+                    np.frombuffer(message.tokens_i32, np.int32)[start : start + count].tolist()
+                )
                 start += count
                 if finish:
                     self.finish[handle] = Finish(finish)
@@ -92,7 +113,10 @@ class Frontend:
         elif isinstance(message, ClusterState):
             self.state = message
         elif isinstance(message, Started):
-            handles, cached = np.frombuffer(message.handles_i64, np.int64), np.frombuffer(message.cached_i32, np.int32)
+            handles, cached = (
+                np.frombuffer(message.handles_i64, np.int64),
+                np.frombuffer(message.cached_i32, np.int32),
+            )
             self.cached |= dict(zip(handles.tolist(), cached.tolist(), strict=True))
 
 
@@ -146,7 +170,9 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.controller.stop()
         if self.ranks is not None:
             self.ranks.stop()
@@ -168,7 +194,12 @@ def scheduler(max_queue: int = 100) -> SchedulerSpec:
 
 
 def start(
-    layout: Layout, *, max_queue: int = 100, rank_deadline: float = 20.0, max_len: int | None = None, recording: str | None = None
+    layout: Layout,
+    *,
+    max_queue: int = 100,
+    rank_deadline: float = 20.0,
+    max_len: int | None = None,
+    recording: str | None = None,
 ) -> Running:
     server, client = new_keypair(), new_keypair()
     spec = ControllerSpec(
@@ -200,8 +231,14 @@ def serving(frontend: Frontend) -> bool:
 
 
 def idle_after(frontend: Frontend, tokens: int) -> bool:
-    """Whether nothing runs any more in a state that knows of so many tokens: one from before may be on its way, or the last that came."""
-    return frontend.state is not None and frontend.state.generation_tokens == tokens and frontend.state.num_running == 0
+    """Whether nothing runs any more in a state that knows of so many tokens: one from before may be
+    on its way, or the last that came.
+    """
+    return (
+        frontend.state is not None
+        and frontend.state.generation_tokens == tokens
+        and frontend.state.num_running == 0
+    )
 
 
 def test_serves_tokens(running: Running) -> None:
@@ -216,7 +253,9 @@ def test_serves_tokens(running: Running) -> None:
     frontend.submit(39, 49, 20)
     frontend.until(lambda: 39 in frontend.cached, "a start")
     frontend.until(lambda: idle_after(frontend, 41 * 20), "rows to be given back")
-    frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back")
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back"
+    )
 
 
 def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
@@ -234,11 +273,16 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
             frontend.submit(*ask)
         frontend.until(lambda: len(frontend.finish) == len(asks), "all ends")
         took = time.monotonic() - began
-        frontend.until(lambda: frontend.state is not None and frontend.state.generation_tokens == 800, "the state after them")
+        frontend.until(
+            lambda: frontend.state is not None and frontend.state.generation_tokens == 800,
+            "the state after them",
+        )
         state = frontend.state
     assert state is not None
     record = Record(np.array(arrivals))
-    simulated = Simulation(Settings(Layout(), scheduler(), [200], PAGE, 256), lambda work: np.full((1, 1), 0.02), record)
+    simulated = Simulation(
+        Settings(Layout(), scheduler(), [200], PAGE, 256), lambda work: np.full((1, 1), 0.02), record
+    )
     assert simulated.run((arrival, submit_of(*ask)) for arrival, ask in zip(arrivals, asks, strict=True))
     expected = simulated.planner.group.counters
     assert abs(state.steps - expected.steps) <= 3, "what is on its way takes part one step later"
@@ -271,7 +315,9 @@ def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
     frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage > 0.0, "pages to be taken")
     frontend.send(Abort(1))
     frontend.until(lambda: frontend.finish.get(1) == Finish.ABORT, "the acknowledgement")
-    frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back")
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back"
+    )
     assert frontend.state is not None and frontend.state.generation_tokens < 240, "it ran to its end"
 
 
@@ -281,9 +327,14 @@ def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest
     running.pace(SLOW)
     for handle in range(8):
         silent.submit(handle, 10, 240)
-    watcher.until(lambda: watcher.state is not None and watcher.state.prompt_tokens == 80, "the requests to arrive")
+    watcher.until(
+        lambda: watcher.state is not None and watcher.state.prompt_tokens == 80, "the requests to arrive"
+    )
     forward(monkeypatch, 25.0)
-    watcher.until(lambda: watcher.state is not None and watcher.state.num_running + watcher.state.num_waiting == 0, "the lease to run out")
+    watcher.until(
+        lambda: watcher.state is not None and watcher.state.num_running + watcher.state.num_waiting == 0,
+        "the lease to run out",
+    )
     assert watcher.state is not None and watcher.state.generation_tokens < 8 * 240, "they ran to their end"
 
 
@@ -300,7 +351,9 @@ def silence(frontend: Frontend, seconds: float) -> Callable[[], bool]:
     return silent
 
 
-def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launcher, frontend = ControllerLink(running.controller.addresses[2], running.keys), running.frontend()
     try:
         frontend.until(lambda: serving(frontend), "phase serving")
@@ -326,8 +379,13 @@ def test_another_process_under_the_same_name_aborts_the_requests_of_the_one_befo
     running.peers.remove(first)
     first.close()
     second = running.frontend(b"f", life=2)
-    second.until(lambda: second.finish.get(1) == Finish.ABORT, "the end of the request, which the new process drops")
-    watcher.until(lambda: watcher.state is not None and watcher.state.step > 0 and watcher.state.kv_usage == 0.0, "its pages to be free")
+    second.until(
+        lambda: second.finish.get(1) == Finish.ABORT, "the end of the request, which the new process drops"
+    )
+    watcher.until(
+        lambda: watcher.state is not None and watcher.state.step > 0 and watcher.state.kv_usage == 0.0,
+        "its pages to be free",
+    )
     assert watcher.state is not None and watcher.state.generation_tokens < 240, "it ran to its end"
 
 
@@ -344,11 +402,15 @@ def test_states_are_numbered_and_carry_what_steps_add_up_to(running: Running) ->
     assert state is not None and state.number > number and state.steps > 0
     tokens = np.frombuffer(state.totals.tokens_i64, np.int64)
     computed = 10 + 30 + 2 * 19  # the last token of each is never an input
-    assert len(tokens) == 2 and computed <= tokens.sum() <= computed + 2 * 3, "plans sent ahead may hold a row too many"
+    assert len(tokens) == 2 and computed <= tokens.sum() <= computed + 2 * 3, (
+        "plans sent ahead may hold a row too many"
+    )
     steps = np.frombuffer(state.totals.step_i64, np.int64).sum()
     assert steps == np.frombuffer(state.totals.plan_i64, np.int64).sum() == state.steps
     assert state.totals.rows >= tokens.sum() and state.totals.dispatch_rows >= state.totals.rows
-    assert 0 < state.totals.plan_seconds < seconds and not state.totals.overlap and state.totals.moved_bytes == 0
+    assert (
+        0 < state.totals.plan_seconds < seconds and not state.totals.overlap and state.totals.moved_bytes == 0
+    )
     assert (np.frombuffer(state.totals.busy_f64) > 0).all()
 
 
@@ -359,7 +421,9 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> N
     frontend.submit(1, 10, 200)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
     frontend.send(Drain(600.0))
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "draining", "phase draining")
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.phase == "draining", "phase draining"
+    )
     frontend.submit(2, 10, 5)
     frontend.until(lambda: 2 in frontend.rejected, "a refusal")
     assert frontend.rejected[2].status == 503 and frontend.rejected[2].retry_after > 0
@@ -384,7 +448,9 @@ def test_a_second_drain_shortens_the_first(running: Running) -> None:
     frontend.send(Drain(0.0))
     frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
     assert frontend.finish == {1: Finish.ERROR, 2: Finish.ERROR}
-    frontend.until(lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back")
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back"
+    )
 
 
 def test_only_the_launcher_may_declare_a_rank_lost(running: Running) -> None:
@@ -406,21 +472,35 @@ def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
     running.end_ranks()
     assert not frontend.finish
     launcher.send(RankLost(1, "it was killed"))
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering")
-    assert frontend.state is not None and "rank 1" in frontend.state.reason and "it was killed" in frontend.state.reason
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering"
+    )
+    assert (
+        frontend.state is not None
+        and "rank 1" in frontend.state.reason
+        and "it was killed" in frontend.state.reason
+    )
     assert [rank.state for rank in frontend.state.ranks] == ["serving", "lost"]
     frontend.submit(3, 10, 20)
     launcher.send(RankLost(0, "it was killed too"))
-    frontend.until(lambda: frontend.state is not None and {rank.state for rank in frontend.state.ranks} == {"lost"}, "both to be missed")
+    frontend.until(
+        lambda: frontend.state is not None and {rank.state for rank in frontend.state.ranks} == {"lost"},
+        "both to be missed",
+    )
     running.join_ranks((0, 1), Layout(data=2))
     frontend.until(lambda: {1, 2, 3} <= set(frontend.finish), "all ends")
     assert set(frontend.finish.values()) == {Finish.LENGTH}
     assert [len(frontend.tokens[handle]) for handle in (1, 2, 3)] == [240, 230, 20]
-    frontend.until(lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 2, "phase serving in epoch 2")
+    frontend.until(
+        lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 2,
+        "phase serving in epoch 2",
+    )
 
 
 def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A controller that stood still finds the hello of the new rank among the ranks' messages and reads those first."""
+    """A controller that stood still finds the hello of the new rank among the ranks' messages and
+    reads those first.
+    """
     go, standing, wait = threading.Event(), threading.Event(), Transport.wait
     go.set()
 
@@ -445,24 +525,34 @@ def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.Monk
             launcher.send(RankLost(1, "it was killed"))
             running.join_ranks((1,), Layout(data=2))
             transport, end = running.controller._transport, time.monotonic() + 30
-            while not all(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in (transport._bulk, transport._frontend)):
+            while not all(
+                int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN
+                for socket in (transport._bulk, transport._frontend)
+            ):
                 assert time.monotonic() < end, "waited 30 s for the loss and the hello to arrive"
                 time.sleep(0.01)
         finally:
             go.set()
-        frontend.until(lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 1, "phase serving in epoch 1")
+        frontend.until(
+            lambda: serving(frontend) and frontend.state is not None and frontend.state.epoch == 1,
+            "phase serving in epoch 1",
+        )
         frontend.submit(1, 10, 20)
         frontend.until(lambda: 1 in frontend.finish, "an end")
 
 
-def test_a_rank_that_is_not_replaced_ends_the_cluster(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_not_replaced_ends_the_cluster(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frontend, launcher = running.frontend(lease=3600.0), running.frontend(b"launcher", lease=3600.0)
     frontend.until(lambda: serving(frontend), "phase serving")
     running.pace(SLOW)
     frontend.submit(1, 10, 240)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
     launcher.send(RankLost(1, "it was killed"))
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering")
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering"
+    )
     assert 1 not in frontend.finish
     forward(monkeypatch, 25.0)
     frontend.until(lambda: frontend.finish.get(1) == Finish.ERROR, "the end of the request")

@@ -23,7 +23,13 @@ def header(step: int, capacity: int, microbatches: int = 1, moves: int = 0) -> H
     return Header(0, 0, step, step - 1, Mode.MIXED, capacity, microbatches, moves=started)
 
 
-def result(rank: int, seconds: float, waited: float, loads: list[list[int]] | None = None, phases: list[float] | None = None) -> StepResult:
+def result(
+    rank: int,
+    seconds: float,
+    waited: float,
+    loads: list[list[int]] | None = None,
+    phases: list[float] | None = None,
+) -> StepResult:
     return StepResult(
         group=0,
         epoch=0,
@@ -43,8 +49,13 @@ def shown(totals: StepTotals) -> dict[str, float]:
 
 
 def rendered(totals: StepTotals) -> list[str]:
-    ranks = tuple(RankState(rank, "node", 10 + rank, "serving" if rank else "lost", 1, 2, 3, 4, 0.1, 0.05) for rank in range(WORLD))
-    state = msgspec.structs.replace(STATE, epoch=7, page_size=4, kv_usage=0.0, imbalance=1.25, ranks=ranks, totals=totals.pack())
+    ranks = tuple(
+        RankState(rank, "node", 10 + rank, "serving" if rank else "lost", 1, 2, 3, 4, 0.1, 0.05)
+        for rank in range(WORLD)
+    )
+    state = msgspec.structs.replace(
+        STATE, epoch=7, page_size=4, kv_usage=0.0, imbalance=1.25, ranks=ranks, totals=totals.pack()
+    )
     metrics = Metrics("m")
     metrics.state(state)
     return metrics.render(0).decode().splitlines()
@@ -65,7 +76,10 @@ def values() -> dict[str, float]:
 
 
 def test_plans_by_their_seconds(values: dict[str, float]) -> None:
-    buckets = {bound: values[f'lockstep:plan_seconds_bucket{{engine="0",le="{float(bound)}",model_name="m"}}'] for bound in PLAN_SECONDS}
+    buckets = {
+        bound: values[f'lockstep:plan_seconds_bucket{{engine="0",le="{float(bound)}",model_name="m"}}']
+        for bound in PLAN_SECONDS
+    }
     assert [buckets[bound] for bound in (0.00025, 0.0005, 0.003, 0.004)] == [0, 1, 1, 2]
     assert values[f"lockstep:plan_seconds_count{LABEL}"] == 2
     assert values[f"lockstep:plan_seconds_sum{LABEL}"] == pytest.approx(0.0035)
@@ -74,7 +88,9 @@ def test_plans_by_their_seconds(values: dict[str, float]) -> None:
 def test_steps_by_their_tokens(values: dict[str, float]) -> None:
     for prefix in ("vllm", "lockstep"):
         name = f"{prefix}:iteration_tokens_total"
-        counts = [values[f'{name}_bucket{{engine="0",le="{float(bound)}",model_name="m"}}'] for bound in STEP_TOKENS]
+        counts = [
+            values[f'{name}_bucket{{engine="0",le="{float(bound)}",model_name="m"}}'] for bound in STEP_TOKENS
+        ]
         assert counts == [0, 0, 1, *[2] * 10], "12 and 24 tokens"
         assert values[f"{name}_sum{LABEL}"] == 36 and values[f"{name}_count{LABEL}"] == 2
     assert [values[f'lockstep:rank_tokens_total{{data="{data}"}}'] for data in range(WORLD)] == [18, 1, 17]
@@ -95,21 +111,36 @@ def test_seconds_of_ranks(values: dict[str, float]) -> None:
     busy = [values[f'lockstep:rank_busy_seconds_total{{rank="{rank}"}}'] for rank in range(WORLD)]
     waited = [values[f'lockstep:rank_waited_seconds_total{{rank="{rank}"}}'] for rank in range(WORLD)]
     assert busy == pytest.approx([0.4, 0.4, 0.05]) and waited == pytest.approx([0.3, 0.0, 0.25])
-    for phase, expected in {"dispatch": [1.0, 1.0, 1.0], "expert": [0.5, 0.5, 0.5], "combine": [0.0, 2.0, 4.0]}.items():
-        assert [values[f'lockstep:{phase}_seconds_total{{rank="{rank}"}}'] for rank in range(WORLD)] == expected
+    for phase, expected in {
+        "dispatch": [1.0, 1.0, 1.0],
+        "expert": [0.5, 0.5, 0.5],
+        "combine": [0.0, 2.0, 4.0],
+    }.items():
+        assert [
+            values[f'lockstep:{phase}_seconds_total{{rank="{rank}"}}'] for rank in range(WORLD)
+        ] == expected
 
 
 def test_a_phase_that_stays_empty_on_one_rank_says_so() -> None:
-    helps = dict(line.removeprefix("# HELP ").split(" ", 1) for line in rendered(StepTotals(Layout())) if line.startswith("# HELP "))
+    helps = dict(
+        line.removeprefix("# HELP ").split(" ", 1)
+        for line in rendered(StepTotals(Layout()))
+        if line.startswith("# HELP ")
+    )
     for phase in ("dispatch", "combine"):
         assert helps[f"lockstep:{phase}_seconds_total"].endswith("0 where all experts live on one rank")
     assert "from the norm before them to their sum" in helps["lockstep:expert_seconds_total"]
 
 
 def test_load_and_balance_of_experts(values: dict[str, float]) -> None:
-    load = [[values[f'lockstep:expert_load_total{{layer="{layer}",rank="{rank}"}}'] for rank in range(WORLD)] for layer in range(2)]
+    load = [
+        [values[f'lockstep:expert_load_total{{layer="{layer}",rank="{rank}"}}'] for rank in range(WORLD)]
+        for layer in range(2)
+    ]
     assert load == [[2, 4, 6], [4, 4, 4]], "twice what one report says"
-    assert values['lockstep:balancedness{layer="0"}'] == pytest.approx(2 / 3), "1, 2 and 3 tokens in the last report"
+    assert values['lockstep:balancedness{layer="0"}'] == pytest.approx(2 / 3), (
+        "1, 2 and 3 tokens in the last report"
+    )
     assert values['lockstep:balancedness{layer="1"}'] == 1
 
 
@@ -127,7 +158,10 @@ def test_one_rank_twice_in_a_batch_counts_twice() -> None:
 
 def test_nothing_yet_is_shown_without_a_division_by_zero() -> None:
     values = shown(StepTotals(Layout(data=WORLD)))
-    assert values['lockstep:padding_waste{of="rows"}'] == 0 and values[f"lockstep:plan_seconds_count{LABEL}"] == 0
+    assert (
+        values['lockstep:padding_waste{of="rows"}'] == 0
+        and values[f"lockstep:plan_seconds_count{LABEL}"] == 0
+    )
     totals = StepTotals(Layout(data=WORLD))
     totals.opened(1, 0)
     assert shown(totals)['lockstep:balancedness{layer="0"}'] == 1

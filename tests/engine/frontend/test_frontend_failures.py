@@ -1,4 +1,6 @@
-"""What a client sees when something goes wrong, and what the engine is told when a client goes away."""
+"""What a client sees when something goes wrong, and what the engine is told when a client goes
+away.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def frontend(shared: RunningFrontend) -> Iterator[RunningFrontend]:
     shared.engine.set_state(phase="serving", reason="")
     wait_until(lambda: shared.http.get("/ready").status_code == 200, "the frontend serves")
     wait_until(lambda: not shared.engine.open, "the engine runs nothing any more")
-    wait_until(lambda: shared.http.get("/load").json()["server_load"] == 0, "the frontend holds no request any more")
+    wait_until(
+        lambda: shared.http.get("/load").json()["server_load"] == 0, "the frontend holds no request any more"
+    )
 
 
 def endless(submit: Submit) -> Iterator[Item]:
@@ -74,12 +78,19 @@ def chat(frontend: RunningFrontend, **fields: Any) -> httpx.Response:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_full_queue_is_503_with_retry_after_also_for_streams(frontend: RunningFrontend, stream: bool) -> None:
+def test_a_full_queue_is_503_with_retry_after_also_for_streams(
+    frontend: RunningFrontend, stream: bool
+) -> None:
     frontend.engine.script = lambda submit: [Rejected(0, 503, "The queue is full", 3.2)]
     answer = chat(frontend, stream=stream)
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "4"
-    assert answer.json()["error"] == {"message": "The queue is full", "type": "ServiceUnavailableError", "param": None, "code": 503}
+    assert answer.json()["error"] == {
+        "message": "The queue is full",
+        "type": "ServiceUnavailableError",
+        "param": None,
+        "code": 503,
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -129,7 +140,9 @@ def test_an_error_in_mid_stream_is_a_frame_then_done(frontend: RunningFrontend) 
         yield Finish.ERROR
 
     frontend.engine.script = script
-    with frontend.http.stream("POST", "/v1/chat/completions", json={"messages": USER, "stream": True}) as answer:
+    with frontend.http.stream(
+        "POST", "/v1/chat/completions", json={"messages": USER, "stream": True}
+    ) as answer:
         assert answer.status_code == 200
         begun.set()
         frames = answer.read().decode().split("\n\n")
@@ -166,11 +179,15 @@ def test_a_client_that_goes_away_aborts_at_once(frontend: RunningFrontend, strea
     host, port = frontend.url.removeprefix("http://").split(":")
     body = json.dumps({"messages": USER, "stream": stream, "n": n, "ignore_eos": True}).encode()
     with socket.create_connection((host, int(port)), timeout=30) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+            % (len(body), body)
+        )
         wait_until(lambda: len(frontend.engine.open) == n, "the request runs")
         if stream:
             assert raw.recv(100)
-    # No token comes any more on whose way the loss could be noticed, and none of them ends by itself.
+    # No token comes any more on whose way the loss could be noticed, and none of them ends by
+    # itself.
     wait_until(lambda: len(frontend.engine.aborts) == n, "every choice is aborted", 10.0)
 
 
@@ -179,20 +196,30 @@ def test_two_hundred_streams_cut_in_the_middle_leave_nothing_behind(frontend: Ru
     frontend.engine.step_seconds = 0.1  # each would end by itself after fifty seconds
     host, port = frontend.url.removeprefix("http://").split(":")
     body = json.dumps({"messages": USER, "stream": True, "ignore_eos": True}).encode()
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (
+        len(body),
+        body,
+    )
     with ExitStack() as stack:
-        streams = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(200)]
+        streams = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(200)
+        ]
         for stream in streams:
             stream.sendall(request)
         for stream in streams:
             assert stream.recv(100).startswith(b"HTTP/1.1 200")
     wait_until(lambda: not frontend.engine.open, "all are aborted", 20.0)
-    assert len(set(frontend.engine.aborts)) == len(frontend.engine.aborts) == 200, "each handle is aborted once"
+    assert len(set(frontend.engine.aborts)) == len(frontend.engine.aborts) == 200, (
+        "each handle is aborted once"
+    )
 
 
 def test_a_stop_string_aborts_the_engine_and_trims_the_usage(frontend: RunningFrontend) -> None:
     frontend.engine.script = endless
-    answer = frontend.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 400, "stop": tiny_tokenizer().decode(WORDS[:1]) * 3})
+    answer = frontend.http.post(
+        "/v1/completions",
+        json={"prompt": "x", "max_tokens": 400, "stop": tiny_tokenizer().decode(WORDS[:1]) * 3},
+    )
     document = answer.json()
     assert (document["choices"][0]["text"], document["usage"]["completion_tokens"]) == ("", 3)
     wait_until(lambda: len(frontend.engine.aborts) == 1, "the engine is told to stop")
@@ -215,12 +242,16 @@ def test_keys(model: Path) -> None:
         admin = {"Authorization": "Bearer root"}
         state = http.get("/admin/cluster", headers=admin).json()
         assert (state["epoch"], state["phase"]) == (1, "serving")
-        assert not {"totals", "placement_i32", "expert_i64"} & set(state), "packed bytes tell a reader nothing"
+        assert not {"totals", "placement_i32", "expert_i64"} & set(state), (
+            "packed bytes tell a reader nothing"
+        )
         assert state["placement"] == []
         ranks = tuple(RankState(rank, "here", 1, "serving", 0, 0, 0, 9, 0.0, 0.0) for rank in range(2))
         lines = array("i", [0, 1, 0, 0, 3, 0, 1, 1, 4, 7, 2, 2, 0, 1, 1, 2, 2, 0, 5, 7]).tobytes()
         frontend.engine.set_state(ranks=ranks, placement_i32=lines)
-        wait_until(lambda: http.get("/admin/cluster", headers=admin).json()["placement"], "the placement to be told")
+        wait_until(
+            lambda: http.get("/admin/cluster", headers=admin).json()["placement"], "the placement to be told"
+        )
         assert http.get("/admin/cluster", headers=admin).json()["placement"] == [
             {"layers": [0, 1], "experts": [[[0, 3]], [[4, 7]]]},
             {"layers": [2, 2], "experts": [[[1, 1], [5, 7]], []]},
@@ -228,7 +259,10 @@ def test_keys(model: Path) -> None:
         for wrong in ({"deadline": -1}, {"dead_line": 7}, []):
             assert http.post("/admin/drain", headers=admin, json=wrong).status_code == 400
         assert http.post("/admin/drain", headers=admin, json={"deadline": 7}).status_code == 202
-        wait_until(lambda: [drain.deadline for drain in frontend.engine.drains] == [7.0], "the controller is told to drain")
+        wait_until(
+            lambda: [drain.deadline for drain in frontend.engine.drains] == [7.0],
+            "the controller is told to drain",
+        )
 
 
 def test_admin_needs_a_configured_key(frontend: RunningFrontend) -> None:
@@ -242,7 +276,10 @@ def test_phases(frontend: RunningFrontend) -> None:
     for phase, (health, ready) in expected.items():
         frontend.engine.set_state(phase=phase, reason="because")
         wait_until(lambda: frontend.http.get("/ready").status_code == 503, f"/ready shows {phase}")
-        wait_until(lambda expected=health: frontend.http.get("/health").status_code == expected, f"/health shows {phase}")
+        wait_until(
+            lambda expected=health: frontend.http.get("/health").status_code == expected,
+            f"/health shows {phase}",
+        )
         answer = chat(frontend)
         assert (answer.status_code, frontend.http.get("/ready").status_code) == (ready, ready)
         assert int(answer.headers["retry-after"]) >= 1
@@ -289,10 +326,16 @@ assert "torch" not in sys.modules, "the frontend imported torch"
 def test_the_process_leaves_cleanly_without_torch_while_a_stream_is_open(model: Path, how: str) -> None:
     idle = RunningFrontend(model, endless)  # not entered: only its engine and its spec are used
     spec = msgspec.json.encode(idle.spec).decode()
-    with closing(idle), subprocess.Popen([sys.executable, "-c", CHILD, spec], stderr=subprocess.PIPE, text=True) as child, killing(child):
+    with (
+        closing(idle),
+        subprocess.Popen([sys.executable, "-c", CHILD, spec], stderr=subprocess.PIPE, text=True) as child,
+        killing(child),
+    ):
         wait_until(lambda: _status(idle) == 200, "the child serves", 60)
         idle.engine.step_seconds = 0.1
-        with idle.http.stream("POST", "/v1/chat/completions", json={"messages": USER, "stream": True, "ignore_eos": True}) as answer:
+        with idle.http.stream(
+            "POST", "/v1/chat/completions", json={"messages": USER, "stream": True, "ignore_eos": True}
+        ) as answer:
             if how == "SIGTERM":
                 child.send_signal(signal.SIGINT)  # ignored: the launcher decides
                 child.send_signal(signal.SIGTERM)

@@ -51,7 +51,11 @@ def test_chat(client: openai.OpenAI, engine: RunningFrontend) -> None:
 
 
 def test_chat_stream_joins_to_the_same_text(client: openai.OpenAI) -> None:
-    chunks = list(client.chat.completions.create(model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}
+        )
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[0].choices[0].delta.content == ""
     assert "".join(chunk.choices[0].delta.content for chunk in chunks[:-1]) == TEXT
@@ -67,8 +71,15 @@ def test_stream_equals_non_stream_with_stop_strings(
     client: openai.OpenAI, engine: RunningFrontend, chunk: int, stop: str | list[str] | None, include: bool
 ) -> None:
     tokens = [*IDS, IM_END]
-    engine.engine.script = lambda submit: [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
-    options = {"model": MODEL, "prompt": "x", "max_tokens": 100, "extra_body": {"include_stop_str_in_output": include}}
+    engine.engine.script = lambda submit: [
+        tokens[start : start + chunk] for start in range(0, len(tokens), chunk)
+    ]
+    options = {
+        "model": MODEL,
+        "prompt": "x",
+        "max_tokens": 100,
+        "extra_body": {"include_stop_str_in_output": include},
+    }
     if stop is not None:
         options["stop"] = stop
     whole = client.completions.create(**options).choices[0]
@@ -80,7 +91,9 @@ def test_stream_equals_non_stream_with_stop_strings(
     assert whole.text == expected
 
 
-def test_n_choices_have_their_own_seeds_and_share_one_prompt(client: openai.OpenAI, engine: RunningFrontend) -> None:
+def test_n_choices_have_their_own_seeds_and_share_one_prompt(
+    client: openai.OpenAI, engine: RunningFrontend
+) -> None:
     done = client.chat.completions.create(model=MODEL, messages=USER, n=3, seed=2**63 - 2)
     assert [choice.index for choice in done.choices] == [0, 1, 2]
     assert [submit.sampling.seed for submit in engine.engine.submits] == [2**63 - 2, 2**63 - 1, 0]
@@ -89,7 +102,9 @@ def test_n_choices_have_their_own_seeds_and_share_one_prompt(client: openai.Open
     assert done.usage.completion_tokens == 3 * (len(IDS) + 1)
 
 
-def test_unseeded_requests_get_different_recorded_seeds(client: openai.OpenAI, engine: RunningFrontend) -> None:
+def test_unseeded_requests_get_different_recorded_seeds(
+    client: openai.OpenAI, engine: RunningFrontend
+) -> None:
     for _ in range(2):
         client.chat.completions.create(model=MODEL, messages=USER)
     first, second = (submit.sampling.seed for submit in engine.engine.submits)
@@ -107,14 +122,18 @@ def test_several_choices_in_one_stream(client: openai.OpenAI) -> None:
     assert reasons == ["stop", "stop"]
 
 
-def test_completion_prompts_as_text_texts_ids_and_id_lists(client: openai.OpenAI, engine: RunningFrontend) -> None:
+def test_completion_prompts_as_text_texts_ids_and_id_lists(
+    client: openai.OpenAI, engine: RunningFrontend
+) -> None:
     for prompt, count in (("The", 1), (["The", "lazy"], 2), ([5, 6, 7], 1), ([[5, 6], [7]], 2)):
         engine.engine.submits.clear()
         done = client.completions.create(model=MODEL, prompt=prompt, max_tokens=2)
         assert [choice.index for choice in done.choices] == list(range(count))
         assert [choice.finish_reason for choice in done.choices] == ["length"] * count
         sent = [list(array("i", submit.prompt_i32)) for submit in engine.engine.submits]
-        expected = [tiny_tokenizer().encode(item).ids if isinstance(item, str) else item for item in _as_list(prompt)]
+        expected = [
+            tiny_tokenizer().encode(item).ids if isinstance(item, str) else item for item in _as_list(prompt)
+        ]
         assert sent == expected
         assert done.usage.prompt_tokens == sum(map(len, expected))
 
@@ -143,7 +162,12 @@ def test_chat_logprobs(client: openai.OpenAI, stream: bool) -> None:
     options = {"model": MODEL, "messages": USER, "logprobs": True, "top_logprobs": 2}
     if stream:
         chunks = list(client.chat.completions.create(stream=True, **options))
-        content = [item for chunk in chunks if chunk.choices[0].logprobs for item in chunk.choices[0].logprobs.content]
+        content = [
+            item
+            for chunk in chunks
+            if chunk.choices[0].logprobs
+            for item in chunk.choices[0].logprobs.content
+        ]
     else:
         content = client.chat.completions.create(**options).choices[0].logprobs.content
     assert len(content) == len(IDS) + 1, "one entry per token, the stop id's included"

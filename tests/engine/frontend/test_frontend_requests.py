@@ -37,12 +37,23 @@ class Recorder:
 
 
 class World:
-    def __init__(self, stops: tuple[str, ...] = (), max_tokens: int = 100, min_tokens: int = 0, include: bool = False) -> None:
+    def __init__(
+        self, stops: tuple[str, ...] = (), max_tokens: int = 100, min_tokens: int = 0, include: bool = False
+    ) -> None:
         self.sent: list[object] = []
         self.sink = Recorder()
-        self.requests = OpenRequests(self.sent.append, Metrics("m"), lambda: ApiError(503, "ended"), clock=lambda: 1.0)
+        self.requests = OpenRequests(
+            self.sent.append, Metrics("m"), lambda: ApiError(503, "ended"), clock=lambda: 1.0
+        )
         sampling = Sampling(min_tokens=min_tokens, stop_i32=array("i", [STOP_ID]).tobytes())
-        submit = Submit(self.requests.new_handle(), "r", array("i", PROMPT).tobytes(), b"", len(PROMPT) + max_tokens, sampling)
+        submit = Submit(
+            self.requests.new_handle(),
+            "r",
+            array("i", PROMPT).tobytes(),
+            b"",
+            len(PROMPT) + max_tokens,
+            sampling,
+        )
         self.generation = Generation(
             submit=submit,
             index=0,
@@ -101,8 +112,12 @@ def test_a_stop_string_aborts_and_later_tokens_do_not_count() -> None:
     assert world.sink.text == "ab"
     world.tokens(3, "dxx")
     assert (world.sink.text, world.generation.finish, world.generation.stop_reason) == ("ab", "stop", "cd")
-    assert len(world.generation.tokens) == 4, "the token that completes the stop string is the last that counts"
-    assert (world.aborts, len(world.requests)) == (1, 1), "the entry stays until the engine has ended the request"
+    assert len(world.generation.tokens) == 4, (
+        "the token that completes the stop string is the last that counts"
+    )
+    assert (world.aborts, len(world.requests)) == (1, 1), (
+        "the entry stays until the engine has ended the request"
+    )
     world.tokens(6, "yy")
     world.tokens(8, [], Finish.ABORT)
     assert (world.sink.text, world.aborts, len(world.requests)) == ("ab", 1, 0)
@@ -140,7 +155,9 @@ def test_a_stop_id_counts_as_a_token_and_is_the_stop_reason() -> None:
 
 
 @given(st.text(alphabet="abc", min_size=1, max_size=20), st.lists(st.integers(1, 6), min_size=1), st.data())
-def test_the_text_does_not_depend_on_how_steps_group_the_tokens(text: str, groups: list[int], data: st.DataObject) -> None:
+def test_the_text_does_not_depend_on_how_steps_group_the_tokens(
+    text: str, groups: list[int], data: st.DataObject
+) -> None:
     stops = tuple(data.draw(st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=2)))
     results = []
     for sizes in ([1] * len(text), groups * len(text)):
@@ -148,7 +165,9 @@ def test_the_text_does_not_depend_on_how_steps_group_the_tokens(text: str, group
         for size in sizes:
             part = text[position : position + size]
             if part:
-                world.tokens(position, part, Finish.LENGTH if position + len(part) == len(text) else Finish.NONE)
+                world.tokens(
+                    position, part, Finish.LENGTH if position + len(part) == len(text) else Finish.NONE
+                )
             position += size
         generation = world.generation
         results.append((world.sink.text, generation.finish, generation.stop_reason, generation.tokens))
@@ -172,7 +191,9 @@ def test_an_engine_error_fails_the_request() -> None:
 def test_started_books_the_cached_tokens_and_unknown_handles_are_ignored() -> None:
     world = World()
     world.requests.on_started(started([world.generation.handle, 12345], 2))
-    world.requests.on_tokens(batch(1, [(99, 0, [65], Finish.NONE), (world.generation.handle, 0, [65], Finish.NONE)]))
+    world.requests.on_tokens(
+        batch(1, [(99, 0, [65], Finish.NONE), (world.generation.handle, 0, [65], Finish.NONE)])
+    )
     assert (world.generation.num_cached, world.sink.text) == (2, "A")
 
 

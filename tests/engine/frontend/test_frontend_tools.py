@@ -1,4 +1,6 @@
-"""Tools and reasoning as the official client sees them, against a frontend whose model speaks the format of Qwen3."""
+"""Tools and reasoning as the official client sees them, against a frontend whose model speaks the
+format of Qwen3.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from support.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_
 
 USER = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS},
+    }
+]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 SHORT_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "東京 🙂"}}</tool_call>'
 TEXT = f"<think>\nThe user asks.\nSo I call.\n</think>\n\nOne moment.\n{CALL}\n{SHORT_CALL}"
@@ -29,7 +36,9 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
-    with RunningFrontend(write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE), say(ids(TEXT))) as running:
+    with RunningFrontend(
+        write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE), say(ids(TEXT))
+    ) as running:
         yield running
 
 
@@ -74,7 +83,9 @@ class Joined:
 
 
 def prompt(engine: RunningFrontend) -> str:
-    return tiny_tokenizer().decode(list(array("i", engine.engine.submits[-1].prompt_i32)), skip_special_tokens=False)
+    return tiny_tokenizer().decode(
+        list(array("i", engine.engine.submits[-1].prompt_i32)), skip_special_tokens=False
+    )
 
 
 def test_a_whole_reply(client: openai.OpenAI, engine: RunningFrontend) -> None:
@@ -93,12 +104,22 @@ def test_a_whole_reply(client: openai.OpenAI, engine: RunningFrontend) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
-@pytest.mark.parametrize("extra", [{}, {"logprobs": True}, {"extra_body": {"stream_interval": 5}}], ids=["plain", "logprobs", "interval"])
-def test_the_stream_joins_to_the_whole_reply(client: openai.OpenAI, engine: RunningFrontend, chunk: int, extra: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"logprobs": True}, {"extra_body": {"stream_interval": 5}}],
+    ids=["plain", "logprobs", "interval"],
+)
+def test_the_stream_joins_to_the_whole_reply(
+    client: openai.OpenAI, engine: RunningFrontend, chunk: int, extra: dict[str, Any]
+) -> None:
     tokens = ids(TEXT)
-    engine.engine.script = lambda submit: [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
+    engine.engine.script = lambda submit: [
+        tokens[start : start + chunk] for start in range(0, len(tokens), chunk)
+    ]
     whole = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS).choices[0]
-    joined = Joined(client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stream=True, **extra))
+    joined = Joined(
+        client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stream=True, **extra)
+    )
     assert (joined.content, joined.reasoning) == (whole.message.content, whole.message.reasoning)
     assert joined.reasoning_content == joined.reasoning
     assert [(call["name"], call["arguments"]) for call in joined.calls] == [
@@ -114,7 +135,10 @@ def test_the_clients_own_stream_helper_understands_it(client: openai.OpenAI) -> 
         for _ in stream:
             pass
         choice = stream.get_final_completion().choices[0]
-    assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == [{"city": "Köln"}, {"city": "東京 🙂"}]
+    assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == [
+        {"city": "Köln"},
+        {"city": "東京 🙂"},
+    ]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "One moment.")
 
 
@@ -133,16 +157,26 @@ def test_without_tools_tags_of_calls_are_text(client: openai.OpenAI) -> None:
 
 def test_a_call_that_is_cut_off_finishes_with_length(client: openai.OpenAI, engine: RunningFrontend) -> None:
     cut = len(ids(TEXT[: TEXT.index("Köln") + 2])) - 1
-    choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, max_tokens=cut).choices[0]
+    choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, max_tokens=cut).choices[
+        0
+    ]
     assert choice.finish_reason == "length"
     assert choice.message.tool_calls[0].function.arguments == '{"city": "Kö'
     cut = len(ids("<think>\nThe user asks.")) - 1
-    choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, max_tokens=cut).choices[0]
-    assert (choice.finish_reason, choice.message.content, choice.message.reasoning) == ("length", None, "The user asks.")
+    choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, max_tokens=cut).choices[
+        0
+    ]
+    assert (choice.finish_reason, choice.message.content, choice.message.reasoning) == (
+        "length",
+        None,
+        "The user asks.",
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_parallel_tool_calls_false_ends_with_the_first(client: openai.OpenAI, engine: RunningFrontend, stream: bool) -> None:
+def test_parallel_tool_calls_false_ends_with_the_first(
+    client: openai.OpenAI, engine: RunningFrontend, stream: bool
+) -> None:
     options = {"model": MODEL, "messages": USER, "tools": TOOLS, "parallel_tool_calls": False}
     if stream:
         joined = Joined(client.chat.completions.create(stream=True, **options))
@@ -154,7 +188,9 @@ def test_parallel_tool_calls_false_ends_with_the_first(client: openai.OpenAI, en
 
 
 def test_stop_strings_apply_to_the_text_as_it_is_written(client: openai.OpenAI) -> None:
-    choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stop="\n" + SHORT_CALL[:20]).choices[0]
+    choice = client.chat.completions.create(
+        model=MODEL, messages=USER, tools=TOOLS, stop="\n" + SHORT_CALL[:20]
+    ).choices[0]
     assert (len(choice.message.tool_calls), choice.finish_reason) == (1, "tool_calls")
     choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stop="Köln").choices[0]
     assert (choice.message.tool_calls[0].function.arguments, choice.finish_reason) == ('{"city": "', "stop")
@@ -172,7 +208,9 @@ def test_reasoning_may_be_left_out_of_the_answer(client: openai.OpenAI) -> None:
 def test_the_template_opens_or_closes_the_reasoning(client: openai.OpenAI, engine: RunningFrontend) -> None:
     def ask(text: str, **fields: Any) -> Any:
         engine.engine.script = say(ids(text))
-        return client.chat.completions.create(model=MODEL, messages=USER, extra_body=fields).choices[0].message
+        return (
+            client.chat.completions.create(model=MODEL, messages=USER, extra_body=fields).choices[0].message
+        )
 
     opened = ask("Hm.\n</think>\n\nYes", chat_template_kwargs={"enable_thinking": True})
     assert prompt(engine).endswith("assistant\n<think>\n")
@@ -184,7 +222,9 @@ def test_the_template_opens_or_closes_the_reasoning(client: openai.OpenAI, engin
     assert prompt(engine).endswith("effort low")
 
 
-def test_a_conversation_with_calls_and_reasoning_is_rendered(client: openai.OpenAI, engine: RunningFrontend) -> None:
+def test_a_conversation_with_calls_and_reasoning_is_rendered(
+    client: openai.OpenAI, engine: RunningFrontend
+) -> None:
     first = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS).choices[0].message
     answers = [{"role": "tool", "tool_call_id": call.id, "content": "12 °C"} for call in first.tool_calls]
     engine.engine.script = say(ids("Cold."))
@@ -202,7 +242,10 @@ def test_a_conversation_with_calls_and_reasoning_is_rendered(client: openai.Open
 
 def test_a_continued_message_may_stand_in_its_reasoning(engine: RunningFrontend) -> None:
     engine.engine.script = say(ids(" more</think>b"))
-    body = {"messages": [*USER, {"role": "assistant", "content": "<think>so"}], "continue_final_message": True}
+    body = {
+        "messages": [*USER, {"role": "assistant", "content": "<think>so"}],
+        "continue_final_message": True,
+    }
     answer = engine.http.post("/v1/chat/completions", json={**body, "add_generation_prompt": False}).json()
     assert prompt(engine).endswith("<think>so")
     assert answer["choices"][0]["message"]["reasoning"] == " more"
@@ -221,9 +264,12 @@ def test_the_parsers_can_be_set(engine: RunningFrontend, tmp_path_factory: pytes
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("choice", "reason"), [("required", "tool_calls"), ({"type": "function", "function": {"name": "get_weather"}}, "stop")]
+    ("choice", "reason"),
+    [("required", "tool_calls"), ({"type": "function", "function": {"name": "get_weather"}}, "stop")],
 )
-def test_a_forced_call_comes_with_a_grammar(client: openai.OpenAI, engine: RunningFrontend, choice: Any, reason: str, stream: bool) -> None:
+def test_a_forced_call_comes_with_a_grammar(
+    client: openai.OpenAI, engine: RunningFrontend, choice: Any, reason: str, stream: bool
+) -> None:
     engine.engine.script = say(ids(SHORT_CALL))
     options = {"model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": choice}
     if stream:

@@ -29,7 +29,9 @@ KEY = {"Authorization": "Bearer sesame"}
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[RunningFrontend]:
     model = write_model(tmp_path / "model")
-    with RunningFrontend(model, say([*WORDS, IM_END]), processes=2, api_keys=("sesame",), admin_key="master") as running:
+    with RunningFrontend(
+        model, say([*WORDS, IM_END]), processes=2, api_keys=("sesame",), admin_key="master"
+    ) as running:
         yield running
 
 
@@ -57,7 +59,10 @@ def test_one_scrape_of_either_is_the_sum_of_both(pair: RunningFrontend, clients:
     for client, count in ((first, 3), (second, 2)):
         for _ in range(count):
             assert chat(client).status_code == 200
-    assert {submit.request_id.rpartition("-")[0] for submit in pair.engine.submits} == {"frontend-0", "frontend-1"}
+    assert {submit.request_id.rpartition("-")[0] for submit in pair.engine.submits} == {
+        "frontend-0",
+        "frontend-1",
+    }
     assert len({submit.request_id for submit in pair.engine.submits}) == 5
     label = '{engine="0",model_name="tiny"}'
     stops = 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"}'
@@ -71,7 +76,9 @@ def test_one_scrape_of_either_is_the_sum_of_both(pair: RunningFrontend, clients:
 
         wait_until(both_are_seen, "the counts of both to be seen")
         assert seen[f"vllm:time_to_first_token_seconds_count{label}"] == 5
-        assert seen[f"vllm:inter_token_latency_seconds_count{label}"] == 5 * len(WORDS), "gaps of the words and of the end"
+        assert seen[f"vllm:inter_token_latency_seconds_count{label}"] == 5 * len(WORDS), (
+            "gaps of the words and of the end"
+        )
         assert seen[f"vllm:request_generation_tokens_sum{label}"] == 5 * (len(WORDS) + 1)
         assert not any("frontend" in name or "pid" in name for name in seen), "a label of a process"
 
@@ -100,14 +107,18 @@ main(msgspec.json.decode(sys.argv[1], type=FrontendSpec))
 
 
 def test_a_restarted_frontend_goes_on_from_the_counts_before(tmp_path: Path) -> None:
-    idle = RunningFrontend(write_model(tmp_path / "model"), say([*WORDS, IM_END]))  # not entered: its frontend is a process of its own
+    idle = RunningFrontend(
+        write_model(tmp_path / "model"), say([*WORDS, IM_END])
+    )  # not entered: its frontend is a process of its own
     command = [sys.executable, "-c", CHILD, msgspec.json.encode(idle.spec).decode()]
     stops = 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"}'
     try:
         for life in range(1, 4):
             child = subprocess.Popen(command)
             try:
-                with httpx.Client(base_url=idle.url, timeout=60) as http:  # waits in the queue of the port meanwhile
+                with httpx.Client(
+                    base_url=idle.url, timeout=60
+                ) as http:  # waits in the queue of the port meanwhile
                     wait_until(lambda http=http: http.get("/health").status_code == 200, "it serves")  # type: ignore[misc]
                     assert http.post("/v1/chat/completions", json={"messages": USER}).status_code == 200
                     assert values(http)[stops] == life
@@ -135,7 +146,9 @@ def test_load_counts_the_open_requests_of_both(pair: RunningFrontend, clients: l
         with ExitStack() as askers:
             for _ in range(2):
                 asker = askers.enter_context(httpx.Client(base_url=pair.url, timeout=20))
-                wait_until(lambda asker=asker: asker.get("/load").json()["server_load"] == 2, "the load of both")  # type: ignore[misc]
+                wait_until(
+                    lambda asker=asker: asker.get("/load").json()["server_load"] == 2, "the load of both"
+                )  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -153,10 +166,17 @@ def test_draining_one_drains_all(pair: RunningFrontend, clients: list[httpx.Clie
 def test_keys_hold_on_all(clients: list[httpx.Client]) -> None:
     for client in clients:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
-            for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/admin/cluster")):
+            for method, path in (
+                ("GET", "/v1/models"),
+                ("POST", "/v1/chat/completions"),
+                ("GET", "/admin/cluster"),
+            ):
                 answer = client.request(method, path, headers=headers)
                 assert answer.status_code == 401
-                assert set(answer.json()["error"]) == {"message", "type", "param", "code"} and answer.json()["error"]["code"] == 401
+                assert (
+                    set(answer.json()["error"]) == {"message", "type", "param", "code"}
+                    and answer.json()["error"]["code"] == 401
+                )
         assert client.get("/v1/models", headers=KEY).status_code == 200
         assert client.get("/admin/cluster", headers=ADMIN).status_code == 200
 

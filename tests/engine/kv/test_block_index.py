@@ -15,7 +15,12 @@ def keys_of(numbers: list[int]) -> np.ndarray:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30)), max_size=12)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30)), max_size=12)),
+        max_size=40,
+    )
+)
 def test_agrees_with_a_dict(script: list[tuple[bool, list[tuple[int, int]]]]) -> None:
     index = BlockIndex(200, 2)
     model: dict[tuple[int, int], int] = {}
@@ -56,7 +61,9 @@ def test_long_use_keeps_the_table_clean() -> None:
 
 
 def test_the_table_does_not_fill_up_beside_entries_that_stay() -> None:
-    """Entries that come and go before one that stays leave nothing behind that a search would have to walk over."""
+    """Entries that come and go before one that stays leave nothing behind that a search would have
+    to walk over.
+    """
     index = BlockIndex(64, 1)
     random = np.random.default_rng(0)
     zero = np.zeros(1, np.int64)

@@ -1,4 +1,6 @@
-"""What each family's file reads from config.json, the quirks of the files, and the errors for what is not supported."""
+"""What each family's file reads from config.json, the quirks of the files, and the errors for what
+is not supported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ import pytest
 import lockstep
 from lockstep.engine.models.config import GqaConfig, MlaConfig, ModelConfig, families, load_config
 from support.checkpoints import YARN
-from support.family_configs import CONFIGS, deepseek_v2_config, glm4_moe_config, kimi_k2_config, mixtral_config, qwen2_moe_config
+from support.family_configs import (
+    CONFIGS,
+    deepseek_v2_config,
+    glm4_moe_config,
+    kimi_k2_config,
+    mixtral_config,
+    qwen2_moe_config,
+)
 
 PACKAGED = Path(lockstep.__file__).parent / "recipes" / "configs"
 
@@ -25,7 +34,9 @@ def load(path: Path, config: dict[str, Any]) -> ModelConfig:
 
 def test_every_file_is_a_family_and_none_claims_the_names_of_another() -> None:
     folder = Path(lockstep.__file__).parent / "engine" / "models" / "families"
-    assert [family.name for family in families()] == sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    assert [family.name for family in families()] == sorted(
+        file.stem for file in folder.glob("*.py") if file.stem != "__init__"
+    )
     for names in ("architectures", "model_types"):
         claimed = [name for family in families() for name in getattr(family, names)]
         assert len(claimed) == len(set(claimed)), names
@@ -40,9 +51,20 @@ def test_by_architecture_or_by_model_type(name: str, tmp_path: Path) -> None:
 
 def test_deepseek_v2_chooses_by_groups_where_the_file_says_so(tmp_path: Path) -> None:
     plain = load(tmp_path, deepseek_v2_config(n_group=8, topk_group=3, num_experts_per_tok=6)).moe
-    assert (plain.scoring, plain.num_groups, plain.top_groups, plain.normalise, plain.scale) == ("softmax", 1, 1, False, 4.0)
+    assert (plain.scoring, plain.num_groups, plain.top_groups, plain.normalise, plain.scale) == (
+        "softmax",
+        1,
+        1,
+        False,
+        4.0,
+    )
     grouped = load(tmp_path, deepseek_v2_config(topk_method="group_limited_greedy")).moe
-    assert (grouped.num_groups, grouped.top_groups, grouped.group_quality, grouped.shared_width) == (4, 2, "best", 64)
+    assert (grouped.num_groups, grouped.top_groups, grouped.group_quality, grouped.shared_width) == (
+        4,
+        2,
+        "best",
+        64,
+    )
     assert not grouped.selection_bias
     unsaid = load(tmp_path, deepseek_v2_config(topk_method=None, n_group=None, topk_group=None)).moe
     assert unsaid.num_groups == 1
@@ -51,7 +73,9 @@ def test_deepseek_v2_chooses_by_groups_where_the_file_says_so(tmp_path: Path) ->
 def test_deepseek_v2_normalises_or_scales(tmp_path: Path) -> None:
     both = load(tmp_path, deepseek_v2_config(norm_topk_prob=True, routed_scaling_factor=16.0)).moe
     assert (both.normalise, both.scale) == (True, 1.0)
-    one = load(tmp_path, deepseek_v2_config(norm_topk_prob=True, routed_scaling_factor=16.0, num_experts_per_tok=1)).moe
+    one = load(
+        tmp_path, deepseek_v2_config(norm_topk_prob=True, routed_scaling_factor=16.0, num_experts_per_tok=1)
+    ).moe
     assert (one.normalise, one.scale) == (False, 16.0)
 
 
@@ -60,23 +84,43 @@ def test_deepseek_v2_lite_as_published() -> None:
     assert isinstance(config.attention, MlaConfig) and config.rope.yarn is not None
     assert config.attention.q_latent is None and config.rope.interleaved
     assert config.rope.yarn.magnitude == 1.0, "mscale and mscale_all_dim cancel in cos and sin"
-    assert config.attention.scale == pytest.approx(192**-0.5 * 1.2608**2, rel=1e-4), "and stay in the scores: 0.1 x 0.707 x ln 40 + 1"
-    assert (config.moe.normalise, config.moe.scale, config.moe.num_groups, config.max_position) == (False, 1.0, 1, 163840)
+    assert config.attention.scale == pytest.approx(192**-0.5 * 1.2608**2, rel=1e-4), (
+        "and stay in the scores: 0.1 x 0.707 x ln 40 + 1"
+    )
+    assert (config.moe.normalise, config.moe.scale, config.moe.num_groups, config.max_position) == (
+        False,
+        1.0,
+        1,
+        163840,
+    )
 
 
 def test_mixtral(tmp_path: Path) -> None:
     config = load(tmp_path, mixtral_config(rope_theta=None, rms_norm_eps=None, sliding_window=None))
     assert config.attention == GqaConfig(num_heads=4, num_kv_heads=2, head_dim=16)
     assert (config.rope.theta, config.norm_eps) == (1e6, 1e-5), "the family's where the file has none"
-    assert (config.moe.expert_width, config.moe.normalise, config.moe.shared_width, config.moe_layers) == (96, True, 0, (0, 1, 2))
+    assert (config.moe.expert_width, config.moe.normalise, config.moe.shared_width, config.moe_layers) == (
+        96,
+        True,
+        0,
+        (0, 1, 2),
+    )
     assert config.names.of("mlp.gate.weight") == "block_sparse_moe.gate.weight"
     assert load_config(PACKAGED / "mixtral-8x7b").moe.num_experts == 8
 
 
 def test_qwen2_moe(tmp_path: Path) -> None:
-    config = load(tmp_path, qwen2_moe_config(qkv_bias=None, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]))
+    config = load(
+        tmp_path,
+        qwen2_moe_config(qkv_bias=None, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]),
+    )
     assert config.attention == GqaConfig(num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True)
-    assert (config.moe_layers, config.moe.shared_width, config.moe.shared_gate, config.moe.normalise) == ((1, 5), 48, True, False)
+    assert (config.moe_layers, config.moe.shared_width, config.moe.shared_gate, config.moe.normalise) == (
+        (1, 5),
+        48,
+        True,
+        False,
+    )
     assert config.names.of("mlp.shared_experts.gate.weight") == "mlp.shared_expert_gate.weight"
     assert config.names.of("mlp.shared_experts.gate_proj.weight") == "mlp.shared_expert.gate_proj.weight"
     assert config.names.of("mlp.gate.weight") == "mlp.gate.weight"
@@ -84,49 +128,109 @@ def test_qwen2_moe(tmp_path: Path) -> None:
 
 def test_glm4_moe(tmp_path: Path) -> None:
     config = load(tmp_path, glm4_moe_config())
-    assert config.attention == GqaConfig(num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True, qk_norm=True)
+    assert config.attention == GqaConfig(
+        num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True, qk_norm=True
+    )
     assert (config.rope.dim, config.rope.interleaved, config.moe_layers) == (8, False, (1, 2))
-    assert (config.moe.scoring, config.moe.selection_bias, config.moe.shared_width, config.norm_eps) == ("sigmoid", True, 32, 1e-5)
-    assert load(tmp_path, glm4_moe_config(partial_rotary_factor=None)).rope.dim == 8, "half, where the file says nothing"
+    assert (config.moe.scoring, config.moe.selection_bias, config.moe.shared_width, config.norm_eps) == (
+        "sigmoid",
+        True,
+        32,
+        1e-5,
+    )
+    assert load(tmp_path, glm4_moe_config(partial_rotary_factor=None)).rope.dim == 8, (
+        "half, where the file says nothing"
+    )
     five = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
-    assert load(tmp_path, glm4_moe_config(partial_rotary_factor=None, rope_theta=None, rope_parameters=five)).rope.dim == 4
+    assert (
+        load(
+            tmp_path, glm4_moe_config(partial_rotary_factor=None, rope_theta=None, rope_parameters=five)
+        ).rope.dim
+        == 4
+    )
     air = load(tmp_path, glm4_moe_config(use_qk_norm=None)).attention
     assert isinstance(air, GqaConfig) and not air.qk_norm
 
 
 def test_kimi_k2(tmp_path: Path) -> None:
-    config = load(tmp_path, kimi_k2_config(auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}))
-    assert (config.family, config.moe.num_groups, config.moe.scale, config.rope.theta) == ("deepseek_v3", 1, 2.827, 50000.0)
+    config = load(
+        tmp_path, kimi_k2_config(auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"})
+    )
+    assert (config.family, config.moe.num_groups, config.moe.scale, config.rope.theta) == (
+        "deepseek_v3",
+        1,
+        2.827,
+        50000.0,
+    )
     assert config.rope.yarn is not None and config.rope.yarn.beta_fast == config.rope.yarn.beta_slow == 1.0
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "v2 scoring": (deepseek_v2_config(scoring_func="sigmoid"), 'scoring_func is "sigmoid"; supported: "softmax"'),
-    "v2 method": (deepseek_v2_config(topk_method="noaux_tc"), 'topk_method is "noaux_tc"; supported: "greedy", "group_limited_greedy"'),
+    "v2 scoring": (
+        deepseek_v2_config(scoring_func="sigmoid"),
+        'scoring_func is "sigmoid"; supported: "softmax"',
+    ),
+    "v2 method": (
+        deepseek_v2_config(topk_method="noaux_tc"),
+        'topk_method is "noaux_tc"; supported: "greedy", "group_limited_greedy"',
+    ),
     "v2 halves": (deepseek_v2_config(rope_interleave=False), "rope_interleave is false; supported: true"),
-    "v2 without groups": (deepseek_v2_config(topk_method="group_limited_greedy", n_group=None), "n_group is missing"),
-    "v2 odd groups": (deepseek_v2_config(topk_method="group_limited_greedy", n_group=3), "n_group is 3; expected groups of equal size"),
+    "v2 without groups": (
+        deepseek_v2_config(topk_method="group_limited_greedy", n_group=None),
+        "n_group is missing",
+    ),
+    "v2 odd groups": (
+        deepseek_v2_config(topk_method="group_limited_greedy", n_group=3),
+        "n_group is 3; expected groups of equal size",
+    ),
     "v2 choices": (
         deepseek_v2_config(topk_method="group_limited_greedy", num_experts_per_tok=5),
         r"num_experts_per_tok is 5; expected at most the experts of topk_group \(2\) groups",
     ),
     "v2 frequency": (deepseek_v2_config(moe_layer_freq=2), "moe_layer_freq is 2; supported: 1"),
-    "v2 rope": (deepseek_v2_config(rope_scaling=YARN | {"type": "linear"}), 'type is "linear"; supported: "default", "yarn"'),
+    "v2 rope": (
+        deepseek_v2_config(rope_scaling=YARN | {"type": "linear"}),
+        'type is "linear"; supported: "default", "yarn"',
+    ),
     "mixtral window": (mixtral_config(sliding_window=4096), "sliding_window is 4096; supported: null"),
-    "mixtral choices": (mixtral_config(num_experts_per_tok=9), "num_experts_per_tok is 9; expected at most the number of experts"),
+    "mixtral choices": (
+        mixtral_config(num_experts_per_tok=9),
+        "num_experts_per_tok is 9; expected at most the number of experts",
+    ),
     "mixtral experts": (mixtral_config(num_local_experts=None), "num_local_experts is missing"),
     "mixtral rope": (mixtral_config(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; supported: 1"),
-    "qwen2 window": (qwen2_moe_config(use_sliding_window=True), "use_sliding_window is true; supported: false"),
-    "qwen2 layers": (qwen2_moe_config(layer_types=["full_attention", "sliding_attention"]), 'layer_types .*"full_attention" in every'),
-    "qwen2 shared": (qwen2_moe_config(shared_expert_intermediate_size=0), "shared_expert_intermediate_size is 0; expected an integer"),
+    "qwen2 window": (
+        qwen2_moe_config(use_sliding_window=True),
+        "use_sliding_window is true; supported: false",
+    ),
+    "qwen2 layers": (
+        qwen2_moe_config(layer_types=["full_attention", "sliding_attention"]),
+        'layer_types .*"full_attention" in every',
+    ),
+    "qwen2 shared": (
+        qwen2_moe_config(shared_expert_intermediate_size=0),
+        "shared_expert_intermediate_size is 0; expected an integer",
+    ),
     "qwen2 bias": (qwen2_moe_config(qkv_bias="yes"), 'qkv_bias is "yes"; expected true or false'),
     "qwen2 dense": (qwen2_moe_config(decoder_sparse_step=4), "no layer holds experts"),
-    "glm scoring": (glm4_moe_config(scoring_func="softmax"), 'scoring_func is "softmax"; supported: "sigmoid"'),
-    "glm rotated": (glm4_moe_config(partial_rotary_factor=1.5), "partial_rotary_factor is 1.5; expected at most 1"),
-    "glm odd": (glm4_moe_config(partial_rotary_factor=0.3125), "rotary dimension is 5; expected an even number"),
+    "glm scoring": (
+        glm4_moe_config(scoring_func="softmax"),
+        'scoring_func is "softmax"; supported: "sigmoid"',
+    ),
+    "glm rotated": (
+        glm4_moe_config(partial_rotary_factor=1.5),
+        "partial_rotary_factor is 1.5; expected at most 1",
+    ),
+    "glm odd": (
+        glm4_moe_config(partial_rotary_factor=0.3125),
+        "rotary dimension is 5; expected an even number",
+    ),
     "glm norm": (glm4_moe_config(use_qk_norm=1), "use_qk_norm is 1; expected true or false"),
     "glm groups": (glm4_moe_config(n_group=2, topk_group=3), "topk_group is 3; expected at most n_group"),
-    "kimi vision": (kimi_k2_config(architectures=["KimiK25ForConditionalGeneration"]), "architectures is .*KimiK25.*supported"),
+    "kimi vision": (
+        kimi_k2_config(architectures=["KimiK25ForConditionalGeneration"]),
+        "architectures is .*KimiK25.*supported",
+    ),
 }
 
 
@@ -142,7 +246,9 @@ def test_contributing_shows_a_whole_family() -> None:
     root = Path(lockstep.__file__).parent
     shown = (root / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
     file = (root / "engine" / "models" / "families" / "mixtral.py").read_text()
-    assert file.endswith(shown) and file.removesuffix(shown).count("\n") < 12, "imports and a docstring are all that is left out"
+    assert file.endswith(shown) and file.removesuffix(shown).count("\n") < 12, (
+        "imports and a docstring are all that is left out"
+    )
 
 
 def test_families_are_read_without_torch() -> None:

@@ -30,19 +30,28 @@ def logits(path: Path, pages: torch.dtype, count: int = 6) -> Tensor:
 
 @FAMILIES
 def test_the_loss_of_logits(config_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Random weights, three layers, float32 but for the pages: the error of a position's logits is 1.9 % of their norm in the median,
-    0.12 % with pages in bf16; where a router turns to another expert it is larger. Nine of ten best tokens stay."""
+    """Random weights, three layers, float32 but for the pages: the error of a position's logits is
+    1.9 % of their norm in the median, 0.12 % with pages in bf16; where a router turns to another
+    expert it is larger. Nine of ten best tokens stay.
+    """
     path = write_checkpoint(tmp_path / "m", config_of(), seed=3)
     exact = logits(path, torch.float32)
-    eight, sixteen = ((logits(path, pages) - exact).norm(dim=-1) / exact.norm(dim=-1) for pages in (torch.uint8, torch.bfloat16))
+    eight, sixteen = (
+        (logits(path, pages) - exact).norm(dim=-1) / exact.norm(dim=-1)
+        for pages in (torch.uint8, torch.bfloat16)
+    )
     assert 0.01 < eight.median() < 0.03 and 0.0005 < sixteen.median() < 0.002
     assert eight.mean() < 0.08
     assert (logits(path, torch.uint8).argmax(-1) == exact.argmax(-1)).float().mean() > 0.85
 
 
 @FAMILIES
-def test_a_chunk_reads_what_the_pages_return(config_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Were the fresh chunk read before it was rounded, prompts cut differently would differ by the loss of FP8: by 2 %."""
+def test_a_chunk_reads_what_the_pages_return(
+    config_of: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Were the fresh chunk read before it was rounded, prompts cut differently would differ by the
+    loss of FP8: by 2 %.
+    """
     path = write_checkpoint(tmp_path / "m", config_of(), seed=3)
     model, asked = load_local(path, torch.float32), prompts(4)
     whole = Stepper(model, torch.uint8).step(asked)
@@ -54,7 +63,8 @@ def test_a_chunk_reads_what_the_pages_return(config_of: Callable[..., dict[str, 
             done += size
         for i, expected in whole.items():
             error = (torch.cat([part[i] for part in parts]) - expected).norm(dim=-1) / expected.norm(dim=-1)
-            # Sums in another order: now and then a key is rounded to the next eight bits, and that moves later positions a little.
+            # Sums in another order: now and then a key is rounded to the next eight bits, and that
+            # moves later positions a little.
             assert error.median() < 5e-4 and error.max() < 5e-3, f"chunks of {sizes}, prompt {i}"
 
 
@@ -69,5 +79,6 @@ def test_columns_agree(config_of: Callable[..., dict[str, Any]], tmp_path: Path)
         got, expected = (stepper.step(rows, num_decode) for stepper in steppers)
         for sequence in rows:
             error = (got[sequence] - expected[sequence]).norm(dim=-1) / expected[sequence].norm(dim=-1)
-            # The interpreter cuts bf16, which the rotated part of a latent is kept in, instead of rounding it.
+            # The interpreter cuts bf16, which the rotated part of a latent is kept in, instead of
+            # rounding it.
             assert error.median() < 1e-2 and error.max() < 2e-2

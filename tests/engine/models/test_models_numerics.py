@@ -1,4 +1,6 @@
-"""Logits against ``transformers`` on the same random checkpoints: prefill, chunked prefill and decode through the paged cache."""
+"""Logits against ``transformers`` on the same random checkpoints: prefill, chunked prefill and
+decode through the paged cache.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import torch
 from torch import Tensor
 
 from support.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.family_configs import deepseek_v2_config, glm4_moe_config, kimi_k2_config, mixtral_config, qwen2_moe_config
+from support.family_configs import (
+    deepseek_v2_config,
+    glm4_moe_config,
+    kimi_k2_config,
+    mixtral_config,
+    qwen2_moe_config,
+)
 from support.local_model import Stepper, load_local
 from support.reference_models import load_reference
 
@@ -19,35 +27,64 @@ LITE_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "factor": 40}
 VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": qwen3_moe_config(),
     "qwen3_moe-plain-weights": qwen3_moe_config(norm_topk_prob=False, num_experts_per_tok=3),
-    "qwen3_moe-dense-layers": qwen3_moe_config(num_hidden_layers=5, mlp_only_layers=[3], decoder_sparse_step=2),
+    "qwen3_moe-dense-layers": qwen3_moe_config(
+        num_hidden_layers=5, mlp_only_layers=[3], decoder_sparse_step=2
+    ),
     "qwen3_moe-tied-bias": qwen3_moe_config(tie_word_embeddings=True, attention_bias=True),
-    "qwen3_moe-yarn": qwen3_moe_config(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
-    "qwen3_moe-v5": qwen3_moe_config(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+    "qwen3_moe-yarn": qwen3_moe_config(
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    ),
+    "qwen3_moe-v5": qwen3_moe_config(
+        rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
+    ),
     "deepseek_v3": deepseek_v3_config(),
     "deepseek_v3-direct-queries": deepseek_v3_config(q_lora_rank=None, n_group=1, topk_group=1),
     "deepseek_v3-yarn": deepseek_v3_config(rope_scaling=YARN, max_position_embeddings=512),
-    "deepseek_v3-halves-bias": deepseek_v3_config(rope_interleave=False, attention_bias=True, n_shared_experts=2),
-    "deepseek_v3-direct-bias": deepseek_v3_config(q_lora_rank=None, attention_bias=True, norm_topk_prob=False),
+    "deepseek_v3-halves-bias": deepseek_v3_config(
+        rope_interleave=False, attention_bias=True, n_shared_experts=2
+    ),
+    "deepseek_v3-direct-bias": deepseek_v3_config(
+        q_lora_rank=None, attention_bias=True, norm_topk_prob=False
+    ),
 }
 VARIANTS |= {
     "deepseek_v2": deepseek_v2_config(),
-    "deepseek_v2-groups": deepseek_v2_config(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0),
-    "deepseek_v2-lite": deepseek_v2_config(q_lora_rank=None, routed_scaling_factor=1.0, rope_scaling=LITE_YARN, n_group=1, topk_group=1),
-    "deepseek_v2-bias": deepseek_v2_config(attention_bias=True, num_experts_per_tok=3, first_k_dense_replace=0),
-    "deepseek_v2-v5": deepseek_v2_config(rope_theta=None, rope_parameters=YARN | {"rope_type": "yarn", "rope_theta": 5000.0}),
+    "deepseek_v2-groups": deepseek_v2_config(
+        topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0
+    ),
+    "deepseek_v2-lite": deepseek_v2_config(
+        q_lora_rank=None, routed_scaling_factor=1.0, rope_scaling=LITE_YARN, n_group=1, topk_group=1
+    ),
+    "deepseek_v2-bias": deepseek_v2_config(
+        attention_bias=True, num_experts_per_tok=3, first_k_dense_replace=0
+    ),
+    "deepseek_v2-v5": deepseek_v2_config(
+        rope_theta=None, rope_parameters=YARN | {"rope_type": "yarn", "rope_theta": 5000.0}
+    ),
     "kimi_k2": kimi_k2_config(),
     "mixtral": mixtral_config(),
-    "mixtral-wide-heads": mixtral_config(head_dim=24, num_experts_per_tok=3, sliding_window=None, tie_word_embeddings=True),
-    "mixtral-v5": mixtral_config(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 3000.0}),
+    "mixtral-wide-heads": mixtral_config(
+        head_dim=24, num_experts_per_tok=3, sliding_window=None, tie_word_embeddings=True
+    ),
+    "mixtral-v5": mixtral_config(
+        rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 3000.0}
+    ),
     "qwen2_moe": qwen2_moe_config(),
-    "qwen2_moe-dense-layers": qwen2_moe_config(num_hidden_layers=5, mlp_only_layers=[3], decoder_sparse_step=2, norm_topk_prob=True),
+    "qwen2_moe-dense-layers": qwen2_moe_config(
+        num_hidden_layers=5, mlp_only_layers=[3], decoder_sparse_step=2, norm_topk_prob=True
+    ),
     "qwen2_moe-no-bias": qwen2_moe_config(qkv_bias=False, num_experts_per_tok=4, tie_word_embeddings=True),
-    "qwen2_moe-yarn": qwen2_moe_config(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "qwen2_moe-yarn": qwen2_moe_config(
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    ),
     "glm4_moe": glm4_moe_config(),
     "glm4_moe-air": glm4_moe_config(use_qk_norm=False, routed_scaling_factor=1.0),
-    "glm4_moe-groups": glm4_moe_config(n_group=4, topk_group=2, n_shared_experts=2, attention_bias=False, first_k_dense_replace=2),
+    "glm4_moe-groups": glm4_moe_config(
+        n_group=4, topk_group=2, n_shared_experts=2, attention_bias=False, first_k_dense_replace=2
+    ),
     "glm4_moe-v5": glm4_moe_config(
-        partial_rotary_factor=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.75}
+        partial_rotary_factor=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.75},
     ),
 }
 BF16_VARIANTS = (
@@ -76,7 +113,9 @@ def _prompts(vocab: int, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
 
 
 def _reference(path: Path, dtype: torch.dtype, prompts: list[list[int]]) -> list[Tensor]:
-    """transformers' logits [tokens, V] of each prompt, computed alone and in one piece, as float32."""
+    """transformers' logits [tokens, V] of each prompt, computed alone and in one piece, as
+    float32.
+    """
     model = load_reference(path, dtype)
     with torch.inference_mode():
         return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
@@ -98,7 +137,9 @@ def _chunked(stepper: Stepper, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def _decoded(stepper: Stepper, prompts: list[list[int]]) -> list[Tensor]:
-    """A few tokens as a prompt, the rest one by one, while the next sequence prefills in the same step."""
+    """A few tokens as a prompt, the rest one by one, while the next sequence prefills in the same
+    step.
+    """
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for step in range(max(map(len, prompts)) + len(prompts)):
         decode, extend = {}, {}
@@ -137,7 +178,9 @@ def test_deepseek_v2_weights_are_normalised_or_scaled(tmp_path: Path) -> None:
     model = load_reference(path, torch.float32)
     routers = [module for module in model.modules() if type(module).__name__ == "DeepseekV2TopkRouter"]
     for router in routers:
-        router.register_forward_hook(lambda module, inputs, output: (output[0], output[1] / output[1].sum(-1, keepdim=True), output[2]))
+        router.register_forward_hook(
+            lambda module, inputs, output: (output[0], output[1] / output[1].sum(-1, keepdim=True), output[2])
+        )
     prompt = _prompts(config["vocab_size"])[0]
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0]
@@ -147,9 +190,10 @@ def test_deepseek_v2_weights_are_normalised_or_scaled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", BF16_VARIANTS)
 def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> None:
-    """Both errors are against float32 on the same bf16 weights and positions: the norm of the difference at a position, its
-    median and its mean. The mean holds the positions where a router turned to another expert, of which a few hundred
-    positions have too few to compare."""
+    """Both errors are against float32 on the same bf16 weights and positions: the norm of the
+    difference at a position, its median and its mean. The mean holds the positions where a router
+    turned to another expert, of which a few hundred positions have too few to compare.
+    """
     path = write_checkpoint(tmp_path / "m", VARIANTS[variant], dtype=torch.bfloat16)
     prompts = _prompts(VARIANTS[variant]["vocab_size"], [93] * 16)
     exact = torch.cat(_reference(path, torch.float32, prompts))
@@ -162,7 +206,10 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
         assert max(ratios) <= 1.5, f"{name}: ours over theirs: median {ratios[0]:.2f}, mean {ratios[1]:.2f}"
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize(
+    "variant",
+    ["qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"],
+)
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,6 @@
-"""Whole models through the Triton column of the op table, step by step as through the column of the CPU."""
+"""Whole models through the Triton column of the op table, step by step as through the column of the
+CPU.
+"""
 
 from __future__ import annotations
 

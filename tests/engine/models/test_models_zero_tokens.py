@@ -16,7 +16,9 @@ from support.family_configs import CONFIGS
 from support.local_model import Stepper, load_local
 
 
-@pytest.mark.parametrize("config", [qwen3_moe_config(mlp_only_layers=[1]), *(config_of() for config_of in CONFIGS.values())])
+@pytest.mark.parametrize(
+    "config", [qwen3_moe_config(mlp_only_layers=[1]), *(config_of() for config_of in CONFIGS.values())]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_moe_layer_is_called(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     model = load_local(write_checkpoint(tmp_path / "m", config), dtype)
@@ -24,7 +26,9 @@ def test_every_moe_layer_is_called(config: dict[str, Any], dtype: torch.dtype, t
     called: list[int] = []
     for number, layer in enumerate(module for module in model.modules() if isinstance(module, MoELayer)):
         layer.register_forward_hook(lambda module, inputs, output, number=number: called.append(number))
-    batch, positions = build_batch(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.zeros((0, 1), np.int32), 8)
+    batch, positions = build_batch(
+        np.empty(0, np.int64), np.empty(0, np.int64), 0, np.zeros((0, 1), np.int32), 8
+    )
     with torch.inference_mode():
         hidden = model(torch.empty(0, dtype=torch.int64), positions, batch, stepper.cache)
         assert model.logits(hidden).shape == (0, config["vocab_size"])

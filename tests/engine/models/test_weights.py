@@ -21,7 +21,13 @@ from lockstep.engine.models.registry import build_model
 from lockstep.engine.models.weights import Loaded, load_weights
 from lockstep.moe.balance.placement import Placement
 from lockstep.moe.dispatch.local import LocalDispatcher
-from support.checkpoints import deepseek_v3_config, qwen3_moe_config, random_tensors, save_tensors, write_checkpoint
+from support.checkpoints import (
+    deepseek_v3_config,
+    qwen3_moe_config,
+    random_tensors,
+    save_tensors,
+    write_checkpoint,
+)
 from support.family_configs import glm4_moe_config, mixtral_config, qwen2_moe_config
 
 CONFIGS = {
@@ -42,7 +48,9 @@ class _Slots(LocalDispatcher):
         super().__init__(Placement(everywhere, num_slots), CPU)
 
 
-def load(path: Path, experts: list[int], dtype: torch.dtype = torch.float32, seen: list[float] | None = None) -> tuple[Model, Loaded]:
+def load(
+    path: Path, experts: list[int], dtype: torch.dtype = torch.float32, seen: list[float] | None = None
+) -> tuple[Model, Loaded]:
     """Loads with ``experts`` in the slots of every layer."""
     config = load_config(path)
     model = build_model(config, _Slots(len(config.moe_layers), len(experts)), dtype, CPU)
@@ -67,17 +75,25 @@ def test_every_tensor_arrives(family: str, num_shards: int, tmp_path: Path) -> N
             assert torch.equal(layer.w2_SDF[slot], parts[2])
     assert stored
     assert all(".experts." in name for name in stored), "only experts without a slot stay behind"
-    assert loaded.num_bytes == sum(t.nbytes for t in random_tensors(config).values()) - sum(t.nbytes for t in stored.values())
+    assert loaded.num_bytes == sum(t.nbytes for t in random_tensors(config).values()) - sum(
+        t.nbytes for t in stored.values()
+    )
 
 
 def test_only_the_own_shard_is_opened(tmp_path: Path) -> None:
-    """Experts 4 to 7 have a file of their own with a byte too many: its header reads well, opening it for values fails."""
+    """Experts 4 to 7 have a file of their own with a byte too many: its header reads well, opening
+    it for values fails.
+    """
     path = tmp_path / "m"
     path.mkdir()
     config = CONFIGS["qwen3_moe"]
     (path / "config.json").write_text(json.dumps(config))
     tensors = random_tensors(config)
-    far = {name: value for name, value in tensors.items() if any(f".experts.{expert}." in name for expert in range(4, 8))}
+    far = {
+        name: value
+        for name, value in tensors.items()
+        if any(f".experts.{expert}." in name for expert in range(4, 8))
+    }
     near = {name: value for name, value in tensors.items() if name not in far}
     save_file(near, path / "near.safetensors")
     save_file(far, path / "far.safetensors")
@@ -87,14 +103,18 @@ def test_only_the_own_shard_is_opened(tmp_path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     model, loaded = load(path, [0, 1, 2, 3])
     assert (loaded.num_tensors, loaded.num_bytes) == (len(near), sum(value.nbytes for value in near.values()))
-    assert torch.equal(model.expert_layers()[0].w2_SDF[3], tensors["model.layers.0.mlp.experts.3.down_proj.weight"])
+    assert torch.equal(
+        model.expert_layers()[0].w2_SDF[3], tensors["model.layers.0.mlp.experts.3.down_proj.weight"]
+    )
     with pytest.raises(ValueError, match=r"far\.safetensors: not readable as safetensors"):
         load(path, [3, 4])
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("served", [torch.bfloat16, torch.float32])
-def test_values_are_cast_to_the_serving_dtype(stored: torch.dtype, served: torch.dtype, tmp_path: Path) -> None:
+def test_values_are_cast_to_the_serving_dtype(
+    stored: torch.dtype, served: torch.dtype, tmp_path: Path
+) -> None:
     path = write_checkpoint(tmp_path / "m", CONFIGS["deepseek_v3"], dtype=stored)
     model, _ = load(path, list(range(8)), served)
     tensors = random_tensors(CONFIGS["deepseek_v3"], dtype=stored)
@@ -130,18 +150,26 @@ def test_tensors_that_are_not_used(family: str, tmp_path: Path, caplog: pytest.L
     save_tensors(path, random_tensors(config) | extra)
     with caplog.at_level(logging.INFO):
         load(path, list(range(8)))
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "lockstep.engine.models.weights"]
+    (told,) = [
+        record.getMessage() for record in caplog.records if record.name == "lockstep.engine.models.weights"
+    ]
     assert told == f"{path}: 1 tensors of layers from 3 on, which predict further tokens, are not loaded"
     caplog.clear()
-    save_tensors(path, random_tensors(config) | extra | {"vision.a": torch.zeros(1), "vision.b": torch.zeros(1)})
+    save_tensors(
+        path, random_tensors(config) | extra | {"vision.a": torch.zeros(1), "vision.b": torch.zeros(1)}
+    )
     with caplog.at_level(logging.WARNING):
         load(path, list(range(8)))
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: 2 tensors are not used, the first is vision.a"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: 2 tensors are not used, the first is vision.a"
+    ]
     caplog.clear()
     save_tensors(path, random_tensors(config) | {"model.layers.4.eh_proj.weight": torch.zeros(2, 2)})
     with caplog.at_level(logging.WARNING):
         load(path, list(range(8)))
-    assert "1 tensors are not used, the first is model.layers.4" in caplog.text, "config.json announces one layer more, not two"
+    assert "1 tensors are not used, the first is model.layers.4" in caplog.text, (
+        "config.json announces one layer more, not two"
+    )
 
 
 # --------------------------------------------------------------------------- errors
@@ -212,10 +240,22 @@ NORM = "model.norm.weight"
 ERRORS: dict[str, tuple[Callable[[Path, dict[str, Tensor]], None], str]] = {
     "missing tensor": (_replace(QUERY, None), f"m: 1 of \\d+ tensors are missing: {QUERY}$"),
     "missing expert elsewhere": (_replace(EXPERT, None), f"tensors are missing: {EXPERT}$"),
-    "misshapen": (_replace(QUERY, torch.zeros(64, 63)), f"model.safetensors: {QUERY} has shape .64, 63.; config.json makes it .64, 64."),
-    "misshapen expert elsewhere": (_replace(EXPERT, torch.zeros(64, 32)), f"{EXPERT} has shape .64, 32.; .* .32, 64."),
-    "integers": (_replace(NORM, torch.zeros(64, dtype=torch.int32)), f"{NORM} has dtype I32; supported: BF16, F16, F32"),
-    "fp8": (_replace(QUERY, torch.zeros(64, 64).to(torch.float8_e4m3fn)), f"{QUERY} has dtype F8_E4M3; supported"),
+    "misshapen": (
+        _replace(QUERY, torch.zeros(64, 63)),
+        f"model.safetensors: {QUERY} has shape .64, 63.; config.json makes it .64, 64.",
+    ),
+    "misshapen expert elsewhere": (
+        _replace(EXPERT, torch.zeros(64, 32)),
+        f"{EXPERT} has shape .64, 32.; .* .32, 64.",
+    ),
+    "integers": (
+        _replace(NORM, torch.zeros(64, dtype=torch.int32)),
+        f"{NORM} has dtype I32; supported: BF16, F16, F32",
+    ),
+    "fp8": (
+        _replace(QUERY, torch.zeros(64, 64).to(torch.float8_e4m3fn)),
+        f"{QUERY} has dtype F8_E4M3; supported",
+    ),
     "empty file": (_cut(lambda size, header: 0), "model.safetensors: truncated: 0 bytes"),
     "cut in the header": (_cut(lambda size, header: 8 + header // 2), "truncated: .* its header alone takes"),
     "cut in the values": (_cut(lambda size, header: size - 1), "truncated: .* ends at"),
@@ -226,12 +266,18 @@ ERRORS: dict[str, tuple[Callable[[Path, dict[str, Tensor]], None], str]] = {
     "entry a number": (_entry(3), f"header entry of {NORM} is malformed: 3"),
     "entry without offsets": (_entry({"dtype": "F32", "shape": [64]}), "is malformed"),
     "entry backwards": (_entry({"dtype": "F32", "shape": [64], "data_offsets": [256, 0]}), "is malformed"),
-    "entry of other size": (_entry({"dtype": "F32", "shape": [64], "data_offsets": [0, 0]}), "takes 0 bytes; shape .64. in F32 takes 256"),
+    "entry of other size": (
+        _entry({"dtype": "F32", "shape": [64], "data_offsets": [0, 0]}),
+        "takes 0 bytes; shape .64. in F32 takes 256",
+    ),
     "no checkpoint": (_lose_all, "m: holds neither model.safetensors nor model.safetensors.index.json"),
     "missing shard": (_lose_shard, "model-00002-of-00002.safetensors: no such file"),
     "index not JSON": (_index(lambda index: "{"), "index.json: not readable as JSON"),
     "index without map": (_index(lambda index: {}), "index.json: weight_map is missing or empty"),
-    "index leaves": (_index(lambda index: {"weight_map": {NORM: "../x.safetensors"}}), "weight_map.*expected the name of a file beside it"),
+    "index leaves": (
+        _index(lambda index: {"weight_map": {NORM: "../x.safetensors"}}),
+        "weight_map.*expected the name of a file beside it",
+    ),
     "index errs": (
         _index(lambda index: {"weight_map": {"a.b": "model-00001-of-00002.safetensors"}}),
         "holds no tensor a.b, which .* places there",

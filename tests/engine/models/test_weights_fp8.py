@@ -1,4 +1,6 @@
-"""Checkpoints in block-scaled FP8: widened as they are read, or kept for experts; and the errors for those that do not fit."""
+"""Checkpoints in block-scaled FP8: widened as they are read, or kept for experts; and the errors
+for those that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_pair(tmp_path_factory.mktemp(request.param), CONFIGS[request.param], num_shards=3)
 
 
-def load_fp8_experts(path: Path, dtype: torch.dtype, column: Column, experts: list[int] | None = None) -> Model:
+def load_fp8_experts(
+    path: Path, dtype: torch.dtype, column: Column, experts: list[int] | None = None
+) -> Model:
     """With experts kept in FP8; ``experts``: those in the slots of every layer, by default all."""
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
@@ -71,14 +75,18 @@ def test_what_is_widened_is_logged_once(pair: tuple[Path, Path], caplog: pytest.
         load_local(pair[0], torch.float32)
     (line,) = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
     assert "matrices in FP8 are widened to torch.float32 as they are read, 0 stay in FP8" in line
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "scales are no unused tensors"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], (
+        "scales are no unused tensors"
+    )
 
 
 def test_experts_stay_in_fp8(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lockstep"):
         model = load_fp8_experts(pair[0], torch.bfloat16, "reference", experts=[5, 2, -1, 0, 1, 3, 4, 6])
     assert any(
-        f"{8 * 3 * len(model.config.moe_layers) - 3 * len(model.config.moe_layers)} stay in FP8" in r.getMessage() for r in caplog.records
+        f"{8 * 3 * len(model.config.moe_layers) - 3 * len(model.config.moe_layers)} stay in FP8"
+        in r.getMessage()
+        for r in caplog.records
     )
     stored = tensors_of(pair[0])
     for layer in model.expert_layers():
@@ -88,17 +96,29 @@ def test_experts_stay_in_fp8(pair: tuple[Path, Path], caplog: pytest.LogCaptureF
             gate, up, down = (stored[name].view(torch.uint8) for name in names)
             assert torch.equal(layer.w13_SFD[slot].view(torch.uint8), torch.cat([gate, up]))
             assert torch.equal(layer.w2_SDF[slot].view(torch.uint8), down)
-            assert torch.equal(layer.scales[0][slot], torch.stack([stored[name + SCALES] for name in names[:2]]))
+            assert torch.equal(
+                layer.scales[0][slot], torch.stack([stored[name + SCALES] for name in names[:2]])
+            )
             assert torch.equal(layer.scales[1][slot], stored[names[2] + SCALES])
     experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
-    wide = sum(p.nbytes for name, p in load_local(pair[0], torch.bfloat16).named_parameters() if ".experts." in name)
+    wide = sum(
+        p.nbytes for name, p in load_local(pair[0], torch.bfloat16).named_parameters() if ".experts." in name
+    )
     assert 0.5 < experts / wide < 0.51
 
 
 def test_fp8_experts_compute_what_the_widened_ones_do(pair: tuple[Path, Path]) -> None:
-    """Rows are quantised before each product, which costs a few percent; a router may turn on that, hence the median."""
+    """Rows are quantised before each product, which costs a few percent; a router may turn on that,
+    hence the median.
+    """
     exact = torch.cat(list(Stepper(load_local(pair[0], torch.float32), torch.float32).step(PROMPTS).values()))
-    found = torch.cat(list(Stepper(load_fp8_experts(pair[0], torch.float32, "reference"), torch.float32).step(PROMPTS).values()))
+    found = torch.cat(
+        list(
+            Stepper(load_fp8_experts(pair[0], torch.float32, "reference"), torch.float32)
+            .step(PROMPTS)
+            .values()
+        )
+    )
     error = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert 1e-3 < error.median() < 0.05
 
@@ -107,7 +127,8 @@ def test_fp8_experts_compute_what_the_widened_ones_do(pair: tuple[Path, Path]) -
 def test_the_triton_column_computes_with_fp8_experts(pair: tuple[Path, Path]) -> None:
     rows = {0: [3, 4, 5, 6], 1: [9]}
     found, expected = (
-        Stepper(load_fp8_experts(pair[0], torch.float32, column), torch.float32).step(rows) for column in ("triton", "reference")
+        Stepper(load_fp8_experts(pair[0], torch.float32, column), torch.float32).step(rows)
+        for column in ("triton", "reference")
     )
     for sequence in rows:
         error = (found[sequence] - expected[sequence]).norm(dim=-1) / expected[sequence].norm(dim=-1)
@@ -117,7 +138,9 @@ def test_the_triton_column_computes_with_fp8_experts(pair: tuple[Path, Path]) ->
 @pytest.mark.parametrize("block", [(128, 128), (32, 32), (48, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 127), (1024, 256), (1500, 300)])
-def test_bands_are_widened_as_the_whole(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int]) -> None:
+def test_bands_are_widened_as_the_whole(
+    shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int]
+) -> None:
     w = quantise_blocks(torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None], block)
     assert w.scales.shape == (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     target = torch.empty(shape, dtype=dtype)
@@ -153,7 +176,10 @@ def having(name: str, value: Tensor) -> Change:
 
 
 ERRORS: dict[str, tuple[Change, str]] = {
-    "no scales": (without(QUERY + SCALES), f"model.safetensors: {QUERY} is in F8_E4M3, but {QUERY}_scale_inv is missing"),
+    "no scales": (
+        without(QUERY + SCALES),
+        f"model.safetensors: {QUERY} is in F8_E4M3, but {QUERY}_scale_inv is missing",
+    ),
     "no scales of an expert elsewhere": (without(FAR + SCALES), f"{FAR}_scale_inv is missing"),
     "misshapen scales": (
         having(QUERY + SCALES, torch.ones(2, 1)),
@@ -186,7 +212,9 @@ def test_errors_name_file_and_tensor(case: str, tmp_path: Path) -> None:
 
 def test_fp8_that_config_json_does_not_tell_of_is_refused(tmp_path: Path) -> None:
     path, _ = write_pair(tmp_path, CONFIGS["qwen3_moe"])
-    rewrite(path, lambda config: {key: value for key, value in config.items() if key != "quantization_config"})
+    rewrite(
+        path, lambda config: {key: value for key, value in config.items() if key != "quantization_config"}
+    )
     with pytest.raises(ValueError, match=r"has dtype F8_E4M3; supported: BF16, F16, F32$"):
         load_local(path, torch.float32)
 
@@ -195,7 +223,8 @@ def test_experts_that_are_not_in_fp8_cannot_stay_in_it(tmp_path: Path) -> None:
     path, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"])
     save_tensors(path, tensors_of(plain))
     with pytest.raises(
-        ValueError, match=r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\.dtype"
+        ValueError,
+        match=r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\.dtype",
     ):
         load_fp8_experts(path, torch.float32, "reference")
     assert load_local(path, torch.float32).config.kernel_fp8, "widened, nothing is in the way"

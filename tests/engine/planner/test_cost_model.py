@@ -14,7 +14,9 @@ GPU = Cost(fixed=0.012, token=4e-5, kv=3e-7, context=2.5e-9)
 """Coefficients whose parts of a step are as different from the default's as a GPU's are."""
 
 
-def told(model: CostModel, sections: list[tuple[float, float, float]], truth: Cost = GPU, noise: float = 0.0) -> CostModel:
+def told(
+    model: CostModel, sections: list[tuple[float, float, float]], truth: Cost = GPU, noise: float = 0.0
+) -> CostModel:
     dice = Random(1)
     for tokens, kv, context in sections:
         seconds = truth.fixed + truth.token * tokens + truth.kv * kv + truth.context * context
@@ -24,7 +26,10 @@ def told(model: CostModel, sections: list[tuple[float, float, float]], truth: Co
 
 def mixed(count: int) -> list[tuple[float, float, float]]:
     dice = Random(2)
-    return [(dice.randint(1, 1000), dice.randint(0, 60_000), dice.choice((0, dice.randint(0, 1_500_000)))) for _ in range(count)]
+    return [
+        (dice.randint(1, 1000), dice.randint(0, 60_000), dice.choice((0, dice.randint(0, 1_500_000))))
+        for _ in range(count)
+    ]
 
 
 def errors(model: CostModel, sections: list[tuple[float, float, float]]) -> list[float]:
@@ -52,8 +57,12 @@ def test_sections_of_all_kinds_tell_the_coefficients() -> None:
 ])  # fmt: skip
 @pytest.mark.parametrize("before", [0, 320])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_sections_that_are_alike_make_no_coefficient_vanish(sections: list[tuple[float, float, float]], before: int, noise: float) -> None:
-    """A token that costs nothing would make every rank equally quick, and admission send a whole burst to the first."""
+def test_sections_that_are_alike_make_no_coefficient_vanish(
+    sections: list[tuple[float, float, float]], before: int, noise: float
+) -> None:
+    """A token that costs nothing would make every rank equally quick, and admission send a whole
+    burst to the first.
+    """
     model = told(told(CostModel(), mixed(before)), sections, noise=noise)
     known = (GPU if before else Cost()).token
     assert model.cost.token > 0.02 * known
@@ -78,8 +87,27 @@ def test_a_coefficient_that_was_fitted_to_zero_comes_back() -> None:
 
 def test_a_burst_of_full_chunks_makes_no_token_free() -> None:
     """The slowest sections of a burst's first steps: what they differ by is not what they hold."""
-    seconds = (0.049, 0.053, 0.054, 0.049, 0.053, 0.053, 0.054, 0.056, 0.054, 0.055, 0.052, 0.050, 0.051, 0.052, 0.054, 0.054)
+    seconds = (
+        0.049,
+        0.053,
+        0.054,
+        0.049,
+        0.053,
+        0.053,
+        0.054,
+        0.056,
+        0.054,
+        0.055,
+        0.052,
+        0.050,
+        0.051,
+        0.052,
+        0.054,
+        0.054,
+    )
     model = CostModel()
     for step, taken in enumerate(seconds):
-        model.observe(1024 if step < 2 else 960 - step // 8, 3004 * (step // 8), 1_048_576 * (step == 1), taken)
+        model.observe(
+            1024 if step < 2 else 960 - step // 8, 3004 * (step // 8), 1_048_576 * (step == 1), taken
+        )
     assert model.cost.token > 0.5 * 0.05 / 1000

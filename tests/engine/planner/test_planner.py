@@ -1,4 +1,6 @@
-"""The planner against simulated ranks: every request gets its tokens, whatever the network and the pressure do."""
+"""The planner against simulated ranks: every request gets its tokens, whatever the network and the
+pressure do.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,17 @@ def assert_served(world: World) -> None:
             continue
         assert world.tokens[handle] == world.expected(handle), f"request {handle}"
         assert world.scores[handle] == world.expected_scores(handle)
-        assert finish == (Finish.STOP if world.tokens[handle][-1:] == [0] and world.requests[handle].sampling.stop_i32 else Finish.LENGTH)
+        assert finish == (
+            Finish.STOP
+            if world.tokens[handle][-1:] == [0] and world.requests[handle].sampling.stop_i32
+            else Finish.LENGTH
+        )
     world.planner.check()
     assert int(world.planner.group.kv.used().sum()) == 0
     assert not world.planner.group.rows.state.any()
-    assert all(rank.num_staged == 0 for rank in world.ranks if rank.rank not in world.dead), "a staged prompt is left on a rank"
+    assert all(rank.num_staged == 0 for rank in world.ranks if rank.rank not in world.dead), (
+        "a staged prompt is left on a rank"
+    )
 
 
 def test_one_request() -> None:
@@ -59,7 +67,9 @@ def test_an_end_of_sequence_wastes_at_most_the_depth() -> None:
     assert_served(world)
 
 
-@pytest.mark.parametrize("layout", [Layout(data=1), Layout(data=3), Layout(data=2, pipeline=2), Layout(data=2, tensor=2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(data=1), Layout(data=3), Layout(data=2, pipeline=2), Layout(data=2, tensor=2)]
+)
 @pytest.mark.parametrize("advance", [1, 4])
 def test_many_requests(layout: Layout, advance: int) -> None:
     world = World(layout, pages=40, page_size=4, max_len=96, advance=advance, end_every=20)
@@ -132,7 +142,9 @@ def test_a_request_may_sample_nothing() -> None:
 
 @pytest.mark.parametrize("top", [0, 1, 5, 20])
 def test_log_probabilities_of_prompts_fit_a_step(top: int) -> None:
-    """Eight prompts of 600 tokens where a step may compute all of them: results stay below 16 kB, which ``World`` watches."""
+    """Eight prompts of 600 tokens where a step may compute all of them: results stay below 16 kB,
+    which ``World`` watches.
+    """
     world = World(Layout(data=1), pages=2000, page_size=4, max_len=640, max_batch_tokens=8192, max_running=16)
     for index in range(8):
         world.submit(prompt(1000 * index, 600), 2, scored=top)
@@ -156,8 +168,12 @@ def test_a_request_that_runs_again_is_scored_on_from_what_is_known() -> None:
     world.replace(1)
     world.run()
     assert_served(world)
-    left = 6 * 80 - sum(kept) + 4 * len(kept) + emitted + 2 * 6  # whole pages are kept; two plans may be in flight
-    assert world.computed_prompt_tokens - before <= left < 6 * 80, "what the survivor had computed was computed again"
+    left = (
+        6 * 80 - sum(kept) + 4 * len(kept) + emitted + 2 * 6
+    )  # whole pages are kept; two plans may be in flight
+    assert world.computed_prompt_tokens - before <= left < 6 * 80, (
+        "what the survivor had computed was computed again"
+    )
 
 
 def test_preempted_requests_are_scored_once() -> None:
@@ -185,7 +201,9 @@ def test_a_full_queue_answers_at_once() -> None:
         world.submit(prompt(index, 5), 5)
     assert len(world.rejected) == 20 - 5 - 8  # five wait beside the eight for which there are rows
     assert all(r.status == 503 and r.retry_after >= 1 for r in world.rejected.values())
-    assert {r.reason for r in world.rejected.values()} == {"The queue is full: 5 requests may wait (scheduler.max_queue)"}
+    assert {r.reason for r in world.rejected.values()} == {
+        "The queue is full: 5 requests may wait (scheduler.max_queue)"
+    }
     world.run()
     assert_served(world)
 
@@ -292,7 +310,9 @@ def test_identical_events_give_identical_plans() -> None:
 
 
 FAULTS = ["abort", "hold", "resume", "twice", "drop result", "drop plan", "kill", "replace"]
-OPERATIONS = st.sampled_from(["submit"] * 6 + ["round"] * 8 + ["plan", "stage", "execute", "deliver"] * 2 + FAULTS)
+OPERATIONS = st.sampled_from(
+    ["submit"] * 6 + ["round"] * 8 + ["plan", "stage", "execute", "deliver"] * 2 + FAULTS
+)
 
 
 def perform(world: World, operation: str, value: int) -> None:
@@ -301,7 +321,13 @@ def perform(world: World, operation: str, value: int) -> None:
         shared = prompt(0, (value >> 4) % 40)
         scored = (-1, -1, 0, 3)[(value >> 10) % 4]
         most = 0 if scored >= 0 and (value >> 12) % 3 == 0 else 1 + value % 40
-        world.submit([*shared, *prompt(value % 3, 1 + value % 7)], most, seed=value % 2, stop=value % 2 > 0, scored=scored)
+        world.submit(
+            [*shared, *prompt(value % 3, 1 + value % 7)],
+            most,
+            seed=value % 2,
+            stop=value % 2 > 0,
+            scored=scored,
+        )
     elif operation in ("plan", "round"):
         getattr(world, operation)()
     elif operation in ("stage", "execute"):
@@ -323,7 +349,12 @@ def perform(world: World, operation: str, value: int) -> None:
 
 
 # No shrinking: schedules are long, and the first failing one is already readable.
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 @given(
     data=st.integers(1, 3),
     pipeline=st.integers(1, 2),
@@ -332,10 +363,21 @@ def perform(world: World, operation: str, value: int) -> None:
     pages=st.sampled_from([26, 60]),
     script=st.lists(st.tuples(OPERATIONS, st.integers(0, 1 << 16)), min_size=30, max_size=120),
 )
-def test_any_schedule(data: int, pipeline: int, advance: int, end_every: int, pages: int, script: list[tuple[str, int]]) -> None:
-    """Late, lost, repeated messages, aborts, holds and deaths: checksums hold in every step, every row reads its own tokens from
-    its pages, published hashes are true, and every client gets exactly its tokens and its prompt's log-probabilities."""
-    world = World(Layout(data=data, pipeline=pipeline), pages=pages, page_size=4, max_len=96, advance=advance, end_every=end_every)
+def test_any_schedule(
+    data: int, pipeline: int, advance: int, end_every: int, pages: int, script: list[tuple[str, int]]
+) -> None:
+    """Late, lost, repeated messages, aborts, holds and deaths: checksums hold in every step, every
+    row reads its own tokens from its pages, published hashes are true, and every client gets
+    exactly its tokens and its prompt's log-probabilities.
+    """
+    world = World(
+        Layout(data=data, pipeline=pipeline),
+        pages=pages,
+        page_size=4,
+        max_len=96,
+        advance=advance,
+        end_every=end_every,
+    )
     for operation, value in script:
         perform(world, operation, value)
         world.planner.check()

@@ -9,7 +9,9 @@ from lockstep.engine.planner.token_log import TokenLog
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.one_of(st.integers(0, 3), st.lists(st.integers(0, 200), min_size=4, max_size=4)), max_size=30))
+@given(
+    st.lists(st.one_of(st.integers(0, 3), st.lists(st.integers(0, 200), min_size=4, max_size=4)), max_size=30)
+)
 def test_agrees_with_lists(script: list[int | list[int]]) -> None:
     """An int clears that row; four counts append that many tokens to the rows."""
     log, model, token = TokenLog(4), [[] for _ in range(4)], 0

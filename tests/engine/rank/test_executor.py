@@ -1,4 +1,6 @@
-"""The executor by hand-made plans: what it computes does not depend on how a planner cuts and mixes the work."""
+"""The executor by hand-made plans: what it computes does not depend on how a planner cuts and mixes
+the work.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def _alone(path: Path, request: Request) -> list[int]:
 def _transformers(path: Path, prompt: list[int], num_new: int) -> list[int]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     tokens = list(prompt)
     with torch.inference_mode():
         for _ in range(num_new):
@@ -60,7 +64,9 @@ def _transformers(path: Path, prompt: list[int], num_new: int) -> list[int]:
 def test_greedy_equals_transformers(path: Path) -> None:
     prompts = _prompts(3)
     requests = [Request(prompt, 8) for prompt in prompts]
-    assert Driver(build_executor(path), requests).run() == [_transformers(path, prompt, 8) for prompt in prompts]
+    assert Driver(build_executor(path), requests).run() == [
+        _transformers(path, prompt, 8) for prompt in prompts
+    ]
 
 
 def test_chunked_batched_held_and_late_equal_alone(path: Path) -> None:
@@ -69,20 +75,31 @@ def test_chunked_batched_held_and_late_equal_alone(path: Path) -> None:
     ways = {
         "batched": [Request(prompt, 24) for prompt in prompts],
         "chunked": [Request(prompt, 24, chunk=7) for prompt in prompts],
-        "arriving while others decode": [Request(prompt, 24, start=3 * i, chunk=5 + i) for i, prompt in enumerate(prompts)],
-        "held and resumed": [Request(prompt, 24, start=i, held=frozenset(range(8 + i, 15))) for i, prompt in enumerate(prompts)],
+        "arriving while others decode": [
+            Request(prompt, 24, start=3 * i, chunk=5 + i) for i, prompt in enumerate(prompts)
+        ],
+        "held and resumed": [
+            Request(prompt, 24, start=i, held=frozenset(range(8 + i, 15))) for i, prompt in enumerate(prompts)
+        ],
     }
     for name, requests in ways.items():
         driver = Driver(build_executor(path), requests, seed=len(name))
         assert driver.run() == alone, name
-        assert len({page for request in requests for page in request.pages}) >= sum(len(p) // PAGE_SIZE for p in prompts)
+        assert len({page for request in requests for page in request.pages}) >= sum(
+            len(p) // PAGE_SIZE for p in prompts
+        )
 
 
 def test_seeds_give_the_same_tokens_in_any_batch(qwen: Path) -> None:
     prompts = _prompts(4)
     hot = [Sampling(temperature=1.3, top_p=0.9, top_k=50, seed=seed) for seed in (1, 2, 1, -5)]
-    alone = [_alone(qwen, Request(prompt, 16, sampling)) for prompt, sampling in zip(prompts, hot, strict=True)]
-    mixed = [Request(prompt, 16, sampling, start=i) for i, (prompt, sampling) in enumerate(zip(prompts, hot, strict=True))]
+    alone = [
+        _alone(qwen, Request(prompt, 16, sampling)) for prompt, sampling in zip(prompts, hot, strict=True)
+    ]
+    mixed = [
+        Request(prompt, 16, sampling, start=i)
+        for i, (prompt, sampling) in enumerate(zip(prompts, hot, strict=True))
+    ]
     mixed.insert(2, Request(prompts[0], 20, GREEDY))
     tokens = Driver(build_executor(qwen), mixed).run()
     assert tokens[:2] + tokens[3:] == alone
@@ -91,8 +108,17 @@ def test_seeds_give_the_same_tokens_in_any_batch(qwen: Path) -> None:
 
 
 def test_an_emitted_part_counts_as_output(qwen: Path) -> None:
-    """A request that comes back after a preemption goes on as if nothing had happened, penalties and seeds included."""
-    sampling = Sampling(temperature=0.8, seed=4, presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.3, min_tokens=30)
+    """A request that comes back after a preemption goes on as if nothing had happened, penalties
+    and seeds included.
+    """
+    sampling = Sampling(
+        temperature=0.8,
+        seed=4,
+        presence_penalty=1.5,
+        frequency_penalty=0.5,
+        repetition_penalty=1.3,
+        min_tokens=30,
+    )
     prompt = _prompts(1)[0]
     whole = _alone(qwen, Request(prompt, 20, sampling))
     assert whole != _alone(qwen, Request(prompt, 20, Sampling(temperature=0.8, seed=4)))
@@ -102,10 +128,14 @@ def test_an_emitted_part_counts_as_output(qwen: Path) -> None:
         executor.stage(0, np.asarray(history, np.int32).tobytes())
         pages = np.arange(32, dtype=np.int32).tobytes()
         admit = Admit(5, 0, 0, cut, len(prompt) + 20, pages, sampling)
-        section = Section(rebase=True, admit=(admit,), extend_pairs=np.array([5, len(history)], np.int32).tobytes())
+        section = Section(
+            rebase=True, admit=(admit,), extend_pairs=np.array([5, len(history)], np.int32).tobytes()
+        )
         tokens = list(whole[:cut])
         for step in range(20 - cut):
-            plan = StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section())
+            plan = StepPlan(
+                Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section()
+            )
             tokens += np.frombuffer(executor.execute(plan).tokens_i32, np.int32).tolist()
         assert tokens == whole, f"cut at {cut}"
 
@@ -126,13 +156,17 @@ def test_cached_pages_are_read(qwen: Path) -> None:
     section = Section(rebase=True, admit=(admit,), extend_pairs=extend)
     tokens: list[int] = []
     for step in range(6):
-        result = executor.execute(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section()))
+        result = executor.execute(
+            StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section())
+        )
         tokens += np.frombuffer(result.tokens_i32, np.int32).tolist()
     assert tokens == expected
 
 
 def test_a_row_at_its_limit_emits_nothing_and_disturbs_nobody(qwen: Path) -> None:
-    """The planner frees a row in time; with drafts a row may reach its limit early and idle until it is freed."""
+    """The planner frees a row in time; with drafts a row may reach its limit early and idle until
+    it is freed.
+    """
     prompts = _prompts(2)
     alone = [_alone(qwen, Request(prompt, count)) for prompt, count in zip(prompts, (3, 9), strict=True)]
     executor = build_executor(qwen)
@@ -146,7 +180,9 @@ def test_a_row_at_its_limit_emits_nothing_and_disturbs_nobody(qwen: Path) -> Non
     section = Section(admit=tuple(admits), extend_pairs=np.asarray(extends, np.int32).tobytes())
     tokens: list[list[int]] = [[], []]
     for step in range(9):
-        result = executor.execute(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section()))
+        result = executor.execute(
+            StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section())
+        )
         flat = np.frombuffer(result.tokens_i32, np.int32).tolist()
         counts = list(result.counts_u8) or [1, 1]
         assert counts == ([1, 1] if step < 3 else [0, 1])
@@ -165,12 +201,21 @@ def test_ended_rows_min_tokens_and_logprobs(qwen: Path) -> None:
     assert tokens == alone  # a rank reports the end and goes on
     row = 0 if driver.plans[0].section.admit[0].slot < driver.plans[0].section.admit[1].slot else 1
     first = alone[0].index(alone[0][4])
-    ended = [number for number, result in enumerate(driver.results) if row in np.frombuffer(result.ended_i32, np.int32)]
-    assert ended == [number for number, token in enumerate(alone[0]) if token in (alone[0][4], 317)] and ended[0] == first
+    ended = [
+        number
+        for number, result in enumerate(driver.results)
+        if row in np.frombuffer(result.ended_i32, np.int32)
+    ]
+    assert (
+        ended == [number for number, token in enumerate(alone[0]) if token in (alone[0][4], 317)]
+        and ended[0] == first
+    )
     for number, result in enumerate(driver.results):
         (line,) = result.logprobs
         ids, values = np.frombuffer(line.top_ids_i32, np.int32), np.frombuffer(line.top_f32, np.float32)
-        assert (line.row, line.index) == (row, 0) and ids[0] == alone[0][number] and line.chosen == values[0] < 0
+        assert (
+            (line.row, line.index) == (row, 0) and ids[0] == alone[0][number] and line.chosen == values[0] < 0
+        )
         assert (np.diff(values) <= 0).all() and len(ids) == len(values) == 3
 
     late = Sampling(temperature=0.0, stop_i32=stop, min_tokens=first + 1)
@@ -181,7 +226,9 @@ def test_ended_rows_min_tokens_and_logprobs(qwen: Path) -> None:
 def test_bias(qwen: Path) -> None:
     prompts = _prompts(2)
     biased = Sampling(
-        temperature=0.0, bias_ids_i32=np.array([77], np.int32).tobytes(), bias_values_f32=np.array([100.0], np.float32).tobytes()
+        temperature=0.0,
+        bias_ids_i32=np.array([77], np.int32).tobytes(),
+        bias_values_f32=np.array([100.0], np.float32).tobytes(),
     )
     tokens = Driver(build_executor(qwen), [Request(prompts[0], 5, biased), Request(prompts[1], 5)]).run()
     assert tokens == [[77] * 5, _alone(qwen, Request(prompts[1], 5))]
@@ -227,8 +274,14 @@ def test_tokens_are_drawn_by_the_column_of_the_model(qwen: Path) -> None:
 
 def test_empty_steps_counts_and_checksums(qwen: Path) -> None:
     executor = build_executor(qwen)
-    empty = executor.execute(StepPlan(Header(0, 0, 0, -1, Mode.DECODE, 4, checksum=True, counts=True), Section()))
-    assert empty.tokens_i32 == b"" and empty.checksum == 0 and not np.frombuffer(empty.expert_i64, np.int64).any()
+    empty = executor.execute(
+        StepPlan(Header(0, 0, 0, -1, Mode.DECODE, 4, checksum=True, counts=True), Section())
+    )
+    assert (
+        empty.tokens_i32 == b""
+        and empty.checksum == 0
+        and not np.frombuffer(empty.expert_i64, np.int64).any()
+    )
     prompt = _prompts(1)[0]
     driver = Driver(executor, [Request(prompt, 4)])
     driver.run()

@@ -1,4 +1,6 @@
-"""An executor whose model computes with the Triton column samples by it too: the tokens of the CPU column, however they are drawn."""
+"""An executor whose model computes with the Triton column samples by it too: the tokens of the CPU
+column, however they are drawn.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from support.hand_plans import Driver, Request, build_executor
 SAMPLING = (
     Sampling(temperature=0.0, stop_i32=np.array([5], np.int32).tobytes(), min_tokens=2, num_logprobs=2),
     Sampling(temperature=0.7, top_k=40, top_p=0.9, seed=4, presence_penalty=1.5, repetition_penalty=1.3),
-    Sampling(temperature=0.0, bias_ids_i32=np.array([77], np.int32).tobytes(), bias_values_f32=np.array([100.0], np.float32).tobytes()),
+    Sampling(
+        temperature=0.0,
+        bias_ids_i32=np.array([77], np.int32).tobytes(),
+        bias_values_f32=np.array([100.0], np.float32).tobytes(),
+    ),
 )
 
 

@@ -16,8 +16,14 @@ from lockstep.engine.protocol.arrays import Int32, Int64
 from lockstep.engine.rank.grammars import Grammars, load_vocabulary
 from support.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"enum": ["東京", "dog"]}}, "required": ["a", "b"]}
-GRAMMAR = "start: %json " + json.dumps({**SCHEMA, "additionalProperties": False, "x-guidance": {"whitespace_flexible": False}})
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"enum": ["東京", "dog"]}},
+    "required": ["a", "b"],
+}
+GRAMMAR = "start: %json " + json.dumps(
+    {**SCHEMA, "additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
+)
 STOPS = np.array([END_OF_TEXT, IM_END], np.int32)
 NOTHING = np.zeros(0, np.int32)
 
@@ -52,7 +58,9 @@ def compiled(grammars: Grammars, count: int = 1) -> list[tuple[int, str]]:
     return told
 
 
-def admit(grammars: Grammars, slot: int, staged: int, emitted: Int32 = NOTHING, grammar: str = GRAMMAR) -> None:
+def admit(
+    grammars: Grammars, slot: int, staged: int, emitted: Int32 = NOTHING, grammar: str = GRAMMAR
+) -> None:
     grammars.stage(staged, grammar, emitted)
     assert compiled(grammars) == [(staged, "")]
     grammars.admit(slot, staged, STOPS)
@@ -83,7 +91,9 @@ def test_random_tokens_make_a_valid_object_and_end(grammars: Grammars, seed: int
     value = json.loads(tiny_tokenizer().decode(tokens[:-1], skip_special_tokens=False))
     assert value["b"] in ("東京", "dog")
     assert value["a"] <= 99
-    assert grammars.begin(slots(3)) is None, "a sequence that has ended is free: what it still samples is dropped"
+    assert grammars.begin(slots(3)) is None, (
+        "a sequence that has ended is free: what it still samples is dropped"
+    )
 
 
 def test_a_matcher_is_rebuilt_from_what_was_emitted(grammars: Grammars) -> None:
@@ -136,12 +146,16 @@ def test_a_grammar_that_cannot_be_followed_is_told_and_forgotten(grammars: Gramm
     assert told[2][1] == ""
 
 
-def test_a_token_outside_the_grammar_leaves_only_the_end(grammars: Grammars, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_token_outside_the_grammar_leaves_only_the_end(
+    grammars: Grammars, caplog: pytest.LogCaptureFixture
+) -> None:
     admit(grammars, 0, 1)
     grammars.observe(slots(0), slots(tiny_tokenizer().token_to_id("z")))
     assert allowed(grammars, 0).tolist() == STOPS.tolist()
     assert allowed(grammars, 0).tolist() == STOPS.tolist()
-    assert [record.message for record in caplog.records if "slot 0: its grammar allows no token" in record.message] != []
+    assert [
+        record.message for record in caplog.records if "slot 0: its grammar allows no token" in record.message
+    ] != []
 
 
 def test_unstaged_and_rebased_grammars_are_gone(grammars: Grammars) -> None:

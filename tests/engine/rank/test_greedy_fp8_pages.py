@@ -1,5 +1,7 @@
-"""Greedy tokens over FP8 pages do not depend on the layout: EP 1, 2 and 4, both portable dispatchers, whole and in chunks, alone and
-batched. Alone and whole is the reference here; what FP8 costs is measured elsewhere."""
+"""Greedy tokens over FP8 pages do not depend on the layout: EP 1, 2 and 4, both portable
+dispatchers, whole and in chunks, alone and batched. Alone and whole is the reference here; what FP8
+costs is measured elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,27 @@ def expected(paths: dict[str, Path]) -> dict[str, list[list[int]]]:
     for family, tokens in found.items():
         assert sum(map(len, tokens)) > NUM_PROMPTS * NUM_NEW / 2, f"{family}: too little is certain"
         plain = [entry.tokens for entry in load_prompts(family)]
-        assert any(mine != theirs[: len(mine)] for mine, theirs in zip(tokens, plain, strict=True)), "FP8 changes nothing?"
+        assert any(mine != theirs[: len(mine)] for mine, theirs in zip(tokens, plain, strict=True)), (
+            "FP8 changes nothing?"
+        )
     return found
 
 
-@pytest.mark.parametrize(("size", "dispatch"), [(1, "local"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all")])
-def test_layout(paths: dict[str, Path], expected: dict[str, list[list[int]]], size: int, dispatch: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "dispatch"), [(1, "local"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all")]
+)
+def test_layout(
+    paths: dict[str, Path], expected: dict[str, list[list[int]]], size: int, dispatch: str
+) -> None:
     if size == 1:
-        by_rank = [continue_over_fp8(Collectives("alone", 0, 1, None, 1.0, torch.device("cpu")), paths, dispatch)]
+        by_rank = [
+            continue_over_fp8(Collectives("alone", 0, 1, None, 1.0, torch.device("cpu")), paths, dispatch)
+        ]
     else:
         by_rank = run_ranks(continue_over_fp8, size, paths, dispatch)
     for family in FAMILIES:
         for rank, found in enumerate(by_rank):
-            for number, (tokens, sure) in enumerate(zip(found[family], expected[family][rank::size], strict=True)):
+            for number, (tokens, sure) in enumerate(
+                zip(found[family], expected[family][rank::size], strict=True)
+            ):
                 assert tokens[: len(sure)] == sure, f"{family}, rank {rank}, prompt {number}"

@@ -1,5 +1,7 @@
-"""Greedy tokens in float32 are those of transformers in every layout: EP 1, 2 and 4, both portable dispatchers, chunked and
-unchunked, alone and batched, on prompts whose margins are stored with them."""
+"""Greedy tokens in float32 are those of transformers in every layout: EP 1, 2 and 4, both portable
+dispatchers, chunked and unchunked, alone and batched, on prompts whose margins are stored with
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import torch
 from lockstep.parallel.collectives import Collectives
 from support.gloo_ranks import run_ranks
 from support.greedy_layouts import continue_prompts
-from support.greedy_prompts import FAMILIES, MIN_MARGIN, NUM_NEW, NUM_PROMPTS, Reference, load_prompts, write_family
+from support.greedy_prompts import (
+    FAMILIES,
+    MIN_MARGIN,
+    NUM_NEW,
+    NUM_PROMPTS,
+    Reference,
+    load_prompts,
+    write_family,
+)
 from support.hand_plans import Driver, Request, build_executor
 
 LAYOUTS = [(1, "local"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all"), (4, "all_gather")]
@@ -26,14 +36,22 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(
-    scope="module", params=itertools.product(LAYOUTS, GROUPS), ids=lambda param: f"{param[0][0]}-{param[0][1]}-{param[1][0]}..."
+    scope="module",
+    params=itertools.product(LAYOUTS, GROUPS),
+    ids=lambda param: f"{param[0][0]}-{param[0][1]}-{param[1][0]}...",
 )
-def tokens_by_rank(request: pytest.FixtureRequest, paths: dict[str, Path]) -> list[dict[str, list[list[int]]]]:
-    """What every rank of a layout found: by family, the tokens of its prompts. One start of processes serves a group of families."""
+def tokens_by_rank(
+    request: pytest.FixtureRequest, paths: dict[str, Path]
+) -> list[dict[str, list[list[int]]]]:
+    """What every rank of a layout found: by family, the tokens of its prompts. One start of
+    processes serves a group of families.
+    """
     (size, dispatch), group = request.param
     chosen = {family: paths[family] for family in group}
     if size == 1:
-        return [continue_prompts(Collectives("alone", 0, 1, None, 1.0, torch.device("cpu")), chosen, dispatch)]
+        return [
+            continue_prompts(Collectives("alone", 0, 1, None, 1.0, torch.device("cpu")), chosen, dispatch)
+        ]
     return run_ranks(continue_prompts, size, chosen, dispatch)
 
 
@@ -46,13 +64,17 @@ def test_the_stored_prompts_are_what_transformers_says(family: str, paths: dict[
     for entry in prompts:
         best, top2, router = reference.judge(entry.prompt, entry.tokens)
         assert best == entry.tokens and min(top2, router) > MIN_MARGIN
-        assert top2 == pytest.approx(entry.top2_margin, abs=1e-5) and router == pytest.approx(entry.router_margin, abs=1e-5)
+        assert top2 == pytest.approx(entry.top2_margin, abs=1e-5) and router == pytest.approx(
+            entry.router_margin, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone(family: str, paths: dict[str, Path]) -> None:
     for number, entry in enumerate(load_prompts(family)):
-        assert Driver(build_executor(paths[family]), [Request(entry.prompt, NUM_NEW)]).run()[0] == entry.tokens, f"prompt {number}"
+        assert (
+            Driver(build_executor(paths[family]), [Request(entry.prompt, NUM_NEW)]).run()[0] == entry.tokens
+        ), f"prompt {number}"
 
 
 def test_layout(tokens_by_rank: list[dict[str, list[list[int]]]]) -> None:
@@ -61,4 +83,6 @@ def test_layout(tokens_by_rank: list[dict[str, list[list[int]]]]) -> None:
     for family in tokens_by_rank[0]:
         assert not size > 1 or tokens_by_rank[-1][family] == []
         for rank in range(holders):
-            assert tokens_by_rank[rank][family] == [entry.tokens for entry in load_prompts(family)[rank::holders]], f"{family}, rank {rank}"
+            assert tokens_by_rank[rank][family] == [
+                entry.tokens for entry in load_prompts(family)[rank::holders]
+            ], f"{family}, rank {rank}"

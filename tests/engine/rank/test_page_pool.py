@@ -19,11 +19,15 @@ CPU = torch.device("cpu")
 
 def test_an_explicit_size_is_taken_as_it_is() -> None:
     assert fit_pages(1000, 16, PoolLimits(10_999, 32, 1), CPU) == 10
-    with pytest.raises(ValueError, match=r"kv_cache\.memory: 999 bytes hold no page of 1000 bytes \(16 tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"kv_cache\.memory: 999 bytes hold no page of 1000 bytes \(16 tokens\)"
+    ):
         fit_pages(1000, 16, PoolLimits(999, 32, 1), CPU)
 
 
-def test_auto_takes_a_share_of_what_is_free_and_no_more_than_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_a_share_of_what_is_free_and_no_more_than_can_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 100_000)
     assert fit_pages(1000, 16, PoolLimits(None, 10**9, 1), CPU) == 50
     assert fit_pages(1000, 16, PoolLimits(None, 10**9, 4), CPU) == 12
@@ -43,7 +47,9 @@ def test_free_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pyt
     assert free_bytes(CPU) > 1_000_000
 
 
-@pytest.mark.parametrize(("kv_format", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.uint8)])
+@pytest.mark.parametrize(
+    ("kv_format", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.uint8)]
+)
 @pytest.mark.parametrize("config", [qwen3_moe_config(), deepseek_v3_config()])
 def test_the_cache_is_zeroed_and_costs_what_is_said(
     tmp_path: Path, config: dict[str, object], kv_format: KvFormat, dtype: torch.dtype
@@ -53,7 +59,11 @@ def test_the_cache_is_zeroed_and_costs_what_is_said(
     tensors = [tensor for layer in pool.cache for tensor in layer]
     assert len(pool.cache) == 3 and all(tensor.dtype == dtype and not tensor.any() for tensor in tensors)
     assert all(len(tensor) == 6 * 8 for tensor in tensors) and pool.scratch == 5  # one page more than counted
-    assert sum(tensor.nbytes for tensor in tensors) == 6 * pool.page_bytes == 6 * bytes_per_page(model, 8, kv_format)
+    assert (
+        sum(tensor.nbytes for tensor in tensors)
+        == 6 * pool.page_bytes
+        == 6 * bytes_per_page(model, 8, kv_format)
+    )
     tensors[0][3] = 1
     assert tensors[0].sum() == tensors[0][3].numel()
 

@@ -1,4 +1,6 @@
-"""Log-probabilities of prompts as a rank computes them are transformers', however the work is cut and whatever runs beside it."""
+"""Log-probabilities of prompts as a rank computes them are transformers', however the work is cut
+and whatever runs beside it.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +32,30 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("world", "dispatch"), [(1, "local"), (2, "all_to_all")])
-def test_they_are_those_of_transformers(checkpoints: dict[str, Path], family: str, world: int, dispatch: str) -> None:
+def test_they_are_those_of_transformers(
+    checkpoints: dict[str, Path], family: str, world: int, dispatch: str
+) -> None:
     path = checkpoints[family]
     alone = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))
-    shares = [score_share(alone, path, dispatch)] if world == 1 else run_ranks(score_share, world, path, dispatch)
+    shares = (
+        [score_share(alone, path, dispatch)] if world == 1 else run_ranks(score_share, world, path, dispatch)
+    )
     found = [each for share in shares for each in share]
     expected = reference(path, [prompt for prompt, _ in found])
     for (prompt, told), logprobs_TV in zip(found, expected, strict=True):
         assert_told(told, prompt, logprobs_TV, 4)
 
 
-def test_logits_are_made_a_slice_at_a_time(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_made_a_slice_at_a_time(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = checkpoints["qwen3_moe"]
     executor = build_executor(path)
     monkeypatch.setattr(prompt_scores, "_SLICE_BYTES", 4 * 320 * 3 + 7)
     widths, logits = [], executor.model.logits
-    monkeypatch.setattr(executor.model, "logits", lambda hidden_RD: (widths.append(len(hidden_RD)), logits(hidden_RD))[1])
+    monkeypatch.setattr(
+        executor.model, "logits", lambda hidden_RD: (widths.append(len(hidden_RD)), logits(hidden_RD))[1]
+    )
     [prompt] = prompts(1, 6)
     driver = Driver(executor, [Request(prompt, 1, scored(2))])
     driver.run()
@@ -54,7 +64,9 @@ def test_logits_are_made_a_slice_at_a_time(checkpoints: dict[str, Path], monkeyp
 
 
 def test_what_was_emitted_is_no_prompt_and_what_is_cached_is_left_out(checkpoints: dict[str, Path]) -> None:
-    """Admitted again with a page that is there and three tokens sampled before, at a limit that leaves nothing to sample."""
+    """Admitted again with a page that is there and three tokens sampled before, at a limit that
+    leaves nothing to sample.
+    """
     path = checkpoints["qwen3_moe"]
     tokens = prompts(1, 9)[0][:1] + list(range(40, 70))
     executor = build_executor(path)
@@ -65,12 +77,18 @@ def test_what_was_emitted_is_no_prompt_and_what_is_cached_is_left_out(checkpoint
     pages = np.asarray([shared, *(page for page in range(200, 210) if page != shared)], np.int32).tobytes()
     admit = Admit(3, 9, PAGE_SIZE, 3, len(tokens), pages, scored(1))
     extend = np.array([3, len(tokens) - PAGE_SIZE], np.int32).tobytes()
-    result = executor.execute(StepPlan(Header(0, 0, 0, -1, Mode.MIXED, 512), Section(rebase=True, admit=(admit,), extend_pairs=extend)))
+    result = executor.execute(
+        StepPlan(
+            Header(0, 0, 0, -1, Mode.MIXED, 512), Section(rebase=True, admit=(admit,), extend_pairs=extend)
+        )
+    )
     assert (result.tokens_i32, result.counts_u8) == (b"", b"\0")
     [again] = result.prompt_logprobs
     assert again.position == PAGE_SIZE + 1
     known = [chosen for _, chosen, *_ in tell(driver)[0]]
-    assert np.allclose(np.frombuffer(again.chosen_f32, np.float32), known[PAGE_SIZE : len(tokens) - 3 - 1], atol=1e-4)
+    assert np.allclose(
+        np.frombuffer(again.chosen_f32, np.float32), known[PAGE_SIZE : len(tokens) - 3 - 1], atol=1e-4
+    )
 
 
 def test_the_size_that_is_documented() -> None:
@@ -81,6 +99,8 @@ def test_the_size_that_is_documented() -> None:
 
 def test_one_token_and_no_request_for_them_say_nothing(checkpoints: dict[str, Path]) -> None:
     executor = build_executor(checkpoints["qwen3_moe"])
-    driver = Driver(executor, [Request([7], 2, scored(2)), Request(prompts(1, 4)[0], 2, Sampling(num_logprobs=3))])
+    driver = Driver(
+        executor, [Request([7], 2, scored(2)), Request(prompts(1, 4)[0], 2, Sampling(num_logprobs=3))]
+    )
     driver.run()
     assert tell(driver) == [[], []]

@@ -1,4 +1,6 @@
-"""The rank's side of the protocol over real CURVE sockets, with an executor that only takes notes."""
+"""The rank's side of the protocol over real CURVE sockets, with an executor that only takes
+notes.
+"""
 
 from __future__ import annotations
 
@@ -183,15 +185,21 @@ def test_a_controller_that_is_gone_is_missed(controller: MockController) -> None
     start = time.monotonic()
     controller.unbind()
     error = running.end()
-    assert isinstance(error, ControllerLost) and all(address in str(error) for address in controller.addresses.values())
-    assert 0.9 < time.monotonic() - start < 0.9 * ABSENCE_SECONDS, "after its own time, however slow the machine, and not the usual one"
+    assert isinstance(error, ControllerLost) and all(
+        address in str(error) for address in controller.addresses.values()
+    )
+    assert 0.9 < time.monotonic() - start < 0.9 * ABSENCE_SECONDS, (
+        "after its own time, however slow the machine, and not the usual one"
+    )
 
 
 def test_a_controller_that_never_answers_is_missed() -> None:
     nobody = MockController()
     spec = nobody.spec()
     nobody.close()
-    assert isinstance(Running(NotingExecutor(), RankSockets(spec, absence=0.2, patience=1.0)).end(), ControllerLost)
+    assert isinstance(
+        Running(NotingExecutor(), RankSockets(spec, absence=0.2, patience=1.0)).end(), ControllerLost
+    )
 
 
 def test_hello_is_said_when_plans_can_come(controller: MockController) -> None:
@@ -210,7 +218,9 @@ def test_hello_is_said_when_plans_can_come(controller: MockController) -> None:
 
 
 @pytest.mark.parametrize("name", ["step", "bulk"])
-def test_hello_is_said_again_when_one_of_the_connections_has_come_back(name: str, controller: MockController) -> None:
+def test_hello_is_said_again_when_one_of_the_connections_has_come_back(
+    name: str, controller: MockController
+) -> None:
     executor = NotingExecutor()
     running = Running(executor, RankSockets(controller.spec()))
     assert controller.receive("bulk") == executor.hello()

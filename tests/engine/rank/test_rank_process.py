@@ -42,19 +42,35 @@ def test_a_rank_serves_and_stops(path: Path, controller: MockController) -> None
     with start_rank(controller.spec(model_path=str(path), kv_memory=1 << 20)) as process:
         hello = controller.receive("bulk")
         assert isinstance(hello, RankHello) and hello.pid == process.pid
-        assert hello.num_pages == (1 << 20) // hello.page_bytes and (hello.num_layers, hello.num_expert_slots) == (3, 8)
+        assert hello.num_pages == (1 << 20) // hello.page_bytes and (
+            hello.num_layers,
+            hello.num_expert_slots,
+        ) == (3, 8)
         controller.send(Stage(0, _i32(*prompt)))
         assert controller.receive("bulk") == Staged(0, 0)
         admit = Admit(2, 0, 0, 0, len(prompt) + 5, _i32(9, 3, 5, 7), GREEDY)
-        section = Section(rebase=True, admit=(admit,), extend_pairs=_i32(2, len(prompt)), publish_i32=_i32(9), publish_h128=b"h" * 16)
+        section = Section(
+            rebase=True,
+            admit=(admit,),
+            extend_pairs=_i32(2, len(prompt)),
+            publish_i32=_i32(9),
+            publish_h128=b"h" * 16,
+        )
         tokens: list[int] = []
         for step in range(5):
-            controller.send(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 64, counts=step == 4), section if step == 0 else Section()))
+            controller.send(
+                StepPlan(
+                    Header(0, 0, step, step - 1, Mode.MIXED, 64, counts=step == 4),
+                    section if step == 0 else Section(),
+                )
+            )
             result = controller.receive("step")
             tokens += np.frombuffer(result.tokens_i32, np.int32).tolist()
         assert tokens == expected
         dispatch, expert, combine = np.frombuffer(result.phases_f32, np.float32).tolist()
-        assert dispatch == combine == 0 < expert, "nothing travels, and the experts' time is counted all the same"
+        assert dispatch == combine == 0 < expert, (
+            "nothing travels, and the experts' time is counted all the same"
+        )
         controller.send(Stop("done"))
         process.join(60.0)
         assert process.exitcode == 0

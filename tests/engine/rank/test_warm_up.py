@@ -1,4 +1,6 @@
-"""After the warm-up the real model needs no kernel that has not been compiled or read from the disk."""
+"""After the warm-up the real model needs no kernel that has not been compiled or read from the
+disk.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from support import checkpoints
 _CONFIGS = {"qwen3_moe": checkpoints.qwen3_moe_config, "deepseek_v3": checkpoints.deepseek_v3_config}
 _SUPPORT = Path(checkpoints.__file__).parent.parent
 
-# In a process of its own, which has used no kernel yet. ``taken`` counts the forms of kernels that were compiled or read.
+# In a process of its own, which has used no kernel yet. ``taken`` counts the forms of kernels that
+# were compiled or read.
 _SCRIPT = """
 import functools, gc, sys
 from pathlib import Path
@@ -53,10 +56,16 @@ assert not new, f"not warm: {new}"
 
 @pytest.mark.parametrize(
     ("dtype", "pages", "dispatch"),
-    [("float32", "float32", "all_to_all"), ("bfloat16", "bfloat16", "local"), ("bfloat16", "uint8", "all_gather")],
+    [
+        ("float32", "float32", "all_to_all"),
+        ("bfloat16", "bfloat16", "local"),
+        ("bfloat16", "uint8", "all_gather"),
+    ],
 )
 @pytest.mark.parametrize("family", _CONFIGS)
-def test_the_model_compiles_nothing_after_the_warm_up(family: str, dtype: str, pages: str, dispatch: str, tmp_path: Path) -> None:
+def test_the_model_compiles_nothing_after_the_warm_up(
+    family: str, dtype: str, pages: str, dispatch: str, tmp_path: Path
+) -> None:
     path = checkpoints.write_checkpoint(tmp_path / "model", _CONFIGS[family]())
     command = [sys.executable, "-c", _SCRIPT, str(_SUPPORT), str(path), dtype, pages, dispatch]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)

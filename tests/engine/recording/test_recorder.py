@@ -51,7 +51,9 @@ def record(path: Path) -> int:
         planner.take_output()
         if plan is not None:
             plans += 1
-            results = [ranks[data].execute(StepPlan(plan.header, section)) for data, section in plan.sections.items()]
+            results = [
+                ranks[data].execute(StepPlan(plan.header, section)) for data, section in plan.sections.items()
+            ]
             booked = [result for result in results if isinstance(result, StepResult)]
             recorder.event("results", booked)
             planner.results(booked)
@@ -115,11 +117,15 @@ def test_the_command_replays_a_recording(tmp_path: Path) -> None:
     assert output.endswith(f"\n{plans} plans replayed, all as recorded\n")
 
 
-def test_the_command_names_step_and_versions_where_a_plan_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_names_step_and_versions_where_a_plan_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(recorder, "__version__", "0.0.7")
     digests = iter([True] * 12)
     plain = recorder.digest
-    monkeypatch.setattr(recorder, "digest", lambda plan: plain(plan) if plan is None or next(digests, None) else b"another")
+    monkeypatch.setattr(
+        recorder, "digest", lambda plan: plain(plan) if plan is None or next(digests, None) else b"another"
+    )
     record(tmp_path / "recording")
     monkeypatch.undo()
     code, output, errors = command(tmp_path / "recording")
@@ -136,7 +142,11 @@ def test_the_command_names_step_and_versions_where_a_plan_differs(tmp_path: Path
     ("old", "new", "words"),
     [
         (b"\xabmax_running\x04", b"\xabmax_running\x03", "settings are not read as they were recorded"),
-        (b"\xabmax_running\x04", b"\xabmax_running\xc0", "settings are not understood: Expected `int`, got `None`"),
+        (
+            b"\xabmax_running\x04",
+            b"\xabmax_running\xc0",
+            "settings are not understood: Expected `int`, got `None`",
+        ),
         (b"\x92\xa4tidy\x90", b"\x92\xa4tiny\x90", "step 0: the recording names the unknown call 'tiny'"),
         (b"\xa7version", b"\xa7aversio", "its first record does not say who made it"),
     ],

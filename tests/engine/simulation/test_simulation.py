@@ -1,4 +1,6 @@
-"""The controller's loop in virtual time: every request is answered, times are what arithmetic says, and what never ends is named."""
+"""The controller's loop in virtual time: every request is answered, times are what arithmetic says,
+and what never ends is named.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class Log:
                 self.rejected[message.handle] = message.status
             elif isinstance(message, TokenBatch):
                 ends = np.frombuffer(message.finish_u8, np.uint8).tolist()
-                for handle, end in zip(np.frombuffer(message.handles_i64, np.int64).tolist(), ends, strict=True):
+                for handle, end in zip(
+                    np.frombuffer(message.handles_i64, np.int64).tolist(), ends, strict=True
+                ):
                     self.tokens.setdefault(handle, []).append(now)
                     if end:
                         self.finished[handle] = now
@@ -69,14 +73,26 @@ class Log:
 
 
 def settings_of(layout: Layout = Layout(), *, pages: int = 64, **spec: object) -> Settings:  # noqa: B008 - frozen
-    own = {"max_running": 4, "max_batch_tokens": 64, "checksum_every": 1, "pacing": False, "inter_token_target": 1e9} | spec
+    own = {
+        "max_running": 4,
+        "max_batch_tokens": 64,
+        "checksum_every": 1,
+        "pacing": False,
+        "inter_token_target": 1e9,
+    } | spec
     return Settings(layout, SchedulerSpec(**own), [pages] * layout.data, 4, 256)  # type: ignore[arg-type]
 
 
 def arrival(number: int, at: float, num_prompt: int, output: int, *, alike: int = 0) -> Arrival:
     """A request whose prompt begins with ``alike`` tokens that all have."""
-    prompt = (np.arange(num_prompt) + np.where(np.arange(num_prompt) < alike, 0, 1000 * (number + 1))).astype(np.int32).tobytes()
-    return at, Submit(number, f"r{number}", prompt, chain_hashes(ROOT, prompt, 4), num_prompt + output, Sampling())
+    prompt = (
+        (np.arange(num_prompt) + np.where(np.arange(num_prompt) < alike, 0, 1000 * (number + 1)))
+        .astype(np.int32)
+        .tobytes()
+    )
+    return at, Submit(
+        number, f"r{number}", prompt, chain_hashes(ROOT, prompt, 4), num_prompt + output, Sampling()
+    )
 
 
 def run(chosen: Settings, times: simulation.StepTimes, arrivals: list[Arrival]) -> tuple[Log, Simulation]:
@@ -159,7 +175,11 @@ def test_the_same_arrivals_give_the_same_times() -> None:
 
 @given(
     layout=st.builds(Layout, pipeline=st.integers(1, 3), data=st.integers(1, 3), tensor=st.integers(1, 2)),
-    asks=st.lists(st.tuples(st.floats(0, 20), st.integers(1, 100), st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=30),
+    asks=st.lists(
+        st.tuples(st.floats(0, 20), st.integers(1, 100), st.integers(1, 60), st.integers(0, 60)),
+        min_size=1,
+        max_size=30,
+    ),
     pages=st.integers(64, 80),
     queue=st.integers(1, 40),
     pacing=st.booleans(),
@@ -170,7 +190,10 @@ def test_every_request_is_answered_and_tokens_add_up(
 ) -> None:
     """The planner compares the state of the ranks with its own after every step."""
     ordered = sorted(asks)
-    arrivals = [arrival(number, at, prompt, output, alike=alike) for number, (at, prompt, output, alike) in enumerate(ordered)]
+    arrivals = [
+        arrival(number, at, prompt, output, alike=alike)
+        for number, (at, prompt, output, alike) in enumerate(ordered)
+    ]
     chosen = settings_of(layout, pages=pages, max_queue=queue, pacing=pacing)
     log, simulated = run(chosen, Line(0.5, 0.01, layout.pipeline), arrivals)
     assert set(log.finished) | set(log.rejected) == set(range(len(asks)))
@@ -180,7 +203,9 @@ def test_every_request_is_answered_and_tokens_add_up(
             assert len(times) == output
             assert times[0] >= at + 0.5 * layout.pipeline
             assert (np.diff(times) >= 0.5 * layout.pipeline - 1e-9).all(), "a token needs the one before it"
-    assert simulated.planner.group.counters.generation_tokens == sum(len(times) for times in log.tokens.values())
+    assert simulated.planner.group.counters.generation_tokens == sum(
+        len(times) for times in log.tokens.values()
+    )
     assert set(log.rejected.values()) <= {503}
 
 
@@ -192,7 +217,9 @@ def test_pressure_preempts_and_everybody_still_gets_everything() -> None:
 
 
 def test_the_group_does_what_its_ranks_would() -> None:
-    """``SimulatedRank`` is the reference: tokens, context and checksums of every step, on every rank."""
+    """``SimulatedRank`` is the reference: tokens, context and checksums of every step, on every
+    rank.
+    """
     chosen = settings_of(Layout(data=2), pages=70)
     planner, group = chosen.planner(), SimulatedGroup(chosen)
     ranks = [SimulatedRank(rank, 4, 64) for rank in range(2)]
@@ -220,7 +247,10 @@ def test_the_group_does_what_its_ranks_would() -> None:
             theirs = ranks[data].execute(StepPlan(plan.header, section))
             assert isinstance(theirs, StepResult)
             assert theirs.seconds == getattr(executed.work, name)[data]
-            assert (len(theirs.tokens_i32), theirs.checksum) == (len(mine[data].tokens_i32), mine[data].checksum)
+            assert (len(theirs.tokens_i32), theirs.checksum) == (
+                len(mine[data].tokens_i32),
+                mine[data].checksum,
+            )
         planner.results(mine)
     assert steps > 60
 
@@ -237,7 +267,9 @@ def test_a_request_that_never_ends_is_named() -> None:
         yield arrival(1, 5.0, 8, 3)
         simulated.planner.hold(0, 0, held=True)
 
-    with pytest.raises(Stuck, match=r"nothing can happen any more, but request r0 \(8 prompt tokens, limit 58\) decodes at"):
+    with pytest.raises(
+        Stuck, match=r"nothing can happen any more, but request r0 \(8 prompt tokens, limit 58\) decodes at"
+    ):
         simulated.run(arrivals())
     assert set(log.finished) == {1}
     assert gc.isenabled()
@@ -245,14 +277,20 @@ def test_a_request_that_never_ends_is_named() -> None:
 
 def test_steps_without_a_token_for_anybody_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "patience", lambda settings: 5)
-    with pytest.raises(Stuck, match=r"no.* token for 5 steps, and request r0 \(200 prompt tokens, limit 202\) is in prefill"):
+    with pytest.raises(
+        Stuck, match=r"no.* token for 5 steps, and request r0 \(200 prompt tokens, limit 202\) is in prefill"
+    ):
         run(settings_of(max_batch_tokens=4), Line(), [arrival(0, 0.0, 200, 2)])
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_a_long_prompt_in_small_chunks_is_waited_for(pipeline: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "PATIENCE", 5)
-    log, _ = run(settings_of(Layout(pipeline=pipeline), max_batch_tokens=2), Line(stages=pipeline), [arrival(0, 0.0, 200, 2)])
+    log, _ = run(
+        settings_of(Layout(pipeline=pipeline), max_batch_tokens=2),
+        Line(stages=pipeline),
+        [arrival(0, 0.0, 200, 2)],
+    )
     assert set(log.finished) == {0}
 
 

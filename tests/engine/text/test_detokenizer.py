@@ -101,11 +101,15 @@ def test_window_detokenizer_hides_and_shows() -> None:
 def test_render_refuses_a_template_error_and_reserved_names(codec: Codec) -> None:
     with pytest.raises(ApiError, match=r"chat_template_kwargs\.tokenize is not allowed"):
         codec.render([{"role": "user", "content": "x"}], None, tokenize=True)
-    assert codec.render([{"role": "user", "content": "x"}], None, add_generation_prompt=True).endswith("assistant\n")
+    assert codec.render([{"role": "user", "content": "x"}], None, add_generation_prompt=True).endswith(
+        "assistant\n"
+    )
 
 
 def test_a_directory_without_a_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.path: .* neither tokenizer\.json nor tiktoken\.model is there"):
+    with pytest.raises(
+        ValueError, match=r"model\.path: .* neither tokenizer\.json nor tiktoken\.model is there"
+    ):
         Codec(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"model\.path: the tokenizer of .* cannot be loaded"):

@@ -1,4 +1,6 @@
-"""Kimi-K2's form of a tokenizer against the ``tiktoken`` library: the same ids and the same text."""
+"""Kimi-K2's form of a tokenizer against the ``tiktoken`` library: the same ids and the same
+text.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +58,18 @@ def test_any_mixture(codec: Codec, reference: tiktoken.Encoding, text: str) -> N
 
 
 @given(st.binary(max_size=24))
-def test_broken_characters_are_shown_as_tiktoken_shows_them(codec: Codec, reference: tiktoken.Encoding, data: bytes) -> None:
+def test_broken_characters_are_shown_as_tiktoken_shows_them(
+    codec: Codec, reference: tiktoken.Encoding, data: bytes
+) -> None:
     assert codec.decode(list(data), skip_special_tokens=False) == reference.decode(list(data))
 
 
 def test_special_tokens(codec: Codec) -> None:
     assert codec.eos_id == SPECIAL["<|im_end|>"]
     ids = codec.encode("<|im_user|>the<|tool|>" + UNNAMED, add_special_tokens=False)
-    assert codec.decode(ids, skip_special_tokens=True) == "the<|tool|>", "<|tool|> is not special in tokenizer_config.json"
+    assert codec.decode(ids, skip_special_tokens=True) == "the<|tool|>", (
+        "<|tool|> is not special in tokenizer_config.json"
+    )
     assert max(SPECIAL.values()) == FIRST + 255 and codec.ids_of(SPECIAL) == frozenset(SPECIAL.values())
 
 
@@ -76,9 +82,15 @@ def test_the_template_comes_from_either_file(codec: Codec, tmp_path: Path) -> No
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "code": ({"auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}, "auto_map.AutoTokenizer is 'tokenization_qwen"),
+    "code": (
+        {"auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}},
+        "auto_map.AutoTokenizer is 'tokenization_qwen",
+    ),
     "no code": ({"auto_map": {}}, "auto_map.AutoTokenizer is None"),
-    "outside": ({"added_tokens_decoder": {"9": {"content": "x"}}}, f"names token 9; expected {FIRST} to {FIRST + 255}"),
+    "outside": (
+        {"added_tokens_decoder": {"9": {"content": "x"}}},
+        f"names token 9; expected {FIRST} to {FIRST + 255}",
+    ),
     "unknown": ({"eos_token": "<|nothing|>"}, r"eos_token is '<\|nothing\|>', which is no token"),
 }
 
@@ -92,7 +104,11 @@ def test_errors_name_the_file(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [(b"!!! 5\n", f"line {FIRST + 1} is not a token"), (b"YQ==\n", f"line {FIRST + 1}"), (b"enp6 999\n", "without gaps")],
+    [
+        (b"!!! 5\n", f"line {FIRST + 1} is not a token"),
+        (b"YQ==\n", f"line {FIRST + 1}"),
+        (b"enp6 999\n", "without gaps"),
+    ],
 )
 def test_a_broken_rank_file_is_refused(line: bytes, message: str, tmp_path: Path) -> None:
     file = write_tokenizer(tmp_path / "m") / "tiktoken.model"

@@ -32,14 +32,19 @@ def test_cases_are_distinct_and_name_every_size() -> None:
         assert ("experts_fp8", f"DeepSeek-V3 EP {spread}: 1 tokens, {slots} slots") in names
     for op, model in (("attend", "Qwen3"), ("mla_attend", "DeepSeek-V3")):
         for kind in ("", ", FP8 pages"):
-            decode = [name for name in names if name[0] == op and name[1].startswith(f"{model} decode{kind}: ")]
+            decode = [
+                name for name in names if name[0] == op and name[1].startswith(f"{model} decode{kind}: ")
+            ]
             assert len(decode) == 18 and (op, f"{model} extend{kind}: 2048 over 8192") in names
 
 
 def test_every_op_of_the_table_has_a_case() -> None:
     plain = {"column", "linear", "pack", "pack_slots"}
     moved = {"group_pairs", "unpermute"}  # with permute
-    made_of_others = {"attention_sublayer", "experts_sublayer"}  # whose cases tell what they take; bench_vllm.py measures the whole
+    made_of_others = {
+        "attention_sublayer",
+        "experts_sublayer",
+    }  # whose cases tell what they take; bench_vllm.py measures the whole
     missing = set(Ops.__dataclass_fields__) - plain - moved - made_of_others - {case.op for case in cases()}
     assert missing == {"rms_norm_fp8"}  # as with a residual
 
@@ -75,7 +80,10 @@ def test_attention_and_its_rival_compute_the_same(shape: str) -> None:
 def test_errors_are_norms_of_numbers_and_shares_of_integers() -> None:
     x = torch.tensor([3.0, 4.0])
     assert error_of(lambda: x * 1.01, lambda: x) == "1.0e-02"
-    assert error_of(lambda: (x, torch.tensor([1, 2, 3, 4])), lambda: (x, torch.tensor([1, 2, 3, 5]))) == "2.5e-01"
+    assert (
+        error_of(lambda: (x, torch.tensor([1, 2, 3, 4])), lambda: (x, torch.tensor([1, 2, 3, 5])))
+        == "2.5e-01"
+    )
     assert error_of(lambda: None, lambda: None) == ""
 
 
@@ -93,7 +101,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_no_size_of_a_step_is_read_by_the_host(launches: list[str]) -> None:
-    """Tensors on ``meta`` have shapes and no values: whatever the host would read of one fails, grids included."""
+    """Tensors on ``meta`` have shapes and no values: whatever the host would read of one fails,
+    grids included.
+    """
     seen = set()
     for case in cases():
         if case.card and (case.op, case.shape.partition(":")[0]) not in seen:
@@ -114,18 +124,34 @@ def test_that_check_can_fail(op: str, shape: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the card")
 def test_a_machine_without_a_card_measures_its_own_rows_and_leaves_the_others_open(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lockstep.kernels.bench", "--out", str(tmp_path), "--only", "Qwen3: 1 tokens", "--each", "0.05"]
+    command = [
+        sys.executable,
+        "-m",
+        "lockstep.kernels.bench",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "Qwen3: 1 tokens",
+        "--each",
+        "0.05",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     row, plain = (row for row in rows_of(tmp_path / "kernels_cpu.csv") if row["op"] == "gate")
-    assert (row["implementation"], plain["implementation"]) == ("cpu", "reference") and float(row["error"]) < 1e-2
-    assert float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) and float(row["copy_gb_s"]) > 0
+    assert (row["implementation"], plain["implementation"]) == ("cpu", "reference") and float(
+        row["error"]
+    ) < 1e-2
+    assert (
+        float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) and float(row["copy_gb_s"]) > 0
+    )
     assert row["hardware"] and row["torch"] == torch.__version__ and row["commit"]
     assert {row["p50_us"] for row in rows_of(tmp_path / "kernels_gpu.csv")} == {NOT_MEASURED}
     # What a card has measured since is not this machine's to overwrite.
     text = (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8").replace(NOT_MEASURED, "7.0")
     (tmp_path / "kernels_gpu.csv").write_text(text, encoding="utf-8")
-    assert subprocess.run(command, capture_output=True, timeout=280, check=False, cwd=tmp_path).returncode == 0
+    assert (
+        subprocess.run(command, capture_output=True, timeout=280, check=False, cwd=tmp_path).returncode == 0
+    )
     assert (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8") == text
 
 

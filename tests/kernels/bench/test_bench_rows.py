@@ -14,7 +14,15 @@ from lockstep.kernels.bench.rows import NOT_MEASURED, Ledger, Row, blank_row
 BLANK = blank_row(None, Ceilings(4e12, 8e14, 1.5e15), "abc")
 
 
-def row(op: str, shape: str, implementation: str, us: float, of_copy: float, of_matmul: float = 0.1, error: str = "") -> Row:
+def row(
+    op: str,
+    shape: str,
+    implementation: str,
+    us: float,
+    of_copy: float,
+    of_matmul: float = 0.1,
+    error: str = "",
+) -> Row:
     share = max(of_copy, of_matmul)
     return replace(
         BLANK,
@@ -52,7 +60,9 @@ def test_rows_are_kept_until_they_are_measured_anew(tmp_path: Path) -> None:
     ledger.add_missing([unmeasured("a", "1")])
     ledger.put([unmeasured("a", "1", ": out of time")])
     ledger.mark(unmeasured("a", "1", ": broke"))
-    assert {(found.shape, found.p50_us) for found in Ledger(path).rows() if found.implementation == "triton"} == {
+    assert {
+        (found.shape, found.p50_us) for found in Ledger(path).rows() if found.implementation == "triton"
+    } == {
         ("1", "4.0"),
         ("2", f"{NOT_MEASURED}: no memory"),
     }
@@ -87,7 +97,10 @@ def test_goals_are_counted_and_what_misses_is_named() -> None:
         row("experts_fp8", "Q EP 8: 4096 tokens, 16 slots", "triton", 10.0, 0.2, of_matmul=0.61),
         row("experts", "Q EP 8: 4096 tokens, 16 slots", "triton", 10.0, 0.2, of_matmul=0.4),
         row("experts", "Q EP 8: 4096 tokens, 16 slots", "torch._grouped_mm", 15.0, 0.2),
-        replace(row("experts", "Q EP 8: 1 tokens, 16 slots", "triton", 1.0, 1.0), p50_us=f"{NOT_MEASURED}: out of time"),
+        replace(
+            row("experts", "Q EP 8: 1 tokens, 16 slots", "triton", 1.0, 1.0),
+            p50_us=f"{NOT_MEASURED}: out of time",
+        ),
     ]
     text = summary(rows)
     assert text.startswith("# Goals on a card\n") and "6 of 8 cases measured." in text
@@ -102,16 +115,33 @@ def test_goals_are_counted_and_what_misses_is_named() -> None:
 
 def test_without_figures_the_summary_says_so() -> None:
     text = summary([unmeasured("attend", "Qwen3 decode: 1 x 1024")])
-    assert "# Goals on no card yet" in text and "0 of 1 cases measured." in text and "| not measured | not measured |" in text
+    assert (
+        "# Goals on no card yet" in text
+        and "0 of 1 cases measured." in text
+        and "| not measured | not measured |" in text
+    )
 
 
 def test_plots_show_what_was_measured_and_are_the_same_each_time(tmp_path: Path) -> None:
-    draw = pytest.importorskip("lockstep.kernels.bench.plot", reason="matplotlib is a dependency of development only").draw
+    draw = pytest.importorskip(
+        "lockstep.kernels.bench.plot", reason="matplotlib is a dependency of development only"
+    ).draw
     ledger = Ledger(tmp_path / "kernels_gpu.csv")
-    ledger.put([row("experts", f"Q EP 8: {tokens} tokens, 16 slots", "triton", 10.0, 0.5) for tokens in (1, 4, 64)])
-    ledger.put([unmeasured("attend", "Qwen3 decode: 1 x 1024"), unmeasured("experts", "Q EP 8: 256 tokens, 16 slots")])
+    ledger.put(
+        [row("experts", f"Q EP 8: {tokens} tokens, 16 slots", "triton", 10.0, 0.5) for tokens in (1, 4, 64)]
+    )
+    ledger.put(
+        [
+            unmeasured("attend", "Qwen3 decode: 1 x 1024"),
+            unmeasured("experts", "Q EP 8: 256 tokens, 16 slots"),
+        ]
+    )
     (path,) = draw(ledger.path)
     first = path.read_text(encoding="utf-8")
-    assert path.name == "kernels_gpu_experts.svg" and "a card" in first and "Q EP 8: n tokens, 16 slots (1 not measured)" in first
+    assert (
+        path.name == "kernels_gpu_experts.svg"
+        and "a card" in first
+        and "Q EP 8: n tokens, 16 slots (1 not measured)" in first
+    )
     (path,) = draw(ledger.path)
     assert path.read_text(encoding="utf-8") == first

@@ -20,9 +20,13 @@ def test_every_tile_is_searched_on_cases_of_the_benchmark() -> None:
     known = {(case.op, case.shape) for case in cases()}
     assert {(op, shape) for op, shape, _ in jobs(list(GROUPS.values()))} <= known
     searched = {name.partition("[")[0] for name in GROUPS}
-    assert searched == {field for field in Tiles.__dataclass_fields__ if field not in ("most_absorbed", "prefill_bytes")}
+    assert searched == {
+        field for field in Tiles.__dataclass_fields__ if field not in ("most_absorbed", "prefill_bytes")
+    }
     for field in ("experts", "experts_fp8"):
-        assert {name for name in GROUPS if name.startswith(f"{field}[")} == {f"{field}[{at}]" for at in range(len(getattr(DEFAULT, field)))}
+        assert {name for name in GROUPS if name.startswith(f"{field}[")} == {
+            f"{field}[{at}]" for at in range(len(getattr(DEFAULT, field)))
+        }
 
 
 def test_the_fastest_over_all_cases_is_chosen_stage_by_stage() -> None:
@@ -37,7 +41,9 @@ def test_the_fastest_over_all_cases_is_chosen_stage_by_stage() -> None:
 
     tiles, line = search(GROUPS["decode"], DEFAULT, clock)
     assert tiles.decode == wanted and wanted.programs == max(PROGRAMS) and (16, 32, 4, 6) in DECODE
-    assert tiles == DEFAULT.__class__(**{**vars(DEFAULT), "decode": wanted}) and line.startswith("decode: worst candidate ")
+    assert tiles == DEFAULT.__class__(**{**vars(DEFAULT), "decode": wanted}) and line.startswith(
+        "decode: worst candidate "
+    )
 
 
 def test_both_products_are_searched_and_other_entries_left() -> None:
@@ -46,7 +52,10 @@ def test_both_products_are_searched_and_other_entries_left() -> None:
         return 1.0 + (up != ProductTile(64, 128, 4, 4)) + (down != ProductTile(16, 128, 4, 6))
 
     tiles, _ = search(GROUPS["experts[0]"], DEFAULT, clock)
-    assert (tiles.experts[0].up, tiles.experts[0].down) == (ProductTile(64, 128, 4, 4), ProductTile(16, 128, 4, 6))
+    assert (tiles.experts[0].up, tiles.experts[0].down) == (
+        ProductTile(64, 128, 4, 4),
+        ProductTile(16, 128, 4, 6),
+    )
     assert tiles.experts[1:] == DEFAULT.experts[1:]
 
 
@@ -57,5 +66,11 @@ def test_a_default_that_nothing_beats_stays() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune the card")
 def test_without_a_card_there_is_nothing_to_tune() -> None:
-    result = subprocess.run([sys.executable, "-m", "lockstep.kernels.bench.tune"], capture_output=True, text=True, timeout=280, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "lockstep.kernels.bench.tune"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert result.returncode == 1 and "no NVIDIA card here" in result.stderr

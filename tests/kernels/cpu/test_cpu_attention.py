@@ -1,4 +1,6 @@
-"""Compiled attention over pages of every format against the reference, which is held to the definition in ``test_attention``."""
+"""Compiled attention over pages of every format against the reference, which is held to the
+definition in ``test_attention``.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": lambda x: x.bfloat16(),
     "fp8": kv_entries.encode_heads,
 }
-# Query heads, key heads, dim, page size. Those of pages of 64 and more are read where they lie; 40 query heads of a key head are more than
-# a tile; dims of 64 and 128 are decoded as bytes.
+# Query heads, key heads, dim, page size. Those of pages of 64 and more are read where they lie; 40
+# query heads of a key head are more than a tile; dims of 64 and 128 are decoded as bytes.
 SHAPES = [(6, 1, 20, 8), (6, 6, 20, 64), (6, 2, 96, 40), (40, 1, 32, 64), (4, 2, 64, 128), (16, 2, 128, 16)]
 
 
@@ -52,7 +54,9 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_as_the_reference(case: str, shape: tuple[int, int, int, int], kv_format: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_as_the_reference(
+    case: str, shape: tuple[int, int, int, int], kv_format: str, dtype: torch.dtype, tolerance: float
+) -> None:
     heads, kv_heads, dim, page_size = shape
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case], page_size=page_size)
@@ -66,10 +70,15 @@ def test_as_the_reference(case: str, shape: tuple[int, int, int, int], kv_format
 
 
 def test_large_scores_do_not_overflow() -> None:
-    """The running softmax starts anew where a later block, or a later part of the row, holds a much larger score."""
+    """The running softmax starts anew where a later block, or a later part of the row, holds a much
+    larger score.
+    """
     for largest in (150, 700):
         rows = PagedRows([(800, 1)], 1)
-        k, v = torch.zeros(rows.num_pages * rows.page_size, 1, 8), torch.randn(rows.num_pages * rows.page_size, 1, 8)
+        k, v = (
+            torch.zeros(rows.num_pages * rows.page_size, 1, 8),
+            torch.randn(rows.num_pages * rows.page_size, 1, 8),
+        )
         k[rows.places(0)[largest]], k[rows.places(0)[10]] = 300.0, -300.0
         out = cpu_attention.attend(torch.ones(1, 2, 8), k, v, rows.batch, 1.0)
         torch.testing.assert_close(out[0, 0], v[rows.places(0)[largest], 0])
@@ -86,11 +95,18 @@ def test_what_is_not_a_number_stays_visible() -> None:
 
 @pytest.mark.parametrize("dim", [20, 64])
 def test_a_scale_that_is_no_number_stays_visible_and_spoils_only_what_sees_it(dim: int) -> None:
-    """Keys of position 3 of 7: the queries before it, in the same chunk, do not look there; heads beside it neither."""
+    """Keys of position 3 of 7: the queries before it, in the same chunk, do not look there; heads
+    beside it neither.
+    """
     rows = PagedRows([(0, 7)], 0, page_size=64)
     keys, values = (torch.randn(rows.num_pages * 64, 2, dim) for _ in range(2))
     keys[rows.places(0)[3], 1, 5] = torch.nan
-    out = cpu_attention.attend(torch.ones(7, 4, dim).bfloat16(), *(kv_entries.encode_heads(x) for x in (keys, values)), rows.batch, 0.1)
+    out = cpu_attention.attend(
+        torch.ones(7, 4, dim).bfloat16(),
+        *(kv_entries.encode_heads(x) for x in (keys, values)),
+        rows.batch,
+        0.1,
+    )
     assert out[:, :2].isfinite().all() and out[:3].isfinite().all() and out[3:, 2:].isnan().all()
 
 
@@ -106,7 +122,9 @@ def test_heads_of_very_different_sizes_share_a_cache() -> None:
 
 
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
-def test_a_row_depends_neither_on_those_beside_it_nor_on_threads(kv_format: str, threads: Callable[[int], None]) -> None:
+def test_a_row_depends_neither_on_those_beside_it_nor_on_threads(
+    kv_format: str, threads: Callable[[int], None]
+) -> None:
     lengths = [(1300, 1), (70, 1), (9, 1), (40, 100)]
     rows = PagedRows(lengths, 3, page_size=64)
     caches = filled(rows, 4, 64, kv_format)

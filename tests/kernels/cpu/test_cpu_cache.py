@@ -1,4 +1,6 @@
-"""Compiled code and the same code kept from an earlier process: the same bits, or ranks would differ by who compiled."""
+"""Compiled code and the same code kept from an earlier process: the same bits, or ranks would
+differ by who compiled.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,20 @@ for rows in (x, x[:1]):
 
 
 def test_who_compiles_gets_the_bits_of_who_loads(tmp_path: Path) -> None:
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(lockstep.__path__[0]).parent)}
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(lockstep.__path__[0]).parent),
+    }
 
     def run() -> str:
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -19,17 +19,26 @@ RULES = {
     "three odd groups": (15, Routing(top_k=5, scoring="sigmoid", num_groups=3, top_groups=2)),
     "groups of one": (16, Routing(top_k=2, scoring="sigmoid", num_groups=16, top_groups=3)),
     "all groups": (16, Routing(top_k=4, scoring="sigmoid", num_groups=4, top_groups=4)),
-    "groups by their best": (30, Routing(top_k=3, normalise=False, scale=16.0, num_groups=5, top_groups=2, group_quality="best")),
+    "groups by their best": (
+        30,
+        Routing(top_k=3, normalise=False, scale=16.0, num_groups=5, top_groups=2, group_quality="best"),
+    ),
     "one expert": (1, Routing(top_k=1)),
     "DeepSeek-V3": (256, Routing(top_k=8, scoring="sigmoid", num_groups=8, top_groups=4, scale=2.5)),
 }
 TOKENS, HIDDEN = 37, 48
 
 
-def _inputs(num_experts: int, dtype: torch.dtype, tokens: int = TOKENS, hidden: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(
+    num_experts: int, dtype: torch.dtype, tokens: int = TOKENS, hidden: int = HIDDEN
+) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, hidden, generator=draw).to(dtype)
-    return x, torch.randn(num_experts, hidden, generator=draw) * 0.3, torch.randn(num_experts, generator=draw) * 0.3
+    return (
+        x,
+        torch.randn(num_experts, hidden, generator=draw) * 0.3,
+        torch.randn(num_experts, generator=draw) * 0.3,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -48,7 +57,9 @@ def test_as_the_reference(name: str, with_bias: bool, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_experts", [32, 35])
 def test_a_token_is_routed_the_same_alone_and_among_others(num_experts: int, dtype: torch.dtype) -> None:
-    """To the bit, on one thread and on several: 100 tokens of 1000 values are shared out, a few are not."""
+    """To the bit, on one thread and on several: 100 tokens of 1000 values are shared out, a few are
+    not.
+    """
     x, weight, _ = _inputs(num_experts, dtype, tokens=100, hidden=1000)
     ids, weights = cpu_gate.gate(x, weight, None, Routing(top_k=4))
     for start, end in ((0, 1), (1, 3), (5, 9), (16, 17), (90, 100)):
@@ -57,7 +68,9 @@ def test_a_token_is_routed_the_same_alone_and_among_others(num_experts: int, dty
 
 
 def test_scores_at_the_ends() -> None:
-    """Logits far apart: a softmax of one and zeros, sigmoids of one and zeros whose sum is not divided by."""
+    """Logits far apart: a softmax of one and zeros, sigmoids of one and zeros whose sum is not
+    divided by.
+    """
     weight = torch.eye(4)
     ids, weights = cpu_gate.gate(torch.tensor([[500.0, -500.0, 0.0, 0.0]]), weight, None, Routing(top_k=2))
     assert ids[0, 0] == 0

@@ -16,12 +16,16 @@ SIZES = [(1, 3, 32, 64), (4, 2, 96, 128), (9, 5, 64, 192), (0, 2, 32, 64), (3, 2
 def test_both_ways_round(sizes: tuple[int, int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     num_rows, heads, inner, outer = sizes
     x, w = torch.randn(num_rows, heads, inner).to(dtype), torch.randn(heads, inner, outer).to(dtype)
-    wider = torch.cat([w.transpose(1, 2), torch.full((heads, 7, inner), torch.nan).to(dtype)], 1)[:, :outer]  # a part of every head's rows
+    wider = torch.cat([w.transpose(1, 2), torch.full((heads, 7, inner), torch.nan).to(dtype)], 1)[
+        :, :outer
+    ]  # a part of every head's rows
     expected = torch.einsum("rhi,hio->rho", x.double(), w.double())
     for run, weights in ((products.multiply_heads, w), (products.multiply_heads_turned, wider)):
         out = torch.full((num_rows, heads, outer + 5), 7.0).to(dtype)
         run(x, weights, out[..., :outer])
-        torch.testing.assert_close(out[..., :outer].double(), expected, rtol=tolerance, atol=tolerance * inner**0.5)
+        torch.testing.assert_close(
+            out[..., :outer].double(), expected, rtol=tolerance, atol=tolerance * inner**0.5
+        )
         assert (out[..., outer:] == 7).all()
 
 

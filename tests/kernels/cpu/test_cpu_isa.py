@@ -1,4 +1,6 @@
-"""Kinds of CPU: told from features, limited by a setting, and in agreement with what the libraries say."""
+"""Kinds of CPU: told from features, limited by a setting, and in agreement with what the libraries
+say.
+"""
 
 from __future__ import annotations
 
@@ -68,5 +70,12 @@ def test_a_limited_process_computes_on_what_is_left(limit: Isa) -> None:
     code = "import torch; from lockstep.kernels import cpu_isa; cpu_isa.check(); print(cpu_isa.here());"
     code += "print(torch.ops.mkldnn._is_mkldnn_bf16_supported())"
     environment = os.environ | isa_settings(limit)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=False, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment,
+    )
     assert result.stdout.split() == [limit, str(limit != "avx2")], result.stderr

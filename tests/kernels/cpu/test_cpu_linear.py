@@ -38,12 +38,17 @@ def as_many_threads_as_torch() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5, 33])
 @pytest.mark.parametrize(("width", "columns"), [(48, 64), (80, 34), (7, 33)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_weight_gives_what_the_plain_one_does(packing: object, rows: int, width: int, columns: int, bias: bool) -> None:
+def test_a_packed_weight_gives_what_the_plain_one_does(
+    packing: object, rows: int, width: int, columns: int, bias: bool
+) -> None:
     assert callable(packing)
     if packing is cpu_blocks.pack_blocks and not cpu_isa.fit(width, columns):
         return
     draw = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, columns, generator=draw).bfloat16(), torch.randn(width, columns, generator=draw).bfloat16()
+    x, weight = (
+        torch.randn(rows, columns, generator=draw).bfloat16(),
+        torch.randn(width, columns, generator=draw).bfloat16(),
+    )
     added = torch.randn(width, generator=draw).bfloat16() if bias else None
     got = linear(x, packing(weight), added)
     assert got.dtype == torch.bfloat16 and got.shape == (rows, width)
@@ -52,8 +57,14 @@ def test_a_packed_weight_gives_what_the_plain_one_does(packing: object, rows: in
 
 @pytest.mark.usefixtures("in_blocks")
 def test_results_in_blocks_are_rounded_once() -> None:
-    """Beside the exact product: half a unit of the last place, and what float32 loses in the sum."""
-    x, weight, bias = torch.randn(13, 512).bfloat16(), torch.randn(96, 512).bfloat16(), torch.randn(96).bfloat16()
+    """Beside the exact product: half a unit of the last place, and what float32 loses in the
+    sum.
+    """
+    x, weight, bias = (
+        torch.randn(13, 512).bfloat16(),
+        torch.randn(96, 512).bfloat16(),
+        torch.randn(96).bfloat16(),
+    )
     exact = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(linear(x, pack(weight), bias).double(), exact, rtol=2**-8, atol=1e-4)
 
@@ -87,16 +98,28 @@ def test_float32_is_left_as_it_is() -> None:
 def test_slots_are_held_once_in_blocks_where_they_fit() -> None:
     w13, w2 = torch.randn(3, 64, 16).bfloat16(), torch.randn(3, 16, 32).bfloat16()
     packed = pack_slots(w13, w2)
-    assert [weights.shape for weights in packed if isinstance(weights, torch.Tensor)] == [(3, 4, 8, 16, 2), (3, 1, 16, 16, 2)]
+    assert [weights.shape for weights in packed if isinstance(weights, torch.Tensor)] == [
+        (3, 4, 8, 16, 2),
+        (3, 1, 16, 16, 2),
+    ]
     narrow = pack_slots(w13[:, :24], w2[:, :, :12])
-    assert all(not isinstance(weights, torch.Tensor) or weights.dim() == 3 for weights in narrow), "no blocks of 12 columns"
+    assert all(not isinstance(weights, torch.Tensor) or weights.dim() == 3 for weights in narrow), (
+        "no blocks of 12 columns"
+    )
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute in bf16")
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute in bf16"
+)
 def test_slots_are_packed_one_by_one_for_onednn_and_kept() -> None:
     weights = torch.randn(3, 8, 16).bfloat16()
     packed, other = pack_slots_for_onednn(weights, torch.randn(3, 16, 4).bfloat16())
-    assert isinstance(packed, PackedSlots) and packed.plain_SND is weights and len(packed.packed) == 3 and isinstance(other, PackedSlots)
+    assert (
+        isinstance(packed, PackedSlots)
+        and packed.plain_SND is weights
+        and len(packed.packed) == 3
+        and isinstance(other, PackedSlots)
+    )
     x = torch.randn(2, 16).bfloat16()
     torch.testing.assert_close(linear(x, packed.packed[1]), F.linear(x, weights[1]), rtol=0.02, atol=0.02)
 

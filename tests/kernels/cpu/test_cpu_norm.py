@@ -1,4 +1,6 @@
-"""Compiled norms and SwiGLU products against their references, over odd shapes and strided heads."""
+"""Compiled norms and SwiGLU products against their references, over odd shapes and strided
+heads.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ def test_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, tolerance:
     draw = torch.Generator().manual_seed(0)
     x, update = (torch.randn(shape, generator=draw).mul(20).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], generator=draw).to(dtype)
-    torch.testing.assert_close(cpu_norm.rms_norm(x, weight, 1e-6), norm.rms_norm(x, weight, 1e-6), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        cpu_norm.rms_norm(x, weight, 1e-6), norm.rms_norm(x, weight, 1e-6), rtol=tolerance, atol=tolerance
+    )
     total, normed = cpu_norm.add_rms_norm(x, update, weight, 1e-6)
     expected_total, expected = norm.add_rms_norm(x, update, weight, 1e-6)
     assert torch.equal(total, expected_total)
     torch.testing.assert_close(normed, expected, rtol=tolerance, atol=tolerance)
     even = torch.cat([x, update], -1)
-    torch.testing.assert_close(cpu_norm.silu_mul(even).float(), norm.silu_mul(even.float()), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        cpu_norm.silu_mul(even).float(), norm.silu_mul(even.float()), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_heads_of_a_wider_row() -> None:
@@ -42,9 +48,14 @@ def test_silu_at_the_ends() -> None:
 @pytest.mark.parametrize("dim", [40, 1000])
 def test_a_row_is_the_same_alone_and_among_many(dim: int, dtype: torch.dtype) -> None:
     """To the bit: a few rows stay on one thread, many are shared out."""
-    x, update = (torch.randn(600, dim, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2))
+    x, update = (
+        torch.randn(600, dim, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2)
+    )
     weight = torch.randn(dim).to(dtype)
-    normed, (total, added) = cpu_norm.rms_norm(x, weight, 1e-6), cpu_norm.add_rms_norm(x, update, weight, 1e-6)
+    normed, (total, added) = (
+        cpu_norm.rms_norm(x, weight, 1e-6),
+        cpu_norm.add_rms_norm(x, update, weight, 1e-6),
+    )
     for rows in (slice(0, 1), slice(3, 8), slice(599, 600)):
         assert torch.equal(cpu_norm.rms_norm(x[rows], weight, 1e-6), normed[rows])
         own_total, own = cpu_norm.add_rms_norm(x[rows], update[rows], weight, 1e-6)

@@ -1,4 +1,6 @@
-"""Every compiled op of the column cpu writes all that it returns: what memory held before does not show."""
+"""Every compiled op of the column cpu writes all that it returns: what memory held before does not
+show.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,28 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, generator=DRAW).to(dtype)
 
 
-X, UPDATE, WEIGHT, LOGITS = numbers(7, 40), numbers(7, 40), numbers(40), numbers(3, 33_000, dtype=torch.float32)
-PAIRS, SLOTS = torch.tensor([0, 1, 1, 2, 4, 6, 6]), torch.tensor([2, 2, -1, 2, 0, 2, 2])  # padding, and a slot without tokens
+X, UPDATE, WEIGHT, LOGITS = (
+    numbers(7, 40),
+    numbers(7, 40),
+    numbers(40),
+    numbers(3, 33_000, dtype=torch.float32),
+)
+PAIRS, SLOTS = (
+    torch.tensor([0, 1, 1, 2, 4, 6, 6]),
+    torch.tensor([2, 2, -1, 2, 0, 2, 2]),
+)  # padding, and a slot without tokens
 KEYS, VALUES = (numbers(ROWS.num_pages * 64, 2, 64) for _ in range(2))
 PAGES = {"bf16": (KEYS, VALUES), "fp8": (kv_entries.encode_heads(KEYS), kv_entries.encode_heads(VALUES))}
 Q, EXPAND, SHARES = numbers(14, 8, 64), numbers(8, 128, 128), torch.rand(7, 3, generator=DRAW)
 W13, W2 = EXPAND[:3, :48, :40] * 0.2, EXPAND[3:6, :40, :24] * 0.2
 LATENTS = kv_entries.encode_latents(numbers(ROWS.num_pages * 64, 128), numbers(ROWS.num_pages * 64, 64))
 ANGLES, CACHE = angles(torch.arange(7), frequencies(16, 1e4)), torch.zeros(7, 2, 16, dtype=torch.bfloat16)
-DRAWN = SamplingParams(np.full(3, 0.8, np.float32), np.full(3, 30), np.full(3, 0.9, np.float32), np.zeros(3, np.float32))
-GREEDY = SamplingParams(np.zeros(3, np.float32), np.zeros(3, np.int64), np.ones(3, np.float32), np.zeros(3, np.float32))
+DRAWN = SamplingParams(
+    np.full(3, 0.8, np.float32), np.full(3, 30), np.full(3, 0.9, np.float32), np.zeros(3, np.float32)
+)
+GREEDY = SamplingParams(
+    np.zeros(3, np.float32), np.zeros(3, np.int64), np.ones(3, np.float32), np.zeros(3, np.float32)
+)
 
 RUNS: dict[str, Callable[[Ops], Any]] = {
     "rms_norm": lambda ops: ops.rms_norm(X, WEIGHT, 1e-6),
@@ -43,8 +57,12 @@ RUNS: dict[str, Callable[[Ops], Any]] = {
     "silu_mul": lambda ops: ops.silu_mul(X),
     "weighted_sum": lambda ops: ops.weighted_sum(numbers(7, 3, 40) * 0 + 1, SHARES),
     "gate": lambda ops: ops.gate(X, EXPAND[0, :9, :40].float(), None, Routing(3)),
-    "experts": lambda ops: ops.experts(X, PAIRS, SLOTS, *ops.pack_slots(W13, W2), torch.zeros(3, dtype=torch.int64)),
-    "norm_rotate_and_write": lambda ops: ops.norm_rotate_and_write(Q[:7, :8, :16], None, ANGLES, (CACHE, CACHE), torch.arange(7), False),
+    "experts": lambda ops: ops.experts(
+        X, PAIRS, SLOTS, *ops.pack_slots(W13, W2), torch.zeros(3, dtype=torch.int64)
+    ),
+    "norm_rotate_and_write": lambda ops: ops.norm_rotate_and_write(
+        Q[:7, :8, :16], None, ANGLES, (CACHE, CACHE), torch.arange(7), False
+    ),
     "attend": lambda ops: ops.attend(Q, *PAGES["bf16"], ROWS.batch, 0.1),
     "attend, fp8": lambda ops: ops.attend(Q, *PAGES["fp8"], ROWS.batch, 0.1),
     "mla_attend, fp8": lambda ops: ops.mla_attend(Q, Q, LATENTS, EXPAND, ROWS.batch, 0.1),

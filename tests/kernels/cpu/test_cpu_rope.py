@@ -29,23 +29,38 @@ def empty(kv_format: KvFormat, shape: Shape) -> Tensor:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("num_tokens", "turned"), [(0, 16), (7, 16), (7, 8)])
 def test_heads(
-    num_tokens: int, turned: int, normed: bool, interleaved: bool, kv_format: KvFormat, dtype: torch.dtype, tolerance: float
+    num_tokens: int,
+    turned: int,
+    normed: bool,
+    interleaved: bool,
+    kv_format: KvFormat,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(num_tokens, 6 + 2 + 2, 16).mul(3).to(dtype)
     norms = HeadNorms(torch.randn(16).to(dtype), torch.randn(16).to(dtype), 1e-6) if normed else None
-    rotation, write = angles(torch.arange(num_tokens) * 31 + 1, frequencies(turned, 100.0)), torch.randperm(PLACES)[:num_tokens]
+    rotation, write = (
+        angles(torch.arange(num_tokens) * 31 + 1, frequencies(turned, 100.0)),
+        torch.randperm(PLACES)[:num_tokens],
+    )
     results = []
     for column in (cpu_rope, rope):
-        caches = empty(kv_format, head_entry(kv_format, 2, 16)), empty(kv_format, head_entry(kv_format, 2, 16))
-        results.append((column.norm_rotate_and_write(qkv, norms, rotation, caches, write, interleaved), *caches))
+        caches = (
+            empty(kv_format, head_entry(kv_format, 2, 16)),
+            empty(kv_format, head_entry(kv_format, 2, 16)),
+        )
+        results.append(
+            (column.norm_rotate_and_write(qkv, norms, rotation, caches, write, interleaved), *caches)
+        )
     (found, *found_caches), (expected, *expected_caches) = results
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(found_caches[1], expected_caches[1])
     if kv_format == "fp8":
         found_caches, expected_caches = (
-            [decode_heads(cache, 16, torch.float32) for cache in part] for part in (found_caches, expected_caches)
+            [decode_heads(cache, 16, torch.float32) for cache in part]
+            for part in (found_caches, expected_caches)
         )
         tolerance = 0.13  # a key may be rounded to the next eight bits
     torch.testing.assert_close(found_caches[0], expected_caches[0], rtol=tolerance, atol=tolerance)
@@ -56,7 +71,11 @@ def test_heads(
 @INTERLEAVED
 def test_latents(interleaved: bool, kv_format: KvFormat, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
-    q, c, k = torch.randn(5, 3, 24).to(dtype)[..., 16:], torch.randn(5, 300).to(dtype), torch.randn(5, 8).to(dtype)
+    q, c, k = (
+        torch.randn(5, 3, 24).to(dtype)[..., 16:],
+        torch.randn(5, 300).to(dtype),
+        torch.randn(5, 8).to(dtype),
+    )
     rotation, write = angles(torch.arange(5) * 31 + 1, frequencies(8, 100.0)), torch.randperm(PLACES)[:5]
     results = []
     for column in (cpu_rope, rope):
@@ -71,7 +90,11 @@ def test_latents(interleaved: bool, kv_format: KvFormat, dtype: torch.dtype, tol
 
 def test_other_layouts_are_left_to_the_reference() -> None:
     """A slice of a wider matrix, and float64."""
-    rotation, write, cache = angles(torch.arange(3), frequencies(8, 100.0)), torch.arange(3), torch.zeros(4, 1, 8)
+    rotation, write, cache = (
+        angles(torch.arange(3), frequencies(8, 100.0)),
+        torch.arange(3),
+        torch.zeros(4, 1, 8),
+    )
     for qkv in (torch.randn(3, 5, 8)[:, 1:4], torch.randn(3, 3, 8).double()):
         caches = cache.clone(), cache.clone()
         out = cpu_rope.norm_rotate_and_write(qkv, None, rotation, caches, write, False)

@@ -1,4 +1,6 @@
-"""The compiled sampler: greedy rows as the reference, ties included, and rows that are drawn through the reference."""
+"""The compiled sampler: greedy rows as the reference, ties included, and rows that are drawn
+through the reference.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_excluded_tokens_are_passed_over() -> None:
 
 def test_rows_that_are_drawn_are_those_of_the_reference() -> None:
     logits = torch.randn(6, 900, generator=torch.Generator().manual_seed(0)) * 2
-    params, numbers = _params([0.0, 1.0, 0.7, 0.0, 1.3, 1e-9]), uniform(np.arange(6), np.arange(6), Purpose.SAMPLE)
+    params, numbers = (
+        _params([0.0, 1.0, 0.7, 0.0, 1.3, 1e-9]),
+        uniform(np.arange(6), np.arange(6), Purpose.SAMPLE),
+    )
     tokens = cpu_sampling.sample(logits, params, numbers)
     assert torch.equal(tokens, sampling.sample(logits, params, numbers))
     assert torch.equal(tokens[[0, 3, 5]], logits[[0, 3, 5]].argmax(-1))
@@ -65,7 +70,10 @@ def test_of_equal_values_the_lower_tokens_are_the_likeliest() -> None:
     x = torch.zeros(2, 40_000)
     x[0, [39_999, 7_000, 200]], x[1, 5:] = 1.0, 2.0
     values, ids = cpu_sampling.likeliest(x, 5)
-    assert ids.tolist() == [[200, 7_000, 39_999, 0, 1], [5, 6, 7, 8, 9]] and values.tolist() == [[1, 1, 1, 0, 0], [2] * 5]
+    assert ids.tolist() == [[200, 7_000, 39_999, 0, 1], [5, 6, 7, 8, 9]] and values.tolist() == [
+        [1, 1, 1, 0, 0],
+        [2] * 5,
+    ]
 
 
 def test_what_is_not_a_number_is_survived() -> None:
@@ -75,18 +83,24 @@ def test_what_is_not_a_number_is_survived() -> None:
     assert values.shape == ids.shape == (3, 50) and ((ids >= 0) & (ids < 40_000)).all()
 
 
-@pytest.mark.parametrize("settings", [(50, 0.9, 0.0), (1, 1.0, 0.0), (0, 0.3, 0.0), (300, 0.999, 0.01), (0, 0.95, 0.0)])
+@pytest.mark.parametrize(
+    "settings", [(50, 0.9, 0.0), (1, 1.0, 0.0), (0, 0.3, 0.0), (300, 0.999, 0.01), (0, 0.95, 0.0)]
+)
 def test_draws_over_a_large_vocabulary_are_those_of_the_reference(settings: tuple[int, float, float]) -> None:
     """Top-k and top-p, for rows with and without them, by one floor each: to the token."""
     logits = torch.randn(24, 152_064, generator=torch.Generator().manual_seed(1)) * 3
     top_k, top_p, min_p = (np.full(24, setting) for setting in settings)
     top_k[::5], top_p[::7] = 0, 1.0
-    params = SamplingParams(np.full(24, 0.8, np.float32), top_k, top_p.astype(np.float32), min_p.astype(np.float32))
+    params = SamplingParams(
+        np.full(24, 0.8, np.float32), top_k, top_p.astype(np.float32), min_p.astype(np.float32)
+    )
     numbers = uniform(np.arange(24), np.arange(24) * 3, Purpose.SAMPLE)
     assert torch.equal(cpu_sampling.sample(logits, params, numbers), sampling.sample(logits, params, numbers))
 
 
 def test_logprobs_are_those_of_the_reference() -> None:
     logits, tokens = torch.randn(5, 30_000) * 3, torch.arange(5)
-    for got, expected in zip(cpu_sampling.logprobs(logits, tokens, 20), sampling.logprobs(logits, tokens, 20), strict=True):
+    for got, expected in zip(
+        cpu_sampling.logprobs(logits, tokens, 20), sampling.logprobs(logits, tokens, 20), strict=True
+    ):
         assert got.dtype == expected.dtype and torch.equal(got, expected)

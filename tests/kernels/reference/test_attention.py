@@ -12,7 +12,8 @@ from support.paged_rows import PAGE_SIZE, PagedRows
 
 DIM, SCALE = 16, 0.3
 
-# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so its rounding is no error.
+# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so
+# its rounding is no error.
 DTYPES = [
     (torch.float32, torch.float32, 2e-5),
     (torch.bfloat16, torch.bfloat16, 3e-2),
@@ -43,15 +44,21 @@ def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tenso
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
-def test_equals_the_definition(case: str, num_kv_heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float) -> None:
+def test_equals_the_definition(
+    case: str, num_kv_heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
     num_tokens = int(rows.counts.sum())
     # What is left over in other pages and past a row's end is large, so that a wrong mask shows.
-    k_cache, v_cache = (torch.full((rows.num_pages * PAGE_SIZE, num_kv_heads, DIM), 1e3, dtype=cache_dtype) for _ in range(2))
+    k_cache, v_cache = (
+        torch.full((rows.num_pages * PAGE_SIZE, num_kv_heads, DIM), 1e3, dtype=cache_dtype) for _ in range(2)
+    )
     for row in range(len(rows.starts)):
         past = rows.places(row)[: int(rows.starts[row])]
-        k_cache[past], v_cache[past] = (torch.randn(len(past), num_kv_heads, DIM).to(cache_dtype) for _ in range(2))
+        k_cache[past], v_cache[past] = (
+            torch.randn(len(past), num_kv_heads, DIM).to(cache_dtype) for _ in range(2)
+        )
     q = torch.randn(num_tokens, 6, DIM).to(dtype)
     k, v = (torch.randn(num_tokens, num_kv_heads, DIM).to(dtype) for _ in range(2))
     untouched = k_cache.clone()

@@ -48,7 +48,9 @@ def test_equals_the_definition(case: str, dtype: torch.dtype) -> None:
     counts, expected_counts = torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
     y = experts(x, rows, slots, w13, w2, counts)
     expected = experts_reference(x, rows, slots, w13, w2, expected_counts)
-    tolerance = 1e-7 if dtype == torch.float64 else 1e-2  # in bf16 the definition rounds silu, and the CPU's only its product
+    tolerance = (
+        1e-7 if dtype == torch.float64 else 1e-2
+    )  # in bf16 the definition rounds silu, and the CPU's only its product
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     assert (y[slots < 0] == 0).all() and y.dtype == dtype
     assert torch.equal(counts, expected_counts) and int(counts.sum()) == 4 + int((slots >= 0).sum())
@@ -56,17 +58,24 @@ def test_equals_the_definition(case: str, dtype: torch.dtype) -> None:
 
 def test_weighted_sum_is_in_order_of_k_and_float32() -> None:
     y = torch.tensor([[[2.0**25], [1.0], [-(2.0**25)]]])
-    assert weighted_sum(y, torch.ones(1, 3)).item() == 0.0  # the 1 is lost in float32 only if it is added second
+    assert (
+        weighted_sum(y, torch.ones(1, 3)).item() == 0.0
+    )  # the 1 is lost in float32 only if it is added second
     assert weighted_sum(y[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0
     half = torch.full((1, 3, 1), 1.0, dtype=torch.bfloat16)
-    assert weighted_sum(half, torch.tensor([[1.0, 2**-9, 2**-9]])).item() == 1.0 + 2**-8 - 2**-8  # rounded once, at the end
+    assert (
+        weighted_sum(half, torch.tensor([[1.0, 2**-9, 2**-9]])).item() == 1.0 + 2**-8 - 2**-8
+    )  # rounded once, at the end
     assert weighted_sum(half, torch.tensor([[1.0, 2**-8, 2**-8]])).item() == 1.0 + 2**-7
 
 
 def test_weighted_sum_of_a_token_does_not_depend_on_the_others() -> None:
     generator = torch.Generator().manual_seed(5)
     for dtype in (torch.float32, torch.bfloat16):
-        y, weights = torch.randn(37, 8, 1000, generator=generator).to(dtype), torch.rand(37, 8, generator=generator)
+        y, weights = (
+            torch.randn(37, 8, 1000, generator=generator).to(dtype),
+            torch.rand(37, 8, generator=generator),
+        )
         whole = weighted_sum(y, weights)
         for start, stop in ((0, 1), (5, 7), (20, 37)):
             assert torch.equal(weighted_sum(y[start:stop], weights[start:stop]), whole[start:stop])
@@ -85,7 +94,9 @@ Packing = Callable[[Tensor, Tensor], tuple[Any, Any]]
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, 40, 300])
 def test_packed_weights_give_the_same_for_few_rows_and_for_many(num_tokens: int, packing: Packing) -> None:
-    """All forms, and for oneDNN the compiled product of few rows, too, are within what bf16 rounds away."""
+    """All forms, and for oneDNN the compiled product of few rows, too, are within what bf16 rounds
+    away.
+    """
     x, rows, slots, w13, w2 = _drawn(num_tokens)
     counts, expected_counts = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
     y = experts(x, rows, slots, *packing(w13, w2), counts)
@@ -99,8 +110,13 @@ def test_padding_only_with_packed_weights(packing: Packing) -> None:
     _, _, _, w13, w2 = _drawn(1)
     counts = torch.zeros(5, dtype=torch.int64)
     none = torch.tensor([-1, -1])
-    assert not experts(torch.ones(2, 96).bfloat16(), torch.tensor([0, 1]), none, *packing(w13, w2), counts).any()
-    assert experts(torch.ones(2, 96).bfloat16(), none[:0], none[:0], *packing(w13, w2), counts).shape == (0, 96)
+    assert not experts(
+        torch.ones(2, 96).bfloat16(), torch.tensor([0, 1]), none, *packing(w13, w2), counts
+    ).any()
+    assert experts(torch.ones(2, 96).bfloat16(), none[:0], none[:0], *packing(w13, w2), counts).shape == (
+        0,
+        96,
+    )
     assert not counts.any()
 
 
@@ -112,7 +128,9 @@ def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
     whole = experts(wide[:, 2:98], rows, slots, *weights, torch.zeros(5, dtype=torch.int64))
     for count in (1, 2, 7, 50, 449):
         some = torch.randperm(450, generator=torch.Generator().manual_seed(count))[:count]
-        assert torch.equal(experts(x, rows[some], slots[some], *weights, torch.zeros(5, dtype=torch.int64)), whole[some])
+        assert torch.equal(
+            experts(x, rows[some], slots[some], *weights, torch.zeros(5, dtype=torch.int64)), whole[some]
+        )
 
 
 def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
@@ -128,7 +146,9 @@ def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
 
 
 def _drawn(num_tokens: int) -> tuple[Tensor, ...]:
-    """x, rows, slots, w13 and w2 of 5 slots; 3 pairs for every token, some of them padding. Panels of blocks are not full."""
+    """x, rows, slots, w13 and w2 of 5 slots; 3 pairs for every token, some of them padding. Panels
+    of blocks are not full.
+    """
     generator = torch.Generator().manual_seed(num_tokens)
     w13 = (torch.randn(5, 2 * 80, 96, generator=generator) * 0.1).bfloat16()
     w2 = (torch.randn(5, 96, 80, generator=generator) * 0.1).bfloat16()

@@ -9,7 +9,8 @@ from lockstep.kernels.reference import fp8
 from lockstep.kernels.reference.experts import experts_reference
 from lockstep.kernels.reference.norm import add_rms_norm, rms_norm, silu_mul
 
-# Half a step of e4m3, relative to the value (three bits of mantissa), and of its smallest numbers, relative to the largest.
+# Half a step of e4m3, relative to the value (three bits of mantissa), and of its smallest numbers,
+# relative to the largest.
 STEP, SMALLEST = 2.0**-4, 2.0**-10 / 448
 
 
@@ -17,7 +18,11 @@ STEP, SMALLEST = 2.0**-4, 2.0**-10 / 448
 def test_rows_come_back_within_half_a_step(shape: tuple[int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, shape[1])
     q = fp8.quantise_rows(x)
-    assert q.values.dtype == torch.float8_e4m3fn and q.values.shape == shape and q.scales.shape == (shape[0], -(-shape[1] // 128))
+    assert (
+        q.values.dtype == torch.float8_e4m3fn
+        and q.values.shape == shape
+        and q.scales.shape == (shape[0], -(-shape[1] // 128))
+    )
     error = (fp8.widen_rows(q) - x).abs()
     largest = q.scales.repeat_interleave(128, 1)[:, : shape[1]] * fp8.LARGEST
     assert (error <= x.abs() * STEP * 1.001 + largest * SMALLEST).all()
@@ -48,7 +53,9 @@ def test_gate_and_up_rows_do_not_share_a_scale() -> None:
 def test_norms_and_product_are_those_without_quantising() -> None:
     x, update = torch.randn(4, 200), torch.randn(4, 200)
     weight = torch.rand(200) + 0.5
-    torch.testing.assert_close(fp8.widen_rows(fp8.rms_norm_fp8(x, weight, 1e-6)), rms_norm(x, weight, 1e-6), rtol=STEP, atol=1e-2)
+    torch.testing.assert_close(
+        fp8.widen_rows(fp8.rms_norm_fp8(x, weight, 1e-6)), rms_norm(x, weight, 1e-6), rtol=STEP, atol=1e-2
+    )
     total, q = fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
     expected = add_rms_norm(x, update, weight, 1e-6)
     assert torch.equal(total, expected[0])
@@ -59,10 +66,20 @@ def test_norms_and_product_are_those_without_quantising() -> None:
 def test_experts_lose_little_against_full_precision() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(5, 256, generator=generator)
-    w13, w2 = torch.randn(3, 2 * 192, 256, generator=generator) / 16, torch.randn(3, 256, 192, generator=generator) / 14
+    w13, w2 = (
+        torch.randn(3, 2 * 192, 256, generator=generator) / 16,
+        torch.randn(3, 256, 192, generator=generator) / 14,
+    )
     rows, slots = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([2, 0, -1, 0, 2, 0])
     counts = torch.zeros(2, 3, dtype=torch.int64)
-    y = fp8.experts_fp8(fp8.quantise_rows(x), (rows, slots), fp8.quantise_w13(w13), fp8.quantise_blocks(w2), counts[0], torch.float32)
+    y = fp8.experts_fp8(
+        fp8.quantise_rows(x),
+        (rows, slots),
+        fp8.quantise_w13(w13),
+        fp8.quantise_blocks(w2),
+        counts[0],
+        torch.float32,
+    )
     expected = experts_reference(x, rows, slots, w13, w2, counts[1])
     assert torch.equal(counts[0], counts[1]) and not y[2].any()
     error = (y - expected).norm() / expected.norm()

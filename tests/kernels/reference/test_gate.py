@@ -19,7 +19,9 @@ RULES = {
     "groups of one": Routing(top_k=2, scoring="sigmoid", num_groups=16, top_groups=3),
     "all groups": Routing(top_k=4, scoring="sigmoid", num_groups=4, top_groups=4),
     "softmax groups": Routing(top_k=2, num_groups=2, top_groups=1),
-    "groups by their best": Routing(top_k=3, normalise=False, scale=16.0, num_groups=4, top_groups=2, group_quality="best"),
+    "groups by their best": Routing(
+        top_k=3, normalise=False, scale=16.0, num_groups=4, top_groups=2, group_quality="best"
+    ),
 }
 
 
@@ -54,7 +56,11 @@ def test_equals_the_naive_gate(name: str, with_bias: bool) -> None:
     x, weight, bias = _inputs()
     bias = bias if with_bias else torch.zeros_like(bias)
     ids, weights = gate(x, weight, bias if with_bias else None, RULES[name])
-    assert ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.shape == weights.shape == (33, RULES[name].top_k)
+    assert (
+        ids.dtype == torch.int64
+        and weights.dtype == torch.float32
+        and ids.shape == weights.shape == (33, RULES[name].top_k)
+    )
     for token in range(33):
         expected = _naive(x[token].tolist(), weight.tolist(), bias.tolist(), RULES[name])
         assert ids[token].tolist() == list(expected), f"token {token}"

@@ -24,7 +24,8 @@ from lockstep.kernels.reference.kv_entries import (
 from support.fp8_entries import heads_in, latents_in
 from support.paged_rows import PAGE_SIZE, PagedRows
 
-# e4m3 has three bits of mantissa: half a step is 2^-4 of a value, or 2^-10 of the scale among the smallest.
+# e4m3 has three bits of mantissa: half a step is 2^-4 of a value, or 2^-10 of the scale among the
+# smallest.
 HALF_STEP = 2.0**-4
 
 
@@ -39,7 +40,9 @@ def test_an_entry_has_the_documented_size() -> None:
 
 
 def test_sizes_and_names_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kv_cache\.dtype = fp8: head_dim is 6; expected a multiple of 4; use bf16 or fp32"):
+    with pytest.raises(
+        ValueError, match=r"kv_cache\.dtype = fp8: head_dim is 6; expected a multiple of 4; use bf16 or fp32"
+    ):
         head_entry("fp8", 2, 6)
     with pytest.raises(ValueError, match="kv_lora_rank is 30; expected a multiple of 4"):
         latent_entry("fp8", 30, 8)
@@ -55,13 +58,18 @@ def test_every_eight_bits_are_converted_exactly(dtype: torch.dtype) -> None:
     real = ~expected.isnan()
     assert torch.equal(from_e4m3(bits, dtype)[real], expected[real]) and real.sum() == 254
     columns = bits.view(16, 16)[:, 3:11]
-    torch.testing.assert_close(from_e4m3(columns, dtype), expected.view(16, 16)[:, 3:11], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        from_e4m3(columns, dtype), expected.view(16, 16)[:, 3:11], rtol=0, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 4), (3, 20), (4, 128)])
 def test_heads_come_back_within_half_a_step(heads: int, dim: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(50, heads, dim, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 50)[:, None, None]).to(dtype)
+    x = (
+        torch.randn(50, heads, dim, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-4, 3, 50)[:, None, None]
+    ).to(dtype)
     x[3] = 0
     entries = encode_heads(x)
     assert entries.dtype == torch.uint8 and entries.shape == (50, *head_entry("fp8", heads, dim))
@@ -80,7 +88,10 @@ def test_latents_come_back_within_half_a_step(latent: int, rotated: int, dtype: 
     generator = torch.Generator().manual_seed(1)
     # Groups of 128 with sizes far apart: one scale for all of them would lose the small ones.
     sizes = 10.0 ** torch.arange(-(-latent // 128)).repeat_interleave(128)[:latent]
-    c, k = (torch.randn(9, latent, generator=generator) * sizes).to(dtype), torch.randn(9, rotated, generator=generator).to(dtype)
+    c, k = (
+        (torch.randn(9, latent, generator=generator) * sizes).to(dtype),
+        torch.randn(9, rotated, generator=generator).to(dtype),
+    )
     entries = encode_latents(c, k)
     assert entries.dtype == torch.uint8 and entries.shape == (9, *latent_entry("fp8", latent, rotated))
     assert torch.equal(decode_latents(entries, latent, torch.float32), latents_in(entries, latent))
@@ -120,8 +131,12 @@ TOLERANCES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_grouped_attention_reads_what_the_cache_returns(case: str, kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Equal to attention over a pool of numbers that holds what the bytes say; pages that are not read hold large values."""
+def test_grouped_attention_reads_what_the_cache_returns(
+    case: str, kv_heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Equal to attention over a pool of numbers that holds what the bytes say; pages that are not
+    read hold large values.
+    """
     torch.manual_seed(0)
     rows, dim = PagedRows(*CASES[case]), 16
     caches = [encode_heads(torch.full((rows.num_pages * PAGE_SIZE, kv_heads, dim), 1e3)) for _ in range(2)]
@@ -130,24 +145,38 @@ def test_grouped_attention_reads_what_the_cache_returns(case: str, kv_heads: int
             write_heads(cache, rows.places(row), torch.randn(len(rows.places(row)), kv_heads, dim).to(dtype))
     q = torch.randn(int(rows.counts.sum()), 6, dim).to(dtype)
     out = attention.attend(q, *caches, rows.batch, 0.3)
-    expected = attention.attend(q.float(), *(heads_in(cache, kv_heads, dim) for cache in caches), rows.batch, 0.3)
+    expected = attention.attend(
+        q.float(), *(heads_in(cache, kv_heads, dim) for cache in caches), rows.batch, 0.3
+    )
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_latent_attention_reads_what_the_cache_returns(case: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_latent_attention_reads_what_the_cache_returns(
+    case: str, dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     rows, heads, nope, rotated, latent = PagedRows(*CASES[case]), 4, 12, 6, 140
-    cache = encode_latents(torch.full((rows.num_pages * PAGE_SIZE, latent), 1e3), torch.full((rows.num_pages * PAGE_SIZE, rotated), 1e3))
+    cache = encode_latents(
+        torch.full((rows.num_pages * PAGE_SIZE, latent), 1e3),
+        torch.full((rows.num_pages * PAGE_SIZE, rotated), 1e3),
+    )
     for row in range(len(rows.starts)):
         count = len(rows.places(row))
-        write_latents(cache, rows.places(row), torch.randn(count, latent).to(dtype), torch.randn(count, rotated).to(dtype))
+        write_latents(
+            cache,
+            rows.places(row),
+            torch.randn(count, latent).to(dtype),
+            torch.randn(count, rotated).to(dtype),
+        )
     q_nope, q_rope = (torch.randn(int(rows.counts.sum()), heads, dim).to(dtype) for dim in (nope, rotated))
     expand = (torch.randn(heads, nope + 10, latent) * latent**-0.5).to(dtype)
     out = mla.mla_attend(q_nope, q_rope, cache, expand, rows.batch, 0.25)
-    expected = mla.mla_attend(q_nope.float(), q_rope.float(), latents_in(cache, latent), expand.float(), rows.batch, 0.25)
+    expected = mla.mla_attend(
+        q_nope.float(), q_rope.float(), latents_in(cache, latent), expand.float(), rows.batch, 0.25
+    )
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -155,10 +184,14 @@ def test_gathered_pages_are_those_of_the_table() -> None:
     x = torch.randn(5 * PAGE_SIZE, 2, 8)
     pages = torch.tensor([3, 0], dtype=torch.int32)
     chosen = torch.cat([encode_heads(x)[24:32], encode_heads(x)[:8]])
-    assert torch.equal(gather_heads(encode_heads(x), pages, PAGE_SIZE, 8, torch.float32), heads_in(chosen, 2, 8))
+    assert torch.equal(
+        gather_heads(encode_heads(x), pages, PAGE_SIZE, 8, torch.float32), heads_in(chosen, 2, 8)
+    )
     c, k = torch.randn(5 * PAGE_SIZE, 20), torch.randn(5 * PAGE_SIZE, 4)
     chosen = torch.cat([encode_latents(c, k)[24:32], encode_latents(c, k)[:8]])
-    assert torch.equal(gather_latents(encode_latents(c, k), pages, PAGE_SIZE, 20, torch.float32), latents_in(chosen, 20))
+    assert torch.equal(
+        gather_latents(encode_latents(c, k), pages, PAGE_SIZE, 20, torch.float32), latents_in(chosen, 20)
+    )
 
 
 # --------------------------------------------------------------------------- the loss
@@ -169,8 +202,10 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def test_the_loss_of_grouped_attention() -> None:
-    """Normal queries, keys and values, 1,000 positions, float32 outside of the pages: 3.7 % of the output's norm, 0.24 % in bf16.
-    The output is a mean of a thousand such values and small, so this is about the error of a single value."""
+    """Normal queries, keys and values, 1,000 positions, float32 outside of the pages: 3.7 % of the
+    output's norm, 0.24 % in bf16. The output is a mean of a thousand such values and small, so this
+    is about the error of a single value.
+    """
     torch.manual_seed(0)
     rows = PagedRows([(999, 1)] * 8, 8)
     x = [torch.randn(rows.num_pages * PAGE_SIZE, 2, 128) for _ in range(2)]

@@ -1,4 +1,6 @@
-"""Latent attention over a paged cache, absorbed and materialised, against its definition in float64."""
+"""Latent attention over a paged cache, absorbed and materialised, against its definition in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from support.paged_rows import PAGE_SIZE, PagedRows
 
 HEADS, NOPE, ROPE, LATENT, SCALE = 4, 12, 6, 20, 0.25
 
-# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so its rounding is no error.
+# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so
+# its rounding is no error.
 DTYPES = [
     (torch.float32, torch.float32, 2e-5),
     (torch.bfloat16, torch.bfloat16, 3e-2),
@@ -37,7 +40,9 @@ def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, 
     """Keys and values of every head expanded from the latents."""
     c, k_rope = latents.double().split([LATENT, ROPE], -1)
     kv = torch.einsum("lc,hpc->lhp", c, expand.double())
-    scores = torch.einsum("thn,lhn->htl", q_nope.double(), kv[..., :NOPE]) + torch.einsum("the,le->htl", q_rope.double(), k_rope)
+    scores = torch.einsum("thn,lhn->htl", q_nope.double(), kv[..., :NOPE]) + torch.einsum(
+        "the,le->htl", q_rope.double(), k_rope
+    )
     position = torch.arange(len(q_nope))[:, None] + start
     scores = (scores * SCALE).masked_fill(torch.arange(len(latents)) > position, -torch.inf)
     return torch.einsum("htl,lhv->thv", scores.softmax(-1), kv[..., NOPE:])
@@ -48,7 +53,12 @@ def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, 
 @pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("column", [mla, cpu_mla])
 def test_equals_the_definition(
-    column: ModuleType, case: str, value_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
+    column: ModuleType,
+    case: str,
+    value_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
@@ -74,9 +84,14 @@ def test_equals_the_definition(
 @pytest.mark.parametrize("page_size", [8, 64])
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
 def test_compiled_at_the_size_of_deepseek(kv_format: str, page_size: int, nope: int, value: int) -> None:
-    """Entries whose first dims are values, read where they lie or converted, over rows in several parts; products by torch and our own."""
+    """Entries whose first dims are values, read where they lie or converted, over rows in several
+    parts; products by torch and our own.
+    """
     torch.manual_seed(0)
-    rows, (heads, rope, latent) = PagedRows([(600, 1), (70, 1), (40, 30)], 2, page_size=page_size), (3, 64, 512)
+    rows, (heads, rope, latent) = (
+        PagedRows([(600, 1), (70, 1), (40, 30)], 2, page_size=page_size),
+        (3, 64, 512),
+    )
     c, k = torch.randn(rows.num_pages * page_size, latent + rope).split([latent, rope], 1)
     cache = encode_latents(c, k) if kv_format == "fp8" else torch.cat([c, k], 1).bfloat16()
     numbers = decode_latents(cache, latent, torch.float32) if kv_format == "fp8" else cache.float()

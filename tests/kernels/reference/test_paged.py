@@ -45,7 +45,9 @@ def test_long_and_short_decode_rows_are_not_padded_to_each_other() -> None:
 
 
 def test_no_rows() -> None:
-    batch, positions = build_batch(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.zeros((0, 1), np.int32), page_size=4)
+    batch, positions = build_batch(
+        np.empty(0, np.int64), np.empty(0, np.int64), 0, np.zeros((0, 1), np.int32), page_size=4
+    )
     assert positions.shape == (0,)
     assert batch.decode_groups == ()
     assert list(batch.extends()) == []

@@ -1,4 +1,6 @@
-"""Rotary embedding: what makes it one, and YaRN's ends. Values against ``transformers`` are in the model tests."""
+"""Rotary embedding: what makes it one, and YaRN's ends. Values against ``transformers`` are in the
+model tests.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def test_products_depend_on_the_distance_alone(rotate: Rotate) -> None:
 @BOTH
 def test_position_zero_only_reorders(rotate: Rotate) -> None:
     x = torch.randn(1, 2, 8)
-    assert torch.equal(rotate(x, angles(torch.zeros(1, dtype=torch.int64), frequencies(8, 100.0))).sort(-1).values, x.sort(-1).values)
+    assert torch.equal(
+        rotate(x, angles(torch.zeros(1, dtype=torch.int64), frequencies(8, 100.0))).sort(-1).values,
+        x.sort(-1).values,
+    )
 
 
 def test_one_pair_turns_by_its_angle() -> None:
@@ -75,7 +80,9 @@ def test_values_past_the_frequencies_are_left_alone(interleaved: bool) -> None:
 
 
 def test_no_tokens() -> None:
-    assert rotate_pairs(torch.empty(0, 2, 8), angles(torch.empty(0, dtype=torch.int64), frequencies(8, 100.0))).shape == (0, 2, 8)
+    assert rotate_pairs(
+        torch.empty(0, 2, 8), angles(torch.empty(0, dtype=torch.int64), frequencies(8, 100.0))
+    ).shape == (0, 2, 8)
 
 
 def test_yarn_keeps_fast_pairs_and_slows_the_rest() -> None:

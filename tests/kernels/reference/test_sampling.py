@@ -1,4 +1,6 @@
-"""Sampling: the distribution drawn from, its independence of the batch, edits of logits, log-probabilities."""
+"""Sampling: the distribution drawn from, its independence of the batch, edits of logits,
+log-probabilities.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,27 @@ def params(rows: list[tuple[float, int, float, float]]) -> SamplingParams:
     """Rows of (temperature, top_k, top_p, min_p)."""
     temperature, top_k, top_p, min_p = zip(*rows, strict=True)
     return SamplingParams(
-        np.array(temperature, np.float32), np.array(top_k, np.int64), np.array(top_p, np.float32), np.array(min_p, np.float32)
+        np.array(temperature, np.float32),
+        np.array(top_k, np.int64),
+        np.array(top_p, np.float32),
+        np.array(min_p, np.float32),
     )
 
 
 def edits(num_rows: int, **changes: NDArray[np.generic]) -> LogitEdits:
-    empty = {f"{kind}_{what}_N": NONE for kind in ("counted", "bias", "masked") for what in ("rows", "tokens")}
+    empty = {
+        f"{kind}_{what}_N": NONE for kind in ("counted", "bias", "masked") for what in ("rows", "tokens")
+    }
     plain = {"repetition_R": np.ones(num_rows, np.float32)}
     plain |= {f"{name}_R": np.zeros(num_rows, np.float32) for name in ("presence", "frequency")}
-    return LogitEdits(**(empty | plain | {"output_counts_N": NONE, "bias_values_N": np.array([], np.float32)} | changes))  # type: ignore[arg-type]
+    return LogitEdits(
+        **(empty | plain | {"output_counts_N": NONE, "bias_values_N": np.array([], np.float32)} | changes)
+    )  # type: ignore[arg-type]
 
 
-def reference(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float) -> NDArray[np.float64]:
+def reference(
+    logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float
+) -> NDArray[np.float64]:
     """The distribution by definition, in float64; tokens are let in best first."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     weights[weights < min_p * weights.max()] = 0
@@ -50,8 +61,12 @@ def reference(logits: NDArray[np.float32], temperature: float, top_k: int, top_p
     return weights / weights.sum()
 
 
-def drawn_distribution(logits: NDArray[np.float32], row: tuple[float, int, float, float], num: int = 4000) -> NDArray[np.float64]:
-    """Shares of the tokens drawn by evenly spaced uniform numbers: the distribution to within 1 / num."""
+def drawn_distribution(
+    logits: NDArray[np.float32], row: tuple[float, int, float, float], num: int = 4000
+) -> NDArray[np.float64]:
+    """Shares of the tokens drawn by evenly spaced uniform numbers: the distribution to within 1 /
+    num.
+    """
     uniform_R = (np.arange(num) + 0.5) / num
     tokens = sample(torch.from_numpy(logits).expand(num, -1), params([row] * num), uniform_R)
     return np.bincount(tokens.numpy(), minlength=len(logits)) / num
@@ -66,7 +81,9 @@ def drawn_distribution(logits: NDArray[np.float32], row: tuple[float, int, float
     top_p=st.sampled_from([1.0, 0.9, 0.5, 1e-6]),
     min_p=st.sampled_from([0.0, 0.05, 1.0]),
 )
-def test_draws_follow_the_definition(seed: int, vocab: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def test_draws_follow_the_definition(
+    seed: int, vocab: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     logits = np.random.default_rng(seed).normal(0, 2, vocab).astype(np.float32)
     expected = reference(logits, temperature, top_k, top_p, min_p)
     drawn = drawn_distribution(logits, (temperature, top_k, top_p, min_p))
@@ -86,7 +103,14 @@ def test_nucleus_wider_than_the_first_search(top_p: float) -> None:
 
 def test_equal_values_at_the_boundary_are_all_let_in() -> None:
     logits = np.array([0.0, 2.0, 1.0, 1.0, 1.0, -1.0], np.float32)
-    assert (drawn_distribution(logits, (1.0, 2, 1.0, 0.0)) > 0).tolist() == [False, True, True, True, True, False]
+    assert (drawn_distribution(logits, (1.0, 2, 1.0, 0.0)) > 0).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_extreme_uniform_numbers_stay_inside_the_distribution() -> None:
@@ -114,7 +138,14 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(24, 3000, generator=generator) * 2
     before = logits.clone()
-    choices = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 50, 1.0, 0.0), (1.3, 0, 0.95, 0.0), (1.0, 0, 1.0, 0.1), (0.9, 20, 0.8, 0.02)]
+    choices = [
+        (0.0, 0, 1.0, 0.0),
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 50, 1.0, 0.0),
+        (1.3, 0, 0.95, 0.0),
+        (1.0, 0, 1.0, 0.1),
+        (0.9, 20, 0.8, 0.02),
+    ]
     rows = [choices[i % len(choices)] for i in range(24)]
     numbers = uniform(np.arange(24), np.arange(24) * 7, Purpose.SAMPLE)
     together = sample(logits, params(rows), numbers).tolist()
@@ -157,7 +188,9 @@ def test_penalties_follow_the_definition() -> None:
         for token in set(history):
             value = expected[row, token]
             value = value / repetition[row] if value > 0 else value * repetition[row]
-            expected[row, token] = value - frequency[row] * output.count(token) - presence[row] * (token in output)
+            expected[row, token] = (
+                value - frequency[row] * output.count(token) - presence[row] * (token in output)
+            )
     counted = [token_counts(np.array(h, np.int32), n) for h, n in zip(histories, prompt_lengths, strict=True)]
     got = torch.from_numpy(logits.copy())
     edit_logits(
@@ -225,5 +258,7 @@ def test_logprobs_are_those_of_the_model() -> None:
 
 def test_no_rows() -> None:
     nothing = params([(1.0, 0, 1.0, 0.0)])
-    nothing = SamplingParams(*(getattr(nothing, name)[:0] for name in ("temperature_R", "top_k_R", "top_p_R", "min_p_R")))
+    nothing = SamplingParams(
+        *(getattr(nothing, name)[:0] for name in ("temperature_R", "top_k_R", "top_p_R", "min_p_R"))
+    )
     assert sample(torch.empty(0, 10), nothing, np.empty(0)).shape == (0,)

@@ -1,4 +1,6 @@
-"""Sublayers in one call against the ops they are made of: the same to the bit, and close to the reference."""
+"""Sublayers in one call against the ops they are made of: the same to the bit, and close to the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -50,31 +52,57 @@ def _batch(num_decode: int, extend: int) -> tuple[PagedBatch, Tensor]:
     return build_batch(starts, counts, num_decode, pages, 16)
 
 
-def _attention(ops: Ops, sublayer: Any, rows: tuple[int, int], *, first: bool, bias: bool, norms: bool, fp8: bool) -> list[Tensor]:
-    qkv, out = _draw((HEADS + 2 * KEYS) * DIM, HIDDEN, scale=0.1, seed=3), _draw(HIDDEN, HEADS * DIM, scale=0.1, seed=4)
+def _attention(
+    ops: Ops, sublayer: Any, rows: tuple[int, int], *, first: bool, bias: bool, norms: bool, fp8: bool
+) -> list[Tensor]:
+    qkv, out = (
+        _draw((HEADS + 2 * KEYS) * DIM, HIDDEN, scale=0.1, seed=3),
+        _draw(HIDDEN, HEADS * DIM, scale=0.1, seed=4),
+    )
     biases = (_draw(len(qkv), seed=5), _draw(HIDDEN, seed=6)) if bias else (None, None)
     head_norms = HeadNorms(_draw(DIM, seed=7), _draw(DIM, seed=8), 1e-6) if norms else None
-    heads = GroupedHeads(DIM, False, head_norms, Matrix(ops.pack(qkv), biases[0]), Matrix(ops.pack(out), biases[1]))
+    heads = GroupedHeads(
+        DIM, False, head_norms, Matrix(ops.pack(qkv), biases[0]), Matrix(ops.pack(out), biases[1])
+    )
     batch, positions = _batch(*rows)
     entry, dtype = head_entry("fp8" if fp8 else "bf16", KEYS, DIM), torch.uint8 if fp8 else torch.bfloat16
     cache = (torch.zeros(4096 * 2, *entry, dtype=dtype), torch.zeros(4096 * 2, *entry, dtype=dtype))
     step = Step(angles(positions, frequencies(DIM, 1e4)), batch, cache)
-    return [*sublayer(ops, _residual(sum(rows), first), RowNorm(_draw(HIDDEN, seed=9), 1e-6), heads, step), *cache]
+    return [
+        *sublayer(ops, _residual(sum(rows), first), RowNorm(_draw(HIDDEN, seed=9), 1e-6), heads, step),
+        *cache,
+    ]
 
 
 def _experts(ops: Ops, sublayer: Any, num_tokens: int, *, first: bool, bias: bool) -> list[Tensor]:
-    w13, w2 = _draw(SLOTS, 2 * WIDTH, HIDDEN, scale=0.1, seed=3), _draw(SLOTS, HIDDEN, WIDTH, scale=0.1, seed=4)
+    w13, w2 = (
+        _draw(SLOTS, 2 * WIDTH, HIDDEN, scale=0.1, seed=3),
+        _draw(SLOTS, HIDDEN, WIDTH, scale=0.1, seed=4),
+    )
     routing = Routing(TOP_K, "sigmoid", num_groups=4, top_groups=2, scale=2.5) if bias else Routing(TOP_K)
-    gate = GateWeights(_draw(SLOTS, HIDDEN, seed=5).float(), _draw(SLOTS, seed=6).float() if bias else None, routing)
-    here = Here(torch.arange(SLOTS).flip(0), torch.arange(num_tokens).repeat_interleave(TOP_K), torch.zeros(SLOTS, dtype=torch.int64))
+    gate = GateWeights(
+        _draw(SLOTS, HIDDEN, seed=5).float(), _draw(SLOTS, seed=6).float() if bias else None, routing
+    )
+    here = Here(
+        torch.arange(SLOTS).flip(0),
+        torch.arange(num_tokens).repeat_interleave(TOP_K),
+        torch.zeros(SLOTS, dtype=torch.int64),
+    )
     norm = RowNorm(_draw(HIDDEN, seed=9), 1e-6)
-    return [*sublayer(ops, _residual(num_tokens, first), norm, gate, ops.pack_slots(w13, w2), here), here.counts_S]
+    return [
+        *sublayer(ops, _residual(num_tokens, first), norm, gate, ops.pack_slots(w13, w2), here),
+        here.counts_S,
+    ]
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize(("bias", "norms", "fp8"), [(False, True, False), (True, False, False), (False, True, True)])
-def test_attention_in_one_call(rows: tuple[int, int], first: bool, bias: bool, norms: bool, fp8: bool) -> None:
+@pytest.mark.parametrize(
+    ("bias", "norms", "fp8"), [(False, True, False), (True, False, False), (False, True, True)]
+)
+def test_attention_in_one_call(
+    rows: tuple[int, int], first: bool, bias: bool, norms: bool, fp8: bool
+) -> None:
     given = {"first": first, "bias": bias, "norms": norms, "fp8": fp8}
     got = _attention(CPU, CPU.attention_sublayer, rows, **given)
     for one, other in zip(got, _attention(CPU, sublayers.attention_sublayer, rows, **given), strict=True):
@@ -89,7 +117,9 @@ def test_attention_in_one_call(rows: tuple[int, int], first: bool, bias: bool, n
 @pytest.mark.parametrize("bias", [False, True])
 def test_experts_in_one_call(num_tokens: int, first: bool, bias: bool) -> None:
     got = _experts(CPU, CPU.experts_sublayer, num_tokens, first=first, bias=bias)
-    for one, other in zip(got, _experts(CPU, sublayers.experts_sublayer, num_tokens, first=first, bias=bias), strict=True):
+    for one, other in zip(
+        got, _experts(CPU, sublayers.experts_sublayer, num_tokens, first=first, bias=bias), strict=True
+    ):
         assert torch.equal(one, other)
     assert int(got[-1].sum()) == TOP_K * num_tokens
     if num_tokens in (1, 7):  # with more, rounding decides between equal choices somewhere

@@ -56,15 +56,26 @@ def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tenso
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
 def test_equals_the_definition(
-    case: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
+    case: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
     # What other rows' pages and the places past a row's end hold must not matter, not even NaN.
-    k_cache, v_cache = (torch.full((rows.num_pages * PAGE_SIZE, kv_heads, dim), float("nan"), dtype=cache_dtype) for _ in range(2))
+    k_cache, v_cache = (
+        torch.full((rows.num_pages * PAGE_SIZE, kv_heads, dim), float("nan"), dtype=cache_dtype)
+        for _ in range(2)
+    )
     for row in range(len(rows.starts)):
         places = rows.places(row)
-        k_cache[places], v_cache[places] = (torch.randn(len(places), kv_heads, dim).to(cache_dtype) for _ in range(2))
+        k_cache[places], v_cache[places] = (
+            torch.randn(len(places), kv_heads, dim).to(cache_dtype) for _ in range(2)
+        )
     k_cache, v_cache = k_cache.to(DEVICE), v_cache.to(DEVICE)
     q = torch.randn(int(rows.counts.sum()), heads + 2, dim).to(DEVICE, dtype)[:, 1:-1]
     for splits in (1, 3) if "decode" in case else (0,):
@@ -80,10 +91,15 @@ def test_equals_the_definition(
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 1, 20), (6, 3, 160)])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
-def test_fp8_pages(case: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_fp8_pages(
+    case: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
-    caches = [torch.full((rows.num_pages * PAGE_SIZE, *head_entry("fp8", kv_heads, dim)), 255, dtype=torch.uint8) for _ in range(2)]
+    caches = [
+        torch.full((rows.num_pages * PAGE_SIZE, *head_entry("fp8", kv_heads, dim)), 255, dtype=torch.uint8)
+        for _ in range(2)
+    ]
     for row in range(len(rows.starts)):
         for cache in caches:
             write_heads(cache, rows.places(row), torch.randn(len(rows.places(row)), kv_heads, dim))
@@ -95,7 +111,9 @@ def test_fp8_pages(case: str, heads: int, kv_heads: int, dim: int, dtype: torch.
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
             k, v = (heads_in(cache[places], kv_heads, dim).to(DEVICE) for cache in caches)
-            torch.testing.assert_close(out[tokens].double(), definition(q[tokens], k, v, start), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                out[tokens].double(), definition(q[tokens], k, v, start), rtol=tolerance, atol=tolerance
+            )
 
 
 def test_equals_the_reference_at_a_real_head() -> None:

@@ -1,4 +1,5 @@
-"""The Triton kernels through the real compiler for sm_90 (H100, H200), which needs no card: types, shared memory, spills.
+"""The Triton kernels through the real compiler for sm_90 (H100, H200), which needs no card: types,
+shared memory, spills.
 
 The interpreter shows what a kernel computes; it accepts programs that the compiler refuses.
 """
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(900)  # 3 to 20 s of two cores of an EPYC Genoa for a case; a compiler that hangs must end some day
+pytestmark = pytest.mark.timeout(
+    900
+)  # 3 to 20 s of two cores of an EPYC Genoa for a case; a compiler that hangs must end some day
 SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capability 9.0
 PROGRAM = Path(__file__).parent.parent.parent / "support" / "triton_compile.py"
 _PLACING = {"grouping._count_kernel", "grouping._place_kernel"}
@@ -25,14 +28,18 @@ CASES = {
     "gates": {"gate._choose_kernel"},
     "groupings": _PLACING | {"grouping._permute_kernel", "grouping._unpermute_kernel"},
     "experts": _PLACING | {"experts._up_kernel", "experts._down_kernel", "experts._weighted_sum_kernel"},
-    "fp8": _PLACING | {"experts_fp8._up_fp8_kernel", "experts_fp8._down_fp8_kernel"} | {"fp8._quantise_kernel", "fp8._silu_mul_fp8_kernel"},
+    "fp8": _PLACING
+    | {"experts_fp8._up_fp8_kernel", "experts_fp8._down_fp8_kernel"}
+    | {"fp8._quantise_kernel", "fp8._silu_mul_fp8_kernel"},
     "norms": {"norm._rms_norm_kernel", "norm._silu_mul_kernel"},
     "rotations": {"rope._rotate_and_write_kernel", "rope._rotate_and_write_latent_kernel"},
     "attentions": _ATTENDING,
     "latent_attentions": _ATTENDING | _PREFILLING,
     "latent_attentions_fp8": _ATTENDING | _PREFILLING,
     "pages": {"pages._copy_pages_kernel"},
-    "samplers": {f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")},
+    "samplers": {
+        f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")
+    },
 }
 MATRIX_KERNELS = _PREFILLING | {
     "experts._up_kernel",
@@ -66,7 +73,9 @@ def test_kernels_compile_fit_spill_nothing_and_use_the_matrix_units(case: str, c
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, str(PROGRAM), case]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=890, check=False, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=890, check=False, env=environment
+    )
     assert result.returncode == 0, result.stderr
     needs: dict[str, list[dict[str, int]]] = json.loads(result.stdout)
     assert set(needs) == CASES[case]

@@ -22,7 +22,12 @@ CASES = {
 SIZES = [(128, 64), (40, 24), (72, 130)]
 # bf16 is cut, not rounded, by the interpreter, and the intermediate is stored in it.
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
-SMALL = ExpertTile(0, 16, ProductTile(columns=32, depth=32, warps=4, stages=2), ProductTile(columns=16, depth=32, warps=4, stages=2))
+SMALL = ExpertTile(
+    0,
+    16,
+    ProductTile(columns=32, depth=32, warps=4, stages=2),
+    ProductTile(columns=16, depth=32, warps=4, stages=2),
+)
 
 
 def weights(hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,7 +40,9 @@ def weights(hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize(("hidden", "width"), SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_definition(case: str, hidden: int, width: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_equals_the_definition(
+    case: str, hidden: int, width: int, dtype: torch.dtype, tolerance: float
+) -> None:
     slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)
     rows = torch.randint(0, 5, (len(slots),), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     x = torch.randn(5, hidden, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
@@ -89,11 +96,18 @@ def test_float64_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("shape", [(0, 8, 16), (1, 1, 5), (7, 8, 100), (2, 3, 1500)])
-def test_weighted_sum_equals_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+def test_weighted_sum_equals_the_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float
+) -> None:
     generator = torch.Generator().manual_seed(5)
-    y, scales = torch.randn(shape, generator=generator).to(DEVICE, dtype), torch.rand(shape[:2], generator=generator).to(DEVICE)
+    y, scales = (
+        torch.randn(shape, generator=generator).to(DEVICE, dtype),
+        torch.rand(shape[:2], generator=generator).to(DEVICE),
+    )
     with poisoned():
         out = weighted_sum(y, scales)
     assert out.dtype == dtype

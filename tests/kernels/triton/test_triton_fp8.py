@@ -12,7 +12,8 @@ from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
 from support.poison import DEVICE, poisoned
 
-# Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among the smallest.
+# Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among
+# the smallest.
 STEP = 2.0**-3
 
 
@@ -20,7 +21,9 @@ def assert_same(got: Quantised, expected: Quantised) -> None:
     assert got.values.dtype == torch.float8_e4m3fn and got.values.shape == expected.values.shape
     torch.testing.assert_close(got.scales, expected.scales, rtol=1e-5, atol=0)
     groups = expected.scales.repeat_interleave(128, 1)[:, : expected.values.shape[1]]
-    assert (got.values.view(torch.uint8) != expected.values.view(torch.uint8)).float().mean().nan_to_num() < 0.01
+    assert (
+        got.values.view(torch.uint8) != expected.values.view(torch.uint8)
+    ).float().mean().nan_to_num() < 0.01
     error = (widen_rows(got) - widen_rows(expected)).abs()
     assert (error <= (widen_rows(expected).abs() * STEP + groups * 2.0**-9) * 1.001).all()
 
@@ -56,8 +59,12 @@ def test_zeros_stay_zeros() -> None:
 
 
 def powers(generator: torch.Generator, *shape: int, rows: int = 128) -> torch.Tensor:
-    """Factors of 1/4 to 4, one for each block of 128 in the last two dims, so that no two scales are alike."""
-    blocks = torch.randint(-2, 3, (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // 128)), generator=generator)
+    """Factors of 1/4 to 4, one for each block of 128 in the last two dims, so that no two scales
+    are alike.
+    """
+    blocks = torch.randint(
+        -2, 3, (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // 128)), generator=generator
+    )
     return (2.0**blocks).repeat_interleave(rows, -2).repeat_interleave(128, -1)[..., : shape[-2], : shape[-1]]
 
 
@@ -79,11 +86,15 @@ def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype, columns
     generator = torch.Generator().manual_seed(2)
     slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)
     rows = torch.randint(0, 5, (len(slots),), generator=generator).to(DEVICE)
-    x = quantise_rows((torch.randn(5, hidden, generator=generator) * powers(generator, 5, hidden, rows=1)).to(DEVICE))
+    x = quantise_rows(
+        (torch.randn(5, hidden, generator=generator) * powers(generator, 5, hidden, rows=1)).to(DEVICE)
+    )
     w13_SFD = torch.randn(4, 2 * width, hidden, generator=generator) * hidden**-0.5
     w13_SFD.unflatten(1, (2, -1)).mul_(powers(generator, 4, 2, width, hidden))
     w13 = quantise_w13(w13_SFD.to(DEVICE))
-    w2_SDF = torch.randn(4, hidden, width, generator=generator) * width**-0.5 * powers(generator, 4, hidden, width)
+    w2_SDF = (
+        torch.randn(4, hidden, width, generator=generator) * width**-0.5 * powers(generator, 4, hidden, width)
+    )
     w2 = quantise_blocks(w2_SDF.to(DEVICE))
     counts, expected_counts = (torch.ones(4, dtype=torch.int64, device=DEVICE) for _ in range(2))
     tile = ExpertTile(0, 16, ProductTile(columns[0], 128, 4, 2), ProductTile(columns[1], 128, 4, 2))
@@ -96,7 +107,9 @@ def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype, columns
 
 
 def test_every_number_is_rounded_to_the_nearest_and_ties_to_even() -> None:
-    x = torch.cat([torch.linspace(0, 0.03, 1000), torch.linspace(0.03, 448, 5000), torch.tensor([448.0])]).repeat(2)
+    x = torch.cat(
+        [torch.linspace(0, 0.03, 1000), torch.linspace(0.03, 448, 5000), torch.tensor([448.0])]
+    ).repeat(2)
     x[: len(x) // 2].neg_()
     for part in x.split(127):
         row = torch.cat([torch.tensor([448.0]), part])[None].to(DEVICE)

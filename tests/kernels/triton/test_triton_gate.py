@@ -21,10 +21,16 @@ RULES = {
     "groups of one": (16, Routing(top_k=2, scoring="sigmoid", num_groups=16, top_groups=3)),
     "all groups": (16, Routing(top_k=4, scoring="sigmoid", num_groups=4, top_groups=4)),
     "softmax groups": (16, Routing(top_k=2, num_groups=2, top_groups=1)),
-    "groups by their best": (30, Routing(top_k=3, normalise=False, scale=16.0, num_groups=5, top_groups=2, group_quality="best")),
+    "groups by their best": (
+        30,
+        Routing(top_k=3, normalise=False, scale=16.0, num_groups=5, top_groups=2, group_quality="best"),
+    ),
     "one expert": (1, Routing(top_k=1)),
     "Qwen3-30B-A3B": (128, Routing(top_k=8)),
-    "DeepSeek-V2": (160, Routing(6, normalise=False, scale=16.0, num_groups=8, top_groups=3, group_quality="best")),
+    "DeepSeek-V2": (
+        160,
+        Routing(6, normalise=False, scale=16.0, num_groups=8, top_groups=3, group_quality="best"),
+    ),
     "DeepSeek-V3": (256, Routing(top_k=8, scoring="sigmoid", num_groups=8, top_groups=4, scale=2.5)),
 }
 TOKENS, HIDDEN = 13, 24
@@ -59,20 +65,31 @@ def test_counts_are_added_and_padding_is_left_out(name: str, num_tokens: int) ->
     x[num_tokens:] = float("nan")  # what a bucket holds past its tokens
     results = []
     for gate in (reference.gate, triton_gate.gate):
-        counts = GateCounts(torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE), torch.full((num_experts,), 7, device=DEVICE))
+        counts = GateCounts(
+            torch.tensor([num_tokens], dtype=torch.int32, device=DEVICE),
+            torch.full((num_experts,), 7, device=DEVICE),
+        )
         results.append((*gate(x, weight, bias, rule, counts), counts.counts_E))
     (expected_ids, expected_weights, expected_counts), (ids, weights, counts_E) = results
     assert torch.equal(ids, expected_ids) and (ids[num_tokens:] == -1).all() and (ids[:num_tokens] >= 0).all()
     torch.testing.assert_close(weights, expected_weights)
-    assert torch.equal(counts_E, expected_counts) and int(counts_E.sum()) == 7 * num_experts + num_tokens * rule.top_k
+    assert (
+        torch.equal(counts_E, expected_counts)
+        and int(counts_E.sum()) == 7 * num_experts + num_tokens * rule.top_k
+    )
 
 
 def test_all_tokens_to_one_expert_and_none_to_the_rest() -> None:
     x, weight, bias = inputs(16)
     bias[:] = 0
     bias[11] = 10
-    counts = GateCounts(torch.tensor([TOKENS], dtype=torch.int32, device=DEVICE), torch.zeros(16, dtype=torch.int64, device=DEVICE))
-    ids, weights = triton_gate.gate(x, weight, bias, Routing(top_k=1, scoring="sigmoid", normalise=False), counts)
+    counts = GateCounts(
+        torch.tensor([TOKENS], dtype=torch.int32, device=DEVICE),
+        torch.zeros(16, dtype=torch.int64, device=DEVICE),
+    )
+    ids, weights = triton_gate.gate(
+        x, weight, bias, Routing(top_k=1, scoring="sigmoid", normalise=False), counts
+    )
     assert (ids == 11).all() and counts.counts_E.tolist() == [0] * 11 + [TOKENS] + [0] * 4
     torch.testing.assert_close(weights[:, 0], (x @ weight[11]).sigmoid())
 
@@ -83,5 +100,7 @@ def test_equal_choices_go_to_the_lower_expert() -> None:
 
 
 def test_no_tokens() -> None:
-    ids, weights = triton_gate.gate(torch.zeros(0, 24, device=DEVICE), torch.zeros(16, 24, device=DEVICE), None, Routing(top_k=2))
+    ids, weights = triton_gate.gate(
+        torch.zeros(0, 24, device=DEVICE), torch.zeros(16, 24, device=DEVICE), None, Routing(top_k=2)
+    )
     assert ids.shape == weights.shape == (0, 2)

@@ -42,7 +42,10 @@ def test_every_pair_has_one_place_among_its_slot(column: ModuleType, case: str, 
         grouping = column.group_pairs(torch.tensor(slots, dtype=torch.int64, device=DEVICE), counts, block)
     num_blocks = most_blocks(len(slots), num_slots, block)
     assert grouping.slot_of_block_B.shape == (num_blocks,) and grouping.slot_of_block_B.dtype == torch.int32
-    assert grouping.pair_of_place_P.shape == (num_blocks * block,) and grouping.pair_of_place_P.dtype == torch.int32
+    assert (
+        grouping.pair_of_place_P.shape == (num_blocks * block,)
+        and grouping.pair_of_place_P.dtype == torch.int32
+    )
     blocks = grouping.slot_of_block_B.tolist()
     places = grouping.pair_of_place_P.view(num_blocks, block).tolist()
     expected_blocks = [slot for slot in range(num_slots) for _ in range(-(-slots.count(slot) // block))]
@@ -77,7 +80,10 @@ def test_rows_there_and_back(column: ModuleType, case: str, dtype: torch.dtype, 
         x_PD = column.permute(x_ND, rows_M, grouping)
     pairs = used_pairs(grouping)
     assert x_PD.dtype == dtype
-    assert torch.equal(x_PD[pairs >= 0].float(), x_ND[rows_M[pairs[pairs >= 0]]].float()) and not x_PD[pairs < 0].float().any()
+    assert (
+        torch.equal(x_PD[pairs >= 0].float(), x_ND[rows_M[pairs[pairs >= 0]]].float())
+        and not x_PD[pairs < 0].float().any()
+    )
     x_PD[pairs < 0] = float("nan") if dtype.is_floating_point else 77
     with poisoned():
         y_MD = column.unpermute(x_PD, grouping, len(slots))

@@ -42,7 +42,12 @@ EXTENDS = {
     "few queries among many": ([(0, 5), (70, 40), (9, 3), (0, 80)], 0),
 }
 # Every row expanded, or those of more than 30 queries; in one window, or in several of 64 keys.
-EXPANSIONS = {"all": (0, 1 << 30), "all, in windows": (0, 1), "some": (30, 1 << 30), "some, in windows": (30, 1)}
+EXPANSIONS = {
+    "all": (0, 1 << 30),
+    "all, in windows": (0, 1),
+    "some": (30, 1 << 30),
+    "some, in windows": (30, 1),
+}
 
 
 def in_splits(splits: int) -> Tiles:
@@ -52,13 +57,17 @@ def in_splits(splits: int) -> Tiles:
 
 def expanded(name: str) -> Tiles:
     most_absorbed, num_bytes = EXPANSIONS[name]
-    return dataclasses.replace(DEFAULT, most_absorbed=most_absorbed, prefill_bytes=num_bytes, prefill=AttendTile(16, 32, 4, 2))
+    return dataclasses.replace(
+        DEFAULT, most_absorbed=most_absorbed, prefill_bytes=num_bytes, prefill=AttendTile(16, 32, 4, 2)
+    )
 
 
 def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, start: int) -> Tensor:
     c, k_rope = latents.double().split([LATENT, ROPE], -1)
     kv = torch.einsum("lc,hpc->lhp", c, expand.double())
-    scores = torch.einsum("thn,lhn->htl", q_nope.double(), kv[..., :NOPE]) + torch.einsum("the,le->htl", q_rope.double(), k_rope)
+    scores = torch.einsum("thn,lhn->htl", q_nope.double(), kv[..., :NOPE]) + torch.einsum(
+        "the,le->htl", q_rope.double(), k_rope
+    )
     position = torch.arange(len(q_nope), device=c.device)[:, None] + start
     scores = (scores * SCALE).masked_fill(torch.arange(len(latents), device=c.device) > position, -torch.inf)
     return torch.einsum("htl,lhv->thv", scores.softmax(-1), kv[..., NOPE:])
@@ -67,7 +76,9 @@ def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, 
 @pytest.mark.parametrize("heads", [4, 20])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
-def test_equals_the_definition(case: str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float) -> None:
+def test_equals_the_definition(
+    case: str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
     num_tokens = int(rows.counts.sum())
@@ -95,7 +106,9 @@ def test_fp8_pages(case: str, latent: int, heads: int, dtype: torch.dtype, toler
     """Against attention over a pool of numbers that holds what the bytes say."""
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
-    cache = torch.full((rows.num_pages * PAGE_SIZE, *latent_entry("fp8", latent, ROPE)), 255, dtype=torch.uint8)
+    cache = torch.full(
+        (rows.num_pages * PAGE_SIZE, *latent_entry("fp8", latent, ROPE)), 255, dtype=torch.uint8
+    )
     for row in range(len(rows.starts)):
         count = len(rows.places(row))
         write_latents(cache, rows.places(row), torch.randn(count, latent), torch.randn(count, ROPE))
@@ -119,7 +132,9 @@ def test_equals_the_reference_at_real_latents() -> None:
     q_nope, q_rope = torch.randn(7, 16, 192, device=DEVICE).split([128, 64], -1)
     expand = torch.randn(16, 256, 512, device=DEVICE) * 512**-0.5
     got = mla_attend(q_nope, q_rope, cache, expand, on_device(rows.batch, DEVICE), 192**-0.5)
-    expected = reference(q_nope.cpu(), q_rope.cpu(), cache.cpu(), expand.cpu(), rows.batch, 192**-0.5).to(DEVICE)
+    expected = reference(q_nope.cpu(), q_rope.cpu(), cache.cpu(), expand.cpu(), rows.batch, 192**-0.5).to(
+        DEVICE
+    )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -150,9 +165,12 @@ def test_expanded_rows(case: str, expansion: str, known: bool) -> None:
 @pytest.mark.parametrize("expansion", ["all", "all, in windows"])
 @pytest.mark.parametrize("latent", [20, 300])
 @pytest.mark.parametrize(
-    ("dtype", "cache_dtype"), [(torch.bfloat16, torch.uint8), (torch.float32, torch.uint8), (torch.bfloat16, torch.bfloat16)]
+    ("dtype", "cache_dtype"),
+    [(torch.bfloat16, torch.uint8), (torch.float32, torch.uint8), (torch.bfloat16, torch.bfloat16)],
 )
-def test_expanded_rows_in_every_format(dtype: torch.dtype, cache_dtype: torch.dtype, latent: int, expansion: str) -> None:
+def test_expanded_rows_in_every_format(
+    dtype: torch.dtype, cache_dtype: torch.dtype, latent: int, expansion: str
+) -> None:
     torch.manual_seed(3)
     rows = PagedRows([(40, 21), (0, 9)], 0)
     places = torch.cat([rows.places(0), rows.places(1)])
@@ -160,7 +178,9 @@ def test_expanded_rows_in_every_format(dtype: torch.dtype, cache_dtype: torch.dt
     cache = torch.full((rows.num_pages * PAGE_SIZE, *entry), 255, dtype=torch.uint8).to(cache_dtype)
     write_latents(cache, places, torch.randn(len(places), latent), torch.randn(len(places), ROPE))
     numbers = torch.zeros(len(cache), latent + ROPE)
-    numbers[places] = latents_in(cache[places], latent) if cache_dtype == torch.uint8 else cache[places].float()
+    numbers[places] = (
+        latents_in(cache[places], latent) if cache_dtype == torch.uint8 else cache[places].float()
+    )
     q_nope, q_rope = torch.randn(30, 3, NOPE + ROPE).to(dtype).split([NOPE, ROPE], -1)
     expand = (torch.randn(3, NOPE + VALUE, latent) * latent**-0.5).to(dtype)
     expected = reference(q_nope.float(), q_rope.float(), numbers, expand.float(), rows.batch, SCALE)
@@ -172,7 +192,9 @@ def test_expanded_rows_in_every_format(dtype: torch.dtype, cache_dtype: torch.dt
 
 
 def test_where_expansion_begins_to_pay() -> None:
-    """Operations a key and head: 2176 a query on latents at DeepSeek-V3's sizes; 262144 and then 640 a query on expanded ones."""
+    """Operations a key and head: 2176 a query on latents at DeepSeek-V3's sizes; 262144 and then
+    640 a query on expanded ones.
+    """
     most = break_even(128, 64, 128, 512)
     assert 2176 * most <= 262144 + 640 * most and 2176 * (most + 1) > 262144 + 640 * (most + 1)
     assert break_even(128, 64, 128, 64) > 1 << 30  # latents narrower than heads
@@ -186,7 +208,9 @@ def test_the_host_bounds_the_windows_by_shapes_or_by_lengths() -> None:
     unknown = on_device(batch, DEVICE)
     width = -(-unknown.pages_RP.shape[1] * PAGE_SIZE // 64)
     assert plan_windows(unknown, 241, 30, 64) == Windows(2 * width, 64, 30)
-    assert plan_windows(unknown, 241, 239, 64) == Windows(width, 64, 239)  # 240 tokens: one row of that many at most
+    assert plan_windows(unknown, 241, 239, 64) == Windows(
+        width, 64, 239
+    )  # 240 tokens: one row of that many at most
     assert plan_windows(unknown, 241, 240, 64) is None
     wide = dataclasses.replace(unknown, pages_RP=unknown.pages_RP.repeat(1, 100))
     assert plan_windows(wide, 241, 30, 64) is None, "more launches than it is worth"

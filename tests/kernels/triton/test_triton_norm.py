@@ -9,7 +9,9 @@ from lockstep.kernels.reference import norm as reference
 from lockstep.kernels.triton import norm as triton_norm
 from support.poison import DEVICE, poisoned
 
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]
+)
 SHAPES = [(5, 32), (3, 2, 32), (1, 7168), (70, 3, 20), (9, 1), (0, 32), (0, 2, 32), (33, 1000)]
 
 
@@ -29,9 +31,13 @@ def test_rms_norm_of_heads_inside_a_wider_matrix() -> None:
     merged = torch.randn(7, 10, 16, device=DEVICE)
     weight = torch.rand(16, device=DEVICE)
     for heads in (merged[:, :6], merged[:, 6:8], merged.transpose(1, 2).contiguous().transpose(1, 2)):
-        torch.testing.assert_close(triton_norm.rms_norm(heads, weight, 1e-6), reference.rms_norm(heads, weight, 1e-6))
+        torch.testing.assert_close(
+            triton_norm.rms_norm(heads, weight, 1e-6), reference.rms_norm(heads, weight, 1e-6)
+        )
     for rows in (merged[:, 3], merged.view(7, 160)[:, 16:32]):
-        torch.testing.assert_close(triton_norm.rms_norm(rows, weight, 1e-6), reference.rms_norm(rows, weight, 1e-6))
+        torch.testing.assert_close(
+            triton_norm.rms_norm(rows, weight, 1e-6), reference.rms_norm(rows, weight, 1e-6)
+        )
 
 
 @DTYPES
@@ -43,7 +49,9 @@ def test_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: flo
     before = x.clone()
     with poisoned():
         got = triton_norm.add_rms_norm(x, update, weight, 1e-6)
-    torch.testing.assert_close(got, reference.add_rms_norm(x, update, weight, 1e-6), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        got, reference.add_rms_norm(x, update, weight, 1e-6), rtol=tolerance, atol=tolerance
+    )
     assert torch.equal(x, before)
 
 

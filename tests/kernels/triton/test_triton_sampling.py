@@ -34,11 +34,16 @@ VOCABULARIES = [1, 300, 5003]
 def params(rows: list[tuple[float, int, float, float]]) -> SamplingParams:
     temperature, top_k, top_p, min_p = zip(*rows, strict=True)
     return SamplingParams(
-        np.array(temperature, np.float32), np.array(top_k, np.int64), np.array(top_p, np.float32), np.array(min_p, np.float32)
+        np.array(temperature, np.float32),
+        np.array(top_k, np.int64),
+        np.array(top_p, np.float32),
+        np.array(min_p, np.float32),
     )
 
 
-def on_device(rows: list[tuple[float, int, float, float]], seeds: NDArray[np.int64], positions: NDArray[np.int64]) -> SlotSampling:
+def on_device(
+    rows: list[tuple[float, int, float, float]], seeds: NDArray[np.int64], positions: NDArray[np.int64]
+) -> SlotSampling:
     host = params(rows)
     arrays = (host.temperature_R, host.top_k_R, host.top_p_R, host.min_p_R, seeds, positions)
     return SlotSampling(*(torch.from_numpy(array).to(DEVICE) for array in arrays))
@@ -61,7 +66,9 @@ def test_draws_the_tokens_of_the_reference(vocab: int) -> None:
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("row", [(1.0, 0, 1.0, 0.0), (0.8, 7, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.2, 12, 0.7, 0.03)])
+@pytest.mark.parametrize(
+    "row", [(1.0, 0, 1.0, 0.0), (0.8, 7, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.2, 12, 0.7, 0.03)]
+)
 def test_draws_follow_the_distribution_of_the_reference(row: tuple[float, int, float, float]) -> None:
     num = 24
     logits = random_logits(1, 40, 1.5).expand(num, -1)
@@ -82,7 +89,9 @@ def test_equal_values_at_the_boundary_are_all_let_in() -> None:
 def test_extreme_uniform_numbers_stay_inside_the_distribution() -> None:
     logits = torch.full((3, 9000), -torch.inf, device=DEVICE)
     logits[:, 4700:4703] = torch.tensor([0.0, -3.0, -40.0], device=DEVICE)
-    tokens = triton_sampling.sample(logits, params([(1.0, 0, 1.0, 0.0)] * 3), np.array([0.0, 1 - 2.0**-53, 1.0]))
+    tokens = triton_sampling.sample(
+        logits, params([(1.0, 0, 1.0, 0.0)] * 3), np.array([0.0, 1 - 2.0**-53, 1.0])
+    )
     assert tokens[0] == 4700
     assert tokens[1] in (4701, 4702) and tokens[2] == 4702
 
@@ -98,10 +107,15 @@ def test_greedy_takes_the_first_of_equals_in_any_chunk() -> None:
 def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     logits = random_logits(len(ROWS), 700)
     seeds, positions = np.arange(len(ROWS)), np.arange(len(ROWS)) * 3
-    together = triton_sampling.sample_slots(logits, on_device(ROWS, seeds, positions), Purpose.SAMPLE).tolist()
+    together = triton_sampling.sample_slots(
+        logits, on_device(ROWS, seeds, positions), Purpose.SAMPLE
+    ).tolist()
     for i in range(len(ROWS)):
         row = on_device(ROWS[i : i + 1], seeds[i : i + 1], positions[i : i + 1])
-        assert triton_sampling.sample_slots(logits[i : i + 1], row, Purpose.SAMPLE).tolist() == together[i : i + 1]
+        assert (
+            triton_sampling.sample_slots(logits[i : i + 1], row, Purpose.SAMPLE).tolist()
+            == together[i : i + 1]
+        )
 
 
 @pytest.mark.parametrize("purpose", list(Purpose))
@@ -147,7 +161,9 @@ def test_pairs_of_row_minus_one_change_nothing() -> None:
     for edit in (
         lambda x: triton_sampling.edit_bias(x, rows, tokens, torch.ones(3, device=DEVICE)),
         lambda x: triton_sampling.edit_mask(x, rows, tokens),
-        lambda x: triton_sampling.edit_penalties(x, (rows, tokens, torch.ones_like(rows)), (ones, ones, ones)),
+        lambda x: triton_sampling.edit_penalties(
+            x, (rows, tokens, torch.ones_like(rows)), (ones, ones, ones)
+        ),
     ):
         changed = logits.clone()
         edit(changed)
@@ -184,7 +200,11 @@ def test_logprobs_equal_the_reference(vocab: int) -> None:
 
 def test_no_rows() -> None:
     nothing = params([(1.0, 0, 1.0, 0.0)])
-    nothing = SamplingParams(*(getattr(nothing, name)[:0] for name in ("temperature_R", "top_k_R", "top_p_R", "min_p_R")))
+    nothing = SamplingParams(
+        *(getattr(nothing, name)[:0] for name in ("temperature_R", "top_k_R", "top_p_R", "min_p_R"))
+    )
     assert triton_sampling.sample(torch.empty(0, 10, device=DEVICE), nothing, np.empty(0)).shape == (0,)
-    chosen, ids, values = triton_sampling.logprobs(torch.empty(0, 10, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE), 2)
+    chosen, ids, values = triton_sampling.logprobs(
+        torch.empty(0, 10, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE), 2
+    )
     assert chosen.shape == (0,) and ids.shape == values.shape == (0, 2)

@@ -25,7 +25,9 @@ def test_columns_have_the_parameters_of_their_op() -> None:
         for column in COLUMNS:
             parameters = list(inspect.signature(getattr(ops_of(column), name)).parameters.values())
             assert [parameter.name for parameter in parameters[: len(expected)]] == expected, (column, name)
-            assert all(parameter.default is not parameter.empty for parameter in parameters[len(expected) :]), (column, name)
+            assert all(
+                parameter.default is not parameter.empty for parameter in parameters[len(expected) :]
+            ), (column, name)
 
 
 def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -46,5 +48,7 @@ def test_devices_and_unknown_columns() -> None:
 
 def test_a_cpu_process_does_not_import_triton() -> None:
     code = "import sys; from lockstep.kernels.table import ops_of; ops_of('cpu'); sys.exit('triton' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 0, result.stderr or "the cpu column imports triton"

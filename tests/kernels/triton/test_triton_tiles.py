@@ -31,18 +31,26 @@ RECORD = {"torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
 
 def test_a_table_is_found_by_the_name_of_the_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_table("NVIDIA H100 80GB HBM3", FOUND, RECORD, tmp_path)
-    assert path.name == "nvidia-h100-80gb-hbm3.json" and json.loads(path.read_text())["card"] == "NVIDIA H100 80GB HBM3"
+    assert (
+        path.name == "nvidia-h100-80gb-hbm3.json"
+        and json.loads(path.read_text())["card"] == "NVIDIA H100 80GB HBM3"
+    )
     with caplog.at_level(logging.INFO, "lockstep.kernels.triton.tiles"):
         assert tiles_of("NVIDIA H100 80GB HBM3", tmp_path) == FOUND
     (message,) = (record.message for record in caplog.records)
     assert message == "kernels: tile sizes tuned on NVIDIA H100 80GB HBM3 (triton 3.6.0, commit abc)"
 
 
-def test_an_unknown_card_gets_the_defaults_and_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_card_gets_the_defaults_and_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_table("NVIDIA H100 80GB HBM3", FOUND, RECORD, tmp_path)
     assert tiles_of("NVIDIA B200", tmp_path) == DEFAULT
     (message,) = (record.message for record in caplog.records)
-    assert message == "kernels: no tuning table for NVIDIA B200 (there are: nvidia-h100-80gb-hbm3); default tile sizes"
+    assert (
+        message
+        == "kernels: no tuning table for NVIDIA B200 (there are: nvidia-h100-80gb-hbm3); default tile sizes"
+    )
 
 
 def test_without_a_card_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

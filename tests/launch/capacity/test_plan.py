@@ -1,4 +1,6 @@
-"""``launch plan``: what it prints and returns, the floors, and every reason why a set-up would not fit."""
+"""``launch plan``: what it prints and returns, the floors, and every reason why a set-up would not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def command(folder: Path, *arguments: str, code: str | None = None) -> subproces
     start = [str(Path(sys.executable).parent / "launch")] if code is None else [sys.executable, "-c", code]
     words = [*start, "plan", *arguments]
     wide = os.environ | {"COLUMNS": "120"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=wide)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=wide
+    )
 
 
 # --------------------------------------------------------------------------- the command
@@ -54,7 +58,16 @@ def command(folder: Path, *arguments: str, code: str | None = None) -> subproces
 def test_a_person_reads_a_table(tmp_path: Path) -> None:
     result = command(tmp_path, "--recipe", "demo")
     assert result.returncode == 0, result.stderr
-    for words in ("attention", "experts (16 slots a layer)", "KV pool", "headroom", "longest context", "binds", "output token", "fits"):
+    for words in (
+        "attention",
+        "experts (16 slots a layer)",
+        "KV pool",
+        "headroom",
+        "longest context",
+        "binds",
+        "output token",
+        "fits",
+    ):
         assert words in result.stdout
 
 
@@ -66,7 +79,9 @@ def test_a_narrow_terminal_costs_no_figure() -> None:
         show_plan(plan_recipe(recipe, path.parent), "deepseek-h200", Console(file=paper, width=columns))
         texts.append(paper.getvalue())
     assert "\u2026" not in texts[0]
-    assert set(texts[1].split()) - set(texts[0].split()) <= {text for text in texts[1].split() if "\u2500" in text}
+    assert set(texts[1].split()) - set(texts[0].split()) <= {
+        text for text in texts[1].split() if "\u2500" in text
+    }
 
 
 def test_a_program_reads_json(tmp_path: Path) -> None:
@@ -96,11 +111,17 @@ def test_what_does_not_fit_is_1(tmp_path: Path) -> None:
     [
         (["--recipe", "nothing"], "not a packaged recipe"),
         (["--recipe", "demo", "cluster.hardware=h10"], "did you mean h100?"),
-        (["--recipe", "demo", "cluster.hardware=h100"], "cluster.device = cpu: cluster.hardware = h100 is cuda"),
+        (
+            ["--recipe", "demo", "cluster.hardware=h100"],
+            "cluster.device = cpu: cluster.hardware = h100 is cuda",
+        ),
         (["--recipe", "demo", "model.max_len=5000"], "4096 positions"),
         (["--recipe", "demo", "parallel.tensor=3"], "does not divide"),
         (["--recipe", "demo", "model.path=."], "config.json"),
-        (["--recipe", "qwen3-30b-a3b-8xh100", "cluster.ranks_per_node=64", "cluster.nodes=4"], "more ranks than the 128 experts"),
+        (
+            ["--recipe", "qwen3-30b-a3b-8xh100", "cluster.ranks_per_node=64", "cluster.nodes=4"],
+            "more ranks than the 128 experts",
+        ),
         (["--recipe", "demo", "--context", "0"], "--context"),
     ],
 )
@@ -121,7 +142,9 @@ def test_it_runs_where_torch_is_not_installed(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from lockstep.launch.cli import main; main()"
     result = command(tmp_path, "--recipe", "deepseek-h200", code=code)
     assert result.returncode == 0, result.stderr
-    broken = command(tmp_path, code="import sys; sys.modules['torch'] = None; import lockstep.engine.rank.page_pool")
+    broken = command(
+        tmp_path, code="import sys; sys.modules['torch'] = None; import lockstep.engine.rank.page_pool"
+    )
     assert broken.returncode == 1, "the check can fail"
 
 
@@ -138,12 +161,32 @@ def test_model_dimensions_come_from_the_model_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "words"),
     [
-        ("qwen3-30b-a3b-8xh100", ["cluster.ranks_per_node=16"], "cluster.ranks_per_node = 16: a node of this hardware has 8 devices"),
-        ("qwen3-235b-2x8", ["parallel.tensor=16"], "parallel.tensor = 16: a tensor group stays on one node, which has 8 ranks"),
-        ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=512MiB"], "model.max_len is 32768, but the KV cache of a rank holds 10560 tokens"),
+        (
+            "qwen3-30b-a3b-8xh100",
+            ["cluster.ranks_per_node=16"],
+            "cluster.ranks_per_node = 16: a node of this hardware has 8 devices",
+        ),
+        (
+            "qwen3-235b-2x8",
+            ["parallel.tensor=16"],
+            "parallel.tensor = 16: a tensor group stays on one node, which has 8 ranks",
+        ),
+        (
+            "qwen3-30b-a3b-1xh100",
+            ["kv_cache.memory=512MiB"],
+            "model.max_len is 32768, but the KV cache of a rank holds 10560 tokens",
+        ),
         ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=1MiB"], "holds no page of 3244032 bytes (64 tokens)"),
-        ("kimi-k2-h200", ["model.dtype=bf16"], "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3 and"),
-        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192"], "dispatch buffers 9.6 GiB at scheduler.max_batch_tokens = 8192 exceed"),
+        (
+            "kimi-k2-h200",
+            ["model.dtype=bf16"],
+            "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3 and",
+        ),
+        (
+            "qwen3-235b-2x8",
+            ["scheduler.max_batch_tokens=8192"],
+            "dispatch buffers 9.6 GiB at scheduler.max_batch_tokens = 8192 exceed",
+        ),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"], "; use kv_cache.memory = "),
     ],
 )
@@ -197,7 +240,10 @@ def test_dispatch_buffers_follow_the_dispatcher() -> None:
     row, output = 2 * 7168 + 32, 2 * 7168
     assert shape.moe.top_k == 8
     assert dispatch_buffers(few) == 10 * row * 33 + 32 * 10 * 8 * output + 80 * output
-    assert dispatch_buffers(replace(few, dispatch="all_to_all")) == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
+    assert (
+        dispatch_buffers(replace(few, dispatch="all_to_all"))
+        == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
+    )
     assert dispatch_buffers(replace(few, layout=Layout(data=1))) == 80 * output
 
 
@@ -220,7 +266,9 @@ def test_floors_scale_with_what_they_are_made_of() -> None:
 
 
 def test_prefill_computes_two_operations_per_active_parameter() -> None:
-    """DeepSeek-V3 has 37 G active parameters, of which 0.9 G are looked up and 0.9 G compute sampled rows only."""
+    """DeepSeek-V3 has 37 G active parameters, of which 0.9 G are looked up and 0.9 G compute
+    sampled rows only.
+    """
     setup = deepseek("h100", 1, prefill=True)
     seconds = floor_of(setup, prefill_work(8192, 8192)).compute
     attention = 61 * 2 * 128 * (192 + 128) * 8192 / 2 / 989.5e12
@@ -245,7 +293,9 @@ def test_a_token_meets_as_many_ranks_as_a_count_says(ranks: int) -> None:
     assert distinct(moe, ranks) == pytest.approx(expected)
     grouped = replace(moe, num_groups=8, top_groups=2)
     assert distinct(grouped, ranks) < distinct(moe, ranks) + 1e-9
-    assert distinct(grouped, 8) == pytest.approx(2), "an expert group on each rank: the chosen groups are the ranks"
+    assert distinct(grouped, 8) == pytest.approx(2), (
+        "an expert group on each rank: the chosen groups are the ranks"
+    )
 
 
 def test_traffic_by_dispatcher() -> None:
@@ -262,7 +312,9 @@ def test_traffic_by_dispatcher() -> None:
 # --------------------------------------------------------------------------- published figures
 
 
-@pytest.mark.parametrize("figure", PUBLISHED, ids=lambda figure: f"{figure.system} {figure.hardware} {figure.ranks}")
+@pytest.mark.parametrize(
+    "figure", PUBLISHED, ids=lambda figure: f"{figure.system} {figure.hardware} {figure.ranks}"
+)
 def test_no_published_figure_beats_its_floor_and_none_is_far_away(figure: object) -> None:
     assert isinstance(figure, type(PUBLISHED[0]))
     ratio = figure.rate / figure.tokens * floor_beside(figure).seconds
@@ -274,13 +326,18 @@ def test_no_published_figure_beats_its_floor_and_none_is_far_away(figure: object
 def test_exchanges_over_the_wire_are_near_their_floor(measured: object) -> None:
     assert isinstance(measured, type(EXCHANGES[0]))
     floor = traffic(deepseek("h800", measured.ranks, prefill=False), EXCHANGE_TOKENS)
-    dispatch, combine = 1e6 * floor.dispatch_seconds / measured.dispatch_us, 1e6 * floor.combine_seconds / measured.combine_us
+    dispatch, combine = (
+        1e6 * floor.dispatch_seconds / measured.dispatch_us,
+        1e6 * floor.combine_seconds / measured.combine_us,
+    )
     lowest = 0.6 if measured.ranks >= 32 else 0.2
     assert lowest < dispatch < 1 and lowest < combine < 1
 
 
 def test_the_kept_table_is_current() -> None:
-    assert (ROOT / "benchmarks" / "plan_anchors.md").read_text(encoding="utf-8") == markdown(), "run make plan-anchors"
+    assert (ROOT / "benchmarks" / "plan_anchors.md").read_text(encoding="utf-8") == markdown(), (
+        "run make plan-anchors"
+    )
 
 
 # --------------------------------------------------------------------------- hardware
@@ -299,5 +356,7 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
     own.write_text((ROOT / "recipes" / "hardware" / "h100.yaml").read_text().replace("81559MiB", "40GiB"))
     assert load_hardware(str(own)).memory == 40 << 30
     own.write_text("device: tpu\n")
-    with pytest.raises(RecipeError, match=r"mine.yaml: not a hardware profile\n(.*\n)*.*memory: Field required"):
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml: not a hardware profile\n(.*\n)*.*memory: Field required"
+    ):
         load_hardware(str(own))

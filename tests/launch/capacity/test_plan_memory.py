@@ -1,4 +1,6 @@
-"""The plan's bytes against what ranks really allocate on a CPU, and against counts made apart from it."""
+"""The plan's bytes against what ranks really allocate on a CPU, and against counts made apart from
+it.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,17 @@ from lockstep.launch.recipe.hardware import load_hardware
 from lockstep.launch.recipe.recipe import contradictions
 from lockstep.moe.experts import Experts
 from support.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, tensor_shapes, write_checkpoint
-from support.family_configs import deepseek_v2_config, glm4_moe_config, kimi_k2_config, mixtral_config, qwen2_moe_config
+from support.family_configs import (
+    deepseek_v2_config,
+    glm4_moe_config,
+    kimi_k2_config,
+    mixtral_config,
+    qwen2_moe_config,
+)
 from support.fp8_checkpoints import write_pair
 
-# Real proportions in small: an expert outweighs a norm. name -> config.json, dtype, ranks, overrides of the recipe.
+# Real proportions in small: an expert outweighs a norm. name -> config.json, dtype, ranks,
+# overrides of the recipe.
 CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
     "qwen3, one rank": (qwen3_moe_config(), torch.float32, 1, []),
     "qwen3, two ranks, bf16": (qwen3_moe_config(), torch.bfloat16, 2, ["kv_cache.page_size=8"]),
@@ -54,8 +63,18 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
         3,
         [],
     ),
-    "qwen3 over FP8 pages, two ranks": (qwen3_moe_config(head_dim=64), torch.bfloat16, 2, ["kv_cache.dtype=fp8"]),
-    "deepseek over FP8 pages, three ranks": (deepseek_v3_config(kv_lora_rank=160), torch.float32, 3, ["kv_cache.dtype=fp8"]),
+    "qwen3 over FP8 pages, two ranks": (
+        qwen3_moe_config(head_dim=64),
+        torch.bfloat16,
+        2,
+        ["kv_cache.dtype=fp8"],
+    ),
+    "deepseek over FP8 pages, three ranks": (
+        deepseek_v3_config(kv_lora_rank=160),
+        torch.float32,
+        3,
+        ["kv_cache.dtype=fp8"],
+    ),
     "deepseek with yarn, bf16 from fp32, eight ranks": (
         deepseek_v3_config(rope_scaling=YARN, n_shared_experts=0, first_k_dense_replace=2),
         torch.float32,
@@ -79,7 +98,12 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
     ),
     "qwen2 without bias": (qwen2_moe_config(qkv_bias=False), torch.float32, 1, []),
     "glm with norms and bias, two ranks": (glm4_moe_config(), torch.float32, 2, []),
-    "glm without norms, three ranks": (glm4_moe_config(use_qk_norm=False, n_shared_experts=2), torch.bfloat16, 3, []),
+    "glm without norms, three ranks": (
+        glm4_moe_config(use_qk_norm=False, n_shared_experts=2),
+        torch.bfloat16,
+        3,
+        [],
+    ),
 }
 KV_MEMORY = 3_000_000
 
@@ -100,7 +124,9 @@ def planned(path: Path, num_ranks: int, overrides: list[str]) -> Plan:
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
-    """The kind of CPU that weights are packed for here; nothing computes with them, so that it need not be this one's."""
+    """The kind of CPU that weights are packed for here; nothing computes with them, so that it need
+    not be this one's.
+    """
     isa: Isa = request.param
     if isa == "avx512" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN packs no bf16 weights on this processor")
@@ -110,8 +136,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
 
 def packed_bytes(model: torch.nn.Module) -> int:
     """What the packed copies of expert slots take beside the parameters."""
-    slots = [weights for module in model.modules() if isinstance(module, Experts) for weights in module._weights]
-    return sum(2 * weight.numel() for weights in slots if isinstance(weights, PackedSlots) for weight in weights.packed)
+    slots = [
+        weights for module in model.modules() if isinstance(module, Experts) for weights in module._weights
+    ]
+    return sum(
+        2 * weight.numel()
+        for weights in slots
+        if isinstance(weights, PackedSlots)
+        for weight in weights.packed
+    )
 
 
 def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
@@ -139,7 +172,9 @@ def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tmp_path: Path, store: TCPStore) -> None:
+def test_weights_and_pages_are_what_every_rank_allocates(
+    name: str, isa: Isa, tmp_path: Path, store: TCPStore
+) -> None:
     config, dtype, num_ranks, overrides = CASES[name]
     path = write_checkpoint(tmp_path / "model", config, dtype=dtype)
     plan = planned(path, num_ranks, overrides)
@@ -150,11 +185,15 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tm
         parts = load_executor(rank_spec(plan.setup, path, rank, store.port), lambda fraction: None)._parts
         weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
         pool = sum(tensor.nbytes for layer in parts.pool.cache for tensor in layer)
-        assert memory.weights.total == pytest.approx(weights, rel=0.03), f"rank {rank}: {memory.weights}, really {weights}"
+        assert memory.weights.total == pytest.approx(weights, rel=0.03), (
+            f"rank {rank}: {memory.weights}, really {weights}"
+        )
         assert memory.kv_pool == pytest.approx(pool, rel=0.03)
         assert (memory.num_pages, plan.ranks[0].page_bytes) == (parts.pool.num_pages, parts.pool.page_bytes)
         assert plan.ranks[0].slots == parts.dispatcher.placement.num_slots
-        experts = sum(parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key)
+        experts = sum(
+            parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key
+        )
         assert memory.weights.experts + memory.weights.empty_slots == experts
         assert memory.weights.packed_copies == packed_bytes(parts.model)
 
@@ -162,7 +201,9 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tm
 def test_the_profile_names_a_cpu_and_the_recipe_limits_it(tmp_path: Path, isa: Isa) -> None:
     path = write_checkpoint(tmp_path / "model", qwen3_moe_config(), dtype=torch.bfloat16)
     profile = tmp_path / "amx.yaml"
-    profile.write_text(json.dumps(load_hardware("cpu").model_dump(exclude_none=True) | {"isa": "amx"}), encoding="utf-8")
+    profile.write_text(
+        json.dumps(load_hardware("cpu").model_dump(exclude_none=True) | {"isa": "amx"}), encoding="utf-8"
+    )
     for overrides, expected in (
         ([], isa),
         (["cluster.isa=avx2"], "avx2"),
@@ -172,32 +213,46 @@ def test_the_profile_names_a_cpu_and_the_recipe_limits_it(tmp_path: Path, isa: I
         plan = planned(path, 2, overrides)
         weights = plan.ranks[0].memory.weights
         assert plan.setup.isa == expected
-        assert weights.packed_copies == (weights.experts + weights.empty_slots if expected in ("amx", "avx512") else 0)
+        assert weights.packed_copies == (
+            weights.experts + weights.empty_slots if expected in ("amx", "avx512") else 0
+        )
 
 
-# Blocks of 128 x 128 in both directions, so that scales are what the plan counts: four bytes per block.
+# Blocks of 128 x 128 in both directions, so that scales are what the plan counts: four bytes per
+# block.
 FP8_CONFIG = deepseek_v3_config(hidden_size=256, moe_intermediate_size=128, intermediate_size=384)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(device: str, tmp_path: Path, store: TCPStore) -> None:
+def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(
+    device: str, tmp_path: Path, store: TCPStore
+) -> None:
     """What a rank of a GPU holds is allocated here on a CPU, where nothing computes with it."""
     path, _ = write_pair(tmp_path, FP8_CONFIG)
     setup = planned(path, 2, []).setup
     assert (setup.weights, setup.expert_weights) == ("bf16", "bf16")
     if device == "cuda":
-        recipe = parse_recipe(f"model: {{path: {path}}}\ncluster: {{device: cuda, hardware: h100, ranks_per_node: 2}}\n")
+        recipe = parse_recipe(
+            f"model: {{path: {path}}}\ncluster: {{device: cuda, hardware: h100, ranks_per_node: 2}}\n"
+        )
         setup = replace(plan_recipe(recipe, path).setup, kv_memory=KV_MEMORY, dispatch="all_to_all")
         assert (setup.weights, setup.expert_weights, setup.kv_dtype) == ("bf16", "fp8", "fp8")
-        wide = parse_recipe(f"model: {{path: {path}, dtype: bf16}}\ncluster: {{device: cuda, hardware: h100, ranks_per_node: 2}}\n")
-        assert plan_recipe(wide, path).setup.expert_weights == "bf16", "a dtype that is asked for is that of all"
+        wide = parse_recipe(
+            f"model: {{path: {path}, dtype: bf16}}\ncluster: {{device: cuda, hardware: h100, ranks_per_node: 2}}\n"
+        )
+        assert plan_recipe(wide, path).setup.expert_weights == "bf16", (
+            "a dtype that is asked for is that of all"
+        )
     memory = memory_of(setup, setup.stages()[0])
     parts = load_executor(rank_spec(setup, path, 0, store.port), lambda fraction: None)._parts
     weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
     experts = sum(parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key)
     assert memory.weights.total == pytest.approx(weights, rel=0.03)
     assert memory.weights.experts == experts
-    assert (memory.num_pages, page_bytes(setup, setup.stages()[0])) == (parts.pool.num_pages, parts.pool.page_bytes)
+    assert (memory.num_pages, page_bytes(setup, setup.stages()[0])) == (
+        parts.pool.num_pages,
+        parts.pool.page_bytes,
+    )
 
 
 def test_fp8_pages_hold_twice_the_tokens() -> None:
@@ -210,7 +265,9 @@ def test_fp8_pages_hold_twice_the_tokens() -> None:
         assert (found.setup.kv_dtype, found.kv_tokens_per_rank) == ("fp8", pages * 64), "auto on a GPU"
         show_plan(found, name, Console(file=text, width=200))
         assert re.search(rf"KV tokens +{found.kv_tokens_per_rank:,} +{found.kv_tokens:,}", text.getvalue())
-        recipe, path = load_recipe(name, ["kv_cache.memory=8GiB", "kv_cache.dtype=bf16"], check=contradictions)
+        recipe, path = load_recipe(
+            name, ["kv_cache.memory=8GiB", "kv_cache.dtype=bf16"], check=contradictions
+        )
         assert 1.7 < found.kv_tokens_per_rank / plan_recipe(recipe, path.parent).kv_tokens_per_rank < 2.0
 
 
@@ -221,7 +278,9 @@ def test_an_automatic_pool_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: free)
     limits = kv_pool.PoolLimits(None, 4096 * 2048, 2)
     page = kv_pool.bytes_per_page(load_config(path), 64, "fp32")
-    assert plan.ranks[0].memory.num_pages == pytest.approx(kv_pool.fit_pages(page, 64, limits, torch.device("cpu")), rel=0.01)
+    assert plan.ranks[0].memory.num_pages == pytest.approx(
+        kv_pool.fit_pages(page, 64, limits, torch.device("cpu")), rel=0.01
+    )
     few = planned(path, 2, ["kv_cache.memory=auto", "scheduler.max_running=2", "model.max_len=100"])
     assert few.ranks[0].memory.num_pages == 4, "no more than can ever run at once"
 
@@ -233,28 +292,71 @@ def test_every_value_of_a_checkpoint_is_counted(name: str, tmp_path: Path) -> No
     assert shape.kv_bytes("bf16") * config.num_layers == config.kv_bytes_per_token("bf16")
     numel = sum(torch.Size(sizes).numel() for sizes in tensor_shapes(CASES[name][0]).values())
     extra = 96 * 3 if name.startswith("deepseek without") else 0
-    assert shape.total_params == pytest.approx(numel, abs=extra), "every tensor of the checkpoint, counted apart"
+    assert shape.total_params == pytest.approx(numel, abs=extra), (
+        "every tensor of the checkpoint, counted apart"
+    )
 
 
 # Models without a recipe: their dimensions and the billions of parameters their makers give.
 PUBLISHED: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any], float]] = {
     "DeepSeek-V2": (
         deepseek_v2_config,
-        {"vocab_size": 102400, "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128, "q_lora_rank": 1536}
-        | {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 12288}
-        | {"moe_intermediate_size": 1536, "n_routed_experts": 160, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
+        {
+            "vocab_size": 102400,
+            "hidden_size": 5120,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 128,
+            "q_lora_rank": 1536,
+        }
+        | {
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "intermediate_size": 12288,
+        }
+        | {
+            "moe_intermediate_size": 1536,
+            "n_routed_experts": 160,
+            "num_experts_per_tok": 6,
+            "n_group": 8,
+            "topk_group": 3,
+        },
         235.7,
     ),
     "Qwen1.5-MoE-A2.7B": (
         qwen2_moe_config,
-        {"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16}
-        | {"intermediate_size": 5632, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60},
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+        }
+        | {
+            "intermediate_size": 5632,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+        },
         14.3,
     ),
     "GLM-4.5-Air": (
         glm4_moe_config,
-        {"vocab_size": 151552, "hidden_size": 4096, "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8}
-        | {"head_dim": 128, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128, "use_qk_norm": False},
+        {
+            "vocab_size": 151552,
+            "hidden_size": 4096,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+        }
+        | {
+            "head_dim": 128,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "use_qk_norm": False,
+        },
         106.9,
     ),
 }
@@ -269,7 +371,9 @@ def test_counts_are_the_published_ones(name: str, tmp_path: Path) -> None:
 
 def test_fp8_pages_have_the_published_size() -> None:
     path = Path(lockstep.__file__).parent / "recipes" / "configs"
-    assert read_shape(path / "deepseek-v3").kv_bytes("fp8") == 656, "FlashMLA: 512 FP8, 4 scales, 64 rotary in bf16"
+    assert read_shape(path / "deepseek-v3").kv_bytes("fp8") == 656, (
+        "FlashMLA: 512 FP8, 4 scales, 64 rotary in bf16"
+    )
     assert read_shape(path / "qwen3-30b-a3b").kv_bytes("fp8") == 2 * 4 * (128 + 4)
 
 
@@ -279,12 +383,16 @@ def test_slots_beyond_the_experts_are_counted_apart(tmp_path: Path) -> None:
     weights = plan_recipe(parse_recipe(text, check=lambda recipe: []), path).ranks[0].memory.weights
     slot = 3 * 3 * 64 * 32 * 4  # layers x matrices x hidden x width x bytes
     assert (weights.experts + weights.redundant + weights.empty_slots) == 4 * slot
-    assert [round(12 * part / (4 * slot)) for part in (weights.experts, weights.redundant, weights.empty_slots)] == [8, 3, 1]
+    assert [
+        round(12 * part / (4 * slot)) for part in (weights.experts, weights.redundant, weights.empty_slots)
+    ] == [8, 3, 1]
 
 
 def test_stages_and_tensor_groups_share_the_weights(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", deepseek_v3_config())
-    text = f"model: {{path: {path}}}\ncluster: {{device: cpu, ranks_per_node: 4}}\nkv_cache: {{memory: 1MiB}}\n"
+    text = (
+        f"model: {{path: {path}}}\ncluster: {{device: cpu, ranks_per_node: 4}}\nkv_cache: {{memory: 1MiB}}\n"
+    )
 
     def whole(*overrides: str) -> tuple[Plan, list[int]]:
         plan = plan_recipe(parse_recipe(text, overrides, check=lambda recipe: []), path)

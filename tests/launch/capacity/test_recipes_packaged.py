@@ -1,4 +1,6 @@
-"""The recipes that ship: each loads, cross-checks and plans without its weights, and says what it has run on."""
+"""The recipes that ship: each loads, cross-checks and plans without its weights, and says what it
+has run on.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,21 @@ from lockstep.launch.recipe.recipe import RecipeError, contradictions, key_paths
 FOLDER = find_recipe("demo").parent
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 LARGE = sorted(set(RECIPES) - {name for name in RECIPES if name.startswith("demo")})
-# Published totals, in 10^9: arXiv 2412.19437, 2507.20534, 2505.09388, 2405.04434, 2401.04088; each without prediction modules.
+# Published totals, in 10^9: arXiv 2412.19437, 2507.20534, 2505.09388, 2405.04434, 2401.04088; each
+# without prediction modules.
 PARAMETERS = {"deepseek-v3": 671.0, "kimi-k2": 1026, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
 PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7}
 
 
 def test_all_are_there() -> None:
-    expected = {"deepseek-gb200", "deepseek-h200", "kimi-k2-h200", "qwen3-30b-a3b-1xh100", "qwen3-30b-a3b-8xh100", "qwen3-235b-2x8"}
+    expected = {
+        "deepseek-gb200",
+        "deepseek-h200",
+        "kimi-k2-h200",
+        "qwen3-30b-a3b-1xh100",
+        "qwen3-30b-a3b-8xh100",
+        "qwen3-235b-2x8",
+    }
     assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)
 
 
@@ -50,7 +60,12 @@ def test_it_says_what_it_has_run_on_and_comments_every_key_once(name: str) -> No
     for line in text.splitlines():
         if re.match(r"\s+\w+:", line) or (re.match(r"\w+: \S", line) and not line.startswith("verified:")):
             assert "  # " in line or " # " in line, f"no comment: {line}"
-    used = {f"{section}.{key}" for section, keys in yaml.safe_load(text).items() if isinstance(keys, dict) for key in keys}
+    used = {
+        f"{section}.{key}"
+        for section, keys in yaml.safe_load(text).items()
+        if isinstance(keys, dict)
+        for key in keys
+    }
     assert used <= set(key_paths())
 
 
@@ -68,7 +83,9 @@ def test_launching_refuses_with_the_words_of_the_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_dimensions_give_the_published_number_of_parameters(name: str) -> None:
-    assert read_shape(FOLDER / "configs" / name).total_params / 1e9 == pytest.approx(PARAMETERS[name], rel=0.002)
+    assert read_shape(FOLDER / "configs" / name).total_params / 1e9 == pytest.approx(
+        PARAMETERS[name], rel=0.002
+    )
 
 
 def test_every_packaged_dimension_file_is_used() -> None:

@@ -25,10 +25,14 @@ def test_close_kills_even_what_ignores_sigterm(backend: str, tmp_path: Path) -> 
     made.start([dummy(0, "ignore"), dummy(1, "sleep")])
     pids = [place.pid for _, place in made.running()]
     own = [" ".join(command_of(process)) for process in set(psutil.Process().children()) - before]
-    assert sum("/ray/autoscaler/" in command for command in own) == (backend == "ray"), "close looks for it, for a quick end"
+    assert sum("/ray/autoscaler/" in command for command in own) == (backend == "ray"), (
+        "close looks for it, for a quick end"
+    )
     made.close()
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    until(lambda: set(psutil.Process().children(recursive=True)) <= before, "the cluster's own processes to end")
+    until(
+        lambda: set(psutil.Process().children(recursive=True)) <= before, "the cluster's own processes to end"
+    )
 
 
 @pytest.mark.ray
@@ -39,7 +43,10 @@ def test_the_autoscaler_is_found_among_processes_of_any_name(tmp_path: Path) -> 
     name = os.fsencode(tmp_path) + b"/\xe2\x82"
     os.symlink(shutil.which("sleep") or "", name)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with subprocess.Popen([name, "60"]) as other, subprocess.Popen([*command, "/ray/autoscaler/monitor.py"]) as scaler:
+    with (
+        subprocess.Popen([name, "60"]) as other,
+        subprocess.Popen([*command, "/ray/autoscaler/monitor.py"]) as scaler,
+    ):
         try:
             _end_autoscaler()
             assert scaler.wait(10) == -signal.SIGKILL
@@ -78,7 +85,9 @@ def test_a_lost_ray_actor_is_a_death(tmp_path: Path) -> None:
 def test_no_room_is_an_error_with_the_figures(tmp_path: Path) -> None:
     from lockstep.launch.cluster.ray_cluster import Needs, RayCluster
 
-    no_room = r"Ray found no room for 1 x 2 CPU, 2 GPU for the ranks in 1 s; the cluster has \S+ \(\S+\): 4 CPU;"
+    no_room = (
+        r"Ray found no room for 1 x 2 CPU, 2 GPU for the ranks in 1 s; the cluster has \S+ \(\S+\): 4 CPU;"
+    )
     with pytest.raises(LaunchError, match=no_room):
         RayCluster(tmp_path, Needs(1, 2, gpus=True), address=None, deadline=1.0)
 
@@ -93,7 +102,11 @@ def test_several_nodes_need_a_cluster_to_join(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("address", "why"),
-    [("127.0.0.1:1", "Connection refused"), ("ray://127.0.0.1:1", "should be host:port"), ("head", "should be host:port")],
+    [
+        ("127.0.0.1:1", "Connection refused"),
+        ("ray://127.0.0.1:1", "should be host:port"),
+        ("head", "should be host:port"),
+    ],
 )
 def test_an_unreachable_ray_cluster_is_an_error(address: str, why: str, tmp_path: Path) -> None:
     from lockstep.launch.cluster.ray_cluster import Needs, RayCluster

@@ -26,8 +26,18 @@ class Head:
     def __init__(self, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = int(free.getsockname()[1])
-        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-        options = ["--head", "--block", "--num-cpus=4", "--object-store-memory=100000000", "--include-dashboard=false"]
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        options = [
+            "--head",
+            "--block",
+            "--num-cpus=4",
+            "--object-store-memory=100000000",
+            "--include-dashboard=false",
+        ]
         self.process = psutil.Popen(
             [
                 str(Path(sys.executable).parent / "ray"),
@@ -76,7 +86,9 @@ def head() -> Iterator[Head]:
 
 def launch(folder: Path, head: Head, *arguments: str, **environment: str) -> Launcher:
     fixed = ("--recipe", "demo", "frontend.port=0", *arguments)
-    return Launcher(folder, *fixed, module="support.launch_dummies", environment={**head.environment, **environment})
+    return Launcher(
+        folder, *fixed, module="support.launch_dummies", environment={**head.environment, **environment}
+    )
 
 
 def test_a_running_cluster_is_joined_and_left_as_it_was(head: Head, tmp_path: Path) -> None:

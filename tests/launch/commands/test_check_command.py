@@ -24,7 +24,9 @@ def run(folder: Path, *arguments: str, limit: str = "") -> subprocess.CompletedP
     if limit:
         command = ["sh", "-c", f'{limit} && exec "$@"', "sh", *command]
     environment = os.environ | {"COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=folder, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, cwd=folder, env=environment
+    )
 
 
 def test_nothing_in_the_way(tmp_path: Path) -> None:
@@ -54,7 +56,9 @@ def test_errors_are_1_in_json_too(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        result = run(tmp_path, "check", *LOCAL, f"frontend.port={port}", f"model.path={model}", "overlap=on", "--json")
+        result = run(
+            tmp_path, "check", *LOCAL, f"frontend.port={port}", f"model.path={model}", "overlap=on", "--json"
+        )
     assert result.returncode == 1
     answer = json.loads(result.stdout)
     assert (answer["recipe"], answer["status"]) == ("demo.yaml", 1)
@@ -80,7 +84,11 @@ def test_only_warnings_are_3(tmp_path: Path) -> None:
     [
         ("ulimit -n 200", (), "limits: {host}: 200 open files, and 2 ranks take 272; raise it"),
         ("", ("kv_cache.memory=900TiB",), "memory: {host}: "),
-        ("", ("cluster.log_dir=/dev/null/logs",), "disk: {host}: /dev/null: no folder that can be written to"),
+        (
+            "",
+            ("cluster.log_dir=/dev/null/logs",),
+            "disk: {host}: /dev/null: no folder that can be written to",
+        ),
     ],
 )
 def test_launching_looks_first_and_refuses_before_anything_starts(

@@ -1,4 +1,6 @@
-"""The command line as a person meets it: usage, bad recipes and bad checkpoints, without a cluster."""
+"""The command line as a person meets it: usage, bad recipes and bad checkpoints, without a
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ DEMO = find_recipe("demo").parent / "demo" / "model"
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "launch"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=os.environ | {"COLUMNS": "200"})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "200"},
+    )
 
 
 def test_help(tmp_path: Path) -> None:
@@ -43,7 +53,10 @@ def test_wrong_usage_is_2(arguments: list[str], tmp_path: Path) -> None:
         (["--recipe", "."], ["--recipe .: is a directory"]),
         (["--recipe", ""], ["--recipe : no such file"]),
         (["--recipe", "dem"], ["--recipe dem: no such file", "did you mean demo.yaml?"]),
-        (["--recipe", "demo", "frontend.prot=3", "max_runing=2"], ["2 overrides", "frontend.port?", "scheduler.max_running?"]),
+        (
+            ["--recipe", "demo", "frontend.prot=3", "max_runing=2"],
+            ["2 overrides", "frontend.port?", "scheduler.max_running?"],
+        ),
         (["pln", "--recipe", "demo"], ["'pln'", "key=value", "did you mean launch plan?"]),
         (["--recipe", "demo", "frontend.prot=3"], ["unknown key", "did you mean frontend.port?"]),
         (["--recipe", "demo", "plan"], ["'plan'", "key=value"]),
@@ -97,7 +110,9 @@ def broken(folder: Path, fault: str) -> Path:
         ("index names a missing tensor", ["model.layers.9.mlp.gate.weight"]),
     ],
 )
-def test_a_bad_checkpoint_is_1_and_one_message_before_anything_starts(fault: str, words: list[str], tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_1_and_one_message_before_anything_starts(
+    fault: str, words: list[str], tmp_path: Path
+) -> None:
     result = launch(tmp_path, "--recipe", "demo", f"model.path={broken(tmp_path, fault)}")
     assert result.returncode == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr
@@ -123,19 +138,32 @@ def test_closed_streams_are_no_error(tmp_path: Path) -> None:
     code = "import sys\nfrom lockstep.launch import cli\nfrom lockstep.launch.commands import main\n"
     code += "main.run = lambda: sys.exit(sys.stdout.write('1234567') + sys.stderr.write('') + len(sys.stdin.read()))\ncli.main()"
     command = [sys.executable, "-c", code]
-    result = subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *command], timeout=60, check=False, cwd=tmp_path)
+    result = subprocess.run(
+        ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *command], timeout=60, check=False, cwd=tmp_path
+    )
     assert result.returncode == 7
     result = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m lockstep.launch.cli --recipe nothing 2>&-"], capture_output=True, timeout=60, check=False
+        ["bash", "-c", f"{sys.executable} -m lockstep.launch.cli --recipe nothing 2>&-"],
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
     assert (result.returncode, result.stdout) == (2, b""), "an error does not go where the answer should"
 
 
-@pytest.mark.parametrize(("left_with", "code", "words"), [("3", 3, ""), ("None", 0, ""), ("'no room'", 1, "no room\n")])
-def test_leaving_at_once_keeps_exit_code_and_output(left_with: str, code: int, words: str, tmp_path: Path) -> None:
-    start = "import atexit, sys\nfrom lockstep.launch.commands import main\natexit.register(print, 'torn down')\n"
+@pytest.mark.parametrize(
+    ("left_with", "code", "words"), [("3", 3, ""), ("None", 0, ""), ("'no room'", 1, "no room\n")]
+)
+def test_leaving_at_once_keeps_exit_code_and_output(
+    left_with: str, code: int, words: str, tmp_path: Path
+) -> None:
+    start = (
+        "import atexit, sys\nfrom lockstep.launch.commands import main\natexit.register(print, 'torn down')\n"
+    )
     start += f"def command():\n    print('said', end='')\n    sys.exit({left_with})\nmain._leave_at_once_after(command)"
-    result = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", start], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
     assert (result.returncode, result.stdout, result.stderr) == (code, "said", words)
 
 
@@ -143,5 +171,7 @@ def test_ctrl_c_while_the_command_is_imported_leaves_no_trace(tmp_path: Path) ->
     code = "import os, signal, sys\nfrom lockstep.launch import cli\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what is started in the background ignores it
     code += "sys.meta_path.insert(0, type('Finder', (), {'find_spec': lambda *_: os.kill(os.getpid(), signal.SIGINT)})())\ncli.main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")

@@ -1,4 +1,6 @@
-"""``launch check`` on a real Ray cluster of two hosts: all well, then with faults that are made on the second."""
+"""``launch check`` on a real Ray cluster of two hosts: all well, then with faults that are made on
+the second.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def check(cluster: RayHosts, *arguments: str) -> tuple[int, list[dict[str, Any]]
     return check_on(cluster.hosts[0], cluster.surroundings(), "--recipe", "demo-two-hosts", *arguments)
 
 
-def check_on(host: Host, environment: dict[str, str], *arguments: str, launch: Sequence[str] = LAUNCH) -> tuple[int, list[dict[str, Any]]]:
+def check_on(
+    host: Host, environment: dict[str, str], *arguments: str, launch: Sequence[str] = LAUNCH
+) -> tuple[int, list[dict[str, Any]]]:
     """Exit status and findings."""
     command = host.command(*launch, "check", "--json", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=environment)
@@ -49,7 +53,9 @@ def check_on(host: Host, environment: dict[str, str], *arguments: str, launch: S
 
 
 def errors(found: list[dict[str, Any]]) -> list[str]:
-    return [f"{line['subject']}: {line['where']}: {line['text']}" for line in found if line["level"] == "error"]
+    return [
+        f"{line['subject']}: {line['where']}: {line['text']}" for line in found if line["level"] == "error"
+    ]
 
 
 def test_two_equal_hosts_are_fine_and_reach_each_other(cluster: RayHosts, model: Path) -> None:
@@ -85,7 +91,9 @@ def test_faults_of_the_second_host_are_told_with_its_name(cluster: RayHosts, mod
 
 def test_no_room_is_told_with_what_there_is(cluster: RayHosts) -> None:
     surroundings, soon = cluster.surroundings(), (sys.executable, "-c", SOON)
-    code, found = check_on(cluster.hosts[0], surroundings, "--recipe", "demo-two-hosts", "cluster.nodes=3", launch=soon)
+    code, found = check_on(
+        cluster.hosts[0], surroundings, "--recipe", "demo-two-hosts", "cluster.nodes=3", launch=soon
+    )
     assert code == 1
     [line] = errors(found)
     assert "found no room for 3 x 1 CPU for the ranks on 3 nodes, only on 2 in 4 s" in line

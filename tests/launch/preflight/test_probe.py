@@ -32,7 +32,11 @@ def test_this_node_answers_everything_without_torch(tmp_path: Path) -> None:
         f"facts = look_around(Questions({str(DEMO)!r}, ({str(tmp_path)!r},), thorough=False), '127.0.0.1');"
         "assert 'torch' not in sys.modules; print(msgspec.json.encode(facts).decode())"
     )
-    facts = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout)
+    facts = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    )
     assert facts["failed"] == {}
     assert facts["name"] == socket.gethostname()
     assert facts["versions"]["lockstep"] == __version__
@@ -41,13 +45,17 @@ def test_this_node_answers_everything_without_torch(tmp_path: Path) -> None:
     assert facts["memory"] > 1 << 27
     assert facts["shm"] > 0
     assert facts["numa"] >= 0
-    assert facts["model"]["num_tensors"] == len(json.loads((DEMO / "model.safetensors.index.json").read_text())["weight_map"])
+    assert facts["model"]["num_tensors"] == len(
+        json.loads((DEMO / "model.safetensors.index.json").read_text())["weight_map"]
+    )
     assert facts["limits"]["open_files"] in (-1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     [disk] = facts["disks"]
     assert (disk["path"], disk["problem"]) == (str(tmp_path), "")
 
 
-def test_thorough_answers_are_those_of_torch_and_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thorough_answers_are_those_of_torch_and_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch = pytest.importorskip("torch")
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 81559, 81076, 570.86.15\n")
@@ -59,7 +67,9 @@ def test_thorough_answers_are_those_of_torch_and_of_nvidia_smi(tmp_path: Path, m
     assert facts.versions["torch"] == torch.__version__
     assert ("cuda" in facts.versions) == (torch.version.cuda is not None)
     assert facts.gpus is not None
-    assert [(gpu.name, gpu.memory >> 20, gpu.driver) for gpu in facts.gpus] == [("NVIDIA H100 80GB HBM3", 81559, "570.86.15")]
+    assert [(gpu.name, gpu.memory >> 20, gpu.driver) for gpu in facts.gpus] == [
+        ("NVIDIA H100 80GB HBM3", 81559, "570.86.15")
+    ]
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
     assert "nvidia-smi: NVIDIA-SMI has failed" in look_around(Questions(str(DEMO))).failed["gpus"]
 
@@ -70,14 +80,20 @@ def test_a_question_without_an_answer_does_not_hold_up_the_others() -> None:
     def broken() -> object:
         raise OSError("no such thing")
 
-    answers, failed = ask({"slow": never.wait, "quick": lambda: 3, "broken": broken}, {"slow": 0.2, "quick": 60.0, "broken": 60.0})
+    answers, failed = ask(
+        {"slow": never.wait, "quick": lambda: 3, "broken": broken},
+        {"slow": 0.2, "quick": 60.0, "broken": 60.0},
+    )
     assert answers == {"quick": 3}
     assert failed == {"slow": "no answer within 0.2 s", "broken": "OSError: no such thing"}
     never.set()
 
 
 def test_adapters_and_numa_nodes_are_read_from_sys(tmp_path: Path) -> None:
-    for device, state, rate in (("mlx5_0", "4: ACTIVE", "400 Gb/sec (4X NDR)"), ("mlx5_1", "1: DOWN", "10 Gb/sec (4X SDR)")):
+    for device, state, rate in (
+        ("mlx5_0", "4: ACTIVE", "400 Gb/sec (4X NDR)"),
+        ("mlx5_1", "1: DOWN", "10 Gb/sec (4X SDR)"),
+    ):
         port = tmp_path / "sys/class/infiniband" / device / "ports/1"
         port.mkdir(parents=True)
         (port / "state").write_text(f"{state}\n")
@@ -96,9 +112,16 @@ def test_adapters_and_numa_nodes_are_read_from_sys(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    facts = look_around(Questions(str(DEMO), (str(tmp_path / "new" / "logs"), str(tmp_path / "file" / "logs")), thorough=False))
+    facts = look_around(
+        Questions(
+            str(DEMO), (str(tmp_path / "new" / "logs"), str(tmp_path / "file" / "logs")), thorough=False
+        )
+    )
     assert facts.disks is not None
-    assert [disk.problem for disk in facts.disks] == ["", f"{tmp_path / 'file'}: no folder that can be written to"]
+    assert [disk.problem for disk in facts.disks] == [
+        "",
+        f"{tmp_path / 'file'}: no folder that can be written to",
+    ]
 
 
 def test_model_files_are_compared_by_header_and_size(tmp_path: Path) -> None:
@@ -108,7 +131,9 @@ def test_model_files_are_compared_by_header_and_size(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes() + b"\0")
     (tmp_path / "same" / "tokenizer.json").write_text("{}")
     longer = read_model_files(tmp_path / "same")
-    assert {name for name, digest in longer.parts.items() if read_model_files(DEMO).parts[name] != digest} == {shard.name, "tokenizer.json"}
+    assert {
+        name for name, digest in longer.parts.items() if read_model_files(DEMO).parts[name] != digest
+    } == {shard.name, "tokenizer.json"}
     shard.unlink()
     assert shard.name in read_model_files(tmp_path / "same").problem
     assert "not a directory" in read_model_files(tmp_path / "nowhere").problem

@@ -14,7 +14,9 @@ pytestmark = [pytest.mark.ray]
 DEMO = find_recipe("demo").parent / "demo" / "model"
 
 
-def test_a_node_that_does_not_answer_is_a_finding_and_the_others_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_does_not_answer_is_a_finding_and_the_others_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare_ray()
     from lockstep.launch.cluster.ray_session import Node, RaySession
     from lockstep.launch.preflight import ray_nodes as check_ray

@@ -1,4 +1,6 @@
-"""The recipe: what is accepted, how overrides are read, and that every error says where, what and what instead."""
+"""The recipe: what is accepted, how overrides are read, and that every error says where, what and
+what instead.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,16 @@ def refusal(text: str | bytes, *overrides: str) -> str:
 def test_defaults_are_those_of_the_design() -> None:
     recipe = parse_recipe(MODEL)
     assert (recipe.cluster.backend, recipe.overlap, recipe.experts.dispatch) == ("ray", "auto", "auto")
-    assert (recipe.kv_cache.page_size, recipe.kv_cache.memory, recipe.kv_cache.prefix_caching) == (64, None, True)
-    assert (recipe.scheduler.max_batch_tokens, recipe.scheduler.max_running, recipe.scheduler.max_queue) == (8192, 128, 1024)
+    assert (recipe.kv_cache.page_size, recipe.kv_cache.memory, recipe.kv_cache.prefix_caching) == (
+        64,
+        None,
+        True,
+    )
+    assert (recipe.scheduler.max_batch_tokens, recipe.scheduler.max_running, recipe.scheduler.max_queue) == (
+        8192,
+        128,
+        1024,
+    )
     assert (recipe.frontend.host, recipe.frontend.port, recipe.frontend.api_keys) == ("127.0.0.1", 8000, ())
     assert recipe.model.max_len is None
 
@@ -48,7 +58,9 @@ def test_auto_and_sizes_and_switches() -> None:
     assert recipe.cluster.threads == 3
 
 
-@pytest.mark.parametrize(("text", "size"), [("4096", 4096), ("64MiB", 2**26), ("2GB", 2 * 10**9), ("1 kib", 1024), ("7B", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("64MiB", 2**26), ("2GB", 2 * 10**9), ("1 kib", 1024), ("7B", 7)]
+)
 def test_sizes(text: str, size: int) -> None:
     assert parse_recipe(MODEL + f"kv_cache: {{memory: {text}}}").kv_cache.memory == size
 
@@ -64,7 +76,13 @@ def test_world_is_nodes_times_ranks() -> None:
 def test_overrides_set_nested_keys_of_every_type() -> None:
     recipe = parse_recipe(
         MODEL + "frontend: {port: 1}",
-        ["frontend.port=9000", "kv_cache.prefix_caching=false", "cluster.start_deadline=5", "overlap=off", "kv_cache.memory=1MiB"],
+        [
+            "frontend.port=9000",
+            "kv_cache.prefix_caching=false",
+            "cluster.start_deadline=5",
+            "overlap=off",
+            "kv_cache.memory=1MiB",
+        ],
     )
     assert recipe.frontend.port == 9000
     assert recipe.kv_cache.prefix_caching is False
@@ -74,7 +92,10 @@ def test_overrides_set_nested_keys_of_every_type() -> None:
 
 
 def test_overrides_of_text_keys_stay_text() -> None:
-    recipe = parse_recipe(MODEL, ["model.served_name=123", "frontend.admin_key=true", "model.path=a=b: c", "frontend.api_keys=[a, b]"])
+    recipe = parse_recipe(
+        MODEL,
+        ["model.served_name=123", "frontend.admin_key=true", "model.path=a=b: c", "frontend.api_keys=[a, b]"],
+    )
     assert recipe.model.served_name == "123"
     assert recipe.frontend.admin_key == "true"
     assert recipe.model.path == "a=b: c"
@@ -82,7 +103,9 @@ def test_overrides_of_text_keys_stay_text() -> None:
 
 
 def test_an_optional_text_key_can_be_unset() -> None:
-    assert parse_recipe("model: {path: x, served_name: y}", ["model.served_name=null"]).model.served_name is None
+    assert (
+        parse_recipe("model: {path: x, served_name: y}", ["model.served_name=null"]).model.served_name is None
+    )
 
 
 def test_the_last_override_wins_and_sections_appear_as_needed() -> None:
@@ -134,7 +157,10 @@ def test_bad_overrides(override: str, words: list[str]) -> None:
         ("model: {path: x, path: y}", ["'path' is given twice"]),
         ("model: !!python/object:os.system {}", ["not valid YAML"]),
         (MODEL + "kv_cahce: {}", ["kv_cahce", "unknown key", "did you mean kv_cache?"]),
-        (MODEL + "scheduler: {max_runing: 3}", ["scheduler.max_runing = 3", "did you mean scheduler.max_running?"]),
+        (
+            MODEL + "scheduler: {max_runing: 3}",
+            ["scheduler.max_runing = 3", "did you mean scheduler.max_running?"],
+        ),
         (MODEL + "page_size: 3", ["did you mean kv_cache.page_size?"]),
         (MODEL + "zebra: 3", ["zebra = 3: unknown key"]),
         (MODEL + "1: 2", ["keys should be strings"]),
@@ -188,8 +214,14 @@ def test_deep_nesting_is_refused() -> None:
         ("cluster: {backend: local, nodes: 2}", ["cluster.nodes = 2", "cluster.backend = local"]),
         ("cluster: {backend: local, address: 'h:1'}", ["cluster.address = h:1", "cluster.backend = local"]),
         ("scheduler: {max_batch_tokens: 64, max_running: 65}", ["max_batch_tokens = 64", "max_running (65)"]),
-        ("parallel: {tensor: 2}\ncluster: {ranks_per_node: 3}", ["parallel.tensor x parallel.pipeline = 2", "3 ranks"]),
-        ("experts: {dispatch: local}\ncluster: {ranks_per_node: 2}", ["experts.dispatch = local", "ranks_per_node 2"]),
+        (
+            "parallel: {tensor: 2}\ncluster: {ranks_per_node: 3}",
+            ["parallel.tensor x parallel.pipeline = 2", "3 ranks"],
+        ),
+        (
+            "experts: {dispatch: local}\ncluster: {ranks_per_node: 2}",
+            ["experts.dispatch = local", "ranks_per_node 2"],
+        ),
         ("frontend: {api_keys: [k], admin_key: k}", ["frontend.admin_key", "frontend.api_keys"]),
     ],
 )
@@ -225,7 +257,9 @@ def test_what_does_not_work_yet_is_refused_saying_so(text: str, what: str) -> No
 
 
 @pytest.mark.parametrize("name", ["demo", "demo.yaml"])
-def test_a_packaged_recipe_is_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_recipe_is_found_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     recipe, path = load_recipe(name)
     assert path.name == "demo.yaml"
@@ -239,7 +273,9 @@ def test_a_path_wins_over_a_packaged_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert model_directory(recipe, path.parent) == tmp_path / "mine"
 
 
-def test_a_model_path_on_the_command_line_starts_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_path_on_the_command_line_starts_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     recipe, path = load_recipe("demo", ["model.path=here"])
     assert model_directory(recipe, path.parent) == tmp_path / "here"
@@ -271,7 +307,11 @@ def test_every_key_is_described_once() -> None:
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 _keys = st.text(max_size=8)
-_values = st.recursive(_scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=3), max_leaves=8)
+_values = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @given(st.text(max_size=200))

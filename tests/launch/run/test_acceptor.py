@@ -56,7 +56,9 @@ class Frontend:
 
 
 @contextmanager
-def opened(num_frontends: int, **limits: int) -> Iterator[tuple[Acceptor, list[Frontend], list[socket.socket]]]:
+def opened(
+    num_frontends: int, **limits: int
+) -> Iterator[tuple[Acceptor, list[Frontend], list[socket.socket]]]:
     """An acceptor that listens, its frontends, and a list for the clients that a test opens."""
     acceptor = Acceptor("127.0.0.1", 0, num_frontends)
     frontends = [Frontend(acceptor, index).join() for index in range(num_frontends)]
@@ -109,7 +111,9 @@ def test_a_connection_that_was_not_taken_goes_to_another_frontend() -> None:
         first.connections.clear()
         first.line.close()
         assert second.take() == 10
-        assert sorted(connection.recv(9) for connection in second.connections) == [b"%d" % number for number in range(10)]
+        assert sorted(connection.recv(9) for connection in second.connections) == [
+            b"%d" % number for number in range(10)
+        ]
 
 
 def test_one_that_takes_nothing_is_named_and_gets_no_more() -> None:
@@ -175,11 +179,15 @@ def test_nothing_listens_before_it_is_opened_and_after_it_is_closed() -> None:
 def test_a_taken_port_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(LaunchError, match=f"frontend.port = {port}: cannot be listened on: Address already in use"):
+        with pytest.raises(
+            LaunchError, match=f"frontend.port = {port}: cannot be listened on: Address already in use"
+        ):
             Acceptor("127.0.0.1", port, 1)
     late, early = Acceptor("127.0.0.1", port, 1), Acceptor("127.0.0.1", port, 1)
     early.open()
-    with pytest.raises(LaunchError, match=f"frontend.port = {port}: cannot be listened on: Address already in use"):
+    with pytest.raises(
+        LaunchError, match=f"frontend.port = {port}: cannot be listened on: Address already in use"
+    ):
         late.open()
     late.close()
     early.close()

@@ -56,15 +56,29 @@ def controller(lobby: LobbySpec) -> ControllerSpec:
 
 @pytest.mark.parametrize(
     ("role", "index", "make", "words"),
-    [("frontend", 3, frontend, "/nowhere"), ("controller", 0, controller, "ranks [0] have not reported within 0 s")],
+    [
+        ("frontend", 3, frontend, "/nowhere"),
+        ("controller", 0, controller, "ranks [0] have not reported within 0 s"),
+    ],
 )
-def test_a_failing_process_reports_it_once(role: str, index: int, make: object, words: str, tmp_path: Path) -> None:
+def test_a_failing_process_reports_it_once(
+    role: str, index: int, make: object, words: str, tmp_path: Path
+) -> None:
     desk_keys, own = new_keypair(), new_keypair()
     desk = LobbyDesk("127.0.0.1", *desk_keys, allowed=(own[0],))
-    lobby = LobbySpec(address=desk.address, keys=Keys(server_public=desk_keys[0], public=own[0], secret=own[1]))
+    lobby = LobbySpec(
+        address=desk.address, keys=Keys(server_public=desk_keys[0], public=own[0], secret=own[1])
+    )
     assert callable(make)
     command = [sys.executable, "-m", "lockstep.launch.cluster.entry", role, str(index), str(os.getpid())]
-    ended = subprocess.run(command, input=msgspec.json.encode(make(lobby)), capture_output=True, timeout=60, check=False, cwd=tmp_path)
+    ended = subprocess.run(
+        command,
+        input=msgspec.json.encode(make(lobby)),
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
     reports: list[Report] = []
     while found := desk.read(0.5):
         reports += found

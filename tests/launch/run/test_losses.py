@@ -1,4 +1,6 @@
-"""What is said of processes lost with their node, and when the launcher goes on: real roster and replacements, a scripted cluster."""
+"""What is said of processes lost with their node, and when the launcher goes on: real roster and
+replacements, a scripted cluster.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class ScriptedDesk:
 
 
 def lost(index: int, node: str = BETA, role: str = "rank") -> Death:
-    return Death(Task(role, index, b"", node=1), Place("beta", 100 + index, ""), None, "ActorDiedError: gone", node)
+    return Death(
+        Task(role, index, b"", node=1), Place("beta", 100 + index, ""), None, "ActorDiedError: gone", node
+    )
 
 
 def roster(cluster: ScriptedCluster, desk: ScriptedDesk) -> Roster:
@@ -61,15 +65,29 @@ def roster(cluster: ScriptedCluster, desk: ScriptedDesk) -> Roster:
 
 
 def state(phase: str, epoch: int) -> ClusterState:
-    zeros: Any = dict.fromkeys(("step", "num_running", "num_waiting", "prompt_tokens", "generation_tokens"), 0)
-    rest = {"prefix_queries": 0, "prefix_hits": 0, "preemptions": 0, "steps": 0, "imbalance": 1.0, "plan_seconds": 0.0, "kv_usage": 0.0}
-    return ClusterState(phase=phase, reason="", max_len=16, page_size=4, prefix_caching=True, epoch=epoch, **zeros, **rest)
+    zeros: Any = dict.fromkeys(
+        ("step", "num_running", "num_waiting", "prompt_tokens", "generation_tokens"), 0
+    )
+    rest = {
+        "prefix_queries": 0,
+        "prefix_hits": 0,
+        "preemptions": 0,
+        "steps": 0,
+        "imbalance": 1.0,
+        "plan_seconds": 0.0,
+        "kv_usage": 0.0,
+    }
+    return ClusterState(
+        phase=phase, reason="", max_len=16, page_size=4, prefix_caching=True, epoch=epoch, **zeros, **rest
+    )
 
 
 def test_all_that_went_with_a_node_is_one_line_and_the_rest_a_line_each() -> None:
     killed = Death(Task("rank", 0, b""), Place("alpha", 7, ""), -9, "")
     gone = Death(Task("rank", 4, b""), Place("gamma", 9, ""), None, "ActorDiedError: why")
-    found = roster(ScriptedCluster(), ScriptedDesk()).obituaries([lost(10), killed, lost(2), lost(3, "gamma (10.0.0.4)"), gone])
+    found = roster(ScriptedCluster(), ScriptedDesk()).obituaries(
+        [lost(10), killed, lost(2), lost(3, "gamma (10.0.0.4)"), gone]
+    )
     assert [(line, [death.task.index for death in deaths]) for line, deaths in found] == [
         (f"the node {BETA} was lost, and with it rank 2, rank 10", [10, 2]),
         ("rank 0 on alpha (pid 7) was killed by SIGKILL (the kernel does this when memory runs out)", [0]),
@@ -86,7 +104,9 @@ def test_the_loss_of_a_node_while_starting_is_the_error() -> None:
 def test_a_start_that_takes_too_long_says_where_there_is_no_room() -> None:
     cluster = ScriptedCluster()
     cluster.dead, cluster.room = [], "no node has room for rank 0"
-    with pytest.raises(LaunchError, match=r"not ready after 0\.1 s: rank 0 \(has not reported\); no node has room for rank 0"):
+    with pytest.raises(
+        LaunchError, match=r"not ready after 0\.1 s: rank 0 \(has not reported\); no node has room for rank 0"
+    ):
         roster(cluster, ScriptedDesk()).wait(["rank 0"], 0.1)
 
 
@@ -112,7 +132,10 @@ def test_a_wait_for_room_and_its_end_are_told_once() -> None:
     replacements.replace(lost(1), "beta was lost", ready=True, epoch=3)
     assert cluster.started == ["rank 1"]
     cluster.room = "no node has room for rank 1"
-    assert replacements.news() == "no node has room for rank 1; waiting up to 60 s for a node to join or come back"
+    assert (
+        replacements.news()
+        == "no node has room for rank 1; waiting up to 60 s for a node to join or come back"
+    )
     assert replacements.news() == ""
     cluster.room = ""
     assert replacements.news() == "a node with room has been found"
@@ -128,7 +151,10 @@ def test_without_room_until_the_deadline_the_error_says_so() -> None:
     cluster.room = "no node has room for rank 1"
     replacements.news()
     time.sleep(0.06)
-    with pytest.raises(LaunchError, match=r"^beta was lost; the cluster does not serve again after 0\.05 s: no node has room for rank 1$"):
+    with pytest.raises(
+        LaunchError,
+        match=r"^beta was lost; the cluster does not serve again after 0\.05 s: no node has room for rank 1$",
+    ):
         replacements.recovered(state("recovering", 3))
 
 
@@ -139,4 +165,6 @@ def test_losing_nodes_again_and_again_is_no_fault_of_the_rank() -> None:
         replacements.replace(lost(1), "beta was lost", ready=False, epoch=0)
     assert len(cluster.started) == 5
     with pytest.raises(LaunchError, match="it was to replace a rank"):
-        replacements.replace(Death(Task("rank", 1, b""), Place("alpha", 1, ""), 1, ""), "rank 1 failed", ready=False, epoch=0)
+        replacements.replace(
+            Death(Task("rank", 1, b""), Place("alpha", 1, ""), 1, ""), "rank 1 failed", ready=False, epoch=0
+        )

@@ -1,6 +1,8 @@
-"""How the real cluster ends: drained, interrupted, struck by a killed rank, or refused because of its checkpoint.
+"""How the real cluster ends: drained, interrupted, struck by a killed rank, or refused because of
+its checkpoint.
 
-Through Ray where its processes are struck as well, or have to start another; the processes of the cluster are the same ones without.
+Through Ray where its processes are struck as well, or have to start another; the processes of the
+cluster are the same ones without.
 """
 
 from __future__ import annotations
@@ -44,13 +46,18 @@ def error_line(launcher: Launcher) -> str:
     return line.removeprefix("error: ")
 
 
-@pytest.mark.parametrize(("way", "backend"), [("SIGTERM", LOCAL), pytest.param("Ctrl-C", "cluster.backend=ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [("SIGTERM", LOCAL), pytest.param("Ctrl-C", "cluster.backend=ray", marks=pytest.mark.ray)],
+)
 def test_a_stop_drains_what_runs_and_leaves_nothing(way: str, backend: str, tmp_path: Path) -> None:
     with launch(tmp_path, backend) as launcher:
         url = launcher.url()
         reader = Reader(url, max_tokens=300).flowing()
         if way == "Ctrl-C":
-            os.killpg(launcher.process.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group, Ray's processes included
+            os.killpg(
+                launcher.process.pid, signal.SIGINT
+            )  # a terminal sends it to the whole foreground group, Ray's processes included
         else:
             launcher.signal(signal.SIGTERM)
         until(lambda: closed(url), "the drain to be known to the frontend", 30.0)
@@ -121,7 +128,11 @@ def test_an_idle_rank_that_is_killed_is_replaced_up_to_a_limit(tmp_path: Path) -
         url = launcher.url()
         for times in range(1, 4):
             os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
-            until(lambda times=times: launcher.err.count("all ranks serve again") == times, f"recovery {times}", 30.0)  # type: ignore[misc]
+            until(
+                lambda times=times: launcher.err.count("all ranks serve again") == times,
+                f"recovery {times}",
+                30.0,
+            )  # type: ignore[misc]
             Reader(url, max_tokens=3).run()
         os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
         assert launcher.wait() == 1
@@ -159,7 +170,9 @@ def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:
         ("no tokenizer", ["tokenizer"]),
     ],
 )
-def test_a_checkpoint_that_only_a_process_can_judge_is_one_message(fault: str, words: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_that_only_a_process_can_judge_is_one_message(
+    fault: str, words: list[str], tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(DEMO, model)
     if fault == "missing tensor":

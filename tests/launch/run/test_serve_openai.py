@@ -1,4 +1,6 @@
-"""The real cluster with 2 ranks as local processes and with 4 through Ray, and the official client: nothing mocked."""
+"""The real cluster with 2 ranks as local processes and with 4 through Ray, and the official client:
+nothing mocked.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0.0, "extra_body": {"i
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param((2, "local"), id="2 ranks"), pytest.param((4, "ray"), id="4 ranks", marks=pytest.mark.ray)]
+    scope="module",
+    params=[
+        pytest.param((2, "local"), id="2 ranks"),
+        pytest.param((4, "ray"), id="4 ranks", marks=pytest.mark.ray),
+    ],
 )
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("serve")
@@ -57,7 +63,10 @@ def test_every_rank_serves(launcher: Launcher, request: pytest.FixtureRequest) -
 
 
 def test_a_chat_streamed_is_the_chat_unstreamed(client: openai.OpenAI) -> None:
-    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, how are you?"}]
+    messages: Any = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello, how are you?"},
+    ]
     whole = client.chat.completions.create(messages=messages, max_tokens=32, **GREEDY)
     assert whole.choices[0].finish_reason == "length"
     assert whole.usage is not None

@@ -1,6 +1,8 @@
-"""The launch command with dummy roles: start, drain, interrupts, and every way in which a process can fail.
+"""The launch command with dummy roles: start, drain, interrupts, and every way in which a process
+can fail.
 
-Real processes, real sockets, real signals; the roles alone do no work (``support/dummy_cluster.py``).
+Real processes, real sockets, real signals; the roles alone do no work
+(``support/dummy_cluster.py``).
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ from support.launcher import Launcher
 LOCAL = "cluster.backend=local"
 
 
-def launch(folder: Path, *arguments: str, dummy: str = "", environment: dict[str, str] | None = None) -> Launcher:
+def launch(
+    folder: Path, *arguments: str, dummy: str = "", environment: dict[str, str] | None = None
+) -> Launcher:
     fixed = ("--recipe", "demo", "frontend.port=0", *arguments)
-    return Launcher(folder, *fixed, module="support.launch_dummies", environment={"DUMMY": dummy} | (environment or {}))
+    return Launcher(
+        folder, *fixed, module="support.launch_dummies", environment={"DUMMY": dummy} | (environment or {})
+    )
 
 
 def error_line(launcher: Launcher) -> str:
@@ -40,7 +46,9 @@ def error_line(launcher: Launcher) -> str:
 
 @pytest.mark.parametrize("backend", [LOCAL, pytest.param("cluster.backend=ray", marks=pytest.mark.ray)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serves_until_told_to_stop_and_leaves_nothing(backend: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_serves_until_told_to_stop_and_leaves_nothing(
+    backend: str, number: signal.Signals, tmp_path: Path
+) -> None:
     with launch(tmp_path, backend) as launcher:
         url = launcher.url()
         with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health", timeout=60) as response:
@@ -54,10 +62,18 @@ def test_serves_until_told_to_stop_and_leaves_nothing(backend: str, number: sign
 
 
 def test_the_ready_text_shows_the_key_and_a_timeline(tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL, "frontend.api_keys=[sesame]", "frontend.host=0.0.0.0", "model.served_name=m1") as launcher:
+    with launch(
+        tmp_path, LOCAL, "frontend.api_keys=[sesame]", "frontend.host=0.0.0.0", "model.served_name=m1"
+    ) as launcher:
         url = launcher.url()
         until(lambda: "a second one stops at once" in launcher.out, "all of the ready text")
-        for text in (f"curl {url}/chat/completions", "Bearer sesame", f'base_url="{url}"', 'api_key="sesame"', "serves m1"):
+        for text in (
+            f"curl {url}/chat/completions",
+            "Bearer sesame",
+            f'base_url="{url}"',
+            'api_key="sesame"',
+            "serves m1",
+        ):
             assert text in launcher.out
         load = r"load [\d.]+ \(slowest: rank [01] on \S+\)"
         elsewhere = f"from other hosts: http://{socket.gethostname()}:{url.rpartition(':')[2]}\n"
@@ -75,11 +91,15 @@ def test_ctrl_c_to_the_whole_foreground_group_drains(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_sigterm_to_everything_ends_in_time_and_leaves_nothing(tmp_path: Path) -> None:
-    """What systemd does by default: the roles, Ray's own processes and the launcher are all told at once."""
+    """What systemd does by default: the roles, Ray's own processes and the launcher are all told at
+    once.
+    """
     with launch(tmp_path) as launcher:
         launcher.url()
         for process in launcher.seen:
-            with contextlib.suppress(psutil.NoSuchProcess):  # one of Ray's may have gone with the one before it
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # one of Ray's may have gone with the one before it
                 process.terminate()
         launcher.signal()
         launcher.wait()
@@ -90,7 +110,10 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, "cluster.drain_deadline=60", dummy="controller 0: undrained") as launcher:
         launcher.url()
         launcher.signal(signal.SIGINT)
-        until(lambda: "SIGINT: draining" in launcher.err, "the first to be heard; a second one at once would be the same")
+        until(
+            lambda: "SIGINT: draining" in launcher.err,
+            "the first to be heard; a second one at once would be the same",
+        )
         time.sleep(0.5)
         assert launcher.process.poll() is None
         launcher.signal(signal.SIGINT)
@@ -185,7 +208,10 @@ def test_the_death_of_rays_head_is_one_message_at_once(tmp_path: Path) -> None:
         [head] = [process for process in launcher.seen if process.name() == "gcs_server"]
         head.kill()
         until(lambda: "error: " in launcher.err, "the error")
-        assert re.fullmatch(r"Ray's head process, which listened at \S+, has died; its processes go with it", error_line(launcher))
+        assert re.fullmatch(
+            r"Ray's head process, which listened at \S+, has died; its processes go with it",
+            error_line(launcher),
+        )
         assert launcher.wait() == 1
         launcher.assert_nothing_left()
 
@@ -194,7 +220,11 @@ def test_the_death_of_rays_head_is_one_message_at_once(tmp_path: Path) -> None:
 def test_kill_9_of_the_launcher_leaves_nothing(backend: str, tmp_path: Path) -> None:
     with launch(tmp_path, backend) as launcher:
         launcher.url()
-        [mark] = {process.environ()["LOCKSTEP_RUN"] for process in launcher.seen if "LOCKSTEP_RUN" in process.environ()}
+        [mark] = {
+            process.environ()["LOCKSTEP_RUN"]
+            for process in launcher.seen
+            if "LOCKSTEP_RUN" in process.environ()
+        }
         assert len(marked(mark)) >= 4
         launcher.process.kill()
         launcher.wait()
@@ -204,7 +234,9 @@ def test_kill_9_of_the_launcher_leaves_nothing(backend: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
 def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL, environment={"FORCE_COLOR": "1", "TERM": "xterm"} if terminal else {}) as launcher:
+    with launch(
+        tmp_path, LOCAL, environment={"FORCE_COLOR": "1", "TERM": "xterm"} if terminal else {}
+    ) as launcher:
         launcher.url()
         before = len(launcher.err)
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
@@ -213,7 +245,13 @@ def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_pa
         assert launcher.wait() == 0
         said = launcher.err[before:]
         assert ("\x1b[" in said) == terminal
-        for text in ("was killed by SIGKILL", "rank 1: loading", "rank 1: ready", "SIGTERM: draining", "drained; stopping"):
+        for text in (
+            "was killed by SIGKILL",
+            "rank 1: loading",
+            "rank 1: ready",
+            "SIGTERM: draining",
+            "drained; stopping",
+        ):
             assert said.count(text) == 1, said
         assert said.count("\n") == 6, "there is another line"
 
@@ -236,7 +274,9 @@ cli.main()
 
 def test_sigterm_reaches_the_launcher_while_ray_has_taken_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RAY_TAKES_SIGTERM, "--recipe", "demo", "frontend.port=0", LOCAL]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "opening\n"
         process.send_signal(signal.SIGTERM)
@@ -259,7 +299,9 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
         port = first.url().removesuffix("/v1").rpartition(":")[2]
         with launch(tmp_path / "b", LOCAL, f"frontend.port={port}") as second:
             assert second.wait() == 1
-            assert f"frontend.port = {port}: cannot be listened on: Address already in use" in error_line(second)
+            assert f"frontend.port = {port}: cannot be listened on: Address already in use" in error_line(
+                second
+            )
             assert "starting the controller" not in second.err
             assert "logs:" not in second.err, "there are none"
             assert not list(second.temporary.iterdir())

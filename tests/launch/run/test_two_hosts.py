@@ -1,4 +1,6 @@
-"""The demo over two hosts: placed by node, reached by the official client, and what the loss of a process and of a host does."""
+"""The demo over two hosts: placed by node, reached by the official client, and what the loss of a
+process and of a host does.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ FIXED = ("--recipe", "demo-two-hosts", "frontend.port=8000", "kv_cache.memory=16
 def launch(folder: Path, cluster: RayHosts, *arguments: str, dummies: bool = False) -> Launcher:
     """The launch command on the first host."""
     module = "support.launch_dummies" if dummies else "lockstep.launch.cli"
-    return Launcher(folder, *FIXED, *arguments, module=module, environment=cluster.environment, host=cluster.hosts[0])
+    return Launcher(
+        folder, *FIXED, *arguments, module=module, environment=cluster.environment, host=cluster.hosts[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,9 @@ def cluster(private: Path) -> Iterator[RayHosts]:
 
 
 def client(cluster: RayHosts) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://{cluster.hosts[0].address}:8000/v1", api_key="none", max_retries=0, timeout=90.0)
+    return openai.OpenAI(
+        base_url=f"http://{cluster.hosts[0].address}:8000/v1", api_key="none", max_retries=0, timeout=90.0
+    )
 
 
 def completion(client: openai.OpenAI, max_tokens: int) -> str:
@@ -84,7 +90,9 @@ class Stream(threading.Thread):
         return self.text
 
 
-def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(cluster: RayHosts, tmp_path: Path) -> None:
+def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(
+    cluster: RayHosts, tmp_path: Path
+) -> None:
     alpha, beta = cluster.hosts
     with launch(tmp_path, cluster, "cluster.start_deadline=60") as launcher, client(cluster) as asked:
         launcher.url(120.0)
@@ -100,7 +108,9 @@ def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(c
         until(lambda: len(stream.text) > 20, "the stream to begin")
         psutil.Process(cluster.rank(beta, 1)).kill()
         assert stream.rest(60.0) == whole
-        killed = re.compile(r"rank 1 on beta \(pid \d+\) was killed by SIGKILL .*; starting another in its place")
+        killed = re.compile(
+            r"rank 1 on beta \(pid \d+\) was killed by SIGKILL .*; starting another in its place"
+        )
         until(lambda: bool(killed.search(launcher.err)), "the death to be told", 30.0)
         until(lambda: "all ranks serve again" in launcher.err, "another in its place", 60.0)
 
@@ -109,7 +119,11 @@ def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(c
         cluster.lose(beta)
         lost = f"the node beta ({beta.address}) was lost, and with it rank 1; starting another in its place, requests wait"
         until(lambda: lost in launcher.err, "the loss to be told", 30.0)
-        until(lambda: "no node has room for rank 1 (1 CPU a node); the cluster has alpha" in launcher.err, "the want of room", 30.0)
+        until(
+            lambda: "no node has room for rank 1 (1 CPU a node); the cluster has alpha" in launcher.err,
+            "the want of room",
+            30.0,
+        )
         until(lambda: health(cluster).status_code == 503, "the frontend to hear of it", 30.0)
         assert lost.partition(";")[0] in health(cluster).text
         cluster.up(beta, 2)
@@ -121,10 +135,14 @@ def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(c
         launcher.signal(signal.SIGTERM)
         assert launcher.wait(60.0) == 0, launcher.err
     for host in cluster.hosts:
-        assert not [process for process in host.processes() if "lockstep.launch.cluster.entry" in command_of(process)]
+        assert not [
+            process for process in host.processes() if "lockstep.launch.cluster.entry" in command_of(process)
+        ]
 
 
-def test_a_rank_that_fails_on_another_host_is_one_message(cluster: RayHosts, private: Path, tmp_path: Path) -> None:
+def test_a_rank_that_fails_on_another_host_is_one_message(
+    cluster: RayHosts, private: Path, tmp_path: Path
+) -> None:
     for host in cluster.hosts:
         host.run("cp", "-r", str(DEMO), str(private))
     shard = private / "model" / "model-00002-of-00002.safetensors"
@@ -136,7 +154,9 @@ def test_a_rank_that_fails_on_another_host_is_one_message(cluster: RayHosts, pri
         assert "Traceback" not in launcher.out + launcher.err
 
 
-def test_a_lost_host_that_does_not_come_back_is_one_message_with_what_there_is(cluster: RayHosts, tmp_path: Path) -> None:
+def test_a_lost_host_that_does_not_come_back_is_one_message_with_what_there_is(
+    cluster: RayHosts, tmp_path: Path
+) -> None:
     beta = cluster.hosts[1]
     with launch(tmp_path, cluster, f"cluster.start_deadline={4 * HASTE}", dummies=True) as launcher:
         launcher.url(60.0)
@@ -144,7 +164,9 @@ def test_a_lost_host_that_does_not_come_back_is_one_message_with_what_there_is(c
         assert launcher.wait(60.0) == 1
         [line] = re.findall("^error: .*", launcher.err, re.MULTILINE)
         lost = f"error: the node beta ({beta.address}) was lost, and with it rank 1; "
-        assert line.startswith(f"{lost}the cluster does not serve again after 4 s: no node has room for rank 1 (1 CPU a node)")
+        assert line.startswith(
+            f"{lost}the cluster does not serve again after 4 s: no node has room for rank 1 (1 CPU a node)"
+        )
         assert "the cluster has alpha" in line
 
 
@@ -159,6 +181,10 @@ def test_ranks_of_a_lost_host_move_to_one_with_room(tmp_path: Path) -> None:
             beta.down()  # at once and without a word, as when the power fails
             assert stream.rest(90.0) == whole
             assert cluster.rank(alpha, 1)
-            until(lambda: f"the node beta ({beta.address}) was lost, and with it rank 1" in launcher.err, "the loss to be told", 30.0)
+            until(
+                lambda: f"the node beta ({beta.address}) was lost, and with it rank 1" in launcher.err,
+                "the loss to be told",
+                30.0,
+            )
             launcher.signal(signal.SIGTERM)
             assert launcher.wait(60.0) == 0, launcher.err

@@ -1,4 +1,6 @@
-"""``launch simulate``: the figures are the floors' by hand arithmetic and the plan's, and the command says what is wrong."""
+"""``launch simulate``: the figures are the floors' by hand arithmetic and the plan's, and the
+command says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def simulated(asks: list[Ask], name: str, *overrides: str, efficiency: float = 1
     report = simulate_plan(plan, recipe, Trace("made", tuple(asks)), efficiency, lambda progress: False)
     assert report.complete
     counts = report.requests
-    assert counts.finished + counts.refused + counts.unavailable == counts.asked == len(asks) and counts.open == 0
+    assert (
+        counts.finished + counts.refused + counts.unavailable == counts.asked == len(asks)
+        and counts.open == 0
+    )
     return report
 
 
@@ -85,18 +90,30 @@ def test_a_prompt_on_one_rank_is_work_of_all_experts(dispatch: str, binds: str) 
 
 
 def test_decode_and_prefill_attend_at_their_own_cost() -> None:
-    """Latent attention works on the latent in decode: with so much context that nothing else counts."""
+    """Latent attention works on the latent in decode: with so much context that nothing else
+    counts.
+    """
     plan, _ = planned(DEEPSEEK)
     shape = plan.setup.shape
     zeros = np.zeros(72, np.int64)
     far = np.full(72, 10**12)
-    decode, prompt = (FloorTimes(plan.setup, 1.0)(StepWork(zeros, zeros + 1, zeros, *pair, zeros)) for pair in ((far, zeros), (zeros, far)))
-    assert decode / prompt == pytest.approx(shape.attention_operations(True) / shape.attention_operations(False), rel=1e-3)
+    decode, prompt = (
+        FloorTimes(plan.setup, 1.0)(StepWork(zeros, zeros + 1, zeros, *pair, zeros))
+        for pair in ((far, zeros), (zeros, far))
+    )
+    assert decode / prompt == pytest.approx(
+        shape.attention_operations(True) / shape.attention_operations(False), rel=1e-3
+    )
 
 
 def test_the_default_is_what_published_figures_reach() -> None:
     shares = sorted(figure.rate / figure.tokens * floor_beside(figure).seconds for figure in PUBLISHED)
-    assert (len(shares), round(shares[0], 2), round(statistics.median(shares), 2), round(shares[-1], 2)) == (9, 0.24, 0.31, 0.5)
+    assert (len(shares), round(shares[0], 2), round(statistics.median(shares), 2), round(shares[-1], 2)) == (
+        9,
+        0.24,
+        0.31,
+        0.5,
+    )
     assert pytest.approx(statistics.median(shares), abs=0.02) == EFFICIENCY
 
 
@@ -114,16 +131,25 @@ def test_a_lone_request_sees_the_floors_of_its_steps() -> None:
     plan, _ = planned(QWEN)
     report = simulated([Ask(0.0, 3000, 3)], QWEN)
     first = floor_of(plan.setup, whole_prompt(3000, 8)).seconds
-    second, third = (floor_of(plan.setup, Work(1, 1, context, context, 1 / 8, True)).seconds for context in (3001, 3002))
+    second, third = (
+        floor_of(plan.setup, Work(1, 1, context, context, 1 / 8, True)).seconds for context in (3001, 3002)
+    )
     assert report.time_to_first_token.p50 == pytest.approx(first)
     assert report.time_between_tokens.p99 == pytest.approx(third)
     assert report.seconds == pytest.approx(first + second + third)
-    assert (report.steps.count, report.tokens.input, report.tokens.output, report.preemptions) == (3, 3000, 3, 0)
+    assert (report.steps.count, report.tokens.input, report.tokens.output, report.preemptions) == (
+        3,
+        3000,
+        3,
+        0,
+    )
     assert report.steps.idle == pytest.approx(0, abs=1e-9)
 
 
 def test_half_the_efficiency_is_twice_the_time() -> None:
-    whole, half = (simulated([Ask(0.0, 20_000, 50)], QWEN, efficiency=efficiency) for efficiency in (1.0, 0.5))
+    whole, half = (
+        simulated([Ask(0.0, 20_000, 50)], QWEN, efficiency=efficiency) for efficiency in (1.0, 0.5)
+    )
     for name in ("time_to_first_token", "time_between_tokens"):
         slow, fast = getattr(half, name), getattr(whole, name)
         assert [slow.p50, slow.p90, slow.p99] == pytest.approx([2 * fast.p50, 2 * fast.p90, 2 * fast.p99])
@@ -131,7 +157,9 @@ def test_half_the_efficiency_is_twice_the_time() -> None:
 
 
 def test_a_full_cluster_decodes_at_the_rate_of_the_plan() -> None:
-    """All slots taken, at the context of the plan: the time between tokens is that of the plan's step."""
+    """All slots taken, at the context of the plan: the time between tokens is that of the plan's
+    step.
+    """
     small = ("scheduler.max_running=16",)
     plan, _ = planned(QWEN, *small)
     report = simulated([Ask(0.0, 3896, 400) for _ in range(128)], QWEN, *small, efficiency=0.5)
@@ -139,13 +167,17 @@ def test_a_full_cluster_decodes_at_the_rate_of_the_plan() -> None:
     assert report.steps.rows.p50 == 128
     assert report.time_between_tokens.p50 == pytest.approx(2 * plan.seconds_per_token, rel=0.02)
     assert report.tokens.output == 128 * 400
-    assert (report.held["slots"], report.held["pages"]) == (0, 0), "who waits for a turn of admission lacks nothing"
+    assert (report.held["slots"], report.held["pages"]) == (0, 0), (
+        "who waits for a turn of admission lacks nothing"
+    )
 
 
 def test_equal_prefixes_are_computed_once() -> None:
     asks = [Ask(10.0 * number, 1100, 2, (7, 8, 100 + number)) for number in range(5)]
     report = simulated(asks, QWEN)
-    assert (report.prefix.asked, report.prefix.saved) == (5500, 4 * 1024), "16 pages of 64 tokens, on the rank that has them"
+    assert (report.prefix.asked, report.prefix.saved) == (5500, 4 * 1024), (
+        "16 pages of 64 tokens, on the rank that has them"
+    )
     unlike = simulated([Ask(ask.seconds, 1100, 2) for ask in asks], QWEN)
     assert unlike.prefix.saved == 0
     off = simulated(asks, QWEN, "kv_cache.prefix_caching=false")
@@ -162,7 +194,9 @@ def test_load_above_capacity_queues_and_is_answered_503() -> None:
     assert rush.requests.unavailable > 50
     assert rush.queue_wait.p90 > 5 * calm.queue_wait.p99  # type: ignore[operator]
     assert rush.steps.rows.p90 == rush.steps.rows.p99 == 32
-    assert rush.binds.startswith("Sequence slots bind") and f"{rush.requests.unavailable} requests" in rush.binds
+    assert (
+        rush.binds.startswith("Sequence slots bind") and f"{rush.requests.unavailable} requests" in rush.binds
+    )
 
 
 def test_few_pages_bind_and_preempt() -> None:
@@ -182,7 +216,10 @@ def test_long_prompts_on_few_ranks_bind_by_their_imbalance() -> None:
     asks = [Ask(0.0, 100, 4000) for _ in range(64)] + [Ask(1.0 + number, 30_000, 2) for number in range(20)]
     report = simulated(asks, DEEPSEEK, "scheduler.inter_token_target=0.1")
     assert report.steps.waiting > 0.3 and report.steps.imbalance.p99 > 3  # type: ignore[operator]
-    assert report.binds.startswith("Imbalance binds") and "few have prompts to compute and a step may take 0.1 s" in report.binds
+    assert (
+        report.binds.startswith("Imbalance binds")
+        and "few have prompts to compute and a step may take 0.1 s" in report.binds
+    )
     even = simulated([Ask(0.0, 4000, 50) for _ in range(72)], DEEPSEEK)
     assert even.steps.waiting < 0.05 and "Imbalance" not in even.binds
 
@@ -200,7 +237,11 @@ def test_pages_and_bounds_are_the_plans() -> None:
     plan, recipe = planned(DEEPSEEK)
     settings = settings_of(plan, recipe)
     assert settings.num_pages == [plan.ranks[0].memory.num_pages] * 72
-    assert (settings.spec.max_batch_tokens, settings.spec.max_running, settings.spec.max_queue) == (1024, 512, 8192)
+    assert (settings.spec.max_batch_tokens, settings.spec.max_running, settings.spec.max_queue) == (
+        1024,
+        512,
+        8192,
+    )
     assert (settings.page_size, settings.max_len) == (64, 131072)
 
 
@@ -220,7 +261,15 @@ def test_quantiles_are_values_that_were_seen() -> None:
 def command(folder: Path, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     start = [str(Path(sys.executable).parent / "launch")] if code is None else [sys.executable, "-c", code]
     words = [*start, "simulate", *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=os.environ | {"COLUMNS": "200"})
+    return subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "200"},
+    )
 
 
 SHORT = "poisson:rate=20,input=300,output=20,count=30"
@@ -230,13 +279,38 @@ def test_a_person_reads_tables(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from lockstep.launch.cli import main; main()"
     result = command(tmp_path, "--recipe", DEEPSEEK, "--trace", SHORT, code=code)
     assert result.returncode == 0, result.stderr
-    words = ("time to first token", "time between tokens", "wait in the queue", "prefix tokens saved", "this version refuses to launch it")
-    for text in (*words, "preemptions", "planner, on this machine", "2 ms p50, 4 ms p99", "0.3 of the speed of their floors", "Nothing"):
+    words = (
+        "time to first token",
+        "time between tokens",
+        "wait in the queue",
+        "prefix tokens saved",
+        "this version refuses to launch it",
+    )
+    for text in (
+        *words,
+        "preemptions",
+        "planner, on this machine",
+        "2 ms p50, 4 ms p99",
+        "0.3 of the speed of their floors",
+        "Nothing",
+    ):
         assert text in result.stdout
 
 
 def test_a_program_reads_json_and_the_same_again(tmp_path: Path) -> None:
-    arguments = ("--recipe", "demo", "--trace", SHORT, "--json", "--speed", "2", "--requests", "20", "--efficiency", "0.5")
+    arguments = (
+        "--recipe",
+        "demo",
+        "--trace",
+        SHORT,
+        "--json",
+        "--speed",
+        "2",
+        "--requests",
+        "20",
+        "--efficiency",
+        "0.5",
+    )
     results = [command(tmp_path, *arguments) for _ in range(2)]
     first, second = (json.loads(result.stdout) for result in results)
     measured = first.pop("measured")
@@ -244,16 +318,27 @@ def test_a_program_reads_json_and_the_same_again(tmp_path: Path) -> None:
     assert first == second
     spread = {"p50", "p90", "p99"}
     assert set(measured) == {"planner", "limit_p50", "limit_p99", "wall"} and measured["planner"]["p50"] > 0
-    assert (first["recipe"], first["speed"], first["efficiency"], first["complete"]) == ("demo.yaml", 2.0, 0.5, True)
+    assert (first["recipe"], first["speed"], first["efficiency"], first["complete"]) == (
+        "demo.yaml",
+        2.0,
+        0.5,
+        True,
+    )
     assert first["requests"] == {"asked": 20, "finished": 20, "refused": 0, "unavailable": 0, "open": 0}
     assert first["tokens"]["input"] == 20 * 300 and first["tokens"]["output"] == 20 * 20
     assert first["tokens"]["output_per_second"] == pytest.approx(400 / first["seconds"])
     assert first["tokens"]["output_per_second_per_rank"] == pytest.approx(200 / first["seconds"])
     for name in ("time_to_first_token", "time_between_tokens", "queue_wait"):
-        assert set(first[name]) == spread and 0 <= first[name]["p50"] <= first[name]["p90"] <= first[name]["p99"]
+        assert (
+            set(first[name]) == spread and 0 <= first[name]["p50"] <= first[name]["p90"] <= first[name]["p99"]
+        )
     assert set(first["steps"]) == {"count", "seconds", "rows", "tokens", "imbalance", "idle", "waiting"}
     assert first["steps"]["imbalance"]["p50"] >= 1
-    assert sum(first["bound"].values()) == pytest.approx(1) and set(first["held"]) == {"slots", "pages", "prefill"}
+    assert sum(first["bound"].values()) == pytest.approx(1) and set(first["held"]) == {
+        "slots",
+        "pages",
+        "prefill",
+    }
     assert 0 < first["pages"]["mean"] <= first["pages"]["peak"] <= first["pages"]["peak_of_a_rank"] <= 1
 
 
@@ -267,13 +352,21 @@ def test_a_program_reads_json_and_the_same_again(tmp_path: Path) -> None:
         (["--recipe", "demo", "--trace", SHORT, "--efficiency", "2"], 2, "--efficiency"),
         (["--recipe", "demo", "--trace", SHORT, "--speed", "0"], 2, "--speed"),
         (["--recipe", "bare.yaml", "--trace", SHORT], 2, "cluster.hardware: missing, and a plan needs it"),
-        (["--recipe", "mixtral-8x7b", "cluster.ranks_per_node=1", "--trace", SHORT], 1, "does not fit: weights: 87"),
+        (
+            ["--recipe", "mixtral-8x7b", "cluster.ranks_per_node=1", "--trace", SHORT],
+            1,
+            "does not fit: weights: 87",
+        ),
     ],
 )
-def test_what_cannot_be_simulated_is_one_message(arguments: list[str], status: int, words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_simulated_is_one_message(
+    arguments: list[str], status: int, words: str, tmp_path: Path
+) -> None:
     _, path = load_recipe(QWEN, check=contradictions)
     text = path.read_text().replace("configs/", f"{path.parent}/configs/")
-    (tmp_path / "bare.yaml").write_text("\n".join(line for line in text.splitlines() if "hardware:" not in line))
+    (tmp_path / "bare.yaml").write_text(
+        "\n".join(line for line in text.splitlines() if "hardware:" not in line)
+    )
     result = command(tmp_path, *arguments)
     assert result.returncode == status, result.stdout
     assert words in " ".join(result.stderr.split())
@@ -283,9 +376,14 @@ def test_what_cannot_be_simulated_is_one_message(arguments: list[str], status: i
 def test_a_planner_that_gets_nowhere_is_an_error_that_names_the_request(tmp_path: Path) -> None:
     code = "from lockstep.engine.simulation import simulation; simulation.patience = lambda settings: 3\n"
     code += "from lockstep.launch.cli import main; main()"
-    result = command(tmp_path, "--recipe", "demo", "--trace", "poisson:rate=1,input=4000,output=9,count=1", code=code)
+    result = command(
+        tmp_path, "--recipe", "demo", "--trace", "poisson:rate=1,input=4000,output=9,count=1", code=code
+    )
     assert (result.returncode, result.stdout) == (1, "")
-    assert "nobody has got a token for 3 steps, and request 0 (4000 prompt tokens, limit 4009) is in prefill" in result.stderr
+    assert (
+        "nobody has got a token for 3 steps, and request 0 (4000 prompt tokens, limit 4009) is in prefill"
+        in result.stderr
+    )
 
 
 def test_ctrl_c_prints_what_was_simulated(tmp_path: Path) -> None:
@@ -293,7 +391,9 @@ def test_ctrl_c_prints_what_was_simulated(tmp_path: Path) -> None:
     start = [str(Path(sys.executable).parent / "launch"), "simulate", *arguments]
     code = f"import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = {start!r}\n"
     code += "from lockstep.launch.simulation import screen; screen._EVERY = 0.2\nfrom lockstep.launch.cli import main; main()"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
         assert process.stderr is not None and process.stdout is not None
         try:
             for line in process.stderr:
@@ -315,9 +415,18 @@ def test_a_report_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         line = f"launch simulate --recipe demo --trace {SHORT}{more} > /dev/full"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         result = subprocess.run(
-            ["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path, env=os.environ | {"PATH": path}
+            ["bash", "-c", line],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
         )
-        assert (result.returncode, result.stderr) == (1, "error: the report cannot be written: No space left on device\n")
+        assert (result.returncode, result.stderr) == (
+            1,
+            "error: the report cannot be written: No space left on device\n",
+        )
 
 
 def test_a_second_ctrl_c_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +437,9 @@ def test_a_second_ctrl_c_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) 
     paper = io.StringIO()
     monkeypatch.setattr(simulate_screen, "_BLINK", 0.0)
     monkeypatch.setattr(simulate_command, "simulate_plan", interrupted)
-    monkeypatch.setattr(simulate_command, "Console", lambda **_: Console(file=paper, width=100, force_terminal=True))
+    monkeypatch.setattr(
+        simulate_command, "Console", lambda **_: Console(file=paper, width=100, force_terminal=True)
+    )
     monkeypatch.setattr(simulate_command.Interrupts, "install", lambda interrupts: None)
     with pytest.raises(KeyboardInterrupt):
         simulate_command.simulate("demo", SHORT)

@@ -1,4 +1,6 @@
-"""Traces to simulate: what is read, what is refused and how, and that equal names of blocks are equal tokens."""
+"""Traces to simulate: what is read, what is refused and how, and that equal names of blocks are
+equal tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ def written(folder: Path, *lines: object) -> str:
 
 
 def test_a_line_of_a_public_trace(tmp_path: Path) -> None:
-    more = {"timestamp": 3500, "input_length": 1, "output_length": 1, "hash_ids": [9], "type": "chat", "turn": 2}
+    more = {
+        "timestamp": 3500,
+        "input_length": 1,
+        "output_length": 1,
+        "hash_ids": [9],
+        "type": "chat",
+        "turn": 2,
+    }
     trace = read_trace(written(tmp_path, LINE, "", more))
     assert trace.asks == (Ask(0.0, 1200, 7, (3, 4, 5)), Ask(2.0, 1, 1, (9,)))
 
@@ -34,7 +43,10 @@ def test_names_of_blocks_may_be_missing_and_the_last_may_be_left_out(tmp_path: P
 
 
 def test_faster_fewer_and_in_order(tmp_path: Path) -> None:
-    late, early = LINE | {"timestamp": 9000, "output_length": 1}, LINE | {"timestamp": 5000, "output_length": 2}
+    late, early = (
+        LINE | {"timestamp": 9000, "output_length": 1},
+        LINE | {"timestamp": 5000, "output_length": 2},
+    )
     path = written(tmp_path, late, early, LINE, "not read any more")
     asks = read_trace(path, 3, 2.0).asks
     assert [(ask.seconds, ask.num_output) for ask in asks] == [(0.0, 7), (1.75, 2), (3.75, 1)]
@@ -51,7 +63,10 @@ def test_faster_fewer_and_in_order(tmp_path: Path) -> None:
         (LINE | {"timestamp": -1}, "line 2: timestamp = -1"),
         (LINE | {"timestamp": float("nan")}, "line 2: timestamp = NaN"),
         (LINE | {"timestamp": True}, "line 2: timestamp = true"),
-        (LINE | {"input_length": 0}, "line 2: input_length = 0: should be a whole number of tokens from 1 to 10,000,000"),
+        (
+            LINE | {"input_length": 0},
+            "line 2: input_length = 0: should be a whole number of tokens from 1 to 10,000,000",
+        ),
         (LINE | {"input_length": 1.5}, "line 2: input_length = 1.5"),
         (LINE | {"output_length": 0}, "line 2: output_length = 0"),
         (LINE | {"output_length": None}, "line 2: output_length = null"),
@@ -59,11 +74,16 @@ def test_faster_fewer_and_in_order(tmp_path: Path) -> None:
         (LINE | {"hash_ids": [3, "4", 5]}, 'line 2: hash_ids: "4": should be a whole number from 0'),
         (LINE | {"hash_ids": [3, -4, 5]}, "line 2: hash_ids: -4"),
         (LINE | {"hash_ids": [1 << 62, 4, 5]}, "line 2: hash_ids: 4611686018427387904"),
-        (LINE | {"hash_ids": [3]}, "line 2: hash_ids: has 1 blocks, should be 3, one for every 512 tokens of its 1200 (--block"),
+        (
+            LINE | {"hash_ids": [3]},
+            "line 2: hash_ids: has 1 blocks, should be 3, one for every 512 tokens of its 1200 (--block",
+        ),
         (LINE | {"hash_ids": [3, 4, 5, 6]}, "line 2: hash_ids: has 4 blocks"),
     ],
 )
-def test_a_wrong_line_is_named_with_its_field_and_what_is_allowed(line: object, words: str, tmp_path: Path) -> None:
+def test_a_wrong_line_is_named_with_its_field_and_what_is_allowed(
+    line: object, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(TraceError) as error:
         read_trace(written(tmp_path, LINE, line))
     assert words in str(error.value)
@@ -88,7 +108,9 @@ def test_arrivals_that_a_clock_cannot_tell_apart_are_refused(tmp_path: Path) -> 
 def test_a_file_that_is_one_array_over_several_lines_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "array.json"
     path.write_text("[\n")
-    with pytest.raises(TraceError, match=r"json: line 1: not JSON: Expecting value at column 2; should be an object a line"):
+    with pytest.raises(
+        TraceError, match=r"json: line 1: not JSON: Expecting value at column 2; should be an object a line"
+    ):
         read_trace(str(path))
 
 
@@ -141,7 +163,13 @@ def test_made_traffic_that_cannot_be_made(text: str, words: str) -> None:
 
 
 def test_equal_names_are_equal_tokens_and_others_are_not() -> None:
-    asks = (Ask(0, 1200, 1, (3, 4, 5)), Ask(0, 1300, 1, (3, 4, 6)), Ask(0, 1100, 1, (3, 4)), Ask(0, 1200, 1), Ask(0, 1200, 1))
+    asks = (
+        Ask(0, 1200, 1, (3, 4, 5)),
+        Ask(0, 1300, 1, (3, 4, 6)),
+        Ask(0, 1100, 1, (3, 4)),
+        Ask(0, 1200, 1),
+        Ask(0, 1200, 1),
+    )
     trace = Trace("made", asks)
     prompts = [np.frombuffer(trace.prompt(number), np.int32) for number in range(5)]
     assert [len(prompt) for prompt in prompts] == [1200, 1300, 1100, 1200, 1200]

@@ -28,7 +28,11 @@ def script(*arguments: str, recipe: str = "demo-two-hosts") -> str:
 
 def options(text: str) -> dict[str, str]:
     """The #SBATCH lines, read as sbatch reads them."""
-    lines = [shlex.split(line.removeprefix("#SBATCH "))[0] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    lines = [
+        shlex.split(line.removeprefix("#SBATCH "))[0]
+        for line in text.splitlines()
+        if line.startswith("#SBATCH ")
+    ]
     return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
@@ -36,7 +40,11 @@ def variable(text: str, name: str) -> list[str]:
     """A variable that the script sets before its body, as bash sees it."""
     head = text.partition("\n# -----")[0]
     done = subprocess.run(
-        ["bash", "-c", f'{head}\nprintf "%s\\n" "${{{name}[@]}}"'], capture_output=True, text=True, check=True, timeout=10
+        ["bash", "-c", f'{head}\nprintf "%s\\n" "${{{name}[@]}}"'],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
     )
     return done.stdout.splitlines()
 
@@ -109,7 +117,11 @@ def test_every_option_lands(given: tuple[str, ...], name: str, value: str) -> No
         (("frontend.host=10.1.2.3",), "host", ["10.1.2.3"]),
         (("--container-image", "x.sqsh"), "image", ["x.sqsh"]),
         (("--container-image", "x.sqsh"), "bin", [""]),
-        (("model.served_name=it's $HOME",), "recipe", ["--recipe", "demo-two-hosts", "model.served_name=it's $HOME"]),
+        (
+            ("model.served_name=it's $HOME",),
+            "recipe",
+            ["--recipe", "demo-two-hosts", "model.served_name=it's $HOME"],
+        ),
     ],
 )
 def test_every_setting_lands(given: tuple[str, ...], name: str, value: list[str]) -> None:
@@ -125,9 +137,17 @@ def test_gres_stands_in_for_gpus_per_node() -> None:
 def test_a_recipe_of_ones_own_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text("model: {path: weights}\ncluster: {device: cpu}\n")
     monkeypatch.chdir(tmp_path)
-    text = script("model.path=other", "--container-image=x", "--container-mount=/data:/data", recipe="mine.yaml")
-    assert variable(text, "recipe") == ["--recipe", str(tmp_path / "mine.yaml"), f"model.path={tmp_path}/other"]
-    assert variable(text, "mounts") == [f"/data:/data,{tmp_path}:{tmp_path},{tmp_path}/other:{tmp_path}/other"]
+    text = script(
+        "model.path=other", "--container-image=x", "--container-mount=/data:/data", recipe="mine.yaml"
+    )
+    assert variable(text, "recipe") == [
+        "--recipe",
+        str(tmp_path / "mine.yaml"),
+        f"model.path={tmp_path}/other",
+    ]
+    assert variable(text, "mounts") == [
+        f"/data:/data,{tmp_path}:{tmp_path},{tmp_path}/other:{tmp_path}/other"
+    ]
     assert options(text)["--job-name"] == "lockstep-mine"
 
 

@@ -1,4 +1,6 @@
-"""The job of ``launch slurm`` under a real Slurm on two hosts: served from both, drained, and nothing left behind."""
+"""The job of ``launch slurm`` under a real Slurm on two hosts: served from both, drained, and
+nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,18 @@ def slurm() -> Iterator[SlurmCluster]:
 
 def script(cluster: SlurmCluster, *arguments: str, recipe: str = "demo-two-hosts") -> str:
     """What ``launch slurm`` prints, for shared nodes with folders of their own in place of /tmp."""
-    command = [str(Path(sys.executable).parent / "launch"), "slurm", "--recipe", recipe, "--cpus=4", f"--scratch={cluster.own}"]
+    command = [
+        str(Path(sys.executable).parent / "launch"),
+        "slurm",
+        "--recipe",
+        recipe,
+        "--cpus=4",
+        f"--scratch={cluster.own}",
+    ]
     threads = "cluster.threads=1"  # each host believes that it has all of the machine's cores
-    return subprocess.run([*command, *arguments, threads], capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(
+        [*command, *arguments, threads], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
 
 
 def ended(job: Job, state: str, code: int) -> None:
@@ -38,12 +49,16 @@ def ended(job: Job, state: str, code: int) -> None:
 
 
 def test_a_time_limit_drains_and_the_drain_has_its_deadline(slurm: SlurmCluster) -> None:
-    """The first of the file: Slurm looks 30 s after its own start, when the job will just serve, and only every 30 s after that."""
+    """The first of the file: Slurm looks 30 s after its own start, when the job will just serve,
+    and only every 30 s after that.
+    """
     job = slurm.submit(script(slurm, "--no-check", "--time=10", "cluster.drain_deadline=2"))
     url = job.url()
     streams = [Reader(url, 4000).flowing()]
     began = time.monotonic()
-    slurm.command("scontrol", "update", f"JobId={job.number}", "EndTime=now+80seconds")  # the signal is due 62 s before it, or earlier
+    slurm.command(
+        "scontrol", "update", f"JobId={job.number}", "EndTime=now+80seconds"
+    )  # the signal is due 62 s before it, or earlier
 
     def is_told() -> bool:
         if streams[-1].chunks > 2000:  # so that one of them always lasts longer than the drain may
@@ -65,13 +80,26 @@ def test_a_time_limit_drains_and_the_drain_has_its_deadline(slurm: SlurmCluster)
 def test_a_job_serves_from_two_hosts_and_scancel_drains_it(slurm: SlurmCluster) -> None:
     job = slurm.submit(script(slurm, "--time=10", "cluster.drain_deadline=40"))
     url = job.url()
-    on = {host.name: [" ".join(command_of(process)[-3:-1]) for process in host.processes()] for host in slurm.hosts}
-    assert [rank for name in ("one", "two") for rank in on[name] if rank.startswith("rank ")] == ["rank 0", "rank 1"]
+    on = {
+        host.name: [" ".join(command_of(process)[-3:-1]) for process in host.processes()]
+        for host in slurm.hosts
+    }
+    assert [rank for name in ("one", "two") for rank in on[name] if rank.startswith("rank ")] == [
+        "rank 0",
+        "rank 1",
+    ]
     assert [rank for rank in on["two"] if rank.startswith("rank ")]
-    assert {path.name for path in job.folder.glob("lockstep-*/*.log")} == {"controller-0.log", "frontend-0.log", "rank-0.log", "rank-1.log"}
+    assert {path.name for path in job.folder.glob("lockstep-*/*.log")} == {
+        "controller-0.log",
+        "frontend-0.log",
+        "rank-0.log",
+        "rank-1.log",
+    }
     assert (job.folder / "ray-one.log").exists() and (job.folder / "ray-two.log").exists()
     with client(url) as made:
-        chat = made.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8)
+        chat = made.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
+        )
         assert chat.usage is not None and chat.usage.completion_tokens >= 1
     stream = Reader(url, 100).flowing()
     slurm.command("scancel", str(job.number))
@@ -90,7 +118,9 @@ def test_a_job_serves_from_two_hosts_and_scancel_drains_it(slurm: SlurmCluster) 
         ("model", False, 1, "nowhere"),
     ],
 )
-def test_a_job_that_cannot_serve_ends_at_once_and_says_why(fault: str, check: bool, code: int, words: str, slurm: SlurmCluster) -> None:
+def test_a_job_that_cannot_serve_ends_at_once_and_says_why(
+    fault: str, check: bool, code: int, words: str, slurm: SlurmCluster
+) -> None:
     recipe = slurm.work / "broken.yaml"
     whole = "model: {path: nowhere}\ncluster: {device: cpu, nodes: 2}\n"
     recipe.write_text(whole)
@@ -100,5 +130,7 @@ def test_a_job_that_cannot_serve_ends_at_once_and_says_why(fault: str, check: bo
     job = slurm.submit(text)
     ended(job, "FAILED", code)
     errors = [line for line in job.output.splitlines() if words in line]
-    assert len(errors) == (2 if fault == "model" and check else 1), job.output  # launch check says it of each node
+    assert len(errors) == (2 if fault == "model" and check else 1), (
+        job.output
+    )  # launch check says it of each node
     assert "Traceback" not in job.output and "ready: " not in job.output

@@ -1,4 +1,6 @@
-"""The wrapper of a step's command: which signals end it, what its exit status is, and what it leaves on the node."""
+"""The wrapper of a step's command: which signals end it, what its exit status is, and what it
+leaves on the node.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Step:
     """A wrapper and its command, a shell script whose first line of output is its process id."""
 
     def __init__(self, script: str, *options: str) -> None:
-        self.wrapper = subprocess.Popen([*WRAPPER, *options, "bash", "-c", script], stdout=subprocess.PIPE, text=True)
+        self.wrapper = subprocess.Popen(
+            [*WRAPPER, *options, "bash", "-c", script], stdout=subprocess.PIPE, text=True
+        )
         assert self.wrapper.stdout is not None
         self.command = int(self.wrapper.stdout.readline())
 
@@ -62,7 +66,9 @@ def gone(pid: int) -> bool:
     return stat(pid)[0] == "Z"
 
 
-@pytest.mark.parametrize(("script", "code"), [("echo $$; exit 0", 0), ("echo $$; exit 3", 3), ("echo $$; kill -KILL $$", 137)])
+@pytest.mark.parametrize(
+    ("script", "code"), [("echo $$; exit 0", 0), ("echo $$; exit 3", 3), ("echo $$; kill -KILL $$", 137)]
+)
 def test_the_exit_status_is_the_commands(script: str, code: int, steps: list[Step]) -> None:
     assert start(steps, script).end() == code
 
@@ -102,7 +108,10 @@ def test_the_command_goes_with_its_wrapper(steps: list[Step]) -> None:
 def test_nothing_of_its_session_stays(steps: list[Step]) -> None:
     step = start(steps, "echo $$; (trap '' TERM; exec sleep 60) & exit 0")
     assert step.end() == 0
-    until(lambda: all(gone(pid) for pid in psutil.pids() if stat(pid)[2] == str(step.command)), "what it started to go")
+    until(
+        lambda: all(gone(pid) for pid in psutil.pids() if stat(pid)[2] == str(step.command)),
+        "what it started to go",
+    )
 
 
 def test_scratch_is_made_and_deleted_and_its_logs_are_kept(steps: list[Step], tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("columns", [60, 80, 140])
-def test_every_process_is_named_in_full_on_a_line_of_its_own(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_is_named_in_full_on_a_line_of_its_own(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -32,5 +34,8 @@ def test_every_process_is_named_in_full_on_a_line_of_its_own(columns: int, monke
     screen.hide()
     lines = [line for line in re.split(r"[\r\n]+", _CONTROL.sub("", terminal.getvalue())) if line.strip()]
     for name in names:
-        assert any(line.strip().startswith(f"{name} ") and "compiling" in line and "0:00:0" in line for line in lines[-4:]), lines[-4:]
+        assert any(
+            line.strip().startswith(f"{name} ") and "compiling" in line and "0:00:0" in line
+            for line in lines[-4:]
+        ), lines[-4:]
     assert max(map(len, lines)) <= columns

@@ -43,7 +43,13 @@ def test_ranges_say_who_has_what() -> None:
     experts_LWS[2, 0, :2], experts_LWS[2, 1, [0, 2]] = (7, EMPTY), (0, 1)
     ranges = Placement(experts_LWS, 8).ranges().tolist()
     assert ranges[:2] == [[0, 1, 0, 0, 3], [0, 1, 1, 4, 7]]
-    assert ranges[2:7] == [[2, 2, 0, 1, 3], [2, 2, 0, 7, 7], [2, 2, 1, 0, 1], [2, 2, 1, 4, 7], [3, 3, 0, 0, 3]]
+    assert ranges[2:7] == [
+        [2, 2, 0, 1, 3],
+        [2, 2, 0, 7, 7],
+        [2, 2, 1, 0, 1],
+        [2, 2, 1, 4, 7],
+        [3, 3, 0, 0, 3],
+    ]
     assert Placement(np.zeros((0, 2, 3), np.int32), 8).ranges().shape == (0, 5)
 
 
@@ -61,4 +67,7 @@ def test_ranges_lose_no_expert(layers: int, experts: int, ranks: int, dice: rand
         for layer in range(first, last + 1)
         for expert in range(low, high + 1)
     }
-    assert found == {(layer, rank, int(experts_LWS[layer, rank, slot])) for layer, rank, slot in np.argwhere(experts_LWS != EMPTY).tolist()}
+    assert found == {
+        (layer, rank, int(experts_LWS[layer, rank, slot]))
+        for layer, rank, slot in np.argwhere(experts_LWS != EMPTY).tolist()
+    }

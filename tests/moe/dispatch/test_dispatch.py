@@ -41,15 +41,21 @@ def test_expert_parallel_equals_one_rank(world: int) -> None:
             results = [by_rank[rank][number][which] for rank in range(world)]
             for layer in range(LAYERS):
                 joined = torch.cat([outputs[layer] for outputs, _ in results])
-                assert torch.equal(joined, expected[layer]), f"{case.name}, {kind}, layer {layer}: outputs differ"
+                assert torch.equal(joined, expected[layer]), (
+                    f"{case.name}, {kind}, layer {layer}: outputs differ"
+                )
                 counts = torch.zeros(case.num_experts, dtype=torch.int64)
                 for rank, (_, counts_LS) in enumerate(results):
                     for slot, expert in enumerate(placement.experts_of(rank, layer)):
                         if expert == EMPTY:
-                            assert counts_LS[layer, slot] == 0, f"{case.name}, {kind}: an empty slot met tokens"
+                            assert counts_LS[layer, slot] == 0, (
+                                f"{case.name}, {kind}: an empty slot met tokens"
+                            )
                         else:
                             counts[expert] += counts_LS[layer, slot]
-                assert torch.equal(counts, expected_counts[layer]), f"{case.name}, {kind}, layer {layer}: counts differ"
+                assert torch.equal(counts, expected_counts[layer]), (
+                    f"{case.name}, {kind}, layer {layer}: counts differ"
+                )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +70,9 @@ def test_local_is_the_definition() -> None:
     case = Case("definition", 8, 3, (9,), 9, dtype=torch.float64)
     x, ids, weights = case.inputs()
     w13, w2 = case.weights(list(range(8)))
-    pairs = experts_reference(x, torch.arange(9).repeat_interleave(3), ids.flatten(), w13, w2, torch.zeros(8, dtype=torch.int64))
+    pairs = experts_reference(
+        x, torch.arange(9).repeat_interleave(3), ids.flatten(), w13, w2, torch.zeros(8, dtype=torch.int64)
+    )
     expected = (pairs.view(9, 3, -1) * weights[..., None]).sum(1)
     outputs, counts = run_case(case, "local", ALONE)
     torch.testing.assert_close(outputs[0], expected)
@@ -74,5 +82,7 @@ def test_local_is_the_definition() -> None:
 def test_more_tokens_than_capacity_is_our_bug() -> None:
     with pytest.raises(AssertionError, match="5 tokens, capacity 4"):
         run_case(
-            Case("too many", 8, 2, (5,), 4), "all_to_all", Collectives("two", 0, 2, torch.distributed.HashStore(), 1.0, torch.device("cpu"))
+            Case("too many", 8, 2, (5,), 4),
+            "all_to_all",
+            Collectives("two", 0, 2, torch.distributed.HashStore(), 1.0, torch.device("cpu")),
         )

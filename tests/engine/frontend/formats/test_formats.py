@@ -1,4 +1,6 @@
-"""Parsers of replies by themselves: what each format means, that cuts do not matter, and that nothing is lost."""
+"""Parsers of replies by themselves: what each format means, that cuts do not matter, and that
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS
 from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
 from lockstep.engine.frontend.formats.parser import ReplyParser
 
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "note": {}}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "note": {}},
+}
 TOOLS = {"get_weather": SCHEMA, "now": {}}
 NAMES = tuple(TOOL_FORMATS)
 KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
@@ -42,15 +47,24 @@ class Said:
     @property
     def plain(self) -> tuple[str, str, list[tuple[str, str]], str]:
         """Without the random ids."""
-        return self.content, self.reasoning, [(call["name"], call["arguments"]) for call in self.calls], self.reason
+        return (
+            self.content,
+            self.reasoning,
+            [(call["name"], call["arguments"]) for call in self.calls],
+            self.reason,
+        )
 
     @property
     def values(self) -> list[tuple[str, Any]]:
         return [(call["name"], json.loads(call["arguments"])) for call in self.calls]
 
 
-def read(text: str, tools: str | None = None, sizes: list[int] | None = None, finish: str = "stop", **manner: Any) -> Said:
-    """Parses ``text`` cut into pieces of ``sizes`` (one piece without), taking what there is after each."""
+def read(
+    text: str, tools: str | None = None, sizes: list[int] | None = None, finish: str = "stop", **manner: Any
+) -> Said:
+    """Parses ``text`` cut into pieces of ``sizes`` (one piece without), taking what there is after
+    each.
+    """
     formats = Formats(REASONING_TAGS["think"], TOOL_FORMATS[tools] if tools else None)
     parser = Manner(formats, tools=TOOLS if tools else None, **manner).parser()
     assert parser is not None
@@ -91,14 +105,22 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
 @pytest.mark.parametrize("format", NAMES)
 def test_a_call_behind_reasoning_and_content(format: str) -> None:
     arguments = {"city": 'Köln "am" Rhein </tool_call> {', "days": 3, "note": {"a": [1, None]}}
-    said = read("<think>\nHm, \n\n weather?\n</think>\n\nI look.\n" + written(format, "get_weather", arguments) + "\n", format)
+    said = read(
+        "<think>\nHm, \n\n weather?\n</think>\n\nI look.\n"
+        + written(format, "get_weather", arguments)
+        + "\n",
+        format,
+    )
     assert (said.reasoning, said.content, said.reason) == ("Hm, \n\n weather?", "I look.", "tool_calls")
     assert said.values == [("get_weather", arguments)]
 
 
 @pytest.mark.parametrize("format", NAMES)
 def test_several_calls_are_numbered_and_have_their_own_ids(format: str) -> None:
-    said = read(written(format, "get_weather", {"city": "a"}) + "\n" + written(format, "get_weather", {"city": "b"}), format)
+    said = read(
+        written(format, "get_weather", {"city": "a"}) + "\n" + written(format, "get_weather", {"city": "b"}),
+        format,
+    )
     assert said.values == [("get_weather", {"city": "a"}), ("get_weather", {"city": "b"})]
     assert said.content == ""
     assert format == "kimi_k2" or len({call["id"] for call in said.calls}) == 2
@@ -132,7 +154,9 @@ def test_a_call_cut_off_is_no_finished_call(format: str) -> None:
     assert said.reason == "length"
     assert said.calls[0]["name"] == "get_weather"
     assert said.calls[0]["arguments"].startswith('{"city": "Paris", "note": ')
-    assert read(whole[: whole.index("xxx") + 2], format).reason == "stop", "an end in mid-call is no call to act upon"
+    assert read(whole[: whole.index("xxx") + 2], format).reason == "stop", (
+        "an end in mid-call is no call to act upon"
+    )
 
 
 @pytest.mark.parametrize("format", NAMES)
@@ -141,13 +165,21 @@ def test_the_named_function_finishes_with_stop(format: str) -> None:
 
 
 def test_the_other_forms_of_formats() -> None:
-    assert read(f'{SECTION}{CALL}now{SEPARATOR}{{"a": 1}}{CALL_END}{SECTION_END}', "deepseek_v3").values == [("now", {"a": 1})]
+    assert read(f'{SECTION}{CALL}now{SEPARATOR}{{"a": 1}}{CALL_END}{SECTION_END}', "deepseek_v3").values == [
+        ("now", {"a": 1})
+    ]
     two = f"{SECTION}{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}\n{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}"
     assert read(two + SECTION_END + "x", "deepseek_v3").plain == ("x", "", [("now", "{}")] * 2, "tool_calls")
-    assert read('[TOOL_CALLS]now[ARGS]{"a": 1}[TOOL_CALLS]now{}', "mistral").values == [("now", {"a": 1}), ("now", {})]
+    assert read('[TOOL_CALLS]now[ARGS]{"a": 1}[TOOL_CALLS]now{}', "mistral").values == [
+        ("now", {"a": 1}),
+        ("now", {}),
+    ]
     with_id = read("[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{}", "mistral")
     assert (with_id.calls[0]["id"], with_id.calls[0]["name"]) == ("abcdefghi", "now")
-    both = read('[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"arguments": {"b": 2}, "name": "now", "id": "x"}]', "mistral")
+    both = read(
+        '[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"arguments": {"b": 2}, "name": "now", "id": "x"}]',
+        "mistral",
+    )
     assert both.values == [("now", {}), ("now", {"b": 2})]
     assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in both.calls)
     assert read(KIMI.format("functions.now:3", "{}"), "kimi_k2").calls[0]["id"] == "functions.now:3"
@@ -188,7 +220,9 @@ def test_reasoning() -> None:
     assert read("<think>\na</think>b", thinking=True).plain == ("b", "a", [], "stop")
     assert read("<think>\n\n</think>\n\nb").plain == ("b", "", [], "stop")
     assert read("<think>a\n", finish="length").plain == ("", "a\n", [], "length")
-    assert read("b <think>a</think>").plain == ("b <think>a</think>", "", [], "stop"), "only what comes first is reasoning"
+    assert read("b <think>a</think>").plain == ("b <think>a</think>", "", [], "stop"), (
+        "only what comes first is reasoning"
+    )
     assert read(" \n<thin air").plain == (" \n<thin air", "", [], "stop")
     assert read("</think>b").plain == ("</think>b", "", [], "stop")
     assert read("<think>a</think>b", show_reasoning=False).plain == ("b", "", [], "stop")
@@ -228,7 +262,8 @@ SCRAPS = [
 ]
 BUILT = [written(format, "get_weather", {"city": 'a\n"ü', "days": 2}) for format in NAMES]
 texts = st.lists(
-    st.one_of(st.sampled_from(SCRAPS), st.sampled_from(BUILT), st.text(alphabet="ab<|[{}】\n ü", max_size=6)), max_size=10
+    st.one_of(st.sampled_from(SCRAPS), st.sampled_from(BUILT), st.text(alphabet="ab<|[{}】\n ü", max_size=6)),
+    max_size=10,
 ).map("".join)
 
 
@@ -240,7 +275,9 @@ texts = st.lists(
     thinking=st.booleans(),
     one_call=st.booleans(),
 )
-def test_the_parts_do_not_depend_on_the_cuts(format: str, text: str, sizes: list[int], thinking: bool, one_call: bool) -> None:
+def test_the_parts_do_not_depend_on_the_cuts(
+    format: str, text: str, sizes: list[int], thinking: bool, one_call: bool
+) -> None:
     whole = read(text, format, thinking=thinking, one_call=one_call)
     assert read(text, format, sizes, thinking=thinking, one_call=one_call).plain == whole.plain
     assert read(text, format, [1] * len(text), thinking=thinking, one_call=one_call).plain == whole.plain
@@ -272,7 +309,10 @@ def test_no_letter_is_lost_beside_calls(format: str, before: str, after: str) ->
     format=st.sampled_from(NAMES),
     arguments=st.fixed_dictionaries(
         {"city": st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20)},
-        optional={"days": st.integers(-(2**60), 2**60), "more": st.recursive(st.booleans(), lambda inner: st.lists(inner, max_size=3))},
+        optional={
+            "days": st.integers(-(2**60), 2**60),
+            "more": st.recursive(st.booleans(), lambda inner: st.lists(inner, max_size=3)),
+        },
     ),
     sizes=st.lists(st.integers(1, 7), max_size=20),
 )
@@ -288,15 +328,20 @@ def test_any_arguments_survive(format: str, arguments: dict[str, Any], sizes: li
 
 
 def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
-    assert choose("... <tool_call> ... </think>", "") == Formats(REASONING_TAGS["think"], TOOL_FORMATS["hermes"])
+    assert choose("... <tool_call> ... </think>", "") == Formats(
+        REASONING_TAGS["think"], TOOL_FORMATS["hermes"]
+    )
     assert choose("<tool_call> <arg_key>", "qwen3_moe").tools is TOOL_FORMATS["glm4"]
     assert choose("{{ messages }}", "deepseek_v3") == Formats(None, TOOL_FORMATS["deepseek_v3"])
     assert choose("<tool_call><function=", "qwen3_moe").tools is None
     assert choose(None, "llama") == Formats()
     assert choose("<tool_call> </think>", "", "mistral", "off") == Formats(None, TOOL_FORMATS["mistral"])
     with pytest.raises(
-        ValueError, match=r"frontend\.tool_parser = qwen: should be one of auto, off, deepseek_v3, glm4, hermes, kimi_k2, mistral"
+        ValueError,
+        match=r"frontend\.tool_parser = qwen: should be one of auto, off, deepseek_v3, glm4, hermes, kimi_k2, mistral",
     ):
         choose(None, "", "qwen")
-    with pytest.raises(ValueError, match=r"frontend\.reasoning_parser = qwen: should be one of auto, off, think, mistral"):
+    with pytest.raises(
+        ValueError, match=r"frontend\.reasoning_parser = qwen: should be one of auto, off, think, mistral"
+    ):
         choose(None, "", "auto", "qwen")

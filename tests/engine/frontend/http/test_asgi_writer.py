@@ -1,4 +1,6 @@
-"""The hand-driven ``send`` and the stream on top of it, against readers that lag and connections that break."""
+"""The hand-driven ``send`` and the stream on top of it, against readers that lag and connections
+that break.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from support.tiny_tokenizer import tiny_tokenizer, write_model
 
 
 class Reader:
-    """An ASGI ``send`` that waits while ``open`` is clear, as a server does whose buffer is full."""
+    """An ASGI ``send`` that waits while ``open`` is clear, as a server does whose buffer is
+    full.
+    """
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -132,7 +136,12 @@ def test_a_lagging_reader_gets_merged_deltas_and_the_same_text(codec: Codec) -> 
         texts = [choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"]]
         assert "".join(texts) == "The quick brown fox jumps over the lazy dog."
         assert len(texts) == 4, "role, first token, the write that had to wait, all the rest"
-        assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]] == [None, None, None, "stop"]
+        assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]] == [
+            None,
+            None,
+            None,
+            "stop",
+        ]
         assert chunks[-1]["usage"]["completion_tokens"] == len(ids)
         assert b"".join(world.reader.bodies).endswith(b"data: [DONE]\n\n")
         assert world.reader.ended

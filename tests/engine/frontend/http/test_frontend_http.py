@@ -1,4 +1,6 @@
-"""Fields and endpoints, good and bad, over real sockets: every bad request a clear error, and a live server afterwards."""
+"""Fields and endpoints, good and bad, over real sockets: every bad request a clear error, and a
+live server afterwards.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ def test_sampling_fields_reach_the_engine(frontend: RunningFrontend) -> None:
         an_unknown_field={"is": "fine"},
     )
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.8, 7, 0.1)
-    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (1.5, -1.5, 1.2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (
+        1.5,
+        -1.5,
+        1.2,
+    )
     assert (sampling.seed, sampling.min_tokens, sampling.num_logprobs) == (2**63 - 1, 2, -1)
     assert list(array("i", sampling.bias_ids_i32)) == [3, 9]
     assert struct.unpack("<2f", sampling.bias_values_f32) == (-100, 5)
@@ -83,7 +89,9 @@ def test_what_is_left_open_comes_from_generation_config(frontend: RunningFronten
 
 def test_ignore_eos_leaves_only_the_clients_stop_ids(frontend: RunningFrontend) -> None:
     assert sampled(frontend, ignore_eos=True, max_tokens=3).stop_i32 == b""
-    assert list(array("i", sampled(frontend, ignore_eos=True, stop_token_ids=[11], max_tokens=3).stop_i32)) == [11]
+    assert list(
+        array("i", sampled(frontend, ignore_eos=True, stop_token_ids=[11], max_tokens=3).stop_i32)
+    ) == [11]
 
 
 def test_extreme_values_are_made_harmless(frontend: RunningFrontend) -> None:
@@ -96,7 +104,9 @@ def test_extreme_values_are_made_harmless(frontend: RunningFrontend) -> None:
 def test_a_grammar_reaches_the_engine(frontend: RunningFrontend) -> None:
     assert chat(frontend, response_format={"type": "json_object"}).status_code == 200
     assert "%json" in frontend.engine.submits[-1].grammar
-    frontend.http.post("/v1/completions", json={"prompt": ["a", "b"], "structured_outputs": {"choice": ["x"]}})
+    frontend.http.post(
+        "/v1/completions", json={"prompt": ["a", "b"], "structured_outputs": {"choice": ["x"]}}
+    )
     assert [submit.grammar for submit in frontend.engine.submits[-2:]] == ['start: (("x"))'] * 2
     chat(frontend)
     assert frontend.engine.submits[-1].grammar == ""
@@ -152,15 +162,27 @@ def test_messages(frontend: RunningFrontend) -> None:
     assert prompt(USER, chat_template_kwargs={"loud": True}).endswith("LOUD")
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     assert "<|im_start|>tool\n3" in prompt(
-        [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "3", "tool_call_id": "1"}]
+        [
+            *USER,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "3", "tool_call_id": "1"},
+        ]
     )
-    continued = prompt([*USER, {"role": "assistant", "content": "So"}], continue_final_message=True, add_generation_prompt=False)
+    continued = prompt(
+        [*USER, {"role": "assistant", "content": "So"}],
+        continue_final_message=True,
+        add_generation_prompt=False,
+    )
     assert continued.endswith("assistant\nSo")
 
 
 def test_the_request_id_is_echoed_or_made(frontend: RunningFrontend) -> None:
     for stream in (False, True):
-        answer = frontend.http.post("/v1/chat/completions", json={"messages": USER, "stream": stream}, headers={"X-Request-Id": "abc-1"})
+        answer = frontend.http.post(
+            "/v1/chat/completions",
+            json={"messages": USER, "stream": stream},
+            headers={"X-Request-Id": "abc-1"},
+        )
         assert answer.headers.get_list("x-request-id") == ["abc-1"]
         assert '"id":"chatcmpl-abc-1"' in answer.text
     made = chat(frontend, n=1).headers["x-request-id"]
@@ -199,7 +221,10 @@ def test_head_is_answered_like_get_without_the_body(frontend: RunningFrontend, p
     try:
         for phase, status in (("serving", 200), ("failed", 503)):
             frontend.engine.set_state(phase=phase)
-            wait_until(lambda status=status: frontend.http.head(path).status_code == status, f"HEAD {path} shows {phase}")
+            wait_until(
+                lambda status=status: frontend.http.head(path).status_code == status,
+                f"HEAD {path} shows {phase}",
+            )
             head, get = frontend.http.head(path), frontend.http.get(path)
             assert (head.status_code, head.content) == (get.status_code, b"")
             differing = ("date", "x-request-id")
@@ -213,7 +238,9 @@ def test_head_is_answered_like_get_without_the_body(frontend: RunningFrontend, p
 
 def test_openapi_describes_the_bodies(frontend: RunningFrontend) -> None:
     document = frontend.http.get("/openapi.json").json()
-    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
     assert "temperature" in document["components"]["schemas"]["ChatRequest"]["properties"]
 
@@ -264,7 +291,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}},
+        "response_format",
+    ),
     ({"response_format": "json"}, "response_format"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -279,21 +309,34 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"include_reasoning": "no"}, "include_reasoning"),
     ({"tools": [{"type": "function", "function": {"description": "nameless"}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "search"}]}, "tools[0]"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools[0].function.parameters"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]},
+        "tools[0].function.parameters",
+    ),
     ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "messages"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        "messages[0].tool_calls[0].function",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "messages",
+    ),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     ({"max_tokens": 600}, "max_tokens"),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, "messages"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_chat_fields_are_400_and_name_the_field(frontend: RunningFrontend, fields: dict[str, Any], param: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "param"), BAD_FIELDS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_bad_chat_fields_are_400_and_name_the_field(
+    frontend: RunningFrontend, fields: dict[str, Any], param: str
+) -> None:
     answer = chat(frontend, **fields)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -320,7 +363,10 @@ def test_bad_chat_fields_are_400_and_name_the_field(frontend: RunningFrontend, f
         ({"prompt": [10**30]}, "a huge number"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1"),
         ({"prompt": "x", "max_tokens": 0, "echo": True, "logprobs": 1, "n": 2}, "n must be 1"),
-        ({"prompt": [5] * 513, "max_tokens": 0, "echo": True}, "This model's maximum context length is 512 tokens."),
+        (
+            {"prompt": [5] * 513, "max_tokens": 0, "echo": True},
+            "This model's maximum context length is 512 tokens.",
+        ),
         ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
         ({"prompt": "x", "logprobs": 50}, "logprobs"),
         ({"prompt": ["x"] * 600, "n": 2}, "more than 1024 sequences"),
@@ -358,7 +404,9 @@ DEEP = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     ids=lambda body: repr(body[:60]),
 )
 def test_bad_bodies_are_400(frontend: RunningFrontend, body: bytes) -> None:
-    answer = frontend.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    answer = frontend.http.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == 400
     assert frontend.http.get("/health").status_code == 200
@@ -392,25 +440,75 @@ def test_unknown_paths_and_methods_have_the_error_shape(frontend: RunningFronten
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
-        ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string or a valid array (got 5)"),
-        ("chat", {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", "an object (got 'x')"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content",
+            "valid string or a valid array (got 5)",
+        ),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "messages[0].content[0]",
+            "an object (got 'x')",
+        ),
         ("chat", {"messages": None}, "messages", "valid array (got null)"),
         ("chat", {"messages": USER, "stop": ["a", None]}, "stop[1]", "valid string (got null)"),
         ("chat", {"messages": USER, "stop": "a" * 1025}, "stop", "at most 1024 characters (got 'aaa"),
-        ("chat", {"messages": USER, "logprobs": [True, None]}, "logprobs", "valid boolean (got [true, null])"),
-        ("chat", {"messages": USER, "tools": [TOOL], "tool_choice": "always"}, "tool_choice", "'auto' or 'required' or an object"),
-        ("chat", {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function", "Field required"),
-        ("chat", {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format.json_schema", "_schema is missing"),
+        (
+            "chat",
+            {"messages": USER, "logprobs": [True, None]},
+            "logprobs",
+            "valid boolean (got [true, null])",
+        ),
+        (
+            "chat",
+            {"messages": USER, "tools": [TOOL], "tool_choice": "always"},
+            "tool_choice",
+            "'auto' or 'required' or an object",
+        ),
+        (
+            "chat",
+            {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function"}},
+            "tool_choice.function",
+            "Field required",
+        ),
+        (
+            "chat",
+            {"messages": USER, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "_schema is missing",
+        ),
         (
             "chat",
             {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"schema": None}}},
             "response_format.json_schema.schema",
             "an object or a valid boolean (got null)",
         ),
-        ("chat", {"messages": USER, "structured_outputs": {}}, "structured_outputs", "structured_outputs takes exactly one"),
-        ("chat", {"messages": USER, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages is a field"),
-        ("chat", {"messages": USER, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "tools is a field"),
-        ("chat", {"messages": USER, "chat_template_kwargs": {"self": 1}}, "messages", "The chat template refused"),
+        (
+            "chat",
+            {"messages": USER, "structured_outputs": {}},
+            "structured_outputs",
+            "structured_outputs takes exactly one",
+        ),
+        (
+            "chat",
+            {"messages": USER, "chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs",
+            "messages is a field",
+        ),
+        (
+            "chat",
+            {"messages": USER, "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs",
+            "tools is a field",
+        ),
+        (
+            "chat",
+            {"messages": USER, "chat_template_kwargs": {"self": 1}},
+            "messages",
+            "The chat template refused",
+        ),
         ("chat", [1], None, "The body should be an object (got [1])"),
         ("completions", {"prompt": ["a", 1]}, "prompt[1]", "(got 1)"),
         ("completions", {"prompt": 5}, "prompt", "valid string or a valid array (got 5)"),
@@ -431,14 +529,25 @@ def test_errors_name_the_field_and_what_is_allowed(
     assert message in error["message"], error
     assert not any(
         word in error["message"]
-        for word in ("Tokenize", "dict", "literal", "None", "response_format: response", "structured_outputs: structured")
+        for word in (
+            "Tokenize",
+            "dict",
+            "literal",
+            "None",
+            "response_format: response",
+            "structured_outputs: structured",
+        )
     )
 
 
 def test_null_is_the_same_as_left_out(frontend: RunningFrontend) -> None:
     names = set(ChatRequest.model_fields) - {"messages"}
     call = {"type": "function", "function": {"name": "f", "arguments": None}}
-    messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+    ]
     ids = []
     for fields in (dict.fromkeys(names), {}):
         answer = chat(frontend, messages=messages, **fields)
@@ -448,7 +557,10 @@ def test_null_is_the_same_as_left_out(frontend: RunningFrontend) -> None:
     for body in ({"prompt": "x"}, {"messages": USER}):
         kind = TokenizeText if "prompt" in body else TokenizeChat
         nulls = dict.fromkeys(set(kind.model_fields) - set(body))
-        answers = [frontend.http.post("/tokenize", json={**nulls, **body}), frontend.http.post("/tokenize", json=body)]
+        answers = [
+            frontend.http.post("/tokenize", json={**nulls, **body}),
+            frontend.http.post("/tokenize", json=body),
+        ]
         assert answers[0].json() == answers[1].json()
         assert answers[0].status_code == 200
 
@@ -465,14 +577,21 @@ def test_what_is_not_http_has_the_error_shape(frontend: RunningFrontend) -> None
 
 def test_garbage_on_the_socket_does_not_hurt(frontend: RunningFrontend) -> None:
     host, port = frontend.url.removeprefix("http://").split(":")
-    for garbage in (b"\x00\x01\x02\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\nshort"):
+    for garbage in (
+        b"\x00\x01\x02\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\nshort",
+    ):
         with socket.create_connection((host, int(port)), timeout=30) as raw:
             raw.sendall(garbage)
     assert frontend.http.get("/health").status_code == 200
 
 
-def test_a_long_prompt_does_not_block_health(frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 MB of text take far longer to tokenise than a hundred answers of /health, which is asked meanwhile."""
+def test_a_long_prompt_does_not_block_health(
+    frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MB of text take far longer to tokenise than a hundred answers of /health, which is asked
+    meanwhile.
+    """
     text = "The quick brown fox jumps over the lazy dog. " * 90_000
     answers: list[Any] = []
     begun, done = threading.Event(), threading.Event()
@@ -486,7 +605,9 @@ def test_a_long_prompt_does_not_block_health(frontend: RunningFrontend, monkeypa
             done.set()
 
     monkeypatch.setattr(Codec, "encode", watched)
-    work = threading.Thread(target=lambda: answers.append(frontend.http.post("/v1/completions", json={"prompt": text})))
+    work = threading.Thread(
+        target=lambda: answers.append(frontend.http.post("/v1/completions", json={"prompt": text}))
+    )
     work.start()
     assert begun.wait(30), "nothing was tokenised"
     meanwhile = 0
@@ -506,7 +627,11 @@ def test_metrics(frontend: RunningFrontend) -> None:
     chat(frontend)
     chat(frontend, max_tokens=2)
     text = frontend.http.get("/metrics").text
-    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if not line.startswith("#")}
+    values = {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if not line.startswith("#")
+    }
     label = f'{{engine="0",model_name="{MODEL}"}}'
     for prefix in ("vllm", "lockstep"):
         assert values[f"{prefix}:kv_cache_usage_perc{label}"] == 0.25

@@ -41,7 +41,8 @@ def test_a_text_that_does_not_fit_is_refused_and_leaves_the_last() -> None:
     assert len(board.own()) == SLOT_BYTES // 2 - 24
 
 
-# In bursts: a frontend writes a few times a second, and a long text takes longer to copy out than the next takes to be written.
+# In bursts: a frontend writes a few times a second, and a long text takes longer to copy out than
+# the next takes to be written.
 WRITER = """
 import itertools, sys, time
 from lockstep.engine.frontend.metrics.shared_counters import Board
@@ -60,7 +61,9 @@ def test_what_is_read_is_whole_while_another_process_writes_and_after_it_was_kil
     os.ftruncate(memory, board_bytes(2))
     reader = Board(os.dup(memory), 1)
     os.set_inheritable(memory, True)
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(memory)], stdout=subprocess.PIPE, pass_fds=(memory,)) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(memory)], stdout=subprocess.PIPE, pass_fds=(memory,)
+    ) as writer:
         try:
             assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
             sizes, begun = set(), time.monotonic()
@@ -86,7 +89,9 @@ def test_tallies_add_up() -> None:
         total.add(unpack(one.pack(1.0, 5)))
     counts, seconds = total.inter_token.pack()
     assert sum(counts) == 3 and seconds == pytest.approx(3.09)
-    assert [index for index, count in enumerate(counts) if count] == [1, 3, 13], "buckets up to 0.025, 0.075 and 5 s"
+    assert [index for index, count in enumerate(counts) if count] == [1, 3, 13], (
+        "buckets up to 0.025, 0.075 and 5 s"
+    )
     assert total.finishes["stop"] == 6
     assert dict(total.http) == {("/v1/models", "GET", "2xx"): 2, ("/v1/models", "GET", "5xx"): 1}
     assert total.http_seconds["/v1/models", "GET"].pack()[0] == [0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]

@@ -1,4 +1,6 @@
-"""What a chat template can do is found out by rendering; messages are given to it in its own way."""
+"""What a chat template can do is found out by rendering; messages are given to it in its own
+way.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from support.tiny_tokenizer import TEMPLATE, TOOL_TEMPLATE, write_model
 
 TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
 ITEMS = (
-    TOOLS + "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+    TOOLS
+    + "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
     "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}"
     "{% endfor %}{% endfor %}"
 )
-# In the manner of DeepSeek-V3: arguments are joined as text, calls are looked for only where there is no content.
+# In the manner of DeepSeek-V3: arguments are joined as text, calls are looked for only where there
+# is no content.
 JOINED = (
     "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for c in m['tool_calls'] %}"
     "{{ c['type'] + ' ' + c['function']['name'] + '\\n' + c['function']['arguments'] }}{% endfor %}"
@@ -26,7 +30,8 @@ JOINED = (
 )
 # In the manner of Mistral: an id must have nine characters.
 NINE = (
-    TOOLS + "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    TOOLS
+    + "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c.function | tojson }}"
     "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 
@@ -50,7 +55,10 @@ def test_habits(template: str, habits: Habits, tmp_path: Path) -> None:
 def test_calls_are_written_in_the_way_of_the_template(tmp_path: Path) -> None:
     call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": '{"a":  1}'}}
     ask = ChatRequest.model_validate({"messages": [{"role": "assistant", "tool_calls": [call]}]})
-    for template, expected in ((JOINED, 'function f\n{"a":  1}'), (ITEMS, "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value>")):
+    for template, expected in (
+        (JOINED, 'function f\n{"a":  1}'),
+        (ITEMS, "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value>"),
+    ):
         codec = Codec(write_model(tmp_path, template=template))
         assert conversation_text(codec, learn_habits(codec), ask) == expected
 
@@ -60,5 +68,7 @@ def test_arguments_that_are_no_object_are_refused_by_their_place(tmp_path: Path)
     for bad in ("{", "[1]", "[" * 100_000):
         call = {"function": {"name": "f", "arguments": bad}}
         ask = ChatRequest.model_validate({"messages": [{"role": "assistant", "tool_calls": [call]}]})
-        with pytest.raises(ApiError, match=r"messages\[0\]\.tool_calls\[0\]\.function\.arguments: not a JSON object"):
+        with pytest.raises(
+            ApiError, match=r"messages\[0\]\.tool_calls\[0\]\.function\.arguments: not a JSON object"
+        ):
             conversation_text(codec, learn_habits(codec), ask)

@@ -1,4 +1,6 @@
-"""Prompts that are shown with their log-probabilities, through the official client and without HTTP."""
+"""Prompts that are shown with their log-probabilities, through the official client and without
+HTTP.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def ask(client: openai.OpenAI, stream: bool, **options: Any) -> tuple[str, dict[
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("max_tokens", [0, 1, 50])
-def test_a_prompt_with_its_logprobs(client: openai.OpenAI, frontend: RunningFrontend, stream: bool, max_tokens: int) -> None:
+def test_a_prompt_with_its_logprobs(
+    client: openai.OpenAI, frontend: RunningFrontend, stream: bool, max_tokens: int
+) -> None:
     text, shown, finish, usage = ask(client, stream, max_tokens=max_tokens)
     num_new = min(max_tokens, len(IDS) + 1)
     assert text == PROMPT + tiny_tokenizer().decode(IDS[:max_tokens])
@@ -65,7 +69,10 @@ def test_a_prompt_with_its_logprobs(client: openai.OpenAI, frontend: RunningFron
     assert values[len(PROMPT_IDS) :] == [-0.5] * num_new
     tops = shown["top_logprobs"]
     assert tops[0] is None
-    assert all(1 <= len(top) <= 2 and max(top.values()) == value for top, value in zip(tops[1:], values[1:], strict=True))
+    assert all(
+        1 <= len(top) <= 2 and max(top.values()) == value
+        for top, value in zip(tops[1:], values[1:], strict=True)
+    )
     [submit] = frontend.engine.submits
     assert submit.sampling.num_prompt_logprobs == submit.sampling.num_logprobs == 2
     assert submit.limit == len(PROMPT_IDS) + max_tokens
@@ -82,13 +89,20 @@ def test_offsets_are_places_in_the_text(client: openai.OpenAI) -> None:
 
 
 def test_several_prompts_as_a_harness_asks_them(client: openai.OpenAI, frontend: RunningFrontend) -> None:
-    """Token ids in, one token generated, log-probabilities of a continuation cut out by its number of tokens."""
+    """Token ids in, one token generated, log-probabilities of a continuation cut out by its number
+    of tokens.
+    """
     prompts = [PROMPT_IDS, [5], PROMPT_IDS[:4]]
-    done = client.completions.create(model=MODEL, prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0.0)
+    done = client.completions.create(
+        model=MODEL, prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0.0
+    )
     for choice, prompt in zip(done.choices, prompts, strict=True):
         continuation = choice.logprobs.token_logprobs[2:-1]
         assert continuation == [-at / 8 for at in range(2, len(prompt))]
-        assert all(value == max(top.values()) for value, top in zip(continuation, choice.logprobs.top_logprobs[2:-1], strict=True))
+        assert all(
+            value == max(top.values())
+            for value, top in zip(continuation, choice.logprobs.top_logprobs[2:-1], strict=True)
+        )
     assert done.usage.completion_tokens == 3
     alone = client.completions.create(model=MODEL, prompt=[5], echo=True, logprobs=0, max_tokens=0).choices[0]
     assert (alone.logprobs.token_logprobs, alone.logprobs.top_logprobs) == ([None], [None])
@@ -100,7 +114,9 @@ def test_choices_each_show_the_prompt(client: openai.OpenAI) -> None:
     assert len({choice.text for choice in done.choices}) == 1
 
 
-def test_what_an_engine_has_lost_is_an_error(client: openai.OpenAI, frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_engine_has_lost_is_an_error(
+    client: openai.OpenAI, frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(frontend.engine, "_score", lambda running: None)
     with pytest.raises(openai.InternalServerError, match="Log-probabilities of the prompt were lost"):
         ask(client, False, max_tokens=1)

@@ -27,7 +27,9 @@ def reference(text: str, stop: list[str], include: bool) -> tuple[str, str | Non
 
 
 @given(texts, stops, st.booleans(), st.data())
-def test_any_chunking_gives_the_reference_text(text: str, stop: list[str], include: bool, data: st.DataObject) -> None:
+def test_any_chunking_gives_the_reference_text(
+    text: str, stop: list[str], include: bool, data: st.DataObject
+) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert run(pieces, stop, include) == reference(text, stop, include)
@@ -51,7 +53,9 @@ def test_text_is_held_back_no_longer_than_needed() -> None:
 
 
 @given(texts, texts, stops)
-def test_a_stop_string_that_completes_before_min_tokens_does_not_count(early: str, late: str, stop: list[str]) -> None:
+def test_a_stop_string_that_completes_before_min_tokens_does_not_count(
+    early: str, late: str, stop: list[str]
+) -> None:
     matcher = StopMatcher(stop, include=False)
     out = matcher.push(early, armed=False)
     assert matcher.matched is None

@@ -1,4 +1,6 @@
-"""Grammars of structured output: what they allow, in every format, and what is refused before anything is queued."""
+"""Grammars of structured output: what they allow, in every format, and what is refused before
+anything is queued.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,14 @@ TOOLS = [
 ]
 SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS}  # type: ignore[attr-defined,index]
 # Strings are free text in the format of GLM, and a random text does not find the tag that ends it.
-GLM_PARAMETERS = {**PARAMETERS, "properties": {**PARAMETERS["properties"], "city": {"type": "string", "enum": ["Rome"]}}}  # type: ignore[dict-item]
-GLM_TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": GLM_PARAMETERS}}, TOOLS[1]]
+GLM_PARAMETERS = {
+    **PARAMETERS,
+    "properties": {**PARAMETERS["properties"], "city": {"type": "string", "enum": ["Rome"]}},
+}  # type: ignore[dict-item]
+GLM_TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": GLM_PARAMETERS}},
+    TOOLS[1],
+]
 NAMED = {"type": "function", "function": {"name": "now"}}
 
 
@@ -60,7 +68,11 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 def manner_of(ask: ChatRequest, format: str | None, **fields: Any) -> Manner:
-    tools = {tool.function.name: tool.function.parameters or {} for tool in ask.tools or ()} if ask.offers_tools else None
+    tools = (
+        {tool.function.name: tool.function.parameters or {} for tool in ask.tools or ()}
+        if ask.offers_tools
+        else None
+    )
     named = not isinstance(ask.tool_choice, str | None)
     one = ask.parallel_tool_calls is False
     formats = Formats(REASONING_TAGS["think"], TOOL_FORMATS[format] if format else None)
@@ -73,7 +85,9 @@ def grammar(ask: ChatRequest, format: str | None = None, **fields: Any) -> str:
 
 
 def walk(text: str, seed: int, end_share: float = 0.5, most: int = 4000) -> str:
-    """A random text of the grammar ``text``, byte by byte; ends where it may, with the chance ``end_share``."""
+    """A random text of the grammar ``text``, byte by byte; ends where it may, with the chance
+    ``end_share``.
+    """
     chance, matcher, said = random.Random(seed), LLMatcher(vocabulary(), text, log_level=0), bytearray()
     while len(said) < most:
         mask = matcher.compute_bitmask()
@@ -107,7 +121,12 @@ def test_free_replies_have_no_grammar() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_texts_of_a_schema_are_valid(seed: int) -> None:
     for fields in (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS, "strict": True}}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": PARAMETERS, "strict": True},
+            }
+        },
         {"structured_outputs": {"json": PARAMETERS}},
         {"structured_outputs": {"json": json.dumps(PARAMETERS)}},
     ):
@@ -140,7 +159,11 @@ def test_regex_and_choice() -> None:
 
 def test_reasoning_comes_before_the_grammar() -> None:
     ask = chat(structured_outputs={"choice": ["yes"]})
-    may, must, closed = grammar(ask, answering=False), grammar(ask, answering=False, thinking=True), grammar(ask)
+    may, must, closed = (
+        grammar(ask, answering=False),
+        grammar(ask, answering=False, thinking=True),
+        grammar(ask),
+    )
     assert accepts(may, "yes")
     assert accepts(may, "<think>no\n</th </think>\n\nyes")
     assert not accepts(may, "no</think>yes")
@@ -219,7 +242,10 @@ def test_the_calls_of_the_chat_templates_are_allowed() -> None:
 # --------------------------------------------------------------------------- refusals
 
 
-WRONG_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}
+WRONG_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}},
+}
 
 
 def schema(value: Any) -> dict[str, Any]:
@@ -230,8 +256,16 @@ def schema(value: Any) -> dict[str, Any]:
     ("fields", "param", "message"),
     [
         (schema(False), "response_format.json_schema.schema", "schema is false"),
-        (schema({"type": "string", "minLength": 3, "maxLength": 1}), "response_format", "minLength (3) is greater than maxLength (1)"),
-        (schema({"type": "object", "properties": {"a": False}, "required": ["a"]}), "response_format", "'a' is unsatisfiable"),
+        (
+            schema({"type": "string", "minLength": 3, "maxLength": 1}),
+            "response_format",
+            "minLength (3) is greater than maxLength (1)",
+        ),
+        (
+            schema({"type": "object", "properties": {"a": False}, "required": ["a"]}),
+            "response_format",
+            "'a' is unsatisfiable",
+        ),
         (schema({"type": "text"}), "response_format", "Invalid type: text"),
         (schema({"$ref": "#/nowhere"}), "response_format", "does not exist"),
         (schema({"not": {}}), "response_format", 'Unimplemented keys: ["not"]'),
@@ -239,13 +273,27 @@ def schema(value: Any) -> dict[str, Any]:
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not valid JSON"),
         ({"structured_outputs": {"regex": "a("}}, "structured_outputs.regex", "unclosed group"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex", "look-ahead"),
-        ({"structured_outputs": {"regex": r"[^\s\S]"}}, "structured_outputs.regex", "there is no text that it allows"),
-        ({"structured_outputs": {"regex": r"a[^\s\S]"}}, "structured_outputs.regex", "there is no text that it allows"),
-        ({"structured_outputs": {"choice": ["x" * MAX_GRAMMAR_BYTES]}}, "structured_outputs.choice", "bytes, at most"),
+        (
+            {"structured_outputs": {"regex": r"[^\s\S]"}},
+            "structured_outputs.regex",
+            "there is no text that it allows",
+        ),
+        (
+            {"structured_outputs": {"regex": r"a[^\s\S]"}},
+            "structured_outputs.regex",
+            "there is no text that it allows",
+        ),
+        (
+            {"structured_outputs": {"choice": ["x" * MAX_GRAMMAR_BYTES]}},
+            "structured_outputs.choice",
+            "bytes, at most",
+        ),
         ({"tools": [WRONG_TOOL], "tool_choice": "required"}, "tools", "Invalid type: x"),
     ],
 )
-def test_what_cannot_be_followed_is_a_400_that_says_why(fields: dict[str, Any], param: str, message: str) -> None:
+def test_what_cannot_be_followed_is_a_400_that_says_why(
+    fields: dict[str, Any], param: str, message: str
+) -> None:
     with pytest.raises(ApiError) as refused:
         grammar(chat(**fields), "hermes")
     assert refused.value.status_code == 400
@@ -265,10 +313,16 @@ def test_what_cannot_be_followed_is_a_400_that_says_why(fields: dict[str, Any], 
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar is not supported"),
         ({"structured_outputs": {"choice": []}}, "choice"),
-        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "exclude each other"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "exclude each other",
+        ),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "does not go with ignore_eos"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "does not go with min_tokens"),
-        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "does not go with"),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "does not go with",
+        ),
         ({"tool_choice": "required"}, "tool_choice needs tools"),
     ],
 )

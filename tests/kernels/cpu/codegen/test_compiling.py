@@ -59,8 +59,12 @@ def test_who_comes_second_says_that_it_waits_and_waits(folder: Path) -> None:
     assert "another process" in told[0]
 
 
-def test_what_no_process_has_used_for_a_month_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, fresh, old, strange = (folder / name for name in ("numba-mine", "numba-fresh", "numba-old", "strange"))
+def test_what_no_process_has_used_for_a_month_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, fresh, old, strange = (
+        folder / name for name in ("numba-mine", "numba-fresh", "numba-old", "strange")
+    )
     for place in (fresh, old, strange):
         place.mkdir(parents=True)
         (place / "compiling").touch()

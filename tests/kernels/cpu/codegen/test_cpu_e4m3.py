@@ -14,7 +14,10 @@ from torch import Tensor
 from lockstep.kernels.cpu.codegen import e4m3 as cpu_e4m3
 from lockstep.kernels.reference.fp8 import from_e4m3
 
-NEEDS_VBMI = pytest.mark.skipif(not cpu_e4m3.decodes(), reason="without AVX512-VBMI and AVX512-BF16 entries are converted by other kernels")
+NEEDS_VBMI = pytest.mark.skipif(
+    not cpu_e4m3.decodes(),
+    reason="without AVX512-VBMI and AVX512-BF16 entries are converted by other kernels",
+)
 ROWS = np.random.default_rng(0).permutation(40)[:20]
 
 

@@ -1,4 +1,6 @@
-"""Loops of kernels that are shared out among threads: every number once, whatever the bodies are given, and bodies compiled once."""
+"""Loops of kernels that are shared out among threads: every number once, whatever the bodies are
+given, and bodies compiled once.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 1000])
 def test_every_number_once(count: int, alone: bool, threads: int) -> None:
-    seen_N, array_N, parts = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.float32), np.zeros(count + 1, np.int64)
+    seen_N, array_N, parts = (
+        np.zeros(count + 1, np.int64),
+        np.zeros(count + 1, np.float32),
+        np.zeros(count + 1, np.int64),
+    )
     run(seen_N, array_N, parts, count, alone)
     assert seen_N[:count].all() and seen_N.sum() == count, f"{threads} threads"
     assert (array_N[:count] == 0.5 * (10 + np.arange(count)) + 1).all()
     sizes = parts[parts > 0]
-    assert sizes.sum() == count and (len(sizes) == min(count, 1) if alone else not count or sizes.max() - sizes.min() <= 1)
+    assert sizes.sum() == count and (
+        len(sizes) == min(count, 1) if alone else not count or sizes.max() - sizes.min() <= 1
+    )
 
 
 class _Names(event.Listener):
@@ -83,5 +91,9 @@ def test_a_body_is_compiled_once_and_is_there_once() -> None:
     with event.install_listener("numba:compile", names):
         kernel(np.zeros(3))
     assert sorted(names.names)[-2:] == ["body", "kernel"] and names.names.count("body") == 1
-    parts = [line for line in kernel.inspect_llvm(kernel.signatures[0]).splitlines() if line.startswith("define internal")]
+    parts = [
+        line
+        for line in kernel.inspect_llvm(kernel.signatures[0]).splitlines()
+        if line.startswith("define internal")
+    ]
     assert len(parts) == 1, parts

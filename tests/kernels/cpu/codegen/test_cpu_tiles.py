@@ -1,4 +1,6 @@
-"""Products, transpositions and conversions on vectors, with the instructions of this processor and with those of any other."""
+"""Products, transpositions and conversions on vectors, with the instructions of this processor and
+with those of any other.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ def test_transposition_and_pairs() -> None:
         cpu_tiles.transpose(rows, 3, 5, out, 2, 4)
 
     turn(array(rows), out)
-    assert np.array_equal(out[2:18, 4:20], units(rows)[3:19, 5:21].T) and not out[:2].any() and not out[:, :4].any()
+    assert (
+        np.array_equal(out[2:18, 4:20], units(rows)[3:19, 5:21].T)
+        and not out[:2].any()
+        and not out[:, :4].any()
+    )
     paired = np.zeros((2, 33), np.uint32)
 
     @numba.njit
@@ -72,7 +78,9 @@ def test_transposition_and_pairs() -> None:
 @SUPPORT
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("source", [torch.uint8, torch.bfloat16, torch.float32])
-def test_conversions(source: torch.dtype, target: torch.dtype, compiled: Callable[[Callable[..., None]], Any]) -> None:
+def test_conversions(
+    source: torch.dtype, target: torch.dtype, compiled: Callable[[Callable[..., None]], Any]
+) -> None:
     numbers = torch.arange(256).to(torch.uint8).view(16, 16)
     numbers = numbers if source == torch.uint8 else torch.randn(16, 16).mul(100).to(source)
     out = torch.zeros(16, 18, dtype=target)
@@ -83,7 +91,9 @@ def test_conversions(source: torch.dtype, target: torch.dtype, compiled: Callabl
 
     compiled(run)(array(numbers), array(out))
     wide = numbers.view(torch.float8_e4m3fn).float() if source == torch.uint8 else numbers.float()
-    wide[wide.isnan()] = torch.tensor(480.0).copysign(wide[wide.isnan()])  # never written; all bits set read as the number they would be
+    wide[wide.isnan()] = torch.tensor(480.0).copysign(
+        wide[wide.isnan()]
+    )  # never written; all bits set read as the number they would be
     expected = numbers if source == target else (wide * np.float32(0.3)).to(target)
     assert torch.equal(out[:, 2:], expected) and not out[:, :2].any()
 
@@ -108,7 +118,9 @@ def test_softmax_that_goes_on(scaled: bool, compiled: Callable[[Callable[..., No
     for half in range(2):
         part = scores[1:, 64 * half : 64 * half + 64].contiguous().numpy()
         step(part, numbers, best.numpy(), sums.numpy(), array(shares), shrink.numpy())
-        kept = [part * shrink[:, None] for part in kept] + [shares.double() / (1 if scales is None else scales[1])]
+        kept = [part * shrink[:, None] for part in kept] + [
+            shares.double() / (1 if scales is None else scales[1])
+        ]
     if scales is not None:
         scores = torch.where(scores.isinf(), scores, scores * scales[0].repeat(2))
     powers = torch.exp2((scores[1:].double() - scores[1:].double().amax(-1, keepdim=True)) * 0.25)
