@@ -52,9 +52,9 @@ from lockstep.engine.frontend import process as server  # noqa: E402
 from lockstep.engine.protocol.frontends import Submit  # noqa: E402
 from lockstep.engine.protocol.specs import FrontendSpec  # noqa: E402
 from lockstep.launch.run.acceptor import Acceptor  # noqa: E402
-from support.running_frontend import MODEL, wait_until  # noqa: E402
-from support.scripted_controller import STATE, ScriptedController  # noqa: E402
-from support.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer, write_model  # noqa: E402
+from support.engine.frontend.running_frontend import MODEL, wait_until  # noqa: E402
+from support.engine.frontend.scripted_controller import STATE, ScriptedController  # noqa: E402
+from support.engine.text.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer, write_model  # noqa: E402
 
 STEP_SECONDS = 0.02
 SATURATED_SECONDS = 0.002  # 128,000 tokens a second with 256 streams: more than one frontend streams, and streams can still be opened

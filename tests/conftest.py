@@ -19,7 +19,7 @@ if not Path("/dev/nvidiactl").exists():
 # The suite as it is on a lesser CPU, here: avx512 is without AVX512-BF16 and AMX, avx2 without
 # AVX-512. Every process below inherits it.
 os.environ.update(isa_settings(os.environ.get("LOCKSTEP_TEST_ISA", "auto")))
-# torch.use_deterministic_algorithms, which fills fresh memory with NaN (support.poison), asks for
+# torch.use_deterministic_algorithms, which fills fresh memory with NaN (support.kernels.poison), asks for
 # this on a card.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

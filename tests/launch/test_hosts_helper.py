@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.clusters import until
-from support.hosts import Host, inner, make_hosts, needs_hosts
+from support.launch.clusters import until
+from support.launch.hosts import Host, inner, make_hosts, needs_hosts
 
 pytestmark = [*needs_hosts]
 
@@ -94,7 +94,7 @@ def test_a_command_can_be_found_and_signalled() -> None:
 def test_nothing_is_left_however_it_ends(how: str, tmp_path: Path) -> None:
     code = f"""
 import os, sys
-from support.hosts import make_hosts
+from support.launch.hosts import make_hosts
 with make_hosts("alpha", "beta") as (alpha, beta):
     alpha.popen("sh", "-c", "(setsid sleep 600 &) ; sleep 600")
     print(alpha.pid, beta.pid, flush=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lockstep.parallel.collectives import Collectives, connect_store
-from support.collective_calls import all_kinds, one_dies, one_is_late
-from support.gloo_ranks import DEADLINE, run_ranks
+from support.parallel.collective_calls import all_kinds, one_dies, one_is_late
+from support.parallel.gloo_ranks import DEADLINE, run_ranks
 
 
 def test_values_in_every_epoch() -> None:

@@ -25,7 +25,7 @@ from lockstep.recipes.demo.training.network import Network, Packed
 from lockstep.recipes.demo.training.operations import Operations, rotate
 from lockstep.recipes.demo.training.optimiser import Optimiser, orthogonal
 from lockstep.recipes.demo.training.shape import CONFIG
-from support.local_model import load_local
+from support.engine.models.local_model import load_local
 
 MODEL = find_recipe("demo").parent / "demo" / "model"
 

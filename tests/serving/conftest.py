@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.mixed_asks import Oracle
-from support.random_checkpoint import random_checkpoint
-from support.serving import Served, serve
-from support.tiny_tokenizer import TOOL_TEMPLATE
+from support.engine.text.tiny_tokenizer import TOOL_TEMPLATE
+from support.serving.mixed_asks import Oracle
+from support.serving.random_checkpoint import random_checkpoint
+from support.serving.served import Served, serve
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from support.mixed_asks import Oracle
-from support.serving import EOS, MAX_LEN, VOCAB_SIZE, Ask, Body, Served
+from support.serving.mixed_asks import Oracle
+from support.serving.served import EOS, MAX_LEN, VOCAB_SIZE, Ask, Body, Served
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER: list[Body] = [{"role": "user", "content": "Hello"}]

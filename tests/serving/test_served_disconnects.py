@@ -10,8 +10,8 @@ import socket
 
 import httpx
 
-from support.mixed_asks import Known, Oracle, random_bodies, random_prompt
-from support.serving import Answer, Ask, Body, Served, send
+from support.serving.mixed_asks import Known, Oracle, random_bodies, random_prompt
+from support.serving.served import Answer, Ask, Body, Served, send
 
 NUM_CUT, NUM_KEPT, NUM_TOKENS, NUM_ENDLESS = 200, 8, 300, 3000
 

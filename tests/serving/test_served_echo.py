@@ -14,8 +14,8 @@ from typing import Any
 import openai
 import pytest
 
-from support.mixed_asks import Oracle, random_bodies, random_prompt
-from support.serving import Answer, Ask, Body, Served
+from support.serving.mixed_asks import Oracle, random_bodies, random_prompt
+from support.serving.served import Answer, Ask, Body, Served
 
 SCORED: Body = {"echo": True, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
 

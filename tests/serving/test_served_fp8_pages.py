@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.mixed_asks import random_prompt
-from support.serving import PAGE_SIZE, Ask, Body, Served, serve
+from support.serving.mixed_asks import random_prompt
+from support.serving.served import PAGE_SIZE, Ask, Body, Served, serve
 
 NUM_PROMPTS, NUM_NEW = 10, 12
 LOGIT_MARGIN = 0.02

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.serving import ADMIN_KEY, Served, serve
+from support.serving.served import ADMIN_KEY, Served, serve
 
 STOPS = re.compile(r'^lockstep:request_success_total\{.*finished_reason="length".*\} (\S+)$', re.MULTILINE)
 

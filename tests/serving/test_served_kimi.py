@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoints import write_checkpoint
-from support.family_configs import kimi_k2_config
-from support.reference_models import load_reference
-from support.serving import serve
-from support.tiktoken_folder import SPECIAL, VOCAB_SIZE, reference_encoding, write_tokenizer
+from support.engine.models.checkpoints import write_checkpoint
+from support.engine.models.family_configs import kimi_k2_config
+from support.engine.models.reference_models import load_reference
+from support.engine.text.tiktoken_folder import SPECIAL, VOCAB_SIZE, reference_encoding, write_tokenizer
+from support.serving.served import serve
 
 QUESTION = "They'll say 中文English混合 it's 12345 times?"
 NUM_NEW = 24

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.serving import Served
+from support.serving.served import Served
 
 CONTRACT = Path(__file__).parent / "metrics_contract.txt"
 LINE = re.compile(r"^([a-zA-Z0-9_:]+)(?:\{(.*)\})? (\S+)$")

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from support.mixed_asks import Known, Oracle, random_prompt
-from support.serving import PAGE_SIZE, Ask, Body, Served, serve
+from support.serving.mixed_asks import Known, Oracle, random_prompt
+from support.serving.served import PAGE_SIZE, Ask, Body, Served, serve
 
 NUM_PREFIX = 1000
 FULL = NUM_PREFIX - NUM_PREFIX % PAGE_SIZE

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.mixed_asks import Oracle, random_bodies
-from support.serving import Ask, Served, serve
+from support.serving.mixed_asks import Oracle, random_bodies
+from support.serving.served import Ask, Served, serve
 
 PAGE_BYTES = 20480
 PAGES_PER_RANK = 64

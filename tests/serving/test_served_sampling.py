@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.mixed_asks import TOP_K, Oracle, random_bodies, random_prompt
-from support.serving import EOS, Answer, Ask, Body, Served
+from support.serving.mixed_asks import TOP_K, Oracle, random_bodies, random_prompt
+from support.serving.served import EOS, Answer, Ask, Body, Served
 
 CHAT = "/v1/chat/completions"
 USER: list[Body] = [{"role": "user", "content": "Hello, how are you?"}]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from support.mixed_asks import Known, Oracle, random_bodies
-from support.serving import Answer, Ask, serve
+from support.serving.mixed_asks import Known, Oracle, random_bodies
+from support.serving.served import Answer, Ask, serve
 
 pytestmark = pytest.mark.slow
 WAVES = (100, 150, 50)

@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from support.mixed_asks import random_prompt
-from support.serving import Answer, Ask, Body, Served
+from support.serving.mixed_asks import random_prompt
+from support.serving.served import Answer, Ask, Body, Served
 
 ZIP = {"type": "string", "pattern": "^[0-9]{5}$"}
 SCHEMA = {

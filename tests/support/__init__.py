@@ -1,3 +1,3 @@
-"""What several test folders share. Imported as ``support`` (pytest's pythonpath holds
-``tests``).
+"""Code that several test folders share, in rooms like the package's own. Imported as ``support``:
+pytest's pythonpath holds ``tests``.
 """

@@ -38,7 +38,7 @@ from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpe
 from lockstep.engine.simulation.simulation import Simulation
 from lockstep.launch.run.controller_link import ControllerLink
 from lockstep.launch.simulation.record import Record
-from support.planner_world import ROOT
+from support.engine.planner.planner_world import ROOT
 
 PAGE = 4
 SLOW = 0.1  # seconds of a step: what a test does while a request of 240 tokens runs it does within 24 s

@@ -12,7 +12,7 @@ from lockstep.engine.protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, Ra
 from lockstep.engine.protocol.plan import Header, Mode, Move
 from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.protocol.specs import Layout
-from support.scripted_controller import STATE
+from support.engine.frontend.scripted_controller import STATE
 
 LABEL = '{engine="0",model_name="m"}'
 WORLD = 3

@@ -25,9 +25,9 @@ from lockstep.engine.frontend import controller_link as client
 from lockstep.engine.protocol.cluster_state import RankState
 from lockstep.engine.protocol.frontends import Rejected, Submit
 from lockstep.engine.protocol.message import Finish
-from support.running_frontend import RunningFrontend, wait_until
-from support.scripted_controller import Item, say
-from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
+from support.engine.frontend.running_frontend import RunningFrontend, wait_until
+from support.engine.frontend.scripted_controller import Item, say
+from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
 
 USER = [{"role": "user", "content": "Hello"}]
 WORDS = tiny_tokenizer().encode("The quick brown fox").ids

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from support.running_frontend import MODEL, RunningFrontend
-from support.scripted_controller import say
-from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
+from support.engine.frontend.running_frontend import MODEL, RunningFrontend
+from support.engine.frontend.scripted_controller import say
+from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
 
 TEXT = "The quick brown fox 東京 🙂 naïve lazy dog."
 IDS = tiny_tokenizer().encode(TEXT).ids

@@ -15,7 +15,7 @@ from lockstep.engine.frontend.requests.stops import StopMatcher
 from lockstep.engine.protocol.frontends import Abort, Rejected, Submit
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.detokenizer import ByteDetokenizer, BytePieces
-from support.scripted_controller import batch, started
+from support.engine.frontend.scripted_controller import batch, started
 
 STOP_ID = 7
 LETTERS = BytePieces(lambda token: chr(token) if 33 <= token < 127 else None)

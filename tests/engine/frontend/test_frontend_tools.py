@@ -13,9 +13,9 @@ import openai
 import pydantic
 import pytest
 
-from support.running_frontend import MODEL, RunningFrontend, wait_until
-from support.scripted_controller import say
-from support.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
+from support.engine.frontend.running_frontend import MODEL, RunningFrontend, wait_until
+from support.engine.frontend.scripted_controller import say
+from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
 
 USER = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -16,9 +16,9 @@ import pytest
 
 from lockstep.engine.frontend.connections import Intake
 from lockstep.engine.protocol.specs import AcceptorSpec
-from support.running_frontend import RunningFrontend, wait_until
-from support.scripted_controller import Item, say
-from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
+from support.engine.frontend.running_frontend import RunningFrontend, wait_until
+from support.engine.frontend.scripted_controller import Item, say
+from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
 
 USER = [{"role": "user", "content": "Hello"}]
 WORDS = tiny_tokenizer().encode("The quick brown fox").ids

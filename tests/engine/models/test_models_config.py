@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lockstep.engine.models.config import GqaConfig, MlaConfig, ModelConfig, load_config
-from support.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config
+from support.engine.models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config
 
 
 def load(path: Path, config: dict[str, Any]) -> ModelConfig:

@@ -14,8 +14,8 @@ import pytest
 
 import lockstep
 from lockstep.engine.models.config import GqaConfig, MlaConfig, ModelConfig, families, load_config
-from support.checkpoints import YARN
-from support.family_configs import (
+from support.engine.models.checkpoints import YARN
+from support.engine.models.family_configs import (
     CONFIGS,
     deepseek_v2_config,
     glm4_moe_config,

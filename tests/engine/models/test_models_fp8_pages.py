@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.table import Column
-from support.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.local_model import Stepper, load_local
+from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.engine.models.local_model import Stepper, load_local
 
 CONFIGS = [qwen3_moe_config, deepseek_v3_config]
 FAMILIES = pytest.mark.parametrize("config_of", CONFIGS)

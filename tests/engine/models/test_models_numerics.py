@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.family_configs import (
+from support.engine.models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.engine.models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
     kimi_k2_config,
     mixtral_config,
     qwen2_moe_config,
 )
-from support.local_model import Stepper, load_local
-from support.reference_models import load_reference
+from support.engine.models.local_model import Stepper, load_local
+from support.engine.models.reference_models import load_reference
 
 LITE_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "factor": 40}
 VARIANTS: dict[str, dict[str, Any]] = {

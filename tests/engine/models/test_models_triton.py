@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lockstep.kernels.table import Column
-from support.checkpoints import write_checkpoint
-from support.family_configs import CONFIGS
-from support.local_model import Stepper, load_local
+from support.engine.models.checkpoints import write_checkpoint
+from support.engine.models.family_configs import CONFIGS
+from support.engine.models.local_model import Stepper, load_local
 
 PROMPTS = {0: list(range(40, 59)), 1: [7, 8, 9]}
 

@@ -11,9 +11,9 @@ import torch
 
 from lockstep.kernels.reference.paged import build_batch
 from lockstep.moe.layer import MoELayer
-from support.checkpoints import qwen3_moe_config, write_checkpoint
-from support.family_configs import CONFIGS
-from support.local_model import Stepper, load_local
+from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
+from support.engine.models.family_configs import CONFIGS
+from support.engine.models.local_model import Stepper, load_local
 
 
 @pytest.mark.parametrize(

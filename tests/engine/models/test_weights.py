@@ -21,14 +21,14 @@ from lockstep.engine.models.registry import build_model
 from lockstep.engine.models.weights import Loaded, load_weights
 from lockstep.moe.balance.placement import Placement
 from lockstep.moe.dispatch.local import LocalDispatcher
-from support.checkpoints import (
+from support.engine.models.checkpoints import (
     deepseek_v3_config,
     qwen3_moe_config,
     random_tensors,
     save_tensors,
     write_checkpoint,
 )
-from support.family_configs import glm4_moe_config, mixtral_config, qwen2_moe_config
+from support.engine.models.family_configs import glm4_moe_config, mixtral_config, qwen2_moe_config
 
 CONFIGS = {
     "qwen3_moe": qwen3_moe_config(),

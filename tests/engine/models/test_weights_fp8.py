@@ -23,9 +23,9 @@ from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, widen_blo
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.local import LocalDispatcher
-from support.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
-from support.fp8_checkpoints import SCALES, write_pair
-from support.local_model import Stepper, load_local
+from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
+from support.engine.models.fp8_checkpoints import SCALES, write_pair
+from support.engine.models.local_model import Stepper, load_local
 
 # Several blocks each way, and a last one that is not full.
 SIZES = {"hidden_size": 160, "intermediate_size": 200, "moe_intermediate_size": 144, "num_experts_per_tok": 3}

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from lockstep.engine.protocol.message import Finish
 from lockstep.engine.protocol.specs import Layout
-from support.planner_world import World
+from support.engine.planner.planner_world import World
 
 
 def prompt(start: int, length: int) -> list[int]:

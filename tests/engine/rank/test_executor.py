@@ -16,8 +16,8 @@ from lockstep.engine.protocol.arrays import Int32, Int64
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.rank.executor import Executor
-from support.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.hand_plans import GREEDY, PAGE_SIZE, Driver, Request, build_executor
+from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.engine.rank.hand_plans import GREEDY, PAGE_SIZE, Driver, Request, build_executor
 
 CONFIGS = {"qwen3_moe": qwen3_moe_config(), "deepseek_v3": deepseek_v3_config()}
 Make = Callable[[], Executor]

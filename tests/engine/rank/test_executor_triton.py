@@ -12,8 +12,8 @@ import torch
 
 from lockstep.engine.protocol.message import Sampling
 from lockstep.kernels.table import Column
-from support.checkpoints import qwen3_moe_config, write_checkpoint
-from support.hand_plans import Driver, Request, build_executor
+from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
+from support.engine.rank.hand_plans import Driver, Request, build_executor
 
 SAMPLING = (
     Sampling(temperature=0.0, stop_i32=np.array([5], np.int32).tobytes(), min_tokens=2, num_logprobs=2),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lockstep.engine.protocol.arrays import Int32, Int64
 from lockstep.engine.rank.grammars import Grammars, load_vocabulary
-from support.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
 
 SCHEMA = {
     "type": "object",

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lockstep.parallel.collectives import Collectives
-from support.fp8_layouts import NUM_NEW, certain, continue_over_fp8
-from support.gloo_ranks import run_ranks
-from support.greedy_prompts import NUM_PROMPTS, load_prompts, write_family
+from support.engine.rank.fp8_layouts import NUM_NEW, certain, continue_over_fp8
+from support.engine.rank.greedy_prompts import NUM_PROMPTS, load_prompts, write_family
+from support.parallel.gloo_ranks import run_ranks
 
 FAMILIES = ("qwen3_moe", "deepseek_v3")
 

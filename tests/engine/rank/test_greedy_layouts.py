@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from lockstep.parallel.collectives import Collectives
-from support.gloo_ranks import run_ranks
-from support.greedy_layouts import continue_prompts
-from support.greedy_prompts import (
+from support.engine.rank.greedy_layouts import continue_prompts
+from support.engine.rank.greedy_prompts import (
     FAMILIES,
     MIN_MARGIN,
     NUM_NEW,
@@ -23,7 +22,8 @@ from support.greedy_prompts import (
     load_prompts,
     write_family,
 )
-from support.hand_plans import Driver, Request, build_executor
+from support.engine.rank.hand_plans import Driver, Request, build_executor
+from support.parallel.gloo_ranks import run_ranks
 
 LAYOUTS = [(1, "local"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all"), (4, "all_gather")]
 GROUPS = (tuple(FAMILIES)[:4], tuple(FAMILIES)[4:])

@@ -12,7 +12,7 @@ from lockstep.engine.models.config import load_config
 from lockstep.engine.rank import page_pool as kv_pool
 from lockstep.engine.rank.page_pool import KVPool, PoolLimits, bytes_per_page, fit_pages, free_bytes
 from lockstep.kernels.formats.kv_format import KvFormat
-from support.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 
 CPU = torch.device("cpu")
 

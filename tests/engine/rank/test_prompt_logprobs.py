@@ -16,10 +16,10 @@ from lockstep.engine.protocol.results import PromptLogprobs
 from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.rank import prompt_logprobs as prompt_scores
 from lockstep.parallel.collectives import Collectives
-from support.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.gloo_ranks import run_ranks
-from support.hand_plans import PAGE_SIZE, Driver, Request, build_executor
-from support.scored_prompts import assert_told, prompts, reference, score_share, scored, tell
+from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.engine.rank.hand_plans import PAGE_SIZE, Driver, Request, build_executor
+from support.engine.rank.scored_prompts import assert_told, prompts, reference, score_share, scored, tell
+from support.parallel.gloo_ranks import run_ranks
 
 CONFIGS = {"qwen3_moe": qwen3_moe_config(), "deepseek_v3": deepseek_v3_config()}
 

@@ -18,7 +18,7 @@ from lockstep.engine.protocol.sockets import ABSENCE_SECONDS
 from lockstep.engine.rank.contract import ControllerLost, StepFailed
 from lockstep.engine.rank.loop import RankLoop
 from lockstep.engine.rank.sockets import RankSockets
-from support.mock_controller import MockController
+from support.engine.rank.mock_controller import MockController
 
 
 class NotingExecutor:

@@ -14,10 +14,10 @@ from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.specs import Layout
 from lockstep.engine.rank.process import load_executor
-from support.checkpoints import qwen3_moe_config, write_checkpoint
-from support.hand_plans import GREEDY, Driver, Request, build_executor
-from support.mock_controller import MockController
-from support.rank_process import start_rank
+from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
+from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
+from support.engine.rank.mock_controller import MockController
+from support.engine.rank.rank_process import start_rank
 
 
 @pytest.fixture(scope="module")

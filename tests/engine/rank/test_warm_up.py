@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from support import checkpoints
+from support.engine.models import checkpoints
 
 _CONFIGS = {"qwen3_moe": checkpoints.qwen3_moe_config, "deepseek_v3": checkpoints.deepseek_v3_config}
-_SUPPORT = Path(checkpoints.__file__).parent.parent
+_TESTS = Path(checkpoints.__file__).parents[3]
 
 # In a process of its own, which has used no kernel yet. ``taken`` counts the forms of kernels that
 # were compiled or read.
@@ -27,8 +27,8 @@ from numba.core.dispatcher import Dispatcher
 from lockstep.engine.models.config import load_config
 from lockstep.engine.rank.warm_up import Pages, warm_up
 from lockstep.kernels.reference.sampling import SamplingParams
-from support.dispatchers import dispatcher_of
-from support.local_model import FORMATS, Stepper, load_local
+from support.moe.dispatchers import dispatcher_of
+from support.engine.models.local_model import FORMATS, Stepper, load_local
 torch.set_num_threads(2)
 path, dtype, pages, dispatch = Path(sys.argv[2]), getattr(torch, sys.argv[3]), getattr(torch, sys.argv[4]), sys.argv[5]
 def taken():
@@ -67,6 +67,6 @@ def test_the_model_compiles_nothing_after_the_warm_up(
     family: str, dtype: str, pages: str, dispatch: str, tmp_path: Path
 ) -> None:
     path = checkpoints.write_checkpoint(tmp_path / "model", _CONFIGS[family]())
-    command = [sys.executable, "-c", _SCRIPT, str(_SUPPORT), str(path), dtype, pages, dispatch]
+    command = [sys.executable, "-c", _SCRIPT, str(_TESTS), str(path), dtype, pages, dispatch]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr

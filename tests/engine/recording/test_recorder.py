@@ -20,7 +20,7 @@ from lockstep.engine.protocol.specs import Layout, SchedulerSpec
 from lockstep.engine.recording import recorder
 from lockstep.engine.recording.recorder import Mismatch, Recorder, replay
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
-from support.planner_world import ROOT
+from support.engine.planner.planner_world import ROOT
 
 
 def record(path: Path) -> int:

@@ -28,7 +28,7 @@ from lockstep.engine.simulation import simulation
 from lockstep.engine.simulation.simulated_group import SimulatedGroup, StepWork
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
 from lockstep.engine.simulation.simulation import Arrival, Simulation, StepSeen, Stuck
-from support.planner_world import ROOT
+from support.engine.planner.planner_world import ROOT
 
 
 @dataclass

@@ -10,7 +10,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.text.detokenizer import WindowDetokenizer
 from lockstep.engine.text.tokenizer import Codec
-from support.tiny_tokenizer import IM_END, IM_START, SENTENCES, VOCAB_SIZE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import (
+    IM_END,
+    IM_START,
+    SENTENCES,
+    VOCAB_SIZE,
+    tiny_tokenizer,
+    write_model,
+)
 
 UNKNOWN = frozenset({0})  # the one special id of the tokenizer below
 

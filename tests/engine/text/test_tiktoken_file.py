@@ -12,7 +12,7 @@ import tiktoken
 from hypothesis import given, strategies as st
 
 from lockstep.engine.text.tokenizer import Codec
-from support.tiktoken_folder import CORPUS, FIRST, SPECIAL, reference_encoding, write_tokenizer
+from support.engine.text.tiktoken_folder import CORPUS, FIRST, SPECIAL, reference_encoding, write_tokenizer
 
 UNNAMED = f"<|reserved_token_{FIRST + 99}|>"
 TEXTS = (

@@ -13,8 +13,8 @@ from torch import Tensor
 from lockstep.kernels.cpu import attention as cpu_attention
 from lockstep.kernels.reference import attention as reference, kv_entries
 from lockstep.kernels.reference.paged import PagedBatch
-from support.fp8_entries import heads_in
-from support.paged_rows import PagedRows
+from support.kernels.fp8_entries import heads_in
+from support.kernels.paged_rows import PagedRows
 
 CASES = {
     "decode": ([(0, 1), (17, 1), (63, 1), (64, 1), (129, 1)], 5),

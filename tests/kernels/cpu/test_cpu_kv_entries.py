@@ -13,8 +13,8 @@ from lockstep.kernels.cpu.kv_entries import Block, place_of_heads
 from lockstep.kernels.formats.kv_format import head_entry, latent_entry
 from lockstep.kernels.reference import kv_entries
 from lockstep.kernels.reference.rope import Angles, angles
-from support.fp8_entries import heads_in
-from support.paged_rows import PAGE_SIZE
+from support.kernels.fp8_entries import heads_in
+from support.kernels.paged_rows import PAGE_SIZE
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 NUM_PLACES = 600

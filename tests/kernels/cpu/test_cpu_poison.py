@@ -17,8 +17,8 @@ from lockstep.kernels.reference.gate import Routing
 from lockstep.kernels.reference.rope import angles, frequencies
 from lockstep.kernels.reference.sampling import SamplingParams
 from lockstep.kernels.table import Ops, ops_of
-from support.paged_rows import PagedRows
-from support.poison import poisoned
+from support.kernels.paged_rows import PagedRows
+from support.kernels.poison import poisoned
 
 DRAW = torch.Generator().manual_seed(0)
 ROWS = PagedRows([(1100, 1), (17, 1), (30, 12)], 2, page_size=64)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep.kernels.reference.attention import attend
 from lockstep.kernels.reference.paged import write_entries
-from support.paged_rows import PAGE_SIZE, PagedRows
+from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 DIM, SCALE = 16, 0.3
 

@@ -21,8 +21,8 @@ from lockstep.kernels.reference.kv_entries import (
     write_heads,
     write_latents,
 )
-from support.fp8_entries import heads_in, latents_in
-from support.paged_rows import PAGE_SIZE, PagedRows
+from support.kernels.fp8_entries import heads_in, latents_in
+from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 # e4m3 has three bits of mantissa: half a step is 2^-4 of a value, or 2^-10 of the scale among the
 # smallest.

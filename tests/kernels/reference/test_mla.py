@@ -14,7 +14,7 @@ from lockstep.kernels.cpu import mla as cpu_mla
 from lockstep.kernels.reference import mla
 from lockstep.kernels.reference.kv_entries import decode_latents, encode_latents
 from lockstep.kernels.reference.paged import write_entries
-from support.paged_rows import PAGE_SIZE, PagedRows
+from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 HEADS, NOPE, ROPE, LATENT, SCALE = 4, 12, 6, 20, 0.25
 

@@ -13,9 +13,9 @@ from lockstep.kernels.reference.attention import attend as reference
 from lockstep.kernels.reference.kv_entries import write_heads
 from lockstep.kernels.triton.attention import attend
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
-from support.fp8_entries import heads_in
-from support.paged_rows import PAGE_SIZE, PagedRows, on_device
-from support.poison import DEVICE, poisoned
+from support.kernels.fp8_entries import heads_in
+from support.kernels.paged_rows import PAGE_SIZE, PagedRows, on_device
+from support.kernels.poison import DEVICE, poisoned
 
 SCALE = 0.3
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(
     900
 )  # 3 to 20 s of two cores of an EPYC Genoa for a case; a compiler that hangs must end some day
 SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capability 9.0
-PROGRAM = Path(__file__).parent.parent.parent / "support" / "triton_compile.py"
+PROGRAM = Path(__file__).parent.parent.parent / "support" / "kernels" / "triton_compile.py"
 _PLACING = {"grouping._count_kernel", "grouping._place_kernel"}
 _ATTENDING = {"attend._attend_kernel", "attend._join_kernel"}
 _PREFILLING = {"mla_prefill._expand_kernel", "mla_prefill._attend_window_kernel"}

@@ -9,7 +9,7 @@ from torch import Tensor
 from lockstep.kernels.reference import experts as reference
 from lockstep.kernels.triton.experts import experts, experts_tiled, weighted_sum
 from lockstep.kernels.triton.tiles import DEFAULT, ExpertTile, ProductTile
-from support.poison import DEVICE, poisoned
+from support.kernels.poison import DEVICE, poisoned
 
 CASES = {
     "spread": [3, 0, 1, 3, 2, 2, 0, 3],

@@ -10,7 +10,7 @@ from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, quantise_
 from lockstep.kernels.triton import fp8 as triton_fp8
 from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
-from support.poison import DEVICE, poisoned
+from support.kernels.poison import DEVICE, poisoned
 
 # Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among
 # the smallest.

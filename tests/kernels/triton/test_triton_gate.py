@@ -9,7 +9,7 @@ from torch import Tensor
 from lockstep.kernels.reference import gate as reference
 from lockstep.kernels.reference.gate import GateCounts, Routing
 from lockstep.kernels.triton import gate as triton_gate
-from support.poison import DEVICE, poisoned
+from support.kernels.poison import DEVICE, poisoned
 
 # Experts, rule. The odd sizes pad every power of two.
 RULES = {

@@ -10,7 +10,7 @@ import torch
 from lockstep.kernels.reference import grouping as reference
 from lockstep.kernels.reference.grouping import Grouping, most_blocks
 from lockstep.kernels.triton import grouping as triton_grouping
-from support.poison import DEVICE, poisoned
+from support.kernels.poison import DEVICE, poisoned
 
 COLUMNS = pytest.mark.parametrize("column", [reference, triton_grouping], ids=["reference", "triton"])
 

@@ -14,9 +14,9 @@ from lockstep.kernels.reference.mla import mla_attend as reference
 from lockstep.kernels.triton.mla import mla_attend
 from lockstep.kernels.triton.mla_prefill import Windows, break_even, plan_windows
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
-from support.fp8_entries import latents_in
-from support.paged_rows import PAGE_SIZE, PagedRows, on_device
-from support.poison import DEVICE, poisoned
+from support.kernels.fp8_entries import latents_in
+from support.kernels.paged_rows import PAGE_SIZE, PagedRows, on_device
+from support.kernels.poison import DEVICE, poisoned
 
 NOPE, ROPE, LATENT, VALUE, SCALE = 12, 6, 20, 10, 0.25
 

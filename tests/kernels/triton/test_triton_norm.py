@@ -7,7 +7,7 @@ import torch
 
 from lockstep.kernels.reference import norm as reference
 from lockstep.kernels.triton import norm as triton_norm
-from support.poison import DEVICE, poisoned
+from support.kernels.poison import DEVICE, poisoned
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]

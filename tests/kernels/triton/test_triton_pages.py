@@ -9,7 +9,7 @@ import torch
 
 from lockstep.kernels.reference import paged as reference
 from lockstep.kernels.triton import pages as triton_pages
-from support.poison import DEVICE
+from support.kernels.poison import DEVICE
 
 
 @pytest.mark.parametrize("column", [reference, triton_pages], ids=["reference", "triton"])

@@ -12,8 +12,8 @@ from lockstep.kernels.formats.kv_format import head_entry, latent_entry
 from lockstep.kernels.reference import rope as reference
 from lockstep.kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
 from lockstep.kernels.triton import rope as triton_rope
-from support.fp8_entries import heads_in, latents_in
-from support.poison import DEVICE, poisoned
+from support.kernels.fp8_entries import heads_in, latents_in
+from support.kernels.poison import DEVICE, poisoned
 
 # The model's dtype, the cache's, and the tolerance: the interpreter cuts bf16 instead of rounding
 # it.

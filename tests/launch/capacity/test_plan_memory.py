@@ -35,15 +35,21 @@ from lockstep.launch.recipe.file import load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import load_hardware
 from lockstep.launch.recipe.recipe import contradictions
 from lockstep.moe.experts import Experts
-from support.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, tensor_shapes, write_checkpoint
-from support.family_configs import (
+from support.engine.models.checkpoints import (
+    YARN,
+    deepseek_v3_config,
+    qwen3_moe_config,
+    tensor_shapes,
+    write_checkpoint,
+)
+from support.engine.models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
     kimi_k2_config,
     mixtral_config,
     qwen2_moe_config,
 )
-from support.fp8_checkpoints import write_pair
+from support.engine.models.fp8_checkpoints import write_pair
 
 # Real proportions in small: an expert outweighs a norm. name -> config.json, dtype, ranks,
 # overrides of the recipe.

@@ -14,8 +14,8 @@ import pytest
 
 from lockstep.launch.cluster.cluster import LaunchError, Task
 from lockstep.launch.cluster.local import LocalCluster
-from support.clusters import dummy, make, next_deaths, until
-from support.launcher import command_of
+from support.launch.clusters import dummy, make, next_deaths, until
+from support.launch.launcher import command_of
 
 
 @pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.ray)])

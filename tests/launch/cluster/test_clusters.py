@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from lockstep.launch.cluster.cluster import Cluster
-from support.clusters import dummy, make, next_deaths
+from support.launch.clusters import dummy, make, next_deaths
 
 
 @pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.ray)])

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.clusters import until
-from support.launcher import Launcher, alive, command_of
+from support.launch.clusters import until
+from support.launch.launcher import Launcher, alive, command_of
 
 pytestmark = [pytest.mark.ray]
 
@@ -63,7 +63,7 @@ class Head:
     def roles(self) -> list[str]:
         """The processes of ours below the head node."""
         commands = [command_of(process) for process in self.processes()]
-        return [" ".join(command[-3:-1]) for command in commands if "support.dummy_cluster" in command]
+        return [" ".join(command[-3:-1]) for command in commands if "support.launch.dummy_cluster" in command]
 
     def end(self) -> None:
         below = self.processes()
@@ -87,7 +87,10 @@ def head() -> Iterator[Head]:
 def launch(folder: Path, head: Head, *arguments: str, **environment: str) -> Launcher:
     fixed = ("--recipe", "demo", "frontend.port=0", *arguments)
     return Launcher(
-        folder, *fixed, module="support.launch_dummies", environment={**head.environment, **environment}
+        folder,
+        *fixed,
+        module="support.launch.launch_dummies",
+        environment={**head.environment, **environment},
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from lockstep.launch.recipe.file import find_recipe
-from support.hosts import Host, make_hosts, needs_hosts
-from support.two_hosts import RayHosts, ray_hosts
+from support.launch.hosts import Host, make_hosts, needs_hosts
+from support.launch.two_hosts import RayHosts, ray_hosts
 
 pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
 DEMO = find_recipe("demo").parent / "demo" / "model"

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lockstep.launch.recipe.file import find_recipe
-from support.clusters import until
-from support.launcher import Launcher
-from support.reader import Reader, refused
+from support.launch.clusters import until
+from support.launch.launcher import Launcher
+from support.serving.reader import Reader, refused
 
 DEMO = find_recipe("demo").parent / "demo" / "model"
 LOCAL = "cluster.backend=local"

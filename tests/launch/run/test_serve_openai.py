@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from support.launcher import Launcher
+from support.launch.launcher import Launcher
 
 PROMPT = "The planner sends the next step to every rank"
 GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0.0, "extra_body": {"ignore_eos": True}}

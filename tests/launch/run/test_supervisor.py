@@ -2,7 +2,7 @@
 can fail.
 
 Real processes, real sockets, real signals; the roles alone do no work
-(``support/dummy_cluster.py``).
+(``support/launch/dummy_cluster.py``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import psutil
 import pytest
 
 from lockstep.launch.cluster.reaper import marked
-from support.clusters import until
-from support.launch_dummies import HASTE
-from support.launcher import Launcher
+from support.launch.clusters import until
+from support.launch.launch_dummies import HASTE
+from support.launch.launcher import Launcher
 
 LOCAL = "cluster.backend=local"
 
@@ -34,7 +34,10 @@ def launch(
 ) -> Launcher:
     fixed = ("--recipe", "demo", "frontend.port=0", *arguments)
     return Launcher(
-        folder, *fixed, module="support.launch_dummies", environment={"DUMMY": dummy} | (environment or {})
+        folder,
+        *fixed,
+        module="support.launch.launch_dummies",
+        environment={"DUMMY": dummy} | (environment or {}),
     )
 
 

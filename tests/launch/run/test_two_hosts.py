@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from lockstep.launch.recipe.file import find_recipe
-from support.clusters import until
-from support.hosts import needs_hosts
-from support.launch_dummies import HASTE
-from support.launcher import Launcher, command_of
-from support.two_hosts import RayHosts, ray_hosts
+from support.launch.clusters import until
+from support.launch.hosts import needs_hosts
+from support.launch.launch_dummies import HASTE
+from support.launch.launcher import Launcher, command_of
+from support.launch.two_hosts import RayHosts, ray_hosts
 
 pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
 
@@ -34,7 +34,7 @@ FIXED = ("--recipe", "demo-two-hosts", "frontend.port=8000", "kv_cache.memory=16
 
 def launch(folder: Path, cluster: RayHosts, *arguments: str, dummies: bool = False) -> Launcher:
     """The launch command on the first host."""
-    module = "support.launch_dummies" if dummies else "lockstep.launch.cli"
+    module = "support.launch.launch_dummies" if dummies else "lockstep.launch.cli"
     return Launcher(
         folder, *FIXED, *arguments, module=module, environment=cluster.environment, host=cluster.hosts[0]
     )

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from support.clusters import until
-from support.launcher import command_of
-from support.reader import Reader, client, refused
-from support.slurm_cluster import Job, SlurmCluster, needs_slurm, slurm_cluster
+from support.launch.clusters import until
+from support.launch.launcher import command_of
+from support.launch.slurm_cluster import Job, SlurmCluster, needs_slurm, slurm_cluster
+from support.serving.reader import Reader, client, refused
 
 pytestmark = [*needs_slurm, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.clusters import until
+from support.launch.clusters import until
 
 WRAPPER = [sys.executable, "-P", "-m", "lockstep.launch.slurm.step"]
 # Says its process id, then ends with 7 when it is told to.

@@ -8,8 +8,8 @@ import torch
 from lockstep.kernels.reference.experts import experts_reference
 from lockstep.moe.balance.placement import EMPTY, contiguous
 from lockstep.parallel.collectives import Collectives
-from support.exchange import LAYERS, Case, run_case, run_cases
-from support.gloo_ranks import run_ranks
+from support.moe.exchange import LAYERS, Case, run_case, run_cases
+from support.parallel.gloo_ranks import run_ranks
 
 KINDS = ("all_gather", "all_to_all")
 ALONE = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))

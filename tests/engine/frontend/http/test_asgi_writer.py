@@ -21,8 +21,8 @@ from lockstep.engine.frontend.requests.generation import Generation
 from lockstep.engine.protocol.frontends import Submit
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.tokenizer import Codec
-from support.scripted_controller import batch
-from support.tiny_tokenizer import tiny_tokenizer, write_model
+from support.engine.frontend.scripted_controller import batch
+from support.engine.text.tiny_tokenizer import tiny_tokenizer, write_model
 
 
 class Reader:

@@ -19,9 +19,9 @@ from lockstep.engine.frontend.http.app import MAX_BODY_BYTES
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec
-from support.running_frontend import MODEL, RunningFrontend, wait_until
-from support.scripted_controller import say
-from support.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
+from support.engine.frontend.running_frontend import MODEL, RunningFrontend, wait_until
+from support.engine.frontend.scripted_controller import say
+from support.engine.text.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
 
 USER = [{"role": "user", "content": "Hello"}]
 WORDS = tiny_tokenizer().encode("The quick brown fox").ids

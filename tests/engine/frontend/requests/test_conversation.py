@@ -12,7 +12,7 @@ from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.requests.conversation import Habits, conversation_text, learn_habits
 from lockstep.engine.text.tokenizer import Codec
-from support.tiny_tokenizer import TEMPLATE, TOOL_TEMPLATE, write_model
+from support.engine.text.tiny_tokenizer import TEMPLATE, TOOL_TEMPLATE, write_model
 
 TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
 ITEMS = (

@@ -16,9 +16,9 @@ from lockstep.engine.frontend.requests.echo import Echo
 from lockstep.engine.protocol.frontends import Submit
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec
-from support.running_frontend import MODEL, RunningFrontend
-from support.scripted_controller import prompt_logprobs, say
-from support.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
+from support.engine.frontend.running_frontend import MODEL, RunningFrontend
+from support.engine.frontend.scripted_controller import prompt_logprobs, say
+from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
 
 PROMPT = "The lazy 東京 dog 🙂 naïve"
 PROMPT_IDS = tiny_tokenizer().encode(PROMPT).ids

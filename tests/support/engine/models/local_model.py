@@ -17,7 +17,7 @@ from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.reference.paged import build_batch
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
-from support.dispatchers import dispatcher_of
+from support.moe.dispatchers import dispatcher_of
 
 MOST_TOKENS = 600
 

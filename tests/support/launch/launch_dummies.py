@@ -1,4 +1,4 @@
-"""``python -m support.launch_dummies --recipe R ...``: the launch command, with dummy roles in
+"""``python -m support.launch.launch_dummies --recipe R ...``: the launch command, with dummy roles in
 place of the real ones.
 
 Ranks that do no work do not meet either, so the store where they would is not opened: torch, which
@@ -20,7 +20,7 @@ from lockstep.launch.run import supervisor
 from lockstep.launch.run.rendezvous import Rendezvous
 from lockstep.launch.run.replacements import Replacements
 
-TESTS = str(Path(__file__).parent.parent)
+TESTS = str(Path(__file__).parent.parent.parent)
 HASTE = 20  # a cluster that does not come back is given up after so much less than cluster.start_deadline
 
 
@@ -35,7 +35,7 @@ def with_dummy(make_task: Callable[..., Task]) -> Callable[..., Task]:
     def make(*args: Any) -> Task:
         task = make_task(*args)
         path = {"PYTHONPATH": os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])}
-        return replace(task, module="support.dummy_cluster", environment={**task.environment, **path})
+        return replace(task, module="support.launch.dummy_cluster", environment={**task.environment, **path})
 
     return make
 

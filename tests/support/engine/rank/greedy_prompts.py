@@ -1,7 +1,7 @@
 """Prompts with their greedy continuation and its margins, for comparing layouts:
 ``greedy_prompts.json``.
 
-``python -m support.greedy_prompts FAMILY...`` (in tests/) writes those of some families anew with
+``python -m support.engine.rank.greedy_prompts FAMILY...`` (in tests/) writes those of some families anew with
 transformers as the reference. It keeps prompts whose reference run has, at every position computed,
 router margins above ``MIN_MARGIN`` and, at every sampled one, a top-2 margin above it.
 """
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from .family_configs import (
+from ..models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from ..models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
     kimi_k2_config,
     mixtral_config,
     qwen2_moe_config,
 )
-from .reference_models import load_reference
+from ..models.reference_models import load_reference
 
 FILE = Path(__file__).with_name("greedy_prompts.json")
 MIN_MARGIN = 1e-5

@@ -14,8 +14,8 @@ from torch import Tensor
 from lockstep.engine.protocol.message import Sampling
 from lockstep.parallel.collectives import Collectives
 
+from ..models.reference_models import load_reference
 from .hand_plans import GREEDY, Driver, Request, build_executor
-from .reference_models import load_reference
 
 Told = list[tuple[int, float, list[int], list[float]]]
 """Per position of a prompt: the position, the log-probability of its token, and ids and values of the likeliest."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from lockstep.launch.cluster.cluster import Cluster, Death, Task
 from lockstep.launch.cluster.local import LocalCluster
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parent.parent.parent
 
 
 def dummy(index: int, do: str, role: str = "rank", **spec: object) -> Task:
@@ -23,7 +23,7 @@ def dummy(index: int, do: str, role: str = "rank", **spec: object) -> Task:
         json.dumps({"do": do, **spec}).encode(),
         node=node,
         environment=path,
-        module="support.dummy_role",
+        module="support.launch.dummy_role",
     )
 
 

@@ -14,8 +14,8 @@ from lockstep.engine.frontend.process import main
 from lockstep.engine.protocol.specs import FrontendSpec
 from lockstep.launch.run.acceptor import Acceptor
 
+from ..text.tiny_tokenizer import VOCAB_SIZE
 from .scripted_controller import Script, ScriptedController
-from .tiny_tokenizer import VOCAB_SIZE
 
 MODEL = "tiny"
 

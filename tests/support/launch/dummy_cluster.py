@@ -1,7 +1,7 @@
 """Stand-ins for controller, rank and frontend that keep their manners at the boundary and do no
 work.
 
-``python -m support.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text
+``python -m support.launch.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text
 in the environment variable ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1: die``,
 ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``, ``frontend
 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).

@@ -25,7 +25,7 @@ from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
 from lockstep.parallel.collectives import Collectives
-from support.dispatchers import dispatcher_of
+from support.moe.dispatchers import dispatcher_of
 
 GREEDY = Sampling(temperature=0.0)
 PAGE_SIZE = 8

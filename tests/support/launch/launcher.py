@@ -18,7 +18,7 @@ import psutil
 
 from .hosts import Host, inner
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parent.parent.parent
 
 
 class Launcher:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from .launcher import Launcher
+from ..launch.launcher import Launcher
 from .random_checkpoint import random_checkpoint
 
 ADMIN_KEY = "admin-key-of-the-tests"

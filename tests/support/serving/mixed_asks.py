@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lockstep.kernels.reference.sampling import Purpose, uniform
 
-from .greedy_prompts import Reference
+from ..engine.rank.greedy_prompts import Reference
 from .random_checkpoint import random_checkpoint
-from .serving import Answer, Ask, Body, Served
+from .served import Answer, Ask, Body, Served
 
 ROUTER_MARGIN = 1e-5
 LOGIT_MARGIN = 1e-4

@@ -18,9 +18,9 @@ from lockstep.kernels.table import Ops
 from lockstep.moe.layer import MoELayer
 from lockstep.parallel.collectives import Collectives
 
+from ..models.local_model import Stepper, load_local
 from .greedy_prompts import load_prompts
 from .hand_plans import Driver, Request, build_executor
-from .local_model import Stepper, load_local
 
 NUM_NEW = 24
 LOGIT_MARGIN, ROUTER_NOISE, ROUTER_DRAWS = 5e-3, 3e-4, 8

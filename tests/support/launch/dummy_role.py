@@ -1,4 +1,4 @@
-"""A stand-in for a role: ``python -m support.dummy_role ROLE INDEX PARENT`` does what its
+"""A stand-in for a role: ``python -m support.launch.dummy_role ROLE INDEX PARENT`` does what its
 specification says.
 
 Runs under the same rules as a real role (its own session, dies with its parent). The specification

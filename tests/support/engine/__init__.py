@@ -1,0 +1,1 @@
+"""Stand-ins and drivers for the processes of the engine, by room."""

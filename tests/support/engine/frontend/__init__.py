@@ -1,0 +1,1 @@
+"""A running frontend and the scripted controller it talks to."""

@@ -1,0 +1,1 @@
+"""Small checkpoints of every family and the models that read them."""

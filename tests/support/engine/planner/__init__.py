@@ -1,0 +1,1 @@
+"""The planner against simulated ranks over an unreliable network."""

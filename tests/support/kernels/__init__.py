@@ -1,0 +1,1 @@
+"""Inputs for kernels, poisoned memory, compilation for absent cards."""

@@ -1,0 +1,1 @@
+"""Launched commands, clusters of dummy roles, hosts made of namespaces, Slurm."""

@@ -1,0 +1,1 @@
+"""MoE layers and dispatchers to compare."""

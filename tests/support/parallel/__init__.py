@@ -1,0 +1,1 @@
+"""Processes that meet over gloo."""
