@@ -13,7 +13,7 @@ from lockstep.engine.frontend.connections import ENDED, OPEN, TAKEN
 from lockstep.engine.frontend.metrics.shared_counters import board_bytes
 from lockstep.launch.cluster.cluster import LaunchError
 from lockstep.launch.run.acceptor import Acceptor
-from support.clusters import until
+from support.launch.clusters import until
 
 
 class Frontend:
