@@ -51,6 +51,7 @@ TORCH_FREE = (
     "engine.rank.contract",
     "engine.rank.grammars",
     "moe.balance",
+    "kernels.cpu_isa",
 )
 WITH_TORCH = ("engine.rank.process", "engine.rank.executor", "engine.rank.page_pool", "engine.models.weights")
 MAX_PARAMETERS = 7
