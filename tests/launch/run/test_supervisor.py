@@ -243,7 +243,8 @@ def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_pa
         launcher.url()
         before = len(launcher.err)
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
-        until(lambda: "all ranks serve again" in launcher.err[before:], "another rank 1")
+        until(lambda: "rank 1: ready" in launcher.err[before:], "another rank 1")
+        time.sleep(0.3)  # in which nothing more may be said
         launcher.signal()
         assert launcher.wait() == 0
         said = launcher.err[before:]
