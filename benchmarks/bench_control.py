@@ -35,9 +35,10 @@ from lockstep.engine.protocol.bulk import Stage, Staged
 from lockstep.engine.protocol.frontends import FrontendHello, Heartbeat, Submit, ToFrontend, TokenBatch
 from lockstep.engine.protocol.message import Sampling, Stop
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
-from lockstep.engine.protocol.specs import ControllerSpec, Keys, Layout, SchedulerSpec
+from lockstep.engine.protocol.specs import ControllerSpec, Keys, SchedulerSpec
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulated_group import SimulatedGroup
+from lockstep.parallel.mesh import Mesh
 
 PROMPT, OUTPUT, PAGE, MAX_LEN = 4096, 500, 64, 8192
 RUNNING_PER_RANK = 128
@@ -136,7 +137,7 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
         secret=server[1],
         public=server[0],
         allowed=(client[0], launcher[0]),
-        layout=Layout(data=num_ranks),
+        mesh=Mesh(data=num_ranks),
         # Without pacing a plan leaves as soon as it can, which is what is measured.
         scheduler=SchedulerSpec(
             max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0
@@ -150,7 +151,7 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
     keys = Keys(server_public=server[0], public=client[0], secret=client[1])
     simulated = SimulatedSpec(
         ranks=tuple(range(num_ranks)),
-        layout=spec.layout,
+        mesh=spec.mesh,
         keys=keys,
         step_address=step_address,
         bulk_address=bulk_address,
@@ -228,9 +229,9 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
     """The planner alone, in this process: microseconds per running row, and per admission, by
     regression over the steps.
     """
-    layout = Layout(data=num_ranks)
+    mesh = Mesh(data=num_ranks)
     spec = SchedulerSpec(max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0)
-    settings = Settings(layout, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
+    settings = Settings(mesh, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
     planner, group = settings.planner(), SimulatedGroup(settings)
     prompts, handle, samples = Prompts(0), 0, []
     for step in range(steps):

@@ -1,19 +1,24 @@
-"""The factorings of a group's world.
+"""The mesh of a group's ranks: world = pipeline x data x tensor, numbered in that order.
 
-A world is pipeline x data x tensor, rank-major in that order. Within a pipeline stage the experts
-are spread over all data x tensor ranks, whatever the attention does: a second factoring of the same
-world, pipeline x experts.
+Within a pipeline stage the experts are spread over all data x tensor ranks, whatever the attention
+does: a second factoring of the same world, pipeline x experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import msgspec
+
+_Axis = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank stands: its stage, data index and tensor index, and its index among the ranks
-    that share experts.
+    """A rank's stage, data index and tensor index, and its index among the ranks that share
+    experts.
     """
 
     stage: int
@@ -22,17 +27,19 @@ class Coordinates:
     expert: int
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """Sizes of the axes, each at least 1."""
+class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """Sizes of the axes. Recordings hold it, so the fields and their order stay.
 
-    pipeline: int
-    data: int
-    tensor: int
+    The *members* of a data index are its ranks over all stages and tensor indices: they execute the
+    same section of every plan.
+    """
+
+    pipeline: _Axis = 1
+    data: _Axis = 1
+    tensor: _Axis = 1
 
     def __post_init__(self) -> None:
         assert min(self.pipeline, self.data, self.tensor) >= 1, f"{self}: every axis has at least one rank"
-        assert self.pipeline * self.data * self.tensor == self.pipeline * self.experts == self.world
 
     @property
     def world(self) -> int:
@@ -40,12 +47,53 @@ class Mesh:
 
     @property
     def experts(self) -> int:
-        """Ranks over which the experts of a stage are spread."""
+        """Ranks of a stage, over which its experts are spread."""
         return self.data * self.tensor
+
+    @property
+    def num_cohorts(self) -> int:
+        """Cohorts of sequences that take turns, one for each stage to work on."""
+        return self.pipeline
+
+    @property
+    def depth(self) -> int:
+        """Plans in flight that keep every stage busy: one per stage, and one ahead."""
+        return self.pipeline + 1
+
+    def rank(self, stage: int, data: int, tensor: int) -> int:
+        return (stage * self.data + data) * self.tensor + tensor
 
     def coordinates(self, rank: int) -> Coordinates:
         assert 0 <= rank < self.world, f"rank {rank} of {self.world}"
         stage, expert = divmod(rank, self.experts)
         data, tensor = divmod(expert, self.tensor)
-        assert rank == (stage * self.data + data) * self.tensor + tensor
         return Coordinates(stage, data, tensor, expert)
+
+    def stage_ranks(self, stage: int) -> range:
+        return range(stage * self.experts, (stage + 1) * self.experts)
+
+    def data_of_rank(self, rank: int) -> int:
+        return rank // self.tensor % self.data
+
+    def members(self, data: int) -> tuple[int, ...]:
+        """Ranks of ``data``, ascending: stage by stage."""
+        return self._members[data]
+
+    def reporter(self, data: int) -> int:
+        """The member that reports the tokens of ``data``: the first of the last stage."""
+        return self.rank(self.pipeline - 1, data, 0)
+
+    def samples(self, rank: int) -> bool:
+        """Whether ``rank`` is the reporter of its data index."""
+        return rank >= self.world - self.experts and rank % self.tensor == 0
+
+    @cached_property
+    def _members(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(
+                self.rank(stage, data, tensor)
+                for stage in range(self.pipeline)
+                for tensor in range(self.tensor)
+            )
+            for data in range(self.data)
+        )

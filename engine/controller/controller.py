@@ -49,7 +49,7 @@ class Controller:
         self._spec = spec
         self._transport = Transport(spec)
         self._lobby = Lobby(spec.lobby, "controller")
-        self._census = Census(spec.layout)
+        self._census = Census(spec.mesh)
         self._frontends: list[bytes] = []
         self._leases: dict[bytes, tuple[float, float]] = {}
         self._lives: dict[bytes, int] = {}
@@ -84,7 +84,7 @@ class Controller:
                 self._serve(self._planner)
             self._lobby.report("stopped")
         finally:
-            for rank in range(self._spec.layout.world):
+            for rank in range(self._spec.mesh.world):
                 self._transport.send_bulk(rank, Stop("the controller has stopped"))
             for name in self._frontends:
                 self._transport.send_frontend(name, Stop("the controller has stopped"))
@@ -97,7 +97,7 @@ class Controller:
 
     def _gather(self) -> None:
         """Waits for every rank's hello, then builds the planner."""
-        world, deadline = self._spec.layout.world, time.monotonic() + self._spec.rank_deadline
+        world, deadline = self._spec.mesh.world, time.monotonic() + self._spec.rank_deadline
         hellos: dict[int, RankHello] = {}
         while len(hellos) < world and not self._stopping:
             self._transport.wait(min(_HOUSEKEEPING, max(0.0, deadline - time.monotonic())))
@@ -127,12 +127,8 @@ class Controller:
         """Pool sizes and the longest context; raises ValueError when the configured context does
         not fit.
         """
-        layout = self._spec.layout
-        group = [
-            [hellos[rank] for rank in hellos if rank // layout.tensor % layout.data == data]
-            for data in range(layout.data)
-        ]
-        num_pages = [min(hello.num_pages for hello in members) for members in group]
+        mesh = self._spec.mesh
+        num_pages = [min(hellos[rank].num_pages for rank in mesh.members(data)) for data in range(mesh.data)]
         page_size = hellos[0].page_size
         fits = min(num_pages) * page_size
         wanted = self._spec.max_len
@@ -150,13 +146,12 @@ class Controller:
                 known,
                 fits,
             )
-        return Settings(layout, self._spec.scheduler, num_pages, page_size, max_len)
+        return Settings(mesh, self._spec.scheduler, num_pages, page_size, max_len)
 
     # ----------------------------------------------------------------- the loop
 
     def _serve(self, planner: Planner) -> None:
         self._census.phase = "serving"
-        members = {data: planner.group.members(data) for data in range(planner.group.num_data)}
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -170,7 +165,7 @@ class Controller:
             self._listen_to_ranks(planner)
             now = time.monotonic()
             if planner.wants_plan and self._pacer.due(now) and not self._census.missing:
-                self._plan(planner, members, turn)
+                self._plan(planner, turn)
             self._listen_to_frontends(now)
             if self._census.missing:
                 self._send_output(planner)
@@ -223,14 +218,14 @@ class Controller:
         self._record("refused", message)
         planner.refused(message)
 
-    def _plan(self, planner: Planner, members: dict[int, list[int]], turn: float) -> None:
+    def _plan(self, planner: Planner, turn: float) -> None:
         plan = planner.plan()
         if self._recorder is not None:
             self._recorder.plan(plan)
         if plan is None:
             self._pacer.nothing_to_do()
             return
-        largest = self._transport.send_plan(plan, members)
+        largest = self._transport.send_plan(plan)
         self._pacer.sent(time.monotonic())
         self._census.planned(
             time.perf_counter() - turn, largest, plan, planner.group.flights[plan.header.step].tokens
@@ -331,7 +326,7 @@ class Controller:
             self._census.reason = reason
             return
         log.error("%s; waiting for its replacement", reason)
-        data = planner.group.data_of_rank(message.rank)
+        data = planner.group.mesh.data_of_rank(message.rank)
         self._begin_epoch(planner, [data])
         if self._census.phase == "serving":
             self._census.phase = "recovering"
@@ -349,7 +344,7 @@ class Controller:
         """A rank has said hello in the place of a lost one; when the last has, the group goes
         on.
         """
-        pages = int(planner.group.kv.num_pages[planner.group.data_of_rank(hello.rank)])
+        pages = int(planner.group.kv.num_pages[planner.group.mesh.data_of_rank(hello.rank)])
         if hello.num_pages < pages:
             self._fail(
                 planner,

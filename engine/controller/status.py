@@ -7,13 +7,13 @@ from __future__ import annotations
 import numpy as np
 
 from ...moe.balance.placement import EMPTY, contiguous
+from ...parallel.mesh import Mesh
 from ..planner.group_plan import Plan
 from ..planner.planner import Planner
 from ..protocol.arrays import Int64
 from ..protocol.bulk import RankHello
 from ..protocol.cluster_state import ClusterState, RankState
 from ..protocol.results import StepResult
-from ..protocol.specs import Layout
 from .step_totals import StepTotals
 
 
@@ -37,11 +37,11 @@ class Recent:
 class Census:
     """Collects observations on the step thread as arrays; ``state`` packs them twice a second."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self.phase, self.reason = "starting", "ranks are loading"
-        self._layout = layout
-        self._seconds = np.zeros(layout.world)
-        self._waited = np.zeros(layout.world)
+        self._mesh = mesh
+        self._seconds = np.zeros(mesh.world)
+        self._waited = np.zeros(mesh.world)
         self._lost: set[int] = set()
         self._hung: set[int] = set()
         self._hellos: dict[int, RankHello] = {}
@@ -49,7 +49,7 @@ class Census:
         self.plan_seconds = Recent()
         self.largest_plan = 0
         self._states = 0
-        self._totals = StepTotals(layout)
+        self._totals = StepTotals(mesh)
         self._reports: list[StepResult] = []
         self._expert_LE = np.zeros((0, 0), np.int64)
         self._placement_i32 = b""
@@ -61,7 +61,7 @@ class Census:
         self._expert_LE = np.zeros((first.num_layers, first.num_experts), np.int64)
         self._totals.opened(first.num_layers, first.expert_bytes)
         self._placement = (
-            contiguous(first.num_layers, first.num_experts, self._layout.world)
+            contiguous(first.num_layers, first.num_experts, self._mesh.world)
             if self._expert_LE.size
             else None
         )
@@ -175,7 +175,7 @@ class Census:
     def _rank(
         self, planner: Planner, rank: int, running: np.ndarray[tuple[int], np.dtype[np.int64]]
     ) -> RankState:
-        group, data = planner.group, planner.group.data_of_rank(rank)
+        group, data = planner.group, planner.group.mesh.data_of_rank(rank)
         return RankState(
             rank=rank,
             host=self._hellos[rank].host,

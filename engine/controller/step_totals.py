@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...moe.phases import PHASES
+from ...parallel.mesh import Mesh
 from ..protocol.arrays import Int64
 from ..protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, Totals
 from ..protocol.plan import Header
 from ..protocol.results import StepResult
-from ..protocol.specs import Layout
 
 
 class StepTotals:
@@ -24,12 +24,12 @@ class StepTotals:
     expert is.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        world = layout.world
-        self._layout = layout
+    def __init__(self, mesh: Mesh) -> None:
+        world = mesh.world
+        self._mesh = mesh
         self._plan_counts, self._step_counts = [0] * (len(PLAN_SECONDS) + 1), [0] * (len(STEP_TOKENS) + 1)
         self._plan_seconds = 0.0
-        self._tokens_D, self._last_D = np.zeros(layout.data, np.int64), np.zeros(layout.data, np.int64)
+        self._tokens_D, self._last_D = np.zeros(mesh.data, np.int64), np.zeros(mesh.data, np.int64)
         self._rows = self._dispatch_rows = self._overlapped = self._moved = 0
         self._overlap = False
         self._busy_W, self._waited_W = np.zeros(world), np.zeros(world)
@@ -38,7 +38,7 @@ class StepTotals:
         self._expert_bytes = 0
 
     def opened(self, num_layers: int, expert_bytes: int) -> None:
-        self._load_LW = np.zeros((num_layers, self._layout.world), np.int64)
+        self._load_LW = np.zeros((num_layers, self._mesh.world), np.int64)
         self._last_load_LW = self._load_LW.copy()
         self._expert_bytes = expert_bytes
 

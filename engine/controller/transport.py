@@ -47,7 +47,8 @@ class Transport:
         self._from_rank_step = msgspec.msgpack.Decoder(FromRankStep)
         self._from_rank_bulk = msgspec.msgpack.Decoder(FromRankBulk)
         self._from_frontend = msgspec.msgpack.Decoder(FromFrontend)
-        self._identities: list[bytes] = [rank_identity(rank) for rank in range(spec.layout.world)]
+        self._mesh = spec.mesh
+        self._identities: list[bytes] = [rank_identity(rank) for rank in range(spec.mesh.world)]
 
     def wait(self, seconds: float) -> None:
         """Returns when a message is there, or after ``seconds``. What the methods below return had
@@ -69,13 +70,13 @@ class Transport:
         """All messages of frontends and of the launcher, with the name of their sender."""
         return [(frames[0], self._from_frontend.decode(frames[1])) for frames in self._drain(self._frontend)]
 
-    def send_plan(self, plan: Plan, members: dict[int, list[int]]) -> int:
+    def send_plan(self, plan: Plan) -> int:
         """Sends each section to the members of its data index; the largest plan in bytes."""
         header, largest = encode(plan.header), 0
         for data, section in plan.sections.items():
             body = encode(section)
             largest = max(largest, len(header) + len(body))
-            for rank in members[data]:
+            for rank in self._mesh.members(data):
                 # Frame by frame: send_multipart checks every frame first, which doubles the cost.
                 self._step.send(self._identities[rank], zmq.SNDMORE)
                 self._step.send(header, zmq.SNDMORE)

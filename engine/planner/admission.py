@@ -160,12 +160,12 @@ class Admission:
         group.rows.occupy(requests, [place.pages for place in placed], cached, group.kv.max_pages)
         group.queue.take(requests)
         for place, num_cached in zip(placed, cached, strict=True):
-            self._stage(place.request, group.members(place.data))
+            self._stage(place.request, group.mesh.members(place.data))
             if not place.request.started:
                 group.counters.prefix_queries += place.request.num_prompt
                 group.counters.prefix_hits += num_cached
 
-    def _stage(self, request: Request, members: list[int]) -> None:
+    def _stage(self, request: Request, members: tuple[int, ...]) -> None:
         group = self._group
         request.staged = group.next_staged
         request.unacknowledged = set(members)

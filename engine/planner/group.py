@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...parallel.mesh import Mesh
 from ..kv.manager import KVManager
 from ..protocol.arrays import Int64, UInt64
 from ..protocol.bulk import Stage, Unstage
-from ..protocol.specs import Layout, SchedulerSpec
+from ..protocol.specs import SchedulerSpec
 from .cost_model import CostModel
 from .flight import Flight
 from .queue import WaitingQueue
@@ -36,27 +37,14 @@ class Group:
     """
 
     def __init__(
-        self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
+        self, mesh: Mesh, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
     ) -> None:
-        self.layout, self.spec, self.max_len = layout, spec, max_len
-        self.num_data = layout.data
-        self._data_of_rank = [rank // layout.tensor % layout.data for rank in range(layout.world)]
-        last_stage = layout.world - layout.data * layout.tensor
-        self._samples = [rank >= last_stage and rank % layout.tensor == 0 for rank in range(layout.world)]
-        self._members = [
-            [
-                (stage * layout.data + data) * layout.tensor + t
-                for stage in range(layout.pipeline)
-                for t in range(layout.tensor)
-            ]
-            for data in range(layout.data)
-        ]
-        self.num_cohorts = layout.pipeline
-        self.depth = layout.pipeline + 1
+        self.mesh, self.spec, self.max_len = mesh, spec, max_len
+        self.num_data = mesh.data
         max_row_pages = -(-max_len // page_size)
-        self.rows = RowTable(layout.data, spec.max_running, max_row_pages, layout.pipeline)
+        self.rows = RowTable(mesh.data, spec.max_running, max_row_pages, mesh.num_cohorts)
         self.kv = KVManager(num_pages, page_size, caching=spec.prefix_caching)
-        self.log = TokenLog(layout.data * spec.max_running)
+        self.log = TokenLog(mesh.data * spec.max_running)
         self.cost = CostModel()
         self.queue = WaitingQueue()
         self.open: dict[tuple[int, int], Request] = {}
@@ -66,14 +54,14 @@ class Group:
         self.next_step = 0
         self.next_cohort = 0
         self.newest_result = -1
-        self.acknowledged = [-1] * layout.world
+        self.acknowledged = [-1] * mesh.world
         self.flights: dict[int, Flight] = {}
-        self.alive = np.ones(layout.data, np.bool_)
-        self.rebasing = np.ones(layout.data, np.bool_)
-        self.staged_from = [0] * layout.data
+        self.alive = np.ones(mesh.data, np.bool_)
+        self.rebasing = np.ones(mesh.data, np.bool_)
+        self.staged_from = [0] * mesh.data
         self.restarting = True
 
-        self.prefilling: list[list[int]] = [[] for _ in range(layout.data)]
+        self.prefilling: list[list[int]] = [[] for _ in range(mesh.data)]
         self.freeing: list[int] = []
         self.holding: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
         self.draining: list[tuple[int, int]] = []  # (row, the last step whose result counts)
@@ -92,31 +80,14 @@ class Group:
         """Plans of which no result has come in."""
         return self.next_step - 1 - self.newest_result
 
-    def members(self, data: int) -> list[int]:
-        """The ranks that execute the section of ``data``: every stage and tensor member."""
-        return self._members[data]
-
-    def reporter(self, data: int) -> int:
-        """The member that reports the tokens of ``data``."""
-        return self._members[data][-self.layout.tensor]
-
     def executed(self, data: int) -> int:
         """The last step that all members of ``data`` have acknowledged."""
-        return min(self.acknowledged[rank] for rank in self._members[data])
+        return min(self.acknowledged[rank] for rank in self.mesh.members(data))
 
     def assume_executed(self, data: int) -> None:
         """Results of ``data`` for plans sent so far no longer count."""
-        for rank in self._members[data]:
+        for rank in self.mesh.members(data):
             self.acknowledged[rank] = self.next_step - 1
-
-    def data_of_rank(self, rank: int) -> int:
-        return self._data_of_rank[rank]
-
-    def samples(self, rank: int) -> bool:
-        """Whether ``rank`` reports the tokens of its data index: the first tensor member of the
-        last stage.
-        """
-        return self._samples[rank]
 
     def planned_after(self, step: int) -> Int64:
         """How many plans after ``step`` let each row decode [rows], of those not yet acknowledged
@@ -141,7 +112,9 @@ class Group:
         """Takes back a row that no plan has named yet, with its pages and its staged prompt."""
         request = self.rows.request(row)
         self.give_back_pages(row)
-        self.staging.extend((rank, Unstage(request.staged)) for rank in self.members(self.rows.data(row)))
+        self.staging.extend(
+            (rank, Unstage(request.staged)) for rank in self.mesh.members(self.rows.data(row))
+        )
         self.by_staged.pop(request.staged, None)
         prefilling = self.prefilling[self.rows.data(row)]
         if row in prefilling:

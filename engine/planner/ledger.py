@@ -53,7 +53,7 @@ class Ledger:
                 batch = []
             verdict = self._expected(result)
             if verdict is None:
-                gaps.add(self._group.data_of_rank(result.rank))
+                gaps.add(self._group.mesh.data_of_rank(result.rank))
             elif verdict:
                 batch.append(result)
                 self._group.acknowledged[result.rank] = result.step
@@ -110,7 +110,7 @@ class Ledger:
     def _expected(self, result: StepResult) -> bool | None:
         """True for the next result of its rank's chain, False for one to ignore, None for a gap."""
         group = self._group
-        data = group.data_of_rank(result.rank)
+        data = group.mesh.data_of_rank(result.rank)
         if result.epoch != group.epoch or not group.alive[data] or group.rebasing[data]:
             return False
         last = group.acknowledged[result.rank]
@@ -122,13 +122,13 @@ class Ledger:
         group = self._group
         flight = group.flights[results[0].step]
         group.newest_result = max(group.newest_result, flight.step)
-        sampling = [result for result in results if group.samples(result.rank)]
+        sampling = [result for result in results if group.mesh.samples(result.rank)]
         if sampling:
             self._book_tokens(flight, sampling)
         self._observe(flight, results)
         if flight.check is not None:
             self._compare(flight, results)
-        self._drain({group.data_of_rank(result.rank) for result in sampling})
+        self._drain({group.mesh.data_of_rank(result.rank) for result in sampling})
         oldest = min(group.acknowledged)
         if not group.alive.all():
             oldest = min(
@@ -142,7 +142,7 @@ class Ledger:
         them have ended.
         """
         group, rows = self._group, self._group.rows
-        spans = [flight.span(group.data_of_rank(result.rank)) for result in results]
+        spans = [flight.span(group.mesh.data_of_rank(result.rank)) for result in results]
         row = _joined([flight.rows[span] for span in spans])
         tokens = np.frombuffer(b"".join([result.tokens_i32 for result in results]), np.int32)
         counts, counted = np.ones(len(row), np.int64), len(row)
@@ -200,7 +200,7 @@ class Ledger:
         for result in results:
             if not result.logprobs:
                 continue
-            span = flight.span(group.data_of_rank(result.rank))
+            span = flight.span(group.mesh.data_of_rank(result.rank))
             counts = _counts(result, span.stop - span.start)
             for item in result.logprobs:
                 row = int(flight.rows[span.start + item.row])
@@ -219,7 +219,7 @@ class Ledger:
         for result in results:
             if not result.prompt_logprobs:
                 continue
-            mine = flight.prompts[flight.prompts // rows.num_slots == group.data_of_rank(result.rank)]
+            mine = flight.prompts[flight.prompts // rows.num_slots == group.mesh.data_of_rank(result.rank)]
             for item in result.prompt_logprobs:
                 row = int(mine[item.of])
                 if rows.finish[row] == Finish.NONE:
@@ -253,7 +253,7 @@ class Ledger:
         left: list[tuple[int, int]] = []
         for row, last in group.draining:
             index = group.rows.data(row)
-            if index in data and group.acknowledged[group.reporter(index)] >= last:
+            if index in data and group.acknowledged[group.mesh.reporter(index)] >= last:
                 group.drained.append(row)
             else:
                 left.append((row, last))
@@ -299,7 +299,7 @@ class Ledger:
         slowest = max(results, key=lambda result: result.seconds - result.waited)
         seconds = slowest.seconds - slowest.waited
         if seconds > 0:
-            data = group.data_of_rank(slowest.rank)
+            data = group.mesh.data_of_rank(slowest.rank)
             group.cost.observe(
                 float(flight.tokens[data]), float(flight.kv[data]), float(flight.context[data]), seconds
             )
@@ -311,15 +311,15 @@ class Ledger:
         later = group.planned_after(flight.step)
         for result in results:
             check.reported[result.rank] = result.checksum
-            data = group.data_of_rank(result.rank)
-            if group.samples(result.rank):
+            data = group.mesh.data_of_rank(result.rank)
+            if group.mesh.samples(result.rank):
                 mine = (check.rows // rows.num_slots) == data
                 active, sent = check.rows[mine], check.sent[mine]
                 lengths = np.where(sent < 0, rows.low[active] - later[active], sent)
                 total = length_terms(active % rows.num_slots, lengths).sum(dtype=np.uint64)
                 check.expected[data] = add64(int(total), int(check.pages[data]))
         for rank, reported in list(check.reported.items()):
-            expected = check.expected.get(group.data_of_rank(rank))
+            expected = check.expected.get(group.mesh.data_of_rank(rank))
             if expected is not None and expected != reported:
                 raise StateMismatch(
                     f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}"

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...parallel.mesh import Mesh
 from ..protocol.bulk import Stage, Staged, Unstage
 from ..protocol.frontends import Abort, Rejected, Submit
 from ..protocol.message import Finish, Message
 from ..protocol.results import Refused, StepResult
-from ..protocol.specs import Layout, SchedulerSpec
+from ..protocol.specs import SchedulerSpec
 from .admission import Admission
 from .group import Group
 from .group_plan import Plan
@@ -34,9 +35,9 @@ class Planner:
     """
 
     def __init__(
-        self, layout: Layout, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
+        self, mesh: Mesh, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
     ) -> None:
-        self.group = Group(layout, spec, num_pages, page_size, max_len)
+        self.group = Group(mesh, spec, num_pages, page_size, max_len)
         self.outbox = Outbox()
         self._admission = Admission(self.group)
         self._ledger = Ledger(self.group, self.outbox)
@@ -127,7 +128,7 @@ class Planner:
         group.rebasing[data] = True
         group.staged_from[data] = group.next_staged
         mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
-        rows.low[mine] -= group.planned_after(group.acknowledged[group.reporter(data)])[
+        rows.low[mine] -= group.planned_after(group.acknowledged[group.mesh.reporter(data)])[
             mine
         ]  # those plans never were
         rows.on_rank[mine] = False
@@ -181,7 +182,7 @@ class Planner:
     @property
     def wants_plan(self) -> bool:
         """Whether another plan may be sent now, as far as the depth of the group goes."""
-        return self.group.in_flight < self.group.depth
+        return self.group.in_flight < self.group.mesh.depth
 
     def plan(self) -> Plan | None:
         """The next plan, or None when there is no work or too much in flight."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import msgspec
 
-from ..protocol.specs import Layout, SchedulerSpec
+from ...parallel.mesh import Mesh
+from ..protocol.specs import SchedulerSpec
 from .planner import Planner
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What a planner is constructed with."""
+    """Constructor arguments of a planner. ``mesh`` is called layout in recordings."""
 
-    layout: Layout
+    mesh: Mesh = msgspec.field(name="layout")
     spec: SchedulerSpec
     num_pages: list[int]
     page_size: int
     max_len: int
 
     def planner(self) -> Planner:
-        return Planner(self.layout, self.spec, self.num_pages, self.page_size, self.max_len)
+        return Planner(self.mesh, self.spec, self.num_pages, self.page_size, self.max_len)

@@ -87,11 +87,11 @@ class StepBuilder:
 
     def build(self) -> Plan | None:
         """The next plan, or None when no cohort has work."""
-        for turn in range(self._group.num_cohorts):
-            cohort = (self._group.next_cohort + turn) % self._group.num_cohorts
+        for turn in range(self._group.mesh.num_cohorts):
+            cohort = (self._group.next_cohort + turn) % self._group.mesh.num_cohorts
             plan = self._build_cohort(cohort)
             if plan is not None:
-                self._group.next_cohort = (cohort + 1) % self._group.num_cohorts
+                self._group.next_cohort = (cohort + 1) % self._group.mesh.num_cohorts
                 return plan
         return None
 
@@ -146,7 +146,7 @@ class StepBuilder:
         rows = self._group.rows
         chosen: NDArray[np.bool_] = rows.state == State.DECODE
         chosen &= ~rows.held
-        if self._group.num_cohorts > 1:
+        if self._group.mesh.num_cohorts > 1:
             chosen &= rows.cohort == cohort
         return chosen
 

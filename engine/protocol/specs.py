@@ -4,9 +4,9 @@ standard input.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import msgspec
+
+from ...parallel.mesh import Mesh
 
 
 class Keys(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,20 +15,6 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
     server_public: str
     public: str
     secret: str
-
-
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """The factorisation of a group's world: world = pipeline x data x tensor, rank-major in that
-    order.
-    """
-
-    pipeline: Annotated[int, msgspec.Meta(ge=1)] = 1
-    data: Annotated[int, msgspec.Meta(ge=1)] = 1
-    tensor: Annotated[int, msgspec.Meta(ge=1)] = 1
-
-    @property
-    def world(self) -> int:
-        return self.pipeline * self.data * self.tensor
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +39,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     public: str
     allowed: tuple[str, ...]
-    layout: Layout
+    mesh: Mesh
     scheduler: SchedulerSpec
     model_max_len: int
     max_len: int | None
@@ -70,7 +56,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rank: int
-    layout: Layout
+    mesh: Mesh
     keys: Keys
     step_address: str
     bulk_address: str

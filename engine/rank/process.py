@@ -21,7 +21,6 @@ from ...moe.dispatch.all_to_all import AllToAllDispatcher
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.timed import TimedExchange, TimedLocal
 from ...parallel.collectives import Collectives, connect_store
-from ...parallel.mesh import Mesh
 from ..models.config import load_config
 from ..models.registry import build_model
 from ..models.weights import load_weights
@@ -72,12 +71,11 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     """Loads this rank's weights and takes its memory. Raises ValueError when checkpoint, layout or
     memory do not fit.
     """
-    layout = spec.layout
-    if layout.pipeline != 1 or layout.tensor != 1:
-        raise ValueError(f"parallel: pipeline {layout.pipeline}, tensor {layout.tensor}: only 1 works yet")
+    mesh = spec.mesh
+    if mesh.pipeline != 1 or mesh.tensor != 1:
+        raise ValueError(f"parallel: pipeline {mesh.pipeline}, tensor {mesh.tensor}: only 1 works yet")
     device = torch.device(spec.device)
     config = load_config(Path(spec.model_path))
-    mesh = Mesh(layout.pipeline, layout.data, layout.tensor)
     here = mesh.coordinates(spec.rank)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, mesh.experts)
     store = (
@@ -113,7 +111,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
     grammars = Grammars(vocabulary) if vocabulary is not None else None
     parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, clock, expert_bytes, grammars)
-    return Executor(parts, spec.max_running, max_len, layout.pipeline)
+    return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
 
 
 def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:

@@ -16,12 +16,13 @@ import time
 import msgspec
 import zmq
 
+from ...parallel.mesh import Mesh
 from ..planner.cost_model import Cost
 from ..protocol.bulk import RankHello, Stage, Staged, ToRankBulk
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
 from ..protocol.sockets import client_socket, decode_plan, encode, rank_identity
-from ..protocol.specs import Keys, Layout
+from ..protocol.specs import Keys
 from .simulated_rank import SimulatedRank
 
 
@@ -31,7 +32,7 @@ class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     ranks: tuple[int, ...]
-    layout: Layout
+    mesh: Mesh
     keys: Keys
     step_address: str
     bulk_address: str
@@ -100,12 +101,13 @@ class SimulatedRanks:
 
     def _open(self, rank: int) -> None:
         spec = self._spec
-        max_pages, cohorts = -(-spec.max_len // spec.page_size), spec.layout.pipeline
-        samples = (
-            rank // (spec.layout.tensor * spec.layout.data) == spec.layout.pipeline - 1
-            and rank % spec.layout.tensor == 0
+        simulated = SimulatedRank(
+            rank,
+            spec.num_slots,
+            -(-spec.max_len // spec.page_size),
+            num_cohorts=spec.mesh.num_cohorts,
+            samples=spec.mesh.samples(rank),
         )
-        simulated = SimulatedRank(rank, spec.num_slots, max_pages, num_cohorts=cohorts, samples=samples)
         simulated.vocabulary = spec.vocabulary
         simulated.cost = Cost(spec.step_seconds, spec.token_seconds, spec.kv_seconds, 0.0)
         self._ranks[rank] = simulated

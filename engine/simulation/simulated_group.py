@@ -56,13 +56,13 @@ class SimulatedGroup:
     """The ranks of one group; plans must come in order."""
 
     def __init__(self, settings: Settings) -> None:
-        layout, spec = settings.layout, settings.spec
+        mesh, spec = settings.mesh, settings.spec
         assert spec.max_advance == 1, "rows advance by a token"
-        self._layout = layout
+        self._mesh = mesh
         self._num_slots = spec.max_running
         max_pages = -(-settings.max_len // settings.page_size)
-        self._tables = [SlotTable(spec.max_running, max_pages, layout.pipeline) for _ in range(layout.data)]
-        self._cohort = np.tile(np.arange(spec.max_running) % layout.pipeline, layout.data)
+        self._tables = [SlotTable(spec.max_running, max_pages, mesh.num_cohorts) for _ in range(mesh.data)]
+        self._cohort = np.tile(np.arange(spec.max_running) % mesh.num_cohorts, mesh.data)
         self._staged: dict[int, int] = {}  # tokens of prompts that wait for their admission
 
     def stage(self, message: Stage | Unstage) -> None:
@@ -84,7 +84,7 @@ class SimulatedGroup:
         limit = np.concatenate([table.limit for table in tables])
         decodes = np.concatenate([table.active & ~table.held for table in tables])
         decodes &= length >= prompt
-        if self._layout.pipeline > 1:
+        if self._mesh.num_cohorts > 1:
             decodes &= self._cohort == plan.header.cohort
         grow = decodes.astype(np.int64)
         slots, counts = self._extends(plan)
@@ -112,23 +112,23 @@ class SimulatedGroup:
         """What the ranks of ``stage`` report of a step, each after ``own_D`` seconds of work; all
         wait for the slowest.
         """
-        layout, header = self._layout, step.header
-        last, seconds = stage == layout.pipeline - 1, float(own_D.max())
+        mesh, header = self._mesh, step.header
+        seconds = float(own_D.max())
         results: list[StepResult] = []
         own, sampled = own_D.tolist(), step.work.sampled_D.tolist()
-        for data in range(layout.data):
-            for member in range(layout.tensor):
-                result = StepResult(
-                    group=header.group,
-                    epoch=header.epoch,
-                    step=header.step,
-                    rank=(stage * layout.data + data) * layout.tensor + member,
-                    tokens_i32=_TOKEN * sampled[data] if last and not member else b"",
-                    checksum=0 if step.checksums is None else step.checksums[data],
-                    seconds=seconds,
-                    waited=seconds - own[data],
-                )
-                results.append(result)
+        for rank in mesh.stage_ranks(stage):
+            data = mesh.data_of_rank(rank)
+            result = StepResult(
+                group=header.group,
+                epoch=header.epoch,
+                step=header.step,
+                rank=rank,
+                tokens_i32=_TOKEN * sampled[data] if mesh.samples(rank) else b"",
+                checksum=0 if step.checksums is None else step.checksums[data],
+                seconds=seconds,
+                waited=seconds - own[data],
+            )
+            results.append(result)
         return results
 
     def _extends(self, plan: Plan) -> tuple[Int64, Int64]:

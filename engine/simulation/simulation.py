@@ -87,7 +87,7 @@ def patience(settings: Settings) -> int:
     """Steps in a row without a token for anybody, after which a simulation is stuck. While nobody
     decodes, a prompt advances by ``max_batch_tokens`` whenever it is its cohort's turn.
     """
-    return PATIENCE + settings.layout.pipeline * -(-settings.max_len // settings.spec.max_batch_tokens)
+    return PATIENCE + settings.mesh.pipeline * -(-settings.max_len // settings.spec.max_batch_tokens)
 
 
 class Simulation:
@@ -101,8 +101,8 @@ class Simulation:
         self._pacer = Pacer(enabled=settings.spec.pacing)
         self._results: list[tuple[float, int, list[StepResult]]] = []  # due at, order, results
         self._sent = 0
-        self._free_at = [0.0] * settings.layout.pipeline  # when each stage has done what it was sent
-        self._sampled_at = [0.0] * settings.layout.pipeline  # when each cohort has its last tokens
+        self._free_at = [0.0] * settings.mesh.pipeline  # when each stage has done what it was sent
+        self._sampled_at = [0.0] * settings.mesh.pipeline  # when each cohort has its last tokens
         self._step_seconds = 0.0
         self._booking = 0.0
         self._barren = 0  # steps since somebody got a token

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...engine.protocol.specs import Layout
+from ...parallel.mesh import Mesh
 from ..recipe.file import load_recipe
 from ..recipe.hardware import load_hardware
 from ..recipe.recipe import contradictions
@@ -167,7 +167,7 @@ def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
     base = resolve(recipe, read_shape(model_folder(recipe, path.parent)), device)
     return replace(
         base,
-        layout=Layout(data=ranks),
+        mesh=Mesh(data=ranks),
         ranks_per_node=device.ranks_per_node,
         dispatch="two_level" if prefill and ranks > device.near_ranks else "all_to_all",
         wire_item=_FP8_ROW,

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...moe.config import MoEConfig
+from ...parallel.stages import PipelineStage
 from .memory import row_bytes, weights_of
-from .setup import Setup, Stage
+from .setup import Setup
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def floor_of(setup: Setup, work: Work) -> Floor:
     return Floor(*(sum(getattr(part, name) for part in parts) for name in ("compute", "memory", "network")))
 
 
-def stage_floor(setup: Setup, stage: Stage, work: Work) -> Floor:
+def stage_floor(setup: Setup, stage: PipelineStage, work: Work) -> Floor:
     """The part of a step that one stage does."""
     exchange = traffic(setup, work.tokens)
     network = stage.num_moe * (exchange.dispatch_seconds + exchange.combine_seconds)
@@ -91,8 +92,8 @@ def stage_floor(setup: Setup, stage: Stage, work: Work) -> Floor:
     )
 
 
-def _compute(setup: Setup, stage: Stage, work: Work) -> float:
-    shape, tensor, hardware = setup.shape, setup.layout.tensor, setup.hardware
+def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
+    shape, tensor, hardware = setup.shape, setup.mesh.tensor, setup.hardware
     dense = stage.num_layers * shape.attention_params
     dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
     experts = stage.num_moe * shape.moe.top_k * shape.expert_params
@@ -105,15 +106,15 @@ def _compute(setup: Setup, stage: Stage, work: Work) -> float:
     return seconds + 2 * (gates + head) / hardware.operations(setup.dtype)
 
 
-def _memory(setup: Setup, stage: Stage, work: Work) -> float:
+def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
     """Weights are read once in a step, of experts those that some token wants; replicas share the
     tokens and cost no reads.
     """
     shape, moe = setup.shape, setup.shape.moe
     weights = weights_of(setup, stage)
-    chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.layout.data)
+    chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.mesh.data)
     head = stage.last * shape.vocab_size * shape.hidden * setup.item
-    kv = work.kv_reads * stage.num_layers * shape.kv_bytes(setup.kv_dtype, setup.layout.tensor)
+    kv = work.kv_reads * stage.num_layers * shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor)
     read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head + kv
     return read / (1e12 * setup.hardware.memory_tb_s)
 
@@ -132,7 +133,7 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
     ranks, near = setup.expert_ranks, setup.near_ranks
     if ranks == 1 or setup.dispatch == "local":
         return Traffic(0, 0, 0.0, 0.0)
-    tokens = num_tokens / setup.layout.tensor
+    tokens = num_tokens / setup.mesh.tensor
     top_k, row, output = setup.shape.moe.top_k, row_bytes(setup), setup.shape.hidden * setup.item
     near_share, far_share = (near - 1) / ranks, (ranks - near) / ranks
     if setup.dispatch == "all_gather":

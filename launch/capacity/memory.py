@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 
 from ...engine.kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
 from ...engine.models.config import GqaConfig
-from .setup import Setup, Stage, stored_bytes
+from ...parallel.stages import PipelineStage
+from .setup import Setup, stored_bytes
 
 _GATE_ITEM = 4  # gates are float32 whatever the model's dtype
 _LOGIT_COPIES = 3  # float32 logits, the same sorted, and their probabilities
@@ -56,7 +57,7 @@ class Memory:
         return self.num_pages * page_size
 
 
-def memory_of(setup: Setup, stage: Stage) -> Memory:
+def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
     """What a rank of ``stage`` holds."""
     weights = weights_of(setup, stage)
     num_pages = pages_of(setup, stage, weights)
@@ -67,11 +68,11 @@ def memory_of(setup: Setup, stage: Stage) -> Memory:
     return Memory(weights, num_pages, kv_pool, activations, dispatch, reserve, headroom)
 
 
-def weights_of(setup: Setup, stage: Stage) -> Weights:
+def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     """Parameters of a rank: attention, dense layers and shared experts are split over the tensor
     group, gates are not.
     """
-    shape, tensor, item = setup.shape, setup.layout.tensor, setup.item
+    shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
     slot = stored_bytes(shape.expert_params, setup.expert_weights)
     slots = stage.num_moe * setup.num_slots * slot
@@ -95,11 +96,11 @@ def weights_of(setup: Setup, stage: Stage) -> Weights:
     )
 
 
-def page_bytes(setup: Setup, stage: Stage) -> int:
-    return setup.page_size * stage.num_layers * setup.shape.kv_bytes(setup.kv_dtype, setup.layout.tensor)
+def page_bytes(setup: Setup, stage: PipelineStage) -> int:
+    return setup.page_size * stage.num_layers * setup.shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor)
 
 
-def pages_of(setup: Setup, stage: Stage, weights: Weights) -> int:
+def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
     """Pages of the pool, 0 where not one fits."""
     size = page_bytes(setup, stage)
     if setup.kv_memory is not None:
@@ -109,11 +110,11 @@ def pages_of(setup: Setup, stage: Stage, weights: Weights) -> int:
     return max(0, min(int(budget) // size, -(-setup.max_running * setup.max_len // setup.page_size)))
 
 
-def activations_of(setup: Setup, stage: Stage) -> int:
+def activations_of(setup: Setup, stage: PipelineStage) -> int:
     """The peak within a layer beside the residual stream, or of sampling; experts with their mean
     share of pairs.
     """
-    shape, tensor, item, tokens = setup.shape, setup.layout.tensor, setup.item, setup.capacity
+    shape, tensor, item, tokens = setup.shape, setup.mesh.tensor, setup.item, setup.capacity
     residual = 3 * tokens * shape.hidden * item
     heads = shape.attention
     width = heads.num_heads * (
@@ -144,7 +145,7 @@ def dispatch_buffers(setup: Setup) -> int:
     back.
     """
     moe, ranks = setup.shape.moe, setup.expert_ranks
-    tokens = -(-setup.capacity // setup.layout.tensor)
+    tokens = -(-setup.capacity // setup.mesh.tensor)
     row, output = row_bytes(setup), setup.shape.hidden * setup.item
     back = tokens * moe.top_k * output
     if setup.dispatch == "local" or ranks == 1:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...engine.protocol.specs import Layout
+import msgspec
+
 from ..recipe.hardware import hardware_names, load_hardware
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
 from ..recipe.resolve import check_model
@@ -87,12 +88,12 @@ class Plan:
         setup = plan.pop("setup")
         model = {name: setup["shape"][name] for name in ("family", "num_layers", "hidden", "max_position")}
         model |= {"parameters": self.setup.shape.total_params, "experts": self.setup.shape.moe.num_experts}
-        layout = self.setup.layout
+        mesh = self.setup.mesh
         plan["layout"] = {
-            "world": layout.world,
-            "pipeline": layout.pipeline,
-            "data": layout.data,
-            "tensor": layout.tensor,
+            "world": mesh.world,
+            "pipeline": mesh.pipeline,
+            "data": mesh.data,
+            "tensor": mesh.tensor,
         }
         names = (
             "dispatch",
@@ -165,12 +166,11 @@ def model_folder(recipe: Recipe, folder: Path) -> Path:
 
 def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str, ...]) -> Plan:
     """The figures of a resolved set-up."""
-    size = setup.layout.data * setup.layout.tensor
     ranks = tuple(
         RankPlan(
             stage=stage.index,
-            first_rank=stage.index * size,
-            last_rank=(stage.index + 1) * size - 1,
+            first_rank=setup.mesh.stage_ranks(stage.index)[0],
+            last_rank=setup.mesh.stage_ranks(stage.index)[-1],
             layers=stage.num_layers,
             moe_layers=stage.num_moe,
             slots=setup.num_slots,
@@ -194,11 +194,11 @@ def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str
         verified=recipe.verified,
         ranks=ranks,
         kv_tokens_per_rank=kv_tokens,
-        kv_tokens=kv_tokens * setup.layout.data,
+        kv_tokens=kv_tokens * setup.mesh.data,
         longest_context=longest,
         context=context,
         largest_batch_per_rank=batch,
-        largest_batch=batch * setup.layout.data,
+        largest_batch=batch * setup.mesh.data,
         decode=decode,
         prefill=prefill,
         misfits=(
@@ -220,8 +220,10 @@ def _layout_misfits(setup: Setup) -> list[str]:
         found.append(
             f"cluster.ranks_per_node = {here}: a node of this hardware has {most} devices; use {most} and more cluster.nodes"
         )
-    if here % setup.layout.tensor:
-        what = f"parallel.tensor = {setup.layout.tensor}: a tensor group stays on one node, which has {here} ranks"
+    if here % setup.mesh.tensor:
+        what = (
+            f"parallel.tensor = {setup.mesh.tensor}: a tensor group stays on one node, which has {here} ranks"
+        )
         found.append(f"{what}; use a divisor of {here}")
     return found
 
@@ -255,11 +257,11 @@ def _more_ranks(setup: Setup) -> str:
     """The smallest number of nodes on which everything fits, if need be with fewer tokens in a
     step.
     """
-    layout, per_node = setup.layout, setup.ranks_per_node
-    most = setup.shape.moe.num_experts * layout.pipeline // per_node
-    for nodes in range(layout.world // per_node + 1, most + 1):
-        data, rest = divmod(nodes * per_node, layout.pipeline * layout.tensor)
-        wider = replace(setup, layout=Layout(pipeline=layout.pipeline, data=data, tensor=layout.tensor))
+    mesh, per_node = setup.mesh, setup.ranks_per_node
+    most = setup.shape.moe.num_experts * mesh.pipeline // per_node
+    for nodes in range(mesh.world // per_node + 1, most + 1):
+        data, rest = divmod(nodes * per_node, mesh.pipeline * mesh.tensor)
+        wider = replace(setup, mesh=msgspec.structs.replace(mesh, data=data))
         capacity = None if rest else _fitting_capacity(wider)
         if capacity is not None:
             fewer = f" and scheduler.max_batch_tokens = {capacity}" if capacity < setup.capacity else ""

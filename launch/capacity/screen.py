@@ -13,8 +13,8 @@ from .plan import Phase, Plan, size_text
 def show_plan(plan: Plan, title: str, console: Console) -> None:
     """Prints tables of memory, capacity and floors, then what is in the way."""
     setup = plan.setup
-    layout, shape = setup.layout, setup.shape
-    ranks = "1 rank" if layout.world == 1 else f"{layout.world} ranks"
+    mesh, shape = setup.mesh, setup.shape
+    ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
     held = (
         setup.weights
         if setup.weights == setup.expert_weights
@@ -22,7 +22,7 @@ def show_plan(plan: Plan, title: str, console: Console) -> None:
     )
     console.print(
         f"[bold]{escape(title)}[/bold]: {shape.total_params / 1e9:.1f} G parameters of {shape.family} on {ranks} "
-        f"(pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}); weights {held}, KV {setup.kv_dtype}, "
+        f"(pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}); weights {held}, KV {setup.kv_dtype}, "
         f"dispatch {setup.dispatch}"
     )
     console.print(f"verified: {escape(plan.verified or 'the recipe does not say')}\n")
@@ -118,7 +118,7 @@ def _floor_table(plan: Plan) -> Table:
 
 
 def _rate(plan: Plan, phase: Phase) -> float:
-    return phase.tokens * plan.setup.layout.data / phase.floor.seconds
+    return phase.tokens * plan.setup.mesh.data / phase.floor.seconds
 
 
 def _exchange(num_bytes: int, seconds: float) -> str:

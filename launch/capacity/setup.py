@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...engine.protocol.specs import Layout
 from ...kernels import cpu_isa
 from ...kernels.cpu_isa import Isa
 from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import KvFormat
+from ...parallel.mesh import Mesh
+from ...parallel.stages import PipelineStage, split_layers
 from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import dispatch_of, dtype_of, fp8_experts_of, kv_format_of
@@ -20,17 +21,6 @@ from .shape import Shape
 _ITEM = {"fp32": 4, "bf16": 2}
 # Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
 _STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / BLOCK**2, "nvfp4": 0.5 + 1 / 16}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The layers of one pipeline stage; the first stage embeds, the last has the output head."""
-
-    index: int
-    num_layers: int
-    num_moe: int
-    first: bool
-    last: bool
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Setup:
 
     shape: Shape
     hardware: Hardware
-    layout: Layout
+    mesh: Mesh
     ranks_per_node: int
     dispatch: str
     dtype: str
@@ -68,7 +58,7 @@ class Setup:
     @property
     def expert_ranks(self) -> int:
         """Ranks that share the experts of a layer."""
-        return self.layout.data * self.layout.tensor
+        return self.mesh.experts
 
     @property
     def num_slots(self) -> int:
@@ -100,17 +90,8 @@ class Setup:
         """Bytes a rank can have."""
         return self.hardware.memory // self.sharing
 
-    def stages(self) -> list[Stage]:
-        """The layers, spread over the pipeline stages so that their numbers differ by one at
-        most.
-        """
-        found, start, count = [], 0, self.layout.pipeline
-        for index in range(count):
-            end = start + self.shape.num_layers // count + (index < self.shape.num_layers % count)
-            num_moe = sum(start <= layer < end for layer in self.shape.moe_layers)
-            found.append(Stage(index, end - start, num_moe, index == 0, index == count - 1))
-            start = end
-        return found
+    def stages(self) -> list[PipelineStage]:
+        return split_layers(self.shape.num_layers, self.shape.moe_layers, self.mesh.pipeline)
 
 
 def stored_bytes(values: int, dtype: str) -> int:
@@ -121,11 +102,10 @@ def stored_bytes(values: int, dtype: str) -> int:
 def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
     """The set-up that the recipe describes. ``check_model`` has passed."""
     dtype = dtype_of(recipe, shape.dtype)
-    parallel = recipe.parallel
     return Setup(
         shape=shape,
         hardware=hardware,
-        layout=Layout(pipeline=parallel.pipeline, data=recipe.data, tensor=parallel.tensor),
+        mesh=recipe.mesh,
         ranks_per_node=recipe.cluster.ranks_per_node,
         dispatch=dispatch_of(recipe, hardware.device),
         dtype=dtype,

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ...parallel.mesh import Mesh
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1} | {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
@@ -224,6 +226,10 @@ class Recipe(Part):
     def data(self) -> int:
         """Data-parallel size: what tensor and pipeline leave of the world."""
         return self.world // (self.parallel.tensor * self.parallel.pipeline)
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(pipeline=self.parallel.pipeline, data=self.data, tensor=self.parallel.tensor)
 
 
 def problems(recipe: Recipe) -> list[str]:

@@ -13,7 +13,6 @@ from ...engine.protocol.specs import (
     AcceptorSpec,
     ControllerSpec,
     FrontendSpec,
-    Layout,
     LobbySpec,
     RankSpec,
 )
@@ -39,12 +38,6 @@ class Site:
     lobby_address: str
     keyring: Keyring
     acceptor: AcceptorSpec
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(
-            pipeline=self.recipe.parallel.pipeline, data=self.recipe.data, tensor=self.recipe.parallel.tensor
-        )
 
     @property
     def dtype(self) -> str:
@@ -84,7 +77,7 @@ def controller_task(site: Site) -> Task:
         public=public,
         secret=secret,
         allowed=site.keyring.allowed,
-        layout=site.layout,
+        mesh=recipe.mesh,
         scheduler=scheduler_spec(recipe),
         model_max_len=site.config.max_position,
         max_len=recipe.model.max_len,
@@ -100,7 +93,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
     recipe = site.recipe
     spec = RankSpec(
         rank=rank,
-        layout=site.layout,
+        mesh=recipe.mesh,
         keys=site.keyring.to_controller(f"rank {rank}"),
         step_address=step_address,
         bulk_address=bulk_address,

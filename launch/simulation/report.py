@@ -163,7 +163,7 @@ def make_report(
     complete: bool,
 ) -> Report:
     """The figures of a simulation that has ended, or was stopped."""
-    ranks, seconds = settings.layout.world, simulation.now
+    ranks, seconds = settings.mesh.world, simulation.now
     requests = Requests(
         len(trace.asks),
         record.finished,

@@ -64,11 +64,11 @@ class ProgressScreen:
 
 def show_report(report: Report, plan: Plan, title: str, efficiency: float, console: Console) -> None:
     """Prints tables of what clients saw and what the cluster did, then what binds."""
-    layout = plan.setup.layout
-    ranks = "1 rank" if layout.world == 1 else f"{layout.world} ranks"
+    mesh = plan.setup.mesh
+    ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
     console.print(
-        f"[bold]{escape(title)}[/bold] under {escape(report.trace)}: {ranks} (pipeline {layout.pipeline} x data {layout.data} x tensor "
-        f"{layout.tensor}), simulated: the planner that serves, steps at {efficiency:g} of the speed of their floors (--efficiency)"
+        f"[bold]{escape(title)}[/bold] under {escape(report.trace)}: {ranks} (pipeline {mesh.pipeline} x data {mesh.data} x tensor "
+        f"{mesh.tensor}), simulated: the planner that serves, steps at {efficiency:g} of the speed of their floors (--efficiency)"
     )
     if not report.complete:
         console.print("[yellow]stopped early:[/yellow] these are the figures so far")

@@ -48,9 +48,9 @@ def settings_of(plan: Plan, recipe: Recipe) -> Settings:
     setup = plan.setup
     pages = plan.kv_tokens_per_rank // setup.page_size
     return Settings(
-        setup.layout,
+        setup.mesh,
         scheduler_spec(recipe),
-        [pages] * setup.layout.data,
+        [pages] * setup.mesh.data,
         setup.page_size,
         plan.longest_context,
     )

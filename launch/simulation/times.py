@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine.simulation.simulated_group import StepWork
+from ...parallel.stages import PipelineStage
 from ..capacity.floors import Floor, Work, stage_floor
-from ..capacity.setup import Setup, Stage
+from ..capacity.setup import Setup
 
 PARTS = ("compute", "memory", "network")
 
@@ -50,9 +51,9 @@ class _StageTimes:
     attended in decode and prefill.
     """
 
-    def __init__(self, setup: Setup, stage: Stage) -> None:
+    def __init__(self, setup: Setup, stage: PipelineStage) -> None:
         self._setup, self._stage = setup, stage
-        self._data = setup.layout.data
+        self._data = setup.mesh.data
         units = (_work(tokens=1), _work(sampled=1), _work(attended=1), _work(attended=1, decode=False))
         self._compute = np.array([stage_floor(setup, stage, unit).compute for unit in units])
         self._routed = stage_floor(setup, stage, _work(routed=1)).compute

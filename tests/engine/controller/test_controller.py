@@ -33,11 +33,12 @@ from lockstep.engine.protocol.frontends import (
 )
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
-from lockstep.engine.protocol.specs import ControllerSpec, Keys, Layout, SchedulerSpec
+from lockstep.engine.protocol.specs import ControllerSpec, Keys, SchedulerSpec
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulation import Simulation
 from lockstep.launch.run.controller_link import ControllerLink
 from lockstep.launch.simulation.record import Record
+from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import ROOT
 
 PAGE = 4
@@ -130,11 +131,11 @@ class Running:
     threads: list[threading.Thread] = field(default_factory=list)
     peers: list[Frontend] = field(default_factory=list)
 
-    def join_ranks(self, ranks: tuple[int, ...], layout: Layout, step_seconds: float = 0.002) -> None:
+    def join_ranks(self, ranks: tuple[int, ...], mesh: Mesh, step_seconds: float = 0.002) -> None:
         step, bulk, _ = self.controller.addresses
         spec = SimulatedSpec(
             ranks=ranks,
-            layout=layout,
+            mesh=mesh,
             keys=self.keys,
             step_address=step,
             bulk_address=bulk,
@@ -194,7 +195,7 @@ def scheduler(max_queue: int = 100) -> SchedulerSpec:
 
 
 def start(
-    layout: Layout,
+    mesh: Mesh,
     *,
     max_queue: int = 100,
     rank_deadline: float = 20.0,
@@ -207,7 +208,7 @@ def start(
         secret=server[1],
         public=server[0],
         allowed=(client[0],),
-        layout=layout,
+        mesh=mesh,
         scheduler=scheduler(max_queue),
         model_max_len=256,
         max_len=max_len,
@@ -220,9 +221,9 @@ def start(
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A clock that was put forward is put back when all this has ended."""
-    with start(Layout(data=2)) as cluster:
+    with start(Mesh(data=2)) as cluster:
         cluster._start(cluster.controller.run)
-        cluster.join_ranks((0, 1), Layout(data=2))
+        cluster.join_ranks((0, 1), Mesh(data=2))
         yield cluster
 
 
@@ -262,9 +263,9 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
     """Virtual time says what the controller does: the same order within a turn, the same pacing."""
     asks = [(handle, 10 + handle, 20) for handle in range(40)]
     arrivals: list[float] = []
-    with start(Layout()) as cluster:
+    with start(Mesh()) as cluster:
         cluster._start(cluster.controller.run)
-        cluster.join_ranks((0,), Layout(), step_seconds=0.02)
+        cluster.join_ranks((0,), Mesh(), step_seconds=0.02)
         frontend = cluster.frontend()
         frontend.until(lambda: serving(frontend), "phase serving")
         began = time.monotonic()
@@ -281,7 +282,7 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
     assert state is not None
     record = Record(np.array(arrivals))
     simulated = Simulation(
-        Settings(Layout(), scheduler(), [200], PAGE, 256), lambda work: np.full((1, 1), 0.02), record
+        Settings(Mesh(), scheduler(), [200], PAGE, 256), lambda work: np.full((1, 1), 0.02), record
     )
     assert simulated.run((arrival, submit_of(*ask)) for arrival, ask in zip(arrivals, asks, strict=True))
     expected = simulated.planner.group.counters
@@ -293,9 +294,9 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_service() -> None:
-    with start(Layout(), recording="/dev/full") as cluster:
+    with start(Mesh(), recording="/dev/full") as cluster:
         cluster._start(cluster.controller.run)
-        cluster.join_ranks((0,), Layout())
+        cluster.join_ranks((0,), Mesh())
         frontend = cluster.frontend()
         frontend.until(lambda: serving(frontend), "phase serving")
         frontend.submit(1, 10, 240)
@@ -487,7 +488,7 @@ def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
         lambda: frontend.state is not None and {rank.state for rank in frontend.state.ranks} == {"lost"},
         "both to be missed",
     )
-    running.join_ranks((0, 1), Layout(data=2))
+    running.join_ranks((0, 1), Mesh(data=2))
     frontend.until(lambda: {1, 2, 3} <= set(frontend.finish), "all ends")
     assert set(frontend.finish.values()) == {Finish.LENGTH}
     assert [len(frontend.tokens[handle]) for handle in (1, 2, 3)] == [240, 230, 20]
@@ -511,10 +512,10 @@ def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.Monk
         wait(transport, seconds)
 
     monkeypatch.setattr(Transport, "wait", held)
-    with start(Layout(data=2)) as running:
+    with start(Mesh(data=2)) as running:
         running._start(running.controller.run)
         for rank in range(2):
-            running.join_ranks((rank,), Layout(data=2))
+            running.join_ranks((rank,), Mesh(data=2))
         frontend, launcher = running.frontend(), running.frontend(b"launcher")
         frontend.until(lambda: serving(frontend), "phase serving")
         launcher.until(lambda: serving(launcher), "phase serving")
@@ -523,7 +524,7 @@ def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.Monk
             assert standing.wait(30)
             running.end_ranks()
             launcher.send(RankLost(1, "it was killed"))
-            running.join_ranks((1,), Layout(data=2))
+            running.join_ranks((1,), Mesh(data=2))
             transport, end = running.controller._transport, time.monotonic() + 30
             while not all(
                 int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN
@@ -574,15 +575,15 @@ def test_a_rank_that_stays_away_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         if detail.startswith("2 of 3 ranks"):
             forward(monkeypatch, 25.0)
 
-    with start(Layout(data=3)) as cluster:
+    with start(Mesh(data=3)) as cluster:
         monkeypatch.setattr(cluster.controller._lobby, "report", report)
-        cluster.join_ranks((0, 2), Layout(data=3))
+        cluster.join_ranks((0, 2), Mesh(data=3))
         with pytest.raises(TimeoutError, match=r"ranks \[1\] have not reported within 20 s"):
             cluster.controller.run()
 
 
 def test_a_context_that_does_not_fit_is_refused() -> None:
-    with start(Layout(data=1), max_len=10_000) as cluster:
-        cluster.join_ranks((0,), Layout(data=1))
+    with start(Mesh(data=1), max_len=10_000) as cluster:
+        cluster.join_ranks((0,), Mesh(data=1))
         with pytest.raises(ValueError, match=r"model.max_len is 10000.*800 tokens"):
             cluster.controller.run()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from lockstep.engine.protocol.message import Finish
-from lockstep.engine.protocol.specs import Layout
+from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import World
 
 
@@ -42,7 +42,7 @@ def assert_served(world: World) -> None:
 
 
 def test_one_request() -> None:
-    world = World(Layout(data=2), pages=32, page_size=4, max_len=64)
+    world = World(Mesh(data=2), pages=32, page_size=4, max_len=64)
     handle = world.submit(prompt(1, 10), 12)
     world.run()
     assert world.finish[handle] == Finish.LENGTH
@@ -51,7 +51,7 @@ def test_one_request() -> None:
 
 
 def test_a_length_limit_wastes_no_position() -> None:
-    world = World(Layout(data=1), pages=32, page_size=4, max_len=64)
+    world = World(Mesh(data=1), pages=32, page_size=4, max_len=64)
     world.submit(prompt(1, 5), 7)
     world.run()
     assert world.num_admits == 1
@@ -59,20 +59,20 @@ def test_a_length_limit_wastes_no_position() -> None:
 
 
 def test_an_end_of_sequence_wastes_at_most_the_depth() -> None:
-    world = World(Layout(data=1), pages=64, page_size=4, max_len=200, end_every=10)
+    world = World(Mesh(data=1), pages=64, page_size=4, max_len=200, end_every=10)
     handle = world.submit(prompt(3, 5), 190)
     world.run()
     assert world.finish[handle] == Finish.STOP
-    assert world.num_plans <= len(world.tokens[handle]) + world.planner.group.depth
+    assert world.num_plans <= len(world.tokens[handle]) + world.planner.group.mesh.depth
     assert_served(world)
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(data=1), Layout(data=3), Layout(data=2, pipeline=2), Layout(data=2, tensor=2)]
+    "mesh", [Mesh(data=1), Mesh(data=3), Mesh(data=2, pipeline=2), Mesh(data=2, tensor=2)]
 )
 @pytest.mark.parametrize("advance", [1, 4])
-def test_many_requests(layout: Layout, advance: int) -> None:
-    world = World(layout, pages=40, page_size=4, max_len=96, advance=advance, end_every=20)
+def test_many_requests(mesh: Mesh, advance: int) -> None:
+    world = World(mesh, pages=40, page_size=4, max_len=96, advance=advance, end_every=20)
     for index in range(40):
         world.submit(prompt(index, 1 + index % 50), 1 + index % 40, stop=index % 3 > 0)
     world.run()
@@ -81,7 +81,7 @@ def test_many_requests(layout: Layout, advance: int) -> None:
 
 
 def test_pressure_preempts_and_loses_nothing() -> None:
-    world = World(Layout(data=2), pages=24, page_size=4, max_len=96)
+    world = World(Mesh(data=2), pages=24, page_size=4, max_len=96)
     for index in range(24):
         world.submit(prompt(100 * index, 12), 60, stop=False)
     world.run()
@@ -90,7 +90,7 @@ def test_pressure_preempts_and_loses_nothing() -> None:
 
 
 def test_a_prefix_sent_again_is_not_computed_again() -> None:
-    world = World(Layout(data=2), pages=200, page_size=4, max_len=256)
+    world = World(Mesh(data=2), pages=200, page_size=4, max_len=256)
     world.submit(prompt(1, 200), 4)
     world.run()
     before = world.computed_prompt_tokens
@@ -101,7 +101,7 @@ def test_a_prefix_sent_again_is_not_computed_again() -> None:
 
 
 def test_equal_prefixes_at_once_are_computed_once_per_data_index() -> None:
-    world = World(Layout(data=2), pages=600, page_size=4, max_len=128, max_running=64, max_batch_tokens=32)
+    world = World(Mesh(data=2), pages=600, page_size=4, max_len=128, max_running=64, max_batch_tokens=32)
     for index in range(100):
         world.submit([*prompt(1, 100), 1000 + index], 3)
     world.run()
@@ -110,7 +110,7 @@ def test_equal_prefixes_at_once_are_computed_once_per_data_index() -> None:
 
 
 def test_a_prompt_that_is_scored_is_computed_whole_and_can_be_found() -> None:
-    world = World(Layout(data=1), pages=200, page_size=4, max_len=256)
+    world = World(Mesh(data=1), pages=200, page_size=4, max_len=256)
     world.submit(prompt(1, 100), 4)
     world.run()
     for tail, computed in (([], 100), ([7, 8], 102)):
@@ -131,7 +131,7 @@ def test_a_prompt_that_is_scored_is_computed_whole_and_can_be_found() -> None:
 
 
 def test_a_request_may_sample_nothing() -> None:
-    world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
+    world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
     handles = [world.submit(prompt(10 * index, 1 + 7 * index), 0, scored=index % 3) for index in range(8)]
     world.submit(prompt(5, 20), 30, stop=False)
     world.run()
@@ -145,7 +145,7 @@ def test_log_probabilities_of_prompts_fit_a_step(top: int) -> None:
     """Eight prompts of 600 tokens where a step may compute all of them: results stay below 16 kB,
     which ``World`` watches.
     """
-    world = World(Layout(data=1), pages=2000, page_size=4, max_len=640, max_batch_tokens=8192, max_running=16)
+    world = World(Mesh(data=1), pages=2000, page_size=4, max_len=640, max_batch_tokens=8192, max_running=16)
     for index in range(8):
         world.submit(prompt(1000 * index, 600), 2, scored=top)
     world.submit(prompt(9000, 600), 2)
@@ -155,7 +155,7 @@ def test_log_probabilities_of_prompts_fit_a_step(top: int) -> None:
 
 
 def test_a_request_that_runs_again_is_scored_on_from_what_is_known() -> None:
-    world = World(Layout(data=2), pages=128, page_size=4, max_len=128, max_batch_tokens=16)
+    world = World(Mesh(data=2), pages=128, page_size=4, max_len=128, max_batch_tokens=16)
     for index in range(6):
         world.submit(prompt(100 * index, 80), 20, stop=False, scored=1)
     for _ in range(8):
@@ -177,7 +177,7 @@ def test_a_request_that_runs_again_is_scored_on_from_what_is_known() -> None:
 
 
 def test_preempted_requests_are_scored_once() -> None:
-    world = World(Layout(data=2), pages=24, page_size=4, max_len=96)
+    world = World(Mesh(data=2), pages=24, page_size=4, max_len=96)
     for index in range(24):
         world.submit(prompt(100 * index, 12), 60, stop=False, scored=index % 3 - 1)
     world.run()
@@ -186,7 +186,7 @@ def test_preempted_requests_are_scored_once() -> None:
 
 
 def test_sampled_blocks_are_found_by_the_next_turn() -> None:
-    world = World(Layout(data=1), pages=200, page_size=4, max_len=256)
+    world = World(Mesh(data=1), pages=200, page_size=4, max_len=256)
     first = world.submit(prompt(1, 21), 40, stop=False)
     world.run()
     before = world.computed_prompt_tokens
@@ -196,7 +196,7 @@ def test_sampled_blocks_are_found_by_the_next_turn() -> None:
 
 
 def test_a_full_queue_answers_at_once() -> None:
-    world = World(Layout(data=1), pages=32, page_size=4, max_len=64, max_queue=5)
+    world = World(Mesh(data=1), pages=32, page_size=4, max_len=64, max_queue=5)
     for index in range(20):
         world.submit(prompt(index, 5), 5)
     assert len(world.rejected) == 20 - 5 - 8  # five wait beside the eight for which there are rows
@@ -209,14 +209,14 @@ def test_a_full_queue_answers_at_once() -> None:
 
 
 def test_a_request_longer_than_the_limit_is_refused() -> None:
-    world = World(Layout(data=1), pages=32, page_size=4, max_len=64)
+    world = World(Mesh(data=1), pages=32, page_size=4, max_len=64)
     handle = world.submit(prompt(1, 60), 5)
     assert world.rejected[handle].status == 400
     assert "65" in world.rejected[handle].reason and "64" in world.rejected[handle].reason
 
 
 def test_the_death_of_a_rank_is_a_pause() -> None:
-    world = World(Layout(data=3), pages=64, page_size=4, max_len=96)
+    world = World(Mesh(data=3), pages=64, page_size=4, max_len=96)
     for index in range(12):
         world.submit(prompt(10 * index, 20), 30, stop=False)
     for _ in range(6):
@@ -232,7 +232,7 @@ def test_the_death_of_a_rank_is_a_pause() -> None:
 
 
 def test_a_grammar_that_a_rank_cannot_compile_ends_its_request_alone() -> None:
-    world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
+    world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
     handles = [world.submit(prompt(10 * index, 20), 6, stop=False) for index in range(6)]
     world.impossible = {handles[1], handles[4]}
     world.run()
@@ -244,7 +244,7 @@ def test_a_grammar_that_a_rank_cannot_compile_ends_its_request_alone() -> None:
 
 
 def test_a_replaced_rank_starts_empty_and_the_others_keep_their_pages() -> None:
-    world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
+    world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
     for index in range(8):
         world.submit(prompt(10 * index, 40), 30, stop=False)
     for _ in range(6):
@@ -257,7 +257,7 @@ def test_a_replaced_rank_starts_empty_and_the_others_keep_their_pages() -> None:
 
 
 def test_a_lost_plan_starts_a_new_epoch() -> None:
-    world = World(Layout(data=2), pages=64, page_size=4, max_len=96)
+    world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
     world.submit(prompt(1, 20), 30, stop=False)
     for _ in range(4):
         world.plan()
@@ -273,7 +273,7 @@ def test_a_lost_plan_starts_a_new_epoch() -> None:
 
 
 def test_a_held_request_sits_out_and_resumes() -> None:
-    world = World(Layout(data=1), pages=64, page_size=4, max_len=96)
+    world = World(Mesh(data=1), pages=64, page_size=4, max_len=96)
     first, second = world.submit(prompt(1, 4), 40, stop=False), world.submit(prompt(50, 4), 40, stop=False)
     for _ in range(5):
         world.plan()
@@ -293,7 +293,7 @@ def test_a_held_request_sits_out_and_resumes() -> None:
 @pytest.mark.slow
 def test_identical_events_give_identical_plans() -> None:
     def plans() -> list[object]:
-        world = World(Layout(data=2), pages=24, page_size=4, max_len=96)
+        world = World(Mesh(data=2), pages=24, page_size=4, max_len=96)
         seen: list[object] = []
         for index in range(12):
             world.submit(prompt(7 * index, 12), 40)
@@ -340,7 +340,7 @@ def perform(world: World, operation: str, value: int) -> None:
         world.planner.hold(0, value % len(world.requests), held=operation == "hold")
     elif operation == "drop result":
         world.drop_result(rank)
-    elif operation == "drop plan" and world.layout.pipeline == 1:
+    elif operation == "drop plan" and world.mesh.pipeline == 1:
         world.drop_plan(rank)
     elif operation == "kill" and int(np.sum(world.planner.group.alive)) > 1 and rank not in world.dead:
         world.kill(rank)
@@ -371,7 +371,7 @@ def test_any_schedule(
     exactly its tokens and its prompt's log-probabilities.
     """
     world = World(
-        Layout(data=data, pipeline=pipeline),
+        Mesh(data=data, pipeline=pipeline),
         pages=pages,
         page_size=4,
         max_len=96,

@@ -12,8 +12,8 @@ import pytest
 from lockstep.engine.protocol.bulk import RankHello, Stage, Staged
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
-from lockstep.engine.protocol.specs import Layout
 from lockstep.engine.rank.process import load_executor
+from lockstep.parallel.mesh import Mesh
 from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
 from support.engine.rank.mock_controller import MockController
@@ -90,7 +90,7 @@ def test_a_fatal_step_ends_the_process(path: Path, controller: MockController) -
         ({"kv_memory": 100}, r"kv_cache.memory: 100 bytes hold no page of \d+ bytes \(8 tokens\)"),
         ({"dtype": "fp8"}, "model.dtype = fp8: allowed are bf16, fp32"),
         ({"dispatch": "pigeon"}, "experts.dispatch = pigeon, on cpu with 1 ranks: allowed are"),
-        ({"layout": Layout(tensor=2)}, "pipeline 1, tensor 2: only 1 works yet"),
+        ({"mesh": Mesh(tensor=2)}, "pipeline 1, tensor 2: only 1 works yet"),
         ({"model_path": "/nowhere"}, "/nowhere: not a directory"),
     ],
 )

@@ -16,16 +16,17 @@ from lockstep.engine.protocol.frontends import Abort, Submit
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import StepResult
-from lockstep.engine.protocol.specs import Layout, SchedulerSpec
+from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.engine.recording import recorder
 from lockstep.engine.recording.recorder import Mismatch, Recorder, replay
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
+from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import ROOT
 
 
 def record(path: Path) -> int:
     """Serves ten requests, one of them aborted, and records it; the number of plans."""
-    settings = Settings(Layout(data=2), SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
+    settings = Settings(Mesh(data=2), SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
     planner, recorder = settings.planner(), Recorder(path, settings)
     ranks = [SimulatedRank(rank, 4, 24) for rank in range(2)]
     plans = 0
@@ -63,7 +64,7 @@ def record(path: Path) -> int:
 
 
 def test_a_recording_that_the_disk_does_not_take_raises_nothing_and_says_why() -> None:
-    settings = Settings(Layout(), SchedulerSpec(max_running=4, max_batch_tokens=32), [40], 4, 96)
+    settings = Settings(Mesh(), SchedulerSpec(max_running=4, max_batch_tokens=32), [40], 4, 96)
     recorder = Recorder(Path("/dev/full"), settings)
     assert recorder.failure == ""
     recorder.flush()

@@ -23,11 +23,12 @@ from lockstep.engine.protocol.frontends import Rejected, Submit, TokenBatch
 from lockstep.engine.protocol.message import Message, Sampling
 from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import StepResult
-from lockstep.engine.protocol.specs import Layout, SchedulerSpec
+from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.engine.simulation import simulation
 from lockstep.engine.simulation.simulated_group import SimulatedGroup, StepWork
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
 from lockstep.engine.simulation.simulation import Arrival, Simulation, StepSeen, Stuck
+from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import ROOT
 
 
@@ -72,7 +73,7 @@ class Log:
         assert booking >= 0 and planning > 0
 
 
-def settings_of(layout: Layout = Layout(), *, pages: int = 64, **spec: object) -> Settings:  # noqa: B008 - frozen
+def settings_of(mesh: Mesh = Mesh(), *, pages: int = 64, **spec: object) -> Settings:  # noqa: B008 - frozen
     own = {
         "max_running": 4,
         "max_batch_tokens": 64,
@@ -80,7 +81,7 @@ def settings_of(layout: Layout = Layout(), *, pages: int = 64, **spec: object) -
         "pacing": False,
         "inter_token_target": 1e9,
     } | spec
-    return Settings(layout, SchedulerSpec(**own), [pages] * layout.data, 4, 256)  # type: ignore[arg-type]
+    return Settings(mesh, SchedulerSpec(**own), [pages] * mesh.data, 4, 256)  # type: ignore[arg-type]
 
 
 def arrival(number: int, at: float, num_prompt: int, output: int, *, alike: int = 0) -> Arrival:
@@ -123,7 +124,7 @@ def test_a_paced_plan_waits_for_late_requests_and_costs_no_time() -> None:
 
 
 def test_a_step_ends_with_its_slowest_rank_and_others_wait() -> None:
-    chosen = settings_of(Layout(data=2))
+    chosen = settings_of(Mesh(data=2))
     log, simulated = run(chosen, Line(1.0, 0.1), [arrival(0, 0.0, 10, 2), arrival(1, 0.0, 4, 2)])
     assert log.tokens == {0: pytest.approx([2.0, 3.1]), 1: pytest.approx([2.0, 3.1])}
     assert [step.own_SD.tolist() for step in log.steps] == [[[2.0, pytest.approx(1.4)]], [[1.1, 1.1]]]
@@ -131,7 +132,7 @@ def test_a_step_ends_with_its_slowest_rank_and_others_wait() -> None:
 
 
 def test_stages_of_a_pipeline_work_side_by_side() -> None:
-    piped = Layout(pipeline=2)
+    piped = Mesh(pipeline=2)
     log, _ = run(settings_of(piped), Line(1.0, stages=2), [arrival(0, 0.0, 8, 3)])
     assert log.tokens[0] == pytest.approx([2.0, 4.0, 6.0]), "a token goes through both stages before the next"
     log, _ = run(settings_of(piped), Line(1.0, stages=2), [arrival(0, 0.0, 8, 3), arrival(1, 0.0, 8, 3)])
@@ -140,7 +141,7 @@ def test_stages_of_a_pipeline_work_side_by_side() -> None:
 
 def test_the_planner_learns_what_steps_take() -> None:
     times = Line(0.005, 0.0004)
-    uneven = settings_of(Layout(data=3), max_running=16)
+    uneven = settings_of(Mesh(data=3), max_running=16)
     _, simulated = run(uneven, times, [arrival(n, 0.01 * n, 10 + 7 * n % 50, 40) for n in range(40)])
     cost = simulated.planner.group.cost.cost
     assert (cost.fixed, cost.token) == (pytest.approx(0.005, rel=0.05), pytest.approx(0.0004, rel=0.05))
@@ -164,7 +165,7 @@ def test_a_prefix_is_computed_once_and_found_again() -> None:
 
 def test_the_same_arrivals_give_the_same_times() -> None:
     arrivals = [arrival(n, 0.7 * n, 30 + n, 20, alike=4 * (n % 5)) for n in range(30)]
-    chosen = settings_of(Layout(data=2), pages=40, pacing=True)
+    chosen = settings_of(Mesh(data=2), pages=40, pacing=True)
     first, second = (run(chosen, Line(0.3, 0.003), arrivals)[0] for _ in range(2))
     assert first.tokens == second.tokens
     assert len(first.finished) == 30
@@ -174,7 +175,7 @@ def test_the_same_arrivals_give_the_same_times() -> None:
 
 
 @given(
-    layout=st.builds(Layout, pipeline=st.integers(1, 3), data=st.integers(1, 3), tensor=st.integers(1, 2)),
+    mesh=st.builds(Mesh, pipeline=st.integers(1, 3), data=st.integers(1, 3), tensor=st.integers(1, 2)),
     asks=st.lists(
         st.tuples(st.floats(0, 20), st.integers(1, 100), st.integers(1, 60), st.integers(0, 60)),
         min_size=1,
@@ -186,7 +187,7 @@ def test_the_same_arrivals_give_the_same_times() -> None:
 )
 @settings(max_examples=25, deadline=None)
 def test_every_request_is_answered_and_tokens_add_up(
-    layout: Layout, asks: list[tuple[float, int, int, int]], pages: int, queue: int, pacing: bool
+    mesh: Mesh, asks: list[tuple[float, int, int, int]], pages: int, queue: int, pacing: bool
 ) -> None:
     """The planner compares the state of the ranks with its own after every step."""
     ordered = sorted(asks)
@@ -194,15 +195,15 @@ def test_every_request_is_answered_and_tokens_add_up(
         arrival(number, at, prompt, output, alike=alike)
         for number, (at, prompt, output, alike) in enumerate(ordered)
     ]
-    chosen = settings_of(layout, pages=pages, max_queue=queue, pacing=pacing)
-    log, simulated = run(chosen, Line(0.5, 0.01, layout.pipeline), arrivals)
+    chosen = settings_of(mesh, pages=pages, max_queue=queue, pacing=pacing)
+    log, simulated = run(chosen, Line(0.5, 0.01, mesh.pipeline), arrivals)
     assert set(log.finished) | set(log.rejected) == set(range(len(asks)))
     for number, (at, _, output, _) in enumerate(ordered):
         if number not in log.rejected:
             times = log.tokens[number]
             assert len(times) == output
-            assert times[0] >= at + 0.5 * layout.pipeline
-            assert (np.diff(times) >= 0.5 * layout.pipeline - 1e-9).all(), "a token needs the one before it"
+            assert times[0] >= at + 0.5 * mesh.pipeline
+            assert (np.diff(times) >= 0.5 * mesh.pipeline - 1e-9).all(), "a token needs the one before it"
     assert simulated.planner.group.counters.generation_tokens == sum(
         len(times) for times in log.tokens.values()
     )
@@ -220,7 +221,7 @@ def test_the_group_does_what_its_ranks_would() -> None:
     """``SimulatedRank`` is the reference: tokens, context and checksums of every step, on every
     rank.
     """
-    chosen = settings_of(Layout(data=2), pages=70)
+    chosen = settings_of(Mesh(data=2), pages=70)
     planner, group = chosen.planner(), SimulatedGroup(chosen)
     ranks = [SimulatedRank(rank, 4, 64) for rank in range(2)]
     coefficients = {"tokens_D": Cost(0, 1, 0, 0), "decode_context_D": Cost(0, 0, 1, 0)}
@@ -287,7 +288,7 @@ def test_steps_without_a_token_for_anybody_come_to_an_end(monkeypatch: pytest.Mo
 def test_a_long_prompt_in_small_chunks_is_waited_for(pipeline: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "PATIENCE", 5)
     log, _ = run(
-        settings_of(Layout(pipeline=pipeline), max_batch_tokens=2),
+        settings_of(Mesh(pipeline=pipeline), max_batch_tokens=2),
         Line(stages=pipeline),
         [arrival(0, 0.0, 200, 2)],
     )

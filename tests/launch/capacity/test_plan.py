@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lockstep.engine.protocol.specs import Layout
 from lockstep.launch.capacity.anchors import (
     EXCHANGE_TOKENS,
     EXCHANGES,
@@ -34,6 +33,7 @@ from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import Hardware, hardware_names, load_hardware
 from lockstep.launch.recipe.recipe import RecipeError, contradictions
 from lockstep.moe.config import MoEConfig
+from lockstep.parallel.mesh import Mesh
 
 ROOT = find_recipe("demo").parent.parent
 
@@ -244,7 +244,7 @@ def test_dispatch_buffers_follow_the_dispatcher() -> None:
         dispatch_buffers(replace(few, dispatch="all_to_all"))
         == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
     )
-    assert dispatch_buffers(replace(few, layout=Layout(data=1))) == 80 * output
+    assert dispatch_buffers(replace(few, mesh=Mesh(data=1))) == 80 * output
 
 
 # --------------------------------------------------------------------------- floors
@@ -301,7 +301,7 @@ def test_a_token_meets_as_many_ranks_as_a_count_says(ranks: int) -> None:
 def test_traffic_by_dispatcher() -> None:
     setup = deepseek("h100", 16, prefill=False)
     sent = traffic(setup, 100)
-    assert traffic(replace(setup, layout=Layout(data=1)), 100).dispatch_bytes == 0
+    assert traffic(replace(setup, mesh=Mesh(data=1)), 100).dispatch_bytes == 0
     assert sent.combine_bytes == int(100 * 8 * 15 / 16 * 2 * 7168), "every pair comes back, 1 of 16 from here"
     everywhere = traffic(replace(setup, dispatch="all_gather"), 100)
     assert everywhere.dispatch_bytes > sent.dispatch_bytes and everywhere.combine_bytes > sent.combine_bytes

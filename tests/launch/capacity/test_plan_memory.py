@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 import lockstep
 from lockstep.engine.models.config import load_config
-from lockstep.engine.protocol.specs import Keys, Layout, RankSpec
+from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank import page_pool as kv_pool
 from lockstep.engine.rank.process import load_executor
 from lockstep.kernels import cpu_isa
@@ -35,6 +35,7 @@ from lockstep.launch.recipe.file import load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import load_hardware
 from lockstep.launch.recipe.recipe import contradictions
 from lockstep.moe.experts import Experts
+from lockstep.parallel.mesh import Mesh
 from support.engine.models.checkpoints import (
     YARN,
     deepseek_v3_config,
@@ -156,7 +157,7 @@ def packed_bytes(model: torch.nn.Module) -> int:
 def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
     return RankSpec(
         rank=rank,
-        layout=Layout(data=setup.layout.data),
+        mesh=Mesh(data=setup.mesh.data),
         keys=Keys(server_public="", public="", secret=""),
         step_address="",
         bulk_address="",

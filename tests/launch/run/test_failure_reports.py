@@ -17,11 +17,11 @@ from lockstep.engine.protocol.specs import (
     ControllerSpec,
     FrontendSpec,
     Keys,
-    Layout,
     LobbySpec,
     SchedulerSpec,
 )
 from lockstep.launch.run.lobby_desk import LobbyDesk
+from lockstep.parallel.mesh import Mesh
 
 
 def frontend(lobby: LobbySpec) -> FrontendSpec:
@@ -45,7 +45,7 @@ def controller(lobby: LobbySpec) -> ControllerSpec:
         public=public,
         secret=secret,
         allowed=(),
-        layout=Layout(),
+        mesh=Mesh(),
         scheduler=SchedulerSpec(),
         model_max_len=8,
         max_len=None,

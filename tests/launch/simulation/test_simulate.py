@@ -72,7 +72,7 @@ def whole_prompt(tokens: int, ranks: int) -> Work:
 @pytest.mark.parametrize("name", [QWEN, DEEPSEEK, LITE, "demo"])
 def test_steady_decode_takes_what_the_plan_says(name: str) -> None:
     plan, _ = planned(name)
-    data, rows = plan.setup.layout.data, plan.largest_batch_per_rank
+    data, rows = plan.setup.mesh.data, plan.largest_batch_per_rank
     times = FloorTimes(plan.setup, 0.5)
     seconds = times(work_of(decodes=[rows] * data, context=plan.context, chunks=[0] * data))
     assert seconds == pytest.approx(2 * plan.seconds_per_token)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from lockstep.engine.planner.settings import Settings
-from lockstep.engine.protocol.specs import Layout, SchedulerSpec
+from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.launch.simulation.trace import Ask, Trace, TraceError, read_trace
+from lockstep.parallel.mesh import Mesh
 
 LINE = {"timestamp": 1500, "input_length": 1200, "output_length": 7, "hash_ids": [3, 4, 5]}
 
@@ -182,10 +183,10 @@ def test_equal_names_are_equal_tokens_and_others_are_not() -> None:
 
 def test_a_request_is_what_a_frontend_would_send() -> None:
     trace = Trace("made", (Ask(0.5, 1200, 7, (3, 4, 5)), Ask(0.7, 99_000, 1000)))
-    settings = Settings(Layout(), SchedulerSpec(), [100], 64, 99_999)
+    settings = Settings(Mesh(), SchedulerSpec(), [100], 64, 99_999)
     (first, submit), (_, too_long) = trace.arrivals(settings)
     assert (first, submit.handle, submit.limit, len(submit.prompt_i32)) == (0.5, 0, 1207, 4800)
     assert len(submit.hashes_h128) == 16 * (1 + 1200 // 64)
     assert (too_long.limit, too_long.prompt_i32) == (100_000, b""), "nobody makes a prompt that is refused"
-    bare = Settings(Layout(), SchedulerSpec(prefix_caching=False), [100], 64, 99_999)
+    bare = Settings(Mesh(), SchedulerSpec(prefix_caching=False), [100], 64, 99_999)
     assert next(trace.arrivals(bare))[1].hashes_h128 == b""

@@ -18,8 +18,9 @@ from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import PromptLogprobs, Refused, StepResult
 from lockstep.engine.protocol.slot_table import Rows
 from lockstep.engine.protocol.sockets import encode
-from lockstep.engine.protocol.specs import Layout, SchedulerSpec
+from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
+from lockstep.parallel.mesh import Mesh
 
 ROOT = hash_root("model", "bf16")
 STOP = np.array([0], np.int32).tobytes()
@@ -102,7 +103,7 @@ class World:
 
     def __init__(
         self,
-        layout: Layout,
+        mesh: Mesh,
         *,
         pages: int,
         page_size: int,
@@ -117,8 +118,8 @@ class World:
             "checksum_every": 1,
             "max_advance": advance,
         } | spec
-        self.planner = Planner(layout, SchedulerSpec(**settings), [pages] * layout.data, page_size, max_len)  # type: ignore[arg-type]
-        self.layout, self.page_size = layout, page_size
+        self.planner = Planner(mesh, SchedulerSpec(**settings), [pages] * mesh.data, page_size, max_len)  # type: ignore[arg-type]
+        self.mesh, self.page_size = mesh, page_size
         group = self.planner.group
         self.ranks = [
             CheckedRank(
@@ -127,10 +128,10 @@ class World:
                 -(-max_len // page_size),
                 pool=pages,
                 page_size=page_size,
-                num_cohorts=layout.pipeline,
-                samples=group.samples(rank),
+                num_cohorts=mesh.pipeline,
+                samples=group.mesh.samples(rank),
             )
-            for rank in range(layout.world)
+            for rank in range(mesh.world)
         ]
         for rank in self.ranks:
             rank.max_advance, rank.end_every = advance, end_every
@@ -258,7 +259,7 @@ class World:
                 pairs = np.frombuffer(section.extend_pairs, np.int32).reshape(-1, 2)
                 self.num_admits += len(section.admit)
                 self.computed_prompt_tokens += int(pairs[:, 1].sum())
-                for rank in self.planner.group.members(data):
+                for rank in self.planner.group.mesh.members(data):
                     self.plans[rank].append(StepPlan(plan.header, section))
         self.tidy()
         return plan is not None
@@ -326,8 +327,8 @@ class World:
 
     def kill(self, rank: int) -> None:
         """A rank dies; the group goes on without its data index."""
-        data = self.planner.group.data_of_rank(rank)
-        self.dead.update(self.planner.group.members(data))
+        data = self.planner.group.mesh.data_of_rank(rank)
+        self.dead.update(self.planner.group.mesh.members(data))
         self.planner.begin_epoch(gone=[data])
         self.tidy()
 
@@ -335,7 +336,7 @@ class World:
         """A rank dies and another takes its place: the others keep their pages, the new one has
         none.
         """
-        data = self.planner.group.data_of_rank(rank)
+        data = self.planner.group.mesh.data_of_rank(rank)
         old = self.ranks[rank]
         new = CheckedRank(
             rank,
@@ -343,7 +344,7 @@ class World:
             old.table.pages.shape[1],
             pool=len(old.content),
             page_size=self.page_size,
-            num_cohorts=self.layout.pipeline,
+            num_cohorts=self.mesh.pipeline,
             samples=old.samples,
         )
         new.max_advance, new.end_every, new.blocks = old.max_advance, old.end_every, old.blocks
@@ -388,4 +389,4 @@ class World:
 
     def _overdue(self, data: int) -> bool:
         group = self.planner.group
-        return any(group.acknowledged[rank] < group.next_step - 1 for rank in group.members(data))
+        return any(group.acknowledged[rank] < group.next_step - 1 for rank in group.mesh.members(data))

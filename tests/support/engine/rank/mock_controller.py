@@ -12,7 +12,8 @@ from lockstep.engine.protocol.bulk import FromRankBulk
 from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import FromRankStep
 from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
-from lockstep.engine.protocol.specs import Keys, Layout, RankSpec
+from lockstep.engine.protocol.specs import Keys, RankSpec
+from lockstep.parallel.mesh import Mesh
 
 
 class MockController:
@@ -42,7 +43,7 @@ class MockController:
         """What a rank of a world of one is told."""
         spec = RankSpec(
             rank=0,
-            layout=Layout(),
+            mesh=Mesh(),
             keys=Keys(server_public=self._server[0], public=self._client[0], secret=self._client[1]),
             step_address=self.addresses["step"],
             bulk_address=self.addresses["bulk"],
