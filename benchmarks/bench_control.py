@@ -31,7 +31,7 @@ import zmq
 from lockstep.engine.controller.controller import Controller
 from lockstep.engine.kv.hashing import hash_root
 from lockstep.engine.planner.settings import Settings
-from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import FrontendHello, Heartbeat, Submit, ToFrontend, TokenBatch
 from lockstep.engine.protocol.message import Sampling, Stop
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
@@ -247,14 +247,14 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
         spent = time.perf_counter() - start
         for rank, message in staging:
             group.stage(message)
-            if isinstance(message, Stage):
-                planner.staged(Staged(rank, message.staged))
+            if isinstance(message, Preload):
+                planner.staged(Preloaded(rank, message.staged))
         executed = group.execute(plan) if plan else None
         results = group.results(executed, 0, 2e-3 + 5e-5 * executed.work.tokens_D) if executed else []
         start = time.perf_counter()
         planner.results(results)
         spent += time.perf_counter() - start
-        admitted = sum(isinstance(message, Stage) for _, message in staging)
+        admitted = sum(isinstance(message, Preload) for _, message in staging)
         samples.append((int((planner.group.rows.state == 4).sum()), admitted, spent))
     rows, admissions, seconds = (
         np.array(column, float) for column in zip(*samples[len(samples) // 2 :], strict=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..planner.ledger import StateMismatch
 from ..planner.planner import Planner
 from ..planner.settings import Settings
-from ..protocol.bulk import RankHello, Staged
+from ..protocol.bulk import Preloaded, RankHello
 from ..protocol.frontends import (
     Abort,
     Drain,
@@ -188,7 +188,7 @@ class Controller:
         if results:
             self._book(planner, results)
         for bulk in self._transport.bulk_messages():
-            if isinstance(bulk, Staged):
+            if isinstance(bulk, Preloaded):
                 self._record("staged", bulk)
                 planner.staged(bulk)
                 self._pacer.work_arrived()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..kv.manager import PENDING
 from ..protocol.arrays import Int64, as_keys
-from ..protocol.bulk import Stage
+from ..protocol.bulk import Preload
 from ..protocol.message import HASH_BYTES
 from .group import Group
 from .request import Request, State
@@ -104,7 +104,7 @@ class Admission:
     def _queue_seconds(self) -> NDArray[np.float64]:
         """Predicted seconds [D] that a new request would wait for and share."""
         group, rows = self._group, self._group.rows
-        waiting = ((rows.state >= State.STAGING) & (rows.state <= State.PREFILL)).nonzero()[0]
+        waiting = ((rows.state >= State.PRELOADING) & (rows.state <= State.PREFILL)).nonzero()[0]
         left = (rows.prompt[waiting] - rows.sent[waiting]).astype(np.float64)
         backlog = np.bincount(waiting // rows.num_slots, weights=left, minlength=rows.num_data).astype(
             np.float64
@@ -171,7 +171,7 @@ class Admission:
         request.unacknowledged = set(members)
         group.next_staged += 1
         group.by_staged[request.staged] = request
-        stage = Stage(
+        stage = Preload(
             request.staged, request.prompt_i32 + request.emitted_i32, request.grammar, request.num_emitted
         )
         group.staging.extend([(rank, stage) for rank in members])

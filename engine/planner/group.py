@@ -9,7 +9,7 @@ import numpy as np
 from ...parallel.mesh import Mesh
 from ..kv.manager import KVManager
 from ..protocol.arrays import Int64, UInt64
-from ..protocol.bulk import Stage, Unstage
+from ..protocol.bulk import Preload, Unload
 from ..protocol.specs import SchedulerSpec
 from .cost_model import CostModel
 from .flight import Flight
@@ -20,7 +20,7 @@ from .token_log import TokenLog
 
 
 @dataclass
-class Counters:
+class PlannerCounters:
     """Totals since the controller started."""
 
     prompt_tokens: int = 0
@@ -48,7 +48,7 @@ class Group:
         self.cost = CostModel()
         self.queue = WaitingQueue()
         self.open: dict[tuple[int, int], Request] = {}
-        self.counters = Counters()
+        self.counters = PlannerCounters()
 
         self.epoch = 0
         self.next_step = 0
@@ -67,7 +67,7 @@ class Group:
         self.draining: list[tuple[int, int]] = []  # (row, the last step whose result counts)
         self.drained: list[int] = []
         self.publishing: list[tuple[Int64, UInt64, Int64]] = []
-        self.staging: list[tuple[int, Stage | Unstage]] = []
+        self.staging: list[tuple[int, Preload | Unload]] = []
         self.by_staged: dict[int, Request] = {}
         self.next_staged = 0
 
@@ -112,9 +112,7 @@ class Group:
         """Takes back a row that no plan has named yet, with its pages and its staged prompt."""
         request = self.rows.request(row)
         self.give_back_pages(row)
-        self.staging.extend(
-            (rank, Unstage(request.staged)) for rank in self.mesh.members(self.rows.data(row))
-        )
+        self.staging.extend((rank, Unload(request.staged)) for rank in self.mesh.members(self.rows.data(row)))
         self.by_staged.pop(request.staged, None)
         prefilling = self.prefilling[self.rows.data(row)]
         if row in prefilling:

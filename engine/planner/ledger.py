@@ -92,7 +92,7 @@ class Ledger:
         if row < 0:
             group.queue.drop(request)
             self.end(request, finish)
-        elif group.rows.state[row] in (State.STAGING, State.READY):
+        elif group.rows.state[row] in (State.PRELOADING, State.READY):
             group.unreserve(row)
             self.end(request, finish)
         elif group.rows.state[row] == State.DRAINING:

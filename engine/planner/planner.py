@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...parallel.mesh import Mesh
-from ..protocol.bulk import Stage, Staged, Unstage
+from ..protocol.bulk import Preload, Preloaded, Unload
 from ..protocol.frontends import Abort, Rejected, Submit
 from ..protocol.message import Finish, Message
 from ..protocol.results import Refused, StepResult
@@ -92,7 +92,7 @@ class Planner:
 
     # ----------------------------------------------------------------- ranks
 
-    def staged(self, message: Staged) -> None:
+    def staged(self, message: Preloaded) -> None:
         """A rank has a prompt; when all members of its data index have it, it can be admitted."""
         request = self.group.by_staged.get(message.staged)
         if request is None:
@@ -102,7 +102,7 @@ class Planner:
             return
         request.unacknowledged.discard(message.rank)
         row = request.row
-        if not request.unacknowledged and self.group.rows.state[row] == State.STAGING:
+        if not request.unacknowledged and self.group.rows.state[row] == State.PRELOADING:
             self.group.rows.state[row] = State.READY
             self.group.prefilling[self.group.rows.data(row)].append(row)
 
@@ -140,7 +140,7 @@ class Planner:
         self._forget(data, executed)
         for row in mine:
             state = rows.state[row]
-            if state in (State.STAGING, State.READY):
+            if state in (State.PRELOADING, State.READY):
                 group.queue.put_back(group.unreserve(row))
             elif state != State.FREE:
                 group.drained.append(row)
@@ -198,7 +198,7 @@ class Planner:
         self._ledger.settle()
         self._admission.reserve()
 
-    def take_staging(self) -> list[tuple[int, Stage | Unstage]]:
+    def take_staging(self) -> list[tuple[int, Preload | Unload]]:
         """Bulk messages for ranks since the last call, as (rank, message)."""
         staging, self.group.staging = self.group.staging, []
         return staging

@@ -14,12 +14,12 @@ class State:
     """Where a request stands, and equally its row: rows of requests that wait are FREE. Numbers, as
     arrays hold them.
 
-    STAGING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has
+    PRELOADING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has
     it. DRAINING: removed by a plan; its row is reused once every result that may name it is in.
     """
 
     FREE: Final = 0
-    STAGING: Final = 1
+    PRELOADING: Final = 1
     READY: Final = 2
     PREFILL: Final = 3
     DECODE: Final = 4

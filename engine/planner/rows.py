@@ -87,7 +87,7 @@ class RowTable:
         """
         rows = np.array([request.row for request in requests])
         counts = np.array([len(own) for own in pages])
-        self.state[rows] = State.STAGING
+        self.state[rows] = State.PRELOADING
         self.held[rows] = False
         self.finish[rows] = 0
         self.sent[rows] = sent

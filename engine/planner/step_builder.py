@@ -170,7 +170,7 @@ class StepBuilder:
                 changed.setdefault(rows.data(row), ([], []))[0 if rows.held[row] else 1].append(
                     rows.slot(row)
                 )
-            elif rows.state[row] in (State.STAGING, State.READY):
+            elif rows.state[row] in (State.PRELOADING, State.READY):
                 group.holding[row] = None
         return changed
 
@@ -211,14 +211,14 @@ class StepBuilder:
             for row in leaving.tolist():
                 group.give_back_pages(row)
             return
-        mine = mine[(rows.state[mine] >= State.STAGING) & (rows.state[mine] <= State.DECODE)]
+        mine = mine[(rows.state[mine] >= State.PRELOADING) & (rows.state[mine] <= State.DECODE)]
         assert len(mine) > 1, f"data {data}: a single request does not fit the pool"
         self._preempt(int(mine[np.argmax(rows.order[mine])]))
 
     def _preempt(self, row: int) -> None:
         group, rows = self._group, self._group.rows
         group.counters.preemptions += 1
-        if rows.state[row] in (State.STAGING, State.READY):
+        if rows.state[row] in (State.PRELOADING, State.READY):
             group.queue.put_back(group.unreserve(row))
             return
         prefilling = group.prefilling[rows.data(row)]

@@ -1,4 +1,4 @@
-"""Messages on the bulk socket between the controller and a rank: hellos and staged prompts."""
+"""Messages on the bulk socket between the controller and a rank: hellos and preloaded prompts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RankHello(Message, tag="hello", frozen=True):
     expert_bytes: int = 0
 
 
-class Staged(Message, tag="staged", frozen=True):
-    """The prompt ``staged`` has arrived, its grammar is compiled, and it can be admitted; with an
+class Preloaded(Message, tag="staged", frozen=True):
+    """The prompt ``staged`` has arrived and its grammar is compiled: it can be admitted. With an
     ``error`` it never can.
     """
 
@@ -33,9 +33,9 @@ class Staged(Message, tag="staged", frozen=True):
     error: str = ""
 
 
-class Stage(Message, tag="stage", frozen=True):
-    """A prompt sent ahead of its admission; admission consumes it. Its last ``num_emitted`` tokens
-    follow ``grammar`` already.
+class Preload(Message, tag="stage", frozen=True):
+    """A prompt sent before its admission, which consumes it. ``staged`` identifies it; its last
+    ``num_emitted`` tokens already follow ``grammar``.
     """
 
     staged: int
@@ -44,13 +44,11 @@ class Stage(Message, tag="stage", frozen=True):
     num_emitted: int = 0
 
 
-class Unstage(Message, tag="unstage", frozen=True):
-    """Forget a staged prompt that will not be admitted."""
+class Unload(Message, tag="unstage", frozen=True):
+    """Drops a preloaded prompt that will not be admitted."""
 
     staged: int
 
 
-FromRankBulk = RankHello | Staged
-
-
-ToRankBulk = Stage | Unstage | Stop
+FromRankBulk = RankHello | Preloaded
+ToRankBulk = Preload | Unload | Stop

@@ -46,7 +46,7 @@ class StepExecutor(Protocol):
         ...
 
     def take_compiled(self) -> list[tuple[int, str]]:
-        """Staged prompts whose grammars are compiled since the last call, with the error where that
+        """Preloaded prompts whose grammars are compiled since the last call, with the error where that
         failed.
         """
         ...

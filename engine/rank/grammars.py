@@ -80,7 +80,7 @@ class Grammars:
         self._untold.add(staged)
 
     def take_compiled(self) -> list[tuple[int, str]]:
-        """Staged prompts whose grammar is compiled since the last call, with the error where that
+        """Preloaded prompts whose grammar is compiled since the last call, with the error where that
         failed.
         """
         done = [staged for staged in sorted(self._untold) if self._staged[staged].done()]

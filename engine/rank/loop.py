@@ -8,7 +8,7 @@ import logging
 
 import msgspec
 
-from ..protocol.bulk import Stage, Staged, ToRankBulk, Unstage
+from ..protocol.bulk import Preload, Preloaded, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
@@ -45,7 +45,7 @@ class RankLoop:
             )
             if compiling:
                 for staged, error in self._executor.take_compiled():
-                    self._sockets.bulk.send(encode(Staged(self._rank, staged, error)))
+                    self._sockets.bulk.send(encode(Preloaded(self._rank, staged, error)))
             if connected:
                 self._sockets.bulk.send(encode(self._executor.hello()))
             if bulk:
@@ -85,11 +85,11 @@ class RankLoop:
         self._chain.executed(header.step)
         return result
 
-    def _take(self, message: Stage | Unstage | Stop) -> Stop | None:
-        if isinstance(message, Stage):
+    def _take(self, message: Preload | Unload | Stop) -> Stop | None:
+        if isinstance(message, Preload):
             if self._executor.stage(message.staged, message.tokens_i32, message.grammar, message.num_emitted):
-                self._sockets.bulk.send(encode(Staged(self._rank, message.staged)))
-        elif isinstance(message, Unstage):
+                self._sockets.bulk.send(encode(Preloaded(self._rank, message.staged)))
+        elif isinstance(message, Unload):
             self._executor.unstage(message.staged)
         else:
             _LOG.info("rank %d: stop: %s", self._rank, message.reason or "no reason given")

@@ -19,7 +19,7 @@ from ... import __version__
 from ..planner.group_plan import Plan
 from ..planner.planner import Planner
 from ..planner.settings import Settings
-from ..protocol.bulk import Staged
+from ..protocol.bulk import Preloaded
 from ..protocol.frontends import Abort, Submit
 from ..protocol.results import Refused, StepResult
 from ..protocol.sockets import encode
@@ -169,7 +169,7 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
         case "abort_frontend":
             planner.abort_frontend(arguments[0])
         case "staged":
-            planner.staged(msgspec.convert(arguments[0], Staged))
+            planner.staged(msgspec.convert(arguments[0], Preloaded))
         case "results":
             planner.results([msgspec.convert(result, StepResult) for result in arguments[0]])
         case "refused":

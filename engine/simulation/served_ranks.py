@@ -18,7 +18,7 @@ import zmq
 
 from ...parallel.mesh import Mesh
 from ..planner.cost_model import Cost
-from ..protocol.bulk import RankHello, Stage, Staged, ToRankBulk
+from ..protocol.bulk import Preload, Preloaded, RankHello, ToRankBulk
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
 from ..protocol.sockets import client_socket, decode_plan, encode, rank_identity
@@ -130,8 +130,8 @@ class SimulatedRanks:
                 self._stopping = True
                 return
             self._ranks[self._bulk[socket]].stage(message)
-            if isinstance(message, Stage):
-                socket.send(encode(Staged(self._bulk[socket], message.staged)))
+            if isinstance(message, Preload):
+                socket.send(encode(Preloaded(self._bulk[socket], message.staged)))
 
     def _take_plans(self, socket: zmq.Socket[bytes]) -> list[StepPlan]:
         plans: list[StepPlan] = []

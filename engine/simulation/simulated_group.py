@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..planner.group_plan import Plan
 from ..planner.settings import Settings
 from ..protocol.arrays import Int64
-from ..protocol.bulk import Stage, Unstage
+from ..protocol.bulk import Preload, Unload
 from ..protocol.plan import Header, Section
 from ..protocol.results import StepResult
 from ..protocol.slot_table import SlotTable
@@ -65,9 +65,9 @@ class SimulatedGroup:
         self._cohort = np.tile(np.arange(spec.max_running) % mesh.num_cohorts, mesh.data)
         self._staged: dict[int, int] = {}  # tokens of prompts that wait for their admission
 
-    def stage(self, message: Stage | Unstage) -> None:
+    def stage(self, message: Preload | Unload) -> None:
         """Takes or forgets a prompt; members of a data index get the same one."""
-        if isinstance(message, Stage):
+        if isinstance(message, Preload):
             self._staged[message.staged] = len(message.tokens_i32) // 4
         else:
             self._staged.pop(message.staged, None)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...kernels.splitmix import mix64
 from ..planner.cost_model import Cost
 from ..protocol.arrays import Int32, Int64
-from ..protocol.bulk import Stage, Unstage
+from ..protocol.bulk import Preload, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.plan import StepPlan
 from ..protocol.results import PromptLogprobs, Refused, StepResult
@@ -43,9 +43,9 @@ class SimulatedRank:
             (num_slots, 2), np.int64
         )  # log-probabilities wanted of a prompt, and the tokens that are its own
 
-    def stage(self, message: Stage | Unstage) -> None:
+    def stage(self, message: Preload | Unload) -> None:
         """Takes or forgets a prompt."""
-        if isinstance(message, Stage):
+        if isinstance(message, Preload):
             self._prompts[message.staged] = np.frombuffer(message.tokens_i32, np.int32)
         else:
             self._prompts.pop(message.staged, None)

@@ -23,7 +23,7 @@ from ..controller.pacer import Pacer
 from ..planner.planner import Planner
 from ..planner.request import Request, State
 from ..planner.settings import Settings
-from ..protocol.bulk import Stage, Staged
+from ..protocol.bulk import Preload, Preloaded
 from ..protocol.frontends import Submit, TokenBatch
 from ..protocol.message import Message
 from ..protocol.results import StepResult
@@ -33,7 +33,7 @@ PATIENCE = 10_000
 """Steps in a row without a token for anybody, beside those that the longest prompt takes, after which something is wrong."""
 
 _STATES = {
-    State.STAGING: "is being staged",
+    State.PRELOADING: "is being staged",
     State.READY: "waits for its first chunk",
     State.PREFILL: "is in prefill",
 }
@@ -192,8 +192,8 @@ class Simulation:
         planner.tidy()
         for rank, message in planner.take_staging():
             self._group.stage(message)
-            if isinstance(message, Stage):
-                planner.staged(Staged(rank, message.staged))
+            if isinstance(message, Preload):
+                planner.staged(Preloaded(rank, message.staged))
                 self._pacer.work_arrived()
         if output := planner.take_output():
             if any(isinstance(message, TokenBatch) for _, message in output):

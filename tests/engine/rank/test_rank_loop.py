@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.engine.protocol.bulk import RankHello, Stage, Staged, Unstage
+from lockstep.engine.protocol.bulk import Preload, Preloaded, RankHello, Unload
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Header, Section, StepPlan
 from lockstep.engine.protocol.results import Refused, StepResult
@@ -141,15 +141,15 @@ def test_a_prompt_with_a_grammar_is_acknowledged_once_that_is_compiled(controlle
     executor = NotingExecutor()
     running = Running(executor, RankSockets(controller.spec()))
     controller.receive("bulk")
-    controller.send(Stage(3, b"\0" * 8, "good", 1))
-    controller.send(Stage(4, b"\0" * 8, "bad"))
-    controller.send(Stage(5, b"\0" * 8))
+    controller.send(Preload(3, b"\0" * 8, "good", 1))
+    controller.send(Preload(4, b"\0" * 8, "bad"))
+    controller.send(Preload(5, b"\0" * 8))
     controller.send(_plan(0, -1, rebase=True))
-    assert controller.receive("bulk") == Staged(0, 5), "a prompt without grammar waits for nobody's"
+    assert controller.receive("bulk") == Preloaded(0, 5), "a prompt without grammar waits for nobody's"
     assert controller.receive("step").step == 0, "nor does a step"
     executor.may_compile.set()
     answers = [controller.receive("bulk") for _ in range(2)]
-    assert sorted(answers, key=lambda answer: answer.staged) == [Staged(0, 3), Staged(0, 4, "cannot")]
+    assert sorted(answers, key=lambda answer: answer.staged) == [Preloaded(0, 3), Preloaded(0, 4, "cannot")]
     controller.send(Stop(""))
     running.end()
 
@@ -158,10 +158,10 @@ def test_prompts_are_staged_before_plans_and_acknowledged(controller: MockContro
     executor = NotingExecutor()
     running = Running(executor, RankSockets(controller.spec()))
     controller.receive("bulk")
-    controller.send(Stage(3, b"\0" * 4_000_000))
-    controller.send(Unstage(4))
-    controller.send(Stage(5, b"\0" * 8))  # whose acknowledgement says that all before it was read
-    assert [controller.receive("bulk") for _ in range(2)] == [Staged(0, 3), Staged(0, 5)]
+    controller.send(Preload(3, b"\0" * 4_000_000))
+    controller.send(Unload(4))
+    controller.send(Preload(5, b"\0" * 8))  # whose acknowledgement says that all before it was read
+    assert [controller.receive("bulk") for _ in range(2)] == [Preloaded(0, 3), Preloaded(0, 5)]
     controller.send(_plan(0, -1, rebase=True))
     controller.receive("step")
     controller.send(Stop())

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from lockstep.engine.protocol.bulk import RankHello, Stage, Staged
+from lockstep.engine.protocol.bulk import Preload, Preloaded, RankHello
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.rank.process import load_executor
@@ -46,8 +46,8 @@ def test_a_rank_serves_and_stops(path: Path, controller: MockController) -> None
             hello.num_layers,
             hello.num_expert_slots,
         ) == (3, 8)
-        controller.send(Stage(0, _i32(*prompt)))
-        assert controller.receive("bulk") == Staged(0, 0)
+        controller.send(Preload(0, _i32(*prompt)))
+        assert controller.receive("bulk") == Preloaded(0, 0)
         admit = Admit(2, 0, 0, 0, len(prompt) + 5, _i32(9, 3, 5, 7), GREEDY)
         section = Section(
             rebase=True,

@@ -11,7 +11,7 @@ import pytest
 
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.planner.settings import Settings
-from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Abort, Submit
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import StepPlan
@@ -46,9 +46,9 @@ def record(path: Path) -> int:
         planner.tidy()
         for rank, message in planner.take_staging():
             ranks[rank].stage(message)
-            if isinstance(message, Stage):
-                recorder.event("staged", Staged(rank, message.staged))
-                planner.staged(Staged(rank, message.staged))
+            if isinstance(message, Preload):
+                recorder.event("staged", Preloaded(rank, message.staged))
+                planner.staged(Preloaded(rank, message.staged))
         planner.take_output()
         if plan is not None:
             plans += 1

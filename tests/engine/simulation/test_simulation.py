@@ -18,7 +18,7 @@ from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.planner.cost_model import Cost
 from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
-from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Rejected, Submit, TokenBatch
 from lockstep.engine.protocol.message import Message, Sampling
 from lockstep.engine.protocol.plan import StepPlan
@@ -235,8 +235,8 @@ def test_the_group_does_what_its_ranks_would() -> None:
         for rank, message in planner.take_staging():
             ranks[rank].stage(message)
             group.stage(message)
-            if isinstance(message, Stage):
-                planner.staged(Staged(rank, message.staged))
+            if isinstance(message, Preload):
+                planner.staged(Preloaded(rank, message.staged))
         if plan is None:
             continue
         steps += 1

@@ -11,7 +11,7 @@ import numpy as np
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
 from lockstep.engine.planner.planner import Planner
 from lockstep.engine.protocol.arrays import Int32, Int64
-from lockstep.engine.protocol.bulk import Stage, Staged
+from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Abort, Rejected, Submit, TokenBatch
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.plan import StepPlan
@@ -276,16 +276,16 @@ class World:
             return False
         message = self.bulk[rank].popleft()
         self.ranks[rank].stage(message)  # type: ignore[arg-type]
-        if isinstance(message, Stage):
+        if isinstance(message, Preload):
             self._check_grammar(message)
             if rank not in self.dead:
                 handle = int(message.grammar.split()[1])
                 self.planner.staged(
-                    Staged(rank, message.staged, "no such word" if handle in self.impossible else "")
+                    Preloaded(rank, message.staged, "no such word" if handle in self.impossible else "")
                 )
         return True
 
-    def _check_grammar(self, message: Stage) -> None:
+    def _check_grammar(self, message: Preload) -> None:
         """A prompt comes with its request's grammar, and with how much of it follows the grammar
         already.
         """
