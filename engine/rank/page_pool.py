@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.formats.kv_format import KvFormat
-from ..kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
+from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig
 from ..protocol.message import HASH_BYTES
 
 _DTYPES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True)
-class PoolLimits:
-    """What bounds a pool. ``memory``: bytes, None for a share of what is free. ``max_tokens``: all
-    that could ever run at once.
-    """
-
-    memory: int | None
-    max_tokens: int
-    ranks_per_host: int
 
 
 class KVPool:
@@ -70,26 +58,19 @@ def bytes_per_page(config: ModelConfig, page_size: int, kv_format: KvFormat) -> 
     return page_size * config.kv_bytes_per_token(kv_format)
 
 
-def fit_pages(page_bytes: int, page_size: int, limits: PoolLimits, device: torch.device) -> int:
-    """How many pages the pool gets. Raises ValueError when the memory does not hold one."""
-    if limits.memory is not None:
-        budget, most, source = limits.memory, None, "kv_cache.memory"
-    else:
-        free = free_bytes(device)
-        share = (
-            free * CPU_SHARE / limits.ranks_per_host
-            if device.type == "cpu"
-            else free * GPU_SHARE - GPU_RESERVE_BYTES
-        )
-        budget, most, source = (
-            int(share),
-            -(-limits.max_tokens // page_size),
-            f"kv_cache.memory = auto: of {free} free bytes",
-        )
-    pages = budget // page_bytes
+def fit_pages(
+    page_bytes: int, page_size: int, limits: PoolLimits, ranks_per_host: int, device: torch.device
+) -> int:
+    """The number of pages in the pool. Raises ValueError when the memory does not hold one."""
+    free = 0 if limits.memory is not None else free_bytes(device)
+    num_bytes = limits.num_bytes(free, ranks_per_host, device.type)
+    pages = limits.num_pages(num_bytes, page_bytes, page_size)
     if pages < 1:
-        raise ValueError(f"{source}: {budget} bytes hold no page of {page_bytes} bytes ({page_size} tokens)")
-    return pages if most is None else min(pages, most)
+        auto = f" = auto: of {free} free bytes" if limits.memory is None else ""
+        raise ValueError(
+            f"kv_cache.memory{auto}: {num_bytes} bytes hold no page of {page_bytes} bytes ({page_size} tokens)"
+        )
+    return pages
 
 
 def free_bytes(device: torch.device) -> int:

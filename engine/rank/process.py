@@ -21,6 +21,7 @@ from ...moe.dispatch.all_to_all import AllToAllDispatcher
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.timed import TimedExchange, TimedLocal
 from ...parallel.collectives import Collectives, connect_store
+from ..kv.budget import PoolLimits
 from ..models.config import load_config
 from ..models.registry import build_model
 from ..models.weights import load_weights
@@ -29,7 +30,7 @@ from ..protocol.specs import RankSpec
 from .executor import Executor, Parts
 from .grammars import Grammars, load_vocabulary
 from .loop import RankLoop
-from .page_pool import KVPool, PoolLimits, bytes_per_page, fit_pages
+from .page_pool import KVPool, bytes_per_page, fit_pages
 from .sockets import RankSockets
 from .warm_up import Pages, warm_up
 
@@ -95,8 +96,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     )
     model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
-    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, spec.ranks_per_host)
-    num_pages = fit_pages(page_bytes, spec.page_size, limits, device)
+    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len)
+    num_pages = fit_pages(page_bytes, spec.page_size, limits, spec.ranks_per_host, device)
     pool = KVPool(config, num_pages, spec.page_size, kv_format, device)
     _LOG.info(
         "rank %d: %s, %s, %d pages in %s, experts %s",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ...engine.kv.shares import CPU_SHARE, GPU_RESERVE_BYTES, GPU_SHARE
+from ...engine.kv.budget import GPU_RESERVE_BYTES, PoolLimits
 from ...engine.models.config import GqaConfig
 from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
@@ -102,12 +102,10 @@ def page_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
     """Pages of the pool, 0 where not one fits."""
-    size = page_bytes(setup, stage)
-    if setup.kv_memory is not None:
-        return setup.kv_memory // size
+    limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len)
     free = setup.rank_memory - weights.total
-    budget = free * CPU_SHARE if setup.hardware.device == "cpu" else free * GPU_SHARE - GPU_RESERVE_BYTES
-    return max(0, min(int(budget) // size, -(-setup.max_running * setup.max_len // setup.page_size)))
+    num_bytes = limits.num_bytes(free, 1, setup.hardware.device)
+    return limits.num_pages(num_bytes, page_bytes(setup, stage), setup.page_size)
 
 
 def activations_of(setup: Setup, stage: PipelineStage) -> int:

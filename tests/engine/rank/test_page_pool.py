@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.engine.kv.budget import PoolLimits
 from lockstep.engine.models.config import load_config
 from lockstep.engine.rank import page_pool as kv_pool
-from lockstep.engine.rank.page_pool import KVPool, PoolLimits, bytes_per_page, fit_pages, free_bytes
+from lockstep.engine.rank.page_pool import KVPool, bytes_per_page, fit_pages, free_bytes
 from lockstep.kernels.formats.kv_format import KvFormat
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 
@@ -18,22 +19,22 @@ CPU = torch.device("cpu")
 
 
 def test_an_explicit_size_is_taken_as_it_is() -> None:
-    assert fit_pages(1000, 16, PoolLimits(10_999, 32, 1), CPU) == 10
+    assert fit_pages(1000, 16, PoolLimits(10_999, 32), 1, CPU) == 10
     with pytest.raises(
         ValueError, match=r"kv_cache\.memory: 999 bytes hold no page of 1000 bytes \(16 tokens\)"
     ):
-        fit_pages(1000, 16, PoolLimits(999, 32, 1), CPU)
+        fit_pages(1000, 16, PoolLimits(999, 32), 1, CPU)
 
 
 def test_auto_takes_a_share_of_what_is_free_and_no_more_than_can_be_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: 100_000)
-    assert fit_pages(1000, 16, PoolLimits(None, 10**9, 1), CPU) == 50
-    assert fit_pages(1000, 16, PoolLimits(None, 10**9, 4), CPU) == 12
-    assert fit_pages(1000, 16, PoolLimits(None, 33, 4), CPU) == 3
+    assert fit_pages(1000, 16, PoolLimits(None, 10**9), 1, CPU) == 50
+    assert fit_pages(1000, 16, PoolLimits(None, 10**9), 4, CPU) == 12
+    assert fit_pages(1000, 16, PoolLimits(None, 33), 4, CPU) == 3
     with pytest.raises(ValueError, match="auto: of 100000 free bytes: 12500 bytes hold no page of 20000"):
-        fit_pages(20_000, 16, PoolLimits(None, 10**9, 4), CPU)
+        fit_pages(20_000, 16, PoolLimits(None, 10**9), 4, CPU)
 
 
 def test_free_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

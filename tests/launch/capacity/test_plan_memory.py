@@ -19,6 +19,7 @@ from rich.console import Console
 from torch.distributed import TCPStore
 
 import lockstep
+from lockstep.engine.kv.budget import PoolLimits
 from lockstep.engine.models.config import load_config
 from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank import page_pool as kv_pool
@@ -283,10 +284,10 @@ def test_an_automatic_pool_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     plan = planned(path, 2, ["kv_cache.memory=auto", "scheduler.max_running=4096", "model.max_len=2048"])
     free = (plan.setup.rank_memory - plan.ranks[0].memory.weights.total) * 2
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: free)
-    limits = kv_pool.PoolLimits(None, 4096 * 2048, 2)
+    limits = PoolLimits(None, 4096 * 2048)
     page = kv_pool.bytes_per_page(load_config(path), 64, "fp32")
     assert plan.ranks[0].memory.num_pages == pytest.approx(
-        kv_pool.fit_pages(page, 64, limits, torch.device("cpu")), rel=0.01
+        kv_pool.fit_pages(page, 64, limits, 2, torch.device("cpu")), rel=0.01
     )
     few = planned(path, 2, ["kv_cache.memory=auto", "scheduler.max_running=2", "model.max_len=100"])
     assert few.ranks[0].memory.num_pages == 4, "no more than can ever run at once"
