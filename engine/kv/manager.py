@@ -36,14 +36,14 @@ class KVManager:
         self.caching = caching
         self.num_data = len(num_pages)
         self.num_pages = np.array(num_pages, np.int64)
-        self.max_pages = int(self.num_pages.max(initial=1))
-        total = self.num_data * self.max_pages
+        self._max_pages = int(self.num_pages.max(initial=1))
+        total = self.num_data * self._max_pages
         self._references = np.zeros(total, np.int32)
         self._stamp = np.zeros(total, np.int64)
         self.written = np.full(total, PENDING, np.int64)
         self.index = BlockIndex(total, self.num_data)
         # Stacks hand out low page ids first: easier to read in a dump.
-        self._stack = np.tile(np.arange(self.max_pages - 1, -1, -1, dtype=np.int64), (self.num_data, 1))
+        self._stack = np.tile(np.arange(self._max_pages - 1, -1, -1, dtype=np.int64), (self.num_data, 1))
         self._top = self.num_pages.copy()
         for data, count in enumerate(num_pages):
             self._stack[data, :count] = np.arange(count - 1, -1, -1)
@@ -91,11 +91,15 @@ class KVManager:
         missing = np.flatnonzero(pages < 0)
         return pages[: missing[0]] if missing.size else pages
 
+    def local(self, pages: Int64) -> Int64:
+        """The ids that ranks know global pages [n] by."""
+        return pages % self._max_pages
+
     # ----------------------------------------------------------------- taking and giving back
 
     def reserve(self, data: int, shared: Int64, fresh: int) -> Int64 | None:
-        """References ``shared`` (global) pages and takes ``fresh`` new ones; all global ids in
-        order, or None if there is no room.
+        """References ``shared`` (global) pages and takes ``fresh`` new ones. Returns all global ids
+        in order, or None when there is no room.
         """
         unreferenced = int((self._references[shared] == 0).sum()) if len(shared) else 0
         if self._top[data] + self._cached[data] - unreferenced < fresh:
@@ -105,7 +109,7 @@ class KVManager:
             self._cached[data] -= unreferenced
         self._make_room(data, fresh)
         top = int(self._top[data])
-        pages = self._stack[data, top - fresh : top][::-1] + data * self.max_pages
+        pages = self._global(data, self._stack[data, top - fresh : top][::-1])
         self._top[data] = top - fresh
         self._references[pages] = 1
         self.written[pages] = PENDING
@@ -124,7 +128,7 @@ class KVManager:
         been made.
         """
         ordinal = np.arange(len(data)) - data.searchsorted(data)
-        pages = self._stack[data, self._top[data] - 1 - ordinal] + data * self.max_pages
+        pages = self._global(data, self._stack[data, self._top[data] - 1 - ordinal])
         self._top -= np.bincount(data, minlength=self.num_data)
         self._references[pages] = 1
         self.written[pages] = PENDING
@@ -170,8 +174,8 @@ class KVManager:
         """Drops from the index what was to be written on ``data`` after ``last_step``, cached pages
         among it.
         """
-        span = np.arange(data * self.max_pages, data * self.max_pages + int(self.num_pages[data]))
-        lost = span[self.index.holds(span) & (self.written[span] > last_step)]
+        pages = self._pool(data)
+        lost = pages[self.index.holds(pages) & (self.written[pages] > last_step)]
         self.index.remove(lost)
         self._cached[data] -= int((self._references[lost] == 0).sum())
         self._push(data, lost[self._references[lost] == 0])
@@ -180,19 +184,30 @@ class KVManager:
         """Integrity of pools, counts and index. Raises AssertionError naming what disagrees."""
         self.index.check()
         for data in range(self.num_data):
-            base, count = data * self.max_pages, int(self.num_pages[data])
-            span = np.arange(base, base + count)
-            free = self._stack[data, : self._top[data]] + base
+            pool = self._pool(data)
+            free = self._global(data, self._stack[data, : self._top[data]])
             assert len(np.unique(free)) == len(free), f"data {data}: a page is free twice"
             assert (self._references[free] == 0).all(), f"data {data}: a free page is referenced"
             assert not self.index.holds(free).any(), f"data {data}: a free page is in the index"
-            idle = np.setdiff1d(span[self._references[span] == 0], free)
+            idle = np.setdiff1d(pool[self._references[pool] == 0], free)
             assert len(idle) == self._cached[data], (
                 f"data {data}: {len(idle)} cached pages, counted {self._cached[data]}"
             )
             assert self.index.holds(idle).all(), f"data {data}: a cached page is not in the index"
 
     # ----------------------------------------------------------------- inside
+
+    def _first(self, data: int) -> int:
+        """The first global page of ``data``."""
+        return data * self._max_pages
+
+    def _pool(self, data: int) -> Int64:
+        """The global pages of ``data``."""
+        return np.arange(self._first(data), self._first(data) + int(self.num_pages[data]))
+
+    def _global(self, data: int | Int64, pages: Int64) -> Int64:
+        """Global pages of local ones [n] of ``data``, which is one index or one per page."""
+        return data * self._max_pages + pages
 
     def _bisect(self, hashes: list[bytes], limits: list[int], prompts: Int64, data: Int64) -> Int64:
         """Prefix lengths >= 1 for pairs (prompt, data) whose first block is present."""
@@ -216,7 +231,7 @@ class KVManager:
         if lacking <= 0:
             return
         size = int(self.num_pages[data])
-        idle = self.index.evictable(self._references, data * self.max_pages, size)
+        idle = self.index.evictable(self._references, self._first(data), size)
         assert len(idle) >= lacking, f"data {data}: {lacking} pages to evict, {len(idle)} cached"
         count = min(len(idle), max(lacking, size // _EVICT_SHARE))
         oldest = idle if count == len(idle) else idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
@@ -227,12 +242,12 @@ class KVManager:
     def _push(self, data: int, pages: Int64) -> None:
         """Frees pages (global ids) of ``data``; the last is the first to be taken again."""
         top = int(self._top[data])
-        self._stack[data, top : top + len(pages)] = pages - data * self.max_pages
+        self._stack[data, top : top + len(pages)] = self.local(pages)
         self._top[data] = top + len(pages)
 
     def _push_each(self, pages: Int64) -> None:
         """``_push`` for pages whose data indices ascend."""
-        data = pages // self.max_pages
+        data = pages // self._max_pages
         ordinal = np.arange(len(data)) - data.searchsorted(data)
-        self._stack[data, self._top[data] + ordinal] = pages - data * self.max_pages
+        self._stack[data, self._top[data] + ordinal] = self.local(pages)
         self._top += np.bincount(data, minlength=self.num_data)

@@ -106,9 +106,7 @@ class Admission:
         group, rows = self._group, self._group.rows
         waiting = ((rows.state >= State.PRELOADING) & (rows.state <= State.PREFILL)).nonzero()[0]
         left = (rows.prompt[waiting] - rows.sent[waiting]).astype(np.float64)
-        backlog = np.bincount(waiting // rows.num_slots, weights=left, minlength=rows.num_data).astype(
-            np.float64
-        )
+        backlog = np.bincount(rows.data(waiting), weights=left, minlength=rows.num_data).astype(np.float64)
         return group.cost.queue_seconds(
             backlog, group.num_running(), group.kv.used() * group.page_size, _HORIZON
         )
@@ -157,7 +155,9 @@ class Admission:
             return
         requests = [place.request for place in placed]
         cached = [place.num_shared * group.page_size for place in placed]
-        group.rows.occupy(requests, [place.pages for place in placed], cached, group.kv.max_pages)
+        pages = np.concatenate([place.pages for place in placed])
+        counts = np.array([len(place.pages) for place in placed])
+        group.rows.occupy(requests, cached, counts, pages, group.kv.local(pages))
         group.queue.take(requests)
         for place, num_cached in zip(placed, cached, strict=True):
             self._stage(place.request, group.mesh.members(place.data))

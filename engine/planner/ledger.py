@@ -72,7 +72,7 @@ class Ledger:
         row = np.array(drained)
         tokens = group.log.read(row)
         self._keep_outputs(row, tokens)
-        group.kv.release(row // rows.num_slots, *rows.take_pages(row))
+        group.kv.release(rows.data(row), *rows.take_pages(row))
         group.log.clear(row)
         requests = [rows.request(index) for index in drained]
         finishes = rows.finish[row].tolist()
@@ -219,7 +219,7 @@ class Ledger:
         for result in results:
             if not result.prompt_logprobs:
                 continue
-            mine = flight.prompts[flight.prompts // rows.num_slots == group.mesh.data_of_rank(result.rank)]
+            mine = flight.prompts[rows.data(flight.prompts) == group.mesh.data_of_rank(result.rank)]
             for item in result.prompt_logprobs:
                 row = int(mine[item.of])
                 if rows.finish[row] == Finish.NONE:
@@ -278,16 +278,16 @@ class Ledger:
         owners, index = ragged(np.maximum(written - known, 0))
         if not len(owners):
             return
-        data, pages = row[owners] // rows.num_slots, rows.pages[row[owners], np.array(known)[owners] + index]
+        data, pages = rows.data(row[owners]), rows.pages[row[owners], np.array(known)[owners] + index]
         spans = zip(requests, known, written.tolist(), strict=True)
         keys = as_keys(
             b"".join(
                 [request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]
             )
         )
-        group.kv.written[pages] = np.array(
-            [group.executed(index) for index in (row // rows.num_slots).tolist()]
-        )[owners]
+        group.kv.written[pages] = np.array([group.executed(index) for index in rows.data(row).tolist()])[
+            owners
+        ]
         taken = group.kv.announce(data, keys, pages)
         group.publishing.append((data[taken], keys[taken], pages[taken]))
 
@@ -313,10 +313,10 @@ class Ledger:
             check.reported[result.rank] = result.checksum
             data = group.mesh.data_of_rank(result.rank)
             if group.mesh.samples(result.rank):
-                mine = (check.rows // rows.num_slots) == data
+                mine = rows.data(check.rows) == data
                 active, sent = check.rows[mine], check.sent[mine]
                 lengths = np.where(sent < 0, rows.low[active] - later[active], sent)
-                total = length_terms(active % rows.num_slots, lengths).sum(dtype=np.uint64)
+                total = length_terms(rows.slot(active), lengths).sum(dtype=np.uint64)
                 check.expected[data] = add64(int(total), int(check.pages[data]))
         for rank, reported in list(check.reported.items()):
             expected = check.expected.get(group.mesh.data_of_rank(rank))

@@ -127,7 +127,7 @@ class Planner:
         executed = group.executed(data)
         group.rebasing[data] = True
         group.staged_from[data] = group.next_staged
-        mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
+        mine = rows.of_data(data)
         rows.low[mine] -= group.planned_after(group.acknowledged[group.mesh.reporter(data)])[
             mine
         ]  # those plans never were
@@ -229,7 +229,7 @@ class Planner:
                 f"row {row}: state {rows.state[row]}, request {request}"
             )
         for data in range(group.num_data):
-            mine = range(data * rows.num_slots, (data + 1) * rows.num_slots)
+            mine = rows.of_data(data)
             pages = np.unique(np.concatenate([rows.pages[row, : rows.num_pages[row]] for row in mine]))
             assert len(pages) == group.kv.used()[data], (
                 f"data {data}: rows hold {len(pages)} pages, {group.kv.used()[data]} referenced"
@@ -239,7 +239,7 @@ class Planner:
         rows = self.group.rows
         for data, section in plan.sections.items():
             for admit in section.admit:
-                request = rows.request(data * rows.num_slots + admit.slot)
+                request = rows.request(rows.row(data, admit.slot))
                 if not request.started:
                     request.started = True
                     self.outbox.started.setdefault(request.frontend, []).append(

@@ -4,11 +4,16 @@ slot.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..protocol.arrays import Int64, ragged
 from ..protocol.checksum import page_terms
 from .request import Request, State
+
+_Rows = TypeVar("_Rows", int, Int64)
 
 
 class RowTable:
@@ -29,7 +34,7 @@ class RowTable:
         self.state = np.zeros(total, np.uint8)
         self.on_rank = np.zeros(total, np.bool_)
         self.held = np.zeros(total, np.bool_)
-        self.cohort = (np.arange(total) % num_slots % num_cohorts).astype(np.uint8)
+        self.cohort = (self.slot(np.arange(total)) % num_cohorts).astype(np.uint8)
         self.low = np.zeros(total, np.int64)
         self.high = np.zeros(total, np.int64)
         self.sent = np.zeros(total, np.int64)
@@ -58,11 +63,25 @@ class RowTable:
             for _ in range(num_data)
         ]
 
-    def data(self, row: int) -> int:
+    def data(self, row: _Rows) -> _Rows:
+        """The data index of a row, or of each row."""
         return row // self.num_slots
 
-    def slot(self, row: int) -> int:
+    def slot(self, row: _Rows) -> _Rows:
+        """The slot of a row, or of each row, on its rank."""
         return row % self.num_slots
+
+    def row(self, data: int, slot: int) -> int:
+        return data * self.num_slots + slot
+
+    def of_data(self, data: int) -> range:
+        """The rows of ``data``."""
+        return range(data * self.num_slots, (data + 1) * self.num_slots)
+
+    def sum_by_data(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Sums [D] of values [rows]."""
+        sums: NDArray[Any] = values.reshape(self.num_data, -1).sum(axis=1)
+        return sums
 
     def request(self, row: int) -> Request:
         request = self.requests[row]
@@ -76,17 +95,16 @@ class RowTable:
         """Gives ``request`` a free row of ``data``, which ``occupy`` fills."""
         slot = max(self._free[data], key=len).pop()
         self.num_used[data] += 1
-        request.row = data * self.num_slots + slot
+        request.row = self.row(data, slot)
         self.requests[request.row] = request
 
     def occupy(
-        self, requests: list[Request], pages: list[Int64], sent: list[int], max_pool_pages: int
+        self, requests: list[Request], sent: list[int], counts: Int64, pages: Int64, local: Int64
     ) -> None:
-        """Fills the rows of ``requests``: each with its global pages, of which the first ``sent``
-        tokens need not be computed.
+        """Fills the rows of ``requests`` [n]. The first ``sent`` [n] tokens need not be computed;
+        pages are ``counts`` [n] of each request, end to end, as global and as local ids.
         """
         rows = np.array([request.row for request in requests])
-        counts = np.array([len(own) for own in pages])
         self.state[rows] = State.PRELOADING
         self.held[rows] = False
         self.finish[rows] = 0
@@ -94,9 +112,9 @@ class RowTable:
         self._brought[:, rows] = np.array([self._of_request(request) for request in requests]).T
         self.num_pages[rows] = counts
         owners, index = ragged(counts)
-        owners, flat = rows[owners], np.concatenate(pages)
-        self.pages[owners, index] = flat
-        terms = page_terms(owners % self.num_slots, index, flat - owners // self.num_slots * max_pool_pages)
+        owners = rows[owners]
+        self.pages[owners, index] = pages
+        terms = page_terms(self.slot(owners), index, local)
         self.page_sum[rows] = np.add.reduceat(terms, np.cumsum(counts) - counts)
 
     @staticmethod
@@ -105,13 +123,12 @@ class RowTable:
         who = request.order, request.frontend, request.handle
         return staged, limit, limit - staged, request.num_emitted, *who, request.score_bytes
 
-    def append_pages(self, rows: Int64, pages: Int64, max_pool_pages: int) -> None:
-        """Appends one global page to each of rows [n]."""
+    def append_pages(self, rows: Int64, pages: Int64, local: Int64) -> None:
+        """Appends a page to each of rows [n], given as global and as local ids."""
         count = self.num_pages[rows]
         self.pages[rows, count] = pages
         self.num_pages[rows] = count + 1
-        local = pages - rows // self.num_slots * max_pool_pages
-        self.page_sum[rows] += page_terms(rows % self.num_slots, count, local)
+        self.page_sum[rows] += page_terms(self.slot(rows), count, local)
 
     def take_pages(self, rows: Int64) -> tuple[Int64, Int64]:
         """Empties the page tables of rows [n]; how many pages each held [n], and which, end to end

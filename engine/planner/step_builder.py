@@ -102,7 +102,7 @@ class StepBuilder:
             return None
         decoding, pages = self._grow(cohort, decoding)
         changes = _Changes(self._changed_holds(), self._freed(), pages)
-        num_decode, kv = self._sum(decoding), self._sum(group.rows.low * decoding)
+        num_decode, kv = group.rows.sum_by_data(decoding), group.rows.sum_by_data(group.rows.low * decoding)
         prompts = self._prefill(cohort, num_decode, kv)
         tokens = num_decode if prompts is None else num_decode + self._add_up(prompts.data, prompts.counts)
         sections = self._sections(changes, prompts, tokens)
@@ -123,11 +123,6 @@ class StepBuilder:
         return Plan(header, sections)
 
     # ----------------------------------------------------------------- per data index
-
-    def _sum(self, of_rows: NDArray[Any]) -> Int64:
-        """Sums [D] over the rows of each data index."""
-        sums: Int64 = of_rows.reshape(self._group.num_data, -1).sum(axis=1)
-        return sums
 
     def _add_up(self, data: Int64, values: Int64) -> Int64:
         """Sums [D] of values [n] that belong to data [n]."""
@@ -189,7 +184,7 @@ class StepBuilder:
             growing = ((longest > rows.num_pages * group.page_size) & decoding).nonzero()[0]
             if not len(growing):
                 return decoding, {}
-            data = growing // rows.num_slots
+            data = rows.data(growing)
             short = group.kv.short_of(np.bincount(data, minlength=group.num_data))
             if not short.size:
                 break
@@ -197,15 +192,16 @@ class StepBuilder:
                 self._give_way(index)
             decoding = self._decoding(cohort)
         pages = group.kv.take_each(data)
-        rows.append_pages(growing, pages, group.kv.max_pages)
-        return decoding, self._pack(data, _pairs(growing % rows.num_slots, pages - data * group.kv.max_pages))
+        local = group.kv.local(pages)
+        rows.append_pages(growing, pages, local)
+        return decoding, self._pack(data, _pairs(rows.slot(growing), local))
 
     def _give_way(self, data: int) -> None:
         """Frees pages of ``data``: those of rows on their way out, or else the youngest request's,
         which will run again.
         """
         group, rows = self._group, self._group.rows
-        mine = np.arange(data * rows.num_slots, (data + 1) * rows.num_slots)
+        mine = np.array(rows.of_data(data))
         leaving = mine[(rows.state[mine] == State.DRAINING) & (rows.num_pages[mine] > 0)]
         if leaving.size:
             for row in leaving.tolist():
@@ -294,7 +290,7 @@ class StepBuilder:
         for owner, index, cached in zip(data.tolist(), row.tolist(), rows.sent[row].tolist(), strict=True):
             request = rows.request(index)
             group.by_staged.pop(request.staged)
-            pages = rows.pages[index, : rows.num_pages[index]] - owner * group.kv.max_pages
+            pages = group.kv.local(rows.pages[index, : rows.num_pages[index]])
             admit = Admit(
                 slot=rows.slot(index),
                 staged=request.staged,
@@ -327,14 +323,14 @@ class StepBuilder:
     # ----------------------------------------------------------------- sections
 
     def _sections(self, changes: _Changes, prompts: _Prompts | None, tokens: Int64) -> dict[int, Section]:
-        group, slots = self._group, self._group.rows.num_slots
+        group = self._group
         pages, hashes = self._published()
         admits: dict[int, list[Admit]] = {}
         extends: _Packed = {}
         if prompts is not None:
             admits, extends = (
                 prompts.admits,
-                self._pack(prompts.data, _pairs(prompts.rows % slots, prompts.counts)),
+                self._pack(prompts.data, _pairs(group.rows.slot(prompts.rows), prompts.counts)),
             )
         rebasing = np.flatnonzero(group.rebasing).tolist()
         changed = {*pages, *extends, *changes.freed, *changes.held, *rebasing}  # the others only grow
@@ -372,9 +368,9 @@ class StepBuilder:
         freed = np.array(group.freeing)
         group.freeing.clear()
         rows.on_rank[freed] = False
-        data = freed // rows.num_slots
+        data = rows.data(freed)
         order = data.argsort(kind="stable")
-        return self._pack(data[order], (freed % rows.num_slots)[order].astype(np.int32))
+        return self._pack(data[order], rows.slot(freed)[order].astype(np.int32))
 
     def _published(self) -> tuple[_Packed, _Packed]:
         """Pages, and their hashes, of the blocks written since the last plan that are still what
@@ -388,7 +384,7 @@ class StepBuilder:
         valid = group.kv.index.names(data, keys, pages).nonzero()[0]
         valid = valid[data[valid].argsort(kind="stable")]
         data, keys, pages = data[valid], keys[valid], pages[valid]
-        return self._pack(data, (pages - data * group.kv.max_pages).astype(np.int32)), self._pack(data, keys)
+        return self._pack(data, group.kv.local(pages).astype(np.int32)), self._pack(data, keys)
 
     def _finish_rebase(self) -> None:
         """Results of plans before a rebase say nothing about the rank's state after it."""
@@ -442,9 +438,5 @@ class StepBuilder:
         rows = self._group.rows
         active = np.flatnonzero(rows.on_rank)
         sent = np.where(rows.sent[active] < rows.prompt[active], rows.sent[active], -1)
-        sums = (
-            np.where(rows.on_rank, rows.page_sum, np.uint64(0))
-            .reshape(rows.num_data, -1)
-            .sum(axis=1, dtype=np.uint64)
-        )
+        sums = rows.sum_by_data(np.where(rows.on_rank, rows.page_sum, np.uint64(0)))
         return Check(active, sent, sums)
