@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..controller.pacer import Pacer
+from ..controller.pilot import Pilot
 from ..planner.planner import Planner
 from ..planner.request import Request, State
 from ..planner.settings import Settings
@@ -94,23 +94,25 @@ class Simulation:
     """Runs one group from its first arrival until everything is answered."""
 
     def __init__(self, settings: Settings, times: StepTimes, watcher: Watcher) -> None:
-        self.planner = settings.planner()
         self.now = 0.0
+        self._pilot = Pilot(settings)
         self._times, self._watcher = times, watcher
         self._group = SimulatedGroup(settings)
-        self._pacer = Pacer(enabled=settings.spec.pacing)
         self._results: list[tuple[float, int, list[StepResult]]] = []  # due at, order, results
         self._sent = 0
-        self._free_at = [0.0] * settings.mesh.pipeline  # when each stage has done what it was sent
+        self._free_at = [0.0] * settings.mesh.pipeline  # when each stage has done its work
         self._sampled_at = [0.0] * settings.mesh.pipeline  # when each cohort has its last tokens
-        self._step_seconds = 0.0
         self._booking = 0.0
-        self._barren = 0  # steps since somebody got a token
+        self._barren = 0  # steps since the last token for any request
         self._patience = patience(settings)
 
+    @property
+    def planner(self) -> Planner:
+        return self._pilot.planner
+
     def run(self, arrivals: Iterator[Arrival], stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Serves arrivals, whose times ascend; whether all of them were answered before
-        ``stopped``. Raises Stuck.
+        """Serves arrivals, whose times ascend. Returns False when ``stopped`` ended it before all
+        were answered. Raises Stuck.
         """
         coming = next(arrivals, None)
         gc.collect()
@@ -125,11 +127,10 @@ class Simulation:
                     raise Stuck(f"nothing can happen any more, but {self._oldest()}")
                 self.now = max(self.now, due)
                 self._book()
-                if self.planner.wants_plan and self._pacer.due(self.now):
+                if self._pilot.due(self.now):
                     self._plan()
                 while coming is not None and coming[0] <= self.now:
-                    self.planner.submit(0, coming[1])
-                    self._pacer.work_arrived()
+                    self._pilot.submit(0, coming[1])
                     coming = next(arrivals, None)
                 self._follow_up()
             return False
@@ -138,33 +139,27 @@ class Simulation:
             gc.unfreeze()
 
     def _due(self, arrival: float) -> float:
-        """When something happens next; infinity when nothing ever does."""
+        """Time of the next event; infinity when there will be none."""
         result = self._results[0][0] if self._results else math.inf
-        plan = self.now + self._pacer.wait(self.now) if self.planner.wants_plan else math.inf
-        return min(arrival, result, plan)
+        return min(arrival, result, self.now + self._pilot.wait(self.now))
 
     def _book(self) -> None:
-        """Results that have come in by now."""
+        """Books the results that have come in by now."""
         results: list[StepResult] = []
         while self._results and self._results[0][0] <= self.now:
             results += heapq.heappop(self._results)[2]
-        if not results:
-            return
-        began, before = time.perf_counter(), self.planner.group.newest_result
-        self.planner.results(results)
-        self._booking += time.perf_counter() - began
-        self._step_seconds = max(result.seconds for result in results)
-        if self.planner.group.newest_result > before:
-            self._pacer.first_result(self.now, self.planner.group.in_flight, self._step_seconds)
+        if results:
+            step_seconds = max(result.seconds for result in results)
+            began = time.perf_counter()
+            self._pilot.book(results, self.now, step_seconds)
+            self._booking += time.perf_counter() - began
 
     def _plan(self) -> None:
         began = time.perf_counter()
-        plan = self.planner.plan()
+        plan = self._pilot.plan(self.now)
         planning = time.perf_counter() - began
         if plan is None:
-            self._pacer.nothing_to_do()
             return
-        self._pacer.sent(self.now)
         self._watcher.measured(self._booking, planning)
         self._booking = 0.0
         self._watcher.stepped(self.planner, self._execute(self._group.execute(plan)))
@@ -187,15 +182,13 @@ class Simulation:
         return StepSeen(self.now, start, end, step.work, own_SD)
 
     def _follow_up(self) -> None:
-        """What the controller does once the plan is out; ranks acknowledge prompts at once."""
-        planner = self.planner
-        planner.tidy()
-        for rank, message in planner.take_staging():
+        """Delivers the planner's messages; ranks acknowledge prompts at once."""
+        staging, output = self._pilot.follow_up()
+        for rank, message in staging:
             self._group.stage(message)
             if isinstance(message, Preload):
-                planner.staged(Preloaded(rank, message.staged))
-                self._pacer.work_arrived()
-        if output := planner.take_output():
+                self._pilot.staged(Preloaded(rank, message.staged))
+        if output:
             if any(isinstance(message, TokenBatch) for _, message in output):
                 self._barren = 0
             self._watcher.told(self.now, output)

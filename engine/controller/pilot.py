@@ -1,0 +1,159 @@
+"""One group's planner, its pacer and its recording. The controller and the simulation share it.
+
+A turn books results, plans when a plan is due, takes in events, and follows up. Every call that
+changes the planner is recorded here, so that no caller can forget to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..planner.group import Group
+from ..planner.group_plan import Plan
+from ..planner.planner import Planner
+from ..planner.settings import Settings
+from ..protocol.bulk import Preload, Preloaded, Unload
+from ..protocol.frontends import Abort, Submit
+from ..protocol.message import Message
+from ..protocol.results import Refused, StepResult
+from ..recording.recorder import Recorder
+from .pacer import Pacer
+
+
+class Pilot:
+    """Runs one group's planner; times are seconds of one monotonic clock.
+
+    ``planner`` and ``group`` are there to be read: changes go through the pilot's methods.
+    ``recording`` is the file to record to, None for no recording.
+    """
+
+    def __init__(self, settings: Settings, recording: str | None = None) -> None:
+        self.planner: Planner = settings.planner()
+        self.group: Group = self.planner.group
+        self._pacer = Pacer(enabled=settings.spec.pacing)
+        self._recording = recording
+        self._recorder = None if recording is None else Recorder(Path(recording), settings)
+
+    # ----------------------------------------------------------------- steps
+
+    def book(self, results: list[StepResult], now: float, step_seconds: float) -> None:
+        """Takes in results of ranks; the steps in flight are paced as if each took
+        ``step_seconds``. Raises StateMismatch when a rank's state differs from the planner's.
+        """
+        before = self.group.newest_result
+        self._record("results", results)
+        self.planner.results(results)
+        if self.group.newest_result > before:
+            self._pacer.first_result(now, self.group.in_flight, step_seconds)
+
+    def wait(self, now: float) -> float:
+        """Seconds until a plan is due; infinity when only an event can bring one."""
+        return self._pacer.wait(now) if self.planner.wants_plan else math.inf
+
+    def due(self, now: float) -> bool:
+        """Whether ``plan`` should be called now."""
+        return self.planner.wants_plan and self._pacer.due(now)
+
+    def plan(self, now: float) -> Plan | None:
+        """The next plan, to be sent at once; None when there is no work."""
+        plan = self.planner.plan()
+        if self._recorder is not None:
+            self._recorder.plan(plan)
+        if plan is None:
+            self._pacer.nothing_to_do()
+        else:
+            self._pacer.sent(now)
+        return plan
+
+    def follow_up(self) -> tuple[list[tuple[int, Preload | Unload]], list[tuple[int, Message]]]:
+        """Does what can wait until the plan is out: settling and admission.
+
+        Returns the messages for ranks and for frontends, as (rank, message) and (frontend, message).
+        """
+        self._record("tidy")
+        self.planner.tidy()
+        return self.planner.take_staging(), self.planner.take_output()
+
+    def take_output(self) -> list[tuple[int, Message]]:
+        """Messages for frontends since the last call, as (frontend, message)."""
+        return self.planner.take_output()
+
+    # ----------------------------------------------------------------- events
+
+    def submit(self, frontend: int, message: Submit) -> None:
+        """Queues or rejects a request."""
+        self._record("submit", frontend, message)
+        self.planner.submit(frontend, message)
+        self._pacer.work_arrived()
+
+    def abort(self, frontend: int, message: Abort) -> None:
+        """Aborts one request."""
+        self._record("abort", frontend, message)
+        self.planner.abort(frontend, message)
+
+    def abort_frontend(self, frontend: int) -> None:
+        """Aborts all requests of a frontend."""
+        self._record("abort_frontend", frontend)
+        self.planner.abort_frontend(frontend)
+
+    def staged(self, message: Preloaded) -> None:
+        """A rank holds a prompt."""
+        self._record("staged", message)
+        self.planner.staged(message)
+        self._pacer.work_arrived()
+
+    def refused(self, message: Refused) -> None:
+        """A rank could not follow the chain of plans."""
+        self._record("refused", message)
+        self.planner.refused(message)
+
+    def begin_epoch(self, emptied: Sequence[int]) -> None:
+        """Starts a new epoch; the data indices ``emptied`` have lost their pages."""
+        self._record("begin_epoch", [], emptied)
+        self.planner.begin_epoch(emptied=emptied)
+        self._pacer.work_arrived()
+
+    def fail_all(self) -> None:
+        """Ends every open request with an error."""
+        self._record("fail_all")
+        self.planner.fail_all()
+
+    # ----------------------------------------------------------------- silence
+
+    def all_answered(self, now: float) -> None:
+        """No rank owes a result."""
+        self._pacer.all_answered(now)
+
+    def resume(self, now: float) -> None:
+        """All ranks are back: silence counts from now, and a plan may leave at once."""
+        self._pacer.all_answered(now)
+        self._pacer.work_arrived()
+
+    def silent_for(self, now: float) -> float:
+        """Seconds without a first result while some were owed."""
+        return self._pacer.silent_for(now)
+
+    # ----------------------------------------------------------------- the recording
+
+    def flush_recording(self) -> str:
+        """Writes the recording to disk. Says once when the disk has ended it; otherwise empty."""
+        if self._recorder is None:
+            return ""
+        self._recorder.flush()
+        failure = self._recorder.failure
+        if not failure:
+            return ""
+        self.close()
+        return f"the recording to {self._recording} has ended: {failure}"
+
+    def close(self) -> None:
+        """Ends the recording."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    def _record(self, name: str, *arguments: object) -> None:
+        if self._recorder is not None:
+            self._recorder.event(name, *arguments)
