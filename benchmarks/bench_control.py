@@ -67,10 +67,11 @@ def controller_process(spec: bytes, addresses: Queue[Any], out: Queue[Any]) -> N
     controller = Controller(msgspec.json.decode(spec, type=ControllerSpec))
     addresses.put(controller.addresses)
     started, cpu = time.monotonic(), time.process_time()
-    controller.run()
+    status = controller.run()
+    assert status is not None, "stopped before all ranks were there"
     busy = (time.process_time() - cpu) / (time.monotonic() - started)
-    own = [1000 * controller.census.plan_seconds.quantile(share) for share in (0.2, 0.5, 0.8, 0.99)]
-    out.put(("controller", own, controller.census.largest_plan, busy))
+    own = [1000 * status.plan_seconds.quantile(share) for share in (0.2, 0.5, 0.8, 0.99)]
+    out.put(("controller", own, status.largest_plan, busy))
 
 
 def ranks_process(spec: bytes, out: Queue[Any]) -> None:

@@ -1,8 +1,8 @@
-"""Who hangs: told from who has abandoned a step and who has said nothing.
+"""Detects hung ranks: those that neither answer a step nor report abandoning it.
 
-When a rank stops in the middle of a step, the others wait for it in an exchange until its deadline,
-abandon the step and say so. The one that neither answers nor abandons is the one that hangs. Slow
-is not hung: until somebody's deadline has passed nothing is judged.
+When a rank stops in the middle of a step, the others wait for it in a collective until their
+deadline, abandon the step and report that. Slow is not hung: nothing is judged before a deadline
+has passed.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GRACE = 3.0
-"""Seconds after the first rank has abandoned a step: a death is reported by then, and the other survivors have abandoned it too."""
+"""Seconds from the first report of an abandoned step to a judgement. By then a death is reported,
+and the other survivors have abandoned the step too."""
 
 _BEYOND = 15.0
+"""Seconds of silence allowed beyond the collective deadline."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """``hung`` ranks are to be killed; ``regroup``: all are well and wait for a new epoch."""
+    """``hung`` ranks are to be killed. ``regroup``: no rank hangs, and all wait for a new epoch."""
 
     hung: tuple[int, ...] = ()
     regroup: bool = False
 
 
-class Vigil:
-    """Watches one epoch. ``collective_deadline`` is what ranks allow an exchange; times are
+class HangDetector:
+    """Watches one epoch. Ranks wait ``collective_deadline`` seconds in a collective; times are
     monotonic seconds.
     """
 
@@ -38,21 +40,22 @@ class Vigil:
         self._abandoned.clear()
 
     def abandoned(self, rank: int, now: float) -> None:
-        """A rank is well and has given up the step in hand."""
+        """A rank is alive and has abandoned its step."""
         if not self._abandoned:
             self._first = now
         self._abandoned.add(rank)
 
     def judge(self, now: float, behind: list[int], silent_for: float, predicted: float) -> Judgement:
-        """``behind`` are the ranks that owe a result, ``silent_for`` the seconds since the last
+        """Judges ``behind``, the ranks that owe a result, after ``silent_for`` seconds without a
         first result.
 
-        Where nobody abandons (a group of one has no exchange), silence counts beyond five times the
-        ``predicted`` step.
+        A group of one rank has no collective to abandon: it hangs when it is silent for longer than
+        the deadline and five times the ``predicted`` seconds of its step.
         """
         if self._abandoned:
             if now - self._first < GRACE:
                 return Judgement()
             hung = tuple(rank for rank in behind if rank not in self._abandoned)
             return Judgement(hung, regroup=not hung)
-        return Judgement(tuple(behind)) if silent_for > max(self._deadline, 5 * predicted) else Judgement()
+        silent = silent_for > max(self._deadline, 5 * predicted)
+        return Judgement(tuple(behind)) if silent else Judgement()

@@ -1,20 +1,21 @@
-"""When the next plan leaves: as late as punctuality allows, so that a new request does not wait a
-whole step.
+"""Decides when the next plan leaves: as late as punctuality allows, so that a new request does not
+wait a whole step.
 
-The ranks always have one plan in hand while they execute another. The one after that could be sent
-at once; sent later it carries what has arrived meanwhile. It must be there before the step in hand
-ends.
+Ranks always have one plan in hand while they execute another. The plan after those could be sent at
+once. Sent later it carries the requests that have arrived meanwhile, but it must arrive before the
+step in hand ends.
 """
 
 from __future__ import annotations
 
 import math
 
-# Of a step: what its length may be mistaken by, and what a plan takes to be made and to arrive.
-# Where little is left of a step a plan leaves at once, which also spares the controller from being
-# woken twice: it may share its cores with ranks.
 _MARGIN_SHARE = 0.3
+"""Share of a step by which its predicted length may be wrong."""
+
 _MARGIN = 0.006
+"""Seconds to make a plan and deliver it. When less of a step is left, the plan leaves at once: the
+controller may share its cores with ranks, and wakes only once."""
 
 
 class Pacer:
@@ -37,8 +38,8 @@ class Pacer:
         return max(0.0, self._due_at - now)
 
     def first_result(self, now: float, in_flight: int, step_seconds: float) -> None:
-        """The first result of a step is in: ``in_flight`` plans are ahead of the next one, each
-        taking ``step_seconds``.
+        """The first result of a step is in. ``in_flight`` plans come before the next one, and each
+        takes ``step_seconds``.
         """
         self._idle = False
         self._last_heard = now
@@ -50,8 +51,8 @@ class Pacer:
         self._idle = False
 
     def sent(self, now: float) -> None:
-        """A plan has left; the next is due when a result comes in, or at once while the depth is
-        not used up.
+        """A plan has left. The next is due at the next result, or at once while fewer plans are in
+        flight than allowed.
         """
         self._due_at = now
 
@@ -64,5 +65,5 @@ class Pacer:
         self._last_heard = now
 
     def silent_for(self, now: float) -> float:
-        """Seconds since a first result came in while some were owed."""
+        """Seconds without a first result while some were owed."""
         return now - self._last_heard

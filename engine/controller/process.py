@@ -9,9 +9,7 @@ from .controller import Controller
 
 
 def main(spec: ControllerSpec) -> None:
-    """Runs a controller in this process until it is told to stop (``Stop`` from the launcher, or
-    SIGTERM).
-    """
+    """Runs a controller in this process until ``Stop`` from the launcher, or SIGTERM."""
     controller = Controller(spec)
     signal.signal(signal.SIGTERM, lambda *_: controller.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)

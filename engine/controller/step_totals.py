@@ -1,5 +1,5 @@
-"""What the steps of a group add up to, for the metrics: kept as arrays on the step thread, packed
-when a state is sent.
+"""Totals over a group's steps, for the metrics: kept as arrays on the step thread, packed when a
+state is sent.
 
 Suffixes: D data indices, W ranks, L MoE layers, P phases of such a layer.
 """
@@ -20,30 +20,27 @@ from ..protocol.results import StepResult
 
 
 class StepTotals:
-    """``opened`` is called when the ranks have said how many layers they have and how large an
-    expert is.
+    """Sums over the steps of one group whose ranks have ``num_layers`` MoE layers and experts of
+    ``expert_bytes``.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, num_layers: int, expert_bytes: int) -> None:
         world = mesh.world
-        self._mesh = mesh
-        self._plan_counts, self._step_counts = [0] * (len(PLAN_SECONDS) + 1), [0] * (len(STEP_TOKENS) + 1)
+        self._plan_counts = [0] * (len(PLAN_SECONDS) + 1)
+        self._step_counts = [0] * (len(STEP_TOKENS) + 1)
         self._plan_seconds = 0.0
-        self._tokens_D, self._last_D = np.zeros(mesh.data, np.int64), np.zeros(mesh.data, np.int64)
+        self._tokens_D = np.zeros(mesh.data, np.int64)
+        self._last_D = np.zeros(mesh.data, np.int64)
         self._rows = self._dispatch_rows = self._overlapped = self._moved = 0
         self._overlap = False
         self._busy_W, self._waited_W = np.zeros(world), np.zeros(world)
         self._phases_WP = np.zeros((world, len(PHASES)))
-        self._load_LW, self._last_load_LW = np.zeros((0, world), np.int64), np.zeros((0, world), np.int64)
-        self._expert_bytes = 0
-
-    def opened(self, num_layers: int, expert_bytes: int) -> None:
-        self._load_LW = np.zeros((num_layers, self._mesh.world), np.int64)
-        self._last_load_LW = self._load_LW.copy()
+        self._load_LW = np.zeros((num_layers, world), np.int64)
+        self._last_load_LW = np.zeros((num_layers, world), np.int64)
         self._expert_bytes = expert_bytes
 
     def planned(self, seconds: float, header: Header, tokens_D: Int64, rows: int) -> None:
-        """A plan left after ``seconds``; its sections compute tokens_D tokens in ``rows`` rows,
+        """A plan was sent after ``seconds``; its sections compute tokens_D tokens in ``rows`` rows,
         padding included.
         """
         self._plan_counts[bisect_left(PLAN_SECONDS, seconds)] += 1
@@ -58,15 +55,15 @@ class StepTotals:
         self._moved += len(header.moves) * self._expert_bytes
 
     def observed(self, results: Sequence[StepResult]) -> None:
-        """Results of several ranks; a rank may be among them more than once."""
+        """Takes in results; a rank may be among them more than once."""
         ranks = [result.rank for result in results]
         waited = np.array([result.waited for result in results])
         np.add.at(self._waited_W, ranks, waited)
         np.add.at(self._busy_W, ranks, np.array([result.seconds for result in results]) - waited)
 
     def reported(self, result: StepResult) -> None:
-        """What a result carries when a rank was asked for its counts; dear, so not on the way to a
-        plan.
+        """Takes in the counts that a rank was asked for: expensive, so kept off the planning
+        path.
         """
         if result.phases_f32:
             self._phases_WP[result.rank] += np.frombuffer(result.phases_f32, np.float32)
@@ -76,6 +73,7 @@ class StepTotals:
             self._load_LW[:, result.rank] += counts_L
 
     def pack(self) -> Totals:
+        """Balancedness of a layer is mean load / maximum load over ranks."""
         most_L = self._last_load_LW.max(axis=1, initial=0)
         balanced_L = np.where(most_L > 0, self._last_load_LW.mean(axis=1) / np.maximum(most_L, 1), 1.0)
         return Totals(

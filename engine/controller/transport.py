@@ -1,6 +1,4 @@
-"""The controller's sockets: ranks on a step and a bulk socket, frontends and the launcher on a
-third.
-"""
+"""The controller's three sockets: steps and bulk for ranks, one for frontends and the launcher."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ _MAX_DRAIN = 4096
 
 
 class Transport:
-    """Binds the three ROUTER sockets on ``spec.host`` and moves decoded messages; one thread
-    only.
+    """Binds three ROUTER sockets on ``spec.host`` and moves messages; for one thread only.
+
+    ``addresses`` are those of the step, bulk and frontend sockets.
     """
 
     def __init__(self, spec: ControllerSpec) -> None:
@@ -34,7 +33,7 @@ class Transport:
         sockets = [server_socket(self._context, zmq.ROUTER, spec.public, spec.secret) for _ in range(3)]
         self._step, self._bulk, self._frontend = sockets
         for socket in sockets:
-            # A second connection of the same name is the same peer come back after a broken link.
+            # A second connection of the same name is the same peer, back after a broken link.
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
             keep_watch(socket)
         self.addresses = tuple(
@@ -51,12 +50,11 @@ class Transport:
         self._identities: list[bytes] = [rank_identity(rank) for rank in range(spec.mesh.world)]
 
     def wait(self, seconds: float) -> None:
-        """Returns when a message is there, or after ``seconds``. What the methods below return had
-        arrived by then.
+        """Returns when a message is there, or after ``seconds``. The methods below read only the
+        sockets that had one by then.
         """
-        self._ready = {
-            socket for socket, _ in self._poller.poll(math.ceil(min(max(0.0, seconds), 60.0) * 1000))
-        }
+        milliseconds = math.ceil(min(max(0.0, seconds), 60.0) * 1000)
+        self._ready = {socket for socket, _ in self._poller.poll(milliseconds)}
 
     def step_messages(self) -> list[FromRankStep]:
         """All step results that have arrived."""
@@ -67,11 +65,13 @@ class Transport:
         return [self._from_rank_bulk.decode(frames[1]) for frames in self._drain(self._bulk)]
 
     def frontend_messages(self) -> list[tuple[bytes, FromFrontend]]:
-        """All messages of frontends and of the launcher, with the name of their sender."""
+        """All messages of frontends and of the launcher, with their senders' names."""
         return [(frames[0], self._from_frontend.decode(frames[1])) for frames in self._drain(self._frontend)]
 
     def send_plan(self, plan: Plan) -> int:
-        """Sends each section to the members of its data index; the largest plan in bytes."""
+        """Sends each section to the members of its data index. Returns the most bytes that one rank
+        got.
+        """
         header, largest = encode(plan.header), 0
         for data, section in plan.sections.items():
             body = encode(section)
@@ -87,20 +87,18 @@ class Transport:
         self._bulk.send_multipart((self._identities[rank], encode(message)), zmq.DONTWAIT)
 
     def send_frontend(self, name: bytes, message: Message) -> None:
-        """Sends to a peer of the third socket; a peer that has gone is ignored, its lease ends
-        it.
-        """
+        """Sends to a peer of the third socket. One that has gone is ignored; its lease will end."""
         self._frontend.send_multipart((name, encode(message)), zmq.DONTWAIT)
 
     def close(self) -> None:
-        """Closes everything; what was sent last still leaves for up to a second."""
+        """Closes everything; the last messages have a second to leave."""
         for socket in (self._step, self._bulk, self._frontend):
             socket.close(linger=1000)
         self._authenticator.stop()
         self._context.term()
 
     def _drain(self, socket: zmq.Socket[bytes]) -> list[list[bytes]]:
-        """To ask whether there is more costs a tenth of the exception of a socket that is empty."""
+        """Reads until the socket is empty. Asking it costs a tenth of catching its exception."""
         received: list[list[bytes]] = []
         if socket in self._ready:
             while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN and len(received) < _MAX_DRAIN:

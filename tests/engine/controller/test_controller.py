@@ -293,8 +293,14 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
     assert record.finished == len(asks) and expected.prefix_hits == state.prefix_hits
 
 
-def test_a_full_disk_ends_the_recording_and_not_the_service() -> None:
+def test_a_full_disk_ends_the_recording_and_not_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[str] = []
+
+    def report(phase: str, detail: str = "", fraction: float = 0.0, address: tuple[str, ...] = ()) -> None:
+        reports.append(detail)
+
     with start(Mesh(), recording="/dev/full") as cluster:
+        monkeypatch.setattr(cluster.controller._lobby, "report", report)
         cluster._start(cluster.controller.run)
         cluster.join_ranks((0,), Mesh())
         frontend = cluster.frontend()
@@ -302,7 +308,9 @@ def test_a_full_disk_ends_the_recording_and_not_the_service() -> None:
         frontend.submit(1, 10, 240)
         frontend.until(lambda: 1 in frontend.finish, "the end")
         assert frontend.finish[1] == Finish.LENGTH
-        frontend.until(lambda: cluster.controller._recorder is None, "the recording to end")
+        frontend.until(
+            lambda: reports[-1].startswith("the recording to /dev/full has ended: "), "the recording to end"
+        )
         frontend.submit(2, 10, 20)
         frontend.until(lambda: 2 in frontend.finish, "the end of a request after it")
 

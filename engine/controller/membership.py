@@ -1,0 +1,117 @@
+"""The ranks of a running group: losses, replacements, hangs, and the epochs that follow."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+
+from ..protocol.bulk import RankHello
+from ..protocol.frontends import RankLost
+from ..protocol.results import Abandoned
+from ..protocol.specs import ControllerSpec
+from .hang_detector import HangDetector
+from .pilot import Pilot
+from .status import ClusterStatus
+
+log = logging.getLogger(__name__)
+
+
+class Membership:
+    """Decides when an epoch begins, and sets the status's phase while ranks are missing.
+
+    ``missing`` ranks are lost and not yet replaced; no step is planned until they are back.
+    ``replaced`` and ``watch`` return why the group cannot go on, empty while it can. Times are
+    monotonic seconds.
+    """
+
+    def __init__(
+        self, spec: ControllerSpec, hellos: Mapping[int, RankHello], pilot: Pilot, status: ClusterStatus
+    ) -> None:
+        self.missing: set[int] = set()
+        self._hung: set[int] = set()
+        self._hellos = dict(sorted(hellos.items()))
+        self._pilot, self._status = pilot, status
+        self._detector = HangDetector(spec.collective_deadline)
+        self._rank_deadline = spec.rank_deadline
+        self._back_by = math.inf
+
+    def conditions(self) -> Iterable[tuple[RankHello, str]]:
+        """Each rank's hello, and its condition: serving | lost | hung."""
+        for rank, hello in self._hellos.items():
+            yield hello, "lost" if rank in self.missing else "hung" if rank in self._hung else "serving"
+
+    def lost(self, message: RankLost, now: float) -> None:
+        """A rank is gone. Its requests keep their tokens and wait for the replacement."""
+        status = self._status
+        self.missing.add(message.rank)
+        self._hung.discard(message.rank)
+        status.reason = f"rank {message.rank} is lost: {message.reason}"
+        if status.phase not in ("serving", "recovering", "draining"):
+            return
+        log.error("%s; waiting for its replacement", status.reason)
+        self._begin_epoch([self._pilot.group.mesh.data_of_rank(message.rank)])
+        if status.phase == "serving":
+            status.phase = "recovering"
+        self._back_by = now + self._rank_deadline
+
+    def replaced(self, hello: RankHello, now: float) -> str:
+        """A replacement has said hello for a missing rank. The group goes on after the last one."""
+        group = self._pilot.group
+        pages = int(group.kv.num_pages[group.mesh.data_of_rank(hello.rank)])
+        if hello.num_pages < pages:
+            return (
+                f"rank {hello.rank} came back with {hello.num_pages} pages, it had {pages}: "
+                "set kv_cache.memory"
+            )
+        self._hellos[hello.rank] = hello
+        self.missing.discard(hello.rank)
+        if not self.missing:
+            log.info("all ranks are back; epoch %d begins", group.epoch)
+            if self._status.phase == "recovering":
+                self._status.phase = "serving"
+            self._status.reason = ""
+            self._back_by = math.inf
+            self._pilot.resume(now)
+        return ""
+
+    def abandoned(self, message: Abandoned, now: float) -> None:
+        """A rank is alive but could not finish its step, because a peer did not answer."""
+        if message.epoch == self._pilot.group.epoch:
+            log.warning("rank %d abandoned step %d: %s", message.rank, message.step, message.reason)
+            self._detector.abandoned(message.rank, now)
+
+    def watch(self, now: float) -> str:
+        """Finds hung ranks; the launcher reads of them in the state and kills them."""
+        if self.missing:
+            if now <= self._back_by:
+                return ""
+            missing, seconds = sorted(self.missing), self._rank_deadline
+            return f"{self._status.reason}; no replacement for ranks {missing} within {seconds:.0f} s"
+        group = self._pilot.group
+        behind = [rank for rank, step in enumerate(group.acknowledged) if step < group.next_step - 1]
+        if not behind:
+            self._pilot.all_answered(now)
+        if not self._hung:
+            self._judge(now, behind)
+            return ""
+        if self._pilot.silent_for(now) <= self._rank_deadline:
+            return ""
+        return f"ranks {sorted(self._hung)} hang and have not been replaced"
+
+    def _judge(self, now: float, behind: list[int]) -> None:
+        group = self._pilot.group
+        silent_for = self._pilot.silent_for(now)
+        judgement = self._detector.judge(now, behind, silent_for, group.predicted_seconds())
+        if judgement.regroup:
+            log.error("every rank has abandoned its step: epoch %d begins", group.epoch + 1)
+            self._begin_epoch([])
+        for rank in judgement.hung:
+            step, host = int(group.acknowledged[rank]) + 1, self._hellos[rank].host
+            log.error("rank %d on %s hangs in step %d: it has to be replaced", rank, host, step)
+            self._hung.add(rank)
+            self._status.reason = f"rank {rank} hangs in step {step}"
+
+    def _begin_epoch(self, emptied: list[int]) -> None:
+        self._pilot.begin_epoch(emptied)
+        self._detector.reset()

@@ -1,0 +1,187 @@
+"""The controller's turn while it serves: moves messages between sockets and the planner.
+
+One thread, no asyncio, no HTTP. The order within a turn is the order of urgency: results, the plan,
+then events, admission and output, then housekeeping twice a second.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+
+from ..planner.ledger import StateMismatch
+from ..protocol.bulk import Preloaded, RankHello
+from ..protocol.cluster_state import ClusterState
+from ..protocol.frontends import Abort, RankLost, Submit
+from ..protocol.lobby import Lobby
+from ..protocol.results import Refused, StepResult
+from .frontends import Frontends
+from .membership import Membership
+from .pilot import Pilot
+from .status import ClusterStatus
+from .transport import Transport
+
+log = logging.getLogger(__name__)
+
+_HOUSEKEEPING = 0.5
+
+
+class Serving:
+    """Serves one group whose ranks are all there, until a stop is requested."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        frontends: Frontends,
+        lobby: Lobby,
+        pilot: Pilot,
+        membership: Membership,
+        status: ClusterStatus,
+    ) -> None:
+        self._transport, self._frontends, self._lobby = transport, frontends, lobby
+        self._pilot, self._membership, self._status = pilot, membership, status
+        self._next_housekeeping = 0.0
+        self._drain_deadline = math.inf
+
+    def run(self) -> None:
+        """Takes turns, each when a message arrives, a plan is due or housekeeping is."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        while not self._frontends.stop_requested:
+            now = time.monotonic()
+            plan_due = math.inf if self._membership.missing else self._pilot.wait(now)
+            self._transport.wait(min(self._next_housekeeping - now, plan_due))
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        began = time.perf_counter()
+        self._listen_to_ranks()
+        now = time.monotonic()
+        if not self._membership.missing and self._pilot.due(now):
+            self._plan(now, began)
+        self._frontends.listen(now, self)
+        if self._membership.missing:
+            self._frontends.send(self._pilot.take_output())
+        else:
+            self._follow_up()
+        if now >= self._next_housekeeping:
+            self._keep_house(now)
+
+    # ----------------------------------------------------------------- ranks
+
+    def _listen_to_ranks(self) -> None:
+        results: list[StepResult] = []
+        for message in self._transport.step_messages():
+            if isinstance(message, StepResult):
+                results.append(message)
+            elif isinstance(message, Refused):
+                rank, step, last = message.rank, message.step, message.last_step
+                log.error("rank %d refused step %d: it has executed %d", rank, step, last)
+                self._pilot.refused(message)
+            else:
+                self._membership.abandoned(message, time.monotonic())
+        if results:
+            self._book(results)
+        for bulk in self._transport.bulk_messages():
+            if isinstance(bulk, Preloaded):
+                self._pilot.staged(bulk)
+            else:
+                self._welcome(bulk)
+
+    def _book(self, results: list[StepResult]) -> None:
+        self._status.observe(results)
+        try:
+            self._pilot.book(results, time.monotonic(), self._status.step_seconds())
+        except StateMismatch as error:
+            self._fail(str(error))
+
+    def _welcome(self, hello: RankHello) -> None:
+        """Takes a replacement. Its predecessor's loss was reported first, but may still be unread."""
+        now = time.monotonic()
+        if hello.rank not in self._membership.missing:
+            self._frontends.listen(now, self)
+        if hello.rank in self._membership.missing:
+            if failure := self._membership.replaced(hello, now):
+                self._fail(failure)
+            self._next_housekeeping = 0.0
+
+    def _plan(self, now: float, began: float) -> None:
+        plan = self._pilot.plan(now)
+        if plan is not None:
+            largest = self._transport.send_plan(plan)
+            tokens_D = self._pilot.group.flights[plan.header.step].tokens
+            self._status.planned(time.perf_counter() - began, largest, plan, tokens_D)
+
+    def _follow_up(self) -> None:
+        staging, output = self._pilot.follow_up()
+        for rank, message in staging:
+            self._transport.send_bulk(rank, message)
+        self._frontends.send(output)
+
+    # ----------------------------------------------------------------- frontends, launcher
+
+    def state(self) -> ClusterState:
+        return self._status.state(self._membership.conditions())
+
+    def submit(self, frontend: int, message: Submit) -> str:
+        if self._status.phase not in ("serving", "recovering"):
+            return self._status.reason or f"the cluster is {self._status.phase}"
+        self._pilot.submit(frontend, message)
+        return ""
+
+    def abort(self, frontend: int, message: Abort) -> None:
+        self._pilot.abort(frontend, message)
+
+    def abort_frontend(self, frontend: int) -> None:
+        self._pilot.abort_frontend(frontend)
+
+    def drain(self, now: float, deadline: float) -> None:
+        """A second drain may shorten the first."""
+        if self._status.phase in ("serving", "recovering"):
+            self._status.phase, self._status.reason = "draining", ""
+        if self._status.phase == "draining":
+            self._drain_deadline = min(deadline, self._drain_deadline)
+        self._next_housekeeping = now
+
+    def rank_lost(self, message: RankLost) -> None:
+        self._membership.lost(message, time.monotonic())
+        self._next_housekeeping = 0.0
+
+    # ----------------------------------------------------------------- housekeeping
+
+    def _keep_house(self, now: float) -> None:
+        self._next_housekeeping = now + _HOUSEKEEPING
+        self._frontends.end_leases(now, self)
+        if failure := self._membership.watch(now):
+            self._fail(failure)
+        self._end_drain(now)
+        self._frontends.tell(self.state())
+        if self._pilot.planner.idle() and not self._pilot.group.in_flight:
+            gc.collect()
+        if failure := self._pilot.flush_recording():
+            self._lobby.report("ready", failure)
+
+    def _end_drain(self, now: float) -> None:
+        planner = self._pilot.planner
+        if self._status.phase != "draining" or not (planner.idle() or now >= self._drain_deadline):
+            return
+        if not planner.idle():
+            left = len(planner.group.open)
+            log.warning("draining took longer than its deadline: %d requests are ended", left)
+            self._pilot.fail_all()
+            self._follow_up()
+        self._status.phase, self._status.reason = "drained", ""
+
+    def _fail(self, reason: str) -> None:
+        """The group cannot go on: every open request gets an error, health says why."""
+        if self._status.phase == "failed":
+            return
+        log.error("the cluster has failed: %s", reason)
+        self._status.phase, self._status.reason = "failed", reason
+        self._next_housekeeping = 0.0
+        self._pilot.fail_all()
+        self._frontends.send(self._pilot.take_output())
+        self._lobby.report("failed", reason)
