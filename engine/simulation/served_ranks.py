@@ -1,8 +1,8 @@
-"""Many simulated ranks in one process, on real sockets: the controller cannot tell them from real
+"""Many simulated ranks in one process, on real sockets. The controller cannot tell them from real
 ones.
 
-Every rank executes its plans one after the other; a step takes what the cost model says, as wall
-time. Used by the control-path benchmark and by tests of the serving path that need no model.
+Each rank executes its plans in order; a step takes the cost model's seconds of wall time. The
+control-path benchmark uses them, and tests of the serving path that need no model.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from .simulated_rank import SimulatedRank
 
 
 class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Which ranks to simulate, and how. ``step_seconds`` is what a step takes beside the cost of
-    its tokens.
-    """
+    """Ranks to simulate. A step takes ``step_seconds``, and more for its tokens and KV reads."""
 
     ranks: tuple[int, ...]
     mesh: Mesh
@@ -47,8 +45,8 @@ class SimulatedSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timeline:
-    """When each step's first result left this process and when its plan had reached all its ranks
-    (monotonic seconds).
+    """Times of each step in monotonic seconds: its first result left this process, its plan has
+    reached all ranks here.
     """
 
     def __init__(self) -> None:
@@ -141,7 +139,7 @@ class SimulatedRanks:
         return plans
 
     def _execute(self, rank: int, plan: StepPlan) -> None:
-        """A rank starts its next step when it has the plan and has finished the one before."""
+        """Starts a rank's step when it has the plan and has finished the step before."""
         received = self.timeline.plan_complete[plan.header.step]
         result = self._ranks[rank].execute(plan)
         if result is not None:
@@ -156,9 +154,7 @@ class SimulatedRanks:
 
 
 def main(spec: SimulatedSpec) -> SimulatedRanks:
-    """Simulates ranks in this process until the controller stops them; returns them for their
-    timeline.
-    """
+    """Simulates ranks in this process until the controller stops them."""
     ranks = SimulatedRanks(spec)
     signal.signal(signal.SIGTERM, lambda *_: ranks.stop())
     ranks.run()

@@ -1,8 +1,8 @@
-"""All ranks of a group, simulated at once: the state of many ``SimulatedRank`` at the price of one.
+"""All ranks of a group, simulated at once: the state of many ``SimulatedRank`` at the cost of one.
 
-For simulations in virtual time, where the planner should cost more than the ranks. Ranks that
-disagree, messages that are lost and rows that advance by more than a token are matters of
-``SimulatedRank``. Suffixes: D data indices, S stages of the pipeline.
+It is for simulations in virtual time, where the planner should cost more than the ranks. It does
+not simulate ranks that disagree, lost messages, or rows that advance by more than a token:
+``SimulatedRank`` does. Suffixes: D data indices, S stages of the pipeline.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..protocol.results import StepResult
 from ..protocol.slot_table import SlotTable
 
 _TOKEN = np.ones(1, np.int32).tobytes()
-"""What every row samples: nobody reads it, but the blocks of outputs are hashed from it."""
+"""The token that every row samples: outputs are hashed, and otherwise unread."""
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What the data indices compute in a step, each int64 [D].
+    """Work of a step, each int64 [D].
 
-    decodes: rows that decode. tokens: those and prompt tokens. sampled: rows that sample.
-    decode_context and prompt_context: positions attended to, summed over the tokens of rows that
-    decode and of prompts. kv_reads: positions read, by a chunk of a prompt once.
+    decodes: rows that decode. tokens: decoded and prompt tokens. sampled: rows that sample.
+    decode_context, prompt_context: positions attended to, summed over decoded and over prompt
+    tokens. kv_reads: positions read; a chunk of a prompt reads each position once.
     """
 
     decodes_D: Int64
@@ -43,9 +43,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class Executed:
-    """A step as the ranks have executed it: ``checksums`` of the data indices, where the plan asked
-    for them.
-    """
+    """An executed step. ``checksums`` [D] are None unless the plan asked for them."""
 
     header: Header
     work: StepWork
@@ -66,14 +64,14 @@ class SimulatedGroup:
         self._staged: dict[int, int] = {}  # tokens of prompts that wait for their admission
 
     def stage(self, message: Preload | Unload) -> None:
-        """Takes or forgets a prompt; members of a data index get the same one."""
+        """Takes or forgets a prompt. All members of a data index get the same prompts."""
         if isinstance(message, Preload):
             self._staged[message.staged] = len(message.tokens_i32) // 4
         else:
             self._staged.pop(message.staged, None)
 
     def execute(self, plan: Plan) -> Executed:
-        """Applies a plan to all slots and moves their lengths past it."""
+        """Applies a plan to all slots and advances their lengths."""
         tables = self._tables
         for data, section in plan.sections.items():
             if _changes(section):
@@ -109,8 +107,8 @@ class SimulatedGroup:
         )
 
     def results(self, step: Executed, stage: int, own_D: NDArray[np.float64]) -> list[StepResult]:
-        """What the ranks of ``stage`` report of a step, each after ``own_D`` seconds of work; all
-        wait for the slowest.
+        """Results of the ranks of ``stage``: each works ``own_D`` seconds, and all wait for the
+        slowest.
         """
         mesh, header = self._mesh, step.header
         seconds = float(own_D.max())
@@ -132,7 +130,7 @@ class SimulatedGroup:
         return results
 
     def _extends(self, plan: Plan) -> tuple[Int64, Int64]:
-        """The slots of all data indices whose prompts advance, data-major, and by how many
+        """Slots whose prompts advance, data-major over all data indices, and their numbers of
         tokens.
         """
         parts = [
@@ -152,15 +150,13 @@ class SimulatedGroup:
         return sums
 
     def _add_up(self, slots: Int64, values: Int64 | None = None) -> Int64:
-        """Sums [D] of values [n], or how many there are, that belong to slots [n]."""
-        sums: Int64 = np.bincount(slots // self._num_slots, values, minlength=len(self._tables)).astype(
-            np.int64
-        )
-        return sums
+        """Sums [D] of values [n] of slots [n]; without values the number of slots."""
+        sums = np.bincount(slots // self._num_slots, values, minlength=len(self._tables))
+        return sums.astype(np.int64)
 
 
 def _changes(section: Section) -> bool:
-    """Whether a section does more than let its rows go on."""
+    """Whether a section changes any slot, apart from letting its rows advance."""
     return bool(
         section.rebase
         or section.pages_pairs

@@ -1,8 +1,8 @@
-"""Simulated ranks: the protocol of a rank without a model.
+"""A rank's protocol without a model.
 
-``SimulatedRank`` keeps the same ``SlotTable`` as a real one, follows or refuses the chain like a
-real one, and samples tokens that depend only on the request and the position, so that a replay
-gives the same text. Its seconds come from a cost model.
+``SimulatedRank`` keeps a real rank's ``SlotTable``, and follows or refuses the chain as a real rank
+does. Its tokens depend only on the request and the position, so that a replay gives the same text.
+Its seconds come from a cost model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..protocol.slot_table import Rows, SlotTable
 
 
 class SimulatedRank:
-    """One rank's side of the protocol. ``end_every``: one token in that many is the end-of-sequence
-    id 0 (0: none).
+    """One rank's side of the protocol. One token in ``end_every`` is the end-of-sequence id 0; an
+    ``end_every`` of 0 means none.
     """
 
     def __init__(
@@ -39,9 +39,8 @@ class SimulatedRank:
         self._prompts: dict[int, Int32] = {}
         self._key = np.zeros(num_slots, np.uint64)
         self._stops = np.zeros(num_slots, np.bool_)
-        self._scored = np.zeros(
-            (num_slots, 2), np.int64
-        )  # log-probabilities wanted of a prompt, and the tokens that are its own
+        # Number of log-probabilities wanted for a prompt, and the length of the prompt proper.
+        self._scored = np.zeros((num_slots, 2), np.int64)
 
     def stage(self, message: Preload | Unload) -> None:
         """Takes or forgets a prompt."""
@@ -52,12 +51,12 @@ class SimulatedRank:
 
     @property
     def num_staged(self) -> int:
-        """Prompts that wait for their admission."""
+        """Number of prompts that wait for their admission."""
         return len(self._prompts)
 
     def execute(self, plan: StepPlan) -> StepResult | Refused | None:
-        """The result of a plan; ``Refused`` on a gap in the chain, None for one it has already
-        executed.
+        """Returns the result of a plan: ``Refused`` on a gap in the chain, None for a plan that was
+        executed before.
         """
         header, section = plan.header, plan.section
         verdict = self._chain.judge(plan)
@@ -108,11 +107,11 @@ class SimulatedRank:
 
     @staticmethod
     def request_key(prompt: Int32, seed: int) -> np.uint64:
-        """What the tokens of a request are a function of, beside the position."""
+        """Key of a request; it and the position determine each token."""
         return np.uint64(int(prompt.astype(np.uint64).sum()) * 1_000_003 + len(prompt)) ^ np.uint64(seed)
 
     def token(self, keys: NDArray[np.uint64], positions: Int64) -> Int32:
-        """The token at each position of the request with each key [n]; 0 ends a sequence."""
+        """Tokens [n] of the requests with keys [n] at positions [n]; 0 ends a sequence."""
         mixed = mix64(keys ^ (positions.astype(np.uint64) << np.uint64(20)))
         tokens = 1 + (mixed % np.uint64(self.vocabulary - 1)).astype(np.int32)
         if self.end_every:
@@ -121,13 +120,15 @@ class SimulatedRank:
 
     @staticmethod
     def logprob(key: np.uint64, positions: Int64) -> NDArray[np.float32]:
-        """That of the prompt's token at each position [n] of the request with ``key``; the
-        likeliest have it too.
+        """Log-probability of each prompt token, by its position [n]; its top-k alternatives get the
+        same value.
         """
         return -(mix64(key ^ positions.astype(np.uint64)) % np.uint64(4096)).astype(np.float32)
 
     def _score(self, rows: Rows) -> tuple[PromptLogprobs, ...]:
-        """What chunks say of the prompt tokens they lead to, for requests that asked."""
+        """Log-probabilities of the prompt tokens that follow each position computed now, for the
+        requests that asked.
+        """
         found: list[PromptLogprobs] = []
         for number, row in enumerate(range(rows.num_decode, len(rows.slots))):
             top, own = self._scored[rows.slots[row]].tolist()
@@ -144,7 +145,7 @@ class SimulatedRank:
         """A prompt moves into a slot."""
 
     def _compute(self, rows: Rows) -> tuple[Int32, Int64]:
-        """The model's part of a step: ragged tokens and counts of the rows that sample."""
+        """Does the model's part of a step: ragged tokens and counts of the rows that sample."""
         return self._sample(rows)
 
     def _ended(self, tokens: Int32, counts: Int64, slots: Int64) -> Int64:

@@ -1,9 +1,8 @@
-"""A group in virtual time: the planner, and what the controller does around it, against simulated
-ranks, without waiting for any of it.
+"""Runs a group in virtual time: the controller's pilot against simulated ranks.
 
-The order within a turn and the pacing of plans are the controller's. Between processes no time
-passes: prompts, plans and results arrive when they are sent. What the planner itself takes is
-measured and never added, so that equal arrivals give equal results on any machine.
+The order within a turn and the pacing are the controller's. Messages take no time: prompts, plans
+and results arrive when they are sent. The planner's own time is measured but not added, so that
+equal arrivals give equal results on any machine.
 """
 
 from __future__ import annotations
@@ -30,14 +29,16 @@ from ..protocol.results import StepResult
 from .simulated_group import Executed, SimulatedGroup, StepWork
 
 PATIENCE = 10_000
-"""Steps in a row without a token for anybody, beside those that the longest prompt takes, after which something is wrong."""
+"""Steps in a row without a token for any request, beyond those of the longest prompt, after which
+something is wrong."""
 
 _STATES = {
-    State.PRELOADING: "is being staged",
+    State.PRELOADING: "is being preloaded",
     State.READY: "waits for its first chunk",
     State.PREFILL: "is in prefill",
+    State.DECODE: "decodes",
+    State.DRAINING: "drains",
 }
-_STATES |= {State.DECODE: "decodes", State.DRAINING: "drains"}
 
 
 class Stuck(RuntimeError):
@@ -45,8 +46,8 @@ class Stuck(RuntimeError):
 
 
 class StepTimes(Protocol):
-    """How long a step takes: seconds [S, D] that each stage of each data index works on it, waiting
-    for others excluded.
+    """Seconds [S, D] that each stage of each data index works on a step, without waiting for
+    others.
     """
 
     def __call__(self, work: StepWork) -> NDArray[np.float64]: ...
@@ -54,8 +55,8 @@ class StepTimes(Protocol):
 
 @dataclass(frozen=True)
 class StepSeen:
-    """A step that was planned at ``planned``; the first stage starts at ``start``, the last ends at
-    ``end``. own_SD as ``StepTimes``.
+    """A step's virtual times: planned, first stage started, last stage ended. own_SD: as
+    ``StepTimes``.
     """
 
     planned: float
@@ -66,28 +67,28 @@ class StepSeen:
 
 
 class Watcher(Protocol):
-    """Who writes down what happens; times are virtual seconds."""
+    """Observes a simulation; times are virtual seconds."""
 
     def told(self, now: float, messages: list[tuple[int, Message]]) -> None:
-        """Messages for frontends, as (frontend, message)."""
+        """Frontends get these messages, given as (frontend, message)."""
 
     def stepped(self, planner: Planner, step: StepSeen) -> None:
-        """The planner has just made a plan, and this is what becomes of it."""
+        """The planner has made a plan, which runs as ``step``."""
 
     def measured(self, booking: float, planning: float) -> None:
-        """Real seconds, on this machine, that the planner took for the results before a plan, and
-        for the plan.
-        """
+        """The planner took so many real seconds to book the results before a plan, and to plan."""
 
 
 Arrival = tuple[float, Submit]
 
 
 def patience(settings: Settings) -> int:
-    """Steps in a row without a token for anybody, after which a simulation is stuck. While nobody
-    decodes, a prompt advances by ``max_batch_tokens`` whenever it is its cohort's turn.
+    """Steps in a row without a token for any request, after which a simulation is stuck.
+
+    While no request decodes, a prompt advances by ``max_batch_tokens`` at each turn of its cohort.
     """
-    return PATIENCE + settings.mesh.pipeline * -(-settings.max_len // settings.spec.max_batch_tokens)
+    chunks = -(-settings.max_len // settings.spec.max_batch_tokens)
+    return PATIENCE + settings.mesh.num_cohorts * chunks
 
 
 class Simulation:
@@ -168,8 +169,8 @@ class Simulation:
             raise Stuck(f"nobody has got a token for {self._patience} steps, and {self._oldest()}")
 
     def _execute(self, step: Executed) -> StepSeen:
-        """A stage begins a step when it has the plan, what the stage before makes of it, and has
-        done the step before.
+        """A stage begins a step when it has the plan and the output of the stage before, and has
+        finished its previous step.
         """
         own_SD, cohort = self._times(step.work), step.header.cohort
         end = start = max(self.now, self._free_at[0], self._sampled_at[cohort])
@@ -197,9 +198,10 @@ class Simulation:
         request = min(self.planner.group.open.values(), key=lambda request: request.order, default=None)
         if request is None:
             return "the planner is not idle, though no request is open"
-        return f"request {request.request_id} ({request.num_prompt} prompt tokens, limit {request.limit}) {self._stands(request)}"
+        size = f"{request.num_prompt} prompt tokens, limit {request.limit}"
+        return f"request {request.request_id} ({size}) {self._condition(request)}"
 
-    def _stands(self, request: Request) -> str:
+    def _condition(self, request: Request) -> str:
         if request.row < 0:
             return f"waits at {self.now:.3f} s"
         return f"{_STATES[int(self.planner.group.rows.state[request.row])]} at {self.now:.3f} s"
