@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from ..defaults import CONTEXT
 from ..recipe.hardware import hardware_names, load_hardware
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
 from ..recipe.resolve import check_model
@@ -17,8 +18,6 @@ from .floors import Floor, Traffic, decode_work, floor_of, prefill_work, traffic
 from .memory import Memory, memory_of, page_bytes
 from .setup import Setup, resolve
 from .shape import read_shape
-
-CONTEXT = 4096  # tokens of a request that batch and floors are computed for, unless told otherwise
 
 
 @dataclass(frozen=True)

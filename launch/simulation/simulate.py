@@ -21,9 +21,6 @@ from .report import Report, make_report
 from .times import FloorTimes
 from .trace import Trace
 
-EFFICIENCY = 0.3
-"""The median of nine published figures for DeepSeek-V3 over their floors is 0.31, from 0.24 to 0.50: benchmarks/plan_anchors.md."""
-
 
 @dataclass(frozen=True)
 class Progress:

@@ -26,8 +26,8 @@ from ...engine.protocol.frontends import Submit
 from ...engine.protocol.message import Sampling
 from ...engine.simulation.simulation import Arrival
 from ...kernels.splitmix import mix64
+from ..defaults import BLOCK
 
-BLOCK = 512  # tokens of a block that hash_ids name, in the Mooncake traces
 MADE = "poisson:"
 _MADE_KEYS = "poisson:rate=R,input=N,output=N,count=N[,seed=N]"
 _MOST = 10_000_000  # tokens, or requests of a made trace

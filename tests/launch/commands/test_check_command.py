@@ -1,4 +1,4 @@
-"""``launch check`` as a person and a program meet it, and what launching refuses by itself."""
+"""``launch check``, its text and its JSON, and the checks before every launch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def run(folder: Path, *arguments: str, limit: str = "") -> subprocess.CompletedP
     )
 
 
-def test_nothing_in_the_way(tmp_path: Path) -> None:
+def test_no_problems(tmp_path: Path) -> None:
     result = run(tmp_path, "check", *LOCAL)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1] == "nothing in the way"
+    assert result.stdout.splitlines()[-1] == "no problems found"
     tensors = json.loads((DEMO / "model.safetensors.index.json").read_text())["weight_map"]
     assert f"ok      model: {DEMO}: {len(tensors)} tensors" in result.stdout
 
@@ -40,7 +40,9 @@ def test_nothing_in_the_way(tmp_path: Path) -> None:
 def test_help_names_the_statuses(tmp_path: Path) -> None:
     result = run(tmp_path, "check", "--help")
     assert result.returncode == 0
-    assert "0 nothing found, 1 errors, 2 a bad recipe, 3 only warnings" in " ".join(result.stdout.split())
+    assert "Exit status: 0 no problems, 1 errors, 2 bad recipe, 3 warnings only" in " ".join(
+        result.stdout.split()
+    )
 
 
 def test_a_bad_recipe_is_2(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""The command line as a person meets it: usage, bad recipes and bad checkpoints, without a
-cluster.
-"""
+"""The command line without a cluster: usage, bad recipes and bad checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.launch.recipe.file import find_recipe
+from lockstep.launch.commands.app import DEFAULT
+from lockstep.launch.commands.main import app
+from lockstep.launch.recipe.file import COMMANDS, find_recipe
 
 DEMO = find_recipe("demo").parent / "demo" / "model"
 
@@ -35,8 +35,33 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help(tmp_path: Path) -> None:
     result = launch(tmp_path, "--help")
     assert result.returncode == 0
+    assert result.stdout.startswith("Usage: launch [OPTIONS] [KEY=VALUE]...\n")
     assert "--recipe" in result.stdout
-    assert "KEY=VALUE" in result.stdout
+    assert all(f"launch {command}" in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, tmp_path: Path) -> None:
+    result = launch(tmp_path, command, "-h")
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"Usage: launch {command} [OPTIONS] [KEY=VALUE]...\n")
+    assert "Exit status: 0 " in result.stdout
+
+
+def test_help_imports_nothing_large() -> None:
+    code = "import sys\nfrom lockstep.launch.commands import main\ntry:\n    main.run()\nexcept SystemExit:\n"
+    code += "    sys.exit(bool({'numpy', 'msgspec', 'zmq', 'torch', 'ray'} & set(sys.modules)))"
+    for arguments in (["--help"], *([command, "--help"] for command in COMMANDS)):
+        result = subprocess.run([sys.executable, "-c", code, *arguments], timeout=60, check=False)
+        assert result.returncode == 0, arguments
+
+
+def test_commands_are_known_to_the_hint_for_misspelt_ones() -> None:
+    assert {command.name for command in app.registered_commands} == {None, DEFAULT}
+    assert {command.callback.__name__ for command in app.registered_commands if command.callback} == {
+        DEFAULT,
+        *COMMANDS,
+    }
 
 
 @pytest.mark.parametrize("arguments", [[], ["--recipe"], ["--recipes", "demo"]])
@@ -136,7 +161,10 @@ def test_a_recording_that_is_a_folder_is_found_before_anything_starts(tmp_path: 
 
 def test_closed_streams_are_no_error(tmp_path: Path) -> None:
     code = "import sys\nfrom lockstep.launch import cli\nfrom lockstep.launch.commands import main\n"
-    code += "main.run = lambda: sys.exit(sys.stdout.write('1234567') + sys.stderr.write('') + len(sys.stdin.read()))\ncli.main()"
+    code += (
+        "def run():\n    lengths = sys.stdout.write('1234567'), sys.stderr.write(''), len(sys.stdin.read())\n"
+    )
+    code += "    sys.exit(sum(lengths))\nmain.run = run\ncli.main()"
     command = [sys.executable, "-c", code]
     result = subprocess.run(
         ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *command], timeout=60, check=False, cwd=tmp_path
@@ -157,10 +185,10 @@ def test_closed_streams_are_no_error(tmp_path: Path) -> None:
 def test_leaving_at_once_keeps_exit_code_and_output(
     left_with: str, code: int, words: str, tmp_path: Path
 ) -> None:
-    start = (
-        "import atexit, sys\nfrom lockstep.launch.commands import main\natexit.register(print, 'torn down')\n"
-    )
-    start += f"def command():\n    print('said', end='')\n    sys.exit({left_with})\nmain._leave_at_once_after(command)"
+    start = "import atexit, sys\nfrom lockstep.launch.commands.serve import _leave_at_once_after\n"
+    start += "atexit.register(print, 'torn down')\n"
+    start += f"def command():\n    print('said', end='')\n    sys.exit({left_with})\n"
+    start += "_leave_at_once_after(command)"
     result = subprocess.run(
         [sys.executable, "-c", start], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
     )
@@ -169,8 +197,9 @@ def test_leaving_at_once_keeps_exit_code_and_output(
 
 def test_ctrl_c_while_the_command_is_imported_leaves_no_trace(tmp_path: Path) -> None:
     code = "import os, signal, sys\nfrom lockstep.launch import cli\n"
-    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what is started in the background ignores it
-    code += "sys.meta_path.insert(0, type('Finder', (), {'find_spec': lambda *_: os.kill(os.getpid(), signal.SIGINT)})())\ncli.main()"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
+    code += "class Finder:\n    def find_spec(*_):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "sys.meta_path.insert(0, Finder())\ncli.main()"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
     )

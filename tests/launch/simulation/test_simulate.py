@@ -24,12 +24,13 @@ from lockstep.launch.capacity.anchors import PUBLISHED, floor_beside
 from lockstep.launch.capacity.floors import Work, decode_work, floor_of
 from lockstep.launch.capacity.plan import Plan, plan_recipe
 from lockstep.launch.commands import simulate as simulate_command
+from lockstep.launch.defaults import EFFICIENCY
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.recipe import Recipe, contradictions
 from lockstep.launch.simulation import screen as simulate_screen
 from lockstep.launch.simulation.report import Report, quantiles
 from lockstep.launch.simulation.screen import ProgressScreen, show_report
-from lockstep.launch.simulation.simulate import EFFICIENCY, Progress, Told, settings_of, simulate_plan
+from lockstep.launch.simulation.simulate import Progress, Told, settings_of, simulate_plan
 from lockstep.launch.simulation.times import FloorTimes
 from lockstep.launch.simulation.trace import Ask, Trace
 

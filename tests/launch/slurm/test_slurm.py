@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lockstep.launch.commands.slurm import slurm_app
+from lockstep.launch.commands.main import app
 from lockstep.launch.slurm.job import parse_time
 
 CUDA = ("cluster.device=cuda", "cluster.nodes=2", "cluster.ranks_per_node=4")
 
 
 def call(*arguments: str, recipe: str = "demo-two-hosts") -> Result:
-    return CliRunner().invoke(slurm_app, ["--recipe", recipe, *arguments])
+    return CliRunner().invoke(app, ["slurm", "--recipe", recipe, *arguments])
 
 
 def script(*arguments: str, recipe: str = "demo-two-hosts") -> str:
