@@ -36,7 +36,7 @@ def _serve(recipe: str, overrides: Sequence[str]) -> int:
     try:
         from ..recipe.file import load_recipe
         from ..recipe.recipe import RecipeError
-        from ..run.supervisor import serve
+        from ..run.serve import serve
         from ..terminal.screen import Screen
 
         screen = Screen()

@@ -1,6 +1,4 @@
-"""What is known of every process while the cluster starts: its last report, and whether it has
-ended.
-"""
+"""The state of every process: its last report, and whether it has ended."""
 
 from __future__ import annotations
 
@@ -13,13 +11,11 @@ from ..terminal.interrupts import Interrupts
 from .lobby_desk import LobbyDesk
 
 _POLL = 0.05
-_LAST_WORDS = 0.5
+_LAST_REPORT_SECONDS = 0.5
 
 
 class Roster:
-    """Reads the lobby and the cluster's deaths. ``on_report`` is called for every report, in
-    order.
-    """
+    """Reads the lobby and the cluster's deaths. Calls ``on_report`` for every report, in order."""
 
     def __init__(
         self,
@@ -36,7 +32,7 @@ class Roster:
         self._ready: dict[str, float] = {}  # since when, in monotonic seconds
 
     def read(self, timeout: float) -> None:
-        """Takes in reports, waiting up to ``timeout`` seconds for one."""
+        """Reads all reports, waiting up to ``timeout`` seconds for the first."""
         for report in self._desk.read(timeout):
             name = f"{report.role} {report.index}"
             last = self.reports.get(name)
@@ -47,14 +43,14 @@ class Roster:
             self._on_report(name, report)
 
     def slowest(self, names: Iterable[str]) -> str:
-        """Which of ``names`` was ready last, and where."""
+        """Names the process among ``names`` that was ready last, and its host."""
         _, name = max((self._ready[name], name) for name in names)
         return f"slowest: {name} on {self.reports[name].host}"
 
     def wait(
         self, names: Iterable[str], deadline: float, done: Callable[[Report], bool] | None = None
     ) -> None:
-        """Waits until each of ``names`` is ready (or ``done``).
+        """Waits until every process in ``names`` is ready, or ``done`` says so of its report.
 
         Raises LaunchError when one fails, when any process of the cluster ends, or after
         ``deadline`` seconds.
@@ -65,19 +61,18 @@ class Roster:
             self._interrupts.check()
             self.read(_POLL)
             self.check()
-            missing = {
-                name for name in missing if name not in self.reports or not finished(self.reports[name])
-            }
+            reports = self.reports
+            missing = {name for name in missing if name not in reports or not finished(reports[name])}
             if missing and time.monotonic() > end:
-                waiting = ", ".join(self._standing(name) for name in sorted(missing))
+                waiting = ", ".join(self._progress(name) for name in sorted(missing))
                 room = self._cluster.waiting()
-                raise LaunchError(
-                    f"not ready after {deadline:g} s: {waiting}" + (f"; {room}" if room else "")
-                )
+                hint = f"; {room}" if room else ""
+                raise LaunchError(f"not ready after {deadline:g} s: {waiting}{hint}")
 
     def check(self) -> None:
-        """Raises LaunchError when a process has failed or ended. The first failure reported is the
-        cause of the others.
+        """Raises LaunchError when a process has failed or ended.
+
+        Names the first failure reported: it caused the others.
         """
         failed = [name for name, report in self.reports.items() if report.phase == "failed"]
         deaths = [] if failed else self.deaths()
@@ -85,62 +80,56 @@ class Roster:
             report = self.reports[failed[0]]
             raise LaunchError(f"{failed[0]} on {report.host} (pid {report.pid}) failed: {report.detail}")
         if deaths:
-            raise LaunchError(self.obituaries(deaths)[0][0])
+            raise LaunchError(self.causes(deaths)[0][0])
 
     def deaths(self, *, stopping: bool = False) -> list[Death]:
-        """Processes that have ended. When there is one, its last words and the deaths it caused are
-        waited for briefly; those that were killed come first, since the others' exits usually
-        follow from theirs.
+        """Processes that have ended since the last call, those killed by a signal first.
 
-        ``stopping``: all were told to end, so that nothing follows from one that ended well.
+        After a death waits briefly for its last report and for the deaths it causes: killed
+        processes usually take the others down. ``stopping``: all were told to end, so that a clean
+        exit causes nothing.
         """
         found = self._cluster.deaths()
         if any(death.code != 0 for death in found) if stopping else found:
-            self.read(_LAST_WORDS)
+            self.read(_LAST_REPORT_SECONDS)
             found += self._cluster.deaths()
         return sorted(found, key=lambda death: death.code is not None and death.code >= 0)
 
     def forget(self, name: str) -> bool:
-        """Drops what a process has reported, because another will report under its name; whether it
-        had been ready.
-        """
+        """Drops the reports of a process that is replaced; returns whether it had been ready."""
         self._ready.pop(name, None)
         report = self.reports.pop(name, None)
         return report is not None and report.phase in ("ready", "stopped")
 
-    def obituaries(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
-        """A line for each cause, and the deaths it explains: all that went with a node share
-        one.
-        """
+    def causes(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
+        """One line per cause, with its deaths: all processes of a lost node share one."""
         by_cause: dict[str, list[Death]] = {}
         for death in deaths:
             by_cause.setdefault(death.lost_node or death.task.name, []).append(death)
         return [
-            (self._node_obituary(group) if group[0].lost_node else self.obituary(group[0]), group)
+            (_lost_node(group) if group[0].lost_node else self.cause(group[0]), group)
             for group in by_cause.values()
         ]
 
-    def _node_obituary(self, deaths: list[Death]) -> str:
-        names = ", ".join(sorted((death.task.name for death in deaths), key=lambda name: (len(name), name)))
-        return f"the node {deaths[0].lost_node} was lost, and with it {names}"
-
-    def obituary(self, death: Death) -> str:
-        """One line: who, where, how, why."""
+    def cause(self, death: Death) -> str:
+        """One line: which process ended, on which host, how and why."""
         report = self.reports.get(death.task.name)
-        who = f"{death.task.name} on {death.place.host} (pid {death.place.pid})"
+        process = f"{death.task.name} on {death.place.host} (pid {death.place.pid})"
         if report is not None and report.phase == "failed":
-            return f"{who} failed: {report.detail}"
-        phase = (
-            f" while {report.phase}"
-            if report is not None and report.phase not in ("ready", "stopped")
-            else ""
-        )
-        said = f"; its last line: {death.last_line}" if death.last_line and not death.killed else ""
-        return f"{who} {death.cause}{phase}{said}"
+            return f"{process} failed: {report.detail}"
+        starting = report is not None and report.phase not in ("ready", "stopped")
+        phase = f" while {report.phase}" if report is not None and starting else ""
+        last = f"; its last line: {death.last_line}" if death.last_line and not death.killed else ""
+        return f"{process} {death.cause}{phase}{last}"
 
-    def _standing(self, name: str) -> str:
+    def _progress(self, name: str) -> str:
         report = self.reports.get(name)
         if report is None:
             return f"{name} (has not reported)"
         progress = f" {report.fraction:.0%}" if report.phase == "loading" else ""
         return f"{name} ({report.phase}{progress})"
+
+
+def _lost_node(deaths: list[Death]) -> str:
+    names = ", ".join(sorted((death.task.name for death in deaths), key=lambda name: (len(name), name)))
+    return f"the node {deaths[0].lost_node} was lost, and with it {names}"

@@ -36,7 +36,7 @@ from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, SchedulerSpec
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulation import Simulation
-from lockstep.launch.run.controller_link import ControllerLink
+from lockstep.launch.run.launcher_link import LauncherLink
 from lockstep.launch.simulation.record import Record
 from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import ROOT
@@ -363,7 +363,7 @@ def silence(frontend: Frontend, seconds: float) -> Callable[[], bool]:
 def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launcher, frontend = ControllerLink(running.controller.addresses[2], running.keys), running.frontend()
+    launcher, frontend = LauncherLink(running.controller.addresses[2], running.keys), running.frontend()
     try:
         frontend.until(lambda: serving(frontend), "phase serving")
         forward(monkeypatch, 3600.0)

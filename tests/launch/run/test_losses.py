@@ -1,6 +1,4 @@
-"""What is said of processes lost with their node, and when the launcher goes on: real roster and
-replacements, a scripted cluster.
-"""
+"""Messages about lost nodes and the replacement of their ranks: a real roster, a scripted cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ BETA = "beta (10.0.0.3)"
 
 
 class ScriptedCluster:
-    """Says what a test has written down."""
+    """Answers as the test has set it up."""
 
     host, gpus_per_node = "10.0.0.2", 0
 
@@ -85,7 +83,7 @@ def state(phase: str, epoch: int) -> ClusterState:
 def test_all_that_went_with_a_node_is_one_line_and_the_rest_a_line_each() -> None:
     killed = Death(Task("rank", 0, b""), Place("alpha", 7, ""), -9, "")
     gone = Death(Task("rank", 4, b""), Place("gamma", 9, ""), None, "ActorDiedError: why")
-    found = roster(ScriptedCluster(), ScriptedDesk()).obituaries(
+    found = roster(ScriptedCluster(), ScriptedDesk()).causes(
         [lost(10), killed, lost(2), lost(3, "gamma (10.0.0.4)"), gone]
     )
     assert [(line, [death.task.index for death in deaths]) for line, deaths in found] == [

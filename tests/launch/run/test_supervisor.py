@@ -262,16 +262,17 @@ def test_the_end_and_the_return_of_a_rank_are_a_line_each(terminal: bool, tmp_pa
 
 RAY_TAKES_SIGTERM = """
 import os, signal, time
-from lockstep.launch import cli, supervisor
-real = supervisor.Supervisor._open_cluster
-def open_cluster(self):
+from lockstep.launch import cli
+from lockstep.launch.run import start
+real = start.open_cluster
+def open_cluster(run, reaper):
     signal.signal(signal.SIGTERM, lambda *_: os.abort())  # as Ray's C++ does while it connects
     print("opening", flush=True)
     end = time.monotonic() + 20
-    while not self._interrupts.count and time.monotonic() < end:
+    while not run.interrupts.count and time.monotonic() < end:
         time.sleep(0.01)
-    return real(self)
-supervisor.Supervisor._open_cluster = open_cluster
+    return real(run, reaper)
+start.open_cluster = open_cluster
 cli.main()
 """
 
@@ -290,8 +291,8 @@ def test_sigterm_reaches_the_launcher_while_ray_has_taken_it(tmp_path: Path) -> 
 
 
 def test_sigterm_to_the_launcher_itself_that_ray_answers_is_an_interrupt_too(tmp_path: Path) -> None:
-    code = "import sys\nfrom lockstep.launch import cli\nfrom lockstep.launch.run import supervisor\n"
-    code += "supervisor.Supervisor._open_cluster = lambda self: sys.exit(15)\ncli.main()"
+    code = "import sys\nfrom lockstep.launch import cli\nfrom lockstep.launch.run import start\n"
+    code += "start.open_cluster = lambda run, reaper: sys.exit(15)\ncli.main()"
     command = [sys.executable, "-c", code, "--recipe", "demo", "frontend.port=0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert result.returncode == 1

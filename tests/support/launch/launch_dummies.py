@@ -1,9 +1,8 @@
-"""``python -m support.launch.launch_dummies --recipe R ...``: the launch command, with dummy roles in
-place of the real ones.
+"""``python -m support.launch.launch_dummies --recipe R ...``: the launch command with dummy processes.
 
-Ranks that do no work do not meet either, so the store where they would is not opened: torch, which
-holds it, takes a second to import. Deadlines that a test waits for are short, but only where a
-dummy was told to misbehave; others must not be met by a machine that is busy.
+Dummy ranks do not meet, so their store is not opened: torch, which holds it, takes a second to
+import. Deadlines are short only where a dummy was told to misbehave, so that a busy machine does
+not miss the others.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import Any
 
 from lockstep.launch import cli
 from lockstep.launch.cluster.cluster import Cluster, Task
-from lockstep.launch.run import supervisor
+from lockstep.launch.run import start, supervisor
 from lockstep.launch.run.rendezvous import Rendezvous
 from lockstep.launch.run.replacements import Replacements
 
 TESTS = str(Path(__file__).parent.parent.parent)
-HASTE = 20  # a cluster that does not come back is given up after so much less than cluster.start_deadline
+HASTE = 20  # divides the time until a cluster that does not come back is given up
 
 
 class NoStore(Rendezvous):
-    """Listens as the real one does; nobody calls."""
+    """Listens as the real one does, but opens no store."""
 
     def _open(self) -> None:
         pass
@@ -46,10 +45,9 @@ def hasty(cluster: Cluster, deadline: float) -> Replacements:
 
 if __name__ == "__main__":
     for name in ("controller_task", "rank_task", "frontend_task"):
-        setattr(supervisor, name, with_dummy(getattr(supervisor, name)))
-    supervisor.Rendezvous = NoStore  # type: ignore[misc]
+        setattr(start, name, with_dummy(getattr(start, name)))
+    start.Rendezvous = NoStore  # type: ignore[misc]
     supervisor.Replacements = hasty  # type: ignore[assignment, misc]
     if os.environ.get("DUMMY"):
-        for name in ("STOP_SECONDS", "TERMINATE_SECONDS", "FIRST_TOKEN_SECONDS"):
-            setattr(supervisor, name, 1.0)
+        supervisor.STOP_SECONDS = supervisor.TERMINATE_SECONDS = start.FIRST_TOKEN_SECONDS = 1.0
     cli.main()

@@ -1,6 +1,4 @@
-"""The launcher's line to the controller: it joins as a frontend called ``launcher`` that submits
-nothing.
-"""
+"""The launcher's connection to the controller: a frontend called ``launcher`` without requests."""
 
 from __future__ import annotations
 
@@ -17,11 +15,11 @@ from ...engine.protocol.sockets import client_socket, encode
 from ...engine.protocol.specs import Keys
 
 
-class ControllerLink:
-    """``state`` is the last ClusterState heard, ``heard`` when (monotonic seconds).
+class LauncherLink:
+    """Holds the last ClusterState received (``state``) and its time (``heard``, monotonic seconds).
 
-    The lease never runs out: no controller outlives its launcher, which says nothing for as long as
-    ranks take to load.
+    The lease never expires: the launcher is silent while ranks load, and no controller outlives
+    its launcher anyway.
     """
 
     def __init__(self, address: str, keys: Keys) -> None:
@@ -34,9 +32,7 @@ class ControllerLink:
         self._send(FrontendHello("launcher", lease=math.inf))
 
     def read(self, timeout: float) -> ClusterState | None:
-        """Takes in what has come, after waiting up to ``timeout`` seconds for the first; returns
-        ``state``.
-        """
+        """Reads all messages, waiting up to ``timeout`` seconds for the first; returns ``state``."""
         wait = max(0, int(timeout * 1000))
         while self.socket.poll(wait):
             message = self._decoder.decode(self.socket.recv())
