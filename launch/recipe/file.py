@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML, overrides, and errors in the user's words."""
+"""Reads a recipe: YAML, overrides, and errors that name the key, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .recipe import Recipe, RecipeError, key_paths, key_type, problems
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, which YAML itself takes silently."""
+    """YAML loader that refuses duplicate keys, which YAML itself accepts silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -32,14 +32,14 @@ class _Loader(yaml.SafeLoader):
 
 
 Check = Callable[[Recipe], list[str]]
-COMMANDS = ("plan", "check", "slurm", "simulate")  # words behind launch, which take no other place
+COMMANDS = ("plan", "check", "slurm", "simulate")  # for the hint where one stands in the wrong place
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:
     """Reads the recipe ``name`` (a path, or a packaged recipe's name with or without .yaml).
 
-    Returns the recipe and the file. Raises RecipeError with everything that is wrong; ``check``
-    says what is, in a well-formed recipe.
+    Returns the recipe and the file. Raises RecipeError with all problems; ``check`` finds those of
+    a well-formed recipe.
     """
     path = find_recipe(name)
     try:
@@ -50,8 +50,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problem
 
 
 def from_here(override: str) -> str:
-    """A relative model.path given on the command line starts from the current folder, not from the
-    recipe's.
+    """Makes model.path in an override absolute: on the command line it is relative to the current
+    folder, not to the recipe's.
     """
     key, equals, value = override.partition("=")
     return (
@@ -62,7 +62,7 @@ def from_here(override: str) -> str:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe; a path wins over a packaged name."""
+    """The file of a recipe; an existing path takes precedence over a packaged name."""
     path = Path(name).expanduser()
     if path.is_file():
         return path.resolve()
@@ -71,13 +71,12 @@ def find_recipe(name: str) -> Path:
     for candidate in (name, f"{name}.yaml"):
         if candidate in packaged:
             return folder / candidate
-    what = "is a directory" if name and path.is_dir() else "no such file"
+    problem = "is a directory" if name and path.is_dir() else "no such file"
     stems = [entry.removesuffix(".yaml") for entry in packaged]
     close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)
-    known = (
-        f"{f'; did you mean {close[0]}.yaml?' if close else ''} (packaged: {', '.join(packaged) or 'none'})"
-    )
-    raise RecipeError(f"--recipe {name}: {what}, and not a packaged recipe{known}")
+    hint = f"; did you mean {close[0]}.yaml?" if close else ""
+    known = ", ".join(packaged) or "none"
+    raise RecipeError(f"--recipe {name}: {problem}, and not a packaged recipe{hint} (packaged: {known})")
 
 
 def parse_recipe(
@@ -92,9 +91,8 @@ def parse_recipe(
         except RecipeError as error:
             wrong.append(str(error))
     if wrong:
-        raise RecipeError(
-            wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} overrides cannot be used", *wrong])
-        )
+        several = [f"{len(wrong)} overrides cannot be used", *wrong]
+        raise RecipeError(wrong[0] if len(wrong) == 1 else "\n  ".join(several))
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -123,14 +121,13 @@ def _parse_yaml(text: bytes | str, source: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"{source}: should be sections with keys (model:, cluster:, ...), is a {type(data).__name__}"
-        )
+        kind = type(data).__name__
+        raise RecipeError(f"{source}: should be sections with keys (model:, cluster:, ...), is a {kind}")
     return data
 
 
 def _override(data: dict[str, Any], text: str) -> None:
-    """Sets one key in place. A value is YAML, except where the key holds text."""
+    """Sets one key in place. The value is YAML, or plain text for a key of type text."""
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -162,7 +159,7 @@ def _override_value(kind: Any, raw: str, text: str) -> object:
 
 
 def _explain(detail: ErrorDetails) -> str:
-    """One line for one pydantic error: path, value, what is allowed, nearest key."""
+    """One line for a pydantic error: key, value, what is allowed or the nearest key."""
     path = ".".join(str(part) for part in detail["loc"]) or "recipe"
     value = detail.get("input")
     if detail["type"] == "extra_forbidden":
@@ -172,21 +169,19 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] in ("model_type", "model_attributes_type"):
         keys = [key.rpartition(".")[2] for key in key_paths() if key.rpartition(".")[0] == path]
         return f"{path} = {_show(value)}: should be a section with keys ({', '.join(keys)})"
-    message = (
-        detail["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list")
-    )
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.replace("valid tuple", "list")
     return f"{path} = {_show(value)}: {message[0].lower()}{message[1:]}"
 
 
 def _show(value: object) -> str:
-    text = (
-        json.dumps(value, default=str) if isinstance(value, str | list | dict | bool | None) else str(value)
-    )
+    as_json = isinstance(value, str | list | dict | bool | None)
+    text = json.dumps(value, default=str) if as_json else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    """A suggestion: by the whole path, else by the last name wherever it stands."""
+    """A hint at the most similar key: by its whole path, else by its last name in any section."""
     found = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not found:
         last = key.rpartition(".")[2]

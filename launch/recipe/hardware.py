@@ -1,5 +1,5 @@
-"""Hardware profiles: what a device and its links can do at best, as data
-(``recipes/hardware/*.yaml``) with its sources.
+"""Hardware profiles: peak rates of a device and its links, with sources
+(``recipes/hardware/*.yaml``).
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ from .recipe import RecipeError, Size
 
 
 class Hardware(BaseModel):
-    """One kind of device. Rates are peaks, dense; links count one direction. A CPU's figures are
-    those of the whole node.
-    """
+    """One kind of device. Rates are dense peaks, links count one direction, a CPU is a whole node."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     device: Literal["cpu", "cuda"] = Field(description="cluster.device of ranks on it")
-    memory: Size = Field(gt=0, description="bytes a process can have")
-    memory_tb_s: float = Field(gt=0, description="memory reads, 10^12 bytes a second")
-    fp32_tflops: float = Field(gt=0, description="10^12 operations a second in float32")
-    bf16_tflops: float = Field(gt=0, description="the same in bfloat16")
+    memory: Size = Field(gt=0, description="bytes available to a process")
+    memory_tb_s: float = Field(gt=0, description="memory reads, 10^12 bytes/s")
+    fp32_tflops: float = Field(gt=0, description="10^12 operations/s in float32")
+    bf16_tflops: float = Field(gt=0, description="10^12 operations/s in bfloat16")
     fp8_tflops: float | None = Field(
-        default=None, gt=0, description="the same in float8; none: computed in bfloat16"
+        default=None, gt=0, description="10^12 operations/s in float8; none: computes in bfloat16"
     )
     fp4_tflops: float | None = Field(
-        default=None, gt=0, description="the same in NVFP4; none: computed in float8"
+        default=None, gt=0, description="10^12 operations/s in NVFP4; none: computes in float8"
     )
-    ranks_per_node: int = Field(ge=1, description="ranks that a node has devices for")
+    ranks_per_node: int = Field(ge=1, description="devices per node")
     near_ranks: int = Field(ge=1, description="ranks that reach each other over the near link")
-    near_gb_s: float = Field(gt=0, description="near link (NVLink) of a rank, 10^9 bytes a second")
-    far_gb_s: float = Field(gt=0, description="far link (network adapter) of a rank, 10^9 bytes a second")
+    near_gb_s: float = Field(gt=0, description="near link (NVLink) of a rank, 10^9 bytes/s")
+    far_gb_s: float = Field(gt=0, description="far link (network adapter) of a rank, 10^9 bytes/s")
     latency_us: float = Field(
-        default=0.0, ge=0, description="of an exchange of any size; 0 where no floor is known"
+        default=0.0, ge=0, description="least time of an exchange of any size; 0: unknown"
     )
     isa: Isa | None = Field(
         default=None,
@@ -47,7 +45,7 @@ class Hardware(BaseModel):
     )
 
     def operations(self, dtype: str) -> float:
-        """Operations a second of matrix products with weights in ``dtype``."""
+        """Operations per second of matrix products with weights in ``dtype``."""
         rates = {"fp32": self.fp32_tflops, "bf16": self.bf16_tflops}
         rates["fp8"] = self.fp8_tflops or self.bf16_tflops
         rates["nvfp4"] = self.fp4_tflops or rates["fp8"]
@@ -55,7 +53,7 @@ class Hardware(BaseModel):
 
 
 def hardware_names() -> list[str]:
-    """The packaged profiles."""
+    """Names of the packaged profiles."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 

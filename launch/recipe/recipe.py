@@ -1,24 +1,20 @@
-"""The recipe: everything a cluster is told, checked before anything starts.
+"""The recipe: every setting of a cluster, checked before anything starts.
 
 A recipe is a YAML file of sections and keys; ``key=value`` on the command line overrides one key.
-Every key is described once, here. What is wrong is reported all at once, by the path of the key
-(``RecipeError``).
+Every key is described here and nowhere else. RecipeError reports all problems at once, each with
+the path of its key.
 """
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
 
 from ...parallel.mesh import Mesh
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1} | {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
-_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
+_SIZE = TypeAdapter(ByteSize)
 
 
 class RecipeError(ValueError):
@@ -26,7 +22,7 @@ class RecipeError(ValueError):
 
 
 def _none_for_auto(value: object) -> object:
-    """``auto`` in YAML is None here, and a null in YAML is an error."""
+    """Reads ``auto`` as None and refuses a YAML null."""
     if value == "auto":
         return None
     if value is None:
@@ -35,73 +31,78 @@ def _none_for_auto(value: object) -> object:
 
 
 def _switch(value: object) -> object:
-    """YAML 1.1 reads a bare ``on`` and ``off`` as booleans."""
+    """Undoes YAML 1.1, which reads a bare ``on`` or ``off`` as a boolean."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def parse_size(value: object) -> object:
-    """Bytes from a number or from text such as 512MiB or 1.5GB; anything else is returned as it
-    is.
+def _size(value: object, allowed: str = "a number of bytes, or a size such as 512MiB or 80GB") -> object:
+    """Bytes from text; returns anything else as it is.
+
+    ByteSize ignores text after the number, so that 1,5GB would be one byte: such text is refused.
     """
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        if isinstance(value, str):
-            raise ValueError("should be auto, a number of bytes, or a size such as 512MiB or 80GB")
+    if not isinstance(value, str):
         return value
-    return int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()])
+    try:
+        if ByteSize.byte_string_re.fullmatch(value.strip()):
+            return int(_SIZE.validate_python(value))
+    except OverflowError:
+        raise ValueError("is too large") from None
+    except ValueError:
+        pass
+    raise ValueError(f"should be {allowed}")
 
 
 def _size_or_auto(value: object) -> object:
-    return None if value == "auto" else parse_size(value)
+    return (
+        None if value == "auto" else _size(value, "auto, a number of bytes, or a size such as 512MiB or 80GB")
+    )
 
 
 AutoInt = Annotated[int | None, BeforeValidator(_none_for_auto)]
-Size = Annotated[int, BeforeValidator(parse_size)]
+Size = Annotated[int, BeforeValidator(_size)]
 AutoSize = Annotated[int | None, BeforeValidator(_size_or_auto)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class Part(BaseModel):
-    """Base of the sections: unknown keys are errors, values are not converted, nothing changes
-    later.
-    """
+class Section(BaseModel):
+    """Base of the sections: frozen, refuses unknown keys and converts no values."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=False, allow_inf_nan=False
     )
 
 
-class Model(Part):
-    path: str = Field(min_length=1, description="Hugging Face directory; relative to the recipe's own folder")
+class ModelSection(Section):
+    path: str = Field(
+        min_length=1, description="Hugging Face checkpoint directory, relative to the recipe file"
+    )
     config: str | None = Field(
         default=None,
         min_length=1,
-        description="folder whose config.json launch plan reads while path is not there",
+        description="folder with a config.json for launch plan, used while path does not exist",
     )
     served_name: str | None = Field(
-        default=None, min_length=1, description="name in the API; the directory's name if left out"
+        default=None, min_length=1, description="model name in the API; default: the directory's name"
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="of weights and activations; auto: the checkpoint's own"
+        default="auto", description="dtype of weights and activations; auto: the checkpoint's"
     )
     max_len: AutoInt = Field(
-        default=None, ge=2, description="prompt and output of a request; auto: what model and memory allow"
+        default=None, ge=2, description="most tokens of prompt and output; auto: what model and memory allow"
     )
 
 
-class Cluster(Part):
+class ClusterSection(Section):
     backend: Literal["ray", "local"] = Field(
-        default="ray", description="ray, or plain processes on this machine"
+        default="ray", description="ray, or local: processes on this machine without Ray"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda where this machine has it"
+        default="auto", description="device of the ranks; auto: cuda where this machine has GPUs"
     )
-    hardware: str | None = Field(
-        default=None, min_length=1, description="hardware profile that launch plan computes with"
-    )
-    nodes: int = Field(default=1, ge=1, le=4096, description="machines the ranks are spread over")
+    hardware: str | None = Field(default=None, min_length=1, description="hardware profile for launch plan")
+    nodes: int = Field(default=1, ge=1, le=4096, description="number of machines")
     ranks_per_node: int = Field(
-        default=1, ge=1, le=64, description="ranks (one GPU each, or a share of the cores) on each of them"
+        default=1, ge=1, le=64, description="ranks per machine, each with one GPU or a share of the cores"
     )
     threads: AutoInt = Field(
         default=None, ge=1, description="CPU threads per rank; auto: the node's cores divided by its ranks"
@@ -110,111 +111,108 @@ class Cluster(Part):
         default="auto", description="the most that ranks on x86 CPUs compute with"
     )
     address: str | None = Field(
-        default=None, description="a running Ray cluster to join; a new one on this machine if left out"
+        default=None, description="Ray cluster to join; default: a new one on this machine"
     )
     log_dir: str | None = Field(
-        default=None, description="folder for the logs of runs; the system's temporary one if left out"
+        default=None, description="folder for logs; default: the system's temporary folder"
     )
     start_deadline: float = Field(
-        default=600.0, gt=0, description="seconds until every rank must have loaded its weights"
+        default=600.0, gt=0, description="seconds in which every rank must have loaded its weights"
     )
     drain_deadline: float = Field(
-        default=30.0, ge=0, description="seconds that running requests get to finish after SIGTERM or Ctrl-C"
+        default=30.0, ge=0, description="seconds for running requests to finish after SIGTERM or Ctrl-C"
     )
     collective_deadline: float = Field(
-        default=60.0, gt=0, description="seconds after which a rank gives up on an exchange with the others"
+        default=60.0, gt=0, description="seconds after which a rank gives up on a collective"
     )
 
 
-class Parallel(Part):
-    tensor: int = Field(default=1, ge=1, description="ranks that share attention and dense layers")
-    pipeline: int = Field(default=1, ge=1, description="stages of layers")
+class ParallelSection(Section):
+    tensor: int = Field(default=1, ge=1, description="tensor parallel size of attention and dense layers")
+    pipeline: int = Field(default=1, ge=1, description="number of pipeline stages")
 
 
-class Experts(Part):
+class ExpertsSection(Section):
     dispatch: Literal["auto", "local", "all_gather", "all_to_all"] = Field(
         default="auto", description="how tokens reach their experts"
     )
     redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
     balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switch)] = Field(
-        default="auto", description="moving experts by load"
+        default="auto", description="whether experts move between ranks by load"
     )
 
 
-class KvCache(Part):
+class KvCacheSection(Section):
     dtype: Literal["auto", "bf16", "fp32", "fp8"] = Field(
-        default="auto", description="of pages; auto: fp8 on GPUs, else as activations"
+        default="auto", description="dtype of KV pages; auto: fp8 on GPUs, else the activations' dtype"
     )
     page_size: int = Field(default=64, ge=1, le=1024, description="tokens per page, a power of two")
     memory: AutoSize = Field(
-        default=None, ge=1, le=2**50, description="bytes of pages per rank (512MiB, 60GB); auto: what is free"
+        default=None,
+        ge=1,
+        le=2**50,
+        description="bytes of KV pages per rank (512MiB, 60GB); auto: the free memory",
     )
-    prefix_caching: bool = Field(
-        default=True, description="keep pages of finished requests for equal prefixes"
-    )
+    prefix_caching: bool = Field(default=True, description="reuse pages of equal prompt prefixes")
     host_memory: Size = Field(
         default=0, ge=0, le=2**50, description="bytes of host memory per rank for evicted pages"
     )
 
 
-class Scheduler(Part):
-    max_batch_tokens: int = Field(default=8192, ge=1, description="tokens a rank computes in a step")
+class SchedulerSection(Section):
+    max_batch_tokens: int = Field(default=8192, ge=1, description="most tokens a rank computes in a step")
     max_running: int = Field(
-        default=128, ge=1, le=4096, description="running requests per data-parallel rank"
+        default=128, ge=1, le=4096, description="most running requests per data-parallel rank"
     )
     max_queue: int = Field(
-        default=1024, ge=1, description="waiting requests before new ones are answered 503"
+        default=1024, ge=1, description="most waiting requests; further ones are answered 503"
     )
     inter_token_target: float = Field(
-        default=0.2, gt=0, description="seconds between tokens that prefill may not stretch a step beyond"
+        default=0.2, gt=0, description="longest step in seconds that prefill may cause while others decode"
     )
     checksum_every: int = Field(
-        default=64, ge=1, description="steps between comparisons of the ranks' state with the planner's"
+        default=64, ge=1, description="steps between checksum comparisons of ranks and planner"
     )
 
 
-class Frontend(Part):
+class FrontendSection(Section):
     host: str = Field(
-        default="127.0.0.1", min_length=1, description="address that is listened on; 0.0.0.0 for all"
+        default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all interfaces"
     )
-    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: a free one")
     processes: int = Field(default=1, ge=1, le=64, description="frontend processes behind the port")
-    api_keys: Strings = Field(default=(), description="accepted bearer keys; none: everyone is")
+    api_keys: Strings = Field(default=(), description="accepted bearer keys; empty: no key needed")
     admin_key: str | None = Field(
-        default=None, min_length=1, description="bearer key of /admin; without one /admin is closed"
+        default=None, min_length=1, description="bearer key of /admin; default: /admin is closed"
     )
     tool_parser: Annotated[
         Literal["auto", "off", "deepseek_v3", "glm4", "hermes", "kimi_k2", "mistral"],
         BeforeValidator(_switch),
-    ] = Field(default="auto", description="how the model writes tool calls; auto: as its chat template does")
+    ] = Field(default="auto", description="format of tool calls; auto: by the chat template")
     reasoning_parser: Annotated[Literal["auto", "off", "think", "mistral"], BeforeValidator(_switch)] = Field(
-        default="auto", description="how the model writes its reasoning; auto: as its chat template does"
+        default="auto", description="format of reasoning; auto: by the chat template"
     )
 
 
-class Recipe(Part):
-    """The whole recipe. ``verified``, ``deterministic`` and ``recording`` stand at the top level,
-    all else in sections.
-    """
+class Recipe(Section):
+    """The whole recipe."""
 
-    model: Model
-    cluster: Cluster = Cluster()
-    parallel: Parallel = Parallel()
-    experts: Experts = Experts()
+    model: ModelSection
+    cluster: ClusterSection = ClusterSection()
+    parallel: ParallelSection = ParallelSection()
+    experts: ExpertsSection = ExpertsSection()
     overlap: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switch)] = Field(
-        default="auto", description="two microbatches, one computing while the other exchanges"
+        default="auto", description="compute one microbatch while another exchanges tokens"
     )
-    kv_cache: KvCache = KvCache()
-    scheduler: Scheduler = Scheduler()
-    frontend: Frontend = Frontend()
-    deterministic: bool = Field(
-        default=False, description="equal logits for a request whatever the batch and the layout"
-    )
+    kv_cache: KvCacheSection = KvCacheSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    frontend: FrontendSection = FrontendSection()
+    deterministic: bool = Field(default=False, description="logits independent of batch and layout")
     recording: str | None = Field(
-        default=None, min_length=1, description="file that every event and plan is recorded to"
+        default=None, min_length=1, description="file to record every event and plan to"
     )
     verified: str | None = Field(
-        default=None, min_length=1, description="on what the recipe has really run; for readers only"
+        default=None, min_length=1, description="hardware the recipe has run on; for readers only"
     )
 
     @property
@@ -224,7 +222,7 @@ class Recipe(Part):
 
     @property
     def data(self) -> int:
-        """Data-parallel size: what tensor and pipeline leave of the world."""
+        """Data-parallel size: world / (tensor x pipeline)."""
         return self.world // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
@@ -233,14 +231,12 @@ class Recipe(Part):
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """What is wrong with a well-formed recipe: contradictions between keys, then values that do not
-    work yet.
-    """
+    """Problems of a well-formed recipe: contradictions between keys, then unsupported values."""
     return contradictions(recipe) + not_yet(recipe)
 
 
 def contradictions(recipe: Recipe) -> list[str]:
-    """Keys that exclude each other, whatever the version."""
+    """Keys that contradict each other in any version."""
     cluster, scheduler, kv = recipe.cluster, recipe.scheduler, recipe.kv_cache
     share = recipe.parallel.tensor * recipe.parallel.pipeline
     max_len, keys = recipe.model.max_len, recipe.frontend
@@ -260,8 +256,8 @@ def contradictions(recipe: Recipe) -> list[str]:
         ),
         (
             scheduler.max_batch_tokens < scheduler.max_running,
-            f"scheduler.max_batch_tokens = {scheduler.max_batch_tokens}: below scheduler.max_running ({scheduler.max_running}); "
-            "every running request takes a token of each step",
+            f"scheduler.max_batch_tokens = {scheduler.max_batch_tokens}: below scheduler.max_running "
+            f"({scheduler.max_running}); every running request takes one token per step",
         ),
         (
             kv.page_size & (kv.page_size - 1) != 0,
@@ -269,24 +265,26 @@ def contradictions(recipe: Recipe) -> list[str]:
         ),
         (
             max_len is not None and kv.memory is not None and kv.memory < max_len,
-            f"kv_cache.memory = {kv.memory}: fewer bytes than model.max_len ({max_len}) has tokens",
+            f"kv_cache.memory = {kv.memory}: less than one byte per token of model.max_len ({max_len})",
         ),
         (
             recipe.experts.dispatch == "local" and recipe.world > 1,
             f"experts.dispatch = local: keeps all experts on one rank, but there are {recipe.world} "
-            f"(cluster.nodes {cluster.nodes} x cluster.ranks_per_node {cluster.ranks_per_node}); use auto, all_gather or all_to_all",
+            f"(cluster.nodes {cluster.nodes} x cluster.ranks_per_node {cluster.ranks_per_node}); "
+            "use auto, all_gather or all_to_all",
         ),
         (
             keys.admin_key is not None and keys.admin_key in keys.api_keys,
-            "frontend.admin_key: is also one of frontend.api_keys; every user would be an administrator",
+            "frontend.admin_key: is also in frontend.api_keys; every user would be an administrator",
         ),
     )
     return [text for wrong, text in checks if wrong]
 
 
 def not_yet(recipe: Recipe) -> list[str]:
-    """What a recipe may ask for and this version cannot do: launching refuses it, ``launch plan``
-    computes it and says so.
+    """Valid values that this version does not support: launching refuses them.
+
+    ``launch plan`` plans with them and reports them.
     """
     checks = (
         (recipe.parallel.tensor > 1, f"parallel.tensor = {recipe.parallel.tensor}", "1"),
@@ -315,7 +313,7 @@ def model_directory(recipe: Recipe, folder: Path) -> Path:
 
 
 def key_type(path: tuple[str, ...]) -> Any:
-    """The annotation of a key, or None where there is no such key or it is a section."""
+    """The annotation of a key; None for a section or an unknown key."""
     part: type[BaseModel] = Recipe
     for name in path[:-1]:
         field = part.model_fields.get(name)

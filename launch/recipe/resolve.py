@@ -1,4 +1,4 @@
-"""Values that a recipe leaves to the model or to the device."""
+"""Resolves ``auto`` in a recipe by its model and device, and checks recipe against model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 class ModelFacts(Protocol):
-    """What of a model is compared with a recipe."""
+    """Properties of a model that a recipe must fit."""
 
     @property
     def dtype(self) -> str: ...
@@ -27,42 +27,40 @@ class ModelFacts(Protocol):
 
 
 def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
-    """What does not fit between the recipe and the model; each line holds both values."""
+    """Contradictions between recipe and model; each line names both values."""
     found = []
     max_len = recipe.model.max_len
     if max_len is not None and max_len > config.max_position:
         found.append(f"model.max_len = {max_len}: above the {config.max_position} positions of the model")
     if recipe.model.dtype == "auto" and config.dtype not in _DTYPES:
-        found.append(
-            f"model.dtype = auto: the checkpoint holds {config.dtype}, which is not computed in; use bf16 or fp32"
-        )
+        found.append(f"model.dtype = auto: no computing in the checkpoint's {config.dtype}; use bf16 or fp32")
     if recipe.kv_cache.dtype == "fp8" or (recipe.kv_cache.dtype == "auto" and recipe.cluster.device != "cpu"):
         try:
             kv_shapes(config.attention, "fp8")
         except ValueError as error:
             found.append(str(error))
     if recipe.world > config.moe.num_experts:
-        num_experts = config.moe.num_experts
         found.append(
-            f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the {num_experts} experts of the model"
+            f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the "
+            f"{config.moe.num_experts} experts of the model"
         )
     return found
 
 
 def dtype_of(recipe: Recipe, checkpoint: str) -> str:
-    """What the model computes in; ``checkpoint`` is the dtype of its file."""
+    """The dtype of activations; ``checkpoint`` is the dtype of the checkpoint."""
     return _DTYPES[checkpoint] if recipe.model.dtype == "auto" else recipe.model.dtype
 
 
 def fp8_experts_of(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
-    """Whether experts stay in the checkpoint's FP8: the kernels for it are those of GPUs. A dtype
-    that is asked for is that of all.
+    """Whether experts stay in the checkpoint's FP8: only on GPUs, which have kernels for it, and
+    unless ``model.dtype`` asks for another dtype.
     """
     return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
 
 
 def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
-    """How pages hold keys and values; ``dtype`` is what the model computes in."""
+    """The format of KV pages; ``dtype`` is the dtype of activations."""
     wanted = recipe.kv_cache.dtype
     if wanted != "auto":
         return wanted
@@ -70,9 +68,7 @@ def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
 
 
 def dispatch_of(recipe: Recipe, device: str) -> str:
-    """all_to_all sends only what is needed but reads counts on the host, which a GPU step must not
-    do.
-    """
+    """The dispatcher. all_to_all sends the least but reads counts on the host: CPUs only."""
     if recipe.experts.dispatch != "auto":
         return recipe.experts.dispatch
     if recipe.world == 1:

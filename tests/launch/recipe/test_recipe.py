@@ -1,6 +1,4 @@
-"""The recipe: what is accepted, how overrides are read, and that every error says where, what and
-what instead.
-"""
+"""The recipe: accepted values, overrides, and errors that name key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -13,7 +11,14 @@ from hypothesis import given, strategies as st
 
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
-from lockstep.launch.recipe.recipe import Frontend, Recipe, RecipeError, key_paths, key_type, model_directory
+from lockstep.launch.recipe.recipe import (
+    FrontendSection,
+    Recipe,
+    RecipeError,
+    key_paths,
+    key_type,
+    model_directory,
+)
 
 MODEL = "model: {path: x}\n"
 
@@ -49,7 +54,8 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 def test_auto_and_sizes_and_switches() -> None:
     recipe = parse_recipe(
-        "model: {path: x, max_len: auto}\nkv_cache: {memory: 1.5GiB}\noverlap: off\nexperts: {balance: off}\ncluster: {threads: 3}"
+        "model: {path: x, max_len: auto}\nkv_cache: {memory: 1.5GiB}\noverlap: off\n"
+        "experts: {balance: off}\ncluster: {threads: 3}"
     )
     assert recipe.model.max_len is None
     assert recipe.kv_cache.memory == 3 * 2**29
@@ -59,7 +65,17 @@ def test_auto_and_sizes_and_switches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("4096", 4096), ("64MiB", 2**26), ("2GB", 2 * 10**9), ("1 kib", 1024), ("7B", 7)]
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("'4096'", 4096),
+        ("64MiB", 2**26),
+        ("2GB", 2 * 10**9),
+        ("1.1TB", 1.1e12),
+        ("1 kib", 1024),
+        ("7B", 7),
+        ("512M", 512 * 10**6),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_recipe(MODEL + f"kv_cache: {{memory: {text}}}").kv_cache.memory == size
@@ -167,7 +183,11 @@ def test_bad_overrides(override: str, words: list[str]) -> None:
         (MODEL + "kv_cache: {dtype: fp9}", ['kv_cache.dtype = "fp9"', "'auto', 'bf16', 'fp32' or 'fp8'"]),
         (MODEL + "kv_cache: {memory: lots}", ['kv_cache.memory = "lots"', "512MiB"]),
         (MODEL + "kv_cache: {memory: -1}", ["kv_cache.memory = -1", "greater than or equal to 1"]),
-        (MODEL + f"kv_cache: {{memory: {'9' * 400}TiB}}", ["kv_cache.memory", "less than or equal to"]),
+        (MODEL + "kv_cache: {memory: 5lots}", ['kv_cache.memory = "5lots"', "auto, a number of bytes"]),
+        (MODEL + "kv_cache: {memory: '1,5GB'}", ['kv_cache.memory = "1,5GB"', "512MiB"]),
+        (MODEL + "kv_cache: {host_memory: 1.2.3GB}", ['= "1.2.3GB": should be a number of bytes', "512MiB"]),
+        (MODEL + "kv_cache: {memory: 9PiB}", ["kv_cache.memory", "less than or equal to"]),
+        (MODEL + f"kv_cache: {{memory: {'9' * 400}TiB}}", ["kv_cache.memory", "is too large"]),
         (MODEL + "kv_cache: {memory: .inf}", ["kv_cache.memory = inf", "integer"]),
         (MODEL + "kv_cache: {page_size: 48}", ["kv_cache.page_size = 48", "power of two"]),
         (MODEL + "kv_cache: {prefix_caching: 1}", ["kv_cache.prefix_caching = 1", "boolean"]),
@@ -205,7 +225,7 @@ def test_deep_nesting_is_refused() -> None:
     assert "r.yaml" in refusal("a: " + "[" * 5000)
 
 
-# --------------------------------------------------------------------------- contradictions and what does not work yet
+# --------------------------------------------------------------------------- contradictions, unsupported values
 
 
 @pytest.mark.parametrize(
@@ -340,5 +360,5 @@ def test_any_structure_is_a_recipe_or_a_recipe_error(data: dict[str, object]) ->
 
 def test_the_parsers_of_replies_are_those_there_are() -> None:
     for key, known in (("tool_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_TAGS)):
-        field = Frontend.model_fields[key]
+        field = FrontendSection.model_fields[key]
         assert set(get_args(field.annotation)) == {"auto", "off", *known}, key
