@@ -45,9 +45,7 @@ def _size(value: object, allowed: str = "a number of bytes, or a size such as 51
     try:
         if ByteSize.byte_string_re.fullmatch(value.strip()):
             return int(_SIZE.validate_python(value))
-    except OverflowError:
-        raise ValueError("is too large") from None
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise ValueError(f"should be {allowed}")
 
