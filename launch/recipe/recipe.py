@@ -35,7 +35,7 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def _size(value: object, allowed: str = "a number of bytes, or a size such as 512MiB or 80GB") -> object:
+def _size(value: object, *, allowed: str = "a number of bytes, or a size such as 512MiB or 80GB") -> object:
     """Bytes from text; returns anything else as it is.
 
     ByteSize ignores text after the number, so that 1,5GB would be one byte: such text is refused.
@@ -51,9 +51,8 @@ def _size(value: object, allowed: str = "a number of bytes, or a size such as 51
 
 
 def _size_or_auto(value: object) -> object:
-    return (
-        None if value == "auto" else _size(value, "auto, a number of bytes, or a size such as 512MiB or 80GB")
-    )
+    allowed = "auto, a number of bytes, or a size such as 512MiB or 80GB"
+    return None if value == "auto" else _size(value, allowed=allowed)
 
 
 AutoInt = Annotated[int | None, BeforeValidator(_none_for_auto)]

@@ -165,11 +165,11 @@ def make_report(
     """The figures of a simulation that has ended, or was stopped."""
     ranks, seconds = settings.mesh.world, simulation.now
     requests = Requests(
-        len(trace.asks),
+        len(trace.requests),
         record.finished,
         record.refused,
         record.unavailable,
-        len(trace.asks) - record.answered,
+        len(trace.requests) - record.answered,
     )
     steps, wait = _steps(record, seconds), _of_known(record.started - record.arrived)
     pages, total = _pages(record), sum(record.seconds)
@@ -202,7 +202,7 @@ def _of_known(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Spread:
 
 def _tokens(trace: Trace, record: Record, seconds: float, ranks: int) -> Tokens:
     begun = ~np.isnan(record.first)
-    given = int(np.array([ask.num_input for ask in trace.asks])[begun].sum())
+    given = int(np.array([request.num_input for request in trace.requests])[begun].sum())
     made, over = int(record.emitted.sum()), max(seconds, 1e-9)
     return Tokens(given, made, given / over, made / over, given / over / ranks, made / over / ranks)
 
@@ -210,7 +210,7 @@ def _tokens(trace: Trace, record: Record, seconds: float, ranks: int) -> Tokens:
 def _prefix(trace: Trace, record: Record) -> Prefix:
     started = ~np.isnan(record.started)
     asked, saved = (
-        int(np.array([ask.num_input for ask in trace.asks])[started].sum()),
+        int(np.array([request.num_input for request in trace.requests])[started].sum()),
         int(record.cached.sum()),
     )
     return Prefix(asked, saved, saved / max(1, asked))

@@ -59,7 +59,7 @@ def simulate_plan(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float, t
     """
     assert plan.fits, "there is no cluster to simulate"
     settings = settings_of(plan, recipe)
-    record = Record(np.array([ask.seconds for ask in trace.asks]))
+    record = Record(np.array([request.seconds for request in trace.requests]))
     times = FloorTimes(plan.setup, efficiency)
     simulation = Simulation(settings, times, record)
     counter = _Counter(trace.arrivals(settings))

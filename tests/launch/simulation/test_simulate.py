@@ -32,7 +32,7 @@ from lockstep.launch.simulation.report import Report, quantiles
 from lockstep.launch.simulation.screen import ProgressScreen, show_report
 from lockstep.launch.simulation.simulate import Progress, Told, settings_of, simulate_plan
 from lockstep.launch.simulation.times import FloorTimes
-from lockstep.launch.simulation.trace import Ask, Trace
+from lockstep.launch.simulation.trace import Trace, TraceRequest
 
 QWEN, DEEPSEEK, LITE = "qwen3-30b-a3b-8xh100", "deepseek-gb200", "deepseek-v2-lite"
 
@@ -43,7 +43,7 @@ def planned(name: str, *overrides: str) -> tuple[Plan, Recipe]:
     return plan_recipe(recipe, path.parent), recipe
 
 
-def simulated(asks: list[Ask], name: str, *overrides: str, efficiency: float = 1.0) -> Report:
+def simulated(asks: list[TraceRequest], name: str, *overrides: str, efficiency: float = 1.0) -> Report:
     plan, recipe = planned(name, *overrides)
     report = simulate_plan(plan, recipe, Trace("made", tuple(asks)), efficiency, lambda progress: False)
     assert report.complete
@@ -130,7 +130,7 @@ def test_stages_share_the_layers_and_add_up_to_the_plan() -> None:
 
 def test_a_lone_request_sees_the_floors_of_its_steps() -> None:
     plan, _ = planned(QWEN)
-    report = simulated([Ask(0.0, 3000, 3)], QWEN)
+    report = simulated([TraceRequest(0.0, 3000, 3)], QWEN)
     first = floor_of(plan.setup, whole_prompt(3000, 8)).seconds
     second, third = (
         floor_of(plan.setup, Work(1, 1, context, context, 1 / 8, True)).seconds for context in (3001, 3002)
@@ -149,7 +149,7 @@ def test_a_lone_request_sees_the_floors_of_its_steps() -> None:
 
 def test_half_the_efficiency_is_twice_the_time() -> None:
     whole, half = (
-        simulated([Ask(0.0, 20_000, 50)], QWEN, efficiency=efficiency) for efficiency in (1.0, 0.5)
+        simulated([TraceRequest(0.0, 20_000, 50)], QWEN, efficiency=efficiency) for efficiency in (1.0, 0.5)
     )
     for name in ("time_to_first_token", "time_between_tokens"):
         slow, fast = getattr(half, name), getattr(whole, name)
@@ -163,7 +163,7 @@ def test_a_full_cluster_decodes_at_the_rate_of_the_plan() -> None:
     """
     small = ("scheduler.max_running=16",)
     plan, _ = planned(QWEN, *small)
-    report = simulated([Ask(0.0, 3896, 400) for _ in range(128)], QWEN, *small, efficiency=0.5)
+    report = simulated([TraceRequest(0.0, 3896, 400) for _ in range(128)], QWEN, *small, efficiency=0.5)
     assert plan.largest_batch == 128
     assert report.steps.rows.p50 == 128
     assert report.time_between_tokens.p50 == pytest.approx(2 * plan.seconds_per_token, rel=0.02)
@@ -174,12 +174,12 @@ def test_a_full_cluster_decodes_at_the_rate_of_the_plan() -> None:
 
 
 def test_equal_prefixes_are_computed_once() -> None:
-    asks = [Ask(10.0 * number, 1100, 2, (7, 8, 100 + number)) for number in range(5)]
+    asks = [TraceRequest(10.0 * number, 1100, 2, (7, 8, 100 + number)) for number in range(5)]
     report = simulated(asks, QWEN)
     assert (report.prefix.asked, report.prefix.saved) == (5500, 4 * 1024), (
         "16 pages of 64 tokens, on the rank that has them"
     )
-    unlike = simulated([Ask(ask.seconds, 1100, 2) for ask in asks], QWEN)
+    unlike = simulated([TraceRequest(ask.seconds, 1100, 2) for ask in asks], QWEN)
     assert unlike.prefix.saved == 0
     off = simulated(asks, QWEN, "kv_cache.prefix_caching=false")
     assert off.prefix.saved == 0
@@ -189,8 +189,8 @@ def test_equal_prefixes_are_computed_once() -> None:
 
 def test_load_above_capacity_queues_and_is_answered_503() -> None:
     small = ("scheduler.max_running=4", "scheduler.max_queue=20")
-    calm = simulated([Ask(0.5 * number, 500, 100) for number in range(40)], QWEN, *small)
-    rush = simulated([Ask(0.001 * number, 500, 100) for number in range(200)], QWEN, *small)
+    calm = simulated([TraceRequest(0.5 * number, 500, 100) for number in range(40)], QWEN, *small)
+    rush = simulated([TraceRequest(0.001 * number, 500, 100) for number in range(200)], QWEN, *small)
     assert calm.requests.unavailable == 0 and calm.queue_wait.p99 < 0.1  # type: ignore[operator]
     assert rush.requests.unavailable > 50
     assert rush.queue_wait.p90 > 5 * calm.queue_wait.p99  # type: ignore[operator]
@@ -202,35 +202,40 @@ def test_load_above_capacity_queues_and_is_answered_503() -> None:
 
 def test_few_pages_bind_and_preempt() -> None:
     few = ("kv_cache.memory=128MiB", "model.max_len=2048")
-    report = simulated([Ask(0.0, 200, 1500) for _ in range(60)], QWEN, *few)
+    report = simulated([TraceRequest(0.0, 200, 1500) for _ in range(60)], QWEN, *few)
     assert report.preemptions > 0
     assert report.pages.peak_of_a_rank > 0.95
     assert report.binds.startswith("KV pages bind")
 
 
 def test_much_to_prefill_binds() -> None:
-    report = simulated([Ask(0.01 * number, 30_000, 2) for number in range(60)], QWEN)
+    report = simulated([TraceRequest(0.01 * number, 30_000, 2) for number in range(60)], QWEN)
     assert report.held["prefill"] > 0.5 and report.binds.startswith("Prefill binds")
 
 
 def test_long_prompts_on_few_ranks_bind_by_their_imbalance() -> None:
-    asks = [Ask(0.0, 100, 4000) for _ in range(64)] + [Ask(1.0 + number, 30_000, 2) for number in range(20)]
+    asks = [TraceRequest(0.0, 100, 4000) for _ in range(64)] + [
+        TraceRequest(1.0 + number, 30_000, 2) for number in range(20)
+    ]
     report = simulated(asks, DEEPSEEK, "scheduler.inter_token_target=0.1")
     assert report.steps.waiting > 0.3 and report.steps.imbalance.p99 > 3  # type: ignore[operator]
     assert (
         report.binds.startswith("Imbalance binds")
         and "few have prompts to compute and a step may take 0.1 s" in report.binds
     )
-    even = simulated([Ask(0.0, 4000, 50) for _ in range(72)], DEEPSEEK)
+    even = simulated([TraceRequest(0.0, 4000, 50) for _ in range(72)], DEEPSEEK)
     assert even.steps.waiting < 0.05 and "Imbalance" not in even.binds
 
 
 def test_what_is_too_long_is_refused() -> None:
     plan, recipe = planned(QWEN)
     assert settings_of(plan, recipe).max_len == 32768
-    report = simulated([Ask(0.0, 32_000, 768), Ask(0.0, 32_000, 769), Ask(0.0, 9_000_000, 1)], QWEN)
+    report = simulated(
+        [TraceRequest(0.0, 32_000, 768), TraceRequest(0.0, 32_000, 769), TraceRequest(0.0, 9_000_000, 1)],
+        QWEN,
+    )
     assert (report.requests.finished, report.requests.refused) == (1, 2)
-    report = simulated([Ask(0.0, 32_000, 769)], QWEN)
+    report = simulated([TraceRequest(0.0, 32_000, 769)], QWEN)
     assert report.binds.startswith("Nothing ran: all requests are longer than the context of 32,768 tokens")
 
 
@@ -458,7 +463,9 @@ def test_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_report_of_nothing_can_be_shown() -> None:
     plan, recipe = planned(QWEN)
-    report = simulate_plan(plan, recipe, Trace("made", (Ask(0.0, 10, 10),)), 1.0, lambda progress: True)
+    report = simulate_plan(
+        plan, recipe, Trace("made", (TraceRequest(0.0, 10, 10),)), 1.0, lambda progress: True
+    )
     paper = io.StringIO()
     show_report(report, plan, "qwen", 1.0, Console(file=paper, width=100))
     assert "stopped early" in paper.getvalue() and "Nothing ran." in paper.getvalue()
@@ -466,6 +473,6 @@ def test_a_report_of_nothing_can_be_shown() -> None:
 
 
 def test_a_burst_is_spread_over_the_ranks_before_anything_is_known_of_their_speed() -> None:
-    asks = [Ask(number / 200, 3000, 100) for number in range(600)]
+    asks = [TraceRequest(number / 200, 3000, 100) for number in range(600)]
     report = simulated(asks, DEEPSEEK, "scheduler.inter_token_target=0.05", efficiency=0.3)
     assert report.queue_wait.p99 < 0.1  # type: ignore[operator]
