@@ -1,4 +1,4 @@
-"""One child process: its own session, the spec on its standard input, its output in a log file."""
+"""A child process: own session, spec on standard input, output in a log file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TAIL_BYTES = 4096
 class Child:
     """Starts ``task`` and owns its process.
 
-    The child dies with this process (``process.leave_with_parent``), or rather with the thread that
-    constructs the Child, as Linux has it: construct it in a thread that stays.
+    On Linux the child dies with the thread that constructs it (``entry.leave_with_parent``), so
+    construct it in a thread that stays.
     """
 
     def __init__(self, task: Task, log_dir: Path) -> None:
@@ -39,7 +39,7 @@ class Child:
             self.process.stdin.write(task.spec)
             self.process.stdin.close()
         except BrokenPipeError:
-            pass  # it has died already, and deaths() will say so
+            pass  # it has died already; deaths() will report it
 
     @property
     def pid(self) -> int:
@@ -52,9 +52,7 @@ class Child:
             return file.read().decode(errors="replace")
 
     def signal(self, number: int) -> None:
-        """Signals the process's whole group while the process is there; its pid cannot have been
-        reused before ``poll``.
-        """
+        """Signals the process group; the pid cannot be reused before ``poll`` sees the end."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 

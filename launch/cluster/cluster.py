@@ -1,6 +1,4 @@
-"""What the launcher asks of a place to run processes: start them, kill them, say which have
-died.
-"""
+"""The interface to a place that runs processes: start, signal, report deaths."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ class Task:
     """A process to run: ``python -m lockstep.launch.cluster.entry role index`` with ``spec`` (JSON)
     on its standard input.
 
-    ``node`` is the group of ranks it belongs to, None for the launcher's own machine. ``num_gpus``
-    is 0 or 1. ``module`` is the Python module that is run.
+    ``node``: number of its group of ranks; None: the launcher's machine. ``num_gpus``: 0 or 1.
+    ``module``: the Python module to run.
     """
 
     role: str
@@ -38,9 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a task runs. ``node`` and ``address`` are those of its host in the cluster, where that
-    has several.
-    """
+    """The place of a task. ``node`` and ``address`` identify its host in a cluster of several."""
 
     host: str
     pid: int
@@ -51,9 +47,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Death:
-    """A process that has ended. ``code`` is the exit status, negative for a signal, None when its
-    node or Ray actor went with it; ``tail`` the last lines it wrote; ``lost_node`` the node when
-    all of it was lost.
+    """A process that has ended.
+
+    ``code``: exit status, negative for a signal, None when its node or Ray actor was lost.
+    ``tail``: the last lines it wrote. ``lost_node``: the node, when all of it was lost.
     """
 
     task: Task
@@ -69,50 +66,43 @@ class Death:
 
     @property
     def cause(self) -> str:
+        if self.code is None and self.lost_node:
+            return "was lost with its node"
         if self.code is None:
-            return (
-                "was lost with its node"
-                if self.lost_node
-                else f"was lost with its Ray actor: {self.last_line}"
-            )
+            return f"was lost with its Ray actor: {self.last_line}"
         if self.code < 0:
             name = signal.Signals(-self.code).name
-            return f"was killed by {name}" + (
-                " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
-            )
+            hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
+            return f"was killed by {name}{hint}"
         return f"exited with status {self.code}"
 
     @property
     def last_line(self) -> str:
-        """The last line it wrote, which for a Python process that failed is the error."""
+        """The last line it wrote: the error, if Python raised one."""
         lines = [line.strip() for line in self.tail.splitlines() if line.strip()]
         return lines[-1] if lines else ""
 
 
 class Cluster(Protocol):
-    """Processes on one machine or many. ``host`` is the address under which they reach the
-    launcher's machine.
-    """
+    """Processes on one machine or many, which reach the launcher's machine at ``host``."""
 
     host: str
     gpus_per_node: int
 
     def start(self, tasks: Sequence[Task]) -> None:
-        """Starts processes side by side. Raises LaunchError where there is no room for one."""
+        """Starts processes concurrently. Raises LaunchError when one has no room."""
         ...
 
     def running(self) -> list[tuple[Task, Place]]:
-        """The processes that have been started on a node and are not yet known to have ended."""
+        """Processes that have a place and are not known to have ended."""
         ...
 
     def waiting(self) -> str:
-        """Which of the processes started still wait for a node with room, and why there is none;
-        empty when none does.
-        """
+        """Started processes that wait for a node with room, and why; empty if none waits."""
         ...
 
     def deaths(self) -> list[Death]:
-        """The processes that ended since the last call. Does not block."""
+        """Processes that ended since the last call. Does not block."""
         ...
 
     def signal(self, task: Task, number: int) -> None:
@@ -120,5 +110,5 @@ class Cluster(Protocol):
         ...
 
     def close(self) -> None:
-        """Kills what still runs, waits until it is gone, and gives everything back."""
+        """Kills what still runs, waits until it is gone, and releases everything."""
         ...

@@ -31,9 +31,7 @@ ROLES: dict[str, tuple[str, type[ControllerSpec] | type[RankSpec] | type[Fronten
 
 
 def leave_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when ``parent`` ends, and leaves at once if it already
-    has.
-    """
+    """Makes Linux kill this process when ``parent`` ends; exits at once if it already has."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -42,15 +40,11 @@ def leave_with_parent(parent: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error as a person should read it: the text of a ValueError or OSError, else its type as
-    well.
-    """
+    """The error for people: its text, with its type unless it is a ValueError or OSError."""
     text = " ".join(str(error).split())
-    return (
-        text
-        if text and isinstance(error, ValueError | OSError)
-        else f"{type(error).__name__}: {text}".rstrip(": ")
-    )
+    if text and isinstance(error, ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -58,7 +52,7 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Runs one role. Never returns: exits 0 when the role ended as it should, 1 when it failed."""
+    """Runs one role. Never returns: exits with 0 when the role ended as asked, 1 when it failed."""
     role, index, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
@@ -78,7 +72,7 @@ def main() -> NoReturn:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # interpreter teardown can hang on a communicator's threads whose peers are gone
+    os._exit(code)  # teardown can hang on threads of a communicator whose peers are gone
 
 
 def _report_failure(lobby: LobbySpec | None, role: str, index: int, detail: str) -> None:

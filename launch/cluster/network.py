@@ -13,7 +13,7 @@ _IPV6_TABLE = Path("/proc/net/if_inet6")  # address, index, prefix length, scope
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that holds ``address`` (IPv4 or IPv6), None where none does."""
+    """The interface that has ``address`` (IPv4 or IPv6), or None."""
     wanted = ipaddress.ip_address(address)
     if wanted.is_loopback:
         return "lo"
@@ -24,7 +24,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _ipv4(interface: str) -> str | None:
-    """Its first IPv4 address."""
+    """The first IPv4 address of an interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))

@@ -1,4 +1,4 @@
-"""Where the cluster listens, and the launcher as its first client."""
+"""The address of the server: binding its port, and its URLs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from .cluster import LaunchError
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to where the cluster is to listen, 0 for a port of the kernel's choice.
-    Raises LaunchError where it cannot be.
-    """
+    """A bound TCP socket for the server; port 0 lets the kernel choose. Raises LaunchError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -25,23 +23,21 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises LaunchError where the cluster could not listen; keeps nothing."""
+    """Raises LaunchError when the server could not listen there. Keeps nothing open."""
     bound_socket(host, port).close()
 
 
 def reachable(host: str) -> str:
-    """The address to reach a server by that listens on ``host``."""
+    """The address at which this machine reaches a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
 def base_url(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens on ``host``."""
+    """The URL by which this machine reaches a server that listens on ``host``."""
     name = reachable(host)
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def url_elsewhere(host: str, port: int) -> str | None:
-    """Where others reach a server that listens on every interface, by this host's name; None for
-    one that listens on a single address.
-    """
+    """The URL for other hosts of a server that listens on every interface, else None."""
     return None if reachable(host) == host else f"http://{socket.gethostname()}:{port}"

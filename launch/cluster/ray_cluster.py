@@ -1,6 +1,4 @@
-"""Processes on a Ray cluster: groups of ranks, each on a node of its own, and what runs beside the
-launcher.
-"""
+"""Processes on a Ray cluster: groups of ranks, one per node, and processes beside the launcher."""
 
 from __future__ import annotations
 
@@ -31,13 +29,13 @@ from .ray_session import Node, RaySession
 
 NOWHERE = Place("a node still to be found", 0, "")
 _RETRY = 0.2
-_PLACE_SECONDS = 5.0  # until Ray's worker processes have started
+_PLACE_SECONDS = 5.0  # for Ray's worker processes to start
 _ATTEMPTS = 3
 
 
 @dataclass
 class _Held:
-    """The driver's view of a process: its actor, and where it runs once that is known."""
+    """A process as the driver sees it: its actor, and its place once that is known."""
 
     task: Task
     actor: Any
@@ -49,9 +47,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class Needs:
-    """The room that a recipe takes. ``gpus``: whether each rank has one; None: where nodes have
-    any.
-    """
+    """Resources that a recipe needs. ``gpus``: one per rank, or None to use those there are."""
 
     num_nodes: int
     ranks_per_node: int
@@ -60,19 +56,19 @@ class Needs:
 
 
 def needs_of(recipe: Recipe) -> Needs:
-    """The controller and the frontends run beside the launcher."""
+    """Resources of a recipe; controller and frontends run beside the launcher."""
     gpus = {"auto": None, "cpu": False, "cuda": True}[recipe.cluster.device]
     return Needs(recipe.cluster.nodes, recipe.cluster.ranks_per_node, gpus, 1 + recipe.frontend.processes)
 
 
 class RayCluster:
-    """``num_nodes`` groups of ``ranks_per_node`` ranks, each group on a node of its own;
-    ``num_beside`` other tasks run on the launcher's node.
+    """Runs ``num_nodes`` groups of ``ranks_per_node`` ranks, one group per node, and ``num_beside``
+    other tasks on the launcher's node.
 
-    When a node is lost, Ray looks for another with room for its group: a spare one, one that comes
-    back, or one that has a group already. Tasks started meanwhile wait for it, see ``waiting``.
-    Raises LaunchError when Ray cannot be started or reached, or has no room within ``deadline``
-    seconds. ``mark`` is told of every phase of the start that has ended.
+    When a node is lost, Ray moves its group to a node with room: a spare one, one that comes back,
+    or one that has a group already. Tasks started meanwhile wait for it, see ``waiting``. Raises
+    LaunchError when Ray cannot be started or reached, or has no room within ``deadline`` seconds.
+    Calls ``mark`` at the end of every phase of the start.
     """
 
     def __init__(
@@ -91,19 +87,17 @@ class RayCluster:
         num_nodes, ranks_per_node = needs.num_nodes, needs.ranks_per_node
         if num_nodes > 1 and (address or ray_address()) is None:
             raise LaunchError(
-                f"cluster.nodes = {num_nodes}: needs a Ray cluster to join; name it in cluster.address or RAY_ADDRESS"
+                f"cluster.nodes = {num_nodes}: needs a Ray cluster to join; "
+                "name it in cluster.address or RAY_ADDRESS"
             )
-        self._session = RaySession(
-            log_dir, address=address, num_cpus=num_nodes * ranks_per_node + needs.num_beside
-        )
+        num_cpus = num_nodes * ranks_per_node + needs.num_beside
+        self._session = RaySession(log_dir, address=address, num_cpus=num_cpus)
         try:
             mark("Ray")
             self.host = self._session.here.address
             self.gpus_per_node = max(node.gpus for node in self._session.nodes())
             use_gpus = self.gpus_per_node > 0 if needs.gpus is None else needs.gpus
-            self._share = {"CPU": float(ranks_per_node)} | (
-                {"GPU": float(ranks_per_node)} if use_gpus else {}
-            )
+            self._share = dict.fromkeys(("CPU", "GPU") if use_gpus else ("CPU",), float(ranks_per_node))
             if num_nodes > 1:
                 self._check_address(num_nodes)
             self._reserve(num_nodes, needs.num_beside)
@@ -114,12 +108,12 @@ class RayCluster:
 
     @property
     def scratch(self) -> Path | None:
-        """A folder that Ray keeps outside that of the logs, to be deleted at the end."""
+        """Ray's folder outside the log folder, if any; to be deleted at the end."""
         return self._session.scratch
 
     @property
     def nodes(self) -> list[Node]:
-        """The node of each group of ranks, in their order."""
+        """The node of each group of ranks, in the order of the groups."""
         by_id = {node.id: node for node in self._session.nodes()}
         places = _nodes_of(self._groups[1])
         return [by_id[places[bundle]] for bundle in self._bundles if places[bundle] in by_id]
@@ -132,27 +126,21 @@ class RayCluster:
     def _check_address(self, num_nodes: int) -> None:
         if self.host.startswith("127."):
             raise LaunchError(
-                f"cluster.nodes = {num_nodes}: this node is {self.host} in the Ray cluster, which other nodes cannot reach; "
-                "start Ray with --node-ip-address and an address that they can"
+                f"cluster.nodes = {num_nodes}: this node is {self.host} in the Ray cluster, which other "
+                "nodes cannot reach; start Ray with --node-ip-address and an address that they can reach"
             )
 
     def _reserve(self, num_nodes: int, num_beside: int) -> None:
-        """Room for the tasks beside the launcher, then a bundle per node of ranks."""
+        """Reserves room for the tasks beside the launcher, then a bundle per node of ranks."""
         beside = {"CPU": float(num_beside)}
-        where = f" on {self._session.here}, where the launcher runs"
         self._groups.append(placement_group([beside | {f"node:{self.host}": 0.001}], strategy="STRICT_PACK"))
-        self._await(
-            self._groups[0],
-            f"controller and frontend ({_text(beside)}){where}",
-            time.monotonic() + self._deadline,
-        )
+        what = f"controller and frontend ({_text(beside)}) on {self._session.here}, the launcher's node"
+        self._await(self._groups[0], what, time.monotonic() + self._deadline)
         self._groups.append(self._spread(num_nodes))
         self._bundles = self._in_order(_nodes_of(self._groups[1]))
 
     def _in_order(self, places: list[str]) -> list[int]:
-        """The bundles, for the groups of ranks in their order: the launcher's own node first, the
-        others by address.
-        """
+        """Bundle of each group of ranks: the launcher's node first, the others by address."""
         address = {node.id: int(ipaddress.ip_address(node.address)) for node in self._session.nodes()}
         return sorted(
             range(len(places)),
@@ -160,11 +148,10 @@ class RayCluster:
         )
 
     def _spread(self, num_nodes: int) -> PlacementGroup:
-        """A bundle on each of ``num_nodes`` nodes.
+        """Reserves a bundle on each of ``num_nodes`` nodes.
 
-        The strategy is SPREAD, not STRICT_SPREAD, for the sake of a bundle whose node is lost: it
-        may then go to a node that has one already. At first it may not, so what Ray makes of it is
-        looked at.
+        The strategy is SPREAD, not STRICT_SPREAD, so that the bundle of a lost node may go to a
+        node that has one already. At the start none may, so the outcome is checked.
         """
         what = f"{num_nodes} x {_text(self._share)} for the ranks"
         end = time.monotonic() + self._deadline
@@ -233,9 +220,7 @@ class RayCluster:
         return [(held.task, held.place) for held in self._held.values() if held.place is not NOWHERE]
 
     def waiting(self) -> str:
-        """Started tasks for which Ray looks for a node, and why it finds none; empty where there
-        are none.
-        """
+        """Started tasks that wait for a node, and the room there is; empty if none waits."""
         self._look()
         names = [
             held.task.name
@@ -247,11 +232,11 @@ class RayCluster:
         return f"no node has room for {', '.join(names)} ({_text(self._share)} a node); {self._room()}"
 
     def _has_room(self, task: Task) -> bool:
-        """Whether the bundle of the task's group is on a node, rather than waiting for one."""
+        """Whether the bundle of the task's group is on a node."""
         return task.node is None or str(placement_group_table(self._groups[1])["state"]) == "CREATED"
 
     def _look(self) -> None:
-        """Takes in where processes run that had to wait for a node."""
+        """Reads the places of processes that had to wait for a node."""
         for held in self._held.values():
             if held.place is NOWHERE and ray.wait([held.placed], timeout=0)[0]:
                 with contextlib.suppress(RayError):  # its death says so
@@ -269,20 +254,17 @@ class RayCluster:
         return [death for ref in ended if (death := self._bury(self._held[refs[ref]], alive)) is not None]
 
     def _bury(self, held: _Held, alive: set[str]) -> Death | None:
-        """None where there is still something to wait for."""
+        """The death of a process that has ended; None if Ray does not know that yet."""
         code: int | None
         lost_node = ""
         try:
             code, tail = ray.get(held.ended)
-        except (
-            ActorUnavailableError
-        ):  # its connection broke; Ray does not know yet whether the node is lost, or the actor, or neither
+        except ActorUnavailableError:
+            # The connection broke; Ray does not know yet whether node or actor is lost, or neither.
             held.ended = held.actor.wait.remote()
             return None
         except RayError as error:
-            if (
-                held.place is NOWHERE and held.attempts < _ATTEMPTS
-            ):  # sent to a node that was lost and not yet known to be
+            if held.place is NOWHERE and held.attempts < _ATTEMPTS:  # its node was lost just before
                 self._hold(held.task, held.attempts + 1)
                 return None
             code, tail = None, _one_line(error)
@@ -304,7 +286,7 @@ class RayCluster:
     def _end_all(self) -> None:
         self._look()
         for name, held in list(self._held.items()):
-            if held.place is NOWHERE:  # and will be nowhere now
+            if held.place is NOWHERE:
                 ray.kill(held.actor)
                 del self._held[name]
             held.actor.signal.remote(signal.SIGKILL)
@@ -321,7 +303,7 @@ class RayCluster:
 
 
 def _nodes_of(group: PlacementGroup) -> list[str]:
-    """The id of the node of every bundle, in the order of the bundles."""
+    """Node id of every bundle."""
     bundles = placement_group_table(group)["bundles_to_node_id"]
     return [str(bundles[index]) for index in sorted(bundles)]
 

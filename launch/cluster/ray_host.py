@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import tempfile
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,50 +20,52 @@ START_SECONDS = 60.0
 
 
 class RayHost:
-    """Starts a process, waits for it and passes signals on. ``wait`` occupies one of its threads,
-    signals take another.
+    """Starts a process, waits for it and passes signals on, each in a thread of the actor.
 
-    The process itself stays free of Ray's threads and of its allocator. It dies with its actor, and
+    The process itself has none of Ray's threads and not its allocator. It dies with its actor,
     actors die with their driver.
     """
 
     def __init__(self, task: Task, log_dir: str) -> None:
         self._task = task
         folder = _folder(Path(log_dir))
-        self._child: Child | None = None
-        self._started, self._ended = threading.Event(), threading.Event()
-        threading.Thread(
-            target=self._run, args=(folder,), daemon=True
-        ).start()  # a thread that stays: see Child
+        self._child: Future[Child] = Future()
+        self._ended = threading.Event()
+        # The child dies with the thread that starts it, so that thread stays: see Child.
+        threading.Thread(target=self._run, args=(folder,), daemon=True).start()
 
     def _run(self, folder: Path) -> None:
-        settings = interface_settings(interface_of(_own_address()))
-        self._child = Child(replace(self._task, environment=settings | dict(self._task.environment)), folder)
-        self._started.set()
-        self._child.process.wait()
+        try:
+            settings = interface_settings(interface_of(_own_address()))
+            environment = settings | dict(self._task.environment)
+            child = Child(replace(self._task, environment=environment), folder)
+        except Exception as error:
+            self._child.set_exception(error)
+            return
+        self._child.set_result(child)
+        child.process.wait()
         self._ended.set()
 
     def place(self) -> Place:
-        assert self._started.wait(START_SECONDS) and self._child is not None, (
-            f"{self._task.name} was not started"
-        )
-        return Place(socket.gethostname(), self._child.pid, str(self._child.log), _own_id(), _own_address())
+        try:
+            child = self._child.result(START_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"{self._task.name} did not start within {START_SECONDS:g} s") from None
+        return Place(socket.gethostname(), child.pid, str(child.log), _own_id(), _own_address())
 
     def wait(self) -> tuple[int, str]:
         """Blocks until the process ends; returns its exit status and the last lines it wrote."""
+        child = self._child.result()
         self._ended.wait()
-        assert self._child is not None
-        return self._child.process.returncode, self._child.tail()
+        return child.process.returncode, child.tail()
 
     def signal(self, number: int) -> None:
-        if self._child is not None:
-            self._child.signal(number)
+        if self._child.done():
+            self._child.result().signal(number)
 
 
 def _folder(log_dir: Path) -> Path:
-    """That of the run, which has the same path on every node; one of its own where that cannot
-    be.
-    """
+    """The run's log folder, created on this node; a temporary one if that fails."""
     try:
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -75,6 +78,6 @@ def _own_id() -> str:
 
 
 def _own_address() -> str:
-    """The address under which the other nodes reach this one."""
+    """The address at which the other nodes reach this one."""
     own = _own_id()
     return str(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own))

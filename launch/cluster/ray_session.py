@@ -1,14 +1,10 @@
-"""A connection to a Ray cluster: one that this launcher starts on its machine, or one that it
-joins.
-"""
+"""A connection to a Ray cluster: one that this launcher starts on its machine, or one it joins."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -22,15 +18,16 @@ from ray.exceptions import RayError
 from ..environment import ray_address
 from .cluster import LaunchError
 
-OBJECT_STORE_BYTES = 100 * 2**20  # nothing but a few small results goes through it
+OBJECT_STORE_BYTES = 100 * 2**20  # holds only a few small results
 SOCKET_PATH_LIMIT = 107
-_KNOCK_SECONDS = 1.0
-_SESSION_PATH = 70  # what Ray puts below its folder: /session_<date, time, pid>/sockets/plasma_store
+_CHECK_SECONDS = 1.0
+_SESSION_PATH = 70  # Ray's part of a socket path: /session_<date, time, pid>/sockets/plasma_store
+_FAILURES = (RayError, ConnectionError, OSError, RuntimeError, ValueError, TimeoutError)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the Ray cluster. ``address`` is the one under which the others reach it."""
+    """A node of the Ray cluster. ``address`` is the one other nodes reach it by."""
 
     id: str
     name: str
@@ -43,52 +40,51 @@ class Node:
 
 
 class RaySession:
-    """``address`` None and no RAY_ADDRESS starts a cluster of ``num_cpus`` on this machine; else
-    the one there is joined.
+    """Starts a cluster of ``num_cpus`` on this machine, or joins the one at ``address`` or
+    RAY_ADDRESS.
 
-    ``here`` is the launcher's own node. ``scratch`` is where Ray keeps its sockets and logs when
-    they cannot be with the logs of the run, because their path would be too long for a socket.
-    Raises LaunchError when Ray cannot be started or reached.
+    ``here`` is the launcher's own node. ``scratch`` is Ray's folder of sockets and logs when it
+    cannot be in ``log_dir``, whose path would be too long for a socket; else None. Raises
+    LaunchError when Ray cannot be started or reached.
     """
 
     def __init__(self, log_dir: Path, *, address: str | None, num_cpus: int) -> None:
         address = address or ray_address()
         self.joined = address is not None
-        self.scratch: Path | None = None
-        self._next_knock = 0.0
+        self._next_check = 0.0
         self._head_died = False
+        self.scratch: Path | None = None
         try:
-            self._connect(log_dir, address, num_cpus)
+            if address is not None:
+                _join(address)
+            else:
+                self.scratch = _short_folder(log_dir)
+                _start(self.scratch or log_dir / "ray", num_cpus)
             context = ray.get_runtime_context()
-            own, self._head = context.get_node_id(), str(context.gcs_address)
+            own = context.get_node_id()
+            self._head = str(context.gcs_address)
             self.here = next(node for node in self.nodes() if node.id == own)
-        except (RayError, ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-            where = (
-                f"the Ray cluster at {address} cannot be reached"
-                if self.joined
-                else "Ray cannot be started on this machine"
-            )
-            hint = (
-                "; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-                if self.joined
-                else ""
-            )
-            raise LaunchError(f"{where}: {' '.join(str(error).split())[:500]}{hint}") from error
+        except _FAILURES as error:
+            problem, hint = "Ray cannot be started on this machine", ""
+            if self.joined:
+                problem = f"the Ray cluster at {address} cannot be reached"
+                hint = "; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            raise LaunchError(f"{problem}: {' '.join(str(error).split())[:500]}{hint}") from error
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""
         return [_node(entry) for entry in ray.nodes() if entry["Alive"]]
 
     def check_head(self) -> None:
-        """Raises LaunchError when the head process of a cluster that was started here has died:
-        whoever asks Ray for anything after that waits, and is ended by Ray without a word of
-        ours.
+        """Raises LaunchError when the head process of a cluster started here has died.
+
+        Any call to Ray after that blocks, until Ray ends this process without a message of ours.
         """
-        if self.joined or time.monotonic() < self._next_knock:
+        if self.joined or time.monotonic() < self._next_check:
             return
-        self._next_knock = time.monotonic() + _KNOCK_SECONDS
+        self._next_check = time.monotonic() + _CHECK_SECONDS
         try:
-            _knock(self._head)
+            _check_listens(self._head)
         except ConnectionRefusedError:
             self._head_died = True
             raise LaunchError(
@@ -103,68 +99,72 @@ class RaySession:
     def close(self) -> None:
         """Leaves the cluster; one that was started here ends."""
         if not self._head_died:
-            if not self.joined:
-                _end_autoscaler()
             ray.shutdown()
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _connect(self, log_dir: Path, address: str | None, num_cpus: int) -> None:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        common: dict[str, Any] = {
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "include_dashboard": False,
-        }
-        if address is not None:
-            del common["include_dashboard"]
-            _knock(address)
-            ray.init(address=address, **common)
-            return
-        if ray.is_initialized():
-            raise RuntimeError("this process has joined a Ray cluster already")
-        folder = log_dir / "ray"
-        if len(str(folder)) + _SESSION_PATH > SOCKET_PATH_LIMIT:
-            self.scratch = folder = Path(tempfile.mkdtemp(prefix="lockstep-ray-", dir="/tmp"))
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
-            **common,
-        )
+
+def _join(address: str) -> None:
+    _be_quiet()
+    _check_listens(address)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _short_folder(log_dir: Path) -> Path | None:
+    """A new folder for Ray where the path of sockets in ``log_dir`` would be too long."""
+    if len(str(log_dir / "ray")) + _SESSION_PATH <= SOCKET_PATH_LIMIT:
+        return None
+    return Path(tempfile.mkdtemp(prefix="lockstep-ray-", dir="/tmp"))
+
+
+def _start(folder: Path, num_cpus: int) -> None:
+    _be_quiet()
+    if ray.is_initialized():
+        raise RuntimeError("this process has joined a Ray cluster already")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(folder),
+    )
+    _end_autoscaler()
+
+
+def _be_quiet() -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def _end_autoscaler() -> None:
-    """Kills the autoscaler of a cluster that this process has started. There is nothing to scale;
-    but ray.shutdown ends the head before it, and then waits the whole second that it allows for an
-    answer to SIGTERM.
+    """Ends the autoscaler of the cluster just started: one machine has nothing to scale.
+
+    It would take CPU time from the start, and ray.shutdown would wait a second for it: it ends the
+    head first, and then the autoscaler does not answer SIGTERM. ``ray.init`` cannot leave it out
+    (only ``ray start`` has --no-monitor), so Ray's own object for this node ends its own child,
+    as ray.shutdown would. A Ray without that method keeps its autoscaler.
     """
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int(
-                (folder / "stat").read_bytes().rpartition(b") ")[2].split()[1]
-            )  # a process may have any bytes for a name
-            if parent == os.getpid() and b"/ray/autoscaler/" in (folder / "cmdline").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
+    with contextlib.suppress(AttributeError):
+        ray._private.worker._global_node.kill_monitor(check_alive=False)
 
 
 def _node(entry: dict[str, Any]) -> Node:
     resources = entry["Resources"]
-    name = str(entry["NodeManagerHostname"])
     return Node(
-        str(entry["NodeID"]),
-        name,
-        str(entry["NodeManagerAddress"]),
-        resources.get("CPU", 0.0),
-        int(resources.get("GPU", 0)),
+        id=str(entry["NodeID"]),
+        name=str(entry["NodeManagerHostname"]),
+        address=str(entry["NodeManagerAddress"]),
+        cpus=resources.get("CPU", 0.0),
+        gpus=int(resources.get("GPU", 0)),
     )
 
 
-def _knock(address: str) -> None:
-    """Raises OSError or ValueError for an address where nothing listens; Ray itself would try for
-    two minutes.
+def _check_listens(address: str) -> None:
+    """Raises OSError or ValueError when nothing listens at ``address``.
+
+    Ray itself would try for two minutes.
     """
     if address == "auto":
         return

@@ -1,8 +1,8 @@
-"""A process that outlives the launcher by a moment and ends whatever it has left behind.
+"""The reaper process: outlives the launcher briefly and kills the processes it left behind.
 
 Children die with their parent and Ray's processes with their driver, but some of those take a
 minute to notice. Every process of a run inherits a mark in its environment; when the launcher is
-gone, the reaper kills what bears the mark. Linux only: it reads ``/proc``.
+gone, the reaper kills every process with the mark. Linux only: it reads ``/proc``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _POLL = 0.05
 
 
 class Reaper:
-    """Marks this run and starts the reaper process. ``finish`` leaves nothing that bears the
-    mark.
-    """
+    """Marks this run and starts the reaper process. ``finish`` leaves no process with the mark."""
 
     def __init__(self) -> None:
         self.mark = f"{os.getpid()}-{secrets.token_hex(8)}"
@@ -40,13 +38,13 @@ class Reaper:
         mark_run(self.mark)
 
     def inherit(self, folder: Path) -> None:
-        """A folder that the reaper deletes at the end, however the end comes."""
+        """Hands over a folder that the reaper deletes at the end, whatever that end is."""
         assert self._process.stdin is not None
         self._process.stdin.write(os.fsencode(folder) + b"\n")
         self._process.stdin.flush()
 
     def finish(self) -> None:
-        """Gives what still bears the mark a moment to end, kills it, and ends the reaper itself."""
+        """Waits briefly for processes with the mark, kills the rest, and ends the reaper."""
         reap(self.mark, _PATIENCE)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -55,7 +53,7 @@ class Reaper:
 
 
 def marked(mark: str) -> list[int]:
-    """Process ids of this user's processes that bear the mark, this process excepted."""
+    """Ids of this user's processes that have the mark, except this process."""
     needle = f"{RUN_MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -66,9 +64,7 @@ def marked(mark: str) -> list[int]:
 
 
 def reap(mark: str, patience: float) -> None:
-    """Waits up to ``patience`` seconds until nothing bears the mark, then kills until nothing
-    does.
-    """
+    """Waits up to ``patience`` seconds until no process has the mark, then kills those left."""
     deadline = time.monotonic() + patience
     while (found := marked(mark)) and time.monotonic() < deadline + _INSISTENCE:
         if time.monotonic() > deadline:

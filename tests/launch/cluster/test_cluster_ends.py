@@ -1,12 +1,7 @@
-"""How clusters end: closed, killed, refused. Every test has a cluster of its own."""
+"""The ends of clusters: closed, killed, refused. Every test has a cluster of its own."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -25,35 +20,13 @@ def test_close_kills_even_what_ignores_sigterm(backend: str, tmp_path: Path) -> 
     made.start([dummy(0, "ignore"), dummy(1, "sleep")])
     pids = [place.pid for _, place in made.running()]
     own = [" ".join(command_of(process)) for process in set(psutil.Process().children()) - before]
-    assert sum("/ray/autoscaler/" in command for command in own) == (backend == "ray"), (
-        "close looks for it, for a quick end"
-    )
+    assert any("/raylet" in command for command in own) == (backend == "ray")
+    assert not any("/ray/autoscaler/" in command for command in own), "shutdown would wait for it"
     made.close()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     until(
         lambda: set(psutil.Process().children(recursive=True)) <= before, "the cluster's own processes to end"
     )
-
-
-@pytest.mark.ray
-def test_the_autoscaler_is_found_among_processes_of_any_name(tmp_path: Path) -> None:
-    """A name is cut to 15 bytes, in the middle of a character as well."""
-    from lockstep.launch.cluster.ray_session import _end_autoscaler
-
-    name = os.fsencode(tmp_path) + b"/\xe2\x82"
-    os.symlink(shutil.which("sleep") or "", name)
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with (
-        subprocess.Popen([name, "60"]) as other,
-        subprocess.Popen([*command, "/ray/autoscaler/monitor.py"]) as scaler,
-    ):
-        try:
-            _end_autoscaler()
-            assert scaler.wait(10) == -signal.SIGKILL
-            assert other.poll() is None
-        finally:
-            other.kill()
-            scaler.kill()
 
 
 def test_more_gpus_than_there_are_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
