@@ -22,7 +22,7 @@ _FP8_ROW = 1 + 4 / 128  # DeepEP sends fp8 with a float32 scale per 128 values
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRate:
     """A figure for DeepSeek-V3 or R1. ``batch`` per GPU, 0 for prefill; ``rate`` tokens a second
     and GPU; ``set_up`` says what is assumed because it is not published; ``reason`` of the gap to
     the floor.
@@ -44,7 +44,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MeasuredExchange:
     """DeepEP low latency, measured: microseconds of dispatch and combine."""
 
     ranks: int
@@ -53,7 +53,7 @@ class Exchange:
 
 
 PUBLISHED = (
-    Published(
+    PublishedRate(
         "DeepSeek",
         "h800",
         32,
@@ -63,7 +63,7 @@ PUBLISHED = (
         "9.2k less 56 % cache hits; prompts of 4k assumed",
         "a service under changing load, day and night; exchange and computation each about as long, so that what is not hidden counts",
     ),
-    Published(
+    PublishedRate(
         "DeepSeek",
         "h800",
         144,
@@ -73,7 +73,7 @@ PUBLISHED = (
         "batch from 1.85k / 21 tokens/s/user",
         "a service under changing load; DeepEP takes 1.3 times the floor of its exchange (below), two microbatches hide a part of it",
     ),
-    Published(
+    PublishedRate(
         "SGLang",
         "h100",
         32,
@@ -83,7 +83,7 @@ PUBLISHED = (
         "2k prompts: middle of 6.3k to 7.2k",
         "0.69 with nothing overlapped; uneven experts cost 1.18 times, FP8 products reach 78 % of peak at best (DeepGEMM)",
     ),
-    Published(
+    PublishedRate(
         "SGLang",
         "h100",
         72,
@@ -93,7 +93,7 @@ PUBLISHED = (
         "batch 256, 2k in",
         "the exchange binds and DeepEP takes 1.3 times its floor; attention reaches 67 % of peak (FlashMLA)",
     ),
-    Published(
+    PublishedRate(
         "vLLM",
         "h200",
         32,
@@ -103,7 +103,7 @@ PUBLISHED = (
         "32 ranks, batch 256, 2k context assumed",
         "as SGLang on H100; a sustained production-like run whose batch is not published",
     ),
-    Published(
+    PublishedRate(
         "SGLang",
         "gb200",
         8,
@@ -113,7 +113,7 @@ PUBLISHED = (
         "8 GPUs, NVFP4 experts, FP8 attention, 2k prompts",
         "0.51 with nothing overlapped; gating, quantising and norms are not in the floor, and NVFP4 kernels are taken at peak",
     ),
-    Published(
+    PublishedRate(
         "SGLang",
         "gb200",
         48,
@@ -123,7 +123,7 @@ PUBLISHED = (
         "48 GPUs, NVFP4 experts, FP8 attention; batch 768 assumed",
         "0.94 ms a layer against 0.23: launches, gating, quantising and norms are not in the floor and weigh most where it is so low",
     ),
-    Published(
+    PublishedRate(
         "vLLM",
         "gb200",
         2,
@@ -133,7 +133,7 @@ PUBLISHED = (
         "2 GPUs, 2k prompts, formats as SGLang assumed",
         "as SGLang; hardly any exchange to hide",
     ),
-    Published(
+    PublishedRate(
         "vLLM",
         "gb200",
         8,
@@ -147,12 +147,12 @@ PUBLISHED = (
 
 # 128 tokens, 7168 wide, fp8 out and bf16 back, H800 with 400 Gb/s each.
 EXCHANGES = (
-    Exchange(8, 77, 114),
-    Exchange(16, 118, 195),
-    Exchange(32, 155, 273),
-    Exchange(64, 173, 314),
-    Exchange(128, 192, 369),
-    Exchange(256, 194, 360),
+    MeasuredExchange(8, 77, 114),
+    MeasuredExchange(16, 118, 195),
+    MeasuredExchange(32, 155, 273),
+    MeasuredExchange(64, 173, 314),
+    MeasuredExchange(128, 192, 369),
+    MeasuredExchange(256, 194, 360),
 )
 EXCHANGE_TOKENS = 128
 
@@ -178,7 +178,7 @@ def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
     )
 
 
-def floor_beside(figure: Published) -> Floor:
+def floor_beside(figure: PublishedRate) -> Floor:
     """The floor of a step at the batch and context of a published figure."""
     setup = deepseek(figure.hardware, figure.ranks, prefill=not figure.batch)
     if figure.batch:

@@ -21,7 +21,7 @@ from .shape import read_shape
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankCapacity:
     """The ranks of a pipeline stage, which hold the same; ``slots`` are expert slots per layer."""
 
     stage: int
@@ -46,14 +46,14 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
     """``misfits`` are reasons why it does not fit; ``unsupported`` is what this version refuses to
     launch. Tokens count KV.
     """
 
     setup: Setup
     verified: str | None
-    ranks: tuple[RankPlan, ...]
+    ranks: tuple[RankCapacity, ...]
     kv_tokens_per_rank: int
     kv_tokens: int
     longest_context: int
@@ -126,7 +126,7 @@ class Plan:
         return {"fits": self.fits, "launches": not self.unsupported} | plan
 
 
-def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Plan:
+def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> CapacityPlan:
     """Plans a recipe from the file's ``folder``, without weights. Raises RecipeError where it
     cannot be planned.
     """
@@ -163,10 +163,10 @@ def model_folder(recipe: Recipe, folder: Path) -> Path:
     return (folder / Path(recipe.model.config).expanduser()).resolve()
 
 
-def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str, ...]) -> Plan:
+def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str, ...]) -> CapacityPlan:
     """The figures of a resolved set-up."""
     ranks = tuple(
-        RankPlan(
+        RankCapacity(
             stage=stage.index,
             first_rank=setup.mesh.stage_ranks(stage.index)[0],
             last_rank=setup.mesh.stage_ranks(stage.index)[-1],
@@ -188,7 +188,7 @@ def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str
     prefill = Phase(
         setup.capacity, floor_of(setup, prefill_work(setup.capacity, context)), traffic(setup, setup.capacity)
     )
-    return Plan(
+    return CapacityPlan(
         setup=setup,
         verified=recipe.verified,
         ranks=ranks,
@@ -237,7 +237,7 @@ def _length_misfits(recipe: Recipe, kv_tokens: int) -> list[str]:
     ]
 
 
-def _memory_misfits(setup: Setup, ranks: tuple[RankPlan, ...]) -> list[str]:
+def _memory_misfits(setup: Setup, ranks: tuple[RankCapacity, ...]) -> list[str]:
     for rank in ranks:
         memory = rank.memory
         if memory.weights.total + memory.reserve > setup.rank_memory:
@@ -281,7 +281,7 @@ def _fitting_capacity(setup: Setup) -> int | None:
     return None
 
 
-def _too_full(setup: Setup, rank: RankPlan) -> str:
+def _too_full(setup: Setup, rank: RankCapacity) -> str:
     """Weights fit, the rest does not: less in a step, or fewer pages."""
     memory, fewer = rank.memory, _fitting_capacity(setup)
     ways = [] if fewer is None else [f"scheduler.max_batch_tokens = {fewer}"]

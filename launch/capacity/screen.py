@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .plan import Phase, Plan, size_text
+from .plan import CapacityPlan, Phase, size_text
 
 
-def show_plan(plan: Plan, title: str, console: Console) -> None:
+def show_plan(plan: CapacityPlan, title: str, console: Console) -> None:
     """Prints tables of memory, capacity and floors, then what is in the way."""
     setup = plan.setup
     mesh, shape = setup.mesh, setup.shape
@@ -45,7 +45,7 @@ def table_of(title: str, *columns: str) -> Table:
     return table
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: CapacityPlan) -> Table:
     spans = [(rank.first_rank, rank.last_rank) for rank in plan.ranks]
     names = [f"ranks {first}-{last}" if first < last else f"rank {first}" for first, last in spans]
     table = table_of(f"memory of a rank, of {size_text(plan.setup.rank_memory)}", "", *names)
@@ -71,7 +71,7 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _capacity_table(plan: Plan) -> Table:
+def _capacity_table(plan: CapacityPlan) -> Table:
     table = table_of("capacity", "", "per rank", "in all")
     table.add_row("KV tokens", f"{plan.kv_tokens_per_rank:,}", f"{plan.kv_tokens:,}")
     table.add_row(
@@ -83,7 +83,7 @@ def _capacity_table(plan: Plan) -> Table:
     return table
 
 
-def _floor_table(plan: Plan) -> Table:
+def _floor_table(plan: CapacityPlan) -> Table:
     table = table_of(
         f"floors at data-sheet rates, context {plan.context:,}; a real engine is slower",
         "",
@@ -117,7 +117,7 @@ def _floor_table(plan: Plan) -> Table:
     return table
 
 
-def _rate(plan: Plan, phase: Phase) -> float:
+def _rate(plan: CapacityPlan, phase: Phase) -> float:
     return phase.tokens * plan.setup.mesh.data / phase.floor.seconds
 
 

@@ -147,7 +147,8 @@ def _end_autoscaler() -> None:
     as ray.shutdown would. A Ray without that method keeps its autoscaler.
     """
     with contextlib.suppress(AttributeError):
-        ray._private.worker._global_node.kill_monitor(check_alive=False)
+        own_node: Any = ray._private.worker._global_node
+        own_node.kill_monitor(check_alive=False)
 
 
 def _node(entry: dict[str, Any]) -> Node:

@@ -12,9 +12,9 @@ from .app import app
 from .options import Overrides, RecipeName, answers, messages, refusal
 
 if TYPE_CHECKING:
-    from ..capacity.plan import Plan
+    from ..capacity.plan import CapacityPlan
     from ..recipe.recipe import Recipe
-    from ..simulation.report import Report
+    from ..simulation.report import SimulationReport
     from ..simulation.simulate import Progress
     from ..simulation.trace import Trace
 
@@ -85,7 +85,7 @@ def simulate(
     raise typer.Exit(0 if report.complete else 1)
 
 
-def _run(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float) -> Report:
+def _run(plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float) -> SimulationReport:
     """Simulates with a progress display until the end or the first Ctrl-C."""
     from ..simulation.screen import ProgressScreen
     from ..simulation.simulate import simulate_plan
@@ -104,7 +104,9 @@ def _run(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float) -> Report:
         screen.hide()  # else the terminal keeps its cursor hidden
 
 
-def _print(report: Report, answer: str | None, plan: Plan, title: str, efficiency: float) -> None:
+def _print(
+    report: SimulationReport, answer: str | None, plan: CapacityPlan, title: str, efficiency: float
+) -> None:
     """Prints ``answer`` if there is one, else the report for people."""
     from ..simulation.screen import show_report
 

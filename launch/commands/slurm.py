@@ -80,10 +80,10 @@ def slurm(
     """
     from ..recipe.file import from_here, load_recipe
     from ..recipe.recipe import RecipeError, model_directory
-    from ..slurm.job import Wishes, make_job
+    from ..slurm.job import JobOptions, make_job
     from ..slurm.script import script
 
-    wishes = Wishes(
+    wishes = JobOptions(
         nodes=nodes,
         spare=spare,
         partition=partition,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.models.config import load_config
-from ..capacity.plan import Plan, plan_recipe
+from ..capacity.plan import CapacityPlan, plan_recipe
 from ..cluster.cluster import LaunchError
 from ..cluster.ports import check_port
 from ..cluster.reaper import Reaper
@@ -19,7 +19,7 @@ from ..recipe.hardware import hardware_names
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
 from ..recipe.resolve import check_model
 from .finding import Finding
-from .judge import Wanted, judge
+from .judge import Requirements, judge
 from .links import judge_clocks, judge_links
 from .probe import Questions, look_around
 
@@ -62,7 +62,7 @@ def check(recipe: Recipe, folder: Path) -> list[Finding]:
     return found + _check_ray(recipe, questions, wanted)
 
 
-def _check_ray(recipe: Recipe, questions: Questions, wanted: Wanted) -> list[Finding]:
+def _check_ray(recipe: Recipe, questions: Questions, wanted: Requirements) -> list[Finding]:
     reaper = Reaper()
     prepare_ray(recipe.cluster.address)
     from ..cluster.ray_cluster import RayCluster, needs_of
@@ -83,7 +83,7 @@ def _check_ray(recipe: Recipe, questions: Questions, wanted: Wanted) -> list[Fin
             reaper.finish()
 
 
-def _ask_nodes(cluster: RayCluster, questions: Questions, wanted: Wanted) -> list[Finding]:
+def _ask_nodes(cluster: RayCluster, questions: Questions, wanted: Requirements) -> list[Finding]:
     from .ray_nodes import RayNodes
 
     used = [cluster.here, *[node for node in cluster.nodes if node.id != cluster.here.id]]
@@ -101,7 +101,7 @@ def _ask_nodes(cluster: RayCluster, questions: Questions, wanted: Wanted) -> lis
 # --------------------------------------------------------------------------- what the recipe asks for
 
 
-def _planned(recipe: Recipe, folder: Path) -> Plan | None:
+def _planned(recipe: Recipe, folder: Path) -> CapacityPlan | None:
     """None where the recipe names no hardware to plan with, or no model is there."""
     try:
         return plan_recipe(recipe, folder)
@@ -119,10 +119,10 @@ def _questions(recipe: Recipe, folder: Path, *, thorough: bool) -> Questions:
     return Questions(model, folders, thorough=False, seconds=QUICK_SECONDS)
 
 
-def _wanted(recipe: Recipe, plan: Plan | None) -> Wanted:
+def _wanted(recipe: Recipe, plan: CapacityPlan | None) -> Requirements:
     hardware = recipe.cluster.hardware
     starts_ray = recipe.cluster.backend == "ray" and (recipe.cluster.address or ray_address()) is None
-    return Wanted(
+    return Requirements(
         world=recipe.world,
         ranks_per_node=recipe.cluster.ranks_per_node,
         num_nodes=recipe.cluster.nodes,
@@ -133,7 +133,7 @@ def _wanted(recipe: Recipe, plan: Plan | None) -> Wanted:
     )
 
 
-def _rank_memory(recipe: Recipe, plan: Plan) -> int:
+def _rank_memory(recipe: Recipe, plan: CapacityPlan) -> int:
     """What the fullest rank cannot do without; of the pages only what the recipe fixes."""
     return max(
         held.memory.weights.total
@@ -145,7 +145,7 @@ def _rank_memory(recipe: Recipe, plan: Plan) -> int:
     )
 
 
-def _recipe_findings(recipe: Recipe, folder: Path, plan: Plan | None) -> list[Finding]:
+def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) -> list[Finding]:
     found = [Finding("error", "recipe", line) for line in not_yet(recipe)]
     with contextlib.suppress(ValueError):  # the nodes say what is wrong with the model
         found += [

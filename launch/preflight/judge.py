@@ -30,7 +30,7 @@ _SAME_EVERYWHERE = (
 )  # a different transformers only tokenises
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     """What a recipe asks of a node. ``device`` is cpu, cuda or auto; ``gpu`` part of the name that
     its GPUs should have, if known; ``rank_memory`` the bytes a rank takes at least, None where that
     is not known; ``shm`` bytes of ``/dev/shm`` per node.
@@ -49,7 +49,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return self.device == "cuda" or (self.device == "auto" and any(node.gpus for node in nodes))
 
 
-def judge(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
+def judge(nodes: Sequence[NodeFacts], wanted: Requirements) -> list[Finding]:
     """All that is found in the nodes' answers, the one of the launcher first."""
     gpus = wanted.uses_gpus(nodes)
     found = _unanswered(nodes) + _interfaces(nodes) + _versions(nodes) + _models(nodes)
@@ -151,7 +151,7 @@ def _models(nodes: Sequence[NodeFacts]) -> list[Finding]:
 # --------------------------------------------------------------------------- devices and memory
 
 
-def _gpus(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
+def _gpus(nodes: Sequence[NodeFacts], wanted: Requirements) -> list[Finding]:
     known = [node for node in nodes if node.gpus is not None]
     found = []
     for node in known:
@@ -186,7 +186,7 @@ def _gpus(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
     return found
 
 
-def _gpu(node: NodeFacts, index: int, gpu: Gpu, wanted: Wanted) -> Finding | None:
+def _gpu(node: NodeFacts, index: int, gpu: Gpu, wanted: Requirements) -> Finding | None:
     have = f"GPU {index} ({gpu.name}) has {size_text(gpu.free)} free"
     if wanted.rank_memory is not None and gpu.memory and gpu.free < wanted.rank_memory:
         todo = "end what else runs there, or see launch plan"
@@ -213,7 +213,7 @@ def _gpu(node: NodeFacts, index: int, gpu: Gpu, wanted: Wanted) -> Finding | Non
     return None
 
 
-def _host_memory(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
+def _host_memory(nodes: Sequence[NodeFacts], wanted: Requirements) -> list[Finding]:
     found = []
     for node in nodes:
         if node.memory is None:
@@ -246,7 +246,7 @@ def _host_memory(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[Finding]:
     return found
 
 
-def _shared_memory(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> list[Finding]:
+def _shared_memory(nodes: Sequence[NodeFacts], wanted: Requirements, gpus: bool) -> list[Finding]:
     nccl = wanted.ranks_per_node * wanted.shm_per_gpu_rank if gpus and wanted.ranks_per_node > 1 else 0
     need = nccl + wanted.shm
     found = []
@@ -266,7 +266,7 @@ def _shared_memory(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> li
     return found
 
 
-def _limits(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> list[Finding]:
+def _limits(nodes: Sequence[NodeFacts], wanted: Requirements, gpus: bool) -> list[Finding]:
     least = _FILES + _FILES_PER_RANK * wanted.world
     found = []
     for node in nodes:
@@ -331,7 +331,7 @@ def _disks(nodes: Sequence[NodeFacts]) -> list[Finding]:
 # --------------------------------------------------------------------------- adapters
 
 
-def _rdma(nodes: Sequence[NodeFacts], wanted: Wanted, gpus: bool) -> list[Finding]:
+def _rdma(nodes: Sequence[NodeFacts], wanted: Requirements, gpus: bool) -> list[Finding]:
     known = [node for node in nodes if node.rdma is not None]
     found = []
     for node in known:

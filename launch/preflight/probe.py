@@ -67,7 +67,7 @@ class Disk(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-class Limits(msgspec.Struct, frozen=True):
+class ProcessLimits(msgspec.Struct, frozen=True):
     """Soft limits of a process; -1 is none. ``memlock`` in bytes."""
 
     open_files: int
@@ -103,7 +103,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelFiles | None = None
     rdma: tuple[Port, ...] | None = None
     numa: int | None = None
-    limits: Limits | None = None
+    limits: ProcessLimits | None = None
     disks: tuple[Disk, ...] | None = None
     failed: dict[str, str] = {}
 
@@ -229,12 +229,12 @@ def _read(file: Path) -> str:
     return "unreadable"
 
 
-def _limits() -> Limits:
+def _limits() -> ProcessLimits:
     def soft(kind: int) -> int:
         limit = resource.getrlimit(kind)[0]
         return -1 if limit == resource.RLIM_INFINITY else limit
 
-    return Limits(soft(resource.RLIMIT_NOFILE), soft(resource.RLIMIT_MEMLOCK))
+    return ProcessLimits(soft(resource.RLIMIT_NOFILE), soft(resource.RLIMIT_MEMLOCK))
 
 
 def _disk(folder: Path) -> Disk:

@@ -61,7 +61,7 @@ AutoSize = Annotated[int | None, BeforeValidator(_size_or_auto)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class Section(BaseModel):
+class RecipeSection(BaseModel):
     """Base of the sections: frozen, refuses unknown keys and converts no values."""
 
     model_config = ConfigDict(
@@ -69,7 +69,7 @@ class Section(BaseModel):
     )
 
 
-class ModelSection(Section):
+class ModelSection(RecipeSection):
     path: str = Field(
         min_length=1, description="Hugging Face checkpoint directory, relative to the recipe file"
     )
@@ -89,7 +89,7 @@ class ModelSection(Section):
     )
 
 
-class ClusterSection(Section):
+class ClusterSection(RecipeSection):
     backend: Literal["ray", "local"] = Field(
         default="ray", description="ray, or local: processes on this machine without Ray"
     )
@@ -124,12 +124,12 @@ class ClusterSection(Section):
     )
 
 
-class ParallelSection(Section):
+class ParallelSection(RecipeSection):
     tensor: int = Field(default=1, ge=1, description="tensor parallel size of attention and dense layers")
     pipeline: int = Field(default=1, ge=1, description="number of pipeline stages")
 
 
-class ExpertsSection(Section):
+class ExpertsSection(RecipeSection):
     dispatch: Literal["auto", "local", "all_gather", "all_to_all"] = Field(
         default="auto", description="how tokens reach their experts"
     )
@@ -139,7 +139,7 @@ class ExpertsSection(Section):
     )
 
 
-class KvCacheSection(Section):
+class KvCacheSection(RecipeSection):
     dtype: Literal["auto", "bf16", "fp32", "fp8"] = Field(
         default="auto", description="dtype of KV pages; auto: fp8 on GPUs, else the activations' dtype"
     )
@@ -156,7 +156,7 @@ class KvCacheSection(Section):
     )
 
 
-class SchedulerSection(Section):
+class SchedulerSection(RecipeSection):
     max_batch_tokens: int = Field(default=8192, ge=1, description="most tokens a rank computes in a step")
     max_running: int = Field(
         default=128, ge=1, le=4096, description="most running requests per data-parallel rank"
@@ -172,7 +172,7 @@ class SchedulerSection(Section):
     )
 
 
-class FrontendSection(Section):
+class FrontendSection(RecipeSection):
     host: str = Field(
         default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all interfaces"
     )
@@ -191,7 +191,7 @@ class FrontendSection(Section):
     )
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     """The whole recipe."""
 
     model: ModelSection

@@ -149,7 +149,7 @@ def _device(recipe: Recipe, gpus_per_node: int) -> str:
     return "cuda"
 
 
-def _start_others(run: Run, base: _Base, addresses: tuple[str, str, str]) -> None:
+def _start_others(run: Run, base: _Base, addresses: tuple[str, ...]) -> None:
     """Starts ranks and frontends, and waits until all are ready."""
     recipe, site = run.recipe, base.site
     step_address, bulk_address, frontend_address = addresses

@@ -66,7 +66,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Pages:
+class PageUse:
     """Pages in use of those there are, over the time of steps: of all ranks, and the most on any
     one.
     """
@@ -106,7 +106,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Report:
+class SimulationReport:
     """``queue_wait`` ends with the plan that computes a request's first tokens. ``bound``: the part
     of the steps that the rest waited for, as shares of their time; ``held``: shares of the steps'
     time while waiting requests lacked sequence slots or pages, and while prompts were left over for
@@ -124,7 +124,7 @@ class Report:
     time_between_tokens: Spread
     queue_wait: Spread
     prefix: Prefix
-    pages: Pages
+    pages: PageUse
     preemptions: int
     steps: Steps
     bound: dict[str, float]
@@ -161,7 +161,7 @@ def make_report(
     *,
     wall: float,
     complete: bool,
-) -> Report:
+) -> SimulationReport:
     """The figures of a simulation that has ended, or was stopped."""
     ranks, seconds = settings.mesh.world, simulation.now
     requests = Requests(
@@ -175,7 +175,7 @@ def make_report(
     pages, total = _pages(record), sum(record.seconds)
     bound = _shares(times.bound, sum(times.bound.values()))
     held = _shares(record.held, total)
-    return Report(
+    return SimulationReport(
         trace=trace.source,
         complete=complete,
         ranks=ranks,
@@ -216,10 +216,10 @@ def _prefix(trace: Trace, record: Record) -> Prefix:
     return Prefix(asked, saved, saved / max(1, asked))
 
 
-def _pages(record: Record) -> Pages:
+def _pages(record: Record) -> PageUse:
     if not record.seconds:
-        return Pages(0.0, 0.0, 0.0)
-    return Pages(
+        return PageUse(0.0, 0.0, 0.0)
+    return PageUse(
         float(np.average(record.kv_used, weights=record.seconds)), max(record.kv_used), max(record.kv_fullest)
     )
 
@@ -255,7 +255,7 @@ class _Causes:
     requests: Requests
     wait: Spread
     steps: Steps
-    pages: Pages
+    pages: PageUse
     bound: dict[str, float]
     held: dict[str, float]
 

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..capacity.plan import Plan
+from ..capacity.plan import CapacityPlan
 from ..capacity.screen import table_of, time_text
-from .report import Report, Spread
+from .report import SimulationReport, Spread
 from .simulate import Progress as Progressed
 
 _EVERY = 10.0  # seconds between lines where there is no terminal
@@ -62,7 +62,9 @@ class ProgressScreen:
             self._bar.stop()
 
 
-def show_report(report: Report, plan: Plan, title: str, efficiency: float, console: Console) -> None:
+def show_report(
+    report: SimulationReport, plan: CapacityPlan, title: str, efficiency: float, console: Console
+) -> None:
     """Prints tables of what clients saw and what the cluster did, then what binds."""
     mesh = plan.setup.mesh
     ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
@@ -84,7 +86,7 @@ def show_report(report: Report, plan: Plan, title: str, efficiency: float, conso
     console.print(f"[bold]{escape(report.binds)}[/bold]")
 
 
-def _totals(report: Report) -> Table:
+def _totals(report: SimulationReport) -> Table:
     requests, tokens = report.requests, report.tokens
     table = table_of(f"{report.seconds:,.1f} s simulated", "", "in all", "per second", "and rank")
     table.add_row(
@@ -115,7 +117,7 @@ def _totals(report: Report) -> Table:
     return table
 
 
-def _clients(report: Report) -> Table:
+def _clients(report: SimulationReport) -> Table:
     table = table_of("what clients see", "", "p50", "p90", "p99")
     _spread(table, "time to first token", report.time_to_first_token)
     _spread(table, "time between tokens", report.time_between_tokens)
@@ -123,7 +125,7 @@ def _clients(report: Report) -> Table:
     return table
 
 
-def _cluster(report: Report) -> Table:
+def _cluster(report: SimulationReport) -> Table:
     steps, pages, measured = report.steps, report.pages, report.measured
     table = table_of(f"what the cluster does: {steps.count:,} steps", "", "p50", "p90", "p99")
     _spread(table, "time of a step", steps.seconds)

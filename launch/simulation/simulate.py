@@ -13,11 +13,11 @@ import numpy as np
 
 from ...engine.planner.settings import Settings
 from ...engine.simulation.simulation import Arrival, Simulation
-from ..capacity.plan import Plan
+from ..capacity.plan import CapacityPlan
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import scheduler_spec
 from .record import Record
-from .report import Report, make_report
+from .report import SimulationReport, make_report
 from .times import FloorTimes
 from .trace import Trace
 
@@ -34,11 +34,11 @@ class Progress:
     answered: int
 
 
-Told = Callable[[Progress], bool]
+StopAfter = Callable[[Progress], bool]
 """Told of progress at every turn; whether to stop."""
 
 
-def settings_of(plan: Plan, recipe: Recipe) -> Settings:
+def settings_of(plan: CapacityPlan, recipe: Recipe) -> Settings:
     """What the controller would make its planner with: the pools and the longest context that the
     plan finds.
     """
@@ -53,7 +53,9 @@ def settings_of(plan: Plan, recipe: Recipe) -> Settings:
     )
 
 
-def simulate_plan(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float, told: Told) -> Report:
+def simulate_plan(
+    plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, told: StopAfter
+) -> SimulationReport:
     """Serves a trace until the last request is answered, or ``told`` says stop. The plan must fit.
     Raises ``engine.simulation.Stuck``.
     """
@@ -82,5 +84,5 @@ class _Counter:
             yield arrival
 
 
-def _tell(told: Told, simulation: Simulation, record: Record, counter: _Counter) -> bool:
+def _tell(told: StopAfter, simulation: Simulation, record: Record, counter: _Counter) -> bool:
     return told(Progress(simulation.now, len(record.arrived), counter.count, record.answered))

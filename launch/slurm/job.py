@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
-class Wishes:
+class JobOptions:
     """The options of ``launch slurm``, as given; None where they were left out."""
 
     nodes: int | None = None
@@ -59,7 +59,7 @@ class Job:
     recipe_name: str
     model_path: Path
     overrides: tuple[str, ...]
-    wishes: Wishes
+    wishes: JobOptions
     gpus_per_node: int
     bin: Path | None
 
@@ -83,7 +83,12 @@ class Job:
 
 
 def make_job(
-    recipe: Recipe, path: Path, model_path: Path, overrides: Sequence[str], wishes: Wishes, bin_folder: Path
+    recipe: Recipe,
+    path: Path,
+    model_path: Path,
+    overrides: Sequence[str],
+    wishes: JobOptions,
+    bin_folder: Path,
 ) -> Job:
     """The job for ``recipe``, whose file is ``path``. Raises RecipeError with everything that does
     not fit.
@@ -101,7 +106,7 @@ def make_job(
     return Job(recipe, name, model_path, tuple(overrides), wishes, gpus, folder)
 
 
-def _gpus(recipe: Recipe, wishes: Wishes) -> tuple[list[str], int]:
+def _gpus(recipe: Recipe, wishes: JobOptions) -> tuple[list[str], int]:
     """What is wrong with the GPUs asked for, and how many a node must have."""
     cluster = recipe.cluster
     device: str = cluster.device
@@ -134,7 +139,7 @@ def _gpus(recipe: Recipe, wishes: Wishes) -> tuple[list[str], int]:
     return [], wanted
 
 
-def _contradictions(recipe: Recipe, wishes: Wishes) -> list[str]:
+def _contradictions(recipe: Recipe, wishes: JobOptions) -> list[str]:
     cluster = recipe.cluster
     seconds = None if wishes.time is None else parse_time(wishes.time)
     needed = math.ceil(cluster.drain_deadline) + STOPPING_SECONDS

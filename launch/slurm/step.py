@@ -23,7 +23,7 @@ from types import FrameType
 from ..cluster.entry import leave_with_parent
 
 
-class Step:
+class SlurmStep:
     """The command, from its start on.
 
     ``patience`` seconds after it was told to end it is killed, and either end is as it should be;
@@ -100,7 +100,7 @@ def main() -> None:
     if scratch is not None:
         scratch.mkdir(mode=0o700, exist_ok=True)
     try:
-        code = Step(wishes.command, wishes.patience).wait()
+        code = SlurmStep(wishes.command, wishes.patience).wait()
     finally:
         if scratch is not None:
             _clear(scratch, wishes.logs)

@@ -27,7 +27,7 @@ from lockstep.launch.capacity.anchors import (
 )
 from lockstep.launch.capacity.floors import decode_work, distinct, floor_of, prefill_work, traffic
 from lockstep.launch.capacity.memory import dispatch_buffers
-from lockstep.launch.capacity.plan import Plan, make_plan, plan_recipe
+from lockstep.launch.capacity.plan import CapacityPlan, make_plan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import Hardware, hardware_names, load_hardware
@@ -38,7 +38,7 @@ from lockstep.parallel.mesh import Mesh
 ROOT = find_recipe("demo").parent.parent
 
 
-def plan_of(name: str, *overrides: str, context: int = 4096) -> Plan:
+def plan_of(name: str, *overrides: str, context: int = 4096) -> CapacityPlan:
     recipe, path = load_recipe(name, overrides, contradictions)
     return plan_recipe(recipe, path.parent, context)
 

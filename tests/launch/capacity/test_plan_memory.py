@@ -28,7 +28,7 @@ from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu.linear import PackedSlots
 from lockstep.kernels.cpu_isa import Isa
 from lockstep.launch.capacity.memory import memory_of, page_bytes
-from lockstep.launch.capacity.plan import Plan, plan_recipe
+from lockstep.launch.capacity.plan import CapacityPlan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
 from lockstep.launch.capacity.setup import Setup
 from lockstep.launch.capacity.shape import read_shape
@@ -124,7 +124,7 @@ def store() -> Iterator[TCPStore]:
     yield TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
 
-def planned(path: Path, num_ranks: int, overrides: list[str]) -> Plan:
+def planned(path: Path, num_ranks: int, overrides: list[str]) -> CapacityPlan:
     cluster = f"{{device: cpu, ranks_per_node: {num_ranks}}}"
     text = f"model: {{path: {path}}}\ncluster: {cluster}\nkv_cache: {{memory: {KV_MEMORY}}}\n"
     return plan_recipe(parse_recipe(text, overrides), path)
@@ -402,7 +402,7 @@ def test_stages_and_tensor_groups_share_the_weights(tmp_path: Path) -> None:
         f"model: {{path: {path}}}\ncluster: {{device: cpu, ranks_per_node: 4}}\nkv_cache: {{memory: 1MiB}}\n"
     )
 
-    def whole(*overrides: str) -> tuple[Plan, list[int]]:
+    def whole(*overrides: str) -> tuple[CapacityPlan, list[int]]:
         plan = plan_recipe(parse_recipe(text, overrides, check=lambda recipe: []), path)
         return plan, [rank.memory.weights.attention for rank in plan.ranks]
 

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from lockstep.launch.preflight.finding import Finding, exit_status, to_json
-from lockstep.launch.preflight.judge import Wanted, judge
+from lockstep.launch.preflight.judge import Requirements, judge
 from lockstep.launch.preflight.links import Clock, judge_clocks, judge_links
 from lockstep.launch.preflight.model_files import ModelFiles
-from lockstep.launch.preflight.probe import Disk, Gpu, Limits, NodeFacts, Port, parse_gpus
+from lockstep.launch.preflight.probe import Disk, Gpu, NodeFacts, Port, ProcessLimits, parse_gpus
 from lockstep.launch.preflight.reach import Link
 
 GIB = 1 << 30
@@ -38,11 +38,13 @@ GOOD = NodeFacts(
     model=MODEL,
     rdma=RDMA,
     numa=2,
-    limits=Limits(65536, -1),
+    limits=ProcessLimits(65536, -1),
     disks=(Disk("/var/log", 100 * GIB),),
 )
-ON_GPUS = Wanted(world=4, ranks_per_node=2, num_nodes=2, device="cuda", gpu="h100", rank_memory=60 * GIB)
-ON_CPUS = Wanted(world=4, ranks_per_node=2, num_nodes=2, device="cpu", rank_memory=20 * GIB)
+ON_GPUS = Requirements(
+    world=4, ranks_per_node=2, num_nodes=2, device="cuda", gpu="h100", rank_memory=60 * GIB
+)
+ON_CPUS = Requirements(world=4, ranks_per_node=2, num_nodes=2, device="cpu", rank_memory=20 * GIB)
 
 
 def beta(**changed: Any) -> NodeFacts:
@@ -54,7 +56,7 @@ def bad(found: list[Finding]) -> list[Finding]:
 
 
 @pytest.mark.parametrize("wanted", [ON_GPUS, ON_CPUS])
-def test_two_equal_nodes_are_fine_and_all_is_said_to_have_been_looked_at(wanted: Wanted) -> None:
+def test_two_equal_nodes_are_fine_and_all_is_said_to_have_been_looked_at(wanted: Requirements) -> None:
     found = judge([GOOD, beta()], wanted)
     assert bad(found) == []
     assert exit_status(found) == 0
@@ -171,21 +173,21 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     (
         "files",
-        {"limits": Limits(256, -1)},
+        {"limits": ProcessLimits(256, -1)},
         "error",
         "limits",
         f"{BETA}: 256 open files, and 4 ranks take 288; raise it",
     ),
     (
         "clients",
-        {"limits": Limits(1024, -1)},
+        {"limits": ProcessLimits(1024, -1)},
         "warning",
         "limits",
         f"{BETA}: 1024 open files bound the connections of clients",
     ),
     (
         "memlock",
-        {"limits": Limits(65536, 8 << 20)},
+        {"limits": ProcessLimits(65536, 8 << 20)},
         "error",
         "limits",
         f"{BETA}: 8.0 MiB of locked memory; RDMA fails below",
@@ -268,7 +270,7 @@ def test_a_fault_is_one_line_that_says_what_where_and_what_to_do(
 
 def test_ranks_on_cpus_need_host_memory_and_no_adapters() -> None:
     [finding] = bad(
-        judge([GOOD, beta(memory=30 * GIB, rdma=(), gpus=(), limits=Limits(65536, 0))], ON_CPUS)[:5]
+        judge([GOOD, beta(memory=30 * GIB, rdma=(), gpus=(), limits=ProcessLimits(65536, 0))], ON_CPUS)[:5]
     )
     assert finding.level == "error"
     assert str(finding).startswith(

@@ -22,15 +22,15 @@ from rich.console import Console
 from lockstep.engine.simulation.simulated_group import StepWork
 from lockstep.launch.capacity.anchors import PUBLISHED, floor_beside
 from lockstep.launch.capacity.floors import Work, decode_work, floor_of
-from lockstep.launch.capacity.plan import Plan, plan_recipe
+from lockstep.launch.capacity.plan import CapacityPlan, plan_recipe
 from lockstep.launch.commands import simulate as simulate_command
 from lockstep.launch.defaults import EFFICIENCY
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.recipe import Recipe, contradictions
 from lockstep.launch.simulation import screen as simulate_screen
-from lockstep.launch.simulation.report import Report, quantiles
+from lockstep.launch.simulation.report import SimulationReport, quantiles
 from lockstep.launch.simulation.screen import ProgressScreen, show_report
-from lockstep.launch.simulation.simulate import Progress, Told, settings_of, simulate_plan
+from lockstep.launch.simulation.simulate import Progress, StopAfter, settings_of, simulate_plan
 from lockstep.launch.simulation.times import FloorTimes
 from lockstep.launch.simulation.trace import Trace, TraceRequest
 
@@ -38,12 +38,14 @@ QWEN, DEEPSEEK, LITE = "qwen3-30b-a3b-8xh100", "deepseek-gb200", "deepseek-v2-li
 
 
 @cache
-def planned(name: str, *overrides: str) -> tuple[Plan, Recipe]:
+def planned(name: str, *overrides: str) -> tuple[CapacityPlan, Recipe]:
     recipe, path = load_recipe(name, overrides, contradictions)
     return plan_recipe(recipe, path.parent), recipe
 
 
-def simulated(asks: list[TraceRequest], name: str, *overrides: str, efficiency: float = 1.0) -> Report:
+def simulated(
+    asks: list[TraceRequest], name: str, *overrides: str, efficiency: float = 1.0
+) -> SimulationReport:
     plan, recipe = planned(name, *overrides)
     report = simulate_plan(plan, recipe, Trace("made", tuple(asks)), efficiency, lambda progress: False)
     assert report.complete
@@ -436,7 +438,9 @@ def test_a_report_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(plan: Plan, recipe: Recipe, trace: Trace, efficiency: float, told: Told) -> Report:
+    def interrupted(
+        plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, told: StopAfter
+    ) -> SimulationReport:
         told(Progress(0.0, 1, 0, 0))
         raise KeyboardInterrupt
 
