@@ -79,13 +79,13 @@ class Served:
         """One request, answered with 200."""
         return self.ok([Ask(body, path)])[0]
 
-    def together(self, asks: Sequence[Ask], seconds: float = 90.0) -> list[Answer]:
+    def together(self, asks: Sequence[Ask], seconds: float = 240.0) -> list[Answer]:
         """All of them at once, each on a connection of its own. Fails when not all have been
         answered in time.
         """
         return asyncio.run(self._gather(asks, seconds))
 
-    def ok(self, asks: Sequence[Ask], seconds: float = 90.0) -> list[Answer]:
+    def ok(self, asks: Sequence[Ask], seconds: float = 240.0) -> list[Answer]:
         """``together``, all of them answered with 200."""
         answers = self.together(asks, seconds)
         for answer in answers:
