@@ -30,6 +30,7 @@ import zmq
 
 from lockstep.engine.controller.controller import Controller
 from lockstep.engine.kv.hashing import hash_root
+from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import FrontendHello, Heartbeat, Submit, ToFrontend, TokenBatch
@@ -233,7 +234,7 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
     mesh = Mesh(data=num_ranks)
     spec = SchedulerSpec(max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0)
     settings = Settings(mesh, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
-    planner, group = settings.planner(), SimulatedGroup(settings)
+    planner, group = Planner(settings), SimulatedGroup(settings)
     prompts, handle, samples = Prompts(0), 0, []
     for step in range(steps):
         missing = num_ranks * RUNNING_PER_RANK - len(planner.group.open)

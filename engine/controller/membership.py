@@ -67,7 +67,7 @@ class Membership:
         self._hellos[hello.rank] = hello
         self.missing.discard(hello.rank)
         if not self.missing:
-            log.info("all ranks are back; epoch %d begins", group.epoch)
+            log.info("all ranks are back; epoch %d begins", group.steps.epoch)
             if self._status.phase == "recovering":
                 self._status.phase = "serving"
             self._status.reason = ""
@@ -77,7 +77,7 @@ class Membership:
 
     def abandoned(self, message: Abandoned, now: float) -> None:
         """A rank is alive but could not finish its step, because a peer did not answer."""
-        if message.epoch == self._pilot.group.epoch:
+        if message.epoch == self._pilot.group.steps.epoch:
             log.warning("rank %d abandoned step %d: %s", message.rank, message.step, message.reason)
             self._detector.abandoned(message.rank, now)
 
@@ -89,7 +89,7 @@ class Membership:
             missing, seconds = sorted(self.missing), self._rank_deadline
             return f"{self._status.reason}; no replacement for ranks {missing} within {seconds:.0f} s"
         group = self._pilot.group
-        behind = [rank for rank, step in enumerate(group.acknowledged) if step < group.next_step - 1]
+        behind = [rank for rank, step in enumerate(group.steps.acknowledged) if step < group.steps.last_step]
         if not behind:
             self._pilot.all_answered(now)
         if not self._hung:
@@ -104,10 +104,10 @@ class Membership:
         silent_for = self._pilot.silent_for(now)
         judgement = self._detector.judge(now, behind, silent_for, group.predicted_seconds())
         if judgement.regroup:
-            log.error("every rank has abandoned its step: epoch %d begins", group.epoch + 1)
+            log.error("every rank has abandoned its step: epoch %d begins", group.steps.epoch + 1)
             self._begin_epoch([])
         for rank in judgement.hung:
-            step, host = int(group.acknowledged[rank]) + 1, self._hellos[rank].host
+            step, host = int(group.steps.acknowledged[rank]) + 1, self._hellos[rank].host
             log.error("rank %d on %s hangs in step %d: it has to be replaced", rank, host, step)
             self._hung.add(rank)
             self._status.reason = f"rank {rank} hangs in step {step}"

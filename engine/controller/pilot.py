@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..planner.group import Group
-from ..planner.group_plan import Plan
+from ..planner.group_plan import GroupPlan
 from ..planner.planner import Planner
 from ..planner.settings import Settings
 from ..protocol.bulk import Preload, Preloaded, Unload
@@ -30,7 +30,7 @@ class Pilot:
     """
 
     def __init__(self, settings: Settings, recording: str | None = None) -> None:
-        self.planner: Planner = settings.planner()
+        self.planner = Planner(settings)
         self.group: Group = self.planner.group
         self._pacer = Pacer(enabled=settings.spec.pacing)
         self._recording = recording
@@ -42,11 +42,11 @@ class Pilot:
         """Takes in results of ranks; the steps in flight are paced as if each took
         ``step_seconds``. Raises StateMismatch when a rank's state differs from the planner's.
         """
-        before = self.group.newest_result
+        before = self.group.steps.newest_result
         self._record("results", results)
         self.planner.results(results)
-        if self.group.newest_result > before:
-            self._pacer.first_result(now, self.group.in_flight, step_seconds)
+        if self.group.steps.newest_result > before:
+            self._pacer.first_result(now, self.group.steps.in_flight, step_seconds)
 
     def wait(self, now: float) -> float:
         """Seconds until a plan is due; infinity when only an event can bring one."""
@@ -56,7 +56,7 @@ class Pilot:
         """Whether ``plan`` should be called now."""
         return self.planner.wants_plan and self._pacer.due(now)
 
-    def plan(self, now: float) -> Plan | None:
+    def plan(self, now: float) -> GroupPlan | None:
         """The next plan, to be sent at once; None when there is no work."""
         plan = self.planner.plan()
         if self._recorder is not None:

@@ -112,7 +112,7 @@ class Serving:
         plan = self._pilot.plan(now)
         if plan is not None:
             largest = self._transport.send_plan(plan)
-            tokens_D = self._pilot.group.flights[plan.header.step].tokens
+            tokens_D = self._pilot.group.steps.flights[plan.header.step].tokens
             self._status.planned(time.perf_counter() - began, largest, plan, tokens_D)
 
     def _follow_up(self) -> None:
@@ -159,7 +159,7 @@ class Serving:
             self._fail(failure)
         self._end_drain(now)
         self._frontends.tell(self.state())
-        if self._pilot.planner.idle() and not self._pilot.group.in_flight:
+        if self._pilot.planner.idle() and not self._pilot.group.steps.in_flight:
             gc.collect()
         if failure := self._pilot.flush_recording():
             self._lobby.report("ready", failure)

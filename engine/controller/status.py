@@ -13,7 +13,7 @@ import numpy as np
 from ...moe.balance.placement import EMPTY, contiguous
 from ...parallel.mesh import Mesh
 from ..planner.group import Group
-from ..planner.group_plan import Plan
+from ..planner.group_plan import GroupPlan
 from ..protocol.arrays import Int64
 from ..protocol.bulk import RankHello
 from ..protocol.cluster_state import ClusterState, RankState
@@ -96,7 +96,7 @@ class ClusterStatus:
         """Seconds of the last step on the slowest rank."""
         return float(self._seconds_W.max())
 
-    def planned(self, seconds: float, largest: int, plan: Plan, tokens_D: Int64) -> None:
+    def planned(self, seconds: float, largest: int, plan: GroupPlan, tokens_D: Int64) -> None:
         """A plan was sent ``seconds`` after its turn began; one rank got ``largest`` bytes, others
         less.
         """
@@ -114,8 +114,8 @@ class ClusterStatus:
         return ClusterState(
             phase=self.phase,
             reason=self.reason,
-            epoch=group.epoch,
-            step=group.next_step - 1,
+            epoch=group.steps.epoch,
+            step=group.steps.last_step,
             max_len=group.max_len,
             page_size=group.page_size,
             prefix_caching=group.kv.caching,

@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from ..planner.group_plan import Plan
+from ..planner.group_plan import GroupPlan
 from ..protocol.bulk import FromRankBulk
 from ..protocol.frontends import FromFrontend
 from ..protocol.message import Message
@@ -68,7 +68,7 @@ class Transport:
         """All messages of frontends and of the launcher, with their senders' names."""
         return [(frames[0], self._from_frontend.decode(frames[1])) for frames in self._drain(self._frontend)]
 
-    def send_plan(self, plan: Plan) -> int:
+    def send_plan(self, plan: GroupPlan) -> int:
         """Sends each section to the members of its data index. Returns the most bytes that one rank
         got.
         """

@@ -11,9 +11,9 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kv.budget import pages_for
 from ..kv.manager import PENDING
 from ..protocol.arrays import Int64, as_keys
-from ..protocol.bulk import Preload
 from ..protocol.message import HASH_BYTES
 from .group import Group
 from .request import Request, State
@@ -115,26 +115,19 @@ class Admission:
         """Where the request goes, with a row and pages taken for it; or _NO_ROOM, or _WAITS."""
         group = self._group
         for data in _ascending(seconds):
-            if not group.alive[data] or not group.rows.has_free(data):
+            if not group.steps.alive[data] or not group.rows.num_free(data):
                 continue
             shared = group.kv.prefix(data, request.hashes_h128, int(blocks[data]))
             if len(shared) and (group.kv.written[shared] == PENDING).any():
                 return _WAITS
-            fresh = -(-request.num_staged // group.page_size) - len(shared)
-            if not self._has_headroom(data, fresh):
+            fresh = pages_for(request.num_staged, group.page_size) - len(shared)
+            if not group.has_headroom(data, fresh):
                 continue
             pages = group.kv.reserve(data, shared, fresh)
             if pages is not None:
                 group.rows.claim(data, request)
                 return _Place(request, data, pages, len(shared))
         return _NO_ROOM
-
-    def _has_headroom(self, data: int, fresh: int) -> bool:
-        """Every running row may need one more page soon; admitting into the last pages only causes
-        preemptions.
-        """
-        running = self._group.rows.num_used[data]
-        return not running or self._group.kv.available_on(data) >= fresh + running
 
     def _announce(self, placed: list[_Place]) -> None:
         """Enters the fresh blocks of requests into the index, as pending."""
@@ -160,18 +153,7 @@ class Admission:
         group.rows.occupy(requests, cached, counts, pages, group.kv.local(pages))
         group.queue.take(requests)
         for place, num_cached in zip(placed, cached, strict=True):
-            self._stage(place.request, group.mesh.members(place.data))
+            group.preloads.send(place.request, place.data)
             if not place.request.started:
                 group.counters.prefix_queries += place.request.num_prompt
                 group.counters.prefix_hits += num_cached
-
-    def _stage(self, request: Request, members: tuple[int, ...]) -> None:
-        group = self._group
-        request.staged = group.next_staged
-        request.unacknowledged = set(members)
-        group.next_staged += 1
-        group.by_staged[request.staged] = request
-        stage = Preload(
-            request.staged, request.prompt_i32 + request.emitted_i32, request.grammar, request.num_emitted
-        )
-        group.staging.extend([(rank, stage) for rank in members])

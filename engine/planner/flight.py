@@ -12,11 +12,11 @@ from ..protocol.arrays import Int64, UInt64
 
 @dataclass
 class Check:
-    """What a checksummed plan should leave on each data index.
+    """The state that a checksummed plan should leave on each data index.
 
     rows [n]: slots active after it. sent [n]: the lengths of those still in prefill, -1 where
-    results decide. pages [D]: sums of the page-table terms. ``expected`` is complete for a data
-    index once its sampled counts are in; ``reported`` waits for it.
+    results decide. pages [D]: sums of the page-table terms. ``expected`` has a data index once its
+    sampled counts are in; ``reported`` has the checksum of each rank.
     """
 
     rows: Int64
@@ -32,8 +32,8 @@ class Flight:
 
     rows [n]: the rows that sample, in result order, data-major; data index d owns
     rows[offsets[d]:offsets[d + 1]]. decode [n]: whether the row decodes (its length grows by what
-    it emits). The features are the cost model's, per data index. prompts [m]: the rows whose
-    prompts advance, in the order of each section's ``extend``, data-major.
+    it emits). tokens, kv and context [D] are the cost model's features. prompts [m]: the rows whose
+    prompts advance, data-major, in the order of each section's ``extend``.
     """
 
     step: int
@@ -47,5 +47,5 @@ class Flight:
     check: Check | None = None
 
     def span(self, data: int) -> slice:
-        """Where the rows of ``data`` are."""
+        """The part of ``rows`` that ``data`` owns."""
         return slice(self.offsets[data], self.offsets[data + 1])

@@ -1,4 +1,4 @@
-"""The state of one group as its planner holds it: rows, pages, queue, and the plans in flight."""
+"""The state of one group as its planner holds it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...parallel.mesh import Mesh
+from ..kv.budget import pages_for
 from ..kv.manager import KVManager
-from ..protocol.arrays import Int64, UInt64
-from ..protocol.bulk import Preload, Unload
-from ..protocol.specs import SchedulerSpec
+from ..protocol.arrays import Int64
 from .cost_model import CostModel
-from .flight import Flight
+from .draining import Draining
+from .prefill_queues import PrefillQueues
+from .preloads import Preloads
+from .publishing import Publishing
 from .queue import WaitingQueue
 from .request import Request, State
 from .rows import RowTable
+from .settings import Settings
+from .step_sequence import StepSequence
 from .token_log import TokenLog
 
 
@@ -32,100 +35,53 @@ class PlannerCounters:
 
 
 class Group:
-    """State shared by admission, step building and the ledger of results; it has no behaviour
-    beyond bookkeeping.
+    """State shared by admission, step building and the ledger of results.
+
+    Each part keeps its own invariants; the methods here are the transitions that touch several.
+    ``open`` has every request that has not ended, by (frontend, handle).
     """
 
-    def __init__(
-        self, mesh: Mesh, spec: SchedulerSpec, num_pages: list[int], page_size: int, max_len: int
-    ) -> None:
-        self.mesh, self.spec, self.max_len = mesh, spec, max_len
-        self.num_data = mesh.data
-        max_row_pages = -(-max_len // page_size)
-        self.rows = RowTable(mesh.data, spec.max_running, max_row_pages, mesh.num_cohorts)
-        self.kv = KVManager(num_pages, page_size, caching=spec.prefix_caching)
+    def __init__(self, settings: Settings) -> None:
+        mesh, spec = settings.mesh, settings.spec
+        self.index = settings.group
+        self.mesh = mesh
+        self.spec = spec
+        self.max_len = settings.max_len
+        self.page_size = settings.page_size
+        self.kv = KVManager(settings.num_pages, settings.page_size, caching=spec.prefix_caching)
+        max_pages = pages_for(settings.max_len, settings.page_size)
+        self.rows = RowTable(mesh.data, spec.max_running, max_pages, mesh.num_cohorts)
         self.log = TokenLog(mesh.data * spec.max_running)
         self.cost = CostModel()
-        self.queue = WaitingQueue()
         self.open: dict[tuple[int, int], Request] = {}
+        self.queue = WaitingQueue()
+        self.prefilling = PrefillQueues(self.rows)
+        self.preloads = Preloads(mesh)
+        self.steps = StepSequence(mesh)
+        self.draining = Draining(self.rows, self.steps)
+        self.publishing = Publishing(self.kv.index)
         self.counters = PlannerCounters()
 
-        self.epoch = 0
-        self.next_step = 0
-        self.next_cohort = 0
-        self.newest_result = -1
-        self.acknowledged = [-1] * mesh.world
-        self.flights: dict[int, Flight] = {}
-        self.alive = np.ones(mesh.data, np.bool_)
-        self.rebasing = np.ones(mesh.data, np.bool_)
-        self.staged_from = [0] * mesh.data
-        self.restarting = True
+    # ----------------------------------------------------------------- questions
 
-        self.prefilling: list[list[int]] = [[] for _ in range(mesh.data)]
-        self.freeing: list[int] = []
-        self.holding: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
-        self.draining: list[tuple[int, int]] = []  # (row, the last step whose result counts)
-        self.drained: list[int] = []
-        self.publishing: list[tuple[Int64, UInt64, Int64]] = []
-        self.staging: list[tuple[int, Preload | Unload]] = []
-        self.by_staged: dict[int, Request] = {}
-        self.next_staged = 0
+    def num_running(self) -> Int64:
+        """Rows in use [D]."""
+        return np.array(self.rows.num_used)
 
-    @property
-    def page_size(self) -> int:
-        return self.kv.page_size
+    def num_free_rows(self) -> int:
+        """Rows that waiting requests can have at once, pages permitting."""
+        return sum(map(self.rows.num_free, self.steps.living()))
 
-    @property
-    def in_flight(self) -> int:
-        """Plans of which no result has come in."""
-        return self.next_step - 1 - self.newest_result
-
-    def executed(self, data: int) -> int:
-        """The last step that all members of ``data`` have acknowledged."""
-        return min(self.acknowledged[rank] for rank in self.mesh.members(data))
-
-    def assume_executed(self, data: int) -> None:
-        """Results of ``data`` for plans sent so far no longer count."""
-        for rank in self.mesh.members(data):
-            self.acknowledged[rank] = self.next_step - 1
-
-    def planned_after(self, step: int) -> Int64:
-        """How many plans after ``step`` let each row decode [rows], of those not yet acknowledged
-        by all ranks.
+    def has_headroom(self, data: int, fresh: int) -> bool:
+        """Whether ``data`` has ``fresh`` pages and one more for every running row, which may need it
+        soon: admitting into the last pages only causes preemptions.
         """
-        later = [flight.rows[flight.decode] for flight in self.flights.values() if flight.step > step]
-        return (
-            np.bincount(np.concatenate(later), minlength=len(self.rows.state))
-            if later
-            else np.zeros(len(self.rows.state), np.int64)
-        )
-
-    def retire(self, row: int, last_step: int) -> None:
-        """Takes a row out of all plans after ``last_step``: the next one frees its slot, results up
-        to ``last_step`` still count.
-        """
-        self.rows.state[row] = State.DRAINING
-        self.freeing.append(row)
-        self.draining.append((row, last_step))
-
-    def unreserve(self, row: int) -> Request:
-        """Takes back a row that no plan has named yet, with its pages and its staged prompt."""
-        request = self.rows.request(row)
-        self.give_back_pages(row)
-        self.staging.extend((rank, Unload(request.staged)) for rank in self.mesh.members(self.rows.data(row)))
-        self.by_staged.pop(request.staged, None)
-        prefilling = self.prefilling[self.rows.data(row)]
-        if row in prefilling:
-            prefilling.remove(row)
-        self.rows.vacate([row])
-        return request
-
-    def give_back_pages(self, row: int) -> None:
-        self.kv.release(np.array([self.rows.data(row)]), *self.rows.take_pages(np.array([row])))
+        running = self.rows.num_used[data]
+        return not running or self.kv.available_on(data) >= fresh + running
 
     def predicted_seconds(self) -> float:
         """Predicted seconds of the slowest section in flight; 0 when nothing is."""
-        flights = self.flights.values()
+        flights = self.steps.flights.values()
         return max(
             (
                 self.cost.seconds(float(f.tokens.max()), float(f.kv.max()), float(f.context.max()))
@@ -134,12 +90,74 @@ class Group:
             default=0.0,
         )
 
-    def num_free_rows(self) -> int:
-        """Rows that waiting requests can have at once, pages permitting."""
-        return sum(
-            self.rows.num_slots - self.rows.num_used[data] for data in np.flatnonzero(self.alive).tolist()
-        )
+    # ----------------------------------------------------------------- requests
 
-    def num_running(self) -> Int64:
-        """Rows in use [D]."""
-        return np.array(self.rows.num_used)
+    def enter(self, request: Request) -> None:
+        """A new request waits for a row."""
+        self.open[request.frontend, request.handle] = request
+        self.queue.add(request)
+        self.counters.prompt_tokens += request.num_prompt
+
+    def close(self, request: Request) -> bool:
+        """A request has ended. Returns whether it was still open."""
+        return self.open.pop((request.frontend, request.handle), None) is not None
+
+    def preloaded(self, request: Request, rank: int) -> None:
+        """``rank`` has the prompt; once all members have it, a plan can admit it."""
+        request.unacknowledged.discard(rank)
+        if not request.unacknowledged and self.rows.state[request.row] == State.PRELOADING:
+            self.rows.ready(request.row)
+            self.prefilling.add(request.row)
+
+    def unreserve(self, row: int) -> Request:
+        """Takes back a row that no plan has named yet, with its pages and its preloaded prompt."""
+        request = self.rows.request(row)
+        self.give_back_pages(np.array([row]))
+        self.preloads.withdraw(request, self.rows.data(row))
+        self.prefilling.discard(row)
+        self.rows.vacate([row])
+        return request
+
+    def leave(self, row: int) -> None:
+        """Takes a row out of all further plans."""
+        self.prefilling.discard(row)
+        self.draining.retire(row, self.steps.last_step)
+
+    def preempt(self, row: int) -> None:
+        """Gives the pages of ``row`` to others; its request will run again."""
+        self.counters.preemptions += 1
+        if self.rows.state[row] in (State.PRELOADING, State.READY):
+            self.queue.put_back(self.unreserve(row))
+        else:
+            self.leave(row)
+            self.give_back_pages(np.array([row]))
+
+    def give_back_pages(self, rows: Int64) -> None:
+        self.kv.release(self.rows.data(rows), *self.rows.take_pages(rows))
+
+    # ----------------------------------------------------------------- setting back
+
+    def set_back(self, data: int) -> None:
+        """Sets ``data`` back to what it has acknowledged: its next section clears it, its requests
+        wait again with the tokens they have.
+
+        Their pages stay cached as far as they are hashed, so that a replay computes little.
+        """
+        executed = self.steps.executed(data)
+        reported = self.steps.reported(data)
+        self.rows.set_back(data, self.steps.planned_after(reported, len(self.rows.state)))
+        self.steps.set_back(data)
+        self.preloads.set_back(data)
+        self.prefilling.clear(data)
+        self.draining.set_back(data)
+        self.forget_blocks(data, executed)
+        for row in self.rows.of_data(data):
+            if self.rows.state[row] in (State.PRELOADING, State.READY):
+                self.queue.put_back(self.unreserve(row))
+
+    def forget_blocks(self, data: int, last_step: int) -> None:
+        """Blocks of ``data`` planned after ``last_step`` may never have been written: requests may
+        not find them, ranks not be told of them.
+        """
+        self.kv.forget_unwritten(data, last_step)
+        self.publishing.forget(data)

@@ -8,8 +8,8 @@ from ..protocol.plan import Header, Section
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A step for the whole group: the shared header and the section of every living data index."""
+class GroupPlan:
+    """A step of the whole group: the shared header, and a section for every living data index."""
 
     header: Header
     sections: dict[int, Section]

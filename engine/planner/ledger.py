@@ -7,7 +7,6 @@ back to what is acknowledged.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TypeVar
 
 import numpy as np
@@ -45,18 +44,20 @@ class Ledger:
         """Books results in the order they arrived; returns the data indices whose chain of results
         has a gap.
         """
+        steps = self._group.steps
         gaps: set[int] = set()
         batch: list[StepResult] = []
         for result in results:
             if batch and batch[0].step != result.step:
                 self._book_step(batch)
                 batch = []
-            verdict = self._expected(result)
-            if verdict is None:
-                gaps.add(self._group.mesh.data_of_rank(result.rank))
-            elif verdict:
+            if not steps.counts(result):
+                continue
+            if steps.follows(result):
                 batch.append(result)
-                self._group.acknowledged[result.rank] = result.step
+                steps.acknowledge(result)
+            else:
+                gaps.add(self._group.mesh.data_of_rank(result.rank))
         if batch:
             self._book_step(batch)
         return gaps
@@ -66,13 +67,13 @@ class Ledger:
         what they have emitted.
         """
         group, rows = self._group, self._group.rows
-        if not group.drained:
+        drained = group.draining.take_drained()
+        if not drained:
             return
-        drained, group.drained = group.drained, []
         row = np.array(drained)
         tokens = group.log.read(row)
         self._keep_outputs(row, tokens)
-        group.kv.release(rows.data(row), *rows.take_pages(row))
+        group.give_back_pages(row)
         group.log.clear(row)
         requests = [rows.request(index) for index in drained]
         finishes = rows.finish[row].tolist()
@@ -102,40 +103,23 @@ class Ledger:
 
     def end(self, request: Request, finish: Finish) -> None:
         """Tells the frontend, once, that a request has ended without a further token."""
-        if self._group.open.pop((request.frontend, request.handle), None) is not None:
+        if self._group.close(request):
             self._outbox.end(request.frontend, request.handle, request.num_emitted, finish)
 
     # ----------------------------------------------------------------- one step's results
 
-    def _expected(self, result: StepResult) -> bool | None:
-        """True for the next result of its rank's chain, False for one to ignore, None for a gap."""
-        group = self._group
-        data = group.mesh.data_of_rank(result.rank)
-        if result.epoch != group.epoch or not group.alive[data] or group.rebasing[data]:
-            return False
-        last = group.acknowledged[result.rank]
-        if result.step <= last or result.step not in group.flights:
-            return False
-        return True if result.step == last + 1 else None
-
     def _book_step(self, results: list[StepResult]) -> None:
         group = self._group
-        flight = group.flights[results[0].step]
-        group.newest_result = max(group.newest_result, flight.step)
+        flight = group.steps.flights[results[0].step]
+        group.steps.first_result(flight.step)
         sampling = [result for result in results if group.mesh.samples(result.rank)]
         if sampling:
             self._book_tokens(flight, sampling)
         self._observe(flight, results)
         if flight.check is not None:
             self._compare(flight, results)
-        self._drain({group.mesh.data_of_rank(result.rank) for result in sampling})
-        oldest = min(group.acknowledged)
-        if not group.alive.all():
-            oldest = min(
-                (group.executed(data) for data in group.alive.nonzero()[0].tolist()), default=group.next_step
-            )
-        for step in [step for step in group.flights if step <= oldest]:
-            del group.flights[step]
+        group.draining.drain({group.mesh.data_of_rank(result.rank) for result in sampling})
+        group.steps.land()
 
     def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
         """Tokens of sampling ranks: into the log and the outbox; requests whose last one is among
@@ -156,7 +140,8 @@ class Ledger:
         assert counted == len(tokens), f"step {flight.step}: {len(tokens)} tokens for {counted} counted"
         ended = self._ended(results, spans, len(row))
         if not one_each or group.spec.max_advance > 1:
-            self._narrow(row, counts, _joined([flight.decode[span] for span in spans]))
+            decode = _joined([flight.decode[span] for span in spans])
+            rows.narrow(row[decode], counts[decode], group.spec.max_advance)
 
         live = rows.finish[row] == _NONE
         if not live.all():
@@ -173,15 +158,6 @@ class Ledger:
         self._prompt_logprobs(flight, results)
         for index in finish.nonzero()[0].tolist():
             self._finish(int(row[index]), Finish(int(finish[index])))
-
-    def _narrow(self, row: Int64, counts: Int64, decode: NDArray[np.bool_]) -> None:
-        """Decoding rows have grown by ``counts``, where the plan had reckoned with 1 to
-        ``max_advance``.
-        """
-        rows = self._group.rows
-        row, grown = row[decode], counts[decode]
-        rows.low[row] += grown - 1
-        rows.high[row] += grown - self._group.spec.max_advance
 
     def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
         ended = np.zeros(num_rows, np.bool_)
@@ -230,8 +206,7 @@ class Ledger:
     def _finish(self, row: int, finish: Finish) -> None:
         """The last token of a request is in: its client is told now, its row drains."""
         group = self._group
-        request = group.rows.request(row)
-        group.open.pop((request.frontend, request.handle))
+        group.close(group.rows.request(row))
         group.rows.finish[row] = finish
         if group.rows.state[row] != State.DRAINING:
             self._leave(row, finish)
@@ -239,25 +214,10 @@ class Ledger:
     def _leave(self, row: int, finish: Finish) -> None:
         group = self._group
         group.rows.finish[row] = finish
-        prefilling = group.prefilling[group.rows.data(row)]
-        if row in prefilling:
-            prefilling.remove(row)
-        group.retire(row, group.next_step - 1)
-        self._drain([group.rows.data(row)])
+        group.leave(row)
+        group.draining.drain([group.rows.data(row)])
 
-    # ----------------------------------------------------------------- draining
-
-    def _drain(self, data: Collection[int]) -> None:
-        """Moves rows of ``data`` whose last result is in to ``group.drained``."""
-        group = self._group
-        left: list[tuple[int, int]] = []
-        for row, last in group.draining:
-            index = group.rows.data(row)
-            if index in data and group.acknowledged[group.mesh.reporter(index)] >= last:
-                group.drained.append(row)
-            else:
-                left.append((row, last))
-        group.draining = left
+    # ----------------------------------------------------------------- outputs that stay cached
 
     def _keep_outputs(self, row: Int64, tokens: list[bytes]) -> None:
         """Hashes the blocks that the sampled tokens of rows [n] have completed, so that they stay
@@ -285,11 +245,11 @@ class Ledger:
                 [request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]
             )
         )
-        group.kv.written[pages] = np.array([group.executed(index) for index in rows.data(row).tolist()])[
-            owners
-        ]
+        group.kv.written[pages] = np.array(
+            [group.steps.executed(index) for index in rows.data(row).tolist()]
+        )[owners]
         taken = group.kv.announce(data, keys, pages)
-        group.publishing.append((data[taken], keys[taken], pages[taken]))
+        group.publishing.add(data[taken], keys[taken], pages[taken])
 
     # ----------------------------------------------------------------- what ranks say beside tokens
 
@@ -308,7 +268,7 @@ class Ledger:
         """Raises StateMismatch where a rank's checksum is not the planner's."""
         group, rows, check = self._group, self._group.rows, flight.check
         assert check is not None
-        later = group.planned_after(flight.step)
+        later = group.steps.planned_after(flight.step, len(rows.state))
         for result in results:
             check.reported[result.rank] = result.checksum
             data = group.mesh.data_of_rank(result.rank)

@@ -35,6 +35,10 @@ class Outbox:
     started: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     single: list[tuple[int, Message]] = field(default_factory=list)
 
+    def start(self, frontend: int, handle: int, num_cached: int) -> None:
+        """A request runs for the first time, with ``num_cached`` tokens from the cache."""
+        self.started.setdefault(frontend, []).append((handle, num_cached))
+
     def end(self, frontend: int, handle: int, position: int, finish: Finish) -> None:
         """A request ends without a further token."""
         one = [np.array([value], np.int64) for value in (frontend, handle, position, 0, int(finish))]

@@ -1,6 +1,4 @@
-"""The planner's rows: the sequence slots of all data indices as arrays, row = data x num_slots +
-slot.
-"""
+"""The planner's rows: sequence slots of all data indices as arrays; row = data x num_slots + slot."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ _Rows = TypeVar("_Rows", int, Int64)
 
 
 class RowTable:
-    """What the planner knows of every row. Lengths count tokens whose KV is computed.
+    """The state of every row. Lengths count tokens whose KV is computed.
 
     The length of a decoding row after all plans sent lies in [``low``, ``high``], cut at ``limit``
     - 1: a plan moves both on, a result brings them together. For a row in prefill ``sent`` is the
@@ -39,8 +37,8 @@ class RowTable:
         self.high = np.zeros(total, np.int64)
         self.sent = np.zeros(total, np.int64)
         self.finish = np.zeros(total, np.uint8)
-        # What a request brings with it, set at once: see ``occupy``. ``allowance`` is how many
-        # tokens it may sample at most.
+        # Columns that a request brings along, set at once by ``occupy``. ``allowance`` is the most
+        # tokens it may sample.
         self._brought = np.zeros((8, total), np.int64)
         (
             self.prompt,
@@ -62,6 +60,9 @@ class RowTable:
             [list(range(cohort, num_slots, num_cohorts))[::-1] for cohort in range(num_cohorts)]
             for _ in range(num_data)
         ]
+        self._touched: dict[int, None] = {}  # rows whose ``held`` their rank has yet to hear of, in order
+
+    # ----------------------------------------------------------------- rows and data indices
 
     def data(self, row: _Rows) -> _Rows:
         """The data index of a row, or of each row."""
@@ -83,13 +84,32 @@ class RowTable:
         sums: NDArray[Any] = values.reshape(self.num_data, -1).sum(axis=1)
         return sums
 
+    # ----------------------------------------------------------------- questions
+
     def request(self, row: int) -> Request:
         request = self.requests[row]
         assert request is not None, f"row {row} has no request"
         return request
 
-    def has_free(self, data: int) -> bool:
-        return self.num_used[data] < self.num_slots
+    def num_free(self, data: int) -> int:
+        return self.num_slots - self.num_used[data]
+
+    def decoding(self, cohort: int) -> NDArray[np.bool_]:
+        """Whether each row decodes in a step of ``cohort`` [rows]."""
+        chosen: NDArray[np.bool_] = self.state == State.DECODE
+        chosen &= ~self.held
+        if self.num_cohorts > 1:
+            chosen &= self.cohort == cohort
+        return chosen
+
+    def named_on(self, data: int) -> list[int]:
+        """Rows of ``data`` that some plan has named and that are not free yet."""
+        mine = self.of_data(data)
+        named = (self.state[mine.start : mine.stop] >= State.PREFILL).nonzero()[0] + mine.start
+        rows: list[int] = named.tolist()
+        return rows
+
+    # ----------------------------------------------------------------- a request comes and goes
 
     def claim(self, data: int, request: Request) -> None:
         """Gives ``request`` a free row of ``data``, which ``occupy`` fills."""
@@ -109,7 +129,7 @@ class RowTable:
         self.held[rows] = False
         self.finish[rows] = 0
         self.sent[rows] = sent
-        self._brought[:, rows] = np.array([self._of_request(request) for request in requests]).T
+        self._brought[:, rows] = np.array([self._brought_by(request) for request in requests]).T
         self.num_pages[rows] = counts
         owners, index = ragged(counts)
         owners = rows[owners]
@@ -117,11 +137,83 @@ class RowTable:
         terms = page_terms(self.slot(owners), index, local)
         self.page_sum[rows] = np.add.reduceat(terms, np.cumsum(counts) - counts)
 
-    @staticmethod
-    def _of_request(request: Request) -> tuple[int, ...]:
-        staged, limit = request.num_staged, request.limit
-        who = request.order, request.frontend, request.handle
-        return staged, limit, limit - staged, request.num_emitted, *who, request.score_bytes
+    def ready(self, row: int) -> None:
+        """Every member of the row's data index has its prompt."""
+        self.state[row] = State.READY
+
+    def retire(self, row: int) -> None:
+        """No further plan names the row."""
+        self.state[row] = State.DRAINING
+
+    def vacate(self, rows: list[int]) -> None:
+        """Makes rows free for the next requests."""
+        self.state[rows] = State.FREE
+        self.finish[rows] = 0
+        for row in rows:
+            self.request(row).row = -1
+            self.requests[row] = None
+            data, slot = self.data(row), self.slot(row)
+            self.num_used[data] -= 1
+            self._free[data][slot % self.num_cohorts].append(slot)
+
+    # ----------------------------------------------------------------- plans and results
+
+    def admit(self, rows: Int64) -> None:
+        """A plan puts rows [n] into their slots."""
+        self.on_rank[rows] = True
+
+    def clear(self, rows: Int64) -> None:
+        """A plan frees the slots of rows [n]."""
+        self.on_rank[rows] = False
+
+    def extend(self, rows: Int64, ends: Int64) -> NDArray[np.bool_]:
+        """A plan computes the prompts of rows [n] up to ``ends`` [n]. Returns whether each prompt
+        ends there: its row samples, and decodes from then on.
+        """
+        last: NDArray[np.bool_] = ends == self.prompt[rows]
+        self.sent[rows] = ends
+        self.state[rows] = np.where(last, State.DECODE, State.PREFILL)
+        self.low[rows[last]] = self.high[rows[last]] = ends[last]
+        return last
+
+    def decode(self, decoding: NDArray[np.bool_], max_advance: int) -> None:
+        """A plan lets the rows ``decoding`` [rows] grow by 1 to ``max_advance`` tokens."""
+        self.low += decoding
+        self.high += decoding * max_advance
+
+    def narrow(self, rows: Int64, grown: Int64, max_advance: int) -> None:
+        """Rows [n] have grown by ``grown`` [n] in a plan that reckoned with 1 to ``max_advance``."""
+        self.low[rows] += grown - 1
+        self.high[rows] += grown - max_advance
+
+    def set_back(self, data: int, planned: Int64) -> None:
+        """``data`` is cleared; plans that let its rows decode ``planned`` [rows] times are void."""
+        mine = slice(self.of_data(data).start, self.of_data(data).stop)
+        self.low[mine] -= planned[mine]
+        self.on_rank[mine] = False
+
+    # ----------------------------------------------------------------- holds
+
+    def hold(self, row: int, *, held: bool) -> None:
+        """Lets a row sit out, or resume."""
+        self.held[row] = held
+        self._touched[row] = None
+
+    def take_holds(self) -> dict[int, tuple[list[int], list[int]]]:
+        """Slots to hold and to resume, per data index, since the last call. A row that is not on its
+        rank yet is named later, one that has left never.
+        """
+        changed: dict[int, tuple[list[int], list[int]]] = {}
+        touched, self._touched = self._touched, {}
+        for row in touched:
+            if self.on_rank[row] and self.state[row] in (State.PREFILL, State.DECODE):
+                hold, resume = changed.setdefault(self.data(row), ([], []))
+                (hold if self.held[row] else resume).append(self.slot(row))
+            elif self.state[row] in (State.PRELOADING, State.READY):
+                self._touched[row] = None
+        return changed
+
+    # ----------------------------------------------------------------- pages
 
     def append_pages(self, rows: Int64, pages: Int64, local: Int64) -> None:
         """Appends a page to each of rows [n], given as global and as local ids."""
@@ -131,8 +223,8 @@ class RowTable:
         self.page_sum[rows] += page_terms(self.slot(rows), count, local)
 
     def take_pages(self, rows: Int64) -> tuple[Int64, Int64]:
-        """Empties the page tables of rows [n]; how many pages each held [n], and which, end to end
-        (global ids).
+        """Empties the page tables of rows [n]. Returns how many pages each held [n], and those
+        pages end to end (global ids).
         """
         counts = self.num_pages[rows]
         owners, index = ragged(counts)
@@ -141,13 +233,9 @@ class RowTable:
         self.page_sum[rows] = 0
         return counts, pages
 
-    def vacate(self, rows: list[int]) -> None:
-        """Makes rows free for the next requests."""
-        self.state[rows] = State.FREE
-        self.finish[rows] = 0
-        for row in rows:
-            self.request(row).row = -1
-            self.requests[row] = None
-            data = self.data(row)
-            self.num_used[data] -= 1
-            self._free[data][self.slot(row) % self.num_cohorts].append(self.slot(row))
+    @staticmethod
+    def _brought_by(request: Request) -> tuple[int, ...]:
+        """The columns of ``_brought``."""
+        staged, limit = request.num_staged, request.limit
+        who = request.order, request.frontend, request.handle
+        return staged, limit, limit - staged, request.num_emitted, *who, request.score_bytes

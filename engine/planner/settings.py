@@ -1,4 +1,4 @@
-"""The parameters of a planner, complete enough to build one."""
+"""The settings of one group's planner."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import msgspec
 
 from ...parallel.mesh import Mesh
 from ..protocol.specs import SchedulerSpec
-from .planner import Planner
 
 
-class Settings(msgspec.Struct, frozen=True):
-    """Constructor arguments of a planner. ``mesh`` is called layout in recordings."""
+class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Everything that a planner is built from; a recording begins with it, where ``mesh`` is called
+    layout. ``num_pages`` [data] are pool sizes, ``group`` is the group's index in its cluster.
+    """
 
     mesh: Mesh = msgspec.field(name="layout")
     spec: SchedulerSpec
     num_pages: list[int]
     page_size: int
     max_len: int
-
-    def planner(self) -> Planner:
-        return Planner(self.mesh, self.spec, self.num_pages, self.page_size, self.max_len)
+    group: int = 0

@@ -16,7 +16,7 @@ from typing import IO, Any
 import msgspec
 
 from ... import __version__
-from ..planner.group_plan import Plan
+from ..planner.group_plan import GroupPlan
 from ..planner.planner import Planner
 from ..planner.settings import Settings
 from ..protocol.bulk import Preloaded
@@ -43,7 +43,7 @@ class Mismatch(AssertionError):
     """
 
 
-def digest(plan: Plan | None) -> bytes:
+def digest(plan: GroupPlan | None) -> bytes:
     """Names a plan by content; empty for no plan."""
     if plan is None:
         return b""
@@ -72,7 +72,7 @@ class Recorder:
         """One call of the planner, by the name of its method."""
         self._write(msgspec.msgpack.encode((name, arguments)))
 
-    def plan(self, plan: Plan | None) -> None:
+    def plan(self, plan: GroupPlan | None) -> None:
         self._write(msgspec.msgpack.encode(("plan", (digest(plan),))))
 
     def flush(self) -> None:
@@ -94,7 +94,7 @@ class Recorder:
             self.flush()
 
 
-def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
+def replay(path: Path) -> Iterator[tuple[Planner, GroupPlan]]:
     """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan
     differs or a record is not understood, with the step and what is known of the planner that made
     it.
@@ -114,9 +114,9 @@ def replay(path: Path) -> Iterator[tuple[Planner, Plan]]:
         raise Mismatch(
             f"the planner's settings are not understood: {error}{_difference(heading, None)}"
         ) from None
-    planner = settings.planner()
+    planner = Planner(settings)
     for record in records:
-        step = planner.group.next_step
+        step = planner.group.steps.next_step
         try:
             plan = _repeat(planner, record)
         except (Mismatch, msgspec.MsgspecError) as error:
@@ -148,7 +148,7 @@ def _records(path: Path) -> Iterator[bytes]:
             yield record
 
 
-def _repeat(planner: Planner, record: bytes) -> Plan | None:
+def _repeat(planner: Planner, record: bytes) -> GroupPlan | None:
     """Makes a recorded call; returns the plan if it was one for a plan."""
     name, arguments = msgspec.msgpack.decode(record)
     if name != "plan":

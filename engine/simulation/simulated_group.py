@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..planner.group_plan import Plan
+from ..planner.group_plan import GroupPlan
 from ..planner.settings import Settings
 from ..protocol.arrays import Int64
 from ..protocol.bulk import Preload, Unload
@@ -70,7 +70,7 @@ class SimulatedGroup:
         else:
             self._staged.pop(message.staged, None)
 
-    def execute(self, plan: Plan) -> Executed:
+    def execute(self, plan: GroupPlan) -> Executed:
         """Applies a plan to all slots and advances their lengths."""
         tables = self._tables
         for data, section in plan.sections.items():
@@ -129,7 +129,7 @@ class SimulatedGroup:
             results.append(result)
         return results
 
-    def _extends(self, plan: Plan) -> tuple[Int64, Int64]:
+    def _extends(self, plan: GroupPlan) -> tuple[Int64, Int64]:
         """Slots whose prompts advance, data-major over all data indices, and their numbers of
         tokens.
         """

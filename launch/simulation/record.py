@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from ...engine.kv.budget import pages_for
 from ...engine.planner.group import Group
 from ...engine.planner.planner import Planner
 from ...engine.planner.request import Request
@@ -101,7 +102,7 @@ class Record:
         self.waiting.append(float((slowest_S[:, None] - step.own_SD).mean()))
         self.rows.append(int(work.sampled_D.sum()))
         self.tokens.append(int(work.tokens_D.sum()))
-        flight, cost = group.flights[group.next_step - 1], group.cost.cost
+        flight, cost = group.steps.flights[group.steps.last_step], group.cost.cost
         predicted_D = (
             cost.fixed + cost.token * flight.tokens + cost.kv * flight.kv + cost.context * flight.context
         )
@@ -111,7 +112,7 @@ class Record:
         self.kv_fullest.append(float((used_D / group.kv.num_pages).max()))
         if lacks := _lacks(group):
             self.held[lacks] += seconds
-        if any(group.prefilling):
+        if group.prefilling:
             self.held["prefill"] += seconds
 
     def measured(self, booking: float, planning: float) -> None:
@@ -120,16 +121,14 @@ class Record:
 
 
 def _lacks(group: Group) -> str:
-    """What the first waiting request lacks; empty when none waits, or it has only not had its turn
-    yet.
+    """The resource that the first waiting request lacks; empty when none waits, or when it only
+    waits for its turn.
     """
     if not len(group.queue):
         return ""
     request: Request = next(iter(group.queue))
-    running_D = group.num_running()
-    has_slot_D = group.alive & (running_D < group.rows.num_slots)
-    if not has_slot_D.any():
+    with_slot = [data for data in group.steps.living() if group.rows.num_free(data)]
+    if not with_slot:
         return "slots"
-    fresh = -(-request.num_staged // group.page_size)
-    room_D = group.kv.num_pages - group.kv.used() >= fresh + running_D  # as admission has it
-    return "" if (has_slot_D & (room_D | (running_D == 0))).any() else "pages"
+    fresh = pages_for(request.num_staged, group.page_size)
+    return "" if any(group.has_headroom(data, fresh) for data in with_slot) else "pages"

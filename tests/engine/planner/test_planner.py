@@ -227,7 +227,7 @@ def test_the_death_of_a_rank_is_a_pause() -> None:
             world.deliver(rank)
     world.kill(1)
     world.run()
-    assert world.planner.group.epoch == 1
+    assert world.planner.group.steps.epoch == 1
     assert_served(world)
 
 
@@ -268,7 +268,7 @@ def test_a_lost_plan_starts_a_new_epoch() -> None:
     world.plan()
     world.drop_plan(0)
     world.run()
-    assert world.planner.group.epoch == 1
+    assert world.planner.group.steps.epoch == 1
     assert_served(world)
 
 
@@ -342,7 +342,7 @@ def perform(world: World, operation: str, value: int) -> None:
         world.drop_result(rank)
     elif operation == "drop plan" and world.mesh.pipeline == 1:
         world.drop_plan(rank)
-    elif operation == "kill" and int(np.sum(world.planner.group.alive)) > 1 and rank not in world.dead:
+    elif operation == "kill" and int(np.sum(world.planner.group.steps.alive)) > 1 and rank not in world.dead:
         world.kill(rank)
     elif operation == "replace" and rank not in world.dead:
         world.replace(rank)

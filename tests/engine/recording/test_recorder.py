@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lockstep.engine.kv.hashing import chain_hashes
+from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Abort, Submit
@@ -27,7 +28,7 @@ from support.engine.planner.planner_world import ROOT
 def record(path: Path) -> int:
     """Serves ten requests, one of them aborted, and records it; the number of plans."""
     settings = Settings(Mesh(data=2), SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
-    planner, recorder = settings.planner(), Recorder(path, settings)
+    planner, recorder = Planner(settings), Recorder(path, settings)
     ranks = [SimulatedRank(rank, 4, 24) for rank in range(2)]
     plans = 0
     for index in range(10):

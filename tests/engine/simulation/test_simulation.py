@@ -222,7 +222,7 @@ def test_the_group_does_what_its_ranks_would() -> None:
     rank.
     """
     chosen = settings_of(Mesh(data=2), pages=70)
-    planner, group = chosen.planner(), SimulatedGroup(chosen)
+    planner, group = Planner(chosen), SimulatedGroup(chosen)
     ranks = [SimulatedRank(rank, 4, 64) for rank in range(2)]
     coefficients = {"tokens_D": Cost(0, 1, 0, 0), "decode_context_D": Cost(0, 0, 1, 0)}
     for number in range(12):

@@ -10,6 +10,7 @@ import numpy as np
 
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
 from lockstep.engine.planner.planner import Planner
+from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.arrays import Int32, Int64
 from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Abort, Rejected, Submit, TokenBatch
@@ -118,7 +119,8 @@ class World:
             "checksum_every": 1,
             "max_advance": advance,
         } | spec
-        self.planner = Planner(mesh, SchedulerSpec(**settings), [pages] * mesh.data, page_size, max_len)  # type: ignore[arg-type]
+        scheduler = SchedulerSpec(**settings)  # type: ignore[arg-type]
+        self.planner = Planner(Settings(mesh, scheduler, [pages] * mesh.data, page_size, max_len))
         self.mesh, self.page_size = mesh, page_size
         group = self.planner.group
         self.ranks = [
@@ -378,7 +380,7 @@ class World:
             if self.planner.idle():
                 return
             group = self.planner.group
-            overdue = [d for d in range(group.num_data) if group.alive[d] and self._overdue(d)]
+            overdue = [d for d in range(group.mesh.data) if group.steps.alive[d] and self._overdue(d)]
             assert overdue, (
                 f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {group.rows.state.tolist()}"
             )
@@ -389,4 +391,6 @@ class World:
 
     def _overdue(self, data: int) -> bool:
         group = self.planner.group
-        return any(group.acknowledged[rank] < group.next_step - 1 for rank in group.mesh.members(data))
+        return any(
+            group.steps.acknowledged[rank] < group.steps.last_step for rank in group.mesh.members(data)
+        )

@@ -1,0 +1,151 @@
+"""The prompt tokens that a step computes beside its decoding rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..protocol.arrays import Int64, as_keys, ragged
+from ..protocol.message import HASH_BYTES
+from ..protocol.plan import Admit
+from .group import Group
+from .request import State
+
+_SCORE_BYTES = 12 << 10
+"""Log-probabilities of prompts that one result may hold: the step socket carries at most 16 kB per
+rank and step."""
+
+
+@dataclass(frozen=True)
+class DecodeLoad:
+    """The decoding rows of each data index [D], and the KV tokens that they read [D]."""
+
+    rows: Int64
+    kv: Int64
+
+
+@dataclass(frozen=True)
+class PromptChunks:
+    """The prompt chunks of one step, data-major and in the order of each queue.
+
+    data, rows, starts, counts [n]: data index and row of each, its first position and its tokens.
+    sampled [k], sampled_data [k]: rows whose prompt ends here, so that they sample. ``admits``: the
+    rows of each data index that come with their first chunk.
+    """
+
+    data: Int64
+    rows: Int64
+    starts: Int64
+    counts: Int64
+    sampled: Int64
+    sampled_data: Int64
+    admits: dict[int, list[Admit]]
+
+
+class Prefill:
+    """Advances prompts."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def advance(self, cohort: int, load: DecodeLoad) -> PromptChunks | None:
+        """Gives every data index its share of prompt tokens; rows that reach the end of their
+        prompt start to decode.
+
+        Returns None when no prompt waits. A prompt that waits while decoding rows use up the step
+        has no chunk.
+        """
+        group = self._group
+        chunks: list[tuple[int, int, int, int]] = []  # data, row, start, count
+        anyone_decodes, anyone_waits = bool(load.rows.any()), False
+        for data in range(group.mesh.data):
+            waiting = group.prefilling.waiting(data, cohort)
+            if waiting:
+                anyone_waits = True
+                budget = self._budget(data, load, waiting[0], anyone_decodes)
+                chunks += [(data, *chunk) for chunk in self._share(waiting, budget)]
+        return self._take(np.array(chunks, np.int64).reshape(-1, 4)) if anyone_waits else None
+
+    def _budget(self, data: int, load: DecodeLoad, first: int, anyone_decodes: bool) -> int:
+        """Prompt tokens that ``data`` may compute, whose ``first`` row waits longest. Where rows of
+        the group decode, the step has to end within the inter-token target.
+        """
+        group = self._group
+        budget = group.spec.max_batch_tokens - int(load.rows[data])
+        if not anyone_decodes:
+            return budget
+        fits = group.cost.prefill_tokens_within(
+            group.spec.inter_token_target,
+            int(load.rows[data]),
+            float(load.kv[data]),
+            int(group.rows.sent[first]),
+        )
+        return min(budget, max(fits, group.page_size))
+
+    def _share(self, waiting: list[int], budget: int) -> Iterator[tuple[int, int, int]]:
+        """Chunks (row, start, count) of the first prompts that wait, ``budget`` tokens together.
+        Rows that report log-probabilities of their prompts advance as far as one result has room
+        for them.
+        """
+        rows, room = self._group.rows, _SCORE_BYTES
+        for row in waiting:
+            if budget <= 0:
+                return
+            start, each = int(rows.sent[row]), int(rows.score_bytes[row])
+            count = min(int(rows.prompt[row]) - start, budget, room // each if each else budget)
+            if count:
+                yield row, start, count
+                budget -= count
+                room -= count * each
+
+    def _take(self, chunks: Int64) -> PromptChunks:
+        """Moves rows past their chunks [n, (data, row, start, count)]."""
+        group, rows = self._group, self._group.rows
+        data, row, start, count = chunks.T
+        end = start + count
+        new = rows.state[row] == State.READY
+        admits = self._admit(data[new], row[new])
+        self._mark_written(data, row, start, end)
+        last = rows.extend(row, end)
+        for index in row[last].tolist():
+            group.prefilling.discard(index)
+        return PromptChunks(data, row, start, count, row[last], data[last], admits)
+
+    def _admit(self, data: Int64, row: Int64) -> dict[int, list[Admit]]:
+        """Admits rows [n] of data [n]."""
+        group, rows = self._group, self._group.rows
+        admits: dict[int, list[Admit]] = {}
+        rows.admit(row)
+        for owner, index, cached in zip(data.tolist(), row.tolist(), rows.sent[row].tolist(), strict=True):
+            request = rows.request(index)
+            group.preloads.admitted(request)
+            pages = group.kv.local(rows.pages[index, : rows.num_pages[index]])
+            admit = Admit(
+                slot=rows.slot(index),
+                staged=request.staged,
+                num_cached=cached,
+                num_emitted=request.num_emitted,
+                limit=request.limit,
+                pages_i32=pages.astype(np.int32).tobytes(),
+                sampling=request.sampling,
+            )
+            admits.setdefault(owner, []).append(admit)
+        return admits
+
+    def _mark_written(self, data: Int64, row: Int64, start: Int64, end: Int64) -> None:
+        """Later plans may read the blocks that chunks [start, end) [n] complete, on the same
+        rank.
+        """
+        group, rows = self._group, self._group.rows
+        first, behind = start // group.page_size, end // group.page_size
+        owners, index = ragged(behind - first)
+        pages = rows.pages[row[owners], first[owners] + index]
+        group.kv.written[pages] = group.steps.next_step
+        hashes = [rows.request(own).hashes_h128 for own in row.tolist()]
+        spans = zip(hashes, first.tolist(), behind.tolist(), strict=True)
+        keys = as_keys(b"".join([own[HASH_BYTES * begin : HASH_BYTES * stop] for own, begin, stop in spans]))
+        num_hashes = np.array([len(own) // HASH_BYTES for own in hashes], np.int64)
+        hashed = index + first[owners] < num_hashes[owners]
+        group.publishing.add(data[owners[hashed]], keys, pages[hashed])

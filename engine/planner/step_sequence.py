@@ -1,0 +1,139 @@
+"""The (epoch, step) sequence of a group: plans sent, and how far each rank has acknowledged them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...parallel.mesh import Mesh
+from ..protocol.arrays import Int64
+from ..protocol.results import StepResult
+from .flight import Flight
+
+
+class StepSequence:
+    """Positions in the sequence of plans.
+
+    ``acknowledged`` [rank] is the last step whose result is in; ``newest_result`` is the largest.
+    ``alive`` [D] are the data indices that take part. ``rebasing`` [D] are those whose next section
+    clears them: until it is sent, their results do not count.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self.epoch = 0
+        self.next_step = 0
+        self.newest_result = -1
+        self.acknowledged = [-1] * mesh.world
+        self.flights: dict[int, Flight] = {}
+        self.alive = np.ones(mesh.data, np.bool_)
+        self.rebasing = np.ones(mesh.data, np.bool_)
+        self._restarting = True
+
+    # ----------------------------------------------------------------- questions
+
+    @property
+    def last_step(self) -> int:
+        """The last step sent."""
+        return self.next_step - 1
+
+    @property
+    def in_flight(self) -> int:
+        """Plans without any result."""
+        return self.last_step - self.newest_result
+
+    @property
+    def predecessor(self) -> int:
+        """The step that the next plan follows: -1 for the first one of an epoch."""
+        return -1 if self._restarting else self.last_step
+
+    def living(self) -> list[int]:
+        """The data indices that take part."""
+        living: list[int] = self.alive.nonzero()[0].tolist()
+        return living
+
+    def executed(self, data: int) -> int:
+        """The last step that all members of ``data`` have acknowledged."""
+        return min(self.acknowledged[rank] for rank in self._mesh.members(data))
+
+    def reported(self, data: int) -> int:
+        """The last step whose tokens of ``data`` are in."""
+        return self.acknowledged[self._mesh.reporter(data)]
+
+    def planned_after(self, step: int, num_rows: int) -> Int64:
+        """The number of plans in flight after ``step`` that let each row decode [rows]."""
+        later = [flight.rows[flight.decode] for flight in self.flights.values() if flight.step > step]
+        if not later:
+            return np.zeros(num_rows, np.int64)
+        return np.bincount(np.concatenate(later), minlength=num_rows)
+
+    # ----------------------------------------------------------------- plans and results
+
+    def sent(self, flight: Flight) -> None:
+        """The next plan is on its way."""
+        self.flights[flight.step] = flight
+        self.next_step += 1
+        self._restarting = False
+
+    def counts(self, result: StepResult) -> bool:
+        """Whether a result is neither late, repeated, of an older epoch nor of a state that is no
+        more.
+        """
+        data = self._mesh.data_of_rank(result.rank)
+        return bool(
+            result.epoch == self.epoch
+            and self.alive[data]
+            and not self.rebasing[data]
+            and result.step > self.acknowledged[result.rank]
+            and result.step in self.flights
+        )
+
+    def follows(self, result: StepResult) -> bool:
+        """Whether no result of its rank is missing before this one."""
+        return result.step == self.acknowledged[result.rank] + 1
+
+    def acknowledge(self, result: StepResult) -> None:
+        self.acknowledged[result.rank] = result.step
+
+    def first_result(self, step: int) -> None:
+        """A result of ``step`` is in, perhaps the first one."""
+        self.newest_result = max(self.newest_result, step)
+
+    def land(self) -> None:
+        """Drops the flights that every living data index has acknowledged."""
+        if self.alive.all():
+            oldest = min(self.acknowledged)
+        else:
+            oldest = min(map(self.executed, self.living()), default=self.next_step)
+        for step in [step for step in self.flights if step <= oldest]:
+            del self.flights[step]
+
+    # ----------------------------------------------------------------- setting back
+
+    def begin_epoch(self) -> None:
+        """Plans so far have no successor."""
+        self.epoch += 1
+        self._restarting = True
+
+    def leave(self, gone: Sequence[int]) -> None:
+        """Data indices leave for good."""
+        self.alive[list(gone)] = False
+
+    def set_back(self, data: int) -> None:
+        """The next section of ``data`` clears it; results of earlier plans no longer count."""
+        self.rebasing[data] = True
+        self._assume_executed(data)
+        if self.rebasing[self.alive].all():
+            self.flights.clear()
+            self.newest_result = self.last_step
+
+    def rebased(self) -> None:
+        """The next plan clears every data index that is set back."""
+        for data in np.flatnonzero(self.rebasing & self.alive).tolist():
+            self._assume_executed(data)
+        self.rebasing[self.alive] = False
+
+    def _assume_executed(self, data: int) -> None:
+        for rank in self._mesh.members(data):
+            self.acknowledged[rank] = self.last_step
