@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -164,3 +165,20 @@ def test_what_is_no_recording_is_one_line(tmp_path: Path) -> None:
     for name in ("empty", "missing"):
         code, _, errors = command(tmp_path / name)
         assert code == 1 and len(errors.splitlines()) == 1 and errors.startswith(f"{tmp_path / name}: ")
+
+
+def test_settings_encode_as_in_old_recordings_and_name_the_group() -> None:
+    first = Settings(Mesh(data=2), SchedulerSpec(), [40, 40], 4, 96)
+    keys = ["layout", "spec", "num_pages", "page_size", "max_len"]
+    assert list(msgspec.msgpack.decode(msgspec.msgpack.encode(first))) == keys
+    second = msgspec.structs.replace(first, group=1)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(second), type=Settings) == second
+    planner = Planner(second)
+    tokens = np.arange(8, dtype=np.int32).tobytes()
+    planner.submit(0, Submit(0, "0", tokens, chain_hashes(ROOT, tokens, 4), 12, Sampling()))
+    planner.tidy()
+    for rank, message in planner.take_staging():
+        assert isinstance(message, Preload)
+        planner.staged(Preloaded(rank, message.staged))
+    plan = planner.plan()
+    assert plan is not None and plan.header.group == 1
