@@ -1,6 +1,4 @@
-"""What stands in the way of a recipe, before it is started: quickly on this machine, or thoroughly
-on every node it would use.
-"""
+"""Checks before a recipe is started: quickly on this machine, or thoroughly on all its nodes."""
 
 from __future__ import annotations
 
@@ -32,37 +30,32 @@ _OBJECT_STORE_BYTES = 100 << 20
 
 
 def preflight(recipe: Recipe, folder: Path) -> list[Finding]:
-    """What can be known of this machine at once; nothing is started. ``folder`` is the recipe
-    file's.
-    """
-    return _recording(recipe) + judge(
-        [look_around(_questions(recipe, folder, thorough=False))], _wanted(recipe, _planned(recipe, folder))
-    )
+    """Quick checks of this machine; starts nothing. ``folder`` is the recipe file's."""
+    facts = look_around(_questions(recipe, folder, thorough=False))
+    return _recording(recipe) + judge([facts], _requirements(recipe, _planned(recipe, folder)))
 
 
 def refuse_errors(found: list[Finding]) -> list[Finding]:
-    """The warnings among them. Raises ValueError for the errors, a line each."""
+    """Returns the warnings. Raises ValueError with the errors, one per line."""
     errors = [str(finding) for finding in found if finding.level == "error"]
     if errors:
-        raise ValueError(
-            errors[0] if len(errors) == 1 else "\n  ".join([f"{len(errors)} things are in the way", *errors])
-        )
+        several = [f"{len(errors)} errors", *errors]
+        raise ValueError(errors[0] if len(errors) == 1 else "\n  ".join(several))
     return [finding for finding in found if finding.level == "warning"]
 
 
 def check(recipe: Recipe, folder: Path) -> list[Finding]:
-    """Everything, on every node that would be used. Starts Ray where the recipe would, and ends it
-    again.
-    """
+    """All checks, on every node that would be used. Starts Ray if the recipe does, and ends it."""
     plan = _planned(recipe, folder)
-    questions, wanted = _questions(recipe, folder, thorough=True), _wanted(recipe, plan)
+    questions = _questions(recipe, folder, thorough=True)
+    requirements = _requirements(recipe, plan)
     found = _recipe_findings(recipe, folder, plan) + _recording(recipe) + _port(recipe)
     if recipe.cluster.backend == "local":
-        return found + judge([look_around(questions)], wanted)
-    return found + _check_ray(recipe, questions, wanted)
+        return found + judge([look_around(questions)], requirements)
+    return found + _check_ray(recipe, questions, requirements)
 
 
-def _check_ray(recipe: Recipe, questions: Questions, wanted: Requirements) -> list[Finding]:
+def _check_ray(recipe: Recipe, questions: Questions, requirements: Requirements) -> list[Finding]:
     reaper = Reaper()
     prepare_ray(recipe.cluster.address)
     from ..cluster.ray_cluster import RayCluster, needs_of
@@ -73,36 +66,37 @@ def _check_ray(recipe: Recipe, questions: Questions, wanted: Requirements) -> li
             cluster = RayCluster(
                 Path(folder), needs_of(recipe), address=recipe.cluster.address, deadline=ROOM_SECONDS
             )
-            return _ask_nodes(cluster, questions, wanted)
+            return _ask_nodes(cluster, questions, requirements)
         except LaunchError as error:
-            where = "start Ray on as many nodes as the recipe has, or end what else runs there; only this machine was looked at"
-            return [Finding("error", "Ray", str(error), "", where), *judge([look_around(questions)], wanted)]
+            todo = (
+                "start Ray on as many nodes as the recipe has, or end other jobs there; "
+                "only this machine was checked"
+            )
+            finding = Finding("error", "Ray", str(error), "", todo)
+            return [finding, *judge([look_around(questions)], requirements)]
         finally:
             if cluster is not None:
                 cluster.close()
             reaper.finish()
 
 
-def _ask_nodes(cluster: RayCluster, questions: Questions, wanted: Requirements) -> list[Finding]:
+def _ask_nodes(cluster: RayCluster, questions: Questions, requirements: Requirements) -> list[Finding]:
     from .ray_nodes import RayNodes
 
     used = [cluster.here, *[node for node in cluster.nodes if node.id != cluster.here.id]]
-    ok = Finding(
-        "ok",
-        "Ray",
-        f"room for the ranks on {', '.join(map(str, cluster.nodes))}; launched from {cluster.here}",
-    )
+    names = ", ".join(map(str, cluster.nodes))
+    ok = Finding("ok", "Ray", f"room for the ranks on {names}; launched from {cluster.here}")
     nodes = RayNodes(used)
     facts = nodes.facts(questions)
     between = judge_clocks(nodes.clocks()) + judge_links(nodes.links()) if len(used) > 1 else []
-    return [ok, *nodes.silent, *judge(facts, wanted), *between]
+    return [ok, *nodes.silent, *judge(facts, requirements), *between]
 
 
-# --------------------------------------------------------------------------- what the recipe asks for
+# --------------------------------------------------------------------------- requirements of the recipe
 
 
 def _planned(recipe: Recipe, folder: Path) -> CapacityPlan | None:
-    """None where the recipe names no hardware to plan with, or no model is there."""
+    """The capacity plan; None if the recipe names no hardware or its model does not exist."""
     try:
         return plan_recipe(recipe, folder)
     except RecipeError:
@@ -119,7 +113,7 @@ def _questions(recipe: Recipe, folder: Path, *, thorough: bool) -> Questions:
     return Questions(model, folders, thorough=False, seconds=QUICK_SECONDS)
 
 
-def _wanted(recipe: Recipe, plan: CapacityPlan | None) -> Requirements:
+def _requirements(recipe: Recipe, plan: CapacityPlan | None) -> Requirements:
     hardware = recipe.cluster.hardware
     starts_ray = recipe.cluster.backend == "ray" and (recipe.cluster.address or ray_address()) is None
     return Requirements(
@@ -134,7 +128,7 @@ def _wanted(recipe: Recipe, plan: CapacityPlan | None) -> Requirements:
 
 
 def _rank_memory(recipe: Recipe, plan: CapacityPlan) -> int:
-    """What the fullest rank cannot do without; of the pages only what the recipe fixes."""
+    """Least bytes of the fullest rank; KV pages count only if the recipe sets their memory."""
     return max(
         held.memory.weights.total
         + held.memory.activations
@@ -147,7 +141,7 @@ def _rank_memory(recipe: Recipe, plan: CapacityPlan) -> int:
 
 def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) -> list[Finding]:
     found = [Finding("error", "recipe", line) for line in not_yet(recipe)]
-    with contextlib.suppress(ValueError):  # the nodes say what is wrong with the model
+    with contextlib.suppress(ValueError):  # the nodes report problems of the model
         found += [
             Finding("error", "recipe", line)
             for line in check_model(recipe, load_config(model_directory(recipe, folder)))
@@ -161,14 +155,11 @@ def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) ->
 
 
 def _recording(recipe: Recipe) -> list[Finding]:
-    """Whether its folder can be written to is among the questions."""
+    """A recording that is a folder. Whether the folder is writable is one of the questions."""
     if recipe.recording is None or not Path(recipe.recording).expanduser().is_dir():
         return []
-    return [
-        Finding(
-            "error", "recording", f"recording = {recipe.recording}: is a directory", "", "name a file in it"
-        )
-    ]
+    text = f"recording = {recipe.recording}: is a directory"
+    return [Finding("error", "recording", text, "", "name a file in it")]
 
 
 def _port(recipe: Recipe) -> list[Finding]:
@@ -176,17 +167,7 @@ def _port(recipe: Recipe) -> list[Finding]:
     try:
         check_port(host, port)
     except LaunchError as error:
-        return [
-            Finding(
-                "error", "port", str(error), "", "choose another frontend.port, or end what listens there"
-            )
-        ]
-    return [
-        Finding(
-            "ok",
-            "port",
-            f"frontend.port = {port} can be listened on at {host}"
-            if port
-            else "frontend.port = 0 takes a free one",
-        )
-    ]
+        todo = "choose another frontend.port, or end the process that listens there"
+        return [Finding("error", "port", str(error), "", todo)]
+    text = f"frontend.port = {port} is free on {host}" if port else "frontend.port = 0 takes a free one"
+    return [Finding("ok", "port", text)]

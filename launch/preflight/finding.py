@@ -1,4 +1,4 @@
-"""What a check found: one line that says what, where, and what to do."""
+"""A finding of a check: a problem or a passed check, its node, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ FINE, ERRORS, WARNINGS = 0, 1, 3  # exit status; 2 is a bad recipe or usage
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """``subject`` is what was looked at, ``where`` a node, a pair of them or empty for all;
-    ``todo`` is empty where all is well.
+    """``subject``: the thing checked. ``where``: a node, a pair of nodes, or empty for all.
+    ``todo``: what to do about a problem.
     """
 
     level: Level
@@ -28,13 +28,13 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def exit_status(findings: list[Finding]) -> int:
-    """1 where something is in the way, 3 where there are only warnings, else 0."""
+    """1 if there are errors, 3 if there are only warnings, else 0."""
     levels = {finding.level for finding in findings}
     return ERRORS if "error" in levels else WARNINGS if "warning" in levels else FINE
 
 
 def to_json(findings: list[Finding]) -> dict[str, Any]:
-    """For programs."""
+    """The answer of ``launch check --json``."""
     return {
         "status": exit_status(findings),
         "findings": [msgspec.to_builtins(finding) for finding in findings],

@@ -1,4 +1,4 @@
-"""From calls between nodes, and from their clocks, to findings."""
+"""Judges connections between nodes, and their clocks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .finding import Finding
 from .reach import Link
 
 _SLOW_TRIP = 2e-3  # seconds; the controller has 2 ms from a result to the next plan
-_SLOW_RATE = 100e6  # bytes a second: less than a gigabit
+_SLOW_RATE = 100e6  # bytes/s: less than a gigabit/s
 _SKEW = 1.0
 
 
 class Clock(msgspec.Struct, frozen=True):
-    """Seconds by which a node's clock is ahead of the launcher's, give or take ``doubt``."""
+    """Seconds by which a node's clock is ahead of the launcher's, plus or minus ``doubt``."""
 
     node: str
     ahead: float
@@ -24,31 +24,26 @@ class Clock(msgspec.Struct, frozen=True):
 
 
 def judge_links(links: Sequence[Link]) -> list[Finding]:
-    """What is broken or slow between nodes; one line for all that is well."""
+    """Findings for broken and slow connections, and one for all good ones."""
     found, good = [], []
     for link in links:
         where = f"{link.source} -> {link.target}"
         if link.problem:
-            todo = f"open TCP from {link.source} to {link.target} on all ports: ranks meet on ports that the system chooses"
+            todo = (
+                f"open TCP from {link.source} to {link.target} on all ports: "
+                "ranks use ports that the system chooses"
+            )
             found.append(Finding("error", "network", link.problem, where, todo))
             continue
         good.append(link)
         if link.round_trip > _SLOW_TRIP:
-            text = f"{1e3 * link.round_trip:.2f} ms for a round trip; every step takes several"
-            found.append(
-                Finding(
-                    "warning",
-                    "network",
-                    text,
-                    where,
-                    "use nodes that are nearer, or see what else uses the network",
-                )
-            )
+            text = f"{1e3 * link.round_trip:.2f} ms per round trip; every step needs several"
+            todo = "use nodes that are closer, or check other traffic on the network"
+            found.append(Finding("warning", "network", text, where, todo))
         if 0.0 < link.rate < _SLOW_RATE:
             text = f"{link.rate / 1e6:.0f} MB/s through TCP"
-            found.append(
-                Finding("warning", "network", text, where, "see the adapter's speed, and what else uses it")
-            )
+            todo = "check the adapter's speed and its other traffic"
+            found.append(Finding("warning", "network", text, where, todo))
     if not good:
         return found
     trips = [link.round_trip for link in good]
@@ -59,24 +54,14 @@ def judge_links(links: Sequence[Link]) -> list[Finding]:
 
 
 def judge_clocks(clocks: Sequence[Clock]) -> list[Finding]:
-    """Clocks only date logs and recordings: nothing fails when they differ, but nobody can follow
-    what happened.
-    """
+    """Findings for clocks that differ: they only date logs and recordings, so nothing fails."""
+    todo = "run chrony or another NTP client there"
     found = [
-        Finding(
-            "warning",
-            "clock",
-            f"{clock.ahead:+.1f} s from the launcher's",
-            clock.node,
-            "run chrony or another NTP client there",
-        )
+        Finding("warning", "clock", f"{clock.ahead:+.1f} s from the launcher's", clock.node, todo)
         for clock in clocks
         if abs(clock.ahead) - clock.doubt > _SKEW
     ]
     if found or not clocks:
         return found
-    return [
-        Finding(
-            "ok", "clock", f"at most {max(abs(clock.ahead) + clock.doubt for clock in clocks):.3f} s apart"
-        )
-    ]
+    most = max(abs(clock.ahead) + clock.doubt for clock in clocks)
+    return [Finding("ok", "clock", f"at most {most:.3f} s apart")]

@@ -1,6 +1,4 @@
-"""A model's files as one node sees them: whether they are sound, and a digest that nodes can
-compare.
-"""
+"""A model's files on one node: whether they can be read, and digests to compare between nodes."""
 
 from __future__ import annotations
 
@@ -12,13 +10,13 @@ import msgspec
 from ...engine.models.checkpoint import read_checkpoint
 from ...engine.models.config import load_config
 
-_SMALL = 32 << 20  # config, index and tokenizer are below; hashed whole
+_SMALL = 32 << 20  # config, index and tokenizer are smaller and hashed whole
 _LENGTH = 8
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
-    """``problem`` is empty where the checkpoint can be read; ``parts`` holds a digest of every
-    file: of a small one's contents, of a shard's header and size.
+    """``problem``: empty if the checkpoint can be read. ``parts``: a digest per file, of the
+    contents of a small one, of the header and size of a shard.
     """
 
     folder: str
@@ -29,7 +27,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """Reads configuration and headers; the weights themselves are not read."""
+    """Reads configuration and headers, but no weights."""
     problem, tensors = "", 0
     parts: dict[str, str] = {}
     num_bytes = 0

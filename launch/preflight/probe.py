@@ -1,8 +1,7 @@
-"""What a node is like, asked on the node itself. Every question has a deadline; one without an
-answer is named.
+"""Asks a node for its properties, on the node itself. Every question has a deadline.
 
-Linux only: it reads ``/proc`` and ``/sys``. Without ``thorough`` nothing is asked that takes longer
-than reading small files, so neither torch is imported nor nvidia-smi run.
+Linux only: it reads ``/proc`` and ``/sys``. Unless ``thorough``, it only reads small files: no
+import of torch, no nvidia-smi.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _NUMA = "sys/devices/system/node"
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """An NVIDIA GPU as nvidia-smi sees it; bytes."""
+    """An NVIDIA GPU as nvidia-smi reports it; sizes in bytes."""
 
     name: str
     memory: int
@@ -50,9 +49,7 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Port(msgspec.Struct, frozen=True):
-    """A port of an RDMA device: ``state`` is ACTIVE where it can be used, ``rate`` as the kernel
-    writes it.
-    """
+    """A port of an RDMA device. ``state``: ACTIVE if usable. ``rate``: the kernel's text."""
 
     name: str
     state: str
@@ -60,7 +57,7 @@ class Port(msgspec.Struct, frozen=True):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """Room for files under ``path``, in bytes; ``problem`` says why none can be written there."""
+    """Free bytes at ``path``; ``problem``: why no file can be written there, else empty."""
 
     path: str
     free: int
@@ -68,14 +65,14 @@ class Disk(msgspec.Struct, frozen=True):
 
 
 class ProcessLimits(msgspec.Struct, frozen=True):
-    """Soft limits of a process; -1 is none. ``memlock`` in bytes."""
+    """Soft limits of a process; -1: unlimited. ``memlock`` in bytes."""
 
     open_files: int
     memlock: int
 
 
 class Questions(msgspec.Struct, frozen=True):
-    """What a node is asked about. ``root`` is where ``/sys`` and ``/proc`` are looked for."""
+    """Questions to a node. ``root`` contains ``/sys`` and ``/proc``."""
 
     model: str
     folders: tuple[str, ...] = ()
@@ -86,11 +83,10 @@ class Questions(msgspec.Struct, frozen=True):
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The answers; those that failed or were late hold None, and ``failed`` says why. Sizes in
-    bytes.
+    """The answers. One that failed or was late is None, and ``failed`` has the reason.
 
-    ``versions`` are those of Python and of packages that all nodes must agree on; ``numa`` the
-    number of NUMA nodes.
+    Sizes in bytes. ``versions``: of Python and of packages that must be equal on all nodes.
+    ``numa``: number of NUMA nodes.
     """
 
     name: str
@@ -112,9 +108,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def look_around(questions: Questions, address: str = "") -> NodeFacts:
-    """Answers all questions about this node, side by side; ``address`` is what the other nodes
-    reach it by.
-    """
+    """Answers all questions about this node concurrently. ``address``: its address for others."""
     root = Path(questions.root)
     asked: dict[str, Callable[[], object]] = {
         "versions": lambda: _versions(questions.thorough),
@@ -139,10 +133,9 @@ def look_around(questions: Questions, address: str = "") -> NodeFacts:
 def ask(
     asked: dict[str, Callable[[], object]], deadlines: dict[str, float]
 ) -> tuple[dict[str, object], dict[str, str]]:
-    """Asks everything at once, each in a thread that may be left behind (a dead file server keeps
-    it for ever).
+    """Asks all questions at once, each in its own thread; a dead file server may block one forever.
 
-    Returns the answers in time, and of the others what went wrong.
+    Returns the answers that came in time, and the reason for each that did not.
     """
     answers: dict[str, object] = {}
     errors: dict[str, str] = {}
@@ -182,7 +175,7 @@ def _versions(thorough: bool) -> dict[str, str]:
 
 
 def _gpus(seconds: float) -> tuple[Gpu, ...]:
-    """None without nvidia-smi, which every driver brings along."""
+    """GPUs by nvidia-smi, which every driver includes; empty without it."""
     if shutil.which(_NVIDIA_SMI[0]) is None:
         return ()
     done = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=seconds, check=False)
@@ -192,9 +185,7 @@ def _gpus(seconds: float) -> tuple[Gpu, ...]:
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """The rows that nvidia-smi prints: name, MiB in all, MiB free, driver version. A size it does
-    not know counts as 0.
-    """
+    """Reads rows of nvidia-smi: name, total MiB, free MiB, driver version. Unknown sizes are 0."""
     rows = [[value.strip() for value in line.split(",")] for line in text.splitlines() if line.strip()]
     return tuple(Gpu(name, _mebibytes(total), _mebibytes(free), driver) for name, total, free, driver in rows)
 
@@ -204,7 +195,7 @@ def _mebibytes(text: str) -> int:
 
 
 def _free_memory(root: Path) -> int:
-    """MemAvailable: what processes can have without swapping."""
+    """MemAvailable: bytes available to processes without swapping."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
     if found is None:
         raise RuntimeError("no MemAvailable in /proc/meminfo")
@@ -238,11 +229,8 @@ def _limits() -> ProcessLimits:
 
 
 def _disk(folder: Path) -> Disk:
-    """The folder need not exist yet: its nearest ancestor that does is looked at."""
+    """Checks the folder, or its nearest existing ancestor."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    problem = (
-        ""
-        if there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        else f"{there}: no folder that can be written to"
-    )
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    problem = "" if writable else f"{there}: not a writable folder"
     return Disk(str(folder), shutil.disk_usage(there).free, problem)

@@ -1,6 +1,4 @@
-"""A check on the nodes of a Ray cluster that a recipe would use: an actor on each, which is asked
-in its place.
-"""
+"""Checks the nodes of a Ray cluster that a recipe would use, by an actor on each."""
 
 from __future__ import annotations
 
@@ -22,16 +20,15 @@ from .reach import CONNECT_SECONDS, SEND_SECONDS, Link, Listener, Peer, call
 START_SECONDS = 30.0
 ANSWER_SECONDS = 10.0
 _CLOCK_READINGS = 5
-_MAX_ROUNDS = 16  # of sending, each node to one other: beyond that, some pairs are only called
+_MAX_ROUNDS = 16  # each node sends to one other per round; further pairs are only called
 
 
 class Prober:
-    """The actor. ``address`` is what other nodes reach its node by."""
+    """The actor. ``address``: address of its node for others."""
 
     def __init__(self, address: str, token: bytes) -> None:
         self._address = address
         self._token = token
-        self._listener: Listener | None = None
 
     def look(self, questions: Questions) -> NodeFacts:
         return look_around(questions, self._address)
@@ -40,17 +37,15 @@ class Prober:
         return time.time()
 
     def listen(self) -> int:
-        self._listener = Listener(self._address, self._token)
-        return self._listener.port
+        """Listens until the actor ends; returns the port."""
+        return Listener(self._address, self._token).port
 
     def call(self, source: str, peers: list[Peer], measure: bool) -> list[Link]:
         return call(source, peers, self._token, measure=measure)
 
 
 class RayNodes:
-    """Asks the ``nodes``. What does not answer within its deadline is left out, and is a finding in
-    ``silent``.
-    """
+    """Asks the ``nodes``. One that misses a deadline is asked no more and is a finding in ``silent``."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.silent: list[Finding] = []
@@ -64,9 +59,7 @@ class RayNodes:
         return list(answers.values())
 
     def clocks(self) -> list[Clock]:
-        """The reading with the shortest way to the node and back counts: the node's clock was read
-        somewhere in between.
-        """
+        """The clock of every node, by the reading with the shortest round trip."""
         readings: dict[Node, list[tuple[float, float]]] = {}
         for _ in range(_CLOCK_READINGS):
             for node, prober in list(self._probers.items()):
@@ -81,9 +74,7 @@ class RayNodes:
         return [Clock(str(node), ahead, doubt) for node, (doubt, ahead) in best.items()]
 
     def links(self) -> list[Link]:
-        """Every direction between two nodes is called; then each node sends to the next but k, for
-        k = 1, 2, ...
-        """
+        """Every node calls every other; then in round k each sends to the k-th node after it."""
         ports = self._each("a port to listen on", lambda node, prober: prober.listen.remote(), ANSWER_SECONDS)
         peers = [(node, Peer(str(node), node.address, port)) for node, port in ports.items()]
 
@@ -101,7 +92,7 @@ class RayNodes:
         return list(found.values())
 
     def _call(self, targets: dict[Node, list[Peer]], *, measure: bool) -> dict[tuple[str, str], Link]:
-        """What each node says of calling its targets."""
+        """The links found when each node calls its targets."""
 
         def ask(node: Node, prober: Any) -> Any:
             return prober.call.remote(str(node), targets.get(node, []), measure)
@@ -112,7 +103,7 @@ class RayNodes:
     def _each(
         self, what: str, ask: Callable[[Node, Any], Any], seconds: float, only: dict[Node, Any] | None = None
     ) -> dict[Node, Any]:
-        """The answers of all nodes, asked at once; one that fails is not asked again."""
+        """Asks all nodes at once; returns the answers. A node that fails is not asked again."""
         refs = {node: ask(node, prober) for node, prober in (self._probers if only is None else only).items()}
         end = time.monotonic() + seconds
         answers = {}
@@ -127,7 +118,7 @@ class RayNodes:
 
     def _drop(self, node: Node, why: str) -> None:
         self._probers.pop(node, None)
-        todo = "see that Lockstep is installed there as it is here, and that the node is well"
+        todo = "check that the same Lockstep is installed there and that the node is healthy"
         self.silent.append(Finding("error", "node", why, str(node), todo))
 
 

@@ -1,7 +1,6 @@
-"""Whether nodes reach each other: every one listens, and every one calls every other.
+"""Tests whether nodes reach each other: each listens, and each calls every other.
 
-A caller shows the token that all have, then measures round trips of one byte and for a moment sends
-as much as goes through.
+A caller sends a shared token, measures round trips of one byte, then briefly sends at full rate.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _COUNT = 8
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """Where a node listens."""
+    """A node that listens."""
 
     name: str
     address: str
@@ -31,8 +30,8 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class Link(msgspec.Struct, frozen=True):
-    """One direction between two nodes, by name. ``problem`` is empty where it works; seconds of a
-    round trip (median), bytes a second of one TCP stream, 0 where that was not measured.
+    """One direction between two nodes, by name. ``problem``: empty if it works. ``round_trip``:
+    median seconds. ``rate``: bytes/s of one TCP stream, 0 if not measured.
     """
 
     source: str
@@ -43,9 +42,7 @@ class Link(msgspec.Struct, frozen=True):
 
 
 class Listener:
-    """Answers callers on ``address`` at ``port``, each in a thread of its own, until it is
-    closed.
-    """
+    """Answers callers at ``address`` and ``port``, each in its own thread, until closed."""
 
     def __init__(self, address: str, token: bytes) -> None:
         self._token = token
@@ -77,13 +74,11 @@ class Listener:
                     count += size
                 line.sendall(count.to_bytes(_COUNT, "little"))
             except OSError:
-                return  # the caller says what was wrong
+                return  # the caller reports the problem
 
 
 def call(source: str, peers: list[Peer], token: bytes, *, measure: bool) -> list[Link]:
-    """Calls all ``peers`` at once; with ``measure`` also sends for a moment, so then there should
-    be one.
-    """
+    """Calls all ``peers`` at once. ``measure``: also sends at full rate; use with one peer."""
     if not peers:
         return []
     with ThreadPoolExecutor(len(peers)) as pool:

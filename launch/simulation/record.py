@@ -1,6 +1,4 @@
-"""What is written down while a simulation runs: every request's times, every step's figures. All
-times are virtual seconds.
-"""
+"""Measurements of a running simulation: times per request, figures per step, in virtual seconds."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ Floats = NDArray[np.float64]
 
 
 class Record:
-    """The watcher of a simulation of ``num_requests``, whose handles count from 0 on.
+    """Watches a simulation whose requests have handles from 0 on.
 
-    ``arrived``, ``started``, ``first``, ``last`` [requests] are times, NaN where it never came to
-    that; ``cached`` and ``emitted`` tokens. Steps are arrays with an entry a step. ``held``:
-    seconds of steps while waiting requests lacked sequence slots or pages, and while prompts were
-    left over for later steps.
+    Per request: times ``arrived``, ``started``, ``first`` and ``last`` token, NaN until then;
+    ``cached`` and ``emitted`` tokens. Per step: arrays with one entry each. ``held``: seconds of
+    steps while waiting requests lacked sequence slots or pages, and while prompts were left for
+    later steps.
     """
 
     def __init__(self, arrived: Floats) -> None:
@@ -41,7 +39,7 @@ class Record:
         self.finished = self.refused = self.unavailable = 0
         self.gaps, self.gap_counts = array("d"), array("q")
         self._last_batch = -1.0
-        # Of steps
+        # Per step
         self.seconds, self.busy, self.waiting = array("d"), array("d"), array("d")
         self.rows, self.tokens = array("q"), array("q")
         self.imbalance, self.kv_used, self.kv_fullest = array("d"), array("d"), array("d")
@@ -50,10 +48,10 @@ class Record:
 
     @property
     def answered(self) -> int:
-        """Requests that have ended, one way or the other."""
+        """Requests that have ended, in any way."""
         return self.finished + self.refused + self.unavailable
 
-    # ----------------------------------------------------------------- what frontends hear
+    # ----------------------------------------------------------------- messages to frontends
 
     def told(self, now: float, messages: Iterable[tuple[int, Message]]) -> None:
         for _, message in messages:
@@ -72,12 +70,12 @@ class Record:
     def _tokens(self, now: float, batch: TokenBatch) -> None:
         handles = np.frombuffer(batch.handles_i64, np.int64)
         finish = np.frombuffer(batch.finish_u8, np.uint8)
-        assert (finish <= Finish.LENGTH).all(), "requests end by their length"
-        assert len(batch.tokens_i32) == 4 * len(handles), "rows advance by a token"
+        assert (finish <= Finish.LENGTH).all(), "requests end at their length limit"
+        assert len(batch.tokens_i32) == 4 * len(handles), "rows advance by one token"
         begins = np.frombuffer(batch.positions_i32, np.int32) == 0
         self.first[handles[begins]] = now
         before = self.last[handles[~begins]]
-        steady = before == self._last_batch  # most of them: their gap is that between two steps
+        steady = before == self._last_batch  # most rows: they also got a token in the last step
         if count := int(steady.sum()):
             self._gap(now - self._last_batch, count)
         for time in before[~steady].tolist():
@@ -121,9 +119,7 @@ class Record:
 
 
 def _lacks(group: Group) -> str:
-    """The resource that the first waiting request lacks; empty when none waits, or when it only
-    waits for its turn.
-    """
+    """The resource that the first waiting request lacks; empty if it lacks none or none waits."""
     if not len(group.queue):
         return ""
     request: Request = next(iter(group.queue))

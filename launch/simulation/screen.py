@@ -1,4 +1,4 @@
-"""A simulation as a person sees it: progress on standard error, then the report."""
+"""A simulation on the terminal: progress on standard error, then the report."""
 
 from __future__ import annotations
 
@@ -12,68 +12,63 @@ from rich.table import Table
 from ..capacity.plan import CapacityPlan
 from ..capacity.screen import table_of, time_text
 from .report import SimulationReport, Spread
-from .simulate import Progress as Progressed
+from .simulate import Progress as SimulationProgress
 
 _EVERY = 10.0  # seconds between lines where there is no terminal
 _BLINK = 0.1
 
 
 class ProgressScreen:
-    """A bar on a terminal, elsewhere a line every ten seconds."""
+    """A bar on a terminal; without one a line every ten seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        texts = (
-            TextColumn("  {task.description}"),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests answered"),
-        )
-        columns = (texts[0], BarColumn(bar_width=24), texts[1], TimeElapsedColumn())
-        self._bar = (
-            Progress(*columns, console=console, transient=True, auto_refresh=False)
-            if console.is_terminal
-            else None
-        )
+        self._bar = _bar(console) if console.is_terminal else None
         self._began = time.monotonic()
         self._next = self._began + (_BLINK if self._bar else _EVERY)
         self._task = None if self._bar is None else self._bar.add_task("", total=1)
 
-    def show(self, progress: Progressed) -> None:
-        """Called often; mostly does nothing."""
+    def show(self, progress: SimulationProgress) -> None:
+        """Shows progress if the last display is old enough; cheap otherwise."""
         now = time.monotonic()
         if now < self._next:
             return
         if self._bar is not None and self._task is not None:
             self._next = now + _BLINK
             self._bar.start()
-            simulated = f"{progress.seconds:,.1f} s simulated"
-            self._bar.update(
-                self._task, completed=progress.answered, total=progress.asked, description=simulated
-            )
+            text = f"{progress.seconds:,.1f} s simulated"
+            self._bar.update(self._task, completed=progress.answered, total=progress.asked, description=text)
             self._bar.refresh()
         else:
             self._next = now + _EVERY
             answered = f"{progress.answered:,} of {progress.asked:,} requests answered"
-            self._console.print(
-                f"{now - self._began:6.1f} s  {progress.seconds:,.1f} s simulated, {answered}", markup=False
-            )
+            line = f"{now - self._began:6.1f} s  {progress.seconds:,.1f} s simulated, {answered}"
+            self._console.print(line, markup=False)
 
     def hide(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
 
+def _bar(console: Console) -> Progress:
+    answered = TextColumn("{task.completed:,.0f} of {task.total:,.0f} requests answered")
+    columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), answered, TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, auto_refresh=False)
+
+
 def show_report(
     report: SimulationReport, plan: CapacityPlan, title: str, efficiency: float, console: Console
 ) -> None:
-    """Prints tables of what clients saw and what the cluster did, then what binds."""
+    """Prints tables of clients and cluster, then the limiting resource."""
     mesh = plan.setup.mesh
     ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
+    sizes = f"pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}"
     console.print(
-        f"[bold]{escape(title)}[/bold] under {escape(report.trace)}: {ranks} (pipeline {mesh.pipeline} x data {mesh.data} x tensor "
-        f"{mesh.tensor}), simulated: the planner that serves, steps at {efficiency:g} of the speed of their floors (--efficiency)"
+        f"[bold]{escape(title)}[/bold] under {escape(report.trace)}: {ranks} ({sizes}), simulated with the "
+        f"real planner; steps run at {efficiency:g} of the speed of their floors (--efficiency)"
     )
     if not report.complete:
-        console.print("[yellow]stopped early:[/yellow] these are the figures so far")
+        console.print("[yellow]stopped early:[/yellow] results so far")
     console.print()
     console.print(_totals(report))
     console.print(_clients(report))
@@ -81,14 +76,14 @@ def show_report(
     for line in plan.unsupported:
         console.print(f"[yellow]this version refuses to launch it:[/yellow] {escape(line)}")
     console.print(
-        "Sockets, tokenising and HTTP take no time here, experts are loaded evenly, and answers end by their length."
+        "Not simulated: time of sockets, tokenising and HTTP, uneven expert loads, answers that end early."
     )
     console.print(f"[bold]{escape(report.binds)}[/bold]")
 
 
 def _totals(report: SimulationReport) -> Table:
     requests, tokens = report.requests, report.tokens
-    table = table_of(f"{report.seconds:,.1f} s simulated", "", "in all", "per second", "and rank")
+    table = table_of(f"{report.seconds:,.1f} s simulated", "", "total", "per second", "per rank")
     table.add_row(
         "prompt tokens",
         f"{tokens.input:,}",
@@ -118,7 +113,7 @@ def _totals(report: SimulationReport) -> Table:
 
 
 def _clients(report: SimulationReport) -> Table:
-    table = table_of("what clients see", "", "p50", "p90", "p99")
+    table = table_of("clients", "", "p50", "p90", "p99")
     _spread(table, "time to first token", report.time_to_first_token)
     _spread(table, "time between tokens", report.time_between_tokens)
     _spread(table, "wait in the queue", report.queue_wait)
@@ -127,14 +122,14 @@ def _clients(report: SimulationReport) -> Table:
 
 def _cluster(report: SimulationReport) -> Table:
     steps, pages, measured = report.steps, report.pages, report.measured
-    table = table_of(f"what the cluster does: {steps.count:,} steps", "", "p50", "p90", "p99")
+    table = table_of(f"cluster: {steps.count:,} steps", "", "p50", "p90", "p99")
     _spread(table, "time of a step", steps.seconds)
     _spread(table, "sampled rows of a step", steps.rows, ",.0f")
     _spread(table, "computed tokens of a step", steps.tokens, ",.0f")
     _spread(table, "slowest rank / mean, predicted", steps.imbalance, ".3f")
     _spread(table, "planner, on this machine *", measured.planner)
     table.add_section()
-    table.add_row("no step at all", f"{steps.idle:.1%}", "", "")
+    table.add_row("time without a step", f"{steps.idle:.1%}", "", "")
     table.add_row("ranks wait for the slowest", f"{steps.waiting:.1%}", "", "")
     for name, share in report.bound.items():
         table.add_row(f"steps bound by {name}", f"{share:.1%}", "", "")
@@ -143,7 +138,10 @@ def _cluster(report: SimulationReport) -> Table:
     table.add_row("prefix tokens saved", f"{report.prefix.share:.1%}", "", "")
     table.add_row("preemptions", f"{report.preemptions:,}", "", "")
     limits = f"{1e3 * measured.limit_p50:g} ms p50, {1e3 * measured.limit_p99:g} ms p99"
-    table.caption = f"* results and plan, without sockets; to be within {limits} at 72 ranks. Simulated in {measured.wall:,.1f} s"
+    table.caption = (
+        f"* results and plan, without sockets; goal with sockets at 72 ranks: {limits}. "
+        f"Simulated in {measured.wall:,.1f} s"
+    )
     table.caption_justify = "left"
     return table
 

@@ -1,6 +1,4 @@
-"""A recipe under a trace of requests: the planner that would serve it, on the cluster that ``launch
-plan`` describes, in virtual time.
-"""
+"""Simulates a recipe under a request trace: the real planner on a simulated cluster."""
 
 from __future__ import annotations
 
@@ -16,17 +14,16 @@ from ...engine.simulation.simulation import Arrival, Simulation
 from ..capacity.plan import CapacityPlan
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import scheduler_spec
+from .evaluate import make_report
 from .record import Record
-from .report import SimulationReport, make_report
+from .report import SimulationReport
 from .times import FloorTimes
 from .trace import Trace
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a simulation has come: virtual ``seconds``, and of ``asked`` requests those that have
-    arrived and been answered.
-    """
+    """Progress: virtual seconds, and how many of the ``asked`` requests arrived and were answered."""
 
     seconds: float
     asked: int
@@ -35,13 +32,11 @@ class Progress:
 
 
 StopAfter = Callable[[Progress], bool]
-"""Told of progress at every turn; whether to stop."""
+"""Called with the progress at every turn; returns whether to stop."""
 
 
 def settings_of(plan: CapacityPlan, recipe: Recipe) -> Settings:
-    """What the controller would make its planner with: the pools and the longest context that the
-    plan finds.
-    """
+    """The planner's settings, with the page pools and longest context of the capacity plan."""
     setup = plan.setup
     pages = plan.kv_tokens_per_rank // setup.page_size
     return Settings(
@@ -54,25 +49,26 @@ def settings_of(plan: CapacityPlan, recipe: Recipe) -> Settings:
 
 
 def simulate_plan(
-    plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, told: StopAfter
+    plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, stop_after: StopAfter
 ) -> SimulationReport:
-    """Serves a trace until the last request is answered, or ``told`` says stop. The plan must fit.
-    Raises ``engine.simulation.Stuck``.
+    """Serves a trace until every request is answered or ``stop_after`` returns True.
+
+    The plan must fit. Raises ``engine.simulation.simulation.Stuck``.
     """
-    assert plan.fits, "there is no cluster to simulate"
+    assert plan.fits, "a plan that does not fit has no cluster to simulate"
     settings = settings_of(plan, recipe)
     record = Record(np.array([request.seconds for request in trace.requests]))
     times = FloorTimes(plan.setup, efficiency)
     simulation = Simulation(settings, times, record)
     counter = _Counter(trace.arrivals(settings))
     began = time.perf_counter()
-    complete = simulation.run(iter(counter), partial(_tell, told, simulation, record, counter))
+    complete = simulation.run(iter(counter), partial(_tell, stop_after, simulation, record, counter))
     wall = time.perf_counter() - began
     return make_report(settings, trace, record, simulation, times, wall=wall, complete=complete)
 
 
 class _Counter:
-    """Counts arrivals as they are taken."""
+    """Counts the arrivals that the simulation takes."""
 
     def __init__(self, arrivals: Iterator[Arrival]) -> None:
         self._arrivals = arrivals
@@ -84,5 +80,5 @@ class _Counter:
             yield arrival
 
 
-def _tell(told: StopAfter, simulation: Simulation, record: Record, counter: _Counter) -> bool:
-    return told(Progress(simulation.now, len(record.arrived), counter.count, record.answered))
+def _tell(stop_after: StopAfter, simulation: Simulation, record: Record, counter: _Counter) -> bool:
+    return stop_after(Progress(simulation.now, len(record.arrived), counter.count, record.answered))

@@ -1,8 +1,7 @@
-"""How long a simulated step takes: the floors of ``launch plan``, applied to what each rank has to
-do in the step.
+"""Duration of a simulated step: the floors of ``launch plan`` for the work of each rank.
 
-Floors are linear in what a section does but for the experts' weights, of which a step reads those
-that some token wants. The factors are therefore taken from ``plan_floors`` once. Suffixes: D data
+Floors are linear in a section's work, except for reading expert weights: a step reads those that
+some token needs. So the linear factors are taken from ``capacity.floors`` once. Suffixes: D data
 indices, S stages.
 """
 
@@ -22,12 +21,11 @@ PARTS = ("compute", "memory", "network")
 
 
 class FloorTimes:
-    """Seconds of a step at a share ``efficiency`` of the speed of its floor.
+    """Seconds of a step at ``efficiency`` times the speed of its floor.
 
-    Of a step's parts (``PARTS``) the slowest counts, as if the others ran beside it. Experts are
-    loaded evenly, so that their part is the same on all ranks; an exchange ends when the rank that
-    sends most has sent. ``bound`` adds up the seconds of all steps by the part that they waited
-    for.
+    The slowest part (``PARTS``) counts, as if the others overlapped with it. Experts are loaded
+    evenly, so their part is equal on all ranks; an exchange ends when the rank that sends most has
+    sent. ``bound``: seconds of all steps by their slowest part.
     """
 
     def __init__(self, setup: Setup, efficiency: float) -> None:
@@ -47,8 +45,10 @@ class FloorTimes:
 
 
 class _StageTimes:
-    """The floor of one stage as factors. compute [4]: seconds per token, sampled row, and position
-    attended in decode and prefill.
+    """The floor of one stage as linear factors.
+
+    ``_compute`` [4]: seconds per token, per sampled row, and per attended position in decode and
+    in prefill.
     """
 
     def __init__(self, setup: Setup, stage: PipelineStage) -> None:
@@ -57,7 +57,7 @@ class _StageTimes:
         units = (_work(tokens=1), _work(sampled=1), _work(attended=1), _work(attended=1, decode=False))
         self._compute = np.array([stage_floor(setup, stage, unit).compute for unit in units])
         self._routed = stage_floor(setup, stage, _work(routed=1)).compute
-        reads = 1e6  # enough of them to stand out beside the weights
+        reads = 1e6  # enough to be exact beside the time of reading weights
         self._kv_read = (
             stage_floor(setup, stage, _work(kv_reads=reads)).memory
             - stage_floor(setup, stage, _work()).memory
@@ -75,7 +75,7 @@ class _StageTimes:
         return compute_D, memory_D, self._floor(most * self._data).network
 
     def _even_floor(self, total: int) -> Floor:
-        """Of ``total`` tokens on all ranks together, as many on each."""
+        """The floor of ``total`` tokens spread evenly over all ranks."""
         each = total / self._data
         return stage_floor(self._setup, self._stage, _work(tokens=each, routed=each))
 

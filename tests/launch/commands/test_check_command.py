@@ -77,7 +77,7 @@ def test_only_warnings_are_3(tmp_path: Path) -> None:
     result = run(tmp_path, "check", *LOCAL, limit="ulimit -n 1024")
     assert result.returncode == 3, result.stdout + result.stderr
     assert "warning limits: " in result.stdout
-    assert "1024 open files bound the connections of clients; raise it (ulimit -n 65536)" in result.stdout
+    assert "1024 open files limit client connections; raise it (ulimit -n 65536)" in result.stdout
     assert result.stdout.splitlines()[-1] == "1 warning"
 
 
@@ -89,7 +89,7 @@ def test_only_warnings_are_3(tmp_path: Path) -> None:
         (
             "",
             ("cluster.log_dir=/dev/null/logs",),
-            "disk: {host}: /dev/null: no folder that can be written to",
+            "disk: {host}: /dev/null: not a writable folder",
         ),
     ],
 )

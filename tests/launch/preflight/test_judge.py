@@ -1,6 +1,4 @@
-"""From nodes' answers to findings: every fault by itself, in answers that are otherwise those of
-two equal nodes.
-"""
+"""Findings for nodes' answers: every fault alone, in the answers of two otherwise equal nodes."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def bad(found: list[Finding]) -> list[Finding]:
 
 
 @pytest.mark.parametrize("wanted", [ON_GPUS, ON_CPUS])
-def test_two_equal_nodes_are_fine_and_all_is_said_to_have_been_looked_at(wanted: Requirements) -> None:
+def test_two_equal_nodes_are_fine_and_every_subject_is_reported(wanted: Requirements) -> None:
     found = judge([GOOD, beta()], wanted)
     assert bad(found) == []
     assert exit_status(found) == 0
@@ -183,7 +181,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
         {"limits": ProcessLimits(1024, -1)},
         "warning",
         "limits",
-        f"{BETA}: 1024 open files bound the connections of clients",
+        f"{BETA}: 1024 open files limit client connections",
     ),
     (
         "memlock",
@@ -241,7 +239,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
         "network",
         f"{BETA}: no interface has the address 10.0.0.3; start Ray there with",
     ),
-    ("NUMA", {"numa": 1}, "warning", "NUMA", f"nodes of memory: 2 on {ALPHA}, 1 on {BETA}"),
+    ("NUMA", {"numa": 1}, "warning", "NUMA", f"NUMA nodes: 2 on {ALPHA}, 1 on {BETA}"),
     (
         "late",
         {"gpus": None, "failed": {"gpus": "no answer within 20 s"}},
@@ -274,14 +272,14 @@ def test_ranks_on_cpus_need_host_memory_and_no_adapters() -> None:
     )
     assert finding.level == "error"
     assert str(finding).startswith(
-        "memory: beta (10.0.0.3): 30.0 GiB available, and 2 ranks take 40.0 GiB; end what else"
+        "memory: beta (10.0.0.3): 30.0 GiB available, and 2 ranks take 40.0 GiB; end other processes"
     )
 
 
 def test_without_a_plan_memory_is_only_told() -> None:
     found = judge([GOOD], msgspec.structs.replace(ON_CPUS, rank_memory=None))
     assert [str(finding) for finding in found if finding.subject == "memory"] == [
-        "memory: alpha (10.0.0.2): 64.0 GiB available; not compared with the plan, which needs cluster.hardware"
+        f"memory: {ALPHA}: 64.0 GiB available; not compared with the plan, which needs cluster.hardware"
     ]
 
 
@@ -315,7 +313,7 @@ def test_links() -> None:
     assert str(refused).startswith(
         "network: beta -> alpha: 10.0.0.2:999: no answer within 3 s; open TCP from beta to alpha"
     )
-    assert "alpha -> gamma: 5.00 ms for a round trip" in str(slow)
+    assert "alpha -> gamma: 5.00 ms per round trip" in str(slow)
     assert "gamma -> alpha: 50 MB/s" in str(narrow)
     assert "3 of 4 directions work, round trip 0.10 ms, at most 5.00, 0.05 to 2.00 GB/s" in str(summary)
     assert [finding.level for finding in judge_links([])] == []

@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert facts.disks is not None
     assert [disk.problem for disk in facts.disks] == [
         "",
-        f"{tmp_path / 'file'}: no folder that can be written to",
+        f"{tmp_path / 'file'}: not a writable folder",
     ]
 
 

@@ -28,7 +28,8 @@ from lockstep.launch.defaults import EFFICIENCY
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.recipe import Recipe, contradictions
 from lockstep.launch.simulation import screen as simulate_screen
-from lockstep.launch.simulation.report import SimulationReport, quantiles
+from lockstep.launch.simulation.evaluate import quantiles
+from lockstep.launch.simulation.report import SimulationReport
 from lockstep.launch.simulation.screen import ProgressScreen, show_report
 from lockstep.launch.simulation.simulate import Progress, StopAfter, settings_of, simulate_plan
 from lockstep.launch.simulation.times import FloorTimes
@@ -397,8 +398,10 @@ def test_a_planner_that_gets_nowhere_is_an_error_that_names_the_request(tmp_path
 def test_ctrl_c_prints_what_was_simulated(tmp_path: Path) -> None:
     arguments = ["--recipe", "demo", "--trace", "poisson:rate=5,input=300,output=200,count=500000", "--json"]
     start = [str(Path(sys.executable).parent / "launch"), "simulate", *arguments]
-    code = f"import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = {start!r}\n"
-    code += "from lockstep.launch.simulation import screen; screen._EVERY = 0.2\nfrom lockstep.launch.cli import main; main()"
+    code = f"import signal, sys\nsys.argv = {start!r}\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from lockstep.launch.simulation import screen\nscreen._EVERY = 0.2\n"
+    code += "from lockstep.launch.cli import main\nmain()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as process:
