@@ -1,4 +1,4 @@
-"""The console script: what has to stand before anything large is imported."""
+"""The console script: set-up before anything large is imported."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line. Until all of it is imported, which takes half a second, Ctrl-C ends it
-    without a trace.
-    """
-    interruptible = (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # a background job ignores it
+    """Runs the command line. During its import Ctrl-C ends the process without a traceback."""
+    # A background job ignores SIGINT, and goes on ignoring it.
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _replace_closed_streams()
@@ -25,8 +22,9 @@ def main() -> None:
 
 
 def _replace_closed_streams() -> None:
-    """A standard stream that the caller has closed goes nowhere; else the next file or socket would
-    get its number, and what is printed.
+    """Opens /dev/null for a standard stream that the caller has closed.
+
+    Otherwise the next file or socket would get its number, and the output.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

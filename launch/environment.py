@@ -9,68 +9,68 @@ from pathlib import Path
 RUN_MARK = "LOCKSTEP_RUN"
 
 _RAY = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run launch` must not ship the current folder to every node
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without a GPU is no reason to hide them, nor to warn
-    "SPT_NOENV": "1",  # Ray's processes rename themselves, and must not overwrite the environment that holds the run's mark
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # of a lost node the launcher tells in one line; Ray would print pages of its own log
-    "RAY_memory_monitor_refresh_ms": "0",  # under memory pressure Ray would kill the rank that uses most
+    # Sends no usage statistics.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Does not copy the current folder to every node under `uv run launch`.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Neither hides GPUs from actors without one nor warns about it.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Keeps the environment, with the run's mark, of Ray's processes that rename themselves.
+    "SPT_NOENV": "1",
+    # Keeps pages of Ray's log about a lost node off the terminal; the launcher prints one line.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    # Does not kill the rank that uses most memory when memory is short.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 
 
 def prepare_ray(address: str | None = None) -> None:
-    """Settings that Ray reads when it is imported; those the user made stand.
+    """Settings that Ray reads when it is imported; the user's take precedence.
 
-    A cluster of our own (no ``address``) gets a token of its own, known to this run alone; left to
-    itself Ray would make one in the home directory and share it between clusters. To join a
-    cluster, the user provides its token as Ray documents.
+    A cluster started here (no ``address``) gets a token of its own; Ray by default shares one in
+    the home directory between clusters. To join a cluster, the user provides its token as Ray
+    documents.
     """
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
     if (address or ray_address()) is not None:
         return
-    os.environ.setdefault(
-        "RAY_gcs_rpc_server_reconnect_timeout_s", "5"
-    )  # its head is on this machine: it is there or it has died
+    # The head is on this machine: without a connection it has died.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def ray_settings() -> dict[str, str]:
-    """The same for Ray that is started by others, a Slurm job."""
+    """Settings for a Ray that a Slurm job starts."""
     return dict(_RAY)
 
 
 def ray_address() -> str | None:
-    """The Ray cluster that the environment says to join."""
+    """The Ray cluster to join by RAY_ADDRESS, if any."""
     return os.environ.get("RAY_ADDRESS") or None
 
 
 def prepare_store() -> None:
-    """Before torch is imported for its store: it would warn of every rank whose address has no
-    name.
-    """
+    """Call before importing torch for its store, which would warn of addresses without a name."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def mark_run(mark: str) -> None:
-    """Puts this run's mark into the environment, which every process below inherits and ``reaper``
-    finds.
-    """
+    """Puts this run's mark into the environment of all child processes, for the reaper."""
     os.environ[RUN_MARK] = mark
 
 
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment of a child process, which has no business with Ray."""
+    """The environment of a child process, without Ray's token."""
     own = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
     return own | {"PYTHONUNBUFFERED": "1"} | extra
 
 
-# How often a thread of OpenMP looks for work, or for the others to finish theirs, before it sleeps;
-# left to itself it spins for milliseconds. Beside a process that took one of two cores a rank with
-# two threads made 8 tokens/s then, 116 with this; alone it loses 1 % (2 cores of an EPYC Turin, one
-# row of a model of 8 layers).
+# Times that an OpenMP thread polls for work before it sleeps; by default it spins for milliseconds.
+# Beside a process that took one of two cores, a rank with two threads made 8 tokens/s by default,
+# 116 with this; alone it loses 1 % (2 cores of an EPYC Turin, one row of a model of 8 layers).
 _SPINS = "500"
 
 
@@ -116,18 +116,17 @@ def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict
 
 
 def interface_settings(interface: str | None) -> dict[str, str]:
-    """Tells gloo and NCCL which interface the other nodes reach this one by; what the user has set
-    on this node stands.
+    """Tells gloo and NCCL the interface that other nodes reach; the user's settings take precedence.
 
-    Left to themselves gloo takes the one that the host name resolves to, which may be the loopback,
-    and NCCL the first it finds.
+    By default gloo uses the one that the host name resolves to, which may be the loopback, and NCCL
+    the first it finds.
     """
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {} if interface is None else {name: interface for name in names if name not in os.environ}
 
 
 def visible_gpus() -> list[str]:
-    """Names of the NVIDIA GPUs this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    """NVIDIA GPUs that this process may use, as named in CUDA_VISIBLE_DEVICES."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]

@@ -27,8 +27,8 @@ def simulate(
         typer.Option(
             "--trace",
             "-t",
-            help="File with one JSON object per line: timestamp (ms), input_length, output_length, hash_ids, "
-            "as in the Mooncake traces. Or generated requests: "
+            help="File with one JSON object per line: timestamp (ms), input_length, output_length, "
+            "hash_ids, as in the Mooncake traces. Or generated requests: "
             "poisson:rate=20,input=2000,output=300,count=2000[,seed=0] (requests/s, tokens, tokens, requests).",
         ),
     ],
@@ -46,7 +46,7 @@ def simulate(
         typer.Option(
             min=0.01,
             max=1.0,
-            help="Speed of a step as a share of its floor's, which launch plan prints; 1 is the floor itself. "
+            help="Speed of a step as a share of its floor's, which launch plan prints; 1 is the floor. "
             "Published figures for DeepSeek-V3 reach 0.24 to 0.50, 0.31 in the median "
             "(benchmarks/plan_anchors.md).",
         ),

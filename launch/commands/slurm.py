@@ -83,7 +83,7 @@ def slurm(
     from ..slurm.job import JobOptions, make_job
     from ..slurm.script import script
 
-    wishes = JobOptions(
+    options = JobOptions(
         nodes=nodes,
         spare=spare,
         partition=partition,
@@ -113,7 +113,7 @@ def slurm(
         parsed, path = load_recipe(recipe, overrides or ())
         given = [from_here(override) for override in overrides or ()]
         model = model_directory(parsed, path.parent)
-        job = make_job(parsed, path, model, given, wishes, Path(sys.executable).parent)
+        job = make_job(parsed, path, model, given, options, Path(sys.executable).parent)
     except RecipeError as error:
         raise refusal(error) from None
     print(script(job), end="")

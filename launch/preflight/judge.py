@@ -240,7 +240,8 @@ def _limits(nodes: Sequence[NodeFacts], requirements: Requirements, gpus: bool) 
 
 def _disks(nodes: Sequence[NodeFacts]) -> list[Finding]:
     found = []
-    for node, disk in [(node, disk) for node in nodes for disk in node.disks or ()]:
+    disks = [(owner, disk) for owner in nodes for disk in owner.disks or ()]
+    for node, disk in disks:
         text = f"{disk.path}: {size_text(disk.free)} free"
         if disk.problem:
             found.append(_error("disk", disk.problem, node, "choose another cluster.log_dir or recording"))

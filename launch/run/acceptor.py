@@ -1,11 +1,10 @@
-"""The port of the cluster: accepts connections and passes each to the frontend that has the fewest.
+"""Accepts connections on the cluster's port and passes each to the frontend with the fewest.
 
-Sharing a port between processes leaves the choice to the kernel, which spreads few connections
-badly. With 64 connections opened at once on 4 processes the fullest got 1.25 times its share in the
-median with SO_REUSEPORT (1.50 at worst), 1.88 (2.94) with one listening socket that all accept
-from, and exactly its share here, for 7 to 38 us more CPU per connection and none per request (2
-cores of an AMD EPYC, 15 runs each). And a frontend that dies takes no connection with it that it
-had not taken: those that wait are given to others.
+Processes that share a port leave the choice to the kernel, which spreads few connections badly. Of
+64 connections opened at once on 4 processes the fullest got 1.25 times its share in the median with
+SO_REUSEPORT (1.50 at worst), 1.88 (2.94) with one listening socket for all, and exactly its share
+here, for 7 to 38 us more CPU per connection and none per request (2 cores of an AMD EPYC, 15 runs
+each). When a frontend dies, connections that it had not taken go to the others.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..cluster.cluster import LaunchError
 from ..cluster.ports import bound_socket
 
 BACKLOG = 2048
-_MAX_OFFERED = 32  # connections a frontend may leave untaken before others get them
+_MAX_OFFERED = 32  # untaken connections of a frontend, beyond which others get new ones
 _MAX_STRANGERS = 16
 _BURST = 32
 _SHORT_OF_DESCRIPTORS = 0.1
@@ -35,8 +34,8 @@ _SHORT_OF_DESCRIPTORS = 0.1
 
 @dataclass(eq=False)
 class _Channel:
-    """A line to a frontend: ``offered`` are connections it has not taken yet and since when,
-    ``num_open`` those it has not ended.
+    """A line to a frontend. ``offered``: connections not taken yet, and since when. ``num_open``:
+    connections not ended.
     """
 
     line: socket.socket
@@ -47,10 +46,10 @@ class _Channel:
 
 
 class Acceptor:
-    """Binds at once, so that a taken port is an error before anything starts (LaunchError), and
-    listens from ``open`` on.
+    """Binds at once, so that a taken port is a LaunchError before anything starts; listens from
+    ``open`` on.
 
-    One thread does all the work. ``spec`` is what frontends need to join.
+    One thread does all the work. ``spec``: what frontends need to join.
     """
 
     def __init__(self, host: str, port: int, num_frontends: int) -> None:
@@ -77,25 +76,22 @@ class Acceptor:
         self._thread.start()
 
     def open(self) -> None:
-        """Listens. Raises LaunchError where another process has begun to listen on the port since
-        it was bound.
-        """
+        """Listens. Raises LaunchError when another process has taken the port since it was bound."""
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:
-            raise LaunchError(
-                f"frontend.port = {self.port}: cannot be listened on: {error.strerror}"
-            ) from None
+            problem = f"cannot be listened on: {error.strerror}"
+            raise LaunchError(f"frontend.port = {self.port}: {problem}") from None
         self._listening = True
         self._wake.send(b"w")
 
     @property
     def num_ready(self) -> int:
-        """Frontends that take connections."""
+        """Number of frontends that take connections."""
         return sum(channel.ready for channel in list(self._channels))
 
     def stuck(self, seconds: float) -> list[int]:
-        """Frontends that have left a connection untaken for longer than that."""
+        """Frontends that have left a connection untaken for more than ``seconds``."""
         since = time.monotonic() - seconds
         return [
             channel.index
@@ -111,11 +107,10 @@ class Acceptor:
             self._thread.join()
 
     def check(self) -> None:
-        """Raises LaunchError where the thread has ended."""
-        if self._problem is not None:
-            raise LaunchError(
-                f"connections are no longer accepted: {type(self._problem).__name__}: {self._problem}"
-            ) from self._problem
+        """Raises LaunchError if the thread has failed."""
+        if (problem := self._problem) is not None:
+            text = f"connections are no longer accepted: {type(problem).__name__}: {problem}"
+            raise LaunchError(text) from problem
 
     # ----------------------------------------------------------------- the thread
 
@@ -171,7 +166,7 @@ class Acceptor:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError:  # no descriptor left: the connections wait where they are
+            except OSError:  # no descriptor left: connections wait in the backlog
                 time.sleep(_SHORT_OF_DESCRIPTORS)
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -180,18 +175,21 @@ class Acceptor:
                 return
 
     def _offer(self, connection: socket.socket) -> bool:
-        """Passes a connection to the frontend with the fewest, in turn among equals; whether one
-        could take it.
+        """Passes a connection to the frontend with the fewest, in turn among equals.
+
+        Returns whether one could take it.
         """
         count = self._num_frontends
-        for channel in sorted(
-            self._candidates(), key=lambda channel: (channel.num_open, (channel.index - self._turn) % count)
-        ):
+
+        def order(channel: _Channel) -> tuple[int, int]:
+            return channel.num_open, (channel.index - self._turn) % count
+
+        for channel in sorted(self._candidates(), key=order):
             try:
                 socket.send_fds(channel.line, [b"c"], [connection.fileno()])
             except BlockingIOError:
                 continue
-            except OSError:  # it has gone; ``_hear`` meets the end of the line
+            except OSError:  # it has gone; ``_hear`` will read the end of the line
                 channel.ready = False
                 continue
             channel.num_open += 1
@@ -203,7 +201,7 @@ class Acceptor:
     # ----------------------------------------------------------------- frontends
 
     def _meet(self) -> None:
-        """Somebody has connected; the first packet must hold the token."""
+        """Accepts a line from a process whose first packet must hold the token."""
         try:
             stranger = _Channel(self._desk.accept()[0])
         except OSError:
@@ -215,7 +213,7 @@ class Acceptor:
             self._forget(self._strangers[0])
 
     def _hear(self, channel: _Channel) -> None:
-        if channel.line.fileno() < 0:  # forgotten in this very turn
+        if channel.line.fileno() < 0:  # forgotten in this turn
             return
         try:
             words = channel.line.recv(MAX_PACKET)
@@ -254,7 +252,7 @@ class Acceptor:
             self._forget(stranger)
 
     def _forget(self, channel: _Channel) -> None:
-        """A line has ended: what was not taken there is offered to others."""
+        """Drops a line that has ended; its untaken connections are offered to others."""
         self._selector.unregister(channel.line)
         channel.line.close()
         self._untaken.extend(connection for connection, _ in channel.offered)

@@ -1,4 +1,4 @@
-"""Asks the front door for one token before the cluster is called ready."""
+"""Asks the server for one token before the cluster is reported ready."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ _RETRY = 0.05
 
 
 class FirstToken:
-    """Asks ``GET /health/generate`` for one real token, in a thread, so that the launcher can watch
-    its processes meanwhile.
+    """Requests ``GET /health/generate`` in a thread, while the launcher watches its processes.
 
-    A 503 is asked again until ``deadline`` seconds have passed: the frontend may not have heard yet
-    that all ranks are there.
+    Retries a 503 for ``deadline`` seconds: the frontend may not know yet that all ranks are ready.
     """
 
     def __init__(self, host: str, port: int, api_key: str | None, deadline: float) -> None:
-        self._host, self._port, self._end = host, port, time.monotonic() + deadline
+        self._host = host
+        self._port = port
+        self._end = time.monotonic() + deadline
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._problem: str | None = None
         self._thread = threading.Thread(target=self._insist, name="first-token", daemon=True)
         self._thread.start()
 
     def done(self, timeout: float) -> bool:
-        """Whether the token has come, after waiting up to ``timeout`` seconds. Raises LaunchError
-        where it will not.
+        """Waits up to ``timeout`` seconds; returns whether the token has come.
+
+        Raises LaunchError when it will not come.
         """
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
         if self._problem is not None:
-            raise LaunchError(
-                f"the server does not answer GET /health/generate with a token: {self._problem}"
-            )
+            text = f"the server does not answer GET /health/generate with a token: {self._problem}"
+            raise LaunchError(text)
         return True
 
     def _insist(self) -> None:
@@ -47,12 +47,9 @@ class FirstToken:
             self._problem = None
 
     def _ask(self) -> int | None:
-        """The status of one attempt, None where there was no answer; ``_problem`` says what was
-        wrong with it.
-        """
-        connection = http.client.HTTPConnection(
-            self._host, self._port, timeout=max(1.0, self._end - time.monotonic())
-        )
+        """One attempt: sets ``_problem`` and returns the status, None without an answer."""
+        timeout = max(1.0, self._end - time.monotonic())
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
         try:
             connection.request("GET", "/health/generate", headers=self._headers)
             response = connection.getresponse()

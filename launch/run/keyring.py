@@ -8,9 +8,7 @@ from ..recipe.recipe import Recipe
 
 
 class Keyring:
-    """The CURVE keys of one run: a pair each for the controller's and the lobby's sockets, and one
-    per client process.
-    """
+    """Key pairs for the controller's and the lobby's sockets, and one per client process."""
 
     def __init__(self, names: list[str]) -> None:
         self._controller = new_keypair()
@@ -44,11 +42,7 @@ class Keyring:
 
 
 def process_names(recipe: Recipe) -> list[str]:
-    """Every process that needs a key, the launcher included."""
+    """Every process that needs a key, including the launcher."""
+    frontends = [f"frontend {index}" for index in range(recipe.frontend.processes)]
     ranks = [f"rank {rank}" for rank in range(recipe.world)]
-    return [
-        "launcher",
-        "controller 0",
-        *[f"frontend {index}" for index in range(recipe.frontend.processes)],
-        *ranks,
-    ]
+    return ["launcher", "controller 0", *frontends, *ranks]

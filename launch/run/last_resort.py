@@ -1,4 +1,4 @@
-"""A bound on orderly endings that wait for others, who may be gone."""
+"""A time limit for shutdown steps that wait for other processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from types import TracebackType
 
 
 class LastResort:
-    """Ends this process with status 1 when the block is not left within ``seconds``; the reaper
-    then ends the rest of the run.
+    """Ends this process with status 1 if the block takes more than ``seconds``.
+
+    The reaper then ends the rest of the run.
     """
 
-    def __init__(self, seconds: float, what: str) -> None:
-        self._message = f"error: {what} took more than {seconds:g} s; leaving, and killing what is left\n"
+    def __init__(self, seconds: float, step: str) -> None:
+        self._message = f"error: {step} took more than {seconds:g} s; leaving, and killing what is left\n"
         self._timer = threading.Timer(seconds, self._leave)
         self._timer.daemon = True
 

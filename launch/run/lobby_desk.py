@@ -1,4 +1,4 @@
-"""The launcher's end of the lobby: reports of starting processes come in here."""
+"""The launcher's end of the lobby: receives the reports of processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...engine.protocol.sockets import authenticate, server_socket
 
 
 class LobbyDesk:
-    """A PULL socket on ``host`` that only the holders of the ``allowed`` keys can write to."""
+    """A PULL socket on ``host`` that only holders of ``allowed`` keys can write to."""
 
     def __init__(self, host: str, public: str, secret: str, allowed: tuple[str, ...]) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -21,7 +21,7 @@ class LobbyDesk:
         self._decoder = msgspec.msgpack.Decoder(Report)
 
     def read(self, timeout: float) -> list[Report]:
-        """The reports that are there, after waiting up to ``timeout`` seconds for the first."""
+        """All reports, after waiting up to ``timeout`` seconds for the first."""
         reports = []
         wait = max(0, int(timeout * 1000))
         while self.socket.poll(wait):

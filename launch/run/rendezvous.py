@@ -1,6 +1,4 @@
-"""The store where ranks find each other (torch.distributed). It lives in the launcher, so that it
-outlives every rank.
-"""
+"""The store where ranks find each other (torch.distributed). In the launcher it outlives them."""
 
 from __future__ import annotations
 
@@ -12,10 +10,9 @@ from ..environment import prepare_store
 
 
 class Rendezvous:
-    """A TCPStore that listens on ``host`` alone. torch takes a second or two to import, so that
-    happens in a thread.
+    """A TCPStore that listens on ``host`` only, opened in a thread: torch takes seconds to import.
 
-    ``port`` is known at once; clients that connect early wait in the listening socket's queue.
+    ``port`` is known at once; early clients wait in the backlog of the listening socket.
     """
 
     def __init__(self, host: str) -> None:
@@ -41,13 +38,11 @@ class Rendezvous:
             self._error = error
 
     def check(self) -> None:
-        """Raises what went wrong in the thread, if anything."""
+        """Raises the error of the thread, if any."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Does not wait for a store that is not yet open: its thread finds the socket closed, or
-        ends with the process.
-        """
+        """Closes without waiting for the thread, which then finds the socket closed."""
         self._socket.close()
         self._store = None

@@ -9,25 +9,19 @@ from pathlib import Path
 
 
 class RunFolder:
-    """A fresh folder under ``parent`` (the system's temporary folder when None), readable by this
-    user alone.
-    """
+    """A new folder in ``parent``, or the system's temporary folder; readable by this user only."""
 
     def __init__(self, parent: str | None) -> None:
         if parent is not None:
             Path(parent).expanduser().mkdir(parents=True, exist_ok=True)
         self._keep = parent is not None
-        self.path = Path(
-            tempfile.mkdtemp(
-                prefix="lockstep-", dir=None if parent is None else Path(parent).expanduser().absolute()
-            )
-        )
+        folder = None if parent is None else Path(parent).expanduser().absolute()
+        self.path = Path(tempfile.mkdtemp(prefix="lockstep-", dir=folder))
 
     def end(self, *, failed: bool) -> bool:
-        """Deletes the folder unless it was asked for or the run failed; returns whether it was
-        kept.
+        """Deletes the folder unless ``parent`` was given or the run failed; returns whether it stays.
 
-        An empty one goes in any case, Ray's own files in any case but after a failure.
+        After a failure only an empty folder is deleted; otherwise always Ray's own files.
         """
         if failed:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""From a recipe and a model's description to what every process is told."""
+"""The specification of every process, from the recipe and the model's config."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .keyring import Keyring
 
 @dataclass(frozen=True)
 class Site:
-    """Facts of this run that the recipe leaves open. ``device`` is cpu or cuda; ``host`` the
-    launcher's address.
+    """Properties of this run beyond the recipe. ``device``: cpu or cuda. ``host``: the launcher's
+    address.
     """
 
     recipe: Recipe
@@ -109,7 +109,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         max_running=recipe.scheduler.max_running,
         max_len=recipe.model.max_len,
         dispatch=site.dispatch,
-        device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees the one GPU it was given
+        device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,
         collective_deadline=recipe.cluster.collective_deadline,
         lobby=site.lobby(f"rank {rank}"),

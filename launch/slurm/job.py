@@ -1,4 +1,4 @@
-"""A Slurm job that serves a recipe: what it asks Slurm for, checked against the recipe."""
+"""A Slurm job that serves a recipe: its options, checked against the recipe."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from ..recipe.hardware import load_hardware
 from ..recipe.recipe import Recipe, RecipeError
 
-# What a drain may take beyond cluster.drain_deadline: stopping the processes, Ray, and the moment
-# Slurm takes to signal.
+# Beyond cluster.drain_deadline: to stop the processes and Ray, and for Slurm to signal.
 STOPPING_SECONDS = 60
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _GPUS = re.compile(r"gpu(?::[A-Za-z][\w.-]*)?(?::(?P<count>\d+))?(?:\(.*\))?")
@@ -21,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 @dataclass(frozen=True)
 class JobOptions:
-    """The options of ``launch slurm``, as given; None where they were left out."""
+    """The options of ``launch slurm`` as given; None: not given."""
 
     nodes: int | None = None
     spare: int = 0
@@ -51,29 +50,31 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and what its job asks for. ``recipe_name`` is a packaged recipe's name or a file's
-    path, ``bin`` the folder of the commands on every node, None for the PATH of a container.
+    """A recipe and the options of its job.
+
+    ``recipe_name``: a packaged name, or a path. ``bin``: folder of the commands on every node,
+    None for the PATH of a container.
     """
 
     recipe: Recipe
     recipe_name: str
     model_path: Path
     overrides: tuple[str, ...]
-    wishes: JobOptions
+    options: JobOptions
     gpus_per_node: int
     bin: Path | None
 
     @property
     def name(self) -> str:
-        return self.wishes.name or f"lockstep-{Path(self.recipe_name).stem}"
+        return self.options.name or f"lockstep-{Path(self.recipe_name).stem}"
 
     @property
     def num_nodes(self) -> int:
-        return self.recipe.cluster.nodes + self.wishes.spare
+        return self.recipe.cluster.nodes + self.options.spare
 
     @property
     def drain_seconds(self) -> int:
-        """How long before its time limit the job starts to drain."""
+        """Seconds before its time limit at which the job starts to drain."""
         return math.ceil(self.recipe.cluster.drain_deadline) + STOPPING_SECONDS
 
     @property
@@ -87,67 +88,55 @@ def make_job(
     path: Path,
     model_path: Path,
     overrides: Sequence[str],
-    wishes: JobOptions,
+    options: JobOptions,
     bin_folder: Path,
 ) -> Job:
-    """The job for ``recipe``, whose file is ``path``. Raises RecipeError with everything that does
-    not fit.
-    """
-    found, gpus = _gpus(recipe, wishes)
-    found += _contradictions(recipe, wishes)
+    """The job for ``recipe``, whose file is ``path``. Raises RecipeError with all problems."""
+    found, gpus = _gpus(recipe, options)
+    found += _contradictions(recipe, options)
     if found:
         raise RecipeError("the job does not fit the recipe\n" + "\n".join(f"  {line}" for line in found))
     packaged = Path(__file__).resolve().parent.parent.parent / "recipes"
     name = path.stem if path.parent.resolve() == packaged else str(path)
-    if wishes.container_image is not None:
-        folder = Path(wishes.bin) if wishes.bin else None
+    if options.container_image is not None:
+        folder = Path(options.bin) if options.bin else None
     else:
-        folder = Path(wishes.bin or bin_folder).expanduser().absolute()
-    return Job(recipe, name, model_path, tuple(overrides), wishes, gpus, folder)
+        folder = Path(options.bin or bin_folder).expanduser().absolute()
+    return Job(recipe, name, model_path, tuple(overrides), options, gpus, folder)
 
 
-def _gpus(recipe: Recipe, wishes: JobOptions) -> tuple[list[str], int]:
-    """What is wrong with the GPUs asked for, and how many a node must have."""
+def _gpus(recipe: Recipe, options: JobOptions) -> tuple[list[str], int]:
+    """Problems of the GPU options, and the GPUs that a node must have."""
     cluster = recipe.cluster
     device: str = cluster.device
     if device == "auto" and cluster.hardware is not None:
         device = load_hardware(cluster.hardware).device
     if device == "auto":
-        return [
-            "cluster.device = auto: a job must know whether to ask for GPUs; use cluster.device=cuda or cluster.device=cpu"
-        ], 0
+        text = "cluster.device = auto: the job must know whether to ask for GPUs"
+        return [f"{text}; use cluster.device=cuda or cluster.device=cpu"], 0
     wanted = cluster.ranks_per_node if device == "cuda" else 0
-    if wishes.gres is None:
+    if options.gres is None:
         return [], wanted
-    match = next(
-        (
-            found
-            for entry in wishes.gres.split(",")
-            if (found := _GPUS.fullmatch(entry.removeprefix("gres/")))
-        ),
-        None,
-    )
+    entries = [entry.removeprefix("gres/") for entry in options.gres.split(",")]
+    match = next((found for entry in entries if (found := _GPUS.fullmatch(entry))), None)
     offered = 0 if match is None else int(match["count"] or 1)
     if wanted and offered < wanted:
-        return [
-            f"--gres {wishes.gres}: {offered} GPUs on a node, but cluster.ranks_per_node = {wanted} needs one for each rank"
-        ], wanted
+        text = f"--gres {options.gres}: {offered} GPUs on a node, but cluster.ranks_per_node = {wanted}"
+        return [f"{text} needs one for each rank"], wanted
     if offered and not wanted:
-        return [
-            f"--gres {wishes.gres}: asks for GPUs, but the recipe's ranks run on CPUs (cluster.device = {cluster.device})"
-        ], wanted
+        text = f"--gres {options.gres}: asks for GPUs, but the recipe's ranks run on CPUs"
+        return [f"{text} (cluster.device = {cluster.device})"], wanted
     return [], wanted
 
 
-def _contradictions(recipe: Recipe, wishes: JobOptions) -> list[str]:
+def _contradictions(recipe: Recipe, options: JobOptions) -> list[str]:
+    """Options that do not fit the recipe or each other."""
     cluster = recipe.cluster
-    seconds = None if wishes.time is None else parse_time(wishes.time)
-    needed = math.ceil(cluster.drain_deadline) + STOPPING_SECONDS
     checks = (
         (
-            wishes.nodes is not None and wishes.nodes != cluster.nodes,
-            f"--nodes {wishes.nodes}: the recipe spreads its ranks over cluster.nodes = {cluster.nodes}; "
-            f"leave --nodes out, or override the recipe with cluster.nodes={wishes.nodes}",
+            options.nodes is not None and options.nodes != cluster.nodes,
+            f"--nodes {options.nodes}: the recipe spreads its ranks over cluster.nodes = {cluster.nodes}; "
+            f"leave --nodes out, or override the recipe with cluster.nodes={options.nodes}",
         ),
         (
             cluster.backend == "local",
@@ -155,54 +144,62 @@ def _contradictions(recipe: Recipe, wishes: JobOptions) -> list[str]:
         ),
         (
             cluster.address is not None,
-            f"cluster.address = {cluster.address}: the job starts a Ray cluster of its own; leave it out",
+            f"cluster.address = {cluster.address}: the job starts its own Ray cluster; leave it out",
         ),
         (
-            wishes.cpus is not None and wishes.cpus < cluster.ranks_per_node,
-            f"--cpus {wishes.cpus}: fewer than cluster.ranks_per_node = {cluster.ranks_per_node}",
+            options.cpus is not None and options.cpus < cluster.ranks_per_node,
+            f"--cpus {options.cpus}: fewer than cluster.ranks_per_node = {cluster.ranks_per_node}",
         ),
         (
-            wishes.time is not None and seconds is None,
-            f"--time {wishes.time}: should be as Slurm has it: minutes, hours:minutes:seconds, days-hours, or days-hours:minutes:seconds",
+            options.name is not None and not _NAME.fullmatch(options.name),
+            f"--name {options.name}: should be letters, digits, dots, dashes and underscores",
         ),
         (
-            seconds is not None and seconds <= needed,
-            f"--time {wishes.time}: no more than the {needed} s that draining may take "
-            f"(cluster.drain_deadline = {cluster.drain_deadline:g}, and {STOPPING_SECONDS} to stop)",
-        ),
-        (
-            wishes.name is not None and not _NAME.fullmatch(wishes.name),
-            f"--name {wishes.name}: should be letters, digits, dots, dashes and underscores",
-        ),
-        (
-            bool(wishes.container_mounts) and wishes.container_image is None,
+            bool(options.container_mounts) and options.container_image is None,
             "--container-mount: needs --container-image",
         ),
         (
-            recipe.frontend.port == 0 and wishes.port is None,
-            "frontend.port = 0: nobody could tell where the job serves; name a port, or leave the key out for one of the job's own",
+            recipe.frontend.port == 0 and options.port is None,
+            "frontend.port = 0: the job's port would be unknown; name a port, or leave the key out",
         ),
     )
-    texts = {field: value for field, value in vars(wishes).items() if isinstance(value, str)}
-    texts |= {f"sbatch {number}": value for number, value in enumerate(wishes.sbatch, start=1)}
-    texts |= {
-        f"container-mount {number}": value for number, value in enumerate(wishes.container_mounts, start=1)
-    }
-    unfit = [
+    return [text for wrong, text in checks if wrong] + _time_problems(recipe, options) + _unfit(options)
+
+
+def _time_problems(recipe: Recipe, options: JobOptions) -> list[str]:
+    """A time limit that Slurm would not read, or that leaves nothing but draining."""
+    if options.time is None:
+        return []
+    seconds, drain = parse_time(options.time), recipe.cluster.drain_deadline
+    if seconds is None:
+        formats = "minutes, hours:minutes:seconds, days-hours, or days-hours:minutes:seconds"
+        return [f"--time {options.time}: should be a time of Slurm: {formats}"]
+    if seconds > (needed := math.ceil(drain) + STOPPING_SECONDS):
+        return []
+    parts = f"cluster.drain_deadline = {drain:g}, and {STOPPING_SECONDS} to stop"
+    return [f"--time {options.time}: no more than the {needed} s that draining may take ({parts})"]
+
+
+def _unfit(options: JobOptions) -> list[str]:
+    """Text that cannot stand in a script."""
+    texts = {field: value for field, value in vars(options).items() if isinstance(value, str)}
+    texts |= {f"sbatch {number}": value for number, value in enumerate(options.sbatch, start=1)}
+    mounts = enumerate(options.container_mounts, start=1)
+    texts |= {f"container-mount {number}": value for number, value in mounts}
+    found = [
         f"--{field.replace('_', '-')}: should be one line, is {value!r}"
         for field, value in texts.items()
         if "\n" in value or not value
     ]
-    unfit += [
+    return found + [
         f"--sbatch {value}: should be an option of sbatch, such as --comment=text"
-        for value in wishes.sbatch
+        for value in options.sbatch
         if value[:1] != "-"
     ]
-    return [text for wrong, text in checks if wrong] + unfit
 
 
 def parse_time(text: str) -> int | None:
-    """Seconds of a Slurm time limit, None where it is none: sbatch(1), --time."""
+    """Seconds of a Slurm time limit (sbatch(1), --time); None if it is not one."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None

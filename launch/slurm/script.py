@@ -1,6 +1,4 @@
-"""The text of an sbatch script for a job: a head of what this job asks for, and a body that is the
-same for all.
-"""
+"""The text of an sbatch script: a head with the options of this job, and a body equal for all."""
 
 from __future__ import annotations
 
@@ -26,19 +24,21 @@ def script(job: Job) -> str:
 
 def _comments(job: Job) -> list[str]:
     cluster = job.recipe.cluster
-    spare = f" and {job.wishes.spare} spare" if job.wishes.spare else ""
+    spare = f" and {job.options.spare} spare" if job.options.spare else ""
     deadline = f"{cluster.drain_deadline:g} s"
     return [
-        f"# Serves {job.recipe_name}: {_count(cluster.nodes, 'node')}{spare}, {_count(cluster.ranks_per_node, 'rank')} on each.",
+        f"# Serves {job.recipe_name}: {_count(cluster.nodes, 'node')}{spare}, "
+        f"{_count(cluster.ranks_per_node, 'rank')} on each.",
         f"# Written by: {_written_by()}",
         "#",
         "#   sbatch SCRIPT                          prints the job's number, JOB below",
-        "#   cat lockstep-JOB/endpoint              where it serves; GET /ready answers 200 once it does",
-        "#   scancel --batch --signal=TERM JOB      drains: requests that run get"
-        f" {deadline} (cluster.drain_deadline), new ones 503; then ends",
-        "#   scancel JOB                            drains, too, but Slurm kills what is left after its own KillWait",
+        "#   cat lockstep-JOB/endpoint              prints its URL; GET /ready answers 200 once it serves",
+        f"#   scancel --batch --signal=TERM JOB      drains: running requests get {deadline}",
+        "#                                          (cluster.drain_deadline), new ones 503; then ends",
+        "#   scancel JOB                            drains too, but Slurm kills the rest after its KillWait",
         "#",
-        "# At its time limit the job drains by itself. Its exit code is that of launch: 0 stopped as asked, 1 a failure, 2 a bad recipe.",
+        "# The job drains before its time limit. It ends with the exit code of launch:",
+        "# 0 stopped as asked, 1 failed, 2 bad recipe.",
     ]
 
 
@@ -48,48 +48,46 @@ def _written_by() -> str:
 
 def _options(job: Job) -> list[str]:
     """The #SBATCH lines."""
-    wishes = job.wishes
+    options = job.options
     given: list[tuple[str, object]] = [
         ("job-name", job.name),
-        ("partition", wishes.partition),
-        ("account", wishes.account),
-        ("qos", wishes.qos),
-        ("reservation", wishes.reservation),
+        ("partition", options.partition),
+        ("account", options.account),
+        ("qos", options.qos),
+        ("reservation", options.reservation),
         ("nodes", job.num_nodes),
         ("ntasks-per-node", 1),
-        ("cpus-per-task", wishes.cpus),
-        ("mem", wishes.mem or (0 if wishes.cpus is None else None)),
-        ("gres", wishes.gres),
-        ("gpus-per-node", job.gpus_per_node if job.gpus_per_node and wishes.gres is None else None),
-        ("constraint", wishes.constraint),
-        ("nodelist", wishes.nodelist),
-        ("exclude", wishes.exclude),
-        ("time", wishes.time),
+        ("cpus-per-task", options.cpus),
+        ("mem", options.mem or (0 if options.cpus is None else None)),
+        ("gres", options.gres),
+        ("gpus-per-node", job.gpus_per_node if job.gpus_per_node and options.gres is None else None),
+        ("constraint", options.constraint),
+        ("nodelist", options.nodelist),
+        ("exclude", options.exclude),
+        ("time", options.time),
         ("signal", f"B:TERM@{job.drain_seconds}"),
         ("output", f"{_folder(job)}lockstep-%j.out"),
     ]
-    flags = ["--exclusive"] if wishes.cpus is None else []
-    flags += ["--no-kill", "--requeue" if wishes.requeue else "--no-requeue", *wishes.sbatch]
+    flags = ["--exclusive"] if options.cpus is None else []
+    flags += ["--no-kill", "--requeue" if options.requeue else "--no-requeue", *options.sbatch]
     lines = [f"--{name}={value}" for name, value in given if value is not None] + flags
     return [f"#SBATCH {_quoted(line)}" for line in lines]
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it from a script: double quotes and backslashes, nothing else of
-    the shell.
-    """
+    """Quotes an option for sbatch, which reads only double quotes and backslashes."""
     if not _UNSAFE.search(option):
         return option
     return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _folder(job: Job) -> str:
-    return "" if job.wishes.folder is None else f"{Path(job.wishes.folder).expanduser().absolute()}/"
+    return "" if job.options.folder is None else f"{Path(job.options.folder).expanduser().absolute()}/"
 
 
 def _settings(job: Job) -> list[str]:
-    """Variables of the body."""
-    recipe, wishes = job.recipe, job.wishes
+    """Assignments of the body's variables."""
+    recipe, options = job.recipe, job.options
     cluster = recipe.cluster
     host = "" if recipe.frontend.host in _LOOPBACK else recipe.frontend.host
     bin_folder = "" if job.bin is None else f"{job.bin}/"
@@ -101,31 +99,31 @@ def _settings(job: Job) -> list[str]:
         ("drain_deadline", f"{cluster.drain_deadline:g}"),
         ("bin", bin_folder),
         ("folder", _folder(job)),
-        ("scratch", wishes.scratch),
+        ("scratch", options.scratch),
         ("host", host),
-        ("port", "" if wishes.port is None else str(wishes.port)),
-        ("interface", wishes.interface or ""),
-        ("check", "yes" if wishes.check else ""),
-        ("image", job.wishes.container_image or ""),
+        ("port", "" if options.port is None else str(options.port)),
+        ("interface", options.interface or ""),
+        ("check", "yes" if options.check else ""),
+        ("image", job.options.container_image or ""),
         ("mounts", ",".join(_mounts(job))),
     ]
     notes = {
-        "recipe": "what launch is told",
-        "cpus": "Ray's count on the first node and on the others: a rank, the controller and a frontend take one each",
-        "bin": "folder of launch, ray and python on every node; empty: those of PATH",
-        "folder": "of the job's own folder; empty: where sbatch was called",
-        "scratch": "of Ray's sockets on each node",
-        "host": "that the server listens on; empty: the first node's address",
-        "port": "of the server; empty: a free one",
-        "interface": "whose address Ray and the server use; empty: the address that Slurm uses",
-        "image": "of a container for every step; empty: none",
+        "recipe": "arguments of launch",
+        "cpus": "CPUs for Ray on the first node and on the others: one per rank, controller and frontend",
+        "bin": "folder of launch, ray and python on every node; empty: PATH",
+        "folder": "parent of the job's folder; empty: the folder of sbatch",
+        "scratch": "parent of the folder for Ray's sockets on each node",
+        "host": "address the server listens on; empty: the first node's",
+        "port": "port of the server; empty: a free one",
+        "interface": "network interface of Ray and the server; empty: that of Slurm's address",
+        "image": "container image for every step; empty: none",
     }
-    return [
-        f"{_assignment(name, value)}{f'  # {notes[name]}' if name in notes else ''}" for name, value in lines
-    ] + [
-        "# Ray is this job's alone, keeps quiet, and leaves memory to the ranks.",
-        *(f"export {name}={shlex.quote(value)}" for name, value in ray_settings().items()),
-    ]
+    found = []
+    for name, value in lines:
+        note = f"  # {notes[name]}" if name in notes else ""
+        found.append(f"{_assignment(name, value)}{note}")
+    found.append("# Ray belongs to this job alone, sends no statistics, and leaves memory to the ranks.")
+    return found + [f"export {name}={shlex.quote(value)}" for name, value in ray_settings().items()]
 
 
 def _assignment(name: str, value: str | list[str]) -> str:
@@ -135,12 +133,12 @@ def _assignment(name: str, value: str | list[str]) -> str:
 
 
 def _mounts(job: Job) -> list[str]:
-    """The folders of recipe and model, beside those that were named."""
-    if job.wishes.container_image is None:
+    """The mounts of the options, then the folders of recipe and model."""
+    if job.options.container_image is None:
         return []
     recipe = Path(job.recipe_name)
     folders = [recipe.parent] if recipe.is_absolute() else []
-    return [*job.wishes.container_mounts, *(f"{folder}:{folder}" for folder in [*folders, job.model_path])]
+    return [*job.options.container_mounts, *(f"{folder}:{folder}" for folder in [*folders, job.model_path])]
 
 
 def _count(number: int, what: str) -> str:

@@ -1,10 +1,9 @@
 """Runs one command of a Slurm step: ``python -m lockstep.launch.slurm.step [options] COMMAND...``.
 
-``scancel`` sends SIGTERM to every step of a job at once, to Ray and to the ranks as well as to
-launch, which would leave nothing to drain with. So a step's command runs in a session of its own,
-this wrapper takes no notice of SIGTERM, and the job's script, which gets it too, says with SIGUSR1
-(srun passes it on) which step is to end when: the command then gets SIGTERM. When the wrapper
-itself is killed, the command goes with it.
+``scancel`` sends SIGTERM to every step of a job at once: to Ray and the ranks as well as to launch,
+which could then not drain. So a step's command runs in a session of its own, and this wrapper
+ignores SIGTERM. The job's script, which gets SIGTERM too, ends each step in its turn with SIGUSR1
+(srun passes it on): the command then gets SIGTERM. If the wrapper is killed, so is the command.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from ..cluster.entry import leave_with_parent
 
 
 class SlurmStep:
-    """The command, from its start on.
+    """A running command.
 
-    ``patience`` seconds after it was told to end it is killed, and either end is as it should be;
-    None waits as long as it takes, and the command's own status counts.
+    Told to end, it is killed after ``patience`` seconds, and the status is 0 either way. With None
+    it is never killed, and its own status counts.
     """
 
     def __init__(self, command: list[str], patience: float | None) -> None:
@@ -45,9 +44,7 @@ class SlurmStep:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def wait(self) -> int:
-        """The exit status, as a shell has it, once the command has ended and nothing of its session
-        is left.
-        """
+        """Waits for the command and kills the rest of its session; returns a shell's exit status."""
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._kill()
@@ -71,7 +68,7 @@ class SlurmStep:
 
 
 def _take_no_notice(number: int, frame: FrameType | None) -> None:
-    """A handler rather than SIG_IGN, which the command would inherit."""
+    """Ignores a signal. The command would inherit SIG_IGN, but no handler."""
 
 
 def _become_command(wrapper: int, mask: set[signal.Signals] | set[int]) -> None:
@@ -82,28 +79,28 @@ def _become_command(wrapper: int, mask: set[signal.Signals] | set[int]) -> None:
 def parse(arguments: list[str]) -> Namespace:
     parser = ArgumentParser(prog="slurm_step", allow_abbrev=False)
     parser.add_argument(
-        "--scratch", type=Path, help="Ray's folder on this node: made before, deleted afterwards"
+        "--scratch", type=Path, help="Ray's folder on this node: made at the start, deleted at the end"
     )
-    parser.add_argument("--logs", type=Path, help="where Ray's logs go from there")
+    parser.add_argument("--logs", type=Path, help="folder to copy Ray's logs to")
     parser.add_argument(
         "--patience",
         type=float,
-        help="seconds to end when told to, before it is killed; 0 is its status then",
+        help="seconds the command gets to end before it is killed; the status is then 0",
     )
     parser.add_argument("command", nargs=REMAINDER)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    wishes = parse(sys.argv[1:])
-    scratch: Path | None = wishes.scratch
+    options = parse(sys.argv[1:])
+    scratch: Path | None = options.scratch
     if scratch is not None:
         scratch.mkdir(mode=0o700, exist_ok=True)
     try:
-        code = SlurmStep(wishes.command, wishes.patience).wait()
+        code = SlurmStep(options.command, options.patience).wait()
     finally:
         if scratch is not None:
-            _clear(scratch, wishes.logs)
+            _clear(scratch, options.logs)
     sys.exit(code)
 
 

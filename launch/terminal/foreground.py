@@ -1,8 +1,8 @@
-"""The process the user sees, apart from the launcher proper.
+"""Separates the process that the user started from the launcher.
 
 A terminal, ``timeout`` and service managers signal a whole process group, Ray's own processes
-included, which would take Ray away before anything has drained. So the launcher and all below it
-run in a session of their own, and the process that was started only passes signals on and waits.
+included, which would end Ray before requests have drained. So the launcher and all its children
+run in a session of their own; the process that was started passes signals on and waits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: TERMINATE, signal.SI
 
 
 def step_behind() -> None:
-    """Forks. Returns in the child, which leads a session of its own and dies with its parent; the
-    parent stays here and leaves with the child's exit status. To be called before there are
-    threads.
+    """Forks. Returns in the child, which leads a new session and dies with its parent.
+
+    The parent stays here and exits with the child's status. Call it before threads exist.
     """
     parent = os.getpid()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)

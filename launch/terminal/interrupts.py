@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-TERMINATE = (
-    signal.SIGUSR2
-)  # SIGTERM as it is passed on: ray.init takes SIGTERM itself, and aborts the process at some points
+# Stands for SIGTERM, whose handler ray.init replaces; during parts of it SIGTERM aborts the process.
+TERMINATE = signal.SIGUSR2
 _MEANING = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", TERMINATE: "SIGTERM"}
 
 
 class Interrupted(Exception):
-    """The user wants to stop before the cluster was ready."""
+    """A request to stop before the cluster was ready."""
 
 
 class Interrupts:
@@ -26,7 +25,7 @@ class Interrupts:
         self.muted = False
 
     def install(self) -> None:
-        """Takes the signals over (again: ray.init takes SIGTERM for itself)."""
+        """Sets the handlers; call it again after ray.init, which sets its own for SIGTERM."""
         for number in _MEANING:
             signal.signal(number, self._count)
 

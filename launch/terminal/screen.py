@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while a cluster starts, serves and stops."""
+"""Output on the terminal while a cluster starts, serves and stops."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _WIDE = 100  # columns of a terminal
 
 
 class Screen:
-    """Progress bars on a terminal until the cluster is ready; a line per change of phase elsewhere
-    and afterwards.
+    """Shows progress bars on a terminal until the cluster is ready, else a line per new phase.
 
     The ready text goes to standard output, the rest to standard error.
     """
@@ -30,22 +29,14 @@ class Screen:
         self._bars: dict[str, TaskID] = {}
         self._seen: dict[str, tuple[str, str]] = {}
         bar = 24 if self._err.width >= _WIDE else 8
-        self._room = max(
-            8, min(60, self._err.width - bar - 26)
-        )  # for a phase, beside the name, the bar and the time
-        texts = TextColumn("  {task.description:<14}"), TextColumn("{task.fields[phase]}")
-        self._progress = Progress(
-            texts[0],
-            BarColumn(bar_width=bar),
-            texts[1],
-            TimeElapsedColumn(),
-            console=self._err,
-            transient=True,
-        )
+        self._phase_width = max(8, min(60, self._err.width - bar - 26))  # beside name, bar and time
+        name, phase = TextColumn("  {task.description:<14}"), TextColumn("{task.fields[phase]}")
+        columns = (name, BarColumn(bar_width=bar), phase, TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self._err, transient=True)
         self._live = self._err.is_terminal
 
     def say(self, text: str) -> None:
-        """A line with the time since the start."""
+        """Prints a line with the time since the start."""
         self._err.print(f"[dim]{time.monotonic() - self._start:6.1f} s[/dim]  {escape(text)}")
 
     def error(self, text: str) -> None:
@@ -53,13 +44,13 @@ class Screen:
         self._err.print(f"[bold red]error:[/bold red] {escape(text)}")
 
     def mark(self, phase: str, note: str = "") -> None:
-        """Ends a phase of the start-up, for the timeline."""
+        """Ends a phase of the start, for the timeline."""
         now = time.monotonic()
         self._phases.append(f"{phase} {now - self._last:.1f}" + (f" ({note})" if note else ""))
         self._last = now
 
     def show(self, name: str, report: Report) -> None:
-        """A process has reported."""
+        """Shows the report of a process."""
         now = report.phase, report.detail if report.phase == "ready" else ""
         changed = self._seen.get(name) != now
         self._seen[name] = now
@@ -71,30 +62,30 @@ class Screen:
         if name not in self._bars:
             self._bars[name] = self._progress.add_task(name, total=1.0, phase="")
         done = 1.0 if report.phase == "ready" else report.fraction
-        self._progress.update(
-            self._bars[name], completed=done, phase=escape(f"{report.phase} {report.detail}"[: self._room])
-        )
+        phase = f"{report.phase} {report.detail}"[: self._phase_width]
+        self._progress.update(self._bars[name], completed=done, phase=escape(phase))
 
     def hide(self) -> None:
-        """Ends the progress display for good."""
+        """Ends the progress display."""
         self._live = False
         if self._bars:
             self._progress.stop()
 
     def ready(self, url: str, elsewhere: str | None, model: str, api_key: str | None) -> None:
-        """The ready line, the timeline of the start-up, and two ways to use the server.
-        ``elsewhere``: its URL on other hosts.
+        """Prints the URL, the timeline of the start and two examples of use.
+
+        ``elsewhere``: the server's URL for other hosts.
         """
         self.hide()
         total = time.monotonic() - self._start
         header = f" \\\n  -H 'Authorization: Bearer {api_key}'" if api_key else ""
-        body = (
-            f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
-        )
+        message = '{"role": "user", "content": "Hello"}'
+        body = f'{{"model": "{model}", "messages": [{message}], "max_tokens": 32}}'
         self._out.print(
             f"\nready: {url}/v1 serves {model} after {total:.1f} s ({', '.join(self._phases)})\n"
             f"{f'from other hosts: {elsewhere}/v1' + chr(10) if elsewhere else ''}\n"
-            f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n  -d '{body}'\n\n"
+            f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
+            f"  -d '{body}'\n\n"
             "from openai import OpenAI\n"
             f'client = OpenAI(base_url="{url}/v1", api_key="{api_key or "none"}")\n'
             f'for chunk in client.chat.completions.create(model="{model}", stream=True, max_tokens=32,\n'

@@ -1,6 +1,4 @@
-"""``launch simulate``: the figures are the floors' by hand arithmetic and the plan's, and the
-command says what is wrong.
-"""
+"""``launch simulate``: figures equal hand-computed floors and the plan's; errors of the command."""
 
 from __future__ import annotations
 
@@ -27,13 +25,14 @@ from lockstep.launch.commands import simulate as simulate_command
 from lockstep.launch.defaults import EFFICIENCY
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.recipe import Recipe, contradictions
-from lockstep.launch.simulation import screen as simulate_screen
+from lockstep.launch.simulation import screen as simulate_screen, simulate as simulation
 from lockstep.launch.simulation.evaluate import quantiles
 from lockstep.launch.simulation.report import SimulationReport
 from lockstep.launch.simulation.screen import ProgressScreen, show_report
 from lockstep.launch.simulation.simulate import Progress, StopAfter, settings_of, simulate_plan
 from lockstep.launch.simulation.times import FloorTimes
 from lockstep.launch.simulation.trace import Trace, TraceRequest
+from lockstep.launch.terminal.interrupts import Interrupts
 
 QWEN, DEEPSEEK, LITE = "qwen3-30b-a3b-8xh100", "deepseek-gb200", "deepseek-v2-lite"
 
@@ -436,24 +435,23 @@ def test_a_report_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         )
         assert (result.returncode, result.stderr) == (
             1,
-            "error: the report cannot be written: No space left on device\n",
+            "error: cannot write the report: No space left on device\n",
         )
 
 
 def test_a_second_ctrl_c_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(
-        plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, told: StopAfter
+        plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, stop_after: StopAfter
     ) -> SimulationReport:
-        told(Progress(0.0, 1, 0, 0))
+        stop_after(Progress(0.0, 1, 0, 0))
         raise KeyboardInterrupt
 
     paper = io.StringIO()
     monkeypatch.setattr(simulate_screen, "_BLINK", 0.0)
-    monkeypatch.setattr(simulate_command, "simulate_plan", interrupted)
-    monkeypatch.setattr(
-        simulate_command, "Console", lambda **_: Console(file=paper, width=100, force_terminal=True)
-    )
-    monkeypatch.setattr(simulate_command.Interrupts, "install", lambda interrupts: None)
+    monkeypatch.setattr(simulation, "simulate_plan", interrupted)
+    terminal = Console(file=paper, width=100, force_terminal=True)
+    monkeypatch.setattr(simulate_command, "messages", lambda: terminal)
+    monkeypatch.setattr(Interrupts, "install", lambda interrupts: None)
     with pytest.raises(KeyboardInterrupt):
         simulate_command.simulate("demo", SHORT)
     assert paper.getvalue().count("\x1b[?25l") == paper.getvalue().count("\x1b[?25h") == 1
