@@ -146,7 +146,7 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
         {"shm": 64 << 20},
         "error",
         "shared memory",
-        f"{BETA}: 64.0 MiB free in /dev/shm; NCCL fails below 128.0 MiB; give",
+        f"{BETA}: 64.0 MiB free in /dev/shm; NCCL fails below 128.0 MiB; enlarge",
     ),
     (
         "model broken",
