@@ -1,7 +1,7 @@
-"""The floors beside published figures: ``python -m lockstep.launch.capacity.anchors`` prints what
-benchmarks/plan_anchors.md keeps.
+"""Floors beside published figures: ``python -m lockstep.launch.capacity.anchors`` prints
+benchmarks/plan_anchors.md.
 
-A floor that a published figure beats is wrong; a ratio far below 1 has to have a reason.
+A floor that a published figure beats is wrong; a ratio far below 1 needs a reason.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _FP8_ROW = 1 + 4 / 128  # DeepEP sends fp8 with a float32 scale per 128 values
 
 @dataclass(frozen=True)
 class PublishedRate:
-    """A figure for DeepSeek-V3 or R1. ``batch`` per GPU, 0 for prefill; ``rate`` tokens a second
-    and GPU; ``set_up`` says what is assumed because it is not published; ``reason`` of the gap to
-    the floor.
+    """A published figure for DeepSeek-V3 or R1.
+
+    ``batch``: per GPU, 0 for prefill. ``rate``: tokens/s per GPU. ``set_up``: published and assumed
+    settings. ``reason``: of the gap to the floor.
     """
 
     system: str
@@ -39,13 +40,13 @@ class PublishedRate:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step on a GPU."""
+        """Tokens per step and GPU."""
         return self.batch or CHUNK
 
 
 @dataclass(frozen=True)
 class MeasuredExchange:
-    """DeepEP low latency, measured: microseconds of dispatch and combine."""
+    """Microseconds of dispatch and combine, measured with DeepEP low latency."""
 
     ranks: int
     dispatch_us: float
@@ -61,7 +62,8 @@ PUBLISHED = (
         4096,
         0.44 * 9200,
         "9.2k less 56 % cache hits; prompts of 4k assumed",
-        "a service under changing load, day and night; exchange and computation each about as long, so that what is not hidden counts",
+        "a service under changing load, day and night; exchange and computation take equally long, "
+        "so that every part not overlapped counts",
     ),
     PublishedRate(
         "DeepSeek",
@@ -71,7 +73,8 @@ PUBLISHED = (
         4989,
         1850,
         "batch from 1.85k / 21 tokens/s/user",
-        "a service under changing load; DeepEP takes 1.3 times the floor of its exchange (below), two microbatches hide a part of it",
+        "a service under changing load; DeepEP takes 1.3 times the floor of its exchange (below), "
+        "two microbatches hide a part of it",
     ),
     PublishedRate(
         "SGLang",
@@ -81,7 +84,8 @@ PUBLISHED = (
         2048,
         6800,
         "2k prompts: middle of 6.3k to 7.2k",
-        "0.69 with nothing overlapped; uneven experts cost 1.18 times, FP8 products reach 78 % of peak at best (DeepGEMM)",
+        "0.69 with nothing overlapped; uneven experts cost 1.18 times, "
+        "FP8 products reach 78 % of peak at best (DeepGEMM)",
     ),
     PublishedRate(
         "SGLang",
@@ -111,7 +115,8 @@ PUBLISHED = (
         2048,
         26200,
         "8 GPUs, NVFP4 experts, FP8 attention, 2k prompts",
-        "0.51 with nothing overlapped; gating, quantising and norms are not in the floor, and NVFP4 kernels are taken at peak",
+        "0.51 with nothing overlapped; the floor has no gating, quantising and norms, "
+        "and takes NVFP4 kernels at peak",
     ),
     PublishedRate(
         "SGLang",
@@ -121,7 +126,8 @@ PUBLISHED = (
         2048,
         13400,
         "48 GPUs, NVFP4 experts, FP8 attention; batch 768 assumed",
-        "0.94 ms a layer against 0.23: launches, gating, quantising and norms are not in the floor and weigh most where it is so low",
+        "0.94 ms a layer against 0.23: the floor has no launches, gating, quantising and norms, "
+        "which weigh most where it is so low",
     ),
     PublishedRate(
         "vLLM",
@@ -158,8 +164,9 @@ EXCHANGE_TOKENS = 128
 
 
 def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
-    """DeepSeek-V3 as those systems run it: FP8, on Blackwell NVFP4 experts and FP8 attention;
-    prefill passes tokens on in a node.
+    """DeepSeek-V3 as those systems run it: FP8; on Blackwell NVFP4 experts and FP8 attention.
+
+    Prefill passes tokens on inside a node.
     """
     recipe, path = load_recipe("deepseek-h200", check=contradictions)
     device = load_hardware(hardware)
@@ -192,8 +199,9 @@ def markdown() -> str:
         [
             "# Floors of `launch plan` beside published figures",
             "",
-            "DeepSeek-V3 and R1. Floor: the slowest of compute, memory and network at data-sheet rates, perfectly overlapped and even.",
-            "Ratio: published rate / rate of the floor; in brackets with nothing overlapped. Times are of one step.",
+            "DeepSeek-V3 and R1. Floor: the slowest of compute, memory and network at data-sheet rates,",
+            "perfectly overlapped and even. Ratio: published rate / rate of the floor; in brackets with",
+            "nothing overlapped. Times are of one step.",
             "",
             *_rate_lines(),
             "",
@@ -201,9 +209,9 @@ def markdown() -> str:
             "",
             *_exchange_lines(),
             "",
-            "At 8 ranks the tokens stay on NVLink, where start-up latency, which the floor does not have, is most of the time;",
-            "at 16 half of them do. From 32 ranks on the adapters bind: DeepEP moves 43 to 48 of their 50 GB/s, and sends a token once",
-            "per expert, the floor once per rank.",
+            "At 8 ranks all tokens stay on NVLink, where most of the time is start-up latency, which the",
+            "floor does not have; at 16 ranks half of them do. From 32 ranks on the adapters bind: DeepEP",
+            "moves 43 to 48 of their 50 GB/s, and sends a token once per expert, the floor once per rank.",
             "",
         ]
     )
@@ -211,7 +219,8 @@ def markdown() -> str:
 
 def _rate_lines() -> list[str]:
     lines = [
-        "| system | hardware | step | set-up | compute / memory / network ms | binds | floor tok/s/GPU | published | ratio | why |",
+        "| system | hardware | step | set-up | compute / memory / network ms | binds | floor tok/s/GPU "
+        "| published | ratio | why |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for figure in PUBLISHED:
@@ -237,11 +246,13 @@ def _exchange_lines() -> list[str]:
     ]
     for measured in EXCHANGES:
         floor = traffic(deepseek("h800", measured.ranks, prefill=False), EXCHANGE_TOKENS)
-        dispatch, combine = 1e6 * floor.dispatch_seconds, 1e6 * floor.combine_seconds
-        lines.append(
-            f"| {measured.ranks} | {dispatch:.0f} | {measured.dispatch_us} | {dispatch / measured.dispatch_us:.2f} "
-            f"| {combine:.0f} | {measured.combine_us} | {combine / measured.combine_us:.2f} |"
-        )
+        cells = [str(measured.ranks)]
+        for seconds, us in (
+            (floor.dispatch_seconds, measured.dispatch_us),
+            (floor.combine_seconds, measured.combine_us),
+        ):
+            cells += [f"{1e6 * seconds:.0f}", f"{us}", f"{1e6 * seconds / us:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

@@ -1,8 +1,6 @@
-"""Floors of time: what a step cannot be faster than, by compute, by memory and by network, from
-data-sheet rates.
+"""Time floors: lower bounds of a step's time by compute, memory and network at data-sheet rates.
 
-Overlap is taken as perfect and load as even, so a real engine is slower. Suffixes of seconds: none;
-all times are seconds.
+They assume perfect overlap and even load, so a real engine is slower. All times are seconds.
 """
 
 from __future__ import annotations
@@ -17,10 +15,11 @@ from .setup import Setup
 
 @dataclass(frozen=True)
 class Work:
-    """A step on one data-parallel rank: ``tokens`` computed, ``sampled`` rows, ``attended``
-    positions summed over the tokens, ``kv_reads`` positions that are read from memory, ``routed``
-    tokens whose experts it computes: a mean over the ranks, which are as many as its own where all
-    have equally many.
+    """A step on one data-parallel rank.
+
+    ``tokens``: computed. ``sampled``: rows sampled. ``attended``: positions, summed over tokens.
+    ``kv_reads``: positions read from memory. ``routed``: tokens whose experts the rank computes, a
+    mean over ranks; equal to ``tokens`` if all ranks have equally many.
     """
 
     tokens: float
@@ -33,9 +32,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Expert exchange of one layer on one rank: bytes that leave it, over near and far links, and
-    what they take.
-    """
+    """Expert exchange of one layer on one rank: bytes sent over all links, and their time."""
 
     dispatch_bytes: int
     combine_bytes: int
@@ -57,7 +54,7 @@ class Floor:
 
     @property
     def serial(self) -> float:
-        """Without overlap of exchange and computation."""
+        """Seconds without overlap of exchange and computation."""
         return max(self.compute, self.memory) + self.network
 
     @property
@@ -71,20 +68,18 @@ def decode_work(batch: int, context: int) -> Work:
 
 
 def prefill_work(tokens: int, prompt: int) -> Work:
-    """``tokens`` of prompts of ``prompt`` tokens each, none of them cached; a chunk reads its
-    context once.
-    """
+    """``tokens`` of uncached prompts of ``prompt`` tokens; a chunk reads its context once."""
     return Work(tokens, tokens / prompt, tokens * prompt / 2, tokens + prompt / 2, tokens, False)
 
 
 def floor_of(setup: Setup, work: Work) -> Floor:
-    """The floor of a step; with stages in a row their times add up."""
+    """The floor of a step: the sum over pipeline stages."""
     parts = [stage_floor(setup, stage, work) for stage in setup.stages()]
     return Floor(*(sum(getattr(part, name) for part in parts) for name in ("compute", "memory", "network")))
 
 
 def stage_floor(setup: Setup, stage: PipelineStage, work: Work) -> Floor:
-    """The part of a step that one stage does."""
+    """The floor of one pipeline stage."""
     exchange = traffic(setup, work.tokens)
     network = stage.num_moe * (exchange.dispatch_seconds + exchange.combine_seconds)
     return Floor(
@@ -107,8 +102,9 @@ def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
 
 
 def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
-    """Weights are read once in a step, of experts those that some token wants; replicas share the
-    tokens and cost no reads.
+    """Weights are read once per step, of experts those that get a token.
+
+    Replicas share the tokens and add no reads.
     """
     shape, moe = setup.shape, setup.shape.moe
     weights = weights_of(setup, stage)
@@ -125,10 +121,9 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
 def traffic(setup: Setup, num_tokens: float) -> Traffic:
     """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
 
-    all_to_all: a token goes once to every rank that has one of its experts, and an output comes
-    back for each of its experts. two_level: it goes once to every node, is passed on inside it, and
-    comes back summed by node. all_gather: every token goes everywhere and outputs are reduced,
-    apart for each of a token's experts.
+    all_to_all: a token goes once to every rank with one of its experts; an output returns per
+    expert. two_level: it goes once to every node, is passed on inside it, and returns summed per
+    node. all_gather: every token goes to every rank; outputs are reduced separately per expert.
     """
     ranks, near = setup.expert_ranks, setup.near_ranks
     if ranks == 1 or setup.dispatch == "local":
@@ -151,7 +146,7 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
 
 
 def _exchange(setup: Setup, near: float, far: float) -> float:
-    """Both links at once."""
+    """Seconds of an exchange that uses both links at once."""
     hardware = setup.hardware
     return (
         max(near / (1e9 * hardware.near_gb_s), far / (1e9 * hardware.far_gb_s)) + 1e-6 * hardware.latency_us
@@ -159,11 +154,9 @@ def _exchange(setup: Setup, near: float, far: float) -> float:
 
 
 def distinct(moe: MoEConfig, units: float) -> float:
-    """How many of ``units`` (ranks or nodes, each with an equal share of the experts) hold one of a
-    token's experts, on average.
+    """Mean number of ``units`` (ranks or nodes with equal shares of experts) that a token needs.
 
-    The choice is taken as uniform, within ``top_groups`` of the experts' groups where there are
-    groups.
+    Assumes a uniform choice of experts, within ``top_groups`` of their groups if there are groups.
     """
     groups, chosen = moe.num_groups, moe.top_groups
     if groups == 1:
@@ -176,9 +169,7 @@ def distinct(moe: MoEConfig, units: float) -> float:
 
 
 def _missed(total: float, part: float, picks: int) -> float:
-    """The probability that ``picks`` different ones out of ``total`` are all outside a ``part`` of
-    them.
-    """
+    """Probability that ``picks`` distinct ones of ``total`` all lie outside a ``part`` of them."""
     missed = 1.0
     for pick in range(picks):
         missed *= max(0.0, (total - part - pick) / (total - pick))

@@ -1,6 +1,4 @@
-"""Bytes that a rank holds: weights by kind, pages, activations and the buffers of the expert
-exchange.
-"""
+"""Bytes on a rank: weights by kind, KV pages, activations, buffers of the expert exchange."""
 
 from __future__ import annotations
 
@@ -13,15 +11,15 @@ from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
 
 _GATE_ITEM = 4  # gates are float32 whatever the model's dtype
-_LOGIT_COPIES = 3  # float32 logits, the same sorted, and their probabilities
+_LOGIT_COPIES = 3  # float32: logits, sorted logits, probabilities
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of parameters on a rank. Slots are counted as experts, replicas and empty ones by their
-    mean over the ranks.
+    """Bytes of parameters on a rank.
 
-    ``packed_copies``: some CPUs hold their expert slots in bf16 twice (``kernels.cpu_isa``).
+    Slots of experts, replicas and empty slots are means over the ranks. ``packed_copies``: some
+    CPUs hold expert slots in bf16 twice (``kernels.cpu_isa``).
     """
 
     attention: int
@@ -40,9 +38,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank. ``kv_pool`` is num_pages pages and one for scratch; ``activations`` is an
-    estimate of the peak at ``capacity`` tokens; ``dispatch`` bounds the exchange at capacity;
-    ``reserve`` is for libraries; ``headroom`` is what is left, below 0 what is missing.
+    """Bytes on a rank.
+
+    ``kv_pool``: ``num_pages`` pages and a scratch page. ``activations``: estimated peak at
+    ``capacity`` tokens. ``dispatch``: upper bound of the exchange at capacity. ``reserve``: for
+    libraries. ``headroom``: bytes left; negative: bytes missing.
     """
 
     weights: Weights
@@ -58,7 +58,7 @@ class Memory:
 
 
 def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
-    """What a rank of ``stage`` holds."""
+    """The memory of a rank of ``stage``."""
     weights = weights_of(setup, stage)
     num_pages = pages_of(setup, stage, weights)
     kv_pool = (num_pages + 1) * page_bytes(setup, stage) if num_pages else 0
@@ -69,9 +69,7 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
 
 
 def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
-    """Parameters of a rank: attention, dense layers and shared experts are split over the tensor
-    group, gates are not.
-    """
+    """Parameters of a rank. Gates are not split over the tensor group; the rest is."""
     shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
     slot = stored_bytes(shape.expert_params, setup.expert_weights)
@@ -101,7 +99,7 @@ def page_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
-    """Pages of the pool, 0 where not one fits."""
+    """Pages of the pool; 0 if none fits."""
     limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len)
     free = setup.rank_memory - weights.total
     num_bytes = limits.num_bytes(free, 1, setup.hardware.device)
@@ -109,9 +107,7 @@ def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
 
 
 def activations_of(setup: Setup, stage: PipelineStage) -> int:
-    """The peak within a layer beside the residual stream, or of sampling; experts with their mean
-    share of pairs.
-    """
+    """Peak of a layer or of sampling, with the residual stream; experts get their mean load."""
     shape, tensor, item, tokens = setup.shape, setup.mesh.tensor, setup.item, setup.capacity
     residual = 3 * tokens * shape.hidden * item
     heads = shape.attention
@@ -133,14 +129,14 @@ def activations_of(setup: Setup, stage: PipelineStage) -> int:
 
 
 def row_bytes(setup: Setup) -> int:
-    """A token on the wire: hidden state and int32 places of its experts."""
+    """Bytes of a token sent to experts: hidden state and the int32 slots of its experts."""
     return math.ceil(setup.shape.hidden * setup.wire_item) + 4 * setup.shape.moe.top_k
 
 
 def dispatch_buffers(setup: Setup) -> int:
-    """Bytes of an exchange when every rank has ``capacity`` tokens and, in all_to_all, all of them
-    want this one's experts: rows sent and received, outputs of their pairs, and those that come
-    back.
+    """Bytes of an exchange of ``capacity`` tokens per rank; in all_to_all all go to this rank.
+
+    Counts rows sent and received, outputs of their pairs, and outputs that come back.
     """
     moe, ranks = setup.shape.moe, setup.expert_ranks
     tokens = -(-setup.capacity // setup.mesh.tensor)

@@ -1,6 +1,4 @@
-"""The plan of a recipe: what every rank would hold, how much fits, how fast it can be at best, and
-what stands in the way.
-"""
+"""The capacity plan of a recipe: memory per rank, KV capacity, time floors, and misfits."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from .shape import read_shape
 
 @dataclass(frozen=True)
 class RankCapacity:
-    """The ranks of a pipeline stage, which hold the same; ``slots`` are expert slots per layer."""
+    """The equal ranks of a pipeline stage. ``slots``: expert slots per layer."""
 
     stage: int
     first_rank: int
@@ -36,7 +34,7 @@ class RankCapacity:
 
 @dataclass(frozen=True)
 class Phase:
-    """Decode or prefill at the plan's context: ``tokens`` per data-parallel rank and step, their
+    """Decode or prefill at the plan's context: ``tokens`` per step and data-parallel rank, their
     floor and their exchange.
     """
 
@@ -47,8 +45,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class CapacityPlan:
-    """``misfits`` are reasons why it does not fit; ``unsupported`` is what this version refuses to
-    launch. Tokens count KV.
+    """``misfits``: reasons why it does not fit. ``unsupported``: settings that this version refuses
+    to launch.
     """
 
     setup: Setup
@@ -71,18 +69,16 @@ class CapacityPlan:
 
     @property
     def seconds_per_token(self) -> float:
-        """Floor of the time between two tokens of a request."""
+        """Floor of the seconds between two tokens of a request."""
         return self.decode.floor.seconds
 
     @property
     def seconds_per_1k_prompt(self) -> float:
-        """Floor of the time a rank takes for 1,000 prompt tokens, all ranks computing as many."""
+        """Floor of the seconds for 1,000 prompt tokens, when every rank computes as many."""
         return 1000 * self.prefill.floor.seconds / self.prefill.tokens
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; sizes in bytes, times in seconds, bytes of an exchange per layer and
-        rank.
-        """
+        """The answer of ``launch plan --json``: bytes, seconds, exchanges per layer and rank."""
         plan = asdict(self)
         setup = plan.pop("setup")
         model = {name: setup["shape"][name] for name in ("family", "num_layers", "hidden", "max_position")}
@@ -127,8 +123,9 @@ class CapacityPlan:
 
 
 def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> CapacityPlan:
-    """Plans a recipe from the file's ``folder``, without weights. Raises RecipeError where it
-    cannot be planned.
+    """Plans a recipe whose file is in ``folder``, without weights.
+
+    Raises RecipeError when it cannot be planned.
     """
     model = model_folder(recipe, folder)
     try:
@@ -142,7 +139,8 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Capacit
     if name is None:
         known = ", ".join(hardware_names())
         raise RecipeError(
-            f"cluster.hardware: missing, and a plan needs it; add cluster.hardware=... to the command (packaged: {known})"
+            "cluster.hardware: missing, and a plan needs it; add cluster.hardware=... to the command "
+            f"(packaged: {known})"
         )
     hardware = load_hardware(name)
     if recipe.cluster.device not in ("auto", hardware.device):
@@ -154,9 +152,7 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Capacit
 
 
 def model_folder(recipe: Recipe, folder: Path) -> Path:
-    """Where config.json is: with the model, or what the recipe brings along while the model is not
-    there.
-    """
+    """The folder of config.json: the model's, or ``model.config`` while the model is missing."""
     path = model_directory(recipe, folder)
     if recipe.model.config is None or (path / "config.json").is_file():
         return path
@@ -164,7 +160,7 @@ def model_folder(recipe: Recipe, folder: Path) -> Path:
 
 
 def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str, ...]) -> CapacityPlan:
-    """The figures of a resolved set-up."""
+    """Plans a resolved set-up."""
     ranks = tuple(
         RankCapacity(
             stage=stage.index,
@@ -209,7 +205,7 @@ def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str
     )
 
 
-# --------------------------------------------------------------------------- what does not fit
+# --------------------------------------------------------------------------- misfits
 
 
 def _layout_misfits(setup: Setup) -> list[str]:
@@ -217,7 +213,8 @@ def _layout_misfits(setup: Setup) -> list[str]:
     found = []
     if here > most:
         found.append(
-            f"cluster.ranks_per_node = {here}: a node of this hardware has {most} devices; use {most} and more cluster.nodes"
+            f"cluster.ranks_per_node = {here}: a node of this hardware has {most} devices; "
+            f"use {most} and more cluster.nodes"
         )
     if here % setup.mesh.tensor:
         what = (
@@ -241,21 +238,18 @@ def _memory_misfits(setup: Setup, ranks: tuple[RankCapacity, ...]) -> list[str]:
     for rank in ranks:
         memory = rank.memory
         if memory.weights.total + memory.reserve > setup.rank_memory:
-            have = f"weights: {size_text(memory.weights.total)} on a rank that has {size_text(setup.rank_memory)}"
-            return [f"{have}; {_more_ranks(setup)}"]
+            need, have = size_text(memory.weights.total), size_text(setup.rank_memory)
+            return [f"weights: {need} on a rank that has {have}; {_more_ranks(setup)}"]
         if not memory.num_pages:
-            return [
-                f"kv_cache.memory: holds no page of {rank.page_bytes} bytes ({setup.page_size} tokens); {_more_ranks(setup)}"
-            ]
+            page = f"{rank.page_bytes} bytes ({setup.page_size} tokens)"
+            return [f"kv_cache.memory: holds no page of {page}; {_more_ranks(setup)}"]
         if memory.headroom < 0:
             return [_too_full(setup, rank)]
     return []
 
 
 def _more_ranks(setup: Setup) -> str:
-    """The smallest number of nodes on which everything fits, if need be with fewer tokens in a
-    step.
-    """
+    """The fewest nodes on which everything fits, if need be with fewer tokens per step."""
     mesh, per_node = setup.mesh, setup.ranks_per_node
     most = setup.shape.moe.num_experts * mesh.pipeline // per_node
     for nodes in range(mesh.world // per_node + 1, most + 1):
@@ -269,9 +263,7 @@ def _more_ranks(setup: Setup) -> str:
 
 
 def _fitting_capacity(setup: Setup) -> int | None:
-    """The most tokens in a step, halved as often as needed, with which everything fits; none if no
-    page does.
-    """
+    """Tokens per step, halved until everything fits; None if no page ever does."""
     tokens = setup.capacity
     while tokens >= setup.max_running:
         held = [memory_of(replace(setup, capacity=tokens), stage) for stage in setup.stages()]
@@ -282,19 +274,21 @@ def _fitting_capacity(setup: Setup) -> int | None:
 
 
 def _too_full(setup: Setup, rank: RankCapacity) -> str:
-    """Weights fit, the rest does not: less in a step, or fewer pages."""
+    """Advice when weights fit and the rest does not: fewer tokens per step, or fewer pages."""
     memory, fewer = rank.memory, _fitting_capacity(setup)
     ways = [] if fewer is None else [f"scheduler.max_batch_tokens = {fewer}"]
     spare = memory.kv_pool + memory.headroom - rank.page_bytes
     if spare > rank.page_bytes:
         ways.append(f"kv_cache.memory = {spare >> 20}MiB")
-    parts = f"activations {size_text(memory.activations)} and dispatch buffers {size_text(memory.dispatch)}"
-    what = f"{parts} at scheduler.max_batch_tokens = {setup.capacity} exceed what weights and pages leave by {size_text(-memory.headroom)}"
-    return f"{what}; use {' or '.join(ways) or 'more ranks'}"
+    return (
+        f"activations {size_text(memory.activations)} and dispatch buffers {size_text(memory.dispatch)} "
+        f"at scheduler.max_batch_tokens = {setup.capacity} exceed what weights and pages leave "
+        f"by {size_text(-memory.headroom)}; use {' or '.join(ways) or 'more ranks'}"
+    )
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes in the largest unit that gives at least 1."""
+    """Bytes in the largest unit with a value of at least 1."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(num_bytes) >= size:
             return f"{num_bytes / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The plan as a person reads it."""
+"""The capacity plan on the terminal."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from .plan import CapacityPlan, Phase, size_text
 
 
 def show_plan(plan: CapacityPlan, title: str, console: Console) -> None:
-    """Prints tables of memory, capacity and floors, then what is in the way."""
+    """Prints tables of memory, capacity and floors, then the misfits."""
     setup = plan.setup
     mesh, shape = setup.mesh, setup.shape
     ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
-    held = (
-        setup.weights
-        if setup.weights == setup.expert_weights
-        else f"{setup.weights}, of experts {setup.expert_weights}"
-    )
+    sizes = f"pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}"
+    experts = "" if setup.weights == setup.expert_weights else f", experts {setup.expert_weights}"
     console.print(
-        f"[bold]{escape(title)}[/bold]: {shape.total_params / 1e9:.1f} G parameters of {shape.family} on {ranks} "
-        f"(pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}); weights {held}, KV {setup.kv_dtype}, "
+        f"[bold]{escape(title)}[/bold]: {shape.total_params / 1e9:.1f} G parameters of {shape.family} "
+        f"on {ranks} ({sizes}); weights {setup.weights}{experts}, KV {setup.kv_dtype}, "
         f"dispatch {setup.dispatch}"
     )
     console.print(f"verified: {escape(plan.verified or 'the recipe does not say')}\n")
@@ -38,7 +35,7 @@ def show_plan(plan: CapacityPlan, title: str, console: Console) -> None:
 
 
 def table_of(title: str, *columns: str) -> Table:
-    """A table under its title, the first column for words and the others for figures."""
+    """An empty table: the first column for words, the others for figures."""
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
@@ -48,7 +45,7 @@ def table_of(title: str, *columns: str) -> Table:
 def _memory_table(plan: CapacityPlan) -> Table:
     spans = [(rank.first_rank, rank.last_rank) for rank in plan.ranks]
     names = [f"ranks {first}-{last}" if first < last else f"rank {first}" for first, last in spans]
-    table = table_of(f"memory of a rank, of {size_text(plan.setup.rank_memory)}", "", *names)
+    table = table_of(f"memory of a rank ({size_text(plan.setup.rank_memory)})", "", *names)
     held = [rank.memory for rank in plan.ranks]
     rows = [
         ("attention", [memory.weights.attention for memory in held]),
@@ -57,7 +54,7 @@ def _memory_table(plan: CapacityPlan) -> Table:
         (f"experts ({plan.setup.num_slots} slots a layer)", [memory.weights.experts for memory in held]),
         ("redundant slots", [memory.weights.redundant for memory in held]),
         ("empty slots", [memory.weights.empty_slots for memory in held]),
-        ("experts again, packed for a CPU", [memory.weights.packed_copies for memory in held]),
+        ("packed copies of experts (CPU)", [memory.weights.packed_copies for memory in held]),
         ("embeddings, output head", [memory.weights.embeddings for memory in held]),
         ("KV pool", [memory.kv_pool for memory in held]),
         ("activations (estimate)", [memory.activations for memory in held]),
@@ -72,7 +69,7 @@ def _memory_table(plan: CapacityPlan) -> Table:
 
 
 def _capacity_table(plan: CapacityPlan) -> Table:
-    table = table_of("capacity", "", "per rank", "in all")
+    table = table_of("capacity", "", "per rank", "total")
     table.add_row("KV tokens", f"{plan.kv_tokens_per_rank:,}", f"{plan.kv_tokens:,}")
     table.add_row(
         f"requests of {plan.context:,} tokens at once",
@@ -107,7 +104,7 @@ def _floor_table(plan: CapacityPlan) -> Table:
     for part in ("compute", "memory", "network"):
         row(part, [time_text(getattr(phase.floor, part)) for phase in phases])
     row("binds", [phase.floor.binds for phase in phases])
-    row("step, all overlapped", [time_text(phase.floor.seconds) for phase in phases])
+    row("step, fully overlapped", [time_text(phase.floor.seconds) for phase in phases])
     row("step, nothing overlapped", [time_text(phase.floor.serial) for phase in phases])
     row(
         "output token | 1k prompt tokens",

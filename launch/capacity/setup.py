@@ -1,6 +1,4 @@
-"""A recipe resolved for planning: the model, the hardware and every value that ``auto`` left
-open.
-"""
+"""A recipe resolved for planning: model, hardware, and a value for every ``auto``."""
 
 from __future__ import annotations
 
@@ -25,10 +23,12 @@ _STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / BLOCK**2, "nvfp4": 0.5 + 1 /
 
 @dataclass(frozen=True)
 class Setup:
-    """What is planned. ``weights`` and ``expert_weights`` are the dtypes matrices are held in,
-    ``dtype`` that of activations, ``attention_dtype`` that attention computes in; ``wire_item``
-    bytes of a value on its way to the experts; ``kv_memory`` None is auto; ``capacity`` the tokens
-    of a rank in a step at most; ``isa`` the kind of CPU, None for GPUs.
+    """A set-up to plan.
+
+    ``weights``, ``expert_weights``: dtypes of stored matrices. ``dtype``: of activations.
+    ``attention_dtype``: of attention's arithmetic. ``wire_item``: bytes per value sent to experts.
+    ``kv_memory``: None is auto. ``capacity``: most tokens of a rank in a step. ``isa``: kind of
+    CPU, None for GPUs.
     """
 
     shape: Shape
@@ -62,32 +62,30 @@ class Setup:
 
     @property
     def num_slots(self) -> int:
-        """Expert slots per rank and layer; equal on all ranks, so that some may stay empty."""
+        """Expert slots per rank and layer, equal on all ranks: some may stay empty."""
         return -(-(self.shape.moe.num_experts + self.redundant) // self.expert_ranks)
 
     @property
     def near_ranks(self) -> int:
-        """Ranks of an expert world that reach each other over the near link."""
-        return min(
-            self.expert_ranks,
-            self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node,
-        )
+        """Ranks that share experts and reach each other over the near link."""
+        linked = self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node
+        return min(self.expert_ranks, linked)
 
     @property
     def slots_twice(self) -> bool:
-        """Whether ranks hold their expert slots again, packed."""
+        """Whether ranks hold a second, packed copy of their expert slots."""
         if self.isa is None or self.expert_weights != "bf16":
             return False
         return cpu_isa.slot_form(self.isa, self.shape.hidden, self.shape.moe.expert_width) == "onednn"
 
     @property
     def sharing(self) -> int:
-        """Ranks that share what the hardware profile counts: all of a node on a CPU."""
+        """Ranks per unit of the hardware profile: all of a node on a CPU, one per GPU."""
         return self.ranks_per_node if self.hardware.device == "cpu" else 1
 
     @property
     def rank_memory(self) -> int:
-        """Bytes a rank can have."""
+        """Bytes available to a rank."""
         return self.hardware.memory // self.sharing
 
     def stages(self) -> list[PipelineStage]:
@@ -100,7 +98,7 @@ def stored_bytes(values: int, dtype: str) -> int:
 
 
 def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
-    """The set-up that the recipe describes. ``check_model`` has passed."""
+    """The set-up of a recipe that has passed ``check_model``."""
     dtype = dtype_of(recipe, shape.dtype)
     return Setup(
         shape=shape,
@@ -125,9 +123,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
 
 
 def _isa(recipe: Recipe, hardware: Hardware) -> Isa | None:
-    """What ranks compute with: the profile's CPU, or this machine's where it names none, limited by
-    the recipe.
-    """
+    """Instructions of the profile's CPU, or of this machine's, limited by the recipe."""
     if hardware.device != "cpu":
         return None
     isa = hardware.isa or cpu_isa.here()

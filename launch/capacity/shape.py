@@ -1,4 +1,4 @@
-"""The dimensions of a model and how many values they make: all that a plan needs."""
+"""The dimensions of a model, and the numbers of its parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SWIGLU = 3  # matrices of a feed-forward block
 
 @dataclass(frozen=True)
 class Shape(ModelConfig):
-    """A model with the number of its values."""
+    """A model's config with its parameter counts."""
 
     @property
     def attention_params(self) -> int:
@@ -72,8 +72,9 @@ class Shape(ModelConfig):
         return head + layers + num_moe * per_moe + (self.num_layers - num_moe) * self.dense_params
 
     def kv_bytes(self, kv_format: KvFormat, tensor: int = 1) -> int:
-        """Bytes of cache one token takes in one layer on one of ``tensor`` ranks: all of a latent,
-        its share of key heads.
+        """Bytes of KV cache per token and layer on one of ``tensor`` ranks.
+
+        A rank holds its share of key heads, or the whole latent.
         """
         held = self.attention
         if isinstance(held, GqaConfig):
@@ -81,8 +82,9 @@ class Shape(ModelConfig):
         return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
 
     def attention_operations(self, decode: bool) -> int:
-        """Operations of one layer for one token and one position of its context. In decode latent
-        attention works on the latent.
+        """Operations per token, position of its context and layer.
+
+        In decode, latent attention works on the latent.
         """
         shape = self.attention
         if isinstance(shape, GqaConfig):
@@ -93,7 +95,5 @@ class Shape(ModelConfig):
 
 
 def read_shape(folder: Path) -> Shape:
-    """The dimensions of the model in ``folder``. Raises ValueError naming the file and field at
-    fault.
-    """
+    """Reads the model in ``folder``. Raises ValueError with the file and field at fault."""
     return Shape(**vars(load_config(folder)))

@@ -92,7 +92,7 @@ def _ask_nodes(cluster: RayCluster, questions: Questions, requirements: Requirem
     return [ok, *nodes.silent, *judge(facts, requirements), *between]
 
 
-# --------------------------------------------------------------------------- requirements of the recipe
+# --------------------------------------------------------------------------- requirements
 
 
 def _planned(recipe: Recipe, folder: Path) -> CapacityPlan | None:

@@ -45,7 +45,7 @@ class Prober:
 
 
 class RayNodes:
-    """Asks the ``nodes``. One that misses a deadline is asked no more and is a finding in ``silent``."""
+    """Asks the ``nodes``. One that misses a deadline is dropped and is a finding in ``silent``."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.silent: list[Finding] = []

@@ -17,7 +17,7 @@ from .recipe import RecipeError, Size
 
 
 class Hardware(BaseModel):
-    """One kind of device. Rates are dense peaks, links count one direction, a CPU is a whole node."""
+    """One kind of device. Rates are dense peaks, links count one direction, a CPU is a node."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -32,7 +32,7 @@ class LauncherLink:
         self._send(FrontendHello("launcher", lease=math.inf))
 
     def read(self, timeout: float) -> ClusterState | None:
-        """Reads all messages, waiting up to ``timeout`` seconds for the first; returns ``state``."""
+        """Reads all messages, waits up to ``timeout`` seconds for the first; returns ``state``."""
         wait = max(0, int(timeout * 1000))
         while self.socket.poll(wait):
             message = self._decoder.decode(self.socket.recv())

@@ -31,7 +31,7 @@ class Causes:
 
 
 def bottleneck(settings: Settings, causes: Causes) -> str:
-    """A sentence: the resource that delays requests before they run, else the slowest part of steps."""
+    """Names what delays requests before they run, and the slowest part of steps."""
     requests, steps = causes.requests, causes.steps
     if not steps.count:
         if requests.refused < requests.asked:

@@ -23,7 +23,7 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress: virtual seconds, and how many of the ``asked`` requests arrived and were answered."""
+    """Virtual seconds, and how many of the ``asked`` requests arrived and were answered."""
 
     seconds: float
     asked: int

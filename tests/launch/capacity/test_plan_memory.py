@@ -246,7 +246,8 @@ def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(
         setup = replace(plan_recipe(recipe, path).setup, kv_memory=KV_MEMORY, dispatch="all_to_all")
         assert (setup.weights, setup.expert_weights, setup.kv_dtype) == ("bf16", "fp8", "fp8")
         wide = parse_recipe(
-            f"model: {{path: {path}, dtype: bf16}}\ncluster: {{device: cuda, hardware: h100, ranks_per_node: 2}}\n"
+            f"model: {{path: {path}, dtype: bf16}}\n"
+            "cluster: {device: cuda, hardware: h100, ranks_per_node: 2}\n"
         )
         assert plan_recipe(wide, path).setup.expert_weights == "bf16", (
             "a dtype that is asked for is that of all"
@@ -387,7 +388,8 @@ def test_fp8_pages_have_the_published_size() -> None:
 
 def test_slots_beyond_the_experts_are_counted_apart(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", qwen3_moe_config())
-    text = f"model: {{path: {path}}}\ncluster: {{device: cpu, ranks_per_node: 3}}\nexperts: {{redundant: 3}}\nkv_cache: {{memory: 1MiB}}\n"
+    text = f"model: {{path: {path}}}\ncluster: {{device: cpu, ranks_per_node: 3}}\n"
+    text += "experts: {redundant: 3}\nkv_cache: {memory: 1MiB}\n"
     weights = plan_recipe(parse_recipe(text, check=lambda recipe: []), path).ranks[0].memory.weights
     slot = 3 * 3 * 64 * 32 * 4  # layers x matrices x hidden x width x bytes
     assert (weights.experts + weights.redundant + weights.empty_slots) == 4 * slot

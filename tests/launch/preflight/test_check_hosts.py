@@ -21,7 +21,10 @@ from support.launch.two_hosts import RayHosts, ray_hosts
 pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
 DEMO = find_recipe("demo").parent / "demo" / "model"
 LAUNCH = (str(Path(sys.executable).parent / "launch"),)
-SOON = "from lockstep.launch import cli; from lockstep.launch.preflight import check; check.ROOM_SECONDS = 4.0; cli.main()"
+SOON = (
+    "from lockstep.launch import cli; from lockstep.launch.preflight import check; "
+    "check.ROOM_SECONDS = 4.0; cli.main()"
+)
 
 
 @pytest.fixture(scope="module")

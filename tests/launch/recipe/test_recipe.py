@@ -225,7 +225,7 @@ def test_deep_nesting_is_refused() -> None:
     assert "r.yaml" in refusal("a: " + "[" * 5000)
 
 
-# --------------------------------------------------------------------------- contradictions, unsupported values
+# --------------------------------------------------------------------------- contradictions
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Messages about lost nodes and the replacement of their ranks: a real roster, a scripted cluster."""
+"""Lost nodes and the replacement of their ranks: a real roster, a scripted cluster."""
 
 from __future__ import annotations
 

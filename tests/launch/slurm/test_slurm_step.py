@@ -116,7 +116,8 @@ def test_nothing_of_its_session_stays(steps: list[Step]) -> None:
 
 def test_scratch_is_made_and_deleted_and_its_logs_are_kept(steps: list[Step], tmp_path: Path) -> None:
     scratch, logs = tmp_path / "scratch", tmp_path / "logs"
-    script = f"echo $$; cd {scratch}; mkdir -p session_1/logs; ln -s session_1 session_latest; echo said > session_1/logs/gcs.out"
+    script = f"echo $$; cd {scratch}; mkdir -p session_1/logs; ln -s session_1 session_latest; "
+    script += "echo said > session_1/logs/gcs.out"
     assert start(steps, script, "--scratch", str(scratch), "--logs", str(logs)).end() == 0
     assert not scratch.exists()
     assert (logs / f"ray-{socket.gethostname()}" / "gcs.out").read_text() == "said\n"

@@ -1,10 +1,9 @@
-"""Stand-ins for controller, rank and frontend that keep their manners at the boundary and do no
-work.
+"""Dummy controller, rank and frontend: they speak the real protocols and do no work.
 
-``python -m support.launch.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point. The text
-in the environment variable ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1: die``,
-``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``, ``frontend
-0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
+``python -m support.launch.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point.
+The environment variable ``DUMMY`` makes one misbehave: ``rank 1: fail``, ``rank 1: die``,
+``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``,
+``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lockstep.launch.cluster import entry as process
 
 
 def ordered(role: str, index: int) -> str:
-    """What this process was told to do wrong."""
+    """The fault that this process was told to have."""
     who, _, what = os.environ.get("DUMMY", "").partition(":")
     return what.strip() if who == f"{role} {index}" else ""
 
@@ -88,7 +87,7 @@ def controller(spec: ControllerSpec) -> None:
 
 
 def join(address: str, keys: Any, name: bytes) -> Callable[[], None]:
-    """Says hello to the controller; returns what waits for its Stop."""
+    """Says hello to the controller; returns a function that waits for its Stop."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = client_socket(context, zmq.DEALER, keys, name)
     socket.connect(address)

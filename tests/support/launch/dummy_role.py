@@ -1,5 +1,4 @@
-"""A stand-in for a role: ``python -m support.launch.dummy_role ROLE INDEX PARENT`` does what its
-specification says.
+"""A dummy role: ``python -m support.launch.dummy_role ROLE INDEX PARENT`` follows its specification.
 
 Runs under the same rules as a real role (its own session, dies with its parent). The specification
 is JSON: ``{"do": "sleep" | "exit" | "fail" | "ignore", "code": 3, "say": "text"}``.

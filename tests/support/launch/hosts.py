@@ -1,12 +1,10 @@
-"""Several hosts on one machine: each is a set of namespaces with its own name, address and
-processes.
+"""Several hosts on one machine: each a set of namespaces with its own name, address and processes.
 
-A host has its own network (``eth0`` on a switch that joins all of them and this machine), host
-name, process ids, ``/dev/shm`` and ``/etc/hosts``, which names all of them. Files are shared, but
-for the folders in ``private``. Everything lives as long as the first process of its namespace,
-which leaves when this process closes its pipe or dies: the kernel then kills what ran on the host
-and takes its network away, so that nothing stays behind whatever happens. Needs root, iproute2 and
-util-linux.
+A host has its own network (``eth0`` on a switch that joins all hosts and this machine), host name,
+process ids, ``/dev/shm`` and ``/etc/hosts``, which names all hosts. Files are shared, except for
+the folders in ``private``. A host lives as long as the first process of its namespace, which ends
+when this process closes its pipe or dies: the kernel then kills everything on the host and removes
+its network, so that nothing stays behind. Needs root, iproute2 and util-linux.
 """
 
 from __future__ import annotations
@@ -28,9 +26,11 @@ from typing import Any
 import psutil
 import pytest
 
-# The first process of a namespace: orphans are its children, and are reaped by the kernel because
-# it ignores their end.
-_INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
+# The first process of a namespace adopts orphans; as it ignores SIGCHLD the kernel reaps them.
+_INIT = (
+    "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+    "print('up', flush=True); sys.stdin.read()"
+)
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 _ISOLATED = ("--net", "--uts", "--mount", "--ipc", "--pid")
 _SECONDS = 20.0
@@ -38,8 +38,8 @@ _SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Host:
-    """One of several. ``pid`` is its first process as this machine numbers it; ``machine`` this
-    machine's address on the switch.
+    """A host. ``pid``: its first process, as this machine numbers it. ``machine``: this machine's
+    address on the switch.
     """
 
     name: str
@@ -48,9 +48,7 @@ class Host:
     pid: int
 
     def command(self, *arguments: str, folder: Path | None = None) -> list[str]:
-        """The command line that runs ``arguments`` on this host, in ``folder`` (the current
-        one).
-        """
+        """The command line that runs ``arguments`` on this host, in ``folder`` or the current one."""
         return [
             "nsenter",
             "--target",
@@ -64,9 +62,7 @@ class Host:
     def run(
         self, *arguments: str, seconds: float = _SECONDS, environment: Mapping[str, str] | None = None
     ) -> str:
-        """Runs a command to its end and returns what it printed. A failure is an assertion with its
-        words.
-        """
+        """Runs a command and returns its output. Asserts that it succeeds."""
         done = subprocess.run(
             self.command(*arguments),
             capture_output=True,
@@ -82,15 +78,11 @@ class Host:
         return done.stdout
 
     def popen(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
-        """Starts a command. The Popen is that of nsenter, which waits for it; ``inner`` finds the
-        command itself, to signal it.
-        """
+        """Starts a command under nsenter, whose Popen is returned; ``inner`` finds the command."""
         return subprocess.Popen(self.command(*arguments), **options)
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs on this host, by this machine's process ids, but for the first
-        process; nothing once it is down.
-        """
+        """The host's processes except its first, by this machine's ids; empty once it is down."""
         found: list[psutil.Process] = []
         try:
             namespace = os.readlink(f"/proc/{self.pid}/ns/pid")
@@ -105,7 +97,7 @@ class Host:
         return found
 
     def down(self) -> None:
-        """Takes the host away as a power failure does: every process at once, and its network."""
+        """Ends the host as a power failure does: every process at once, and its network."""
         psutil.Process(self.pid).kill()
 
 
@@ -121,10 +113,10 @@ def inner(process: subprocess.Popen[Any], seconds: float = _SECONDS) -> psutil.P
 
 @contextmanager
 def make_hosts(*names: str, private: Sequence[Path] = (), shm: str = "1g") -> Iterator[list[Host]]:
-    """Hosts of these names, which reach each other and this machine, by address and by name.
+    """Makes hosts that reach each other and this machine, by address and by name.
 
-    Each sees an empty folder of its own in place of every folder in ``private`` (which must exist),
-    and a ``/dev/shm`` of the size ``shm``.
+    Each has an empty folder of its own in place of every folder in ``private`` (which must exist),
+    and a ``/dev/shm`` of size ``shm``.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
@@ -162,9 +154,7 @@ def _furnish(host: Host, table: Path, private: Sequence[Path], shm: str) -> None
 
 @contextmanager
 def _namespace(*kinds: str) -> Iterator[int]:
-    """New namespaces, held by a first process whose id is given; they end with the context, or with
-    this process.
-    """
+    """New namespaces, until the context or this process ends; gives the id of their first process."""
     command = ["unshare", *kinds, "--fork", "--kill-child", "--", sys.executable, "-I", "-S", "-c", _INIT]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
@@ -184,7 +174,7 @@ def _in_network(pid: int | None, *arguments: str) -> None:
 
 
 def _plug(switch: int, port: str, name: str, pid: int | None) -> None:
-    """A cable from a port of the switch to the interface ``name`` of a host, or of this machine."""
+    """Connects a port of the switch to the interface ``name`` of a host, or of this machine."""
     where = () if pid is None else ("netns", str(pid))
     _in_network(
         None, "ip", "link", "add", name, *where, "type", "veth", "peer", "name", port, "netns", str(switch)
@@ -199,15 +189,14 @@ def _bring_up(pid: int | None, name: str, address: str) -> None:
 
 def _free_network() -> str:
     """The first three numbers of a network that no interface of this machine is in."""
-    used = {
-        entry.address.rpartition(".")[0] for entries in psutil.net_if_addrs().values() for entry in entries
-    }
+    addresses = [entry.address for entries in psutil.net_if_addrs().values() for entry in entries]
+    used = {address.rpartition(".")[0] for address in addresses}
     return random.choice([name for name in (f"10.213.{third}" for third in range(256)) if name not in used])
 
 
 @functools.cache
 def missing() -> str:
-    """Why this machine cannot make hosts; empty where it can."""
+    """The reason why this machine cannot make hosts; empty if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "makes network namespaces, which takes root on Linux"
     if absent := [tool for tool in _TOOLS if shutil.which(tool) is None]:

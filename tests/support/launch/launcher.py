@@ -1,6 +1,4 @@
-"""A launch command under test: started in a session of its own, watched by what it prints and by
-what it leaves behind.
-"""
+"""A launch command under test, in a session of its own: its output and the processes it leaves."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ TESTS = Path(__file__).parent.parent.parent
 
 
 class Launcher:
-    """``python -m MODULE --recipe ...``, on ``host`` if there is one. Leaving the context kills
-    what is left of it, and of the run, whatever happened.
+    """``python -m MODULE --recipe ...``, on ``host`` if given. Leaving the context kills what is
+    left of it and of the run.
     """
 
     def __init__(
@@ -81,9 +79,8 @@ class Launcher:
         for process in self.seen:
             if process.is_running() and command_of(process)[-3:-1] == name.split():
                 return process.pid
-        raise AssertionError(
-            f"no process {name} among {[command_of(process) for process in self.seen if process.is_running()]}"
-        )
+        running = [command_of(process) for process in self.seen if process.is_running()]
+        raise AssertionError(f"no process {name} among {running}")
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         (inner(self.process) if self._on_host else self.process).send_signal(number)

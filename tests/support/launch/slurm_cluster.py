@@ -1,10 +1,8 @@
-"""Slurm on hosts made of namespaces: the controller on one, ``slurmd`` under its own name on each
-of the others.
+"""Slurm on hosts made of namespaces: the controller on one, ``slurmd`` on each other.
 
-Daemons, sockets, keys and state are this cluster's own and lie in one folder; everything ends with
-the hosts. Slurm as Debian has it (22.05) looks for the folders of the version 1 control groups even
-where nothing uses them, so each host gets empty ones under a tmpfs: none of the machine's own
-groups is touched.
+Daemons, sockets, keys and state are this cluster's own, in one folder; everything ends with the
+hosts. Debian's Slurm (22.05) looks for folders of version 1 control groups even where nothing uses
+them, so each host gets empty ones on a tmpfs; the machine's own groups are not touched.
 """
 
 from __future__ import annotations
@@ -63,8 +61,8 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00
 
 
 class SlurmCluster:
-    """``hosts`` are the nodes, ``work`` a folder that all of them share, for scripts and logs;
-    ``own`` is empty on each.
+    """``hosts``: the nodes. ``work``: a folder that all share, for scripts and logs. ``own``: an
+    empty folder on each.
     """
 
     def __init__(self, controller: Host, hosts: list[Host], folder: Path) -> None:

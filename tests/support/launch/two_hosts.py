@@ -1,6 +1,4 @@
-"""A Ray cluster over hosts made of namespaces: the head on the first, a node on each of the
-others.
-"""
+"""A Ray cluster on hosts made of namespaces: the head on the first, a node on each other."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ PORT = 6379
 
 
 class RayHosts:
-    """``environment`` is what a process needs to join. A node is started with ``up`` and lost with
-    ``lose``.
-    """
+    """``up`` starts a node, ``lose`` loses it. ``environment``: settings of a process that joins."""
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.hosts = hosts
@@ -39,7 +35,7 @@ class RayHosts:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ADDRESS": self.address,
-            # A lost node is noticed in about 3 s instead of 20.
+            # Notice a lost node in about 3 s instead of 20.
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
@@ -100,9 +96,7 @@ class RayHosts:
 def ray_hosts(
     *names: str, cpus: tuple[int, ...], private: Sequence[Path] = (), shm: str = "1g"
 ) -> Iterator[RayHosts]:
-    """Hosts with Ray on them, with so many CPUs each; 0 leaves a host without Ray. The rest as for
-    ``make_hosts``.
-    """
+    """Hosts with Ray and ``cpus`` CPUs each; 0: no Ray on it. Other arguments as ``make_hosts``."""
     with ExitStack() as stack:
         folder = Path(
             stack.enter_context(TemporaryDirectory(prefix="rh-", dir="/tmp", ignore_cleanup_errors=True))
