@@ -1,41 +1,44 @@
-# ---------------------------------------------------------------- from here on the script is the same for every recipe
+# ------------------------------------------------ from here on the script is equal for all recipes
 
 set -u
-set -m  # every step is a process group of its own, so that a signal to this script's group stays here
+set -m  # gives every step a process group of its own, which signals to this script's do not reach
 
 job=$SLURM_JOB_ID
-folder=${folder:-$SLURM_SUBMIT_DIR/}lockstep-$job  # logs; on a file system that all nodes share
-scratch=$scratch/lockstep-$job                     # Ray's sockets, on each node's own disk; deleted at the end
+folder=${folder:-$SLURM_SUBMIT_DIR/}lockstep-$job  # logs, on a file system that all nodes share
+scratch=$scratch/lockstep-$job  # Ray's sockets, on each node's own disk; deleted at the end
 unset RAY_ADDRESS
 
-say() { echo "$(date +%T)  $1"; }
+say() { echo "$(date +%T)  $*"; }
 fail() {
     echo "error: $1" >&2
     exit 1
 }
 
 mkdir -p "$folder" || fail "the job's folder $folder cannot be made"
-[ "$SLURM_JOB_NUM_NODES" = "$num_nodes" ] || fail "the job has $SLURM_JOB_NUM_NODES nodes, the script was made for $num_nodes"
-[ -n "$image" ] || command -v "${bin}launch" > /dev/null || fail "${bin}launch is not on $(hostname); see launch slurm --bin"
+[ "$SLURM_JOB_NUM_NODES" = "$num_nodes" ] ||
+    fail "the job has $SLURM_JOB_NUM_NODES nodes, the script was made for $num_nodes"
+[ -n "$image" ] || command -v "${bin}launch" > /dev/null ||
+    fail "${bin}launch is not on $(hostname); see launch slurm --bin"
 config=$(scontrol show config)
 kill_wait=$(awk '$1 == "KillWait" { print $3 }' <<< "$config")
 awk "BEGIN { exit !($drain_deadline + 15 > ${kill_wait:-0}) }" &&
-    say "a plain scancel leaves ${kill_wait:-?} s (KillWait) of the $drain_deadline s to drain; scancel --batch --signal=TERM $job leaves all"
+    say "a plain scancel leaves ${kill_wait:-?} s (KillWait) of the $drain_deadline s to drain;" \
+        "scancel --batch --signal=TERM $job leaves all"
 
-# step NODES NUMBER ...: a task on each of the nodes. Steps share the nodes' cores, memory and GPUs. To be run in the background,
-# where SIGUSR1 ends it; see launch/slurm/step.py.
+# step NODES NUMBER ...: runs a task on each node. Steps share the nodes' cores, memory and GPUs.
+# Run it in the background, where SIGUSR1 ends it; see launch/slurm/step.py.
 bind=()
 [[ $config != *task/affinity* ]] || bind=(--cpu-bind=none)
 container=()
 [ -z "$image" ] || container=("--container-image=$image" "--container-name=lockstep-$job"
     "--container-mounts=$folder:$folder,$scratch:$scratch${mounts:+,$mounts}")
 step() {
-    exec srun "--nodelist=$1" "--nodes=$2" "--ntasks=$2" --ntasks-per-node=1 --overlap --mem=0 --no-kill --kill-on-bad-exit=0 \
-        "${bind[@]}" "${container[@]}" "${@:3}"
+    exec srun "--nodelist=$1" "--nodes=$2" "--ntasks=$2" --ntasks-per-node=1 \
+        --overlap --mem=0 --no-kill --kill-on-bad-exit=0 "${bind[@]}" "${container[@]}" "${@:3}"
 }
 obey=("${bin}python3" -P -m lockstep.launch.slurm.step)
 
-# The status of a step that runs in the background, whatever signals come meanwhile.
+# Waits for a background step whatever signals come meanwhile; returns its status.
 status_of() {
     while kill -0 "$1" 2> /dev/null; do wait "$1"; done
     wait "$1"
@@ -51,13 +54,14 @@ else
 fi
 case $address in
     "") fail "no address of $head found${interface:+ on its interface $interface}" ;;
-    127.*) fail "$head finds itself at $address, where no other node would; see launch slurm --interface" ;;
+    127.*) fail "$head has the address $address, which no other node reaches; see launch slurm --interface" ;;
 esac
 
-# Ports: ten of the job's own by its number, or the next ten where something listens on one of them already.
+# Ports: ten by the job's number, or the next ten if one of them is in use.
 listens() { (: < "/dev/tcp/$address/$1" || : < "/dev/tcp/127.0.0.1/$1") 2> /dev/null; }
 first=$((20000 + job % 1000 * 10))
-while listens $first || listens $((first + 1)) || listens $((first + 2)) || listens $((first + 3)); do
+while listens $first || listens $((first + 1)) || listens $((first + 2)) ||
+    listens $((first + 3)); do
     first=$((20000 + (first + 10) % 10000))
 done
 port=${port:-$((first + 1))}
@@ -65,17 +69,18 @@ case ${host:-0.0.0.0} in
     0.0.0.0 | ::) served=$address ;;
     *) served=$host ;;
 esac
-ray=("${obey[@]}" --patience 20 --scratch "$scratch" --logs "$folder" "${bin}ray" start --block "--temp-dir=$scratch"
-    --object-store-memory=100000000 --disable-usage-stats "--num-gpus=$gpus"
+ray=("${obey[@]}" --patience 20 --scratch "$scratch" --logs "$folder"
+    "${bin}ray" start --block "--temp-dir=$scratch" --object-store-memory=100000000
+    --disable-usage-stats "--num-gpus=$gpus"
     --min-worker-port=0 --max-worker-port=0 "--dashboard-agent-listen-port=$((first + 2))")
-# The port of Ray's client server, which Ray starts where grpc is installed and refuses to be told elsewhere.
+# Port of Ray's client server, which Ray starts if grpc is installed; otherwise it refuses the option.
 client=()
 "${bin}python3" -c "import grpc" 2> /dev/null && client=("--ray-client-server-port=$((first + 3))")
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE RAY_AUTH_TOKEN
 
-# SIGTERM, from Slurm before the time limit or from scancel: launch drains and ends, and with it the job.
+# On SIGTERM (by Slurm before the time limit, or scancel) launch drains and ends, and then the job.
 told=
 serving=
 drain() {
@@ -85,14 +90,15 @@ drain() {
 }
 trap drain TERM INT
 
-# However the script ends, Ray ends with it, and its exit code stands.
+# Ends Ray whenever the script ends, and keeps its exit code.
 ray_head=
 ray_workers=
 finish() {
     code=$?
     rm -f "$folder/endpoint"
     for ray_step in $ray_workers $ray_head; do
-        kill -USR1 "$ray_step" 2> /dev/null || say "Ray had ended before launch did; see $folder/ray-*.log"
+        kill -USR1 "$ray_step" 2> /dev/null ||
+            say "Ray had ended before launch did; see $folder/ray-*.log"
     done
     for ray_step in $ray_workers $ray_head; do
         status_of "$ray_step" > /dev/null 2>&1
@@ -102,7 +108,7 @@ finish() {
 }
 trap finish EXIT
 
-# On the first node, told to end by drain.
+# Runs a command on the first node; drain tells it to end.
 on_head() {
     step "$head" 1 "${obey[@]}" "$@" &
     serving=$!
@@ -120,7 +126,8 @@ for _ in $(seq 1200); do
     sleep 0.1
 done
 [ -z "$told" ] || exit 0
-listens "$first" || fail "Ray does not listen on $address:$first after two minutes; see $folder/ray-$head.log"
+listens "$first" ||
+    fail "Ray does not listen on $address:$first after two minutes; see $folder/ray-$head.log"
 if [ -n "$workers" ]; then
     step "$workers" $((num_nodes - 1)) --output="$folder/ray-%N.log" "${ray[@]}" \
         "--address=$address:$first" "--num-cpus=${cpus[1]}" &
@@ -128,7 +135,8 @@ if [ -n "$workers" ]; then
 fi
 say "Ray on $head ($address:$first)${workers:+ and $workers}"
 
-recipe+=("cluster.address=$address:$first" "cluster.log_dir=$folder" "frontend.host=${host:-$address}" "frontend.port=$port")
+recipe+=("cluster.address=$address:$first" "cluster.log_dir=$folder")
+recipe+=("frontend.host=${host:-$address}" "frontend.port=$port")
 if [ -n "$check" ]; then
     on_head "${bin}launch" check "${recipe[@]}"
     found=$?
