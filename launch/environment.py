@@ -116,7 +116,7 @@ def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict
 
 
 def interface_settings(interface: str | None) -> dict[str, str]:
-    """Tells gloo and NCCL the interface that other nodes reach; the user's settings take precedence.
+    """Tells gloo and NCCL the interface that other nodes reach, unless the user's settings do.
 
     By default gloo uses the one that the host name resolves to, which may be the loopback, and NCCL
     the first it finds.

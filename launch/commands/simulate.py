@@ -29,7 +29,8 @@ def simulate(
             "-t",
             help="File with one JSON object per line: timestamp (ms), input_length, output_length, "
             "hash_ids, as in the Mooncake traces. Or generated requests: "
-            "poisson:rate=20,input=2000,output=300,count=2000[,seed=0] (requests/s, tokens, tokens, requests).",
+            "poisson:rate=20,input=2000,output=300,count=2000[,seed=0] "
+            "(requests/s, tokens, tokens, requests).",
         ),
     ],
     overrides: Overrides = None,

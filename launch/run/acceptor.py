@@ -76,7 +76,7 @@ class Acceptor:
         self._thread.start()
 
     def open(self) -> None:
-        """Listens. Raises LaunchError when another process has taken the port since it was bound."""
+        """Listens. Raises LaunchError when another process has taken the port meanwhile."""
         try:
             self._listener.listen(BACKLOG)
         except OSError as error:

@@ -19,7 +19,7 @@ class RunFolder:
         self.path = Path(tempfile.mkdtemp(prefix="lockstep-", dir=folder))
 
     def end(self, *, failed: bool) -> bool:
-        """Deletes the folder unless ``parent`` was given or the run failed; returns whether it stays.
+        """Deletes the folder unless ``parent`` was given or the run failed; returns if it stays.
 
         After a failure only an empty folder is deleted; otherwise always Ray's own files.
         """

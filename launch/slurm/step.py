@@ -44,7 +44,7 @@ class SlurmStep:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def wait(self) -> int:
-        """Waits for the command and kills the rest of its session; returns a shell's exit status."""
+        """Waits for the command, kills the rest of its session; returns a shell's exit status."""
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-# Stands for SIGTERM, whose handler ray.init replaces; during parts of it SIGTERM aborts the process.
+# Stands for SIGTERM, whose handler ray.init replaces; in parts of it SIGTERM aborts.
 TERMINATE = signal.SIGUSR2
 _MEANING = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", TERMINATE: "SIGTERM"}
 
