@@ -1,4 +1,4 @@
-"""A dummy role: ``python -m support.launch.dummy_role ROLE INDEX PARENT`` follows its specification.
+"""A dummy role: ``python -m support.launch.dummy_role ROLE INDEX PARENT`` obeys its spec.
 
 Runs under the same rules as a real role (its own session, dies with its parent). The specification
 is JSON: ``{"do": "sleep" | "exit" | "fail" | "ignore", "code": 3, "say": "text"}``.

@@ -48,7 +48,7 @@ class Host:
     pid: int
 
     def command(self, *arguments: str, folder: Path | None = None) -> list[str]:
-        """The command line that runs ``arguments`` on this host, in ``folder`` or the current one."""
+        """The command line that runs ``arguments`` here, in ``folder`` or the current one."""
         return [
             "nsenter",
             "--target",
@@ -154,7 +154,7 @@ def _furnish(host: Host, table: Path, private: Sequence[Path], shm: str) -> None
 
 @contextmanager
 def _namespace(*kinds: str) -> Iterator[int]:
-    """New namespaces, until the context or this process ends; gives the id of their first process."""
+    """New namespaces until the context or this process ends; yields their first process."""
     command = ["unshare", *kinds, "--fork", "--kill-child", "--", sys.executable, "-I", "-S", "-c", _INIT]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"

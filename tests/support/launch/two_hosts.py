@@ -23,7 +23,7 @@ PORT = 6379
 
 
 class RayHosts:
-    """``up`` starts a node, ``lose`` loses it. ``environment``: settings of a process that joins."""
+    """``up`` starts a node, ``lose`` ends it. ``environment``: settings of a joining process."""
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.hosts = hosts
