@@ -18,10 +18,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import config, types
+from numba.core import config, event, types
 from numba.extending import intrinsic, overload, register_jitable
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .compile_lock import CompileLock
 
 
 def _cache_folder() -> str:
@@ -29,10 +31,12 @@ def _cache_folder() -> str:
     writable.
 
     There is a folder for every version of the sources, because numba looks only at the file of a
-    function and not at those it calls.
+    function and not at those it calls; and for every version of numba, which would write over what
+    another version reads.
     """
     here = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.parent.rglob("*.py"))))
+    sources.update(numba.__version__.encode())
     chosen = config.CACHE_DIR  # type: ignore[attr-defined]
     places = [Path(chosen)] if chosen else [here / "__pycache__", Path.home() / ".cache" / "lockstep"]
     place = next((place for place in places if os.access(place, os.W_OK)), places[-1])
@@ -44,6 +48,7 @@ CACHE_FOLDER = _cache_folder()
 # Before the first kernel is declared.
 config.CACHE_DIR = CACHE_FOLDER  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
+event.register("numba:compiler_lock", CompileLock(Path(CACHE_FOLDER)))
 
 # Up to this many values a pass over rows stays on the thread that asks for it: 4 us, and no waiting
 # for a thread that another process may hold up.
