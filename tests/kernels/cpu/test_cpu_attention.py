@@ -5,6 +5,7 @@ definition in ``test_attention``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lockstep.kernels.cpu import attention as cpu_attention
 from lockstep.kernels.reference import attention as reference, kv_entries
 from lockstep.kernels.reference.paged import PagedBatch
+from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in
 from support.kernels.paged_rows import PagedRows
 
@@ -29,6 +31,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": lambda x: x.bfloat16(),
     "fp8": kv_entries.encode_heads,
 }
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 # Query heads, key heads, dim, page size. Those of pages of 64 and more are read where they lie; 40
 # query heads of a key head are more than a tile; dims of 64 and 128 are decoded as bytes.
 SHAPES = [(6, 1, 20, 8), (6, 6, 20, 64), (6, 2, 96, 40), (40, 1, 32, 64), (4, 2, 64, 128), (16, 2, 128, 16)]
@@ -50,12 +53,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kv_format", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pairwise({"case": CASES, "shape": SHAPES, "kv_format, dtype": product(FORMATS, TOLERANCES)})
 def test_as_the_reference(
-    case: str, shape: tuple[int, int, int, int], kv_format: str, dtype: torch.dtype, tolerance: float
+    case: str, shape: tuple[int, int, int, int], kv_format: str, dtype: torch.dtype
 ) -> None:
     heads, kv_heads, dim, page_size = shape
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_as_the_reference(
     out = cpu_attention.attend(q, *caches, rows.batch, dim**-0.5)
     expected = reference.attend(q.float(), *numbers, rows.batch, dim**-0.5)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.float(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lockstep.kernels.cpu import gate as cpu_gate
 from lockstep.kernels.reference import gate as reference
 from lockstep.kernels.reference.gate import GateCounts, Routing
+from support.grids import pairwise
 
 # Experts, rule. Numbers of experts that four does not divide take another product.
 RULES = {
@@ -41,9 +42,9 @@ def _inputs(
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pairwise(
+    {"name": RULES, "with_bias": [False, True], "dtype": [torch.float32, torch.bfloat16, torch.float16]}
+)
 def test_as_the_reference(name: str, with_bias: bool, dtype: torch.dtype) -> None:
     num_experts, rule = RULES[name]
     x, weight, bias = _inputs(num_experts, dtype)

@@ -20,6 +20,7 @@ from lockstep.kernels.cpu.linear import (
     pack_slots_for_onednn,
 )
 from lockstep.kernels.table import ops_of
+from support.grids import pairwise
 
 
 @pytest.fixture
@@ -35,9 +36,7 @@ def as_many_threads_as_torch() -> None:
 
 
 @pytest.mark.parametrize("packing", [pack, pack_for_onednn, cpu_blocks.pack_blocks])
-@pytest.mark.parametrize("rows", [0, 1, 5, 33])
-@pytest.mark.parametrize(("width", "columns"), [(48, 64), (80, 34), (7, 33)])
-@pytest.mark.parametrize("bias", [False, True])
+@pairwise({"rows": [0, 1, 5, 33], "width, columns": [(48, 64), (80, 34), (7, 33)], "bias": [False, True]})
 def test_a_packed_weight_gives_what_the_plain_one_does(
     packing: object, rows: int, width: int, columns: int, bias: bool
 ) -> None:
@@ -126,19 +125,20 @@ def test_slots_are_packed_one_by_one_for_onednn_and_kept() -> None:
 
 _COMPUTE = """
 import torch
-from lockstep.kernels import cpu_blocks, cpu_expert_blocks
-from lockstep.kernels.cpu.codegen.blocks import pack_blocks
+from lockstep.kernels.cpu import expert_blocks
+from lockstep.kernels.cpu.codegen import blocks
 from lockstep.kernels.cpu.linear import linear
 x, one = torch.ones(1, 32).bfloat16(), torch.zeros(1, dtype=torch.int64)
-linear(x, pack_blocks(torch.ones(16, 32).bfloat16()))
+linear(x, blocks.pack_blocks(torch.ones(16, 32).bfloat16()))
 w13, w2 = torch.ones(1, 32, 32).bfloat16(), torch.ones(1, 32, 16).bfloat16()
-cpu_expert_blocks.experts(x, one, one, pack_blocks(w13), pack_blocks(w2), one.clone())
+expert_blocks.experts(x, one, one, blocks.pack_blocks(w13), blocks.pack_blocks(w2), one.clone())
 """
 
 
 def test_a_second_process_compiles_nothing() -> None:
-    exec(_COMPUTE)
-    count = "print([sum(f.stats.cache_misses.values()) for f in (cpu_blocks.multiply_rows, cpu_expert_blocks.run_experts)])"
+    exec(_COMPUTE, {})
+    kernels = "(blocks.multiply_rows, expert_blocks.run_experts)"
+    count = f"print([sum(kernel.stats.cache_misses.values()) for kernel in {kernels}])"
     command = [sys.executable, "-c", _COMPUTE + count]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout.strip() == "[0, 0]", result.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,32 +13,29 @@ from lockstep.kernels.formats.kv_format import KvFormat, Shape, head_entry, late
 from lockstep.kernels.reference import rope
 from lockstep.kernels.reference.kv_entries import decode_heads, decode_latents
 from lockstep.kernels.reference.rope import HeadNorms, angles, frequencies
+from support.grids import pairwise
 
 PLACES = 600
 CACHES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)])
-FORMATS = pytest.mark.parametrize("kv_format", CACHES)
-INTERLEAVED = pytest.mark.parametrize("interleaved", [False, True])
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
 
 def empty(kv_format: KvFormat, shape: Shape) -> Tensor:
     return torch.full((PLACES, *shape), 7, dtype=CACHES[kv_format])
 
 
-@DTYPES
-@FORMATS
-@INTERLEAVED
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("num_tokens", "turned"), [(0, 16), (7, 16), (7, 8)])
+@pairwise(
+    {
+        "kv_format, dtype": product(CACHES, TOLERANCES),
+        "num_tokens, turned": [(0, 16), (7, 16), (7, 8)],
+        "normed": [False, True],
+        "interleaved": [False, True],
+    }
+)
 def test_heads(
-    num_tokens: int,
-    turned: int,
-    normed: bool,
-    interleaved: bool,
-    kv_format: KvFormat,
-    dtype: torch.dtype,
-    tolerance: float,
+    num_tokens: int, turned: int, normed: bool, interleaved: bool, kv_format: KvFormat, dtype: torch.dtype
 ) -> None:
+    tolerance = TOLERANCES[dtype]
     torch.manual_seed(0)
     qkv = torch.randn(num_tokens, 6 + 2 + 2, 16).mul(3).to(dtype)
     norms = HeadNorms(torch.randn(16).to(dtype), torch.randn(16).to(dtype), 1e-6) if normed else None
@@ -66,10 +65,11 @@ def test_heads(
     torch.testing.assert_close(found_caches[0], expected_caches[0], rtol=tolerance, atol=tolerance)
 
 
-@DTYPES
-@FORMATS
-@INTERLEAVED
-def test_latents(interleaved: bool, kv_format: KvFormat, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("kv_format", CACHES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_latents(interleaved: bool, kv_format: KvFormat, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCES[dtype]
     torch.manual_seed(0)
     q, c, k = (
         torch.randn(5, 3, 24).to(dtype)[..., 16:],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
 from lockstep.kernels.reference.attention import attend
 from lockstep.kernels.reference.paged import write_entries
+from support.grids import pairwise
 from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 DIM, SCALE = 16, 0.3
@@ -41,9 +41,7 @@ def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tenso
     return torch.einsum("htl,lhd->thd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
+@pairwise({"case": CASES, "dtype, cache_dtype, tolerance": DTYPES, "num_kv_heads": [1, 2, 6]})
 def test_equals_the_definition(
     case: str, num_kv_heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
 ) -> None:

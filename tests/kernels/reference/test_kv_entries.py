@@ -21,6 +21,7 @@ from lockstep.kernels.reference.kv_entries import (
     write_heads,
     write_latents,
 )
+from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in, latents_in
 from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
@@ -128,9 +129,7 @@ CASES = {
 TOLERANCES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pairwise({"case": CASES, "kv_heads": [1, 2, 6], "dtype, tolerance": TOLERANCES})
 def test_grouped_attention_reads_what_the_cache_returns(
     case: str, kv_heads: int, dtype: torch.dtype, tolerance: float
 ) -> None:

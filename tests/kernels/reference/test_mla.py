@@ -14,6 +14,7 @@ from lockstep.kernels.cpu import mla as cpu_mla
 from lockstep.kernels.reference import mla
 from lockstep.kernels.reference.kv_entries import decode_latents, encode_latents
 from lockstep.kernels.reference.paged import write_entries
+from support.grids import pairwise
 from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 HEADS, NOPE, ROPE, LATENT, SCALE = 4, 12, 6, 20, 0.25
@@ -48,9 +49,7 @@ def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, 
     return torch.einsum("htl,lhv->thv", scores.softmax(-1), kv[..., NOPE:])
 
 
-@pytest.mark.parametrize("value_dim", [8, 18, 24])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
+@pairwise({"case": CASES, "dtype, cache_dtype, tolerance": DTYPES, "value_dim": [8, 18, 24]})
 @pytest.mark.parametrize("column", [mla, cpu_mla])
 def test_equals_the_definition(
     column: ModuleType,

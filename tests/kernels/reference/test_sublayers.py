@@ -21,6 +21,7 @@ from lockstep.kernels.reference.paged import PagedBatch, build_batch
 from lockstep.kernels.reference.rope import HeadNorms, angles, frequencies
 from lockstep.kernels.reference.sublayers import GateWeights, GroupedHeads, Here, Residual, RowNorm, Step
 from lockstep.kernels.table import Ops, ops_of
+from support.grids import pairwise
 
 HIDDEN, HEADS, KEYS, DIM, SLOTS, WIDTH, TOP_K = 64, 4, 2, 32, 8, 48, 3
 CPU, REFERENCE = ops_of("cpu"), ops_of("reference")
@@ -95,10 +96,12 @@ def _experts(ops: Ops, sublayer: Any, num_tokens: int, *, first: bool, bias: boo
     ]
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize(
-    ("bias", "norms", "fp8"), [(False, True, False), (True, False, False), (False, True, True)]
+@pairwise(
+    {
+        "rows": ROWS,
+        "bias, norms, fp8": [(False, True, False), (True, False, False), (False, True, True)],
+        "first": [False, True],
+    }
 )
 def test_attention_in_one_call(
     rows: tuple[int, int], first: bool, bias: bool, norms: bool, fp8: bool
@@ -112,9 +115,7 @@ def test_attention_in_one_call(
         torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, 600])
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pairwise({"num_tokens": [0, 1, 7, 600], "first": [False, True], "bias": [False, True]})
 def test_experts_in_one_call(num_tokens: int, first: bool, bias: bool) -> None:
     got = _experts(CPU, CPU.experts_sublayer, num_tokens, first=first, bias=bias)
     for one, other in zip(

@@ -13,6 +13,7 @@ from lockstep.kernels.reference.attention import attend as reference
 from lockstep.kernels.reference.kv_entries import write_heads
 from lockstep.kernels.triton.attention import attend
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
+from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in
 from support.kernels.paged_rows import PAGE_SIZE, PagedRows, on_device
 from support.kernels.poison import DEVICE, poisoned
@@ -52,9 +53,13 @@ def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tenso
     return torch.einsum("htl,lhd->thd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 16), (6, 1, 20), (2, 2, 32)])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
+@pairwise(
+    {
+        "case": CASES,
+        "dtype, cache_dtype, tolerance": DTYPES,
+        "heads, kv_heads, dim": [(6, 2, 16), (6, 1, 20), (2, 2, 32)],
+    }
+)
 def test_equals_the_definition(
     case: str,
     heads: int,
@@ -88,9 +93,13 @@ def test_equals_the_definition(
             torch.testing.assert_close(out[tokens].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 1, 20), (6, 3, 160)])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+@pairwise(
+    {
+        "case": CASES,
+        "heads, kv_heads, dim": [(6, 1, 20), (6, 3, 160)],
+        "dtype, tolerance": [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)],
+    }
+)
 def test_fp8_pages(
     case: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lockstep.kernels.reference import experts as reference
 from lockstep.kernels.triton.experts import experts, experts_tiled, weighted_sum
 from lockstep.kernels.triton.tiles import DEFAULT, ExpertTile, ProductTile
+from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
 
 CASES = {
@@ -37,9 +38,7 @@ def weights(hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return w13.to(DEVICE, dtype), w2.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-@pytest.mark.parametrize(("hidden", "width"), SIZES)
-@pytest.mark.parametrize("case", CASES)
+@pairwise({"case": CASES, "hidden, width": SIZES, "dtype, tolerance": DTYPES})
 def test_equals_the_definition(
     case: str, hidden: int, width: int, dtype: torch.dtype, tolerance: float
 ) -> None:

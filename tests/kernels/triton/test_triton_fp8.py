@@ -10,6 +10,7 @@ from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, quantise_
 from lockstep.kernels.triton import fp8 as triton_fp8
 from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
+from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
 
 # Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among
@@ -78,10 +79,14 @@ CASES = {
 
 
 # Columns of both products: narrower than a group, the activation is quantised by the second.
-@pytest.mark.parametrize("columns", [(128, 128), (32, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("hidden", "width"), [(128, 128), (256, 200), (144, 40)])
-@pytest.mark.parametrize("case", CASES)
+@pairwise(
+    {
+        "case": CASES,
+        "hidden, width": [(128, 128), (256, 200), (144, 40)],
+        "columns": [(128, 128), (32, 64)],
+        "dtype": [torch.float32, torch.bfloat16],
+    }
+)
 def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype, columns: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(2)
     slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lockstep.kernels.reference import gate as reference
 from lockstep.kernels.reference.gate import GateCounts, Routing
 from lockstep.kernels.triton import gate as triton_gate
+from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
 
 # Experts, rule. The odd sizes pad every power of two.
@@ -43,9 +44,9 @@ def inputs(num_experts: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
     return x, weight.to(DEVICE), (torch.randn(num_experts, generator=generator) * 0.3).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pairwise(
+    {"name": RULES, "with_bias": [False, True], "dtype": [torch.float32, torch.float16, torch.bfloat16]}
+)
 def test_equals_the_reference(name: str, with_bias: bool, dtype: torch.dtype) -> None:
     num_experts, rule = RULES[name]
     x, weight, bias = inputs(num_experts, dtype)

@@ -10,6 +10,7 @@ import torch
 from lockstep.kernels.reference import grouping as reference
 from lockstep.kernels.reference.grouping import Grouping, most_blocks
 from lockstep.kernels.triton import grouping as triton_grouping
+from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
 
 COLUMNS = pytest.mark.parametrize("column", [reference, triton_grouping], ids=["reference", "triton"])
@@ -67,9 +68,13 @@ def test_no_routing_needs_more_blocks(num_pairs: int, num_slots: int, block: int
 
 
 @COLUMNS
-@pytest.mark.parametrize("hidden", [1, 24, 1500])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("case", ["spread", "one slot", "padding", "only padding", "none"])
+@pairwise(
+    {
+        "case": ["spread", "one slot", "padding", "only padding", "none"],
+        "dtype": [torch.float32, torch.float16, torch.bfloat16, torch.int8],
+        "hidden": [1, 24, 1500],
+    }
+)
 def test_rows_there_and_back(column: ModuleType, case: str, dtype: torch.dtype, hidden: int) -> None:
     slots, num_slots = CASES[case]
     slots_M = torch.tensor(slots, dtype=torch.int64, device=DEVICE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from lockstep.kernels.reference.mla import mla_attend as reference
 from lockstep.kernels.triton.mla import mla_attend
 from lockstep.kernels.triton.mla_prefill import Windows, break_even, plan_windows
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
+from support.grids import pairwise
 from support.kernels.fp8_entries import latents_in
 from support.kernels.paged_rows import PAGE_SIZE, PagedRows, on_device
 from support.kernels.poison import DEVICE, poisoned
@@ -73,9 +73,7 @@ def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, 
     return torch.einsum("htl,lhv->thv", scores.softmax(-1), kv[..., NOPE:])
 
 
-@pytest.mark.parametrize("heads", [4, 20])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "cache_dtype", "tolerance"), DTYPES)
+@pairwise({"case": CASES, "dtype, cache_dtype, tolerance": DTYPES, "heads": [4, 20]})
 def test_equals_the_definition(
     case: str, heads: int, dtype: torch.dtype, cache_dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -99,9 +97,13 @@ def test_equals_the_definition(
             torch.testing.assert_close(out[tokens].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("latent", "heads"), [(20, 4), (300, 20)])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+@pairwise(
+    {
+        "case": CASES,
+        "latent, heads": [(20, 4), (300, 20)],
+        "dtype, tolerance": [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)],
+    }
+)
 def test_fp8_pages(case: str, latent: int, heads: int, dtype: torch.dtype, tolerance: float) -> None:
     """Against attention over a pool of numbers that holds what the bytes say."""
     torch.manual_seed(0)
@@ -138,9 +140,7 @@ def test_equals_the_reference_at_real_latents() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["on the device", "on the host"])
-@pytest.mark.parametrize("expansion", EXPANSIONS)
-@pytest.mark.parametrize("case", EXTENDS)
+@pairwise({"expansion": EXPANSIONS, "case": EXTENDS, "known": [False, True]})
 def test_expanded_rows(case: str, expansion: str, known: bool) -> None:
     """Whether the lengths are known to the host or not."""
     torch.manual_seed(2)
@@ -162,11 +162,16 @@ def test_expanded_rows(case: str, expansion: str, known: bool) -> None:
         torch.testing.assert_close(out[tokens].double(), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("expansion", ["all", "all, in windows"])
-@pytest.mark.parametrize("latent", [20, 300])
-@pytest.mark.parametrize(
-    ("dtype", "cache_dtype"),
-    [(torch.bfloat16, torch.uint8), (torch.float32, torch.uint8), (torch.bfloat16, torch.bfloat16)],
+@pairwise(
+    {
+        "dtype, cache_dtype": [
+            (torch.bfloat16, torch.uint8),
+            (torch.float32, torch.uint8),
+            (torch.bfloat16, torch.bfloat16),
+        ],
+        "latent": [20, 300],
+        "expansion": ["all", "all, in windows"],
+    }
 )
 def test_expanded_rows_in_every_format(
     dtype: torch.dtype, cache_dtype: torch.dtype, latent: int, expansion: str

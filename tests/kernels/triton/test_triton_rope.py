@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,21 +11,18 @@ from lockstep.kernels.formats.kv_format import head_entry, latent_entry
 from lockstep.kernels.reference import rope as reference
 from lockstep.kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
 from lockstep.kernels.triton import rope as triton_rope
+from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in, latents_in
 from support.kernels.poison import DEVICE, poisoned
 
 # The model's dtype, the cache's, and the tolerance: the interpreter cuts bf16 instead of rounding
 # it.
-DTYPES = pytest.mark.parametrize(
-    ("dtype", "cache_dtype", "tolerance"),
-    [
-        (torch.float32, torch.float32, 1e-6),
-        (torch.bfloat16, torch.bfloat16, 1.6e-2),
-        (torch.float16, torch.float16, 2e-3),
-        (torch.bfloat16, torch.float32, 1.6e-2),
-    ],
-)
-CONVENTIONS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+DTYPES = [
+    (torch.float32, torch.float32, 1e-6),
+    (torch.bfloat16, torch.bfloat16, 1.6e-2),
+    (torch.float16, torch.float16, 2e-3),
+    (torch.bfloat16, torch.float32, 1.6e-2),
+]
 NUM_PLACES = 40
 
 
@@ -37,18 +33,19 @@ def rotation(num_tokens: int, dim: int) -> Angles:
     return Angles(turned.cos_T1F.to(DEVICE), turned.sin_T1F.to(DEVICE))
 
 
-@CONVENTIONS
-@DTYPES
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (5, 6, 2, 16, 16),
-        (1, 3, 3, 6, 6),
-        (9, 4, 1, 40, 40),
-        (0, 4, 2, 16, 16),
-        (5, 6, 2, 16, 8),
-        (3, 4, 3, 22, 6),
-    ],
+@pairwise(
+    {
+        "shape": [
+            (5, 6, 2, 16, 16),
+            (1, 3, 3, 6, 6),
+            (9, 4, 1, 40, 40),
+            (0, 4, 2, 16, 16),
+            (5, 6, 2, 16, 8),
+            (3, 4, 3, 22, 6),
+        ],
+        "dtype, cache_dtype, tolerance": DTYPES,
+        "interleaved": [False, True],
+    }
 )
 def test_keys_and_values(
     shape: tuple[int, int, int, int, int],
@@ -76,10 +73,12 @@ def test_keys_and_values(
     assert torch.equal(results[1][2], results[0][2])
 
 
-@CONVENTIONS
-@DTYPES
-@pytest.mark.parametrize(
-    ("num_tokens", "heads", "latent", "dim"), [(5, 6, 20, 6), (3, 16, 512, 64), (0, 2, 8, 4)]
+@pairwise(
+    {
+        "dtype, cache_dtype, tolerance": DTYPES,
+        "num_tokens, heads, latent, dim": [(5, 6, 20, 6), (3, 16, 512, 64), (0, 2, 8, 4)],
+        "interleaved": [False, True],
+    }
 )
 def test_latents(
     num_tokens: int,
@@ -118,18 +117,19 @@ def assert_same_entries(got: Tensor, expected: Tensor, read: Callable[[Tensor], 
     torch.testing.assert_close(read(got.cpu()), read(expected.cpu()), rtol=STEP * 1.02, atol=0.02)
 
 
-@CONVENTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (5, 6, 2, 16, 16),
-        (1, 3, 3, 12, 12),
-        (9, 4, 1, 40, 40),
-        (0, 4, 2, 16, 16),
-        (5, 6, 2, 16, 8),
-        (3, 8, 4, 128, 64),
-    ],
+@pairwise(
+    {
+        "shape": [
+            (5, 6, 2, 16, 16),
+            (1, 3, 3, 12, 12),
+            (9, 4, 1, 40, 40),
+            (0, 4, 2, 16, 16),
+            (5, 6, 2, 16, 8),
+            (3, 8, 4, 128, 64),
+        ],
+        "dtype": [torch.float32, torch.bfloat16],
+        "interleaved": [False, True],
+    }
 )
 def test_keys_and_values_in_fp8(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, interleaved: bool
@@ -157,9 +157,13 @@ def test_keys_and_values_in_fp8(
     assert torch.equal(results[1][2], results[0][2]), "values are not rotated"
 
 
-@CONVENTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_tokens", "latent", "dim"), [(5, 20, 6), (2, 300, 8), (3, 512, 64), (0, 8, 4)])
+@pairwise(
+    {
+        "num_tokens, latent, dim": [(5, 20, 6), (2, 300, 8), (3, 512, 64), (0, 8, 4)],
+        "dtype": [torch.float32, torch.bfloat16],
+        "interleaved": [False, True],
+    }
+)
 def test_latents_in_fp8(
     num_tokens: int, latent: int, dim: int, dtype: torch.dtype, interleaved: bool
 ) -> None:
