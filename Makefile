@@ -10,7 +10,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test check bench-control bench-frontend bench-vllm bench-kernels plan-anchors demo-eval clean
+.PHONY: setup serve test test-all check bench-control bench-frontend bench-vllm bench-kernels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -33,8 +33,14 @@ serve: setup
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
+# Two workers: tests that start clusters in one, all others in both. The quick tier is what a change is tried with.
+WORKERS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 check: setup $(TYPING)
 	$(BIN)/ruff format --check .
