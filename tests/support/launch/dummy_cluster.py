@@ -1,8 +1,8 @@
 """Dummy controller, rank and frontend: they speak the real protocols and do no work.
 
 ``python -m support.launch.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point.
-The environment variable ``DUMMY`` makes one misbehave: ``rank 1: fail``, ``rank 1: die``,
-``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``,
+The text in the environment variable ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1:
+die``, ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``,
 ``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
 """
 

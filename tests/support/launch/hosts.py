@@ -26,11 +26,14 @@ from typing import Any
 import psutil
 import pytest
 
-# The first process of a namespace adopts orphans; as it ignores SIGCHLD the kernel reaps them.
-_INIT = (
-    "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
-    "print('up', flush=True); sys.stdin.read()"
-)
+# The first process of a namespace: orphans are its children, and are reaped by the kernel because
+# it ignores their end.
+_INIT = """
+import signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("up", flush=True)
+sys.stdin.read()
+"""
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 _ISOLATED = ("--net", "--uts", "--mount", "--ipc", "--pid")
 _SECONDS = 20.0

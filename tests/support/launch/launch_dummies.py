@@ -1,4 +1,4 @@
-"""The launch command with dummy processes: ``python -m support.launch.launch_dummies``.
+"""The launch command with dummy processes: ``python -m support.launch.launch_dummies --recipe R``.
 
 Dummy ranks do not meet, so their store is not opened: torch, which holds it, takes a second to
 import. Deadlines are short only where a dummy was told to misbehave, so that a busy machine does

@@ -17,7 +17,9 @@ from lockstep.parallel.collectives import Collectives, connect_store
 
 Target = Callable[..., Any]
 
-DEADLINE = 240.0  # of a meeting and of a collective: one rank may compile kernels or wait for a core while the others are ready
+# Of a meeting and of a collective: one rank may compile kernels or wait for a core while the others
+# are ready.
+DEADLINE = 240.0
 
 
 def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) -> list[Any]:

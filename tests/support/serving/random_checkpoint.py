@@ -156,9 +156,8 @@ def sentences(count: int) -> list[str]:
             number = draw.randrange(10 ** draw.randrange(1, 6))
             lines.append(f'{b.split()[0]}({number}, {draw.random():.2f}) == {number * 2}  # {c}: "{d}"')
         if draw.random() < 0.1:
-            lines.append(
-                f"- Hello, how are you? I am {a}; the quick brown fox jumps over {draw.randrange(100)} lazy dogs."
-            )
+            dogs = draw.randrange(100)
+            lines.append(f"- Hello, how are you? I am {a}; the quick brown fox jumps over {dogs} lazy dogs.")
     return lines
 
 

@@ -100,7 +100,7 @@ class Served:
         ):
             return await asyncio.gather(*(send(http, ask) for ask in asks))
 
-    # ----------------------------------------------------------------- what the server says of itself
+    # -------------------------------------------------------------- what the server says of itself
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics of the family prefix ``lockstep:`` that carry no labels but the

@@ -380,10 +380,9 @@ class World:
             if self.planner.idle():
                 return
             group = self.planner.group
-            overdue = [d for d in range(group.mesh.data) if group.steps.alive[d] and self._overdue(d)]
-            assert overdue, (
-                f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {group.rows.state.tolist()}"
-            )
+            overdue = [d for d in range(group.num_data) if group.alive[d] and self._overdue(d)]
+            states = group.rows.state.tolist()
+            assert overdue, f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {states}"
             for data in overdue:
                 self.planner.resync(data)
             self.tidy()

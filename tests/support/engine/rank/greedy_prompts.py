@@ -1,9 +1,9 @@
 """Prompts with their greedy continuation and its margins, for comparing layouts:
 ``greedy_prompts.json``.
 
-``python -m support.engine.rank.greedy_prompts FAMILY...`` (in tests/) writes those of some families anew with
-transformers as the reference. It keeps prompts whose reference run has, at every position computed,
-router margins above ``MIN_MARGIN`` and, at every sampled one, a top-2 margin above it.
+``python -m support.engine.rank.greedy_prompts FAMILY...`` (in tests/) writes those of some families
+anew with transformers as the reference. It keeps prompts whose reference run has, at every position
+computed, router margins above ``MIN_MARGIN`` and, at every sampled one, a top-2 margin above it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from ..models.reference_models import load_reference
 from .hand_plans import GREEDY, Driver, Request, build_executor
 
 Told = list[tuple[int, float, list[int], list[float]]]
-"""Per position of a prompt: the position, the log-probability of its token, and ids and values of the likeliest."""
+"""Per position of a prompt: the position, the log-probability of its token, and ids and values of
+the likeliest.
+"""
 
 
 def scored(top: int) -> Sampling:

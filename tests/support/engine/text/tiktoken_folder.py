@@ -28,9 +28,13 @@ PATTERN = "|".join(
     ]
 )
 CORPUS = (
-    "The quick brown fox jumps over the lazy dog's back; they'll say it's 12345 times QUICKER than McDonald's. "
+    (
+        "The quick brown fox jumps over the lazy dog's back; "
+        "they'll say it's 12345 times QUICKER than McDonald's. "
+    )
     * 3
-    + "中文English混合、北京市的天气。東京 カタカナ ひらがな 한국어 naïve Größe 🙂🙃 aaaaaaaa abababab banana\n\n"
+    + "中文English混合、北京市的天气。東京 カタカナ ひらがな 한국어 "
+    + "naïve Größe 🙂🙃 aaaaaaaa abababab banana\n\n"
     + "  indented\r\n\tcode(x) == {y: 'z'}"
 )
 NUM_TRAINED = 260
@@ -93,7 +97,10 @@ def write_tokenizer(folder: Path, **changes: Any) -> Path:
         "added_tokens_decoder": added,
         "bos_token": "[BOS]",
         "eos_token": {"content": "<|im_end|>", "special": True},
-        "chat_template": "{{ bos_token }}{% for message in messages %}<|im_user|>{{ message.content }}{{ eos_token }}{% endfor %}",
+        "chat_template": (
+            "{{ bos_token }}{% for message in messages %}"
+            "<|im_user|>{{ message.content }}{{ eos_token }}{% endfor %}"
+        ),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
     return folder
