@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import os
-import signal
 import socket as network
 import time
 
@@ -151,11 +150,3 @@ class SimulatedRanks:
             _, rank, payload, step = heapq.heappop(self._due)
             self.timeline.first_result.setdefault(step, time.monotonic())
             self._by_rank[rank].send(payload)
-
-
-def main(spec: SimulatedSpec) -> SimulatedRanks:
-    """Simulates ranks in this process until the controller stops them."""
-    ranks = SimulatedRanks(spec)
-    signal.signal(signal.SIGTERM, lambda *_: ranks.stop())
-    ranks.run()
-    return ranks

@@ -1,0 +1,137 @@
+"""Losses, replacements and hangs of ranks, in a clock that a test sets."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lockstep.engine.controller.hang_detector import GRACE
+from lockstep.engine.controller.membership import Membership
+from lockstep.engine.controller.pilot import Pilot
+from lockstep.engine.controller.status import ClusterStatus
+from lockstep.engine.planner.settings import Settings
+from lockstep.engine.protocol.bulk import RankHello
+from lockstep.engine.protocol.frontends import RankLost
+from lockstep.engine.protocol.results import Abandoned
+from lockstep.engine.protocol.specs import ControllerSpec, SchedulerSpec
+from lockstep.parallel.mesh import Mesh
+
+MESH = Mesh(data=2)
+SCHEDULER = SchedulerSpec(max_running=4, max_batch_tokens=32)
+SPEC = ControllerSpec(
+    host="",
+    secret="",
+    public="",
+    allowed=(),
+    mesh=MESH,
+    scheduler=SCHEDULER,
+    model_max_len=96,
+    max_len=None,
+    rank_deadline=20.0,
+    collective_deadline=5.0,
+)
+
+
+def hello(rank: int, pages: int = 40) -> RankHello:
+    return RankHello(rank, f"host{rank}", 100 + rank, pages, 4, 0, 0, 0, "cpu")
+
+
+class Group:
+    def __init__(self) -> None:
+        self.pilot = Pilot(Settings(MESH, SCHEDULER, [40, 40], 4, 96))
+        self.status = ClusterStatus(MESH, hello(0), self.pilot.group, itertools.count(1))
+        self.membership = Membership(SPEC, {1: hello(1), 0: hello(0)}, self.pilot, self.status)
+
+    @property
+    def epoch(self) -> int:
+        return self.pilot.group.epoch
+
+    def conditions(self) -> list[str]:
+        """The condition of each rank, as frontends are told."""
+        ranks = self.status.state(self.membership.conditions()).ranks
+        assert [(rank.rank, rank.host) for rank in ranks] == [(0, "host0"), (1, "host1")]
+        return [rank.state for rank in ranks]
+
+    def owe(self, *ranks: int) -> None:
+        """A plan is in flight, and ``ranks`` have not answered it."""
+        group = self.pilot.group
+        group.next_step += 1
+        for rank in set(range(MESH.world)) - set(ranks):
+            group.acknowledged[rank] = group.next_step - 1
+
+
+@pytest.fixture
+def group() -> Group:
+    return Group()
+
+
+def test_a_lost_rank_begins_an_epoch_and_its_replacement_ends_the_recovery(group: Group) -> None:
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    assert (group.epoch, group.status.phase) == (1, "recovering")
+    assert group.status.reason == "rank 1 is lost: it was killed"
+    assert group.conditions() == ["serving", "lost"] and group.membership.missing == {1}
+    assert group.membership.replaced(hello(1), 15.0) == ""
+    assert (group.epoch, group.status.phase, group.status.reason) == (1, "serving", "")
+    assert group.conditions() == ["serving", "serving"]
+    assert group.membership.watch(100.0) == "", "the deadline of the replacement is over"
+
+
+def test_recovery_lasts_until_the_last_replacement(group: Group) -> None:
+    for rank in (1, 0):
+        group.membership.lost(RankLost(rank, "its node is lost"), 10.0)
+    assert group.membership.replaced(hello(0), 11.0) == ""
+    assert (group.status.phase, group.conditions()) == ("recovering", ["serving", "lost"])
+    assert group.membership.replaced(hello(1), 12.0) == ""
+    assert group.status.phase == "serving"
+
+
+def test_a_group_that_drains_goes_on_draining(group: Group) -> None:
+    group.status.phase = "draining"
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    assert (group.epoch, group.status.phase) == (1, "draining")
+    group.membership.replaced(hello(1), 11.0)
+    assert group.status.phase == "draining"
+
+
+def test_after_the_end_a_loss_is_only_noted(group: Group) -> None:
+    group.status.phase = "failed"
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    assert (group.epoch, group.status.phase, group.conditions()) == (0, "failed", ["serving", "lost"])
+    assert group.membership.watch(1000.0) == ""
+
+
+def test_a_replacement_with_fewer_pages_is_refused(group: Group) -> None:
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    failure = group.membership.replaced(hello(1, pages=39), 11.0)
+    assert failure == "rank 1 came back with 39 pages, it had 40: set kv_cache.memory"
+    assert group.membership.missing == {1}
+
+
+def test_a_replacement_that_stays_away_ends_the_group(group: Group) -> None:
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    assert group.membership.watch(30.0) == ""
+    expected = "rank 1 is lost: it was killed; no replacement for ranks [1] within 20 s"
+    assert group.membership.watch(30.1) == expected
+
+
+def test_a_hung_rank_is_named_and_has_to_be_replaced(group: Group) -> None:
+    assert group.membership.watch(10.0) == "", "no rank owes a result"
+    group.owe(0, 1)
+    group.membership.abandoned(Abandoned(0, 0, 0, 0, "no answer from rank 1"), 16.0)
+    assert group.membership.watch(16.0 + GRACE / 2) == "" and group.conditions() == ["serving", "serving"]
+    assert group.membership.watch(16.0 + GRACE) == "" and group.conditions() == ["serving", "hung"]
+    assert group.status.reason == "rank 1 hangs in step 0"
+    assert group.membership.watch(30.0) == ""
+    assert group.membership.watch(30.1) == "ranks [1] hang and have not been replaced"
+    group.membership.lost(RankLost(1, "it was killed"), 31.0)
+    assert group.conditions() == ["serving", "lost"]
+
+
+def test_ranks_that_all_abandoned_get_a_new_epoch(group: Group) -> None:
+    group.owe(0, 1)
+    group.membership.abandoned(Abandoned(0, 7, 0, 0, "of another epoch"), 10.0)
+    for rank in range(2):
+        group.membership.abandoned(Abandoned(0, 0, rank, 0, "no answer"), 16.0)
+    assert group.membership.watch(16.0 + GRACE) == ""
+    assert group.epoch == 1 and group.conditions() == ["serving", "serving"]
