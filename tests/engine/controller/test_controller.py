@@ -1,4 +1,4 @@
-"""The controller over real sockets, with simulated ranks and a bare frontend."""
+"""The controller over real sockets, with simulated ranks and a frontend without HTTP."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import ROOT
 
 PAGE = 4
-SLOW = 0.1  # seconds of a step: what a test does while a request of 240 tokens runs it does within 24 s
+SLOW = 0.1
+"""Seconds of a slow step: a request of 240 tokens runs for 24 s, in which a test can act."""
 
 
 def submit_of(handle: int, length: int, max_tokens: int) -> Submit:
@@ -82,7 +83,7 @@ class Frontend:
         self.send(submit_of(handle, length, max_tokens))
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-        """Receives until ``condition`` holds; fails naming ``what`` it waited for."""
+        """Receives until ``condition`` holds. A failure names ``what`` it waited for."""
         end = time.monotonic() + seconds
         while not condition():
             if self._socket.poll(50):
@@ -123,7 +124,7 @@ class Frontend:
 
 @dataclass
 class Running:
-    """A controller in a thread, with what is needed to join it."""
+    """A controller in a thread, its keys, and the ranks and frontends that have joined it."""
 
     controller: Controller
     keys: Keys
@@ -157,13 +158,13 @@ class Running:
         self.threads[-1].start()
 
     def pace(self, step_seconds: float) -> None:
-        """How long a step takes from the next plan on."""
+        """Sets the seconds of a step, from the next plan on."""
         assert self.ranks is not None
         for rank in self.ranks._ranks.values():
             rank.cost = Cost(step_seconds, 0.0, 0.0, 0.0)
 
     def end_ranks(self) -> None:
-        """Returns when the ranks that joined last have gone."""
+        """Ends the ranks that joined last, and waits for their end."""
         assert self.ranks is not None
         self.ranks.stop()
         self.threads[-1].join(timeout=30)
@@ -185,7 +186,7 @@ class Running:
 
 
 def forward(clock: pytest.MonkeyPatch, seconds: float) -> None:
-    """Lets so many seconds pass at once, for everybody in this process."""
+    """Puts the clock of this process forward."""
     now = time.monotonic
     clock.setattr(time, "monotonic", lambda: now() + seconds)
 
@@ -220,7 +221,7 @@ def start(
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    """A clock that was put forward is put back when all this has ended."""
+    """A controller with two ranks. It ends before ``monkeypatch`` puts its clock back."""
     with start(Mesh(data=2)) as cluster:
         cluster._start(cluster.controller.run)
         cluster.join_ranks((0, 1), Mesh(data=2))
@@ -232,8 +233,8 @@ def serving(frontend: Frontend) -> bool:
 
 
 def idle_after(frontend: Frontend, tokens: int) -> bool:
-    """Whether nothing runs any more in a state that knows of so many tokens: one from before may be
-    on its way, or the last that came.
+    """Whether the last state counts so many tokens and nothing runs. An older state may have come
+    before it.
     """
     return (
         frontend.state is not None
@@ -260,7 +261,7 @@ def test_serves_tokens(running: Running) -> None:
 
 
 def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
-    """Virtual time says what the controller does: the same order within a turn, the same pacing."""
+    """Virtual time predicts the controller: same order within a turn, same pacing."""
     asks = [(handle, 10 + handle, 20) for handle in range(40)]
     arrivals: list[float] = []
     with start(Mesh()) as cluster:
@@ -348,7 +349,7 @@ def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest
 
 
 def silence(frontend: Frontend, seconds: float) -> Callable[[], bool]:
-    """Whether no state has come for so long; one may be on its way when this begins."""
+    """A condition: no state has come for so long. One may be on its way when it is made."""
     last, since = frontend.state, time.monotonic()
 
     def silent() -> bool:
@@ -507,8 +508,8 @@ def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
 
 
 def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A controller that stood still finds the hello of the new rank among the ranks' messages and
-    reads those first.
+    """A controller that stood still reads the ranks' messages first, and among them the new rank's
+    hello.
     """
     go, standing, wait = threading.Event(), threading.Event(), Transport.wait
     go.set()

@@ -1,5 +1,5 @@
-"""The controller's loop in virtual time: every request is answered, times are what arithmetic says,
-and what never ends is named.
+"""The controller's turn in virtual time: every request is answered, times match arithmetic, and
+requests that never end are named.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from support.engine.planner.planner_world import ROOT
 
 @dataclass
 class Line:
-    """Steps that take ``fixed`` seconds and ``token`` for each token, on each stage."""
+    """A step takes ``fixed`` seconds, and ``token`` seconds for each token, on each stage."""
 
     fixed: float = 1.0
     token: float = 0.0
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass
 class Log:
-    """When each token of each request came, who was rejected, and the steps."""
+    """Times of each request's tokens and of its end, statuses of rejected requests, and steps."""
 
     tokens: dict[int, list[float]] = field(default_factory=dict)
     finished: dict[int, float] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def settings_of(mesh: Mesh = Mesh(), *, pages: int = 64, **spec: object) -> Sett
 
 
 def arrival(number: int, at: float, num_prompt: int, output: int, *, alike: int = 0) -> Arrival:
-    """A request whose prompt begins with ``alike`` tokens that all have."""
+    """A request whose first ``alike`` prompt tokens are the same for all requests."""
     prompt = (
         (np.arange(num_prompt) + np.where(np.arange(num_prompt) < alike, 0, 1000 * (number + 1)))
         .astype(np.int32)
@@ -148,7 +148,7 @@ def test_the_planner_learns_what_steps_take() -> None:
     assert cost.token != Cost().token
 
 
-def test_a_full_queue_answers_503_and_what_is_too_long_400() -> None:
+def test_a_full_queue_answers_503_and_too_long_a_request_400() -> None:
     arrivals = [arrival(0, 0.0, 250, 7)] + [arrival(n, 0.5, 8, 50) for n in range(1, 9)]
     log, _ = run(settings_of(max_queue=2), Line(), arrivals)
     assert Counter(log.rejected.values()) == {400: 1, 503: 2}, "4 rows and a queue of 2"
@@ -171,7 +171,7 @@ def test_the_same_arrivals_give_the_same_times() -> None:
     assert len(first.finished) == 30
 
 
-# --------------------------------------------------------------------------- all of them, whatever the load
+# --------------------------------------------------------------------------- any load
 
 
 @given(
@@ -189,7 +189,7 @@ def test_the_same_arrivals_give_the_same_times() -> None:
 def test_every_request_is_answered_and_tokens_add_up(
     mesh: Mesh, asks: list[tuple[float, int, int, int]], pages: int, queue: int, pacing: bool
 ) -> None:
-    """The planner compares the state of the ranks with its own after every step."""
+    """The planner checks its state against the ranks' checksums after every step."""
     ordered = sorted(asks)
     arrivals = [
         arrival(number, at, prompt, output, alike=alike)
@@ -217,10 +217,8 @@ def test_pressure_preempts_and_everybody_still_gets_everything() -> None:
     assert {number: len(times) for number, times in log.tokens.items()} == dict.fromkeys(range(8), 150)
 
 
-def test_the_group_does_what_its_ranks_would() -> None:
-    """``SimulatedRank`` is the reference: tokens, context and checksums of every step, on every
-    rank.
-    """
+def test_the_group_equals_its_ranks() -> None:
+    """Tokens, context and checksums of every step equal those of ``SimulatedRank``."""
     chosen = settings_of(Mesh(data=2), pages=70)
     planner, group = Planner(chosen), SimulatedGroup(chosen)
     ranks = [SimulatedRank(rank, 4, 64) for rank in range(2)]
@@ -256,7 +254,7 @@ def test_the_group_does_what_its_ranks_would() -> None:
     assert steps > 60
 
 
-# --------------------------------------------------------------------------- what never ends
+# --------------------------------------------------------------------------- requests that never end
 
 
 def test_a_request_that_never_ends_is_named() -> None:

@@ -1,7 +1,7 @@
 """A dummy role: ``python -m support.launch.dummy_role ROLE INDEX PARENT`` obeys its spec.
 
-Runs under the same rules as a real role (its own session, dies with its parent). The specification
-is JSON: ``{"do": "sleep" | "exit" | "fail" | "ignore", "code": 3, "say": "text"}``.
+It has its own session and dies with its parent, as a real role does. Its specification is JSON:
+``{"do": "sleep" | "exit" | "fail" | "ignore", "code": 3, "say": "text"}``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A controller for frontends that answers each ``Submit`` from a script: a real CURVE ROUTER in a
-thread, and no ranks.
+"""A controller for frontends that answers each ``Submit`` from a script. It is a real CURVE ROUTER
+in a thread, without ranks.
 
-A script is called with the ``Submit`` and yields, one per step: a list of tokens, ``None`` (nothing
-this step), a ``Finish``, or a ``Rejected`` without its handle. Like the real engine it ends a
-request at its limit and at its stop ids.
+A script is called with the ``Submit`` and yields an item per step: a list of tokens, ``None``
+(nothing this step), a ``Finish``, or a ``Rejected`` without its handle. A request ends at its limit
+and at its stop ids, as in the real engine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ STATE = ClusterState(
 
 
 def say(tokens: Iterable[int]) -> Script:
-    """One token per step, then silence until the limit or a stop id has ended it."""
+    """One token per step, then silence."""
 
     def script(submit: Submit) -> Iterator[Item]:
         for token in tokens:
@@ -86,11 +86,11 @@ class _Running:
 
 @dataclass
 class ScriptedController:
-    """``script`` may be replaced between requests; what arrived is in ``submits``, ``aborts``,
-    ``hellos`` and ``drains``.
+    """``script`` may be replaced between requests. ``submits``, ``aborts``, ``hellos`` and
+    ``drains`` hold the messages that arrived.
 
-    ``silent`` makes it deaf and mute, as a controller that hangs, and lets it forget who said
-    hello. ``stop`` is told to everybody who ever spoke to it, and to who says hello late.
+    A ``silent`` controller neither hears nor speaks, as one that hangs, and forgets all hellos.
+    ``stop`` reaches every peer that ever sent a message, and peers that say hello later.
     """
 
     script: Script
@@ -123,7 +123,7 @@ class ScriptedController:
         self._thread.start()
 
     def send(self, message: object) -> None:
-        """To every frontend, from any thread."""
+        """Sends to every frontend, from any thread."""
         self._outbox.put(message)
 
     def set_state(self, **changes: object) -> None:
@@ -149,9 +149,8 @@ class ScriptedController:
                 self._receive()
             now = time.monotonic()
             self._flush()
-            if (
-                now >= next_state and not self.silent
-            ):  # read here and sent at once: a state put in the outbox meanwhile comes after it
+            if now >= next_state and not self.silent:
+                # Sent at once, not through the outbox: a state that waits there is newer.
                 next_state = now + 0.5
                 self._send_all(self.state)
             if now >= next_step and not self.silent:
@@ -212,7 +211,7 @@ class ScriptedController:
             self._socket.send_multipart([running.identity, encode(message)])
 
     def _advance(self) -> None:
-        """One step: the next item of every open request, one batch per frontend."""
+        """Makes one step: the next item of every open request, one batch per frontend."""
         self._step += 1
         rows: dict[bytes, list[Row]] = {}
         logprobs: dict[bytes, list[HandleLogprobs]] = {}
@@ -246,7 +245,7 @@ class ScriptedController:
 
 
 def _engine(running: _Running, item: list[int] | Finish) -> tuple[list[int], Finish]:
-    """The tokens of an item up to the limit or a stop id."""
+    """Tokens of an item up to the limit or a stop id."""
     if isinstance(item, Finish):
         return [], item
     tokens: list[int] = []
@@ -263,7 +262,7 @@ def _engine(running: _Running, item: list[int] | Finish) -> tuple[list[int], Fin
 
 
 def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
-    """-0.5 for the chosen token, and for it and the ids after it -0.5, -1.5, -2.5, ..."""
+    """Chosen token: -0.5. Its alternatives are it and the ids after it: -0.5, -1.5, -2.5, ..."""
     count = running.submit.sampling.num_logprobs
     for index, token in enumerate(tokens if count >= 0 else ()):
         ids = array("i", [token + other for other in range(count)]).tobytes()
@@ -272,8 +271,8 @@ def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
 
 
 def prompt_logprobs(submit: Submit, each: int = 3) -> Iterator[PromptLogprobs]:
-    """``each`` positions a message: -position / 8 for the prompt's token, and for it and the ids
-    after it that, 1 less, 2 less, ...
+    """``each`` positions a message. A prompt token gets -position / 8; its alternatives are it and
+    the ids after it, with that value, 1 less, 2 less, ...
     """
     top, prompt = submit.sampling.num_prompt_logprobs, array("i", submit.prompt_i32).tolist()
     for start in range(1, len(prompt) if top >= 0 else 0, each):
@@ -294,7 +293,7 @@ def started(handles: list[int], num_cached: int) -> Started:
 
 
 def batch(step: int, rows: list[Row], logprobs: tuple[HandleLogprobs, ...] = ()) -> TokenBatch:
-    """A step's tokens: rows of (handle, position of the first token, tokens, finish)."""
+    """Packs a step's rows of (handle, position of the first token, tokens, finish)."""
     return TokenBatch(
         step=step,
         handles_i64=array("q", [row[0] for row in rows]).tobytes(),

@@ -1,4 +1,4 @@
-"""The controller's end of a rank's sockets, spoken by hand."""
+"""The controller's end of a rank's sockets, driven by a test."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from lockstep.parallel.mesh import Mesh
 
 
 class MockController:
-    """Two ROUTER sockets with CURVE on free ports of the loopback. Receiving fails after
-    ``deadline`` seconds: a rank in a process of its own may have kernels to compile before it says
-    hello.
+    """Two ROUTER sockets with CURVE on free ports of the loopback.
+
+    Receiving fails after ``deadline`` seconds: a rank in its own process may compile kernels before
+    its hello.
     """
 
     def __init__(self, deadline: float = 100.0) -> None:
@@ -40,7 +41,7 @@ class MockController:
         }
 
     def spec(self, **changes: Any) -> RankSpec:
-        """What a rank of a world of one is told."""
+        """The specification of a rank in a world of one."""
         spec = RankSpec(
             rank=0,
             mesh=Mesh(),
@@ -75,7 +76,7 @@ class MockController:
         return not self.sockets[name].poll(int(1000 * seconds))
 
     def send(self, message: Any, rank: int = 0) -> None:
-        """A plan on the step socket, anything else on bulk."""
+        """Sends a plan on the step socket, any other message on bulk."""
         identity = b"r%d" % rank
         if isinstance(message, StepPlan):
             self.sockets["step"].send_multipart([identity, encode(message.header), encode(message.section)])
@@ -83,7 +84,7 @@ class MockController:
             self.sockets["bulk"].send_multipart([identity, encode(message)])
 
     def renew(self, name: str) -> None:
-        """Drops the connections of one socket, and takes new ones at the same address."""
+        """Drops a socket's connections and accepts new ones at the same address."""
         self.sockets[name].close(linger=0)
         self.sockets[name] = server_socket(self._context, zmq.ROUTER, *self._server)
         end = time.monotonic() + self._deadline
@@ -91,12 +92,12 @@ class MockController:
             try:
                 self.sockets[name].bind(self.addresses[name])
                 return
-            except zmq.ZMQError:  # the old one closes in a thread of its own
+            except zmq.ZMQError:  # the old socket closes in a thread of its own
                 assert time.monotonic() < end, f"{self.addresses[name]} does not become free"
                 time.sleep(0.01)
 
     def unbind(self) -> None:
-        """Goes away, as a controller that dies: connections end and no new ones are taken."""
+        """Ends all connections and accepts no more, as a controller that dies."""
         for socket in self.sockets.values():
             socket.close(linger=0)
 
