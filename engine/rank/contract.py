@@ -10,7 +10,7 @@ from ..protocol.results import StepResult
 
 
 class ControllerLost(RuntimeError):
-    """The controller has gone away and has not come back within the deadline."""
+    """The controller is gone and has not come back within the deadline."""
 
 
 class StepFailed(RuntimeError):
@@ -18,15 +18,13 @@ class StepFailed(RuntimeError):
 
 
 class StepAbandoned(RuntimeError):
-    """An exchange of the step did not complete because a peer is gone: this rank is well and waits
-    for the next epoch.
+    """A collective of the step failed because a peer is gone. This rank is alive and waits for the
+    next epoch.
     """
 
 
 class StepExecutor(Protocol):
-    """What executes plans: the model on this rank, or a simulation of it. Plans come in the order
-    of their chain.
-    """
+    """Executes plans: the model on this rank, or a simulation of it. Plans come in order."""
 
     def hello(self) -> RankHello: ...
 
@@ -35,7 +33,7 @@ class StepExecutor(Protocol):
         ...
 
     def stage(self, staged: int, tokens_i32: bytes, grammar: str, num_emitted: int) -> bool:
-        """Takes a prompt. False when ``take_compiled`` will say when it can be admitted."""
+        """Takes a prompt. False when its grammar has to compile first; see ``take_compiled``."""
         ...
 
     def unstage(self, staged: int) -> None: ...
@@ -46,11 +44,11 @@ class StepExecutor(Protocol):
         ...
 
     def take_compiled(self) -> list[tuple[int, str]]:
-        """Preloaded prompts whose grammars are compiled since the last call, with the error where that
+        """Prompts whose grammars have been compiled since the last call, with an error where that
         failed.
         """
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Raises StepAbandoned when a peer is lost in the middle."""
+        """Executes one step. Raises StepAbandoned when a peer is lost."""
         ...

@@ -1,10 +1,10 @@
-"""Structured output on a rank: grammars compiled beside the steps, a matcher for each slot that has
-one, and their masks.
+"""Structured output on a rank: grammars that compile beside the steps, a matcher for each slot that
+has a grammar, and the token masks.
 
-A matcher follows what its slot samples. It is rebuilt from the tokens emitted before whenever its
-request is staged again, so that a preemption, a replay or a new rank in place of a dead one changes
-nothing. Rows without a grammar cost nothing. No torch here. Suffixes: S rows with a grammar, W
-words of 32 tokens.
+A matcher follows the tokens that its slot samples. When its request is preloaded again, the matcher
+is rebuilt from the tokens emitted so far: a preemption, a replay or a replaced rank changes no
+output. Rows without a grammar cost nothing. It does without torch. Suffixes: S rows with a grammar,
+W words of 32 tokens.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ Bits = NDArray[np.int32]
 
 
 def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer | None:
-    """The vocabulary of a checkpoint as the matchers need it, None where it has no tokenizer.
+    """The vocabulary of a checkpoint for matchers; None when the checkpoint has no tokenizer.
     ``vocab_size`` is the width of the logits.
 
-    152,000 tokens take 0.3 s and 47 MB on an idle core, during which no other thread runs: for
-    start-up, not for a thread beside the steps.
+    Call it at start-up, not beside the steps: 152,000 tokens take 0.3 s and 47 MB on an idle core,
+    and no other thread runs meanwhile.
     """
     if (model_path / "tokenizer.json").exists():
         text = (model_path / "tokenizer.json").read_text(encoding="utf-8")
     elif (model_path / "tiktoken.model").exists():
-        from ..text.tokenizer import (
-            Codec,
-        )  # brings transformers, which takes seconds and other checkpoints do not need
+        # Imported here because it imports transformers, which takes seconds.
+        from ..text.tokenizer import Codec
 
         text = Codec(model_path).to_json()
     else:
@@ -50,15 +49,12 @@ def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...])
 
 
 class Grammars:
-    """Grammars of staged prompts by their number, and matchers of running requests by their
-    slot.
-    """
+    """Grammars of preloaded prompts by their number, and matchers of running requests by slot."""
 
     def __init__(self, vocabulary: LLTokenizer) -> None:
         self._vocabulary = vocabulary
-        self._compiled = lru_cache(maxsize=CACHED_GRAMMARS)(
-            self._compile
-        )  # called by the one thread of the pool below
+        # Only the one thread of the pool below calls it.
+        self._compiled = lru_cache(maxsize=CACHED_GRAMMARS)(self._compile)
         self._pool = ThreadPoolExecutor(1, "grammars")
         self._filler = ThreadPoolExecutor(1, "masks")
         self._staged: dict[int, Future[LLMatcher]] = {}
@@ -69,18 +65,18 @@ class Grammars:
 
     @property
     def compiling(self) -> bool:
-        """Whether ``take_compiled`` has something to say, now or soon."""
+        """Whether ``take_compiled`` has a prompt to return, now or soon."""
         return bool(self._untold)
 
     def stage(self, staged: int, grammar: str, emitted: Int32) -> None:
-        """Begins to compile the grammar of a staged prompt, ``emitted`` of whose tokens follow it
-        already.
+        """Begins to compile the grammar of a preloaded prompt whose last tokens, ``emitted``,
+        follow the grammar already.
         """
         self._staged[staged] = self._pool.submit(self._build, grammar, emitted.tolist())
         self._untold.add(staged)
 
     def take_compiled(self) -> list[tuple[int, str]]:
-        """Preloaded prompts whose grammar is compiled since the last call, with the error where that
+        """Prompts whose grammars have been compiled since the last call, with an error where that
         failed.
         """
         done = [staged for staged in sorted(self._untold) if self._staged[staged].done()]
@@ -101,7 +97,7 @@ class Grammars:
             self._untold.discard(staged)
 
     def rebase(self, staged_from: int) -> None:
-        """Forgets the slots, and what was staged before ``staged_from``."""
+        """Forgets all slots, and prompts numbered below ``staged_from``."""
         self._slots.clear()
         for staged in [staged for staged in self._staged if staged < staged_from]:
             self.unstage(staged)
@@ -113,8 +109,8 @@ class Grammars:
     # ----------------------------------------------------------------- running
 
     def admit(self, slot: int, staged: int, stop_ids: Int32) -> None:
-        """Gives a slot the matcher of a staged prompt, or none; a sequence ends with one of
-        ``stop_ids``.
+        """Gives a slot the matcher of a preloaded prompt, if it has one. A sequence ends with one
+        of ``stop_ids``.
         """
         future = self._staged.pop(staged, None)
         self._slots.pop(slot, None)
@@ -122,8 +118,8 @@ class Grammars:
             self._slots[slot] = _Follower(slot, future.result(timeout=0), stop_ids, self._vocabulary)
 
     def begin(self, slots: Int64) -> Masks | None:
-        """Begins to compute the masks of those of ``slots`` that have a grammar, beside the caller.
-        None: no slot has.
+        """Begins to compute masks for the slots that have a grammar, in another thread. None when
+        none has.
         """
         if not self._slots:
             return None
@@ -131,20 +127,18 @@ class Grammars:
         if not followers:
             return None
         bits_SW = allocate_token_bitmask(len(followers), self._vocabulary.vocab_size)
-        return Masks(
-            {follower.slot: row for row, follower in enumerate(followers)},
-            self._filler.submit(_fill, followers, bits_SW),
-        )
+        rows = {follower.slot: row for row, follower in enumerate(followers)}
+        return Masks(rows, self._filler.submit(_fill, followers, bits_SW))
 
     def observe(self, slots: Int64, tokens: Int64) -> None:
-        """The matchers follow what their slots have sampled."""
+        """Advances the matchers by the tokens that their slots have sampled."""
         if self._slots:
             for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
                 follower = self._slots.get(slot)
                 if follower is not None and not follower.follow(token):
                     del self._slots[slot]
 
-    # ----------------------------------------------------------------- compiling, in the pool's thread
+    # ----------------------------------------------------------------- in the pool's thread
 
     def _build(self, grammar: str, emitted: list[int]) -> LLMatcher:
         matcher: LLMatcher = self._compiled(grammar).deep_copy()
@@ -160,28 +154,27 @@ class Grammars:
 
 
 class Masks:
-    """Masks that are being computed: which tokens each slot with a grammar may sample."""
+    """Masks that are being computed: the tokens that each slot with a grammar may sample."""
 
     def __init__(self, rows: dict[int, int], bits: Future[Bits]) -> None:
         self._rows = rows
         self._bits = bits
 
     def take(self, slots: Int64) -> tuple[Int64, Bits]:
-        """Which of the rows with ``slots`` have a mask, [S], and the masks [S, W], a bit per token.
-        Waits for them.
+        """Waits for the masks. Returns the indices [S] of the rows with ``slots`` that have one,
+        and the masks [S, W], a bit per token.
         """
         found = [(row, self._rows[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._rows]
         try:
             bits_SW = self._bits.result(MASK_SECONDS)
         except TimeoutError:
-            raise TimeoutError(
-                f"the masks of {len(self._rows)} grammars were not there after {MASK_SECONDS:g} s"
-            ) from None
+            late = f"the masks of {len(self._rows)} grammars were not there after {MASK_SECONDS:g} s"
+            raise TimeoutError(late) from None
         return np.array([row for row, _ in found], np.int64), bits_SW[[index for _, index in found]]
 
 
 class _Follower:
-    """The matcher of one slot. When it can follow no more, the sequence may only end."""
+    """The matcher of one slot. After an error of the matcher the sequence may only end."""
 
     def __init__(self, slot: int, matcher: LLMatcher, stop_ids: Int32, vocabulary: LLTokenizer) -> None:
         self.slot = slot
@@ -192,7 +185,9 @@ class _Follower:
         self._told = False
 
     def fill(self, bits_W: Bits) -> None:
-        """Ends are allowed where the grammar may end, and are those of the request."""
+        """Sets a bit for each allowed token. The request's stop ids are allowed where the grammar
+        may end.
+        """
         if not self._matcher.is_error():
             fill_next_token_bitmask(self._matcher, bits_W[None], 0)
             bits_W &= self._ends
@@ -203,7 +198,7 @@ class _Follower:
             bits_W[:] = self._stops
 
     def follow(self, token: int) -> bool:
-        """False when the sequence has ended."""
+        """Advances by a token. False when it ends the sequence."""
         if token in self._stop_ids:
             return False
         if not self._matcher.is_error():
@@ -213,11 +208,8 @@ class _Follower:
     def _tell(self) -> None:
         if not self._told:
             self._told = True
-            _LOG.warning(
-                "slot %d: its grammar allows no token, the text ends: %s",
-                self.slot,
-                _first_line(self._matcher),
-            )
+            ended = "slot %d: its grammar allows no token, the text ends: %s"
+            _LOG.warning(ended, self.slot, _first_line(self._matcher))
 
 
 def _fill(followers: list[_Follower], bits_SW: Bits) -> Bits:
@@ -227,7 +219,7 @@ def _fill(followers: list[_Follower], bits_SW: Bits) -> Bits:
 
 
 def _bits_of(tokens: list[int], vocab_size: int) -> Bits:
-    """[W]: a bit for each of ``tokens``."""
+    """Packed flags [W] with a bit for each of ``tokens``."""
     flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     flags[tokens] = 1
     return np.packbits(flags, bitorder="little").view(np.int32)

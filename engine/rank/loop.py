@@ -1,5 +1,5 @@
-"""A rank's side of the protocol: plans in, results out, against any executor. No torch here, so
-ranks can be simulated.
+"""A rank's side of the protocol: plans in, results out, with any executor. It does without torch,
+so that ranks can be simulated.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from ..protocol.plan import StepPlan
 from ..protocol.results import Abandoned, Refused, StepResult
 from ..protocol.sockets import decode_plan, encode
 from .contract import StepAbandoned, StepExecutor, StepFailed
-from .sockets import _POLL_MILLISECONDS, RankSockets
+from .sockets import POLL_MILLISECONDS, RankSockets
 
 _LOG = logging.getLogger(__name__)
 
-_COMPILING_MILLISECONDS = 2  # between looks at a grammar that is being compiled
+_COMPILING_MILLISECONDS = 2
+"""Time between checks of a grammar that is being compiled."""
 
 
 class RankLoop:
-    """Executes the chain of plans: duplicates are ignored, gaps refused, and nothing is decided
-    here.
-    """
+    """Executes the chain of plans: ignores duplicates, refuses gaps, decides nothing else."""
 
     def __init__(self, rank: int, executor: StepExecutor, sockets: RankSockets) -> None:
         self._rank = rank
@@ -35,14 +34,13 @@ class RankLoop:
         self._chain = Chain()
 
     def run(self) -> str:
-        """Serves until the controller says Stop; returns its reason. Raises ControllerLost or
+        """Serves until the controller says Stop, and returns its reason. Raises ControllerLost or
         StepFailed.
         """
         while True:
             compiling = self._executor.compiling
-            connected, bulk, step = self._sockets.poll(
-                _COMPILING_MILLISECONDS if compiling else _POLL_MILLISECONDS
-            )
+            wait = _COMPILING_MILLISECONDS if compiling else POLL_MILLISECONDS
+            connected, bulk, step = self._sockets.poll(wait)
             if compiling:
                 for staged, error in self._executor.take_compiled():
                     self._sockets.bulk.send(encode(Preloaded(self._rank, staged, error)))
@@ -59,8 +57,8 @@ class RankLoop:
                     self._sockets.step.send(encode(answer))
 
     def follow(self, plan: StepPlan) -> StepResult | Refused | Abandoned | None:
-        """The answer to a plan; None for one that was executed before, and for all of an epoch that
-        has passed or was abandoned.
+        """Answers a plan. None for a plan that was executed before, or whose epoch has passed or
+        was abandoned.
         """
         header = plan.header
         verdict = self._chain.judge(plan)
@@ -73,15 +71,13 @@ class RankLoop:
                 self._executor.begin_epoch(header.epoch)
             result = self._executor.execute(plan)
         except StepAbandoned as error:
-            _LOG.warning(
-                "rank %d: epoch %d, step %d abandoned: %s", self._rank, header.epoch, header.step, error
-            )
+            abandoned = "rank %d: epoch %d, step %d abandoned: %s"
+            _LOG.warning(abandoned, self._rank, header.epoch, header.step, error)
             self._chain.abandon()
             return Abandoned(header.group, header.epoch, self._rank, header.step, str(error))
         except Exception as error:
-            raise StepFailed(
-                f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}"
-            ) from error
+            cause = f"{type(error).__name__}: {error}"
+            raise StepFailed(f"epoch {header.epoch}, step {header.step}: {cause}") from error
         self._chain.executed(header.step)
         return result
 

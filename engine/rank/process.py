@@ -1,6 +1,4 @@
-"""The rank process: loads its shard, sizes its page pool, then executes plans until told to
-stop.
-"""
+"""The rank process: loads its shard, sizes its page pool, and executes plans until told to stop."""
 
 from __future__ import annotations
 
@@ -40,8 +38,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(spec: RankSpec) -> None:
-    """Runs rank ``spec.rank`` until the controller says Stop. Raises what ends it otherwise; its
-    process reports that.
+    """Runs rank ``spec.rank`` until the controller says Stop. Any other end is an exception, which
+    its process reports.
     """
     torch.set_num_threads(spec.threads)
     with Lobby(spec.lobby, "rank", spec.rank) as lobby:
@@ -69,8 +67,8 @@ def main(spec: RankSpec) -> None:
 
 
 def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor:
-    """Loads this rank's weights and takes its memory. Raises ValueError when checkpoint, layout or
-    memory do not fit.
+    """Loads this rank's weights and allocates its memory. Raises ValueError when checkpoint, mesh
+    or memory do not fit.
     """
     mesh = spec.mesh
     if mesh.pipeline != 1 or mesh.tensor != 1:
@@ -116,7 +114,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
 
 
 def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
-    """The dispatcher of this rank, in a group of one."""
+    """A dispatcher of the rank's kind, for a group of one."""
     device = torch.device(spec.device)
     collectives = Collectives("warm-up", 0, 1, None, spec.collective_deadline, device)
     return _dispatcher(spec.dispatch, placement, collectives, device, HostClock())
@@ -138,13 +136,12 @@ def _dispatcher(
 
 
 def _expert_bytes(moe: MoEConfig, dtype: torch.dtype, fp8: bool) -> int:
-    """Weights of one expert of one layer, with the scales of FP8."""
+    """Bytes of one expert of one layer; FP8 includes the scales."""
     weights = 3 * moe.hidden * moe.expert_width
-    return (
-        weights + 4 * 3 * -(-moe.hidden // BLOCK) * -(-moe.expert_width // BLOCK)
-        if fp8
-        else weights * dtype.itemsize
-    )
+    if not fp8:
+        return weights * dtype.itemsize
+    num_scales = 3 * -(-moe.hidden // BLOCK) * -(-moe.expert_width // BLOCK)
+    return weights + 4 * num_scales
 
 
 def _dtype(name: str) -> torch.dtype:

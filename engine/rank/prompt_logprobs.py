@@ -1,6 +1,6 @@
-"""Log-probabilities of a prompt's own tokens, from the hidden states of a chunk of it.
+"""Log-probabilities of a prompt's own tokens, from the hidden states of a chunk.
 
-T tokens of the chunk, D hidden, K likeliest
+Suffixes: T tokens of the chunk, D hidden, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from ..models.decoder import Model
 from ..protocol.arrays import Int32
 from ..protocol.results import PromptLogprobs
 
-# Logits of a slice of a chunk, in float32: of a vocabulary of 152,000 that is 110 tokens. A chunk
-# of 8,192 would be 5 GB.
 _SLICE_BYTES = 64 << 20
+"""Bytes of float32 logits at once: 110 tokens of a vocabulary of 152,000. A chunk of 8,192 tokens
+would take 5 GB."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Which tokens are scored: ``number`` is the chunk's place in the section, next_T int32 the
-    tokens from ``position`` on, of which row ``first`` of the step's hidden states and those after
-    it are to predict one each. K is ``num_top``.
+    """Prompt tokens to score: next_T int32, from ``position`` on. Each is predicted by one row of
+    the step's hidden states, from row ``first`` on.
+
+    ``number`` is the chunk's index in the section. K is ``num_top``.
     """
 
     number: int
@@ -35,9 +36,7 @@ class Chunk:
 
 
 def score(model: Model, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
-    """The model's own log-probabilities of the chunk's tokens, a bounded slice of logits at a
-    time.
-    """
+    """The model's log-probabilities of the chunk's tokens, computed in bounded slices of logits."""
     width = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
     next_T = torch.from_numpy(chunk.next_T.astype(np.int64)).to(hidden_TD.device)
     hidden_TD = hidden_TD[chunk.first : chunk.first + len(next_T)]

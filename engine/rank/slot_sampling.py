@@ -1,7 +1,6 @@
-"""How the tokens of each sequence slot are drawn: settings of the requests in arrays, and what a
-step makes of them.
+"""Sampling settings of each sequence slot in arrays, and their rows for a step.
 
-Suffixes: R sampling rows of a step.
+Suffixes: R rows that sample in a step, N entries of a list over rows.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _NO_TOKEN = -1
 
 
 class _Seen:
-    """The distinct tokens of one slot and how often each was sampled (0: in the prompt alone), kept
-    up to date.
+    """The distinct tokens of one slot, and how often each was sampled: 0 for a token of the prompt
+    alone.
     """
 
     def __init__(self, history: Int32, prompt_length: int) -> None:
@@ -53,7 +52,9 @@ class _Seen:
 
 @dataclass
 class _Edits:
-    """What changes the logits of one slot beside min_tokens; ``seen`` is None without penalties."""
+    """Changes to the logits of one slot, apart from min_tokens. ``seen`` is None without
+    penalties.
+    """
 
     bias_tokens: Int64
     bias_values: NDArray[np.float32]
@@ -62,9 +63,10 @@ class _Edits:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """The settings of rows [R]. ``asked`` are the rows that want log-probabilities. ``open_from``
-    is the first position at which a row may sample its stop ids, ``stop`` [R, N], which are filled
-    up with -1.
+    """The settings of rows [R].
+
+    ``asked`` are the rows that want log-probabilities. ``open_from`` is the first position at which
+    a row may sample its stop ids. ``stop`` [R, n] holds those ids, padded with -1.
     """
 
     slots: Int64
@@ -77,8 +79,8 @@ class RowSettings:
 
 
 class SlotSettings:
-    """``first_output`` is the position of a slot's first output token: what comes before is the
-    request's own prompt. ``num_prompt_logprobs`` is as in ``Sampling``.
+    """Settings by slot. ``first_output`` is the position of a slot's first output token, and the
+    length of the request's own prompt. ``num_prompt_logprobs`` is as in ``Sampling``.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -97,8 +99,8 @@ class SlotSettings:
         self._rows: RowSettings | None = None
 
     def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
-        """Sets a slot up for a request whose ``history`` ends with the ``num_emitted`` tokens it
-        has sampled so far.
+        """Sets a slot up for a request. Its ``history`` ends with the ``num_emitted`` tokens that
+        it has sampled so far.
         """
         self._seed[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
@@ -123,7 +125,7 @@ class SlotSettings:
             )
 
     def rows(self, slots: Int64) -> RowSettings:
-        """The settings of rows [R]; the same object while rows and admissions stay the same."""
+        """The settings of rows [R]: the same object until rows or admissions change."""
         if self._rows is None or self._rows.slots.tobytes() != slots.tobytes():
             num_logprobs = self._num_logprobs[slots]
             self._rows = RowSettings(

@@ -11,14 +11,14 @@ from ..protocol.sockets import ABSENCE_SECONDS, client_socket, keep_watch, rank_
 from ..protocol.specs import RankSpec
 from .contract import ControllerLost
 
-_POLL_MILLISECONDS = 500
+POLL_MILLISECONDS = 500
 
 
 class RankSockets:
-    """The rank's connections to the controller, and whether they stand.
+    """The step and the bulk connection to the controller.
 
-    ``poll`` raises ControllerLost once a connection has been down for ``absence`` seconds, or was
-    never made for ``patience`` seconds.
+    ``poll`` raises ControllerLost when a connection has been down for ``absence`` seconds, or was
+    not made within ``patience`` seconds.
     """
 
     _MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -33,12 +33,11 @@ class RankSockets:
         self._absence = absence
         self._lost_at = time.monotonic() + patience - absence
 
-    def poll(self, milliseconds: int = _POLL_MILLISECONDS) -> tuple[bool, bool, bool]:
-        """Waits up to ``milliseconds``; whether (both connections stand anew, bulk has a message,
-        step has a message).
+    def poll(self, milliseconds: int = POLL_MILLISECONDS) -> tuple[bool, bool, bool]:
+        """Waits up to ``milliseconds``. Returns whether (both connections are up again, bulk has a
+        message, step has a message).
 
-        Who says hello before its step connection stands may be sent a plan that nobody keeps for
-        it.
+        A rank must not say hello before its step connection is up: a plan sent to it could be lost.
         """
         ready = dict(self._poller.poll(milliseconds))
         made = [self._watch(monitor) for monitor in self._addresses if monitor in ready]
@@ -72,13 +71,13 @@ class RankSockets:
         return socket
 
     def _watch(self, monitor: zmq.Socket[bytes]) -> bool:
-        """Reads one event; whether a connection stands from now on."""
-        stands = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        if stands:
+        """Reads one event. Returns whether it brings the connection up."""
+        up = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if up:
             self._down.discard(monitor)
             self._lost_at = self._lost_at if self._down else float("inf")
         else:
             if not self._down:
                 self._lost_at = time.monotonic()
             self._down.add(monitor)
-        return stands
+        return up

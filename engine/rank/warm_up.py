@@ -1,5 +1,5 @@
-"""Has the kernels of a model compiled before its rank meets the others: no step with a deadline
-should wait for a compiler.
+"""Compiles a model's kernels before its rank meets the others: no step with a deadline should wait
+for a compiler.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .page_pool import KVPool
 
 _WIDEST = 512
 _VOCABULARY = 64
-_PROMPT, _SHORT = 33, 3  # tokens: enough to be shared out among threads, and too few
-_LIKELIEST, _CHOICES = (
-    2,
-    1024,
-)  # of how many tokens the likeliest are looked for: a few of many take a kernel of their own
+_PROMPT, _SHORT = 33, 3
+"""Numbers of tokens: enough to be split over threads, and too few."""
+
+_LIKELIEST, _CHOICES = 2, 1024
+"""Top-k and vocabulary of the sampler's run: a small top-k of many tokens has its own kernel."""
 
 
 @dataclass(frozen=True)
 class Pages:
-    """How the KV cache is kept: what an entry is, and how many tokens a page has."""
+    """KV cache: the format of its entries, and the tokens in a page."""
 
     format: KvFormat
     size: int
@@ -47,10 +47,11 @@ def warm_up(
     alone: Callable[[Placement], Dispatcher],
     report: Callable[[str], None],
 ) -> None:
-    """Computes a few steps on this CPU with a model of one layer of each kind and small sizes. Of
-    the processes of a machine one compiles at a time, and the next ones find what it compiled.
-    ``alone``: a dispatcher of the kind that the rank will have, for a group of one. ``report`` is
-    told what is compiled, if anything is.
+    """Computes a few steps on this CPU with a small model that has one layer of each kind.
+
+    One process of a machine compiles at a time; the others load its results. ``alone`` makes a
+    dispatcher of the rank's kind for a group of one. ``report`` is called with the names of
+    kernels that compile.
     """
     with alone_in_compiling(report):
         _compute(_miniature(config), dtype, pages, alone)
@@ -79,9 +80,7 @@ def _compute(
 
 
 def _sample(ops: Ops, logits_RV: Tensor) -> None:
-    """The most likely token, draws from all tokens, from the best few and from the most probable
-    ones, and log-probabilities.
-    """
+    """Samples greedily, from all tokens, by top-k and by top-p; then computes log-probabilities."""
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, _LIKELIEST, 1.0), (1.0, 0, 0.5)):
         params = SamplingParams(
             np.full(1, temperature, np.float32),
@@ -94,8 +93,8 @@ def _sample(ops: Ops, logits_RV: Tensor) -> None:
 
 
 def _miniature(config: ModelConfig) -> ModelConfig:
-    """What is compiled depends on types and kinds of layers, and on whether widths divide by small
-    powers of two; not on sizes.
+    """A small configuration that compiles the same kernels. They depend on types, on kinds of
+    layers, and on which small powers of two divide the widths; not on sizes.
     """
     moe = config.moe
     per_group = max(2, -(-moe.top_k // moe.top_groups))
@@ -121,5 +120,5 @@ def _miniature(config: ModelConfig) -> ModelConfig:
 
 
 def _narrow(width: int) -> int:
-    """At most about 512, with the same powers of two as divisors, up to 128."""
+    """A width of at most about 512 that the same powers of two divide, up to 128."""
     return width if width <= _WIDEST else _WIDEST + math.gcd(width, 128) % 128
