@@ -55,8 +55,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities number
-    the rows that sample.
+    """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities name a
+    row by its index among the rows that sample.
     """
 
     tokens: Int64
@@ -68,7 +68,7 @@ _NOTHING = _Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 class Executor:
-    """The state of a rank and what a plan does to it."""
+    """Holds a rank's state and executes plans on it."""
 
     def __init__(self, parts: Parts, num_slots: int, max_len: int, num_cohorts: int) -> None:
         self._parts = parts
@@ -129,11 +129,10 @@ class Executor:
         self._parts.collectives.destroy()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Applies a plan and computes its step; also without rows, because other ranks wait in the
-        exchange of every layer.
+        """Applies a plan and computes its step, even without rows: other ranks wait in the exchange
+        of every layer.
 
-        After StepAbandoned the state is that of no step; the rebase that opens the next epoch sets
-        it.
+        After StepAbandoned the state is undefined until the rebase that opens the next epoch.
         """
         try:
             return self._execute(plan)
@@ -147,9 +146,8 @@ class Executor:
         header, section = plan.header, plan.section
         self._apply(header, section)
         rows = self._table.rows(header, section)
-        draws = rows.samples & (
-            rows.ends < self._table.limit[rows.slots]
-        )  # with drafts a row can be at its limit early
+        # With drafts a row can reach its limit early.
+        draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
         hidden_TD = self._forward(rows, draws, header.capacity)
         chosen = draws.nonzero()[0]
@@ -214,8 +212,8 @@ class Executor:
     # ----------------------------------------------------------------- the step
 
     def _forward(self, rows: Rows, draws: NDArray[np.bool_], capacity: int) -> Tensor:
-        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw have no page to
-        write to.
+        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw write to the
+        scratch page.
         """
         parts, table = self._parts, self._table
         slots, idle = rows.slots, (~draws[: rows.num_decode]).nonzero()[0]
@@ -238,8 +236,8 @@ class Executor:
         return hidden_TD
 
     def _score(self, rows: Rows, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
-        """Log-probabilities of the prompt tokens that this step's chunks lead to, for requests that
-        asked for them.
+        """Log-probabilities of the prompt tokens that follow each position of this step's chunks,
+        for requests that asked.
         """
         settings, slots = self._settings, rows.slots[rows.num_decode :]
         found: list[PromptLogprobs] = []
@@ -253,7 +251,7 @@ class Executor:
         return tuple(found)
 
     def _sample(self, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None) -> _Sampled:
-        """Draws for the rows ``chosen`` [R]."""
+        """Samples a token for each of the rows ``chosen`` [R]."""
         slots, positions = rows.slots[chosen], rows.ends[chosen]
         if len(chosen) < len(hidden_TD):
             last = rows.counts.cumsum()[chosen] - 1
@@ -272,9 +270,7 @@ class Executor:
     def _draw(
         self, logits_RV: Tensor, settings: RowSettings, positions: Int64, numbers: Int64, masks: Masks | None
     ) -> tuple[Int64, tuple[RowLogprobs, ...]]:
-        """Tokens [R] for ``positions`` of the rows, and the log-probabilities that were asked
-        for.
-        """
+        """Tokens [R] for ``positions`` of the rows, and the requested log-probabilities."""
         ops, asked, params = self._parts.model.ops, settings.asked, settings.params
         raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
         edits = self._settings.edits(settings, positions)
@@ -296,8 +292,8 @@ class Executor:
 def _logprob_lines(
     top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64
 ) -> tuple[RowLogprobs, ...]:
-    """A line for each of the S rows that want log-probabilities of their token and ``num_top`` [S]
-    others, from what ``kernels.sampling.logprobs`` returned.
+    """Packs the result of ``Ops.logprobs`` for S rows: each row's token and its ``num_top`` [S]
+    alternatives.
     """
     chosen, ids, values = (part.cpu().numpy() for part in top)
     ids = ids.astype(np.int32)

@@ -19,11 +19,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class KVPool:
-    """``num_pages`` pages of ``page_size`` tokens, and one more, ``scratch``, for rows whose KV
-    nobody will read.
+    """``num_pages`` pages of ``page_size`` tokens, and one more, ``scratch``, for rows whose KV is
+    never read.
 
-    ``cache`` holds per layer a tuple of zeroed tensors [(num_pages + 1) * page_size, *shape], as
-    the model's attention wants it.
+    ``cache`` holds for each layer a tuple of zeroed tensors [(num_pages + 1) * page_size, *shape],
+    in the form of the model's attention.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class KVPool:
         self._known = np.zeros(num_pages, np.bool_)
 
     def publish(self, pages_i32: bytes, hashes_h128: bytes) -> None:
-        """Remembers the block hash of each page, for a controller that has lost its index."""
+        """Remembers each page's block hash, for a controller that has lost its index."""
         pages = np.frombuffer(pages_i32, np.int32)
         self._hashes[pages] = np.frombuffer(hashes_h128, np.uint8).reshape(-1, HASH_BYTES)
         self._known[pages] = True
@@ -74,8 +74,8 @@ def fit_pages(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on the device; on a CPU, what the kernel and the control group
-    allow.
+    """Free memory of the device in bytes; on a CPU, within the limits of kernel and control
+    group.
     """
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
@@ -88,8 +88,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU memory that the kernel provides, zeroed, when it is first written: a large pool
-    costs nothing before.
+    """Zeros; on a CPU the kernel provides each part at its first write, so a large pool costs
+    nothing before.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
