@@ -1,8 +1,9 @@
-"""Where a frontend gets its connections: the launcher accepts them and passes their descriptors.
+"""Takes the frontend's connections from the launcher, which accepts them and passes descriptors.
 
-One packet socket in the abstract namespace (Linux). The frontend says who it is, gets the shared
-board, says ``OPEN`` when it can serve, and from then on a packet with a descriptor per connection;
-it answers ``TAKEN`` to each and says ``ENDED`` when one has closed.
+The line to the launcher is a packet socket in the abstract namespace (Linux). The frontend says who
+it is, gets the memory of the shared counters, and says ``OPEN`` when it can serve. From then on it
+gets a packet with a descriptor for each connection, answers ``TAKEN`` to each, and says ``ENDED``
+when one has closed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..protocol.specs import AcceptorSpec
 from .api.errors import error_body
-from .metrics.shared_counters import Board
+from .metrics.shared_counters import SharedCounters
 
 OPEN, TAKEN, ENDED = b"o", b"t", b"e"
 HELLO_SECONDS = 10.0
@@ -24,12 +25,12 @@ MAX_PACKET = 4096
 _AGAIN_SECONDS = 0.05
 _log = logging.getLogger("lockstep.frontend")
 
-MakeProtocol = Callable[[Callable[[], None]], asyncio.Protocol]
+MakeProtocol = Callable[[Callable[[], None]], asyncio.Protocol]  # called with what to call at the end
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, and it says when it has ended; what is not HTTP it answers in the shape of all
-    errors.
+    """uvicorn's protocol, which also reports its end and answers bytes that are not HTTP with an
+    error document like all others.
     """
 
     def __init__(self, *args: object, on_end: Callable[[], None], **kwargs: object) -> None:
@@ -42,65 +43,75 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         body = error_body(400, msg)
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode() + body)
+        head = (
+            "HTTP/1.1 400 Bad Request",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+            "\r\n",
+        )
+        self.transport.write("\r\n".join(head).encode() + body)
         self.transport.close()
 
 
+def connect(spec: AcceptorSpec, index: int) -> tuple[socket.socket, SharedCounters]:
+    """The line to the launcher, and the counters whose memory came over it. Raises TimeoutError if
+    the launcher does not answer, ConnectionError if it is not there.
+    """
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    line.settimeout(HELLO_SECONDS)
+    try:
+        line.connect(b"\0" + spec.address.encode())
+        line.send(f"{spec.token} {index}".encode())
+        _, [descriptor], _, _ = socket.recv_fds(line, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC)
+    except TimeoutError:
+        line.close()
+        text = f"the launcher did not pass the memory of the counters within {HELLO_SECONDS:g} s"
+        raise TimeoutError(text) from None
+    except (OSError, ValueError) as error:
+        line.close()
+        raise ConnectionError(f"the launcher's acceptor cannot be reached: {error}") from error
+    line.setblocking(False)
+    return line, SharedCounters(descriptor, index)
+
+
 class Intake:
-    """The frontend's end. Raises TimeoutError where the launcher does not answer, ConnectionError
-    where it is not there.
+    """Takes connections from ``line`` on the running loop, and says OPEN at once. ``make`` makes the
+    protocol of a connection.
     """
 
-    def __init__(self, spec: AcceptorSpec, index: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(HELLO_SECONDS)
-        try:
-            self._socket.connect(b"\0" + spec.address.encode())
-            self._socket.send(f"{spec.token} {index}".encode())
-            _, [descriptor], _, _ = socket.recv_fds(self._socket, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError:
-            self._socket.close()
-            raise TimeoutError(f"the launcher did not pass the board within {HELLO_SECONDS:g} s") from None
-        except (OSError, ValueError) as error:
-            self._socket.close()
-            raise ConnectionError(f"the launcher's acceptor cannot be reached: {error}") from error
-        self._socket.setblocking(False)
-        self.board = Board(descriptor, index)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._make: MakeProtocol | None = None
+    def __init__(self, line: socket.socket, make: MakeProtocol) -> None:
+        self._line = line
+        self._make = make
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
         self._starting: set[asyncio.Task[None]] = set()
         self._unsaid = b""
-
-    def open(self, make: MakeProtocol) -> None:
-        """On the running loop: takes connections from now on; ``make`` gets what its protocol has
-        to call at the end of one.
-        """
-        self._loop, self._make = asyncio.get_running_loop(), make
-        self._loop.add_reader(self._socket.fileno(), self._take)
+        self._loop.add_reader(line.fileno(), self._take)
         self._say(OPEN)
 
     def close(self) -> None:
-        """Takes no more; the launcher offers elsewhere what was not taken. Connections that were
-        stay. Closing twice is harmless.
+        """Takes no more connections and closes the line; the launcher offers elsewhere those not
+        taken. Open ones stay. Closing twice is harmless.
         """
-        if self._loop is not None:
-            self._loop.remove_reader(self._socket.fileno())
-            self._loop = None
-        self._socket.close()
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._line.fileno())
+            self._line.close()
 
     def _take(self) -> None:
-        while self._loop is not None:
+        while not self._closed:
             try:
                 packet, descriptors, flags, _ = socket.recv_fds(
-                    self._socket, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
+                    self._line, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 return
             except OSError as error:
-                packet, flags, descriptors = b"", 0, []
                 _log.error("the line to the launcher's acceptor broke: %s", error)
-            if not packet:  # the launcher takes no more connections; it also says Stop, or has died
+                self.close()
+                return
+            if not packet:  # the launcher accepts no more connections, or has died
                 self.close()
                 return
             self._say(TAKEN)
@@ -113,11 +124,9 @@ class Intake:
                 task.add_done_callback(self._starting.discard)
 
     async def _start(self, connection: socket.socket) -> None:
-        assert self._make is not None
-        make, loop = self._make, asyncio.get_running_loop()
         connection.setblocking(False)
         try:
-            await loop.connect_accepted_socket(lambda: make(self._ended), connection)
+            await self._loop.connect_accepted_socket(lambda: self._make(self._ended), connection)
         except OSError:  # the client has gone already
             connection.close()
             self._ended()
@@ -126,22 +135,22 @@ class Intake:
         self._say(ENDED)
 
     def _say(self, word: bytes) -> None:
-        """Words of one turn of the loop leave together."""
-        if self._loop is not None:
+        """Sends ``word`` at the end of the loop's turn, together with the others of that turn."""
+        if not self._closed:
             if not self._unsaid:
                 self._loop.call_soon(self._send)
             self._unsaid += word
 
     def _send(self) -> None:
-        if self._loop is None:
+        if self._closed:
             return
         words = self._unsaid[:MAX_PACKET]
         try:
-            self._socket.send(words)
+            self._line.send(words)
         except BlockingIOError:
             self._loop.call_later(_AGAIN_SECONDS, self._send)
             return
-        except OSError:  # ``_take`` meets the end of the line
+        except OSError:  # ``_take`` sees the end of the line
             self._unsaid = b""
             return
         self._unsaid = self._unsaid[len(words) :]

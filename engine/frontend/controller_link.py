@@ -1,5 +1,5 @@
-"""The link to the controller: one DEALER read where the loop sees it readable, heartbeats, and
-whether anyone answers.
+"""The link to the controller: a DEALER socket on the event loop, heartbeats, and the watch for a
+controller that falls silent.
 
 The socket's descriptor is edge-triggered: after it fires, and after every send, the socket must be
 read until it is empty.
@@ -32,11 +32,10 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class ControllerLink:
-    """Sends without waiting; calls ``on_message`` for what arrives and ``on_lost`` when the
-    controller has fallen silent.
+    """Belongs to the running loop, and says hello at once. Sends without waiting; calls
+    ``on_message`` with each message and ``on_lost`` when the controller has fallen silent.
 
-    After a loss it says hello again until it is answered, so that it finds a controller that was
-    restarted.
+    After a loss it says hello until it is answered, and so finds a restarted controller.
     """
 
     def __init__(
@@ -50,15 +49,10 @@ class ControllerLink:
         self._socket = client_socket(self._context, zmq.DEALER, spec.keys, spec.name.encode())
         self._socket.connect(spec.address)
         self._descriptor: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._beats: asyncio.Task[None] | None = None
-        self._look_scheduled = False
+        self._loop = asyncio.get_running_loop()
+        self._read_scheduled = False
         self._heard = time.monotonic()
         self.lost = True  # until the first message
-
-    def start(self) -> None:
-        """On the running loop: reads from now on, and says hello."""
-        self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._descriptor, self._read)
         self.send(self._hello)
         self._beats = self._loop.create_task(self._beat())
@@ -68,21 +62,19 @@ class ControllerLink:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:  # no connection to queue for: the controller has refused our key
             self._lose()
-        if not self._look_scheduled and self._loop is not None:
-            self._look_scheduled = True
-            self._loop.call_soon(self._look)
+        if not self._read_scheduled:
+            self._read_scheduled = True
+            self._loop.call_soon(self._read_after_send)
 
     def close(self) -> None:
-        """Lets what was sent leave, for at most half a second."""
-        if self._beats is not None:
-            self._beats.cancel()
-        if self._loop is not None:
-            self._loop.remove_reader(self._descriptor)
+        """Waits at most half a second until all messages have left."""
+        self._beats.cancel()
+        self._loop.remove_reader(self._descriptor)
         self._socket.close(linger=500)
         self._context.term()
 
-    def _look(self) -> None:
-        self._look_scheduled = False
+    def _read_after_send(self) -> None:
+        self._read_scheduled = False
         self._read()
 
     def _read(self) -> None:
@@ -96,12 +88,12 @@ class ControllerLink:
             self.lost = False
             try:
                 on_message(decode(frame))
-            except Exception:  # the socket must be read until it is empty, whatever a message does
+            except Exception:  # the socket must be read until it is empty, even past a bad message
                 _log.exception("a message of %d bytes from the controller could not be handled", len(frame))
 
     async def _beat(self) -> None:
-        """Heartbeats, and the watch over the controller's. A stall of our own loop is not the
-        controller's silence.
+        """Sends heartbeats and watches for the controller's. A second in which our own loop stalled
+        does not count as silence of the controller.
         """
         while True:
             before = time.monotonic()
@@ -116,7 +108,7 @@ class ControllerLink:
                 self.send(Heartbeat())
 
     def _lose(self) -> None:
-        if not self.lost and self._loop is not None:
+        if not self.lost:
             self.lost = True
             _log.error("the controller has been silent for %.1f s", time.monotonic() - self._heard)
             self._loop.call_soon(self._on_lost)

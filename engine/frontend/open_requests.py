@@ -1,5 +1,5 @@
-"""The open requests of this frontend: every token event finds its generation here, every abort
-waits here for its end.
+"""The open requests of this frontend. Every message from the engine finds its generation here, and
+aborted ones wait here until the engine has ended them.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ Send = Callable[[Submit | Abort | Heartbeat], None]
 
 
 class OpenRequests:
-    """Generations by handle, from submission until the engine says that they have ended.
+    """Generations by handle, from submission until the engine reports their end.
 
-    A handle is never used twice, also not by a frontend that takes over the name: a late event of
-    an earlier life finds nothing and is dropped.
+    A handle is never used twice, not even by a restarted frontend of the same name: a late event
+    for an earlier process finds nothing and is dropped.
     """
 
     def __init__(
         self,
+        name: str,
         send: Send,
         metrics: Metrics,
         unfinished: Callable[[], ApiError],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``unfinished`` says why the engine may have ended a request without a result."""
+        """``unfinished`` gives the error for a request that the engine ended without a result."""
+        self._name = name
         self._send = send
         self._unfinished = unfinished
         self._metrics = metrics
@@ -50,14 +52,18 @@ class OpenRequests:
         self._next_handle += 1
         return self._next_handle
 
+    def new_request_id(self) -> str:
+        """An id for the engine that no other request of the cluster has."""
+        return f"{self._name}-{secrets.token_hex(12)}"
+
     def submit(self, generation: Generation) -> None:
         generation.submitted = self._clock()
         self._open[generation.handle] = generation
         self._send(generation.submit)
 
     def abort(self, generation: Generation) -> None:
-        """Nobody waits for it any more: tells the engine and keeps the entry until the engine has
-        ended it.
+        """Tells the engine that nobody waits for ``generation`` any more. The entry stays until the
+        engine has ended it.
         """
         if generation.finish is None:
             generation.finish = "abort"
@@ -65,7 +71,7 @@ class OpenRequests:
             self._send(Abort(generation.handle))
 
     def fail_all(self, error: ApiError) -> None:
-        """The controller is gone, and with it all that was open."""
+        """Fails and forgets all open requests: the controller is gone, or this process leaves."""
         for generation in list(self._open.values()):
             if generation.finish is None:
                 self._fail(generation, error)
@@ -73,7 +79,7 @@ class OpenRequests:
         self._open.clear()
 
     def on_tokens(self, batch: TokenBatch) -> None:
-        """One step's tokens, all in one go."""
+        """Hands the tokens of one step to their generations."""
         now = self._clock()
         handles: list[int] = array("q", batch.handles_i64).tolist()
         positions: list[int] = array("i", batch.positions_i32).tolist()
@@ -88,22 +94,20 @@ class OpenRequests:
                     del self._open[handle]
                 try:
                     self._on_entry(generation, position, tokens[start : start + count], finish, now, logprobs)
-                except Exception:  # a bug in one answer must not cost the others of this step their tokens
+                except Exception:  # a bug in one reply must not cost the others their tokens
                     _log.exception("request %s failed", generation.submit.request_id)
                     self._break(generation)
             start += count
 
     def on_prompt(self, prompt: PromptLogprobs) -> None:
-        """Log-probabilities of a prompt; those that are known are sent again when a request runs
-        again.
-        """
+        """Takes log-probabilities of a prompt. A request that runs again sends known ones again."""
         generation = self._open.get(prompt.of)
         if generation is None or generation.finish is not None or generation.echo is None:
             return
         if prompt.position > generation.echo.known:
             self._on_gap(generation, "Log-probabilities of the prompt")
         else:
-            generation.hear(prompt)
+            generation.accept_prompt(prompt)
 
     def on_started(self, started: Started) -> None:
         now = self._clock()
@@ -136,7 +140,7 @@ class OpenRequests:
                 return
             tokens = tokens[known:]
         generation.num_received += len(tokens)
-        if generation.finish is not None:  # the client has all it will get; only the engine's end was awaited
+        if generation.finish is not None:  # the client has everything; only the engine's end was open
             return
         if generation.lacks_prompt and finish < Finish.ABORT:
             self._on_gap(generation, "Log-probabilities of the prompt")
@@ -166,9 +170,7 @@ class OpenRequests:
         self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
 
     def _on_gap(self, generation: Generation, what: str) -> None:
-        """Something is missing, so nothing after it can be right: an error for the client, an abort
-        for the engine.
-        """
+        """Something is missing, so nothing after it can be right: fails the request and aborts it."""
         if generation.finish is None:
             self._fail(generation, ApiError(500, f"{what} were lost between the engine and this frontend"))
             self._send(Abort(generation.handle))

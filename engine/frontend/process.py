@@ -1,4 +1,4 @@
-"""The frontend process: starts the service and its HTTP server, and leaves when it is told to."""
+"""The frontend process: runs the service and its HTTP server until it is told to stop."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import logging
 import os
 import resource
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 import uvloop
 
 from ..protocol.lobby import Lobby
 from ..protocol.specs import FrontendSpec
-from .connections import Connection, Intake
+from .connections import Connection, Intake, connect
 from .http.app import build_app
+from .metrics.shared_counters import SharedCounters
+from .requests.model import ServedModel, load_model
 from .service import Service
 
 KEEP_ALIVE_SECONDS = 75
@@ -29,7 +32,7 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: the process decides when to leave."""
+    """uvicorn without signal handlers: the process decides when to stop."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -42,23 +45,29 @@ def main(spec: FrontendSpec) -> None:
     """
     with Lobby(spec.lobby, "frontend", spec.index) as lobby:
         lobby.report("starting", "loading the tokenizer")
-        _allow_descriptors()
-        service = Service(spec)
-        intake = Intake(spec.acceptor, spec.index)
-        service.metrics.join(intake.board)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(service, intake, lobby))
+        _raise_descriptor_limit()
+        model = load_model(spec)
+        line, shared = connect(spec.acceptor, spec.index)
+        with line, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(spec, model, shared, line, lobby))
         lobby.report("stopped")
 
 
-def _allow_descriptors() -> None:
-    """A connection is a descriptor, and the usual soft limit is 1024."""
+def _raise_descriptor_limit() -> None:
+    """Each connection is a descriptor, and the usual soft limit is 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _serve(service: Service, intake: Intake, lobby: Lobby) -> None:
+async def _serve(
+    spec: FrontendSpec, model: ServedModel, shared: SharedCounters, line: socket.socket, lobby: Lobby
+) -> None:
+    loop = asyncio.get_running_loop()
     leave = asyncio.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the launcher decides
+        loop.add_signal_handler(signal.SIGTERM, leave.set)
+    service = Service(spec, model, shared, on_stop=leave.set)
     config = uvicorn.Config(
         build_app(service),
         http=Connection,
@@ -71,38 +80,32 @@ async def _serve(service: Service, intake: Intake, lobby: Lobby) -> None:
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Server(config)
-    loop = asyncio.get_running_loop()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C goes to the whole process group; the launcher decides
-        loop.add_signal_handler(signal.SIGTERM, leave.set)
-    service.start(leave.set)
     running = asyncio.create_task(server.serve([]))
     watching = asyncio.create_task(_watch_parent(leave))
     leaving = asyncio.create_task(leave.wait())
+
+    def make_connection(on_end: Callable[[], None]) -> Connection:
+        return Connection(config, server.server_state, {}, loop, on_end=on_end)
+
     try:
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        await service.wait_heard(
-            HEARD_SECONDS
-        )  # one that is restarted answers no health check with its own beginnings
-        intake.open(lambda on_end: Connection(config, server.server_state, {}, loop, on_end=on_end))
-        lobby.report("ready")
-        gc.collect()
-        gc.freeze()
-        await asyncio.wait((running, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await service.wait_heard(HEARD_SECONDS)  # else a restarted one would answer /health with 503
+        with contextlib.closing(Intake(line, make_connection)):
+            lobby.report("ready")
+            gc.collect()
+            gc.freeze()
+            await asyncio.wait((running, leaving), return_when=asyncio.FIRST_COMPLETED)
     finally:
         watching.cancel()
         leaving.cancel()
-        intake.close()
         service.close()  # ends open streams with an error, so that the server need not wait for them
         server.should_exit = True
         await running
 
 
 async def _watch_parent(leave: asyncio.Event) -> None:
-    """A child whose launcher has died leaves too."""
+    """Sets ``leave`` when the launcher, our parent, has died."""
     parent = os.getppid()
     while os.getppid() == parent:
         await asyncio.sleep(PARENT_CHECK_SECONDS)

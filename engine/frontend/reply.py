@@ -1,4 +1,4 @@
-"""The answer to one HTTP request: its generations, and the JSON document they make when it is not
+"""The answer to one HTTP request: its generations, and the JSON document of an answer that is not
 streamed.
 """
 
@@ -6,31 +6,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from ..protocol.frontends import Submit
 from ..text.tokenizer import Codec
 from .api.errors import ApiError
 from .open_requests import OpenRequests
+from .requests.echo import Echo
 from .requests.generation import Generation
 from .requests.logprobs import chat_logprobs, text_logprobs
+from .requests.prepared import PreparedRequest, Prompt
+from .requests.sampling import with_seed
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What every document of an answer repeats, and which optional parts the client asked for."""
-
-    id: str
-    created: int
-    model: str
-    chat: bool
-    num_logprobs: int = -1
-    return_token_ids: bool = False
-    include_usage: bool = False
-    continuous_usage: bool = False
-    interval: int = 1
 
 
 class Reply:
@@ -41,22 +30,76 @@ class Reply:
     ``gone`` when the client has gone away, together with both.
     """
 
-    def __init__(self, outline: Outline, codec: Codec, requests: OpenRequests) -> None:
+    def __init__(
+        self, request: PreparedRequest, codec: Codec, requests: OpenRequests, receive: Receive | None = None
+    ) -> None:
+        """``receive`` reports that the client has gone away, which aborts the answer at once."""
         loop = asyncio.get_running_loop()
-        self.outline = outline
+        self.outline = request.outline
         self.codec = codec
-        self.generations: list[Generation] = []
-        self.num_prompt_tokens = 0
+        self.num_prompt_tokens = sum(len(prompt.ids) for prompt in request.prompts)
         self.opened: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
         self.error: ApiError | None = None
+        self._request = request
         self._requests = requests
-        self._watcher: asyncio.Task[None] | None = None
+        choices = product(request.prompts, range(request.num_choices))
+        self.generations = [
+            self._generation(prompt, choice, index) for index, (prompt, choice) in enumerate(choices)
+        ]
+        self._watcher = None if receive is None else loop.create_task(self._wait_for_disconnect(receive))
+
+    def _generation(self, prompt: Prompt, choice: int, index: int) -> Generation:
+        """The generation of choice number ``choice`` of a prompt, not yet submitted."""
+        request = self._request
+        skip = request.skip_special_tokens
+        parser = None if request.manner is None else request.manner.parser()
+        markers = () if request.manner is None or parser is None else request.manner.formats.markers
+        submit = Submit(
+            handle=self._requests.new_handle(),
+            request_id=self._requests.new_request_id(),
+            prompt_i32=prompt.packed_i32,
+            hashes_h128=prompt.hashes_h128,
+            limit=len(prompt.ids) + prompt.max_tokens,
+            sampling=with_seed(request.sampling, choice),
+            priority=request.priority,
+            grammar=request.grammar,
+        )
+        echo: Echo | None = None
+        if request.scores_prompt:
+            echo = Echo(self.codec, prompt.ids, request.outline.num_logprobs, skip)
+        return Generation(
+            submit=submit,
+            index=index,
+            sink=self,
+            prompt=prompt.ids,
+            detokenizer=self.codec.detokenizer(skip, prompt.ids, self.codec.ids_of(markers)),
+            stop=request.stop,
+            matcher=request.stop.matcher(),
+            echo=echo,
+            parser=parser,
+            logprobs=None if request.outline.num_logprobs < 0 else [],
+            pieces=self._first_pieces(prompt, echo),
+        )
+
+    def _first_pieces(self, prompt: Prompt, echo: Echo | None) -> list[str]:
+        """Text that is shown before any token: the prompt, unless its log-probabilities are awaited
+        (one of a single token has none).
+        """
+        if not self._request.echo:
+            return []
+        if echo is None:
+            return [self.codec.decode(prompt.ids, self._request.skip_special_tokens)]
+        return [echo.text] if echo.complete else []
 
     def submit(self) -> None:
+        """Hands the generations to the engine; ends them at once where it has nothing to compute."""
         for generation in self.generations:
-            if self.error is None:  # a lost controller fails the first one at once
+            if not self._request.needs_engine:
+                generation.close("length")
+                self.advance(generation)
+            elif self.error is None:
                 self._requests.submit(generation)
 
     def advance(self, generation: Generation) -> None:
@@ -73,14 +116,10 @@ class Reply:
         _set(self.done)
 
     def abort(self) -> None:
-        """Tells the engine to end what still runs. Harmless when all is done."""
+        """Tells the engine to end the generations that still run."""
         for generation in self.generations:
             if generation.submitted:
                 self._requests.abort(generation)
-
-    def watch(self, receive: Receive) -> None:
-        """From now on a client that goes away aborts the answer at once."""
-        self._watcher = asyncio.create_task(self._wait_for_disconnect(receive))
 
     def close(self) -> None:
         """The answer has been sent, or nobody wants it."""
@@ -93,22 +132,20 @@ class Reply:
             raise self.error
 
     def usage(self, generation: Generation | None = None) -> dict[str, Any]:
-        """Of the whole answer, or of one choice. Counts ids, not text."""
+        """Usage of the whole answer, or of one choice. Counts ids, not text."""
         chosen = self.generations if generation is None else [generation]
         prompt = self.num_prompt_tokens if generation is None else len(generation.prompt)
         output = sum(len(item.tokens) for item in chosen)
-        cached = sum(
-            {id(item.prompt): item.num_cached for item in chosen}.values()
-        )  # n choices share a prompt
+        cached = {id(item.prompt): item.num_cached for item in chosen}  # n choices share a prompt
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
 
     def document(self) -> dict[str, Any]:
-        """The finished answer."""
+        """The JSON document of the finished answer."""
         outline = self.outline
         document: dict[str, Any] = {
             "id": outline.id,
@@ -123,18 +160,18 @@ class Reply:
         return document
 
     def logprobs(self, generation: Generation) -> dict[str, Any] | None:
-        """Of the tokens that have not been taken yet."""
+        """Log-probabilities of the tokens that the sink has not taken yet."""
         if generation.logprobs is None:
             return None
-        taken, num_top = generation.num_taken, self.outline.num_logprobs
-        tokens, entries = generation.tokens[taken:], generation.logprobs[taken:]
+        num_top = self.outline.num_logprobs
+        taken = generation.num_taken
+        tokens = generation.tokens[taken:]
+        entries = generation.logprobs[taken:]
         if self.outline.chat:
             return chat_logprobs(self.codec, tokens, entries, num_top)
         echo = generation.echo
-        offset = 0 if echo is None else len(echo.text)
-        offset += sum(
-            len(self.codec.piece(token).decode("utf-8", "replace")) for token in generation.tokens[:taken]
-        )
+        texts = (self.codec.piece(token).decode("utf-8", "replace") for token in generation.tokens[:taken])
+        offset = (0 if echo is None else len(echo.text)) + sum(map(len, texts))
         shown = text_logprobs(self.codec, tokens, entries, num_top, offset)
         return shown if echo is None or not echo.complete else echo.before(shown)
 
@@ -165,7 +202,7 @@ class Reply:
 
 
 def _message(generation: Generation) -> dict[str, Any]:
-    """The finished message. ``content`` is null where there is only reasoning or tool calls."""
+    """The finished message. ``content`` is null if there is only reasoning or tool calls."""
     if generation.parser is None:
         return {"role": "assistant", "content": generation.take_text()}
     said = generation.parser.take()

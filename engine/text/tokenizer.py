@@ -1,9 +1,7 @@
-"""Text to tokens and back: the model's tokenizer, its chat template, and the pieces of text a token
-stands for.
+"""Text to tokens and back: the model's tokenizer and the bytes that each token stands for.
 
 ``tokenizer.json`` is loaded as it is on disk (the class named in tokenizer_config.json may rebuild
-parts of it). Encoding and rendering are for threads: nothing here changes after loading but caches
-of pieces.
+parts of it). All of it may be called from several threads: only caches change after loading.
 """
 
 from __future__ import annotations
@@ -14,23 +12,11 @@ from typing import Any
 
 import msgspec
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..frontend.api.errors import bad_request
 from . import tiktoken_file
 from .detokenizer import ByteDetokenizer, BytePieces, Detokenizer, WindowDetokenizer
 
 PROMPT_TAIL = 6
-RESERVED_KWARGS = (
-    "tokenize",
-    "chat_template",
-    "conversation",
-    "return_dict",
-    "return_tensors",
-    "padding",
-    "truncation",
-    "max_length",
-)
 
 
 class _TokenizerFile(msgspec.Struct):
@@ -61,58 +47,42 @@ class Codec:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the chat template; of several by name, all of them."""
+        """The source of the chat template; all of them joined where there are several by name."""
         template: str | dict[str, str] | None = self._tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template or None
 
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """The tokens that tokenizer_config.json names, such as ``bos_token``, by that name."""
+        tokens: dict[str, Any] = self._tokenizer.special_tokens_map
+        return tokens
+
+    def template_for(self, tools: list[dict[str, Any]] | None) -> str:
+        """The chat template for a conversation with ``tools``. Raises ValueError where none fits."""
+        template: str = self._tokenizer.get_chat_template(tools=tools)
+        return template
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids. The batch call without offsets is the one that holds the interpreter lock for
-        milliseconds only.
+        """Token ids. The batch call without offsets is used: it holds the interpreter lock for
+        milliseconds only, whatever the length of the text.
         """
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
-
-    def render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, /, **kwargs: Any
-    ) -> str:
-        """The prompt text of a conversation. Raises ApiError where there is no template or it
-        refuses the messages.
-        """
-        if self.chat_template is None:
-            raise bad_request("This model has no chat template: use /v1/completions", "messages")
-        for name in RESERVED_KWARGS:
-            if name in kwargs:
-                raise bad_request(f"chat_template_kwargs.{name} is not allowed", "chat_template_kwargs")
-        options = {**self._tokenizer.special_tokens_map, **kwargs}
-        try:
-            # not apply_chat_template, which drops keys that are None, while templates ask whether
-            # content is none
-            template = self._tokenizer.get_chat_template(tools=tools)
-            text: str = render_jinja_template(
-                [messages], tools=[*tools] if tools else None, chat_template=template, **options
-            )[0][0]
-        except Exception as error:  # a template raises what it likes: jinja errors, TypeError, ValueError
-            raise bad_request(
-                f"The chat template refused the messages: {str(error)[:300]}", "messages"
-            ) from error
-        return text
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def ids_of(self, names: Iterable[str]) -> frozenset[int]:
-        """The ids of those of ``names`` that are tokens."""
+        """Token ids of ``names``; names that are no token are left out."""
         ids = (self._backend.token_to_id(name) for name in names)
         return frozenset(id for id in ids if id is not None)
 
     def detokenizer(
         self, skip_special_tokens: bool, prompt: list[int], shown: frozenset[int] = frozenset()
     ) -> Detokenizer:
-        """A fresh incremental detokeniser for what follows ``prompt`` (its last tokens decide about
-        leading spaces).
-
-        ``shown`` are special ids that are not skipped.
+        """A new incremental detokenizer for the tokens after ``prompt``, whose last tokens decide
+        about leading spaces. Special ids in ``shown`` are never skipped.
         """
         hidden = self.special_ids - shown if skip_special_tokens else frozenset()
         if self._pieces is None:
@@ -122,13 +92,13 @@ class Codec:
         return ByteDetokenizer(self._visible[hidden])
 
     def piece(self, token: int) -> bytes:
-        """The bytes one token stands for; of a tokenizer that is not byte-level, its text."""
+        """The bytes of one token; its text where the tokenizer is not byte-level."""
         if self._pieces is not None:
             return self._pieces[token]
         return self.decode([token], skip_special_tokens=False).encode()
 
     def token_name(self, token: int) -> str:
-        """The vocabulary entry of ``token`` as it is written in tokenizer.json."""
+        """The vocabulary entry of ``token`` as tokenizer.json writes it."""
         name: str | None = self._backend.id_to_token(token)
         return name or ""
 
@@ -138,11 +108,11 @@ class Codec:
         return text
 
     def describe(self) -> dict[str, Any]:
-        """What /tokenizer_info shows."""
+        """The document of /tokenizer_info."""
         return {
             "tokenizer_class": type(self._tokenizer).__name__,
             "vocab_size": self._backend.get_vocab_size(),
-            "special_tokens": self._tokenizer.special_tokens_map,
+            "special_tokens": self.special_tokens,
             "special_ids": sorted(self.special_ids),
             "eos_token_id": self.eos_id,
             "byte_level": self._pieces is not None,
@@ -151,20 +121,20 @@ class Codec:
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any] | None]:
-    """The tokenizer and the decoder of its file."""
+    """The transformers tokenizer of a folder, and the decoder that its file describes."""
     file = folder / "tokenizer.json"
     if file.exists():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder)), msgspec.json.decode(
-            file.read_bytes(), type=_TokenizerFile
-        ).decoder
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        described = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile)
+        return tokenizer, described.decoder
     if (folder / tiktoken_file.FILE).exists():
         return tiktoken_file.load_tokenizer(folder), tiktoken_file.DECODER
     raise ValueError(f"neither tokenizer.json nor {tiktoken_file.FILE} is there")
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """Whether decoding is the concatenation of each token's bytes (byte-level BPE: Qwen, DeepSeek,
-    Llama 3, GPT-2).
+    """Whether decoding joins the bytes of the tokens (byte-level BPE: Qwen, DeepSeek, Llama 3,
+    GPT-2).
     """
     if decoder is None:
         return False

@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ...engine.frontend.connections import ENDED, MAX_PACKET, OPEN, TAKEN
-from ...engine.frontend.metrics.shared_counters import board_bytes
+from ...engine.frontend.metrics.shared_counters import shared_bytes
 from ...engine.protocol.specs import AcceptorSpec
 from ..cluster.cluster import LaunchError
 from ..cluster.ports import bound_socket
@@ -58,7 +58,7 @@ class Acceptor:
         self.spec = AcceptorSpec(address=f"lockstep-{secrets.token_hex(16)}", token=secrets.token_hex(32))
         self._num_frontends = num_frontends
         self._board = os.memfd_create("lockstep-board")
-        os.ftruncate(self._board, board_bytes(num_frontends))
+        os.ftruncate(self._board, shared_bytes(num_frontends))
         self._desk = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._desk.bind(b"\0" + self.spec.address.encode())
         self._desk.listen(num_frontends + _MAX_STRANGERS)

@@ -1,6 +1,4 @@
-"""Errors as the API shows them: one shape everywhere, with a status, a message and the field at
-fault.
-"""
+"""Errors of the API, all in one shape: status, message, and the field at fault."""
 
 from __future__ import annotations
 
@@ -27,12 +25,12 @@ TYPES = {
 }
 MAX_SHOWN = 80
 _SHOULD = "Input should be "
-_MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # of unions, as pydantic writes them into paths
+_MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # pydantic's names of members of unions
 
 
 class ApiError(HTTPException):
-    """An error a client is to see. ``retry_after`` is in seconds; ``param`` names the field of the
-    request at fault.
+    """An error to show to the client. ``param`` names the field at fault; ``retry_after`` is in
+    seconds.
     """
 
     def __init__(
@@ -60,9 +58,7 @@ def error_response(error: HTTPException) -> Response:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """A pydantic failure as a 400 that names the field, what is wrong and (shortened) what was
-    given.
-    """
+    """A 400 from a pydantic failure. It names the field, the fault and (shortened) the value."""
     failures = error.errors(include_url=False)
     first = min(failures, key=_rank)
     text = first["msg"].removeprefix("Value error, ")
@@ -73,48 +69,39 @@ def from_validation(error: ValidationError) -> ApiError:
     param = _field(first["loc"])
     if first["type"] == "missing":
         return bad_request(f"{param}: {text}", param)
-    if text.startswith(_SHOULD):  # what the other members of a union take
-        others = (
-            item["msg"]
-            for item in failures
-            if item["msg"].startswith(_SHOULD) and _field(item["loc"]) == param
-        )
-        text = " or ".join(
-            [text, *(other.removeprefix(_SHOULD) for other in dict.fromkeys(others) if other != text)]
-        )
+    if text.startswith(_SHOULD):  # a union: names what each of its members takes
+        same_field = [item["msg"] for item in failures if _field(item["loc"]) == param]
+        others = [other for other in dict.fromkeys(same_field) if other.startswith(_SHOULD) and other != text]
+        text = " or ".join([text, *(other.removeprefix(_SHOULD) for other in others)])
     given = f"(got {shown(first['input'])})"
-    return (
-        bad_request(f"{param}: {text} {given}", param)
-        if param
-        else bad_request(f"{text.replace('Input', 'The body', 1)} {given}")
-    )
+    if not param:
+        return bad_request(f"{text.replace('Input', 'The body', 1)} {given}")
+    return bad_request(f"{param}: {text} {given}", param)
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message, cut to a length that fits one and written as in JSON."""
+    """``value`` for a message: written as in JSON, and shortened."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, str):
         text = repr(value[:MAX_SHOWN])
     else:
-        text = json.dumps(
-            value[:MAX_SHOWN] if isinstance(value, list) else value, ensure_ascii=False, default=str
-        )
+        part = value[:MAX_SHOWN] if isinstance(value, list) else value
+        text = json.dumps(part, ensure_ascii=False, default=str)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def _rank(failure: ErrorDetails) -> tuple[bool, int]:
-    """Of the failures of a union's members the one that got furthest says most; a plain type
-    mismatch says least.
+    """Sorts the failures of a union's members: the one deepest in the body says most, and a plain
+    type mismatch says least.
     """
-    return failure["type"].endswith("_type"), -_field(failure["loc"]).count(".") - _field(
-        failure["loc"]
-    ).count("[")
+    field = _field(failure["loc"])
+    return failure["type"].endswith("_type"), -field.count(".") - field.count("[")
 
 
 def _field(location: Sequence[int | str]) -> str:
-    """``("messages", 0, "content", "str")`` as ``messages[0].content``: pydantic names the member
-    of a union in the path.
+    """``("messages", 0, "content", "str")`` as ``messages[0].content``; the last part is pydantic's
+    name of a member of a union.
     """
     path = ""
     for part in location:

@@ -1,8 +1,8 @@
-"""What a client may send. Types and ranges are checked here; what depends on the model is checked
-in ``prepare.py``.
+"""The bodies that clients may send. Types and ranges are checked here; ``requests/prepare.py``
+checks what depends on the model.
 
-Unknown fields are accepted, because clients rely on it, but a field that would change the output
-and is not served is refused, never ignored.
+Unknown fields are accepted, because clients rely on it. A field that would change the output but is
+not supported is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ MAX_PATTERN_CHARS = 16384
 MAX_STRINGS = 4096
 INT64 = 2**63
 
-# Fields that would change the output if they were served, and the values of them that ask for
-# nothing.
+# Fields of other servers that would change the output, with their values that change nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "regex": (),
@@ -57,8 +56,8 @@ REMOVED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class Strict(BaseModel):
-    """A request body: no coercion between JSON types, no NaN or infinity, unknown fields kept for
-    inspection.
+    """A request body without coercion between JSON types, NaN or infinity. Unknown fields are kept
+    for inspection.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
@@ -70,7 +69,7 @@ class StreamOptions(Strict):
 
 
 class SchemaOfFormat(Strict):
-    """``strict`` is accepted and makes no difference: the schema always holds."""
+    """``strict`` is accepted but changes nothing: replies always follow the schema."""
 
     name: str | None = None
     schema_: dict[str, Any] | bool = Field(alias="schema")
@@ -89,7 +88,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """One of the three. ``json`` is a schema, also as text."""
+    """Exactly one of the three fields. ``json`` is a JSON schema, as an object or as text."""
 
     json_: dict[str, Any] | bool | str | None = Field(default=None, alias="json")
     regex: Annotated[str, Field(max_length=MAX_PATTERN_CHARS)] | None = None
@@ -100,7 +99,8 @@ class StructuredOutputs(Strict):
         for name, value in (self.model_extra or {}).items():
             if value not in (None, False):
                 raise ValueError(
-                    f"structured_outputs.{name[:80]} is not supported by this server: json, regex and choice are"
+                    f"structured_outputs.{name[:80]} is not supported by this server;"
+                    " use json, regex or choice"
                 )
         if sum(value is not None for value in (self.json_, self.regex, self.choice)) != 1:
             raise ValueError("structured_outputs takes exactly one of json, regex and choice")
@@ -158,16 +158,13 @@ class Generate(Strict):
             value = sent.get(name)
             if value is not None and value not in neutral:
                 raise ValueError(f"{name} is not supported by this server")
-        if self.is_structured:
-            if (
-                self.structured_outputs is not None
-                and self.response_format is not None
-                and self.response_format.type != "text"
-            ):
-                raise ValueError("structured_outputs and response_format exclude each other")
-            self.refuse_endless(
-                "structured_outputs" if self.structured_outputs is not None else "response_format"
-            )
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        if formatted and self.structured_outputs is not None:
+            raise ValueError("structured_outputs and response_format exclude each other")
+        if formatted:
+            self.refuse_endless("response_format")
+        if self.structured_outputs is not None:
+            self.refuse_endless("structured_outputs")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of is not supported by this server unless it equals n")
         if self.stream_options is not None and not self.stream:
@@ -176,22 +173,22 @@ class Generate(Strict):
 
     @property
     def is_structured(self) -> bool:
-        """The text has to follow a grammar."""
+        """Whether the text must follow a grammar."""
         return self.structured_outputs is not None or (
             self.response_format is not None and self.response_format.type != "text"
         )
 
     @property
     def scores_prompt(self) -> bool:
-        """The log-probabilities of the prompt's own tokens are asked for."""
+        """Whether log-probabilities of the prompt's own tokens are asked for."""
         return False
 
     def refuse_endless(self, field: str) -> None:
-        """A text that follows a grammar ends where the grammar does."""
+        """Refuses to go on after the end of a grammar, which ``field`` asks for."""
         if self.ignore_eos:
-            raise ValueError(f"{field} does not go with ignore_eos")
+            raise ValueError(f"{field} cannot be combined with ignore_eos")
         if self.min_tokens:
-            raise ValueError(f"{field} does not go with min_tokens")
+            raise ValueError(f"{field} cannot be combined with min_tokens")
 
     @property
     def stops(self) -> list[str]:
@@ -199,14 +196,14 @@ class Generate(Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class Part(Strict):
+class ContentPart(Strict):
     type: str
     text: str | None = None
 
 
 class CalledFunction(Strict):
-    """``arguments`` as the client got them: JSON as text. An object is taken too, and null for
-    none.
+    """``arguments`` is JSON as text, as the client got it. An object is accepted too, and null for
+    no arguments.
     """
 
     name: Name
@@ -221,9 +218,9 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
-class Message(Strict):
+class ChatMessage(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     tool_calls: list[ToolCall] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -254,7 +251,7 @@ class NamedTool(Strict):
 class Conversation(Strict):
     """The fields from which a chat template makes a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -269,7 +266,7 @@ class Conversation(Strict):
 
     @property
     def opens_turn(self) -> bool:
-        """The prompt ends with the opening of the reply."""
+        """Whether the prompt ends with the opening of the reply."""
         return self.add_generation_prompt is not False and not self.continue_final_message
 
 
@@ -295,7 +292,8 @@ class ChatRequest(Generate, Conversation):
             self.refuse_endless("tool_choice")
             if self.is_structured:
                 raise ValueError(
-                    "tool_choice that asks for a call does not go with response_format or structured_outputs"
+                    "tool_choice that forces a call cannot be combined with response_format or"
+                    " structured_outputs"
                 )
         if len(set(self.tool_names)) != len(self.tool_names):
             raise ValueError("tools has two functions of the same name")
@@ -309,17 +307,17 @@ class ChatRequest(Generate, Conversation):
 
     @property
     def forced_tool(self) -> bool:
-        """A tool must be called."""
+        """Whether a tool must be called."""
         return self.tool_choice is not None and self.tool_choice not in ("none", "auto")
 
     @property
     def offers_tools(self) -> bool:
-        """The reply may call a tool."""
+        """Whether the reply may call a tool."""
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def num_logprobs(self) -> int:
-        """In the terms of ``Sampling``: -1 none, 0 the chosen token alone."""
+        """As in ``Sampling``: -1 for none, 0 for the chosen token alone."""
         return (self.top_logprobs or 0) if self.logprobs else -1
 
     @property
@@ -342,7 +340,8 @@ class CompletionRequest(Generate):
             raise ValueError("max_tokens must be at least 1 unless echo is true")
         if self.scores_prompt and self.max_tokens == 0 and (self.n or 1) > 1:
             raise ValueError(
-                "n must be 1 when only the prompt's own logprobs are asked for (max_tokens 0): all choices would be equal"
+                "n must be 1 when only the prompt's logprobs are asked for (max_tokens 0): all choices"
+                " would be equal"
             )
         return self
 
@@ -360,12 +359,15 @@ class CompletionRequest(Generate):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list; one of token ids is told from several by its first element."""
+        """The prompts as a list. A list whose first element is a token id is one prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return cast(list[list[int]], self.prompt)
+
+
+GenerationRequest = ChatRequest | CompletionRequest
 
 
 class TokenizeText(Strict):

@@ -1,6 +1,4 @@
-"""The outermost ASGI layer: who may enter, request ids, HTTP metrics, and the log of what went
-wrong.
-"""
+"""The outermost ASGI layer: API keys, request ids, HTTP metrics, and the log of failures."""
 
 from __future__ import annotations
 
@@ -27,8 +25,8 @@ _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _log = logging.getLogger("lockstep.frontend")
 
 
-class Gate:
-    """Wraps the application. Without ``api_keys`` everybody may enter; admin paths always need the
+class AccessMiddleware:
+    """Wraps the application. Without ``api_keys`` everybody may use it; admin paths always need the
     admin key.
     """
 
@@ -48,12 +46,10 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         scope[ID_KEY] = request_id
-        scope[SEND_KEY] = (
-            send  # streams write past the layers in between, which have nothing to say about a chunk
-        )
+        scope[SEND_KEY] = send  # streams write past the layers in between, which do nothing to chunks
         status = 0
 
-        async def opening(message: MutableMapping[str, Any]) -> None:
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -63,18 +59,16 @@ class Gate:
         try:
             error = self._refusal(scope["path"], headers.get("authorization", ""))
             if error is not None:
-                await error_response(error)(scope, receive, opening)
+                await error_response(error)(scope, receive, send_with_id)
             else:
-                await self._app(scope, receive, opening)
-        except Exception:  # the application has answered with 500, unless it broke in mid-stream
+                await self._app(scope, receive, send_with_id)
+        except Exception:  # the application has answered 500, unless it failed in mid-stream
             _log.exception("request %s failed", request_id)
             if status < 500:
                 raise
         finally:
-            route = scope.get("route")
-            self._metrics.http(
-                getattr(route, "path", "none"), scope["method"], status or 499, time.monotonic() - began
-            )
+            path = getattr(scope.get("route"), "path", "none")
+            self._metrics.http(path, scope["method"], status or 499, time.monotonic() - began)
 
     def _refusal(self, path: str, authorization: str) -> ApiError | None:
         if path.startswith("/admin"):
@@ -86,14 +80,13 @@ class Gate:
         else:
             keys = self._api_keys
         scheme, _, given = authorization.partition(" ")
-        matches = [
-            hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys
-        ]  # all, in constant time
+        # all keys are compared, each in constant time
+        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
         if scheme.lower() == "bearer" and any(matches):
             return None
         return ApiError(401, "A valid API key is needed: Authorization: Bearer <key>")
 
 
 def _request_id(given: str | None) -> str:
-    """The client's id if it can be a header value, else one of ours."""
+    """The client's id if it is a valid header value, else a random one."""
     return given if given is not None and _VALID_ID.fullmatch(given) else secrets.token_hex(16)

@@ -1,8 +1,7 @@
-"""The routes: what of the OpenAI dialect lives at which path, and the OpenAPI document of it."""
+"""The HTTP routes of the OpenAI dialect, and their OpenAPI document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,25 +14,28 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .... import __version__
+from ..api.cluster import describe_cluster
 from ..api.errors import ApiError, bad_request, error_response, from_validation
 from ..api.schemas import (
     ChatRequest,
     CompletionRequest,
     Conversation,
     DetokenizeRequest,
+    GenerationRequest,
     TokenizeChat,
     TokenizeRequest,
     TokenizeText,
 )
-from ..reply import Reply
 from ..requests.conversation import conversation_text
+from ..requests.model import ServedModel
 from ..requests.sampling import check_ids
-from ..service import Service, describe
-from .access import ID_KEY, Gate
+from ..service import Service
+from .access import ID_KEY, AccessMiddleware
 from .streams import Stream
 
 MAX_BODY_BYTES = 8 * 2**20
 DRAIN_SECONDS = 600.0
+MAX_DRAIN_SECONDS = 86400
 CLIENT_GONE = 499
 SCHEMAS: tuple[type[BaseModel], ...] = (
     ChatRequest,
@@ -53,9 +55,7 @@ T = TypeVar("T")
 
 
 class DrainRequest(BaseModel):
-    """The body of /admin/drain; ``deadline`` in seconds. A misspelt one is an error, not the
-    default.
-    """
+    """The body of /admin/drain; ``deadline`` in seconds. A misspelt field is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,7 +80,7 @@ def build_app(service: Service) -> ASGIApp:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return Gate(app, service.spec.api_keys, service.spec.admin_key, service.metrics)
+    return AccessMiddleware(app, service.spec.api_keys, service.spec.admin_key, service.metrics)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -89,29 +89,29 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """What nobody foresaw: no trace and no path for the client; the gate logs it."""
-    text = f"Internal error; the server's log has it under request id {request.scope[ID_KEY]}"
+    """Unhandled exception: answers 500 without a traceback, which AccessMiddleware logs."""
+    text = f"Internal error; see the server's log under request id {request.scope[ID_KEY]}"
     return error_response(ApiError(500, text))
 
 
 def _routing_error(request: Request, error: HTTPException) -> HTTPException:
-    """404 and 405 of the router, in words that name the path."""
+    """Errors 404 and 405 of the router, with a text that names the path."""
+    path = request.url.path[:200]
     if error.status_code == 404:
-        return ApiError(404, f"There is nothing at {request.url.path[:200]}")
+        return ApiError(404, f"There is nothing at {path}")
     if error.status_code == 405:
-        return HTTPException(
-            405, f"{request.method} is not allowed at {request.url.path[:200]}", error.headers
-        )
+        return HTTPException(405, f"{request.method} is not allowed at {path}", error.headers)
     return error
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
+    """The whole body. Raises ApiError 413 as soon as its size exceeds the limit."""
     too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise too_large
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     try:
         async for part in request.stream():
             size += len(part)
@@ -139,9 +139,7 @@ def _json(document: Any, status: int = 200) -> Response:
 
 
 def _body_schema(path: str) -> dict[str, Any]:
-    """The request body in the OpenAPI document; bodies are parsed by ``_parse`` and not by FastAPI,
-    which takes NaN.
-    """
+    """The request body in the OpenAPI document. ``_parse`` reads bodies because FastAPI takes NaN."""
     choices = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BODY_SCHEMAS[path]]
     schema = {"anyOf": choices} if choices[1:] else choices[0]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -154,14 +152,12 @@ def _generation(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=_body_schema("/v1/chat/completions"))
     async def chat_completions(request: Request) -> Response:
         ask = await _parse(request, chats)
-        reply = await service.chat(ask, request.scope[ID_KEY], request.receive)
-        return await _answer(reply, bool(ask.stream))
+        return await _generate(service, request, ask)
 
     @router.post("/v1/completions", openapi_extra=_body_schema("/v1/completions"))
     async def text_completions(request: Request) -> Response:
         ask = await _parse(request, completions)
-        reply = await service.complete(ask, request.scope[ID_KEY], request.receive)
-        return await _answer(reply, bool(ask.stream))
+        return await _generate(service, request, ask)
 
     @router.get("/health/generate")
     async def health_generate() -> Response:
@@ -170,10 +166,12 @@ def _generation(service: Service) -> APIRouter:
     return router
 
 
-async def _answer(reply: Reply, stream: bool) -> Response:
-    """Waits for the first token of a stream, so that an error before it has its own status, or for
-    the whole answer.
+async def _generate(service: Service, request: Request, ask: GenerationRequest) -> Response:
+    """Waits for the whole answer, or for the first token of a stream, so that an error before it has
+    a status of its own.
     """
+    stream = bool(ask.stream)
+    reply = await service.open(ask, request.scope[ID_KEY], request.receive)
     handed_over = False
     try:
         await (reply.opened if stream else reply.done)
@@ -208,7 +206,7 @@ def _texts(service: Service) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         ask = await _parse(request, tokenize_requests)
         service.check_model(ask.model)
-        ids = await service.in_thread(_token_ids(service, ask))
+        ids = await service.in_thread(_token_ids, service.model, ask)
         names = [codec.token_name(token) for token in ids] if ask.return_token_strs else None
         return _json(
             {"count": len(ids), "max_model_len": _max_len(service), "tokens": ids, "token_strs": names}
@@ -228,17 +226,11 @@ def _texts(service: Service) -> APIRouter:
     return router
 
 
-def _token_ids(service: Service, ask: TokenizeText | TokenizeChat) -> Callable[[], list[int]]:
-    codec = service.model.codec
-
-    def work() -> list[int]:
-        if isinstance(ask, Conversation):
-            return codec.encode(
-                conversation_text(codec, service.model.habits, ask), bool(ask.add_special_tokens)
-            )
-        return codec.encode(ask.prompt, ask.add_special_tokens is not False)
-
-    return work
+def _token_ids(model: ServedModel, ask: TokenizeText | TokenizeChat) -> list[int]:
+    if isinstance(ask, Conversation):
+        text = conversation_text(model.codec, model.habits, ask)
+        return model.codec.encode(text, bool(ask.add_special_tokens))
+    return model.codec.encode(ask.prompt, ask.add_special_tokens is not False)
 
 
 def _max_len(service: Service) -> int | None:
@@ -247,21 +239,21 @@ def _max_len(service: Service) -> int | None:
 
 def _card(service: Service) -> dict[str, Any]:
     name = service.model.name
-    card = {
+    return {
         "id": name,
         "object": "model",
         "created": int(service.started),
         "owned_by": "lockstep",
         "root": name,
         "parent": None,
+        "max_model_len": _max_len(service),
     }
-    return {**card, "max_model_len": _max_len(service)}
 
 
 def _status(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.head("/health", include_in_schema=False)  # load balancers ask so; the server drops the body
+    @router.head("/health", include_in_schema=False)  # for load balancers; the server drops the body
     @router.get("/health")
     async def health() -> Response:
         reason = service.unable()
@@ -283,19 +275,19 @@ def _status(service: Service) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(
-            service.metrics.render(len(service.requests)),
-            media_type="text/plain; version=0.0.4; charset=utf-8",
-        )
+        text = service.metrics.render(len(service.requests))
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/load")
     async def load() -> Response:
         cluster = service.cluster
-        running, waiting, usage = (
-            (cluster.num_running, cluster.num_waiting, cluster.kv_usage) if cluster else (0, 0, 0.0)
-        )
-        load = len(service.requests) + service.metrics.open_elsewhere()
-        return _json({"server_load": load, "num_running": running, "num_waiting": waiting, "kv_usage": usage})
+        document = {
+            "server_load": len(service.requests) + service.metrics.open_elsewhere(),
+            "num_running": cluster.num_running if cluster else 0,
+            "num_waiting": cluster.num_waiting if cluster else 0,
+            "kv_usage": cluster.kv_usage if cluster else 0.0,
+        }
+        return _json(document)
 
     return router
 
@@ -310,15 +302,16 @@ def _admin(service: Service) -> APIRouter:
             deadline = DrainRequest.model_validate_json(body).deadline if body else DRAIN_SECONDS
         except ValidationError as error:
             raise from_validation(error) from None
-        if not 0 <= deadline <= 86400:
-            raise bad_request(f"deadline: must be 0 to 86400 seconds (got {deadline})", "deadline")
+        if not 0 <= deadline <= MAX_DRAIN_SECONDS:
+            text = f"deadline: should be between 0 and {MAX_DRAIN_SECONDS} seconds (got {deadline})"
+            raise bad_request(text, "deadline")
         service.drain(deadline)
         return _json({"status": "draining", "deadline": deadline}, 202)
 
     @router.get("/admin/cluster")
     async def cluster() -> Response:
         if service.cluster is None:
-            raise ApiError(503, "The controller has not been heard yet", retry_after=1)
-        return _json(describe(service.cluster))
+            raise ApiError(503, "There is no message from the controller yet", retry_after=1)
+        return _json(describe_cluster(service.cluster))
 
     return router

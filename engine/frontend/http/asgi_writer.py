@@ -1,68 +1,75 @@
 """Writes to an ASGI ``send`` without a task per write.
 
-A task that waits for the next token costs two wake-ups of the loop per token and stream. ``send``
-of a server with room in its buffer returns without waiting, so its coroutine can be run where the
-token arrives; only when it does wait (the reader lags) is it parked on the future it waits for.
+A task that waits for the next token would cost two wake-ups of the loop per token and stream. The
+``send`` of a server with room in its buffer returns without waiting, so its coroutine is run by
+hand as the token arrives. Only a ``send`` that does wait, because the reader lags, gets a task.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Generator, MutableMapping
 from typing import Any, cast
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class Outlet:
-    """``busy`` while the last write has not gone through; ``on_idle`` is called when it has, or has
-    failed.
+class AsgiWriter:
+    """Writes body parts. ``busy`` until the last write has gone through or failed; then ``on_idle``
+    is called, unless that was at once.
     """
 
-    __slots__ = ("_loop", "_on_idle", "_send", "_step", "busy")
+    __slots__ = ("_loop", "_on_idle", "_send", "_waiting", "busy")
 
     def __init__(self, send: Send, on_idle: Callable[[], None]) -> None:
         self._send = cast(Callable[[MutableMapping[str, Any]], Coroutine[Any, None, None]], send)
         self._on_idle = on_idle
         self._loop = asyncio.get_running_loop()
-        self._step: Coroutine[Any, None, None] | None = None
+        self._waiting: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
         self.busy = False
 
     def write(self, body: bytes, more: bool) -> None:
-        """Sends a part of the body. Not allowed while busy. What ``send`` raises at once is raised
-        here.
-        """
-        assert not self.busy, "write to a busy outlet"
-        step = self._send({"type": "http.response.body", "body": body, "more_body": more})
+        """Sends a part of the body. Not allowed while busy. Raises what ``send`` raises at once."""
+        assert not self.busy, "write to a busy writer"
+        sending = self._send({"type": "http.response.body", "body": body, "more_body": more})
         try:
-            waits_for = step.send(None)
+            awaited = sending.send(None)
         except StopIteration:
             return
         self.busy = True
-        self._step = step
-        self._park(waits_for)
+        task = self._loop.create_task(self._finish(_Started(sending, awaited)))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
 
-    def _park(self, waits_for: Any) -> None:
-        if waits_for is None:  # a bare yield: goes on in the next turn of the loop
-            self._loop.call_soon(self._resume)
-            return
-        waits_for._asyncio_future_blocking = (
-            False  # what a Task does to say that the future was awaited properly
-        )
-        waits_for.add_done_callback(self._resume)
-
-    def _resume(self, _: object = None) -> None:
-        assert self._step is not None
-        try:
-            waits_for = self._step.send(None)
-        except StopIteration:
-            self._idle()
-        except Exception:  # the connection broke; the watcher of the request sees it too
-            self._idle()
-        else:
-            self._park(waits_for)
-
-    def _idle(self) -> None:
+    async def _finish(self, sending: _Started) -> None:
+        with contextlib.suppress(Exception):  # the watcher of the request sees a broken connection too
+            await sending
         self.busy = False
-        self._step = None
         self._on_idle()
+
+
+class _Started(Generator[Any, None, None]):
+    """A coroutine that was run up to its first wait; a task that awaits this waits there and goes on.
+
+    ``awaited`` is the future that the coroutine has yielded, None for a turn of the loop.
+    """
+
+    __slots__ = ("_awaited", "_coroutine", "_waits")
+
+    def __init__(self, coroutine: Coroutine[Any, None, None], awaited: Any) -> None:
+        self._coroutine = coroutine
+        self._awaited = awaited
+        self._waits = False
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self
+
+    def send(self, value: None) -> Any:
+        if self._waits:
+            return self._coroutine.send(value)
+        self._waits = True
+        return self._awaited
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)

@@ -1,7 +1,7 @@
-"""Streams as server-sent events: chunks from byte templates, sent where their tokens arrive.
+"""Streams as server-sent events: chunks made from byte templates, written as their tokens arrive.
 
-Everything of a chunk but the text is fixed when the stream starts. A reader that lags gets what has
-come in meanwhile as one merged chunk per choice.
+All bytes of a chunk but its text are fixed when the stream starts. A reader that lags gets the
+tokens that have come meanwhile as one merged chunk per choice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import msgspec
 from starlette.responses import Response
 
 from ..api.errors import ApiError, error_body
-from ..reply import Outline, Receive, Reply
+from ..reply import Receive, Reply
 from ..requests.generation import Generation
-from .asgi_writer import Outlet, Send
+from ..requests.prepared import Outline
+from .asgi_writer import AsgiWriter, Send
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -32,64 +33,69 @@ _encode = msgspec.json.encode
 
 
 class Template:
-    """The fixed bytes of one choice's chunks: ``head`` + text + ``tail`` is a plain chunk.
-
-    Where there is more than text, ``head_delta`` + an object + ``tail_delta``.
+    """The fixed bytes of one choice's chunks. ``head`` + text + ``tail`` is a chunk of text alone;
+    ``head_delta`` + an object + ``tail_delta`` is any other.
     """
 
     __slots__ = ("close_text", "head", "head_delta", "head_role", "tail", "tail_delta")
 
     def __init__(self, outline: Outline, index: int) -> None:
-        kind = "chat.completion.chunk" if outline.chat else "text_completion"
-        shared = {"id": outline.id, "object": kind, "created": outline.created, "model": outline.model}
-        start = b"data: " + _encode(shared)[:-1]
+        start = b"data: " + _encode(_shared_fields(outline))[:-1]
         choice = b',"choices":[{"index":%d,' % index
         self.head = start + choice + (b'"delta":{"content":' if outline.chat else b'"text":')
         self.head_delta = start + choice + b'"delta":'
-        self.head_role = (
-            start
-            + choice
-            + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        )
+        role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        self.head_role = start + choice + role
         self.close_text = b"}" if outline.chat else b""
         self.tail_delta = b',"logprobs":null,"finish_reason":null}]}\n\n'
         self.tail = self.close_text + self.tail_delta
 
 
 class Stream(Response):
-    """A raw ASGI response that takes over the generations of ``reply`` and writes their chunks as
-    they come.
-    """
+    """A raw ASGI response that writes the generations of ``reply`` as they advance."""
 
     def __init__(self, reply: Reply) -> None:
         self.status_code = 200
         self.background = None
         self._reply = reply
-        self._outline = reply.outline
-        self._templates = [Template(reply.outline, generation.index) for generation in reply.generations]
-        outline = self._outline
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        reply = self._reply
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            chunks = ChunkWriter(reply, scope.get(SEND_KEY, send))
+            chunks.take_over()
+            await asyncio.wait((chunks.closed, reply.gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reply.close()
+
+
+class ChunkWriter:
+    """The sink that turns the progress of a reply's generations into chunks. ``closed`` is set when
+    the last one has been written.
+    """
+
+    def __init__(self, reply: Reply, send: Send) -> None:
+        outline = reply.outline
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reply = reply
+        self._outline = outline
+        self._templates = [Template(outline, generation.index) for generation in reply.generations]
         self._plain = not (outline.num_logprobs >= 0 or outline.return_token_ids or outline.continuous_usage)
         self._interval = outline.interval
         self._unfinished = len(reply.generations)
-        self._error: ApiError | None = None
+        self._error = reply.error
         self._ended = False
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._outlet: Outlet | None = None
+        self._writer = AsgiWriter(send, self._flush)
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            self._outlet = Outlet(scope.get(SEND_KEY, send), self._flush)
-            self._error = self._reply.error
-            for generation in self._reply.generations:
-                generation.sink = self
-            self._flush()
-            await asyncio.wait((self._closed, self._reply.gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._reply.close()
+    def take_over(self) -> None:
+        """Becomes the sink of the generations, and writes all that the reply has collected."""
+        for generation in self._reply.generations:
+            generation.sink = self
+        self._flush()
 
     def advance(self, generation: Generation) -> None:
-        if self._outlet is None or self._outlet.busy or self._ended:
+        if self._writer.busy or self._ended:
             return  # merged into the next chunk
         chunk = self._chunk(generation)
         if chunk:
@@ -99,11 +105,11 @@ class Stream(Response):
         if self._error is None and not self._ended:
             self._error = error
             self._reply.abort()
-            if self._outlet is not None and not self._outlet.busy:
+            if not self._writer.busy:
                 self._flush()
 
     def _flush(self) -> None:
-        """Everything there is to say, in one write; called when the reader has caught up."""
+        """Writes all that has come, at once; called when the reader has caught up."""
         if self._ended:
             self._close()
             return
@@ -112,7 +118,6 @@ class Stream(Response):
             self._write(chunks)
 
     def _write(self, body: bytes) -> None:
-        assert self._outlet is not None
         if self._error is not None:
             error = self._error
             body += b"data: " + error_body(error.status_code, error.detail, error.param) + b"\n\n" + DONE
@@ -121,21 +126,19 @@ class Stream(Response):
             body += self._usage_chunk() + DONE
             self._ended = True
         try:
-            self._outlet.write(body, more=not self._ended)
-        except (
-            Exception
-        ):  # the connection is unusable; returning without a complete body makes the server close it
+            self._writer.write(body, more=not self._ended)
+        except Exception:  # the connection is unusable; the server closes it, as its body is incomplete
             _log.warning("stream %s broke", self._outline.id, exc_info=True)
             self._ended = True
-        if self._ended and not self._outlet.busy:
+        if self._ended and not self._writer.busy:
             self._close()
 
     def _close(self) -> None:
-        if not self._closed.done():
-            self._closed.set_result(None)
+        if not self.closed.done():
+            self.closed.set_result(None)
 
     def _chunk(self, generation: Generation) -> bytes:
-        """What ``generation`` has and has not been sent; empty when there is nothing to say yet."""
+        """The part of ``generation`` that has not been sent; empty while there is none to send."""
         finish = generation.finish
         taken = generation.num_taken
         if finish is None:
@@ -150,21 +153,18 @@ class Stream(Response):
             generation.num_taken = len(generation.tokens)
             if generation.parser is None:
                 return template.head + _encode(generation.take_text()) + template.tail
-            return _said(generation, template) + template.tail_delta
+            return _text_or_delta(generation, template) + template.tail_delta
         return self._full_chunk(generation, template)
 
     def _full_chunk(self, generation: Generation, template: Template) -> bytes:
-        """A chunk with the optional parts: the first of a choice, the last, or with ids, logprobs
-        or usage.
+        """A chunk with optional parts: the first of a choice, the last, or one with ids, logprobs or
+        usage.
         """
-        outline, finish = self._outline, generation.finish
-        opening = b"" if generation.num_taken else self._opening(generation, template)
-        parts = [
-            opening,
-            _said(generation, template),
-            b',"logprobs":',
-            _encode(self._reply.logprobs(generation)),
-        ]
+        outline = self._outline
+        finish = generation.finish
+        parts = [] if generation.num_taken else [self._opening(generation, template)]
+        parts.append(_text_or_delta(generation, template))
+        parts += [b',"logprobs":', _encode(self._reply.logprobs(generation))]
         parts += [b',"finish_reason":', _encode(generation.finish_reason)]
         if finish is not None:
             parts += [b',"stop_reason":', _encode(generation.stop_reason)]
@@ -183,38 +183,32 @@ class Stream(Response):
         return b"".join(parts)
 
     def _opening(self, generation: Generation, template: Template) -> bytes:
-        """The chunk before the first text of a chat choice."""
+        """The chunk before the first text of a chat choice; none for a text completion."""
         if not self._outline.chat:
             return b""
         parts = [template.head_role]
         if self._outline.return_token_ids:
             parts += [b',"prompt_token_ids":', _encode(generation.prompt)]
         if self._outline.continuous_usage:
-            usage = {
-                **self._reply.usage(generation),
-                "completion_tokens": 0,
-                "total_tokens": len(generation.prompt),
-            }
-            parts += [b',"usage":', _encode(usage)]
+            nothing_yet = {"completion_tokens": 0, "total_tokens": len(generation.prompt)}
+            parts += [b',"usage":', _encode(self._reply.usage(generation) | nothing_yet)]
         return b"".join([*parts, b"}\n\n"])
 
     def _usage_chunk(self) -> bytes:
         if not self._outline.include_usage:
             return b""
-        outline = self._outline
-        kind = "chat.completion.chunk" if outline.chat else "text_completion"
-        chunk = {
-            "id": outline.id,
-            "object": kind,
-            "created": outline.created,
-            "model": outline.model,
-            "choices": [],
-        }
-        return b"data: " + _encode({**chunk, "usage": self._reply.usage()}) + b"\n\n"
+        chunk = _shared_fields(self._outline) | {"choices": [], "usage": self._reply.usage()}
+        return b"data: " + _encode(chunk) + b"\n\n"
 
 
-def _said(generation: Generation, template: Template) -> bytes:
-    """A chunk up to and including what was said since the last one."""
+def _shared_fields(outline: Outline) -> dict[str, Any]:
+    """The fields that begin every chunk."""
+    kind = "chat.completion.chunk" if outline.chat else "text_completion"
+    return {"id": outline.id, "object": kind, "created": outline.created, "model": outline.model}
+
+
+def _text_or_delta(generation: Generation, template: Template) -> bytes:
+    """A chunk up to and including the text, or the delta, that has come since the last one."""
     if generation.parser is None:
         return template.head + _encode(generation.take_text()) + template.close_text
     said = generation.parser.take()

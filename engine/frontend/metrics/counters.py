@@ -1,5 +1,5 @@
-"""What a frontend counts of its requests. Packed, it can be added to that of another: of a sibling,
-or of an earlier process.
+"""The counts of one frontend. Packed, they can be added to those of another frontend or of an earlier
+process.
 """
 
 from __future__ import annotations
@@ -18,30 +18,8 @@ def one_two_five(limit: int) -> tuple[int, ...]:
     return tuple(bound for bound in bounds if bound <= limit)
 
 
-FIRST_TOKEN = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
+_BELOW_ONE = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
+FIRST_TOKEN = (*_BELOW_ONE, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 PER_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 HTTP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -57,10 +35,10 @@ REQUEST_PHASES = (
 
 
 class Packed(msgspec.Struct, array_like=True):
-    """A tally on the board. Histograms are (counts by bucket, sum).
+    """Counters as they stand in shared memory. Histograms are (counts by bucket, sum).
 
-    ``at`` is when (seconds of CLOCK_MONOTONIC), ``open`` the requests then, ``state`` the newest
-    ClusterState, encoded, and ``number`` its number.
+    ``at`` is the time in seconds of CLOCK_MONOTONIC, ``open`` the number of open requests then,
+    ``state`` the newest ClusterState, encoded, and ``number`` its number.
     """
 
     at: float
@@ -77,9 +55,9 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Packed).decode
 
 
-class Tally:
-    """Counters and histograms, for one thread. Labels of HTTP requests are routes, never paths as
-    sent, so they stay few.
+class Counters:
+    """Counts and histograms, for one thread. HTTP requests are labelled by route, never by the path
+    as sent, so labels stay few.
     """
 
     def __init__(self) -> None:
@@ -119,19 +97,19 @@ class Tally:
             self.sizes[name].observe(size)
 
     def request(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """An HTTP request has been answered."""
+        """Counts an HTTP request that has been answered."""
         self.http[handler, method, f"{status // 100}xx"] += 1
         self._http_histogram(handler, method).observe(seconds)
 
     def pack(self, at: float, open: int, number: int = 0, state: bytes = b"") -> bytes:
-        """For ``add``; the arguments are those of ``Packed``."""
+        """Packs the counts for ``add``; see ``Packed`` for the arguments."""
         named = {name: histogram.pack() for name, histogram in (self.histograms | self.sizes).items()}
         http = [(*labels, count) for labels, count in self.http.items()]
         seconds = [(*labels, *histogram.pack()) for labels, histogram in self.http_seconds.items()]
         return _encode(Packed(at, open, number, state, named, dict(self.finishes), http, seconds))
 
     def add(self, packed: Packed) -> None:
-        """Adds what another has counted, of the same version."""
+        """Adds the counts of another frontend of the same version."""
         own = self.histograms | self.sizes
         for name, (counts, total) in packed.histograms.items():
             own[name].add(counts, total)
@@ -149,5 +127,5 @@ class Tally:
 
 
 def unpack(text: bytes) -> Packed:
-    """What ``Tally.pack`` has packed."""
+    """Reads the bytes of ``Counters.pack``."""
     return _decode(text)

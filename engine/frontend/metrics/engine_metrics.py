@@ -1,6 +1,4 @@
-"""What /metrics shows of the engine: a ``ClusterState`` as metric families, without a word about
-who asked.
-"""
+"""The engine's part of /metrics: a ``ClusterState`` as metric families."""
 
 from __future__ import annotations
 
@@ -16,12 +14,16 @@ from .histogram import Histogram
 
 LABELS = ("model_name", "engine")
 PREFIXES = ("vllm", "lockstep")
+_CACHE_LABELS = ("engine", "block_size", "num_gpu_blocks", "enable_prefix_caching")
 
-_NOTHING_TRAVELS = "0 where all experts live on one rank"
+_ONE_RANK = "0 where all experts live on one rank"
 _PHASE_TEXTS = {
-    "dispatch": f"seconds a rank spent sending tokens to their experts' ranks and waiting for those sent to it; {_NOTHING_TRAVELS}",
-    "expert": "seconds a rank spent in its experts; where all live on one rank: from the norm before them to their sum, which is one call",
-    "combine": f"seconds a rank spent getting experts' outputs back to their tokens and adding them up; {_NOTHING_TRAVELS}",
+    "dispatch": "seconds a rank spent sending tokens to the ranks of their experts and waiting for"
+    f" tokens sent to it; {_ONE_RANK}",
+    "expert": "seconds a rank spent in its experts; where all live on one rank this is one call, from"
+    " the norm before the experts to the sum of their outputs",
+    "combine": "seconds a rank spent returning the outputs of experts to their tokens and adding them"
+    f" up; {_ONE_RANK}",
 }
 
 
@@ -46,22 +48,24 @@ def _counter(name: str, labels: Sequence[str], value: float) -> Metric:
     return family
 
 
-def _table(
-    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
-    name: str,
-    text: str,
-    values: Mapping[str, Mapping[str, float]],
-) -> Metric:
-    """A family with one label: ``values`` has the label's name and its values."""
-    [(label, column)] = values.items()
-    family = kind(name, text, labels=(label,))
+def _gauges(name: str, text: str, label: str, column: Mapping[str, float]) -> Metric:
+    """A family with a value for each value of ``label``."""
+    family = GaugeMetricFamily(name, text, labels=(label,))
+    for key, value in column.items():
+        family.add_metric((key,), value)
+    return family
+
+
+def _counters(name: str, text: str, label: str, column: Mapping[str, float]) -> Metric:
+    """As ``_gauges``, of counters."""
+    family = CounterMetricFamily(name, text, labels=(label,))
     for key, value in column.items():
         family.add_metric((key,), value)
     return family
 
 
 def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
-    """Families that vLLM has too."""
+    """Families that vLLM has too, under both prefixes."""
     gauges = {
         "num_requests_running": state.num_running,
         "num_requests_waiting": state.num_waiting,
@@ -81,17 +85,9 @@ def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
             yield _gauge(f"{prefix}:{name}", labels, value)
         for name, value in counters.items():
             yield _counter(f"{prefix}:{name}", labels, value)
-        name = f"{prefix}:iteration_tokens_total"
-        yield (
-            Histogram(STEP_TOKENS)
-            .filled(state.totals.step_i64, step_tokens)
-            .family(name, "tokens computed in a step", LABELS, labels)
-        )
-        info = GaugeMetricFamily(
-            f"{prefix}:cache_config_info",
-            "the KV cache",
-            labels=("engine", "block_size", "num_gpu_blocks", "enable_prefix_caching"),
-        )
+        steps = Histogram(STEP_TOKENS).filled(state.totals.step_i64, step_tokens)
+        yield steps.family(f"{prefix}:iteration_tokens_total", "tokens computed in a step", LABELS, labels)
+        info = GaugeMetricFamily(f"{prefix}:cache_config_info", "the KV cache", labels=_CACHE_LABELS)
         info.add_metric(("0", str(state.page_size), pages, str(state.prefix_caching)), 1)
         yield info
 
@@ -106,20 +102,15 @@ def _group(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
 
 def _steps(totals: Totals, labels: Sequence[str]) -> Iterator[Metric]:
     plans = Histogram(PLAN_SECONDS).filled(totals.plan_i64, totals.plan_seconds)
-    yield plans.family(
-        "lockstep:plan_seconds", "from the results that call for a plan to its leaving", LABELS, labels
-    )
+    text = "seconds from the results that trigger a plan until it is sent"
+    yield plans.family("lockstep:plan_seconds", text, LABELS, labels)
     tokens = int(_vector(totals.tokens_i64).sum())
     yield _counter("lockstep:step_tokens", labels, tokens)
     yield _counter("lockstep:step_rows", labels, totals.rows)
     yield _counter("lockstep:dispatch_rows", labels, totals.dispatch_rows)
-    waste = {
-        name: 1 - tokens / rows if rows else 0.0
-        for name, rows in (("rows", totals.rows), ("dispatch", totals.dispatch_rows))
-    }
-    yield _table(
-        GaugeMetricFamily, "lockstep:padding_waste", "share of planned rows that hold no token", {"of": waste}
-    )
+    planned = {"rows": totals.rows, "dispatch": totals.dispatch_rows}
+    waste = {name: 1 - tokens / rows if rows else 0.0 for name, rows in planned.items()}
+    yield _gauges("lockstep:padding_waste", "share of planned rows that hold no token", "of", waste)
     yield _gauge("lockstep:overlap", labels, totals.overlap)
     yield _counter("lockstep:overlapped_steps", labels, totals.overlapped)
     yield _counter("lockstep:moved_bytes", labels, totals.moved_bytes)
@@ -129,72 +120,49 @@ def _ranks(state: ClusterState) -> Iterator[Metric]:
     names = ("num_running", "pages_used", "pages_cached", "pages_total", "step_seconds", "wait_seconds")
     for name in names:
         column = {str(rank.rank): float(getattr(rank, name)) for rank in state.ranks}
-        yield _table(
-            GaugeMetricFamily,
-            f"lockstep:rank_{name}",
-            f"{name.replace('_', ' ')} of a rank",
-            {"rank": column},
-        )
-    states = GaugeMetricFamily(
-        "lockstep:rank_state", "1 for the state a rank is in", labels=("rank", "host", "state")
-    )
+        yield _gauges(f"lockstep:rank_{name}", f"{name.replace('_', ' ')} of a rank", "rank", column)
+    text = "1 for the state that a rank is in"
+    states = GaugeMetricFamily("lockstep:rank_state", text, labels=("rank", "host", "state"))
     for rank in state.ranks:
         states.add_metric((str(rank.rank), rank.host, rank.state), 1)
     yield states
     totals = state.totals
-    by_data = {"rank_tokens": _vector(totals.tokens_i64), "rank_step_tokens": _vector(totals.last_tokens_i64)}
-    text = "tokens of a data index, which all ranks of it compute"
-    yield _table(CounterMetricFamily, "lockstep:rank_tokens", text, {"data": _column(by_data["rank_tokens"])})
-    yield _table(
-        GaugeMetricFamily,
-        "lockstep:rank_step_tokens",
-        text + ", in the last step",
-        {"data": _column(by_data["rank_step_tokens"])},
-    )
+    text = "tokens of a data index, computed by all of its ranks"
+    yield _counters("lockstep:rank_tokens", text, "data", _column(_vector(totals.tokens_i64)))
+    last = _column(_vector(totals.last_tokens_i64))
+    yield _gauges("lockstep:rank_step_tokens", f"{text}, in the last step", "data", last)
     seconds = {"rank_busy_seconds": totals.busy_f64, "rank_waited_seconds": totals.waited_f64}
     for name, packed in seconds.items():
         column = _column(np.frombuffer(packed, np.float64))
-        yield _table(
-            CounterMetricFamily, f"lockstep:{name}", f"{name.replace('_', ' ')} in steps", {"rank": column}
-        )
+        yield _counters(f"lockstep:{name}", f"{name.replace('_', ' ')} in steps", "rank", column)
     phases_PW = np.frombuffer(totals.phases_f64, np.float64).reshape(-1, len(PHASES)).T
     for phase, seconds_W in zip(PHASES, phases_PW, strict=True):
-        yield _table(
-            CounterMetricFamily,
-            f"lockstep:{phase}_seconds",
-            _PHASE_TEXTS[phase],
-            {"rank": _column(seconds_W)},
-        )
+        yield _counters(f"lockstep:{phase}_seconds", _PHASE_TEXTS[phase], "rank", _column(seconds_W))
 
 
 def _experts(state: ClusterState) -> Iterator[Metric]:
-    """Load per layer and rank. Per expert it would be 15,000 series for DeepSeek-V3; /admin/cluster
-    has it.
+    """Loads by layer and rank. By expert they would be 15,000 series for DeepSeek-V3;
+    /admin/cluster shows those.
     """
     totals = state.totals
-    load = CounterMetricFamily(
-        "lockstep:expert_load", "tokens that experts have computed", labels=("layer", "rank")
-    )
+    text = "tokens that experts have computed"
+    load = CounterMetricFamily("lockstep:expert_load", text, labels=("layer", "rank"))
     if state.ranks:
         for layer, row in enumerate(_vector(totals.load_i64).reshape(-1, len(state.ranks)).tolist()):
             for rank, tokens in enumerate(row):
                 load.add_metric((str(layer), str(rank)), tokens)
     yield load
     balanced = _column(np.frombuffer(totals.balancedness_f64, np.float64))
-    text = "tokens of the mean rank through those of the fullest, in the last report"
-    yield _table(GaugeMetricFamily, "lockstep:balancedness", text, {"layer": balanced})
+    text = "mean load / maximum load over ranks, in tokens of the last report"
+    yield _gauges("lockstep:balancedness", text, "layer", balanced)
     if state.expert_layers and state.expert_i64:
         loads = _vector(state.expert_i64).reshape(state.expert_layers, -1)
-        for name, values in {
-            "expert_tokens_mean": loads.mean(axis=1),
-            "expert_tokens_max": loads.max(axis=1),
-        }.items():
-            yield _table(
-                GaugeMetricFamily,
-                f"lockstep:{name}",
-                f"{name.replace('_', ' ')} of a layer",
-                {"layer": _column(values)},
-            )
+        mean = _column(loads.mean(axis=1))
+        most = _column(loads.max(axis=1))
+        yield _gauges("lockstep:expert_tokens_mean", "mean tokens of the experts of a layer", "layer", mean)
+        yield _gauges(
+            "lockstep:expert_tokens_max", "tokens of the most loaded expert of a layer", "layer", most
+        )
 
 
 def _vector(packed: bytes) -> NDArray[np.int64]:

@@ -1,5 +1,5 @@
-"""A histogram cheap enough to be told about every token (prometheus_client's takes a lock and 1.5
-us per observation).
+"""A histogram cheap enough to observe every token (prometheus_client's takes a lock and 1.5 us per
+observation).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from prometheus_client.core import HistogramMetricFamily
 
 
 class Histogram:
-    """Counts by upper bound. For one thread; a reader elsewhere may see an observation counted but
-    not yet summed.
+    """Counts by upper bound. For one thread: a reader in another one may see an observation counted
+    but not yet summed.
     """
 
     __slots__ = ("_bounds", "_counts", "_sum")
@@ -28,18 +28,18 @@ class Histogram:
         self._sum += value * times
 
     def pack(self) -> tuple[list[int], float]:
-        """(counts by bucket, sum), for ``add``."""
+        """Counts by bucket and the sum, for ``add``."""
         return list(self._counts), self._sum
 
     def add(self, counts: Sequence[int], total: float) -> None:
-        """Adds the observations of another with the same bounds."""
+        """Adds the observations of another histogram with the same bounds."""
         assert len(counts) == len(self._counts), f"{len(counts)} buckets, {len(self._counts)} expected"
         for index, count in enumerate(counts):
             self._counts[index] += count
         self._sum += total
 
     def filled(self, counts_i64: bytes, total: float) -> Histogram:
-        """With counts packed as int64 by bucket; none where nothing was packed."""
+        """Adds counts packed as int64 by bucket, if there are any; returns the histogram."""
         if counts_i64:
             self.add(array("q", counts_i64).tolist(), total)
         return self
@@ -47,7 +47,7 @@ class Histogram:
     def family(
         self, name: str, text: str, names: Sequence[str], labels: Sequence[str]
     ) -> HistogramMetricFamily:
-        """A family with this as its only sample."""
+        """A family with this histogram as its only sample."""
         family = HistogramMetricFamily(name, text, labels=names)
         self.add_to(family, labels)
         return family

@@ -1,11 +1,9 @@
-"""What /metrics shows: counters of the cluster from ``ClusterState``, timings of all frontends'
-requests, HTTP requests.
+"""The document of /metrics: the cluster's counters from ``ClusterState``, timings of requests, and
+HTTP requests.
 
-Whichever frontend is asked, the answer is the cluster's: its own counts are at this moment, the
-others' as they published them last.
-
-Families that vLLM also has appear under both prefixes with its labels and buckets, so that its
-dashboards and autoscalers work; the rest, in ``engine_metrics``, appear as ``lockstep:`` alone.
+Every frontend answers for all: with its own counts of this moment, and with those that the others
+published last. Families that vLLM has too appear under both prefixes, with vLLM's labels and
+buckets, so that its dashboards and autoscalers work. The rest appears as ``lockstep:`` alone.
 """
 
 from __future__ import annotations
@@ -21,44 +19,40 @@ from prometheus_client.registry import Collector
 from ...protocol.cluster_state import ClusterState
 from ...protocol.sockets import encode
 from ..requests.generation import Generation
-from .counters import Packed, Tally, unpack
+from .counters import Counters, Packed, unpack
 from .engine_metrics import LABELS, PREFIXES, engine_metrics
-from .shared_counters import Board
+from .shared_counters import SharedCounters
 
 _decode_state = msgspec.msgpack.Decoder(ClusterState).decode
-FRESH_SECONDS = 2.0  # a frontend whose counts are older has gone, and with it its open requests
+FRESH_SECONDS = 2.0  # a frontend with older counts has gone, and its open requests with it
 
 
 class Metrics(Collector):
-    """Told by the event loop, read by /metrics on the same loop. From ``join`` on it shows what all
-    frontends have counted.
+    """Updated and read on one event loop. Where counters are ``shared`` it shows those of all
+    frontends, and goes on from those of an earlier process in this frontend's place.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, shared: SharedCounters | None = None) -> None:
         self._labels = (model_name, "0")
         self._state: ClusterState | None = None
-        self._own = Tally()
+        self._own = Counters()
         self._encoded_state = b""
-        self._board: Board | None = None
+        self._shared = shared
+        if shared is not None and (earlier := shared.own()):
+            self._own.add(unpack(earlier))
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
     def render(self, num_open: int) -> bytes:
-        """What is shown is published first, so that no other frontend shows less from now on."""
+        """Publishes what it shows first, so that no other frontend shows less from now on."""
         self.publish(num_open)
         return generate_latest(self._registry)
 
-    def join(self, board: Board) -> None:
-        """Goes on from what an earlier process has counted in this frontend's place."""
-        self._board = board
-        if earlier := board.own():
-            self._own.add(unpack(earlier))
-
     def publish(self, num_open: int) -> None:
         """Shows the other frontends the counts of this one, which has ``num_open`` requests."""
-        if self._board is not None:
+        if self._shared is not None:
             number = 0 if self._state is None else self._state.number
-            self._board.write(self._own.pack(time.monotonic(), num_open, number, self._encoded_state))
+            self._shared.write(self._own.pack(time.monotonic(), num_open, number, self._encoded_state))
 
     def open_elsewhere(self) -> int:
         """Open requests of the other frontends, as they published them last."""
@@ -66,14 +60,14 @@ class Metrics(Collector):
         return sum(packed.open for packed in self._others() if now - packed.at < FRESH_SECONDS)
 
     def _others(self) -> list[Packed]:
-        return [] if self._board is None else [unpack(text) for text in self._board.others()]
+        return [] if self._shared is None else [unpack(text) for text in self._shared.others()]
 
     def state(self, state: ClusterState) -> None:
         self._state = state
         self._encoded_state = encode(state)
 
     def tokens(self, generation: Generation, now: float) -> None:
-        """A step's tokens of a generation arrived at ``now``."""
+        """Times the tokens of a step that a generation got at ``now``."""
         if generation.first:
             self._own.inter_token.observe(now - generation.last)
         else:
@@ -85,11 +79,11 @@ class Metrics(Collector):
         self._own.finished(generation, now)
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """``handler`` is a route, never a path as sent: labels stay few."""
+        """Counts an HTTP request; ``handler`` is its route, never the path as sent."""
         self._own.request(handler, method, status, seconds)
 
     def collect(self) -> Iterator[Metric]:
-        total = Tally()
+        total = Counters()
         others = self._others()
         for packed in (unpack(self._own.pack(0.0, 0)), *others):
             total.add(packed)
@@ -100,19 +94,15 @@ class Metrics(Collector):
             yield from engine_metrics(state, self._labels)
 
     def _newest(self, others: list[Packed]) -> ClusterState | None:
-        """The newest state that any frontend has: two that are scraped in turn must not count
-        backwards.
-        """
+        """The newest state of any frontend: two that are scraped in turn must not count backwards."""
         newest = max(others, key=lambda packed: packed.number, default=None)
-        if (
-            newest is None
-            or not newest.state
-            or (self._state is not None and self._state.number >= newest.number)
-        ):
+        if newest is None or not newest.state:
+            return self._state
+        if self._state is not None and self._state.number >= newest.number:
             return self._state
         return _decode_state(newest.state)
 
-    def _requests(self, total: Tally, longest: float) -> Iterator[Metric]:
+    def _requests(self, total: Counters, longest: float) -> Iterator[Metric]:
         for prefix in PREFIXES:
             for name, histogram in (total.histograms | total.sizes).items():
                 family = HistogramMetricFamily(f"{prefix}:{name}", name.replace("_", " "), labels=LABELS)
@@ -126,7 +116,7 @@ class Metrics(Collector):
                 finished.add_metric((*self._labels, reason), count)
             yield finished
 
-    def _http_requests(self, total: Tally) -> Iterator[Metric]:
+    def _http_requests(self, total: Counters) -> Iterator[Metric]:
         requests = CounterMetricFamily(
             "http_requests", "HTTP requests", labels=("handler", "method", "status")
         )

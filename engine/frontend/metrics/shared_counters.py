@@ -1,8 +1,6 @@
-"""Memory that all frontends of a cluster share: each writes what it has counted, any can read what
-all have counted.
+"""Memory that all frontends of a cluster share: each writes its counts, and each can read all.
 
-The launcher makes it and keeps it, so that a frontend that is restarted goes on from the counts of
-the one before it.
+The launcher makes and keeps it, so a restarted frontend goes on from the counts before.
 """
 
 from __future__ import annotations
@@ -11,23 +9,23 @@ import mmap
 import os
 import struct
 
-SLOT_BYTES = 1 << 22  # taken from the machine as far as it is written
+SLOT_BYTES = 1 << 22  # the machine gives only the pages that are written
 _HEAD = struct.Struct("@Q")
 _BODY = SLOT_BYTES // 2 - _HEAD.size
 _READS = 100
 
 
-def board_bytes(num_frontends: int) -> int:
-    """Size of the memory for so many frontends."""
+def shared_bytes(num_frontends: int) -> int:
+    """Size of the memory for ``num_frontends``."""
     return num_frontends * SLOT_BYTES
 
 
-class Board:
-    """The slot ``index`` is this process's to write. Takes the descriptor over.
+class SharedCounters:
+    """Packed counters by frontend; this process writes slot ``index``. Owns the descriptor.
 
-    A slot is two buffers; the number at its head says which is valid and how often it was written.
-    A writer fills the other one and then counts up, so that one that is killed while writing leaves
-    the last text whole.
+    A slot is two buffers; the number at its head tells which is valid and how often it was written.
+    A writer fills the other buffer and then counts up, so a writer that is killed leaves the last
+    text whole.
     """
 
     def __init__(self, descriptor: int, index: int) -> None:
@@ -35,12 +33,12 @@ class Board:
         self._memory = mmap.mmap(descriptor, size)
         os.close(descriptor)
         self._num_slots = size // SLOT_BYTES
-        self._words = memoryview(self._memory).cast("Q")  # a store of a word is one store, unlike struct's
+        self._words = memoryview(self._memory).cast("Q")  # writes a word in one store, which struct does not
         assert 0 <= index < self._num_slots, f"slot {index} of {self._num_slots}"
         self._index = index
 
     def write(self, text: bytes) -> None:
-        """Replaces this process's text. Raises ValueError for one that does not fit."""
+        """Replaces this process's text. Raises ValueError if it does not fit."""
         room = _BODY - 2 * _HEAD.size
         if len(text) > room:
             raise ValueError(f"the counts of a frontend are {len(text)} bytes, its slot holds {room}")
@@ -51,11 +49,11 @@ class Board:
         self._words[self._index * SLOT_BYTES // _HEAD.size] = turn
 
     def own(self) -> bytes:
-        """What this slot holds, also from an earlier process; empty when nothing was written."""
+        """The text of this slot, also if an earlier process wrote it; empty if none did."""
         return self._read(self._index)
 
     def others(self) -> list[bytes]:
-        """What the other slots hold, without the empty ones."""
+        """The texts of the other slots, without empty ones."""
         texts = [self._read(index) for index in range(self._num_slots) if index != self._index]
         return [text for text in texts if text]
 

@@ -1,5 +1,5 @@
-"""A conversation as text: messages in the shape that the model's chat template takes, and what the
-template can do.
+"""Turns a conversation into text: finds out what the model's chat template can do, and gives it the
+messages in its own shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import msgspec
 
 from ...text.tokenizer import Codec
 from ..api.errors import ApiError, bad_request
-from ..api.schemas import Conversation, Message
+from ..api.schemas import ChatMessage, Conversation
+from .chat_template import render
 
 OWN_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 PROBE_NAME, PROBE_VALUE = "probe_function", "probe_value"
@@ -31,11 +32,11 @@ PROBE_TOOL = {
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How a chat template takes what templates differ in; found out by rendering probes.
+    """The points in which chat templates differ, found by rendering probes.
 
-    ``text_arguments``: arguments of calls as JSON text, not as objects. ``null_content``: a message
-    with calls and no text has no content, not an empty one. ``shows_tools``: the prompt depends on
-    ``tools``.
+    ``text_arguments``: it takes the arguments of calls as JSON text, not as objects.
+    ``null_content``: it takes null, not empty text, as content of a message with calls alone.
+    ``shows_tools``: the prompt depends on ``tools``.
     """
 
     text_arguments: bool = False
@@ -44,8 +45,8 @@ class Habits:
 
 
 def learn_habits(codec: Codec) -> Habits:
-    """The first way of writing a call of an earlier turn whose prompt shows its name and argument;
-    else the usual one.
+    """Tries the ways to write a call of an earlier turn; the first one whose prompt shows the
+    call's name and argument wins, else the usual one.
     """
     if codec.chat_template is None:
         return Habits()
@@ -70,7 +71,7 @@ def learn_habits(codec: Codec) -> Habits:
 
 def _probe(codec: Codec, messages: list[dict[str, Any]], with_tools: bool = True) -> str | None:
     try:
-        return codec.render(messages, [PROBE_TOOL] if with_tools else None, add_generation_prompt=True)
+        return render(codec, messages, [PROBE_TOOL] if with_tools else None, add_generation_prompt=True)
     except ApiError:
         return None
 
@@ -82,25 +83,22 @@ def conversation_text(codec: Codec, habits: Habits, ask: Conversation) -> str:
         options.setdefault("reasoning_effort", ask.reasoning_effort)
     for name in OWN_FIELDS:
         if name in options:
-            raise bad_request(
-                f"chat_template_kwargs.{name} is not allowed: {name} is a field of its own",
-                "chat_template_kwargs",
-            )
+            text = f"chat_template_kwargs.{name} is not allowed: {name} is a field of the request"
+            raise bad_request(text, "chat_template_kwargs")
     messages = [_plain(habits, index, message) for index, message in enumerate(ask.messages)]
     tools = [tool.model_dump(exclude_unset=True) for tool in ask.tools] if ask.tools else None
-    continues = bool(ask.continue_final_message)
-    return codec.render(
-        messages, tools, add_generation_prompt=ask.opens_turn, continue_final_message=continues, **options
-    )
+    options["add_generation_prompt"] = ask.opens_turn
+    options["continue_final_message"] = bool(ask.continue_final_message)
+    return render(codec, messages, tools, **options)
 
 
 def continued(ask: Conversation) -> str | None:
-    """The text of the last message where the reply is to continue it."""
+    """The text of the last message if the reply is to continue it, else None."""
     return content_of(len(ask.messages) - 1, ask.messages[-1]) if ask.continue_final_message else None
 
 
-def content_of(index: int, message: Message) -> str:
-    """The text of the index-th message. Raises ApiError where there is more than text."""
+def content_of(index: int, message: ChatMessage) -> str:
+    """The text of message number ``index``. Raises ApiError where there is more than text."""
     if message.content is None or isinstance(message.content, str):
         return message.content or ""
     texts = []
@@ -113,9 +111,9 @@ def content_of(index: int, message: Message) -> str:
     return "\n".join(texts)
 
 
-def _plain(habits: Habits, index: int, message: Message) -> dict[str, Any]:
-    """A message as the template takes it: text content, both names of reasoning, arguments in its
-    way.
+def _plain(habits: Habits, index: int, message: ChatMessage) -> dict[str, Any]:
+    """A message as the template takes it: content as text, reasoning under both names, arguments
+    as text or object.
     """
     plain = message.model_dump(exclude_none=True)
     content = content_of(index, message)
@@ -124,7 +122,7 @@ def _plain(habits: Habits, index: int, message: Message) -> dict[str, Any]:
     if thoughts is not None:
         plain["reasoning"] = plain["reasoning_content"] = thoughts
     if not message.tool_calls:
-        plain.pop("tool_calls", None)  # templates ask whether there are any by asking for the key
+        plain.pop("tool_calls", None)  # templates test for the key, not for its value
     for number, call in enumerate(plain.get("tool_calls", ())):
         where = f"messages[{index}].tool_calls[{number}].function.arguments"
         call["function"]["arguments"] = _arguments(habits, call["function"].get("arguments", "{}"), where)

@@ -12,29 +12,28 @@ from .logprobs import text_logprobs
 
 
 class Echo:
-    """What ``choices[].logprobs`` of a text completion begins with. It is put together as the
-    engine's messages come, each of which is small, so that a long prompt never keeps the event loop
-    for long.
+    """The prompt's part of ``choices[].logprobs`` in a text completion. It grows with each of the
+    engine's messages, which are small, so a long prompt never holds up the event loop.
 
-    ``text`` is the prompt as it is shown. Offsets are places in it: those of a character that
-    several tokens make are equal.
+    ``text`` is the prompt as it is shown, and offsets are places in it. Tokens that share a
+    character have the same offset.
     """
 
     def __init__(self, codec: Codec, prompt: list[int], num_top: int, skip_special_tokens: bool) -> None:
         self.text = codec.decode(prompt, skip_special_tokens=skip_special_tokens)
-        self._codec, self._prompt, self._num_top = codec, prompt, num_top
+        self._codec = codec
+        self._prompt = prompt
+        self._num_top = num_top
         self._detokenizer = codec.detokenizer(skip_special_tokens, [])
         self._offset = 0
         self._shown = False
         self._lists: dict[str, list[Any]] = {name: [] for name in text_logprobs(codec, [], [], 0, 0)}
-        self._append(
-            text_logprobs(codec, prompt[:1], [None], 0, 0)
-            | {"token_logprobs": [None], "top_logprobs": [None]}
-        )
+        first = text_logprobs(codec, prompt[:1], [None], 0, 0)
+        self._append(first | {"token_logprobs": [None], "top_logprobs": [None]})
 
     @property
     def known(self) -> int:
-        """Tokens of the prompt that are here; the first has no log-probability."""
+        """Number of the prompt's tokens taken so far; the first has no log-probability."""
         return len(self._lists["tokens"])
 
     @property
@@ -42,7 +41,7 @@ class Echo:
         return self.known == len(self._prompt)
 
     def take(self, message: PromptLogprobs) -> bool:
-        """Takes what is new of a message that leaves no gap; whether that completes the prompt."""
+        """Takes the new part of a message that leaves no gap. True if it completes the prompt."""
         assert message.position <= self.known, f"position {message.position} after {self.known}"
         chosen = array("f", message.chosen_f32).tolist()
         each = len(message.top_ids_i32) // max(1, len(chosen))
@@ -57,14 +56,15 @@ class Echo:
         return len(new) > 0 and self.complete
 
     def before(self, shown: dict[str, Any]) -> dict[str, Any]:
-        """``shown`` with the prompt before it, the first time; the prompt is complete."""
+        """Puts the complete prompt before ``shown``, the first time only."""
         if self._shown:
             return shown
         self._shown = True
         return {name: values + shown[name] for name, values in self._lists.items()}
 
     def _append(self, part: dict[str, Any]) -> None:
-        start, offsets = self.known, []
+        start = self.known
+        offsets = []
         for token in self._prompt[start : start + len(part["tokens"])]:
             offsets.append(self._offset)
             self._offset += len(self._detokenizer.push(token))

@@ -1,4 +1,4 @@
-"""One generation: what was asked of the engine, the tokens it has sent, and the text they make."""
+"""One generation: its request to the engine, the tokens received so far, and their text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...text.detokenizer import Detokenizer
 from ..api.errors import ApiError
 from ..formats.parser import ReplyParser
 from .echo import Echo
-from .stops import StopMatcher
+from .stops import StopMatcher, StopRule
 
 REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "abort", Finish.ERROR: "error"}
 
 
 class Sink(Protocol):
-    """Who is told about a generation: a streaming or a collected reply."""
+    """Receives the progress of a generation: a collected reply or a stream."""
 
     def advance(self, generation: Generation) -> None:
-        """New tokens or the finish are in; not called again after the finish."""
+        """New tokens or the finish have come; not called again after the finish."""
 
     def fail(self, generation: Generation, error: ApiError) -> None:
         """The generation ended without a result."""
@@ -32,12 +32,12 @@ class Sink(Protocol):
 class Generation:
     """One choice of one prompt; one ``Submit``.
 
-    ``tokens`` are those that count for the client: nothing behind a stop string, whatever the
-    engine computed meanwhile; ``num_received`` counts what the engine sent. ``pieces`` is text not
-    yet taken by the sink, ``num_taken`` the tokens it has taken; with a ``parser`` the text goes
-    there instead. ``echo`` is the prompt where its log-probabilities are shown: it is text once
-    they are all here, which is before the first token. ``eos_ids`` are the stop ids that are no
-    stop reason of their own. Times are seconds of the monotonic clock, 0 where it has not happened.
+    ``tokens`` are those that count for the client: none after a stop string, whatever the engine
+    has computed meanwhile. ``num_received`` counts all that the engine sent. ``pieces`` is text that
+    the sink has not taken, ``num_taken`` the tokens it has taken; with a ``parser`` the text goes
+    there instead. ``echo`` is a prompt that is shown with its log-probabilities: it becomes text
+    once they are complete, which is before the first token. Times are seconds of the monotonic
+    clock, 0 for what has not happened yet.
     """
 
     submit: Submit
@@ -45,15 +45,13 @@ class Generation:
     sink: Sink
     prompt: list[int]
     detokenizer: Detokenizer
-    stop_ids: frozenset[int]
-    eos_ids: frozenset[int]
+    stop: StopRule
     matcher: StopMatcher | None = None
     echo: Echo | None = None
     parser: ReplyParser | None = None
-    include_stop: bool = False
-    tokens: list[int] = field(default_factory=list)
     logprobs: list[HandleLogprobs | None] | None = None
     pieces: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     num_received: int = 0
     num_taken: int = 0
     num_cached: int = 0
@@ -78,64 +76,59 @@ class Generation:
 
     @property
     def stopped_early(self) -> bool:
-        """A stop string or the last tool call allowed ended it, which the engine cannot see."""
+        """Ended by a stop string or by the last tool call allowed, which the engine cannot see."""
         return (self.matcher is not None and self.matcher.matched is not None) or (
             self.parser is not None and self.parser.full
         )
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to take."""
+        """Whether the sink has something to take."""
         return bool(self.pieces) or (self.parser is not None and self.parser.pending)
 
     @property
     def finish_reason(self) -> str | None:
-        """``finish`` as the client is told."""
+        """``finish`` as the client sees it."""
         return self.finish if self.parser is None or self.finish is None else self.parser.reason(self.finish)
 
-    def begin_with(self, echo: Echo) -> None:
-        """The prompt is shown, with its log-probabilities."""
-        self.echo = echo
-        if echo.complete:  # a single token has none
-            self.pieces.append(echo.text)
-
-    def hear(self, prompt: PromptLogprobs) -> None:
-        """Takes log-probabilities of the prompt; its text comes with the last."""
+    def accept_prompt(self, prompt: PromptLogprobs) -> None:
+        """Takes log-probabilities of the prompt. With the last of them the prompt becomes text."""
         if self.echo is not None and self.echo.take(prompt):
             self.pieces.append(self.echo.text)
 
     @property
     def lacks_prompt(self) -> bool:
-        """Log-probabilities of the prompt are still to come."""
+        """Log-probabilities of the prompt are still missing."""
         return self.echo is not None and not self.echo.complete
 
     def accept(
         self, tokens: list[int], logprobs: Callable[[int], HandleLogprobs | None] | None = None
     ) -> None:
-        """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives those
-        of an output position.
+        """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives the
+        log-probabilities of an output position.
         """
+        stop_ids = self.stop.ids
         for token in tokens:
             self.tokens.append(token)
             if self.logprobs is not None:
                 self.logprobs.append(logprobs(len(self.tokens) - 1) if logprobs is not None else None)
-            if token in self.stop_ids:
+            if token in stop_ids:
                 self._end_with(token)
                 return
             text = self.detokenizer.push(token)
             if self.matcher is not None:
                 text = self._match(self.matcher, text)
             if text:
-                self._say(text)
+                self._add_text(text)
             if self.finish is None and len(self.tokens) >= self.max_tokens:
                 self.close("length")
                 return
             if self.finish is not None:
-                self._end_speech()
+                self._end_text()
                 return
 
     def close(self, reason: str) -> None:
-        """Ends the generation and gives out the text still held back."""
+        """Ends the generation and releases the text still held back."""
         assert self.finish is None, "closed twice"
         self.finish = reason
         tail = self.detokenizer.finish()
@@ -144,24 +137,24 @@ class Generation:
             if self.matcher.matched is None:
                 tail += self.matcher.finish()
         if tail:
-            self._say(tail)
-        self._end_speech()
+            self._add_text(tail)
+        self._end_text()
 
     def take_text(self) -> str:
-        """The text since the last call, where there is no parser."""
+        """The text since the last call, for a generation without a parser."""
         text = self.pieces[0] if len(self.pieces) == 1 else "".join(self.pieces)
         self.pieces.clear()
         return text
 
     def _end_with(self, token: int) -> None:
-        """A stop id: it counts as a token, its text is not shown unless asked for."""
-        if self.include_stop:
+        """Ends at a stop id: it counts as a token, and its text is shown only if asked for."""
+        if self.stop.include:
             text = self.detokenizer.push(token)
-            self._say(self.matcher.push(text, armed=False) if self.matcher is not None else text)
-        self.stop_reason = None if token in self.eos_ids else token
+            self._add_text(self.matcher.push(text, armed=False) if self.matcher is not None else text)
+        self.stop_reason = None if token in self.stop.eos_ids else token
         self.close("stop")
 
-    def _say(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if self.parser is None:
             self.pieces.append(text)
             return
@@ -169,7 +162,7 @@ class Generation:
         if self.parser.full and self.finish is None:
             self.finish = "stop"
 
-    def _end_speech(self) -> None:
+    def _end_text(self) -> None:
         if self.parser is not None:
             self.parser.finish()
 

@@ -16,7 +16,7 @@ LOWEST = -9999.0  # JSON has no infinity
 def chat_logprobs(
     codec: Codec, tokens: Sequence[int], entries: Sequence[HandleLogprobs | None], num_top: int
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of a chat completion for ``tokens``."""
+    """``choices[].logprobs`` of ``tokens`` in a chat completion."""
     content = []
     for token, entry in zip(tokens, entries, strict=True):
         top = [_named(codec, other, value) for other, value in _top(entry, num_top)]
@@ -27,11 +27,12 @@ def chat_logprobs(
 def text_logprobs(
     codec: Codec, tokens: Sequence[int], entries: Sequence[HandleLogprobs | None], num_top: int, offset: int
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of a text completion; ``offset`` is where the first token's text
-    starts.
+    """``choices[].logprobs`` of ``tokens`` in a text completion. ``offset`` is the place of the first
+    token in the text.
     """
     texts = [_text(codec, token) for token in tokens]
-    offsets, tops = [], []
+    offsets = []
+    tops = []
     for token, text, entry in zip(tokens, texts, entries, strict=True):
         offsets.append(offset)
         offset += len(text)
@@ -62,7 +63,7 @@ def _chosen(entry: HandleLogprobs | None) -> float:
 
 
 def _top(entry: HandleLogprobs | None, num_top: int) -> Iterator[tuple[int, float]]:
-    """The likeliest tokens, likeliest first."""
+    """The most likely tokens, most likely first, with their values."""
     if entry is not None:
         ids: list[int] = array("i", entry.top_ids_i32).tolist()
         values: list[float] = array("f", entry.top_f32).tolist()

@@ -1,111 +1,87 @@
-"""From what a client sent to what the engine needs: messages to text, text to tokens, tokens to
-hashes.
+"""Prepares a request for the engine: messages become text, text becomes tokens, tokens get hashes.
 
 Everything here is for threads: it may take long (a 128k prompt) and touches no shared state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from ...kv.hashing import chain_hashes, hash_root
-from ...protocol.specs import FrontendSpec
-from ...text.tokenizer import Codec
-from ..api.errors import ApiError, bad_request
-from ..api.schemas import ChatRequest, CompletionRequest, Generate, NamedTool
-from ..formats.choice import Formats, Manner, choose
-from .conversation import Habits, continued, conversation_text, learn_habits
-from .sampling import Defaults, check_ids, load_defaults, output_budget
-from .structure import GrammarCheck, grammar_of, refuse_without_end
+from ..api.errors import bad_request
+from ..api.schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
+from ..formats.choice import Manner
+from .conversation import continued, conversation_text
+from .model import ServedModel
+from .prepared import Outline, PreparedRequest, Prompt
+from .sampling import build_sampling, check_ids, output_budget, stop_rule
+from .structure import grammar_of, refuse_without_end
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """What this frontend knows about the model. ``revision`` names the weights in prompt hashes."""
-
-    name: str
-    codec: Codec
-    defaults: Defaults
-    vocab_size: int
-    revision: str
-    kv_format: str
-    habits: Habits
-    formats: Formats
-    check: GrammarCheck
-
-    def special_id(self, tag: str) -> int | None:
-        """The id of a tag that the tokenizer calls special."""
-        return next(iter(self.codec.ids_of([tag]) & self.codec.special_ids), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the controller has said: see ``ClusterState``. ``page_size`` 0 when prefixes are not
-    cached.
-    """
+class EngineLimits:
+    """Limits of the cluster, see ``ClusterState``. ``page_size`` 0 when prefixes are not cached."""
 
     max_len: int
     page_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt ready to be submitted: its ids, packed and hashed, how many tokens may follow, and
-    how they are read.
-
-    ``grammar`` is what the reply must follow, empty where it is free.
-    """
-
-    ids: list[int]
-    packed_i32: bytes
-    hashes_h128: bytes
-    max_tokens: int
+def prepare(
+    model: ServedModel, limits: EngineLimits, ask: GenerationRequest, request_id: str
+) -> PreparedRequest:
+    """Checks what depends on the model and does all work before the engine's. Raises ApiError."""
     manner: Manner | None = None
-    grammar: str = ""
-
-
-def model_revision(model_path: Path) -> str:
-    """Names the weights: the directory's name and its config.json."""
-    config = model_path / "config.json"
-    content = config.read_bytes() if config.exists() else b""
-    return hash_root(model_path.name, content.decode("utf-8", "replace")).hex()
-
-
-def load_model(spec: FrontendSpec) -> Model:
-    """Reads what a frontend needs of the model's directory. Raises ValueError."""
-    path = Path(spec.model_path)
-    codec = Codec(path)
-    return Model(
-        name=spec.served_name,
-        codec=codec,
-        defaults=load_defaults(path, codec.eos_id),
-        vocab_size=spec.vocab_size,
-        revision=model_revision(path),
-        kv_format=spec.kv_format,
-        habits=learn_habits(codec),
-        formats=choose(codec.chat_template, _model_type(path), spec.tool_parser, spec.reasoning_parser),
-        check=GrammarCheck(),
+    if isinstance(ask, ChatRequest):
+        _check_tools(model, ask)
+        text = conversation_text(model.codec, model.habits, ask)
+        manner = _manner(model, ask, text)
+        prompts = [_prompt(model, limits, ask, text)]
+    else:
+        prompts = [_prompt(model, limits, ask, source) for source in _sources(ask)]
+    grammar = grammar_of(ask, manner, model.special_id, model.check)
+    if grammar:
+        refuse_without_end(model.defaults.eos_ids)
+    _check_min_tokens(ask, prompts)
+    stop = stop_rule(ask, model.defaults, model.vocab_size)
+    return PreparedRequest(
+        outline=_outline(model.name, ask, request_id),
+        prompts=prompts,
+        num_choices=ask.n or 1,
+        sampling=build_sampling(ask, model.defaults, model.vocab_size, stop),
+        stop=stop,
+        manner=manner,
+        grammar=grammar,
+        priority=ask.priority or 0,
+        echo=bool(ask.echo),
+        skip_special_tokens=ask.skip_special_tokens is not False,
     )
 
 
-def prepare_chat(model: Model, limits: Limits, ask: ChatRequest) -> Prompt:
-    """The prompt of a conversation, and how the reply to it is to be read. Raises ApiError."""
-    if ask.offers_tools:
-        _check_tools(model)
-    text = conversation_text(model.codec, model.habits, ask)
-    try:
-        prompt = prepare(
-            model, limits, text, bool(ask.add_special_tokens), ask.output_tokens, ask.cache_salt or ""
+def _check_tools(model: ServedModel, ask: ChatRequest) -> None:
+    """Refuses tools that could not be shown to the model or not be found in its replies."""
+    if not ask.offers_tools:
+        return
+    if not model.habits.shows_tools:
+        raise bad_request(
+            "tools: the model's chat template does not show tools to the model; put one that does into"
+            " the model's directory as chat_template.jinja",
+            "tools",
         )
-    except ApiError as error:
-        error.param = "messages" if error.param == "prompt" else error.param
-        raise
+    if model.formats.tools is None:
+        raise bad_request(
+            "tools: this server does not know how the model writes tool calls; set frontend.tool_parser",
+            "tools",
+        )
+
+
+def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
+    """How replies to the prompt ``text`` are parsed."""
     tools = {tool.function.name: tool.function.parameters or {} for tool in ask.tools or ()}
-    manner = Manner(
+    return Manner(
         formats=model.formats,
         thinking=model.formats.opens_reasoning(text, continued(ask)),
         answering=model.formats.closes_reasoning(text),
@@ -114,63 +90,64 @@ def prepare_chat(model: Model, limits: Limits, ask: ChatRequest) -> Prompt:
         one_call=ask.parallel_tool_calls is False,
         named=isinstance(ask.tool_choice, NamedTool),
     )
-    return replace(prompt, manner=manner, grammar=_grammar(model, ask, manner))
 
 
-def prepare_texts(model: Model, limits: Limits, ask: CompletionRequest) -> list[Prompt]:
-    """The prompts of a text completion. Raises ApiError."""
-    grammar, salt, special = (
-        _grammar(model, ask, None),
-        ask.cache_salt or "",
-        ask.add_special_tokens is not False,
-    )
-    return [
-        replace(prepare(model, limits, source, special, ask.output_tokens, salt), grammar=grammar)
-        for source in ask.prompts
-    ]
+def _sources(ask: CompletionRequest) -> Sequence[str | list[int]]:
+    """The prompts of a text completion, as text or token ids."""
+    sources = ask.prompts
+    if not sources:
+        raise bad_request("prompt: at least one prompt is needed", "prompt")
+    if len(sources) * (ask.n or 1) > MAX_SEQUENCES:
+        raise bad_request(
+            f"prompt: {len(sources)} prompts x n {ask.n or 1} are more than {MAX_SEQUENCES} sequences",
+            "prompt",
+        )
+    return sources
 
 
-def prepare(
-    model: Model, limits: Limits, source: str | list[int], special: bool, asked: int | None, salt: str
+def _prompt(
+    model: ServedModel, limits: EngineLimits, ask: GenerationRequest, source: str | list[int]
 ) -> Prompt:
-    """Encodes (``source`` text) or checks (ids), fits into the context, packs and hashes. Raises
-    ApiError.
-    """
+    """Encodes text or checks ids, fits them into the context, packs and hashes them."""
+    is_chat = isinstance(ask, ChatRequest)
+    field = "messages" if is_chat else "prompt"
     if isinstance(source, str):
+        # a chat template writes the special tokens itself
+        special = bool(ask.add_special_tokens) if is_chat else ask.add_special_tokens is not False
         ids = model.codec.encode(source, special)
     else:
         ids = source
-        check_ids(ids, model.vocab_size, "prompt")
+        check_ids(ids, model.vocab_size, field)
     if not ids:
-        raise bad_request("The prompt is empty: at least one token is needed", "prompt")
-    budget = output_budget(len(ids), asked, limits.max_len, model.defaults)
+        raise bad_request("The prompt is empty: at least one token is needed", field)
+    budget = output_budget(len(ids), ask.output_tokens, limits.max_len, model.defaults, field)
     packed = np.array(ids, "<i4").tobytes()
     if not limits.page_size:
         return Prompt(ids, packed, b"", budget)
-    root = hash_root(model.revision, model.kv_format, salt=salt)
+    root = hash_root(model.revision, model.kv_format, salt=ask.cache_salt or "")
     return Prompt(ids, packed, chain_hashes(root, packed, limits.page_size), budget)
 
 
-def _grammar(model: Model, ask: Generate, manner: Manner | None) -> str:
-    grammar = grammar_of(ask, manner, model.special_id, model.check)
-    if grammar:
-        refuse_without_end(model.defaults.eos_ids)
-    return grammar
+def _check_min_tokens(ask: GenerationRequest, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if ask.min_tokens and ask.min_tokens > prompt.max_tokens:
+            raise bad_request(
+                f"min_tokens {ask.min_tokens} is more than the {prompt.max_tokens} tokens that may follow",
+                "min_tokens",
+            )
 
 
-def _check_tools(model: Model) -> None:
-    """Raises ApiError where tools could be neither shown to the model nor found in its replies."""
-    if not model.habits.shows_tools:
-        text = "the chat template of this model does not show tools to it; one that does can be put into the model's directory"
-        raise bad_request(f"tools: {text} as chat_template.jinja", "tools")
-    if model.formats.tools is None:
-        raise bad_request(
-            "tools: this server does not know how this model writes tool calls; frontend.tool_parser says it",
-            "tools",
-        )
-
-
-def _model_type(path: Path) -> str:
-    config = path / "config.json"
-    found = msgspec.json.decode(config.read_bytes()).get("model_type") if config.exists() else None
-    return found if isinstance(found, str) else ""
+def _outline(model_name: str, ask: GenerationRequest, request_id: str) -> Outline:
+    is_chat = isinstance(ask, ChatRequest)
+    options = ask.stream_options
+    return Outline(
+        id=f"{'chatcmpl' if is_chat else 'cmpl'}-{request_id}",
+        created=int(time.time()),
+        model=model_name,
+        chat=is_chat,
+        num_logprobs=ask.num_logprobs,
+        return_token_ids=bool(ask.return_token_ids),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+        interval=ask.stream_interval or 1,
+    )

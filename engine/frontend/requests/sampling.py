@@ -1,5 +1,5 @@
-"""From a request to ``Sampling``: what the client left open comes from the model's
-generation_config.json.
+"""Sampling and stopping of a request. The model's generation_config.json fills in what the client
+left open.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 from ...protocol.message import Sampling
 from ..api.errors import ApiError, bad_request
-from ..api.schemas import Generate
+from ..api.schemas import GenerationRequest
+from .stops import StopRule
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ DEFAULT_TEMPERATURE = 1.0
 
 
 class Defaults(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model asks for when the client says nothing; ``eos_ids`` end a sequence."""
+    """The model's values for fields that the client leaves open; ``eos_ids`` end a sequence."""
 
     temperature: float = DEFAULT_TEMPERATURE
     top_p: float = 1.0
@@ -35,8 +36,8 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_defaults(model_path: Path, tokenizer_eos: int | None) -> Defaults:
-    """Reads generation_config.json and the eos ids of config.json; a missing file leaves the
-    neutral values.
+    """Reads generation_config.json and the eos ids of config.json. A missing file leaves the
+    neutral values. Raises ValueError naming the file.
     """
     generation = _read(model_path / "generation_config.json")
     eos = (
@@ -52,15 +53,27 @@ def load_defaults(model_path: Path, tokenizer_eos: int | None) -> Defaults:
         raise ValueError(f"{model_path / 'generation_config.json'}: {error}") from error
 
 
-def build_sampling(ask: Generate, defaults: Defaults, vocab_size: int, num_logprobs: int) -> Sampling:
+def stop_rule(ask: GenerationRequest, defaults: Defaults, vocab_size: int) -> StopRule:
+    """The only place that decides which ids end a generation. Raises ApiError for ids outside the
+    vocabulary.
+    """
+    named = frozenset(ask.stop_token_ids or ())
+    check_ids(ask.stop_token_ids or [], vocab_size, "stop_token_ids")
+    eos = () if ask.ignore_eos else defaults.eos_ids
+    ending = frozenset(token for token in eos if token < vocab_size)
+    include = bool(ask.include_stop_str_in_output)
+    return StopRule(named | ending, ending - named, tuple(ask.stops), include)
+
+
+def build_sampling(ask: GenerationRequest, defaults: Defaults, vocab_size: int, stop: StopRule) -> Sampling:
     """The ``Sampling`` of the first choice. Raises ApiError for ids outside the vocabulary."""
     temperature = _pick(ask.temperature, defaults.temperature)
+    if temperature != 0:
+        temperature = max(temperature, MIN_TEMPERATURE)  # a smaller one overflows float32 logits
     top_k = max(0, _pick(ask.top_k, defaults.top_k))
     ids, values = _biases(ask.logit_bias, vocab_size)
     return Sampling(
-        temperature=temperature
-        if temperature == 0
-        else max(temperature, MIN_TEMPERATURE),  # a smaller one overflows float32 logits
+        temperature=temperature,
         top_p=_pick(ask.top_p, defaults.top_p),
         top_k=0 if top_k >= vocab_size else top_k,
         min_p=_pick(ask.min_p, defaults.min_p),
@@ -69,35 +82,35 @@ def build_sampling(ask: Generate, defaults: Defaults, vocab_size: int, num_logpr
         repetition_penalty=_pick(ask.repetition_penalty, defaults.repetition_penalty),
         seed=secrets.randbits(63) if ask.seed is None else ask.seed % SEEDS,
         min_tokens=ask.min_tokens or 0,
-        num_logprobs=num_logprobs,
-        stop_i32=np.array(sorted(_stop_ids(ask, defaults, vocab_size)), "<i4").tobytes(),
+        num_logprobs=ask.num_logprobs,
+        stop_i32=stop.packed_i32(),
         bias_ids_i32=np.array(ids, "<i4").tobytes(),
         bias_values_f32=np.array(values, "<f4").tobytes(),
-        num_prompt_logprobs=num_logprobs if ask.scores_prompt else -1,
+        num_prompt_logprobs=ask.num_logprobs if ask.scores_prompt else -1,
     )
 
 
 def with_seed(sampling: Sampling, choice: int) -> Sampling:
-    """The sampling of the choice-th of n choices: the seed moves on by one each."""
+    """The sampling of choice number ``choice``: each adds one to the seed."""
     if choice == 0:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % SEEDS)
 
 
-def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults) -> int:
-    """How many tokens may follow a prompt of ``num_prompt``. Raises ApiError where it does not fit
-    ``max_len``.
+def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults, field: str) -> int:
+    """The number of tokens that may follow a prompt of ``num_prompt``. Raises ApiError, which names
+    the prompt's ``field``, where they do not fit ``max_len``.
     """
     limit = f"This model's maximum context length is {max_len} tokens."
     if num_prompt >= max_len + (asked == 0):
-        raise bad_request(
-            f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt.", "prompt"
-        )
+        text = f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt."
+        raise bad_request(text, field)
     if asked is None:
         room = max_len - num_prompt
         return room if defaults.max_new_tokens is None else max(1, min(room, defaults.max_new_tokens))
     if num_prompt + asked > max_len:
-        text = f"{limit} However, you requested {num_prompt + asked} tokens ({num_prompt} in the prompt, {asked} for the completion)."
+        parts = f"{num_prompt} in the prompt, {asked} for the completion"
+        text = f"{limit} However, you requested {num_prompt + asked} tokens ({parts})."
         raise bad_request(f"{text} Please shorten one of them.", "max_tokens")
     return asked
 
@@ -109,15 +122,8 @@ def check_ids(ids: list[int], vocab_size: int, param: str) -> None:
         raise _outside(wrong, vocab_size, param)
 
 
-def _stop_ids(ask: Generate, defaults: Defaults, vocab_size: int) -> set[int]:
-    own = ask.stop_token_ids or []
-    check_ids(own, vocab_size, "stop_token_ids")
-    eos = () if ask.ignore_eos else defaults.eos_ids
-    return {*own, *(token for token in eos if token < vocab_size)}
-
-
 def _biases(biases: dict[str, float] | None, vocab_size: int) -> tuple[list[int], list[float]]:
-    """Token ids and their biases, ascending by id."""
+    """Token ids, ascending, and their biases."""
     pairs: dict[int, float] = {}
     for key, value in (biases or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 12):
@@ -141,7 +147,7 @@ def _pick(asked: T | None, default: T) -> T:
 
 
 def _ids(value: Any) -> set[int]:
-    """An eos entry of a config file: an id, a list of ids, or nothing."""
+    """The ids of an eos entry in a config file: one id, a list of ids, or nothing."""
     return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 

@@ -1,9 +1,9 @@
-"""Structured output: from response_format, structured_outputs and forced tools to a grammar that a
-rank can follow.
+"""Structured output: writes response_format, structured_outputs and forced tools as a grammar that
+a rank can follow.
 
-The grammar holds for all of a reply: reasoning, where the model may begin with it, then content of
-the shape asked for, or calls in the model's own format. It is checked here, against a vocabulary of
-bytes, so that a schema or a pattern that cannot be followed is refused before anything is queued.
+The grammar covers a whole reply: reasoning, where the model may begin with it, then content of the
+shape asked for, or calls in the model's own format. It is checked here against a vocabulary of
+bytes, so a schema or pattern that cannot be followed is refused before anything is queued.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
-from ..api.errors import ApiError, bad_request
+from ..api.errors import bad_request
 from ..api.schemas import ChatRequest, Generate, NamedTool
 from ..formats.choice import Manner
 from ..formats.lark import Lark, Spell
 
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_MESSAGE_CHARS = 300
-_END = 256  # of the vocabulary of bytes
+_END = 256  # the end token of the vocabulary of bytes
 _PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
 _CONTEXT = re.compile(r"\n *\d+ \| |\n<state>")
 
 
 class GrammarCheck:
-    """Says whether a grammar can be followed. Shared by threads: a matcher belongs to one call."""
+    """Checks that a grammar can be followed. Threads may share it: each call has its own matcher."""
 
     def __init__(self) -> None:
         self._tokenizer = LLTokenizer(_Bytes())  # type: ignore[arg-type]
@@ -44,11 +44,11 @@ class GrammarCheck:
         if matcher.is_error():
             raise bad_request(f"{param}: {_reason(matcher.get_error())}", param)
         if not matcher.is_accepting() and not any(matcher.compute_bitmask()[: _END // 8]):
-            raise bad_request(f"{param}: there is no text that it allows", param)
+            raise bad_request(f"{param}: it allows no text at all", param)
 
 
 class _Bytes:
-    """A vocabulary of the 256 bytes and an end, in the shape that llguidance takes."""
+    """A vocabulary of the 256 bytes and an end token, in the shape that llguidance takes."""
 
     is_tokenizer_wrapper = True
     eos_token_id = _END
@@ -61,7 +61,7 @@ class _Bytes:
 
 
 def grammar_of(ask: Generate, manner: Manner | None, spell: Spell, check: GrammarCheck) -> str:
-    """The grammar of the replies to ``ask``, empty where they are free. Raises ApiError."""
+    """The grammar of replies to ``ask``; empty where they are free. Raises ApiError."""
     content = _content(ask)
     forced = isinstance(ask, ChatRequest) and ask.forced_tool
     if content is None and not forced:
@@ -77,7 +77,7 @@ def grammar_of(ask: Generate, manner: Manner | None, spell: Spell, check: Gramma
         branches = [] if content is None else [content[1](lark)]
         if isinstance(ask, ChatRequest) and manner is not None and manner.tools is not None:
             branches.append(_calls(ask, manner, lark))
-        return _behind_reasoning(lark.either(branches), manner, lark)
+        return _after_reasoning(lark.either(branches), manner, lark)
 
     plain = Lark(_as_text)
     check(plain.finish(whole(plain)), param)
@@ -90,7 +90,9 @@ def _as_text(tag: str) -> int | None:
 
 
 def _content(ask: Generate) -> tuple[str, Callable[[Lark], str]] | None:
-    """The field that says how the content is to look, and what writes that down."""
+    """The request field that restricts the content, and the function that writes its grammar; None
+    where the content is free.
+    """
     if ask.structured_outputs is not None:
         wanted, field = ask.structured_outputs, "structured_outputs"
         if wanted.regex is not None:
@@ -120,7 +122,7 @@ def _schema(given: Any, param: str) -> Any:
 
 
 def _calls(ask: ChatRequest, manner: Manner, lark: Lark) -> str:
-    """The calls that the reply may make."""
+    """The expression of the calls that the reply may make."""
     assert manner.formats.tools is not None and manner.tools is not None
     write = manner.formats.tools(manner.tools).write
     if isinstance(ask.tool_choice, NamedTool):
@@ -128,8 +130,8 @@ def _calls(ask: ChatRequest, manner: Manner, lark: Lark) -> str:
     return write(lark, ask.tool_names, many=not manner.one_call)
 
 
-def _behind_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
-    """``body`` behind the reasoning that the prompt has opened or the model may open."""
+def _after_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
+    """``body`` after the reasoning that the prompt has opened or the model may open."""
     tags = manner.formats.reasoning if manner is not None else None
     if manner is None or tags is None or manner.answering:
         return body
@@ -138,9 +140,7 @@ def _behind_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
 
 
 def _reason(error: str) -> str:
-    """The first line that says what is wrong, without the grammar that we have written around
-    it.
-    """
+    """The first line of an error, without the parts of our own grammar that it quotes."""
     text = _PLACE.sub("", _CONTEXT.split(error, maxsplit=1)[0])
     return " ".join(text.split())[:MAX_MESSAGE_CHARS]
 
@@ -148,6 +148,4 @@ def _reason(error: str) -> str:
 def refuse_without_end(eos_ids: tuple[int, ...]) -> None:
     """Raises ApiError for a model whose texts cannot end."""
     if not eos_ids:
-        raise ApiError(
-            400, "Structured output needs a model with an end-of-sequence id, which this one does not name"
-        )
+        raise bad_request("Structured output needs a model with an end-of-sequence id; this one has none")

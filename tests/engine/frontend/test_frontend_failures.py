@@ -375,7 +375,7 @@ def test_before_the_controller_answers_everything_is_503(model: Path) -> None:
         assert frontend.http.get("/ready").status_code == 503
         answer = chat(frontend)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-        assert "has not been heard yet" in answer.json()["error"]["message"]
+        assert "no message from the controller yet" in answer.json()["error"]["message"]
         frontend.engine.silent = False
         wait_until(lambda: _status(frontend) == 200, "a late controller is found")
     finally:

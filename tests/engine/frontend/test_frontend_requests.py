@@ -11,7 +11,7 @@ from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.frontend.open_requests import OpenRequests
 from lockstep.engine.frontend.requests.generation import Generation
-from lockstep.engine.frontend.requests.stops import StopMatcher
+from lockstep.engine.frontend.requests.stops import StopRule
 from lockstep.engine.protocol.frontends import Abort, Rejected, Submit
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.detokenizer import ByteDetokenizer, BytePieces
@@ -43,16 +43,16 @@ class World:
         self.sent: list[object] = []
         self.sink = Recorder()
         self.requests = OpenRequests(
-            self.sent.append, Metrics("m"), lambda: ApiError(503, "ended"), clock=lambda: 1.0
+            "f", self.sent.append, Metrics("m"), lambda: ApiError(503, "ended"), clock=lambda: 1.0
         )
-        sampling = Sampling(min_tokens=min_tokens, stop_i32=array("i", [STOP_ID]).tobytes())
+        stop = StopRule(frozenset({STOP_ID}), frozenset(), stops, include)
         submit = Submit(
-            self.requests.new_handle(),
-            "r",
-            array("i", PROMPT).tobytes(),
-            b"",
-            len(PROMPT) + max_tokens,
-            sampling,
+            handle=self.requests.new_handle(),
+            request_id=self.requests.new_request_id(),
+            prompt_i32=array("i", PROMPT).tobytes(),
+            hashes_h128=b"",
+            limit=len(PROMPT) + max_tokens,
+            sampling=Sampling(min_tokens=min_tokens, stop_i32=stop.packed_i32()),
         )
         self.generation = Generation(
             submit=submit,
@@ -60,10 +60,8 @@ class World:
             sink=self.sink,
             prompt=PROMPT,
             detokenizer=ByteDetokenizer(LETTERS),
-            stop_ids=frozenset({STOP_ID}),
-            eos_ids=frozenset(),
-            matcher=StopMatcher(stops, include) if stops else None,
-            include_stop=include,
+            stop=stop,
+            matcher=stop.matcher(),
         )
         self.requests.submit(self.generation)
 
@@ -112,12 +110,8 @@ def test_a_stop_string_aborts_and_later_tokens_do_not_count() -> None:
     assert world.sink.text == "ab"
     world.tokens(3, "dxx")
     assert (world.sink.text, world.generation.finish, world.generation.stop_reason) == ("ab", "stop", "cd")
-    assert len(world.generation.tokens) == 4, (
-        "the token that completes the stop string is the last that counts"
-    )
-    assert (world.aborts, len(world.requests)) == (1, 1), (
-        "the entry stays until the engine has ended the request"
-    )
+    assert len(world.generation.tokens) == 4, "the token that completes the stop string counts"
+    assert (world.aborts, len(world.requests)) == (1, 1), "the entry stays until the engine's end"
     world.tokens(6, "yy")
     world.tokens(8, [], Finish.ABORT)
     assert (world.sink.text, world.aborts, len(world.requests)) == ("ab", 1, 0)

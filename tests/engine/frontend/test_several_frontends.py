@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import pytest
 
-from lockstep.engine.frontend.connections import Intake
+from lockstep.engine.frontend.connections import connect
 from lockstep.engine.protocol.specs import AcceptorSpec
 from support.engine.frontend.running_frontend import RunningFrontend, wait_until
 from support.engine.frontend.scripted_controller import Item, say
@@ -210,4 +210,4 @@ def _ask(url: str, body: bytes) -> None:
 
 def test_without_a_launcher_it_does_not_start() -> None:
     with pytest.raises(ConnectionError, match=r"the launcher's acceptor cannot be reached: .*refused"):
-        Intake(AcceptorSpec(address="nobody-is-here", token="x"), 0)
+        connect(AcceptorSpec(address="nobody-is-here", token="x"), 0)

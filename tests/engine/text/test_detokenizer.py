@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.text.detokenizer import WindowDetokenizer
 from lockstep.engine.text.tokenizer import Codec
 from support.engine.text.tiny_tokenizer import (
@@ -103,14 +102,6 @@ def test_window_detokenizer_hides_and_shows() -> None:
         detokenizer = WindowDetokenizer(tokenizer.decode, hidden, [0])
         joined = "".join(map(detokenizer.push, [*quick, 0, *brown])) + detokenizer.finish()
         assert joined.strip() == text
-
-
-def test_render_refuses_a_template_error_and_reserved_names(codec: Codec) -> None:
-    with pytest.raises(ApiError, match=r"chat_template_kwargs\.tokenize is not allowed"):
-        codec.render([{"role": "user", "content": "x"}], None, tokenize=True)
-    assert codec.render([{"role": "user", "content": "x"}], None, add_generation_prompt=True).endswith(
-        "assistant\n"
-    )
 
 
 def test_a_directory_without_a_tokenizer_is_a_clear_error(tmp_path: Path) -> None:

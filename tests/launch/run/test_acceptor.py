@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from lockstep.engine.frontend.connections import ENDED, OPEN, TAKEN
-from lockstep.engine.frontend.metrics.shared_counters import board_bytes
+from lockstep.engine.frontend.metrics.shared_counters import shared_bytes
 from lockstep.launch.cluster.cluster import LaunchError
 from lockstep.launch.run.acceptor import Acceptor
 from support.launch.clusters import until
@@ -86,7 +86,7 @@ def test_connections_are_spread_evenly(num_frontends: int) -> None:
             assert time.monotonic() < deadline, taken
             taken = [frontend.take(0.05) for frontend in frontends]
         assert taken == [60 // num_frontends] * num_frontends
-        assert all(frontend.board_bytes == board_bytes(num_frontends) for frontend in frontends)
+        assert all(frontend.board_bytes == shared_bytes(num_frontends) for frontend in frontends)
 
 
 def test_the_one_with_the_fewest_open_connections_gets_the_next() -> None:

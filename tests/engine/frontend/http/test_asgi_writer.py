@@ -1,5 +1,5 @@
-"""The hand-driven ``send`` and the stream on top of it, against readers that lag and connections
-that break.
+"""The ASGI writer and the stream on top of it, against readers that lag and connections that
+break.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from lockstep.engine.frontend.api.errors import ApiError
-from lockstep.engine.frontend.http.asgi_writer import Outlet
+from lockstep.engine.frontend.http.asgi_writer import AsgiWriter
 from lockstep.engine.frontend.http.streams import Stream
 from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.frontend.open_requests import OpenRequests
-from lockstep.engine.frontend.reply import Outline, Reply
-from lockstep.engine.frontend.requests.generation import Generation
-from lockstep.engine.protocol.frontends import Submit
+from lockstep.engine.frontend.reply import Reply
+from lockstep.engine.frontend.requests.prepared import Outline, PreparedRequest, Prompt
+from lockstep.engine.frontend.requests.stops import StopRule
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.tokenizer import Codec
 from support.engine.frontend.scripted_controller import batch
@@ -55,23 +55,23 @@ class Reader:
 def test_a_write_goes_through_at_once_and_parks_only_when_the_reader_lags() -> None:
     async def run() -> None:
         reader, idle = Reader(), asyncio.Event()
-        outlet = Outlet(reader.send, idle.set)
-        outlet.write(b"a", True)
+        writer = AsgiWriter(reader.send, idle.set)
+        writer.write(b"a", True)
         assert reader.bodies == [b"a"]
-        assert not outlet.busy
+        assert not writer.busy
         reader.open.clear()
-        outlet.write(b"b", True)
-        assert outlet.busy
+        writer.write(b"b", True)
+        assert writer.busy
         assert reader.bodies == [b"a"]
         reader.open.set()
         await asyncio.wait_for(idle.wait(), 30)
         assert reader.bodies == [b"a", b"b"]
-        assert not outlet.busy
+        assert not writer.busy
 
     asyncio.run(run())
 
 
-def test_a_send_that_breaks_while_parked_leaves_the_outlet_idle() -> None:
+def test_a_send_that_breaks_while_it_waits_leaves_the_writer_idle() -> None:
     async def run() -> None:
         idle = asyncio.Event()
 
@@ -80,10 +80,42 @@ def test_a_send_that_breaks_while_parked_leaves_the_outlet_idle() -> None:
             await asyncio.sleep(0.001)
             raise ConnectionResetError
 
-        outlet = Outlet(send, idle.set)
-        outlet.write(b"a", True)
+        writer = AsgiWriter(send, idle.set)
+        writer.write(b"a", True)
         await asyncio.wait_for(idle.wait(), 30)
-        assert not outlet.busy
+        assert not writer.busy
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("outcome", ["result", "exception", "cancelled"])
+def test_a_send_that_waits_sees_how_its_future_ends(outcome: str) -> None:
+    async def run() -> None:
+        idle = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        seen: list[object] = []
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            future: asyncio.Future[str] = loop.create_future()
+            match outcome:
+                case "result":
+                    loop.call_later(0.001, future.set_result, "result")
+                case "exception":
+                    loop.call_later(0.001, future.set_exception, ValueError("exception"))
+                case _:
+                    loop.call_soon(future.cancel)
+            try:
+                seen.append(await future)
+            except (ValueError, asyncio.CancelledError) as error:
+                seen.append(str(error) or "cancelled")
+            await asyncio.sleep(0.001)
+            seen.append("end")
+
+        writer = AsgiWriter(send, idle.set)
+        writer.write(b"a", True)
+        assert writer.busy
+        await asyncio.wait_for(idle.wait(), 30)
+        assert (writer.busy, seen) == (False, [outcome, "end"])
 
     asyncio.run(run())
 
@@ -98,12 +130,16 @@ class World:
 
     def __init__(self, codec: Codec, **outline: Any) -> None:
         self.reader = Reader()
-        self.requests = OpenRequests(lambda message: None, Metrics("m"), lambda: ApiError(500, "ended"))
-        self.reply = Reply(Outline("id", 1, "m", chat=True, **outline), codec, self.requests)
-        submit = Submit(self.requests.new_handle(), "r", b"", b"", 1000, Sampling())
-        empty: frozenset[int] = frozenset()
-        self.generation = Generation(submit, 0, self.reply, [1], codec.detokenizer(True, []), empty, empty)
-        self.reply.generations.append(self.generation)
+        self.requests = OpenRequests("f", lambda message: None, Metrics("m"), lambda: ApiError(500, "ended"))
+        request = PreparedRequest(
+            outline=Outline("id", 1, "m", chat=True, **outline),
+            prompts=[Prompt([1], b"", b"", 999)],
+            num_choices=1,
+            sampling=Sampling(),
+            stop=StopRule(frozenset(), frozenset()),
+        )
+        self.reply = Reply(request, codec, self.requests)
+        [self.generation] = self.reply.generations
         self.reply.submit()
         self._position = 0
 

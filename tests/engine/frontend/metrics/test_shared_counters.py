@@ -1,4 +1,4 @@
-"""The memory in which frontends show each other what they have counted."""
+"""The memory in which frontends show one another their counts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import time
 
 import pytest
 
-from lockstep.engine.frontend.metrics.counters import Tally, unpack
-from lockstep.engine.frontend.metrics.shared_counters import SLOT_BYTES, Board, board_bytes
+from lockstep.engine.frontend.metrics.counters import Counters, unpack
+from lockstep.engine.frontend.metrics.shared_counters import SLOT_BYTES, SharedCounters, shared_bytes
 
 
-def boards(num: int) -> list[Board]:
-    memory = os.memfd_create("board")
-    os.ftruncate(memory, board_bytes(num))
-    made = [Board(os.dup(memory), index) for index in range(num)]
+def slots(num: int) -> list[SharedCounters]:
+    memory = os.memfd_create("counters")
+    os.ftruncate(memory, shared_bytes(num))
+    made = [SharedCounters(os.dup(memory), index) for index in range(num)]
     os.close(memory)
     return made
 
 
 def test_everybody_reads_what_each_wrote_last() -> None:
-    first, second, third = boards(3)
+    first, second, third = slots(3)
     assert first.own() == b"" and first.others() == []
     first.write(b"one")
     second.write(b"two")
@@ -32,23 +32,23 @@ def test_everybody_reads_what_each_wrote_last() -> None:
 
 
 def test_a_text_that_does_not_fit_is_refused_and_leaves_the_last() -> None:
-    [board] = boards(1)
-    board.write(b"small")
+    [slot] = slots(1)
+    slot.write(b"small")
     with pytest.raises(ValueError, match=f"are {SLOT_BYTES} bytes, its slot holds"):
-        board.write(bytes(SLOT_BYTES))
-    assert board.own() == b"small"
-    board.write(bytes(SLOT_BYTES // 2 - 24))
-    assert len(board.own()) == SLOT_BYTES // 2 - 24
+        slot.write(bytes(SLOT_BYTES))
+    assert slot.own() == b"small"
+    slot.write(bytes(SLOT_BYTES // 2 - 24))
+    assert len(slot.own()) == SLOT_BYTES // 2 - 24
 
 
 # In bursts: a frontend writes a few times a second, and a long text takes longer to copy out than
 # the next takes to be written.
 WRITER = """
 import itertools, sys, time
-from lockstep.engine.frontend.metrics.shared_counters import Board
-board = Board(int(sys.argv[1]), 0)
+from lockstep.engine.frontend.metrics.shared_counters import SharedCounters
+slot = SharedCounters(int(sys.argv[1]), 0)
 for turn in itertools.count():
-    board.write(bytes([turn % 256]) * (1 + turn * 37 % 200_000))
+    slot.write(bytes([turn % 256]) * (1 + turn * 37 % 200_000))
     if turn == 0:
         print("writing", flush=True)
     if turn % 8 == 0:
@@ -57,9 +57,9 @@ for turn in itertools.count():
 
 
 def test_what_is_read_is_whole_while_another_process_writes_and_after_it_was_killed() -> None:
-    memory = os.memfd_create("board")
-    os.ftruncate(memory, board_bytes(2))
-    reader = Board(os.dup(memory), 1)
+    memory = os.memfd_create("counters")
+    os.ftruncate(memory, shared_bytes(2))
+    reader = SharedCounters(os.dup(memory), 1)
     os.set_inheritable(memory, True)
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(memory)], stdout=subprocess.PIPE, pass_fds=(memory,)
@@ -75,14 +75,16 @@ def test_what_is_read_is_whole_while_another_process_writes_and_after_it_was_kil
         finally:
             writer.kill()
     [text] = reader.others()
-    assert len(set(text)) == 1 and text == Board(os.dup(memory), 0).own(), "what was valid when it died"
+    assert len(set(text)) == 1 and text == SharedCounters(os.dup(memory), 0).own(), (
+        "what was valid when it died"
+    )
     os.close(memory)
 
 
-def test_tallies_add_up() -> None:
-    total = Tally()
+def test_counters_add_up() -> None:
+    total = Counters()
     for seconds, status in ((0.02, 200), (0.07, 200), (3.0, 503)):
-        one = Tally()
+        one = Counters()
         one.inter_token.observe(seconds)
         one.finishes["stop"] += 2
         one.request("/v1/models", "GET", status, seconds)

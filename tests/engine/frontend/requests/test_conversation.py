@@ -1,5 +1,5 @@
-"""What a chat template can do is found out by rendering; messages are given to it in its own
-way.
+"""Rendering probes finds out what a chat template can do; messages are given to it in its own
+shape.
 """
 
 from __future__ import annotations

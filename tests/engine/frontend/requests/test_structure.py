@@ -276,12 +276,12 @@ def schema(value: Any) -> dict[str, Any]:
         (
             {"structured_outputs": {"regex": r"[^\s\S]"}},
             "structured_outputs.regex",
-            "there is no text that it allows",
+            "it allows no text at all",
         ),
         (
             {"structured_outputs": {"regex": r"a[^\s\S]"}},
             "structured_outputs.regex",
-            "there is no text that it allows",
+            "it allows no text at all",
         ),
         (
             {"structured_outputs": {"choice": ["x" * MAX_GRAMMAR_BYTES]}},
@@ -317,11 +317,11 @@ def test_what_cannot_be_followed_is_a_400_that_says_why(
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "exclude each other",
         ),
-        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "does not go with ignore_eos"),
-        ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "does not go with min_tokens"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "cannot be combined with ignore_eos"),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "cannot be combined with min_tokens"),
         (
             {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "does not go with",
+            "cannot be combined with",
         ),
         ({"tool_choice": "required"}, "tool_choice needs tools"),
     ],

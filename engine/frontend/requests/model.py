@@ -1,0 +1,67 @@
+"""The frontend's view of the served model: tokenizer, defaults, chat template and reply formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ...kv.hashing import hash_root
+from ...protocol.specs import FrontendSpec
+from ...text.tokenizer import Codec
+from ..formats.choice import Formats, choose
+from .conversation import Habits, learn_habits
+from .sampling import Defaults, load_defaults
+from .structure import GrammarCheck
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Never changes after loading, so threads share it. ``revision`` names the weights in the
+    hashes of prompts.
+    """
+
+    name: str
+    codec: Codec
+    defaults: Defaults
+    vocab_size: int
+    revision: str
+    kv_format: str
+    habits: Habits
+    formats: Formats
+    check: GrammarCheck
+
+    def special_id(self, tag: str) -> int | None:
+        """The id of a tag, if it is a special token."""
+        return next(iter(self.codec.ids_of([tag]) & self.codec.special_ids), None)
+
+
+def load_model(spec: FrontendSpec) -> ServedModel:
+    """Reads the model's directory. Raises ValueError naming the file or the key at fault."""
+    path = Path(spec.model_path)
+    codec = Codec(path)
+    return ServedModel(
+        name=spec.served_name,
+        codec=codec,
+        defaults=load_defaults(path, codec.eos_id),
+        vocab_size=spec.vocab_size,
+        revision=_revision(path),
+        kv_format=spec.kv_format,
+        habits=learn_habits(codec),
+        formats=choose(codec.chat_template, _model_type(path), spec.tool_parser, spec.reasoning_parser),
+        check=GrammarCheck(),
+    )
+
+
+def _revision(path: Path) -> str:
+    """Names the weights by the directory's name and its config.json."""
+    config = path / "config.json"
+    content = config.read_bytes() if config.exists() else b""
+    return hash_root(path.name, content.decode("utf-8", "replace")).hex()
+
+
+def _model_type(path: Path) -> str:
+    config = path / "config.json"
+    found = msgspec.json.decode(config.read_bytes()).get("model_type") if config.exists() else None
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,68 @@
+"""A request once it is prepared: all that the engine, the reply and the stream need to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...protocol.message import Sampling
+from ..formats.choice import Manner
+from .stops import StopRule
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """The fields that all documents of an answer repeat, and the optional parts the client wants.
+
+    ``interval`` is the least number of new tokens in a chunk of a stream.
+    """
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+    num_logprobs: int = -1
+    return_token_ids: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    interval: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, packed as int32 and hashed by page; ``max_tokens`` may follow them."""
+
+    ids: list[int]
+    packed_i32: bytes
+    hashes_h128: bytes
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """Ready to be submitted: ``num_choices`` generations for each prompt.
+
+    ``sampling`` is that of each prompt's first choice. ``manner`` says how replies are parsed, None
+    where they are plain text. ``grammar`` is what replies must follow, empty where they are free.
+    ``echo``: the prompt is shown before the completion.
+    """
+
+    outline: Outline
+    prompts: list[Prompt]
+    num_choices: int
+    sampling: Sampling
+    stop: StopRule
+    manner: Manner | None = None
+    grammar: str = ""
+    priority: int = 0
+    echo: bool = False
+    skip_special_tokens: bool = True
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The log-probabilities of the prompt's own tokens are asked for."""
+        return self.sampling.num_prompt_logprobs >= 0
+
+    @property
+    def needs_engine(self) -> bool:
+        """False where the prompt alone is shown: nothing is left to compute."""
+        return self.scores_prompt or self.prompts[0].max_tokens > 0
