@@ -76,8 +76,8 @@ def connect(spec: AcceptorSpec, index: int) -> tuple[socket.socket, SharedCounte
 
 
 class Intake:
-    """Takes connections from ``line`` on the running loop, and says OPEN at once. ``make`` makes the
-    protocol of a connection.
+    """Takes connections from ``line`` on the running loop, and says OPEN at once. ``make`` makes
+    the protocol of a connection.
     """
 
     def __init__(self, line: socket.socket, make: MakeProtocol) -> None:

@@ -170,7 +170,7 @@ class OpenRequests:
         self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
 
     def _on_gap(self, generation: Generation, what: str) -> None:
-        """Something is missing, so nothing after it can be right: fails the request and aborts it."""
+        """Fails and aborts a request of which a part is missing: all after it would be wrong."""
         if generation.finish is None:
             self._fail(generation, ApiError(500, f"{what} were lost between the engine and this frontend"))
             self._send(Abort(generation.handle))

@@ -94,7 +94,7 @@ class Reply:
         return [echo.text] if echo.complete else []
 
     def submit(self) -> None:
-        """Hands the generations to the engine; ends them at once where it has nothing to compute."""
+        """Hands the generations to the engine, or ends them if it has nothing to compute."""
         for generation in self.generations:
             if not self._request.needs_engine:
                 generation.close("length")

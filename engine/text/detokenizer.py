@@ -1,7 +1,6 @@
 """Tokens to text, one token at a time, never a broken character.
 
-A detokeniser's pushed texts and its last ``finish`` join to the decoding of all tokens, whatever
-the grouping.
+The texts that a detokenizer returns, ``finish`` included, join to the decoding of all tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import codecs
 from collections.abc import Callable
 from typing import Protocol
 
-MAX_BYTES = 4  # of a UTF-8 character
+MAX_BYTES = 4  # most bytes of a UTF-8 character
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -19,12 +18,12 @@ class Detokenizer(Protocol):
         """The text that is certain with ``token``; empty while a character is incomplete."""
 
     def finish(self) -> str:
-        """What is left of an incomplete character: replacement characters."""
+        """Replacement characters for a character that stayed incomplete, else nothing."""
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The byte for each character of the byte-level BPE alphabet: printable ones stand for
-    themselves, the rest start at 256.
+    """The byte for each character of the byte-level BPE alphabet. Printable ones stand for
+    themselves; the others are numbered from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -34,9 +33,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class BytePieces(dict[int, bytes]):
-    """Token id -> the bytes it stands for, filled on first use. ``hidden`` ids stand for nothing,
-    as do unknown ones.
-    """
+    """The bytes of each token id, filled on first use. ``hidden`` and unknown ids have none."""
 
     def __init__(
         self, id_to_token: Callable[[int], str | None], hidden: frozenset[int] = frozenset()
@@ -50,14 +47,14 @@ class BytePieces(dict[int, bytes]):
         name = None if token in self._hidden else self._id_to_token(token)
         try:
             piece = bytes(self._alphabet[char] for char in name or "")
-        except KeyError:  # an added token, written as it reads
+        except KeyError:  # an added token, which is written as plain text
             piece = (name or "").encode()
         self[token] = piece
         return piece
 
 
 class ByteDetokenizer:
-    """For byte-level BPE: the bytes of the tokens through an incremental UTF-8 decoder."""
+    """For byte-level BPE: passes the tokens' bytes through an incremental UTF-8 decoder."""
 
     __slots__ = ("_decode", "_pieces")
 
@@ -73,11 +70,11 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any other tokenizer: decodes a short window twice, without and with the new tokens, and
-    takes the difference.
+    """For any other tokenizer: decodes a short window without and with the new tokens, and returns
+    the difference.
 
-    The window starts at the last text that was certain, so a token is decoded a bounded number of
-    times. ``hidden`` ids stand for nothing.
+    The window starts at the last text that was certain, so each token is decoded a bounded number
+    of times. ``hidden`` ids have no text.
     """
 
     __slots__ = ("_decode", "_hidden", "_known", "_window")
@@ -86,7 +83,7 @@ class WindowDetokenizer:
         self._decode = decode
         self._hidden = hidden
         self._window = [token for token in prompt if token not in hidden]
-        self._known = len(self._window)  # tokens of the window whose text has been given out
+        self._known = len(self._window)  # tokens of the window whose text has been returned
 
     def push(self, token: int) -> str:
         if token in self._hidden:
@@ -96,7 +93,8 @@ class WindowDetokenizer:
         incomplete = text.endswith("\ufffd") and len(self._window) - self._known < MAX_BYTES
         if len(text) <= len(before) or incomplete:
             return ""
-        self._window, self._known = self._window[self._known :], len(self._window) - self._known
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
         return text[len(before) :]
 
     def finish(self) -> str:

@@ -1,11 +1,11 @@
-"""A tokenizer from ``tiktoken.model``, the form in which Kimi-K2 comes: byte sequences with their
-ranks, and no tokenizer.json.
+"""Loads a tokenizer from ``tiktoken.model``, as Kimi-K2 has it: byte sequences with their ranks,
+and no tokenizer.json.
 
-The pattern that splits text beforehand and the names of unnamed tokens are in Python code beside
-the file, tokenization_kimi.py; they are written down here instead of running that code
+The pattern that splits text and the names of unnamed tokens stand in tokenization_kimi.py, Python
+code beside the file. They are written down here, so that code is not run
 (https://huggingface.co/moonshotai/Kimi-K2-Instruct). That code also cuts text every 400,000
-characters and runs of 25,000 without a change between space and other; such texts get other ids
-there. transformers 5 reads the file by itself, but splits text by the pattern of Llama 3.
+characters, and after 25,000 without a change between space and other characters; it gives such
+texts other ids. transformers 5 reads the file itself, but splits text by the pattern of Llama 3.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 from .detokenizer import byte_alphabet
 
 FILE = "tiktoken.model"
-DECODER = {"type": "ByteLevel"}  # as tokenizer.json would say it
+DECODER = {"type": "ByteLevel"}  # as tokenizer.json would describe it
 
 _KNOWN_CODE = (
     "tokenization_kimi.TikTokenTokenizer",
-    "tokenization_moonshot.TikTokenTokenizer",
-)  # the same in Moonlight
+    "tokenization_moonshot.TikTokenTokenizer",  # the same code in Moonlight
+)
 _NUM_ADDED = 256
 _LETTERS = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -50,9 +50,7 @@ class _Added(msgspec.Struct):
 
 
 class _Settings(msgspec.Struct):
-    """The part of tokenizer_config.json that counts. A token is written as its text or as an object
-    with ``content``.
-    """
+    """The fields used of tokenizer_config.json. A token is text or an object with ``content``."""
 
     auto_map: dict[str, Any] = {}
     added_tokens_decoder: dict[int, _Added] = {}
@@ -79,7 +77,8 @@ def load_tokenizer(folder: Path) -> Any:
         named[name] = token.content if isinstance(token, _Added) else token
         if named[name] is not None and backend.token_to_id(named[name]) is None:
             raise ValueError(
-                f"tokenizer_config.json: {name} is {named[name]!r}, which is no token of {FILE} or added_tokens_decoder"
+                f"tokenizer_config.json: {name} is {named[name]!r}, which is no token of {FILE} or"
+                " added_tokens_decoder"
             )
     template = folder / "chat_template.jinja"
     tokenizer_class: Any = PreTrainedTokenizerFast  # untyped
@@ -91,20 +90,22 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
-    """Byte sequence -> rank, which is its id; a line holds it in base64, then the rank."""
+    """Byte sequence -> rank, which is the token's id. A line holds the sequence in base64 and the
+    rank.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             sequence, rank = line.split()
             ranks[base64.b64decode(sequence, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(
-                f"{file.name}: line {number} is not a token in base64 and its rank: {line[:60]!r}"
-            ) from None
+            text = f"{file.name}: line {number} is not a token in base64 and its rank: {line[:60]!r}"
+            raise ValueError(text) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(
-            f"{file.name}: expected ranks from 0 on without gaps and every single byte ({len(missing)} bytes are missing)"
+            f"{file.name}: expected ranks from 0 on without gaps and every single byte"
+            f" ({len(missing)} bytes are missing)"
         )
     return ranks
 
@@ -120,11 +121,13 @@ def _build(ranks: dict[bytes, int], added: dict[int, _Added]) -> Tokenizer:
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    first, last = len(ranks), len(ranks) + _NUM_ADDED - 1
+    first = len(ranks)
+    last = first + _NUM_ADDED - 1
     outside = [id for id in added if not first <= id <= last]
     if outside:
         raise ValueError(
-            f"tokenizer_config.json: added_tokens_decoder names token {outside[0]}; expected {first} to {last}"
+            f"tokenizer_config.json: added_tokens_decoder names token {outside[0]};"
+            f" expected {first} to {last}"
         )
     for id in range(first, last + 1):
         token = added.get(id, _Added(f"<|reserved_token_{id}|>", special=True))
@@ -133,13 +136,14 @@ def _build(ranks: dict[bytes, int], added: dict[int, _Added]) -> Tokenizer:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that join to a token, in the order of its rank: of the pairs at hand the
-    one with the least rank is joined first, however the token is cut.
+    """Every pair of tokens that join to a token, in the order of that token's rank: the tokenizer
+    joins the pair of the least rank first, however the token is cut.
     """
     pairs = []
     for sequence, rank in ranks.items():
         for cut in range(1, len(sequence)):
-            left, right = ranks.get(sequence[:cut]), ranks.get(sequence[cut:])
+            left = ranks.get(sequence[:cut])
+            right = ranks.get(sequence[cut:])
             if left is not None and right is not None:
                 pairs.append((rank, left, right, sequence, cut))
     return [(sequence[:cut], sequence[cut:]) for _, _, _, sequence, cut in sorted(pairs)]

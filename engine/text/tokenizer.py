@@ -58,7 +58,7 @@ class Codec:
         return tokens
 
     def template_for(self, tools: list[dict[str, Any]] | None) -> str:
-        """The chat template for a conversation with ``tools``. Raises ValueError where none fits."""
+        """The chat template to use with ``tools``. Raises ValueError where there is none."""
         template: str = self._tokenizer.get_chat_template(tools=tools)
         return template
 

@@ -1,5 +1,5 @@
-"""Which formats a checkpoint writes: told by its chat template, else by its family, or said in the
-recipe.
+"""Chooses the formats of a checkpoint's replies: by its chat template, else by its family, unless
+the recipe names them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ REASONING_TAGS: Mapping[str, Tags] = {
     "think": Tags("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM-4.5, Kimi-K2-Thinking
     "mistral": Tags("[THINK]", "[/THINK]"),
 }
-# What only a template of the format contains; GLM's has the tag of Hermes too, so it stands first.
+# Text that only a template of the format contains. GLM's contains the tag of Hermes too, so GLM is
+# tested first.
 _TOOL_SIGNS = (
     ("deepseek_v3", "<｜tool▁calls▁begin｜>"),
     ("kimi_k2", "<|tool_calls_section_begin|>"),
@@ -36,9 +37,8 @@ _TOOL_SIGNS = (
     ("glm4", "<arg_key>"),
     ("hermes", "<tool_call>"),
 )
-_OTHER_TAGGED = (
-    "<function=",
-)  # Qwen3-Coder writes XML between the tags of Hermes, for which there is no parser
+# Qwen3-Coder writes XML between the tags of Hermes, for which there is no parser.
+_NOT_PARSED = ("<function=",)
 _FAMILIES = {
     "deepseek_v3": "deepseek_v3",
     "glm4_moe": "glm4",
@@ -51,20 +51,22 @@ _FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """The formats of a model. ``reasoning`` and ``tools`` None: its replies are content alone."""
+    """The formats of a model. Replies have no reasoning where ``reasoning`` is None, and no calls
+    where ``tools`` is None.
+    """
 
     reasoning: Tags | None = None
     tools: type[ToolFormat] | None = None
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Tags that must reach the parser although the tokenizer may call them special."""
+        """Tags that must reach the parser even if they are special tokens."""
         tags = () if self.reasoning is None else (self.reasoning.open, self.reasoning.close)
         return tags + (() if self.tools is None else self.tools.markers)
 
     def opens_reasoning(self, prompt: str, last_message: str | None) -> bool:
-        """Whether a reply to ``prompt`` begins within the reasoning. ``last_message`` is what it
-        continues, if it does.
+        """Whether a reply to ``prompt`` begins inside the reasoning. ``last_message`` is the
+        message that it continues, None if it begins a new one.
         """
         if self.reasoning is None:
             return False
@@ -73,16 +75,17 @@ class Formats:
         return prompt.rstrip().endswith(self.reasoning.open)
 
     def closes_reasoning(self, prompt: str) -> bool:
-        """Whether the prompt says that there is no reasoning: what follows is content."""
+        """Whether a reply to ``prompt`` has no reasoning and begins with its content."""
         return self.reasoning is None or prompt.rstrip().endswith(self.reasoning.close)
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How the replies to one request are parsed. ``tools`` None: no call is looked for.
+    """How the replies to one request are parsed. With ``tools`` None no call is looked for.
 
-    ``thinking``: the prompt has opened the reasoning. ``answering``: it has closed it, or there is
-    none. Neither: the model may begin with it.
+    ``thinking``: the prompt has opened the reasoning. ``answering``: the prompt has closed it, or
+    there is none. If neither holds, the model may begin with reasoning. ``one_call``: the reply
+    ends with its first call. ``named``: the client asked for one function by name.
     """
 
     formats: Formats
@@ -94,7 +97,7 @@ class Manner:
     named: bool = False
 
     def parser(self) -> ReplyParser | None:
-        """A fresh parser, None where there is nothing to tell apart."""
+        """A new parser for one reply; None where all of it is content."""
         kind = self.formats.tools if self.tools is not None else None
         if kind is None and self.formats.reasoning is None:
             return None
@@ -106,7 +109,7 @@ class Manner:
 def choose(
     template: str | None, model_type: str, tool_parser: str = AUTO, reasoning_parser: str = AUTO
 ) -> Formats:
-    """The formats of a checkpoint. Raises ValueError for a parser that does not exist."""
+    """The formats of a checkpoint. Raises ValueError for an unknown parser."""
     template = template or ""
     if tool_parser == AUTO:
         tool_parser = _tool_format(template, model_type)
@@ -120,7 +123,7 @@ def choose(
 
 
 def _tool_format(template: str, model_type: str) -> str:
-    if any(tag in template for tag in _OTHER_TAGGED):
+    if any(sign in template for sign in _NOT_PARSED):
         return OFF
     found = next((name for name, sign in _TOOL_SIGNS if sign in template), None)
     return found or _FAMILIES.get(model_type, OFF)

@@ -1,14 +1,15 @@
-"""DeepSeek-V3 and R1: a section of calls, each with a type, a name and a fenced block; V3.1 leaves
-type and fence out.
+"""DeepSeek-V3 and R1: a section of calls, each with a type, a name and a fenced block. V3.1 leaves
+type and fence out. The chat templates of the two write:
 
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather
     ```json
     {"city": "Paris"}
     ```<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>
+    {"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-As the chat templates of the two write them.
+(the second without its line break).
 """
 
 from __future__ import annotations
@@ -63,11 +64,13 @@ class DeepSeek:
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
         line = lark.line_breaks(1)
+        separator = lark.tag(SEPARATOR)
         calls = []
         for name in names:
-            schema, separator = lark.json(arguments(self._tools, name)), lark.tag(SEPARATOR)
-            before, after = lark.text(f"{name}\n{FENCE}\n"), lark.text(f"\n{FENCE_END}")
-            fenced = f"{lark.text('function')} {separator} {before} {schema} {after}"
-            calls += [fenced, f"{lark.text(name)} {separator} {schema}"]
+            schema = lark.json(arguments(self._tools, name))
+            before = lark.text(f"{name}\n{FENCE}\n")
+            after = lark.text(f"\n{FENCE_END}")
+            calls.append(f"{lark.text('function')} {separator} {before} {schema} {after}")
+            calls.append(f"{lark.text(name)} {separator} {schema}")
         call = f"{lark.tag(CALL)} {lark.either(calls)} {lark.tag(CALL_END)}"
         return f"{lark.tag(SECTION)} {repeated(call, line, many)} {lark.tag(SECTION_END)}"

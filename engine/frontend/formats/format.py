@@ -1,4 +1,4 @@
-"""What a format of tool calls is, and the steps that several share."""
+"""The interface of a format of tool calls, and the steps that several formats share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Tools = dict[str, dict[str, Any]]  # name of a function -> JSON schema of its pa
 class ToolFormat(Protocol):
     """How one family of models writes tool calls.
 
-    ``openings`` begin a call or a section of calls; ``markers`` are all tags of the format, which
-    must reach the parser also where the tokenizer calls them special. ``id_length`` is that of the
-    ids the chat template accepts, 0 for any.
+    ``openings`` begin a call or a section of calls. ``markers`` are all tags of the format; they
+    must reach the parser even if they are special tokens. ``id_length`` is the length of call ids
+    that the chat template accepts, 0 for any.
     """
 
     openings: ClassVar[tuple[str, ...]]
@@ -27,19 +27,19 @@ class ToolFormat(Protocol):
     def __init__(self, tools: Tools) -> None: ...
 
     def read(self, reader: Reader, speech: Speech) -> Steps[bool]:
-        """Behind an opening and a pin: reads what it opens. False where it is no call, which the
-        caller then rewinds.
+        """Reads the calls after an opening, which is pinned. False if they are none; the caller
+        then rewinds.
         """
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
-        """The expression of a call of one of the functions ``names``, or of several calls."""
+        """The grammar expression of a call of one of the functions ``names``, or of ``many``."""
 
 
 def section(
     reader: Reader, speech: Speech, call: tuple[str, Callable[[Reader, Speech], Steps[bool]]], end: str
 ) -> Steps[bool]:
-    """Behind the opening of a section: its calls, up to its end. ``call`` is the tag that opens one
-    and what reads it; False where not even one comes.
+    """Reads the calls of a section, after its opening and up to ``end``. ``call`` is the tag that
+    opens a call and the function that reads it. False if there is no call.
     """
     tag, read = call
     num_calls = 0
@@ -57,8 +57,8 @@ def section(
 
 
 def close(reader: Reader, speech: Speech, tag: str) -> Steps[None]:
-    """Behind a call: moves behind its closing tag. A call that broke off keeps what stands before
-    the tag in its arguments.
+    """Moves past the closing tag of the last call. If the call broke off, the text before the tag
+    becomes part of its arguments.
     """
     if not speech.calls[-1].complete:
         yield from reader.scan((tag,), speech.arguments)
@@ -67,7 +67,7 @@ def close(reader: Reader, speech: Speech, tag: str) -> Steps[None]:
 
 
 def optional(reader: Reader, tag: str) -> Steps[bool]:
-    """Moves behind white space and ``tag`` if they come next, else not at all."""
+    """Moves past white space and ``tag`` if they come next, else not at all."""
     pin = reader.pin()
     yield from reader.skip(SPACE)
     if (yield from reader.take(tag)):
@@ -78,7 +78,7 @@ def optional(reader: Reader, tag: str) -> Steps[bool]:
 
 
 def arguments(tools: Tools, name: str) -> dict[str, Any]:
-    """The schema of a function's arguments: an object; one without schema takes none."""
+    """The schema of a function's arguments, always an object. Without a schema it takes none."""
     return {**(tools[name] or {"properties": {}, "additionalProperties": False}), "type": "object"}
 
 

@@ -1,13 +1,13 @@
-"""GLM-4.5 and its successors: a name, then keys and values between tags; strings stand as they are,
-other values as JSON.
+"""GLM-4.5 and its successors: a name, then keys and values between tags. Strings are written as
+they are, other values as JSON.
 
     <tool_call>get_weather
     <arg_key>city</arg_key>
     <arg_value>Paris</arg_value>
     </tool_call>
 
-The schema of the function says which values are strings; where it does not, a value that is JSON is
-taken as JSON.
+The schema of the function tells which values are strings. Without a schema, a value that is valid
+JSON is taken as JSON.
 """
 
 from __future__ import annotations
@@ -63,16 +63,15 @@ class Glm:
         reader.release()
 
     def _members(self, reader: Reader, speech: Speech, schema: dict[str, Any]) -> Steps[bool]:
-        """Behind the first key's tag. False where the text ends before the last value does."""
+        """Reads the members, from after the first key's tag. False if the text ends within one."""
         before = "{"
         while True:
             key = yield from reader.head(KEY_END)
             if key is None or not (yield from optional(reader, VALUE)):
                 return False
-            speech.arguments(f"{before}{msgspec.json.encode(key.strip()).decode()}: ")
-            if not (
-                yield from self._value(reader, speech, schema.get("properties", {}).get(key.strip(), {}))
-            ):
+            key = key.strip()
+            speech.arguments(f"{before}{msgspec.json.encode(key).decode()}: ")
+            if not (yield from self._value(reader, speech, schema.get("properties", {}).get(key, {}))):
                 return False
             if not (yield from optional(reader, KEY)):
                 return True
@@ -91,7 +90,7 @@ class Glm:
         return found is not None
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
-        """Members come in the order of the schema; values that are strings are any text."""
+        """Members come in the order of the schema. A string is any text."""
         line = lark.line_breaks(1)
         calls = []
         for name in names:

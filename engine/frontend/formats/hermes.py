@@ -1,10 +1,9 @@
-"""Hermes and Qwen: a JSON object between two tags.
+"""Hermes and Qwen: a JSON object between two tags. The chat templates of Hermes 2 Pro, Qwen2.5 and
+Qwen3 write:
 
     <tool_call>
     {"name": "get_weather", "arguments": {"city": "Paris"}}
     </tool_call>
-
-As the chat templates of Hermes 2 Pro, Qwen2.5 and Qwen3 write it.
 """
 
 from __future__ import annotations

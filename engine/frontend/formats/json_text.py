@@ -1,4 +1,4 @@
-"""JSON as it arrives: values passed on as they are written, and the object form of a tool call."""
+"""JSON while it arrives: passes values on as they are written, and reads calls in object form."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _to_structure, _in_string, _to_scalar_end = _search(_STRUCTURE), _search(_STRING
 
 
 def decoded(text: str) -> Any:
-    """The value of a JSON text; raises ValueError where it is none."""
+    """The value of a JSON text. Raises ValueError if it is not valid JSON."""
     return msgspec.json.decode(text)
 
 
 def value(reader: Reader, sink: Sink) -> Steps[bool]:
-    """Passes the JSON value at the cursor on as it is written. True if it ended as one: brackets
-    matched, strings closed.
+    """Passes on the JSON value at the cursor as it is written. True if it was complete: brackets
+    matched and strings closed.
     """
     first = yield from reader.peek()
     if first == '"':
@@ -69,7 +69,7 @@ def _string(reader: Reader, sink: Sink) -> Steps[bool]:
         yield from _pass(reader, char, sink)
         if char == '"':
             return True
-        escaped = yield from reader.peek()  # a backslash: what follows does not end the string
+        escaped = yield from reader.peek()  # after a backslash no character ends the string
         if not escaped:
             return False
         yield from _pass(reader, escaped, sink)
@@ -82,7 +82,7 @@ def _pass(reader: Reader, literal: str, sink: Sink) -> Steps[None]:
 
 
 class Quoted:
-    """Collects a text as it arrives into a JSON string, escaped character by character."""
+    """Passes text on as the inside of a JSON string, escaped as it arrives."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -92,9 +92,9 @@ class Quoted:
 
 
 def call_object(reader: Reader, speech: Speech) -> Steps[bool]:
-    """Reads ``{"name": ..., "arguments": {...}}`` at the cursor, behind a pin, into a call.
+    """Reads ``{"name": ..., "arguments": {...}}`` at the cursor, which is pinned, into a call.
 
-    False where it is none; the caller goes back to its pin. Once the name is known and the
+    False if it is none; the caller then rewinds to its pin. Once the name is known and the
     arguments have begun it stays a call, whatever follows, and the pin is released.
     """
     return (yield from _CallObject(reader, speech).read())
@@ -105,7 +105,7 @@ class _CallObject:
         self._reader = reader
         self._speech = speech
         self._name: str | None = None
-        self._held: str | None = None  # arguments that came before the name, or are not an object
+        self._held: str | None = None  # arguments that came before the name or are not an object
         self._open = False
 
     def read(self) -> Steps[bool]:
@@ -118,26 +118,22 @@ class _CallObject:
             if (yield from reader.take("}")):
                 return self._end()
             if not first and not (yield from reader.take(",")):
-                return self._end() if self._open else False  # as good as closed: a brace is missing
+                return self._end() if self._open else False  # complete but for a missing brace
             first = False
             yield from reader.skip(SPACE)
             if not (yield from self._member()):
                 return self._open
 
     def _member(self) -> Steps[bool]:
-        """One ``"key": value``. False where it is not well-formed."""
+        """Reads one ``"key": value``. False if it is not well-formed."""
         reader = self._reader
         key = yield from self._decoded()
         yield from reader.skip(SPACE)
         if not isinstance(key, str) or not (yield from reader.take(":")):
             return False
         yield from reader.skip(SPACE)
-        if (
-            key in ARGUMENTS
-            and self._name is not None
-            and not self._open
-            and (yield from reader.peek()) == "{"
-        ):
+        may_begin = key in ARGUMENTS and self._name is not None and not self._open
+        if may_begin and (yield from reader.peek()) == "{":
             self._begin()
             if not (yield from value(reader, self._speech.arguments)):
                 return False
@@ -154,16 +150,15 @@ class _CallObject:
         return True
 
     def _end(self) -> bool:
-        """The object is complete: tells the call if that has not happened yet."""
+        """Opens and closes the call of the complete object, unless its arguments did so already."""
         if self._open:
             return True
         if self._name is None:
             return False
         self._begin()
         held = _or_none(self._held) if self._held is not None else {}
-        self._speech.arguments(
-            held if isinstance(held, str) else self._held or "{}"
-        )  # some models write the object as a string
+        # some models write the object of arguments as a string
+        self._speech.arguments(held if isinstance(held, str) else self._held or "{}")
         self._speech.close_call()
         return True
 
@@ -178,7 +173,7 @@ class _CallObject:
         return None if text is None else _or_none(text)
 
     def _text(self) -> Steps[str | None]:
-        """The text of the next value, None where it is not well-formed."""
+        """The text of the next value, None if it is not well-formed."""
         parts: list[str] = []
         complete = yield from value(self._reader, parts.append)
         return "".join(parts) if complete else None

@@ -1,10 +1,9 @@
-"""Kimi-K2: a section of calls, each with an id that holds the name and a running number, and its
-arguments.
+"""Kimi-K2: a section of calls, each with arguments and an id made of the name and a running number.
 
-    <|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}
-    <|tool_call_end|><|tool_calls_section_end|>
+    <|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0
+    <|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|><|tool_calls_section_end|>
 
-(one line). The id goes to the client as it is, because the chat template writes it back.
+(without the line break). The client gets the id as it is, because the chat template writes it back.
 """
 
 from __future__ import annotations
@@ -48,10 +47,11 @@ class Kimi:
         return True
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
-        line, number = lark.line_breaks(1), lark.regex("[0-9]{1,4}")
-        calls = [
-            f"{lark.text(f'functions.{name}:')} {number} {lark.tag(ARGUMENTS)} {lark.json(arguments(self._tools, name))}"
-            for name in names
-        ]
+        line = lark.line_breaks(1)
+        number = lark.regex("[0-9]{1,4}")
+        calls = []
+        for name in names:
+            head = f"{lark.text(f'functions.{name}:')} {number} {lark.tag(ARGUMENTS)}"
+            calls.append(f"{head} {lark.json(arguments(self._tools, name))}")
         call = f"{lark.tag(CALL)} {lark.either(calls)} {lark.tag(CALL_END)}"
         return f"{lark.tag(SECTION)} {repeated(call, line, many)} {lark.tag(SECTION_END)}"

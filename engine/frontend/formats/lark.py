@@ -1,8 +1,7 @@
 """Grammars in the Lark dialect of llguidance, written piece by piece.
 
-What must follow what is an expression; pieces that need a rule of their own get one. See the
-documentation of llguidance on its syntax:
-https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+Each method returns an expression; pieces that need a rule of their own add one. The syntax is
+described at https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from typing import Any
 import msgspec
 from llguidance import regex_to_lark
 
-Spell = Callable[
-    [str], int | None
-]  # the id of a tag that the tokenizer calls special, None where a tag is text
+Spell = Callable[[str], int | None]  # the id of a tag that is a special token, None for any other
 
-# Between the parts of JSON: nothing, a space, or a line break and an indent. Without a bound a
-# model may go on for ever.
+# Between the parts of JSON: nothing, a space, or a line break and an indent. The bound keeps a
+# model from writing white space for ever.
 WHITE_SPACE = r"( |\n[ \t]{0,32})"
 
 
@@ -34,9 +31,7 @@ class Lark:
         return msgspec.json.encode(literal).decode()
 
     def tag(self, name: str) -> str:
-        """A tag of the model's format: a token of its own where the tokenizer calls it special,
-        else text.
-        """
+        """A tag of the model's format: its token if it is a special one, else its text."""
         id = self._spell(name)
         return self.text(name) if id is None else f"<[{id}]>"
 
@@ -45,7 +40,7 @@ class Lark:
         return self._rule(f"/\\n{{0,{most}}}/")
 
     def json(self, schema: Any) -> str:
-        """A JSON value of ``schema``."""
+        """A JSON value that follows ``schema``."""
         if schema is True:
             schema = {}
         if isinstance(schema, dict):
@@ -53,7 +48,7 @@ class Lark:
         return self._rule(f"%json {msgspec.json.encode(schema).decode()}")
 
     def regex(self, pattern: str) -> str:
-        """Text that ``pattern`` matches as a whole."""
+        """Text that ``pattern`` matches from start to end."""
         return self._rule(f"/{regex_to_lark(pattern, '')}/" if pattern else '""')
 
     def until(self, tag: str) -> str:
@@ -67,7 +62,7 @@ class Lark:
         return "(" + " | ".join(expressions) + ")"
 
     def finish(self, expression: str) -> str:
-        """The grammar of what ``expression`` describes."""
+        """The whole grammar, which starts with ``expression``."""
         return "\n".join([f"start: {expression}", *self._rules])
 
     def _rule(self, body: str, lazy: bool = False) -> str:

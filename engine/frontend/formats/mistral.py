@@ -1,11 +1,11 @@
-"""Mistral and Mixtral: a tag before a JSON array of calls, or, from tokenizer version 11 on, before
+"""Mistral and Mixtral: a tag before a JSON array of calls or, from tokenizer version 11 on, before
 each name.
 
     [TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]
     [TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}
 
-``[CALL_ID]`` and an id may stand before ``[ARGS]``. The chat templates accept ids of nine letters
-and digits only.
+``[CALL_ID]`` and an id may come before ``[ARGS]``. The chat templates accept only ids of nine
+letters and digits.
 """
 
 from __future__ import annotations
@@ -66,11 +66,14 @@ class Mistral:
         return True
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
-        opening, heads, bodies = lark.tag(OPEN), [], []
+        opening = lark.tag(OPEN)
+        heads = []
+        bodies = []
         for name in names:
             schema = lark.json(arguments(self._tools, name))
             head = f'{{"name": {msgspec.json.encode(name).decode()}, "arguments": '
             bodies.append(f"{lark.text(head)} {schema} {lark.text('}')}")
             heads.append(f"{opening} {lark.text(name)} {lark.tag(ARGUMENTS)}? {schema}")
-        array = f"{opening} {lark.text(' ')}? {lark.text('[')} {repeated(lark.either(bodies), lark.text(', '), many)} {lark.text(']')}"
+        body = repeated(lark.either(bodies), lark.text(", "), many)
+        array = f"{opening} {lark.text(' ')}? {lark.text('[')} {body} {lark.text(']')}"
         return lark.either([array, repeated(lark.either(heads), "", many)])

@@ -1,4 +1,4 @@
-"""The text of an assistant, token by token, told apart into reasoning, content and tool calls."""
+"""Splits the text of an assistant, as it arrives, into reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .speech import Delta, Speech
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """What reasoning stands between."""
+    """The tags around reasoning."""
 
     open: str
     close: str
 
 
 class ReplyParser:
-    """Parses one reply. ``thinking`` says that the prompt has opened the reasoning already.
+    """Parses one reply. ``thinking``: the prompt has opened the reasoning already. ``named``: the
+    client asked for one function by name.
 
-    Reasoning can only come first; a tag that appears later is content, and so is everything that
-    looks like a tool call and is none. ``named`` says that the client asked for one function by its
-    name. ``full`` once the one call that was allowed has been read: nothing more is taken.
+    Reasoning can only come first. A later tag is content, and so is all that looks like a tool call
+    but is none. ``full`` is set once the only call allowed has been read: nothing more is taken.
     """
 
     __slots__ = (
@@ -57,7 +57,7 @@ class ReplyParser:
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to take."""
+        """Whether the sink has something to take."""
         return self._speech.pending
 
     def push(self, text: str) -> None:
@@ -66,7 +66,7 @@ class ReplyParser:
             self._go_on()
 
     def finish(self) -> None:
-        """No more text will come: what was held back is decided."""
+        """Decides about the text held back: no more will come."""
         if not self._done:
             self._reader.ended = True
             self._go_on()
@@ -76,7 +76,7 @@ class ReplyParser:
         return self._speech.take()
 
     def reason(self, finish: str) -> str:
-        """The finish reason to show: a stop behind complete calls is ``tool_calls``, unless the
+        """The finish reason to show: a stop after complete calls is ``tool_calls``, unless the
         client named the function.
         """
         calls = self._speech.calls
@@ -99,7 +99,7 @@ class ReplyParser:
             yield from self._read_content(self._tools)
 
     def _read_reasoning(self, tags: Tags) -> Steps[None]:
-        """The reasoning, if there is any, with its tags and the line breaks that frame it."""
+        """Reads the reasoning, if any, with its tags and the line breaks around it."""
         reader, speech = self._reader, self._speech
         pin = reader.pin()
         yield from reader.skip(SPACE)

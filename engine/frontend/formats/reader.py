@@ -1,8 +1,8 @@
-"""Text that is still arriving, for parsers that are written as if it were all there.
+"""A reader of text that is still arriving, for parsers written as if all of it were there.
 
-A parser is a generator: where it needs text that has not come it yields, and goes on when there is
-more or when the text has ended. What it does depends on the text alone, never on how the text was
-cut, because every decision waits until its text is complete.
+A parser is a generator: it yields where it needs text that has not come, and goes on when more has
+come or the text has ended. Every decision waits until its text is complete, so the result never
+depends on how the text was cut.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Sink = Callable[[str], None]
 
 SPACE = " \t\r\n"
 NEWLINES = "\r\n"
-MAX_HEAD = 256  # characters of a name: what does not end within them is no name
+MAX_HEAD = 256  # most characters of a name
 
 
 class Reader:
-    """A cursor over the text. ``position`` counts characters from the start; what was committed is
+    """A cursor over the text. ``position`` counts characters from the start. Committed text is
     forgotten.
     """
 
@@ -30,12 +30,12 @@ class Reader:
         self._text = ""
         self._base = 0  # position of the first character of _text
         self._at = 0  # index of the cursor in _text
-        self._floor = 0  # index before which nothing is needed any more
+        self._floor = 0  # index in _text of the first character that may still be needed
         self._pinned = False
         self.ended = False
 
     def feed(self, text: str) -> None:
-        """More text. Everything before the last commit is dropped first."""
+        """Adds text, after dropping all before the last commit."""
         self._text = self._text[self._floor :] + text
         self._base += self._floor
         self._at -= self._floor
@@ -46,30 +46,30 @@ class Reader:
         return self._base + self._at
 
     def commit(self) -> None:
-        """The parser will not go back behind the cursor, unless to a pin before it."""
+        """Gives up the text before the cursor, unless it is pinned."""
         if not self._pinned:
             self._floor = self._at
 
     def pin(self) -> int:
-        """The position of the cursor, to which ``rewind`` may go until ``release``. Pins do not
-        nest: the first one holds.
+        """Returns the position of the cursor, to which ``rewind`` may go until ``release``. Pins do
+        not nest: the first one holds.
         """
         self._pinned = True
         return self.position
 
     def release(self) -> None:
-        """What was read since the pin stands."""
+        """Drops the pin and commits the text read since."""
         self._pinned = False
         self.commit()
 
     def rewind(self, pin: int) -> None:
-        """Back to ``pin``, which is released."""
+        """Moves the cursor back to ``pin``, which is released."""
         assert self._pinned, "rewound without a pin"
         self._at = pin - self._base
         self.release()
 
     def back(self, num_chars: int) -> None:
-        """Back over characters that were just taken; the cursor must be behind a pin."""
+        """Moves the cursor back over characters just taken, which must be pinned."""
         assert self._pinned
         self._at -= num_chars
 
@@ -82,14 +82,14 @@ class Reader:
         return self._text[self._at]
 
     def skip(self, chars: str) -> Steps[str]:
-        """Moves behind the run of ``chars`` at the cursor; returns the run."""
+        """Moves past the run of ``chars`` at the cursor; returns the run."""
         start = self.position
         while (char := (yield from self.peek())) and char in chars:
             self._at += 1
         return self._text[start - self._base : self._at]
 
     def take(self, literal: str) -> Steps[bool]:
-        """Moves behind ``literal`` if it comes next."""
+        """Moves past ``literal`` if it comes next; returns whether it did."""
         while True:
             if self._text.startswith(literal, self._at):
                 self._at += len(literal)
@@ -99,8 +99,8 @@ class Reader:
             yield
 
     def head(self, end: str) -> Steps[str | None]:
-        """The text up to ``end``, moving behind it; None, without moving, where it does not come
-        within MAX_HEAD characters.
+        """Returns the text up to ``end`` and moves past ``end``. None, without moving, if ``end``
+        does not come within MAX_HEAD characters.
         """
         while True:
             limit = self._at + MAX_HEAD + len(end)
@@ -114,10 +114,8 @@ class Reader:
             yield
 
     def run(self, until: Callable[[str, int], int], sink: Sink) -> Steps[bool]:
-        """Gives out and commits text up to the index that ``until(text, start)`` finds (-1: not in
-        this text).
-
-        False where the text ends first.
+        """Passes on and commits text up to the index that ``until(text, start)`` finds (-1: not in
+        this text). False if the text ends first.
         """
         while True:
             found = until(self._text, self._at)
@@ -133,16 +131,14 @@ class Reader:
             yield
 
     def scan(self, markers: Sequence[str], sink: Sink) -> Steps[str | None]:
-        """Gives out and commits the text up to the first of ``markers``, moves behind it
-        (committing) and returns it.
+        """Passes on the text up to the first of ``markers``, moves past the marker, commits, and
+        returns the marker. None if the text ends first, all of it passed on.
 
-        None at the end of the text, all of which has been given out. Text that may be the start of
-        a marker is held back.
+        Text that may be the start of a marker is held back.
         """
         while True:
-            hits = [
-                (start, marker) for marker in markers if (start := self._text.find(marker, self._at)) >= 0
-            ]
+            found = [(self._text.find(marker, self._at), marker) for marker in markers]
+            hits = [(start, marker) for start, marker in found if start >= 0]
             start, marker = min(hits) if hits else (self._undecided(markers), None)
             if start > self._at:
                 sink(self._text[self._at : start])
@@ -155,8 +151,9 @@ class Reader:
             yield
 
     def _undecided(self, markers: Sequence[str]) -> int:
-        """Where the longest suffix of the text starts that may become a marker."""
-        text, end = self._text, len(self._text)
+        """Index at which the longest suffix of the text starts that may become a marker."""
+        text = self._text
+        end = len(text)
         if self.ended:
             return end
         first = end

@@ -1,5 +1,5 @@
-"""What an assistant message consists of while it is being generated: content, reasoning and tool
-calls, not yet taken by its sink.
+"""The parts of an assistant message while it is generated: content, reasoning and tool calls that
+the sink has not taken yet.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from .reader import NEWLINES, SPACE
 
 @dataclass(slots=True)
 class Call:
-    """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told`` whether
-    its name has.
+    """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told`` is
+    whether its name has been taken.
     """
 
     index: int
@@ -27,9 +27,7 @@ class Call:
 
 @dataclass(slots=True)
 class Delta:
-    """What was said since the last time it was taken. ``calls`` are in the shape of streamed
-    chunks.
-    """
+    """The parts since the last ``take``. ``calls`` have the shape of streamed chunks."""
 
     content: str = ""
     reasoning: str = ""
@@ -37,11 +35,10 @@ class Delta:
 
 
 class Speech:
-    """Told by a parser what each piece of text is. White space beside a tag is framing and is
-    dropped.
+    """Collects pieces of text, which a parser has sorted. White space beside a tag is dropped.
 
-    ``show_reasoning`` False drops reasoning. ``one_call`` True makes it ``full`` with the first
-    call. ``id_length`` is that of generated call ids, 0 for the usual form.
+    Without ``show_reasoning`` reasoning is dropped. With ``one_call`` it is ``full`` after the
+    first call. ``id_length`` is the length of generated call ids, 0 for the usual form.
     """
 
     __slots__ = (
@@ -59,7 +56,7 @@ class Speech:
         self.calls: list[Call] = []
         self._content = ""
         self._reasoning = ""
-        self._space = ""  # white space that a tag after it would make framing
+        self._space = ""  # white space that is dropped if a tag follows
         self._untold: dict[int, Call] = {}
         self._show_reasoning = show_reasoning
         self._one_call = one_call
@@ -67,7 +64,7 @@ class Speech:
 
     @property
     def full(self) -> bool:
-        """No call may follow the last one."""
+        """Whether the only call allowed has been made."""
         return self._one_call and bool(self.calls)
 
     @property
@@ -81,7 +78,7 @@ class Speech:
         self._content += kept
 
     def plain(self, text: str) -> None:
-        """Content behind which no tag can come."""
+        """Adds content of a reply in which no tag can follow."""
         self._content += text
 
     def reasoning(self, text: str) -> None:
@@ -101,7 +98,7 @@ class Speech:
         self._untold[call.index] = call
 
     def arguments(self, text: str) -> None:
-        """The next part of the last call's arguments."""
+        """Adds the next part of the last call's arguments."""
         call = self.calls[-1]
         call.fresh += text
         self._untold[call.index] = call
@@ -110,35 +107,34 @@ class Speech:
         self.calls[-1].complete = True
 
     def finish(self, reasoning: bool) -> None:
-        """The text has ended, ``reasoning``: within the reasoning. White space at the end belongs
-        to what it follows, but for a call.
+        """Ends the text, inside the ``reasoning`` or not. White space at the end belongs to the
+        part before it, unless that is a call.
         """
-        space, self._space = self._space, ""
         if reasoning:
-            self._reasoning += space if self._show_reasoning else ""
+            self._reasoning += self._space if self._show_reasoning else ""
         elif not self.calls:
-            self._content += space
+            self._content += self._space
+        self._space = ""
 
     def take(self) -> Delta:
-        """Everything since the last call."""
+        """All parts since the last ``take``."""
         delta = Delta(self._content, self._reasoning, [_shown(call) for call in self._untold.values()])
         self._content = self._reasoning = ""
         self._untold.clear()
         return delta
 
     def _new_id(self) -> str:
-        return (
-            secrets.token_hex(self._id_length)[: self._id_length]
-            if self._id_length
-            else f"call_{secrets.token_hex(12)}"
-        )
+        if self._id_length:
+            return secrets.token_hex(self._id_length)[: self._id_length]
+        return f"call_{secrets.token_hex(12)}"
 
 
 def _shown(call: Call) -> dict[str, Any]:
-    """The call's part of a chunk: id and name the first time."""
-    function = {"arguments": call.fresh} if call.told else {"name": call.name, "arguments": call.fresh}
-    shown: dict[str, Any] = (
-        {"index": call.index} if call.told else {"index": call.index, "id": call.id, "type": "function"}
-    )
-    call.fresh, call.told = "", True
-    return {**shown, "function": function}
+    """The call's part of a chunk; only the first one has id and name."""
+    shown: dict[str, Any] = {"index": call.index, "function": {"arguments": call.fresh}}
+    if not call.told:
+        function = {"name": call.name, "arguments": call.fresh}
+        shown = {"index": call.index, "id": call.id, "type": "function", "function": function}
+    call.fresh = ""
+    call.told = True
+    return shown

@@ -139,7 +139,7 @@ def _json(document: Any, status: int = 200) -> Response:
 
 
 def _body_schema(path: str) -> dict[str, Any]:
-    """The request body in the OpenAPI document. ``_parse`` reads bodies because FastAPI takes NaN."""
+    """The request body in the OpenAPI document. FastAPI must not parse it: it takes NaN."""
     choices = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BODY_SCHEMAS[path]]
     schema = {"anyOf": choices} if choices[1:] else choices[0]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -167,8 +167,8 @@ def _generation(service: Service) -> APIRouter:
 
 
 async def _generate(service: Service, request: Request, ask: GenerationRequest) -> Response:
-    """Waits for the whole answer, or for the first token of a stream, so that an error before it has
-    a status of its own.
+    """Waits for the whole answer, or for the first token of a stream, so that an error before it
+    has a status of its own.
     """
     stream = bool(ask.stream)
     reply = await service.open(ask, request.scope[ID_KEY], request.receive)

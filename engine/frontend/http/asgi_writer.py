@@ -50,7 +50,8 @@ class AsgiWriter:
 
 
 class _Started(Generator[Any, None, None]):
-    """A coroutine that was run up to its first wait; a task that awaits this waits there and goes on.
+    """A coroutine that was run up to its first wait; a task that awaits this waits there and goes
+    on.
 
     ``awaited`` is the future that the coroutine has yielded, None for a turn of the loop.
     """

@@ -157,8 +157,8 @@ class ChunkWriter:
         return self._full_chunk(generation, template)
 
     def _full_chunk(self, generation: Generation, template: Template) -> bytes:
-        """A chunk with optional parts: the first of a choice, the last, or one with ids, logprobs or
-        usage.
+        """A chunk with optional parts: the first of a choice, the last, or one with ids, logprobs
+        or usage.
         """
         outline = self._outline
         finish = generation.finish

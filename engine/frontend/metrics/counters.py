@@ -1,5 +1,5 @@
-"""The counts of one frontend. Packed, they can be added to those of another frontend or of an earlier
-process.
+"""The counts of one frontend. Packed, they can be added to those of another frontend or of an
+earlier process.
 """
 
 from __future__ import annotations

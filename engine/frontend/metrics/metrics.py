@@ -94,7 +94,7 @@ class Metrics(Collector):
             yield from engine_metrics(state, self._labels)
 
     def _newest(self, others: list[Packed]) -> ClusterState | None:
-        """The newest state of any frontend: two that are scraped in turn must not count backwards."""
+        """The newest state of any frontend, so that scrapes in turn never count backwards."""
         newest = max(others, key=lambda packed: packed.number, default=None)
         if newest is None or not newest.state:
             return self._state

@@ -33,10 +33,10 @@ class Generation:
     """One choice of one prompt; one ``Submit``.
 
     ``tokens`` are those that count for the client: none after a stop string, whatever the engine
-    has computed meanwhile. ``num_received`` counts all that the engine sent. ``pieces`` is text that
-    the sink has not taken, ``num_taken`` the tokens it has taken; with a ``parser`` the text goes
-    there instead. ``echo`` is a prompt that is shown with its log-probabilities: it becomes text
-    once they are complete, which is before the first token. Times are seconds of the monotonic
+    has computed meanwhile. ``num_received`` counts all that the engine sent. ``pieces`` is text
+    that the sink has not taken, ``num_taken`` the tokens it has taken; with a ``parser`` the text
+    goes there instead. ``echo`` is a prompt that is shown with its log-probabilities: it becomes
+    text once they are complete, which is before the first token. Times are seconds of the monotonic
     clock, 0 for what has not happened yet.
     """
 

@@ -27,8 +27,8 @@ def chat_logprobs(
 def text_logprobs(
     codec: Codec, tokens: Sequence[int], entries: Sequence[HandleLogprobs | None], num_top: int, offset: int
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of ``tokens`` in a text completion. ``offset`` is the place of the first
-    token in the text.
+    """``choices[].logprobs`` of ``tokens`` in a text completion. ``offset`` is the place of the
+    first token in the text.
     """
     texts = [_text(codec, token) for token in tokens]
     offsets = []

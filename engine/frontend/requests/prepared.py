@@ -1,4 +1,4 @@
-"""A request once it is prepared: all that the engine, the reply and the stream need to know of it."""
+"""A request once it is prepared: all that the engine and the reply need to know of it."""
 
 from __future__ import annotations
 

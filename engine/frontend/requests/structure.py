@@ -28,7 +28,7 @@ _CONTEXT = re.compile(r"\n *\d+ \| |\n<state>")
 
 
 class GrammarCheck:
-    """Checks that a grammar can be followed. Threads may share it: each call has its own matcher."""
+    """Checks that a grammar can be followed. Threads may share it: a matcher serves one call."""
 
     def __init__(self) -> None:
         self._tokenizer = LLTokenizer(_Bytes())  # type: ignore[arg-type]
