@@ -1,8 +1,8 @@
-"""Bad input to the whole product: a clear error in the shape of API.md, and a server that serves
-the next request as before.
+"""Bad input to the whole product gets a clear error in the shape of API.md, and the next request is
+served as before.
 
-``tests/engine/frontend`` goes through every field; here is what reaches further, and everything bad
-at once beside good requests.
+``tests/engine/frontend`` goes through every field. These tests send what reaches further, and all
+bad input at once beside good requests.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ BODIES = [
 
 @pytest.fixture(scope="module")
 def good(demo: Served, oracle: Oracle) -> list[int]:
-    """The tokens of a good request before anything bad was sent; none of them is a close choice."""
+    """The tokens of a good request before any bad one; none of them is a close choice."""
     [known] = oracle.know(demo, [GOOD], GOOD["max_tokens"])
     assert len(known.tokens) == GOOD["max_tokens"]
     return known.tokens
@@ -151,7 +151,7 @@ def test_other_paths_and_methods(demo: Served) -> None:
 
 
 def test_the_edges_of_what_is_allowed_are_served(demo: Served) -> None:
-    """Everything at its limit, one step inside of what the tests above refuse."""
+    """Every field at its limit, one step from what the tests above see refused."""
     assert demo.ask(prompt=[9] * (MAX_LEN - 1), max_tokens=1).usage["total_tokens"] == MAX_LEN
     assert demo.ask(prompt=[0, EOS, VOCAB_SIZE - 1], max_tokens=1).usage["prompt_tokens"] == 3
     assert (

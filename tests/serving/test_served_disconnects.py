@@ -1,5 +1,5 @@
-"""Clients that go away: what they held is free soon, long before it would have been used up, and
-nobody else notices.
+"""Clients that go away: their rows and pages are free soon, long before their requests would have
+ended, and other clients notice nothing.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ async def _ask_and_leave(served: Served, asks: list[Ask]) -> None:
 
 def test_clients_that_leave_before_their_request_is_complete(demo: Served) -> None:
     host, port = demo.base.removeprefix("http://").split(":")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
     for sent in (head, head + b'{"prompt": "', head[:40], b""):
         for _ in range(25):
             with socket.create_connection((host, int(port)), timeout=60.0) as raw:

@@ -1,6 +1,4 @@
-"""Prompts shown with the log-probabilities of their tokens: the numbers of the model, whatever
-happens to the request.
-"""
+"""Prompts shown with log-probabilities: the model's numbers, whatever happens to the request."""
 
 from __future__ import annotations
 
@@ -28,8 +26,8 @@ def shown(answer: Answer) -> dict[str, list[Any]]:
 
 
 def scores(answer: Answer, prompt: list[int]) -> list[float]:
-    """Of the prompt's tokens but the first. The lists of an answer are of one length, which is that
-    of all tokens.
+    """Log-probabilities of the prompt's tokens but the first. Checks that each list of the answer
+    covers all tokens.
     """
     lists = shown(answer)
     assert {len(values) for values in lists.values()} == {len(prompt) + len(answer.tokens)}
@@ -38,8 +36,8 @@ def scores(answer: Answer, prompt: list[int]) -> list[float]:
 
 
 def test_numbers_are_those_of_the_reference(demo: Served, oracle: Oracle) -> None:
-    """Whole and streamed, with nothing, one and many tokens after the prompt, beside requests that
-    only generate.
+    """Whole and streamed, with no, one and many tokens after the prompt, beside requests that only
+    generate.
     """
     dice = random.Random(61)
     prompts = [random_prompt(dice, 1, 400) for _ in range(16)] + [[7]]
@@ -63,8 +61,8 @@ def test_numbers_are_those_of_the_reference(demo: Served, oracle: Oracle) -> Non
 
 
 def test_usage_and_the_cache(demo: Served) -> None:
-    """A scored prompt takes nothing from the cache, gives the same numbers, and leaves its pages
-    there.
+    """A scored prompt takes nothing from the cache, gives the same numbers, and adds its pages to
+    the cache.
     """
     prompt = random_prompt(random.Random(62), 700, 700)
     first = demo.ask(prompt=prompt, logprobs=3, max_tokens=0, **SCORED)
@@ -86,8 +84,8 @@ def test_usage_and_the_cache(demo: Served) -> None:
 
 
 def test_the_official_client_judges_continuations(demo: Served, oracle: Oracle) -> None:
-    """As evaluation harnesses ask: ids in, one token generated, the sum over a continuation, and
-    whether it is the greedy one.
+    """Requests of evaluation harnesses: they send ids, generate one token, sum over a continuation,
+    and judge whether it is the greedy one.
     """
     prompt = random_prompt(random.Random(63), 40, 40)
     greedy = demo.ask(prompt=prompt, max_tokens=6, **{**SCORED, "echo": False}).tokens
@@ -111,17 +109,15 @@ def test_the_cluster_says_where_experts_live(demo: Served) -> None:
 
 
 def test_a_killed_rank_neither_repeats_nor_loses_a_position(calling: Served) -> None:
-    """Prompts that take some fifty steps each are on both ranks when one dies; they are sent again
-    and again until then.
+    """Prompts of some fifty steps each are sent again and again, so both ranks work on some when
+    one of them dies.
     """
     dice = random.Random(64)
     prompts = [random_prompt(dice, 2500, 2500) for _ in range(6)]
     victim, epoch = calling.launcher.pid_of("rank 1"), calling.cluster()["epoch"]
     began = time.monotonic()
     quiet = [calling.ask(prompt=prompt, logprobs=20, max_tokens=2, **SCORED) for prompt in prompts[:2]]
-    seconds = (
-        time.monotonic() - began
-    )  # what both take one after the other; on two ranks all six take at least that
+    seconds = time.monotonic() - began  # of two, one after the other: the least that six take on two ranks
     asks = [Ask({"prompt": prompt, "logprobs": 20, "max_tokens": 2, **SCORED}) for prompt in prompts]
     rounds: list[list[Answer]] = []
     killed = threading.Event()

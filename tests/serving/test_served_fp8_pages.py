@@ -1,5 +1,5 @@
-"""FP8 pages from the front door: two ranks, with and without the prefix cache, whole prompts and
-chunks: the same greedy tokens.
+"""FP8 pages on two ranks: with or without the prefix cache, whole prompts and chunks give the same
+greedy tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_tokens_depend_neither_on_the_cache_nor_on_chunks(cached: Served, uncach
 
 
 def certain(top: list[dict[str, float]]) -> int:
-    """Positions before the first where the best two are close."""
+    """Number of positions before the first at which the two best tokens are close."""
     for position, choices in enumerate(top):
         values = sorted(choices.values(), reverse=True)
         if len(values) < 2 or values[0] - values[1] < LOGIT_MARGIN:  # two tokens of one text are one entry

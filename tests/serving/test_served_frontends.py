@@ -1,6 +1,4 @@
-"""Two frontend processes behind one port, with real ranks: one is killed, the rest of the world
-goes on.
-"""
+"""Two frontend processes behind one port, with real ranks: if one is killed, the other goes on."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 class Stream:
-    """A stream of ``num_tokens`` tokens in a thread; ``ended`` says how: complete, cut by ``cut``,
-    or by an error.
+    """A stream of ``num_tokens`` tokens in a thread; ``ended`` tells how it ended: complete, cut by
+    ``cut``, or by an error.
     """
 
     def __init__(self, base: str, num_tokens: int) -> None:
@@ -61,7 +59,7 @@ class Stream:
 
 
 def finished(served: Served) -> float:
-    """Requests that ended by length, as a frontend that happens to answer says it."""
+    """Number of requests that ended by length, as told by either frontend."""
     found = STOPS.search(httpx.get(f"{served.base}/metrics", timeout=20).text)
     assert found
     return float(found[1])

@@ -1,6 +1,4 @@
-"""Kimi-K2 as users serve it: a model folder in the form it is downloaded, launched on two ranks,
-against transformers and tiktoken.
-"""
+"""Kimi-K2 from a folder as it is downloaded, on two ranks, against transformers and tiktoken."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ def continued(path: Path, prompt: list[int]) -> list[int]:
 
 
 def test_kimi_k2_without_its_code(tmp_path: Path) -> None:
-    """The code that config.json and tokenizer_config.json name is not there, and is not asked
-    for.
-    """
+    """The code that config.json and tokenizer_config.json name is missing, and is not needed."""
     auto_map = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
     config = kimi_k2_config(vocab_size=VOCAB_SIZE, eos_token_id=SPECIAL["<|im_end|>"], auto_map=auto_map)
     path = write_tokenizer(write_checkpoint(tmp_path / "model", config, seed=3))

@@ -1,4 +1,4 @@
-"""The metrics of the contract, found on a live server and compared with what it was asked to do."""
+"""The metrics of the contract on a live server, compared with the requests it was sent."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The prefix cache from the front door: what hits, on which rank, and that tokens do not depend on
-it.
+"""The prefix cache of a served model: which prompts hit, on which rank, and that tokens do not
+depend on it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def uncached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Two rows per rank."""
+    """A cluster with two rows per rank."""
     with serve(
         tmp_path_factory.mktemp("narrow") / "run", "scheduler.max_running=2", "kv_cache.memory=8MiB"
     ) as served:

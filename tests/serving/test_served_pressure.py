@@ -1,5 +1,5 @@
-"""More than the cluster can hold, in KV pages and in the queue: slower, or refused in time, never
-different.
+"""More load than KV pages or queue can hold: requests get slower or are refused in time, but tokens
+never change.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""How tokens are drawn and shown, from the front door: every field changes what it should and
-nothing else.
+"""Sampling fields of a served model: each changes tokens and documents as it should, and nothing
+else.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Three hundred mixed requests under pressure, recorded: survivors get their tokens, nothing stays
-behind, and the recording replays.
+"""Three hundred mixed requests under pressure, recorded: survivors get their tokens, all resources
+are freed, and the recording replays.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NUM_KNOWN, MOST_TOKENS = 40, 64
 
 
 def random_ask(dice: random.Random, known: list[Known], number: int) -> tuple[Known, Ask]:
-    """One of the known requests for a random number of tokens: streamed or not, hurried away from
-    or not, sharing pages or not.
+    """One of the known requests for a random number of tokens: streamed or not, cut off or not,
+    sharing pages or not.
     """
     each = dice.choice(known)
     stream = dice.random() < 0.6

@@ -1,5 +1,5 @@
-"""Structured output from the front door: random weights under a grammar write what it says, every
-time, and disturb nobody.
+"""Structured output of a served model: random weights always follow the grammar, and other requests
+are not disturbed.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def test_cut_off_streams_free_their_grammars(demo: Served) -> None:
 
 
 def test_a_rank_killed_in_mid_object_changes_no_text(calling: Served) -> None:
-    """The objects are asked for again and again until the rank is killed, so that it is while some
-    are written.
+    """The objects are asked for again and again until the rank is killed, so some are being written
+    when it is.
     """
     asks = [
         Ask(structured(seed, structured_outputs={"json": LONG}, max_tokens=400, stream=True))

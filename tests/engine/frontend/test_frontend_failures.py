@@ -1,6 +1,4 @@
-"""What a client sees when something goes wrong, and what the engine is told when a client goes
-away.
-"""
+"""Failures: clients get clear errors, and the engine is told when a client goes away."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def chat(frontend: RunningFrontend, **fields: Any) -> httpx.Response:
     return frontend.http.post("/v1/chat/completions", json={"messages": USER, **fields})
 
 
-# --------------------------------------------------------------------------- refusals and errors of the engine
+# -------------------------------------------------- refusals and errors of the engine
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -186,8 +184,7 @@ def test_a_client_that_goes_away_aborts_at_once(frontend: RunningFrontend, strea
         wait_until(lambda: len(frontend.engine.open) == n, "the request runs")
         if stream:
             assert raw.recv(100)
-    # No token comes any more on whose way the loss could be noticed, and none of them ends by
-    # itself.
+    # No more tokens come, so no write can notice the loss, and no request ends by itself.
     wait_until(lambda: len(frontend.engine.aborts) == n, "every choice is aborted", 10.0)
 
 
@@ -225,7 +222,7 @@ def test_a_stop_string_aborts_the_engine_and_trims_the_usage(frontend: RunningFr
     wait_until(lambda: len(frontend.engine.aborts) == 1, "the engine is told to stop")
 
 
-# --------------------------------------------------------------------------- keys, draining, losing the controller
+# -------------------------------------------------- keys, draining, losing the controller
 
 
 def test_keys(model: Path) -> None:
@@ -359,7 +356,7 @@ def killing(child: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def _status(frontend: RunningFrontend) -> int:
-    """0 while nobody listens, or listens and does not answer."""
+    """The status of an answer; 0 while nobody listens, or nobody answers."""
     try:
         return frontend.http.get("/health").status_code
     except (httpx.ConnectError, httpx.ReadTimeout):

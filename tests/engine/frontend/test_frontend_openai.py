@@ -25,7 +25,7 @@ def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFronte
 
 @pytest.fixture
 def engine(frontend: RunningFrontend) -> RunningFrontend:
-    """The frontend with its mock as new."""
+    """The frontend, with its mock controller reset."""
     frontend.engine.script = say([*IDS, IM_END])
     frontend.engine.num_cached = 0
     frontend.engine.submits.clear()

@@ -1,4 +1,4 @@
-"""OpenRequests and Generation without HTTP: what each token event does."""
+"""OpenRequests and Generation without HTTP: the effect of each message from the engine."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def client(engine: RunningFrontend) -> Iterator[openai.OpenAI]:
 
 
 class Joined:
-    """The message of a stream, put together by a client that trusts the order of its parts."""
+    """The message of a stream, joined by a client that trusts the order of its parts."""
 
     def __init__(self, chunks: Any) -> None:
         self.content = self.reasoning = self.reasoning_content = ""

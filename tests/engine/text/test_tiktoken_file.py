@@ -1,6 +1,4 @@
-"""Kimi-K2's form of a tokenizer against the ``tiktoken`` library: the same ids and the same
-text.
-"""
+"""Kimi-K2's tokenizer file against the ``tiktoken`` library: the same ids and the same text."""
 
 from __future__ import annotations
 

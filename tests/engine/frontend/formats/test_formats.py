@@ -1,6 +1,4 @@
-"""Parsers of replies by themselves: what each format means, that cuts do not matter, and that
-nothing is lost.
-"""
+"""The reply parsers alone: each format is understood, cuts do not matter, and no text is lost."""
 
 from __future__ import annotations
 
@@ -21,12 +19,15 @@ SCHEMA = {
 }
 TOOLS = {"get_weather": SCHEMA, "now": {}}
 NAMES = tuple(TOOL_FORMATS)
-KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+KIMI = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}"
+    "<|tool_call_end|><|tool_calls_section_end|>"
+)
 
 
 @dataclass
 class Said:
-    """What a client puts together from the deltas of a reply."""
+    """A reply as a client joins it from deltas."""
 
     content: str = ""
     reasoning: str = ""
@@ -46,7 +47,7 @@ class Said:
 
     @property
     def plain(self) -> tuple[str, str, list[tuple[str, str]], str]:
-        """Without the random ids."""
+        """The reply without its random ids."""
         return (
             self.content,
             self.reasoning,
@@ -81,7 +82,7 @@ def read(
     return said
 
 
-# --------------------------------------------------------------------------- one call in every format
+# ------------------------------------------------------------- one call in every format
 
 
 def written(format: str, name: str, arguments: dict[str, Any]) -> str:
@@ -95,15 +96,15 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
         return KIMI.format(f"functions.{name}:0", text)
     if format == "mistral":
         return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {text}}}]'
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
     members = "".join(
-        f"<arg_key>{key}</arg_key>\n<arg_value>{value if isinstance(value, str) else json.dumps(value)}</arg_value>\n"
-        for key, value in arguments.items()
+        f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in texts.items()
     )
     return f"<tool_call>{name}\n{members}</tool_call>"
 
 
 @pytest.mark.parametrize("format", NAMES)
-def test_a_call_behind_reasoning_and_content(format: str) -> None:
+def test_a_call_after_reasoning_and_content(format: str) -> None:
     arguments = {"city": 'Köln "am" Rhein </tool_call> {', "days": 3, "note": {"a": [1, None]}}
     said = read(
         "<think>\nHm, \n\n weather?\n</think>\n\nI look.\n"
@@ -168,7 +169,8 @@ def test_the_other_forms_of_formats() -> None:
     assert read(f'{SECTION}{CALL}now{SEPARATOR}{{"a": 1}}{CALL_END}{SECTION_END}', "deepseek_v3").values == [
         ("now", {"a": 1})
     ]
-    two = f"{SECTION}{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}\n{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}"
+    one = f"{CALL}function{SEPARATOR}now\n```json\n{{}}\n```{CALL_END}"
+    two = f"{SECTION}{one}\n{one}"
     assert read(two + SECTION_END + "x", "deepseek_v3").plain == ("x", "", [("now", "{}")] * 2, "tool_calls")
     assert read('[TOOL_CALLS]now[ARGS]{"a": 1}[TOOL_CALLS]now{}', "mistral").values == [
         ("now", {"a": 1}),
@@ -206,7 +208,8 @@ def test_a_broken_call_keeps_its_text_as_arguments() -> None:
 
 
 def test_glm_takes_the_types_from_the_schema() -> None:
-    text = "<tool_call>get_weather\n<arg_key>city</arg_key><arg_value>12</arg_value><arg_key>days</arg_key><arg_value> 12 </arg_value>"
+    text = "<tool_call>get_weather\n<arg_key>city</arg_key><arg_value>12</arg_value>"
+    text += "<arg_key>days</arg_key><arg_value> 12 </arg_value>"
     text += '<arg_key>note</arg_key><arg_value>a "b"\n</arg_value></tool_call>'
     assert read(text, "glm4").values == [("get_weather", {"city": "12", "days": 12, "note": 'a "b"\n'})]
 
@@ -336,12 +339,9 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     assert choose("<tool_call><function=", "qwen3_moe").tools is None
     assert choose(None, "llama") == Formats()
     assert choose("<tool_call> </think>", "", "mistral", "off") == Formats(None, TOOL_FORMATS["mistral"])
-    with pytest.raises(
-        ValueError,
-        match=r"frontend\.tool_parser = qwen: should be one of auto, off, deepseek_v3, glm4, hermes, kimi_k2, mistral",
-    ):
+    known = "auto, off, deepseek_v3, glm4, hermes, kimi_k2, mistral"
+    with pytest.raises(ValueError, match=rf"frontend\.tool_parser = qwen: should be one of {known}"):
         choose(None, "", "qwen")
-    with pytest.raises(
-        ValueError, match=r"frontend\.reasoning_parser = qwen: should be one of auto, off, think, mistral"
-    ):
+    known = "auto, off, think, mistral"
+    with pytest.raises(ValueError, match=rf"frontend\.reasoning_parser = qwen: should be one of {known}"):
         choose(None, "", "auto", "qwen")

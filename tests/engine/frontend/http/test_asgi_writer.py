@@ -26,9 +26,7 @@ from support.engine.text.tiny_tokenizer import tiny_tokenizer, write_model
 
 
 class Reader:
-    """An ASGI ``send`` that waits while ``open`` is clear, as a server does whose buffer is
-    full.
-    """
+    """An ASGI ``send`` that waits while ``open`` is clear, like a server whose buffer is full."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -52,7 +50,7 @@ class Reader:
         return [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
 
 
-def test_a_write_goes_through_at_once_and_parks_only_when_the_reader_lags() -> None:
+def test_a_write_goes_through_at_once_and_waits_only_when_the_reader_lags() -> None:
     async def run() -> None:
         reader, idle = Reader(), asyncio.Event()
         writer = AsgiWriter(reader.send, idle.set)

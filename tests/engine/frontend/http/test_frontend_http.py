@@ -1,5 +1,5 @@
-"""Fields and endpoints, good and bad, over real sockets: every bad request a clear error, and a
-live server afterwards.
+"""Fields and endpoints over real sockets: every bad request gets a clear error, and the server
+lives on.
 """
 
 from __future__ import annotations
@@ -521,7 +521,7 @@ def test_unknown_paths_and_methods_have_the_error_shape(frontend: RunningFronten
 def test_errors_name_the_field_and_what_is_allowed(
     frontend: RunningFrontend, path: str, body: Any, param: str | None, message: str
 ) -> None:
-    """In the client's words: no name of a type of ours, no member of a union, JSON's null."""
+    """Errors use the client's words: JSON's null, no name of our types, no member of a union."""
     paths = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "tokenize": "/tokenize"}
     answer = frontend.http.post(paths[path], json=body)
     error = answer.json()["error"]
@@ -589,7 +589,7 @@ def test_garbage_on_the_socket_does_not_hurt(frontend: RunningFrontend) -> None:
 def test_a_long_prompt_does_not_block_health(
     frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 MB of text take far longer to tokenise than a hundred answers of /health, which is asked
+    """4 MB of text take far longer to tokenize than a hundred answers of /health, which is asked
     meanwhile.
     """
     text = "The quick brown fox jumps over the lazy dog. " * 90_000

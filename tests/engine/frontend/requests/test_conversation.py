@@ -1,6 +1,4 @@
-"""Rendering probes finds out what a chat template can do; messages are given to it in its own
-shape.
-"""
+"""The habits of a chat template are found by probes, and messages are given to it in its shape."""
 
 from __future__ import annotations
 
@@ -16,23 +14,25 @@ from support.engine.text.tiny_tokenizer import TEMPLATE, TOOL_TEMPLATE, write_mo
 
 TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
 ITEMS = (
-    TOOLS
-    + "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
-    "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}"
+    TOOLS + "{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key>"
+    "<arg_value>{{ v }}</arg_value>{% endfor %}"
     "{% endfor %}{% endfor %}"
 )
-# In the manner of DeepSeek-V3: arguments are joined as text, calls are looked for only where there
-# is no content.
+# As DeepSeek-V3: joins arguments as text, and looks for calls only where there is no content.
 JOINED = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for c in m['tool_calls'] %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}"
+    "{% for c in m['tool_calls'] %}"
     "{{ c['type'] + ' ' + c['function']['name'] + '\\n' + c['function']['arguments'] }}{% endfor %}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
-# In the manner of Mistral: an id must have nine characters.
+# As Mistral: an id must have nine characters.
 NINE = (
-    TOOLS
-    + "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c.function | tojson }}"
-    "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    TOOLS + "{% for m in messages %}{% if m.tool_calls is defined %}"
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 
 

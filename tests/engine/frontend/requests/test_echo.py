@@ -1,6 +1,4 @@
-"""Prompts that are shown with their log-probabilities, through the official client and without
-HTTP.
-"""
+"""Prompts shown with their log-probabilities, through the official client and without HTTP."""
 
 from __future__ import annotations
 
@@ -89,8 +87,8 @@ def test_offsets_are_places_in_the_text(client: openai.OpenAI) -> None:
 
 
 def test_several_prompts_as_a_harness_asks_them(client: openai.OpenAI, frontend: RunningFrontend) -> None:
-    """Token ids in, one token generated, log-probabilities of a continuation cut out by its number
-    of tokens.
+    """Sends token ids, generates one token, and cuts out the log-probabilities of a continuation by
+    its number of tokens.
     """
     prompts = [PROMPT_IDS, [5], PROMPT_IDS[:4]]
     done = client.completions.create(

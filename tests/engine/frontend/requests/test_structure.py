@@ -1,5 +1,5 @@
-"""Grammars of structured output: what they allow, in every format, and what is refused before
-anything is queued.
+"""Grammars of structured output: the texts they allow in every format, and the requests that are
+refused before anything is queued.
 """
 
 from __future__ import annotations
@@ -230,8 +230,8 @@ def test_the_calls_of_the_chat_templates_are_allowed() -> None:
         "hermes": f'<tool_call>{{"name": "get_weather", "arguments": {arguments}}}</tool_call>',
         "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
         f"```json\n{arguments}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
-        f"{arguments}<|tool_call_end|><|tool_calls_section_end|>",
+        "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+        f"<|tool_call_argument_begin|>{arguments}<|tool_call_end|><|tool_calls_section_end|>",
         "mistral": f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {arguments}}}]',
         "glm4": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
         "<arg_key>tags</arg_key>\n<arg_value>[]</arg_value>\n</tool_call>",
