@@ -1,11 +1,12 @@
-"""Admission: which waiting request gets a row, where, and which of its blocks it need not
-compute.
+"""Admission: chooses which waiting requests get a row, on which data index, with which cached
+blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 
 import numpy as np
@@ -20,16 +21,20 @@ from .request import Request, State
 
 _LOOK_AHEAD = 64
 _HORIZON = 32
-"""Decode steps a new request is assumed to share with its neighbours when data indices are compared."""
+"""Decode steps that a new request is assumed to share, when data indices are compared."""
 
-_WAITS = -2
-_NO_ROOM = -1
+
+class _Wait(Enum):
+    """Reasons why a request gets no row in this round."""
+
+    FOR_ROOM = 1
+    FOR_BLOCK = 2
 
 
 @dataclass(slots=True)
-class _Place:
-    """What one request got: a row of ``data`` and its pages (global), the first ``num_shared`` of
-    them from the cache.
+class _Reservation:
+    """A row of ``data`` for ``request`` and its global pages, the first ``num_shared`` of them from
+    the cache.
     """
 
     request: Request
@@ -39,16 +44,16 @@ class _Place:
 
 
 def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
-    """Indices by value; the whole order is made only when the first does not do."""
+    """Indices by value. The whole order is only computed when the first index does not do."""
     yield int(seconds.argmin())
     yield from np.argsort(seconds, kind="stable").tolist()[1:]
 
 
 class Admission:
-    """Reserves rows and pages for waiting requests and stages their prompts.
+    """Reserves rows and pages for waiting requests and preloads their prompts.
 
-    Requests of a round are placed one by one, since each finds what the ones before it have left;
-    what that means for rows, pages and index is entered for all of them together.
+    Requests of a round are placed one by one, since each finds what the ones before it have left.
+    Rows, pages and index are updated for all of them together.
     """
 
     def __init__(self, group: Group) -> None:
@@ -57,48 +62,45 @@ class Admission:
     def reserve(self) -> None:
         """Places as many of the first waiting requests as have room, in order.
 
-        The first that finds no room ends the round, so nobody is overtaken for good; one that needs
-        a block which is being computed steps aside until it is there. Prompts to stage are left in
-        ``group.staging``.
+        The first that finds no room ends the round, so that none is overtaken for good. A request
+        that needs a block which is being computed steps aside until it is there.
         """
         group = self._group
         if not len(group.queue) or not group.num_free_rows():
             return
         candidates = list(islice(group.queue, _LOOK_AHEAD))
-        found = group.kv.match(
-            [request.hashes_h128 for request in candidates], [self._limit(request) for request in candidates]
-        )
+        found = self._match(candidates)
         hits = np.count_nonzero(found, axis=1).tolist()
-        seconds, cost = self._queue_seconds(), group.cost.cost
-        placed: list[_Place] = []
+        seconds, token = self._queue_seconds(), group.cost.cost.token
+        placed: list[_Reservation] = []
         announced = 0
         prefixes: set[bytes] = set()  # first blocks of those placed
         for request, blocks, hit in zip(candidates, found, hits, strict=True):
             first = request.hashes_h128[:HASH_BYTES]
-            if first in prefixes:  # one placed in this round may have announced blocks that this one needs
+            if first in prefixes:  # a request of this round may have announced blocks that this one needs
                 self._announce(placed[announced:])
                 announced = len(placed)
-                blocks = group.kv.match([request.hashes_h128], [self._limit(request)])[0]
-                hit = 1
-            place = self._place(
-                request, blocks, seconds - cost.token * group.page_size * blocks if hit else seconds
-            )
-            if place == _NO_ROOM:
+                blocks, hit = self._match([request])[0], 1
+            saved = token * group.page_size * blocks if hit else 0.0
+            place = self._place(request, blocks, seconds - saved)
+            if place is _Wait.FOR_ROOM:
                 break
-            if isinstance(place, int):
+            if place is _Wait.FOR_BLOCK:
                 continue
             placed.append(place)
             if first:
                 prefixes.add(first)
-            computed = request.num_staged - place.num_shared * group.page_size
-            seconds[place.data] += cost.token * computed + _HORIZON * (
-                cost.token + cost.kv * request.num_staged
-            )
+            seconds[place.data] += self._added_seconds(place)
         self._announce(placed[announced:])
-        self._settle_in(placed)
+        self._occupy(placed)
+
+    def _match(self, requests: list[Request]) -> Int64:
+        """Cached leading blocks [request, data]."""
+        limits = [self._limit(request) for request in requests]
+        return self._group.kv.match([request.hashes_h128 for request in requests], limits)
 
     def _limit(self, request: Request) -> int:
-        """Blocks that may come from the cache."""
+        """The most blocks that may come from the cache."""
         return min(request.num_hashes, request.num_skippable // self._group.page_size)
 
     def _queue_seconds(self) -> NDArray[np.float64]:
@@ -111,25 +113,31 @@ class Admission:
             backlog, group.num_running(), group.kv.used() * group.page_size, _HORIZON
         )
 
-    def _place(self, request: Request, blocks: Int64, seconds: NDArray[np.float64]) -> _Place | int:
-        """Where the request goes, with a row and pages taken for it; or _NO_ROOM, or _WAITS."""
+    def _added_seconds(self, place: _Reservation) -> float:
+        """Predicted seconds that a request just placed adds for the next one on its data index."""
+        cost, request = self._group.cost.cost, place.request
+        computed = request.num_staged - place.num_shared * self._group.page_size
+        return cost.token * computed + _HORIZON * (cost.token + cost.kv * request.num_staged)
+
+    def _place(self, request: Request, blocks: Int64, seconds: NDArray[np.float64]) -> _Reservation | _Wait:
+        """Takes a row and pages on the data index with the least ``seconds`` [D] that has room."""
         group = self._group
         for data in _ascending(seconds):
             if not group.steps.alive[data] or not group.rows.num_free(data):
                 continue
             shared = group.kv.prefix(data, request.hashes_h128, int(blocks[data]))
             if len(shared) and (group.kv.written[shared] == PENDING).any():
-                return _WAITS
+                return _Wait.FOR_BLOCK
             fresh = pages_for(request.num_staged, group.page_size) - len(shared)
             if not group.has_headroom(data, fresh):
                 continue
             pages = group.kv.reserve(data, shared, fresh)
             if pages is not None:
                 group.rows.claim(data, request)
-                return _Place(request, data, pages, len(shared))
-        return _NO_ROOM
+                return _Reservation(request, data, pages, len(shared))
+        return _Wait.FOR_ROOM
 
-    def _announce(self, placed: list[_Place]) -> None:
+    def _announce(self, placed: list[_Reservation]) -> None:
         """Enters the fresh blocks of requests into the index, as pending."""
         hashes = [place.request.hashes_h128[HASH_BYTES * place.num_shared :] for place in placed]
         if any(hashes):
@@ -141,8 +149,8 @@ class Admission:
             data = np.repeat([place.data for place in placed], counts)
             self._group.kv.announce(data, as_keys(b"".join(hashes)), np.concatenate(pages))
 
-    def _settle_in(self, placed: list[_Place]) -> None:
-        """Fills the rows of requests and leaves their prompts to be staged."""
+    def _occupy(self, placed: list[_Reservation]) -> None:
+        """Fills the rows of requests and preloads their prompts."""
         group = self._group
         if not placed:
             return

@@ -16,15 +16,13 @@ from ..protocol.arrays import Int64
 
 _FORGET = 0.98
 _REFIT_EVERY = 16
-_PULL = 0.01  # of one section's weight: what holds a coefficient where the sections say nothing of it
-_LEAST = 0.01  # of the default in proportion: from there a coefficient that was fitted to zero comes back
+_PULL = 0.01  # weight, in sections, of the previous coefficients: holds what no section tells
+_LEAST = 0.01  # share of the default below which none falls, so that one fitted to zero comes back
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Coefficients in seconds; the defaults are a small model on a CPU and only matter until the
-    first fit.
-    """
+    """Coefficients in seconds. The defaults, a small model on a CPU, serve until the first fit."""
 
     fixed: float = 2e-3
     token: float = 5e-5
@@ -33,13 +31,12 @@ class Cost:
 
 
 class CostModel:
-    """Exponentially forgetting least squares over the slowest section of each step, coefficients
-    kept non-negative.
+    """Least squares over the slowest section of each step, with exponential forgetting and
+    non-negative coefficients.
 
-    Sections that are all alike (a full chunk of prompt in each step, or the same rows decoding for
-    minutes) tell the sum of the coefficients' parts and not the parts. What they do not tell stays
-    as it was in proportion: a fit that called it all ``fixed`` would find every rank equally quick,
-    and send a burst to one.
+    Sections that are alike (a full chunk of prompt in each step, or the same rows decoding for
+    minutes) determine a sum of terms, not each term. The rest keeps its previous proportions: a fit
+    that called it all ``fixed`` would find every rank equally quick and send a burst to one.
     """
 
     def __init__(self) -> None:
@@ -49,12 +46,10 @@ class CostModel:
         self._fresh: list[tuple[float, float, float, float, float]] = []
 
     def observe(self, tokens: float, kv: float, context: float, seconds: float) -> None:
-        """One measured section: its features and the seconds the rank computed (waiting
-        excluded).
-        """
+        """Adds one measured section: its features and its seconds without waiting."""
         self._fresh.append((1.0, tokens, kv, context, max(seconds, 1e-6)))
         if len(self._fresh) == _REFIT_EVERY:
-            self._take_in(np.array(self._fresh))
+            self._accumulate(np.array(self._fresh))
             self._fresh.clear()
             self._refit()
 
@@ -64,8 +59,8 @@ class CostModel:
         return cost.fixed + cost.token * tokens + cost.kv * kv + cost.context * context
 
     def prefill_tokens_within(self, seconds: float, decode_tokens: int, kv: float, context: float) -> int:
-        """Prefill tokens that fit a section of ``seconds`` beside its decode rows, at ``context``
-        tokens of context.
+        """Prefill tokens at ``context`` tokens of context that fit a section of ``seconds`` beside
+        its decode rows.
         """
         left = seconds - self.seconds(decode_tokens, kv)
         return int(max(0.0, left) / max(self.cost.token + self.cost.context * context, 1e-12))
@@ -81,20 +76,19 @@ class CostModel:
         )
         return seconds
 
-    def _take_in(self, sections: NDArray[np.float64]) -> None:
-        """Adds sections [n, (1, tokens, kv, context, seconds)], the last one with the largest
-        weight.
-        """
+    def _accumulate(self, sections: NDArray[np.float64]) -> None:
+        """Adds sections [n, (1, tokens, kv, context, seconds)]; later ones weigh more."""
         features, seconds = sections[:, :4], sections[:, 4]
         kept = _FORGET ** np.arange(len(sections) - 1, -1, -1)
-        # Relative error counts: a decode step of a millisecond matters as much as a long prefill.
+        # Errors are relative: a decode step of a millisecond matters as much as a long prefill.
         weighted = features * (kept / seconds**2)[:, None]
         self._normal = _FORGET ** len(sections) * self._normal + weighted.T @ features
         self._right = _FORGET ** len(sections) * self._right + weighted.T @ seconds
 
     def _refit(self) -> None:
+        """Fits in multiples of the previous coefficients; terms that turn negative are dropped."""
         anchor = np.maximum(self._scaled(self.cost), _LEAST * self._scaled(Cost()))
-        # In multiples of the anchor, so that 1 is "as before"; the pull is towards that.
+        # The pull is towards 1: as before.
         matrix = self._normal * np.outer(anchor, anchor) + _PULL * np.eye(4)
         right = self._right * anchor + _PULL
         active = np.ones(4, np.bool_)
@@ -108,7 +102,7 @@ class CostModel:
         self.cost = Cost(*(solution * anchor).tolist())
 
     def _scaled(self, cost: Cost) -> NDArray[np.float64]:
-        """The coefficients in the same proportion, at the speed that the sections show."""
+        """``cost`` times the factor that fits the sections best."""
         each = np.array(astuple(cost))
         scaled: NDArray[np.float64] = each * (each @ self._right / (each @ self._normal @ each))
         return scaled

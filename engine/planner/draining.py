@@ -1,4 +1,4 @@
-"""Rows on their way out: retired by a plan, and given back when no result can name them any more."""
+"""Rows on their way out: retired by a plan, reused when no result can name them any more."""
 
 from __future__ import annotations
 

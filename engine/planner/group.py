@@ -73,8 +73,8 @@ class Group:
         return sum(map(self.rows.num_free, self.steps.living()))
 
     def has_headroom(self, data: int, fresh: int) -> bool:
-        """Whether ``data`` has ``fresh`` pages and one more for every running row, which may need it
-        soon: admitting into the last pages only causes preemptions.
+        """Whether ``data`` has ``fresh`` pages and one more for every running row, which may soon
+        need it: admitting into the last pages only causes preemptions.
         """
         running = self.rows.num_used[data]
         return not running or self.kv.available_on(data) >= fresh + running

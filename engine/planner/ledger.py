@@ -1,8 +1,8 @@
-"""The ledger of results: tokens into the log, ends recognised, rows and pages given back.
+"""The ledger of results: logs tokens, recognises ends, gives rows and pages back.
 
-Only here do sampled tokens become facts. A result is read against the frozen row list of its plan;
-results that are late, repeated or of an older epoch change nothing, and a gap sets the data index
-back to what is acknowledged.
+Only here do sampled tokens become facts. A result is read against the frozen row list of its plan.
+Results that are late, repeated or of an older epoch change nothing; a gap sets the data index back
+to what is acknowledged.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class Ledger:
         self._outbox = outbox
 
     def book(self, results: list[StepResult]) -> set[int]:
-        """Books results in the order they arrived; returns the data indices whose chain of results
-        has a gap.
-        """
+        """Books results in the order they arrived. Returns the data indices that miss a result."""
         steps = self._group.steps
         gaps: set[int] = set()
         batch: list[StepResult] = []
@@ -86,9 +84,7 @@ class Ledger:
                 group.queue.put_back(request)
 
     def cancel(self, request: Request, finish: Finish = Finish.ABORT) -> None:
-        """Ends an open request wherever it stands; its frontend hears of it when its row has
-        drained.
-        """
+        """Ends an open request in any state. Its frontend hears of it once its row has drained."""
         group, row = self._group, request.row
         if row < 0:
             group.queue.drop(request)
@@ -109,6 +105,7 @@ class Ledger:
     # ----------------------------------------------------------------- one step's results
 
     def _book_step(self, results: list[StepResult]) -> None:
+        """Books results of one step, from any of its ranks."""
         group = self._group
         flight = group.steps.flights[results[0].step]
         group.steps.first_result(flight.step)
@@ -122,8 +119,8 @@ class Ledger:
         group.steps.land()
 
     def _book_tokens(self, flight: Flight, results: list[StepResult]) -> None:
-        """Tokens of sampling ranks: into the log and the outbox; requests whose last one is among
-        them have ended.
+        """Puts the tokens of sampling ranks into the log and the outbox, and ends the requests
+        whose last token is among them.
         """
         group, rows = self._group, self._group.rows
         spans = [flight.span(group.mesh.data_of_rank(result.rank)) for result in results]
@@ -160,6 +157,7 @@ class Ledger:
             self._finish(int(row[index]), Finish(int(finish[index])))
 
     def _ended(self, results: list[StepResult], spans: list[slice], num_rows: int) -> NDArray[np.bool_]:
+        """Whether each row's last token is one of its stop ids [num_rows]."""
         ended = np.zeros(num_rows, np.bool_)
         start = 0
         for result, span in zip(results, spans, strict=True):
@@ -169,9 +167,7 @@ class Ledger:
         return ended
 
     def _logprobs(self, flight: Flight, results: list[StepResult]) -> None:
-        """Log-probabilities of rows that asked for them; the row's request was live when its tokens
-        were booked.
-        """
+        """Sends log-probabilities of sampled tokens to frontends, for rows still live."""
         group, rows = self._group, self._group.rows
         for result in results:
             if not result.logprobs:
@@ -188,8 +184,8 @@ class Ledger:
                     self._outbox.logprobs.setdefault(int(rows.frontend[row]), []).append(line)
 
     def _prompt_logprobs(self, flight: Flight, results: list[StepResult]) -> None:
-        """Log-probabilities of prompts, on to the frontends. A request that runs again reports
-        again what was not known when it was admitted, and its frontend drops what it has.
+        """Sends log-probabilities of prompts to frontends. A request that runs again may report
+        some of them twice; its frontend drops those that it has.
         """
         group, rows = self._group, self._group.rows
         for result in results:
@@ -204,7 +200,7 @@ class Ledger:
                     self._outbox.prompt_logprobs(request.frontend, structs.replace(item, of=request.handle))
 
     def _finish(self, row: int, finish: Finish) -> None:
-        """The last token of a request is in: its client is told now, its row drains."""
+        """The last token of a request is in: its client hears of it now, its row drains."""
         group = self._group
         group.close(group.rows.request(row))
         group.rows.finish[row] = finish
@@ -212,6 +208,7 @@ class Ledger:
             self._leave(row, finish)
 
     def _leave(self, row: int, finish: Finish) -> None:
+        """Takes a row out of all further plans, with the reason why its request ended."""
         group = self._group
         group.rows.finish[row] = finish
         group.leave(row)
@@ -220,9 +217,7 @@ class Ledger:
     # ----------------------------------------------------------------- outputs that stay cached
 
     def _keep_outputs(self, row: Int64, tokens: list[bytes]) -> None:
-        """Hashes the blocks that the sampled tokens of rows [n] have completed, so that they stay
-        in the cache.
-        """
+        """Hashes the blocks that sampled tokens of rows [n] complete, so that they stay cached."""
         group, rows = self._group, self._group.rows
         if not group.kv.caching:
             return
@@ -251,10 +246,10 @@ class Ledger:
         taken = group.kv.announce(data, keys, pages)
         group.publishing.add(data[taken], keys[taken], pages[taken])
 
-    # ----------------------------------------------------------------- what ranks say beside tokens
+    # ----------------------------------------------------------------- measurements and checksums
 
     def _observe(self, flight: Flight, results: list[StepResult]) -> None:
-        """Fits the cost model to the slowest section among these results."""
+        """Tells the cost model the slowest section among these results."""
         group = self._group
         slowest = max(results, key=lambda result: result.seconds - result.waited)
         seconds = slowest.seconds - slowest.waited
@@ -265,7 +260,7 @@ class Ledger:
             )
 
     def _compare(self, flight: Flight, results: list[StepResult]) -> None:
-        """Raises StateMismatch where a rank's checksum is not the planner's."""
+        """Raises StateMismatch when a rank's checksum differs from the planner's."""
         group, rows, check = self._group, self._group.rows, flight.check
         assert check is not None
         later = group.steps.planned_after(flight.step, len(rows.state))
@@ -281,13 +276,12 @@ class Ledger:
         for rank, reported in list(check.reported.items()):
             expected = check.expected.get(group.mesh.data_of_rank(rank))
             if expected is not None and expected != reported:
-                raise StateMismatch(
-                    f"rank {rank}, step {flight.step}: checksum {reported:#x}, the planner expects {expected:#x}"
-                )
+                found = f"checksum {reported:#x}, the planner expects {expected:#x}"
+                raise StateMismatch(f"rank {rank}, step {flight.step}: {found}")
 
 
 def _joined(parts: list[NDArray[_T]]) -> NDArray[_T]:
-    """One array of several; of one, itself."""
+    """The concatenation; a single array is not copied."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -1,4 +1,4 @@
-"""What the frontends are told: tokens of a step gathered per frontend, and single messages."""
+"""Messages for frontends: tokens gathered per frontend, and single messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..protocol.results import PromptLogprobs
 
 @dataclass(frozen=True)
 class Entries:
-    """Token entries of one ingestion: all vectors [n], tokens ragged over counts."""
+    """Token entries of one batch of results: vectors [n], tokens ragged over counts."""
 
     frontend: NDArray[np.integer[Any]]
     handle: Int64
@@ -45,7 +45,7 @@ class Outbox:
         self.entries.append(Entries(one[0], one[1], one[2], one[3], one[4], np.zeros(0, np.int32)))
 
     def prompt_logprobs(self, frontend: int, logprobs: PromptLogprobs) -> None:
-        """They are sent before the tokens of the same step."""
+        """Log-probabilities of a prompt, sent before the tokens of the same step."""
         self.single.append((frontend, logprobs))
 
     def reject(self, frontend: int, rejected: Rejected) -> None:
@@ -56,24 +56,21 @@ class Outbox:
         messages = self.single
         for frontend, starts in self.started.items():
             handles, cached = zip(*starts, strict=True)
-            messages.append(
-                (
-                    frontend,
-                    Started(np.array(handles, np.int64).tobytes(), np.array(cached, np.int32).tobytes()),
-                )
-            )
+            started = Started(np.array(handles, np.int64).tobytes(), np.array(cached, np.int32).tobytes())
+            messages.append((frontend, started))
         messages.extend(self._batches(step))
         self.entries, self.logprobs, self.started, self.single = [], {}, {}, []
         return messages
 
     def _batches(self, step: int) -> list[tuple[int, Message]]:
+        """One ``TokenBatch`` per frontend that has entries."""
         if not self.entries:
             return []
         entries = self.entries[0] if len(self.entries) == 1 else _joined(self.entries)
         names = np.bincount(entries.frontend).nonzero()[0].tolist()
         if len(names) == 1:
             return [(names[0], self._batch(step, names[0], entries))]
-        return [(name, self._batch(step, name, _of_frontend(entries, name))) for name in names]
+        return [(name, self._batch(step, name, _entries_for(entries, name))) for name in names]
 
     def _batch(self, step: int, frontend: int, entries: Entries) -> TokenBatch:
         return TokenBatch(
@@ -93,7 +90,7 @@ def _joined(entries: list[Entries]) -> Entries:
     )
 
 
-def _of_frontend(entries: Entries, frontend: int) -> Entries:
+def _entries_for(entries: Entries, frontend: int) -> Entries:
     mine = np.flatnonzero(entries.frontend == frontend)
     counts = entries.count[mine]
     if (entries.count == 1).all():

@@ -29,8 +29,8 @@ class Planner:
     """Plans every step for every rank of a group.
 
     The owner feeds it (``submit``, ``abort``, ``results``, ...), asks for a plan whenever
-    ``wants_plan``, and calls ``tidy`` once the plan is out: slow work that is not urgent (admission,
-    hashing of outputs) happens there, off the critical path.
+    ``wants_plan``, and calls ``tidy`` once the plan is out: slow work that is not urgent, such as
+    admission and the hashing of outputs, happens there, off the critical path.
     """
 
     def __init__(self, settings: Settings) -> None:

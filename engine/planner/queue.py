@@ -9,8 +9,8 @@ from .request import Request
 
 
 class WaitingQueue:
-    """Requests without a row: by priority (lower first), preempted ones before new ones, then by
-    arrival.
+    """Requests without a row, by priority (lower first), then by arrival: preempted ones come
+    before new ones.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class WaitingQueue:
         self._size += 1
 
     def put_back(self, request: Request) -> None:
-        """Inserts a request that has run before among those that arrived later than it."""
+        """Inserts a request that has run before, ahead of those that arrived later."""
         level = self._levels.setdefault(request.priority, deque())
         index = 0
         for index, other in enumerate(level):  # noqa: B007 - the index outlives the loop

@@ -1,4 +1,4 @@
-"""A request as the controller holds it, and the queue of those that wait."""
+"""A request as the planner holds it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..protocol.message import HASH_BYTES, Sampling
 
 
 class State:
-    """Where a request stands, and equally its row: rows of requests that wait are FREE. Numbers, as
-    arrays hold them.
+    """The state of a row and of the request in it; plain numbers, since arrays hold them.
 
-    PRELOADING: a row and pages are reserved, the prompt is on its way to the rank. READY: the rank has
-    it. DRAINING: removed by a plan; its row is reused once every result that may name it is in.
+    PRELOADING: row and pages are reserved, the prompt is on its way to the ranks. READY: the ranks
+    have it. DRAINING: removed by a plan; the row is reused once every result that may name it is
+    in.
     """
 
     FREE: Final = 0
@@ -28,11 +28,12 @@ class State:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One open request. ``emitted_i32`` are tokens sampled in earlier admissions; ``order`` is its
-    place by arrival. ``scored`` is the last position of its prompt whose log-probability is known,
-    where they were asked for.
+    """One open request.
 
-    ``hashes_h128`` are those of its full blocks after ``root``, empty without prefix caching.
+    ``emitted_i32`` are tokens sampled in earlier admissions. ``order`` counts arrivals. ``scored``
+    is the last prompt position whose log-probability is known, if the client asked for them.
+    ``hashes_h128`` are the hashes of its full blocks after ``root``, empty without prefix caching.
+    ``staged`` identifies its preloaded prompt, ``unacknowledged`` the ranks that lack it.
     """
 
     frontend: int
@@ -84,16 +85,15 @@ class Request:
 
     @property
     def num_skippable(self) -> int:
-        """Leading tokens that need not be computed if they are cached. The last one is, to have
-        something to sample from, and so is every token whose successor's log-probability is still
-        owed.
+        """Leading tokens that need not be computed if they are cached. The last token is always
+        computed, to sample from it; so is every token whose successor's log-probability is owed.
         """
         owes = self.sampling.num_prompt_logprobs >= 0 and self.scored < self.num_prompt - 1
         return self.scored if owes else self.num_staged - 1
 
     @property
     def score_bytes(self) -> int:
-        """What each token of its prompt adds to the result of a step; see ``PromptLogprobs``."""
+        """Bytes that each prompt token adds to the result of a step; see ``PromptLogprobs``."""
         asked = self.sampling.num_prompt_logprobs
         return 4 + 8 * asked if asked >= 0 else 0
 
@@ -102,8 +102,8 @@ class Request:
         return len(self.hashes_h128) // HASH_BYTES
 
     def hash_outputs(self, tokens_i32: bytes, page_size: int) -> None:
-        """Appends the hashes of the blocks that ``tokens_i32``, sampled since its admission, have
-        completed.
+        """Appends the hashes of the blocks that ``tokens_i32`` complete: those sampled since its
+        admission.
         """
         start = self.num_hashes * page_size * 4
         if len(self.prompt_i32) + len(self.emitted_i32) + len(tokens_i32) >= start + page_size * 4:

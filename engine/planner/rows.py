@@ -1,4 +1,4 @@
-"""The planner's rows: sequence slots of all data indices as arrays; row = data x num_slots + slot."""
+"""The planner's rows: sequence slots of all data indices, row = data x num_slots + slot."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _Rows = TypeVar("_Rows", int, Int64)
 
 
 class RowTable:
-    """The state of every row. Lengths count tokens whose KV is computed.
+    """The state of every row, a column per fact. Lengths count tokens whose KV is computed.
 
-    The length of a decoding row after all plans sent lies in [``low``, ``high``], cut at ``limit``
-    - 1: a plan moves both on, a result brings them together. For a row in prefill ``sent`` is the
-    exact number of prompt tokens planned. ``on_rank`` says whether plans so far leave the slot
+    After all plans sent, the length of a decoding row lies in [``low``, ``high``], cut at ``limit``
+    - 1: a plan moves both on, a result brings them together. ``sent`` is the number of prompt
+    tokens planned for a row in prefill. ``on_rank`` says whether plans so far leave the slot
     active.
 
-    Most columns are read whole: a step has work for nearly every row, and a mask over all of them
-    is cheaper than picking them out.
+    Columns are mostly read whole: a step has work for nearly every row, and a mask over all rows is
+    cheaper than picking some out.
     """
 
     def __init__(self, num_data: int, num_slots: int, max_pages: int, num_cohorts: int) -> None:
@@ -182,7 +182,7 @@ class RowTable:
         self.high += decoding * max_advance
 
     def narrow(self, rows: Int64, grown: Int64, max_advance: int) -> None:
-        """Rows [n] have grown by ``grown`` [n] in a plan that reckoned with 1 to ``max_advance``."""
+        """Rows [n] have grown by ``grown`` [n]; their plan allowed 1 to ``max_advance``."""
         self.low[rows] += grown - 1
         self.high[rows] += grown - max_advance
 
@@ -200,8 +200,8 @@ class RowTable:
         self._touched[row] = None
 
     def take_holds(self) -> dict[int, tuple[list[int], list[int]]]:
-        """Slots to hold and to resume, per data index, since the last call. A row that is not on its
-        rank yet is named later, one that has left never.
+        """Slots to hold and to resume since the last call, per data index. A row that is not on its
+        rank yet waits for a later call; one that has left is dropped.
         """
         changed: dict[int, tuple[list[int], list[int]]] = {}
         touched, self._touched = self._touched, {}

@@ -1,4 +1,4 @@
-"""The (epoch, step) sequence of a group: plans sent, and how far each rank has acknowledged them."""
+"""The (epoch, step) sequence of a group: plans sent, and the last one each rank acknowledged."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class StepSequence:
         self._restarting = False
 
     def counts(self, result: StepResult) -> bool:
-        """Whether a result is neither late, repeated, of an older epoch nor of a state that is no
-        more.
+        """Whether a result is new and belongs to a plan in flight; a data index that is set back or
+        has left gives none.
         """
         data = self._mesh.data_of_rank(result.rank)
         return bool(

@@ -1,6 +1,4 @@
-"""The controller's token log: the sampled tokens of every running row, and so the truth about each
-request.
-"""
+"""The token log: the sampled tokens of every running row. They are the truth about a request."""
 
 from __future__ import annotations
 
@@ -12,13 +10,11 @@ _CHUNK = 64
 
 
 class TokenLog:
-    """Append-only token lists of ``num_rows`` rows, in chunks of 64 tokens from one growing
-    pool.
-    """
+    """Append-only token lists of ``num_rows`` rows, in chunks of 64 tokens from a growing pool."""
 
     def __init__(self, num_rows: int) -> None:
         self.count = np.zeros(num_rows, np.int64)
-        # Where a row's token 0 would be in the flat pool if its open chunk went back that far.
+        # Place of a row's token 0 in the flat pool, if its open chunk reached back that far.
         self._origin = np.zeros(num_rows, np.int64)
         self._table = np.zeros((num_rows, 8), np.int64)
         self._pool = np.zeros(max(64, 2 * num_rows) * _CHUNK, np.int32)
@@ -26,7 +22,7 @@ class TokenLog:
         self._num_free = len(self._free)
 
     def append(self, rows: Int64, tokens: Int32) -> Int64:
-        """Appends one token to each of rows [n], which are distinct; returns how many each had."""
+        """Appends one token to each of rows [n], which are distinct. Returns the counts before."""
         count = self.count[rows]
         full = (count & (_CHUNK - 1) == 0).nonzero()[0]
         if len(full):
@@ -36,9 +32,7 @@ class TokenLog:
         return count
 
     def append_ragged(self, rows: Int64, counts: Int64, tokens: Int32) -> Int64:
-        """Appends ``counts[i]`` tokens to rows [n]; tokens are concatenated in that order. Returns
-        how many each had.
-        """
+        """Appends ``counts`` [n] of the joined tokens to rows [n]. Returns the counts before."""
         before = self.count[rows]
         starts = np.cumsum(counts) - counts
         for step in range(int(counts.max(initial=0))):
@@ -64,7 +58,7 @@ class TokenLog:
         self.count[rows] = 0
 
     def _chunks(self, rows: Int64) -> tuple[Int64, Int64]:
-        """The chunks of rows [n] end to end, and how many each has."""
+        """The chunks of rows [n] end to end, and the number that each row has."""
         num_chunks = -(-self.count[rows] // _CHUNK)
         owners, index = ragged(num_chunks)
         return self._table[rows[owners], index], num_chunks
