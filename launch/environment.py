@@ -74,8 +74,7 @@ def child_environment(extra: dict[str, str]) -> dict[str, str]:
 _SPINS = "500"
 
 
-# How the compiler of our kernels, oneDNN, PyTorch and MKL are told the most that they may use;
-# LLVM's x86-64-v3 is AVX2, its v4 AVX-512.
+# Settings that limit numba, oneDNN, PyTorch and MKL; LLVM's x86-64-v3 is AVX2, its v4 AVX-512.
 _ISA = {
     "avx2": {
         "NUMBA_CPU_NAME": "x86-64-v3",
@@ -93,15 +92,17 @@ _ISA = {
 
 
 def isa_settings(isa: str) -> dict[str, str]:
-    """What limits a process to the instructions of ``cluster.isa``, given before it imports the
-    libraries that compute.
+    """Settings that limit a process to the instructions of ``cluster.isa``.
+
+    They must be set before the process imports the libraries that compute.
     """
     return {} if isa == "auto" else dict(_ISA[isa])
 
 
 def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict[str, str]:
-    """What a process of the cluster is given: its CPU threads and how they wait, its instructions,
-    no model hub, and gloo on the interface in use.
+    """Settings of every process: CPU threads, their waiting, instructions, no model hub.
+
+    ``loopback``: gloo and NCCL use only the loopback interface.
     """
     settings = {
         "OMP_NUM_THREADS": str(threads),

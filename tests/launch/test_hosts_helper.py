@@ -1,6 +1,4 @@
-"""The hosts that other tests run on: they are separate, reach each other, and leave nothing
-behind.
-"""
+"""The hosts that other tests run on: separate, connected, and gone without a trace."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def ask(host: Host, of: str) -> str:
 
 
 def answers(address: str) -> bool:
-    """Whether there is a host at the address, be it only to refuse."""
+    """Whether a host at the address answers, if only to refuse."""
     try:
         socket.create_connection((address, 7000), 1).close()
     except ConnectionRefusedError:

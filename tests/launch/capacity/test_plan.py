@@ -1,6 +1,4 @@
-"""``launch plan``: what it prints and returns, the floors, and every reason why a set-up would not
-fit.
-"""
+"""``launch plan``: text, JSON, floors, and every reason why a set-up does not fit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The plan's bytes against what ranks really allocate on a CPU, and against counts made apart from
-it.
-"""
+"""The plan's bytes equal those that ranks allocate on a CPU, and independent counts."""
 
 from __future__ import annotations
 
@@ -132,9 +130,7 @@ def planned(path: Path, num_ranks: int, overrides: list[str]) -> CapacityPlan:
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
-    """The kind of CPU that weights are packed for here; nothing computes with them, so that it need
-    not be this one's.
-    """
+    """The kind of CPU that weights are packed for; nothing computes with them: any will do."""
     isa: Isa = request.param
     if isa == "avx512" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN packs no bf16 weights on this processor")
@@ -143,7 +139,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
 
 
 def packed_bytes(model: torch.nn.Module) -> int:
-    """What the packed copies of expert slots take beside the parameters."""
+    """Bytes of the packed copies of expert slots."""
     slots = [
         weights for module in model.modules() if isinstance(module, Experts) for weights in module._weights
     ]
@@ -235,7 +231,7 @@ FP8_CONFIG = deepseek_v3_config(hidden_size=256, moe_intermediate_size=128, inte
 def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(
     device: str, tmp_path: Path, store: TCPStore
 ) -> None:
-    """What a rank of a GPU holds is allocated here on a CPU, where nothing computes with it."""
+    """A GPU rank's memory is allocated here on a CPU, where nothing computes with it."""
     path, _ = write_pair(tmp_path, FP8_CONFIG)
     setup = planned(path, 2, []).setup
     assert (setup.weights, setup.expert_weights) == ("bf16", "bf16")
@@ -265,7 +261,7 @@ def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(
 
 
 def test_fp8_pages_hold_twice_the_tokens() -> None:
-    """What ``launch plan`` prints, for models as they are: the pool follows the format."""
+    """In ``launch plan`` the page pool of real models follows the KV format."""
     text = io.StringIO()
     for name, tokens_of_one in (("qwen3-30b-a3b-1xh100", 48 * 2 * 4 * 132), ("deepseek-v2-lite", 27 * 656)):
         recipe, path = load_recipe(name, ["kv_cache.memory=8GiB"], check=contradictions)

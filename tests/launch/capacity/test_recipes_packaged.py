@@ -1,6 +1,4 @@
-"""The recipes that ship: each loads, cross-checks and plans without its weights, and says what it
-has run on.
-"""
+"""Packaged recipes: each loads, is consistent, plans without weights, and says where it has run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray cluster that runs already: joined, used, and left as it was."""
+"""A running Ray cluster: joined, used, and left as it was."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Head:
         return [process for process in self.process.children(recursive=True) if alive(process)]
 
     def roles(self) -> list[str]:
-        """The processes of ours below the head node."""
+        """Our processes below the head node."""
         commands = [command_of(process) for process in self.processes()]
         return [" ".join(command[-3:-1]) for command in commands if "support.launch.dummy_cluster" in command]
 

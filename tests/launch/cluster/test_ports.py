@@ -1,4 +1,4 @@
-"""Where the launcher looks for its frontend."""
+"""The URLs of a server by the address it listens on."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""``launch check`` on a real Ray cluster of two hosts: all well, then with faults that are made on
-the second.
-"""
+"""``launch check`` on a real Ray cluster of two hosts: healthy, then with faults on the second."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ SOON = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that every host has for itself; the checkpoint is copied there by a test."""
+    """A folder that every host has for itself; a test copies the checkpoint there."""
     return tmp_path_factory.mktemp("private")
 
 

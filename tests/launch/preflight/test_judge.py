@@ -79,7 +79,7 @@ ALPHA, BETA = "alpha (10.0.0.2)", "beta (10.0.0.3)"
 
 
 def gpu(**changed: Any) -> dict[str, Any]:
-    """The second GPU is another."""
+    """Answers with a different second GPU."""
     return {"gpus": (H100, msgspec.structs.replace(H100, **changed))}
 
 

@@ -1,4 +1,4 @@
-"""What a node answers about itself, asked for real on this one."""
+"""The real answers of this node about itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking the nodes of a Ray cluster: one that answers and one that is not there."""
+"""Questions to the nodes of a Ray cluster: one that answers and one that does not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The port of the cluster, with frontends spoken by hand."""
+"""The port of the cluster, with hand-made frontends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.launch.clusters import until
 
 
 class Frontend:
-    """The other end of a line: takes what comes unless it is told not to."""
+    """The other end of a line: takes every connection unless told not to."""
 
     def __init__(self, acceptor: Acceptor, index: int, token: str | None = None) -> None:
         self.line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -34,7 +34,7 @@ class Frontend:
         return self
 
     def take(self, seconds: float = 0.3, answer: bytes = TAKEN) -> int:
-        """Takes connections until none has come for that long; returns how many it has."""
+        """Takes connections until none has come for ``seconds``; returns how many it has."""
         self.line.settimeout(seconds)
         try:
             while True:

@@ -1,4 +1,4 @@
-"""A process that fails says so once, from its real entry point."""
+"""A process that fails reports it once, through its real entry point."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""How the real cluster ends: drained, interrupted, struck by a killed rank, or refused because of
-its checkpoint.
+"""Ends of the real cluster: drained, interrupted, with a killed rank, with a bad checkpoint.
 
-Through Ray where its processes are struck as well, or have to start another; the processes of the
-cluster are the same ones without.
+Runs through Ray where Ray's own processes are killed or have to start another; the processes of the
+cluster are the same without it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def launch(folder: Path, *arguments: str) -> Launcher:
 
 
 def closed(url: str) -> bool:
-    """Whether /ready says so; a server that has gone takes nothing either."""
+    """Whether /ready reports it; a server that has gone takes no requests either."""
     try:
         return httpx.get(f"{url.removesuffix('/v1')}/ready", timeout=10.0).status_code == 503
     except httpx.TransportError:
@@ -82,7 +81,7 @@ def test_a_request_longer_than_the_drain_is_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_killed_rank_is_a_pause(tmp_path: Path) -> None:
-    """Streams go on where they were; the text is that of an undisturbed run."""
+    """Streams continue where they were, with the text of an undisturbed run."""
     with launch(tmp_path) as launcher:
         url, victim = launcher.url(), launcher.pid_of("rank 1")
         undisturbed = Reader(url, TOKENS)

@@ -1,6 +1,4 @@
-"""The real cluster with 2 ranks as local processes and with 4 through Ray, and the official client:
-nothing mocked.
-"""
+"""The real cluster, 2 local ranks and 4 through Ray, and the official client; nothing is mocked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The launch command with dummy roles: start, drain, interrupts, and every way in which a process
-can fail.
+"""The launch command with dummy roles: start, drain, interrupts, and every failure of a process.
 
-Real processes, real sockets, real signals; the roles alone do no work
+Real processes, sockets and signals; only the roles do no work
 (``support/launch/dummy_cluster.py``).
 """
 
@@ -94,9 +93,7 @@ def test_ctrl_c_to_the_whole_foreground_group_drains(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_sigterm_to_everything_ends_in_time_and_leaves_nothing(tmp_path: Path) -> None:
-    """What systemd does by default: the roles, Ray's own processes and the launcher are all told at
-    once.
-    """
+    """As systemd does by default: SIGTERM to roles, Ray's processes and launcher at once."""
     with launch(tmp_path) as launcher:
         launcher.url()
         for process in launcher.seen:

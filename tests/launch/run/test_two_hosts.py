@@ -1,6 +1,4 @@
-"""The demo over two hosts: placed by node, reached by the official client, and what the loss of a
-process and of a host does.
-"""
+"""The demo on two hosts: placement, the official client, a lost process and a lost host."""
 
 from __future__ import annotations
 

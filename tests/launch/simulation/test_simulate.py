@@ -58,7 +58,7 @@ def simulated(
 
 
 def work_of(*, decodes: list[int], context: int = 0, chunks: list[int]) -> StepWork:
-    """Rows that decode at ``context``, and a whole prompt a rank."""
+    """Rows that decode at ``context``, and one whole prompt per rank."""
     rows, own = np.array(decodes), np.array(chunks)
     attended = own * (own + 1) // 2
     return StepWork(rows, rows + own, rows + (own > 0), rows * context, attended, rows * context + own)
@@ -93,9 +93,7 @@ def test_a_prompt_on_one_rank_is_work_of_all_experts(dispatch: str, binds: str) 
 
 
 def test_decode_and_prefill_attend_at_their_own_cost() -> None:
-    """Latent attention works on the latent in decode: with so much context that nothing else
-    counts.
-    """
+    """In decode, latent attention works on the latent. At such a context nothing else counts."""
     plan, _ = planned(DEEPSEEK)
     shape = plan.setup.shape
     zeros = np.zeros(72, np.int64)
@@ -160,9 +158,7 @@ def test_half_the_efficiency_is_twice_the_time() -> None:
 
 
 def test_a_full_cluster_decodes_at_the_rate_of_the_plan() -> None:
-    """All slots taken, at the context of the plan: the time between tokens is that of the plan's
-    step.
-    """
+    """With all slots taken at the plan's context, the time between tokens is the plan's step."""
     small = ("scheduler.max_running=16",)
     plan, _ = planned(QWEN, *small)
     report = simulated([TraceRequest(0.0, 3896, 400) for _ in range(128)], QWEN, *small, efficiency=0.5)

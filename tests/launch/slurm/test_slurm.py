@@ -1,4 +1,4 @@
-"""``launch slurm``: what the script asks of Slurm, and what is refused before there is one."""
+"""``launch slurm``: the script's requests to Slurm, and refused options."""
 
 from __future__ import annotations
 

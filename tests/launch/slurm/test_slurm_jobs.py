@@ -1,6 +1,4 @@
-"""The job of ``launch slurm`` under a real Slurm on two hosts: served from both, drained, and
-nothing left behind.
-"""
+"""The job of ``launch slurm`` in a real Slurm on two hosts: serves, drains, leaves nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ def slurm() -> Iterator[SlurmCluster]:
 
 
 def script(cluster: SlurmCluster, *arguments: str, recipe: str = "demo-two-hosts") -> str:
-    """What ``launch slurm`` prints, for shared nodes with folders of their own in place of /tmp."""
+    """The output of ``launch slurm``, for shared nodes with their own folders in place of /tmp."""
     command = [
         str(Path(sys.executable).parent / "launch"),
         "slurm",
@@ -49,8 +47,8 @@ def ended(job: Job, state: str, code: int) -> None:
 
 
 def test_a_time_limit_drains_and_the_drain_has_its_deadline(slurm: SlurmCluster) -> None:
-    """The first of the file: Slurm looks 30 s after its own start, when the job will just serve,
-    and only every 30 s after that.
+    """The first test of the file: Slurm checks limits 30 s after its own start, when the job will
+    just serve, and then every 30 s.
     """
     job = slurm.submit(script(slurm, "--no-check", "--time=10", "cluster.drain_deadline=2"))
     url = job.url()

@@ -1,6 +1,4 @@
-"""The wrapper of a step's command: which signals end it, what its exit status is, and what it
-leaves on the node.
-"""
+"""The wrapper of a step's command: signals that end it, its exit status, files it leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a terminal shows while a cluster starts, also a narrow one."""
+"""Progress on the terminal while a cluster starts, also on a narrow one."""
 
 from __future__ import annotations
 

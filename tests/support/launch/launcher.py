@@ -70,7 +70,7 @@ class Launcher:
         return found[1]
 
     def look(self) -> None:
-        """Remembers the processes of the run, so that their end can be asked for."""
+        """Remembers the processes of the run, to check their end later."""
         self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
 
     def pid_of(self, name: str) -> int:
@@ -86,14 +86,14 @@ class Launcher:
         (inner(self.process) if self._on_host else self.process).send_signal(number)
 
     def wait(self, seconds: float = 90.0) -> int:
-        """The exit status."""
+        """Waits for the end; returns the exit status."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds:g} s\n{self.out}\n{self.err}") from None
 
     def assert_nothing_left(self, seconds: float = 30.0) -> None:
-        """No process of the run is alive, by what ``look`` has seen."""
+        """Asserts that no process seen by ``look`` is alive."""
         assert len(self.seen) >= 2, "look() saw no processes"
         deadline = time.monotonic() + seconds
         while left := [process for process in self.seen if alive(process)]:
@@ -119,7 +119,7 @@ class Launcher:
 
 
 def command_of(process: psutil.Process) -> list[str]:
-    """Its command line, empty once it has ended."""
+    """The command line of a process, empty once it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:

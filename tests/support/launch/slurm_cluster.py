@@ -126,7 +126,7 @@ class SlurmCluster:
         return set(self.command("sinfo", "--noheader", "--Node", "--format=%t").split())
 
     def logs(self) -> str:
-        """What the daemons have said, for a failure."""
+        """The daemons' logs, to explain a failure."""
         return "\n".join(
             f"--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self._folder.glob("slurm*.log"))
         )
@@ -177,7 +177,7 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def facts(self) -> dict[str, str]:
-        """What ``scontrol show job`` says."""
+        """The output of ``scontrol show job``."""
         return dict(
             re.findall(r"(\w+)=(\S*)", self.cluster.command("scontrol", "show", "job", str(self.number)))
         )
@@ -224,7 +224,7 @@ def slurm_cluster(*names: str) -> Iterator[SlurmCluster]:
 
 @functools.cache
 def missing_slurm() -> str:
-    """Why Slurm cannot run on hosts of this machine; empty where it can."""
+    """The reason why Slurm cannot run on hosts of this machine; empty if it can."""
     if absent := sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None}):
         return f"runs a Slurm of its own, which takes the packages {' and '.join(absent)} (apt-get install)"
     return missing()
