@@ -9,7 +9,7 @@ import numpy as np
 
 from lockstep.engine.controller.pilot import Pilot
 from lockstep.engine.kv.hashing import chain_hashes
-from lockstep.engine.planner.group_plan import Plan
+from lockstep.engine.planner.group_plan import GroupPlan
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Abort, Submit
@@ -20,7 +20,7 @@ from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.engine.recording.recorder import replay
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
 from lockstep.parallel.mesh import Mesh
-from support.planner_world import ROOT
+from support.engine.planner.planner_world import ROOT
 
 SETTINGS = Settings(Mesh(data=2), SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
 
@@ -50,7 +50,7 @@ class Driver:
             self.plans += 1
             self.pilot.book(self.results(plan), self.now, 0.1)
 
-    def results(self, plan: Plan) -> list[StepResult]:
+    def results(self, plan: GroupPlan) -> list[StepResult]:
         steps = [StepPlan(plan.header, section) for section in plan.sections.values()]
         results = [rank.execute(step) for rank, step in zip(self.ranks, steps, strict=True)]
         return [result for result in results if isinstance(result, StepResult)]

@@ -9,7 +9,7 @@ import pytest
 from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.requests.chat_template import render
 from lockstep.engine.text.tokenizer import Codec
-from support.tiny_tokenizer import write_model
+from support.engine.text.tiny_tokenizer import write_model
 
 USER = [{"role": "user", "content": "x"}]
 
