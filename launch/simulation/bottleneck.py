@@ -54,7 +54,7 @@ def _delay(settings: Settings, causes: Causes) -> str:
     Causes in their order: without pages a request gets no slot, without a slot no prefill.
     """
     spec, steps, pages, held = settings.spec, causes.steps, causes.pages, causes.held
-    most = "; most step time is"
+    most = "; the largest part of step time is"
     if held["pages"] >= max(_NOTABLE, held["slots"]):
         return (
             f"KV pages bind: for {held['pages']:.0%} of step time requests waited while sequence slots "
@@ -82,7 +82,5 @@ def _delay(settings: Settings, causes: Causes) -> str:
             f"Imbalance binds: for {steps.waiting:.0%} of step time ranks wait for the slowest{reason}{most}"
         )
     if steps.idle >= 0.5:
-        return (
-            f"Nothing binds: for {steps.idle:.0%} of the time there was no step; most time of the others is"
-        )
+        return f"Nothing binds: for {steps.idle:.0%} of the time there was no step{most}"
     return f"Nothing delays requests for long{most}"
