@@ -35,8 +35,7 @@ from .slot_sampling import RowSettings, SlotSettings
 
 @dataclass(frozen=True)
 class Parts:
-    """What an executor works with. The model's weights are loaded; the collectives are built by
-    ``begin_epoch``.
+    """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the collectives.
 
     ``clock`` is that of the dispatcher; ``expert_bytes`` are the weights of one expert of one
     layer. ``grammars`` None: no request may have one.

@@ -67,9 +67,8 @@ def fit_pages(
     pages = limits.num_pages(num_bytes, page_bytes, page_size)
     if pages < 1:
         auto = f" = auto: of {free} free bytes" if limits.memory is None else ""
-        raise ValueError(
-            f"kv_cache.memory{auto}: {num_bytes} bytes hold no page of {page_bytes} bytes ({page_size} tokens)"
-        )
+        page = f"page of {page_bytes} bytes ({page_size} tokens)"
+        raise ValueError(f"kv_cache.memory{auto}: {num_bytes} bytes hold no {page}")
     return pages
 
 

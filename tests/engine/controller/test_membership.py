@@ -45,7 +45,7 @@ class Group:
 
     @property
     def epoch(self) -> int:
-        return self.pilot.group.epoch
+        return self.pilot.group.steps.epoch
 
     def conditions(self) -> list[str]:
         """The condition of each rank, as frontends are told."""
@@ -55,10 +55,10 @@ class Group:
 
     def owe(self, *ranks: int) -> None:
         """A plan is in flight, and ``ranks`` have not answered it."""
-        group = self.pilot.group
-        group.next_step += 1
+        steps = self.pilot.group.steps
+        steps.next_step += 1
         for rank in set(range(MESH.world)) - set(ranks):
-            group.acknowledged[rank] = group.next_step - 1
+            steps.acknowledged[rank] = steps.last_step
 
 
 @pytest.fixture

@@ -68,9 +68,9 @@ def test_a_recording_of_every_call_replays(tmp_path: Path) -> None:
         if turn == 10:
             pilot.begin_epoch([1])
         if turn == 15:
-            pilot.refused(Refused(0, pilot.group.epoch, 0, 3, 5))
+            pilot.refused(Refused(0, pilot.group.steps.epoch, 0, 3, 5))
         driver.turn()
-    assert pilot.planner.idle() and pilot.group.epoch == 2
+    assert pilot.planner.idle() and pilot.group.steps.epoch == 2
     pilot.submit(0, submit_of(11))
     driver.turn()
     pilot.fail_all()

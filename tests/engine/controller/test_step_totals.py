@@ -128,7 +128,8 @@ def test_a_phase_that_stays_empty_on_one_rank_says_so() -> None:
     )
     for phase in ("dispatch", "combine"):
         assert helps[f"lockstep:{phase}_seconds_total"].endswith("0 where all experts live on one rank")
-    assert "from the norm before them to their sum" in helps["lockstep:expert_seconds_total"]
+    expert_help = helps["lockstep:expert_seconds_total"]
+    assert "from the norm before the experts to the sum of their outputs" in expert_help
 
 
 def test_load_and_balance_of_experts(values: dict[str, float]) -> None:

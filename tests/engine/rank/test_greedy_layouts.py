@@ -43,8 +43,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tokens_by_rank(
     request: pytest.FixtureRequest, paths: dict[str, Path]
 ) -> list[dict[str, list[list[int]]]]:
-    """What every rank of a layout found: by family, the tokens of its prompts. One start of
-    processes serves a group of families.
+    """Tokens of each prompt by family, for every rank of a layout. One start of processes serves a
+    group of families.
     """
     (size, dispatch), group = request.param
     chosen = {family: paths[family] for family in group}

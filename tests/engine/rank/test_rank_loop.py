@@ -79,7 +79,7 @@ class Running:
         self._thread.start()
 
     def end(self, deadline: float = 30.0) -> object:
-        """What ``run`` returned or raised."""
+        """Waits for the end of ``run``. Gives its result or its exception."""
         self._thread.join(deadline)
         assert self._ended, f"the loop still runs after {deadline} s"
         return self._ended[0]
