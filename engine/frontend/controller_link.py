@@ -78,7 +78,7 @@ class ControllerLink:
         self._read()
 
     def _read(self) -> None:
-        receive, decode, on_message = self._socket.recv, self._decode, self._on_message
+        receive = self._socket.recv
         while not self._socket.closed:
             try:
                 frame = receive(zmq.NOBLOCK)
@@ -87,7 +87,7 @@ class ControllerLink:
             self._heard = time.monotonic()
             self.lost = False
             try:
-                on_message(decode(frame))
+                self._on_message(self._decode(frame))
             except Exception:  # the socket must be read until it is empty, even past a bad message
                 _log.exception("a message of %d bytes from the controller could not be handled", len(frame))
 

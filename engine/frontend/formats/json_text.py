@@ -25,7 +25,9 @@ def _search(pattern: re.Pattern[str]) -> Any:
     return until
 
 
-_to_structure, _in_string, _to_scalar_end = _search(_STRUCTURE), _search(_STRING), _search(_SCALAR_END)
+_to_structure = _search(_STRUCTURE)
+_in_string = _search(_STRING)
+_to_scalar_end = _search(_SCALAR_END)
 
 
 def decoded(text: str) -> Any:

@@ -147,7 +147,8 @@ def _body_schema(path: str) -> dict[str, Any]:
 
 def _generation(service: Service) -> APIRouter:
     router = APIRouter()
-    chats, completions = TypeAdapter(ChatRequest), TypeAdapter(CompletionRequest)
+    chats = TypeAdapter(ChatRequest)
+    completions = TypeAdapter(CompletionRequest)
 
     @router.post("/v1/chat/completions", openapi_extra=_body_schema("/v1/chat/completions"))
     async def chat_completions(request: Request) -> Response:

@@ -21,7 +21,7 @@ _PHASE_TEXTS = {
     "dispatch": "seconds a rank spent sending tokens to the ranks of their experts and waiting for"
     f" tokens sent to it; {_ONE_RANK}",
     "expert": "seconds a rank spent in its experts; where all live on one rank this is one call, from"
-    " the norm before the experts to the sum of their outputs",
+    " the norm before them to their sum",
     "combine": "seconds a rank spent returning the outputs of experts to their tokens and adding them"
     f" up; {_ONE_RANK}",
 }

@@ -56,7 +56,8 @@ class Histogram:
         self, family: HistogramMetricFamily, labels: Sequence[str], limit: float = float("inf")
     ) -> None:
         """Adds a sample to a family; bounds above ``limit`` are left to +Inf."""
-        total, buckets = 0, []
+        total = 0
+        buckets: list[tuple[str, float]] = []
         for bound, count in zip(self._bounds, self._counts, strict=False):
             total += count
             if bound <= limit:

@@ -169,5 +169,6 @@ class Generation:
     def _match(self, matcher: StopMatcher, text: str) -> str:
         text = matcher.push(text, armed=len(self.tokens) > self.submit.sampling.min_tokens)
         if matcher.matched is not None:
-            self.finish, self.stop_reason = "stop", matcher.matched
+            self.finish = "stop"
+            self.stop_reason = matcher.matched
         return text

@@ -68,7 +68,8 @@ class StopMatcher:
 
     def finish(self) -> str:
         """The text still held back when the sequence ends for another reason."""
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return held
 
     def _first(self, buffer: str) -> tuple[int, int, str] | None:

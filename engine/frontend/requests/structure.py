@@ -94,7 +94,8 @@ def _content(ask: Generate) -> tuple[str, Callable[[Lark], str]] | None:
     where the content is free.
     """
     if ask.structured_outputs is not None:
-        wanted, field = ask.structured_outputs, "structured_outputs"
+        field = "structured_outputs"
+        wanted = ask.structured_outputs
         if wanted.regex is not None:
             regex = wanted.regex
             return f"{field}.regex", lambda lark: lark.regex(regex)
