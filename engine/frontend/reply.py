@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from ..protocol.frontends import Submit
+from ..protocol.message import Sampling
 from ..text.tokenizer import Codec
 from .api.errors import ApiError
 from .open_requests import OpenRequests
@@ -17,7 +18,6 @@ from .requests.echo import Echo
 from .requests.generation import Generation
 from .requests.logprobs import chat_logprobs, text_logprobs
 from .requests.prepared import PreparedRequest, Prompt
-from .requests.sampling import with_seed
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -44,14 +44,14 @@ class Reply:
         self.error: ApiError | None = None
         self._request = request
         self._requests = requests
-        choices = product(request.prompts, range(request.num_choices))
+        choices = product(request.prompts, request.samplings)
         self.generations = [
-            self._generation(prompt, choice, index) for index, (prompt, choice) in enumerate(choices)
+            self._generation(prompt, sampling, index) for index, (prompt, sampling) in enumerate(choices)
         ]
         self._watcher = None if receive is None else loop.create_task(self._wait_for_disconnect(receive))
 
-    def _generation(self, prompt: Prompt, choice: int, index: int) -> Generation:
-        """The generation of choice number ``choice`` of a prompt, not yet submitted."""
+    def _generation(self, prompt: Prompt, sampling: Sampling, index: int) -> Generation:
+        """One choice of a prompt, not yet submitted."""
         request = self._request
         skip = request.skip_special_tokens
         parser = None if request.manner is None else request.manner.parser()
@@ -62,7 +62,7 @@ class Reply:
             prompt_i32=prompt.packed_i32,
             hashes_h128=prompt.hashes_h128,
             limit=len(prompt.ids) + prompt.max_tokens,
-            sampling=with_seed(request.sampling, choice),
+            sampling=sampling,
             priority=request.priority,
             grammar=request.grammar,
         )

@@ -18,7 +18,7 @@ from ..formats.choice import Manner
 from .conversation import continued, conversation_text
 from .model import ServedModel
 from .prepared import Outline, PreparedRequest, Prompt
-from .sampling import build_sampling, check_ids, output_budget, stop_rule
+from .sampling import build_samplings, check_ids, output_budget, stop_rule
 from .structure import grammar_of, refuse_without_end
 
 
@@ -50,8 +50,7 @@ def prepare(
     return PreparedRequest(
         outline=_outline(model.name, ask, request_id),
         prompts=prompts,
-        num_choices=ask.n or 1,
-        sampling=build_sampling(ask, model.defaults, model.vocab_size, stop),
+        samplings=build_samplings(ask, model.defaults, model.vocab_size, stop),
         stop=stop,
         manner=manner,
         grammar=grammar,

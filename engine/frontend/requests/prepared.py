@@ -39,17 +39,16 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """Ready to be submitted: ``num_choices`` generations for each prompt.
+    """Ready to be submitted: for each prompt one generation per choice.
 
-    ``sampling`` is that of each prompt's first choice. ``manner`` says how replies are parsed, None
-    where they are plain text. ``grammar`` is what replies must follow, empty where they are free.
-    ``echo``: the prompt is shown before the completion.
+    ``samplings`` are those of the choices, which differ in their seeds. ``manner`` says how replies
+    are parsed, None where they are plain text. ``grammar`` is what replies must follow, empty where
+    they are free. ``echo``: the prompt is shown before the completion.
     """
 
     outline: Outline
     prompts: list[Prompt]
-    num_choices: int
-    sampling: Sampling
+    samplings: list[Sampling]
     stop: StopRule
     manner: Manner | None = None
     grammar: str = ""
@@ -60,7 +59,7 @@ class PreparedRequest:
     @property
     def scores_prompt(self) -> bool:
         """The log-probabilities of the prompt's own tokens are asked for."""
-        return self.sampling.num_prompt_logprobs >= 0
+        return self.samplings[0].num_prompt_logprobs >= 0
 
     @property
     def needs_engine(self) -> bool:

@@ -65,14 +65,18 @@ def stop_rule(ask: GenerationRequest, defaults: Defaults, vocab_size: int) -> St
     return StopRule(named | ending, ending - named, tuple(ask.stops), include)
 
 
-def build_sampling(ask: GenerationRequest, defaults: Defaults, vocab_size: int, stop: StopRule) -> Sampling:
-    """The ``Sampling`` of the first choice. Raises ApiError for ids outside the vocabulary."""
+def build_samplings(
+    ask: GenerationRequest, defaults: Defaults, vocab_size: int, stop: StopRule
+) -> list[Sampling]:
+    """One ``Sampling`` per choice: each adds one to the seed. Raises ApiError for ids outside the
+    vocabulary.
+    """
     temperature = _pick(ask.temperature, defaults.temperature)
     if temperature != 0:
         temperature = max(temperature, MIN_TEMPERATURE)  # a smaller one overflows float32 logits
     top_k = max(0, _pick(ask.top_k, defaults.top_k))
     ids, values = _biases(ask.logit_bias, vocab_size)
-    return Sampling(
+    first = Sampling(
         temperature=temperature,
         top_p=_pick(ask.top_p, defaults.top_p),
         top_k=0 if top_k >= vocab_size else top_k,
@@ -88,13 +92,8 @@ def build_sampling(ask: GenerationRequest, defaults: Defaults, vocab_size: int, 
         bias_values_f32=np.array(values, "<f4").tobytes(),
         num_prompt_logprobs=ask.num_logprobs if ask.scores_prompt else -1,
     )
-
-
-def with_seed(sampling: Sampling, choice: int) -> Sampling:
-    """The sampling of choice number ``choice``: each adds one to the seed."""
-    if choice == 0:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % SEEDS)
+    others = range(1, ask.n or 1)
+    return [first, *(msgspec.structs.replace(first, seed=(first.seed + other) % SEEDS) for other in others)]
 
 
 def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults, field: str) -> int:

@@ -132,8 +132,7 @@ class World:
         request = PreparedRequest(
             outline=Outline("id", 1, "m", chat=True, **outline),
             prompts=[Prompt([1], b"", b"", 999)],
-            num_choices=1,
-            sampling=Sampling(),
+            samplings=[Sampling()],
             stop=StopRule(frozenset(), frozenset()),
         )
         self.reply = Reply(request, codec, self.requests)
