@@ -18,7 +18,7 @@ from ..formats.choice import Manner
 from .conversation import continued, conversation_text
 from .model import ServedModel
 from .prepared import Outline, PreparedRequest, Prompt
-from .sampling import build_samplings, check_ids, output_budget, stop_rule
+from .sampling import build_samplings, check_ids, stop_rule
 from .structure import grammar_of, refuse_without_end
 
 
@@ -45,12 +45,12 @@ def prepare(
     grammar = grammar_of(ask, manner, model.special_id, model.check)
     if grammar:
         refuse_without_end(model.defaults.eos_ids)
-    _check_min_tokens(ask, prompts)
     stop = stop_rule(ask, model.defaults, model.vocab_size)
+    samplings = build_samplings(ask, model.defaults, model.vocab_size, stop)
     return PreparedRequest(
         outline=_outline(model.name, ask, request_id),
         prompts=prompts,
-        samplings=build_samplings(ask, model.defaults, model.vocab_size, stop),
+        samplings=samplings,
         stop=stop,
         manner=manner,
         grammar=grammar,
@@ -108,18 +108,17 @@ def _prompt(
     model: ServedModel, limits: EngineLimits, ask: GenerationRequest, source: str | list[int]
 ) -> Prompt:
     """Encodes text or checks ids, fits them into the context, packs and hashes them."""
-    is_chat = isinstance(ask, ChatRequest)
-    field = "messages" if is_chat else "prompt"
     if isinstance(source, str):
-        # a chat template writes the special tokens itself
-        special = bool(ask.add_special_tokens) if is_chat else ask.add_special_tokens is not False
+        special = ask.add_special_tokens
+        if special is None:
+            special = not isinstance(ask, ChatRequest)  # a chat template writes them itself
         ids = model.codec.encode(source, special)
     else:
         ids = source
-        check_ids(ids, model.vocab_size, field)
+        check_ids(ids, model.vocab_size, "prompt")
     if not ids:
-        raise bad_request("The prompt is empty: at least one token is needed", field)
-    budget = output_budget(len(ids), ask.output_tokens, limits.max_len, model.defaults, field)
+        raise bad_request("The prompt is empty: at least one token is needed", _prompt_field(ask))
+    budget = _output_budget(model, limits, ask, len(ids))
     packed = np.array(ids, "<i4").tobytes()
     if not limits.page_size:
         return Prompt(ids, packed, b"", budget)
@@ -127,13 +126,33 @@ def _prompt(
     return Prompt(ids, packed, chain_hashes(root, packed, limits.page_size), budget)
 
 
-def _check_min_tokens(ask: GenerationRequest, prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
-        if ask.min_tokens and ask.min_tokens > prompt.max_tokens:
-            raise bad_request(
-                f"min_tokens {ask.min_tokens} is more than the {prompt.max_tokens} tokens that may follow",
-                "min_tokens",
-            )
+def _output_budget(model: ServedModel, limits: EngineLimits, ask: GenerationRequest, num_prompt: int) -> int:
+    """The number of tokens that may follow a prompt of ``num_prompt``."""
+    max_len = limits.max_len
+    asked = ask.output_tokens
+    context = f"This model's maximum context length is {max_len} tokens."
+    if num_prompt >= max_len + (asked == 0):
+        text = f"{context} However, the prompt has {num_prompt} tokens. Please shorten the prompt."
+        raise bad_request(text, _prompt_field(ask))
+    if asked is None:
+        most = model.defaults.max_new_tokens
+        room = max_len - num_prompt
+        budget = room if most is None else max(1, min(room, most))
+    elif num_prompt + asked > max_len:
+        parts = f"{num_prompt} in the prompt, {asked} for the completion"
+        text = f"{context} However, you requested {num_prompt + asked} tokens ({parts})."
+        raise bad_request(f"{text} Please shorten one of them.", "max_tokens")
+    else:
+        budget = asked
+    if ask.min_tokens and ask.min_tokens > budget:
+        text = f"min_tokens {ask.min_tokens} is more than the {budget} tokens that may follow"
+        raise bad_request(text, "min_tokens")
+    return budget
+
+
+def _prompt_field(ask: GenerationRequest) -> str:
+    """The field of a request that its prompt comes from."""
+    return "messages" if isinstance(ask, ChatRequest) else "prompt"
 
 
 def _outline(model_name: str, ask: GenerationRequest, request_id: str) -> Outline:

@@ -96,24 +96,6 @@ def build_samplings(
     return [first, *(msgspec.structs.replace(first, seed=(first.seed + other) % SEEDS) for other in others)]
 
 
-def output_budget(num_prompt: int, asked: int | None, max_len: int, defaults: Defaults, field: str) -> int:
-    """The number of tokens that may follow a prompt of ``num_prompt``. Raises ApiError, which names
-    the prompt's ``field``, where they do not fit ``max_len``.
-    """
-    limit = f"This model's maximum context length is {max_len} tokens."
-    if num_prompt >= max_len + (asked == 0):
-        text = f"{limit} However, the prompt has {num_prompt} tokens. Please shorten the prompt."
-        raise bad_request(text, field)
-    if asked is None:
-        room = max_len - num_prompt
-        return room if defaults.max_new_tokens is None else max(1, min(room, defaults.max_new_tokens))
-    if num_prompt + asked > max_len:
-        parts = f"{num_prompt} in the prompt, {asked} for the completion"
-        text = f"{limit} However, you requested {num_prompt + asked} tokens ({parts})."
-        raise bad_request(f"{text} Please shorten one of them.", "max_tokens")
-    return asked
-
-
 def check_ids(ids: list[int], vocab_size: int, param: str) -> None:
     """Raises ApiError where an id is outside the vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
