@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -29,22 +30,41 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 settings.register_profile("lockstep", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lockstep")
 
+HERE = Path(__file__).parent
 FIRST = ("launch", "serving", "engine")  # folders in the order of their longest tests
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups tests for the workers of pytest-xdist (``--dist loadgroup``), the longest first.
+    """Marks slow tests, and groups all for the workers of pytest-xdist, the longest first.
 
     Tests that start or share whole clusters, of Ray or of hosts, are a single group: one cluster at
     a time is as many processes as two cores carry. Others go by their files, whose fixtures they
-    share.
+    share (``--dist loadgroup``).
     """
+    _mark_slow_tests(config, items)
     items.sort(key=lambda item: (not _starts_clusters(item), _rank(item)))
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             group = "clusters" if _starts_clusters(item) else item.location[0]
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those that ``slow.txt`` names; an entry that names none of its file's tests is an error."""
+    names = {item: item.nodeid for item in items}
+    files = {name.partition("::")[0] for name in names.values()}
+    whole_files = not any("::" in argument for argument in config.args)
+    for line in (HERE / "slow.txt").read_text(encoding="utf-8").splitlines():
+        _, _, entry = line.partition(" ")
+        if line.startswith("#") or entry.partition("::")[0] not in files:
+            continue
+        pattern = re.compile(re.escape(entry).replace(r"\*", ".*") + r"($|::|\[)")
+        found = [item for item, name in names.items() if pattern.match(name)]
+        if whole_files and not found:
+            raise pytest.UsageError(f"tests/slow.txt: no test is called {entry}")
+        for item in found:
+            item.add_marker(pytest.mark.slow)
 
 
 def _starts_clusters(item: pytest.Item) -> bool:
@@ -53,5 +73,5 @@ def _starts_clusters(item: pytest.Item) -> bool:
 
 
 def _rank(item: pytest.Item) -> int:
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    folder = item.path.relative_to(HERE).parts[0]
     return FIRST.index(folder) if folder in FIRST else len(FIRST)

@@ -290,7 +290,6 @@ def test_a_held_request_sits_out_and_resumes() -> None:
     assert_served(world)
 
 
-@pytest.mark.slow
 def test_identical_events_give_identical_plans() -> None:
     def plans() -> list[object]:
         world = World(Mesh(data=2), pages=24, page_size=4, max_len=96)
