@@ -1,11 +1,13 @@
 """The index of cached blocks: (data index, block hash) -> page, as one vectorised hash table.
 
-Open addressing with linear probing over numpy arrays, so that a step's look-ups and insertions are
-a handful of array operations and no page is a Python object. The table holds pages alone: what a
-page is found under stands beside the other pages of its prompt, so that a look-up touches one place
-far away and not four. The table counts how many entries were moved past each place; a place that
-was given up is a tombstone, over which searches go on, only as long as that count is not zero.
-Probe lengths therefore stay short however long the table lives, and whatever stays in it.
+Open addressing with linear probing over numpy arrays: a step's look-ups and insertions are a
+handful of array operations, and no page is a Python object. The table holds only pages; a page's
+key is kept in arrays by page, next to the other pages of its prompt, so that a look-up touches one
+distant place instead of four.
+
+Each place counts the entries that were moved past it. A place whose entry is removed becomes a
+tombstone, which searches step over, only while that count is not zero. Probe lengths therefore
+stay short for however long the table lives.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ _TOMBSTONE = -2
 
 
 class BlockIndex:
-    """Maps (data index, hash) to a page id; all methods take equally long vectors.
+    """Maps (data index, hash) to a page; all methods take equally long vectors.
 
-    ``capacity`` is the largest number of entries (one per page at most); the table is kept at most
-    a quarter full. A block is looked for from its hash + its data index on, so that the places of
+    ``capacity`` is the largest number of entries, at most one per page; the table is at most a
+    quarter full. The search for a block starts at its hash + its data index, so that the places of
     one block on all data indices are neighbours.
     """
 
@@ -51,7 +53,7 @@ class BlockIndex:
     def insert(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
         """Enters pages [n], which have no entry yet, under (data [n], keys [n, 2]).
 
-        Returns which were new: a name that has an entry is left alone, and of equal names in one
+        Returns which were entered: an existing entry of that name stays, and of equal names in one
         call the last one wins.
         """
         key_a, key_b, home = keys[:, 0] ^ self._salt[data], keys[:, 1], self._home(data, keys)
@@ -88,9 +90,7 @@ class BlockIndex:
         return self._entry_of_page[pages] >= 0
 
     def names(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
-        """Whether the index knows each of pages [n] under just this (data, key); cheaper than
-        ``find``.
-        """
+        """Whether each of pages [n] is entered under its (data, key); cheaper than ``find``."""
         same: NDArray[np.bool_] = (self._key_a[pages] == keys[:, 0] ^ self._salt[data]) & (
             self._key_b[pages] == keys[:, 1]
         )
@@ -115,13 +115,13 @@ class BlockIndex:
         assert (self._page[passed == 0] != _TOMBSTONE).all(), "a tombstone is left behind"
 
     def _home(self, data: Int64, keys: UInt64) -> Int64:
-        """The entries that each of (data [n], keys [n, 2]) is looked for from."""
+        """The place at which the search for each of (data [n], keys [n, 2]) starts."""
         home: Int64 = (keys[:, 0].astype(np.int64) + data) & self._mask
         return home
 
     def _search(self, key_a: UInt64, key_b: UInt64, home: Int64) -> tuple[Int64, Int64]:
-        """Pages under keys [n], looked for from ``home`` [n] on, -1 where there is none; and the
-        first free place on the way to there.
+        """Searches keys [n] from ``home`` [n] on. Returns their pages, -1 where there is none, and
+        the first free place on the way.
         """
         found, free = np.full(len(home), -1, np.int64), home.copy()
         page = self._page[home]
@@ -140,9 +140,7 @@ class BlockIndex:
         return found, free
 
     def _pass(self, homes: NDArray[np.integer[Any]], entries: NDArray[np.integer[Any]], change: int) -> None:
-        """Counts entries [n] in, or out, at the places between where they are looked for from and
-        where they are.
-        """
+        """Adds ``change`` to the counts of all places between ``homes`` [n] and ``entries`` [n]."""
         distance = (entries - homes) & self._mask
         moved = distance.nonzero()[0]
         if moved.size:

@@ -1,4 +1,4 @@
-"""Chained hashes of token blocks: a block's hash names its tokens and everything before them."""
+"""Chained hashes of token blocks: a hash names a block's tokens and all tokens before them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The KV manager: one index over the page pools of all data indices.
 
-A page is free (on its pool's stack), referenced (by one or more rows) or cached (unreferenced,
-findable by hash, kept in least-recently-used order). Pages are numbered globally, ``data *
-max_pages + page``; the page id that goes to a rank is local. All bookkeeping is numpy: nothing here
-is a Python object per page or token.
+A page is free (on its pool's stack), referenced (by one or more rows) or cached (unreferenced, but
+found by its hash; evicted least recently used first). Pages have global ids; ranks know them by
+local ids within their pool. All bookkeeping is numpy: no Python object stands for a page or a
+token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PENDING = np.iinfo(np.int64).max
 """``written`` of a page that is reserved for a block but not yet scheduled to be computed."""
 
 _EVICT_SHARE = 32
-"""A pool that runs out evicts at least this fraction of itself, so that not every admission has to search."""
+"""A pool that runs out evicts at least 1 / 32 of itself, so that few admissions have to search."""
 
 _DEPTH_BITS = 20
 
@@ -27,8 +27,8 @@ _NO_PAGES = np.zeros(0, np.int64)
 
 
 class KVManager:
-    """Page pools, reference counts, the block index and eviction. ``num_pages[d]`` is the pool size
-    of data index d.
+    """Page pools, reference counts, the block index and eviction. ``num_pages`` [D] are the sizes
+    of the pools.
     """
 
     def __init__(self, num_pages: list[int], page_size: int, *, caching: bool = True) -> None:
@@ -65,12 +65,11 @@ class KVManager:
         return self.num_pages - self._top - self._cached
 
     def match(self, hashes: list[bytes], limits: list[int]) -> Int64:
-        """Leading blocks cached [prompt, data] of prompts with packed block hashes; at most
-        ``limits[i]`` blocks count.
+        """Numbers of leading blocks that are cached [prompt, data], at most ``limits`` [prompt].
 
-        Blocks that are announced but not yet written count too. The first block is looked up on
-        every data index; where it is found, the length of the prefix by bisection: a block is never
-        evicted before its successors, so presence falls monotonically along a chain.
+        ``hashes`` are packed; blocks that are announced but not yet written count. The first block
+        is looked up on every data index; where it is found, bisection gives the length of the
+        prefix, since a block is never evicted before its successors.
         """
         blocks = np.zeros((len(hashes), self.num_data), np.int64)
         asking = [i for i, limit in enumerate(limits) if limit > 0]
@@ -116,15 +115,15 @@ class KVManager:
         return np.concatenate([shared, pages]) if len(shared) else pages
 
     def short_of(self, wanted: Int64) -> Int64:
-        """Evicts until each data index has ``wanted`` [D] free pages; the data indices where that
-        failed.
+        """Evicts until each data index has ``wanted`` [D] free pages. Returns the data indices
+        without enough.
         """
         for data in np.flatnonzero(wanted > self._top):
             self._make_room(int(data), int(min(wanted[data], self._top[data] + self._cached[data])))
         return np.flatnonzero(wanted > self._top)
 
     def take_each(self, data: Int64) -> Int64:
-        """One fresh page (global id) for every entry of data [n], which ascends; room must have
+        """Takes a fresh page (global id) for every entry of data [n], which ascends. Room must have
         been made.
         """
         ordinal = np.arange(len(data)) - data.searchsorted(data)
@@ -135,11 +134,11 @@ class KVManager:
         return pages
 
     def release(self, data: Int64, counts: Int64, pages: Int64) -> None:
-        """Drops one reference of every page of some rows; hashed and written pages stay cached, the
-        rest is free.
+        """Drops one reference to every page of some rows. Pages that are hashed and written stay
+        cached, the others become free.
 
-        data [rows], counts [rows]: whose they are and how many; pages [counts.sum()]: those of a
-        row together, in block order.
+        data [rows], counts [rows]: data index and number of pages of each row. pages
+        [counts.sum()]: pages row by row, in block order.
         """
         rows, depth = ragged(counts)
         before = self._references[pages]
@@ -150,7 +149,7 @@ class KVManager:
         # Deeper blocks are older, so that eviction shortens prefixes from their end.
         self._stamp[pages] = (self._clock << _DEPTH_BITS) - depth
         idle = np.flatnonzero(left == 0)
-        if (before - left > 1).any():  # rows that shared pages: each page once
+        if (before - left > 1).any():  # rows shared pages: count each once
             idle = idle[np.unique(pages[idle], return_index=True)[1]]
         done, owner = pages[idle], data[rows[idle]]
         keep = self.index.holds(done) & (self.written[done] != PENDING)
@@ -163,16 +162,16 @@ class KVManager:
     # ----------------------------------------------------------------- content
 
     def announce(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
-        """Enters blocks under their hashes; returns which were new (a block that is already there
-        is not entered twice).
+        """Enters blocks under their hashes. Returns which were entered: a block that has a page on
+        its data index keeps it.
         """
         if not self.caching or not len(pages):
             return np.zeros(len(pages), np.bool_)
         return self.index.insert(data, keys, pages)
 
     def forget_unwritten(self, data: int, last_step: int) -> None:
-        """Drops from the index what was to be written on ``data`` after ``last_step``, cached pages
-        among it.
+        """Drops blocks from the index that were to be written on ``data`` after ``last_step``, also
+        cached ones.
         """
         pages = self._pool(data)
         lost = pages[self.index.holds(pages) & (self.written[pages] > last_step)]
@@ -240,7 +239,7 @@ class KVManager:
         self._push(data, np.sort(oldest)[::-1])
 
     def _push(self, data: int, pages: Int64) -> None:
-        """Frees pages (global ids) of ``data``; the last is the first to be taken again."""
+        """Frees pages (global ids) of ``data``; the last one is taken first."""
         top = int(self._top[data])
         self._stack[data, top : top + len(pages)] = self.local(pages)
         self._top[data] = top + len(pages)

@@ -16,8 +16,8 @@ def add64(first: int, second: int) -> int:
 
 
 def ragged(counts: Int64) -> tuple[Int64, Int64]:
-    """For lists of ``counts`` [n] elements laid end to end: the list each element is of, and its
-    place in it.
+    """For lists of ``counts`` [n] elements laid end to end: each element's list, and its index in
+    that list.
     """
     owners = np.repeat(np.arange(len(counts)), counts)
     return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]

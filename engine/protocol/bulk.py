@@ -6,9 +6,7 @@ from .message import Message, Stop
 
 
 class RankHello(Message, tag="hello", frozen=True):
-    """A rank has loaded its weights and sized its page pool. Sent on the bulk socket, once per
-    connection.
-    """
+    """A rank has loaded its weights and sized its page pool. Sent once per connection."""
 
     rank: int
     host: str

@@ -1,6 +1,4 @@
-"""The chain of plans as a rank follows it: each names its predecessor, and only the next one is
-executed.
-"""
+"""The chain of plans on a rank: each plan names its predecessor, and only the next is executed."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from .plan import StepPlan
 
 
 class Verdict(Enum):
-    """What to do with a plan: execute it, refuse it because of a gap, or ignore it as executed,
+    """The answer to a plan: execute it, refuse it because of a gap, or ignore it as executed,
     abandoned or of an old epoch.
     """
 
@@ -20,7 +18,7 @@ class Verdict(Enum):
 
 
 class Chain:
-    """Where a rank stands in its group's sequence of (epoch, step)."""
+    """A rank's position in its group's sequence of (epoch, step)."""
 
     def __init__(self) -> None:
         self.epoch = -1
@@ -28,7 +26,7 @@ class Chain:
         self._abandoned = False
 
     def judge(self, plan: StepPlan) -> Verdict:
-        """A rebase may be executed whatever came before; nothing of an abandoned epoch may."""
+        """Judges a plan. A rebase needs no predecessor; plans of an abandoned epoch are old."""
         header = plan.header
         if header.epoch < self.epoch or (
             header.epoch == self.epoch and (header.step <= self.last_step or self._abandoned)
@@ -38,7 +36,7 @@ class Chain:
         return Verdict.NEXT if follows or plan.section.rebase else Verdict.GAP
 
     def enter(self, epoch: int) -> bool:
-        """Whether a plan of ``epoch`` opens it."""
+        """Enters the epoch of a plan. Returns whether it is a new one."""
         opens = epoch != self.epoch
         if opens:
             self.epoch, self._abandoned = epoch, False
@@ -48,5 +46,5 @@ class Chain:
         self.last_step = step
 
     def abandon(self) -> None:
-        """The step in hand cannot be completed: wait for the next epoch."""
+        """The current step cannot be completed: only another epoch continues."""
         self._abandoned = True

@@ -10,9 +10,7 @@ from .arrays import Int64
 
 
 def page_terms(slots: Int64, indices: Int64, pages: Int64) -> NDArray[np.uint64]:
-    """One checksum term per page-table entry (slot, index in the table, page); they add up modulo
-    2^64.
-    """
+    """Checksum terms of page-table entries (slot, index in the table, page), summed modulo 2^64."""
     key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ (
         indices.astype(np.uint64) << np.uint64(28)
     )
@@ -20,6 +18,6 @@ def page_terms(slots: Int64, indices: Int64, pages: Int64) -> NDArray[np.uint64]
 
 
 def length_terms(slots: Int64, lengths: Int64) -> NDArray[np.uint64]:
-    """One checksum term per active slot; they add up modulo 2^64."""
+    """Checksum terms of active slots, summed modulo 2^64."""
     key: NDArray[np.uint64] = (slots.astype(np.uint64) << np.uint64(48)) ^ lengths.astype(np.uint64)
     return mix64(key ^ np.uint64(0xA5A5 << 40))

@@ -1,4 +1,4 @@
-"""The state of the cluster as the controller tells it, and a process's report to the launcher."""
+"""The state of the cluster, from the controller, and a process's report to the launcher."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class RankState(Message, frozen=True):
 
 
 class Totals(Message, frozen=True):
-    """What all steps have added up to since the controller started, for the metrics; see
+    """Sums over all steps since the controller started, for the metrics; see
     ``engine/controller/step_totals.py``.
 
-    ``plan_i64`` and ``step_i64`` count plans by their seconds and steps by their tokens, in the
-    buckets given there. ``tokens_i64`` are tokens [data], ``last_tokens_i64`` those of the last
-    step. ``rows`` were computed for them, padding included, ``dispatch_rows`` bounded for their
-    exchange. ``busy_f64`` and ``waited_f64`` are seconds [rank], ``phases_f64`` [rank, phase];
-    ``load_i64`` are tokens that experts computed [layer, rank], ``balancedness_f64`` [layer] the
-    mean over ranks through the largest, of the last report.
+    ``plan_i64`` and ``step_i64`` count plans by seconds and steps by tokens, in the buckets
+    ``PLAN_SECONDS`` and ``STEP_TOKENS``. ``tokens_i64`` are tokens [data], ``last_tokens_i64``
+    those of the last step. ``rows`` were computed for them, with padding; ``dispatch_rows`` bound
+    their exchange. ``busy_f64`` and ``waited_f64`` are seconds [rank], ``phases_f64`` [rank,
+    phase]. ``load_i64`` are tokens that experts computed [layer, rank]; ``balancedness_f64``
+    [layer] is mean load / maximum load over ranks, from the last report.
     """
 
     plan_i64: bytes = b""
@@ -54,10 +54,10 @@ class ClusterState(Message, tag="state", frozen=True):
     changes.
 
     ``phase`` is starting | serving | recovering | draining | drained | failed; ``reason`` says why
-    when not serving. While recovering a lost rank is being replaced: requests are taken and wait.
+    when not serving. While a lost rank is replaced (recovering), requests are accepted and wait.
     Counters count since the controller started. ``expert_i64`` is the expert load [layer, expert]
-    of the last report. ``number`` orders states. ``placement_i32`` says which experts live on which
-    rank: ``Placement.ranges``.
+    of the last report. ``number`` orders states. ``placement_i32`` is ``Placement.ranges``: the
+    experts of each rank.
     """
 
     phase: str
@@ -90,8 +90,8 @@ class Report(Message, frozen=True):
     """A line from a process to the launcher: ``phase`` is starting | compiling | loading | ready |
     failed | stopped.
 
-    ``detail`` is text for a person; ``fraction`` the progress of ``phase``; ``address`` where it
-    listens.
+    ``detail`` is text for a person, ``fraction`` the progress of ``phase``, ``address`` the
+    addresses that the process listens at.
     """
 
     role: str
@@ -104,7 +104,6 @@ class Report(Message, frozen=True):
     address: tuple[str, ...] = ()
 
 
+# Upper bounds of the buckets of ``Totals``.
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-
 PLAN_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.008, 0.016, 0.05, 0.1, 0.5)

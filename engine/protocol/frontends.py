@@ -8,11 +8,10 @@ from .results import PromptLogprobs
 
 
 class FrontendHello(Message, tag="frontend", frozen=True):
-    """A frontend joins. Its lease runs out when it stays silent for ``lease`` seconds (infinity:
-    never).
+    """A frontend joins. Its lease ends after ``lease`` seconds of silence (infinity: never).
 
-    ``life`` is drawn once by a process: another under the same name has taken the place of one that
-    died.
+    A process draws ``life`` once: another value under the same name is the successor of a process
+    that died.
     """
 
     name: str
@@ -23,11 +22,11 @@ class FrontendHello(Message, tag="frontend", frozen=True):
 class Submit(Message, tag="submit", frozen=True):
     """A request, tokenised and hashed. Submitting the same ``request_id`` again is harmless.
 
-    ``handle`` is the frontend's own number for it and names it in every later message.
+    ``handle`` is the frontend's own number for it in every later message.
     ``hashes_h128`` are the root and the chained hashes of the prompt's full pages
     (``engine/kv/hashing.py``), empty when prefix caching is off. ``limit`` counts prompt and output
-    tokens. ``grammar`` is what the output must follow, in the Lark dialect of llguidance; empty:
-    anything.
+    tokens. ``grammar`` constrains the output, in the Lark dialect of llguidance; empty: no
+    constraint.
     """
 
     handle: int
@@ -41,8 +40,8 @@ class Submit(Message, tag="submit", frozen=True):
 
 
 class Abort(Message, tag="abort", frozen=True):
-    """The client went away, or the frontend saw a stop string: free the request. Acknowledged by
-    FINISHED.
+    """Frees a request: its client has left, or the frontend saw a stop string. A ``TokenBatch``
+    entry with ``Finish.ABORT`` acknowledges it.
     """
 
     handle: int
@@ -53,8 +52,8 @@ class Heartbeat(Message, tag="heartbeat", frozen=True):
 
 
 class Drain(Message, tag="drain", frozen=True):
-    """Accept nothing more, finish what runs within ``deadline`` seconds, then say so in
-    ``ClusterState``.
+    """Ends service: accept no request, finish running ones within ``deadline`` seconds, then report
+    it in ``ClusterState``.
     """
 
     deadline: float
@@ -68,9 +67,7 @@ class RankLost(Message, tag="lost", frozen=True):
 
 
 class HandleLogprobs(Message, frozen=True):
-    """``RowLogprobs`` for a frontend: ``position`` is the index among the request's output
-    tokens.
-    """
+    """``RowLogprobs`` for a frontend; ``position`` counts the request's output tokens."""
 
     handle: int
     position: int
@@ -83,8 +80,8 @@ class TokenBatch(Message, tag="tokens", frozen=True):
     """All tokens of a step for one frontend: n entries, tokens ragged over ``counts_i32``.
 
     ``positions_i32`` is the index of the entry's first token among the request's output tokens, so
-    that a frontend drops what it already has. ``finish_u8`` is a ``Finish`` per entry; an entry may
-    carry no token.
+    that a frontend can drop tokens that it has. ``finish_u8`` is a ``Finish`` per entry; an entry
+    may carry no token.
     """
 
     step: int
@@ -97,15 +94,15 @@ class TokenBatch(Message, tag="tokens", frozen=True):
 
 
 class Started(Message, tag="started", frozen=True):
-    """Requests that have left the queue: parallel vectors of handle and cached prompt tokens."""
+    """Requests that have left the queue: vectors of handles and of cached prompt tokens."""
 
     handles_i64: bytes
     cached_i32: bytes
 
 
 class Rejected(Message, tag="rejected", frozen=True):
-    """A request that was not accepted: an HTTP ``status`` (400 or 503) and the reason, in the
-    user's words.
+    """A request that was not accepted: an HTTP ``status`` (400 or 503) and a reason for the
+    user.
     """
 
     handle: int

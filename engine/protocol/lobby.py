@@ -1,4 +1,4 @@
-"""Where a starting process tells the launcher how far it is."""
+"""Progress reports of a starting process to the launcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .specs import LobbySpec
 
 
 class Lobby:
-    """The child's end of the lobby: a PUSH socket to the launcher. Without a spec every report is
+    """A process's end of the lobby: a PUSH socket to the launcher. Without a spec, reports are
     dropped.
 
     Not thread-safe. ``close`` waits up to two seconds for the last report to leave, so that a

@@ -14,12 +14,13 @@ class Message(msgspec.Struct, array_like=True, gc=False, frozen=True):
 
 
 class Sampling(Message, frozen=True):
-    """How the tokens of one request are drawn. Values are valid: the frontend has checked them.
+    """Sampling parameters of one request; the frontend has checked them.
 
-    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``num_logprobs`` is
-    -1 for none, 0 for the chosen token alone, n for the n likeliest beside it. ``stop_i32`` are the ids
-    that end the sequence (end-of-sequence ids unless the request ignores them); they are masked until
-    ``min_tokens`` have been sampled. ``num_prompt_logprobs`` is as ``num_logprobs``, for every token of the prompt but the first.
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``num_logprobs``
+    is -1 for none, 0 for the chosen token alone, n for the top n beside it;
+    ``num_prompt_logprobs`` is the same for every prompt token but the first. ``stop_i32`` are the
+    ids that end the sequence (end-of-sequence ids unless the request ignores them); they are masked
+    until ``min_tokens`` have been sampled.
     """
 
     temperature: float = 1.0
@@ -39,13 +40,13 @@ class Sampling(Message, frozen=True):
 
 
 class Stop(Message, tag="stop", frozen=True):
-    """Leave cleanly: finish the step in hand, close sockets, exit 0."""
+    """Asks a process to end cleanly: finish the step, close sockets, exit 0."""
 
     reason: str = ""
 
 
 class Finish(IntEnum):
-    """Why a request ended; 0 while it runs."""
+    """The reason why a request ended; 0 while it runs."""
 
     NONE = 0
     STOP = 1

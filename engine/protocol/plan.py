@@ -1,15 +1,14 @@
-"""The wire types: everything the processes of a cluster say to each other.
+"""The plan of a step, from the controller to ranks.
 
 Messages are ``msgspec`` structs in msgpack, encoded as arrays. Vectors travel as packed
-little-endian bytes and never as lists; the suffix of a field names its layout:
+little-endian bytes, never as lists; the suffix of a field names their layout:
 
     _i32   int32[n]             _pairs   int32[n, 2]
     _i64   int64[n]             _f32     float32[n]
     _u8    uint8[n]             _h128    16 bytes per hash
 
-A *row* is a running sequence of one step; rows of a section are ordered: decoding slots in
-ascending order, then ``extend`` in the order given. See ``engine/protocol/slot_table.py`` for what
-a section does to a rank.
+A *row* is a running sequence in one step. Rows of a section are ordered: decoding slots ascending,
+then ``extend`` in the order given. ``engine/protocol/slot_table.py`` applies a section to a rank.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from .message import Message, Sampling
 
 
 class Admit(Message, frozen=True):
-    """Puts a staged prompt into a free sequence slot.
+    """Puts a preloaded prompt into a free sequence slot.
 
-    The prompt of ``staged`` holds the request's own prompt and, after a preemption or a replay, the
-    ``num_emitted`` tokens sampled before; KV of its first ``num_cached`` tokens is already in
-    ``pages_i32``. The slot samples positions up to ``limit`` - 1 (``limit`` counts prompt and
-    output): none when that is all of the prompt.
+    The prompt ``staged`` is the request's own and, after a preemption or a replay, the
+    ``num_emitted`` tokens sampled before. KV of its first ``num_cached`` tokens is already in
+    ``pages_i32``. ``limit`` counts prompt and output: the slot samples positions up to ``limit`` -
+    1, none when the prompt has them all.
     """
 
     slot: int
@@ -38,9 +37,7 @@ class Admit(Message, frozen=True):
 
 
 class Copy(Message, frozen=True):
-    """An asynchronous page copy between the pools of two data indices; ``id`` is acknowledged by
-    both.
-    """
+    """An asynchronous page copy between the pools of two data indices; both acknowledge ``id``."""
 
     id: int
     source: int
@@ -50,8 +47,8 @@ class Copy(Message, frozen=True):
 
 
 class Move(Message, frozen=True):
-    """Starts receiving one expert's weights into a staging slot (two-phase: landed, then
-    commit).
+    """Starts to receive one expert's weights into a staging slot; a ``Commit`` follows once they
+    have landed.
     """
 
     id: int
@@ -70,9 +67,7 @@ class Commit(Message, frozen=True):
 
 
 class Mode(IntEnum):
-    """The dispatch shape of a step: every section decodes one token per row, or some row
-    prefills.
-    """
+    """The dispatch shape of a step: each row decodes one token, or some rows prefill."""
 
     DECODE = 0
     MIXED = 1
@@ -82,9 +77,9 @@ class Header(Message, frozen=True):
     """The part of a plan that all ranks of the group share.
 
     ``predecessor`` is the step before this one in the chain; a rank refuses a plan on a gap.
-    ``capacity`` bounds the tokens any rank dispatches, ``cohort`` names the pipeline cohort whose
+    ``capacity`` bounds the tokens that any rank dispatches. ``cohort`` is the pipeline cohort whose
     slots (slot modulo the number of cohorts) take part. ``checksum`` asks for a checksum of the
-    state after the step.
+    state after the step, ``counts`` for expert loads and phases since the last such step.
     """
 
     group: int
@@ -102,11 +97,11 @@ class Header(Message, frozen=True):
 
 
 class Section(Message, frozen=True):
-    """What one data-parallel rank does in a step, applied in the order of the fields.
+    """The part of one data index in a step, applied in the order of the fields.
 
-    ``rebase`` clears every slot first, and every staged prompt below ``staged_from``: plans that
+    ``rebase`` first clears every slot, and every preloaded prompt below ``staged_from``: plans that
     were to admit them may never have been executed. ``extend_pairs`` are (slot, prompt tokens to
-    compute now). ``bucket`` bounds the tokens of the section (rows after padding).
+    compute now). ``bucket`` bounds the tokens of the section, padding included.
     """
 
     rebase: bool = False
@@ -124,7 +119,7 @@ class Section(Message, frozen=True):
 
 
 class StepPlan(Message, frozen=True):
-    """A header and the section of the data index it is sent to. On the socket: two frames."""
+    """A header and the section of the recipient's data index: two frames on the socket."""
 
     header: Header
     section: Section

@@ -1,4 +1,4 @@
-"""Messages from a rank about a step: its result, or why there is none."""
+"""Messages from a rank about a step: its result, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from .message import Message
 
 
 class RowLogprobs(Message, frozen=True):
-    """Log-probabilities of one sampled token: ``row`` and ``index`` within the row's tokens of this
-    step.
-    """
+    """Log-probabilities of one sampled token, the ``index``-th of its ``row`` in this step."""
 
     row: int
     index: int
@@ -18,12 +16,12 @@ class RowLogprobs(Message, frozen=True):
 
 
 class PromptLogprobs(Message, tag="prompt", frozen=True):
-    """Log-probabilities of a request's own prompt tokens from ``position`` (at least 1) on: theirs
-    [n], and ids and values [n, top] of the likeliest at each. ``of`` is the chunk by its place in
-    ``extend`` where a rank reports, the handle where a frontend is told.
+    """Log-probabilities of prompt tokens from ``position`` (at least 1) on: one per token [n], and
+    ids and values of the top alternatives [n, top]. From a rank, ``of`` is the chunk's index in
+    ``extend``; to a frontend, it is the handle.
 
-    A token takes 4 + 8 x top bytes: 512 of them with the top 5 are 22,549 bytes, more than a step's
-    message may have, so that the planner cuts the chunks of such prompts (``step_builder``).
+    A token takes 4 + 8 x top bytes: 512 tokens with the top 5 are 22,549 bytes, more than a step's
+    message may have, so ``engine/planner/prefill.py`` cuts the chunks of such prompts.
     """
 
     of: int
@@ -34,14 +32,13 @@ class PromptLogprobs(Message, tag="prompt", frozen=True):
 
 
 class StepResult(Message, tag="result", frozen=True):
-    """What a rank did in a step.
+    """The result of a step on a rank.
 
     ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty:
     one each). ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is
     the time of the step on the rank, ``waited`` the part of it spent waiting in collectives.
-    ``expert_i64`` are token counts [layer, own slot], empty unless asked for, and ``phases_f32``
-    the seconds spent in each of ``moe.phases``; both are of all steps since they were last asked
-    for.
+    ``expert_i64`` are token counts [layer, own slot] and ``phases_f32`` the seconds in each of
+    ``moe.phases``, both over all steps since a header last asked for them; otherwise empty.
     """
 
     group: int
@@ -63,9 +60,7 @@ class StepResult(Message, tag="result", frozen=True):
 
 
 class Refused(Message, tag="refused", frozen=True):
-    """A rank could not follow the chain: it has executed ``last_step`` and was sent something
-    else.
-    """
+    """A rank could not follow the chain: it has executed ``last_step`` and received ``step``."""
 
     group: int
     epoch: int
@@ -75,8 +70,8 @@ class Refused(Message, tag="refused", frozen=True):
 
 
 class Abandoned(Message, tag="abandoned", frozen=True):
-    """A rank is well but could not finish ``step``, because a peer did not answer: it waits for the
-    next epoch.
+    """A rank could not finish ``step`` because a peer did not answer. It waits for the next
+    epoch.
     """
 
     group: int

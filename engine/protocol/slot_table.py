@@ -1,8 +1,7 @@
-"""The sequence slots of one rank: what a section does to them, and which rows a step computes.
+"""The sequence slots of one rank: applies sections and gives the rows that a step computes.
 
-The rank keeps one ``SlotTable`` as the host copy of its state; the controller's planner keeps the
-same facts for all ranks as arrays. Both must agree after every step, which ``checksum`` compares.
-No torch here.
+A rank keeps one ``SlotTable`` as the host copy of its state; the planner keeps the same facts for
+all ranks as arrays. Both must agree after every step, which ``checksum`` compares. No torch here.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from .plan import Admit, Header, Section
 class Rows:
     """The rows of one step, in result order: decoding slots ascending, then extends as given.
 
-    slots [R]: the slot of each row. starts [R]: its length before the step. counts [R]: tokens it
-    computes. ends [R]: their sum. samples [R]: whether it samples (decode rows, and extends that
-    reach the end of their prompt).
+    slots [R]: the slot of each row. starts [R]: its length before the step. counts [R]: tokens that
+    it computes. ends [R]: starts + counts. samples [R]: whether it samples (decoding rows, and
+    extends that reach the end of their prompt).
     """
 
     slots: Int64
@@ -41,9 +40,9 @@ class Rows:
 class SlotTable:
     """Slots [0, num_slots) with page tables of up to ``max_pages`` entries.
 
-    ``length`` counts tokens whose KV has been computed; ``prompt`` the tokens staged at admission.
-    A slot with length < prompt waits for ``extend``; otherwise it decodes one token in every step
-    of its cohort unless held.
+    ``length`` counts tokens whose KV has been computed, ``prompt`` the tokens of the preloaded
+    prompt. A slot with length < prompt waits for ``extend``; otherwise it decodes one token in
+    every step of its cohort, unless held.
     """
 
     def __init__(self, num_slots: int, max_pages: int, num_cohorts: int = 1) -> None:
@@ -59,11 +58,10 @@ class SlotTable:
         self._cohort = np.arange(num_slots) % num_cohorts
 
     def apply(self, section: Section, prompt_lengths: dict[int, int]) -> list[Admit]:
-        """Applies everything but ``extend``; ``prompt_lengths`` maps a staged id to its number of
-        tokens.
+        """Applies all fields but ``extend``; ``prompt_lengths`` are tokens of preloaded prompts.
 
         Returns the admissions, for the owner to set up tensors. Raises AssertionError on a plan
-        that contradicts the state, which is always a bug of the planner or of the chain.
+        that contradicts the state: a bug of the planner or of the chain.
         """
         if section.rebase:
             self.active[:] = False
@@ -81,7 +79,7 @@ class SlotTable:
         return list(section.admit)
 
     def rows(self, header: Header, section: Section) -> Rows:
-        """The rows this step computes, after ``apply``."""
+        """The rows that this step computes, after ``apply``."""
         ready = self.length >= self.prompt
         ready &= self.active
         ready &= ~self.held
@@ -99,20 +97,18 @@ class SlotTable:
         return Rows(slots, starts, counts, samples, len(decode))
 
     def advance(self, rows: Rows, emitted: Int64) -> None:
-        """Moves lengths past a step. emitted [R]: sampled tokens per row (0 for rows that do not
-        sample).
+        """Moves lengths past a step. emitted [R]: sampled tokens per row, 0 for rows that do not
+        sample.
 
-        A decode row's length grows by what it emitted (1, or more when drafts are accepted, 0 at
-        its limit); an extend's by the prompt tokens it computed.
+        The length of a decoding row grows by its emitted tokens (1, or more when drafts are
+        accepted, 0 at its limit), that of an extend by the prompt tokens it computed.
         """
         grow = rows.counts.copy()
         grow[: rows.num_decode] = emitted[: rows.num_decode]
         self.length[rows.slots] += grow
 
     def checksum(self) -> int:
-        """Checksum over active slots, lengths and page tables (``page_terms``,
-        ``length_terms``).
-        """
+        """Checksum over active slots, lengths and page tables."""
         slots = np.nonzero(self.active)[0].astype(np.int64)
         total = length_terms(slots, self.length[slots]).sum(dtype=np.uint64)
         owners, indices = ragged(self.num_pages[slots])

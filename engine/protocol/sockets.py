@@ -1,7 +1,7 @@
 """Encoding of messages and the ZeroMQ sockets they travel on.
 
-Every socket is CURVE-encrypted: the controller accepts the client keys that the launcher handed out
-and nobody else. Plans are two frames (header shared by the group, section of the recipient);
+Every socket is CURVE-encrypted: the controller accepts only the client keys that the launcher
+handed out. Plans are two frames (header shared by the group, section of the recipient);
 everything else is one.
 """
 
@@ -19,7 +19,7 @@ from .specs import Keys
 
 T = TypeVar("T")
 
-ABSENCE_SECONDS = 10.0  # who neither closes a connection nor answers for this long is gone
+ABSENCE_SECONDS = 10.0  # a peer that neither closes a connection nor answers for so long is gone
 _HEARTBEAT_SECONDS = 2.0
 
 _encoder = msgspec.msgpack.Encoder()
@@ -43,7 +43,7 @@ def new_keypair() -> tuple[str, str]:
 def server_socket(
     context: zmq.Context[zmq.Socket[bytes]], kind: int, public: str, secret: str
 ) -> zmq.Socket[bytes]:
-    """An unbound CURVE server socket; which clients may connect is decided by ``authenticate``."""
+    """An unbound CURVE server socket; ``authenticate`` decides which clients may connect."""
     socket = context.socket(kind)
     socket.curve_server = True
     socket.curve_publickey = public.encode()
@@ -71,20 +71,20 @@ def client_socket(
 
 
 def rank_identity(rank: int) -> bytes:
-    """How a rank names itself to the ROUTER sockets."""
+    """A rank's identity on ROUTER sockets."""
     return b"r%d" % rank
 
 
 def keep_watch(socket: zmq.Socket[bytes]) -> None:
-    """Before it binds or connects: connections end when the other side has not answered for
-    ``ABSENCE_SECONDS``.
+    """Ends connections whose other side has not answered for ``ABSENCE_SECONDS``. Call it before
+    the socket binds or connects.
     """
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * _HEARTBEAT_SECONDS))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ABSENCE_SECONDS))
 
 
 class AllowedKeys:
-    """Credentials provider for ``zmq.auth``: exactly the public keys the launcher handed out."""
+    """Credentials provider for ``zmq.auth``: the public keys that the launcher handed out."""
 
     def __init__(self, allowed: tuple[str, ...]) -> None:
         self._allowed = {key.encode() for key in allowed}

@@ -1,5 +1,5 @@
-"""What the launcher tells each process when it starts it: frozen structs, passed as JSON on
-standard input.
+"""Start parameters of each process: frozen structs, which the launcher passes as JSON on standard
+input.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of the planner; the first two are per data-parallel rank."""
+    """Bounds of the planner; the first two hold per data index."""
 
     max_batch_tokens: int = 8192
     max_running: int = 128
@@ -31,8 +31,8 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a controller needs to start. Port 0 binds a free port; the address is reported to the
-    lobby.
+    """Parameters of a controller, which binds free ports of ``host`` and reports its addresses to
+    the lobby.
     """
 
     host: str
@@ -50,9 +50,8 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank needs to start. ``kv_memory`` is bytes of page pool, None to size it from what is
-    free. ``fp8_experts``: experts stay in the FP8 of the checkpoint; all else is held in
-    ``dtype``.
+    """Parameters of a rank. ``kv_memory``: bytes of the page pool, None for a share of free memory.
+    ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
     """
 
     rank: int
@@ -79,8 +78,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Where frontends get their connections: a Unix packet socket in the abstract namespace, and
-    the word that opens it.
+    """The source of frontends' connections: a Unix packet socket in the abstract namespace, and
+    the token that opens it.
     """
 
     address: str
@@ -88,10 +87,9 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a frontend needs to start; ``kv_format`` goes into prompt hashes.
+    """Parameters of a frontend. ``kv_format`` goes into prompt hashes.
 
-    ``index`` numbers the frontends behind a port; one that is restarted has the number and the name
-    of the one before it.
+    ``index`` numbers the frontends behind a port; a restarted one keeps its index and its name.
     """
 
     name: str
@@ -111,7 +109,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LobbySpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a starting process reports to the launcher (a PULL socket with CURVE)."""
+    """The launcher's PULL socket, to which starting processes report."""
 
     address: str
     keys: Keys

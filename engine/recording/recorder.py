@@ -1,5 +1,4 @@
-"""Records what a planner is told and what it decides, so that an incident replays offline, step by
-step.
+"""Records the calls of a planner and its plans, so that an incident replays offline, step by step.
 
 A recording is a sequence of msgpack records: first a ``Heading`` with the planner's settings, then
 one array per call, (name, arguments). A plan is recorded as the digest of its bytes, which
@@ -28,8 +27,9 @@ _BUFFER = 1 << 20  # bytes
 
 
 class Heading(msgspec.Struct, frozen=True):
-    """What a recording begins with: the version that made it, the planner's Settings encoded, and
-    their digest, which tells whether another version reads them as they were meant.
+    """The first record: the version that made the recording, the planner's encoded Settings, and
+    their digest. A digest that differs when they are encoded again shows that another version reads
+    them differently.
     """
 
     version: str
@@ -38,13 +38,13 @@ class Heading(msgspec.Struct, frozen=True):
 
 
 class Mismatch(AssertionError):
-    """A replay cannot be what was recorded: the planner has changed since, or is not pure, or the
-    file is something else.
+    """A replay differs from its recording: the planner has changed, or is not pure, or the file is
+    no recording.
     """
 
 
 def digest(plan: GroupPlan | None) -> bytes:
-    """Names a plan by content; empty for no plan."""
+    """A digest of a plan's content; empty for no plan."""
     if plan is None:
         return b""
     state = hashlib.blake2b(encode(plan.header), digest_size=16)
@@ -54,11 +54,11 @@ def digest(plan: GroupPlan | None) -> bytes:
 
 
 class Recorder:
-    """Writes a recording; the owner calls it beside the planner. ``flush`` belongs off the critical
+    """Writes a recording; the owner calls it beside the planner, and ``flush`` off the critical
     path.
 
-    Serving does not depend on it: where the disk takes no more, ``failure`` says why, and the
-    recording ends with what was written.
+    Serving does not depend on it: when writing fails, ``failure`` says why, and the recording ends
+    there.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -69,7 +69,7 @@ class Recorder:
         self._write(msgspec.msgpack.encode(Heading(__version__, _digest(encoded), msgspec.Raw(encoded))))
 
     def event(self, name: str, *arguments: object) -> None:
-        """One call of the planner, by the name of its method."""
+        """Records one call of the planner, by the name of its method."""
         self._write(msgspec.msgpack.encode((name, arguments)))
 
     def plan(self, plan: GroupPlan | None) -> None:
@@ -95,11 +95,10 @@ class Recorder:
 
 
 def replay(path: Path) -> Iterator[tuple[Planner, GroupPlan]]:
-    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch where a plan
-    differs or a record is not understood, with the step and what is known of the planner that made
-    it.
+    """Replays a recording and yields (planner, plan) after every plan. Raises Mismatch when a plan
+    differs or a record is not understood, with the step and known differences between planners.
 
-    A recording that was cut off in the middle of a record ends there.
+    A recording that was cut off within a record ends there.
     """
     records = _records(path)
     try:
@@ -130,7 +129,7 @@ def _digest(settings: bytes) -> bytes:
 
 
 def _difference(heading: Heading, settings: Settings | None) -> str:
-    """What differs between the planner that was recorded and this one, as the end of a sentence."""
+    """Known differences between the recorded planner and this one, as the end of a sentence."""
     found = []
     if heading.version != __version__:
         found.append(f"; it was recorded by version {heading.version}, this is {__version__}")
@@ -149,7 +148,7 @@ def _records(path: Path) -> Iterator[bytes]:
 
 
 def _repeat(planner: Planner, record: bytes) -> GroupPlan | None:
-    """Makes a recorded call; returns the plan if it was one for a plan."""
+    """Repeats a recorded call. Returns the plan if the call asked for one."""
     name, arguments = msgspec.msgpack.decode(record)
     if name != "plan":
         _apply(planner, name, arguments)

@@ -1,5 +1,5 @@
 """``python -m lockstep.engine.recording.replay FILE``: replays a recording and prints each step.
-Exit status 1 where it does not replay.
+Exit status 1 when the replay differs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ def main() -> None:
     try:
         steps = _print_steps(arguments.file)
     except (Mismatch, OSError) as error:
-        raise SystemExit(
-            f"{arguments.file}: {error.strerror if isinstance(error, OSError) else error}"
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SystemExit(f"{arguments.file}: {reason}") from None
     print(f"{steps} plans replayed, all as recorded")
 
 
@@ -29,9 +28,10 @@ def _print_steps(path: Path) -> int:
         group = planner.group
         admitted = sum(len(section.admit) for section in plan.sections.values())
         prefill = sum(len(section.extend_pairs) // 8 for section in plan.sections.values())
+        header, running = plan.header, int(group.num_running().sum())
         print(
-            f"epoch {plan.header.epoch} step {plan.header.step}: capacity {plan.header.capacity}, admitted {admitted}, "
-            f"prefilling {prefill}, running {int(group.num_running().sum())}, waiting {len(group.queue)}, "
+            f"epoch {header.epoch} step {header.step}: capacity {header.capacity}, admitted {admitted}, "
+            f"prefilling {prefill}, running {running}, waiting {len(group.queue)}, "
             f"pages {int(group.kv.used().sum())}"
         )
         steps += 1

@@ -32,7 +32,7 @@ def test_agrees_with_a_dict(script: list[tuple[bool, list[tuple[int, int]]]]) ->
             pages = np.array([free.pop() for _ in names], np.int64)
             taken = index.insert(data, keys, pages)
             for name, page, took in zip(names, pages.tolist(), taken.tolist(), strict=True):
-                # Of equal names in one call any one may win, but exactly one.
+                # Exactly one of equal names in one call wins.
                 if took:
                     assert name not in model
                     model[name] = page
@@ -61,8 +61,8 @@ def test_long_use_keeps_the_table_clean() -> None:
 
 
 def test_the_table_does_not_fill_up_beside_entries_that_stay() -> None:
-    """Entries that come and go before one that stays leave nothing behind that a search would have
-    to walk over.
+    """Entries that come and go before one that stays leave no tombstones that a search would have
+    to step over.
     """
     index = BlockIndex(64, 1)
     random = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_the_table_does_not_fill_up_beside_entries_that_stay() -> None:
     for turn in range(5000):
         index.insert(zero, as_keys(random.bytes(16)), zero + 32 + turn % 2)
         index.remove(zero + 32 + (turn + 1) % 2)
-        assert np.count_nonzero(index._page == -2) <= 34, "searches walk over what is gone"
+        assert np.count_nonzero(index._page == -2) <= 34, "searches step over removed entries"
     index.check()
 
 
@@ -85,7 +85,7 @@ def test_a_full_index_in_which_some_entries_stay_keeps_its_searches_short() -> N
         index.insert(np.zeros(32, np.int64), as_keys(random.bytes(16 * 32)), gone)
     index.check()
     assert np.count_nonzero(index._page == -2) < 250
-    assert index._passed.sum() < 600, "entries are far from where they are looked for"
+    assert index._passed.sum() < 600, "entries are far from the start of their search"
 
 
 def test_equal_hashes_on_two_data_indices_are_two_blocks() -> None:

@@ -16,13 +16,13 @@ def chain(seed: int, length: int) -> bytes:
 
 
 def release(manager: KVManager, *rows: tuple[int, Int64]) -> None:
-    """Lets go of rows, each of a data index and with its pages."""
+    """Releases rows, each given by its data index and its pages."""
     data, pages = [data for data, _ in rows], [pages for _, pages in rows]
     manager.release(np.array(data), np.array([len(own) for own in pages]), np.concatenate(pages))
 
 
 def cache(manager: KVManager, data: int, hashes: bytes) -> None:
-    """Computes a prompt of full blocks and lets it go."""
+    """Computes a prompt of full blocks and releases it."""
     keys = as_keys(hashes)
     pages = manager.reserve(data, NONE, len(keys))
     assert pages is not None
@@ -31,7 +31,7 @@ def cache(manager: KVManager, data: int, hashes: bytes) -> None:
     release(manager, (data, pages))
 
 
-def test_what_was_computed_is_found_on_its_data_index_alone() -> None:
+def test_computed_blocks_are_found_on_their_data_index_only() -> None:
     manager = KVManager([20, 20], 4)
     keys = chain(1, 6)
     cache(manager, 1, keys)
@@ -118,7 +118,7 @@ def test_a_page_released_twice_is_noticed() -> None:
         release(manager, (0, pages))
 
 
-def test_what_was_never_written_is_not_kept() -> None:
+def test_unwritten_blocks_are_not_kept() -> None:
     manager = KVManager([8], 4)
     keys = chain(1, 3)
     pages = manager.reserve(0, NONE, 3)

@@ -1,4 +1,4 @@
-"""The fit of the cost model, above all from sections that are alike and so tell little."""
+"""The fit of the cost model, above all from sections that are alike and tell little."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from lockstep.engine.planner.cost_model import Cost, CostModel
 
 GPU = Cost(fixed=0.012, token=4e-5, kv=3e-7, context=2.5e-9)
-"""Coefficients whose parts of a step are as different from the default's as a GPU's are."""
+"""Coefficients of a GPU, whose terms of a step differ much from the default's."""
 
 
 def told(
@@ -60,15 +60,15 @@ def test_sections_of_all_kinds_tell_the_coefficients() -> None:
 def test_sections_that_are_alike_make_no_coefficient_vanish(
     sections: list[tuple[float, float, float]], before: int, noise: float
 ) -> None:
-    """A token that costs nothing would make every rank equally quick, and admission send a whole
-    burst to the first.
+    """If a token cost nothing, every rank would seem equally quick, and admission would send a
+    whole burst to the first.
     """
     model = told(told(CostModel(), mixed(before)), sections, noise=noise)
     known = (GPU if before else Cost()).token
     assert model.cost.token > 0.02 * known
-    assert max(errors(model, sections[-16:])) < 0.1, "what they do tell is learned"
+    assert max(errors(model, sections[-16:])) < 0.1, "these sections themselves are not predicted"
     if before and not noise:
-        assert model.cost.token == pytest.approx(GPU.token, rel=0.1), "what was known is kept"
+        assert model.cost.token == pytest.approx(GPU.token, rel=0.1), "an earlier coefficient is lost"
 
 
 def test_the_speed_is_learned_from_the_first_sections_and_the_proportions_kept() -> None:
@@ -86,27 +86,10 @@ def test_a_coefficient_that_was_fitted_to_zero_comes_back() -> None:
 
 
 def test_a_burst_of_full_chunks_makes_no_token_free() -> None:
-    """The slowest sections of a burst's first steps: what they differ by is not what they hold."""
-    seconds = (
-        0.049,
-        0.053,
-        0.054,
-        0.049,
-        0.053,
-        0.053,
-        0.054,
-        0.056,
-        0.054,
-        0.055,
-        0.052,
-        0.050,
-        0.051,
-        0.052,
-        0.054,
-        0.054,
-    )
+    """The slowest sections of a burst's first steps differ by noise, not by their tokens."""
+    milliseconds = (49, 53, 54, 49, 53, 53, 54, 56, 54, 55, 52, 50, 51, 52, 54, 54)
     model = CostModel()
-    for step, taken in enumerate(seconds):
+    for step, taken in enumerate(each / 1000 for each in milliseconds):
         model.observe(
             1024 if step < 2 else 960 - step // 8, 3004 * (step // 8), 1_048_576 * (step == 1), taken
         )

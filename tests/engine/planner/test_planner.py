@@ -1,5 +1,5 @@
-"""The planner against simulated ranks: every request gets its tokens, whatever the network and the
-pressure do.
+"""The planner against simulated ranks: every request gets its tokens, under any faults of the
+network and any pressure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def prompt(start: int, length: int) -> list[int]:
 
 
 def assert_served(world: World) -> None:
-    """Everything ended, with exactly its tokens, and nothing is left behind."""
+    """Every request has ended with exactly its tokens, and no row, page or prompt is left."""
     for handle in world.requests:
         if handle in world.rejected:
             continue
@@ -37,7 +37,7 @@ def assert_served(world: World) -> None:
     assert int(world.planner.group.kv.used().sum()) == 0
     assert not world.planner.group.rows.state.any()
     assert all(rank.num_staged == 0 for rank in world.ranks if rank.rank not in world.dead), (
-        "a staged prompt is left on a rank"
+        "a preloaded prompt is left on a rank"
     )
 
 
@@ -109,7 +109,7 @@ def test_equal_prefixes_at_once_are_computed_once_per_data_index() -> None:
     assert_served(world)
 
 
-def test_a_prompt_that_is_scored_is_computed_whole_and_can_be_found() -> None:
+def test_a_scored_prompt_is_computed_whole_and_cached() -> None:
     world = World(Mesh(data=1), pages=200, page_size=4, max_len=256)
     world.submit(prompt(1, 100), 4)
     world.run()
@@ -121,7 +121,7 @@ def test_a_prompt_that_is_scored_is_computed_whole_and_can_be_found() -> None:
     before = world.computed_prompt_tokens
     world.submit([*prompt(1, 100), 7, 8, 9, 10, 11], 3)
     world.run()
-    assert world.computed_prompt_tokens - before <= 1 + 4, "what was computed for scores is not in the cache"
+    assert world.computed_prompt_tokens - before <= 1 + 4, "blocks computed for scores are not in the cache"
     world.submit(prompt(500, 100), 3, scored=0)
     world.submit(prompt(500, 100), 3)
     before = world.computed_prompt_tokens
@@ -142,8 +142,8 @@ def test_a_request_may_sample_nothing() -> None:
 
 @pytest.mark.parametrize("top", [0, 1, 5, 20])
 def test_log_probabilities_of_prompts_fit_a_step(top: int) -> None:
-    """Eight prompts of 600 tokens where a step may compute all of them: results stay below 16 kB,
-    which ``World`` watches.
+    """Eight prompts of 600 tokens, which one step may compute: results stay below 16 kB, which
+    ``World`` checks.
     """
     world = World(Mesh(data=1), pages=2000, page_size=4, max_len=640, max_batch_tokens=8192, max_running=16)
     for index in range(8):
@@ -154,7 +154,7 @@ def test_log_probabilities_of_prompts_fit_a_step(top: int) -> None:
     assert world.num_plans <= 4 + 8 * 600 * (4 + 8 * top) / 10_000
 
 
-def test_a_request_that_runs_again_is_scored_on_from_what_is_known() -> None:
+def test_a_request_that_runs_again_is_scored_from_the_first_unknown_position() -> None:
     world = World(Mesh(data=2), pages=128, page_size=4, max_len=128, max_batch_tokens=16)
     for index in range(6):
         world.submit(prompt(100 * index, 80), 20, stop=False, scored=1)
@@ -168,12 +168,9 @@ def test_a_request_that_runs_again_is_scored_on_from_what_is_known() -> None:
     world.replace(1)
     world.run()
     assert_served(world)
-    left = (
-        6 * 80 - sum(kept) + 4 * len(kept) + emitted + 2 * 6
-    )  # whole pages are kept; two plans may be in flight
-    assert world.computed_prompt_tokens - before <= left < 6 * 80, (
-        "what the survivor had computed was computed again"
-    )
+    # Whole pages are kept; two plans may be in flight.
+    left = 6 * 80 - sum(kept) + 4 * len(kept) + emitted + 2 * 6
+    assert world.computed_prompt_tokens - before <= left < 6 * 80, "the survivor's pages were computed again"
 
 
 def test_preempted_requests_are_scored_once() -> None:
@@ -365,8 +362,8 @@ def perform(world: World, operation: str, value: int) -> None:
 def test_any_schedule(
     data: int, pipeline: int, advance: int, end_every: int, pages: int, script: list[tuple[str, int]]
 ) -> None:
-    """Late, lost, repeated messages, aborts, holds and deaths: checksums hold in every step, every
-    row reads its own tokens from its pages, published hashes are true, and every client gets
+    """Late, lost and repeated messages, aborts, holds and deaths: checksums agree in every step,
+    every row reads its own tokens from its pages, published hashes are true, and every client gets
     exactly its tokens and its prompt's log-probabilities.
     """
     world = World(

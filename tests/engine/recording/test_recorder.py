@@ -27,7 +27,7 @@ from support.engine.planner.planner_world import ROOT
 
 
 def record(path: Path) -> int:
-    """Serves ten requests, one of them aborted, and records it; the number of plans."""
+    """Serves ten requests, one of them aborted, and records it. Returns the number of plans."""
     settings = Settings(Mesh(data=2), SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
     planner, recorder = Planner(settings), Recorder(path, settings)
     ranks = [SimulatedRank(rank, 4, 24) for rank in range(2)]
@@ -65,7 +65,7 @@ def record(path: Path) -> int:
     return plans
 
 
-def test_a_recording_that_the_disk_does_not_take_raises_nothing_and_says_why() -> None:
+def test_a_full_disk_ends_a_recording_and_says_why() -> None:
     settings = Settings(Mesh(), SchedulerSpec(max_running=4, max_batch_tokens=32), [40], 4, 96)
     recorder = Recorder(Path("/dev/full"), settings)
     assert recorder.failure == ""
@@ -99,7 +99,7 @@ def test_a_plan_that_differs_is_noticed(tmp_path: Path) -> None:
 
 
 def record_with(path: Path, old: bytes, new: bytes) -> None:
-    """A recording in which one thing is another, of the same length."""
+    """A recording in which ``old`` bytes are replaced by ``new`` ones of the same length."""
     record(path)
     whole = path.read_bytes()
     assert whole.count(old) >= 1 and len(old) == len(new)
@@ -120,7 +120,7 @@ def test_the_command_replays_a_recording(tmp_path: Path) -> None:
     assert output.endswith(f"\n{plans} plans replayed, all as recorded\n")
 
 
-def test_the_command_names_step_and_versions_where_a_plan_differs(
+def test_the_command_names_step_and_versions_when_a_plan_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder, "__version__", "0.0.7")
@@ -160,7 +160,7 @@ def test_the_mismatch_says_what_is_wrong(tmp_path: Path, old: bytes, new: bytes,
         list(replay(tmp_path / "recording"))
 
 
-def test_what_is_no_recording_is_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_no_recording_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for name in ("empty", "missing"):
         code, _, errors = command(tmp_path / name)

@@ -1,4 +1,4 @@
-"""A planner and simulated ranks with a network in between that a test can make late, lossy and
+"""A planner and simulated ranks, with a network in between that tests make late, lossy and
 repetitive.
 """
 
@@ -29,8 +29,8 @@ MAX_STEP_BYTES = 16 << 10
 
 
 class CheckedRank(SimulatedRank):
-    """A simulated rank with page contents: every row must find in its pages exactly the tokens it
-    stands on.
+    """A simulated rank with page contents: every row must find exactly its own tokens in its
+    pages.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CheckedRank(SimulatedRank):
             pages = np.frombuffer(plan.section.publish_i32, np.int32).tolist()
             for index, page in enumerate(pages):
                 block = plan.section.publish_h128[16 * index : 16 * index + 16]
-                wrong = f"rank {self.rank}: page {page} is published as what it is not"
+                wrong = f"rank {self.rank}: page {page} is published under a wrong hash"
                 assert self.content[page, :, 0].tolist() == self.blocks[block], wrong
         return result
 
@@ -86,7 +86,7 @@ class CheckedRank(SimulatedRank):
 
     def _read(self, slot: int, length: int) -> None:
         pages, offsets = self._places(slot, 0, length)
-        wrong = f"rank {self.rank}: slot {slot} reads what is not its own"
+        wrong = f"rank {self.rank}: slot {slot} reads tokens that are not its own"
         assert self.content[pages, offsets, 0].tolist() == self.history[slot][:length], wrong
         assert (self.content[pages, offsets, 1] == np.arange(length)).all()
 
@@ -100,7 +100,7 @@ class CheckedRank(SimulatedRank):
 
 
 class World:
-    """Planner, ranks, and what every client has received so far."""
+    """Planner, ranks, and everything that each client has received so far."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class World:
         self.dead: set[int] = set()
         self.requests: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = {}
-        self.scores: dict[int, list[float]] = {}  # of the prompt's tokens but the first
+        self.scores: dict[int, list[float]] = {}  # log-probabilities of prompt tokens but the first
         self.finish: dict[int, Finish] = {}
         self.rejected: dict[int, Rejected] = {}
         self.impossible: set[int] = set()  # handles whose grammars ranks cannot compile
@@ -156,8 +156,8 @@ class World:
     def submit(
         self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True, scored: int = -1
     ) -> int:
-        """``scored``: how many of the likeliest are wanted at every token of the prompt, -1 for no
-        log-probabilities of it.
+        """Submits a request. ``scored``: top alternatives wanted at every prompt token, -1 for no
+        log-probabilities of the prompt.
         """
         handle = len(self.requests)
         tokens = np.array(prompt, np.int32).tobytes()
@@ -199,7 +199,7 @@ class World:
         return list(tokens)
 
     def expected_scores(self, handle: int) -> list[float]:
-        """The log-probabilities of its prompt that a request must have before its first token."""
+        """The prompt log-probabilities that a request must have before its first token."""
         submit = self.requests[handle]
         key, num_prompt = self._key(submit)
         if submit.sampling.num_prompt_logprobs < 0:
@@ -212,7 +212,7 @@ class World:
         return SimulatedRank.request_key(prompt, submit.sampling.seed), len(prompt)
 
     def receive(self) -> None:
-        """Delivers what the planner has for frontends."""
+        """Delivers the planner's messages for frontends."""
         for _, message in self.planner.take_output():
             if isinstance(message, Rejected):
                 self.rejected[message.handle] = message
@@ -241,7 +241,7 @@ class World:
             assert handle not in self.finish, f"request {handle} speaks after its end"
             if count or finish < Finish.ABORT:
                 assert self.scores[handle] == self.expected_scores(handle), (
-                    f"request {handle}: tokens before its prompt is told"
+                    f"request {handle}: has tokens before its prompt's log-probabilities"
                 )
             assert position == len(self.tokens[handle]), (
                 f"request {handle}: position {position}, has {len(self.tokens[handle])}"
@@ -288,7 +288,7 @@ class World:
         return True
 
     def _check_grammar(self, message: Preload) -> None:
-        """A prompt comes with its request's grammar, and with how much of it follows the grammar
+        """A prompt comes with its request's grammar and the number of tokens that follow it
         already.
         """
         submit = self.requests[int(message.grammar.split()[1])]
@@ -335,9 +335,7 @@ class World:
         self.tidy()
 
     def replace(self, rank: int) -> None:
-        """A rank dies and another takes its place: the others keep their pages, the new one has
-        none.
-        """
+        """A rank dies and another takes its place, without pages; the others keep theirs."""
         data = self.planner.group.mesh.data_of_rank(rank)
         old = self.ranks[rank]
         new = CheckedRank(
@@ -380,9 +378,9 @@ class World:
             if self.planner.idle():
                 return
             group = self.planner.group
-            overdue = [d for d in range(group.num_data) if group.alive[d] and self._overdue(d)]
-            states = group.rows.state.tolist()
-            assert overdue, f"stuck: {len(group.open)} open, {len(group.queue)} waiting, states {states}"
+            overdue = [d for d in range(group.mesh.data) if group.steps.alive[d] and self._overdue(d)]
+            waiting, states = len(group.queue), group.rows.state.tolist()
+            assert overdue, f"stuck: {len(group.open)} open, {waiting} waiting, states {states}"
             for data in overdue:
                 self.planner.resync(data)
             self.tidy()
