@@ -1,9 +1,9 @@
-"""The instructions of a CPU, and how bf16 weights are held for them. Without torch, because
-``launch plan`` asks, too.
+"""CPU instruction sets, and the form in which bf16 weights are held for each. Imports no torch,
+since ``launch plan`` uses it too.
 
-With AVX512-BF16 and without AMX weights lie in blocks (``cpu_blocks``), otherwise in oneDNN's
-layout where oneDNN computes in bf16. Expert slots in oneDNN's layout are held twice
-(``cpu_linear.PackedSlots``).
+Weights are held in blocks (``cpu/codegen/blocks.py``) on a CPU with AVX512-BF16 and without AMX,
+otherwise in oneDNN's layout if oneDNN computes in bf16 there. Expert slots in oneDNN's layout are
+held twice (``cpu/linear.py``'s ``PackedSlots``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Literal, get_args
 Isa = Literal["avx2", "avx512", "avx512_bf16", "amx"]
 Form = Literal["plain", "onednn", "blocks"]
 
-COLUMNS = 16  # of a block: one vector of float32 sums
+COLUMNS = 16  # per block: one vector of float32 sums
 
 _ORDER: tuple[Isa, ...] = get_args(Isa)
-# oneDNN computes in bf16 with any of these: AVX-512, AVX2-VNNI-2, or bf16 on ARM. Named as LLVM
-# does.
+# oneDNN computes in bf16 with any of these: AVX-512, AVX2-VNNI-2, or bf16 on ARM. Names as in LLVM.
 _ONEDNN = (
     {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     {"avxvnni", "avxvnniint8", "avxneconvert"},
@@ -27,8 +26,8 @@ _ONEDNN = (
 
 
 def features() -> frozenset[str]:
-    """The features, named as LLVM does, that this process compiles for: those of the CPU, or what
-    ``cluster.isa`` leaves of them.
+    """LLVM's names of the CPU features that this process compiles for: all that the CPU has, or
+    those that ``cluster.isa`` allows.
     """
     from numba.core.registry import cpu_target
 
@@ -37,8 +36,8 @@ def features() -> frozenset[str]:
 
 
 def isa_of(features: Collection[str]) -> Isa:
-    """The kind of CPU with these features: ``avx512`` is any on which oneDNN computes in bf16,
-    ``avx2`` any other.
+    """The instruction set of a CPU with these features. ``avx512`` stands for every other CPU on
+    which oneDNN computes in bf16, ``avx2`` for the rest.
     """
     if "amx-bf16" in features:
         return "amx"
@@ -48,17 +47,17 @@ def isa_of(features: Collection[str]) -> Isa:
 
 
 def here() -> Isa:
-    """The kind that this process computes on."""
+    """The instruction set that this process computes with."""
     return isa_of(features())
 
 
 def lesser(one: Isa, other: Isa) -> Isa:
-    """The one with fewer instructions."""
+    """The smaller of two instruction sets."""
     return min(one, other, key=_ORDER.index)
 
 
 def check() -> None:
-    """Raises ValueError where ``cluster.isa`` asks for instructions that this CPU does not have."""
+    """Raises ValueError if ``cluster.isa`` asks for instructions that this CPU lacks."""
     from llvmlite import binding
 
     own = isa_of([name for name, there in binding.get_host_cpu_features().items() if there])
@@ -72,15 +71,15 @@ def fit(num_columns: int, num_inner: int) -> bool:
 
 
 def weight_form(isa: Isa, num_columns: int, num_inner: int) -> Form:
-    """How a bf16 weight [N, D] is held."""
+    """The form in which a bf16 weight [N, D] is held."""
     if isa == "avx512_bf16" and fit(num_columns, num_inner):
         return "blocks"
     return "plain" if isa == "avx2" else "onednn"
 
 
 def slot_form(isa: Isa, hidden: int, width: int) -> Form:
-    """How the bf16 weights of expert slots are held, w13 [S, 2F, D] and w2 [S, D, F]: both in the
-    same form.
+    """The form in which the bf16 weights of expert slots are held: the same for w13 [S, 2F, D] and
+    w2 [S, D, F].
     """
     forms = {weight_form(isa, width, hidden), weight_form(isa, hidden, width)}
     return "blocks" if forms == {"blocks"} else next(iter(forms - {"blocks"}))

@@ -1,15 +1,16 @@
-"""Attention on a CPU: compiled, over pages where they lie, decode rows and extends alike.
+"""Compiled attention on a CPU. Reads pages in place and handles decode rows and extends alike.
 
-Work is cut into items: for a decode row the query heads of some key heads over up to 512 positions,
-for an extend those of one key head of a block of queries over all that they see. Nothing that is
-summed depends on how heads are cut, so the result of a row depends neither on the rows beside it
-nor on the number of threads.
+Work is cut into items. An item of a decode row covers the query heads of some key heads over up to
+512 positions. An item of an extend covers the query heads of one key head, for a block of queries,
+over every position they see. The order of each sum is independent of how heads are cut, so a row's
+result depends neither on its neighbours nor on the number of threads.
 
-16 query and 4 key heads of 64 in bf16, on 2 cores of an EPYC Turin: 8 decode rows of 320 positions
-65 us from the cache and 150 us from memory, which takes 60 us to read; 8 prompts of 256 at 400
-GFLOP/s, one of 2,048 at 650, where oneDNN's products reach 970.
+Measured with 16 query and 4 key heads of 64 in bf16 on 2 cores of an EPYC Turin: 8 decode rows of
+320 positions take 65 us from the cache and 150 us from memory (60 us to read alone); 8 prompts of
+256 run at 400 GFLOP/s, one of 2,048 at 650, where oneDNN's products reach 970.
 
-T tokens  R rows  H query heads  K key/value heads  G = H / K  D, E dims of keys and values  I items  S parts of split rows, a head each
+T tokens  R rows  H query heads  K key/value heads  G = H / K  D, E dims of keys and values
+I items  S parts of split rows, one head each
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -34,15 +35,16 @@ from .flash import BLOCK, attend_rows, place_queries, scratch, tiled
 from .kv_entries import NO_SCALES, Place, Run, move_rows, place_of_heads
 
 _SPLIT = 512  # positions of a decode row in one item
-_ROWS = 256  # of an extend's item: keys are laid out once for all of them, and their sums stay in the second cache
-_ITEMS = 8  # for each thread where rows are few: then threads share evenly
-_LAYING_OUT = 16  # what it costs to lay a position out, in rows of products with it
+# rows of an extend's item: they share one layout of the keys, and their sums stay in the L2 cache
+_ROWS = 256
+_ITEMS = 8  # per thread when rows are few, so that threads share evenly
+_LAYING_OUT = 16  # cost of laying out a position, in rows of products with it
 
 _BF16, _FLOAT32 = np.empty(0, np.uint16), np.empty(0, np.float32)
 
 
 class Shape(NamedTuple):
-    """K, decode rows, page size, and threads to use."""
+    """K, number of decode rows, page size, number of threads."""
 
     num_heads: int
     num_decode: int
@@ -51,9 +53,9 @@ class Shape(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row, its key heads [head, end_head), its ``num_tokens`` queries from ``token`` on, which
-    end at position ``end``, over positions [begin, end); and the number of the first part of a
-    split row, or -1.
+    """A row, its key heads [head, end_head), and ``num_tokens`` queries from ``token`` on. The
+    queries end at position ``end`` and attend to positions [begin, end). ``part`` numbers the first
+    part of a split row; it is -1 for a row that is not split.
     """
 
     row: int
@@ -67,8 +69,8 @@ class Item(NamedTuple):
 
 
 def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """As ``attention.attend``. Where neither queries nor cache are float32, the shares of the
-    softmax are rounded to bf16.
+    """Same as ``attention.attend``. Softmax weights are rounded to bf16 unless queries or cache are
+    float32.
     """
     dim = q_THD.shape[2]
     if not (
@@ -93,8 +95,8 @@ def attend_places(
     scale: float,
     out_THE: NDArray[Any],
 ) -> None:
-    """Heads of keys and values lie at ``places`` of entries of one dtype. ``rows`` as
-    ``PagedBatch.arrays``.
+    """Attention over heads of keys and values at ``places`` in cache entries of one dtype. ``rows``
+    is ``PagedBatch.arrays``.
     """
     halves = q_THD.dtype == torch.bfloat16 and caches[0].dtype != torch.float32
     like, factor = _BF16 if halves else _FLOAT32, scale / math.log(2)
@@ -127,7 +129,7 @@ def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, facto
 
 @inner()
 def _items(starts_R1, lengths_R, shape, group):
-    """Items int64 [I, 8], and the number of parts."""
+    """Returns the items, int64 [I, 8], and the number of parts."""
     block = max(1, _ROWS // group)
     cuts = min(shape.num_heads, -(-_ITEMS * shape.num_threads // max(shape.num_decode, 1)))
     most = 0
@@ -164,8 +166,8 @@ def _items(starts_R1, lengths_R, shape, group):
 
 @inner()
 def _put(item, x_8):
-    """Value by value: an assignment to the row would bring the text of its errors along, which
-    takes seconds to compile.
+    """Stores value by value. Assigning a whole row would compile numba's error texts too, which
+    takes seconds.
     """
     x_8[0], x_8[1], x_8[2], x_8[3] = item.row, item.head, item.end_head, item.token
     x_8[4], x_8[5], x_8[6], x_8[7] = item.num_tokens, item.begin, item.end, item.part
@@ -178,9 +180,7 @@ def _item(x_8):
 
 @inner()
 def _bounds(items, group, num_threads):
-    """Where the items of each thread begin and end, int64 [threads + 1]: equal costs, as far as
-    they can be.
-    """
+    """Bounds of each thread's items, int64 [threads + 1], for costs as equal as possible."""
     costs, total = np.empty(len(items), np.float64), 0.0
     for i in range(len(items)):
         item = _item(items[i])
@@ -203,7 +203,7 @@ def _bounds(items, group, num_threads):
 def _attend(
     begin, end, q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE
 ):
-    """The items of some threads."""
+    """Computes the items of threads [begin, end)."""
     items, bounds, sums_SGE, stats_2SG = work
     group, num_rows = q_THD.shape[1] // shape.num_heads, 0
     for i in range(bounds[begin], bounds[end]):
@@ -246,7 +246,7 @@ def _store(sums, total, out_TGE):
 
 @inner()
 def _keep(sums, best, total, sums_GE, stats_2G):
-    """A part."""
+    """Stores a part of a split row."""
     for g in range(len(sums_GE)):
         stats_2G[0, g], stats_2G[1, g] = best[g], total[g]
         for e in range(sums_GE.shape[1]):
@@ -255,7 +255,7 @@ def _keep(sums, best, total, sums_GE, stats_2G):
 
 @inner()
 def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
-    """Split rows from their parts, some of their query heads."""
+    """Joins the parts of split rows, for query heads [first_head, end_head)."""
     group, first = sums_SGE.shape[1], 0
     while first < len(items):
         item, end = _item(items[first]), first + 1
@@ -277,7 +277,7 @@ def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
 
 @inner(error_model="numpy")
 def _join_parts(sums_SE, best_S, total_S, factor):
-    """Into the first of them."""
+    """Joins all parts into the first."""
     best, total = best_S.max(), np.float32(0)
     for s in range(len(sums_SE)):
         share = np.exp2((best_S[s] - best) * factor)

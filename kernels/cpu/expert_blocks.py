@@ -1,7 +1,7 @@
-"""Experts whose weights are packed in blocks: both products of all slots in one call.
+"""Experts with weights packed in blocks: both products of all slots in one call.
 
-What lies between the products is rounded to bf16 once, after silu and product in float32; what
-follows is written where it belongs.
+Intermediate values are rounded to bf16 once, after SiLU and product in float32. Results are written
+straight to their place.
 
 N received tokens  M pairs  S slots  D hidden  F width  I stretches: some pairs of one slot
 """
@@ -27,8 +27,8 @@ _HALF = BLOCKS // 2
 def experts(
     x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: Tensor, counts_S: Tensor
 ) -> Tensor:
-    """As ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D / 16,
-    F / 2, 16, 2] (``cpu_blocks``).
+    """Same as ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D
+    / 16, F / 2, 16, 2] (``codegen/blocks.py``).
     """
     assert x_ND.dtype == torch.bfloat16 and (x_ND.stride(1) == 1 or not len(x_ND)), (
         f"x: {x_ND.dtype}, strides {x_ND.stride()}"
@@ -42,8 +42,8 @@ def experts(
 
 @njit(cache=True, error_model="numpy")
 def sort_pairs(slots_M, counts_S):
-    """The pairs that have a slot, ordered by it, and where the run of each slot ends; adds the
-    pairs of each to counts_S.
+    """Returns the pairs that have a slot, ordered by slot, and the end of each slot's run. Adds
+    each slot's number of pairs to counts_S.
     """
     ends_S = np.zeros(len(counts_S), np.int64)
     for slot in slots_M:
@@ -63,7 +63,7 @@ def sort_pairs(slots_M, counts_S):
 
 @inner(error_model="numpy")
 def _stretches(ends_S):
-    """Slot, start and length of the stretches that the pairs in order are cut into."""
+    """Cuts the ordered pairs into stretches: slot, start and length of each."""
     count, start = 0, 0
     for end in ends_S:
         count += parts(end - start, STRETCH)
@@ -82,7 +82,7 @@ def _stretches(ends_S):
 
 @njit(cache=True, error_model="numpy")
 def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads):
-    """x, w13 and w2 are addresses, ``x_stride`` bytes."""
+    """x, w13 and w2 are addresses; ``x_stride`` is in bytes."""
     order_M, ends_S = sort_pairs(slots_M, counts_S)
     if len(order_M) < len(slots_M):
         for m in range(len(slots_M)):
@@ -98,8 +98,8 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, nu
 
 @njit(cache=True, inline="always")
 def _first_block(item, panels, stretches_I, num_blocks, step):
-    """Of the panel that is item ``item``, counted over all slots; items beyond the last one are
-    where the first is.
+    """First block of the panel of item ``item``, counted over all slots. Items past the last one
+    get block 0.
     """
     stretch = item // panels
     return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
@@ -107,7 +107,7 @@ def _first_block(item, panels, stretches_I, num_blocks, step):
 
 @inner(error_model="numpy")
 def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, inner_MF):
-    """silu(gate) * up for the pairs in order: a panel is two blocks of gate columns and the same
+    """silu(gate) * up for the pairs in order. A panel is two blocks of gate columns and the same
     two of up.
     """
     sums, rows, blocks = (
@@ -151,7 +151,7 @@ def _silu_mul(gate_up, out):
 
 @inner(error_model="numpy")
 def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
-    """The second product, each row of it at the place of its pair."""
+    """The second product. Writes each row to its pair's place."""
     sums, rows, blocks = (
         np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
         np.empty(ROWS, np.int64),

@@ -1,5 +1,5 @@
-"""Experts on a CPU: pairs sorted by slot, then two products for every slot hit; weights in blocks
-have a file of their own.
+"""Experts on a CPU: sorts pairs by slot, then computes two products per slot hit. ``expert_blocks``
+does the same for weights in blocks.
 
 N received tokens  M pairs  S slots  D hidden  F width  T own tokens  K choices per token
 """
@@ -21,9 +21,9 @@ from .expert_blocks import sort_pairs
 from .linear import PackedSlots, linear
 from .norm import silu_mul
 
-# Up to this many pairs for each slot hit, on average, the compiled product wins over oneDNN's: 32
-# experts of 512 x 1024 of which 8 and 32 tokens choose 4 took 1.1 and 3.2 ms against 2.2 and 3.7,
-# 64 tokens 6.5 against 4.7 (2 cores of an EPYC Turin; 1.1 is the memory limit).
+# Up to this many pairs per slot hit, on average, the compiled product beats oneDNN's: with 32
+# experts of 512 x 1024, of which 8 and 32 tokens choose 4, it took 1.1 and 3.2 ms against 2.2 and
+# 3.7; with 64 tokens 6.5 against 4.7 (2 cores of an EPYC Turin; 1.1 is the memory limit).
 _FEW = 4.5
 _BLOCK = 64
 
@@ -36,11 +36,11 @@ def experts(
     w2_SDF: Tensor | PackedSlots,
     counts_S: Tensor,
 ) -> Tensor:
-    """As ``experts.experts_reference``. The host reads the counts.
+    """Same as ``experts.experts_reference``. The host reads the counts.
 
     A loop over the slots hit beats grouped and batched products on a CPU: ``torch._grouped_mm``
-    over 32 experts took 4.4 ms however few rows, gathering weights for a batched product 3 to 20
-    times as long as the loop (2 cores with AMX, torch 2.13).
+    over 32 experts took 4.4 ms however few the rows, and gathering weights for a batched product
+    took 3 to 20 times as long as the loop (2 cores with AMX, torch 2.13).
     """
     if isinstance(w13_SFD, Tensor) and isinstance(w2_SDF, Tensor) and w13_SFD.dim() == 5:
         return cpu_expert_blocks.experts(x_ND, rows_M, slots_M, w13_SFD, w2_SDF, counts_S)
@@ -77,7 +77,7 @@ def experts(
 
 
 def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """As ``experts.weighted_sum``."""
+    """Same as ``experts.weighted_sum``."""
     if not computes(y_TKD.dtype):
         return reference.weighted_sum(y_TKD, weights_TK)
     out_TD, bits = made((y_TKD.shape[0], y_TKD.shape[2]), y_TKD.dtype)
@@ -98,9 +98,7 @@ def _weigh_rows(begin, end, y_TKD, weights_TK, out_TD):
 
 @inner()
 def _weigh(y_KD, weights_K, out_D):
-    """Without fast mathematics: the same bits whatever the strides, on which the compiler's choices
-    depend.
-    """
+    """Compiled without fast math: the compiler's choices depend on strides; the bits must not."""
     sum_D = np.zeros(len(out_D), np.float32)
     for k in range(len(weights_K)):
         weight = weights_K[k]
@@ -111,8 +109,8 @@ def _weigh(y_KD, weights_K, out_D):
 
 
 def _few_rows(x_ND, rows_M, order_M, ends_S, w13_SFD, w2_SDF, y_MD):
-    """Both products for slots of a few pairs each, limited by reading the weights. What lies
-    between them stays float32.
+    """Both products for slots with few pairs, limited by reading the weights. Intermediate values
+    stay float32.
     """
     num_pairs, width = len(order_M), w2_SDF.shape[2]
     x_MD, inner_MF = _gather(x_ND, rows_M, order_M), np.empty((num_pairs, 2 * width), np.float32)
@@ -122,7 +120,7 @@ def _few_rows(x_ND, rows_M, order_M, ends_S, w13_SFD, w2_SDF, y_MD):
 
 @njit(cache=True)
 def _gather(x_ND, rows_M, order_M):
-    """Rows of x for the pairs in order, float32."""
+    """The input rows of the pairs in order, as float32."""
     x_MD = np.empty((len(order_M), x_ND.shape[1]), np.float32)
     for m in range(len(order_M)):
         row = rows_M[order_M[m]]
@@ -144,8 +142,8 @@ def _silu_mul(gate_up_MF):
 
 @njit(cache=True, forceinline=True)
 def _product(x_MC, w_SRC, ends_S, places_M, out):
-    """out[places_M[m]] = w of the slot of pair m, times x_MC[m]; R rows and C columns of a weight.
-    Slots are cut into blocks of rows, so that threads share evenly.
+    """out[places_M[m]] = w[slot of pair m] @ x_MC[m]. A weight has R rows and C columns; each slot
+    is cut into blocks of rows, so that threads share evenly.
     """
     num_rows = w_SRC.shape[1]
     starts_S = np.zeros(len(ends_S), np.int64)
@@ -169,7 +167,7 @@ def _product_blocks(begin, end, blocks, hit, x_MC, w_SRC, starts_S, ends_S, plac
 
 @inner(fastmath=FAST)
 def _dots(w_C, x_MC, places_M, row, out):
-    """One weight row times up to four pairs: each weight is read and widened once."""
+    """One weight row times up to four pairs. Reads and widens each weight once."""
     a = b = c = d = np.float32(0)
     num = len(x_MC)
     if num == 1:

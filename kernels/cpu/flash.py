@@ -1,13 +1,14 @@
-"""Queries that share key heads against a run of cached positions: softmax(q k^T) v with a running
-softmax, on one thread.
+"""Flash attention on one thread: queries that share key heads against a run of cached positions,
+softmax(q k^T) v with a running softmax.
 
-64 positions at a time are laid out once for all the queries, as products of units (``cpu_tiles``)
-want them: keys turned, so that a vector holds 16 positions; values with two positions to a unit of
-bf16. Heads of e4m3 become bf16 on the way, without their scales: a position's scale of keys
-multiplies its scores, that of values its shares. A row of queries takes the same sums in the same
-order whatever rows stand beside it.
+Each block of 64 positions is laid out once for all queries, in the form that products of units need
+(``codegen/tiles.py``). Keys are transposed, so that a vector holds 16 positions; a bf16 unit of
+values holds two positions. Heads in e4m3 become bf16 on the way, without their scales: a position's
+key scale multiplies its scores, its value scale multiplies its softmax weights. A query row adds
+the same terms in the same order whatever its neighbours.
 
-M rows: the G query heads of each query in turn  N = 64 positions  D, E dims of keys and values, padded  U units of a key
+M rows: the G query heads of each query in turn  N = 64 positions
+D, E dims of keys and values, padded  U units of a key
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -28,15 +29,15 @@ from .codegen.vectors import LANES
 from .kv_entries import NO_SCALES, Block, find, move_rows, read
 
 BLOCK = TILE_COLUMNS  # positions
-_PADDING = 2 * LANES  # of dims: the bf16 of a vector
-_LINE = 64  # bytes of a cache line: vectors that cross one are read at half the rate
+_PADDING = 2 * LANES  # dims are padded to a multiple of this: the bf16 values of one vector
+_LINE = 64  # bytes of a cache line: a vector that crosses a line is read at half the rate
 
 
 class Scratch(NamedTuple):
-    """What a thread works in. Numbers, which are bf16 as uint16 or float32: q [M, D], k [N, D], v
-    [N, E], shares [4, N]. Units: turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N],
-    sums [M, E], best and total [M], shrink [4], scales [2, N] of keys and values. int64: places
-    [N], the cache rows of positions.
+    """A thread's working memory. Numbers (bf16 as uint16, or float32): q [M, D], k [N, D], v [N,
+    E], shares [4, N]. Units: turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums
+    [M, E], best and total [M], shrink [4], scales [2, N] of keys and values. int64: places [N], the
+    cache rows of positions.
     """
 
     q: Any
@@ -55,7 +56,7 @@ class Scratch(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """A head of entries at the positions of a block."""
+    """One head of the cache entries at a block's positions."""
 
     place: Any
     head: int
@@ -64,7 +65,7 @@ class Spot(NamedTuple):
 
 @inner()
 def scratch(num_rows, key_dim, value_dim, like):
-    """For ``num_rows`` rows, divisible by 4; ``like`` is an array of numbers."""
+    """Allocates scratch for ``num_rows`` rows, a multiple of 4. ``like`` is an array of numbers."""
     per_unit, one = 4 // like.itemsize, np.empty(1, np.float32)
     key, value = -(-key_dim // _PADDING) * _PADDING, -(-value_dim // _PADDING) * _PADDING
     return Scratch(
@@ -86,7 +87,7 @@ def scratch(num_rows, key_dim, value_dim, like):
 
 @inner()
 def room_for(rows, columns, like):
-    """Zeros [rows, columns] on a cache line: what pads numbers stays zero."""
+    """Zeros [rows, columns], aligned to a cache line. Padding stays zero."""
     stay_apart()
     raw = np.zeros(rows * columns + _LINE // like.itemsize, like.dtype)
     skip = -raw.ctypes.data % _LINE // like.itemsize
@@ -95,14 +96,14 @@ def room_for(rows, columns, like):
 
 @inner()
 def tiled(num_rows):
-    """Rows of whole tiles."""
+    """Rounds a number of rows up to whole tiles."""
     return -(-num_rows // TILE_ROWS) * TILE_ROWS
 
 
 @inner()
 def place_queries(q_THD, first_token, num_tokens, heads, group, work):
-    """Queries as rows: those of the key heads [heads[0], heads[1]) one after another, in whole
-    tiles each.
+    """Copies queries of the key heads [heads[0], heads[1]) into rows, each head padded to whole
+    tiles.
     """
     stride = tiled(num_tokens * group)
     for head in range(heads[0], heads[1]):
@@ -124,12 +125,12 @@ def place_queries(q_THD, first_token, num_tokens, heads, group, work):
 
 @njit(cache=True, inline="always")
 def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
-    """The last ``num_tokens`` positions of the run as queries, each over the keys up to its own.
-    ``factor``: scale / ln 2. Values are the first dims of the keys where they have no width. Leaves
-    sums, best and total.
+    """Attention of the run's last ``num_tokens`` positions as queries, each over the keys up to its
+    own. ``factor`` is scale / ln 2. If ``value_place`` has no width, the values are the first dims
+    of the keys. Leaves sums, best and total in ``work``.
 
-    What the loops call takes arrays one by one: a tuple of them counts its references, which took a
-    third of the time.
+    The functions called in the loops take arrays one by one: a tuple of arrays counts references,
+    which took a third of the time.
     """
     q, k, v, turned, paired, places = units(work.q), work.k, work.v, work.turned, work.paired, work.places
     scores, shares, share_units, sums = work.scores, work.shares, units(work.shares), work.sums
@@ -145,9 +146,8 @@ def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, h
     sums[:num_rows], best[:num_rows], total[:num_rows] = 0, -np.inf, 0
     for start in range(run.begin, run.end, BLOCK):
         block = Block(start, min(start + BLOCK, run.end), run.page_size)
-        blind = (
-            max(0, start - position) * group // TILE_ROWS * TILE_ROWS
-        )  # rows that see none of these positions
+        # The first ``blind`` rows see none of these positions.
+        blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS
         find(pages, block, places)
         for head in range(heads[0], heads[1]):
             row = _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
@@ -175,9 +175,7 @@ def _add_values(sums, row, shrink, shares, paired):
 
 @inner()
 def _hide(scores, first_row, group, seen, num_tokens):
-    """The positions that rows of a tile may not see, where the first query sees ``seen`` of
-    them.
-    """
+    """Hides positions that rows of a tile may not see. The first query sees ``seen`` positions."""
     for i in range(TILE_ROWS):
         query = min((first_row + i) // group, num_tokens - 1)
         for n in range(max(0, seen + query), BLOCK):
@@ -185,7 +183,7 @@ def _hide(scores, first_row, group, seen, num_tokens):
 
 
 def _scales(entries: Any, room: Any, scales: Any) -> Any:
-    """In kernels: ``scales`` where entries can be laid out without theirs, else None."""
+    """In kernels: ``scales`` if entries are decoded without their scales, else None."""
     raise NotImplementedError
 
 
@@ -197,9 +195,9 @@ def _found_scales(entries, room, scales):
 
 
 def _lay_out_keys(keys: Any, spot: Any, pages: Any, places: Any, k: Any, turned: Any, scales: Any) -> Any:
-    """In kernels: the keys of a head turned, and their scales where they are not in them. Returns
-    the cache row of the first position where the keys were read where they lie, else -1: they are
-    in ``k``.
+    """In kernels: transposes the keys of a head; writes their scales separately if they are not
+    applied. Returns the cache row of the first position if the keys were read in place. Otherwise
+    the keys are in ``k``, and the result is -1.
     """
     raise NotImplementedError
 
@@ -240,7 +238,9 @@ def _keys_laid_out(keys, spot, pages, places, k, turned, scales):
 
 
 def _lay_out_values(values: Any, spot: Any, pages: Any, places: Any, v: Any, paired: Any, scales: Any) -> Any:
-    """In kernels: the values of a head paired, and their scales where they are not in them."""
+    """In kernels: pairs the values of a head; writes their scales separately if they are not
+    applied.
+    """
     raise NotImplementedError
 
 
@@ -277,8 +277,8 @@ def _values_laid_out(values, spot, pages, places, v, paired, scales):
 
 
 def _pair_keys(keys: Any, row: Any, column: Any, k: Any, paired: Any) -> Any:
-    """In kernels: the first dims of the keys as values, from where ``_lay_out_keys`` has read
-    them.
+    """In kernels: pairs the first dims of the keys as values, from the place that ``_lay_out_keys``
+    returned.
     """
     raise NotImplementedError
 
@@ -299,7 +299,7 @@ def _keys_paired(keys, row, column, k, paired):
 
 @inner()
 def _in_one_page(spot, room):
-    """Then numbers are read where they lie; what follows the run is whatever the page holds."""
+    """Whether numbers can be read in place. Rows past the run hold whatever the page holds."""
     return (
         spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size
         and spot.place.width >= room.shape[1]
@@ -313,15 +313,17 @@ def _column(spot):
 
 @inner()
 def _decoded(place):
-    """Whether bytes are those of heads (not latents, which have several scales) and whole
-    vectors.
+    """Whether bytes can be decoded in vectors: those of heads (latents have several scales) in
+    whole vectors.
     """
     return place.step > 0 and place.width % AT_ONCE == 0
 
 
 @inner()
 def turn_rows(rows, row, unit, turned):
-    """Units from ``unit`` on of as many rows of numbers as ``turned`` [U, N] has columns."""
+    """Transposes units from ``unit`` on, of as many rows of numbers as ``turned`` [U, N] has
+    columns.
+    """
     stay_apart()
     for u in range(0, len(turned), LANES):
         for n in range(0, turned.shape[1], LANES):
@@ -337,8 +339,8 @@ def _turn_bytes(keys, places, column, turned):
 
 
 def pair_rows(rows: Any, row: Any, column: Any, paired: Any) -> Any:
-    """In kernels: numbers from that row and column on, with two rows to a unit of bf16: [N / 2 or
-    N, E].
+    """In kernels: copies numbers from the given row and column on, two rows to a bf16 unit: [N / 2
+    or N, E].
     """
     raise NotImplementedError
 
@@ -370,7 +372,7 @@ def _pair_bytes(values, places, column, paired):
 
 
 def units(numbers: Any) -> Any:
-    """In kernels: rows of numbers as units."""
+    """In kernels: views rows of numbers as units."""
     raise NotImplementedError
 
 

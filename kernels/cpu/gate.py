@@ -1,8 +1,8 @@
 """The gate on a CPU in one compiled call: product, scores, choice and weights, token by token.
 
-A token's result depends neither on the tokens beside it nor on the number of threads: each of its
-products is summed by the same code whoever calls it. The gate's weights [E, D] stay in a core's
-cache from one token to the next.
+The same code sums each product for every caller, so a token's result depends neither on its
+neighbours nor on the number of threads. The gate's weights [E, D] stay in a core's cache from one
+token to the next.
 
 T tokens  D hidden  E experts  G groups of experts  K experts per token
 """
@@ -21,8 +21,8 @@ from ..reference.gate import GateCounts, Routing
 from .codegen.arrays import FAST, array, computes, exp, inner, widen
 from .codegen.threads import share_out
 
-# Fewer multiplications than this are done on this thread: 10 us, and no waiting for a thread that
-# another process may hold up.
+# With fewer multiplications than this the calling thread does all of them: 10 us, and no waiting
+# for a thread that another process may hold up.
 _ALONE = 1 << 18
 _BLOCK = 16
 
@@ -32,7 +32,7 @@ _NO_BIAS = np.zeros(0, np.float32)
 def gate(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``gate.gate``; of equal choices the lower expert comes first."""
+    """Same as ``gate.gate``. Ties go to the lower expert."""
     if not computes(x_TD.dtype):
         return reference.gate(x_TD, weight_ED, bias_E, routing, counts)
     x, weight, bias = array(x_TD), array(weight_ED), _NO_BIAS if bias_E is None else array(bias_E)
@@ -43,7 +43,7 @@ def gate(
 
 
 def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, float]]:
-    """Groups and rule, as compiled code takes them."""
+    """Group settings and scoring rule in the form that compiled code takes."""
     groups = (
         routing.num_groups,
         min(routing.top_groups, routing.num_groups),
@@ -88,14 +88,14 @@ def _route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
             total += scores_E[best]
         factor = np.float32(scale)
         if normalise:
-            factor /= total + np.float32(1e-20)  # sigmoids may all be zero
+            factor /= total + np.float32(1e-20)  # all sigmoids may be zero
         for k in range(ids_TK.shape[1]):
             weights_TK[t, k] *= factor
 
 
 @inner()
 def _logits(x_TD, weight_ED):
-    """Four experts at a time, whose weights stay in the nearest cache while all tokens pass."""
+    """Four experts at a time: their weights stay in the nearest cache for all tokens."""
     wide_TD = np.empty(x_TD.shape, np.float32)
     for t in range(x_TD.shape[0]):
         for d in range(x_TD.shape[1]):
@@ -161,7 +161,7 @@ def _best(values):
 
 @inner()
 def _close_groups(choice_E, groups):
-    """Sets what lies outside the best groups to -inf."""
+    """Sets experts outside the best groups to -inf."""
     num_groups, top_groups, two = groups
     size = len(choice_E) // num_groups
     quality_G = np.empty(num_groups, np.float32)

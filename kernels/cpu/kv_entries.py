@@ -1,7 +1,8 @@
-"""Entries of a cache read and written by compiled kernels: ``kv_entries`` on a CPU, bit for bit.
+"""Compiled kernels that read and write cache entries: ``reference/kv_entries.py`` on a CPU, bit for
+bit.
 
-T tokens  K key/value heads  D head dim  C latent dim  E rotated dims  Z = C + E  B bytes of an entry  P positions  F = B / 4
-N positions read  X numbers of an entry
+T tokens  K key/value heads  D head dim  C latent dim  E rotated dims  Z = C + E
+B bytes of an entry  P positions  F = B / 4  N positions read  X numbers of an entry
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -31,9 +32,9 @@ _LARGEST, _LEAST_SCALE = np.float32(LARGEST), np.float32(LEAST_SCALE)
 
 
 class Place(NamedTuple):
-    """Where the numbers of a head lie in an entry: ``width`` of them from ``first`` + head *
-    ``step``; in FP8 every ``group`` of them has a scale, the first one is number ``scale`` + head
-    of the entry as float32; and the last ``tail`` numbers of the entry are bf16.
+    """Place of a head's numbers in an entry: ``width`` numbers from ``first`` + head * ``step``. In
+    FP8, every ``group`` numbers have a scale; the first scale is number ``scale`` + head of the
+    entry viewed as float32. The last ``tail`` numbers of the entry are bf16.
     """
 
     first: int
@@ -45,8 +46,8 @@ class Place(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Positions [begin, end) of a sequence: page i of ``pages`` holds those from i * ``page_size``
-    on.
+    """Positions [begin, end) of a sequence. Page i of ``pages`` holds the positions from i *
+    ``page_size`` on.
     """
 
     pages: Any
@@ -56,8 +57,8 @@ class Run(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Positions [begin, end) of a run, and its page size. Without the pages: a tuple with an array
-    counts references wherever it goes.
+    """Positions [begin, end) of a run, and its page size. The pages are left out, because a tuple
+    with an array counts references wherever it goes.
     """
 
     begin: int
@@ -66,12 +67,12 @@ class Block(NamedTuple):
 
 
 def place_of_heads(cache: Tensor, dim: int) -> Place:
-    """Of keys or values [P, K, D], or bytes."""
+    """The place of keys or values in a cache [P, K, D], or in bytes."""
     return Place(0, dim, dim, dim, num_kv_heads(cache, dim) * dim // SCALE_BYTES, 0)
 
 
 def place_of_latents(cache: Tensor, dim: int) -> Place:
-    """Of latents and rotated parts [P, Z], or bytes; one head."""
+    """The place of latents and rotated parts in a cache [P, Z], or in bytes; there is one head."""
     if not holds_fp8(cache):
         return Place(0, 0, cache.shape[1], cache.shape[1], 0, 0)
     return Place(
@@ -80,7 +81,7 @@ def place_of_latents(cache: Tensor, dim: int) -> Place:
 
 
 def gather_latents(cache: Tensor, pages: Tensor, page_size: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """As ``kv_entries.gather_latents``."""
+    """Same as ``kv_entries.gather_latents``."""
     if not (computes(dtype) and (holds_fp8(cache) or computes(cache.dtype))):
         return kv_entries.gather_latents(cache, pages, page_size, dim, dtype)
     place = place_of_latents(cache, dim)
@@ -104,7 +105,7 @@ def _gather_pages(begin, end, entries, place, pages, page_size, out_NX):
 
 @inner()
 def find(pages, block, rows_N):
-    """The cache rows of the positions of a block, and past its end that of the last one."""
+    """Writes the cache rows of a block's positions; rows past its end repeat the last one."""
     count, done = block.end - block.begin, 0
     while done < count:
         offset = (block.begin + done) % block.page_size
@@ -118,7 +119,7 @@ def find(pages, block, rows_N):
 
 @inner()
 def read(entries, place, head, pages, block, out_NX):
-    """The numbers of a head at the positions of a block; rows past its end are zero."""
+    """Reads a head's numbers at a block's positions; rows past its end become zero."""
     stay_apart()
     count, done, first = block.end - block.begin, 0, place.first + head * place.step
     scales, halves = _scales(entries), _halves(entries)
@@ -148,14 +149,14 @@ def read(entries, place, head, pages, block, out_NX):
 
 @inner()
 def move_rows(source, row, column, width, scales, scale, out, out_row, out_column, num_rows):
-    """``width`` numbers of some rows, each row times its number ``scale`` of ``scales``, or as it
-    is with ``NO_SCALES``.
+    """Moves ``width`` numbers of each row, times the row's number ``scale`` in ``scales``;
+    ``NO_SCALES`` means no factor.
     """
     stay_apart()
     wide, even = width // (4 * LANES) * (4 * LANES), width // LANES * LANES
     for n in range(num_rows):
         factor = scales[row + n, scale] if scales.shape[1] else np.float32(1)
-        for x in range(0, wide, 4 * LANES):  # since the compiler does not unroll here
+        for x in range(0, wide, 4 * LANES):  # unrolled by hand, since the compiler does not
             for part in range(4):
                 at = x + part * LANES
                 move(source, row + n, column + at, factor, out, out_row + n, out_column + at)
@@ -170,7 +171,7 @@ def move_rows(source, row, column, width, scales, scale, out, out_row, out_colum
 
 
 def _move_one(source_1: Any, factor: Any, out_1: Any) -> None:
-    """In kernels: what ``move`` does, with one number."""
+    """In kernels: ``move`` for one number."""
     raise NotImplementedError
 
 
@@ -179,7 +180,7 @@ def _moved_one(source_1, factor, out_1):
     if source_1.dtype == out_1.dtype:
 
         def copy(source_1, factor, out_1):
-            stay_apart()  # or the few values that are no vector make loops of vectors, six times the code
+            stay_apart()  # otherwise the few left-over values become vector loops, six times the code
             out_1[0] = source_1[0]
 
         return copy
@@ -192,7 +193,9 @@ def _moved_one(source_1, factor, out_1):
 
 
 def _scales(entries: Any) -> Any:
-    """In kernels: entries as float32, among which are their scales; ``NO_SCALES`` of numbers."""
+    """In kernels: views entries as float32, which includes their scales; ``NO_SCALES`` if entries
+    are numbers.
+    """
     raise NotImplementedError
 
 
@@ -204,7 +207,7 @@ def _as_scales(entries):
 
 
 def _halves(entries: Any) -> Any:
-    """In kernels: entries as bf16; numbers as they are, which have no tail."""
+    """In kernels: views entries as bf16; entries of numbers have no tail and stay as they are."""
     raise NotImplementedError
 
 
@@ -217,23 +220,22 @@ def _as_halves(entries):
 
 @njit(cache=True, inline="always")
 def _to_e4m3(value):
-    """A float32 of at most 448 as the nearest value of e4m3, ties to even."""
+    """Rounds a float32 of at most 448 to the nearest e4m3, ties to even."""
     bits = np.float32(value).view(np.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
     normal = (
         (size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
     ) - np.uint32(120 << 3)
-    small = np.uint32(
-        np.rint(np.uint32(size).view(np.float32) * np.float32(512))
-    )  # below 2^-6 in steps of 2^-9
+    # Values below 2^-6 come in steps of 2^-9.
+    small = np.uint32(np.rint(np.uint32(size).view(np.float32) * np.float32(512)))
     low = small if size < np.uint32(0x3C800000) else normal
     return np.uint8(low | ((bits >> np.uint32(24)) & np.uint32(0x80)))
 
 
 @inner(error_model="numpy")
 def _write_group(x_D, out_D):
-    """Returns their scale."""
-    largest = np.uint32(0)  # as bits, which vectors compare faster, and in which NaN is larger than all
+    """Writes a group and returns its scale."""
+    largest = np.uint32(0)  # compared as bits: faster in vectors, and NaN is the largest
     for d in range(len(x_D)):
         largest = max(largest, np.uint32(np.float32(widen(x_D[d])).view(np.uint32) & np.uint32(0x7FFFFFFF)))
     scale = np.uint32(largest).view(np.float32) / _LARGEST
@@ -244,8 +246,8 @@ def _write_group(x_D, out_D):
 
 
 def write_head(x_D: Any, cache: Any, position: Any, head: Any, num_heads: Any) -> None:
-    """In kernels: a head's keys or values in the entry at a position of a cache [P, K, D] or [P,
-    B].
+    """In kernels: writes a head's keys or values to the entry at ``position`` of a cache [P, K, D]
+    or [P, B].
     """
     raise NotImplementedError
 
@@ -266,8 +268,8 @@ def _write_head(x_D, cache, position, head, num_heads):
 
 
 def write_latent(c_C: Any, k_E: Any, cache: Any, position: Any) -> None:
-    """In kernels: a latent and a rotated part in the entry at a position of a cache [P, Z] or [P,
-    B].
+    """In kernels: writes a latent and a rotated part to the entry at ``position`` of a cache [P, Z]
+    or [P, B].
     """
     raise NotImplementedError
 

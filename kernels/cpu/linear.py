@@ -1,10 +1,11 @@
-"""Products with weights in the form that the processor reads fastest, made once when they are
-loaded.
+"""Linear layers with weights in the form that the processor reads fastest. Weights are packed once,
+at load time.
 
-``cpu_isa`` says which: blocks (``cpu_blocks``), or oneDNN's own layout if it computes in bf16 at
-all. Plain bf16 weights are reordered by every ``F.linear``: for 1 to 8 rows of 1536 x 1024 that
-took 104 to 122 us, packed for oneDNN 65 to 85 us. In blocks it takes 0.92 to 1.0 of the latter, for
-32 and 64 rows 0.8 to 0.9, for more as long (2 cores of an EPYC Turin, torch 2.13).
+``cpu_isa`` chooses the form: blocks (``codegen/blocks.py``), or oneDNN's own layout if oneDNN
+computes in bf16. ``F.linear`` reorders plain bf16 weights on every call: for 1 to 8 rows of 1536 x
+1024 it took 104 to 122 us, with weights packed for oneDNN 65 to 85 us. Relative to the latter,
+blocks take 0.92 to 1.0 of the time, for 32 and 64 rows 0.8 to 0.9, for more rows the same (2 cores
+of an EPYC Turin, torch 2.13).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from .codegen.arrays import array
 
 
 def pack(weights: Tensor) -> Tensor:
-    """Weights [N, D] as ``linear`` reads them fastest: bf16 in blocks [N / 16, D / 2, 16, 2] or in
-    oneDNN's layout, others themselves.
+    """Packs weights [N, D] for ``linear``: bf16 in blocks [N / 16, D / 2, 16, 2] or in oneDNN's
+    layout; other dtypes unchanged.
 
-    What is packed can only be given to ``linear``.
+    Only ``linear`` reads packed weights.
     """
     form = cpu_isa.weight_form(cpu_isa.here(), *weights.shape) if weights.dtype == torch.bfloat16 else "plain"
     if form == "blocks":
@@ -43,8 +44,8 @@ def pack_for_onednn(weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedSlots:
-    """The weights of expert slots twice: as loaded, for products of a few rows, and packed one by
-    one for oneDNN, for more.
+    """The weights of expert slots, twice: as loaded for products of few rows, and each packed for
+    oneDNN for products of many.
     """
 
     plain_SND: Tensor
@@ -52,9 +53,9 @@ class PackedSlots:
 
 
 def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
-    """The weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], in the forms that ``experts``
-    reads: both in blocks, [S, 2F / 16, D / 2, 16, 2] and [S, D / 16, F / 2, 16, 2], both twice, or
-    the tensors themselves where packing changes nothing.
+    """Packs the weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], for ``experts``. Returns
+    both in blocks, [S, 2F / 16, D / 2, 16, 2] and [S, D / 16, F / 2, 16, 2]; or both as
+    ``PackedSlots``; or the tensors themselves if packing changes nothing.
     """
     form = (
         cpu_isa.slot_form(cpu_isa.here(), *w2_SDF.shape[1:]) if w13_SFD.dtype == torch.bfloat16 else "plain"
@@ -74,8 +75,8 @@ def pack_slots_for_onednn(
 
 
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x W^T + b over the last dim of x [..., D], the weight packed or not. A row's result does not
-    depend on the rows beside it.
+    """x W^T + b over the last dim of x [..., D]; the weight may be packed. A row's result does not
+    depend on its neighbours.
     """
     if weight_ND.dim() == 4:
         return _linear_in_blocks(x, weight_ND, bias_N)

@@ -1,8 +1,8 @@
-"""Latent attention on a CPU, in the forms of ``mla``: compiled, decode rows over pages of latents
-where they lie.
+"""Compiled latent attention on a CPU, in the two forms of ``reference/mla.py``. Decode rows read
+pages of latents in place.
 
-T tokens  R decode rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V  L positions of a row  Z = C + E
-D = N + E
+T tokens  R decode rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim
+P = N + V  L positions of a row  Z = C + E  D = N + E
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SAME_AS_KEYS = Place(0, 0, 0, 1, 0, 0)
 def mla_attend(
     q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float
 ) -> Tensor:
-    """As ``mla.mla_attend``. Where neither queries nor cache are float32, the shares of the softmax
-    are rounded to bf16.
+    """Same as ``mla.mla_attend``. Softmax weights are rounded to bf16 unless queries or cache are
+    float32.
     """
     dtype = q_nope_THN.dtype
     if not (
@@ -66,9 +66,7 @@ def _absorbed(
     scale: float,
     out_RHV: Tensor,
 ) -> None:
-    """The decode rows: H query heads share a key head, whose values are the first C dims of its
-    keys.
-    """
+    """Decode rows. H query heads share one key head, whose first C dims are its values."""
     (num_rows, num_heads, nope_dim), latent_dim = q_nope_RHN.shape, expand_HPC.shape[2]
     q_RHZ = q_nope_RHN.new_empty(num_rows, num_heads, latent_dim + q_rope_RHE.shape[2])
     multiply_heads(q_nope_RHN, expand_HPC[:, :nope_dim], q_RHZ[..., :latent_dim])
@@ -80,9 +78,8 @@ def _absorbed(
         Shape(1, num_rows, batch.page_size, torch.get_num_threads()),
         place_of_latents(cache, latent_dim),
     )
-    entries = (
-        cache if holds_fp8(cache) else cache[:, None]
-    )  # as other attention has them: no kernel more to compile
+    # The shape that other attention has, so that no further kernel is compiled.
+    entries = cache if holds_fp8(cache) else cache[:, None]
     attend_places(q_RHZ, (entries, entries), (place, _SAME_AS_KEYS), rows, shape, scale, bits)
     multiply_heads_turned(out_RHC, expand_HPC[:, nope_dim:], out_RHV)
 
@@ -90,7 +87,7 @@ def _absorbed(
 def _materialised(
     q_THD: Tensor, latents_LZ: Tensor, expand_HPC: Tensor, row: Extend, scale: float, out_THV: Tensor
 ) -> None:
-    """A row whose keys and values are expanded: a cache of one page, made for it."""
+    """One extend row with expanded keys and values, held in a temporary cache of one page."""
     (num_heads, width, latent_dim), key_dim, value_dim = expand_HPC.shape, q_THD.shape[2], out_THV.shape[2]
     rope_LE = latents_LZ[:, latent_dim:]
     kv_LHP = F.linear(latents_LZ[:, :latent_dim], expand_HPC.flatten(0, 1)).unflatten(1, (num_heads, -1))

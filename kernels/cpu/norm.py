@@ -1,8 +1,8 @@
-"""RMS norm and the product inside a SwiGLU block, compiled: ``norm``'s are chains of five to eight
-kernels for bf16.
+"""Compiled RMS norm and SwiGLU product. The reference runs them as chains of five to eight kernels
+for bf16.
 
-There is one compiled form, whatever the number of rows: another one would sum in another order, and
-a row's result must not depend on the rows beside it.
+There is one compiled form for any number of rows. A second form would sum in another order, and a
+row's result must not depend on its neighbours.
 
 N rows  D values of a row  F width
 """
@@ -24,7 +24,7 @@ from .codegen.threads import share_out
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As ``norm.rms_norm``; rows may be apart, but not their values."""
+    """Same as ``norm.rms_norm``. Rows may be strided, the values of a row may not."""
     if not (computes(x.dtype) and x.dtype == weight_D.dtype):
         return norm.rms_norm(x, weight_D, eps)
     out, bits = made(x.shape, x.dtype)
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As ``norm.add_rms_norm``."""
+    """Same as ``norm.add_rms_norm``."""
     if not (computes(x.dtype) and x.dtype == update.dtype == weight_D.dtype):
         return norm.add_rms_norm(x, update, weight_D, eps)
     (total, total_bits), (out, bits) = made(x.shape, x.dtype), made(x.shape, x.dtype)
@@ -44,7 +44,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tup
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As ``norm.silu_mul``; silu is not rounded before the product."""
+    """Same as ``norm.silu_mul``, but SiLU is not rounded before the product."""
     if not computes(gate_up.dtype):
         return norm.silu_mul(gate_up)
     out, bits = made((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up.dtype)
@@ -53,7 +53,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def _three(bits: NDArray[Any]) -> NDArray[Any]:
-    """[..., D] as [A, B, D], one compiled signature for hidden states and heads."""
+    """Views [..., D] as [A, B, D]: one compiled signature for hidden states and heads."""
     if bits.ndim == 3:
         return bits
     return bits[:, None] if bits.ndim == 2 else bits.reshape(-1, 1, bits.shape[-1])
@@ -76,7 +76,7 @@ def _add_row(x_D, update_D, total_D):
         total_D[d] = narrow(widen(x_D[d]) + widen(update_D[d]), total_D)
 
 
-@inner(error_model="numpy")  # a division that raised could not be one of vectors
+@inner(error_model="numpy")  # a division that may raise is not vectorized
 def _silu_mul_row(gate_up_F, out_F):
     width = len(out_F)
     for f in range(width):

@@ -1,6 +1,7 @@
-"""Norms of heads, rotation and writing to the cache in one pass over the tokens, compiled.
+"""Head norms, rotation and cache write in one compiled pass over the tokens.
 
-T tokens  H heads  K key/value heads  X = H + 2 K  D head dim  F frequencies  C latent dim  P cache positions  B bytes of an entry
+T tokens  H heads  K key/value heads  X = H + 2 K  D head dim  F frequencies  C latent dim
+P cache positions  B bytes of an entry
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,7 +21,7 @@ from .codegen.threads import share_out
 from .kv_entries import write_head, write_latent
 from .norm import norm_row
 
-_ENTER_ALONE = ALONE // 4  # a value costs more than in other passes
+_ENTER_ALONE = ALONE // 4  # a value costs more here than in other passes
 
 
 def norm_rotate_and_write(
@@ -31,7 +32,7 @@ def norm_rotate_and_write(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """As ``rope.norm_rotate_and_write``."""
+    """Same as ``rope.norm_rotate_and_write``."""
     dtype, (num_tokens, num_heads, dim) = qkv_TXD.dtype, qkv_TXD.shape
     plain = (
         qkv_TXD.is_contiguous()
@@ -59,7 +60,7 @@ def rotate_and_write_latent(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """As ``rope.rotate_and_write_latent``."""
+    """Same as ``rope.rotate_and_write_latent``."""
     dtype = q_rope_THD.dtype
     if not (
         computes(dtype)
@@ -68,11 +69,13 @@ def rotate_and_write_latent(
     ):
         return rope.rotate_and_write_latent(q_rope_THD, c_TC, k_rope_TD, angles, cache, write_T, interleaved)
     out_THD, bits = made(q_rope_THD.shape, dtype)
+    # k_rope is made contiguous, so that one kernel serves both: it is small, and a single row is
+    # always contiguous.
     rows = (
         array(q_rope_THD),
         array(c_TC),
         array(k_rope_TD.contiguous()),
-    )  # few values, and one kernel less: a single row always is
+    )
     _enter_latents(rows, angles.arrays, array(cache), write_T.numpy(), interleaved, bits)
     return out_THD
 
@@ -82,7 +85,7 @@ _NOTHING = {torch.bfloat16: np.empty(0, np.uint16), torch.float32: np.empty(0, n
 
 @njit(cache=True, forceinline=True)
 def enter_heads(qkv_TXD, weights, eps, turns, caches, write_T, interleaved, out_THD):
-    """Weights of no length are norms that are not there."""
+    """Empty weights mean no norm."""
     given = qkv_TXD, weights, np.float32(eps), turns, caches, write_T, interleaved, out_THD
     share_out(_enter_tokens, len(qkv_TXD), given, out_THD.size <= _ENTER_ALONE)
 
@@ -104,7 +107,7 @@ def _enter_tokens(begin, end, qkv_TXD, weights, eps, turns, caches, write_T, int
 
 @inner()
 def _enter_token(qkv_XD, weights, eps, turns, caches, position, interleaved, out_HD):
-    """One token."""
+    """Enters one token."""
     num_heads, num_keys = len(out_HD), (len(qkv_XD) - len(out_HD)) // 2
     normed_D, turned_D = np.empty_like(qkv_XD[0]), np.empty_like(qkv_XD[0])
     for head in range(num_heads):
@@ -117,7 +120,7 @@ def _enter_token(qkv_XD, weights, eps, turns, caches, position, interleaved, out
 
 @inner()
 def _turn(x_D, weight_D, eps, normed_D, cos_F, sin_F, interleaved, out_D):
-    """The norm is rounded before the rotation; values from 2 F on are not rotated."""
+    """Rounds the norm before the rotation. Leaves values from 2 F on unrotated."""
     num = len(cos_F)
     if len(weight_D):
         norm_row(x_D, weight_D, eps, normed_D)

@@ -1,7 +1,7 @@
-"""Sampling on a CPU: rows that are all greedy take one compiled pass each, others the reference
-with a compiled search.
+"""Sampling on a CPU: one compiled pass per row if all rows are greedy, otherwise the reference with
+a compiled top-k.
 
-R, S rows  V vocabulary  B blocks of V  K likeliest
+R, S rows  V vocabulary  B blocks of V  K top entries
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,12 +20,12 @@ from .codegen.arrays import array, inner
 from .codegen.threads import share_out
 
 _BLOCK = 512
-_SEARCHED = 128  # a block of the search for the likeliest
-_FEW = 4  # blocks for each of those at least: with fewer there is little to pass over
+_SEARCHED = 128  # block size of the top-k search
+_FEW = 4  # blocks per top entry at least: with fewer there is little to skip
 
 
 def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
-    """As ``sampling.sample``; of equal logits a greedy row takes the lower token."""
+    """Same as ``sampling.sample``. A greedy row breaks ties toward the lower token."""
     if len(params.drawn_S):
         return sampling.sample(logits_RV, params, uniform_R, likeliest)
     tokens_R = np.empty(len(logits_RV), np.int64)
@@ -34,13 +34,13 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
 
 
 def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``sampling.logprobs``; of equal logits the lower tokens come first."""
+    """Same as ``sampling.logprobs``. Among equal logits the lower tokens come first."""
     return sampling.logprobs(logits_SV, tokens_S, num_top, likeliest)
 
 
 def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """As ``sampling.likeliest``: 16 rows of 152,064 take 0.4 ms for 50, ``topk`` 2.2 (2 cores of an
-    EPYC Turin, torch 2.13).
+    """Same as ``sampling.likeliest``: the top 50 of 16 rows of 152,064 take 0.4 ms, ``topk`` takes
+    2.2 (2 cores of an EPYC Turin, torch 2.13).
     """
     if not count or x_SV.dtype != torch.float32 or x_SV.shape[1] < _FEW * count * _SEARCHED:
         return sampling.likeliest(x_SV, count)
@@ -62,8 +62,8 @@ def _search_rows(begin, end, x_SV, values_SK, ids_SK):
 
 @inner()
 def _search_row(x_V, values_K, ids_K):
-    """The K-th largest of the blocks' maxima is a bound that K values at least reach, and only
-    blocks that pass it are looked into.
+    """Top K of one row. At least K values reach the K-th largest block maximum, so only blocks
+    whose maximum exceeds it are searched.
     """
     count, num_blocks = len(values_K), -(-len(x_V) // _SEARCHED)
     most_B = np.empty(num_blocks, np.float32)
@@ -85,7 +85,7 @@ def _search_row(x_V, values_K, ids_K):
 
 @inner()
 def _fill(x_V, most_B, bound, values_K, ids_K):
-    """The lowest places where the bound itself stands."""
+    """Fills the remaining places with the lowest tokens whose value equals the bound."""
     num, b = 0, 0
     while num < len(ids_K) and b < len(most_B):
         if most_B[b] >= bound:
@@ -94,7 +94,7 @@ def _fill(x_V, most_B, bound, values_K, ids_K):
                     values_K[num], ids_K[num] = bound, v
                     num += 1
         b += 1
-    values_K[num:], ids_K[num:] = np.nan, 0  # fewer are numbers
+    values_K[num:], ids_K[num:] = np.nan, 0  # fewer than K values are numbers
 
 
 @njit(cache=True)
@@ -110,8 +110,8 @@ def _argmax_rows(begin, end, logits_RV, tokens_R):
 
 @inner()
 def _argmax_row(logits_V):
-    """The first block with the largest maximum, and the place within it: a maximum is taken by
-    vectors, a place is not.
+    """Finds the first block with the largest maximum, then the place within it: a maximum
+    vectorizes, a search for its place does not.
     """
     best, start = np.float32(-np.inf), 0
     for first in range(0, len(logits_V), _BLOCK):

@@ -1,8 +1,9 @@
-"""Tensors as compiled CPU kernels see them: numpy arrays over the same memory, bf16 as its 16 bits.
+"""Tensors as compiled CPU kernels see them: numpy arrays over the same memory, with bf16 as its 16
+bits.
 
-The kernels are compiled by numba, which needs no C compiler and keeps what it compiled on disk
-(``_cache_folder``). They run on the threads of torch's own OpenMP, so that the two do not compete:
-a parallel call costs 0.8 us, one on this thread 0.1 us (2 cores of an EPYC Turin, numba 0.68).
+Numba compiles the kernels. It needs no C compiler and keeps compiled code on disk
+(``_cache_folder``). Kernels run on the threads of torch's own OpenMP, so the two do not compete: a
+parallel call costs 0.8 us, a call on the same thread 0.1 us (2 cores of an EPYC Turin, numba 0.68).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -27,12 +28,11 @@ from .compile_lock import CompileLock
 
 
 def _cache_folder() -> str:
-    """Where compiled kernels are kept: beside the source, or in the user's cache where that is not
-    writable.
+    """Folder of compiled kernels: beside the source, or in the user's cache if the source folder is
+    read-only.
 
-    There is a folder for every version of the sources, because numba looks only at the file of a
-    function and not at those it calls; and for every version of numba, which would write over what
-    another version reads.
+    Each version of the sources has its own folder, because numba looks only at the file of a
+    function, not at the files of the functions it calls.
     """
     here = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.parent.rglob("*.py"))))
@@ -45,39 +45,37 @@ def _cache_folder() -> str:
 
 CACHE_FOLDER = _cache_folder()
 
-# Before the first kernel is declared.
+# Set before the first kernel is declared.
 config.CACHE_DIR = CACHE_FOLDER  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 event.register("numba:compiler_lock", CompileLock(Path(CACHE_FOLDER)))
 
-# Up to this many values a pass over rows stays on the thread that asks for it: 4 us, and no waiting
-# for a thread that another process may hold up.
+# Up to this many values, a pass over rows stays on the calling thread: 4 us, and no waiting for a
+# thread that another process may hold up.
 ALONE = 1 << 13
 
 # Compiled code may reassociate sums, which vectors need, but must keep infinities: masked logits
-# and maxima start from them. Kernels in which it may are declared with ``forceinline``, which all
-# that they call inherits but what says ``stay_apart``. As functions of their own they would be
-# there once for every caller, summed in another order, and the linker's choice among them is
-# another in the process that compiles than in those that load.
+# and maxima start from them. Kernels that reassociate are declared with ``forceinline``, and every
+# function they call inherits it unless it calls ``stay_apart``. If the functions were not inlined,
+# each caller would bring its own copy that sums in another order. The linker's choice among the
+# copies differs between the process that compiles and those that load.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def use_threads_of_torch() -> None:
-    """Lets parallel kernels called from this thread run on as many threads as torch does."""
+    """Lets parallel kernels called from this thread use as many threads as torch does."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    torch.set_num_threads(
-        threads
-    )  # the first call of numba's has set OpenMP to all cores for the whole process
+    torch.set_num_threads(threads)  # numba's first call set OpenMP to all cores for the whole process
 
 
 def array(x: Tensor) -> NDArray[Any]:
-    """The memory of x, with its strides; uint16 where x is bf16."""
+    """Numpy view of x's memory, with its strides; uint16 if x is bf16."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def made(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, NDArray[Any]]:
-    """A new tensor of bf16 or float32, and its memory: 1 us, where ``torch.empty`` and ``array``
+    """A new bf16 or float32 tensor and its numpy view. Takes 1 us; ``torch.empty`` plus ``array``
     take 2.4.
     """
     bits = np.empty(shape, np.uint16 if dtype == torch.bfloat16 else np.float32)
@@ -86,24 +84,24 @@ def made(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, NDArray[Any]
 
 
 def computes(dtype: torch.dtype) -> bool:
-    """Whether kernels read and write tensors of this type."""
+    """Whether kernels read and write tensors of this dtype."""
     return dtype in (torch.bfloat16, torch.float32)
 
 
 def inner(**options: Any) -> Any:
-    """Declares what only kernels call: compiled into them, without ways in from elsewhere. From
-    Python it runs as Python.
+    """Declares a function that only kernels call. It is compiled into them, with no entry point of
+    its own. Called from Python it runs as Python.
     """
     return register_jitable(no_cfunc_wrapper=True, **options)
 
 
-_intrinsic: Any = intrinsic  # its type is that of the definition, which takes the compiler's context, too
+_intrinsic: Any = intrinsic  # typed as the definition, which also takes the compiler's context
 
 
 @_intrinsic
 def stay_apart(typing_context):
-    """In kernels: the function that says this is not inlined, nor its loops unrolled: three
-    quarters of the time that some callers took to compile. For coarse calls, and not with
+    """In kernels: prevents inlining of the function that calls this, and unrolling of its loops.
+    Without it some callers took four times as long to compile. For coarse calls, and not with
     ``FAST``.
     """
 
@@ -117,14 +115,14 @@ def stay_apart(typing_context):
 
 
 def widen(value: Any) -> Any:
-    """In kernels: an element of an array as float32. Eight bits are e4m3, as ``fp8.from_e4m3``
-    reads them.
+    """In kernels: an array element as float32. Eight bits are read as e4m3, as in
+    ``fp8.from_e4m3``.
     """
     raise NotImplementedError
 
 
 def narrow(value: Any, array: Any) -> Any:
-    """In kernels: a float32 as an element of ``array``, rounded to the nearest, ties to even."""
+    """In kernels: a float32 as an element of ``array``, rounded to nearest, ties to even."""
     raise NotImplementedError
 
 
@@ -159,15 +157,12 @@ def _narrow(value, array):
 
 @numba.njit(cache=True, inline="always")
 def exp(x):
-    """e^x of float32 for vectors: within 2 units of the last place; 0 below -87, and no more than
-    e^88.
-    """
+    """Vectorized float32 e^x, within 2 units in the last place; 0 below -87, at most e^88."""
     x = min(max(x, np.float32(-87.3)), np.float32(88.0))
     scaled = x * np.float32(1.4426950408889634)
     whole = np.floor(scaled + np.float32(0.5))
-    rest = (x - whole * np.float32(0.693359375)) + whole * np.float32(
-        2.12194440e-4
-    )  # ln 2 in two parts (Cody and Waite)
+    # ln 2 in two parts (Cody and Waite).
+    rest = (x - whole * np.float32(0.693359375)) + whole * np.float32(2.12194440e-4)
     y = np.float32(1.9875691500e-4)  # the polynomial of Cephes' expf
     y = y * rest + np.float32(1.3981999507e-3)
     y = y * rest + np.float32(8.3334519073e-3)

@@ -1,15 +1,13 @@
-"""Weights in blocks of 16 columns, and the products of rows with them, on processors with
-AVX512-BF16.
+"""Weights in blocks of 16 columns, and products of rows with them, for processors with AVX512-BF16.
 
 Packed weights are [..., N / 16, K / 2, 16, 2] instead of [..., N, K]: a vector holds two
 neighbouring k of 16 columns, which ``vdpbf16ps`` multiplies by the same two k of a row. Up to 6
-rows by 4 blocks are summed in registers. k is summed from first to last in one register whatever
-the number of rows, so that a result depends neither on the rows beside it nor on the number of
-threads.
+rows by 4 blocks are summed in registers. For any number of rows, k is summed from first to last in
+one register, so a result depends neither on neighbouring rows nor on the number of threads.
 
-Few rows take what reading the weights from memory takes, while that is no faster than 50 GB/s; at
-75 GB/s four rows take 1.25 times as long. From 32 rows on the rate is that of oneDNN, within a
-tenth either way, 860 to 980 GFLOP/s (2 cores of an EPYC Turin).
+Few rows take as long as reading the weights from memory up to 50 GB/s; at 75 GB/s four rows take
+1.25 times as long. From 32 rows on the rate equals oneDNN's within a tenth either way, 860 to 980
+GFLOP/s (2 cores of an EPYC Turin).
 
 N columns  K inner values  P panels of up to four blocks
 """
@@ -33,17 +31,17 @@ from .arrays import inner, narrow, widen
 from .threads import share_out
 from .vectors import F32, I32, SUMS, UNITS, multiply_add_halves, spread
 
-BLOCKS = 4  # of a panel, read side by side
-ROWS = 6  # of a tile: 24 sums and 4 weights of the 32 registers
-STRETCH = 96  # rows that meet a panel while it lies in the cache; short enough for threads to share evenly
+BLOCKS = 4  # per panel, read side by side
+ROWS = 6  # per tile: 24 sums and 4 weights use 28 of the 32 registers
+STRETCH = 96  # rows that use a panel while it is in the cache; few enough for threads to share evenly
 
-_AHEAD = 1024  # bytes to prefetch within a panel that is read once: 3 to 8 % more bandwidth
-_PACE = 1024  # of prefetching one vector per vector read
+_AHEAD = 1024  # bytes to prefetch ahead in a panel that is read once: 3 to 8 % more bandwidth
+_PACE = 1024  # fetches one vector per vector read
 
 
 def pack_blocks(weights: Tensor) -> Tensor:
-    """bf16 [..., N, K] as [..., N / 16, K / 2, 16, 2], in memory of its own: huge pages where the
-    system has them, 5 to 10 % more bandwidth.
+    """Packs bf16 [..., N, K] as [..., N / 16, K / 2, 16, 2] in memory of its own. Uses huge pages
+    if the system has them: 5 to 10 % more bandwidth.
     """
     *leading, num_columns, num_inner = weights.shape
     assert weights.dtype == torch.bfloat16 and fit(num_columns, num_inner), (
@@ -60,15 +58,13 @@ def pack_blocks(weights: Tensor) -> Tensor:
     )
 
 
-_intrinsic: Any = (
-    extending.intrinsic
-)  # its type is that of the definition, which takes the compiler's context, too
+_intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
 
 class _Tile:
-    """Writes the instructions of one tile: ``num_rows`` rows by a panel."""
+    """Writes the instructions of one tile: ``num_rows`` rows by one panel."""
 
     def __init__(self, builder: Any, num_rows: int) -> None:
         self._builder = builder
@@ -112,9 +108,8 @@ class _Tile:
         distance = builder.add(ahead, builder.mul(vectors, _I64(4 * COLUMNS)))
         for block in w:
             place = builder.gep(block, [distance], source_etype=_I8)
-            builder.call(
-                self._prefetch, [place, I32(0), I32(3), I32(1)]
-            )  # to read, into the nearest cache, data
+            # Flags: read, into the nearest cache, data.
+            builder.call(self._prefetch, [place, I32(0), I32(3), I32(1)])
 
     def _pointers(self, addresses: Any, count: int) -> list[Any]:
         builder = self._builder
@@ -124,7 +119,7 @@ class _Tile:
         return [builder.inttoptr(load, _I8.as_pointer()) for load in loads]
 
     def _step(self, pair: Any, x: list[Any], w: list[Any], sums: list[list[Any]]) -> list[list[Any]]:
-        """The sums and one pair of k more."""
+        """Adds one pair of k to the sums."""
         builder = self._builder
         factors = []
         for block in w:
@@ -146,7 +141,7 @@ class _Tile:
 
 @_intrinsic(prefer_literal=True)
 def _tile(typing_context, num_rows, sums, rows, blocks, num_pairs, fetch):
-    """sums[r, 16 b + n] = sum over the pairs of row r times block b; ``rows`` and ``blocks`` hold
+    """sums[r, 16 b + n] = sum over the pairs of row r times block b. ``rows`` and ``blocks`` hold
     addresses. Nothing is checked.
     """
     signature = types.void(num_rows, sums, rows, blocks, types.intp, types.UniTuple(types.intp, 2))
@@ -162,7 +157,7 @@ def _tile(typing_context, num_rows, sums, rows, blocks, num_pairs, fetch):
 
 @_intrinsic
 def take_item(typing_context, counter):
-    """counter[0]++, of which every thread gets another value."""
+    """Atomic counter[0]++: each thread gets another value."""
     signature = types.intp(counter)
 
     def generate(context, builder, signature, arguments):
@@ -193,10 +188,10 @@ def multiply(num_rows, sums, rows, blocks, num_pairs, fetch):
 
 @njit(cache=True, inline="always")
 def look_ahead(tile, tiles, num_inner, next_panel):
-    """What a tile prefetches: how many bytes from its blocks, and how many vectors for 1024 that it
-    reads. The tiles of a panel share in fetching the next one, ``next_panel`` bytes from it: 9 to
-    26 % faster, at 16 to 64 rows a slot, than if the last did it all. A panel of one tile fetches
-    its own.
+    """A tile's prefetch: distance in bytes from its blocks, and vectors to prefetch per 1024
+    vectors read. The tiles of a panel share the prefetch of the next one, ``next_panel`` bytes
+    away. At 16 to 64 rows a slot this is 9 to 26 % faster than leaving it all to the last tile. A
+    panel of one tile prefetches itself.
     """
     if tiles == 1:
         return _AHEAD, _PACE
@@ -205,14 +200,14 @@ def look_ahead(tile, tiles, num_inner, next_panel):
 
 @njit(cache=True, inline="always")
 def block_bytes(num_inner):
-    """From one block to the next."""
+    """Bytes from one block to the next."""
     return 2 * COLUMNS * num_inner
 
 
 @njit(cache=True, inline="always")
 def part(number, of, total):
-    """Where part ``number`` begins, and its length, when ``total`` is cut into ``of`` parts as even
-    as can be.
+    """Start and length of part ``number``, when ``total`` is cut into ``of`` parts as evenly as
+    possible.
     """
     start = total * number // of
     return start, total * (number + 1) // of - start
@@ -220,15 +215,14 @@ def part(number, of, total):
 
 @njit(cache=True, inline="always")
 def parts(total, most):
-    """How many parts of at most ``most`` there are."""
+    """Number of parts of at most ``most``."""
     return (total + most - 1) // most
 
 
 @njit(cache=True, error_model="numpy")
 def multiply_rows(x, x_stride, w, num_inner, bias_N, y_TN, num_threads):
-    """y = x w^T + b. ``x`` is the address of the first row, ``x_stride`` the bytes from one to the
-    next; ``w`` the address of packed weights [N / 16, K / 2, 16, 2]; ``bias_N`` is empty where
-    there is none.
+    """y = x w^T + b. ``x`` is the address of the first row, ``x_stride`` the bytes between rows,
+    ``w`` the address of packed weights [N / 16, K / 2, 16, 2]. ``bias_N`` is empty for no bias.
     """
     counter = np.zeros(1, np.int64)
     share_out(_multiply_panels, num_threads, (x, x_stride, w, num_inner, bias_N, y_TN, counter), False)

@@ -1,5 +1,5 @@
-"""The first use of a version's CPU kernels: one process of a machine compiles them, and says how
-far it is.
+"""First use of a version's CPU kernels: one process of a machine compiles them and reports its
+progress.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numba.core import event
 
 from . import arrays as cpu_arrays
 
-_FORGOTTEN = 30 * 86400.0  # seconds; the lock's file is touched by every process that starts
-_READS = 2.0  # seconds: a process that finds its kernels on the disk is through sooner
+_FORGOTTEN = 30 * 86400.0  # seconds; every process that starts touches the lock file
+_READS = 2.0  # seconds: a process that finds its kernels on disk needs less
 
 
 @contextlib.contextmanager
 def alone_in_compiling(report: Callable[[str], None]) -> Iterator[None]:
-    """Lets one process at a time through of those that keep compiled kernels in the same folder;
-    all of them where there is none.
+    """Admits one process at a time among those that share a folder of compiled kernels; all of them
+    if there is no folder.
 
-    ``report`` is told what is waited for: each kernel that is compiled within, or the process that
-    is ahead; nothing where all kernels are on the disk.
+    ``report`` is called with each kernel compiled within, or with a notice that another process is
+    ahead. It is not called if all kernels are on disk.
     """
     with (
         _lock(Path(cpu_arrays.CACHE_FOLDER), report),
@@ -39,8 +39,8 @@ def alone_in_compiling(report: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """A compiler makes many objects, and Python would look through all those of torch again and
-    again: a second of thirteen.
+    """Keeps Python's garbage collector off existing objects. A compiler makes many objects, and
+    rescanning all of torch's took one second of thirteen.
     """
     gc.freeze()
     try:
@@ -54,23 +54,23 @@ def _lock(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "compiling").open("w")
-    except OSError:  # numba has nowhere to keep what it compiles, or finds another place
+    except OSError:  # numba has no folder to write to, or finds another one
         yield
         return
     _forget_unused(folder)
     with lock:
         if not _taken_within(lock, _READS):
-            report("waiting for another process of this machine, which compiles the kernels")
+            report("waiting for another process on this machine to compile the kernels")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _forget_unused(folder: Path) -> None:
-    """Removes what other versions compiled and no process has asked for in a month; 2 MB for each
-    kind of model.
+    """Removes kernels of other versions that no process used for a month; each kind of model takes
+    2 MB.
     """
     for other in folder.parent.glob("numba-*/compiling"):
-        with contextlib.suppress(OSError):  # another process is at it
+        with contextlib.suppress(OSError):  # another process is removing it
             if time.time() - other.stat().st_mtime > _FORGOTTEN:
                 shutil.rmtree(other.parent)
 
@@ -87,8 +87,8 @@ def _taken_within(lock: IO[str], seconds: float) -> bool:
 
 
 class _Count(event.Listener):
-    """Counts kernels as their compilation begins; those that others call are counted within
-    theirs.
+    """Counts kernels as their compilation begins. A kernel that another one calls is counted within
+    the caller's compilation.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -97,8 +97,9 @@ class _Count(event.Listener):
 
     def on_start(self, event: event.Event) -> None:
         self._count += 1
+        name = event.data["dispatcher"].__name__
         self._report(
-            f"CPU kernels, once for a version and kind of model: number {self._count}, {event.data['dispatcher'].__name__}"
+            f"compiling CPU kernels, once per version and kind of model: number {self._count}, {name}"
         )
 
     def on_end(self, event: event.Event) -> None:

@@ -1,8 +1,8 @@
-"""Cached e4m3 as units of bf16, for products: decoded by tables that stay in registers, scales left
-to the caller.
+"""Decodes cached e4m3 to units of bf16 for products. The tables stay in registers; the caller
+applies the scales.
 
-A value of e4m3 is one of bf16 too. Its two bytes are looked up by the seven bits beside the sign,
-64 values at a time, which takes AVX512-VBMI.
+Every e4m3 value is also a bf16 value. Its two bytes are looked up by the seven bits beside the
+sign, 64 values at a time, which takes AVX512-VBMI.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -23,19 +23,19 @@ from .vectors import I32, LANES, UNITS, Rows, all_lanes, is_matrix, multiplies_b
 
 _intrinsic: Any = intrinsic
 
-AT_ONCE = 64  # values
+AT_ONCE = 64  # values per vector
 _BYTES = ir.VectorType(ir.IntType(8), AT_ONCE)
 
 
 def decodes() -> bool:
-    """Whether the processor can, and multiplies bf16."""
+    """Whether the processor has AVX512-VBMI and multiplies bf16."""
     return multiplies_bf16() and "avx512vbmi" in cpu_isa.features()
 
 
 @_intrinsic
 def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
-    """out[out_row + u, out_column + j] = the values ``column`` + 2 u and the next one of row
-    rows_N[first + j], for 32 u and 16 j.
+    """out[out_row + u, out_column + j] = values ``column`` + 2 u and the next, of row rows_N[first
+    + j], for 32 u and 16 j.
     """
     _check(entries, rows_N, out)
     signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
@@ -58,8 +58,8 @@ def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
 
 @_intrinsic
 def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
-    """out[out_row, out_column + i] = the values ``column`` + i of rows rows_N[first] and
-    rows_N[first + 1], for 64 i.
+    """out[out_row, out_column + i] = values ``column`` + i of rows rows_N[first] and rows_N[first +
+    1], for 64 i.
     """
     _check(entries, rows_N, out)
     signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
@@ -69,7 +69,7 @@ def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
         source, rows, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4))
         both = [_load(builder, source, rows, first, n, column) for n in range(2)]
         for half in range(2):
-            # Each quarter of the vector takes the values that its part of two vectors of units will
+            # Each quarter of the vector gets the values that its part of two vectors of units will
             # hold.
             values = [32 * half + 4 * (w // 8) + w % 4 + 16 * (w % 8 // 4) for w in range(AT_ONCE // 2)]
             mixed = builder.shuffle_vector(
@@ -120,15 +120,15 @@ def _load(builder: Any, source: Rows, rows: Rows, first: Any, n: int, column: An
 
 
 def _decoded(builder: Any, values: Any) -> tuple[Any, Any]:
-    """The low and the high bytes."""
+    """The low and the high bytes of each decoded value."""
     bits = [struct.unpack("<I", struct.pack("<f", _value(size)))[0] >> 16 for size in range(128)]
     low, high = (_looked_up(builder, values, [number >> shift & 0xFF for number in bits]) for shift in (0, 8))
     return low, builder.or_(high, builder.and_(values, all_lanes(_BYTES, 0x80)))
 
 
 def _value(size: int) -> float:
-    """Of the seven bits beside the sign; all set, which stands for NaN, is read as
-    ``fp8.from_e4m3`` does.
+    """Value of the seven bits beside the sign. All bits set (NaN) gives the same value as
+    ``fp8.from_e4m3``.
     """
     exponent, fraction = size >> 3, size & 7
     return (8 + fraction) / 8 * 2.0 ** (exponent - 7) if exponent else fraction / 8 * 2.0**-6

@@ -1,8 +1,8 @@
-"""Loops of compiled kernels on the threads of torch's OpenMP, whose bodies are compiled once.
+"""Parallel loops of compiled kernels on torch's OpenMP threads, with bodies compiled once.
 
-Numba compiles the body of ``prange`` four times over, in the function of the loop and in each of
-three around it, which was a third of what it took to compile the kernels of a model. Here there is
-one such loop, and it calls bodies by their address.
+Numba compiles the body of a ``prange`` four times, in the loop's function and in each of three
+around it: a third of the time to compile a model's kernels. This module has one such loop, which
+calls bodies by address.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -17,19 +17,21 @@ from numba import njit, prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-_intrinsic: Any = intrinsic  # its type is that of the definition, which takes the compiler's context, too
+_intrinsic: Any = intrinsic  # typed as the definition, which also takes the compiler's context
 
 _INDEX = ir.IntType(64)  # types.intp
-_PARTS = 64  # at most: the loop shares them evenly among threads, whose number kernels that are kept on disk cannot ask for
-_PART = (types.intp, types.intp, types.intp)  # begin, end, and the address of what the body is given
+# Parts of a loop at most; the threads share them evenly. Kernels kept on disk cannot ask for the
+# number of threads.
+_PARTS = 64
+_PART = (types.intp, types.intp, types.intp)  # begin, end, address of the body's arguments
 
 
 @_intrinsic
 def share_out(typing_context, body, count, arguments, alone):
-    """In kernels: body(begin, end, *arguments) for parts that make up [0, count), on all threads,
-    or all of it on this one if ``alone``.
+    """In kernels: calls body(begin, end, *arguments) for parts that make up [0, count), on all
+    threads; or for the whole range on this thread if ``alone``.
 
-    ``arguments`` is a tuple; what they refer to stays the caller's.
+    ``arguments`` is a tuple; the caller keeps ownership of the arrays in it.
     """
     given = tuple(types.unliteral(kind) for kind in arguments.types)
     body_signature = body.get_call_type(typing_context, (types.intp, types.intp, *given), {})
@@ -57,8 +59,8 @@ def share_out(typing_context, body, count, arguments, alone):
 
 
 def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room_type: Any) -> Any:
-    """The function that calls the body, in numba's convention for calls; by itself, so that the
-    body is there only once.
+    """A function that calls the body in numba's calling convention. It is separate, so that the
+    body is compiled once.
     """
     kind = context.call_conv.get_function_type(types.none, _PART)
     function = ir.Function(module, kind, module.get_unique_name("part"))
@@ -81,8 +83,8 @@ def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room
 
 
 def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    """The same without owners of arrays, whose references nobody need count then: threads would
-    take turns at every row.
+    """The same value with the owners of arrays removed. Otherwise threads would take turns counting
+    references at every row.
     """
     if isinstance(kind, types.BaseTuple):
         kinds = kind.types  # type: ignore[attr-defined]
@@ -97,7 +99,7 @@ def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 @_intrinsic
 def _call(typing_context, function, begin, end, given):
-    """Runs a part."""
+    """Calls one part."""
 
     def generate(context, builder, signature, values):
         kind = context.call_conv.get_function_type(types.none, _PART)

@@ -1,8 +1,8 @@
-"""Operations on small matrices for compiled kernels, each a handful of vector instructions; nothing
+"""Operations on small matrices for compiled kernels, each a handful of vector instructions. Nothing
 is checked.
 
-A unit is what a lane of a product takes of the inner dimension: two neighbouring bf16 (an array of
-uint32), multiplied exactly and summed in float32, or one float32.
+A unit is the piece of the inner dimension that one lane of a product takes: two neighbouring bf16
+(an array of uint32), multiplied exactly and summed in float32, or one float32.
 
 R rows  U units  N columns
 """
@@ -36,19 +36,18 @@ from .vectors import (
 )
 
 _INDEX = ir.IntType(64)  # types.intp
-_intrinsic: Any = intrinsic  # whose types count the typing context among the arguments of a call
+_intrinsic: Any = intrinsic  # typed as the definition, which also takes the compiler's context
 
 TILE_ROWS = 4
-TILE_COLUMNS = (
-    64  # with 4 rows: 16 sums, enough to keep both units of a core busy, and all of them in registers
-)
+# With 4 rows: 16 sums, enough to keep both units of a core busy, and all of them in registers.
+TILE_COLUMNS = 64
 
 
 @_intrinsic(prefer_literal=True)
 def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_vectors):
-    """out[out_row + r, column + n] = that times shrink[r], plus the sum over u of a[a_row + r, u] *
-    b[u, column + n], for 4 rows r and 16 ``num_vectors`` columns n. Without ``shrink`` (None) the
-    sum alone. a [., U], b [U, .]: units; out, shrink: float32.
+    """out[out_row + r, column + n] = shrink[r] times its old value, plus the sum over u of a[a_row
+    + r, u] * b[u, column + n], for 4 rows r and 16 ``num_vectors`` columns n. If ``shrink`` is
+    None, the old value is dropped. a [., U], b [U, .]: units; out, shrink: float32.
     """
     if not (
         is_matrix(out, types.float32) and is_matrix(a, types.uint32, types.float32) and is_matrix(b, a.dtype)
@@ -98,7 +97,7 @@ def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_v
 @_intrinsic
 def transpose(typing_context, rows, row, column, out, out_row, out_column):
     """out[out_row + i, out_column + j] = unit ``column`` + i of rows[row + j], for 16 i and 16 j.
-    ``rows``: numbers, bf16 as uint16.
+    ``rows`` holds numbers, bf16 as uint16.
     """
     unit = types.uint32 if rows.dtype == types.uint16 else types.float32
     if not (is_matrix(rows, types.uint16, types.float32) and is_matrix(out, unit)):
@@ -117,8 +116,8 @@ def transpose(typing_context, rows, row, column, out, out_row, out_column):
 
 
 def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
-    """16 vectors of 16 units, the other way round."""
-    for width in (1, 2, 4, 8):  # quadrants of blocks twice as wide change places
+    """Transposes 16 vectors of 16 units."""
+    for width in (1, 2, 4, 8):  # exchanges quadrants of blocks twice as wide
         vectors = [
             _exchange(builder, vectors[i & ~width], vectors[i | width], width, bool(i & width))
             for i in range(LANES)
@@ -127,8 +126,8 @@ def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
 
 
 def _exchange(builder: Any, upper: Any, lower: Any, width: int, second: bool) -> Any:
-    """The upper or the lower row of a pair after the exchange: lane l comes from the row that its
-    bit ``width`` names.
+    """The upper or the lower row of a pair after the exchange: bit ``width`` of lane l says which
+    row it comes from.
     """
     lanes = [
         (lane | width if second else lane & ~width) + (LANES if lane & width else 0) for lane in range(LANES)
@@ -139,7 +138,7 @@ def _exchange(builder: Any, upper: Any, lower: Any, width: int, second: bool) ->
 @_intrinsic
 def pair(typing_context, rows, row, column, out, out_row, out_column):
     """out[out_row, out_column + i] = the unit of rows[row, column + i] and rows[row + 1, column +
-    i], for 32 i. bf16.
+    i], for 32 i of bf16.
     """
     if not (is_matrix(rows, types.uint16) and is_matrix(out, types.uint32)):
         raise TypingError("pair takes bf16 and a matrix of units")
@@ -160,8 +159,8 @@ def pair(typing_context, rows, row, column, out, out_row, out_column):
 
 @_intrinsic
 def move(typing_context, source, row, column, scale, out, out_row, out_column):
-    """16 numbers of a row times ``scale``, rounded to the dtype of ``out``; as they are where both
-    have it.
+    """Moves 16 numbers of a row, times ``scale``, rounded to the dtype of ``out``. Numbers of the
+    same dtype are copied without the factor.
     """
     numbers = types.float32, types.uint16, types.uint8
     if not (is_matrix(source, *numbers) and is_matrix(out, *numbers[:2])):
@@ -183,7 +182,7 @@ def move(typing_context, source, row, column, scale, out, out_row, out_column):
 
 @_intrinsic
 def prefetch(typing_context, rows, row, column):
-    """Asks for the cache line of a value."""
+    """Prefetches the cache line of a value."""
     signature = types.void(rows, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
@@ -195,11 +194,10 @@ def prefetch(typing_context, rows, row, column):
 
 @_intrinsic
 def soften(typing_context, scores, factor, scales, best, sums, row, shares, shrink):
-    """The next 64 scores of 4 rows as shares of a softmax that goes on: shares[r] = 2^(factor *
-    (scores[r] - the largest so far)). ``best`` and ``sums`` keep the largest score and the sum of
-    row ``row`` + r; shrink[r] is what is left of all summed before. ``scales`` [2, 64], if there
-    are any (not None), multiply scores beforehand, but for -inf, and shares afterwards: sums are
-    without.
+    """One step of a running softmax over the next 64 scores of 4 rows: shares[r] = 2^(factor *
+    (scores[r] - largest so far)). ``best`` and ``sums`` hold the largest score and the sum of row
+    ``row`` + r; shrink[r] is the factor by which earlier sums shrink. ``scales`` [2, 64], if not
+    None, multiply scores (except -inf) beforehand and shares afterwards; sums exclude them.
     """
     if not (is_matrix(scores, types.float32) and is_matrix(shares, types.float32, types.uint16)):
         raise TypingError("soften takes float32 scores and a matrix of numbers")
@@ -242,12 +240,13 @@ def soften(typing_context, scores, factor, scales, best, sums, row, shares, shri
 
 
 def _scaled_but_infinite(builder: Any, vector: Any, scale: Any) -> Any:
+    """Scales all values except -inf."""
     hidden = builder.fcmp_ordered("==", vector, all_lanes(SUMS, float("-inf")))
     return builder.select(hidden, vector, builder.fmul(vector, scale))
 
 
 def _tree(builder: Any, combine: Any, values: list[Any]) -> Any:
-    """All of them, by pairs."""
+    """Combines all values, pair by pair."""
     while len(values) > 1:
         values = [
             combine(builder, *values[i : i + 2]) if i + 1 < len(values) else values[i]

@@ -1,9 +1,9 @@
-"""How the innermost loops of compiled kernels are written: LLVM instructions on vectors of 16
-float32, or of whatever fits 16 lanes.
+"""LLVM instructions for the innermost loops of compiled kernels, on vectors of 16 float32 or any
+other type in 16 lanes.
 
-Numbers are float32, bf16 as uint16, or e4m3 as uint8. The instructions are chosen for the processor
-that compiles (numba's cache keeps processors apart): one with AVX512-BF16 multiplies and rounds
-bf16 by itself, others get integer arithmetic.
+Numbers are float32, bf16 as uint16, or e4m3 as uint8. Instructions are chosen for the processor
+that compiles; numba's cache keeps processors apart. With AVX512-BF16 the processor multiplies and
+rounds bf16 itself, others use integer arithmetic.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -34,7 +34,7 @@ _SHIFTS = {types.float32: 2, types.int64: 3, types.uint32: 2, types.uint16: 1, t
 
 
 class _Bfloat(ir.types.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not name."""
+    """LLVM's bfloat type, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -50,19 +50,17 @@ _HALVES = ir.VectorType(_Bfloat(), 2 * LANES)
 
 
 def multiplies_bf16() -> bool:
-    """Whether there is AVX512-BF16."""
+    """Whether the processor has AVX512-BF16."""
     return "avx512bf16" in cpu_isa.features()
 
 
 def is_matrix(array: Any, *dtypes: Any) -> bool:
-    """Whether a type is that of a two-dimensional array of one of the dtypes."""
+    """Whether a type is a two-dimensional array of one of the dtypes."""
     return isinstance(array, types.Array) and array.ndim == 2 and array.dtype in dtypes
 
 
 class Rows:
-    """An array of two dimensions, or one, whose values of a row lie one after another; read as of
-    ``dtype`` where one is given.
-    """
+    """An array of one or two dimensions with contiguous rows; read as ``dtype`` if one is given."""
 
     def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, dtype: Any = None) -> None:
         parts = arrayobj.make_array(array_type)(context, builder, array)
@@ -72,7 +70,7 @@ class Rows:
         self.num_columns = cgutils.unpack_tuple(builder, parts.shape)[-1]
 
     def load(self, row: Any, column: Any, lanes: int = LANES) -> Any:
-        """As stored; a scalar for one lane."""
+        """Loads values as stored; one lane gives a scalar."""
         return self._builder.load(self._place(row, column, lanes), align=self._align())
 
     def store(self, value: Any, row: Any, column: Any) -> None:
@@ -80,7 +78,7 @@ class Rows:
         self._builder.store(value, self._place(row, column, lanes), align=self._align())
 
     def load_numbers(self, row: Any, column: Any) -> Any:
-        """16 numbers as float32."""
+        """Loads 16 numbers as float32."""
         raw = self.load(row, column)
         if self._dtype == types.float32:
             return raw
@@ -93,7 +91,7 @@ class Rows:
         return self._builder.fmul(small, all_lanes(SUMS, 2.0**120))
 
     def store_numbers(self, value: Any, row: Any, column: Any) -> None:
-        """16 float32, rounded to the nearest, ties to even."""
+        """Stores 16 float32, rounded to nearest, ties to even."""
         self.store(value if self._dtype == types.float32 else _to_bf16(self._builder, value), row, column)
 
     def prefetch(self, row: Any, column: Any) -> None:
@@ -120,7 +118,7 @@ def all_lanes(vector: Any, value: Any) -> Any:
 
 
 def spread(builder: Any, value: Any, lanes: int = LANES) -> Any:
-    """A scalar in every lane."""
+    """A scalar copied to every lane."""
     nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(nothing, value, ir.Constant(I32, 0))
     return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
@@ -132,7 +130,7 @@ def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
 
 
 def multiply_add_halves(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + the products of both bf16 of every lane of a and b, which are uint32."""
+    """total + the products of both bf16 in each lane of a and b, which are uint32."""
     if multiplies_bf16():
         kind = ir.FunctionType(SUMS, (SUMS, _HALVES, _HALVES))
         product = builder.module.declare_intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", (), kind)
@@ -143,22 +141,22 @@ def multiply_add_halves(builder: Any, total: Any, a: Any, b: Any) -> Any:
 
 
 def larger(builder: Any, a: Any, b: Any) -> Any:
-    """The larger of each lane; b where one is NaN."""
+    """Lane-wise maximum; b where either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def largest(builder: Any, vector: Any) -> Any:
-    """Of all lanes, none of them NaN."""
+    """Maximum of all lanes, none of them NaN."""
     return _call(builder, "llvm.vector.reduce.fmax", F32, [vector], ("nnan",))
 
 
 def total(builder: Any, vector: Any) -> Any:
-    """Of all lanes."""
+    """Sum of all lanes."""
     return _call(builder, "llvm.vector.reduce.fadd", F32, [ir.Constant(F32, 0.0), vector], ("reassoc",))
 
 
 def exp2(builder: Any, x: Any) -> Any:
-    """2^x of a vector, x at most 0, within 2 units of the last place; below -126 it is 2^-126."""
+    """Vectorized 2^x for x at most 0, within 2 units in the last place; 2^-126 below -126."""
     integers, least = ir.VectorType(I32, x.type.count), all_lanes(x.type, -126.0)
     x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
     whole = _call(builder, "llvm.rint", x.type, [x])
@@ -178,7 +176,7 @@ def exp2(builder: Any, x: Any) -> Any:
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any], flags: tuple[str, ...] = ()) -> Any:
-    """An intrinsic of LLVM for the type of the last argument, a vector."""
+    """Calls an LLVM intrinsic overloaded for the type of the last argument, a vector."""
     kinds = [argument.type for argument in arguments]
     function = builder.module.declare_intrinsic(
         f"{name}.v{kinds[-1].count}f32", (), ir.FunctionType(result, kinds)
@@ -187,7 +185,7 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any], flags: tup
 
 
 def _to_bf16(builder: Any, value: Any) -> Any:
-    """16 float32 as the bits of bf16."""
+    """Bits of 16 float32 rounded to bf16."""
     if multiplies_bf16():
         halves = builder.fptrunc(value, ir.VectorType(_Bfloat(), LANES))
         return builder.bitcast(halves, ir.VectorType(_KINDS[types.uint16], LANES))
