@@ -1,4 +1,4 @@
-"""The rule by which a gate chooses experts. No torch here."""
+"""The rule by which a gate chooses experts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Routing:
-    """How many experts a token goes to, which, and with which weights.
+    """How many experts a token goes to, which ones, and with which weights.
 
     ``scoring``: softmax over all experts, or an independent sigmoid for each (DeepSeek-V3, arXiv
-    2412.19437, section 2.1.2). Of ``num_groups`` equal groups only the ``top_groups`` best are
-    eligible, a group being as good as its two best experts together or its best one (DeepSeek-V2,
-    arXiv 2405.04434, section 2.2.2): ``group_quality``. ``normalise`` divides the chosen weights by
-    their sum; ``scale`` multiplies them.
+    2412.19437, section 2.1.2). Only experts in the ``top_groups`` best of ``num_groups`` equal
+    groups are eligible. ``group_quality`` scores a group by its two best experts together or by its
+    best one (DeepSeek-V2, arXiv 2405.04434, section 2.2.2). ``normalise`` divides the chosen
+    weights by their sum; ``scale`` multiplies them.
     """
 
     top_k: int

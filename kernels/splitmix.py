@@ -1,4 +1,4 @@
-"""A mixer of 64 bits, for counter-based draws, checksums and hash tables. No torch here."""
+"""A 64-bit mixer for counter-based draws, checksums and hash tables. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Times of the ops against their rooflines: ``python -m lockstep.kernels.bench``.
+"""Times the ops against their rooflines: ``python -m lockstep.kernels.bench``.
 
-Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without,
-a row for every case and implementation, after each case; rows of an earlier run that are not
-measured anew stay. Ceilings are measured in the same run. A machine without a card adds the GPU's
-rows that are missing, "not measured". ``bench_goals`` says what a file of rows comes to, and
-``bench_plot`` draws it.
+Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without.
+The file has a row per case and implementation and is written after each case; rows of an earlier
+run stay unless they are measured again. Ceilings are measured in the same run. A machine without a
+card adds the GPU's missing rows as "not measured". ``goals`` summarises a file of rows, and
+``plot`` draws it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .rows import FOLDER, NOT_MEASURED, Ledger, Row, blank_row
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds for one implementation of a case, and the moment (``time.monotonic``) after which no
-    case is begun.
+    """Seconds per implementation of a case, and the moment (``time.monotonic``) after which no case
+    is started.
     """
 
     seconds: float
@@ -44,13 +44,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the CSV files")
     parser.add_argument("--only", default="", help="cases whose op or shape contains this")
     parser.add_argument(
-        "--seconds", type=float, default=420.0, help="for all cases; those that are left are not begun"
+        "--seconds", type=float, default=420.0, help="for all cases; no case is started after that"
     )
     parser.add_argument("--each", type=float, default=0.0, help="seconds for one implementation of a case")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out what the file has a figure or a reason for"
+        "--resume", action="store_true", help="skip cases for which the file has a figure or a reason"
     )
-    parser.add_argument("--commit", default="", help="what the rows name where this is no git checkout")
+    parser.add_argument("--commit", default="", help="commit in the rows if this is no git checkout")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     chosen = [case for case in cases() if arguments.only in case.op or arguments.only in case.shape]
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) -> None:
-    # Triton need not be installed where there is no card.
+    # Imported here, since Triton need not be installed on machines without a card.
     from ..triton.target import card_name
     from ..triton.tiles import tiles_of
     from .compile import compile_ahead
@@ -113,7 +113,9 @@ def _measure(
         )
         ledger.put(_rows(case, named, columns, ceilings, limits.seconds))
         if device.type == "cuda":
-            torch.cuda.synchronize()  # raises where a kernel has broken the process for all that follow: start again with --resume
+            # Raises if a kernel has broken the process for all that follow: start again with
+            # --resume.
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
 
@@ -133,18 +135,17 @@ def _rows(case: Case, named: Row, columns: list[Ops], ceilings: Ceilings, second
             times = time_of(
                 run, device, seconds, capture=name == columns[0].column or case.op not in READS_ON_HOST
             )
-        except (
-            Exception
-        ) as failure:  # one implementation that cannot run is a row that says so, not the end of the others
+        # An implementation that cannot run becomes a row that says so; the others go on.
+        except Exception as failure:
             yield replace(row, p50_us=_why_not(failure))
             continue
         yield _timed_row(row, times, call, ceilings, off)
 
 
-# What others do with these reads the device from the host, or moves from it, and cannot be
+# Other implementations of these ops read the device from the host, or copy from it, and cannot be
 # captured.
 READS_ON_HOST = ("sample", "edit_logits", "allow_only", "copy_pages", "permute", "gate")
-# Run on what an earlier run has left, so that two results need not agree.
+# These ops change their input, so two results need not agree.
 IN_PLACE = ("edit_logits", "allow_only", "copy_pages")
 
 
@@ -171,22 +172,19 @@ def _why_not(error: BaseException) -> str:
 
 
 def _runs(case: Case, ops: Ops) -> bool:
-    """The references of experts are loops over pairs: not for a clock."""
+    """The references of experts are loops over pairs and not worth timing."""
     return not (ops.column == "reference" and (case.op.startswith("experts") or case.op == "from_e4m3"))
 
 
 def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
     """The largest relative error in norm of the numbers, or the share of integers that differ;
-    empty where nothing can be compared.
+    empty if there is nothing to compare.
     """
     try:
         pairs = list(zip(_parts(run()), _parts(expected()), strict=True))
         errors = [_difference(got, wanted) for got, wanted in pairs]
-    except (
-        torch.OutOfMemoryError,
-        NotImplementedError,
-    ):  # the comparison's failure is no reason to leave the op unmeasured
-        return ""
+    except (torch.OutOfMemoryError, NotImplementedError):
+        return ""  # the op is still timed if only the comparison fails
     return f"{max(errors):.1e}" if errors else ""
 
 

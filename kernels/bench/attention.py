@@ -1,4 +1,4 @@
-"""The attention cases: decode and extends, grouped queries at Qwen3-30B-A3B's sizes and latents at
+"""Attention cases: decode and extends, grouped queries at Qwen3-30B-A3B's sizes and latents at
 DeepSeek-V3's, bf16 and FP8 pages.
 """
 
@@ -85,8 +85,8 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
             k_RHLD, v_RHLD = (x.repeat_interleave(group, 1) for x in (k_RKLD, v_RKLD))
             return sdpa(q.transpose(0, 1)[None], k_RHLD, v_RHLD, _SCALE, causal=True)
 
-        # Over a prefix torch would need a mask as large as the scores: the column reference does
-        # that, block by block.
+        # Over a prefix torch would need a mask as large as the scores; the reference masks block by
+        # block.
         rivals = {"sdpa on gathered pages": _made_once(gathered)} if tokens in (1, context) else {}
         seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) / 2)
         num_bytes = rows * context * per_token + 4.0 * q.numel()
@@ -106,17 +106,15 @@ def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[to
         positions = _positions(rows, context, per_token)
         cache = _pages(positions, lambda count: _entries_of_latents(device, kind, count))
         q_nope, q_rope = (random(device, rows * tokens, _LATENT_HEADS, dim) for dim in (_NOPE, _ROPE))
-        expand, batch = (
-            random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT),
-            _batch(device, rows, context, tokens),
-        )
+        expand = random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT)
+        batch = _batch(device, rows, context, tokens)
 
         def bind(ops: Ops) -> Callable[[], object]:
             return lambda: ops.mla_attend(q_nope, q_rope, cache, expand, batch, _SCALE)
 
         def gathered() -> Callable[[], object]:
-            """Without the two products around it. Values are whole entries: equal widths are what
-            the fused kernels want.
+            """Leaves out the two products around it. Whole entries serve as values, since the fused
+            kernels need equal widths.
             """
             dim = _LATENT + _ROPE
             latents = gather_latents(cache, batch.pages_RP.flatten(), PAGE_SIZE, _LATENT, torch.bfloat16)
@@ -135,7 +133,7 @@ def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[to
 
 
 def _latent_flops(rows: int, context: int, tokens: int) -> float:
-    """Of the cheaper of both forms."""
+    """Operations of the cheaper of the two forms."""
     seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) / 2)
     absorbed = 2.0 * seen * (2 * _LATENT + _ROPE) + 2.0 * rows * tokens * _LATENT * (_NOPE + _VALUE)
     expanded = 2.0 * seen * (_NOPE + _ROPE + _VALUE) + 2.0 * rows * context * _LATENT * (_NOPE + _VALUE)
@@ -143,7 +141,7 @@ def _latent_flops(rows: int, context: int, tokens: int) -> float:
 
 
 def _made_once(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """Runs what ``make`` gives, made on the first call."""
+    """Runs the function that ``make`` returns; calls ``make`` on the first run."""
     made: list[Callable[[], object]] = []
 
     def run() -> object:
@@ -155,7 +153,9 @@ def _made_once(make: Callable[[], Callable[[], object]]) -> Callable[[], object]
 
 
 def _positions(rows: int, context: int, bytes_per_token: int) -> int:
-    """Cache positions, refused where a card would not hold them beside a gathered copy."""
+    """Number of cache positions. Raises MemoryError if a card could not hold them beside a gathered
+    copy.
+    """
     positions = rows * -(-context // PAGE_SIZE) * PAGE_SIZE
     if positions * bytes_per_token > MAX_CACHE_BYTES:
         raise MemoryError(f"{positions} positions of {bytes_per_token} bytes")
@@ -163,30 +163,24 @@ def _positions(rows: int, context: int, bytes_per_token: int) -> int:
 
 
 def _batch(device: torch.device, rows: int, context: int, tokens: int) -> PagedBatch:
-    """Rows of ``context`` positions, the last ``tokens`` of them in this step; pages in no
+    """Rows of ``context`` positions, the last ``tokens`` of them in this step. Pages are in random
     order.
     """
     pages_per_row = -(-context // PAGE_SIZE)
-    pages = (
-        np.random.default_rng(0)
-        .permutation(rows * pages_per_row)
-        .astype(np.int32)
-        .reshape(rows, pages_per_row)
-    )
+    order = np.random.default_rng(0).permutation(rows * pages_per_row)
+    pages = order.astype(np.int32).reshape(rows, pages_per_row)
     starts, counts = np.full(rows, context - tokens), np.full(rows, tokens)
     return build_batch(starts, counts, rows if tokens == 1 else 0, pages, PAGE_SIZE, device)[0]
 
 
 def _pages(positions: int, entries: Callable[[int], Tensor]) -> Tensor:
-    """A cache of random entries, a part repeated: encoding to FP8 takes eight times an entry's
+    """A cache of random entries, with a part repeated: encoding to FP8 takes eight times an entry's
     memory.
     """
     part = entries(min(positions, 1 << 16))
-    return (
-        part
-        if len(part) == positions
-        else part.repeat(-(-positions // len(part)), *[1] * (part.dim() - 1))[:positions]
-    )
+    if len(part) == positions:
+        return part
+    return part.repeat(-(-positions // len(part)), *[1] * (part.dim() - 1))[:positions]
 
 
 def _entries_of_heads(device: torch.device, kind: Format, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""An op on tensors that lie ready, and what bounds it: the words of the benchmark."""
+"""The vocabulary of the benchmark: an op on tensors that are ready, and its bounds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class Call:
-    """``bind`` gives a column's run. ``num_bytes`` must be moved and ``flops`` done at least.
-    ``rivals`` do the same otherwise; one whose library is missing raises ImportError. ``expected``
-    is what a result is compared with, else the column reference's.
+    """``bind`` returns a function that runs a column's op. At least ``num_bytes`` must be moved and
+    ``flops`` done. ``rivals`` do the same work another way; one whose library is missing raises
+    ImportError. Results are compared with ``expected``, or else with the column reference.
     """
 
     bind: Callable[[Ops], Callable[[], object]]
@@ -30,8 +30,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """``make`` lays out the tensors on a device; on ``meta`` too. ``small``: fit to run on a CPU;
-    ``card``: it says something of a card.
+    """``make`` creates the tensors on a device, ``meta`` included. ``small``: fit to run on a CPU.
+    ``card``: meaningful for a card.
     """
 
     op: str
@@ -42,5 +42,7 @@ class Case:
 
 
 def random(device: torch.device, *shape: int) -> Tensor:
-    """bf16, of one size in all tensors: not zero, because zeros draw less power."""
+    """Random bf16 of the same magnitude in all tensors. Not zeros, because zeros draw less
+    power.
+    """
     return torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(-0.1, 0.1)

@@ -1,8 +1,8 @@
-"""What is benchmarked: every op at every shape of the list, fixed before a run, with the bytes and
+"""The benchmark's cases: every op at every shape of a list fixed before a run, with the bytes and
 operations that bound it.
 
-An expert layer is what one of ``spread`` equal shares of the experts sees under balanced load:
-tokens x K pairs for its slots. The other cases are in ``bench_attention`` and ``bench_sampler``.
+An expert layer is the share of one of ``spread`` equal groups of experts under balanced load:
+tokens x K pairs for its slots. The other cases are in ``attention.py`` and ``sampler.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GATES = (("Qwen3", 128, Routing(8)), ("DeepSeek-V3", 256, Routing(8, "sigmoid", 
 
 
 def cases() -> Iterator[Case]:
-    """All of them, in the order of the rows; what has a goal comes first."""
+    """All cases in the order of the rows; those with a goal come first."""
     yield from expert_cases()
     yield from attention_cases()
     yield from sampler_cases()
@@ -87,7 +87,7 @@ def _row_cases(rows: int) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Pairs spread evenly over the slots, each with a row of its own."""
+    """Pairs spread evenly over the slots, each with its own row."""
 
     slots: int
     hidden: int
@@ -127,7 +127,7 @@ class ExpertShape:
                 quantised[0], pairs, quantised[1], quantised[2], counts, torch.bfloat16
             )
 
-        if device.type == "cpu":  # which has no such product
+        if device.type == "cpu":  # a CPU has no such product
             return Call(bind, *self._least(1), fp8=True)
         rival = scaled_grouped_mm(x, pairs[1], (w13, w2), (0.5, 0.25, 2.0))
         return Call(
@@ -147,7 +147,7 @@ class ExpertShape:
 
     def _pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         index = torch.arange(self.pairs, device=device)
-        return index, index * 7919 % self.slots  # a prime step: neighbours meet different slots
+        return index, index * 7919 % self.slots  # a prime step, so that neighbours use different slots
 
     def _least(self, itemsize: int) -> tuple[float, float]:
         weights = min(self.slots, self.pairs) * 3 * self.hidden * self.width * itemsize
@@ -234,7 +234,7 @@ def _weighted_sum(rows: int, hidden: int) -> Make:
 
 
 def _permute(tokens: int, hidden: int) -> Make:
-    """Grouped, moved and moved back: what a transport needs that wants rows by slot."""
+    """Groups, moves and moves back: the work of a transport that needs rows by slot."""
 
     def make(device: torch.device) -> Call:
         x, pairs = random(device, tokens, hidden), torch.arange(tokens * 8, device=device)
@@ -287,8 +287,8 @@ def _rotate_latent(rows: int, kv_format: str) -> Make:
 
 
 def _cache(device: torch.device, rows: int, entry: tuple[int, ...]) -> Tensor:
-    """Of bytes where entries are FP8, which are one-dimensional whatever they hold: heads 528,
-    latents 656.
+    """A cache of bytes for FP8 entries, which are one-dimensional (heads 528, latents 656), else of
+    bf16.
     """
     dtype: Any = torch.uint8 if entry in ((528,), (656,)) else torch.bfloat16
     return torch.zeros(rows, *entry, dtype=dtype, device=device)
@@ -304,7 +304,7 @@ def _copy_pages(device: torch.device) -> Call:
 
 
 def _from_e4m3(device: torch.device) -> Call:
-    """No op of a column, but what the CPU column reads FP8 weights and pages with."""
+    """Not an op of a column; the CPU column reads FP8 weights and pages with it."""
     bits = torch.randint(0, 126, (1 << 26,), dtype=torch.uint8, device=device)
     torch_own = convert_e4m3(bits)
     return Call(

@@ -1,5 +1,5 @@
-"""Times of runs, and what they are measured against: the bandwidth of a copy and the rates of large
-products, taken in the same run.
+"""Times runs and measures their ceilings in the same run: the bandwidth of a copy and the rates of
+large products.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """bytes_per_s of a copy (read and written), flops of a product in bf16 and in FP8 (0: not
-    measured, taken as twice that in bf16).
+    """bytes_per_s of a copy (read and written); flops of a product in bf16 and in FP8 (0: not
+    measured, taken as twice the bf16 rate).
     """
 
     bytes_per_s: float
@@ -36,13 +36,13 @@ class Ceilings:
         return call.flops / ((self.fp8_flops or 2 * self.flops) if call.fp8 else self.flops) * 1e6
 
     def bound(self, call: Call) -> tuple[float, str]:
-        """The least time in microseconds, and what sets it."""
+        """The least time in microseconds, and the ceiling that sets it."""
         memory, compute = self.memory_us(call), self.compute_us(call)
         return max(memory, compute), "memory" if memory >= compute else "compute"
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """A copy far larger than caches, and square products of random numbers."""
+    """Times a copy far larger than the caches, and square products of random numbers."""
     size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 27, 1024)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -61,8 +61,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 def time_of(
     run: Run, device: torch.device, seconds: float = 0.5, capture: bool = True
 ) -> tuple[float, float, float]:
-    """p20, p50 and p80 in microseconds, of five runs at least; on a card with a cold L2 cache, and
-    as a captured graph or else as it is called.
+    """p20, p50 and p80 in microseconds, over at least five runs. On a card, with a cold L2 cache,
+    as a captured graph or as plain calls.
     """
     for _ in range(2):
         run()

@@ -1,9 +1,9 @@
-"""Triton kernels compiled before they are needed, in as many processes as there are cores.
+"""Compiles Triton kernels ahead of use, in as many processes as there are cores.
 
-A kernel takes half a second to compile, and a benchmark with its tuning has hundreds of variants:
-minutes, one after another. Ops run on tensors without memory (``meta``), every launch stops once
-its kernel is compiled, and what was compiled lies in Triton's cache on disk, where the measuring
-process finds it. No card is touched, and none need be there.
+A kernel takes half a second to compile. A benchmark with its tuning has hundreds of variants, which
+would take minutes one after another. Ops run on tensors without memory (``meta``), and every launch
+stops once its kernel is compiled. The measuring process finds the compiled kernels in Triton's
+cache on disk. No card is used or needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..table import triton_ops
 from ..triton.tiles import Tiles
 from .cases import cases
 
-Job = tuple[str, str, Tiles]  # a case's op and shape, and the tiles to compile it with
-_ARCH = 90  # H100 and H200, where there is no card to ask
+Job = tuple[str, str, Tiles]  # op and shape of a case, and the tiles to compile it with
+_ARCH = 90  # H100 and H200, assumed without a card
 
 
 class AbsentCard:
-    """What Triton asks of a driver before it compiles."""
+    """The driver calls that Triton makes before it compiles."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -43,15 +43,15 @@ class AbsentCard:
 
 
 def compile_ahead(jobs: Sequence[Job]) -> list[str]:
-    """Compiles what the jobs launch. Returns what did not compile; a candidate may ask for more
-    than there is.
+    """Compiles the kernels that the jobs launch. Returns those that failed: a candidate may ask for
+    more than the card has.
     """
     arch = _ARCH
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
     count = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
-    # Neighbours launch the same kernels: dealt out in runs, they meet in one process.
+    # Neighbouring jobs launch the same kernels. Dealt out in runs, they meet in one process.
     size = -(-len(jobs) // (4 * count))
     parts = [list(jobs[begin : begin + size]) for begin in range(0, len(jobs), size)]
     with multiprocessing.get_context("spawn").Pool(
@@ -61,7 +61,9 @@ def compile_ahead(jobs: Sequence[Job]) -> list[str]:
 
 
 def stop_after_compiling(arch: int) -> None:
-    """From here on launches of this process compile for a card of that kind and do nothing else."""
+    """Makes all later launches in this process compile for a card of that kind and do nothing
+    else.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -81,7 +83,7 @@ def _compile(jobs: list[Job]) -> list[str]:
     for op, shape, tiles in jobs:
         try:
             known[op, shape].make(torch.device("meta")).bind(_ops(tiles))()
-        except Exception as error:  # whoever runs it will see it again, and say so in its row
+        except Exception as error:  # the measuring run fails the same way and reports it
             failures.append(f"{op} {shape}: {type(error).__name__}: {error}".split("\n")[0][:200])
     return failures
 

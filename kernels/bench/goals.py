@@ -1,5 +1,5 @@
-"""What the rows of a card come to against the goals set for them: ``python -m
-lockstep.kernels.bench.goals [CSV]``.
+"""Compares a card's rows with the goals set for them: ``python -m lockstep.kernels.bench.goals
+[CSV]``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from .rows import FOLDER, Ledger, Row
 
-# Two ways to quantise an activation to FP8 differ by some hundredths.
+# Two ways to quantise an activation to FP8 differ by a few hundredths.
 _LARGEST_ERROR = 0.06
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Rows of the Triton column whose ``figure`` should reach ``least``."""
+    """A goal for rows of the Triton column: ``figure`` should reach ``least``."""
 
     name: str
     least: float
@@ -54,7 +54,7 @@ GOALS = (
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: a line for every goal and rival, then every row that misses, the worst first."""
+    """Markdown: a line per goal and rival, then every row that misses a goal, worst first."""
     ours = [row for row in rows if row.implementation == "triton"]
     missing = sum(not row.measured for row in ours)
     cards = sorted({row.hardware for row in ours if row.measured})
@@ -85,22 +85,20 @@ def summary(rows: Sequence[Row]) -> str:
         for row in ours
         if row.error and not float(row.error) < _LARGEST_ERROR
     ]
-    return (
-        "\n".join(lines + ["", "Missed:" if missed else "Nothing measured misses a goal.", *missed, *wrong])
-        + "\n"
-    )
+    lines += ["", "Missed:" if missed else "Nothing measured misses a goal.", *missed, *wrong]
+    return "\n".join(lines) + "\n"
 
 
 def _line(name: str, least: float, figures: list[float], total: int) -> str:
     ordered = sorted(figures)
-    known = (
-        f"{ordered[len(ordered) // 2]:.2f} | {ordered[0]:.2f}" if ordered else "not measured | not measured"
-    )
+    known = "not measured | not measured"
+    if ordered:
+        known = f"{ordered[len(ordered) // 2]:.2f} | {ordered[0]:.2f}"
     return f"| {name} | {least} | {sum(figure >= least for figure in figures)} of {total} | {known} |"
 
 
 def _against(rows: Sequence[Row]) -> dict[str, list[tuple[float, str, str]]]:
-    """By rival: its time over ours, op and shape."""
+    """Per rival: its time over ours, op and shape."""
     ours = {
         (row.op, row.shape): float(row.p50_us)
         for row in rows

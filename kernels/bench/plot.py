@@ -1,9 +1,9 @@
 """Draws rows of the benchmark against their rooflines: ``python -m lockstep.kernels.bench.plot [CSV
 ...]``.
 
-One SVG for a file and family of ops, beside the file: times over the roofline's, an implementation
-a line, 1 being what the measured ceilings allow. Rows without a time are left out and named in the
-title.
+Writes one SVG per file and family of ops, beside the file: time over roofline, a line per
+implementation; 1 is the limit of the measured ceilings. Rows without a time are left out and
+counted in the title.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ FAMILIES = {
     "experts": ("experts", "experts_fp8"),
     "attention": ("attend", "mla_attend"),
     "sampler": ("sample", "logprobs", "edit_logits", "allow_only"),
-    "rows": (),  # all others
+    "rows": (),  # all other ops
 }
 _COLUMNS, _PANEL = 3, (5.2, 3.0)
 
 
 def draw(path: Path) -> list[Path]:
-    """Writes the plots of a CSV file; returns where they are."""
+    """Writes the plots of a CSV file and returns their paths."""
     rows = Ledger(path).rows()
     named = {op for ops in FAMILIES.values() for op in ops}
     written = []
@@ -47,10 +47,8 @@ def _draw_family(rows: Sequence[Row], path: Path) -> None:
         panels.setdefault(_panel(row), []).append(row)
     panels = {title: members for title, members in panels.items() if any(row.measured for row in members)}
     count = -(-len(panels) // _COLUMNS)
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "lockstep",
-        "svg.fonttype": "none",
-    }  # the same rows give the same file, with text as text
+    # The same rows give the same file, with text as text.
+    matplotlib.rcParams |= {"svg.hashsalt": "lockstep", "svg.fonttype": "none"}
     figure = Figure(
         figsize=(_PANEL[0] * min(_COLUMNS, len(panels)), _PANEL[1] * count + 0.6), layout="constrained"
     )
@@ -60,17 +58,15 @@ def _draw_family(rows: Sequence[Row], path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     first = next(row for row in rows if row.measured)
-    figure.suptitle(
-        f"{first.hardware}: time over roofline (1 = copy {first.copy_gb_s} GB/s or matmul {first.matmul_tflop_s} TFLOP/s);"
-        f" torch {first.torch}, triton {first.triton}, {first.commit}",
-        fontsize=9,
-    )
+    one = f"1 = copy {first.copy_gb_s} GB/s or matmul {first.matmul_tflop_s} TFLOP/s"
+    versions = f"torch {first.torch}, triton {first.triton}, {first.commit}"
+    figure.suptitle(f"{first.hardware}: time over roofline ({one}); {versions}", fontsize=9)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _panel(row: Row) -> str:
-    """What a panel shows: an op at one model and context, numbers of tokens or rows along its axis;
-    all extends of a model together.
+    """Title of a row's panel. A panel shows an op at one model and context, with numbers of tokens
+    or rows along its axis; all extends of a model share one.
     """
     if " over " in row.shape:
         return f"{row.op}: {row.shape.partition(':')[0]}"

@@ -1,8 +1,8 @@
-"""What others offer for the same work: torch's grouped products, its attention on gathered pages,
-vLLM's experts.
+"""Other libraries' implementations of the same work: torch's grouped products, its attention on
+gathered pages, vLLM's experts.
 
-A rival prepares on its first call, which is not timed; one whose library is missing raises
-ImportError there.
+A rival prepares on its first call, which is not timed; there it raises ImportError if its library
+is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Run = Callable[[], object]
 
 
 def grouped_mm(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) -> Run:
-    """``torch._grouped_mm``, rows gathered and scattered around it; which rows go where is known
+    """``torch._grouped_mm``, with rows gathered and scattered around it. The routing is known
     beforehand.
     """
     w13_SFD, w2_SDF = weights
@@ -37,8 +37,8 @@ def grouped_mm(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) ->
 def scaled_grouped_mm(
     x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor], scales: tuple[float, float, float]
 ) -> Run:
-    """``torch._scaled_grouped_mm``, which has a scale per row and per column of weights: less to do
-    than 128 x 128 blocks.
+    """``torch._scaled_grouped_mm``, with a scale per row and per column of weights: less work than
+    128 x 128 blocks.
     """
     w13_SFD, w2_SDF = weights
     sorted_by = _sorted_by_slot(slots_M, len(w13_SFD))
@@ -74,7 +74,7 @@ def scaled_grouped_mm(
 
 
 def vllm_experts(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) -> Run:
-    """vLLM's Triton ``fused_experts``, every pair a token of one expert with weight 1."""
+    """vLLM's Triton ``fused_experts``, with every pair as a token of one expert with weight 1."""
 
     @functools.cache
     def prepared() -> tuple[Callable[..., Tensor], Tensor, Tensor]:
@@ -93,8 +93,8 @@ def vllm_experts(x_MD: Tensor, slots_M: Tensor, weights: tuple[Tensor, Tensor]) 
 
 
 def sdpa(q_RHGD: Tensor, k_RHLD: Tensor, v_RHLD: Tensor, scale: float, causal: bool = False) -> Run:
-    """``scaled_dot_product_attention`` on what was gathered from pages beforehand; the heads of a
-    group stand where queries would.
+    """``scaled_dot_product_attention`` on entries gathered from pages beforehand. The heads of a
+    group take the place of queries.
     """
     return lambda: F.scaled_dot_product_attention(q_RHGD, k_RHLD, v_RHLD, is_causal=causal, scale=scale)
 

@@ -1,4 +1,4 @@
-"""The rows of the benchmark and the CSV file that keeps them."""
+"""Rows of the benchmark, and the CSV file that keeps them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
 
 @dataclass(frozen=True)
 class Row:
-    """Times in microseconds. ``roofline_us``: what the ceilings allow; ``bound``: which one;
-    ``share``: roofline / p50; ``of_copy`` and ``of_matmul``: the same for memory and for the matrix
-    units alone. ``error``: from the column reference, or from a rival where that is a loop. A time
-    that is not there says why in ``p50_us``.
+    """Times in microseconds. ``roofline_us``: the ceilings' limit. ``bound``: the ceiling that sets
+    it. ``share``: roofline / p50. ``of_copy`` and ``of_matmul``: the same for memory and for the
+    matrix units alone. ``error``: against the column reference, or against a rival if that is a
+    loop. A missing time gives its reason in ``p50_us``.
     """
 
     op: str
@@ -57,8 +57,8 @@ class Row:
 
 
 class Ledger:
-    """The rows of a file, one for each op, shape and implementation; written anew after every
-    change, so that what was measured stays whatever becomes of the run.
+    """The rows of a file, one for each op, shape and implementation. Every change rewrites the
+    file, so that measured rows survive whatever happens to the run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,8 +74,8 @@ class Ledger:
         return list(self._rows.values())
 
     def put(self, rows: Iterable[Row]) -> None:
-        """In place of rows of the same key; a row that could not be measured does not take the
-        place of one that was.
+        """Replaces rows of the same key. A row that could not be measured does not replace one that
+        was.
         """
         for row in rows:
             name = f"{row.op:24} {row.shape:52} {row.implementation:24}"
@@ -86,7 +86,7 @@ class Ledger:
         self._write()
 
     def mark(self, row: Row) -> None:
-        """Says beforehand what becomes of a case if the process does not outlive it."""
+        """Records in advance that a case failed, in case the process dies in it."""
         if row.key not in self._rows or not self._rows[row.key].measured:
             self._rows[row.key] = row
             self._write()
@@ -107,21 +107,18 @@ class Ledger:
 
 
 def blank_row(device: torch.device | None, ceilings: Ceilings | None, commit: str = "") -> Row:
-    """A row without a case; without a device, one that was not measured."""
+    """A row without a case. Without a device it counts as not measured."""
     hardware = NOT_MEASURED
-    if device is not None:
-        hardware = (
-            torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-        )
+    if device is not None and device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    elif device is not None:
+        hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     times = dict.fromkeys(("p20_us", "p50_us", "p80_us"), NOT_MEASURED if device is None else "")
+    fp8_measured = ceilings is not None and ceilings.fp8_flops
     known = {
         "copy_gb_s": f"{ceilings.bytes_per_s / 1e9:.1f}" if ceilings else NOT_MEASURED,
         "matmul_tflop_s": f"{ceilings.flops / 1e12:.2f}" if ceilings else NOT_MEASURED,
-        "fp8_tflop_s": f"{ceilings.fp8_flops / 1e12:.1f}"
-        if ceilings and ceilings.fp8_flops
-        else NOT_MEASURED,
+        "fp8_tflop_s": f"{ceilings.fp8_flops / 1e12:.1f}" if fp8_measured else NOT_MEASURED,
         "hardware": hardware,
         "torch": torch.__version__,
         "triton": version_of("triton"),
@@ -147,7 +144,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout, marked where it has changes."""
+    """Commit of the checkout, marked if it has changes."""
     command = ["git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)

@@ -1,6 +1,6 @@
-"""The sampler's cases at a vocabulary of 152k. A captured step finds settings, counters and edits
-on the device, so the Triton column is timed with them there; the others take them from the host, as
-their signature says.
+"""Sampler cases at a vocabulary of 152k. A captured step has settings, counters and edits on the
+device, so the Triton column is timed with them there. The other columns take them from the host, as
+their signatures say.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _logprobs(rows: int) -> Make:
 
 
 def _edit_logits(rows: int) -> Make:
-    """So small that logits stay where they are however often they are edited."""
+    """Edits so small that logits stay the same however often they are applied."""
 
     def make(device: torch.device) -> Call:
         logits = _logits(device, rows)
@@ -133,11 +133,8 @@ def _edit_logits(rows: int) -> Make:
 def _allow_only(rows: int) -> Make:
     def make(device: torch.device) -> Call:
         logits, owners = _logits(device, rows), np.arange(rows)
-        bits = (
-            np.random.default_rng(0)
-            .integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64)
-            .astype(np.int32)
-        )
+        dice = np.random.default_rng(0)
+        bits = dice.integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64).astype(np.int32)
 
         def bind(ops: Ops) -> Callable[[], object]:
             if ops.column != "triton":
@@ -147,8 +144,7 @@ def _allow_only(rows: int) -> Make:
             on_device = torch.from_numpy(owners).to(device), torch.from_numpy(bits).to(device)
             return lambda: edit_allowed(logits, *on_device)
 
-        return Call(
-            bind, rows * VOCABULARY * (0.125 + 2.0)
-        )  # half of the tokens are refused, and only those written
+        # Half of the tokens are refused, and only those are written.
+        return Call(bind, rows * VOCABULARY * (0.125 + 2.0))
 
     return make

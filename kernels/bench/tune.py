@@ -1,9 +1,9 @@
-"""Finds tile sizes on the card of this machine: ``python -m lockstep.kernels.bench.tune``.
+"""Finds tile sizes on this machine's card: ``python -m lockstep.kernels.bench.tune``.
 
-Times candidates on cases of the benchmark and writes ``kernels/tuned/<card>.json``, which the op
-table's Triton column reads from then on. A group of tiles is searched whole before the next begins;
-what the time does not suffice for keeps its default. Candidates are compiled ahead in parallel; one
-that asks for more than the card has is left out.
+Times candidates on cases of the benchmark and writes ``kernels/triton/tuned/<card>.json``, which
+the op table's Triton column then reads. Each group of tiles is searched completely before the next
+begins; groups for which time runs out keep their defaults. Candidates are compiled ahead in
+parallel; a candidate that asks for more than the card has is skipped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ QWEN, DEEPSEEK = "Qwen3-30B-A3B EP 8: {} tokens, 16 slots", "DeepSeek-V3 EP 8: {
 
 @dataclass(frozen=True)
 class Group:
-    """Candidates for one place in the table, tried on cases (op, shape); ``stages`` of the search
-    each start from the best so far.
+    """Candidates for one place in the table, tried on cases (op, shape). Each of the search's
+    ``stages`` starts from the best so far.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Group:
 
 
 def groups() -> Iterator[Group]:
-    """In order of weight: what has a goal first."""
+    """All groups by importance; those with a goal come first."""
     for field, at, tokens in SEARCHED_EXPERTS:
         shapes = tuple((field, name.format(count)) for name in (QWEN, DEEPSEEK) for count in tokens)
         yield Group(f"{field}[{at}]", shapes, _product_stages(field, at, BLOCKS[field][at]))
@@ -79,8 +79,8 @@ Size = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of a block, then columns, depth, warps and stages of the first product and of the
-    second.
+    """Numbers of rows per block; then columns, depth, warps and stages of the first and of the
+    second product.
     """
 
     rows: tuple[int, ...]
@@ -88,7 +88,7 @@ class Blocks:
     down: tuple[Size, ...]
 
 
-# By the place in the table. None of these spills registers for sm_90.
+# Candidates by place in the table. None of these spills registers for sm_90.
 BLOCKS: dict[str, tuple[Blocks, ...]] = {
     "experts": (
         Blocks(
@@ -158,11 +158,8 @@ LATENT_DECODE: tuple[Size, ...] = (
     (32, 64, 8, 2),
     (16, 32, 4, 3),
 )
-LATENT_DECODE_FP8: tuple[Size, ...] = (
-    (32, 32, 8, 3),
-    (32, 32, 8, 2),
-    (32, 16, 8, 4),
-)  # widening takes registers
+# Smaller, since widening takes registers.
+LATENT_DECODE_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 32, 8, 2), (32, 16, 8, 4))
 EXTEND: tuple[Size, ...] = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3))
 LATENT_EXTEND: tuple[Size, ...] = ((32, 64, 8, 2), (32, 32, 8, 3), (32, 16, 8, 3))
 LATENT_EXTEND_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 16, 8, 3))
@@ -203,8 +200,8 @@ def _attend_stages(
 
 
 def jobs(every: Sequence[Group]) -> list[tuple[str, str, Tiles]]:
-    """What the search may launch, for compiling ahead: the stages of a group are independent in
-    what they compile.
+    """Every launch the search may make, for compiling ahead. The stages of a group compile
+    independently of each other.
     """
     return [
         (*case, tiles)
@@ -216,8 +213,8 @@ def jobs(every: Sequence[Group]) -> list[tuple[str, str, Tiles]]:
 
 
 def search(group: Group, tiles: Tiles, clock: Callable[[tuple[str, str], Tiles], float]) -> tuple[Tiles, str]:
-    """The tiles with the group's best candidate in place, and a line on what was found. ``clock``
-    gives microseconds, infinity for a candidate that cannot run.
+    """The tiles with the group's best candidate in place, and a line that reports the find.
+    ``clock`` returns microseconds, infinity for a candidate that cannot run.
     """
     spread = 1.0
     for stage in group.stages:
@@ -228,9 +225,8 @@ def search(group: Group, tiles: Tiles, clock: Callable[[tuple[str, str], Tiles],
         least = [min(column) for column in zip(*times.values(), strict=True)]
         slower = {candidate: _mean_ratio(row, least) for candidate, row in times.items()}
         tiles = min(slower, key=lambda candidate: slower[candidate])
-        spread *= (
-            max((value for value in slower.values() if math.isfinite(value)), default=1.0) / slower[tiles]
-        )
+        worst = max((value for value in slower.values() if math.isfinite(value)), default=1.0)
+        spread *= worst / slower[tiles]
     return tiles, f"{group.name}: worst candidate {spread:.2f} times the time of the chosen one"
 
 
@@ -241,7 +237,9 @@ def _mean_ratio(times: list[float], least: list[float]) -> float:
 
 
 class CardClock:
-    """Times a case of the benchmark with tiles; the tensors of the last group's cases stay."""
+    """Times a case of the benchmark with given tiles. Keeps the tensors of the last group's
+    cases.
+    """
 
     def __init__(self) -> None:
         self._cases = {(case.op, case.shape): case for case in cases()}
@@ -257,7 +255,7 @@ class CardClock:
         self._calls[name] = call
         try:
             return time_of(call.bind(triton_ops(tiles)), device, _SECONDS_PER_TIMING)[1]  # type: ignore[attr-defined]
-        except Exception as error:  # more shared memory or registers than there are
+        except Exception as error:  # needs more shared memory or registers than there are
             print(f"  {name[1]}: {type(error).__name__}: {str(error)[:80]}")
             return math.inf
 
@@ -268,17 +266,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the tables")
     parser.add_argument(
-        "--seconds", type=float, default=180.0, help="groups that are left after that keep their defaults"
+        "--seconds", type=float, default=180.0, help="groups not searched by then keep their defaults"
     )
-    parser.add_argument("--commit", default="", help="what the table names where this is no git checkout")
+    parser.add_argument("--commit", default="", help="commit in the table if this is no git checkout")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("kernels.tune: no NVIDIA card here; a table can only be found on one")
+        raise SystemExit("kernels.bench.tune: no NVIDIA card here; tiles can only be tuned on one")
     end, every = time.monotonic() + arguments.seconds, list(groups())
-    failures = compile_ahead(jobs(every))
-    print(
-        f"{len(failures)} of {len(jobs(every))} candidates do not compile; {end - time.monotonic():.0f} s left"
-    )
+    candidates = jobs(every)
+    failures = compile_ahead(candidates)
+    left = end - time.monotonic()
+    print(f"{len(failures)} of {len(candidates)} candidates do not compile; {left:.0f} s left")
     device, clock, tiles = torch.device("cuda"), CardClock(), DEFAULT
     ceilings = measure_ceilings(device)
     record = {

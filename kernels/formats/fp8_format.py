@@ -1,8 +1,8 @@
-"""How FP8 values share their scales in products: DeepSeek-V3's blocks (arXiv 2412.19437, section
-3.3). No torch here.
+"""Block sizes of FP8 scales in products: DeepSeek-V3's (arXiv 2412.19437, section 3.3). Imports no
+torch.
 """
 
 from __future__ import annotations
 
-BLOCK = 128  # values of a row with one scale
-KERNEL_BLOCK = (BLOCK, BLOCK)  # rows and columns of a block of weights that kernels take
+BLOCK = 128  # values of a row that share a scale
+KERNEL_BLOCK = (BLOCK, BLOCK)  # rows and columns of a weight block in kernels

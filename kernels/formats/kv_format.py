@@ -1,19 +1,21 @@
-"""What a page holds for one token: its entry, by the format of the cache. No torch here.
+"""Cache entries: the data a page holds for one token, by cache format. Imports no torch.
 
-``fp32`` and ``bf16``: numbers. Grouped queries: keys and values, a tensor each, entries [K, D].
-Latents: one tensor, entries [C + E], the normalised latent and then the rotated part of the key.
+``fp32`` and ``bf16``: numbers. Grouped queries have two tensors, keys and values, with entries [K,
+D]. Latents have one tensor with entries [C + E]: the normalised latent, then the rotated part of
+the key.
 
-``fp8``: bytes; a uint8 tensor takes the place of each of those. A value is its eight bits (e4m3)
-times a float32 scale.
+``fp8``: bytes; a uint8 tensor replaces each of those. A value is its eight bits (e4m3) times a
+float32 scale.
 
 - Keys, and likewise values: K x D values, then a scale for each of the K heads: K (D + 4) bytes.
-- Latents, as in FlashMLA (https://github.com/deepseek-ai/FlashMLA): C values, then a scale for every 128 of them (the last group may
-  be shorter), then the E rotated values in bf16: C + 4 ceil(C / 128) + 2 E bytes, 656 at DeepSeek-V3's sizes.
+- Latents, as in FlashMLA (https://github.com/deepseek-ai/FlashMLA): C values, then a scale for
+  every 128 of them (the last group may be shorter), then the E rotated values in bf16:
+  C + 4 ceil(C / 128) + 2 E bytes, 656 at DeepSeek-V3's sizes.
 
-A scale is the largest magnitude among its values / 448. It belongs to one token, so that an entry
-is written once and no later token changes it: what a page holds does not depend on how its tokens
-were cut into steps. Values come first, so that pages of usual sizes can be read 16 bytes at a time;
-D and C are multiples of 4, so that a scale lies where a float32 may.
+A scale is the largest magnitude among its values / 448. It belongs to one token, so an entry is
+written once and no later token changes it: a page's contents do not depend on how its tokens were
+cut into steps. Values come first, so that pages of usual sizes can be read 16 bytes at a time. D
+and C are multiples of 4, which aligns the scales for float32.
 
 K key/value heads  D head dim  C latent dim  E rotated dims
 """
@@ -32,7 +34,7 @@ _ROTATED_BYTES = 2
 
 
 def parse_format(name: str) -> KvFormat:
-    """The format of that name. Raises ValueError where there is none."""
+    """The format of that name. Raises ValueError for an unknown name."""
     formats: tuple[KvFormat, ...] = get_args(KvFormat)
     for known in formats:
         if name == known:
@@ -41,7 +43,7 @@ def parse_format(name: str) -> KvFormat:
 
 
 def head_entry(kv_format: KvFormat, num_heads: int, dim: int) -> Shape:
-    """The shape of a token's keys, and of its values."""
+    """Shape of a token's keys, and of its values."""
     if kv_format != "fp8":
         return num_heads, dim
     _check_multiple("head_dim", dim)
@@ -49,7 +51,7 @@ def head_entry(kv_format: KvFormat, num_heads: int, dim: int) -> Shape:
 
 
 def latent_entry(kv_format: KvFormat, latent_dim: int, rotated_dim: int) -> Shape:
-    """The shape of a token's latent with its rotated part."""
+    """Shape of a token's latent with its rotated part."""
     if kv_format != "fp8":
         return (latent_dim + rotated_dim,)
     _check_multiple("kv_lora_rank", latent_dim)
@@ -62,7 +64,7 @@ def entry_bytes(kv_format: KvFormat, shape: Shape) -> int:
 
 
 def num_groups(latent_dim: int) -> int:
-    """Scales of a latent."""
+    """Number of scales of a latent."""
     return -(-latent_dim // GROUP)
 
 

@@ -1,7 +1,8 @@
-"""Grouped-query attention over a paged cache. It reads what the cache returns, this step's tokens
-included; the cache may be of another dtype, or hold FP8 entries (``kv_format``).
+"""Grouped-query attention over a paged cache that already holds this step's tokens. The cache may
+have another dtype, or hold FP8 entries (``kv_format``).
 
-T tokens  R decode rows  H query heads  K key/value heads  G = H / K  D head dim  L positions of a row
+T tokens  R decode rows  H query heads  K key/value heads  G = H / K  D head dim
+L positions of a row
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _QUERY_BLOCK = 512
 
 
 def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> Tensor:
-    """Causal attention over caches that hold this step's keys and values already. Returns [T, H, D]
+    """Causal attention over caches that already hold this step's keys and values. Returns [T, H, D]
     in the dtype of q.
 
     Caches are [positions, K, D], or bytes.
@@ -73,7 +74,7 @@ def _decode(
     """One query per row over its own pages, padded to the longest row of the group. Returns [R, H,
     D].
 
-    The G query heads that share a key head stand where a sequence of queries would, so that keys
+    The G query heads that share a key head take the place of a sequence of queries, so that keys
     are read once.
     """
     k_RKLD, v_RKLD = (

@@ -1,9 +1,9 @@
-"""Experts: SwiGLU feed-forward blocks, each applied to the rows routed to it, and the sum that
-joins a token's parts.
+"""Experts: SwiGLU feed-forward blocks, each applied to the rows routed to it, and the weighted sum
+of a token's outputs.
 
-A *pair* is one (token, choice): M pairs name the row of x they take and the slot whose weights they
-meet. Suffixes: N received tokens, T own tokens, K choices per token, M pairs, S expert slots, D
-hidden, F expert width.
+A *pair* is one (token, choice). Each of the M pairs names a row of x and the slot with its weights.
+Suffixes: N received tokens, T own tokens, K choices per token, M pairs, S expert slots, D hidden, F
+expert width.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def swiglu(x_ND: Tensor, w13_FD: Tensor, w2_DF: Tensor) -> Tensor:
 def experts_reference(
     x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: Tensor, w2_SDF: Tensor, counts_S: Tensor
 ) -> Tensor:
-    """Applies to every pair the expert in its slot; returns y_MD in pair order, unweighted, in the
-    dtype of x. The plain definition.
+    """Applies to every pair the expert in its slot; the plain definition. Returns y_MD in pair
+    order, unweighted, in the dtype of x.
 
-    rows_M int64 into x_ND. slots_M int64 into w13_SFD [S, 2F, D] and w2_SDF [S, D, F]; a slot of -1
-    is padding, whose output is zero and which is not counted. counts_S int64 is increased by the
-    pairs of each slot.
+    rows_M int64 into x_ND. slots_M int64 into w13_SFD [S, 2F, D] and w2_SDF [S, D, F]. A slot of -1
+    is padding: its output is zero, and it is not counted. counts_S int64 is increased by the pairs
+    of each slot.
     """
     y_MD = x_ND.new_zeros(len(slots_M), x_ND.shape[1])
     for pair, (row, slot) in enumerate(zip(rows_M.tolist(), slots_M.tolist(), strict=True)):
@@ -38,11 +38,11 @@ def experts_reference(
 
 
 def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sums a token's parts with their weights, in float32 and in the order of k. Returns [T, D] in
+    """Weighted sum of each token's K outputs, in float32 and in the order of k. Returns [T, D] in
     the dtype of y.
 
-    The order is fixed, so that the sum depends neither on where the parts were computed nor on the
-    tokens beside it.
+    The order is fixed, so the sum depends neither on where the outputs were computed nor on the
+    neighbouring tokens.
     """
     sum_TD = y_TKD[:, 0] * weights_TK[:, :1]
     for k in range(1, y_TKD.shape[1]):

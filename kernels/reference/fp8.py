@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..formats.fp8_format import BLOCK, KERNEL_BLOCK
 
-LARGEST = 448.0  # of float8_e4m3fn
-LEAST_SCALE = 1e-12  # a group of zeros is not divided by zero
+LARGEST = 448.0  # largest number of float8_e4m3fn
+LEAST_SCALE = 1e-12  # keeps groups of zeros from division by zero
 _BAND = 8  # blocks of rows widened at once
 _E4M3_IN_BF16 = 0x87F0 - 0x10000  # sign, exponent and mantissa, as an int16
 
@@ -26,8 +26,8 @@ _E4M3_IN_BF16 = 0x87F0 - 0x10000  # sign, exponent and mantissa, as an int16
 @dataclass(frozen=True)
 class Quantised:
     """``values`` float8_e4m3fn and their ``scales``. Rows: [N, D] and [N, G]. Expert weights: w13
-    [S, 2F, D] and [S, 2, ceil(F / 128), ceil(D / 128)], gate and up apart as in checkpoints; w2 [S,
-    D, F] and [S, ceil(D / 128), ceil(F / 128)].
+    [S, 2F, D] and [S, 2, ceil(F / 128), ceil(D / 128)], with gate and up apart as in checkpoints;
+    w2 [S, D, F] and [S, ceil(D / 128), ceil(F / 128)].
     """
 
     values: Tensor
@@ -35,7 +35,7 @@ class Quantised:
 
 
 def quantise_rows(x_ND: Tensor) -> Quantised:
-    """Each group of 128 values of a row fills the range of FP8."""
+    """Scales each group of 128 values of a row to the range of FP8."""
     num_rows, dim = x_ND.shape
     groups_NGB = F.pad(x_ND.float(), (0, -dim % BLOCK)).view(num_rows, -(-dim // BLOCK), BLOCK)
     scales_NG = (groups_NGB.abs().amax(-1) / LARGEST).clamp_min(LEAST_SCALE)
@@ -44,8 +44,8 @@ def quantise_rows(x_ND: Tensor) -> Quantised:
 
 
 def quantise_blocks(w: Tensor, block: tuple[int, int] = KERNEL_BLOCK) -> Quantised:
-    """Each block of w [..., rows, columns] fills the range of FP8. Scales [..., ceil(rows / 128),
-    ceil(columns / 128)], or by ``block``.
+    """Scales each block of w [..., rows, columns] to the range of FP8. Scales are [..., ceil(rows /
+    128), ceil(columns / 128)], or according to ``block``.
     """
     rows, columns = w.shape[-2:]
     padded = F.pad(w.float(), (0, -columns % block[1], 0, -rows % block[0]))
@@ -56,18 +56,18 @@ def quantise_blocks(w: Tensor, block: tuple[int, int] = KERNEL_BLOCK) -> Quantis
 
 
 def quantise_w13(w13_SFD: Tensor) -> Quantised:
-    """The gate rows and the up rows of w13 apart."""
+    """Quantises the gate rows and the up rows of w13 separately."""
     halves = quantise_blocks(w13_SFD.unflatten(1, (2, -1)))
     return Quantised(halves.values.flatten(1, 2), halves.scales)
 
 
 def widen_rows(x: Quantised) -> Tensor:
-    """float32 [N, D]."""
+    """The values as float32 [N, D]."""
     return from_e4m3(x.values, torch.float32) * x.scales.repeat_interleave(BLOCK, -1)[:, : x.values.shape[1]]
 
 
 def widen_blocks(w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> Tensor:
-    """float32 [..., rows, columns]; w13 too."""
+    """The values as float32 [..., rows, columns]; takes w13 too."""
     if w.scales.dim() > w.values.dim():
         halves = w.values.unflatten(-2, (2, -1))
         widened: Tensor = from_e4m3(halves, torch.float32) * _spread(w.scales, halves.shape, block)
@@ -76,8 +76,8 @@ def widen_blocks(w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> Tensor:
 
 
 def widen_into(target: Tensor, w: Quantised, block: tuple[int, int] = KERNEL_BLOCK) -> None:
-    """Writes w [rows, columns] to ``target``, in its dtype and on its device, by bands of rows:
-    little memory is taken beside them.
+    """Writes w [rows, columns] to ``target``, in its dtype and on its device. Works in bands of
+    rows, which need little extra memory.
     """
     rows = _BAND * block[0]
     for begin in range(0, len(target), rows):
@@ -90,11 +90,11 @@ def widen_into(target: Tensor, w: Quantised, block: tuple[int, int] = KERNEL_BLO
 
 
 def from_e4m3(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of ``bits`` (uint8 or float8_e4m3fn) as float32 or bf16, which hold them exactly;
-    bits that stand for NaN give 480.
+    """The values of ``bits`` (uint8 or float8_e4m3fn) as float32 or bf16, which hold them exactly.
+    NaN bits give 480.
 
-    torch converts 0.4 G values a second on a CPU core. Moved to where bf16 has its sign, exponent
-    and mantissa, the same bits are the value x 2^-120, subnormal numbers included.
+    torch converts 0.4 G values a second on a CPU core. This moves the bits to bf16's places of
+    sign, exponent and mantissa, where they read as the value x 2^-120, subnormal numbers included.
     """
     if bits.device.type != "cpu":
         return bits.view(torch.float8_e4m3fn).to(dtype)
@@ -129,9 +129,9 @@ def experts_fp8(
     counts_S: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``experts.experts`` of quantised rows and weights, ``pairs`` being (rows_M, slots_M):
-    products summed in float32, the activation quantised from float32 in between. Returns y_MD as
-    ``dtype``.
+    """``experts.experts`` of quantised rows and weights; ``pairs`` is (rows_M, slots_M). Products
+    are summed in float32, and the activation between them is quantised from float32. Returns y_MD
+    as ``dtype``.
     """
     rows_M, slots_M = pairs
     x_ND, w13_SFD, w2_SDF = widen_rows(x), widen_blocks(w13), widen_blocks(w2)
@@ -145,7 +145,7 @@ def experts_fp8(
 
 
 def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    """The scale of every value of a tensor of ``shape``."""
+    """Expands scales to one per value of a tensor of ``shape``."""
     return scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[
         ..., : shape[-2], : shape[-1]
     ]

@@ -1,4 +1,4 @@
-"""The gate: which experts a token goes to, and with which weights.
+"""The gate: chooses each token's experts and their weights.
 
 Suffixes: T tokens, D hidden, E experts, G groups of experts, K experts per token.
 """
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import Routing as Routing  # for all who call a gate
+from ..routing import Routing as Routing  # re-exported for callers of a gate
 
 
 @dataclass(frozen=True)
 class GateCounts:
-    """What a captured step adds to a gate. ``num_tokens`` int32 [1]: rows of x from there on are
-    padding, with ids of -1 and weights of 0. ``counts_E`` int64 is increased by the tokens of each
-    expert, padding left out.
+    """Extra inputs of a gate in a captured step. ``num_tokens`` int32 [1]: rows of x from there on
+    are padding, with ids of -1 and weights of 0. ``counts_E`` int64 is increased by the tokens of
+    each expert, without padding.
     """
 
     num_tokens: Tensor
@@ -31,14 +31,14 @@ def gate(
     """Returns ids_TK int64, best first, and weights_TK float32.
 
     ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32
-    takes part in the selection only; the weights come from the plain scores.
+    affects only the selection; the weights come from the scores without it.
     """
     ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED), bias_E, routing)
     return (ids_TK, weights_TK) if counts is None else leave_out_padding(ids_TK, weights_TK, counts)
 
 
 def leave_out_padding(ids_TK: Tensor, weights_TK: Tensor, counts: GateCounts) -> tuple[Tensor, Tensor]:
-    """What ``counts`` asks for, done to a choice."""
+    """Applies ``counts`` to a choice of experts."""
     padding_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] >= counts.num_tokens
     ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, -1), weights_TK.masked_fill(padding_T1, 0.0)
     counts.counts_E.add_(expert_counts(ids_TK, len(counts.counts_E)))
@@ -46,7 +46,7 @@ def leave_out_padding(ids_TK: Tensor, weights_TK: Tensor, counts: GateCounts) ->
 
 
 def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
-    """The rule itself, from logits_TE float32: ids_TK and weights_TK as above."""
+    """The selection rule: ids_TK and weights_TK as in ``gate``, from logits_TE float32."""
     scores_TE = logits_TE.softmax(-1) if routing.scoring == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if routing.top_groups < routing.num_groups:
@@ -55,7 +55,7 @@ def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[
     if choice_TE is not scores_TE:
         weights_TK = scores_TE.gather(-1, ids_TK)
     if routing.normalise:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)  # all sigmoids may be zero
     return ids_TK, weights_TK if routing.scale == 1.0 else weights_TK * routing.scale
 
 

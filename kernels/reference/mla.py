@@ -2,11 +2,11 @@
 
 A cache entry is one vector for all heads: the normalised latent (C values), then the rotated key
 part (E values), or their FP8 form (``kv_format``). Extends expand the latents of their row into
-keys and values (the materialised form: least work for many queries); decode rows move the expansion
-over to the query and the output (the absorbed form: latents are read as they are).
+keys and values (the materialised form: least work for many queries). Decode rows apply the
+expansion to the query and the output instead (the absorbed form: latents are read as they are).
 
-T tokens  R decode rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V
-L positions of a row  Z = C + E
+T tokens  R decode rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim
+P = N + V  L positions of a row  Z = C + E
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .paged import DecodeGroup, PagedBatch
 def mla_attend(
     q_nope_THN: Tensor, q_rope_THE: Tensor, cache: Tensor, expand_HPC: Tensor, batch: PagedBatch, scale: float
 ) -> Tensor:
-    """Causal attention over a cache that holds this step's latents already, [positions, Z] or
-    bytes. Returns [T, H, V], of q's dtype.
+    """Causal attention over a cache that already holds this step's latents, [positions, Z] or
+    bytes. Returns [T, H, V] in q's dtype.
     """
     value_dim, latent_dim = expand_HPC.shape[1] - q_nope_THN.shape[2], expand_HPC.shape[2]
     out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], value_dim)
@@ -49,15 +49,15 @@ def _absorbed(
     group: DecodeGroup,
     scale: float,
 ) -> Tensor:
-    """One query per row; latents_LZ holds the rows one after another, padded alike. Returns [R, H,
+    """One query per row. latents_LZ holds the rows one after another, padded alike. Returns [R, H,
     V].
     """
     nope_dim, latent_dim = q_nope_RHN.shape[2], expand_HPC.shape[2]
     q_RHC = torch.bmm(q_nope_RHN.transpose(0, 1), expand_HPC[:, :nope_dim]).transpose(0, 1)
     q_R1HZ = torch.cat([q_RHC, q_rope_RHE], -1).unsqueeze(1)
     latents_R1LZ = latents_LZ.unflatten(0, (group.num_rows, 1, -1))
-    # Whole entries serve as values too: the fused kernel wants equal widths, and the rotated part
-    # of the result is dropped.
+    # Whole entries serve as values too, because the fused kernel needs equal widths; the rotated
+    # part of the result is dropped.
     out_R1HZ = F.scaled_dot_product_attention(
         q_R1HZ, latents_R1LZ, latents_R1LZ, attn_mask=group.mask, scale=scale
     )

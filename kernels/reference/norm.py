@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim of x [..., D]; computed in float32, returned in the
-    dtype of x.
+    """x / rms(x) * weight over the last dim of x [..., D]. Computed in float32, returned in x's
+    dtype.
     """
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum x + update, rounded to the dtype of x, and the norm of that rounded sum. Both [...,
+    """The sum x + update, rounded to x's dtype, and the norm of that rounded sum. Both are [...,
     D].
     """
     total = x + update

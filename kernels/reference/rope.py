@@ -4,7 +4,8 @@
 Angles and rotation are float32: in bf16 the angle of a position past 256 would already be off by
 whole steps.
 
-T tokens  H heads  K key/value heads  D head dim, all rotated if nothing else is said  F = D / 2 frequencies  C latent dim  Z = C + D
+T tokens  H heads  K key/value heads  D head dim, all rotated unless said otherwise
+F = D / 2 frequencies  C latent dim  Z = C + D
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .norm import rms_norm
 
 @dataclass(frozen=True)
 class Angles:
-    """The rotations of the tokens of a step, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1,
+    """The rotations of a step's tokens, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1,
     F].
     """
 
@@ -33,13 +34,13 @@ class Angles:
 
     @cached_property
     def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Both as compiled kernels of the host read them."""
+        """Both as numpy arrays, for compiled CPU kernels."""
         return self.cos_T1F.numpy(), self.sin_T1F.numpy()
 
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Weights [D] of the RMS norms over each head of queries, and of keys."""
+    """Weights [D] of the RMS norms over each head of queries and of keys."""
 
     q_D: Tensor
     k_D: Tensor
@@ -62,9 +63,9 @@ def yarn_frequencies(
 ) -> Tensor:
     """``frequencies`` for a context ``factor`` times ``original_length``: float32 [dim / 2].
 
-    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency,
-    those that turn less than ``beta_slow`` times are slowed ``factor`` times, and a ramp joins
-    them; ``truncate`` rounds the ramp's ends outwards.
+    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency.
+    Those that turn less than ``beta_slow`` times are slowed by ``factor``. A ramp joins the two;
+    ``truncate`` rounds the ramp's ends outwards.
     """
 
     def pair_of(turns: float) -> float:
@@ -98,8 +99,8 @@ def rotate_halves(x_THD: Tensor, angles: Angles) -> Tensor:
 
 
 def rotate_pairs(x_THD: Tensor, angles: Angles) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of x_THD. Returns float32 [T, H, D], first members first, so
-    queries and keys must both have passed here.
+    """Rotates the pairs (2i, 2i + 1) of x_THD. Returns float32 [T, H, D] with first members first,
+    so queries and keys must both be rotated here.
     """
     even_THF, odd_THF = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos_T1F, angles.sin_T1F
@@ -117,9 +118,7 @@ def norm_rotate_and_write(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """``rotate_and_write`` of X = H + 2 K heads, queries, then keys, then values, with the norms
-    before it, if any.
-    """
+    """``rotate_and_write`` of X = H + 2 K heads (queries, keys, values), after optional norms."""
     q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
     if norms is not None:
         q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
@@ -127,7 +126,7 @@ def norm_rotate_and_write(
 
 
 def split_heads(qkv_TXD: Tensor, k_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a cache with so many key heads."""
+    """Splits into queries, keys and values; the cache gives the number of key heads."""
     num_keys = num_kv_heads(k_cache, qkv_TXD.shape[2])
     q_THD, k_TKD, v_TKD = qkv_TXD.split([qkv_TXD.shape[1] - 2 * num_keys, num_keys, num_keys], 1)
     return q_THD, k_TKD, v_TKD
@@ -142,10 +141,10 @@ def rotate_and_write(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """Rotates queries and keys and stores keys and values at write_T int64 in the cache, in its
-    format; a key is rounded to the model's dtype first. Returns the queries [T, H, D] in their
-    dtype. ``interleaved``: ``rotate_pairs``, else ``rotate_halves``. With F < D / 2 only the first
-    2 F values of a head are rotated.
+    """Rotates queries and keys, and stores keys and values at write_T int64 in the cache, in its
+    format. A key is first rounded to the model's dtype. Returns the queries [T, H, D] in their
+    dtype. ``interleaved`` selects ``rotate_pairs`` instead of ``rotate_halves``. If F < D / 2, only
+    the first 2 F values of a head are rotated.
     """
     write_heads(cache[0], write_T, _rotate_first(k_TKD, angles, interleaved))
     write_heads(cache[1], write_T, v_TKD)
@@ -161,8 +160,8 @@ def rotate_and_write_latent(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """Rotates q_rope and k_rope and stores c_TC, then the rotated k_rope, at write_T int64 in the
-    cache, [positions, Z] or bytes. Returns q_rope [T, H, D] in its dtype.
+    """Rotates q_rope and k_rope, and stores c_TC and then the rotated k_rope at write_T int64 in
+    the cache, [positions, Z] or bytes. Returns q_rope [T, H, D] in its dtype.
     """
     rotate = rotate_pairs if interleaved else rotate_halves
     k_TD = rotate(k_rope_TD.unsqueeze(1), angles).to(k_rope_TD.dtype).squeeze(1)
@@ -171,7 +170,7 @@ def rotate_and_write_latent(
 
 
 def _rotate_first(x_THD: Tensor, angles: Angles, interleaved: bool) -> Tensor:
-    """The first 2 F values of a head rotated, the others as they are, in the dtype of x."""
+    """Rotates the first 2 F values of each head and keeps the others. Returns x's dtype."""
     rotate = rotate_pairs if interleaved else rotate_halves
     turned = 2 * angles.cos_T1F.shape[-1]
     if turned == x_THD.shape[-1]:

@@ -1,8 +1,8 @@
-"""Choosing the next token of every row from its logits.
+"""Chooses the next token of every row from its logits.
 
-A draw is a function of its row's logits, settings and one uniform number, whatever the other rows
-of the batch: the cumulative distribution is inverted in vocabulary order, and the number is a hash
-of (seed, position, purpose). Settings stay on the host, which picks the rows that need each rule; a
+A draw depends only on its row's logits, its settings and one uniform number, whatever the other
+rows of the batch. The cumulative distribution is inverted in vocabulary order; the number is a hash
+of (seed, position, purpose). Settings stay on the host, which picks the rows that need each rule. A
 batch of greedy rows costs one argmax.
 
 R rows  V vocabulary  N pairs (row, token) of a sparse edit  S rows that are drawn
@@ -25,25 +25,25 @@ from torch import Tensor
 
 from ..splitmix import mix64
 
-# Below this a temperature is greedy, as in vLLM: the distribution is a point in float32 anyway.
+# A temperature below this is greedy, as in vLLM: in float32 the distribution is a point anyway.
 MIN_TEMPERATURE = 1e-5
 
-# Rows are searched for the boundary of their top-p nucleus among this many likeliest tokens, then
-# more, then all. Partial sorts: 32 rows of 152,000 took 2.2 ms for 50, 9.4 ms for 1,024 and 198 ms
-# for all on 2 cores (EPYC, torch 2.13).
+# The boundary of a row's top-p nucleus is searched among this many top tokens, then more, then all.
+# Partial sorts: 32 rows of 152,000 took 2.2 ms for 50, 9.4 ms for 1,024 and 198 ms for all on 2
+# cores (EPYC, torch 2.13).
 _NUCLEUS_WIDTHS = (256, 4096)
 
-# The cumulative distribution is searched by block, then within one, which spares a float64
+# The cumulative distribution is searched by block, then within one, which avoids a float64
 # cumulative sum over V.
 _DRAW_BLOCK = 512
 
 
-# As ``likeliest``.
+# The signature of ``likeliest``.
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Purpose(IntEnum):
-    """What a uniform number is drawn for."""
+    """The purpose of a uniform number."""
 
     SAMPLE = 0
     DRAFT = 1
@@ -52,8 +52,8 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of the rows, host arrays [R]. top_k 0, top_p 1 and min_p 0 are off; temperature 0 is
-    greedy.
+    """Sampling settings of the rows, host arrays [R]. top_k 0, top_p 1 and min_p 0 are off;
+    temperature 0 is greedy.
     """
 
     temperature_R: NDArray[np.float32]
@@ -69,9 +69,9 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """Sparse changes of logits; every pair (row, token) at most once per kind. Host arrays.
+    """Sparse changes of logits, host arrays. Every pair (row, token) occurs at most once per kind.
 
-    counted: tokens that a row has seen; ``output_counts_N`` is how often among its sampled tokens
+    counted: tokens that a row has seen. ``output_counts_N`` counts them among its sampled tokens
     (0: in the prompt alone); the penalties [R] act on these. bias: added. masked: set to -inf (stop
     ids before ``min_tokens``).
     """
@@ -90,7 +90,7 @@ class LogitEdits:
 
 
 def uniform(seed: NDArray[np.int64], position: NDArray[np.int64], purpose: Purpose) -> NDArray[np.float64]:
-    """A number of [0, 1) for each (seed, position): ``mix64`` over the three, 53 bits."""
+    """A number in [0, 1) for each (seed, position): 53 bits of ``mix64`` over the three."""
     key = mix64(seed.astype(np.uint64))
     key = mix64(key ^ position.astype(np.uint64))
     key = mix64(key ^ np.uint64(purpose))
@@ -100,8 +100,8 @@ def uniform(seed: NDArray[np.int64], position: NDArray[np.int64], purpose: Purpo
 def token_counts(
     history_i32: NDArray[np.int32], prompt_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct tokens of one row, prompt first in ``history_i32``, and how often each was
-    sampled (0: prompt alone).
+    """The distinct tokens of one row and how often each was sampled (0: prompt alone).
+    ``history_i32`` holds the prompt first.
     """
     tokens, index = np.unique(history_i32, return_inverse=True)
     counts = np.bincount(index[prompt_length:], minlength=len(tokens))
@@ -112,8 +112,8 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     """Applies bias, then the mask, then penalties, in place on logits_RV float32.
 
     Repetition divides positive and multiplies negative logits of every counted token (arXiv
-    1909.05858); frequency is subtracted once per occurrence in the output, presence once if there
-    is one.
+    1909.05858). Frequency is subtracted once per occurrence in the output, presence once if there
+    is any.
     """
     device = logits_RV.device
     if len(edits.bias_rows_N):
@@ -126,10 +126,10 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
-    """Sets what ``rows_S`` may not sample to -inf, in place: token t is allowed where bit t % 32 of
-    word t // 32 is set.
+    """Sets tokens that ``rows_S`` may not sample to -inf, in place. Token t is allowed if bit t %
+    32 of word t // 32 is set.
 
-    Row by row, adding 0 or -inf by a table over bytes: at V 152,000 that took a core 0.05 to 0.13
+    Adds 0 or -inf row by row, from a table over bytes: at V 152,000 that took a core 0.05 to 0.13
     ms a row, ``masked_fill_`` with a mask of bools up to 1.7 ms (EPYC, torch 2.13).
     """
     vocab, device = logits_RV.shape[1], logits_RV.device
@@ -140,7 +140,7 @@ def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np
 
 
 def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of each row, best first, and where they are: both [S, count]."""
+    """The largest ``count`` values of each row, best first, and their indices: both [S, count]."""
     top = x_SV.topk(count, dim=-1)
     return top.values, top.indices
 
@@ -148,8 +148,8 @@ def likeliest(x_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def sample(
     logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64], search: Search = likeliest
 ) -> Tensor:
-    """Returns tokens_R int64. logits_RV float32 is not changed. ``uniform_R`` comes from
-    ``uniform``; greedy rows do not read it. ``search`` does what ``likeliest`` does.
+    """Returns tokens_R int64 and leaves logits_RV float32 unchanged. ``uniform_R`` comes from
+    ``uniform``; greedy rows do not read it. ``search`` behaves like ``likeliest``.
     """
     drawn = params.drawn_S
     if not len(drawn):
@@ -167,8 +167,8 @@ def logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the model's own logits (before ``edit_logits``), float32.
 
-    Returns chosen_S of tokens_S, then ids [S, num_top] int64 and values [S, num_top] of the
-    likeliest tokens, best first.
+    Returns chosen_S of tokens_S, then ids [S, num_top] int64 and values [S, num_top] of the top
+    tokens, best first.
     """
     total_S1 = logits_SV.logsumexp(-1, keepdim=True)
     chosen_S = (logits_SV.gather(-1, tokens_S[:, None]) - total_S1)[:, 0]
@@ -192,10 +192,10 @@ def _penalise(logits_RV: Tensor, edits: LogitEdits) -> None:
 
 def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64], search: Search) -> Tensor:
     """The distributions of the rows ``drawn``, not normalised: [S, B, W], the vocabulary in blocks
-    of W, zeros at the end.
+    of W with zeros at the end.
 
-    Min-p, then top-k, then top-p over what is left set weights to 0. Each is a floor, so tokens
-    equal to the last one let in are let in too.
+    Min-p, then top-k, then top-p over the remainder set weights to 0. Each rule is a floor, so
+    tokens that tie with the last one kept are kept too.
     """
     if len(drawn) < len(logits_RV):
         logits_RV = logits_RV[_move(drawn, logits_RV.device)]
@@ -218,7 +218,7 @@ def _weights(logits_RV: Tensor, params: SamplingParams, drawn: NDArray[np.int64]
 
 
 def _top_k_floor(scaled_SV: Tensor, top_k: NDArray[np.int64], search: Search) -> Tensor:
-    """[S, 1]: the k-th largest value, -inf where k is 0."""
+    """The k-th largest value [S, 1], -inf where k is 0."""
     top_k = np.minimum(top_k, scaled_SV.shape[1])
     values, _ = search(scaled_SV, int(top_k.max()))
     floor_S1 = values.gather(-1, _move(np.maximum(top_k - 1, 0), scaled_SV.device)[:, None])
@@ -226,8 +226,8 @@ def _top_k_floor(scaled_SV: Tensor, top_k: NDArray[np.int64], search: Search) ->
 
 
 def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float32], search: Search) -> Tensor:
-    """[S, 1]: the weight of the last token of the smallest set of likeliest tokens whose share
-    reaches ``top_p``. ``padded_SP``: the weights with zeros behind them, rows one after another.
+    """The smallest weight [S, 1] in the nucleus, the smallest set of top tokens whose share reaches
+    ``top_p``. ``padded_SP``: the weights padded with zeros, rows one after another.
     """
     num_rows, vocab = weights_SV.shape
     device = weights_SV.device
@@ -236,9 +236,8 @@ def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float3
     open_S = _move(np.nonzero(top_p < 1)[0], device)
     for width in (*_NUCLEUS_WIDTHS, vocab):
         values, _ = search(padded_SP if len(open_S) == num_rows else padded_SP[open_S], min(width, vocab))
-        before = (values.double().cumsum(-1) < mass_S1[open_S]).sum(
-            -1, keepdim=True
-        )  # tokens before the one that reaches the mass
+        # The number of tokens before the one that reaches the mass.
+        before = (values.double().cumsum(-1) < mass_S1[open_S]).sum(-1, keepdim=True)
         floor_S1[open_S] = values.gather(-1, before.clamp_max(values.shape[1] - 1))
         open_S = open_S[(before[:, 0] >= values.shape[1]) & (values[:, -1] > 0)]
         if not len(open_S) or width >= vocab:
@@ -247,8 +246,8 @@ def _top_p_floor(weights_SV: Tensor, padded_SP: Tensor, top_p: NDArray[np.float3
 
 
 def _draw(weights_SBW: Tensor, uniform_S: Tensor) -> Tensor:
-    """The token at which the cumulative weight passes uniform_S float64 of its total: first its
-    block, then within it.
+    """The token at which the cumulative weight passes uniform_S float64 of its total. Finds its
+    block first, then the token within it.
     """
     ends_SB = weights_SBW.sum(-1).double().cumsum(-1)
     target_S1 = uniform_S[:, None] * ends_SB[:, -1:]
@@ -263,8 +262,8 @@ def _draw(weights_SBW: Tensor, uniform_S: Tensor) -> Tensor:
 
 
 def _first_past(ends_SN: Tensor, target_S1: Tensor) -> Tensor:
-    """The first index [S, 1] whose cumulative weight is above the target: never one of weight zero,
-    though rounding may put the target at the total or past it.
+    """The first index [S, 1] whose cumulative weight exceeds the target. Its weight is never zero,
+    even if rounding puts the target at the total or past it.
     """
     last_S1 = torch.searchsorted(ends_SN, ends_SN[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(ends_SN, target_S1, right=True), last_S1)

@@ -1,14 +1,14 @@
-"""The kernel behind both kinds of paged attention, for decode rows (split over the keys) and for
-extends over a cached prefix.
+"""The kernel behind both kinds of paged attention: decode rows (split over the keys), and extends
+over a cached prefix.
 
-A program takes a tile of (query token, head) pairs of one row that share a key head: for decode
-rows the heads of a group, for extends several tokens of them. It walks the pages of its row and
-keeps a running softmax, in base 2; eight-bit values are scaled as they are loaded. Lengths, page
-tables and the first token of each row are read on the device; grids follow from T, R and the width
-of the page table alone.
+A program takes a tile of (query token, head) pairs of one row that share a key head: the heads of a
+group for decode rows, several tokens of them for extends. It walks the pages of its row and keeps a
+running softmax, in base 2; eight-bit values are scaled as they are loaded. Lengths, page tables and
+the first token of each row are read on the device. Grids depend only on T, R and the width of the
+page table.
 
-T tokens  R rows  P positions  H query heads  K key heads  G = H / K  C dims of q0 and k0, and of the values  E further dims of q and k
-S splits of a row's keys
+T tokens  R rows  P positions  H query heads  K key heads  G = H / K
+C dims of q0 and k0, and of the values  E further dims of q and k  S splits of a row's keys
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -28,14 +28,14 @@ from ..reference.paged import PagedBatch
 from .target import interpreted, num_processors, power_of_two
 from .tiles import AttendTile
 
-_KEYS_PER_SPLIT = 256  # the fewest that a split is worth: not measured
+_KEYS_PER_SPLIT = 256  # smallest worthwhile split; not measured
 _ANY_NUMBER = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries, the values' width and where results go. q0_THC and out_THC may have any strides but
-    the last; q1_THE continues q0 where keys are wider than values (latents), else None.
+    """Queries, the width of the values, and the output. Only the last stride of q0_THC and out_THC
+    is fixed. q1_THE continues q0 if keys are wider than values (latents), else None.
     """
 
     q0_THC: Tensor
@@ -45,9 +45,9 @@ class Queries:
 
 @dataclass(frozen=True)
 class Values:
-    """A cache's [positions, K, C] in any dtype. In eight bits, with ``scales`` float32 [positions,
-    K x groups], one for every ``group`` values of a head; else ``group`` is 0 and ``scales`` stands
-    for nothing.
+    """A cache [positions, K, C] in any dtype. Eight-bit values have ``scales`` float32 [positions,
+    K x groups], one for every ``group`` values of a head; otherwise ``group`` is 0 and ``scales``
+    is unused.
     """
 
     values: Tensor
@@ -57,8 +57,8 @@ class Values:
 
 @dataclass(frozen=True)
 class Keys:
-    """k0 and v of every cache position, and k1 [positions, 1, E], which continues k0. A latent's
-    values are its k0; otherwise there is no k1.
+    """k0 and v of every cache position; k1 [positions, 1, E] continues k0. A latent's values are
+    its k0; other caches have no k1.
     """
 
     k0: Values
@@ -91,8 +91,8 @@ def latents_of(cache: Tensor, latent_dim: int) -> Keys:
 
 
 def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
-    """The first ``num_decode`` rows and tokens, split to fill the device by R, K and the width of
-    the page table.
+    """Attends the first ``num_decode`` rows and tokens. R, K and the width of the page table set
+    the number of splits that fill the device.
     """
     num_rows, num_heads, dim = batch.num_decode, queries.q0_THC.shape[1], queries.q0_THC.shape[2]
     if not num_rows:
@@ -131,12 +131,14 @@ def attend_extend(
     tile: AttendTile,
     most_queries: int = _ANY_NUMBER,
 ) -> None:
-    """The rows after ``num_decode`` that have at most so many tokens; the others are left alone."""
+    """Attends the rows after ``num_decode`` that have at most ``most_queries`` tokens; leaves other
+    rows alone.
+    """
     num_tokens, num_rows = len(queries.q0_THC) - batch.num_decode, len(batch.lengths_R) - batch.num_decode
     if num_tokens <= 0 or not num_rows:
         return
     group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
-    tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a tile that is not full
+    tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a partial tile
     _launch(
         queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries)
     )
@@ -156,7 +158,7 @@ class _Part:
 
 
 def _num_splits(wanted: int, max_keys: int) -> int:
-    """Fixed by the shapes of a captured step, whatever the lengths are."""
+    """Fixed by the shapes of a captured step, independent of lengths."""
     return max(1, min(wanted, max_keys // _KEYS_PER_SPLIT, 64))
 
 
@@ -269,7 +271,7 @@ def _attend_kernel(
     WIDEN: tl.constexpr,
 ):
     """One tile of pairs, one key head, one split of the row's keys."""
-    # The tiles that see the most keys come last in a row and are begun first.
+    # The last tiles of a row see the most keys and are started first.
     tile = tl.program_id(0) if DECODE else tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -323,8 +325,8 @@ def _attend_kernel(
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
-    # Pages are looked up a block ahead: looked up in the iteration that needs them, they take the
-    # place of the loads in flight.
+    # Pages are looked up one block ahead. A lookup in the iteration that needs it would displace
+    # the loads in flight.
     pages = _pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
     for key_start in range(key_begin, key_end, BLOCK_N):
         key = key_start + tl.arange(0, BLOCK_N)
@@ -381,8 +383,8 @@ def _attend_kernel(
 def row_of_tile(
     query_start_ptr, tile, num_rows, G: tl.constexpr, BLOCK_M: tl.constexpr, ROWS_PAD: tl.constexpr
 ):
-    """The row (``num_rows`` past the last) that a tile belongs to, the tile's index in it, the
-    row's queries and first token.
+    """The row that a tile belongs to (``num_rows`` past the last), the tile's index in the row, the
+    row's number of queries and its first token.
     """
     r = tl.arange(0, ROWS_PAD)
     begins = tl.load(query_start_ptr + r, mask=r < num_rows, other=0)
@@ -396,9 +398,9 @@ def row_of_tile(
 
 @triton.jit
 def softmax_step(scores, v, best, total, acc, dtype: tl.constexpr):
-    """The running softmax in base 2 with one more block of scores, -inf where nothing is seen."""
+    """One step of the running softmax in base 2, over a block of scores; -inf hides a key."""
     new_best = tl.maximum(best, tl.max(scores, 1))
-    base = tl.where(new_best == float("-inf"), 0.0, new_best)  # a pair that has seen no key yet
+    base = tl.where(new_best == float("-inf"), 0.0, new_best)  # for a pair that has seen no key yet
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(best - base)
     total = total * shrink + tl.sum(weights, 1)
@@ -407,7 +409,7 @@ def softmax_step(scores, v, best, total, acc, dtype: tl.constexpr):
 
 @triton.jit
 def _pages_of(row_pages_ptr, key_start, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of a block of keys where blocks lie in one, else that of each key; 0 past the
+    """The page of a block of keys if blocks lie within pages, else the page of each key; 0 past the
     end.
     """
     if PAGE % BLOCK_N == 0:
@@ -430,8 +432,8 @@ def _load_values(
     N: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """[N, C_PAD] as ``dtype`` of entries that begin at at_N; eight-bit values times their scales,
-    of which a head has C / GROUP.
+    """Loads [N, C_PAD] as ``dtype`` from entries that begin at at_N. Eight-bit values are
+    multiplied by their scales, C / GROUP per head.
     """
     if GROUP == 0:
         c = tl.arange(0, C_PAD)
@@ -467,8 +469,8 @@ def _join_kernel(
     C_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
-    """One (token, head): its splits, weighted by their shares, in the order of the splits whatever
-    the device did first.
+    """One (token, head): adds its splits weighted by their shares, in the order of splits, whatever
+    order the device ran them in.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

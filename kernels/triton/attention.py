@@ -1,7 +1,7 @@
 """Triton column of ``attention.attend``: grouped queries over paged keys and values.
 
-Rooflines: decode reads each key and value once, 2 K D x itemsize bytes a cached token (in FP8 2 K
-(D + 4)); extends do 4 H D flops per query and key.
+Rooflines: decode reads each key and value once, 2 K D x itemsize bytes per cached token (in FP8 2 K
+(D + 4)). Extends do 4 H D flops per query and key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tiles import DEFAULT, Tiles
 def attend(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, tiles: Tiles = DEFAULT
 ) -> Tensor:
-    """As ``attention.attend``. A row of length 0 (padding) gives zeros."""
+    """Same as ``attention.attend``. A row of length 0 (padding) gives zeros."""
     check_dtype(q_THD, "attend: q")
     k, v = (heads_of(cache, q_THD.shape[2]) for cache in (k_cache, v_cache))
     assert q_THD.shape[1] % k.values.shape[1] == 0

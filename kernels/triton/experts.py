@@ -1,14 +1,15 @@
-"""Triton column of ``experts``: a grouped product with SwiGLU in its epilogue, one that scatters
-back to pairs, the ordered sum.
+"""Triton column of ``experts``: a grouped product with SwiGLU in its epilogue, a second one that
+scatters back to pairs, and the ordered sum.
 
-Two launches after the grouping: ``_up_kernel`` gathers rows of x by pair and writes silu(gate) * up
-in grouped order, ``_down_kernel`` writes every pair's row of y. Programs of blocks without a slot
-leave at once, so grids are bounds known to the host. Rooflines: up to some 64 tokens the weights of
-the slots hit, 6 D F bytes each in bf16, against memory bandwidth; at thousands of tokens 6 D F
-flops per pair against the matmul rate. ``weighted_sum`` reads K and writes 1 row per token.
+Two launches follow the grouping. ``_up_kernel`` gathers rows of x by pair and writes silu(gate) *
+up in grouped order; ``_down_kernel`` writes every pair's row of y. Programs of blocks without a
+slot exit at once, so grids are bounds known to the host. Rooflines: up to some 64 tokens the
+weights of the slots hit, 6 D F bytes each in bf16, against memory bandwidth; at thousands of tokens
+6 D F flops per pair against the matmul rate. ``weighted_sum`` reads K rows and writes 1 row per
+token.
 
-The sum over k is a pass of its own, in the order of k and in float32: atomic adds from
-``_down_kernel`` would spare a read of y but sum in an order that changes from run to run.
+The sum over k is a separate pass in the order of k and in float32. Atomic adds from
+``_down_kernel`` would save a read of y, but their order changes from run to run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -35,7 +36,7 @@ def experts(
     counts_S: Tensor,
     tiles: Tiles = DEFAULT,
 ) -> Tensor:
-    """As ``experts.experts``, for x and weights of one dtype; nothing is read by the host."""
+    """Same as ``experts.experts``, for x and weights of one dtype. The host reads nothing."""
     return experts_tiled(
         x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tiles.of_experts(len(slots_M), len(w13_SFD))
     )
@@ -103,7 +104,7 @@ def _options(rows: int, tile: ProductTile) -> dict[str, Any]:
 
 
 def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """As ``experts.weighted_sum``."""
+    """Same as ``experts.weighted_sum``."""
     check_dtype(y_TKD, "weighted_sum: y")
     assert y_TKD.is_contiguous() and weights_TK.is_contiguous()
     num_tokens, top_k, hidden = y_TKD.shape
@@ -118,8 +119,8 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 @triton.jit
 def block_and_tile(num_blocks, num_tiles, GROUP: tl.constexpr):
-    """Programs that run together share tiles of weights among GROUP neighbouring blocks, which
-    mostly meet the same slot.
+    """Assigns blocks and tiles to programs. Concurrent programs share weight tiles among GROUP
+    neighbouring blocks, which mostly use the same slot.
     """
     pid = tl.program_id(0)
     per_group = GROUP * num_tiles

@@ -1,12 +1,12 @@
-"""Triton column of ``fp8.experts_fp8``: as ``triton_experts``, with block-scaled FP8 on both sides
-of both products.
+"""Triton column of ``fp8.experts_fp8``: like ``triton/experts.py``, with block-scaled FP8 on both
+sides of both products.
 
-A step of 128 along the inner dim meets one scale per row of x and one of the weights, so its
-partial sum is scaled once and added in float32. The activation is quantised in the epilogue of the
-first product where its tile is a group of 128 wide. Narrower tiles, of which a few pairs need many
-to fill a card, leave it in float32, and every program of the second product quantises what it
-loads. Rooflines: as ``triton_experts``, with 3 D F bytes a slot and the FP8 rate of the matrix
-units.
+A step of 128 along the inner dim has one scale per row of x and one for the weights, so its partial
+sum is scaled once and added in float32. The first product's epilogue quantises the activation if
+its tile is a whole group of 128 wide. Narrower tiles, of which a few pairs need many to fill a
+card, leave the activation in float32, and every program of the second product quantises what it
+loads. Rooflines: as in ``triton/experts.py``, with 3 D F bytes per slot and the FP8 rate of the
+matrix units.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -36,7 +36,7 @@ def experts_fp8(
     dtype: torch.dtype,
     tiles: Tiles = DEFAULT,
 ) -> Tensor:
-    """As ``fp8.experts_fp8``; nothing is read by the host."""
+    """Same as ``fp8.experts_fp8``. The host reads nothing."""
     tile = tiles.of_experts(len(pairs[1]), len(w13.values), fp8=True)
     return experts_fp8_tiled(x, pairs, (w13, w2), counts_S, dtype, tile)
 
@@ -49,8 +49,8 @@ def experts_fp8_tiled(
     dtype: torch.dtype,
     tile: ExpertTile,
 ) -> Tensor:
-    """``experts_fp8`` with ``weights`` (w13, w2) and a tile: both products a group deep, and at
-    most one wide.
+    """``experts_fp8`` with ``weights`` (w13, w2) and a tile. Both products are one group deep and
+    at most one wide.
     """
     assert (
         tile.up.depth == tile.down.depth == BLOCK
@@ -135,8 +135,8 @@ def _up_fp8_kernel(
     LATE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One block and BLOCK_N columns of F, of which 128 is a multiple; all of a group if h is
-    quantised here.
+    """One block and BLOCK_N columns of F; BLOCK_N divides 128. A whole group if h is quantised
+    here.
     """
     D_GROUPS: tl.constexpr = (D + 127) // 128
     F_GROUPS: tl.constexpr = (F + 127) // 128
@@ -198,7 +198,7 @@ def _down_fp8_kernel(
     LATE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One block and BLOCK_N columns of D, of which 128 is a multiple."""
+    """One block and BLOCK_N columns of D; BLOCK_N divides 128."""
     F_GROUPS: tl.constexpr = (F + 127) // 128
     D_GROUPS: tl.constexpr = (D + 127) // 128
     block, tile = block_and_tile(num_blocks, tl.cdiv(D, BLOCK_N), 8)

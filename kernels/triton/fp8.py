@@ -1,5 +1,5 @@
-"""Triton column of the rows of ``fp8``: quantised as they are, after a norm (with a residual), and
-after SiLU times up.
+"""Triton column of the row ops of ``fp8``: quantises rows directly, after a norm (with a residual),
+and after SiLU times up.
 
 Roofline: memory, 2 bytes read and 1 + 4 / 128 written per value in bf16; 2 more read and written
 for the residual.
@@ -18,31 +18,31 @@ from ..formats.fp8_format import BLOCK
 from ..reference.fp8 import LARGEST, LEAST_SCALE, Quantised
 from .target import check_dtype, interpreted, power_of_two
 
-# What kernels may name must be a constant of their language.
+# Kernels can only use globals that are Triton constants.
 _LARGEST = tl.constexpr(LARGEST)
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 
 def quantise_rows(x_ND: Tensor) -> Quantised:
-    """As ``fp8.quantise_rows``."""
+    """Same as ``fp8.quantise_rows``."""
     return _rows(x_ND, None, None, 0.0)[1]
 
 
 def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
-    """As ``fp8.rms_norm_fp8``."""
+    """Same as ``fp8.rms_norm_fp8``."""
     return _rows(x_ND, None, weight_D, eps)[1]
 
 
 def add_rms_norm_fp8(
     x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Quantised]:
-    """As ``fp8.add_rms_norm_fp8``."""
+    """Same as ``fp8.add_rms_norm_fp8``."""
     assert x_ND.shape == update_ND.shape and x_ND.dtype == update_ND.dtype
     return _rows(x_ND, update_ND, weight_D, eps)
 
 
 def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
-    """As ``fp8.silu_mul_fp8``."""
+    """Same as ``fp8.silu_mul_fp8``."""
     check_dtype(gate_up_NF, "silu_mul_fp8: x")
     assert gate_up_NF.stride(1) == 1
     num_rows, width = len(gate_up_NF), gate_up_NF.shape[1] // 2
@@ -101,14 +101,14 @@ def _empty(num_rows: int, dim: int, device: torch.device) -> Quantised:
 
 @triton.jit
 def group_scales(x):
-    """[R] scales of x [R, 128] float32."""
+    """Scales [R] of x [R, 128] float32."""
     return tl.maximum(tl.max(tl.abs(x), 1) / _LARGEST, _LEAST_SCALE)
 
 
 @triton.jit
 def eight_bits(x, dtype: tl.constexpr, ROUND: tl.constexpr):
-    """x float32 as e4m3. The interpreter (3.7.1) drops the carry when it rounds, so there x is put
-    on a value of e4m3 beforehand: three bits of mantissa, or whole multiples of 2^-9 below 2^-6.
+    """x float32 as e4m3. The interpreter (3.7.1) drops the carry when it rounds, so there x is
+    first rounded to a value of e4m3: three bits of mantissa, or multiples of 2^-9 below 2^-6.
     """
     if ROUND:
         bits = x.to(tl.int32, bitcast=True)
@@ -135,7 +135,7 @@ def _quantise_kernel(
     NORM: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One row a program, as [groups, 128]."""
+    """One row per program, as [groups, 128]."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS_PAD)
     d = group[:, None] * 128 + tl.arange(0, 128)[None, :]

@@ -1,8 +1,8 @@
 """Triton column of ``gate``: the routing rule and the counts in one pass over the logits.
 
-The product with the gate's weights stays with the library: float32, E is small, and a small batch
-needs it split over the hidden dim. Roofline of the kernel: memory, T x (4 E read + 12 K written)
-bytes; in practice the latency of 3 K reductions over E.
+The library computes the product with the gate's weights: it is float32, E is small, and a small
+batch needs it split over the hidden dim. Roofline of the kernel: memory, T x (4 E read + 12 K
+written) bytes; in practice the latency of 3 K reductions over E.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -22,14 +22,14 @@ from .target import power_of_two
 def gate(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``gate.gate``; of equal choices the lower expert comes first."""
+    """Same as ``gate.gate``. Ties go to the lower expert."""
     return choose(F.linear(x_TD.float(), weight_ED), bias_E, routing, counts)
 
 
 def choose(
     logits_TE: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As ``gate.choose``, with the counts."""
+    """Same as ``gate.choose``, with the counts."""
     num_tokens, num_experts = logits_TE.shape
     assert num_experts % routing.num_groups == 0, f"{num_experts} experts in {routing.num_groups} groups"
     assert logits_TE.dtype == torch.float32 and logits_TE.stride(1) == 1
@@ -85,7 +85,7 @@ def _choose_kernel(
     BIAS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """One token a program."""
+    """One token per program."""
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, E_PAD)
     inside = expert < E

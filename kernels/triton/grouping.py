@@ -1,8 +1,8 @@
-"""Triton column of ``grouping``: counts, places and moved rows without the host seeing a count.
+"""Triton column of ``grouping``: counts, places and moved rows; the host sees no count.
 
 Roofline: ``group_pairs`` reads slots_M once per slot from the L2 cache (8 S M bytes) and writes 4
-(P + B); no atomics, so places are the same in every run. ``permute`` and ``unpermute`` are copies:
-2 x M x D x itemsize bytes, and the zeros they write.
+(P + B). It uses no atomics, so places are the same in every run. ``permute`` and ``unpermute`` are
+copies: 2 x M x D x itemsize bytes, and the zeros they write.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,7 +21,7 @@ _COPIED_COLUMNS = 1024
 
 
 def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
-    """As ``grouping.group_pairs``."""
+    """Same as ``grouping.group_pairs``."""
     num_pairs, num_slots, device = len(slots_M), len(counts_S), slots_M.device
     num_blocks = most_blocks(num_pairs, num_slots, block)
     slot_of_block_B = torch.empty(num_blocks, dtype=torch.int32, device=device)
@@ -46,7 +46,7 @@ def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
 
 
 def permute(x_ND: Tensor, rows_M: Tensor, grouping: Grouping) -> Tensor:
-    """As ``grouping.permute``."""
+    """Same as ``grouping.permute``."""
     assert x_ND.stride(1) == 1
     places, hidden = len(grouping.pair_of_place_P), x_ND.shape[1]
     out_PD = x_ND.new_empty(places, hidden)
@@ -66,7 +66,7 @@ def permute(x_ND: Tensor, rows_M: Tensor, grouping: Grouping) -> Tensor:
 
 
 def unpermute(y_PD: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
-    """As ``grouping.unpermute``."""
+    """Same as ``grouping.unpermute``."""
     hidden = y_PD.shape[1]
     y_MD = y_PD.new_zeros(num_pairs, hidden)
     if len(y_PD):
@@ -84,7 +84,7 @@ def unpermute(y_PD: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
 
 @triton.jit
 def _count_kernel(slots_ptr, step_counts_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr):
-    """One slot a program: its pairs, for this step and added to the running count."""
+    """One slot per program: counts its pairs for this step and adds them to the running count."""
     slot = tl.program_id(0)
     found = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_pairs, CHUNK):
@@ -109,8 +109,8 @@ def _place_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One slot a program: its blocks, its pairs in order, the padding of its last block; slot 0
-    marks the unused blocks too.
+    """One slot per program: its blocks, its pairs in order, the padding of its last block. Slot 0
+    also marks the unused blocks.
     """
     slot = tl.program_id(0)
     s = tl.arange(0, S_PAD)
@@ -148,7 +148,7 @@ def _permute_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One place a program."""
+    """One place per program."""
     place = tl.program_id(0).to(tl.int64)
     used = tl.load(slot_of_block_ptr + place // BLOCK) >= 0
     pair = tl.load(pair_of_place_ptr + place, mask=used, other=-1)
@@ -163,7 +163,7 @@ def _permute_kernel(
 def _unpermute_kernel(
     y_ptr, pair_of_place_ptr, slot_of_block_ptr, out_ptr, D, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """One place a program; those without a pair write nothing."""
+    """One place per program; places without a pair write nothing."""
     place = tl.program_id(0).to(tl.int64)
     if tl.load(slot_of_block_ptr + place // BLOCK) >= 0:
         pair = tl.load(pair_of_place_ptr + place).to(tl.int64)

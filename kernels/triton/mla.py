@@ -1,12 +1,12 @@
-"""Triton column of ``mla.mla_attend``: latent attention, absorbed for decode rows and for rows of
-few queries, else materialised.
+"""Triton column of ``mla.mla_attend``: latent attention, absorbed for decode rows and rows of few
+queries, otherwise materialised.
 
-Absorbed, queries are moved into the space of latents (a batched product of the library), so all
-heads read one vector per cached token. Rooflines: decode reads each latent once, Z x itemsize bytes
-a cached token (656 in FP8), and at 128 heads does 2 H (Z + C) flops for it, which in bf16 is more
-than an H200's memory lets pass; extends do the same flops per query and key, 3.4 times those on
-expanded keys at DeepSeek-V3's sizes, so from 171 queries of a row on the expansion pays
-(``triton_mla_prefill``).
+The absorbed form moves queries into the space of latents (a batched product of the library), so
+that all heads read one vector per cached token. Rooflines: decode reads each latent once, Z x
+itemsize bytes per cached token (656 in FP8), and at 128 heads does 2 H (Z + C) flops for it; in
+bf16 that is more than an H200's memory bandwidth allows for. Extends do the same flops per query
+and key, 3.4 times those on expanded keys at DeepSeek-V3's sizes, so expansion pays from 171 queries
+of a row on (``triton/mla_prefill.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mla_attend(
     scale: float,
     tiles: Tiles = DEFAULT,
 ) -> Tensor:
-    """As ``mla.mla_attend``. A row of length 0 (padding) gives zeros."""
+    """Same as ``mla.mla_attend``. A row of length 0 (padding) gives zeros."""
     check_dtype(q_nope_THN, "mla_attend: q")
     nope, rope, latent = q_nope_THN.shape[2], q_rope_THE.shape[2], expand_HPC.shape[2]
     most_absorbed = (
@@ -62,7 +62,7 @@ def _absorbed(
     tiles: Tiles,
     most_queries: int,
 ) -> Tensor:
-    """[T, H, V]; what it holds for rows with more queries is not defined."""
+    """Returns [T, H, V]; undefined for rows with more than ``most_queries`` queries."""
     (q_nope_THN, q_rope_THE), (num_tokens, num_heads, nope_dim) = q, q[0].shape
     q_HTC = torch.bmm(q_nope_THN.transpose(0, 1), expand_HPC[:, :nope_dim])
     out_HTC = q_nope_THN.new_empty(num_heads, num_tokens, expand_HPC.shape[2])

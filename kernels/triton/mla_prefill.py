@@ -1,15 +1,17 @@
 """Latent attention over expanded keys and values, for rows with many queries: the materialised form
 of ``mla``.
 
-The latents of a row are expanded window by window into a workspace of fixed size, and each window
-is attended before the next is expanded. Which rows take part, where they begin and end and how many
-windows hold anything is read on the device; the host knows a bound of the windows, and programs
-without work leave at once. Rows lie one after another in the windows, each from a whole block on.
+The latents of a row are expanded window by window into a workspace of fixed size; each window is
+attended before the next is expanded. The device reads which rows take part, where they begin and
+end, and how many windows are in use. The host knows a bound on the number of windows, and programs
+without work exit at once. Rows lie one after another in the windows, each starting at a whole
+block.
 
-Rooflines, both compute: expansion 2 C P flops a key and head, attention 2 (N + E + V) a query, key
-and head.
+Rooflines, both compute: expansion 2 C P flops per key and head, attention 2 (N + E + V) per query,
+key and head.
 
-T tokens  R rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V  W keys of a window
+T tokens  R rows  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V
+W keys of a window
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -28,14 +30,14 @@ from .attend import Keys, row_of_tile, softmax_step
 from .target import interpreted, power_of_two
 from .tiles import AttendTile
 
-_BLOCK = 64  # keys expanded together: windows and rows begin at multiples of it
+_BLOCK = 64  # keys expanded together; windows and rows begin at multiples of it
 _MOST_WINDOWS = 32  # more launches than this are not worth a captured step
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What is attended: q_nope_THN, q_rope_THE, the weights that expand a latent, and out_THV with
-    any strides but the last.
+    """The attention's inputs and output: q_nope_THN, q_rope_THE, the weights that expand a latent,
+    and out_THV. Only the last stride is fixed.
     """
 
     q_nope_THN: Tensor
@@ -45,8 +47,8 @@ class Heads:
 
 
 def break_even(nope: int, rope: int, value: int, latent: int) -> int:
-    """The most queries of a row that cost fewer operations on latents as they are than on expanded
-    ones.
+    """Largest number of queries per row for which latents as they are cost fewer operations than
+    expanded ones.
     """
     absorbed, expanded = 2 * latent + rope, nope + rope + value
     return 2**31 - 1 if absorbed <= expanded else latent * (nope + value) // (absorbed - expanded)
@@ -62,9 +64,9 @@ class Windows:
 
 
 def plan_windows(batch: PagedBatch, num_tokens: int, most_absorbed: int, keys: int) -> Windows | None:
-    """Enough windows of at most ``keys`` for whatever the device may find, by the lengths where the
-    host knows them, else by shapes; None where no row can have so many queries, or so many windows
-    might be needed that latents are better attended as they are.
+    """Enough windows of at most ``keys`` for any rows the device may find. The bound comes from the
+    lengths if the host knows them, else from shapes. None if no row can have that many queries, or
+    if so many windows might be needed that latents are better attended as they are.
     """
     if batch.lengths:
         extends = range(batch.num_decode, len(batch.lengths))
@@ -84,7 +86,7 @@ def plan_windows(batch: PagedBatch, num_tokens: int, most_absorbed: int, keys: i
 
 
 def all_expanded(batch: PagedBatch, most_absorbed: int) -> bool:
-    """Whether the host knows that no row is left to be attended as it is."""
+    """Whether the host knows that every row is attended in expanded form."""
     rows = range(len(batch.lengths))
     return (
         bool(rows) and not batch.num_decode and all(_num_queries(batch, row) > most_absorbed for row in rows)
@@ -96,14 +98,14 @@ def _num_queries(batch: PagedBatch, row: int) -> int:
 
 
 def window_keys(num_bytes: int, expand_HPC: Tensor) -> int:
-    """Keys of a window that takes about ``num_bytes``."""
+    """Number of keys of a window that takes about ``num_bytes``."""
     return max(1, num_bytes // (expand_HPC[:, :, 0].numel() * expand_HPC.element_size() * _BLOCK)) * _BLOCK
 
 
 def attend_expanded(
     heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tile: AttendTile, windows: Windows
 ) -> None:
-    """The rows after ``num_decode`` with more than ``windows.most_absorbed`` queries."""
+    """Attends the rows after ``num_decode`` with more than ``windows.most_absorbed`` queries."""
     num_keys = windows.keys
     q_THN, out = heads.q_nope_THN, heads.out_THV
     num_tokens, num_heads, nope = q_THN.shape
@@ -112,7 +114,7 @@ def attend_expanded(
     assert latents.k1_PKE is not None and heads.expand_HPC.is_contiguous()
     kv_WHP = q_THN.new_empty(num_keys, num_heads, nope + value)
     rope_WE = q_THN.new_empty(num_keys, rope)
-    # Between windows: what a query has so far, and the logarithm of its weight.
+    # Kept between windows: a query's partial output, and the logarithm of its weight.
     several = windows.count > 1
     partial_THV = q_THN.new_empty(num_tokens, num_heads, value, dtype=torch.float32) if several else out
     logsum_TH = q_THN.new_empty(num_tokens, num_heads, dtype=torch.float32) if several else out
@@ -193,8 +195,8 @@ def _places_of_rows(
     BLOCK: tl.constexpr,
     ROWS_PAD: tl.constexpr,
 ):
-    """[ROWS_PAD] of the rows from ``first_row`` on: the block in which each begins, counted over
-    all windows, and its blocks.
+    """[ROWS_PAD] for the rows from ``first_row`` on: each row's first block, counted over all
+    windows, and its number of blocks.
     """
     r = tl.arange(0, ROWS_PAD)
     begins = tl.load(query_start_ptr + first_row + r, mask=r < num_rows, other=0)
@@ -236,8 +238,8 @@ def _expand_kernel(
     ROWS_PAD: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One block of keys, one head, BLOCK_P of its P values; the first of these programs brings the
-    rotated part along.
+    """One block of keys, one head, BLOCK_P of its P values. The first of these programs also copies
+    the rotated part.
     """
     here = tl.program_id(0)
     part = tl.program_id(1)
@@ -269,7 +271,7 @@ def _expand_kernel(
             mask=inside[:, None] & (c < C)[None, :],
             other=0.0,
         )
-        if GROUP > 0:  # what is loaded shares a scale
+        if GROUP > 0:  # the loaded values share a scale
             scales = tl.load(scales_ptr + at * scales_stride + start // GROUP, mask=inside, other=0.0)
             x = x.to(tl.float32) * scales[:, None]
         weights_at = expand_ptr + (head.to(tl.int64) * P + p)[None, :] * C + c[:, None]
@@ -331,8 +333,8 @@ def _attend_window_kernel(
     ROWS_PAD: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of a row's queries, one head, the keys of the row that lie in the window."""
-    # The tiles that see the most keys come last in a row and are begun first.
+    """One tile of a row's queries, one head, the row's keys in this window."""
+    # The last tiles of a row see the most keys and are started first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     row, tile_in_row, num_queries, first_token = row_of_tile(
@@ -343,14 +345,13 @@ def _attend_window_kernel(
     first_blocks, _ = _places_of_rows(
         query_start_ptr, lengths_ptr, first_row, num_rows, most_absorbed, ROW_BLOCK, ROWS_PAD
     )
-    # Where the row's first key lies, seen from the beginning of the window.
+    # Place of the row's first key, relative to the start of the window.
     origin = tl.sum(tl.where(tl.arange(0, ROWS_PAD) == row, first_blocks, 0), 0) * ROW_BLOCK - window_start
     start = tl.load(lengths_ptr + first_row + row) - num_queries
     query = tile_in_row * BLOCK_M + tl.arange(0, BLOCK_M)
     live = query < num_queries
-    visible = start + tl.minimum(
-        tile_in_row * BLOCK_M + BLOCK_M, num_queries
-    )  # keys that some query of the tile may see
+    # Keys that some query of the tile may see.
+    visible = start + tl.minimum(tile_in_row * BLOCK_M + BLOCK_M, num_queries)
     key_begin = tl.maximum(0, -origin)
     key_end = tl.minimum(visible, window_keys - origin)
     if key_begin >= key_end:
@@ -370,14 +371,14 @@ def _attend_window_kernel(
     acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
     out_mask = live[:, None] & (v < V)[None, :]
     slot = token * H + head
-    if SEVERAL:  # noqa: SIM102, which would have the compiler see both at once
+    if SEVERAL:  # noqa: SIM102, since the compiler must not see both conditions at once
         if key_begin > 0:
             best = tl.load(logsum_ptr + slot, mask=live, other=float("-inf"))
             total = tl.where(live, 1.0, total)
             acc = tl.load(partial_ptr + slot[:, None] * V + v[None, :], mask=out_mask, other=0.0)
 
     kv_ptr += head * (N + V)
-    # Up to here every query sees every key, and nothing is masked.
+    # Up to here every query sees every key, so nothing is masked.
     whole_end = (
         key_begin
         + tl.maximum(tl.minimum(key_end, start + tile_in_row * BLOCK_M + 1) - key_begin, 0)
@@ -433,7 +434,7 @@ def _load_block(
     V_PAD: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Keys, their rotated parts and values at places of the window."""
+    """Loads keys, their rotated parts and values at places of the window."""
     n = tl.arange(0, N_PAD)
     e = tl.arange(0, E_PAD)
     v = tl.arange(0, V_PAD)

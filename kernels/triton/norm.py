@@ -14,26 +14,26 @@ from torch import Tensor
 
 from .target import check_dtype, power_of_two
 
-# Values of a program's tile: short rows (heads) share a program.
+# Values per program: short rows (heads) share a program.
 _TILE = 4096
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As ``norm.rms_norm``, for x [..., D] whose rows lie at regular distances (a slice of a wider
-    matrix is read in place).
+    """Same as ``norm.rms_norm``, for x [..., D] whose rows lie at regular distances (a slice of a
+    wider matrix is read in place).
     """
     return _launch(x, None, weight_D, eps)[0]
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As ``norm.add_rms_norm``."""
+    """Same as ``norm.add_rms_norm``."""
     assert x.shape == update.shape and x.dtype == update.dtype
     normed, total = _launch(x, update, weight_D, eps)
     return total, normed
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As ``norm.silu_mul``."""
+    """Same as ``norm.silu_mul``."""
     check_dtype(gate_up, "silu_mul: x")
     width = gate_up.shape[-1] // 2
     rows = gate_up.reshape(-1, 2 * width)
@@ -79,7 +79,7 @@ def _launch(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: float) -> t
 
 
 def _as_heads(x: Tensor) -> Tensor:
-    """[T, H, D] with two strides, without a copy where the layout allows it."""
+    """Views x as [T, H, D] with two strides, without a copy if the layout allows it."""
     if x.dim() != 3:
         x = x.reshape(-1, 1, x.shape[-1])
     return x if x.stride(2) == 1 else x.contiguous()

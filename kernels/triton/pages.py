@@ -20,11 +20,11 @@ _BYTES_PER_PROGRAM = 16384
 
 
 def copy_pages(caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, page_size: int) -> None:
-    """As ``paged.copy_pages``."""
+    """Same as ``paged.copy_pages``."""
     for cache in caches:
         assert cache.is_contiguous()
         page_bytes = page_size * cache[0].numel() * cache.element_size()
-        # Copied as the widest integers that a page is a multiple of, whatever the dtype.
+        # Copies the widest integers that divide a page, whatever the dtype.
         integer = next(
             kind
             for kind in (torch.int64, torch.int32, torch.int16, torch.int8)

@@ -28,7 +28,7 @@ def norm_rotate_and_write(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """As ``rope.norm_rotate_and_write``, in three launches: norms are kernels of their own."""
+    """Same as ``rope.norm_rotate_and_write``, in three launches: the norms are separate kernels."""
     q_THD, k_TKD, v_TKD = split_heads(qkv_TXD, cache[0])
     if norms is not None:
         q_THD, k_TKD = rms_norm(q_THD, norms.q_D, norms.eps), rms_norm(k_TKD, norms.k_D, norms.eps)
@@ -44,7 +44,7 @@ def rotate_and_write(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """As ``rope.rotate_and_write``; a token whose place is negative is not written."""
+    """Same as ``rope.rotate_and_write``. A token with a negative place is not written."""
     check_dtype(q_THD, "rotate_and_write: q")
     num_tokens, num_heads, dim = q_THD.shape
     turned = 2 * angles.cos_T1F.shape[-1]
@@ -102,7 +102,7 @@ def rotate_and_write_latent(
     write_T: Tensor,
     interleaved: bool,
 ) -> Tensor:
-    """As ``rope.rotate_and_write_latent``; a token whose place is negative is not written."""
+    """Same as ``rope.rotate_and_write_latent``. A token with a negative place is not written."""
     check_dtype(q_rope_THD, "rotate_and_write_latent: q")
     num_tokens, num_heads, dim = q_rope_THD.shape
     out_THD = q_rope_THD.new_empty(q_rope_THD.shape)
@@ -186,7 +186,7 @@ def _store_halves(
     D: tl.constexpr,
     wanted,
 ):
-    """To the first 2F values of the rows of [H, D], contiguous, in its dtype."""
+    """Stores to the first 2F values of the rows of [H, D], contiguous, in its dtype."""
     h = tl.arange(0, H_PAD)[:, None]
     f = tl.arange(0, F_PAD)[None, :]
     inside = (h < H) & (f < F) & wanted
@@ -205,7 +205,7 @@ def _load_rest(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """The values from START on of one token's heads, [H_PAD, D_PAD]; zeros before them."""
+    """Loads the values from START on of one token's heads, [H_PAD, D_PAD]; zeros before them."""
     h = tl.arange(0, H_PAD)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
     return tl.load(x_ptr + h * stride_h + d, mask=(h < H) & (d >= START) & (d < D), other=0.0)
@@ -222,7 +222,7 @@ def _store_rest(
     D_PAD: tl.constexpr,
     wanted,
 ):
-    """What ``_load_rest`` gave to [H, D], contiguous, in its dtype."""
+    """Stores the result of ``_load_rest`` to [H, D], contiguous, in its dtype."""
     h = tl.arange(0, H_PAD)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
     tl.store(
@@ -263,7 +263,7 @@ def _rotate_and_write_kernel(
     EIGHT: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One token a program."""
+    """One token per program."""
     token = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, F_PAD)[None, :]
     cos = tl.load(cos_ptr + token * F + f, mask=f < F, other=0.0)
@@ -282,7 +282,7 @@ def _rotate_and_write_kernel(
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         h = tl.arange(0, K_PAD)
         first, second, v = first.to(tl.float32), second.to(tl.float32), v.to(tl.float32)
-        scales = tl.maximum(group_scales(first), group_scales(second))  # one for all parts of a head
+        scales = tl.maximum(group_scales(first), group_scales(second))  # one scale for all parts of a head
         if 2 * F < D:
             scales = tl.maximum(scales, group_scales(k_rest.to(tl.float32)))
             k_rest = eight_bits(k_rest.to(tl.float32) / scales[:, None], dtype, ROUND)
@@ -328,7 +328,7 @@ def _rotate_and_write_latent_kernel(
     EIGHT: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One token a program."""
+    """One token per program."""
     token = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, F_PAD)[None, :]
     cos = tl.load(cos_ptr + token * F + f, mask=f < F, other=0.0)

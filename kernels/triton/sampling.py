@@ -1,13 +1,13 @@
 """Triton column of ``sampling``: edits of logits, draws and log-probabilities, one program per row.
 
-``sample``, ``edit_logits`` and ``logprobs`` take what the reference takes; ``sample_slots`` is what
-a captured step calls, with all settings and the counters of the random numbers on the device.
-Floors of top-k and top-p are found by bisection over the bits of a float, which needs no sort: a
-pass over the row for each bit, until what is let in is settled. Sums are float64 in a fixed order,
-so a draw does not depend on the batch.
+``sample``, ``edit_logits`` and ``logprobs`` take the reference's arguments. A captured step calls
+``sample_slots``, with all settings and the counters of the random numbers on the device. Floors of
+top-k and top-p are found by bisection over the bits of a float, which needs no sort: one pass over
+the row per bit, until the choice is settled. Sums are float64 in a fixed order, so a draw does not
+depend on the batch.
 
 Roofline: 4 V bytes per row and pass, from memory once and from the L2 cache after that. Passes: 1
-greedy, 3 drawn, 31 more at most for each of top-k and top-p.
+greedy, 3 drawn, at most 31 more for each of top-k and top-p.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -34,9 +34,8 @@ _WORDS_PER_PROGRAM = 64
 
 @dataclass(frozen=True)
 class SlotSampling:
-    """Settings of the rows on the device, [R] each: float32, but top_k, seed and position int64.
-    ``position`` is that of the token to be drawn. Their addresses may be those of a captured
-    step.
+    """Settings of the rows on the device, [R] each: float32, except top_k, seed and position int64.
+    ``position`` is that of the token to be drawn. The addresses may be those of a captured step.
     """
 
     temperature_R: Tensor
@@ -48,7 +47,7 @@ class SlotSampling:
 
 
 def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
-    """As ``sampling.sample``."""
+    """Same as ``sampling.sample``."""
     device = logits_RV.device
     settings = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R)
     temperature, top_k, top_p, min_p = (_move(setting, device) for setting in settings)
@@ -58,15 +57,15 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
 
 
 def sample_slots(logits_RV: Tensor, slots: SlotSampling, purpose: Purpose) -> Tensor:
-    """As ``sampling.sample`` with the numbers of ``sampling.uniform`` for the seeds and positions
-    of ``slots``. Returns [R] int64.
+    """Same as ``sampling.sample``, with the numbers that ``sampling.uniform`` gives for the seeds
+    and positions of ``slots``. Returns [R] int64.
     """
     settings = (slots.temperature_R, slots.top_k_R, slots.top_p_R, slots.min_p_R)
     return _sample(logits_RV, settings, slots.seed_R, slots.position_R, purpose)
 
 
 def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
-    """As ``sampling.edit_logits``."""
+    """Same as ``sampling.edit_logits``."""
     device = logits_RV.device
     if len(edits.bias_rows_N):
         edit_bias(
@@ -89,8 +88,8 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
 
 
 def edit_bias(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor, values_N: Tensor) -> None:
-    """Adds values_N float32 in place; a pair whose row is -1 fills up a list of fixed length (also
-    below).
+    """Adds values_N float32 in place. Pairs with row -1 pad a list of fixed length, here and
+    below.
     """
     _bias_kernel[_edit_grid(rows_N)](
         logits_RV, logits_RV.stride(0), rows_N, tokens_N, values_N, len(rows_N), CHUNK=_EDITS_PER_PROGRAM
@@ -107,8 +106,8 @@ def edit_mask(logits_RV: Tensor, rows_N: Tensor, tokens_N: Tensor) -> None:
 def edit_penalties(
     logits_RV: Tensor, counted: tuple[Tensor, Tensor, Tensor], penalties: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Penalises in place. ``counted``: rows_N, tokens_N, output_counts_N int64. ``penalties``:
-    repetition, presence, frequency [R].
+    """Applies penalties in place. ``counted``: rows_N, tokens_N, output_counts_N int64.
+    ``penalties``: repetition, presence, frequency [R].
     """
     _penalty_kernel[_edit_grid(counted[0])](
         logits_RV, logits_RV.stride(0), *counted, *penalties, len(counted[0]), CHUNK=_EDITS_PER_PROGRAM
@@ -116,7 +115,7 @@ def edit_penalties(
 
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
-    """As ``sampling.allow_only``."""
+    """Same as ``sampling.allow_only``."""
     edit_allowed(logits_RV, _move(rows_S, logits_RV.device), _move(bits_SW, logits_RV.device))
 
 
@@ -138,7 +137,7 @@ def edit_allowed(logits_RV: Tensor, rows_S: Tensor, bits_SW: Tensor) -> None:
 
 
 def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``sampling.logprobs``; the likeliest tokens are found by the library."""
+    """Same as ``sampling.logprobs``. The library finds the top tokens."""
     num_rows, vocab = logits_SV.shape
     assert logits_SV.dtype == torch.float32 and logits_SV.stride(1) == 1
     total_S, chosen_S = (logits_SV.new_empty(num_rows) for _ in range(2))
@@ -200,7 +199,7 @@ def _move(array: NDArray[Any], device: torch.device) -> Tensor:
 
 @triton.jit
 def _mix(value):
-    """splitmix64 (Steele et al. 2014), as ``sampling.uniform`` does it."""
+    """splitmix64 (Steele et al. 2014), as in ``sampling.uniform``."""
     value += 0x9E3779B97F4A7C15
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB
@@ -209,8 +208,8 @@ def _mix(value):
 
 @triton.jit
 def _uniform(seed, position, PURPOSE: tl.constexpr):
-    """``sampling.uniform`` of scalars; as vectors of one, because 64-bit products of scalars warn
-    in the interpreter.
+    """``sampling.uniform`` of scalars, computed on vectors of one, because 64-bit products of
+    scalars warn in the interpreter.
     """
     one = tl.zeros((1,), tl.int64)
     key = _mix((seed + one).to(tl.uint64, bitcast=True))
@@ -234,11 +233,11 @@ def _weights(logits_ptr, v, V, best, temperature, least):
 
 @triton.jit
 def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
-    """A number that the weights reach that reach the largest one reached by ``top_k`` weights, and
-    no others. Non-negative floats are ordered like their bits.
+    """A floor that separates the ``top_k`` largest weights, and those that tie with the last of
+    them, from all others. Non-negative floats are ordered like their bits.
     """
     low = 0
-    high = 0x3F800001  # just above 1.0, the weight of the best
+    high = 0x3F800001  # just above 1.0, the weight of the best token
     while high - low > 1:
         middle = low + (high - low) // 2
         found = tl.zeros((CHUNK,), tl.int32)
@@ -248,16 +247,15 @@ def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
             found += ((weights.to(tl.int32, bitcast=True) >= middle) & (v < V)).to(tl.int32)
         count = tl.sum(found, 0)
         low = tl.where(count >= top_k, middle, low)
-        high = tl.where(
-            count == top_k, low, tl.where(count > top_k, high, middle)
-        )  # exactly so many: settled
+        # Exactly top_k weights reach it: settled.
+        high = tl.where(count == top_k, low, tl.where(count > top_k, high, middle))
     return _as_float(low)
 
 
 @triton.jit
 def _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK: tl.constexpr):
-    """A number that the weights reach that are needed for ``top_p`` of what the weights from
-    ``least`` on sum to, and no others.
+    """A floor that separates the weights needed for ``top_p`` of the total from all others. The
+    total covers the weights from ``least`` on.
     """
     mass = tl.zeros((CHUNK,), tl.float64)
     for start in range(0, V, CHUNK):
@@ -288,10 +286,10 @@ def _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK: tl.const
 @triton.jit
 def _draw(logits_ptr, uniform, V, best, temperature, least, CHUNK: tl.constexpr):
     """The chunk in which the cumulative weight passes ``uniform`` of its total, then the place in
-    it; the last token with any weight where rounding puts the target at the total.
+    it. If rounding puts the target at the total, the last token with any weight.
     """
     lane = tl.arange(0, CHUNK)
-    # Added up chunk by chunk here and below, so that both come to the same total.
+    # Added chunk by chunk here and below, so that both give the same total.
     total = tl.sum(tl.zeros((1,), tl.float64), 0)
     for start in range(0, V, CHUNK):
         total += tl.sum(_weights(logits_ptr, start + lane, V, best, temperature, least).to(tl.float64), 0)
@@ -341,11 +339,13 @@ def _sample_kernel(
         bests = tl.maximum(bests, logits)
     best = tl.max(bests, 0)
     if temperature < MIN_TEMPERATURE:
-        # The first of the largest: lanes keep their earliest, the smallest place of those is taken.
+        # The first of the largest: each lane keeps its earliest place, and the smallest of those is
+        # taken.
         tl.store(tokens_ptr + row, tl.min(tl.where(bests == best, places, V), 0).to(tl.int64))
         return
 
-    # Weights below this are out. Every rule raises it, by what the rules before it left.
+    # Weights below this are out. Every rule raises it, based on the weights that earlier rules
+    # left.
     least = tl.load(min_p_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     if (top_k > 0) & (top_k < V):
@@ -398,7 +398,7 @@ def _mask_kernel(logits_ptr, logits_stride, rows_ptr, tokens_ptr, num, CHUNK: tl
 
 @triton.jit
 def _allow_kernel(logits_ptr, logits_stride, rows_ptr, bits_ptr, bits_stride, V, WORDS: tl.constexpr):
-    """The tokens of WORDS words of one row's mask."""
+    """Masks the tokens of WORDS words of one row."""
     row = tl.load(rows_ptr + tl.program_id(0))
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, 32)

@@ -1,4 +1,4 @@
-"""What the Triton kernels know of the device they run on."""
+"""The device that the Triton kernels run on, as far as they need to know it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ import torch
 import triton
 from torch import Tensor
 
-# Kernels accumulate in float32, so float64 is not among them.
+# Without float64, because kernels accumulate in float32.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which takes the bits of bf16 for integers in
-    ``tl.dot`` (3.7.1, 3.9.0): operands are then widened to float32 first, which changes no
-    product.
+    """Whether kernels run in Triton's interpreter. It reads the bits of bf16 as integers in
+    ``tl.dot`` (3.7.1, 3.9.0), so operands are first widened to float32, which changes no product.
     """
     return bool(triton.knobs.runtime.interpret)
 
 
 def card_name() -> str:
-    """The name that the driver gives the card; empty where there is none."""
+    """The driver's name of the card; empty without a card."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 4 stand in on a CPU, and an H100's 132 for tensors without memory
-    (``meta``).
+    """Number of streaming multiprocessors. A CPU counts as 4; tensors without memory (``meta``)
+    count as an H100's 132.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count

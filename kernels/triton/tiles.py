@@ -1,9 +1,10 @@
-"""Tile sizes of the Triton kernels: defaults for any card, and those found on one.
+"""Tile sizes of the Triton kernels: defaults for any card, and tuned sizes per card.
 
-A card's table is ``kernels/tuned/<card>.json``, written by ``python -m
-lockstep.kernels.bench.tune`` on that card: the name the driver gives it, the versions and commit it
-was tuned with, and the tiles. What a table does not name stays at its default. The defaults come
-from what the compiler says of registers and shared memory for sm_90; no card has timed them.
+A card's table is ``kernels/triton/tuned/<card>.json``, written by ``python -m
+lockstep.kernels.bench.tune`` on that card. It holds the driver's name of the card, the versions and
+commit it was tuned with, and the tiles. Tiles missing from a table keep their defaults. The
+defaults come from the compiler's register and shared memory figures for sm_90; no card has timed
+them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ProductTile:
 
 @dataclass(frozen=True)
 class ExpertTile:
-    """Up to ``per_slot`` pairs per slot, if all were evenly spread (0: any number): blocks of
+    """Tile for up to ``per_slot`` pairs per slot when spread evenly (0: any number): blocks of
     ``rows`` pairs, and both products.
     """
 
@@ -48,7 +49,7 @@ class ExpertTile:
 @dataclass(frozen=True)
 class AttendTile:
     """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until
-    there are ``programs`` per processor, or in ``splits`` where that is not 0.
+    there are ``programs`` per processor, or into ``splits`` unless that is 0.
     """
 
     queries: int
@@ -61,9 +62,9 @@ class AttendTile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one card runs with. ``latent_*``: over latents as they are; ``prefill``: over expanded
-    ones, for rows of more than ``most_absorbed`` queries (None: from where it is fewer operations),
-    in a workspace of about ``prefill_bytes``.
+    """The tiles of one card. ``latent_*``: over latents as they are. ``prefill``: over expanded
+    latents, for rows of more than ``most_absorbed`` queries (None: from the break-even in
+    operations), in a workspace of about ``prefill_bytes``.
     """
 
     experts: tuple[ExpertTile, ...] = (
@@ -88,7 +89,7 @@ class Tiles:
     prefill_bytes: int = 512 << 20
 
     def of_experts(self, num_pairs: int, num_slots: int, fp8: bool = False) -> ExpertTile:
-        """Many pairs are padding where most experts live elsewhere, so a block's rows grow late."""
+        """Many pairs are padding if most experts live elsewhere, so a block's rows grow late."""
         entries = self.experts_fp8 if fp8 else self.experts
         return next(
             entry for entry in entries if not entry.per_slot or num_pairs <= entry.per_slot * num_slots
@@ -99,10 +100,9 @@ DEFAULT = Tiles()
 
 
 def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
-    """The tiles for the card of that name (empty: the interpreter's), and a line in the log that
-    says where they come from.
+    """The tiles for the card of that name (empty: the interpreter's). Logs where they come from.
 
-    Raises ValueError for a table that does not say what it should.
+    Raises ValueError for an invalid table.
     """
     path = folder / f"{file_stem(card)}.json"
     if not card:
@@ -128,7 +128,7 @@ def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
 
 
 def write_table(card: str, tiles: Tiles, found_with: dict[str, str], folder: Path = FOLDER) -> Path:
-    """``found_with`` names what is on record beside the card: versions, commit, measured
+    """Writes a card's table. ``found_with`` goes on record with it: versions, commit, measured
     ceilings.
     """
     folder.mkdir(parents=True, exist_ok=True)
