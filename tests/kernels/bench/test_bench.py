@@ -1,4 +1,4 @@
-"""The benchmark program: its list of cases, what they compute, and a run of one of them."""
+"""The benchmark program: its list of cases, their results, and a run of one of them."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_cases_are_distinct_and_name_every_size() -> None:
 
 def test_every_op_of_the_table_has_a_case() -> None:
     plain = {"column", "linear", "pack", "pack_slots"}
-    moved = {"group_pairs", "unpermute"}  # with permute
+    moved = {"group_pairs", "unpermute"}  # timed with permute
     made_of_others = {
         "attention_sublayer",
         "experts_sublayer",
-    }  # whose cases tell what they take; bench_vllm.py measures the whole
+    }  # their cases give the cost of the parts; bench_vllm.py measures the whole
     missing = set(Ops.__dataclass_fields__) - plain - moved - made_of_others - {case.op for case in cases()}
-    assert missing == {"rms_norm_fp8"}  # as with a residual
+    assert missing == {"rms_norm_fp8"}  # costs the same as with a residual
 
 
 def test_a_roofline_is_the_slower_of_two_ceilings() -> None:
@@ -89,7 +89,7 @@ def test_errors_are_norms_of_numbers_and_shares_of_integers() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that are launched from here on, and do nothing."""
+    """Records the kernels launched from here on; the launches do nothing."""
     launched: list[str] = []
 
     def note(self: Any, *args: Any, **options: Any) -> None:
@@ -101,8 +101,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_no_size_of_a_step_is_read_by_the_host(launches: list[str]) -> None:
-    """Tensors on ``meta`` have shapes and no values: whatever the host would read of one fails,
-    grids included.
+    """Tensors on ``meta`` have shapes but no values, so any read by the host fails, grids
+    included.
     """
     seen = set()
     for case in cases():
@@ -114,8 +114,8 @@ def test_no_size_of_a_step_is_read_by_the_host(launches: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("op", "shape"), [("experts_fp8", "EP 8"), ("sample", "top-k 50")])
-def test_that_check_can_fail(op: str, shape: str) -> None:
-    """References may read what they like."""
+def test_the_check_for_host_reads_can_fail(op: str, shape: str) -> None:
+    """References may read values on the host."""
     case = next(case for case in cases() if case.op == op and shape in case.shape)
     call = case.make(META)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -146,7 +146,7 @@ def test_a_machine_without_a_card_measures_its_own_rows_and_leaves_the_others_op
     )
     assert row["hardware"] and row["torch"] == torch.__version__ and row["commit"]
     assert {row["p50_us"] for row in rows_of(tmp_path / "kernels_gpu.csv")} == {NOT_MEASURED}
-    # What a card has measured since is not this machine's to overwrite.
+    # A row that a card has measured since must not be overwritten on this machine.
     text = (tmp_path / "kernels_gpu.csv").read_text(encoding="utf-8").replace(NOT_MEASURED, "7.0")
     (tmp_path / "kernels_gpu.csv").write_text(text, encoding="utf-8")
     assert (

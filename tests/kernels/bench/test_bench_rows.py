@@ -1,4 +1,4 @@
-"""Rows of the benchmark: kept, merged, judged against the goals, drawn."""
+"""Rows of the benchmark: kept, merged, compared with the goals, drawn."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_rows_are_kept_until_they_are_measured_anew(tmp_path: Path) -> None:
     }
 
 
-def test_what_a_process_did_not_outlive_is_on_record(tmp_path: Path) -> None:
+def test_a_case_that_kills_the_process_is_on_record(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "rows.csv")
     ledger.mark(unmeasured("a", "1", ": broke"))
 
@@ -86,7 +86,7 @@ def test_rows_of_an_older_form_are_read(tmp_path: Path) -> None:
     assert old.key == ("a", "1", "cpu") and old.measured and old.error == ""
 
 
-def test_goals_are_counted_and_what_misses_is_named() -> None:
+def test_goals_are_counted_and_rows_that_miss_are_named() -> None:
     rows = [
         row("attend", "Qwen3 decode: 1 x 1024", "triton", 10.0, 0.5),
         row("attend", "Qwen3 decode: 8 x 1024", "triton", 10.0, 0.85, error="2e-1"),

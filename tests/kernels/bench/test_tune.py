@@ -1,4 +1,4 @@
-"""The search for tile sizes, with a clock that is made up."""
+"""The search for tile sizes, with a fake clock."""
 
 from __future__ import annotations
 

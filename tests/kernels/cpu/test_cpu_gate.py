@@ -11,7 +11,7 @@ from lockstep.kernels.reference import gate as reference
 from lockstep.kernels.reference.gate import GateCounts, Routing
 from support.grids import pairwise
 
-# Experts, rule. Numbers of experts that four does not divide take another product.
+# Experts, rule. A number of experts that is not a multiple of four takes another product.
 RULES = {
     "softmax": (16, Routing(top_k=4)),
     "softmax, plain weights": (23, Routing(top_k=3, normalise=False)),
@@ -58,8 +58,8 @@ def test_as_the_reference(name: str, with_bias: bool, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_experts", [32, 35])
 def test_a_token_is_routed_the_same_alone_and_among_others(num_experts: int, dtype: torch.dtype) -> None:
-    """To the bit, on one thread and on several: 100 tokens of 1000 values are shared out, a few are
-    not.
+    """Equal to the bit, on one thread and on several: 100 tokens of 1000 values are shared among
+    threads, a few tokens are not.
     """
     x, weight, _ = _inputs(num_experts, dtype, tokens=100, hidden=1000)
     ids, weights = cpu_gate.gate(x, weight, None, Routing(top_k=4))
@@ -69,8 +69,8 @@ def test_a_token_is_routed_the_same_alone_and_among_others(num_experts: int, dty
 
 
 def test_scores_at_the_ends() -> None:
-    """Logits far apart: a softmax of one and zeros, sigmoids of one and zeros whose sum is not
-    divided by.
+    """Logits far apart: a softmax of one and zeros; sigmoids of one and zeros, with no division by
+    a zero sum.
     """
     weight = torch.eye(4)
     ids, weights = cpu_gate.gate(torch.tensor([[500.0, -500.0, 0.0, 0.0]]), weight, None, Routing(top_k=2))

@@ -1,5 +1,5 @@
-"""Kinds of CPU: told from features, limited by a setting, and in agreement with what the libraries
-say.
+"""CPU instruction sets: derived from features, limited by a setting, and consistent with the
+libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiled reading and writing of entries, bit for bit as the plain definition."""
+"""Compiled reading and writing of entries, bit for bit like the reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = torch.tensor([3, 0, 17], dtype=torch.int32)
 
 
 def spread(*shape: int) -> Tensor:
-    """Numbers of all sizes, with halves of a step among them, and a row of zeros."""
+    """Numbers of all magnitudes, exact half steps among them, and a row of zeros."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator) * torch.logspace(-6, 5, shape[0]).view(
         -1, *[1] * (len(shape) - 1)
@@ -41,7 +41,7 @@ def unturned(num_tokens: int) -> Angles:
 
 
 def write_heads(cache: Tensor, write: Tensor, x: Tensor) -> None:
-    """As keys first, then as values, which must leave the same."""
+    """Writes as keys first, then as values; both must give the same entries."""
     other = cache.clone()
     qkv = torch.cat([x, x, torch.zeros_like(x)], 1), torch.cat([x, torch.zeros_like(x), x], 1)
     cpu_rope.norm_rotate_and_write(
@@ -54,7 +54,7 @@ def write_heads(cache: Tensor, write: Tensor, x: Tensor) -> None:
 
 
 def read_heads(cache: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Keys or values of ``PAGES`` but for the last three positions, head by head: [n, K, D]."""
+    """Keys or values of ``PAGES`` without the last three positions, head by head: [n, K, D]."""
     place, block = place_of_heads(cache, dim), Block(0, len(PAGES) * PAGE_SIZE - 3, PAGE_SIZE)
     heads = []
     for head in range(kv_entries.num_kv_heads(cache, dim)):
@@ -102,7 +102,7 @@ def test_latents(num_tokens: int, latent: int, rotated: int, dtype: torch.dtype)
         assert read.dtype == out and torch.equal(read, wanted)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     x = torch.ones(1, 1, 16)
     x[0, 0, 3] = torch.nan
     cache = torch.zeros(PAGE_SIZE, 20, dtype=torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from lockstep.kernels.cpu import norm as cpu_norm
 from lockstep.kernels.reference import norm
 
-SHAPES = [(0, 32), (1, 33), (5, 2, 16), (600, 40)]  # the last is past the size from which threads share
+SHAPES = [(0, 32), (1, 33), (5, 2, 16), (600, 40)]  # the last is large enough to be shared among threads
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,7 +47,7 @@ def test_silu_at_the_ends() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [40, 1000])
 def test_a_row_is_the_same_alone_and_among_many(dim: int, dtype: torch.dtype) -> None:
-    """To the bit: a few rows stay on one thread, many are shared out."""
+    """Equal to the bit: a few rows stay on one thread, many are shared out."""
     x, update = (
         torch.randn(600, dim, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2)
     )

@@ -1,4 +1,4 @@
-"""Every compiled op of the column cpu writes all that it returns: what memory held before does not
+"""Every compiled op of the CPU column writes its whole result: earlier contents of memory do not
 show.
 """
 
@@ -34,10 +34,8 @@ X, UPDATE, WEIGHT, LOGITS = (
     numbers(40),
     numbers(3, 33_000, dtype=torch.float32),
 )
-PAIRS, SLOTS = (
-    torch.tensor([0, 1, 1, 2, 4, 6, 6]),
-    torch.tensor([2, 2, -1, 2, 0, 2, 2]),
-)  # padding, and a slot without tokens
+PAIRS = torch.tensor([0, 1, 1, 2, 4, 6, 6])
+SLOTS = torch.tensor([2, 2, -1, 2, 0, 2, 2])  # -1 is padding, slot 1 has no tokens
 KEYS, VALUES = (numbers(ROWS.num_pages * 64, 2, 64) for _ in range(2))
 PAGES = {"bf16": (KEYS, VALUES), "fp8": (kv_entries.encode_heads(KEYS), kv_entries.encode_heads(VALUES))}
 Q, EXPAND, SHARES = numbers(14, 8, 64), numbers(8, 128, 128), torch.rand(7, 3, generator=DRAW)
@@ -73,14 +71,14 @@ RUNS: dict[str, Callable[[Ops], Any]] = {
 
 
 def spoilt(shape: Any, dtype: Any = np.float64) -> Any:
-    """``np.empty``, full of NaN or of large integers, as torch's is inside ``poisoned``."""
+    """``np.empty`` filled with NaN or large integers, as torch's is inside ``poisoned``."""
     whole = np.issubdtype(np.dtype(dtype), np.integer)
     return np.full(shape, (np.uint16(0x7FC0) if dtype == np.uint16 else 1 << 40) if whole else np.nan, dtype)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_all_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    RUNS[name](ops_of("cpu"))  # compiled before numba would meet the function above
+    RUNS[name](ops_of("cpu"))  # compiled first, so that numba does not meet the function above
     with monkeypatch.context() as patches, poisoned():
         patches.setattr(np, "empty", spoilt)
         parts = RUNS[name](ops_of("cpu"))

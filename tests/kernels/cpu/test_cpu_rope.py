@@ -61,7 +61,7 @@ def test_heads(
             [decode_heads(cache, 16, torch.float32) for cache in part]
             for part in (found_caches, expected_caches)
         )
-        tolerance = 0.13  # a key may be rounded to the next eight bits
+        tolerance = 0.13  # a key may be rounded to the neighbouring e4m3 value
     torch.testing.assert_close(found_caches[0], expected_caches[0], rtol=tolerance, atol=tolerance)
 
 

@@ -1,5 +1,5 @@
-"""The compiled sampler: greedy rows as the reference, ties included, and rows that are drawn
-through the reference.
+"""The compiled sampler: greedy rows match the reference, ties included; drawn rows go through the
+reference.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_rows_that_are_drawn_are_those_of_the_reference() -> None:
 @pytest.mark.parametrize("vocab", [64 * 4 * 128, 40_001])
 def test_the_likeliest_are_those_of_the_reference(vocab: int, count: int) -> None:
     x = torch.randn(7, vocab, generator=torch.Generator().manual_seed(0))
-    x[1] = x[1].sort().values  # all of them in the last blocks
+    x[1] = x[1].sort().values  # all of the top values lie in the last blocks
     x[2, 300:] = -torch.inf
     x[3, 10:] = -torch.inf  # fewer than are asked for
     (values, ids), expected = cpu_sampling.likeliest(x, count), sampling.likeliest(x, count)
@@ -76,7 +76,7 @@ def test_of_equal_values_the_lower_tokens_are_the_likeliest() -> None:
     ]
 
 
-def test_what_is_not_a_number_is_survived() -> None:
+def test_nan_logits_do_no_harm() -> None:
     x = torch.randn(3, 40_000)
     x[0, 777], x[1, ::2], x[2] = torch.nan, torch.nan, torch.nan
     values, ids = cpu_sampling.likeliest(x, 50)
@@ -87,7 +87,7 @@ def test_what_is_not_a_number_is_survived() -> None:
     "settings", [(50, 0.9, 0.0), (1, 1.0, 0.0), (0, 0.3, 0.0), (300, 0.999, 0.01), (0, 0.95, 0.0)]
 )
 def test_draws_over_a_large_vocabulary_are_those_of_the_reference(settings: tuple[int, float, float]) -> None:
-    """Top-k and top-p, for rows with and without them, by one floor each: to the token."""
+    """Top-k and top-p with one setting each, for rows with and without them: the same tokens."""
     logits = torch.randn(24, 152_064, generator=torch.Generator().manual_seed(1)) * 3
     top_k, top_p, min_p = (np.full(24, setting) for setting in settings)
     top_k[::5], top_p[::7] = 0, 1.0

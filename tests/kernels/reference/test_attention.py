@@ -12,8 +12,8 @@ from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 DIM, SCALE = 16, 0.3
 
-# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so
-# its rounding is no error.
+# The model's dtype, the cache's, and the tolerance. The definition reads the cache's contents, so
+# their rounding is no error.
 DTYPES = [
     (torch.float32, torch.float32, 2e-5),
     (torch.bfloat16, torch.bfloat16, 3e-2),
@@ -48,7 +48,7 @@ def test_equals_the_definition(
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
     num_tokens = int(rows.counts.sum())
-    # What is left over in other pages and past a row's end is large, so that a wrong mask shows.
+    # Other pages and places past a row's end hold large values, so that a wrong mask shows.
     k_cache, v_cache = (
         torch.full((rows.num_pages * PAGE_SIZE, num_kv_heads, DIM), 1e3, dtype=cache_dtype) for _ in range(2)
     )

@@ -1,4 +1,4 @@
-"""Experts against their definition, pair by pair; the sum that joins their outputs."""
+"""Experts against their definition, pair by pair; the weighted sum of their outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from lockstep.kernels.table import ops_of
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_torch() -> None:
-    """What compiled kernels would set otherwise, for the whole process, to the number of cores."""
+    """Keeps numba on torch's threads. Compiled kernels would otherwise set the whole process to the
+    number of cores.
+    """
     ops_of("cpu")
 
 
@@ -48,9 +50,8 @@ def test_equals_the_definition(case: str, dtype: torch.dtype) -> None:
     counts, expected_counts = torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
     y = experts(x, rows, slots, w13, w2, counts)
     expected = experts_reference(x, rows, slots, w13, w2, expected_counts)
-    tolerance = (
-        1e-7 if dtype == torch.float64 else 1e-2
-    )  # in bf16 the definition rounds silu, and the CPU's only its product
+    # In bf16 the definition rounds SiLU, the CPU only rounds the product.
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-2
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     assert (y[slots < 0] == 0).all() and y.dtype == dtype
     assert torch.equal(counts, expected_counts) and int(counts.sum()) == 4 + int((slots >= 0).sum())
@@ -58,14 +59,12 @@ def test_equals_the_definition(case: str, dtype: torch.dtype) -> None:
 
 def test_weighted_sum_is_in_order_of_k_and_float32() -> None:
     y = torch.tensor([[[2.0**25], [1.0], [-(2.0**25)]]])
-    assert (
-        weighted_sum(y, torch.ones(1, 3)).item() == 0.0
-    )  # the 1 is lost in float32 only if it is added second
+    # The 1 is lost in float32 only if it is added second.
+    assert weighted_sum(y, torch.ones(1, 3)).item() == 0.0
     assert weighted_sum(y[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0
     half = torch.full((1, 3, 1), 1.0, dtype=torch.bfloat16)
-    assert (
-        weighted_sum(half, torch.tensor([[1.0, 2**-9, 2**-9]])).item() == 1.0 + 2**-8 - 2**-8
-    )  # rounded once, at the end
+    # Rounded once, at the end.
+    assert weighted_sum(half, torch.tensor([[1.0, 2**-9, 2**-9]])).item() == 1.0 + 2**-8 - 2**-8
     assert weighted_sum(half, torch.tensor([[1.0, 2**-8, 2**-8]])).item() == 1.0 + 2**-7
 
 
@@ -83,7 +82,9 @@ def test_weighted_sum_of_a_token_does_not_depend_on_the_others() -> None:
 
 
 def _in_blocks(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Of this form every CPU can compute, though it is the fastest with AVX512-BF16 only."""
+    """Weights in blocks. Every CPU can compute with them, but only AVX512-BF16 makes them
+    fastest.
+    """
     return pack_blocks(w13), pack_blocks(w2)
 
 
@@ -94,8 +95,8 @@ Packing = Callable[[Tensor, Tensor], tuple[Any, Any]]
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, 40, 300])
 def test_packed_weights_give_the_same_for_few_rows_and_for_many(num_tokens: int, packing: Packing) -> None:
-    """All forms, and for oneDNN the compiled product of few rows, too, are within what bf16 rounds
-    away.
+    """All forms, and for oneDNN also the compiled product of few rows, agree within bf16
+    rounding.
     """
     x, rows, slots, w13, w2 = _drawn(num_tokens)
     counts, expected_counts = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
@@ -124,7 +125,7 @@ def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
     x, rows, slots, w13, w2 = _drawn(150)
     weights = _in_blocks(w13, w2)
     wide = torch.zeros(150, 100).bfloat16()
-    wide[:, 2:98] = x  # rows as they arrive from other ranks: between other things
+    wide[:, 2:98] = x  # strided rows, as they arrive from other ranks
     whole = experts(wide[:, 2:98], rows, slots, *weights, torch.zeros(5, dtype=torch.int64))
     for count in (1, 2, 7, 50, 449):
         some = torch.randperm(450, generator=torch.Generator().manual_seed(count))[:count]
@@ -146,7 +147,7 @@ def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
 
 
 def _drawn(num_tokens: int) -> tuple[Tensor, ...]:
-    """x, rows, slots, w13 and w2 of 5 slots; 3 pairs for every token, some of them padding. Panels
+    """x, rows, slots, w13 and w2 of 5 slots, with 3 pairs per token, some of them padding. Panels
     of blocks are not full.
     """
     generator = torch.Generator().manual_seed(num_tokens)

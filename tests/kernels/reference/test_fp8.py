@@ -1,4 +1,4 @@
-"""Block-scaled FP8: what quantising keeps, and the references built on it."""
+"""Block-scaled FP8: the precision of quantising, and the references built on it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lockstep.kernels.reference import fp8
 from lockstep.kernels.reference.experts import experts_reference
 from lockstep.kernels.reference.norm import add_rms_norm, rms_norm, silu_mul
 
-# Half a step of e4m3, relative to the value (three bits of mantissa), and of its smallest numbers,
-# relative to the largest.
+# Half a step of e4m3: relative to the value (three bits of mantissa), and, for its smallest
+# numbers, relative to the largest.
 STEP, SMALLEST = 2.0**-4, 2.0**-10 / 448
 
 

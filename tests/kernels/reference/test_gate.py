@@ -1,4 +1,4 @@
-"""The gate against a naive reading of the papers, token by token."""
+"""The gate against a naive implementation of the papers, token by token."""
 
 from __future__ import annotations
 

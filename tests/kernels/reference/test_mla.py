@@ -19,8 +19,8 @@ from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
 HEADS, NOPE, ROPE, LATENT, SCALE = 4, 12, 6, 20, 0.25
 
-# The model's dtype, the cache's, and the tolerance. The definition reads what the cache holds, so
-# its rounding is no error.
+# The model's dtype, the cache's, and the tolerance. The definition reads the cache's contents, so
+# their rounding is no error.
 DTYPES = [
     (torch.float32, torch.float32, 2e-5),
     (torch.bfloat16, torch.bfloat16, 3e-2),
@@ -38,7 +38,7 @@ CASES = {
 
 
 def definition(q_nope: Tensor, q_rope: Tensor, latents: Tensor, expand: Tensor, start: int) -> Tensor:
-    """Keys and values of every head expanded from the latents."""
+    """Expands keys and values of every head from the latents."""
     c, k_rope = latents.double().split([LATENT, ROPE], -1)
     kv = torch.einsum("lc,hpc->lhp", c, expand.double())
     scores = torch.einsum("thn,lhn->htl", q_nope.double(), kv[..., :NOPE]) + torch.einsum(
@@ -83,8 +83,8 @@ def test_equals_the_definition(
 @pytest.mark.parametrize("page_size", [8, 64])
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
 def test_compiled_at_the_size_of_deepseek(kv_format: str, page_size: int, nope: int, value: int) -> None:
-    """Entries whose first dims are values, read where they lie or converted, over rows in several
-    parts; products by torch and our own.
+    """Entries whose first dims are values, read in place or converted, over rows in several parts;
+    products by torch and by the compiled kernel.
     """
     torch.manual_seed(0)
     rows, (heads, rope, latent) = (

@@ -1,5 +1,5 @@
-"""Rotary embedding: what makes it one, and YaRN's ends. Values against ``transformers`` are in the
-model tests.
+"""Rotary embedding: its defining properties, and YaRN's ends. The model tests compare values with
+``transformers``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Sampling: the distribution drawn from, its independence of the batch, edits of logits,
-log-probabilities.
-"""
+"""Sampling: its distribution, independence of the batch, edits of logits, log-probabilities."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def edits(num_rows: int, **changes: NDArray[np.generic]) -> LogitEdits:
 def reference(
     logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> NDArray[np.float64]:
-    """The distribution by definition, in float64; tokens are let in best first."""
+    """The distribution by definition, in float64; tokens are kept best first."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     weights[weights < min_p * weights.max()] = 0
     order = np.argsort(-weights, kind="stable")
@@ -64,7 +62,7 @@ def reference(
 def drawn_distribution(
     logits: NDArray[np.float32], row: tuple[float, int, float, float], num: int = 4000
 ) -> NDArray[np.float64]:
-    """Shares of the tokens drawn by evenly spaced uniform numbers: the distribution to within 1 /
+    """Shares of the tokens drawn by evenly spaced uniform numbers: the distribution within 1 /
     num.
     """
     uniform_R = (np.arange(num) + 0.5) / num

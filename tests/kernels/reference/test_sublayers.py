@@ -1,4 +1,4 @@
-"""Sublayers in one call against the ops they are made of: the same to the bit, and close to the
+"""Sublayers in one call against the ops they consist of: equal to the bit, and close to the
 reference.
 """
 
@@ -25,13 +25,13 @@ from support.grids import pairwise
 
 HIDDEN, HEADS, KEYS, DIM, SLOTS, WIDTH, TOP_K = 64, 4, 2, 32, 8, 48, 3
 CPU, REFERENCE = ops_of("cpu"), ops_of("reference")
-# Few rows stay on one thread; from 600 on every pass over them is shared out.
+# Few rows stay on one thread; from 600 rows on every pass is shared among threads.
 ROWS = [(1, 0), (7, 0), (0, 600), (5, 33)]  # decode rows, tokens of an extend
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A projection."""
+    """A linear layer."""
 
     weight: Tensor
     bias: Tensor | None
@@ -123,17 +123,17 @@ def test_experts_in_one_call(num_tokens: int, first: bool, bias: bool) -> None:
     ):
         assert torch.equal(one, other)
     assert int(got[-1].sum()) == TOP_K * num_tokens
-    if num_tokens in (1, 7):  # with more, rounding decides between equal choices somewhere
+    if num_tokens in (1, 7):  # with more tokens, rounding decides between equal choices somewhere
         expected = _experts(REFERENCE, REFERENCE.experts_sublayer, num_tokens, first=first, bias=bias)
         for one, other in zip(got[:3], expected[:3], strict=True):
             torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
 
-def test_blocks_do_take_the_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_blocks_take_the_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def composed(*_: Any) -> None:
         raise AssertionError("made of single ops")
 
-    monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")  # which holds weights in blocks
+    monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")  # holds weights in blocks
     monkeypatch.setattr(cpu_sublayers.sublayers, "attention_sublayer", composed)
     monkeypatch.setattr(cpu_sublayers.sublayers, "experts_sublayer", composed)
     _attention(CPU, CPU.attention_sublayer, (2, 0), first=False, bias=False, norms=True, fp8=False)

@@ -71,7 +71,8 @@ def test_equals_the_definition(
 ) -> None:
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
-    # What other rows' pages and the places past a row's end hold must not matter, not even NaN.
+    # The contents of other rows' pages and of places past a row's end must not matter, not even
+    # NaN.
     k_cache, v_cache = (
         torch.full((rows.num_pages * PAGE_SIZE, kv_heads, dim), float("nan"), dtype=cache_dtype)
         for _ in range(2)

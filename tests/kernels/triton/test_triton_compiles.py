@@ -1,7 +1,7 @@
 """The Triton kernels through the real compiler for sm_90 (H100, H200), which needs no card: types,
 shared memory, spills.
 
-The interpreter shows what a kernel computes; it accepts programs that the compiler refuses.
+The interpreter shows a kernel's results, but accepts programs that the compiler refuses.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(
-    900
-)  # 3 to 20 s of two cores of an EPYC Genoa for a case; a compiler that hangs must end some day
+# A case takes 3 to 20 s on two cores of an EPYC Genoa; the limit ends a compiler that hangs.
+pytestmark = pytest.mark.timeout(900)
 SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capability 9.0
 PROGRAM = Path(__file__).parent.parent.parent / "support" / "kernels" / "triton_compile.py"
 _PLACING = {"grouping._count_kernel", "grouping._place_kernel"}
 _ATTENDING = {"attend._attend_kernel", "attend._join_kernel"}
 _PREFILLING = {"mla_prefill._expand_kernel", "mla_prefill._attend_window_kernel"}
-# The cases of the program, and what each compiles.
+# Cases of the program, and the kernels each compiles.
 CASES = {
     "gates": {"gate._choose_kernel"},
     "groupings": _PLACING | {"grouping._permute_kernel", "grouping._unpermute_kernel"},
@@ -63,7 +62,7 @@ def test_every_kernel_is_compiled_by_some_case() -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of compiled kernels, so that what several cases need is compiled here once."""
+    """Folder of compiled kernels, so that kernels shared by several cases are compiled once."""
     return tmp_path_factory.mktemp("triton")
 
 

@@ -19,9 +19,9 @@ CASES = {
     "only padding": [-1] * 8,
     "none": [],
 }
-# Hidden, width: whole tiles, and tails in every direction.
+# Hidden, width: whole tiles, and tails in every dimension.
 SIZES = [(128, 64), (40, 24), (72, 130)]
-# bf16 is cut, not rounded, by the interpreter, and the intermediate is stored in it.
+# The interpreter truncates bf16 instead of rounding it, and the intermediate is stored in it.
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
 SMALL = ExpertTile(
     0,

@@ -63,7 +63,7 @@ def test_equals_the_reference(name: str, with_bias: bool, dtype: torch.dtype) ->
 def test_counts_are_added_and_padding_is_left_out(name: str, num_tokens: int) -> None:
     num_experts, rule = RULES[name]
     x, weight, bias = inputs(num_experts)
-    x[num_tokens:] = float("nan")  # what a bucket holds past its tokens
+    x[num_tokens:] = float("nan")  # the padding of a bucket
     results = []
     for gate in (reference.gate, triton_gate.gate):
         counts = GateCounts(

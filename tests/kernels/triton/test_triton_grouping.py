@@ -1,4 +1,4 @@
-"""Grouped pairs: what a grouping promises, in both columns, and the rows moved by it."""
+"""Grouped pairs: the guarantees of a grouping in both columns, and the rows moved by it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_slots(num_pairs: int, num_slots: int) -> list[int]:
     return torch.randint(-1, num_slots, (num_pairs,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-# Slots of the pairs, and how many slots there are.
+# Slots of the pairs, and the number of slots.
 CASES = {
     "spread": ([3, 0, 1, 3, 2, 2, 0, 3], 4),
     "one slot": ([1] * 37, 5),

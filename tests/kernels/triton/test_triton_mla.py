@@ -105,7 +105,7 @@ def test_equals_the_definition(
     }
 )
 def test_fp8_pages(case: str, latent: int, heads: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Against attention over a pool of numbers that holds what the bytes say."""
+    """Against attention over a pool of the decoded numbers."""
     torch.manual_seed(0)
     rows = PagedRows(*CASES[case])
     cache = torch.full(
@@ -142,7 +142,7 @@ def test_equals_the_reference_at_real_latents() -> None:
 
 @pairwise({"expansion": EXPANSIONS, "case": EXTENDS, "known": [False, True]})
 def test_expanded_rows(case: str, expansion: str, known: bool) -> None:
-    """Whether the lengths are known to the host or not."""
+    """With lengths that the host knows, and without."""
     torch.manual_seed(2)
     rows = PagedRows(*EXTENDS[case])
     num_tokens, heads = int(rows.counts.sum()), 2
@@ -196,9 +196,9 @@ def test_expanded_rows_in_every_format(
     torch.testing.assert_close(out.float().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_where_expansion_begins_to_pay() -> None:
-    """Operations a key and head: 2176 a query on latents at DeepSeek-V3's sizes; 262144 and then
-    640 a query on expanded ones.
+def test_the_break_even_of_expansion() -> None:
+    """Operations per key and head at DeepSeek-V3's sizes: 2176 per query on latents; 262144 plus
+    640 per query on expanded ones.
     """
     most = break_even(128, 64, 128, 512)
     assert 2176 * most <= 262144 + 640 * most and 2176 * (most + 1) > 262144 + 640 * (most + 1)
@@ -213,9 +213,8 @@ def test_the_host_bounds_the_windows_by_shapes_or_by_lengths() -> None:
     unknown = on_device(batch, DEVICE)
     width = -(-unknown.pages_RP.shape[1] * PAGE_SIZE // 64)
     assert plan_windows(unknown, 241, 30, 64) == Windows(2 * width, 64, 30)
-    assert plan_windows(unknown, 241, 239, 64) == Windows(
-        width, 64, 239
-    )  # 240 tokens: one row of that many at most
+    # 240 tokens: at most one row of that many.
+    assert plan_windows(unknown, 241, 239, 64) == Windows(width, 64, 239)
     assert plan_windows(unknown, 241, 240, 64) is None
     wide = dataclasses.replace(unknown, pages_RP=unknown.pages_RP.repeat(1, 100))
     assert plan_windows(wide, 241, 30, 64) is None, "more launches than it is worth"

@@ -1,4 +1,4 @@
-"""The Triton sampler: the tokens of the reference, the same numbers, the same edits."""
+"""The Triton sampler: the same tokens, numbers and edits as the reference."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def test_draws_follow_the_distribution_of_the_reference(row: tuple[float, int, f
         np.bincount(column.sample(logits, params([row] * num), uniform_R).cpu().numpy(), minlength=40)
         for column in (triton_sampling, reference)
     ]
-    assert np.abs(counts[0] - counts[1]).max() <= 1  # a share may end beside one of the evenly spaced numbers
+    # a share may end next to one of the evenly spaced numbers
+    assert np.abs(counts[0] - counts[1]).max() <= 1
 
 
 def test_equal_values_at_the_boundary_are_all_let_in() -> None:
@@ -120,7 +121,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
 
 @pytest.mark.parametrize("purpose", list(Purpose))
 def test_counters_on_the_device_give_the_numbers_of_the_host(purpose: Purpose) -> None:
-    """Over equal weights a token is the number itself, to 1 / V."""
+    """With equal weights a token is the number itself, within 1 / V."""
     seeds = np.array([0, 1, -1, 42, 1 << 62, -(1 << 63), 7, 7])
     positions = np.array([0, 5, 1 << 20, 131071, 3, 9, 1, 2])
     vocab = 4096 * 2

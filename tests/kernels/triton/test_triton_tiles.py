@@ -1,4 +1,4 @@
-"""Tuning tables: written, found by the card's name, and what an unknown card gets."""
+"""Tuning tables: written, found by the card's name, and the defaults of an unknown card."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ FEW = ExpertTile(8, 16, ProductTile(1, 1, 1, 1), ProductTile(1, 1, 1, 1))
         ({"experts": [dataclasses.asdict(FEW)]}, "the last entry must hold"),
     ],
 )
-def test_a_table_that_is_none_is_refused(tiles: object, complaint: str, tmp_path: Path) -> None:
+def test_an_invalid_table_is_refused(tiles: object, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"card": "C", **RECORD, "tiles": tiles}))
     with pytest.raises(ValueError, match=rf"c\.json: no tuning table: .*{complaint}"):
         tiles_of("C", tmp_path)

@@ -1,4 +1,4 @@
-"""What a rank says while kernels are compiled, and that only one process compiles."""
+"""A rank's progress report while kernels are compiled; only one process compiles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kept"
 
 
-def test_every_kernel_that_is_compiled_is_told_once(folder: Path) -> None:
+def test_every_compiled_kernel_is_reported_once(folder: Path) -> None:
     @numba.njit
     def inner(x):  # type: ignore[no-untyped-def]
         return x + 1
@@ -38,7 +38,7 @@ def test_every_kernel_that_is_compiled_is_told_once(folder: Path) -> None:
     assert len(told) == 2, "told of what was compiled afterwards"
 
 
-def test_who_comes_second_says_that_it_waits_and_waits(folder: Path) -> None:
+def test_a_second_process_reports_that_it_waits_and_waits(folder: Path) -> None:
     folder.mkdir()
     told: list[str] = []
     inside, waits = threading.Event(), threading.Event()
@@ -59,9 +59,7 @@ def test_who_comes_second_says_that_it_waits_and_waits(folder: Path) -> None:
     assert "another process" in told[0]
 
 
-def test_what_no_process_has_used_for_a_month_is_removed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_unused_for_a_month_are_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, fresh, old, strange = (
         folder / name for name in ("numba-mine", "numba-fresh", "numba-old", "strange")
     )
@@ -75,7 +73,7 @@ def test_what_no_process_has_used_for_a_month_is_removed(
         assert sorted(place.name for place in folder.iterdir()) == ["numba-fresh", "numba-mine", "strange"]
 
 
-def test_a_folder_that_cannot_be_made_stops_nobody(folder: Path) -> None:
+def test_a_folder_that_cannot_be_made_stops_no_process(folder: Path) -> None:
     folder.write_text("in the way")
     with compiling.alone_in_compiling(print):
         pass

@@ -1,4 +1,4 @@
-"""Bytes of e4m3 laid out for products, every value of them, and the scales beside them."""
+"""Bytes of e4m3 laid out for products: every value, and the scales beside them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = np.random.default_rng(0).permutation(40)[:20]
 
 
 def entries() -> Tensor:
-    """Every byte in every column of 40 rows, though not of those that are read."""
+    """Every byte value in every column of 40 rows."""
     return ((torch.arange(40)[:, None] * 37 + torch.arange(160) * 11) % 256).to(torch.uint8)
 
 

@@ -1,5 +1,5 @@
-"""Loops of kernels that are shared out among threads: every number once, whatever the bodies are
-given, and bodies compiled once.
+"""Kernel loops shared among threads: every number once, with any arguments, and bodies compiled
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lockstep.kernels.cpu.codegen.threads import share_out
 
 
 class Pair(NamedTuple):
-    """What a kernel may hand on."""
+    """A tuple argument of a kernel."""
 
     array: Any
     number: int
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 @inner()
 def mark(begin, end, seen_N, pair, factor, nothing, parts):  # type: ignore[no-untyped-def]
-    """Counts every number, and the parts that are not empty in the last column."""
+    """Counts every number; counts the non-empty parts in the last column."""
     for n in range(begin, end):
         seen_N[n] += 1
         pair.array[n] = factor * (pair.number + n) + (1 if nothing is None else 0)

@@ -1,5 +1,5 @@
-"""Products, transpositions and conversions on vectors, with the instructions of this processor and
-with those of any other.
+"""Products, transpositions and conversions on vectors, with this processor's instructions and with
+those of any other.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def test_conversions(
 
     compiled(run)(array(numbers), array(out))
     wide = numbers.view(torch.float8_e4m3fn).float() if source == torch.uint8 else numbers.float()
-    wide[wide.isnan()] = torch.tensor(480.0).copysign(
-        wide[wide.isnan()]
-    )  # never written; all bits set read as the number they would be
+    # Never written to a cache; all bits set are read as the number they would encode.
+    wide[wide.isnan()] = torch.tensor(480.0).copysign(wide[wide.isnan()])
     expected = numbers if source == target else (wide * np.float32(0.3)).to(target)
     assert torch.equal(out[:, 2:], expected) and not out[:, :2].any()
 
@@ -113,7 +112,7 @@ def test_softmax_that_goes_on(scaled: bool, compiled: Callable[[Callable[..., No
 
     step, numbers = compiled(run), None if scales is None else scales.numpy()
     if scales is not None:
-        scales[0, 2] = torch.nan  # of a position that no row sees
+        scales[0, 2] = torch.nan  # a position that no row sees
         scores[:, [2, 66]] = -torch.inf
     for half in range(2):
         part = scores[1:, 64 * half : 64 * half + 64].contiguous().numpy()
