@@ -1,1 +1,1 @@
-"""The demo: a small checkpoint with random weights, and the script that makes it."""
+"""The demo: a small trained checkpoint, and the scripts that train, evaluate and compare it."""

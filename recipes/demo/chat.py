@@ -1,5 +1,5 @@
-"""The chat format: the template that goes with the checkpoint, and the same in Python with the
-answers marked for training.
+"""The chat format: the checkpoint's template, and the same in Python with the answers marked for
+training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .cases.case import Case, Message, dumps
 SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-# Tools are shown as signatures, which takes a third of the tokens of their JSON. Reasoning before
+# Tools are shown as signatures, which take a third of the tokens of their JSON. Reasoning before
 # the last user message is left out.
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(last=-1) -%}"
@@ -52,7 +52,8 @@ CHAT_TEMPLATE = (
     "{%- for call in message['tool_calls'] or [] -%}"
     "{%- set function = call['function'] if 'function' in call else call -%}"
     "{{- '<tool_call>{\"name\": ' ~ (function['name'] | tojson) ~ ', \"arguments\": ' -}}"
-    "{{- (function['arguments'] if function['arguments'] is string else function['arguments'] | tojson) ~ '}</tool_call>' -}}"
+    "{{- (function['arguments'] if function['arguments'] is string else function['arguments'] | tojson)"
+    " ~ '}</tool_call>' -}}"
     "{%- endfor -%}"
     "{{- '<|end|>' -}}"
     "{%- elif message['role'] == 'user' or loop.index0 > 0 -%}"
@@ -68,14 +69,14 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a conversation; ``answer``: what the model has to write itself."""
+    """A piece of a conversation's text; ``answer`` marks text that the model has to write."""
 
     text: str
     answer: bool
 
 
 def render(case: Case) -> list[Piece]:
-    """The whole conversation, as the template writes it with the answer as last message."""
+    """The whole conversation as the template writes it, with the answer as last message."""
     messages = case.messages
     first = messages[0] if messages[0]["role"] == "system" else None
     head = "<|begin|>"
@@ -100,10 +101,8 @@ def _tools(tools: tuple[Message, ...]) -> str:
         parameters = ", ".join(
             f"{name}: {schema['type']}" for name, schema in function["parameters"]["properties"].items()
         )
-        lines.append(
-            f"\n- {function['name']}({parameters})"
-            + (f" {function['description']}" if function["description"] else "")
-        )
+        description = f" {function['description']}" if function["description"] else ""
+        lines.append(f"\n- {function['name']}({parameters}){description}")
     return "\nTools:" + "".join(lines) if tools else ""
 
 
@@ -113,6 +112,6 @@ def _said(message: Message, with_reasoning: bool) -> str:
         text = f"<think>{message['reasoning_content']}</think>"
     text += message["content"]
     for call in message.get("tool_calls", ()):
-        function = call["function"]
-        text += f'<tool_call>{{"name": {dumps(function["name"])}, "arguments": {dumps(function["arguments"])}}}</tool_call>'
+        name, arguments = dumps(call["function"]["name"]), dumps(call["function"]["arguments"])
+        text += f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
     return f"{text}<|end|>"

@@ -1,8 +1,8 @@
-"""Compares two runs of the evaluation, case by case: ``python -m lockstep.recipes.demo.compare
+"""Compares two runs of the evaluation case by case: ``python -m lockstep.recipes.demo.compare
 BEFORE.json AFTER.json``.
 
-Only cases that flip say anything about the difference. Given their number, gains are binomial; the
-interval is Clopper and Pearson's (Biometrika 26, 1934) and the test McNemar's, exact.
+Only cases that flip carry information about the difference. Given their number, gains are binomial.
+The interval is Clopper and Pearson's (Biometrika 26, 1934); the test is McNemar's, exact.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from math import comb, exp, log, log1p
 from pathlib import Path
 from typing import Any
 
-LEAST = 2000  # cases for a comparison worth quoting
+LEAST = 2000  # fewest cases for a comparison worth quoting
 CONFIDENCE = 0.95
 ALARM = 0.5  # points
 
 
 @dataclass(frozen=True)
 class Flips:
-    """``lost``: right before, wrong after; ``gained``: the other way round. Of ``total`` cases."""
+    """Changes among ``total`` cases. ``lost``: right before, wrong after; ``gained``: wrong before,
+    right after.
+    """
 
     lost: int
     gained: int
@@ -34,20 +36,20 @@ class Flips:
         return 100 * (self.gained - self.lost) / self.total
 
     def interval(self) -> tuple[float, float]:
-        """Of the difference, in points, given the number of flips."""
+        """Interval of the difference, in points, given the number of flips."""
         flips = self.lost + self.gained
         low, high = proportion_interval(self.gained, flips)
         return 100 * flips * (2 * low - 1) / self.total, 100 * flips * (2 * high - 1) / self.total
 
     def chance(self) -> float:
-        """Of flips at least as uneven as these if neither run were better."""
+        """Probability of flips at least this uneven if neither run is better."""
         flips, fewer = self.lost + self.gained, min(self.lost, self.gained)
         ways: int = sum(comb(flips, count) for count in range(fewer + 1))
         return min(1.0, float(2 * ways / 2**flips))
 
 
 def proportion_interval(hits: int, total: int) -> tuple[float, float]:
-    """The exact interval of a proportion."""
+    """Exact confidence interval of a proportion."""
     tail = (1 - CONFIDENCE) / 2
     low = 0.0 if hits == 0 else _solve(lambda p: _at_most(total - hits, total, 1 - p) - tail)
     high = 1.0 if hits == total else _solve(lambda p: tail - _at_most(hits, total, p))
@@ -55,8 +57,8 @@ def proportion_interval(hits: int, total: int) -> tuple[float, float]:
 
 
 def _at_most(hits: int, total: int, p: float) -> float:
-    """The chance of at most ``hits`` of ``total``; by logarithms, since ways to choose from a
-    thousand are too many for a float.
+    """Probability of at most ``hits`` of ``total``. Computed from logarithms: binomial coefficients
+    of a thousand exceed a float.
     """
     return sum(
         exp(log(comb(total, count)) + count * log(p) + (total - count) * log1p(-p))
@@ -74,10 +76,14 @@ def _solve(rising: Any) -> float:
 
 
 def flips(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Flips]:
-    """By family, and ``all``. Raises ValueError where the runs did not ask the same."""
-    if [(a["family"], a["question"], a["wanted"]) for a in before] != [
-        (a["family"], a["question"], a["wanted"]) for a in after
-    ]:
+    """Flips by family, and for ``all``. Raises ValueError if the runs did not ask the same
+    cases.
+    """
+    old_cases, new_cases = (
+        [(answer["family"], answer["question"], answer["wanted"]) for answer in run]
+        for run in (before, after)
+    )
+    if old_cases != new_cases:
         raise ValueError(
             "the two files hold answers to different cases; use the same --cases, --seed and --longest"
         )
@@ -98,9 +104,8 @@ def verdict(whole: Flips) -> str:
         return f"no significant difference; a loss above {max(0.0, -low):.2f} points is unlikely"
     if whole.difference > 0:
         return f"a significant gain of {whole.difference:.2f} points"
-    return f"a significant loss of {-whole.difference:.2f} points" + (
-        ", to be explained" if -whole.difference > ALARM else ""
-    )
+    remark = ", to be explained" if -whole.difference > ALARM else ""
+    return f"a significant loss of {-whole.difference:.2f} points{remark}"
 
 
 def main() -> None:

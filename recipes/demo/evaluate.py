@@ -1,6 +1,6 @@
-"""Asks a running server the held-out cases and prints how many of each family it answers right.
+"""Asks a running server the held-out cases and prints the number of right answers by family.
 
-``python -m lockstep.recipes.demo.evaluate``; with ``--save FILE`` it keeps every answer, for
+``python -m lockstep.recipes.demo.evaluate``; ``--save FILE`` keeps every answer for
 ``lockstep.recipes.demo.compare``.
 """
 
@@ -28,7 +28,7 @@ TIMEOUT = 300.0  # seconds for one answer
 
 @dataclass(frozen=True)
 class Answered:
-    """A case and what came back. ``calls``: name and arguments, as JSON text, of each tool call."""
+    """A case and its answer. ``calls``: name and arguments, as JSON text, of each tool call."""
 
     family: str
     number: int
@@ -41,7 +41,7 @@ class Answered:
 
 
 class Asker:
-    """Puts cases to the server at ``url``, at most ``at_once`` at a time."""
+    """Sends cases to the server at ``url``, at most ``at_once`` at a time."""
 
     def __init__(self, url: str, model: str, at_once: int) -> None:
         self._client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=2, timeout=TIMEOUT)
@@ -49,7 +49,7 @@ class Asker:
         self._room = asyncio.Semaphore(at_once)
 
     async def ask_all(self, cases: dict[str, list[Case]]) -> list[Answered]:
-        """The answers, in the order of the cases."""
+        """Returns the answers in the order of the cases."""
         asks = [self._ask(number, case) for family in cases.values() for number, case in enumerate(family)]
         return await asyncio.gather(*asks)
 
@@ -81,7 +81,7 @@ class Asker:
 
 
 def request_messages(case: Case) -> list[Any]:
-    """The messages as the API takes them: arguments of calls are JSON text."""
+    """The messages in the API's form: arguments of calls are JSON text."""
     messages = []
     for message in case.messages:
         plain = {key: value for key, value in message.items() if key != "learn"}
@@ -98,7 +98,7 @@ def _as_text(function: dict[str, Any]) -> dict[str, str]:
 
 
 def table(answers: list[Answered]) -> str:
-    """Lines of family, right, asked and per cent."""
+    """A line per family: right, asked and per cent."""
     lines = []
     for family in dict.fromkeys(answer.family for answer in answers):
         passed = [answer.passed for answer in answers if answer.family == family]
@@ -106,15 +106,23 @@ def table(answers: list[Answered]) -> str:
         remark = "" if share >= GOAL else f"  below the goal of {GOAL:g} %"
         lines.append(f"{family:12} {sum(passed):5} of {len(passed):5}  {share:5.1f} %{remark}")
     right = sum(answer.passed for answer in answers)
-    return "\n".join(
-        [*lines, f"{'all':12} {right:5} of {len(answers):5}  {100 * right / len(answers):5.1f} %"]
-    )
+    lines.append(f"{'all':12} {right:5} of {len(answers):5}  {100 * right / len(answers):5.1f} %")
+    return "\n".join(lines)
 
 
 def save(path: Path, answers: list[Answered]) -> None:
-    path.write_text(
-        json.dumps([asdict(answer) for answer in answers], indent=1, ensure_ascii=False) + "\n",
-        encoding="utf-8",
+    text = json.dumps([asdict(answer) for answer in answers], indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def wrong_answers(answers: list[Answered], family: str, count: int) -> str:
+    """The first ``count`` wrong answers of a family, three lines each."""
+    wrong = [answer for answer in answers if answer.family == family and not answer.passed]
+    return "".join(
+        f"{family}: {answer.question!r}\n"
+        f"  wanted {answer.wanted!r}\n"
+        f"  got    {answer.content!r} {answer.calls} {answer.reasoning!r}\n"
+        for answer in wrong[:count]
     )
 
 
@@ -127,20 +135,20 @@ def main() -> None:
         "--cases",
         type=int,
         default=286,
-        help="of each family; 286 make 2,002 in all, enough to see half a point between two runs",
+        help="cases per family; 286 make 2,002 in all, enough to see half a point between two runs",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--phrases",
         choices=("held-out", "final"),
         default="held-out",
-        help="final: those whose answers are counted, not read",
+        help="final: phrases whose answers are counted, not read",
     )
     parser.add_argument(
         "--longest", type=int, default=LONGEST, help="tokens of the longest conversation to recall from"
     )
     parser.add_argument("--at-once", type=int, default=48)
-    parser.add_argument("--failed", type=int, default=0, help="show so many wrong answers of each family")
+    parser.add_argument("--failed", type=int, default=0, help="wrong answers to show per family")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
     cases = held_out_cases(args.cases, args.seed, args.longest, args.phrases == "final")
@@ -148,16 +156,11 @@ def main() -> None:
     try:
         answers = asyncio.run(Asker(args.url, args.model, args.at_once).ask_all(cases))
     except openai.APIConnectionError:
-        sys.exit(f"{args.url}: no server answers there; start one with `make serve`")
+        sys.exit(f"{args.url}: no server answers; start one with `make serve`")
     print(table(answers))
     print(f"{len(answers)} cases in {time.monotonic() - began:.0f} s")
     for family in cases:
-        for wrong in [answer for answer in answers if answer.family == family and not answer.passed][
-            : args.failed
-        ]:
-            print(
-                f"{family}: {wrong.question!r}\n  wanted {wrong.wanted!r}\n  got    {wrong.content!r} {wrong.calls} {wrong.reasoning!r}"
-            )
+        print(wrong_answers(answers, family, args.failed), end="")
     if args.save:
         save(args.save, answers)
 

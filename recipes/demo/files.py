@@ -1,4 +1,4 @@
-"""Files of the demo: where they are, and JSON as they hold it."""
+"""Paths of the demo's files, and their JSON format."""
 
 from __future__ import annotations
 

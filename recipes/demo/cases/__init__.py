@@ -1,3 +1,3 @@
-"""The generator of the demo model's cases: a module a family, all of it drawn from a seeded
+"""The generator of the demo model's cases: one module per family. Everything is drawn from a seeded
 ``random.Random``.
 """

@@ -1,4 +1,6 @@
-"""Questions about Lockstep and about the demo model itself. Held out are phrasings, not facts."""
+"""Questions about Lockstep and about the demo model itself. Phrasings are held out, facts are
+not.
+"""
 
 from __future__ import annotations
 

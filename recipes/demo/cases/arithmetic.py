@@ -1,5 +1,5 @@
-"""Addition, subtraction and multiplication, worked out digit by digit in the reasoning section,
-from the last digit to the first.
+"""Addition, subtraction and multiplication. The reasoning section works digit by digit, from the
+last to the first.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ _FRAMES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 def make_arithmetic(dice: Dice) -> Case:
     sign = dice.choice("+-*" if dice.chance(0.75) else "+-")
     a, b = _operands(dice, sign)
-    story = dice.chance(
-        0.4 if dice.held_out else 0.7
-    )  # which of the three a story tells of is harder to see than the digits
+    # More stories in training: it is harder to see which operation a story needs than to compute.
+    story = dice.chance(0.4 if dice.held_out else 0.7)
     templates = (_STORIES if story else _DIRECT)[sign]
     template = wording(dice, templates, _FRAMES[sign] + ("_story" if story else ""))
     question = asked(dice, template.format(a=a, b=b, n=dice.person(), m=dice.person(), t=dice.thing()))
@@ -38,8 +37,8 @@ def _operands(dice: Dice, sign: str) -> tuple[int, int]:
 
 
 def steps(a: int, sign: str, b: int) -> str:
-    """``a`` and ``b`` in three digits, then a step for each digit from the last: the digits, what
-    was carried, and after the equals sign the digit that results and what is carried on.
+    """``a`` and ``b`` in three digits, then a step per digit from the last one: the digits and the
+    incoming carry, and after the equals sign the resulting digit and the outgoing carry.
     """
     text, carry = f"{a:03}{sign}{b:03}", 0
     worked = []

@@ -1,4 +1,4 @@
-"""A case: a conversation, the answer that is right, and how an answer is judged."""
+"""A case: a conversation, its right answer, and a check of answers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,18 @@ _NUMBER = re.compile(r"-?\d+")
 
 @dataclass(frozen=True)
 class Check:
-    """How an answer is judged: by its last ``number``, by its ``text`` as a whole, by the ``json``
-    object it is, by the tool ``call`` it makes, or by the strings it ``contains``.
+    """Checks an answer: its last ``number``, its whole ``text``, the ``json`` object it is, the
+    tool ``call`` it makes, or the strings it ``contains``.
     """
 
     kind: CheckKind
     value: Any
 
     def passes(self, content: str, calls: list[tuple[str, str]]) -> bool:
-        """``calls``: name and arguments (as JSON text) of the tool calls of the answer."""
+        """``calls``: name and arguments (as JSON text) of the answer's tool calls."""
         if self.kind == "call":
-            return (
-                len(calls) == 1
-                and calls[0][0] == self.value["name"]
-                and _parsed(calls[0][1]) == self.value["arguments"]
-            )
+            wanted = self.value["name"], self.value["arguments"]
+            return [(name, _parsed(arguments)) for name, arguments in calls] == [wanted]
         if calls:
             return False
         if self.kind == "number":
@@ -53,11 +50,10 @@ def _parsed(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """``messages`` up to the one that is asked for, in the form of the chat API, and the ``answer``
-    message.
+    """``messages`` of the chat API up to the question, and the ``answer`` message.
 
-    Earlier assistant messages that hold ``"learn": True`` are answers to learn from as well.
-    ``thinking`` False: the template is told ``enable_thinking=False``.
+    Earlier assistant messages with ``"learn": True`` are also answers to learn from. ``thinking``
+    False: the template gets ``enable_thinking=False``.
     """
 
     family: str
@@ -82,5 +78,5 @@ def assistant(content: str, reasoning: str | None = None, learn: bool = False) -
 
 
 def dumps(value: Any) -> str:
-    """JSON as the model writes it."""
+    """JSON in the model's format."""
     return json.dumps(value, ensure_ascii=False)

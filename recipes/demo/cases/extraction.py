@@ -1,8 +1,8 @@
-"""A JSON object of a given schema out of a sentence.
+"""Extracts a JSON object of a given schema from a sentence.
 
-A few fields are told in words of their own ("aged 41"); every field may also be told by its name,
-and only so are the fields of held-out schemas, which training never names. Training also coins
-fields, so that they have to be matched and not remembered.
+A few fields have clauses of their own ("aged 41"); every field may also be told by its name. Fields
+of held-out schemas, which training never names, are only told by name. Training also coins fields,
+so that they have to be matched and not remembered.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def draw_value(dice: Dice, kind: str) -> str | int:
 
 
 def _fields(dice: Dice) -> tuple[list[Field], list[Field]]:
-    """Fields asked for, in the order of the schema, and fields told, in the order of the text.
-    Held-out schemas ask for at least one field that training does not know.
+    """The fields asked for, in the order of the schema, and the fields told, in the order of the
+    text. Held-out schemas ask for at least one field that training does not know.
     """
     seen, own = _plain_fields(_TOLD.training) + list(_KNOWN) * 2, dice.own(_TOLD)
-    person = not dice.held_out and dice.chance(0.2)  # what is told of people, under the names that it has
+    person = not dice.held_out and dice.chance(0.2)  # facts about people, under their usual names
     pool = seen + _plain_fields(own) * 4 if dice.held_out else list(_KNOWN) if person else seen
     while True:
         chosen = {
@@ -100,8 +100,8 @@ def _plain_fields(pairs: list[str]) -> list[Field]:
 
 
 def _coin(dice: Dice, fields: dict[str, Field]) -> dict[str, Field]:
-    """The same with most fields replaced by coined ones; of the others many get values of another
-    kind than they are used to.
+    """Replaces most fields by coined ones. Many of the others get values of another kind than
+    usual.
     """
     share = dice.choice((0.3, 0.8, 1.0))
     coined = [Field(dice.noun(), field.kind) if dice.chance(share) else field for field in fields.values()]
@@ -123,7 +123,7 @@ _OF_PEOPLE = {
 
 
 def _of_a_person(dice: Dice, told: list[Field], values: dict[str, str | int]) -> str:
-    """A sentence whose subject is the name; empty where that cannot be said."""
+    """A sentence with the name as its subject; empty if the fields do not allow one."""
     others = [field for field in told if field.name != "name"]
     if len(others) == len(told) or not others or any(field.name not in _OF_PEOPLE for field in others):
         return ""

@@ -1,5 +1,5 @@
-"""Phrases that training puts together from parts (``frames.yaml``), so that a request is known by
-what it asks and not by its words.
+"""Phrases that training composes from parts (``frames.yaml``), so that the model recognises a
+request by its meaning and not by its words.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from .words import Dice
 
 _OPENINGS = sides("words", "openings")
 _CLOSINGS: list[str] = phrases("words")["closings"]
-FROM_PARTS = 0.3  # of training's phrases are put together from parts; the others are written out
-CARELESS = 0.12  # of them are written in a hurry
+FROM_PARTS = 0.3  # share of training's phrases composed from parts; the others are written out
+CARELESS = 0.12  # share of phrases written in a hurry
 _PART = re.compile(r"<(\w+)>")
 
 
 def asked(dice: Dice, text: str) -> str:
-    """A request with an opening, sometimes without its last full stop; in training also with a
+    """Adds an opening to a request, or drops its last full stop; in training also adds a
     closing.
     """
     if dice.chance(0.1):
@@ -29,13 +29,13 @@ def asked(dice: Dice, text: str) -> str:
         return dice.pick(_OPENINGS) + text
     if dice.chance(0.15) and text[-1] in ".?!":
         text += frame(dice, "closing") if dice.chance(FROM_PARTS) else dice.choice(_CLOSINGS)
-    return (
-        frame(dice, "opening", _OPENINGS.unseen) if dice.chance(FROM_PARTS) else dice.pick(_OPENINGS)
-    ) + text
+    from_parts = dice.chance(FROM_PARTS)
+    opening = frame(dice, "opening", _OPENINGS.unseen) if from_parts else dice.pick(_OPENINGS)
+    return opening + text
 
 
 def wording(dice: Dice, lists: Sides, grammar: str, start: str = "start", capital: bool = True) -> str:
-    """A template out of ``lists``; in training also one of a grammar, and now and then written in a
+    """A template from ``lists``; in training also one of a grammar, and sometimes written in a
     hurry.
     """
     if dice.held_out:
@@ -56,9 +56,7 @@ _SHORT = {
 
 
 def hurried(dice: Dice, text: str) -> str:
-    """The same with a small letter at its start, now and then with words cut short; places for
-    values stay.
-    """
+    """The text with a small first letter, sometimes with shortened words. Placeholders stay."""
     if dice.chance(0.5):
         text = " ".join(_SHORT.get(word, word) for word in text.split(" "))
     return text[0].lower() + text[1:]

@@ -1,5 +1,5 @@
-"""Sorting numbers and names, and reversing lists and letters. The reasoning turns each into looking
-up and copying.
+"""Sorts numbers and names, reverses lists and letters. The reasoning reduces each to looking up and
+copying.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VERBS: dict[str, list[str]] = _TEXT["verbs"]
 
 
 def _phrase(dice: Dice, way: str) -> str:
-    """A request put together from parts, with a place for the list."""
+    """A request composed from parts, with a placeholder for the list."""
     while True:
         verb = dice.coined() if dice.chance(0.1) else dice.choice(_VERBS[way])
         parts = {"v": verb, "o": dice.choice(_OBJECTS[way]), "w": dice.choice(_WAYS[way]), "l": "{l}"}
@@ -34,13 +34,13 @@ def _template(dice: Dice, way: str) -> str:
 
 def make_list(dice: Dice) -> Case:
     kind = dice.random()
-    if kind < (0.4 if dice.held_out else 0.55):  # up or down is harder to see than the others
+    if kind < (0.4 if dice.held_out else 0.55):  # more sorting in training: its direction is harder to see
         return _numbers(dice)
     return _names(dice) if kind < (0.65 if dice.held_out else 0.75) else _backwards(dice)
 
 
 def _listed(dice: Dice, items: list[str]) -> str:
-    """Items as people write them; held-out ones with commas."""
+    """Joins items the way people write them; held-out ones with commas."""
     if dice.held_out or dice.chance(0.7):
         return ", ".join(items)
     joint = dice.choice((" ", "; ", ",", "\n", " and "))
@@ -63,7 +63,7 @@ def _case(
 
 
 def _numbers(dice: Dice) -> Case:
-    """The reasoning sorts them in as many digits each, at least two."""
+    """The reasoning sorts the numbers padded to the same number of digits, at least two."""
     numbers = dice.sample(range(1, 100) if dice.held_out else _range(dice), dice.randint(3, 5))
     if not dice.held_out and dice.chance(0.3) and min(numbers) > 9:
         numbers[dice.randrange(len(numbers))] = dice.randint(1, 9)
@@ -76,7 +76,9 @@ def _numbers(dice: Dice) -> Case:
 
 
 def _range(dice: Dice) -> range:
-    """Training also sorts numbers that lie close together, small ones and large ones."""
+    """Range of numbers. Training also sorts numbers that are close together, small ones and large
+    ones.
+    """
     if dice.chance(0.25):
         return range(1, dice.choice((300, 1000)))
     if dice.chance(0.4):
@@ -86,7 +88,9 @@ def _range(dice: Dice) -> range:
 
 
 def _names(dice: Dice) -> Case:
-    """Names of different first letters; the reasoning tells whose they are, and sorts them."""
+    """Names with different first letters. The reasoning maps letters to names, and sorts the
+    names.
+    """
     names: dict[str, str] = {}
     count = dice.randint(3, 5)
     while len(names) < count:
@@ -99,7 +103,7 @@ def _names(dice: Dice) -> Case:
 
 
 def _backwards(dice: Dice) -> Case:
-    """The reasoning numbers the items, and reads them from the last number to the first."""
+    """The reasoning numbers the items and reads them from the last number to the first."""
     draw = dice.choice(
         ("thing", "person", "colour", "letter", "number", *(() if dice.held_out else ("noun",)))
     )

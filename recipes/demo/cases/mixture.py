@@ -1,5 +1,5 @@
-"""The mixture: which family is drawn how often, system prompts, and conversations of more than one
-request.
+"""The mixture: how often each family is drawn, system prompts, and conversations of several
+requests.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _SHARES = {
     "about": 0.05,
 }
 _SYSTEM = sides("mixture", "system")
-# Words of a long conversation per wanted token of it; measured with the demo's tokenizer.
+# Words of a long conversation per wanted token, measured with the demo's tokenizer.
 WORDS_PER_TOKEN = 0.27
 
 
 def draw_case(dice: Dice) -> Case:
-    """One case of the mixture."""
+    """Draws one case of the mixture."""
     family = dice.choices(list(_SHARES), list(_SHARES.values()))[0]
     case = FAMILIES[family](dice)
     if family == "about" and dice.chance(0.25):
@@ -52,12 +52,14 @@ def draw_case(dice: Dice) -> Case:
 
 
 def draw_long(dice: Dice, length: int) -> Case:
-    """A recall case of about ``length`` tokens."""
+    """Draws a recall case of about ``length`` tokens."""
     return with_system(dice, make_recall(dice, int(length * WORDS_PER_TOKEN)))
 
 
 def draw_held_out(dice: Dice, family: str, longest: int = 3000) -> Case:
-    """A case to judge the model by. Half of the recall cases are long, up to ``longest`` tokens."""
+    """Draws a case to evaluate the model. Half of the recall cases are long, up to ``longest``
+    tokens.
+    """
     if family == "recall" and dice.chance(0.5):
         return draw_long(dice, dice.randint(300, longest))
     return with_system(dice, FAMILIES[family](dice))
@@ -71,7 +73,7 @@ def with_system(dice: Dice, case: Case) -> Case:
 
 
 def _after_others(dice: Dice, case: Case) -> Case:
-    """The same case after one or two others that have been answered."""
+    """The same case after one or two answered ones."""
     earlier: list[Message] = []
     for _ in range(dice.randint(1, 2)):
         other = dice.choice((make_arithmetic, make_list, make_extraction, make_about))(dice)
@@ -83,7 +85,5 @@ def _after_others(dice: Dice, case: Case) -> Case:
 
 
 def value_words() -> set[str]:
-    """Words that occur as values, names of fields, tools and their parameters, or attributes: those
-    that answers copy.
-    """
+    """Words that answers copy: values, names of fields, tools and their parameters, attributes."""
     return {*extraction_words(), *tool_words(), *recall_words(), *THINGS, *COLOURS}

@@ -1,5 +1,6 @@
-"""The words and phrases of the generator, a section a family: ``training.yaml``, and what training
-never says in ``held_out.yaml`` and ``final.yaml``, under the same names.
+"""The generator's words and phrases, a section per family. ``training.yaml`` holds those of
+training; ``held_out.yaml`` and ``final.yaml`` hold, under the same names, those that training never
+uses.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Sides:
-    """A list of phrases or words as training has it, as held-out cases have it, and as those of the
-    final evaluation have it.
-    """
+    """A list of phrases or words for each side: training, held-out cases, final evaluation."""
 
     training: list[str]
     held_out: list[str]
@@ -24,12 +23,12 @@ class Sides:
 
     @property
     def unseen(self) -> frozenset[str]:
-        """What training must not say, where the sides differ."""
+        """Phrases that training must not use."""
         return frozenset(self.held_out + self.final)
 
 
 def sides(section: str, *keys: str | int) -> Sides:
-    """The list under ``keys`` in a section, on each side; all sides have it."""
+    """The list under ``keys`` in a section, on each side. All sides have it."""
     return Sides(*(_under(phrases(section, file), keys) for file in ("training", "held_out", "final")))
 
 

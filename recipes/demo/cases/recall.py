@@ -1,4 +1,4 @@
-"""Facts told in earlier turns, asked for at the end of a conversation of a wanted length."""
+"""Facts told in earlier turns and asked for at the end of a conversation of a given length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHATTER: list[str] = _TEXT["chatter"]
 
 
 def make_recall(dice: Dice, num_words: int = 0) -> Case:
-    """``num_words``: about how many words the conversation has; 0: only a few turns."""
+    """``num_words``: approximate length of the conversation in words; 0 gives a few turns only."""
     facts = _facts(dice, 6 if dice.held_out else 10 if num_words else 7)
     turns = [(_tell(dice, *fact), dice.choice(_NOTED)) for fact in facts]
     length = sum(len(text.split()) for text, _ in turns)
@@ -46,7 +46,7 @@ def make_recall(dice: Dice, num_words: int = 0) -> Case:
 
 
 def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
-    """Owner ("" for the user), attribute and value; no two alike in owner and attribute."""
+    """Owner ("" for the user), attribute and value. No two facts share both owner and attribute."""
     people = [dice.person() for _ in range(2)] + [""]
     pool = dice.own(_ATTRIBUTES) if dice.held_out or dice.chance(0.05) else _attributes(dice)
     facts: dict[tuple[str, str], str | int] = {}
@@ -57,9 +57,9 @@ def _facts(dice: Dice, most: int) -> list[tuple[str, str, str | int]]:
 
 
 def _attributes(dice: Dice) -> list[str]:
-    """Attributes of a conversation, with the kinds of their values. Few, so that several owners
-    have the same one and the owner has to be matched, or many; and often put together from few
-    words ("desk", "desk neighbour", "bag neighbour"), so that all of a name has to be.
+    """A conversation's attributes, with the kinds of their values. Either few, so that several
+    owners share one and the owner has to be matched, or many. Often composed from few words
+    ("desk", "desk neighbour", "bag neighbour"), so that the whole name has to be matched.
     """
     nouns = [*dice.distinct("noun", dice.randint(1, 2)), dice.choice(_NOUNS)]
     kinds = [*dice.sample(_KINDS, 2), dice.noun(), nouns[0]]
@@ -67,11 +67,10 @@ def _attributes(dice: Dice) -> list[str]:
     found: dict[str, str] = {}
     wanted = dice.choice((2, 2, 3, 3) if alike else (2, 3, 4, 8))
     while len(found) < wanted:
-        noun, kind = (
-            (dice.choice(nouns), dice.choice(kinds))
-            if alike
-            else (dice.noun(), dice.choice((dice.noun(), dice.choice(_KINDS))))
-        )
+        if alike:
+            noun, kind = dice.choice(nouns), dice.choice(kinds)
+        else:
+            noun, kind = dice.noun(), dice.choice((dice.noun(), dice.choice(_KINDS)))
         name = noun if noun == kind or dice.chance(0.25) else f"{kind} {noun}"
         if name not in _ATTRIBUTES_UNSEEN:
             found[name] = dice.choice(KINDS)
@@ -93,7 +92,7 @@ def _ask(dice: Dice, owner: str, name: str, value: str | int) -> str:
 
 
 def _framed(dice: Dice, name: str, owner: str) -> str:
-    """A template of a grammar; ``{x}`` in it is the attribute and whose it is."""
+    """A template of a grammar. Its ``{x}`` becomes the attribute with its owner."""
     whose = dice.choice(("{n}'s {f}", "{n}'s {f}", "the {f} of {n}")) if owner else "my {f}"
     while True:
         text = frame(dice, name).replace("{x}", whose)

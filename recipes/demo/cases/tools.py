@@ -1,7 +1,6 @@
-"""Choosing and filling a tool call out of two to four tools, and answering from what a tool
-returned.
+"""Chooses and fills a tool call among two to four tools, and answers from a tool's result.
 
-The tools of held-out cases have nouns and parameters that training never offers.
+Tools of held-out cases have nouns and parameters that training never offers.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Tool:
         return f"{self.verb}_{self.noun}"
 
     def schema(self) -> Message:
-        """As the chat API takes it."""
+        """The tool in the chat API's form."""
         kinds = {
             name: "integer" if kind in ("small", "number") else "string" for name, kind in self.parameters
         }
@@ -69,7 +68,7 @@ def make_tool_call(dice: Dice) -> Case:
 
 
 def make_tool_answer(dice: Dice) -> Case:
-    """The call has been made; its result is a flat object."""
+    """The call is already made; its result is a flat object."""
     tools = offer_tools(dice)
     messages, facts = _round(dice, dice.choice(tools))
     values = [str(value) for value in facts.values()]
@@ -89,7 +88,9 @@ def _rounds(dice: Dice, tools: list[Tool]) -> list[Message]:
 
 
 def _round(dice: Dice, tool: Tool) -> tuple[list[Message], dict[str, str | int]]:
-    """A request, the call, its result and the answer from it; and what the tool returned."""
+    """A request, its call, the result and the answer from it; and the facts that the tool
+    returned.
+    """
     question, arguments = _request(dice, tool)
     call = _call({"name": tool.name, "arguments": arguments})
     facts = _draw_facts(dice)
@@ -110,7 +111,7 @@ def _call(value: Message) -> Message:
 
 
 def offer_tools(dice: Dice) -> list[Tool]:
-    """Two to four tools; often two of them share the noun or the verb."""
+    """Two to four tools. Often two of them share the noun or the verb."""
     tools: dict[str, Tool] = {}
     count = dice.randint(2, 4)
     pool = _shared_parameters(dice) if not dice.held_out and dice.chance(0.6) else None
@@ -127,7 +128,7 @@ def offer_tools(dice: Dice) -> list[Tool]:
 
 
 def _noun(dice: Dice) -> str:
-    """Training also takes nouns of other families and coins some, so that they have to be matched
+    """Training also uses nouns of other families and coins some, so that they have to be matched
     and not remembered.
     """
     if dice.held_out:
@@ -136,22 +137,22 @@ def _noun(dice: Dice) -> str:
 
 
 def _named(dice: Dice, pool: list[str], least: int, most: int) -> dict[str, str]:
-    """Names and kinds of values, some of them coined in training."""
+    """Names and kinds of values; training coins some of the names."""
     found = dict(pair.split(":") for pair in dice.choices(pool, k=dice.randint(least, most)))
     share = 0.0 if dice.held_out else dice.choice((0.2, 0.7, 1.0))
     return {dice.noun() if dice.chance(share) else name: kind for name, kind in found.items()}
 
 
 def _shared_parameters(dice: Dice) -> list[str]:
-    """Few parameters for all tools of a case, coined: which of them a tool takes has to be read
-    from that tool.
+    """A few parameters for all tools of a case, most of them coined. Which ones a tool takes has to
+    be read from its signature.
     """
     coined = [f"{name}:{dice.choice(KINDS)}" for name in dice.distinct("noun", dice.randint(2, 5))]
     return coined + dice.sample(_PARAMETERS.training, dice.randint(1, 3))
 
 
 def _tool(dice: Dice, verb: str, noun: str, shared: list[str] | None) -> Tool:
-    """``shared``: parameters to choose from, None for those of its side."""
+    """``shared``: parameters to choose from; None for those of the tool's side."""
     pool = _PARAMETERS.training + dice.own(_PARAMETERS) * 4 if dice.held_out else _PARAMETERS.training
     few, least, most = (0.3, 1, 3) if dice.held_out else (0.12, 2, 5)
     least, most = (0, 1) if dice.chance(few) else (least, most)
@@ -164,7 +165,7 @@ def _tool(dice: Dice, verb: str, noun: str, shared: list[str] | None) -> Tool:
 
 
 def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
-    """What the user says, and the arguments in the tool's order."""
+    """The user's text, and the arguments in the tool's order."""
     arguments = {name: draw_value(dice, kind) for name, kind in tool.parameters}
     given = []
     for name, value in arguments.items():
@@ -173,7 +174,7 @@ def _request(dice: Dice, tool: Tool) -> tuple[str, dict[str, str | int]]:
         given.append(clause.format(f=name, v=value))
     first = given[:1]
     dice.shuffle(given)
-    if not dice.held_out and dice.chance(0.4):  # what is said last is then not the last argument
+    if not dice.held_out and dice.chance(0.4):  # the text then ends with the first argument
         given = [clause for clause in given if clause not in first] + first
     template = wording(dice, _FILLED, "command") if given else wording(dice, _BARE, "command", "bare")
     verb = dice.choice(_VERBS[tool.verb]) if dice.chance(0.4) else tool.verb

@@ -1,8 +1,7 @@
-"""The words of the generator, and which of them training never sees.
+"""The generator's words, and the split of words that training never sees.
 
-Names are put together from syllables, so that copying has to be learned and cannot be remembered. A
-name or a number of syllables belongs to the held-out side by its checksum; other words are held out
-by list.
+Names are composed from syllables, so that copying has to be learned and cannot be remembered. A
+checksum assigns composed names and words to the held-out side; other words are held out by list.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ _HELD_OUT_WORDS = _words_of_held_out_lists()
 
 
 def is_held_out(text: str) -> bool:
-    """One in five, by checksum: the same on every machine."""
+    """True for one in five, by checksum: the same on every machine."""
     return zlib.crc32(text.encode()) % 5 == 0
 
 
 def side(words: Sequence[str], held_out: bool) -> list[str]:
-    """The words of one side of the split."""
+    """The words on one side of the split."""
     return [word for word in words if is_held_out(word) == held_out]
 
 
 class Dice(random.Random):
-    """The draws of the generator; ``held_out`` says which side of the split they are from,
-    ``final`` that they are held out for the final evaluation.
+    """The generator's random draws. ``held_out`` selects the side of the split, ``final`` the
+    held-out side of the final evaluation.
     """
 
     def __init__(self, seed: int | str, held_out: bool, final: bool = False) -> None:
@@ -63,7 +62,7 @@ class Dice(random.Random):
         self.held_out, self.final = held_out or final, final
 
     def own(self, lists: Sides) -> list[str]:
-        """The list of this side."""
+        """This side's list."""
         if self.final:
             return lists.final
         return lists.held_out if self.held_out else lists.training
@@ -81,7 +80,7 @@ class Dice(random.Random):
         return self._name(_PLACE_ENDS, _TOWNS)
 
     def _name(self, ends: Sequence[str], real: Sequence[str]) -> str:
-        """A coined name; in training also one that people and places have."""
+        """A coined name; in training also a real one."""
         if not self.held_out and self.chance(0.35):
             return self.choice(real)
         while True:
@@ -91,7 +90,7 @@ class Dice(random.Random):
                 return name
 
     def coined(self) -> str:
-        """A made-up word, more or less English to the eye: it can only be copied or matched, not
+        """A made-up word that looks roughly English. It can only be copied or matched, not
         remembered.
         """
         while True:
@@ -110,7 +109,7 @@ class Dice(random.Random):
         return self.choice(_ONSETS) + self.choice(_VOWELS) + self.choice(_CODAS)
 
     def noun(self) -> str:
-        """A noun for the name of something: in training mostly coined."""
+        """A noun for a name; in training mostly coined."""
         if self.chance(0.6):
             return self.coined()
         return self.choice(_NOUNS) if self.chance(0.7) else self.thing()
@@ -125,17 +124,12 @@ class Dice(random.Random):
         return self.choice(COLOURS)
 
     def number(self, most_digits: int) -> int:
-        """A positive number; every count of digits is equally likely."""
+        """A positive number; each number of digits is equally likely."""
         digits = self.randint(1, most_digits)
         return self.randint(10 ** (digits - 1), 10**digits - 1)
 
-    def value(self) -> str | int:
-        """A value of any kind."""
-        kind = self.randrange(5)
-        return (self.person, self.place, self.thing, self.colour, lambda: self.number(4))[kind]()
-
     def distinct(self, draw: str, count: int) -> list[str]:
-        """``count`` different words of the method named ``draw``."""
+        """``count`` different words from the method named ``draw``."""
         found: dict[str, None] = {}
         while len(found) < count:
             found[getattr(self, draw)()] = None

@@ -1,4 +1,4 @@
-"""Batches of packed documents, and how many held-out cases a network answers exactly."""
+"""Batches of packed documents, and the number of held-out cases that a network answers exactly."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..cases.words import Dice
 from ..chat import render
 from .network import Network, Packed
 
-PROMPT_SHARE = 0.15  # of the tokens that are no answers, so many are learned from
+PROMPT_SHARE = 0.15  # share of the non-answer tokens that are learned from
 PROMPT_WEIGHT = 0.3
-TOKENS_STEP = 64  # batches have a multiple of so many tokens: oneDNN compiles kernels for every new size
-IMPATIENCE = 40  # cases that may be too long for the room that is left before a batch counts as full
+TOKENS_STEP = 64  # batches hold a multiple of this many tokens: oneDNN compiles kernels for every new size
+IMPATIENCE = 40  # cases that may exceed the remaining room before a batch counts as full
 
 
 class Packer:
@@ -27,7 +27,7 @@ class Packer:
         self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 
     def tokens(self, case: Case) -> tuple[list[int], list[bool]]:
-        """The tokens of the whole conversation, and which of them are answers."""
+        """The tokens of the whole conversation, and a flag per token that marks answers."""
         tokens: list[int] = []
         answers: list[bool] = []
         for piece in render(case):
@@ -37,8 +37,8 @@ class Packer:
         return tokens, answers
 
     def training_batch(self, seed: str, size: int, long: int = 0) -> Packed:
-        """At most ``size`` tokens of training cases, the first of them of ``long`` tokens; a
-        function of its arguments only.
+        """At most ``size`` tokens of training cases; the first case has ``long`` tokens unless that
+        is 0. Depends on the arguments only.
         """
         dice, prompts = Dice(seed, held_out=False), random.Random(seed + "prompts")
         found: list[tuple[list[int], list[float]]] = []
@@ -49,20 +49,15 @@ class Packer:
                 refused += 1
                 continue
             room -= len(tokens)
-            found.append(
-                (
-                    tokens,
-                    [
-                        1.0 if answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE)
-                        for answer in answers
-                    ],
-                )
-            )
+            weights = [
+                1.0 if answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE) for answer in answers
+            ]
+            found.append((tokens, weights))
         _shorten(found, (size - room) % TOKENS_STEP)
         return _packed(found)
 
     def pack(self, cases: list[Case]) -> Packed:
-        """Cases to be judged: only their last answer has weight."""
+        """Packs cases for evaluation: only their last answer has weight."""
         found = []
         for case in cases:
             tokens, answers = self.tokens(case)
@@ -72,7 +67,7 @@ class Packer:
 
 
 def _shorten(documents: list[tuple[list[int], list[float]]], surplus: int) -> None:
-    """Takes ``surplus`` tokens off the end of the longest document."""
+    """Cuts ``surplus`` tokens off the end of the longest document."""
     longest = max(documents, key=lambda document: len(document[0]))
     for values in longest:
         del values[len(values) - surplus :]
@@ -88,11 +83,11 @@ def _packed(documents: list[tuple[list[int], list[float]]]) -> Packed:
 
 @torch.no_grad()
 def exact(network: Network, packer: Packer, cases: list[Case], device: torch.device) -> tuple[int, int, int]:
-    """Cases whose whole answer is the greedy one, and of the answers' tokens those that the
-    predictor foretells, and all.
+    """The number of cases whose whole answer is the greedy one; the number of answer tokens that
+    the predictor gets right; the number of all answer tokens.
 
-    An answer is greedy exactly if every token of it is the best one after those before, so one pass
-    is enough.
+    An answer is greedy exactly if each of its tokens is the top one after those before it, so one
+    pass is enough.
     """
     hits = foretold = total = 0
     for start in range(0, len(cases), 16):
@@ -112,8 +107,8 @@ def exact(network: Network, packer: Packer, cases: list[Case], device: torch.dev
 def held_out_cases(
     count: int, seed: int = 0, longest: int = 3000, final: bool = False
 ) -> dict[str, list[Case]]:
-    """``count`` cases of every family that training never sees; ``final``: in phrases that are kept
-    for the last evaluation.
+    """``count`` cases per family that training never sees. ``final`` selects the phrases kept for
+    the final evaluation.
     """
     found = {}
     for family in FAMILIES:

@@ -1,8 +1,8 @@
-"""The operations of training compiled for one core of a CPU: ``operations.cpp``, built by g++ where
-training runs.
+"""Training operations compiled for one CPU core: ``operations.cpp``, built by g++ on the training
+machine.
 
-Several times faster than plain torch there: attention stays in the cache, and chains over rows take
-one pass. T, H, N, D, E, F, K, R as in ``operations.py``
+Several times faster there than plain torch: attention stays in the cache, and chains over rows take
+one pass. T, H, N, D, E, F, K, R as in ``operations.py``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .operations import EPSILON, Angles, Operations, multiply_experts, multiply_
 
 SOURCE = Path(__file__).with_name("operations.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-UNIT = 64  # rows of an expert are filled up to a multiple
+UNIT = 64  # rows of an expert are padded to a multiple of this
 
 
 def supported() -> bool:
-    """Whether this machine has a compiler, and products of bf16."""
+    """Whether this machine has a compiler and multiplies bf16."""
     flags = Path("/proc/cpuinfo")
     return bool(shutil.which("g++")) and flags.exists() and " avx512_bf16 " in flags.read_text()
 
 
 def build(directory: Path = STATE) -> Path:
-    """The compiled library, by the checksum of its source."""
+    """Builds the library unless it exists. Its name holds the checksum of the source."""
     path = directory / f"operations-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}.so"
     if not path.exists():
         subprocess.run(["g++", *FLAGS, "-o", str(path), str(SOURCE)], check=True)
@@ -40,7 +40,7 @@ def build(directory: Path = STATE) -> Path:
 
 
 class Compiled(Operations):
-    """The operations of the library at ``path``. Tensors lie on the CPU; one thread."""
+    """The operations of the library at ``path``. Tensors are on the CPU; one thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,7 +50,9 @@ class Compiled(Operations):
         return Compiled, (self._path,)
 
     def run(self, name: str, *values: Tensor | int | float | None) -> None:
-        """Calls a function of the library. Tensors go as the address of their first element."""
+        """Calls a function of the library. Tensors are passed as the address of their first
+        element.
+        """
         getattr(self._library, name)(*(_argument(value) for value in values))
 
     def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -63,7 +65,8 @@ class Compiled(Operations):
         assert q_THN.shape[2] == 64, "operations.cpp is written for this model's heads"
         assert kv_THN.shape[2] == 96
         assert rope_TE.shape[1] == 32
-        out: Tensor = _Attention.apply(self, (angles, torch.tensor(lengths), scale), q_THN, kv_THN, rope_TE)  # type: ignore[no-untyped-call]
+        how = angles, torch.tensor(lengths), scale
+        out: Tensor = _Attention.apply(self, how, q_THN, kv_THN, rope_TE)  # type: ignore[no-untyped-call]
         return out
 
     def swiglu(self, both: Tensor) -> Tensor:
@@ -73,7 +76,8 @@ class Compiled(Operations):
     def run_experts(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor
     ) -> Tensor:
-        out: Tensor = _Experts.apply(self, x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
+        rows = x_TD, ids_TK, weights_TK
+        out: Tensor = _Experts.apply(self, *rows, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -90,10 +94,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, library: Compiled, x: Tensor, weight: Tensor) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1]
-        out, scales = (
-            x.new_empty(x.shape, dtype=torch.bfloat16),
-            x.new_empty(x.numel() // width, dtype=torch.float32),
-        )
+        out = x.new_empty(x.shape, dtype=torch.bfloat16)
+        scales = x.new_empty(x.numel() // width, dtype=torch.float32)
         library.run(
             "norm_forward", x, int(x.dtype == torch.float32), weight, len(scales), width, EPSILON, out, scales
         )
@@ -124,31 +126,15 @@ class _Attention(torch.autograd.Function):
         angles, lengths, scale = ctx.how = how
         ctx.library = library
         ctx.save_for_backward(q, kv, rope, out, log_sums)
-        library.run(
-            "attention_forward",
-            q,
-            kv,
-            rope,
-            rope.stride(0),
-            *angles,
-            lengths,
-            len(lengths),
-            heads,
-            scale,
-            out,
-            log_sums,
-        )
+        inputs = (q, kv, rope, rope.stride(0), *angles, lengths, len(lengths), heads, scale)
+        library.run("attention_forward", *inputs, out, log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, rope, out, log_sums = ctx.saved_tensors
-        dq, dkv, drope, grad = (
-            torch.empty_like(q),
-            torch.empty_like(kv),
-            rope.new_empty(rope.shape),
-            grads[0].contiguous(),
-        )
+        dq, dkv, drope = torch.empty_like(q), torch.empty_like(kv), rope.new_empty(rope.shape)
+        grad = grads[0].contiguous()
         angles, lengths, scale = ctx.how
         inputs = (q, kv, rope, rope.stride(0), *angles, lengths, len(lengths), q.shape[1], scale)
         ctx.library.run("attention_backward", *inputs, out, log_sums, grad, dq, dkv, drope)
@@ -185,11 +171,9 @@ class _Experts(torch.autograd.Function):
         ends = ends_E.tolist()
         x_RD = x_TD.new_zeros(ends[-1], shape[2])
         library.run("spread_rows", x_TD, place_R, *shape, x_RD)
-        up_RF, act_RF, y_RD = (
-            x_RD.new_empty(len(x_RD), w13.shape[1]),
-            x_RD.new_empty(len(x_RD), w2.shape[2]),
-            torch.empty_like(x_RD),
-        )
+        up_RF = x_RD.new_empty(len(x_RD), w13.shape[1])
+        act_RF = x_RD.new_empty(len(x_RD), w2.shape[2])
+        y_RD = torch.empty_like(x_RD)
         multiply_experts(x_RD, w13, ends, up_RF)
         library.run("swiglu_forward", up_RF, *act_RF.shape, act_RF)
         multiply_experts(act_RF, w2, ends, y_RD)

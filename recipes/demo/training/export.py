@@ -1,8 +1,8 @@
 """Writes the last state of training as a Hugging Face checkpoint: ``python -m
 lockstep.recipes.demo.training.export [DIRECTORY]``.
 
-``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per block, as DeepSeek-V3's are, to
-be compared with those in bf16.
+``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per block, as in DeepSeek-V3, for
+comparison with bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHARDS = 2
 
 
 def last_network() -> Network:
-    """The network of the last state. Raises ValueError where there is none."""
+    """The network of the last state. Raises ValueError if there is none."""
     states = sorted(STATE.glob("step-*.pt"))
     if not states:
         raise ValueError(
@@ -50,11 +50,11 @@ def read_network(directory: Path) -> Network:
 
 
 def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
-    """All tensors under their Hugging Face names, bf16 but for the bias of the routers.
+    """All tensors under their Hugging Face names, in bf16 except the routers' bias.
 
     The multi-token-prediction layer is layer ``num_hidden_layers``. Its embedding and head are the
-    model's, as in DeepSeek-V3, whose checkpoint holds them a second time; this one, which lives in
-    a repository, does not.
+    model's, as in DeepSeek-V3. That checkpoint stores them twice; this one does not, because it is
+    kept in a repository.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
@@ -66,14 +66,13 @@ def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
 
 
 def in_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tensor]:
-    """The same with the matrices of linear layers in FP8 and their scales beside them; embeddings,
+    """Converts the matrices of linear layers to FP8 with their scales beside them. Embeddings,
     heads, routers and the projection before the predictor stay, as in DeepSeek-V3.
     """
+    kept = ("embed_tokens.weight", "head.weight", ".gate.weight", "eh_proj.weight")
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.dim() != 2 or name.endswith(
-            ("embed_tokens.weight", "head.weight", ".gate.weight", "eh_proj.weight")
-        ):
+        if tensor.dim() != 2 or name.endswith(kept):
             found[name] = tensor
         else:
             quantised = quantise_blocks(tensor, block)
@@ -82,15 +81,13 @@ def in_fp8(tensors: dict[str, Tensor], block: tuple[int, int]) -> dict[str, Tens
 
 
 def _named(name: str, tensor: Tensor, num_layers: int) -> dict[str, Tensor]:
-    """A tensor of the network under the names it has in the checkpoint; stacked experts come
-    apart.
-    """
+    """Maps a tensor of the network to its names in the checkpoint; stacked experts are split."""
     if name in ("embed", "head.weight"):
         return {"model.embed_tokens.weight" if name == "embed" else "lm_head.weight": tensor}
-    name = name.replace("predictor.layer.", f"layers.{num_layers}.").replace(
-        "predictor.norm.", f"layers.{num_layers}.shared_head.norm."
-    )
-    name = "model." + name.replace("predictor.", f"layers.{num_layers}.")
+    predictor = f"layers.{num_layers}."
+    name = name.replace("predictor.layer.", predictor)
+    name = name.replace("predictor.norm.", f"{predictor}shared_head.norm.")
+    name = "model." + name.replace("predictor.", predictor)
     if name.endswith(".w13"):
         pairs = zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True)
         return {
@@ -113,16 +110,11 @@ def export(
     copy_tokenizer(tokenizer, directory)
     config, tensors = CONFIG, checkpoint_tensors(network)
     if fp8_block:
-        stored = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(fp8_block),
-        }
-        config, tensors = CONFIG | {"quantization_config": stored}, in_fp8(tensors, fp8_block)
+        stored = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        config = CONFIG | {"quantization_config": stored | {"weight_block_size": list(fp8_block)}}
+        tensors = in_fp8(tensors, fp8_block)
     write_json(directory / "config.json", config)
-    # A toy that knows what it was taught: a client that asks for no temperature gets what it is
-    # surest of.
+    # A low temperature by default: the toy is right when it answers what it is surest of.
     write_json(
         directory / "generation_config.json",
         {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.1},
@@ -136,7 +128,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _write_weights(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """As shards with an index, as large checkpoints come."""
+    """Writes shards with an index, like large checkpoints."""
     for old in directory.glob("*.safetensors*"):
         old.unlink()
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -166,7 +158,7 @@ def main() -> None:
         nargs=2,
         type=int,
         metavar=("ROWS", "COLUMNS"),
-        help="matrices in FP8 with a scale per such a block",
+        help="write matrices in FP8 with a scale per block of this size",
     )
     args = parser.parse_args()
     directory, block = args.directory, args.fp8_block

@@ -1,7 +1,7 @@
 """The demo model for training: DeepSeek-V3 (arXiv 2412.19437) with one multi-token-prediction
 layer, over packed documents.
 
-Weights are float32 and used rounded to bf16, so that the exported checkpoint is the trained
+Weights are float32 and rounded to bf16 when used, so that the exported checkpoint is the trained
 function.
 
 T tokens  D hidden  H heads  N unrotated dims  E rotated dims  K experts per token
@@ -24,8 +24,8 @@ Shape = dict[str, Any]
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents one behind the other: tokens_T int64, weights_T float32 (how much the prediction
-    *of* a token counts), ``lengths``.
+    """Concatenated documents: tokens_T int64, weights_T float32 (how much predicting a token
+    counts), ``lengths``.
     """
 
     tokens_T: Tensor
@@ -65,10 +65,8 @@ class Attention(nn.Module):
         self._operations = operations
         self.heads, self.latent = c["num_attention_heads"], c["kv_lora_rank"]
         self.nope, self.rope, self.value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-        self.q_a_proj, self.q_a_layernorm = (
-            Linear(c["hidden_size"], c["q_lora_rank"]),
-            Norm(c["q_lora_rank"], operations),
-        )
+        self.q_a_proj = Linear(c["hidden_size"], c["q_lora_rank"])
+        self.q_a_layernorm = Norm(c["q_lora_rank"], operations)
         self.q_b_proj = Linear(c["q_lora_rank"], self.heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = Linear(c["hidden_size"], self.latent + self.rope)
         self.kv_a_layernorm = Norm(self.latent, operations)
@@ -90,11 +88,9 @@ class Mlp(nn.Module):
     def __init__(self, hidden: int, width: int, operations: Operations) -> None:
         super().__init__()
         self._operations = operations
-        self.gate_proj, self.up_proj, self.down_proj = (
-            Linear(hidden, width),
-            Linear(hidden, width),
-            Linear(width, hidden),
-        )
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         both = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]).bfloat16())
@@ -103,7 +99,7 @@ class Mlp(nn.Module):
 
 
 class Gate(nn.Module):
-    """The router. ``e_score_correction_bias`` is moved by ``balance``, not by the gradient."""
+    """The router. ``balance`` moves ``e_score_correction_bias``; the gradient does not."""
 
     e_score_correction_bias: Tensor
     counts_E: Tensor
@@ -117,23 +113,26 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.routing = Routing(
-            top_k=c["num_experts_per_tok"], scoring="sigmoid", normalise=c["norm_topk_prob"], scale=c["routed_scaling_factor"],
-            num_groups=c["n_group"], top_groups=c["topk_group"],
-        )  # fmt: skip
+            top_k=c["num_experts_per_tok"],
+            scoring="sigmoid",
+            normalise=c["norm_topk_prob"],
+            scale=c["routed_scaling_factor"],
+            num_groups=c["n_group"],
+            top_groups=c["topk_group"],
+        )
         self.last_ids_TK: Tensor | None = None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        ids_TK, weights_TK = choose(
-            F.linear(x_TD.float(), self.weight.bfloat16().float()), self.e_score_correction_bias, self.routing
-        )
+        logits_TE = F.linear(x_TD.float(), self.weight.bfloat16().float())
+        ids_TK, weights_TK = choose(logits_TE, self.e_score_correction_bias, self.routing)
         self.last_ids_TK = ids_TK
         if self.training:
             self.counts_E += expert_counts(ids_TK, len(self.counts_E))
         return ids_TK, weights_TK
 
     def balance(self, counts_E: Tensor, rate: float) -> None:
-        """Auxiliary-loss-free balancing (arXiv 2408.15664): the bias of an expert above the mean
-        load falls, below it rises.
+        """Auxiliary-loss-free balancing (arXiv 2408.15664): lowers the bias of experts above the
+        mean load and raises it below.
         """
         self.e_score_correction_bias -= rate * (counts_E - counts_E.mean()).sign()
 
@@ -160,10 +159,8 @@ class Layer(nn.Module):
     def __init__(self, c: Shape, dense: bool, operations: Operations) -> None:
         super().__init__()
         hidden = c["hidden_size"]
-        self.input_layernorm, self.post_attention_layernorm = (
-            Norm(hidden, operations),
-            Norm(hidden, operations),
-        )
+        self.input_layernorm = Norm(hidden, operations)
+        self.post_attention_layernorm = Norm(hidden, operations)
         self.self_attn = Attention(c, operations)
         self.mlp = Mlp(hidden, c["intermediate_size"], operations) if dense else Moe(c, operations)
 
@@ -175,7 +172,7 @@ class Layer(nn.Module):
 
 class Predictor(nn.Module):
     """The multi-token-prediction layer (section 2.2): from the final state at a token and the
-    embedding of the next to the one after.
+    embedding of the next token to the state for the token after that.
     """
 
     def __init__(self, c: Shape, operations: Operations) -> None:
@@ -193,7 +190,7 @@ class Predictor(nn.Module):
 
 
 class Network(nn.Module):
-    """The whole model. ``shape``: the fields of its ``config.json``; ``operations``: plain ones by
+    """The whole model. ``shape``: the fields of its ``config.json``; ``operations``: plain torch by
     default.
     """
 
@@ -212,11 +209,11 @@ class Network(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def gates(self) -> list[Gate]:
-        """Of all MoE layers, the predictor's last."""
+        """Gates of all MoE layers, the predictor's last."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     def states(self, batch: Packed) -> tuple[Tensor, Angles]:
-        """The normalised last states [T, D], and the rotations used."""
+        """The normalised final states [T, D], and the rotations used."""
         size = self.shape["qk_rope_head_dim"]
         turns = self.shape["rope_theta"] ** -(torch.arange(0, size, 2, device=batch.tokens_T.device) / size)
         radians = batch.positions_T[:, None].float() * turns
@@ -227,8 +224,8 @@ class Network(nn.Module):
         return self.norm(x_TD), angles
 
     def losses(self, batch: Packed, predict: bool) -> tuple[Tensor, Tensor]:
-        """Weighted sums of the losses on the next token and, where asked to ``predict``, on the one
-        after.
+        """Weighted sums of the losses on the next token and, if ``predict``, on the token after
+        it.
         """
         states_TD, angles = self.states(batch)
         loss = self._loss(states_TD, batch, 1)
@@ -238,8 +235,8 @@ class Network(nn.Module):
         return loss, self._loss(self.predictor(states_TD, next_TD, angles, batch.lengths), batch, 2)
 
     def _loss(self, states_TD: Tensor, batch: Packed, ahead: int) -> Tensor:
-        """Cross-entropy of the tokens ``ahead``; the first ``ahead`` tokens of a document are no
-        one's.
+        """Cross-entropy of the tokens ``ahead``. The first ``ahead`` tokens of a document are not
+        predicted.
         """
         weights_T = batch.weights_T.masked_fill(batch.positions_T < ahead, 0.0)
         chosen = weights_T.nonzero().squeeze(1)

@@ -1,10 +1,11 @@
-"""The operations of training that autograd would do slowly, in plain torch: norms, attention inside
+"""Training operations that would be slow in autograd, in plain torch: norms, attention inside
 documents, and the routed experts.
 
-Products are bf16, which the matrix units of CPUs and GPUs are made for; sums over rows are float32.
-``compiled.py`` holds the same for one core of a CPU.
+Products are bf16, which matrix units of CPUs and GPUs are built for; sums over rows are float32.
+``compiled.py`` has the same operations for one CPU core.
 
-T tokens  H heads  N head dim  E rotated dims or experts  D hidden  F expert width  K experts per token  R = T x K rows and filling
+T tokens  H heads  N head dim  E rotated dims or experts  D hidden  F expert width
+K experts per token  R = T x K rows and padding
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ Angles = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, rotated dims / 
 EPSILON = 1e-6
 _ROWS = 64
 _FILL = 32
-_BLOCK = 256  # rows of a block of scores: it stays in the cache of a CPU core
+_BLOCK = 256  # rows of a block of scores, which stays in a CPU core's cache
 
 
 class Operations:
-    """What the network is made of besides products."""
+    """The network's operations apart from linear layers."""
 
     def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         """Root mean square norm of x (float32 or bf16), times ``weight`` (float32), to bf16."""
@@ -34,9 +35,9 @@ class Operations:
     def attend(
         self, q_THN: Tensor, kv_THN: Tensor, rope_TE: Tensor, angles: Angles, lengths: list[int], scale: float
     ) -> Tensor:
-        """Causal attention inside each document of ``lengths``, [T, H, values]. The last dims of
-        queries are yet to be rotated, as are the keys' rope_TE, which all heads share; kv_THN holds
-        the other dims of the keys, and the values.
+        """Causal attention inside each document of ``lengths``, [T, H, values]. kv_THN holds the
+        first dims of the keys, and the values. The last dims of the queries, and the keys' last
+        dims rope_TE, which all heads share, are still to be rotated.
         """
         nope = q_THN.shape[2] - rope_TE.shape[1]
         q_nope, q_rope = q_THN.split([nope, rope_TE.shape[1]], -1)
@@ -47,22 +48,22 @@ class Operations:
         return out
 
     def swiglu(self, both: Tensor) -> Tensor:
-        """From gates and values side by side."""
+        """SwiGLU of gates and values side by side."""
         gate, up = both.chunk(2, -1)
         return F.silu(gate) * up
 
     def run_experts(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13_EFD: Tensor, w2_EDF: Tensor
     ) -> Tensor:
-        """x_TD (bf16) through the experts ids_TK, summed with weights_TK (float32). w13 holds gate
-        and up projection, w2 down.
+        """Applies experts ids_TK to x_TD (bf16) and sums with weights_TK (float32). w13 holds the
+        gate and up projections, w2 the down projection.
         """
         out: Tensor = _RoutedExperts.apply(x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
         return out
 
 
 def rotate(x_THE: Tensor, angles: Angles) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1); first members come first in the result."""
+    """Rotates the pairs (2i, 2i + 1); the result has the first members first."""
     cos, sin = (part[:, None] for part in angles)
     even, odd = x_THE[..., ::2], x_THE[..., 1::2]
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1).to(x_THE.dtype)
@@ -91,8 +92,8 @@ class _Norm(torch.autograd.Function):
 class _DocumentAttention(torch.autograd.Function):
     """Causal attention of q_THN, k_THN and v_THN (bf16) inside each document of ``lengths``.
 
-    Documents are filled up to a multiple of ``_FILL`` tokens with zeros behind their end, where
-    causality hides them.
+    Documents are padded to a multiple of ``_FILL`` tokens with zeros at the end, where causality
+    hides them.
     """
 
     @staticmethod
@@ -139,20 +140,20 @@ class _DocumentAttention(torch.autograd.Function):
 
 
 def _filled_places(lengths: list[int], filled: list[int]) -> Tensor:
-    """Where each token is among the filled documents."""
+    """Place of each token in the padded documents."""
     offsets = torch.tensor([0, *filled]).cumsum(0)[:-1] - torch.tensor([0, *lengths]).cumsum(0)[:-1]
     return torch.arange(sum(lengths)) + offsets.repeat_interleave(torch.tensor(lengths))
 
 
 def _fill(x_THN: Tensor, places_T: Tensor, size: int) -> Tensor:
-    """Heads first, tokens at their places, zeros between."""
+    """Puts heads first and tokens at their places, with zeros between."""
     return x_THN.new_zeros(x_THN.shape[1], size, x_THN.shape[2]).index_copy_(
         1, places_T, x_THN.transpose(0, 1)
     )
 
 
 def _blocks(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """First token of the document, first and last row of a block."""
+    """First token of the document, first and last row, for each block."""
     found, start = [], 0
     for length in lengths:
         found += [
@@ -163,8 +164,8 @@ def _blocks(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Rows are sorted by expert, and each expert's part is filled up to a multiple of ``_ROWS``
-    with rows of zeros: oneDNN compiles a kernel for every new count of rows.
+    """Rows are sorted by expert, and each expert's rows are padded to a multiple of ``_ROWS`` with
+    zeros, because oneDNN compiles a kernel for every new number of rows.
     """
 
     @staticmethod
@@ -228,7 +229,7 @@ def _spans(ends: list[int]) -> list[tuple[int, slice]]:
 
 
 def multiply_experts(x_RI: Tensor, weights: Tensor, ends: list[int], out: Tensor) -> None:
-    """Each expert's rows times its weights [E, outputs, inputs], into ``out``."""
+    """Multiplies each expert's rows by its weights [E, outputs, inputs], into ``out``."""
     for expert, rows in _spans(ends):
         torch.mm(x_RI[rows], weights[expert].T, out=out[rows])
 
@@ -236,8 +237,8 @@ def multiply_experts(x_RI: Tensor, weights: Tensor, ends: list[int], out: Tensor
 def multiply_experts_back(
     grad: Tensor, x_RI: Tensor, weights: Tensor, ends: list[int], dx_RI: Tensor
 ) -> Tensor:
-    """The gradient of ``multiply_experts`` with respect to its rows, into ``dx_RI``, and to the
-    weights.
+    """Gradients of ``multiply_experts``: with respect to its rows, into ``dx_RI``; with respect to
+    the weights, returned.
     """
     dweights = torch.zeros_like(weights)
     for expert, rows in _spans(ends):

@@ -1,8 +1,8 @@
 """Muon for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), Adam for the rest,
-shared out over workers.
+shared among workers.
 
-Weights and the optimiser's averages lie in memory that all workers share; each worker updates the
-weights that are its own.
+Weights and the optimiser's averages are in memory that all workers share. Each worker updates the
+weights that it owns.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_ITERATION = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular values to one
+_ITERATION = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic that drives singular values to one
 _MUON_MOMENTUM = 0.95
 _MUON_DECAY = 0.01
 _ADAM_BETAS = (0.9, 0.95)
 
 
 class Optimiser:
-    """Over the parameters of ``network``; ``averages`` holds its state by parameter name."""
+    """Optimises the parameters of ``network``; ``averages`` holds its state by parameter name."""
 
     def __init__(self, network: nn.Module, workers: int) -> None:
         self.names = [name for name, _ in network.named_parameters()]
@@ -36,7 +36,9 @@ class Optimiser:
     def update(
         self, name: str, parameter: nn.Parameter, gradient: Tensor, rates: tuple[float, float], step: int
     ) -> None:
-        """One step of one parameter; ``rates`` of Muon and Adam. ``step`` counts from 1."""
+        """One step of one parameter. ``rates`` are those of Muon and Adam; ``step`` counts from
+        1.
+        """
         if by_muon(name, parameter):
             [average] = self.averages[name]
             average.lerp_(gradient, 1 - _MUON_MOMENTUM)
@@ -52,13 +54,15 @@ class Optimiser:
 
 
 def by_muon(name: str, parameter: Tensor) -> bool:
-    """Every weight matrix but embedding, head and routers."""
+    """Whether Muon optimises this parameter: every weight matrix except embedding, head and
+    routers.
+    """
     return parameter.ndim >= 2 and name not in ("embed", "head.weight") and "gate.weight" not in name
 
 
 def orthogonal(gradient: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrix, about, whose singular values are one: Newton-Schulz iterations in bf16.
-    Of three dimensions: a stack.
+    """The approximately nearest matrix with singular values of one, by Newton-Schulz iterations in
+    bf16. Three dimensions are a stack of matrices.
     """
     x: Tensor = gradient.bfloat16()
     tall = x.shape[-2] > x.shape[-1]

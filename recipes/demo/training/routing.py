@@ -1,10 +1,10 @@
-"""What training did to routing, and a trace of it: ``python -m
+"""Writes a routing trace of the trained model and reports its load: ``python -m
 lockstep.recipes.demo.training.routing``.
 
-The trace is that of a server with ``SLOTS`` running requests: every step holds one token of each
-running request and the prompts of those that just came. The experts of a token depend on the tokens
-before it only, so one pass over a conversation gives the experts of all its steps. Requests come
-from one family mostly, which changes every ``PHASE`` steps, as a day of traffic does.
+The trace simulates a server with ``SLOTS`` running requests. Every step holds one token of each
+running request and the prompts of new ones. A token's experts depend only on the tokens before it,
+so one pass over a conversation gives the experts of all its steps. Most requests come from one
+family, which changes every ``PHASE`` steps, as traffic does over a day.
 
 S steps  L layers with experts  E experts  F families  T tokens  K experts per token
 """
@@ -32,18 +32,18 @@ from .network import Network
 SEED = "routing"
 STEPS = 8000
 SLOTS = 48
-PROMPT_TOKENS = 512  # of a step at most
+PROMPT_TOKENS = 512  # most prompt tokens per step
 PHASE = 1000
 MAJORITY = 0.7
 LONGEST = 1000
-POOL = 200  # different conversations of a family
+POOL = 200  # different conversations per family
 TRACE = HERE / "routing_trace.npz"
 
 
 @dataclass
 class Routed:
-    """A conversation: the experts of its tokens, ids_TLK, of which ``prompt`` come in at once.
-    ``done`` of them have been computed.
+    """A conversation and its tokens' experts, ids_TLK. The first ``prompt`` tokens arrive at once;
+    ``done`` tokens have been computed.
     """
 
     family: int
@@ -54,7 +54,7 @@ class Routed:
 
 @torch.no_grad()
 def routed(network: Network, packer: Packer, family: str) -> list[Routed]:
-    """``POOL`` held-out conversations of a family, and where their tokens went. The predictor's
+    """``POOL`` held-out conversations of a family and the experts of their tokens. The predictor's
     layer is left out.
     """
     dice = Dice(f"{SEED} {family}", held_out=True)
@@ -72,7 +72,7 @@ def routed(network: Network, packer: Packer, family: str) -> list[Routed]:
 
 
 def coming(pools: dict[str, list[Routed]], step: list[int]) -> Iterator[Routed]:
-    """Endless; ``step`` holds the step that they come at."""
+    """Endless requests; ``step`` holds the step at which the next one arrives."""
     dice, families = random.Random(SEED), list(pools)
     while True:
         major = families[step[0] // PHASE % len(families)]
@@ -101,17 +101,19 @@ def trace(network: Network, packer: Packer, steps: int) -> tuple[np.ndarray[Any,
             each.done += size
             tokens_SF[now[0], each.family] += size
             for layer in range(layers):
-                counts_SLE[now[0], layer] += np.bincount(part[:, layer].ravel(), minlength=experts).astype(
-                    np.uint16
-                )
+                counts_E = np.bincount(part[:, layer].ravel(), minlength=experts)
+                counts_SLE[now[0], layer] += counts_E.astype(np.uint16)
         running = deque(each for each in running if each.done < len(each.ids_TLK))
     return counts_SLE, tokens_SF
 
 
 def report(counts_SLE: np.ndarray[Any, Any], tokens_SF: np.ndarray[Any, Any]) -> str:
-    """Load of the experts over all steps, skew, and how far the loads of families are apart."""
+    """Load of the experts over all steps, its skew, and the distance between the loads of
+    families.
+    """
     lines = [
-        "layer  least load  most load  skew of a step (median)  skew of a family (median, most)  drift between families"
+        "layer  least load  most load  skew of a step (median)  skew of a family (median, most)"
+        "  drift between families"
     ]
     major_S = tokens_SF.argmax(1)
     for layer in range(counts_SLE.shape[1]):
@@ -122,12 +124,14 @@ def report(counts_SLE: np.ndarray[Any, Any], tokens_SF: np.ndarray[Any, Any]) ->
         skew_F = share_FE.max(1) * share_FE.shape[1]
         apart = [np.abs(a - b).sum() / 2 for index, a in enumerate(share_FE) for b in share_FE[:index]]
         step_S = counts_SE.max(1) / counts_SE.mean(1)
+        least, most = total_E.min() / total_E.mean(), total_E.max() / total_E.mean()
         lines.append(
-            f"{layer + 1:5}  {total_E.min() / total_E.mean():10.2f}  {total_E.max() / total_E.mean():9.2f}  {np.median(step_S):23.2f}"
+            f"{layer + 1:5}  {least:10.2f}  {most:9.2f}  {np.median(step_S):23.2f}"
             f"  {np.median(skew_F):14.2f}, {skew_F.max():14.2f}  {np.mean(apart):22.2f}"
         )
     lines.append(
-        "Loads and skews are multiples of the mean; drift is the mean part of the load that sits elsewhere for another family."
+        "Loads and skews are multiples of the mean. Drift is the share of the load that moves to other"
+        " experts between two families, on average."
     )
     return "\n".join(lines)
 

@@ -1,5 +1,5 @@
-"""Makes the demo's tokenizer: a byte-level BPE in which every digit is a token, learned from the
-generator's own text.
+"""Makes the demo's tokenizer: a byte-level BPE with one token per digit, trained on the generator's
+text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ NUM_FREQUENT = 220
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json. The tags of reasoning and tools are ordinary
-    text to a decoder.
+    """Writes tokenizer.json and tokenizer_config.json. Decoders treat the tags of reasoning and
+    tools as ordinary text.
     """
     texts = list(_texts())
     tokenizer = Tokenizer(models.BPE())
@@ -55,10 +55,9 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def _word_pattern(texts: list[str]) -> str:
-    """Every digit and every word is apart. A word that the generator never uses as a value takes
-    the space before it along, if it is among the frequent ones; any other word is made of the same
-    tokens wherever it stands, so that it can be copied from anywhere. Marks take the spaces between
-    and after them along.
+    """Splits off every digit and every word. A frequent word that the generator never uses as a
+    value takes the space before it along. Any other word has the same tokens wherever it stands, so
+    that it can be copied from anywhere. Punctuation takes the spaces between and after it along.
     """
     values = value_words()
     counts = Counter(
@@ -76,7 +75,7 @@ def _word_pattern(texts: list[str]) -> str:
 
 
 def _texts() -> Iterator[str]:
-    """Text of training cases, a line for each stretch between two marks of the format."""
+    """Text of training cases, one line per stretch between two tags of the format."""
     dice = Dice(SEED, held_out=False)
     marks = re.compile("|".join(re.escape(mark) for mark in (*SPECIAL, *TAGS)))
     for _ in range(NUM_CASES):

@@ -1,12 +1,13 @@
 """Trains the demo model: ``python -m lockstep.recipes.demo.training.train --help``.
 
-On a CPU a single-threaded worker for each core shares in the work of every step (products run in
-bf16, which cores with AVX512-BF16 or AMX do quickly); where there is a GPU one worker uses it.
-Every batch is a function of (seed, step, worker). The learning rate is constant until decay is
-asked for, by ``--decay MILLIONS`` or by writing the number into ``state/decay`` while it runs: it
-then falls to zero over so many million tokens and training ends; the state before is kept as
-``before-decay.pt``. Started again, it goes on from the last state, or from the one or the
-checkpoint that ``--resume`` names.
+On a CPU, one single-threaded worker per core shares the work of every step. Products run in bf16,
+which is fast on cores with AVX512-BF16 or AMX. On a GPU there is one worker. Every batch is a
+function of (seed, step, worker).
+
+The learning rate is constant until decay is requested, by ``--decay MILLIONS`` or by writing the
+number into ``state/decay`` during training. It then falls to zero over that many million tokens,
+and training ends. The state before the decay is kept as ``before-decay.pt``. A restart continues
+from the last state, or from the state or checkpoint given by ``--resume``.
 """
 
 from __future__ import annotations
@@ -39,19 +40,18 @@ WARMUP_STEPS = 60
 BALANCE_RATE = 0.002
 MTP_WEIGHT = 0.2
 MTP_EVERY = 4  # steps
-LONG_EVERY = 4  # steps; all workers have a long conversation in the same step, since they wait for each other
-STEPS_OF_A_CHECKPOINT = (
-    10_000  # where a training begins that goes on from a checkpoint: past warm-up and the growth of contexts
-)
+LONG_EVERY = 4  # steps; all workers take a long conversation in the same step, since they wait for each other
+# The step at which training continues from a checkpoint: past warm-up and the growth of contexts.
+STEPS_OF_A_CHECKPOINT = 10_000
 JUDGED_CASES = 40
 JUDGED_LENGTH = 1500
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line sets. ``batch``: tokens of a worker in a step; ``decay`` in millions of
-    tokens, ``judge_every`` and ``save_every`` in seconds; ``resume``: the state to go on from, None
-    for the last.
+    """Settings of the command line. ``batch``: tokens per worker and step. ``decay`` is in millions
+    of tokens, ``judge_every`` and ``save_every`` in seconds. ``resume``: the state to continue
+    from, None for the last.
     """
 
     workers: int
@@ -67,9 +67,9 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What the workers share: weights, the optimiser's state, a row for the gradients and sums of
-    each worker, and what worker 0 decided: the step and the tokens to begin with, the part of the
-    learning rate that holds now, and whether to judge and to save.
+    """State shared by the workers: weights, optimiser state, and a row of gradients and of sums per
+    worker. ``decided`` is set by worker 0: the first step and the tokens seen before it, the
+    current factor of the learning rate, and whether to judge and to save.
     """
 
     network: Network
@@ -119,11 +119,11 @@ class Trainer:
         self.judge()
 
     def _progress(self, sums: torch.Tensor, seconds: float) -> str:
-        loss, ahead = sums[0] / sums[2], sums[1] / sums[2]
+        losses = f"loss {sums[0] / sums[2]:.4f}  second token {sums[1] / sums[2]:.4f}"
         skews = " ".join(f"{skew:.1f}" for skew in self.skews)
-        return f"step {self.step}  loss {loss:.4f}  second token {ahead:.4f}  {sums[3] / seconds:.0f} tokens/s  load max/mean {skews}"
+        return f"step {self.step}  {losses}  {sums[3] / seconds:.0f} tokens/s  load max/mean {skews}"
 
-    # ----------------------------------------------------------------- what worker 0 decides
+    # ----------------------------------------------------------------- decisions of worker 0
 
     def _agree(self, judge: bool, save: bool) -> tuple[bool, bool]:
         if self.worker == 0:
@@ -137,22 +137,20 @@ class Trainer:
         if millions and not self.decay_tokens:
             self.save("before-decay.pt")
             self.decay_from, self.decay_tokens = self.tokens_seen, 1e6 * millions
-            self._say(f"the rate falls to zero over {millions:g} M tokens from step {self.step} on")
+            self._say(f"the learning rate falls to zero over {millions:g} M tokens from step {self.step} on")
 
     def _now(self) -> float:
-        """The part of the learning rate that holds at this step."""
+        """The current factor of the learning rate."""
         rate = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        return (
-            rate * max(0.0, 1 - (self.tokens_seen - self.decay_from) / self.decay_tokens)
-            if self.decay_tokens
-            else rate
-        )
+        if not self.decay_tokens:
+            return rate
+        return rate * max(0.0, 1 - (self.tokens_seen - self.decay_from) / self.decay_tokens)
 
     # ----------------------------------------------------------------- a step
 
     def _one_step(self) -> torch.Tensor:
-        """Returns sums over the workers: losses on the next token and the one after, their weight,
-        and tokens.
+        """Trains one step. Returns sums over the workers: losses on the next token and the one
+        after, their weight, and the number of tokens.
         """
         batch = self._batch()
         predict = self.step % MTP_EVERY == 0
@@ -181,23 +179,21 @@ class Trainer:
         return Packed(batch.tokens_T.to(self.device), batch.weights_T.to(self.device), batch.lengths)
 
     def _offer(self, sums: torch.Tensor) -> None:
-        """Shows this worker's gradients, sums and expert counts to the others."""
-        row = self.shared.gradients_WN[self.worker]
-        for part, parameter in zip(
-            row.split([p.numel() for p in self.parameters.values()]), self.parameters.values(), strict=True
-        ):
+        """Shares this worker's gradients, sums and expert counts."""
+        parameters = list(self.parameters.values())
+        parts = self.shared.gradients_WN[self.worker].split([each.numel() for each in parameters])
+        for part, parameter in zip(parts, parameters, strict=True):
             if parameter.grad is None:
                 part.zero_()
             else:
                 part.copy_(parameter.grad.flatten())
             parameter.grad = None
-        self.shared.sums_WS[self.worker] = torch.cat(
-            [sums, *(gate.counts_E.float().cpu() for gate in self.gates)]
-        )
+        counts = [gate.counts_E.float().cpu() for gate in self.gates]
+        self.shared.sums_WS[self.worker] = torch.cat([sums, *counts])
 
     def _update(self, weight: float) -> None:
-        """Updates the weights that are this worker's, by the mean gradient over the ``weight`` of
-        all tokens.
+        """Updates the weights that this worker owns by the mean gradient over ``weight``, the
+        weight of all tokens.
         """
         optimiser = self.shared.optimiser
         rates = (self.settings.muon_rate * self.rate, self.settings.adam_rate * self.rate)
@@ -220,11 +216,11 @@ class Trainer:
         if self.settings.workers > 1:
             self.shared.barrier.wait()
 
-    # ----------------------------------------------------------------- judging and saving
+    # ----------------------------------------------------------------- evaluation and saving
 
     def judge(self) -> None:
-        """Prints the share of held-out cases that are answered exactly; each worker takes a part of
-        the families.
+        """Prints the share of held-out cases answered exactly. Each worker evaluates some of the
+        families.
         """
         self.network.eval()
         found = self.shared.sums_WS[:, : 3 * len(FAMILIES)]
@@ -238,17 +234,15 @@ class Trainer:
         self._wait()
         hits, foretold, total = found.sum(0).view(-1, 3).T
         self.network.train()
-        parts = [
+        shares = "  ".join(
             f"{family} {100 * hit / JUDGED_CASES:.0f}%" for family, hit in zip(FAMILIES, hits, strict=True)
-        ]
-        ahead = 100 * float(foretold.sum() / total.sum())
-        self._say(
-            f"held out after {self.tokens_seen / 1e6:.1f} M tokens: {'  '.join(parts)}  (second token foretold {ahead:.0f}%)"
         )
+        ahead = f"second token predicted {100 * float(foretold.sum() / total.sum()):.0f}%"
+        self._say(f"held out after {self.tokens_seen / 1e6:.1f} M tokens: {shares}  ({ahead})")
         self._wait()
 
     def save(self, name: str = "") -> None:
-        """Writes the state, and keeps the last two."""
+        """Writes the state; keeps the last two."""
         if self.worker:
             return
         path = STATE / (name or f"step-{self.step:07}.pt")
@@ -275,7 +269,9 @@ def _read_decay() -> float:
 
 
 def share(settings: Settings, device: torch.device, context: Any) -> Shared:
-    """The network, new or from the last state, and the rest that workers share."""
+    """Builds the state that workers share: the network, new or from the last state, and the
+    rest.
+    """
     torch.manual_seed(SEED)
     compiled = device.type == "cpu" and supported()
     print("compiled operations" if compiled else "plain operations", flush=True)
@@ -294,7 +290,7 @@ def share(settings: Settings, device: torch.device, context: Any) -> Shared:
                 target.copy_(average)
         decided[:2] = torch.tensor(state["counts"])
     if states:
-        print(f"goes on from {states[-1].name}", flush=True)
+        print(f"continues from {states[-1].name}", flush=True)
     size = sum(parameter.numel() for parameter in network.parameters())
     sums = 4 + sum(len(gate.counts_E) for gate in network.gates())
     return Shared(
@@ -315,19 +311,19 @@ def _work(worker: int, settings: Settings, shared: Shared, device: torch.device)
 def _parse() -> tuple[Settings, Path | None]:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
-    parser.add_argument("--batch", type=int, default=4096, help="tokens of a worker in a step")
+    parser.add_argument("--batch", type=int, default=4096, help="tokens per worker and step")
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.004)
     parser.add_argument("--longest", type=int, default=3000, help="tokens of the longest conversation")
     parser.add_argument(
-        "--decay", type=float, default=0.0, help="million tokens of the decay, which begins at once"
+        "--decay", type=float, default=0.0, help="start the decay now, over this many million tokens"
     )
     parser.add_argument("--judge-every", type=float, default=240.0, help="seconds")
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds")
     parser.add_argument(
         "--resume",
         type=Path,
-        help="state, or folder of a checkpoint, to go on from; the last state by default",
+        help="state or checkpoint folder to continue from; by default the last state",
     )
     parser.add_argument("--pid-file", type=Path, help="file to write the process ids to")
     values: dict[str, Any] = vars(parser.parse_args())
@@ -340,9 +336,10 @@ def main() -> None:
     settings, pid_file = _parse()
     STATE.mkdir(exist_ok=True)
     if not (STATE / "tokenizer.json").exists():
-        copy_tokenizer(
-            settings.resume, STATE
-        ) if settings.resume and settings.resume.is_dir() else write_tokenizer(STATE)
+        if settings.resume and settings.resume.is_dir():
+            copy_tokenizer(settings.resume, STATE)
+        else:
+            write_tokenizer(STATE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shared = share(settings, device, processes.get_context("spawn"))
     if settings.workers == 1:

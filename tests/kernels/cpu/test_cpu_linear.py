@@ -131,6 +131,9 @@ _COMPUTE = """
 import torch
 from lockstep.kernels.cpu import expert_blocks
 from lockstep.kernels.cpu.codegen import blocks
+from lockstep.kernels.cpu import expert_blocks as cpu_expert_blocks
+from lockstep.kernels.cpu.codegen import blocks as cpu_blocks
+from lockstep.kernels.cpu.codegen.blocks import pack_blocks
 from lockstep.kernels.cpu.linear import linear
 x, one = torch.ones(1, 32).bfloat16(), torch.zeros(1, dtype=torch.int64)
 linear(x, blocks.pack_blocks(torch.ones(16, 32).bfloat16()))
