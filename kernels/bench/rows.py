@@ -114,11 +114,11 @@ def blank_row(device: torch.device | None, ceilings: Ceilings | None, commit: st
     elif device is not None:
         hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     times = dict.fromkeys(("p20_us", "p50_us", "p80_us"), NOT_MEASURED if device is None else "")
-    fp8_measured = ceilings is not None and ceilings.fp8_flops
+    fp8_flops = ceilings.fp8_flops if ceilings else 0.0
     known = {
         "copy_gb_s": f"{ceilings.bytes_per_s / 1e9:.1f}" if ceilings else NOT_MEASURED,
         "matmul_tflop_s": f"{ceilings.flops / 1e12:.2f}" if ceilings else NOT_MEASURED,
-        "fp8_tflop_s": f"{ceilings.fp8_flops / 1e12:.1f}" if fp8_measured else NOT_MEASURED,
+        "fp8_tflop_s": f"{fp8_flops / 1e12:.1f}" if fp8_flops else NOT_MEASURED,
         "hardware": hardware,
         "torch": torch.__version__,
         "triton": version_of("triton"),

@@ -25,17 +25,13 @@ from support.grids import pairwise
 
 @pytest.fixture
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds weights as a CPU with AVX512-BF16 does. Other CPUs compute with them too, but
-    slower.
-    """
+    """As a CPU with AVX512-BF16 holds weights; others compute with them as well, slower."""
     monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")
 
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_torch() -> None:
-    """Keeps numba on torch's threads. Compiled kernels would otherwise set the whole process to the
-    number of cores.
-    """
+    """What compiled kernels would set otherwise, for the whole process, to the number of cores."""
     ops_of("cpu")
 
 
@@ -60,8 +56,8 @@ def test_a_packed_weight_gives_what_the_plain_one_does(
 
 @pytest.mark.usefixtures("in_blocks")
 def test_results_in_blocks_are_rounded_once() -> None:
-    """Close to the exact product: within half a unit of the last place, plus what float32 loses in
-    the sum.
+    """Beside the exact product: half a unit of the last place, and what float32 loses in the
+    sum.
     """
     x, weight, bias = (
         torch.randn(13, 512).bfloat16(),
@@ -76,7 +72,7 @@ def test_results_in_blocks_are_rounded_once() -> None:
 def test_a_row_in_blocks_does_not_depend_on_the_rows_beside_it() -> None:
     weight = pack(torch.randn(112, 66).bfloat16())
     wide = torch.randn(200, 80).bfloat16()
-    x = wide[:, 3:69]  # strided rows, not aligned to vectors
+    x = wide[:, 3:69]  # rows apart, and not where vectors begin
     whole = linear(x, weight)
     for start, stop in [(0, count) for count in range(1, 14)] + [(5, 199), (100, 101)]:
         assert torch.equal(linear(x[start:stop], weight), whole[start:stop])
@@ -131,9 +127,6 @@ _COMPUTE = """
 import torch
 from lockstep.kernels.cpu import expert_blocks
 from lockstep.kernels.cpu.codegen import blocks
-from lockstep.kernels.cpu import expert_blocks as cpu_expert_blocks
-from lockstep.kernels.cpu.codegen import blocks as cpu_blocks
-from lockstep.kernels.cpu.codegen.blocks import pack_blocks
 from lockstep.kernels.cpu.linear import linear
 x, one = torch.ones(1, 32).bfloat16(), torch.zeros(1, dtype=torch.int64)
 linear(x, blocks.pack_blocks(torch.ones(16, 32).bfloat16()))
@@ -143,9 +136,9 @@ expert_blocks.experts(x, one, one, blocks.pack_blocks(w13), blocks.pack_blocks(w
 
 
 def test_a_second_process_compiles_nothing() -> None:
-    exec(_COMPUTE)
-    functions = "(cpu_blocks.multiply_rows, cpu_expert_blocks.run_experts)"
-    count = f"print([sum(f.stats.cache_misses.values()) for f in {functions}])"
+    exec(_COMPUTE, {})
+    kernels = "(blocks.multiply_rows, expert_blocks.run_experts)"
+    count = f"print([sum(kernel.stats.cache_misses.values()) for kernel in {kernels}])"
     command = [sys.executable, "-c", _COMPUTE + count]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout.strip() == "[0, 0]", result.stderr

@@ -47,8 +47,8 @@ def test_devices_and_unknown_columns() -> None:
 
 
 def test_a_cpu_process_does_not_import_triton() -> None:
-    load = "import sys; from lockstep.kernels.table import ops_of; ops_of('cpu')"
-    code = f"{load}; sys.exit('triton' in sys.modules)"
+    code = "import sys; from lockstep.kernels.table import ops_of; ops_of('cpu'); "
+    code += "sys.exit('triton' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
