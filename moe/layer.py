@@ -2,75 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.reference.sublayers import GateWeights, Here, Residual, RowNorm, choose_experts
-from ..kernels.table import Ops
+from ..kernels.reference.column import Reference
+from ..kernels.reference.sublayers import GateWeights, Residual, RowNorm
+from ..parallel.linear import Backend, Matrix, SwiGLU
 from .config import MoEConfig
-from .dispatch.dispatcher import Dispatcher
-from .dispatch.local import LocalDispatcher
+from .dispatch.dispatcher import Dispatcher, RoutedExperts
 from .experts import Experts, Fp8Experts
 
 
 class Gate(nn.Module):
-    """What chooses experts, by ``kernels.sublayers.choose_experts``. ``weight`` [E, D] and
-    ``e_score_correction_bias`` [E] are float32 whatever the model's dtype.
+    """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32 whatever
+    the model's dtype.
     """
 
-    def __init__(self, config: MoEConfig, device: torch.device) -> None:
+    def __init__(self, config: MoEConfig, backend: Backend[Reference]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(config.num_experts, config.hidden, device=device), requires_grad=False
-        )
+        self.weight = backend.parameter(config.num_experts, config.hidden, dtype=torch.float32)
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.selection_bias:
-            self.e_score_correction_bias = nn.Parameter(
-                torch.empty(config.num_experts, device=device), requires_grad=False
-            )
+            self.e_score_correction_bias = backend.parameter(config.num_experts, dtype=torch.float32)
         self.weights = GateWeights(self.weight, self.e_score_correction_bias, config)
 
 
-class _Weight(nn.Module):
-    """A matrix without bias, so that its parameter is called ``<name>.weight`` as in the
-    checkpoint.
+class SharedExperts(SwiGLU):
+    """The experts that every token passes, as one block of ``shared_width``, and the gate of their
+    output if there is one.
     """
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False
-        )
-
-
-class SharedExperts(nn.Module):
-    """The experts every token passes, as one SwiGLU block of ``shared_width``, and the gate of
-    their output if there is one.
-    """
-
-    def __init__(self, config: MoEConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
-        super().__init__()
-        self._ops = ops
-        self.gate_proj = _Weight(config.shared_width, config.hidden, dtype, device)
-        self.up_proj = _Weight(config.shared_width, config.hidden, dtype, device)
-        self.down_proj = _Weight(config.hidden, config.shared_width, dtype, device)
-        self.gate = _Weight(1, config.hidden, dtype, device) if config.shared_gate else None
-
-    def pack(self) -> None:
-        for matrix in (self.gate_proj, self.up_proj, self.down_proj):
-            matrix.weight = nn.Parameter(self._ops.pack(matrix.weight), requires_grad=False)
+    def __init__(self, config: MoEConfig, backend: Backend[Reference]) -> None:
+        super().__init__(config.hidden, config.shared_width, backend, backend.ops.merges_shared_experts)
+        self._opening: Callable[[Tensor], Tensor] | None = None
+        if config.shared_gate:
+            self.gate = Matrix(config.hidden, 1, backend)
+            self._opening = functools.partial(F.linear, weight=self.gate.weight)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        linear = self._ops.linear
-        inner_TF = F.silu(linear(x_TD, self.gate_proj.weight)) * linear(x_TD, self.up_proj.weight)
-        y_TD = linear(inner_TF, self.down_proj.weight)
-        return y_TD if self.gate is None else y_TD * F.linear(x_TD, self.gate.weight).sigmoid()
+        y_TD = self.swiglu(x_TD)
+        return y_TD if self._opening is None else y_TD * self._opening(x_TD).sigmoid()
 
 
 class MoELayer(nn.Module):
-    """Layer ``layer`` (counted among MoE layers) of a model; its experts are those of the
-    dispatcher's placement, in ``dtype`` or in block-scaled FP8.
+    """Layer ``layer`` (counted among MoE layers) of a model, with the norm before it. Its experts
+    are those of the dispatcher's placement, in the backend's dtype or in block-scaled FP8.
     """
 
     def __init__(
@@ -78,45 +58,37 @@ class MoELayer(nn.Module):
         config: MoEConfig,
         layer: int,
         dispatcher: Dispatcher,
-        dtype: torch.dtype,
-        device: torch.device,
-        ops: Ops,
+        backend: Backend[Reference],
+        norm: RowNorm,
         fp8_experts: bool = False,
     ) -> None:
         super().__init__()
-        self.gate = Gate(config, device)
-        num_slots = dispatcher.placement.num_slots
-        plain = not fp8_experts
-        self.experts = (
-            Experts(config, num_slots, dtype, device, ops)
-            if plain
-            else Fp8Experts(config, num_slots, device, ops)
-        )
-        self.shared_experts = SharedExperts(config, dtype, device, ops) if config.shared_width else None
-        self._ops = ops
+        experts = Fp8Experts if fp8_experts else Experts
+        self.norm = norm
+        self.gate = Gate(config, backend)
+        self.experts = experts(config, dispatcher.placement.num_slots, backend)
+        self.shared_experts = SharedExperts(config, backend) if config.shared_width else None
+        self._choose = functools.partial(backend.ops.choose_experts, norm=norm, gate=self.gate.weights)
         self._dispatcher = dispatcher
         self._layer = layer
-        self._top_k = config.top_k
+        self._routed = self._bind()
+        self._shared = _nothing if self.shared_experts is None else self.shared_experts.forward
 
-    def forward(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:
-        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange.
-        Shared experts run while tokens travel.
-        """
-        dispatcher = self._dispatcher
-        if isinstance(dispatcher, LocalDispatcher):
+    def pack(self) -> None:
+        self.experts.pack()
+        self._routed = self._bind()
+        if self.shared_experts is not None:
+            self.shared_experts.pack()
 
-            def compute(here: Here) -> tuple[Tensor, Tensor, Tensor]:
-                return self.experts.sublayer(residual, norm, self.gate.weights, here)
-
-            x_TD, normed_TD, routed_TD = dispatcher.run(self._layer, (len(residual[0]), self._top_k), compute)
-            shared_TD = self._shared(normed_TD)
-        else:
-            x_TD, normed_TD, ids_TK, weights_TK = choose_experts(self._ops, residual, norm, self.gate.weights)
-            handle = dispatcher.dispatch(normed_TD, ids_TK, weights_TK, self._layer)
-            shared_TD = self._shared(normed_TD)
-            y_MD = self.experts(dispatcher.receive(handle), dispatcher.counts_LS[self._layer])
-            routed_TD = dispatcher.combine(y_MD, handle)
+    def forward(self, residual: Residual) -> tuple[Tensor, Tensor]:
+        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange."""
+        x_TD, routed_TD, shared_TD = self._dispatcher.run(self._layer, self._routed, residual, self._shared)
         return x_TD, routed_TD if shared_TD is None else routed_TD + shared_TD
 
-    def _shared(self, x_TD: Tensor) -> Tensor | None:
-        return self.shared_experts(x_TD) if self.shared_experts is not None else None
+    def _bind(self) -> RoutedExperts:
+        sublayer = self.experts.sublayer(self.norm, self.gate.weights)
+        return RoutedExperts(self.gate.weights.routing.top_k, self._choose, self.experts.forward, sublayer)
+
+
+def _nothing(x_TD: Tensor) -> None:
+    """The output of a layer without shared experts."""

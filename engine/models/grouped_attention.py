@@ -4,38 +4,54 @@ a family has them.
 
 from __future__ import annotations
 
-from torch import nn
-
+from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles, HeadNorms
-from ...kernels.reference.sublayers import GroupedHeads, Residual, RowNorm, Step
+from ...kernels.reference.sublayers import (
+    AttentionSublayer,
+    GroupedHeads,
+    Projection,
+    Residual,
+    RowNorm,
+)
+from ...parallel.linear import Backend, Linear, MergedLinear
+from .attention import Attention, LayerCache
 from .config import GqaConfig, ModelConfig
-from .decoder import LayerCache, Linear, MergedLinear, Norm, Placing
+from .norm import Norm
 
 
-class GroupedAttention(nn.Module):
+class GroupedAttention(Attention):
     """The attention of one layer. Cache: keys and values, each [positions, K, E]."""
 
-    def __init__(self, config: ModelConfig, placing: Placing) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm) -> None:
         super().__init__()
         shape = config.attention
         assert isinstance(shape, GqaConfig)
-        self._ops = placing.ops
+        self._ops = backend.ops
+        self._norm = norm
+        self._dim = shape.head_dim
+        self._interleaved = config.rope.interleaved
+        self._head_norms: HeadNorms | None = None
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        self.qkv_proj = MergedLinear(config.hidden, parts, placing, shape.qkv_bias)
-        norms: HeadNorms | None = None
+        self.qkv_proj = MergedLinear(config.hidden, parts, backend, shape.qkv_bias)
         if shape.qk_norm:
-            self.q_norm = Norm(shape.head_dim, config.norm_eps, placing)
-            self.k_norm = Norm(shape.head_dim, config.norm_eps, placing)
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.norm_eps)
-        self.o_proj = Linear(queries, config.hidden, placing, shape.out_bias)
-        self._heads = GroupedHeads(shape.head_dim, config.rope.interleaved, norms, self.qkv_proj, self.o_proj)
+            self.q_norm = Norm(shape.head_dim, config.norm_eps, backend)
+            self.k_norm = Norm(shape.head_dim, config.norm_eps, backend)
+            self._head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.norm_eps)
+        self.o_proj = Linear(queries, config.hidden, backend, shape.out_bias)
+        self._sublayer = self._bind()
 
-    def forward(
-        self, residual: Residual, norm: RowNorm, rotation: Angles, batch: PagedBatch, cache: LayerCache
-    ) -> Residual:
+    def pack(self) -> None:
+        self.qkv_proj.pack()
+        self.o_proj.pack()
+        self._sublayer = self._bind()
+
+    def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
         k_cache, v_cache = cache
-        return self._ops.attention_sublayer(
-            self._ops, residual, norm, self._heads, Step(rotation, batch, (k_cache, v_cache))
-        )
+        return self._sublayer(residual, rotation, batch, (k_cache, v_cache))
+
+    def _bind(self) -> AttentionSublayer:
+        qkv, out = Projection(*self.qkv_proj.operands), Projection(*self.o_proj.operands)
+        heads = GroupedHeads(self._dim, self._interleaved, self._head_norms, qkv, out)
+        return self._ops.attention_sublayer(self._norm, heads)

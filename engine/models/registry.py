@@ -1,4 +1,4 @@
-"""From a description to a model."""
+"""Builds a model from its description."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 
 from ...kernels.table import Column, column_for, ops_of
 from ...moe.dispatch.dispatcher import Dispatcher
+from ...parallel.linear import Backend
 from .config import MlaConfig, ModelConfig
-from .decoder import Model, Placing
+from .decoder import Model
 from .grouped_attention import GroupedAttention
 from .latent_attention import LatentAttention
 
@@ -20,14 +21,10 @@ def build_model(
     column: Column | None = None,
     fp8_experts: bool = False,
 ) -> Model:
-    """The model of ``config``, its weights uninitialised; ``dispatcher`` decides which experts get
-    a slot. ``column`` of the op table: by default the one that serves on the device.
-    ``fp8_experts``: experts stay in the FP8 of their checkpoint.
+    """The model of ``config``, its weights uninitialised. ``dispatcher`` decides which experts get a
+    slot. ``column`` of the op table: by default the one that serves on the device. ``fp8_experts``:
+    experts stay in the FP8 of their checkpoint.
     """
     attention = LatentAttention if isinstance(config.attention, MlaConfig) else GroupedAttention
-    return Model(
-        config,
-        dispatcher,
-        Placing(dtype, device, ops_of(column or column_for(device)), fp8_experts),
-        attention,
-    )
+    backend = Backend(dtype, device, ops_of(column or column_for(device)))
+    return Model(config, dispatcher, backend, attention, fp8_experts)

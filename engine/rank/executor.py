@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ...kernels.reference.paged import build_batch
 from ...kernels.reference.sampling import Purpose, uniform
-from ...moe.clock import HostClock, PhaseClock
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import CollectiveError, Collectives
 from ..models.decoder import Model
@@ -37,8 +36,8 @@ from .slot_sampling import RowSettings, SlotSettings
 class Parts:
     """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the collectives.
 
-    ``clock`` is that of the dispatcher; ``expert_bytes`` are the weights of one expert of one
-    layer. ``grammars`` None: no request may have one.
+    ``expert_bytes`` are the weights of one expert of one layer. ``grammars`` None: no request may
+    have one.
     """
 
     rank: int
@@ -47,7 +46,6 @@ class Parts:
     collectives: Collectives
     pool: KVPool
     device: torch.device
-    clock: PhaseClock = field(default_factory=HostClock)
     expert_bytes: int = 0
     grammars: Grammars | None = None
 
@@ -166,7 +164,9 @@ class Executor:
             logprobs=sampled.logprobs,
             checksum=self._table.checksum() if header.checksum else 0,
             expert_i64=self._expert_counts() if header.counts else b"",
-            phases_f32=np.array(self._parts.clock.take(), np.float32).tobytes() if header.counts else b"",
+            phases_f32=np.array(self._parts.dispatcher.clock.take(), np.float32).tobytes()
+            if header.counts
+            else b"",
             waited=self._parts.collectives.waited - waited,
             seconds=time.perf_counter() - start,
             prompt_logprobs=scores,

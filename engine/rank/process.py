@@ -12,12 +12,12 @@ import torch
 from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import parse_format
 from ...moe.balance.placement import Placement, contiguous
-from ...moe.clock import HostClock, PhaseClock, clock_for
 from ...moe.config import MoEConfig
-from ...moe.dispatch.all_gather import AllGatherDispatcher
-from ...moe.dispatch.all_to_all import AllToAllDispatcher
+from ...moe.dispatch.all_gather import AllGatherExchange
+from ...moe.dispatch.all_to_all import AllToAllExchange
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...moe.dispatch.timed import TimedExchange, TimedLocal
+from ...moe.dispatch.exchange import ExchangeDispatcher
+from ...moe.dispatch.local import LocalDispatcher
 from ...parallel.collectives import Collectives, connect_store
 from ..kv.budget import PoolLimits
 from ..models.config import load_config
@@ -84,8 +84,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     )
     name = f"experts of stage {here.stage}"
     collectives = Collectives(name, here.expert, mesh.experts, store, spec.collective_deadline, device)
-    clock = clock_for(device)
-    dispatcher = _dispatcher(spec.dispatch, placement, collectives, device, clock)
+    dispatcher = _dispatcher(spec.dispatch, placement, collectives, device)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
     page_bytes = bytes_per_page(config, spec.page_size, kv_format)
     model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts)
@@ -109,7 +108,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
     vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
     grammars = Grammars(vocabulary) if vocabulary is not None else None
-    parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, clock, expert_bytes, grammars)
+    parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, expert_bytes, grammars)
     return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
 
 
@@ -117,18 +116,18 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
     """A dispatcher of the rank's kind, for a group of one."""
     device = torch.device(spec.device)
     collectives = Collectives("warm-up", 0, 1, None, spec.collective_deadline, device)
-    return _dispatcher(spec.dispatch, placement, collectives, device, HostClock())
+    return _dispatcher(spec.dispatch, placement, collectives, device)
 
 
 def _dispatcher(
-    kind: str, placement: Placement, collectives: Collectives, device: torch.device, clock: PhaseClock
+    kind: str, placement: Placement, collectives: Collectives, device: torch.device
 ) -> Dispatcher:
     if kind == "all_gather":
-        return TimedExchange(AllGatherDispatcher(placement, collectives, device), clock)
+        return ExchangeDispatcher(AllGatherExchange(placement, collectives, device), device)
     if kind == "all_to_all" and device.type == "cpu":
-        return TimedExchange(AllToAllDispatcher(placement, collectives, device), clock)
+        return ExchangeDispatcher(AllToAllExchange(placement, collectives, device), device)
     if kind == "local" and collectives.size == 1:
-        return TimedLocal(placement, device, clock)
+        return LocalDispatcher(placement, device)
     raise ValueError(
         f"experts.dispatch = {kind}, on {device} with {collectives.size} ranks: allowed are all_gather, "
         "all_to_all on a CPU (it counts on the host), and local for one rank"

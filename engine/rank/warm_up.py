@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...kernels.cpu.codegen.compiling import alone_in_compiling
 from ...kernels.formats.kv_format import KvFormat
+from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import build_batch
 from ...kernels.reference.sampling import SamplingParams
-from ...kernels.table import Ops
 from ...moe.balance.placement import Placement, contiguous
 from ...moe.dispatch.dispatcher import Dispatcher
 from ..models.config import ModelConfig
@@ -79,7 +79,7 @@ def _compute(
     _sample(model.ops, torch.zeros(1, _CHOICES))
 
 
-def _sample(ops: Ops, logits_RV: Tensor) -> None:
+def _sample(ops: Reference, logits_RV: Tensor) -> None:
     """Samples greedily, from all tokens, by top-k and by top-p; then computes log-probabilities."""
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, _LIKELIEST, 1.0), (1.0, 0, 0.5)):
         params = SamplingParams(

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reference.column import Reference
 from ..reference.fp8 import Quantised, widen_rows
-from ..table import Ops, ops_of
+from ..table import ops_of
 from .call import Call, Case
 from .cases import cases
 from .clock import Ceilings, measure_ceilings, time_of
@@ -92,7 +93,11 @@ def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) ->
 
 
 def _measure(
-    chosen: list[Case], device: torch.device, columns: list[Ops], target: tuple[Ledger, str], limits: Limits
+    chosen: list[Case],
+    device: torch.device,
+    columns: list[Reference],
+    target: tuple[Ledger, str],
+    limits: Limits,
 ) -> None:
     ledger, commit = target
     ceilings = measure_ceilings(device)
@@ -119,7 +124,9 @@ def _measure(
             torch.cuda.empty_cache()
 
 
-def _rows(case: Case, named: Row, columns: list[Ops], ceilings: Ceilings, seconds: float) -> Iterator[Row]:
+def _rows(
+    case: Case, named: Row, columns: list[Reference], ceilings: Ceilings, seconds: float
+) -> Iterator[Row]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         call = case.make(device)
@@ -171,7 +178,7 @@ def _why_not(error: BaseException) -> str:
     return f"{NOT_MEASURED}: {type(error).__name__}: {error}".split("\n")[0][:160]
 
 
-def _runs(case: Case, ops: Ops) -> bool:
+def _runs(case: Case, ops: Reference) -> bool:
     """The references of experts are loops over pairs and not worth timing."""
     return not (ops.column == "reference" and (case.op.startswith("experts") or case.op == "from_e4m3"))
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..formats.kv_format import head_entry, latent_entry
+from ..reference.column import Reference
 from ..reference.kv_entries import encode_heads, encode_latents, gather_heads, gather_latents
 from ..reference.paged import PagedBatch, build_batch
-from ..table import Ops
 from .call import PAGE_SIZE, Call, Case, random
 from .rivals import sdpa
 
@@ -109,7 +109,7 @@ def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[to
         expand = random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT)
         batch = _batch(device, rows, context, tokens)
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             return lambda: ops.mla_attend(q_nope, q_rope, cache, expand, batch, _SCALE)
 
         def gathered() -> Callable[[], object]:

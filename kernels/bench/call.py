@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..table import Ops
+from ..reference.column import Reference
 
 PAGE_SIZE = 64
 
@@ -20,7 +20,7 @@ class Call:
     ImportError. Results are compared with ``expected``, or else with the column reference.
     """
 
-    bind: Callable[[Ops], Callable[[], object]]
+    bind: Callable[[Reference], Callable[[], object]]
     num_bytes: float
     flops: float = 0.0
     fp8: bool = False

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
 from ..formats.kv_format import head_entry, latent_entry
+from ..reference.column import Reference
 from ..reference.fp8 import Quantised, from_e4m3
 from ..reference.gate import GateCounts, Routing
 from ..reference.rope import HeadNorms, angles, frequencies
-from ..table import Ops
 from .attention import attention_cases
 from .call import PAGE_SIZE, Call, Case, random
 from .rivals import convert_e4m3, grouped_mm, scaled_grouped_mm, vllm_experts
@@ -98,7 +98,7 @@ class ExpertShape:
         x, w13, w2 = (random(device, *shape) for shape in self._shapes())
         rows, slots = self._pairs(device)
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             counts, packed = (
                 torch.zeros(self.slots, dtype=torch.int64, device=device),
                 ops.pack_slots(w13, w2),
@@ -121,7 +121,7 @@ class ExpertShape:
             Quantised(w2, torch.full((self.slots, groups[0], groups[1]), 2.0, device=device)),
         )
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             counts = torch.zeros(self.slots, dtype=torch.int64, device=device)
             return lambda: ops.experts_fp8(
                 quantised[0], pairs, quantised[1], quantised[2], counts, torch.bfloat16
@@ -240,7 +240,7 @@ def _permute(tokens: int, hidden: int) -> Make:
         x, pairs = random(device, tokens, hidden), torch.arange(tokens * 8, device=device)
         rows, slots = pairs // 8, pairs * 7919 % 16
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             counts = torch.zeros(16, dtype=torch.int64, device=device)
 
             def there_and_back() -> Tensor:

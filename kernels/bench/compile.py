@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..table import triton_ops
+from ..triton.column import Triton
 from ..triton.tiles import Tiles
 from .cases import cases
 
@@ -90,4 +90,4 @@ def _compile(jobs: list[Job]) -> list[str]:
 
 @functools.lru_cache(maxsize=64)
 def _ops(tiles: Tiles) -> Any:
-    return triton_ops(tiles)
+    return Triton(tiles)

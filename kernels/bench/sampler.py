@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reference.column import Reference
 from ..reference.sampling import LogitEdits, Purpose, SamplingParams, uniform
-from ..table import Ops
 from .call import Call, Case
 
 BATCHES, VOCABULARY = (1, 16, 64, 256), 152064
@@ -55,7 +55,7 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
         )
         uniform_R = uniform(seeds, positions, Purpose.SAMPLE)
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             if ops.column != "triton":
                 return lambda: ops.sample(logits, params, uniform_R)
             from ..triton.sampling import SlotSampling, sample_slots
@@ -104,7 +104,7 @@ def _edit_logits(rows: int) -> Make:
             masked_tokens_N=biased[:0],
         )
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             if ops.column != "triton":
                 return lambda: ops.edit_logits(logits, edits)
             from ..triton.sampling import edit_bias, edit_penalties
@@ -136,7 +136,7 @@ def _allow_only(rows: int) -> Make:
         dice = np.random.default_rng(0)
         bits = dice.integers(-(2**31), 2**31, (rows, VOCABULARY // 32), np.int64).astype(np.int32)
 
-        def bind(ops: Ops) -> Callable[[], object]:
+        def bind(ops: Reference) -> Callable[[], object]:
             if ops.column != "triton":
                 return lambda: ops.allow_only(logits, owners, bits)
             from ..triton.sampling import edit_allowed

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..table import triton_ops
+from ..triton.column import Triton
 from ..triton.target import card_name
 from ..triton.tiles import DEFAULT, FOLDER, AttendTile, ExpertTile, ProductTile, Tiles, write_table
 from .cases import cases
@@ -254,7 +254,7 @@ class CardClock:
         call = self._calls.get(name) or self._cases[name].make(device)
         self._calls[name] = call
         try:
-            return time_of(call.bind(triton_ops(tiles)), device, _SECONDS_PER_TIMING)[1]  # type: ignore[attr-defined]
+            return time_of(call.bind(Triton(tiles)), device, _SECONDS_PER_TIMING)[1]  # type: ignore[attr-defined]
         except Exception as error:  # needs more shared memory or registers than there are
             print(f"  {name[1]}: {type(error).__name__}: {str(error)[:80]}")
             return math.inf

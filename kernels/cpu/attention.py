@@ -33,6 +33,7 @@ from .codegen.arrays import array, computes, inner, made
 from .codegen.threads import share_out
 from .flash import BLOCK, attend_rows, place_queries, scratch, tiled
 from .kv_entries import NO_SCALES, Place, Run, move_rows, place_of_heads
+from .views import rows_of
 
 _SPLIT = 512  # positions of a decode row in one item
 # rows of an extend's item: they share one layout of the keys, and their sums stay in the L2 cache
@@ -82,7 +83,7 @@ def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, s
     out_THD, bits = made(q_THD.shape, q_THD.dtype)
     shape = Shape(num_kv_heads(k_cache, dim), batch.num_decode, batch.page_size, torch.get_num_threads())
     place = place_of_heads(k_cache, dim)
-    attend_places(q_THD, (k_cache, v_cache), (place, place), batch.arrays, shape, scale, bits)
+    attend_places(q_THD, (k_cache, v_cache), (place, place), rows_of(batch), shape, scale, bits)
     return out_THD
 
 
@@ -96,7 +97,7 @@ def attend_places(
     out_THE: NDArray[Any],
 ) -> None:
     """Attention over heads of keys and values at ``places`` in cache entries of one dtype. ``rows``
-    is ``PagedBatch.arrays``.
+    is ``views.rows_of``.
     """
     halves = q_THD.dtype == torch.bfloat16 and caches[0].dtype != torch.float32
     like, factor = _BF16 if halves else _FLOAT32, scale / math.log(2)

@@ -19,6 +19,7 @@ from .attention import Shape, attend_places
 from .codegen.arrays import array, computes, made
 from .head_products import multiply_heads, multiply_heads_turned
 from .kv_entries import Place, gather_latents, place_of_latents
+from .views import rows_of
 
 _SAME_AS_KEYS = Place(0, 0, 0, 1, 0, 0)
 
@@ -72,7 +73,7 @@ def _absorbed(
     multiply_heads(q_nope_RHN, expand_HPC[:, :nope_dim], q_RHZ[..., :latent_dim])
     q_RHZ[..., latent_dim:] = q_rope_RHE
     out_RHC, bits = made((num_rows, num_heads, latent_dim), q_RHZ.dtype)
-    starts_R1, lengths_R, pages_RP = batch.arrays
+    starts_R1, lengths_R, pages_RP = rows_of(batch)
     rows = starts_R1[: num_rows + 1], lengths_R[:num_rows], pages_RP[:num_rows]
     shape, place = (
         Shape(1, num_rows, batch.page_size, torch.get_num_threads()),

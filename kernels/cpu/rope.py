@@ -20,6 +20,7 @@ from .codegen.arrays import ALONE, array, computes, inner, made, narrow, widen
 from .codegen.threads import share_out
 from .kv_entries import write_head, write_latent
 from .norm import norm_row
+from .views import angles_of
 
 _ENTER_ALONE = ALONE // 4  # a value costs more here than in other passes
 
@@ -47,7 +48,7 @@ def norm_rotate_and_write(
         (array(norms.q_D), array(norms.k_D)) if norms is not None else (_NOTHING[dtype], _NOTHING[dtype])
     )
     eps, caches = norms.eps if norms is not None else 0.0, (array(cache[0]), array(cache[1]))
-    enter_heads(array(qkv_TXD), weights, eps, angles.arrays, caches, write_T.numpy(), interleaved, bits)
+    enter_heads(array(qkv_TXD), weights, eps, angles_of(angles), caches, write_T.numpy(), interleaved, bits)
     return out_THD
 
 
@@ -76,7 +77,7 @@ def rotate_and_write_latent(
         array(c_TC),
         array(k_rope_TD.contiguous()),
     )
-    _enter_latents(rows, angles.arrays, array(cache), write_T.numpy(), interleaved, bits)
+    _enter_latents(rows, angles_of(angles), array(cache), write_T.numpy(), interleaved, bits)
     return out_THD
 
 

@@ -1,9 +1,9 @@
-"""Sublayers on a CPU: where weights are packed in blocks, each is one compiled call, made of the
-same compiled functions as the single ops: a row's result is the same to the bit.
+"""Sublayers on a CPU: where weights are packed in blocks, each is one compiled call. It is made of
+the same compiled functions as the single ops, so a row's result is the same to the bit.
 
 A call costs 5 to 20 us of Python, more when weights that stream through have driven its code out of
-the caches, and meanwhile the other threads have nothing to do. One row through 8 layers of 32
-experts took 0.5 to 0.9 ms less, of 4.2 to 5.2, than by single ops (2 cores of an EPYC Turin).
+the caches, and meanwhile the other threads are idle. One row through 8 layers of 32 experts took
+0.5 to 0.9 ms less, of 4.2 to 5.2, than by single ops (2 cores of an EPYC Turin).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,9 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cpu_isa import COLUMNS
-from ..reference import sublayers
 from ..reference.kv_entries import holds_fp8, num_kv_heads
-from ..reference.sublayers import GateWeights, GroupedHeads, Here, Ops, Projection, Residual, RowNorm, Step
+from ..reference.linear import SlotWeights
+from ..reference.paged import PagedBatch
+from ..reference.rope import Angles
+from ..reference.sublayers import (
+    AttentionSublayer,
+    ExpertsSublayer,
+    GateWeights,
+    GroupedHeads,
+    LocalExperts,
+    Projection,
+    Residual,
+    RowNorm,
+)
 from .attention import Shape, attend_heads
 from .codegen.arrays import array, computes, inner, made
 from .codegen.blocks import multiply_rows
@@ -33,64 +44,101 @@ from .gate import route, rule_of
 from .kv_entries import place_of_heads
 from .norm import add_norm_rows, norm_rows
 from .rope import enter_heads
+from .views import angles_of, rows_of, writes_of
 
 _BF16, _FLOAT32, _NO_ROWS = np.empty(0, np.uint16), np.empty(0, np.float32), np.empty((0, 0), np.uint16)
 
 
-def attention_sublayer(
-    ops: Ops, residual: Residual, norm: RowNorm, heads: GroupedHeads, step: Step
-) -> tuple[Tensor, Tensor]:
-    """As ``sublayers.attention_sublayer``."""
-    keys, values = step.cache
-    kept = keys.dtype == values.dtype and (holds_fp8(keys) or computes(keys.dtype))
-    if not (kept and heads.qkv.weight.dim() == heads.out.weight.dim() == 4 and _plain(residual, norm)):
-        return sublayers.attention_sublayer(ops, residual, norm, heads, step)
-    total_TD, rows = _rows(residual, norm)
-    batch, num_tokens = step.batch, len(total_TD)
-    out_TD, out = made((num_tokens, COLUMNS * len(heads.out.weight)), torch.bfloat16)
-    place, num_keys = place_of_heads(keys, heads.dim), num_kv_heads(keys, heads.dim)
-    shape = Shape(num_keys, batch.num_decode, batch.page_size, numba.get_num_threads())
-    like = _FLOAT32 if keys.dtype == torch.float32 else _BF16
-    entering = _head_norms(heads), step.rotation.arrays, batch.write_T.numpy(), heads.interleaved
-    attending = (array(keys), array(values)), place, batch.arrays, shape, heads.dim**-0.5 / math.log(2), like
-    _attention(rows, heads.dim, _blocks(heads.qkv), entering, attending, _blocks(heads.out), out)
-    return total_TD, out_TD
+def attention_in_blocks(norm: RowNorm, heads: GroupedHeads) -> bool:
+    """Whether ``Attention`` takes these weights."""
+    return norm.weight.dtype == torch.bfloat16 and heads.qkv.weight.dim() == heads.out.weight.dim() == 4
 
 
-def experts_sublayer(
-    ops: Ops, residual: Residual, norm: RowNorm, gate: GateWeights, weights: tuple[Any, Any], here: Here
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``sublayers.experts_sublayer``."""
-    w13, w2 = weights
-    if not (isinstance(w13, Tensor) and w13.dim() == 5 and _plain(residual, norm)):
-        return sublayers.experts_sublayer(ops, residual, norm, gate, weights, here)
-    total_TD, rows = _rows(residual, norm)
-    (normed_TD, normed), (out_TD, out) = (
-        made(total_TD.shape, torch.bfloat16),
-        made(total_TD.shape, torch.bfloat16),
-    )
-    weight, bias = gate.arrays
-    routing = weight, _FLOAT32 if bias is None else bias, *rule_of(gate.routing), gate.routing.top_k
-    blocks = w13.data_ptr(), w2.data_ptr(), 2 * w2.shape[2]
-    _experts(rows, routing, here.arrays, blocks, normed, out, numba.get_num_threads())
-    return total_TD, normed_TD, out_TD
+def experts_in_blocks(norm: RowNorm, weights: tuple[SlotWeights, SlotWeights]) -> bool:
+    """Whether ``Experts`` takes these weights."""
+    w13 = weights[0]
+    return norm.weight.dtype == torch.bfloat16 and isinstance(w13, Tensor) and w13.dim() == 5
 
 
-def _plain(residual: Residual, norm: RowNorm) -> bool:
+class Attention:
+    """The attention of a layer. Arrays over its weights are made once: finding one takes 1 to 2 us.
+    ``composed`` takes the steps whose rows or caches are of other types.
+    """
+
+    def __init__(self, norm: RowNorm, heads: GroupedHeads, composed: AttentionSublayer) -> None:
+        self._composed = composed
+        self._kept_alive = heads  # the compiled call gets addresses of weights
+        self._dim = heads.dim
+        self._interleaved = heads.interleaved
+        self._norm = array(norm.weight), norm.eps
+        self._head_norms = _head_norms(heads)
+        self._qkv = _blocks(heads.qkv)
+        self._out = _blocks(heads.out)
+        self._factor = heads.dim**-0.5 / math.log(2)
+
+    def __call__(
+        self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = cache
+        kept = keys.dtype == values.dtype and (holds_fp8(keys) or computes(keys.dtype))
+        if not (kept and _plain(residual)):
+            return self._composed(residual, rotation, batch, cache)
+        total_TD, rows = _rows(residual, *self._norm)
+        out_TD, out = made((len(total_TD), self._out[1]), torch.bfloat16)
+        place, num_keys = place_of_heads(keys, self._dim), num_kv_heads(keys, self._dim)
+        shape = Shape(num_keys, batch.num_decode, batch.page_size, numba.get_num_threads())
+        like = _FLOAT32 if keys.dtype == torch.float32 else _BF16
+        entering = self._head_norms, angles_of(rotation), writes_of(batch), self._interleaved
+        attending = (array(keys), array(values)), place, rows_of(batch), shape, self._factor, like
+        _attention(rows, self._dim, self._qkv, entering, attending, self._out, out)
+        return total_TD, out_TD
+
+
+class Experts:
+    """The routed experts of a layer. ``composed`` takes the steps whose rows are of other types."""
+
+    def __init__(
+        self, norm: RowNorm, gate: GateWeights, weights: tuple[Tensor, Tensor], composed: ExpertsSublayer
+    ) -> None:
+        w13, w2 = weights
+        bias = _FLOAT32 if gate.bias is None else array(gate.bias)
+        self._composed = composed
+        self._kept_alive = weights  # the compiled call gets their addresses
+        self._norm = array(norm.weight), norm.eps
+        self._routing = array(gate.weight), bias, *rule_of(gate.routing), gate.routing.top_k
+        self._blocks = w13.data_ptr(), w2.data_ptr(), 2 * w2.shape[2]
+        # The places of the last step: they change with its number of tokens.
+        self._local: LocalExperts | None = None
+        self._places: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+    def __call__(self, residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
+        if not _plain(residual):
+            return self._composed(residual, local)
+        if self._local is not local:
+            self._local = local
+            self._places = array(local.slots_L), array(local.rows_M), array(local.counts_S)
+        total_TD, rows = _rows(residual, *self._norm)
+        normed_TD, normed = made(total_TD.shape, torch.bfloat16)
+        out_TD, out = made(total_TD.shape, torch.bfloat16)
+        _experts(rows, self._routing, self._places, self._blocks, normed, out, numba.get_num_threads())
+        return total_TD, normed_TD, out_TD
+
+
+def _plain(residual: Residual) -> bool:
     """Whether the compiled calls take these rows."""
     x_TD, update_TD = residual
-    same = x_TD.dtype == norm.weight.dtype == torch.bfloat16 and x_TD.is_contiguous()
+    same = x_TD.dtype == torch.bfloat16 and x_TD.is_contiguous()
     return same and (update_TD is None or (update_TD.dtype == torch.bfloat16 and update_TD.is_contiguous()))
 
 
-def _rows(residual: Residual, norm: RowNorm) -> tuple[Tensor, Any]:
-    """The sum, yet to be computed unless it is there; and all that ``_add_norm`` needs for it."""
+def _rows(residual: Residual, weight_D: NDArray[Any], eps: float) -> tuple[Tensor, Any]:
+    """The sum, and the arguments with which ``_add_norm`` computes it."""
     x_TD, update_TD = residual
-    x, weight = array(x_TD), norm.array
+    x = array(x_TD)
     if update_TD is None:
-        return x_TD, (x, _NO_ROWS, weight, norm.eps, x)
+        return x_TD, (x, _NO_ROWS, weight_D, eps, x)
     total_TD, total = made(x_TD.shape, torch.bfloat16)
-    return total_TD, (x, array(update_TD), weight, norm.eps, total)
+    return total_TD, (x, array(update_TD), weight_D, eps, total)
 
 
 def _blocks(projection: Projection) -> tuple[int, int, NDArray[Any]]:
@@ -100,14 +148,14 @@ def _blocks(projection: Projection) -> tuple[int, int, NDArray[Any]]:
 
 
 def _head_norms(heads: GroupedHeads) -> tuple[NDArray[Any], NDArray[Any], float]:
-    arrays = heads.norm_arrays
-    return (_BF16, _BF16, 0.0) if heads.norms is None or arrays is None else (*arrays, heads.norms.eps)
+    norms = heads.norms
+    return (_BF16, _BF16, 0.0) if norms is None else (array(norms.q_D), array(norms.k_D), norms.eps)
 
 
 @inner()
 def _add_norm(rows, normed_TD):
     x_TD, update_TD, weight_D, eps, total_TD = rows
-    shape = (len(x_TD), 1, x_TD.shape[1])  # as ``cpu_norm`` passes rows
+    shape = (len(x_TD), 1, x_TD.shape[1])  # as ``norm`` passes rows
     x, total, normed = x_TD.reshape(shape), total_TD.reshape(shape), normed_TD.reshape(shape)
     if len(update_TD):
         add_norm_rows(x, update_TD.reshape(shape), weight_D, eps, total, normed)

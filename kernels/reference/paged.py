@@ -51,7 +51,7 @@ class Extend:
     pages: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class PagedBatch:
     """The rows of one step: ``num_decode`` rows of one token each (token i is row i's), then the
     extends.
@@ -84,13 +84,6 @@ class PagedBatch:
         if len(groups) == 1:
             return (self._group(None, num_pages[groups[0][0]]),)
         return tuple(self._group(sorted(rows), max(num_pages[row] for row in rows)) for rows in groups)
-
-    @cached_property
-    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """``query_start_R1``, ``lengths_R`` and ``pages_RP`` as compiled kernels of the host read
-        them.
-        """
-        return self.query_start_R1.numpy(), self.lengths_R.numpy(), self.pages_RP.numpy()
 
     def extends(self) -> Iterator[Extend]:
         """The rows past ``num_decode``."""

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .kv_entries import num_kv_heads, write_heads, write_latents
 from .norm import rms_norm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Angles:
     """The rotations of a step's tokens, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1,
     F].
@@ -31,11 +28,6 @@ class Angles:
 
     cos_T1F: Tensor
     sin_T1F: Tensor
-
-    @cached_property
-    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Both as numpy arrays, for compiled CPU kernels."""
-        return self.cos_T1F.numpy(), self.sin_T1F.numpy()
 
 
 @dataclass(frozen=True)

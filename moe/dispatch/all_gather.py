@@ -13,11 +13,12 @@ from torch import Tensor
 from ...kernels.table import column_for, ops_of
 from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
-from .dispatcher import Handle, Received
+from .dispatcher import Received
+from .exchange import Handle
 from .rows import pack, unpack
 
 
-class AllGatherDispatcher:
+class AllGatherExchange:
     """Tokens are padded to the capacity; padding goes to no expert.
 
     The outputs of a token's K experts are reduced apart: each is the sum of one rank's output and
@@ -31,9 +32,6 @@ class AllGatherDispatcher:
         )
         self.placement = placement
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
-        self.counts_LS = torch.zeros(
-            placement.num_layers, placement.num_slots, dtype=torch.int64, device=device
-        )
         self._places_LE = torch.from_numpy(placement.homes_LE).to(device)
         self._collectives = collectives
         self._capacity = 0

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...kernels.table import column_for, ops_of
 from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
-from .dispatcher import Handle, Received
+from .dispatcher import Received
+from .exchange import Handle
 from .rows import pack, unpack
 
 # Up to this many bytes for each peer, rows are padded to the capacity instead of counting them in
@@ -40,7 +41,7 @@ class _Exchange:
     received: list[int]
 
 
-class AllToAllDispatcher:
+class AllToAllExchange:
     """Only what is needed travels; nobody computes padding."""
 
     def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
@@ -49,9 +50,6 @@ class AllToAllDispatcher:
             f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
         )
         self.placement = placement
-        self.counts_LS = torch.zeros(
-            placement.num_layers, placement.num_slots, dtype=torch.int64, device=device
-        )
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self._collectives = collectives
         self._capacity = 0

@@ -1,13 +1,9 @@
-"""The dispatch seam: tokens meet their experts, wherever those live. A dispatcher is one of two
-kinds.
+"""The dispatch seam: tokens meet their experts, on whichever rank those are.
 
-``LocalDispatcher``: all experts of a layer live on this rank, nothing travels, and the layer is
-computed at once.
-
-``Exchange``: tokens travel to the ranks of their experts and the experts' outputs travel back. A
-layer calls ``dispatch`` (the exchange starts), does what it can meanwhile, calls ``receive``, runs
-its experts and calls ``combine``. Every rank makes the same calls in the same order in every step,
-with or without tokens of its own.
+A layer hands its experts to a dispatcher, which runs them. ``LocalDispatcher``: all experts are on
+this rank, nothing travels, and norm, gate and experts are one sublayer. ``ExchangeDispatcher``:
+tokens travel to the ranks of their experts and outputs travel back, by one of several exchanges.
+Every rank runs the same layers in the same order in every step, with or without tokens of its own.
 
 Suffixes: T own tokens, K choices per token, D hidden, N received tokens (padded ones included), M
 pairs (token, choice) for the experts of this rank, L MoE layers, S expert slots of this rank.
@@ -15,24 +11,16 @@ pairs (token, choice) for the experts of this rank, L MoE layers, S expert slots
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from ...kernels.reference.sublayers import ExpertsSublayer, Residual
 from ..balance.placement import Placement
-from .local import LocalDispatcher
-
-
-@dataclass(frozen=True)
-class Handle:
-    """An exchange under way: what ``receive`` and ``combine`` need to know of it. ``state`` belongs
-    to the dispatcher.
-    """
-
-    weights_TK: Tensor
-    layer: int
-    state: Any = None
+from ..clock import PhaseClock
 
 
 @dataclass(frozen=True)
@@ -46,8 +34,23 @@ class Received:
     slots_M: Tensor
 
 
-class Exchange(Protocol):
-    """What a way for tokens to travel must offer."""
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The gate and the experts of one layer, as a dispatcher calls them. ``top_k`` is K.
+
+    ``choose``: the sum of the residual, its norm, ids_TK int64 of logical experts, weights_TK
+    float32. ``compute``: y_MD, unweighted, of what was received; adds the tokens of every slot to
+    counts_S. ``sublayer``: both at once, where all experts are local.
+    """
+
+    top_k: int
+    choose: Callable[[Residual], tuple[Tensor, Tensor, Tensor, Tensor]]
+    compute: Callable[[Received, Tensor], Tensor]
+    sublayer: ExpertsSublayer
+
+
+class Dispatcher(Protocol):
+    """Runs the experts of a layer."""
 
     @property
     def placement(self) -> Placement: ...
@@ -57,25 +60,25 @@ class Exchange(Protocol):
         """int64 on the device: tokens met by every own slot since it was last zeroed."""
         ...
 
+    @property
+    def clock(self) -> PhaseClock:
+        """Seconds of the phases of all layers."""
+        ...
+
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         """Announces a step: T of every layer, and the bound on T over all ranks."""
         ...
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        """Starts sending tokens to their experts. ids_TK int64 logical experts; weights_TK
-        float32.
-        """
-        ...
-
-    def receive(self, handle: Handle) -> Received:
-        """Waits for the tokens that other ranks have sent here."""
-        ...
-
-    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
-        """Returns [T, D]: the experts' outputs y_MD (unweighted, in the order of ``Received``) on
-        their own ranks again, weighted and summed in float32 in the order of k.
+    def run(
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The sum of the residual; the experts' outputs for its norm, weighted and summed in float32
+        in the order of k; and what ``shared`` returns for the norm. ``shared`` runs while tokens
+        travel.
         """
         ...
 
 
-Dispatcher = LocalDispatcher | Exchange
+def zero_counts(placement: Placement, device: torch.device) -> Tensor:
+    """``counts_LS`` before any token."""
+    return torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device=device)

@@ -6,39 +6,46 @@ Suffixes: T tokens, K choices per token, M = T K pairs, L MoE layers, S expert s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from ...kernels.reference.sublayers import Here
+from ...kernels.reference.sublayers import LocalExperts, Residual
 from ..balance.placement import Placement
-
-_T = TypeVar("_T")
+from ..clock import PhaseClock, clock_for
+from ..phases import EXPERT
+from .dispatcher import RoutedExperts, zero_counts
 
 
 class LocalDispatcher:
-    """All experts live here. ``counts_LS`` as ``Exchange``'s."""
+    """All experts are on this rank. A layer is one sublayer, and all of its time is the experts'."""
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
+    def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"
         self.placement = placement
-        self.counts_LS = torch.zeros(
-            placement.num_layers, placement.num_slots, dtype=torch.int64, device=device
-        )
+        self.counts_LS = zero_counts(placement, device)
+        self.clock = clock_for(device) if clock is None else clock
         self._slots_E = torch.from_numpy(placement.homes_LE).to(device).unbind()  # by layer
-        self._shape: tuple[int, int] | None = None  # of a step
-        self._here: list[Here] = []  # by layer
+        self._shape: tuple[int, int] | None = None  # T and K of ``_places``
+        self._places: list[LocalExperts] = []  # by layer
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
+        self.clock.begin_step()
 
-    def run(self, layer: int, shape: tuple[int, int], compute: Callable[[Here], _T]) -> _T:
-        """What ``compute`` makes of where the experts of a layer are. ``shape``: T and K."""
+    def run(
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self.clock.mark()
+        shape = len(residual[0]), routed.top_k
         if self._shape != shape:  # the first layer of a step with another number of tokens
-            self._shape, (num_tokens, top_k) = shape, shape
-            rows_M = torch.arange(num_tokens, device=self.counts_LS.device)[:, None].repeat(1, top_k).view(-1)
-            self._here = [
-                Here(slots_E, rows_M, counts_S)
-                for slots_E, counts_S in zip(self._slots_E, self.counts_LS, strict=True)
-            ]
-        return compute(self._here[layer])
+            self._places = self._places_of(*shape)
+            self._shape = shape
+        x_TD, normed_TD, routed_TD = routed.sublayer(residual, self._places[layer])
+        self.clock.lap(EXPERT)
+        return x_TD, routed_TD, shared(normed_TD)
+
+    def _places_of(self, num_tokens: int, top_k: int) -> list[LocalExperts]:
+        rows_M = torch.arange(num_tokens, device=self.counts_LS.device)[:, None].repeat(1, top_k).view(-1)
+        layers = zip(self._slots_E, self.counts_LS, strict=True)
+        return [LocalExperts(slots_E, rows_M, counts_S) for slots_E, counts_S in layers]

@@ -1,4 +1,4 @@
-"""The clock beside a dispatcher: which seconds belong to which phase."""
+"""The clock of a dispatcher: each second belongs to one phase."""
 
 from __future__ import annotations
 
@@ -7,70 +7,87 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.kernels.reference.sublayers import Here
+from lockstep.kernels.reference.sublayers import LocalExperts, Residual
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.clock import DeviceClock, HostClock, PhaseClock
-from lockstep.moe.dispatch.all_to_all import AllToAllDispatcher
-from lockstep.moe.dispatch.dispatcher import Handle, Received
-from lockstep.moe.dispatch.timed import TimedExchange, TimedLocal
+from lockstep.moe.dispatch.all_to_all import AllToAllExchange
+from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
+from lockstep.moe.dispatch.exchange import ExchangeDispatcher, Handle
+from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.parallel.collectives import Collectives
 
 CPU = torch.device("cpu")
 ALONE = Collectives("alone", 0, 1, None, 1.0, CPU)
 
 
-class Slow(AllToAllDispatcher):
-    """Takes 1 s to dispatch, 2 to receive, 5 to combine, by a clock that the test moves."""
+class Layer:
+    """A layer with its exchange, on a clock that the test moves: 1 s to dispatch, 2 to receive, 4
+    for experts, 5 to combine; 100 for shared experts, 1000 for attention.
+    """
 
-    now = 0.0
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.clock = HostClock(lambda: self.now)
+        self.routed = RoutedExperts(1, self.choose, self.compute, self.sublayer)
+
+    def run(self, dispatcher: Dispatcher, layer: int) -> Tensor:
+        _, routed_TD, _ = dispatcher.run(layer, self.routed, (torch.ones(3, 2), None), self.shared)
+        self.now += 1000
+        return routed_TD
+
+    def choose(self, residual: Residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return residual[0], residual[0], torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+
+    def compute(self, received: Received, counts_S: Tensor) -> Tensor:
+        self.now += 4
+        return received.x_ND[received.rows_M]
+
+    def sublayer(self, residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
+        self.now += 4
+        return residual[0], residual[0], local.rows_M
+
+    def shared(self, x_TD: Tensor) -> None:
+        self.now += 100
+
+
+class Slow(AllToAllExchange):
+    """Takes its time."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(contiguous(1, 2, 1), ALONE, CPU)
+        self.layer = layer
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        self.now += 1
+        self.layer.now += 1
         return super().dispatch(x_TD, ids_TK, weights_TK, layer)
 
     def receive(self, handle: Handle) -> Received:
-        self.now += 2
+        self.layer.now += 2
         return super().receive(handle)
 
     def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
-        self.now += 5
+        self.layer.now += 5
         return super().combine(y_MD, handle)
 
 
 def test_the_host_clock_splits_a_layer() -> None:
-    slow = Slow(contiguous(1, 2, 1), ALONE, CPU)
-    clock = HostClock(lambda: slow.now)
-    timed = TimedExchange(slow, clock)
+    layer = Layer()
+    dispatcher = ExchangeDispatcher(Slow(layer), CPU, layer.clock)
     for layers in (1, 2):
-        timed.begin_step(3, 4)
+        dispatcher.begin_step(3, 4)
         for _ in range(layers):
-            handle = timed.dispatch(
-                torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 0
-            )
-            slow.now += 100  # shared experts: nobody's
-            received = timed.receive(handle)
-            slow.now += 4  # experts
-            assert timed.combine(received.x_ND[received.rows_M], handle).shape == (3, 2)
-            slow.now += 1000  # attention of the next layer
-    assert clock.take() == [9.0, 12.0, 15.0]
-    assert clock.take() == [0.0, 0.0, 0.0]
+            assert layer.run(dispatcher, 0).shape == (3, 2)
+    assert layer.clock.take() == [9.0, 12.0, 15.0], "no shared experts, no attention"
+    assert layer.clock.take() == [0.0, 0.0, 0.0]
 
 
-def test_where_nothing_travels_all_of_a_layer_is_the_experts_time() -> None:
-    now = 0.0
-    clock = HostClock(lambda: now)
-    timed = TimedLocal(contiguous(2, 3, 1), CPU, clock)
-
-    def compute(here: Here) -> Tensor:
-        nonlocal now
-        now += 4
-        return here.rows_M
-
-    timed.begin_step(2, 2)
-    for layer in range(2):
-        assert timed.run(layer, (2, 3), compute).tolist() == [0, 0, 0, 1, 1, 1]
-        now += 1000  # shared experts, and attention of the next layer
-    assert clock.take() == [0.0, 8.0, 0.0]
+def test_all_of_a_local_layer_is_the_time_of_its_experts() -> None:
+    layer = Layer()
+    dispatcher = LocalDispatcher(contiguous(2, 3, 1), CPU, layer.clock)
+    dispatcher.begin_step(3, 3)
+    for number in range(2):
+        assert layer.run(dispatcher, number).tolist() == [0, 1, 2]
+    assert layer.clock.take() == [0.0, 8.0, 0.0]
 
 
 class Event:

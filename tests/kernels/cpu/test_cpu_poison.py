@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.reference import kv_entries
+from lockstep.kernels.reference.column import Reference
 from lockstep.kernels.reference.gate import Routing
 from lockstep.kernels.reference.rope import angles, frequencies
 from lockstep.kernels.reference.sampling import SamplingParams
-from lockstep.kernels.table import Ops, ops_of
+from lockstep.kernels.table import ops_of
 from support.kernels.paged_rows import PagedRows
 from support.kernels.poison import poisoned
 
@@ -49,7 +50,7 @@ GREEDY = SamplingParams(
     np.zeros(3, np.float32), np.zeros(3, np.int64), np.ones(3, np.float32), np.zeros(3, np.float32)
 )
 
-RUNS: dict[str, Callable[[Ops], Any]] = {
+RUNS: dict[str, Callable[[Reference], Any]] = {
     "rms_norm": lambda ops: ops.rms_norm(X, WEIGHT, 1e-6),
     "add_rms_norm": lambda ops: ops.add_rms_norm(X, UPDATE, WEIGHT, 1e-6),
     "silu_mul": lambda ops: ops.silu_mul(X),

@@ -4,7 +4,6 @@ reference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,28 +12,27 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import cpu_isa
-from lockstep.kernels.cpu import sublayers as cpu_sublayers
+from lockstep.kernels.cpu.column import Cpu
 from lockstep.kernels.formats.kv_format import head_entry
-from lockstep.kernels.reference import sublayers
+from lockstep.kernels.reference.column import Reference
 from lockstep.kernels.reference.gate import Routing
 from lockstep.kernels.reference.paged import PagedBatch, build_batch
 from lockstep.kernels.reference.rope import HeadNorms, angles, frequencies
-from lockstep.kernels.reference.sublayers import GateWeights, GroupedHeads, Here, Residual, RowNorm, Step
-from lockstep.kernels.table import Ops, ops_of
+from lockstep.kernels.reference.sublayers import (
+    GateWeights,
+    GroupedHeads,
+    LocalExperts,
+    Projection,
+    Residual,
+    RowNorm,
+)
+from lockstep.kernels.table import ops_of
 from support.grids import pairwise
 
 HIDDEN, HEADS, KEYS, DIM, SLOTS, WIDTH, TOP_K = 64, 4, 2, 32, 8, 48, 3
 CPU, REFERENCE = ops_of("cpu"), ops_of("reference")
 # Few rows stay on one thread; from 600 rows on every pass is shared among threads.
 ROWS = [(1, 0), (7, 0), (0, 600), (5, 33)]  # decode rows, tokens of an extend
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A linear layer."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 def _draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -54,46 +52,39 @@ def _batch(num_decode: int, extend: int) -> tuple[PagedBatch, Tensor]:
 
 
 def _attention(
-    ops: Ops, sublayer: Any, rows: tuple[int, int], *, first: bool, bias: bool, norms: bool, fp8: bool
+    ops: Reference, column: type[Reference], rows: tuple[int, int], given: dict[str, bool]
 ) -> list[Tensor]:
-    qkv, out = (
-        _draw((HEADS + 2 * KEYS) * DIM, HIDDEN, scale=0.1, seed=3),
-        _draw(HIDDEN, HEADS * DIM, scale=0.1, seed=4),
-    )
-    biases = (_draw(len(qkv), seed=5), _draw(HIDDEN, seed=6)) if bias else (None, None)
-    head_norms = HeadNorms(_draw(DIM, seed=7), _draw(DIM, seed=8), 1e-6) if norms else None
-    heads = GroupedHeads(
-        DIM, False, head_norms, Matrix(ops.pack(qkv), biases[0]), Matrix(ops.pack(out), biases[1])
-    )
+    """The residual and the cache after the sublayer, as class ``column`` makes it of the ops."""
+    qkv = _draw((HEADS + 2 * KEYS) * DIM, HIDDEN, scale=0.1, seed=3)
+    out = _draw(HIDDEN, HEADS * DIM, scale=0.1, seed=4)
+    biases = (_draw(len(qkv), seed=5), _draw(HIDDEN, seed=6)) if given["bias"] else (None, None)
+    head_norms = HeadNorms(_draw(DIM, seed=7), _draw(DIM, seed=8), 1e-6) if given["norms"] else None
+    projections = Projection(ops.pack(qkv), biases[0]), Projection(ops.pack(out), biases[1])
     batch, positions = _batch(*rows)
-    entry, dtype = head_entry("fp8" if fp8 else "bf16", KEYS, DIM), torch.uint8 if fp8 else torch.bfloat16
+    entry = head_entry("fp8" if given["fp8"] else "bf16", KEYS, DIM)
+    dtype = torch.uint8 if given["fp8"] else torch.bfloat16
     cache = (torch.zeros(4096 * 2, *entry, dtype=dtype), torch.zeros(4096 * 2, *entry, dtype=dtype))
-    step = Step(angles(positions, frequencies(DIM, 1e4)), batch, cache)
-    return [
-        *sublayer(ops, _residual(sum(rows), first), RowNorm(_draw(HIDDEN, seed=9), 1e-6), heads, step),
-        *cache,
-    ]
-
-
-def _experts(ops: Ops, sublayer: Any, num_tokens: int, *, first: bool, bias: bool) -> list[Tensor]:
-    w13, w2 = (
-        _draw(SLOTS, 2 * WIDTH, HIDDEN, scale=0.1, seed=3),
-        _draw(SLOTS, HIDDEN, WIDTH, scale=0.1, seed=4),
-    )
-    routing = Routing(TOP_K, "sigmoid", num_groups=4, top_groups=2, scale=2.5) if bias else Routing(TOP_K)
-    gate = GateWeights(
-        _draw(SLOTS, HIDDEN, seed=5).float(), _draw(SLOTS, seed=6).float() if bias else None, routing
-    )
-    here = Here(
-        torch.arange(SLOTS).flip(0),
-        torch.arange(num_tokens).repeat_interleave(TOP_K),
-        torch.zeros(SLOTS, dtype=torch.int64),
-    )
     norm = RowNorm(_draw(HIDDEN, seed=9), 1e-6)
-    return [
-        *sublayer(ops, _residual(num_tokens, first), norm, gate, ops.pack_slots(w13, w2), here),
-        here.counts_S,
-    ]
+    sublayer = column.attention_sublayer(ops, norm, GroupedHeads(DIM, False, head_norms, *projections))
+    residual = _residual(sum(rows), given["first"])
+    return [*sublayer(residual, angles(positions, frequencies(DIM, 1e4)), batch, cache), *cache]
+
+
+def _experts(
+    ops: Reference, column: type[Reference], num_tokens: int, first: bool, bias: bool
+) -> list[Tensor]:
+    """Sum, norm, outputs and counts, as the sublayer of class ``column`` makes them of the ops."""
+    w13 = _draw(SLOTS, 2 * WIDTH, HIDDEN, scale=0.1, seed=3)
+    w2 = _draw(SLOTS, HIDDEN, WIDTH, scale=0.1, seed=4)
+    routing = Routing(TOP_K, "sigmoid", num_groups=4, top_groups=2, scale=2.5) if bias else Routing(TOP_K)
+    gate_bias = _draw(SLOTS, seed=6).float() if bias else None
+    gate = GateWeights(_draw(SLOTS, HIDDEN, seed=5).float(), gate_bias, routing)
+    rows_M = torch.arange(num_tokens).repeat_interleave(TOP_K)
+    counts_S = torch.zeros(SLOTS, dtype=torch.int64)
+    local = LocalExperts(torch.arange(SLOTS).flip(0), rows_M, counts_S)
+    norm = RowNorm(_draw(HIDDEN, seed=9), 1e-6)
+    sublayer = column.experts_sublayer(ops, norm, gate, ops.pack_slots(w13, w2))
+    return [*sublayer(_residual(num_tokens, first), local), counts_S]
 
 
 @pairwise(
@@ -107,24 +98,22 @@ def test_attention_in_one_call(
     rows: tuple[int, int], first: bool, bias: bool, norms: bool, fp8: bool
 ) -> None:
     given = {"first": first, "bias": bias, "norms": norms, "fp8": fp8}
-    got = _attention(CPU, CPU.attention_sublayer, rows, **given)
-    for one, other in zip(got, _attention(CPU, sublayers.attention_sublayer, rows, **given), strict=True):
+    got = _attention(CPU, Cpu, rows, given)
+    for one, other in zip(got, _attention(CPU, Reference, rows, given), strict=True):
         assert torch.equal(one, other)
-    expected = _attention(REFERENCE, REFERENCE.attention_sublayer, rows, **given)
+    expected = _attention(REFERENCE, Reference, rows, given)
     for one, other in zip(got[:2], expected[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
 
 @pairwise({"num_tokens": [0, 1, 7, 600], "first": [False, True], "bias": [False, True]})
 def test_experts_in_one_call(num_tokens: int, first: bool, bias: bool) -> None:
-    got = _experts(CPU, CPU.experts_sublayer, num_tokens, first=first, bias=bias)
-    for one, other in zip(
-        got, _experts(CPU, sublayers.experts_sublayer, num_tokens, first=first, bias=bias), strict=True
-    ):
+    got = _experts(CPU, Cpu, num_tokens, first, bias)
+    for one, other in zip(got, _experts(CPU, Reference, num_tokens, first, bias), strict=True):
         assert torch.equal(one, other)
     assert int(got[-1].sum()) == TOP_K * num_tokens
     if num_tokens in (1, 7):  # with more tokens, rounding decides between equal choices somewhere
-        expected = _experts(REFERENCE, REFERENCE.experts_sublayer, num_tokens, first=first, bias=bias)
+        expected = _experts(REFERENCE, Reference, num_tokens, first, bias)
         for one, other in zip(got[:3], expected[:3], strict=True):
             torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
 
@@ -134,7 +123,7 @@ def test_weights_in_blocks_take_the_one_call(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("made of single ops")
 
     monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")  # holds weights in blocks
-    monkeypatch.setattr(cpu_sublayers.sublayers, "attention_sublayer", composed)
-    monkeypatch.setattr(cpu_sublayers.sublayers, "experts_sublayer", composed)
-    _attention(CPU, CPU.attention_sublayer, (2, 0), first=False, bias=False, norms=True, fp8=False)
-    _experts(CPU, CPU.experts_sublayer, 2, first=False, bias=False)
+    monkeypatch.setattr(Reference, "attention_sublayer", lambda *_: composed)
+    monkeypatch.setattr(Reference, "experts_sublayer", lambda *_: composed)
+    _attention(CPU, Cpu, (2, 0), {"first": False, "bias": False, "norms": True, "fp8": False})
+    _experts(CPU, Cpu, 2, first=False, bias=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from lockstep.moe.balance.placement import Placement
-from lockstep.moe.dispatch.all_gather import AllGatherDispatcher
-from lockstep.moe.dispatch.all_to_all import AllToAllDispatcher
+from lockstep.moe.dispatch.all_gather import AllGatherExchange
+from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
+from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.parallel.collectives import Collectives
 
@@ -18,5 +19,6 @@ def dispatcher_of(kind: str, placement: Placement, collectives: Collectives | No
     """``local``, ``all_gather`` or ``all_to_all``; in a group of one without ``collectives``."""
     if kind == "local":
         return LocalDispatcher(placement, CPU)
-    exchange = AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher
-    return exchange(placement, collectives or Collectives("alone", 0, 1, None, 1.0, CPU), CPU)
+    exchange = AllGatherExchange if kind == "all_gather" else AllToAllExchange
+    alone = Collectives("alone", 0, 1, None, 1.0, CPU)
+    return ExchangeDispatcher(exchange(placement, collectives or alone, CPU), CPU)

@@ -1,4 +1,4 @@
-"""An MoE layer with given tokens, choices and weights: what dispatchers are compared by."""
+"""An MoE layer with given tokens, choices and weights, by which dispatchers are compared."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.cpu.experts import experts, weighted_sum
-from lockstep.kernels.reference.sublayers import Here
+from lockstep.kernels.reference.sublayers import LocalExperts, Residual
 from lockstep.moe.balance.placement import contiguous
-from lockstep.moe.dispatch.all_gather import AllGatherDispatcher
-from lockstep.moe.dispatch.all_to_all import AllToAllDispatcher
-from lockstep.moe.dispatch.local import LocalDispatcher
+from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.parallel.collectives import Collectives
+
+from .dispatchers import dispatcher_of
 
 Kind = Literal["local", "all_gather", "all_to_all"]
 
 HIDDEN, WIDTH, LAYERS = 32, 24, 2
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,21 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
     stop = start + case.tokens[rank] if size > 1 else sum(case.tokens)
     x, ids, weights = (part[start:stop] for part in case.inputs())
     w13, w2 = case.weights(placement.experts_of(rank, 0))
-    outputs = []
-    if kind == "local":
 
-        def compute(here: Here) -> Tensor:
-            y = experts(x, here.rows_M, here.slots_L[ids.flatten()], w13, w2, here.counts_S)
-            return weighted_sum(y.view(*ids.shape, HIDDEN), weights)
+    def choose(residual: Residual) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return x, x, ids, weights
 
-        local = LocalDispatcher(placement, CPU)
-        local.begin_step(len(x), len(x))
-        return [local.run(layer, (len(x), case.top_k), compute) for layer in range(LAYERS)], local.counts_LS
-    dispatcher = (AllGatherDispatcher if kind == "all_gather" else AllToAllDispatcher)(
-        placement, collectives, CPU
-    )
+    def compute(received: Received, counts_S: Tensor) -> Tensor:
+        return experts(received.x_ND, received.rows_M, received.slots_M, w13, w2, counts_S)
+
+    def sublayer(residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
+        y = experts(x, local.rows_M, local.slots_L[ids.flatten()], w13, w2, local.counts_S)
+        return x, x, weighted_sum(y.view(*ids.shape, HIDDEN), weights)
+
+    routed = RoutedExperts(case.top_k, choose, compute, sublayer)
+    dispatcher = dispatcher_of(kind, placement, collectives)
     dispatcher.begin_step(len(x), case.capacity if size > 1 else len(x))
-    for layer in range(LAYERS):
-        handle = dispatcher.dispatch(x, ids, weights, layer)
-        received = dispatcher.receive(handle)
-        y = experts(received.x_ND, received.rows_M, received.slots_M, w13, w2, dispatcher.counts_LS[layer])
-        outputs.append(dispatcher.combine(y, handle))
+    outputs = [dispatcher.run(layer, routed, (x, None), lambda x: None)[1] for layer in range(LAYERS)]
     return outputs, dispatcher.counts_LS
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lockstep.kernels.reference.sublayers import GateWeights, add_norm
-from lockstep.kernels.table import Ops
+from lockstep.kernels.reference.column import Reference
+from lockstep.kernels.reference.sublayers import GateWeights
 from lockstep.moe.layer import MoELayer
 from lockstep.parallel.collectives import Collectives
 
@@ -38,7 +38,7 @@ def certain(path: Path, family: str) -> list[list[int]]:
     for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
         layer.register_forward_hook(
             lambda layer, inputs, _: close.append(
-                turns(model.ops, layer.gate.weights, add_norm(model.ops, *inputs)[1])
+                turns(model.ops, layer.gate.weights, model.ops.add_norm(*inputs, layer.norm)[1])
             )
         )
     found = []
@@ -53,7 +53,7 @@ def certain(path: Path, family: str) -> list[list[int]]:
     return found
 
 
-def turns(ops: Ops, gate: GateWeights, x_TD: Tensor) -> Tensor:
+def turns(ops: Reference, gate: GateWeights, x_TD: Tensor) -> Tensor:
     """[T] whether a little noise on its input makes the gate choose other experts."""
     generator = torch.Generator().manual_seed(0)
     size_T1 = x_TD.std(-1, keepdim=True)

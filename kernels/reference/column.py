@@ -1,0 +1,144 @@
+"""The column ``reference``: every op in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import (
+    attention,
+    experts as expert_ops,
+    fp8,
+    gate as gate_ops,
+    grouping,
+    linear as linear_ops,
+    mla,
+    norm,
+    paged,
+    rope,
+    sampling,
+)
+from .linear import SlotWeights
+from .paged import PagedBatch
+from .rope import Angles
+from .sampling import SamplingParams
+from .sublayers import (
+    AttentionSublayer,
+    ExpertsSublayer,
+    GateWeights,
+    GroupedHeads,
+    LocalExperts,
+    Residual,
+    RowNorm,
+)
+
+
+class Reference:
+    """The op table. Other columns derive from this one and replace ops by faster ones with the
+    same signature. An op is defined by the docstring of its reference.
+    """
+
+    column: ClassVar[str] = "reference"
+
+    # Whether shared experts compute gate and up in one product and one ``silu_mul``. On a CPU that
+    # changes answers: some sums of oneDNN's merged products differ in the last bit, and the compiled
+    # ``silu_mul`` does not round silu. Logits of small models moved by 0.03 of 4.3, and by 1.7 where
+    # a router turned.
+    merges_shared_experts: ClassVar[bool] = False
+
+    linear = staticmethod(linear_ops.linear)
+    pack = staticmethod(linear_ops.pack)
+    pack_slots = staticmethod(linear_ops.pack_slots)
+    gate = staticmethod(gate_ops.gate)
+    group_pairs = staticmethod(grouping.group_pairs)
+    permute = staticmethod(grouping.permute)
+    unpermute = staticmethod(grouping.unpermute)
+    experts = staticmethod(expert_ops.experts_reference)
+    weighted_sum = staticmethod(expert_ops.weighted_sum)
+    rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    silu_mul = staticmethod(norm.silu_mul)
+    quantise_rows = staticmethod(fp8.quantise_rows)
+    rms_norm_fp8 = staticmethod(fp8.rms_norm_fp8)
+    add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)
+    silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
+    experts_fp8 = staticmethod(fp8.experts_fp8)
+    norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
+    rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
+    attend = staticmethod(attention.attend)
+    mla_attend = staticmethod(mla.mla_attend)
+    edit_logits = staticmethod(sampling.edit_logits)
+    allow_only = staticmethod(sampling.allow_only)
+    copy_pages = staticmethod(paged.copy_pages)
+
+    @staticmethod
+    def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
+        """``sampling.sample`` with the reference's search."""
+        return sampling.sample(logits_RV, params, uniform_R)
+
+    @staticmethod
+    def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``sampling.logprobs`` with the reference's search."""
+        return sampling.logprobs(logits_SV, tokens_S, num_top)
+
+    def add_norm(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, Tensor]:
+        """The sum of the residual, and its norm."""
+        x_TD, update_TD = residual
+        if update_TD is None:
+            return x_TD, self.rms_norm(x_TD, norm.weight, norm.eps)
+        return self.add_rms_norm(x_TD, update_TD, norm.weight, norm.eps)
+
+    def choose_experts(
+        self, residual: Residual, norm: RowNorm, gate: GateWeights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The sum of the residual, its norm, and the choice of the gate: ids_TC int64 and weights_TC
+        float32.
+        """
+        x_TD, normed_TD = self.add_norm(residual, norm)
+        return x_TD, normed_TD, *self.gate(normed_TD, gate.weight, gate.bias, gate.routing)
+
+    def attention_sublayer(self, norm: RowNorm, heads: GroupedHeads) -> AttentionSublayer:
+        """The attention of a layer with these weights, for T of at least 1."""
+        qkv, out, scale = heads.qkv, heads.out, heads.dim**-0.5
+
+        def attention(
+            residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
+        ) -> tuple[Tensor, Tensor]:
+            x_TD, normed_TD = self.add_norm(residual, norm)
+            qkv_TXE = self.linear(normed_TD, qkv.weight, qkv.bias).unflatten(-1, (-1, heads.dim))
+            q_THE = self.norm_rotate_and_write(
+                qkv_TXE, heads.norms, rotation, cache, batch.write_T, heads.interleaved
+            )
+            out_THE = self.attend(q_THE, *cache, batch, scale)
+            return x_TD, self.linear(out_THE.flatten(1), out.weight, out.bias)
+
+        return attention
+
+    def experts_sublayer(
+        self, norm: RowNorm, gate: GateWeights, weights: tuple[SlotWeights, SlotWeights]
+    ) -> ExpertsSublayer:
+        """The routed experts of a layer. ``weights``: w13 and w2 as ``experts`` reads them."""
+
+        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            return self.experts(x_TD, local.rows_M, slots_M, *weights, local.counts_S)
+
+        return self.routed_sublayer(norm, gate, run)
+
+    def routed_sublayer(
+        self, norm: RowNorm, gate: GateWeights, run: Callable[[Tensor, Tensor, LocalExperts], Tensor]
+    ) -> ExpertsSublayer:
+        """``experts_sublayer`` with any experts: ``run`` takes x_TD, slots_M and the places, and
+        returns y_MD, unweighted.
+        """
+
+        def routed(residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
+            x_TD, normed_TD, ids_TC, weights_TC = self.choose_experts(residual, norm, gate)
+            y_MD = run(normed_TD, local.slots_L.index_select(0, ids_TC.view(-1)), local)
+            y_TCD = y_MD.view(*ids_TC.shape, y_MD.shape[1])
+            return x_TD, normed_TD, self.weighted_sum(y_TCD, weights_TC)
+
+        return routed

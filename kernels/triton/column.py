@@ -1,0 +1,55 @@
+"""The column ``triton``: kernels for NVIDIA cards, and for Triton's interpreter in tests."""
+
+from __future__ import annotations
+
+import functools
+from typing import ClassVar
+
+from ..reference.column import Reference
+from . import (
+    attention,
+    experts as expert_ops,
+    experts_fp8,
+    fp8,
+    gate as gate_ops,
+    grouping,
+    mla,
+    norm,
+    pages,
+    rope,
+    sampling,
+)
+from .tiles import Tiles
+
+
+class Triton(Reference):
+    """Kernels with these tile sizes. Products with packed weights stay torch's."""
+
+    column: ClassVar[str] = "triton"
+    merges_shared_experts: ClassVar[bool] = True
+
+    def __init__(self, tiles: Tiles) -> None:
+        self.experts = functools.partial(expert_ops.experts, tiles=tiles)
+        self.experts_fp8 = functools.partial(experts_fp8.experts_fp8, tiles=tiles)
+        self.attend = functools.partial(attention.attend, tiles=tiles)
+        self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
+
+    gate = staticmethod(gate_ops.gate)
+    group_pairs = staticmethod(grouping.group_pairs)
+    permute = staticmethod(grouping.permute)
+    unpermute = staticmethod(grouping.unpermute)
+    weighted_sum = staticmethod(expert_ops.weighted_sum)
+    rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    silu_mul = staticmethod(norm.silu_mul)
+    quantise_rows = staticmethod(fp8.quantise_rows)
+    rms_norm_fp8 = staticmethod(fp8.rms_norm_fp8)
+    add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)
+    silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
+    norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
+    rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
+    edit_logits = staticmethod(sampling.edit_logits)
+    allow_only = staticmethod(sampling.allow_only)
+    sample = staticmethod(sampling.sample)
+    logprobs = staticmethod(sampling.logprobs)
+    copy_pages = staticmethod(pages.copy_pages)

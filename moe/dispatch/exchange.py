@@ -1,0 +1,90 @@
+"""Dispatch between ranks: an exchange carries tokens to the ranks of their experts and outputs back.
+
+Suffixes: T own tokens, K choices per token, D hidden, N received tokens (padded ones included), M
+pairs (token, choice) for the experts of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels.reference.sublayers import Residual
+from ..balance.placement import Placement
+from ..clock import PhaseClock, clock_for
+from ..phases import COMBINE, DISPATCH, EXPERT
+from .dispatcher import Received, RoutedExperts, zero_counts
+
+
+@dataclass(frozen=True)
+class Handle:
+    """An exchange under way, as ``receive`` and ``combine`` need it. ``state`` belongs to the
+    exchange.
+    """
+
+    weights_TK: Tensor
+    layer: int
+    state: Any = None
+
+
+class Exchange(Protocol):
+    """A way for tokens to travel. Every rank makes the same calls in the same order."""
+
+    @property
+    def placement(self) -> Placement: ...
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        """As ``Dispatcher.begin_step``."""
+        ...
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        """Starts sending tokens to their experts. ids_TK int64 logical experts; weights_TK
+        float32.
+        """
+        ...
+
+    def receive(self, handle: Handle) -> Received:
+        """Waits for the tokens of other ranks."""
+        ...
+
+    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
+        """Returns [T, D]: the experts' outputs y_MD (unweighted, in the order of ``Received``) on
+        their own ranks again, weighted and summed in float32 in the order of k.
+        """
+        ...
+
+
+class ExchangeDispatcher:
+    """Runs the experts of a layer between the two ways of an exchange."""
+
+    def __init__(self, exchange: Exchange, device: torch.device, clock: PhaseClock | None = None) -> None:
+        self.placement = exchange.placement
+        self.counts_LS = zero_counts(self.placement, device)
+        self.clock = clock_for(device) if clock is None else clock
+        self._exchange = exchange
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        self.clock.begin_step()
+        self._exchange.begin_step(num_tokens, capacity)
+
+    def run(
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        exchange, clock = self._exchange, self.clock
+        x_TD, normed_TD, ids_TK, weights_TK = routed.choose(residual)
+        clock.mark()
+        handle = exchange.dispatch(normed_TD, ids_TK, weights_TK, layer)
+        clock.lap(DISPATCH)
+        shared_TD = shared(normed_TD)
+        clock.mark()
+        received = exchange.receive(handle)
+        clock.lap(DISPATCH)
+        y_MD = routed.compute(received, self.counts_LS[layer])
+        clock.lap(EXPERT)
+        routed_TD = exchange.combine(y_MD, handle)
+        clock.lap(COMBINE)
+        return x_TD, routed_TD, shared_TD
