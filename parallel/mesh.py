@@ -73,7 +73,7 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return range(stage * self.experts, (stage + 1) * self.experts)
 
     def data_of_rank(self, rank: int) -> int:
-        return rank // self.tensor % self.data
+        return self._data_of_rank[rank]
 
     def members(self, data: int) -> tuple[int, ...]:
         """Ranks of ``data``, ascending: stage by stage."""
@@ -85,7 +85,18 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def samples(self, rank: int) -> bool:
         """Whether ``rank`` is the reporter of its data index."""
-        return rank >= self.world - self.experts and rank % self.tensor == 0
+        return self._samples[rank]
+
+    # Asked for every result of every rank, hence kept.
+
+    @cached_property
+    def _data_of_rank(self) -> tuple[int, ...]:
+        return tuple(self.coordinates(rank).data for rank in range(self.world))
+
+    @cached_property
+    def _samples(self) -> tuple[bool, ...]:
+        reporters = set(map(self.reporter, range(self.data)))
+        return tuple(rank in reporters for rank in range(self.world))
 
     @cached_property
     def _members(self) -> tuple[tuple[int, ...], ...]:

@@ -121,19 +121,19 @@ class Admission:
 
     def _place(self, request: Request, blocks: Int64, seconds: NDArray[np.float64]) -> _Reservation | _Wait:
         """Takes a row and pages on the data index with the least ``seconds`` [D] that has room."""
-        group = self._group
+        group, rows, kv, alive = self._group, self._group.rows, self._group.kv, self._group.steps.alive
         for data in _ascending(seconds):
-            if not group.steps.alive[data] or not group.rows.num_free(data):
+            if not alive[data] or not rows.num_free(data):
                 continue
-            shared = group.kv.prefix(data, request.hashes_h128, int(blocks[data]))
-            if len(shared) and (group.kv.written[shared] == PENDING).any():
+            shared = kv.prefix(data, request.hashes_h128, int(blocks[data]))
+            if len(shared) and (kv.written[shared] == PENDING).any():
                 return _Wait.FOR_BLOCK
             fresh = pages_for(request.num_staged, group.page_size) - len(shared)
             if not group.has_headroom(data, fresh):
                 continue
-            pages = group.kv.reserve(data, shared, fresh)
+            pages = kv.reserve(data, shared, fresh)
             if pages is not None:
-                group.rows.claim(data, request)
+                rows.claim(data, request)
                 return _Reservation(request, data, pages, len(shared))
         return _Wait.FOR_ROOM
 

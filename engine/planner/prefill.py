@@ -60,12 +60,10 @@ class Prefill:
         group = self._group
         chunks: list[tuple[int, int, int, int]] = []  # data, row, start, count
         anyone_decodes, anyone_waits = bool(load.rows.any()), False
-        for data in range(group.mesh.data):
-            waiting = group.prefilling.waiting(data, cohort)
-            if waiting:
-                anyone_waits = True
-                budget = self._budget(data, load, waiting[0], anyone_decodes)
-                chunks += [(data, *chunk) for chunk in self._share(waiting, budget)]
+        for data, waiting in group.prefilling.waiting(cohort):
+            anyone_waits = True
+            budget = self._budget(data, load, waiting[0], anyone_decodes)
+            chunks += [(data, *chunk) for chunk in self._share(waiting, budget)]
         return self._take(np.array(chunks, np.int64).reshape(-1, 4)) if anyone_waits else None
 
     def _budget(self, data: int, load: DecodeLoad, first: int, anyone_decodes: bool) -> int:
@@ -118,17 +116,20 @@ class Prefill:
         group, rows = self._group, self._group.rows
         admits: dict[int, list[Admit]] = {}
         rows.admit(row)
-        for owner, index, cached in zip(data.tolist(), row.tolist(), rows.sent[row].tolist(), strict=True):
+        counts, pages = rows.read_pages(row)
+        pages_i32 = group.kv.local(pages).astype(np.int32).tobytes()
+        ends = (4 * counts.cumsum()).tolist()
+        columns = data.tolist(), row.tolist(), rows.sent[row].tolist(), [0, *ends][:-1], ends
+        for owner, index, cached, start, end in zip(*columns, strict=True):
             request = rows.request(index)
             group.preloads.admitted(request)
-            pages = group.kv.local(rows.pages[index, : rows.num_pages[index]])
             admit = Admit(
                 slot=rows.slot(index),
                 staged=request.staged,
                 num_cached=cached,
                 num_emitted=request.num_emitted,
                 limit=request.limit,
-                pages_i32=pages.astype(np.int32).tobytes(),
+                pages_i32=pages_i32[start:end],
                 sampling=request.sampling,
             )
             admits.setdefault(owner, []).append(admit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .rows import RowTable
 
 
@@ -28,11 +30,12 @@ class PrefillQueues:
 
     def has_work(self, cohort: int) -> bool:
         """Whether some row of ``cohort`` waits and is not held."""
-        return any(self._in_turn(row, cohort) for queue in self._queues for row in queue)
+        return next(self.waiting(cohort), None) is not None
 
-    def waiting(self, data: int, cohort: int) -> list[int]:
-        """The rows of ``data`` and ``cohort`` that are not held."""
-        return [row for row in self._queues[data] if self._in_turn(row, cohort)]
-
-    def _in_turn(self, row: int, cohort: int) -> bool:
-        return bool(self._rows.cohort[row] == cohort and not self._rows.held[row])
+    def waiting(self, cohort: int) -> Iterator[tuple[int, list[int]]]:
+        """Data indices with rows of ``cohort`` that wait and are not held, and those rows."""
+        cohorts, held = self._rows.cohort, self._rows.held
+        for data, queue in enumerate(self._queues):
+            rows = [row for row in queue if cohorts[row] == cohort and not held[row]]
+            if rows:
+                yield data, rows

@@ -223,15 +223,17 @@ class RowTable:
         self.page_sum[rows] += page_terms(self.slot(rows), count, local)
 
     def take_pages(self, rows: Int64) -> tuple[Int64, Int64]:
-        """Empties the page tables of rows [n]. Returns how many pages each held [n], and those
-        pages end to end (global ids).
-        """
-        counts = self.num_pages[rows]
-        owners, index = ragged(counts)
-        pages = self.pages[rows[owners], index]
+        """Empties the page tables of rows [n]. Returns what ``read_pages`` does."""
+        counts, pages = self.read_pages(rows)
         self.num_pages[rows] = 0
         self.page_sum[rows] = 0
         return counts, pages
+
+    def read_pages(self, rows: Int64) -> tuple[Int64, Int64]:
+        """The number of pages of each of rows [n], and those pages end to end (global ids)."""
+        counts = self.num_pages[rows]
+        owners, index = ragged(counts)
+        return counts, self.pages[rows[owners], index]
 
     @staticmethod
     def _brought_by(request: Request) -> tuple[int, ...]:
