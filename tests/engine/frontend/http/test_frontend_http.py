@@ -10,6 +10,7 @@ import struct
 import threading
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -605,11 +606,10 @@ def test_a_long_prompt_does_not_block_health(
             done.set()
 
     monkeypatch.setattr(Codec, "encode", watched)
-    work = threading.Thread(
-        target=lambda: answers.append(frontend.http.post("/v1/completions", json={"prompt": text}))
-    )
+    post = partial(frontend.http.post, "/v1/completions", json={"prompt": text}, timeout=90)
+    work = threading.Thread(target=lambda: answers.append(post()))
     work.start()
-    assert begun.wait(30), "nothing was tokenised"
+    assert begun.wait(30), "nothing was tokenized"
     meanwhile = 0
     while not done.is_set():
         assert frontend.http.get("/health").status_code == 200
