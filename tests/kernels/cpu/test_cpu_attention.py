@@ -1,5 +1,5 @@
-"""Compiled attention over pages of every format against the reference, which is held to the
-definition in ``test_attention``.
+"""Compiled attention over pages of every format against the reference.
+``reference/test_attention.py`` checks the reference against the definition.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "fp8": kv_entries.encode_heads,
 }
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-# Query heads, key heads, dim, page size. Those of pages of 64 and more are read where they lie; 40
-# query heads of a key head are more than a tile; dims of 64 and 128 are decoded as bytes.
+# Query heads, key heads, dim, page size. Pages of 64 and more are read in place; 40 query heads per
+# key head exceed a tile; dims of 64 and 128 are decoded as bytes.
 SHAPES = [(6, 1, 20, 8), (6, 6, 20, 64), (6, 2, 96, 40), (40, 1, 32, 64), (4, 2, 64, 128), (16, 2, 128, 16)]
 
 
 def filled(rows: PagedRows, kv_heads: int, dim: int, kv_format: str) -> list[Tensor]:
-    """Keys and values; large numbers wherever no row may look."""
+    """Keys and values, with large numbers at places that no row may read."""
     caches = [torch.full((rows.num_pages * rows.page_size, kv_heads, dim), 1e3) for _ in range(2)]
     for row in range(len(rows.starts)):
         for cache in caches:
@@ -70,7 +70,7 @@ def test_as_the_reference(
 
 
 def test_large_scores_do_not_overflow() -> None:
-    """The running softmax starts anew where a later block, or a later part of the row, holds a much
+    """The running softmax restarts when a later block, or a later part of the row, holds a much
     larger score.
     """
     for largest in (150, 700):
@@ -84,7 +84,7 @@ def test_large_scores_do_not_overflow() -> None:
         torch.testing.assert_close(out[0, 0], v[rows.places(0)[largest], 0])
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     rows = PagedRows([(70, 1)], 1)
     for spoiled in range(2):
         caches = filled(rows, 2, 8, "fp32")
@@ -94,9 +94,9 @@ def test_what_is_not_a_number_stays_visible() -> None:
 
 
 @pytest.mark.parametrize("dim", [20, 64])
-def test_a_scale_that_is_no_number_stays_visible_and_spoils_only_what_sees_it(dim: int) -> None:
-    """Keys of position 3 of 7: the queries before it, in the same chunk, do not look there; heads
-    beside it neither.
+def test_a_nan_scale_stays_visible_and_affects_only_queries_that_see_it(dim: int) -> None:
+    """The NaN is in the keys of position 3 of 7. Earlier queries in the same chunk do not read
+    them, nor do other heads.
     """
     rows = PagedRows([(0, 7)], 0, page_size=64)
     keys, values = (torch.randn(rows.num_pages * 64, 2, dim) for _ in range(2))

@@ -15,7 +15,6 @@ SCRIPT = """
 import hashlib, torch
 from lockstep.kernels.cpu import gate as cpu_gate, head_products as cpu_head_products, norm as cpu_norm
 from lockstep.kernels.routing import Routing
-from lockstep.kernels.reference.gate import Routing
 draw = torch.Generator().manual_seed(0)
 x = torch.randn(256, 1024, generator=draw).bfloat16()
 weight, gate = torch.randn(1024, generator=draw).bfloat16(), torch.randn(131, 1024, generator=draw)

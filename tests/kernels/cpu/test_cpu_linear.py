@@ -25,13 +25,17 @@ from support.grids import pairwise
 
 @pytest.fixture
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CPU with AVX512-BF16 holds weights; others compute with them as well, slower."""
+    """Holds weights as a CPU with AVX512-BF16 does. Other CPUs compute with them too, but
+    slower.
+    """
     monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")
 
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_torch() -> None:
-    """What compiled kernels would set otherwise, for the whole process, to the number of cores."""
+    """Keeps numba on torch's threads. Compiled kernels would otherwise set the whole process to the
+    number of cores.
+    """
     ops_of("cpu")
 
 
@@ -56,8 +60,8 @@ def test_a_packed_weight_gives_what_the_plain_one_does(
 
 @pytest.mark.usefixtures("in_blocks")
 def test_results_in_blocks_are_rounded_once() -> None:
-    """Beside the exact product: half a unit of the last place, and what float32 loses in the
-    sum.
+    """Close to the exact product: within half a unit of the last place, plus what float32 loses in
+    the sum.
     """
     x, weight, bias = (
         torch.randn(13, 512).bfloat16(),
@@ -72,7 +76,7 @@ def test_results_in_blocks_are_rounded_once() -> None:
 def test_a_row_in_blocks_does_not_depend_on_the_rows_beside_it() -> None:
     weight = pack(torch.randn(112, 66).bfloat16())
     wide = torch.randn(200, 80).bfloat16()
-    x = wide[:, 3:69]  # rows apart, and not where vectors begin
+    x = wide[:, 3:69]  # strided rows, not aligned to vectors
     whole = linear(x, weight)
     for start, stop in [(0, count) for count in range(1, 14)] + [(5, 199), (100, 101)]:
         assert torch.equal(linear(x[start:stop], weight), whole[start:stop])

@@ -1,4 +1,4 @@
-"""Entries of FP8 pages: their size, what is lost in them, and attention that reads nothing else."""
+"""FP8 entries: their size, their loss of precision, and attention that reads nothing else."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in, latents_in
 from support.kernels.paged_rows import PAGE_SIZE, PagedRows
 
-# e4m3 has three bits of mantissa: half a step is 2^-4 of a value, or 2^-10 of the scale among the
-# smallest.
+# e4m3 has three bits of mantissa: half a step is 2^-4 of a value, or for the smallest values 2^-10
+# of the scale.
 HALF_STEP = 2.0**-4
 
 
@@ -87,7 +87,7 @@ def test_heads_come_back_within_half_a_step(heads: int, dim: int, dtype: torch.d
 @pytest.mark.parametrize(("latent", "rotated"), [(4, 2), (20, 6), (128, 8), (300, 10), (512, 64)])
 def test_latents_come_back_within_half_a_step(latent: int, rotated: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
-    # Groups of 128 with sizes far apart: one scale for all of them would lose the small ones.
+    # Groups of 128 with very different magnitudes: one scale for all would lose the small values.
     sizes = 10.0 ** torch.arange(-(-latent // 128)).repeat_interleave(128)[:latent]
     c, k = (
         (torch.randn(9, latent, generator=generator) * sizes).to(dtype),
@@ -110,7 +110,7 @@ def test_no_tokens() -> None:
     assert encode_latents(torch.empty(0, 20), torch.empty(0, 4)).shape == (0, 32)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     x = torch.ones(2, 1, 8)
     x[0, 0, 3] = torch.nan
     found = decode_heads(encode_heads(x), 8, torch.float32)
@@ -130,11 +130,11 @@ TOLERANCES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 
 
 @pairwise({"case": CASES, "kv_heads": [1, 2, 6], "dtype, tolerance": TOLERANCES})
-def test_grouped_attention_reads_what_the_cache_returns(
+def test_grouped_attention_equals_attention_over_decoded_entries(
     case: str, kv_heads: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Equal to attention over a pool of numbers that holds what the bytes say; pages that are not
-    read hold large values.
+    """Equal to attention over a pool of the decoded numbers. Pages that are not read hold large
+    values.
     """
     torch.manual_seed(0)
     rows, dim = PagedRows(*CASES[case]), 16
@@ -153,7 +153,7 @@ def test_grouped_attention_reads_what_the_cache_returns(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_latent_attention_reads_what_the_cache_returns(
+def test_latent_attention_equals_attention_over_decoded_entries(
     case: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def test_the_loss_of_grouped_attention() -> None:
-    """Normal queries, keys and values, 1,000 positions, float32 outside of the pages: 3.7 % of the
+    """Normal queries, keys and values, 1,000 positions, float32 outside the pages: 3.7 % of the
     output's norm, 0.24 % in bf16. The output is a mean of a thousand such values and small, so this
     is about the error of a single value.
     """

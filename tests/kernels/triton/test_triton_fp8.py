@@ -13,8 +13,8 @@ from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
 from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
 
-# Two roundings of almost the same number may lie a step of e4m3 apart: 2^-3 of it, or 2^-9 among
-# the smallest.
+# Two roundings of nearly equal numbers may differ by a step of e4m3: 2^-3 of the number, or 2^-9
+# among the smallest.
 STEP = 2.0**-3
 
 
@@ -40,7 +40,7 @@ def test_rows_and_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
         total, normed = triton_fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
     assert_same(rows, reference.quantise_rows(x))
     assert_same(plain, reference.rms_norm_fp8(x, weight, 1e-6))
-    # The interpreter's sum in bf16 is cut; its norm is checked against its own sum.
+    # The interpreter truncates its sum to bf16; its norm is checked against its own sum.
     torch.testing.assert_close(total, x + update, rtol=1.6e-2, atol=1e-2)
     assert_same(normed, reference.rms_norm_fp8(total, weight, 1e-6))
 
@@ -60,8 +60,8 @@ def test_zeros_stay_zeros() -> None:
 
 
 def powers(generator: torch.Generator, *shape: int, rows: int = 128) -> torch.Tensor:
-    """Factors of 1/4 to 4, one for each block of 128 in the last two dims, so that no two scales
-    are alike.
+    """Factors of 1/4 to 4, one for each block of 128 in the last two dims, so that all scales
+    differ.
     """
     blocks = torch.randint(
         -2, 3, (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // 128)), generator=generator
@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-# Columns of both products: narrower than a group, the activation is quantised by the second.
+# Columns of both products. If narrower than a group, the second product quantises the activation.
 @pairwise(
     {
         "case": CASES,

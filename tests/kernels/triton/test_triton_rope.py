@@ -15,8 +15,8 @@ from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in, latents_in
 from support.kernels.poison import DEVICE, poisoned
 
-# The model's dtype, the cache's, and the tolerance: the interpreter cuts bf16 instead of rounding
-# it.
+# The model's dtype, the cache's, and the tolerance. The interpreter truncates bf16 instead of
+# rounding.
 DTYPES = [
     (torch.float32, torch.float32, 1e-6),
     (torch.bfloat16, torch.bfloat16, 1.6e-2),
@@ -107,8 +107,8 @@ def test_latents(
     torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
 
 
-# Rounded from numbers that differ in their last bit, a few of the eight-bit values lie one step
-# apart.
+# A few e4m3 values differ by one step, since they are rounded from numbers that differ in the last
+# bit.
 STEP = 2.0**-3
 
 
