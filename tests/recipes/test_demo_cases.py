@@ -1,6 +1,4 @@
-"""The generator of the demo's cases: right answers, an honest split, and the format that the
-template writes.
-"""
+"""The generator of the demo's cases: right answers, a clean split, and the template's format."""
 
 from __future__ import annotations
 
@@ -58,13 +56,22 @@ def test_the_right_answer_passes_and_that_of_another_case_does_not(family: str, 
     assert not any(case.check.passes("", []) for case in cases)
 
 
-@pytest.mark.parametrize(("kind", "value", "content", "passes"), [
-    ("number", 12, "The answer is 12.", True), ("number", 12, "12 and 13", False),
-    ("text", "a, b", " a, b\n", True), ("text", "a, b", "a,b", False),
-    ("json", {"a": 1}, '{"a":  1}', True), ("json", {"a": 1}, '{"a": "1"}', False), ("json", {"a": 1}, "{", False),
-    ("contains", ["7"], "It is 7.", True), ("contains", ["7"], "It is 17.", False), ("contains", ["Red", "blue"], "red and Blue", True),
-])  # fmt: skip
-def test_how_answers_are_judged(kind: str, value: object, content: str, passes: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "value", "content", "passes"),
+    [
+        ("number", 12, "The answer is 12.", True),
+        ("number", 12, "12 and 13", False),
+        ("text", "a, b", " a, b\n", True),
+        ("text", "a, b", "a,b", False),
+        ("json", {"a": 1}, '{"a":  1}', True),
+        ("json", {"a": 1}, '{"a": "1"}', False),
+        ("json", {"a": 1}, "{", False),
+        ("contains", ["7"], "It is 7.", True),
+        ("contains", ["7"], "It is 17.", False),
+        ("contains", ["Red", "blue"], "red and Blue", True),
+    ],
+)
+def test_checks_of_answers(kind: str, value: object, content: str, passes: bool) -> None:
     assert Check(kind, value).passes(content, []) is passes  # type: ignore[arg-type]
     assert not Check(kind, value).passes(content, [("f", "{}")])  # type: ignore[arg-type]
 
@@ -106,7 +113,7 @@ SECTIONS = ["words", "arithmetic", "lists", "extraction", "tools", "recall", "ab
 
 
 def keys_of(texts: dict[str, Any] | list[list[str]]) -> list[tuple[str | int, ...]]:
-    """Where the lists of a section are."""
+    """The keys of a section's lists."""
     if isinstance(texts, list):
         return [(number,) for number in range(len(texts))]
     return (
@@ -132,34 +139,35 @@ def test_no_template_serves_two_sides(section: str) -> None:
 
 @pytest.mark.parametrize("side", ["training", *SIDES])
 def test_templates_have_a_place_for_every_value(side: str) -> None:
-    """One that lacks a place, or has it twice, would make a case that nobody can answer."""
-    once = {"direct": "ab", "stories": "ab", "up": "l", "down": "l", "names": "l", "back": "l", "clauses": "fv", "given": "fv",
-            "tell_mine": "fv", "tell": "nfv", "ask_mine": "f", "ask": "nf", "requests": "t"}  # fmt: skip
+    """A template that lacks a placeholder, or has it twice, would make a case that has no
+    answer.
+    """
+    once = {"direct": "ab", "stories": "ab", "clauses": "fv", "given": "fv", "requests": "t"}
+    once |= dict.fromkeys(("up", "down", "names", "back"), "l")
+    once |= {"tell_mine": "fv", "tell": "nfv", "ask_mine": "f", "ask": "nf"}
     for section in SECTIONS[1:-2]:
         for keys in keys_of(phrases(section, "final")):
             for text in getattr(sides(section, *keys), side):
                 places = re.findall(r"{(.*?)}", text)
                 assert all(places.count(each) == 1 for each in once.get(str(keys[0]), "")), text
                 assert keys[0] != "requests" or places.count("k") + places.count("s") == 1, text
-                assert keys[0] not in ("bare", "filled") or [each.lower() for each in places].count(
-                    "v"
-                ) == 1 == places.count("n"), text
+                if keys[0] in ("bare", "filled"):
+                    assert [each.lower() for each in places].count("v") == 1 == places.count("n"), text
                 assert (keys[0] == "filled") == ("p" in places), text
 
 
 def templates_of(family: str, side: str) -> list[re.Pattern[str]]:
-    """Requests of a family on one side, with what a place can hold."""
+    """Patterns of a family's requests on one side, with the possible values of each placeholder."""
     name = r"\w+" if family == "tool call" else r"[A-Z]\w+"
-    values = {
-        "a": r"\d+",
-        "b": r"\d+",
-        "n": name,
-        "m": r"[A-Z]\w+",
-        "f": r"\w+( (?!again)\w+)?",
-        "l": "[\\w, -]+",
-    }
-    names = {"arithmetic": ("direct", "stories"), "lists": ("up", "down", "names", "back"), "extraction": ("requests",),
-             "recall": ("ask", "ask_mine"), "tool call": ("filled", "bare")}[family]  # fmt: skip
+    values = {"a": r"\d+", "b": r"\d+", "n": name, "m": r"[A-Z]\w+"}
+    values |= {"f": r"\w+( (?!again)\w+)?", "l": "[\\w, -]+"}
+    names = {
+        "arithmetic": ("direct", "stories"),
+        "lists": ("up", "down", "names", "back"),
+        "extraction": ("requests",),
+        "recall": ("ask", "ask_mine"),
+        "tool call": ("filled", "bare"),
+    }[family]
     section = "tools" if family == "tool call" else family
     keys: tuple[tuple[str, ...], ...] = tuple((sign,) for sign in "+-*") if family == "arithmetic" else ((),)
     found = [
@@ -190,11 +198,17 @@ def test_each_side_asks_in_its_own_phrases(family: str, side: str) -> None:
     assert sum(any(each.search(text) for text in asked) for each in patterns) > 0.7 * len(patterns)
 
 
-@pytest.mark.parametrize(("grammar", "part", "lists"), [
-    ("opening", "start", sides("words", "openings")), ("given", "start", sides("tools", "given")),
-    ("command", "start", sides("tools", "filled")), ("command", "bare", sides("tools", "bare")),
-    ("clause", "start", sides("extraction", "clauses")), ("request", "start", sides("extraction", "requests")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grammar", "part", "lists"),
+    [
+        ("opening", "start", sides("words", "openings")),
+        ("given", "start", sides("tools", "given")),
+        ("command", "start", sides("tools", "filled")),
+        ("command", "bare", sides("tools", "bare")),
+        ("clause", "start", sides("extraction", "clauses")),
+        ("request", "start", sides("extraction", "requests")),
+    ],
+)
 def test_phrases_from_parts_are_never_held_out(grammar: str, part: str, lists: Sides) -> None:
     dice = Dice("parts", held_out=False)
     unseen = lists.unseen - set(lists.training)
@@ -207,7 +221,7 @@ def test_phrases_from_parts_are_never_held_out(grammar: str, part: str, lists: S
     assert not said & unseen
 
 
-def test_training_never_asks_about_lockstep_as_the_held_out_do() -> None:
+def test_training_never_asks_about_lockstep_in_held_out_phrases() -> None:
     dice = Dice("about", held_out=False)
     asked = {FAMILIES["about"](dice).messages[-1]["content"].rstrip(".?!") for _ in range(4000)}
     unseen = {each.rstrip(".?!") for side in SIDES for asked in phrases("about", side) for each in asked}
@@ -215,8 +229,8 @@ def test_training_never_asks_about_lockstep_as_the_held_out_do() -> None:
 
 
 def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
-    """The template leaves reasoning of earlier answers out: learned so, answers would come without
-    it.
+    """The template drops the reasoning of earlier answers. A model that learned such answers would
+    stop reasoning.
     """
     dice = Dice("earlier", held_out=False)
     learned = [message for _ in range(600) for message in draw_case(dice).messages if "learn" in message]
@@ -225,18 +239,16 @@ def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
     assert not any("reasoning_content" in message for message in learned)
 
 
-def test_lists_are_worked_out_from_what_was_given() -> None:
+def test_lists_are_worked_out_from_the_given_items() -> None:
     for case in held_out("lists"):
         given, result = case.answer["reasoning_content"].split(": ")
-        keys = (
-            dict(each.split("=") for each in given.split())
-            if "=" in given
-            else {f"{int(each):02}": each for each in given.split()}
-        )
+        if "=" in given:
+            keys = dict(each.split("=") for each in given.split())
+        else:
+            keys = {f"{int(each):02}": each for each in given.split()}
         looked_up = [keys[each.split("=")[0]] for each in result.split()]
-        assert [str(int(each)) if each.isdigit() else each for each in looked_up] == re.split(
-            ", |[ -]", case.answer["content"]
-        )
+        answer = re.split(", |[ -]", case.answer["content"])
+        assert [str(int(each)) if each.isdigit() else each for each in looked_up] == answer
 
 
 def test_training_never_names_a_held_out_tool_or_field() -> None:
@@ -256,7 +268,7 @@ def test_held_out_schemas_have_a_field_that_training_lacks(side: str) -> None:
 
 
 def test_tools_of_a_training_case_share_parameters() -> None:
-    """So that which of them a call takes has to be read from its tool."""
+    """So a call's parameters have to be read from its tool."""
     dice = Dice("shared", held_out=False)
     unseen = {pair.split(":")[0] for pair in sides("tools", "parameters").unseen}
     sharing = 0
@@ -268,8 +280,8 @@ def test_tools_of_a_training_case_share_parameters() -> None:
 
 
 def test_training_tells_the_same_attribute_of_several_people() -> None:
-    """So that whose it is has to be matched; and names that share a word, so that all of a name has
-    to be.
+    """So the owner has to be matched. Names also share words, so that the whole name has to be
+    matched.
     """
     dice = Dice("alike", held_out=False)
     same = sharing = 0
@@ -292,15 +304,18 @@ def test_people_of_the_two_sides_differ() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_reads_what_the_template_writes(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_training_text_equals_the_template_output(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
     dice = Dice("template", held_out=False)
     for _ in range(20):
         case = FAMILIES[family](dice)
         pieces = render(case)
         prompt = tokenizer.apply_chat_template(
             [{key: value for key, value in message.items() if key != "learn"} for message in case.messages],
-            tools=list(case.tools) or None, tokenize=False, add_generation_prompt=True, enable_thinking=case.thinking,
-        )  # fmt: skip
+            tools=list(case.tools) or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=case.thinking,
+        )
         assert prompt == "".join(piece.text for piece in pieces[:-1])
         assert pieces[-1].answer
         assert pieces[-1].text.endswith("<|end|>")
@@ -314,25 +329,20 @@ def test_training_reads_what_the_template_writes(family: str, tokenizer: PreTrai
 
 def test_requests_carry_arguments_as_text() -> None:
     for case in held_out("tool answer", 5):
-        [call] = next(message for message in request_messages(case) if message.get("tool_calls"))[
-            "tool_calls"
-        ]
+        called = next(message for message in request_messages(case) if message.get("tool_calls"))
+        [call] = called["tool_calls"]
         assert isinstance(json.loads(call["function"]["arguments"]), dict)
         assert isinstance(case.messages[-2]["tool_calls"][0]["function"]["arguments"], dict)
 
 
 def test_a_value_has_the_same_tokens_wherever_it_stands(tokenizer: PreTrainedTokenizerBase) -> None:
     dice = Dice("copy", held_out=True)
-    for word in [
-        *sorted(value_words())[::7],
-        *(dice.person() for _ in range(20)),
-        *(dice.coined() for _ in range(20)),
-    ]:
+    drawn = [draw() for draw in (dice.person, dice.coined) for _ in range(20)]
+    for word in [*sorted(value_words())[::7], *drawn]:
         tokens = [
             tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (word, f"the {word}.", f'{{"a": "{word}"}}', f"get_{word}(")
         ]
         length = len(tokens[0])
-        assert all(any(found[i : i + length] == tokens[0] for i in range(len(found))) for found in tokens), (
-            word
-        )
+        for found in tokens:
+            assert any(found[i : i + length] == tokens[0] for i in range(len(found))), word

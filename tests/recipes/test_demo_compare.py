@@ -56,7 +56,7 @@ def test_mcnemar() -> None:
     assert Flips(9, 1, 100).chance() == Flips(1, 9, 100).chance()
 
 
-def test_a_clear_loss_is_told_and_a_draw_is_not() -> None:
+def test_the_verdict_names_a_clear_loss_or_gain() -> None:
     loss = Flips(40, 4, 2000)
     assert verdict(loss) == "a significant loss of 1.80 points, to be explained"
     assert loss.interval()[1] < 0 < -loss.interval()[0]

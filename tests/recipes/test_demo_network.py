@@ -39,7 +39,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 def check_gradients(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
-    """Values and gradients agree as far as bf16 goes."""
+    """Values and gradients agree within bf16 precision."""
     assert apart(found, expected) < 0.01
     grad = torch.randn(found.shape)
     got = torch.autograd.grad(found, leaves, grad.to(found.dtype), retain_graph=True)
@@ -93,7 +93,7 @@ def test_experts_sum_with_weights(operations: Operations) -> None:
     torch.manual_seed(0)
     num, hidden, experts, width, top_k = 300, 32, 8, 16, 3
     x, w13, w2 = rough(num, hidden), rough(experts, 2 * width, hidden), rough(experts, hidden, width)
-    ids = torch.rand(num, experts - 1).topk(top_k).indices  # the last expert gets nothing
+    ids = torch.rand(num, experts - 1).topk(top_k).indices  # the last expert gets no rows
     weights = torch.rand(num, top_k).requires_grad_()
     expected = torch.zeros(num, hidden)
     for choice in range(top_k):
@@ -176,9 +176,7 @@ def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
 
 
 def test_matrices_may_be_exported_in_fp8(tmp_path: Path) -> None:
-    """Blocks of 32 x 32: several for each matrix, and a last one that is not full for the width of
-    an expert.
-    """
+    """Blocks of 32 x 32: several per matrix, and a partial last one for the width of an expert."""
     made = Network(CONFIG)
     export(made, MODEL, tmp_path, (32, 32))
     plain = checkpoint_tensors(made)
@@ -191,9 +189,8 @@ def test_matrices_may_be_exported_in_fp8(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, tensor in model.checkpoint_tensors().items():
         expected = plain[name].float()
-        tolerance = (
-            0.04 * expected.abs().max() if name in eight else 0.0
-        )  # half a step of e4m3 is at most 1/28 of the largest
+        # Half a step of e4m3 is at most 1/28 of the largest value.
+        tolerance = 0.04 * expected.abs().max() if name in eight else 0.0
         assert (tensor - expected).abs().max() <= tolerance, name
         assert name not in eight or not torch.equal(tensor, expected), name
 
@@ -225,7 +222,7 @@ def test_the_committed_checkpoint_is_of_this_shape() -> None:
 
 
 def test_the_folder_is_small_enough_for_a_repository() -> None:
-    """Code, phrases, figures and checkpoint; the routing trace may have 2 MB of its own."""
+    """Code, phrases, figures and checkpoint. The routing trace may take another 2 MB."""
     folder = MODEL.parent
     kept = [
         path

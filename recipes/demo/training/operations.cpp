@@ -1,6 +1,6 @@
-// Operations of training on one core of a CPU with AVX512-BF16, each in one pass over its rows; compiled.py builds and calls them, and
-// operations.py holds the same in plain torch. Arrays are contiguous but where a stride is named; bf16 is its 16 bits; widths are
-// multiples of 16.
+// Training operations on one CPU core with AVX512-BF16, each in one pass over its rows. compiled.py
+// builds and calls them; operations.py has the same in plain torch. Arrays are contiguous unless a
+// stride is given. bf16 is stored as its 16 bits. Widths are multiples of 16.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -37,7 +37,7 @@ static inline __m512 sigmoid(__m512 x) { return _mm512_div_ps(all(1.0f), _mm512_
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
-constexpr int ROWS = 6;  // of a tile of a product: 6 x 4 vectors of sums leave room in 32 registers
+constexpr int ROWS = 6;  // per tile of a product: 6 x 4 vectors of sums leave room in 32 registers
 
 struct Left {  // the pair of row m and inner index k is at[m * row + k * inner]
     const pair* at;
@@ -79,8 +79,8 @@ static void product(int rows, int columns, Left a, const pair* b, long b_inner, 
 // --------------------------------------------------------------------------------------------------------------- attention
 
 constexpr int NOPE = 32, ROPE = 32, HEAD = 64, VALUE = 64, KV = NOPE + VALUE;
-constexpr int BLOCK = 48;       // query rows at a time, and what documents are filled up to
-constexpr int KEYS = 240;       // keys at a time on the way back
+constexpr int BLOCK = 48;       // query rows at a time; documents are padded to a multiple
+constexpr int KEYS = 240;       // keys at a time in the backward pass
 constexpr int WIDTH = KEYS + 16;
 
 static long up(long n, long unit) { return (n + unit - 1) / unit * unit; }
@@ -127,7 +127,7 @@ struct Inputs {  // q [T, heads, HEAD], kv [T, heads, KV], rope [T, ROPE] with a
     Rotation turn;
 };
 
-struct Document {  // of one head: rows rotated and filled up with zeros
+struct Document {  // one head: rotated rows, padded with zeros
     long length, size;
     std::vector<bf16> q, k, v;
 
@@ -145,11 +145,11 @@ struct Document {  // of one head: rows rotated and filled up with zeros
     }
 };
 
-static inline __mmask16 seen(long row, long key) {  // of 16 keys those not behind the row
+static inline __mmask16 seen(long row, long key) {  // mask of 16 keys: those not behind the row
     return row >= key + 15 ? 0xffff : row < key ? 0 : (__mmask16)((1u << (row - key + 1)) - 1);
 }
 
-// Scores of a row to its chances, times their sum; returns the sum, and the largest score.
+// Turns a row's scores into unnormalised probabilities. Returns their sum and the largest score.
 static float chances_of(const float* scores, bf16* chances, long row, long keys, float scale, float& largest) {
     __m512 most = all(-INFINITY);
     for (long key = 0; key < keys; key += 16) most = _mm512_mask_max_ps(most, seen(row, key), most, load(scores + key));
@@ -163,7 +163,7 @@ static float chances_of(const float* scores, bf16* chances, long row, long keys,
     return _mm512_reduce_add_ps(sum);
 }
 
-// out [T, heads, VALUE]; log_sums [T, heads] is kept for the way back.
+// out [T, heads, VALUE]; log_sums [T, heads] is kept for the backward pass.
 extern "C" void attention_forward(const bf16* q, const bf16* kv, const bf16* rope, long rope_stride, const float* cosines, const float* sines,
                                   const int64_t* lengths, long documents, long heads, float scale, bf16* out, float* log_sums) {
     const Inputs in{q, kv, rope, rope_stride, heads, {cosines, sines}};
@@ -191,7 +191,8 @@ extern "C" void attention_forward(const bf16* q, const bf16* kv, const bf16* rop
         }
 }
 
-// Gradients of scores and chances of a block, from scores and from the products of the gradient with values; in both orders of pairs.
+// Gradients of a block's scores and probabilities, from the scores and from the products of the
+// gradient with the values; in both orders of pairs.
 struct Block {
     float scores[BLOCK * WIDTH], inner[BLOCK * WIDTH];
     bf16 dscores[BLOCK * WIDTH];
@@ -313,7 +314,7 @@ extern "C" void norm_forward(const void* x, long is_float, const float* weight, 
     else norm((const bf16*)x, weight, rows, width, epsilon, out, scales);
 }
 
-// ``dweight`` begins with zeros.
+// ``dweight`` starts as zeros.
 extern "C" void norm_backward(const void* x, long is_float, const float* weight, const float* scales, const bf16* grad, long rows, long width,
                               void* dx, float* dweight) {
     if (is_float) norm_back((const float*)x, weight, scales, grad, rows, width, (float*)dx, dweight);
@@ -342,7 +343,8 @@ extern "C" void swiglu_backward(const bf16* both, const bf16* grad, long rows, l
         }
 }
 
-// The row of each (token, choice): rows are sorted by expert, each expert's part filled up to a multiple of ``unit``. ``ends`` by expert.
+// The row of each (token, choice). Rows are sorted by expert; each expert's part is padded to a
+// multiple of ``unit``. ``ends`` by expert.
 extern "C" void place_rows(const int64_t* ids, long choices, long experts, long unit, int64_t* places, int64_t* ends) {
     std::vector<int64_t> next(experts);
     for (long i = 0; i < choices; i++) next[ids[i]]++;
@@ -354,13 +356,13 @@ extern "C" void place_rows(const int64_t* ids, long choices, long experts, long 
     for (long i = 0; i < choices; i++) places[i] = next[ids[i]]++;
 }
 
-// x [T, width] to its places among rows that begin with zeros.
+// Copies x [T, width] to its places among rows that start as zeros.
 extern "C" void spread_rows(const bf16* x, const int64_t* places, long tokens, long top_k, long width, bf16* rows) {
     for (long t = 0; t < tokens; t++)
         for (long k = 0; k < top_k; k++) memcpy(rows + places[t * top_k + k] * width, x + t * width, 2 * width);
 }
 
-// Sums over choices; with ``weights`` [T, K], weighted.
+// Sums over choices, weighted by ``weights`` [T, K] if given.
 extern "C" void gather_rows(const bf16* rows, const int64_t* places, const float* weights, long tokens, long top_k, long width, bf16* out) {
     for (long t = 0; t < tokens; t++)
         for (long d = 0; d < width; d += 16) {
@@ -371,7 +373,7 @@ extern "C" void gather_rows(const bf16* rows, const int64_t* places, const float
         }
 }
 
-// The way back from the weighted sum: gradients of rows, which begin with zeros, and of weights.
+// Backward pass of the weighted sum: gradients of rows, which start as zeros, and of weights.
 extern "C" void gather_backward(const bf16* rows, const int64_t* places, const float* weights, const bf16* grad, long tokens, long top_k, long width,
                                 bf16* drows, float* dweights) {
     for (long t = 0; t < tokens; t++)
