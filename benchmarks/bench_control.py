@@ -1,11 +1,11 @@
-"""The control path: the real controller process, CURVE sockets, simulated ranks and frontends under
-steady churn.
+"""Measures the control path: the real controller process, CURVE sockets, simulated ranks and
+frontends under steady churn.
 
     python benchmarks/bench_control.py --ranks 72 --seconds 20
 
-Measured at the ranks' end, where it matters: from a step's first result leaving a rank to the
-following plan having reached the last rank of a process. A planner-only figure stands beside it:
-the planner's own time per step, divided into rows and admissions.
+Times are taken at the ranks: from a step's first result leaving a rank to the arrival of the
+following plan at the last rank of a process. A second figure is the planner's own time per step,
+divided into rows and admissions.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ from lockstep.parallel.mesh import Mesh
 
 PROMPT, OUTPUT, PAGE, MAX_LEN = 4096, 500, 64, 8192
 RUNNING_PER_RANK = 128
+# Without pacing a plan leaves as soon as it can; that is the time to measure.
+SCHEDULER = SchedulerSpec(
+    max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0
+)
 ROWS = Path(__file__).parent / "control.csv"
 
 
 class Prompts:
-    """Random prompts of 4,096 tokens with made-up hashes, as frontends would send them; outputs of
-    500 tokens, first ones staggered.
+    """Random prompts of 4,096 tokens with made-up hashes, in the form that frontends send. Outputs
+    have 500 tokens; the first ones are staggered.
     """
 
     def __init__(self, seed: int) -> None:
@@ -69,7 +73,7 @@ def controller_process(spec: bytes, addresses: Queue[Any], out: Queue[Any]) -> N
     addresses.put(controller.addresses)
     started, cpu = time.monotonic(), time.process_time()
     status = controller.run()
-    assert status is not None, "stopped before all ranks were there"
+    assert status is not None, "stopped before all ranks had connected"
     busy = (time.process_time() - cpu) / (time.monotonic() - started)
     own = [1000 * status.plan_seconds.quantile(share) for share in (0.2, 0.5, 0.8, 0.99)]
     out.put(("controller", own, status.largest_plan, busy))
@@ -84,7 +88,7 @@ def ranks_process(spec: bytes, out: Queue[Any]) -> None:
 def frontends_process(
     names: list[str], keys: bytes, address: str, open_requests: int, seconds: float, out: Queue[Any]
 ) -> None:
-    """Several frontends in one process: each keeps its share of requests open and replaces every
+    """Several frontends in one process. Each keeps its share of requests open and replaces every
     one that ends.
     """
     context = zmq.Context()
@@ -129,7 +133,7 @@ def frontends_process(
 
 
 def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str, Any]:
-    """One run; milliseconds from first result to next plan, as seen by the ranks."""
+    """One run. Returns milliseconds from first result to next plan, as the ranks see them."""
     context = multiprocessing.get_context("spawn")
     addresses: Queue[Any] = context.Queue()
     out: Queue[Any] = context.Queue()
@@ -140,10 +144,7 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
         public=server[0],
         allowed=(client[0], launcher[0]),
         mesh=Mesh(data=num_ranks),
-        # Without pacing a plan leaves as soon as it can, which is what is measured.
-        scheduler=SchedulerSpec(
-            max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0
-        ),
+        scheduler=SCHEDULER,
         model_max_len=MAX_LEN,
         max_len=None,
     )
@@ -186,12 +187,8 @@ def run_control(num_ranks: int, seconds: float, step_seconds: float) -> dict[str
 
 def stop_controller(server_public: str, launcher: tuple[str, str], address: str) -> None:
     context = zmq.Context()
-    socket = client_socket(
-        context,
-        zmq.DEALER,
-        Keys(server_public=server_public, public=launcher[0], secret=launcher[1]),
-        b"launcher",
-    )
+    keys = Keys(server_public=server_public, public=launcher[0], secret=launcher[1])
+    socket = client_socket(context, zmq.DEALER, keys, b"launcher")
     socket.connect(address)
     socket.send(encode(Stop("the benchmark is over")))
     socket.close(linger=2000)
@@ -204,16 +201,13 @@ def _collect(out: Queue[Any], seconds: float, stop: Callable[[], None]) -> dict[
     try:
         rest = {message[0]: message[1:] for message in (out.get(timeout=60), out.get(timeout=60))}
     except queue.Empty:
-        raise TimeoutError(
-            "controller or simulated ranks did not hand in their figures within 60 s"
-        ) from None
+        raise TimeoutError("controller or simulated ranks sent no figures within 60 s") from None
     first_result, plan_complete = rest["ranks"]
     steps = sorted(step for step in first_result if step + 2 in plan_complete)
-    # A step's first result makes room for the plan two steps on: one is executing already. The
-    # first half is the ramp.
-    gaps = 1000 * np.array(
-        [plan_complete[step + 2] - first_result[step] for step in steps[len(steps) // 2 :]]
-    )
+    # A step's first result makes room for the plan two steps later, since one is already executing.
+    # The first half of the run is the ramp and left out.
+    later = steps[len(steps) // 2 :]
+    gaps = 1000 * np.array([plan_complete[step + 2] - first_result[step] for step in later])
     own, largest, busy = rest["controller"]
     seen = [float(np.percentile(gaps, share)) for share in (20, 50, 80, 99)]
     return {
@@ -228,12 +222,11 @@ def _collect(out: Queue[Any], seconds: float, stop: Callable[[], None]) -> dict[
 
 
 def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
-    """The planner alone, in this process: microseconds per running row, and per admission, by
-    regression over the steps.
+    """The planner alone, in this process. Returns microseconds per running row and per admission,
+    by regression over the steps.
     """
     mesh = Mesh(data=num_ranks)
-    spec = SchedulerSpec(max_running=RUNNING_PER_RANK, max_queue=20_000, pacing=False, inter_token_target=1.0)
-    settings = Settings(mesh, spec, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
+    settings = Settings(mesh, SCHEDULER, [RUNNING_PER_RANK * 80] * num_ranks, PAGE, MAX_LEN)
     planner, group = Planner(settings), SimulatedGroup(settings)
     prompts, handle, samples = Prompts(0), 0, []
     for step in range(steps):
@@ -258,11 +251,10 @@ def run_planner(num_ranks: int, steps: int) -> dict[str, float]:
         spent += time.perf_counter() - start
         admitted = sum(isinstance(message, Preload) for _, message in staging)
         samples.append((int((planner.group.rows.state == 4).sum()), admitted, spent))
-    rows, admissions, seconds = (
-        np.array(column, float) for column in zip(*samples[len(samples) // 2 :], strict=True)
-    )
+    later = zip(*samples[len(samples) // 2 :], strict=True)
+    rows, admissions, seconds = (np.array(column, float) for column in later)
     # A line through the medians for each number of admissions: the intercept is the rows' share,
-    # the slope an admission's.
+    # the slope the cost of an admission.
     counts = np.unique(admissions)
     medians = np.array([np.median(seconds[admissions == count]) for count in counts])
     weights = np.sqrt([np.count_nonzero(admissions == count) for count in counts])
@@ -298,55 +290,61 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+def control_rows(num_ranks: int, seconds: float, step_seconds: float) -> list[dict[str, object]]:
+    """Measures the control path at ``num_ranks`` ranks. Prints the figures and returns their
+    rows.
+    """
+    goal = 2.0 * num_ranks / 72
+    found = run_control(num_ranks, seconds, step_seconds * num_ranks / 72)
+    shape = f"{num_ranks} ranks, {num_ranks * RUNNING_PER_RANK} running"
+    (_, own, _, own_99), (_, seen, _, seen_99) = found["own"], found["seen"]
+    print(
+        f"{shape}, {found['steps']} steps, {found['admissions']} requests, {found['tokens']} tokens\n"
+        f"  goal: {goal:.0f} ms p50, {2 * goal:.0f} ms p99\n"
+        f"  first result read to next plan handed to the sockets: {own:.2f} p50, {own_99:.2f} p99\n"
+        f"  first result sent by a rank to next plan received by all: {seen:.2f} p50, {seen_99:.2f} p99\n"
+        f"  largest plan {found['largest']} bytes, controller {found['busy']:.0%} of a core, "
+        f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
+    rows: list[dict[str, object]] = []
+    for what, key in (
+        ("first result read to next plan sent", "own"),
+        ("first result sent to next plan received by all", "seen"),
+    ):
+        times = zip(("p20", "p50", "p80", "p99"), found[key], strict=True)
+        row: dict[str, object] = {"what": what, "shape": shape, "unit": "ms", "limit": goal}
+        rows.append(row | {name: f"{value:.3f}" for name, value in times})
+    return rows
+
+
+def planner_rows(num_ranks: int) -> list[dict[str, object]]:
+    """Measures the planner alone, prints the figures and returns their rows."""
+    alone = run_planner(num_ranks, 800)
+    print(
+        f"  planner alone: {alone['us_per_row']:.3f} us per running row (goal 0.1; vLLM's scheduler"
+        f" 10-12), {alone['us_per_admission']:.1f} us per admission (goal 30)"
+    )
+    shape = f"{alone['rows']:.0f} rows"
+    return [
+        {"what": what, "shape": shape, "p50": f"{alone[key]:.4f}", "unit": "us", "limit": limit}
+        for what, key, limit in (
+            ("planner per running row", "us_per_row", 0.1),
+            ("planner per admission", "us_per_admission", 30),
+        )
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[72, 144])
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--step", type=float, default=0.03, help="seconds a simulated step takes")
-    parser.add_argument("--no-rows", action="store_true", help="print only, add nothing to control.csv")
+    parser.add_argument("--step", type=float, default=0.03, help="seconds per simulated step")
+    parser.add_argument("--no-rows", action="store_true", help="only print; add nothing to control.csv")
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
     for num_ranks in arguments.ranks:
-        goal = 2.0 * num_ranks / 72
-        found = run_control(num_ranks, arguments.seconds, arguments.step * num_ranks / 72)
-        running = num_ranks * RUNNING_PER_RANK
-        (_, own, _, own_99), (_, seen, _, seen_99) = found["own"], found["seen"]
-        print(
-            f"{num_ranks} ranks, {running} running, {found['steps']} steps, {found['admissions']} requests, {found['tokens']} tokens\n"
-            f"  goal: {goal:.0f} ms p50, {2 * goal:.0f} ms p99\n"
-            f"  first result read to next plan handed to the sockets: {own:.2f} p50, {own_99:.2f} p99\n"
-            f"  first result sent by a rank to next plan received by all: {seen:.2f} p50, {seen_99:.2f} p99\n"
-            f"  largest plan {found['largest']} bytes, controller {found['busy']:.0%} of a core, "
-            f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-        )
-        shape = f"{num_ranks} ranks, {running} running"
-        for what, key in (
-            ("first result read to next plan sent", "own"),
-            ("first result sent to next plan received by all", "seen"),
-        ):
-            times = {
-                name: f"{value:.3f}"
-                for name, value in zip(("p20", "p50", "p80", "p99"), found[key], strict=True)
-            }
-            rows.append({"what": what, "shape": shape, "unit": "ms", "limit": goal} | times)
-        alone = run_planner(num_ranks, 800)
-        print(
-            f"  planner alone: {alone['us_per_row']:.3f} us per running row (goal 0.1; vLLM's scheduler 10-12), "
-            f"{alone['us_per_admission']:.1f} us per admission (goal 30)"
-        )
-        for what, key, limit in (
-            ("planner per running row", "us_per_row", 0.1),
-            ("planner per admission", "us_per_admission", 30),
-        ):
-            rows.append(
-                {
-                    "what": what,
-                    "shape": f"{alone['rows']:.0f} rows",
-                    "p50": f"{alone[key]:.4f}",
-                    "unit": "us",
-                    "limit": limit,
-                }
-            )
+        rows += control_rows(num_ranks, arguments.seconds, arguments.step)
+        rows += planner_rows(num_ranks)
     if not arguments.no_rows:
         write_rows(rows)
 

@@ -1,17 +1,18 @@
-"""CPU time of the frontends per streamed token, beside the bare cost of an ASGI write, and the
-tokens per second they stream.
+"""CPU time of the frontends per streamed token beside a bare ASGI write, and tokens per second.
 
 Processes: this one (which accepts connections, as the launcher does), a mock controller that sends
 a step's tokens every 20 ms, one or two frontends (``server.main``, real sockets), and a client that
-reads 256 streams and throws them away. The limit is measured in the same way with an application
-that writes a constant chunk of the same size to each stream: what uvicorn, uvloop and the kernel
-take. CPU time is that of whole processes, their ZeroMQ threads included. Windows of both alternate.
+reads 256 streams and discards them. The limit is measured in the same way with an application that
+only writes a constant chunk of the same size to each stream: the cost of uvicorn, uvloop and the
+kernel. CPU time is that of whole processes with their ZeroMQ threads. Windows of both alternate.
 
-Rows called "saturated" have steps of 2 ms and count the chunks that the client has read: chunks per
-second follow the number of frontends where there are cores for them, for the mock controller and
-for the client. A frontend that lags merges tokens, so that there may be fewer chunks than tokens.
+Rows called "saturated" have steps of 2 ms and count the chunks that the client has read. Chunks per
+second grow with the number of frontends as long as there are cores for them, for the mock
+controller and for the client. A frontend that lags merges tokens, so there may be fewer chunks than
+tokens.
 
-    python benchmarks/bench_frontend.py [--streams 256] [--windows 7] [--seconds 2] [--processes 1 2] [--per-chunk 1 4] [--saturated]
+    python benchmarks/bench_frontend.py [--streams 256] [--windows 7] [--seconds 2]
+                                        [--processes 1 2] [--per-chunk 1 4] [--saturated]
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [
-    entry for entry in sys.path if Path(entry or ".").resolve() != HERE
-]  # a script here must not shadow a package
+# A script in this folder must not shadow a package.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE.parent / "tests"))
 
 import msgspec  # noqa: E402
@@ -57,7 +57,9 @@ from support.engine.frontend.scripted_controller import STATE, ScriptedControlle
 from support.engine.text.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer, write_model  # noqa: E402
 
 STEP_SECONDS = 0.02
-SATURATED_SECONDS = 0.002  # 128,000 tokens a second with 256 streams: more than one frontend streams, and streams can still be opened
+# 128,000 tokens per second with 256 streams: more than one frontend can stream, yet streams can
+# still be opened.
+SATURATED_SECONDS = 0.002
 START_SECONDS = 60
 COLUMNS = ("what", "shape", "unit", "p20", "p50", "p80", "limit_p50", "hardware", "versions", "commit")
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -66,7 +68,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``per_chunk`` tokens in every step of every stream, ``processes`` frontends, steps
+    """One case: ``per_chunk`` tokens in every step of every stream, ``processes`` frontends, steps
     of ``step_seconds``.
     """
 
@@ -141,7 +143,7 @@ class BareStreams:
 
 
 def bare(pipe: Connection, chunk: bytes, counter: Any) -> None:
-    """The limit: the same server, nothing but writes."""
+    """The limit: the same server, which does nothing but write."""
 
     async def serve() -> None:
         app = BareStreams(chunk, counter)
@@ -159,8 +161,8 @@ def bare(pipe: Connection, chunk: bytes, counter: Any) -> None:
 
 
 def clients(port: int, streams: int, ready: Any, chunks: Any) -> None:
-    """Opens the streams and throws away what comes, counting ``chunks`` if given; sets ``ready``
-    when each has sent something.
+    """Opens the streams and discards their data, counting ``chunks`` if given. Sets ``ready`` when
+    each stream has sent something.
     """
     body = msgspec.json.encode(
         {
@@ -171,8 +173,8 @@ def clients(port: int, streams: int, ready: Any, chunks: Any) -> None:
         }
     )
     head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        % len(body)
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
     )
 
     async def one(started: asyncio.Semaphore) -> None:
@@ -201,15 +203,13 @@ def clients(port: int, streams: int, ready: Any, chunks: Any) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all its threads (Linux: the clock id that clock_getcpuclockid
-    gives).
-    """
+    """CPU time of a process with all its threads (Linux: the clock id from clock_getcpuclockid)."""
     return time.clock_gettime((~pid << 3) | 2)
 
 
 class Load:
-    """Server processes with their streams open: ``window`` measures microseconds of CPU per token
-    (or chunk), and how many a second.
+    """Server processes with open streams. ``window`` measures microseconds of CPU per token (or
+    chunk), and tokens (or chunks) per second.
     """
 
     def __init__(self, pids: list[int], counter: Any) -> None:
@@ -235,7 +235,7 @@ class Bench:
         self._model = model
         self._children: list[Any] = []
         self._acceptors: list[Acceptor] = []
-        self._pipes: list[Connection] = []  # a controller leaves when its pipe closes
+        self._pipes: list[Connection] = []  # a controller ends when its pipe closes
 
     def frontend(self, case: Case) -> Load:
         counter = self._spawn.Value("q", 0, lock=False)
@@ -317,15 +317,12 @@ def wait_for_server(port: int, health: str | None) -> None:
 
 
 def sample_chunk(per_chunk: int) -> bytes:
-    """A chunk of the size the frontend writes."""
+    """A chunk of the size that the frontend writes."""
     text = "lazy " * per_chunk
-    shared = b'{"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"tiny"'
     return (
-        b'data: %s,"choices":[{"index":0,"delta":{"content":"%s"},"logprobs":null,"finish_reason":null}]}\n\n'
-        % (
-            shared,
-            text.encode(),
-        )
+        b'data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk",'
+        b'"created":1700000000,"model":"tiny","choices":[{"index":0,"delta":{"content":"%s"},'
+        b'"logprobs":null,"finish_reason":null}]}\n\n' % text.encode()
     )
 
 
@@ -341,8 +338,8 @@ class Measured:
 
 
 def measure(case: Case, model: Path, windows: int, seconds: float) -> Measured:
-    """Windows of the frontends and, where steps pause, of bare writes in turn; beside saturated
-    ones a bare write measures nothing.
+    """Measures windows of the frontends and, if steps pause, of bare writes in turn. Beside
+    saturated steps a bare write measures nothing.
     """
     bench = Bench(model)
     try:
@@ -365,20 +362,15 @@ def measure(case: Case, model: Path, windows: int, seconds: float) -> Measured:
 
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    model = next(models, platform.machine())
     return f"{model}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
 def versions() -> str:
     names = ("uvicorn", "uvloop", "httptools", "fastapi", "pyzmq", "msgspec", "tokenizers")
-    return " ".join(
-        [
-            f"python {platform.python_version()}",
-            *(f"{name} {importlib.metadata.version(name)}" for name in names),
-        ]
-    )
+    found = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    return " ".join([f"python {platform.python_version()}", *found])
 
 
 def commit() -> str:
@@ -403,19 +395,16 @@ def record(path: Path, case: Case, measured: Measured) -> None:
 def row(path: Path, case: Case, unit: str, values: list[float], limit: float) -> None:
     quintiles = statistics.quantiles(values, n=5, method="inclusive")
     p20, p50, p80 = quintiles[0], statistics.median(values), quintiles[3]
-    print(
-        f"{case.what:28} {case.shape:60} p20 {p20:9.2f}  p50 {p50:9.2f}  p80 {p80:9.2f} {unit}   bare write {limit:6.2f}",
-        flush=True,
-    )
+    figures = f"p20 {p20:9.2f}  p50 {p50:9.2f}  p80 {p80:9.2f} {unit}   bare write {limit:6.2f}"
+    print(f"{case.what:28} {case.shape:60} {figures}", flush=True)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(COLUMNS)
-        figures = [f"{value:.2f}" for value in (p20, p50, p80)] + [
-            "" if math.isnan(limit) else f"{limit:.2f}"
-        ]
-        writer.writerow([case.what, case.shape, unit, *figures, hardware(), versions(), commit()])
+        times = [f"{value:.2f}" for value in (p20, p50, p80)]
+        times.append("" if math.isnan(limit) else f"{limit:.2f}")
+        writer.writerow([case.what, case.shape, unit, *times, hardware(), versions(), commit()])
 
 
 def main() -> None:
@@ -428,16 +417,12 @@ def main() -> None:
     parser.add_argument("--saturated", action="store_true")
     parser.add_argument("--csv", type=Path, default=HERE / "frontend.csv")
     options = parser.parse_args()
+    step_seconds = SATURATED_SECONDS if options.saturated else STEP_SECONDS
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model")
         for processes in options.processes:
             for per_chunk in options.per_chunk:
-                case = Case(
-                    options.streams,
-                    per_chunk,
-                    processes,
-                    SATURATED_SECONDS if options.saturated else STEP_SECONDS,
-                )
+                case = Case(options.streams, per_chunk, processes, step_seconds)
                 record(options.csv, case, measure(case, model, options.windows, options.seconds))
 
 

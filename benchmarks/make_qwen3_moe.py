@@ -1,8 +1,8 @@
 """Makes the checkpoint that ``bench_vllm`` serves: a Qwen3-MoE of 440 million random bf16 weights
 and a byte-level tokenizer.
 
-Random weights compute as long as trained ones; only the routing differs, which stays near uniform
-here.
+Random weights take as long to compute with as trained ones. Only the routing differs: here it is
+nearly uniform.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
 
 
 def make_checkpoint(directory: Path) -> Path:
-    """Writes the model into ``directory`` unless it is there; returns the directory."""
+    """Writes the model into ``directory`` unless it exists; returns the directory."""
     if (directory / "model.safetensors").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,8 @@ def make_checkpoint(directory: Path) -> Path:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Bytes, their pairs, and numbered special tokens up to the size of the vocabulary: any id has
-    a text.
+    """Bytes, their pairs, and numbered special tokens up to the vocabulary size, so that every id
+    has a text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,8 +96,8 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
         "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
     }
-    shapes["model.norm.weight"] = (hidden,)
     for layer in range(CONFIG["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes |= {
