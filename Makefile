@@ -1,4 +1,5 @@
-# The same commands for people and for CI. Everything lives in .venv; `make setup` is quick once it has run.
+# The same commands for people and for CI. Everything is installed in .venv; `make setup` is quick
+# after its first run.
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ STAMP := $(VENV)/.lockstep-installed
 TYPING := .typing/lockstep
 TORCH ?= 2.13.0
 RECIPE ?= demo.yaml
-# Set PYTHON to choose the interpreter; otherwise the first of these that really starts.
+# Set PYTHON to choose the interpreter; the default is the first of these that starts.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
@@ -21,15 +22,15 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
 	@touch $@
 
-# mypy must see the checkout, whatever its name, as the package lockstep.
+# mypy must see the checkout as the package lockstep, whatever its name.
 $(TYPING):
 	@mkdir -p $(@D) && ln -sfn .. $@
 
 serve: setup
 	$(BIN)/launch --recipe $(RECIPE) $(OVERRIDES)
 
-# Asks a running `make serve` held-out cases; EVAL_ARGS="--save run.json" keeps the 2,002 answers for
-# `python -m lockstep.recipes.demo.compare`.
+# Asks a running `make serve` the held-out cases. EVAL_ARGS="--save run.json" keeps the 2,002 answers
+# for `python -m lockstep.recipes.demo.compare`.
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
@@ -56,13 +57,13 @@ bench-vllm: setup
 bench-frontend: setup
 	$(BIN)/python benchmarks/bench_frontend.py
 
-# Rows of the kernels on this machine and their plots; BENCH_ARGS="--only experts" measures some anew. benchmarks/on_card.sh does all that
-# a card is asked for in one command.
+# Measures the kernels on this machine and draws plots; BENCH_ARGS="--only experts" measures some of
+# them again. On a card, benchmarks/on_card.sh runs everything in one command.
 bench-kernels: setup
 	$(BIN)/python -m lockstep.kernels.bench $(BENCH_ARGS)
 	$(BIN)/python -m lockstep.kernels.bench.plot
 
-# The floors of `launch plan` beside published figures.
+# Compares the lower bounds of `launch plan` with published figures.
 plan-anchors: setup
 	$(BIN)/python -m lockstep.launch.capacity.anchors > benchmarks/plan_anchors.md
 

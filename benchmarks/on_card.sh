@@ -1,33 +1,35 @@
 #!/bin/bash
-# What a card is asked for, in one command of less than ten minutes on a machine that has torch, Triton, matplotlib and pytest-xdist and
-# no network: tile sizes tuned, every row measured, plots drawn, then the kernels' tests for as long as is left.
+# All measurements on a card in one command of less than ten minutes. Needs torch, Triton, matplotlib
+# and pytest-xdist, but no network. Tunes tile sizes, measures every row, draws the plots, and runs
+# the kernels' tests in the time that is left.
 #
 #   benchmarks/on_card.sh OUT COMMIT [PYTHON]
 #
-# OUT receives eight files: the tuning table, kernels_gpu.csv, kernels_gpu_goals.md, four plots and log.txt. Put the table into
-# kernels/tuned/ and the rest, but the log, into benchmarks/.
+# OUT receives eight files: the tuning table, kernels_gpu.csv, kernels_gpu_goals.md, four plots and
+# log.txt. Put the table into kernels/triton/tuned/ and the others except the log into benchmarks/.
 set -u
 out=$1 commit=$2 python=${3:-python3}
 deadline=$(($(date +%s) + 560))
-left() { echo $((deadline - $(date +%s) - $1)); }  # seconds, all but $1
+left() { echo $((deadline - $(date +%s) - $1)); }  # seconds left, less $1
 
 mkdir -p "$out"
 exec > >(tee "$out/log.txt") 2>&1
 home=$(mktemp -d)
 touch "$home/begun"
-ln -s "$PWD" "$home/lockstep"  # the checkout is the package, whatever its folder is called
+ln -s "$PWD" "$home/lockstep"  # the checkout is the package, under any folder name
 export PYTHONPATH=$home:$PWD/tests TRITON_CACHE_DIR=$home/triton PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
 "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.version.cuda)'
 
 timeout -k 5 170 "$python" -m lockstep.kernels.bench.tune --seconds 130 --commit "$commit"
-find kernels/tuned -name '*.json' -newer "$home/begun" -exec cp -v {} "$out/" \;
+find kernels/triton/tuned -name '*.json' -newer "$home/begun" -exec cp -v {} "$out/" \;
 
-# A kernel that breaks its process takes the rows after it along; the next attempt goes on behind it.
+# A kernel that breaks its process ends the rows after it too; the next attempt resumes behind it.
 for attempt in 1 2 3; do
     seconds=$(left 75)
     [ "$seconds" -gt 20 ] || break
-    timeout -k 5 $((seconds + 20)) "$python" -m lockstep.kernels.bench --out "$out" --resume --seconds "$seconds" --commit "$commit" && break
+    timeout -k 5 $((seconds + 20)) "$python" -m lockstep.kernels.bench --out "$out" --resume \
+        --seconds "$seconds" --commit "$commit" && break
     echo "attempt $attempt ended early"
 done
 timeout -k 5 40 "$python" -m lockstep.kernels.bench.plot "$out/kernels_gpu.csv"
