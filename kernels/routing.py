@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Routing:
-    """How many experts a token goes to, which ones, and with which weights.
+    """The routing rule: the number of experts per token, their choice and their weights.
 
     ``scoring``: softmax over all experts, or an independent sigmoid for each (DeepSeek-V3, arXiv
     2412.19437, section 2.1.2). Only experts in the ``top_groups`` best of ``num_groups`` equal
