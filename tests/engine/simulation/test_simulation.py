@@ -254,7 +254,7 @@ def test_the_group_equals_its_ranks() -> None:
     assert steps > 60
 
 
-# --------------------------------------------------------------------------- requests that never end
+# -------------------------------------------------------------------------- requests that never end
 
 
 def test_a_request_that_never_ends_is_named() -> None:
