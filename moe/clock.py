@@ -1,26 +1,23 @@
-"""How long the phases of an MoE layer take on this rank: around a dispatcher of either kind, so
-that the layer does not have to know.
+"""Clocks for the phases of an MoE layer on this rank.
 
-On a GPU the times are those of the device, taken by events in one step of many and read when they
-have long passed: nothing waits.
+On a GPU the times are the device's. Events take them in one step of many, and they are read only
+after the events have passed, so nothing waits.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from .phases import PHASES
 
-_T = TypeVar("_T")
-
 
 class PhaseClock(Protocol):
-    """Seconds by phase. ``mark`` says that something else has happened until now, ``lap`` that a
-    phase has.
+    """Seconds by phase. ``mark`` starts a lap; ``lap`` ends it, as time of a phase, and starts the
+    next.
     """
 
     def begin_step(self) -> None: ...
@@ -30,12 +27,12 @@ class PhaseClock(Protocol):
     def lap(self, phase: int) -> None: ...
 
     def take(self) -> list[float]:
-        """Seconds of PHASES since the last call, as far as they are known."""
+        """Seconds of each of PHASES since the last call, as far as they are known."""
         ...
 
 
 class HostClock:
-    """The host's time, which is the time of the work where work is done on the host."""
+    """Measures on the host, for work that the host does itself."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -59,10 +56,9 @@ class HostClock:
 
 
 class DeviceClock:
-    """The time of a stream, measured in the step after ``take`` and scaled to the steps until the
-    next one.
+    """Measures a stream in the step after each ``take``, scaled to the steps until the next one.
 
-    ``begin_step`` counts steps. Events that have not passed at ``take`` are left for the next one.
+    ``begin_step`` counts steps. Events that have not passed at ``take`` wait for the next one.
     """
 
     def __init__(self, new_event: Any = lambda: torch.cuda.Event(enable_timing=True)) -> None:
@@ -96,4 +92,5 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> PhaseClock:
+    """The clock of a device."""
     return DeviceClock() if device.type == "cuda" else HostClock()

@@ -9,10 +9,10 @@ from ..kernels.routing import Routing
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(Routing):
-    """Sizes of a layer, and the rule it chooses experts by.
+    """Sizes of a layer, and its rule for choosing experts.
 
-    ``selection_bias`` adds a per-expert bias to the scores for selection alone. ``shared_width`` is
-    the intermediate width of the shared experts together, 0 for none; with ``shared_gate`` a
+    ``selection_bias`` adds a per-expert bias to the scores, for selection only. ``shared_width`` is
+    the intermediate width of all shared experts together, 0 for none. With ``shared_gate`` a
     sigmoid gate scales their output for every token (Qwen2-MoE).
     """
 

@@ -30,8 +30,8 @@ class Experts(nn.Module):
         self._weights: tuple[SlotWeights, SlotWeights] = self.w13, self.w2
 
     def pack(self) -> None:
-        """Brings the weights into the form that this device reads fastest, after loading. The loaded
-        form is kept only if the other one needs it.
+        """Brings the weights into the form that this device reads fastest. The loaded form is kept
+        only if the other one needs it.
         """
         self._weights = w13, w2 = self._ops.pack_slots(self.w13, self.w2)
         if isinstance(w13, Tensor) and isinstance(w2, Tensor):
@@ -48,9 +48,9 @@ class Experts(nn.Module):
 
 
 class Fp8Experts(nn.Module):
-    """``Experts`` in block-scaled FP8 (``kernels.reference.fp8.Quantised``): w13 with w13_scales [S,
-    2, ceil(F / 128), ceil(D / 128)], w2 with w2_scales [S, ceil(D / 128), ceil(F / 128)]. Rows are
-    quantised before either product.
+    """``Experts`` in block-scaled FP8 (``kernels.reference.fp8.Quantised``): w13 with w13_scales
+    [S, 2, ceil(F / 128), ceil(D / 128)], w2 with w2_scales [S, ceil(D / 128), ceil(F / 128)]. Rows
+    are quantised before either product.
     """
 
     def __init__(self, config: MoEConfig, num_slots: int, backend: Backend[Reference]) -> None:

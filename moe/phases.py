@@ -1,4 +1,4 @@
-"""The parts of a Mixture-of-Experts layer whose seconds ranks report. No torch here."""
+"""The phases of a Mixture-of-Experts layer: ranks report the seconds of each. No torch here."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ def connect_store(host: str, port: int, deadline: float) -> TCPStore:
 
 
 class Collectives:
-    """The process group of ``size`` ranks in which this one is ``index``; a group of one needs no
-    store and moves nothing.
+    """A process group of ``size`` ranks; this rank is ``index``. A group of one needs no store and
+    moves nothing.
 
-    ``waited`` counts the seconds spent in waits.
+    ``waited``: seconds spent in waits.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Collectives:
         self._group: Any = None  # torch's stubs do not show what a backend can do
 
     def build(self, epoch: int) -> None:
-        """Meets the other ranks under a prefix of this epoch; a group of an earlier epoch is
-        destroyed first.
+        """Meets the other ranks under a prefix of this epoch, after destroying the group of an
+        earlier one.
         """
         self.destroy()
         if self.size == 1:
@@ -83,9 +83,7 @@ class Collectives:
             ) from error
 
     def destroy(self) -> None:
-        """Drops the process group; collectives under way on it fail. Without a group nothing
-        happens.
-        """
+        """Drops the process group, if there is one. Its collectives under way fail."""
         group, self._group = self._group, None
         if group is not None:
             group.abort()
@@ -96,7 +94,7 @@ class Collectives:
         """Sends ``rows`` in ``size`` runs, run r to rank r, and receives one from each, in rank
         order.
 
-        send and receive are the rows per rank; None where all runs are equally long.
+        send and receive: rows per rank; None if all runs are equally long.
         """
         output = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
         if self._group is None:
@@ -104,14 +102,14 @@ class Collectives:
         return Pending(what, output, self._group.alltoall_base(output, rows, receive or [], send or []))
 
     def all_gather(self, rows: Tensor, what: str) -> Pending:
-        """The rows of all ranks, in rank order; every rank brings equally many."""
+        """The rows of all ranks, in rank order; every rank has equally many."""
         output = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
         if self._group is None:
             return Pending(what, output.copy_(rows), None)
         return Pending(what, output, self._group._allgather_base(output, rows))
 
     def reduce_scatter(self, rows: Tensor, what: str) -> Pending:
-        """Sums ``rows`` over all ranks and keeps the run of this one: 1 / size of the rows."""
+        """Sums ``rows`` over all ranks and keeps this rank's run: 1 / size of the rows."""
         output = rows.new_empty((len(rows) // self.size, *rows.shape[1:]))
         if self._group is None:
             return Pending(what, output.copy_(rows), None)
@@ -136,7 +134,7 @@ class Collectives:
         return pending.output
 
     def _new_group(self, store: Store) -> Any:
-        """A group of its own rather than torch's global one, so that two clusters can live in one
+        """Makes a group of its own, not torch's global one, so that two clusters fit in one
         process.
         """
         if self._device.type == "cpu":

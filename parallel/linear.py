@@ -1,7 +1,7 @@
 """Linear layers and the backend that holds their weights. Sharding belongs here and nowhere else.
 
-Weights are uninitialised until a checkpoint is loaded into them. After loading, ``pack`` brings them
-into the form that the device reads fastest.
+Weights are uninitialised until a checkpoint is loaded. Then ``pack`` brings them into the form that
+the device reads fastest.
 
 T tokens  D hidden  F width of a SwiGLU block
 """

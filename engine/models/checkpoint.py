@@ -1,5 +1,5 @@
-"""What a checkpoint directory holds, read from the headers of its safetensors files alone. No torch
-here.
+"""The tensors of a checkpoint directory, read from the headers of its safetensors files alone. No
+torch here.
 
 Format: https://github.com/huggingface/safetensors#format, and ``model.safetensors.index.json`` for
 sharded checkpoints.
@@ -19,7 +19,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 FP8 = "F8_E4M3"
-SCALE_SUFFIX = "_scale_inv"  # of the tensor that holds a matrix's scales, which its values are multiplied by
+# The name of a matrix and this suffix name the tensor of its scales. Values are multiplied by them.
+SCALE_SUFFIX = "_scale_inv"
 _DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
@@ -124,14 +125,12 @@ def _check_scales(tensors: Mapping[str, StoredTensor], name: str, block: tuple[i
         raise ValueError(f"{values.file}: {name} is in {FP8}, but {name + SCALE_SUFFIX} is missing")
     blocks = tuple(-(-size // each) for size, each in zip(values.shape, block, strict=True))
     if scales.shape != blocks:
-        raise ValueError(
-            f"{scales.file}: {name + SCALE_SUFFIX} has shape {list(scales.shape)}; {name} of shape {list(values.shape)} has "
-            f"{list(blocks)} blocks of {block[0]} x {block[1]}"
-        )
+        found = f"{scales.file}: {name + SCALE_SUFFIX} has shape {list(scales.shape)}"
+        needed = f"{list(blocks)} blocks of {block[0]} x {block[1]}"
+        raise ValueError(f"{found}; {name} of shape {list(values.shape)} has {needed}")
     if scales.dtype not in _PLAIN_DTYPES:
-        raise ValueError(
-            f"{scales.file}: {name + SCALE_SUFFIX} has dtype {scales.dtype}; supported: {', '.join(_PLAIN_DTYPES)}"
-        )
+        found = f"{scales.file}: {name + SCALE_SUFFIX} has dtype {scales.dtype}"
+        raise ValueError(f"{found}; supported: {', '.join(_PLAIN_DTYPES)}")
 
 
 def _some(names: list[str]) -> str:
@@ -149,9 +148,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index}: weight_map is missing or empty")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(
-                f"{index}: weight_map[{json.dumps(name)}] is {json.dumps(shard)}; expected the name of a file beside it"
-            )
+            found = f"{index}: weight_map[{json.dumps(name)}] is {json.dumps(shard)}"
+            raise ValueError(f"{found}; expected the name of a file beside it")
     return weight_map
 
 
@@ -173,7 +171,6 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, file_size: int) 
         raise ValueError(f"{file}: truncated: {file_size} bytes, and {name} ends at {data_start + end}")
     width = _DTYPE_BYTES.get(dtype)
     if width is not None and end - begin != width * math.prod(shape):
-        raise ValueError(
-            f"{file}: {name} takes {end - begin} bytes; shape {list(shape)} in {dtype} takes {width * math.prod(shape)}"
-        )
+        needed = f"shape {list(shape)} in {dtype} takes {width * math.prod(shape)}"
+        raise ValueError(f"{file}: {name} takes {end - begin} bytes; {needed}")
     return StoredTensor(file, dtype, shape, data_start + begin, data_start + end)

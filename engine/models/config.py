@@ -1,8 +1,7 @@
-"""What a model is: its Hugging Face ``config.json`` as a checked, frozen description. No torch
-here.
+"""The description of a model: its Hugging Face ``config.json``, checked and frozen. No torch here.
 
-Every file in ``families/`` describes one kind of model; it reads what is its own, and this module
-what all have in common.
+Each file in ``families/`` reads the fields of one kind of model; this module reads those that all
+share.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class GqaConfig:
-    """Grouped-query attention. ``qkv_bias`` on the projections to queries, keys and values,
-    ``out_bias`` on the one back; ``qk_norm``: each head's queries and keys pass an RMS norm before
-    they are rotated.
+    """Grouped-query attention. ``qkv_bias``: the projections to queries, keys and values have a
+    bias; ``out_bias``: the output projection has one. ``qk_norm``: each head's queries and keys
+    pass an RMS norm before rotation.
     """
 
     num_heads: int
@@ -68,8 +67,8 @@ class MlaConfig:
     """Multi-head latent attention (arXiv 2405.04434 section 2.1). ``q_latent`` None: queries are
     projected directly.
 
-    ``scale`` multiplies the scores and holds YaRN's correction. ``bias`` on the projections from
-    and to the hidden state.
+    ``scale`` multiplies the scores and includes YaRN's correction. ``bias``: the projections from
+    and to the hidden state have one.
     """
 
     num_heads: int
@@ -84,17 +83,18 @@ class MlaConfig:
 
 @dataclass(frozen=True)
 class CheckpointNames:
-    """Where a checkpoint's names differ from ours, which are those of Qwen3-MoE and DeepSeek-V3.
+    """The names of a checkpoint that differ from ours, which are those of Qwen3-MoE and
+    DeepSeek-V3.
 
-    ``renamed``: (our prefix, theirs) of names within a layer; the first that fits is replaced.
-    ``projections``: an expert's gate, up and down matrices.
+    ``renamed``: (our prefix, theirs) of names within a layer; the first that matches is replaced.
+    ``projections``: the names of an expert's gate, up and down matrices.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
     def of(self, name: str) -> str:
-        """The checkpoint's name of ``name``, ours within a layer."""
+        """The checkpoint's name for our ``name`` within a layer."""
         for ours, theirs in self.renamed:
             if name.startswith(ours):
                 return theirs + name.removeprefix(ours)
@@ -103,9 +103,9 @@ class CheckpointNames:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What the file of a family says of a model. ``moe_layers`` (ascending) hold experts, the
-    others a dense MLP. A checkpoint may hold ``num_predict_layers`` more, which predict further
-    tokens (DeepSeek-V3, section 2.2); they are not loaded.
+    """The part of a description that the family's file reads. ``moe_layers`` (ascending) hold
+    experts, the others a dense MLP. A checkpoint may hold ``num_predict_layers`` more, which
+    predict further tokens (DeepSeek-V3, section 2.2); they are not loaded.
     """
 
     attention: GqaConfig | MlaConfig
@@ -118,9 +118,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: one file in ``families/``, which calls it FAMILY. ``architectures`` and
-    ``model_types`` are the values in config.json that stand for it; ``norm_eps`` is its
-    rms_norm_eps where config.json has none.
+    """A kind of model: FAMILY of one file in ``families/``. ``architectures`` and ``model_types``
+    are its values in config.json; ``norm_eps`` is its default for rms_norm_eps.
     """
 
     name: str
@@ -135,9 +134,9 @@ class ModelConfig:
     """A decoder of ``num_layers`` layers, of which ``moe_layers`` (ascending) hold experts and the
     others a dense MLP.
 
-    ``dtype`` is the checkpoint's own, ``fp8_block`` the rows and columns of a block with one scale
-    where its matrices are in FP8. ``max_position`` bounds the length of a sequence. ``eos_ids`` end
-    a sequence. ``num_predict_layers`` of the checkpoint follow the last one.
+    ``dtype`` is the checkpoint's. ``fp8_block``: rows and columns of a block with one scale, if its
+    matrices are in FP8. ``max_position`` bounds the length of a sequence. ``eos_ids`` end a
+    sequence. ``num_predict_layers`` of the checkpoint follow the last layer.
     """
 
     family: str
@@ -160,8 +159,8 @@ class ModelConfig:
 
     @property
     def kernel_fp8(self) -> bool:
-        """Whether matrices are in FP8 in the blocks that kernels take, so that experts may stay in
-        it.
+        """Whether matrices are in FP8 with the block size of the kernels, so that experts may stay
+        in FP8.
         """
         return self.fp8_block == KERNEL_BLOCK
 
@@ -185,8 +184,8 @@ def kv_shapes(attention: GqaConfig | MlaConfig, kv_format: KvFormat) -> tuple[tu
 
 
 def load_config(path: Path) -> ModelConfig:
-    """The description of the model in directory ``path``. Raises ValueError naming the file and
-    field at fault, also where the model is one that is not served yet.
+    """The description of the model in directory ``path``. Raises ValueError naming the file and the
+    field at fault, also for a model that is not supported.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: not a directory; a model directory holds config.json and *.safetensors")
@@ -195,8 +194,8 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def read_config(fields: Fields, generation: Path) -> ModelConfig:
-    """The description in the ``fields`` of a config.json and in the file ``generation`` beside it,
-    which may be missing.
+    """The description in the ``fields`` of a config.json and in the file ``generation``, which may
+    be missing.
     """
     family = _family(fields)
     fields.expect("hidden_act", "silu")
@@ -231,7 +230,7 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Those of the folder ``families``, by name."""
+    """The families of the folder ``families``, by name."""
     folder = import_module(".families", __package__)
     return tuple(
         import_module(f".{module.name}", folder.__name__).FAMILY
@@ -240,7 +239,9 @@ def families() -> tuple[Family, ...]:
 
 
 def _family(fields: Fields) -> Family:
-    """By the one architecture that config.json names, or by model_type where it names none."""
+    """Finds the family by the one architecture in config.json, or by model_type if there is
+    none.
+    """
     names = fields.raw("architectures") or []
     known = {name: family for family in families() for name in family.architectures}
     if isinstance(names, list) and len(names) == 1 and names[0] in known:
@@ -253,9 +254,7 @@ def _family(fields: Fields) -> Family:
 
 
 def _eos_ids(fields: Fields, generation: Path) -> tuple[int, ...]:
-    """Ids that end a sequence: those of config.json, then further ones of
-    generation_config.json.
-    """
+    """Ids that end a sequence: those of config.json, then any more in generation_config.json."""
     ids = fields.integers("eos_token_id")
     if generation.is_file():
         ids += Fields.read(generation).integers("eos_token_id")
@@ -269,8 +268,8 @@ def _dtype(fields: Fields) -> str:
 
 
 def _fp8_block(fields: Fields) -> tuple[int, int] | None:
-    """The block of matrices that are stored as DeepSeek-V3's: e4m3 with a scale per block.
-    Everything else that is quantised is refused.
+    """The block size of matrices in DeepSeek-V3's FP8: e4m3 with a scale per block. Any other
+    quantisation is refused.
     """
     stored = fields.nested("quantization_config")
     if stored is None:
@@ -286,8 +285,8 @@ def _fp8_block(fields: Fields) -> tuple[int, int] | None:
 
 
 def _max_position(fields: Fields, rope: RopeConfig) -> int:
-    """The length the position encoding is meant for: with YaRN the stretched one, which config.json
-    may not show.
+    """The length that the position encoding is meant for. With YaRN it is the stretched length,
+    which config.json may omit.
     """
     length = fields.integer("max_position_embeddings")
     return max(length, int(rope.yarn.factor * rope.yarn.original_length)) if rope.yarn else length

@@ -1,5 +1,5 @@
-"""Readers of what several families write alike in ``config.json``: rotary embedding, attention,
-groups of experts. No torch here.
+"""Readers of ``config.json`` that several families share: rotary embedding, attention, groups of
+experts. No torch here.
 
 Both generations of the file are read: ``rope_theta`` and ``rope_scaling`` (transformers 4) or
 ``rope_parameters`` (5).
@@ -17,9 +17,8 @@ from .config_fields import Fields
 def read_rope(
     fields: Fields, dim: int, interleaved: bool, theta: float = 10000.0, part: float = 1.0
 ) -> RopeConfig:
-    """The rotary embedding of heads of ``dim`` values. ``theta`` is the family's where the file has
-    none; ``part`` the fraction of a head that the family rotates, and a file that says another is
-    refused.
+    """The rotary embedding of heads of ``dim`` values. ``theta`` is the family's default. ``part``:
+    the fraction of a head that the family rotates; a file with another value is refused.
     """
     scaling = _scaling(fields)
     owner = scaling if scaling is not None and scaling.has("rope_theta") else fields
@@ -63,7 +62,7 @@ def read_mla(fields: Fields) -> MlaConfig:
 
 
 def layers_after_dense(fields: Fields) -> tuple[int, ...]:
-    """The layers with experts where the first ones are dense (DeepSeek, GLM)."""
+    """The layers with experts if the first ones are dense (DeepSeek, GLM)."""
     fields.expect("moe_layer_freq", 1)
     return tuple(
         range(fields.integer("first_k_dense_replace", 0, minimum=0), fields.integer("num_hidden_layers"))
@@ -71,7 +70,7 @@ def layers_after_dense(fields: Fields) -> tuple[int, ...]:
 
 
 def sparse_layers(fields: Fields) -> tuple[int, ...]:
-    """The layers with experts where every n-th one has them, some excepted (Qwen)."""
+    """The layers with experts if every n-th one has them, with exceptions (Qwen)."""
     period, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
     return tuple(
         i for i in range(fields.integer("num_hidden_layers")) if i not in dense and (i + 1) % period == 0
@@ -86,9 +85,8 @@ def expect_full_attention(fields: Fields) -> None:
 
 
 def read_corrected_moe(fields: Fields, num_shared: int) -> MoEConfig:
-    """DeepSeek-V3's experts (arXiv 2412.19437, section 2.1.2), which others took over: a sigmoid
-    gate whose selection a bias corrects, and ``num_shared`` shared experts where the file does not
-    say how many.
+    """DeepSeek-V3's experts (arXiv 2412.19437, section 2.1.2), which other families use too: a
+    sigmoid gate with a selection bias, and by default ``num_shared`` shared experts.
     """
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
@@ -110,12 +108,12 @@ def read_corrected_moe(fields: Fields, num_shared: int) -> MoEConfig:
 
 
 def layers_beyond(fields: Fields) -> int:
-    """How many layers behind the last one predict further tokens."""
+    """The number of layers after the last one that predict further tokens."""
     return fields.integer(first_present(fields, "num_nextn_predict_layers", "num_mtp_layers"), 0, minimum=0)
 
 
 def check_choice(fields: Fields, moe: MoEConfig) -> MoEConfig:
-    """``moe``, if as many experts as it chooses are eligible. Raises ValueError otherwise."""
+    """Returns ``moe``. Raises ValueError if fewer experts are eligible than a token chooses."""
     if moe.top_k > moe.num_experts:
         raise fields.refuse(
             "num_experts_per_tok", f"expected at most the number of experts ({moe.num_experts})"
@@ -145,8 +143,8 @@ def rotated_part(fields: Fields, default: float) -> float:
 
 
 def first_present(fields: Fields, *names: str) -> str:
-    """The first of ``names`` that the file has, or else the first: generations of a file name one
-    field differently.
+    """The first of ``names`` that the file has, or else the first one: generations of a file give
+    one field different names.
     """
     return next((name for name in names if fields.has(name)), names[0])
 

@@ -43,7 +43,7 @@ class Fields:
         return self._values.get(name)
 
     def refuse(self, name: str, allowed: str) -> ValueError:
-        """The error for a value of ``name`` that is not allowed; the caller raises it."""
+        """Makes the error for a value of ``name`` that is not allowed; the caller raises it."""
         return ValueError(f"{self.source}: {name} is {json.dumps(self._values.get(name))}; {allowed}")
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
@@ -73,7 +73,7 @@ class Fields:
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """An integer or a list of integers; absent: none."""
+        """An integer or a list of integers; empty if absent."""
         value = self._values.get(name)
         if value is None:
             return ()

@@ -171,13 +171,13 @@ class Model(nn.Module):
             self.lm_head.pack()
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Checkpoint name -> the tensor (often a view) it is copied into, for everything but routed
-        experts.
+        """Maps checkpoint names to the tensors (often views) they are copied into, for everything
+        but routed experts.
         """
         return {self._checkpoint_name(name): tensor for name, tensor in self._own_tensors().items()}
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        """The same by our names."""
+        """``checkpoint_tensors`` by our names."""
         tensors: dict[str, Tensor] = {}
         merged: list[str] = []
         for name, module in self.named_modules():

@@ -1,6 +1,7 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1) over a cache of one vector per token.
 
-T tokens  D hidden  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim  P = N + V  Z = C + E
+T tokens  D hidden  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim
+P = N + V  Z = C + E
 """
 
 from __future__ import annotations

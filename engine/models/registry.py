@@ -21,9 +21,9 @@ def build_model(
     column: Column | None = None,
     fp8_experts: bool = False,
 ) -> Model:
-    """The model of ``config``, its weights uninitialised. ``dispatcher`` decides which experts get a
-    slot. ``column`` of the op table: by default the one that serves on the device. ``fp8_experts``:
-    experts stay in the FP8 of their checkpoint.
+    """The model of ``config``, its weights uninitialised. The dispatcher's placement decides which
+    experts have a slot. ``column``: of the op table, by default the one that serves on the device.
+    ``fp8_experts``: experts stay in the FP8 of their checkpoint.
     """
     attention = LatentAttention if isinstance(config.attention, MlaConfig) else GroupedAttention
     backend = Backend(dtype, device, ops_of(column or column_for(device)))

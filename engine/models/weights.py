@@ -1,9 +1,8 @@
-"""Loads a checkpoint into a model: everything but routed experts, and those experts that have a
-slot here.
+"""Loads a checkpoint into a model: all tensors but those of experts without a slot here.
 
-The whole checkpoint is checked from its headers first, also the part that is not read. Matrices in
-block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except where the model holds
-its experts in FP8.
+The headers of the whole checkpoint are checked first, also for tensors that are not read. Matrices
+in block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except where the model
+holds its experts in FP8.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ _PROGRESS_STEP = 0.01
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: tensors and their bytes in the checkpoint's dtype, headers and scales not
-    counted.
+    """The number of tensors read, and their bytes in the checkpoint's dtype without headers and
+    scales.
     """
 
     num_tensors: int
@@ -41,8 +40,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes, and where its scales go if it stays in FP8; otherwise values are cast or
-    widened on the way.
+    """The target of a tensor, and of its scales if it stays in FP8; otherwise values are cast or
+    widened.
     """
 
     values: Tensor
@@ -51,7 +50,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Read:
-    """One tensor to read, and where it goes."""
+    """One tensor to read, and its target."""
 
     name: str
     stored: StoredTensor
@@ -64,9 +63,9 @@ def load_weights(
     """Fills ``model`` from the checkpoint in directory ``path``.
 
     ``experts_of_layer`` maps a MoE layer (counted among MoE layers) to the logical expert of each
-    of its slots, -1 for a slot that stays empty. ``progress`` is told the fraction read, from 0 to
-    1. Raises ValueError naming file and tensor before anything is read where the checkpoint does
-    not fit the model (``read_checkpoint``, ``check_tensors``).
+    of its slots, -1 for a slot that stays empty. ``progress`` gets the fraction read, from 0 to 1.
+    Raises ValueError naming file and tensor, before reading any, if the checkpoint does not fit the
+    model (``read_checkpoint``, ``check_tensors``).
     """
     stored = read_checkpoint(path)
     places = {name: _Place(tensor) for name, tensor in model.checkpoint_tensors().items()}
@@ -91,8 +90,8 @@ def load_weights(
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this model must hold, those of experts without a slot here
-    included.
+    """The shapes of all tensors that a checkpoint of this model must hold, including those of
+    experts without a slot here.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.checkpoint_tensors().items()}
     moe = model.config.moe
@@ -107,9 +106,7 @@ def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def _expert_places(
     model: Model, experts_of_layer: Callable[[int], list[int]]
 ) -> Iterator[tuple[str, _Place]]:
-    """The checkpoint name and the place of every projection of every expert that has a slot
-    here.
-    """
+    """The checkpoint name and the place of every projection of the experts with a slot here."""
     for number, layer in enumerate(model.expert_layers()):
         for slot, expert in enumerate(experts_of_layer(number)):
             if expert >= 0:
@@ -118,7 +115,7 @@ def _expert_places(
 
 
 def _slot_places(layer: ExpertLayer, slot: int) -> tuple[_Place, _Place, _Place]:
-    """Of an expert's gate, up and down matrices."""
+    """The places of an expert's gate, up and down matrices."""
     gate_FD, up_FD = layer.w13_SFD[slot].chunk(2)
     if layer.scales is None:
         return _Place(gate_FD), _Place(up_FD), _Place(layer.w2_SDF[slot])
@@ -127,7 +124,7 @@ def _slot_places(layer: ExpertLayer, slot: int) -> tuple[_Place, _Place, _Place]
 
 
 def _in_file_order(reads: Iterable[_Read]) -> Iterator[tuple[_Read, Tensor]]:
-    """Every tensor, in the order of the files."""
+    """Reads every tensor, in the order of the files."""
     ordered = sorted(reads, key=lambda read: (str(read.stored.file), read.stored.begin))
     for file, group in groupby(ordered, key=lambda read: read.stored.file):
         try:
@@ -139,9 +136,7 @@ def _in_file_order(reads: Iterable[_Read]) -> Iterator[tuple[_Read, Tensor]]:
 
 
 def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[str, Tensor]:
-    """The scales of those that are in FP8, by the names of the matrices; they may lie in other
-    files.
-    """
+    """The scales of matrices in FP8, by the names of the matrices. They may be in other files."""
     names = {read.name + SCALE_SUFFIX: read for read in reads if read.stored.dtype == FP8}
     found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
     return {read.name.removesuffix(SCALE_SUFFIX): scales for read, scales in found}
@@ -159,8 +154,8 @@ def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[in
 
 
 def _report_fp8(path: Path, reads: list[_Read]) -> None:
-    """Logs once what becomes of FP8. Raises ValueError for a matrix that should stay in FP8 but is
-    stored otherwise.
+    """Logs once how many FP8 matrices are widened and kept. Raises ValueError for a matrix that
+    should stay in FP8 but is stored in another dtype.
     """
     for read in reads:
         if read.place.scales is not None and read.stored.dtype != FP8:
@@ -182,9 +177,7 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
 def _report_unexpected(
     path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: ModelConfig
 ) -> None:
-    """Logs once what the checkpoint holds beyond the model, but for what is known to be there and
-    unused.
-    """
+    """Logs once which tensors of the checkpoint the model does not use, apart from known ones."""
     scales = {name + SCALE_SUFFIX for name in expected} if config.fp8_block else set()
     names = [
         name for name in stored if name not in expected and name not in scales and not _known(name, config)
@@ -201,7 +194,9 @@ def _report_unexpected(
 
 
 def _known(name: str, config: ModelConfig) -> bool:
-    """Layers that predict further tokens, rotary frequencies, and the copy of tied embeddings."""
+    """Whether a tensor is known to be unused: layers that predict further tokens, rotary
+    frequencies, the copy of tied embeddings.
+    """
     tied = config.tie_embeddings and name == "lm_head.weight"
     return _predicts_further(name, config) or name.endswith("rotary_emb.inv_freq") or tied
 

@@ -291,7 +291,7 @@ class Executor:
 def _logprob_lines(
     top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64
 ) -> tuple[RowLogprobs, ...]:
-    """Packs the result of ``Ops.logprobs`` for S rows: each row's token and its ``num_top`` [S]
+    """Packs the result of the op ``logprobs`` for S rows: each row's token and its ``num_top`` [S]
     alternatives.
     """
     chosen, ids, values = (part.cpu().numpy() for part in top)

@@ -45,9 +45,9 @@ class Reference:
     column: ClassVar[str] = "reference"
 
     # Whether shared experts compute gate and up in one product and one ``silu_mul``. On a CPU that
-    # changes answers: some sums of oneDNN's merged products differ in the last bit, and the compiled
-    # ``silu_mul`` does not round silu. Logits of small models moved by 0.03 of 4.3, and by 1.7 where
-    # a router turned.
+    # changes answers: some sums of oneDNN's merged product differ in the last bit, and the compiled
+    # ``silu_mul`` does not round silu. Logits of small models in bf16 moved by 0.03 of 4.3, and by
+    # 1.7 where a router turned.
     merges_shared_experts: ClassVar[bool] = False
 
     linear = staticmethod(linear_ops.linear)
@@ -95,7 +95,7 @@ class Reference:
     def choose_experts(
         self, residual: Residual, norm: RowNorm, gate: GateWeights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The sum of the residual, its norm, and the choice of the gate: ids_TC int64 and weights_TC
+        """The sum of the residual, its norm, and the gate's choice: ids_TC int64 and weights_TC
         float32.
         """
         x_TD, normed_TD = self.add_norm(residual, norm)

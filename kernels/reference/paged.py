@@ -1,4 +1,4 @@
-"""Which cache positions the tokens of a step are written to, and which a row reads.
+"""The rows of a step over paged caches: the positions that tokens are written to and rows read.
 
 A cache tensor is [num_pages * page_size, ...]: position = page * page_size + offset. Positions past
 a row's length are gathered and masked, so a cache must be allocated zeroed and hold finite values.
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Decode rows are padded to the longest of their group. Rows of less than half its pages go to
-# another group, unless the longest is this short: padding then costs less than one more kernel
-# call.
+# Decode rows are padded to the longest of their group. Rows of less than half its pages form
+# another group, unless the longest has at most this many pages: then padding costs less than one
+# more kernel call.
 _SMALL_GROUP_PAGES = 16
 
 
@@ -57,9 +57,9 @@ class PagedBatch:
     extends.
 
     query_start_R1 int32: first token of each row, then T. lengths_R int32: KV length of each row,
-    this step's tokens included. pages_RP int32: page tables, any valid page past a row's end.
-    write_T int64: cache position of each token. ``query_starts`` and ``lengths`` are the same on
-    the host, for eager execution.
+    this step's tokens included. pages_RP int32: page tables, padded with any valid page. write_T
+    int64: cache position of each token. ``query_starts`` and ``lengths`` are copies on the host,
+    for eager execution.
     """
 
     num_decode: int
@@ -152,8 +152,8 @@ def write_entries(cache: Tensor, write_T: Tensor, entries: Tensor) -> None:
 
 
 def copy_pages(caches: Sequence[Tensor], sources_N: Tensor, targets_N: Tensor, page_size: int) -> None:
-    """Copies page sources_N[i] to page targets_N[i] in every cache; int64, targets distinct, none of them a source. A target of
-    -1 fills up a list of fixed length and is skipped.
+    """Copies page sources_N[i] to page targets_N[i] in every cache. Both are int64. Targets are
+    distinct and none is a source; a target of -1 pads a list of fixed length and is skipped.
     """
     real_N = (targets_N >= 0).nonzero()[:, 0]
     for cache in caches:

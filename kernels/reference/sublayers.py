@@ -7,7 +7,8 @@ step of a few rows spends more time making a dozen calls than computing.
 A *residual* is the sum so far and an update that is not yet added, None before the first sublayer.
 The next norm adds the update.
 
-T tokens  D hidden  H query heads  K key/value heads  X = H + 2 K  C choices per token  M = T C pairs  L experts  S slots
+T tokens  D hidden  H query heads  K key/value heads  X = H + 2 K  C choices per token
+M = T C pairs  L experts  S slots
 """
 
 from __future__ import annotations

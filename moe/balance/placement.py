@@ -1,4 +1,4 @@
-"""Where experts live: the map between logical experts and the expert slots of ranks. No torch here.
+"""Placement of experts: the map between logical experts and the ranks' expert slots. No torch here.
 
 Suffixes: L MoE layers, W ranks, S slots per rank, E logical experts.
 """
@@ -59,9 +59,9 @@ class Placement:
         return homes
 
     def ranges(self) -> NDArray[np.int32]:
-        """The same in few numbers [n, 5]: (first layer, last layer, rank, first expert, last
-        expert); layers that follow one another and are alike are one range. Which slots the experts
-        are in, and how many of them, is left out.
+        """The placement as ranges [n, 5]: (first layer, last layer, rank, first expert, last
+        expert). Consecutive layers that are alike share a range. Slots, and how many an expert has,
+        are left out.
         """
         found: list[tuple[int, ...]] = []
         changes = (self.experts_LWS[1:] != self.experts_LWS[:-1]).any(axis=(1, 2)).nonzero()[0] + 1
@@ -73,12 +73,12 @@ class Placement:
         return np.array(found, np.int32).reshape(-1, 5)
 
     def experts_of(self, rank: int, layer: int) -> list[int]:
-        """The experts in the slots of ``rank``, ``EMPTY`` for a free slot."""
+        """The expert in each slot of ``rank``, ``EMPTY`` for a free slot."""
         return [int(expert) for expert in self.experts_LWS[layer, rank]]
 
 
 def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> Placement:
-    """Expert after expert, spread over the ranks so that their numbers differ by one at most."""
+    """Consecutive experts on each rank; the ranks' numbers of experts differ by at most one."""
     num_slots = -(-num_experts // num_ranks)
     experts_LWS = np.full((num_layers, num_ranks, num_slots), EMPTY, np.int32)
     for rank, experts in enumerate(np.array_split(np.arange(num_experts), num_ranks)):

@@ -1,5 +1,5 @@
-"""Dispatch by all-gather and reduce-scatter: every rank sees every token, computes its own experts
-and adds up.
+"""Exchange by all-gather and reduce-scatter: every rank receives every token and computes its own
+experts.
 
 All shapes follow from the step's capacity. Suffixes: T own tokens, C capacity, W ranks, N = W x C,
 K choices, D hidden.
@@ -21,9 +21,9 @@ from .rows import pack, unpack
 class AllGatherExchange:
     """Tokens are padded to the capacity; padding goes to no expert.
 
-    The outputs of a token's K experts are reduced apart: each is the sum of one rank's output and
-    zeros, which is exact, and only their own rank adds them up, so that the sum does not depend on
-    the number of ranks.
+    Each of a token's K outputs is reduced separately: one rank adds the value, the others zeros,
+    which is exact. The token's own rank then sums over K, so the sum does not depend on the number
+    of ranks.
     """
 
     def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""Dispatch by all-to-all: a token goes once to every rank that has one of its experts; each
+"""Exchange by all-to-all: a token goes once to every rank that has one of its experts, and each
 expert's output comes back.
 
-Ragged: rows per rank are counted on the host, so this is for eager execution on a CPU.
+Ragged: rows per rank are counted on the host, so it is for eager execution on a CPU only.
 Suffixes: T own tokens, W ranks, N received tokens, K choices, M pairs (token, choice), D hidden.
 """
 
@@ -21,16 +21,16 @@ from .dispatcher import Received
 from .exchange import Handle
 from .rows import pack, unpack
 
-# Up to this many bytes for each peer, rows are padded to the capacity instead of counting them in
-# an exchange beforehand: with 2 gloo ranks on one host an exchange takes 70 us however small, and
-# 64 kB more take 30 us (2 cores, torch 2.13).
+# Up to this many bytes per peer, rows are padded to the capacity. Beyond, a first exchange counts
+# them: with 2 gloo ranks on one host an exchange takes 70 us however small, and 64 kB more take
+# 30 us (2 cores, torch 2.13).
 _PADDED_BYTES = 1 << 16
 
 
 @dataclass
 class _Exchange:
-    """Tokens under way. ranks_TK: the rank of every choice. ``received`` [W]: pairs that came from
-    each rank.
+    """Tokens under way. ranks_TK: the rank of every choice. ``rows_per_rank`` [W]: rows from each
+    rank. ``received`` [W]: pairs from each rank.
     """
 
     pending: Pending
@@ -42,7 +42,7 @@ class _Exchange:
 
 
 class AllToAllExchange:
-    """Only what is needed travels; nobody computes padding."""
+    """Sends each token only to ranks that need it; no rank computes padding."""
 
     def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
         assert device.type == "cpu", f"ragged exchange on {device}: it counts on the host"
@@ -101,7 +101,7 @@ class AllToAllExchange:
     def _send_padded(
         self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_], what: str
     ) -> tuple[Pending, list[int]]:
-        """``capacity`` rows for everybody; rows beyond those sent have no slots."""
+        """Sends ``capacity`` rows to every rank; padding has no slots."""
         size = self._collectives.size
         padded = rows.new_full((size * self._capacity, rows.shape[1]), 0xFF)  # the bits of EMPTY
         firsts = np.cumsum(hit_WT.sum(1)) - hit_WT.sum(1)
@@ -111,6 +111,7 @@ class AllToAllExchange:
     def _send_counted(
         self, rows: Tensor, counts_W: NDArray[np.int64], what: str
     ) -> tuple[Pending, list[int]]:
+        """Sends only the rows of each rank, and their number beforehand."""
         counts = self._collectives.all_to_all(torch.from_numpy(counts_W), None, None, "the number of " + what)
         arriving: list[int] = self._collectives.wait(counts).tolist()
         return self._collectives.all_to_all(rows, counts_W.tolist(), arriving, what), arriving

@@ -2,7 +2,7 @@
 
 A layer hands its experts to a dispatcher, which runs them. ``LocalDispatcher``: all experts are on
 this rank, nothing travels, and norm, gate and experts are one sublayer. ``ExchangeDispatcher``:
-tokens travel to the ranks of their experts and outputs travel back, by one of several exchanges.
+tokens travel to the ranks of their experts, and outputs travel back, by an exchange.
 Every rank runs the same layers in the same order in every step, with or without tokens of its own.
 
 Suffixes: T own tokens, K choices per token, D hidden, N received tokens (padded ones included), M
@@ -72,9 +72,9 @@ class Dispatcher(Protocol):
     def run(
         self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The sum of the residual; the experts' outputs for its norm, weighted and summed in float32
-        in the order of k; and what ``shared`` returns for the norm. ``shared`` runs while tokens
-        travel.
+        """Returns the sum of the residual; the experts' outputs for its norm, weighted and summed
+        in float32 in the order of k; and the result of ``shared`` for the norm. ``shared`` runs
+        while tokens travel.
         """
         ...
 

@@ -1,4 +1,5 @@
-"""Dispatch between ranks: an exchange carries tokens to the ranks of their experts and outputs back.
+"""Dispatch between ranks: an exchange carries tokens to the ranks of their experts, and the outputs
+back.
 
 Suffixes: T own tokens, K choices per token, D hidden, N received tokens (padded ones included), M
 pairs (token, choice) for the experts of this rank.

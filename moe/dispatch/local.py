@@ -18,7 +18,7 @@ from .dispatcher import RoutedExperts, zero_counts
 
 
 class LocalDispatcher:
-    """All experts are on this rank. A layer is one sublayer, and all of its time is the experts'."""
+    """All experts are on this rank. A layer is one sublayer; all of its time is the experts'."""
 
     def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"

@@ -1,5 +1,5 @@
-"""Tokens on the wire: one row of bytes holds a token's hidden state and the K places its experts
-have.
+"""Tokens on the wire: one row of bytes holds a token's hidden state and the places of its K
+experts.
 
 Suffixes: N rows, K choices, D hidden.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def pack(x_ND: Tensor, places_NK: Tensor) -> Tensor:
-    """uint8 [N, bytes]: the bits of x, then the places as int32. Reading them back is exact."""
+    """uint8 [N, bytes]: the bits of x, then the places as int32. ``unpack`` is exact."""
     (num_rows, hidden), top_k = x_ND.shape, places_NK.shape[1]
     rows = torch.empty(num_rows, hidden * x_ND.itemsize + 4 * top_k, dtype=torch.uint8, device=x_ND.device)
     x, places = unpack(rows, hidden, x_ND.dtype)

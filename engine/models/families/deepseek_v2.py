@@ -1,8 +1,7 @@
 """DeepSeek-V2 and V2-Lite (arXiv 2405.04434): latent attention, softmax gate, shared experts.
 
-V2 chooses experts of the groups that hold the best ones, V2-Lite of all; that is ``topk_method``,
-and the groups in the file of a model that chooses of all mean nothing. V2-Lite projects its queries
-directly (``q_lora_rank`` null).
+V2 chooses among the groups with the best experts, V2-Lite among all experts (``topk_method``, which
+then ignores the groups in the file). V2-Lite projects its queries directly (``q_lora_rank`` null).
 """
 
 from __future__ import annotations

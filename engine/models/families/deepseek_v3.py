@@ -1,6 +1,6 @@
 """DeepSeek-V3 (arXiv 2412.19437) and Kimi-K2 (arXiv 2507.20534), which has its architecture: latent
-attention, sigmoid gate whose selection a bias corrects, shared experts. Layers past the last
-predict further tokens in training and are not loaded.
+attention, a sigmoid gate with a selection bias, shared experts. Layers after the last predict
+further tokens in training and are not loaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GLM-4.5 (arXiv 2508.06471): grouped-query attention that rotates a part of each head, and
 DeepSeek-V3's gate and shared experts.
 
-Layers past the last predict further tokens in training (``num_nextn_predict_layers``) and are not
+Layers after the last predict further tokens in training (``num_nextn_predict_layers``) and are not
 loaded.
 """
 

@@ -1,5 +1,5 @@
 """Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671): grouped-query attention with biases, softmax gate,
-and a shared expert whose output a gate of its own scales for every token.
+and a shared expert with a gate of its own for its output.
 """
 
 from __future__ import annotations
