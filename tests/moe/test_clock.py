@@ -51,7 +51,7 @@ class Layer:
 
 
 class Slow(AllToAllExchange):
-    """Takes its time."""
+    """An exchange that moves the clock of its layer."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(contiguous(1, 2, 1), ALONE, CPU)

@@ -1,4 +1,4 @@
-"""config.json: what is read from it, and the errors for what is not supported."""
+"""config.json: the description read from it, and errors for unsupported values."""
 
 from __future__ import annotations
 
@@ -202,5 +202,6 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_imports_without_torch() -> None:
-    code = "import sys, lockstep.engine.models.config, lockstep.engine.models.checkpoint; sys.exit('torch' in sys.modules)"
+    code = "import sys, lockstep.engine.models.config, lockstep.engine.models.checkpoint;"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -1,5 +1,5 @@
-"""What each family's file reads from config.json, the quirks of the files, and the errors for what
-is not supported.
+"""Each family: the description read from its config.json, quirks of the files, errors for
+unsupported values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole models over FP8 pages: what they lose, and that every chunk reads what the pages return."""
+"""Whole models over FP8 pages: their loss, and chunks that read their own keys from the pages."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def logits(path: Path, pages: torch.dtype, count: int = 6) -> Tensor:
 
 @FAMILIES
 def test_the_loss_of_logits(config_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Random weights, three layers, float32 but for the pages: the error of a position's logits is
-    1.9 % of their norm in the median, 0.12 % with pages in bf16; where a router turns to another
-    expert it is larger. Nine of ten best tokens stay.
+    """Random weights, three layers, float32 except the pages. The median error of a position's
+    logits is 1.9 % of their norm, 0.12 % with pages in bf16; it is larger where a router turns to
+    another expert. Nine of ten best tokens stay.
     """
     path = write_checkpoint(tmp_path / "m", config_of(), seed=3)
     exact = logits(path, torch.float32)
@@ -49,7 +49,7 @@ def test_the_loss_of_logits(config_of: Callable[..., dict[str, Any]], tmp_path: 
 def test_a_chunk_reads_what_the_pages_return(
     config_of: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Were the fresh chunk read before it was rounded, prompts cut differently would differ by the
+    """If a chunk read its own keys before rounding, prompts cut differently would differ by the
     loss of FP8: by 2 %.
     """
     path = write_checkpoint(tmp_path / "m", config_of(), seed=3)

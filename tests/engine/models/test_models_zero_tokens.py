@@ -1,4 +1,4 @@
-"""A step without tokens here still passes every MoE layer: others wait there."""
+"""A step without tokens still passes every MoE layer: other ranks wait there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is read, what is not, and the errors for those that do not fit."""
+"""Checkpoints on disk: tensors that are read or left, and errors for those that do not fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 class _Slots(LocalDispatcher):
-    """A dispatcher with the slots of one place of several; it never runs."""
+    """A dispatcher with the slots of one rank of several; it never runs."""
 
     def __init__(self, num_layers: int, num_slots: int) -> None:
         everywhere = np.tile(np.arange(num_slots, dtype=np.int32), (num_layers, 1, 1))
@@ -81,8 +81,8 @@ def test_every_tensor_arrives(family: str, num_shards: int, tmp_path: Path) -> N
 
 
 def test_only_the_own_shard_is_opened(tmp_path: Path) -> None:
-    """Experts 4 to 7 have a file of their own with a byte too many: its header reads well, opening
-    it for values fails.
+    """Experts 4 to 7 have a file of their own with a byte too many: its header is readable, but
+    opening the file for values fails.
     """
     path = tmp_path / "m"
     path.mkdir()
@@ -212,7 +212,7 @@ def _entry(entry: object) -> Callable[[Path, dict[str, Tensor]], None]:
 
 
 def _index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, dict[str, Tensor]], None]:
-    """Shards the checkpoint and writes what ``change`` makes of the index."""
+    """Shards the checkpoint and writes its index after ``change``."""
 
     def damage(path: Path, tensors: dict[str, Tensor]) -> None:
         (path / "model.safetensors").unlink()

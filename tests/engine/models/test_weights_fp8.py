@@ -27,7 +27,7 @@ from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_conf
 from support.engine.models.fp8_checkpoints import SCALES, write_pair
 from support.engine.models.local_model import Stepper, load_local
 
-# Several blocks each way, and a last one that is not full.
+# Several blocks in both dims, the last ones not full.
 SIZES = {"hidden_size": 160, "intermediate_size": 200, "moe_intermediate_size": 144, "num_experts_per_tok": 3}
 CONFIGS = {
     "qwen3_moe": qwen3_moe_config(head_dim=64, **SIZES),
@@ -45,7 +45,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def load_fp8_experts(
     path: Path, dtype: torch.dtype, column: Column, experts: list[int] | None = None
 ) -> Model:
-    """With experts kept in FP8; ``experts``: those in the slots of every layer, by default all."""
+    """Loads with experts kept in FP8. ``experts``: those in the slots of every layer, by default
+    all.
+    """
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
     model = build_model(config, LocalDispatcher(placement, CPU), dtype, CPU, column, fp8_experts=True)
@@ -70,7 +72,7 @@ def test_a_model_in_bf16_holds_the_rounded_values(scale_dtype: torch.dtype, tmp_
         assert torch.equal(load_local(eight, torch.bfloat16).state_dict()[name], tensor), name
 
 
-def test_what_is_widened_is_logged_once(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_widened_matrices_are_logged_once(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lockstep"):
         load_local(pair[0], torch.float32)
     (line,) = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
@@ -183,7 +185,8 @@ ERRORS: dict[str, tuple[Change, str]] = {
     "no scales of an expert elsewhere": (without(FAR + SCALES), f"{FAR}_scale_inv is missing"),
     "misshapen scales": (
         having(QUERY + SCALES, torch.ones(2, 1)),
-        rf"{QUERY}_scale_inv has shape \[2, 1\]; {QUERY} of shape \[256, 160\] has \[2, 2\] blocks of 128 x 128",
+        rf"{QUERY}_scale_inv has shape \[2, 1\]; "
+        rf"{QUERY} of shape \[256, 160\] has \[2, 2\] blocks of 128 x 128",
     ),
     "scales of another kind": (
         having(QUERY + SCALES, torch.ones(2, 2, dtype=torch.int32)),
@@ -210,7 +213,7 @@ def test_errors_name_file_and_tensor(case: str, tmp_path: Path) -> None:
     assert str(path) in str(error.value)
 
 
-def test_fp8_that_config_json_does_not_tell_of_is_refused(tmp_path: Path) -> None:
+def test_fp8_without_an_entry_in_config_json_is_refused(tmp_path: Path) -> None:
     path, _ = write_pair(tmp_path, CONFIGS["qwen3_moe"])
     rewrite(
         path, lambda config: {key: value for key, value in config.items() if key != "quantization_config"}
@@ -222,16 +225,14 @@ def test_fp8_that_config_json_does_not_tell_of_is_refused(tmp_path: Path) -> Non
 def test_experts_that_are_not_in_fp8_cannot_stay_in_it(tmp_path: Path) -> None:
     path, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"])
     save_tensors(path, tensors_of(plain))
-    with pytest.raises(
-        ValueError,
-        match=r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\.dtype",
-    ):
+    message = r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\."
+    with pytest.raises(ValueError, match=message + "dtype"):
         load_fp8_experts(path, torch.float32, "reference")
     assert load_local(path, torch.float32).config.kernel_fp8, "widened, nothing is in the way"
 
 
 def test_a_checkpoint_of_several_kinds_of_matrices_is_read(tmp_path: Path) -> None:
-    """Modules that were left out of the quantisation are in bf16 beside those in FP8."""
+    """Modules excluded from quantisation are in bf16 beside those in FP8."""
     path, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"])
     stored = tensors_of(path)
     del stored[QUERY + SCALES]

@@ -30,21 +30,25 @@ from lockstep.kernels.reference.sampling import SamplingParams
 from support.moe.dispatchers import dispatcher_of
 from support.engine.models.local_model import FORMATS, Stepper, load_local
 torch.set_num_threads(2)
-path, dtype, pages, dispatch = Path(sys.argv[2]), getattr(torch, sys.argv[3]), getattr(torch, sys.argv[4]), sys.argv[5]
+path, dtype, pages, dispatch = sys.argv[2:6]
+path, dtype, pages = Path(path), getattr(torch, dtype), getattr(torch, pages)
 def taken():
-    kernels = [x for x in gc.get_objects() if isinstance(x, Dispatcher) and x.py_func.__module__.startswith("lockstep.")]
+    kernels = [x for x in gc.get_objects() if isinstance(x, Dispatcher)]
+    kernels = [x for x in kernels if x.py_func.__module__.startswith("lockstep.")]
     return sorted((k.__name__, len(k.signatures)) for k in kernels if k.signatures)
 warm_up(load_config(path), dtype, Pages(FORMATS[pages], 8), functools.partial(dispatcher_of, dispatch), print)
 before = taken()
 model = load_local(path, dtype, dispatch=dispatch)
 model.pack()
 stepper = Stepper(model, pages)
-for tokens, num_decode in (({0: 40}, 0), ({0: 1, 1: 20}, 1), ({0: 1, 1: 1}, 2), ({2: 3}, 0), ({3: 600}, 0), ({4: 1}, 0)):
+steps = ({0: 40}, 0), ({0: 1, 1: 20}, 1), ({0: 1, 1: 1}, 2), ({2: 3}, 0), ({3: 600}, 0), ({4: 1}, 0)
+for tokens, num_decode in steps:
     stepper.step({sequence: [3] * count for sequence, count in tokens.items()}, num_decode)
 rows = torch.randn(5, 8000)
 column = lambda values, dtype: np.array(values, dtype)
 temperatures, top_ks = column([0, 1, 1, 1, 1], "f4"), column([0, 0, 3, 0, 5], "i8")
-some = SamplingParams(temperatures, top_ks, column([1, 1, 1, 0.5, 0.9], "f4"), column([0, 0, 0, 0.1, 0], "f4"))
+top_ps, min_ps = column([1, 1, 1, 0.5, 0.9], "f4"), column([0, 0, 0, 0.1, 0], "f4")
+some = SamplingParams(temperatures, top_ks, top_ps, min_ps)
 tokens_R = model.ops.sample(rows.clone(), some, np.full(5, 0.3))
 for num_top in (0, 7):
     model.ops.logprobs(rows, tokens_R, num_top)

@@ -24,7 +24,7 @@ def test_contiguous_is_even_and_complete(layers: int, experts: int, ranks: int) 
             assert placement.experts_of(rank, layer)[slot] == expert
 
 
-def test_a_replicated_expert_is_at_home_in_its_first_slot() -> None:
+def test_the_home_of_a_replicated_expert_is_its_first_slot() -> None:
     placement = Placement(np.array([[[EMPTY, 1], [0, 1]]], np.int32), 2)
     assert placement.homes_LE.tolist() == [[2, 1]]
 
@@ -36,7 +36,7 @@ def test_an_expert_without_a_slot_is_our_bug() -> None:
         Placement(np.array([[[0, 1, 5]]], np.int32), 2)
 
 
-def test_ranges_say_who_has_what() -> None:
+def test_ranges_name_layers_ranks_and_experts() -> None:
     assert contiguous(58, 256, 72).ranges().shape == (72, 5)
     assert contiguous(3, 8, 2).ranges().tolist() == [[0, 2, 0, 0, 3], [0, 2, 1, 4, 7]]
     experts_LWS = contiguous(4, 8, 2).experts_LWS.repeat(2, axis=2)  # every expert twice

@@ -23,7 +23,7 @@ HIDDEN, WIDTH, LAYERS = 32, 24, 2
 
 @dataclass(frozen=True)
 class Case:
-    """``tokens``: how many each rank has. ``only``: an expert that every token's first choice is,
+    """``tokens``: how many each rank has. ``only``: the expert that is every token's first choice,
     None for random choices.
     """
 

@@ -175,7 +175,7 @@ def tensor_shapes(config: dict[str, Any]) -> Shapes:
 
 
 def layer_shapes(config: dict[str, Any], layer: int) -> Shapes:
-    """Those of one layer."""
+    """The tensors of one layer."""
     hidden = config["hidden_size"]
     parts = (_mla_shapes if "kv_lora_rank" in config else _gqa_shapes)(config)
     parts |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from .checkpoints import YARN, deepseek_v3_config, qwen3_moe_config
 
-# Kimi-K2's: frequencies are kept or slowed, with hardly a ramp between them.
+# Kimi-K2's: frequencies are kept or slowed, with almost no ramp between.
 KIMI_YARN = YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "factor": 32.0}
 KIMI_YARN |= {"original_max_position_embeddings": 4096}
 _ABSENT = {"rope_interleave": None, "topk_method": None, "scoring_func": None}

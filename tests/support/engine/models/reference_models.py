@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# What transformers has no name of its own for, and the model it is.
+# Models without a name of their own in transformers, and the model to read them with.
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
 
 
