@@ -4,10 +4,16 @@ name.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import numba
+
+from lockstep.kernels.cpu.codegen import arrays
 
 COUNT = 20
 KERNELS = f"import numba\nCOUNT = {COUNT}\n" + "".join(
@@ -18,8 +24,11 @@ TYPES = ("int32", "uint8", "float32", "float64")
 PROCESS = """
 import sys
 import numpy as np
-from lockstep.kernels.cpu.codegen import arrays
+from pathlib import Path
+from numba.core import config, event
+from lockstep.kernels.cpu.codegen.compile_lock import CompileLock
 import kernels_of_the_test as kernels
+event.register("numba:compiler_lock", CompileLock(Path(config.CACHE_DIR)))
 functions = [getattr(kernels, f"kernel_{i}") for i in range(kernels.COUNT)]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -70,3 +79,19 @@ def test_processes_that_want_the_same_kernels_compile_them_once(tmp_path: Path) 
     (tmp_path / "cache").mkdir()
     compiled = run_at_once([start(tmp_path, "float32") for _ in range(2)])
     assert sum(map(int, compiled)) == COUNT
+
+
+def test_kernels_of_the_package_are_compiled_under_the_lock() -> None:
+    @numba.njit
+    def kernel(x):  # type: ignore[no-untyped-def]
+        return x + 1
+
+    kernel(1)  # the folder is there
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (kernel(1.0), done.set()))
+    with (Path(arrays.CACHE_FOLDER) / "index").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        assert not done.wait(0.2), "compiled while another process held the lock"
+    assert done.wait(60)
+    thread.join()
