@@ -386,7 +386,7 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
 
 
 def named_files(text: str) -> set[str]:
-    """What looks like a file in the code of a page: it has a folder and an extension."""
+    """Files named in the code of a page: names with a folder and an extension."""
     code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
     return set(
         re.findall(r"(?<![\w./~$<*{-])\w[\w.-]*/[\w./-]*\.(?:py|md|ya?ml|toml|sh|json|csv|txt|cpp)\b", code)

@@ -22,7 +22,7 @@ _WAIT = 0.5
 
 
 class Gathering:
-    """Collects the ranks' hellos. Requests are rejected meanwhile; ``numbers`` number the states."""
+    """Collects the ranks' hellos. Rejects requests meanwhile; ``numbers`` number the states."""
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class Pilot:
     def follow_up(self) -> tuple[list[tuple[int, Preload | Unload]], list[tuple[int, Message]]]:
         """Does what can wait until the plan is out: settling and admission.
 
-        Returns the messages for ranks and for frontends, as (rank, message) and (frontend, message).
+        Returns messages for ranks and for frontends, as (rank, message) and (frontend, message).
         """
         self._record("tidy")
         self.planner.tidy()

@@ -99,7 +99,7 @@ class Serving:
             self._fail(str(error))
 
     def _welcome(self, hello: RankHello) -> None:
-        """Takes a replacement. Its predecessor's loss was reported first, but may still be unread."""
+        """Takes a replacement. The loss it replaces was reported first, but may still be unread."""
         now = time.monotonic()
         if hello.rank not in self._membership.missing:
             self._frontends.listen(now, self)

@@ -81,7 +81,7 @@ class Formats:
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How the replies to one request are parsed. With ``tools`` None no call is looked for.
+    """Parsing of the replies to one request. With ``tools`` None no call is looked for.
 
     ``thinking``: the prompt has opened the reasoning. ``answering``: the prompt has closed it, or
     there is none. If neither holds, the model may begin with reasoning. ``one_call``: the reply

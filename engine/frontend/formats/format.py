@@ -13,7 +13,7 @@ Tools = dict[str, dict[str, Any]]  # name of a function -> JSON schema of its pa
 
 
 class ToolFormat(Protocol):
-    """How one family of models writes tool calls.
+    """The form in which one family of models writes tool calls.
 
     ``openings`` begin a call or a section of calls. ``markers`` are all tags of the format; they
     must reach the parser even if they are special tokens. ``id_length`` is the length of call ids

@@ -78,7 +78,7 @@ def _check_tools(model: ServedModel, ask: ChatRequest) -> None:
 
 
 def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
-    """How replies to the prompt ``text`` are parsed."""
+    """Chooses how replies to the prompt ``text`` are parsed."""
     tools = {tool.function.name: tool.function.parameters or {} for tool in ask.tools or ()}
     return Manner(
         formats=model.formats,

@@ -1,4 +1,4 @@
-"""Where Triton kernels are tested, and memory that shows what a kernel forgot to write."""
+"""The device of Triton tests, and memory that shows what a kernel forgot to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank does in the tests of collectives."""
+"""The calls of a rank in the tests of collectives."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from lockstep.parallel.collectives import Collectives, connect_store
 
 Target = Callable[..., Any]
 
-# Of a meeting and of a collective: one rank may compile kernels or wait for a core while the others
-# are ready.
+# Seconds for a meeting and for a collective: one rank may compile kernels or wait for a core while
+# the others are ready.
 DEADLINE = 240.0
 
 

@@ -45,7 +45,7 @@ class Ask:
 
 @dataclass
 class Answer:
-    """What came back: a ``document`` or the ``chunks`` of a stream. ``tokens``, ``text`` and
+    """An answer: a ``document`` or the ``chunks`` of a stream. ``tokens``, ``text`` and
     ``finish`` are those of the first choice.
     """
 
@@ -135,7 +135,7 @@ class Served:
         self.wait_until(lambda: self.cluster()["number"] >= number + 2, "two more states of the cluster")
 
     def busy(self) -> str:
-        """What still runs, waits or holds pages; empty when nothing does. Cached pages are no
+        """Names everything that still runs, waits or holds pages; empty if nothing does. Cached pages are no
         one's.
         """
         cluster, load = self.cluster(), self.http.get("/load").json()

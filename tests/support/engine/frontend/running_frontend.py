@@ -104,7 +104,7 @@ class RunningFrontend:
         )
 
     def close(self) -> None:
-        """What belongs to the test and not to the frontend."""
+        """Closes the sockets that belong to the test, not to the frontend."""
         self.http.close()
         self.acceptor.close()
         self.engine.close()

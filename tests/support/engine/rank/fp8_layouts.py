@@ -32,7 +32,7 @@ def prompts_of(family: str) -> list[list[int]]:
 
 
 def certain(path: Path, family: str) -> list[list[int]]:
-    """What every prompt of the family gets alone, up to the first close choice."""
+    """Tokens that every prompt of the family gets alone, up to the first close choice."""
     model = load_local(path, torch.float32)
     close: list[Tensor] = []
     for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:

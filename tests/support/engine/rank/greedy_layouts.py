@@ -1,4 +1,4 @@
-"""What a rank does to show that its layout does not change greedy tokens."""
+"""A rank that shows that its layout does not change greedy tokens."""
 
 from __future__ import annotations
 

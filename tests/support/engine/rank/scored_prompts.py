@@ -1,5 +1,5 @@
-"""What executors say of the tokens of prompts, driven by plans made by hand, and what transformers
-says of them.
+"""Log-probabilities of prompt tokens, from executors driven by hand-made plans and from
+transformers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prompts(count: int, seed: int, longest: int = 60) -> list[list[int]]:
 
 
 def tell(driver: Driver) -> list[Told]:
-    """What was said of every request of a driver that has run."""
+    """The log-probabilities reported for every request of a driver that has run."""
     told: list[Told] = [[] for _ in driver.requests]
     owner: dict[int, int] = {}
     for plan, result in zip(driver.plans, driver.results, strict=True):
