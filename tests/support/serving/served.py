@@ -135,8 +135,8 @@ class Served:
         self.wait_until(lambda: self.cluster()["number"] >= number + 2, "two more states of the cluster")
 
     def busy(self) -> str:
-        """Names everything that still runs, waits or holds pages; empty if nothing does. Cached pages
-        are not held.
+        """Names everything that still runs, waits or holds pages; empty if nothing does.
+        Cached pages are not held.
         """
         cluster, load = self.cluster(), self.http.get("/load").json()
         pages = [rank["pages_used"] for rank in cluster["ranks"]]
