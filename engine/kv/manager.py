@@ -15,8 +15,8 @@ from ..protocol.arrays import Int64, UInt64, as_keys, ragged
 from ..protocol.message import HASH_BYTES
 from .block_index import BlockIndex
 
-PENDING = np.iinfo(np.int64).max
-"""``written`` of a page that is reserved for a block but not yet scheduled to be computed."""
+_PENDING = np.iinfo(np.int64).max
+"""Step of a page that is reserved for a block but not yet scheduled to be computed."""
 
 _EVICT_SHARE = 32
 """A pool that runs out evicts at least 1 / 32 of itself, so that few admissions have to search."""
@@ -40,7 +40,7 @@ class KVManager:
         total = self.num_data * self._max_pages
         self._references = np.zeros(total, np.int32)
         self._stamp = np.zeros(total, np.int64)
-        self.written = np.full(total, PENDING, np.int64)
+        self._written = np.full(total, _PENDING, np.int64)
         self.index = BlockIndex(total, self.num_data)
         # Stacks hand out low page ids first: easier to read in a dump.
         self._stack = np.tile(np.arange(self._max_pages - 1, -1, -1, dtype=np.int64), (self.num_data, 1))
@@ -111,7 +111,7 @@ class KVManager:
         pages = self._global(data, self._stack[data, top - fresh : top][::-1])
         self._top[data] = top - fresh
         self._references[pages] = 1
-        self.written[pages] = PENDING
+        self._written[pages] = _PENDING
         return np.concatenate([shared, pages]) if len(shared) else pages
 
     def short_of(self, wanted: Int64) -> Int64:
@@ -130,7 +130,7 @@ class KVManager:
         pages = self._global(data, self._stack[data, self._top[data] - 1 - ordinal])
         self._top -= np.bincount(data, minlength=self.num_data)
         self._references[pages] = 1
-        self.written[pages] = PENDING
+        self._written[pages] = _PENDING
         return pages
 
     def release(self, data: Int64, counts: Int64, pages: Int64) -> None:
@@ -152,7 +152,7 @@ class KVManager:
         if (before - left > 1).any():  # rows shared pages: count each once
             idle = idle[np.unique(pages[idle], return_index=True)[1]]
         done, owner = pages[idle], data[rows[idle]]
-        keep = self.index.holds(done) & (self.written[done] != PENDING)
+        keep = self.index.holds(done) & (self._written[done] != _PENDING)
         self._cached += np.bincount(owner[keep], minlength=self.num_data)
         gone = done[~keep]
         if len(gone):
@@ -169,12 +169,20 @@ class KVManager:
             return np.zeros(len(pages), np.bool_)
         return self.index.insert(data, keys, pages)
 
+    def mark_written(self, pages: Int64, steps: int | Int64) -> None:
+        """Plans ``steps``, one or one per page, write the blocks in pages [n]."""
+        self._written[pages] = steps
+
+    def is_pending(self, pages: Int64) -> bool:
+        """Whether no plan has yet computed the block of some of pages [n]."""
+        return bool((self._written[pages] == _PENDING).any())
+
     def forget_unwritten(self, data: int, last_step: int) -> None:
         """Drops blocks from the index that were to be written on ``data`` after ``last_step``, also
         cached ones.
         """
         pages = self._pool(data)
-        lost = pages[self.index.holds(pages) & (self.written[pages] > last_step)]
+        lost = pages[self.index.holds(pages) & (self._written[pages] > last_step)]
         self.index.remove(lost)
         self._cached[data] -= int((self._references[lost] == 0).sum())
         self._push(data, lost[self._references[lost] == 0])

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kv.budget import pages_for
-from ..kv.manager import PENDING
 from ..protocol.arrays import Int64, as_keys
 from ..protocol.message import HASH_BYTES
 from .group import Group
@@ -126,7 +125,7 @@ class Admission:
             if not alive[data] or not rows.num_free(data):
                 continue
             shared = kv.prefix(data, request.hashes_h128, int(blocks[data]))
-            if len(shared) and (kv.written[shared] == PENDING).any():
+            if len(shared) and kv.is_pending(shared):
                 return _Wait.FOR_BLOCK
             fresh = pages_for(request.num_staged, group.page_size) - len(shared)
             if not group.has_headroom(data, fresh):

@@ -93,7 +93,7 @@ class Ledger:
             group.unreserve(row)
             self.end(request, finish)
         elif group.rows.state[row] == State.DRAINING:
-            group.rows.finish[row] = finish
+            group.rows.end(row, finish)
         else:
             self._leave(row, finish)
 
@@ -203,14 +203,14 @@ class Ledger:
         """The last token of a request is in: its client hears of it now, its row drains."""
         group = self._group
         group.close(group.rows.request(row))
-        group.rows.finish[row] = finish
+        group.rows.end(row, finish)
         if group.rows.state[row] != State.DRAINING:
             self._leave(row, finish)
 
     def _leave(self, row: int, finish: Finish) -> None:
         """Takes a row out of all further plans, with the reason why its request ended."""
         group = self._group
-        group.rows.finish[row] = finish
+        group.rows.end(row, finish)
         group.leave(row)
         group.draining.drain([group.rows.data(row)])
 
@@ -240,9 +240,8 @@ class Ledger:
                 [request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]
             )
         )
-        group.kv.written[pages] = np.array(
-            [group.steps.executed(index) for index in rows.data(row).tolist()]
-        )[owners]
+        executed = np.array([group.steps.executed(index) for index in rows.data(row).tolist()])
+        group.kv.mark_written(pages, executed[owners])
         taken = group.kv.announce(data, keys, pages)
         group.publishing.add(data[taken], keys[taken], pages[taken])
 

@@ -143,7 +143,7 @@ class Prefill:
         first, behind = start // group.page_size, end // group.page_size
         owners, index = ragged(behind - first)
         pages = rows.pages[row[owners], first[owners] + index]
-        group.kv.written[pages] = group.steps.next_step
+        group.kv.mark_written(pages, group.steps.next_step)
         hashes = [rows.request(own).hashes_h128 for own in row.tolist()]
         spans = zip(hashes, first.tolist(), behind.tolist(), strict=True)
         keys = as_keys(b"".join([own[HASH_BYTES * begin : HASH_BYTES * stop] for own, begin, stop in spans]))

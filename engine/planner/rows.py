@@ -145,6 +145,10 @@ class RowTable:
         """No further plan names the row."""
         self.state[row] = State.DRAINING
 
+    def end(self, row: int, finish: int) -> None:
+        """The request of the row ends for the reason ``finish``: later tokens do not count."""
+        self.finish[row] = finish
+
     def vacate(self, rows: list[int]) -> None:
         """Makes rows free for the next requests."""
         self.state[rows] = State.FREE

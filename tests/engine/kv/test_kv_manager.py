@@ -27,7 +27,7 @@ def cache(manager: KVManager, data: int, hashes: bytes) -> None:
     pages = manager.reserve(data, NONE, len(keys))
     assert pages is not None
     manager.announce(np.full(len(keys), data), keys, pages)
-    manager.written[pages] = 0
+    manager.mark_written(pages, 0)
     release(manager, (data, pages))
 
 
@@ -84,7 +84,7 @@ def test_a_shared_page_outlives_its_first_user() -> None:
     first = manager.reserve(0, NONE, 10)
     assert first is not None
     manager.announce(np.zeros(10, np.int64), as_keys(keys), first)
-    manager.written[first] = 0
+    manager.mark_written(first, 0)
     second = manager.reserve(0, first, 2)
     assert second is not None and second[:10].tolist() == first.tolist()
     release(manager, (0, first))
@@ -100,7 +100,7 @@ def test_a_page_shared_by_rows_that_end_together_is_kept_once() -> None:
     first = manager.reserve(0, NONE, 11)
     assert first is not None
     manager.announce(np.zeros(10, np.int64), as_keys(keys), first[:10])
-    manager.written[first] = 0
+    manager.mark_written(first, 0)
     second, other = manager.reserve(0, first[:10], 3), manager.reserve(1, NONE, 4)
     assert second is not None and other is not None
     release(manager, (0, first), (1, other), (0, second))
@@ -124,7 +124,7 @@ def test_unwritten_blocks_are_not_kept() -> None:
     pages = manager.reserve(0, NONE, 3)
     assert pages is not None
     manager.announce(np.zeros(3, np.int64), as_keys(keys), pages)
-    manager.written[pages[:1]] = 7
+    manager.mark_written(pages[:1], 7)
     release(manager, (0, pages))
     assert manager.match([keys], [3]).tolist() == [[1]]
     manager.forget_unwritten(0, 6)
