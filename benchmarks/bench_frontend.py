@@ -29,7 +29,6 @@ import platform
 import random
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +41,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # A script in this folder must not shadow a package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-sys.path.append(str(HERE.parent / "tests"))
+sys.path += [str(HERE), str(HERE.parent / "tests")]
 
 import msgspec  # noqa: E402
 import uvicorn  # noqa: E402
 import uvloop  # noqa: E402
+from circumstances import commit, hardware  # noqa: E402
+from stream_clients import clients  # noqa: E402
 
 from lockstep.engine.frontend import process as server  # noqa: E402
 from lockstep.engine.protocol.frontends import Submit  # noqa: E402
@@ -160,45 +161,6 @@ def bare(pipe: Connection, chunk: bytes, counter: Any) -> None:
         runner.run(serve())
 
 
-def clients(port: int, streams: int, ready: Any, chunks: Any) -> None:
-    """Opens the streams and discards their data, counting ``chunks`` if given. Sets ``ready`` when
-    each stream has sent something.
-    """
-    body = msgspec.json.encode(
-        {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": "Hello"}],
-            "stream": True,
-            "ignore_eos": True,
-        }
-    )
-    head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body)
-    )
-
-    async def one(started: asyncio.Semaphore) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head + body)
-        status = await reader.readline()
-        assert b" 200 " in status, status
-        started.release()
-        while data := await reader.read(65536):
-            if chunks is not None:
-                chunks.value += data.count(b"data: ")
-
-    async def run() -> None:
-        started = asyncio.Semaphore(0)
-        tasks = [asyncio.create_task(one(started)) for _ in range(streams)]
-        for _ in range(streams):
-            await started.acquire()
-        ready.set()
-        await asyncio.gather(*tasks)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run())
-
-
 # --------------------------------------------------------------------------- measuring
 
 
@@ -293,7 +255,7 @@ class Bench:
     def _open_streams(self, port: int, streams: int, health: str | None, chunks: Any = None) -> None:
         wait_for_server(port, health)
         ready = self._spawn.Event()
-        self._start(clients, port, streams, ready, chunks)
+        self._start(clients, port, MODEL, streams, ready, chunks)
         assert ready.wait(START_SECONDS), f"{streams} streams were not open within {START_SECONDS} s"
 
 
@@ -360,27 +322,10 @@ def measure(case: Case, model: Path, windows: int, seconds: float) -> Measured:
         bench.close()
 
 
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    model = next(models, platform.machine())
-    return f"{model}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}"
-
-
 def versions() -> str:
     names = ("uvicorn", "uvloop", "httptools", "fastapi", "pyzmq", "msgspec", "tokenizers")
     found = [f"{name} {importlib.metadata.version(name)}" for name in names]
     return " ".join([f"python {platform.python_version()}", *found])
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", str(HERE.parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def record(path: Path, case: Case, measured: Measured) -> None:
