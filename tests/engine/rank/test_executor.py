@@ -4,6 +4,7 @@ the work.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -265,7 +266,10 @@ def test_tokens_are_drawn_by_the_column_of_the_model(qwen: Path) -> None:
         real = getattr(model.ops, name)
         return lambda *arguments: (called.append(name), real(*arguments))[1]
 
-    model.ops = dataclasses.replace(model.ops, **{name: noted(name) for name in OPS})
+    noted_ops = copy.copy(model.ops)
+    for name in OPS:
+        setattr(noted_ops, name, noted(name))
+    model.ops = noted_ops
     executor._parts = dataclasses.replace(executor._parts, grammars=OneToken())
     sampling = Sampling(temperature=0.0, num_logprobs=1, presence_penalty=1.0)
     assert Driver(executor, [Request(_prompts(1)[0], 2, sampling)]).run() == [[OneToken.ONLY] * 2]
