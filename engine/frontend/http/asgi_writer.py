@@ -20,13 +20,13 @@ class AsgiWriter:
     is called, unless that was at once.
     """
 
-    __slots__ = ("_loop", "_on_idle", "_send", "_waiting", "busy")
+    __slots__ = ("_loop", "_on_idle", "_send", "_task", "busy")
 
     def __init__(self, send: Send, on_idle: Callable[[], None]) -> None:
         self._send = cast(Callable[[MutableMapping[str, Any]], Coroutine[Any, None, None]], send)
         self._on_idle = on_idle
         self._loop = asyncio.get_running_loop()
-        self._waiting: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
+        self._task: asyncio.Task[None] | None = None  # of a send that waits; the loop keeps none alive
         self.busy = False
 
     def write(self, body: bytes, more: bool) -> None:
@@ -38,14 +38,13 @@ class AsgiWriter:
         except StopIteration:
             return
         self.busy = True
-        task = self._loop.create_task(self._finish(_Started(sending, awaited)))
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
+        self._task = self._loop.create_task(self._finish(_Started(sending, awaited)))
 
     async def _finish(self, sending: _Started) -> None:
         with contextlib.suppress(Exception):  # the watcher of the request sees a broken connection too
             await sending
         self.busy = False
+        self._task = None
         self._on_idle()
 
 

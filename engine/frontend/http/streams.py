@@ -75,6 +75,19 @@ class ChunkWriter:
     the last one has been written.
     """
 
+    __slots__ = (
+        "_ended",
+        "_error",
+        "_interval",
+        "_outline",
+        "_plain",
+        "_reply",
+        "_templates",
+        "_unfinished",
+        "_writer",
+        "closed",
+    )
+
     def __init__(self, reply: Reply, send: Send) -> None:
         outline = reply.outline
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

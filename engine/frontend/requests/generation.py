@@ -61,6 +61,10 @@ class Generation:
     started: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    stop_ids: frozenset[int] = field(init=False)  # those of ``stop``, at hand for every token
+
+    def __post_init__(self) -> None:
+        self.stop_ids = self.stop.ids
 
     @property
     def handle(self) -> int:
@@ -107,12 +111,11 @@ class Generation:
         """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives the
         log-probabilities of an output position.
         """
-        stop_ids = self.stop.ids
         for token in tokens:
             self.tokens.append(token)
             if self.logprobs is not None:
                 self.logprobs.append(logprobs(len(self.tokens) - 1) if logprobs is not None else None)
-            if token in stop_ids:
+            if token in self.stop_ids:
                 self._end_with(token)
                 return
             text = self.detokenizer.push(token)
