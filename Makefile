@@ -35,7 +35,7 @@ demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
 # Two workers: tests that start clusters in one, all others in both. The quick tier is what a change is tried with.
-WORKERS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+WORKERS ?= -n 2 --no-loadscope-reorder
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,18 +38,37 @@ FIRST = ("launch", "serving", "engine")  # folders in the order of their longest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks slow tests, and groups all for the workers of pytest-xdist, the longest first.
-
-    Tests that start or share whole clusters, of Ray or of hosts, are a single group: one cluster at
-    a time is as many processes as two cores carry. Others go by their files, whose fixtures they
-    share (``--dist loadgroup``).
-    """
+    """Marks slow tests, and puts files that take long first."""
     _mark_slow_tests(config, items)
-    items.sort(key=lambda item: (not _starts_clusters(item), _rank(item)))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "clusters" if _starts_clusters(item) else item.location[0]
-            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (_group_of(item.nodeid) != "clusters", _rank(item)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker takes a group after the other. The marks of xdist's own groups are lost with
+    pytest 9.2 and pytest-xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid)
+
+    return Groups(config, log)
+
+
+def _group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    return "clusters" if _starts_clusters(file) else file
+
+
+@cache
+def _starts_clusters(file: str) -> bool:
+    """Whether tests of the file start or share whole clusters, of Ray or of hosts: one cluster at a
+    time is as many processes as two cores carry.
+    """
+    text = (HERE.parent / file).read_text(encoding="utf-8")
+    return "tests/serving/" in file or bool(re.search(r"mark\.ray\b|\*needs_", text))
 
 
 def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,11 +86,6 @@ def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"tests/slow.txt: no test is called {entry}")
         for item in found:
             item.add_marker(pytest.mark.slow)
-
-
-def _starts_clusters(item: pytest.Item) -> bool:
-    marked = any(item.get_closest_marker(name) for name in ("ray", "hosts", "slurm"))
-    return marked or item.path.parent.name == "serving"
 
 
 def _rank(item: pytest.Item) -> int:
