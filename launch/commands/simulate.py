@@ -19,39 +19,37 @@ if TYPE_CHECKING:
     from ..simulation.trace import Trace
 
 
+_Trace = typer.Option(
+    "--trace",
+    "-t",
+    help="File with one JSON object per line: timestamp (ms), input_length, output_length, "
+    "hash_ids, as in the Mooncake traces. Or generated requests: "
+    "poisson:rate=20,input=2000,output=300,count=2000[,seed=0] "
+    "(requests/s, tokens, tokens, requests).",
+)
+_Json = typer.Option("--json", help="Print JSON: times in seconds, shares from 0 to 1.")
+_Speed = typer.Option(min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
+_Requests = typer.Option(min=1, help="Simulate only the first so many.")
+_Block = typer.Option(min=1, max=1 << 20, help="Tokens per block of hash_ids.")
+_Efficiency = typer.Option(
+    min=0.01,
+    max=1.0,
+    help="Speed of a step as a share of its floor's, which launch plan prints; 1 is the floor. "
+    "Published figures for DeepSeek-V3 reach 0.24 to 0.50, 0.31 in the median "
+    "(benchmarks/plan_anchors.md).",
+)
+
+
 @app.command()
 def simulate(
     recipe: RecipeName,
-    trace: Annotated[
-        str,
-        typer.Option(
-            "--trace",
-            "-t",
-            help="File with one JSON object per line: timestamp (ms), input_length, output_length, "
-            "hash_ids, as in the Mooncake traces. Or generated requests: "
-            "poisson:rate=20,input=2000,output=300,count=2000[,seed=0] "
-            "(requests/s, tokens, tokens, requests).",
-        ),
-    ],
+    trace: Annotated[str, _Trace],
     overrides: Overrides = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: times in seconds, shares from 0 to 1.")
-    ] = False,
-    speed: Annotated[
-        float, typer.Option(min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
-    ] = 1.0,
-    requests: Annotated[int | None, typer.Option(min=1, help="Simulate only the first so many.")] = None,
-    block: Annotated[int, typer.Option(min=1, max=1 << 20, help="Tokens per block of hash_ids.")] = BLOCK,
-    efficiency: Annotated[
-        float,
-        typer.Option(
-            min=0.01,
-            max=1.0,
-            help="Speed of a step as a share of its floor's, which launch plan prints; 1 is the floor. "
-            "Published figures for DeepSeek-V3 reach 0.24 to 0.50, 0.31 in the median "
-            "(benchmarks/plan_anchors.md).",
-        ),
-    ] = EFFICIENCY,
+    as_json: Annotated[bool, _Json] = False,
+    speed: Annotated[float, _Speed] = 1.0,
+    requests: Annotated[int | None, _Requests] = None,
+    block: Annotated[int, _Block] = BLOCK,
+    efficiency: Annotated[float, _Efficiency] = EFFICIENCY,
 ) -> None:
     """Serve a request trace on a simulated cluster.
 

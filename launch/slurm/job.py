@@ -40,7 +40,7 @@ class JobOptions:
     scratch: str = "/tmp"
     port: int | None = None
     interface: str | None = None
-    bin: str | None = None
+    bin_folder: str | None = None
     requeue: bool = False
     check: bool = True
     sbatch: tuple[str, ...] = ()
@@ -99,9 +99,9 @@ def make_job(
     packaged = Path(__file__).resolve().parent.parent.parent / "recipes"
     name = path.stem if path.parent.resolve() == packaged else str(path)
     if options.container_image is not None:
-        folder = Path(options.bin) if options.bin else None
+        folder = Path(options.bin_folder) if options.bin_folder else None
     else:
-        folder = Path(options.bin or bin_folder).expanduser().absolute()
+        folder = Path(options.bin_folder or bin_folder).expanduser().absolute()
     return Job(recipe, name, model_path, tuple(overrides), options, gpus, folder)
 
 
