@@ -310,12 +310,13 @@ def test_the_root_of_the_engine_holds_no_module() -> None:
     assert [path.name for path in (ROOT / "engine").glob("*.py")] == ["__init__.py"]
 
 
-def exempt(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Kernels of Triton and Numba take arrays and may be long, and a command's parameters are its
-    options.
-    """
+COMPILED = ("triton", "njit", "inner(", "intrinsic")
+
+
+def decorated(function: ast.FunctionDef | ast.AsyncFunctionDef, *names: str) -> bool:
+    """Whether a decorator of the function has one of these names in it."""
     decorators = " ".join(ast.unparse(decorator) for decorator in function.decorator_list)
-    return any(name in decorators for name in ("triton", "njit", "inner(", "intrinsic", "command"))
+    return any(name in decorators for name in names)
 
 
 def test_functions_are_short() -> None:
@@ -326,7 +327,7 @@ def test_functions_are_short() -> None:
         )
         for path in SOURCES
         for function in functions(path)
-        if not exempt(function)
+        if not decorated(function, *COMPILED)
     }
     assert not {name: length for name, (length, allowed) in lengths.items() if length > allowed}
 
@@ -337,7 +338,8 @@ def test_many_parameters_mean_a_dataclass() -> None:
         for function in functions(path):
             parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
             count = len([parameter for parameter in parameters if parameter.arg not in ("self", "cls")])
-            if count > MAX_PARAMETERS and not exempt(function):
+            # A command's parameters are its options.
+            if count > MAX_PARAMETERS and not decorated(function, *COMPILED, "command"):
                 wrong.append(f"{where(path, function.lineno)}: {function.name}, {count} parameters")
     assert not wrong
 
