@@ -9,12 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from support.serving.mixed_asks import Known, Oracle, random_bodies
 from support.serving.served import Answer, Ask, serve
 
-pytestmark = pytest.mark.slow
 WAVES = (100, 150, 50)
 NUM_KNOWN, MOST_TOKENS = 40, 64
 

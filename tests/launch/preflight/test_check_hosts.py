@@ -16,7 +16,7 @@ from lockstep.launch.recipe.file import find_recipe
 from support.launch.hosts import Host, make_hosts, needs_hosts
 from support.launch.two_hosts import RayHosts, ray_hosts
 
-pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [*needs_hosts, pytest.mark.ray]
 DEMO = find_recipe("demo").parent / "demo" / "model"
 LAUNCH = (str(Path(sys.executable).parent / "launch"),)
 SOON = (

@@ -21,7 +21,7 @@ from support.launch.launch_dummies import HASTE
 from support.launch.launcher import Launcher, command_of
 from support.launch.two_hosts import RayHosts, ray_hosts
 
-pytestmark = [*needs_hosts, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [*needs_hosts, pytest.mark.ray]
 
 DEMO = find_recipe("demo").parent / "demo" / "model"
 TOKENS = 240

@@ -15,7 +15,7 @@ from support.launch.launcher import command_of
 from support.launch.slurm_cluster import Job, SlurmCluster, needs_slurm, slurm_cluster
 from support.serving.reader import Reader, client, refused
 
-pytestmark = [*needs_slurm, pytest.mark.slow]
+pytestmark = [*needs_slurm]
 
 
 @pytest.fixture(scope="module")
