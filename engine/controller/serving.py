@@ -62,6 +62,7 @@ class Serving:
         now = time.monotonic()
         if not self._membership.missing and self._pilot.due(now):
             self._plan(now, began)
+        self._status.add_up()
         self._frontends.listen(now, self)
         if self._membership.missing:
             self._frontends.send(self._pilot.take_output())

@@ -79,18 +79,28 @@ class ClusterStatus:
         self._seconds_W = np.zeros(mesh.world)
         self._waited_W = np.zeros(mesh.world)
         self._totals = StepTotals(mesh, hello.num_layers, hello.expert_bytes)
+        self._observed: list[StepResult] = []
         self._reports: list[StepResult] = []
         self._expert_LE = np.zeros((hello.num_layers, hello.num_experts), np.int64)
         self._placement = contiguous(hello.num_layers, hello.num_experts, mesh.world)
         self._placement_i32 = self._placement.ranges().tobytes()
 
     def observe(self, results: list[StepResult]) -> None:
-        """Takes in timings. Counts, which ranks add now and then, wait for the next state."""
+        """Takes in timings, on the way to a plan. The rest waits for ``add_up``."""
+        ranks = [result.rank for result in results]
+        self._seconds_W[ranks] = [result.seconds for result in results]
+        self._waited_W[ranks] = [result.waited for result in results]
+        self._observed += results
+
+    def add_up(self) -> None:
+        """Adds the results observed since the last call to the totals, once the plan is out.
+        Counts, which ranks add now and then, wait for the next state.
+        """
+        if not self._observed:
+            return
+        results, self._observed = self._observed, []
         self._totals.observed(results)
-        for result in results:
-            self._seconds_W[result.rank], self._waited_W[result.rank] = result.seconds, result.waited
-            if result.expert_i64 or result.phases_f32:
-                self._reports.append(result)
+        self._reports += [result for result in results if result.expert_i64 or result.phases_f32]
 
     def step_seconds(self) -> float:
         """Seconds of the last step on the slowest rank."""

@@ -46,8 +46,10 @@ class Transport:
         self._from_rank_step = msgspec.msgpack.Decoder(FromRankStep)
         self._from_rank_bulk = msgspec.msgpack.Decoder(FromRankBulk)
         self._from_frontend = msgspec.msgpack.Decoder(FromFrontend)
-        self._mesh = spec.mesh
         self._identities: list[bytes] = [rank_identity(rank) for rank in range(spec.mesh.world)]
+        self._members = [
+            [self._identities[rank] for rank in spec.mesh.members(data)] for data in range(spec.mesh.data)
+        ]
 
     def wait(self, seconds: float) -> None:
         """Returns when a message is there, or after ``seconds``. The methods below read only the
@@ -72,16 +74,16 @@ class Transport:
         """Sends each section to the members of its data index. Returns the most bytes that one rank
         got.
         """
-        header, largest = encode(plan.header), 0
+        header, send, largest = encode(plan.header), self._step.send, 0
         for data, section in plan.sections.items():
             body = encode(section)
-            largest = max(largest, len(header) + len(body))
-            for rank in self._mesh.members(data):
+            largest = max(largest, len(body))
+            for identity in self._members[data]:
                 # Frame by frame: send_multipart checks every frame first, which doubles the cost.
-                self._step.send(self._identities[rank], zmq.SNDMORE)
-                self._step.send(header, zmq.SNDMORE)
-                self._step.send(body)
-        return largest
+                send(identity, zmq.SNDMORE)
+                send(header, zmq.SNDMORE)
+                send(body)
+        return len(header) + largest
 
     def send_bulk(self, rank: int, message: Message) -> None:
         self._bulk.send_multipart((self._identities[rank], encode(message)), zmq.DONTWAIT)
