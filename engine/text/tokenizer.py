@@ -34,9 +34,9 @@ class Codec:
                 f"model.path: the tokenizer of {model_path} cannot be loaded: {error}"
             ) from error
         self._backend: Any = self._tokenizer.backend_tokenizer
-        self.special_ids = frozenset(
-            id for id, token in self._backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = self._backend.get_added_tokens_decoder().items()
+        self.special_ids = frozenset(id for id, token in added if token.special)
+        self._added = {token.content: id for id, token in added}
         self._pieces = BytePieces(self._backend.id_to_token) if _is_byte_level(decoder) else None
         self._visible: dict[frozenset[int], BytePieces] = {}  # by the ids that are hidden
 
@@ -72,6 +72,12 @@ class Codec:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def added_id(self, text: str) -> int | None:
+        """The token of ``text`` if it is an added one: such a text is never cut into pieces,
+        whether the token is special or not.
+        """
+        return self._added.get(text)
 
     def ids_of(self, names: Iterable[str]) -> frozenset[int]:
         """Token ids of ``names``; names that are no token are left out."""

@@ -6,17 +6,19 @@ described at https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 from llguidance import regex_to_lark
 
-Spell = Callable[[str], int | None]  # the id of a tag that is a special token, None for any other
+Spell = Callable[[str], int | None]  # the id of a tag that is one token, None for any other
 
 # Between the parts of JSON: nothing, a space, or a line break and an indent. The bound keeps a
 # model from writing white space for ever.
 WHITE_SPACE = r"( |\n[ \t]{0,32})"
+_ANY = r"/(.|\n)*/"
+_SIGNS = r"\.+*?()|[]{}^$#&-~/"  # they have a meaning in a regular expression
 
 
 class Lark:
@@ -31,7 +33,11 @@ class Lark:
         return msgspec.json.encode(literal).decode()
 
     def tag(self, name: str) -> str:
-        """A tag of the model's format: its token if it is a special one, else its text."""
+        """A tag of the model's format: by the token that the tokenizer holds for it, else as text.
+
+        A model writes its tags with their tokens. Spelled from smaller pieces they are foreign to
+        it, so such a tag may be written in no other way.
+        """
         id = self._spell(name)
         return self.text(name) if id is None else f"<[{id}]>"
 
@@ -47,16 +53,17 @@ class Lark:
             schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
         return self._rule(f"%json {msgspec.json.encode(schema).decode()}")
 
-    def regex(self, pattern: str) -> str:
-        """Text that ``pattern`` matches from start to end."""
-        return self._rule(f"/{regex_to_lark(pattern, '')}/" if pattern else '""')
+    def regex(self, pattern: str, without: Sequence[str] = ()) -> str:
+        """Text that ``pattern`` matches from start to end and that holds none of ``without``."""
+        if not pattern:
+            return self._rule('""')
+        return self._text_rule(f"/{regex_to_lark(pattern, '')}/", without)
 
-    def until(self, tag: str) -> str:
-        """Any text up to ``tag`` and the tag."""
-        id = self._spell(tag)
-        if id is not None:
-            return self._rule(f"/(.|\\n)*/ <[{id}]>")
-        return self._rule(f"/(.|\\n)*{regex_to_lark(_escaped(tag), '')}/", lazy=True)
+    def until(self, tag: str, without: Sequence[str] = ()) -> str:
+        """Any text up to the first ``tag``, and the tag. The text holds none of ``without``."""
+        if self._spell(tag) is not None:
+            return f"{self._text_rule(_ANY, (tag, *without))} {self.tag(tag)}"
+        return self._text_rule(f"/(.|\\n)*{_pattern(tag)}/", without, lazy=True)
 
     def either(self, expressions: Iterable[str]) -> str:
         return "(" + " | ".join(expressions) + ")"
@@ -65,11 +72,22 @@ class Lark:
         """The whole grammar, which starts with ``expression``."""
         return "\n".join([f"start: {expression}", *self._rules])
 
+    def _text_rule(self, pattern: str, without: Sequence[str], lazy: bool = False) -> str:
+        """A rule for the text that ``pattern`` matches, free of ``without``."""
+        if without:
+            # Only the name of a terminal, in capitals, may stand for an intersection.
+            name = f"TEXT{len(self._rules)}"
+            holding = f"/(.|\\n)*({'|'.join(map(_pattern, without))})(.|\\n)*/"
+            self._rules.append(f"{name}: {pattern} & ~{holding}")
+            pattern = name
+        return self._rule(pattern, lazy)
+
     def _rule(self, body: str, lazy: bool = False) -> str:
         name = f"rule{len(self._rules)}"
         self._rules.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
         return name
 
 
-def _escaped(text: str) -> str:
-    return "".join(f"\\{char}" if char in r"\.+*?()|[]{}^$#&-~/" else char for char in text)
+def _pattern(text: str) -> str:
+    """A regular expression, as Lark has it, that matches ``text`` alone."""
+    return regex_to_lark("".join(f"\\{char}" if char in _SIGNS else char for char in text), "")

@@ -32,9 +32,12 @@ class ServedModel:
     formats: Formats
     check: GrammarCheck
 
-    def special_id(self, tag: str) -> int | None:
-        """The id of a tag, if it is a special token."""
-        return next(iter(self.codec.ids_of([tag]) & self.codec.special_ids), None)
+    def tag_id(self, tag: str) -> int | None:
+        """The token that ``tag`` is, if the tokenizer takes it out of text as a whole and the model
+        can write it.
+        """
+        id = self.codec.added_id(tag)
+        return id if id is not None and id < self.vocab_size else None
 
 
 def load_model(spec: FrontendSpec) -> ServedModel:

@@ -42,7 +42,7 @@ def prepare(
         prompts = [_prompt(model, limits, ask, text)]
     else:
         prompts = [_prompt(model, limits, ask, source) for source in _sources(ask)]
-    grammar = grammar_of(ask, manner, model.special_id, model.check)
+    grammar = grammar_of(ask, manner, model.tag_id, model.check)
     if grammar:
         refuse_without_end(model.defaults.eos_ids)
     stop = stop_rule(ask, model.defaults, model.vocab_size)

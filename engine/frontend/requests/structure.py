@@ -136,7 +136,9 @@ def _after_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
     tags = manner.formats.reasoning if manner is not None else None
     if manner is None or tags is None or manner.answering:
         return body
-    rest = f"{lark.until(tags.close)} {lark.line_breaks(2)}"
+    # A call is one wherever it begins, so none may begin before the reasoning is closed.
+    tools = manner.formats.tools if manner.tools is not None else None
+    rest = f"{lark.until(tags.close, tools.openings if tools is not None else ())} {lark.line_breaks(2)}"
     return f"{rest} {body}" if manner.thinking else f"({lark.tag(tags.open)} {rest})? {body}"
 
 

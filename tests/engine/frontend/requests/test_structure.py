@@ -178,8 +178,10 @@ def test_tags_that_are_tokens_are_written_as_tokens() -> None:
     manner = manner_of(ask, None, thinking=True)
     text = grammar_of(ask, manner, {"</think>": END}.get, check())
     matcher = LLMatcher(vocabulary(), text, log_level=0)
-    assert matcher.consume_tokens([*b"</think>", END, *b"yes"])
+    assert matcher.consume_tokens([*b"a </think", END, *b"yes"])
     assert matcher.is_accepting()
+    spelled = LLMatcher(vocabulary(), text, log_level=0)
+    assert spelled.try_consume_tokens([*b"</think>"]) == 7, "the parser would take it for the end"
 
 
 # --------------------------------------------------------------------------- tools
