@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..protocol.arrays import Int64, add64, as_keys, ragged
 from ..protocol.checksum import length_terms
-from ..protocol.frontends import HandleLogprobs
+from ..protocol.frontends import HandleLogprobs, Rejected
 from ..protocol.message import HASH_BYTES, Finish
 from ..protocol.results import StepResult
 from .flight import Flight
@@ -97,6 +97,11 @@ class Ledger:
         else:
             self._leave(row, finish)
 
+    def fail(self, request: Request, reason: str) -> None:
+        """Ends an open request that cannot be completed. Its frontend hears the reason at once."""
+        self._outbox.reject(request.frontend, Rejected(request.handle, 500, reason))
+        self.cancel(request, Finish.ERROR)
+
     def end(self, request: Request, finish: Finish) -> None:
         """Tells the frontend, once, that a request has ended without a further token."""
         if self._group.close(request):
@@ -140,6 +145,9 @@ class Ledger:
             decode = _joined([flight.decode[span] for span in spans])
             rows.narrow(row[decode], counts[decode], group.spec.max_advance)
 
+        for index, reason in self._errors(results, spans):
+            if rows.finish[row[index]] == _NONE:
+                self.fail(rows.request(int(row[index])), reason)
         live = rows.finish[row] == _NONE
         if not live.all():
             tokens = tokens[np.repeat(live, counts)]
@@ -165,6 +173,15 @@ class Ledger:
                 ended[start + np.frombuffer(result.ended_i32, np.int32)] = True
             start += span.stop - span.start
         return ended
+
+    def _errors(self, results: list[StepResult], spans: list[slice]) -> list[tuple[int, str]]:
+        """Rows that cannot go on, by their index among all rows reported, and the reasons."""
+        errors = []
+        start = 0
+        for result, span in zip(results, spans, strict=True):
+            errors += [(start + error.row, error.reason) for error in result.errors]
+            start += span.stop - span.start
+        return errors
 
     def _logprobs(self, flight: Flight, results: list[StepResult]) -> None:
         """Sends log-probabilities of sampled tokens to frontends, for rows still live."""

@@ -97,7 +97,7 @@ class Planner:
         if request is None:
             return
         if message.error:
-            self._ledger.cancel(request, Finish.ERROR)
+            self._ledger.fail(request, f"Structured output: {message.error}")
         else:
             self.group.preloaded(request, message.rank)
 

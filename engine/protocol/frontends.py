@@ -101,8 +101,8 @@ class Started(Message, tag="started", frozen=True):
 
 
 class Rejected(Message, tag="rejected", frozen=True):
-    """A request that was not accepted: an HTTP ``status`` (400 or 503) and a reason for the
-    user.
+    """A request that was not accepted (400 or 503) or cannot be completed (500): an HTTP ``status``
+    and a reason for the user.
     """
 
     handle: int

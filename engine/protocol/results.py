@@ -15,6 +15,13 @@ class RowLogprobs(Message, frozen=True):
     top_f32: bytes
 
 
+class RowError(Message, frozen=True):
+    """The reason why a ``row`` cannot go on: no token follows its grammar. Its token is none."""
+
+    row: int
+    reason: str
+
+
 class PromptLogprobs(Message, tag="prompt", frozen=True):
     """Log-probabilities of prompt tokens from ``position`` (at least 1) on: one per token [n], and
     ids and values of the top alternatives [n, top]. From a rank, ``of`` is the chunk's index in
@@ -57,6 +64,7 @@ class StepResult(Message, tag="result", frozen=True):
     expert_i64: bytes = b""
     phases_f32: bytes = b""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    errors: tuple[RowError, ...] = ()
 
 
 class Refused(Message, tag="refused", frozen=True):

@@ -23,7 +23,7 @@ from ..models.decoder import Model
 from ..protocol.arrays import Int32, Int64
 from ..protocol.bulk import RankHello
 from ..protocol.plan import Admit, Header, Section, StepPlan
-from ..protocol.results import PromptLogprobs, RowLogprobs, StepResult
+from ..protocol.results import PromptLogprobs, RowError, RowLogprobs, StepResult
 from ..protocol.slot_table import Rows, SlotTable
 from .contract import StepAbandoned
 from .grammars import Grammars, Masks
@@ -59,6 +59,7 @@ class _Sampled:
     tokens: Int64
     ended: Int64
     logprobs: tuple[RowLogprobs, ...] = ()
+    errors: tuple[RowError, ...] = ()
 
 
 _NOTHING = _Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -170,6 +171,7 @@ class Executor:
             waited=self._parts.collectives.waited - waited,
             seconds=time.perf_counter() - start,
             prompt_logprobs=scores,
+            errors=sampled.errors,
         )
 
     # ----------------------------------------------------------------- state
@@ -261,10 +263,11 @@ class Executor:
         tokens, lines = self._draw(logits_RV, settings, positions, numbers, masks)
         self._history[slots, positions] = tokens
         self._settings.observe(slots, tokens)
+        errors: dict[int, str] = {}
         if masks is not None and self._parts.grammars is not None:
-            self._parts.grammars.observe(slots, tokens)
+            errors = self._parts.grammars.observe(slots, tokens)
         ended = (settings.stop == tokens[:, None]).any(1)
-        return _Sampled(tokens, numbers[ended], lines)
+        return _Sampled(tokens, numbers[ended], lines, _row_errors(errors, slots, numbers))
 
     def _draw(
         self, logits_RV: Tensor, settings: RowSettings, positions: Int64, numbers: Int64, masks: Masks | None
@@ -286,6 +289,14 @@ class Executor:
             raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max())
         )
         return tokens, _logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
+
+
+def _row_errors(errors: dict[int, str], slots: Int64, numbers: Int64) -> tuple[RowError, ...]:
+    """The errors of ``slots`` [R], which sample as rows ``numbers`` [R]."""
+    if not errors:
+        return ()
+    rows = dict(zip(slots.tolist(), numbers.tolist(), strict=True))
+    return tuple(RowError(rows[slot], reason) for slot, reason in errors.items())
 
 
 def _logprob_lines(

@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 CACHED_GRAMMARS = 64
 MASK_SECONDS = 60.0
+MAX_REASON_CHARS = 300
 
 Bits = NDArray[np.int32]
 
@@ -132,13 +133,20 @@ class Grammars:
         rows = {follower.slot: row for row, follower in enumerate(followers)}
         return Masks(rows, self._filler.submit(_fill, followers, bits_SW))
 
-    def observe(self, slots: Int64, tokens: Int64) -> None:
-        """Advances the matchers by the tokens that their slots have sampled."""
+    def observe(self, slots: Int64, tokens: Int64) -> dict[int, str]:
+        """Advances the matchers by the tokens that their slots have sampled. Returns the slots that
+        cannot go on, and why: their tokens are none.
+        """
+        errors: dict[int, str] = {}
         if self._slots:
             for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
                 follower = self._slots.get(slot)
                 if follower is not None and not follower.follow(token):
                     del self._slots[slot]
+                    if follower.error:
+                        errors[slot] = follower.error
+                        _LOG.warning("slot %d: %s", slot, follower.error)
+        return errors
 
     # ----------------------------------------------------------------- in the pool's thread
 
@@ -176,42 +184,37 @@ class Masks:
 
 
 class _Follower:
-    """The matcher of one slot. After an error of the matcher the sequence may only end."""
+    """The matcher of one slot. ``error`` says why it cannot go on; empty while it can."""
 
     def __init__(self, slot: int, matcher: LLMatcher, stop_ids: Int32, vocabulary: LLTokenizer) -> None:
         self.slot = slot
+        self.error = ""
         self._matcher = matcher
         self._stops = _bits_of(stop_ids.tolist(), vocabulary.vocab_size)
         self._ends = ~_bits_of(vocabulary.eos_tokens, vocabulary.vocab_size)
         self._stop_ids = frozenset(stop_ids.tolist())
-        self._told = False
 
     def fill(self, bits_W: Bits) -> None:
         """Sets a bit for each allowed token. The request's stop ids are allowed where the grammar
-        may end.
+        may end. Where no token is allowed, there is an error, and any token will do.
         """
-        if not self._matcher.is_error():
-            fill_next_token_bitmask(self._matcher, bits_W[None], 0)
-            bits_W &= self._ends
-            if self._matcher.is_accepting():
-                bits_W |= self._stops
+        fill_next_token_bitmask(self._matcher, bits_W[None], 0)
+        bits_W &= self._ends
+        if self._matcher.is_accepting():
+            bits_W |= self._stops
         if self._matcher.is_error() or not bits_W.any():
-            self._tell()
-            bits_W[:] = self._stops
+            self.error = f"no token follows the grammar here; {_first_line(self._matcher)}".rstrip("; ")
+            bits_W[:] = -1
 
     def follow(self, token: int) -> bool:
-        """Advances by a token. False when it ends the sequence."""
-        if token in self._stop_ids:
+        """Advances by a token. False when it ends the sequence, or there is an error."""
+        if self.error or token in self._stop_ids:
             return False
-        if not self._matcher.is_error():
-            self._matcher.consume_token(token)
-        return True
-
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
-            ended = "slot %d: its grammar allows no token, the text ends: %s"
-            _LOG.warning(ended, self.slot, _first_line(self._matcher))
+        if not self._matcher.consume_token(token):
+            self.error = (
+                f"token {token} was allowed but does not follow the grammar; {_first_line(self._matcher)}"
+            )
+        return not self.error
 
 
 def _fill(followers: list[_Follower], bits_SW: Bits) -> Bits:
@@ -228,4 +231,4 @@ def _bits_of(tokens: list[int], vocab_size: int) -> Bits:
 
 
 def _first_line(matcher: LLMatcher) -> str:
-    return matcher.get_error().split("\n", 1)[0]
+    return matcher.get_error().split("\n", 1)[0][:MAX_REASON_CHARS]

@@ -53,17 +53,24 @@ class Lark:
             schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
         return self._rule(f"%json {msgspec.json.encode(schema).decode()}")
 
-    def regex(self, pattern: str, without: Sequence[str] = ()) -> str:
-        """Text that ``pattern`` matches from start to end and that holds none of ``without``."""
+    def regex(self, pattern: str, without: Sequence[str] = (), first: str = "") -> str:
+        """Text that ``pattern`` matches from start to end. It holds none of ``without`` and does
+        not begin with ``first``, after white space or none.
+        """
         if not pattern:
             return self._rule('""')
-        return self._text_rule(f"/{regex_to_lark(pattern, '')}/", without)
+        banned = [f"(.|\\n)*{_pattern(text)}" for text in without]
+        if first:
+            banned.append(rf"[ \t\r\n]*{_pattern(first)}")
+        return self._text_rule(f"/{regex_to_lark(pattern, '')}/", banned)
 
     def until(self, tag: str, without: Sequence[str] = ()) -> str:
         """Any text up to the first ``tag``, and the tag. The text holds none of ``without``."""
-        if self._spell(tag) is not None:
-            return f"{self._text_rule(_ANY, (tag, *without))} {self.tag(tag)}"
-        return self._text_rule(f"/(.|\\n)*{_pattern(tag)}/", without, lazy=True)
+        banned = [f"(.|\\n)*{_pattern(text)}" for text in without]
+        closing = f"(.|\\n)*{_pattern(tag)}"
+        if self._spell(tag) is None:
+            return self._text_rule(f"/{closing}/", banned, lazy=True)
+        return f"{self._text_rule(_ANY, [closing, *banned])} {self.tag(tag)}"
 
     def either(self, expressions: Iterable[str]) -> str:
         return "(" + " | ".join(expressions) + ")"
@@ -72,13 +79,12 @@ class Lark:
         """The whole grammar, which starts with ``expression``."""
         return "\n".join([f"start: {expression}", *self._rules])
 
-    def _text_rule(self, pattern: str, without: Sequence[str], lazy: bool = False) -> str:
-        """A rule for the text that ``pattern`` matches, free of ``without``."""
-        if without:
+    def _text_rule(self, pattern: str, banned: Sequence[str], lazy: bool = False) -> str:
+        """A rule for the text that ``pattern`` matches and that does not begin as ``banned`` do."""
+        if banned:
             # Only the name of a terminal, in capitals, may stand for an intersection.
             name = f"TEXT{len(self._rules)}"
-            holding = f"/(.|\\n)*({'|'.join(map(_pattern, without))})(.|\\n)*/"
-            self._rules.append(f"{name}: {pattern} & ~{holding}")
+            self._rules.append(f"{name}: {pattern} & ~/({'|'.join(banned)})(.|\\n)*/")
             pattern = name
         return self._rule(pattern, lazy)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from .conversation import continued, conversation_text
 from .model import ServedModel
 from .prepared import Outline, PreparedRequest, Prompt
 from .sampling import build_samplings, check_ids, stop_rule
-from .structure import grammar_of, refuse_without_end
+from .structure import begins_with, grammar_of, refuse_without_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,14 @@ def _check_tools(model: ServedModel, ask: ChatRequest) -> None:
 def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
     """Chooses how replies to the prompt ``text`` are parsed."""
     tools = {tool.function.name: tool.function.parameters or {} for tool in ask.tools or ()}
+    formats = model.formats
+    thinking = formats.opens_reasoning(text, continued(ask))
+    if not thinking and formats.reasoning is not None and begins_with(ask, formats.reasoning.open):
+        formats = replace(formats, reasoning=None)  # the tag is content here: the client asks for it
     return Manner(
-        formats=model.formats,
-        thinking=model.formats.opens_reasoning(text, continued(ask)),
-        answering=model.formats.closes_reasoning(text),
+        formats=formats,
+        thinking=thinking,
+        answering=formats.closes_reasoning(text),
         show_reasoning=ask.include_reasoning is not False,
         tools=tools if ask.offers_tools else None,
         one_call=ask.parallel_tool_calls is False,

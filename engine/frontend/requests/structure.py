@@ -19,6 +19,7 @@ from ..api.errors import bad_request
 from ..api.schemas import ChatRequest, Generate, NamedTool
 from ..formats.choice import Manner
 from ..formats.lark import Lark, Spell
+from ..formats.reader import SPACE
 
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_MESSAGE_CHARS = 300
@@ -62,7 +63,7 @@ class _Bytes:
 
 def grammar_of(ask: Generate, manner: Manner | None, spell: Spell, check: GrammarCheck) -> str:
     """The grammar of replies to ``ask``; empty where they are free. Raises ApiError."""
-    content = _content(ask)
+    content = _content(ask, manner)
     forced = isinstance(ask, ChatRequest) and ask.forced_tool
     if content is None and not forced:
         return ""
@@ -89,7 +90,19 @@ def _as_text(tag: str) -> int | None:
     return None
 
 
-def _content(ask: Generate) -> tuple[str, Callable[[Lark], str]] | None:
+def begins_with(ask: Generate, tag: str) -> bool:
+    """Whether the text that the client prescribes may begin with ``tag``, by its own words. A
+    pattern that names the tag anywhere counts.
+    """
+    wanted = ask.structured_outputs
+    if wanted is None:
+        return False
+    if wanted.regex is not None:
+        return tag in wanted.regex.replace("\\", "")
+    return any(choice.lstrip(SPACE).startswith(tag) for choice in wanted.choice or ())
+
+
+def _content(ask: Generate, manner: Manner | None) -> tuple[str, Callable[[Lark], str]] | None:
     """The request field that restricts the content, and the function that writes its grammar; None
     where the content is free.
     """
@@ -98,7 +111,10 @@ def _content(ask: Generate) -> tuple[str, Callable[[Lark], str]] | None:
         wanted = ask.structured_outputs
         if wanted.regex is not None:
             regex = wanted.regex
-            return f"{field}.regex", lambda lark: lark.regex(regex)
+            # The parser takes such a beginning for reasoning.
+            tags = manner.formats.reasoning if manner is not None else None
+            first = tags.open if tags is not None else ""
+            return f"{field}.regex", lambda lark: lark.regex(regex, first=first)
         if wanted.choice is not None:
             choices = wanted.choice
             return f"{field}.choice", lambda lark: lark.either(map(lark.text, choices))

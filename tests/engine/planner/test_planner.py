@@ -7,8 +7,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from msgspec import structs
 
+from lockstep.engine.protocol.frontends import Rejected
 from lockstep.engine.protocol.message import Finish
+from lockstep.engine.protocol.results import RowError, StepResult
 from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import World
 
@@ -237,6 +240,27 @@ def test_a_grammar_that_a_rank_cannot_compile_ends_its_request_alone() -> None:
     assert world.tokens[handles[1]] == []
     for handle in world.impossible:
         del world.requests[handle]
+    assert_served(world)
+
+
+def test_a_row_that_cannot_go_on_ends_with_the_reason_and_alone() -> None:
+    world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
+    handles = [world.submit(prompt(10 * index, 20), 12, stop=False) for index in range(6)]
+    while min(len(world.tokens[handle]) for handle in handles) < 4:
+        world.round()
+    while not world.results[0]:
+        world.plan()
+        world.execute(0)
+    result = world.results[0][0]
+    assert isinstance(result, StepResult)
+    group = world.planner.group
+    flight = group.steps.flights[result.step]
+    broken = int(group.rows.handle[flight.rows[flight.span(0)][1]])
+    had = list(world.tokens[broken])
+    world.results[0][0] = structs.replace(result, errors=(RowError(1, "no token follows the grammar here"),))
+    world.run()
+    assert world.rejected == {broken: Rejected(broken, 500, "no token follows the grammar here")}
+    assert (world.tokens[broken], world.finish[broken]) == (had, Finish.ERROR)
     assert_served(world)
 
 

@@ -146,16 +146,24 @@ def test_a_grammar_that_cannot_be_followed_is_told_and_forgotten(grammars: Gramm
     assert told[2][1] == ""
 
 
-def test_a_token_outside_the_grammar_leaves_only_the_end(
-    grammars: Grammars, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_token_outside_the_grammar_is_an_error_that_names_it(grammars: Grammars) -> None:
     admit(grammars, 0, 1)
-    grammars.observe(slots(0), slots(tiny_tokenizer().token_to_id("z")))
-    assert allowed(grammars, 0).tolist() == STOPS.tolist()
-    assert allowed(grammars, 0).tolist() == STOPS.tolist()
-    assert [
-        record.message for record in caplog.records if "slot 0: its grammar allows no token" in record.message
-    ] != []
+    admit(grammars, 1, 2)
+    token, brace = (tiny_tokenizer().token_to_id(text) for text in "z{")
+    errors = grammars.observe(slots(0, 1), slots(token, brace))
+    assert list(errors) == [0]
+    assert f"token {token} was allowed but does not follow the grammar" in errors[0]
+    assert grammars.begin(slots(0)) is None, "the slot is free: the planner drops what it still samples"
+    assert grammars.begin(slots(1)) is not None
+
+
+def test_a_grammar_that_allows_no_token_is_an_error_and_no_end(grammars: Grammars) -> None:
+    admit(grammars, 0, 1, grammar='start: "do" /[^\\s\\S]/')
+    [token] = allowed(grammars, 0)
+    assert grammars.observe(slots(0), slots(token)) == {}
+    assert len(allowed(grammars, 0)) > len(STOPS), "any token will do: it is dropped"
+    errors = grammars.observe(slots(0), STOPS[:1].astype(np.int64))
+    assert "no token follows the grammar here" in errors[0]
 
 
 def test_unstaged_and_rebased_grammars_are_gone(grammars: Grammars) -> None:
