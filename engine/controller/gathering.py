@@ -44,13 +44,21 @@ class Gathering:
         """
         world, seconds = self._spec.mesh.world, self._spec.rank_deadline
         deadline = time.monotonic() + seconds
+        next_state = 0.0
         while len(self._hellos) < world and not self._frontends.stop_requested:
             self._transport.wait(min(_WAIT, max(0.0, deadline - time.monotonic())))
-            self._frontends.listen(time.monotonic(), self)
+            now = time.monotonic()
+            self._frontends.listen(now, self)
+            if now >= next_state:  # else frontends would take the silence for a loss
+                next_state = now + _WAIT
+                self._frontends.tell(self.state())
             for message in self._transport.bulk_messages():
                 if isinstance(message, RankHello):
                     self._hellos[message.rank] = message
                     here = len(self._hellos)
+                    log.info(
+                        "rank %d on %s is here with %d pages", message.rank, message.host, message.num_pages
+                    )
                     self._lobby.report("starting", f"{here} of {world} ranks are here", here / world)
             if time.monotonic() > deadline:
                 missing = [rank for rank in range(world) if rank not in self._hellos]

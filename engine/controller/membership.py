@@ -67,7 +67,7 @@ class Membership:
         self._hellos[hello.rank] = hello
         self.missing.discard(hello.rank)
         if not self.missing:
-            log.info("all ranks are back; epoch %d begins", group.steps.epoch)
+            log.info("all ranks are back; epoch %d goes on", group.steps.epoch)
             if self._status.phase == "recovering":
                 self._status.phase = "serving"
             self._status.reason = ""
@@ -104,7 +104,7 @@ class Membership:
         silent_for = self._pilot.silent_for(now)
         judgement = self._detector.judge(now, behind, silent_for, group.predicted_seconds())
         if judgement.regroup:
-            log.error("every rank has abandoned its step: epoch %d begins", group.steps.epoch + 1)
+            log.error("every rank has abandoned its step")
             self._begin_epoch([])
         for rank in judgement.hung:
             step, host = int(group.steps.acknowledged[rank]) + 1, self._hellos[rank].host
@@ -114,4 +114,5 @@ class Membership:
 
     def _begin_epoch(self, emptied: list[int]) -> None:
         self._pilot.begin_epoch(emptied)
+        log.info("epoch %d begins", self._pilot.group.steps.epoch)
         self._detector.reset()

@@ -143,6 +143,7 @@ class Serving:
         """A second drain may shorten the first."""
         if self._status.phase in ("serving", "recovering"):
             self._status.phase, self._status.reason = "draining", ""
+            log.info("draining: %d requests are open", len(self._pilot.planner.group.open))
         if self._status.phase == "draining":
             self._drain_deadline = min(deadline, self._drain_deadline)
         self._next_housekeeping = now
@@ -175,6 +176,7 @@ class Serving:
             self._pilot.fail_all()
             self._follow_up()
         self._status.phase, self._status.reason = "drained", ""
+        log.info("drained")
 
     def _fail(self, reason: str) -> None:
         """The group cannot go on: every open request gets an error, health says why."""

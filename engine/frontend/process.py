@@ -73,6 +73,7 @@ async def _serve(
         http=Connection,
         ws="none",
         lifespan="off",
+        log_config=None,  # its lines go where ours go
         log_level="warning",
         access_log=False,
         server_header=False,

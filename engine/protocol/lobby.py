@@ -1,7 +1,8 @@
-"""Progress reports of a starting process to the launcher."""
+"""Progress reports of a starting process to the launcher, and to its own log."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket as network
 from types import TracebackType
@@ -12,10 +13,12 @@ from .cluster_state import Report
 from .sockets import client_socket, encode
 from .specs import LobbySpec
 
+_log = logging.getLogger(__name__)
+
 
 class Lobby:
-    """A process's end of the lobby: a PUSH socket to the launcher. Without a spec, reports are
-    dropped.
+    """A process's end of the lobby: a PUSH socket to the launcher. Without a spec, reports go
+    to the log only.
 
     Not thread-safe. ``close`` waits up to two seconds for the last report to leave, so that a
     process that fails says why.
@@ -25,6 +28,7 @@ class Lobby:
         self._role = role
         self._index = index
         self._host = network.gethostname()
+        self._logged: tuple[str, str] | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
         if spec is not None:
@@ -36,8 +40,12 @@ class Lobby:
         self, phase: str, detail: str = "", fraction: float = 0.0, address: tuple[str, ...] = ()
     ) -> None:
         """Sends a line; never blocks. ``phase`` is starting | compiling | loading | ready | failed
-        | stopped.
+        | stopped. Each new phase is logged, each new detail too except while compiling.
         """
+        logged = phase, "" if phase == "compiling" else detail
+        if self._logged != logged and phase != "failed":  # the process logs its error in full
+            _log.info("%s", f"{phase}: {detail}" if detail else phase)
+            self._logged = logged
         if self._socket is None:
             return
         line = Report(self._role, self._index, self._host, os.getpid(), phase, detail, fraction, address)

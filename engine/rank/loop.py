@@ -68,11 +68,11 @@ class RankLoop:
             return Refused(header.group, header.epoch, self._rank, self._chain.last_step, header.step)
         try:
             if self._chain.enter(header.epoch):
+                _LOG.info("epoch %d begins with step %d", header.epoch, header.step)
                 self._executor.begin_epoch(header.epoch)
             result = self._executor.execute(plan)
         except StepAbandoned as error:
-            abandoned = "rank %d: epoch %d, step %d abandoned: %s"
-            _LOG.warning(abandoned, self._rank, header.epoch, header.step, error)
+            _LOG.warning("epoch %d, step %d abandoned: %s", header.epoch, header.step, error)
             self._chain.abandon()
             return Abandoned(header.group, header.epoch, self._rank, header.step, str(error))
         except Exception as error:
@@ -88,6 +88,6 @@ class RankLoop:
         elif isinstance(message, Unload):
             self._executor.unstage(message.staged)
         else:
-            _LOG.info("rank %d: stop: %s", self._rank, message.reason or "no reason given")
+            _LOG.info("stop: %s", message.reason or "no reason given")
             return message
         return None

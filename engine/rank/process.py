@@ -96,15 +96,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len)
     num_pages = fit_pages(page_bytes, spec.page_size, limits, spec.ranks_per_host, device)
     pool = KVPool(config, num_pages, spec.page_size, kv_format, device)
-    _LOG.info(
-        "rank %d: %s, %s, %d pages in %s, experts %s",
-        spec.rank,
-        device,
-        dtype,
-        num_pages,
-        kv_format,
-        spec.dispatch,
-    )
+    facts = spec.model_path, spec.rank, mesh.world, device, spec.dtype, num_pages, kv_format, spec.dispatch
+    _LOG.info("loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s", *facts)
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
     vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
     grammars = Grammars(vocabulary) if vocabulary is not None else None

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..log_lines import without_start
+
 
 class LaunchError(RuntimeError):
     """The cluster cannot start or go on; the message is for the person at the terminal."""
@@ -79,8 +81,8 @@ class Death:
     @property
     def last_line(self) -> str:
         """The last line it wrote: the error, if Python raised one."""
-        lines = [line.strip() for line in self.tail.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        texts = [without_start(line).strip() for line in self.tail.splitlines()]
+        return next((text for text in reversed(texts) if text), "")
 
 
 class Cluster(Protocol):

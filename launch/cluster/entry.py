@@ -2,7 +2,7 @@
 INDEX PARENT_PID``.
 
 The role's specification is read from standard input as JSON. A failure is reported to the lobby in
-one line and written to standard error in full.
+one line and written to the log, which is standard error, in full.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
+import logging
 import os
 import signal
 import sys
-import traceback
 from types import FrameType
 from typing import NoReturn
 
@@ -21,7 +21,9 @@ import msgspec
 
 from ...engine.protocol.lobby import Lobby
 from ...engine.protocol.specs import ControllerSpec, FrontendSpec, LobbySpec, RankSpec
+from ..log_lines import log_to_stderr
 
+_log = logging.getLogger("lockstep.process")
 _PR_SET_PDEATHSIG = 1
 ROLES: dict[str, tuple[str, type[ControllerSpec] | type[RankSpec] | type[FrontendSpec]]] = {
     "controller": ("engine.controller.process", ControllerSpec),
@@ -58,6 +60,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     signal.signal(signal.SIGTERM, _terminated)
     faulthandler.enable()
+    log_to_stderr(f"{role}-{index}")
+    _log.info("starts with process id %d on %s", os.getpid(), os.uname().nodename)
     code, lobby = 0, None
     try:
         module, spec_type = ROLES[role]
@@ -67,7 +71,7 @@ def main() -> NoReturn:
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except BaseException as error:
-        traceback.print_exc()
+        _log.critical("%s %d has failed", role, index, exc_info=error)
         _report_failure(lobby, role, index, one_line(error))
         code = 1
     sys.stdout.flush()

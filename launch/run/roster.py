@@ -30,6 +30,7 @@ class Roster:
         self._on_report = on_report
         self.reports: dict[str, Report] = {}
         self._ready: dict[str, float] = {}  # since when, in monotonic seconds
+        self._compiling: dict[str, tuple[float, float]] = {}  # begin and last report
 
     def read(self, timeout: float) -> None:
         """Reads all reports, waiting up to ``timeout`` seconds for the first."""
@@ -38,14 +39,22 @@ class Roster:
             last = self.reports.get(name)
             if last is None or last.phase != "failed":
                 self.reports[name] = report
+                now = time.monotonic()
+                if report.phase == "compiling" or (last is not None and last.phase == "compiling"):
+                    self._compiling[name] = self._compiling.get(name, (now, now))[0], now
                 if report.phase == "ready":
-                    self._ready.setdefault(name, time.monotonic())
+                    self._ready.setdefault(name, now)
             self._on_report(name, report)
 
     def slowest(self, names: Iterable[str]) -> str:
         """Names the process among ``names`` that was ready last, and its host."""
         _, name = max((self._ready[name], name) for name in names)
         return f"slowest: {name} on {self.reports[name].host}"
+
+    def seconds_compiling(self, names: Iterable[str]) -> float:
+        """The longest time that one of ``names`` compiled or waited for a compiler."""
+        spans = [self._compiling[name] for name in names if name in self._compiling]
+        return max((end - begin for begin, end in spans), default=0.0)
 
     def wait(
         self, names: Iterable[str], deadline: float, done: Callable[[Report], bool] | None = None

@@ -162,6 +162,8 @@ def _start_others(run: Run, base: _Base, addresses: tuple[str, ...]) -> None:
     end = time.monotonic() + deadline
     base.roster.wait(names, deadline)
     base.store.check()
+    if compiling := base.roster.seconds_compiling(names):
+        run.screen.mark_part("compile", compiling)
     run.screen.mark("load", base.roster.slowest(names))
     left = max(CONTROLLER_SECONDS, end - time.monotonic())
     base.roster.wait(["controller 0", *(task.name for task in frontends)], left)

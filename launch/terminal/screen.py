@@ -10,12 +10,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ...engine.protocol.cluster_state import Report
+from ..log_lines import line_start
 
 _WIDE = 100  # columns of a terminal
+_NEWS_SECONDS = 10.0  # between lines on one process that compiles
 
 
 class Screen:
-    """Shows progress bars on a terminal until the cluster is ready, else a line per new phase.
+    """Shows progress bars on a terminal until the cluster is ready, else a line per new phase, in
+    the form of a log.
 
     The ready text goes to standard output, the rest to standard error.
     """
@@ -28,6 +31,7 @@ class Screen:
         self._phases: list[str] = []
         self._bars: dict[str, TaskID] = {}
         self._seen: dict[str, tuple[str, str]] = {}
+        self._told: dict[str, float] = {}
         bar = 24 if self._err.width >= _WIDE else 8
         self._phase_width = max(8, min(60, self._err.width - bar - 26))  # beside name, bar and time
         name, phase = TextColumn("  {task.description:<14}"), TextColumn("{task.fields[phase]}")
@@ -36,12 +40,20 @@ class Screen:
         self._live = self._err.is_terminal
 
     def say(self, text: str) -> None:
-        """Prints a line with the time since the start."""
+        """Prints a line with the time: since the start on a terminal, else as logs have it."""
+        if not self._err.is_terminal:
+            self._err.print(line_start(time.time(), "INFO", "launch") + text, markup=False)
+            return
         self._err.print(f"[dim]{time.monotonic() - self._start:6.1f} s[/dim]  {escape(text)}")
 
     def error(self, text: str) -> None:
         self.hide()
         self._err.print(f"[bold red]error:[/bold red] {escape(text)}")
+
+    def mark_part(self, phase: str, seconds: float) -> None:
+        """Ends a phase that took ``seconds`` of those since the last mark."""
+        self._phases.append(f"{phase} {seconds:.1f}")
+        self._last += seconds
 
     def mark(self, phase: str, note: str = "") -> None:
         """Ends a phase of the start, for the timeline."""
@@ -55,6 +67,11 @@ class Screen:
         changed = self._seen.get(name) != now
         self._seen[name] = now
         if not self._live:
+            moment = time.monotonic()
+            if changed:
+                self._told[name] = moment
+            elif report.phase == "compiling" and moment - self._told[name] > _NEWS_SECONDS:
+                self._told[name], changed = moment, True
             if changed and report.phase in ("compiling", "loading", "ready"):
                 self.say(f"{name}: {report.phase}" + (f" ({report.detail})" if report.detail else ""))
             return

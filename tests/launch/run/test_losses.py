@@ -123,6 +123,29 @@ def test_the_slowest_is_the_one_that_was_ready_last() -> None:
     assert watched.slowest(["rank 1"]) == "slowest: rank 1 on beta"
 
 
+def test_compiling_lasts_until_the_next_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, desk, now = ScriptedCluster(), ScriptedDesk(), [10.0]
+    cluster.dead = []
+    watched = roster(cluster, desk)
+    monkeypatch.setattr("lockstep.launch.run.roster.time.monotonic", lambda: now[0])
+    for index, phase, seconds in (
+        (0, "starting", 1.0),
+        (0, "compiling", 20.0),
+        (1, "compiling", 15.0),
+        (0, "compiling", 5.0),
+        (0, "loading", 2.0),
+        (1, "loading", 2.0),
+        (0, "ready", 0.0),
+    ):
+        desk.reports = [Report("rank", index, "host", 1, phase)]
+        watched.read(0.0)
+        now[0] += seconds
+    assert watched.seconds_compiling(["rank 0"]) == 40.0
+    assert watched.seconds_compiling(["rank 0", "rank 1"]) == 40.0
+    assert watched.seconds_compiling(["rank 1"]) == 22.0
+    assert watched.seconds_compiling(["controller 0"]) == 0.0
+
+
 def test_a_wait_for_room_and_its_end_are_told_once() -> None:
     cluster = ScriptedCluster()
     replacements = Replacements(cluster, 60.0)
