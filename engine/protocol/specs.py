@@ -87,7 +87,8 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a frontend. ``kv_format`` goes into prompt hashes.
+    """Parameters of a frontend. ``kv_format`` goes into prompt hashes. ``cors_origins`` and
+    ``access_log`` are those of the recipe.
 
     ``index`` numbers the frontends behind a port; a restarted one keeps its index and its name.
     """
@@ -105,6 +106,8 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_format: str = "auto"
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    cors_origins: tuple[str, ...] = ()
+    access_log: bool = False
     lobby: LobbySpec | None = None
 
 

@@ -7,14 +7,19 @@ the path of its key.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
 
 from ...parallel.mesh import Mesh
 
 _SIZE = TypeAdapter(ByteSize)
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp8_e4m3": "fp8"}
+_ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
 
 
 class RecipeError(ValueError):
@@ -35,6 +40,13 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _dtype(value: object) -> object:
+    """The short name of a dtype, for any name in use."""
+    if value in ("float16", "fp16", "half"):
+        raise ValueError("nothing computes in float16; should be 'auto', 'bf16' or 'fp32'")
+    return _DTYPES.get(value, value) if isinstance(value, str) else value
+
+
 def _size(value: object, *, allowed: str = "a number of bytes, or a size such as 512MiB or 80GB") -> object:
     """Bytes from text; returns anything else as it is.
 
@@ -53,6 +65,19 @@ def _size(value: object, *, allowed: str = "a number of bytes, or a size such as
 def _size_or_auto(value: object) -> object:
     allowed = "auto, a number of bytes, or a size such as 512MiB or 80GB"
     return None if value == "auto" else _size(value, allowed=allowed)
+
+
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses what no browser would send as the origin of a page."""
+    for origin in origins:
+        if origin not in ("*", "null", "localhost") and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r} should be an origin as browsers send it (scheme://host or scheme://host:port, "
+                'lower case, no path, no default port), or localhost, or "*"'
+            )
+    if "*" in origins and len(origins) > 1:
+        raise ValueError('"*" allows all origins and stands alone')
+    return origins
 
 
 AutoInt = Annotated[int | None, BeforeValidator(_none_for_auto)]
@@ -81,8 +106,10 @@ class ModelSection(RecipeSection):
     served_name: str | None = Field(
         default=None, min_length=1, description="model name in the API; default: the directory's name"
     )
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="dtype of weights and activations; auto: the checkpoint's"
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_dtype)] = Field(
+        default="auto",
+        description="dtype of weights and activations: bfloat16 or float32 (bf16, fp32); "
+        "auto: the checkpoint's",
     )
     max_len: AutoInt = Field(
         default=None, ge=2, description="most tokens of prompt and output; auto: what model and memory allow"
@@ -140,8 +167,10 @@ class ExpertsSection(RecipeSection):
 
 
 class KvCacheSection(RecipeSection):
-    dtype: Literal["auto", "bf16", "fp32", "fp8"] = Field(
-        default="auto", description="dtype of KV pages; auto: fp8 on GPUs, else the activations' dtype"
+    dtype: Annotated[Literal["auto", "bf16", "fp32", "fp8"], BeforeValidator(_dtype)] = Field(
+        default="auto",
+        description="dtype of KV pages: bfloat16, float32 or fp8; auto: fp8 on GPUs, "
+        "else the activations' dtype",
     )
     page_size: int = Field(default=64, ge=1, le=1024, description="tokens per page, a power of two")
     memory: AutoSize = Field(
@@ -181,6 +210,14 @@ class FrontendSection(RecipeSection):
     api_keys: Strings = Field(default=(), description="accepted bearer keys; empty: no key needed")
     admin_key: str | None = Field(
         default=None, min_length=1, description="bearer key of /admin; default: /admin is closed"
+    )
+    cors_origins: Annotated[Strings, AfterValidator(_origins)] = Field(
+        default=("localhost",),
+        description="pages that may use the server from a browser: origins such as https://chat.example.com; "
+        'localhost: those of this machine, any port; ["*"]: all; []: none',
+    )
+    access_log: Annotated[Literal["off", "on"], BeforeValidator(_switch)] = Field(
+        default="on", description="a line in the frontend's log for each request: id, status, tokens, times"
     )
     tool_parser: Annotated[
         Literal["auto", "off", "deepseek_v3", "glm4", "hermes", "kimi_k2", "mistral"],

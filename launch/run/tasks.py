@@ -140,6 +140,8 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         admin_key=recipe.frontend.admin_key,
         tool_parser=recipe.frontend.tool_parser,
         reasoning_parser=recipe.frontend.reasoning_parser,
+        cors_origins=recipe.frontend.cors_origins,
+        access_log=recipe.frontend.access_log == "on",
         lobby=site.lobby(f"frontend {index}"),
     )
     return Task("frontend", index, msgspec.json.encode(spec), environment=site.settings(threads=1))

@@ -34,9 +34,15 @@ class ApiError(HTTPException):
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, retry_after: float | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
-        headers = None if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+        if retry_after is not None:
+            headers = {**(headers or {}), "Retry-After": str(max(1, math.ceil(retry_after)))}
         super().__init__(status, message, headers)
         self.param = param
 

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 
 from .... import __version__
 from ..api.cluster import describe_cluster
-from ..api.errors import ApiError, bad_request, error_response, from_validation
+from ..api.errors import ApiError, bad_request, from_validation
+from ..api.invocation import Invocation
 from ..api.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -31,6 +32,9 @@ from ..requests.model import ServedModel
 from ..requests.sampling import check_ids
 from ..service import Service
 from .access import ID_KEY, AccessMiddleware
+from .cors import with_cors
+from .keys import KeyMiddleware
+from .request_log import RECORD_KEY, refuse
 from .streams import Stream
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -47,6 +51,7 @@ SCHEMAS: tuple[type[BaseModel], ...] = (
 BODY_SCHEMAS = {
     "/v1/chat/completions": (ChatRequest,),
     "/v1/completions": (CompletionRequest,),
+    "/invocations": (ChatRequest, CompletionRequest),
     "/tokenize": (TokenizeText, TokenizeChat),
     "/detokenize": (DetokenizeRequest,),
 }
@@ -64,7 +69,7 @@ class DrainRequest(BaseModel):
 
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application of one frontend."""
-    app = FastAPI(title="Lockstep", version=__version__, redoc_url=None)
+    app = FastAPI(title="Lockstep", version=__version__, redoc_url=None, redirect_slashes=False)
     for router in (_generation(service), _texts(service), _status(service), _admin(service)):
         app.include_router(router)
     app.add_exception_handler(HTTPException, _on_error)
@@ -80,28 +85,33 @@ def build_app(service: Service) -> ASGIApp:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return AccessMiddleware(app, service.spec.api_keys, service.spec.admin_key, service.metrics)
+    spec = service.spec
+    keyed = KeyMiddleware(app, spec.api_keys, spec.admin_key)
+    return AccessMiddleware(with_cors(keyed, spec.cors_origins), service.metrics, spec.access_log)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_response(error if isinstance(error, ApiError) else _routing_error(request, error))
+    return refuse(request.scope, error if isinstance(error, ApiError) else _routing_error(request, error))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """Unhandled exception: answers 500 without a traceback, which AccessMiddleware logs."""
     text = f"Internal error; see the server's log under request id {request.scope[ID_KEY]}"
-    return error_response(ApiError(500, text))
+    return refuse(request.scope, ApiError(500, text))
 
 
-def _routing_error(request: Request, error: HTTPException) -> HTTPException:
+def _routing_error(request: Request, error: HTTPException) -> ApiError:
     """Errors 404 and 405 of the router, with a text that names the path."""
     path = request.url.path[:200]
     if error.status_code == 404:
-        return ApiError(404, f"There is nothing at {path}")
+        served = ", ".join(BODY_SCHEMAS)
+        return ApiError(404, f"There is nothing at {path}; {served} and all in /openapi.json are served")
     if error.status_code == 405:
-        return HTTPException(405, f"{request.method} is not allowed at {path}", error.headers)
-    return error
+        allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
+        text = f"{request.scope[RECORD_KEY].method} is not allowed at {path}: only {allowed}"
+        return ApiError(405, text, headers={"Allow": allowed})
+    return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 
 async def read_body(request: Request) -> bytes:
@@ -149,6 +159,7 @@ def _generation(service: Service) -> APIRouter:
     router = APIRouter()
     chats = TypeAdapter(ChatRequest)
     completions = TypeAdapter(CompletionRequest)
+    either: TypeAdapter[GenerationRequest] = TypeAdapter(Invocation)
 
     @router.post("/v1/chat/completions", openapi_extra=_body_schema("/v1/chat/completions"))
     async def chat_completions(request: Request) -> Response:
@@ -158,6 +169,12 @@ def _generation(service: Service) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=_body_schema("/v1/completions"))
     async def text_completions(request: Request) -> Response:
         ask = await _parse(request, completions)
+        return await _generate(service, request, ask)
+
+    @router.post("/invocations", openapi_extra=_body_schema("/invocations"))
+    async def invocations(request: Request) -> Response:
+        """SageMaker's name for both: a body with messages is a chat."""
+        ask = await _parse(request, either)
         return await _generate(service, request, ask)
 
     @router.get("/health/generate")
@@ -173,6 +190,7 @@ async def _generate(service: Service, request: Request, ask: GenerationRequest) 
     """
     stream = bool(ask.stream)
     reply = await service.open(ask, request.scope[ID_KEY], request.receive)
+    request.scope[RECORD_KEY].reply = reply
     handed_over = False
     try:
         await (reply.opened if stream else reply.done)
@@ -254,7 +272,7 @@ def _card(service: Service) -> dict[str, Any]:
 def _status(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.head("/health", include_in_schema=False)  # for load balancers; the server drops the body
+    @router.get("/ping")  # SageMaker's name
     @router.get("/health")
     async def health() -> Response:
         reason = service.unable()
@@ -262,7 +280,6 @@ def _status(service: Service) -> APIRouter:
             raise ApiError(503, reason, retry_after=1)
         return _json({"status": "ok"})
 
-    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> Response:
         error = service.closed()

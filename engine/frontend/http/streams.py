@@ -116,7 +116,7 @@ class ChunkWriter:
 
     def fail(self, generation: Generation, error: ApiError) -> None:
         if self._error is None and not self._ended:
-            self._error = error
+            self._error = self._reply.error = error
             self._reply.abort()
             if not self._writer.busy:
                 self._flush()

@@ -46,6 +46,80 @@ def test_defaults_are_those_of_the_design() -> None:
     assert recipe.model.max_len is None
 
 
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("float32", "fp32"), ("fp32", "fp32"), ("bfloat16", "bf16"), ("bf16", "bf16"), ("auto", "auto")],
+)
+def test_dtypes_have_long_and_short_names(name: str, short: str) -> None:
+    recipe = parse_recipe(f"model: {{path: x, dtype: {name}}}", [f"kv_cache.dtype={name}"])
+    assert (recipe.model.dtype, recipe.kv_cache.dtype) == (short, short)
+
+
+def test_fp8_pages_have_two_names() -> None:
+    for name in ("fp8", "fp8_e4m3"):
+        assert parse_recipe(MODEL, [f"kv_cache.dtype={name}"]).kv_cache.dtype == "fp8"
+        assert "model.dtype" in refusal(MODEL, f"model.dtype={name}")
+
+
+@pytest.mark.parametrize("name", ["float16", "fp16", "half", "float64", "int8", "BF16", "torch.bfloat16"])
+def test_other_dtypes_are_refused_by_name(name: str) -> None:
+    for key in ("model.dtype", "kv_cache.dtype"):
+        text = refusal(MODEL, f"{key}={name}")
+        assert f'{key} = "{name}"' in text
+        assert "'auto', 'bf16'" in text and "'fp32'" in text
+        assert ("nothing computes in float16" in text) == (name in ("float16", "fp16", "half"))
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        [],
+        ["*"],
+        ["null"],
+        ["localhost", "https://chat.example.com"],
+        ["http://192.168.0.7:3000", "http://[fd00::1]:8080", "chrome-extension://abcdef"],
+        ["http://a.example:443", "https://a.example:80"],
+    ],
+)
+def test_origins_of_pages(origins: list[str]) -> None:
+    written = yaml.safe_dump(origins, default_flow_style=True).strip()
+    for recipe in (
+        parse_recipe(MODEL + f"frontend: {{cors_origins: {written}}}"),
+        parse_recipe(MODEL, [f"frontend.cors_origins={written}"]),
+    ):
+        assert recipe.frontend.cors_origins == tuple(origins)
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        "https://chat.example.com/",
+        "https://chat.example.com/path",
+        "chat.example.com",
+        "https://*.example.com",
+        "HTTPS://chat.example.com",
+        "https://user@chat.example.com",
+        "https://chat.example.com:443",
+        "http://chat.example.com:80",
+        "http://localhost:port",
+        "'https://a.example,https://b.example'",
+        "''",
+        "'*', localhost",
+    ],
+)
+def test_what_no_browser_sends_as_an_origin_is_refused(origins: str) -> None:
+    text = refusal(MODEL, f"frontend.cors_origins=[{origins}]")
+    assert "frontend.cors_origins = " in text
+    assert "should be an origin" in text or "stands alone" in text
+
+
+def test_pages_of_this_machine_are_allowed_and_requests_are_logged_by_default() -> None:
+    frontend = parse_recipe(MODEL).frontend
+    assert (frontend.cors_origins, frontend.access_log) == (("localhost",), "on")
+    assert parse_recipe(MODEL + "frontend: {access_log: off}").frontend.access_log == "off"
+    assert "frontend.access_log" in refusal(MODEL, "frontend.access_log=loud")
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = parse_recipe(MODEL)
     with pytest.raises(ValueError, match="frozen"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -28,13 +30,31 @@ GREEDY: dict[str, Any] = {"model": "demo", "temperature": 0.0, "extra_body": {"i
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("serve")
     ranks, backend = request.param
-    fixed = ("--recipe", "demo", "frontend.port=0", "kv_cache.memory=16MiB")
+    fixed = ("--recipe", "demo", "frontend.port=0", "kv_cache.memory=16MiB", f"cluster.log_dir={folder}/logs")
     with Launcher(folder, *fixed, f"cluster.ranks_per_node={ranks}", f"cluster.backend={backend}") as started:
         started.url(120.0)
         yield started
         started.signal(signal.SIGTERM)
         assert started.wait(60.0) == 0, started.err
         started.assert_nothing_left()
+        check_logs(folder / "logs", ranks)
+
+
+def check_logs(folder: Path, ranks: int) -> None:
+    """Every process has logged its life, each line with time, level and process."""
+    logs = {path.stem: path.read_text().splitlines() for path in folder.glob("*/*.log")}
+    assert set(logs) == {"controller-0", "frontend-0", *(f"rank-{rank}" for rank in range(ranks))}
+    for name, lines in logs.items():
+        for line in lines:
+            assert re.match(rf"\d{{4}}-\d\d-\d\dT[\d:]{{8}}\.\d{{3}}Z [A-Z]+ {name}: .", line), (
+                f"{name}: {line}"
+            )
+        assert "starts with process id" in lines[0]
+        assert " ready" in "\n".join(lines) and ": stopped" in lines[-1]
+    everything = "\n".join(line for lines in logs.values() for line in lines)
+    for words in ("epoch 0 begins", "loaded ", f"rank {ranks - 1} on ", "draining: ", "finish=length"):
+        assert words in everything, words
+    assert "silent" not in everything
 
 
 @pytest.fixture
