@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from .... import __version__
 from ..api.cluster import describe_cluster
+from ..api.drain import DRAIN_SECONDS, MAX_DRAIN_SECONDS, DrainRequest
 from ..api.errors import ApiError, bad_request, from_validation
 from ..api.invocation import Invocation
 from ..api.schemas import (
@@ -33,58 +34,27 @@ from ..requests.sampling import check_ids
 from ..service import Service
 from .access import ID_KEY, AccessMiddleware
 from .cors import with_cors
+from .docs import docs_router
 from .keys import KeyMiddleware
+from .openapi import complete
 from .request_log import RECORD_KEY, refuse
 from .streams import Stream
 
 MAX_BODY_BYTES = 8 * 2**20
-DRAIN_SECONDS = 600.0
-MAX_DRAIN_SECONDS = 86400
 CLIENT_GONE = 499
-SCHEMAS: tuple[type[BaseModel], ...] = (
-    ChatRequest,
-    CompletionRequest,
-    TokenizeText,
-    TokenizeChat,
-    DetokenizeRequest,
-)
-BODY_SCHEMAS = {
-    "/v1/chat/completions": (ChatRequest,),
-    "/v1/completions": (CompletionRequest,),
-    "/invocations": (ChatRequest, CompletionRequest),
-    "/tokenize": (TokenizeText, TokenizeChat),
-    "/detokenize": (DetokenizeRequest,),
-}
+GENERATIVE = ("/v1/chat/completions", "/v1/completions")
 
 T = TypeVar("T")
 
 
-class DrainRequest(BaseModel):
-    """The body of /admin/drain; ``deadline`` in seconds. A misspelt field is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    deadline: float = DRAIN_SECONDS
-
-
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application of one frontend."""
-    app = FastAPI(title="Lockstep", version=__version__, redoc_url=None, redirect_slashes=False)
-    for router in (_generation(service), _texts(service), _status(service), _admin(service)):
-        app.include_router(router)
+    app = FastAPI(title="Lockstep", version=__version__, openapi_url=None, redirect_slashes=False)
+    for make in (_generation, _texts, _status, _admin):
+        app.include_router(make(service))
+    app.include_router(docs_router(partial(complete, app.openapi, bool(service.spec.api_keys))))
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(Exception, _on_bug)
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        _, definitions = models_json_schema(
-            [(model, "validation") for model in SCHEMAS], ref_template="#/components/schemas/{model}"
-        )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
     spec = service.spec
     keyed = KeyMiddleware(app, spec.api_keys, spec.admin_key)
     return AccessMiddleware(with_cors(keyed, spec.cors_origins), service.metrics, spec.access_log)
@@ -105,8 +75,8 @@ def _routing_error(request: Request, error: HTTPException) -> ApiError:
     """Errors 404 and 405 of the router, with a text that names the path."""
     path = request.url.path[:200]
     if error.status_code == 404:
-        served = ", ".join(BODY_SCHEMAS)
-        return ApiError(404, f"There is nothing at {path}; {served} and all in /openapi.json are served")
+        served = ", ".join(GENERATIVE)
+        return ApiError(404, f"There is nothing at {path}; {served} are served, the rest is in /openapi.json")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "").replace("GET", "GET, HEAD")
         text = f"{request.scope[RECORD_KEY].method} is not allowed at {path}: only {allowed}"
@@ -148,30 +118,23 @@ def _json(document: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(document), status, media_type="application/json")
 
 
-def _body_schema(path: str) -> dict[str, Any]:
-    """The request body in the OpenAPI document. FastAPI must not parse it: it takes NaN."""
-    choices = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in BODY_SCHEMAS[path]]
-    schema = {"anyOf": choices} if choices[1:] else choices[0]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 def _generation(service: Service) -> APIRouter:
     router = APIRouter()
     chats = TypeAdapter(ChatRequest)
     completions = TypeAdapter(CompletionRequest)
     either: TypeAdapter[GenerationRequest] = TypeAdapter(Invocation)
 
-    @router.post("/v1/chat/completions", openapi_extra=_body_schema("/v1/chat/completions"))
+    @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         ask = await _parse(request, chats)
         return await _generate(service, request, ask)
 
-    @router.post("/v1/completions", openapi_extra=_body_schema("/v1/completions"))
+    @router.post("/v1/completions")
     async def text_completions(request: Request) -> Response:
         ask = await _parse(request, completions)
         return await _generate(service, request, ask)
 
-    @router.post("/invocations", openapi_extra=_body_schema("/invocations"))
+    @router.post("/invocations")
     async def invocations(request: Request) -> Response:
         """SageMaker's name for both: a body with messages is a chat."""
         ask = await _parse(request, either)
@@ -221,7 +184,7 @@ def _texts(service: Service) -> APIRouter:
         service.check_model(model)
         return _json(_card(service))
 
-    @router.post("/tokenize", openapi_extra=_body_schema("/tokenize"))
+    @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         ask = await _parse(request, tokenize_requests)
         service.check_model(ask.model)
@@ -231,7 +194,7 @@ def _texts(service: Service) -> APIRouter:
             {"count": len(ids), "max_model_len": _max_len(service), "tokens": ids, "token_strs": names}
         )
 
-    @router.post("/detokenize", openapi_extra=_body_schema("/detokenize"))
+    @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         ask = await _parse(request, detokenize_requests)
         service.check_model(ask.model)

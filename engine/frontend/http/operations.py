@@ -1,0 +1,79 @@
+"""The operations of the server: the bodies each takes, its answers and its errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..api import answers
+from ..api.drain import DrainRequest
+from ..api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``answers``: documents of the successful answer, none where it is plain text. ``bodies``:
+    those it takes; ``example`` is one. ``errors``: statuses of its errors beside that of the key.
+    """
+
+    success: str
+    answers: tuple[type[BaseModel], ...] = ()
+    bodies: tuple[type[BaseModel], ...] = ()
+    example: Any = None
+    errors: tuple[int, ...] = ()
+    status: int = 200
+    streams: bool = False
+    body_required: bool = True
+
+
+_GENERATION = (400, 404, 413, 500, 503)
+_TEXTS = (400, 404, 413)
+_CHAT = {"messages": [{"role": "user", "content": "What is 12 + 7?"}], "max_tokens": 64}
+_TEXT = {"prompt": "Once upon a time", "max_tokens": 32}
+
+OPERATIONS = {
+    "/v1/chat/completions": Operation(
+        "The reply", (answers.ChatAnswer,), (ChatRequest,), _CHAT, _GENERATION, streams=True
+    ),
+    "/v1/completions": Operation(
+        "The completion", (answers.TextAnswer,), (CompletionRequest,), _TEXT, _GENERATION, streams=True
+    ),
+    "/invocations": Operation(
+        "The reply to `messages` or the completion of `prompt`",
+        (answers.ChatAnswer, answers.TextAnswer),
+        (ChatRequest, CompletionRequest),
+        _CHAT,
+        _GENERATION,
+        streams=True,
+    ),
+    "/v1/models": Operation("The model, as a list", (answers.ModelList,)),
+    "/v1/models/{model}": Operation("The model", (answers.ModelCard,), errors=(404,)),
+    "/tokenize": Operation(
+        "Token ids", (answers.Tokens,), (TokenizeText, TokenizeChat), {"prompt": "Hello"}, _TEXTS
+    ),
+    "/detokenize": Operation(
+        "The text", (answers.Detokenized,), (DetokenizeRequest,), {"tokens": [5, 6]}, _TEXTS
+    ),
+    "/tokenizer_info": Operation("Facts of the tokenizer", (answers.TokenizerInfo,)),
+    "/health": Operation("Tokens can be generated", (answers.Healthy,), errors=(503,)),
+    "/ping": Operation("As /health", (answers.Healthy,), errors=(503,)),
+    "/ready": Operation("New requests are taken", (answers.Healthy,), errors=(503,)),
+    "/health/generate": Operation("A token was generated", (answers.Generates,), errors=(500, 503)),
+    "/version": Operation("The version", (answers.Version,)),
+    "/metrics": Operation("Metrics in the text format of Prometheus"),
+    "/load": Operation("Requests and use of the KV cache", (answers.LoadAnswer,)),
+    "/admin/drain": Operation(
+        "The cluster drains",
+        (answers.Draining,),
+        (DrainRequest,),
+        {"deadline": 60},
+        (400, 413),
+        status=202,
+        body_required=False,
+    ),
+    "/admin/cluster": Operation(
+        "Phase, epoch, ranks and placement of experts", (answers.ClusterAnswer,), errors=(503,)
+    ),
+}
