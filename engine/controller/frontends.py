@@ -13,6 +13,7 @@ from typing import Protocol
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import (
     Abort,
+    Degraded,
     Drain,
     FromFrontend,
     FrontendHello,
@@ -66,6 +67,9 @@ class Reactions(Protocol):
 
     def rank_lost(self, message: RankLost) -> None:
         """The launcher reports that a rank is gone."""
+
+    def degraded(self, reason: str) -> None:
+        """The launcher names what is missing; empty: nothing."""
 
 
 class Frontends:
@@ -155,3 +159,5 @@ class Frontends:
             self.stop_requested = True
         elif isinstance(message, RankLost):
             reactions.rank_lost(message)
+        elif isinstance(message, Degraded):
+            reactions.degraded(message.reason)

@@ -82,6 +82,9 @@ class Gathering:
     def drain(self, now: float, deadline: float) -> None:
         """No request is open."""
 
+    def degraded(self, reason: str) -> None:
+        """A frontend that is missing is replaced long before all ranks have loaded."""
+
     def rank_lost(self, message: RankLost) -> None:
         """Its replacement has to say hello."""
         self._hellos.pop(message.rank, None)

@@ -152,6 +152,10 @@ class Serving:
         self._membership.lost(message, time.monotonic())
         self._next_housekeeping = 0.0
 
+    def degraded(self, reason: str) -> None:
+        self._status.degraded = reason
+        self._next_housekeeping = 0.0
+
     # ----------------------------------------------------------------- housekeeping
 
     def _keep_house(self, now: float) -> None:

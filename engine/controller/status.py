@@ -67,12 +67,14 @@ class ClusterStatus:
     """Collects observations on the step thread as arrays; ``state`` packs them twice a second.
 
     ``phase`` is serving | recovering | draining | drained | failed, ``reason`` explains it to
-    people. ``numbers`` gives each state its number. ``plan_seconds`` are those from reading results
-    to handing over the plan, ``largest_plan`` is the most bytes that one rank was sent.
+    people, ``degraded`` names what is missing. ``numbers`` gives each state its number.
+    ``plan_seconds`` are those from reading results to handing over the plan, ``largest_plan`` is
+    the most bytes that one rank was sent.
     """
 
     def __init__(self, mesh: Mesh, hello: RankHello, group: Group, numbers: Iterator[int]) -> None:
         self.phase, self.reason = "serving", ""
+        self.degraded = ""
         self.plan_seconds = Recent()
         self.largest_plan = 0
         self._group, self._numbers = group, numbers
@@ -146,6 +148,7 @@ class ClusterStatus:
             number=next(self._numbers),
             totals=self._totals.pack(),
             placement_i32=self._placement_i32,
+            degraded=self.degraded,
         )
 
     def _rank(self, hello: RankHello, condition: str, running_D: Int64) -> RankState:

@@ -108,6 +108,11 @@ class Service:
             return ApiError(503, text, retry_after=RETRY_DRAINING)
         return None
 
+    def degraded(self) -> dict[str, str]:
+        """The part of /health that names what is missing while the cluster serves all the same."""
+        text = "" if self.cluster is None else self.cluster.degraded
+        return {"degraded": text} if text else {}
+
     def limits(self) -> EngineLimits:
         """Raises ApiError 503 while no new request is taken."""
         error = self.closed()

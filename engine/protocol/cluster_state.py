@@ -57,7 +57,7 @@ class ClusterState(Message, tag="state", frozen=True):
     when not serving. While a lost rank is replaced (recovering), requests are accepted and wait.
     Counters count since the controller started. ``expert_i64`` is the expert load [layer, expert]
     of the last report. ``number`` orders states. ``placement_i32`` is ``Placement.ranges``: the
-    experts of each rank.
+    experts of each rank. ``degraded`` names what is missing while the cluster serves all the same.
     """
 
     phase: str
@@ -84,6 +84,7 @@ class ClusterState(Message, tag="state", frozen=True):
     number: int = 0
     totals: Totals = Totals()
     placement_i32: bytes = b""
+    degraded: str = ""
 
 
 class Report(Message, frozen=True):

@@ -66,6 +66,12 @@ class RankLost(Message, tag="lost", frozen=True):
     reason: str
 
 
+class Degraded(Message, tag="degraded", frozen=True):
+    """The launcher names what serves with less than all its processes; empty: nothing."""
+
+    reason: str
+
+
 class HandleLogprobs(Message, frozen=True):
     """``RowLogprobs`` for a frontend; ``position`` counts the request's output tokens."""
 
@@ -111,7 +117,7 @@ class Rejected(Message, tag="rejected", frozen=True):
     retry_after: float = 0.0
 
 
-FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Stop
+FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Degraded | Stop
 
 
 ToFrontend = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop

@@ -149,6 +149,11 @@ class ClusterSection(RecipeSection):
     collective_deadline: float = Field(
         default=60.0, gt=0, description="seconds after which a rank gives up on a collective"
     )
+    pause_deadline: float = Field(
+        default=120.0,
+        gt=0,
+        description="seconds that requests wait for a controller that stands still, before the run ends",
+    )
 
 
 class ParallelSection(RecipeSection):

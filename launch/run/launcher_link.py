@@ -9,7 +9,7 @@ import msgspec
 import zmq
 
 from ...engine.protocol.cluster_state import ClusterState
-from ...engine.protocol.frontends import Drain, FrontendHello, RankLost, ToFrontend
+from ...engine.protocol.frontends import Degraded, Drain, FrontendHello, RankLost, ToFrontend
 from ...engine.protocol.message import Message, Stop
 from ...engine.protocol.sockets import client_socket, encode
 from ...engine.protocol.specs import Keys
@@ -47,6 +47,9 @@ class LauncherLink:
 
     def rank_lost(self, rank: int, reason: str) -> None:
         self._send(RankLost(rank, reason))
+
+    def degraded(self, reason: str) -> None:
+        self._send(Degraded(reason))
 
     def stop(self, reason: str) -> None:
         self._send(Stop(reason))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ...engine.protocol.cluster_state import ClusterState
-from ..cluster.cluster import Cluster, Death, LaunchError
+from ..cluster.cluster import Cluster, Death, LaunchError, Task
 
 LIMIT = 3
 WINDOW_SECONDS = 600.0
 FRONTEND_SECONDS = 60.0
+FIRST_DELAY = 1.0
+LONGEST_DELAY = 60.0
 
 
 @dataclass(frozen=True)
@@ -24,59 +26,74 @@ class _Pause:
 
 
 class Replacements:
-    """Starts a dead rank or frontend again, with the same task.
+    """Starts a dead rank or frontend again, with the same task: the first time at once, then after
+    a delay that doubles up to ``LONGEST_DELAY`` seconds.
 
     Requests wait for a rank and lose nothing; the streams of a frontend end with it. Gives up
-    (LaunchError) on a process that died ``LIMIT`` times within the window, on a replacement that
-    dies before it is ready, and when the cluster does not serve again within ``deadline`` seconds.
+    (LaunchError) on a rank that died more than ``LIMIT`` times within the window, and when the
+    cluster does not serve again within ``deadline`` seconds. Never gives up on a frontend: the
+    others serve.
     """
 
-    def __init__(self, cluster: Cluster, deadline: float) -> None:
+    def __init__(
+        self, cluster: Cluster, deadline: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._cluster = cluster
         self._deadline = deadline
+        self._clock = clock
         self._deaths: dict[str, list[float]] = {}
+        self._due: dict[str, tuple[float, Task]] = {}  # not started yet: when, and the task
         self._pause: _Pause | None = None
         self._waiting = ""
-        self._frontends: dict[str, tuple[float, str]] = {}  # started: since when, and the cause
+        self._frontends: dict[str, float] = {}  # not ready yet: since when it runs or waits to
 
-    def replace(self, death: Death, cause: str, *, ready: bool, epoch: int) -> None:
-        """Starts the rank of ``death`` again.
-
-        ``ready``: whether the dead process had been ready. ``epoch``: the last known one.
+    def replace(self, death: Death, cause: str, *, epoch: int) -> float:
+        """Starts the rank of ``death`` again. ``epoch``: the last known one. Returns the delay in
+        seconds.
         """
-        if not ready and not death.lost_node:
-            raise LaunchError(f"{cause}; it was to replace a rank that died before")
-        self._start(death, cause)
+        num_before = len(self._recent(death.task.name))
+        if num_before >= LIMIT and not death.lost_node:
+            raise LaunchError(
+                f"{cause}; it was replaced {num_before} times within {WINDOW_SECONDS:g} s, the limit"
+            )
+        delay = self._schedule(death)
         if self._pause is None:
-            self._pause = _Pause(time.monotonic(), epoch, cause)
+            self._pause = _Pause(self._clock(), epoch, cause)
         else:
             self._pause = _Pause(self._pause.since, self._pause.epoch, cause)
+        return delay
 
-    def replace_frontend(self, death: Death, cause: str) -> None:
-        """Starts the frontend of ``death`` again; the others go on meanwhile."""
-        self._start(death, cause)
-        self._frontends[death.task.name] = (time.monotonic(), cause)
-
-    def check_ready(self, ready: Collection[str]) -> None:
-        """Takes the names of all ready processes.
-
-        Raises LaunchError for a replaced frontend that is not ready after ``FRONTEND_SECONDS``.
+    def replace_frontend(self, death: Death) -> float:
+        """Starts the frontend of ``death`` again; the others go on meanwhile. Returns the delay in
+        seconds.
         """
-        for name, (since, cause) in list(self._frontends.items()):
-            if name in ready:
-                del self._frontends[name]
-            elif time.monotonic() - since > FRONTEND_SECONDS:
-                raise LaunchError(f"{cause}; its replacement was not ready within {FRONTEND_SECONDS:g} s")
+        delay = self._schedule(death)
+        self._frontends[death.task.name] = self._clock() + delay
+        return delay
 
-    def _start(self, death: Death, cause: str) -> None:
-        now, name = time.monotonic(), death.task.name
-        recent = [at for at in self._deaths.get(name, []) if now - at < WINDOW_SECONDS]
-        if len(recent) >= LIMIT and not death.lost_node:
-            raise LaunchError(
-                f"{cause}; it was replaced {len(recent)} times within {WINDOW_SECONDS:g} s, the limit"
-            )
-        self._deaths[name] = [*recent, now]
-        self._cluster.start([death.task])
+    def start_due(self) -> None:
+        """Starts the processes whose delay is over."""
+        now = self._clock()
+        for name in [name for name, (at, _) in self._due.items() if at <= now]:
+            _, task = self._due.pop(name)
+            self._cluster.start([task])
+
+    def slow_frontends(self, ready: Collection[str]) -> list[str]:
+        """Takes the names of all ready processes. Returns the replaced frontends that are not ready
+        ``FRONTEND_SECONDS`` after their start.
+        """
+        now = self._clock()
+        self._frontends = {name: since for name, since in self._frontends.items() if name not in ready}
+        return [name for name, since in self._frontends.items() if now - since > FRONTEND_SECONDS]
+
+    def degraded(self) -> str:
+        """Names the frontends that are missing, for people; empty when none is."""
+        parts = []
+        for name in sorted(self._frontends):
+            count = len(self._recent(name))
+            often = f" (it died {count} times within {WINDOW_SECONDS:g} s)" if count > 1 else ""
+            parts.append(f"{name} is being replaced{often}")
+        return ", ".join(parts)
 
     def news(self) -> str:
         """Message when a replacement starts or stops waiting for a node; otherwise empty."""
@@ -95,7 +112,7 @@ class Replacements:
         """
         if self._pause is None:
             return None
-        seconds = time.monotonic() - self._pause.since
+        seconds = self._clock() - self._pause.since
         if state is not None and state.phase in ("serving", "draining") and state.epoch > self._pause.epoch:
             self._pause = None
             return seconds
@@ -105,3 +122,21 @@ class Replacements:
                 f"{self._pause.cause}; the cluster does not serve again after {self._deadline:g} s{why}"
             )
         return None
+
+    def _recent(self, name: str) -> list[float]:
+        now = self._clock()
+        return [at for at in self._deaths.get(name, []) if now - at < WINDOW_SECONDS]
+
+    def _schedule(self, death: Death) -> float:
+        """Notes a death and starts the task again, at once or later. Returns the delay."""
+        name, now = death.task.name, self._clock()
+        before = self._recent(name)
+        self._deaths[name] = [*before, now]
+        delay = (
+            0.0
+            if not before or death.lost_node
+            else min(FIRST_DELAY * 2.0 ** (len(before) - 1), LONGEST_DELAY)
+        )
+        self._due[name] = (now + delay, death.task)
+        self.start_due()
+        return delay

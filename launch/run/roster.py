@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from ...engine.protocol.cluster_state import Report
-from ..cluster.cluster import Cluster, Death, LaunchError
+from ..cluster.cluster import Cluster, Death, LaunchError, Place
 from ..terminal.interrupts import Interrupts
 from .lobby_desk import LobbyDesk
 
@@ -31,10 +31,14 @@ class Roster:
         self.reports: dict[str, Report] = {}
         self._ready: dict[str, float] = {}  # since when, in monotonic seconds
         self._compiling: dict[str, tuple[float, float]] = {}  # begin and last report
+        self._gone: set[tuple[str, int]] = set()  # host and pid of replaced processes
+        self._killed: dict[tuple[str, int], str] = {}  # by the launcher: host and pid, and why
 
     def read(self, timeout: float) -> None:
         """Reads all reports, waiting up to ``timeout`` seconds for the first."""
         for report in self._desk.read(timeout):
+            if (report.host, report.pid) in self._gone:
+                continue
             name = f"{report.role} {report.index}"
             last = self.reports.get(name)
             if last is None or last.phase != "failed":
@@ -104,11 +108,23 @@ class Roster:
             found += self._cluster.deaths()
         return sorted(found, key=lambda death: death.code is not None and death.code >= 0)
 
-    def forget(self, name: str) -> bool:
-        """Drops the reports of a process that is replaced; returns whether it had been ready."""
+    def forget(self, name: str) -> None:
+        """Drops the reports of a process that is replaced, also those still to come."""
         self._ready.pop(name, None)
         report = self.reports.pop(name, None)
-        return report is not None and report.phase in ("ready", "stopped")
+        if report is not None:
+            self._gone.add((report.host, report.pid))
+
+    def ready(self) -> set[str]:
+        """The names of all processes that are ready."""
+        return {name for name, report in self.reports.items() if report.phase == "ready"}
+
+    def kill_expected(self, place: Place, why: str) -> bool:
+        """The launcher kills the process at ``place``. Returns False if it has done so before."""
+        key = place.host, place.pid
+        new = key not in self._killed
+        self._killed.setdefault(key, why)
+        return new
 
     def causes(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
         """One line per cause, with its deaths: all processes of a lost node share one."""
@@ -126,6 +142,8 @@ class Roster:
         process = f"{death.task.name} on {death.place.host} (pid {death.place.pid})"
         if report is not None and report.phase == "failed":
             return f"{process} failed: {report.detail}"
+        if why := self._killed.get((death.place.host, death.place.pid)):
+            return f"{process} was killed by the launcher: it {why}"
         starting = report is not None and report.phase not in ("ready", "stopped")
         phase = f" while {report.phase}" if report is not None and starting else ""
         last = f"; its last line: {death.last_line}" if death.last_line and not death.killed else ""

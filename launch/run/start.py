@@ -22,7 +22,7 @@ from .launcher_link import LauncherLink
 from .lobby_desk import LobbyDesk
 from .rendezvous import Rendezvous
 from .roster import Roster
-from .supervisor import Supervisor
+from .supervisor import Supervisor, end_streams
 from .tasks import Site, controller_task, frontend_task, rank_task
 
 CONTROLLER_SECONDS = 60.0
@@ -74,6 +74,7 @@ def start(run: Run, opened: ExitStack) -> Supervisor:
     screen.say(f"starting {recipe.world} ranks ({base.site.device}, {base.site.dtype}) and {beside}")
     link = LauncherLink(addresses[2], base.site.keyring.to_controller("launcher"))
     opened.callback(link.close)
+    opened.callback(end_streams, base.cluster)
     opened.callback(base.acceptor.close)  # again: now it closes first and refuses connections at once
     _start_others(run, base, addresses)
     base.acceptor.open()

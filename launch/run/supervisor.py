@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
+from dataclasses import dataclass
 
 from ...engine.protocol.cluster_state import ClusterState
+from ...engine.protocol.turns import Turns
 from ..cluster.cluster import Cluster, Death, LaunchError
 from ..recipe.recipe import Recipe
 from ..terminal.interrupts import Interrupts
@@ -13,15 +16,39 @@ from ..terminal.screen import Screen
 from .acceptor import Acceptor
 from .last_resort import LastResort
 from .launcher_link import LauncherLink
-from .replacements import Replacements
+from .replacements import FRONTEND_SECONDS, Replacements
 from .roster import Roster
 
-SILENCE_SECONDS = 30.0
+NOTICED_SECONDS = 10.0
 UNTAKEN_SECONDS = 10.0
 STOP_SECONDS = 10.0
 TERMINATE_SECONDS = 3.0
 CLOSE_SECONDS = 20.0
 _POLL = 0.1
+
+
+def end_streams(cluster: Cluster) -> None:
+    """Asks the frontends that still run to leave, so that open streams end with an error instead of
+    being cut off. Waits for them, though not for long.
+    """
+    with contextlib.suppress(LaunchError):  # the cluster itself is lost
+        frontends = [task for task, _ in cluster.running() if task.role == "frontend"]
+        for task in frontends:
+            cluster.signal(task, signal.SIGTERM)
+        end = time.monotonic() + TERMINATE_SECONDS
+        while frontends and time.monotonic() < end:
+            time.sleep(_POLL / 5)
+            ended = {death.task.name for death in cluster.deaths()}
+            frontends = [task for task in frontends if task.name not in ended]
+
+
+@dataclass(frozen=True)
+class _Hang:
+    """A process to be killed and how it hangs; ``pid`` only where another may have its name."""
+
+    name: str
+    how: str
+    pid: int | None = None
 
 
 class Supervisor:
@@ -48,28 +75,59 @@ class Supervisor:
         self._roster = roster
         self._link = link
         self._replacements = Replacements(cluster, recipe.cluster.start_deadline)
-        self._killed: set[tuple[str, int]] = set()  # hung processes, by host and pid
+        self._degraded = ""
+        self._silent = False
+        self._turns = Turns(time.monotonic())
 
     def watch(self) -> None:
         """Replaces ranks and frontends that die; returns when told to stop."""
         while not self._interrupts.count:
             state = self._link.read(_POLL)
+            now = time.monotonic()
+            self._turns.take(now)
             self._roster.read(0.0)
             for cause, deaths in self._roster.causes(self._roster.deaths()):
                 self._replace(cause, deaths)
             if state is not None and state.phase == "failed":
                 raise LaunchError(f"the controller gave up: {state.reason}")
             self._acceptor.check()
-            self._kill_hung(state)
-            if news := self._replacements.news():
-                self._screen.say(news)
-            seconds = self._replacements.recovered(state)
-            if seconds is not None and state is not None:
-                self._screen.say(f"all ranks serve again after {seconds:.1f} s, in epoch {state.epoch}")
-            reports = self._roster.reports
-            self._replacements.check_ready({name for name in reports if reports[name].phase == "ready"})
-            if time.monotonic() - self._link.heard > SILENCE_SECONDS:
-                raise LaunchError(f"no message from the controller for {SILENCE_SECONDS:g} s")
+            if self._turns.settled(now):
+                self._check_silence(now)
+                self._kill_hung(state)
+            self._follow_replacements(state)
+
+    def _follow_replacements(self, state: ClusterState | None) -> None:
+        replacements = self._replacements
+        replacements.start_due()
+        if news := replacements.news():
+            self._screen.say(news)
+        seconds = replacements.recovered(state)
+        if seconds is not None and state is not None:
+            self._screen.say(f"all ranks serve again after {seconds:.1f} s, in epoch {state.epoch}")
+        slow = f"is not ready after {FRONTEND_SECONDS:g} s"
+        self._kill([_Hang(name, slow) for name in replacements.slow_frontends(self._roster.ready())])
+        degraded = replacements.degraded()
+        if degraded != self._degraded:
+            self._degraded = degraded
+            self._link.degraded(degraded)
+
+    def _check_silence(self, now: float) -> None:
+        """Says when the controller falls silent and when it answers again. Raises LaunchError after
+        ``cluster.pause_deadline``.
+        """
+        silence, deadline = now - self._link.heard, self._recipe.cluster.pause_deadline
+        if silence > deadline:
+            raise LaunchError(
+                f"no message from the controller for {deadline:g} s, which is cluster.pause_deadline"
+            )
+        silent = silence > NOTICED_SECONDS
+        if silent and not self._silent:
+            self._screen.say(
+                f"the controller has been silent for {silence:.0f} s; requests wait, up to {deadline:g} s"
+            )
+        elif self._silent and not silent:
+            self._screen.say("the controller answers again")
+        self._silent = silent
 
     def _kill_hung(self, state: ClusterState | None) -> None:
         """Kills ranks that the controller reports hung and frontends that take no connections.
@@ -77,37 +135,42 @@ class Supervisor:
         Their deaths are then handled like any other.
         """
         reported = () if state is None else state.ranks
-        ranks = {f"rank {rank.rank}": rank.pid for rank in reported if rank.state == "hung"}
-        frontends = {f"frontend {index}" for index in self._acceptor.stuck(UNTAKEN_SECONDS)}
-        if not ranks and not frontends:
-            return
-        for task, place in self._cluster.running():
-            hangs = ranks.get(task.name) == place.pid or task.name in frontends
-            if not hangs or (place.host, place.pid) in self._killed:
-                continue
-            self._killed.add((place.host, place.pid))
-            how = "in the middle of a step"
-            if task.name not in ranks:
-                how = f"and has taken no connection for {UNTAKEN_SECONDS:g} s"
-            self._screen.say(f"{task.name} hangs {how}; killing it")
-            self._cluster.signal(task, signal.SIGKILL)
+        ranks = [
+            _Hang(f"rank {rank.rank}", "hangs in the middle of a step", rank.pid)
+            for rank in reported
+            if rank.state == "hung"
+        ]
+        untaken = f"hangs and has taken no connection for {UNTAKEN_SECONDS:g} s"
+        frontends = [_Hang(f"frontend {index}", untaken) for index in self._acceptor.stuck(UNTAKEN_SECONDS)]
+        self._kill(ranks + frontends)
+
+    def _kill(self, hangs: list[_Hang]) -> None:
+        running = self._cluster.running() if hangs else []
+        for hang in hangs:
+            for task, place in running:
+                found = task.name == hang.name and hang.pid in (None, place.pid)
+                if found and self._roster.kill_expected(place, hang.how):
+                    self._screen.say(f"{task.name} {hang.how}; killing it")
+                    self._cluster.signal(task, signal.SIGKILL)
 
     def _replace(self, cause: str, deaths: list[Death]) -> None:
         """Replaces processes that died of one cause. The controller cannot be replaced."""
         if any(death.task.role not in ("rank", "frontend") for death in deaths):
             raise LaunchError(cause)
-        one, lost_rank = len(deaths) == 1, any(death.task.role == "rank" for death in deaths)
-        action = "starting another in its place" if one else "starting others in their places"
-        effect = "requests wait" if lost_rank else "its streams have ended"
-        self._screen.say(f"{cause}; {action}, {effect}")
         epoch = self._link.state.epoch if self._link.state is not None else 0
+        delay, lost_rank = 0.0, False
         for death in deaths:
-            ready = self._roster.forget(death.task.name)
+            self._roster.forget(death.task.name)
             if death.task.role == "frontend":
-                self._replacements.replace_frontend(death, cause)
+                delay = max(delay, self._replacements.replace_frontend(death))
             else:
+                lost_rank = True
                 self._link.rank_lost(death.task.index, cause)
-                self._replacements.replace(death, cause, ready=ready, epoch=epoch)
+                delay = max(delay, self._replacements.replace(death, cause, epoch=epoch))
+        action = "starting another in its place" if len(deaths) == 1 else "starting others in their places"
+        when = f" in {delay:g} s" if delay else ""
+        effect = "requests wait" if lost_rank else "its streams have ended"
+        self._screen.say(f"{cause}; {action}{when}, {effect}")
 
     # ------------------------------------------------------------------ stop
 
@@ -141,6 +204,10 @@ class Supervisor:
         """Stops every process, terminating those that do not stop in time."""
         self._acceptor.close()
         self._link.stop("shut down")
+        starting = {task.name for task, _ in self._cluster.running()} - self._roster.ready()
+        for task, _ in self._cluster.running():
+            if task.name in starting:  # a replacement that nobody waits for any more
+                self._cluster.signal(task, signal.SIGKILL)
         code = 0
         for number, seconds in ((None, STOP_SECONDS), (signal.SIGTERM, TERMINATE_SECONDS)):
             for task, _ in self._cluster.running():
@@ -151,7 +218,7 @@ class Supervisor:
             end = time.monotonic() + seconds
             while self._cluster.running() and time.monotonic() < end:
                 for death in self._roster.deaths(stopping=True):
-                    if death.code != 0:
+                    if death.code != 0 and death.task.name not in starting:
                         self._screen.say(f"while stopping: {self._roster.cause(death)}")
                         code = 1
                 time.sleep(_POLL / 5)

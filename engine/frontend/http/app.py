@@ -241,7 +241,7 @@ def _status(service: Service) -> APIRouter:
         reason = service.unable()
         if reason is not None:
             raise ApiError(503, reason, retry_after=1)
-        return _json({"status": "ok"})
+        return _json({"status": "ok", **service.degraded()})
 
     @router.get("/ready")
     async def ready() -> Response:

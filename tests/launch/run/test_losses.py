@@ -150,7 +150,7 @@ def test_a_wait_for_room_and_its_end_are_told_once() -> None:
     cluster = ScriptedCluster()
     replacements = Replacements(cluster, 60.0)
     assert replacements.news() == ""
-    replacements.replace(lost(1), "beta was lost", ready=True, epoch=3)
+    replacements.replace(lost(1), "beta was lost", epoch=3)
     assert cluster.started == ["rank 1"]
     cluster.room = "no node has room for rank 1"
     assert (
@@ -168,7 +168,7 @@ def test_a_wait_for_room_and_its_end_are_told_once() -> None:
 def test_without_room_until_the_deadline_the_error_says_so() -> None:
     cluster = ScriptedCluster()
     replacements = Replacements(cluster, 0.05)
-    replacements.replace(lost(1), "beta was lost", ready=True, epoch=3)
+    replacements.replace(lost(1), "beta was lost", epoch=3)
     cluster.room = "no node has room for rank 1"
     replacements.news()
     time.sleep(0.06)
@@ -179,13 +179,97 @@ def test_without_room_until_the_deadline_the_error_says_so() -> None:
         replacements.recovered(state("recovering", 3))
 
 
+def killed(name: str = "rank", index: int = 1) -> Death:
+    return Death(Task(name, index, b""), Place("alpha", 1, ""), -9, "")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_losing_nodes_again_and_again_is_no_fault_of_the_rank() -> None:
     cluster = ScriptedCluster()
     replacements = Replacements(cluster, 60.0)
     for _ in range(5):
-        replacements.replace(lost(1), "beta was lost", ready=False, epoch=0)
-    assert len(cluster.started) == 5
-    with pytest.raises(LaunchError, match="it was to replace a rank"):
-        replacements.replace(
-            Death(Task("rank", 1, b""), Place("alpha", 1, ""), 1, ""), "rank 1 failed", ready=False, epoch=0
-        )
+        replacements.replace(lost(1), "beta was lost", epoch=0)
+    assert cluster.started == ["rank 1"] * 5
+
+
+def test_a_rank_is_replaced_up_to_a_limit_whether_or_not_it_had_been_ready() -> None:
+    cluster, clock = ScriptedCluster(), Clock()
+    replacements = Replacements(cluster, 60.0, clock)
+    assert replacements.replace(killed(), "it died", epoch=0) == 0.0 and cluster.started == ["rank 1"]
+    for seconds in (1.0, 2.0):
+        assert replacements.replace(killed(), "it died while loading", epoch=0) == seconds
+        replacements.start_due()
+        clock.now += seconds
+        replacements.start_due()
+    assert cluster.started == ["rank 1"] * 3
+    with pytest.raises(LaunchError, match=r"^it died; it was replaced 3 times within 600 s, the limit$"):
+        replacements.replace(killed(), "it died", epoch=0)
+    clock.now += 601.0
+    assert replacements.replace(killed(), "it died", epoch=0) == 0.0, "those deaths are long ago"
+
+
+def test_a_frontend_that_keeps_dying_is_replaced_after_growing_delays_and_never_given_up() -> None:
+    cluster, clock = ScriptedCluster(), Clock()
+    replacements = Replacements(cluster, 60.0, clock)
+    delays = []
+    for count in range(1, 41):
+        delays.append(replacements.replace_frontend(killed("frontend", 0)))
+        clock.now += delays[-1] / 2
+        replacements.start_due()
+        assert len(cluster.started) == count - bool(delays[-1]), "it was started before its delay was over"
+        clock.now += delays[-1] / 2
+        replacements.start_due()
+        assert cluster.started == ["frontend 0"] * count
+    assert delays[:9] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0] and max(delays) == 60.0
+    clock.now += 600.0
+    assert replacements.replace_frontend(killed("frontend", 0)) == 0.0
+    assert replacements.recovered(None) is None, "requests do not wait for a frontend"
+
+
+def test_missing_frontends_are_named_until_they_are_ready() -> None:
+    cluster, clock = ScriptedCluster(), Clock()
+    replacements = Replacements(cluster, 60.0, clock)
+    assert replacements.degraded() == ""
+    replacements.replace_frontend(killed("frontend", 1))
+    replacements.replace_frontend(killed("frontend", 0))
+    replacements.replace_frontend(killed("frontend", 0))
+    often = "frontend 0 is being replaced (it died 2 times within 600 s)"
+    assert replacements.degraded() == f"{often}, frontend 1 is being replaced"
+    assert replacements.slow_frontends({"frontend 1"}) == [] and replacements.degraded() == often
+    clock.now += 60.5
+    assert replacements.slow_frontends(set()) == [], "it was started a second after its death"
+    clock.now += 1.0
+    assert replacements.slow_frontends(set()) == ["frontend 0"]
+    assert replacements.slow_frontends({"frontend 0"}) == [] and replacements.degraded() == ""
+
+
+def test_the_obituary_of_a_process_that_the_launcher_killed_says_so() -> None:
+    watched = roster(ScriptedCluster(), ScriptedDesk())
+    death = killed()
+    assert watched.kill_expected(death.place, "hangs in the middle of a step")
+    assert not watched.kill_expected(death.place, "hangs again"), "it is killed once"
+    why = "was killed by the launcher: it hangs in the middle of a step"
+    assert watched.cause(death) == f"rank 1 on alpha (pid 1) {why}"
+    other = Death(death.task, Place("alpha", 2, ""), -9, "")
+    assert watched.cause(other).endswith("was killed by SIGKILL (the kernel does this when memory runs out)")
+
+
+def test_reports_of_a_replaced_process_that_come_late_are_not_of_its_successor() -> None:
+    desk = ScriptedDesk()
+    watched = roster(ScriptedCluster(), desk)
+    desk.reports = [Report("rank", 1, "alpha", 7, "ready")]
+    watched.read(0.0)
+    watched.forget("rank 1")
+    desk.reports = [
+        Report("rank", 1, "alpha", 7, "failed", "too late"),
+        Report("rank", 1, "alpha", 8, "ready"),
+    ]
+    watched.read(0.0)
+    assert watched.ready() == {"rank 1"} and watched.reports["rank 1"].pid == 8

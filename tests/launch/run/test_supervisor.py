@@ -40,6 +40,13 @@ def launch(
     )
 
 
+def starts(launcher: Launcher, name: str) -> int:
+    """The process of ``role index``; 0 while there is none."""
+    with contextlib.suppress(AssertionError):
+        return launcher.pid_of(name)
+    return 0
+
+
 def error_line(launcher: Launcher) -> str:
     [line] = [line for line in launcher.err.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in launcher.err
@@ -187,6 +194,39 @@ def test_a_rank_that_does_not_come_back_is_one_message(tmp_path: Path) -> None:
         line = error_line(launcher)
         assert line.startswith("rank 1 on ") and "was killed by SIGKILL" in line
         assert line.endswith("the cluster does not serve again after 1 s")
+        launcher.assert_nothing_left()
+
+
+def test_a_rank_that_raises_is_replaced_and_so_is_one_that_dies_while_it_loads(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL) as launcher:
+        launcher.url()
+        os.kill(launcher.pid_of("rank 1"), signal.SIGUSR1)
+        until(lambda: launcher.err.count("rank 1: ready") == 2, "another rank 1")
+        said = "failed: RuntimeError: CUDA error: an illegal memory access was encountered; starting another"
+        assert said in launcher.err
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        until(lambda: launcher.err.count("rank 1: loading") >= 3, "a third one")
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)  # before it is ready, or just after
+        until(lambda: launcher.err.count("rank 1: loading") >= 4, "a fourth one")
+        assert "in its place in 0.05 s, requests wait" in launcher.err
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def test_frontends_that_keep_dying_end_nothing(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, "frontend.processes=2") as launcher:
+        url = launcher.url().removesuffix("/v1")
+        for times in range(1, 6):
+            victim = launcher.pid_of("frontend 1")  # ready by now, or not
+            os.kill(victim, signal.SIGKILL)
+            until(lambda: launcher.err.count("its streams have ended") == times, "the line")  # noqa: B023
+            with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+                assert response.status == 200, "the other one serves"
+            until(lambda: starts(launcher, "frontend 1") not in (0, victim), "another one")  # noqa: B023
+        assert "in its place in 0.4 s, its streams have ended" in launcher.err
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
         launcher.assert_nothing_left()
 
 

@@ -3,7 +3,7 @@
 ``python -m support.launch.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point.
 The text in the environment variable ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1:
 die``, ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``,
-``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM).
+``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM). A rank raises on SIGUSR1.
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ def join(address: str, keys: Any, name: bytes) -> Callable[[], None]:
     return until_stopped
 
 
+def raise_in_a_step(number: int, frame: object) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def rank(spec: RankSpec) -> None:
     lobby, order = Lobby(spec.lobby, "rank", spec.rank), ordered("rank", spec.rank)
     lobby.report("loading", fraction=0.5)
@@ -114,6 +118,7 @@ def rank(spec: RankSpec) -> None:
         time.sleep(600)
     if order == "silent":
         os._exit(0)
+    signal.signal(signal.SIGUSR1, raise_in_a_step)
     lobby.report("ready")
     if order == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

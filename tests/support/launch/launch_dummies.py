@@ -15,7 +15,7 @@ from typing import Any
 
 from lockstep.launch import cli
 from lockstep.launch.cluster.cluster import Cluster, Task
-from lockstep.launch.run import start, supervisor
+from lockstep.launch.run import replacements, start, supervisor
 from lockstep.launch.run.rendezvous import Rendezvous
 from lockstep.launch.run.replacements import Replacements
 
@@ -47,6 +47,7 @@ if __name__ == "__main__":
     for name in ("controller_task", "rank_task", "frontend_task"):
         setattr(start, name, with_dummy(getattr(start, name)))
     start.Rendezvous = NoStore  # type: ignore[misc]
+    replacements.FIRST_DELAY /= HASTE
     supervisor.Replacements = hasty  # type: ignore[assignment, misc]
     if os.environ.get("DUMMY"):
         supervisor.STOP_SECONDS = supervisor.TERMINATE_SECONDS = start.FIRST_TOKEN_SECONDS = 1.0
