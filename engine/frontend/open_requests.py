@@ -102,9 +102,9 @@ class OpenRequests:
     def on_prompt(self, prompt: PromptLogprobs) -> None:
         """Takes log-probabilities of a prompt. A request that runs again sends known ones again."""
         generation = self._open.get(prompt.of)
-        if generation is None or generation.finish is not None or generation.echo is None:
+        if generation is None or generation.finish is not None or generation.prompt_scores is None:
             return
-        if prompt.position > generation.echo.known:
+        if prompt.position > generation.prompt_scores.known:
             self._on_gap(generation, "Log-probabilities of the prompt")
         else:
             generation.accept_prompt(prompt)

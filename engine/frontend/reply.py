@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from itertools import product
 from typing import Any
 
+import msgspec
+
 from ..protocol.frontends import Submit
 from ..protocol.message import Sampling
 from ..text.tokenizer import Codec
@@ -17,7 +19,9 @@ from .open_requests import OpenRequests
 from .requests.echo import Echo
 from .requests.generation import Generation
 from .requests.logprobs import chat_logprobs, text_logprobs
+from .requests.places import Places
 from .requests.prepared import PreparedRequest, Prompt
+from .requests.prompt_scores import PromptScores, RankedPrompt
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -66,9 +70,10 @@ class Reply:
             priority=request.priority,
             grammar=request.grammar,
         )
-        echo: Echo | None = None
-        if request.scores_prompt:
-            echo = Echo(self.codec, prompt.ids, request.outline.num_logprobs, skip)
+        echo, ranked = self._scored(prompt, sampling)
+        sinks = [sink for sink in (echo, ranked) if sink is not None]
+        scores = PromptScores(prompt.ids, sinks) if sinks else None
+        scored = request.outline.num_logprobs >= 0
         return Generation(
             submit=submit,
             index=index,
@@ -78,20 +83,33 @@ class Reply:
             stop=request.stop,
             matcher=request.stop.matcher(),
             echo=echo,
+            ranked=ranked,
+            prompt_scores=scores,
+            places=None
+            if request.outline.chat or not scored
+            else Places(self.codec, skip, prompt.ids, len(prompt.text)),
             parser=parser,
-            logprobs=None if request.outline.num_logprobs < 0 else [],
-            pieces=self._first_pieces(prompt, echo),
+            logprobs=[] if scored else None,
+            pieces=self._first_pieces(prompt, None if echo is None else scores),
         )
 
-    def _first_pieces(self, prompt: Prompt, echo: Echo | None) -> list[str]:
-        """Text that is shown before any token: the prompt, unless its log-probabilities are awaited
-        (one of a single token has none).
+    def _scored(self, prompt: Prompt, sampling: Sampling) -> tuple[Echo | None, RankedPrompt | None]:
+        """The places for log-probabilities of the prompt, as far as they are asked for."""
+        request, outline = self._request, self._request.outline
+        echo: Echo | None = None
+        ranked: RankedPrompt | None = None
+        if request.echoes_scores:
+            skip = request.skip_special_tokens
+            echo = Echo(self.codec, prompt.ids, prompt.text, outline.num_logprobs, skip)
+        if sampling.prompt_ranks:
+            ranked = RankedPrompt(self.codec, prompt.ids, outline.num_prompt_logprobs)
+        return echo, ranked
+
+    def _first_pieces(self, prompt: Prompt, awaited: PromptScores | None) -> list[str]:
+        """Text that is shown before any token: the prompt, unless its log-probabilities are
+        ``awaited`` (one of a single token has none).
         """
-        if not self._request.echo:
-            return []
-        if echo is None:
-            return [self.codec.decode(prompt.ids, self._request.skip_special_tokens)]
-        return [echo.text] if echo.complete else []
+        return [prompt.text] if self._request.echo and (awaited is None or awaited.complete) else []
 
     def submit(self) -> None:
         """Hands the generations to the engine, or ends them if it has nothing to compute."""
@@ -142,21 +160,28 @@ class Reply:
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+            "completion_tokens_details": {"reasoning_tokens": sum(item.num_reasoning for item in chosen)},
         }
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of the finished answer."""
+        """The JSON document of the finished answer. A part that is empty or was not asked for is
+        null: clients read attributes, which have to be there.
+        """
         outline = self.outline
         document: dict[str, Any] = {
             "id": outline.id,
             "object": "chat.completion" if outline.chat else "text_completion",
             "created": outline.created,
             "model": outline.model,
+            "service_tier": None,
+            "system_fingerprint": None,
             "choices": [self._choice(generation) for generation in self.generations],
             "usage": self.usage(),
         }
-        if outline.chat and outline.return_token_ids:
-            document["prompt_token_ids"] = self.generations[0].prompt
+        if outline.chat:
+            first = self.generations[0]
+            document["prompt_logprobs"] = _ranked(first)
+            document["prompt_token_ids"] = first.prompt if outline.return_token_ids else None
         return document
 
     def logprobs(self, generation: Generation) -> dict[str, Any] | None:
@@ -169,11 +194,10 @@ class Reply:
         entries = generation.logprobs[taken:]
         if self.outline.chat:
             return chat_logprobs(self.codec, tokens, entries, num_top)
+        assert generation.places is not None, "a completion with log-probabilities has places"
+        shown = text_logprobs(self.codec, tokens, entries, num_top, generation.places)
         echo = generation.echo
-        texts = (self.codec.piece(token).decode("utf-8", "replace") for token in generation.tokens[:taken])
-        offset = (0 if echo is None else len(echo.text)) + sum(map(len, texts))
-        shown = text_logprobs(self.codec, tokens, entries, num_top, offset)
-        return shown if echo is None or not echo.complete else echo.before(shown)
+        return shown if echo is None or generation.lacks_prompt else echo.before(shown)
 
     def _choice(self, generation: Generation) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": generation.index}
@@ -186,10 +210,12 @@ class Reply:
             "finish_reason": generation.finish_reason,
             "stop_reason": generation.stop_reason,
         }
-        if self.outline.return_token_ids:
-            choice["token_ids"] = generation.tokens
-            if not self.outline.chat:
-                choice["prompt_token_ids"] = generation.prompt
+        shows_ids = self.outline.return_token_ids
+        choice["token_ids"] = generation.tokens if shows_ids else None
+        if not self.outline.chat:
+            scored = self.generations[generation.index - generation.index % len(self._request.samplings)]
+            choice["prompt_logprobs"] = _ranked(scored)
+            choice["prompt_token_ids"] = generation.prompt if shows_ids else None
         return choice
 
     async def _wait_for_disconnect(self, receive: Receive) -> None:
@@ -201,20 +227,34 @@ class Reply:
         _set(self.done)
 
 
+def _ranked(generation: Generation) -> msgspec.Raw | None:
+    """``prompt_logprobs`` of a prompt; the first of its choices has them."""
+    return None if generation.ranked is None else generation.ranked.document()
+
+
 def _message(generation: Generation) -> dict[str, Any]:
     """The finished message. ``content`` is null if there is only reasoning or tool calls."""
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [],
+        "reasoning": None,
+        "reasoning_content": None,
+    }
     if generation.parser is None:
-        return {"role": "assistant", "content": generation.take_text()}
+        return message | {"content": generation.take_text()}
     said = generation.parser.take()
-    message: dict[str, Any] = {"role": "assistant", "content": said.content}
-    if not said.content and (said.reasoning or said.calls):
-        message["content"] = None
+    if said.content or not (said.reasoning or said.calls):
+        message["content"] = said.content
     if said.reasoning:
         message["reasoning"] = message["reasoning_content"] = said.reasoning
-    if said.calls:
-        message["tool_calls"] = [
-            {name: value for name, value in call.items() if name != "index"} for call in said.calls
-        ]
+    message["tool_calls"] = [
+        {name: value for name, value in call.items() if name != "index"} for call in said.calls
+    ]
     return message
 
 

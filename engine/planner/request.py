@@ -95,7 +95,7 @@ class Request:
     def score_bytes(self) -> int:
         """Bytes that each prompt token adds to the result of a step; see ``PromptLogprobs``."""
         asked = self.sampling.num_prompt_logprobs
-        return 4 + 8 * asked if asked >= 0 else 0
+        return 4 + 8 * asked + 4 * self.sampling.prompt_ranks if asked >= 0 else 0
 
     @property
     def num_hashes(self) -> int:

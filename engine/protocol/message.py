@@ -21,6 +21,11 @@ class Sampling(Message, frozen=True):
     ``num_prompt_logprobs`` is the same for every prompt token but the first. ``stop_i32`` are the
     ids that end the sequence (end-of-sequence ids unless the request ignores them); they are masked
     until ``min_tokens`` have been sampled.
+
+    ``allowed_i32`` are ranges of ids, first and last of each: no other id may be sampled; empty
+    allows all. ``bad_words_i32`` are token sequences, each ended by -1: the last token of one may
+    not follow its others among the output. ``prompt_ranks``: the ranks of prompt tokens are wanted
+    beside their log-probabilities.
     """
 
     temperature: float = 1.0
@@ -37,6 +42,9 @@ class Sampling(Message, frozen=True):
     bias_ids_i32: bytes = b""
     bias_values_f32: bytes = b""
     num_prompt_logprobs: int = -1
+    allowed_i32: bytes = b""
+    bad_words_i32: bytes = b""
+    prompt_ranks: bool = False
 
 
 class Stop(Message, tag="stop", frozen=True):

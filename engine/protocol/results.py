@@ -24,11 +24,13 @@ class RowError(Message, frozen=True):
 
 class PromptLogprobs(Message, tag="prompt", frozen=True):
     """Log-probabilities of prompt tokens from ``position`` (at least 1) on: one per token [n], and
-    ids and values of the top alternatives [n, top]. From a rank, ``of`` is the chunk's index in
-    ``extend``; to a frontend, it is the handle.
+    ids and values of the top alternatives [n, top]. ``ranks_i32`` [n], where asked for, are the
+    places of the tokens in the vocabulary by log-probability, 1 for the most likely. From a rank,
+    ``of`` is the chunk's index in ``extend``; to a frontend, it is the handle.
 
-    A token takes 4 + 8 x top bytes: 512 tokens with the top 5 are 22,549 bytes, more than a step's
-    message may have, so ``engine/planner/prefill.py`` cuts the chunks of such prompts.
+    A token takes 4 + 8 x top bytes, and 4 for its rank: 512 tokens with the top 5 are 22,551 bytes,
+    more than a step's message may have, so ``engine/planner/prefill.py`` cuts the chunks of such
+    prompts.
     """
 
     of: int
@@ -36,6 +38,7 @@ class PromptLogprobs(Message, tag="prompt", frozen=True):
     chosen_f32: bytes
     top_ids_i32: bytes
     top_f32: bytes
+    ranks_i32: bytes = b""
 
 
 class StepResult(Message, tag="result", frozen=True):

@@ -71,7 +71,7 @@ class Executor:
     def __init__(self, parts: Parts, num_slots: int, max_len: int, num_cohorts: int) -> None:
         self._parts = parts
         self._table = SlotTable(num_slots, -(-max_len // parts.pool.page_size), num_cohorts)
-        self._settings = SlotSettings(num_slots)
+        self._settings = SlotSettings(num_slots, parts.model.config.vocab_size)
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
         self._staged: dict[int, Int32] = {}
 
@@ -247,7 +247,8 @@ class Executor:
             start, end = int(rows.starts[row]), min(int(rows.ends[row]) + 1, int(settings.first_output[slot]))
             if end > start + 1:
                 first, top = int(rows.counts[:row].sum()), int(settings.num_prompt_logprobs[slot])
-                chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top)
+                ranks = bool(settings.prompt_ranks[slot])
+                chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top, ranks)
                 found.append(score(self._parts.model, hidden_TD, chunk))
         return tuple(found)
 
@@ -278,6 +279,8 @@ class Executor:
         edits = self._settings.edits(settings, positions)
         if edits is not None:
             ops.edit_logits(logits_RV, edits)
+        if settings.allowed is not None:
+            ops.allow_only(logits_RV, *settings.allowed)
         if masks is not None:
             ops.allow_only(logits_RV, *masks.take(settings.slots))
         greedy = not len(params.drawn_S)

@@ -25,7 +25,8 @@ class Chunk:
     """Prompt tokens to score: next_T int32, from ``position`` on. Each is predicted by one row of
     the step's hidden states, from row ``first`` on.
 
-    ``number`` is the chunk's index in the section. K is ``num_top``.
+    ``number`` is the chunk's index in the section. K is ``num_top``. ``ranks``: the tokens' ranks
+    are wanted.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Chunk:
     first: int
     next_T: Int32
     num_top: int
+    ranks: bool = False
 
 
 def score(model: Model, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
@@ -41,9 +43,29 @@ def score(model: Model, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
     next_T = torch.from_numpy(chunk.next_T.astype(np.int64)).to(hidden_TD.device)
     hidden_TD = hidden_TD[chunk.first : chunk.first + len(next_T)]
     slices = [
-        model.ops.logprobs(model.logits(part_TD), part_T, chunk.num_top)
+        _score(model, model.logits(part_TD), part_T, chunk)
         for part_TD, part_T in zip(hidden_TD.split(width), next_T.split(width), strict=True)
     ]
-    chosen_T, ids_TK, values_TK = (torch.cat(parts).cpu().numpy() for parts in zip(*slices, strict=True))
-    ids_i32 = ids_TK.astype(np.int32).tobytes()
-    return PromptLogprobs(chunk.number, chunk.position, chosen_T.tobytes(), ids_i32, values_TK.tobytes())
+    chosen_T, ids_TK, values_TK, ranks_T = (
+        torch.cat(parts).cpu().numpy() for parts in zip(*slices, strict=True)
+    )
+    return PromptLogprobs(
+        of=chunk.number,
+        position=chunk.position,
+        chosen_f32=chosen_T.tobytes(),
+        top_ids_i32=ids_TK.astype(np.int32).tobytes(),
+        top_f32=values_TK.tobytes(),
+        ranks_i32=ranks_T.astype(np.int32).tobytes(),
+    )
+
+
+def _score(
+    model: Model, logits_TV: Tensor, next_T: Tensor, chunk: Chunk
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the tokens, the ids and values of the top K, and the tokens' ranks (none
+    where they are not wanted). A token that ties with others has the best rank among them.
+    """
+    chosen_T, ids_TK, values_TK = model.ops.logprobs(logits_TV, next_T, chunk.num_top)
+    if not chunk.ranks:
+        return chosen_T, ids_TK, values_TK, next_T[:0]
+    return chosen_T, ids_TK, values_TK, 1 + (logits_TV > logits_TV.gather(-1, next_T[:, None])).sum(-1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...kernels.reference.sampling import LogitEdits, SamplingParams, token_counts
 from ..protocol.arrays import Int32, Int64
 from ..protocol.message import Sampling
+from .bad_words import BadWords
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -53,12 +54,13 @@ class _Seen:
 @dataclass
 class _Edits:
     """Changes to the logits of one slot, apart from min_tokens. ``seen`` is None without
-    penalties.
+    penalties, ``bad_words`` where nothing is forbidden.
     """
 
     bias_tokens: Int64
     bias_values: NDArray[np.float32]
     seen: _Seen | None
+    bad_words: BadWords | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class RowSettings:
     """The settings of rows [R].
 
     ``asked`` are the rows that want log-probabilities. ``open_from`` is the first position at which
-    a row may sample its stop ids. ``stop`` [R, n] holds those ids, padded with -1.
+    a row may sample its stop ids. ``stop`` [R, n] holds those ids, padded with -1. ``allowed`` are
+    the rows that may sample some tokens only, and a bit for each of those, as ``allow_only`` takes
+    them; None where all rows are free.
     """
 
     slots: Int64
@@ -76,17 +80,21 @@ class RowSettings:
     asked: Int64
     open_from: Int64
     stop: Int64
+    allowed: tuple[Int64, NDArray[np.int32]] | None
 
 
 class SlotSettings:
     """Settings by slot. ``first_output`` is the position of a slot's first output token, and the
-    length of the request's own prompt. ``num_prompt_logprobs`` is as in ``Sampling``.
+    length of the request's own prompt. ``num_prompt_logprobs`` and ``prompt_ranks`` are as in
+    ``Sampling``. ``vocab_size`` is the width of the logits.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._seed = np.zeros(num_slots, np.int64)
         self._num_logprobs = np.full(num_slots, -1, np.int64)
         self.num_prompt_logprobs = np.full(num_slots, -1, np.int64)
+        self.prompt_ranks = np.zeros(num_slots, np.bool_)
         self.first_output = np.zeros(num_slots, np.int64)
         self._temperature = np.zeros(num_slots, np.float32)
         self._top_k = np.zeros(num_slots, np.int64)
@@ -96,6 +104,7 @@ class SlotSettings:
         self._penalties = np.zeros((num_slots, 3), np.float32)
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
+        self._allowed: dict[int, NDArray[np.int32]] = {}
         self._rows: RowSettings | None = None
 
     def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
@@ -105,6 +114,7 @@ class SlotSettings:
         self._seed[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
         self.num_prompt_logprobs[slot] = sampling.num_prompt_logprobs
+        self.prompt_ranks[slot] = sampling.prompt_ranks
         self.first_output[slot] = len(history) - num_emitted
         self._temperature[slot] = sampling.temperature
         self._top_k[slot] = sampling.top_k
@@ -114,15 +124,11 @@ class SlotSettings:
         penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
         self._penalties[slot] = penalties
         self._set_stop(slot, np.frombuffer(sampling.stop_i32, np.int32))
-        self._edits.pop(slot, None)
+        self._set_edits(slot, sampling, history, len(history) - num_emitted)
+        self._allowed.pop(slot, None)
+        if sampling.allowed_i32:
+            self._allowed[slot] = _bits(np.frombuffer(sampling.allowed_i32, np.int32), self._vocab_size)
         self._rows = None
-        penalised = penalties != (1.0, 0.0, 0.0)
-        if penalised or sampling.bias_ids_i32:
-            self._edits[slot] = _Edits(
-                np.frombuffer(sampling.bias_ids_i32, np.int32).astype(np.int64),
-                np.frombuffer(sampling.bias_values_f32, np.float32),
-                _Seen(history, len(history) - num_emitted) if penalised else None,
-            )
 
     def rows(self, slots: Int64) -> RowSettings:
         """The settings of rows [R]: the same object until rows or admissions change."""
@@ -138,6 +144,7 @@ class SlotSettings:
                 asked=np.flatnonzero(num_logprobs >= 0),
                 open_from=self.first_output[slots] + self._min_tokens[slots],
                 stop=self._stop[slots],
+                allowed=self._allowed_of(slots),
             )
         return self._rows
 
@@ -154,6 +161,7 @@ class SlotSettings:
         seen = [(row, edits.seen) for row, edits in found if edits.seen is not None]
         masked = np.where(early[:, None], rows.stop, _NO_TOKEN)
         masked_rows, column = np.nonzero(masked != _NO_TOKEN)
+        bad = [(row, edits.bad_words.forbidden) for row, edits in found if edits.bad_words is not None]
         penalties = self._penalties[rows.slots]
         return LogitEdits(
             counted_rows_N=_repeat([row for row, _ in seen], [len(part.tokens) for _, part in seen]),
@@ -165,17 +173,45 @@ class SlotSettings:
             bias_rows_N=_repeat([row for row, _ in found], [len(edits.bias_tokens) for _, edits in found]),
             bias_tokens_N=_join([edits.bias_tokens for _, edits in found], np.int64),
             bias_values_N=_join([edits.bias_values for _, edits in found], np.float32),
-            masked_rows_N=masked_rows,
-            masked_tokens_N=masked[masked_rows, column],
+            masked_rows_N=_join(
+                [masked_rows, _repeat([row for row, _ in bad], [len(part) for _, part in bad])], np.int64
+            ),
+            masked_tokens_N=_join([masked[masked_rows, column], *(part for _, part in bad)], np.int64),
         )
 
     def observe(self, slots: Int64, tokens: Int64) -> None:
-        """Counts the tokens sampled in rows [R] where penalties need it."""
+        """Takes the tokens sampled in rows [R] where penalties or bad words need them."""
         if self._edits:
             for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
                 edits = self._edits.get(slot)
-                if edits is not None and edits.seen is not None:
+                if edits is None:
+                    continue
+                if edits.seen is not None:
                     edits.seen.add(token)
+                if edits.bad_words is not None:
+                    edits.bad_words.add(token)
+
+    def _set_edits(self, slot: int, sampling: Sampling, history: Int32, num_prompt: int) -> None:
+        """Keeps the changes to a slot's logits, if its request asks for any."""
+        self._edits.pop(slot, None)
+        penalised = tuple(self._penalties[slot].tolist()) != (1.0, 0.0, 0.0)
+        if penalised or sampling.bias_ids_i32 or sampling.bad_words_i32:
+            bad_words = np.frombuffer(sampling.bad_words_i32, np.int32)
+            self._edits[slot] = _Edits(
+                np.frombuffer(sampling.bias_ids_i32, np.int32).astype(np.int64),
+                np.frombuffer(sampling.bias_values_f32, np.float32),
+                _Seen(history, num_prompt) if penalised else None,
+                BadWords(bad_words, history[num_prompt:]) if len(bad_words) else None,
+            )
+
+    def _allowed_of(self, slots: Int64) -> tuple[Int64, NDArray[np.int32]] | None:
+        """The rows among ``slots`` that may sample some tokens only, and those tokens' bits."""
+        rows = (
+            [row for row, slot in enumerate(slots.tolist()) if slot in self._allowed] if self._allowed else []
+        )
+        if not rows:
+            return None
+        return np.array(rows, np.int64), np.stack([self._allowed[slot] for slot in slots[rows].tolist()])
 
     def _set_stop(self, slot: int, stop: Int32) -> None:
         missing = len(stop) - self._stop.shape[1]
@@ -183,6 +219,14 @@ class SlotSettings:
             self._stop = np.pad(self._stop, ((0, 0), (0, missing)), constant_values=_NO_TOKEN)
         self._stop[slot] = _NO_TOKEN
         self._stop[slot, : len(stop)] = stop
+
+
+def _bits(ranges: Int32, vocab_size: int) -> NDArray[np.int32]:
+    """A bit for each token of ``ranges``, first and last of each, in words of 32."""
+    flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    for first, last in ranges.reshape(-1, 2).tolist():
+        flags[first : last + 1] = 1
+    return np.packbits(flags, bitorder="little").view(np.int32)
 
 
 def _repeat(rows: list[int], counts: list[int]) -> Int64:

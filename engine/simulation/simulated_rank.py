@@ -39,8 +39,9 @@ class SimulatedRank:
         self._prompts: dict[int, Int32] = {}
         self._key = np.zeros(num_slots, np.uint64)
         self._stops = np.zeros(num_slots, np.bool_)
-        # Number of log-probabilities wanted for a prompt, and the length of the prompt proper.
-        self._scored = np.zeros((num_slots, 2), np.int64)
+        # Number of log-probabilities wanted for a prompt, its proper length, and whether its ranks
+        # are wanted.
+        self._scored = np.zeros((num_slots, 3), np.int64)
 
     def stage(self, message: Preload | Unload) -> None:
         """Takes or forgets a prompt."""
@@ -78,7 +79,9 @@ class SimulatedRank:
                 prompt[: len(prompt) - admit.num_emitted], admit.sampling.seed
             )
             self._stops[admit.slot] = bool(admit.sampling.stop_i32)
-            self._scored[admit.slot] = admit.sampling.num_prompt_logprobs, len(prompt) - admit.num_emitted
+            asked = admit.sampling
+            own = len(prompt) - admit.num_emitted
+            self._scored[admit.slot] = asked.num_prompt_logprobs, own, asked.prompt_ranks
         rows = self.table.rows(header, section)
         tokens, counts = self._compute(rows)
         scores = self._score(rows)
@@ -131,14 +134,14 @@ class SimulatedRank:
         """
         found: list[PromptLogprobs] = []
         for number, row in enumerate(range(rows.num_decode, len(rows.slots))):
-            top, own = self._scored[rows.slots[row]].tolist()
+            top, own, ranked = self._scored[rows.slots[row]].tolist()
             positions = np.arange(int(rows.starts[row]) + 1, min(int(rows.ends[row]) + 1, own))
             if top >= 0 and len(positions):
                 values = self.logprob(self._key[rows.slots[row]], positions)
                 ids, tops = positions.astype(np.int32).repeat(top), values.repeat(top)
-                found.append(
-                    PromptLogprobs(number, int(positions[0]), values.tobytes(), ids.tobytes(), tops.tobytes())
-                )
+                ranks = np.ones(len(positions) * ranked, np.int32)
+                parts = (values.tobytes(), ids.tobytes(), tops.tobytes(), ranks.tobytes())
+                found.append(PromptLogprobs(number, int(positions[0]), *parts))
         return tuple(found)
 
     def _begin(self, slot: int, prompt: Int32) -> None:

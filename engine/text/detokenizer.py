@@ -9,6 +9,8 @@ import codecs
 from collections.abc import Callable
 from typing import Protocol
 
+from .pieces import BytePieces, DecodedPieces
+
 MAX_BYTES = 4  # most bytes of a UTF-8 character
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 
@@ -21,49 +23,40 @@ class Detokenizer(Protocol):
         """Replacement characters for a character that stayed incomplete, else nothing."""
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The byte for each character of the byte-level BPE alphabet. Printable ones stand for
-    themselves; the others are numbered from 256 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + index): byte for index, byte in enumerate(others)
-    }
-
-
-class BytePieces(dict[int, bytes]):
-    """The bytes of each token id, filled on first use. ``hidden`` and unknown ids have none."""
-
-    def __init__(
-        self, id_to_token: Callable[[int], str | None], hidden: frozenset[int] = frozenset()
-    ) -> None:
-        super().__init__()
-        self._id_to_token = id_to_token
-        self._hidden = hidden
-        self._alphabet = byte_alphabet()
-
-    def __missing__(self, token: int) -> bytes:
-        name = None if token in self._hidden else self._id_to_token(token)
-        try:
-            piece = bytes(self._alphabet[char] for char in name or "")
-        except KeyError:  # an added token, which is written as plain text
-            piece = (name or "").encode()
-        self[token] = piece
-        return piece
-
-
 class ByteDetokenizer:
-    """For byte-level BPE: passes the tokens' bytes through an incremental UTF-8 decoder."""
+    """For tokenizers whose pieces join to the text: passes the tokens' bytes through an incremental
+    UTF-8 decoder.
+    """
 
     __slots__ = ("_decode", "_pieces")
 
-    def __init__(self, pieces: BytePieces) -> None:
+    def __init__(self, pieces: BytePieces | DecodedPieces) -> None:
         self._pieces = pieces
         self._decode = _Utf8("replace").decode
 
     def push(self, token: int) -> str:
         return self._decode(self._pieces[token])
+
+    def finish(self) -> str:
+        return self._decode(b"", True)
+
+
+class OpeningDetokenizer:
+    """The same for a text that begins with the first token that has one, which may lose a space."""
+
+    __slots__ = ("_decode", "_opened", "_pieces")
+
+    def __init__(self, pieces: DecodedPieces) -> None:
+        self._pieces = pieces
+        self._decode = _Utf8("replace").decode
+        self._opened = False
+
+    def push(self, token: int) -> str:
+        piece = self._pieces[token]
+        if not self._opened and piece:
+            self._opened = True
+            piece = self._pieces.opening(token)
+        return self._decode(piece)
 
     def finish(self) -> str:
         return self._decode(b"", True)

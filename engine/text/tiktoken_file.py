@@ -18,7 +18,7 @@ import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .detokenizer import byte_alphabet
+from .pieces import byte_alphabet
 
 FILE = "tiktoken.model"
 DECODER = {"type": "ByteLevel"}  # as tokenizer.json would describe it

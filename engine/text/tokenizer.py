@@ -14,9 +14,17 @@ import msgspec
 from transformers import PreTrainedTokenizerFast
 
 from . import tiktoken_file
-from .detokenizer import ByteDetokenizer, BytePieces, Detokenizer, WindowDetokenizer
+from .detokenizer import ByteDetokenizer, Detokenizer, OpeningDetokenizer, WindowDetokenizer
+from .pieces import BytePieces, DecodedPieces, has_byte_tokens, is_byte_level, joins_pieces, parts_of
 
 PROMPT_TAIL = 6
+# Settings of a tokenizer that are places on this host, or itself.
+_PLACES = frozenset(
+    (
+        *("tokenizer_file", "tokenizer_object", "vocab_file", "merges_file", "name_or_path", "backend"),
+        *("is_local", "local_files_only"),
+    )
+)
 
 
 class _TokenizerFile(msgspec.Struct):
@@ -37,8 +45,9 @@ class Codec:
         added = self._backend.get_added_tokens_decoder().items()
         self.special_ids = frozenset(id for id, token in added if token.special)
         self._added = {token.content: id for id, token in added}
-        self._pieces = BytePieces(self._backend.id_to_token) if _is_byte_level(decoder) else None
-        self._visible: dict[frozenset[int], BytePieces] = {}  # by the ids that are hidden
+        self._parts = parts_of(decoder)
+        self._joins = joins_pieces(self._parts)
+        self._pieces: dict[frozenset[int], BytePieces | DecodedPieces] = {}  # by the ids that are hidden
 
     @property
     def eos_id(self) -> int | None:
@@ -87,21 +96,51 @@ class Codec:
     def detokenizer(
         self, skip_special_tokens: bool, prompt: list[int], shown: frozenset[int] = frozenset()
     ) -> Detokenizer:
-        """A new incremental detokenizer for the tokens after ``prompt``, whose last tokens decide
-        about leading spaces. Special ids in ``shown`` are never skipped.
+        """A new incremental detokenizer for the tokens after ``prompt``, which decides about a
+        leading space. Special ids in ``shown`` are never skipped.
         """
-        hidden = self.special_ids - shown if skip_special_tokens else frozenset()
-        if self._pieces is None:
+        hidden = self._hidden(skip_special_tokens) - shown
+        if not self._joins:
             return WindowDetokenizer(self._backend.decode, hidden, prompt[-PROMPT_TAIL:])
-        if hidden not in self._visible:
-            self._visible[hidden] = BytePieces(self._backend.id_to_token, hidden)
-        return ByteDetokenizer(self._visible[hidden])
+        pieces = self._pieces_without(hidden)
+        if isinstance(pieces, DecodedPieces) and not any(pieces[token] for token in prompt):
+            return OpeningDetokenizer(pieces)
+        return ByteDetokenizer(pieces)
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of one token; its text where the tokenizer is not byte-level."""
-        if self._pieces is not None:
-            return self._pieces[token]
-        return self.decode([token], skip_special_tokens=False).encode()
+    def text(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """The text that a detokenizer makes of all ``ids``. It differs from ``decode`` in bytes
+        that are no character.
+        """
+        if not self._joins:
+            return self.decode(ids, skip_special_tokens)
+        pieces = self._pieces_without(self._hidden(skip_special_tokens))
+        texts = [pieces[token] for token in ids]
+        first = next((at for at, piece in enumerate(texts) if piece), None)
+        if first is not None:
+            texts[first] = pieces.opening(ids[first])
+        return b"".join(texts).decode("utf-8", "replace")
+
+    def piece(self, token: int, opening: bool = False) -> bytes:
+        """The bytes that a token adds to a text, ``opening`` it or inside it."""
+        pieces = self._pieces_without(frozenset())
+        return pieces.opening(token) if opening else pieces[token]
+
+    def is_shown(self, token: int, skip_special_tokens: bool) -> bool:
+        """Whether a token has text."""
+        return bool(self._pieces_without(self._hidden(skip_special_tokens))[token])
+
+    def _hidden(self, skip_special_tokens: bool) -> frozenset[int]:
+        return self.special_ids if skip_special_tokens else frozenset()
+
+    def _pieces_without(self, hidden: frozenset[int]) -> BytePieces | DecodedPieces:
+        found = self._pieces.get(hidden)
+        if found is None:
+            if is_byte_level(self._parts):
+                found = BytePieces(self._backend.id_to_token, hidden)
+            else:
+                found = DecodedPieces(self._backend, has_byte_tokens(self._parts), hidden)
+            self._pieces[hidden] = found
+        return found
 
     def token_name(self, token: int) -> str:
         """The vocabulary entry of ``token`` as tokenizer.json writes it."""
@@ -114,16 +153,39 @@ class Codec:
         return text
 
     def describe(self) -> dict[str, Any]:
-        """The document of /tokenizer_info."""
+        """The document of /tokenizer_info: the tokenizer's own settings, with tokens as text,
+        beside our fields.
+        """
+        settings: dict[str, Any] = _plain(self._tokenizer.init_kwargs)
+        named = {name: token for name, token in settings.items() if name not in _PLACES}
         return {
+            "bos_token": None,
+            "eos_token": None,
+            "unk_token": None,
+            "pad_token": None,
+            **named,
+            **_plain(self.special_tokens),
             "tokenizer_class": type(self._tokenizer).__name__,
             "vocab_size": self._backend.get_vocab_size(),
             "special_tokens": self.special_tokens,
             "special_ids": sorted(self.special_ids),
             "eos_token_id": self.eos_id,
-            "byte_level": self._pieces is not None,
+            "byte_level": is_byte_level(self._parts),
             "chat_template": self._tokenizer.chat_template,
         }
+
+
+def _plain(value: Any) -> Any:
+    """A setting of a tokenizer as JSON has it; a token as its text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, int) and abs(value) >= 2**63:  # "no limit" of model_max_length
+        return float(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any] | None]:
@@ -136,15 +198,3 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     if (folder / tiktoken_file.FILE).exists():
         return tiktoken_file.load_tokenizer(folder), tiktoken_file.DECODER
     raise ValueError(f"neither tokenizer.json nor {tiktoken_file.FILE} is there")
-
-
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
-    """Whether decoding joins the bytes of the tokens (byte-level BPE: Qwen, DeepSeek, Llama 3,
-    GPT-2).
-    """
-    if decoder is None:
-        return False
-    if decoder.get("type") == "Sequence":
-        parts = decoder.get("decoders", [])
-        return len(parts) == 1 and parts[0].get("type") == "ByteLevel"
-    return decoder.get("type") == "ByteLevel"

@@ -69,11 +69,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """Sparse changes of logits, host arrays. Every pair (row, token) occurs at most once per kind.
+    """Sparse changes of logits, host arrays. Every pair (row, token) occurs at most once per kind,
+    except among the masked.
 
     counted: tokens that a row has seen. ``output_counts_N`` counts them among its sampled tokens
     (0: in the prompt alone); the penalties [R] act on these. bias: added. masked: set to -inf (stop
-    ids before ``min_tokens``).
+    ids before ``min_tokens``, ends of bad words).
     """
 
     counted_rows_N: NDArray[np.int64]

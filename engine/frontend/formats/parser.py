@@ -23,6 +23,9 @@ class ReplyParser:
 
     Reasoning can only come first. A later tag is content, and so is all that looks like a tool call
     but is none. ``full`` is set once the only call allowed has been read: nothing more is taken.
+
+    ``reasoning_from`` and ``reasoning_to`` are places in the text, between the tags: None while
+    unknown, or where there is no reasoning. ``reasoning_over`` is set when none can follow.
     """
 
     __slots__ = (
@@ -35,6 +38,9 @@ class ReplyParser:
         "_tags",
         "_tools",
         "full",
+        "reasoning_from",
+        "reasoning_over",
+        "reasoning_to",
     )
 
     def __init__(
@@ -46,6 +52,9 @@ class ReplyParser:
         named: bool = False,
     ) -> None:
         self.full = False
+        self.reasoning_from: int | None = None
+        self.reasoning_to: int | None = None
+        self.reasoning_over = tags is None
         self._done = False
         self._speech = speech
         self._tags = tags
@@ -93,6 +102,7 @@ class ReplyParser:
     def _read(self) -> Steps[None]:
         if self._tags is not None:
             yield from self._read_reasoning(self._tags)
+            self.reasoning_over = True
         if self._tools is None:
             yield from self._reader.run(lambda text, start: -1, self._speech.plain)
         else:
@@ -110,8 +120,10 @@ class ReplyParser:
             reader.rewind(pin)
             if not self._in_reasoning:
                 return
+        self.reasoning_from = reader.position
         yield from reader.skip(NEWLINES)
         if (yield from reader.scan((tags.close,), speech.reasoning)) is not None:
+            self.reasoning_to = reader.position - len(tags.close)
             self._in_reasoning = False
             speech.end_reasoning()
             yield from reader.skip(NEWLINES)

@@ -30,7 +30,7 @@ from ..api.schemas import (
 )
 from ..requests.conversation import conversation_text
 from ..requests.model import ServedModel
-from ..requests.sampling import check_ids
+from ..requests.token_rules import check_ids
 from ..service import Service
 from .access import ID_KEY, AccessMiddleware
 from .cors import with_cors

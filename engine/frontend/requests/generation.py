@@ -13,6 +13,9 @@ from ...text.detokenizer import Detokenizer
 from ..api.errors import ApiError
 from ..formats.parser import ReplyParser
 from .echo import Echo
+from .places import Places
+from .prompt_scores import PromptScores, RankedPrompt
+from .reasoning_tokens import ReasoningTokens
 from .stops import StopMatcher, StopRule
 
 REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "abort", Finish.ERROR: "error"}
@@ -35,9 +38,10 @@ class Generation:
     ``tokens`` are those that count for the client: none after a stop string, whatever the engine
     has computed meanwhile. ``num_received`` counts all that the engine sent. ``pieces`` is text
     that the sink has not taken, ``num_taken`` the tokens it has taken; with a ``parser`` the text
-    goes there instead. ``echo`` is a prompt that is shown with its log-probabilities: it becomes
-    text once they are complete, which is before the first token. Times are seconds of the monotonic
-    clock, 0 for what has not happened yet.
+    goes there instead. ``prompt_scores`` collects log-probabilities of the prompt for ``echo`` and
+    ``ranked``. An ``echo`` becomes text once they are complete, which is before the first token.
+    ``places`` are those of the output's tokens in the text of a completion. Times are seconds of
+    the monotonic clock, 0 for what has not happened yet.
     """
 
     submit: Submit
@@ -48,6 +52,9 @@ class Generation:
     stop: StopRule
     matcher: StopMatcher | None = None
     echo: Echo | None = None
+    ranked: RankedPrompt | None = None
+    prompt_scores: PromptScores | None = None
+    places: Places | None = None
     parser: ReplyParser | None = None
     logprobs: list[HandleLogprobs | None] | None = None
     pieces: list[str] = field(default_factory=list)
@@ -62,9 +69,13 @@ class Generation:
     first: float = 0.0
     last: float = 0.0
     stop_ids: frozenset[int] = field(init=False)  # those of ``stop``, at hand for every token
+    _reasoning: ReasoningTokens | None = field(init=False, default=None)  # None once they are counted
+    _num_reasoning: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.stop_ids = self.stop.ids
+        if self.parser is not None and not self.parser.reasoning_over:
+            self._reasoning = ReasoningTokens(self.parser)
 
     @property
     def handle(self) -> int:
@@ -95,15 +106,20 @@ class Generation:
         """``finish`` as the client sees it."""
         return self.finish if self.parser is None or self.finish is None else self.parser.reason(self.finish)
 
+    @property
+    def num_reasoning(self) -> int:
+        """Number of ``tokens`` between the tags of the reasoning."""
+        return self._num_reasoning if self._reasoning is None else self._reasoning.count
+
     def accept_prompt(self, prompt: PromptLogprobs) -> None:
         """Takes log-probabilities of the prompt. With the last of them the prompt becomes text."""
-        if self.echo is not None and self.echo.take(prompt):
+        if self.prompt_scores is not None and self.prompt_scores.take(prompt) and self.echo is not None:
             self.pieces.append(self.echo.text)
 
     @property
     def lacks_prompt(self) -> bool:
         """Log-probabilities of the prompt are still missing."""
-        return self.echo is not None and not self.echo.complete
+        return self.prompt_scores is not None and not self.prompt_scores.complete
 
     def accept(
         self, tokens: list[int], logprobs: Callable[[int], HandleLogprobs | None] | None = None
@@ -111,6 +127,9 @@ class Generation:
         """Takes the next tokens, up to the one that ends the generation. ``logprobs`` gives the
         log-probabilities of an output position.
         """
+        if self._reasoning is not None and self._reasoning.over:
+            self._num_reasoning = self._reasoning.count
+            self._reasoning = None
         for token in tokens:
             self.tokens.append(token)
             if self.logprobs is not None:
@@ -119,6 +138,8 @@ class Generation:
                 self._end_with(token)
                 return
             text = self.detokenizer.push(token)
+            if self._reasoning is not None:
+                self._reasoning.add(text)
             if self.matcher is not None:
                 text = self._match(self.matcher, text)
             if text:

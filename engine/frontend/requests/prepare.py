@@ -13,13 +13,15 @@ import numpy as np
 
 from ...kv.hashing import chain_hashes, hash_root
 from ..api.errors import bad_request
-from ..api.schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, GenerationRequest, NamedTool
+from ..api.generate import MAX_SEQUENCES
+from ..api.schemas import ChatRequest, CompletionRequest, GenerationRequest, NamedTool
 from ..formats.choice import Manner
 from .conversation import continued, conversation_text
 from .model import ServedModel
 from .prepared import Outline, PreparedRequest, Prompt
-from .sampling import build_samplings, check_ids, stop_rule
+from .sampling import build_samplings, stop_rule
 from .structure import begins_with, grammar_of, refuse_without_end
+from .token_rules import check_ids, check_prompt, refuse_with_grammar, token_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,10 @@ def prepare(
     grammar = grammar_of(ask, manner, model.tag_id, model.check)
     if grammar:
         refuse_without_end(model.defaults.eos_ids)
+        refuse_with_grammar(ask)
     stop = stop_rule(ask, model.defaults, model.vocab_size)
-    samplings = build_samplings(ask, model.defaults, model.vocab_size, stop)
+    rules = token_rules(ask, model.codec, model.vocab_size, stop)
+    samplings = build_samplings(ask, model.defaults, model.vocab_size, stop, rules)
     return PreparedRequest(
         outline=_outline(model.name, ask, request_id),
         prompts=prompts,
@@ -120,14 +124,34 @@ def _prompt(
     else:
         ids = source
         check_ids(ids, model.vocab_size, "prompt")
+    ids = _truncated(ids, limits, ask)
+    check_prompt(ids, model.codec, model.vocab_size, _prompt_field(ask))
     if not ids:
         raise bad_request("The prompt is empty: at least one token is needed", _prompt_field(ask))
     budget = _output_budget(model, limits, ask, len(ids))
-    packed = np.array(ids, "<i4").tobytes()
-    if not limits.page_size:
-        return Prompt(ids, packed, b"", budget)
-    root = hash_root(model.revision, model.kv_format, salt=ask.cache_salt or "")
-    return Prompt(ids, packed, chain_hashes(root, packed, limits.page_size), budget)
+    packed, hashes = np.array(ids, "<i4").tobytes(), b""
+    if limits.page_size:
+        root = hash_root(model.revision, model.kv_format, salt=ask.cache_salt or "")
+        hashes = chain_hashes(root, packed, limits.page_size)
+    text = model.codec.text(ids, ask.skip_special_tokens is not False) if ask.echo else ""
+    return Prompt(ids, packed, hashes, budget, text)
+
+
+def _truncated(ids: list[int], limits: EngineLimits, ask: GenerationRequest) -> list[int]:
+    """The last tokens of a prompt, as many as ``truncate_prompt_tokens`` says: with -1 as many as
+    fit beside the output.
+    """
+    keep = ask.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    most = limits.max_len - (1 if ask.output_tokens is None else ask.output_tokens)
+    if keep > limits.max_len:
+        raise bad_request(
+            f"truncate_prompt_tokens: should be at most {limits.max_len}, the maximum context length"
+            f" (got {keep})",
+            "truncate_prompt_tokens",
+        )
+    return ids[-keep:] if keep > 0 else ids[-most:] if most > 0 else ids
 
 
 def _output_budget(model: ServedModel, limits: EngineLimits, ask: GenerationRequest, num_prompt: int) -> int:
@@ -170,6 +194,7 @@ def _outline(model_name: str, ask: GenerationRequest, request_id: str) -> Outlin
         num_logprobs=ask.num_logprobs,
         return_token_ids=bool(ask.return_token_ids),
         include_usage=bool(options and options.include_usage),
-        continuous_usage=bool(options and options.continuous_usage_stats),
+        continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
         interval=ask.stream_interval or 1,
+        num_prompt_logprobs=-1 if ask.prompt_logprobs is None else ask.prompt_logprobs,
     )

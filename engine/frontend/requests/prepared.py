@@ -13,7 +13,8 @@ from .stops import StopRule
 class Outline:
     """The fields that all documents of an answer repeat, and the optional parts the client wants.
 
-    ``interval`` is the least number of new tokens in a chunk of a stream.
+    ``num_prompt_logprobs`` is that of ``prompt_logprobs``, -1 for none. ``interval`` is the least
+    number of new tokens in a chunk of a stream.
     """
 
     id: str
@@ -25,16 +26,20 @@ class Outline:
     include_usage: bool = False
     continuous_usage: bool = False
     interval: int = 1
+    num_prompt_logprobs: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, packed as int32 and hashed by page; ``max_tokens`` may follow them."""
+    """Token ids, packed as int32 and hashed by page; ``max_tokens`` may follow them. ``text`` is
+    the prompt as it is shown before the completion, empty if it is not.
+    """
 
     ids: list[int]
     packed_i32: bytes
     hashes_h128: bytes
     max_tokens: int
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,13 @@ class PreparedRequest:
 
     @property
     def scores_prompt(self) -> bool:
-        """The log-probabilities of the prompt's own tokens are asked for."""
+        """The log-probabilities of the prompt's own tokens are asked for, by either field."""
         return self.samplings[0].num_prompt_logprobs >= 0
+
+    @property
+    def echoes_scores(self) -> bool:
+        """The prompt is shown with its log-probabilities."""
+        return self.echo and self.outline.num_logprobs >= 0
 
     @property
     def needs_engine(self) -> bool:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 
 from ...protocol.message import Sampling
-from ..api.errors import ApiError, bad_request
 from ..api.schemas import GenerationRequest
 from .stops import StopRule
+from .token_rules import TokenRules, check_ids
 
 T = TypeVar("T")
 
@@ -66,16 +65,17 @@ def stop_rule(ask: GenerationRequest, defaults: Defaults, vocab_size: int) -> St
 
 
 def build_samplings(
-    ask: GenerationRequest, defaults: Defaults, vocab_size: int, stop: StopRule
+    ask: GenerationRequest, defaults: Defaults, vocab_size: int, stop: StopRule, rules: TokenRules
 ) -> list[Sampling]:
-    """One ``Sampling`` per choice: each adds one to the seed. Raises ApiError for ids outside the
-    vocabulary.
+    """One ``Sampling`` per choice: each adds one to the seed. Log-probabilities of the prompt alone
+    are asked for once.
     """
     temperature = _pick(ask.temperature, defaults.temperature)
     if temperature != 0:
         temperature = max(temperature, MIN_TEMPERATURE)  # a smaller one overflows float32 logits
     top_k = max(0, _pick(ask.top_k, defaults.top_k))
-    ids, values = _biases(ask.logit_bias, vocab_size)
+    ranked = -1 if ask.prompt_logprobs is None else ask.prompt_logprobs
+    echoed = ask.num_logprobs if ask.scores_prompt else -1
     first = Sampling(
         temperature=temperature,
         top_p=_pick(ask.top_p, defaults.top_p),
@@ -88,39 +88,16 @@ def build_samplings(
         min_tokens=ask.min_tokens or 0,
         num_logprobs=ask.num_logprobs,
         stop_i32=stop.packed_i32(),
-        bias_ids_i32=np.array(ids, "<i4").tobytes(),
-        bias_values_f32=np.array(values, "<f4").tobytes(),
-        num_prompt_logprobs=ask.num_logprobs if ask.scores_prompt else -1,
+        bias_ids_i32=rules.bias_ids_i32,
+        bias_values_f32=rules.bias_values_f32,
+        num_prompt_logprobs=max(ranked, echoed),
+        allowed_i32=rules.allowed_i32,
+        bad_words_i32=rules.bad_words_i32,
+        prompt_ranks=ranked >= 0,
     )
+    other = msgspec.structs.replace(first, num_prompt_logprobs=echoed, prompt_ranks=False)
     others = range(1, ask.n or 1)
-    return [first, *(msgspec.structs.replace(first, seed=(first.seed + other) % SEEDS) for other in others)]
-
-
-def check_ids(ids: list[int], vocab_size: int, param: str) -> None:
-    """Raises ApiError where an id is outside the vocabulary."""
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise _outside(wrong, vocab_size, param)
-
-
-def _biases(biases: dict[str, float] | None, vocab_size: int) -> tuple[list[int], list[float]]:
-    """Token ids, ascending, and their biases."""
-    pairs: dict[int, float] = {}
-    for key, value in (biases or {}).items():
-        if not (key.isascii() and key.isdigit() and len(key) < 12):
-            raise bad_request(f"logit_bias: keys must be token ids (got {key[:40]!r})", "logit_bias")
-        pairs[int(key)] = value
-    check_ids(list(pairs), vocab_size, "logit_bias")
-    ids = sorted(pairs)
-    return ids, [pairs[token] for token in ids]
-
-
-def _outside(token: int, vocab_size: int, param: str) -> ApiError:
-    given = str(token) if abs(token) < 10**18 else "a huge number"
-    return bad_request(
-        f"{param}: token id {given} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1})",
-        param,
-    )
+    return [first, *(msgspec.structs.replace(other, seed=(first.seed + more) % SEEDS) for more in others)]
 
 
 def _pick(asked: T | None, default: T) -> T:

@@ -16,7 +16,8 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from ..api.errors import bad_request
-from ..api.schemas import ChatRequest, Generate, NamedTool
+from ..api.generate import Generate
+from ..api.schemas import ChatRequest, NamedTool
 from ..formats.choice import Manner
 from ..formats.lark import Lark, Spell
 from ..formats.reader import SPACE

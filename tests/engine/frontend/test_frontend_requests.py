@@ -14,7 +14,8 @@ from lockstep.engine.frontend.requests.generation import Generation
 from lockstep.engine.frontend.requests.stops import StopRule
 from lockstep.engine.protocol.frontends import Abort, Rejected, Submit
 from lockstep.engine.protocol.message import Finish, Sampling
-from lockstep.engine.text.detokenizer import ByteDetokenizer, BytePieces
+from lockstep.engine.text.detokenizer import ByteDetokenizer
+from lockstep.engine.text.pieces import BytePieces
 from support.engine.frontend.scripted_controller import batch, started
 
 STOP_ID = 7

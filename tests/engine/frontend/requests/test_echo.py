@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from lockstep.engine.frontend.requests.echo import Echo
+from lockstep.engine.frontend.requests.prompt_scores import PromptScores
 from lockstep.engine.protocol.frontends import Submit
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec
@@ -124,16 +125,18 @@ def test_what_an_engine_has_lost_is_an_error(
 def test_repeats_change_nothing(tmp_path: Path, skip: bool) -> None:
     codec, prompt = Codec(write_model(tmp_path)), [IM_END, *PROMPT_IDS]
     submit = Submit(1, "r", array("i", prompt).tobytes(), b"", 99, Sampling(num_prompt_logprobs=2))
-    once, often = Echo(codec, prompt, 2, skip), Echo(codec, prompt, 2, skip)
+    text = codec.text(prompt, skip)
+    once, often = (Echo(codec, prompt, text, 2, skip) for _ in range(2))
+    all_at_once, in_parts = PromptScores(prompt, [once]), PromptScores(prompt, [often])
     for message in prompt_logprobs(submit, 100):
-        once.take(message)
+        all_at_once.take(message)
     for message in prompt_logprobs(submit, 2):
-        often.take(message)
+        in_parts.take(message)
         for again in prompt_logprobs(submit, 5):
-            if again.position <= often.known:
-                often.take(again)
+            if again.position <= in_parts.known:
+                in_parts.take(again)
     empty: dict[str, Any] = {name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
-    assert once.complete and often.complete
+    assert all_at_once.complete and in_parts.complete
     shown = once.before(empty)
     assert shown == often.before(empty)
     assert once.before(empty) == empty, "shown once"

@@ -271,8 +271,8 @@ def _logprobs(running: _Running, tokens: list[int]) -> Iterator[HandleLogprobs]:
 
 
 def prompt_logprobs(submit: Submit, each: int = 3) -> Iterator[PromptLogprobs]:
-    """``each`` positions a message. A prompt token gets -position / 8; its alternatives are it and
-    the ids after it, with that value, 1 less, 2 less, ...
+    """``each`` positions a message. A prompt token gets -position / 8 and rank 1; its alternatives
+    are it and the ids after it, with that value, 1 less, 2 less, ...
     """
     top, prompt = submit.sampling.num_prompt_logprobs, array("i", submit.prompt_i32).tolist()
     for start in range(1, len(prompt) if top >= 0 else 0, each):
@@ -285,6 +285,7 @@ def prompt_logprobs(submit: Submit, each: int = 3) -> Iterator[PromptLogprobs]:
             array("f", [-at / 8 for at in positions]).tobytes(),
             ids.tobytes(),
             values.tobytes(),
+            array("i", [1] * len(positions) if submit.sampling.prompt_ranks else []).tobytes(),
         )
 
 
