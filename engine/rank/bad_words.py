@@ -26,7 +26,7 @@ class BadWords:
                 word = []
             else:
                 word.append(token)
-        self._always = np.array(sorted(self._last_by_prefix.pop((), [])), np.int64)
+        self._always = np.array(sorted(set(self._last_by_prefix.pop((), []))), np.int64)
         self._lengths = sorted({len(prefix) for prefix in self._last_by_prefix})
         self._reach = max(self._lengths, default=0)
         self._tail: list[int] = emitted[max(0, len(emitted) - self._reach) :].tolist()

@@ -94,7 +94,7 @@ def test_what_was_emitted_is_no_prompt_and_what_is_cached_is_left_out(checkpoint
 def test_the_size_that_is_documented() -> None:
     line = PromptLogprobs(3, 1000, bytes(4 * 512), bytes(4 * 5 * 512), bytes(4 * 5 * 512))
     assert len(encode(line)) == 22_551
-    assert "22,549" in (PromptLogprobs.__doc__ or "")
+    assert "22,551" in (PromptLogprobs.__doc__ or "")
 
 
 def test_one_token_and_no_request_for_them_say_nothing(checkpoints: dict[str, Path]) -> None:
