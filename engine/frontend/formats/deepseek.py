@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from .format import Tools, arguments, close, optional, repeated, section
-from .json_text import value
+from .call_object import call_arguments
+from .format import Tools, arguments, close, opener, repeated, section
 from .lark import Lark
 from .reader import SPACE, Reader, Steps
 from .speech import Speech
@@ -26,6 +26,7 @@ from .speech import Speech
 SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 FENCE, FENCE_END = "```json", "```"
+TYPE = "function"
 
 
 class DeepSeek:
@@ -44,23 +45,32 @@ class DeepSeek:
         if head is None:
             return False
         yield from reader.skip(SPACE)
-        fenced = (yield from reader.peek()) != "{"
-        if fenced:
+        if head.strip() == TYPE and not (yield from reader.peek()):
+            return False
+        fenced = not (yield from self._bare(reader))
+        if fenced:  # the name stands behind the separator
             head = yield from reader.head("\n")
             yield from reader.skip(SPACE)
             if not (yield from reader.take(FENCE)):
                 return False
-            yield from reader.skip(SPACE)
-        if not (head and head.strip() and (yield from reader.peek()) == "{"):
+        name = (head or "").strip()
+        if not name:
             return False
-        speech.open_call(head.strip())
-        reader.release()
-        if (yield from value(reader, speech.arguments)):
-            speech.close_call()
-            if fenced:
-                yield from optional(reader, FENCE_END)
-        yield from close(reader, speech, CALL_END)
+        end = FENCE_END if fenced else CALL_END
+        if not (yield from call_arguments(reader, speech, opener(reader, speech, name), end)):
+            return False
+        if fenced:
+            yield from close(reader, speech, FENCE_END, (CALL, CALL_END, SECTION_END))
+        yield from close(reader, speech, CALL_END, (CALL, SECTION_END))
         return True
+
+    @staticmethod
+    def _bare(reader: Reader) -> Steps[bool]:
+        """Whether arguments follow the separator, or null, or none before the end of the call."""
+        if (yield from reader.peek()) in ("", "{", '"'):
+            return True
+        text = yield from reader.ahead(len("null") + len(CALL_END))
+        return CALL_END.startswith(text.removeprefix("null")[: len(CALL_END)])
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
         line = lark.line_breaks(1)
@@ -70,7 +80,7 @@ class DeepSeek:
             schema = lark.json(arguments(self._tools, name))
             before = lark.text(f"{name}\n{FENCE}\n")
             after = lark.text(f"\n{FENCE_END}")
-            calls.append(f"{lark.text('function')} {separator} {before} {schema} {after}")
+            calls.append(f"{lark.text(TYPE)} {separator} {before} {schema} {after}")
             calls.append(f"{lark.text(name)} {separator} {schema}")
         call = f"{lark.tag(CALL)} {lark.either(calls)} {lark.tag(CALL_END)}"
         return f"{lark.tag(SECTION)} {repeated(call, line, many)} {lark.tag(SECTION_END)}"

@@ -56,14 +56,29 @@ def section(
     return True
 
 
-def close(reader: Reader, speech: Speech, tag: str) -> Steps[None]:
-    """Moves past the closing tag of the last call. If the call broke off, the text before the tag
-    becomes part of its arguments.
+def close(reader: Reader, speech: Speech, tag: str, others: tuple[str, ...] = ()) -> Steps[None]:
+    """Moves past the closing tag of the last call, and past brackets before it that close nothing.
+    If the call broke off, the text before the tag, or before one of ``others``, becomes content.
     """
-    if not speech.calls[-1].complete:
-        yield from reader.scan((tag,), speech.arguments)
+    pin = reader.pin()
+    yield from reader.skip(SPACE + "}]")
+    if (yield from reader.take(tag)) or not (yield from reader.peek()):
+        reader.release()
         return
-    yield from optional(reader, tag)
+    reader.rewind(pin)
+    if not speech.calls[-1].complete:
+        yield from reader.scan((tag, *others), speech.content, past=False)
+        yield from optional(reader, tag)
+
+
+def opener(reader: Reader, speech: Speech, name: str, id: str | None = None) -> Callable[[], None]:
+    """Opens a call and gives up the pin: it stays a call."""
+
+    def begin() -> None:
+        speech.open_call(name, id)
+        reader.release()
+
+    return begin
 
 
 def optional(reader: Reader, tag: str) -> Steps[bool]:

@@ -6,8 +6,9 @@ they are, other values as JSON.
     <arg_value>Paris</arg_value>
     </tool_call>
 
-The schema of the function tells which values are strings. Without a schema, a value that is valid
-JSON is taken as JSON.
+The schema of the function tells which values are strings: where it allows a string, a value is
+one, unless it is a null, an array or an object that the schema allows too. Without a schema, a
+value that is valid JSON is taken as JSON.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from .format import Tools, close, optional, repeated
-from .json_text import Quoted, decoded
+from .format import Tools, close, opener, optional, repeated
+from .json_text import Quoted, collected, encoded
 from .lark import Lark
-from .reader import Reader, Steps
+from .parameters import TEXT, Parameters
+from .reader import SPACE, Reader, Steps
 from .speech import Speech
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -40,53 +42,74 @@ class Glm:
     def read(self, reader: Reader, speech: Speech) -> Steps[bool]:
         head = yield from reader.head("<")
         name = (head or "").strip()
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) and name not in self._tools:
             return False
         reader.back(1)  # the bracket
+        begin = opener(reader, speech, name)
         if (yield from reader.take(CLOSE)):
-            self._open(reader, speech, name)
+            begin()
             speech.arguments("{}")
             speech.close_call()
             return True
         if not (yield from reader.take(KEY)):
             return False
-        self._open(reader, speech, name)
-        if (yield from self._members(reader, speech, self._tools.get(name, {}))):
+        begin()
+        if (yield from self._members(reader, speech, Parameters(self._tools.get(name)))):
             speech.arguments("}")
             speech.close_call()
-        yield from close(reader, speech, CLOSE)
+        yield from close(reader, speech, CLOSE, (OPEN,))
         return True
 
-    @staticmethod
-    def _open(reader: Reader, speech: Speech, name: str) -> None:
-        speech.open_call(name)
-        reader.release()
-
-    def _members(self, reader: Reader, speech: Speech, schema: dict[str, Any]) -> Steps[bool]:
-        """Reads the members, from after the first key's tag. False if the text ends within one."""
+    def _members(self, reader: Reader, speech: Speech, schema: Parameters) -> Steps[bool]:
+        """Reads the members, from after the first key's tag. False if one of them breaks off."""
         before = "{"
         while True:
             key = yield from reader.head(KEY_END)
-            if key is None or not (yield from optional(reader, VALUE)):
+            if key is None:  # cut, or too long to be held
+                speech.arguments(f'{before}"')
+                if (yield from reader.scan((KEY_END,), Quoted(speech.arguments))) is None:
+                    return False
+                speech.arguments('": ')
+                part: Any = True
+            else:
+                key = key.strip()
+                speech.arguments(f"{before}{msgspec.json.encode(key).decode()}: ")
+                part = schema.part(key)
+            if not (yield from optional(reader, VALUE)):
                 return False
-            key = key.strip()
-            speech.arguments(f"{before}{msgspec.json.encode(key).decode()}: ")
-            if not (yield from self._value(reader, speech, schema.get("properties", {}).get(key, {}))):
+            if not (yield from self._value(reader, speech, schema, part)):
                 return False
             if not (yield from optional(reader, KEY)):
                 return True
             before = ", "
 
-    def _value(self, reader: Reader, speech: Speech, schema: Any) -> Steps[bool]:
-        if isinstance(schema, dict) and schema.get("type") == "string":
+    def _value(self, reader: Reader, speech: Speech, schema: Parameters, part: Any) -> Steps[bool]:
+        if schema.kinds(part) == TEXT:
             speech.arguments('"')
             found = yield from reader.scan((VALUE_END,), Quoted(speech.arguments))
             speech.arguments('"' if found else "")
             return found is not None
+        pin = reader.pin()
+        yield from reader.skip(SPACE)
+        json, complete = yield from collected(reader)
+        yield from reader.skip(SPACE)
+        rest = yield from reader.ahead(len(VALUE_END))
+        if complete and rest == VALUE_END:
+            raw = reader.since(pin)
+            reader.step(len(VALUE_END))
+            reader.release()
+            speech.arguments(json if schema.takes_json(part, json, raw) else encoded(raw))
+            return True
+        if VALUE_END.startswith(rest) and json and schema.takes_json(part, json, reader.since(pin)):
+            reader.step(len(rest))  # the text has ended
+            reader.release()
+            speech.arguments(json)
+            return False
+        reader.rewind(pin)
         parts: list[str] = []
         found = yield from reader.scan((VALUE_END,), parts.append)
-        text = "".join(parts)
-        speech.arguments(text.strip() if _is_json(text) else msgspec.json.encode(text).decode())
+        text = encoded("".join(parts))
+        speech.arguments(text if found else text[:-1])
         return found is not None
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
@@ -117,11 +140,3 @@ class Glm:
         return (
             f"({lark.tag(KEY)} {lark.text(key)} {lark.tag(KEY_END)} {line} {lark.tag(VALUE)} {value} {line})"
         )
-
-
-def _is_json(text: str) -> bool:
-    try:
-        decoded(text.strip())
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import msgspec
 
+from .call_object import call_object
 from .format import Tools, arguments, close, repeated
-from .json_text import call_object
 from .lark import Lark
 from .reader import SPACE, Reader, Steps
 from .speech import Speech
@@ -32,9 +32,17 @@ class Hermes:
 
     def read(self, reader: Reader, speech: Speech) -> Steps[bool]:
         yield from reader.skip(SPACE)
+        if (yield from reader.take("[")):  # some models write a list of calls
+            yield from reader.skip(SPACE)
         if not (yield from call_object(reader, speech)):
             return False
-        yield from close(reader, speech, CLOSE)
+        while speech.calls[-1].complete and not speech.full:
+            pin = reader.pin()
+            yield from reader.skip(SPACE + ",")
+            if not (yield from call_object(reader, speech)):
+                reader.rewind(pin)
+                break
+        yield from close(reader, speech, CLOSE, (OPEN,))
         return True
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:

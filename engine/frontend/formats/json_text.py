@@ -1,4 +1,10 @@
-"""JSON while it arrives: passes values on as they are written, and reads calls in object form."""
+"""JSON while it arrives: passes values on as they are written.
+
+All that is passed on is the start of a valid JSON text, wherever the reply breaks off: a value ends
+at the first character that cannot continue it. Three slips of models are mended on the way: control
+characters inside strings are escaped, a backslash that escapes nothing is doubled, and a comma
+before a closing bracket is left out.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,18 @@ from typing import Any
 import msgspec
 
 from .reader import SPACE, Reader, Sink, Steps
-from .speech import Speech
 
-_STRUCTURE = re.compile(r'["{}\[\]]')
-_STRING = re.compile(r'["\\]')
-_SCALAR_END = re.compile(r"[,}\]\s]")
-CLOSES = {"{": "}", "[": "]"}
-ARGUMENTS = ("arguments", "parameters")
+_IN_STRING = re.compile(r'["\\\x00-\x1f]')
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
+_NO_DIGIT = re.compile(r"[^0-9]")
+_HEX = frozenset("0123456789abcdefABCDEF")
+_DIGITS = frozenset("0123456789")
+_ESCAPES = frozenset('"\\/bfnrt')
+_LITERALS = {"t": "true", "f": "false", "n": "null"}
+_CLOSES = {"{": "}", "[": "]"}
+# Places within a value: what may come next.
+_VALUE, _ITEM, _KEY, _MEMBER, _COLON, _NEXT = range(6)
+_MAY_CLOSE = frozenset((_ITEM, _MEMBER, _NEXT))
 
 
 def _search(pattern: re.Pattern[str]) -> Any:
@@ -25,62 +36,152 @@ def _search(pattern: re.Pattern[str]) -> Any:
     return until
 
 
-_to_structure = _search(_STRUCTURE)
-_in_string = _search(_STRING)
-_to_scalar_end = _search(_SCALAR_END)
+_in_string = _search(_IN_STRING)
+_to_black = _search(_NO_SPACE)
+_to_no_digit = _search(_NO_DIGIT)
 
 
 def decoded(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError if it is not valid JSON."""
+    """The value of a JSON text. Raises ValueError or RecursionError if there is none."""
     return msgspec.json.decode(text)
 
 
 def value(reader: Reader, sink: Sink) -> Steps[bool]:
-    """Passes on the JSON value at the cursor as it is written. True if it was complete: brackets
-    matched and strings closed.
+    """Passes on the JSON value at the cursor as it is written, up to the first character that
+    cannot continue it. True if the value is complete.
     """
-    first = yield from reader.peek()
+    closers: list[str] = []
+    place = _VALUE
+    while True:
+        char = reader.glance() or (yield from reader.peek())
+        if closers and char and char in SPACE:
+            yield from reader.run(_to_black, sink)
+            char = reader.glance()
+        if place in _MAY_CLOSE and char == closers[-1]:
+            closers.pop()
+            _pass(reader, char, sink)
+        elif place == _NEXT:
+            if char != ",":
+                return False
+            yield from _comma(reader, closers[-1], sink)
+            place = _KEY if closers[-1] == "}" else _VALUE
+            if (yield from reader.peek()) == closers[-1]:
+                place = _NEXT
+            continue
+        elif place == _COLON:
+            if char != ":":
+                return False
+            _pass(reader, char, sink)
+            place = _VALUE
+            continue
+        elif place in (_KEY, _MEMBER):
+            if char != '"' or not (yield from _string(reader, sink)):
+                return False
+            place = _COLON
+            continue
+        elif char in _CLOSES:
+            closers.append(_CLOSES[char])
+            _pass(reader, char, sink)
+            place = _MEMBER if char == "{" else _ITEM
+            continue
+        elif not (yield from _scalar(reader, char, sink)):
+            return False
+        if not closers:
+            return True
+        place = _NEXT
+
+
+def _comma(reader: Reader, closer: str, sink: Sink) -> Steps[None]:
+    """Moves past a comma and the space behind it; leaves the comma out before ``closer``."""
+    reader.step(1)
+    space = yield from reader.skip(SPACE)
+    reader.commit()
+    sink(space if (yield from reader.peek()) == closer else "," + space)
+
+
+def _scalar(reader: Reader, first: str, sink: Sink) -> Steps[bool]:
     if first == '"':
         return (yield from _string(reader, sink))
-    if first not in CLOSES:
-        return (yield from reader.run(_to_scalar_end, sink))
-    open_brackets: list[str] = []
-    while True:
-        if not (yield from reader.run(_to_structure, sink)):
-            return False
-        char = yield from reader.peek()
-        if char == '"':
-            if not (yield from _string(reader, sink)):
+    if first in _LITERALS:
+        for expected in _LITERALS[first]:
+            if (yield from reader.peek()) != expected:
                 return False
-            continue
-        if char in CLOSES:
-            open_brackets.append(char)
-        elif CLOSES[open_brackets.pop()] != char:
-            return False
-        yield from _pass(reader, char, sink)
-        if not open_brackets:
-            return True
+            _pass(reader, expected, sink)
+        return True
+    return (yield from _number(reader, sink))
+
+
+def _number(reader: Reader, sink: Sink) -> Steps[bool]:
+    yield from _one_of(reader, "-", sink)
+    if not (yield from _one_of(reader, "0", sink)) and not (yield from _digits(reader, sink)):
+        return False
+    if (yield from _one_of(reader, ".", sink)) and not (yield from _digits(reader, sink)):
+        return False
+    if (yield from _one_of(reader, "eE", sink)):
+        yield from _one_of(reader, "+-", sink)
+        return (yield from _digits(reader, sink))
+    return True
+
+
+def _digits(reader: Reader, sink: Sink) -> Steps[bool]:
+    if (yield from reader.peek()) not in _DIGITS:
+        return False
+    yield from reader.run(_to_no_digit, sink)
+    return True
+
+
+def _one_of(reader: Reader, chars: str, sink: Sink) -> Steps[bool]:
+    char = reader.glance() or (yield from reader.peek())
+    if not char or char not in chars:
+        return False
+    _pass(reader, char, sink)
+    return True
 
 
 def _string(reader: Reader, sink: Sink) -> Steps[bool]:
-    yield from _pass(reader, '"', sink)
+    _pass(reader, '"', sink)
     while True:
         if not (yield from reader.run(_in_string, sink)):
             return False
-        char = yield from reader.peek()
-        yield from _pass(reader, char, sink)
+        char = reader.glance()
         if char == '"':
+            _pass(reader, char, sink)
             return True
-        escaped = yield from reader.peek()  # after a backslash no character ends the string
-        if not escaped:
-            return False
-        yield from _pass(reader, escaped, sink)
+        if char == "\\":
+            yield from _escape(reader, sink)
+        else:
+            sink(encoded(char)[1:-1])
+            reader.step(1)
 
 
-def _pass(reader: Reader, literal: str, sink: Sink) -> Steps[None]:
-    taken = yield from reader.take(literal)
-    assert taken
-    sink(literal)
+def _escape(reader: Reader, sink: Sink) -> Steps[None]:
+    """Passes on an escape, or its backslash alone, doubled, if it is none."""
+    text = yield from reader.ahead(2)
+    if text[1:] == "u":
+        text = yield from reader.ahead(6)
+        known = _HEX.issuperset(text[2:])
+    else:
+        known = _ESCAPES.issuperset(text[1:])
+    sink(text if known else "\\\\")
+    reader.step(len(text) if known else 1)
+
+
+def _pass(reader: Reader, char: str, sink: Sink) -> None:
+    """Passes on the character that ``peek`` has shown."""
+    sink(char)
+    reader.step(1)
+
+
+def collected(reader: Reader) -> Steps[tuple[str, bool]]:
+    """The text of the JSON value at the cursor, and whether it is complete."""
+    parts: list[str] = []
+    complete = yield from value(reader, parts.append)
+    return "".join(parts), complete
+
+
+def encoded(text: str) -> str:
+    """``text`` as a JSON string."""
+    return msgspec.json.encode(text).decode()
 
 
 class Quoted:
@@ -90,99 +191,48 @@ class Quoted:
         self._sink = sink
 
     def __call__(self, text: str) -> None:
-        self._sink(msgspec.json.encode(text).decode()[1:-1])
+        self._sink(encoded(text)[1:-1])
 
 
-def call_object(reader: Reader, speech: Speech) -> Steps[bool]:
-    """Reads ``{"name": ..., "arguments": {...}}`` at the cursor, which is pinned, into a call.
-
-    False if it is none; the caller then rewinds to its pin. Once the name is known and the
-    arguments have begun it stays a call, whatever follows, and the pin is released.
-    """
-    return (yield from _CallObject(reader, speech).read())
-
-
-class _CallObject:
-    def __init__(self, reader: Reader, speech: Speech) -> None:
-        self._reader = reader
-        self._speech = speech
-        self._name: str | None = None
-        self._held: str | None = None  # arguments that came before the name or are not an object
-        self._open = False
-
-    def read(self) -> Steps[bool]:
-        reader = self._reader
-        if not (yield from reader.take("{")):
-            return False
-        first = True
-        while True:
-            yield from reader.skip(SPACE)
-            if (yield from reader.take("}")):
-                return self._end()
-            if not first and not (yield from reader.take(",")):
-                return self._end() if self._open else False  # complete but for a missing brace
-            first = False
-            yield from reader.skip(SPACE)
-            if not (yield from self._member()):
-                return self._open
-
-    def _member(self) -> Steps[bool]:
-        """Reads one ``"key": value``. False if it is not well-formed."""
-        reader = self._reader
-        key = yield from self._decoded()
-        yield from reader.skip(SPACE)
-        if not isinstance(key, str) or not (yield from reader.take(":")):
-            return False
-        yield from reader.skip(SPACE)
-        may_begin = key in ARGUMENTS and self._name is not None and not self._open
-        if may_begin and (yield from reader.peek()) == "{":
-            self._begin()
-            if not (yield from value(reader, self._speech.arguments)):
-                return False
-            self._speech.close_call()
-            return True
-        text = yield from self._text()
-        if text is None:
-            return False
-        if key == "name":
-            name = _or_none(text)
-            self._name = name if isinstance(name, str) and name else None
-        elif key in ARGUMENTS:
-            self._held = text
-        return True
-
-    def _end(self) -> bool:
-        """Opens and closes the call of the complete object, unless its arguments did so already."""
-        if self._open:
-            return True
-        if self._name is None:
-            return False
-        self._begin()
-        held = _or_none(self._held) if self._held is not None else {}
-        # some models write the object of arguments as a string
-        self._speech.arguments(held if isinstance(held, str) else self._held or "{}")
-        self._speech.close_call()
-        return True
-
-    def _begin(self) -> None:
-        assert self._name is not None
-        self._speech.open_call(self._name)
-        self._open = True
-        self._reader.release()
-
-    def _decoded(self) -> Steps[Any]:
-        text = yield from self._text()
-        return None if text is None else _or_none(text)
-
-    def _text(self) -> Steps[str | None]:
-        """The text of the next value, None if it is not well-formed."""
-        parts: list[str] = []
-        complete = yield from value(self._reader, parts.append)
-        return "".join(parts) if complete else None
-
-
-def _or_none(text: str) -> Any:
+def decoded_or_none(text: str) -> Any:
+    """The value of a JSON text, None if there is none."""
     try:
         return decoded(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def as_object(text: str) -> str | None:
+    """The object of arguments that the JSON value ``text`` stands for, as text: itself, the object
+    written in a string, or an empty one for null and an empty string. None for any other value.
+    """
+    if text.startswith("{"):
+        return text
+    if text == "null":
+        return "{}"
+    inner = decoded_or_none(text)
+    if not isinstance(inner, str):
+        return None
+    start, complete = start_of_object(inner)
+    return start if complete else None
+
+
+def start_of_object(text: str) -> tuple[str, bool]:
+    """The longest start of ``text`` that starts a JSON object, and whether the object is all of it.
+    An empty text is an empty object.
+    """
+    text = text.strip(SPACE)
+    if not text:
+        return "{}", True
+    if not text.startswith("{"):
+        return "", False
+    reader = Reader()
+    reader.feed(text)
+    reader.ended = True
+    steps = collected(reader)
+    try:
+        next(steps)
+    except StopIteration as stop:
+        start, complete = stop.value
+        return start, complete and reader.position == len(text)
+    raise AssertionError("a reader whose text has ended waited for more")

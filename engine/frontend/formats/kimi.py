@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from .format import Tools, arguments, close, repeated, section
-from .json_text import value
+from .call_object import call_arguments
+from .format import Tools, arguments, close, opener, repeated, section
 from .lark import Lark
-from .reader import SPACE, Reader, Steps
+from .reader import Reader, Steps
 from .speech import Speech
 
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -36,14 +36,12 @@ class Kimi:
         head = yield from reader.head(ARGUMENTS)
         id = (head or "").strip()
         name = id.removeprefix("functions.").rpartition(":")[0] or id
-        yield from reader.skip(SPACE)
-        if not name or (yield from reader.peek()) != "{":
+        if not name:
             return False
-        speech.open_call(name, id)
-        reader.release()
-        if (yield from value(reader, speech.arguments)):
-            speech.close_call()
-        yield from close(reader, speech, CALL_END)
+        begin = opener(reader, speech, name, id)
+        if not (yield from call_arguments(reader, speech, begin, CALL_END)):
+            return False
+        yield from close(reader, speech, CALL_END, (CALL, SECTION_END))
         return True
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import msgspec
 
-from .format import Tools, arguments, optional, repeated
-from .json_text import call_object, value
+from .call_object import call_arguments, call_object
+from .format import Tools, arguments, opener, repeated
 from .lark import Lark
 from .reader import SPACE, Reader, Steps
 from .speech import Speech
@@ -36,17 +36,19 @@ class Mistral:
         yield from reader.skip(SPACE)
         if (yield from reader.take("[")):
             return (yield from self._array(reader, speech))
-        head = yield from reader.head("{")
+        head = yield from reader.head(ARGUMENTS, "{")
         if head is None:
             return False
-        name, _, id = head.strip().removesuffix(ARGUMENTS).partition(CALL_ID)
-        if not name or any(char in name for char in " \n[]"):
+        reader.back(1)  # a brace belongs to the arguments
+        if (yield from reader.peek()) != "{":
+            reader.step(1)
+        name, _, id = head.strip().partition(CALL_ID)
+        if not name or any(char in name for char in " \n[]{}"):
             return False
-        reader.back(1)  # the brace
-        speech.open_call(name, id or None)
-        reader.release()
-        if (yield from value(reader, speech.arguments)):
-            speech.close_call()
+        known = id if len(id) == self.id_length and id.isascii() and id.isalnum() else None
+        if not (yield from call_arguments(reader, speech, opener(reader, speech, name, known), OPEN)):
+            return False
+        yield from self._close(reader, speech)
         return True
 
     def _array(self, reader: Reader, speech: Speech) -> Steps[bool]:
@@ -58,12 +60,40 @@ class Mistral:
                 if num_calls == 0:
                     return False
                 reader.rewind(pin)
-                return True
+                break
             num_calls += 1
-            if not (yield from optional(reader, ",")):
-                yield from optional(reader, "]")
-                return True
+            if not (yield from self._next(reader)):
+                break
+        yield from self._close(reader, speech)
         return True
+
+    @staticmethod
+    def _next(reader: Reader) -> Steps[bool]:
+        """Moves past a comma, and past braces before it that close nothing."""
+        pin = reader.pin()
+        yield from reader.skip(SPACE + "}")
+        if (yield from reader.take(",")):
+            reader.release()
+            return True
+        reader.rewind(pin)
+        return False
+
+    @staticmethod
+    def _close(reader: Reader, speech: Speech) -> Steps[None]:
+        """Moves past the bracket that ends an array of calls, and past those that close nothing."""
+        pin = reader.pin()
+        yield from reader.skip(SPACE + "}]")
+        rest = yield from reader.ahead(len(OPEN))
+        if OPEN.startswith(rest):
+            reader.release()
+            return
+        reader.rewind(pin)
+        pin = reader.pin()
+        yield from reader.skip(SPACE + "}")
+        if (yield from reader.take("]")):
+            reader.release()
+        else:
+            reader.rewind(pin)
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
         opening = lark.tag(OPEN)

@@ -21,20 +21,24 @@ class ReplyParser:
     """Parses one reply. ``thinking``: the prompt has opened the reasoning already. ``named``: the
     client asked for one function by name.
 
-    Reasoning can only come first. A later tag is content, and so is all that looks like a tool call
-    but is none. ``full`` is set once the only call allowed has been read: nothing more is taken.
+    Reasoning can only come first; its closing tag ends it, or a call. A later tag is content, and
+    so is all that looks like a tool call but is none. ``closes``: a grammar makes sure that the
+    reasoning is closed, so a call inside is part of it. ``full`` is set once the only call allowed
+    has been read: nothing more is taken.
 
     ``reasoning_from`` and ``reasoning_to`` are places in the text, between the tags: None while
     unknown, or where there is no reasoning. ``reasoning_over`` is set when none can follow.
     """
 
     __slots__ = (
+        "_closes",
         "_done",
         "_in_reasoning",
         "_named",
         "_reader",
         "_speech",
         "_steps",
+        "_strays",
         "_tags",
         "_tools",
         "full",
@@ -50,17 +54,22 @@ class ReplyParser:
         tools: ToolFormat | None,
         thinking: bool = False,
         named: bool = False,
+        closes: bool = False,
     ) -> None:
         self.full = False
         self.reasoning_from: int | None = None
         self.reasoning_to: int | None = None
         self.reasoning_over = tags is None
+        self._closes = closes
         self._done = False
         self._speech = speech
         self._tags = tags
         self._tools = tools
         self._named = named
         self._in_reasoning = thinking
+        self._strays: tuple[str, ...] = ()
+        if tools is not None:
+            self._strays = tuple(marker for marker in tools.markers if marker not in tools.openings)
         self._reader = Reader()
         self._steps = self._read()
 
@@ -105,11 +114,13 @@ class ReplyParser:
             self.reasoning_over = True
         if self._tools is None:
             yield from self._reader.run(lambda text, start: -1, self._speech.plain)
-        else:
+        elif not self.full:
             yield from self._read_content(self._tools)
 
     def _read_reasoning(self, tags: Tags) -> Steps[None]:
-        """Reads the reasoning, if any, with its tags and the line breaks around it."""
+        """Reads the reasoning, if any, with its tags and the line breaks around it. A call ends it
+        too.
+        """
         reader, speech = self._reader, self._speech
         pin = reader.pin()
         yield from reader.skip(SPACE)
@@ -122,24 +133,40 @@ class ReplyParser:
                 return
         self.reasoning_from = reader.position
         yield from reader.skip(NEWLINES)
-        if (yield from reader.scan((tags.close,), speech.reasoning)) is not None:
-            self.reasoning_to = reader.position - len(tags.close)
-            self._in_reasoning = False
-            speech.end_reasoning()
-            yield from reader.skip(NEWLINES)
+        openings = self._tools.openings if self._tools is not None and not self._closes else ()
+        while (found := (yield from reader.scan((tags.close, *openings), speech.reasoning))) is not None:
+            end = reader.position - len(found)
+            if found == tags.close:
+                self.reasoning_to = end
+                self._in_reasoning = False
+                speech.end_reasoning()
+                yield from reader.skip(NEWLINES)
+                return
+            assert self._tools is not None
+            if (yield from self._read_call(self._tools)):
+                self.reasoning_to = end
+                self._in_reasoning = False
+                self._strays = (tags.close, *self._strays)
+                return
+            speech.reasoning(found)
 
     def _read_content(self, tools: ToolFormat) -> Steps[None]:
+        """Reads text and calls. Behind a call the format's other tags belong to no text."""
         reader, speech = self._reader, self._speech
-        while True:
-            opening = yield from reader.scan(tools.openings, speech.content)
-            if opening is None:
+        while not self.full:
+            markers = (*tools.openings, *self._strays) if speech.calls else tools.openings
+            found = yield from reader.scan(markers, speech.content)
+            if found is None:
                 return
-            pin = reader.pin()
-            if (yield from tools.read(reader, speech)):
-                reader.release()
-                if speech.full:
-                    self.full = True
-                    return
-            else:
-                reader.rewind(pin)
-                speech.content(opening)
+            if found in tools.openings and not (yield from self._read_call(tools)):
+                speech.content(found)
+
+    def _read_call(self, tools: ToolFormat) -> Steps[bool]:
+        """Reads the calls after an opening. False if there are none; the cursor is back then."""
+        pin = self._reader.pin()
+        if not (yield from tools.read(self._reader, self._speech)):
+            self._reader.rewind(pin)
+            return False
+        self._reader.release()
+        self.full = self._speech.full
+        return True

@@ -81,6 +81,26 @@ class Reader:
             yield
         return self._text[self._at]
 
+    def glance(self) -> str:
+        """The next character if it has come, else empty; ``peek`` waits for it."""
+        return self._text[self._at : self._at + 1]
+
+    def ahead(self, num_chars: int) -> Steps[str]:
+        """The next ``num_chars`` characters, fewer at the end of the text; the cursor stays."""
+        while len(self._text) - self._at < num_chars and not self.ended:
+            yield
+        return self._text[self._at : self._at + num_chars]
+
+    def since(self, pin: int) -> str:
+        """The text between ``pin`` and the cursor."""
+        assert self._pinned
+        return self._text[pin - self._base : self._at]
+
+    def step(self, num_chars: int) -> None:
+        """Moves past characters that ``peek`` or ``ahead`` has shown, and commits them."""
+        self._at += num_chars
+        self.commit()
+
     def skip(self, chars: str) -> Steps[str]:
         """Moves past the run of ``chars`` at the cursor; returns the run."""
         start = self.position
@@ -98,16 +118,19 @@ class Reader:
                 return False
             yield
 
-    def head(self, end: str) -> Steps[str | None]:
-        """Returns the text up to ``end`` and moves past ``end``. None, without moving, if ``end``
-        does not come within MAX_HEAD characters.
+    def head(self, *ends: str) -> Steps[str | None]:
+        """Returns the text up to the first of ``ends`` and moves past that one. None, without
+        moving, if none comes within MAX_HEAD characters.
         """
+        longest = max(map(len, ends))
         while True:
-            limit = self._at + MAX_HEAD + len(end)
-            found = self._text.find(end, self._at, limit)
-            if found >= 0:
-                text = self._text[self._at : found]
-                self._at = found + len(end)
+            limit = self._at + MAX_HEAD + longest
+            found = [(self._text.find(end, self._at, limit), end) for end in ends]
+            hits = [(start, end) for start, end in found if start >= 0]
+            if hits:
+                start, end = min(hits)
+                text = self._text[self._at : start]
+                self._at = start + len(end)
                 return text
             if self.ended or len(self._text) >= limit:
                 return None
@@ -130,9 +153,10 @@ class Reader:
                 return False
             yield
 
-    def scan(self, markers: Sequence[str], sink: Sink) -> Steps[str | None]:
-        """Passes on the text up to the first of ``markers``, moves past the marker, commits, and
-        returns the marker. None if the text ends first, all of it passed on.
+    def scan(self, markers: Sequence[str], sink: Sink, past: bool = True) -> Steps[str | None]:
+        """Passes on the text up to the first of ``markers``, moves past the marker (or, without
+        ``past``, up to it), commits, and returns the marker. None if the text ends first, all of it
+        passed on.
 
         Text that may be the start of a marker is held back.
         """
@@ -142,7 +166,7 @@ class Reader:
             start, marker = min(hits) if hits else (self._undecided(markers), None)
             if start > self._at:
                 sink(self._text[self._at : start])
-            self._at = start + len(marker or "")
+            self._at = start + (len(marker or "") if past else 0)
             self.commit()
             if marker is not None:
                 return marker

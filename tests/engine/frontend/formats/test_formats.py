@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,96 +9,9 @@ from hypothesis import example, given, settings, strategies as st
 
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner, choose
 from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
-from lockstep.engine.frontend.formats.parser import ReplyParser
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "note": {}},
-}
-TOOLS = {"get_weather": SCHEMA, "now": {}}
-NAMES = tuple(TOOL_FORMATS)
-KIMI = (
-    "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}"
-    "<|tool_call_end|><|tool_calls_section_end|>"
-)
-
-
-@dataclass
-class Said:
-    """A reply as a client joins it from deltas."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[dict[str, str]] = field(default_factory=list)
-    reason: str = ""
-
-    def add(self, parser: ReplyParser) -> None:
-        delta = parser.take()
-        self.content += delta.content
-        self.reasoning += delta.reasoning
-        for call in delta.calls:
-            function = call["function"]
-            if "id" in call:
-                assert call["index"] == len(self.calls)
-                self.calls.append({"name": function["name"], "arguments": "", "id": call["id"]})
-            self.calls[call["index"]]["arguments"] += function["arguments"]
-
-    @property
-    def plain(self) -> tuple[str, str, list[tuple[str, str]], str]:
-        """The reply without its random ids."""
-        return (
-            self.content,
-            self.reasoning,
-            [(call["name"], call["arguments"]) for call in self.calls],
-            self.reason,
-        )
-
-    @property
-    def values(self) -> list[tuple[str, Any]]:
-        return [(call["name"], json.loads(call["arguments"])) for call in self.calls]
-
-
-def read(
-    text: str, tools: str | None = None, sizes: list[int] | None = None, finish: str = "stop", **manner: Any
-) -> Said:
-    """Parses ``text`` cut into pieces of ``sizes`` (one piece without), taking what there is after
-    each.
-    """
-    formats = Formats(REASONING_TAGS["think"], TOOL_FORMATS[tools] if tools else None)
-    parser = Manner(formats, tools=TOOLS if tools else None, **manner).parser()
-    assert parser is not None
-    said, start = Said(), 0
-    for size in sizes or [len(text)]:
-        parser.push(text[start : start + size])
-        said.add(parser)
-        start += size
-    parser.push(text[start:])
-    parser.finish()
-    said.add(parser)
-    assert not parser.pending
-    said.reason = parser.reason(finish)
-    return said
-
+from support.engine.frontend.replies import KIMI, NAMES, TOOLS, read, written
 
 # ------------------------------------------------------------- one call in every format
-
-
-def written(format: str, name: str, arguments: dict[str, Any]) -> str:
-    """A call as the chat template of ``format`` writes it."""
-    text = json.dumps(arguments, ensure_ascii=False)
-    if format == "hermes":
-        return f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>'
-    if format == "deepseek_v3":
-        return f"{SECTION}{CALL}function{SEPARATOR}{name}\n```json\n{text}\n```{CALL_END}{SECTION_END}"
-    if format == "kimi_k2":
-        return KIMI.format(f"functions.{name}:0", text)
-    if format == "mistral":
-        return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {text}}}]'
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
-    members = "".join(
-        f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in texts.items()
-    )
-    return f"<tool_call>{name}\n{members}</tool_call>"
 
 
 @pytest.mark.parametrize("format", NAMES)
@@ -202,9 +113,9 @@ def test_loose_ways_of_writing_hermes() -> None:
         assert (said.values, said.content, said.reason) == ([("now", arguments)], "", "tool_calls"), text
 
 
-def test_a_broken_call_keeps_its_text_as_arguments() -> None:
+def test_a_broken_call_ends_where_its_arguments_break() -> None:
     said = read('<tool_call>{"name": "now", "arguments": {"a": [1}}</tool_call> after', "hermes")
-    assert said.plain == (" after", "", [("now", '{"a": [1}}')], "stop")
+    assert said.plain == (" after", "", [("now", '{"a": [1')], "stop")
 
 
 def test_glm_takes_the_types_from_the_schema() -> None:
@@ -230,6 +141,8 @@ def test_reasoning() -> None:
     assert read("</think>b").plain == ("</think>b", "", [], "stop")
     assert read("<think>a</think>b", show_reasoning=False).plain == ("b", "", [], "stop")
     inside = read('<think>I could <tool_call>{"name": "now"}</tool_call></think>b', "hermes")
+    assert inside.plain == ("b", "I could ", [("now", "{}")], "tool_calls"), "a call ends it"
+    inside = read('<think>I could <tool_call>{"name": "now"}</tool_call></think>b', "hermes", closes=True)
     assert inside.plain == ("b", 'I could <tool_call>{"name": "now"}</tool_call>', [], "stop")
 
 

@@ -1,0 +1,98 @@
+"""Replies in every format of tool calls, and the parts that a client joins from their deltas."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner
+from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
+from lockstep.engine.frontend.formats.parser import ReplyParser
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "note": {}},
+}
+TOOLS = {"get_weather": SCHEMA, "now": {}}
+NAMES = tuple(TOOL_FORMATS)
+KIMI = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}"
+    "<|tool_call_end|><|tool_calls_section_end|>"
+)
+
+
+@dataclass
+class Said:
+    """A reply as a client joins it from deltas."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, str]] = field(default_factory=list)
+    reason: str = ""
+
+    def add(self, parser: ReplyParser) -> None:
+        delta = parser.take()
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        for call in delta.calls:
+            function = call["function"]
+            if "id" in call:
+                assert call["index"] == len(self.calls)
+                self.calls.append({"name": function["name"], "arguments": "", "id": call["id"]})
+            self.calls[call["index"]]["arguments"] += function["arguments"]
+
+    @property
+    def plain(self) -> tuple[str, str, list[tuple[str, str]], str]:
+        """The reply without its random ids."""
+        return (
+            self.content,
+            self.reasoning,
+            [(call["name"], call["arguments"]) for call in self.calls],
+            self.reason,
+        )
+
+    @property
+    def values(self) -> list[tuple[str, Any]]:
+        return [(call["name"], json.loads(call["arguments"])) for call in self.calls]
+
+
+def read(
+    text: str, format: str | None = None, sizes: list[int] | None = None, finish: str = "stop", **manner: Any
+) -> Said:
+    """Parses ``text`` cut into pieces of ``sizes`` (one piece without), taking what there is after
+    each.
+    """
+    formats = Formats(REASONING_TAGS["think"], TOOL_FORMATS[format] if format else None)
+    manner.setdefault("tools", TOOLS if format else None)
+    parser = Manner(formats, **manner).parser()
+    assert parser is not None
+    said, start = Said(), 0
+    for size in sizes or [len(text)]:
+        parser.push(text[start : start + size])
+        said.add(parser)
+        start += size
+    parser.push(text[start:])
+    parser.finish()
+    said.add(parser)
+    assert not parser.pending
+    said.reason = parser.reason(finish)
+    return said
+
+
+def written(format: str, name: str, arguments: dict[str, Any]) -> str:
+    """A call as the chat template of ``format`` writes it."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    if format == "hermes":
+        return f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>'
+    if format == "deepseek_v3":
+        return f"{SECTION}{CALL}function{SEPARATOR}{name}\n```json\n{text}\n```{CALL_END}{SECTION_END}"
+    if format == "kimi_k2":
+        return KIMI.format(f"functions.{name}:0", text)
+    if format == "mistral":
+        return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {text}}}]'
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    members = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in texts.items()
+    )
+    return f"<tool_call>{name}\n{members}</tool_call>"
