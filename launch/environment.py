@@ -35,6 +35,9 @@ def prepare_ray(address: str | None = None) -> None:
         os.environ.setdefault(name, value)
     if (address or ray_address()) is not None:
         return
+    # All of it is on this machine and listens on the loopback. Otherwise Ray replaces 127.0.0.1 by
+    # the machine's address, and then listens on every interface.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # The head is on this machine: without a connection it has died.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     if "RAY_AUTH_MODE" not in os.environ:
@@ -47,14 +50,17 @@ def ray_settings() -> dict[str, str]:
     return dict(_RAY)
 
 
+def ray_is_guarded() -> bool:
+    """Whether processes of Ray prove to each other that they belong together: by a token, or by
+    certificates.
+    """
+    by_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    return by_token or os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
+
+
 def ray_address() -> str | None:
     """The Ray cluster to join by RAY_ADDRESS, if any."""
     return os.environ.get("RAY_ADDRESS") or None
-
-
-def prepare_store() -> None:
-    """Call before importing torch for its store, which would warn of addresses without a name."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def mark_run(mark: str) -> None:

@@ -4,6 +4,8 @@ every epoch.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
 
 class CollectiveError(RuntimeError):
@@ -27,17 +29,6 @@ class Pending:
     what: str
     output: Tensor
     work: Work | None
-
-
-def connect_store(host: str, port: int, deadline: float) -> TCPStore:
-    """Connects to the store where the ranks meet; it outlives every epoch.
-
-    Raises TimeoutError naming its address after ``deadline`` seconds.
-    """
-    try:
-        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=deadline))
-    except (RuntimeError, TimeoutError) as error:
-        raise TimeoutError(f"no store at {host}:{port} within {deadline:g} s") from error
 
 
 class Collectives:
@@ -76,11 +67,35 @@ class Collectives:
         assert self._store is not None
         prefix = f"{self._name}/{epoch}"
         try:
-            self._group = self._new_group(PrefixStore(prefix, self._store))
+            met = PrefixStore(prefix, self._store)
+            self._group = self._new_group(met)
+            if self._device.type == "cpu":
+                self._prove(met)
         except RuntimeError as error:
             raise CollectiveError(
                 f"{prefix}: rank {self.index} did not meet its {self.size - 1} peers: {_first_line(error)}"
             ) from error
+
+    def _prove(self, met: Store) -> None:
+        """Exchanges proofs that the other end of every connection is a rank.
+
+        Gloo takes whoever connects first. A proof is made of a secret in the store, which only
+        ranks can read. NCCL itself does so with its unique id.
+        """
+        mine = secrets.token_hex(32)
+        secret = bytes(met.compare_set("secret", "", mine))
+
+        def proof(sender: int, receiver: int) -> list[int]:
+            return list(
+                hashlib.blake2b(b"%d to %d" % (sender, receiver), key=secret, digest_size=32).digest()
+            )
+
+        peers = range(self.size)
+        sent = torch.tensor([proof(self.index, peer) for peer in peers], dtype=torch.uint8)
+        found = self.wait(self.all_to_all(sent, None, None, "proofs of the meeting"))
+        strangers = [peer for peer in peers if found[peer].tolist() != proof(peer, self.index)]
+        if strangers:
+            raise CollectiveError(f"a stranger is connected in place of rank {strangers[0]}")
 
     def destroy(self) -> None:
         """Drops the process group, if there is one. Its collectives under way fail."""

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 ABSENCE_SECONDS = 10.0  # a peer that neither closes a connection nor answers for so long is gone
 _HEARTBEAT_SECONDS = 2.0
+_MAX_MESSAGE = 64 << 20  # bytes; a stranger may send them before it has shown a key
+_HANDSHAKE_SECONDS = 10.0
 
 _encoder = msgspec.msgpack.Encoder()
 _header_decoder = msgspec.msgpack.Decoder(Header)
@@ -51,6 +53,8 @@ def server_socket(
     socket.linger = 0
     socket.sndhwm = 0
     socket.rcvhwm = 0
+    socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * _HANDSHAKE_SECONDS))
     return socket
 
 

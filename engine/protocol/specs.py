@@ -50,7 +50,8 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a rank. ``kv_memory``: bytes of the page pool, None for a share of free memory.
+    """Parameters of a rank. ``store_address``: the store where ranks meet. ``kv_memory``: bytes of
+    the page pool, None for a share of free memory.
     ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
     """
 
@@ -59,8 +60,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     keys: Keys
     step_address: str
     bulk_address: str
-    store_host: str
-    store_port: int
+    store_address: str
+    store_keys: Keys
     model_path: str
     dtype: str
     fp8_experts: bool

@@ -18,7 +18,7 @@ from ...moe.dispatch.all_to_all import AllToAllExchange
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.exchange import ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
-from ...parallel.collectives import Collectives, connect_store
+from ...parallel.collectives import Collectives
 from ..kv.budget import PoolLimits
 from ..models.config import load_config
 from ..models.registry import build_model
@@ -28,6 +28,7 @@ from ..protocol.specs import RankSpec
 from .executor import Executor, Parts
 from .grammars import Grammars, load_vocabulary
 from .loop import RankLoop
+from .meeting_store import MeetingStore
 from .page_pool import KVPool, bytes_per_page, fit_pages
 from .sockets import RankSockets
 from .warm_up import Pages, warm_up
@@ -77,11 +78,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     config = load_config(Path(spec.model_path))
     here = mesh.coordinates(spec.rank)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, mesh.experts)
-    store = (
-        connect_store(spec.store_host, spec.store_port, spec.collective_deadline)
-        if mesh.experts > 1
-        else None
-    )
+    store = MeetingStore(spec, spec.collective_deadline) if mesh.experts > 1 else None
     name = f"experts of stage {here.stage}"
     collectives = Collectives(name, here.expert, mesh.experts, store, spec.collective_deadline, device)
     dispatcher = _dispatcher(spec.dispatch, placement, collectives, device)

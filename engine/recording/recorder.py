@@ -8,6 +8,7 @@ one array per call, (name, arguments). A plan is recorded as the digest of its b
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -55,14 +56,15 @@ def digest(plan: GroupPlan | None) -> bytes:
 
 class Recorder:
     """Writes a recording; the owner calls it beside the planner, and ``flush`` off the critical
-    path.
+    path. A new file is this user's only: it holds prompts.
 
     Serving does not depend on it: when writing fails, ``failure`` says why, and the recording ends
     there.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self._file: IO[bytes] = path.open("wb", buffering=0)
+        own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file: IO[bytes] = os.fdopen(own, "wb", buffering=0)
         self._pending = bytearray()
         self.failure = ""
         encoded = msgspec.msgpack.encode(settings)

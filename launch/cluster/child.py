@@ -24,7 +24,8 @@ class Child:
     def __init__(self, task: Task, log_dir: Path) -> None:
         self.log = log_dir / f"{task.role}-{task.index}.log"
         command = [sys.executable, "-P", "-m", task.module, task.role, str(task.index), str(os.getpid())]
-        with self.log.open("ab") as output:
+        own = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(own, "ab") as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

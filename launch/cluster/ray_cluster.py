@@ -101,6 +101,8 @@ class RayCluster:
             if num_nodes > 1:
                 self._check_address(num_nodes)
             self._reserve(num_nodes, needs.num_beside)
+            if {node.id for node in self.nodes} == {self._session.here.id}:
+                self.host = "127.0.0.1"  # all runs on this machine, and ends with it
             mark("placement")
         except BaseException:
             self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import shutil
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ..environment import ray_address
+from ..environment import ray_address, ray_is_guarded
 from .cluster import LaunchError
 
 OBJECT_STORE_BYTES = 100 * 2**20  # holds only a few small results
@@ -70,6 +71,26 @@ class RaySession:
                 problem = f"the Ray cluster at {address} cannot be reached"
                 hint = "; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             raise LaunchError(f"{problem}: {' '.join(str(error).split())[:500]}{hint}") from error
+        self._check_doors(address)
+
+    def _check_doors(self, address: str | None) -> None:
+        """Refuses a Ray that others can reach without proving that they may.
+
+        They could start processes, and read the keys of the run. One for this machine alone has no
+        business outside the loopback at all.
+        """
+        if ipaddress.ip_address(self.here.address).is_loopback:
+            return
+        if not self.joined:
+            problem = f"Ray listens at {self.here.address} instead of the loopback"
+        elif not ray_is_guarded():
+            problem = f"the Ray cluster at {address} asks for no token, so that whoever reaches it "
+            problem += "could start processes and read the keys of the run; start Ray and launch with "
+            problem += "the same RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        else:
+            return
+        self.close()
+        raise LaunchError(problem)
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""

@@ -8,11 +8,14 @@ from ..recipe.recipe import Recipe
 
 
 class Keyring:
-    """Key pairs for the controller's and the lobby's sockets, and one per client process."""
+    """Key pairs for the sockets of the controller, the lobby and the ranks' store, and one per
+    client process.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self._controller = new_keypair()
         self._lobby = new_keypair()
+        self._store = new_keypair()
         self._clients = {name: new_keypair() for name in names}
 
     @property
@@ -26,6 +29,16 @@ class Keyring:
         return self._lobby
 
     @property
+    def store(self) -> tuple[str, str]:
+        """(public, secret) of the server socket of the store where ranks meet."""
+        return self._store
+
+    @property
+    def ranks(self) -> tuple[str, ...]:
+        """Public keys of all ranks."""
+        return tuple(public for name, (public, _) in self._clients.items() if name.startswith("rank "))
+
+    @property
     def allowed(self) -> tuple[str, ...]:
         """Public keys of all clients."""
         return tuple(public for public, _ in self._clients.values())
@@ -35,6 +48,9 @@ class Keyring:
 
     def to_lobby(self, name: str) -> Keys:
         return self._keys(self._lobby[0], name)
+
+    def to_store(self, name: str) -> Keys:
+        return self._keys(self._store[0], name)
 
     def _keys(self, server_public: str, name: str) -> Keys:
         public, secret = self._clients[name]

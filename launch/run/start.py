@@ -102,9 +102,9 @@ def _open(run: Run, opened: ExitStack) -> _Base:
     opened.callback(cluster.close)
     run.interrupts.install()
     run.interrupts.check()
-    store = Rendezvous(cluster.host)
-    after_cluster.callback(store.close)  # ranks that lose the store first fill their logs
     keyring = Keyring(process_names(recipe))
+    store = Rendezvous(cluster.host, *keyring.store, allowed=keyring.ranks)
+    after_cluster.callback(store.close)
     desk = LobbyDesk(cluster.host, *keyring.lobby, allowed=keyring.allowed)
     opened.callback(desk.close)
     site = Site(
@@ -154,7 +154,7 @@ def _start_others(run: Run, base: _Base, addresses: tuple[str, ...]) -> None:
     """Starts ranks and frontends, and waits until all are ready."""
     recipe, site = run.recipe, base.site
     step_address, bulk_address, frontend_address = addresses
-    store = base.store.host, base.store.port
+    store = base.store.address
     ranks = [rank_task(site, rank, step_address, bulk_address, store) for rank in range(recipe.world)]
     frontends = [frontend_task(site, index, frontend_address) for index in range(recipe.frontend.processes)]
     base.cluster.start([*ranks, *frontends])
@@ -162,7 +162,6 @@ def _start_others(run: Run, base: _Base, addresses: tuple[str, ...]) -> None:
     deadline = recipe.cluster.start_deadline
     end = time.monotonic() + deadline
     base.roster.wait(names, deadline)
-    base.store.check()
     if compiling := base.roster.seconds_compiling(names):
         run.screen.mark_part("compile", compiling)
     run.screen.mark("load", base.roster.slowest(names))

@@ -89,7 +89,7 @@ def controller_task(site: Site) -> Task:
     return Task("controller", 0, msgspec.json.encode(spec), environment=site.settings(threads=1))
 
 
-def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store: tuple[str, int]) -> Task:
+def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store_address: str) -> Task:
     recipe = site.recipe
     spec = RankSpec(
         rank=rank,
@@ -97,8 +97,8 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         keys=site.keyring.to_controller(f"rank {rank}"),
         step_address=step_address,
         bulk_address=bulk_address,
-        store_host=store[0],
-        store_port=store[1],
+        store_address=store_address,
+        store_keys=site.keyring.to_store(f"rank {rank}"),
         model_path=str(site.model_path),
         dtype=site.dtype,
         fp8_experts=fp8_experts_of(recipe, site.config.kernel_fp8, site.device),

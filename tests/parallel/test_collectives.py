@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lockstep.parallel.collectives import Collectives, connect_store
+from lockstep.parallel.collectives import Collectives
 from support.parallel.collective_calls import all_kinds, one_dies, one_is_late
 from support.parallel.gloo_ranks import DEADLINE, run_ranks
 
@@ -45,8 +45,3 @@ def test_a_late_peer_is_an_error_at_the_deadline() -> None:
     text, seconds = told[0]
     assert "rank 0 waited for tokens of MoE layer 3" in text and "of 5 s" in text, text
     assert 4.5 < seconds < DEADLINE / 2, "at its own deadline, however slow the machine, and not at another"
-
-
-def test_no_store() -> None:
-    with pytest.raises(TimeoutError, match=r"no store at 127\.0\.0\.1:9 within 0\.5 s"):
-        connect_store("127.0.0.1", 9, 0.5)

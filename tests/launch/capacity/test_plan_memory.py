@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch.distributed import TCPStore
 
 import lockstep
 from lockstep.engine.kv.budget import PoolLimits
@@ -112,14 +110,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
     ),
 }
 KV_MEMORY = 3_000_000
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[TCPStore]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+NO_KEYS = Keys(server_public="", public="", secret="")
 
 
 def planned(path: Path, num_ranks: int, overrides: list[str]) -> CapacityPlan:
@@ -151,15 +142,15 @@ def packed_bytes(model: torch.nn.Module) -> int:
     )
 
 
-def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
+def rank_spec(setup: Setup, path: Path, rank: int) -> RankSpec:
     return RankSpec(
         rank=rank,
         mesh=Mesh(data=setup.mesh.data),
-        keys=Keys(server_public="", public="", secret=""),
+        keys=NO_KEYS,
         step_address="",
         bulk_address="",
-        store_host="127.0.0.1",
-        store_port=port,
+        store_address="",  # no epoch begins
+        store_keys=NO_KEYS,
         model_path=str(path),
         dtype=setup.dtype,
         fp8_experts=setup.expert_weights == "fp8",
@@ -176,9 +167,7 @@ def rank_spec(setup: Setup, path: Path, rank: int, port: int) -> RankSpec:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_pages_are_what_every_rank_allocates(
-    name: str, isa: Isa, tmp_path: Path, store: TCPStore
-) -> None:
+def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tmp_path: Path) -> None:
     config, dtype, num_ranks, overrides = CASES[name]
     path = write_checkpoint(tmp_path / "model", config, dtype=dtype)
     plan = planned(path, num_ranks, overrides)
@@ -186,7 +175,7 @@ def test_weights_and_pages_are_what_every_rank_allocates(
     assert plan.setup.isa == isa
     assert (plan.ranks[0].first_rank, plan.ranks[0].last_rank) == (0, num_ranks - 1)
     for rank in range(num_ranks):
-        parts = load_executor(rank_spec(plan.setup, path, rank, store.port), lambda fraction: None)._parts
+        parts = load_executor(rank_spec(plan.setup, path, rank), lambda fraction: None)._parts
         weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
         pool = sum(tensor.nbytes for layer in parts.pool.cache for tensor in layer)
         assert memory.weights.total == pytest.approx(weights, rel=0.03), (
@@ -228,9 +217,7 @@ FP8_CONFIG = deepseek_v3_config(hidden_size=256, moe_intermediate_size=128, inte
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(
-    device: str, tmp_path: Path, store: TCPStore
-) -> None:
+def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(device: str, tmp_path: Path) -> None:
     """A GPU rank's memory is allocated here on a CPU, where nothing computes with it."""
     path, _ = write_pair(tmp_path, FP8_CONFIG)
     setup = planned(path, 2, []).setup
@@ -249,7 +236,7 @@ def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(
             "a dtype that is asked for is that of all"
         )
     memory = memory_of(setup, setup.stages()[0])
-    parts = load_executor(rank_spec(setup, path, 0, store.port), lambda fraction: None)._parts
+    parts = load_executor(rank_spec(setup, path, 0), lambda fraction: None)._parts
     weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
     experts = sum(parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key)
     assert memory.weights.total == pytest.approx(weights, rel=0.03)

@@ -1,7 +1,6 @@
 """The launch command with dummy processes: ``python -m support.launch.launch_dummies --recipe R``.
 
-Dummy ranks do not meet, so their store is not opened: torch, which holds it, takes a second to
-import. Deadlines are short only where a dummy was told to misbehave, so that a busy machine does
+Deadlines are short only where a dummy was told to misbehave, so that a busy machine does
 not miss the others.
 """
 
@@ -16,18 +15,10 @@ from typing import Any
 from lockstep.launch import cli
 from lockstep.launch.cluster.cluster import Cluster, Task
 from lockstep.launch.run import replacements, start, supervisor
-from lockstep.launch.run.rendezvous import Rendezvous
 from lockstep.launch.run.replacements import Replacements
 
 TESTS = str(Path(__file__).parent.parent.parent)
 HASTE = 20  # divides the time until a cluster that does not come back is given up
-
-
-class NoStore(Rendezvous):
-    """Listens as the real one does, but opens no store."""
-
-    def _open(self) -> None:
-        pass
 
 
 def with_dummy(make_task: Callable[..., Task]) -> Callable[..., Task]:
@@ -46,7 +37,6 @@ def hasty(cluster: Cluster, deadline: float) -> Replacements:
 if __name__ == "__main__":
     for name in ("controller_task", "rank_task", "frontend_task"):
         setattr(start, name, with_dummy(getattr(start, name)))
-    start.Rendezvous = NoStore  # type: ignore[misc]
     replacements.FIRST_DELAY /= HASTE
     supervisor.Replacements = hasty  # type: ignore[assignment, misc]
     if os.environ.get("DUMMY"):

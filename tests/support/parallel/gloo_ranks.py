@@ -7,13 +7,14 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore
 
-from lockstep.parallel.collectives import Collectives, connect_store
+from lockstep.parallel.collectives import Collectives
 
 Target = Callable[..., Any]
 
@@ -70,7 +71,8 @@ def _child(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        store = connect_store("127.0.0.1", port, DEADLINE) if world > 1 else None
+        limit = timedelta(seconds=DEADLINE)
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit) if world > 1 else None
         collectives = Collectives("test", rank, world, store, DEADLINE, torch.device("cpu"))
         collectives.build(0)
         writer.send_bytes(

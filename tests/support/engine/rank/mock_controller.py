@@ -15,6 +15,34 @@ from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, 
 from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.parallel.mesh import Mesh
 
+NO_KEYS = Keys(server_public="", public="", secret="")
+
+
+def bare_spec(**changes: Any) -> RankSpec:
+    """The specification of a rank in a world of one, without addresses and keys."""
+    spec = RankSpec(
+        rank=0,
+        mesh=Mesh(),
+        keys=NO_KEYS,
+        step_address="",
+        bulk_address="",
+        store_address="",
+        store_keys=NO_KEYS,
+        model_path="",
+        dtype="fp32",
+        fp8_experts=False,
+        kv_dtype="fp32",
+        page_size=8,
+        kv_memory=None,
+        ranks_per_host=1,
+        max_running=4,
+        max_len=128,
+        dispatch="local",
+        device="cpu",
+        threads=1,
+    )
+    return msgspec.structs.replace(spec, **changes)
+
 
 class MockController:
     """Two ROUTER sockets with CURVE on free ports of the loopback.
@@ -42,28 +70,9 @@ class MockController:
 
     def spec(self, **changes: Any) -> RankSpec:
         """The specification of a rank in a world of one."""
-        spec = RankSpec(
-            rank=0,
-            mesh=Mesh(),
-            keys=Keys(server_public=self._server[0], public=self._client[0], secret=self._client[1]),
-            step_address=self.addresses["step"],
-            bulk_address=self.addresses["bulk"],
-            store_host="127.0.0.1",
-            store_port=0,
-            model_path="",
-            dtype="fp32",
-            fp8_experts=False,
-            kv_dtype="fp32",
-            page_size=8,
-            kv_memory=None,
-            ranks_per_host=1,
-            max_running=4,
-            max_len=128,
-            dispatch="local",
-            device="cpu",
-            threads=1,
-        )
-        return msgspec.structs.replace(spec, **changes)
+        keys = Keys(server_public=self._server[0], public=self._client[0], secret=self._client[1])
+        step, bulk = self.addresses["step"], self.addresses["bulk"]
+        return bare_spec(**({"keys": keys, "step_address": step, "bulk_address": bulk} | changes))
 
     def receive(self, name: str) -> Any:
         """The next message on ``step`` or ``bulk``."""
