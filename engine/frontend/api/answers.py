@@ -111,7 +111,7 @@ class ModelList(Answer):
     data: list[ModelCard]
 
 
-class Tokens(Answer):
+class Tokenized(Answer):
     count: int
     max_model_len: int | None
     tokens: list[int]
@@ -150,7 +150,7 @@ class LoadAnswer(Answer):
     kv_usage: float
 
 
-class Draining(Answer):
+class DrainAnswer(Answer):
     status: Literal["draining"]
     deadline: float
 

@@ -51,7 +51,7 @@ OPERATIONS = {
     "/v1/models": Operation("The model, as a list", (answers.ModelList,)),
     "/v1/models/{model}": Operation("The model", (answers.ModelCard,), errors=(404,)),
     "/tokenize": Operation(
-        "Token ids", (answers.Tokens,), (TokenizeText, TokenizeChat), {"prompt": "Hello"}, _TEXTS
+        "Token ids", (answers.Tokenized,), (TokenizeText, TokenizeChat), {"prompt": "Hello"}, _TEXTS
     ),
     "/detokenize": Operation(
         "The text", (answers.Detokenized,), (DetokenizeRequest,), {"tokens": [5, 6]}, _TEXTS
@@ -66,7 +66,7 @@ OPERATIONS = {
     "/load": Operation("Requests and use of the KV cache", (answers.LoadAnswer,)),
     "/admin/drain": Operation(
         "The cluster drains",
-        (answers.Draining,),
+        (answers.DrainAnswer,),
         (DrainRequest,),
         {"deadline": 60},
         (400, 413),
