@@ -18,22 +18,28 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from lockstep.engine.frontend.http import app as application
-from lockstep.engine.protocol.frontends import Rejected
+from lockstep.engine.protocol.frontends import Rejected, Submit
+from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import RunningFrontend
-from support.engine.frontend.scripted_controller import say
 from support.engine.text.tiny_tokenizer import IM_END, write_model
 
 KEY, ADMIN = {"Authorization": "Bearer k1"}, {"Authorization": "Bearer a1"}
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
-SCRIPT = say([5, 6, 7, IM_END])
+
+
+def script(submit: Submit) -> Iterator[Any]:
+    """A few tokens and the end, whatever ends the request for its client."""
+    yield from ([5], [6], [7], [IM_END], Finish.STOP)
+
+
 Document = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     folder = write_model(tmp_path_factory.mktemp("model"))
-    with RunningFrontend(folder, SCRIPT, api_keys=("k1",), admin_key="a1") as running:
+    with RunningFrontend(folder, script, api_keys=("k1",), admin_key="a1") as running:
         running.http.headers.update(KEY)
         yield running
 
@@ -160,7 +166,7 @@ def test_roles_are_listed(document: Document) -> None:
 
 
 def test_without_keys_none_is_asked_for(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with RunningFrontend(write_model(tmp_path_factory.mktemp("model")), SCRIPT) as frontend:
+    with RunningFrontend(write_model(tmp_path_factory.mktemp("model")), script) as frontend:
         document = frontend.http.get("/openapi.json").json()
     for path, _, operation in operations(document):
         assert operation["security"] == ([{"AdminKey": []}] if path.startswith("/admin") else [])
@@ -208,7 +214,7 @@ def test_other_answers_follow_them_too(
 def test_errors_follow_theirs(document: Document, frontend: RunningFrontend) -> None:
     frontend.engine.script = lambda submit: [Rejected(submit.handle, 503, "full", 3.0)]
     answers = [(CHAT, frontend.http.post(CHAT, json=HELLO))]
-    frontend.engine.script = SCRIPT
+    frontend.engine.script = script
     answers += [
         (CHAT, frontend.http.post(CHAT, content=b"{")),
         (CHAT, frontend.http.post(CHAT, json=HELLO, headers={"Authorization": ""})),
