@@ -70,6 +70,7 @@ class MoELayer(nn.Module):
         self.shared_experts = SharedExperts(config, backend) if config.shared_width else None
         self._choose = functools.partial(backend.ops.choose_experts, norm=norm, gate=self.gate.weights)
         self._dispatcher = dispatcher
+        self._split = backend.tensor
         self._layer = layer
         self._routed = self._bind()
         self._shared = _nothing if self.shared_experts is None else self.shared_experts.forward
@@ -80,10 +81,15 @@ class MoELayer(nn.Module):
         if self.shared_experts is not None:
             self.shared_experts.pack()
 
-    def forward(self, residual: Residual) -> tuple[Tensor, Tensor]:
-        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange."""
-        x_TD, routed_TD, shared_TD = self._dispatcher.run(self._layer, self._routed, residual, self._shared)
-        return x_TD, routed_TD if shared_TD is None else routed_TD + shared_TD
+    def forward(self, residual: Residual) -> Residual:
+        """The residual after this layer, [T, D]. T may be 0: other ranks wait in the exchange.
+
+        O: of the T tokens, the run that this rank of a tensor group gates.
+        """
+        own = self._split.scatter(residual)
+        x_OD, routed_OD, shared_OD = self._dispatcher.run(self._layer, self._routed, own, self._shared)
+        updated = x_OD, routed_OD if shared_OD is None else routed_OD + shared_OD
+        return self._split.gather(updated, len(residual[0]))
 
     def _bind(self) -> RoutedExperts:
         sublayer = self.experts.sublayer(self.norm, self.gate.weights)

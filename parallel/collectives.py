@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
+from torch._C._distributed_c10d import (
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    Work,
+)
 
 
 class CollectiveError(RuntimeError):
@@ -52,7 +58,7 @@ class Collectives:
         self.size = size
         self.waited = 0.0
         self._name = name
-        self._store = store
+        self.store = store
         self._deadline = timedelta(seconds=deadline)
         self._device = device
         self._group: Any = None  # torch's stubs do not show what a backend can do
@@ -64,10 +70,10 @@ class Collectives:
         self.destroy()
         if self.size == 1:
             return
-        assert self._store is not None
+        assert self.store is not None
         prefix = f"{self._name}/{epoch}"
         try:
-            met = PrefixStore(prefix, self._store)
+            met = PrefixStore(prefix, self.store)
             self._group = self._new_group(met)
             if self._device.type == "cpu":
                 self._prove(met)
@@ -130,6 +136,29 @@ class Collectives:
             return Pending(what, output.copy_(rows), None)
         return Pending(what, output, self._group._reduce_scatter_base(output, rows))
 
+    def all_reduce(self, rows: Tensor, what: str) -> Pending:
+        """The sum of ``rows`` over all ranks, the same bits on each."""
+        output = rows.clone(memory_format=torch.contiguous_format)
+        if self._group is None:
+            return Pending(what, output, None)
+        return Pending(what, output, self._group.allreduce([output]))
+
+    def broadcast(self, rows: Tensor, what: str) -> Pending:
+        """The rows of rank 0, written over those of the others."""
+        if self._group is None:
+            return Pending(what, rows, None)
+        return Pending(what, rows, self._group.broadcast([rows], BroadcastOptions()))
+
+    def send(self, rows: Tensor, to: int, tag: int, what: str) -> Pending:
+        """Sends ``rows`` to the rank ``to`` of this group, which receives them under ``tag``. They
+        must not change until the result has been waited for.
+        """
+        return Pending(what, rows, self._group.send([rows], to, tag))
+
+    def receive(self, rows: Tensor, source: int, tag: int, what: str) -> Pending:
+        """Receives into ``rows`` what the rank ``source`` sends under ``tag``."""
+        return Pending(what, rows, self._group.recv([rows], source, tag))
+
     def wait(self, pending: Pending) -> Tensor:
         """The result of a collective. Raises CollectiveError when a peer is gone or the deadline
         has passed.
@@ -159,6 +188,28 @@ class Collectives:
         options = ProcessGroupNCCL.Options()
         options._timeout = self._deadline
         return ProcessGroupNCCL(store, self.index, self.size, options)
+
+
+class RankGroups:
+    """The groups that a rank belongs to: built, and dropped, together."""
+
+    def __init__(self, *groups: Collectives) -> None:
+        self._groups = groups
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent in waits, in all groups."""
+        return sum(group.waited for group in self._groups)
+
+    def build(self, epoch: int) -> None:
+        """Meets the ranks of every group under a prefix of this epoch."""
+        for group in self._groups:
+            group.build(epoch)
+
+    def destroy(self) -> None:
+        """Drops the process groups. Their collectives under way fail."""
+        for group in self._groups:
+            group.destroy()
 
 
 def _first_line(error: Exception) -> str:

@@ -3,19 +3,24 @@
 Weights are uninitialised until a checkpoint is loaded. Then ``pack`` brings them into the form that
 the device reads fastest.
 
+A layer that is split over a tensor group is made with the sizes of its part. ``shards`` says which
+part of each of a checkpoint's tensors that is.
+
 T tokens  D hidden  F width of a SwiGLU block
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .tensor import UNSPLIT, Shard, TensorSplit, shard_of
 
 
 class LinearOps(Protocol):
@@ -36,11 +41,14 @@ OpsT_co = TypeVar("OpsT_co", bound=LinearOps, covariant=True)
 
 @dataclass(frozen=True)
 class Backend(Generic[OpsT_co]):
-    """The type and the device of a model's parameters, and the ops that compute with them."""
+    """The type and the device of a model's parameters, the ops that compute with them, and how
+    layers are split.
+    """
 
     dtype: torch.dtype
     device: torch.device
     ops: OpsT_co
+    tensor: TensorSplit = UNSPLIT
 
     def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter; the weight loader fills it."""
@@ -48,23 +56,49 @@ class Backend(Generic[OpsT_co]):
         return nn.Parameter(values, requires_grad=False)
 
 
-class Matrix(nn.Module):
-    """A weight [rows, columns] that is read as it is."""
+WHOLE = Shard()
 
-    def __init__(self, columns: int, rows: int, backend: Backend[LinearOps]) -> None:
+
+class Matrix(nn.Module):
+    """A weight [rows, columns] that is read as it is; ``shard`` of a checkpoint's."""
+
+    def __init__(self, columns: int, rows: int, backend: Backend[LinearOps], shard: Shard = WHOLE) -> None:
         super().__init__()
         self.weight = backend.parameter(rows, columns)
+        self._shard = shard
+
+    def shards(self) -> dict[str, Shard]:
+        """The parts of a checkpoint's tensors that are here, by parameter."""
+        return {"weight": self._shard}
 
 
 class Linear(Matrix):
-    """x W^T + b, with weight [rows, columns]. Nothing else reads the weight once it is packed."""
+    """x W^T + b, with weight [rows, columns]. Nothing else reads the weight once it is packed.
 
-    def __init__(self, columns: int, rows: int, backend: Backend[LinearOps], bias: bool = False) -> None:
-        super().__init__(columns, rows, backend)
+    Where the columns are split, the result is a summand: ``TensorSplit.total`` adds them up.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        rows: int,
+        backend: Backend[LinearOps],
+        bias: bool = False,
+        shard: Shard = WHOLE,
+    ) -> None:
+        super().__init__(columns, rows, backend, shard)
         self.bias = backend.parameter(rows) if bias else None
         self._ops = backend.ops
         # In a tuple they are plain attributes. Finding a module's parameter takes 0.5 us.
         self.operands: tuple[Tensor, Tensor | None] = self.weight, self.bias
+
+    def shards(self) -> dict[str, Shard]:
+        if self.bias is None:
+            return super().shards()
+        bias = self._shard
+        if bias.dim == 1 and bias.parts > 1:
+            bias = Shard(index=bias.index, added_once=True)  # the sum holds it once
+        return {**super().shards(), "bias": bias}
 
     def pack(self) -> None:
         self.weight = nn.Parameter(self._ops.pack(self.weight), requires_grad=False)
@@ -78,7 +112,8 @@ class MergedLinear(Linear):
     """Several matrices that read the same input, stacked by rows: ``parts`` maps their names to
     their rows, in order.
 
-    A checkpoint has no bias for the parts ``without_bias``; theirs stays zero.
+    A checkpoint has no bias for the parts ``without_bias``; theirs stays zero. ``part_shards``: the
+    parts whose rows are split.
     """
 
     def __init__(
@@ -88,9 +123,11 @@ class MergedLinear(Linear):
         backend: Backend[LinearOps],
         bias: bool = False,
         without_bias: Sequence[str] = (),
+        part_shards: Mapping[str, Shard] | None = None,
     ) -> None:
         super().__init__(columns, sum(parts.values()), backend, bias)
         self._parts = parts
+        self._part_shards = part_shards or {}
         self._without_bias = without_bias
         if self.bias is not None:
             self.bias.zero_()
@@ -106,25 +143,48 @@ class MergedLinear(Linear):
             start += rows
         return views
 
+    def shards(self) -> dict[str, Shard]:
+        """The parts here of a checkpoint's tensors, by the names of ``tensors``."""
+        names = self.tensors()
+        return {name: self._part_shards.get(name.rpartition(".")[0], WHOLE) for name in names}
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), arXiv 2002.05202. If ``merged``, gate and up are one product and
     silu and multiplication one op; otherwise they are single ops, each rounded to the dtype.
+
+    If ``split``, every rank of the tensor group computes a part of ``width``, and the result is a
+    summand.
     """
 
-    def __init__(self, hidden: int, width: int, backend: Backend[LinearOps], merged: bool = True) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        backend: Backend[LinearOps],
+        merged: bool = True,
+        split: bool = False,
+    ) -> None:
         super().__init__()
-        self.down_proj = Linear(width, hidden, backend)
+        rows = shard_of(backend.tensor, 0) if split else WHOLE
+        columns = shard_of(backend.tensor, 1) if split else WHOLE
+        width //= rows.parts
+        self.down_proj = Linear(width, hidden, backend, shard=columns)
         self._down = self.down_proj.forward
         self._inputs: tuple[Linear, ...]
         self._inner: _Op
         if merged:
-            self.gate_up_proj = MergedLinear(hidden, {"gate_proj": width, "up_proj": width}, backend)
+            self.gate_up_proj = MergedLinear(
+                hidden,
+                {"gate_proj": width, "up_proj": width},
+                backend,
+                part_shards={"gate_proj": rows, "up_proj": rows},
+            )
             self._inputs = (self.gate_up_proj,)
             self._inner = functools.partial(_merged, self.gate_up_proj.forward, backend.ops.silu_mul)
         else:
-            self.gate_proj = Linear(hidden, width, backend)
-            self.up_proj = Linear(hidden, width, backend)
+            self.gate_proj = Linear(hidden, width, backend, shard=rows)
+            self.up_proj = Linear(hidden, width, backend, shard=rows)
             self._inputs = self.gate_proj, self.up_proj
             self._inner = functools.partial(_separate, self.gate_proj.forward, self.up_proj.forward)
 

@@ -23,6 +23,11 @@ class PipelineStage:
         return len(self.layers)
 
 
+def whole_model(num_layers: int, moe_layers: Collection[int]) -> PipelineStage:
+    """The stage that has all layers."""
+    return split_layers(num_layers, moe_layers, 1)[0]
+
+
 def split_layers(num_layers: int, moe_layers: Collection[int], num_stages: int) -> list[PipelineStage]:
     """Stages whose numbers of layers differ by at most one, the larger ones first."""
     stages: list[PipelineStage] = []

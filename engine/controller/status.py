@@ -6,7 +6,8 @@ Suffixes: L MoE layers, E logical experts, S expert slots of a rank, W ranks, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 import numpy as np
 
@@ -72,7 +73,9 @@ class ClusterStatus:
     the most bytes that one rank was sent.
     """
 
-    def __init__(self, mesh: Mesh, hello: RankHello, group: Group, numbers: Iterator[int]) -> None:
+    def __init__(
+        self, mesh: Mesh, hellos: Mapping[int, RankHello], group: Group, numbers: Iterator[int]
+    ) -> None:
         self.phase, self.reason = "serving", ""
         self.degraded = ""
         self.plan_seconds = Recent()
@@ -80,11 +83,16 @@ class ClusterStatus:
         self._group, self._numbers = group, numbers
         self._seconds_W = np.zeros(mesh.world)
         self._waited_W = np.zeros(mesh.world)
-        self._totals = StepTotals(mesh, hello.num_layers, hello.expert_bytes)
+        self._mesh, hello = mesh, hellos[0]
+        ends = list(accumulate(hellos[mesh.rank(stage, 0, 0)].num_layers for stage in range(mesh.pipeline)))
+        num_layers = ends[-1]
+        # The MoE layers of each stage.
+        self._layers = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        self._totals = StepTotals(mesh, self._layers, hello.expert_bytes)
         self._observed: list[StepResult] = []
         self._reports: list[StepResult] = []
-        self._expert_LE = np.zeros((hello.num_layers, hello.num_experts), np.int64)
-        self._placement = contiguous(hello.num_layers, hello.num_experts, mesh.world)
+        self._expert_LE = np.zeros((num_layers, hello.num_experts), np.int64)
+        self._placement = contiguous(num_layers, hello.num_experts, mesh.experts)
         self._placement_i32 = self._placement.ranges().tobytes()
 
     def observe(self, results: list[StepResult]) -> None:
@@ -175,7 +183,9 @@ class ClusterStatus:
                 self._count_experts(result)
 
     def _count_experts(self, result: StepResult) -> None:
-        counts_LS = np.frombuffer(result.expert_i64, np.int64).reshape(len(self._expert_LE), -1)
-        experts_LS = self._placement.experts_LWS[:, result.rank]
+        here = self._mesh.coordinates(result.rank)
+        mine = self._layers[here.stage]
+        experts_LS = self._placement.experts_LWS[mine, here.expert]
+        counts_LS = np.frombuffer(result.expert_i64, np.int64).reshape(len(experts_LS), -1)
         layers, slots = np.nonzero(experts_LS != EMPTY)
-        self._expert_LE[layers, experts_LS[layers, slots]] = counts_LS[layers, slots]
+        self._expert_LE[mine][layers, experts_LS[layers, slots]] = counts_LS[layers, slots]

@@ -20,12 +20,13 @@ from ..protocol.results import StepResult
 
 
 class StepTotals:
-    """Sums over the steps of one group whose ranks have ``num_layers`` MoE layers and experts of
-    ``expert_bytes``.
+    """Sums over the steps of one group. ``layers``: the MoE layers of each pipeline stage, whose
+    experts take ``expert_bytes`` each.
     """
 
-    def __init__(self, mesh: Mesh, num_layers: int, expert_bytes: int) -> None:
-        world = mesh.world
+    def __init__(self, mesh: Mesh, layers: Sequence[slice], expert_bytes: int) -> None:
+        world, num_layers = mesh.world, layers[-1].stop
+        self._layers_W = [layers[mesh.coordinates(rank).stage] for rank in range(world)]
         self._plan_counts = [0] * (len(PLAN_SECONDS) + 1)
         self._step_counts = [0] * (len(STEP_TOKENS) + 1)
         self._plan_seconds = 0.0
@@ -68,9 +69,11 @@ class StepTotals:
         if result.phases_f32:
             self._phases_WP[result.rank] += np.frombuffer(result.phases_f32, np.float32)
         if result.expert_i64 and len(self._load_LW):
-            counts_L = np.frombuffer(result.expert_i64, np.int64).reshape(len(self._load_LW), -1).sum(axis=1)
-            self._last_load_LW[:, result.rank] = counts_L
-            self._load_LW[:, result.rank] += counts_L
+            mine = self._layers_W[result.rank]
+            num_layers = mine.stop - mine.start
+            counts_L = np.frombuffer(result.expert_i64, np.int64).reshape(num_layers, -1).sum(axis=1)
+            self._last_load_LW[mine, result.rank] = counts_L
+            self._load_LW[mine, result.rank] += counts_L
 
     def pack(self) -> Totals:
         """Balancedness of a layer is mean load / maximum load over ranks."""

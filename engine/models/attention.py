@@ -22,4 +22,6 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
-        """The residual after attention; T is at least 1."""
+        """The residual after attention, its update a summand where heads are split; T is at least
+        1.
+        """

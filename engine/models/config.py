@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +61,15 @@ class GqaConfig:
     out_bias: bool = False
     qk_norm: bool = False
 
+    def split(self, size: int) -> GqaConfig:
+        """The heads of one of ``size`` equal parts. Where there are fewer key heads than parts,
+        several parts hold the same. Raises ValueError when the heads cannot be split so.
+        """
+        heads, keys = self.num_heads, self.num_kv_heads
+        if heads % size or (keys % size and size % keys):
+            raise ValueError(f"{heads} query heads and {keys} key heads cannot be split into {size} parts")
+        return replace(self, num_heads=heads // size, num_kv_heads=max(1, keys // size))
+
 
 @dataclass(frozen=True)
 class MlaConfig:
@@ -79,6 +88,14 @@ class MlaConfig:
     value_dim: int
     scale: float
     bias: bool
+
+    def split(self, size: int) -> MlaConfig:
+        """The heads of one of ``size`` equal parts; each holds the whole latent. Raises ValueError
+        when the heads cannot be split so.
+        """
+        if self.num_heads % size:
+            raise ValueError(f"{self.num_heads} heads cannot be split into {size} parts")
+        return replace(self, num_heads=self.num_heads // size)
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,12 @@ class ModelConfig:
         in FP8.
         """
         return self.fp8_block == KERNEL_BLOCK
+
+    def part(self, num_layers: int, size: int) -> ModelConfig:
+        """The description of the pages of ``num_layers`` layers whose heads are split in ``size``
+        parts.
+        """
+        return replace(self, num_layers=num_layers, attention=self.attention.split(size))
 
     def kv_shapes(self, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
         """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and

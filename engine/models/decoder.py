@@ -11,13 +11,11 @@ T tokens  R sampled rows  D hidden  V vocabulary
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.reference.column import Reference
@@ -27,12 +25,16 @@ from ...kernels.reference.sublayers import Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import Fp8Experts
 from ...moe.layer import MoELayer
-from ...parallel.linear import Backend, Linear, Matrix, MergedLinear, SwiGLU
+from ...parallel.linear import Backend, Matrix, MergedLinear, SwiGLU
+from ...parallel.stages import PipelineStage
+from ...parallel.tensor import Shard
+from ...parallel.vocabulary import Embedding, OutputHead
 from .attention import Attention, LayerCache
 from .config import ModelConfig, RopeConfig
 from .norm import Norm
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
+_Op = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ class DenseMLP(SwiGLU):
     """A SwiGLU block in place of experts, with the norm before it."""
 
     def __init__(self, hidden: int, width: int, backend: Backend[Reference], norm: RowNorm) -> None:
-        super().__init__(hidden, width, backend)
+        super().__init__(hidden, width, backend, split=True)
         self._ops = backend.ops
         self._norm = norm
+        self._complete, self._total = backend.tensor.complete, backend.tensor.total
 
     def forward(self, residual: Residual) -> tuple[Tensor, Tensor]:
-        x_TD, normed_TD = self._ops.add_norm(residual, self._norm)
-        return x_TD, self.swiglu(normed_TD)
+        x_TD, normed_TD = self._ops.add_norm(self._complete(residual), self._norm)
+        return x_TD, self._total(self.swiglu(normed_TD))
 
 
 class DecoderLayer(nn.Module):
@@ -89,18 +92,28 @@ class DecoderLayer(nn.Module):
 
 
 class _Stack(nn.Module):
-    """The part that a checkpoint names ``model``: everything but the output head."""
+    """The part that a checkpoint names ``model``: everything but the output head. The first stage
+    embeds, the last has the norm, and the embedding too where the head shares its weight.
+    """
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], backend: Backend[Reference]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        stage: PipelineStage,
+        layers: dict[int, DecoderLayer],
+        backend: Backend[Reference],
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Matrix(config.hidden, config.vocab_size, backend)
-        self.layers = nn.ModuleList(layers)
-        self.norm = Norm(config.hidden, config.norm_eps, backend)
+        self.embed_tokens: Embedding | None = None
+        if stage.first or (stage.last and config.tie_embeddings):
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden, backend)
+        self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
+        self.norm = Norm(config.hidden, config.norm_eps, backend) if stage.last else None
 
 
 class Model(nn.Module):
-    """A decoder with attention made by ``attention_of``, and ``ops``, the column it computes with.
-    Weights are uninitialised until loaded.
+    """The layers of ``stage`` of a decoder with attention made by ``attention_of``, and ``ops``,
+    the column it computes with. Weights are uninitialised until loaded.
 
     ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of
     ``config.kv_shapes(kv_format)``. ``fp8_experts``: experts stay in the FP8 of their checkpoint.
@@ -109,6 +122,7 @@ class Model(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
+        stage: PipelineStage,
         dispatcher: Dispatcher,
         backend: Backend[Reference],
         attention_of: Callable[[ModelConfig, Backend[Reference], RowNorm], Attention],
@@ -116,40 +130,40 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.ops = backend.ops
-        numbers = {layer: number for number, layer in enumerate(config.moe_layers)}
+        self.stage = stage
+        self.ops, self.dtype = backend.ops, backend.dtype
+        self._moe_layers = [layer for layer in config.moe_layers if layer in stage.layers]
+        numbers = {layer: number for number, layer in enumerate(self._moe_layers)}
 
         def mlp_of(layer: int, norm: RowNorm) -> MoELayer | DenseMLP:
             if layer in numbers:
                 return MoELayer(config.moe, numbers[layer], dispatcher, backend, norm, fp8_experts)
             return DenseMLP(config.hidden, config.dense_width, backend, norm)
 
-        layers: list[DecoderLayer] = []
-        for layer in range(config.num_layers):
+        layers: dict[int, DecoderLayer] = {}
+        for layer in stage.layers:
             first = Norm(config.hidden, config.norm_eps, backend)
             second = Norm(config.hidden, config.norm_eps, backend)
             attention = attention_of(config, backend, first.row)
-            layers.append(DecoderLayer((first, second), attention, mlp_of(layer, second.row)))
-        self.model = _Stack(config, layers, backend)
-        self.lm_head = None if config.tie_embeddings else Linear(config.hidden, config.vocab_size, backend)
+            layers[layer] = DecoderLayer((first, second), attention, mlp_of(layer, second.row))
+        self.model = _Stack(config, stage, layers, backend)
+        self.lm_head: OutputHead | None = None
+        if stage.last and not config.tie_embeddings:
+            self.lm_head = OutputHead(config.hidden, config.vocab_size, backend)
         # Plain attributes for a step: finding a submodule or its parameter takes 0.5 us.
-        embedding = self.model.embed_tokens.weight
-        self._embed = functools.partial(F.embedding, weight=embedding)
-        self._layers = tuple(layers)
-        self._norm = self.model.norm.forward
-        self._head: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=embedding)
-        if self.lm_head is not None:
-            self._head = self.lm_head.forward
+        self._layers = tuple(layers.values())
+        self._embed, self._norm, self._head = self._ends()
         self._frequencies_F = _frequencies(config.rope).to(backend.device)
         self._magnitude = config.rope.yarn.magnitude if config.rope.yarn else 1.0
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, batch: PagedBatch, cache: Sequence[LayerCache]
+        self, inputs: Tensor, positions_T: Tensor, batch: PagedBatch, cache: Sequence[LayerCache]
     ) -> Tensor:
-        """tokens_T, positions_T int64 -> hidden_TD, before the last norm. Every MoE layer is called
-        even where T is 0.
+        """inputs, positions_T int64 -> hidden_TD, before the last norm. ``inputs`` are tokens_T
+        int64, or after the first stage hidden_TD of the one before. Every MoE layer is called even
+        where T is 0.
         """
-        x_TD = self._embed(tokens_T)
+        x_TD = self._embed(inputs)
         rotation = angles(positions_T, self._frequencies_F, self._magnitude)
         residual: Residual = x_TD, None
         for layer, layer_cache in zip(self._layers, cache, strict=True):
@@ -160,6 +174,19 @@ class Model(nn.Module):
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Float32 [R, V] for rows of what ``forward`` returned."""
         return self._head(self._norm(hidden_RD)).float()
+
+    def _ends(self) -> tuple[_Op, _Op, _Op]:
+        """The embedding before the layers, norm and head behind them; the identity where another
+        stage has them.
+        """
+        embedding, norm = self.model.embed_tokens, self.model.norm
+        embed: _Op = embedding.embed if self.stage.first and embedding is not None else _pass_on
+        if norm is None:
+            return embed, _pass_on, _pass_on
+        if self.lm_head is not None:
+            return embed, norm.forward, self.lm_head.head
+        assert embedding is not None, "the head shares its weight"
+        return embed, norm.forward, embedding.head
 
     def pack(self) -> None:
         """Brings matrices into the form that this device reads fastest. Once, after loading:
@@ -175,6 +202,18 @@ class Model(nn.Module):
         but routed experts.
         """
         return {self._checkpoint_name(name): tensor for name, tensor in self._own_tensors().items()}
+
+    def checkpoint_shards(self) -> dict[str, Shard]:
+        """The part of a checkpoint's tensor that is here, by the names of ``checkpoint_tensors``,
+        for those of matrices.
+        """
+        shards: dict[str, Shard] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Matrix):
+                owner = name.rpartition(".")[0] if isinstance(module, MergedLinear) else name
+                for part, shard in module.shards().items():
+                    shards[self._checkpoint_name(f"{owner}.{part}")] = shard
+        return shards
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """``checkpoint_tensors`` by our names."""
@@ -194,8 +233,8 @@ class Model(nn.Module):
         """The routed experts of this model's MoE layers, in order."""
         found = []
         projections = self.config.names.projections
-        for layer in self.config.moe_layers:
-            experts = cast(MoELayer, self._layers[layer].mlp).experts
+        for layer in self._moe_layers:
+            experts = cast(MoELayer, self._layers[layer - self.stage.layers.start].mlp).experts
             name = self._checkpoint_name(f"model.layers.{layer}.mlp.experts")
             scales = None
             if isinstance(experts, Fp8Experts):
@@ -206,6 +245,10 @@ class Model(nn.Module):
     def _checkpoint_name(self, name: str) -> str:
         layer = _LAYER.match(name)
         return layer[0] + self.config.names.of(name[layer.end() :]) if layer else name
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    return x
 
 
 def _frequencies(rope: RopeConfig) -> Tensor:

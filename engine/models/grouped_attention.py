@@ -15,6 +15,7 @@ from ...kernels.reference.sublayers import (
     RowNorm,
 )
 from ...parallel.linear import Backend, Linear, MergedLinear
+from ...parallel.tensor import shard_of
 from .attention import Attention, LayerCache
 from .config import GqaConfig, ModelConfig
 from .norm import Norm
@@ -25,8 +26,12 @@ class GroupedAttention(Attention):
 
     def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm) -> None:
         super().__init__()
-        shape = config.attention
-        assert isinstance(shape, GqaConfig)
+        whole, split = config.attention, backend.tensor
+        assert isinstance(whole, GqaConfig)
+        shape = whole.split(split.size)
+        copies = max(1, split.size // whole.num_kv_heads)
+        q_shard, kv_shard = shard_of(split, 0), shard_of(split, 0, copies)
+        shards = {"q_proj": q_shard, "k_proj": kv_shard, "v_proj": kv_shard}
         self._ops = backend.ops
         self._norm = norm
         self._dim = shape.head_dim
@@ -34,12 +39,13 @@ class GroupedAttention(Attention):
         self._head_norms: HeadNorms | None = None
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        self.qkv_proj = MergedLinear(config.hidden, parts, backend, shape.qkv_bias)
+        self.qkv_proj = MergedLinear(config.hidden, parts, backend, shape.qkv_bias, part_shards=shards)
         if shape.qk_norm:
             self.q_norm = Norm(shape.head_dim, config.norm_eps, backend)
             self.k_norm = Norm(shape.head_dim, config.norm_eps, backend)
             self._head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.norm_eps)
-        self.o_proj = Linear(queries, config.hidden, backend, shape.out_bias)
+        out_shard = shard_of(split, 1)
+        self.o_proj = Linear(queries, config.hidden, backend, shape.out_bias, out_shard)
         self._sublayer = self._bind()
 
     def pack(self) -> None:

@@ -11,6 +11,7 @@ from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles
 from ...kernels.reference.sublayers import Residual, RowNorm
 from ...parallel.linear import Backend, Linear, Matrix, MergedLinear
+from ...parallel.tensor import shard_of
 from .attention import Attention, LayerCache
 from .config import MlaConfig, ModelConfig
 from .norm import Norm
@@ -27,8 +28,9 @@ class LatentAttention(Attention):
 
     def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm) -> None:
         super().__init__()
-        shape = config.attention
-        assert isinstance(shape, MlaConfig)
+        whole, heads = config.attention, shard_of(backend.tensor, 0)
+        assert isinstance(whole, MlaConfig)
+        shape = whole.split(backend.tensor.size)
         self._shape = shape
         self._interleaved = config.rope.interleaved
         self._ops = backend.ops
@@ -36,14 +38,17 @@ class LatentAttention(Attention):
         queries = shape.num_heads * (shape.nope_dim + shape.rope_dim)
         down = {"q_a_proj": shape.q_latent} if shape.q_latent else {"q_proj": queries}
         down["kv_a_proj_with_mqa"] = shape.kv_latent + shape.rope_dim
-        self.down_proj = MergedLinear(config.hidden, down, backend, shape.bias, without_bias=("q_proj",))
+        self.down_proj = MergedLinear(
+            config.hidden, down, backend, shape.bias, without_bias=("q_proj",), part_shards={"q_proj": heads}
+        )
         if shape.q_latent:
             self.q_a_layernorm = Norm(shape.q_latent, _LATENT_EPS, backend)
-            self.q_b_proj = Linear(shape.q_latent, queries, backend)
+            self.q_b_proj = Linear(shape.q_latent, queries, backend, shard=heads)
         self.kv_a_layernorm = Norm(shape.kv_latent, _LATENT_EPS, backend)
         expanded = shape.num_heads * (shape.nope_dim + shape.value_dim)
-        self.kv_b_proj = Matrix(shape.kv_latent, expanded, backend)
-        self.o_proj = Linear(shape.num_heads * shape.value_dim, config.hidden, backend, shape.bias)
+        self.kv_b_proj = Matrix(shape.kv_latent, expanded, backend, heads)
+        values, columns = shape.num_heads * shape.value_dim, shard_of(backend.tensor, 1)
+        self.o_proj = Linear(values, config.hidden, backend, shape.bias, columns)
         # Plain attributes for ``forward``: finding a submodule or its parameter takes 0.5 us.
         self._down = self.down_proj.forward
         self._queries = (self.q_a_layernorm.forward, self.q_b_proj.forward) if shape.q_latent else ()

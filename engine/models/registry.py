@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ...kernels.table import Column, column_for, ops_of
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.linear import Backend
+from ...parallel.stages import PipelineStage, whole_model
+from ...parallel.tensor import UNSPLIT, TensorSplit
 from .config import MlaConfig, ModelConfig
 from .decoder import Model
 from .grouped_attention import GroupedAttention
 from .latent_attention import LatentAttention
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """The layers to build, and how they are split."""
+
+    stage: PipelineStage
+    split: TensorSplit = UNSPLIT
 
 
 def build_model(
@@ -20,11 +32,14 @@ def build_model(
     device: torch.device,
     column: Column | None = None,
     fp8_experts: bool = False,
+    part: ModelPart | None = None,
 ) -> Model:
     """The model of ``config``, its weights uninitialised. The dispatcher's placement decides which
     experts have a slot. ``column``: of the op table, by default the one that serves on the device.
-    ``fp8_experts``: experts stay in the FP8 of their checkpoint.
+    ``fp8_experts``: experts stay in the FP8 of their checkpoint. ``part``: by
+    default the whole model.
     """
+    part = part or ModelPart(whole_model(config.num_layers, config.moe_layers))
     attention = LatentAttention if isinstance(config.attention, MlaConfig) else GroupedAttention
-    backend = Backend(dtype, device, ops_of(column or column_for(device)))
-    return Model(config, dispatcher, backend, attention, fp8_experts)
+    backend = Backend(dtype, device, ops_of(column or column_for(device)), part.split)
+    return Model(config, part.stage, dispatcher, backend, attention, fp8_experts)

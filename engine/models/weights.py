@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...kernels.reference.fp8 import Quantised, widen_into
+from ...parallel.linear import WHOLE
+from ...parallel.tensor import Shard
 from .checkpoint import FP8, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
 from .config import ModelConfig
 from .decoder import ExpertLayer, Model
@@ -40,12 +42,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Place:
-    """The target of a tensor, and of its scales if it stays in FP8; otherwise values are cast or
-    widened.
+    """The target of a tensor, or of a part of it, and of its scales if it stays in FP8; otherwise
+    values are cast or widened.
     """
 
     values: Tensor
     scales: Tensor | None = None
+    shard: Shard = WHOLE
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,15 @@ def load_weights(
     model (``read_checkpoint``, ``check_tensors``).
     """
     stored = read_checkpoint(path)
-    places = {name: _Place(tensor) for name, tensor in model.checkpoint_tensors().items()}
+    shards = model.checkpoint_shards()
+    places = {
+        name: _Place(tensor, shard=shards.get(name, WHOLE))
+        for name, tensor in model.checkpoint_tensors().items()
+    }
     places |= _expert_places(model, experts_of_layer)
     expected = expected_shapes(model)
     check_tensors(path, stored, expected, model.config.fp8_block)
-    _report_unexpected(path, stored, expected, model.config)
+    _report_unexpected(path, stored, expected, model)
     reads = [_Read(name, stored[name], place) for name, place in places.items()]
     _report_fp8(path, reads)
     total = sum(read.stored.num_bytes for read in reads)
@@ -91,9 +98,13 @@ def load_weights(
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors that a checkpoint of this model must hold, including those of
-    experts without a slot here.
+    experts without a slot here. Split tensors count as wholes.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.checkpoint_tensors().items()}
+    shards = model.checkpoint_shards()
+    shapes = {
+        name: shards.get(name, WHOLE).whole(tuple(tensor.shape))
+        for name, tensor in model.checkpoint_tensors().items()
+    }
     moe = model.config.moe
     for layer in model.expert_layers():
         for expert in range(moe.num_experts):
@@ -143,7 +154,9 @@ def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[st
 
 
 def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
-    if scales is None:
+    if not place.shard.is_whole:
+        _store_part(values, scales, place, block)
+    elif scales is None:
         place.values.copy_(values)
     elif place.scales is None:
         assert block is not None
@@ -151,6 +164,23 @@ def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[in
     else:
         place.values.copy_(values)
         place.scales.copy_(scales)
+
+
+def _store_part(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
+    """Stores a part of a tensor. FP8 is widened as a whole first: a part may begin inside a
+    block.
+    """
+    shard, target = place.shard, place.values
+    if scales is not None:
+        assert block is not None
+        whole = target.new_empty(values.shape)
+        widen_into(whole, Quantised(values, scales), block)
+        values = whole
+    if shard.added_once:
+        target.copy_(values) if shard.index == 0 else target.zero_()
+        return
+    start, end = shard.bounds(target.shape[shard.dim])
+    target.narrow(shard.dim, 0, end - start).copy_(values.narrow(shard.dim, start, end - start))
 
 
 def _report_fp8(path: Path, reads: list[_Read]) -> None:
@@ -175,12 +205,18 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
 
 
 def _report_unexpected(
-    path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: ModelConfig
+    path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], model: Model
 ) -> None:
     """Logs once which tensors of the checkpoint the model does not use, apart from known ones."""
+    config = model.config
     scales = {name + SCALE_SUFFIX for name in expected} if config.fp8_block else set()
     names = [
-        name for name in stored if name not in expected and name not in scales and not _known(name, config)
+        name
+        for name in stored
+        if name not in expected
+        and name not in scales
+        and not _known(name, config)
+        and not _elsewhere(name, model)
     ]
     if names:
         _LOG.warning("%s: %d tensors are not used, the first is %s", path, len(names), names[0])
@@ -199,6 +235,14 @@ def _known(name: str, config: ModelConfig) -> bool:
     """
     tied = config.tie_embeddings and name == "lm_head.weight"
     return _predicts_further(name, config) or name.endswith("rotary_emb.inv_freq") or tied
+
+
+def _elsewhere(name: str, model: Model) -> bool:
+    """Whether another stage has the tensor, which checks it there."""
+    layer = _LAYER.match(name)
+    if layer is None:
+        return not (model.stage.first and model.stage.last)
+    return int(layer[1]) < model.config.num_layers and int(layer[1]) not in model.stage.layers
 
 
 def _predicts_further(name: str, config: ModelConfig) -> bool:

@@ -18,7 +18,9 @@ from torch import Tensor
 from ...kernels.reference.paged import build_batch
 from ...kernels.reference.sampling import Purpose, uniform
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...parallel.collectives import CollectiveError, Collectives
+from ...parallel.collectives import CollectiveError, Pending, RankGroups
+from ...parallel.pipeline import PipelineLinks
+from ...parallel.tensor import TensorSplit
 from ..models.decoder import Model
 from ..protocol.arrays import Int32, Int64
 from ..protocol.bulk import RankHello
@@ -34,16 +36,21 @@ from .slot_sampling import RowSettings, SlotSettings
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the collectives.
+    """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the groups.
 
-    ``expert_bytes`` are the weights of one expert of one layer. ``grammars`` None: no request may
-    have one.
+    ``split``: how the model's layers are. ``links``: to the other stages. ``samples``: whether this
+    rank draws the tokens of its tensor group; the others take them over. ``expert_bytes`` are the
+    weights of one expert of one layer. ``grammars`` None: no request may have one, or another rank
+    samples.
     """
 
     rank: int
     model: Model
     dispatcher: Dispatcher
-    collectives: Collectives
+    groups: RankGroups
+    split: TensorSplit
+    links: PipelineLinks
+    samples: bool
     pool: KVPool
     device: torch.device
     expert_bytes: int = 0
@@ -62,6 +69,16 @@ class _Sampled:
     errors: tuple[RowError, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """Tokens of ``slots`` [R] at ``positions`` [R] that the last stage samples for ``cohort``."""
+
+    cohort: int
+    slots: Int64
+    positions: Int64
+    pending: Pending
+
+
 _NOTHING = _Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
@@ -74,10 +91,16 @@ class Executor:
         self._settings = SlotSettings(num_slots, parts.model.config.vocab_size)
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
         self._staged: dict[int, Int32] = {}
+        self._expected: list[_Expected] = []
 
     @property
     def model(self) -> Model:
         return self._parts.model
+
+    @property
+    def samples(self) -> bool:
+        """Whether results of this rank hold tokens."""
+        return self._parts.samples
 
     def hello(self) -> RankHello:
         pool, placement = self._parts.pool, self._parts.dispatcher.placement
@@ -96,14 +119,16 @@ class Executor:
         )
 
     def begin_epoch(self, epoch: int) -> None:
+        self._expected.clear()
+        self._parts.links.forget()
         try:
-            self._parts.collectives.build(epoch)
+            self._parts.groups.build(epoch)
         except CollectiveError as error:
             raise StepAbandoned(str(error)) from error
 
     def stage(self, staged: int, tokens_i32: bytes, grammar: str = "", num_emitted: int = 0) -> bool:
         tokens = self._staged[staged] = np.frombuffer(tokens_i32, np.int32)
-        if not grammar:
+        if not grammar or not self._parts.samples:
             return True
         assert self._parts.grammars is not None, "a grammar for a rank without vocabulary"
         self._parts.grammars.stage(staged, grammar, tokens[len(tokens) - num_emitted :])
@@ -124,7 +149,7 @@ class Executor:
     def close(self) -> None:
         if self._parts.grammars is not None:
             self._parts.grammars.close()
-        self._parts.collectives.destroy()
+        self._parts.groups.destroy()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Applies a plan and computes its step, even without rows: other ranks wait in the exchange
@@ -135,22 +160,29 @@ class Executor:
         try:
             return self._execute(plan)
         except CollectiveError as error:
-            self._parts.collectives.destroy()
+            self._parts.groups.destroy()
             raise StepAbandoned(str(error)) from error
 
     @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> StepResult:
-        start, waited = time.perf_counter(), self._parts.collectives.waited
+        start, waited = time.perf_counter(), self._parts.groups.waited
         header, section = plan.header, plan.section
+        self._take_expected(header, section)
         self._apply(header, section)
         rows = self._table.rows(header, section)
         # With drafts a row can reach its limit early.
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
-        hidden_TD = self._forward(rows, draws, header.capacity)
+        hidden_TD = self._forward(header, rows, draws)
         chosen = draws.nonzero()[0]
-        scores = self._score(rows, hidden_TD)
-        sampled = self._sample(rows, chosen, hidden_TD, masks) if len(chosen) else _NOTHING
+        scores: tuple[PromptLogprobs, ...] = ()
+        sampled = _NOTHING
+        if self._parts.links.stage.last:
+            scores = self._score(rows, hidden_TD)
+            if len(chosen):
+                sampled = self._sample(header.step, rows, chosen, hidden_TD, masks)
+        else:
+            self._hand_on(header, rows, chosen, hidden_TD)
         self._table.advance(rows, draws.astype(np.int64))
         return StepResult(
             group=header.group,
@@ -168,9 +200,9 @@ class Executor:
             phases_f32=np.array(self._parts.dispatcher.clock.take(), np.float32).tobytes()
             if header.counts
             else b"",
-            waited=self._parts.collectives.waited - waited,
+            waited=self._parts.groups.waited - waited,
             seconds=time.perf_counter() - start,
-            prompt_logprobs=scores,
+            prompt_logprobs=scores if self._parts.samples else (),
             errors=sampled.errors,
         )
 
@@ -212,7 +244,7 @@ class Executor:
 
     # ----------------------------------------------------------------- the step
 
-    def _forward(self, rows: Rows, draws: NDArray[np.bool_], capacity: int) -> Tensor:
+    def _forward(self, header: Header, rows: Rows, draws: NDArray[np.bool_]) -> Tensor:
         """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw write to the
         scratch page.
         """
@@ -229,12 +261,40 @@ class Executor:
         batch, positions_T = build_batch(
             rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device
         )
-        owners = slots if rows.num_decode == len(slots) else np.repeat(slots, rows.counts)
-        tokens = self._history[owners, positions_T.cpu().numpy()]
-        tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
-        parts.dispatcher.begin_step(len(tokens), capacity)
-        hidden_TD: Tensor = parts.model(tokens_T, positions_T, batch, parts.pool.cache)
+        num_tokens, split = len(positions_T), parts.split
+        if parts.links.stage.first:
+            owners = slots if rows.num_decode == len(slots) else np.repeat(slots, rows.counts)
+            tokens = self._history[owners, positions_T.cpu().numpy()]
+            inputs = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
+        else:
+            inputs = parts.links.receive(
+                header.step, num_tokens, parts.model.config.hidden, parts.model.dtype
+            )
+        parts.dispatcher.begin_step(len(split.run_of(num_tokens)), -(-header.capacity // split.size))
+        hidden_TD: Tensor = parts.model(inputs, positions_T, batch, parts.pool.cache)
         return hidden_TD
+
+    def _hand_on(self, header: Header, rows: Rows, chosen: Int64, hidden_TD: Tensor) -> None:
+        """Sends the hidden states to the next stage. The first one will get the tokens back."""
+        links = self._parts.links
+        links.send(header.step, hidden_TD)
+        if links.stage.first and len(chosen):
+            pending = links.expect_tokens(header.step, len(chosen))
+            self._expected.append(_Expected(header.cohort, rows.slots[chosen], rows.ends[chosen], pending))
+
+    def _take_expected(self, header: Header, section: Section) -> None:
+        """Takes in the tokens that earlier steps of this cohort sampled on the last stage. A rebase
+        needs none of them.
+        """
+        if section.rebase:
+            self._expected.clear()
+        expected, self._expected = self._expected, []
+        for item in expected:
+            if item.cohort == header.cohort:
+                tokens_R = self._parts.links.wait(item.pending)
+                self._history[item.slots, item.positions] = tokens_R.cpu().numpy()
+            else:
+                self._expected.append(item)
 
     def _score(self, rows: Rows, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
         """Log-probabilities of the prompt tokens that follow each position of this step's chunks,
@@ -252,16 +312,28 @@ class Executor:
                 found.append(score(self._parts.model, hidden_TD, chunk))
         return tuple(found)
 
-    def _sample(self, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None) -> _Sampled:
-        """Samples a token for each of the rows ``chosen`` [R]."""
+    def _sample(
+        self, step: int, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None
+    ) -> _Sampled:
+        """Samples a token for each of the rows ``chosen`` [R], or takes over what another rank of
+        the tensor group samples.
+        """
         slots, positions = rows.slots[chosen], rows.ends[chosen]
         if len(chosen) < len(hidden_TD):
             last = rows.counts.cumsum()[chosen] - 1
             hidden_TD = hidden_TD[torch.from_numpy(last).to(hidden_TD.device)]
-        settings = self._settings.rows(slots)
         logits_RV = self._parts.model.logits(hidden_TD)
+        if not self._parts.samples:
+            tokens_R = torch.zeros(len(chosen), dtype=torch.int64, device=self._parts.device)
+            tokens_R = self._parts.split.from_first(tokens_R)
+            self._parts.links.send_tokens(step, tokens_R)
+            self._history[slots, positions] = tokens_R.cpu().numpy()
+            return _NOTHING
+        settings = self._settings.rows(slots)
         numbers = rows.samples.cumsum()[chosen] - 1
         tokens, lines = self._draw(logits_RV, settings, positions, numbers, masks)
+        tokens_R = self._parts.split.from_first(torch.from_numpy(tokens).to(self._parts.device))
+        self._parts.links.send_tokens(step, tokens_R)
         self._history[slots, positions] = tokens
         self._settings.observe(slots, tokens)
         errors: dict[int, str] = {}

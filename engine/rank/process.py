@@ -18,10 +18,13 @@ from ...moe.dispatch.all_to_all import AllToAllExchange
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.exchange import ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
-from ...parallel.collectives import Collectives
+from ...parallel.collectives import Collectives, RankGroups
+from ...parallel.pipeline import PipelineLinks
+from ...parallel.stages import split_layers
+from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
-from ..models.config import load_config
-from ..models.registry import build_model
+from ..models.config import ModelConfig, load_config
+from ..models.registry import ModelPart, build_model
 from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
@@ -72,19 +75,19 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     or memory do not fit.
     """
     mesh = spec.mesh
-    if mesh.pipeline != 1 or mesh.tensor != 1:
-        raise ValueError(f"parallel: pipeline {mesh.pipeline}, tensor {mesh.tensor}: only 1 works yet")
     device = torch.device(spec.device)
     config = load_config(Path(spec.model_path))
     here = mesh.coordinates(spec.rank)
-    placement = contiguous(len(config.moe_layers), config.moe.num_experts, mesh.experts)
-    store = MeetingStore(spec, spec.collective_deadline) if mesh.experts > 1 else None
-    name = f"experts of stage {here.stage}"
-    collectives = Collectives(name, here.expert, mesh.experts, store, spec.collective_deadline, device)
-    dispatcher = _dispatcher(spec.dispatch, placement, collectives, device)
+    stage = split_layers(config.num_layers, config.moe_layers, mesh.pipeline)[here.stage]
+    placement = contiguous(stage.num_moe, config.moe.num_experts, mesh.experts)
+    experts, tensor, stages = _groups(spec, device)
+    split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor)
+    dispatcher = _dispatcher(spec.dispatch, placement, experts, device)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
-    page_bytes = bytes_per_page(config, spec.page_size, kv_format)
-    model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts)
+    held = config.part(stage.num_layers, mesh.tensor)
+    page_bytes = bytes_per_page(held, spec.page_size, kv_format)
+    part = ModelPart(stage, split)
+    model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts, part=part)
     load_weights(
         model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress
     )
@@ -92,14 +95,47 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     max_len = min(spec.max_len or config.max_position, config.max_position)
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len)
     num_pages = fit_pages(page_bytes, spec.page_size, limits, spec.ranks_per_host, device)
-    pool = KVPool(config, num_pages, spec.page_size, kv_format, device)
+    pool = KVPool(held, num_pages, spec.page_size, kv_format, device)
     facts = spec.model_path, spec.rank, mesh.world, device, spec.dtype, num_pages, kv_format, spec.dispatch
     _LOG.info("loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s", *facts)
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
-    vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
-    grammars = Grammars(vocabulary) if vocabulary is not None else None
-    parts = Parts(spec.rank, model, dispatcher, collectives, pool, device, expert_bytes, grammars)
+    grammars = _grammars(spec, config) if mesh.samples(spec.rank) else None
+    parts = Parts(
+        rank=spec.rank,
+        model=model,
+        dispatcher=dispatcher,
+        groups=RankGroups(experts, tensor, stages),
+        split=split,
+        links=PipelineLinks(stages, stage, device),
+        samples=mesh.samples(spec.rank),
+        pool=pool,
+        device=device,
+        expert_bytes=expert_bytes,
+        grammars=grammars,
+    )
     return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
+
+
+def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
+    vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
+    return Grammars(vocabulary) if vocabulary is not None else None
+
+
+def _groups(spec: RankSpec, device: torch.device) -> tuple[Collectives, Collectives, Collectives]:
+    """The groups of ranks that this one shares experts with, that it splits layers with, and that
+    have the other stages of its layers.
+    """
+    mesh, here = spec.mesh, spec.mesh.coordinates(spec.rank)
+    deadline = spec.collective_deadline
+    store = MeetingStore(spec, deadline) if mesh.world > 1 else None
+    experts = f"experts of stage {here.stage}"
+    layers = f"layers of stage {here.stage}, data {here.data}"
+    stages = f"stages of data {here.data}, tensor {here.tensor}"
+    return (
+        Collectives(experts, here.expert, mesh.experts, store, deadline, device),
+        Collectives(layers, here.tensor, mesh.tensor, store, deadline, device),
+        Collectives(stages, here.stage, mesh.pipeline, store, deadline, device),
+    )
 
 
 def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:

@@ -69,7 +69,9 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
 
 
 def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
-    """Parameters of a rank. Gates are not split over the tensor group; the rest is."""
+    """Parameters of a rank. A tensor group splits attention, dense layers and the vocabulary;
+    gates and shared experts are whole on each of its ranks.
+    """
     shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
     slot = stored_bytes(shape.expert_params, setup.expert_weights)
@@ -77,13 +79,13 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     places = setup.num_slots * setup.expert_ranks
     redundant = slots * setup.redundant // places
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
-    table = shape.vocab_size * shape.hidden * item
+    table = -(-shape.vocab_size // tensor) * shape.hidden * item
     tables = stage.first + (stage.last and not (stage.first and shape.tie_embeddings))
     return Weights(
         attention=stage.num_layers
-        * (stored_bytes(shape.attention_params // tensor, setup.weights) + shape.norm_params * item),
+        * (stored_bytes(shape.split_attention_params(tensor), setup.weights) + shape.norm_params * item),
         dense=stored_bytes(
-            (num_dense * shape.dense_params + stage.num_moe * shape.shared_params) // tensor, setup.weights
+            num_dense * shape.dense_params // tensor + stage.num_moe * shape.shared_params, setup.weights
         ),
         gates=stage.num_moe * shape.gate_params * _GATE_ITEM,
         experts=slots - redundant - empty,

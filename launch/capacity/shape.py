@@ -76,10 +76,16 @@ class Shape(ModelConfig):
 
         A rank holds its share of key heads, or the whole latent.
         """
-        held = self.attention
-        if isinstance(held, GqaConfig):
-            held = replace(held, num_kv_heads=-(-held.num_kv_heads // tensor))
+        held = self.attention.split(tensor)
         return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
+
+    def split_attention_params(self, tensor: int) -> int:
+        """Values in the matrices and biases of one layer's attention on one of ``tensor`` ranks.
+
+        Projections to a latent are whole on each, and so are key heads where there are fewer than
+        ranks.
+        """
+        return replace(self, attention=self.attention.split(tensor)).attention_params
 
     def attention_operations(self, decode: bool) -> int:
         """Operations per token, position of its context and layer.

@@ -326,8 +326,6 @@ def not_yet(recipe: Recipe) -> list[str]:
     ``launch plan`` plans with them and reports them.
     """
     checks = (
-        (recipe.parallel.tensor > 1, f"parallel.tensor = {recipe.parallel.tensor}", "1"),
-        (recipe.parallel.pipeline > 1, f"parallel.pipeline = {recipe.parallel.pipeline}", "1"),
         (recipe.experts.redundant > 0, f"experts.redundant = {recipe.experts.redundant}", "0"),
         (recipe.experts.balance == "on", "experts.balance = on", "auto or off"),
         (

@@ -24,6 +24,12 @@ class ModelFacts(Protocol):
     def moe(self) -> MoEConfig: ...
     @property
     def attention(self) -> GqaConfig | MlaConfig: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def moe_layers(self) -> tuple[int, ...]: ...
+    @property
+    def dense_width(self) -> int: ...
 
 
 def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -39,10 +45,28 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             kv_shapes(config.attention, "fp8")
         except ValueError as error:
             found.append(str(error))
-    if recipe.world > config.moe.num_experts:
+    if recipe.mesh.experts > config.moe.num_experts:
         found.append(
             f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the "
             f"{config.moe.num_experts} experts of the model"
+        )
+    return found + _unsplittable(recipe, config)
+
+
+def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Layers that do not suffice for ``parallel.pipeline``, or that ``parallel.tensor`` does not
+    divide.
+    """
+    tensor, pipeline, found = recipe.parallel.tensor, recipe.parallel.pipeline, []
+    if pipeline > config.num_layers:
+        found.append(f"parallel.pipeline = {pipeline}: more stages than the {config.num_layers} layers")
+    try:
+        config.attention.split(tensor)
+    except ValueError as error:
+        found.append(f"parallel.tensor = {tensor}: {error}")
+    if len(config.moe_layers) < config.num_layers and config.dense_width % tensor:
+        found.append(
+            f"parallel.tensor = {tensor}: does not divide the width {config.dense_width} of dense layers"
         )
     return found
 

@@ -40,7 +40,7 @@ def hello(rank: int, pages: int = 40) -> RankHello:
 class Group:
     def __init__(self) -> None:
         self.pilot = Pilot(Settings(MESH, SCHEDULER, [40, 40], 4, 96))
-        self.status = ClusterStatus(MESH, hello(0), self.pilot.group, itertools.count(1))
+        self.status = ClusterStatus(MESH, {0: hello(0)}, self.pilot.group, itertools.count(1))
         self.membership = Membership(SPEC, {1: hello(1), 0: hello(0)}, self.pilot, self.status)
 
     @property

@@ -63,7 +63,7 @@ def rendered(totals: StepTotals) -> list[str]:
 
 @pytest.fixture
 def values() -> dict[str, float]:
-    totals = StepTotals(Mesh(data=WORLD), 2, 1000)
+    totals = StepTotals(Mesh(data=WORLD), [slice(0, 2)], 1000)
     totals.planned(0.0004, header(0, 8), np.array([8, 1, 3]), 8 + 1 + 4)
     totals.planned(0.0031, header(1, 16, microbatches=2, moves=3), np.array([10, 0, 14]), 16 + 0 + 16)
     totals.observed([result(0, 0.5, 0.1), result(2, 0.3, 0.25)])
@@ -123,7 +123,7 @@ def test_seconds_of_ranks(values: dict[str, float]) -> None:
 def test_a_phase_that_stays_empty_on_one_rank_says_so() -> None:
     helps = dict(
         line.removeprefix("# HELP ").split(" ", 1)
-        for line in rendered(StepTotals(Mesh(), 0, 0))
+        for line in rendered(StepTotals(Mesh(), [slice(0, 0)], 0))
         if line.startswith("# HELP ")
     )
     for phase in ("dispatch", "combine"):
@@ -151,16 +151,16 @@ def test_state_of_ranks_and_group(values: dict[str, float]) -> None:
 
 
 def test_one_rank_twice_in_a_batch_counts_twice() -> None:
-    totals = StepTotals(Mesh(data=WORLD), 0, 0)
+    totals = StepTotals(Mesh(data=WORLD), [slice(0, 0)], 0)
     totals.observed([result(1, 0.5, 0.1), result(1, 0.25, 0.0)])
     assert shown(totals)['lockstep:rank_busy_seconds_total{rank="1"}'] == pytest.approx(0.65)
 
 
 def test_nothing_yet_is_shown_without_a_division_by_zero() -> None:
-    values = shown(StepTotals(Mesh(data=WORLD), 0, 0))
+    values = shown(StepTotals(Mesh(data=WORLD), [slice(0, 0)], 0))
     assert (
         values['lockstep:padding_waste{of="rows"}'] == 0
         and values[f"lockstep:plan_seconds_count{LABEL}"] == 0
     )
-    totals = StepTotals(Mesh(data=WORLD), 1, 0)
+    totals = StepTotals(Mesh(data=WORLD), [slice(0, 1)], 0)
     assert shown(totals)['lockstep:balancedness{layer="0"}'] == 1

@@ -333,8 +333,6 @@ def test_memory_below_the_context_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("parallel: {tensor: 2}\ncluster: {ranks_per_node: 4}", "parallel.tensor = 2"),
-        ("parallel: {pipeline: 2}\ncluster: {ranks_per_node: 4}", "parallel.pipeline = 2"),
         ("overlap: on", "overlap = on"),
         ("experts: {redundant: 32}", "experts.redundant = 32"),
         ("experts: {balance: on}", "experts.balance = on"),

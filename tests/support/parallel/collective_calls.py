@@ -49,7 +49,7 @@ def one_is_late(collectives: Collectives) -> tuple[str, float]:
     _all_here(collectives)
     collectives._deadline = timedelta(seconds=5)
     collectives.build(1)
-    store = collectives._store
+    store = collectives.store
     assert store is not None
     if collectives.index == collectives.size - 1:
         store.wait(["told"], timedelta(seconds=60))
@@ -63,7 +63,7 @@ def _all_here(collectives: Collectives) -> None:
     """Returns once every rank has built its group. By the store: no rank is then in the middle of a
     collective.
     """
-    store = collectives._store
+    store = collectives.store
     assert store is not None
     store.set(f"built/{collectives.index}", "")
     store.wait([f"built/{index}" for index in range(collectives.size)], timedelta(seconds=60))

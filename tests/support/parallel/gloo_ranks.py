@@ -56,6 +56,15 @@ def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) ->
     return [result for _, result in answers]
 
 
+def meet(name: str, index: int, size: int, collectives: Collectives) -> Collectives:
+    """A further group of ``size`` ranks, of which this one is ``index``; it meets at the store of
+    ``collectives``.
+    """
+    further = Collectives(name, index, size, collectives.store, DEADLINE, torch.device("cpu"))
+    further.build(0)
+    return further
+
+
 def _answer(reader: Connection, deadline: float) -> tuple[str | None, Any]:
     if not reader.poll(max(0.0, deadline - time.monotonic())):
         return "still silent at the deadline", None

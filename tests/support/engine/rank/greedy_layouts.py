@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lockstep.parallel.collectives import Collectives
 
+from ...parallel.gloo_ranks import meet
 from .greedy_prompts import NUM_NEW, load_prompts
 from .hand_plans import Driver, Request, build_executor
 
@@ -30,14 +31,34 @@ def continue_prompts(
             if collectives.index < holders
             else []
         )
-        requests = [
-            Request(prompt, NUM_NEW, start=i, chunk=9 + i) if i % 2 else Request(prompt, NUM_NEW)
-            for i, prompt in enumerate(mine)
-        ]
-        found[family] = Driver(build_executor(path, collectives, dispatch), requests, _capacity).run(
-            NUM_STEPS
-        )
+        executor = build_executor(path, collectives, dispatch)
+        found[family] = Driver(executor, _alternating(mine), _capacity).run(NUM_STEPS)
     return found
+
+
+def continue_split(
+    collectives: Collectives, paths: dict[str, Path], tensor: int
+) -> dict[str, list[list[int]]]:
+    """As ``continue_prompts`` where every ``tensor`` neighbouring ranks split layers and have the
+    same prompts. Ranks that do not sample have -1 for every token.
+    """
+    data, index = divmod(collectives.index, tensor)
+    holders = collectives.size // tensor
+    group = meet(f"layers of data {data}", index, tensor, collectives)
+    found = {}
+    for family, path in paths.items():
+        prompts = [entry.prompt for entry in load_prompts(family)[data::holders]]
+        executor = build_executor(path, collectives, "all_gather", tensor=group)
+        found[family] = Driver(executor, _alternating(prompts), _capacity).run(NUM_STEPS)
+    return found
+
+
+def _alternating(prompts: list[list[int]]) -> list[Request]:
+    """Half of the prompts start whole in the first step, the others one by one in chunks."""
+    return [
+        Request(prompt, NUM_NEW, start=i, chunk=9 + i) if i % 2 else Request(prompt, NUM_NEW)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def _capacity(step: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lockstep.engine.models.config import load_config
-from lockstep.engine.models.registry import build_model
+from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.models.weights import load_weights
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
@@ -24,7 +24,10 @@ from lockstep.engine.rank.warm_up import Pages, warm_up
 from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
-from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.collectives import Collectives, RankGroups
+from lockstep.parallel.pipeline import PipelineLinks
+from lockstep.parallel.stages import whole_model
+from lockstep.parallel.tensor import UNSPLIT, TensorGroup
 from support.moe.dispatchers import dispatcher_of
 
 GREEDY = Sampling(temperature=0.0)
@@ -40,18 +43,25 @@ def build_executor(
     max_len: int = 256,
     kv_format: KvFormat = "fp32",
     column: Column = "cpu",
+    tensor: Collectives | None = None,
 ) -> Executor:
-    """An executor in float32 over the checkpoint ``path``; alone without ``collectives``."""
+    """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
+    those of the experts. ``tensor``: the ranks that split layers.
+    """
     device = torch.device("cpu")
-    collectives = collectives or Collectives("alone", 0, 1, None, 1.0, device)
+    alone = Collectives("alone", 0, 1, None, 1.0, device)
+    collectives, tensor = collectives or alone, tensor or alone
+    split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor)
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
     dispatcher = dispatcher_of(dispatch, placement, collectives)
-    model = build_model(config, dispatcher, torch.float32, device, column)
+    stage = whole_model(config.num_layers, config.moe_layers)
+    part = ModelPart(stage, split)
+    model = build_model(config, dispatcher, torch.float32, device, column, part=part)
     load_weights(
         model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None
     )
-    pool = KVPool(config, NUM_PAGES, PAGE_SIZE, kv_format, device)
+    pool = KVPool(config.part(config.num_layers, split.size), NUM_PAGES, PAGE_SIZE, kv_format, device)
     if column == "cpu":
         warm_up(
             config,
@@ -60,9 +70,18 @@ def build_executor(
             functools.partial(dispatcher_of, dispatch),
             print,
         )
-    return Executor(
-        Parts(collectives.index, model, dispatcher, collectives, pool, device), NUM_SLOTS, max_len, 1
+    parts = Parts(
+        rank=collectives.index,
+        model=model,
+        dispatcher=dispatcher,
+        groups=RankGroups(collectives, tensor),
+        split=split,
+        links=PipelineLinks(alone, stage, device),
+        samples=tensor.index == 0,
+        pool=pool,
+        device=device,
     )
+    return Executor(parts, NUM_SLOTS, max_len, 1)
 
 
 @dataclass
@@ -130,6 +149,9 @@ class Driver:
         plan = StepPlan(header, section)
         result = self.executor.execute(plan)
         tokens = np.frombuffer(result.tokens_i32, np.int32).tolist()
+        if not self.executor.samples:
+            assert not tokens, f"step {step}: {len(tokens)} tokens of a rank that does not sample"
+            tokens = [-1] * len(sampling)
         assert len(tokens) == len(sampling), f"step {step}: {len(tokens)} tokens for {len(sampling)} rows"
         for request, token in zip(sampling, tokens, strict=True):
             request.tokens.append(token)

@@ -1,0 +1,64 @@
+"""The two layers as wide as the vocabulary, split by rows over a tensor group: the embedding and
+the output head.
+
+T tokens  R sampled rows  D hidden  V vocabulary  P rows of this part, padding included
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import Backend, Linear, LinearOps, Matrix
+from .tensor import Shard, TensorSplit
+
+
+def vocabulary_shard(split: TensorSplit, vocab_size: int) -> tuple[int, Shard]:
+    """P, and the part of the vocabulary of this rank."""
+    rows = -(-vocab_size // split.size)
+    return rows, Shard(0, split.index, split.size, None if split.size == 1 else vocab_size)
+
+
+class Embedding(Matrix):
+    """Vectors [P, D] of this part of the vocabulary."""
+
+    def __init__(self, vocab_size: int, hidden: int, backend: Backend[LinearOps]) -> None:
+        rows, shard = vocabulary_shard(backend.tensor, vocab_size)
+        super().__init__(hidden, rows, backend, shard)
+        self._split, self._vocab_size = backend.tensor, vocab_size
+        self._first, self._last = shard.bounds(rows)
+        # Plain attributes for a step: finding a module's parameter takes 0.5 us.
+        self.embed: Callable[[Tensor], Tensor] = functools.partial(F.embedding, weight=self.weight)
+        self.head: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=self.weight)
+        if backend.tensor.size > 1:
+            self.weight.zero_()
+            self.embed, self.head = self._embed_part, self._head_part
+
+    def _embed_part(self, tokens_T: Tensor) -> Tensor:
+        """[T, D]: each token's vector comes from the rank that has it, zeros from the others."""
+        here_T = (tokens_T >= self._first) & (tokens_T < self._last)
+        x_TD = F.embedding(torch.where(here_T, tokens_T - self._first, 0), self.weight)
+        return self._split.total(torch.where(here_T[:, None], x_TD, 0))
+
+    def _head_part(self, hidden_RD: Tensor) -> Tensor:
+        return self._split.columns(F.linear(hidden_RD, self.weight))[:, : self._vocab_size]
+
+
+class OutputHead(Linear):
+    """Logits [R, V] from this part's P columns of them."""
+
+    def __init__(self, hidden: int, vocab_size: int, backend: Backend[LinearOps]) -> None:
+        rows, shard = vocabulary_shard(backend.tensor, vocab_size)
+        super().__init__(hidden, rows, backend, shard=shard)
+        self._split, self._vocab_size = backend.tensor, vocab_size
+        self.head: Callable[[Tensor], Tensor] = self.forward
+        if backend.tensor.size > 1:
+            self.weight.zero_()
+            self.head = self._head_part
+
+    def _head_part(self, hidden_RD: Tensor) -> Tensor:
+        return self._split.columns(self.forward(hidden_RD))[:, : self._vocab_size]
