@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,10 +67,12 @@ def random_bodies(dice: random.Random, num: int, prompts: tuple[int, int]) -> li
 
 
 class Oracle:
-    """The model of ``random_checkpoint`` by transformers, and what it makes of requests."""
+    """A model by transformers, by default that of ``random_checkpoint``, and what it makes of
+    requests.
+    """
 
-    def __init__(self) -> None:
-        model = random_checkpoint()
+    def __init__(self, model: Path | None = None) -> None:
+        model = model or random_checkpoint()
         self._reference = Reference(model, json.loads((model / "config.json").read_text()))
 
     def score(self, prompt: list[int]) -> list[float]:

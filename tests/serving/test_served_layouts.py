@@ -1,0 +1,104 @@
+"""Every layout gives the tokens of transformers through the front door, greedy and seeded, with
+prefixes that are cached, prompts in chunks, preemption, log-probabilities of prompts, and a rank
+that is killed in the middle.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from support.engine.models.checkpoints import write_checkpoint
+from support.engine.rank.greedy_prompts import FAMILIES
+from support.serving.mixed_asks import Oracle, random_bodies
+from support.serving.random_checkpoint import CONFIG, write_tokenizer
+from support.serving.served import Answer, serve
+
+PAGE = 16
+PAGES = 40
+NUM_OUTPUT = 64
+# Ranks, tensor, pipeline; the rest is data.
+LAYOUTS = [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
+
+
+def name(layout: tuple[int, int, int]) -> str:
+    ranks, tensor, pipeline = layout
+    return f"pipeline{pipeline}xdata{ranks // tensor // pipeline}xtensor{tensor}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_tokens_are_those_of_transformers(
+    layout: tuple[int, int, int], oracle: Oracle, tmp_path: Path
+) -> None:
+    """24 requests of 6 to 9 pages for 40 pages per data index; every third prompt begins as another
+    does. Then the same again while the last rank is killed.
+    """
+    ranks, tensor, pipeline = layout
+    page_bytes = PAGE * 4 * (64 + 16) * 4 // pipeline  # layers, latent in fp32: whole on every tensor rank
+    overrides = (
+        f"cluster.ranks_per_node={ranks}",
+        f"parallel.tensor={tensor}",
+        f"parallel.pipeline={pipeline}",
+        f"kv_cache.memory={PAGES * page_bytes}",
+        "scheduler.max_batch_tokens=80",
+        "scheduler.max_running=32",
+        "scheduler.checksum_every=1",
+    )
+    dice = random.Random(11)
+    with serve(tmp_path / "run", *overrides) as served:
+        assert {rank["pages_total"] for rank in served.cluster()["ranks"]} <= set(range(PAGES, PAGES + 2))
+        bodies = random_bodies(dice, 24, (34, 80))
+        for index in range(2, len(bodies), 3):
+            bodies[index]["prompt"][: 2 * PAGE] = bodies[index - 2]["prompt"][: 2 * PAGE]
+        known = oracle.know(served, bodies, NUM_OUTPUT)
+        preemptions, hits = served.counted("num_preemptions", "prefix_cache_hits")
+        assert preemptions and hits, f"{preemptions:g} preemptions, {hits:g} tokens from the cache"
+
+        score = served.ask(prompt=known[0].body["prompt"], max_tokens=0, echo=True, logprobs=1)
+        values = score.document["choices"][0]["logprobs"]["token_logprobs"]
+        certain = oracle.score(known[0].body["prompt"])
+        assert values[1 : len(certain) + 1] == pytest.approx(certain, abs=1e-3)
+
+        epoch, [counted] = served.cluster()["epoch"], served.counted("generation_tokens")
+        answers: list[Answer] = []
+        asks = [each.ask(NUM_OUTPUT, stream=index % 2 == 0) for index, each in enumerate(known)]
+        sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
+        sending.start()
+        served.wait_until(
+            lambda: served.metrics()["generation_tokens_total"] > counted + 60, "tokens are streaming"
+        )
+        os.kill(served.launcher.pid_of(f"rank {ranks - 1}"), signal.SIGKILL)
+        sending.join(200)
+        assert len(answers) == len(known), "streams have not ended"
+        for each, answer in zip(known, answers, strict=True):
+            assert len(answer.tokens) == NUM_OUTPUT
+            each.assert_same(answer, "after a rank was killed")
+        served.wait_until(lambda: served.cluster()["epoch"] > epoch, "the state after the loss")
+        served.assert_clean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
+    """``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks."""
+    config = FAMILIES[family] | {"vocab_size": CONFIG["vocab_size"]}
+    model = write_checkpoint(tmp_path / "model", config, seed=5)
+    write_tokenizer(model)
+    bodies = random_bodies(random.Random(13), 12, (4, 60))
+    whole = [layout for layout in LAYOUTS if layout[0] == 4 and layout[2] <= config["num_hidden_layers"]]
+    for ranks, tensor, pipeline in whole if os.environ.get("LOCKSTEP_LAYOUTS") == "all" else [(4, 2, 2)]:
+        overrides = (
+            f"model.path={model}",
+            f"cluster.ranks_per_node={ranks}",
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+            "scheduler.max_batch_tokens=64",
+            "scheduler.max_running=16",
+            "model.max_len=256",
+        )
+        with serve(tmp_path / f"run-{tensor}-{pipeline}", *overrides) as served:
+            Oracle(model).know(served, bodies, 32)
