@@ -107,10 +107,19 @@ class Frontends:
                 frontend.leased = False
                 reactions.abort_frontend(frontend.index)
 
+    def extend_leases(self, now: float) -> None:
+        """The controller stood still: frontends have as long as ever to be heard."""
+        for frontend in self._by_index:
+            if frontend.leased:
+                frontend.expiry = now + frontend.lease
+
     def send(self, output: Iterable[tuple[int, Message]]) -> None:
-        """Sends the planner's messages, given as (frontend, message)."""
+        """Sends the planner's messages, given as (frontend, message). A frontend without a lease
+        gets none: it submits its requests again when it is back.
+        """
         for index, message in output:
-            self._transport.send_frontend(self._by_index[index].name, message)
+            if self._by_index[index].leased:
+                self._transport.send_frontend(self._by_index[index].name, message)
 
     def tell(self, state: ClusterState) -> None:
         """Sends the state to every frontend that holds a lease."""

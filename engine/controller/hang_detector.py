@@ -39,6 +39,10 @@ class HangDetector:
         """A new epoch begins."""
         self._abandoned.clear()
 
+    def stood_still(self, seconds: float) -> None:
+        """The controller stood still for so long, and perhaps the ranks as well."""
+        self._first += seconds
+
     def abandoned(self, rank: int, now: float) -> None:
         """A rank is alive and has abandoned its step."""
         if not self._abandoned:
@@ -53,9 +57,11 @@ class HangDetector:
         the deadline and five times the ``predicted`` seconds of its step.
         """
         if self._abandoned:
+            if self._abandoned.issuperset(behind):
+                return Judgement(regroup=True)
             if now - self._first < GRACE:
                 return Judgement()
             hung = tuple(rank for rank in behind if rank not in self._abandoned)
-            return Judgement(hung, regroup=not hung)
+            return Judgement(hung)
         silent = silent_for > max(self._deadline, 5 * predicted)
         return Judgement(tuple(behind)) if silent else Judgement()

@@ -16,11 +16,15 @@ from .status import ClusterStatus
 
 log = logging.getLogger(__name__)
 
+RETURN_SECONDS = 0.25
+"""Seconds in which nothing is sent to ranks after one has come back: a connection that is away
+seldom is the only one, and each that comes back later would need an epoch of its own."""
+
 
 class Membership:
     """Decides when an epoch begins, and sets the status's phase while ranks are missing.
 
-    ``missing`` ranks are lost and not yet replaced; no step is planned until they are back.
+    ``missing`` ranks are lost and not yet replaced; nothing is sent to ranks until they are back.
     ``replaced`` and ``watch`` return why the group cannot go on, empty while it can. Times are
     monotonic seconds.
     """
@@ -35,6 +39,17 @@ class Membership:
         self._detector = HangDetector(spec.collective_deadline)
         self._rank_deadline = spec.rank_deadline
         self._back_by = math.inf
+        self._resume_at = -math.inf
+
+    def pause(self, now: float) -> float:
+        """For how long from now nothing may be sent to ranks; infinity while some are missing."""
+        return math.inf if self.missing else max(0.0, self._resume_at - now)
+
+    def stood_still(self, seconds: float, now: float) -> None:
+        """The controller stood still for so long: deadlines move on, silence counts from now."""
+        self._back_by += seconds
+        self._detector.stood_still(seconds)
+        self._pilot.resume(now)
 
     def conditions(self) -> Iterable[tuple[RankHello, str]]:
         """Each rank's hello, and its condition: serving | lost | hung."""
@@ -42,7 +57,11 @@ class Membership:
             yield hello, "lost" if rank in self.missing else "hung" if rank in self._hung else "serving"
 
     def lost(self, message: RankLost, now: float) -> None:
-        """A rank is gone. Its requests keep their tokens and wait for the replacement."""
+        """A rank is gone. Its requests keep their tokens and wait for the replacement. A process
+        whose successor is here already has been noticed before.
+        """
+        if message.pid and message.pid != self._hellos[message.rank].pid:
+            return
         status = self._status
         self.missing.add(message.rank)
         self._hung.discard(message.rank)
@@ -73,6 +92,22 @@ class Membership:
             self._status.reason = ""
             self._back_by = math.inf
             self._pilot.resume(now)
+        return ""
+
+    def returned(self, hello: RankHello, now: float) -> str:
+        """A rank that is not missing says hello. Its connection was away, so that messages may be
+        lost: a new epoch begins. Another process is a replacement whose loss was not reported.
+        """
+        known = self._hellos[hello.rank]
+        if (hello.host, hello.pid, hello.life) != (known.host, known.pid, known.life):
+            self.lost(RankLost(hello.rank, "another process has taken its place"), now)
+            return self.replaced(hello, now)
+        if self._status.phase in ("serving", "recovering", "draining"):
+            if self.pause(now) == 0.0:
+                epoch = self._pilot.group.steps.epoch + 1
+                log.warning("rank %d was away, messages may be lost: epoch %d begins", hello.rank, epoch)
+                self._begin_epoch([])
+            self._resume_at = now + RETURN_SECONDS
         return ""
 
     def abandoned(self, message: Abandoned, now: float) -> None:

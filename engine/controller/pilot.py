@@ -88,6 +88,10 @@ class Pilot:
         self.planner.submit(frontend, message)
         self._pacer.work_arrived()
 
+    def continues(self, frontend: int, message: Submit) -> bool:
+        """Whether a request is open or had begun before its frontend submits it (again)."""
+        return bool(message.emitted_i32) or (frontend, message.handle) in self.group.open
+
     def abort(self, frontend: int, message: Abort) -> None:
         """Aborts one request."""
         self._record("abort", frontend, message)

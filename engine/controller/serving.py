@@ -12,11 +12,12 @@ import math
 import time
 
 from ..planner.ledger import StateMismatch
-from ..protocol.bulk import Preloaded, RankHello
+from ..protocol.bulk import Disband, Preloaded, RankHello
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
 from ..protocol.results import Refused, StepResult
+from ..protocol.turns import Turns
 from .frontends import Frontends
 from .membership import Membership
 from .pilot import Pilot
@@ -44,6 +45,8 @@ class Serving:
         self._pilot, self._membership, self._status = pilot, membership, status
         self._next_housekeeping = 0.0
         self._drain_deadline = math.inf
+        self._turns = Turns(time.monotonic())
+        self._epoch = 0
 
     def run(self) -> None:
         """Takes turns, each when a message arrives, a plan is due or housekeeping is."""
@@ -52,24 +55,37 @@ class Serving:
         gc.disable()
         while not self._frontends.stop_requested:
             now = time.monotonic()
-            plan_due = math.inf if self._membership.missing else self._pilot.wait(now)
+            plan_due = max(self._membership.pause(now), self._pilot.wait(now))
             self._transport.wait(min(self._next_housekeeping - now, plan_due))
+            if seconds := self._turns.take(time.monotonic()):
+                self._stood_still(seconds)
             self._take_turn()
 
     def _take_turn(self) -> None:
         began = time.perf_counter()
         self._listen_to_ranks()
         now = time.monotonic()
-        if not self._membership.missing and self._pilot.due(now):
+        paused = self._membership.pause(now) > 0.0
+        if not paused and self._pilot.due(now):
             self._plan(now, began)
         self._status.add_up()
         self._frontends.listen(now, self)
-        if self._membership.missing:
+        if paused or self._membership.missing:
             self._frontends.send(self._pilot.take_output())
         else:
             self._follow_up()
+        self._disband()
         if now >= self._next_housekeeping:
             self._keep_house(now)
+
+    def _stood_still(self, seconds: float) -> None:
+        """This process stood still, perhaps with all others: nothing is judged by the time that has
+        passed meanwhile.
+        """
+        now = time.monotonic()
+        log.warning("the controller stood still for %.1f s", seconds)
+        self._frontends.extend_leases(now)
+        self._membership.stood_still(seconds, now)
 
     # ----------------------------------------------------------------- ranks
 
@@ -99,15 +115,29 @@ class Serving:
         except StateMismatch as error:
             self._fail(str(error))
 
+    def _disband(self) -> None:
+        """Tells ranks that an epoch is over: some may wait in a collective for one that will not
+        come.
+        """
+        epoch = self._pilot.group.steps.epoch
+        if epoch != self._epoch:
+            for rank in range(self._pilot.group.mesh.world):
+                self._transport.send_bulk(rank, Disband(epoch - 1))
+            self._epoch = epoch
+
     def _welcome(self, hello: RankHello) -> None:
-        """Takes a replacement. The loss it replaces was reported first, but may still be unread."""
+        """Takes a replacement, or a rank whose connection was away. The loss that a replacement
+        follows was reported first, but may still be unread.
+        """
         now = time.monotonic()
         if hello.rank not in self._membership.missing:
             self._frontends.listen(now, self)
-        if hello.rank in self._membership.missing:
-            if failure := self._membership.replaced(hello, now):
-                self._fail(failure)
-            self._next_housekeeping = 0.0
+        take = (
+            self._membership.replaced if hello.rank in self._membership.missing else self._membership.returned
+        )
+        if failure := take(hello, now):
+            self._fail(failure)
+        self._next_housekeeping = 0.0
 
     def _plan(self, now: float, began: float) -> None:
         plan = self._pilot.plan(now)
@@ -128,7 +158,9 @@ class Serving:
         return self._status.state(self._membership.conditions())
 
     def submit(self, frontend: int, message: Submit) -> str:
-        if self._status.phase not in ("serving", "recovering"):
+        phase = self._status.phase
+        going_on = phase == "draining" and self._pilot.continues(frontend, message)
+        if phase not in ("serving", "recovering") and not going_on:
             return self._status.reason or f"the cluster is {self._status.phase}"
         self._pilot.submit(frontend, message)
         return ""

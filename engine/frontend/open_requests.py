@@ -10,6 +10,8 @@ import time
 from array import array
 from collections.abc import Callable
 
+from msgspec import structs
+
 from ..protocol.frontends import Abort, HandleLogprobs, Heartbeat, Rejected, Started, Submit, TokenBatch
 from ..protocol.message import Finish
 from ..protocol.results import PromptLogprobs
@@ -19,6 +21,8 @@ from .requests.generation import REASONS, Generation
 
 _log = logging.getLogger("lockstep.frontend")
 Send = Callable[[Submit | Abort | Heartbeat], None]
+
+_MAX_GAPS = 8
 
 
 class OpenRequests:
@@ -69,6 +73,17 @@ class OpenRequests:
             generation.finish = "abort"
             self._finished(generation, self._clock())
             self._send(Abort(generation.handle))
+
+    def submit_again(self) -> None:
+        """Messages of either side may be lost: the engine is told of every open request again, with
+        the tokens that the client has, and of every abort. It ignores those that it has.
+        """
+        for handle, generation in list(self._open.items()):
+            if generation.finish is None:
+                self._send(_resumed(generation, handle))
+            else:
+                del self._open[handle]
+                self._send(Abort(handle))
 
     def fail_all(self, error: ApiError) -> None:
         """Fails and forgets all open requests: the controller is gone, or this process leaves."""
@@ -170,10 +185,21 @@ class OpenRequests:
         self._fail(generation, ApiError(500, "Internal error while the answer was put together"))
 
     def _on_gap(self, generation: Generation, what: str) -> None:
-        """Fails and aborts a request of which a part is missing: all after it would be wrong."""
-        if generation.finish is None:
+        """A part of a request was lost on its way. All after it would be wrong: the request goes on
+        under another handle after the tokens that the client has.
+        """
+        if generation.finish is not None:
+            return
+        self._open.pop(generation.handle, None)
+        self._send(Abort(generation.handle))
+        generation.num_gaps += 1
+        if generation.num_gaps > _MAX_GAPS:
             self._fail(generation, ApiError(500, f"{what} were lost between the engine and this frontend"))
-            self._send(Abort(generation.handle))
+            return
+        _log.warning("request %s: %s were lost, it goes on before them", generation.submit.request_id, what)
+        generation.submit = _resumed(generation, self.new_handle())
+        self._open[generation.handle] = generation
+        self._send(generation.submit)
 
     def _fail(self, generation: Generation, error: ApiError) -> None:
         generation.finish = "error"
@@ -182,3 +208,9 @@ class OpenRequests:
 
     def _finished(self, generation: Generation, now: float) -> None:
         self._metrics.finished(generation, now)
+
+
+def _resumed(generation: Generation, handle: int) -> Submit:
+    """The request to go on after the tokens received so far."""
+    tokens_i32 = array("i", generation.tokens).tobytes()
+    return structs.replace(generation.submit, handle=handle, emitted_i32=tokens_i32)

@@ -53,7 +53,7 @@ class Service:
         self._on_stop = on_stop
         self._heard = asyncio.Event()
         self._threads = ThreadPoolExecutor(THREADS, "prepare")
-        self._link = ControllerLink(spec, self._on_message, self._on_lost)
+        self._link = ControllerLink(spec, self._on_message, self._on_found, self._on_lost)
         self.requests = OpenRequests(spec.name, self._link.send, self.metrics, self._unfinished)
         self._publishing = asyncio.get_running_loop().create_task(self._publish())
 
@@ -142,6 +142,10 @@ class Service:
                 self._heard.set()
             case Stop():
                 self._on_stop()
+
+    def _on_found(self) -> None:
+        """The controller answers, after messages may have been lost."""
+        self.requests.submit_again()
 
     def _on_lost(self) -> None:
         self.requests.fail_all(ApiError(500, "The controller was lost while the request was running"))

@@ -46,7 +46,8 @@ class Planner:
     def submit(self, frontend: int, submit: Submit) -> None:
         """Queues a request, or rejects it at once. Submitting an open one again changes nothing.
 
-        ``max_queue`` bounds the requests that wait beyond the free rows.
+        ``max_queue`` bounds the requests that wait beyond the free rows, but for those that had
+        begun: their clients have tokens.
         """
         group = self.group
         if (frontend, submit.handle) in group.open:
@@ -54,7 +55,9 @@ class Planner:
         if submit.limit > group.max_len:
             reason = f"prompt and output together are {submit.limit} tokens, the limit is {group.max_len}"
             self.outbox.reject(frontend, Rejected(submit.handle, 400, reason))
-        elif self._queue_is_full():
+        elif submit.emitted_i32 and len(submit.prompt_i32 + submit.emitted_i32) >= 4 * submit.limit:
+            self.outbox.end(frontend, submit.handle, len(submit.emitted_i32) // 4, Finish.LENGTH)
+        elif self._queue_is_full() and not submit.emitted_i32:
             reason = f"The queue is full: {group.spec.max_queue} requests may wait (scheduler.max_queue)"
             rejected = Rejected(submit.handle, 503, reason, retry_after=self._retry_after())
             self.outbox.reject(frontend, rejected)

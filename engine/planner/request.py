@@ -68,6 +68,7 @@ class Request:
             sampling=submit.sampling,
             priority=submit.priority,
             grammar=submit.grammar,
+            emitted_i32=submit.emitted_i32,
         )
 
     @property

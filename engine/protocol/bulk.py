@@ -1,4 +1,6 @@
-"""Messages on the bulk socket between the controller and a rank: hellos and preloaded prompts."""
+"""Messages on the bulk socket between the controller and a rank: hellos, preloaded prompts, ends of
+epochs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from .message import Message, Stop
 
 
 class RankHello(Message, tag="hello", frozen=True):
-    """A rank has loaded its weights and sized its page pool. Sent once per connection."""
+    """A rank has loaded its weights and sized its page pool. Sent once per connection: said
+    again, it means that messages may be lost. A process draws ``life`` once.
+    """
 
     rank: int
     host: str
@@ -19,6 +23,7 @@ class RankHello(Message, tag="hello", frozen=True):
     device: str
     num_experts: int = 0
     expert_bytes: int = 0
+    life: int = 0
 
 
 class Preloaded(Message, tag="staged", frozen=True):
@@ -48,5 +53,13 @@ class Unload(Message, tag="unstage", frozen=True):
     staged: int
 
 
+class Disband(Message, tag="disband", frozen=True):
+    """``epoch`` is over. A rank that is still in it leaves its communicator, so that peers that
+    wait there for this rank give up at once.
+    """
+
+    epoch: int
+
+
 FromRankBulk = RankHello | Preloaded
-ToRankBulk = Preload | Unload | Stop
+ToRankBulk = Preload | Unload | Disband | Stop

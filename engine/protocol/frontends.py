@@ -20,13 +20,14 @@ class FrontendHello(Message, tag="frontend", frozen=True):
 
 
 class Submit(Message, tag="submit", frozen=True):
-    """A request, tokenised and hashed. Submitting the same ``request_id`` again is harmless.
+    """A request, tokenised and hashed. Submitting an open ``handle`` again is harmless.
 
     ``handle`` is the frontend's own number for it in every later message.
     ``hashes_h128`` are the root and the chained hashes of the prompt's full pages
     (``engine/kv/hashing.py``), empty when prefix caching is off. ``limit`` counts prompt and output
     tokens. ``grammar`` constrains the output, in the Lark dialect of llguidance; empty: no
-    constraint.
+    constraint. ``emitted_i32`` are output tokens that the frontend has already: the request goes on
+    after them.
     """
 
     handle: int
@@ -37,6 +38,7 @@ class Submit(Message, tag="submit", frozen=True):
     sampling: Sampling
     priority: int = 0
     grammar: str = ""
+    emitted_i32: bytes = b""
 
 
 class Abort(Message, tag="abort", frozen=True):
@@ -60,10 +62,13 @@ class Drain(Message, tag="drain", frozen=True):
 
 
 class RankLost(Message, tag="lost", frozen=True):
-    """The launcher has confirmed that a rank is gone: its process exited, or its node is lost."""
+    """The launcher has confirmed that a rank is gone: its process ``pid`` exited, or its node is
+    lost.
+    """
 
     rank: int
     reason: str
+    pid: int = 0
 
 
 class Degraded(Message, tag="degraded", frozen=True):

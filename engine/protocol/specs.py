@@ -50,8 +50,9 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a rank. ``store_address``: the store where ranks meet. ``kv_memory``: bytes of
-    the page pool, None for a share of free memory.
+    """Parameters of a rank, which waits ``pause_deadline`` seconds for a controller that is away.
+    ``store_address``: the store where ranks meet. ``kv_memory``: bytes of the page pool, None for a
+    share of free memory.
     ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
     """
 
@@ -75,6 +76,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     threads: int
     collective_deadline: float = 60.0
+    pause_deadline: float = 120.0
     lobby: LobbySpec | None = None
 
 
@@ -89,7 +91,8 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a frontend. ``kv_format`` goes into prompt hashes. ``cors_origins`` and
-    ``access_log`` are those of the recipe.
+    ``access_log`` are those of the recipe. Requests wait ``pause_deadline`` seconds for a
+    controller that does not answer.
 
     ``index`` numbers the frontends behind a port; a restarted one keeps its index and its name.
     """
@@ -109,6 +112,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     cors_origins: tuple[str, ...] = ()
     access_log: bool = False
+    pause_deadline: float = 120.0
     lobby: LobbySpec | None = None
 
 

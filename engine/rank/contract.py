@@ -32,6 +32,10 @@ class StepExecutor(Protocol):
         """Meets the other ranks. Raises StepAbandoned when they do not come."""
         ...
 
+    def end_epoch(self) -> None:
+        """Leaves the communicator of the epoch: peers that wait in it give up."""
+        ...
+
     def stage(self, staged: int, tokens_i32: bytes, grammar: str, num_emitted: int) -> bool:
         """Takes a prompt. False when its grammar has to compile first; see ``take_compiled``."""
         ...

@@ -6,6 +6,7 @@ Suffixes: T tokens of a step, R rows that sample, D hidden, V vocabulary.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class Executor:
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
         self._staged: dict[int, Int32] = {}
         self._expected: list[_Expected] = []
+        self._life = secrets.randbits(62)
 
     @property
     def model(self) -> Model:
@@ -116,6 +118,7 @@ class Executor:
             device=str(self._parts.device),
             num_experts=placement.num_experts,
             expert_bytes=self._parts.expert_bytes,
+            life=self._life,
         )
 
     def begin_epoch(self, epoch: int) -> None:
@@ -125,6 +128,9 @@ class Executor:
             self._parts.groups.build(epoch)
         except CollectiveError as error:
             raise StepAbandoned(str(error)) from error
+
+    def end_epoch(self) -> None:
+        self._parts.groups.destroy()
 
     def stage(self, staged: int, tokens_i32: bytes, grammar: str = "", num_emitted: int = 0) -> bool:
         tokens = self._staged[staged] = np.frombuffer(tokens_i32, np.int32)

@@ -8,7 +8,7 @@ import logging
 
 import msgspec
 
-from ..protocol.bulk import Preload, Preloaded, ToRankBulk, Unload
+from ..protocol.bulk import Disband, Preload, Preloaded, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
@@ -81,12 +81,16 @@ class RankLoop:
         self._chain.executed(header.step)
         return result
 
-    def _take(self, message: Preload | Unload | Stop) -> Stop | None:
+    def _take(self, message: Preload | Unload | Disband | Stop) -> Stop | None:
         if isinstance(message, Preload):
             if self._executor.stage(message.staged, message.tokens_i32, message.grammar, message.num_emitted):
                 self._sockets.bulk.send(encode(Preloaded(self._rank, message.staged)))
         elif isinstance(message, Unload):
             self._executor.unstage(message.staged)
+        elif isinstance(message, Disband):
+            if self._chain.epoch <= message.epoch:
+                self._chain.abandon()
+                self._executor.end_epoch()
         else:
             _LOG.info("stop: %s", message.reason or "no reason given")
             return message

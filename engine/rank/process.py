@@ -59,7 +59,7 @@ def main(spec: RankSpec) -> None:
                 lambda what: lobby.report("compiling", what),
             )
         executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
-        sockets = RankSockets(spec)
+        sockets = RankSockets(spec, absence=spec.pause_deadline)
         try:
             hello = executor.hello()
             lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")

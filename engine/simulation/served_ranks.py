@@ -70,11 +70,17 @@ class SimulatedRanks:
         self.timeline = Timeline()
         self._decoder = msgspec.msgpack.Decoder(ToRankBulk)
         self._stopping = False
+        self._returning: int | None = None
+        self._hellos: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
         for rank in spec.ranks:
             self._open(rank)
 
     def stop(self) -> None:
         self._stopping = True
+
+    def come_back(self, rank: int) -> None:
+        """The connection of ``rank`` was away: it misses its next plan and says hello again."""
+        self._returning = rank
 
     def run(self) -> None:
         while not self._stopping:
@@ -118,6 +124,7 @@ class SimulatedRanks:
         hello = RankHello(
             rank, network.gethostname(), os.getpid(), spec.num_pages, spec.page_size, 0, 0, 0, "simulated"
         )
+        self._hellos[rank] = bulk, encode(hello)
         bulk.send(encode(hello))
 
     def _take_bulk(self, socket: zmq.Socket[bytes]) -> None:
@@ -139,6 +146,11 @@ class SimulatedRanks:
 
     def _execute(self, rank: int, plan: StepPlan) -> None:
         """Starts a rank's step when it has the plan and has finished the step before."""
+        if rank == self._returning:
+            self._returning = None
+            bulk, hello = self._hellos[rank]
+            bulk.send(hello)
+            return
         received = self.timeline.plan_complete[plan.header.step]
         result = self._ranks[rank].execute(plan)
         if result is not None:

@@ -14,6 +14,9 @@ from ...engine.protocol.message import Message, Stop
 from ...engine.protocol.sockets import client_socket, encode
 from ...engine.protocol.specs import Keys
 
+_REPEAT = 1.0
+_SILENCE = 3.0  # the controller sends its state twice a second
+
 
 class LauncherLink:
     """Holds the last ClusterState received (``state``) and its time (``heard``, monotonic seconds).
@@ -29,7 +32,11 @@ class LauncherLink:
         self._decoder = msgspec.msgpack.Decoder(ToFrontend)
         self.state: ClusterState | None = None
         self.heard = time.monotonic()
-        self._send(FrontendHello("launcher", lease=math.inf))
+        self._lost: dict[int, RankLost] = {}
+        self._degraded = ""
+        self._next_repeat = 0.0
+        self._hello = FrontendHello("launcher", lease=math.inf)
+        self._send(self._hello)
 
     def read(self, timeout: float) -> ClusterState | None:
         """Reads all messages, waits up to ``timeout`` seconds for the first; returns ``state``."""
@@ -40,15 +47,36 @@ class LauncherLink:
             if isinstance(message, ClusterState):
                 self.state = message
                 self.heard = time.monotonic()
+        self._repeat()
         return self.state
+
+    def _repeat(self) -> None:
+        """Says again, each second, anything that the last state does not show: a message is lost
+        when the controller's connection breaks. Says hello again to a controller that is silent.
+        """
+        now, state = time.monotonic(), self.state
+        if state is None or now < self._next_repeat:
+            return
+        self._next_repeat = now + _REPEAT
+        if now - self.heard > _SILENCE:
+            self._send(self._hello)
+            return
+        for rank in state.ranks:
+            lost = self._lost.get(rank.rank)
+            if lost is not None and lost.pid == rank.pid and rank.state != "lost":
+                self._send(lost)
+        if state.degraded != self._degraded:
+            self._send(Degraded(self._degraded))
 
     def drain(self, deadline: float) -> None:
         self._send(Drain(deadline))
 
-    def rank_lost(self, rank: int, reason: str) -> None:
-        self._send(RankLost(rank, reason))
+    def rank_lost(self, rank: int, reason: str, pid: int) -> None:
+        self._lost[rank] = RankLost(rank, reason, pid)
+        self._send(self._lost[rank])
 
     def degraded(self, reason: str) -> None:
+        self._degraded = reason
         self._send(Degraded(reason))
 
     def stop(self, reason: str) -> None:

@@ -165,7 +165,7 @@ class Supervisor:
                 delay = max(delay, self._replacements.replace_frontend(death))
             else:
                 lost_rank = True
-                self._link.rank_lost(death.task.index, cause)
+                self._link.rank_lost(death.task.index, cause, death.place.pid)
                 delay = max(delay, self._replacements.replace(death, cause, epoch=epoch))
         action = "starting another in its place" if len(deaths) == 1 else "starting others in their places"
         when = f" in {delay:g} s" if delay else ""
@@ -184,6 +184,8 @@ class Supervisor:
         end = time.monotonic() + allowed + STOP_SECONDS
         while state is None or state.phase != "drained":
             state = self._link.read(_POLL)
+            if state is not None and state.phase not in ("draining", "drained"):  # it may be lost
+                self._link.drain(max(0.0, end - STOP_SECONDS - time.monotonic()))
             for death in self._roster.deaths():
                 cause = self._roster.cause(death)
                 if death.task.role != "frontend":

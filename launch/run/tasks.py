@@ -112,6 +112,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,
         collective_deadline=recipe.cluster.collective_deadline,
+        pause_deadline=recipe.cluster.pause_deadline,
         lobby=site.lobby(f"rank {rank}"),
     )
     return Task(
@@ -142,6 +143,7 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         reasoning_parser=recipe.frontend.reasoning_parser,
         cors_origins=recipe.frontend.cors_origins,
         access_log=recipe.frontend.access_log == "on",
+        pause_deadline=recipe.cluster.pause_deadline,
         lobby=site.lobby(f"frontend {index}"),
     )
     return Task("frontend", index, msgspec.json.encode(spec), environment=site.settings(threads=1))

@@ -331,8 +331,8 @@ def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
     assert frontend.state is not None and frontend.state.generation_tokens < 240, "it ran to its end"
 
 
-def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    silent, watcher = running.frontend(b"silent", lease=20.0), running.frontend(b"watcher", lease=3600.0)
+def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
+    silent, watcher = running.frontend(b"silent", lease=3.0), running.frontend(b"watcher", lease=3600.0)
     silent.until(lambda: serving(silent), "phase serving")
     running.pace(SLOW)
     for handle in range(8):
@@ -340,12 +340,62 @@ def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest
     watcher.until(
         lambda: watcher.state is not None and watcher.state.prompt_tokens == 80, "the requests to arrive"
     )
-    forward(monkeypatch, 25.0)
     watcher.until(
         lambda: watcher.state is not None and watcher.state.num_running + watcher.state.num_waiting == 0,
         "the lease to run out",
     )
     assert watcher.state is not None and watcher.state.generation_tokens < 8 * 240, "they ran to their end"
+    silent.until(silence(silent, 1.0), "its messages to stop")
+    assert not silent.finish, "it learns of the end, and takes it for that of its requests"
+
+
+def test_a_standstill_of_the_controller_ends_no_lease(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frontend = running.frontend(lease=20.0)
+    frontend.until(lambda: serving(frontend), "phase serving")
+    running.pace(SLOW / 4)
+    frontend.submit(1, 10, 200)
+    frontend.until(lambda: 1 in frontend.tokens, "a token")
+    forward(monkeypatch, 100.0)
+    frontend.until(lambda: 1 in frontend.finish, "the end of the request")
+    assert (frontend.finish[1], len(frontend.tokens[1])) == (Finish.LENGTH, 200)
+
+
+def test_a_hello_of_a_known_rank_begins_an_epoch_and_loses_nothing(running: Running) -> None:
+    """Its connection was away, and a plan is lost."""
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    running.pace(SLOW / 4)
+    for handle in range(1, 5):
+        frontend.submit(handle, 10, 100)
+    frontend.until(lambda: len(frontend.tokens) == 4, "tokens")
+    assert running.ranks is not None
+    running.ranks.come_back(1)
+    frontend.until(lambda: frontend.state is not None and frontend.state.epoch == 1, "the epoch")
+    frontend.until(lambda: len(frontend.finish) == 4, "all ends")
+    assert set(frontend.finish.values()) == {Finish.LENGTH}
+    assert all(len(tokens) == 100 for tokens in frontend.tokens.values())
+    assert frontend.state is not None and frontend.state.epoch == 1
+
+
+def test_an_open_request_is_taken_again_while_the_cluster_drains(running: Running) -> None:
+    frontend = running.frontend()
+    frontend.until(lambda: serving(frontend), "phase serving")
+    running.pace(SLOW)
+    frontend.submit(1, 10, 60)
+    frontend.until(lambda: 1 in frontend.tokens, "a token")
+    frontend.send(Drain(600.0))
+    frontend.until(
+        lambda: frontend.state is not None and frontend.state.phase == "draining", "phase draining"
+    )
+    frontend.submit(1, 10, 60)  # open: ignored
+    begun = np.array([5, 6], np.int32).tobytes()
+    frontend.send(msgspec.structs.replace(submit_of(2, 10, 60), emitted_i32=begun))
+    running.pace(0.002)
+    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
+    assert frontend.finish == {1: Finish.LENGTH, 2: Finish.LENGTH} and not frontend.rejected
+    assert [len(frontend.tokens[handle]) for handle in (1, 2)] == [60, 58]
 
 
 def silence(frontend: Frontend, seconds: float) -> Callable[[], bool]:
@@ -361,13 +411,13 @@ def silence(frontend: Frontend, seconds: float) -> Callable[[], bool]:
     return silent
 
 
-def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launcher, frontend = LauncherLink(running.controller.addresses[2], running.keys), running.frontend()
+def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(running: Running) -> None:
+    launcher, frontend = (
+        LauncherLink(running.controller.addresses[2], running.keys),
+        running.frontend(lease=2.0),
+    )
     try:
         frontend.until(lambda: serving(frontend), "phase serving")
-        forward(monkeypatch, 3600.0)
         frontend.until(silence(frontend, 1.0), "states to stop coming, since its lease is over")
         launcher.drain(5.0)
         end = time.monotonic() + 30

@@ -135,3 +135,37 @@ def test_ranks_that_all_abandoned_get_a_new_epoch(group: Group) -> None:
         group.membership.abandoned(Abandoned(0, 0, rank, 0, "no answer"), 16.0)
     assert group.membership.watch(16.0 + GRACE) == ""
     assert group.epoch == 1 and group.conditions() == ["serving", "serving"]
+
+
+def test_a_rank_that_says_hello_again_begins_an_epoch_and_nothing_is_sent_for_a_moment(group: Group) -> None:
+    group.owe(0, 1)
+    assert group.membership.returned(hello(1), 10.0) == "" and group.epoch == 1
+    assert 0.0 < group.membership.pause(10.0) <= 1.0
+    assert group.membership.returned(hello(0), 10.1) == "" and group.epoch == 1, "nothing was sent meanwhile"
+    assert group.membership.pause(11.2) == 0.0
+    group.membership.returned(hello(1), 12.0)
+    assert (group.epoch, group.status.phase, group.conditions()) == (2, "serving", ["serving", "serving"])
+
+
+def test_a_hello_of_another_process_is_a_replacement_though_its_loss_was_not_reported(group: Group) -> None:
+    successor = RankHello(1, "host1", 999, 40, 4, 0, 0, 0, "cpu", life=7)
+    assert group.membership.returned(successor, 10.0) == ""
+    assert (group.epoch, group.status.phase, group.conditions()) == (1, "serving", ["serving", "serving"])
+    group.membership.lost(RankLost(1, "it was killed", pid=101), 11.0)  # reported late
+    assert group.membership.missing == set()
+    group.membership.lost(RankLost(1, "it was killed", pid=999), 12.0)
+    assert group.membership.missing == {1}
+
+
+def test_a_standstill_of_the_controller_moves_deadlines_on(group: Group) -> None:
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    group.membership.stood_still(60.0, 75.0)
+    assert group.membership.watch(80.0) == ""
+    assert "no replacement for ranks [1] within 20 s" in group.membership.watch(90.1)
+
+
+def test_ranks_that_all_abandoned_go_on_at_once(group: Group) -> None:
+    group.owe(0, 1)
+    for rank in range(2):
+        group.membership.abandoned(Abandoned(0, 0, rank, 0, "no answer"), 16.0)
+    assert group.membership.watch(16.1) == "" and group.epoch == 1

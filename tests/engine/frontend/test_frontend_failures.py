@@ -285,26 +285,66 @@ def test_phases(frontend: RunningFrontend) -> None:
     assert chat(frontend).status_code == 200
 
 
-def test_a_silent_controller_is_lost_and_found_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frontends notice silence within seconds."""
     monkeypatch.setattr(client, "BEAT", 0.25)
     monkeypatch.setattr(client, "SILENCE", 2.5)  # five states
-    with RunningFrontend(model, endless) as frontend:
+
+
+@contextmanager
+def stream(frontend: RunningFrontend) -> Iterator[httpx.Response]:
+    body = {"messages": USER, "stream": True, "max_tokens": 60, "ignore_eos": True}
+    with frontend.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        yield answer
+
+
+def text_of(frames: list[str]) -> str:
+    chunks = [json.loads(frame.removeprefix("data: ")) for frame in frames if frame.startswith("data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("lost", ["nothing", "a token", "the request"])
+def test_a_stream_goes_on_when_a_silent_controller_is_back(model: Path, lost: str) -> None:
+    script = say((WORDS * 20)[:60])
+    with RunningFrontend(model, script) as frontend:
+        with stream(frontend) as undisturbed:
+            text = text_of(undisturbed.read().decode().split("\n\n"))
         frontend.engine.step_seconds = 0.05
-        body = {"messages": USER, "stream": True, "ignore_eos": True}
-        with frontend.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        with stream(frontend) as answer:
             frontend.engine.silent = True
-            text = answer.read().decode()
-        frames = text.split("\n\n")
+            wait_until(lambda: frontend.http.get("/health").status_code == 503, "the silence is noticed")
+            refused = chat(frontend)
+            assert (refused.status_code, frontend.http.get("/ready").status_code) == (503, 503)
+            assert "The controller does not answer" in refused.json()["error"]["message"]
+            [running] = frontend.engine.open.values()
+            if lost == "a token":
+                next(running.items)
+                running.sent, running.left = running.sent + 1, running.left - 1
+            elif lost == "the request":
+                frontend.engine.open.clear()
+            hellos, frontend.engine.silent = len(frontend.engine.hellos), False
+            frames = answer.read().decode().split("\n\n")
+        assert frames[-2:] == ["data: [DONE]", ""] and '"error"' not in frames[-3]
+        assert text_of(frames) == text
+        assert len(frontend.engine.hellos) > hellos, "it was greeted again, as a restarted one must be"
+        assert frontend.http.get("/health").status_code == 200
+
+
+@pytest.mark.usefixtures("impatient")
+def test_requests_fail_when_the_controller_stays_silent(model: Path) -> None:
+    with RunningFrontend(model, endless, pause_deadline=4.0) as frontend:
+        frontend.engine.step_seconds = 0.05
+        with stream(frontend) as answer:
+            frontend.engine.silent = True
+            frames = answer.read().decode().split("\n\n")
         assert frames[-2:] == ["data: [DONE]", ""]
         assert "The controller was lost" in json.loads(frames[-3].removeprefix("data: "))["error"]["message"]
-        assert frontend.http.get("/health").status_code == 503
-        assert chat(frontend).status_code == 503
-        hellos = len(frontend.engine.hellos)
         frontend.engine.open.clear()  # while it does nothing
         frontend.engine.script = say([*WORDS, IM_END])
         frontend.engine.silent = False
         wait_until(lambda: frontend.http.get("/health").status_code == 200, "the controller is found again")
-        assert len(frontend.engine.hellos) > hellos, "it was greeted again, as a restarted one must be"
         assert chat(frontend).json()["choices"][0]["message"]["content"] == "The quick brown fox"
 
 

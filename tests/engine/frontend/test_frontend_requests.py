@@ -94,15 +94,45 @@ def test_repeated_tokens_are_dropped_by_position(repeats: list[tuple[int, int]])
     assert world.generation.tokens == list(map(ord, text))
 
 
-def test_a_gap_is_an_error_and_an_abort() -> None:
+def test_after_a_gap_the_request_goes_on_from_the_tokens_it_has() -> None:
     world = World()
     world.tokens(0, "a")
+    first = world.generation.handle
     world.tokens(2, "c")
-    assert world.sink.errors[0].status_code == 500
-    assert "Output tokens 1 to 1 were lost" in world.sink.errors[0].detail
-    assert (world.aborts, len(world.requests)) == (1, 1)
-    world.tokens(3, [], Finish.ABORT)
+    aborted, again = world.sent[-2:]
+    assert aborted == Abort(first) and isinstance(again, Submit)
+    assert (again.handle, again.emitted_i32) == (world.generation.handle, array("i", [ord("a")]).tobytes())
+    world.requests.on_tokens(batch(1, [(first, 3, [ord("x")], Finish.NONE), (first, 4, [], Finish.ABORT)]))
+    world.tokens(1, "bc", Finish.LENGTH)
+    assert (world.sink.text, world.generation.finish, world.sink.errors) == ("abc", "length", [])
     assert len(world.requests) == 0
+
+
+def test_gaps_again_and_again_are_an_error() -> None:
+    world = World()
+    for _ in range(9):
+        assert not world.sink.errors
+        world.tokens(1, "b")
+    assert world.sink.errors[0].status_code == 500
+    assert "Output tokens 0 to 0 were lost" in world.sink.errors[0].detail
+    assert (world.aborts, len(world.requests)) == (9, 0)
+
+
+def test_everything_open_is_submitted_again_and_every_abort_repeated() -> None:
+    world = World()
+    world.tokens(0, "ab")
+    world.requests.submit_again()
+    again = world.sent[-1]
+    assert isinstance(again, Submit)
+    assert (again.handle, again.emitted_i32) == (
+        world.generation.handle,
+        array("i", map(ord, "ab")).tobytes(),
+    )
+    world.tokens(2, "c")
+    world.requests.abort(world.generation)
+    world.requests.submit_again()
+    assert world.sent[-1] == Abort(world.generation.handle) and len(world.requests) == 0
+    assert world.sink.text == "abc"
 
 
 def test_a_stop_string_aborts_and_later_tokens_do_not_count() -> None:

@@ -293,6 +293,38 @@ def test_a_lost_plan_starts_a_new_epoch() -> None:
     assert_served(world)
 
 
+@pytest.mark.parametrize("known", [1, 3, 4, 9, 11])
+def test_a_request_goes_on_after_the_tokens_that_its_frontend_has(known: int) -> None:
+    world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
+    first = world.submit(prompt(1, 10), 12, stop=False)
+    world.run()
+    tokens = world.tokens[first]
+    again = structs.replace(
+        world.requests[first],
+        handle=1,
+        request_id="1",
+        grammar="grammar 1",
+        emitted_i32=np.array(tokens[:known], np.int32).tobytes(),
+    )
+    world.requests[1], world.tokens[1], world.scores[1] = again, tokens[:known], []
+    world.planner.submit(0, again)
+    world.run()
+    assert world.tokens[1] == tokens and world.finish[1] == Finish.LENGTH
+    assert_served(world)
+
+
+def test_a_request_whose_frontend_has_all_tokens_ends_at_once() -> None:
+    world = World(Mesh(data=1), pages=64, page_size=4, max_len=96)
+    first = world.submit(prompt(1, 10), 5, stop=False)
+    world.run()
+    tokens = world.tokens[first]
+    again = structs.replace(world.requests[first], handle=1, emitted_i32=np.array(tokens, np.int32).tobytes())
+    world.requests[1], world.tokens[1], world.scores[1] = again, tokens, []
+    world.planner.submit(0, again)
+    world.receive()
+    assert world.finish[1] == Finish.LENGTH and world.planner.idle()
+
+
 def test_a_held_request_sits_out_and_resumes() -> None:
     world = World(Mesh(data=1), pages=64, page_size=4, max_len=96)
     first, second = world.submit(prompt(1, 4), 40, stop=False), world.submit(prompt(50, 4), 40, stop=False)

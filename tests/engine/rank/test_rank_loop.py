@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.engine.protocol.bulk import Preload, Preloaded, RankHello, Unload
+from lockstep.engine.protocol.bulk import Disband, Preload, Preloaded, RankHello, Unload
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Header, Section, StepPlan
 from lockstep.engine.protocol.results import Refused, StepResult
@@ -35,6 +35,9 @@ class NotingExecutor:
 
     def begin_epoch(self, epoch: int) -> None:
         self.notes.append(("epoch", epoch))
+
+    def end_epoch(self) -> None:
+        self.notes.append(("end", None))
 
     def stage(self, staged: int, tokens_i32: bytes, grammar: str, num_emitted: int) -> bool:
         self.notes.append(("stage", staged))
@@ -167,6 +170,27 @@ def test_prompts_are_staged_before_plans_and_acknowledged(controller: MockContro
     controller.send(Stop())
     assert running.end() == ""
     assert executor.notes == [("stage", 3), ("unstage", 4), ("stage", 5), ("epoch", 0), ("step", 0)]
+
+
+def test_an_epoch_that_is_over_is_left_and_its_plans_are_ignored(controller: MockController) -> None:
+    executor = NotingExecutor()
+    running = Running(executor, RankSockets(controller.spec()))
+    controller.receive("bulk")
+    controller.send(_plan(0, -1, rebase=True))
+    controller.receive("step")
+    controller.send(Disband(0))
+    controller.send(Preload(5, b"\0" * 8))  # whose acknowledgement says that all before it was read
+    controller.receive("bulk")
+    controller.send(_plan(1))
+    controller.send(_plan(2, -1, epoch=1, rebase=True))
+    assert controller.receive("step").step == 2
+    controller.send(Disband(0))  # late
+    controller.send(_plan(3, epoch=1))
+    assert controller.receive("step").step == 3
+    controller.send(Stop())
+    running.end()
+    names = [name for name, _ in executor.notes]
+    assert names == ["epoch", "step", "end", "stage", "epoch", "step", "step"]
 
 
 def test_a_failed_step_says_which_and_why(controller: MockController) -> None:

@@ -5,6 +5,7 @@ requests are refused.
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import openai
@@ -34,7 +35,8 @@ def refused(url: str) -> bool:
 
 class Reader(threading.Thread):
     """Reads a stream of ``max_tokens`` in a thread. ``started`` is set with its first chunk;
-    ``finish`` is how the server ended it, ``error`` what cut it off.
+    ``finish`` is how the server ended it, ``error`` what cut it off, ``gap`` the longest time in
+    seconds between two chunks.
     """
 
     def __init__(self, url: str, max_tokens: int) -> None:
@@ -45,6 +47,7 @@ class Reader(threading.Thread):
         self.text = ""
         self.finish: str | None = None
         self.error: Exception | None = None
+        self.gap = 0.0
 
     def run(self) -> None:
         try:
@@ -52,8 +55,10 @@ class Reader(threading.Thread):
                 client(self._url) as made,
                 made.completions.create(max_tokens=self._max_tokens, **_LONG) as stream,
             ):
+                last = time.monotonic()
                 for chunk in stream:
                     self.chunks += 1
+                    self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
                     self.text += chunk.choices[0].text
                     self.finish = chunk.choices[0].finish_reason or self.finish
                     self.started.set()

@@ -195,9 +195,15 @@ class ScriptedController:
 
     def _submit(self, identity: bytes, submit: Submit) -> None:
         self.submits.append(submit)
+        if submit.handle in self.open:
+            return
         stops = frozenset(array("i", submit.sampling.stop_i32))
-        left = submit.limit - len(submit.prompt_i32) // 4
-        self.open[submit.handle] = _Running(identity, submit, iter(self.script(submit)), stops, left)
+        known = len(submit.emitted_i32) // 4
+        left = submit.limit - len(submit.prompt_i32) // 4 - known
+        items = iter(self.script(submit))
+        for _ in range(known):  # scripts that are run again say a token a step
+            next(items)
+        self.open[submit.handle] = _Running(identity, submit, items, stops, left, known)
 
     def _end(self, handle: int) -> None:
         running = self.open.pop(handle, None)
