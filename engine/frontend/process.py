@@ -68,6 +68,7 @@ async def _serve(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the launcher decides
         loop.add_signal_handler(signal.SIGTERM, leave.set)
     service = Service(spec, model, shared, on_stop=leave.set)
+    service.grammars.start()
     config = uvicorn.Config(
         build_app(service),
         http=Connection,

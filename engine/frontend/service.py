@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -17,9 +17,12 @@ from ..protocol.frontends import Drain, Rejected, Started, TokenBatch
 from ..protocol.message import Stop
 from ..protocol.results import PromptLogprobs
 from ..protocol.specs import FrontendSpec
-from .api.errors import ApiError
+from .api.errors import CLIENT_GONE, ApiError
 from .api.schemas import CompletionRequest, GenerationRequest
 from .controller_link import ControllerLink, FromController
+from .grammars.claim import Claim
+from .grammars.desk import GrammarDesk
+from .grammars.keeper import KeeperSpec
 from .metrics.metrics import Metrics
 from .metrics.shared_counters import SharedCounters
 from .open_requests import OpenRequests
@@ -53,6 +56,7 @@ class Service:
         self._on_stop = on_stop
         self._heard = asyncio.Event()
         self._threads = ThreadPoolExecutor(THREADS, "prepare")
+        self.grammars = GrammarDesk(_keeper_spec(spec, model))
         self._link = ControllerLink(spec, self._on_message, self._on_found, self._on_lost)
         self.requests = OpenRequests(spec.name, self._link.send, self.metrics, self._unfinished)
         self._publishing = asyncio.get_running_loop().create_task(self._publish())
@@ -62,6 +66,7 @@ class Service:
         self._publishing.cancel()
         self.metrics.publish(len(self.requests))
         self._link.close()
+        self.grammars.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -94,9 +99,16 @@ class Service:
         reason = f": {self.cluster.reason}" if self.cluster.reason else ""
         return f"The engine is {self.cluster.phase}{reason}"
 
+    def not_ready(self) -> ApiError | None:
+        """Why this frontend should get no requests, or None; shown by /ready. Where only grammars
+        cannot be checked, it still takes others.
+        """
+        trouble = self.grammars.trouble
+        return self.closed() or (trouble and ApiError(503, trouble, retry_after=RETRY_STARTING)) or None
+
     def closed(self) -> ApiError | None:
-        """Why no new request is taken, or None; shown by /ready. While a rank is being replaced
-        requests are taken, and wait.
+        """Why no new request is taken, or None. While a rank is being replaced requests are taken,
+        and wait.
         """
         if self.cluster is not None and self.cluster.phase == "recovering" and not self._link.lost:
             return None
@@ -168,16 +180,44 @@ class Service:
         """Prepares and submits a request. Its client is watched from here on. Raises ApiError."""
         self.check_model(ask.model)
         prepared = await self.in_thread(prepare, self.model, self.limits(), ask, request_id)
+        if prepared.claims and not self.grammars.settled(prepared.claims):
+            await self._check(prepared.claims, receive)
         self.limits()  # the cluster may have closed meanwhile
         reply = Reply(prepared, self.model.codec, self.requests, receive)
         reply.submit()
         return reply
 
+    async def _check(self, claims: Sequence[Claim], receive: Receive) -> None:
+        """Waits for a check of grammars, which ends when the client goes away. Raises ApiError."""
+        loop = asyncio.get_running_loop()
+        checking = loop.create_task(self.grammars.check(claims))
+        gone = loop.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({checking, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not checking.done():
+                raise ApiError(CLIENT_GONE, "The client went away while its grammar was checked")
+        finally:
+            checking.cancel()
+            gone.cancel()
+            await asyncio.wait({checking, gone})
+        checking.result()
+
     async def probe(self) -> float:
-        """Generates one real token; returns the seconds it took. Raises ApiError."""
-        ask = CompletionRequest(prompt=[0], max_tokens=1, ignore_eos=True, temperature=0.0)
-        reply = Reply(prepare(self.model, self.limits(), ask, "probe"), self.model.codec, self.requests)
+        """Generates one real token, in the way of any request; returns the seconds it took. Raises
+        ApiError.
+        """
         began = time.monotonic()
+        error = self.not_ready()
+        if error is not None:
+            raise error
+        ask = CompletionRequest(prompt=[0], max_tokens=1, ignore_eos=True, temperature=0.0)
+        preparing = self.in_thread(prepare, self.model, self.limits(), ask, "probe")
+        try:
+            prepared = await asyncio.wait_for(preparing, PROBE_SECONDS)
+        except TimeoutError:
+            text = f"No thread was free to prepare a request within {PROBE_SECONDS:.0f} s"
+            raise ApiError(503, text, retry_after=RETRY_STARTING) from None
+        reply = Reply(prepared, self.model.codec, self.requests)
         reply.submit()
         try:
             await asyncio.wait_for(asyncio.shield(reply.done), PROBE_SECONDS)
@@ -188,3 +228,18 @@ class Service:
             reply.close()
         reply.raise_error()
         return time.monotonic() - began
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _keeper_spec(spec: FrontendSpec, model: ServedModel) -> KeeperSpec:
+    return KeeperSpec(
+        model_path=spec.model_path,
+        vocab_size=spec.vocab_size,
+        eos_ids=tuple(id for id in model.defaults.eos_ids if id < spec.vocab_size),
+        seconds=spec.grammar_seconds,
+        memory=spec.grammar_memory,
+    )

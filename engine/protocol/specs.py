@@ -90,7 +90,8 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a frontend. ``kv_format`` goes into prompt hashes. ``cors_origins`` and
+    """Parameters of a frontend. ``kv_format`` goes into prompt hashes. ``grammar_seconds`` of CPU
+    and ``grammar_memory`` bytes bound the check of a grammar; they, ``cors_origins`` and
     ``access_log`` are those of the recipe. Requests wait ``pause_deadline`` seconds for a
     controller that does not answer.
 
@@ -113,6 +114,8 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     access_log: bool = False
     pause_deadline: float = 120.0
+    grammar_seconds: float = 1.5
+    grammar_memory: int = 256 << 20
     lobby: LobbySpec | None = None
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -20,35 +19,14 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from ..protocol.arrays import Int32, Int64
-from .vocabulary import Vocabulary
+from ..text.matcher import new_matcher, reason_of
 
 _LOG = logging.getLogger(__name__)
 
 CACHED_GRAMMARS = 64
 MASK_SECONDS = 60.0
-MAX_REASON_CHARS = 300
 
 Bits = NDArray[np.int32]
-
-
-def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer | None:
-    """The vocabulary of a checkpoint for matchers; None when the checkpoint has no tokenizer.
-    ``vocab_size`` is the width of the logits.
-
-    Call it at start-up, not beside the steps: 152,000 tokens take 0.8 s on an idle core, and no
-    other thread runs meanwhile.
-    """
-    if (model_path / "tokenizer.json").exists():
-        text = (model_path / "tokenizer.json").read_text(encoding="utf-8")
-    elif (model_path / "tiktoken.model").exists():
-        # Imported here because it imports transformers, which takes seconds.
-        from ..text.tokenizer import Codec
-
-        text = Codec(model_path).to_json()
-    else:
-        return None
-    vocabulary = Vocabulary(text, vocab_size, eos_ids)
-    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=list(eos_ids) or None)  # type: ignore[arg-type]
 
 
 class Grammars:
@@ -153,13 +131,13 @@ class Grammars:
     def _build(self, grammar: str, emitted: list[int]) -> LLMatcher:
         matcher: LLMatcher = self._compiled(grammar).deep_copy()
         if not matcher.consume_tokens(emitted):
-            raise ValueError(f"the tokens emitted so far do not follow the grammar: {_first_line(matcher)}")
+            raise ValueError(f"the tokens emitted so far do not follow the grammar: {reason_of(matcher)}")
         return matcher
 
     def _compile(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
+        matcher = new_matcher(self._vocabulary, grammar)
         if matcher.is_error():
-            raise ValueError(_first_line(matcher))
+            raise ValueError(reason_of(matcher))
         return matcher
 
 
@@ -203,7 +181,7 @@ class _Follower:
         if self._matcher.is_accepting():
             bits_W |= self._stops
         if self._matcher.is_error() or not bits_W.any():
-            self.error = f"no token follows the grammar here; {_first_line(self._matcher)}".rstrip("; ")
+            self.error = f"no token follows the grammar here; {reason_of(self._matcher)}".rstrip("; ")
             bits_W[:] = -1
 
     def follow(self, token: int) -> bool:
@@ -212,7 +190,7 @@ class _Follower:
             return False
         if not self._matcher.consume_token(token):
             self.error = (
-                f"token {token} was allowed but does not follow the grammar; {_first_line(self._matcher)}"
+                f"token {token} was allowed but does not follow the grammar; {reason_of(self._matcher)}"
             )
         return not self.error
 
@@ -228,7 +206,3 @@ def _bits_of(tokens: list[int], vocab_size: int) -> Bits:
     flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     flags[tokens] = 1
     return np.packbits(flags, bitorder="little").view(np.int32)
-
-
-def _first_line(matcher: LLMatcher) -> str:
-    return matcher.get_error().split("\n", 1)[0][:MAX_REASON_CHARS]

@@ -28,8 +28,9 @@ from ..models.registry import ModelPart, build_model
 from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
+from ..text.vocabulary import load_vocabulary
 from .executor import Executor, Parts
-from .grammars import Grammars, load_vocabulary
+from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
 from .page_pool import KVPool, bytes_per_page, fit_pages

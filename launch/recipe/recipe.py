@@ -231,6 +231,12 @@ class FrontendSection(RecipeSection):
     reasoning_parser: Annotated[Literal["auto", "off", "think", "mistral"], BeforeValidator(_switch)] = Field(
         default="auto", description="format of reasoning; auto: by the chat template"
     )
+    grammar_seconds: float = Field(
+        default=1.5, gt=0, le=60, description="most CPU seconds to check one schema or pattern of a request"
+    )
+    grammar_memory: Size = Field(
+        default=256 << 20, ge=16 << 20, le=2**40, description="most bytes of memory to check one of them"
+    )
 
 
 class Recipe(RecipeSection):

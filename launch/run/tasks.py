@@ -144,6 +144,8 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         cors_origins=recipe.frontend.cors_origins,
         access_log=recipe.frontend.access_log == "on",
         pause_deadline=recipe.cluster.pause_deadline,
+        grammar_seconds=recipe.frontend.grammar_seconds,
+        grammar_memory=recipe.frontend.grammar_memory,
         lobby=site.lobby(f"frontend {index}"),
     )
     return Task("frontend", index, msgspec.json.encode(spec), environment=site.settings(threads=1))

@@ -23,6 +23,7 @@ TYPES = {
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+CLIENT_GONE = 499  # nobody sees it
 MAX_SHOWN = 80
 _SHOULD = "Input should be "
 _MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # pydantic's names of members of unions

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from .... import __version__
 from ..api.cluster import describe_cluster
 from ..api.drain import DRAIN_SECONDS, MAX_DRAIN_SECONDS, DrainRequest
-from ..api.errors import ApiError, bad_request, from_validation
+from ..api.errors import CLIENT_GONE, ApiError, bad_request, from_validation
 from ..api.invocation import Invocation
 from ..api.schemas import (
     ChatRequest,
@@ -41,7 +41,6 @@ from .request_log import RECORD_KEY, refuse
 from .streams import Stream
 
 MAX_BODY_BYTES = 8 * 2**20
-CLIENT_GONE = 499
 GENERATIVE = ("/v1/chat/completions", "/v1/completions")
 
 T = TypeVar("T")
@@ -245,7 +244,7 @@ def _status(service: Service) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        error = service.closed()
+        error = service.not_ready()
         if error is not None:
             raise error
         return _json({"status": "ready"})

@@ -13,7 +13,6 @@ from ...text.tokenizer import Codec
 from ..formats.choice import Formats, choose
 from .conversation import Habits, learn_habits
 from .sampling import Defaults, load_defaults
-from .structure import GrammarCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,6 @@ class ServedModel:
     kv_format: str
     habits: Habits
     formats: Formats
-    check: GrammarCheck
 
     def tag_id(self, tag: str) -> int | None:
         """The token that ``tag`` is, if the tokenizer takes it out of text as a whole and the model
@@ -53,7 +51,6 @@ def load_model(spec: FrontendSpec) -> ServedModel:
         kv_format=spec.kv_format,
         habits=learn_habits(codec),
         formats=choose(codec.chat_template, _model_type(path), spec.tool_parser, spec.reasoning_parser),
-        check=GrammarCheck(),
     )
 
 

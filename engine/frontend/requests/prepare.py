@@ -44,8 +44,8 @@ def prepare(
         prompts = [_prompt(model, limits, ask, text)]
     else:
         prompts = [_prompt(model, limits, ask, source) for source in _sources(ask)]
-    grammar = grammar_of(ask, manner, model.tag_id, model.check)
-    if grammar:
+    claims = grammar_of(ask, manner, model.tag_id)
+    if claims:
         refuse_without_end(model.defaults.eos_ids)
         refuse_with_grammar(ask)
     stop = stop_rule(ask, model.defaults, model.vocab_size)
@@ -57,7 +57,7 @@ def prepare(
         samplings=samplings,
         stop=stop,
         manner=manner,
-        grammar=grammar,
+        claims=claims,
         priority=ask.priority or 0,
         echo=bool(ask.echo),
         skip_special_tokens=ask.skip_special_tokens is not False,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...protocol.message import Sampling
 from ..formats.choice import Manner
+from ..grammars.claim import Claim
 from .stops import StopRule
 
 
@@ -47,8 +48,9 @@ class PreparedRequest:
     """Ready to be submitted: for each prompt one generation per choice.
 
     ``samplings`` are those of the choices, which differ in their seeds. ``manner`` says how replies
-    are parsed, None where they are plain text. ``grammar`` is what replies must follow, empty where
-    they are free. ``echo``: the prompt is shown before the completion.
+    are parsed, None where they are plain text. ``claims`` are grammars that have to be checked
+    first; replies follow the last of them, or are free. ``echo``: the prompt is shown before the
+    completion.
     """
 
     outline: Outline
@@ -56,10 +58,15 @@ class PreparedRequest:
     samplings: list[Sampling]
     stop: StopRule
     manner: Manner | None = None
-    grammar: str = ""
+    claims: tuple[Claim, ...] = ()
     priority: int = 0
     echo: bool = False
     skip_special_tokens: bool = True
+
+    @property
+    def grammar(self) -> str:
+        """The grammar that replies follow, empty where they are free."""
+        return self.claims[-1].grammar if self.claims else ""
 
     @property
     def scores_prompt(self) -> bool:

@@ -2,18 +2,16 @@
 a rank can follow.
 
 The grammar covers a whole reply: reasoning, where the model may begin with it, then content of the
-shape asked for, or calls in the model's own format. It is checked here against a vocabulary of
-bytes, so a schema or pattern that cannot be followed is refused before anything is queued.
+shape asked for, or calls in the model's own format. Here it is only written. Whether a schema or a
+pattern can be followed is checked by the grammar desk, before anything is queued.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher, LLTokenizer
 
 from ..api.errors import bad_request
 from ..api.generate import Generate
@@ -21,74 +19,40 @@ from ..api.schemas import ChatRequest, NamedTool
 from ..formats.choice import Manner
 from ..formats.lark import Lark, Spell
 from ..formats.reader import SPACE
-
-MAX_GRAMMAR_BYTES = 256 * 1024
-MAX_MESSAGE_CHARS = 300
-_END = 256  # the end token of the vocabulary of bytes
-_PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
-_CONTEXT = re.compile(r"\n *\d+ \| |\n<state>")
+from ..grammars.claim import Claim
 
 
-class GrammarCheck:
-    """Checks that a grammar can be followed. Threads may share it: a matcher serves one call."""
-
-    def __init__(self) -> None:
-        self._tokenizer = LLTokenizer(_Bytes())  # type: ignore[arg-type]
-
-    def __call__(self, grammar: str, param: str) -> None:
-        """Raises ApiError, naming the field ``param``."""
-        if len(grammar) > MAX_GRAMMAR_BYTES:
-            raise bad_request(
-                f"{param}: its grammar has {len(grammar)} bytes, at most {MAX_GRAMMAR_BYTES} are allowed",
-                param,
-            )
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise bad_request(f"{param}: {_reason(matcher.get_error())}", param)
-        if not matcher.is_accepting() and not any(matcher.compute_bitmask()[: _END // 8]):
-            raise bad_request(f"{param}: it allows no text at all", param)
-
-
-class _Bytes:
-    """A vocabulary of the 256 bytes and an end token, in the shape that llguidance takes."""
-
-    is_tokenizer_wrapper = True
-    eos_token_id = _END
-    bos_token_id = None
-    special_token_ids = (_END,)
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return list(text.encode() if isinstance(text, str) else text)
-
-
-def grammar_of(ask: Generate, manner: Manner | None, spell: Spell, check: GrammarCheck) -> str:
-    """The grammar of replies to ``ask``; empty where they are free. Raises ApiError."""
+def grammar_of(ask: Generate, manner: Manner | None, spell: Spell) -> tuple[Claim, ...]:
+    """The grammar of replies to ``ask``: the last of the claims, none where replies are free. Those
+    before it are its parts, so that an error names the field at fault. Raises ApiError.
+    """
     content = _content(ask, manner)
     forced = isinstance(ask, ChatRequest) and ask.forced_tool
     if content is None and not forced:
-        return ""
+        return ()
+    lark, claims, branches = Lark(spell), [], []
     if content is not None:
         param, write = content
-        plain = Lark(_as_text)
-        check(plain.finish(write(plain)), param)
+        part = Lark(spell)
+        claims.append(Claim(part.finish(write(part)), param))
+        branches.append(write(lark))
     else:
         param = "tools"
-
-    def whole(lark: Lark) -> str:
-        branches = [] if content is None else [content[1](lark)]
-        if isinstance(ask, ChatRequest) and manner is not None and manner.tools is not None:
-            branches.append(_calls(ask, manner, lark))
-        return _after_reasoning(lark.either(branches), manner, lark)
-
-    plain = Lark(_as_text)
-    check(plain.finish(whole(plain)), param)
-    real = Lark(spell)
-    return real.finish(whole(real))
+    if isinstance(ask, ChatRequest) and manner is not None and manner.tools is not None:
+        claims.extend(_parameters(ask, spell))
+        branches.append(_calls(ask, manner, lark))
+    claims.append(Claim(lark.finish(_after_reasoning(lark.either(branches), manner, lark)), param))
+    return tuple(claims)
 
 
-def _as_text(tag: str) -> int | None:
-    return None
+def _parameters(ask: ChatRequest, spell: Spell) -> Iterator[Claim]:
+    """The parameters of each tool that may be called."""
+    chosen = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedTool) else None
+    for index, tool in enumerate(ask.tools or ()):
+        if tool.function.parameters and chosen in (None, tool.function.name):
+            lark = Lark(spell)
+            grammar = lark.finish(lark.json(tool.function.parameters))
+            yield Claim(grammar, f"tools[{index}].function.parameters")
 
 
 def begins_with(ask: Generate, tag: str) -> bool:
@@ -157,12 +121,6 @@ def _after_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
     tools = manner.formats.tools if manner.tools is not None else None
     rest = f"{lark.until(tags.close, tools.openings if tools is not None else ())} {lark.line_breaks(2)}"
     return f"{rest} {body}" if manner.thinking else f"({lark.tag(tags.open)} {rest})? {body}"
-
-
-def _reason(error: str) -> str:
-    """The first line of an error, without the parts of our own grammar that it quotes."""
-    text = _PLACE.sub("", _CONTEXT.split(error, maxsplit=1)[0])
-    return " ".join(text.split())[:MAX_MESSAGE_CHARS]
 
 
 def refuse_without_end(eos_ids: tuple[int, ...]) -> None:

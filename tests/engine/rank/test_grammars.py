@@ -13,7 +13,8 @@ from llguidance import LLTokenizer
 from numpy.typing import NDArray
 
 from lockstep.engine.protocol.arrays import Int32, Int64
-from lockstep.engine.rank.grammars import Grammars, load_vocabulary
+from lockstep.engine.rank.grammars import Grammars
+from lockstep.engine.text.vocabulary import load_vocabulary
 from support.engine.text.tiny_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_tokenizer, write_model
 
 SCHEMA = {

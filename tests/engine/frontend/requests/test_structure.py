@@ -11,15 +11,16 @@ from typing import Any
 
 import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from pydantic import ValidationError
 
 from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.api.schemas import ChatRequest, CompletionRequest
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner
-from lockstep.engine.frontend.requests.structure import MAX_GRAMMAR_BYTES, GrammarCheck, _Bytes, grammar_of
+from lockstep.engine.frontend.grammars.trial import Trial
+from lockstep.engine.frontend.requests.structure import grammar_of
+from support.engine.text.byte_vocabulary import END, byte_vocabulary
 
-END = 256
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -50,13 +51,8 @@ NAMED = {"type": "function", "function": {"name": "now"}}
 
 
 @cache
-def vocabulary() -> LLTokenizer:
-    return LLTokenizer(_Bytes())  # type: ignore[arg-type]
-
-
-@cache
-def check() -> GrammarCheck:
-    return GrammarCheck()
+def trial() -> Trial:
+    return Trial(byte_vocabulary())
 
 
 def no_special(tag: str) -> int | None:
@@ -81,14 +77,19 @@ def manner_of(ask: ChatRequest, format: str | None, **fields: Any) -> Manner:
 
 def grammar(ask: ChatRequest, format: str | None = None, **fields: Any) -> str:
     fields.setdefault("answering", True)
-    return grammar_of(ask, manner_of(ask, format, **fields), no_special, check())
+    claims = grammar_of(ask, manner_of(ask, format, **fields), no_special)
+    for claim in claims:
+        fault = trial().fault(claim.grammar)
+        if fault:
+            raise claim.refused(fault)
+    return claims[-1].grammar if claims else ""
 
 
 def walk(text: str, seed: int, end_share: float = 0.5, most: int = 4000) -> str:
     """A random text of the grammar ``text``, byte by byte; ends where it may, with the chance
     ``end_share``.
     """
-    chance, matcher, said = random.Random(seed), LLMatcher(vocabulary(), text, log_level=0), bytearray()
+    chance, matcher, said = random.Random(seed), LLMatcher(byte_vocabulary(), text, log_level=0), bytearray()
     while len(said) < most:
         mask = matcher.compute_bitmask()
         allowed = [byte for byte in range(END) if mask[byte // 8] >> byte % 8 & 1]
@@ -103,7 +104,7 @@ def walk(text: str, seed: int, end_share: float = 0.5, most: int = 4000) -> str:
 
 
 def accepts(grammar_text: str, text: str) -> bool:
-    matcher = LLMatcher(vocabulary(), grammar_text, log_level=0)
+    matcher = LLMatcher(byte_vocabulary(), grammar_text, log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     return matcher.try_consume_tokens(list(text.encode())) == len(text.encode()) and matcher.is_accepting()
 
@@ -154,7 +155,7 @@ def test_regex_and_choice() -> None:
     assert accepts(grammar(chat(structured_outputs={"regex": ".*"})), "anything 東京")
     assert accepts(grammar(chat(structured_outputs={"regex": ""})), "")
     completion = CompletionRequest.model_validate({"prompt": "x", "structured_outputs": {"choice": ["yes"]}})
-    assert accepts(grammar_of(completion, None, no_special, check()), "yes")
+    assert accepts(grammar_of(completion, None, no_special)[-1].grammar, "yes")
 
 
 def test_reasoning_comes_before_the_grammar() -> None:
@@ -176,11 +177,11 @@ def test_reasoning_comes_before_the_grammar() -> None:
 def test_tags_that_are_tokens_are_written_as_tokens() -> None:
     ask = chat(structured_outputs={"choice": ["yes"]})
     manner = manner_of(ask, None, thinking=True)
-    text = grammar_of(ask, manner, {"</think>": END}.get, check())
-    matcher = LLMatcher(vocabulary(), text, log_level=0)
+    text = grammar_of(ask, manner, {"</think>": END}.get)[-1].grammar
+    matcher = LLMatcher(byte_vocabulary(), text, log_level=0)
     assert matcher.consume_tokens([*b"a </think", END, *b"yes"])
     assert matcher.is_accepting()
-    spelled = LLMatcher(vocabulary(), text, log_level=0)
+    spelled = LLMatcher(byte_vocabulary(), text, log_level=0)
     assert spelled.try_consume_tokens([*b"</think>"]) == 7, "the parser would take it for the end"
 
 
@@ -286,11 +287,10 @@ def schema(value: Any) -> dict[str, Any]:
             "it allows no text at all",
         ),
         (
-            {"structured_outputs": {"choice": ["x" * MAX_GRAMMAR_BYTES]}},
-            "structured_outputs.choice",
-            "bytes, at most",
+            {"tools": [WRONG_TOOL], "tool_choice": "required"},
+            "tools[0].function.parameters",
+            "Invalid type: x",
         ),
-        ({"tools": [WRONG_TOOL], "tool_choice": "required"}, "tools", "Invalid type: x"),
     ],
 )
 def test_what_cannot_be_followed_is_a_400_that_says_why(
