@@ -13,10 +13,7 @@ import logging
 import socket
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from ..protocol.specs import AcceptorSpec
-from .api.errors import error_body
 from .metrics.shared_counters import SharedCounters
 
 OPEN, TAKEN, ENDED = b"o", b"t", b"e"
@@ -26,32 +23,6 @@ _AGAIN_SECONDS = 0.05
 _log = logging.getLogger("lockstep.frontend")
 
 MakeProtocol = Callable[[Callable[[], None]], asyncio.Protocol]  # called with what to call at the end
-
-
-class Connection(HttpToolsProtocol):
-    """uvicorn's protocol, which also reports its end and answers bytes that are not HTTP with an
-    error document like all others.
-    """
-
-    def __init__(self, *args: object, on_end: Callable[[], None], **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._on_end = on_end
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._on_end()
-
-    def send_400_response(self, msg: str) -> None:
-        body = error_body(400, msg)
-        head = (
-            "HTTP/1.1 400 Bad Request",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            "connection: close",
-            "\r\n",
-        )
-        self.transport.write("\r\n".join(head).encode() + body)
-        self.transport.close()
 
 
 def connect(spec: AcceptorSpec, index: int) -> tuple[socket.socket, SharedCounters]:

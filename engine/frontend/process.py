@@ -13,19 +13,22 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
 import uvicorn
 import uvloop
 
 from ..protocol.lobby import Lobby
 from ..protocol.specs import FrontendSpec
-from .connections import Connection, Intake, connect
+from .connections import Intake, connect
 from .http.app import build_app
+from .http.connection import Connection
+from .http.entrance import Entrance
 from .metrics.shared_counters import SharedCounters
 from .requests.model import ServedModel, load_model
 from .service import Service
 
-KEEP_ALIVE_SECONDS = 75
 GRACE_SECONDS = 5
+OWN_DESCRIPTORS = 64  # of the process itself, beside those of connections
 PARENT_CHECK_SECONDS = 1.0
 HEARD_SECONDS = 2.0
 _log = logging.getLogger("lockstep.frontend")
@@ -45,7 +48,7 @@ def main(spec: FrontendSpec) -> None:
     """
     with Lobby(spec.lobby, "frontend", spec.index) as lobby:
         lobby.report("starting", "loading the tokenizer")
-        _raise_descriptor_limit()
+        spec = _within_descriptors(spec)
         model = load_model(spec)
         line, shared = connect(spec.acceptor, spec.index)
         with line, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -53,10 +56,19 @@ def main(spec: FrontendSpec) -> None:
         lobby.report("stopped")
 
 
-def _raise_descriptor_limit() -> None:
-    """Each connection is a descriptor, and the usual soft limit is 1024."""
+def _within_descriptors(spec: FrontendSpec) -> FrontendSpec:
+    """Raises the soft limit of descriptors, one for each connection, and lowers ``max_connections``
+    where the hard limit allows fewer.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    asked, room = spec.limits.max_connections, most - OWN_DESCRIPTORS
+    if most == resource.RLIM_INFINITY or asked <= room:
+        return spec
+    _log.warning(
+        "frontend.max_connections is %d here, not %d: the limit of open files is %d", room, asked, most
+    )
+    return msgspec.structs.replace(spec, limits=msgspec.structs.replace(spec.limits, max_connections=room))
 
 
 async def _serve(
@@ -78,16 +90,17 @@ async def _serve(
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=spec.limits.idle_deadline,  # type: ignore[arg-type]  # annotated int, used as seconds,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Server(config)
+    entrance = Entrance(spec.limits)
     running = asyncio.create_task(server.serve([]))
     watching = asyncio.create_task(_watch_parent(leave))
     leaving = asyncio.create_task(leave.wait())
 
     def make_connection(on_end: Callable[[], None]) -> Connection:
-        return Connection(config, server.server_state, {}, loop, on_end=on_end)
+        return Connection(config, server.server_state, loop, entrance=entrance, on_end=on_end)
 
     try:
         while not server.started and not running.done():

@@ -89,6 +89,19 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
     token: str
 
 
+class FrontendLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds on the clients of one frontend: connections and bytes of bodies at once, and seconds
+    for a head, for a body, between requests, and for a client that reads none of its answer.
+    """
+
+    max_connections: int = 4096
+    body_memory: int = 256 * 2**20
+    head_deadline: float = 20.0
+    body_deadline: float = 120.0
+    idle_deadline: float = 75.0
+    read_deadline: float = 60.0
+
+
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a frontend. ``kv_format`` goes into prompt hashes. ``grammar_seconds`` of CPU
     and ``grammar_memory`` bytes bound the check of a grammar; they, ``cors_origins`` and
@@ -116,6 +129,7 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     pause_deadline: float = 120.0
     grammar_seconds: float = 1.5
     grammar_memory: int = 256 << 20
+    limits: FrontendLimits = FrontendLimits()
     lobby: LobbySpec | None = None
 
 

@@ -237,6 +237,29 @@ class FrontendSection(RecipeSection):
     grammar_memory: Size = Field(
         default=256 << 20, ge=16 << 20, le=2**40, description="most bytes of memory to check one of them"
     )
+    max_connections: int = Field(
+        default=4096, ge=1, le=2**20, description="most connections that a frontend serves at once"
+    )
+    body_memory: Size = Field(
+        default=256 * 2**20,
+        ge=8 * 2**20,
+        le=2**40,
+        description="bytes of request bodies that a frontend holds at once",
+    )
+    head_deadline: float = Field(
+        default=20.0, gt=0, description="seconds in which the head of a request must be complete"
+    )
+    body_deadline: float = Field(
+        default=120.0, gt=0, description="seconds in which the body of a request must be complete"
+    )
+    idle_deadline: float = Field(
+        default=75.0, gt=0, description="seconds after which a connection without a request is closed"
+    )
+    read_deadline: float = Field(
+        default=60.0,
+        gt=0,
+        description="seconds after which a client that reads none of its answer is cut off",
+    )
 
 
 class Recipe(RecipeSection):

@@ -12,6 +12,7 @@ from ...engine.models.config import ModelConfig
 from ...engine.protocol.specs import (
     AcceptorSpec,
     ControllerSpec,
+    FrontendLimits,
     FrontendSpec,
     LobbySpec,
     RankSpec,
@@ -146,6 +147,14 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         pause_deadline=recipe.cluster.pause_deadline,
         grammar_seconds=recipe.frontend.grammar_seconds,
         grammar_memory=recipe.frontend.grammar_memory,
+        limits=FrontendLimits(
+            max_connections=recipe.frontend.max_connections,
+            body_memory=recipe.frontend.body_memory,
+            head_deadline=recipe.frontend.head_deadline,
+            body_deadline=recipe.frontend.body_deadline,
+            idle_deadline=recipe.frontend.idle_deadline,
+            read_deadline=recipe.frontend.read_deadline,
+        ),
         lobby=site.lobby(f"frontend {index}"),
     )
     return Task("frontend", index, msgspec.json.encode(spec), environment=site.settings(threads=1))

@@ -1,4 +1,4 @@
-"""Parts of a tensor group: which rows and columns they are, and that together they are the whole."""
+"""Parts of a tensor group: their rows and columns, and that together they are the whole."""
 
 from __future__ import annotations
 

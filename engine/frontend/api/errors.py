@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -18,14 +19,23 @@ TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
+    431: "RequestHeadTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
 CLIENT_GONE = 499  # nobody sees it
 MAX_SHOWN = 80
 _SHOULD = "Input should be "
+_IN_JSON = {  # pydantic speaks of Python's types
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be a valid array",
+}
 _MEMBERS = frozenset({"str", "int", "float", "bool", "list"})  # pydantic's names of members of unions
 
 
@@ -67,10 +77,10 @@ def error_response(error: HTTPException) -> Response:
 def from_validation(error: ValidationError) -> ApiError:
     """A 400 from a pydantic failure. It names the field, the fault and (shortened) the value."""
     failures = error.errors(include_url=False)
+    for failure in failures:
+        failure["msg"] = _IN_JSON.get(failure["type"], failure["msg"])
     first = min(failures, key=_rank)
     text = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return bad_request(f"The body is not valid JSON: {text.removeprefix('Invalid JSON: ')}")
     if first["type"] == "value_error":  # a check across fields: its text starts with the field
         return bad_request(text, text.split(" ", 1)[0])
     param = _field(first["loc"])
@@ -87,23 +97,39 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message: written as in JSON, and shortened."""
+    """``value`` for a message: written as in JSON, and shortened. The cost does not depend on its
+    size.
+    """
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, str):
         text = repr(value[:MAX_SHOWN])
     else:
-        part = value[:MAX_SHOWN] if isinstance(value, list) else value
-        text = json.dumps(part, ensure_ascii=False, default=str)
+        text = json.dumps(_start(value), ensure_ascii=False, default=str)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
-def _rank(failure: ErrorDetails) -> tuple[bool, int]:
-    """Sorts the failures of a union's members: the one deepest in the body says most, and a plain
-    type mismatch says least.
+def _start(value: Any, levels: int = 2) -> Any:
+    """The start of ``value``, more than is shown of it; deeper levels are dots."""
+    if isinstance(value, str):
+        return value[:MAX_SHOWN]
+    if not isinstance(value, list | dict):
+        return value
+    if not levels:
+        return "..."
+    if isinstance(value, list):
+        return [_start(item, levels - 1) for item in value[: MAX_SHOWN // 2]]
+    items = islice(value.items(), MAX_SHOWN // 2)
+    return {name[:MAX_SHOWN]: _start(item, levels - 1) for name, item in items}
+
+
+def _rank(failure: ErrorDetails) -> tuple[bool, int, int]:
+    """Sorts the failures of a union's members: the one deepest in the body, or farthest into a
+    list, says most, and a plain type mismatch says least.
     """
     field = _field(failure["loc"])
-    return failure["type"].endswith("_type"), -field.count(".") - field.count("[")
+    farthest = max((part for part in failure["loc"] if isinstance(part, int)), default=0)
+    return failure["type"].endswith("_type"), -field.count(".") - field.count("["), -farthest
 
 
 def _field(location: Sequence[int | str]) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from .strict import Strict, at_most
 
 MAX_CHOICES = 128
 MAX_SEQUENCES = 1024
@@ -51,14 +53,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (),
 }
 REMOVED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-
-
-class Strict(BaseModel):
-    """A request body without coercion between JSON types, NaN or infinity. Unknown fields are kept
-    for inspection.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -123,9 +117,9 @@ class Generate(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
-    logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
-    ) = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MAX_BIASES)] | None = (
+        None
+    )
     seed: Int64 | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None

@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from .generate import MAX_LOGPROBS, Generate, Strict, TokenId
+from .generate import MAX_LOGPROBS, Generate, TokenId
+from .strict import Element, Strict
 
 MAX_TOOLS = 512
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class ContentPart(Strict):
+class ContentPart(Element):
     type: str
     text: str | None = None
 
@@ -32,7 +33,7 @@ class CalledFunction(Strict):
     arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(Strict):
+class ToolCall(Element):
     """A call of an earlier turn."""
 
     id: str | None = None
@@ -40,7 +41,7 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
-class ChatMessage(Strict):
+class ChatMessage(Element):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
     tool_calls: list[ToolCall] | None = None

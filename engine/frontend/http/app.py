@@ -7,16 +7,15 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .... import __version__
 from ..api.cluster import describe_cluster
 from ..api.drain import DRAIN_SECONDS, MAX_DRAIN_SECONDS, DrainRequest
-from ..api.errors import CLIENT_GONE, ApiError, bad_request, from_validation
+from ..api.errors import CLIENT_GONE, ApiError, bad_request
 from ..api.invocation import Invocation
 from ..api.schemas import (
     ChatRequest,
@@ -33,6 +32,7 @@ from ..requests.model import ServedModel
 from ..requests.token_rules import check_ids
 from ..service import Service
 from .access import ID_KEY, AccessMiddleware
+from .bodies import Bodies, parse
 from .cors import with_cors
 from .docs import docs_router
 from .keys import KeyMiddleware
@@ -40,17 +40,18 @@ from .openapi import complete
 from .request_log import RECORD_KEY, refuse
 from .streams import Stream
 
-MAX_BODY_BYTES = 8 * 2**20
 GENERATIVE = ("/v1/chat/completions", "/v1/completions")
 
-T = TypeVar("T")
+Ask = TypeVar("Ask", ChatRequest, CompletionRequest, GenerationRequest)
 
 
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application of one frontend."""
     app = FastAPI(title="Lockstep", version=__version__, openapi_url=None, redirect_slashes=False)
-    for make in (_generation, _texts, _status, _admin):
-        app.include_router(make(service))
+    bodies = Bodies(service.spec.limits.body_memory)
+    for make in (_generation, _texts, _admin):
+        app.include_router(make(service, bodies))
+    app.include_router(_status(service))
     app.include_router(docs_router(partial(complete, app.openapi, bool(service.spec.api_keys))))
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -83,41 +84,11 @@ def _routing_error(request: Request, error: HTTPException) -> ApiError:
     return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as its size exceeds the limit."""
-    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise too_large
-            parts.append(part)
-    except ClientDisconnect:
-        raise ApiError(CLIENT_GONE, "The client went away before its request was complete") from None
-    return b"".join(parts)
-
-
-async def _parse(request: Request, kind: type[T] | TypeAdapter[T]) -> T:
-    body = await read_body(request)
-    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
-    try:
-        return adapter.validate_json(body)
-    except ValidationError as error:
-        raise from_validation(error) from None
-    except RecursionError:
-        raise bad_request("The body is nested too deeply") from None
-
-
 def _json(document: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(document), status, media_type="application/json")
 
 
-def _generation(service: Service) -> APIRouter:
+def _generation(service: Service, bodies: Bodies) -> APIRouter:
     router = APIRouter()
     chats = TypeAdapter(ChatRequest)
     completions = TypeAdapter(CompletionRequest)
@@ -125,19 +96,16 @@ def _generation(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        ask = await _parse(request, chats)
-        return await _generate(service, request, ask)
+        return await _generate(service, bodies, request, chats)
 
     @router.post("/v1/completions")
     async def text_completions(request: Request) -> Response:
-        ask = await _parse(request, completions)
-        return await _generate(service, request, ask)
+        return await _generate(service, bodies, request, completions)
 
     @router.post("/invocations")
     async def invocations(request: Request) -> Response:
         """SageMaker's name for both: a body with messages is a chat."""
-        ask = await _parse(request, either)
-        return await _generate(service, request, ask)
+        return await _generate(service, bodies, request, either)
 
     @router.get("/health/generate")
     async def health_generate() -> Response:
@@ -146,12 +114,13 @@ def _generation(service: Service) -> APIRouter:
     return router
 
 
-async def _generate(service: Service, request: Request, ask: GenerationRequest) -> Response:
+async def _generate(service: Service, bodies: Bodies, request: Request, kind: TypeAdapter[Ask]) -> Response:
     """Waits for the whole answer, or for the first token of a stream, so that an error before it
     has a status of its own.
     """
-    stream = bool(ask.stream)
-    reply = await service.open(ask, request.scope[ID_KEY], request.receive)
+    async with bodies.parsed(request, kind) as ask:
+        stream = bool(ask.stream)
+        reply = await service.open(ask, request.scope[ID_KEY], request.receive)
     request.scope[RECORD_KEY].reply = reply
     handed_over = False
     try:
@@ -168,7 +137,7 @@ async def _generate(service: Service, request: Request, ask: GenerationRequest) 
             reply.close()
 
 
-def _texts(service: Service) -> APIRouter:
+def _texts(service: Service, bodies: Bodies) -> APIRouter:
     router = APIRouter()
     codec = service.model.codec
     tokenize_requests: TypeAdapter[TokenizeText | TokenizeChat] = TypeAdapter(TokenizeRequest)
@@ -185,20 +154,15 @@ def _texts(service: Service) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        ask = await _parse(request, tokenize_requests)
-        service.check_model(ask.model)
-        ids = await service.in_thread(_token_ids, service.model, ask)
-        names = [codec.token_name(token) for token in ids] if ask.return_token_strs else None
-        return _json(
-            {"count": len(ids), "max_model_len": _max_len(service), "tokens": ids, "token_strs": names}
-        )
+        async with bodies.parsed(request, tokenize_requests) as ask:
+            service.check_model(ask.model)
+            return await service.in_thread(_tokens, service.model, ask, _max_len(service))
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        ask = await _parse(request, detokenize_requests)
-        service.check_model(ask.model)
-        check_ids(ask.tokens, service.model.vocab_size, "tokens")
-        return _json({"prompt": await service.in_thread(codec.decode, ask.tokens, False)})
+        async with bodies.parsed(request, detokenize_requests) as ask:
+            service.check_model(ask.model)
+            return await service.in_thread(_text, service.model, ask)
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
@@ -207,11 +171,21 @@ def _texts(service: Service) -> APIRouter:
     return router
 
 
-def _token_ids(model: ServedModel, ask: TokenizeText | TokenizeChat) -> list[int]:
+def _tokens(model: ServedModel, ask: TokenizeText | TokenizeChat, max_len: int | None) -> Response:
+    """The answer of /tokenize; for a thread, as there may be millions of tokens."""
+    codec = model.codec
     if isinstance(ask, Conversation):
-        text = conversation_text(model.codec, model.habits, ask)
-        return model.codec.encode(text, bool(ask.add_special_tokens))
-    return model.codec.encode(ask.prompt, ask.add_special_tokens is not False)
+        ids = codec.encode(conversation_text(codec, model.habits, ask), bool(ask.add_special_tokens))
+    else:
+        ids = codec.encode(ask.prompt, ask.add_special_tokens is not False)
+    names = [codec.token_name(token) for token in ids] if ask.return_token_strs else None
+    return _json({"count": len(ids), "max_model_len": max_len, "tokens": ids, "token_strs": names})
+
+
+def _text(model: ServedModel, ask: DetokenizeRequest) -> Response:
+    """The answer of /detokenize; for a thread."""
+    check_ids(ask.tokens, model.vocab_size, "tokens")
+    return _json({"prompt": model.codec.decode(ask.tokens, False)})
 
 
 def _max_len(service: Service) -> int | None:
@@ -272,16 +246,14 @@ def _status(service: Service) -> APIRouter:
     return router
 
 
-def _admin(service: Service) -> APIRouter:
+def _admin(service: Service, bodies: Bodies) -> APIRouter:
     router = APIRouter()
+    drains = TypeAdapter(DrainRequest)
 
     @router.post("/admin/drain")
     async def drain(request: Request) -> Response:
-        body = await read_body(request)
-        try:
-            deadline = DrainRequest.model_validate_json(body).deadline if body else DRAIN_SECONDS
-        except ValidationError as error:
-            raise from_validation(error) from None
+        async with bodies.read(request) as body:
+            deadline = parse(body, drains).deadline if body else DRAIN_SECONDS
         if not 0 <= deadline <= MAX_DRAIN_SECONDS:
             text = f"deadline: should be between 0 and {MAX_DRAIN_SECONDS} seconds (got {deadline})"
             raise bad_request(text, "deadline")

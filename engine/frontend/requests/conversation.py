@@ -11,6 +11,7 @@ import msgspec
 
 from ...text.tokenizer import Codec
 from ..api.errors import ApiError, bad_request
+from ..api.outline import check_outline
 from ..api.schemas import ChatMessage, Conversation
 from .chat_template import render
 
@@ -134,6 +135,7 @@ def _arguments(habits: Habits, given: str | dict[str, Any], where: str) -> str |
         return given if isinstance(given, str) else msgspec.json.encode(given).decode()
     if not isinstance(given, str):
         return given
+    check_outline(given.encode(), where, "messages")
     try:
         return msgspec.json.decode(given or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:

@@ -15,6 +15,7 @@ import msgspec
 
 from ..api.errors import bad_request
 from ..api.generate import Generate
+from ..api.outline import check_outline
 from ..api.schemas import ChatRequest, NamedTool
 from ..formats.choice import Manner
 from ..formats.lark import Lark, Spell
@@ -97,6 +98,7 @@ def _content(ask: Generate, manner: Manner | None) -> tuple[str, Callable[[Lark]
 def _schema(given: Any, param: str) -> Any:
     if not isinstance(given, str):
         return given
+    check_outline(given.encode(), param, param)
     try:
         return msgspec.json.decode(given)
     except (msgspec.DecodeError, RecursionError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lockstep.engine.frontend.api.schemas import ChatRequest, TokenizeChat, TokenizeText
-from lockstep.engine.frontend.http.app import MAX_BODY_BYTES
+from lockstep.engine.frontend.http.bodies import MAX_BODY_BYTES
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec

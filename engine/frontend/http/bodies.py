@@ -1,0 +1,104 @@
+"""Request bodies: read within limits, then parsed and validated.
+
+The parsing thread holds the interpreter lock while it parses; ``check_outline`` bounds for how
+long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+
+from ..api.errors import CLIENT_GONE, ApiError, bad_request, from_validation
+from ..api.outline import PLAIN_BYTES, check_outline
+
+MAX_BODY_BYTES = 8 * 2**20
+RETRY_FULL = 1.0
+_BOM = b"\xef\xbb\xbf"
+
+T = TypeVar("T")
+
+
+class Bodies:
+    """The bodies that one frontend holds: together at most ``memory`` bytes, beside those of up to
+    ``PLAIN_BYTES``, which are always read.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._held = 0
+        self._thread = ThreadPoolExecutor(1, "parse")
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body, which counts as held until the block ends. Raises ApiError: 413 as soon
+        as its size exceeds the limit, 415 for compressed ones, 503 where memory is short.
+        """
+        _check_head(request)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                self._held += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise _too_large()
+                if self._held > self._memory and size > PLAIN_BYTES:
+                    raise ApiError(503, self._full(), retry_after=RETRY_FULL)
+                parts.append(part)
+            yield b"".join(parts)
+        except ClientDisconnect:
+            raise ApiError(CLIENT_GONE, "The client went away before its request was complete") from None
+        finally:
+            self._held -= size
+
+    @asynccontextmanager
+    async def parsed(self, request: Request, adapter: TypeAdapter[T]) -> AsyncIterator[T]:
+        """The validated body. Large ones are parsed in a thread, one at a time. Raises ApiError."""
+        async with self.read(request) as body:
+            if len(body) <= PLAIN_BYTES:
+                yield parse(body, adapter)
+            else:
+                loop = asyncio.get_running_loop()
+                yield await loop.run_in_executor(self._thread, parse, body, adapter)
+
+    def _full(self) -> str:
+        return (
+            f"The server holds {self._held} bytes of request bodies, and frontend.body_memory is"
+            f" {self._memory}: send large requests again later"
+        )
+
+
+def parse(body: bytes, adapter: TypeAdapter[T]) -> T:
+    """Raises ApiError 400 for a body that is not JSON or not what ``adapter`` takes."""
+    check_outline(body, "The body")
+    try:
+        document = from_json(body.removeprefix(_BOM), allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"The body is not valid JSON: {error}") from None
+    try:
+        return adapter.validate_python(document)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _check_head(request: Request) -> None:
+    """Refuses a body by what the head says of it."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        text = f"Content-Encoding: {coding[:80]!r} is not supported: send the body uncompressed"
+        raise ApiError(415, text)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise _too_large()
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
