@@ -65,6 +65,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._silent_bytes = 0  # since the parser has last reported anything
         self._body_bytes = self._num_pieces = self._discarded = 0
+        self._running: RequestResponseCycle | None = None  # the last one started
         self._fault: ApiError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timed: _Phase | None = None  # the phase that ``_timer`` bounds
@@ -80,6 +81,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn tells only the last request that has come
+            self._running.message_event.set()
         for timer in (self._timer, self._read_timer):
             if timer is not None:
                 timer.cancel()
@@ -191,6 +195,7 @@ class Connection(HttpToolsProtocol):
     # ----------------------------------------------------------------- answers
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        self._running = cycle
         if cycle.scope["http_version"] == "1.0":
             app = close_delimited(app, cycle)
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]

@@ -35,8 +35,9 @@ class FrontendProcess:
     of the process's own CPU time, so that other load on the machine does not count.
     """
 
-    def __init__(self, spec: FrontendSpec, port: int) -> None:
+    def __init__(self, spec: FrontendSpec, port: int, engine: ScriptedController) -> None:
         self.port = port
+        self.engine = engine
         self._stall = _spawn.Value(ctypes.c_double, 0.0)
         self._process = _spawn.Process(target=_main, args=(spec, self._stall), daemon=True)
         self._process.start()
@@ -89,7 +90,7 @@ def frontend_process(model: Path, script: Script, **limits: Any) -> Iterator[Fro
             acceptor=acceptor.spec,
             limits=FrontendLimits(**limits),
         )
-        frontend = FrontendProcess(spec, acceptor.port)
+        frontend = FrontendProcess(spec, acceptor.port, engine)
         stack.callback(frontend.close)
         wait_until(lambda: acceptor.num_ready == 1, "the frontend takes connections", 120)
         acceptor.open()
