@@ -37,7 +37,7 @@ class ToolCall(Element):
     """A call of an earlier turn."""
 
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
 
 
@@ -45,6 +45,7 @@ class ChatMessage(Element):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: CalledFunction | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 
@@ -71,6 +72,10 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+# ``none`` is no thinking; the others are for the template to read.
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
 class Conversation(Strict):
     """The fields from which a chat template makes a prompt."""
 
@@ -79,7 +84,7 @@ class Conversation(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: ReasoningEffort | None = None
 
     @model_validator(mode="after")
     def _one_ending(self) -> Conversation:

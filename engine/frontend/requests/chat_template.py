@@ -7,9 +7,13 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...text.tokenizer import Codec
-from ..api.errors import bad_request
+from ..api.errors import bad_request, shown
 
+# Arguments of the renderer and of apply_chat_template, and functions that every template may call.
 RESERVED_KWARGS = (
+    "self",
+    "conversations",
+    "return_assistant_tokens_mask",
     "tokenize",
     "chat_template",
     "conversation",
@@ -18,6 +22,14 @@ RESERVED_KWARGS = (
     "padding",
     "truncation",
     "max_length",
+    "raise_exception",
+    "strftime_now",
+    "dict",
+    "namespace",
+    "range",
+    "cycler",
+    "joiner",
+    "lipsum",
 )
 
 
@@ -31,7 +43,14 @@ def render(
         raise bad_request("This model has no chat template: use /v1/completions", "messages")
     for name in RESERVED_KWARGS:
         if name in kwargs:
-            raise bad_request(f"chat_template_kwargs.{name} is not allowed", "chat_template_kwargs")
+            reason = f"chat_template_kwargs.{name} is not allowed: the renderer uses that name itself"
+            raise bad_request(reason, "chat_template_kwargs")
+    documents = kwargs.get("documents")
+    if documents is not None and not (
+        isinstance(documents, list) and all(isinstance(document, dict) for document in documents)
+    ):
+        reason = f"chat_template_kwargs.documents should be a list of objects (got {shown(documents)})"
+        raise bad_request(reason, "chat_template_kwargs")
     variables = {**codec.special_tokens, **kwargs}
     try:
         # apply_chat_template drops keys that are None, and templates test whether content is none.

@@ -11,7 +11,7 @@ from ...kv.hashing import hash_root
 from ...protocol.specs import FrontendSpec
 from ...text.tokenizer import Codec
 from ..formats.choice import Formats, choose
-from .conversation import Habits, learn_habits
+from .habits import Habits, learn_habits
 from .sampling import Defaults, load_defaults
 
 

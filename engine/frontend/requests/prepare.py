@@ -39,6 +39,7 @@ def prepare(
     manner: Manner | None = None
     if isinstance(ask, ChatRequest):
         _check_tools(model, ask)
+        _check_effort(model, ask)
         text = conversation_text(model.codec, model.habits, ask)
         manner = _manner(model, ask, text)
         prompts = [_prompt(model, limits, ask, text)]
@@ -78,6 +79,16 @@ def _check_tools(model: ServedModel, ask: ChatRequest) -> None:
         raise bad_request(
             "tools: this server does not know how the model writes tool calls; set frontend.tool_parser",
             "tools",
+        )
+
+
+def _check_effort(model: ServedModel, ask: ChatRequest) -> None:
+    """Refuses to turn off the thinking of a model whose template has no way to say so."""
+    if ask.reasoning_effort == "none" and model.formats.reasoning and not model.habits.thinking.can_stop:
+        raise bad_request(
+            "reasoning_effort: none is not possible, because the model's chat template has no switch"
+            " for thinking (enable_thinking or thinking)",
+            "reasoning_effort",
         )
 
 

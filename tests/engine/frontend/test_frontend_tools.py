@@ -300,3 +300,60 @@ def test_the_clients_own_parse_helper_gets_its_type(client: openai.OpenAI, engin
     assert done.choices[0].message.parsed == City(name="東京", people=14_000_000)
     assert done.choices[0].message.reasoning == "big"
     assert '"people"' in engine.engine.submits[-1].grammar
+
+
+@pytest.mark.parametrize("text", ['<tool_call>{"name": "get_weather", "arguments": {"', CALL[:-20], CALL])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_that_was_cut_off_goes_on(
+    client: openai.OpenAI, engine: RunningFrontend, text: str, stream: bool
+) -> None:
+    tokens = ids("<think>Hm.\n" + text)[:-1]
+    engine.engine.script = lambda submit: [[token] for token in tokens]
+    options = {"model": MODEL, "messages": USER, "tools": TOOLS, "max_tokens": len(tokens)}
+    if stream:
+        joined = Joined(client.chat.completions.create(stream=True, **options))
+        [call] = joined.calls
+        function = {"name": call["name"], "arguments": call["arguments"]}
+        said = {
+            "role": "assistant",
+            "content": joined.content,
+            "reasoning": joined.reasoning,
+            "tool_calls": [{"index": 0, "id": call["id"], "type": None, "function": function}],
+        }
+        assert joined.reasons == ["length"]
+    else:
+        [choice] = client.chat.completions.create(**options).choices
+        said, function = choice.message.model_dump(), choice.message.tool_calls[0].function.model_dump()
+        assert choice.finish_reason == "length"
+    assert (said["reasoning"], function["name"]) == ("Hm.", "get_weather"), "a call ends open reasoning"
+    assert function["arguments"].startswith('{"')
+    result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "error: bad arguments"}
+    engine.engine.script = say(ids("Sorry."))
+    last = client.chat.completions.create(
+        model=MODEL, messages=[*USER, said, result, *USER], tools=TOOLS
+    ).choices[0]
+    assert last.message.content == "Sorry."
+    assert "get_weather" in prompt(engine)
+
+
+def test_reasoning_effort_is_checked(engine: RunningFrontend) -> None:
+    def ask(effort: str) -> Any:
+        body = {"messages": USER, "reasoning_effort": effort}
+        return engine.http.post("/v1/chat/completions", json=body)
+
+    wrong = ask("banana")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "reasoning_effort")
+    assert "'none', 'minimal', 'low', 'medium', 'high' or 'xhigh'" in wrong.json()["error"]["message"]
+    assert ask("none").status_code == 200
+    assert "<think>\n</think>" in prompt(engine)
+
+
+def test_no_thinking_needs_a_template_that_can_say_so(tmp_path: Any) -> None:
+    path = write_model(tmp_path)  # a template without a switch
+    body = {"messages": USER, "reasoning_effort": "none"}
+    with RunningFrontend(path, say(ids("Yes")), reasoning_parser="think") as running:
+        refused = running.http.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
+        assert "no switch for thinking" in refused.json()["error"]["message"]
+    with RunningFrontend(path, say(ids("Yes"))) as running:  # a model that does not reason
+        assert running.http.post("/v1/chat/completions", json=body).status_code == 200

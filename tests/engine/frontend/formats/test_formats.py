@@ -9,7 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner, choose
 from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
-from support.engine.frontend.replies import KIMI, NAMES, TOOLS, read, written
+from support.engine.frontend.replies import KIMI, NAMES, TOOLS, read, texts, written
 
 # ------------------------------------------------------------- one call in every format
 
@@ -157,30 +157,6 @@ def test_where_the_prompt_opens_the_reasoning() -> None:
 
 
 # --------------------------------------------------------------------------- cuts and look-alikes
-
-MARKERS = sorted({marker for kind in TOOL_FORMATS.values() for marker in kind.markers})
-SCRAPS = [
-    *MARKERS,
-    "<think>",
-    "</think>",
-    '{"name": "now", "arguments": {',
-    '"a": 1',
-    "}",
-    "]",
-    "\n",
-    " ",
-    "now",
-    '"',
-    "\\",
-    "function",
-    "```json\n",
-    "```",
-]
-BUILT = [written(format, "get_weather", {"city": 'a\n"ü', "days": 2}) for format in NAMES]
-texts = st.lists(
-    st.one_of(st.sampled_from(SCRAPS), st.sampled_from(BUILT), st.text(alphabet="ab<|[{}】\n ü", max_size=6)),
-    max_size=10,
-).map("".join)
 
 
 @settings(max_examples=400, deadline=None)

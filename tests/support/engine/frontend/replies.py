@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypothesis import strategies as st
+
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner
 from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
 from lockstep.engine.frontend.formats.parser import ReplyParser
@@ -96,3 +98,28 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
         f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in texts.items()
     )
     return f"<tool_call>{name}\n{members}</tool_call>"
+
+
+MARKERS = sorted({marker for kind in TOOL_FORMATS.values() for marker in kind.markers})
+SCRAPS = [
+    *MARKERS,
+    "<think>",
+    "</think>",
+    '{"name": "now", "arguments": {',
+    '"a": 1',
+    "}",
+    "]",
+    "\n",
+    " ",
+    "now",
+    '"',
+    "\\",
+    "function",
+    "```json\n",
+    "```",
+]
+BUILT = [written(format, "get_weather", {"city": 'a\n"ü', "days": 2}) for format in NAMES]
+texts = st.lists(
+    st.one_of(st.sampled_from(SCRAPS), st.sampled_from(BUILT), st.text(alphabet="ab<|[{}】\n ü", max_size=6)),
+    max_size=10,
+).map("".join)
