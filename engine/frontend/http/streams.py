@@ -203,7 +203,11 @@ class ChunkWriter:
         if self._outline.return_token_ids:
             parts += [b',"prompt_token_ids":', _encode(generation.prompt)]
         if self._outline.continuous_usage:
-            nothing_yet = {"completion_tokens": 0, "total_tokens": len(generation.prompt)}
+            nothing_yet = {
+                "completion_tokens": 0,
+                "total_tokens": len(generation.prompt),
+                "completion_tokens_details": {"reasoning_tokens": 0},
+            }
             parts += [b',"usage":', _encode(self._reply.usage(generation) | nothing_yet)]
         return b"".join([*parts, b"}\n\n"])
 
