@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
-class Answer(BaseModel):
+class AnswerDocument(BaseModel):
     """Base of the documents."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class ErrorDetail(Answer):
+class ErrorDetail(AnswerDocument):
     """``param`` is the path of the field at fault, ``code`` the HTTP status."""
 
     message: str
@@ -26,49 +26,58 @@ class ErrorDetail(Answer):
     code: int
 
 
-class ErrorAnswer(Answer):
+class ErrorAnswer(AnswerDocument):
     error: ErrorDetail
 
 
-class CachedTokens(Answer):
+class CachedUsage(AnswerDocument):
     cached_tokens: int
 
 
-class Usage(Answer):
+class ReasoningUsage(AnswerDocument):
+    reasoning_tokens: int
+
+
+class Usage(AnswerDocument):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedUsage
+    completion_tokens_details: ReasoningUsage
 
 
-class CalledFunctionAnswer(Answer):
+class CalledFunctionAnswer(AnswerDocument):
     """``arguments`` is JSON as text."""
 
     name: str
     arguments: str
 
 
-class ToolCallAnswer(Answer):
+class ToolCallAnswer(AnswerDocument):
     id: str
     type: Literal["function"]
     function: CalledFunctionAnswer
 
 
-class AnswerMessage(Answer):
+class AnswerMessage(AnswerDocument):
     role: Literal["assistant"]
     content: str | None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallAnswer] | None = None
+    reasoning: str | None
+    reasoning_content: str | None
+    tool_calls: list[ToolCallAnswer]
 
 
-class Choice(Answer):
+Ranked = list[dict[str, dict[str, Any]] | None] | None  # by token id, for each position of a prompt
+
+
+class Choice(AnswerDocument):
     """``stop_reason`` is the stop string or stop id that ended the text."""
 
     index: int
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    token_ids: list[int] | None
 
 
 class ChatChoice(Choice):
@@ -77,9 +86,11 @@ class ChatChoice(Choice):
 
 class TextChoice(Choice):
     text: str
+    prompt_logprobs: Ranked
+    prompt_token_ids: list[int] | None
 
 
-class Generated(Answer):
+class Generated(AnswerDocument):
     id: str
     created: int
     model: str
@@ -89,6 +100,8 @@ class Generated(Answer):
 class ChatAnswer(Generated):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: Ranked
+    prompt_token_ids: list[int] | None
 
 
 class TextAnswer(Generated):
@@ -96,7 +109,7 @@ class TextAnswer(Generated):
     choices: list[TextChoice]
 
 
-class ModelCard(Answer):
+class ModelCard(AnswerDocument):
     id: str
     object: Literal["model"]
     created: int
@@ -106,56 +119,58 @@ class ModelCard(Answer):
     max_model_len: int | None
 
 
-class ModelList(Answer):
+class ModelList(AnswerDocument):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Tokenized(Answer):
+class Tokenized(AnswerDocument):
     count: int
     max_model_len: int | None
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class Detokenized(Answer):
+class Detokenized(AnswerDocument):
     prompt: str
 
 
-class TokenizerInfo(Answer):
+class TokenizerInfo(AnswerDocument):
     tokenizer_class: str
     vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
     chat_template: str | None
 
 
-class Healthy(Answer):
+class Healthy(AnswerDocument):
     status: Literal["ok", "ready"]
 
 
-class Generates(Answer):
+class Generates(AnswerDocument):
     """``seconds`` that one token took."""
 
     status: Literal["ok"]
     seconds: float
 
 
-class Version(Answer):
+class Version(AnswerDocument):
     version: str
 
 
-class LoadAnswer(Answer):
+class LoadAnswer(AnswerDocument):
     server_load: int
     num_running: int
     num_waiting: int
     kv_usage: float
 
 
-class DrainAnswer(Answer):
+class DrainAnswer(AnswerDocument):
     status: Literal["draining"]
     deadline: float
 
 
-class ClusterAnswer(Answer):
+class ClusterAnswer(AnswerDocument):
     phase: str
     reason: str
     epoch: int

@@ -198,6 +198,8 @@ def test_examples_are_served_and_answers_follow_their_schemas(
         (CHAT, HELLO | {"stop_token_ids": [6]}),
         ("/v1/completions", {"prompt": ["a", "b"], "stream": True}),
         ("/v1/completions", {"prompt": "a", "logprobs": 1, "echo": True}),
+        ("/v1/completions", {"prompt": [[5, 6, 7], [8, 9]], "prompt_logprobs": 1, "return_token_ids": True}),
+        (CHAT, HELLO | {"prompt_logprobs": 2}),
         ("/invocations", {"prompt": "a"}),
         ("/tokenize", HELLO),
         ("/tokenize", {"prompt": "a", "return_token_strs": True}),
