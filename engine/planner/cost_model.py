@@ -18,6 +18,9 @@ _FORGET = 0.98
 _REFIT_EVERY = 16
 _PULL = 0.01  # weight, in sections, of the previous coefficients: holds what no section tells
 _LEAST = 0.01  # share of the default below which none falls, so that one fitted to zero comes back
+_FIRST_TOKENS = 256  # 4 s where a token takes 15 ms, as with 0.4 B parameters on one slow core
+_LEAST_TOKENS = 16
+_GROWTH = 4  # times the tokens of a measured section that the next may have
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,16 @@ class CostModel:
     Sections that are alike (a full chunk of prompt in each step, or the same rows decoding for
     minutes) determine a sum of terms, not each term. The rest keeps its previous proportions: a fit
     that called it all ``fixed`` would find every rank equally quick and send a burst to one.
+
+    ``early``: the first fit follows the first section, and ``trusted`` bounds a section's tokens by
+    those that were measured: a machine much slower than the default must not be given a step of
+    minutes before that is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, early: bool = False) -> None:
         self.cost = Cost()
+        self.trusted = _FIRST_TOKENS if early else None
+        self._refit_after = 1 if early else _REFIT_EVERY
         self._normal = np.zeros((4, 4))
         self._right = np.zeros(4)
         self._fresh: list[tuple[float, float, float, float, float]] = []
@@ -48,10 +57,22 @@ class CostModel:
     def observe(self, tokens: float, kv: float, context: float, seconds: float) -> None:
         """Adds one measured section: its features and its seconds without waiting."""
         self._fresh.append((1.0, tokens, kv, context, max(seconds, 1e-6)))
-        if len(self._fresh) == _REFIT_EVERY:
+        if self.trusted is not None:
+            self.trusted = max(self.trusted, _GROWTH * int(tokens))
+        if len(self._fresh) >= self._refit_after:
+            self._refit_after = min(2 * self._refit_after, _REFIT_EVERY)
             self._accumulate(np.array(self._fresh))
             self._fresh.clear()
             self._refit()
+
+    def distrust(self, tokens: int) -> None:
+        """A section of so many tokens may have been too long."""
+        if self.trusted is not None:
+            self.trusted = min(self.trusted, max(_LEAST_TOKENS, tokens // 2))
+
+    def slowest(self, rows: Int64, kv: Int64) -> float:
+        """Predicted seconds of the slowest section that decodes ``rows`` [D]."""
+        return float((self.cost.fixed + self.cost.token * rows + self.cost.kv * kv).max())
 
     def seconds(self, tokens: float, kv: float = 0.0, context: float = 0.0) -> float:
         """Predicted seconds of a section."""

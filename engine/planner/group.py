@@ -52,7 +52,7 @@ class Group:
         max_pages = pages_for(settings.max_len, settings.page_size)
         self.rows = RowTable(mesh.data, spec.max_running, max_pages, mesh.num_cohorts)
         self.log = TokenLog(mesh.data * spec.max_running)
-        self.cost = CostModel()
+        self.cost = CostModel(early=spec.step_time_limit > 0)
         self.open: dict[tuple[int, int], Request] = {}
         self.queue = WaitingQueue()
         self.prefilling = PrefillQueues(self.rows)
@@ -78,6 +78,12 @@ class Group:
         """
         running = self.rows.num_used[data]
         return not running or self.kv.available_on(data) >= fresh + running
+
+    def distrust_flights(self) -> None:
+        """A step in flight may never end: prompts advance by less until one has been measured."""
+        tokens = max((int(flight.tokens.max()) for flight in self.steps.flights.values()), default=0)
+        if tokens:
+            self.cost.distrust(tokens)
 
     def predicted_seconds(self) -> float:
         """Predicted seconds of the slowest section in flight; 0 when nothing is."""

@@ -128,6 +128,7 @@ class Planner:
         which holds no page.
         """
         steps = self.group.steps
+        self.group.distrust_flights()
         steps.begin_epoch()
         for data in steps.living():
             self.resync(data)

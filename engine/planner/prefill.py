@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,26 +60,41 @@ class Prefill:
         """
         group = self._group
         chunks: list[tuple[int, int, int, int]] = []  # data, row, start, count
-        anyone_decodes, anyone_waits = bool(load.rows.any()), False
+        seconds: float | None = None
         for data, waiting in group.prefilling.waiting(cohort):
-            anyone_waits = True
-            budget = self._budget(data, load, waiting[0], anyone_decodes)
+            if seconds is None:
+                seconds = self._seconds(load)
+            budget = self._budget(data, load, waiting[0], seconds)
             chunks += [(data, *chunk) for chunk in self._share(waiting, budget)]
-        return self._take(np.array(chunks, np.int64).reshape(-1, 4)) if anyone_waits else None
+        return None if seconds is None else self._take(np.array(chunks, np.int64).reshape(-1, 4))
 
-    def _budget(self, data: int, load: DecodeLoad, first: int, anyone_decodes: bool) -> int:
-        """Prompt tokens that ``data`` may compute, whose ``first`` row waits longest. Where rows of
-        the group decode, the step has to end within the inter-token target.
+    def _seconds(self, load: DecodeLoad) -> float:
+        """Seconds that prompts may make this step take; infinity: as long as it takes.
+
+        Where rows decode, that is the inter-token target. Where decoding alone exceeds it, or comes
+        near, prompts still get their share of the time.
         """
-        group = self._group
-        budget = group.spec.max_batch_tokens - int(load.rows[data])
-        if not anyone_decodes:
+        spec = self._group.spec
+        seconds = spec.step_time_limit or math.inf
+        if load.rows.any():
+            seconds = min(seconds, spec.inter_token_target)
+            if spec.prompt_share:
+                slowest = self._group.cost.slowest(load.rows, load.kv)
+                seconds = max(seconds, slowest / (1 - spec.prompt_share))
+        return seconds
+
+    def _budget(self, data: int, load: DecodeLoad, first: int, seconds: float) -> int:
+        """Prompt tokens that ``data`` may compute in a step of ``seconds``; its ``first`` row waits
+        longest. At least a page, so that every prompt ends.
+        """
+        group, rows = self._group, int(load.rows[data])
+        budget = group.spec.max_batch_tokens - rows
+        if group.cost.trusted is not None:
+            budget = min(budget, max(group.cost.trusted - rows, group.page_size))
+        if math.isinf(seconds):
             return budget
         fits = group.cost.prefill_tokens_within(
-            group.spec.inter_token_target,
-            int(load.rows[data]),
-            float(load.kv[data]),
-            int(group.rows.sent[first]),
+            seconds, rows, float(load.kv[data]), int(group.rows.sent[first])
         )
         return min(budget, max(fits, group.page_size))
 

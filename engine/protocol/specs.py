@@ -18,7 +18,13 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of the planner; the first two hold per data index."""
+    """Bounds of the planner; the first two hold per data index.
+
+    ``inter_token_target``: seconds of a step that prompts may cause while others decode. Prompts
+    get at least ``prompt_share`` of the time where decoding alone takes longer. No prompt makes a
+    step longer than ``step_time_limit`` seconds; 0: no limit, and costs are fitted late. Recordings
+    made before these two existed have their defaults.
+    """
 
     max_batch_tokens: int = 8192
     max_running: int = 128
@@ -28,6 +34,8 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     checksum_every: int = 64
     pacing: bool = True
+    prompt_share: float = 0.0
+    step_time_limit: float = 0.0
 
 
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):

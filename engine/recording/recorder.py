@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -63,8 +64,7 @@ class Recorder:
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._file: IO[bytes] = os.fdopen(own, "wb", buffering=0)
+        self._file: IO[bytes] = _private(path)
         self._pending = bytearray()
         self.failure = ""
         encoded = msgspec.msgpack.encode(settings)
@@ -94,6 +94,16 @@ class Recorder:
         self._pending += len(record).to_bytes(4, "little") + record
         if len(self._pending) > _BUFFER:
             self.flush()
+
+
+def _private(path: Path) -> IO[bytes]:
+    """Opens a file to write that its owner alone can read: a recording holds prompts. Something
+    other than a file, such as a pipe, keeps its permissions.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.fchmod(descriptor, 0o600)
+    return os.fdopen(descriptor, "wb", buffering=0)
 
 
 def replay(path: Path) -> Iterator[tuple[Planner, GroupPlan]]:

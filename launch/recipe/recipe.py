@@ -201,6 +201,9 @@ class SchedulerSection(RecipeSection):
     inter_token_target: float = Field(
         default=0.2, gt=0, description="longest step in seconds that prefill may cause while others decode"
     )
+    step_time_limit: float = Field(
+        default=5.0, gt=0, description="longest step in seconds that prefill may cause on an idle rank"
+    )
     checksum_every: int = Field(
         default=64, ge=1, description="steps between checksum comparisons of ranks and planner"
     )

@@ -12,6 +12,10 @@ from .recipe import Recipe
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
+PROMPT_SHARE = 1 / 3
+"""Share of the time that prompts get where decoding alone exceeds ``scheduler.inter_token_target``:
+a prompt takes a few times as long as it would alone, and tokens come half as slowly again."""
+
 
 class ModelFacts(Protocol):
     """Properties of a model that a recipe must fit."""
@@ -109,4 +113,6 @@ def scheduler_spec(recipe: Recipe) -> SchedulerSpec:
         inter_token_target=recipe.scheduler.inter_token_target,
         prefix_caching=recipe.kv_cache.prefix_caching,
         checksum_every=recipe.scheduler.checksum_every,
+        prompt_share=PROMPT_SHARE,
+        step_time_limit=recipe.scheduler.step_time_limit,
     )

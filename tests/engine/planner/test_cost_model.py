@@ -94,3 +94,34 @@ def test_a_burst_of_full_chunks_makes_no_token_free() -> None:
             1024 if step < 2 else 960 - step // 8, 3004 * (step // 8), 1_048_576 * (step == 1), taken
         )
     assert model.cost.token > 0.5 * 0.05 / 1000
+
+
+def test_an_early_model_is_fitted_from_the_first_section_on() -> None:
+    slow = Cost(*(300 * each for each in astuple(Cost())))
+    late, early = CostModel(), CostModel(early=True)
+    for model in (late, early):
+        told(model, [(256.0, 0.0, 0.0)], slow)
+    assert late.cost == Cost()
+    assert early.seconds(256.0) == pytest.approx(slow.fixed + 256 * slow.token, rel=1e-6)
+    rest = mixed(319)
+    told(early, rest)
+    assert max(errors(early, rest[-50:])) < 0.2
+
+
+def test_sections_grow_by_what_was_measured_and_shrink_after_a_hang() -> None:
+    model = CostModel(early=True)
+    assert model.trusted == 256
+    told(model, [(256.0, 0.0, 0.0)])
+    assert model.trusted == 1024
+    told(model, [(3.0, 100.0, 0.0)])
+    assert model.trusted == 1024, "a small section tells nothing of large ones"
+    model.distrust(1000)
+    assert model.trusted == 500
+    for _ in range(20):
+        model.distrust(model.trusted)
+    assert model.trusted == 16
+    told(model, [(16.0, 0.0, 0.0)])
+    assert model.trusted == 64
+    plain = CostModel()
+    plain.distrust(1000)
+    assert plain.trusted is None

@@ -83,6 +83,16 @@ def test_a_recording_replays_to_the_same_plans(tmp_path: Path) -> None:
     assert sum(1 for _ in replay(tmp_path / "recording")) == plans > 20
 
 
+def test_only_its_owner_can_read_a_recording(tmp_path: Path) -> None:
+    path = tmp_path / "recording"
+    path.write_text("an older file that all may read")
+    path.chmod(0o644)
+    for _ in range(2):
+        record(path)
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.unlink()
+
+
 def test_a_recording_cut_off_ends_where_it_is_cut(tmp_path: Path) -> None:
     plans = record(tmp_path / "recording")
     whole = (tmp_path / "recording").read_bytes()
