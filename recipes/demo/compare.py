@@ -108,6 +108,18 @@ def verdict(whole: Flips) -> str:
     return f"a significant loss of {-whole.difference:.2f} points{remark}"
 
 
+def report(found: dict[str, Flips]) -> str:
+    """A line per family, and the verdict."""
+    lines = []
+    for family, each in found.items():
+        low, high = each.interval()
+        difference = f"{each.difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        lines.append(
+            f"{family:12} lost {each.lost:4}  gained {each.gained:4}  of {each.total:5}  {difference}"
+        )
+    return "\n".join([*lines, f"p = {found['all'].chance():.3g}: {verdict(found['all'])}"])
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare two runs of the demo's evaluation.")
@@ -121,11 +133,7 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    for family, each in found.items():
-        low, high = each.interval()
-        difference = f"{each.difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
-        print(f"{family:12} lost {each.lost:4}  gained {each.gained:4}  of {each.total:5}  {difference}")
-    print(f"p = {found['all'].chance():.3g}: {verdict(found['all'])}")
+    print(report(found))
     if found["all"].total < LEAST:
         print(f"{found['all'].total} cases are few: ask at least {LEAST}")
 

@@ -1,7 +1,8 @@
 """Asks a running server the held-out cases and prints the number of right answers by family.
 
 ``python -m lockstep.recipes.demo.evaluate``; ``--save FILE`` keeps every answer for
-``lockstep.recipes.demo.compare``.
+``lockstep.recipes.demo.compare``. ``--constrained`` asks the cases whose answers have a form (sums,
+objects, calls) freely and again under a grammar of that form, and counts those that flip.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import openai
 
 from .cases.case import Case, dumps
+from .compare import flips, report
+from .constraints import constraint
 from .training.batches import held_out_cases
 
 GOAL = 95.0  # per cent of every family
@@ -48,14 +51,20 @@ class Asker:
         self._model = model
         self._room = asyncio.Semaphore(at_once)
 
-    async def ask_all(self, cases: dict[str, list[Case]]) -> list[Answered]:
-        """Returns the answers in the order of the cases."""
-        asks = [self._ask(number, case) for family in cases.values() for number, case in enumerate(family)]
+    async def ask_all(self, cases: dict[str, list[Case]], constrained: bool = False) -> list[Answered]:
+        """Returns the answers in the order of the cases, each confined to its form if asked."""
+        asks = [
+            self._ask(number, case, constraint(case) if constrained else {})
+            for family in cases.values()
+            for number, case in enumerate(family)
+        ]
         return await asyncio.gather(*asks)
 
-    async def _ask(self, number: int, case: Case) -> Answered:
+    async def _ask(self, number: int, case: Case, form: dict[str, Any]) -> Answered:
         fields: dict[str, Any] = {"tools": list(case.tools)} if case.tools else {}
+        fields |= {name: value for name, value in form.items() if name != "extra_body"}
         extra = {} if case.thinking else {"chat_template_kwargs": {"enable_thinking": False}}
+        extra |= form.get("extra_body", {})
         async with self._room:
             reply = await self._client.chat.completions.create(
                 model=self._model,
@@ -126,6 +135,21 @@ def wrong_answers(answers: list[Answered], family: str, count: int) -> str:
     )
 
 
+def compared(asker: Asker, cases: dict[str, list[Case]]) -> str:
+    """Asks the cases with a known form, freely and confined to it. Returns a line
+    per family and side, and the flips.
+    """
+    formed = {family: [case for case in some if constraint(case)] for family, some in cases.items()}
+    formed = {family: some for family, some in formed.items() if some}
+
+    async def both() -> list[list[Answered]]:
+        return [await asker.ask_all(formed, constrained) for constrained in (False, True)]
+
+    free, confined = asyncio.run(both())
+    found = flips(*([asdict(answer) for answer in answers] for answers in (free, confined)))
+    return f"free\n{table(free)}\n\nconstrained\n{table(confined)}\n\n{report(found)}"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Judge the demo model that a server serves.")
@@ -150,9 +174,15 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=48)
     parser.add_argument("--failed", type=int, default=0, help="wrong answers to show per family")
     parser.add_argument("--save", type=Path)
+    parser.add_argument(
+        "--constrained", action="store_true", help="ask freely and under a grammar, and compare"
+    )
     args = parser.parse_args()
     cases = held_out_cases(args.cases, args.seed, args.longest, args.phrases == "final")
     began = time.monotonic()
+    if args.constrained:
+        print(compared(Asker(args.url, args.model, args.at_once), cases))
+        return
     try:
         answers = asyncio.run(Asker(args.url, args.model, args.at_once).ask_all(cases))
     except openai.APIConnectionError:

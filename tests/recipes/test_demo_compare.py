@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.recipes.demo.compare import Flips, flips, proportion_interval, verdict
+from lockstep.recipes.demo.compare import Flips, flips, proportion_interval, report, verdict
 
 
 def answers(passed: list[bool], family: str = "a") -> list[dict[str, Any]]:
@@ -76,3 +76,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert f"p = {2 / 2**10:.3g}" in found
     assert math.isclose(2 / 2**10, 0.00195, abs_tol=1e-5)
     assert "30 cases are few" in found
+
+
+def test_a_report_has_a_line_per_family_and_a_verdict() -> None:
+    before, after = answers([True] * 8 + [False]), answers([True] * 7 + [False, True])
+    lines = report(flips(before, after)).splitlines()
+    assert [line.split() for line in lines[:2]] == [
+        [name, "lost", "1", "gained", "1", "of", "9", *line.split()[7:]]
+        for name, line in zip(("a", "all"), lines, strict=False)
+    ]
+    assert "no significant difference" in lines[2]
