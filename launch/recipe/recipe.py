@@ -7,83 +7,17 @@ the path of its key.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...parallel.mesh import Mesh
-
-_SIZE = TypeAdapter(ByteSize)
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp8_e4m3": "fp8"}
-_ORIGIN = re.compile(
-    r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
-)
+from .values import AutoInt, AutoSize, Size, Strings, origins, short_dtype, switch
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem."""
-
-
-def _none_for_auto(value: object) -> object:
-    """Reads ``auto`` as None and refuses a YAML null."""
-    if value == "auto":
-        return None
-    if value is None:
-        raise ValueError("should be auto or a whole number")
-    return value
-
-
-def _switch(value: object) -> object:
-    """Undoes YAML 1.1, which reads a bare ``on`` or ``off`` as a boolean."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _dtype(value: object) -> object:
-    """The short name of a dtype, for any name in use."""
-    if value in ("float16", "fp16", "half"):
-        raise ValueError("nothing computes in float16; should be 'auto', 'bf16' or 'fp32'")
-    return _DTYPES.get(value, value) if isinstance(value, str) else value
-
-
-def _size(value: object, *, allowed: str = "a number of bytes, or a size such as 512MiB or 80GB") -> object:
-    """Bytes from text; returns anything else as it is.
-
-    ByteSize ignores text after the number, so that 1,5GB would be one byte: such text is refused.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        if ByteSize.byte_string_re.fullmatch(value.strip()):
-            return int(_SIZE.validate_python(value))
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(f"should be {allowed}")
-
-
-def _size_or_auto(value: object) -> object:
-    allowed = "auto, a number of bytes, or a size such as 512MiB or 80GB"
-    return None if value == "auto" else _size(value, allowed=allowed)
-
-
-def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuses what no browser would send as the origin of a page."""
-    for origin in origins:
-        if origin not in ("*", "null", "localhost") and not _ORIGIN.fullmatch(origin):
-            raise ValueError(
-                f"{origin!r} should be an origin as browsers send it (scheme://host or scheme://host:port, "
-                'lower case, no path, no default port), or localhost, or "*"'
-            )
-    if "*" in origins and len(origins) > 1:
-        raise ValueError('"*" allows all origins and stands alone')
-    return origins
-
-
-AutoInt = Annotated[int | None, BeforeValidator(_none_for_auto)]
-Size = Annotated[int, BeforeValidator(_size)]
-AutoSize = Annotated[int | None, BeforeValidator(_size_or_auto)]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class RecipeSection(BaseModel):
@@ -106,7 +40,7 @@ class ModelSection(RecipeSection):
     served_name: str | None = Field(
         default=None, min_length=1, description="model name in the API; default: the directory's name"
     )
-    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_dtype)] = Field(
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(short_dtype)] = Field(
         default="auto",
         description="dtype of weights and activations: bfloat16 or float32 (bf16, fp32); "
         "auto: the checkpoint's",
@@ -166,13 +100,13 @@ class ExpertsSection(RecipeSection):
         default="auto", description="how tokens reach their experts"
     )
     redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
-    balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switch)] = Field(
+    balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
         default="auto", description="whether experts move between ranks by load"
     )
 
 
 class KvCacheSection(RecipeSection):
-    dtype: Annotated[Literal["auto", "bf16", "fp32", "fp8"], BeforeValidator(_dtype)] = Field(
+    dtype: Annotated[Literal["auto", "bf16", "fp32", "fp8"], BeforeValidator(short_dtype)] = Field(
         default="auto",
         description="dtype of KV pages: bfloat16, float32 or fp8; auto: fp8 on GPUs, "
         "else the activations' dtype",
@@ -219,19 +153,19 @@ class FrontendSection(RecipeSection):
     admin_key: str | None = Field(
         default=None, min_length=1, description="bearer key of /admin; default: /admin is closed"
     )
-    cors_origins: Annotated[Strings, AfterValidator(_origins)] = Field(
+    cors_origins: Annotated[Strings, AfterValidator(origins)] = Field(
         default=("localhost",),
         description="pages that may use the server from a browser: origins such as https://chat.example.com; "
         'localhost: those of this machine, any port; ["*"]: all; []: none',
     )
-    access_log: Annotated[Literal["off", "on"], BeforeValidator(_switch)] = Field(
+    access_log: Annotated[Literal["off", "on"], BeforeValidator(switch)] = Field(
         default="on", description="a line in the frontend's log for each request: id, status, tokens, times"
     )
     tool_parser: Annotated[
         Literal["auto", "off", "deepseek_v3", "glm4", "hermes", "kimi_k2", "mistral"],
-        BeforeValidator(_switch),
+        BeforeValidator(switch),
     ] = Field(default="auto", description="format of tool calls; auto: by the chat template")
-    reasoning_parser: Annotated[Literal["auto", "off", "think", "mistral"], BeforeValidator(_switch)] = Field(
+    reasoning_parser: Annotated[Literal["auto", "off", "think", "mistral"], BeforeValidator(switch)] = Field(
         default="auto", description="format of reasoning; auto: by the chat template"
     )
     grammar_seconds: float = Field(
@@ -272,7 +206,7 @@ class Recipe(RecipeSection):
     cluster: ClusterSection = ClusterSection()
     parallel: ParallelSection = ParallelSection()
     experts: ExpertsSection = ExpertsSection()
-    overlap: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switch)] = Field(
+    overlap: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
         default="auto", description="compute one microbatch while another exchanges tokens"
     )
     kv_cache: KvCacheSection = KvCacheSection()
