@@ -64,9 +64,18 @@ class Vocabulary:
         cuts = [found.start() + 1 for found in self._never.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         ids = [id for part in parts if part for id in self._tokenizer.tokenize_str(part)]
-        if b"".join([self.tokens[id] for id in ids]) != text.encode():
-            return [id for part in parts if part for id in self._tokenizer.greedy_tokenize(part)]
-        return ids
+        if self._is(ids, text):
+            return ids
+        ids = [id for part in parts if part for id in self._tokenizer.greedy_tokenize(part)]
+        if self._is(ids, text):
+            return ids
+        return [id for char in text for id in self._tokenizer.greedy_tokenize(char)]
+
+    def _is(self, ids: list[int], text: str) -> bool:
+        """Whether the tokens are the text, and the logits have a place for each."""
+        return max(ids, default=0) < len(self.tokens) and b"".join(
+            [self.tokens[id] for id in ids]
+        ) == text.encode("utf-8")
 
 
 def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> LLTokenizer | None:

@@ -20,9 +20,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner
-from lockstep.engine.frontend.requests.structure import GrammarCheck, begins_with, grammar_of
-from lockstep.engine.rank.grammars import load_vocabulary
+from lockstep.engine.frontend.requests.structure import begins_with, grammar_of
 from lockstep.engine.text.tokenizer import Codec
+from lockstep.engine.text.vocabulary import load_vocabulary
 from support.engine.text.tagged_tokenizer import END, HIDDEN, STORAGES, write_tagged
 
 PARAMETERS = {
@@ -42,11 +42,6 @@ TOOLS = [
 ]
 SCHEMAS: dict[str, Any] = {"get_weather": PARAMETERS, "now": {"maxProperties": 0}}
 MOST = 3000  # tokens of a walk
-
-
-@cache
-def check() -> GrammarCheck:
-    return GrammarCheck()
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class World:
         """Random tokens of the grammar of ``ask``. Now and then the walk tries to write a tag, by
         its token or by its pieces, or it would never leave free text.
         """
-        grammar = grammar_of(ask, manner, self.codec.added_id, check())
+        grammar = grammar_of(ask, manner, self.codec.added_id)[-1].grammar
         matcher = LLMatcher(self.vocabulary, grammar, log_level=0)
         assert not matcher.is_error(), matcher.get_error()
         chance, tokens = random.Random(seed), list[int]()
@@ -215,7 +210,7 @@ def test_a_tag_that_is_one_token_is_written_with_it_alone(storage: str) -> None:
     for fields in BEGINNINGS:
         ask = chat(tools=TOOLS, tool_choice="required")
         manner = place.manner(ask, **fields)
-        grammar = grammar_of(ask, manner, place.codec.added_id, check())
+        grammar = grammar_of(ask, manner, place.codec.added_id)[-1].grammar
         matcher = LLMatcher(place.vocabulary, grammar, log_level=0)
         think, close, call = (place.codec.added_id(tag) for tag in ("<think>", "</think>", "<tool_call>"))
         assert None not in (think, close, call)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lockstep.engine.text.detokenizer import byte_alphabet
+from lockstep.engine.text.pieces import byte_alphabet
 
 from .tiktoken_folder import FIRST, write_tokenizer
 
