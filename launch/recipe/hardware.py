@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...kernels.cpu_isa import Isa
-from .recipe import RecipeError, Size
+from .recipe import RecipeError
+from .values import Size
 
 
 class Hardware(BaseModel):
