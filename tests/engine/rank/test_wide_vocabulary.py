@@ -12,7 +12,7 @@ import pytest
 from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from lockstep.engine.rank.grammars import load_vocabulary
+from lockstep.engine.text.vocabulary import load_vocabulary
 from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
 from support.engine.text.tokenizer_kinds import KINDS, tokenizer_of, write_kind
 
