@@ -37,10 +37,9 @@ from .cors import with_cors
 from .docs import docs_router
 from .keys import KeyMiddleware
 from .openapi import complete
+from .operations import GENERATIVE
 from .request_log import RECORD_KEY, refuse
 from .streams import Stream
-
-GENERATIVE = ("/v1/chat/completions", "/v1/completions")
 
 Ask = TypeVar("Ask", ChatRequest, CompletionRequest, GenerationRequest)
 

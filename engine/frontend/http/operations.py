@@ -77,3 +77,5 @@ OPERATIONS = {
         "Phase, epoch, ranks and placement of experts", (answers.ClusterAnswer,), errors=(503,)
     ),
 }
+
+GENERATIVE = [path for path, operation in OPERATIONS.items() if operation.streams and path.startswith("/v1/")]
