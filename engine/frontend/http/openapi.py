@@ -27,6 +27,7 @@ _ERRORS = {
     401: "No valid key was given",
     404: "There is no such model",
     413: "The body is too large",
+    415: "The body is compressed",
     500: "The server has failed",
     503: "The server is starting, draining or full",
 }

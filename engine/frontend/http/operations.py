@@ -28,8 +28,9 @@ class Operation:
     body_required: bool = True
 
 
-_GENERATION = (400, 404, 413, 500, 503)
-_TEXTS = (400, 404, 413)
+_BODY = (400, 413, 415, 503)
+_TEXTS = (404, *_BODY)
+_GENERATION = (500, *_TEXTS)
 _CHAT = {"messages": [{"role": "user", "content": "What is 12 + 7?"}], "max_tokens": 64}
 _TEXT = {"prompt": "Once upon a time", "max_tokens": 32}
 
@@ -69,7 +70,7 @@ OPERATIONS = {
         (answers.DrainAnswer,),
         (DrainRequest,),
         {"deadline": 60},
-        (400, 413),
+        _BODY,
         status=202,
         body_required=False,
     ),

@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from hypothesis import given, settings, strategies as st
 from jsonschema import Draft202012Validator
@@ -92,10 +94,20 @@ def check(document: Document, path: str, answer: httpx.Response) -> None:
 # --------------------------------------------------------------------------- the document itself
 
 
-def test_it_has_every_route(document: Document, frontend: RunningFrontend) -> None:
-    service: Any = type("Service", (), {"model": type("Model", (), {"codec": None})})
-    makers = (application._generation, application._texts, application._status, application._admin)
-    routes = [route for make in makers for route in make(service).routes if isinstance(route, APIRoute)]
+def test_it_has_every_route(
+    document: Document, frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routers = []
+
+    class Kept(APIRouter):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            routers.append(self)
+
+    monkeypatch.setattr(application, "APIRouter", Kept)
+    service: Any = SimpleNamespace(spec=frontend.spec, model=SimpleNamespace(codec=None), metrics=None)
+    application.build_app(service)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     there = {(path, method.upper()) for path, method, _ in operations(document)}
     assert there == {
         (route.path.replace(":path}", "}"), method) for route in routes for method in route.methods
@@ -148,7 +160,7 @@ def test_every_operation_tells_its_errors_its_key_and_its_types(document: Docume
     paths = document["paths"]
     for path in (CHAT, "/v1/completions", "/invocations"):
         post = paths[path]["post"]
-        assert {"400", "401", "404", "413", "500", "503"} < set(post["responses"])
+        assert {"400", "401", "404", "413", "415", "500", "503"} < set(post["responses"])
         assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
         assert post["security"] == [{"ApiKey": []}]
     assert "Retry-After" in found(document, paths[CHAT]["post"]["responses"]["503"])["headers"]
@@ -226,7 +238,8 @@ def test_errors_follow_theirs(document: Document, frontend: RunningFrontend) -> 
         ("/admin/cluster", frontend.http.get("/admin/cluster")),
         ("/admin/drain", frontend.http.post("/admin/drain", headers=ADMIN, json={"deadline": -1})),
     ]
-    assert [answer.status_code for _, answer in answers] == [503, 400, 401, 404, 404, 400, 401, 400]
+    answers.append((CHAT, frontend.http.post(CHAT, content=b"x", headers={"Content-Encoding": "gzip"})))
+    assert [answer.status_code for _, answer in answers] == [503, 400, 401, 404, 404, 400, 401, 400, 415]
     for path, answer in answers:
         check(document, path, answer)
 
