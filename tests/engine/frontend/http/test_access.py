@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from lockstep.engine.protocol.frontends import Rejected
+from lockstep.engine.protocol.frontends import Rejected, Submit
 from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import RunningFrontend, wait_until
 from support.engine.frontend.scripted_controller import say
@@ -165,9 +166,22 @@ def test_refusals_leave_a_line_with_their_reason(frontend: RunningFrontend, line
 
 
 def test_a_stream_that_fails_says_so(frontend: RunningFrontend, lines: list[str]) -> None:
-    frontend.engine.script = lambda submit: [[5], [6], Finish.ERROR]
+    begun = threading.Event()
+
+    def script(submit: Submit) -> Iterator[list[int] | Finish | None]:
+        yield [5]
+        while not begun.is_set():
+            yield None
+        yield Finish.ERROR
+
+    frontend.engine.script = script
     headers = {"X-Request-Id": "broken"}
-    assert frontend.http.post(CHAT, headers=headers, json=BODY | {"stream": True}).status_code == 200
+    with frontend.http.stream("POST", CHAT, headers=headers, json=BODY | {"stream": True}) as answer:
+        assert answer.status_code == 200
+        parts = answer.iter_lines()
+        next(parts)
+        begun.set()
+        assert "error" in "".join(parts)
     frontend.engine.script = SCRIPT
     line = line_of(lines, "broken")
     assert line.startswith("WARNING ")
