@@ -151,7 +151,10 @@ class Group:
         """
         executed = self.steps.executed(data)
         reported = self.steps.reported(data)
-        self.rows.set_back(data, self.steps.planned_after(reported, len(self.rows.state)))
+        rows, steps = self.rows, self.steps
+        unreported = steps.planned_after(reported, len(rows.state))
+        unwritten = steps.planned_after(executed, len(rows.state)) - unreported
+        rows.set_back(data, unreported, unwritten * self.spec.max_advance)
         self.steps.set_back(data)
         self.preloads.set_back(data)
         self.prefilling.clear(data)

@@ -244,7 +244,8 @@ class Ledger:
             if request.root:
                 request.hash_outputs(emitted, group.page_size)
         # The last sampled token has no KV yet, and a preempted row has no pages left.
-        written = np.minimum(rows.low[row] // group.page_size, rows.num_pages[row])
+        written = np.maximum(rows.low[row] - rows.unwritten[row], 0) // group.page_size
+        written = np.minimum(written, rows.num_pages[row])
         written[rows.sent[row] < rows.prompt[row]] = 0
         written = np.minimum(written, [request.num_hashes for request in requests])
         owners, index = ragged(np.maximum(written - known, 0))
@@ -257,8 +258,9 @@ class Ledger:
                 [request.hashes_h128[HASH_BYTES * start : HASH_BYTES * end] for request, start, end in spans]
             )
         )
-        executed = np.array([group.steps.executed(index) for index in rows.data(row).tolist()])
-        group.kv.mark_written(pages, executed[owners])
+        # Other members of the data index may not have come so far yet.
+        reported = np.array([group.steps.reported(index) for index in rows.data(row).tolist()])
+        group.kv.mark_written(pages, reported[owners])
         taken = group.kv.announce(data, keys, pages)
         group.publishing.add(data[taken], keys[taken], pages[taken])
 

@@ -35,6 +35,7 @@ class RowTable:
         self.cohort = (self.slot(np.arange(total)) % num_cohorts).astype(np.uint8)
         self.low = np.zeros(total, np.int64)
         self.high = np.zeros(total, np.int64)
+        self.unwritten = np.zeros(total, np.int64)  # tokens up to ``low``, see ``set_back``
         self.sent = np.zeros(total, np.int64)
         self.finish = np.zeros(total, np.uint8)
         # Columns that a request brings along, set at once by ``occupy``. ``allowance`` is the most
@@ -128,6 +129,7 @@ class RowTable:
         self.state[rows] = State.PRELOADING
         self.held[rows] = False
         self.finish[rows] = 0
+        self.unwritten[rows] = 0
         self.sent[rows] = sent
         self._brought[:, rows] = np.array([self._brought_by(request) for request in requests]).T
         self.num_pages[rows] = counts
@@ -190,10 +192,13 @@ class RowTable:
         self.low[rows] += grown - 1
         self.high[rows] += grown - max_advance
 
-    def set_back(self, data: int, planned: Int64) -> None:
-        """``data`` is cleared; plans that let its rows decode ``planned`` [rows] times are void."""
+    def set_back(self, data: int, unreported: Int64, unwritten: Int64) -> None:
+        """``data`` is cleared; plans that let its rows decode ``unreported`` [rows] times are void.
+        Some of its ranks may lack the KV of the last ``unwritten`` [rows] tokens that count.
+        """
         mine = slice(self.of_data(data).start, self.of_data(data).stop)
-        self.low[mine] -= planned[mine]
+        self.low[mine] -= unreported[mine]
+        self.unwritten[mine] = unwritten[mine]
         self.on_rank[mine] = False
 
     # ----------------------------------------------------------------- holds

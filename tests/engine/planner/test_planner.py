@@ -392,7 +392,7 @@ def perform(world: World, operation: str, value: int) -> None:
         world.planner.hold(0, value % len(world.requests), held=operation == "hold")
     elif operation == "drop result":
         world.drop_result(rank)
-    elif operation == "drop plan" and world.mesh.pipeline == 1:
+    elif operation == "drop plan":
         world.drop_plan(rank)
     elif operation == "kill" and int(np.sum(world.planner.group.steps.alive)) > 1 and rank not in world.dead:
         world.kill(rank)
@@ -410,20 +410,27 @@ def perform(world: World, operation: str, value: int) -> None:
 @given(
     data=st.integers(1, 3),
     pipeline=st.integers(1, 2),
+    tensor=st.integers(1, 2),
     advance=st.integers(1, 4),
     end_every=st.sampled_from([0, 8]),
     pages=st.sampled_from([26, 60]),
     script=st.lists(st.tuples(OPERATIONS, st.integers(0, 1 << 16)), min_size=30, max_size=120),
 )
 def test_any_schedule(
-    data: int, pipeline: int, advance: int, end_every: int, pages: int, script: list[tuple[str, int]]
+    data: int,
+    pipeline: int,
+    tensor: int,
+    advance: int,
+    end_every: int,
+    pages: int,
+    script: list[tuple[str, int]],
 ) -> None:
     """Late, lost and repeated messages, aborts, holds and deaths: checksums agree in every step,
     every row reads its own tokens from its pages, published hashes are true, and every client gets
     exactly its tokens and its prompt's log-probabilities.
     """
     world = World(
-        Mesh(data=data, pipeline=pipeline),
+        Mesh(data=data, pipeline=pipeline, tensor=tensor),
         pages=pages,
         page_size=4,
         max_len=96,
