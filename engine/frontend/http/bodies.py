@@ -94,7 +94,7 @@ def _check_head(request: Request) -> None:
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         text = f"Content-Encoding: {coding[:80]!r} is not supported: send the body uncompressed"
-        raise ApiError(415, text)
+        raise ApiError(415, text, headers={"Accept-Encoding": "identity"})
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()

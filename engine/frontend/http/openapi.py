@@ -26,6 +26,7 @@ _ERRORS = {
     400: "The request is not valid; `param` names the field",
     401: "No valid key was given",
     404: "There is no such model",
+    408: "The request was not complete in time",
     413: "The body is too large",
     415: "The body is compressed",
     500: "The server has failed",

@@ -28,7 +28,7 @@ class Operation:
     body_required: bool = True
 
 
-_BODY = (400, 413, 415, 503)
+_BODY = (400, 408, 413, 415, 503)  # errors of everything that takes a body
 _TEXTS = (404, *_BODY)
 _GENERATION = (500, *_TEXTS)
 _CHAT = {"messages": [{"role": "user", "content": "What is 12 + 7?"}], "max_tokens": 64}
