@@ -35,6 +35,7 @@ class Bodies:
         self._memory = memory
         self._held = 0
         self._thread = ThreadPoolExecutor(1, "parse")
+        self._turn = asyncio.Lock()  # the loop turns between two bodies: each may hold it up once
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -67,7 +68,9 @@ class Bodies:
                 yield parse(body, adapter)
             else:
                 loop = asyncio.get_running_loop()
-                yield await loop.run_in_executor(self._thread, parse, body, adapter)
+                async with self._turn:
+                    ask = await loop.run_in_executor(self._thread, parse, body, adapter)
+                yield ask
 
     def _full(self) -> str:
         return (

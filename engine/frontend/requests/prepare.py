@@ -23,6 +23,8 @@ from .sampling import build_samplings, stop_rule
 from .structure import begins_with, grammar_of, refuse_without_end
 from .token_rules import check_ids, check_prompt, refuse_with_grammar, token_rules
 
+FAR_CHARS = 16  # characters per token of the context, several times what tokens have
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -132,6 +134,8 @@ def _prompt(
         special = ask.add_special_tokens
         if special is None:
             special = not isinstance(ask, ChatRequest)  # a chat template writes them itself
+        if ask.truncate_prompt_tokens is None:
+            _refuse_far_too_long(model, limits, ask, source)
         ids = model.codec.encode(source, special)
     else:
         ids = source
@@ -147,6 +151,19 @@ def _prompt(
         hashes = chain_hashes(root, packed, limits.page_size)
     text = model.codec.text(ids, ask.skip_special_tokens is not False) if ask.echo else ""
     return Prompt(ids, packed, hashes, budget, text)
+
+
+def _refuse_far_too_long(model: ServedModel, limits: EngineLimits, ask: GenerationRequest, text: str) -> None:
+    """Refuses text whose start alone is twice as long as the context, at the cost of that start.
+    The tokens of a start may differ from those of the whole, but not by so many.
+    """
+    start = FAR_CHARS * limits.max_len
+    if len(text) <= 2 * start:
+        return
+    if len(model.codec.encode(text[:start], False)) > 2 * limits.max_len:
+        context = f"This model's maximum context length is {limits.max_len} tokens."
+        text = f"{context} However, the prompt has more than {2 * limits.max_len} tokens."
+        raise bad_request(f"{text} Please shorten the prompt.", _prompt_field(ask))
 
 
 def _truncated(ids: list[int], limits: EngineLimits, ask: GenerationRequest) -> list[int]:

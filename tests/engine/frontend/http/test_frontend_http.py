@@ -607,6 +607,7 @@ def test_a_long_prompt_does_not_block_health(
     meanwhile.
     """
     text = "The quick brown fox jumps over the lazy dog. " * 90_000
+    body = {"prompt": text, "truncate_prompt_tokens": 5, "max_tokens": 1}
     answers: list[Any] = []
     begun, done = threading.Event(), threading.Event()
     encode = Codec.encode
@@ -619,7 +620,7 @@ def test_a_long_prompt_does_not_block_health(
             done.set()
 
     monkeypatch.setattr(Codec, "encode", watched)
-    post = partial(frontend.http.post, "/v1/completions", json={"prompt": text}, timeout=90)
+    post = partial(frontend.http.post, "/v1/completions", json=body, timeout=90)
     work = threading.Thread(target=lambda: answers.append(post()))
     work.start()
     assert begun.wait(30), "nothing was tokenized"
@@ -628,8 +629,7 @@ def test_a_long_prompt_does_not_block_health(
         assert frontend.http.get("/health").status_code == 200
         meanwhile += not done.is_set()
     work.join()
-    assert answers[0].status_code == 400
-    assert "maximum context length" in answers[0].json()["error"]["message"]
+    assert answers[0].status_code == 200
     assert meanwhile > 2, "/health waited for the prompt"
 
 

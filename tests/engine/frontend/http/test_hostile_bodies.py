@@ -10,7 +10,9 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -173,6 +175,12 @@ def test_a_large_valid_request_gets_as_far_as_the_context(frontend: FrontendProc
     print(f"{name}: {frontend.stall:.3f} s of the loop")
 
 
+def test_a_text_of_megabytes_is_served_by_its_last_tokens(frontend: FrontendProcess) -> None:
+    ask = {"prompt": "some words " * 200_000, "truncate_prompt_tokens": 10, "max_tokens": 1}
+    answer = frontend.http.post(TEXT, json=ask)
+    assert (answer.status_code, answer.json()["usage"]["prompt_tokens"]) == (200, 10)
+
+
 def test_texts_and_ids_of_megabytes_are_translated(frontend: FrontendProcess) -> None:
     frontend.reset()
     text = "some words " * 300_000
@@ -255,3 +263,22 @@ def test_any_body_is_answered_while_the_loop_turns(frontend: FrontendProcess, pa
     answer = frontend.http.post(path, content=body)
     assert answer.status_code in (200, 400, 404, 413), answer.text
     assert frontend.stall < STALL_SECONDS, (path, body[:200], len(body))
+
+
+def test_many_hostile_bodies_at_once_leave_the_loop_its_turns(frontend: FrontendProcess) -> None:
+    """32 clients send what costs most to refuse, and large prompts; streams are read meanwhile."""
+    names = ("a float at the end of ids", "messages, the last one bad", "biases", "stops")
+    asks = [REFUSED[name] for name in names]
+    asks += [LARGE[name][:2] for name in ("a million ids", "8 MiB of tools")]
+    base = str(frontend.http.base_url)
+    frontend.reset()
+    with ThreadPoolExecutor(32) as pool:
+        posts = [pool.submit(httpx.post, base + path, content=body, timeout=120) for path, body in asks * 6]
+        while not all(post.done() for post in posts):
+            ask = {"prompt": "x", "max_tokens": 4, "stream": True}
+            answer = frontend.http.post(TEXT, json=ask)
+            assert (answer.status_code, answer.text.endswith("data: [DONE]\n\n")) == (200, True)
+            assert frontend.http.get("/health").status_code == 200
+    assert {post.result().status_code for post in posts} == {400}
+    assert frontend.stall < 2 * STALL_SECONDS
+    print(f"{frontend.stall:.3f} s of the loop")
