@@ -17,8 +17,10 @@ from .phases import PHASES
 
 class PhaseClock(Protocol):
     """Seconds by phase. ``mark`` starts a lap; ``lap`` ends it, as time of a phase, and starts the
-    next.
+    next. ``entered`` counts both: it moves while the host does.
     """
+
+    entered: int
 
     def begin_step(self) -> None: ...
 
@@ -35,6 +37,7 @@ class HostClock:
     """Measures on the host, for work that the host does itself."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.entered = 0
         self._now = now
         self._last = 0.0
         self._seconds = [0.0] * len(PHASES)
@@ -43,9 +46,11 @@ class HostClock:
         """Every step is measured."""
 
     def mark(self) -> None:
+        self.entered += 1
         self._last = self._now()
 
     def lap(self, phase: int) -> None:
+        self.entered += 1
         now = self._now()
         self._seconds[phase] += now - self._last
         self._last = now
@@ -62,6 +67,7 @@ class DeviceClock:
     """
 
     def __init__(self, new_event: Any = lambda: torch.cuda.Event(enable_timing=True)) -> None:
+        self.entered = 0
         self._new_event = new_event
         self._steps = 0
         self._last: Any = None
@@ -71,11 +77,13 @@ class DeviceClock:
         self._steps += 1
 
     def mark(self) -> None:
+        self.entered += 1
         if self._steps <= 1:
             self._last = self._new_event()
             self._last.record()
 
     def lap(self, phase: int) -> None:
+        self.entered += 1
         if self._steps <= 1 and self._last is not None:
             before = self._last
             self.mark()

@@ -71,6 +71,7 @@ class Controller:
         farewell = Stop("the controller has stopped")
         for rank in range(self._spec.mesh.world):
             self._transport.send_bulk(rank, farewell)
+            self._transport.send_pulse(rank, farewell)
         self._frontends.dismiss(farewell)
         self._transport.close()
         self._lobby.close()

@@ -6,11 +6,11 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 
-from ..protocol.bulk import RankHello
+from ..protocol.bulk import RankHello, StepProgress
 from ..protocol.frontends import RankLost
-from ..protocol.results import Abandoned
+from ..protocol.results import Abandoned, StepResult
 from ..protocol.specs import ControllerSpec
-from .hang_detector import HangDetector
+from .hang_detector import STALLED_SECONDS, HangDetector
 from .pilot import Pilot
 from .status import ClusterStatus
 
@@ -36,7 +36,9 @@ class Membership:
         self._hung: set[int] = set()
         self._hellos = dict(sorted(hellos.items()))
         self._pilot, self._status = pilot, status
-        self._detector = HangDetector(spec.collective_deadline)
+        self._detector = HangDetector(spec.collective_deadline, spec.rank_deadline)
+        self._detector.cold.update(hellos)
+        self._stalled = False
         self._rank_deadline = spec.rank_deadline
         self._back_by = math.inf
         self._resume_at = -math.inf
@@ -50,6 +52,19 @@ class Membership:
         self._back_by += seconds
         self._detector.stood_still(seconds)
         self._pilot.resume(now)
+
+    @property
+    def cold(self) -> set[int]:
+        """Ranks that have answered no step since they joined."""
+        return self._detector.cold
+
+    def answered(self, results: Iterable[StepResult]) -> None:
+        """Ranks have answered a step, so that they have compiled what it takes."""
+        self._detector.cold.difference_update(result.rank for result in results)
+
+    def progressed(self, message: StepProgress, now: float) -> None:
+        """A rank is in a step that takes long."""
+        self._detector.progressed(message.rank, (message.epoch, message.step, message.phases), now)
 
     def conditions(self) -> Iterable[tuple[RankHello, str]]:
         """Each rank's hello, and its condition: serving | lost | hung."""
@@ -84,6 +99,7 @@ class Membership:
                 "set kv_cache.memory"
             )
         self._hellos[hello.rank] = hello
+        self._detector.cold.add(hello.rank)
         self.missing.discard(hello.rank)
         if not self.missing:
             log.info("all ranks are back; epoch %d goes on", group.steps.epoch)
@@ -138,6 +154,7 @@ class Membership:
         group = self._pilot.group
         silent_for = self._pilot.silent_for(now)
         judgement = self._detector.judge(now, behind, silent_for, group.predicted_seconds())
+        self._tell_stalled(judgement.stalled)
         if judgement.regroup:
             log.error("every rank has abandoned its step")
             self._begin_epoch([])
@@ -146,6 +163,19 @@ class Membership:
             log.error("rank %d on %s hangs in step %d: it has to be replaced", rank, host, step)
             self._hung.add(rank)
             self._status.reason = f"rank {rank} hangs in step {step}"
+
+    def _tell_stalled(self, ranks: tuple[int, ...]) -> None:
+        """Health tells of ranks that stand still, and when they move again."""
+        status = self._status
+        if ranks and status.phase == "serving":
+            names = ", ".join(f"rank {rank} on {self._hellos[rank].host}" for rank in ranks)
+            self._stalled, status.phase = True, "recovering"
+            status.reason = f"{names} stood still for {STALLED_SECONDS:g} s in the middle of a step"
+            log.warning("%s", status.reason)
+        elif self._stalled and not ranks:
+            self._stalled = False
+            if status.phase == "recovering" and not self.missing:
+                status.phase, status.reason = "serving", ""
 
     def _begin_epoch(self, emptied: list[int]) -> None:
         self._pilot.begin_epoch(emptied)

@@ -12,7 +12,7 @@ import math
 import time
 
 from ..planner.ledger import StateMismatch
-from ..protocol.bulk import Disband, Preloaded, RankHello
+from ..protocol.bulk import Disband, Preloaded, RankHello, StepProgress
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
@@ -105,11 +105,15 @@ class Serving:
         for bulk in self._transport.bulk_messages():
             if isinstance(bulk, Preloaded):
                 self._pilot.staged(bulk)
+            elif isinstance(bulk, StepProgress):
+                self._membership.progressed(bulk, time.monotonic())
             else:
                 self._welcome(bulk)
 
     def _book(self, results: list[StepResult]) -> None:
         self._status.observe(results)
+        if self._membership.cold:
+            self._membership.answered(results)
         try:
             self._pilot.book(results, time.monotonic(), self._status.step_seconds())
         except StateMismatch as error:

@@ -11,9 +11,9 @@ import zmq
 from ..planner.group_plan import GroupPlan
 from ..protocol.bulk import FromRankBulk
 from ..protocol.frontends import FromFrontend
-from ..protocol.message import Message
+from ..protocol.message import Message, Stop
 from ..protocol.results import FromRankStep
-from ..protocol.sockets import authenticate, encode, keep_watch, rank_identity, server_socket
+from ..protocol.sockets import authenticate, encode, keep_watch, pulse_identity, rank_identity, server_socket
 from ..protocol.specs import ControllerSpec
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Transport:
         return [self._from_rank_step.decode(frames[1]) for frames in self._drain(self._step)]
 
     def bulk_messages(self) -> list[FromRankBulk]:
-        """All hellos and staging acknowledgements that have arrived."""
+        """All hellos, staging acknowledgements and signs of progress that have arrived."""
         return [self._from_rank_bulk.decode(frames[1]) for frames in self._drain(self._bulk)]
 
     def frontend_messages(self) -> list[tuple[bytes, FromFrontend]]:
@@ -87,6 +87,10 @@ class Transport:
 
     def send_bulk(self, rank: int, message: Message) -> None:
         self._bulk.send_multipart((self._identities[rank], encode(message)), zmq.DONTWAIT)
+
+    def send_pulse(self, rank: int, message: Stop) -> None:
+        """Sends to the thread of a rank that no step blocks."""
+        self._bulk.send_multipart((pulse_identity(rank), encode(message)), zmq.DONTWAIT)
 
     def send_frontend(self, name: bytes, message: Message) -> None:
         """Sends to a peer of the third socket. One that has gone is ignored; its lease will end."""

@@ -36,6 +36,17 @@ class Preloaded(Message, tag="staged", frozen=True):
     error: str = ""
 
 
+class StepProgress(Message, tag="progress", frozen=True):
+    """A rank is in a step that takes long, and has entered ``phases`` since it started. The number
+    moves while the rank does.
+    """
+
+    rank: int
+    epoch: int
+    step: int
+    phases: int
+
+
 class Preload(Message, tag="stage", frozen=True):
     """A prompt sent before its admission, which consumes it. ``staged`` identifies it; its last
     ``num_emitted`` tokens already follow ``grammar``.
@@ -61,5 +72,5 @@ class Disband(Message, tag="disband", frozen=True):
     epoch: int
 
 
-FromRankBulk = RankHello | Preloaded
+FromRankBulk = RankHello | Preloaded | StepProgress
 ToRankBulk = Preload | Unload | Disband | Stop

@@ -79,6 +79,11 @@ def rank_identity(rank: int) -> bytes:
     return b"r%d" % rank
 
 
+def pulse_identity(rank: int) -> bytes:
+    """The identity of a rank's pulse on the bulk socket."""
+    return b"p%d" % rank
+
+
 def keep_watch(socket: zmq.Socket[bytes]) -> None:
     """Ends connections whose other side has not answered for ``ABSENCE_SECONDS``. Call it before
     the socket binds or connects.

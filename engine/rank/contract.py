@@ -43,6 +43,11 @@ class StepExecutor(Protocol):
     def unstage(self, staged: int) -> None: ...
 
     @property
+    def phases_entered(self) -> int:
+        """Phases of layers that were entered since the start; any thread may ask."""
+        ...
+
+    @property
     def compiling(self) -> bool:
         """Whether grammars of staged prompts are being compiled."""
         ...

@@ -146,6 +146,10 @@ class Executor:
             self._parts.grammars.unstage(staged)
 
     @property
+    def phases_entered(self) -> int:
+        return self._parts.dispatcher.clock.entered
+
+    @property
     def compiling(self) -> bool:
         return self._parts.grammars is not None and self._parts.grammars.compiling
 

@@ -32,6 +32,7 @@ class RankLoop:
         self._sockets = sockets
         self._bulk_decoder = msgspec.msgpack.Decoder(ToRankBulk)
         self._chain = Chain()
+        self._running: tuple[int, int] | None = None  # epoch and step
 
     def run(self) -> str:
         """Serves until the controller says Stop, and returns its reason. Raises ControllerLost or
@@ -56,6 +57,12 @@ class RankLoop:
                 if answer is not None:
                     self._sockets.step.send(encode(answer))
 
+    @property
+    def progress(self) -> tuple[int, int, int] | None:
+        """(epoch, step, phases entered so far) of the step under way; None between steps."""
+        running = self._running
+        return None if running is None else (*running, self._executor.phases_entered)
+
     def follow(self, plan: StepPlan) -> StepResult | Refused | Abandoned | None:
         """Answers a plan. None for a plan that was executed before, or whose epoch has passed or
         was abandoned.
@@ -66,6 +73,7 @@ class RankLoop:
             return None
         if verdict is Verdict.GAP:
             return Refused(header.group, header.epoch, self._rank, self._chain.last_step, header.step)
+        self._running = header.epoch, header.step
         try:
             if self._chain.enter(header.epoch):
                 _LOG.info("epoch %d begins with step %d", header.epoch, header.step)
@@ -78,6 +86,8 @@ class RankLoop:
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise StepFailed(f"epoch {header.epoch}, step {header.step}: {cause}") from error
+        finally:
+            self._running = None
         self._chain.executed(header.step)
         return result
 

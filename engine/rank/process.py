@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
 from .page_pool import KVPool, bytes_per_page, fit_pages
+from .pulse import Pulse
 from .sockets import RankSockets
 from .warm_up import Pages, warm_up
 
@@ -64,7 +66,9 @@ def main(spec: RankSpec) -> None:
         try:
             hello = executor.hello()
             lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")
-            reason = RankLoop(spec.rank, executor, sockets).run()
+            loop = RankLoop(spec.rank, executor, sockets)
+            with Pulse(spec, loop, leave=lambda: os._exit(0)):
+                reason = loop.run()
             lobby.report("stopped", reason)
         finally:
             sockets.close()

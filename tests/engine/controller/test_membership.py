@@ -11,9 +11,9 @@ from lockstep.engine.controller.membership import Membership
 from lockstep.engine.controller.pilot import Pilot
 from lockstep.engine.controller.status import ClusterStatus
 from lockstep.engine.planner.settings import Settings
-from lockstep.engine.protocol.bulk import RankHello
+from lockstep.engine.protocol.bulk import RankHello, StepProgress
 from lockstep.engine.protocol.frontends import RankLost
-from lockstep.engine.protocol.results import Abandoned
+from lockstep.engine.protocol.results import Abandoned, StepResult
 from lockstep.engine.protocol.specs import ControllerSpec, SchedulerSpec
 from lockstep.parallel.mesh import Mesh
 
@@ -42,6 +42,7 @@ class Group:
         self.pilot = Pilot(Settings(MESH, SCHEDULER, [40, 40], 4, 96))
         self.status = ClusterStatus(MESH, {0: hello(0)}, self.pilot.group, itertools.count(1))
         self.membership = Membership(SPEC, {1: hello(1), 0: hello(0)}, self.pilot, self.status)
+        self.membership.answered([StepResult(0, 0, 0, rank) for rank in range(2)])
 
     @property
     def epoch(self) -> int:
@@ -169,3 +170,25 @@ def test_ranks_that_all_abandoned_go_on_at_once(group: Group) -> None:
     for rank in range(2):
         group.membership.abandoned(Abandoned(0, 0, rank, 0, "no answer"), 16.0)
     assert group.membership.watch(16.1) == "" and group.epoch == 1
+
+
+def test_health_tells_of_a_rank_that_stands_still_and_of_its_moving_again(group: Group) -> None:
+    group.membership.watch(10.0)
+    group.owe(0, 1)
+    group.membership.progressed(StepProgress(0, 0, 0, 7), 20.0)
+    assert group.membership.watch(20.5) == ""
+    reason = "rank 1 on host1 stood still for 10 s in the middle of a step"
+    assert (group.status.phase, group.status.reason) == ("recovering", reason)
+    assert group.conditions() == ["serving", "serving"], "it is not to be killed"
+    group.membership.progressed(StepProgress(1, 0, 0, 8), 21.0)
+    assert group.membership.watch(21.0) == ""
+    assert (group.status.phase, group.status.reason) == ("serving", "")
+
+
+def test_a_replacement_is_cold_until_it_answers(group: Group) -> None:
+    group.membership.lost(RankLost(1, "it was killed"), 10.0)
+    assert group.membership.cold == set()
+    group.membership.replaced(hello(1), 11.0)
+    assert group.membership.cold == {1}
+    group.membership.answered([StepResult(0, 1, 0, 1)])
+    assert group.membership.cold == set()

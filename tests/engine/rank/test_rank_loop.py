@@ -45,6 +45,8 @@ class NotingExecutor:
             self.to_compile[staged] = grammar
         return not grammar
 
+    phases_entered = 0
+
     @property
     def compiling(self) -> bool:
         return bool(self.to_compile)

@@ -1,0 +1,77 @@
+"""The pulse of a rank: a thread that a step cannot block tells the controller of progress, and
+leaves when the controller says Stop and the step does not end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from ..protocol.bulk import StepProgress
+from ..protocol.message import Stop
+from ..protocol.sockets import client_socket, encode, keep_watch, pulse_identity
+from ..protocol.specs import RankSpec
+
+BEAT_SECONDS = 1.0
+LEAVE_SECONDS = 1.0
+"""Seconds after a Stop in which the loop may end by itself: it does unless a step keeps it."""
+
+
+class Pacemaker(Protocol):
+    """The step under way, as any thread may read it."""
+
+    @property
+    def progress(self) -> tuple[int, int, int] | None:
+        """(epoch, step, phases entered so far); None between steps."""
+        ...
+
+
+class Pulse:
+    """Says every second how far a step is that takes longer than that. ``leave`` ends the process;
+    a step that is cut off has nothing to save.
+    """
+
+    def __init__(self, spec: RankSpec, loop: Pacemaker, leave: Callable[[], None]) -> None:
+        self._spec, self._loop, self._leave = spec, loop, leave
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = client_socket(context, zmq.DEALER, self._spec.keys, pulse_identity(self._spec.rank))
+        keep_watch(socket)
+        socket.connect(self._spec.bulk_address)
+        try:
+            self._beat(socket)
+        finally:
+            socket.close(linger=0)
+            context.term()
+
+    def _beat(self, socket: zmq.Socket[bytes]) -> None:
+        decode = msgspec.msgpack.Decoder(Stop).decode
+        before: tuple[int, int, int] | None = None
+        while not self._ended.is_set():
+            if socket.poll(int(1000 * BEAT_SECONDS)):
+                decode(socket.recv())
+                if not self._ended.wait(LEAVE_SECONDS):
+                    self._leave()
+                return
+            progress = self._loop.progress
+            if progress is not None and before is not None and progress[:2] == before[:2]:
+                socket.send(encode(StepProgress(self._spec.rank, *progress)), zmq.DONTWAIT)
+            before = progress
