@@ -14,6 +14,7 @@ WINDOW_SECONDS = 600.0
 FRONTEND_SECONDS = 60.0
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 60.0
+LONGEST_OUTAGE = 5.0  # seconds of delay where no other frontend serves
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Replacements:
             self._pause = _Pause(self._pause.since, self._pause.epoch, cause)
         return delay
 
-    def replace_frontend(self, death: Death) -> float:
-        """Starts the frontend of ``death`` again; the others go on meanwhile. Returns the delay in
-        seconds.
+    def replace_frontend(self, death: Death, *, others: bool) -> float:
+        """Starts the frontend of ``death`` again. Returns the delay in seconds, which is short
+        where no ``others`` serve.
         """
-        delay = self._schedule(death)
+        delay = self._schedule(death, LONGEST_DELAY if others else LONGEST_OUTAGE)
         self._frontends[death.task.name] = self._clock() + delay
         return delay
 
@@ -127,16 +128,12 @@ class Replacements:
         now = self._clock()
         return [at for at in self._deaths.get(name, []) if now - at < WINDOW_SECONDS]
 
-    def _schedule(self, death: Death) -> float:
+    def _schedule(self, death: Death, longest: float = LONGEST_DELAY) -> float:
         """Notes a death and starts the task again, at once or later. Returns the delay."""
         name, now = death.task.name, self._clock()
         before = self._recent(name)
         self._deaths[name] = [*before, now]
-        delay = (
-            0.0
-            if not before or death.lost_node
-            else min(FIRST_DELAY * 2.0 ** (len(before) - 1), LONGEST_DELAY)
-        )
+        delay = 0.0 if not before or death.lost_node else min(FIRST_DELAY * 2.0 ** (len(before) - 1), longest)
         self._due[name] = (now + delay, death.task)
         self.start_due()
         return delay

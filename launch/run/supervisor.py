@@ -158,11 +158,11 @@ class Supervisor:
         if any(death.task.role not in ("rank", "frontend") for death in deaths):
             raise LaunchError(cause)
         epoch = self._link.state.epoch if self._link.state is not None else 0
-        delay, lost_rank = 0.0, False
+        delay, lost_rank, others = 0.0, False, self._acceptor.num_ready > 0
         for death in deaths:
             self._roster.forget(death.task.name)
             if death.task.role == "frontend":
-                delay = max(delay, self._replacements.replace_frontend(death))
+                delay = max(delay, self._replacements.replace_frontend(death, others=others))
             else:
                 lost_rank = True
                 self._link.rank_lost(death.task.index, cause, death.place.pid)

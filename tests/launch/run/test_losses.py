@@ -220,7 +220,7 @@ def test_a_frontend_that_keeps_dying_is_replaced_after_growing_delays_and_never_
     replacements = Replacements(cluster, 60.0, clock)
     delays = []
     for count in range(1, 41):
-        delays.append(replacements.replace_frontend(killed("frontend", 0)))
+        delays.append(replacements.replace_frontend(killed("frontend", 0), others=True))
         clock.now += delays[-1] / 2
         replacements.start_due()
         assert len(cluster.started) == count - bool(delays[-1]), "it was started before its delay was over"
@@ -229,17 +229,24 @@ def test_a_frontend_that_keeps_dying_is_replaced_after_growing_delays_and_never_
         assert cluster.started == ["frontend 0"] * count
     assert delays[:9] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0] and max(delays) == 60.0
     clock.now += 600.0
-    assert replacements.replace_frontend(killed("frontend", 0)) == 0.0
+    assert replacements.replace_frontend(killed("frontend", 0), others=True) == 0.0
     assert replacements.recovered(None) is None, "requests do not wait for a frontend"
+
+
+def test_the_only_frontend_is_never_kept_waiting_for_long() -> None:
+    cluster, clock = ScriptedCluster(), Clock()
+    replacements = Replacements(cluster, 60.0, clock)
+    delays = [replacements.replace_frontend(killed("frontend", 0), others=False) for _ in range(6)]
+    assert delays == [0.0, 1.0, 2.0, 4.0, 5.0, 5.0]
 
 
 def test_missing_frontends_are_named_until_they_are_ready() -> None:
     cluster, clock = ScriptedCluster(), Clock()
     replacements = Replacements(cluster, 60.0, clock)
     assert replacements.degraded() == ""
-    replacements.replace_frontend(killed("frontend", 1))
-    replacements.replace_frontend(killed("frontend", 0))
-    replacements.replace_frontend(killed("frontend", 0))
+    replacements.replace_frontend(killed("frontend", 1), others=True)
+    replacements.replace_frontend(killed("frontend", 0), others=True)
+    replacements.replace_frontend(killed("frontend", 0), others=True)
     often = "frontend 0 is being replaced (it died 2 times within 600 s)"
     assert replacements.degraded() == f"{often}, frontend 1 is being replaced"
     assert replacements.slow_frontends({"frontend 1"}) == [] and replacements.degraded() == often
