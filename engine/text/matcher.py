@@ -20,6 +20,7 @@ _PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
 _CONTEXT = re.compile(r"\n *\d+ \| |\n<state>|; consider making your grammar")
 _NO_TOKEN = "NoExtensionBias"
 _OWN_WORDS = (
+    ("oneOf constraints are not supported", "oneOf with members that overlap cannot be held; use anyOf"),
     (_NO_TOKEN, "some of its texts cannot be finished with the tokens of this model"),
     ("items; max is", f"too many choices at one place; the limit is {MAX_ITEMS_IN_ROW} items"),
     ("Too many items", f"too many choices in one step; the limit is {MAX_STEP_ITEMS} items"),

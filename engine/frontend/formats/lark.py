@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 from llguidance import regex_to_lark
 
+from .json_schema import followed
+
 Spell = Callable[[str], int | None]  # the id of a tag that is one token, None for any other
 
 # Between the parts of JSON: nothing, a space, or a line break and an indent. The bound keeps a
@@ -46,9 +48,8 @@ class Lark:
         return self._rule(f"/\\n{{0,{most}}}/")
 
     def json(self, schema: Any) -> str:
-        """A JSON value that follows ``schema``."""
-        if schema is True:
-            schema = {}
+        """A JSON value that follows ``schema``. Raises SchemaFault."""
+        schema = {} if schema is True else followed(schema)
         if isinstance(schema, dict):
             schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
         return self._rule(f"%json {msgspec.json.encode(schema).decode()}")

@@ -9,6 +9,7 @@ pattern can be followed is checked by the grammar desk, before anything is queue
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from ..api.generate import Generate
 from ..api.outline import check_outline
 from ..api.schemas import ChatRequest, NamedTool
 from ..formats.choice import Manner
+from ..formats.json_schema import SchemaFault
 from ..formats.lark import Lark, Spell
 from ..formats.reader import SPACE
 from ..grammars.claim import Claim
@@ -34,8 +36,7 @@ def grammar_of(ask: Generate, manner: Manner | None, spell: Spell) -> tuple[Clai
     lark, claims, branches = Lark(spell), [], []
     if content is not None:
         param, write = content
-        part = Lark(spell)
-        claims.append(Claim(part.finish(write(part)), param))
+        claims.append(_claim(param, spell, write))
         branches.append(write(lark))
     else:
         param = "tools"
@@ -51,9 +52,19 @@ def _parameters(ask: ChatRequest, spell: Spell) -> Iterator[Claim]:
     chosen = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedTool) else None
     for index, tool in enumerate(ask.tools or ()):
         if tool.function.parameters and chosen in (None, tool.function.name):
-            lark = Lark(spell)
-            grammar = lark.finish(lark.json(tool.function.parameters))
-            yield Claim(grammar, f"tools[{index}].function.parameters")
+            parameters = tool.function.parameters
+            yield _claim(f"tools[{index}].function.parameters", spell, partial(Lark.json, schema=parameters))
+
+
+def _claim(param: str, spell: Spell, write: Callable[[Lark], str]) -> Claim:
+    """The claim of one field, whose grammar ``write`` writes. Raises ApiError."""
+    lark = Lark(spell)
+    try:
+        return Claim(lark.finish(write(lark)), param)
+    except SchemaFault as fault:
+        raise bad_request(f"{param}: {fault}", param) from None
+    except RecursionError:
+        raise bad_request(f"{param}: it is nested too deeply", param) from None
 
 
 def begins_with(ask: Generate, tag: str) -> bool:

@@ -271,7 +271,7 @@ def schema(value: Any) -> dict[str, Any]:
         ),
         (schema({"type": "text"}), "response_format", "Invalid type: text"),
         (schema({"$ref": "#/nowhere"}), "response_format", "does not exist"),
-        (schema({"not": {}}), "response_format", 'Unimplemented keys: ["not"]'),
+        (schema({"not": {}}), "response_format", "not cannot be held"),
         (schema({"type": "string", "pattern": "("}), "response_format", "unclosed group"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not valid JSON"),
         ({"structured_outputs": {"regex": "a("}}, "structured_outputs.regex", "unclosed group"),
