@@ -29,7 +29,8 @@ from ..protocol.plan import Admit, Header, Section, StepPlan
 from ..protocol.results import PromptLogprobs, RowError, RowLogprobs, StepResult
 from ..protocol.slot_table import Rows, SlotTable
 from .contract import StepAbandoned
-from .grammars import Grammars, Masks
+from .grammars import Grammars
+from .masks import Masks
 from .page_pool import KVPool
 from .prompt_logprobs import Chunk, score
 from .slot_sampling import RowSettings, SlotSettings

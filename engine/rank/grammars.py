@@ -16,17 +16,14 @@ from functools import lru_cache
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-from numpy.typing import NDArray
 
 from ..protocol.arrays import Int32, Int64
 from ..text.matcher import new_matcher, reason_of
+from .masks import Bits, Filler, Masks
 
 _LOG = logging.getLogger(__name__)
 
 CACHED_GRAMMARS = 64
-MASK_SECONDS = 60.0
-
-Bits = NDArray[np.int32]
 
 
 class Grammars:
@@ -37,7 +34,7 @@ class Grammars:
         # Only the one thread of the pool below calls it.
         self._compiled = lru_cache(maxsize=CACHED_GRAMMARS)(self._compile)
         self._pool = ThreadPoolExecutor(1, "grammars")
-        self._filler = ThreadPoolExecutor(1, "masks")
+        self._filler = Filler()
         self._staged: dict[int, Future[LLMatcher]] = {}
         self._untold: set[int] = set()
         self._slots: dict[int, _Follower] = {}
@@ -85,7 +82,7 @@ class Grammars:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._filler.shutdown(wait=False, cancel_futures=True)
+        self._filler.close()
 
     # ----------------------------------------------------------------- running
 
@@ -108,8 +105,7 @@ class Grammars:
         if not followers:
             return None
         bits_SW = allocate_token_bitmask(len(followers), self._vocabulary.vocab_size)
-        rows = {follower.slot: row for row, follower in enumerate(followers)}
-        return Masks(rows, self._filler.submit(_fill, followers, bits_SW))
+        return Masks(self._filler, followers, bits_SW)
 
     def observe(self, slots: Int64, tokens: Int64) -> dict[int, str]:
         """Advances the matchers by the tokens that their slots have sampled. Returns the slots that
@@ -139,26 +135,6 @@ class Grammars:
         if matcher.is_error():
             raise ValueError(reason_of(matcher))
         return matcher
-
-
-class Masks:
-    """Masks that are being computed: the tokens that each slot with a grammar may sample."""
-
-    def __init__(self, rows: dict[int, int], bits: Future[Bits]) -> None:
-        self._rows = rows
-        self._bits = bits
-
-    def take(self, slots: Int64) -> tuple[Int64, Bits]:
-        """Waits for the masks. Returns the indices [S] of the rows with ``slots`` that have one,
-        and the masks [S, W], a bit per token.
-        """
-        found = [(row, self._rows[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._rows]
-        try:
-            bits_SW = self._bits.result(MASK_SECONDS)
-        except TimeoutError:
-            late = f"the masks of {len(self._rows)} grammars were not there after {MASK_SECONDS:g} s"
-            raise TimeoutError(late) from None
-        return np.array([row for row, _ in found], np.int64), bits_SW[[index for _, index in found]]
 
 
 class _Follower:
@@ -193,12 +169,6 @@ class _Follower:
                 f"token {token} was allowed but does not follow the grammar; {reason_of(self._matcher)}"
             )
         return not self.error
-
-
-def _fill(followers: list[_Follower], bits_SW: Bits) -> Bits:
-    for follower, bits_W in zip(followers, bits_SW, strict=True):
-        follower.fill(bits_W)
-    return bits_SW
 
 
 def _bits_of(tokens: list[int], vocab_size: int) -> Bits:
