@@ -52,6 +52,7 @@ class GrammarDesk:
         self._line = KeeperLine(spec)
         self._places = asyncio.Semaphore(PLACES)
         self._num_slow = 0
+        self._num_waiting = 0
         self._jobs: dict[tuple[bytes, ...], _Job] = {}
         self._answers: OrderedDict[bytes, str] = OrderedDict()
 
@@ -137,10 +138,13 @@ class GrammarDesk:
     # ----------------------------------------------------------------- one check
 
     async def _run(self, claims: Sequence[Claim]) -> None:
+        self._num_waiting += 1
         try:
             await asyncio.wait_for(self._places.acquire(), QUEUE_SECONDS)
         except TimeoutError:
             raise _busy(f"there was no place for {QUEUE_SECONDS:g} s") from None
+        finally:
+            self._num_waiting -= 1
         try:
             line = await self._line.open()
             asking = asyncio.get_running_loop().create_task(self._ask(line, claims))
@@ -154,21 +158,23 @@ class GrammarDesk:
             self._places.release()
 
     async def _wait(self, asking: asyncio.Task[None]) -> None:
-        """Waits for a check; gives up where it is slow and all other places are taken by slow
-        ones.
+        """Waits for a check. A slow one is given up where all other places have slow ones and
+        somebody waits for a place.
         """
-        await asyncio.wait({asking}, timeout=QUICK_SECONDS)
-        if asking.done():
-            return
-        if self._num_slow >= PLACES - 1:
-            raise _busy("others that take long are being checked")
-        self._num_slow += 1
+        until = time.monotonic() + self.wall_seconds
+        slow = False
         try:
-            await asyncio.wait({asking}, timeout=self.wall_seconds)
+            while not (await asyncio.wait({asking}, timeout=QUICK_SECONDS))[0]:
+                if time.monotonic() > until:
+                    raise _busy(f"this one was not finished after {self.wall_seconds:g} s")
+                if not slow and self._num_slow < PLACES - 1:
+                    slow = True
+                    self._num_slow += 1
+                elif not slow and self._num_waiting:
+                    raise _busy("others that take long are being checked")
         finally:
-            self._num_slow -= 1
-        if not asking.done():
-            raise _busy(f"this one was not finished after {self.wall_seconds:g} s")
+            self._num_slow -= slow
+        asking.result()
 
     async def _ask(self, line: socket.socket, claims: Sequence[Claim]) -> None:
         """Lets a child of the keeper check claims, and keeps its answers. Closing the socket ends

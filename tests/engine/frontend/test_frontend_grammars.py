@@ -106,3 +106,22 @@ def test_each_field_is_named(frontend: RunningFrontend) -> None:
     ):
         answer = post(frontend, PLAIN | fields)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_many_optional_properties_are_followed_or_refused_with_the_limit(frontend: RunningFrontend) -> None:
+    def optional(count: int) -> dict[str, Any]:
+        return {"type": "object", "properties": {f"field_{n}": {"type": "integer"} for n in range(count)}}
+
+    assert post(frontend, PLAIN | {"structured_outputs": {"json": optional(600)}}).status_code == 200
+    error = post(frontend, PLAIN | {"structured_outputs": {"json": optional(2000)}}).json()["error"]
+    assert (error["code"], error["param"]) == (400, "structured_outputs.json")
+    assert "too many choices at one place; the limit is 4000 items" in error["message"]
+
+
+def test_keywords_that_say_nothing_and_those_that_cannot_be_held(frontend: RunningFrontend) -> None:
+    secret = {"type": "object", "properties": {"key": {"type": "string", "format": "password"}}}
+    assert post(frontend, constrained(secret)).status_code == 200
+    unique = {"type": "object", "properties": {"list": {"type": "array", "uniqueItems": True}}}
+    error = post(frontend, constrained(unique)).json()["error"]
+    assert (error["code"], error["param"]) == (400, "response_format.json_schema.schema")
+    assert "properties.list.uniqueItems cannot be held" in error["message"]

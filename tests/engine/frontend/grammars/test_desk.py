@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from lockstep.engine.frontend.api.errors import ApiError
-from lockstep.engine.frontend.grammars import desk as desk_module
 from lockstep.engine.frontend.grammars.claim import Claim
 from lockstep.engine.frontend.grammars.desk import MAX_GRAMMAR_BYTES, MAX_JOBS, PLACES, GrammarDesk
 from lockstep.engine.frontend.grammars.keeper import KeeperSpec
@@ -136,10 +135,12 @@ def test_simple_grammars_find_a_place_beside_those_that_take_long(model: Path) -
         async with opened(model) as desk:
             slow = [asyncio.create_task(desk.check([endless(name)])) for name in "abc"]
             await children_of(desk, PLACES - 1)
-            await asyncio.sleep(2 * desk_module.QUICK_SECONDS)
             for number in range(3):
                 await desk.check([claim({"const": number})])
-            error = await refusal(desk, endless("d"))
+            last = asyncio.create_task(refusal(desk, endless("d")))
+            await children_of(desk, PLACES)
+            await desk.check([claim({"const": "waits for the last place"})])
+            error = await last
             assert (error.status_code, error.headers) == (503, {"Retry-After": "5"})
             assert "others that take long" in error.detail
             assert not any(task.done() for task in slow)
