@@ -1,16 +1,21 @@
 """The sockets on which processes listen.
 
-``python -m support.launch.open_sockets`` prints those of a host: address, port, kind and command.
+``python -m support.launch.open_sockets`` prints those of a host as lines of JSON.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import psutil
+
+from .hosts import Host
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ def open_sockets(processes: Iterable[psutil.Process]) -> set[OpenSocket]:
     found = set()
     for process in processes:
         try:
-            command = " ".join(process.cmdline())[-80:]
+            command = " ".join(process.cmdline())
             for entry in process.net_connections("inet"):
                 listens = entry.status == psutil.CONN_LISTEN
                 receives = entry.type == socket.SOCK_DGRAM and not entry.raddr
@@ -45,6 +50,13 @@ def open_sockets(processes: Iterable[psutil.Process]) -> set[OpenSocket]:
     return found
 
 
+def sockets_of(host: Host) -> list[OpenSocket]:
+    """The open sockets of all processes of a host."""
+    path = {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    lines = host.run(sys.executable, "-m", "support.launch.open_sockets", environment=path).splitlines()
+    return [OpenSocket(*json.loads(line)) for line in lines]
+
+
 if __name__ == "__main__":
-    for found in sorted(open_sockets(psutil.process_iter()), key=str):
-        print(found.address, found.port, found.kind, found.command)
+    for found in open_sockets(psutil.process_iter()):
+        print(json.dumps(astuple(found)))

@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ PORT = 6379
 class RayHosts:
     """``up`` starts a node, ``lose`` ends it. ``environment``: settings of a joining process."""
 
-    def __init__(self, hosts: list[Host], folder: Path) -> None:
+    def __init__(self, hosts: list[Host], folder: Path, settings: Mapping[str, str]) -> None:
         self.hosts = hosts
         self.address = f"{hosts[0].address}:{PORT}"
         self._folder = folder
@@ -39,7 +39,7 @@ class RayHosts:
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
-        }
+        } | settings
 
     def surroundings(self) -> dict[str, str]:
         """The environment of a process that joins."""
@@ -94,15 +94,22 @@ class RayHosts:
 
 @contextmanager
 def ray_hosts(
-    *names: str, cpus: tuple[int, ...], private: Sequence[Path] = (), shm: str = "1g"
+    *names: str,
+    cpus: tuple[int, ...],
+    private: Sequence[Path] = (),
+    shm: str = "1g",
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[RayHosts]:
-    """Hosts with Ray and ``cpus`` CPUs each; 0: no Ray on it. Other arguments as ``make_hosts``."""
+    """Hosts with Ray and ``cpus`` CPUs each; 0: no Ray on it. ``settings``: of Ray's environment.
+    Other arguments as ``make_hosts``.
+    """
     with ExitStack() as stack:
         folder = Path(
             stack.enter_context(TemporaryDirectory(prefix="rh-", dir="/tmp", ignore_cleanup_errors=True))
         )
         (folder / "ray").mkdir()
-        cluster = RayHosts(stack.enter_context(make_hosts(*names, private=private, shm=shm)), folder / "ray")
+        hosts = stack.enter_context(make_hosts(*names, private=private, shm=shm))
+        cluster = RayHosts(hosts, folder / "ray", settings or {})
         for host, number in zip(cluster.hosts, cpus, strict=True):
             if number:
                 cluster.up(host, number)
