@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+from msgspec import structs
 
 from ... import __version__
 from ..planner.group_plan import GroupPlan
@@ -22,10 +23,16 @@ from ..planner.planner import Planner
 from ..planner.settings import Settings
 from ..protocol.bulk import Preloaded
 from ..protocol.frontends import Abort, Submit
+from ..protocol.message import Sampling
+from ..protocol.plan import Admit, Section
 from ..protocol.results import Refused, StepResult
 from ..protocol.sockets import encode
 
 _BUFFER = 1 << 20  # bytes
+_ADMIT = Section.__struct_fields__.index("admit")
+# The first recordings end Sampling with this field.
+_EARLIER_FIELDS = Sampling.__struct_fields__.index("num_prompt_logprobs") + 1
+_LATER_DEFAULTS = structs.astuple(Sampling())[_EARLIER_FIELDS:]
 
 
 class Heading(msgspec.Struct, frozen=True):
@@ -51,8 +58,24 @@ def digest(plan: GroupPlan | None) -> bytes:
         return b""
     state = hashlib.blake2b(encode(plan.header), digest_size=16)
     for data, section in plan.sections.items():
-        state.update(b"%d" % data + encode(section))
+        state.update(b"%d" % data + (_earlier_form(section) if section.admit else encode(section)))
     return state.digest()
+
+
+def _earlier_form(section: Section) -> bytes:
+    """The bytes of a section. Sampling fields that came later are left out while they have their
+    defaults, so that recordings of earlier versions replay.
+    """
+    fields = list(structs.astuple(section))
+    fields[_ADMIT] = [_earlier_admit(admit) for admit in section.admit]
+    return msgspec.msgpack.encode(fields)
+
+
+def _earlier_admit(admit: Admit) -> list[object]:
+    sampling = structs.astuple(admit.sampling)
+    if sampling[_EARLIER_FIELDS:] == _LATER_DEFAULTS:
+        sampling = sampling[:_EARLIER_FIELDS]
+    return [*structs.astuple(admit)[:-1], sampling]
 
 
 class Recorder:

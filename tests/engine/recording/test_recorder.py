@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 
 from lockstep.engine.kv.hashing import chain_hashes
+from lockstep.engine.planner.group_plan import GroupPlan
 from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import Abort, Submit
 from lockstep.engine.protocol.message import Sampling
-from lockstep.engine.protocol.plan import StepPlan
+from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import StepResult
+from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.engine.recording import recorder
-from lockstep.engine.recording.recorder import Mismatch, Recorder, replay
+from lockstep.engine.recording.recorder import Mismatch, Recorder, digest, replay
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
 from lockstep.parallel.mesh import Mesh
 from support.engine.planner.planner_world import ROOT
@@ -192,3 +195,18 @@ def test_settings_encode_as_in_old_recordings_and_name_the_group() -> None:
         planner.staged(Preloaded(rank, message.staged))
     plan = planner.plan()
     assert plan is not None and plan.header.group == 1
+
+
+def test_fields_of_sampling_that_came_later_change_no_digest_while_unused() -> None:
+    """The digest of the plan below is that of the first recordings."""
+
+    def plan(**later: object) -> GroupPlan:
+        admit = Admit(1, 7, 16, 0, 40, b"\1\0\0\0", Sampling(seed=3, **later))  # type: ignore[arg-type]
+        return GroupPlan(Header(0, 0, 5, 4, Mode.MIXED, 8), {0: Section(admit=(admit,), bucket=8)})
+
+    sampling = [1.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, 3, 0, -1, b"", b"", b"", -1]
+    admit = [1, 7, 16, 0, 40, b"\1\0\0\0", sampling]
+    first = msgspec.msgpack.encode([False, 0, b"", b"", b"", [admit], b"", b"", b"", [], b"", 8])
+    header = encode(plan().header)
+    assert digest(plan()) == hashlib.blake2b(header + b"0" + first, digest_size=16).digest()
+    assert len({digest(plan()), digest(plan(prompt_ranks=True)), digest(plan(bad_words_i32=b"1234"))}) == 3
