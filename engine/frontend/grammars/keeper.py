@@ -32,7 +32,7 @@ from .trial import Trial
 READY = b"ready"
 LENGTH = struct.Struct("!I")
 NICE_AFTER = 0.1
-NICENESS = 10
+NICENESS = 5
 
 
 class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):

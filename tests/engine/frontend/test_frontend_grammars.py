@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from lockstep.engine.frontend.grammars.desk import GrammarDesk
 from support.engine.frontend.running_frontend import RunningFrontend, wait_until
 from support.engine.frontend.scripted_controller import say
 from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
@@ -125,3 +126,15 @@ def test_keywords_that_say_nothing_and_those_that_cannot_be_held(frontend: Runni
     error = post(frontend, constrained(unique)).json()["error"]
     assert (error["code"], error["param"]) == (400, "response_format.json_schema.schema")
     assert "properties.list.uniqueItems cannot be held" in error["message"]
+
+
+def test_routers_hear_of_checks_that_are_stuck_and_plain_requests_go_on(
+    frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GrammarDesk, "trouble", "Grammars cannot be checked: a test says so")
+    for path in ("/ready", "/health/generate"):
+        answer = frontend.http.get(path)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "a test says so" in answer.json()["error"]["message"]
+    assert frontend.http.get("/health").status_code == 200
+    assert post(frontend, PLAIN).status_code == 200
