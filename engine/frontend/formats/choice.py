@@ -85,8 +85,7 @@ class Manner:
 
     ``thinking``: the prompt has opened the reasoning. ``answering``: the prompt has closed it, or
     there is none. If neither holds, the model may begin with reasoning. ``one_call``: the reply
-    ends with its first call. ``named``: the client asked for one function by name. ``closes``: a
-    grammar makes sure that reasoning is closed.
+    ends with its first call. ``named``: the client asked for one function by name.
     """
 
     formats: Formats
@@ -96,7 +95,6 @@ class Manner:
     tools: Tools | None = None
     one_call: bool = False
     named: bool = False
-    closes: bool = False
 
     def parser(self) -> ReplyParser | None:
         """A new parser for one reply; None where all of it is content."""
@@ -105,7 +103,7 @@ class Manner:
             return None
         speech = Speech(self.show_reasoning, self.one_call, kind.id_length if kind is not None else 0)
         format = kind(self.tools or {}) if kind is not None else None
-        return ReplyParser(speech, self.formats.reasoning, format, self.thinking, self.named, self.closes)
+        return ReplyParser(speech, self.formats.reasoning, format, self.thinking, self.named)
 
 
 def choose(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from .format import Tools, close, opener, optional, repeated
+from .glm_members import KEY, KEY_END, VALUE, VALUE_END, GlmMembers
 from .json_text import Quoted, collected, encoded
 from .lark import Lark
 from .parameters import TEXT, Parameters
@@ -27,7 +28,6 @@ from .reader import SPACE, Reader, Steps
 from .speech import Speech
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 _NAME = re.compile(r"[\w.:/-]+")
 
 
@@ -113,30 +113,10 @@ class Glm:
         return found is not None
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
-        """Members come in the order of the schema. A string is any text."""
+        """Members come in the order of the schema."""
         line = lark.line_breaks(1)
         calls = []
         for name in names:
-            schema = self._tools[name]
-            members = [
-                self._member(lark, line, schema, key, part)
-                + ("" if key in schema.get("required", ()) else "?")
-                for key, part in schema.get("properties", {}).items()
-            ]
-            calls.append(" ".join([lark.tag(OPEN), lark.text(name), line, *members, lark.tag(CLOSE)]))
+            members = GlmMembers(lark, self._tools[name], line).expression()
+            calls.append(" ".join([lark.tag(OPEN), lark.text(name), line, members, lark.tag(CLOSE)]))
         return repeated(lark.either(calls), line, many)
-
-    @staticmethod
-    def _member(lark: Lark, line: str, schema: dict[str, Any], key: str, part: Any) -> str:
-        if isinstance(part, dict) and part.get("type") == "string" and "enum" in part:
-            value = f"{lark.either(lark.text(str(choice)) for choice in part['enum'])} {lark.tag(VALUE_END)}"
-        elif isinstance(part, dict) and part.get("type") == "string":
-            value = lark.until(VALUE_END)
-        else:
-            named = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-            value = (
-                f"{lark.json({**part, **named} if isinstance(part, dict) else part)} {lark.tag(VALUE_END)}"
-            )
-        return (
-            f"({lark.tag(KEY)} {lark.text(key)} {lark.tag(KEY_END)} {line} {lark.tag(VALUE)} {value} {line})"
-        )

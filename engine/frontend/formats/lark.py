@@ -73,6 +73,25 @@ class Lark:
             return self._text_rule(f"/{closing}/", banned, lazy=True)
         return f"{self._text_rule(_ANY, [closing, *banned])} {self.tag(tag)}"
 
+    def matching(self, patterns: Sequence[str], tag: str, unlike: Sequence[str] = ()) -> str:
+        """Text that all of ``patterns`` match and none of ``unlike``, and the first ``tag``."""
+        if not patterns and not unlike:
+            return self.until(tag)
+        closing = f"(.|\\n)*{_pattern(tag)}(.|\\n)*"
+        wanted = [f"/{regex_to_lark(pattern, '')}/" for pattern in patterns] or [_ANY]
+        banned = [f"~/{regex_to_lark(pattern, '')}/" for pattern in unlike] + [f"~/{closing}/"]
+        name = f"TEXT{len(self._rules)}"
+        self._rules.append(f"{name}: {' & '.join([*wanted, *banned])}")
+        if self._spell(tag) is not None:
+            return f"{name} {self.tag(tag)}"
+        whole = f"TEXT{len(self._rules)}"
+        self._rules.append(f"{whole}: {name} {self.text(tag)}")
+        return self._rule(whole, lazy=True)
+
+    def named(self, expression: str) -> str:
+        """The same by a name, for an expression that stands more than once."""
+        return self._rule(expression)
+
     def either(self, expressions: Iterable[str]) -> str:
         return "(" + " | ".join(expressions) + ")"
 

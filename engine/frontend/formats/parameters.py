@@ -13,7 +13,7 @@ from .json_text import decoded_or_none
 KINDS = frozenset({"string", "number", "boolean", "null", "array", "object"})
 TEXT = frozenset({"string"})
 _STRING_KEYWORDS = frozenset({"pattern", "minLength", "maxLength", "format"})
-_UNIONS = ("anyOf", "oneOf")
+UNIONS = ("anyOf", "oneOf")
 _MAX_DEPTH = 64
 
 
@@ -68,7 +68,7 @@ class Parameters:
         """Whether ``value`` has an allowed kind and is one of those listed, if any are. No other
         keyword is looked at.
         """
-        return self._allows(part, value, {})
+        return self._allows(part, value, {}, 0)
 
     def resolve(self, part: dict[str, Any]) -> Any:
         """The part that the ``$ref`` of ``part`` points to; None if there is none."""
@@ -95,7 +95,7 @@ class Parameters:
                 seen.add(id(item))
                 yield item
                 waiting.append(self.resolve(item))
-                waiting += self._options(item, (*_UNIONS, "allOf"))
+                waiting += self._options(item, (*UNIONS, "allOf"))
 
     @staticmethod
     def _options(part: dict[str, Any], names: Iterable[str]) -> Iterator[Any]:
@@ -119,7 +119,7 @@ class Parameters:
         parts = [*self._options(part, ["allOf"]), *([] if target is None else [target])]
         for each in parts:
             kinds &= self._kinds_of(each, depth)
-        for name in _UNIONS:
+        for name in UNIONS:
             options = [self._kinds_of(option, depth) for option in self._options(part, [name])]
             kinds &= frozenset().union(*options) if options else KINDS
         if kinds == KINDS and not _STRING_KEYWORDS.isdisjoint(part):
@@ -130,27 +130,27 @@ class Parameters:
         """Whether the values of ``part`` or of one of its layers are listed."""
         return any(_listed(layer) is not None for layer in self._layers(part))
 
-    def _allows(self, part: Any, value: Any, seen: dict[int, bool]) -> bool:
-        if not isinstance(part, dict) or len(seen) > 1000:
+    def _allows(self, part: Any, value: Any, seen: dict[int, bool], depth: int) -> bool:
+        if not isinstance(part, dict) or depth > _MAX_DEPTH:
             return part is not False
         if id(part) not in seen:
             seen[id(part)] = True
-            seen[id(part)] = self._check(part, value, seen)
+            seen[id(part)] = self._check(part, value, seen, depth + 1)
         return seen[id(part)]
 
-    def _check(self, part: dict[str, Any], value: Any, seen: dict[int, bool]) -> bool:
+    def _check(self, part: dict[str, Any], value: Any, seen: dict[int, bool], depth: int) -> bool:
         if value is None and part.get("nullable") is True:
             return True
         listed = _listed(part)
         if kind_of(value) not in _typed(part.get("type")) or (listed is not None and not _in(value, listed)):
             return False
         target = self.resolve(part)
-        if target is not None and not self._allows(target, value, seen):
+        if target is not None and not self._allows(target, value, seen, depth):
             return False
-        if not all(self._allows(each, value, seen) for each in self._options(part, ["allOf"])):
+        if not all(self._allows(each, value, seen, depth) for each in self._options(part, ["allOf"])):
             return False
-        unions = (list(self._options(part, [name])) for name in _UNIONS)
-        return all(any(self._allows(each, value, seen) for each in union) for union in unions if union)
+        unions = (list(self._options(part, [name])) for name in UNIONS)
+        return all(any(self._allows(each, value, seen, depth) for each in union) for union in unions if union)
 
 
 def kind_of(value: Any) -> str:

@@ -22,8 +22,7 @@ class ReplyParser:
     client asked for one function by name.
 
     Reasoning can only come first; its closing tag ends it, or a call. A later tag is content, and
-    so is all that looks like a tool call but is none. ``closes``: a grammar makes sure that the
-    reasoning is closed, so a call inside is part of it. ``full`` is set once the only call allowed
+    so is all that looks like a tool call but is none. ``full`` is set once the only call allowed
     has been read: nothing more is taken.
 
     ``reasoning_from`` and ``reasoning_to`` are places in the text, between the tags: None while
@@ -31,7 +30,6 @@ class ReplyParser:
     """
 
     __slots__ = (
-        "_closes",
         "_done",
         "_in_reasoning",
         "_named",
@@ -54,13 +52,11 @@ class ReplyParser:
         tools: ToolFormat | None,
         thinking: bool = False,
         named: bool = False,
-        closes: bool = False,
     ) -> None:
         self.full = False
         self.reasoning_from: int | None = None
         self.reasoning_to: int | None = None
         self.reasoning_over = tags is None
-        self._closes = closes
         self._done = False
         self._speech = speech
         self._tags = tags
@@ -133,7 +129,7 @@ class ReplyParser:
                 return
         self.reasoning_from = reader.position
         yield from reader.skip(NEWLINES)
-        openings = self._tools.openings if self._tools is not None and not self._closes else ()
+        openings = self._tools.openings if self._tools is not None else ()
         while (found := (yield from reader.scan((tags.close, *openings), speech.reasoning))) is not None:
             end = reader.position - len(found)
             if found == tags.close:

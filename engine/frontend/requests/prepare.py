@@ -109,7 +109,6 @@ def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
         tools=tools if ask.offers_tools else None,
         one_call=ask.parallel_tool_calls is False,
         named=isinstance(ask.tool_choice, NamedTool),
-        closes=ask.forced_tool or ask.is_structured,
     )
 
 

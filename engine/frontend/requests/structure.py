@@ -19,10 +19,10 @@ from ..api.generate import Generate
 from ..api.outline import check_outline
 from ..api.schemas import ChatRequest, NamedTool
 from ..formats.choice import Manner
-from ..formats.json_schema import SchemaFault
 from ..formats.lark import Lark, Spell
 from ..formats.reader import SPACE
 from ..grammars.claim import Claim
+from .well_formed import check_parameters
 
 
 def grammar_of(ask: Generate, manner: Manner | None, spell: Spell) -> tuple[Claim, ...]:
@@ -41,19 +41,25 @@ def grammar_of(ask: Generate, manner: Manner | None, spell: Spell) -> tuple[Clai
     else:
         param = "tools"
     if isinstance(ask, ChatRequest) and manner is not None and manner.tools is not None:
-        claims.extend(_parameters(ask, spell))
+        claims.extend(_parameters(ask, manner, spell))
         branches.append(_calls(ask, manner, lark))
     claims.append(Claim(lark.finish(_after_reasoning(lark.either(branches), manner, lark)), param))
     return tuple(claims)
 
 
-def _parameters(ask: ChatRequest, spell: Spell) -> Iterator[Claim]:
-    """The parameters of each tool that may be called."""
+def _parameters(ask: ChatRequest, manner: Manner, spell: Spell) -> Iterator[Claim]:
+    """A call of each tool that may be called, with its parameters. Raises ApiError."""
+    assert manner.formats.tools is not None and manner.tools is not None
+    write = manner.formats.tools(manner.tools).write
     chosen = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedTool) else None
     for index, tool in enumerate(ask.tools or ()):
         if tool.function.parameters and chosen in (None, tool.function.name):
-            parameters = tool.function.parameters
-            yield _claim(f"tools[{index}].function.parameters", spell, partial(Lark.json, schema=parameters))
+            where = f"tools[{index}].function.parameters"
+            try:
+                check_parameters(tool.function.parameters, where)
+            except ValueError as error:
+                raise bad_request(str(error), where) from None
+            yield _claim(where, spell, partial(write, names=[tool.function.name], many=False))
 
 
 def _claim(param: str, spell: Spell, write: Callable[[Lark], str]) -> Claim:
@@ -61,7 +67,7 @@ def _claim(param: str, spell: Spell, write: Callable[[Lark], str]) -> Claim:
     lark = Lark(spell)
     try:
         return Claim(lark.finish(write(lark)), param)
-    except SchemaFault as fault:
+    except ValueError as fault:
         raise bad_request(f"{param}: {fault}", param) from None
     except RecursionError:
         raise bad_request(f"{param}: it is nested too deeply", param) from None

@@ -357,3 +357,24 @@ def test_no_thinking_needs_a_template_that_can_say_so(tmp_path: Any) -> None:
         assert "no switch for thinking" in refused.json()["error"]["message"]
     with RunningFrontend(path, say(ids("Yes"))) as running:  # a model that does not reason
         assert running.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("parser", ["hermes", "glm4"])
+def test_a_malformed_schema_of_a_forced_call_is_refused_by_its_place(
+    tmp_path_factory: pytest.TempPathFactory, parser: str
+) -> None:
+    path = write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE)
+    with RunningFrontend(path, say(ids("Yes")), tool_parser=parser) as running:
+        for parameters in (
+            {"properties": None},
+            {"required": None},
+            {"properties": {"x": {"enum": None}}},
+            5,
+        ):
+            function = {"name": "f", "parameters": parameters}
+            body = {"messages": USER, "tools": [{"type": "function", "function": function}]}
+            refused = running.http.post("/v1/chat/completions", json={**body, "tool_choice": "required"})
+            assert refused.status_code == 400, refused.text
+            assert refused.json()["error"]["param"] == "tools[0].function.parameters"
+            free = running.http.post("/v1/chat/completions", json=body)
+            assert free.status_code == (400 if parameters == 5 else 200)

@@ -142,8 +142,6 @@ def test_reasoning() -> None:
     assert read("<think>a</think>b", show_reasoning=False).plain == ("b", "", [], "stop")
     inside = read('<think>I could <tool_call>{"name": "now"}</tool_call></think>b', "hermes")
     assert inside.plain == ("b", "I could ", [("now", "{}")], "tool_calls"), "a call ends it"
-    inside = read('<think>I could <tool_call>{"name": "now"}</tool_call></think>b', "hermes", closes=True)
-    assert inside.plain == ("b", 'I could <tool_call>{"name": "now"}</tool_call>', [], "stop")
 
 
 def test_where_the_prompt_opens_the_reasoning() -> None:
