@@ -47,7 +47,13 @@ REFUSED: list[tuple[str, Body, int, str | None, str]] = [
     (TEXT, {"prompt": [VOCAB_SIZE]}, 400, "prompt", "outside the vocabulary of 1024 ids"),
     (TEXT, {"prompt": [[5], [-1]]}, 400, "prompt", "token id -1"),
     (TEXT, {"prompt": "x", "stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids", "outside the vocabulary"),
-    (TEXT, {"prompt": "x", "logit_bias": {"1024": 1.0}}, 400, "logit_bias", "outside the vocabulary"),
+    (
+        TEXT,
+        {"prompt": "x", "logit_bias": {"1024": 1.0}},
+        400,
+        "logit_bias",
+        "ids from 0 to 1023",
+    ),
     (
         TEXT,
         {"prompt": "x", "model": "gpt-4"},
