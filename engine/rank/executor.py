@@ -13,15 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.reference.paged import build_batch
 from ...kernels.reference.sampling import Purpose, uniform
-from ...moe.dispatch.dispatcher import Dispatcher
-from ...parallel.collectives import CollectiveError, Pending, RankGroups
-from ...parallel.pipeline import PipelineLinks
-from ...parallel.tensor import TensorSplit
+from ...parallel.collectives import CollectiveError, Pending
 from ..models.decoder import Model
 from ..protocol.arrays import Int32, Int64
 from ..protocol.bulk import RankHello
@@ -29,34 +24,11 @@ from ..protocol.plan import Admit, Header, Section, StepPlan
 from ..protocol.results import PromptLogprobs, RowError, RowLogprobs, StepResult
 from ..protocol.slot_table import Rows, SlotTable
 from .contract import StepAbandoned
-from .grammars import Grammars
+from .forward import Forward
 from .masks import Masks
-from .page_pool import KVPool
+from .parts import Parts
 from .prompt_logprobs import Chunk, score
 from .slot_sampling import RowSettings, SlotSettings
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the groups.
-
-    ``split``: how the model's layers are. ``links``: to the other stages. ``samples``: whether this
-    rank draws the tokens of its tensor group; the others take them over. ``expert_bytes`` are the
-    weights of one expert of one layer. ``grammars`` None: no request may have one, or another rank
-    samples.
-    """
-
-    rank: int
-    model: Model
-    dispatcher: Dispatcher
-    groups: RankGroups
-    split: TensorSplit
-    links: PipelineLinks
-    samples: bool
-    pool: KVPool
-    device: torch.device
-    expert_bytes: int = 0
-    grammars: Grammars | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +64,7 @@ class Executor:
         self._table = SlotTable(num_slots, -(-max_len // parts.pool.page_size), num_cohorts)
         self._settings = SlotSettings(num_slots, parts.model.config.vocab_size)
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
+        self._forward = Forward(parts, self._table, self._history)
         self._staged: dict[int, Int32] = {}
         self._expected: list[_Expected] = []
         self._life = secrets.randbits(62)
@@ -184,7 +157,7 @@ class Executor:
         # With drafts a row can reach its limit early.
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
-        hidden_TD = self._forward(header, rows, draws)
+        hidden_TD = self._forward.run(header, rows, draws)
         chosen = draws.nonzero()[0]
         scores: tuple[PromptLogprobs, ...] = ()
         sampled = _NOTHING
@@ -221,7 +194,6 @@ class Executor:
 
     def _apply(self, header: Header, section: Section) -> None:
         assert not (header.moves or header.commits or section.copies), "no expert moves and page copies yet"
-        assert header.microbatches == 1, f"{header.microbatches} microbatches: no overlap yet"
         if section.rebase:
             self._staged = {
                 staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from
@@ -254,36 +226,6 @@ class Executor:
         return counts
 
     # ----------------------------------------------------------------- the step
-
-    def _forward(self, header: Header, rows: Rows, draws: NDArray[np.bool_]) -> Tensor:
-        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw write to the
-        scratch page.
-        """
-        parts, table = self._parts, self._table
-        slots, idle = rows.slots, (~draws[: rows.num_decode]).nonzero()[0]
-        full = (rows.ends > table.num_pages[slots] * parts.pool.page_size).nonzero()[0]
-        assert not len(full) or np.isin(full, idle).all(), (
-            f"slots {slots[full].tolist()}: more tokens than pages"
-        )
-        max_pages = -(-int(rows.ends.max(initial=0)) // parts.pool.page_size)
-        pages = table.pages[slots, :max_pages]
-        if len(idle):
-            pages[idle] = parts.pool.scratch
-        batch, positions_T = build_batch(
-            rows.starts, rows.counts, rows.num_decode, pages, parts.pool.page_size, parts.device
-        )
-        num_tokens, split = len(positions_T), parts.split
-        if parts.links.stage.first:
-            owners = slots if rows.num_decode == len(slots) else np.repeat(slots, rows.counts)
-            tokens = self._history[owners, positions_T.cpu().numpy()]
-            inputs = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
-        else:
-            inputs = parts.links.receive(
-                header.step, num_tokens, parts.model.config.hidden, parts.model.dtype
-            )
-        parts.dispatcher.begin_step(len(split.run_of(num_tokens)), -(-header.capacity // split.size))
-        hidden_TD: Tensor = parts.model(inputs, positions_T, batch, parts.pool.cache)
-        return hidden_TD
 
     def _hand_on(self, header: Header, rows: Rows, chosen: Int64, hidden_TD: Tensor) -> None:
         """Sends the hidden states to the next stage. The first one will get the tokens back."""

@@ -20,6 +20,7 @@ from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.exchange import ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
 from ...parallel.collectives import Collectives, RankGroups
+from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
 from ...parallel.stages import split_layers
 from ...parallel.tensor import UNSPLIT, TensorGroup
@@ -30,11 +31,12 @@ from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
 from ..text.vocabulary import load_vocabulary
-from .executor import Executor, Parts
+from .executor import Executor
 from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
 from .page_pool import KVPool, bytes_per_page, fit_pages
+from .parts import Parts
 from .pulse import Pulse
 from .sockets import RankSockets
 from .warm_up import Pages, warm_up
@@ -87,7 +89,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     placement = contiguous(stage.num_moe, config.moe.num_experts, mesh.experts)
     experts, tensor, stages = _groups(spec, device)
     split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor)
-    dispatcher = _dispatcher(spec.dispatch, placement, experts, device)
+    turns = Turns()
+    dispatcher = _dispatcher(spec.dispatch, placement, experts, device, turns)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
@@ -112,6 +115,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         groups=RankGroups(experts, tensor, stages),
         split=split,
         links=PipelineLinks(stages, stage, device),
+        turns=turns,
         samples=mesh.samples(spec.rank),
         pool=pool,
         device=device,
@@ -147,16 +151,18 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
     """A dispatcher of the rank's kind, for a group of one."""
     device = torch.device(spec.device)
     collectives = Collectives("warm-up", 0, 1, None, spec.collective_deadline, device)
-    return _dispatcher(spec.dispatch, placement, collectives, device)
+    return _dispatcher(spec.dispatch, placement, collectives, device, Turns())
 
 
 def _dispatcher(
-    kind: str, placement: Placement, collectives: Collectives, device: torch.device
+    kind: str, placement: Placement, collectives: Collectives, device: torch.device, turns: Turns
 ) -> Dispatcher:
     if kind == "all_gather":
-        return ExchangeDispatcher(AllGatherExchange(placement, collectives, device), device)
+        gathering = AllGatherExchange(placement, collectives, device)
+        return ExchangeDispatcher(gathering, device, give_turn=turns.give)
     if kind == "all_to_all" and device.type == "cpu":
-        return ExchangeDispatcher(AllToAllExchange(placement, collectives, device), device)
+        sending = AllToAllExchange(placement, collectives, device)
+        return ExchangeDispatcher(sending, device, give_turn=turns.give)
     if kind == "local" and collectives.size == 1:
         return LocalDispatcher(placement, device)
     raise ValueError(

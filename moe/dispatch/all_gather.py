@@ -7,6 +7,8 @@ K choices, D hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,15 @@ from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
 from .rows import pack, unpack
+
+
+@dataclass
+class _Gathered:
+    """Tokens under way, then their outputs. ``hidden`` and ``dtype`` of the tokens."""
+
+    pending: Pending
+    hidden: int
+    dtype: torch.dtype
 
 
 class AllGatherExchange:
@@ -47,19 +58,26 @@ class AllGatherExchange:
         places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
         places_CK[:num_tokens] = self._places_LE[layer][ids_TK]
         pending = self._collectives.all_gather(pack(x_CD, places_CK), f"tokens of MoE layer {layer}")
-        return Handle(weights_TK, layer, (pending, x_TD.shape[1], x_TD.dtype))
+        return Handle(weights_TK, layer, _Gathered(pending, x_TD.shape[1], x_TD.dtype))
+
+    def forward(self, handle: Handle) -> None:
+        """The number of tokens is known: all are on their way."""
 
     def receive(self, handle: Handle) -> Received:
-        pending, hidden, dtype = handle.state
-        assert isinstance(pending, Pending)
-        x_ND, places_NK = unpack(self._collectives.wait(pending), hidden, dtype)
+        gathered = handle.state
+        assert isinstance(gathered, _Gathered)
+        rows = self._collectives.wait(gathered.pending)
+        x_ND, places_NK = unpack(rows, gathered.hidden, gathered.dtype)
         slots_NK = places_NK.to(torch.int64) - self._collectives.index * self.placement.num_slots
         slots_NK = torch.where((slots_NK >= 0) & (slots_NK < self.placement.num_slots), slots_NK, EMPTY)
         rows_M = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(slots_NK.shape[1])
         return Received(x_ND, rows_M, slots_NK.flatten())
 
-    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
+    def send_back(self, y_MD: Tensor, handle: Handle) -> None:
+        what = f"expert outputs of MoE layer {handle.layer}"
+        handle.state.pending = self._collectives.reduce_scatter(y_MD, what)
+
+    def combine(self, handle: Handle) -> Tensor:
         num_tokens, top_k = handle.weights_TK.shape
-        pending = self._collectives.reduce_scatter(y_MD, f"expert outputs of MoE layer {handle.layer}")
-        y_PD = self._collectives.wait(pending)[: num_tokens * top_k]
+        y_PD = self._collectives.wait(handle.state.pending)[: num_tokens * top_k]
         return self._weighted_sum(y_PD.view(num_tokens, top_k, y_PD.shape[1]), handle.weights_TK)

@@ -29,15 +29,18 @@ _PADDED_BYTES = 1 << 16
 
 @dataclass
 class _Exchange:
-    """Tokens under way. ranks_TK: the rank of every choice. ``rows_per_rank`` [W]: rows from each
-    rank. ``received`` [W]: pairs from each rank.
+    """Tokens under way, then their outputs. ranks_TK: the rank of every choice. ``sent`` [W] and
+    ``arriving`` [W]: rows to and from each rank, where they are counted. ``rows`` wait until they
+    are. ``received`` [W]: pairs from each rank.
     """
 
     pending: Pending
     ranks_TK: NDArray[np.int64]
+    rows: Tensor
+    sent: list[int]
+    arriving: list[int]
     hidden: int
     dtype: torch.dtype
-    rows_per_rank: list[int]
     received: list[int]
 
 
@@ -67,13 +70,24 @@ class AllToAllExchange:
         targets, tokens = np.nonzero(hit_WT)
         slots_NK = np.where(ranks_TK[tokens] == targets[:, None], slots_TK[tokens], EMPTY)
         rows = pack(x_TD[torch.from_numpy(tokens)], torch.from_numpy(slots_NK))
-        what = f"tokens of MoE layer {layer}"
-        if self._capacity * rows.shape[1] <= _PADDED_BYTES:
-            pending, arriving = self._send_padded(rows, targets, hit_WT, what)
+        size, what = self._collectives.size, f"tokens of MoE layer {layer}"
+        counting = self._capacity * rows.shape[1] > _PADDED_BYTES
+        if counting:
+            counts_W = hit_WT.sum(1)
+            sent, arriving = counts_W.tolist(), []
+            counts = torch.from_numpy(counts_W)
+            pending = self._collectives.all_to_all(counts, None, None, f"the number of {what}")
         else:
-            pending, arriving = self._send_counted(rows, hit_WT.sum(1), what)
-        exchange = _Exchange(pending, ranks_TK, x_TD.shape[1], x_TD.dtype, arriving, [])
-        return Handle(weights_TK, layer, exchange)
+            sent, arriving = [], [self._capacity] * size
+            pending = self._collectives.all_to_all(self._padded(rows, targets, hit_WT), None, None, what)
+        exchange = _Exchange(pending, ranks_TK, rows, sent, arriving, x_TD.shape[1], x_TD.dtype, [])
+        return Handle(weights_TK, layer, exchange, counting)
+
+    def forward(self, handle: Handle) -> None:
+        exchange, what = handle.state, f"tokens of MoE layer {handle.layer}"
+        assert isinstance(exchange, _Exchange)
+        exchange.arriving = self._collectives.wait(exchange.pending).tolist()
+        exchange.pending = self._collectives.all_to_all(exchange.rows, exchange.sent, exchange.arriving, what)
 
     def receive(self, handle: Handle) -> Received:
         exchange = handle.state
@@ -81,37 +95,31 @@ class AllToAllExchange:
         x_ND, slots_NK = unpack(self._collectives.wait(exchange.pending), exchange.hidden, exchange.dtype)
         slots = slots_NK.numpy()
         rows, choices = np.nonzero(slots >= 0)
-        starts = np.cumsum([0, *exchange.rows_per_rank])
+        starts = np.cumsum([0, *exchange.arriving])
         exchange.received = np.diff(np.searchsorted(rows, starts)).tolist()
         return Received(x_ND, torch.from_numpy(rows), torch.from_numpy(slots[rows, choices].astype(np.int64)))
 
-    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
+    def send_back(self, y_MD: Tensor, handle: Handle) -> None:
+        exchange = handle.state
+        assert isinstance(exchange, _Exchange)
+        expected = np.bincount(exchange.ranks_TK.ravel(), minlength=self._collectives.size).tolist()
+        what = f"expert outputs of MoE layer {handle.layer}"
+        exchange.pending = self._collectives.all_to_all(y_MD, exchange.received, expected, what)
+
+    def combine(self, handle: Handle) -> Tensor:
         exchange = handle.state
         assert isinstance(exchange, _Exchange)
         ranks = exchange.ranks_TK.ravel()
-        expected = np.bincount(ranks, minlength=self._collectives.size).tolist()
-        what = f"expert outputs of MoE layer {handle.layer}"
-        y_PD = self._collectives.wait(self._collectives.all_to_all(y_MD, exchange.received, expected, what))
+        y_PD = self._collectives.wait(exchange.pending)
         # Pairs come back rank by rank, within a rank in the order of (token, choice).
         place = np.empty(len(ranks), np.int64)
         place[np.argsort(ranks, kind="stable")] = np.arange(len(ranks))
         y_PD = y_PD[torch.from_numpy(place)]
         return self._weighted_sum(y_PD.view(*exchange.ranks_TK.shape, exchange.hidden), handle.weights_TK)
 
-    def _send_padded(
-        self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_], what: str
-    ) -> tuple[Pending, list[int]]:
-        """Sends ``capacity`` rows to every rank; padding has no slots."""
-        size = self._collectives.size
-        padded = rows.new_full((size * self._capacity, rows.shape[1]), 0xFF)  # the bits of EMPTY
+    def _padded(self, rows: Tensor, targets: NDArray[np.int64], hit_WT: NDArray[np.bool_]) -> Tensor:
+        """``capacity`` rows for every rank; padding has no slots."""
+        padded = rows.new_full((self._collectives.size * self._capacity, rows.shape[1]), 0xFF)  # EMPTY's bits
         firsts = np.cumsum(hit_WT.sum(1)) - hit_WT.sum(1)
         padded[torch.from_numpy(targets * self._capacity + np.arange(len(targets)) - firsts[targets])] = rows
-        return self._collectives.all_to_all(padded, None, None, what), [self._capacity] * size
-
-    def _send_counted(
-        self, rows: Tensor, counts_W: NDArray[np.int64], what: str
-    ) -> tuple[Pending, list[int]]:
-        """Sends only the rows of each rank, and their number beforehand."""
-        counts = self._collectives.all_to_all(torch.from_numpy(counts_W), None, None, "the number of " + what)
-        arriving: list[int] = self._collectives.wait(counts).tolist()
-        return self._collectives.all_to_all(rows, counts_W.tolist(), arriving, what), arriving
+        return padded

@@ -23,13 +23,14 @@ from .dispatcher import Received, RoutedExperts, zero_counts
 
 @dataclass(frozen=True)
 class Handle:
-    """An exchange under way, as ``receive`` and ``combine`` need it. ``state`` belongs to the
-    exchange.
+    """An exchange under way, as its later steps need it. ``state`` belongs to the exchange.
+    ``counting``: the numbers of tokens travel first, and ``forward`` has to follow.
     """
 
     weights_TK: Tensor
     layer: int
     state: Any = None
+    counting: bool = False
 
 
 class Exchange(Protocol):
@@ -48,25 +49,44 @@ class Exchange(Protocol):
         """
         ...
 
+    def forward(self, handle: Handle) -> None:
+        """Waits for the numbers of tokens, and starts sending the tokens themselves."""
+        ...
+
     def receive(self, handle: Handle) -> Received:
         """Waits for the tokens of other ranks."""
         ...
 
-    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
-        """Returns [T, D]: the experts' outputs y_MD (unweighted, in the order of ``Received``) on
-        their own ranks again, weighted and summed in float32 in the order of k.
+    def send_back(self, y_MD: Tensor, handle: Handle) -> None:
+        """Starts sending the experts' outputs y_MD (unweighted, in the order of ``Received``) to
+        the ranks of their tokens.
+        """
+        ...
+
+    def combine(self, handle: Handle) -> Tensor:
+        """Waits for the outputs. Returns [T, D], weighted and summed in float32 in the order of
+        k.
         """
         ...
 
 
 class ExchangeDispatcher:
-    """Runs the experts of a layer between the two ways of an exchange."""
+    """Runs the experts of a layer between the two ways of an exchange. ``give_turn`` is called
+    before each wait: meanwhile another microbatch may compute.
+    """
 
-    def __init__(self, exchange: Exchange, device: torch.device, clock: PhaseClock | None = None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        device: torch.device,
+        clock: PhaseClock | None = None,
+        give_turn: Callable[[], None] = lambda: None,
+    ) -> None:
         self.placement = exchange.placement
         self.counts_LS = zero_counts(self.placement, device)
         self.clock = clock_for(device) if clock is None else clock
         self._exchange = exchange
+        self._give_turn = give_turn
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         self.clock.begin_step()
@@ -75,17 +95,27 @@ class ExchangeDispatcher:
     def run(
         self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        exchange, clock = self._exchange, self.clock
+        exchange, clock, give_turn = self._exchange, self.clock, self._give_turn
         x_TD, normed_TD, ids_TK, weights_TK = routed.choose(residual)
         clock.mark()
         handle = exchange.dispatch(normed_TD, ids_TK, weights_TK, layer)
         clock.lap(DISPATCH)
+        if handle.counting:
+            give_turn()
+            clock.mark()
+            exchange.forward(handle)
+            clock.lap(DISPATCH)
         shared_TD = shared(normed_TD)
+        give_turn()
         clock.mark()
         received = exchange.receive(handle)
         clock.lap(DISPATCH)
         y_MD = routed.compute(received, self.counts_LS[layer])
         clock.lap(EXPERT)
-        routed_TD = exchange.combine(y_MD, handle)
+        exchange.send_back(y_MD, handle)
+        clock.lap(COMBINE)
+        give_turn()
+        clock.mark()
+        routed_TD = exchange.combine(handle)
         clock.lap(COMBINE)
         return x_TD, routed_TD, shared_TD

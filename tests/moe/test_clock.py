@@ -22,7 +22,7 @@ ALONE = Collectives("alone", 0, 1, None, 1.0, CPU)
 
 class Layer:
     """A layer with its exchange, on a clock that the test moves: 1 s to dispatch, 2 to receive, 4
-    for experts, 5 to combine; 100 for shared experts, 1000 for attention.
+    for experts, 1 to send back, 4 to combine; 100 for shared experts, 1000 for attention.
     """
 
     def __init__(self) -> None:
@@ -65,9 +65,13 @@ class Slow(AllToAllExchange):
         self.layer.now += 2
         return super().receive(handle)
 
-    def combine(self, y_MD: Tensor, handle: Handle) -> Tensor:
-        self.layer.now += 5
-        return super().combine(y_MD, handle)
+    def send_back(self, y_MD: Tensor, handle: Handle) -> None:
+        self.layer.now += 1
+        super().send_back(y_MD, handle)
+
+    def combine(self, handle: Handle) -> Tensor:
+        self.layer.now += 4
+        return super().combine(handle)
 
 
 def test_the_host_clock_splits_a_layer() -> None:

@@ -14,7 +14,7 @@ NUM_STEPS = 100  # enough for what is planned below
 
 
 def continue_prompts(
-    collectives: Collectives, paths: dict[str, Path], dispatch: str
+    collectives: Collectives, paths: dict[str, Path], dispatch: str, microbatches: int = 1
 ) -> dict[str, list[list[int]]]:
     """The tokens of this rank's share of every family's prompts; ``paths`` are the families'
     checkpoints. Half of the prompts start whole in the first step, the others one by one in chunks,
@@ -32,12 +32,14 @@ def continue_prompts(
             else []
         )
         executor = build_executor(path, collectives, dispatch)
-        found[family] = Driver(executor, _alternating(mine), _capacity).run(NUM_STEPS)
+        found[family] = Driver(executor, _alternating(mine), _capacity, microbatches=microbatches).run(
+            NUM_STEPS
+        )
     return found
 
 
 def continue_split(
-    collectives: Collectives, paths: dict[str, Path], tensor: int
+    collectives: Collectives, paths: dict[str, Path], tensor: int, microbatches: int = 1
 ) -> dict[str, list[list[int]]]:
     """As ``continue_prompts`` where every ``tensor`` neighbouring ranks split layers and have the
     same prompts. Ranks that do not sample have -1 for every token.
@@ -49,7 +51,8 @@ def continue_split(
     for family, path in paths.items():
         prompts = [entry.prompt for entry in load_prompts(family)[data::holders]]
         executor = build_executor(path, collectives, "all_gather", tensor=group)
-        found[family] = Driver(executor, _alternating(prompts), _capacity).run(NUM_STEPS)
+        driver = Driver(executor, _alternating(prompts), _capacity, microbatches=microbatches)
+        found[family] = driver.run(NUM_STEPS)
     return found
 
 

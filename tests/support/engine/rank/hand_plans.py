@@ -18,13 +18,15 @@ from lockstep.engine.models.weights import load_weights
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import StepResult
-from lockstep.engine.rank.executor import Executor, Parts
+from lockstep.engine.rank.executor import Executor
 from lockstep.engine.rank.page_pool import KVPool
+from lockstep.engine.rank.parts import Parts
 from lockstep.engine.rank.warm_up import Pages, warm_up
 from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
 from lockstep.parallel.collectives import Collectives, RankGroups
+from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.tensor import UNSPLIT, TensorGroup
@@ -54,7 +56,8 @@ def build_executor(
     split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor)
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
-    dispatcher = dispatcher_of(dispatch, placement, collectives)
+    turns = Turns()
+    dispatcher = dispatcher_of(dispatch, placement, collectives, turns)
     stage = whole_model(config.num_layers, config.moe_layers)
     part = ModelPart(stage, split)
     model = build_model(config, dispatcher, torch.float32, device, column, part=part)
@@ -77,6 +80,7 @@ def build_executor(
         groups=RankGroups(collectives, tensor),
         split=split,
         links=PipelineLinks(alone, stage, device),
+        turns=turns,
         samples=tensor.index == 0,
         pool=pool,
         device=device,
@@ -118,12 +122,14 @@ class Driver:
         requests: Sequence[Request],
         capacity: Callable[[int], int] = lambda step: 512,
         seed: int = 0,
+        microbatches: int = 1,
     ) -> None:
         self.executor = executor
         self.requests = list(requests)
         self.results: list[StepResult] = []
         self.plans: list[StepPlan] = []
         self._capacity = capacity
+        self._microbatches = microbatches
         self._slots = np.random.default_rng(seed).permutation(NUM_SLOTS).tolist()
         self._pages = np.random.default_rng(seed).permutation(NUM_PAGES).tolist()
         self._free: list[int] = []
@@ -145,7 +151,8 @@ class Driver:
     def step(self, step: int) -> StepResult:
         """One step: everything that is due joins it."""
         section, sampling = self._section(step)
-        header = Header(0, 0, step, step - 1, Mode.MIXED, self._capacity(step), checksum=True, counts=True)
+        shape = Mode.MIXED, self._capacity(step), self._microbatches
+        header = Header(0, 0, step, step - 1, *shape, checksum=True, counts=True)
         plan = StepPlan(header, section)
         result = self.executor.execute(plan)
         tokens = np.frombuffer(result.tokens_i32, np.int32).tolist()

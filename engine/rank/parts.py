@@ -1,0 +1,40 @@
+"""The parts that a rank executes its plans with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...moe.dispatch.dispatcher import Dispatcher
+from ...parallel.collectives import RankGroups
+from ...parallel.microbatches import Turns
+from ...parallel.pipeline import PipelineLinks
+from ...parallel.tensor import TensorSplit
+from ..models.decoder import Model
+from .grammars import Grammars
+from .page_pool import KVPool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the groups.
+
+    ``split``: how the model's layers are. ``links``: to the other stages. ``turns``: those that the
+    dispatcher gives away. ``samples``: whether this rank draws the tokens of its tensor group; the
+    others take them over. ``expert_bytes`` are the weights of one expert of one layer. ``grammars``
+    None: no request may have one, or another rank samples.
+    """
+
+    rank: int
+    model: Model
+    dispatcher: Dispatcher
+    groups: RankGroups
+    split: TensorSplit
+    links: PipelineLinks
+    turns: Turns
+    samples: bool
+    pool: KVPool
+    device: torch.device
+    expert_bytes: int = 0
+    grammars: Grammars | None = None
