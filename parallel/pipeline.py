@@ -34,6 +34,11 @@ class PipelineLinks:
         # Transports read a message after it was sent; this many steps may be on their way.
         self._sent: deque[Pending] = deque(maxlen=4 * collectives.size)
 
+    @property
+    def waited(self) -> float:
+        """Seconds spent in waits for other stages."""
+        return self._collectives.waited
+
     def receive(self, step: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """hidden_TD of the stage before. Raises CollectiveError."""
         room = torch.empty(num_tokens, hidden, dtype=dtype, device=self._device)

@@ -17,7 +17,7 @@ from ..planner.group import Group
 from ..planner.group_plan import GroupPlan
 from ..protocol.arrays import Int64
 from ..protocol.bulk import RankHello
-from ..protocol.cluster_state import ClusterState, RankState
+from ..protocol.cluster_state import ClusterState, OverlapChoice, RankState
 from ..protocol.results import StepResult
 from .step_totals import StepTotals
 
@@ -157,6 +157,11 @@ class ClusterStatus:
             totals=self._totals.pack(),
             placement_i32=self._placement_i32,
             degraded=self.degraded,
+            overlap=group.overlap.mode,
+            overlap_choices=tuple(
+                OverlapChoice(capacity, choice.microbatches, choice.waits, choice.ratio)
+                for capacity, choice in sorted(group.overlap.choices.items())
+            ),
         )
 
     def _rank(self, hello: RankHello, condition: str, running_D: Int64) -> RankState:

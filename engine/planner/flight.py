@@ -33,7 +33,9 @@ class Flight:
     rows [n]: the rows that sample, in result order, data-major; data index d owns
     rows[offsets[d]:offsets[d + 1]]. decode [n]: whether the row decodes (its length grows by what
     it emits). tokens, kv and context [D] are the cost model's features. prompts [m]: the rows whose
-    prompts advance, data-major, in the order of each section's ``extend``.
+    prompts advance, data-major, in the order of each section's ``extend``. The rest is read by
+    ``Overlap``: ``unheard`` ranks owe their results; of the others, the longest seconds and the
+    smallest share of them that was waited.
     """
 
     step: int
@@ -45,6 +47,11 @@ class Flight:
     context: Int64
     prompts: Int64
     check: Check | None = None
+    capacity: int = 0
+    microbatches: int = 1
+    unheard: int = 0
+    seconds: float = 0.0
+    waits: float = 1.0
 
     def span(self, data: int) -> slice:
         """The part of ``rows`` that ``data`` owns."""

@@ -11,6 +11,7 @@ from ..kv.manager import KVManager
 from ..protocol.arrays import Int64
 from .cost_model import CostModel
 from .draining import Draining
+from .overlap import Overlap
 from .prefill_queues import PrefillQueues
 from .preloads import Preloads
 from .publishing import Publishing
@@ -53,6 +54,7 @@ class Group:
         self.rows = RowTable(mesh.data, spec.max_running, max_pages, mesh.num_cohorts)
         self.log = TokenLog(mesh.data * spec.max_running)
         self.cost = CostModel(early=spec.step_time_limit > 0)
+        self.overlap = Overlap(spec.overlap, exchanges=mesh.experts > 1)
         self.open: dict[tuple[int, int], Request] = {}
         self.queue = WaitingQueue()
         self.prefilling = PrefillQueues(self.rows)

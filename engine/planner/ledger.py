@@ -269,6 +269,9 @@ class Ledger:
     def _observe(self, flight: Flight, results: list[StepResult]) -> None:
         """Tells the cost model the slowest section among these results."""
         group = self._group
+        if group.overlap.mode == "auto":
+            longest = float(flight.tokens.max()), float(flight.kv.max()), float(flight.context.max())
+            group.overlap.observe(flight, results, group.cost.seconds(*longest))
         slowest = max(results, key=lambda result: result.seconds - result.waited)
         seconds = slowest.seconds - slowest.waited
         if seconds > 0:

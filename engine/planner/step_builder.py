@@ -54,7 +54,10 @@ class StepBuilder:
         chunks = self._prefill.advance(cohort, load)
         tokens = load.rows if chunks is None else load.rows + self._add_up(chunks.data, chunks.counts)
         sections = self._sections.build(changes, chunks, tokens)
+        capacity = max((section.bucket for section in sections.values()), default=0)
         flight = self._freeze(decoding, load, chunks, tokens)
+        flight.capacity, flight.microbatches = capacity, group.overlap.microbatches(capacity)
+        flight.unheard = len(sections) * group.mesh.world // group.mesh.data
         self._retire_at_limit(flight, decoding, chunks)
         header = Header(
             group=group.index,
@@ -62,7 +65,8 @@ class StepBuilder:
             step=flight.step,
             predecessor=group.steps.predecessor,
             mode=Mode.DECODE if chunks is None else Mode.MIXED,
-            capacity=max((section.bucket for section in sections.values()), default=0),
+            capacity=capacity,
+            microbatches=flight.microbatches,
             cohort=cohort,
             checksum=flight.check is not None,
             counts=flight.step % _REPORT_EVERY == _REPORT_EVERY - 1,

@@ -49,6 +49,17 @@ class Totals(Message, frozen=True):
     balancedness_f64: bytes = b""
 
 
+class OverlapChoice(Message, frozen=True):
+    """The choice of ``overlap: auto`` for steps of one dispatch capacity. ``waits``: share of a
+    step waited for tokens; ``ratio``: time with overlap in that without; None: not measured.
+    """
+
+    capacity: int
+    microbatches: int
+    waits: float | None
+    ratio: float | None
+
+
 class ClusterState(Message, tag="state", frozen=True):
     """The state of the cluster, sent to every frontend twice a second and whenever ``phase``
     changes.
@@ -58,6 +69,7 @@ class ClusterState(Message, tag="state", frozen=True):
     Counters count since the controller started. ``expert_i64`` is the expert load [layer, expert]
     of the last report. ``number`` orders states. ``placement_i32`` is ``Placement.ranges``: the
     experts of each rank. ``degraded`` names what is missing while the cluster serves all the same.
+    ``overlap`` is off | on | auto.
     """
 
     phase: str
@@ -85,6 +97,8 @@ class ClusterState(Message, tag="state", frozen=True):
     totals: Totals = Totals()
     placement_i32: bytes = b""
     degraded: str = ""
+    overlap: str = "off"
+    overlap_choices: tuple[OverlapChoice, ...] = ()
 
 
 class Report(Message, frozen=True):

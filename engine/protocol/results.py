@@ -46,7 +46,8 @@ class StepResult(Message, tag="result", frozen=True):
 
     ``tokens_i32`` are ragged over the rows that sample, ``counts_u8`` the tokens per row (empty:
     one each). ``ended_i32`` are the rows whose last token is one of their stop ids. ``seconds`` is
-    the time of the step on the rank, ``waited`` the part of it spent waiting in collectives.
+    the time of the step on the rank, ``waited`` the part of it spent waiting in collectives,
+    ``stalled`` the part of that for other pipeline stages.
     ``expert_i64`` are token counts [layer, own slot] and ``phases_f32`` the seconds in each of
     ``moe.phases``, both over all steps since a header last asked for them; otherwise empty.
     """
@@ -68,6 +69,7 @@ class StepResult(Message, tag="result", frozen=True):
     phases_f32: bytes = b""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     errors: tuple[RowError, ...] = ()
+    stalled: float = 0.0
 
 
 class Refused(Message, tag="refused", frozen=True):

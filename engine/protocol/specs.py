@@ -22,8 +22,8 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``inter_token_target``: seconds of a step that prompts may cause while others decode. Prompts
     get at least ``prompt_share`` of the time where decoding alone takes longer. No prompt makes a
-    step longer than ``step_time_limit`` seconds; 0: no limit, and costs are fitted late. Recordings
-    made before these two existed have their defaults.
+    step longer than ``step_time_limit`` seconds; 0: no limit, and costs are fitted late.
+    ``overlap``: off | on | auto. Recordings made before these three existed have their defaults.
     """
 
     max_batch_tokens: int = 8192
@@ -36,6 +36,7 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     pacing: bool = True
     prompt_share: float = 0.0
     step_time_limit: float = 0.0
+    overlap: str = "off"
 
 
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):

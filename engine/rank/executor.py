@@ -150,6 +150,7 @@ class Executor:
     @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> StepResult:
         start, waited = time.perf_counter(), self._parts.groups.waited
+        stalled = self._parts.links.waited
         header, section = plan.header, plan.section
         self._take_expected(header, section)
         self._apply(header, section)
@@ -188,6 +189,7 @@ class Executor:
             seconds=time.perf_counter() - start,
             prompt_logprobs=scores if self._parts.samples else (),
             errors=sampled.errors,
+            stalled=self._parts.links.waited - stalled,
         )
 
     # ----------------------------------------------------------------- state

@@ -207,7 +207,8 @@ class Recipe(RecipeSection):
     parallel: ParallelSection = ParallelSection()
     experts: ExpertsSection = ExpertsSection()
     overlap: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
-        default="auto", description="compute one microbatch while another exchanges tokens"
+        default="auto",
+        description="compute one microbatch while another exchanges tokens; auto: where measured to pay",
     )
     kv_cache: KvCacheSection = KvCacheSection()
     scheduler: SchedulerSection = SchedulerSection()
@@ -279,6 +280,10 @@ def contradictions(recipe: Recipe) -> list[str]:
             "use auto, all_gather or all_to_all",
         ),
         (
+            recipe.overlap == "on" and recipe.world == recipe.parallel.pipeline,
+            "overlap = on: a stage has one rank, which exchanges no tokens; use auto or off",
+        ),
+        (
             keys.admin_key is not None and keys.admin_key in keys.api_keys,
             "frontend.admin_key: is also in frontend.api_keys; every user would be an administrator",
         ),
@@ -299,7 +304,6 @@ def not_yet(recipe: Recipe) -> list[str]:
             "experts.dispatch = all_to_all with cluster.device = cuda",
             "auto or all_gather",
         ),
-        (recipe.overlap == "on", "overlap = on", "auto or off"),
         (recipe.kv_cache.host_memory > 0, f"kv_cache.host_memory = {recipe.kv_cache.host_memory}", "0"),
         (recipe.deterministic, "deterministic = true", "false"),
     )

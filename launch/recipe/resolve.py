@@ -115,4 +115,5 @@ def scheduler_spec(recipe: Recipe) -> SchedulerSpec:
         checksum_every=recipe.scheduler.checksum_every,
         prompt_share=PROMPT_SHARE,
         step_time_limit=recipe.scheduler.step_time_limit,
+        overlap=recipe.overlap,
     )

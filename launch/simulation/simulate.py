@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from msgspec import structs
 
 from ...engine.planner.settings import Settings
 from ...engine.simulation.simulation import Arrival, Simulation
@@ -36,12 +37,14 @@ StopAfter = Callable[[Progress], bool]
 
 
 def settings_of(plan: CapacityPlan, recipe: Recipe) -> Settings:
-    """The planner's settings, with the page pools and longest context of the capacity plan."""
+    """The planner's settings, with the page pools and longest context of the capacity plan.
+    Modelled steps overlap exchange and computation already, so no step needs microbatches.
+    """
     setup = plan.setup
     pages = plan.kv_tokens_per_rank // setup.page_size
     return Settings(
         setup.mesh,
-        scheduler_spec(recipe),
+        structs.replace(scheduler_spec(recipe), overlap="off"),
         [pages] * setup.mesh.data,
         setup.page_size,
         plan.longest_context,

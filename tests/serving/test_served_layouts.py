@@ -1,6 +1,6 @@
 """Every layout gives the tokens of transformers through the front door, greedy and seeded, with
 prefixes that are cached, prompts in chunks, preemption, log-probabilities of prompts, and a rank
-that is killed in the middle.
+that is killed in the middle; some also where every step is computed as two microbatches.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ NUM_OUTPUT = 64
 # Ranks, tensor, pipeline; the rest is data.
 LAYOUTS = [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
 
+OVERLAPPED = [(2, 2, 1), (2, 1, 1), (4, 2, 1), (4, 1, 2)]
+CASES = [(layout, "auto") for layout in LAYOUTS] + [(layout, "on") for layout in OVERLAPPED]
+
 
 def name(layout: tuple[int, int, int]) -> str:
     ranks, tensor, pipeline = layout
     return f"pipeline{pipeline}xdata{ranks // tensor // pipeline}xtensor{tensor}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+@pytest.mark.parametrize(
+    ("layout", "overlap"), CASES, ids=[f"{name(layout)}-{overlap}" for layout, overlap in CASES]
+)
 def test_tokens_are_those_of_transformers(
-    layout: tuple[int, int, int], oracle: Oracle, tmp_path: Path
+    layout: tuple[int, int, int], overlap: str, oracle: Oracle, tmp_path: Path
 ) -> None:
     """24 requests of 6 to 9 pages for 40 pages per data index; every third prompt begins as another
     does. Then the same again while the last rank is killed.
@@ -48,6 +53,7 @@ def test_tokens_are_those_of_transformers(
         "scheduler.max_batch_tokens=80",
         "scheduler.max_running=32",
         "scheduler.checksum_every=1",
+        f"overlap={overlap}",
     )
     dice = random.Random(11)
     with serve(tmp_path / "run", *overrides) as served:
@@ -63,6 +69,10 @@ def test_tokens_are_those_of_transformers(
         values = score.document["choices"][0]["logprobs"]["token_logprobs"]
         certain = oracle.score(known[0].body["prompt"])
         assert values[1 : len(certain) + 1] == pytest.approx(certain, abs=1e-3)
+
+        shown, [overlapped] = served.cluster()["overlap"], served.counted("overlapped_steps")
+        assert shown["mode"] == ("off" if ranks == pipeline else overlap)
+        assert overlap == "auto" or overlapped > 40, f"{overlapped:g} overlapped steps"
 
         epoch, [counted] = served.cluster()["epoch"], served.counted("generation_tokens")
         answers: list[Answer] = []

@@ -8,7 +8,7 @@ from typing import Any
 from ...protocol.cluster_state import ClusterState
 
 # Loads and placement get a form that can be read; totals are for /metrics.
-_RESHAPED = ("expert_i64", "expert_layers", "placement_i32", "ranks", "totals")
+_RESHAPED = ("expert_i64", "expert_layers", "placement_i32", "ranks", "totals", "overlap", "overlap_choices")
 
 
 def describe_cluster(cluster: ClusterState) -> dict[str, Any]:
@@ -17,6 +17,15 @@ def describe_cluster(cluster: ClusterState) -> dict[str, Any]:
     shown["ranks"] = [
         {name: getattr(rank, name) for name in rank.__struct_fields__} for rank in cluster.ranks
     ]
+    shown["overlap"] = {
+        "mode": cluster.overlap,
+        "steps": cluster.totals.overlapped,
+        "last_step": cluster.totals.overlap,
+        "choices": [
+            {name: getattr(choice, name) for name in choice.__struct_fields__}
+            for choice in cluster.overlap_choices
+        ],
+    }
     shown["expert_load"] = _loads(cluster)
     shown["placement"] = _placement(cluster)
     return shown

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from lockstep.engine.frontend import controller_link as client
-from lockstep.engine.protocol.cluster_state import RankState
+from lockstep.engine.protocol.cluster_state import OverlapChoice, RankState
 from lockstep.engine.protocol.frontends import Rejected, Submit
 from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import RunningFrontend, wait_until
@@ -243,15 +243,21 @@ def test_keys(model: Path) -> None:
             "packed bytes tell a reader nothing"
         )
         assert state["placement"] == []
+        assert state["overlap"] == {"mode": "off", "steps": 0, "last_step": False, "choices": []}
         ranks = tuple(RankState(rank, "here", 1, "serving", 0, 0, 0, 9, 0.0, 0.0) for rank in range(2))
         lines = array("i", [0, 1, 0, 0, 3, 0, 1, 1, 4, 7, 2, 2, 0, 1, 1, 2, 2, 0, 5, 7]).tobytes()
-        frontend.engine.set_state(ranks=ranks, placement_i32=lines)
+        choices = (OverlapChoice(16, 2, 0.25, 0.9),)
+        frontend.engine.set_state(ranks=ranks, placement_i32=lines, overlap="auto", overlap_choices=choices)
         wait_until(
             lambda: http.get("/admin/cluster", headers=admin).json()["placement"], "the placement to be told"
         )
         assert http.get("/admin/cluster", headers=admin).json()["placement"] == [
             {"layers": [0, 1], "experts": [[[0, 3]], [[4, 7]]]},
             {"layers": [2, 2], "experts": [[[1, 1], [5, 7]], []]},
+        ]
+        overlap = http.get("/admin/cluster", headers=admin).json()["overlap"]
+        assert overlap["mode"] == "auto" and overlap["choices"] == [
+            {"capacity": 16, "microbatches": 2, "waits": 0.25, "ratio": 0.9}
         ]
         for wrong in ({"deadline": -1}, {"dead_line": 7}, []):
             assert http.post("/admin/drain", headers=admin, json=wrong).status_code == 400

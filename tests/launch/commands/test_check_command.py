@@ -59,7 +59,13 @@ def test_errors_are_1_in_json_too(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = run(
-            tmp_path, "check", *LOCAL, f"frontend.port={port}", f"model.path={model}", "overlap=on", "--json"
+            tmp_path,
+            "check",
+            *LOCAL,
+            f"frontend.port={port}",
+            f"model.path={model}",
+            "deterministic=true",
+            "--json",
         )
     assert result.returncode == 1
     answer = json.loads(result.stdout)
@@ -69,7 +75,7 @@ def test_errors_are_1_in_json_too(tmp_path: Path) -> None:
     assert f"{shard}: truncated" in errors["model"]["text"]
     assert errors["model"]["where"] == socket.gethostname()
     assert f"frontend.port = {port}: cannot be listened on: Address already in use" in errors["port"]["text"]
-    assert "overlap = on" in errors["recipe"]["text"]
+    assert "deterministic = true" in errors["recipe"]["text"]
     assert all(finding["todo"] for finding in errors.values() if finding["subject"] != "recipe")
 
 

@@ -85,7 +85,7 @@ def test_wrong_usage_is_2(arguments: list[str], tmp_path: Path) -> None:
         (["pln", "--recipe", "demo"], ["'pln'", "key=value", "did you mean launch plan?"]),
         (["--recipe", "demo", "frontend.prot=3"], ["unknown key", "did you mean frontend.port?"]),
         (["--recipe", "demo", "plan"], ["'plan'", "key=value"]),
-        (["--recipe", "demo", "overlap=on"], ["overlap = on", "does not work yet"]),
+        (["--recipe", "demo", "cluster.ranks_per_node=1", "overlap=on"], ["overlap = on", "one rank"]),
         (["--recipe", "demo", "model.max_len=5000"], ["model.max_len = 5000", "4096 positions"]),
         (["--recipe", "demo", "cluster.ranks_per_node=33"], ["= 33", "32 experts"]),
     ],

@@ -316,6 +316,8 @@ def test_deep_nesting_is_refused() -> None:
             "experts: {dispatch: local}\ncluster: {ranks_per_node: 2}",
             ["experts.dispatch = local", "ranks_per_node 2"],
         ),
+        ("overlap: on\ncluster: {ranks_per_node: 1}", ["overlap = on", "one rank"]),
+        ("overlap: on\ncluster: {ranks_per_node: 2}\nparallel: {pipeline: 2}", ["overlap = on", "one rank"]),
         ("frontend: {api_keys: [k], admin_key: k}", ["frontend.admin_key", "frontend.api_keys"]),
     ],
 )
@@ -333,7 +335,6 @@ def test_memory_below_the_context_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("overlap: on", "overlap = on"),
         ("experts: {redundant: 32}", "experts.redundant = 32"),
         ("experts: {balance: on}", "experts.balance = on"),
         ("kv_cache: {host_memory: 1GiB}", f"kv_cache.host_memory = {2**30}"),

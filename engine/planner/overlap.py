@@ -1,0 +1,118 @@
+"""Decides which steps are computed as two microbatches, so that one computes while tokens of the
+other travel.
+
+``auto`` measures for each dispatch capacity, and decides anew now and then: halves of a step read
+the same weights twice, and that can take longer than the waits that they hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from ..protocol.results import StepResult
+from .flight import Flight
+
+_SAMPLES = 12
+"""OverlapTrial steps, with and without overlap, that a decision takes."""
+
+_RUN = 3
+"""Steps in a row with or without overlap while both are compared: a drift then meets both."""
+
+_HOLD = 1000
+"""Steps of a capacity that a decision lasts."""
+
+_LEAST_WAIT = 0.05
+"""Share of a step, waited for tokens, below which there is nothing to hide."""
+
+_GAIN = 0.98
+"""Time with overlap, in that without, from which overlap pays."""
+
+
+@dataclass
+class OverlapTrial:
+    """The choice for one capacity. ``waits`` is the share of a step that the slowest rank waits for
+    tokens, ``ratio`` the time with overlap in that without; None: not measured.
+    """
+
+    microbatches: int = 1
+    waits: float | None = None
+    ratio: float | None = None
+    _held: int = 0  # steps that the choice still lasts
+    _trying: bool = False
+    _tried: int = 0
+    _shares: list[float] = field(default_factory=list)
+    _times: dict[int, list[float]] = field(default_factory=lambda: {1: [], 2: []})
+
+    def next(self) -> int:
+        """Microbatches of the next step."""
+        if self._held:
+            self._held -= 1
+            return self.microbatches
+        if not self._trying:
+            return 1
+        self._tried += 1
+        return 2 - (self._tried - 1) // _RUN % 2
+
+    def measured(self, microbatches: int, time: float, share: float) -> None:
+        """A step took ``time``, in its predicted seconds."""
+        if self._held:
+            return
+        self._times[microbatches].append(time)
+        if not self._trying:
+            self._shares.append(share)
+            if microbatches == 1 and len(self._times[1]) >= _SAMPLES:
+                self._weigh()
+        elif min(map(len, self._times.values())) >= _SAMPLES:
+            self.ratio = median(self._times[2]) / median(self._times[1])
+            self._decide(2 if self.ratio < _GAIN else 1)
+
+    def _weigh(self) -> None:
+        """Tries overlap where there is something to hide."""
+        self.waits = median(self._shares)
+        self._shares.clear()
+        self._times = {1: [], 2: []}
+        self._trying = self.waits >= _LEAST_WAIT
+        if not self._trying:
+            self._decide(1)
+
+    def _decide(self, microbatches: int) -> None:
+        self.microbatches, self._held = microbatches, _HOLD
+        self._trying, self._tried = False, 0
+        self._times = {1: [], 2: []}
+
+
+class Overlap:
+    """The rule of a group. ``mode`` is off | on | auto; a stage of one rank, ``exchanges`` false,
+    has nothing to overlap with. ``choices`` are those of ``auto``, by capacity.
+    """
+
+    def __init__(self, mode: str, *, exchanges: bool) -> None:
+        self.mode = mode if exchanges else "off"
+        self.choices: dict[int, OverlapTrial] = {}
+
+    def microbatches(self, capacity: int) -> int:
+        """Microbatches of the next step. One token cannot be split."""
+        if self.mode == "off" or capacity < 2:
+            return 1
+        if self.mode == "on":
+            return 2
+        return self.choices.setdefault(capacity, OverlapTrial()).next()
+
+    def observe(self, flight: Flight, results: Sequence[StepResult], predicted: float) -> None:
+        """Takes in results of a step whose slowest section was predicted to take so many seconds.
+        The ranks of a stage take equally long; the one that waits least is the slowest, and what it
+        waits for is the exchange.
+        """
+        if self.mode != "auto" or flight.capacity not in self.choices:
+            return
+        for result in results:
+            seconds = result.seconds - result.stalled
+            flight.seconds = max(flight.seconds, seconds)
+            share = (result.waited - result.stalled) / seconds if seconds > 0 else 0.0
+            flight.waits = min(flight.waits, share)
+        flight.unheard -= len(results)
+        if flight.unheard == 0 and flight.seconds > 0 and predicted > 0:
+            choice = self.choices[flight.capacity]
+            choice.measured(flight.microbatches, flight.seconds / predicted, flight.waits)
