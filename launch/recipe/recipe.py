@@ -162,7 +162,19 @@ class FrontendSection(RecipeSection):
         default="on", description="a line in the frontend's log for each request: id, status, tokens, times"
     )
     tool_parser: Annotated[
-        Literal["auto", "off", "deepseek_v3", "glm4", "hermes", "kimi_k2", "mistral"],
+        Literal[
+            "auto",
+            "off",
+            "deepseek_v3",
+            "deepseek_v31",
+            "glm4",
+            "glm47",
+            "hermes",
+            "kimi_k2",
+            "minimax_m2",
+            "mistral",
+            "qwen3_coder",
+        ],
         BeforeValidator(switch),
     ] = Field(default="auto", description="format of tool calls; auto: by the chat template")
     reasoning_parser: Annotated[Literal["auto", "off", "think", "mistral"], BeforeValidator(switch)] = Field(

@@ -7,42 +7,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .deepseek import DeepSeek
+from .deepseek import DeepSeek, DeepSeekV31
 from .format import ToolFormat, Tools
-from .glm import Glm
+from .glm import Glm, Glm47
 from .hermes import Hermes
 from .kimi import Kimi
+from .minimax import MiniMax
 from .mistral import Mistral
 from .parser import ReplyParser, Tags
+from .qwen_coder import QwenCoder
 from .speech import Speech
 
 AUTO, OFF = "auto", "off"
 TOOL_FORMATS: Mapping[str, type[ToolFormat]] = {
     "deepseek_v3": DeepSeek,
+    "deepseek_v31": DeepSeekV31,
     "glm4": Glm,
+    "glm47": Glm47,
     "hermes": Hermes,
     "kimi_k2": Kimi,
+    "minimax_m2": MiniMax,
     "mistral": Mistral,
+    "qwen3_coder": QwenCoder,
 }
 REASONING_TAGS: Mapping[str, Tags] = {
-    "think": Tags("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM-4.5, Kimi-K2-Thinking
+    "think": Tags("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM, Kimi-K2-Thinking, MiniMax-M2
     "mistral": Tags("[THINK]", "[/THINK]"),
 }
-# Text that only a template of the format contains. GLM's contains the tag of Hermes too, so GLM is
-# tested first.
-_TOOL_SIGNS = (
-    ("deepseek_v3", "<｜tool▁calls▁begin｜>"),
-    ("kimi_k2", "<|tool_calls_section_begin|>"),
-    ("mistral", "[TOOL_CALLS]"),
-    ("glm4", "<arg_key>"),
-    ("hermes", "<tool_call>"),
+# Texts that only a template of the format contains all of. The first format that fits is taken:
+# GLM's and Qwen3-Coder's templates contain the tag of Hermes too, and each older form a part of
+# the newer one's.
+_TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
+    ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
+    ("kimi_k2", ("<|tool_calls_section_begin|>",)),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("minimax_m2", ("<minimax:tool_call>",)),
+    ("glm47", ("</arg_key><arg_value>",)),
+    ("glm4", ("<arg_key>",)),
+    ("qwen3_coder", ("<function=", "<parameter=")),
+    ("hermes", ("<tool_call>",)),
 )
-# Qwen3-Coder writes XML between the tags of Hermes, for which there is no parser.
-_NOT_PARSED = ("<function=",)
+# Llama 3 writes JSON behind it, for which there is no parser.
+_NOT_PARSED = "<function="
 _FAMILIES = {
     "deepseek_v3": "deepseek_v3",
     "glm4_moe": "glm4",
+    "glm4_moe_lite": "glm47",
     "kimi_k2": "kimi_k2",
+    "minimax_m2": "minimax_m2",
     "mixtral": "mistral",
     "qwen2_moe": "hermes",
     "qwen3_moe": "hermes",
@@ -123,9 +136,9 @@ def choose(
 
 
 def _tool_format(template: str, model_type: str) -> str:
-    if any(sign in template for sign in _NOT_PARSED):
+    found = next((name for name, signs in _TOOL_SIGNS if all(sign in template for sign in signs)), None)
+    if _NOT_PARSED in template and found in (None, "hermes"):
         return OFF
-    found = next((name for name, sign in _TOOL_SIGNS if sign in template), None)
     return found or _FAMILIES.get(model_type, OFF)
 
 

@@ -33,6 +33,7 @@ class DeepSeek:
     openings: ClassVar[tuple[str, ...]] = (SECTION,)
     markers: ClassVar[tuple[str, ...]] = (SECTION, SECTION_END, CALL, SEPARATOR, CALL_END)
     id_length: ClassVar[int] = 0
+    _bare_only: ClassVar[bool] = False  # forced calls have neither type nor fence
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
@@ -80,7 +81,12 @@ class DeepSeek:
             schema = lark.json(arguments(self._tools, name))
             before = lark.text(f"{name}\n{FENCE}\n")
             after = lark.text(f"\n{FENCE_END}")
-            calls.append(f"{lark.text(TYPE)} {separator} {before} {schema} {after}")
             calls.append(f"{lark.text(name)} {separator} {schema}")
+            if not self._bare_only:
+                calls.append(f"{lark.text(TYPE)} {separator} {before} {schema} {after}")
         call = f"{lark.tag(CALL)} {lark.either(calls)} {lark.tag(CALL_END)}"
         return f"{lark.tag(SECTION)} {repeated(call, line, many)} {lark.tag(SECTION_END)}"
+
+
+class DeepSeekV31(DeepSeek):
+    _bare_only: ClassVar[bool] = True

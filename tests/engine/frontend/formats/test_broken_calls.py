@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.engine.frontend.json_starts import starts_an_object
-from support.engine.frontend.replies import KIMI, NAMES, Said, read, written
+from support.engine.frontend.replies import KIMI, NAMES, VALUE_ENDS, Said, read, written
 
 SECTION = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
 ARRAY = '{"type": "array"}'
@@ -325,3 +325,10 @@ def test_a_function_name_of_any_letters() -> None:
     text = "<tool_call>my tool\n<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
     assert read(text, "glm4", tools={"my tool": {}}).values == [("my tool", {"a": 1})]
     assert read(text, "glm4", tools={"f": {}}).calls == []
+
+
+def test_a_quote_that_nothing_closes_begins_a_text_and_not_a_json_string() -> None:
+    for format, end in VALUE_ENDS.items():
+        text = written(format, "f", {"x": '"open'})
+        assert end in text
+        assert read(text, format, tools={"f": {}}).values == [("f", {"x": '"open'})]

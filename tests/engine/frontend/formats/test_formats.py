@@ -9,7 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner, choose
 from lockstep.engine.frontend.formats.deepseek import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
-from support.engine.frontend.replies import KIMI, NAMES, TOOLS, read, texts, written
+from support.engine.frontend.replies import KIMI, NAMES, TOOLS, VALUE_ENDS, read, texts, written
 
 # ------------------------------------------------------------- one call in every format
 
@@ -125,6 +125,38 @@ def test_glm_takes_the_types_from_the_schema() -> None:
     assert read(text, "glm4").values == [("get_weather", {"city": "12", "days": 12, "note": 'a "b"\n'})]
 
 
+def test_loose_ways_of_writing_calls_of_qwen_coder() -> None:
+    call = "<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>"
+    cases = {
+        call: [{"city": "Rome"}],
+        f"<tool_call>{call}": [{"city": "Rome"}],
+        f"<tool_call>\n{call}\n{call}\n</tool_call>": [{"city": "Rome"}] * 2,
+        f"{call}\n</tool_call>": [{"city": "Rome"}],
+        "<function=get_weather><parameter=city>Rome</parameter></function>": [{"city": "Rome"}],
+        "<function=get_weather></function>": [{}],
+    }
+    for text, arguments in cases.items():
+        said = read(text, "qwen3_coder")
+        assert [value for _, value in said.values] == arguments, text
+        assert (said.content, said.reason) == ("", "tool_calls"), text
+    assert read("use <function= in C++", "qwen3_coder").content == "use <function= in C++"
+
+
+def test_a_value_of_qwen_coder_loses_one_line_break_at_either_end_and_no_more() -> None:
+    text = "<tool_call>\n<function=f>\n<parameter=x>\n\n  a\n\n</parameter>\n</function>\n</tool_call>"
+    assert read(text, "qwen3_coder", tools={"f": {}}).values == [("f", {"x": "\n  a\n"})]
+    schema = {"properties": {"x": {"type": "string"}}}
+    assert read(text, "qwen3_coder", tools={"f": schema}).values == [("f", {"x": "\n  a\n"})]
+
+
+def test_a_section_of_minimax_holds_several_calls() -> None:
+    call = '<invoke name="get_weather">\n<parameter name="city">{}</parameter>\n</invoke>\n'
+    text = f"ok\n<minimax:tool_call>\n{call.format('Rome')}{call.format('7')}</minimax:tool_call>"
+    said = read(text, "minimax_m2")
+    assert said.values == [("get_weather", {"city": "Rome"}), ("get_weather", {"city": "7"})]
+    assert (said.content, said.reason) == ("ok", "tool_calls")
+
+
 # --------------------------------------------------------------------------- reasoning
 
 
@@ -207,7 +239,7 @@ def test_no_letter_is_lost_beside_calls(format: str, before: str, after: str) ->
     sizes=st.lists(st.integers(1, 7), max_size=20),
 )
 def test_any_arguments_survive(format: str, arguments: dict[str, Any], sizes: list[int]) -> None:
-    if format == "glm4" and "</arg_value>" in arguments["city"]:
+    if VALUE_ENDS.get(format, "\0") in arguments["city"]:
         return
     said = read("Let me see. " + written(format, "get_weather", arguments), format, sizes)
     assert said.values == [("get_weather", arguments)]
@@ -223,10 +255,20 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     )
     assert choose("<tool_call> <arg_key>", "qwen3_moe").tools is TOOL_FORMATS["glm4"]
     assert choose("{{ messages }}", "deepseek_v3") == Formats(None, TOOL_FORMATS["deepseek_v3"])
+    assert (
+        choose("<tool_call>{name}\n<arg_key>{key}</arg_key>\n<arg_value>", "").tools is TOOL_FORMATS["glm4"]
+    )
+    assert choose("<tool_call>{name}<arg_key>{key}</arg_key><arg_value>", "").tools is TOOL_FORMATS["glm47"]
+    coder = "<tool_call>\n<function=example>\n<parameter=example>\n"
+    assert choose(coder, "qwen3_moe").tools is TOOL_FORMATS["qwen3_coder"]
+    assert choose("<minimax:tool_call>", "").tools is TOOL_FORMATS["minimax_m2"]
+    fenced = "<｜tool▁calls▁begin｜>function<｜tool▁sep｜>\\n```json"
+    assert choose(fenced, "").tools is TOOL_FORMATS["deepseek_v3"]
+    assert choose("<｜tool▁calls▁begin｜><｜tool▁sep｜>", "").tools is TOOL_FORMATS["deepseek_v31"]
     assert choose("<tool_call><function=", "qwen3_moe").tools is None
     assert choose(None, "llama") == Formats()
     assert choose("<tool_call> </think>", "", "mistral", "off") == Formats(None, TOOL_FORMATS["mistral"])
-    known = "auto, off, deepseek_v3, glm4, hermes, kimi_k2, mistral"
+    known = "auto, off, " + ", ".join(TOOL_FORMATS)
     with pytest.raises(ValueError, match=rf"frontend\.tool_parser = qwen: should be one of {known}"):
         choose(None, "", "qwen")
     known = "auto, off, think, mistral"

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from support.engine.frontend.json_starts import starts_an_object
-from support.engine.frontend.replies import MARKERS, NAMES, Said, read, written
+from support.engine.frontend.replies import MARKERS, NAMES, VALUE_ENDS, Said, read, written
 
 SCHEMAS: list[Any] = [
     {},
@@ -94,7 +94,7 @@ def replies(draw: st.DrawFn) -> tuple[str, str]:
     """
     format = draw(st.sampled_from(NAMES))
     call = written(format, "now", {"a": 1})
-    begun = call[: call.index("1}" if format != "glm4" else "1")]
+    begun = call[: call.index("1" if format in VALUE_ENDS else "1}")]
     own = st.sampled_from([begun, begun, call, call[len(begun) :]])
     fragments = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
     any_piece = st.sampled_from(TAGS) | st.sampled_from(PIECES) | st.just("JUNK")

@@ -19,6 +19,7 @@ from lockstep.engine.frontend.api.schemas import ChatRequest, CompletionRequest
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner
 from lockstep.engine.frontend.grammars.trial import Trial
 from lockstep.engine.frontend.requests.structure import grammar_of
+from support.engine.frontend.replies import VALUE_ENDS, written
 from support.engine.text.byte_vocabulary import END, byte_vocabulary
 
 PARAMETERS = {
@@ -38,13 +39,13 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS}  # type: ignore[attr-defined,index]
-# Strings are free text in the format of GLM, and a random text does not find the tag that ends it.
-GLM_PARAMETERS = {
+# Some formats write strings as free text, and a random text does not find the tag that ends it.
+UNQUOTED_PARAMETERS = {
     **PARAMETERS,
     "properties": {**PARAMETERS["properties"], "city": {"type": "string", "enum": ["Rome"]}},
 }  # type: ignore[dict-item]
-GLM_TOOLS = [
-    {"type": "function", "function": {"name": "get_weather", "parameters": GLM_PARAMETERS}},
+UNQUOTED_TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": UNQUOTED_PARAMETERS}},
     TOOLS[1],
 ]
 NAMED = {"type": "function", "function": {"name": "now"}}
@@ -192,7 +193,7 @@ def test_tags_that_are_tokens_are_written_as_tokens() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_required_calls_are_read_back_as_valid_calls(format: str, seed: int) -> None:
     for fields in ({}, {"parallel_tool_calls": False}):
-        ask = chat(tools=GLM_TOOLS if format == "glm4" else TOOLS, tool_choice="required", **fields)
+        ask = chat(tools=UNQUOTED_TOOLS if format in VALUE_ENDS else TOOLS, tool_choice="required", **fields)
         said = walk(grammar(ask, format), seed, end_share=0.9)
         parser = manner_of(ask, format).parser()
         assert parser is not None
@@ -236,8 +237,12 @@ def test_the_calls_of_the_chat_templates_are_allowed() -> None:
         "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
         f"<|tool_call_argument_begin|>{arguments}<|tool_call_end|><|tool_calls_section_end|>",
         "mistral": f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {arguments}}}]',
-        "glm4": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
-        "<arg_key>tags</arg_key>\n<arg_value>[]</arg_value>\n</tool_call>",
+        "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
+        f"{arguments}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        **{
+            format: written(format, "get_weather", {"city": "Paris", "tags": []})
+            for format in ("glm4", "glm47", "minimax_m2", "qwen3_coder")
+        },
     }.items():
         assert accepts(grammar(ask, format), said), format
 

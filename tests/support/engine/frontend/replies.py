@@ -18,6 +18,13 @@ SCHEMA = {
 }
 TOOLS = {"get_weather": SCHEMA, "now": {}}
 NAMES = tuple(TOOL_FORMATS)
+# The formats that write strings as they are, up to this tag.
+VALUE_ENDS = {
+    "glm4": "</arg_value>",
+    "glm47": "</arg_value>",
+    "minimax_m2": "</parameter>",
+    "qwen3_coder": "</parameter>",
+}
 KIMI = (
     "<|tool_calls_section_begin|><|tool_call_begin|>{}<|tool_call_argument_begin|>{}"
     "<|tool_call_end|><|tool_calls_section_end|>"
@@ -89,15 +96,24 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
         return f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>'
     if format == "deepseek_v3":
         return f"{SECTION}{CALL}function{SEPARATOR}{name}\n```json\n{text}\n```{CALL_END}{SECTION_END}"
+    if format == "deepseek_v31":
+        return f"{SECTION}{CALL}{name}{SEPARATOR}{text}{CALL_END}{SECTION_END}"
     if format == "kimi_k2":
         return KIMI.format(f"functions.{name}:0", text)
     if format == "mistral":
         return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {text}}}]'
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    if format == "qwen3_coder":
+        members = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
+        return f"<tool_call>\n<function={name}>\n{members}</function>\n</tool_call>"
+    if format == "minimax_m2":
+        members = "".join(f'<parameter name="{key}">{text}</parameter>\n' for key, text in texts.items())
+        return f'<minimax:tool_call>\n<invoke name="{name}">\n{members}</invoke>\n</minimax:tool_call>'
+    line = "\n" if format == "glm4" else ""
     members = "".join(
-        f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in texts.items()
+        f"<arg_key>{key}</arg_key>{line}<arg_value>{text}</arg_value>{line}" for key, text in texts.items()
     )
-    return f"<tool_call>{name}\n{members}</tool_call>"
+    return f"<tool_call>{name}{line}{members}</tool_call>"
 
 
 MARKERS = sorted({marker for kind in TOOL_FORMATS.values() for marker in kind.markers})

@@ -1,5 +1,5 @@
-"""Forced calls in the format of GLM follow the schema of their function: random walks of the
-grammar are read back as arguments that a validator accepts.
+"""Forced calls whose arguments stand between tags follow the schema of their function: random
+walks of the grammar are read back as arguments that a validator accepts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.formats.choice import TOOL_FORMATS, Formats, Manner
 from lockstep.engine.frontend.formats.glm import Glm
+from lockstep.engine.frontend.formats.minimax import SECTION, SECTION_END
 from lockstep.engine.frontend.formats.text_patterns import FORMATS, searching
 from lockstep.engine.frontend.grammars.trial import Trial
 from lockstep.engine.frontend.requests.structure import grammar_of
+from support.engine.frontend.replies import VALUE_ENDS
 
 END = 256
 ENDS = frozenset(b'<}]"')
-TAGS = {tag: END + 1 + index for index, tag in enumerate(Glm.markers)}
+ONE_TOKEN = (*Glm.markers, SECTION, SECTION_END)  # tags that the models' tokenizers hold
+TAGS = {tag: END + 1 + index for index, tag in enumerate(ONE_TOKEN)}
+FORMATS_HELD = ("glm4", "minimax_m2", "qwen3_coder")  # glm47 differs from glm4 by line breaks alone
 
 
 class Vocabulary:
@@ -81,6 +85,7 @@ def walk(text: str, seed: int, tokens: bool) -> str:
     chance, matcher, said = random.Random(seed), LLMatcher(vocabulary(), text, log_level=0), bytearray()
     assert not matcher.is_error(), matcher.get_error()
     names = {id: tag for tag, id in TAGS.items()}
+    wish: list[int] = []
     for _ in range(3000):
         mask = matcher.compute_bitmask()
         allowed = [id for id in range(len(Vocabulary.tokens)) if mask[id // 8] >> id % 8 & 1]
@@ -93,6 +98,12 @@ def walk(text: str, seed: int, tokens: bool) -> str:
         id = chance.choice(
             tags if tags and chance.random() < 0.5 else ends if ends and chance.random() < 0.3 else words
         )
+        if not wish and chance.random() < 0.2:  # or a tag of many bytes would never be found
+            wish = list(chance.choice([b"\n</parameter>", b"</parameter>", b'">', b">"]))
+        if wish and wish[0] in allowed:
+            id = wish.pop(0)
+        else:
+            wish = []
         assert matcher.consume_token(id)
         said += names[id].encode() if id in names else bytes([id])
     raise AssertionError(f"no end: {bytes(said[:300])!r}")
@@ -169,10 +180,11 @@ VALUES: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("format", FORMATS_HELD)
 @pytest.mark.parametrize("part", VALUES, ids=json.dumps)
-def test_values_follow_their_schema(part: Any) -> None:
+def test_values_follow_their_schema(part: Any, format: str) -> None:
     for seed in range(6):
-        arguments(one(part, **DEFS), seed)
+        arguments(one(part, **DEFS), seed, format=format)
 
 
 @pytest.mark.parametrize("part", [VALUES[0], VALUES[3], VALUES[4], VALUES[5], VALUES[15]], ids=json.dumps)
@@ -212,17 +224,36 @@ OBJECTS: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("format", FORMATS_HELD)
 @pytest.mark.parametrize("parameters", OBJECTS, ids=json.dumps)
-def test_members_follow_the_schema(parameters: Any) -> None:
+def test_members_follow_the_schema(parameters: Any, format: str) -> None:
     for seed in range(8):
-        arguments(parameters, seed)
+        arguments(parameters, seed, format=format)
 
 
-def test_any_value_may_be_any_text() -> None:
+@pytest.mark.parametrize("format", FORMATS_HELD)
+def test_any_value_may_be_any_text(format: str) -> None:
     for seed in range(4):
-        arguments(one({"description": "anything"}), seed)
-        arguments(one(True), seed)
-        arguments({"type": "object", "required": ["x"]}, seed)
+        arguments(one({"description": "anything"}), seed, format=format)
+        arguments(one(True), seed, format=format)
+        arguments({"type": "object", "required": ["x"]}, seed, format=format)
+
+
+@pytest.mark.parametrize(
+    ("format", "key"), [("glm4", "a</arg_key>"), ("minimax_m2", 'a">'), ("qwen3_coder", "a>b")]
+)
+def test_a_property_whose_name_the_format_cannot_write_is_a_400(format: str, key: str) -> None:
+    with pytest.raises(ApiError, match="the model cannot write a property named"):
+        grammar({"type": "object", "properties": {key: {"type": "string"}}}, format)
+
+
+@pytest.mark.parametrize("format", FORMATS_HELD)
+def test_a_listed_value_that_would_end_too_early_is_not_written(format: str) -> None:
+    end = VALUE_ENDS[format]
+    for seed in range(4):
+        assert arguments(one({"enum": [f"a{end}b", "c"]}), seed, format=format) == {"x": "c"}
+    with pytest.raises(ApiError, match="a property allows no value"):
+        grammar(one({"enum": [f"a{end}b"]}), format)
 
 
 MALFORMED: list[tuple[Any, str]] = [

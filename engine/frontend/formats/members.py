@@ -1,5 +1,5 @@
-"""The grammar of the arguments of a GLM call: the members of an object, in the order of its schema,
-each a key and a value between tags.
+"""The grammar of the arguments of a call between tags: the members of an object, in the order of
+its schema, each a key and a value.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import msgspec
 from .json_schema import followed
 from .lark import Lark
 from .parameters import KINDS, UNIONS, Parameters
+from .tagged_call import Markup
 from .text_patterns import ANY, searching, text_patterns
 
-KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 MAX_ALTERNATIVES = 256
 MAX_DEPTH, MAX_STEPS = 64, 16384  # of references and combinations
 MAX_COUNTED = 64  # members of a schema that bounds their number
@@ -42,14 +42,20 @@ class _Shape:
     most: int | None = None
 
 
-class GlmMembers:
-    """Writes the members that follow ``schema``. Raises ValueError for a schema that cannot be
-    followed. The schema is well-formed.
+class TaggedMembers:
+    """Writes the members that follow ``schema``, which is well-formed; ``line`` is the expression
+    between tags. Raises ValueError for a schema that cannot be followed.
     """
 
-    def __init__(self, lark: Lark, schema: dict[str, Any], line: str) -> None:
+    def __init__(self, lark: Lark, schema: dict[str, Any], markup: Markup, line: str) -> None:
         self._lark = lark
+        self._markup = markup
         self._line = line
+        pad = "\n" if markup.padded else ""
+        self._gap = f"{line} {lark.tag(markup.value)}" if markup.value else lark.text(pad)
+        self._value_end = pad + markup.value_end
+        # A text that holds the end without its line break would be read as ended there.
+        self._ending = [f"{ANY}{_escaped(markup.value_end)}{ANY}"] if pad else []
         self._root = followed(schema)
         self._parameters = Parameters(self._root)
         self._steps = 0
@@ -174,17 +180,19 @@ class GlmMembers:
         """Any one member that is not listed; empty if there may be none."""
         listed = [searching(f"^{_escaped(key)}$") for key in shape.parts]
         written = [
-            self._member(self._lark.matching([_NAME, *patterns], KEY_END, unlike=listed), part)
+            self._member(self._lark.matching([_NAME, *patterns], self._markup.key_end, unlike=listed), part)
             for patterns, part in shape.others
         ]
         return self._lark.named(self._lark.either(written)) if written else ""
 
     def _text(self, key: str) -> str:
-        return f"{self._lark.text(key)} {self._lark.tag(KEY_END)}"
+        key_end = self._markup.key_end
+        if key_end in key:
+            raise ValueError(f"the model cannot write a property named {key!r}: it holds {key_end}")
+        return f"{self._lark.text(key)} {self._lark.tag(key_end)}"
 
     def _member(self, key: str, part: Any) -> str:
-        lark, line = self._lark, self._line
-        return f"({lark.tag(KEY)} {key} {line} {lark.tag(VALUE)} {self._value(part)} {line})"
+        return f"({self._lark.tag(self._markup.key)} {key} {self._gap} {self._value(part)} {self._line})"
 
     # ------------------------------------------------------------------ values
 
@@ -192,11 +200,11 @@ class GlmMembers:
         """A value and the tag that ends it."""
         alternatives = self._alternatives(part, ())
         if all(set(each) <= _NOTES for all_of in alternatives for each in all_of) and alternatives:
-            return self._lark.until(VALUE_END)
+            return self._free_text([])
         kinds = frozenset[str]().union(*map(self._kinds, alternatives))
         if not kinds:
             raise ValueError("a property allows no value")
-        end = self._lark.tag(VALUE_END)
+        end = self._lark.tag(self._value_end)
         if "string" not in kinds:
             return f"{self._json(part)} {end}"
         listed = [self._listed(each) for each in alternatives]
@@ -207,7 +215,8 @@ class GlmMembers:
         written: list[str] = []
         for each, values in zip(alternatives, listed, strict=True):
             if values is not None:
-                written += [f"{self._lark.text(_as_text(value))} {end}" for value in values]
+                texts = [_as_text(value) for value in values]
+                written += [f"{self._lark.text(text)} {end}" for text in texts if self._fits(text)]
             else:
                 written += self._free(each, kinds, numbers=not free)
         if not written:
@@ -224,12 +233,12 @@ class GlmMembers:
 
     def _free(self, all_of: All, kinds: frozenset[str], numbers: bool) -> list[str]:
         """Values of one alternative. A text that the parser would take for a JSON value is none."""
-        lark, end = self._lark, self._lark.tag(VALUE_END)
+        lark, end = self._lark, self._lark.tag(self._value_end)
         own = self._kinds(all_of)
         written = []
         if "string" in own:
             taken = [rf"\s*{sign}{ANY}" for kind, sign in _SIGNS if kind in kinds]
-            written.append(lark.matching(text_patterns(all_of), VALUE_END, unlike=taken))
+            written.append(self._free_text(text_patterns(all_of), taken))
         if "null" in own:
             written.append(f"{lark.text('null')} {end}")
         others = ("array", "object", "number", "boolean") if numbers else ("array", "object")
@@ -239,6 +248,14 @@ class GlmMembers:
                 kind = "integer"
             written.append(f"{self._json({**schema, 'type': kind})} {end}")
         return written
+
+    def _free_text(self, patterns: list[str], unlike: Sequence[str] = ()) -> str:
+        """Text that all of ``patterns`` match and none of ``unlike``, and the end of the value."""
+        return self._lark.matching(patterns, self._value_end, [*unlike, *self._ending])
+
+    def _fits(self, text: str) -> bool:
+        """Whether ``text`` as a value ends where the parser finds its end."""
+        return self._markup.value_end not in text
 
     def _json(self, part: Any) -> str:
         if not isinstance(part, dict):
