@@ -51,6 +51,15 @@ def here() -> Isa:
     return isa_of(features())
 
 
+def own() -> Isa:
+    """The instruction set of this CPU, whatever ``cluster.isa`` allows. Imports no numba, so it is
+    quicker than ``here``.
+    """
+    from llvmlite import binding
+
+    return isa_of([name for name, there in binding.get_host_cpu_features().items() if there])
+
+
 def lesser(one: Isa, other: Isa) -> Isa:
     """The smaller of two instruction sets."""
     return min(one, other, key=_ORDER.index)
@@ -58,11 +67,8 @@ def lesser(one: Isa, other: Isa) -> Isa:
 
 def check() -> None:
     """Raises ValueError if ``cluster.isa`` asks for instructions that this CPU lacks."""
-    from llvmlite import binding
-
-    own = isa_of([name for name, there in binding.get_host_cpu_features().items() if there])
-    if lesser(here(), own) != here():
-        raise ValueError(f"cluster.isa = {here()}: this CPU has {own} only; use auto or {own}")
+    if lesser(here(), own()) != here():
+        raise ValueError(f"cluster.isa = {here()}: this CPU has {own()} only; use auto or {own()}")
 
 
 def fit(num_columns: int, num_inner: int) -> bool:

@@ -7,15 +7,16 @@ everything else is one.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import zmq
-import zmq.auth
-import zmq.auth.thread
 
 from .plan import Header, Section, StepPlan
 from .specs import Keys
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 T = TypeVar("T")
 
@@ -102,11 +103,11 @@ class AllowedKeys:
         return key in self._allowed  # already z85 text
 
 
-def authenticate(
-    context: zmq.Context[zmq.Socket[bytes]], allowed: tuple[str, ...]
-) -> zmq.auth.thread.ThreadAuthenticator:
+def authenticate(context: zmq.Context[zmq.Socket[bytes]], allowed: tuple[str, ...]) -> ThreadAuthenticator:
     """Starts the ZAP thread of ``context``; ``stop()`` it before the context ends."""
-    authenticator = zmq.auth.thread.ThreadAuthenticator(context)
+    from zmq.auth.thread import ThreadAuthenticator  # imports asyncio, which `launch simulate` does not need
+
+    authenticator = ThreadAuthenticator(context)
     authenticator.start()
     authenticator.configure_curve_callback("*", credentials_provider=AllowedKeys(allowed))
     return authenticator

@@ -126,5 +126,5 @@ def _isa(recipe: Recipe, hardware: Hardware) -> Isa | None:
     """Instructions of the profile's CPU, or of this machine's, limited by the recipe."""
     if hardware.device != "cpu":
         return None
-    isa = hardware.isa or cpu_isa.here()
+    isa = hardware.isa or cpu_isa.own()
     return isa if recipe.cluster.isa == "auto" else cpu_isa.lesser(isa, recipe.cluster.isa)

@@ -7,10 +7,12 @@ import of torch, no nvidia-smi.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import platform
 import re
 import resource
+import runpy
 import shutil
 import socket
 import subprocess
@@ -165,13 +167,22 @@ def _versions(thorough: bool) -> dict[str, str]:
     found = {"python": platform.python_version(), "lockstep": __version__}
     found |= {name: metadata.version(name) for name in ("torch", "ray", "transformers")}
     if thorough:
-        import torch
+        of_torch = _torch_build()
+        found["torch"] = of_torch["__version__"]
+        if of_torch["cuda"] is not None:
+            import torch
 
-        found["torch"] = str(torch.__version__)
-        if torch.version.cuda is not None:
             nccl: Any = torch.cuda.nccl
-            found |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl.version()))}
+            found |= {"cuda": of_torch["cuda"], "nccl": ".".join(map(str, nccl.version()))}
     return found
+
+
+def _torch_build() -> dict[str, Any]:
+    """Names and values of torch's ``version.py``. Importing torch takes more than a second."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'torch'")
+    return runpy.run_path(str(Path(found.origin).parent / "version.py"))
 
 
 def _gpus(seconds: float) -> tuple[Gpu, ...]:

@@ -149,6 +149,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
     if isa == "avx512" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN packs no bf16 weights on this processor")
     monkeypatch.setattr(cpu_isa, "here", lambda: isa)
+    monkeypatch.setattr(cpu_isa, "own", lambda: isa)
     return isa
 
 
