@@ -1,0 +1,36 @@
+"""Steps as two microbatches on ranks that meet: all start their collectives in one order, whatever
+rows they have, and a death in the middle of a step abandons it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.engine.rank.greedy_prompts import write_family
+from support.engine.rank.overlapped_steps import FAMILY, one_fails, order_of_collectives
+from support.parallel.gloo_ranks import run_ranks
+
+
+def test_collectives_are_started_in_the_same_order_by_all_ranks(tmp_path: Path) -> None:
+    by_rank = run_ranks(order_of_collectives, 3, write_family(tmp_path / "model", FAMILY))
+    first = by_rank[0]
+    assert by_rank[1] == first and by_rank[2] == first
+    assert len(first) > 6 * 2 * 2 * 2
+    # Each of a layer's collectives is started by both microbatches, one after the other.
+    assert first[0::2] == first[1::2]
+    assert "the number of" in first[0], "counted beforehand"
+    assert any("the number of" not in each and "tokens of" in each for each in first)
+
+
+@pytest.mark.parametrize("last", [9, 10, 31])
+def test_a_failure_ends_both_microbatches_and_abandons_the_step_of_the_others(
+    last: int, tmp_path: Path
+) -> None:
+    """In the first or the second microbatch of a prompt's step, or in one that decodes."""
+    by_rank = run_ranks(one_fails, 2, write_family(tmp_path / "model", FAMILY), last)
+    (abandoned, steps, after), (bug, steps_there, after_there) = by_rank
+    assert abandoned.startswith("StepAbandoned: watched: rank 0 waited for "), abandoned
+    assert bug == "ArithmeticError: a bug"
+    assert steps == steps_there and after == after_there == (1, 2)

@@ -1,0 +1,72 @@
+"""Ranks whose steps are two microbatches: the order of their collectives, and a death in the middle
+of a step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lockstep.engine.rank.contract import StepAbandoned
+from lockstep.parallel.collectives import Collectives, Pending
+
+from .greedy_prompts import load_prompts
+from .hand_plans import Driver, Request, build_executor
+
+FAMILY = "qwen3_moe"
+
+
+class Watched(Collectives):
+    """Collectives that note what was started, and drop the connections at the one numbered
+    ``last``.
+    """
+
+    def __init__(self, inner: Collectives) -> None:
+        super().__init__("watched", inner.index, inner.size, inner.store, 240.0, inner._device)
+        self.started: list[str] = []
+        self.last = -1
+
+    def all_to_all(
+        self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str
+    ) -> Pending:
+        self.started.append(what)
+        if len(self.started) == self.last:
+            self.destroy()
+            raise ArithmeticError("a bug")
+        return super().all_to_all(rows, send, receive, what)
+
+
+def order_of_collectives(collectives: Collectives, path: Path) -> list[str]:
+    """The collectives of some steps: a rank with two prompts, one with one, one without any."""
+    watched = Watched(collectives)
+    watched.build(0)
+    watched.started.clear()
+    prompts = [entry.prompt for entry in load_prompts(FAMILY)[: 2 - collectives.index]]
+    requests = [Request(prompt, 4, start=number) for number, prompt in enumerate(prompts)]
+    Driver(build_executor(path, watched, "all_to_all"), requests, _capacity, microbatches=2).run(6)
+    return watched.started
+
+
+def one_fails(collectives: Collectives, path: Path, last: int) -> tuple[str, int, tuple[int, int]]:
+    """The last rank fails as it starts its collective number ``last``, and is gone for the others.
+    The error of this rank, the steps that it had executed, and two further microbatches.
+    """
+    mortal = collectives.index == collectives.size - 1
+    watched = Watched(collectives)
+    watched.build(0)
+    watched.started.clear()
+    watched.last = last if mortal else -1
+    executor = build_executor(path, watched, "all_to_all")
+    requests = [Request(load_prompts(FAMILY)[0].prompt, 8)]
+    driver = Driver(executor, requests, _capacity, microbatches=2)
+    error = ""
+    try:
+        driver.run(8)
+    except (StepAbandoned, ArithmeticError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return error, len(driver.results), executor._parts.turns.run(lambda: 1, lambda: 2)
+
+
+def _capacity(step: int) -> int:
+    return 640 if step < 2 else 16
