@@ -1,0 +1,205 @@
+"""Balances expert load by moving few experts: a pure function of loads and placement.
+
+DeepSeek's algorithm places all experts anew and moves most of them. This one starts from the
+placement there is and takes single steps, each the best of its layer (``steps``), until every layer
+is near its target or the bytes are spent. Everything follows from the arguments: no clock, no dice.
+
+Suffixes: L MoE layers, W ranks, S slots per rank, E logical experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .layers import Floats, Ints, Layers, once
+from .placement import EMPTY, Placement
+from .steps import Search, SlotSteps
+
+NOWHERE = -1
+
+_LEAST = 1e-6  # of a rank's mean load: what a step has to gain
+_ANY = np.iinfo(np.int64).max
+_AT_ONCE = 1024  # moves
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a balance. node_W: the node of every rank, None for one node. ``dead`` ranks hold
+    nothing and receive nothing. ``max_received``: experts that all ranks receive together, None
+    for any number; experts that only dead ranks had are placed anew beyond it. ``target``: the
+    maximum / mean load over ranks at which a layer is left alone, as a multiple of the least that
+    its largest expert allows. ``within_nodes``: no expert goes to a node that does not have it.
+    """
+
+    node_W: tuple[int, ...] | None = None
+    dead: frozenset[int] = frozenset()
+    max_received: int | None = None
+    target: float = 1.05
+    within_nodes: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Arrays [M], in the order of layers, ranks and slots: slot ``slots`` of rank ``ranks`` gets
+    ``experts`` from rank ``sources``; ``NOWHERE`` where only dead ranks had it, so that its weights
+    come from the checkpoint.
+    """
+
+    layers: Ints
+    ranks: Ints
+    slots: Ints
+    experts: Ints
+    sources: Ints
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Balanced:
+    """``placement`` after ``moves``. Slots of dead ranks are empty in it."""
+
+    placement: Placement
+    moves: Moves
+
+
+def balance(loads_LE: ArrayLike, placement: Placement, limits: Limits = Limits()) -> Balanced:
+    """Lowers the largest load over ranks, layer by layer.
+
+    loads_LE: tokens per layer and expert, at least 0. A layer whose maximum would not fall keeps
+    its placement, except for experts that lost all their slots. Raises ValueError if the ranks
+    alive have fewer slots than there are experts.
+    """
+    loads_LE = np.asarray(loads_LE, np.float64)
+    shape = placement.num_layers, placement.num_experts
+    assert loads_LE.shape == shape, f"loads {loads_LE.shape}, placement {shape}"
+    alive = np.array([rank for rank in range(placement.num_ranks) if rank not in limits.dead], np.int64)
+    if len(alive) * placement.num_slots < placement.num_experts:
+        raise ValueError(
+            f"{len(alive)} ranks of {placement.num_slots} expert slots cannot hold {placement.num_experts} "
+            "experts: allowed are fewer dead ranks or more redundant experts"
+        )
+    node_W = np.zeros(placement.num_ranks, np.int64) if limits.node_W is None else np.array(limits.node_W)
+    assert len(node_W) == placement.num_ranks, f"{len(node_W)} nodes for {placement.num_ranks} ranks"
+    state = Layers(loads_LE, placement.experts_LWS[:, alive])
+    _restore(state)
+    before_LP = state.experts_LP.copy()
+    if len(alive) > 1:
+        _Search(state, limits, node_W[alive]).run()
+    _keep_better(state, before_LP)
+    experts_LWS = np.full(placement.experts_LWS.shape, EMPTY, np.int32)
+    experts_LWS[:, alive] = state.experts_LP.reshape(len(loads_LE), len(alive), -1)
+    old_LWS = once(placement.experts_LWS)
+    old_LWS[:, sorted(limits.dead)] = EMPTY
+    experts_LWS = _stay(old_LWS, experts_LWS)
+    return Balanced(Placement(experts_LWS, placement.num_experts), _moves(old_LWS, experts_LWS, node_W))
+
+
+def imbalance(loads_LE: ArrayLike, placement: Placement, dead: frozenset[int] = frozenset()) -> Floats:
+    """Maximum / mean load over the ranks alive, by layer; 1 for a layer without load."""
+    alive = [rank for rank in range(placement.num_ranks) if rank not in dead]
+    state = Layers(np.asarray(loads_LE, np.float64), placement.experts_LWS[:, alive])
+    maximum_L = state.rank_loads_LW(np.arange(placement.num_layers)).max(axis=1, initial=0.0)
+    return np.where(maximum_L > 0, maximum_L, 1.0)
+
+
+class _Search:
+    """Takes steps in all layers at once, within the limits."""
+
+    def __init__(self, state: Layers, limits: Limits, node_W: Ints) -> None:
+        self._state, self._node_W, self._within = state, node_W, limits.within_nodes
+        self._left = _ANY if limits.max_received is None else limits.max_received
+        self._target_L = state.level_L() * limits.target
+
+    def run(self) -> None:
+        """Gives experts too large for any rank more replicas; then lowers maxima, until no single
+        step does or the target is reached.
+        """
+        every = layers = np.arange(len(self._target_L))
+        while len(layers):
+            layers = self._take(layers, self._look(layers).split_largest(), 0.0)
+        layers = every
+        while len(layers := layers[self._maximum_L(layers) > self._target_L[layers]]):
+            layers = self._take(layers, self._look(layers).best(), _LEAST)
+
+    def _look(self, layers: Ints) -> Search:
+        return Search(self._state, layers, self._target_L[layers], self._node_W, self._within)
+
+    def _maximum_L(self, layers: Ints) -> Floats:
+        return np.asarray(self._state.rank_loads_LW(layers).max(axis=1, initial=0.0))
+
+    def _take(self, layers: Ints, steps: SlotSteps, least: float) -> Ints:
+        """Takes the steps worth more than ``least``, the best first while the budget lasts. Returns
+        their layers.
+        """
+        order = np.argsort(-steps.value, kind="stable")
+        order = order[steps.value[order] > least]
+        order = order[np.cumsum(steps.received[order]) <= self._left]
+        self._left -= int(steps.received[order].sum())
+        taken, slots, experts = layers[order], steps.slots[order], steps.experts[order]
+        self._state.put(taken, slots[:, 0], experts[:, 0])
+        both = slots[:, 1] != EMPTY
+        self._state.put(taken[both], slots[both, 1], experts[both, 1])
+        return np.sort(taken)
+
+
+def _restore(state: Layers) -> None:
+    """Gives every expert without a slot one, the heaviest first, where the maximum stays least."""
+    lost_LE = state.replicas_LE[:, :-1] == 0
+    for _ in range(int(lost_LE.sum(axis=1).max(initial=0))):
+        layers = np.flatnonzero(lost_LE.any(axis=1))
+        each = np.arange(len(layers))
+        expert = np.where(lost_LE[layers], state.loads_LE[layers, :-1], -1.0).argmax(axis=1)
+        columns_LP = state.experts_LP[layers]
+        may_LP = np.take_along_axis(state.replicas_LE[layers], columns_LP, axis=1) >= 2
+        ranks_LP = np.repeat(state.rank_loads_LW(layers), state.num_slots, axis=1)
+        rests_LP = np.where(may_LP, ranks_LP - state.shares_LP(layers), np.inf)
+        slot = rests_LP.argmin(axis=1)
+        assert may_LP[each, slot].all(), "no slot can be spared"
+        state.put(layers, slot, expert)
+        lost_LE[layers, expert] = False
+
+
+def _keep_better(state: Layers, before_LP: Ints) -> None:
+    """Layers whose maximum has not fallen go back."""
+    every = np.arange(len(before_LP))
+    after_L = state.rank_loads_LW(every).max(axis=1, initial=0.0)
+    other = Layers(state.loads_LE[:, :-1], before_LP.reshape(len(before_LP), state.num_ranks, -1))
+    worse_L = after_L >= other.rank_loads_LW(every).max(axis=1, initial=0.0) - _LEAST
+    state.experts_LP[worse_L] = before_LP[worse_L]
+
+
+def _stay(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32]) -> NDArray[np.int32]:
+    """``new_LWS`` with every expert that stays on its rank in its old slot."""
+    result = new_LWS.copy()
+    layers, ranks = np.nonzero((old_LWS != new_LWS).any(axis=2))
+    old_NS, new_NS = old_LWS[layers, ranks], new_LWS[layers, ranks]
+    same_NSS = (old_NS[:, :, None] == new_NS[:, None]) & (new_NS != EMPTY)[:, None]
+    stays_NS, comes_NS = same_NSS.any(axis=2), (new_NS != EMPTY) & ~same_NSS.any(axis=1)
+    merged_NS = np.where(stays_NS, old_NS, EMPTY)
+    # The n-th expert that comes goes to the n-th slot that is free.
+    into = np.argsort(stays_NS, axis=1, kind="stable")
+    coming = np.argsort(~comes_NS, axis=1, kind="stable")
+    rows, nth = np.nonzero(np.take_along_axis(comes_NS, coming, axis=1))
+    merged_NS[rows, into[rows, nth]] = new_NS[rows, coming[rows, nth]]
+    result[layers, ranks] = merged_NS
+    return result
+
+
+def _moves(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32], node_W: Ints) -> Moves:
+    """The slots that get an expert, each from a rank that had it, on its own node if one has."""
+    layers, ranks, slots = np.nonzero((old_LWS != new_LWS) & (new_LWS != EMPTY))
+    experts = new_LWS[layers, ranks, slots].astype(np.int64)
+    sources = np.full(len(layers), NOWHERE)
+    for start in range(0, len(layers), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        has_MW = (old_LWS[layers[part]] == experts[part, None, None]).any(axis=2)
+        # Ranks on the node first, then the next in a circle: the sources of an expert take turns.
+        distance_MW = (np.arange(len(node_W)) - ranks[part, None]) % len(node_W)
+        distance_MW += len(node_W) * (node_W != node_W[ranks[part]][:, None])
+        nearest = np.where(has_MW, distance_MW, 2 * len(node_W)).argmin(axis=1)
+        sources[part] = np.where(has_MW.any(axis=1), nearest, NOWHERE)
+    return Moves(layers, ranks, slots, experts, sources)
