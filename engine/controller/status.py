@@ -162,6 +162,7 @@ class ClusterStatus:
                 OverlapChoice(capacity, choice.microbatches, choice.waits, choice.ratio)
                 for capacity, choice in sorted(group.overlap.choices.items())
             ),
+            num_deferred=min(group.num_deferred, len(group.queue)),
         )
 
     def _rank(self, hello: RankHello, condition: str, running_D: Int64) -> RankState:

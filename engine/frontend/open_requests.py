@@ -127,9 +127,14 @@ class OpenRequests:
     def on_started(self, started: Started) -> None:
         now = self._clock()
         handles = array("q", started.handles_i64).tolist()
-        for handle, cached in zip(handles, array("i", started.cached_i32).tolist(), strict=True):
+        columns = (started.cached_i32, started.preemptions_i32)
+        packed = [array("i", column).tolist() for column in columns]
+        for handle, cached, preemptions in zip(handles, *packed, strict=True):
             generation = self._open.get(handle)
-            if generation is not None and not generation.started:
+            if generation is None:
+                continue
+            generation.num_preemptions = max(preemptions, generation.num_preemptions)
+            if not generation.started:
                 generation.started = now
                 generation.num_cached = cached
 

@@ -111,6 +111,11 @@ class Reply:
         """
         return [prompt.text] if self._request.echo and (awaited is None or awaited.complete) else []
 
+    def choices(self) -> list[list[Generation]]:
+        """The generations by prompt."""
+        width = len(self._request.samplings)
+        return [self.generations[start : start + width] for start in range(0, len(self.generations), width)]
+
     def submit(self) -> None:
         """Hands the generations to the engine, or ends them if it has nothing to compute."""
         for generation in self.generations:

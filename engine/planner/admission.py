@@ -65,6 +65,7 @@ class Admission:
         that needs a block which is being computed steps aside until it is there.
         """
         group = self._group
+        group.num_deferred = 0
         if not len(group.queue) or not group.num_free_rows():
             return
         candidates = list(islice(group.queue, _LOOK_AHEAD))
@@ -85,6 +86,7 @@ class Admission:
             if place is _Wait.FOR_ROOM:
                 break
             if place is _Wait.FOR_BLOCK:
+                group.num_deferred += 1
                 continue
             placed.append(place)
             if first:
@@ -163,4 +165,5 @@ class Admission:
             group.preloads.send(place.request, place.data)
             if not place.request.started:
                 group.counters.prefix_queries += place.request.num_prompt
-                group.counters.prefix_hits += num_cached
+                # One that goes on after a restart of its frontend may find its output cached, too.
+                group.counters.prefix_hits += min(num_cached, place.request.num_prompt)

@@ -39,7 +39,8 @@ class Group:
     """State shared by admission, step building and the ledger of results.
 
     Each part keeps its own invariants; the methods here are the transitions that touch several.
-    ``open`` has every request that has not ended, by (frontend, handle).
+    ``open`` has every request that has not ended, by (frontend, handle). ``num_deferred`` requests
+    stepped aside in the last round of admission, for a block that is being computed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -63,6 +64,7 @@ class Group:
         self.draining = Draining(self.rows, self.steps)
         self.publishing = Publishing(self.kv.index)
         self.counters = PlannerCounters()
+        self.num_deferred = 0
 
     # ----------------------------------------------------------------- questions
 
@@ -134,6 +136,7 @@ class Group:
     def preempt(self, row: int) -> None:
         """Gives the pages of ``row`` to others; its request will run again."""
         self.counters.preemptions += 1
+        self.rows.request(row).preemptions += 1
         if self.rows.state[row] in (State.PRELOADING, State.READY):
             self.queue.put_back(self.unreserve(row))
         else:

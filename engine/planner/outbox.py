@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,28 @@ class Entries:
     tokens: Int32
 
 
+class Start(NamedTuple):
+    """A request runs, for the first time or again; see ``Started``."""
+
+    handle: int
+    num_cached: int
+    data: int
+    preemptions: int
+    epoch: int
+
+
 @dataclass
 class Outbox:
     """Collects entries until ``take`` packs them: one ``TokenBatch`` per frontend."""
 
     entries: list[Entries] = field(default_factory=list)
     logprobs: dict[int, list[HandleLogprobs]] = field(default_factory=dict)
-    started: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    started: dict[int, list[Start]] = field(default_factory=dict)
     single: list[tuple[int, Message]] = field(default_factory=list)
 
-    def start(self, frontend: int, handle: int, num_cached: int) -> None:
-        """A request runs for the first time, with ``num_cached`` tokens from the cache."""
-        self.started.setdefault(frontend, []).append((handle, num_cached))
+    def start(self, frontend: int, start: Start) -> None:
+        """A plan has admitted a request."""
+        self.started.setdefault(frontend, []).append(start)
 
     def end(self, frontend: int, handle: int, position: int, finish: Finish) -> None:
         """A request ends without a further token."""
@@ -55,9 +65,9 @@ class Outbox:
         """Everything since the last call as (frontend, message), starts before tokens."""
         messages = self.single
         for frontend, starts in self.started.items():
-            handles, cached = zip(*starts, strict=True)
-            started = Started(np.array(handles, np.int64).tobytes(), np.array(cached, np.int32).tobytes())
-            messages.append((frontend, started))
+            handles, *columns = zip(*starts, strict=True)
+            packed = [np.array(column, np.int32).tobytes() for column in columns]
+            messages.append((frontend, Started(np.array(handles, np.int64).tobytes(), *packed)))
         messages.extend(self._batches(step))
         self.entries, self.logprobs, self.started, self.single = [], {}, {}, []
         return messages

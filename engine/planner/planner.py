@@ -19,7 +19,7 @@ from .admission import Admission
 from .group import Group
 from .group_plan import GroupPlan
 from .ledger import Ledger
-from .outbox import Outbox
+from .outbox import Outbox, Start
 from .request import Request, State
 from .settings import Settings
 from .step_builder import StepBuilder
@@ -188,9 +188,9 @@ class Planner:
         for data, section in plan.sections.items():
             for admit in section.admit:
                 request = rows.request(rows.row(data, admit.slot))
-                if not request.started:
-                    request.started = True
-                    self.outbox.start(request.frontend, request.handle, admit.num_cached)
+                request.started = True
+                start = Start(request.handle, admit.num_cached, data, request.preemptions, plan.header.epoch)
+                self.outbox.start(request.frontend, start)
 
     def _queue_is_full(self) -> bool:
         group, waiting = self.group, len(self.group.queue)

@@ -34,6 +34,7 @@ class Request:
     is the last prompt position whose log-probability is known, if the client asked for them.
     ``hashes_h128`` are the hashes of its full blocks after ``root``, empty without prefix caching.
     ``staged`` identifies its preloaded prompt, ``unacknowledged`` the ranks that lack it.
+    ``preemptions`` counts how often others took its pages.
     """
 
     frontend: int
@@ -53,6 +54,7 @@ class Request:
     staged: int = -1
     unacknowledged: set[int] = field(default_factory=set)
     started: bool = False
+    preemptions: int = 0
 
     @classmethod
     def from_submit(cls, frontend: int, order: int, submit: Submit) -> Request:

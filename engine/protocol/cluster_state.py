@@ -70,6 +70,7 @@ class ClusterState(Message, tag="state", frozen=True):
     of the last report. ``number`` orders states. ``placement_i32`` is ``Placement.ranges``: the
     experts of each rank. ``degraded`` names what is missing while the cluster serves all the same.
     ``overlap`` is off | on | auto.
+    ``num_deferred`` of the waiting requests step aside for a block that another one computes.
     """
 
     phase: str
@@ -99,6 +100,7 @@ class ClusterState(Message, tag="state", frozen=True):
     degraded: str = ""
     overlap: str = "off"
     overlap_choices: tuple[OverlapChoice, ...] = ()
+    num_deferred: int = 0
 
 
 class Report(Message, frozen=True):

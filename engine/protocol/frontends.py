@@ -105,10 +105,15 @@ class TokenBatch(Message, tag="tokens", frozen=True):
 
 
 class Started(Message, tag="started", frozen=True):
-    """Requests that have left the queue: vectors of handles and of cached prompt tokens."""
+    """Requests that a plan has admitted, for the first time or again: vectors of handles, tokens
+    from the cache, data indices, preemptions so far, and epochs of the plan.
+    """
 
     handles_i64: bytes
     cached_i32: bytes
+    data_i32: bytes
+    preemptions_i32: bytes
+    epochs_i32: bytes
 
 
 class Rejected(Message, tag="rejected", frozen=True):

@@ -61,6 +61,8 @@ class AccessMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.http(route, method, record.status or 499, time.monotonic() - record.began)
+            for choices in () if record.reply is None else record.reply.choices():
+                self._metrics.answered(choices)
             if self._log_requests:
                 record.log()
 

@@ -5,6 +5,7 @@ earlier process.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import msgspec
 
@@ -24,7 +25,15 @@ PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2
 PER_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 HTTP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS = one_two_five(10**9)
-SIZES = ("request_prompt_tokens", "request_generation_tokens")
+CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+SIZES = (
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_prefill_kv_computed_tokens",
+    "request_params_max_tokens",
+)
+LONGEST = "request_max_num_generation_tokens"
 REQUEST_PHASES = (
     "e2e_request_latency",
     "request_queue_time",
@@ -65,7 +74,9 @@ class Counters:
         self.inter_token = Histogram(PER_TOKEN)
         self._per_token = Histogram(PER_TOKEN)
         self._phases = {name: Histogram(PER_REQUEST) for name in REQUEST_PHASES}
-        self.sizes = {name: Histogram(TOKENS) for name in SIZES}
+        self._choices = Histogram(CHOICES)
+        self._preemptions = Histogram(PREEMPTIONS)
+        self.sizes = {name: Histogram(TOKENS) for name in (*SIZES, LONGEST)}
         self.finishes = Counter(dict.fromkeys(REASONS.values(), 0))
         self.http: Counter[tuple[str, str, str]] = Counter()
         self.http_seconds: dict[tuple[str, str], Histogram] = {}
@@ -74,6 +85,8 @@ class Counters:
             "inter_token_latency_seconds": self.inter_token,
             "request_time_per_output_token_seconds": self._per_token,
             **{f"{name}_seconds": histogram for name, histogram in self._phases.items()},
+            "request_params_n": self._choices,
+            "request_num_preemptions": self._preemptions,
         }
 
     def finished(self, generation: Generation, now: float) -> None:
@@ -93,8 +106,18 @@ class Counters:
         num_tokens = len(generation.tokens)
         if num_tokens > 1:
             self._per_token.observe((generation.last - generation.first) / (num_tokens - 1))
-        for name, size in zip(SIZES, (len(generation.prompt), num_tokens), strict=True):
+        self._preemptions.observe(generation.num_preemptions)
+        num_prompt = len(generation.prompt)
+        computed = num_prompt - min(num_prompt, generation.num_cached)
+        sizes = (num_prompt, num_tokens, computed, generation.max_tokens)
+        for name, size in zip(SIZES, sizes, strict=True):
             self.sizes[name].observe(size)
+
+    def answered(self, choices: Sequence[Generation]) -> None:
+        """All choices of a prompt have ended."""
+        if any(generation.first for generation in choices):
+            self._choices.observe(len(choices))
+            self.sizes[LONGEST].observe(max(len(generation.tokens) for generation in choices))
 
     def request(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Counts an HTTP request that has been answered."""

@@ -14,6 +14,11 @@ from .histogram import Histogram
 
 LABELS = ("model_name", "engine")
 PREFIXES = ("vllm", "lockstep")
+_BY_REASON = (*LABELS, "reason")
+_BY_SOURCE = (*LABELS, "source")
+_BY_SLEEP = (*LABELS, "sleep_state")
+_REASONS = "waiting requests: for a row or pages (capacity), or for a block that another computes (deferred)"
+_SOURCES = "prompt tokens of admitted requests: computed here, from the prefix cache, or transferred"
 _CACHE_LABELS = ("engine", "block_size", "num_gpu_blocks", "enable_prefix_caching")
 
 _ONE_RANK = "0 where all experts live on one rank"
@@ -77,6 +82,17 @@ def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
         "prefix_cache_queries": state.prefix_queries,
         "prefix_cache_hits": state.prefix_hits,
         "num_preemptions": state.preemptions,
+        "prompt_tokens_cached": state.prefix_hits,
+    }
+    waiting = {
+        "capacity": state.num_waiting - state.num_deferred,
+        "deferred": state.num_deferred,
+    }
+    # A prompt counts here when it is admitted for the first time.
+    sources = {
+        "local_compute": state.prefix_queries - state.prefix_hits,
+        "local_cache_hit": state.prefix_hits,
+        "external_kv_transfer": 0,
     }
     pages = str(sum(rank.pages_total for rank in state.ranks))
     step_tokens = float(_vector(state.totals.tokens_i64).sum())
@@ -90,6 +106,19 @@ def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
         info = GaugeMetricFamily(f"{prefix}:cache_config_info", "the KV cache", labels=_CACHE_LABELS)
         info.add_metric(("0", str(state.page_size), pages, str(state.prefix_caching)), 1)
         yield info
+        reasons = GaugeMetricFamily(f"{prefix}:num_requests_waiting_by_reason", _REASONS, labels=_BY_REASON)
+        for reason, count in waiting.items():
+            reasons.add_metric((*labels, reason), count)
+        yield reasons
+        by_source = CounterMetricFamily(f"{prefix}:prompt_tokens_by_source", _SOURCES, labels=_BY_SOURCE)
+        for source, tokens in sources.items():
+            by_source.add_metric((*labels, source), tokens)
+        yield by_source
+    # Boards tell by it whether the engine is up; there is no sleep mode.
+    sleep = GaugeMetricFamily("vllm:engine_sleep_state", "1 for the engine's sleep state", labels=_BY_SLEEP)
+    for name in ("awake", "weights_offloaded", "discard_all"):
+        sleep.add_metric((*labels, name), name == "awake")
+    yield sleep
 
 
 def _group(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:

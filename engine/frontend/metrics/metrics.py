@@ -9,10 +9,10 @@ buckets, so that its dashboards and autoscalers work. The rest appears as ``lock
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -42,6 +42,8 @@ class Metrics(Collector):
             self._own.add(unpack(earlier))
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        if shared is None or shared.alone:  # no process stands for several frontends
+            ProcessCollector(registry=self._registry)
 
     def render(self, num_open: int) -> bytes:
         """Publishes what it shows first, so that no other frontend shows less from now on."""
@@ -77,6 +79,10 @@ class Metrics(Collector):
 
     def finished(self, generation: Generation, now: float) -> None:
         self._own.finished(generation, now)
+
+    def answered(self, choices: Sequence[Generation]) -> None:
+        """The choices of one prompt of a request have been answered."""
+        self._own.answered(choices)
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Counts an HTTP request; ``handler`` is its route, never the path as sent."""

@@ -37,6 +37,11 @@ class SharedCounters:
         assert 0 <= index < self._num_slots, f"slot {index} of {self._num_slots}"
         self._index = index
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other frontend."""
+        return self._num_slots == 1
+
     def write(self, text: bytes) -> None:
         """Replaces this process's text. Raises ValueError if it does not fit."""
         room = _BODY - 2 * _HEAD.size

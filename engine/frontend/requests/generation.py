@@ -38,7 +38,8 @@ class Generation:
     ``tokens`` are those that count for the client: none after a stop string, whatever the engine
     has computed meanwhile. ``num_received`` counts all that the engine sent, ``num_gaps`` how often
     some were lost. ``pieces`` is text that the sink has not taken, ``num_taken`` the tokens it has
-    taken; with a ``parser`` the text goes there instead. ``prompt_scores`` collects
+    taken; with a ``parser`` the text goes there instead. ``num_cached`` prompt tokens came from the
+    cache; others took its pages ``num_preemptions`` times. ``prompt_scores`` collects
     log-probabilities of the prompt for ``echo`` and ``ranked``. An ``echo`` becomes text once they
     are complete, which is before the first token. ``places`` are those of the output's tokens in
     the text of a completion. Times are seconds of the monotonic clock, 0 for what has not happened
@@ -64,6 +65,7 @@ class Generation:
     num_gaps: int = 0
     num_taken: int = 0
     num_cached: int = 0
+    num_preemptions: int = 0
     finish: str | None = None
     stop_reason: int | str | None = None
     submitted: float = 0.0

@@ -90,6 +90,22 @@ def test_pressure_preempts_and_loses_nothing() -> None:
     world.run()
     assert world.planner.group.counters.preemptions > 0
     assert_served(world)
+    told = [starts[-1].preemptions for starts in world.starts.values()]
+    assert sum(told) == world.planner.group.counters.preemptions
+    for starts in world.starts.values():  # each admission is told of, with what came before it
+        assert [start.preemptions for start in starts] == list(range(len(starts)))
+
+
+def test_a_request_that_waits_for_a_block_is_counted_as_deferred() -> None:
+    world = World(Mesh(data=1), pages=64, page_size=4, max_len=64, max_batch_tokens=4)
+    for last in (100, 101, 102):
+        world.submit([*prompt(1, 20), last], 2)
+    world.planner.tidy()
+    group = world.planner.group
+    assert (group.num_deferred, len(group.queue)) == (2, 2)
+    world.run()
+    assert group.num_deferred == 0
+    assert_served(world)
 
 
 def test_a_prefix_sent_again_is_not_computed_again() -> None:
@@ -229,6 +245,9 @@ def test_the_death_of_a_rank_is_a_pause() -> None:
     world.run()
     assert world.planner.group.steps.epoch == 1
     assert_served(world)
+    for starts in world.starts.values():
+        assert [start.epoch for start in starts[:2]] == [0, 1]
+        assert all(start.data != 1 for start in starts if start.epoch == 1)
 
 
 def test_a_grammar_that_a_rank_cannot_compile_ends_its_request_alone() -> None:

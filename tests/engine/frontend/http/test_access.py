@@ -57,6 +57,26 @@ def line_of(lines: list[str], request_id: str) -> str:
     return line
 
 
+def test_choices_are_counted_by_prompt(frontend: RunningFrontend) -> None:
+    def sums() -> dict[str, float]:
+        text = frontend.http.get("/metrics").text
+        found = re.findall(r"^vllm:(request_\w+)_(?:sum|count)\{[^}]*\} (\S+)$", text, re.MULTILINE)
+        names = [f"{name} {index % 2}" for index, (name, _) in enumerate(found)]
+        return dict(zip(names, (float(value) for _, value in found), strict=True))
+
+    before = sums()
+    ask = {"prompt": ["one", "two"], "n": 3, "max_tokens": 9}
+    assert frontend.http.post("/v1/completions", json=ask).status_code == 200
+    wait_until(lambda: sums()["request_params_n 0"] == before["request_params_n 0"] + 2, "two prompts")
+    after = {name: value - before[name] for name, value in sums().items()}
+    assert after["request_params_n 1"] == 2 * 3
+    assert after["request_params_max_tokens 0"] == 6 and after["request_params_max_tokens 1"] == 6 * 9
+    assert after["request_max_num_generation_tokens 1"] == 2 * 4
+    assert after["request_num_preemptions 0"] == 6 and after["request_num_preemptions 1"] == 0
+    computed = after["request_prefill_kv_computed_tokens 1"]
+    assert 0 < computed <= after["request_prompt_tokens 1"]
+
+
 # --------------------------------------------------------------------------- keys and paths
 
 

@@ -296,7 +296,9 @@ def prompt_logprobs(submit: Submit, each: int = 3) -> Iterator[PromptLogprobs]:
 
 
 def started(handles: list[int], num_cached: int) -> Started:
-    return Started(array("q", handles).tobytes(), array("i", [num_cached] * len(handles)).tobytes())
+    """All admitted on data index 0 in epoch 1, never preempted."""
+    columns = [array("i", [value] * len(handles)).tobytes() for value in (num_cached, 0, 0, 1)]
+    return Started(array("q", handles).tobytes(), *columns)
 
 
 def batch(step: int, rows: list[Row], logprobs: tuple[HandleLogprobs, ...] = ()) -> TokenBatch:

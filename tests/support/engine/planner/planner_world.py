@@ -9,11 +9,12 @@ from collections import deque
 import numpy as np
 
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
+from lockstep.engine.planner.outbox import Start
 from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.arrays import Int32, Int64
 from lockstep.engine.protocol.bulk import Preload, Preloaded
-from lockstep.engine.protocol.frontends import Abort, Rejected, Submit, TokenBatch
+from lockstep.engine.protocol.frontends import Abort, Rejected, Started, Submit, TokenBatch
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import PromptLogprobs, Refused, StepResult
@@ -143,6 +144,7 @@ class World:
         self.dead: set[int] = set()
         self.requests: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.starts: dict[int, list[Start]] = {}
         self.scores: dict[int, list[float]] = {}  # log-probabilities of prompt tokens but the first
         self.finish: dict[int, Finish] = {}
         self.rejected: dict[int, Rejected] = {}
@@ -220,6 +222,15 @@ class World:
                 self._receive_scores(message)
             elif isinstance(message, TokenBatch):
                 self._receive_batch(message)
+            elif isinstance(message, Started):
+                self._receive_starts(message)
+
+    def _receive_starts(self, message: Started) -> None:
+        packed = (message.cached_i32, message.data_i32, message.preemptions_i32, message.epochs_i32)
+        columns = [np.frombuffer(column, np.int32).tolist() for column in packed]
+        handles = np.frombuffer(message.handles_i64, np.int64).tolist()
+        for handle, *start in zip(handles, *columns, strict=True):
+            self.starts.setdefault(handle, []).append(Start(handle, *start))
 
     def _receive_scores(self, message: PromptLogprobs) -> None:
         values = np.frombuffer(message.chosen_f32, np.float32).tolist()
