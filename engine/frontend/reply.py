@@ -207,12 +207,12 @@ class Reply:
     def _choice(self, generation: Generation) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": generation.index}
         if self.outline.chat:
-            choice["message"] = _message(generation)
+            choice["message"] = _message(generation, self.outline.legacy_call)
         else:
             choice["text"] = generation.take_text()
         choice |= {
             "logprobs": self.logprobs(generation),
-            "finish_reason": generation.finish_reason,
+            "finish_reason": self.outline.reason(generation.finish_reason),
             "stop_reason": generation.stop_reason,
         }
         shows_ids = self.outline.return_token_ids
@@ -237,8 +237,10 @@ def _ranked(generation: Generation) -> msgspec.Raw | None:
     return None if generation.ranked is None else generation.ranked.document()
 
 
-def _message(generation: Generation) -> dict[str, Any]:
-    """The finished message. ``content`` is null if there is only reasoning or tool calls."""
+def _message(generation: Generation, legacy_call: bool) -> dict[str, Any]:
+    """The finished message. ``content`` is null if there is only reasoning or tool calls. With
+    ``legacy_call`` the call is in ``function_call``.
+    """
     message: dict[str, Any] = {
         "role": "assistant",
         "content": None,
@@ -257,6 +259,8 @@ def _message(generation: Generation) -> dict[str, Any]:
         message["content"] = said.content
     if said.reasoning:
         message["reasoning"] = message["reasoning_content"] = said.reasoning
+    if legacy_call:
+        return message | {"function_call": next((call["function"] for call in said.calls), None)}
     message["tool_calls"] = [
         {name: value for name, value in call.items() if name != "index"} for call in said.calls
     ]

@@ -7,16 +7,14 @@ share are in ``generate.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from .generate import MAX_LOGPROBS, Generate, TokenId
 from .strict import Element, Strict
-
-MAX_TOOLS = 512
-
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+from .tools import MAX_TOOLS, AllowedTools, Function, Name, NamedFunction, NamedTool, Tool
 
 
 class ContentPart(Element):
@@ -50,28 +48,6 @@ class ChatMessage(Element):
     reasoning_content: str | None = None
 
 
-class Function(Strict):
-    """``parameters`` is a JSON schema."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Strict):
-    name: str
-
-
-class NamedTool(Strict):
-    type: Literal["function"]
-    function: NamedFunction
-
-
 # ``none`` is no thinking; the others are for the template to read.
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
@@ -93,6 +69,11 @@ class Conversation(Strict):
         return self
 
     @property
+    def shown_tools(self) -> list[Tool]:
+        """The tools in the prompt."""
+        return self.tools or []
+
+    @property
     def opens_turn(self) -> bool:
         """Whether the prompt ends with the opening of the reply."""
         return self.add_generation_prompt is not False and not self.continue_final_message
@@ -103,19 +84,46 @@ class ChatRequest(Generate, Conversation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
     include_reasoning: bool | None = None
     echo: Literal[False] | None = None
+    # Accepted for clients that always send them. They change nothing.
+    prediction: Any = None
+    service_tier: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    verbosity: Any = None
+    store: Any = None
+
+    @model_validator(mode="after")
+    def _functions(self) -> ChatRequest:
+        """Turns the fields before there were tools into tools."""
+        if self.functions and self.tools:
+            raise ValueError("functions and tools exclude each other")
+        if self.function_call is not None and self.tool_choice is not None:
+            raise ValueError("function_call and tool_choice exclude each other")
+        if isinstance(self.function_call, NamedFunction) and not self.functions:
+            raise ValueError("function_call needs functions")
+        if self.functions:
+            self.tools = [Tool(type="function", function=function) for function in self.functions]
+        if isinstance(self.function_call, NamedFunction):
+            self.tool_choice = NamedTool(type="function", function=self.function_call)
+        elif self.function_call is not None:
+            self.tool_choice = self.function_call
+        return self
 
     @model_validator(mode="after")
     def _tools(self) -> ChatRequest:
-        if self.forced_tool and not self.tools:
+        if (self.forced_tool or isinstance(self.tool_choice, AllowedTools)) and not self.tools:
             raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in self.tool_names:
-            raise ValueError(
-                f"tool_choice.function.name {self.tool_choice.function.name[:80]!r} is not one of tools"
-            )
+        for place, name in self._chosen_names():
+            if name not in self.tool_names:
+                raise ValueError(f"{place} {name[:80]!r} is not one of tools")
         if self.forced_tool:
             self.refuse_endless("tool_choice")
             if self.is_structured:
@@ -129,19 +137,48 @@ class ChatRequest(Generate, Conversation):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
+    def _chosen_names(self) -> Iterator[tuple[str, str]]:
+        """The functions that ``tool_choice`` names, with the places of their names."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                yield "tool_choice.function.name", function.name
+            case AllowedTools(allowed_tools=allowed):
+                for index, tool in enumerate(allowed.tools):
+                    yield f"tool_choice.allowed_tools.tools[{index}].function.name", tool.function.name
+
     @property
     def tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
 
     @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the reply may call, unless ``tool_choice`` is none."""
+        if not isinstance(self.tool_choice, AllowedTools):
+            return self.tools or []
+        names = {name for _, name in self._chosen_names()}
+        return [tool for tool in self.tools or () if tool.function.name in names]
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """The tools in the prompt: all, unless nothing else keeps the reply from calling some."""
+        return self.tools or [] if self.forced_tool else self.callable_tools
+
+    @property
     def forced_tool(self) -> bool:
         """Whether a tool must be called."""
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice is not None and self.tool_choice not in ("none", "auto")
 
     @property
     def offers_tools(self) -> bool:
         """Whether the reply may call a tool."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the reply ends with its first call."""
+        return self.parallel_tool_calls is False or bool(self.functions)
 
     @property
     def num_logprobs(self) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .reader import NEWLINES, SPACE
 
@@ -25,13 +25,24 @@ class Call:
     complete: bool = False
 
 
+class Piece(NamedTuple):
+    """A piece of the text in its place: content, reasoning, or arguments of ``call``."""
+
+    text: str
+    call: Call | None = None
+    is_reasoning: bool = False
+
+
 @dataclass(slots=True)
 class Delta:
-    """The parts since the last ``take``. ``calls`` have the shape of streamed chunks."""
+    """The parts since the last ``take``. ``calls`` have the shape of streamed chunks. ``pieces``
+    are all of it in the order of the text; the first piece of a call is empty.
+    """
 
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
 
 
 class Speech:
@@ -45,6 +56,7 @@ class Speech:
         "_content",
         "_id_length",
         "_one_call",
+        "_pieces",
         "_reasoning",
         "_show_reasoning",
         "_space",
@@ -56,6 +68,7 @@ class Speech:
         self.calls: list[Call] = []
         self._content = ""
         self._reasoning = ""
+        self._pieces: list[Piece] = []
         self._space = ""  # white space that is dropped if a tag follows
         self._untold: dict[int, Call] = {}
         self._show_reasoning = show_reasoning
@@ -75,18 +88,17 @@ class Speech:
         text = self._space + text
         kept = text.rstrip(SPACE)
         self._space = text[len(kept) :]
-        self._content += kept
+        self._add_content(kept)
 
     def plain(self, text: str) -> None:
         """Adds content of a reply in which no tag can follow."""
-        self._content += text
+        self._add_content(text)
 
     def reasoning(self, text: str) -> None:
         text = self._space + text
         kept = text.rstrip(NEWLINES)
         self._space = text[len(kept) :]
-        if self._show_reasoning:
-            self._reasoning += kept
+        self._add_reasoning(kept)
 
     def end_reasoning(self) -> None:
         self._space = ""
@@ -96,12 +108,14 @@ class Speech:
         call = Call(len(self.calls), id or self._new_id(), name)
         self.calls.append(call)
         self._untold[call.index] = call
+        self._pieces.append(Piece("", call))
 
     def arguments(self, text: str) -> None:
         """Adds the next part of the last call's arguments."""
         call = self.calls[-1]
         call.fresh += text
         self._untold[call.index] = call
+        self._pieces.append(Piece(text, call))
 
     def close_call(self) -> None:
         self.calls[-1].complete = True
@@ -111,17 +125,29 @@ class Speech:
         part before it, unless that is a call.
         """
         if reasoning:
-            self._reasoning += self._space if self._show_reasoning else ""
+            self._add_reasoning(self._space)
         elif not self.calls:
-            self._content += self._space
+            self._add_content(self._space)
         self._space = ""
 
     def take(self) -> Delta:
         """All parts since the last ``take``."""
-        delta = Delta(self._content, self._reasoning, [_shown(call) for call in self._untold.values()])
+        calls = [_shown(call) for call in self._untold.values()]
+        delta = Delta(self._content, self._reasoning, calls, self._pieces)
         self._content = self._reasoning = ""
+        self._pieces = []
         self._untold.clear()
         return delta
+
+    def _add_content(self, text: str) -> None:
+        if text:
+            self._content += text
+            self._pieces.append(Piece(text))
+
+    def _add_reasoning(self, text: str) -> None:
+        if text and self._show_reasoning:
+            self._reasoning += text
+            self._pieces.append(Piece(text, is_reasoning=True))
 
     def _new_id(self) -> str:
         if self._id_length:

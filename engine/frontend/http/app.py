@@ -1,9 +1,9 @@
-"""The HTTP routes of the OpenAI dialect, and their OpenAPI document."""
+"""The HTTP application: its layers, its routes, and their OpenAPI document."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
@@ -15,14 +15,13 @@ from starlette.types import ASGIApp
 from .... import __version__
 from ..api.cluster import describe_cluster
 from ..api.drain import DRAIN_SECONDS, MAX_DRAIN_SECONDS, DrainRequest
-from ..api.errors import CLIENT_GONE, ApiError, bad_request
+from ..api.errors import ApiError, bad_request
 from ..api.invocation import Invocation
 from ..api.schemas import (
     ChatRequest,
     CompletionRequest,
     Conversation,
     DetokenizeRequest,
-    GenerationRequest,
     TokenizeChat,
     TokenizeRequest,
     TokenizeText,
@@ -32,23 +31,22 @@ from ..requests.model import ServedModel
 from ..requests.token_rules import check_ids
 from ..service import Service
 from .access import ID_KEY, AccessMiddleware
+from .agents import agent_routes
 from .bodies import Bodies, parse
 from .cors import with_cors
 from .docs import docs_router
+from .generation import Plain, chunks, generate
 from .keys import KeyMiddleware
 from .openapi import complete
 from .operations import GENERATIVE
 from .request_log import RECORD_KEY, refuse
-from .streams import Stream
-
-Ask = TypeVar("Ask", ChatRequest, CompletionRequest, GenerationRequest)
 
 
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application of one frontend."""
     app = FastAPI(title="Lockstep", version=__version__, openapi_url=None, redirect_slashes=False)
     bodies = Bodies(service.spec.limits.body_memory)
-    for make in (_generation, _texts, _admin):
+    for make in (_generation, agent_routes, _texts, _admin):
         app.include_router(make(service, bodies))
     app.include_router(_status(service))
     app.include_router(docs_router(partial(complete, app.openapi, bool(service.spec.api_keys))))
@@ -89,51 +87,28 @@ def _json(document: Any, status: int = 200) -> Response:
 
 def _generation(service: Service, bodies: Bodies) -> APIRouter:
     router = APIRouter()
-    chats = TypeAdapter(ChatRequest)
-    completions = TypeAdapter(CompletionRequest)
-    either: TypeAdapter[GenerationRequest] = TypeAdapter(Invocation)
+    chats = Plain(TypeAdapter(ChatRequest))
+    completions = Plain(TypeAdapter(CompletionRequest))
+    either = Plain(TypeAdapter(Invocation))
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _generate(service, bodies, request, chats)
+        return await generate(service, bodies, request, chats, chunks)
 
     @router.post("/v1/completions")
     async def text_completions(request: Request) -> Response:
-        return await _generate(service, bodies, request, completions)
+        return await generate(service, bodies, request, completions, chunks)
 
     @router.post("/invocations")
     async def invocations(request: Request) -> Response:
         """SageMaker's name for both: a body with messages is a chat."""
-        return await _generate(service, bodies, request, either)
+        return await generate(service, bodies, request, either, chunks)
 
     @router.get("/health/generate")
     async def health_generate() -> Response:
         return _json({"status": "ok", "seconds": round(await service.probe(), 6)})
 
     return router
-
-
-async def _generate(service: Service, bodies: Bodies, request: Request, kind: TypeAdapter[Ask]) -> Response:
-    """Waits for the whole answer, or for the first token of a stream, so that an error before it
-    has a status of its own.
-    """
-    async with bodies.parsed(request, kind) as ask:
-        stream = bool(ask.stream)
-        reply = await service.open(ask, request.scope[ID_KEY], request.receive)
-    request.scope[RECORD_KEY].reply = reply
-    handed_over = False
-    try:
-        await (reply.opened if stream else reply.done)
-        if reply.gone.done():
-            return Response(status_code=CLIENT_GONE)
-        reply.raise_error()
-        if not stream:
-            return _json(reply.document())
-        handed_over = True
-        return Stream(reply)
-    finally:
-        if not handed_over:
-            reply.close()
 
 
 def _texts(service: Service, bodies: Bodies) -> APIRouter:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from ...protocol.specs import FrontendLimits
 from ..api.errors import ApiError, error_response
+from ..dialects.messages_errors import messages_error_response, speaks_messages
 from ..reply import Receive
 from .asgi_writer import Send
 
@@ -70,7 +71,9 @@ class Entrance:
                 return
             most = self.limits.max_connections
             text = f"The server has {most} connections, as many as frontend.max_connections allows"
-            response = error_response(ApiError(503, text, retry_after=RETRY_CROWDED))
+            error = ApiError(503, text, retry_after=RETRY_CROWDED)
+            messages = speaks_messages(scope["path"])
+            response = messages_error_response(error, "") if messages else error_response(error)
             response.headers["connection"] = "close"
             await response(scope, receive, send)
 

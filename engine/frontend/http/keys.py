@@ -21,7 +21,8 @@ OPEN_PATHS = frozenset(
 
 class KeyMiddleware:
     """Admits requests with a valid key. Without ``api_keys`` everybody may use the server; admin
-    paths always need the admin key, ``OPEN_PATHS`` never need one.
+    paths always need the admin key, ``OPEN_PATHS`` never need one. A key comes as a bearer token,
+    or else in ``X-API-Key``.
     """
 
     def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], admin_key: str | None) -> None:
@@ -30,11 +31,11 @@ class KeyMiddleware:
         self._admin_key = admin_key
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        error = self._refusal(scope["path"], Headers(scope=scope).get("authorization", ""))
+        error = self._refusal(scope["path"], Headers(scope=scope))
         app = self._app if error is None else refuse(scope, error)
         await app(scope, receive, send)
 
-    def _refusal(self, path: str, authorization: str) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if path.startswith("/admin"):
             if self._admin_key is None:
                 return _unauthorized("Admin endpoints need an admin key, and none is configured")
@@ -43,12 +44,14 @@ class KeyMiddleware:
             return None
         else:
             keys = self._api_keys
-        scheme, _, given = authorization.partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")
         # all keys are compared, each in constant time
         matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
-        if scheme.lower() == "bearer" and any(matches):
+        if any(matches):
             return None
-        return _unauthorized("A valid API key is needed: Authorization: Bearer <key>")
+        return _unauthorized("A valid API key is needed: Authorization: Bearer <key>, or X-API-Key: <key>")
 
 
 def _unauthorized(text: str) -> ApiError:

@@ -11,13 +11,18 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from ..api.agent_answers import MessagesErrorAnswer
 from ..api.answers import ErrorAnswer
+from ..dialects.messages_errors import OVERLOADED, speaks_messages
 from .keys import OPEN_PATHS
 from .operations import OPERATIONS, Operation
 
 Document = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAMED_EVENTS = (
+    "With `stream`: server-sent events. Each is a line `event: TYPE` and a line `data: {...}` of that type."
+)
 _EVENTS = (
     "With `stream`: server-sent events. Each is a line `data: {...}` with a chunk of the answer, or after a "
     'failure `data: {"error": {...}}`; the last one is `data: [DONE]`.'
@@ -32,7 +37,11 @@ _ERRORS = {
     500: "The server has failed",
     503: "The server is starting, draining or full",
 }
-_ERROR_HEADERS = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
+_MESSAGES_ERRORS = {status: text for status, text in _ERRORS.items() if status != 503} | {
+    OVERLOADED: _ERRORS[503]
+}
+_OTHER = "Any other error: of HTTP, of the path, of the server"
+_ERROR_HEADERS = {401: ("WWW-Authenticate",), 503: ("Retry-After",), OVERLOADED: ("Retry-After",)}
 _HEADERS = {
     "X-Request-Id": "The request's id in the server's log: the client's own, or a new one",
     "Retry-After": "Seconds after which to try again",
@@ -51,7 +60,7 @@ def complete(plain: Callable[[], Document], needs_key: bool) -> Document:
         operation = OPERATIONS[path]
         for told in methods.values():
             told["security"] = _security(path, needs_key)
-            told["responses"] = _responses(operation, bool(told["security"]))
+            told["responses"] = _responses(path, operation, bool(told["security"]))
             told["parameters"] = [*told.get("parameters", ()), {"$ref": "#/components/parameters/RequestId"}]
             if operation.bodies:
                 told["requestBody"] = _body(operation)
@@ -61,8 +70,8 @@ def complete(plain: Callable[[], Document], needs_key: bool) -> Document:
             name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()
         },
         "parameters": {"RequestId": _request_id()},
-        "responses": {f"Error{status}": _error(status) for status in _ERRORS}
-        | {"Error": _error(0, "Any other error: of HTTP, of the path, of the server")},
+        "responses": _errors("Error", _ERRORS, ErrorAnswer)
+        | _errors("MessagesError", _MESSAGES_ERRORS, MessagesErrorAnswer),
         "securitySchemes": {
             name: {"type": "http", "scheme": "bearer", "description": text} for name, text in _KEYS.items()
         },
@@ -76,7 +85,7 @@ def _security(path: str, needs_key: bool) -> list[Document]:
     return [{"ApiKey": []}] if needs_key and path not in OPEN_PATHS else []
 
 
-def _responses(operation: Operation, keyed: bool) -> Document:
+def _responses(path: str, operation: Operation, keyed: bool) -> Document:
     statuses = sorted((*operation.errors, 401) if keyed else operation.errors)
     content: Document = {}
     if operation.answers:
@@ -84,10 +93,12 @@ def _responses(operation: Operation, keyed: bool) -> Document:
     else:
         content["text/plain"] = {"schema": {"type": "string"}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS}}
+        told = _NAMED_EVENTS if path in ("/v1/responses", "/v1/messages") else _EVENTS
+        content["text/event-stream"] = {"schema": {"type": "string", "description": told}}
     success = {"description": operation.success, "headers": _headers(), "content": content}
-    errors = {str(status): {"$ref": f"#/components/responses/Error{status}"} for status in statuses}
-    return {str(operation.status): success, **errors, "default": {"$ref": "#/components/responses/Error"}}
+    name = "MessagesError" if speaks_messages(path) else "Error"
+    errors = {str(status): {"$ref": f"#/components/responses/{name}{status}"} for status in statuses}
+    return {str(operation.status): success, **errors, "default": {"$ref": f"#/components/responses/{name}"}}
 
 
 def _body(operation: Operation) -> Document:
@@ -95,12 +106,18 @@ def _body(operation: Operation) -> Document:
     return {"required": operation.body_required, "content": {"application/json": content}}
 
 
-def _error(status: int, description: str = "") -> Document:
-    return {
-        "description": description or _ERRORS[status],
-        "headers": _headers(*_ERROR_HEADERS.get(status, ())),
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+def _errors(name: str, descriptions: dict[int, str], model: type[BaseModel]) -> Document:
+    """The errors of one shape, by status; that without a status is any other."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+    errors = {
+        f"{name}{status}": {
+            "description": text,
+            "headers": _headers(*_ERROR_HEADERS.get(status, ())),
+            "content": content,
+        }
+        for status, text in descriptions.items()
     }
+    return errors | {name: {"description": _OTHER, "headers": _headers(), "content": content}}
 
 
 def _headers(*more: str) -> Document:
@@ -120,7 +137,7 @@ def _any_of(models: tuple[type[BaseModel], ...]) -> Document:
 
 def _schemas(operations: Iterable[Operation]) -> Document:
     """The schemas of all bodies and answers. Roles are listed, though a template may know more."""
-    used: dict[type[BaseModel], None] = {ErrorAnswer: None}
+    used: dict[type[BaseModel], None] = {ErrorAnswer: None, MessagesErrorAnswer: None}
     for operation in operations:
         used |= dict.fromkeys((*operation.bodies, *operation.answers))
     _, definitions = models_json_schema(

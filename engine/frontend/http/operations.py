@@ -7,9 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..api import answers
+from ..api import agent_answers, answers
 from ..api.drain import DrainRequest
 from ..api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
+from ..dialects.messages_body import CountRequest, MessagesRequest
+from ..dialects.responses_body import ResponsesRequest
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Operation:
 _BODY = (400, 408, 413, 415, 503)  # errors of everything that takes a body
 _TEXTS = (404, *_BODY)
 _GENERATION = (500, *_TEXTS)
+_MESSAGES = (500, *(529 if status == 503 else status for status in _TEXTS))
 _CHAT = {"messages": [{"role": "user", "content": "What is 12 + 7?"}], "max_tokens": 64}
 _TEXT = {"prompt": "Once upon a time", "max_tokens": 32}
 
@@ -48,6 +51,24 @@ OPERATIONS = {
         _CHAT,
         _GENERATION,
         streams=True,
+    ),
+    "/v1/responses": Operation(
+        "The response",
+        (agent_answers.ResponseAnswer,),
+        (ResponsesRequest,),
+        {"input": "What is 12 + 7?", "max_output_tokens": 64},
+        _GENERATION,
+        streams=True,
+    ),
+    "/v1/messages": Operation(
+        "The message", (agent_answers.MessageAnswer,), (MessagesRequest,), _CHAT, _MESSAGES, streams=True
+    ),
+    "/v1/messages/count_tokens": Operation(
+        "The number of tokens of the prompt",
+        (agent_answers.TokenCount,),
+        (CountRequest,),
+        {"messages": _CHAT["messages"]},
+        (400, 404, 413),
     ),
     "/v1/models": Operation("The model, as a list", (answers.ModelList,)),
     "/v1/models/{model}": Operation("The model", (answers.ModelCard,), errors=(404,)),

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.responses import Response
 
 from ..api.errors import ApiError, error_response
+from ..dialects.messages_errors import messages_error_response, speaks_messages
 from ..reply import Reply
 
 RECORD_KEY = "lockstep.record"
@@ -80,7 +81,10 @@ class RequestRecord:
 
 def refuse(scope: MutableMapping[str, Any], error: ApiError) -> Response:
     """The answer to a refused request, which its line in the log will name."""
-    scope[RECORD_KEY].refusal = error.detail
+    record = scope[RECORD_KEY]
+    record.refusal = error.detail
+    if speaks_messages(scope["path"]):
+        return messages_error_response(error, record.id)
     return error_response(error)
 
 

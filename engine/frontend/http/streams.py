@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from functools import partial
+from typing import Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -51,23 +52,40 @@ class Template:
         self.tail = self.close_text + self.tail_delta
 
 
-class Stream(Response):
-    """A raw ASGI response that writes the generations of ``reply`` as they advance."""
+class Writer(Protocol):
+    """Writes a reply. ``closed`` is set when the last part has been written."""
 
-    def __init__(self, reply: Reply) -> None:
+    closed: asyncio.Future[None]
+
+    def take_over(self) -> None:
+        """Becomes the sink of the generations, and writes all that the reply has collected."""
+
+
+class Stream(Response):
+    """A raw ASGI response that writes the generations of ``reply`` as they advance, by the writer
+    that ``write`` makes.
+    """
+
+    def __init__(self, reply: Reply, write: Callable[[Send], Writer]) -> None:
         self.status_code = 200
         self.background = None
         self._reply = reply
+        self._write = write
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         reply = self._reply
         try:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            chunks = ChunkWriter(reply, scope.get(SEND_KEY, send))
+            chunks = self._write(scope.get(SEND_KEY, send))
             chunks.take_over()
             await asyncio.wait((chunks.closed, reply.gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
             reply.close()
+
+
+def chunk_stream(reply: Reply) -> Stream:
+    """The stream of a chat or a text completion."""
+    return Stream(reply, partial(ChunkWriter, reply))
 
 
 class ChunkWriter:
@@ -166,7 +184,7 @@ class ChunkWriter:
             generation.num_taken = len(generation.tokens)
             if generation.parser is None:
                 return template.head + _encode(generation.take_text()) + template.tail
-            return _text_or_delta(generation, template) + template.tail_delta
+            return self._text_or_delta(generation, template) + template.tail_delta
         return self._full_chunk(generation, template)
 
     def _full_chunk(self, generation: Generation, template: Template) -> bytes:
@@ -176,9 +194,9 @@ class ChunkWriter:
         outline = self._outline
         finish = generation.finish
         parts = [] if generation.num_taken else [self._opening(generation, template)]
-        parts.append(_text_or_delta(generation, template))
+        parts.append(self._text_or_delta(generation, template))
         parts += [b',"logprobs":', _encode(self._reply.logprobs(generation))]
-        parts += [b',"finish_reason":', _encode(generation.finish_reason)]
+        parts += [b',"finish_reason":', _encode(outline.reason(generation.finish_reason))]
         if finish is not None:
             parts += [b',"stop_reason":', _encode(generation.stop_reason)]
         if outline.return_token_ids:
@@ -194,6 +212,24 @@ class ChunkWriter:
             self._unfinished -= 1
             generation.num_taken = -1  # nothing more may be taken
         return b"".join(parts)
+
+    def _text_or_delta(self, generation: Generation, template: Template) -> bytes:
+        """A chunk up to and including the text, or the delta, that has come since the last one."""
+        if generation.parser is None:
+            return template.head + _encode(generation.take_text()) + template.close_text
+        said = generation.parser.take()
+        if not (said.reasoning or said.calls):
+            return template.head + _encode(said.content) + template.close_text
+        delta: dict[str, Any] = {}
+        if said.reasoning:
+            delta["reasoning"] = delta["reasoning_content"] = said.reasoning
+        if said.content:
+            delta["content"] = said.content
+        if said.calls and self._outline.legacy_call:
+            delta["function_call"] = said.calls[0]["function"]
+        elif said.calls:
+            delta["tool_calls"] = said.calls
+        return template.head_delta + _encode(delta)
 
     def _opening(self, generation: Generation, template: Template) -> bytes:
         """The chunk before the first text of a chat choice; none for a text completion."""
@@ -222,20 +258,3 @@ def _shared_fields(outline: Outline) -> dict[str, Any]:
     """The fields that begin every chunk."""
     kind = "chat.completion.chunk" if outline.chat else "text_completion"
     return {"id": outline.id, "object": kind, "created": outline.created, "model": outline.model}
-
-
-def _text_or_delta(generation: Generation, template: Template) -> bytes:
-    """A chunk up to and including the text, or the delta, that has come since the last one."""
-    if generation.parser is None:
-        return template.head + _encode(generation.take_text()) + template.close_text
-    said = generation.parser.take()
-    if not (said.reasoning or said.calls):
-        return template.head + _encode(said.content) + template.close_text
-    delta: dict[str, Any] = {}
-    if said.reasoning:
-        delta["reasoning"] = delta["reasoning_content"] = said.reasoning
-    if said.content:
-        delta["content"] = said.content
-    if said.calls:
-        delta["tool_calls"] = said.calls
-    return template.head_delta + _encode(delta)

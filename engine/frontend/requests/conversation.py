@@ -31,7 +31,7 @@ def conversation_text(codec: Codec, habits: Habits, ask: Conversation) -> str:
     messages = [
         plain for index, message in enumerate(ask.messages) for plain in _plain(habits, index, message)
     ]
-    tools = [tool.model_dump(exclude_unset=True) for tool in ask.tools] if ask.tools else None
+    tools = [tool.model_dump(exclude_unset=True) for tool in ask.shown_tools] or None
     options["add_generation_prompt"] = ask.opens_turn
     options["continue_final_message"] = bool(ask.continue_final_message)
     try:

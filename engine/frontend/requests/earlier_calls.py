@@ -39,6 +39,12 @@ def call_arguments_for(habits: Habits, given: str | dict[str, Any] | None) -> st
     return given if habits.raw_arguments else _completed(given)
 
 
+def object_of(text: str) -> dict[str, Any]:
+    """Arguments that a model has written, as an object; completed where they break off."""
+    found = _object(text)
+    return _completed(text) if found is None else found
+
+
 def _object(text: str) -> dict[str, Any] | None:
     """The object of a JSON text; None if there is none that can be given on as it is."""
     try:

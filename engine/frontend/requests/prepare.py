@@ -14,7 +14,8 @@ import numpy as np
 from ...kv.hashing import chain_hashes, hash_root
 from ..api.errors import bad_request
 from ..api.generate import MAX_SEQUENCES
-from ..api.schemas import ChatRequest, CompletionRequest, GenerationRequest, NamedTool
+from ..api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from ..api.tools import NamedTool
 from ..formats.choice import Manner
 from .conversation import continued, conversation_text
 from .model import ServedModel
@@ -40,9 +41,7 @@ def prepare(
     """Checks what depends on the model and does all work before the engine's. Raises ApiError."""
     manner: Manner | None = None
     if isinstance(ask, ChatRequest):
-        _check_tools(model, ask)
-        _check_effort(model, ask)
-        text = conversation_text(model.codec, model.habits, ask)
+        text = chat_text(model, ask)
         manner = _manner(model, ask, text)
         prompts = [_prompt(model, limits, ask, text)]
     else:
@@ -65,6 +64,13 @@ def prepare(
         echo=bool(ask.echo),
         skip_special_tokens=ask.skip_special_tokens is not False,
     )
+
+
+def chat_text(model: ServedModel, ask: ChatRequest) -> str:
+    """The prompt text of a chat. Raises ApiError."""
+    _check_tools(model, ask)
+    _check_effort(model, ask)
+    return conversation_text(model.codec, model.habits, ask)
 
 
 def _check_tools(model: ServedModel, ask: ChatRequest) -> None:
@@ -96,7 +102,7 @@ def _check_effort(model: ServedModel, ask: ChatRequest) -> None:
 
 def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
     """Chooses how replies to the prompt ``text`` are parsed."""
-    tools = {tool.function.name: tool.function.parameters or {} for tool in ask.tools or ()}
+    tools = {tool.function.name: tool.function.parameters or {} for tool in ask.callable_tools}
     formats = model.formats
     thinking = formats.opens_reasoning(text, continued(ask))
     if not thinking and formats.reasoning is not None and begins_with(ask, formats.reasoning.open):
@@ -107,7 +113,7 @@ def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
         answering=formats.closes_reasoning(text),
         show_reasoning=ask.include_reasoning is not False,
         tools=tools if ask.offers_tools else None,
-        one_call=ask.parallel_tool_calls is False,
+        one_call=ask.one_call,
         named=isinstance(ask.tool_choice, NamedTool),
     )
 
@@ -225,4 +231,5 @@ def _outline(model_name: str, ask: GenerationRequest, request_id: str) -> Outlin
         continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
         interval=ask.stream_interval or 1,
         num_prompt_logprobs=-1 if ask.prompt_logprobs is None else ask.prompt_logprobs,
+        legacy_call=isinstance(ask, ChatRequest) and bool(ask.functions),
     )

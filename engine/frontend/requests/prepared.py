@@ -15,7 +15,8 @@ class Outline:
     """The fields that all documents of an answer repeat, and the optional parts the client wants.
 
     ``num_prompt_logprobs`` is that of ``prompt_logprobs``, -1 for none. ``interval`` is the least
-    number of new tokens in a chunk of a stream.
+    number of new tokens in a chunk of a stream. ``legacy_call``: the client sent ``functions`` and
+    reads ``function_call``.
     """
 
     id: str
@@ -28,6 +29,11 @@ class Outline:
     continuous_usage: bool = False
     interval: int = 1
     num_prompt_logprobs: int = -1
+    legacy_call: bool = False
+
+    def reason(self, finish: str | None) -> str | None:
+        """The finish reason of a choice in the words of the client."""
+        return "function_call" if self.legacy_call and finish == "tool_calls" else finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import msgspec
 from ..api.errors import bad_request
 from ..api.generate import Generate
 from ..api.outline import check_outline
-from ..api.schemas import ChatRequest, NamedTool
+from ..api.schemas import ChatRequest
+from ..api.tools import NamedTool
 from ..formats.choice import Manner
 from ..formats.lark import Lark, Spell
 from ..formats.reader import SPACE
@@ -51,9 +52,11 @@ def _parameters(ask: ChatRequest, manner: Manner, spell: Spell) -> Iterator[Clai
     """A call of each tool that may be called, with its parameters. Raises ApiError."""
     assert manner.formats.tools is not None and manner.tools is not None
     write = manner.formats.tools(manner.tools).write
-    chosen = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedTool) else None
+    names = {tool.function.name for tool in ask.callable_tools}
+    if isinstance(ask.tool_choice, NamedTool):
+        names = {ask.tool_choice.function.name}
     for index, tool in enumerate(ask.tools or ()):
-        if tool.function.parameters and chosen in (None, tool.function.name):
+        if tool.function.parameters and tool.function.name in names:
             where = f"tools[{index}].function.parameters"
             try:
                 check_parameters(tool.function.parameters, where)
@@ -128,7 +131,8 @@ def _calls(ask: ChatRequest, manner: Manner, lark: Lark) -> str:
     write = manner.formats.tools(manner.tools).write
     if isinstance(ask.tool_choice, NamedTool):
         return write(lark, [ask.tool_choice.function.name], many=False)
-    return write(lark, ask.tool_names, many=not manner.one_call)
+    names = [tool.function.name for tool in ask.callable_tools]
+    return write(lark, names, many=not manner.one_call)
 
 
 def _after_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.http.asgi_writer import AsgiWriter
-from lockstep.engine.frontend.http.streams import Stream
+from lockstep.engine.frontend.http.streams import chunk_stream
 from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.frontend.open_requests import OpenRequests
 from lockstep.engine.frontend.reply import Reply
@@ -141,7 +141,7 @@ class World:
         self._position = 0
 
     async def start(self) -> asyncio.Task[None]:
-        task = asyncio.create_task(Stream(self.reply)({}, self.reader.receive, self.reader.send))
+        task = asyncio.create_task(chunk_stream(self.reply)({}, self.reader.receive, self.reader.send))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         return task
@@ -231,7 +231,7 @@ def test_a_connection_that_breaks_ends_the_stream_and_aborts(codec: Codec) -> No
                 raise ConnectionResetError
             await world.reader.send(message)
 
-        task = asyncio.create_task(Stream(world.reply)({}, world.reader.receive, send))
+        task = asyncio.create_task(chunk_stream(world.reply)({}, world.reader.receive, send))
         async with asyncio.timeout(30):
             while not world.reader.bodies:
                 await asyncio.sleep(0)

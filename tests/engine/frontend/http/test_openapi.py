@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from lockstep.engine.frontend.http import app as application
+from lockstep.engine.frontend.http import agents, app as application
 from lockstep.engine.protocol.frontends import Rejected, Submit
 from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import RunningFrontend
@@ -104,7 +104,8 @@ def test_it_has_every_route(
             super().__init__(*args, **kwargs)
             routers.append(self)
 
-    monkeypatch.setattr(application, "APIRouter", Kept)
+    for module in (application, agents):
+        monkeypatch.setattr(module, "APIRouter", Kept)
     service: Any = SimpleNamespace(spec=frontend.spec, model=SimpleNamespace(codec=None), metrics=None)
     application.build_app(service)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
@@ -148,13 +149,14 @@ def test_every_schema_is_valid(document: Document) -> None:
 
 
 def test_every_operation_tells_its_errors_its_key_and_its_types(document: Document) -> None:
-    for _, method, operation in operations(document):
+    for path, method, operation in operations(document):
         answers = operation["responses"]
         assert "default" in answers
         for status, answer in answers.items():
             if status == "default" or int(status) >= 400:
                 schema = found(document, answer)["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
+                shape = "MessagesErrorAnswer" if path.startswith("/v1/messages") else "ErrorAnswer"
+                assert schema == {"$ref": f"#/components/schemas/{shape}"}
         assert ("401" in answers) == bool(operation["security"])
         assert ("requestBody" in operation) == (method == "post")
     paths = document["paths"]
@@ -213,6 +215,9 @@ def test_examples_are_served_and_answers_follow_their_schemas(
         ("/v1/completions", {"prompt": [[5, 6, 7], [8, 9]], "prompt_logprobs": 1, "return_token_ids": True}),
         (CHAT, HELLO | {"prompt_logprobs": 2}),
         ("/invocations", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a", "stream": True}),
+        ("/v1/messages", HELLO | {"max_tokens": 1}),
+        ("/v1/messages", HELLO | {"stream": True}),
         ("/tokenize", HELLO),
         ("/tokenize", {"prompt": "a", "return_token_strs": True}),
     ],
