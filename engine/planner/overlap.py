@@ -45,6 +45,11 @@ class OverlapTrial:
     _shares: list[float] = field(default_factory=list)
     _times: dict[int, list[float]] = field(default_factory=lambda: {1: [], 2: []})
 
+    @property
+    def decided(self) -> bool:
+        """Whether the choice was measured and still lasts."""
+        return self._held > 0
+
     def next(self) -> int:
         """Microbatches of the next step."""
         if self._held:
@@ -57,12 +62,12 @@ class OverlapTrial:
 
     def measured(self, microbatches: int, time: float, share: float) -> None:
         """A step took ``time``, in its predicted seconds."""
-        if self._held:
-            return
+        if self._held or (microbatches == 2 and not self._trying):
+            return  # planned before the comparison began
         self._times[microbatches].append(time)
         if not self._trying:
             self._shares.append(share)
-            if microbatches == 1 and len(self._times[1]) >= _SAMPLES:
+            if len(self._shares) >= _SAMPLES:
                 self._weigh()
         elif min(map(len, self._times.values())) >= _SAMPLES:
             self.ratio = median(self._times[2]) / median(self._times[1])
@@ -105,7 +110,8 @@ class Overlap:
         The ranks of a stage take equally long; the one that waits least is the slowest, and what it
         waits for is the exchange.
         """
-        if self.mode != "auto" or flight.capacity not in self.choices:
+        trial = self.choices.get(flight.capacity)
+        if trial is None or trial.decided:
             return
         for result in results:
             seconds = result.seconds - result.stalled
@@ -114,5 +120,4 @@ class Overlap:
             flight.waits = min(flight.waits, share)
         flight.unheard -= len(results)
         if flight.unheard == 0 and flight.seconds > 0 and predicted > 0:
-            choice = self.choices[flight.capacity]
-            choice.measured(flight.microbatches, flight.seconds / predicted, flight.waits)
+            trial.measured(flight.microbatches, flight.seconds / predicted, flight.waits)

@@ -1,5 +1,6 @@
 """Greedy tokens over FP8 pages do not depend on the layout: EP 1, 2 and 4, both portable
-dispatchers, whole and in chunks, alone and batched. Alone and whole is the reference here; what FP8
+dispatchers, whole and in chunks, alone and batched, at once and as two
+microbatches. Alone and whole is the reference here; what FP8
 costs is measured elsewhere.
 """
 
@@ -37,17 +38,18 @@ def expected(paths: dict[str, Path]) -> dict[str, list[list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("size", "dispatch"), [(1, "local"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all")]
+    ("size", "dispatch", "microbatches"),
+    [(1, "local", 1), (2, "all_to_all", 1), (2, "all_to_all", 2), (2, "all_gather", 1), (4, "all_to_all", 1)],
 )
 def test_layout(
-    paths: dict[str, Path], expected: dict[str, list[list[int]]], size: int, dispatch: str
+    paths: dict[str, Path], expected: dict[str, list[list[int]]], size: int, dispatch: str, microbatches: int
 ) -> None:
     if size == 1:
         by_rank = [
             continue_over_fp8(Collectives("alone", 0, 1, None, 1.0, torch.device("cpu")), paths, dispatch)
         ]
     else:
-        by_rank = run_ranks(continue_over_fp8, size, paths, dispatch)
+        by_rank = run_ranks(continue_over_fp8, size, paths, dispatch, microbatches)
     for family in FAMILIES:
         for rank, found in enumerate(by_rank):
             for number, (tokens, sure) in enumerate(

@@ -68,7 +68,7 @@ def turns(ops: Reference, gate: GateWeights, x_TD: Tensor) -> Tensor:
 
 
 def continue_over_fp8(
-    collectives: Collectives, paths: dict[str, Path], dispatch: str
+    collectives: Collectives, paths: dict[str, Path], dispatch: str, microbatches: int = 1
 ) -> dict[str, list[list[int]]]:
     """The tokens of this rank's share of every family's prompts: half of them start whole, the
     others one by one in chunks while the first ones decode.
@@ -81,5 +81,6 @@ def continue_over_fp8(
             for i, prompt in enumerate(mine)
         ]
         executor = build_executor(path, collectives, dispatch, kv_format="fp8")
-        found[family] = Driver(executor, requests, lambda step: 1280).run(NUM_STEPS)
+        driver = Driver(executor, requests, lambda step: 1280, microbatches=microbatches)
+        found[family] = driver.run(NUM_STEPS)
     return found
