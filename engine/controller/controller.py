@@ -56,7 +56,9 @@ class Controller:
         settings = planner_settings(self._spec, hellos)
         pilot = Pilot(settings, self._spec.recording)
         try:
-            status = ClusterStatus(self._spec.mesh, hellos, pilot.group, self._numbers)
+            status = ClusterStatus(
+                self._spec.mesh, hellos, pilot.group, self._numbers, self._spec.placement_i32
+            )
             membership = Membership(self._spec, hellos, pilot, status)
             serving = Serving(self._transport, self._frontends, self._lobby, pilot, membership, status)
             pages = f"{sum(settings.num_pages)} pages of {settings.page_size} tokens"

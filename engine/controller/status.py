@@ -11,7 +11,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from ...moe.balance.placement import EMPTY, contiguous
+from ...moe.balance.placement import EMPTY
+from ...moe.balance.start import placement_of
 from ...parallel.mesh import Mesh
 from ..planner.group import Group
 from ..planner.group_plan import GroupPlan
@@ -74,7 +75,12 @@ class ClusterStatus:
     """
 
     def __init__(
-        self, mesh: Mesh, hellos: Mapping[int, RankHello], group: Group, numbers: Iterator[int]
+        self,
+        mesh: Mesh,
+        hellos: Mapping[int, RankHello],
+        group: Group,
+        numbers: Iterator[int],
+        placement_i32: bytes = b"",
     ) -> None:
         self.phase, self.reason = "serving", ""
         self.degraded = ""
@@ -92,7 +98,8 @@ class ClusterStatus:
         self._observed: list[StepResult] = []
         self._reports: list[StepResult] = []
         self._expert_LE = np.zeros((num_layers, hello.num_experts), np.int64)
-        self._placement = contiguous(num_layers, hello.num_experts, mesh.experts)
+        self._placement = placement_of(placement_i32, num_layers, hello.num_experts, mesh.experts)
+        self._counts_LWS = np.zeros(self._placement.experts_LWS.shape, np.int64)
         self._placement_i32 = self._placement.ranges().tobytes()
 
     def observe(self, results: list[StepResult]) -> None:
@@ -191,7 +198,11 @@ class ClusterStatus:
     def _count_experts(self, result: StepResult) -> None:
         here = self._mesh.coordinates(result.rank)
         mine = self._layers[here.stage]
-        experts_LS = self._placement.experts_LWS[mine, here.expert]
-        counts_LS = np.frombuffer(result.expert_i64, np.int64).reshape(len(experts_LS), -1)
-        layers, slots = np.nonzero(experts_LS != EMPTY)
-        self._expert_LE[mine][layers, experts_LS[layers, slots]] = counts_LS[layers, slots]
+        counts_LS = self._counts_LWS[mine, here.expert]
+        counts_LS[:] = np.frombuffer(result.expert_i64, np.int64).reshape(counts_LS.shape)
+        # Replicas of an expert count together.
+        experts_LWS, counts_LWS = self._placement.experts_LWS[mine], self._counts_LWS[mine]
+        layers, ranks, slots = np.nonzero(experts_LWS != EMPTY)
+        self._expert_LE[mine] = 0
+        experts = experts_LWS[layers, ranks, slots]
+        np.add.at(self._expert_LE[mine], (layers, experts), counts_LWS[layers, ranks, slots])

@@ -41,7 +41,8 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a controller, which binds free ports of ``host`` and reports its addresses to
-    the lobby.
+    the lobby. ``placement_i32``: the expert in every slot, [MoE layer, rank of a stage, slot], -1
+    where there is none; empty: consecutive experts on each rank.
     """
 
     host: str
@@ -56,6 +57,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     collective_deadline: float = 60.0
     recording: str | None = None
     lobby: LobbySpec | None = None
+    placement_i32: bytes = b""
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +65,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``store_address``: the store where ranks meet. ``kv_memory``: bytes of the page pool, None for a
     share of free memory.
     ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
+    ``placement_i32``: as ``ControllerSpec``.
     """
 
     rank: int
@@ -87,6 +90,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     collective_deadline: float = 60.0
     pause_deadline: float = 120.0
     lobby: LobbySpec | None = None
+    placement_i32: bytes = b""
 
 
 class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):

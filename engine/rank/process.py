@@ -12,7 +12,8 @@ import torch
 
 from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import parse_format
-from ...moe.balance.placement import Placement, contiguous
+from ...moe.balance.placement import Placement
+from ...moe.balance.start import placement_of
 from ...moe.config import MoEConfig
 from ...moe.dispatch.all_gather import AllGatherExchange
 from ...moe.dispatch.all_to_all import AllToAllExchange
@@ -22,7 +23,7 @@ from ...moe.dispatch.local import LocalDispatcher
 from ...parallel.collectives import Collectives, RankGroups
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
-from ...parallel.stages import split_layers
+from ...parallel.stages import PipelineStage, split_layers
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig, load_config
@@ -86,11 +87,13 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     config = load_config(Path(spec.model_path))
     here = mesh.coordinates(spec.rank)
     stage = split_layers(config.num_layers, config.moe_layers, mesh.pipeline)[here.stage]
-    placement = contiguous(stage.num_moe, config.moe.num_experts, mesh.experts)
+    placement = _placement(spec, config, stage)
     experts, tensor, stages = _groups(spec, device)
     split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor)
     turns = Turns()
-    dispatcher = _dispatcher(spec.dispatch, placement, experts, device, turns)
+    first = here.stage * mesh.experts
+    node_W = [(first + index) // spec.ranks_per_host for index in range(mesh.experts)]
+    dispatcher = _dispatcher(spec.dispatch, placement, experts, device, turns, node_W)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
@@ -125,6 +128,15 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
 
 
+def _placement(spec: RankSpec, config: ModelConfig, stage: PipelineStage) -> Placement:
+    """The experts of the stage's layers."""
+    whole = placement_of(
+        spec.placement_i32, len(config.moe_layers), config.moe.num_experts, spec.mesh.experts
+    )
+    before = sum(layer < stage.layers.start for layer in config.moe_layers)
+    return Placement(whole.experts_LWS[before : before + stage.num_moe], whole.num_experts)
+
+
 def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
     vocabulary = load_vocabulary(Path(spec.model_path), config.vocab_size, config.eos_ids)
     return Grammars(vocabulary) if vocabulary is not None else None
@@ -155,13 +167,18 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
 
 
 def _dispatcher(
-    kind: str, placement: Placement, collectives: Collectives, device: torch.device, turns: Turns
+    kind: str,
+    placement: Placement,
+    collectives: Collectives,
+    device: torch.device,
+    turns: Turns,
+    node_W: list[int] | None = None,
 ) -> Dispatcher:
     if kind == "all_gather":
-        gathering = AllGatherExchange(placement, collectives, device)
+        gathering = AllGatherExchange(placement, collectives, device, node_W)
         return ExchangeDispatcher(gathering, device, give_turn=turns.give)
     if kind == "all_to_all" and device.type == "cpu":
-        sending = AllToAllExchange(placement, collectives, device)
+        sending = AllToAllExchange(placement, collectives, device, node_W)
         return ExchangeDispatcher(sending, device, give_turn=turns.give)
     if kind == "local" and collectives.size == 1:
         return LocalDispatcher(placement, device)

@@ -15,7 +15,7 @@ from ..cluster.reaper import Reaper
 from ..environment import prepare_ray, ray_address
 from ..recipe.hardware import hardware_names
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
-from ..recipe.resolve import check_model
+from ..recipe.resolve import check_model, recorded_loads
 from .finding import Finding
 from .judge import Requirements, judge
 from .links import judge_clocks, judge_links
@@ -142,10 +142,12 @@ def _rank_memory(recipe: Recipe, plan: CapacityPlan) -> int:
 def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) -> list[Finding]:
     found = [Finding("error", "recipe", line) for line in not_yet(recipe)]
     with contextlib.suppress(ValueError):  # the nodes report problems of the model
-        found += [
-            Finding("error", "recipe", line)
-            for line in check_model(recipe, load_config(model_directory(recipe, folder)))
-        ]
+        config = load_config(model_directory(recipe, folder))
+        found += [Finding("error", "recipe", line) for line in check_model(recipe, config)]
+        try:
+            recorded_loads(recipe, config, folder)
+        except ValueError as error:
+            found.append(Finding("error", "recipe", str(error)))
     if plan is not None and recipe.cluster.hardware is not None:
         found += [
             Finding("warning", "plan", line, f"cluster.hardware = {recipe.cluster.hardware}")

@@ -100,6 +100,12 @@ class ExpertsSection(RecipeSection):
         default="auto", description="how tokens reach their experts"
     )
     redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
+    loads: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file with recorded loads to start balanced by: an answer of /admin/cluster (JSON) or a "
+        "routing trace (.npz), relative to the recipe file",
+    )
     balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
         default="auto", description="whether experts move between ranks by load"
     )
@@ -309,7 +315,6 @@ def not_yet(recipe: Recipe) -> list[str]:
     ``launch plan`` plans with them and reports them.
     """
     checks = (
-        (recipe.experts.redundant > 0, f"experts.redundant = {recipe.experts.redundant}", "0"),
         (recipe.experts.balance == "on", "experts.balance = on", "auto or off"),
         (
             recipe.experts.dispatch == "all_to_all" and recipe.cluster.device == "cuda",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
 from ...engine.protocol.specs import SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
+from ...moe.balance.layers import Floats
+from ...moe.balance.start import read_loads, starting_placement
 from ...moe.config import MoEConfig
 from .recipe import Recipe
 
@@ -54,7 +57,37 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the "
             f"{config.moe.num_experts} experts of the model"
         )
+    most = config.moe.num_experts * (recipe.mesh.experts - 1)
+    if recipe.experts.redundant > most:
+        found.append(
+            f"experts.redundant = {recipe.experts.redundant}: above {most}, which is a replica of each of "
+            f"{config.moe.num_experts} experts on each of {recipe.mesh.experts - 1} other ranks of a stage"
+        )
     return found + _unsplittable(recipe, config)
+
+
+def recorded_loads(recipe: Recipe, config: ModelFacts, folder: Path) -> Floats | None:
+    """The loads of ``experts.loads``, None without it. Raises ValueError when the file does not
+    fit.
+    """
+    if recipe.experts.loads is None:
+        return None
+    path = folder / Path(recipe.experts.loads).expanduser()
+    return read_loads(path, len(config.moe_layers), config.moe.num_experts)
+
+
+def placement_of_recipe(recipe: Recipe, config: ModelFacts, folder: Path) -> bytes:
+    """The placement to start with, packed as in ``RankSpec``; empty for consecutive experts. Raises
+    ValueError when ``experts.loads`` does not fit.
+    """
+    loads_LE, redundant = recorded_loads(recipe, config, folder), recipe.experts.redundant
+    if loads_LE is None and not redundant:
+        return b""
+    num_ranks = recipe.mesh.experts
+    # Stages repeat the nodes of the first one where they fill whole nodes.
+    node_W = [rank // recipe.cluster.ranks_per_node for rank in range(num_ranks)]
+    shape = len(config.moe_layers), config.moe.num_experts, num_ranks
+    return starting_placement(*shape, redundant, loads_LE, node_W).experts_LWS.tobytes()
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:

@@ -9,7 +9,7 @@ from ...engine.models.config import load_config
 from ..cluster.cluster import LaunchError
 from ..preflight.check import preflight, refuse_errors
 from ..recipe.recipe import Recipe, RecipeError, model_directory
-from ..recipe.resolve import check_model
+from ..recipe.resolve import check_model, placement_of_recipe
 from ..terminal.interrupts import Interrupted, Interrupts
 from ..terminal.screen import Screen
 from .last_resort import LastResort
@@ -31,12 +31,13 @@ def serve(recipe: Recipe, folder: Path, screen: Screen, interrupts: Interrupts) 
         raise ValueError(f"model.path: {error}") from None
     if found := check_model(recipe, config):
         raise RecipeError("the recipe does not fit the model\n" + "\n".join(f"  {line}" for line in found))
+    placement = placement_of_recipe(recipe, config, folder)
     for warning in refuse_errors(preflight(recipe, folder)):
         screen.say(f"warning: {warning}")
     logs = RunFolder(recipe.cluster.log_dir)
     code, opened = 1, ExitStack()
     try:
-        supervisor = start(Run(recipe, config, path, logs.path, screen, interrupts), opened)
+        supervisor = start(Run(recipe, config, path, logs.path, screen, interrupts, placement), opened)
         supervisor.watch()
         code = supervisor.drain()
     except LaunchError as error:

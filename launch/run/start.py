@@ -32,7 +32,9 @@ _POLL = 0.1
 
 @dataclass(frozen=True)
 class Run:
-    """A run as asked for. ``folder`` takes the logs."""
+    """A run as asked for. ``folder`` takes the logs. ``placement_i32``: the experts to start with,
+    as in ``RankSpec``.
+    """
 
     recipe: Recipe
     config: ModelConfig
@@ -40,6 +42,7 @@ class Run:
     folder: Path
     screen: Screen
     interrupts: Interrupts
+    placement_i32: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def _open(run: Run, opened: ExitStack) -> _Base:
         lobby_address=desk.address,
         keyring=keyring,
         acceptor=acceptor.spec,
+        placement_i32=run.placement_i32,
     )
     return _Base(acceptor, cluster, store, Roster(cluster, desk, run.interrupts, screen.show), site)
 

@@ -28,7 +28,7 @@ from .keyring import Keyring
 @dataclass(frozen=True)
 class Site:
     """Properties of this run beyond the recipe. ``device``: cpu or cuda. ``host``: the launcher's
-    address.
+    address. ``placement_i32``: as in ``RankSpec``.
     """
 
     recipe: Recipe
@@ -39,6 +39,7 @@ class Site:
     lobby_address: str
     keyring: Keyring
     acceptor: AcceptorSpec
+    placement_i32: bytes = b""
 
     @property
     def dtype(self) -> str:
@@ -86,6 +87,7 @@ def controller_task(site: Site) -> Task:
         collective_deadline=recipe.cluster.collective_deadline,
         recording=None if recipe.recording is None else str(Path(recipe.recording).expanduser().absolute()),
         lobby=site.lobby("controller 0"),
+        placement_i32=site.placement_i32,
     )
     return Task("controller", 0, msgspec.json.encode(spec), environment=site.settings(threads=1))
 
@@ -115,6 +117,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         collective_deadline=recipe.cluster.collective_deadline,
         pause_deadline=recipe.cluster.pause_deadline,
         lobby=site.lobby(f"rank {rank}"),
+        placement_i32=site.placement_i32,
     )
     return Task(
         "rank",

@@ -21,6 +21,8 @@ from .steps import Search, SlotSteps
 NOWHERE = -1
 
 _LEAST = 1e-6  # of a rank's mean load: what a step has to gain
+# Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
+_REPLICAS_FIRST, _REPLICAS_EVERY = 6, 4
 _ANY = np.iinfo(np.int64).max
 _AT_ONCE = 1024  # moves
 
@@ -122,14 +124,16 @@ class _Search:
         while len(layers):
             layers = self._take(layers, self._look(layers).split_largest(), 0.0)
         layers = every
-        while len(layers := layers[self._maximum_L(layers) > self._target_L[layers]]):
-            layers = self._take(layers, self._look(layers).best(), _LEAST)
+        number, last = 0, False
+        while len(layers):
+            replicas = last or number < _REPLICAS_FIRST or number % _REPLICAS_EVERY == 0
+            taken = self._take(layers, self._look(layers).best(replicas=replicas), _LEAST)
+            # Layers without a swap are looked at once more, for replicas.
+            number, last = number + 1, not replicas and len(taken) < len(layers)
+            layers = taken if replicas else layers
 
     def _look(self, layers: Ints) -> Search:
         return Search(self._state, layers, self._target_L[layers], self._node_W, self._within)
-
-    def _maximum_L(self, layers: Ints) -> Floats:
-        return np.asarray(self._state.rank_loads_LW(layers).max(axis=1, initial=0.0))
 
     def _take(self, layers: Ints, steps: SlotSteps, least: float) -> Ints:
         """Takes the steps worth more than ``least``, the best first while the budget lasts. Returns

@@ -8,6 +8,7 @@ slots per rank, E experts, P = W S slots, K candidate ranks, Q slots whose exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from .placement import EMPTY
 # Candidates of a swap, slot by slot: the coldest ranks, as many as keep a layer near this number.
 _CANDIDATES = 600
 # The cost of receiving an expert from another node, in experts received within the node.
-_FAR = 1.2
+_FAR = 1.05
 # A step counts by the load above the target that it takes away; beyond the target, this much.
 _BEYOND = 0.001
 
@@ -50,17 +51,19 @@ class Search:
         self._experts_LP = state.experts_LP[layers]
         self._replicas_LE, self._loads_LE = state.replicas_LE[layers], state.loads_LE[layers]
         self._shares_LP = state.shares_LP(layers)
-        self._holds_LWE = state.holds_LWE[layers]
+        self._layers = layers
         num_slots = state.num_slots
         self._ranks_LW = self._shares_LP.reshape(len(layers), -1, num_slots).sum(axis=2)
         self._hot = self._ranks_LW.argmax(axis=1)
         self.maximum = self._ranks_LW[self._each, self._hot]
         self._target = target_L
         self._hot_LS = self._hot[:, None] * num_slots + np.arange(num_slots)
-        self._leaving()
 
-    def best(self) -> SlotSteps:
-        """The most valuable step of each layer."""
+    def best(self, *, replicas: bool) -> SlotSteps:
+        """The most valuable step of each layer; without ``replicas`` only swaps are looked at."""
+        if not replicas:
+            return self._swaps()
+        self._leaving()
         found = [self._swaps(), self._replicas_of_the_hot()]
         which = np.stack([steps.value for steps in found]).argmax(axis=0)
         return SlotSteps(
@@ -75,16 +78,15 @@ class Search:
         replica has room for it. Maxima of ranks may rise by it; ``value`` is 1 where it is
         possible.
         """
+        self._leaving()
         shares_LE = self._loads_LE / np.maximum(self._replicas_LE, 1)
         expert = shares_LE.argmax(axis=1)
         largest = shares_LE[self._each, expert]
         new = self._loads_LE[self._each, expert] / (self._replicas_LE[self._each, expert] + 1)
-        replicas_LQ = np.take_along_axis(self._replicas_LE, self._experts_LQ, axis=1)
-        left_LQ = np.take_along_axis(self._loads_LE, self._experts_LQ, axis=1) / np.maximum(
-            replicas_LQ - 1, 1
-        )
+        replicas_LQ = self._at(self._replicas_LE, self._experts_LQ)
+        left_LQ = self._at(self._loads_LE, self._experts_LQ) / np.maximum(replicas_LQ - 1, 1)
         score_LQ = np.maximum(self._rests_LQ + new[:, None], self._others_LQ)
-        there_LQ = self._holds_LWE[self._each[:, None], self._ranks_LQ, expert[:, None]]
+        there_LQ = self._state.holds_LWE[self._layers[:, None], self._ranks_LQ, expert[:, None]]
         barred_LQ = there_LQ | ~self._free_LQ | (left_LQ >= largest[:, None])
         if self._within:
             barred_LQ |= ~self._near_LQ(expert)
@@ -101,23 +103,27 @@ class Search:
         spare_LE = (self._replicas_LE >= 2) & (
             self._loads_LE <= (self._replicas_LE - 1) * self._target[:, None]
         )
-        replicas_LP = np.take_along_axis(self._replicas_LE, self._experts_LP, axis=1)
-        may_LP = np.take_along_axis(spare_LE, self._experts_LP, axis=1)
+        replicas_LP = self._at(self._replicas_LE, self._experts_LP)
+        may_LP = self._at(spare_LE, self._experts_LP)
         many = max(1, int(may_LP.sum(axis=1).max(initial=0)))
         self._slots_LQ = np.argpartition(~may_LP, many - 1, axis=1)[:, :many]
-        self._free_LQ = np.take_along_axis(may_LP, self._slots_LQ, axis=1)
+        self._free_LQ = self._at(may_LP, self._slots_LQ)
         self._ranks_LQ = self._slots_LQ // self._state.num_slots
-        self._experts_LQ = np.take_along_axis(self._experts_LP, self._slots_LQ, axis=1)
-        ranks_LQ = np.take_along_axis(self._ranks_LW, self._ranks_LQ, axis=1)
-        self._rests_LQ = ranks_LQ - np.take_along_axis(self._shares_LP, self._slots_LQ, axis=1)
-        replicas_LQ = np.take_along_axis(replicas_LP, self._slots_LQ, axis=1)
-        more_LQ = np.take_along_axis(self._loads_LE, self._experts_LQ, axis=1)
+        self._experts_LQ = self._at(self._experts_LP, self._slots_LQ)
+        ranks_LQ = self._at(self._ranks_LW, self._ranks_LQ)
+        self._rests_LQ = ranks_LQ - self._at(self._shares_LP, self._slots_LQ)
+        replicas_LQ = self._at(replicas_LP, self._slots_LQ)
+        more_LQ = self._at(self._loads_LE, self._experts_LQ)
         more_LQ = more_LQ * (1 / np.maximum(replicas_LQ - 1, 1) - 1 / np.maximum(replicas_LQ, 1))
         experts_LQ = self._experts_LQ.astype(np.int16)
         twins_LQQ = (experts_LQ[:, :, None] == experts_LQ[:, None]) & (experts_LQ != EMPTY)[:, :, None]
         twins_LQQ[:, np.arange(many), np.arange(many)] = False
         others_LQ = np.where(twins_LQQ, ranks_LQ.astype(np.float32)[:, None], -np.float32(np.inf)).max(axis=2)
         self._others_LQ = others_LQ + more_LQ
+
+    def _at(self, values: NDArray[Any], columns: Ints) -> NDArray[Any]:
+        """Values of each layer at its columns."""
+        return values[self._each[:, None], columns]
 
     def _value(self, score: Floats, cost: Floats | float) -> Floats:
         """The worth of lowering the maximum to ``score`` (by layer first) at that cost."""
@@ -134,15 +140,15 @@ class Search:
         num = max(1, min(state.num_ranks - 1, _CANDIDATES // size**2))
         cold_LK = np.argpartition(self._ranks_LW, num - 1, axis=1)[:, :num]
         slots_LKS = cold_LK[:, :, None] * size + np.arange(size)
-        mine_LS = np.take_along_axis(self._experts_LP, self._hot_LS, axis=1)
+        mine_LS = self._at(self._experts_LP, self._hot_LS)
         their_LKS = self._experts_LP[each[:, None, None], slots_LKS]
-        shares_LS = np.take_along_axis(self._shares_LP, self._hot_LS, axis=1)
+        shares_LS = self._at(self._shares_LP, self._hot_LS)
         theirs_LKS = self._shares_LP[each[:, None, None], slots_LKS].astype(np.float32)
         moved = shares_LS.astype(np.float32)[:, :, None, None] - theirs_LKS[:, None]
-        cold_L1K1 = np.take_along_axis(self._ranks_LW, cold_LK, axis=1).astype(np.float32)[:, None, :, None]
+        cold_L1K1 = self._at(self._ranks_LW, cold_LK).astype(np.float32)[:, None, :, None]
         score = np.maximum(self.maximum.astype(np.float32)[:, None, None, None] - moved, cold_L1K1 + moved)
-        barred_LSK = self._holds_LWE[each[:, None, None], cold_LK[:, None], mine_LS[:, :, None]]
-        barred_LKS = self._holds_LWE[each[:, None, None], self._hot[:, None, None], their_LKS]
+        barred_LSK = state.holds_LWE[self._layers[:, None, None], cold_LK[:, None], mine_LS[:, :, None]]
+        barred_LKS = state.holds_LWE[self._layers[:, None, None], self._hot[:, None, None], their_LKS]
         far_LK = self._node_W[cold_LK] != self._node_W[self._hot][:, None]
         if self._within:
             barred_LKS = barred_LKS | far_LK[:, :, None]
@@ -158,15 +164,15 @@ class Search:
 
     def _replicas_of_the_hot(self) -> SlotSteps:
         """Gives an expert of the most loaded rank a further replica elsewhere."""
-        each = self._each
-        mine_LS = np.take_along_axis(self._experts_LP, self._hot_LS, axis=1)
-        shares_LS = np.take_along_axis(self._shares_LP, self._hot_LS, axis=1)
-        new_LS = np.take_along_axis(self._loads_LE, mine_LS, axis=1)
-        new_LS = new_LS / (np.take_along_axis(self._replicas_LE, mine_LS, axis=1) + 1)
+        state, each = self._state, self._each
+        mine_LS = self._at(self._experts_LP, self._hot_LS)
+        shares_LS = self._at(self._shares_LP, self._hot_LS)
+        new_LS = self._at(self._loads_LE, mine_LS)
+        new_LS = new_LS / (self._at(self._replicas_LE, mine_LS) + 1)
         kept_LS = self.maximum[:, None] - shares_LS + new_LS
         score = np.maximum(kept_LS[:, :, None], self._rests_LQ[:, None] + new_LS[:, :, None])
         score = np.maximum(score, self._others_LQ[:, None])
-        barred = self._holds_LWE[each[:, None, None], self._ranks_LQ[:, None], mine_LS[:, :, None]]
+        barred = state.holds_LWE[self._layers[:, None, None], self._ranks_LQ[:, None], mine_LS[:, :, None]]
         barred = barred | ~self._free_LQ[:, None] | (mine_LS == EMPTY)[:, :, None]
         far_LQ = self._node_W[self._ranks_LQ] != self._node_W[self._hot][:, None]
         if self._within:
@@ -179,10 +185,10 @@ class Search:
 
     def _near_LQ(self, expert: Ints) -> NDArray[np.bool_]:
         """Whether an expert of each layer has a slot on the node of each slot that may change."""
-        holds_LW = self._holds_LWE[self._each, :, expert]
+        holds_LW = self._state.holds_LWE[self._layers, :, expert]
         nodes_LN = np.zeros((len(expert), int(self._node_W.max()) + 1), np.bool_)
         np.logical_or.at(nodes_LN, (self._each[:, None], self._node_W[None]), holds_LW)
-        return np.asarray(np.take_along_axis(nodes_LN, self._node_W[self._ranks_LQ], axis=1))
+        return np.asarray(self._at(nodes_LN, self._node_W[self._ranks_LQ]))
 
     def _single(self, slots: Ints, experts: Ints, value: Floats) -> SlotSteps:
         none = np.full(len(slots), EMPTY)

@@ -7,6 +7,7 @@ K choices, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
+from .replicas import ReplicaChoice
 from .rows import pack, unpack
 
 
@@ -37,26 +39,33 @@ class AllGatherExchange:
     of ranks.
     """
 
-    def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        collectives: Collectives,
+        device: torch.device,
+        node_W: Sequence[int] | None = None,
+    ) -> None:
         assert placement.num_ranks == collectives.size, (
             f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
         )
         self.placement = placement
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
-        self._places_LE = torch.from_numpy(placement.homes_LE).to(device)
+        self._choice = ReplicaChoice(placement, collectives.index, node_W, device)
         self._collectives = collectives
         self._capacity = 0
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity
+        self._choice.begin_step(num_tokens)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         num_tokens, top_k = ids_TK.shape
         x_CD = x_TD.new_zeros(self._capacity, x_TD.shape[1])
         x_CD[:num_tokens] = x_TD
         places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
-        places_CK[:num_tokens] = self._places_LE[layer][ids_TK]
+        places_CK[:num_tokens] = self._choice.places_TK(ids_TK, layer)
         pending = self._collectives.all_gather(pack(x_CD, places_CK), f"tokens of MoE layer {layer}")
         return Handle(weights_TK, layer, _Gathered(pending, x_TD.shape[1], x_TD.dtype))
 

@@ -7,6 +7,7 @@ Suffixes: T own tokens, W ranks, N received tokens, K choices, M pairs (token, c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
+from .replicas import ReplicaChoice
 from .rows import pack, unpack
 
 # Up to this many bytes per peer, rows are padded to the capacity. Beyond, a first exchange counts
@@ -47,7 +49,13 @@ class _Exchange:
 class AllToAllExchange:
     """Sends each token only to ranks that need it; no rank computes padding."""
 
-    def __init__(self, placement: Placement, collectives: Collectives, device: torch.device) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        collectives: Collectives,
+        device: torch.device,
+        node_W: Sequence[int] | None = None,
+    ) -> None:
         assert device.type == "cpu", f"ragged exchange on {device}: it counts on the host"
         assert placement.num_ranks == collectives.size, (
             f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
@@ -55,15 +63,17 @@ class AllToAllExchange:
         self.placement = placement
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self._collectives = collectives
+        self._choice = ReplicaChoice(placement, collectives.index, node_W)
         self._capacity = 0
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity
+        self._choice.begin_step(num_tokens)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         ranks_TK, slots_TK = np.divmod(
-            self.placement.homes_LE[layer][ids_TK.numpy()], self.placement.num_slots
+            self._choice.places_TK(ids_TK.numpy(), layer), self.placement.num_slots
         )
         hit_WT = np.zeros((self._collectives.size, len(ranks_TK)), np.bool_)
         hit_WT[ranks_TK, np.arange(len(ranks_TK))[:, None]] = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from lockstep.kernels.reference.experts import experts_reference
-from lockstep.moe.balance.placement import EMPTY, contiguous
+from lockstep.moe.balance.placement import EMPTY, Placement
+from lockstep.moe.dispatch.replicas import ReplicaChoice
 from lockstep.parallel.collectives import Collectives
 from support.moe.exchange import LAYERS, Case, run_case, run_cases
 from support.parallel.gloo_ranks import run_ranks
@@ -36,7 +38,7 @@ def test_expert_parallel_equals_one_rank(world: int) -> None:
     by_rank = run_ranks(run_cases, world, cases, KINDS)
     for number, case in enumerate(cases):
         expected, expected_counts = run_case(case, "local", ALONE)
-        placement = contiguous(LAYERS, case.num_experts, world)
+        placement = case.placement(world)
         for which, kind in enumerate(KINDS):
             results = [by_rank[rank][number][which] for rank in range(world)]
             for layer in range(LAYERS):
@@ -86,3 +88,51 @@ def test_more_tokens_than_capacity_is_our_bug() -> None:
             "all_to_all",
             Collectives("two", 0, 2, torch.distributed.HashStore(), 1.0, torch.device("cpu")),
         )
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_replicas_compute_what_one_rank_does(world: int) -> None:
+    """Other numbers of rows per slot may round otherwise: outputs are close, counts equal."""
+    cases = [
+        Case("replicas of some", 8, 2, (3, 0, 5, 1)[:world], 5, redundant=5),
+        Case("of all, all want one", 8, 2, (70, 1, 33, 0)[:world], 1024, only=6, redundant=24),
+    ]
+    by_rank = run_ranks(run_cases, world, cases, KINDS)
+    for number, case in enumerate(cases):
+        expected, expected_counts = run_case(case, "local", ALONE)
+        experts_LWS = case.placement(world).experts_LWS
+        assert (experts_LWS != EMPTY).sum() > LAYERS * case.num_experts, "nothing is replicated"
+        for which, kind in enumerate(KINDS):
+            results = [by_rank[rank][number][which] for rank in range(world)]
+            for layer in range(LAYERS):
+                joined = torch.cat([outputs[layer] for outputs, _ in results])
+                torch.testing.assert_close(
+                    joined, expected[layer], rtol=1e-5, atol=1e-6, msg=f"{case.name}, {kind}"
+                )
+                counts = torch.zeros(case.num_experts, dtype=torch.int64)
+                for rank, (_, counts_LS) in enumerate(results):
+                    for slot, expert in enumerate(experts_LWS[layer, rank].tolist()):
+                        assert expert != EMPTY or counts_LS[layer, slot] == 0
+                        counts[expert] += counts_LS[layer, slot]
+                assert torch.equal(counts, expected_counts[layer]), f"{case.name}, {kind}: counts differ"
+
+
+def test_replicas_share_the_tokens_of_their_expert() -> None:
+    case = Case("one expert, two replicas", 2, 1, (60, 60), 60, only=1, redundant=2)
+    by_rank = run_ranks(run_cases, 2, [case], KINDS)
+    for which, kind in enumerate(KINDS):
+        counts = [by_rank[rank][0][which][1].sum(1).tolist() for rank in range(2)]
+        assert counts == [[60, 60], [60, 60]], f"{kind}: tokens by rank and layer"
+
+
+def test_consecutive_tokens_and_steps_take_turns() -> None:
+    placement = Placement(np.array([[[0], [1], [0], [1]]], np.int32), 2)
+    choice = ReplicaChoice(placement, 0, [0, 0, 1, 1])
+    choice.begin_step(3)
+    assert choice.places_TK(np.array([[0], [0], [1]]), 0).tolist() == [[0], [0], [1]]
+    apart = ReplicaChoice(Placement(np.array([[[0], [1], [1], [2]]], np.int32), 3), 0)
+    seen = []
+    for _ in range(12):
+        apart.begin_step(1)
+        seen.append(apart.places_TK(np.array([[1]]), 0).item())
+    assert (seen.count(1), seen.count(2)) == (6, 6)

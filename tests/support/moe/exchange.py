@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lockstep.kernels.cpu.experts import experts, weighted_sum
 from lockstep.kernels.reference.sublayers import LocalExperts, Residual
-from lockstep.moe.balance.placement import contiguous
+from lockstep.moe.balance.placement import Placement
+from lockstep.moe.balance.start import starting_placement
 from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.parallel.collectives import Collectives
 
@@ -24,7 +25,7 @@ HIDDEN, WIDTH, LAYERS = 32, 24, 2
 @dataclass(frozen=True)
 class Case:
     """``tokens``: how many each rank has. ``only``: the expert that is every token's first choice,
-    None for random choices.
+    None for random choices. ``redundant`` slots hold replicas.
     """
 
     name: str
@@ -34,6 +35,11 @@ class Case:
     capacity: int
     only: int | None = None
     dtype: torch.dtype = torch.float32
+    redundant: int = 0
+
+    def placement(self, num_ranks: int) -> Placement:
+        redundant = min(self.redundant, self.num_experts * (num_ranks - 1))
+        return starting_placement(LAYERS, self.num_experts, num_ranks, redundant)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D], ids [T, K] and weights [T, K] of all ranks' tokens, rank after rank."""
@@ -62,7 +68,7 @@ class Case:
 def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Tensor], Tensor]:
     """The combined output of this rank's tokens in every layer, and its counts."""
     rank, size = collectives.index, collectives.size
-    placement = contiguous(LAYERS, case.num_experts, size)
+    placement = case.placement(size)
     start = sum(case.tokens[:rank]) if size > 1 else 0
     stop = start + case.tokens[rank] if size > 1 else sum(case.tokens)
     x, ids, weights = (part[start:stop] for part in case.inputs())

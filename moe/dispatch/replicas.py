@@ -1,0 +1,55 @@
+"""The place of each choice of a token, where experts may have replicas.
+
+Suffixes: T own tokens, K choices per token, L MoE layers, E experts, C turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..balance.placement import Placement
+from ..balance.routes import places_by_turn
+
+
+class ReplicaChoice:
+    """Sends consecutive tokens of a rank to replicas in turn (``places_by_turn``). Padding asks for
+    no place.
+
+    ``source``: this rank among those of the placement. Tables are arrays, or tensors on ``device``
+    if given; so are ids and places then.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        source: int,
+        node_W: Sequence[int] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        places_LEC = places_by_turn(placement, source, node_W)
+        self._num_turns = places_LEC.shape[2]
+        self._places: Any = places_LEC if self._num_turns > 1 else places_LEC[:, :, 0]
+        self._device = device
+        if device is not None:
+            self._places = torch.from_numpy(np.ascontiguousarray(self._places)).to(device)
+        self._next = 0
+        self._turns_T1: Any = None
+
+    def begin_step(self, num_tokens: int) -> None:
+        """The step's tokens take the turns after those of the last step; of two microbatches both
+        do.
+        """
+        if self._num_turns == 1:
+            return
+        turns_T1 = (self._next + np.arange(num_tokens)[:, None]) % self._num_turns
+        self._next = (self._next + num_tokens) % self._num_turns
+        self._turns_T1 = turns_T1 if self._device is None else torch.from_numpy(turns_T1).to(self._device)
+
+    def places_TK(self, ids_TK: Any, layer: int) -> Any:
+        """rank x slots + slot of every choice."""
+        places = self._places[layer]
+        return places[ids_TK] if self._num_turns == 1 else places[ids_TK, self._turns_T1[: len(ids_TK)]]
