@@ -74,8 +74,7 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     """
     shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
-    slot = stored_bytes(shape.expert_params, setup.expert_weights)
-    slots = stage.num_moe * setup.num_slots * slot
+    slots = stage.num_moe * setup.num_slots * setup.expert_bytes
     places = setup.num_slots * setup.expert_ranks
     redundant = slots * setup.redundant // places
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places

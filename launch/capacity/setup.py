@@ -66,6 +66,11 @@ class Setup:
         return -(-(self.shape.moe.num_experts + self.redundant) // self.expert_ranks)
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert of one layer, as it is stored."""
+        return stored_bytes(self.shape.expert_params, self.expert_weights)
+
+    @property
     def near_ranks(self) -> int:
         """Ranks that share experts and reach each other over the near link."""
         linked = self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,7 @@ from .options import Overrides, RecipeName, answers, messages, refusal
 if TYPE_CHECKING:
     from ..capacity.plan import CapacityPlan
     from ..recipe.recipe import Recipe
+    from ..simulation.experts import ExpertBalance
     from ..simulation.report import SimulationReport
     from ..simulation.simulate import Progress
     from ..simulation.trace import Trace
@@ -31,6 +33,11 @@ _Json = typer.Option("--json", help="Print JSON: times in seconds, shares from 0
 _Speed = typer.Option(min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
 _Requests = typer.Option(min=1, help="Simulate only the first so many.")
 _Block = typer.Option(min=1, max=1 << 20, help="Tokens per block of hash_ids.")
+_Experts = typer.Option(
+    "--experts",
+    help="Expert loads: a file as experts.loads takes it, or lognormal:sigma=1,drift=0.1,seed=0. Steps "
+    "take as long as on balanced experts, with experts.balance=off as on those of the start.",
+)
 _Efficiency = typer.Option(
     min=0.01,
     max=1.0,
@@ -50,6 +57,7 @@ def simulate(
     requests: Annotated[int | None, _Requests] = None,
     block: Annotated[int, _Block] = BLOCK,
     efficiency: Annotated[float, _Efficiency] = EFFICIENCY,
+    experts: Annotated[str | None, _Experts] = None,
 ) -> None:
     """Serve a request trace on a simulated cluster.
 
@@ -62,18 +70,23 @@ def simulate(
     from ..capacity.plan import plan_recipe
     from ..recipe.file import load_recipe
     from ..recipe.recipe import RecipeError, contradictions
+    from ..simulation.experts import ExpertLoadsError, balance_experts
     from ..simulation.trace import TraceError, read_trace
 
     try:
         parsed, path = load_recipe(recipe, overrides or (), contradictions)
         plan = plan_recipe(parsed, path.parent)
         asked = read_trace(trace, requests, speed, block)
-    except (RecipeError, TraceError) as error:
+        balances = parsed.experts.balance != "off"
+        loads = None
+        if experts is not None:
+            loads = balance_experts(experts, plan.setup, balances=balances, folder=Path())
+    except (RecipeError, TraceError, ExpertLoadsError) as error:
         raise refusal(error) from None
     if not plan.fits:
         raise refusal("\nerror: ".join(f"does not fit: {line}" for line in plan.misfits), 1)
     try:
-        report = _run(plan, parsed, asked, efficiency)
+        report = _run(plan, parsed, asked, efficiency, loads)
     except Stuck as error:
         raise refusal(error, 1) from None
     answer = None
@@ -84,7 +97,9 @@ def simulate(
     raise typer.Exit(0 if report.complete else 1)
 
 
-def _run(plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float) -> SimulationReport:
+def _run(
+    plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, experts: ExpertBalance | None
+) -> SimulationReport:
     """Simulates with a progress display until the end or the first Ctrl-C."""
     from ..simulation.screen import ProgressScreen
     from ..simulation.simulate import simulate_plan
@@ -98,7 +113,7 @@ def _run(plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float) ->
         return interrupts.count > 0
 
     try:
-        return simulate_plan(plan, recipe, trace, efficiency, stop_after)
+        return simulate_plan(plan, recipe, trace, efficiency, stop_after, experts)
     finally:
         screen.hide()  # else the terminal keeps its cursor hidden
 

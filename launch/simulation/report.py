@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .experts import ExpertBalance
+
 LAW_P50, LAW_P99 = 2e-3, 4e-3  # seconds: law 5 of the design, for 72 ranks
 
 
@@ -98,7 +100,7 @@ class SimulationReport:
     ``queue_wait`` ends with the plan that computes a request's first tokens. ``bound``: share of
     step time by the slowest part of each step. ``held``: share of step time in which waiting
     requests lacked sequence slots or pages, or prompts were left for later steps. ``binds``: the
-    bottleneck in a sentence.
+    bottleneck in a sentence. ``experts``: None where loads are even.
     """
 
     trace: str
@@ -118,6 +120,7 @@ class SimulationReport:
     held: dict[str, float]
     binds: str
     measured: Measured
+    experts: ExpertBalance | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -75,9 +75,8 @@ def show_report(
     console.print(_cluster(report))
     for line in plan.unsupported:
         console.print(f"[yellow]this version refuses to launch it:[/yellow] {escape(line)}")
-    console.print(
-        "Not simulated: time of sockets, tokenising and HTTP, uneven expert loads, answers that end early."
-    )
+    even = "" if report.experts else "uneven expert loads (--experts), "
+    console.print(f"Not simulated: time of sockets, tokenising and HTTP, {even}answers that end early.")
     console.print(f"[bold]{escape(report.binds)}[/bold]")
 
 
@@ -128,6 +127,13 @@ def _cluster(report: SimulationReport) -> Table:
     _spread(table, "computed tokens of a step", steps.tokens, ",.0f")
     _spread(table, "slowest rank / mean, predicted", steps.imbalance, ".3f")
     _spread(table, "planner, on this machine *", measured.planner)
+    if experts := report.experts:
+        table.add_section()
+        table.add_row("expert load, fullest rank / mean", f"{experts.unbalanced:.3f}", "", "")
+        table.add_row("the same after balancing", f"{experts.balanced:.3f}", "", "")
+        table.add_row("the same in these steps", f"{experts.simulated:.3f}", "", "")
+        table.add_row("expert slots received to balance", f"{experts.received:.1%}", "", "")
+        table.add_row("most bytes a rank receives", f"{experts.received_bytes / 2**20:,.0f} MiB", "", "")
     table.add_section()
     table.add_row("time without a step", f"{steps.idle:.1%}", "", "")
     table.add_row("ranks wait for the slowest", f"{steps.waiting:.1%}", "", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..capacity.plan import CapacityPlan
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import scheduler_spec
 from .evaluate import make_report
+from .experts import ExpertBalance
 from .record import Record
 from .report import SimulationReport
 from .times import FloorTimes
@@ -52,7 +53,12 @@ def settings_of(plan: CapacityPlan, recipe: Recipe) -> Settings:
 
 
 def simulate_plan(
-    plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, stop_after: StopAfter
+    plan: CapacityPlan,
+    recipe: Recipe,
+    trace: Trace,
+    efficiency: float,
+    stop_after: StopAfter,
+    experts: ExpertBalance | None = None,
 ) -> SimulationReport:
     """Serves a trace until every request is answered or ``stop_after`` returns True.
 
@@ -61,13 +67,14 @@ def simulate_plan(
     assert plan.fits, "a plan that does not fit has no cluster to simulate"
     settings = settings_of(plan, recipe)
     record = Record(np.array([request.seconds for request in trace.requests]))
-    times = FloorTimes(plan.setup, efficiency)
+    times = FloorTimes(plan.setup, efficiency, 1.0 if experts is None else experts.simulated)
     simulation = Simulation(settings, times, record)
     counter = _Counter(trace.arrivals(settings))
     began = time.perf_counter()
     complete = simulation.run(iter(counter), partial(_tell, stop_after, simulation, record, counter))
     wall = time.perf_counter() - began
-    return make_report(settings, trace, record, simulation, times, wall=wall, complete=complete)
+    report = make_report(settings, trace, record, simulation, times, wall=wall, complete=complete)
+    return replace(report, experts=experts)
 
 
 class _Counter:

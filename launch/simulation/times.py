@@ -23,15 +23,16 @@ PARTS = ("compute", "memory", "network")
 class FloorTimes:
     """Seconds of a step at ``efficiency`` times the speed of its floor.
 
-    The slowest part (``PARTS``) counts, as if the others overlapped with it. Experts are loaded
-    evenly, so their part is equal on all ranks; an exchange ends when the rank that sends most has
+    The slowest part (``PARTS``) counts, as if the others overlapped with it. Computing routed
+    experts takes ``expert_imbalance`` (maximum / mean load) times as long as with even loads, on
+    all ranks, since they wait for the fullest; an exchange ends when the rank that sends most has
     sent. ``bound``: seconds of all steps by their slowest part.
     """
 
-    def __init__(self, setup: Setup, efficiency: float) -> None:
+    def __init__(self, setup: Setup, efficiency: float, expert_imbalance: float = 1.0) -> None:
         self.bound = dict.fromkeys(PARTS, 0.0)
         self._efficiency = efficiency
-        self._stages = [_StageTimes(setup, stage) for stage in setup.stages()]
+        self._stages = [_StageTimes(setup, stage, expert_imbalance) for stage in setup.stages()]
 
     def __call__(self, work: StepWork) -> NDArray[np.float64]:
         own_SD, largest = [], np.zeros(len(PARTS))
@@ -51,12 +52,12 @@ class _StageTimes:
     in prefill.
     """
 
-    def __init__(self, setup: Setup, stage: PipelineStage) -> None:
+    def __init__(self, setup: Setup, stage: PipelineStage, expert_imbalance: float) -> None:
         self._setup, self._stage = setup, stage
         self._data = setup.mesh.data
         units = (_work(tokens=1), _work(sampled=1), _work(attended=1), _work(attended=1, decode=False))
         self._compute = np.array([stage_floor(setup, stage, unit).compute for unit in units])
-        self._routed = stage_floor(setup, stage, _work(routed=1)).compute
+        self._routed = stage_floor(setup, stage, _work(routed=1)).compute * expert_imbalance
         reads = 1e6  # enough to be exact beside the time of reading weights
         self._kv_read = (
             stage_floor(setup, stage, _work(kv_reads=reads)).memory
