@@ -194,15 +194,19 @@ class ClusterStatus:
             self._totals.reported(result)
             if result.expert_i64 and self._expert_LE.size:
                 self._count_experts(result)
+        if reports and self._expert_LE.size:
+            self._sum_replicas()
 
     def _count_experts(self, result: StepResult) -> None:
         here = self._mesh.coordinates(result.rank)
         mine = self._layers[here.stage]
         counts_LS = self._counts_LWS[mine, here.expert]
         counts_LS[:] = np.frombuffer(result.expert_i64, np.int64).reshape(counts_LS.shape)
-        # Replicas of an expert count together.
-        experts_LWS, counts_LWS = self._placement.experts_LWS[mine], self._counts_LWS[mine]
-        layers, ranks, slots = np.nonzero(experts_LWS != EMPTY)
-        self._expert_LE[mine] = 0
-        experts = experts_LWS[layers, ranks, slots]
-        np.add.at(self._expert_LE[mine], (layers, experts), counts_LWS[layers, ranks, slots])
+
+    def _sum_replicas(self) -> None:
+        """Replicas of an expert count together: once for all reports, with all places at once."""
+        experts_LWS = self._placement.experts_LWS
+        taken_LWS = experts_LWS != EMPTY
+        rows_LWS = np.arange(len(experts_LWS))[:, None, None] * self._placement.num_experts + experts_LWS
+        sums = np.bincount(rows_LWS[taken_LWS], self._counts_LWS[taken_LWS], self._expert_LE.size)
+        self._expert_LE[:] = sums.reshape(self._expert_LE.shape)
