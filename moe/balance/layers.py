@@ -65,7 +65,7 @@ class Layers:
             parts_L = np.ceil(self.loads_LE / np.maximum(middle_L, 1e-9)[:, None]).clip(1).sum(axis=1) - 1
             fits_L = parts_L <= self.experts_LP.shape[1]
             low_L, high_L = np.where(fits_L, low_L, middle_L), np.where(fits_L, middle_L, high_L)
-        return np.maximum(high_L, 1.0)
+        return np.asarray(np.maximum(high_L, 1.0), np.float64)
 
     def put(self, layers: Ints, slots: Ints, experts: Ints) -> None:
         """Puts an expert (or EMPTY) into one slot of each layer given."""

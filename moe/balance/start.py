@@ -76,7 +76,7 @@ def read_loads(path: Path, num_layers: int, num_experts: int) -> Floats:
         )
     if not (np.isfinite(loads_LE).all() and (loads_LE >= 0).all()):
         raise ValueError(f"experts.loads = {path}: loads must be numbers of tokens, at least 0")
-    return loads_LE
+    return np.asarray(loads_LE, np.float64)
 
 
 def _add_replicas(experts_LWS: NDArray[np.int32], num_experts: int, redundant: int) -> None:
