@@ -19,7 +19,8 @@ def launch(recipe: RecipeName, overrides: Overrides = None) -> None:
     Exit status: 0 stopped as asked, 1 failed, 2 bad recipe or usage.
 
     Other commands, each with --help: launch plan (memory, capacity and speed limits), launch
-    check (problems on the nodes), launch simulate (a request trace), launch slurm (batch script).
+    check (problems on the nodes), launch simulate (a request trace), launch slurm (batch script),
+    launch k8s (manifests).
     """
     from ..terminal.foreground import step_behind
 
