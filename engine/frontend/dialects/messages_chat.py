@@ -111,7 +111,8 @@ def _output_fields(body: CountRequest) -> dict[str, Any]:
     format = body.output_format or (None if options is None else options.format)
     effort = None if options is None else options.effort
     fields: dict[str, Any] = {"reasoning_effort": "xhigh" if effort == "max" else effort}
-    if format is not None:
+    forced = body.tool_choice is not None and body.tool_choice.type in ("any", "tool")
+    if format is not None and not forced:  # a forced call leaves no text that could have a format
         fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": format.schema_}}
     return fields
 

@@ -81,7 +81,7 @@ def _chat_fields(body: ResponsesRequest) -> dict[str, Any]:
         "reasoning_effort": effort,
         "tools": [_tool(tool) for tool in body.tools] if body.tools else None,
         "tool_choice": _choice(body),
-        "response_format": _response_format(body),
+        "response_format": None if _forces(body) else _response_format(body),
         "stream": body.stream,
     }
     if body.truncation == "auto":
@@ -113,6 +113,13 @@ def _choice(body: ResponsesRequest) -> str | dict[str, Any] | None:
             return {"type": "allowed_tools", "allowed_tools": allowed}
         case other:
             return other
+
+
+def _forces(body: ResponsesRequest) -> bool:
+    """Whether a call is forced: there is no text then that could have a format."""
+    choice = body.tool_choice
+    required = choice == "required" or (isinstance(choice, AllowedChoice) and choice.mode == "required")
+    return required or isinstance(choice, ChosenTool)
 
 
 def _named(name: str) -> dict[str, Any]:

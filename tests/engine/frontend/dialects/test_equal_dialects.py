@@ -95,7 +95,7 @@ def as_messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
         if blocks:
             turns.append({"role": message["role"], "content": blocks})
     tools = [{"name": name, "input_schema": SCHEMA} for name in NAMES]
-    body: dict[str, Any] = {"messages": turns, "tools": tools, "max_tokens": 150}
+    body: dict[str, Any] = {"messages": turns, "tools": tools, "max_tokens": 300}
     return body | ({"system": messages[0]["content"]} if messages[0]["role"] == "system" else {})
 
 

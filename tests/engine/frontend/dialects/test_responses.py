@@ -244,6 +244,17 @@ def test_structured_text(client: openai.OpenAI, engine: RunningFrontend) -> None
     assert param == "text.format.schema", message
 
 
+def test_a_forced_call_leaves_no_text_that_could_have_a_format(
+    client: openai.OpenAI, engine: RunningFrontend
+) -> None:
+    format: Any = {"type": "json_schema", "name": "place", "schema": {"const": "text"}}
+    client.responses.create(
+        model=MODEL, input="x", tools=TOOLS, tool_choice="required", text={"format": format}
+    )
+    grammar = engine.engine.submits[-1].grammar
+    assert "get_weather" in grammar and '"text"' not in grammar
+
+
 def test_reasoning_comes_back_from_clients_that_keep_only_encrypted_content(
     client: openai.OpenAI, engine: RunningFrontend
 ) -> None:
