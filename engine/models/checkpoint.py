@@ -21,21 +21,39 @@ INDEX_FILE = "model.safetensors.index.json"
 FP8 = "F8_E4M3"
 # The name of a matrix and this suffix name the tensor of its scales. Values are multiplied by them.
 SCALE_SUFFIX = "_scale_inv"
-_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
+POWERS = "F8_E8M0"  # powers of two, as scales (DeepSeek's ue8m0)
+_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1, POWERS: 1}
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
+_SCALE_DTYPES = (*_PLAIN_DTYPES, POWERS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 _NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Rows [first, last) of matrix ``index`` of a tensor [matrices, rows, columns], or [matrices,
+    columns, rows] if ``transposed``.
+    """
+
+    index: int
+    first: int
+    last: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in ``file``: bytes [begin, end) from the start of the file."""
+    """A tensor, called ``name`` in ``file``: bytes [begin, end) from the start of the file. A
+    ``cut`` makes it a matrix of that tensor; the bytes then tell its order and size.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    name: str
+    cut: Cut | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -128,9 +146,9 @@ def _check_scales(tensors: Mapping[str, StoredTensor], name: str, block: tuple[i
         found = f"{scales.file}: {name + SCALE_SUFFIX} has shape {list(scales.shape)}"
         needed = f"{list(blocks)} blocks of {block[0]} x {block[1]}"
         raise ValueError(f"{found}; {name} of shape {list(values.shape)} has {needed}")
-    if scales.dtype not in _PLAIN_DTYPES:
+    if scales.dtype not in _SCALE_DTYPES:
         found = f"{scales.file}: {name + SCALE_SUFFIX} has dtype {scales.dtype}"
-        raise ValueError(f"{found}; supported: {', '.join(_PLAIN_DTYPES)}")
+        raise ValueError(f"{found}; supported: {', '.join(_SCALE_DTYPES)}")
 
 
 def _some(names: list[str]) -> str:
@@ -173,4 +191,4 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, file_size: int) 
     if width is not None and end - begin != width * math.prod(shape):
         needed = f"shape {list(shape)} in {dtype} takes {width * math.prod(shape)}"
         raise ValueError(f"{file}: {name} takes {end - begin} bytes; {needed}")
-    return StoredTensor(file, dtype, shape, data_start + begin, data_start + end)
+    return StoredTensor(file, dtype, shape, data_start + begin, data_start + end, name)

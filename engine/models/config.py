@@ -51,7 +51,7 @@ class RopeConfig:
 class GqaConfig:
     """Grouped-query attention. ``qkv_bias``: the projections to queries, keys and values have a
     bias; ``out_bias``: the output projection has one. ``qk_norm``: each head's queries and keys
-    pass an RMS norm before rotation.
+    pass an RMS norm before rotation; with ``wide_norm`` those of all heads pass one together.
     """
 
     num_heads: int
@@ -60,12 +60,15 @@ class GqaConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    wide_norm: bool = False
 
     def split(self, size: int) -> GqaConfig:
         """The heads of one of ``size`` equal parts. Where there are fewer key heads than parts,
         several parts hold the same. Raises ValueError when the heads cannot be split so.
         """
         heads, keys = self.num_heads, self.num_kv_heads
+        if self.wide_norm and size > 1:
+            raise ValueError(f"a norm over all heads cannot be split into {size} parts")
         if heads % size or (keys % size and size % keys):
             raise ValueError(f"{heads} query heads and {keys} key heads cannot be split into {size} parts")
         return replace(self, num_heads=heads // size, num_kv_heads=max(1, keys // size))
@@ -104,11 +107,13 @@ class CheckpointNames:
     DeepSeek-V3.
 
     ``renamed``: (our prefix, theirs) of names within a layer; the first that matches is replaced.
-    ``projections``: the names of an expert's gate, up and down matrices.
+    ``projections``: the names of an expert's gate, up and down matrices. ``transposed_experts``:
+    where a tensor holds all experts of a layer, their matrices are [in, out].
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    transposed_experts: bool = False
 
     def of(self, name: str) -> str:
         """The checkpoint's name for our ``name`` within a layer."""
@@ -212,7 +217,7 @@ def load_config(path: Path) -> ModelConfig:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: not a directory; a model directory holds config.json and *.safetensors")
-    fields = Fields.read(path / "config.json")
+    fields = Fields.read(path / "config.json").text_model()
     return read_config(fields, path / "generation_config.json")
 
 
@@ -299,7 +304,7 @@ def _fp8_block(fields: Fields) -> tuple[int, int] | None:
         return None
     if stored.raw("quant_method") != "fp8":
         raise stored.refuse("quant_method", 'supported: "fp8", or a checkpoint in bf16, fp16 or fp32')
-    stored.expect("fmt", "e4m3")
+    stored.expect("fmt", "e4m3", "float8_e4m3fn")
     stored.expect("activation_scheme", "dynamic")
     block = stored.integers("weight_block_size")
     if len(block) != 2 or 0 in block:

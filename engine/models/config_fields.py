@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# The fields that hold the text model's description where a file describes a model of text and
+# images, and those beside them that hold for the text model too.
+_TEXT_MODELS = ("text_config", "llm_config", "language_config")
+_SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "eos_token_id")
+
 
 class Fields:
     """A JSON object of ``source`` (a file, or a path inside one). A field that is absent or null
@@ -35,6 +40,16 @@ class Fields:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: holds a {type(values).__name__}; expected a JSON object")
         return cls(values, str(path))
+
+    def text_model(self) -> Fields:
+        """The description of the text model: these fields, unless one of them holds it."""
+        for name in _TEXT_MODELS:
+            inner = self._values.get(name)
+            if isinstance(inner, dict):
+                shared = {key: self._values[key] for key in _SHARED if self.has(key)}
+                own = {key: value for key, value in inner.items() if value is not None}
+                return Fields(shared | own, f"{self.source}: {name}")
+        return self
 
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None

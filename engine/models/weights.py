@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,9 +21,10 @@ from torch import Tensor
 from ...kernels.reference.fp8 import Quantised, widen_into
 from ...parallel.linear import WHOLE
 from ...parallel.tensor import Shard
-from .checkpoint import FP8, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
+from .checkpoint import FP8, POWERS, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
 from .config import ModelConfig
 from .decoder import ExpertLayer, Model
+from .stored_names import separate_experts, text_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def load_weights(
     Raises ValueError naming file and tensor, before reading any, if the checkpoint does not fit the
     model (``read_checkpoint``, ``check_tensors``).
     """
-    stored = read_checkpoint(path)
+    stored = separate_experts(text_model(path, read_checkpoint(path)), model.config.names)
     shards = model.checkpoint_shards()
     places = {
         name: _Place(tensor, shard=shards.get(name, WHOLE))
@@ -141,16 +143,34 @@ def _in_file_order(reads: Iterable[_Read]) -> Iterator[tuple[_Read, Tensor]]:
         try:
             with safe_open(file, framework="pt") as reader:
                 for read in group:
-                    yield read, reader.get_tensor(read.name)
+                    yield read, values_of(reader, read.stored)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file}: not readable as safetensors: {error}") from None
+
+
+def values_of(reader: Any, stored: StoredTensor) -> Tensor:
+    """The values of a tensor in the open file ``reader``."""
+    cut = stored.cut
+    if cut is None:
+        return cast(Tensor, reader.get_tensor(stored.name))
+    whole, matrix, rows = (
+        reader.get_slice(stored.name),
+        slice(cut.index, cut.index + 1),
+        slice(cut.first, cut.last),
+    )
+    if cut.transposed:
+        return cast(Tensor, whole[matrix, :, rows])[0].T
+    return cast(Tensor, whole[matrix, rows])[0]
 
 
 def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[str, Tensor]:
     """The scales of matrices in FP8, by the names of the matrices. They may be in other files."""
     names = {read.name + SCALE_SUFFIX: read for read in reads if read.stored.dtype == FP8}
     found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
-    return {read.name.removesuffix(SCALE_SUFFIX): scales for read, scales in found}
+    return {
+        read.name.removesuffix(SCALE_SUFFIX): scales.float() if read.stored.dtype == POWERS else scales
+        for read, scales in found
+    }
 
 
 def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:

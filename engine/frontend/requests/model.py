@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from ...kv.hashing import hash_root
+from ...models.config_fields import Fields
 from ...protocol.specs import FrontendSpec
 from ...text.tokenizer import Codec
 from ..formats.choice import Formats, choose
@@ -63,5 +62,5 @@ def _revision(path: Path) -> str:
 
 def _model_type(path: Path) -> str:
     config = path / "config.json"
-    found = msgspec.json.decode(config.read_bytes()).get("model_type") if config.exists() else None
+    found = Fields.read(config).text_model().raw("model_type") if config.exists() else None
     return found if isinstance(found, str) else ""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ...models.config_fields import Fields
 from ...protocol.message import Sampling
 from ..api.schemas import GenerationRequest
 from .stops import StopRule
@@ -38,10 +39,10 @@ def load_defaults(model_path: Path, tokenizer_eos: int | None) -> Defaults:
     """Reads generation_config.json and the eos ids of config.json. A missing file leaves the
     neutral values. Raises ValueError naming the file.
     """
-    generation = _read(model_path / "generation_config.json")
+    generation, config = _read(model_path / "generation_config.json"), model_path / "config.json"
     eos = (
         _ids(generation.get("eos_token_id"))
-        | _ids(_read(model_path / "config.json").get("eos_token_id"))
+        | _ids(Fields(_read(config), str(config)).text_model().raw("eos_token_id"))
         | _ids(tokenizer_eos)
     )
     named = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")

@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_dequantised_checkpoint(pair: tuple[Path, Path])
         assert torch.equal(steps[0][sequence], steps[1][sequence])
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 def test_a_model_in_bf16_holds_the_rounded_values(scale_dtype: torch.dtype, tmp_path: Path) -> None:
     eight, plain = write_pair(tmp_path, CONFIGS["qwen3_moe"], scale_dtype=scale_dtype)
     for name, tensor in load_local(plain, torch.bfloat16).state_dict().items():

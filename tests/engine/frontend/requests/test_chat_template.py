@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,25 @@ def test_names_of_the_renderer_are_refused_and_all_others_work(tmp_path: Path) -
         with pytest.raises(ApiError, match=r"chat_template_kwargs\.documents should be a list of objects"):
             render(codec, USER, None, documents=wrong)
     assert render(codec, USER, None, documents=[{"text": "t"}]) == "x"
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_several_templates_one_of_them_for_tools(in_files: bool, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    if in_files:
+        (path / "chat_template.jinja").write_text("PLAIN")
+        (path / "additional_chat_templates").mkdir()
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    else:
+        settings["chat_template"] = [
+            {"name": "default", "template": "PLAIN"},
+            {"name": "tool_use", "template": "TOOLS"},
+        ]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    codec = Codec(path)
+    assert codec.template_for(None) == "PLAIN"
+    assert codec.template_for([{"type": "function", "function": {"name": "f"}}]) == "TOOLS"
+    assert codec.chat_template is not None
+    assert sorted(codec.chat_template.split("\n")) == ["PLAIN", "TOOLS"]

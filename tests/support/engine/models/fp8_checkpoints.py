@@ -45,9 +45,10 @@ def quantised(
                     slice(size[0] * row, size[0] * (row + 1)),
                     slice(size[1] * column, size[1] * (column + 1)),
                 )
-                scales[row, column] = (
-                    value[block].float().abs().max() / 448 * 1.01
-                )  # scales in bf16 are rounded
+                scale = value[block].float().abs().max() / 448 * 1.01  # scales in bf16 are rounded
+                if scale_dtype == torch.float8_e8m0fnu:
+                    scale = scale.log2().ceil().exp2()
+                scales[row, column] = scale
                 eight[block] = (value[block].float() / scales[row, column].float()).to(torch.float8_e4m3fn)
         found |= {name: eight, name + SCALES: scales}
     return found

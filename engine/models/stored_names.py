@@ -1,0 +1,82 @@
+"""Finds the tensors of a text model with separate experts in those of a checkpoint. No torch here.
+
+A model of text and images keeps the text model's tensors behind a prefix and those of its vision
+tower beside them. Some checkpoints hold the experts of a layer in two tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from .checkpoint import Cut, StoredTensor
+from .config import CheckpointNames
+
+_LOG = logging.getLogger(__name__)
+
+_WRAPPINGS = (("model.language_model.", "model."), ("language_model.", ""))
+_HEAD = "lm_head."
+_STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.weight)?")
+
+
+def text_model(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of the text model in ``tensors``, by its names. Logs which others there are."""
+    for prefix, ours in _WRAPPINGS:
+        if not any(name.startswith(prefix) for name in tensors):
+            continue
+        found, others = dict[str, StoredTensor](), Counter[str]()
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                found[ours + name.removeprefix(prefix)] = tensor
+            elif name.startswith(_HEAD):
+                found[name] = tensor
+            else:
+                others[".".join(name.split(".")[: 2 if name.startswith("model.") else 1])] += 1
+        if others:
+            parts = ", ".join(f"{part} ({count} tensors)" for part, count in sorted(others.items()))
+            _LOG.info("%s: only the text model is served; left out: %s", path, parts)
+        return found
+    return dict(tensors)
+
+
+def separate_experts(tensors: Mapping[str, StoredTensor], names: CheckpointNames) -> dict[str, StoredTensor]:
+    """``tensors`` with those that hold all experts of a layer replaced by their parts, an expert's
+    matrix each.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        stacked = _STACKED.fullmatch(name) if len(tensor.shape) == 3 else None
+        if stacked is None:
+            found[name] = tensor
+        else:
+            found |= _parts(stacked[1], stacked[2] == "gate_up_proj", tensor, names)
+    return found
+
+
+def _parts(
+    layer: str, merged: bool, tensor: StoredTensor, names: CheckpointNames
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The matrices in a tensor [experts, rows, columns]; ``merged``: gate, then up."""
+    num_experts, *sizes = tensor.shape
+    rows, columns = reversed(sizes) if names.transposed_experts else sizes
+    gate, up, down = names.projections
+    half = rows // 2
+    places = ((gate, 0, half), (up, half, rows)) if merged else ((down, 0, rows),)
+    width = tensor.num_bytes // (num_experts * rows * columns)
+    for expert in range(num_experts):
+        for projection, first, last in places:
+            begin = tensor.begin + width * columns * (expert * rows + first)
+            yield (
+                f"{layer}.{expert}.{projection}.weight",
+                replace(
+                    tensor,
+                    shape=(last - first, columns),
+                    begin=begin,
+                    end=begin + width * columns * (last - first),
+                    cut=Cut(expert, first, last, names.transposed_experts),
+                ),
+            )
