@@ -32,14 +32,18 @@ def read_rope(
 
 
 def read_gqa(
-    fields: Fields, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+    fields: Fields,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    qk_norm: bool = False,
+    wide_norm: bool = False,
 ) -> GqaConfig:
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise fields.refuse("num_key_value_heads", f"expected a divisor of num_attention_heads ({num_heads})")
     head_dim = fields.integer("head_dim", fields.integer("hidden_size") // num_heads)
-    return GqaConfig(num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm)
+    return GqaConfig(num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm, wide_norm)
 
 
 def read_mla(fields: Fields) -> MlaConfig:

@@ -1,8 +1,13 @@
 """Grouped-query attention (arXiv 2305.13245), with biases and with norms of queries and keys where
 a family has them.
+
+T tokens  D hidden  H query heads  E values of a head  X values of several heads
 """
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import PagedBatch
@@ -40,10 +45,14 @@ class GroupedAttention(Attention):
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         self.qkv_proj = MergedLinear(config.hidden, parts, backend, shape.qkv_bias, part_shards=shards)
+        self._wide_norms: tuple[Norm, Norm] | None = None
         if shape.qk_norm:
-            self.q_norm = Norm(shape.head_dim, config.norm_eps, backend)
-            self.k_norm = Norm(shape.head_dim, config.norm_eps, backend)
-            self._head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.norm_eps)
+            widths = (queries, keys) if shape.wide_norm else (shape.head_dim, shape.head_dim)
+            self.q_norm, self.k_norm = (Norm(width, config.norm_eps, backend) for width in widths)
+            if shape.wide_norm:
+                self._wide_norms = self.q_norm, self.k_norm
+            else:
+                self._head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.norm_eps)
         out_shard = shard_of(split, 1)
         self.o_proj = Linear(queries, config.hidden, backend, shape.out_bias, out_shard)
         self._sublayer = self._bind()
@@ -60,4 +69,25 @@ class GroupedAttention(Attention):
     def _bind(self) -> AttentionSublayer:
         qkv, out = Projection(*self.qkv_proj.operands), Projection(*self.o_proj.operands)
         heads = GroupedHeads(self._dim, self._interleaved, self._head_norms, qkv, out)
+        if self._wide_norms is not None:
+            return self._with_wide_norms(heads, *self._wide_norms)
         return self._ops.attention_sublayer(self._norm, heads)
+
+    def _with_wide_norms(self, heads: GroupedHeads, q_norm: Norm, k_norm: Norm) -> AttentionSublayer:
+        """The sublayer with a norm over all queries of a token and one over all its keys."""
+        ops, norm, qkv, out, scale = self._ops, self._norm, heads.qkv, heads.out, heads.dim**-0.5
+        num_queries, num_keys = q_norm.weight.numel(), k_norm.weight.numel()
+
+        def attention(
+            residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
+        ) -> tuple[Tensor, Tensor]:
+            x_TD, normed_TD = ops.add_norm(residual, norm)
+            qkv_TX = ops.linear(normed_TD, qkv.weight, qkv.bias)
+            q_TX, k_TX, v_TX = qkv_TX.split([num_queries, num_keys, num_keys], 1)
+            qkv_TX = torch.cat([q_norm(q_TX), k_norm(k_TX), v_TX], 1)
+            q_THE = ops.norm_rotate_and_write(
+                qkv_TX.unflatten(-1, (-1, heads.dim)), None, rotation, cache, batch.write_T, heads.interleaved
+            )
+            return x_TD, ops.linear(ops.attend(q_THE, *cache, batch, scale).flatten(1), out.weight, out.bias)
+
+        return attention

@@ -40,7 +40,8 @@ class Shape(ModelConfig):
         shape = self.attention
         if isinstance(shape, MlaConfig):
             return 2 * self.hidden + (shape.q_latent or 0) + shape.kv_latent
-        return 2 * self.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+        heads = shape.num_heads + shape.num_kv_heads if shape.wide_norm else 2
+        return 2 * self.hidden + (heads * shape.head_dim if shape.qk_norm else 0)
 
     @property
     def dense_params(self) -> int:

@@ -19,7 +19,9 @@ from support.engine.models.family_configs import (
     CONFIGS,
     deepseek_v2_config,
     glm4_moe_config,
+    glm4_moe_lite_config,
     kimi_k2_config,
+    minimax_m2_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -152,6 +154,34 @@ def test_glm4_moe(tmp_path: Path) -> None:
     assert isinstance(air, GqaConfig) and not air.qk_norm
 
 
+def test_minimax_m2(tmp_path: Path) -> None:
+    config = load(tmp_path, minimax_m2_config())
+    assert config.attention == GqaConfig(
+        num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True, wide_norm=True
+    )
+    assert (config.rope.dim, config.rope.theta, config.moe_layers) == (8, 5e6, (0, 1, 2))
+    assert (config.moe.scoring, config.moe.selection_bias, config.moe.normalise) == ("sigmoid", True, True)
+    assert config.names.of("mlp.gate.weight") == "block_sparse_moe.gate.weight"
+    bias = "e_score_correction_bias"
+    assert config.names.of(f"mlp.gate.{bias}") == f"block_sparse_moe.{bias}"
+    whole = load(tmp_path, minimax_m2_config(rotary_dim=None, attn_type_list=None))
+    assert whole.rope.dim == 16, "all of a head, where the file says nothing"
+    with pytest.raises(ValueError, match="a norm over all heads cannot be split into 2 parts"):
+        config.attention.split(2)
+    packaged = load_config(PACKAGED / "minimax-m2")
+    assert packaged.kernel_fp8 and packaged.rope.dim == 64
+
+
+def test_glm4_moe_lite(tmp_path: Path) -> None:
+    config = load(tmp_path, glm4_moe_lite_config())
+    assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
+    assert (config.moe.shared_width, config.moe.scale, config.moe_layers) == (32, 1.8, (1, 2))
+    assert load(tmp_path, glm4_moe_lite_config(first_k_dense_replace=None)).moe_layers == (1, 2)
+    kinds = ["sparse", "dense", "sparse"]
+    assert load(tmp_path, glm4_moe_lite_config(mlp_layer_types=kinds)).moe_layers == (0, 2)
+    assert load_config(PACKAGED / "glm-4.7-flash").eos_ids == (154820, 154827, 154829)
+
+
 def test_kimi_k2(tmp_path: Path) -> None:
     config = load(
         tmp_path, kimi_k2_config(auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"})
@@ -227,6 +257,13 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "glm norm": (glm4_moe_config(use_qk_norm=1), "use_qk_norm is 1; expected true or false"),
     "glm groups": (glm4_moe_config(n_group=2, topk_group=3), "topk_group is 3; expected at most n_group"),
+    "minimax windows": (minimax_m2_config(attn_type_list=[1, 0, 1]), "attn_type_list .*supported: 1"),
+    "minimax norms": (minimax_m2_config(qk_norm_type="per_head"), 'qk_norm_type is "per_head"'),
+    "minimax shared": (minimax_m2_config(shared_intermediate_size=8), "shared_intermediate_size is 8"),
+    "lite layers": (
+        glm4_moe_lite_config(mlp_layer_types=["dense", "sparse"]),
+        'mlp_layer_types .*expected "dense" or "sparse" for each of 3',
+    ),
     "kimi vision": (
         kimi_k2_config(architectures=["KimiK25ForConditionalGeneration"]),
         "architectures is .*KimiK25.*supported",

@@ -16,7 +16,9 @@ from support.engine.models.checkpoints import YARN, deepseek_v3_config, qwen3_mo
 from support.engine.models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
+    glm4_moe_lite_config,
     kimi_k2_config,
+    minimax_m2_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -87,6 +89,26 @@ VARIANTS |= {
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.75},
     ),
 }
+VARIANTS |= {
+    "minimax_m2": minimax_m2_config(),
+    "minimax_m2-v5": minimax_m2_config(
+        rotary_dim=None,
+        rope_theta=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.75},
+        num_experts_per_tok=3,
+        tie_word_embeddings=True,
+    ),
+    "glm4_moe_lite": glm4_moe_lite_config(),
+    "glm4_moe_lite-groups": glm4_moe_lite_config(n_group=4, topk_group=2, q_lora_rank=None),
+    "glm4_moe_lite-v5": glm4_moe_lite_config(
+        first_k_dense_replace=None,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        partial_rotary_factor=None,
+        rope_theta=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        rope_interleave=False,
+    ),
+}
 BF16_VARIANTS = (
     "qwen3_moe",
     "qwen3_moe-plain-weights",
@@ -102,6 +124,8 @@ BF16_VARIANTS = (
     "qwen2_moe-dense-layers",
     "glm4_moe",
     "glm4_moe-air",
+    "minimax_m2",
+    "glm4_moe_lite",
 )
 
 LENGTHS = (93, 41, 7)
@@ -208,7 +232,10 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "variant",
-    ["qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"],
+    [
+        *("qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"),
+        *("minimax_m2", "glm4_moe_lite"),
+    ],
 )
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -42,7 +42,9 @@ from support.engine.models.checkpoints import (
 from support.engine.models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
+    glm4_moe_lite_config,
     kimi_k2_config,
+    minimax_m2_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -125,6 +127,9 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
         4,
         ["parallel.tensor=4"],
     ),
+    "minimax with norms over all heads, two ranks": (minimax_m2_config(), torch.bfloat16, 2, []),
+    "glm lite, three ranks": (glm4_moe_lite_config(), torch.bfloat16, 3, []),
+    "glm lite split over two": (glm4_moe_lite_config(), torch.float32, 4, ["parallel.tensor=2"]),
     "glm without norms, three ranks": (
         glm4_moe_config(use_qk_norm=False, n_shared_experts=2),
         torch.bfloat16,

@@ -19,7 +19,7 @@ LARGE = sorted(set(RECIPES) - {name for name in RECIPES if name.startswith("demo
 # Published totals, in 10^9: arXiv 2412.19437, 2507.20534, 2505.09388, 2405.04434, 2401.04088; each
 # without prediction modules.
 PARAMETERS = {"deepseek-v3": 671.0, "kimi-k2": 1026, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
-PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7}
+PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7, "minimax-m2": 229.0, "glm-4.7-flash": 30.0}
 
 
 def test_all_are_there() -> None:
@@ -30,6 +30,8 @@ def test_all_are_there() -> None:
         "qwen3-30b-a3b-1xh100",
         "qwen3-30b-a3b-8xh100",
         "qwen3-235b-2x8",
+        "minimax-m2-8xh200",
+        "glm-4.7-flash-1xh200",
     }
     assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)
 

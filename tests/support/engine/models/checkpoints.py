@@ -181,7 +181,7 @@ def layer_shapes(config: dict[str, Any], layer: int) -> Shapes:
     parts |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if not _is_moe(config, layer):
         parts |= _swiglu_shapes("mlp.", config["intermediate_size"], hidden)
-    elif config["model_type"] == "mixtral":
+    elif config["model_type"] in ("mixtral", "minimax_m2"):
         parts |= _mixtral_shapes(config)
     else:
         parts |= _moe_shapes(config)
@@ -194,6 +194,8 @@ def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_moe(config: dict[str, Any], layer: int) -> bool:
+    if "mlp_layer_types" in config:
+        return bool(config["mlp_layer_types"][layer] == "sparse")
     if "first_k_dense_replace" in config:
         return bool(layer >= config["first_k_dense_replace"])
     return (
@@ -209,7 +211,9 @@ def _gqa_shapes(config: dict[str, Any]) -> Shapes:
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     shapes: Shapes = {f"self_attn.{name}.weight": (size, hidden) for name, size in rows.items()}
     shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if kind == "qwen3_moe" or config.get("use_qk_norm"):
+    if kind == "minimax_m2":
+        shapes |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
+    elif kind == "qwen3_moe" or config.get("use_qk_norm"):
         shapes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     if config.get("attention_bias") or config.get("qkv_bias"):
         shapes |= {f"self_attn.{name}.bias": (size,) for name, size in rows.items()}
@@ -258,6 +262,8 @@ def _moe_shapes(config: dict[str, Any]) -> Shapes:
 def _mixtral_shapes(config: dict[str, Any]) -> Shapes:
     hidden, width = config["hidden_size"], config["intermediate_size"]
     shapes: Shapes = {"block_sparse_moe.gate.weight": (config["num_local_experts"], hidden)}
+    if config["model_type"] == "minimax_m2":
+        shapes["block_sparse_moe.e_score_correction_bias"] = (config["num_local_experts"],)
     for expert in range(config["num_local_experts"]):
         for name, shape in {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}.items():
             shapes[f"block_sparse_moe.experts.{expert}.{name}.weight"] = shape

@@ -100,6 +100,46 @@ def glm4_moe_config(**changes: Any) -> dict[str, Any]:
     return qwen3_moe_config(**(own | attention | moe | scale | changes))
 
 
+def minimax_m2_config(**changes: Any) -> dict[str, Any]:
+    """As MiniMax-M2: half of a head rotated, norms over all heads, experts in every layer."""
+    own = {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "model_type": "minimax_m2",
+        "rope_theta": 5000000.0,
+        "rotary_dim": 8,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "attn_type_list": [1, 1, 1],
+    }
+    moe = {
+        "num_local_experts": 8,
+        "num_experts": None,
+        "moe_intermediate_size": None,
+        "norm_topk_prob": None,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "shared_intermediate_size": 0,
+    }
+    return qwen3_moe_config(**(_NOT_QWEN3 | own | moe | changes))
+
+
+def glm4_moe_lite_config(**changes: Any) -> dict[str, Any]:
+    """As GLM-4.7-Flash: latent attention, one group of experts."""
+    own = {
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "model_type": "glm4_moe_lite",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.8,
+        "rope_interleave": None,
+        "scoring_func": None,
+        "partial_rotary_factor": 1.0,
+    }
+    return deepseek_v3_config(**(own | changes))
+
+
 CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "qwen3_moe": qwen3_moe_config,
     "deepseek_v3": deepseek_v3_config,
@@ -108,4 +148,6 @@ CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "mixtral": mixtral_config,
     "qwen2_moe": qwen2_moe_config,
     "glm4_moe": glm4_moe_config,
+    "minimax_m2": minimax_m2_config,
+    "glm4_moe_lite": glm4_moe_lite_config,
 }

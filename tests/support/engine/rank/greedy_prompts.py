@@ -22,7 +22,9 @@ from ..models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, wri
 from ..models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
+    glm4_moe_lite_config,
     kimi_k2_config,
+    minimax_m2_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -40,6 +42,8 @@ FAMILIES = {
     "mixtral": mixtral_config(),
     "qwen2_moe": qwen2_moe_config(mlp_only_layers=[1]),
     "glm4_moe": glm4_moe_config(),
+    "minimax_m2": minimax_m2_config(),
+    "glm4_moe_lite": glm4_moe_lite_config(),
 }
 _ROUTERS = ("TopKRouter", "TopkRouter")  # how transformers' routers end
 
@@ -71,11 +75,11 @@ class Reference:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self._config = config
         self._model = load_reference(path, torch.float32)
-        self._inputs: list[tuple[Any, Tensor]] = []
+        self._inputs: list[tuple[Any, tuple[Tensor, ...]]] = []
         for module in self._model.modules():
             if type(module).__name__.endswith(_ROUTERS):
                 module.register_forward_hook(
-                    lambda module, inputs, output: self._inputs.append((module, inputs[0]))
+                    lambda module, inputs, output: self._inputs.append((module, inputs))
                 )
 
     @torch.inference_mode()
@@ -86,7 +90,7 @@ class Reference:
         self._inputs.clear()
         logits_TV = self._model(torch.tensor([tokens])).logits[0]
         assert self._inputs, "no router was seen"
-        margins = [self._router_margins(module, x.view(-1, x.shape[-1])) for module, x in self._inputs]
+        margins = [self._router_margins(module, *inputs) for module, inputs in self._inputs]
         return logits_TV, torch.stack(margins).amin(0)
 
     def judge(self, prompt: list[int], tokens: list[int]) -> tuple[list[int], float, float]:
@@ -105,12 +109,11 @@ class Reference:
             tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
         return tokens[len(prompt) :]
 
-    def _router_margins(self, module: Any, x_TD: Tensor) -> Tensor:
-        scores_TE = x_TD @ module.weight.T
-        corrected = hasattr(module, "e_score_correction_bias")
-        scores_TE = (
-            scores_TE.sigmoid() + module.e_score_correction_bias if corrected else scores_TE.softmax(-1)
-        )
+    def _router_margins(self, module: Any, hidden: Tensor, bias_E: Tensor | None = None) -> Tensor:
+        scores_TE = hidden.view(-1, hidden.shape[-1]) @ module.weight.T
+        bias_E = getattr(module, "e_score_correction_bias", bias_E)
+        corrected = bias_E is not None
+        scores_TE = scores_TE.sigmoid() + bias_E if bias_E is not None else scores_TE.softmax(-1)
         if (
             self._config.get("topk_group", 1) == self._config.get("n_group", 1)
             or self._config.get("topk_method") == "greedy"
