@@ -1,9 +1,11 @@
-# The same commands for people and for CI. Everything is installed in .venv; `make setup` is quick
-# after its first run.
+# The same commands for people and for CI. Everything is installed in .venv, from wheels, so that no
+# compiler is needed. `make serve` installs what serving needs, all others tests and tools as well.
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lockstep-installed
+SERVING := $(VENV)/.lockstep-serving
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all:
 TYPING := .typing/lockstep
 TORCH ?= 2.13.0
 RECIPE ?= demo.yaml
@@ -15,18 +17,24 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(SERVING): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; name one with PYTHON=..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
+	@echo "installing torch $(TORCH) and what serving needs into $(VENV), once: one to five minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "torch==$(TORCH)"
+	@$(PIP) -e .
+	@touch $@
+
+$(STAMP): $(SERVING)
+	@echo "installing what tests and checks need into $(VENV), once: about a minute"
+	@$(PIP) -e ".[test,dev]"
 	@touch $@
 
 # mypy must see the checkout as the package lockstep, whatever its name.
 $(TYPING):
 	@mkdir -p $(@D) && ln -sfn .. $@
 
-serve: setup
+serve: $(SERVING)
 	$(BIN)/launch --recipe $(RECIPE) $(OVERRIDES)
 
 # Asks a running `make serve` the held-out cases. EVAL_ARGS="--save run.json" keeps the 2,002 answers

@@ -4,6 +4,7 @@ for a compiler.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,16 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.cpu.codegen.compiling import alone_in_compiling
+from ...kernels.cpu.codegen.compiling import alone_in_compiling, compile_shared
+from ...kernels.cpu.codegen.wanted import Wanted, only_noted
 from ...kernels.formats.kv_format import KvFormat
 from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import build_batch
 from ...kernels.reference.sampling import SamplingParams
+from ...kernels.table import ops_of
 from ...moe.balance.placement import Placement, contiguous
 from ...moe.dispatch.dispatcher import Dispatcher
 from ..models.config import ModelConfig
 from ..models.registry import build_model
 from .page_pool import KVPool
+
+_LOG = logging.getLogger(__name__)
 
 _WIDEST = 512
 _VOCABULARY = 64
@@ -49,12 +54,28 @@ def warm_up(
 ) -> None:
     """Computes a few steps on this CPU with a small model that has one layer of each kind.
 
-    One process of a machine compiles at a time; the others load its results. ``alone`` makes a
-    dispatcher of the rank's kind for a group of one. ``report`` is called with the names of
-    kernels that compile.
+    A first run calls no kernel, only notes them. The processes of a machine that start at once
+    share their compiling, with as many further processes as this one has threads beside its own.
+    ``alone`` makes a dispatcher of the rank's kind for a group of one. ``report`` is called with
+    the number of kernels that are compiled.
     """
+    small = _miniature(config)
+    compile_shared(_wanted(small, dtype, pages, alone), report, torch.get_num_threads() - 1)
     with alone_in_compiling(report):
-        _compute(_miniature(config), dtype, pages, alone)
+        _compute(small, dtype, pages, alone)
+
+
+def _wanted(
+    config: ModelConfig, dtype: torch.dtype, pages: Pages, alone: Callable[[Placement], Dispatcher]
+) -> list[Wanted]:
+    """The kernels that ``_compute`` calls; those found so far if results that are zeros stop it."""
+    ops_of("cpu")  # all kernels are imported before their calls are noted
+    with only_noted() as found:
+        try:
+            _compute(config, dtype, pages, alone)
+        except Exception as error:
+            _LOG.warning("kernels after the first %d are compiled one by one: %r", len(found), error)
+    return found
 
 
 @torch.inference_mode()

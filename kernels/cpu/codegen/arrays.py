@@ -2,16 +2,15 @@
 bits.
 
 Numba compiles the kernels. It needs no C compiler and keeps compiled code on disk
-(``_cache_folder``). Kernels run on the threads of torch's own OpenMP, so the two do not compete: a
-parallel call costs 0.8 us, a call on the same thread 0.1 us (2 cores of an EPYC Turin, numba 0.68).
+(``cache_folder.py``). Kernels run on the threads of torch's own OpenMP, so the two do not compete:
+a parallel call costs 0.8 us, a call on the same thread 0.1 us (2 cores of an EPYC Turin, numba
+0.68).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,31 +23,21 @@ from numba.extending import intrinsic, overload, register_jitable
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .compile_lock import CompileLock
+from .cache_folder import cache_folder
+from .compile_lock import CompileLock, save_one_at_a_time
 
-
-def _cache_folder() -> str:
-    """Folder of compiled kernels: beside the source, or in the user's cache if the source folder is
-    read-only.
-
-    Each version of the sources has its own folder, because numba looks only at the file of a
-    function, not at the files of the functions it calls.
-    """
-    here = Path(__file__).parent
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.parent.rglob("*.py"))))
-    sources.update(numba.__version__.encode())
-    chosen = config.CACHE_DIR  # type: ignore[attr-defined]
-    places = [Path(chosen)] if chosen else [here / "__pycache__", Path.home() / ".cache" / "lockstep"]
-    place = next((place for place in places if os.access(place, os.W_OK)), places[-1])
-    return str(place / f"numba-{sources.hexdigest()[:16]}")
-
-
-CACHE_FOLDER = _cache_folder()
+CACHE_FOLDER = cache_folder(
+    Path(__file__).parents[1],
+    config.CACHE_DIR,  # type: ignore[attr-defined]
+    numba.__version__,
+)
+COMPILE_LOCK = CompileLock(Path(CACHE_FOLDER))
 
 # Set before the first kernel is declared.
 config.CACHE_DIR = CACHE_FOLDER  # type: ignore[attr-defined]
 config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
-event.register("numba:compiler_lock", CompileLock(Path(CACHE_FOLDER)))
+event.register("numba:compiler_lock", COMPILE_LOCK)
+save_one_at_a_time()
 
 # Up to this many values, a pass over rows stays on the calling thread: 4 us, and no waiting for a
 # thread that another process may hold up.
