@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,15 @@ class _Zeroed:
         return getattr(self._library, name)
 
 
-def _noting(found: list[Wanted]):
-    def note(self: Any, *arguments: Any, **_: Any):
+def _noting(found: list[Wanted]) -> Callable[..., Callable[..., Any]]:
+    def note(self: Any, *arguments: Any, **_: Any) -> Callable[..., Any]:
         types = tuple(self.typeof_pyval(argument) for argument in arguments)
         wanted = Wanted(self.py_func.__module__, self.py_func.__qualname__, types)
         known = getattr(sys.modules.get(wanted.module), wanted.name, None) is self
         if known and wanted not in found:
             found.append(wanted)
-        return self.py_func if _returns(self.py_func) else lambda *_: None
+        function: Callable[..., Any] = self.py_func
+        return function if _returns(function) else lambda *_: None
 
     return note
 
