@@ -17,7 +17,7 @@ from ..protocol.message import Finish
 from ..protocol.results import PromptLogprobs
 from .api.errors import ApiError
 from .metrics.metrics import Metrics
-from .requests.generation import REASONS, Generation
+from .requests.generation import REASONS, Generation, Stay
 
 _log = logging.getLogger("lockstep.frontend")
 Send = Callable[[Submit | Abort | Heartbeat], None]
@@ -127,16 +127,12 @@ class OpenRequests:
     def on_started(self, started: Started) -> None:
         now = self._clock()
         handles = array("q", started.handles_i64).tolist()
-        columns = (started.cached_i32, started.preemptions_i32)
+        columns = (started.data_i32, started.epochs_i32, started.cached_i32, started.preemptions_i32)
         packed = [array("i", column).tolist() for column in columns]
-        for handle, cached, preemptions in zip(handles, *packed, strict=True):
+        for handle, *facts in zip(handles, *packed, strict=True):
             generation = self._open.get(handle)
-            if generation is None:
-                continue
-            generation.num_preemptions = max(preemptions, generation.num_preemptions)
-            if not generation.started:
-                generation.started = now
-                generation.num_cached = cached
+            if generation is not None:
+                generation.run(Stay(now, *facts, len(generation.tokens)))
 
     def on_rejected(self, rejected: Rejected) -> None:
         generation = self._open.pop(rejected.handle, None)

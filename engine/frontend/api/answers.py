@@ -170,6 +170,18 @@ class DrainAnswer(AnswerDocument):
     deadline: float
 
 
+class StoryAnswer(AnswerDocument):
+    """``arrived`` is Unix time, ``seconds`` count from then; ``status`` null: no answer yet."""
+
+    id: str
+    path: str
+    status: int | None
+    ended: bool
+    arrived: float
+    seconds: float
+    choices: list[dict[str, Any]]
+
+
 class ClusterAnswer(AnswerDocument):
     phase: str
     reason: str

@@ -18,6 +18,7 @@ from ..metrics.metrics import Metrics
 from ..reply import Receive
 from .asgi_writer import Send
 from .request_log import RECORD_KEY, RequestRecord
+from .stories import Stories
 from .streams import SEND_KEY
 
 ID_KEY = "lockstep.request_id"
@@ -28,9 +29,10 @@ _log = logging.getLogger("lockstep.frontend")
 class AccessMiddleware:
     """Wraps the application and all other layers. ``log_requests``: each request leaves a line."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, stories: Stories, log_requests: bool) -> None:
         self._app = app
         self._metrics = metrics
+        self._stories = stories
         self._log_requests = log_requests
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -44,6 +46,7 @@ class AccessMiddleware:
         scope = {**scope, "method": "GET" if method == "HEAD" else method, "path": _path(scope["path"])}
         scope[ID_KEY] = request_id
         scope[RECORD_KEY] = record
+        self._stories.begin(record)
         scope[SEND_KEY] = send  # streams write past the layers in between, which do nothing to chunks
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
@@ -61,6 +64,7 @@ class AccessMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.http(route, method, record.status or 499, time.monotonic() - record.began)
+            self._stories.end(record)
             for choices in () if record.reply is None else record.reply.choices():
                 self._metrics.answered(choices)
             if self._log_requests:

@@ -40,6 +40,7 @@ from .keys import KeyMiddleware
 from .openapi import complete
 from .operations import GENERATIVE
 from .request_log import RECORD_KEY, refuse
+from .stories import Stories
 
 
 def build_app(service: Service) -> ASGIApp:
@@ -48,13 +49,15 @@ def build_app(service: Service) -> ASGIApp:
     bodies = Bodies(service.spec.limits.body_memory)
     for make in (_generation, agent_routes, _texts, _admin):
         app.include_router(make(service, bodies))
+    stories = Stories()
+    app.include_router(_stories(stories))
     app.include_router(_status(service))
     app.include_router(docs_router(partial(complete, app.openapi, bool(service.spec.api_keys))))
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(Exception, _on_bug)
     spec = service.spec
     keyed = KeyMiddleware(app, spec.api_keys, spec.admin_key)
-    return AccessMiddleware(with_cors(keyed, spec.cors_origins), service.metrics, spec.access_log)
+    return AccessMiddleware(with_cors(keyed, spec.cors_origins), service.metrics, stories, spec.access_log)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -216,6 +219,20 @@ def _status(service: Service) -> APIRouter:
             "kv_usage": cluster.kv_usage if cluster else 0.0,
         }
         return _json(document)
+
+    return router
+
+
+def _stories(stories: Stories) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/admin/requests/{id}")
+    async def story(id: str) -> Response:
+        found = stories.find(id)
+        if found is None:
+            text = f"No request {id[:128]!r} is known here: it may be too old, or that of another frontend"
+            raise ApiError(404, text)
+        return _json(found)
 
     return router
 

@@ -98,6 +98,9 @@ OPERATIONS = {
     "/admin/cluster": Operation(
         "Phase, epoch, ranks and placement of experts", (answers.ClusterAnswer,), errors=(503,)
     ),
+    "/admin/requests/{id}": Operation(
+        "When a request queued, where it ran, how it ended", (answers.StoryAnswer,), errors=(404,)
+    ),
 }
 
 GENERATIVE = [path for path, operation in OPERATIONS.items() if operation.streams and path.startswith("/v1/")]

@@ -18,6 +18,7 @@ from .prompt_scores import PromptScores, RankedPrompt
 from .reasoning_tokens import ReasoningTokens
 from .stops import StopMatcher, StopRule
 
+MAX_RUNS = 32  # that are kept: the first ones
 REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "abort", Finish.ERROR: "error"}
 
 
@@ -31,6 +32,20 @@ class Sink(Protocol):
         """The generation ended without a result."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A plan has admitted the generation at a time, with ``num_tokens`` of output; see
+    ``Started``.
+    """
+
+    at: float
+    data: int
+    epoch: int
+    num_cached: int
+    preemptions: int
+    num_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """One choice of one prompt; one ``Submit``.
@@ -39,7 +54,8 @@ class Generation:
     has computed meanwhile. ``num_received`` counts all that the engine sent, ``num_gaps`` how often
     some were lost. ``pieces`` is text that the sink has not taken, ``num_taken`` the tokens it has
     taken; with a ``parser`` the text goes there instead. ``num_cached`` prompt tokens came from the
-    cache; others took its pages ``num_preemptions`` times. ``prompt_scores`` collects
+    cache; others took its pages ``num_preemptions`` times. It was admitted ``num_runs`` times, of
+    which ``runs`` has the first. ``prompt_scores`` collects
     log-probabilities of the prompt for ``echo`` and ``ranked``. An ``echo`` becomes text once they
     are complete, which is before the first token. ``places`` are those of the output's tokens in
     the text of a completion. Times are seconds of the monotonic clock, 0 for what has not happened
@@ -66,6 +82,8 @@ class Generation:
     num_taken: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
+    num_runs: int = 0
+    runs: list[Stay] = field(default_factory=list)
     finish: str | None = None
     stop_reason: int | str | None = None
     submitted: float = 0.0
@@ -80,6 +98,16 @@ class Generation:
         self.stop_ids = self.stop.ids
         if self.parser is not None and not self.parser.reasoning_over:
             self._reasoning = ReasoningTokens(self.parser)
+
+    def run(self, stay: Stay) -> None:
+        """A plan has admitted it, for the first time or again."""
+        self.num_runs += 1
+        self.num_preemptions = max(stay.preemptions, self.num_preemptions)
+        if len(self.runs) < MAX_RUNS:
+            self.runs.append(stay)
+        if not self.started:
+            self.started = stay.at
+            self.num_cached = stay.num_cached
 
     @property
     def handle(self) -> int:

@@ -10,9 +10,9 @@ from hypothesis import given, strategies as st
 from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.frontend.open_requests import OpenRequests
-from lockstep.engine.frontend.requests.generation import Generation
+from lockstep.engine.frontend.requests.generation import MAX_RUNS, Generation
 from lockstep.engine.frontend.requests.stops import StopRule
-from lockstep.engine.protocol.frontends import Abort, Rejected, Submit
+from lockstep.engine.protocol.frontends import Abort, Rejected, Started, Submit
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.text.detokenizer import ByteDetokenizer
 from lockstep.engine.text.pieces import BytePieces
@@ -220,6 +220,21 @@ def test_started_books_the_cached_tokens_and_unknown_handles_are_ignored() -> No
         batch(1, [(99, 0, [65], Finish.NONE), (world.generation.handle, 0, [65], Finish.NONE)])
     )
     assert (world.generation.num_cached, world.sink.text) == (2, "A")
+
+
+def test_a_request_that_runs_again_keeps_its_first_runs_and_counts_all() -> None:
+    """Preemptions and epochs may put it back any number of times; its story stays small."""
+    world = World()
+    generation = world.generation
+    for number in range(MAX_RUNS + 8):
+        columns = [array("i", [value]).tobytes() for value in (16 * number, number % 2, number, 3 + number)]
+        world.requests.on_started(Started(array("q", [generation.handle]).tobytes(), *columns))
+        world.tokens(number, "a")
+    assert (generation.num_runs, len(generation.runs)) == (MAX_RUNS + 8, MAX_RUNS)
+    assert (generation.num_cached, generation.num_preemptions) == (0, MAX_RUNS + 7)
+    second = generation.runs[1]
+    assert (second.data, second.epoch, second.num_cached, second.preemptions) == (1, 4, 16, 1)
+    assert second.num_tokens == 1
 
 
 def test_abort_is_sent_once() -> None:

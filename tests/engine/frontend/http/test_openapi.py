@@ -193,10 +193,12 @@ def test_without_keys_none_is_asked_for(tmp_path_factory: pytest.TempPathFactory
 def test_examples_are_served_and_answers_follow_their_schemas(
     document: Document, frontend: RunningFrontend
 ) -> None:
+    frontend.http.post(CHAT, json=HELLO, headers={"X-Request-Id": "known"})
     for path, method, operation in operations(document):
         headers = ADMIN if path.startswith("/admin") else KEY
         if method == "get":
-            answer = frontend.http.get(path.replace("{model}", "tiny"), headers=headers)
+            path_of = path.replace("{model}", "tiny").replace("{id}", "known")
+            answer = frontend.http.get(path_of, headers=headers)
         else:
             example = operation["requestBody"]["content"]["application/json"]["example"]
             answer = frontend.http.post(path, headers=headers, json=example)
