@@ -129,10 +129,11 @@ class OpenRequests:
         handles = array("q", started.handles_i64).tolist()
         columns = (started.data_i32, started.epochs_i32, started.cached_i32, started.preemptions_i32)
         packed = [array("i", column).tolist() for column in columns]
-        for handle, *facts in zip(handles, *packed, strict=True):
+        for handle, data, epoch, cached, preemptions in zip(handles, *packed, strict=True):
             generation = self._open.get(handle)
             if generation is not None:
-                generation.run(Stay(now, *facts, len(generation.tokens)))
+                num_tokens = len(generation.tokens)
+                generation.run(Stay(now, data, epoch, cached, preemptions, num_tokens))
 
     def on_rejected(self, rejected: Rejected) -> None:
         generation = self._open.pop(rejected.handle, None)
