@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 from ..protocol.bulk import RankHello
 from ..protocol.lobby import Lobby
@@ -25,7 +26,8 @@ class Controller:
         self._transport = Transport(spec)
         self._lobby = Lobby(spec.lobby, "controller")
         self._frontends = Frontends(self._transport)
-        self._numbers = itertools.count(1)
+        life = 0 if spec.succession is None else spec.succession.life
+        self._numbers = itertools.count((life << 32) + 1)  # frontends show the highest
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -46,23 +48,27 @@ class Controller:
         try:
             gathering = Gathering(self._spec, self._transport, self._frontends, self._lobby, self._numbers)
             hellos = gathering.run()
-            status = None if self._frontends.stop_requested else self._serve(hellos)
+            status = None if self._frontends.stop_requested else self._serve(gathering, hellos)
             self._lobby.report("stopped")
             return status
         finally:
             self._dismiss()
 
-    def _serve(self, hellos: dict[int, RankHello]) -> ClusterStatus:
-        settings = planner_settings(self._spec, hellos)
+    def _serve(self, gathering: Gathering, hellos: dict[int, RankHello]) -> ClusterStatus:
+        inheritance = gathering.inheritance
+        settings = planner_settings(self._spec, hellos, inheritance.first_epoch)
         pilot = Pilot(settings, self._spec.recording)
         try:
+            kept = inheritance.hand_over(self._spec.mesh, settings.num_pages, pilot)
             status = ClusterStatus(
                 self._spec.mesh, hellos, pilot.group, self._numbers, self._spec.placement_i32
             )
             membership = Membership(self._spec, hellos, pilot, status)
             serving = Serving(self._transport, self._frontends, self._lobby, pilot, membership, status)
+            gathering.hand_over(serving, time.monotonic())
             pages = f"{sum(settings.num_pages)} pages of {settings.page_size} tokens"
-            detail = f"{len(hellos)} ranks, {pages}, context {settings.max_len}"
+            found = f" ({kept} hold blocks)" if kept else ""
+            detail = f"{len(hellos)} ranks, {pages}{found}, context {settings.max_len}"
             self._lobby.report("ready", detail)
             serving.run()
             return status
@@ -70,10 +76,12 @@ class Controller:
             pilot.close()
 
     def _dismiss(self) -> None:
+        """Tells all peers to stop, if this was asked for: after an error, another may follow."""
         farewell = Stop("the controller has stopped")
-        for rank in range(self._spec.mesh.world):
-            self._transport.send_bulk(rank, farewell)
-            self._transport.send_pulse(rank, farewell)
-        self._frontends.dismiss(farewell)
+        if self._frontends.stop_requested:
+            for rank in range(self._spec.mesh.world):
+                self._transport.send_bulk(rank, farewell)
+                self._transport.send_pulse(rank, farewell)
+            self._frontends.dismiss(farewell)
         self._transport.close()
         self._lobby.close()

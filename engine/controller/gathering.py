@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 
 from ..planner.settings import Settings
-from ..protocol.bulk import RankHello
+from ..protocol.bulk import Published, RankHello
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
 from ..protocol.specs import ControllerSpec
-from .frontends import Frontends
-from .status import starting_state
+from .frontends import Frontends, Reactions
+from .inheritance import Inheritance
+from .status import gathering_state
 from .transport import Transport
 
 log = logging.getLogger(__name__)
@@ -22,7 +24,9 @@ _WAIT = 0.5
 
 
 class Gathering:
-    """Collects the ranks' hellos. Rejects requests meanwhile; ``numbers`` number the states."""
+    """Collects the ranks' hellos. The first controller of a run rejects requests meanwhile; one
+    that follows another keeps them for ``hand_over``. ``numbers`` number the states.
+    """
 
     def __init__(
         self,
@@ -32,80 +36,113 @@ class Gathering:
         lobby: Lobby,
         numbers: Iterator[int],
     ) -> None:
-        self._spec = spec
+        self._spec, self._succession = spec, spec.succession
         self._transport, self._frontends, self._lobby = transport, frontends, lobby
         self._numbers = numbers
         self._reason = "ranks are loading"
-        self._hellos: dict[int, RankHello] = {}
+        if self._succession is not None:
+            self._reason = "the controller was lost, another one waits for the ranks"
+        self.inheritance = Inheritance(-1 if self._succession is None else self._succession.epoch)
+        self._kept: list[tuple[int, Submit | Abort]] = []
+        self._handles: set[tuple[int, int]] = set()  # of submits among them
+        draining = self._succession is not None and self._succession.draining
+        self._drain_by = math.inf if draining else None
 
     def run(self) -> dict[int, RankHello]:
         """Returns the hellos of all ranks, or those so far when a stop was requested. Raises
         TimeoutError.
         """
         world, seconds = self._spec.mesh.world, self._spec.rank_deadline
+        hellos = self.inheritance.hellos
         deadline = time.monotonic() + seconds
         next_state = 0.0
-        while len(self._hellos) < world and not self._frontends.stop_requested:
+        while len(hellos) < world and not self._frontends.stop_requested:
             self._transport.wait(min(_WAIT, max(0.0, deadline - time.monotonic())))
             now = time.monotonic()
             self._frontends.listen(now, self)
             if now >= next_state:  # else frontends would take the silence for a loss
                 next_state = now + _WAIT
                 self._frontends.tell(self.state())
-            for message in self._transport.bulk_messages():
-                if isinstance(message, RankHello):
-                    self._hellos[message.rank] = message
-                    here = len(self._hellos)
-                    log.info(
-                        "rank %d on %s is here with %d pages", message.rank, message.host, message.num_pages
-                    )
-                    self._lobby.report("starting", f"{here} of {world} ranks are here", here / world)
+            self._listen_to_ranks()
             if time.monotonic() > deadline:
-                missing = [rank for rank in range(world) if rank not in self._hellos]
+                missing = [rank for rank in range(world) if rank not in hellos]
                 raise TimeoutError(f"ranks {missing} have not reported within {seconds:.0f} s")
-        return self._hellos
+        return hellos
+
+    def _listen_to_ranks(self) -> None:
+        world = self._spec.mesh.world
+        for message in self._transport.bulk_messages():
+            if isinstance(message, Published):
+                self.inheritance.published(message)
+            elif isinstance(message, RankHello):
+                self.inheritance.hello(message)
+                here = len(self.inheritance.hellos)
+                log.info("rank %d on %s is here with %d pages", message.rank, message.host, message.num_pages)
+                self._lobby.report("starting", f"{here} of {world} ranks are here", here / world)
+
+    def hand_over(self, serving: Reactions, now: float) -> None:
+        """Gives ``serving`` everything that has been asked of this controller so far."""
+        for frontend, message in self._kept:
+            if isinstance(message, Submit):
+                serving.submit(frontend, message)
+            else:
+                serving.abort(frontend, message)
+        if self._drain_by is not None:
+            serving.drain(now, self._drain_by)
 
     # ----------------------------------------------------------------- Reactions
 
     def state(self) -> ClusterState:
-        return starting_state(self._reason, next(self._numbers))
+        return gathering_state(self._reason, next(self._numbers), self._succession)
 
     def submit(self, frontend: int, message: Submit) -> str:
-        return self._reason
+        if self._succession is None:
+            return self._reason
+        if (frontend, message.handle) not in self._handles:
+            self._handles.add((frontend, message.handle))
+            self._kept.append((frontend, message))
+        return ""
 
     def abort(self, frontend: int, message: Abort) -> None:
-        """No request is open."""
+        if self._succession is not None:
+            self._kept.append((frontend, message))
 
     def abort_frontend(self, frontend: int) -> None:
-        """No request is open."""
+        self._kept = [(owner, message) for owner, message in self._kept if owner != frontend]
+        self._handles = {key for key in self._handles if key[0] != frontend}
 
     def drain(self, now: float, deadline: float) -> None:
-        """No request is open."""
+        """The first controller of a run has nothing to finish."""
+        if self._succession is not None:
+            self._drain_by = deadline if self._drain_by is None else min(deadline, self._drain_by)
 
     def degraded(self, reason: str) -> None:
-        """A frontend that is missing is replaced long before all ranks have loaded."""
+        """The launcher says it again until the state shows it."""
 
     def rank_lost(self, message: RankLost) -> None:
-        """Its replacement has to say hello."""
-        self._hellos.pop(message.rank, None)
-        self._reason = f"rank {message.rank} is lost: {message.reason}"
+        """Its replacement has to say hello, unless it has done so before the loss was reported."""
+        hello = self.inheritance.hellos.get(message.rank)
+        if hello is not None and message.pid in (0, hello.pid):
+            self.inheritance.lost(message.rank)
+        if hello is None or message.pid in (0, hello.pid):
+            self._reason = f"rank {message.rank} is lost: {message.reason}"
 
 
-def planner_settings(spec: ControllerSpec, hellos: Mapping[int, RankHello]) -> Settings:
+def planner_settings(spec: ControllerSpec, hellos: Mapping[int, RankHello], epoch: int) -> Settings:
     """Pool sizes and the longest context. Raises ValueError when the configured context does not
-    fit.
+    fit, unless the run has begun before.
     """
     mesh = spec.mesh
     num_pages = [min(hellos[rank].num_pages for rank in mesh.members(data)) for data in range(mesh.data)]
     page_size = hellos[0].page_size
     fits = min(num_pages) * page_size
-    if spec.max_len is not None and spec.max_len > fits:
+    if spec.max_len is not None and spec.max_len > fits and spec.succession is None:
         raise ValueError(
             f"model.max_len is {spec.max_len}, but the KV cache of a rank holds {fits} tokens: "
             f"lower model.max_len to {fits} or raise kv_cache.memory"
         )
-    max_len = spec.max_len if spec.max_len is not None else min(spec.model_max_len, fits)
+    max_len = min(spec.max_len or spec.model_max_len, fits)
     if max_len < spec.model_max_len:
         limited = "the context is limited to %d of the model's %d tokens; the KV cache holds %d a rank"
         log.info(limited, max_len, spec.model_max_len, fits)
-    return Settings(mesh, spec.scheduler, num_pages, page_size, max_len)
+    return Settings(mesh, spec.scheduler, num_pages, page_size, max_len, epoch=epoch)

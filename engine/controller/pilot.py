@@ -92,6 +92,11 @@ class Pilot:
         """Whether a request is open or had begun before its frontend submits it (again)."""
         return bool(message.emitted_i32) or (frontend, message.handle) in self.group.open
 
+    def adopt(self, data: int, pages_i32: bytes, hashes_h128: bytes) -> None:
+        """Ranks of ``data`` hold blocks since an earlier controller."""
+        self._record("adopt", data, pages_i32, hashes_h128)
+        self.planner.adopt(data, pages_i32, hashes_h128)
+
     def abort(self, frontend: int, message: Abort) -> None:
         """Aborts one request."""
         self._record("abort", frontend, message)

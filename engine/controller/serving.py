@@ -107,7 +107,7 @@ class Serving:
                 self._pilot.staged(bulk)
             elif isinstance(bulk, StepProgress):
                 self._membership.progressed(bulk, time.monotonic())
-            else:
+            elif isinstance(bulk, RankHello):
                 self._welcome(bulk)
 
     def _book(self, results: list[StepResult]) -> None:

@@ -20,6 +20,7 @@ from ..protocol.arrays import Int64
 from ..protocol.bulk import RankHello
 from ..protocol.cluster_state import ClusterState, OverlapChoice, RankState
 from ..protocol.results import StepResult
+from ..protocol.specs import Succession
 from .step_totals import StepTotals
 
 
@@ -40,16 +41,17 @@ class Recent:
         return float(np.quantile(seen, share)) if len(seen) else 0.0
 
 
-def starting_state(reason: str, number: int) -> ClusterState:
-    """The state before all ranks are there."""
+def gathering_state(reason: str, number: int, succession: Succession | None = None) -> ClusterState:
+    """The state before all ranks are there. In a ``succession`` requests are taken, and wait."""
+    phase = "starting" if succession is None else "draining" if succession.draining else "recovering"
     return ClusterState(
-        phase="starting",
+        phase=phase,
         reason=reason,
-        epoch=0,
+        epoch=0 if succession is None else succession.epoch,
         step=0,
-        max_len=0,
-        page_size=0,
-        prefix_caching=False,
+        max_len=0 if succession is None else succession.max_len,
+        page_size=0 if succession is None else succession.page_size,
+        prefix_caching=succession is not None and succession.page_size > 0,
         num_running=0,
         num_waiting=0,
         kv_usage=0.0,

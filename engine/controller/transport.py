@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TypeVar
 
 import msgspec
@@ -19,10 +20,13 @@ from ..protocol.specs import ControllerSpec
 T = TypeVar("T")
 
 _MAX_DRAIN = 4096
+_BIND_SECONDS = 20.0
+_BIND_POLL = 0.05
 
 
 class Transport:
-    """Binds three ROUTER sockets on ``spec.host`` and moves messages; for one thread only.
+    """Binds three ROUTER sockets on ``spec.host`` and moves messages; for one thread only. Raises
+    OSError when the addresses of a predecessor stay in use.
 
     ``addresses`` are those of the step, bulk and frontend sockets.
     """
@@ -36,9 +40,7 @@ class Transport:
             # A second connection of the same name is the same peer, back after a broken link.
             socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
             keep_watch(socket)
-        self.addresses = tuple(
-            f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets
-        )
+        self.addresses = _bind(sockets, spec)
         self._poller = zmq.Poller()
         for socket in sockets:
             self._poller.register(socket, zmq.POLLIN)
@@ -110,3 +112,24 @@ class Transport:
             while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN and len(received) < _MAX_DRAIN:
                 received.append(socket.recv_multipart(zmq.DONTWAIT))
         return received
+
+
+def _bind(sockets: list[zmq.Socket[bytes]], spec: ControllerSpec) -> tuple[str, ...]:
+    """Binds ``sockets`` to free ports, or to the addresses that peers of a predecessor know: waits
+    until the kernel has freed them, and until a peer that seeks them has not met itself there.
+    """
+    if spec.succession is None:
+        return tuple(
+            f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets
+        )
+    deadline = time.monotonic() + _BIND_SECONDS
+    for socket, address in zip(sockets, spec.succession.addresses, strict=True):
+        while True:
+            try:
+                socket.bind(address)
+                break
+            except zmq.ZMQError as error:
+                if time.monotonic() > deadline:
+                    raise OSError(f"{address} was not free within {_BIND_SECONDS:g} s: {error}") from None
+                time.sleep(_BIND_POLL)
+    return spec.succession.addresses

@@ -18,6 +18,9 @@ from .block_index import BlockIndex
 _PENDING = np.iinfo(np.int64).max
 """Step of a page that is reserved for a block but not yet scheduled to be computed."""
 
+_ADOPTED = -1
+"""Step of a block that was written before the first step of this controller."""
+
 _EVICT_SHARE = 32
 """A pool that runs out evicts at least 1 / 32 of itself, so that few admissions have to search."""
 
@@ -176,6 +179,22 @@ class KVManager:
     def is_pending(self, pages: Int64) -> bool:
         """Whether no plan has yet computed the block of some of pages [n]."""
         return bool((self._written[pages] == _PENDING).any())
+
+    def adopt(self, data: int, pages: Int64, keys: UInt64) -> None:
+        """Takes over the content of pages [n] (local ids, each once) of ``data``, of which none is
+        in use: blocks ``keys`` [n, 2] become cached, without an order of use.
+        """
+        pages = self._global(data, pages)
+        kept = pages[self.announce(np.full(len(pages), data), keys, pages)]
+        self._written[kept] = _ADOPTED
+        free = self._global(data, self._stack[data, : self._top[data]])
+        self._top[data] = 0
+        self._push(data, free[~np.isin(free, kept)])
+        self._cached[data] += len(kept)
+
+    def forget_all(self, data: int) -> None:
+        """Drops all blocks of ``data`` from the index."""
+        self.forget_unwritten(data, _ADOPTED - 1)
 
     def forget_unwritten(self, data: int, last_step: int) -> None:
         """Drops blocks from the index that were to be written on ``data`` after ``last_step``, also

@@ -59,8 +59,8 @@ class Group:
         self.open: dict[tuple[int, int], Request] = {}
         self.queue = WaitingQueue()
         self.prefilling = PrefillQueues(self.rows)
-        self.preloads = Preloads(mesh)
-        self.steps = StepSequence(mesh)
+        self.preloads = Preloads(mesh, settings.epoch)
+        self.steps = StepSequence(mesh, settings.epoch)
         self.draining = Draining(self.rows, self.steps)
         self.publishing = Publishing(self.kv.index)
         self.counters = PlannerCounters()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..protocol.arrays import as_keys
 from ..protocol.bulk import Preload, Preloaded, Unload
 from ..protocol.frontends import Abort, Rejected, Submit
 from ..protocol.message import Finish, Message
@@ -62,7 +63,10 @@ class Planner:
             rejected = Rejected(submit.handle, 503, reason, retry_after=self._retry_after())
             self.outbox.reject(frontend, rejected)
         else:
-            group.enter(Request.from_submit(frontend, self._arrivals, submit))
+            request = Request.from_submit(frontend, self._arrivals, submit)
+            if request.root:  # blocks are known before a plan computes them, or it could be lost unnoticed
+                request.hash_outputs(b"", group.page_size)
+            group.enter(request)
             self._arrivals += 1
 
     def abort(self, frontend: int, abort: Abort) -> None:
@@ -134,7 +138,14 @@ class Planner:
             self.resync(data)
         steps.leave(gone)
         for data in (*gone, *emptied):
-            self.group.forget_blocks(data, -1)
+            self.group.kv.forget_all(data)
+            self.group.publishing.forget(data)
+
+    def adopt(self, data: int, pages_i32: bytes, hashes_h128: bytes) -> None:
+        """Before the first step: all ranks of ``data`` hold blocks of these hashes in these pages
+        since an earlier controller.
+        """
+        self.group.kv.adopt(data, np.frombuffer(pages_i32, np.int32).astype(np.int64), as_keys(hashes_h128))
 
     # ----------------------------------------------------------------- steps
 

@@ -10,14 +10,15 @@ from .request import Request
 class Preloads:
     """Sends prompts to all members of a data index and knows who has them.
 
-    Prompts are numbered. ``oldest_valid`` [D]: after a rebase a data index drops prompts below it,
-    as plans that were to admit them may never have been executed.
+    Prompts are numbered from ``epoch``, the group's first, times 2**32 on: ranks may still have
+    those of an earlier controller. ``oldest_valid`` [D]: after a rebase a data index drops prompts
+    below it, as plans that were to admit them may never have been executed.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, epoch: int) -> None:
         self._mesh = mesh
-        self.oldest_valid = [0] * mesh.data
-        self._next = 0
+        self._next = epoch << 32
+        self.oldest_valid = [self._next] * mesh.data
         self._requests: dict[int, Request] = {}
         self._messages: list[tuple[int, Preload | Unload]] = []
 

@@ -11,6 +11,7 @@ from ..protocol.specs import SchedulerSpec
 class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that a planner is built from; a recording begins with it, where ``mesh`` is called
     layout. ``num_pages`` [data] are pool sizes, ``group`` is the group's index in its cluster.
+    ``epoch`` is the first one: ranks refuse those of an earlier controller.
     """
 
     mesh: Mesh = msgspec.field(name="layout")
@@ -19,3 +20,4 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     page_size: int
     max_len: int
     group: int = 0
+    epoch: int = 0

@@ -20,9 +20,9 @@ class StepSequence:
     clears them: until it is sent, their results do not count.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, epoch: int) -> None:
         self._mesh = mesh
-        self.epoch = 0
+        self.epoch = epoch
         self.next_step = 0
         self.newest_result = -1
         self.acknowledged = [-1] * mesh.world

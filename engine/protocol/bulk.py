@@ -9,7 +9,8 @@ from .message import Message, Stop
 
 class RankHello(Message, tag="hello", frozen=True):
     """A rank has loaded its weights and sized its page pool. Sent once per connection: said
-    again, it means that messages may be lost. A process draws ``life`` once.
+    again, it means that messages may be lost. A process draws ``life`` once. ``epoch`` is the last
+    one that the rank has entered, -1 before its first; it has left it.
     """
 
     rank: int
@@ -24,6 +25,17 @@ class RankHello(Message, tag="hello", frozen=True):
     num_experts: int = 0
     expert_bytes: int = 0
     life: int = 0
+    epoch: int = -1
+
+
+class Published(Message, tag="published", frozen=True):
+    """The pages of a rank that hold whole blocks, and the hashes of these, as in
+    ``Section.publish_i32``. Sent just before a hello, for a controller that has no index yet.
+    """
+
+    rank: int
+    pages_i32: bytes
+    hashes_h128: bytes
 
 
 class Preloaded(Message, tag="staged", frozen=True):
@@ -72,5 +84,5 @@ class Disband(Message, tag="disband", frozen=True):
     epoch: int
 
 
-FromRankBulk = RankHello | Preloaded | StepProgress
+FromRankBulk = RankHello | Published | Preloaded | StepProgress
 ToRankBulk = Preload | Unload | Disband | Stop

@@ -39,10 +39,28 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     overlap: str = "off"
 
 
+class Succession(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts of a run that a controller takes over from one that died, the ``life``-th in its place.
+
+    ``addresses`` are those that ranks and frontends know. ``epoch`` is the last one that the
+    launcher was told of; ranks may know of later ones. Requests are taken within ``max_len`` and
+    ``page_size`` (0: no prefix caching) while ranks come back. ``draining``: the cluster takes no
+    more requests.
+    """
+
+    life: int
+    addresses: tuple[str, ...]
+    epoch: int
+    max_len: int
+    page_size: int
+    draining: bool = False
+
+
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a controller, which binds free ports of ``host`` and reports its addresses to
-    the lobby. ``placement_i32``: the expert in every slot, [MoE layer, rank of a stage, slot], -1
-    where there is none; empty: consecutive experts on each rank.
+    """Parameters of a controller, which binds free ports of ``host``, or those of its
+    ``succession``, and reports its addresses to the lobby. ``placement_i32``: the expert in every
+    slot, [MoE layer, rank of a stage, slot], -1 where there is none; empty: consecutive experts on
+    each rank.
     """
 
     host: str
@@ -56,6 +74,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank_deadline: float = 300.0
     collective_deadline: float = 60.0
     recording: str | None = None
+    succession: Succession | None = None
     lobby: LobbySpec | None = None
     placement_i32: bytes = b""
 

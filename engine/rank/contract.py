@@ -28,6 +28,10 @@ class StepExecutor(Protocol):
 
     def hello(self) -> RankHello: ...
 
+    def published(self) -> tuple[bytes, bytes]:
+        """Pages that hold whole blocks, and their hashes, as in ``Section.publish_i32``."""
+        ...
+
     def begin_epoch(self, epoch: int) -> None:
         """Meets the other ranks. Raises StepAbandoned when they do not come."""
         ...

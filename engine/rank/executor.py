@@ -29,6 +29,7 @@ from .masks import Masks
 from .parts import Parts
 from .prompt_logprobs import Chunk, score
 from .slot_sampling import RowSettings, SlotSettings
+from .token_logprobs import logprob_lines
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class Executor:
             expert_bytes=self._parts.expert_bytes,
             life=self._life,
         )
+
+    def published(self) -> tuple[bytes, bytes]:
+        return self._parts.pool.blocks.all()
 
     def begin_epoch(self, epoch: int) -> None:
         self._expected.clear()
@@ -169,6 +173,7 @@ class Executor:
         else:
             self._hand_on(header, rows, chosen, hidden_TD)
         self._table.advance(rows, draws.astype(np.int64))
+        self._parts.pool.blocks.publish(section)
         return StepResult(
             group=header.group,
             epoch=header.epoch,
@@ -209,8 +214,7 @@ class Executor:
         )
         for admit in self._table.apply(section, lengths):
             self._admit(admit)
-        if section.publish_i32:
-            self._parts.pool.publish(section.publish_i32, section.publish_h128)
+        self._parts.pool.blocks.overwrite(section)
 
     def _admit(self, admit: Admit) -> None:
         tokens = self._staged.pop(admit.staged)
@@ -318,7 +322,7 @@ class Executor:
         top = ops.logprobs(
             raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max())
         )
-        return tokens, _logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
+        return tokens, logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
 
 
 def _row_errors(errors: dict[int, str], slots: Int64, numbers: Int64) -> tuple[RowError, ...]:
@@ -327,17 +331,3 @@ def _row_errors(errors: dict[int, str], slots: Int64, numbers: Int64) -> tuple[R
         return ()
     rows = dict(zip(slots.tolist(), numbers.tolist(), strict=True))
     return tuple(RowError(rows[slot], reason) for slot, reason in errors.items())
-
-
-def _logprob_lines(
-    top: tuple[Tensor, Tensor, Tensor], numbers: Int64, num_top: Int64
-) -> tuple[RowLogprobs, ...]:
-    """Packs the result of the op ``logprobs`` for S rows: each row's token and its ``num_top`` [S]
-    alternatives.
-    """
-    chosen, ids, values = (part.cpu().numpy() for part in top)
-    ids = ids.astype(np.int32)
-    return tuple(
-        RowLogprobs(row, 0, float(chosen[at]), ids[at, :width].tobytes(), values[at, :width].tobytes())
-        for at, (row, width) in enumerate(zip(numbers.tolist(), num_top.tolist(), strict=True))
-    )

@@ -7,8 +7,9 @@ from __future__ import annotations
 import logging
 
 import msgspec
+from msgspec import structs
 
-from ..protocol.bulk import Disband, Preload, Preloaded, ToRankBulk, Unload
+from ..protocol.bulk import Disband, Preload, Preloaded, Published, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
@@ -46,8 +47,10 @@ class RankLoop:
                 for staged, error in self._executor.take_compiled():
                     self._sockets.bulk.send(encode(Preloaded(self._rank, staged, error)))
             if connected:
-                self._sockets.bulk.send(encode(self._executor.hello()))
-            if bulk:
+                stop = self._say_hello()
+                if stop is not None:
+                    return stop.reason
+            elif bulk:
                 stop = self._take(self._bulk_decoder.decode(self._sockets.bulk.recv()))
                 if stop is not None:
                     return stop.reason
@@ -91,6 +94,26 @@ class RankLoop:
         self._chain.executed(header.step)
         return result
 
+    def _say_hello(self) -> Stop | None:
+        """Says hello on a new connection, perhaps to a controller that knows nothing: throws away
+        what came before, so that no earlier plan changes any page that it tells of. A Stop among it
+        counts.
+        """
+        before = map(self._bulk_decoder.decode, self._sockets.discard())
+        stop = next((message for message in before if isinstance(message, Stop)), None)
+        if stop is not None:
+            return self._take(stop)
+        epoch = self._chain.epoch
+        if epoch >= 0:
+            self._leave_epoch()
+            self._sockets.bulk.send(encode(Published(self._rank, *self._executor.published())))
+        self._sockets.bulk.send(encode(structs.replace(self._executor.hello(), epoch=epoch)))
+        return None
+
+    def _leave_epoch(self) -> None:
+        self._chain.abandon()
+        self._executor.end_epoch()
+
     def _take(self, message: Preload | Unload | Disband | Stop) -> Stop | None:
         if isinstance(message, Preload):
             if self._executor.stage(message.staged, message.tokens_i32, message.grammar, message.num_emitted):
@@ -99,8 +122,7 @@ class RankLoop:
             self._executor.unstage(message.staged)
         elif isinstance(message, Disband):
             if self._chain.epoch <= message.epoch:
-                self._chain.abandon()
-                self._executor.end_epoch()
+                self._leave_epoch()
         else:
             _LOG.info("stop: %s", message.reason or "no reason given")
             return message

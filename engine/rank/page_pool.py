@@ -1,4 +1,4 @@
-"""The page pool of one rank: its size, its cache tensors, and which block each page holds."""
+"""The page pool of one rank: its size, its cache tensors, and the block in each page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels.formats.kv_format import KvFormat
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig
-from ..protocol.message import HASH_BYTES
+from .published_blocks import PublishedBlocks
 
 _DTYPES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,19 +39,7 @@ class KVPool:
             tuple(_zeros((positions, *shape), dtype, device) for shape in shapes)
             for _ in range(config.num_layers)
         ]
-        self._hashes = np.zeros((num_pages, HASH_BYTES), np.uint8)
-        self._known = np.zeros(num_pages, np.bool_)
-
-    def publish(self, pages_i32: bytes, hashes_h128: bytes) -> None:
-        """Remembers each page's block hash, for a controller that has lost its index."""
-        pages = np.frombuffer(pages_i32, np.int32)
-        self._hashes[pages] = np.frombuffer(hashes_h128, np.uint8).reshape(-1, HASH_BYTES)
-        self._known[pages] = True
-
-    def published(self) -> tuple[bytes, bytes]:
-        """All remembered pages (int32) and their hashes, as in ``Section.publish``."""
-        pages = np.flatnonzero(self._known)
-        return pages.astype(np.int32).tobytes(), self._hashes[pages].tobytes()
+        self.blocks = PublishedBlocks(num_pages, page_size)
 
 
 def bytes_per_page(config: ModelConfig, page_size: int, kv_format: KvFormat) -> int:

@@ -49,6 +49,15 @@ class RankSockets:
             raise ControllerLost(f"no connection to the controller at {addresses} for {self._absence:g} s")
         return connected, self.bulk in ready, self.step in ready
 
+    def discard(self) -> list[bytes]:
+        """Reads everything that has arrived. Returns the messages of the bulk connection."""
+        while self.step.poll(0):
+            self.step.recv_multipart()
+        messages = []
+        while self.bulk.poll(0):
+            messages.append(self.bulk.recv())
+        return messages
+
     def close(self) -> None:
         """Closes everything; the last message has a second to leave."""
         for socket in (self.step, self.bulk):

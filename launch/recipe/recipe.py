@@ -233,7 +233,9 @@ class Recipe(RecipeSection):
     frontend: FrontendSection = FrontendSection()
     deterministic: bool = Field(default=False, description="logits independent of batch and layout")
     recording: str | None = Field(
-        default=None, min_length=1, description="file to record every event and plan to"
+        default=None,
+        min_length=1,
+        description="file to record every event and plan to; a controller that replaces another adds .2",
     )
     verified: str | None = Field(
         default=None, min_length=1, description="hardware the recipe has run on; for readers only"

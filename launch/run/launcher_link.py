@@ -22,7 +22,7 @@ class LauncherLink:
     """Holds the last ClusterState received (``state``) and its time (``heard``, monotonic seconds).
 
     The lease never expires: the launcher is silent while ranks load, and no controller outlives
-    its launcher anyway.
+    its launcher anyway. A controller that follows another has the same address and keys.
     """
 
     def __init__(self, address: str, keys: Keys) -> None:
@@ -36,7 +36,7 @@ class LauncherLink:
         self._degraded = ""
         self._next_repeat = 0.0
         self._hello = FrontendHello("launcher", lease=math.inf)
-        self._send(self._hello)
+        self.greet()
 
     def read(self, timeout: float) -> ClusterState | None:
         """Reads all messages, waits up to ``timeout`` seconds for the first; returns ``state``."""
@@ -59,7 +59,7 @@ class LauncherLink:
             return
         self._next_repeat = now + _REPEAT
         if now - self.heard > _SILENCE:
-            self._send(self._hello)
+            self.greet()
             return
         for rank in state.ranks:
             lost = self._lost.get(rank.rank)
@@ -67,6 +67,10 @@ class LauncherLink:
                 self._send(lost)
         if state.degraded != self._degraded:
             self._send(Degraded(self._degraded))
+
+    def greet(self) -> None:
+        """Says hello to a controller that does not know the launcher yet, once it is there."""
+        self._send(self._hello)
 
     def drain(self, deadline: float) -> None:
         self._send(Drain(deadline))

@@ -58,10 +58,15 @@ class Replacements:
                 f"{cause}; it was replaced {num_before} times within {WINDOW_SECONDS:g} s, the limit"
             )
         delay = self._schedule(death)
-        if self._pause is None:
-            self._pause = _Pause(self._clock(), epoch, cause)
-        else:
-            self._pause = _Pause(self._pause.since, self._pause.epoch, cause)
+        self._pause_for(cause, epoch)
+        return delay
+
+    def replace_controller(self, death: Death, cause: str, *, epoch: int) -> float:
+        """Starts the task of ``death``, a controller. Returns the delay in seconds, which is short:
+        nothing serves meanwhile.
+        """
+        delay = self._schedule(death, LONGEST_OUTAGE)
+        self._pause_for(cause, epoch)
         return delay
 
     def replace_frontend(self, death: Death, *, others: bool) -> float:
@@ -123,6 +128,11 @@ class Replacements:
                 f"{self._pause.cause}; the cluster does not serve again after {self._deadline:g} s{why}"
             )
         return None
+
+    def _pause_for(self, cause: str, epoch: int) -> None:
+        before = self._pause
+        since, epoch = (self._clock(), epoch) if before is None else (before.since, before.epoch)
+        self._pause = _Pause(since, epoch, cause)
 
     def _recent(self, name: str) -> list[float]:
         now = self._clock()

@@ -29,6 +29,7 @@ class Roster:
         self._interrupts = interrupts
         self._on_report = on_report
         self.reports: dict[str, Report] = {}
+        self.addresses: dict[str, tuple[str, ...]] = {}  # as told first; a successor has them too
         self._ready: dict[str, float] = {}  # since when, in monotonic seconds
         self._compiling: dict[str, tuple[float, float]] = {}  # begin and last report
         self._gone: set[tuple[str, int]] = set()  # host and pid of replaced processes
@@ -40,6 +41,8 @@ class Roster:
             if (report.host, report.pid) in self._gone:
                 continue
             name = f"{report.role} {report.index}"
+            if report.address:
+                self.addresses.setdefault(name, report.address)
             last = self.reports.get(name)
             if last is None or last.phase != "failed":
                 self.reports[name] = report

@@ -69,7 +69,7 @@ def start(run: Run, opened: ExitStack) -> Supervisor:
     base.roster.wait(
         ["controller 0"], CONTROLLER_SECONDS, lambda report: bool(report.address) or report.phase == "ready"
     )
-    addresses = base.roster.reports["controller 0"].address
+    addresses = base.roster.addresses["controller 0"]
     screen.mark("controller")
 
     count = recipe.frontend.processes

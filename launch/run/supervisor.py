@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...engine.protocol.cluster_state import ClusterState
 from ...engine.protocol.turns import Turns
@@ -18,6 +18,7 @@ from .last_resort import LastResort
 from .launcher_link import LauncherLink
 from .replacements import FRONTEND_SECONDS, Replacements
 from .roster import Roster
+from .tasks import successor_task
 
 NOTICED_SECONDS = 10.0
 UNTAKEN_SECONDS = 10.0
@@ -80,7 +81,7 @@ class Supervisor:
         self._turns = Turns(time.monotonic())
 
     def watch(self) -> None:
-        """Replaces ranks and frontends that die; returns when told to stop."""
+        """Replaces processes that die; returns when told to stop."""
         while not self._interrupts.count:
             state = self._link.read(_POLL)
             now = time.monotonic()
@@ -154,23 +155,37 @@ class Supervisor:
                     self._cluster.signal(task, signal.SIGKILL)
 
     def _replace(self, cause: str, deaths: list[Death]) -> None:
-        """Replaces processes that died of one cause. The controller cannot be replaced."""
-        if any(death.task.role not in ("rank", "frontend") for death in deaths):
-            raise LaunchError(cause)
+        """Replaces processes that died of one cause."""
         epoch = self._link.state.epoch if self._link.state is not None else 0
-        delay, lost_rank, others = 0.0, False, self._acceptor.num_ready > 0
+        delay, paused, others = 0.0, False, self._acceptor.num_ready > 0
         for death in deaths:
             self._roster.forget(death.task.name)
             if death.task.role == "frontend":
                 delay = max(delay, self._replacements.replace_frontend(death, others=others))
+                continue
+            paused = True
+            if death.task.role == "controller":
+                delay = max(delay, self._replace_controller(death, cause, epoch))
             else:
-                lost_rank = True
                 self._link.rank_lost(death.task.index, cause, death.place.pid)
                 delay = max(delay, self._replacements.replace(death, cause, epoch=epoch))
         action = "starting another in its place" if len(deaths) == 1 else "starting others in their places"
         when = f" in {delay:g} s" if delay else ""
-        effect = "requests wait" if lost_rank else "its streams have ended"
+        effect = "requests wait" if paused else "its streams have ended"
         self._screen.say(f"{cause}; {action}{when}, {effect}")
+
+    def _replace_controller(self, death: Death, cause: str, epoch: int) -> float:
+        """Starts a controller at the addresses of the one that died. Returns the delay in seconds.
+
+        Raises LaunchError for one that ended as told: it has told all others to stop.
+        """
+        if death.code == 0:
+            raise LaunchError(cause)
+        addresses = self._roster.addresses[death.task.name]
+        task = successor_task(death.task, addresses, self._link.state)
+        delay = self._replacements.replace_controller(replace(death, task=task), cause, epoch=epoch)
+        self._link.greet()
+        return delay
 
     # ------------------------------------------------------------------ stop
 
@@ -186,11 +201,9 @@ class Supervisor:
             state = self._link.read(_POLL)
             if state is not None and state.phase not in ("draining", "drained"):  # it may be lost
                 self._link.drain(max(0.0, end - STOP_SECONDS - time.monotonic()))
-            for death in self._roster.deaths():
-                cause = self._roster.cause(death)
-                if death.task.role != "frontend":
-                    raise LaunchError(f"while draining: {cause}")
-                self._screen.say(f"while draining: {cause}; its streams have ended")
+            for cause, deaths in self._roster.causes(self._roster.deaths()):
+                self._replace(f"while draining: {cause}", deaths)
+            self._follow_replacements(state)
             if state is not None and state.phase == "failed":
                 raise LaunchError(f"while draining: the controller gave up: {state.reason}")
             if time.monotonic() > end:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+from msgspec import structs
 
 from ...engine.models.config import ModelConfig
+from ...engine.protocol.cluster_state import ClusterState
 from ...engine.protocol.specs import (
     AcceptorSpec,
     ControllerSpec,
@@ -16,6 +18,7 @@ from ...engine.protocol.specs import (
     FrontendSpec,
     LobbySpec,
     RankSpec,
+    Succession,
 )
 from ...kernels.formats.kv_format import KvFormat
 from ..cluster.cluster import Task
@@ -90,6 +93,35 @@ def controller_task(site: Site) -> Task:
         placement_i32=site.placement_i32,
     )
     return Task("controller", 0, msgspec.json.encode(spec), environment=site.settings(threads=1))
+
+
+def successor_task(task: Task, addresses: tuple[str, ...], state: ClusterState | None) -> Task:
+    """The controller that follows the one of ``task`` at the same ``addresses``. ``state`` is the
+    last one that the launcher was told.
+    """
+    spec = msgspec.json.decode(task.spec, type=ControllerSpec)
+    before = spec.succession or Succession(life=0, addresses=addresses, epoch=0, max_len=0, page_size=0)
+    succession = structs.replace(before, life=before.life + 1)
+    if state is not None and state.max_len > 0:
+        succession = structs.replace(
+            succession,
+            epoch=state.epoch,
+            max_len=state.max_len,
+            page_size=state.page_size if state.prefix_caching else 0,
+            draining=state.phase in ("draining", "drained"),
+        )
+    recording = None if spec.recording is None else _further(spec.recording)
+    changed = structs.replace(spec, succession=succession, recording=recording)
+    return replace(task, spec=msgspec.json.encode(changed))
+
+
+def _further(recording: str) -> str:
+    """The first name after ``recording`` that no file has: NAME, NAME.2, NAME.3, ..."""
+    stem, dot, number = recording.rpartition(".")
+    name, count = (stem, int(number)) if dot and number.isdecimal() else (recording, 1)
+    while os.path.lexists(f"{name}.{count + 1}"):
+        count += 1
+    return f"{name}.{count + 1}"
 
 
 def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store_address: str) -> Task:

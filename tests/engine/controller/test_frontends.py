@@ -8,7 +8,7 @@ from typing import cast
 import msgspec
 
 from lockstep.engine.controller.frontends import LAUNCHER, Frontends
-from lockstep.engine.controller.status import starting_state
+from lockstep.engine.controller.status import gathering_state
 from lockstep.engine.controller.transport import Transport
 from lockstep.engine.protocol.cluster_state import ClusterState
 from lockstep.engine.protocol.frontends import (
@@ -23,7 +23,7 @@ from lockstep.engine.protocol.frontends import (
 )
 from lockstep.engine.protocol.message import Sampling, Stop
 
-STATE = starting_state("", 1)
+STATE = gathering_state("", 1)
 SUBMIT = Submit(7, "r7", b"", b"", 1, Sampling())
 
 

@@ -139,3 +139,38 @@ def test_without_caching_nothing_is_found() -> None:
     cache(manager, 0, keys)
     assert manager.match([keys], [3]).tolist() == [[0]]
     assert manager.cached().tolist() == [0]
+
+
+def test_blocks_of_an_earlier_controller_are_found_and_evicted_first() -> None:
+    manager = KVManager([40, 40], 4)
+    old = chain(1, 6)
+    manager.adopt(1, np.array([3, 4, 5, 17, 18, 39]), as_keys(old))
+    manager.check()
+    assert manager.cached().tolist() == [0, 6] and manager.used().tolist() == [0, 0]
+    assert manager.match([old], [6]).tolist() == [[0, 6]]
+    assert manager.local(manager.prefix(1, old, 6)).tolist() == [3, 4, 5, 17, 18, 39]
+    new = chain(2, 30)
+    cache(manager, 1, new)
+    pages = manager.reserve(1, NONE, 10)
+    assert pages is not None and len(np.unique(pages)) == 10
+    assert manager.match([new], [30]).tolist() == [[0, 30]], "the old ones had to go"
+    manager.check()
+
+
+def test_of_two_pages_with_one_block_one_is_adopted() -> None:
+    manager = KVManager([10], 4)
+    block = chain(1, 1)
+    manager.adopt(0, np.array([2, 7]), as_keys(block + block))
+    manager.check()
+    assert manager.cached().tolist() == [1] and manager.available_on(0) == 10
+
+
+def test_all_blocks_of_a_data_index_are_forgotten_adopted_ones_too() -> None:
+    manager = KVManager([10], 4)
+    manager.adopt(0, np.array([2]), as_keys(chain(1, 1)))
+    cache(manager, 0, chain(2, 3))
+    manager.forget_unwritten(0, -1)
+    assert manager.cached().tolist() == [1], "written by plan 0, of which no result is in"
+    manager.forget_all(0)
+    manager.check()
+    assert manager.cached().tolist() == [0] and manager.available_on(0) == 10

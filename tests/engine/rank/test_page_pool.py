@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -67,11 +66,3 @@ def test_the_cache_is_zeroed_and_costs_what_is_said(
     )
     tensors[0][3] = 1
     assert tensors[0].sum() == tensors[0][3].numel()
-
-
-def test_published_pages_are_remembered(tmp_path: Path) -> None:
-    pool = KVPool(load_config(write_checkpoint(tmp_path / "model", qwen3_moe_config())), 9, 8, "fp32", CPU)
-    pool.publish(np.array([7, 2], np.int32).tobytes(), b"a" * 16 + b"b" * 16)
-    pool.publish(np.array([7], np.int32).tobytes(), b"c" * 16)
-    pages, hashes = pool.published()
-    assert np.frombuffer(pages, np.int32).tolist() == [2, 7] and hashes == b"b" * 16 + b"c" * 16

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from msgspec import structs
 
-from lockstep.engine.protocol.bulk import Disband, Preload, Preloaded, RankHello, Unload
+from lockstep.engine.protocol.bulk import Disband, Preload, Preloaded, Published, RankHello, Unload
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Header, Section, StepPlan
 from lockstep.engine.protocol.results import Refused, StepResult
@@ -32,6 +33,9 @@ class NotingExecutor:
 
     def hello(self) -> RankHello:
         return RankHello(0, "here", 1, 16, 8, 1024, 2, 4, "cpu")
+
+    def published(self) -> tuple[bytes, bytes]:
+        return b"\1\0\0\0", bytes(16)
 
     def begin_epoch(self, epoch: int) -> None:
         self.notes.append(("epoch", epoch))
@@ -250,10 +254,16 @@ def test_hello_is_said_again_when_one_of_the_connections_has_come_back(
     executor = NotingExecutor()
     running = Running(executor, RankSockets(controller.spec()))
     assert controller.receive("bulk") == executor.hello()
-    for last, step in ((-1, 0), (0, 1)):
-        controller.renew(name)
-        assert controller.receive("bulk") == executor.hello()
-        controller.send(_plan(step, last, rebase=step == 0))
-        assert controller.receive("step").step == step
+    controller.renew(name)
+    assert controller.receive("bulk") == executor.hello(), "no epoch has begun, no page is written"
+    controller.send(_plan(0, -1, rebase=True, epoch=3))
+    assert controller.receive("step").step == 0
+    controller.renew(name)
+    assert controller.receive("bulk") == Published(0, *executor.published())
+    assert controller.receive("bulk") == structs.replace(executor.hello(), epoch=3)
+    assert executor.notes[-1] == ("end", None)
+    controller.send(_plan(1, 0, epoch=3))  # it may overwrite pages that the rank has told of
+    controller.send(_plan(0, -1, epoch=4, rebase=True))
+    assert controller.receive("step").epoch == 4 and executor.steps == [0, 0]
     controller.send(Stop("enough"))
     assert running.end() == "enough"

@@ -7,13 +7,16 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
+from msgspec import structs
 
+from lockstep.engine.controller.inheritance import Inheritance
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
 from lockstep.engine.planner.outbox import Start
 from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.arrays import Int32, Int64
-from lockstep.engine.protocol.bulk import Preload, Preloaded
+from lockstep.engine.protocol.bulk import Preload, Preloaded, Published, RankHello
+from lockstep.engine.protocol.chain import Verdict
 from lockstep.engine.protocol.frontends import Abort, Rejected, Started, Submit, TokenBatch
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.plan import StepPlan
@@ -21,6 +24,7 @@ from lockstep.engine.protocol.results import PromptLogprobs, Refused, StepResult
 from lockstep.engine.protocol.slot_table import Rows
 from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.protocol.specs import SchedulerSpec
+from lockstep.engine.rank.published_blocks import PublishedBlocks
 from lockstep.engine.simulation.simulated_rank import SimulatedRank
 from lockstep.parallel.mesh import Mesh
 
@@ -50,10 +54,14 @@ class CheckedRank(SimulatedRank):
         self.content = np.full((pool, page_size, 2), -1, np.int64)
         self.history: list[list[int]] = [[] for _ in range(num_slots)]
         self.blocks: dict[bytes, list[int]] = {}
+        self.published = PublishedBlocks(pool, page_size)
 
     def execute(self, plan: StepPlan) -> StepResult | Refused | None:
+        if self._chain.judge(plan) is Verdict.NEXT:
+            self.published.overwrite(plan.section)
         result = super().execute(plan)
         if isinstance(result, StepResult):
+            self.published.publish(plan.section)
             pages = np.frombuffer(plan.section.publish_i32, np.int32).tolist()
             for index, page in enumerate(pages):
                 block = plan.section.publish_h128[16 * index : 16 * index + 16]
@@ -121,7 +129,8 @@ class World:
             "max_advance": advance,
         } | spec
         scheduler = SchedulerSpec(**settings)  # type: ignore[arg-type]
-        self.planner = Planner(Settings(mesh, scheduler, [pages] * mesh.data, page_size, max_len))
+        self.settings = Settings(mesh, scheduler, [pages] * mesh.data, page_size, max_len)
+        self.planner = Planner(self.settings)
         self.mesh, self.page_size = mesh, page_size
         group = self.planner.group
         self.ranks = [
@@ -142,6 +151,7 @@ class World:
         self.bulk: list[deque[object]] = [deque() for _ in self.ranks]
         self.results: list[deque[StepResult | Refused]] = [deque() for _ in self.ranks]
         self.dead: set[int] = set()
+        self.aborted: set[int] = set()
         self.requests: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = {}
         self.starts: dict[int, list[Start]] = {}
@@ -187,6 +197,7 @@ class World:
                 rank.blocks[hashes[16 * index : 16 * index + 16]] = block
 
     def abort(self, handle: int) -> None:
+        self.aborted.add(handle)
         self.planner.abort(0, Abort(handle))
         self.receive()
 
@@ -365,6 +376,33 @@ class World:
         self.results[rank].clear()
         self.planner.begin_epoch(emptied=[data])
         self.tidy()
+
+    def replace_controller(self) -> None:
+        """Another planner takes over from what ranks and clients have. Results are still on their
+        way; messages to ranks are thrown away with the connection.
+        """
+        mesh, inheritance = self.mesh, Inheritance(self.settings.epoch)
+        for number, rank in enumerate(self.ranks):
+            inheritance.published(Published(number, *rank.published.all()))
+            epoch = rank._chain.epoch
+            hello = RankHello(number, "", number, 0, self.page_size, 0, 0, 0, "simulated", epoch=epoch)
+            inheritance.hello(hello)
+            rank._chain.abandon()
+            self.plans[number].clear()
+            self.bulk[number].clear()
+        self.settings = structs.replace(self.settings, epoch=inheritance.first_epoch)
+        self.planner = Planner(self.settings)
+        inheritance.hand_over(mesh, self.settings.num_pages, self.planner)
+        self.planner.begin_epoch(gone=sorted({mesh.data_of_rank(rank) for rank in self.dead}))
+        for handle, submit in self.requests.items():
+            if handle in self.finish or handle in self.rejected:
+                continue
+            if handle in self.aborted:
+                self.finish[handle] = Finish.ABORT
+                continue
+            emitted = np.array(self.tokens[handle], np.int32).tobytes()
+            self.planner.submit(0, structs.replace(submit, emitted_i32=emitted))
+        self.receive()
 
     def round(self) -> None:
         """One plan, then one message each way for every rank."""
