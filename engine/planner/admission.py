@@ -76,6 +76,8 @@ class Admission:
         announced = 0
         prefixes: set[bytes] = set()  # first blocks of those placed
         for request, blocks, hit in zip(candidates, found, hits, strict=True):
+            if not group.trials.may_run(request):
+                continue
             first = request.hashes_h128[:HASH_BYTES]
             if first in prefixes:  # a request of this round may have announced blocks that this one needs
                 self._announce(placed[announced:])

@@ -21,6 +21,7 @@ from .rows import RowTable
 from .settings import Settings
 from .step_sequence import StepSequence
 from .token_log import TokenLog
+from .trials import Trials
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Group:
         self.steps = StepSequence(mesh, settings.epoch)
         self.draining = Draining(self.rows, self.steps)
         self.publishing = Publishing(self.kv.index)
+        self.trials = Trials(self.num_tokens)
         self.counters = PlannerCounters()
         self.num_deferred = 0
 
@@ -71,6 +73,25 @@ class Group:
     def num_running(self) -> Int64:
         """Rows in use [D]."""
         return np.array(self.rows.num_used)
+
+    def num_tokens(self, request: Request) -> int:
+        """Output tokens of ``request`` so far."""
+        return request.num_emitted + (int(self.log.count[request.row]) if request.row >= 0 else 0)
+
+    def unfinished(self, data: int) -> list[Request]:
+        """Requests in steps that some member of ``data`` has not acknowledged."""
+        rows, executed = self.rows, self.steps.executed(data)
+        named = [
+            part
+            for flight in self.steps.flights.values()
+            if flight.step > executed
+            for part in (flight.rows[flight.span(data)], flight.prompts[rows.data(flight.prompts) == data])
+        ]
+        if not named:
+            return []
+        return [
+            rows.request(row) for row in np.unique(np.concatenate(named)).tolist() if not rows.finish[row]
+        ]
 
     def num_free_rows(self) -> int:
         """Rows that waiting requests can have at once, pages permitting."""
@@ -110,6 +131,7 @@ class Group:
 
     def close(self, request: Request) -> bool:
         """A request has ended. Returns whether it was still open."""
+        self.trials.ended(request)
         return self.open.pop((request.frontend, request.handle), None) is not None
 
     def preloaded(self, request: Request, rank: int) -> None:

@@ -25,6 +25,8 @@ from .request import Request, State
 from .settings import Settings
 from .step_builder import StepBuilder
 
+_GUILTY = "Ranks died again and again while they computed this request, and no other; it was ended"
+
 
 class Planner:
     """Plans every step for every rank of a group.
@@ -132,6 +134,10 @@ class Planner:
         which holds no page.
         """
         steps = self.group.steps
+        for data in emptied:
+            guilty = self.group.trials.died(self.group.unfinished(data))
+            if guilty is not None:
+                self._ledger.fail(guilty, _GUILTY)
         self.group.distrust_flights()
         steps.begin_epoch()
         for data in steps.living():

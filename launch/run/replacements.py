@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from ...engine.protocol.cluster_state import ClusterState
 from ..cluster.cluster import Cluster, Death, LaunchError, Task
 
-LIMIT = 3
 WINDOW_SECONDS = 600.0
 FRONTEND_SECONDS = 60.0
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 60.0
+LONGEST_PAUSE = 20.0  # seconds of delay for a rank, for which all others wait
 LONGEST_OUTAGE = 5.0  # seconds of delay where no other frontend serves
 
 
@@ -30,10 +30,9 @@ class Replacements:
     """Starts a dead rank or frontend again, with the same task: the first time at once, then after
     a delay that doubles up to ``LONGEST_DELAY`` seconds.
 
-    Requests wait for a rank and lose nothing; the streams of a frontend end with it. Gives up
-    (LaunchError) on a rank that died more than ``LIMIT`` times within the window, and when the
-    cluster does not serve again within ``deadline`` seconds. Never gives up on a frontend: the
-    others serve.
+    Requests wait for a rank or the controller and lose nothing, so that its delay stays short; the
+    streams of a frontend end with it. Gives up (LaunchError) only when the cluster does not serve
+    again within ``deadline`` seconds.
     """
 
     def __init__(
@@ -52,12 +51,7 @@ class Replacements:
         """Starts the rank of ``death`` again. ``epoch``: the last known one. Returns the delay in
         seconds.
         """
-        num_before = len(self._recent(death.task.name))
-        if num_before >= LIMIT and not death.lost_node:
-            raise LaunchError(
-                f"{cause}; it was replaced {num_before} times within {WINDOW_SECONDS:g} s, the limit"
-            )
-        delay = self._schedule(death)
+        delay = self._schedule(death, LONGEST_PAUSE)
         self._pause_for(cause, epoch)
         return delay
 
@@ -138,7 +132,7 @@ class Replacements:
         now = self._clock()
         return [at for at in self._deaths.get(name, []) if now - at < WINDOW_SECONDS]
 
-    def _schedule(self, death: Death, longest: float = LONGEST_DELAY) -> float:
+    def _schedule(self, death: Death, longest: float) -> float:
         """Notes a death and starts the task again, at once or later. Returns the delay."""
         name, now = death.task.name, self._clock()
         before = self._recent(name)

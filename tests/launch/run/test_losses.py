@@ -199,20 +199,30 @@ def test_losing_nodes_again_and_again_is_no_fault_of_the_rank() -> None:
     assert cluster.started == ["rank 1"] * 5
 
 
-def test_a_rank_is_replaced_up_to_a_limit_whether_or_not_it_had_been_ready() -> None:
+def test_a_rank_that_keeps_dying_is_replaced_after_growing_delays() -> None:
     cluster, clock = ScriptedCluster(), Clock()
     replacements = Replacements(cluster, 60.0, clock)
-    assert replacements.replace(killed(), "it died", epoch=0) == 0.0 and cluster.started == ["rank 1"]
-    for seconds in (1.0, 2.0):
-        assert replacements.replace(killed(), "it died while loading", epoch=0) == seconds
+    delays = []
+    for count in range(1, 12):
+        delays.append(replacements.replace(killed(), "it died while loading or later", epoch=count))
+        clock.now += delays[-1]
         replacements.start_due()
-        clock.now += seconds
-        replacements.start_due()
-    assert cluster.started == ["rank 1"] * 3
-    with pytest.raises(LaunchError, match=r"^it died; it was replaced 3 times within 600 s, the limit$"):
-        replacements.replace(killed(), "it died", epoch=0)
+        assert cluster.started == ["rank 1"] * count
+        assert replacements.recovered(state("serving", count + 1)) is not None
+    assert delays[:7] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 20.0] and max(delays) == 20.0
     clock.now += 601.0
     assert replacements.replace(killed(), "it died", epoch=0) == 0.0, "those deaths are long ago"
+
+
+def test_a_controller_that_keeps_dying_is_replaced_while_the_cluster_comes_back_in_time() -> None:
+    cluster, clock = ScriptedCluster(), Clock()
+    replacements = Replacements(cluster, 60.0, clock)
+    delays = [replacements.replace_controller(killed("controller", 0), "it died", epoch=3) for _ in range(6)]
+    assert delays == [0.0, 1.0, 2.0, 4.0, 5.0, 5.0]
+    assert replacements.recovered(state("recovering", 3)) is None
+    clock.now += 60.5
+    with pytest.raises(LaunchError, match=r"^it died; the cluster does not serve again after 60 s$"):
+        replacements.recovered(state("recovering", 3))
 
 
 def test_a_frontend_that_keeps_dying_is_replaced_after_growing_delays_and_never_given_up() -> None:

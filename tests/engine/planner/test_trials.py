@@ -1,0 +1,63 @@
+"""A request that kills a rank on every replay is found; its neighbours go on."""
+
+from __future__ import annotations
+
+import pytest
+
+from lockstep.engine.protocol.frontends import Rejected
+from lockstep.parallel.mesh import Mesh
+from support.engine.planner.planner_world import World
+
+
+def prompt(number: int) -> list[int]:
+    return [number] * 9
+
+
+def serve(world: World, poison: int, deaths: int, most: int = 12) -> int:
+    """Runs the world; a rank whose plan computes the request ``poison`` dies instead. Returns the
+    number of deaths, at most ``deaths`` + 1.
+    """
+    killed = 0
+    for _ in range(3000):
+        world.plan()
+        for rank in range(len(world.ranks)):
+            while world.stage(rank):
+                pass
+            request = world.planner.group.open.get((0, poison))
+            named = world.plans[rank] and request in world.planner.group.unfinished(rank)
+            if named and killed <= deaths:
+                killed += 1
+                world.replace(rank)
+                continue
+            world.execute(rank)
+            world.deliver(rank)
+        if world.planner.idle():
+            return killed
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("num_requests", [1, 2, 8])
+def test_a_request_that_kills_ranks_ends_and_the_others_do_not(num_requests: int) -> None:
+    world = World(Mesh(data=1), pages=60, page_size=4, max_len=64)
+    handles = [world.submit(prompt(number), 6, stop=False) for number in range(num_requests)]
+    poison = num_requests // 2
+    killed = serve(world, poison, deaths=10)
+    assert killed == (2 if num_requests == 1 else 3)
+    rejected = world.rejected.pop(poison)
+    assert isinstance(rejected, Rejected) and rejected.status == 500 and "again and again" in rejected.reason
+    for handle in set(handles) - {poison}:
+        assert world.tokens[handle] == world.expected(handle)
+    assert not world.planner.group.trials._records, "those that went on are cleared"
+
+
+def test_deaths_with_tokens_in_between_find_nobody() -> None:
+    world = World(Mesh(data=1), pages=60, page_size=4, max_len=64)
+    handle = world.submit(prompt(1), 30, stop=False)
+    for _ in range(6):
+        tokens = len(world.tokens[handle])
+        while len(world.tokens[handle]) == tokens:
+            world.round()
+        world.plan()
+        world.replace(0)
+    world.run()
+    assert world.tokens[handle] == world.expected(handle) and not world.rejected
