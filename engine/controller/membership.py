@@ -25,8 +25,7 @@ class Membership:
     """Decides when an epoch begins, and sets the status's phase while ranks are missing.
 
     ``missing`` ranks are lost and not yet replaced; nothing is sent to ranks until they are back.
-    ``replaced`` and ``watch`` return why the group cannot go on, empty while it can. Times are
-    monotonic seconds.
+    ``watch`` returns why the group cannot go on, empty while it can. Times are monotonic seconds.
     """
 
     def __init__(
@@ -89,15 +88,16 @@ class Membership:
             status.phase = "recovering"
         self._back_by = now + self._rank_deadline
 
-    def replaced(self, hello: RankHello, now: float) -> str:
-        """A replacement has said hello for a missing rank. The group goes on after the last one."""
+    def replaced(self, hello: RankHello, now: float) -> None:
+        """A replacement has said hello for a missing rank. The group goes on after the last one.
+        The pool of its data index has no more pages than it.
+        """
         group = self._pilot.group
-        pages = int(group.kv.num_pages[group.mesh.data_of_rank(hello.rank)])
+        data = group.mesh.data_of_rank(hello.rank)
+        pages = int(group.kv.num_pages[data])
         if hello.num_pages < pages:
-            return (
-                f"rank {hello.rank} came back with {hello.num_pages} pages, it had {pages}: "
-                "set kv_cache.memory"
-            )
+            log.warning("rank %d came back with %d pages, it had %d", hello.rank, hello.num_pages, pages)
+            self._pilot.shrink(data, hello.num_pages)
         self._hellos[hello.rank] = hello
         self._detector.cold.add(hello.rank)
         self.missing.discard(hello.rank)
@@ -108,23 +108,22 @@ class Membership:
             self._status.reason = ""
             self._back_by = math.inf
             self._pilot.resume(now)
-        return ""
 
-    def returned(self, hello: RankHello, now: float) -> str:
+    def returned(self, hello: RankHello, now: float) -> None:
         """A rank that is not missing says hello. Its connection was away, so that messages may be
         lost: a new epoch begins. Another process is a replacement whose loss was not reported.
         """
         known = self._hellos[hello.rank]
         if (hello.host, hello.pid, hello.life) != (known.host, known.pid, known.life):
             self.lost(RankLost(hello.rank, "another process has taken its place"), now)
-            return self.replaced(hello, now)
+            self.replaced(hello, now)
+            return
         if self._status.phase in ("serving", "recovering", "draining"):
             if self.pause(now) == 0.0:
                 epoch = self._pilot.group.steps.epoch + 1
                 log.warning("rank %d was away, messages may be lost: epoch %d begins", hello.rank, epoch)
                 self._begin_epoch([])
             self._resume_at = now + RETURN_SECONDS
-        return ""
 
     def abandoned(self, message: Abandoned, now: float) -> None:
         """A rank is alive but could not finish its step, because a peer did not answer."""

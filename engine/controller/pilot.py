@@ -92,6 +92,11 @@ class Pilot:
         """Whether a request is open or had begun before its frontend submits it (again)."""
         return bool(message.emitted_i32) or (frontend, message.handle) in self.group.open
 
+    def shrink(self, data: int, num_pages: int) -> None:
+        """A new rank of ``data`` has a smaller pool."""
+        self._record("shrink", data, num_pages)
+        self.planner.shrink(data, num_pages)
+
     def adopt(self, data: int, pages_i32: bytes, hashes_h128: bytes) -> None:
         """Ranks of ``data`` hold blocks since an earlier controller."""
         self._record("adopt", data, pages_i32, hashes_h128)

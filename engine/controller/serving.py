@@ -136,11 +136,10 @@ class Serving:
         now = time.monotonic()
         if hello.rank not in self._membership.missing:
             self._frontends.listen(now, self)
-        take = (
-            self._membership.replaced if hello.rank in self._membership.missing else self._membership.returned
-        )
-        if failure := take(hello, now):
-            self._fail(failure)
+        if hello.rank in self._membership.missing:
+            self._membership.replaced(hello, now)
+        else:
+            self._membership.returned(hello, now)
         self._next_housekeeping = 0.0
 
     def _plan(self, now: float, began: float) -> None:

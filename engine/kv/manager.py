@@ -192,6 +192,12 @@ class KVManager:
         self._push(data, free[~np.isin(free, kept)])
         self._cached[data] += len(kept)
 
+    def shrink(self, data: int, num_pages: int) -> None:
+        """The pool of ``data``, of which every page is free, has ``num_pages`` from now on."""
+        assert self._top[data] == self.num_pages[data] >= num_pages, f"data {data}: pages are in use"
+        self.num_pages[data] = self._top[data] = num_pages
+        self._stack[data, :num_pages] = np.arange(num_pages - 1, -1, -1)
+
     def forget_all(self, data: int) -> None:
         """Drops all blocks of ``data`` from the index."""
         self.forget_unwritten(data, _ADOPTED - 1)

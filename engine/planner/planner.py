@@ -147,6 +147,19 @@ class Planner:
             self.group.kv.forget_all(data)
             self.group.publishing.forget(data)
 
+    def shrink(self, data: int, num_pages: int) -> None:
+        """A new rank of ``data``, which runs nothing, has a smaller pool. Requests that no longer
+        fit into every pool end.
+        """
+        group = self.group
+        group.kv.shrink(data, num_pages)
+        group.max_len = min(group.max_len, num_pages * group.page_size)
+        for request in [request for request in group.open.values() if request.limit > group.max_len]:
+            reason = (
+                f"A rank was replaced by one whose KV cache holds {group.max_len} tokens, fewer than before"
+            )
+            self._ledger.fail(request, reason)
+
     def adopt(self, data: int, pages_i32: bytes, hashes_h128: bytes) -> None:
         """Before the first step: all ranks of ``data`` hold blocks of these hashes in these pages
         since an earlier controller.

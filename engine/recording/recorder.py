@@ -196,6 +196,8 @@ def _repeat(planner: Planner, record: bytes) -> GroupPlan | None:
 
 def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
     match name:
+        case "shrink":
+            planner.shrink(*arguments)
         case "adopt":
             planner.adopt(*arguments)
         case "submit":

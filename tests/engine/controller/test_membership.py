@@ -12,7 +12,8 @@ from lockstep.engine.controller.pilot import Pilot
 from lockstep.engine.controller.status import ClusterStatus
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import RankHello, StepProgress
-from lockstep.engine.protocol.frontends import RankLost
+from lockstep.engine.protocol.frontends import RankLost, Rejected, Submit
+from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.results import Abandoned, StepResult
 from lockstep.engine.protocol.specs import ControllerSpec, SchedulerSpec
 from lockstep.parallel.mesh import Mesh
@@ -72,7 +73,7 @@ def test_a_lost_rank_begins_an_epoch_and_its_replacement_ends_the_recovery(group
     assert (group.epoch, group.status.phase) == (1, "recovering")
     assert group.status.reason == "rank 1 is lost: it was killed"
     assert group.conditions() == ["serving", "lost"] and group.membership.missing == {1}
-    assert group.membership.replaced(hello(1), 15.0) == ""
+    group.membership.replaced(hello(1), 15.0)
     assert (group.epoch, group.status.phase, group.status.reason) == (1, "serving", "")
     assert group.conditions() == ["serving", "serving"]
     assert group.membership.watch(100.0) == "", "the deadline of the replacement is over"
@@ -81,9 +82,9 @@ def test_a_lost_rank_begins_an_epoch_and_its_replacement_ends_the_recovery(group
 def test_recovery_lasts_until_the_last_replacement(group: Group) -> None:
     for rank in (1, 0):
         group.membership.lost(RankLost(rank, "its node is lost"), 10.0)
-    assert group.membership.replaced(hello(0), 11.0) == ""
+    group.membership.replaced(hello(0), 11.0)
     assert (group.status.phase, group.conditions()) == ("recovering", ["serving", "lost"])
-    assert group.membership.replaced(hello(1), 12.0) == ""
+    group.membership.replaced(hello(1), 12.0)
     assert group.status.phase == "serving"
 
 
@@ -102,11 +103,22 @@ def test_after_the_end_a_loss_is_only_noted(group: Group) -> None:
     assert group.membership.watch(1000.0) == ""
 
 
-def test_a_replacement_with_fewer_pages_is_refused(group: Group) -> None:
+def test_the_pool_shrinks_to_a_replacement_with_fewer_pages(group: Group) -> None:
+    group.pilot.submit(0, Submit(1, "fits no more", bytes(4 * 10), b"", 96, Sampling()))
+    group.pilot.submit(0, Submit(2, "fits", bytes(4 * 10), b"", 20, Sampling()))
+    group.pilot.follow_up()
     group.membership.lost(RankLost(1, "it was killed"), 10.0)
-    failure = group.membership.replaced(hello(1, pages=39), 11.0)
-    assert failure == "rank 1 came back with 39 pages, it had 40: set kv_cache.memory"
-    assert group.membership.missing == {1}
+    group.membership.replaced(hello(1, pages=10), 11.0)
+    assert group.membership.missing == set() and group.pilot.group.max_len == 40
+    assert group.pilot.group.kv.num_pages.tolist() == [40, 10]
+    messages = [message for _, message in group.pilot.take_output()]
+    [rejected] = [message for message in messages if isinstance(message, Rejected)]
+    assert rejected.handle == 1 and "holds 40 tokens" in rejected.reason
+    group.pilot.planner.check()
+    for _ in range(3):
+        group.pilot.follow_up()
+    group.pilot.planner.check()
+    assert [handle for _, handle in group.pilot.group.open] == [2]
 
 
 def test_a_replacement_that_stays_away_ends_the_group(group: Group) -> None:
@@ -140,9 +152,11 @@ def test_ranks_that_all_abandoned_get_a_new_epoch(group: Group) -> None:
 
 def test_a_rank_that_says_hello_again_begins_an_epoch_and_nothing_is_sent_for_a_moment(group: Group) -> None:
     group.owe(0, 1)
-    assert group.membership.returned(hello(1), 10.0) == "" and group.epoch == 1
+    group.membership.returned(hello(1), 10.0)
+    assert group.epoch == 1
     assert 0.0 < group.membership.pause(10.0) <= 1.0
-    assert group.membership.returned(hello(0), 10.1) == "" and group.epoch == 1, "nothing was sent meanwhile"
+    group.membership.returned(hello(0), 10.1)
+    assert group.epoch == 1, "nothing was sent meanwhile"
     assert group.membership.pause(11.2) == 0.0
     group.membership.returned(hello(1), 12.0)
     assert (group.epoch, group.status.phase, group.conditions()) == (2, "serving", ["serving", "serving"])
@@ -150,7 +164,7 @@ def test_a_rank_that_says_hello_again_begins_an_epoch_and_nothing_is_sent_for_a_
 
 def test_a_hello_of_another_process_is_a_replacement_though_its_loss_was_not_reported(group: Group) -> None:
     successor = RankHello(1, "host1", 999, 40, 4, 0, 0, 0, "cpu", life=7)
-    assert group.membership.returned(successor, 10.0) == ""
+    group.membership.returned(successor, 10.0)
     assert (group.epoch, group.status.phase, group.conditions()) == (1, "serving", ["serving", "serving"])
     group.membership.lost(RankLost(1, "it was killed", pid=101), 11.0)  # reported late
     assert group.membership.missing == set()
