@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--minutes", type=float, default=60.0, help="no case begins after so many")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the cluster would outlive this process
     chance = random.Random(chosen.seed)
     cases = [case for case in schedule(chosen.stop) if chosen.only in case.name]
     end = time.monotonic() + 60.0 * chosen.minutes
@@ -243,6 +244,8 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).date(),
     }
     new = not ROWS.exists()
+    if not rows:
+        raise SystemExit("no case was run")
     with ROWS.open("a", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *facts])
         if new:

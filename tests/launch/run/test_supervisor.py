@@ -230,14 +230,15 @@ def test_frontends_that_keep_dying_end_nothing(tmp_path: Path) -> None:
         launcher.assert_nothing_left()
 
 
-def test_a_controller_killed_while_serving_is_one_message(tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL) as launcher:
+def test_a_controller_that_does_not_come_back_is_one_message(tmp_path: Path) -> None:
+    with launch(tmp_path, LOCAL, f"cluster.start_deadline={HASTE}") as launcher:
         launcher.url()
         os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
         assert launcher.wait() == 1
         line = error_line(launcher)
-        assert line.startswith("controller 0 on ")
-        assert "was killed by SIGKILL" in line
+        assert line.startswith("controller 0 on ") and "was killed by SIGKILL" in line
+        assert line.endswith("the cluster does not serve again after 1 s")
+        assert "starting another in its place, requests wait" in launcher.err
         launcher.assert_nothing_left()
 
 
