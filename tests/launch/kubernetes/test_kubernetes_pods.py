@@ -101,7 +101,7 @@ def test_the_pods_of_a_group_serve_and_leave_in_order(pods: dict[str, Pod], orde
         except httpx.TransportError:
             return False
 
-    until(ready, f"the group's /ready, see {leader.log}", 300.0)
+    until(ready, f"the group's /ready, see {leader.log}", 480.0)
     assert httpx.get(f"{url}/health", timeout=5.0).status_code == 200
     ask = {"prompt": "The planner", "max_tokens": 400, "ignore_eos": True}
     answers: list[httpx.Response] = []
