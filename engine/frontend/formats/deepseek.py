@@ -50,12 +50,14 @@ class DeepSeek:
             return False
         fenced = not (yield from self._bare(reader))
         if fenced:  # the name stands behind the separator
+            if head.strip() != TYPE:
+                return False
             head = yield from reader.head("\n")
             yield from reader.skip(SPACE)
             if not (yield from reader.take(FENCE)):
                 return False
         name = (head or "").strip()
-        if not name:
+        if not name or any(marker in name for marker in self.markers):
             return False
         end = FENCE_END if fenced else CALL_END
         if not (yield from call_arguments(reader, speech, opener(reader, speech, name), end)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from support.engine.frontend.json_starts import starts_an_object
 from support.engine.frontend.replies import MARKERS, NAMES, VALUE_ENDS, Said, read, written
@@ -116,6 +116,17 @@ def shown(said: Said) -> str:
     return said.content + said.reasoning + "".join(calls)
 
 
+@example(
+    reply=(
+        "deepseek_v3",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>w0k<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+        '<｜tool▁sep｜>now\n```json\n{"a": ',
+    ),
+    sizes=[],
+    schema={},
+    manner={"thinking": False, "named": False},
+    finish="stop",
+)
 @settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     reply=replies(),
