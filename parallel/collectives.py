@@ -9,7 +9,7 @@ import secrets
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch._C._distributed_c10d import (
     Store,
     Work,
 )
+
+from .recovery import ABORT_AND_RECAPTURE, REGROUP, Recovery, gravest
 
 
 class CollectiveError(RuntimeError):
@@ -62,6 +64,11 @@ class Collectives:
         self._deadline = timedelta(seconds=deadline)
         self._device = device
         self._group: Any = None  # torch's stubs do not show what a backend can do
+
+    @property
+    def recovery(self) -> Recovery:
+        """Gloo's waits end by themselves; NCCL's kernels are aborted."""
+        return REGROUP if self.size == 1 or self._device.type == "cpu" else ABORT_AND_RECAPTURE
 
     def build(self, epoch: int) -> None:
         """Meets the other ranks under a prefix of this epoch, after destroying the group of an
@@ -190,11 +197,34 @@ class Collectives:
         return ProcessGroupNCCL(store, self.index, self.size, options)
 
 
+class EpochGroup(Protocol):
+    """A group of ranks that meets anew in every epoch."""
+
+    @property
+    def waited(self) -> float: ...
+
+    @property
+    def recovery(self) -> Recovery: ...
+
+    def build(self, epoch: int) -> None: ...
+
+    def destroy(self) -> None: ...
+
+
 class RankGroups:
     """The groups that a rank belongs to: built, and dropped, together."""
 
-    def __init__(self, *groups: Collectives) -> None:
-        self._groups = groups
+    def __init__(self, *groups: EpochGroup) -> None:
+        self._groups = list(groups)
+
+    def join(self, group: EpochGroup) -> None:
+        """Adds a group, which is built after the others."""
+        self._groups.append(group)
+
+    @property
+    def recovery(self) -> Recovery:
+        """The gravest grade of all groups."""
+        return gravest(group.recovery for group in self._groups)
 
     @property
     def waited(self) -> float:

@@ -188,6 +188,7 @@ class ClusterStatus:
             pages_total=int(group.kv.num_pages[data]),
             step_seconds=float(self._seconds_W[hello.rank]),
             wait_seconds=float(self._waited_W[hello.rank]),
+            recovery=hello.recovery,
         )
 
     def _read_reports(self) -> None:

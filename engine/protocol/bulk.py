@@ -10,7 +10,8 @@ from .message import Message, Stop
 class RankHello(Message, tag="hello", frozen=True):
     """A rank has loaded its weights and sized its page pool. Sent once per connection: said
     again, it means that messages may be lost. A process draws ``life`` once. ``epoch`` is the last
-    one that the rank has entered, -1 before its first; it has left it.
+    one that the rank has entered, -1 before its first; it has left it. ``recovery``: the
+    rank's grade (``parallel/recovery.py``).
     """
 
     rank: int
@@ -26,6 +27,7 @@ class RankHello(Message, tag="hello", frozen=True):
     expert_bytes: int = 0
     life: int = 0
     epoch: int = -1
+    recovery: str = ""
 
 
 class Published(Message, tag="published", frozen=True):

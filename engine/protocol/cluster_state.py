@@ -6,7 +6,7 @@ from .message import Message
 
 
 class RankState(Message, frozen=True):
-    """One rank as the controller sees it."""
+    """One rank as the controller sees it. ``recovery``: its steps after the loss of a peer."""
 
     rank: int
     host: str
@@ -18,6 +18,7 @@ class RankState(Message, frozen=True):
     pages_total: int
     step_seconds: float
     wait_seconds: float
+    recovery: str = ""
 
 
 class Totals(Message, frozen=True):

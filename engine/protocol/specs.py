@@ -84,7 +84,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``store_address``: the store where ranks meet. ``kv_memory``: bytes of the page pool, None for a
     share of free memory.
     ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
-    ``placement_i32``: as ``ControllerSpec``.
+    ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index in a step.
     """
 
     rank: int
@@ -106,6 +106,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     dispatch: str
     device: str
     threads: int
+    capacity: int = 8192
     collective_deadline: float = 60.0
     pause_deadline: float = 120.0
     lobby: LobbySpec | None = None

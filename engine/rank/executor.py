@@ -94,6 +94,7 @@ class Executor:
             num_experts=placement.num_experts,
             expert_bytes=self._parts.expert_bytes,
             life=self._life,
+            recovery=self._parts.groups.recovery,
         )
 
     def published(self) -> tuple[bytes, bytes]:

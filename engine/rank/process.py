@@ -20,10 +20,12 @@ from ...moe.dispatch.all_to_all import AllToAllExchange
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.exchange import ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
+from ...moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from ...parallel.collectives import Collectives, RankGroups
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
 from ...parallel.stages import PipelineStage, split_layers
+from ...parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig, load_config
@@ -93,8 +95,16 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     turns = Turns()
     first = here.stage * mesh.experts
     node_W = [(first + index) // spec.ranks_per_host for index in range(mesh.experts)]
-    dispatcher = _dispatcher(spec.dispatch, placement, experts, device, turns, node_W)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
+    groups = RankGroups(experts, tensor, stages)
+    if spec.dispatch == "all_to_all" and device.type == "cuda":
+        shape = TokenShape(-(-spec.capacity // mesh.tensor), config.moe.top_k, config.moe.hidden, dtype)
+        memory = _symmetric_group(experts, device)
+        groups.join(memory)
+        exchange = SymmetricExchange(placement, memory, device, shape, node_W)
+        dispatcher: Dispatcher = ExchangeDispatcher(exchange, device)
+    else:
+        dispatcher = _dispatcher(spec.dispatch, placement, experts, device, turns, node_W)
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
     part = ModelPart(stage, split)
@@ -115,7 +125,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(experts, tensor, stages),
+        groups=groups,
         split=split,
         links=PipelineLinks(stages, stage, device),
         turns=turns,
@@ -164,6 +174,14 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
     device = torch.device(spec.device)
     collectives = Collectives("warm-up", 0, 1, None, spec.collective_deadline, device)
     return _dispatcher(spec.dispatch, placement, collectives, device, Turns())
+
+
+def _symmetric_group(experts: Collectives, device: torch.device) -> SymmetricGroup:
+    """The memory that the ranks of ``experts`` share on GPUs."""
+    if experts.store is None:
+        raise ValueError("experts.dispatch = all_to_all: needs two ranks or more on GPUs; use auto or local")
+    library = TorchSymmetricLibrary()
+    return SymmetricGroup("experts", experts.index, experts.size, experts.store, device, library)
 
 
 def _dispatcher(

@@ -137,7 +137,8 @@ def row_bytes(setup: Setup) -> int:
 def dispatch_buffers(setup: Setup) -> int:
     """Bytes of an exchange of ``capacity`` tokens per rank; in all_to_all all go to this rank.
 
-    Counts rows sent and received, outputs of their pairs, and outputs that come back.
+    Counts rows sent and received, outputs of their pairs, and outputs that come back. On GPUs
+    all_to_all has rows at fixed addresses both ways, and an output is the sum for a token.
     """
     moe, ranks = setup.shape.moe, setup.expert_ranks
     tokens = -(-setup.capacity // setup.mesh.tensor)
@@ -146,6 +147,13 @@ def dispatch_buffers(setup: Setup) -> int:
     if setup.dispatch == "local" or ranks == 1:
         return back
     if setup.dispatch == "all_gather":
-        return tokens * row * (1 + ranks) + ranks * tokens * moe.top_k * output + back
+        pairs = ranks * tokens * moe.top_k * output
+        if setup.hardware.device == "cuda":  # weights travel too; sums return
+            return tokens * (row + 4 * moe.top_k) * (1 + ranks) + pairs + (ranks + 1) * tokens * output
+        return tokens * row * (1 + ranks) + pairs + back
     pairs = ranks * tokens * min(moe.top_k, setup.num_slots)
+    if setup.dispatch == "all_to_all" and setup.hardware.device == "cuda":
+        row = math.ceil(setup.shape.hidden * setup.wire_item) + 8 * min(moe.top_k, setup.num_slots)
+        rows = ranks * tokens + tokens * min(moe.top_k, ranks) + 1
+        return rows * (row + output) + pairs * output + back
     return tokens * row * (min(moe.top_k, ranks) + ranks) + pairs * output + back

@@ -97,7 +97,8 @@ class ParallelSection(RecipeSection):
 
 class ExpertsSection(RecipeSection):
     dispatch: Literal["auto", "local", "all_gather", "all_to_all"] = Field(
-        default="auto", description="how tokens reach their experts"
+        default="auto",
+        description="how tokens reach their experts; auto: all_to_all on CPUs and on GPUs of several nodes",
     )
     redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
     loads: str | None = Field(
@@ -318,11 +319,6 @@ def not_yet(recipe: Recipe) -> list[str]:
     """
     checks = (
         (recipe.experts.balance == "on", "experts.balance = on", "auto or off"),
-        (
-            recipe.experts.dispatch == "all_to_all" and recipe.cluster.device == "cuda",
-            "experts.dispatch = all_to_all with cluster.device = cuda",
-            "auto or all_gather",
-        ),
         (recipe.kv_cache.host_memory > 0, f"kv_cache.host_memory = {recipe.kv_cache.host_memory}", "0"),
         (recipe.deterministic, "deterministic = true", "false"),
     )

@@ -129,12 +129,14 @@ def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
 
 
 def dispatch_of(recipe: Recipe, device: str) -> str:
-    """The dispatcher. all_to_all sends the least but reads counts on the host: CPUs only."""
+    """The dispatcher. all_to_all sends the least. On GPUs it needs NVSHMEM and a new process after
+    the loss of a peer, so within a node, where links are fast, all_gather serves.
+    """
     if recipe.experts.dispatch != "auto":
         return recipe.experts.dispatch
     if recipe.world == 1:
         return "local"
-    return "all_to_all" if device == "cpu" else "all_gather"
+    return "all_to_all" if device == "cpu" or recipe.cluster.nodes > 1 else "all_gather"
 
 
 def scheduler_spec(recipe: Recipe) -> SchedulerSpec:

@@ -146,6 +146,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         dispatch=site.dispatch,
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,
+        capacity=recipe.scheduler.max_batch_tokens,
         collective_deadline=recipe.cluster.collective_deadline,
         pause_deadline=recipe.cluster.pause_deadline,
         lobby=site.lobby(f"rank {rank}"),

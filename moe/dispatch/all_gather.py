@@ -24,19 +24,24 @@ from .rows import pack, unpack
 
 @dataclass
 class _Gathered:
-    """Tokens under way, then their outputs. ``hidden`` and ``dtype`` of the tokens."""
+    """Tokens under way, then their outputs. ``hidden`` and ``dtype`` of the tokens. ``weights_NK``:
+    of all tokens that were received, 0 for other ranks' experts, where sums travel back.
+    """
 
     pending: Pending
     hidden: int
     dtype: torch.dtype
+    weights_NK: Tensor
 
 
 class AllGatherExchange:
     """Tokens are padded to the capacity; padding goes to no expert.
 
-    Each of a token's K outputs is reduced separately: one rank adds the value, the others zeros,
-    which is exact. The token's own rank then sums over K, so the sum does not depend on the number
-    of ranks.
+    ``exact``: each of a token's K outputs is reduced separately: one rank adds the value, the
+    others zeros, which is exact. The token's own rank then sums over K, so the sum does not depend
+    on the number of ranks. Otherwise each rank sums the outputs of its own experts in float32 and
+    the sums are reduced in the model's dtype: 1 / K of the bytes, and rounding that depends on the
+    number of ranks. By default CPUs are exact and GPUs are not.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class AllGatherExchange:
         collectives: Collectives,
         device: torch.device,
         node_W: Sequence[int] | None = None,
+        exact: bool | None = None,
     ) -> None:
         assert placement.num_ranks == collectives.size, (
             f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
@@ -53,6 +59,7 @@ class AllGatherExchange:
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self._choice = ReplicaChoice(placement, collectives.index, node_W, device)
         self._collectives = collectives
+        self._exact = device.type == "cpu" if exact is None else exact
         self._capacity = 0
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
@@ -66,27 +73,41 @@ class AllGatherExchange:
         x_CD[:num_tokens] = x_TD
         places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
         places_CK[:num_tokens] = self._choice.places_TK(ids_TK, layer)
+        if not self._exact:
+            weights_CK = weights_TK.new_zeros(self._capacity, top_k)
+            weights_CK[:num_tokens] = weights_TK
+            places_CK = torch.cat([places_CK.to(torch.int32), weights_CK.view(torch.int32)], 1)
         pending = self._collectives.all_gather(pack(x_CD, places_CK), f"tokens of MoE layer {layer}")
-        return Handle(weights_TK, layer, _Gathered(pending, x_TD.shape[1], x_TD.dtype))
+        return Handle(weights_TK, layer, _Gathered(pending, x_TD.shape[1], x_TD.dtype, weights_TK))
 
     def forward(self, handle: Handle) -> None:
         """The number of tokens is known: all are on their way."""
 
     def receive(self, handle: Handle) -> Received:
-        gathered = handle.state
+        gathered, top_k = handle.state, handle.weights_TK.shape[1]
         assert isinstance(gathered, _Gathered)
         rows = self._collectives.wait(gathered.pending)
-        x_ND, places_NK = unpack(rows, gathered.hidden, gathered.dtype)
+        x_ND, packed = unpack(rows, gathered.hidden, gathered.dtype)
+        places_NK = packed[:, :top_k]
         slots_NK = places_NK.to(torch.int64) - self._collectives.index * self.placement.num_slots
         slots_NK = torch.where((slots_NK >= 0) & (slots_NK < self.placement.num_slots), slots_NK, EMPTY)
+        if not self._exact:
+            weights_NK = packed[:, top_k:].view(torch.float32)
+            gathered.weights_NK = torch.where(slots_NK >= 0, weights_NK, 0.0)
         rows_M = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(slots_NK.shape[1])
         return Received(x_ND, rows_M, slots_NK.flatten())
 
     def send_back(self, y_MD: Tensor, handle: Handle) -> None:
-        what = f"expert outputs of MoE layer {handle.layer}"
-        handle.state.pending = self._collectives.reduce_scatter(y_MD, what)
+        gathered, what = handle.state, f"expert outputs of MoE layer {handle.layer}"
+        if not self._exact:
+            y_NKD = y_MD.view(*gathered.weights_NK.shape, gathered.hidden)
+            y_MD = self._weighted_sum(y_NKD, gathered.weights_NK)
+        gathered.pending = self._collectives.reduce_scatter(y_MD, what)
 
     def combine(self, handle: Handle) -> Tensor:
         num_tokens, top_k = handle.weights_TK.shape
-        y_PD = self._collectives.wait(handle.state.pending)[: num_tokens * top_k]
+        y_PD = self._collectives.wait(handle.state.pending)
+        if not self._exact:
+            return y_PD[:num_tokens]
+        y_PD = y_PD[: num_tokens * top_k]
         return self._weighted_sum(y_PD.view(num_tokens, top_k, y_PD.shape[1]), handle.weights_TK)

@@ -183,7 +183,7 @@ def test_model_dimensions_come_from_the_model_where_it_is() -> None:
         (
             "qwen3-235b-2x8",
             ["scheduler.max_batch_tokens=8192"],
-            "dispatch buffers 9.6 GiB at scheduler.max_batch_tokens = 8192 exceed",
+            "dispatch buffers 11.5 GiB at scheduler.max_batch_tokens = 8192 exceed",
         ),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"], "; use kv_cache.memory = "),
     ],
@@ -237,11 +237,14 @@ def test_dispatch_buffers_follow_the_dispatcher() -> None:
     few = replace(base, capacity=10, wire_item=2, dispatch="all_gather")
     row, output = 2 * 7168 + 32, 2 * 7168
     assert shape.moe.top_k == 8
-    assert dispatch_buffers(few) == 10 * row * 33 + 32 * 10 * 8 * output + 80 * output
-    assert (
-        dispatch_buffers(replace(few, dispatch="all_to_all"))
-        == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
-    )
+    assert dispatch_buffers(few) == 10 * (row + 32) * 33 + 32 * 10 * 8 * output + 330 * output
+    gathered = replace(few, hardware=load_hardware("cpu"))
+    assert dispatch_buffers(gathered) == 10 * row * 33 + 32 * 10 * 8 * output + 80 * output
+    sent = replace(few, dispatch="all_to_all")
+    rows = 32 * 10 + 10 * 8 + 1  # received, sent, and one for choices that share a row
+    assert dispatch_buffers(sent) == rows * (2 * 7168 + 64 + output) + 32 * 10 * 8 * output + 80 * output
+    on_cpus = replace(sent, hardware=load_hardware("cpu"))
+    assert dispatch_buffers(on_cpus) == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
     assert dispatch_buffers(replace(few, mesh=Mesh(data=1))) == 80 * output
 
 

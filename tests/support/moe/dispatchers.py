@@ -10,8 +10,12 @@ from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
+from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.symmetric_memory import SymmetricGroup
+
+from ..parallel.symmetric_double import SymmetricDouble
 
 CPU = torch.device("cpu")
 
@@ -19,12 +23,27 @@ CPU = torch.device("cpu")
 def dispatcher_of(
     kind: str, placement: Placement, collectives: Collectives | None = None, turns: Turns | None = None
 ) -> Dispatcher:
-    """``local``, ``all_gather`` or ``all_to_all``; in a group of one without ``collectives``. It
-    gives ``turns`` away.
+    """``local``, ``all_gather``, ``summing`` (all_gather as on GPUs) or ``all_to_all``; in a group
+    of one without ``collectives``. It gives ``turns`` away.
     """
     if kind == "local":
         return LocalDispatcher(placement, CPU)
-    exchange = AllGatherExchange if kind == "all_gather" else AllToAllExchange
-    alone = Collectives("alone", 0, 1, None, 1.0, CPU)
+    group = collectives or Collectives("alone", 0, 1, None, 1.0, CPU)
     give_turn = (turns or Turns()).give
-    return ExchangeDispatcher(exchange(placement, collectives or alone, CPU), CPU, give_turn=give_turn)
+    if kind == "summing":
+        summing = AllGatherExchange(placement, group, CPU, exact=False)
+        return ExchangeDispatcher(summing, CPU, give_turn=give_turn)
+    exchange = AllGatherExchange if kind == "all_gather" else AllToAllExchange
+    return ExchangeDispatcher(exchange(placement, group, CPU), CPU, give_turn=give_turn)
+
+
+def symmetric_dispatcher(
+    placement: Placement, collectives: Collectives, shape: TokenShape
+) -> ExchangeDispatcher:
+    """All-to-all over a double of symmetric memory, in the group of ``collectives``."""
+    store = collectives.store or torch.distributed.HashStore()
+    double = SymmetricDouble(collectives)
+    group = SymmetricGroup("experts", collectives.index, collectives.size, store, CPU, double)
+    exchange = SymmetricExchange(placement, group, CPU, shape)
+    group.build(1)
+    return ExchangeDispatcher(exchange, CPU)

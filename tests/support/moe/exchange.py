@@ -12,12 +12,13 @@ from lockstep.kernels.cpu.experts import experts, weighted_sum
 from lockstep.kernels.reference.sublayers import LocalExperts, Residual
 from lockstep.moe.balance.placement import Placement
 from lockstep.moe.balance.start import starting_placement
-from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
+from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
+from lockstep.moe.dispatch.symmetric import TokenShape
 from lockstep.parallel.collectives import Collectives
 
-from .dispatchers import dispatcher_of
+from .dispatchers import dispatcher_of, symmetric_dispatcher
 
-Kind = Literal["local", "all_gather", "all_to_all"]
+Kind = Literal["local", "all_gather", "all_to_all", "summing", "symmetric"]
 
 HIDDEN, WIDTH, LAYERS = 32, 24, 2
 
@@ -85,7 +86,11 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
         return x, x, weighted_sum(y.view(*ids.shape, HIDDEN), weights)
 
     routed = RoutedExperts(case.top_k, choose, compute, sublayer)
-    dispatcher = dispatcher_of(kind, placement, collectives)
+    if kind == "symmetric":
+        shape = TokenShape(case.capacity, case.top_k, HIDDEN, case.dtype)
+        dispatcher: Dispatcher = symmetric_dispatcher(placement, collectives, shape)
+    else:
+        dispatcher = dispatcher_of(kind, placement, collectives)
     dispatcher.begin_step(len(x), case.capacity if size > 1 else len(x))
     outputs = [dispatcher.run(layer, routed, (x, None), lambda x: None)[1] for layer in range(LAYERS)]
     return outputs, dispatcher.counts_LS

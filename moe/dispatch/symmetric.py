@@ -1,0 +1,194 @@
+"""Exchange by all-to-all with counts on the device: a token goes once to every rank that has one of
+its experts, and the sum of their outputs comes back.
+
+Sizes follow from the capacity and addresses never change, so a step can be captured; the host reads
+nothing. Expert outputs are summed where they are computed, in float32 in the order of slots, and
+travel in the model's dtype; so sums differ by rounding between numbers of ranks.
+
+Suffixes: T own tokens, K choices, C largest capacity, W ranks, S slots of a rank, J = min(K, S)
+pairs of a row, R rows sent, N received rows (padded ones included), M = N x J pairs, D hidden, L
+MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.table import column_for, ops_of
+from ...parallel.symmetric_memory import Region, SymmetricGroup, region_rows, row_alignment
+from ..balance.placement import EMPTY, Placement
+from .dispatcher import Received
+from .exchange import Handle
+from .replicas import ReplicaChoice
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """Sizes of the tokens of an exchange. ``capacity``: most tokens of a rank in a step."""
+
+    capacity: int
+    top_k: int
+    hidden: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Layout of a row: hidden state, then slots int32 and weights float32 of its pairs."""
+
+    hidden: int
+    dtype: torch.dtype
+    num_pairs: int
+    alignment: int
+
+    @property
+    def num_bytes(self) -> int:
+        return _aligned(self._slots_at + 8 * self.num_pairs, self.alignment)
+
+    @property
+    def _slots_at(self) -> int:
+        return _aligned(self.hidden * self.dtype.itemsize, 16)
+
+    def x(self, rows: Tensor) -> Tensor:
+        return rows[:, : self.hidden * self.dtype.itemsize].view(self.dtype)
+
+    def slots(self, rows: Tensor) -> Tensor:
+        return rows[:, self._slots_at : self._slots_at + 4 * self.num_pairs].view(torch.int32)
+
+    def weights(self, rows: Tensor) -> Tensor:
+        start = self._slots_at + 4 * self.num_pairs
+        return rows[:, start : start + 4 * self.num_pairs].view(torch.float32)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The regions of one direction: rows [.., bytes] uint8, int64 splits [W] and [2, W]."""
+
+    sent: Region
+    received: Region
+    splits: Region
+    received_splits: Region
+
+
+@dataclass
+class _Sent:
+    """Tokens under way. sent_TK int64: the row of every choice, the last row for those whose rank
+    an earlier choice has. ``weights_NJ``: of the pairs received.
+    """
+
+    sent_TK: Tensor
+    weights_NJ: Tensor
+
+
+class SymmetricExchange:
+    """Sends each token to the ranks that need it, through regions of ``group``.
+
+    Rows of ``ids`` -1 are padding: they go nowhere and are never counted. Regions are used again in
+    every layer: each exchange begins with a barrier, so rows of an exchange are free once the next
+    one has begun.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        group: SymmetricGroup,
+        device: torch.device,
+        shape: TokenShape,
+        node_W: Sequence[int] | None = None,
+    ) -> None:
+        assert placement.num_ranks == group.size, (
+            f"placement for {placement.num_ranks} ranks, {group.size} in the group"
+        )
+        self.placement = placement
+        self._group, self._shape = group, shape
+        self._weighted_sum = ops_of(column_for(device)).weighted_sum
+        self._choice = ReplicaChoice(placement, group.index, node_W, device)
+        alignment = row_alignment(group.size)
+        self._row = _Row(shape.hidden, shape.dtype, min(shape.top_k, placement.num_slots), alignment)
+        self._output = _Row(shape.hidden, shape.dtype, 0, alignment)
+        own, all_ = shape.capacity * min(shape.top_k, group.size) + 1, shape.capacity * group.size
+        self._there = self._reserve(own, all_, self._row.num_bytes)
+        self._back = self._reserve(all_, own, self._output.num_bytes)
+        self._capacity = 0
+
+    def begin_step(self, num_tokens: int, capacity: int) -> None:
+        assert num_tokens <= capacity <= self._shape.capacity, (
+            f"{num_tokens} tokens, capacity {capacity}, at most {self._shape.capacity}"
+        )
+        self._capacity = capacity
+        self._choice.begin_step(num_tokens)
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        num_tokens, top_k = ids_TK.shape
+        size, num_slots, row = self._group.size, self.placement.num_slots, self._row
+        rows = self._group[self._there.sent]
+        places_TK = torch.where(ids_TK >= 0, self._choice.places_TK(ids_TK.clamp_min(0), layer), EMPTY)
+        real_TK = places_TK >= 0
+        ranks_TK = torch.where(real_TK, places_TK // num_slots, size)
+        same_TKK = ranks_TK[:, :, None] == ranks_TK[:, None, :]
+        first_TK = real_TK & ~same_TKK.tril(-1).any(2)
+        hit_TW = ids_TK.new_zeros(num_tokens, size + 1).scatter_(1, ranks_TK, 1)[:, :size]
+        self._group[self._there.splits].copy_(hit_TW.sum(0))
+        # Runs of the ranks follow one another, tokens in order within each.
+        row_TW = (hit_TW.t().flatten().cumsum(0) - 1).view(size, num_tokens).t()
+        row_TK = row_TW.gather(1, ranks_TK.clamp_max(size - 1))
+        sent_TK = torch.where(first_TK, row_TK, len(rows) - 1)
+        slots_TKK = torch.where(same_TKK & real_TK[:, None], (places_TK % num_slots)[:, None], EMPTY)
+        slots_TKJ, choice_TKJ = slots_TKK.topk(row.num_pairs)
+        weights_TKJ = weights_TK[:, None].expand(-1, top_k, -1).gather(2, choice_TKJ)
+        at = sent_TK.flatten()
+        row.x(rows).index_copy_(0, at, x_TD.repeat_interleave(top_k, 0, output_size=len(at)))
+        row.slots(rows).index_copy_(0, at, slots_TKJ.flatten(0, 1).to(torch.int32))
+        row.weights(rows).index_copy_(0, at, weights_TKJ.flatten(0, 1))
+        self._exchange(self._there)
+        return Handle(weights_TK, layer, _Sent(sent_TK, weights_TK))
+
+    def receive(self, handle: Handle) -> Received:
+        sent = handle.state
+        assert isinstance(sent, _Sent)
+        num_rows, num_pairs = self._group.size * self._capacity, self._row.num_pairs
+        rows = self._group[self._there.received][:num_rows]
+        arrived = self._group[self._there.received_splits][0].sum()
+        order_N = torch.arange(num_rows, device=rows.device)
+        slots_NJ = torch.where((order_N < arrived)[:, None], self._row.slots(rows).to(torch.int64), EMPTY)
+        sent.weights_NJ = torch.where(slots_NJ >= 0, self._row.weights(rows), 0.0)
+        rows_M = order_N[:, None].expand(-1, num_pairs).flatten()
+        return Received(self._row.x(rows), rows_M, slots_NJ.flatten())
+
+    def forward(self, handle: Handle) -> None:
+        """The counts travel with the tokens: all are on their way."""
+
+    def send_back(self, y_MD: Tensor, handle: Handle) -> None:
+        sent = handle.state
+        assert isinstance(sent, _Sent)
+        sums_ND = self._weighted_sum(y_MD.view(*sent.weights_NJ.shape, self._shape.hidden), sent.weights_NJ)
+        self._output.x(self._group[self._back.sent][: len(sums_ND)]).copy_(sums_ND)
+        self._group[self._back.splits].copy_(self._group[self._there.received_splits][0])
+        self._exchange(self._back)
+
+    def combine(self, handle: Handle) -> Tensor:
+        sent = handle.state
+        assert isinstance(sent, _Sent)
+        rows = self._output.x(self._group[self._back.received])  # the last one is zero
+        sums_TKD = rows.index_select(0, sent.sent_TK.flatten()).view(*sent.sent_TK.shape, rows.shape[1])
+        return self._weighted_sum(sums_TKD, torch.ones_like(handle.weights_TK))
+
+    def _reserve(self, sent: int, received: int, row_bytes: int) -> _Way:
+        reserve, size = self._group.reserve, self._group.size
+        return _Way(
+            reserve((region_rows(sent, row_bytes), row_bytes), torch.uint8),
+            reserve((region_rows(received, row_bytes), row_bytes), torch.uint8),
+            reserve((size,), torch.int64),
+            reserve((2, size), torch.int64),
+        )
+
+    def _exchange(self, way: _Way) -> None:
+        self._group.all_to_all(way.sent, way.received, way.splits, way.received_splits)
+
+
+def _aligned(num_bytes: int, alignment: int) -> int:
+    return -(-num_bytes // alignment) * alignment

@@ -1,0 +1,202 @@
+"""Memory at the same place on every rank of a group, and exchanges between ranks whose counts stay
+on the device (torch symmetric memory over NVSHMEM).
+
+A rank reserves regions, then ``build`` allocates them: all ranks reserve the same ones in the same
+order. NVSHMEM cannot be left and joined again by a process, so this transport does not outlive the
+loss of a peer: its recovery grade is a restart of the process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from .recovery import PROCESS_RESTART, ProcessSpent, Recovery
+
+_WORLD = "0"
+"""The group by which NVSHMEM finds all of its processes, by its name in torch."""
+
+_FULL_BYTES = 8 << 20
+"""An exchange uses all of its blocks if its source has so many bytes: 64 blocks of 128 kB."""
+
+_MOST_BLOCKS, _FAR_BLOCKS = 64, 16
+"""Blocks of an exchange within NVLink and beyond. Blocks of one peer share its bytes in equal
+parts, and an assertion on the device fails where bytes are left over."""
+
+_MOST_RANKS = 512
+"""A block of the exchange has a thread for each rank."""
+
+
+def row_alignment(size: int) -> int:
+    """Bytes of which rows are a multiple, so that each block among ``size`` ranks copies whole
+    16-byte words.
+    """
+    return 16 * math.lcm(max(1, _MOST_BLOCKS // size), max(1, _FAR_BLOCKS // size))
+
+
+def region_rows(num_rows: int, row_bytes: int) -> int:
+    """Rows that a region needs for ``num_rows``."""
+    return max(num_rows, -(-_FULL_BYTES // row_bytes))
+
+
+class SymmetricLibrary(Protocol):
+    """The calls of a library for symmetric memory."""
+
+    def register(self, group: str, index: int, size: int, store: Store) -> None:
+        """Tells the library of a group of ranks."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocates on all ranks of the group; they call alike."""
+        ...
+
+    def rendezvous(self, tensor: Tensor, group: str) -> None:
+        """Makes the tensor known to the other ranks; they call alike."""
+        ...
+
+    def all_to_all_vdev(
+        self, rows: Tensor, received: Tensor, splits_W: Tensor, received_2W: Tensor, group: str
+    ) -> None:
+        """Sends ``rows`` in W runs of splits_W rows, run w to rank w. Writes the runs of all ranks
+        to ``received`` without gaps, and their lengths and starts to received_2W.
+        """
+        ...
+
+
+class TorchSymmetricLibrary:
+    """``torch.ops.symm_mem`` with the backend NVSHMEM.
+
+    ``all_to_all_vdev_2d``, which sorts by expert too, is limited to 32 ranks and 32 experts of a
+    rank, since it adds up in one warp.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def register(self, group: str, index: int, size: int, store: Store) -> None:
+        from torch._C import _distributed_c10d as c10d
+
+        memory: Any = c10d._SymmetricMemory
+        if not c10d._is_nvshmem_available():
+            raise RuntimeError(
+                "experts.dispatch = all_to_all: this torch has no NVSHMEM; use all_gather, or a torch "
+                "with nvidia-nvshmem"
+            )
+        memory.set_backend("NVSHMEM")
+        self._kept += register_group(group, index, size, store)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        from torch.distributed import _symmetric_memory
+
+        return _symmetric_memory.empty(shape, dtype=dtype, device=device)
+
+    def rendezvous(self, tensor: Tensor, group: str) -> None:
+        from torch._C import _distributed_c10d as c10d
+
+        c10d._SymmetricMemory.rendezvous(tensor, group)
+
+    def all_to_all_vdev(
+        self, rows: Tensor, received: Tensor, splits_W: Tensor, received_2W: Tensor, group: str
+    ) -> None:
+        torch.ops.symm_mem.all_to_all_vdev(rows, received, splits_W, received_2W, group)
+
+
+def register_group(group: str, index: int, size: int, store: Store) -> list[Any]:
+    """Registers a group under its name and as all processes of NVSHMEM. Torch finds it as long as
+    the returned objects live.
+
+    Versions of torch look for it in one of two places: among process groups or among those of
+    symmetric memory.
+    """
+    from torch._C import _distributed_c10d
+
+    c10d: Any = _distributed_c10d
+    kept = []
+    for name in (_WORLD, group):
+        met = PrefixStore(name, store)
+        registered = c10d.ProcessGroup(met, index, size)
+        registered._set_group_name(name)
+        c10d._register_process_group(name, registered)
+        c10d._SymmetricMemory.set_group_info(name, index, size, met)
+        kept.append(registered)
+    return kept
+
+
+@dataclass(frozen=True)
+class Region:
+    """Reserved symmetric memory: its number, shape and dtype."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SymmetricGroup:
+    """The symmetric memory of ``size`` ranks; this rank is ``index``. Regions lie at fixed
+    addresses from ``build`` on.
+    """
+
+    recovery: Recovery = PROCESS_RESTART
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        size: int,
+        store: Store,
+        device: torch.device,
+        library: SymmetricLibrary,
+    ) -> None:
+        if size > _MOST_RANKS:
+            raise ValueError(
+                f"experts.dispatch = all_to_all: {size} ranks; allowed are {_MOST_RANKS} on GPUs"
+            )
+        self.index, self.size, self.waited = index, size, 0.0
+        self._name, self._store, self._device, self._library = name, store, device, library
+        self._regions: list[Region] = []
+        self._tensors: list[Tensor] = []
+
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
+        """Memory that ``build`` will allocate."""
+        assert not self._tensors, f"{self._name}: memory is reserved before it is built"
+        region = Region(len(self._regions), shape, dtype)
+        self._regions.append(region)
+        return region
+
+    def __getitem__(self, region: Region) -> Tensor:
+        return self._tensors[region.number]
+
+    def build(self, epoch: int) -> None:
+        """Meets the other ranks and allocates zeros, the first time. Raises ProcessSpent later."""
+        if self._tensors:
+            raise ProcessSpent(
+                f"{self._name}: epoch {epoch} needs new symmetric memory, which a process gets once"
+            )
+        group = self._group
+        self._library.register(group, self.index, self.size, PrefixStore(f"{group}/{epoch}", self._store))
+        for region in self._regions:
+            tensor = self._library.empty(region.shape, region.dtype, self._device)
+            self._library.rendezvous(tensor, group)
+            self._tensors.append(tensor.zero_())
+
+    def destroy(self) -> None:
+        """The memory is the process's until it ends."""
+
+    def all_to_all(self, rows: Region, received: Region, splits: Region, received_splits: Region) -> None:
+        """Sends runs of rows to all ranks, on the current stream; the host reads nothing.
+
+        ``splits`` [W] and ``received_splits`` [2, W] are int64. Begins with a barrier of all ranks,
+        but ends without one: ``rows`` may change after the next exchange has begun.
+        """
+        self._library.all_to_all_vdev(
+            self[rows], self[received], self[splits], self[received_splits], self._group
+        )
+
+    @property
+    def _group(self) -> str:
+        return f"symmetric memory of {self._name}"
