@@ -108,6 +108,14 @@ def imbalance(loads_LE: ArrayLike, placement: Placement, dead: frozenset[int] = 
     return np.where(maximum_L > 0, maximum_L, 1.0)
 
 
+def weighted_imbalance(loads_LE: Floats, placement: Placement) -> float:
+    """``imbalance`` averaged over layers by their load; 1 without load."""
+    weights_L = loads_LE.sum(axis=1)
+    if not weights_L.any():
+        return 1.0
+    return float(np.average(imbalance(loads_LE, placement), weights=weights_L))
+
+
 class _Search:
     """Takes steps in all layers at once, within the limits."""
 
