@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lockstep.launch.commands.main import app
 from lockstep.launch.kubernetes.worker import outlast, wait
 from support.launch.clusters import until
-from support.launch.hosts import Host, make_hosts, needs_hosts
+from support.launch.hosts import Host, inner, make_hosts, needs_hosts
 
 BIN = Path(sys.executable).parent
 
@@ -84,12 +84,11 @@ def pods(tmp_path: Path) -> Iterator[dict[str, Pod]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("order", [("worker", "leader")], ids=["the worker first"])
 @needs_hosts[0]
 @needs_hosts[1]
-def test_the_pods_of_a_group_serve(pods: dict[str, Pod], order: tuple[str, ...]) -> None:
-    """All are started at once, as LeaderWorkerSet does."""
-    running = {name: pods[name].start() for name in order}
+def test_the_pods_of_a_group_serve_and_leave_in_order(pods: dict[str, Pod]) -> None:
+    """All are started at once, as LeaderWorkerSet does, and told to end at once."""
+    running = {name: pods[name].start() for name in ("worker", "leader")}
     leader, worker = pods["leader"], pods["worker"]
     url = f"http://{leader.host.address}:8000"
 
@@ -103,14 +102,24 @@ def test_the_pods_of_a_group_serve(pods: dict[str, Pod], order: tuple[str, ...])
 
     until(ready, f"the group's /ready, see {leader.log}", 480.0)
     assert httpx.get(f"{url}/health", timeout=5.0).status_code == 200
-    ask = {"prompt": "The planner", "max_tokens": 40, "ignore_eos": True}
-    assert httpx.post(f"{url}/v1/completions", json=ask, timeout=120.0).status_code == 200
+    ask = {"prompt": "The planner", "max_tokens": 400, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=ask, timeout=120.0))
+    )
     leaving = worker.leave()
     assert leaving.wait(60) == 0, "a worker whose leader goes on serving leaves at once"
-    for process in running.values():
-        process.terminate()
-    for process in running.values():
-        process.wait(60)
+    asking.start()
+    until(lambda: httpx.get(f"{url}/load", timeout=5.0).json()["num_running"] > 0, "a running request", 30.0)
+    leaving = worker.leave()
+    time.sleep(2.0)  # less than the leader's own hook takes
+    inner(running["leader"]).terminate()
+    asking.join(120)
+    assert answers and answers[0].status_code == 200, "the running request is answered"
+    assert running["leader"].wait(60) == 0, leader.log.read_text()[-2000:]
+    assert leaving.wait(60) == 0
+    inner(running["worker"]).terminate()
+    running["worker"].wait(60)
 
 
 # --------------------------------------------------------------------------- the worker's steps
