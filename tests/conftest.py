@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,12 @@ def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
 def _rank(item: pytest.Item) -> int:
     folder = item.path.relative_to(HERE).parts[0]
     return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_ray_on_one_machine() -> Iterator[None]:
+    """A test that prepares a Ray of this machine alone leaves no setting of it to the next one,
+    whose Ray may have several hosts.
+    """
+    yield
+    os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)

@@ -93,7 +93,8 @@ async def _serve(
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=spec.limits.idle_deadline,  # type: ignore[arg-type]  # annotated int, used as seconds,
+        # Annotated as int, used as seconds.
+        timeout_keep_alive=spec.limits.idle_deadline,  # type: ignore[arg-type]
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Server(config)

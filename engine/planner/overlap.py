@@ -15,7 +15,7 @@ from ..protocol.results import StepResult
 from .flight import Flight
 
 _SAMPLES = 12
-"""OverlapTrial steps, with and without overlap, that a decision takes."""
+"""Measured steps, with and as many without overlap, that a decision takes."""
 
 _RUN = 3
 """Steps in a row with or without overlap while both are compared: a drift then meets both."""

@@ -95,4 +95,5 @@ def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...])
     else:
         return None
     vocabulary = Vocabulary(text, vocab_size, eos_ids)
-    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=list(eos_ids) or None)  # type: ignore[arg-type]
+    ends = list(eos_ids) or None
+    return LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=ends)  # type: ignore[arg-type]

@@ -254,7 +254,8 @@ class CardClock:
         call = self._calls.get(name) or self._cases[name].make(device)
         self._calls[name] = call
         try:
-            return time_of(call.bind(Triton(tiles)), device, _SECONDS_PER_TIMING)[1]  # type: ignore[attr-defined]
+            bound = call.bind(Triton(tiles))  # type: ignore[attr-defined]
+            return time_of(bound, device, _SECONDS_PER_TIMING)[1]
         except Exception as error:  # needs more shared memory or registers than there are
             print(f"  {name[1]}: {type(error).__name__}: {str(error)[:80]}")
             return math.inf

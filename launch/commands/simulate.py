@@ -36,7 +36,7 @@ _Block = typer.Option(min=1, max=1 << 20, help="Tokens per block of hash_ids.")
 _Experts = typer.Option(
     "--experts",
     help="Expert loads: a file as experts.loads takes it, or lognormal:sigma=1,drift=0.1,seed=0. Steps "
-    "take as long as on balanced experts, with experts.balance=off as on those of the start.",
+    "take as long as on the experts of the start, with experts.balance=on as on balanced ones.",
 )
 _Efficiency = typer.Option(
     min=0.01,
@@ -77,7 +77,7 @@ def simulate(
         parsed, path = load_recipe(recipe, overrides or (), contradictions)
         plan = plan_recipe(parsed, path.parent)
         asked = read_trace(trace, requests, speed, block)
-        balances = parsed.experts.balance != "off"
+        balances = parsed.experts.balance == "on"
         loads = None
         if experts is not None:
             loads = balance_experts(experts, plan.setup, balances=balances, folder=Path())

@@ -15,7 +15,7 @@ from ..cluster.reaper import Reaper
 from ..environment import prepare_ray, ray_address
 from ..recipe.hardware import hardware_names
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
-from ..recipe.resolve import check_model, recorded_loads
+from ..recipe.resolve import check_model
 from .finding import Finding
 from .judge import Requirements, judge
 from .links import judge_clocks, judge_links
@@ -145,6 +145,8 @@ def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) ->
         config = load_config(model_directory(recipe, folder))
         found += [Finding("error", "recipe", line) for line in check_model(recipe, config)]
         try:
+            from ..recipe.placement import recorded_loads
+
             recorded_loads(recipe, config, folder)
         except ValueError as error:
             found.append(Finding("error", "recipe", str(error)))

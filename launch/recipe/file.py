@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 
 Check = Callable[[Recipe], list[str]]
-COMMANDS = ("plan", "check", "slurm", "simulate")  # for the hint where one stands in the wrong place
+COMMANDS = ("plan", "check", "slurm", "simulate", "k8s")  # for the hint where one stands in the wrong place
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
 from ...engine.protocol.specs import SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
-from ...moe.balance.layers import Floats
-from ...moe.balance.start import read_loads, starting_placement
 from ...moe.config import MoEConfig
 from .recipe import Recipe
 
@@ -64,30 +61,6 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             f"{config.moe.num_experts} experts on each of {recipe.mesh.experts - 1} other ranks of a stage"
         )
     return found + _unsplittable(recipe, config)
-
-
-def recorded_loads(recipe: Recipe, config: ModelFacts, folder: Path) -> Floats | None:
-    """The loads of ``experts.loads``, None without it. Raises ValueError when the file does not
-    fit.
-    """
-    if recipe.experts.loads is None:
-        return None
-    path = folder / Path(recipe.experts.loads).expanduser()
-    return read_loads(path, len(config.moe_layers), config.moe.num_experts)
-
-
-def placement_of_recipe(recipe: Recipe, config: ModelFacts, folder: Path) -> bytes:
-    """The placement to start with, packed as in ``RankSpec``; empty for consecutive experts. Raises
-    ValueError when ``experts.loads`` does not fit.
-    """
-    loads_LE, redundant = recorded_loads(recipe, config, folder), recipe.experts.redundant
-    if loads_LE is None and not redundant:
-        return b""
-    num_ranks = recipe.mesh.experts
-    # Stages repeat the nodes of the first one where they fill whole nodes.
-    node_W = [rank // recipe.cluster.ranks_per_node for rank in range(num_ranks)]
-    shape = len(config.moe_layers), config.moe.num_experts, num_ranks
-    return starting_placement(*shape, redundant, loads_LE, node_W).experts_LWS.tobytes()
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:

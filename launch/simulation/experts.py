@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...moe.balance.balance import Limits, balance
+from ...moe.balance.balance import Limits, balance, weighted_imbalance
 from ...moe.balance.layers import Floats
-from ...moe.balance.loads import weighted_imbalance
 from ...moe.balance.start import read_loads, starting_placement
 from ..capacity.setup import Setup
 

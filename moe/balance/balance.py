@@ -93,7 +93,7 @@ def balance(loads_LE: ArrayLike, placement: Placement, limits: Limits = Limits()
         _Search(state, limits, node_W[alive]).run()
     _keep_better(state, before_LP)
     experts_LWS = np.full(placement.experts_LWS.shape, EMPTY, np.int32)
-    experts_LWS[:, alive] = state.experts_LP.reshape(len(loads_LE), len(alive), -1)
+    experts_LWS[:, alive] = state.experts_LP.reshape(len(loads_LE), len(alive), placement.num_slots)
     old_LWS = once(placement.experts_LWS)
     old_LWS[:, sorted(limits.dead)] = EMPTY
     experts_LWS = _stay(old_LWS, experts_LWS)
@@ -106,6 +106,14 @@ def imbalance(loads_LE: ArrayLike, placement: Placement, dead: frozenset[int] = 
     state = Layers(np.asarray(loads_LE, np.float64), placement.experts_LWS[:, alive])
     maximum_L = state.rank_loads_LW(np.arange(placement.num_layers)).max(axis=1, initial=0.0)
     return np.where(maximum_L > 0, maximum_L, 1.0)
+
+
+def weighted_imbalance(loads_LE: Floats, placement: Placement) -> float:
+    """``imbalance`` averaged over layers by their load; 1 without load."""
+    weights_L = loads_LE.sum(axis=1)
+    if not weights_L.any():
+        return 1.0
+    return float(np.average(imbalance(loads_LE, placement), weights=weights_L))
 
 
 class _Search:
@@ -171,7 +179,9 @@ def _keep_better(state: Layers, before_LP: Ints) -> None:
     """Layers whose maximum has not fallen go back."""
     every = np.arange(len(before_LP))
     after_L = state.rank_loads_LW(every).max(axis=1, initial=0.0)
-    other = Layers(state.loads_LE[:, :-1], before_LP.reshape(len(before_LP), state.num_ranks, -1))
+    other = Layers(
+        state.loads_LE[:, :-1], before_LP.reshape(len(before_LP), state.num_ranks, state.num_slots)
+    )
     worse_L = after_L >= other.rank_loads_LW(every).max(axis=1, initial=0.0) - _LEAST
     state.experts_LP[worse_L] = before_LP[worse_L]
 

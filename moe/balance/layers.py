@@ -32,7 +32,9 @@ class Layers:
         self.num_experts = loads_LE.shape[1]
         means_L = loads_LE.sum(axis=1, keepdims=True) / self.num_ranks
         self.loads_LE = np.pad(loads_LE / np.where(means_L > 0, means_L, 1.0), ((0, 0), (0, 1)))
-        self.experts_LP = once(experts_LWS).astype(np.int64).reshape(num_layers, -1)
+        self.experts_LP = (
+            once(experts_LWS).astype(np.int64).reshape(num_layers, self.num_ranks * self.num_slots)
+        )
         every = np.arange(num_layers)[:, None]
         self.replicas_LE = np.zeros(self.loads_LE.shape, np.int64)
         np.add.at(self.replicas_LE, (every, self.experts_LP), 1)

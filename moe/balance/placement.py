@@ -51,7 +51,7 @@ class Placement:
     @cached_property
     def homes_LE(self) -> NDArray[np.int64]:
         """The first place of every expert, as rank x num_slots + slot."""
-        flat = self.experts_LWS.reshape(self.num_layers, -1)
+        flat = self.experts_LWS.reshape(self.num_layers, self.num_ranks * self.num_slots)
         homes = np.empty((self.num_layers, self.num_experts), np.int64)
         for layer, experts in enumerate(flat):
             places = np.nonzero(experts != EMPTY)[0][::-1]

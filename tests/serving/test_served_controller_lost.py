@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,10 @@ from support.serving.reader import Reader
 
 TOKENS = 240
 STREAMS = 4
+
+
+def _have_served_again(launcher: Launcher, times: int) -> bool:
+    return launcher.err.count("all ranks serve again") == times
 
 
 def test_streams_go_on_after_controllers_that_were_killed(tmp_path: Path) -> None:
@@ -29,7 +34,7 @@ def test_streams_go_on_after_controllers_that_were_killed(tmp_path: Path) -> Non
         ranks = {launcher.pid_of(f"rank {rank}") for rank in range(2)}
         for times in range(1, 3):
             os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
-            until(lambda: launcher.err.count("all ranks serve again") == times, "the ranks to serve again")  # noqa: B023
+            until(partial(_have_served_again, launcher, times), "the ranks to serve again")
         for reader in readers:
             reader.join(60)
         assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * STREAMS

@@ -62,6 +62,9 @@ def test_tokens_are_those_of_transformers(
         for index in range(2, len(bodies), 3):
             bodies[index]["prompt"][: 2 * PAGE] = bodies[index - 2]["prompt"][: 2 * PAGE]
         known = oracle.know(served, bodies, NUM_OUTPUT)
+        again = served.ok([each.ask(8) for each in known[:4]])
+        for each, answer in zip(known, again, strict=False):
+            each.assert_same(answer, "from the cache")
         preemptions, hits = served.counted("num_preemptions", "prefix_cache_hits")
         assert preemptions and hits, f"{preemptions:g} preemptions, {hits:g} tokens from the cache"
 
@@ -100,7 +103,10 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
     write_tokenizer(model)
     bodies = random_bodies(random.Random(13), 12, (4, 60))
     whole = [layout for layout in LAYOUTS if layout[0] == 4 and layout[2] <= config["num_hidden_layers"]]
-    for ranks, tensor, pipeline in whole if os.environ.get("LOCKSTEP_LAYOUTS") == "all" else [(4, 2, 2)]:
+    chosen = whole if os.environ.get("LOCKSTEP_LAYOUTS") == "all" else [(4, 2, 2)]
+    if family == "minimax_m2":  # its norms go over all heads, which cannot be split
+        chosen = [(4, 1, 2)]
+    for ranks, tensor, pipeline in chosen:
         overrides = (
             f"model.path={model}",
             f"cluster.ranks_per_node={ranks}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Discriminator, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ..api.errors import ApiError, bad_request, from_validation, shown
@@ -100,6 +100,18 @@ def as_chat(fields: dict[str, Any], renames: Renames) -> ChatRequest:
         return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as error:
         raise renames.apply(from_validation(error)) from None
+
+
+def by_type(kinds: dict[str, str], default: str) -> Discriminator:
+    """Chooses the tag of an object by its ``type``: ``kinds`` maps types to tags, ``default`` is a
+    type.
+    """
+
+    def tag(value: Any) -> str:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return kinds.get(str(kind), kinds[default])
+
+    return Discriminator(tag)
 
 
 def of_type(*allowed: str, default: str | None = None) -> BeforeValidator:

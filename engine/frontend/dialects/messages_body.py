@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from ..api.generate import MAX_STOPS, Stop
 from ..api.strict import Element, Strict
 from ..api.tools import MAX_TOOLS, Name
-from .dialect import of_type
+from .dialect import by_type, of_type
 
 # Fields that need a service beside the model, with the values that need none.
 _SERVICES: dict[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
@@ -59,18 +59,13 @@ _BLOCKS = {
 }
 
 
-def _block_tag(block: Any) -> str:
-    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
-    return _BLOCKS.get(str(kind), "TextBlock")
-
-
 Block = Annotated[
     Annotated[TextBlock, Tag("TextBlock")]
     | Annotated[ThinkingBlock, Tag("ThinkingBlock")]
     | Annotated[RedactedThinkingBlock, Tag("RedactedThinkingBlock")]
     | Annotated[ToolUseBlock, Tag("ToolUseBlock")]
     | Annotated[ToolResultBlock, Tag("ToolResultBlock")],
-    Discriminator(_block_tag),
+    by_type(_BLOCKS, "text"),
     of_type(*_BLOCKS),
 ]
 

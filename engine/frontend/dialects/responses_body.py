@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from ..api.generate import MAX_PATTERN_CHARS
 from ..api.schemas import ContentPart, ReasoningEffort
 from ..api.strict import Element, Strict
 from ..api.tools import MAX_TOOLS, Name
-from .dialect import of_type
+from .dialect import by_type, of_type
 
 # Fields that need a memory of earlier responses, with the values that need none.
 STATEFUL: dict[str, tuple[Any, str]] = {
@@ -82,11 +82,6 @@ _ITEMS = {
 }
 
 
-def _item_tag(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return _ITEMS.get(str(kind), "MessageItem")
-
-
 InputItem = Annotated[
     Annotated[MessageItem, Tag("MessageItem")]
     | Annotated[FunctionCallItem, Tag("FunctionCallItem")]
@@ -94,7 +89,7 @@ InputItem = Annotated[
     | Annotated[CustomCallItem, Tag("CustomCallItem")]
     | Annotated[CustomOutputItem, Tag("CustomOutputItem")]
     | Annotated[ReasoningItem, Tag("ReasoningItem")],
-    Discriminator(_item_tag),
+    by_type(_ITEMS, "message"),
     of_type(*_ITEMS, default="message"),
 ]
 
@@ -128,15 +123,11 @@ class CustomTool(Strict):
     format: TextSyntax | GrammarSyntax | None = None
 
 
-def _tool_tag(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return "CustomTool" if kind == "custom" else "FunctionTool"
-
-
+_TOOLS = {"function": "FunctionTool", "custom": "CustomTool"}
 OfferedTool = Annotated[
     Annotated[FunctionTool, Tag("FunctionTool")] | Annotated[CustomTool, Tag("CustomTool")],
-    Discriminator(_tool_tag),
-    of_type("function", "custom"),
+    by_type(_TOOLS, "function"),
+    of_type(*_TOOLS),
 ]
 
 

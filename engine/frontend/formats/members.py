@@ -115,9 +115,8 @@ class TaggedMembers:
                 shape.parts[key] = {"allOf": [shape.parts[key], part]} if key in shape.parts else part
             shape.required |= set(each.get("required", ()))
             shape.least = max(shape.least, each.get("minProperties", 0))
-            if "maxProperties" in each:
-                shape.most = min(each["maxProperties"], shape.most or each["maxProperties"])
             unlisted += [each["additionalProperties"]] if "additionalProperties" in each else []
+        shape.most = min((each["maxProperties"] for each in all_of if "maxProperties" in each), default=None)
         patterns = {key: part for each in all_of for key, part in each.get("patternProperties", {}).items()}
         rest: Any = False if False in unlisted else {"allOf": unlisted} if unlisted else True
         for name in sorted(shape.required - shape.parts.keys()):

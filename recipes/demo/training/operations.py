@@ -44,7 +44,8 @@ class Operations:
         k_nope, v_THN = kv_THN.split([nope, kv_THN.shape[2] - nope], -1)
         k_rope = rotate(rope_TE[:, None], angles).expand(-1, q_THN.shape[1], -1)
         q_THN, k_THN = torch.cat([q_nope, rotate(q_rope, angles)], -1), torch.cat([k_nope, k_rope], -1)
-        out: Tensor = _DocumentAttention.apply(q_THN, k_THN, v_THN, lengths, scale)  # type: ignore[no-untyped-call]
+        operands = q_THN, k_THN, v_THN, lengths, scale
+        out: Tensor = _DocumentAttention.apply(*operands)  # type: ignore[no-untyped-call]
         return out
 
     def swiglu(self, both: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ class Operations:
         """Applies experts ids_TK to x_TD (bf16) and sums with weights_TK (float32). w13 holds the
         gate and up projections, w2 the down projection.
         """
-        out: Tensor = _RoutedExperts.apply(x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF)  # type: ignore[no-untyped-call]
+        operands = x_TD, ids_TK, weights_TK, w13_EFD, w2_EDF
+        out: Tensor = _RoutedExperts.apply(*operands)  # type: ignore[no-untyped-call]
         return out
 
 

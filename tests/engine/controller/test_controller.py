@@ -91,6 +91,9 @@ class Frontend:
             else:
                 assert time.monotonic() < end, f"waited {seconds} s for {what}; state {self.state}"
 
+    def until_phase(self, phase: str) -> None:
+        self.until(lambda: self.state is not None and self.state.phase == phase, f"phase {phase}")
+
     def close(self) -> None:
         self._socket.close(linger=500)
         self._context.term()
@@ -232,6 +235,18 @@ def serving(frontend: Frontend) -> bool:
     return frontend.state is not None and frontend.state.phase == "serving"
 
 
+def draining(running: Running, max_tokens: int) -> Frontend:
+    """Request 1 generates slowly, and the cluster drains for as long as it needs."""
+    frontend = running.frontend()
+    frontend.until_phase("serving")
+    running.pace(SLOW)
+    frontend.submit(1, 10, max_tokens)
+    frontend.until(lambda: 1 in frontend.tokens, "a token")
+    frontend.send(Drain(600.0))
+    frontend.until_phase("draining")
+    return frontend
+
+
 def idle_after(frontend: Frontend, tokens: int) -> bool:
     """Whether the last state counts so many tokens and nothing runs. An older state may have come
     before it.
@@ -245,7 +260,7 @@ def idle_after(frontend: Frontend, tokens: int) -> bool:
 
 def test_serves_tokens(running: Running) -> None:
     frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     for handle in range(40):
         frontend.submit(handle, 10 + handle, 20)
     frontend.until(lambda: len(frontend.finish) == 40, "40 ends")
@@ -268,7 +283,7 @@ def test_a_burst_takes_the_steps_and_the_time_of_its_simulation() -> None:
         cluster._start(cluster.controller.run)
         cluster.join_ranks((0,), Mesh(), step_seconds=0.02)
         frontend = cluster.frontend()
-        frontend.until(lambda: serving(frontend), "phase serving")
+        frontend.until_phase("serving")
         began = time.monotonic()
         for ask in asks:
             arrivals.append(time.monotonic() - began)
@@ -305,7 +320,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_service(monkeypatch: pytest.
         cluster._start(cluster.controller.run)
         cluster.join_ranks((0,), Mesh())
         frontend = cluster.frontend()
-        frontend.until(lambda: serving(frontend), "phase serving")
+        frontend.until_phase("serving")
         frontend.submit(1, 10, 240)
         frontend.until(lambda: 1 in frontend.finish, "the end")
         assert frontend.finish[1] == Finish.LENGTH
@@ -318,7 +333,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_service(monkeypatch: pytest.
 
 def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
     frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     running.pace(SLOW)
     frontend.submit(1, 10, 240)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
@@ -333,7 +348,7 @@ def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
 
 def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
     silent, watcher = running.frontend(b"silent", lease=3.0), running.frontend(b"watcher", lease=3600.0)
-    silent.until(lambda: serving(silent), "phase serving")
+    silent.until_phase("serving")
     running.pace(SLOW)
     for handle in range(8):
         silent.submit(handle, 10, 240)
@@ -353,7 +368,7 @@ def test_a_standstill_of_the_controller_ends_no_lease(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frontend = running.frontend(lease=20.0)
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     running.pace(SLOW / 4)
     frontend.submit(1, 10, 200)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
@@ -365,7 +380,7 @@ def test_a_standstill_of_the_controller_ends_no_lease(
 def test_a_hello_of_a_known_rank_begins_an_epoch_and_loses_nothing(running: Running) -> None:
     """Its connection was away, and a plan is lost."""
     frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     running.pace(SLOW / 4)
     for handle in range(1, 5):
         frontend.submit(handle, 10, 100)
@@ -380,20 +395,12 @@ def test_a_hello_of_a_known_rank_begins_an_epoch_and_loses_nothing(running: Runn
 
 
 def test_an_open_request_is_taken_again_while_the_cluster_drains(running: Running) -> None:
-    frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
-    running.pace(SLOW)
-    frontend.submit(1, 10, 60)
-    frontend.until(lambda: 1 in frontend.tokens, "a token")
-    frontend.send(Drain(600.0))
-    frontend.until(
-        lambda: frontend.state is not None and frontend.state.phase == "draining", "phase draining"
-    )
+    frontend = draining(running, 60)
     frontend.submit(1, 10, 60)  # open: ignored
     begun = np.array([5, 6], np.int32).tobytes()
     frontend.send(msgspec.structs.replace(submit_of(2, 10, 60), emitted_i32=begun))
     running.pace(0.002)
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
+    frontend.until_phase("drained")
     assert frontend.finish == {1: Finish.LENGTH, 2: Finish.LENGTH} and not frontend.rejected
     assert [len(frontend.tokens[handle]) for handle in (1, 2)] == [60, 58]
 
@@ -417,7 +424,7 @@ def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(running: Run
         running.frontend(lease=2.0),
     )
     try:
-        frontend.until(lambda: serving(frontend), "phase serving")
+        frontend.until_phase("serving")
         frontend.until(silence(frontend, 1.0), "states to stop coming, since its lease is over")
         launcher.drain(5.0)
         end = time.monotonic() + 30
@@ -429,7 +436,7 @@ def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(running: Run
 
 def test_another_process_under_the_same_name_aborts_the_requests_of_the_one_before(running: Running) -> None:
     first, watcher = running.frontend(b"f", life=1), running.frontend(b"watcher")
-    first.until(lambda: serving(first), "phase serving")
+    first.until_phase("serving")
     running.pace(SLOW / 2)
     first.submit(1, 10, 240)
     first.until(lambda: 1 in first.tokens, "a token")
@@ -451,7 +458,7 @@ def test_another_process_under_the_same_name_aborts_the_requests_of_the_one_befo
 
 def test_states_are_numbered_and_carry_what_steps_add_up_to(running: Running) -> None:
     frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     assert frontend.state is not None
     number, begun = frontend.state.number, time.perf_counter()
     frontend.submit(1, 10, 20)
@@ -475,21 +482,13 @@ def test_states_are_numbered_and_carry_what_steps_add_up_to(running: Running) ->
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> None:
-    frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
-    running.pace(SLOW)
-    frontend.submit(1, 10, 200)
-    frontend.until(lambda: 1 in frontend.tokens, "a token")
-    frontend.send(Drain(600.0))
-    frontend.until(
-        lambda: frontend.state is not None and frontend.state.phase == "draining", "phase draining"
-    )
+    frontend = draining(running, 200)
     frontend.submit(2, 10, 5)
     frontend.until(lambda: 2 in frontend.rejected, "a refusal")
     assert frontend.rejected[2].status == 503 and frontend.rejected[2].retry_after > 0
     assert frontend.rejected[2].reason == "the cluster is draining"
     running.pace(0.002)
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
+    frontend.until_phase("drained")
     assert frontend.finish[1] == Finish.LENGTH and len(frontend.tokens[1]) == 200
     assert frontend.state is not None and frontend.state.reason == "", "a reason that contradicts the phase"
     frontend.submit(3, 10, 5)
@@ -499,14 +498,14 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(running: Running) -> N
 
 def test_a_second_drain_shortens_the_first(running: Running) -> None:
     frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     running.pace(SLOW)
     frontend.submit(1, 10, 240)
     frontend.submit(2, 20, 230)
     frontend.until(lambda: {1, 2} <= set(frontend.tokens), "tokens")
     frontend.send(Drain(600.0))
     frontend.send(Drain(0.0))
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "drained", "phase drained")
+    frontend.until_phase("drained")
     assert frontend.finish == {1: Finish.ERROR, 2: Finish.ERROR}
     frontend.until(
         lambda: frontend.state is not None and frontend.state.kv_usage == 0.0, "pages to be given back"
@@ -515,7 +514,7 @@ def test_a_second_drain_shortens_the_first(running: Running) -> None:
 
 def test_only_the_launcher_may_declare_a_rank_lost(running: Running) -> None:
     frontend = running.frontend()
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     frontend.send(RankLost(1, "said by the wrong one"))
     frontend.submit(1, 10, 5)
     frontend.until(lambda: 1 in frontend.finish, "an end")
@@ -524,7 +523,7 @@ def test_only_the_launcher_may_declare_a_rank_lost(running: Running) -> None:
 
 def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
     frontend, launcher = running.frontend(), running.frontend(b"launcher")
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     running.pace(SLOW)
     frontend.submit(1, 10, 240)
     frontend.submit(2, 20, 230)
@@ -532,9 +531,7 @@ def test_a_lost_rank_is_a_pause_until_it_is_replaced(running: Running) -> None:
     running.end_ranks()
     assert not frontend.finish
     launcher.send(RankLost(1, "it was killed"))
-    frontend.until(
-        lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering"
-    )
+    frontend.until_phase("recovering")
     assert (
         frontend.state is not None
         and "rank 1" in frontend.state.reason
@@ -576,8 +573,8 @@ def test_a_loss_and_the_replacement_may_be_read_at_once(monkeypatch: pytest.Monk
         for rank in range(2):
             running.join_ranks((rank,), Mesh(data=2))
         frontend, launcher = running.frontend(), running.frontend(b"launcher")
-        frontend.until(lambda: serving(frontend), "phase serving")
-        launcher.until(lambda: serving(launcher), "phase serving")
+        frontend.until_phase("serving")
+        launcher.until_phase("serving")
         go.clear()
         try:
             assert standing.wait(30)
@@ -605,18 +602,16 @@ def test_a_rank_that_is_not_replaced_ends_the_cluster(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frontend, launcher = running.frontend(lease=3600.0), running.frontend(b"launcher", lease=3600.0)
-    frontend.until(lambda: serving(frontend), "phase serving")
+    frontend.until_phase("serving")
     running.pace(SLOW)
     frontend.submit(1, 10, 240)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
     launcher.send(RankLost(1, "it was killed"))
-    frontend.until(
-        lambda: frontend.state is not None and frontend.state.phase == "recovering", "phase recovering"
-    )
+    frontend.until_phase("recovering")
     assert 1 not in frontend.finish
     forward(monkeypatch, 25.0)
     frontend.until(lambda: frontend.finish.get(1) == Finish.ERROR, "the end of the request")
-    frontend.until(lambda: frontend.state is not None and frontend.state.phase == "failed", "phase failed")
+    frontend.until_phase("failed")
     assert frontend.state is not None and "no replacement for ranks [1] within 20 s" in frontend.state.reason
 
 

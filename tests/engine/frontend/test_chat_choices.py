@@ -14,7 +14,7 @@ import pytest
 
 from support.engine.frontend.running_frontend import MODEL, RunningFrontend
 from support.engine.frontend.scripted_controller import say
-from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import TOOL_TEMPLATE, tiny_tokenizer, turn_ids, write_model
 
 USER: list[Any] = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -34,7 +34,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     folder = write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE)
-    script = say([*tiny_tokenizer().encode(CALLS).ids, IM_END])
+    script = say(turn_ids(CALLS))
     with RunningFrontend(folder, script) as running:
         yield running
 

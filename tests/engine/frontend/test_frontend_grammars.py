@@ -17,7 +17,7 @@ import pytest
 from lockstep.engine.frontend.grammars.desk import GrammarDesk
 from support.engine.frontend.running_frontend import RunningFrontend, wait_until
 from support.engine.frontend.scripted_controller import say
-from support.engine.text.tiny_tokenizer import IM_END, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import turn_ids, write_model
 
 PLAIN = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 SIMPLE = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -36,7 +36,7 @@ def constrained(schema: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     model = write_model(tmp_path_factory.mktemp("model"))
-    tokens = [*tiny_tokenizer().encode("dog").ids, IM_END]
+    tokens = turn_ids("dog")
     with RunningFrontend(model, say(tokens), grammar_seconds=1.0, grammar_memory=64 << 20) as running:
         yield running
 

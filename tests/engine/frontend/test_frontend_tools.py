@@ -15,7 +15,7 @@ import pytest
 
 from support.engine.frontend.running_frontend import MODEL, RunningFrontend, wait_until
 from support.engine.frontend.scripted_controller import say
-from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import TOOL_TEMPLATE, tiny_tokenizer, turn_ids, write_model
 
 USER = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -30,21 +30,17 @@ SHORT_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "東京 �
 TEXT = f"<think>\nThe user asks.\nSo I call.\n</think>\n\nOne moment.\n{CALL}\n{SHORT_CALL}"
 
 
-def ids(text: str) -> list[int]:
-    return [*tiny_tokenizer().encode(text).ids, IM_END]
-
-
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     with RunningFrontend(
-        write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE), say(ids(TEXT))
+        write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE), say(turn_ids(TEXT))
     ) as running:
         yield running
 
 
 @pytest.fixture
 def engine(frontend: RunningFrontend) -> RunningFrontend:
-    frontend.engine.script = say(ids(TEXT))
+    frontend.engine.script = say(turn_ids(TEXT))
     frontend.engine.submits.clear()
     frontend.engine.aborts.clear()
     return frontend
@@ -99,7 +95,7 @@ def test_a_whole_reply(client: openai.OpenAI, engine: RunningFrontend) -> None:
     ]
     assert len({call.id for call in message.tool_calls}) == 2
     assert done.choices[0].finish_reason == "tool_calls"
-    assert done.usage.completion_tokens == len(ids(TEXT)), "ids are counted, not text"
+    assert done.usage.completion_tokens == len(turn_ids(TEXT)), "ids are counted, not text"
     assert json.dumps(TOOLS[0]) in prompt(engine)
 
 
@@ -112,7 +108,7 @@ def test_a_whole_reply(client: openai.OpenAI, engine: RunningFrontend) -> None:
 def test_the_stream_joins_to_the_whole_reply(
     client: openai.OpenAI, engine: RunningFrontend, chunk: int, extra: dict[str, Any]
 ) -> None:
-    tokens = ids(TEXT)
+    tokens = turn_ids(TEXT)
     engine.engine.script = lambda submit: [
         tokens[start : start + chunk] for start in range(0, len(tokens), chunk)
     ]
@@ -156,13 +152,13 @@ def test_without_tools_tags_of_calls_are_text(client: openai.OpenAI) -> None:
 
 
 def test_a_call_that_is_cut_off_finishes_with_length(client: openai.OpenAI, engine: RunningFrontend) -> None:
-    cut = len(ids(TEXT[: TEXT.index("Köln") + 2])) - 1
+    cut = len(turn_ids(TEXT[: TEXT.index("Köln") + 2])) - 1
     choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, max_tokens=cut).choices[
         0
     ]
     assert choice.finish_reason == "length"
     assert choice.message.tool_calls[0].function.arguments == '{"city": "Kö'
-    cut = len(ids("<think>\nThe user asks.")) - 1
+    cut = len(turn_ids("<think>\nThe user asks.")) - 1
     choice = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, max_tokens=cut).choices[
         0
     ]
@@ -207,7 +203,7 @@ def test_reasoning_may_be_left_out_of_the_answer(client: openai.OpenAI) -> None:
 
 def test_the_template_opens_or_closes_the_reasoning(client: openai.OpenAI, engine: RunningFrontend) -> None:
     def ask(text: str, **fields: Any) -> Any:
-        engine.engine.script = say(ids(text))
+        engine.engine.script = say(turn_ids(text))
         return (
             client.chat.completions.create(model=MODEL, messages=USER, extra_body=fields).choices[0].message
         )
@@ -227,7 +223,7 @@ def test_a_conversation_with_calls_and_reasoning_is_rendered(
 ) -> None:
     first = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS).choices[0].message
     answers = [{"role": "tool", "tool_call_id": call.id, "content": "12 °C"} for call in first.tool_calls]
-    engine.engine.script = say(ids("Cold."))
+    engine.engine.script = say(turn_ids("Cold."))
     messages = [*USER, first.model_dump(exclude_none=True), *answers]
     last = client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS).choices[0].message
     assert last.content == "Cold."
@@ -241,7 +237,7 @@ def test_a_conversation_with_calls_and_reasoning_is_rendered(
 
 
 def test_a_continued_message_may_stand_in_its_reasoning(engine: RunningFrontend) -> None:
-    engine.engine.script = say(ids(" more</think>b"))
+    engine.engine.script = say(turn_ids(" more</think>b"))
     body = {
         "messages": [*USER, {"role": "assistant", "content": "<think>so"}],
         "continue_final_message": True,
@@ -254,7 +250,7 @@ def test_a_continued_message_may_stand_in_its_reasoning(engine: RunningFrontend)
 
 def test_the_parsers_can_be_set(engine: RunningFrontend, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE)
-    with RunningFrontend(path, say(ids(TEXT)), tool_parser="off", reasoning_parser="off") as running:
+    with RunningFrontend(path, say(turn_ids(TEXT)), tool_parser="off", reasoning_parser="off") as running:
         refused = running.http.post("/v1/chat/completions", json={"messages": USER, "tools": TOOLS})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
         assert "frontend.tool_parser" in refused.json()["error"]["message"]
@@ -274,7 +270,7 @@ def test_the_parsers_can_be_set(engine: RunningFrontend, tmp_path_factory: pytes
 def test_a_forced_call_comes_with_a_grammar(
     client: openai.OpenAI, engine: RunningFrontend, choice: Any, reason: str, stream: bool
 ) -> None:
-    engine.engine.script = say(ids(SHORT_CALL))
+    engine.engine.script = say(turn_ids(SHORT_CALL))
     options = {"model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": choice}
     if stream:
         joined = Joined(client.chat.completions.create(stream=True, **options))
@@ -295,7 +291,7 @@ def test_the_clients_own_parse_helper_gets_its_type(client: openai.OpenAI, engin
         name: str
         people: int
 
-    engine.engine.script = say(ids('<think>big</think>\n\n{"name": "東京", "people": 14000000}'))
+    engine.engine.script = say(turn_ids('<think>big</think>\n\n{"name": "東京", "people": 14000000}'))
     done = client.chat.completions.parse(model=MODEL, messages=USER, response_format=City)
     assert done.choices[0].message.parsed == City(name="東京", people=14_000_000)
     assert done.choices[0].message.reasoning == "big"
@@ -307,7 +303,7 @@ def test_the_clients_own_parse_helper_gets_its_type(client: openai.OpenAI, engin
 def test_a_conversation_that_was_cut_off_goes_on(
     client: openai.OpenAI, engine: RunningFrontend, text: str, stream: bool
 ) -> None:
-    tokens = ids("<think>Hm.\n" + text)[:-1]
+    tokens = turn_ids("<think>Hm.\n" + text)[:-1]
     engine.engine.script = lambda submit: [[token] for token in tokens]
     options = {"model": MODEL, "messages": USER, "tools": TOOLS, "max_tokens": len(tokens)}
     if stream:
@@ -328,7 +324,7 @@ def test_a_conversation_that_was_cut_off_goes_on(
     assert (said["reasoning"], function["name"]) == ("Hm.", "get_weather"), "a call ends open reasoning"
     assert function["arguments"].startswith('{"')
     result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "error: bad arguments"}
-    engine.engine.script = say(ids("Sorry."))
+    engine.engine.script = say(turn_ids("Sorry."))
     last = client.chat.completions.create(
         model=MODEL, messages=[*USER, said, result, *USER], tools=TOOLS
     ).choices[0]
@@ -351,11 +347,11 @@ def test_reasoning_effort_is_checked(engine: RunningFrontend) -> None:
 def test_no_thinking_needs_a_template_that_can_say_so(tmp_path: Any) -> None:
     path = write_model(tmp_path)  # a template without a switch
     body = {"messages": USER, "reasoning_effort": "none"}
-    with RunningFrontend(path, say(ids("Yes")), reasoning_parser="think") as running:
+    with RunningFrontend(path, say(turn_ids("Yes")), reasoning_parser="think") as running:
         refused = running.http.post("/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
         assert "no switch for thinking" in refused.json()["error"]["message"]
-    with RunningFrontend(path, say(ids("Yes"))) as running:  # a model that does not reason
+    with RunningFrontend(path, say(turn_ids("Yes"))) as running:  # a model that does not reason
         assert running.http.post("/v1/chat/completions", json=body).status_code == 200
 
 
@@ -364,7 +360,7 @@ def test_a_malformed_schema_of_a_forced_call_is_refused_by_its_place(
     tmp_path_factory: pytest.TempPathFactory, parser: str
 ) -> None:
     path = write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE)
-    with RunningFrontend(path, say(ids("Yes")), tool_parser=parser) as running:
+    with RunningFrontend(path, say(turn_ids("Yes")), tool_parser=parser) as running:
         for parameters in (
             {"properties": None},
             {"required": None},

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def clients(pair: RunningFrontend) -> Iterator[list[httpx.Client]]:
 def values(client: httpx.Client) -> dict[str, float]:
     lines = [line for line in client.get("/metrics").text.splitlines() if line and not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def answers(client: httpx.Client, path: str, status: int) -> bool:
+    return client.get(path).status_code == status
 
 
 def chat(client: httpx.Client, **fields: Any) -> httpx.Response:
@@ -116,10 +121,9 @@ def test_a_restarted_frontend_goes_on_from_the_counts_before(tmp_path: Path) -> 
         for life in range(1, 4):
             child = subprocess.Popen(command)
             try:
-                with httpx.Client(
-                    base_url=idle.url, timeout=60
-                ) as http:  # waits in the queue of the port meanwhile
-                    wait_until(lambda http=http: http.get("/health").status_code == 200, "it serves")  # type: ignore[misc]
+                # The first request waits in the queue of the port meanwhile.
+                with httpx.Client(base_url=idle.url, timeout=60) as http:
+                    wait_until(partial(answers, http, "/health", 200), "it serves")
                     assert http.post("/v1/chat/completions", json={"messages": USER}).status_code == 200
                     assert values(http)[stops] == life
             finally:
@@ -158,7 +162,7 @@ def test_draining_one_drains_all(pair: RunningFrontend, clients: list[httpx.Clie
     wait_until(lambda: [drain.deadline for drain in pair.engine.drains] == [7], "the controller is told")
     pair.engine.set_state(phase="draining")  # as a real one does, which a test of the controller holds
     for client in clients:
-        wait_until(lambda client=client: client.get("/ready").status_code == 503, "not ready")  # type: ignore[misc]
+        wait_until(partial(answers, client, "/ready", 503), "not ready")
         assert client.get("/health").status_code == 200
         assert chat(client).status_code == 503
 

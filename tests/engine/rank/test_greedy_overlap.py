@@ -31,8 +31,9 @@ def test_data_parallel(size: int, dispatch: str, paths: dict[str, Path]) -> None
 
 
 def test_tensor_beside_data_parallel(paths: dict[str, Path]) -> None:
+    paths = {family: path for family, path in paths.items() if family != "minimax_m2"}  # norms over all heads
     by_rank = run_ranks(continue_split, 4, paths, 2, 2)
-    for family in FAMILIES:
+    for family in paths:
         for rank, found in enumerate(by_rank):
             data, index = divmod(rank, 2)
             stored = [entry.tokens for entry in load_prompts(family)[data::2]]

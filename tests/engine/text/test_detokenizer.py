@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
@@ -62,7 +63,8 @@ def test_text_survives_the_round_trip_without_a_broken_character(codec: Codec, t
 
 
 def test_an_incomplete_character_at_the_end_is_one_replacement_character(codec: Codec) -> None:
-    first = tiny_tokenizer().token_to_id(tiny_tokenizer().pre_tokenizer.pre_tokenize_str("€")[0][0][0])  # type: ignore[attr-defined]
+    tokenizer: Any = tiny_tokenizer()
+    first = tokenizer.token_to_id(tokenizer.pre_tokenizer.pre_tokenize_str("€")[0][0][0])
     detokenizer = codec.detokenizer(True, [])
     assert detokenizer.push(first) == ""
     assert detokenizer.finish() == "\ufffd"

@@ -95,7 +95,7 @@ def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(
     with launch(tmp_path, cluster, "cluster.start_deadline=60") as launcher, client(cluster) as asked:
         launcher.url(120.0)
         assert cluster.rank(alpha, 0) and cluster.rank(beta, 1)
-        load = r"load [\d.]+ \(slowest: rank \d on (alpha|beta)\)"
+        load = r"(compile [\d.]+, )?load [\d.]+ \(slowest: rank \d on (alpha|beta)\)"
         phases = rf"Ray [\d.]+, placement [\d.]+, controller [\d.]+, {load}, frontend [\d.]+, first token"
         assert re.search(rf"\({phases} [\d.]+\)", launcher.out), launcher.out
         environment = psutil.Process(cluster.rank(beta, 1)).environ()

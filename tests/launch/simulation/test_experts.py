@@ -61,8 +61,8 @@ def simulated(experts: str | None, *overrides: str, capsys: pytest.CaptureFixtur
 def test_balancing_shortens_simulated_steps(capsys: pytest.CaptureFixture[str]) -> None:
     loads = "lognormal:drift=1"
     even = simulated(None, DEEPSEEK, capsys=capsys)
-    balanced = simulated(loads, DEEPSEEK, capsys=capsys)
-    off = simulated(loads, DEEPSEEK, "experts.balance=off", capsys=capsys)
+    balanced = simulated(loads, DEEPSEEK, "experts.balance=on", capsys=capsys)
+    off = simulated(loads, DEEPSEEK, capsys=capsys)
     first = [each["time_to_first_token"]["p50"] for each in (even, balanced, off)]
     assert first[0] < first[1] < first[2]
     assert even["experts"] is None and off["experts"]["simulated"] > 1.5 * balanced["experts"]["simulated"]

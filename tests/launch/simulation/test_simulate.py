@@ -433,7 +433,12 @@ def test_a_report_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(
-        plan: CapacityPlan, recipe: Recipe, trace: Trace, efficiency: float, stop_after: StopAfter
+        plan: CapacityPlan,
+        recipe: Recipe,
+        trace: Trace,
+        efficiency: float,
+        stop_after: StopAfter,
+        *further: object,
     ) -> SimulationReport:
         stop_after(Progress(0.0, 1, 0, 0))
         raise KeyboardInterrupt

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
-from lockstep.moe.balance.balance import NOWHERE, Balanced, Limits, balance, imbalance
+from lockstep.moe.balance.balance import (
+    NOWHERE,
+    Balanced,
+    Limits,
+    balance,
+    imbalance,
+    weighted_imbalance,
+)
 from lockstep.moe.balance.layers import Layers
 from lockstep.moe.balance.placement import EMPTY, Placement, contiguous
 from support.moe.eplb import placed_anew
@@ -175,3 +182,11 @@ def test_a_fifth_of_the_bytes_gives_the_same_balance_at_many_ranks(ranks: int, s
     ours = balance(loads_LE, before, Limits(target=1.01, max_received=received // 5))
     # A hundredth of slack: seeds differ by half of that.
     assert imbalance(loads_LE, ours.placement).mean() <= imbalance(loads_LE, anew).mean() + 0.01
+
+
+def test_layers_count_by_their_load() -> None:
+    placement = contiguous(2, 2, 2)
+    assert weighted_imbalance(np.array([[3.0, 1.0], [300.0, 300.0]]), placement) == pytest.approx(
+        1.0033, abs=1e-3
+    )
+    assert weighted_imbalance(np.zeros((2, 2)), placement) == 1.0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from lockstep.moe.balance.balance import balance
 from lockstep.moe.balance.placement import EMPTY, Placement, contiguous
 
 
@@ -71,3 +72,13 @@ def test_ranges_lose_no_expert(layers: int, experts: int, ranks: int, dice: rand
         (layer, rank, int(experts_LWS[layer, rank, slot]))
         for layer, rank, slot in np.argwhere(experts_LWS != EMPTY).tolist()
     }
+
+
+def test_a_pipeline_stage_may_hold_no_moe_layer() -> None:
+    """Its dispatcher, moves and ranges are those of any other stage."""
+    empty = contiguous(0, 8, 2)
+    assert empty.homes_LE.shape == (0, 8)
+    assert empty.ranges().shape == (0, 5)
+    balanced = balance(np.zeros((0, 8)), empty)
+    assert balanced.placement.num_layers == 0
+    assert not len(balanced.moves)

@@ -15,7 +15,7 @@ from lockstep.engine.protocol.frontends import Submit
 from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import RunningFrontend, wait_until
 from support.engine.frontend.sse import events_of
-from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import TOOL_TEMPLATE, turn_ids, write_model
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 NAMES = ("look", "act")
@@ -214,7 +214,7 @@ def test_any_conversation_gives_the_same_prompt_and_the_same_answer(
     @given(turns(), REPLIES, st.integers(1, 200), st.integers(1, 30), st.booleans())
     @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     def run(messages: list[dict[str, Any]], reply: str, most: int, chunk: int, parallel: bool) -> None:
-        tokens = [*tiny_tokenizer().encode(reply).ids, IM_END][:most]
+        tokens = turn_ids(reply)[:most]
 
         def script(submit: Submit) -> Iterator[Any]:
             yield from (tokens[at : at + chunk] for at in range(0, len(tokens), chunk))
@@ -254,7 +254,7 @@ def test_the_output_of_a_response_is_taken_back_as_it_is(frontend: RunningFronte
     reply = '<think>\nHm.\n</think>\n\nYes.<tool_call>{"name": "look", "arguments": {"x": "a"}}</tool_call>'
 
     def script(submit: Submit) -> Iterator[Any]:
-        yield [*tiny_tokenizer().encode(reply).ids, IM_END]
+        yield turn_ids(reply)
 
     frontend.engine.script = script
     user = {"role": "user", "content": "Hello"}

@@ -16,7 +16,7 @@ from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import MODEL, RunningFrontend
 from support.engine.frontend.scripted_controller import say
 from support.engine.frontend.sse import Event, events_of
-from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import TOOL_TEMPLATE, tiny_tokenizer, turn_ids, write_model
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"name": "get_weather", "description": "Weather.", "input_schema": PARAMETERS}]
@@ -27,21 +27,17 @@ USER = {"role": "user", "content": "Weather?"}
 KEY = {"x-api-key": "k1"}
 
 
-def ids(text: str) -> list[int]:
-    return [*tiny_tokenizer().encode(text).ids, IM_END]
-
-
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     folder = write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE)
-    with RunningFrontend(folder, say(ids(TEXT)), api_keys=("k1",)) as running:
+    with RunningFrontend(folder, say(turn_ids(TEXT)), api_keys=("k1",)) as running:
         running.http.headers.update(KEY)
         yield running
 
 
 @pytest.fixture
 def engine(frontend: RunningFrontend) -> RunningFrontend:
-    frontend.engine.script = say(ids(TEXT))
+    frontend.engine.script = say(turn_ids(TEXT))
     frontend.engine.num_cached = 0
     frontend.engine.submits.clear()
     return frontend
@@ -91,13 +87,13 @@ def test_a_whole_message(engine: RunningFrontend) -> None:
     usage = done["usage"]
     assert usage["cache_read_input_tokens"] == 4
     assert usage["input_tokens"] + 4 == len(engine.engine.submits[0].prompt_i32) // 4
-    assert usage["output_tokens"] == len(ids(TEXT))
+    assert usage["output_tokens"] == len(turn_ids(TEXT))
     assert "system\nBe kind.<|im_end|>" in prompt(engine)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 def test_events_come_in_order_and_join_to_the_whole_message(engine: RunningFrontend, chunk: int) -> None:
-    tokens = ids(TEXT)
+    tokens = turn_ids(TEXT)
     engine.engine.script = lambda submit: [tokens[at : at + chunk] for at in range(0, len(tokens), chunk)]
     whole = ask(engine, tools=TOOLS)
     events = stream(engine, tools=TOOLS)
@@ -207,12 +203,12 @@ def test_stop_reasons(engine: RunningFrontend) -> None:
     events = stream(engine, stop_sequences=["moment"])
     assert events[-2].data["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "moment"}
     assert ask(engine, max_tokens=5)["stop_reason"] == "max_tokens"
-    engine.engine.script = say(ids("Hello"))
+    engine.engine.script = say(turn_ids("Hello"))
     assert ask(engine)["stop_reason"] == "end_turn"
 
 
 def test_a_call_that_is_cut_has_the_start_of_its_input(engine: RunningFrontend) -> None:
-    cut = len(ids(TEXT.partition("ln")[0])) - 1
+    cut = len(turn_ids(TEXT.partition("ln")[0])) - 1
     done = ask(engine, tools=TOOLS, max_tokens=cut)
     assert done["stop_reason"] == "max_tokens"
     assert done["content"][-1]["input"] == {"city": "Kö"}
@@ -311,7 +307,7 @@ def test_every_error_has_the_dialects_shape(engine: RunningFrontend) -> None:
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error(engine: RunningFrontend) -> None:
-    engine.engine.script = lambda submit: [ids("One")[:1], *[None] * 300, Finish.ERROR]
+    engine.engine.script = lambda submit: [turn_ids("One")[:1], *[None] * 300, Finish.ERROR]
     events = stream(engine)
     assert events[0].name == "message_start"
     assert (events[-1].name, events[-1].data["error"]["type"]) == ("error", "api_error")

@@ -15,7 +15,7 @@ import pytest
 from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.running_frontend import MODEL, RunningFrontend
 from support.engine.frontend.scripted_controller import say
-from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, tiny_tokenizer, turn_ids, write_model
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: list[Any] = [
@@ -33,20 +33,16 @@ SECOND = '<tool_call>{"name": "get_weather", "arguments": {"city": "東京 🙂"
 TEXT = f"<think>\nThe user asks.\n</think>\n\nOne moment.\n{CALL}\n{SECOND}\nDone."
 
 
-def ids(text: str) -> list[int]:
-    return [*tiny_tokenizer().encode(text).ids, IM_END]
-
-
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     folder = write_model(tmp_path_factory.mktemp("model"), template=TOOL_TEMPLATE)
-    with RunningFrontend(folder, say(ids(TEXT))) as running:
+    with RunningFrontend(folder, say(turn_ids(TEXT))) as running:
         yield running
 
 
 @pytest.fixture
 def engine(frontend: RunningFrontend) -> RunningFrontend:
-    frontend.engine.script = say(ids(TEXT))
+    frontend.engine.script = say(turn_ids(TEXT))
     frontend.engine.num_cached = 0
     frontend.engine.submits.clear()
     return frontend
@@ -96,7 +92,7 @@ def test_a_whole_response(client: openai.OpenAI, engine: RunningFrontend) -> Non
     assert done.tools[0].name == "get_weather" and done.tool_choice == "auto" and done.parallel_tool_calls
     usage = done.usage
     assert usage.input_tokens == len(engine.engine.submits[0].prompt_i32) // 4
-    assert (usage.input_tokens_details.cached_tokens, usage.output_tokens) == (4, len(ids(TEXT)))
+    assert (usage.input_tokens_details.cached_tokens, usage.output_tokens) == (4, len(turn_ids(TEXT)))
     assert usage.output_tokens_details.reasoning_tokens > 0
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
 
@@ -105,7 +101,7 @@ def test_a_whole_response(client: openai.OpenAI, engine: RunningFrontend) -> Non
 def test_events_come_in_order_and_join_to_the_whole_response(
     client: openai.OpenAI, engine: RunningFrontend, chunk: int
 ) -> None:
-    tokens = ids(TEXT)
+    tokens = turn_ids(TEXT)
     engine.engine.script = lambda submit: [tokens[at : at + chunk] for at in range(0, len(tokens), chunk)]
     whole = client.responses.create(model=MODEL, input="Weather?", tools=TOOLS)
     events = list(client.responses.create(model=MODEL, input="Weather?", tools=TOOLS, stream=True))
@@ -166,7 +162,7 @@ def test_the_clients_own_stream_helper_understands_it(client: openai.OpenAI) -> 
 def test_a_custom_tool_takes_text(client: openai.OpenAI, engine: RunningFrontend) -> None:
     source = 'a = "b\\n"\n\tprint("東京 🙂")\n'
     text = '<tool_call>{"name": "patch", "arguments": ' + json.dumps({"input": source}) + "}</tool_call>"
-    engine.engine.script = say(ids(text))
+    engine.engine.script = say(turn_ids(text))
     whole = client.responses.create(model=MODEL, input="Change it", tools=[PATCH])
     [call] = whole.output
     assert (call.type, call.name, call.input) == ("custom_tool_call", "patch", source)
@@ -203,7 +199,7 @@ def test_a_forced_custom_call_follows_its_regex_and_a_lark_grammar_is_not_forced
 
 
 def test_a_cut_response_is_incomplete(client: openai.OpenAI, engine: RunningFrontend) -> None:
-    cut = len(ids(TEXT.partition("Köln")[0])) - 1
+    cut = len(turn_ids(TEXT.partition("Köln")[0])) - 1
     done = client.responses.create(model=MODEL, input="Weather?", tools=TOOLS, max_output_tokens=cut)
     assert (done.status, done.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert [item.status for item in done.output] == ["completed", "completed", "incomplete"]
@@ -217,7 +213,7 @@ def test_a_cut_response_is_incomplete(client: openai.OpenAI, engine: RunningFron
 
 
 def test_a_response_that_breaks_off_fails_by_an_event(client: openai.OpenAI, engine: RunningFrontend) -> None:
-    engine.engine.script = lambda submit: [ids("One")[:1], *[None] * 300, Finish.ERROR]
+    engine.engine.script = lambda submit: [turn_ids("One")[:1], *[None] * 300, Finish.ERROR]
     events = list(client.responses.create(model=MODEL, input="x", stream=True))
     assert events[-1].type == "response.failed"
     assert events[-1].response.error.code == "server_error"

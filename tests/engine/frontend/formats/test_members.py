@@ -216,6 +216,11 @@ OBJECTS: list[Any] = [
         "minProperties": 1,
     },
     {"type": "object", "allOf": [one(STRING), {"properties": {"y": NUMBER}, "required": ["y"]}]},
+    {
+        "type": "object",
+        "properties": {"a": NUMBER},
+        "allOf": [{"maxProperties": 0}, {"maxProperties": 3}],
+    },
     {"type": "object", "anyOf": [one(STRING), {"properties": {"y": NUMBER}, "required": ["y"]}]},
     {"$ref": "#/$defs/a", "$defs": {"a": one(STRING)}},
     {"type": "object", "properties": {}},

@@ -19,7 +19,14 @@ from lockstep.engine.protocol.frontends import HandleLogprobs, Submit
 from lockstep.engine.text.tokenizer import Codec
 from support.engine.frontend.running_frontend import MODEL, RunningFrontend
 from support.engine.frontend.scripted_controller import say
-from support.engine.text.tiny_tokenizer import IM_END, TOOL_TEMPLATE, VOCAB_SIZE, tiny_tokenizer, write_model
+from support.engine.text.tiny_tokenizer import (
+    IM_END,
+    TOOL_TEMPLATE,
+    VOCAB_SIZE,
+    tiny_tokenizer,
+    turn_ids,
+    write_model,
+)
 
 USER = [{"role": "user", "content": "Hello"}]
 PROMPT = "The lazy 東京 dog"
@@ -217,7 +224,7 @@ def test_candidates_of_equal_text_are_all_there(tmp_path: Path) -> None:
 
 
 def test_keys_are_null_where_empty(client: openai.OpenAI, frontend: RunningFrontend) -> None:
-    frontend.engine.script = say([*tiny_tokenizer().encode("fox").ids, IM_END])
+    frontend.engine.script = say(turn_ids("fox"))
     chat = client.chat.completions.create(model=MODEL, messages=USER)
     message: Any = chat.choices[0].message
     assert message.reasoning is message.reasoning_content is message.refusal is message.function_call is None

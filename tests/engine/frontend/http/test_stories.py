@@ -105,7 +105,8 @@ def test_at_most_so_many_stories_are_kept() -> None:
 
     stories = Stories(most=3)
     for number in range(5):
-        record = RequestRecord(str(number), "POST", b"/", 0.0, 200, reply=Answered())  # type: ignore[arg-type]
+        reply: Any = Answered()
+        record = RequestRecord(str(number), "POST", b"/", 0.0, 200, reply=reply)
         stories.begin(record)
         stories.end(record)
     assert [number for number in range(5) if stories.find(str(number))] == [2, 3, 4]

@@ -34,11 +34,9 @@ PARAMETERS = {
     "additionalProperties": False,
     "$defs": {"tag": {"enum": ["a", "b"]}},
 }
-TOOLS = [
-    {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
-    {"type": "function", "function": {"name": "now"}},
-]
-SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS}  # type: ignore[attr-defined,index]
+FUNCTIONS: list[dict[str, Any]] = [{"name": "get_weather", "parameters": PARAMETERS}, {"name": "now"}]
+TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
+SCHEMAS = {function["name"]: function.get("parameters", {}) for function in FUNCTIONS}
 # Some formats write strings as free text, and a random text does not find the tag that ends it.
 UNQUOTED_PARAMETERS = {
     **PARAMETERS,

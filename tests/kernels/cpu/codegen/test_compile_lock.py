@@ -14,6 +14,7 @@ from pathlib import Path
 import numba
 
 from lockstep.kernels.cpu.codegen import arrays
+from support.kernels.run_at_once import run_at_once
 
 COUNT = 20
 KERNELS = f"import numba\nCOUNT = {COUNT}\n" + "".join(
@@ -52,32 +53,17 @@ def start(folder: Path, *types: str) -> subprocess.Popen[str]:
     )
 
 
-def run_at_once(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """The last line of each."""
-    for process in processes:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line == "ready\n", line + process.stdout.read()
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    answers = [process.communicate(timeout=100)[0] for process in processes]
-    assert not any(process.returncode for process in processes), answers
-    return [answer.splitlines()[-1] for answer in answers]
-
-
 def test_four_processes_compile_at_once_and_a_fifth_loads_it_all(tmp_path: Path) -> None:
     (tmp_path / "kernels_of_the_test.py").write_text(KERNELS)
     (tmp_path / "cache").mkdir()
-    assert run_at_once([start(tmp_path, name) for name in TYPES]) == [str(COUNT)] * 4
-    assert run_at_once([start(tmp_path, *TYPES)]) == ["0"], "not all that was compiled is found again"
+    assert run_at_once([start(tmp_path, name) for name in TYPES], 100.0) == [str(COUNT)] * 4
+    assert run_at_once([start(tmp_path, *TYPES)], 100.0) == ["0"], "not all that was compiled is found again"
 
 
 def test_processes_that_want_the_same_kernels_compile_them_once(tmp_path: Path) -> None:
     (tmp_path / "kernels_of_the_test.py").write_text(KERNELS)
     (tmp_path / "cache").mkdir()
-    compiled = run_at_once([start(tmp_path, "float32") for _ in range(2)])
+    compiled = run_at_once([start(tmp_path, "float32") for _ in range(2)], 100.0)
     assert sum(map(int, compiled)) == COUNT
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from lockstep.kernels.cpu.codegen import arrays, compiling
 from lockstep.kernels.cpu.codegen.wanted import Wanted, only_noted
+from support.kernels.run_at_once import run_at_once
 
 
 @numba.njit
@@ -113,16 +114,6 @@ def test_processes_share_the_kernels_among_them(processes: int, helpers: int, tm
         )
         for _ in range(processes)
     ]
-    for process in started:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line == "ready\n", line + process.stdout.read()
-    for process in started:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    answers = [process.communicate(timeout=280)[0] for process in started]
-    assert not any(process.returncode for process in started), answers
-    misses = [int(answer.splitlines()[-1]) for answer in answers]
-    assert sum(misses) == 2 if not helpers else sum(misses) <= 2, answers
+    misses = [int(line) for line in run_at_once(started, 280.0)]
+    assert sum(misses) == 2 if not helpers else sum(misses) <= 2, misses
     assert len([path for path in (tmp_path / "cache").rglob("claim-*") if path.stat().st_size]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -73,10 +74,9 @@ class RunningFrontend:
         try:
             wait_until(self._all_ready, "every frontend takes connections")
             with ExitStack() as stack:
-                for http in [
-                    stack.enter_context(httpx.Client(base_url=self.url, timeout=20)) for _ in self.specs
-                ]:  # one to each
-                    wait_until(lambda http=http: self._is_up(http), "the frontend answers /health with 200")  # type: ignore[misc]
+                one_each = [httpx.Client(base_url=self.url, timeout=20) for _ in self.specs]
+                for http in map(stack.enter_context, one_each):
+                    wait_until(partial(self._is_up, http), "the frontend answers /health with 200")
             wait_until(self._none_open, "those connections have ended")
         except BaseException:
             self.stop()

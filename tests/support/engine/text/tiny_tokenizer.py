@@ -55,6 +55,11 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def turn_ids(text: str) -> list[int]:
+    """The tokens of a whole turn that says `text`."""
+    return [*tiny_tokenizer().encode(text).ids, IM_END]
+
+
 def write_model(path: Path, generation: dict[str, object] | None = None, template: str = TEMPLATE) -> Path:
     """Writes tokenizer, config.json and generation_config.json into ``path``."""
     path.mkdir(parents=True, exist_ok=True)
