@@ -6,8 +6,9 @@ import subprocess
 
 
 def run_at_once(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
-    """The last line of each; one that takes longer than `seconds` from the common start, or that
-    ends with an error, fails the test."""
+    """The last line of each. One that takes longer than ``seconds`` from the common start, or that
+    ends with an error, fails the test.
+    """
     for process in processes:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -15,11 +15,15 @@ from typing import Any
 import tiktoken
 
 # As in tokenization_kimi.py, alternative by alternative.
+_BEFORE = r"""[^\r\n\p{L}\p{N}]?"""
+_UPPER = r"""[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"""
+_LOWER = r"""[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"""
+_SUFFIX = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
 PATTERN = "|".join(
     [
         r"""[\p{Han}]+""",
-        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_SUFFIX}",
+        f"{_BEFORE}{_UPPER}+{_LOWER}*{_SUFFIX}",
         r"""\p{N}{1,3}""",
         r""" ?[^\s\p{L}\p{N}]+[\r\n]*""",
         r"""\s*[\r\n]+""",

@@ -56,7 +56,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def turn_ids(text: str) -> list[int]:
-    """The tokens of a whole turn that says `text`."""
+    """The tokens of a whole turn that says ``text``."""
     return [*tiny_tokenizer().encode(text).ids, IM_END]
 
 
