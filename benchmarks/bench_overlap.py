@@ -34,7 +34,7 @@ from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.planner.flight import Flight
 from lockstep.engine.planner.overlap import Overlap
-from lockstep.engine.planner.sections import bucket_of
+from lockstep.engine.protocol.buckets import bucket_over
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import StepResult
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def capacity(self) -> int:
-        return int(bucket_of(np.array([self.prompt or self.decodes]))[0])
+        return bucket_over(self.prompt or self.decodes)
 
 
 CASES = (Case(0, 0, prompt=256), Case(0, 0, prompt=512), Case(8, 512))

@@ -212,14 +212,10 @@ class EpochGroup(Protocol):
 
 
 class RankGroups:
-    """The groups that a rank belongs to: built, and dropped, together."""
+    """The groups that a rank belongs to: built, and dropped, together and in order."""
 
     def __init__(self, *groups: EpochGroup) -> None:
-        self._groups = list(groups)
-
-    def join(self, group: EpochGroup) -> None:
-        """Adds a group, which is built after the others."""
-        self._groups.append(group)
+        self._groups = groups
 
     @property
     def recovery(self) -> Recovery:

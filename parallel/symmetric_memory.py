@@ -2,8 +2,8 @@
 on the device (torch symmetric memory over NVSHMEM).
 
 A rank reserves regions, then ``build`` allocates them: all ranks reserve the same ones in the same
-order. NVSHMEM cannot be left and joined again by a process, so this transport does not outlive the
-loss of a peer: its recovery grade is a restart of the process.
+order. NVSHMEM cannot be left and joined again by a process, so the process ends with its epoch, and
+its replacement meets the others: the recovery grade is a restart of the process.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ def row_alignment(size: int) -> int:
 def region_rows(num_rows: int, row_bytes: int) -> int:
     """Rows that a region needs for ``num_rows``."""
     return max(num_rows, -(-_FULL_BYTES // row_bytes))
+
+
+Started = torch.Event | None
+"""The end of an exchange on its stream; None on a device without streams, where it is over."""
 
 
 class SymmetricLibrary(Protocol):
@@ -138,7 +142,8 @@ class Region:
 
 class SymmetricGroup:
     """The symmetric memory of ``size`` ranks; this rank is ``index``. Regions lie at fixed
-    addresses from ``build`` on.
+    addresses from ``build`` on. On GPUs exchanges run on a stream of their own, beside what is
+    computed meanwhile.
     """
 
     recovery: Recovery = PROCESS_RESTART
@@ -160,6 +165,7 @@ class SymmetricGroup:
         self._name, self._store, self._device, self._library = name, store, device, library
         self._regions: list[Region] = []
         self._tensors: list[Tensor] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
         """Memory that ``build`` will allocate."""
@@ -168,11 +174,16 @@ class SymmetricGroup:
         self._regions.append(region)
         return region
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all regions reserved so far."""
+        return sum(math.prod(region.shape) * region.dtype.itemsize for region in self._regions)
+
     def __getitem__(self, region: Region) -> Tensor:
         return self._tensors[region.number]
 
     def build(self, epoch: int) -> None:
-        """Meets the other ranks and allocates zeros, the first time. Raises ProcessSpent later."""
+        """Meets the other ranks and allocates zeros. Raises ProcessSpent the second time."""
         if self._tensors:
             raise ProcessSpent(
                 f"{self._name}: epoch {epoch} needs new symmetric memory, which a process gets once"
@@ -185,17 +196,33 @@ class SymmetricGroup:
             self._tensors.append(tensor.zero_())
 
     def destroy(self) -> None:
-        """The memory is the process's until it ends."""
+        """Raises ProcessSpent if there is memory: it is the process's until that ends."""
+        if self._tensors:
+            raise ProcessSpent(f"{self._name}: the epoch has ended, and symmetric memory serves one only")
 
-    def all_to_all(self, rows: Region, received: Region, splits: Region, received_splits: Region) -> None:
-        """Sends runs of rows to all ranks, on the current stream; the host reads nothing.
+    def start_all_to_all(
+        self, rows: Region, received: Region, splits: Region, received_splits: Region
+    ) -> Started:
+        """Sends runs of rows to all ranks, once the current stream has come so far; the host reads
+        nothing.
 
         ``splits`` [W] and ``received_splits`` [2, W] are int64. Begins with a barrier of all ranks,
         but ends without one: ``rows`` may change after the next exchange has begun.
         """
-        self._library.all_to_all_vdev(
-            self[rows], self[received], self[splits], self[received_splits], self._group
-        )
+        tensors = self[rows], self[received], self[splits], self[received_splits]
+        if self._stream is None:
+            self._library.all_to_all_vdev(*tensors, self._group)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._library.all_to_all_vdev(*tensors, self._group)
+            ended: torch.Event = self._stream.record_event()
+            return ended
+
+    def wait(self, started: Started) -> None:
+        """Keeps what follows on the current stream until the exchange has ended."""
+        if started is not None:
+            torch.cuda.current_stream(self._device).wait_event(started)
 
     @property
     def _group(self) -> str:

@@ -14,11 +14,13 @@ _GPU_SHARE = 0.9
 @dataclass(frozen=True)
 class PoolLimits:
     """Bounds of a page pool. ``memory``: bytes, None for a share of the free ones. ``max_tokens``:
-    tokens of all requests that could ever run at once.
+    tokens of all requests that could ever run at once. ``claimed``: bytes of a GPU that are free
+    while the pool is sized, and will not be.
     """
 
     memory: int | None
     max_tokens: int
+    claimed: int = 0
 
     def num_bytes(self, free: int, ranks: int, device: str) -> int:
         """Bytes of the pool when ``ranks`` share ``free`` bytes (a GPU belongs to one rank)."""
@@ -26,7 +28,7 @@ class PoolLimits:
             return self.memory
         if device == "cpu":
             return int(free * _CPU_SHARE / ranks)
-        return int(free * _GPU_SHARE - GPU_RESERVE_BYTES)
+        return int((free - self.claimed) * _GPU_SHARE - GPU_RESERVE_BYTES)
 
     def num_pages(self, num_bytes: int, page_bytes: int, page_size: int) -> int:
         """Pages of ``page_size`` tokens in ``num_bytes``; 0 when not one fits. Only a size that

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..protocol.arrays import Int64
+from ..protocol.buckets import bucket_of
 from ..protocol.plan import Section
 from .group import Group
 from .packing import SectionBytes, i32, pack, pairs
 from .prefill import PromptChunks
-
-_BUCKETS = np.array(
-    [0, 1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 128), *range(1024, 1 << 20, 1024)]
-)
 
 
 @dataclass(frozen=True)
@@ -26,11 +23,6 @@ class RowChanges:
     held: dict[int, tuple[list[int], list[int]]]
     freed: SectionBytes
     grown: SectionBytes
-
-
-def bucket_of(num_tokens: Int64) -> Int64:
-    """The smallest bucket that holds each number of tokens."""
-    return _BUCKETS[_BUCKETS.searchsorted(num_tokens)]
 
 
 class Sections:

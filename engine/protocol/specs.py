@@ -84,7 +84,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``store_address``: the store where ranks meet. ``kv_memory``: bytes of the page pool, None for a
     share of free memory.
     ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
-    ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index in a step.
+    ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index in a step,
+    a bucket. ``overlap``: steps may have two microbatches.
     """
 
     rank: int
@@ -107,6 +108,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     threads: int
     capacity: int = 8192
+    overlap: bool = False
     collective_deadline: float = 60.0
     pause_deadline: float = 120.0
     lobby: LobbySpec | None = None

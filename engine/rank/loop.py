@@ -36,8 +36,8 @@ class RankLoop:
         self._running: tuple[int, int] | None = None  # epoch and step
 
     def run(self) -> str:
-        """Serves until the controller says Stop, and returns its reason. Raises ControllerLost or
-        StepFailed.
+        """Serves until the controller says Stop, and returns its reason. Raises ControllerLost,
+        StepFailed, or the error of an executor that cannot leave an epoch.
         """
         while True:
             compiling = self._executor.compiling

@@ -15,17 +15,11 @@ from ...kernels.formats.kv_format import parse_format
 from ...moe.balance.placement import Placement
 from ...moe.balance.start import placement_of
 from ...moe.config import MoEConfig
-from ...moe.dispatch.all_gather import AllGatherExchange
-from ...moe.dispatch.all_to_all import AllToAllExchange
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...moe.dispatch.exchange import ExchangeDispatcher
-from ...moe.dispatch.local import LocalDispatcher
-from ...moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from ...parallel.collectives import Collectives, RankGroups
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
 from ...parallel.stages import PipelineStage, split_layers
-from ...parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig, load_config
@@ -34,6 +28,7 @@ from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
 from ..text.vocabulary import load_vocabulary
+from .dispatch import build_dispatcher
 from .executor import Executor
 from .grammars import Grammars
 from .loop import RankLoop
@@ -93,18 +88,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     experts, tensor, stages = _groups(spec, device)
     split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor)
     turns = Turns()
-    first = here.stage * mesh.experts
-    node_W = [(first + index) // spec.ranks_per_host for index in range(mesh.experts)]
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
-    groups = RankGroups(experts, tensor, stages)
-    if spec.dispatch == "all_to_all" and device.type == "cuda":
-        shape = TokenShape(-(-spec.capacity // mesh.tensor), config.moe.top_k, config.moe.hidden, dtype)
-        memory = _symmetric_group(experts, device)
-        groups.join(memory)
-        exchange = SymmetricExchange(placement, memory, device, shape, node_W)
-        dispatcher: Dispatcher = ExchangeDispatcher(exchange, device)
-    else:
-        dispatcher = _dispatcher(spec.dispatch, placement, experts, device, turns, node_W)
+    dispatcher, memory = build_dispatcher(spec, config.moe, dtype, placement, experts, turns)
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
     part = ModelPart(stage, split)
@@ -114,7 +99,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     )
     model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
-    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len)
+    claimed = 0 if memory is None else memory.num_bytes
+    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
     num_pages = fit_pages(page_bytes, spec.page_size, limits, spec.ranks_per_host, device)
     pool = KVPool(held, num_pages, spec.page_size, kv_format, device)
     facts = spec.model_path, spec.rank, mesh.world, device, spec.dtype, num_pages, kv_format, spec.dispatch
@@ -125,7 +111,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
-        groups=groups,
+        groups=RankGroups(experts, tensor, stages, *([] if memory is None else [memory])),
         split=split,
         links=PipelineLinks(stages, stage, device),
         turns=turns,
@@ -173,37 +159,8 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
     """A dispatcher of the rank's kind, for a group of one."""
     device = torch.device(spec.device)
     collectives = Collectives("warm-up", 0, 1, None, spec.collective_deadline, device)
-    return _dispatcher(spec.dispatch, placement, collectives, device, Turns())
-
-
-def _symmetric_group(experts: Collectives, device: torch.device) -> SymmetricGroup:
-    """The memory that the ranks of ``experts`` share on GPUs."""
-    if experts.store is None:
-        raise ValueError("experts.dispatch = all_to_all: needs two ranks or more on GPUs; use auto or local")
-    library = TorchSymmetricLibrary()
-    return SymmetricGroup("experts", experts.index, experts.size, experts.store, device, library)
-
-
-def _dispatcher(
-    kind: str,
-    placement: Placement,
-    collectives: Collectives,
-    device: torch.device,
-    turns: Turns,
-    node_W: list[int] | None = None,
-) -> Dispatcher:
-    if kind == "all_gather":
-        gathering = AllGatherExchange(placement, collectives, device, node_W)
-        return ExchangeDispatcher(gathering, device, give_turn=turns.give)
-    if kind == "all_to_all" and device.type == "cpu":
-        sending = AllToAllExchange(placement, collectives, device, node_W)
-        return ExchangeDispatcher(sending, device, give_turn=turns.give)
-    if kind == "local" and collectives.size == 1:
-        return LocalDispatcher(placement, device)
-    raise ValueError(
-        f"experts.dispatch = {kind}, on {device} with {collectives.size} ranks: allowed are all_gather, "
-        "all_to_all on a CPU (it counts on the host), and local for one rank"
-    )
+    config = load_config(Path(spec.model_path))
+    return build_dispatcher(spec, config.moe, _dtype(spec.dtype), placement, collectives, Turns())[0]
 
 
 def _expert_bytes(moe: MoEConfig, dtype: torch.dtype, fp8: bool) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 from ...engine.kv.budget import GPU_RESERVE_BYTES, PoolLimits
 from ...engine.models.config import GqaConfig
+from ...engine.protocol.buckets import bucket_over
+from ...parallel.microbatches import most_tokens
 from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
 
@@ -101,7 +103,7 @@ def page_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
     """Pages of the pool; 0 if none fits."""
-    limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len)
+    limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len, symmetric_memory(setup))
     free = setup.rank_memory - weights.total
     num_bytes = limits.num_bytes(free, 1, setup.hardware.device)
     return limits.num_pages(num_bytes, page_bytes(setup, stage), setup.page_size)
@@ -137,11 +139,11 @@ def row_bytes(setup: Setup) -> int:
 def dispatch_buffers(setup: Setup) -> int:
     """Bytes of an exchange of ``capacity`` tokens per rank; in all_to_all all go to this rank.
 
-    Counts rows sent and received, outputs of their pairs, and outputs that come back. On GPUs
-    all_to_all has rows at fixed addresses both ways, and an output is the sum for a token.
+    Counts rows sent and received, outputs of their pairs, and outputs that come back. On GPUs sums
+    for a token come back.
     """
-    moe, ranks = setup.shape.moe, setup.expert_ranks
-    tokens = -(-setup.capacity // setup.mesh.tensor)
+    moe, ranks, capacity = setup.shape.moe, setup.expert_ranks, bucket_over(setup.capacity)
+    tokens = -(-capacity // setup.mesh.tensor)
     row, output = row_bytes(setup), setup.shape.hidden * setup.item
     back = tokens * moe.top_k * output
     if setup.dispatch == "local" or ranks == 1:
@@ -152,8 +154,21 @@ def dispatch_buffers(setup: Setup) -> int:
             return tokens * (row + 4 * moe.top_k) * (1 + ranks) + pairs + (ranks + 1) * tokens * output
         return tokens * row * (1 + ranks) + pairs + back
     pairs = ranks * tokens * min(moe.top_k, setup.num_slots)
-    if setup.dispatch == "all_to_all" and setup.hardware.device == "cuda":
-        row = math.ceil(setup.shape.hidden * setup.wire_item) + 8 * min(moe.top_k, setup.num_slots)
-        rows = ranks * tokens + tokens * min(moe.top_k, ranks) + 1
-        return rows * (row + output) + pairs * output + back
+    if setup.hardware.device == "cuda":
+        return symmetric_memory(setup) + pairs * output + back
     return tokens * row * (min(moe.top_k, ranks) + ranks) + pairs * output + back
+
+
+def symmetric_memory(setup: Setup) -> int:
+    """Bytes at fixed addresses for all_to_all on GPUs: rows sent and received, there and back, for
+    each microbatch.
+    """
+    moe, ranks = setup.shape.moe, setup.expert_ranks
+    if setup.dispatch != "all_to_all" or setup.hardware.device != "cuda" or ranks == 1:
+        return 0
+    capacity = bucket_over(setup.capacity)
+    microbatches = (capacity, most_tokens(capacity)) if setup.overlap else (capacity,)
+    tokens = [-(-most // setup.mesh.tensor) for most in microbatches]
+    rows = sum(tokens) * (ranks + min(moe.top_k, ranks)) + len(tokens)
+    row = math.ceil(setup.shape.hidden * setup.wire_item) + 8 * min(moe.top_k, setup.num_slots)
+    return rows * (row + setup.shape.hidden * setup.item)

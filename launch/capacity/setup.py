@@ -27,8 +27,8 @@ class Setup:
 
     ``weights``, ``expert_weights``: dtypes of stored matrices. ``dtype``: of activations.
     ``attention_dtype``: of attention's arithmetic. ``wire_item``: bytes per value sent to experts.
-    ``kv_memory``: None is auto. ``capacity``: most tokens of a rank in a step. ``isa``: kind of
-    CPU, None for GPUs.
+    ``kv_memory``: None is auto. ``capacity``: most tokens of a rank in a step; with
+    ``overlap`` it may have two microbatches. ``isa``: kind of CPU, None for GPUs.
     """
 
     shape: Shape
@@ -47,6 +47,7 @@ class Setup:
     max_len: int
     max_running: int
     capacity: int
+    overlap: bool
     redundant: int
     isa: Isa | None
 
@@ -122,6 +123,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         max_len=min(recipe.model.max_len or shape.max_position, shape.max_position),
         max_running=recipe.scheduler.max_running,
         capacity=recipe.scheduler.max_batch_tokens,
+        overlap=recipe.overlap != "off",
         redundant=recipe.experts.redundant,
         isa=_isa(recipe, hardware),
     )

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import structs
 
 from ...engine.models.config import ModelConfig
+from ...engine.protocol.buckets import bucket_over
 from ...engine.protocol.cluster_state import ClusterState
 from ...engine.protocol.specs import (
     AcceptorSpec,
@@ -146,7 +147,8 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         dispatch=site.dispatch,
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,
-        capacity=recipe.scheduler.max_batch_tokens,
+        capacity=bucket_over(recipe.scheduler.max_batch_tokens),
+        overlap=recipe.overlap != "off",
         collective_deadline=recipe.cluster.collective_deadline,
         pause_deadline=recipe.cluster.pause_deadline,
         lobby=site.lobby(f"rank {rank}"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.table import column_for, ops_of
-from ...parallel.symmetric_memory import Region, SymmetricGroup, region_rows, row_alignment
+from ...parallel.symmetric_memory import Region, Started, SymmetricGroup, region_rows, row_alignment
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
@@ -28,9 +28,11 @@ from .replicas import ReplicaChoice
 
 @dataclass(frozen=True)
 class TokenShape:
-    """Sizes of the tokens of an exchange. ``capacity``: most tokens of a rank in a step."""
+    """Sizes of the tokens of an exchange. ``capacities``: most tokens of a rank in a step; then, if
+    steps may have two microbatches, most in one of them.
+    """
 
-    capacity: int
+    capacities: tuple[int, ...]
     top_k: int
     hidden: int
     dtype: torch.dtype
@@ -75,11 +77,24 @@ class _Way:
 
 
 @dataclass
-class _Sent:
-    """Tokens under way. sent_TK int64: the row of every choice, the last row for those whose rank
-    an earlier choice has. ``weights_NJ``: of the pairs received.
+class _Lane:
+    """The regions of one microbatch, both ways, and the exchange that was started last. ``free``:
+    no tokens are under way.
     """
 
+    there: _Way
+    back: _Way
+    started: Started = None
+    free: bool = True
+
+
+@dataclass
+class _Sent:
+    """Tokens under way on ``lane``. sent_TK int64: the row of every choice, the last row for those
+    whose rank an earlier choice has. ``weights_NJ``: of the pairs received.
+    """
+
+    lane: _Lane
     sent_TK: Tensor
     weights_NJ: Tensor
 
@@ -89,7 +104,7 @@ class SymmetricExchange:
 
     Rows of ``ids`` -1 are padding: they go nowhere and are never counted. Regions are used again in
     every layer: each exchange begins with a barrier, so rows of an exchange are free once the next
-    one has begun.
+    one has begun. Two microbatches have regions of their own, and take turns alike on all ranks.
     """
 
     def __init__(
@@ -110,29 +125,28 @@ class SymmetricExchange:
         alignment = row_alignment(group.size)
         self._row = _Row(shape.hidden, shape.dtype, min(shape.top_k, placement.num_slots), alignment)
         self._output = _Row(shape.hidden, shape.dtype, 0, alignment)
-        own, all_ = shape.capacity * min(shape.top_k, group.size) + 1, shape.capacity * group.size
-        self._there = self._reserve(own, all_, self._row.num_bytes)
-        self._back = self._reserve(all_, own, self._output.num_bytes)
+        self._lanes = [self._reserve_lane(capacity) for capacity in shape.capacities]
         self._capacity = 0
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
-        assert num_tokens <= capacity <= self._shape.capacity, (
-            f"{num_tokens} tokens, capacity {capacity}, at most {self._shape.capacity}"
-        )
+        most = self._shape.capacities[0]
+        assert num_tokens <= capacity <= most, f"{num_tokens} tokens, capacity {capacity}, at most {most}"
         self._capacity = capacity
         self._choice.begin_step(num_tokens)
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         num_tokens, top_k = ids_TK.shape
         size, num_slots, row = self._group.size, self.placement.num_slots, self._row
-        rows = self._group[self._there.sent]
+        lane = next(lane for lane in self._lanes if lane.free)
+        lane.free = False
+        rows = self._group[lane.there.sent]
         places_TK = torch.where(ids_TK >= 0, self._choice.places_TK(ids_TK.clamp_min(0), layer), EMPTY)
         real_TK = places_TK >= 0
         ranks_TK = torch.where(real_TK, places_TK // num_slots, size)
         same_TKK = ranks_TK[:, :, None] == ranks_TK[:, None, :]
         first_TK = real_TK & ~same_TKK.tril(-1).any(2)
         hit_TW = ids_TK.new_zeros(num_tokens, size + 1).scatter_(1, ranks_TK, 1)[:, :size]
-        self._group[self._there.splits].copy_(hit_TW.sum(0))
+        self._group[lane.there.splits].copy_(hit_TW.sum(0))
         # Runs of the ranks follow one another, tokens in order within each.
         row_TW = (hit_TW.t().flatten().cumsum(0) - 1).view(size, num_tokens).t()
         row_TK = row_TW.gather(1, ranks_TK.clamp_max(size - 1))
@@ -144,15 +158,17 @@ class SymmetricExchange:
         row.x(rows).index_copy_(0, at, x_TD.repeat_interleave(top_k, 0, output_size=len(at)))
         row.slots(rows).index_copy_(0, at, slots_TKJ.flatten(0, 1).to(torch.int32))
         row.weights(rows).index_copy_(0, at, weights_TKJ.flatten(0, 1))
-        self._exchange(self._there)
-        return Handle(weights_TK, layer, _Sent(sent_TK, weights_TK))
+        self._start(lane, lane.there)
+        return Handle(weights_TK, layer, _Sent(lane, sent_TK, weights_TK))
 
     def receive(self, handle: Handle) -> Received:
         sent = handle.state
         assert isinstance(sent, _Sent)
-        num_rows, num_pairs = self._group.size * self._capacity, self._row.num_pairs
-        rows = self._group[self._there.received][:num_rows]
-        arrived = self._group[self._there.received_splits][0].sum()
+        self._group.wait(sent.lane.started)
+        there, num_pairs = sent.lane.there, self._row.num_pairs
+        num_rows = self._group.size * self._capacity
+        rows = self._group[there.received][:num_rows]
+        arrived = self._group[there.received_splits][0].sum()
         order_N = torch.arange(num_rows, device=rows.device)
         slots_NJ = torch.where((order_N < arrived)[:, None], self._row.slots(rows).to(torch.int64), EMPTY)
         sent.weights_NJ = torch.where(slots_NJ >= 0, self._row.weights(rows), 0.0)
@@ -166,18 +182,29 @@ class SymmetricExchange:
         sent = handle.state
         assert isinstance(sent, _Sent)
         sums_ND = self._weighted_sum(y_MD.view(*sent.weights_NJ.shape, self._shape.hidden), sent.weights_NJ)
-        self._output.x(self._group[self._back.sent][: len(sums_ND)]).copy_(sums_ND)
-        self._group[self._back.splits].copy_(self._group[self._there.received_splits][0])
-        self._exchange(self._back)
+        lane = sent.lane
+        self._output.x(self._group[lane.back.sent][: len(sums_ND)]).copy_(sums_ND)
+        self._group[lane.back.splits].copy_(self._group[lane.there.received_splits][0])
+        self._start(lane, lane.back)
 
     def combine(self, handle: Handle) -> Tensor:
         sent = handle.state
         assert isinstance(sent, _Sent)
-        rows = self._output.x(self._group[self._back.received])  # the last one is zero
+        self._group.wait(sent.lane.started)
+        sent.lane.free = True
+        rows = self._output.x(self._group[sent.lane.back.received])  # the last one is zero
         sums_TKD = rows.index_select(0, sent.sent_TK.flatten()).view(*sent.sent_TK.shape, rows.shape[1])
         return self._weighted_sum(sums_TKD, torch.ones_like(handle.weights_TK))
 
-    def _reserve(self, sent: int, received: int, row_bytes: int) -> _Way:
+    def _reserve_lane(self, capacity: int) -> _Lane:
+        size = self._group.size
+        own, all_ = capacity * min(self._shape.top_k, size) + 1, capacity * size
+        return _Lane(
+            self._reserve_way(own, all_, self._row.num_bytes),
+            self._reserve_way(all_, own, self._output.num_bytes),
+        )
+
+    def _reserve_way(self, sent: int, received: int, row_bytes: int) -> _Way:
         reserve, size = self._group.reserve, self._group.size
         return _Way(
             reserve((region_rows(sent, row_bytes), row_bytes), torch.uint8),
@@ -186,8 +213,8 @@ class SymmetricExchange:
             reserve((2, size), torch.int64),
         )
 
-    def _exchange(self, way: _Way) -> None:
-        self._group.all_to_all(way.sent, way.received, way.splits, way.received_splits)
+    def _start(self, lane: _Lane, way: _Way) -> None:
+        lane.started = self._group.start_all_to_all(way.sent, way.received, way.splits, way.received_splits)
 
 
 def _aligned(num_bytes: int, alignment: int) -> int:

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from torch.distributed import HashStore
 
 from lockstep.launch.capacity.anchors import (
     EXCHANGE_TOKENS,
@@ -24,14 +26,18 @@ from lockstep.launch.capacity.anchors import (
     markdown,
 )
 from lockstep.launch.capacity.floors import decode_work, distinct, floor_of, prefill_work, traffic
-from lockstep.launch.capacity.memory import dispatch_buffers
+from lockstep.launch.capacity.memory import dispatch_buffers, symmetric_memory
 from lockstep.launch.capacity.plan import CapacityPlan, make_plan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import Hardware, hardware_names, load_hardware
 from lockstep.launch.recipe.recipe import RecipeError, contradictions
+from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.config import MoEConfig
+from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.symmetric_memory import SymmetricGroup
+from support.parallel.symmetric_double import AbsentLibrary
 
 ROOT = find_recipe("demo").parent.parent
 
@@ -85,7 +91,7 @@ def test_a_narrow_terminal_costs_no_figure() -> None:
 def test_a_program_reads_json(tmp_path: Path) -> None:
     result = command(tmp_path, "--recipe", "deepseek-gb200", "--json")
     plan = json.loads(result.stdout)
-    assert (result.returncode, plan["fits"], plan["launches"]) == (0, True, False)
+    assert (result.returncode, plan["fits"], plan["launches"]) == (0, True, True)
     assert plan["layout"] == {"world": 72, "pipeline": 1, "data": 72, "tensor": 1}
     (ranks,) = plan["ranks"]
     held = ranks["memory"]
@@ -183,7 +189,7 @@ def test_model_dimensions_come_from_the_model_where_it_is() -> None:
         (
             "qwen3-235b-2x8",
             ["scheduler.max_batch_tokens=8192"],
-            "dispatch buffers 11.5 GiB at scheduler.max_batch_tokens = 8192 exceed",
+            "dispatch buffers 13.4 GiB at scheduler.max_batch_tokens = 8192 exceed",
         ),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"], "; use kv_cache.memory = "),
     ],
@@ -231,21 +237,38 @@ def test_batch_and_context_are_those_of_the_pages() -> None:
     assert plan_of("qwen3-30b-a3b-1xh100", "scheduler.max_running=7").largest_batch == 7
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_symmetric_memory_is_what_a_rank_reserves(overlap: bool) -> None:
+    setup = replace(deepseek("h200", 32, prefill=False), dispatch="all_to_all", overlap=overlap, wire_item=2)
+    moe = setup.shape.moe
+    capacities = (1024, 641) if overlap else (1024,)
+    setup = replace(setup, capacity=1000)
+    group = SymmetricGroup("experts", 0, 32, HashStore(), torch.device("meta"), AbsentLibrary())
+    placement = contiguous(1, moe.num_experts, 32)
+    shape = TokenShape(capacities, moe.top_k, setup.shape.hidden, torch.bfloat16)
+    SymmetricExchange(placement, group, torch.device("cpu"), shape)
+    assert group.num_bytes == pytest.approx(symmetric_memory(setup), rel=0.1), "rows are aligned"
+
+
 def test_dispatch_buffers_follow_the_dispatcher() -> None:
     base = deepseek("h200", 32, prefill=False)
     shape = base.shape
-    few = replace(base, capacity=10, wire_item=2, dispatch="all_gather")
+    few = replace(base, capacity=15, wire_item=2, dispatch="all_gather", overlap=False)  # a bucket of 16
     row, output = 2 * 7168 + 32, 2 * 7168
     assert shape.moe.top_k == 8
-    assert dispatch_buffers(few) == 10 * (row + 32) * 33 + 32 * 10 * 8 * output + 330 * output
+    assert dispatch_buffers(few) == 16 * (row + 32) * 33 + 32 * 16 * 8 * output + 33 * 16 * output
     gathered = replace(few, hardware=load_hardware("cpu"))
-    assert dispatch_buffers(gathered) == 10 * row * 33 + 32 * 10 * 8 * output + 80 * output
+    assert dispatch_buffers(gathered) == 16 * row * 33 + 32 * 16 * 8 * output + 128 * output
     sent = replace(few, dispatch="all_to_all")
-    rows = 32 * 10 + 10 * 8 + 1  # received, sent, and one for choices that share a row
-    assert dispatch_buffers(sent) == rows * (2 * 7168 + 64 + output) + 32 * 10 * 8 * output + 80 * output
+    rows = 32 * 16 + 16 * 8 + 1  # received, sent, and one for choices that share a row
+    back = 32 * 16 * 8 * output + 128 * output
+    assert dispatch_buffers(sent) == rows * (2 * 7168 + 64 + output) + back
+    halves = 32 * 11 + 11 * 8 + 1  # of the second microbatch: 16 / 2 + 16 / 8 + 1
+    overlapped = replace(sent, overlap=True)
+    assert dispatch_buffers(overlapped) == (rows + halves) * (2 * 7168 + 64 + output) + back
     on_cpus = replace(sent, hardware=load_hardware("cpu"))
-    assert dispatch_buffers(on_cpus) == 10 * row * 40 + 32 * 10 * 8 * output + 80 * output
-    assert dispatch_buffers(replace(few, mesh=Mesh(data=1))) == 80 * output
+    assert dispatch_buffers(on_cpus) == 16 * row * 40 + back
+    assert dispatch_buffers(replace(few, mesh=Mesh(data=1))) == 128 * output
 
 
 # --------------------------------------------------------------------------- floors

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from lockstep.kernels.reference.experts import weighted_sum
+from lockstep.kernels.reference.sublayers import LocalExperts, Residual
 from lockstep.moe.balance.placement import Placement, contiguous
 from lockstep.moe.dispatch import symmetric
+from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.moe.dispatch.exchange import Handle
 from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.recovery import ProcessSpent
 from lockstep.parallel.symmetric_memory import SymmetricGroup, row_alignment
+from support.moe.dispatchers import symmetric_dispatcher
 from support.moe.exchange import LAYERS, Case, Kind, run_case
 from support.parallel.gloo_ranks import run_ranks
 from support.parallel.symmetric_double import AbsentLibrary, SymmetricDouble
@@ -72,19 +76,52 @@ def test_expert_parallel_equals_one_rank(world: int) -> None:
 
 def test_padded_rows_go_nowhere_and_stale_rows_are_no_pairs() -> None:
     """A full step leaves rows behind; in the next one half of the rows are padding."""
-    exchange = _exchange(SymmetricDouble(ALONE), contiguous(1, 4, 1), TokenShape(6, 2, 8, torch.float32), CPU)
+    exchange = _exchange(
+        SymmetricDouble(ALONE), contiguous(1, 4, 1), TokenShape((6,), 2, 8, torch.float32), CPU
+    )
     x, ids, weights = torch.randn(6, 8), torch.tensor([[0, 3]] * 6), torch.rand(6, 2)
     exchange.begin_step(6, 6)
-    first = exchange.receive(exchange.dispatch(x, ids, weights, 0))
+    full = exchange.dispatch(x, ids, weights, 0)
+    first = exchange.receive(full)
     assert (first.slots_M >= 0).all() and len(first.slots_M) == 12
+    exchange.send_back(first.x_ND[first.rows_M], full)
+    exchange.combine(full)
     ids[3:] = -1
     handle = exchange.dispatch(x, ids, weights, 0)
     received = exchange.receive(handle)
     assert (received.slots_M >= 0).sum() == 6 and (received.slots_M.view(6, 2)[3:] == -1).all()
     y = torch.where((received.slots_M >= 0)[:, None], received.x_ND[received.rows_M], 0)
-    combined = exchange.combine(y, handle)
+    exchange.send_back(y, handle)
+    combined = exchange.combine(handle)
     torch.testing.assert_close(combined[:3], x[:3] * weights[:3].sum(1, keepdim=True))
     assert not combined[3:].any(), "padding gets zeros"
+
+
+def test_two_microbatches_have_regions_of_their_own() -> None:
+    """Both are under way at once, layer after layer; then a step of full capacity finds the larger
+    regions free.
+    """
+    turns, shape = Turns(), TokenShape((8, 6), 2, 8, torch.float32)
+    dispatcher = symmetric_dispatcher(contiguous(3, 4, 1), ALONE, shape, turns)
+    inputs = [(torch.randn(count, 8), torch.rand(count, 2)) for count in (6, 4, 8)]
+
+    def forward(x: Tensor, weights: Tensor) -> list[Tensor]:
+        ids = torch.arange(2 * len(x)).view(-1, 2) % 4
+        routed = RoutedExperts(2, lambda residual: (residual[0], residual[0], ids, weights), _scaled, _never)
+        return [
+            dispatcher.run(layer, routed, (x + layer, None), lambda normed: None)[1] for layer in range(3)
+        ]
+
+    def expected(x: Tensor, weights: Tensor) -> list[Tensor]:
+        slots = torch.arange(2 * len(x)).view(-1, 2) % 4
+        return [(x + layer) * (weights * (1 + slots)).sum(1, keepdim=True) for layer in range(3)]
+
+    dispatcher.begin_step(6, 6)
+    first, second, whole = inputs
+    found = turns.run(lambda: forward(*first), lambda: forward(*second))
+    torch.testing.assert_close(list(found), [expected(*first), expected(*second)])
+    dispatcher.begin_step(8, 8)
+    torch.testing.assert_close(forward(*whole), expected(*whole))
 
 
 def test_memory_is_built_once_in_a_process() -> None:
@@ -92,7 +129,8 @@ def test_memory_is_built_once_in_a_process() -> None:
     region = group.reserve((3,), torch.int64)
     group.build(1)
     assert group[region].tolist() == [0, 0, 0] and group.recovery == "process restart"
-    group.destroy()
+    with pytest.raises(ProcessSpent, match="experts: the epoch has ended"):
+        group.destroy()
     with pytest.raises(ProcessSpent, match="experts: epoch 2"):
         group.build(2)
 
@@ -103,8 +141,8 @@ def test_rows_divide_among_the_blocks_of_a_peer(size: int) -> None:
         assert row_alignment(size) % (16 * max(1, most // size)) == 0
 
 
-QWEN3 = (TokenShape(1024, 8, 2048, torch.bfloat16), 128, 48)
-DEEPSEEK = (TokenShape(1024, 8, 7168, torch.bfloat16), 256, 58)
+QWEN3 = (TokenShape((1024,), 8, 2048, torch.bfloat16), 128, 48)
+DEEPSEEK = (TokenShape((1024,), 8, 7168, torch.bfloat16), 256, 58)
 
 
 @pytest.mark.parametrize(
@@ -124,18 +162,19 @@ def test_no_value_reaches_the_host(
         torch.device("meta"),
     )
     exchange = _exchange(library, placement, shape, device)
-    exchange.begin_step(rows, shape.capacity)
+    exchange.begin_step(rows, shape.capacities[0])
     x = torch.empty(rows, shape.hidden, dtype=shape.dtype, device=device)
     ids = torch.empty(rows, shape.top_k, dtype=torch.int64, device=device)
     handle = exchange.dispatch(x, ids, torch.empty(rows, shape.top_k, device=device), num_layers - 1)
     received = exchange.receive(handle)
     pairs = min(shape.top_k, placement.num_slots)
-    assert received.x_ND.shape == (ranks * shape.capacity, shape.hidden)
+    assert received.x_ND.shape == (ranks * shape.capacities[0], shape.hidden)
     assert received.x_ND.stride(1) == 1 and received.x_ND.stride(0) * 2 % 16 == 0
-    assert received.slots_M.shape == received.rows_M.shape == (ranks * shape.capacity * pairs,)
+    assert received.slots_M.shape == received.rows_M.shape == (ranks * shape.capacities[0] * pairs,)
     assert received.slots_M.dtype == received.rows_M.dtype == torch.int64
     y = torch.empty(len(received.rows_M), shape.hidden, dtype=shape.dtype, device=device)
-    combined = exchange.combine(y, handle)
+    exchange.send_back(y, handle)
+    combined = exchange.combine(handle)
     assert combined.shape == x.shape and combined.dtype == x.dtype and combined.device == device
     assert library.calls == 2, "one exchange each way"
 
@@ -150,20 +189,29 @@ def test_the_token_sent_twice_is_sent_once() -> None:
         ) -> None:
             counted.append(splits_W.tolist())
 
-    exchange = _exchange(Counting(), contiguous(1, 8, 4), TokenShape(4, 3, 8, torch.float32), CPU)
+    exchange = _exchange(Counting(), contiguous(1, 8, 4), TokenShape((4,), 3, 8, torch.float32), CPU)
     exchange.begin_step(3, 4)
     ids = torch.tensor([[0, 1, 7], [2, 3, 6], [-1, -1, -1]])  # two experts a rank
     handle = exchange.dispatch(torch.randn(3, 8), ids, torch.rand(3, 3), 0)
     assert counted == [[1, 1, 0, 2]]
     assert isinstance(handle, Handle)
-    rows = len(exchange._group[exchange._there.sent])
+    rows = len(exchange._group[exchange._lanes[0].there.sent])
     assert handle.state.sent_TK.tolist() == [[0, rows - 1, 2], [1, rows - 1, 3], [rows - 1] * 3]
 
 
 def test_more_tokens_than_memory_is_our_bug() -> None:
-    exchange = _exchange(AbsentLibrary(), contiguous(1, 8, 4), TokenShape(4, 3, 8, torch.float32), CPU)
+    exchange = _exchange(AbsentLibrary(), contiguous(1, 8, 4), TokenShape((4,), 3, 8, torch.float32), CPU)
     with pytest.raises(AssertionError, match="3 tokens, capacity 5, at most 4"):
         exchange.begin_step(3, 5)
+
+
+def _scaled(received: Received, counts_S: Tensor) -> Tensor:
+    """Outputs of experts: a token times the number of its slot, from 1."""
+    return received.x_ND[received.rows_M] * (1 + received.slots_M)[:, None]
+
+
+def _never(residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
+    raise AssertionError("experts are reached by an exchange")
 
 
 class _TorchSum:

@@ -38,12 +38,14 @@ def dispatcher_of(
 
 
 def symmetric_dispatcher(
-    placement: Placement, collectives: Collectives, shape: TokenShape
+    placement: Placement, collectives: Collectives, shape: TokenShape, turns: Turns | None = None
 ) -> ExchangeDispatcher:
-    """All-to-all over a double of symmetric memory, in the group of ``collectives``."""
+    """All-to-all over a double of symmetric memory, in the group of ``collectives``. It gives
+    ``turns`` away.
+    """
     store = collectives.store or torch.distributed.HashStore()
     double = SymmetricDouble(collectives)
     group = SymmetricGroup("experts", collectives.index, collectives.size, store, CPU, double)
     exchange = SymmetricExchange(placement, group, CPU, shape)
     group.build(1)
-    return ExchangeDispatcher(exchange, CPU)
+    return ExchangeDispatcher(exchange, CPU, give_turn=(turns or Turns()).give)

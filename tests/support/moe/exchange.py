@@ -87,7 +87,7 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
 
     routed = RoutedExperts(case.top_k, choose, compute, sublayer)
     if kind == "symmetric":
-        shape = TokenShape(case.capacity, case.top_k, HIDDEN, case.dtype)
+        shape = TokenShape((case.capacity,), case.top_k, HIDDEN, case.dtype)
         dispatcher: Dispatcher = symmetric_dispatcher(placement, collectives, shape)
     else:
         dispatcher = dispatcher_of(kind, placement, collectives)

@@ -1,0 +1,65 @@
+"""The dispatcher that a rank's spec asks for, and the groups of ranks that it needs."""
+
+from __future__ import annotations
+
+import torch
+
+from ...moe.balance.placement import Placement
+from ...moe.config import MoEConfig
+from ...moe.dispatch.all_gather import AllGatherExchange
+from ...moe.dispatch.all_to_all import AllToAllExchange
+from ...moe.dispatch.dispatcher import Dispatcher
+from ...moe.dispatch.exchange import Exchange, ExchangeDispatcher
+from ...moe.dispatch.local import LocalDispatcher
+from ...moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from ...parallel.collectives import Collectives
+from ...parallel.microbatches import Turns, most_tokens
+from ...parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
+from ..protocol.specs import RankSpec
+
+
+def build_dispatcher(
+    spec: RankSpec,
+    moe: MoEConfig,
+    dtype: torch.dtype,
+    placement: Placement,
+    experts: Collectives,
+    turns: Turns,
+) -> tuple[Dispatcher, SymmetricGroup | None]:
+    """A dispatcher over the ranks of ``experts``, for activations of ``dtype``, and the symmetric
+    memory that it needs, to be built after that group. It gives ``turns`` away. Raises ValueError
+    where the ranks or the device cannot have the dispatcher.
+    """
+    device = torch.device(spec.device)
+    if spec.dispatch == "local" and experts.size == 1:
+        return LocalDispatcher(placement, device), None
+    exchange: Exchange
+    memory: SymmetricGroup | None = None
+    if spec.dispatch == "all_gather":
+        exchange = AllGatherExchange(placement, experts, device, _nodes(spec))
+    elif spec.dispatch == "all_to_all" and device.type == "cpu":
+        exchange = AllToAllExchange(placement, experts, device, _nodes(spec))
+    elif spec.dispatch == "all_to_all" and experts.store is not None:
+        memory = SymmetricGroup(
+            "experts", experts.index, experts.size, experts.store, device, TorchSymmetricLibrary()
+        )
+        shape = TokenShape(_capacities(spec), moe.top_k, moe.hidden, dtype)
+        exchange = SymmetricExchange(placement, memory, device, shape, _nodes(spec))
+    else:
+        raise ValueError(
+            f"experts.dispatch = {spec.dispatch}, on {device} with {experts.size} ranks: allowed are "
+            "all_gather, all_to_all (on GPUs with two ranks or more), and local for one rank"
+        )
+    return ExchangeDispatcher(exchange, device, give_turn=turns.give), memory
+
+
+def _capacities(spec: RankSpec) -> tuple[int, ...]:
+    """Most tokens of this rank in a step, and in a microbatch."""
+    tokens = (spec.capacity, most_tokens(spec.capacity)) if spec.overlap else (spec.capacity,)
+    return tuple(-(-most // spec.mesh.tensor) for most in tokens)
+
+
+def _nodes(spec: RankSpec) -> list[int]:
+    """The host of each rank that shares this one's experts."""
+    first = spec.mesh.coordinates(spec.rank).stage * spec.mesh.experts
+    return [(first + index) // spec.ranks_per_host for index in range(spec.mesh.experts)]
