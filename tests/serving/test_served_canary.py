@@ -1,0 +1,154 @@
+"""``launch canary`` and ``launch load`` against a served model that asks for a key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from lockstep.launch.commands.main import app
+from support.launch.launcher import Launcher
+from support.serving.random_checkpoint import random_checkpoint
+from support.serving.relay import relay
+
+KEY = "key-of-the-tests"
+PROMPTS = [
+    {"name": "text", "prompt": "The cat sat"},
+    {"name": "chat", "messages": [{"role": "user", "content": "Add 2 and 3."}], "max_tokens": 5},
+    {"name": "long", "prompt": "To be or not to be. " * 30},
+    {"name": "figures", "prompt": "1 2 3 4"},
+]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with random weights on one rank."""
+    arguments = ("cluster.backend=local", "cluster.ranks_per_node=1", "frontend.port=0")
+    model, key = f"model.path={random_checkpoint()}", f"frontend.api_keys=[{KEY}]"
+    folder = tmp_path_factory.mktemp("canary") / "run"
+    with Launcher(folder, "--recipe", "demo", model, key, *arguments) as launcher:
+        yield launcher.url().removesuffix("/v1")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("CANARY_KEY", KEY)
+    monkeypatch.setenv("WRONG_KEY", "wrong")
+
+    def run(command: str, against: str, *arguments: object, key: str = "CANARY_KEY") -> Result:
+        given = [command, "--against", against, "--api-key-env", key, *map(str, arguments)]
+        return CliRunner().invoke(app, given)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stored(url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers to ``PROMPTS`` of 8 tokens each, but for the chat."""
+    folder = tmp_path_factory.mktemp("answers")
+    prompts, answers = folder / "prompts.jsonl", folder / "answers.json"
+    prompts.write_text("\n".join(map(json.dumps, PROMPTS)))
+    result = CliRunner(env={"CANARY_KEY": KEY}).invoke(
+        app,
+        f"canary --against {url} --api-key-env CANARY_KEY --save {answers} "
+        f"--prompts {prompts} --max-tokens 8",
+    )
+    assert result.exit_code == 0, result.output
+    assert f"{answers}: 4 answers of demo, 29 tokens, server version" in result.stdout
+    return answers
+
+
+def edited(stored: Path, folder: Path, **changes: object) -> Path:
+    """A copy in which fields of the second token of the first answer are changed."""
+    content = json.loads(stored.read_text())
+    content["answers"][0]["tokens"][1].update(changes)
+    copy = folder / "edited.json"
+    copy.write_text(json.dumps(content))
+    return copy
+
+
+def test_stored_are_the_tokens_and_logprobs_that_the_server_gives(url: str, stored: Path) -> None:
+    content = json.loads(stored.read_text())
+    assert (content["model"], content["max_tokens"]) == ("demo", 8)
+    assert content["version"] == httpx.get(f"{url}/version").json()["version"]
+    assert [len(answer["tokens"]) for answer in content["answers"]] == [8, 5, 8, 8]
+    body = {"model": "demo", "prompt": "The cat sat", "max_tokens": 8, "temperature": 0, "logprobs": 5}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    asked = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60.0).json()["choices"][0]
+    first = content["answers"][0]
+    assert [token["id"] for token in first["tokens"]] == asked["token_ids"]
+    assert first["prompt_ids"] == asked["prompt_token_ids"]
+    told = asked["logprobs"]["token_logprobs"]
+    assert [token["logprob"] for token in first["tokens"]] == pytest.approx(told, abs=1e-4)
+
+
+def test_the_same_server_gives_the_same_answers(url: str, stored: Path, run: Any) -> None:
+    result = run("canary", f"{url}/v1", "--answers", stored, "--tolerance", "0.001")
+    assert result.exit_code == 0, result.output
+    assert "4 prompts: 4 same (--tolerance 0.001)" in result.stdout
+    assert "stored: demo, server version" in result.stdout
+
+
+def test_an_edited_token_is_found(url: str, stored: Path, run: Any, tmp_path: Path) -> None:
+    result = run("canary", url, "--answers", edited(stored, tmp_path, id=1000, token="edited"))
+    assert result.exit_code == 1, result.output
+    assert "text: differs first at token 2: stored 'edited' (id 1000)" in result.stdout
+    assert "4 prompts: 3 same, 1 tokens differ" in result.stdout
+
+
+def test_an_edited_logprob_is_found(url: str, stored: Path, run: Any, tmp_path: Path) -> None:
+    file = edited(stored, tmp_path, logprob=-9.0)
+    result = run("canary", url, "--answers", file)
+    assert result.exit_code == 1, result.output
+    assert "4 prompts: 3 same, 1 logprobs differ" in result.stdout
+    assert run("canary", url, "--answers", file, "--tolerance", "100").exit_code == 0
+
+
+def test_a_near_tie_is_no_difference(url: str, stored: Path, run: Any, tmp_path: Path) -> None:
+    """The second likeliest token stands stored in place of the first, with a generous tolerance."""
+    token = json.loads(stored.read_text())["answers"][0]["tokens"][1]
+    other = next(each for each in token["alternatives"] if each[0] != token["token"])
+    gap = token["logprob"] - other[1]
+    file = edited(stored, tmp_path, id=1000, token=other[0], logprob=other[1])
+    result = run("canary", url, "--answers", file, "--tolerance", gap + 0.01)
+    assert result.exit_code == 0, result.output
+    assert "4 prompts: 3 same, 1 near tie" in result.stdout
+    assert run("canary", url, "--answers", file, "--tolerance", gap / 2).exit_code == 1
+
+
+def test_a_wrong_key_is_refused_by_name(url: str, stored: Path, run: Any) -> None:
+    result = run("canary", url, "--answers", stored, key="WRONG_KEY")
+    assert result.exit_code == 2
+    assert "GET /v1/models: HTTP 401:" in result.stderr
+    assert "--api-key-env" in result.stderr
+
+
+def test_a_model_that_is_not_served_is_refused(url: str, stored: Path, run: Any) -> None:
+    result = run("canary", url, "--answers", stored, "--model", "other")
+    assert result.exit_code == 2
+    assert f"--model other: {url} serves demo" in result.stderr
+
+
+def test_a_prompt_that_is_refused_is_named(url: str, run: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"name": "big", "prompt": "word " * 9000}))
+    result = run("canary", url, "--save", tmp_path / "x", "--prompts", prompts)
+    assert result.exit_code == 2
+    assert "prompt 'big': " in result.stderr
+    assert "maximum context length" in result.stderr
+
+
+def test_a_server_that_goes_away_leaves_what_was_compared(url: str, stored: Path, run: Any) -> None:
+    port = int(url.rpartition(":")[2])
+    with relay(port, connections=4) as through:  # models, version, two prompts
+        result = run("canary", through, "--answers", stored)
+    assert result.exit_code == 3, result.output
+    assert "2 prompts: 2 same" in result.stdout
+    assert "stopped early: 2 of 4 prompts were answered" in result.stderr
+    assert "prompt 'long': " in result.stderr
