@@ -20,3 +20,6 @@ CANARY_TOKENS = 64
 
 CANARY_TOLERANCE = 0.05
 """Log-probabilities of the canary that differ by no more are equal: far above rounding in fp32."""
+
+OPEN_REQUESTS = 512
+"""Requests of ``launch load`` that may be open at once: a socket each."""

@@ -6,7 +6,7 @@ they run, so that ``launch --help`` is quick.
 
 from __future__ import annotations
 
-from . import canary, check, kubernetes, plan, serve, simulate, slurm
+from . import canary, check, kubernetes, load, plan, serve, simulate, slurm
 from .app import app
 
 COMMANDS = (
@@ -17,6 +17,7 @@ COMMANDS = (
     slurm,
     kubernetes,
     canary,
+    load,
 )  # importing a module registers its command
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,3 +157,94 @@ def test_a_server_that_goes_away_leaves_what_was_compared(url: str, stored: Path
     assert "2 prompts: 2 same" in result.stdout
     assert "stopped early: 2 of 4 prompts were answered" in result.stderr
     assert "prompt 'long': " in result.stderr
+
+
+def trace_of(folder: Path, *requests: tuple[float, int, int, list[int]]) -> Path:
+    """Requests of (milliseconds, prompt tokens, answer tokens, block ids)."""
+    file = folder / "trace.jsonl"
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    file.write_text("\n".join(json.dumps(dict(zip(names, each, strict=True))) for each in requests))
+    return file
+
+
+def test_traffic_has_the_lengths_and_prefixes_of_the_trace(url: str, run: Any, tmp_path: Path) -> None:
+    shared = [1, 2, 3]
+    trace = trace_of(tmp_path, (0, 200, 4, [*shared, 4]), (1500, 200, 3, [*shared, 5]), (1600, 70, 1, [6, 7]))
+    result = run("load", url, "--trace", trace, "--block", "64", "--speed", "1.5", "--json")
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)["measured"]
+    assert (measured["finished"], measured["failed"], measured["complete"]) == (3, 0, True)
+    assert (measured["input_tokens"], measured["output_tokens"]) == (470, 8)
+    assert (measured["measured_input_tokens"], measured["cached_tokens"]) == (470, 192)
+    assert measured["seconds"] > 1.6 / 1.5
+    assert 0 < measured["time_to_first_token"]["p50"] < 60
+    assert 0 < measured["time_between_tokens"]["p50"] < 60
+
+
+def test_measured_stands_beside_simulated(url: str, run: Any) -> None:
+    trace = "poisson:rate=50,input=40,output=6,count=20"
+    result = run("load", url, "--trace", trace, "--recipe", "demo", "--max-open", "3")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    for name in ("time to first token", "time between tokens"):
+        [place] = [number for number, line in enumerate(lines) if name in line]
+        assert len(lines[place].replace(name, "").split()) == 6, "three figures with units"
+        assert lines[place + 1].split()[0] == "simulated"
+        assert len(lines[place + 1].split()) == 7
+    [finished] = [line.split() for line in lines if "requests finished" in line]
+    assert finished[-2:] == ["20", "20"]
+    assert "20 of 20 requests sent" in result.stdout
+
+
+def test_errors_are_counted_by_kind_and_end_nothing(url: str, run: Any, tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, (0, 5000, 4, []), (1, 20, 3, []), (2, 6000, 4, []))
+    result = run("load", url, "--trace", trace)
+    assert result.exit_code == 1, result.output
+    assert "2 failed, HTTP 400:" in result.stdout
+    assert "maximum context length" in result.stdout
+
+
+def test_traffic_with_a_wrong_key_is_refused(url: str, run: Any) -> None:
+    trace = "poisson:rate=50,input=40,output=6,count=20"
+    result = run("load", url, "--trace", trace, key="WRONG_KEY")
+    assert result.exit_code == 2
+    assert "GET /v1/models: HTTP 401:" in result.stderr
+
+
+def test_traffic_to_a_server_that_goes_away_is_counted(url: str, run: Any, tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, *((number * 10, 20, 3, []) for number in range(5)))
+    with relay(int(url.rpartition(":")[2]), connections=4) as through:  # two before the trace
+        result = run("load", through, "--trace", trace, "--max-open", "1", "--json")
+    assert result.exit_code == 1, result.output
+    measured = json.loads(result.stdout)["measured"]
+    assert (measured["finished"], measured["failed"]) == (2, 3)
+    assert set(measured["errors"]) <= {"no connection", "cut off"}
+
+
+def test_ctrl_c_prints_what_is_known(url: str, tmp_path: Path) -> None:
+    """The second request is due in an hour."""
+    trace = trace_of(tmp_path, (0, 20, 3, []), (3_600_000, 20, 3, []))
+    arguments = ["--against", url, "--api-key-env", "CANARY_KEY", "--trace", str(trace)]
+    before = httpx.get(f"{url}/metrics").text
+    with subprocess.Popen(
+        [sys.executable, "-m", "lockstep.launch.cli", "load", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CANARY_KEY": KEY},
+    ) as process:
+        deadline = time.monotonic() + 60.0
+        while answered(httpx.get(f"{url}/metrics").text) <= answered(before):
+            assert time.monotonic() < deadline, "within 60 s the first request was not answered"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60.0)
+    assert process.returncode == 1, err
+    assert "stopped early" in out
+    assert "1 of 2 requests sent" in out
+
+
+def answered(metrics: str) -> float:
+    """Requests that the server has answered in full."""
+    lines = [line for line in metrics.splitlines() if line.startswith("lockstep:request_success_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
