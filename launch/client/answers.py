@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,6 +124,12 @@ def read_answers(path: Path) -> AnswersFile:
             problem = f"answers[{index}].asked: should have one of prompt and messages"
             raise AnswersError(f"--answers {path}: {problem}")
     return stored
+
+
+def check_writable(path: Path) -> None:
+    """Raises AnswersError if a file could not be written: better before the server is asked."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise AnswersError(f"--save {path}: cannot be written; should be a file in a folder that exists")
 
 
 def write_answers(path: Path, model: str, version: str, max_tokens: int, answers: list[CanaryAnswer]) -> None:

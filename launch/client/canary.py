@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -24,17 +25,21 @@ async def ask_canary(
     """The answers in order, each as soon as it has come. Raises ServerError.
 
     One request at a time: the shapes of a step, and with them its rounding, depend on the company.
+    A salt of its own keeps pages out that were cached before: every prompt is computed again.
     """
+    salt = secrets.token_hex(8)
     for prompt in prompts:
         try:
-            yield await _ask(server, model, prompt, max_tokens)
+            yield await _ask(server, {"model": model, "cache_salt": salt}, prompt, max_tokens)
         except ServerError as error:
             raise ServerError(error.kind, f"prompt {prompt.name!r}: {error}", error.status) from None
 
 
-async def _ask(server: Server, model: str, prompt: CanaryPrompt, max_tokens: int) -> CanaryAnswer:
+async def _ask(
+    server: Server, common: Mapping[str, str], prompt: CanaryPrompt, max_tokens: int
+) -> CanaryAnswer:
     body: dict[str, Any] = {
-        "model": model,
+        **common,
         "max_tokens": prompt.max_tokens or max_tokens,
         "temperature": 0.0,
         "ignore_eos": True,

@@ -42,12 +42,12 @@ class ServerError(Exception):
 @dataclass(frozen=True)
 class Server:
     """``prefix``: path before ``/v1``. ``seconds``: longest wait for a connection or for the next
-    bytes of an answer.
+    bytes of an answer. ``tls``: None for plain HTTP.
     """
 
     host: str
     port: int
-    tls: bool
+    tls: ssl.SSLContext | None
     prefix: str
     seconds: float
     api_key: str | None = None
@@ -87,7 +87,7 @@ def server_at(url: str, seconds: float, api_key: str | None = None) -> Server:
         raise AddressError(f"--against {url}: has more than host, port and path; {allowed}")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise AddressError("--api-key-env: the key holds characters that no header can; should be ASCII")
-    tls = parts.scheme == "https"
+    tls = ssl.create_default_context() if parts.scheme == "https" else None
     prefix = parts.path.rstrip("/").removesuffix("/v1")
     return Server(parts.hostname, port or (443 if tls else 80), tls, prefix, seconds, api_key)
 
@@ -169,14 +169,13 @@ async def ask(server: Server, method: str, path: str, body: Any = None) -> Async
     try:
         try:
             async with asyncio.timeout(server.seconds):
-                context = ssl.create_default_context() if server.tls else None
-                reader, writer = await asyncio.open_connection(server.host, server.port, ssl=context)
+                reader, writer = await asyncio.open_connection(server.host, server.port, ssl=server.tls)
                 writer.write(server.head(method, path, len(content)) + content)
                 await writer.drain()
         except TimeoutError:
             problem = f"{server.url}: no connection for {asked} within {server.seconds:g} s"
             raise ServerError("no connection", problem) from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter by names that no DNS can have
             raise ServerError("no connection", f"{server.url}: {_cause(error)} ({asked})") from None
         answer = ServerAnswer(server, asked, reader)
         if (status := await answer.begin()) != 200:
@@ -226,5 +225,5 @@ def error_message(body: bytes) -> str:
         return body.decode(errors="replace")[:_SHOWN]
 
 
-def _cause(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def _cause(error: OSError | UnicodeError) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -76,10 +76,11 @@ def canary(
 async def _save(
     server: Server, path: Path, prompts: list[CanaryPrompt], max_tokens: int, wanted: str | None
 ) -> None:
-    from ..client.answers import write_answers
+    from ..client.answers import check_writable, write_answers
     from ..client.canary import ask_canary, server_version
     from ..client.server import served_model
 
+    check_writable(path)
     model = str((await served_model(server, wanted))["id"])
     version = await server_version(server)
     found = [answer async for answer in ask_canary(server, model, prompts, max_tokens)]

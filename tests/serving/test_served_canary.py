@@ -100,6 +100,15 @@ def test_the_same_server_gives_the_same_answers(url: str, stored: Path, run: Any
     assert "stored: demo, server version" in result.stdout
 
 
+def test_prompts_are_computed_again_not_taken_from_the_cache(url: str, stored: Path, run: Any) -> None:
+    """The long one fills several pages, and has been asked before."""
+    hits = f"{url}/metrics"
+    before = [line for line in httpx.get(hits).text.splitlines() if "prompt_tokens_cached_total{" in line]
+    assert run("canary", url, "--answers", stored).exit_code == 0
+    after = [line for line in httpx.get(hits).text.splitlines() if "prompt_tokens_cached_total{" in line]
+    assert before == after != []
+
+
 def test_an_edited_token_is_found(url: str, stored: Path, run: Any, tmp_path: Path) -> None:
     result = run("canary", url, "--answers", edited(stored, tmp_path, id=1000, token="edited"))
     assert result.exit_code == 1, result.output

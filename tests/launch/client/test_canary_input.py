@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,8 @@ def test_other_urls_are_refused_by_option(url: str) -> None:
         (["--save", "x", "--answers", "y"], "give one of --save FILE and --answers FILE"),
         (["--answers", "y", "--max-tokens", "3"], "--prompts and --max-tokens go with --save"),
         (["--save", "x", "--api-key-env", "NOT_SET_ANYWHERE"], "--api-key-env NOT_SET_ANYWHERE: not set"),
+        (["--save", "/no/such/file"], "--save /no/such/file: cannot be written; should be a file"),
+        (["--save", "/tmp"], "--save /tmp: cannot be written"),
         (["--answers", "/no/such"], "--answers /no/such: cannot be read: No such file"),
         (["--save", "x", "--prompts", "/no/such"], "--prompts /no/such: cannot be read: No such file"),
     ],
@@ -160,6 +166,61 @@ def test_a_server_that_gives_no_answer(tmp_path: Path, reply: bytes | None, mess
         result = canary("--against", url, "--save", tmp_path / "x", "--timeout", seconds)
     assert (result.exit_code, message in result.stderr) == (3, True), result.stderr
     assert not (tmp_path / "x").exists()
+
+
+@contextmanager
+def encrypted(folder: Path) -> Iterator[str]:
+    """A server that lists one model, behind TLS with a certificate of its own in ``folder``."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("the program openssl makes the certificate")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    made = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    made += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key]
+    subprocess.run([openssl, *made, "-out", certificate], check=True, capture_output=True, timeout=60)
+
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"data": [{"id": "only"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            """Silent."""
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Models) as server:
+        server.handle_error = lambda request, address: None  # type: ignore[method-assign]
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"https://localhost:{server.server_port}"
+        server.shutdown()
+        thread.join(10.0)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the certificate in SSL_CERT_FILE the server is spoken to."""
+    with encrypted(tmp_path) as url:
+        arguments = ("--against", url, "--save", tmp_path / "x", "--model", "other")
+        result = canary(*arguments)
+        assert result.exit_code == 3
+        assert "certificate verify failed" in result.stderr.lower()
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+        result = canary(*arguments)
+    assert result.exit_code == 2
+    assert f"--model other: {url} serves only" in result.stderr
+
+
+def test_a_name_that_no_dns_can_have(tmp_path: Path) -> None:
+    result = canary("--against", f"http://{'a' * 64}.example", "--save", tmp_path / "x")
+    assert result.exit_code == 3
+    assert "(GET /v1/models)" in result.stderr
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
