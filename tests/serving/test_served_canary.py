@@ -16,6 +16,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from lockstep.launch.client import canary
+from lockstep.launch.client.server import Server, ask_json
 from lockstep.launch.commands.main import app
 from support.launch.launcher import Launcher
 from support.serving.random_checkpoint import random_checkpoint
@@ -100,13 +102,29 @@ def test_the_same_server_gives_the_same_answers(url: str, stored: Path, run: Any
     assert "stored: demo, server version" in result.stdout
 
 
-def test_prompts_are_computed_again_not_taken_from_the_cache(url: str, stored: Path, run: Any) -> None:
+def test_prompts_are_computed_again_not_taken_from_the_cache(
+    url: str, stored: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The long one fills several pages, and has been asked before."""
-    hits = f"{url}/metrics"
-    before = [line for line in httpx.get(hits).text.splitlines() if "prompt_tokens_cached_total{" in line]
+    cached: list[int] = []
+
+    async def watched(server: Server, method: str, path: str, body: Any = None) -> Any:
+        document = await ask_json(server, method, path, body)
+        if "usage" in document:
+            cached.append(document["usage"]["prompt_tokens_details"]["cached_tokens"])
+        return document
+
+    monkeypatch.setattr(canary, "ask_json", watched)
     assert run("canary", url, "--answers", stored).exit_code == 0
-    after = [line for line in httpx.get(hits).text.splitlines() if "prompt_tokens_cached_total{" in line]
-    assert before == after != []
+    assert cached == [0, 0, 0, 0]
+
+
+def test_packaged_prompts_are_answered(url: str, run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "answers.json"
+    result = run("canary", url, "--save", file, "--max-tokens", "2")
+    assert result.exit_code == 0, result.output
+    assert f"{file}: 12 answers of demo, 24 tokens" in result.stdout
+    assert "12 prompts: 12 same" in run("canary", url, "--answers", file).stdout
 
 
 def test_an_edited_token_is_found(url: str, stored: Path, run: Any, tmp_path: Path) -> None:

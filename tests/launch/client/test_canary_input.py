@@ -148,7 +148,7 @@ def test_packaged_prompts_are_what_a_file_may_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (None, "sent nothing for 0.2 s; waited for the answer to GET /v1/models"),
+        (None, "sent nothing for 1 s; waited for the answer to GET /v1/models"),
         (b"", "the server closed the connection during GET /v1/models"),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "does not speak HTTP"),
         (
@@ -162,7 +162,7 @@ def test_packaged_prompts_are_what_a_file_may_hold(tmp_path: Path) -> None:
 )
 def test_a_server_that_gives_no_answer(tmp_path: Path, reply: bytes | None, message: str) -> None:
     with answering(reply) as url:
-        seconds = "0.2" if reply is None else "20"
+        seconds = "1" if reply is None else "20"
         result = canary("--against", url, "--save", tmp_path / "x", "--timeout", seconds)
     assert (result.exit_code, message in result.stderr) == (3, True), result.stderr
     assert not (tmp_path / "x").exists()

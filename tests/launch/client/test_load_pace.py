@@ -117,9 +117,9 @@ def test_each_way_to_fail_has_a_kind() -> None:
         )
         await writer.drain()
         if number == 7:
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(30.0)
 
-    report, _ = replay(fail, [TraceRequest(0.05 * n, 8, 2) for n in range(7)], 1, seconds=0.5)
+    report, _ = replay(fail, [TraceRequest(0.05 * n, 8, 2) for n in range(7)], 1, seconds=2.0)
     assert report.finished == 1
     assert report.errors == dict.fromkeys(
         ("HTTP 503", "error in a stream", "answer too short", "cut off", "not an event", "silent"), 1
