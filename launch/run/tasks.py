@@ -182,6 +182,8 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         reasoning_parser=recipe.frontend.reasoning_parser,
         cors_origins=recipe.frontend.cors_origins,
         access_log=recipe.frontend.access_log == "on",
+        access_log_file=_absolute(recipe.frontend.access_log_file),
+        tracing={"off": None, "on": ""}.get(recipe.frontend.tracing, recipe.frontend.tracing),
         pause_deadline=recipe.cluster.pause_deadline,
         grammar_seconds=recipe.frontend.grammar_seconds,
         grammar_memory=recipe.frontend.grammar_memory,
@@ -196,3 +198,7 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         lobby=site.lobby(f"frontend {index}"),
     )
     return Task("frontend", index, msgspec.json.encode(spec), environment=site.settings(threads=1))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
