@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -55,6 +56,23 @@ class _Counted(SpanExporter):
         return True
 
 
+class _Metrics(OTLPMetricExporter):
+    """Says once that the collector takes no metrics; the next export has all counts."""
+
+    def __init__(self, endpoint: str | None) -> None:
+        super().__init__(endpoint)
+        self._away = False
+
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: Any
+    ) -> MetricExportResult:
+        result = super().export(metrics_data, timeout_millis, **kwargs)
+        if result is not MetricExportResult.SUCCESS and not self._away:
+            _log.warning("the collector of frontend.tracing takes no metrics")
+        self._away = result is not MetricExportResult.SUCCESS
+        return result
+
+
 class _Bounded(BatchSpanProcessor):
     """Counts spans that find the queue full: those are dropped, not the ones that wait."""
 
@@ -91,7 +109,7 @@ class Export:
         spans = OTLPSpanExporter(_signal(endpoint, "traces"))
         self.tracing = TracerProvider(resource=resource, shutdown_on_exit=False)
         self.tracing.add_span_processor(_Bounded(_Counted(spans, lost), lost))
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter(_signal(endpoint, "metrics")))
+        reader = PeriodicExportingMetricReader(_Metrics(_signal(endpoint, "metrics")))
         self.metering = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
 
     def close(self) -> None:

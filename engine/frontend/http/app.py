@@ -46,7 +46,14 @@ from .stories import Stories
 
 def build_app(service: Service, observers: Observers | None = None) -> ASGIApp:
     """The ASGI application of one frontend."""
-    app = FastAPI(title="Lockstep", version=__version__, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Lockstep",
+        version=__version__,
+        openapi_url=None,
+        redirect_slashes=False,
+        # FastAPI's own, which would export bodies that were refused; see spans.py for ours.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     bodies = Bodies(service.spec.limits.body_memory)
     for make in (_generation, agent_routes, _texts, _admin):
         app.include_router(make(service, bodies))

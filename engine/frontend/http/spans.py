@@ -80,6 +80,8 @@ class RequestSpans:
             start_time=began_ns,
         )
         own = span.get_span_context()
+        if not own.is_valid:  # OTEL_SDK_DISABLED
+            return None
         context = TraceContext(f"{own.trace_id:032x}", f"{own.span_id:016x}", own.trace_flags.sampled)
         return RequestSpan(span, context, began_ns)
 

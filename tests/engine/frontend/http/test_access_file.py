@@ -8,9 +8,11 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from lockstep.engine.frontend.http import line_file
@@ -103,6 +105,17 @@ def test_a_file_that_was_renamed_is_made_anew(frontend: RunningFrontend, file: P
     frontend.http.get("/version", headers={"X-Request-Id": "after"})
     assert line_of(file, "after")["status"] == 200
     assert [line["id"] for line in lines(file.with_suffix(".1"))][-1] == "before"
+
+
+def test_lines_of_several_frontends_stay_whole(folder: Path, file: Path) -> None:
+    with RunningFrontend(folder, SCRIPT, processes=2, access_log_file=str(file)) as running:
+        clients = [httpx.Client(base_url=running.url) for _ in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            for number, http in enumerate(clients * 25):
+                threads.submit(http.get, "/version", headers={"X-Request-Id": f"{number}-" + "x" * 90})
+        for http in clients:
+            http.close()
+    assert sorted(int(line["id"].partition("-")[0]) for line in lines(file)) == list(range(100))
 
 
 def test_lines_that_cannot_be_written_are_counted_and_said_once(folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ import pytest
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra otel")
 
+from opentelemetry import trace as trace_api
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
 from lockstep.engine.protocol.frontends import Rejected
 from lockstep.engine.protocol.message import Finish
 from support.engine.frontend.otlp_collector import OtlpCollector, values
@@ -77,6 +82,14 @@ def spans_of(collector: OtlpCollector, trace: str) -> dict[str, Any]:
 
     wait_until(lambda: any(span.kind == span.SPAN_KIND_SERVER for span in found()), f"the spans of {trace}")
     return {span.name: span for span in found()}
+
+
+def dropped(frontend: RunningFrontend) -> float:
+    found = re.search(
+        r'lockstep:dropped_records_total\{kind="span"\} (.*)', frontend.http.get("/metrics").text
+    )
+    assert found is not None
+    return float(found[1])
 
 
 def test_a_request_has_a_span_below_its_caller_and_one_for_each_phase(
@@ -221,13 +234,41 @@ def test_without_a_collector_requests_are_served_and_the_loss_is_counted_and_sai
         caplog.at_level(logging.INFO, "lockstep.tracing"),
         RunningFrontend(folder, SCRIPT, tracing=url) as running,
     ):
-        for _ in range(3):
+        for number in (4, 8, 12):  # in batches of their own
             assert running.http.post(CHAT, json=BODY).status_code == 200
-            time.sleep(0.1)  # so that they leave in several batches
-        counter = 'lockstep:dropped_records_total{kind="span"} 12.0'
-        wait_until(lambda: counter in running.http.get("/metrics").text, "12 dropped spans")
+            wait_until(lambda: dropped(running) == number, f"{number} dropped spans")  # noqa: B023
     warnings = [item for item in caplog.records if item.levelno >= logging.WARNING]
-    assert [item.name for item in warnings] == ["lockstep.tracing"]
+    said = [item.getMessage() for item in warnings]
+    assert sum("takes no spans" in text for text in said) == 1 and len(set(said)) == len(said), said
+    assert {item.name for item in warnings} == {"lockstep.tracing"}
+
+
+def test_a_collector_that_hangs_delays_nobody_and_holds_a_bounded_number_of_spans(
+    folder: Path, environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+    with OtlpCollector() as collector:
+        collector.answers.clear()
+        with RunningFrontend(folder, SCRIPT, tracing=collector.url) as running:
+            assert running.http.post(CHAT, json=BODY).status_code == 200
+            assert collector.asked.wait(60)  # four spans hang, eight may wait
+            for _ in range(4):
+                assert running.http.post(CHAT, json=BODY).status_code == 200
+            wait_until(lambda: dropped(running) == 8, "8 dropped spans")
+            began = time.monotonic()
+        assert time.monotonic() - began < 30  # not the minute that the exporter has
+        collector.answers.set()
+
+
+def test_a_disabled_sdk_traces_nothing(
+    folder: Path, environment: None, monkeypatch: pytest.MonkeyPatch, collector: OtlpCollector
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    with RunningFrontend(folder, SCRIPT, tracing=collector.url) as running:
+        answer = running.http.post(CHAT, json=BODY)
+        assert answer.status_code == 200 and "traceparent" not in answer.headers
 
 
 def test_spans_are_sent_before_the_frontend_leaves(
@@ -240,6 +281,18 @@ def test_spans_are_sent_before_the_frontend_leaves(
             running.http.post(CHAT, json=BODY)
             assert collector.spans == []
         assert len(collector.spans) == 4
+
+
+def test_a_web_framework_that_traces_by_itself_adds_nothing(
+    frontend: RunningFrontend, collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr(trace_api, "_TRACER_PROVIDER", provider)
+    trace, headers = caller(9)
+    frontend.http.post(CHAT, json={"messages": "the secret word"}, headers=headers)
+    assert len(spans_of(collector, trace)) == 1 and not kept.get_finished_spans()
 
 
 def test_without_tracing_nothing_is_imported() -> None:

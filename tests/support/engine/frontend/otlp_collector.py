@@ -12,10 +12,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 
 class OtlpCollector:
-    """Use as a context manager. ``status`` answers every export; those with 200 are kept."""
+    """Use as a context manager. ``status`` answers every export; those with 200 are kept.
+    ``asked`` is set by the first; none is answered while ``answers`` is clear."""
 
     def __init__(self) -> None:
         self.status = 200
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.answers.set()
         self.spans: list[Any] = []
         self.resources: list[dict[str, Any]] = []
         self.metrics: dict[str, Any] = {}
@@ -30,6 +33,8 @@ class OtlpCollector:
                 if collector.status == 200:
                     collector.headers.append({name.lower(): value for name, value in self.headers.items()})
                     collector._take(self.path, body)
+                collector.asked.set()
+                collector.answers.wait(60)
                 self.send_response(collector.status)
                 self.send_header("content-length", "0")
                 self.end_headers()
