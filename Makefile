@@ -27,7 +27,7 @@ $(SERVING): pyproject.toml
 
 $(STAMP): $(SERVING)
 	@echo "installing what tests and checks need into $(VENV), once: about a minute"
-	@$(PIP) -e ".[test,dev]"
+	@$(PIP) -e ".[test,dev,otel]"
 	@touch $@
 
 # mypy must see the checkout as the package lockstep, whatever its name.

@@ -127,6 +127,11 @@ def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict
     return settings
 
 
+def tracing_settings() -> dict[str, str]:
+    """The user's settings of OpenTelemetry, for frontends that another process starts than this."""
+    return {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+
+
 def interface_settings(interface: str | None) -> dict[str, str]:
     """Tells gloo and NCCL the interface that other nodes reach, unless the user's settings do.
 

@@ -44,6 +44,7 @@ TORCH_FREE = (
     "engine.recording",
     "engine.simulation",
     "engine.text",
+    "engine.tracing",
     "launch",
     "engine.models.checkpoint",
     "engine.models.config",
@@ -239,6 +240,9 @@ for module in sys.argv[1:]:
         importlib.import_module("lockstep." + module)
     except TorchIsOff:
         pass
+    except ModuleNotFoundError as error:  # of an extra that is not installed
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
     if asked:
         print(f"{module}: torch is imported by {asked[0]}")
 """

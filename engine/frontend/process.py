@@ -24,6 +24,7 @@ from .connections import Intake, connect
 from .http.app import build_app
 from .http.connection import Connection
 from .http.entrance import Entrance
+from .http.observers import observe
 from .metrics.shared_counters import SharedCounters
 from .requests.model import ServedModel, load_model
 from .service import Service
@@ -84,8 +85,9 @@ async def _serve(
         loop.add_signal_handler(signal.SIGTERM, leave.set)
     service = Service(spec, model, shared, on_stop=leave.set)
     service.grammars.start()
+    observers = observe(spec, service.metrics)
     config = uvicorn.Config(
-        build_app(service),
+        build_app(service, observers),
         http=Connection,
         ws="none",
         lifespan="off",
@@ -121,6 +123,8 @@ async def _serve(
         service.close()  # ends open streams with an error, so that the server need not wait for them
         server.should_exit = True
         await running
+        if observers is not None:
+            observers.close()
 
 
 async def _watch_parent(leave: asyncio.Event) -> None:

@@ -140,8 +140,9 @@ class FrontendLimits(msgspec.Struct, frozen=True, kw_only=True):
 class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a frontend. ``kv_format`` goes into prompt hashes. ``grammar_seconds`` of CPU
     and ``grammar_memory`` bytes bound the check of a grammar; they, ``cors_origins`` and
-    ``access_log`` are those of the recipe. Requests wait ``pause_deadline`` seconds for a
-    controller that does not answer.
+    ``access_log`` are those of the recipe. ``access_log_file`` is absolute; ``tracing`` is a
+    collector's base URL, empty for OTEL_* variables; None is off for both. Requests wait
+    ``pause_deadline`` seconds for a controller that does not answer.
 
     ``index`` numbers the frontends behind a port; a restarted one keeps its index and its name.
     """
@@ -161,6 +162,8 @@ class FrontendSpec(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     cors_origins: tuple[str, ...] = ()
     access_log: bool = False
+    access_log_file: str | None = None
+    tracing: str | None = None
     pause_deadline: float = 120.0
     grammar_seconds: float = 1.5
     grammar_memory: int = 256 << 20

@@ -15,6 +15,7 @@ from ..cluster.reaper import Reaper
 from ..environment import prepare_ray, ray_address
 from ..recipe.hardware import hardware_names
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
+from ..recipe.records import check_records
 from ..recipe.resolve import check_model
 from .finding import Finding
 from .judge import Requirements, judge
@@ -32,7 +33,8 @@ _OBJECT_STORE_BYTES = 100 << 20
 def preflight(recipe: Recipe, folder: Path) -> list[Finding]:
     """Quick checks of this machine; starts nothing. ``folder`` is the recipe file's."""
     facts = look_around(_questions(recipe, folder, thorough=False))
-    return _recording(recipe) + judge([facts], _requirements(recipe, _planned(recipe, folder)))
+    here = _recording(recipe) + _records(recipe)
+    return here + judge([facts], _requirements(recipe, _planned(recipe, folder)))
 
 
 def refuse_errors(found: list[Finding]) -> list[Finding]:
@@ -49,7 +51,8 @@ def check(recipe: Recipe, folder: Path) -> list[Finding]:
     plan = _planned(recipe, folder)
     questions = _questions(recipe, folder, thorough=True)
     requirements = _requirements(recipe, plan)
-    found = _recipe_findings(recipe, folder, plan) + _recording(recipe) + _port(recipe)
+    found = _recipe_findings(recipe, folder, plan) + _recording(recipe)
+    found += _records(recipe) + _port(recipe)
     if recipe.cluster.backend == "local":
         return found + judge([look_around(questions)], requirements)
     return found + _check_ray(recipe, questions, requirements)
@@ -156,6 +159,10 @@ def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) ->
             for line in plan.misfits
         ]
     return found
+
+
+def _records(recipe: Recipe) -> list[Finding]:
+    return [Finding("error", "recipe", line) for line in check_records(recipe)]
 
 
 def _recording(recipe: Recipe) -> list[Finding]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...parallel.mesh import Mesh
-from .values import AutoInt, AutoSize, Size, Strings, origins, short_dtype, switch
+from .values import AutoInt, AutoSize, Size, Strings, collector, origins, short_dtype, switch
 
 
 class RecipeError(ValueError):
@@ -167,6 +167,16 @@ class FrontendSection(RecipeSection):
     )
     access_log: Annotated[Literal["off", "on"], BeforeValidator(switch)] = Field(
         default="on", description="a line in the frontend's log for each request: id, status, tokens, times"
+    )
+    access_log_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file to append a JSON line to for each request; default: none",
+    )
+    tracing: Annotated[str, BeforeValidator(switch), AfterValidator(collector)] = Field(
+        default="off",
+        description="spans over OTLP/HTTP: a collector's URL such as http://collector:4318; on: that of "
+        "OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra otel",
     )
     tool_parser: Annotated[
         Literal[

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
 
 _SIZE = TypeAdapter(ByteSize)
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp8_e4m3": "fp8"}
+_COLLECTOR = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^\s?#]*)?")
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
 )
@@ -72,3 +73,12 @@ AutoInt = Annotated[int | None, BeforeValidator(none_for_auto)]
 Size = Annotated[int, BeforeValidator(_size)]
 AutoSize = Annotated[int | None, BeforeValidator(_size_or_auto)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+def collector(value: str) -> str:
+    """Refuses what is no base URL of an OTLP collector. A key for it belongs into
+    OTEL_EXPORTER_OTLP_HEADERS, as recipes are shown.
+    """
+    if value in ("off", "on") or _COLLECTOR.fullmatch(value):
+        return value
+    raise ValueError("should be off, on or a URL such as http://collector:4318")

@@ -23,7 +23,7 @@ from ...engine.protocol.specs import (
 )
 from ...kernels.formats.kv_format import KvFormat
 from ..cluster.cluster import Task
-from ..environment import process_settings
+from ..environment import process_settings, tracing_settings
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import dispatch_of, dtype_of, fp8_experts_of, kv_format_of, scheduler_spec
 from .keyring import Keyring
@@ -182,6 +182,8 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         reasoning_parser=recipe.frontend.reasoning_parser,
         cors_origins=recipe.frontend.cors_origins,
         access_log=recipe.frontend.access_log == "on",
+        access_log_file=_absolute(recipe.frontend.access_log_file),
+        tracing={"off": None, "on": ""}.get(recipe.frontend.tracing, recipe.frontend.tracing),
         pause_deadline=recipe.cluster.pause_deadline,
         grammar_seconds=recipe.frontend.grammar_seconds,
         grammar_memory=recipe.frontend.grammar_memory,
@@ -195,4 +197,11 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         ),
         lobby=site.lobby(f"frontend {index}"),
     )
-    return Task("frontend", index, msgspec.json.encode(spec), environment=site.settings(threads=1))
+    settings = site.settings(threads=1)
+    if spec.tracing is not None:
+        settings |= tracing_settings()
+    return Task("frontend", index, msgspec.json.encode(spec), environment=settings)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from ..metrics.metrics import Metrics
 from ..reply import Receive
 from .asgi_writer import Send
+from .observers import Observers
 from .request_log import RECORD_KEY, RequestRecord
 from .stories import Stories
 from .streams import SEND_KEY
@@ -27,13 +28,23 @@ _log = logging.getLogger("lockstep.frontend")
 
 
 class AccessMiddleware:
-    """Wraps the application and all other layers. ``log_requests``: each request leaves a line."""
+    """Wraps the application and all other layers. ``log_requests``: each request leaves a line;
+    ``observers`` are told of each, None if there are none.
+    """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, stories: Stories, log_requests: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        stories: Stories,
+        log_requests: bool,
+        observers: Observers | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._stories = stories
         self._log_requests = log_requests
+        self._observers = observers
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,12 +58,15 @@ class AccessMiddleware:
         scope[ID_KEY] = request_id
         scope[RECORD_KEY] = record
         self._stories.begin(record)
+        observed = None if self._observers is None else self._observers.begin(record, scope["headers"])
         scope[SEND_KEY] = send  # streams write past the layers in between, which do nothing to chunks
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if observed is not None and observed.traceparent:
+                    message["headers"].append((b"traceparent", observed.traceparent))
             await send(message)
 
         try:
@@ -69,6 +83,8 @@ class AccessMiddleware:
                 self._metrics.answered(choices)
             if self._log_requests:
                 record.log()
+            if self._observers is not None and observed is not None:
+                self._observers.end(observed, route)
 
 
 def _path(path: str) -> str:

@@ -37,15 +37,23 @@ from .cors import with_cors
 from .docs import docs_router
 from .generation import Plain, chunks, generate
 from .keys import KeyMiddleware
+from .observers import Observers
 from .openapi import complete
 from .operations import GENERATIVE
 from .request_log import RECORD_KEY, refuse
 from .stories import Stories
 
 
-def build_app(service: Service) -> ASGIApp:
+def build_app(service: Service, observers: Observers | None = None) -> ASGIApp:
     """The ASGI application of one frontend."""
-    app = FastAPI(title="Lockstep", version=__version__, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Lockstep",
+        version=__version__,
+        openapi_url=None,
+        redirect_slashes=False,
+        # FastAPI's own, which would export bodies that were refused; see spans.py for ours.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     bodies = Bodies(service.spec.limits.body_memory)
     for make in (_generation, agent_routes, _texts, _admin):
         app.include_router(make(service, bodies))
@@ -57,7 +65,8 @@ def build_app(service: Service) -> ASGIApp:
     app.add_exception_handler(Exception, _on_bug)
     spec = service.spec
     keyed = KeyMiddleware(app, spec.api_keys, spec.admin_key)
-    return AccessMiddleware(with_cors(keyed, spec.cors_origins), service.metrics, stories, spec.access_log)
+    inner = with_cors(keyed, spec.cors_origins)
+    return AccessMiddleware(inner, service.metrics, stories, spec.access_log, observers)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

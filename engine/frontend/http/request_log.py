@@ -38,15 +38,30 @@ class RequestRecord:
     reply: Reply | None = None
 
     def log(self) -> None:
-        """Writes the line; none for a probe that was answered well, as those come every second."""
+        """Writes the line, except for a routine probe."""
         status = self.status or 499
-        if status < 400 and self.path in POLLED:
+        if self.routine:
             return
         level = logging.WARNING if status >= 500 or self._failed else logging.INFO
         if _log.isEnabledFor(level):
             total = time.monotonic() - self.began
-            start = f"request id={self.id} method={self.method} path={_plain(self.path)} status={status}"
+            start = f"request id={self.id} method={self.method} path={self.plain_path} status={status}"
             _log.log(level, " ".join([start, *self._generated(), f"total={total:.3f}", *self._refused()]))
+
+    @property
+    def routine(self) -> bool:
+        """A probe that was answered well: those come every second."""
+        return self.path in POLLED and 0 < self.status < 400
+
+    @property
+    def plain_path(self) -> str:
+        return _plain(self.path)
+
+    @property
+    def why_refused(self) -> str:
+        """The message of the request's error without values that a client sent; empty if none."""
+        error = None if self.reply is None else self.reply.error
+        return _without_values(self.refusal or ("" if error is None else error.detail))
 
     @property
     def _failed(self) -> bool:
@@ -72,11 +87,8 @@ class RequestRecord:
             yield f"finish={','.join(reasons)}"
 
     def _refused(self) -> Iterator[str]:
-        refusal = self.refusal
-        if not refusal and self.reply is not None and self.reply.error is not None:
-            refusal = self.reply.error.detail
-        if refusal:
-            yield f"refusal={json.dumps(_without_values(refusal))}"
+        if refusal := self.why_refused:
+            yield f"refusal={json.dumps(refusal)}"
 
 
 def refuse(scope: MutableMapping[str, Any], error: ApiError) -> Response:

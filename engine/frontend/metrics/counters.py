@@ -33,6 +33,7 @@ SIZES = (
     "request_prefill_kv_computed_tokens",
     "request_params_max_tokens",
 )
+DROPPED = ("access_log_line", "span")  # kinds of records about requests that may be dropped
 LONGEST = "request_max_num_generation_tokens"
 REQUEST_PHASES = (
     "e2e_request_latency",
@@ -58,6 +59,7 @@ class Packed(msgspec.Struct, array_like=True):
     finishes: dict[str, int]
     http: list[tuple[str, str, str, int]]
     http_seconds: list[tuple[str, str, list[int], float]]
+    dropped: dict[str, int] = {}
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -78,6 +80,7 @@ class Counters:
         self._preemptions = Histogram(PREEMPTIONS)
         self.sizes = {name: Histogram(TOKENS) for name in (*SIZES, LONGEST)}
         self.finishes = Counter(dict.fromkeys(REASONS.values(), 0))
+        self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         self.http: Counter[tuple[str, str, str]] = Counter()
         self.http_seconds: dict[tuple[str, str], Histogram] = {}
         self.histograms = {
@@ -129,7 +132,8 @@ class Counters:
         named = {name: histogram.pack() for name, histogram in (self.histograms | self.sizes).items()}
         http = [(*labels, count) for labels, count in self.http.items()]
         seconds = [(*labels, *histogram.pack()) for labels, histogram in self.http_seconds.items()]
-        return _encode(Packed(at, open, number, state, named, dict(self.finishes), http, seconds))
+        finishes, dropped = dict(self.finishes), dict(self.dropped)
+        return _encode(Packed(at, open, number, state, named, finishes, http, seconds, dropped))
 
     def add(self, packed: Packed) -> None:
         """Adds the counts of another frontend of the same version."""
@@ -137,6 +141,7 @@ class Counters:
         for name, (counts, total) in packed.histograms.items():
             own[name].add(counts, total)
         self.finishes.update(packed.finishes)
+        self.dropped.update(packed.dropped)
         for handler, method, status, count in packed.http:
             self.http[handler, method, status] += count
         for handler, method, counts, total in packed.http_seconds:

@@ -88,6 +88,10 @@ class Metrics(Collector):
         """Counts an HTTP request; ``handler`` is its route, never the path as sent."""
         self._own.request(handler, method, status, seconds)
 
+    def dropped(self, kind: str, count: int) -> None:
+        """Records about requests have been dropped; ``kind`` is one of ``DROPPED``."""
+        self._own.dropped[kind] += count
+
     def collect(self) -> Iterator[Metric]:
         total = Counters()
         others = self._others()
@@ -96,6 +100,7 @@ class Metrics(Collector):
         state = self._newest(others)
         yield from self._requests(total, float("inf") if state is None else state.max_len)
         yield from self._http_requests(total)
+        yield self._dropped(total)
         if state is not None:
             yield from engine_metrics(state, self._labels)
 
@@ -121,6 +126,16 @@ class Metrics(Collector):
             for reason, count in total.finishes.items():
                 finished.add_metric((*self._labels, reason), count)
             yield finished
+
+    def _dropped(self, total: Counters) -> Metric:
+        family = CounterMetricFamily(
+            "lockstep:dropped_records",
+            "spans and lines of the access log that were dropped",
+            labels=("kind",),
+        )
+        for kind, count in total.dropped.items():
+            family.add_metric((kind,), count)
+        return family
 
     def _http_requests(self, total: Counters) -> Iterator[Metric]:
         requests = CounterMetricFamily(

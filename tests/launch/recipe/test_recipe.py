@@ -120,6 +120,18 @@ def test_pages_of_this_machine_are_allowed_and_requests_are_logged_by_default() 
     assert "frontend.access_log" in refusal(MODEL, "frontend.access_log=loud")
 
 
+@pytest.mark.parametrize("written", ["http://collector:4318", "https://[::1]:4318/otlp", "on", "off"])
+def test_tracing_is_a_collector_or_a_switch(written: str) -> None:
+    assert parse_recipe(MODEL).frontend.tracing == "off"
+    assert parse_recipe(MODEL + f"frontend: {{tracing: {written!r}}}").frontend.tracing == written
+
+
+@pytest.mark.parametrize("written", ["collector:4318", "grpc://collector", "http://user:key@host", "''"])
+def test_tracing_to_no_collector_is_refused(written: str) -> None:
+    text = refusal(MODEL, f"frontend.tracing={written}")
+    assert "frontend.tracing = " in text and "http://collector:4318" in text
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = parse_recipe(MODEL)
     with pytest.raises(ValueError, match="frozen"):

@@ -140,6 +140,7 @@ def test_every_family_of_ranks_and_experts_is_on_our_board(
     """A new family of ours is shown or named here. Those under vLLM's names have its boards."""
     elsewhere = {
         "lockstep:step",
+        "lockstep:dropped_records_total",
         "lockstep:overlap",
         "lockstep:step_tokens_total",
         "lockstep:step_rows_total",
