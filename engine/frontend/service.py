@@ -19,6 +19,7 @@ from ..protocol.results import PromptLogprobs
 from ..protocol.specs import FrontendSpec
 from .api.errors import CLIENT_GONE, ApiError
 from .api.schemas import CompletionRequest, GenerationRequest
+from .cluster_history import ClusterHistory
 from .controller_link import ControllerLink, FromController
 from .grammars.claim import Claim
 from .grammars.desk import GrammarDesk
@@ -52,6 +53,7 @@ class Service:
         self.model = model
         self.metrics = Metrics(spec.served_name, shared)
         self.cluster: ClusterState | None = None
+        self.history = ClusterHistory()
         self.started = time.time()
         self._on_stop = on_stop
         self._heard = asyncio.Event()
@@ -150,6 +152,7 @@ class Service:
                 self.requests.on_rejected(message)
             case ClusterState():
                 self.cluster = message
+                self.history.heard(message)
                 self.metrics.state(message)
                 self._heard.set()
             case Stop():

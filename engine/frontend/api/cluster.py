@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import lru_cache
 from typing import Any
 
 from ...protocol.cluster_state import ClusterState
@@ -27,7 +28,7 @@ def describe_cluster(cluster: ClusterState) -> dict[str, Any]:
         ],
     }
     shown["expert_load"] = _loads(cluster)
-    shown["placement"] = _placement(cluster)
+    shown["placement"] = _placement(cluster.placement_i32, len(cluster.ranks))
     return shown
 
 
@@ -38,10 +39,11 @@ def _loads(cluster: ClusterState) -> list[list[int]]:
     return [loads[start : start + width] for start in range(0, len(loads), width)] if width else []
 
 
-def _placement(cluster: ClusterState) -> list[dict[str, Any]]:
+@lru_cache(maxsize=2)  # it hardly ever changes, and a page asks every second
+def _placement(packed: bytes, num_ranks: int) -> list[dict[str, Any]]:
     """The ranges of experts on each rank, by range of MoE layers. Ranges include both ends."""
-    numbers = array("i", cluster.placement_i32).tolist()
+    numbers = array("i", packed).tolist()
     layers: dict[tuple[int, int], list[list[list[int]]]] = {}
     for first, last, rank, low, high in zip(*[iter(numbers)] * 5, strict=True):
-        layers.setdefault((first, last), [[] for _ in cluster.ranks])[rank].append([low, high])
+        layers.setdefault((first, last), [[] for _ in range(num_ranks)])[rank].append([low, high])
     return [{"layers": list(span), "experts": experts} for span, experts in layers.items()]

@@ -31,6 +31,7 @@ from ..requests.model import ServedModel
 from ..requests.token_rules import check_ids
 from ..service import Service
 from .access import ID_KEY, AccessMiddleware
+from .admin_page import admin_page
 from .agents import agent_routes
 from .bodies import Bodies, parse
 from .cors import with_cors
@@ -60,6 +61,7 @@ def build_app(service: Service, observers: Observers | None = None) -> ASGIApp:
     stories = Stories()
     app.include_router(_stories(stories))
     app.include_router(_status(service))
+    app.include_router(admin_page())
     app.include_router(docs_router(partial(complete, app.openapi, bool(service.spec.api_keys))))
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -264,6 +266,7 @@ def _admin(service: Service, bodies: Bodies) -> APIRouter:
     async def cluster() -> Response:
         if service.cluster is None:
             raise ApiError(503, "There is no message from the controller yet", retry_after=1)
-        return _json(describe_cluster(service.cluster))
+        document = describe_cluster(service.cluster) | service.history.describe()
+        return _json(document | {"trouble": service.unable() or ""})
 
     return router

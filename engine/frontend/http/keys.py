@@ -15,13 +15,14 @@ from .asgi_writer import Send
 from .request_log import refuse
 
 OPEN_PATHS = frozenset(
-    {"/health", "/ready", "/ping", "/version", "/metrics", "/load", "/docs", "/openapi.json"}
+    {"/health", "/ready", "/ping", "/version", "/metrics", "/load", "/docs", "/openapi.json", "/admin"}
 )
 
 
 class KeyMiddleware:
     """Admits requests with a valid key. Without ``api_keys`` everybody may use the server; admin
-    paths always need the admin key, ``OPEN_PATHS`` never need one. A key comes as a bearer token,
+    paths always need the admin key, ``OPEN_PATHS`` never need one, so /admin itself, a page
+    without data, does not. A key comes as a bearer token,
     or else in ``X-API-Key``.
     """
 
@@ -36,11 +37,14 @@ class KeyMiddleware:
         await app(scope, receive, send)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        if path in OPEN_PATHS:
+            return None
         if path.startswith("/admin"):
             if self._admin_key is None:
-                return _unauthorized("Admin endpoints need an admin key, and none is configured")
+                text = "Admin endpoints need an admin key, and none is configured"
+                return _unauthorized(text, "frontend.admin_key")
             keys: tuple[str, ...] = (self._admin_key,)
-        elif path in OPEN_PATHS or not self._api_keys:
+        elif not self._api_keys:
             return None
         else:
             keys = self._api_keys
@@ -54,5 +58,5 @@ class KeyMiddleware:
         return _unauthorized("A valid API key is needed: Authorization: Bearer <key>, or X-API-Key: <key>")
 
 
-def _unauthorized(text: str) -> ApiError:
-    return ApiError(401, text, headers={"WWW-Authenticate": "Bearer"})
+def _unauthorized(text: str, param: str | None = None) -> ApiError:
+    return ApiError(401, text, param, headers={"WWW-Authenticate": "Bearer"})
