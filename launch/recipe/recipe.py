@@ -318,7 +318,6 @@ def not_yet(recipe: Recipe) -> list[str]:
     ``launch plan`` plans with them and reports them.
     """
     checks = (
-        (recipe.experts.balance == "on", "experts.balance = on", "auto or off"),
         (recipe.kv_cache.host_memory > 0, f"kv_cache.host_memory = {recipe.kv_cache.host_memory}", "0"),
         (recipe.deterministic, "deterministic = true", "false"),
     )
