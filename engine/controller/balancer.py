@@ -19,8 +19,8 @@ from ...moe.balance.placement import EMPTY, Placement
 from ...parallel.mesh import Mesh
 from ..planner.group_plan import GroupPlan
 from ..protocol.arrays import Int32
-from ..protocol.bulk import Place, RankHello
-from ..protocol.plan import Moves
+from ..protocol.bulk import RankHello, SetPlacement
+from ..protocol.plan import Transfer
 from .expert_loads import ExpertLoads
 from .pilot import Pilot
 
@@ -50,7 +50,7 @@ class Balancer:
         self._trigger = Trigger()
         self._reached = 1.0
         self._seen = 0
-        self._open: dict[int, Moves] = {}
+        self._open: dict[int, Transfer] = {}
         self._newest = pilot.group.moves.committed  # id
         self._search: Future[list[Balanced]] | None = None
         movable = enabled and mesh.experts > 1 and loads.loads_LE.size
@@ -61,9 +61,9 @@ class Balancer:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SetPlacement:
         """The placement, for a rank that has another."""
-        return Place(self._pilot.group.moves.committed, self._loads.newest.experts_LWS.tobytes())
+        return SetPlacement(self._pilot.group.moves.committed, self._loads.newest.experts_LWS.tobytes())
 
     def is_behind(self, hello: RankHello) -> bool:
         """Whether a rank, which runs nothing, has another placement."""
@@ -113,7 +113,7 @@ class Balancer:
     def _offer(self, found: Sequence[Balanced]) -> None:
         """Cuts moves into parts that travel together, by whole layers."""
         most = max(1, _BYTES_AT_ONCE // self._expert_bytes)
-        moves: list[Moves] = []
+        moves: list[Transfer] = []
         for stage, (layers, balanced) in enumerate(zip(self._loads.layers, found, strict=True)):
             before_LWS = self._loads.newest.experts_LWS[layers]
             parts: list[list[Int32]] = []
@@ -127,7 +127,7 @@ class Balancer:
                 received_W += own_W
             for part in parts:
                 self._newest += 1
-                moves.append(Moves(self._newest, stage, np.concatenate(part).tobytes()))
+                moves.append(Transfer(self._newest, stage, np.concatenate(part).tobytes()))
         self._open = {part.id: part for part in moves}
         if not moves:
             self._reached = weighted_imbalance(self._window.loads_LE, self._loads.newest)
@@ -153,7 +153,7 @@ def _balance_stages(
 
 
 def _by_layer(before_LWS: Int32, balanced: Balanced, first: int) -> list[Int32]:
-    """Rows as in ``Moves.moves_i32`` for each layer that changes, slots that become empty too."""
+    """Rows as in ``Transfer.moves_i32`` for each layer that changes, emptied slots too."""
     after_LWS, moves = balanced.placement.experts_LWS, balanced.moves
     sources_LWS = np.full(after_LWS.shape, EMPTY)
     sources_LWS[moves.layers, moves.ranks, moves.slots] = moves.sources
@@ -171,5 +171,5 @@ def _by_layer(before_LWS: Int32, balanced: Balanced, first: int) -> list[Int32]:
     return found
 
 
-def _rows(moves: Moves) -> Int32:
+def _rows(moves: Transfer) -> Int32:
     return np.frombuffer(moves.moves_i32, np.int32).reshape(-1, 5)

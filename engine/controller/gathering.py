@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from ..planner.settings import Settings
-from ..protocol.bulk import Place, Published, RankHello
+from ..protocol.bulk import Published, RankHello, SetPlacement
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
@@ -86,7 +86,7 @@ class Gathering:
         hello again.
         """
         if len(self.inheritance.hellos) == self._spec.mesh.world:
-            place = Place(self.inheritance.placement_version, self.inheritance.placement_i32)
+            place = SetPlacement(self.inheritance.placement_version, self.inheritance.placement_i32)
             for rank in self.inheritance.take_behind():
                 log.info("rank %d loads the experts of placement %d", rank, place.version)
                 self._transport.send_bulk(rank, place)

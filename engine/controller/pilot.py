@@ -17,7 +17,7 @@ from ..planner.settings import Settings
 from ..protocol.bulk import Preload, Preloaded, Unload
 from ..protocol.frontends import Abort, Submit
 from ..protocol.message import Message
-from ..protocol.plan import Moves
+from ..protocol.plan import Transfer
 from ..protocol.results import Refused, StepResult
 from ..recording.recorder import Recorder
 from .pacer import Pacer
@@ -93,7 +93,7 @@ class Pilot:
         """Whether a request is open or had begun before its frontend submits it (again)."""
         return bool(message.emitted_i32) or (frontend, message.handle) in self.group.open
 
-    def move_experts(self, moves: list[Moves]) -> None:
+    def move_experts(self, moves: list[Transfer]) -> None:
         """Later plans start and commit these moves."""
         self._record("move_experts", moves)
         self.planner.move_experts(moves)

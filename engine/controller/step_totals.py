@@ -15,7 +15,7 @@ from ...moe.phases import PHASES
 from ...parallel.mesh import Mesh
 from ..protocol.arrays import Int64
 from ..protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, Totals
-from ..protocol.plan import Header, Moves
+from ..protocol.plan import Header, Transfer
 from ..protocol.results import StepResult
 
 
@@ -98,6 +98,6 @@ class StepTotals:
         )
 
 
-def _num_experts(moves: Moves) -> int:
+def _num_experts(moves: Transfer) -> int:
     """Experts that travel."""
     return int((np.frombuffer(moves.moves_i32, np.int32).reshape(-1, 5)[:, 1] >= 0).sum())

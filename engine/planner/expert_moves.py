@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...parallel.mesh import Mesh
-from ..protocol.plan import Moves
+from ..protocol.plan import Transfer
 from ..protocol.results import StepResult
 
 _MOST_STAGED = 4
@@ -28,10 +28,10 @@ class ExpertMoves:
     def __init__(self, mesh: Mesh, committed: int = 0) -> None:
         self.committed = committed
         self._mesh = mesh
-        self._waiting: deque[Moves] = deque()
-        self._travelling: Moves | None = None
+        self._waiting: deque[Transfer] = deque()
+        self._travelling: Transfer | None = None
         self._arrived: set[int] = set()  # ranks
-        self._landed: list[Moves] = []
+        self._landed: list[Transfer] = []
         self._recent: deque[int] = deque(maxlen=_REPEATED)  # committed
 
     @property
@@ -39,13 +39,13 @@ class ExpertMoves:
         """Moves that are not committed yet."""
         return len(self._waiting) + (self._travelling is not None) + len(self._landed)
 
-    def offer(self, moves: Sequence[Moves]) -> None:
+    def offer(self, moves: Sequence[Transfer]) -> None:
         """Takes moves that follow one another, when none is open."""
         assert not self.num_open, f"{self.num_open} moves are open"
         assert all(later.id > self.committed for later in moves), "ids of moves rise"
         self._waiting += moves
 
-    def plan(self, *, border: bool, first: bool) -> tuple[tuple[Moves, ...], tuple[int, ...]]:
+    def plan(self, *, border: bool, first: bool) -> tuple[tuple[Transfer, ...], tuple[int, ...]]:
         """The moves that a plan starts, and the ids of those it commits. ``border``: it is the
         first after a report of loads; ``first``: of an epoch.
         """

@@ -15,7 +15,7 @@ from ..protocol.arrays import as_keys
 from ..protocol.bulk import Preload, Preloaded, Unload
 from ..protocol.frontends import Abort, Rejected, Submit
 from ..protocol.message import Finish, Message
-from ..protocol.plan import Moves
+from ..protocol.plan import Transfer
 from ..protocol.results import Refused, StepResult
 from .admission import Admission
 from .group import Group
@@ -149,7 +149,7 @@ class Planner:
             self.group.kv.forget_all(data)
             self.group.publishing.forget(data)
 
-    def move_experts(self, moves: Sequence[Moves]) -> None:
+    def move_experts(self, moves: Sequence[Transfer]) -> None:
         """Later plans start these moves, one after another, and commit them."""
         self.group.moves.offer(moves)
 

@@ -82,7 +82,7 @@ class Unload(Message, tag="unstage", frozen=True):
     staged: int
 
 
-class Place(Message, tag="place", frozen=True):
+class SetPlacement(Message, tag="place", frozen=True):
     """The placement as it is after the moves ``version``. A rank that has another one loads what it
     lacks from the checkpoint, and says hello again.
     """
@@ -100,4 +100,4 @@ class Disband(Message, tag="disband", frozen=True):
 
 
 FromRankBulk = RankHello | Published | Preloaded | StepProgress
-ToRankBulk = Preload | Unload | Place | Disband | Stop
+ToRankBulk = Preload | Unload | SetPlacement | Disband | Stop

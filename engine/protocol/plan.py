@@ -46,7 +46,7 @@ class Copy(Message, frozen=True):
     target_page: int
 
 
-class Moves(Message, frozen=True):
+class Transfer(Message, frozen=True):
     """Starts to bring experts to other ranks of ``stage``, beside the steps. A rank names ``id`` in
     its results once its part has landed; ``Header.commits`` follow when all have.
 
@@ -88,7 +88,7 @@ class Header(Message, frozen=True):
     cohort: int = 0
     checksum: bool = False
     counts: bool = False
-    moves: tuple[Moves, ...] = ()
+    moves: tuple[Transfer, ...] = ()
     commits: tuple[int, ...] = ()
 
 

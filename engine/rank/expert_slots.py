@@ -22,7 +22,7 @@ from ...parallel.collectives import Collectives, Pending
 from ..models.decoder import Model
 from ..models.weights import load_experts
 from ..protocol.arrays import Int32
-from ..protocol.plan import Moves
+from ..protocol.plan import Transfer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StagePlace:
 
 @dataclass
 class _Arriving:
-    """Moves that were started. ``moves_N5`` as in ``Moves.moves_i32``. ``rows`` [n, bytes] have
+    """Moves that were started. ``moves_N5`` as in ``Transfer.moves_i32``. ``rows`` [n, bytes] have
     landed here, in the order of ``targets`` [n]: (layer, slot). None before.
     """
 
@@ -72,7 +72,7 @@ class ExpertSlots:
         """The placement of all stages, as in ``RankSpec``; empty before the first commit."""
         return self._experts_LWS.tobytes() if self.version else b""
 
-    def start(self, moves: Moves) -> None:
+    def start(self, moves: Transfer) -> None:
         """Sends and receives experts, beside the steps that follow."""
         moves_N5 = np.frombuffer(moves.moves_i32, np.int32).reshape(-1, 5)
         if moves.stage != self._here.stage:

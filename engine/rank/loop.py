@@ -9,7 +9,7 @@ import logging
 import msgspec
 from msgspec import structs
 
-from ..protocol.bulk import Disband, Place, Preload, Preloaded, Published, ToRankBulk, Unload
+from ..protocol.bulk import Disband, Preload, Preloaded, Published, SetPlacement, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
@@ -117,13 +117,13 @@ class RankLoop:
         self._chain.abandon()
         self._executor.end_epoch()
 
-    def _take(self, message: Preload | Unload | Place | Disband | Stop) -> Stop | None:
+    def _take(self, message: Preload | Unload | SetPlacement | Disband | Stop) -> Stop | None:
         if isinstance(message, Preload):
             if self._executor.stage(message.staged, message.tokens_i32, message.grammar, message.num_emitted):
                 self._sockets.bulk.send(encode(Preloaded(self._rank, message.staged)))
         elif isinstance(message, Unload):
             self._executor.unstage(message.staged)
-        elif isinstance(message, Place):
+        elif isinstance(message, SetPlacement):
             _LOG.info("loading the experts of placement %d", message.version)
             self._executor.place(message.version, message.placement_i32)
             self._introduce()
