@@ -58,6 +58,11 @@ def ray_is_guarded() -> bool:
     return by_token or os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
 
+def variable(name: str) -> str | None:
+    """A variable that the user names, None if it is not set."""
+    return os.environ.get(name)
+
+
 def ray_address() -> str | None:
     """The Ray cluster to join by RAY_ADDRESS, if any."""
     return os.environ.get("RAY_ADDRESS") or None

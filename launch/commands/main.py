@@ -6,10 +6,19 @@ they run, so that ``launch --help`` is quick.
 
 from __future__ import annotations
 
-from . import check, kubernetes, plan, serve, simulate, slurm
+from . import canary, check, kubernetes, load, plan, serve, simulate, slurm
 from .app import app
 
-COMMANDS = (serve, plan, check, simulate, slurm, kubernetes)  # importing a module registers its command
+COMMANDS = (
+    serve,
+    plan,
+    check,
+    simulate,
+    slurm,
+    kubernetes,
+    canary,
+    load,
+)  # importing a module registers its command
 
 
 def run() -> None:

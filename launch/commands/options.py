@@ -10,12 +10,31 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..client.server import Server
+
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Recipe file, or name of a packaged recipe such as demo.")
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Override recipe keys, e.g. frontend.port=9000."),
+]
+
+Against = Annotated[
+    str, typer.Option("--against", metavar="URL", help="Server, such as http://127.0.0.1:8000.")
+]
+ApiKeyEnv = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Environment variable with the server's API key.")
+]
+ModelName = Annotated[str | None, typer.Option("--model", help="Model to ask. Default: the first listed.")]
+Silence = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        min=0.01,
+        max=86400,
+        help="Seconds without a byte from the server before it counts as lost.",
+    ),
 ]
 
 
@@ -37,3 +56,19 @@ def refusal(error: object, code: int = 2) -> typer.Exit:
     """Prints an error; returns the exit to raise."""
     messages().print(f"error: {error}", markup=False)
     return typer.Exit(code)
+
+
+def server_for(against: str, timeout: float, api_key_env: str | None) -> Server:
+    """The server that the options name; exits with 2 if they name none."""
+    from ..client.server import AddressError, server_at
+    from ..environment import variable
+
+    key = None
+    if api_key_env is not None and not (key := variable(api_key_env)):
+        raise refusal(
+            f"--api-key-env {api_key_env}: not set; should name an environment variable with the key"
+        )
+    try:
+        return server_at(against, timeout, key)
+    except AddressError as error:
+        raise refusal(error) from None

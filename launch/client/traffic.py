@@ -1,0 +1,85 @@
+"""The requests of a trace as a server takes them: tokens, with the prefixes they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ...kernels.splitmix import mix64
+from ..simulation.trace import Trace
+
+
+def prompt_ids(trace: Trace, number: int, vocab_size: int) -> list[int]:
+    """Random tokens of the length asked; equal where the trace names equal blocks."""
+    words = np.frombuffer(trace.prompt(number), np.int32).astype(np.uint64)
+    ids: list[int] = (mix64(words) % np.uint64(vocab_size)).astype(np.int64).tolist()
+    return ids
+
+
+def request_body(trace: Trace, number: int, model: str, vocab_size: int) -> dict[str, Any]:
+    """A completion of exactly the length asked, streamed with the ids of its tokens."""
+    return {
+        "model": model,
+        "prompt": prompt_ids(trace, number, vocab_size),
+        "max_tokens": trace.requests[number].num_output,
+        "ignore_eos": True,
+        "seed": number,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = 0
+
+
+class StreamUsage(msgspec.Struct):
+    """The usage at the end of a stream."""
+
+    prompt_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+    @property
+    def cached(self) -> int:
+        return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details else 0
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class StreamEvent(msgspec.Struct):
+    """An event of a streamed completion. ``error``: the stream ends with it."""
+
+    choices: list[_Choice] = []
+    usage: StreamUsage | None = None
+    error: dict[str, Any] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(choice.token_ids or ()) for choice in self.choices)
+
+
+class EventReader:
+    """Cuts a stream of server-sent events, in pieces of any size, into its events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._decoder = msgspec.json.Decoder(StreamEvent)
+        self.done = False
+
+    def feed(self, part: bytes) -> list[StreamEvent]:
+        """The events that end in this part. Raises msgspec.DecodeError."""
+        *lines, self._rest = (self._rest + part).split(b"\n")
+        found = []
+        for line in lines:
+            data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+            if data == b"[DONE]":
+                self.done = True
+            elif data:
+                found.append(self._decoder.decode(data))
+        return found
