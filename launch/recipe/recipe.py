@@ -108,7 +108,8 @@ class ExpertsSection(RecipeSection):
         "routing trace (.npz), relative to the recipe file",
     )
     balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
-        default="auto", description="whether experts move between ranks by load"
+        default="auto",
+        description="move experts between ranks as loads drift; auto: where ranks share experts",
     )
 
 
@@ -299,6 +300,10 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"experts.dispatch = local: keeps all experts on one rank, but there are {recipe.world} "
             f"(cluster.nodes {cluster.nodes} x cluster.ranks_per_node {cluster.ranks_per_node}); "
             "use auto, all_gather or all_to_all",
+        ),
+        (
+            recipe.experts.balance == "on" and recipe.world == recipe.parallel.pipeline,
+            "experts.balance = on: a stage has one rank, which has all experts; use auto or off",
         ),
         (
             recipe.overlap == "on" and recipe.world == recipe.parallel.pipeline,
