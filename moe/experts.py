@@ -24,7 +24,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig, num_slots: int, backend: Backend[Reference]) -> None:
         super().__init__()
         width, hidden = config.expert_width, config.hidden
-        self._ops = backend.ops
+        self._config, self._backend, self._ops = config, backend, backend.ops
         self.w13 = backend.parameter(num_slots, 2 * width, hidden)
         self.w2 = backend.parameter(num_slots, hidden, width)
         self._weights: tuple[SlotWeights, SlotWeights] = self.w13, self.w2
@@ -37,6 +37,20 @@ class Experts(nn.Module):
         if isinstance(w13, Tensor) and isinstance(w2, Tensor):
             self.w13 = nn.Parameter(w13, requires_grad=False)
             self.w2 = nn.Parameter(w2, requires_grad=False)
+
+    @property
+    def by_slot(self) -> tuple[Tensor, ...]:
+        """All weights, [S, ...] each, in the form that travels."""
+        return self.w13.data, self.w2.data
+
+    def changed(self, slot: int) -> None:
+        """The weights of a slot were written after packing."""
+        for weights in self._weights:
+            self._ops.repack_slot(weights, slot)
+
+    def spare(self, num_slots: int) -> Experts:
+        """Experts like these in slots of their own, to be loaded."""
+        return Experts(self._config, num_slots, self._backend)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
@@ -57,7 +71,7 @@ class Fp8Experts(nn.Module):
         super().__init__()
         width, hidden = config.expert_width, config.hidden
         blocks = -(-width // BLOCK), -(-hidden // BLOCK)
-        self._ops = backend.ops
+        self._config, self._backend, self._ops = config, backend, backend.ops
         self.w13 = backend.parameter(num_slots, 2 * width, hidden, dtype=torch.float8_e4m3fn)
         self.w13_scales = backend.parameter(num_slots, 2, *blocks, dtype=torch.float32)
         self.w2 = backend.parameter(num_slots, hidden, width, dtype=torch.float8_e4m3fn)
@@ -66,6 +80,18 @@ class Fp8Experts(nn.Module):
 
     def pack(self) -> None:
         """FP8 weights stay as they are loaded."""
+
+    @property
+    def by_slot(self) -> tuple[Tensor, ...]:
+        """All weights and scales, [S, ...] each."""
+        return self.w13.data, self.w13_scales.data, self.w2.data, self.w2_scales.data
+
+    def changed(self, slot: int) -> None:
+        """There is one form of the weights."""
+
+    def spare(self, num_slots: int) -> Fp8Experts:
+        """Experts like these in slots of their own, to be loaded."""
+        return Fp8Experts(self._config, num_slots, self._backend)
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
@@ -79,3 +105,18 @@ class Fp8Experts(nn.Module):
             return self.forward(Received(x_TD, local.rows_M, slots_M), local.counts_S)
 
         return self._ops.routed_sublayer(norm, gate, run)
+
+
+def read_slot(experts: Experts | Fp8Experts, slot: int) -> Tensor:
+    """The weights of one slot in the form that travels, uint8 [bytes]."""
+    return torch.cat([part[slot].reshape(-1).view(torch.uint8) for part in experts.by_slot])
+
+
+def write_slot(experts: Experts | Fp8Experts, slot: int, row: Tensor) -> None:
+    """Writes what ``read_slot`` read, on a rank whose weights have the same form, at the slot's
+    place in memory.
+    """
+    targets = [part[slot].view(-1).view(torch.uint8) for part in experts.by_slot]
+    for target, source in zip(targets, row.split([len(target) for target in targets]), strict=True):
+        target.copy_(source)
+    experts.changed(slot)

@@ -62,13 +62,13 @@ class Collectives:
         self._name = name
         self.store = store
         self._deadline = timedelta(seconds=deadline)
-        self._device = device
+        self.device = device
         self._group: Any = None  # torch's stubs do not show what a backend can do
 
     @property
     def recovery(self) -> Recovery:
         """Gloo's waits end by themselves; NCCL's kernels are aborted."""
-        return REGROUP if self.size == 1 or self._device.type == "cpu" else ABORT_AND_RECAPTURE
+        return REGROUP if self.size == 1 or self.device.type == "cpu" else ABORT_AND_RECAPTURE
 
     def build(self, epoch: int) -> None:
         """Meets the other ranks under a prefix of this epoch, after destroying the group of an
@@ -82,7 +82,7 @@ class Collectives:
         try:
             met = PrefixStore(prefix, self.store)
             self._group = self._new_group(met)
-            if self._device.type == "cpu":
+            if self.device.type == "cpu":
                 self._prove(met)
         except RuntimeError as error:
             raise CollectiveError(
@@ -166,6 +166,10 @@ class Collectives:
         """Receives into ``rows`` what the rank ``source`` sends under ``tag``."""
         return Pending(what, rows, self._group.recv([rows], source, tag))
 
+    def is_done(self, pending: Pending) -> bool:
+        """Whether ``wait`` returns, or raises, at once."""
+        return pending.work is None or pending.work.is_completed()
+
     def wait(self, pending: Pending) -> Tensor:
         """The result of a collective. Raises CollectiveError when a peer is gone or the deadline
         has passed.
@@ -188,7 +192,7 @@ class Collectives:
         """Makes a group of its own, not torch's global one, so that two clusters fit in one
         process.
         """
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return ProcessGroupGloo(store, self.index, self.size, self._deadline)
         from torch._C._distributed_c10d import ProcessGroupNCCL
 

@@ -9,6 +9,7 @@ from ..protocol.bulk import RankHello
 from ..protocol.lobby import Lobby
 from ..protocol.message import Stop
 from ..protocol.specs import ControllerSpec
+from .balancer import Balancer
 from .frontends import Frontends
 from .gathering import Gathering, planner_settings
 from .membership import Membership
@@ -56,21 +57,26 @@ class Controller:
 
     def _serve(self, gathering: Gathering, hellos: dict[int, RankHello]) -> ClusterStatus:
         inheritance = gathering.inheritance
-        settings = planner_settings(self._spec, hellos, inheritance.first_epoch)
+        settings = planner_settings(self._spec, hellos, inheritance)
         pilot = Pilot(settings, self._spec.recording)
         try:
             kept = inheritance.hand_over(self._spec.mesh, settings.num_pages, pilot)
-            status = ClusterStatus(
-                self._spec.mesh, hellos, pilot.group, self._numbers, self._spec.placement_i32
-            )
+            placement_i32 = inheritance.placement_i32 or self._spec.placement_i32
+            status = ClusterStatus(self._spec.mesh, hellos, pilot.group, self._numbers, placement_i32)
             membership = Membership(self._spec, hellos, pilot, status)
-            serving = Serving(self._transport, self._frontends, self._lobby, pilot, membership, status)
+            balancer = Balancer(self._spec.mesh, hellos, status.experts, pilot, enabled=self._spec.balance)
+            serving = Serving(
+                self._transport, self._frontends, self._lobby, pilot, membership, status, balancer
+            )
             gathering.hand_over(serving, time.monotonic())
             pages = f"{sum(settings.num_pages)} pages of {settings.page_size} tokens"
             found = f" ({kept} hold blocks)" if kept else ""
             detail = f"{len(hellos)} ranks, {pages}{found}, context {settings.max_len}"
             self._lobby.report("ready", detail)
-            serving.run()
+            try:
+                serving.run()
+            finally:
+                balancer.close()
             return status
         finally:
             pilot.close()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from ..planner.settings import Settings
-from ..protocol.bulk import Published, RankHello
+from ..protocol.bulk import Published, RankHello, SetPlacement
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
@@ -64,6 +64,7 @@ class Gathering:
                 next_state = now + _WAIT
                 self._frontends.tell(self.state())
             self._listen_to_ranks()
+            self._place_ranks()
             if time.monotonic() > deadline:
                 missing = [rank for rank in range(world) if rank not in hellos]
                 raise TimeoutError(f"ranks {missing} have not reported within {seconds:.0f} s")
@@ -79,6 +80,16 @@ class Gathering:
                 here = len(self.inheritance.hellos)
                 log.info("rank %d on %s is here with %d pages", message.rank, message.host, message.num_pages)
                 self._lobby.report("starting", f"{here} of {world} ranks are here", here / world)
+
+    def _place_ranks(self) -> None:
+        """Once all ranks are here, those without the newest placement load its experts, and say
+        hello again.
+        """
+        if len(self.inheritance.hellos) == self._spec.mesh.world:
+            place = SetPlacement(self.inheritance.placement_version, self.inheritance.placement_i32)
+            for rank in self.inheritance.take_behind():
+                log.info("rank %d loads the experts of placement %d", rank, place.version)
+                self._transport.send_bulk(rank, place)
 
     def hand_over(self, serving: Reactions, now: float) -> None:
         """Gives ``serving`` everything that has been asked of this controller so far."""
@@ -128,7 +139,9 @@ class Gathering:
             self._reason = f"rank {message.rank} is lost: {message.reason}"
 
 
-def planner_settings(spec: ControllerSpec, hellos: Mapping[int, RankHello], epoch: int) -> Settings:
+def planner_settings(
+    spec: ControllerSpec, hellos: Mapping[int, RankHello], inheritance: Inheritance
+) -> Settings:
     """Pool sizes and the longest context. Raises ValueError when the configured context does not
     fit, unless the run has begun before.
     """
@@ -145,4 +158,12 @@ def planner_settings(spec: ControllerSpec, hellos: Mapping[int, RankHello], epoc
     if max_len < spec.model_max_len:
         limited = "the context is limited to %d of the model's %d tokens; the KV cache holds %d a rank"
         log.info(limited, max_len, spec.model_max_len, fits)
-    return Settings(mesh, spec.scheduler, num_pages, page_size, max_len, epoch=epoch)
+    return Settings(
+        mesh,
+        spec.scheduler,
+        num_pages,
+        page_size,
+        max_len,
+        epoch=inheritance.first_epoch,
+        placement_version=inheritance.placement_version,
+    )

@@ -44,6 +44,24 @@ class Inheritance:
         self._published.pop(rank, None)
 
     @property
+    def placement_version(self) -> int:
+        """The newest placement that a rank has; 0 for that of the start."""
+        return max((hello.placement_version for hello in self.hellos.values()), default=0)
+
+    @property
+    def placement_i32(self) -> bytes:
+        """The newest placement, as in ``ControllerSpec``; empty for that of the start."""
+        return max(self.hellos.values(), key=lambda hello: hello.placement_version).placement_i32
+
+    def take_behind(self) -> list[int]:
+        """Ranks without the newest placement, whose hellos no longer count."""
+        newest = self.placement_version
+        behind = [rank for rank, hello in self.hellos.items() if hello.placement_version < newest]
+        for rank in behind:
+            del self.hellos[rank]
+        return behind
+
+    @property
     def first_epoch(self) -> int:
         """The first epoch that no rank refuses."""
         return max([self._epoch, *(hello.epoch for hello in self.hellos.values())]) + 1

@@ -111,12 +111,12 @@ class Membership:
 
     def returned(self, hello: RankHello, now: float) -> None:
         """A rank that is not missing says hello. Its connection was away, so that messages may be
-        lost: a new epoch begins. Another process is a replacement whose loss was not reported.
+        lost: a new epoch begins. Another process is a replacement whose loss was not reported: it
+        is missing until ``replaced``.
         """
         known = self._hellos[hello.rank]
         if (hello.host, hello.pid, hello.life) != (known.host, known.pid, known.life):
             self.lost(RankLost(hello.rank, "another process has taken its place"), now)
-            self.replaced(hello, now)
             return
         if self._status.phase in ("serving", "recovering", "draining"):
             if self.pause(now) == 0.0:

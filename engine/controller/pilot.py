@@ -17,6 +17,7 @@ from ..planner.settings import Settings
 from ..protocol.bulk import Preload, Preloaded, Unload
 from ..protocol.frontends import Abort, Submit
 from ..protocol.message import Message
+from ..protocol.plan import Transfer
 from ..protocol.results import Refused, StepResult
 from ..recording.recorder import Recorder
 from .pacer import Pacer
@@ -91,6 +92,11 @@ class Pilot:
     def continues(self, frontend: int, message: Submit) -> bool:
         """Whether a request is open or had begun before its frontend submits it (again)."""
         return bool(message.emitted_i32) or (frontend, message.handle) in self.group.open
+
+    def move_experts(self, moves: list[Transfer]) -> None:
+        """Later plans start and commit these moves."""
+        self._record("move_experts", moves)
+        self.planner.move_experts(moves)
 
     def shrink(self, data: int, num_pages: int) -> None:
         """A new rank of ``data`` has a smaller pool."""

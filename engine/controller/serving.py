@@ -18,6 +18,7 @@ from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
 from ..protocol.results import Refused, StepResult
 from ..protocol.turns import Turns
+from .balancer import Balancer
 from .frontends import Frontends
 from .membership import Membership
 from .pilot import Pilot
@@ -40,9 +41,11 @@ class Serving:
         pilot: Pilot,
         membership: Membership,
         status: ClusterStatus,
+        balancer: Balancer,
     ) -> None:
         self._transport, self._frontends, self._lobby = transport, frontends, lobby
         self._pilot, self._membership, self._status = pilot, membership, status
+        self._balancer = balancer
         self._next_housekeeping = 0.0
         self._drain_deadline = math.inf
         self._turns = Turns(time.monotonic())
@@ -131,15 +134,19 @@ class Serving:
 
     def _welcome(self, hello: RankHello) -> None:
         """Takes a replacement, or a rank whose connection was away. The loss that a replacement
-        follows was reported first, but may still be unread.
+        follows was reported first, but may still be unread. One with the experts of the start loads
+        those that it has to have, and says hello again.
         """
         now = time.monotonic()
         if hello.rank not in self._membership.missing:
             self._frontends.listen(now, self)
-        if hello.rank in self._membership.missing:
-            self._membership.replaced(hello, now)
-        else:
+        if hello.rank not in self._membership.missing:
             self._membership.returned(hello, now)
+        if hello.rank in self._membership.missing:
+            if self._balancer.is_behind(hello):
+                self._transport.send_bulk(hello.rank, self._balancer.place)
+            else:
+                self._membership.replaced(hello, now)
         self._next_housekeeping = 0.0
 
     def _plan(self, now: float, began: float) -> None:
@@ -148,6 +155,7 @@ class Serving:
             largest = self._transport.send_plan(plan)
             tokens_D = self._pilot.group.steps.flights[plan.header.step].tokens
             self._status.planned(time.perf_counter() - began, largest, plan, tokens_D)
+            self._balancer.planned(plan)
 
     def _follow_up(self) -> None:
         staging, output = self._pilot.follow_up()
@@ -200,6 +208,7 @@ class Serving:
             self._fail(failure)
         self._end_drain(now)
         self._frontends.tell(self.state())
+        self._balancer.look()
         if self._pilot.planner.idle() and not self._pilot.group.steps.in_flight:
             gc.collect()
         if failure := self._pilot.flush_recording():

@@ -11,7 +11,6 @@ from itertools import accumulate
 
 import numpy as np
 
-from ...moe.balance.placement import EMPTY
 from ...moe.balance.start import placement_of
 from ...parallel.mesh import Mesh
 from ..planner.group import Group
@@ -21,6 +20,7 @@ from ..protocol.bulk import RankHello
 from ..protocol.cluster_state import ClusterState, OverlapChoice, RankState
 from ..protocol.results import StepResult
 from ..protocol.specs import Succession
+from .expert_loads import ExpertLoads
 from .step_totals import StepTotals
 
 
@@ -73,7 +73,7 @@ class ClusterStatus:
     ``phase`` is serving | recovering | draining | drained | failed, ``reason`` explains it to
     people, ``degraded`` names what is missing. ``numbers`` gives each state its number.
     ``plan_seconds`` are those from reading results to handing over the plan, ``largest_plan`` is
-    the most bytes that one rank was sent.
+    the most bytes that one rank was sent. ``experts`` are their loads and placement.
     """
 
     def __init__(
@@ -96,13 +96,12 @@ class ClusterStatus:
         num_layers = ends[-1]
         # The MoE layers of each stage.
         self._layers = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        placement = placement_of(placement_i32, num_layers, hello.num_experts, mesh.experts)
+        self.experts = ExpertLoads(mesh, self._layers, placement)
         self._totals = StepTotals(mesh, self._layers, hello.expert_bytes)
         self._observed: list[StepResult] = []
         self._reports: list[StepResult] = []
-        self._expert_LE = np.zeros((num_layers, hello.num_experts), np.int64)
-        self._placement = placement_of(placement_i32, num_layers, hello.num_experts, mesh.experts)
-        self._counts_LWS = np.zeros(self._placement.experts_LWS.shape, np.int64)
-        self._placement_i32 = self._placement.ranges().tobytes()
+        self._shown, self._shown_i32 = placement, placement.ranges().tobytes()
 
     def observe(self, results: list[StepResult]) -> None:
         """Takes in timings, on the way to a plan. The rest waits for ``add_up``."""
@@ -159,12 +158,14 @@ class ClusterStatus:
             steps=counters.steps,
             imbalance=float(own_W.max() / own_W.mean()) if own_W.mean() > 0 else 1.0,
             plan_seconds=self.plan_seconds.quantile(0.5),
-            expert_layers=len(self._expert_LE),
-            expert_i64=self._expert_LE.tobytes(),
+            expert_layers=len(self.experts.loads_LE),
+            expert_i64=self.experts.loads_LE.tobytes(),
             ranks=tuple(self._rank(hello, condition, running_D) for hello, condition in ranks),
             number=next(self._numbers),
             totals=self._totals.pack(),
-            placement_i32=self._placement_i32,
+            placement_i32=self._placement_ranges(),
+            placement_version=group.moves.committed,
+            moves_open=group.moves.num_open,
             degraded=self.degraded,
             overlap=group.overlap.mode,
             overlap_choices=tuple(
@@ -195,21 +196,11 @@ class ClusterStatus:
         reports, self._reports = self._reports, []
         for result in reports:
             self._totals.reported(result)
-            if result.expert_i64 and self._expert_LE.size:
-                self._count_experts(result)
-        if reports and self._expert_LE.size:
-            self._sum_replicas()
+        self.experts.take([result for result in reports if result.expert_i64])
 
-    def _count_experts(self, result: StepResult) -> None:
-        here = self._mesh.coordinates(result.rank)
-        mine = self._layers[here.stage]
-        counts_LS = self._counts_LWS[mine, here.expert]
-        counts_LS[:] = np.frombuffer(result.expert_i64, np.int64).reshape(counts_LS.shape)
-
-    def _sum_replicas(self) -> None:
-        """Replicas of an expert count together: once for all reports, with all places at once."""
-        experts_LWS = self._placement.experts_LWS
-        taken_LWS = experts_LWS != EMPTY
-        rows_LWS = np.arange(len(experts_LWS))[:, None, None] * self._placement.num_experts + experts_LWS
-        sums = np.bincount(rows_LWS[taken_LWS], self._counts_LWS[taken_LWS], self._expert_LE.size)
-        self._expert_LE[:] = sums.reshape(self._expert_LE.shape)
+    def _placement_ranges(self) -> bytes:
+        """``Placement.ranges`` of the newest placement, which seldom changes."""
+        if self._shown is not self.experts.newest:
+            self._shown = self.experts.newest
+            self._shown_i32 = self._shown.ranges().tobytes()
+        return self._shown_i32

@@ -15,7 +15,7 @@ from ...moe.phases import PHASES
 from ...parallel.mesh import Mesh
 from ..protocol.arrays import Int64
 from ..protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, Totals
-from ..protocol.plan import Header
+from ..protocol.plan import Header, Transfer
 from ..protocol.results import StepResult
 
 
@@ -53,7 +53,7 @@ class StepTotals:
         self._dispatch_rows += header.capacity * len(tokens_D)
         self._overlap = header.microbatches > 1
         self._overlapped += self._overlap
-        self._moved += len(header.moves) * self._expert_bytes
+        self._moved += sum(_num_experts(moves) for moves in header.moves) * self._expert_bytes
 
     def observed(self, results: Sequence[StepResult]) -> None:
         """Takes in results; a rank may be among them more than once."""
@@ -96,3 +96,8 @@ class StepTotals:
             load_i64=self._load_LW.tobytes(),
             balancedness_f64=balanced_L.tobytes(),
         )
+
+
+def _num_experts(moves: Transfer) -> int:
+    """Experts that travel."""
+    return int((np.frombuffer(moves.moves_i32, np.int32).reshape(-1, 5)[:, 1] >= 0).sum())

@@ -23,7 +23,7 @@ from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
 from ...kernels.reference.sublayers import Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...moe.experts import Fp8Experts
+from ...moe.experts import Experts, Fp8Experts
 from ...moe.layer import MoELayer
 from ...parallel.linear import Backend, Matrix, MergedLinear, SwiGLU
 from ...parallel.stages import PipelineStage
@@ -231,16 +231,22 @@ class Model(nn.Module):
 
     def expert_layers(self) -> list[ExpertLayer]:
         """The routed experts of this model's MoE layers, in order."""
-        found = []
-        projections = self.config.names.projections
-        for layer in self._moe_layers:
-            experts = cast(MoELayer, self._layers[layer - self.stage.layers.start].mlp).experts
-            name = self._checkpoint_name(f"model.layers.{layer}.mlp.experts")
-            scales = None
-            if isinstance(experts, Fp8Experts):
-                scales = experts.w13_scales.data, experts.w2_scales.data
-            found.append(ExpertLayer(name, projections, experts.w13.data, experts.w2.data, scales))
-        return found
+        return [self.expert_layer(number, experts) for number, experts in enumerate(self.experts())]
+
+    def experts(self) -> list[Experts | Fp8Experts]:
+        """The modules of routed experts, by MoE layer of this model."""
+        return [
+            cast(MoELayer, self._layers[layer - self.stage.layers.start].mlp).experts
+            for layer in self._moe_layers
+        ]
+
+    def expert_layer(self, number: int, experts: Experts | Fp8Experts) -> ExpertLayer:
+        """``experts`` as the slots of MoE layer ``number`` of this model."""
+        name = self._checkpoint_name(f"model.layers.{self._moe_layers[number]}.mlp.experts")
+        scales = None
+        if isinstance(experts, Fp8Experts):
+            scales = experts.w13_scales.data, experts.w2_scales.data
+        return ExpertLayer(name, self.config.names.projections, experts.w13.data, experts.w2.data, scales)
 
     def _checkpoint_name(self, name: str) -> str:
         layer = _LAYER.match(name)

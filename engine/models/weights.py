@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...kernels.reference.fp8 import Quantised, widen_into
+from ...moe.experts import read_slot, write_slot
 from ...parallel.linear import WHOLE
 from ...parallel.tensor import Shard
 from .checkpoint import FP8, POWERS, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
@@ -98,6 +99,28 @@ def load_weights(
     return Loaded(len(reads), done)
 
 
+def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int]]) -> None:
+    """Writes experts into slots of a packed model: ``wanted`` maps a MoE layer (as in
+    ``load_weights``) to experts by slot. Raises ValueError if a file cannot be read.
+    """
+    stored = separate_experts(text_model(path, read_checkpoint(path)), model.config.names)
+    for number, slots in wanted.items():
+        experts = model.experts()[number]
+        spare = experts.spare(len(slots))
+        layer = model.expert_layer(number, spare)
+        reads = [
+            _Read(name, stored[name], place)
+            for place_number, expert in enumerate(slots.values())
+            for name, place in _projections(layer, place_number, expert)
+        ]
+        scales = _read_scales(stored, reads)
+        for read, values in _in_file_order(reads):
+            _store(values, scales.get(read.name), read.place, model.config.fp8_block)
+        spare.pack()
+        for place_number, slot in enumerate(slots):
+            write_slot(experts, slot, read_slot(spare, place_number))
+
+
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors that a checkpoint of this model must hold, including those of
     experts without a slot here. Split tensors count as wholes.
@@ -123,8 +146,13 @@ def _expert_places(
     for number, layer in enumerate(model.expert_layers()):
         for slot, expert in enumerate(experts_of_layer(number)):
             if expert >= 0:
-                for projection, place in zip(layer.projections, _slot_places(layer, slot), strict=True):
-                    yield f"{layer.name}.{expert}.{projection}.weight", place
+                yield from _projections(layer, slot, expert)
+
+
+def _projections(layer: ExpertLayer, slot: int, expert: int) -> Iterator[tuple[str, _Place]]:
+    """The checkpoint name and the place of every projection of an expert in ``slot``."""
+    for projection, place in zip(layer.projections, _slot_places(layer, slot), strict=True):
+        yield f"{layer.name}.{expert}.{projection}.weight", place
 
 
 def _slot_places(layer: ExpertLayer, slot: int) -> tuple[_Place, _Place, _Place]:

@@ -11,6 +11,7 @@ from ..kv.manager import KVManager
 from ..protocol.arrays import Int64
 from .cost_model import CostModel
 from .draining import Draining
+from .expert_moves import ExpertMoves
 from .overlap import Overlap
 from .prefill_queues import PrefillQueues
 from .preloads import Preloads
@@ -65,6 +66,7 @@ class Group:
         self.draining = Draining(self.rows, self.steps)
         self.publishing = Publishing(self.kv.index)
         self.trials = Trials(self.num_tokens)
+        self.moves = ExpertMoves(mesh, settings.placement_version)
         self.counters = PlannerCounters()
         self.num_deferred = 0
 

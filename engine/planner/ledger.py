@@ -54,6 +54,8 @@ class Ledger:
             if steps.follows(result):
                 batch.append(result)
                 steps.acknowledge(result)
+                if result.landed_i32:
+                    self._group.moves.landed(result)
             else:
                 gaps.add(self._group.mesh.data_of_rank(result.rank))
         if batch:

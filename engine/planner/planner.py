@@ -15,6 +15,7 @@ from ..protocol.arrays import as_keys
 from ..protocol.bulk import Preload, Preloaded, Unload
 from ..protocol.frontends import Abort, Rejected, Submit
 from ..protocol.message import Finish, Message
+from ..protocol.plan import Transfer
 from ..protocol.results import Refused, StepResult
 from .admission import Admission
 from .group import Group
@@ -140,12 +141,17 @@ class Planner:
                 self._ledger.fail(guilty, _GUILTY)
         self.group.distrust_flights()
         steps.begin_epoch()
+        self.group.moves.begin_epoch()
         for data in steps.living():
             self.resync(data)
         steps.leave(gone)
         for data in (*gone, *emptied):
             self.group.kv.forget_all(data)
             self.group.publishing.forget(data)
+
+    def move_experts(self, moves: Sequence[Transfer]) -> None:
+        """Later plans start these moves, one after another, and commit them."""
+        self.group.moves.offer(moves)
 
     def shrink(self, data: int, num_pages: int) -> None:
         """A new rank of ``data``, which runs nothing, has a smaller pool. Requests that no longer

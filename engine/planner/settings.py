@@ -11,7 +11,8 @@ from ..protocol.specs import SchedulerSpec
 class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that a planner is built from; a recording begins with it, where ``mesh`` is called
     layout. ``num_pages`` [data] are pool sizes, ``group`` is the group's index in its cluster.
-    ``epoch`` is the first one: ranks refuse those of an earlier controller.
+    ``epoch`` is the first one: ranks refuse those of an earlier controller. ``placement_version``
+    is the id of the last moves of experts before.
     """
 
     mesh: Mesh = msgspec.field(name="layout")
@@ -21,3 +22,4 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     max_len: int
     group: int = 0
     epoch: int = 0
+    placement_version: int = 0

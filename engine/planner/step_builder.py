@@ -59,6 +59,8 @@ class StepBuilder:
         flight.capacity, flight.microbatches = capacity, group.overlap.microbatches(capacity)
         flight.unheard = len(sections) * group.mesh.world // group.mesh.data
         self._retire_at_limit(flight, decoding, chunks)
+        border, first = flight.step % _REPORT_EVERY == 0, group.steps.predecessor == -1
+        moves, commits = group.moves.plan(border=border, first=first)
         header = Header(
             group=group.index,
             epoch=group.steps.epoch,
@@ -70,6 +72,8 @@ class StepBuilder:
             cohort=cohort,
             checksum=flight.check is not None,
             counts=flight.step % _REPORT_EVERY == _REPORT_EVERY - 1,
+            moves=moves,
+            commits=commits,
         )
         group.steps.sent(flight)
         group.counters.steps += 1

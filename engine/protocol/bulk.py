@@ -11,7 +11,9 @@ class RankHello(Message, tag="hello", frozen=True):
     """A rank has loaded its weights and sized its page pool. Sent once per connection: said
     again, it means that messages may be lost. A process draws ``life`` once. ``epoch`` is the last
     one that the rank has entered, -1 before its first; it has left it. ``recovery``: the
-    rank's grade (``parallel/recovery.py``).
+    rank's grade (``parallel/recovery.py``). ``placement_version`` is the id of the last moves that
+    the rank has committed, 0 before any; then ``placement_i32`` is what they led to, as in
+    ``ControllerSpec``.
     """
 
     rank: int
@@ -28,6 +30,8 @@ class RankHello(Message, tag="hello", frozen=True):
     life: int = 0
     epoch: int = -1
     recovery: str = ""
+    placement_version: int = 0
+    placement_i32: bytes = b""
 
 
 class Published(Message, tag="published", frozen=True):
@@ -78,6 +82,15 @@ class Unload(Message, tag="unstage", frozen=True):
     staged: int
 
 
+class SetPlacement(Message, tag="place", frozen=True):
+    """The placement as it is after the moves ``version``. A rank that has another one loads what it
+    lacks from the checkpoint, and says hello again.
+    """
+
+    version: int
+    placement_i32: bytes
+
+
 class Disband(Message, tag="disband", frozen=True):
     """``epoch`` is over. A rank that is still in it leaves its communicator, so that peers that
     wait there for this rank give up at once.
@@ -87,4 +100,4 @@ class Disband(Message, tag="disband", frozen=True):
 
 
 FromRankBulk = RankHello | Published | Preloaded | StepProgress
-ToRankBulk = Preload | Unload | Disband | Stop
+ToRankBulk = Preload | Unload | SetPlacement | Disband | Stop

@@ -71,6 +71,8 @@ class ClusterState(Message, tag="state", frozen=True):
     of the last report. ``number`` orders states. ``placement_i32`` is ``Placement.ranges``: the
     experts of each rank. ``degraded`` names what is missing while the cluster serves all the same.
     ``overlap`` is off | on | auto.
+    ``placement_version`` is the id of the last moves of experts that were committed, ``moves_open``
+    the number of those that are under way.
     ``num_deferred`` of the waiting requests step aside for a block that another one computes.
     """
 
@@ -102,6 +104,8 @@ class ClusterState(Message, tag="state", frozen=True):
     overlap: str = "off"
     overlap_choices: tuple[OverlapChoice, ...] = ()
     num_deferred: int = 0
+    placement_version: int = 0
+    moves_open: int = 0
 
 
 class Report(Message, frozen=True):

@@ -46,23 +46,17 @@ class Copy(Message, frozen=True):
     target_page: int
 
 
-class Move(Message, frozen=True):
-    """Starts to receive one expert's weights into a staging slot; a ``Commit`` follows once they
-    have landed.
+class Transfer(Message, frozen=True):
+    """Starts to bring experts to other ranks of ``stage``, beside the steps. A rank names ``id`` in
+    its results once its part has landed; ``Header.commits`` follow when all have.
+
+    ``moves_i32`` [n, 5]: MoE layer, expert, source and target among the ranks of the stage, and the
+    target's slot. Expert -1 leaves a slot empty. No layer is left half done: a placement follows
+    from a placement.
     """
 
     id: int
-    layer: int
-    expert: int
-    source_rank: int
-    target_rank: int
-    target_slot: int
-
-
-class Commit(Message, frozen=True):
-    """Makes the landed moves of ``layer`` part of the placement, from this step on."""
-
-    layer: int
+    stage: int
     moves_i32: bytes
 
 
@@ -80,6 +74,8 @@ class Header(Message, frozen=True):
     ``capacity`` bounds the tokens that any rank dispatches. ``cohort`` is the pipeline cohort whose
     slots (slot modulo the number of cohorts) take part. ``checksum`` asks for a checksum of the
     state after the step, ``counts`` for expert loads and phases since the last such step.
+    ``commits``: ids of moves that are part of the placement from this step on; a rank that has
+    them already ignores them.
     """
 
     group: int
@@ -92,8 +88,8 @@ class Header(Message, frozen=True):
     cohort: int = 0
     checksum: bool = False
     counts: bool = False
-    moves: tuple[Move, ...] = ()
-    commits: tuple[Commit, ...] = ()
+    moves: tuple[Transfer, ...] = ()
+    commits: tuple[int, ...] = ()
 
 
 class Section(Message, frozen=True):

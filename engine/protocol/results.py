@@ -50,6 +50,7 @@ class StepResult(Message, tag="result", frozen=True):
     ``stalled`` the part of that for other pipeline stages.
     ``expert_i64`` are token counts [layer, own slot] and ``phases_f32`` the seconds in each of
     ``moe.phases``, both over all steps since a header last asked for them; otherwise empty.
+    ``landed_i32`` are the ids of moves that have landed and are not committed.
     """
 
     group: int

@@ -60,7 +60,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a controller, which binds free ports of ``host``, or those of its
     ``succession``, and reports its addresses to the lobby. ``placement_i32``: the expert in every
     slot, [MoE layer, rank of a stage, slot], -1 where there is none; empty: consecutive experts on
-    each rank.
+    each rank. ``balance``: experts move between ranks by load.
     """
 
     host: str
@@ -77,6 +77,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     succession: Succession | None = None
     lobby: LobbySpec | None = None
     placement_i32: bytes = b""
+    balance: bool = False
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +87,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
     ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index in a step,
     a bucket. ``overlap``: steps may have two microbatches.
+    ``balance``: experts may move.
     """
 
     rank: int
@@ -109,6 +111,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     capacity: int = 8192
     overlap: bool = False
+    balance: bool = False
     collective_deadline: float = 60.0
     pause_deadline: float = 120.0
     lobby: LobbySpec | None = None

@@ -40,6 +40,12 @@ class StepExecutor(Protocol):
         """Leaves the communicator of the epoch: peers that wait in it give up."""
         ...
 
+    def place(self, version: int, placement_i32: bytes) -> None:
+        """Loads the experts of the placement after the moves ``version``. Raises ValueError if the
+        checkpoint cannot be read.
+        """
+        ...
+
     def stage(self, staged: int, tokens_i32: bytes, grammar: str, num_emitted: int) -> bool:
         """Takes a prompt. False when its grammar has to compile first; see ``take_compiled``."""
         ...

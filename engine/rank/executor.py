@@ -95,6 +95,8 @@ class Executor:
             expert_bytes=self._parts.expert_bytes,
             life=self._life,
             recovery=self._parts.groups.recovery,
+            placement_version=0 if self._parts.slots is None else self._parts.slots.version,
+            placement_i32=b"" if self._parts.slots is None else self._parts.slots.placement_i32,
         )
 
     def published(self) -> tuple[bytes, bytes]:
@@ -110,6 +112,10 @@ class Executor:
 
     def end_epoch(self) -> None:
         self._parts.groups.destroy()
+
+    def place(self, version: int, placement_i32: bytes) -> None:
+        assert self._parts.slots is not None, "another placement, where experts stay"
+        self._parts.slots.place(version, placement_i32)
 
     def stage(self, staged: int, tokens_i32: bytes, grammar: str = "", num_emitted: int = 0) -> bool:
         tokens = self._staged[staged] = np.frombuffer(tokens_i32, np.int32)
@@ -195,13 +201,15 @@ class Executor:
             seconds=time.perf_counter() - start,
             prompt_logprobs=scores if self._parts.samples else (),
             errors=sampled.errors,
+            landed_i32=b"" if self._parts.slots is None else self._parts.slots.landed(),
             stalled=self._parts.links.waited - stalled,
         )
 
     # ----------------------------------------------------------------- state
 
     def _apply(self, header: Header, section: Section) -> None:
-        assert not (header.moves or header.commits or section.copies), "no expert moves and page copies yet"
+        assert not section.copies, "no page copies yet"
+        self._move_experts(header)
         if section.rebase:
             self._staged = {
                 staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from
@@ -216,6 +224,17 @@ class Executor:
         for admit in self._table.apply(section, lengths):
             self._admit(admit)
         self._parts.pool.blocks.overwrite(section)
+
+    def _move_experts(self, header: Header) -> None:
+        slots = self._parts.slots
+        if slots is None:
+            return
+        if header.predecessor < 0:
+            slots.begin_epoch(header.commits)
+        if header.commits:
+            slots.commit(header.commits)
+        for moves in header.moves:
+            slots.start(moves)
 
     def _admit(self, admit: Admit) -> None:
         tokens = self._staged.pop(admit.staged)

@@ -9,7 +9,7 @@ import logging
 import msgspec
 from msgspec import structs
 
-from ..protocol.bulk import Disband, Preload, Preloaded, Published, ToRankBulk, Unload
+from ..protocol.bulk import Disband, Preload, Preloaded, Published, SetPlacement, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
@@ -107,19 +107,26 @@ class RankLoop:
         if epoch >= 0:
             self._leave_epoch()
             self._sockets.bulk.send(encode(Published(self._rank, *self._executor.published())))
-        self._sockets.bulk.send(encode(structs.replace(self._executor.hello(), epoch=epoch)))
+        self._introduce()
         return None
+
+    def _introduce(self) -> None:
+        self._sockets.bulk.send(encode(structs.replace(self._executor.hello(), epoch=self._chain.epoch)))
 
     def _leave_epoch(self) -> None:
         self._chain.abandon()
         self._executor.end_epoch()
 
-    def _take(self, message: Preload | Unload | Disband | Stop) -> Stop | None:
+    def _take(self, message: Preload | Unload | SetPlacement | Disband | Stop) -> Stop | None:
         if isinstance(message, Preload):
             if self._executor.stage(message.staged, message.tokens_i32, message.grammar, message.num_emitted):
                 self._sockets.bulk.send(encode(Preloaded(self._rank, message.staged)))
         elif isinstance(message, Unload):
             self._executor.unstage(message.staged)
+        elif isinstance(message, SetPlacement):
+            _LOG.info("loading the experts of placement %d", message.version)
+            self._executor.place(message.version, message.placement_i32)
+            self._introduce()
         elif isinstance(message, Disband):
             if self._chain.epoch <= message.epoch:
                 self._leave_epoch()

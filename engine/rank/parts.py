@@ -12,6 +12,7 @@ from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
 from ...parallel.tensor import TensorSplit
 from ..models.decoder import Model
+from .expert_slots import ExpertSlots
 from .grammars import Grammars
 from .page_pool import KVPool
 
@@ -22,8 +23,9 @@ class Parts:
 
     ``split``: how the model's layers are. ``links``: to the other stages. ``turns``: those that the
     dispatcher gives away. ``samples``: whether this rank draws the tokens of its tensor group; the
-    others take them over. ``expert_bytes`` are the weights of one expert of one layer. ``grammars``
-    None: no request may have one, or another rank samples.
+    others take them over. ``expert_bytes`` are the weights of one expert of one layer. ``slots``
+    None: experts stay where they are. ``grammars`` None: no request may have one, or another rank
+    samples.
     """
 
     rank: int
@@ -37,4 +39,5 @@ class Parts:
     pool: KVPool
     device: torch.device
     expert_bytes: int = 0
+    slots: ExpertSlots | None = None
     grammars: Grammars | None = None

@@ -30,6 +30,7 @@ from ..protocol.specs import RankSpec
 from ..text.vocabulary import load_vocabulary
 from .dispatch import build_dispatcher
 from .executor import Executor
+from .expert_slots import ExpertSlots, StagePlace
 from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
@@ -84,8 +85,10 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     config = load_config(Path(spec.model_path))
     here = mesh.coordinates(spec.rank)
     stage = split_layers(config.num_layers, config.moe_layers, mesh.pipeline)[here.stage]
-    placement = _placement(spec, config, stage)
-    experts, tensor, stages = _groups(spec, device)
+    whole = placement_of(spec.placement_i32, len(config.moe_layers), config.moe.num_experts, mesh.experts)
+    here_layers = _moe_layers(config, stage)
+    placement = Placement(whole.experts_LWS[here_layers.start : here_layers.stop], whole.num_experts)
+    experts, tensor, stages, moves = _groups(spec, device)
     split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor)
     turns = Turns()
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
@@ -107,11 +110,17 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     _LOG.info("loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s", *facts)
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
     grammars = _grammars(spec, config) if mesh.samples(spec.rank) else None
+    slots = None
+    if moves is not None:
+        place = StagePlace(here.stage, here.expert, here_layers)
+        slots = ExpertSlots(model, dispatcher, whole, place, moves, Path(spec.model_path))
     parts = Parts(
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(experts, tensor, stages, *([] if memory is None else [memory])),
+        groups=RankGroups(
+            *(group for group in (experts, tensor, stages, moves, memory) if group is not None)
+        ),
         split=split,
         links=PipelineLinks(stages, stage, device),
         turns=turns,
@@ -119,18 +128,16 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         pool=pool,
         device=device,
         expert_bytes=expert_bytes,
+        slots=slots,
         grammars=grammars,
     )
     return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
 
 
-def _placement(spec: RankSpec, config: ModelConfig, stage: PipelineStage) -> Placement:
-    """The experts of the stage's layers."""
-    whole = placement_of(
-        spec.placement_i32, len(config.moe_layers), config.moe.num_experts, spec.mesh.experts
-    )
+def _moe_layers(config: ModelConfig, stage: PipelineStage) -> range:
+    """The stage's MoE layers among those of the model."""
     before = sum(layer < stage.layers.start for layer in config.moe_layers)
-    return Placement(whole.experts_LWS[before : before + stage.num_moe], whole.num_experts)
+    return range(before, before + stage.num_moe)
 
 
 def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
@@ -138,9 +145,11 @@ def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
     return Grammars(vocabulary) if vocabulary is not None else None
 
 
-def _groups(spec: RankSpec, device: torch.device) -> tuple[Collectives, Collectives, Collectives]:
+def _groups(
+    spec: RankSpec, device: torch.device
+) -> tuple[Collectives, Collectives, Collectives, Collectives | None]:
     """The groups of ranks that this one shares experts with, that it splits layers with, and that
-    have the other stages of its layers.
+    have the other stages of its layers; and one for moves of experts, if they may move.
     """
     mesh, here = spec.mesh, spec.mesh.coordinates(spec.rank)
     deadline = spec.collective_deadline
@@ -148,10 +157,15 @@ def _groups(spec: RankSpec, device: torch.device) -> tuple[Collectives, Collecti
     experts = f"experts of stage {here.stage}"
     layers = f"layers of stage {here.stage}, data {here.data}"
     stages = f"stages of data {here.data}, tensor {here.tensor}"
+    moves = None
+    if spec.balance and mesh.experts > 1:
+        name = f"moves of experts of stage {here.stage}"
+        moves = Collectives(name, here.expert, mesh.experts, store, deadline, device)
     return (
         Collectives(experts, here.expert, mesh.experts, store, deadline, device),
         Collectives(layers, here.tensor, mesh.tensor, store, deadline, device),
         Collectives(stages, here.stage, mesh.pipeline, store, deadline, device),
+        moves,
     )
 
 

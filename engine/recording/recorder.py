@@ -24,7 +24,7 @@ from ..planner.settings import Settings
 from ..protocol.bulk import Preloaded
 from ..protocol.frontends import Abort, Submit
 from ..protocol.message import Sampling
-from ..protocol.plan import Admit, Section
+from ..protocol.plan import Admit, Section, Transfer
 from ..protocol.results import Refused, StepResult
 from ..protocol.sockets import encode
 
@@ -200,6 +200,8 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
             planner.shrink(*arguments)
         case "adopt":
             planner.adopt(*arguments)
+        case "move_experts":
+            planner.move_experts(msgspec.convert(arguments[0], list[Transfer]))
         case "submit":
             planner.submit(arguments[0], msgspec.convert(arguments[1], Submit))
         case "abort":

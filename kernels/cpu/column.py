@@ -39,6 +39,7 @@ class Cpu(Reference):
     linear = staticmethod(linear_ops.linear)
     pack = staticmethod(linear_ops.pack)
     pack_slots = staticmethod(linear_ops.pack_slots)
+    repack_slot = staticmethod(linear_ops.repack_slot)
     gate = staticmethod(gate_ops.gate)
     experts = staticmethod(expert_ops.experts)
     weighted_sum = staticmethod(expert_ops.weighted_sum)

@@ -74,6 +74,14 @@ def pack_slots_for_onednn(
     return PackedSlots(w13_SFD, packed[0]), PackedSlots(w2_SDF, packed[1])
 
 
+def repack_slot(weights: Tensor | PackedSlots, slot: int) -> None:
+    """Brings the packed form of ``slot`` up to date, whose loaded form has changed. Blocks are the
+    only form that there is.
+    """
+    if isinstance(weights, PackedSlots):
+        weights.packed[slot] = pack_for_onednn(weights.plain_SND[slot])
+
+
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W^T + b over the last dim of x [..., D]; the weight may be packed. A row's result does not
     depend on its neighbours.

@@ -53,6 +53,7 @@ class Reference:
     linear = staticmethod(linear_ops.linear)
     pack = staticmethod(linear_ops.pack)
     pack_slots = staticmethod(linear_ops.pack_slots)
+    repack_slot = staticmethod(linear_ops.repack_slot)
     gate = staticmethod(gate_ops.gate)
     group_pairs = staticmethod(grouping.group_pairs)
     permute = staticmethod(grouping.permute)

@@ -32,3 +32,7 @@ def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[SlotWeights, SlotWeight
     reads fastest.
     """
     return w13_SFD, w2_SDF
+
+
+def repack_slot(weights: SlotWeights, slot: int) -> None:
+    """Brings the packed form of ``slot`` up to date, whose loaded form has changed."""

@@ -108,7 +108,8 @@ class ExpertsSection(RecipeSection):
         "routing trace (.npz), relative to the recipe file",
     )
     balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
-        default="auto", description="whether experts move between ranks by load"
+        default="auto",
+        description="move experts between ranks as loads drift; auto: where ranks share experts",
     )
 
 
@@ -311,6 +312,10 @@ def contradictions(recipe: Recipe) -> list[str]:
             "use auto, all_gather or all_to_all",
         ),
         (
+            recipe.experts.balance == "on" and recipe.world == recipe.parallel.pipeline,
+            "experts.balance = on: a stage has one rank, which has all experts; use auto or off",
+        ),
+        (
             recipe.overlap == "on" and recipe.world == recipe.parallel.pipeline,
             "overlap = on: a stage has one rank, which exchanges no tokens; use auto or off",
         ),
@@ -328,7 +333,6 @@ def not_yet(recipe: Recipe) -> list[str]:
     ``launch plan`` plans with them and reports them.
     """
     checks = (
-        (recipe.experts.balance == "on", "experts.balance = on", "auto or off"),
         (recipe.kv_cache.host_memory > 0, f"kv_cache.host_memory = {recipe.kv_cache.host_memory}", "0"),
         (recipe.deterministic, "deterministic = true", "false"),
     )

@@ -112,6 +112,11 @@ def dispatch_of(recipe: Recipe, device: str) -> str:
     return "all_to_all" if device == "cpu" or recipe.cluster.nodes > 1 else "all_gather"
 
 
+def balances(recipe: Recipe) -> bool:
+    """Whether experts move by load: where several ranks share them, unless that is off."""
+    return recipe.experts.balance != "off" and recipe.mesh.experts > 1
+
+
 def scheduler_spec(recipe: Recipe) -> SchedulerSpec:
     """The bounds of the planner."""
     return SchedulerSpec(

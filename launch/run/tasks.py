@@ -25,7 +25,7 @@ from ...kernels.formats.kv_format import KvFormat
 from ..cluster.cluster import Task
 from ..environment import process_settings, tracing_settings
 from ..recipe.recipe import Recipe
-from ..recipe.resolve import dispatch_of, dtype_of, fp8_experts_of, kv_format_of, scheduler_spec
+from ..recipe.resolve import balances, dispatch_of, dtype_of, fp8_experts_of, kv_format_of, scheduler_spec
 from .keyring import Keyring
 
 
@@ -92,6 +92,7 @@ def controller_task(site: Site) -> Task:
         recording=None if recipe.recording is None else str(Path(recipe.recording).expanduser().absolute()),
         lobby=site.lobby("controller 0"),
         placement_i32=site.placement_i32,
+        balance=balances(recipe),
     )
     return Task("controller", 0, msgspec.json.encode(spec), environment=site.settings(threads=1))
 
@@ -149,6 +150,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         threads=site.threads,
         capacity=bucket_over(recipe.scheduler.max_batch_tokens),
         overlap=recipe.overlap != "off",
+        balance=balances(recipe),
         collective_deadline=recipe.cluster.collective_deadline,
         pause_deadline=recipe.cluster.pause_deadline,
         lobby=site.lobby(f"rank {rank}"),

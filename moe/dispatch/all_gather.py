@@ -62,6 +62,10 @@ class AllGatherExchange:
         self._exact = device.type == "cpu" if exact is None else exact
         self._capacity = 0
 
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        self.placement = placement
+        self._choice.place(placement, layers)
+
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity

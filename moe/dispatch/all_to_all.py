@@ -66,6 +66,10 @@ class AllToAllExchange:
         self._choice = ReplicaChoice(placement, collectives.index, node_W)
         self._capacity = 0
 
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        self.placement = placement
+        self._choice.place(placement, layers)
+
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self._capacity = capacity

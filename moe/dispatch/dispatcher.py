@@ -11,7 +11,7 @@ pairs (token, choice) for the experts of this rank, L MoE layers, S expert slots
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,6 +63,12 @@ class Dispatcher(Protocol):
     @property
     def clock(self) -> PhaseClock:
         """Seconds of the phases of all layers."""
+        ...
+
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        """Experts of ``layers`` have moved, between two steps: ``placement`` is that of all
+        layers.
+        """
         ...
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:

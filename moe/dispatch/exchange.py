@@ -7,7 +7,7 @@ pairs (token, choice) for the experts of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ class Exchange(Protocol):
 
     @property
     def placement(self) -> Placement: ...
+
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        """As ``Dispatcher.place``."""
+        ...
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         """As ``Dispatcher.begin_step``."""
@@ -82,11 +86,17 @@ class ExchangeDispatcher:
         clock: PhaseClock | None = None,
         give_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        self.placement = exchange.placement
-        self.counts_LS = zero_counts(self.placement, device)
+        self.counts_LS = zero_counts(exchange.placement, device)
         self.clock = clock_for(device) if clock is None else clock
         self._exchange = exchange
         self._give_turn = give_turn
+
+    @property
+    def placement(self) -> Placement:
+        return self._exchange.placement
+
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        self._exchange.place(placement, layers)
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         self.clock.begin_step()

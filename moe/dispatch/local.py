@@ -5,7 +5,7 @@ Suffixes: T tokens, K choices per token, M = T K pairs, L MoE layers, S expert s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class LocalDispatcher:
         self._slots_E = torch.from_numpy(placement.homes_LE).to(device).unbind()  # by layer
         self._shape: tuple[int, int] | None = None  # T and K of ``_places``
         self._places: list[LocalExperts] = []  # by layer
+
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        raise AssertionError("experts of one rank have nowhere to move")
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"

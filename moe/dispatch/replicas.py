@@ -30,14 +30,26 @@ class ReplicaChoice:
         node_W: Sequence[int] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        places_LEC = places_by_turn(placement, source, node_W)
-        self._num_turns = places_LEC.shape[2]
-        self._places: Any = places_LEC if self._num_turns > 1 else places_LEC[:, :, 0]
-        self._device = device
-        if device is not None:
-            self._places = torch.from_numpy(np.ascontiguousarray(self._places)).to(device)
+        self._source, self._node_W, self._device = source, node_W, device
         self._next = 0
         self._turns_T1: Any = None
+        self._num_turns = 0
+        self._places: Any = None
+        self.place(placement, range(placement.num_layers))
+
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        """The placement of ``layers`` has changed, between two steps. The table keeps its address
+        unless there are replicas for the first time.
+        """
+        part = Placement(placement.experts_LWS[list(layers)], placement.num_experts)
+        places_LEC = places_by_turn(part, self._source, self._node_W)
+        if self._places is None or places_LEC.shape[2] > self._num_turns:
+            whole_LEC = places_by_turn(placement, self._source, self._node_W)
+            self._num_turns = whole_LEC.shape[2]
+            self._places = self._table(whole_LEC if self._num_turns > 1 else whole_LEC[:, :, 0])
+        else:
+            changed = np.broadcast_to(places_LEC, (*places_LEC.shape[:2], self._num_turns))
+            self._places[list(layers)] = self._table(changed if self._num_turns > 1 else changed[:, :, 0])
 
     def begin_step(self, num_tokens: int) -> None:
         """The step's tokens take the turns after those of the last step; of two microbatches both
@@ -48,6 +60,10 @@ class ReplicaChoice:
         turns_T1 = (self._next + np.arange(num_tokens)[:, None]) % self._num_turns
         self._next = (self._next + num_tokens) % self._num_turns
         self._turns_T1 = turns_T1 if self._device is None else torch.from_numpy(turns_T1).to(self._device)
+
+    def _table(self, places: Any) -> Any:
+        places = np.ascontiguousarray(places)
+        return places if self._device is None else torch.from_numpy(places).to(self._device)
 
     def places_TK(self, ids_TK: Any, layer: int) -> Any:
         """rank x slots + slot of every choice."""

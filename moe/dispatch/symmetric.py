@@ -128,6 +128,10 @@ class SymmetricExchange:
         self._lanes = [self._reserve_lane(capacity) for capacity in shape.capacities]
         self._capacity = 0
 
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        self.placement = placement
+        self._choice.place(placement, layers)
+
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         most = self._shape.capacities[0]
         assert num_tokens <= capacity <= most, f"{num_tokens} tokens, capacity {capacity}, at most {most}"

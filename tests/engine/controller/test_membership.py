@@ -165,6 +165,8 @@ def test_a_rank_that_says_hello_again_begins_an_epoch_and_nothing_is_sent_for_a_
 def test_a_hello_of_another_process_is_a_replacement_though_its_loss_was_not_reported(group: Group) -> None:
     successor = RankHello(1, "host1", 999, 40, 4, 0, 0, 0, "cpu", life=7)
     group.membership.returned(successor, 10.0)
+    assert (group.epoch, group.status.phase, group.conditions()) == (1, "recovering", ["serving", "lost"])
+    group.membership.replaced(successor, 10.0)
     assert (group.epoch, group.status.phase, group.conditions()) == (1, "serving", ["serving", "serving"])
     group.membership.lost(RankLost(1, "it was killed", pid=101), 11.0)  # reported late
     assert group.membership.missing == set()

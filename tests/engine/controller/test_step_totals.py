@@ -9,7 +9,7 @@ import pytest
 from lockstep.engine.controller.step_totals import StepTotals
 from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, RankState
-from lockstep.engine.protocol.plan import Header, Mode, Move
+from lockstep.engine.protocol.plan import Header, Mode, Transfer
 from lockstep.engine.protocol.results import StepResult
 from lockstep.parallel.mesh import Mesh
 from support.engine.frontend.scripted_controller import STATE
@@ -19,7 +19,8 @@ WORLD = 3
 
 
 def header(step: int, capacity: int, microbatches: int = 1, moves: int = 0) -> Header:
-    started = tuple(Move(number, 0, 1, 0, 1, 2) for number in range(moves))
+    rows = np.array([(0, 1, 0, 1, 2)] * moves + [(0, -1, -1, 2, 0)], np.int32)  # the last one empties a slot
+    started = (Transfer(1, 0, rows.tobytes()),)
     return Header(0, 0, step, step - 1, Mode.MIXED, capacity, microbatches, moves=started)
 
 

@@ -347,7 +347,6 @@ def test_memory_below_the_context_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("experts: {balance: on}", "experts.balance = on"),
         ("kv_cache: {host_memory: 1GiB}", f"kv_cache.host_memory = {2**30}"),
         ("deterministic: true", "deterministic = true"),
     ],

@@ -92,7 +92,7 @@ def test_a_joined_cluster_of_one_node_keeps_to_its_loopback(tmp_path: Path) -> N
     with ray_hosts("alpha", cpus=(4,)) as cluster, launch(tmp_path, cluster, *settings) as launcher:
         launcher.url(120.0)
         ours = [door for door in sockets_of(cluster.hosts[0]) if "cluster.entry" in door.command]
-        assert len(ours) == 3 + 2, "the controller's and one of each rank"
+        assert len(ours) == 3 + 2 * 2, "the controller's; each rank's for steps and for moves"
         assert [door for door in ours if not door.on_loopback] == []
         launcher.signal(signal.SIGTERM)
         assert launcher.wait(60.0) == 0, launcher.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,15 @@ def _cases(world: int) -> list[Case]:
         Case("large, counted beforehand", 8, 2, (70, 1, 33, 0)[:world], 1024),
         Case("bf16", 8, 4, spread, 5, dtype=torch.bfloat16),
     ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the ranks: the bits of a product depend on its number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("world", [2, 4])

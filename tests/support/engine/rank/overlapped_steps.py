@@ -23,7 +23,7 @@ class Watched(Collectives):
     """
 
     def __init__(self, inner: Collectives) -> None:
-        super().__init__("watched", inner.index, inner.size, inner.store, 240.0, inner._device)
+        super().__init__("watched", inner.index, inner.size, inner.store, 240.0, inner.device)
         self.started: list[str] = []
         self.last = -1
 

@@ -1,0 +1,126 @@
+"""The balancer: skewed reports become moves by whole layers, a commit changes the placement from
+its step on, and ranks with another placement are told.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from lockstep.engine.controller.balancer import Balancer
+from lockstep.engine.controller.pilot import Pilot
+from lockstep.engine.controller.status import ClusterStatus
+from lockstep.engine.planner.group_plan import GroupPlan
+from lockstep.engine.planner.settings import Settings
+from lockstep.engine.protocol.bulk import RankHello
+from lockstep.engine.protocol.plan import Header, Mode
+from lockstep.engine.protocol.results import StepResult
+from lockstep.engine.protocol.specs import SchedulerSpec
+from lockstep.moe.balance.balance import imbalance
+from lockstep.parallel.mesh import Mesh
+
+MESH = Mesh(pipeline=2, data=2)
+LAYERS, SLOTS, EXPERTS = 3, 4, 8  # of a stage
+
+
+class Cluster:
+    def __init__(self, *, enabled: bool = True) -> None:
+        settings = Settings(MESH, SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
+        self.pilot = Pilot(settings)
+        self.hellos = {
+            rank: RankHello(rank, "host", rank, 40, 4, 0, LAYERS, SLOTS, "cpu", EXPERTS, expert_bytes=100)
+            for rank in range(4)
+        }
+        self.status = ClusterStatus(MESH, self.hellos, self.pilot.group, itertools.count(1))
+        self.balancer = Balancer(MESH, self.hellos, self.status.experts, self.pilot, enabled=enabled)
+
+    def report(self, step: int, factor: int = 1) -> None:
+        """Rank 0 of the first stage has the hot experts; the second stage is even."""
+        for rank in range(4):
+            counts_LS = np.full((LAYERS, SLOTS), 1000 * factor)
+            if rank == 0:
+                counts_LS[:2] *= [[9], [3]]
+            packed = np.ascontiguousarray(counts_LS, np.int64).tobytes()
+            self.status.observe([StepResult(0, 0, step, rank, expert_i64=packed)])
+        self.status.add_up()
+        self.status.state([])
+
+    def look(self) -> None:
+        """Looks until the search that it may have started has ended."""
+        self.balancer.look()
+        deadline = time.monotonic() + 30
+        while self.balancer._search is not None and time.monotonic() < deadline:
+            self.balancer.look()
+
+    def commit(self, step: int) -> None:
+        """Starts all moves, lets them land, and plans the step that commits them."""
+        moves = self.pilot.group.moves
+        ids: list[int] = []
+        while moves.num_open:
+            started, commits = moves.plan(border=False, first=False)
+            ids += [part.id for part in started]
+            for part in started:
+                for rank in MESH.stage_ranks(part.stage):
+                    moves.landed(StepResult(0, 0, step, rank, landed_i32=np.array(ids, np.int32).tobytes()))
+            if not started:
+                _, commits = moves.plan(border=True, first=False)
+                header = Header(0, 0, step, step - 1, Mode.DECODE, 1, commits=commits)
+                self.balancer.planned(GroupPlan(header, {}))
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+def test_skewed_loads_become_moves_and_a_commit_changes_the_placement(cluster: Cluster) -> None:
+    experts, before = cluster.status.experts, cluster.status.experts.newest
+    cluster.report(63)
+    cluster.look()
+    assert cluster.pilot.group.moves.num_open and experts.newest is before, "nothing is committed"
+    cluster.commit(128)
+    after = experts.newest
+    changed = (after.experts_LWS != before.experts_LWS).any(axis=(1, 2))
+    assert changed.tolist() == [True, True, False, False, False, False], "the others are even"
+    loads_LE = experts.loads_LE.astype(float)
+    assert imbalance(loads_LE, before)[:2].min() > 1.4 and imbalance(loads_LE, after).max() < 1.03
+    cluster.report(127)
+    assert experts.placement is before, "counts of steps before the commit"
+    cluster.report(191)
+    assert experts.placement is after
+    assert cluster.status.state([]).placement_version == cluster.pilot.group.moves.committed > 0
+
+
+def test_a_rank_with_another_placement_is_told(cluster: Cluster) -> None:
+    assert not cluster.balancer.is_behind(cluster.hellos[1])
+    cluster.report(63)
+    cluster.look()
+    cluster.commit(128)
+    place = cluster.balancer.place
+    assert cluster.balancer.is_behind(cluster.hellos[1])
+    assert place.version == cluster.pilot.group.moves.committed
+    assert place.placement_i32 == cluster.status.experts.newest.experts_LWS.tobytes()
+
+
+def test_balanced_loads_few_tokens_and_a_recipe_that_says_off_move_nothing(cluster: Cluster) -> None:
+    cluster.report(63)
+    cluster.look()
+    cluster.commit(128)
+    version = cluster.pilot.group.moves.committed
+    off = Cluster(enabled=False)
+    off.report(63)
+    off.look()
+    assert not off.pilot.group.moves.num_open
+    few = Cluster()
+    for rank in range(4):
+        counts = np.full((LAYERS, SLOTS), 10 * (1 + 9 * (rank == 0)), np.int64)
+        few.status.observe([StepResult(0, 0, 63, rank, expert_i64=counts.tobytes())])
+    few.status.add_up()
+    few.status.state([])
+    few.look()
+    assert not few.pilot.group.moves.num_open
+    cluster.look()
+    assert cluster.pilot.group.moves.num_open == 0 and cluster.pilot.group.moves.committed == version

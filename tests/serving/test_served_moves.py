@@ -1,0 +1,73 @@
+"""Experts that move under load: texts stay the same, and so does the placement when a rank or the
+controller is killed afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from support.launch.clusters import until
+from support.launch.launcher import Launcher
+from support.serving.reader import Reader
+
+TOKENS = 240
+STREAMS = 24
+ADMIN = "an-admin-key"
+
+
+def test_experts_move_and_stay_where_they_are_through_deaths(tmp_path: Path) -> None:
+    arguments = ("cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN}")
+    with Launcher(tmp_path, "--recipe", "demo", *arguments, "kv_cache.memory=16MiB") as launcher:
+        url = launcher.url()
+        base = url.removesuffix("/v1")
+
+        def cluster() -> dict[str, Any]:
+            answer = httpx.get(f"{base}/admin/cluster", headers={"Authorization": f"Bearer {ADMIN}"})
+            state: dict[str, Any] = answer.json()
+            return state
+
+        undisturbed = Reader(url, TOKENS)
+        undisturbed.run()
+        before = cluster()
+        assert before["placement_version"] == before["moves_open"] == 0
+        texts = _read_until(url, lambda: cluster()["placement_version"] > 0)
+        moved = cluster()
+        assert moved["placement"] != before["placement"]
+        moved_bytes = httpx.get(f"{base}/metrics").text.split("lockstep:moved_bytes_total{")[1].split()[1]
+        assert float(moved_bytes) > 0
+
+        readers = [Reader(url, TOKENS).flowing() for _ in range(4)]
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        until(lambda: "all ranks serve again" in launcher.err, "the ranks to serve again")
+        assert cluster()["placement_version"] >= moved["placement_version"], (
+            "the replacement loads what it lacks"
+        )
+        os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
+        until(lambda: launcher.err.count("all ranks serve again") == 2, "the ranks to serve again")
+        for reader in readers:
+            reader.join(60)
+        until(lambda: cluster()["placement_version"] >= moved["placement_version"], "the placement of before")
+        assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * 4
+        assert {*texts, *(reader.text for reader in readers)} == {undisturbed.text}
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def _read_until(url: str, condition: Any) -> list[str]:
+    """The texts of streams, round after round until the condition holds."""
+    texts: list[str] = []
+    for _ in range(20):
+        readers = [Reader(url, TOKENS).flowing() for _ in range(STREAMS)]
+        for reader in readers:
+            reader.join(120)
+            assert reader.error is None, reader.error
+        texts += [reader.text for reader in readers]
+        if condition():
+            return texts
+    raise AssertionError("experts have not moved")
