@@ -57,10 +57,3 @@ class Turns:
                 if not microbatch.dead:
                     microbatch.throw(GreenletExit)
         return found[0], found[1]
-
-
-def most_tokens(capacity: int) -> int:
-    """The bound on the tokens of a microbatch, of a step of ``capacity``: a half, and an eighth
-    more, so that the halves may differ in tokens where they take equally long.
-    """
-    return min(capacity, capacity // 2 + capacity // 8 + 1)

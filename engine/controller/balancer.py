@@ -32,7 +32,7 @@ _REPORTS = 2
 _TARGET = 1.02
 """Maximum / mean load at which a layer is left alone, as a multiple of the least there can be."""
 
-_BYTES_AT_ONCE = 64 << 20
+_BYTES_AT_ONCE = 16 << 20
 """Bytes that a rank receives in moves that travel together, unless one layer's have more."""
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..protocol.arrays import Int64
-from ..protocol.buckets import bucket_of
+from ..protocol.buckets import BUCKETS
 from ..protocol.plan import Section
 from .group import Group
 from .packing import SectionBytes, i32, pack, pairs
 from .prefill import PromptChunks
+
+_BUCKETS = np.array(BUCKETS)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class RowChanges:
     held: dict[int, tuple[list[int], list[int]]]
     freed: SectionBytes
     grown: SectionBytes
+
+
+def bucket_of(num_tokens: Int64) -> Int64:
+    """The smallest bucket that holds each number of tokens."""
+    return _BUCKETS[_BUCKETS.searchsorted(num_tokens)]
 
 
 class Sections:

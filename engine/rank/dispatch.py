@@ -13,8 +13,9 @@ from ...moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
 from ...moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from ...parallel.collectives import Collectives
-from ...parallel.microbatches import Turns, most_tokens
+from ...parallel.microbatches import Turns
 from ...parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
+from ..protocol.buckets import most_tokens
 from ..protocol.specs import RankSpec
 
 

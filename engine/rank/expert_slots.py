@@ -114,6 +114,7 @@ class ExpertSlots:
         for number in ids:
             if number <= self.version:
                 continue
+            assert number in self._arriving, f"moves {number} are committed, and have not landed here"
             arriving = self._arriving.pop(number)
             if arriving.rows is not None:
                 for (layer, slot), row in zip(arriving.targets, arriving.rows, strict=True):

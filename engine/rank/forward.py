@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.reference.paged import build_batch
-from ...parallel.microbatches import most_tokens
 from ..models.config import GqaConfig, ModelConfig
 from ..protocol.arrays import Int32
+from ..protocol.buckets import most_tokens
 from ..protocol.plan import Header
 from ..protocol.slot_table import Rows, SlotTable
 from .halves import Part, halves, whole

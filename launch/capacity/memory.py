@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 
 from ...engine.kv.budget import GPU_RESERVE_BYTES, PoolLimits
 from ...engine.models.config import GqaConfig
-from ...engine.protocol.buckets import bucket_over
-from ...parallel.microbatches import most_tokens
+from ...engine.protocol.buckets import bucket_over, most_tokens
 from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +51,8 @@ def canary(
     Exit status: 0 stored, or the same but for near ties; 1 answers differ, 2 bad input or refused
     by the server, 3 server unreachable.
     """
+    import asyncio
+
     from ..client.answers import AnswersError, default_prompts, read_answers, read_prompts
     from ..client.server import ServerError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from typing import TYPE_CHECKING, Annotated
@@ -62,6 +61,8 @@ def load(
     Exit status: 0 every request answered, 1 some not, or stopped, 2 bad input or refused by the
     server, 3 server unreachable.
     """
+    import asyncio
+
     from ..client.load_screen import show_load
     from ..client.server import ServerError
     from ..simulation.trace import TraceError, read_trace
@@ -110,6 +111,8 @@ async def _measure(server: Server, trace: Trace, max_open: int, wanted: str | No
 
     Raises ServerError at the start only.
     """
+    import asyncio
+
     from ..client.load import Load, Target, vocabulary_size
     from ..client.load_screen import LoadProgress
     from ..client.server import served_model

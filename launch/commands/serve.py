@@ -20,7 +20,8 @@ def launch(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     Other commands, each with --help: launch plan (memory, capacity and speed limits), launch
     check (problems on the nodes), launch simulate (a request trace), launch slurm (batch script),
-    launch k8s (manifests).
+    launch k8s (manifests), launch canary (answers that change), launch load (a trace against a
+    server).
     """
     from ..terminal.foreground import step_behind
 

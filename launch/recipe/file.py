@@ -32,7 +32,8 @@ class _Loader(yaml.SafeLoader):
 
 
 Check = Callable[[Recipe], list[str]]
-COMMANDS = ("plan", "check", "slurm", "simulate", "k8s")  # for the hint where one stands in the wrong place
+# For the hint where one stands in the wrong place.
+COMMANDS = ("plan", "check", "slurm", "simulate", "k8s", "canary", "load")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lockstep.parallel.microbatches import Turns, most_tokens
+from lockstep.parallel.microbatches import Turns
 
 
 def test_a_turn_ends_where_it_is_given_away() -> None:
@@ -63,8 +63,3 @@ def test_an_exception_ends_both(failing: str) -> None:
     length = len(said)
     assert turns.run(lambda: 1, lambda: 2) == (1, 2), "the next step has turns of its own"
     assert len(said) == length, "what was left is never resumed"
-
-
-def test_the_bound_of_a_microbatch_holds_half_of_the_tokens_and_some_more() -> None:
-    for capacity in range(1, 3000):
-        assert -(-capacity // 2) <= most_tokens(capacity) <= min(capacity, 0.625 * capacity + 1)

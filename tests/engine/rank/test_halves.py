@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from lockstep.engine.protocol.buckets import most_tokens
 from lockstep.engine.protocol.slot_table import Rows
 from lockstep.engine.rank.halves import Part, halves, whole
-from lockstep.parallel.microbatches import most_tokens
 
 
 def rows(decodes: list[int], chunks: list[tuple[int, int]]) -> Rows:

@@ -37,14 +37,16 @@ def test_help(tmp_path: Path) -> None:
     assert result.returncode == 0
     assert result.stdout.startswith("Usage: launch [OPTIONS] [KEY=VALUE]...\n")
     assert "--recipe" in result.stdout
-    assert all(f"launch {command}" in result.stdout for command in COMMANDS)
+    words = " ".join(result.stdout.split())
+    assert all(f"launch {command}" in words for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, tmp_path: Path) -> None:
     result = launch(tmp_path, command, "-h")
     assert result.returncode == 0
-    assert result.stdout.startswith(f"Usage: launch {command} [OPTIONS] [KEY=VALUE]...\n")
+    overrides = "" if command == "canary" else " [KEY=VALUE]..."  # it takes no recipe
+    assert result.stdout.startswith(f"Usage: launch {command} [OPTIONS]{overrides}\n")
     assert "Exit status: 0 " in result.stdout
 
 

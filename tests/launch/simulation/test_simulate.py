@@ -277,7 +277,8 @@ SHORT = "poisson:rate=20,input=300,output=20,count=30"
 
 def test_a_person_reads_tables(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from lockstep.launch.cli import main; main()"
-    result = command(tmp_path, "--recipe", DEEPSEEK, "--trace", SHORT, code=code)
+    refused = "deterministic=true"
+    result = command(tmp_path, "--recipe", DEEPSEEK, "--trace", SHORT, refused, code=code)
     assert result.returncode == 0, result.stderr
     words = (
         "time to first token",
