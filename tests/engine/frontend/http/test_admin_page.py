@@ -152,8 +152,9 @@ def test_a_person_sees_whether_all_is_well_and_if_not_which_rank_and_why(
     browser.wait_for(headline("This admin key is wrong"))
     assert browser.evaluate("sessionStorage.getItem('adminKey')") is None
     sign_in(browser)
+    browser.wait_for("document.querySelector('#why').textContent.includes('All 2 ranks serve')")
+    assert browser.text("#since").startswith("since ")
     browser.wait_for(headline("All is well"))
-    assert "All 2 ranks serve" in browser.text("#why") and browser.text("#since").startswith("since ")
     assert browser.evaluate("document.querySelectorAll('#ranks tbody tr').length") == 2
     assert browser.evaluate("!document.getElementById('heat').hidden")
     assert "1 experts with replicas" in browser.text("#loadtext")
