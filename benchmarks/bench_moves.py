@@ -3,8 +3,8 @@
 ``python benchmarks/bench_moves.py --ranks 4`` starts a local cluster, sends one family of questions
 after another, and watches ``/admin/cluster``. For every family it prints the imbalance (maximum /
 mean load over ranks, averaged over layers) of the first reports, of the last ones, and that of the
-solver's answer to the same loads, and the steps until experts had moved; then times between a
-stream's chunks while moves were under way, and otherwise. Adds rows to ``moves.csv``.
+solver's answer to the same loads, and the steps until moves were committed; then times between
+a stream's chunks while moves were under way, and otherwise. Adds rows to ``moves.csv``.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def watch(
     loads: list[np.ndarray[Any, Any]] = []
     imbalances: list[float] = []
     spans: list[tuple[float, float]] = []
-    first_step, moved_step, version = -1, -1, -1
+    first_step, version = -1, -1
+    commits: list[int] = []  # steps
     end = time.monotonic() + seconds
     state: dict[str, Any] = {}
     while time.monotonic() < end:
@@ -106,7 +107,8 @@ def watch(
         if first_step < 0:
             first_step, version = state["step"], state["placement_version"]
         if state["placement_version"] > version:
-            moved_step, version = state["step"], state["placement_version"]
+            version = state["placement_version"]
+            commits.append(state["step"] - first_step)
         counts = np.array(state["expert_load"], np.float64)
         if state["step"] - first_step > 64 and (not loads or (counts != loads[-1]).any()):
             loads.append(counts)
@@ -119,7 +121,8 @@ def watch(
         "imbalance_at_first": f"{np.mean(imbalances[:2]):.3f}",
         "imbalance_at_last": f"{reached:.3f}",
         "imbalance_solved": f"{solved:.3f}",
-        "steps_until_moved": moved_step - first_step if moved_step >= 0 else "",
+        "steps_to_first_commit": commits[0] if commits else "",
+        "steps_to_last_commit": commits[-1] if commits else "",
         "assignments": int(recent.sum() / recent.shape[0]),
     }
     return figures, spans
