@@ -10,7 +10,19 @@ import typer
 
 from ..defaults import BLOCK, EFFICIENCY, OPEN_REQUESTS
 from .app import app
-from .options import Against, ApiKeyEnv, ModelName, Overrides, Silence, answers, messages, refusal, server_for
+from .options import (
+    Against,
+    ApiKeyEnv,
+    ArrivalSpeed,
+    HashBlock,
+    ModelName,
+    Overrides,
+    Silence,
+    answers,
+    messages,
+    refusal,
+    server_for,
+)
 
 if TYPE_CHECKING:
     from ..capacity.plan import CapacityPlan
@@ -27,9 +39,7 @@ _Trace = typer.Option(
     "poisson:rate=20,input=2000,output=300,count=2000[,seed=0].",
 )
 _Json = typer.Option("--json", help="Print JSON: times in seconds.")
-_Speed = typer.Option(min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
 _Requests = typer.Option(min=1, help="Send only the first so many.")
-_Block = typer.Option(min=1, max=1 << 20, help="Tokens per block of hash_ids.")
 _Open = typer.Option(
     "--max-open", min=1, max=100_000, help="Requests that may be open; others that are due leave later."
 )
@@ -44,9 +54,9 @@ def load(
     overrides: Overrides = None,
     recipe: Annotated[str | None, _Recipe] = None,
     as_json: Annotated[bool, _Json] = False,
-    speed: Annotated[float, _Speed] = 1.0,
+    speed: ArrivalSpeed = 1.0,
     requests: Annotated[int | None, _Requests] = None,
-    block: Annotated[int, _Block] = BLOCK,
+    block: HashBlock = BLOCK,
     max_open: Annotated[int, _Open] = OPEN_REQUESTS,
     efficiency: Annotated[float, _Efficiency] = EFFICIENCY,
     api_key_env: ApiKeyEnv = None,

@@ -37,6 +37,12 @@ Silence = Annotated[
     ),
 ]
 
+# Of commands that read a trace.
+ArrivalSpeed = Annotated[
+    float, typer.Option("--speed", min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
+]
+HashBlock = Annotated[int, typer.Option("--block", min=1, max=1 << 20, help="Tokens per block of hash_ids.")]
+
 
 def answers() -> Console:
     """Standard output."""

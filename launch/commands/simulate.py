@@ -10,7 +10,7 @@ import typer
 
 from ..defaults import BLOCK, EFFICIENCY
 from .app import app
-from .options import Overrides, RecipeName, answers, messages, refusal
+from .options import ArrivalSpeed, HashBlock, Overrides, RecipeName, answers, messages, refusal
 
 if TYPE_CHECKING:
     from ..capacity.plan import CapacityPlan
@@ -30,9 +30,7 @@ _Trace = typer.Option(
     "(requests/s, tokens, tokens, requests).",
 )
 _Json = typer.Option("--json", help="Print JSON: times in seconds, shares from 0 to 1.")
-_Speed = typer.Option(min=1e-6, max=1e6, help="Factor by which requests arrive faster.")
 _Requests = typer.Option(min=1, help="Simulate only the first so many.")
-_Block = typer.Option(min=1, max=1 << 20, help="Tokens per block of hash_ids.")
 _Experts = typer.Option(
     "--experts",
     help="Expert loads: a file as experts.loads takes it, or lognormal:sigma=1,drift=0.1,seed=0. Steps "
@@ -53,9 +51,9 @@ def simulate(
     trace: Annotated[str, _Trace],
     overrides: Overrides = None,
     as_json: Annotated[bool, _Json] = False,
-    speed: Annotated[float, _Speed] = 1.0,
+    speed: ArrivalSpeed = 1.0,
     requests: Annotated[int | None, _Requests] = None,
-    block: Annotated[int, _Block] = BLOCK,
+    block: HashBlock = BLOCK,
     efficiency: Annotated[float, _Efficiency] = EFFICIENCY,
     experts: Annotated[str | None, _Experts] = None,
 ) -> None:
