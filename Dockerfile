@@ -20,7 +20,7 @@ RUN if [ "$DEVICE" = cuda ]; then \
 RUN pip install --no-cache-dir "torch==$TORCH"
 
 COPY . /src
-RUN pip install --no-cache-dir /src && rm -rf /src && launch plan --recipe demo > /dev/null
+RUN pip install --no-cache-dir -c /src/constraints.txt /src && rm -rf /src && launch plan --recipe demo > /dev/null
 
 RUN useradd --create-home --uid 10001 lockstep
 USER lockstep

@@ -17,17 +17,17 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 
 setup: $(STAMP)
 
-$(SERVING): pyproject.toml
+$(SERVING): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; name one with PYTHON=..." >&2; exit 1; }
 	@echo "installing torch $(TORCH) and what serving needs into $(VENV), once: one to five minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "torch==$(TORCH)"
-	@$(PIP) -e .
+	@$(PIP) -c constraints.txt -e .
 	@touch $@
 
 $(STAMP): $(SERVING)
 	@echo "installing what tests and checks need into $(VENV), once: about a minute"
-	@$(PIP) -e ".[test,dev,otel]"
+	@$(PIP) -c constraints.txt -e ".[test,dev,otel]"
 	@touch $@
 
 # mypy must see the checkout as the package lockstep, whatever its name.

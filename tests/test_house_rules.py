@@ -9,12 +9,14 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lockstep
 
@@ -423,6 +425,20 @@ def test_packages_are_listed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in SOURCES}
     for folder in folders:
         assert f'"lockstep.{".".join(folder.parts)}"' in text, folder
+
+
+def test_constraints_hold_every_direct_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        Requirement(line)
+        for line in [*project["dependencies"], *extras["otel"], *extras["test"], *extras["dev"]]
+    ]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    held = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in wanted:
+        if requirement.name not in ("torch", "triton"):  # which go together, and differ between CPUs and GPUs
+            assert held[requirement.name] in requirement.specifier, requirement
 
 
 def test_the_package_is_the_checkout() -> None:

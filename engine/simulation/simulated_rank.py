@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...kernels.splitmix import mix64
 from ..planner.cost_model import Cost
 from ..protocol.arrays import Int32, Int64
-from ..protocol.bulk import Disband, Preload, Unload
+from ..protocol.bulk import Disband, Preload, SetPlacement, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.plan import StepPlan
 from ..protocol.results import PromptLogprobs, Refused, StepResult
@@ -43,8 +43,8 @@ class SimulatedRank:
         # are wanted.
         self._scored = np.zeros((num_slots, 3), np.int64)
 
-    def stage(self, message: Preload | Unload | Disband) -> None:
-        """Takes or forgets a prompt."""
+    def stage(self, message: Preload | Unload | SetPlacement | Disband) -> None:
+        """Takes or forgets a prompt; nothing here depends on where experts are."""
         if isinstance(message, Preload):
             self._prompts[message.staged] = np.frombuffer(message.tokens_i32, np.int32)
         elif isinstance(message, Unload):
