@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -37,13 +38,15 @@ class Pending:
     what: str
     output: Tensor
     work: Work | None
+    spread: Tensor | None = None  # the output over all positions, where some are vacant
 
 
 class Collectives:
     """A process group of ``size`` ranks; this rank is ``index``. A group of one needs no store and
     moves nothing.
 
-    ``waited``: seconds spent in waits.
+    A group can meet with some of its positions *vacant*: what is sent to one comes back to the
+    sender, and it contributes nothing to a sum. ``waited``: seconds spent in waits.
     """
 
     def __init__(
@@ -64,18 +67,21 @@ class Collectives:
         self._deadline = timedelta(seconds=deadline)
         self.device = device
         self._group: Any = None  # torch's stubs do not show what a backend can do
+        self._present = list(range(size))
 
     @property
     def recovery(self) -> Recovery:
         """Gloo's waits end by themselves; NCCL's kernels are aborted."""
         return REGROUP if self.size == 1 or self.device.type == "cpu" else ABORT_AND_RECAPTURE
 
-    def build(self, epoch: int) -> None:
-        """Meets the other ranks under a prefix of this epoch, after destroying the group of an
-        earlier one.
+    def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
+        """Meets the ranks of all positions but the ``vacant`` ones under a prefix of this epoch,
+        after destroying the group of an earlier one.
         """
         self.destroy()
-        if self.size == 1:
+        self._present = [position for position in range(self.size) if position not in vacant]
+        assert self.index in self._present, f"{self._name}: rank {self.index} meets others, and is vacant"
+        if len(self._present) == 1:
             return
         assert self.store is not None
         prefix = f"{self._name}/{epoch}"
@@ -85,9 +91,8 @@ class Collectives:
             if self.device.type == "cpu":
                 self._prove(met)
         except RuntimeError as error:
-            raise CollectiveError(
-                f"{prefix}: rank {self.index} did not meet its {self.size - 1} peers: {_first_line(error)}"
-            ) from error
+            who = f"rank {self.index} did not meet its {len(self._present) - 1} peers"
+            raise CollectiveError(f"{prefix}: {who}: {_first_line(error)}") from error
 
     def _prove(self, met: Store) -> None:
         """Exchanges proofs that the other end of every connection is a rank.
@@ -106,7 +111,7 @@ class Collectives:
         peers = range(self.size)
         sent = torch.tensor([proof(self.index, peer) for peer in peers], dtype=torch.uint8)
         found = self.wait(self.all_to_all(sent, None, None, "proofs of the meeting"))
-        strangers = [peer for peer in peers if found[peer].tolist() != proof(peer, self.index)]
+        strangers = [peer for peer in self._present if found[peer].tolist() != proof(peer, self.index)]
         if strangers:
             raise CollectiveError(f"a stranger is connected in place of rank {strangers[0]}")
 
@@ -122,23 +127,44 @@ class Collectives:
         """Sends ``rows`` in ``size`` runs, run r to rank r, and receives one from each, in rank
         order.
 
-        send and receive: rows per rank; None if all runs are equally long.
+        send and receive: rows per rank; None if all runs are equally long. They are 0 for vacant
+        positions.
         """
         output = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
         if self._group is None:
             return Pending(what, output.copy_(rows), None)
-        return Pending(what, output, self._group.alltoall_base(output, rows, receive or [], send or []))
+        if not self._vacancies:
+            return Pending(what, output, self._group.alltoall_base(output, rows, receive or [], send or []))
+        if send is not None and receive is not None:
+            present = self._present
+            assert sum(send) == sum(send[peer] for peer in present), f"{self._name}: {what} to nobody"
+            received, sent = [receive[peer] for peer in present], [send[peer] for peer in present]
+            return Pending(what, output, self._group.alltoall_base(output, rows, received, sent))
+        sent_rows = self._of_present(rows)
+        arriving = torch.empty_like(sent_rows)
+        work = self._group.alltoall_base(arriving, sent_rows, [], [])
+        return Pending(what, arriving, work, spread=output.copy_(rows))
 
-    def all_gather(self, rows: Tensor, what: str) -> Pending:
-        """The rows of all ranks, in rank order; every rank has equally many."""
-        output = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
+    def all_gather(self, rows: Tensor, what: str, fill: int = 0) -> Pending:
+        """The rows of all ranks, in rank order; every rank has equally many. Those of vacant
+        positions are ``fill``.
+        """
+        output = rows.new_empty((len(self._present) * len(rows), *rows.shape[1:]))
+        work = None
         if self._group is None:
-            return Pending(what, output.copy_(rows), None)
-        return Pending(what, output, self._group._allgather_base(output, rows))
+            output.copy_(rows)
+        else:
+            work = self._group._allgather_base(output, rows)
+        if not self._vacancies:
+            return Pending(what, output, work)
+        spread = rows.new_full((self.size * len(rows), *rows.shape[1:]), fill)
+        return Pending(what, output, work, spread)
 
     def reduce_scatter(self, rows: Tensor, what: str) -> Pending:
         """Sums ``rows`` over all ranks and keeps this rank's run: 1 / size of the rows."""
         output = rows.new_empty((len(rows) // self.size, *rows.shape[1:]))
+        if self._vacancies:
+            rows = self._of_present(rows)
         if self._group is None:
             return Pending(what, output.copy_(rows), None)
         return Pending(what, output, self._group._reduce_scatter_base(output, rows))
@@ -175,7 +201,7 @@ class Collectives:
         has passed.
         """
         if pending.work is None:
-            return pending.output
+            return self._spread(pending)
         start = time.perf_counter()
         try:
             pending.work.wait()
@@ -186,19 +212,37 @@ class Collectives:
                 f"{self._name}: rank {self.index} waited for {pending.what} {detail}"
             ) from error
         self.waited += time.perf_counter() - start
-        return pending.output
+        return self._spread(pending)
+
+    @property
+    def _vacancies(self) -> bool:
+        return len(self._present) < self.size
+
+    def _of_present(self, rows: Tensor) -> Tensor:
+        """The runs of ``rows``, one per position, of positions that are not vacant."""
+        return rows.view(self.size, len(rows) // self.size, *rows.shape[1:])[self._present].flatten(0, 1)
+
+    def _spread(self, pending: Pending) -> Tensor:
+        """The output of a collective over all positions."""
+        if pending.spread is None:
+            return pending.output
+        shape = len(pending.spread) // self.size, *pending.spread.shape[1:]
+        runs = pending.spread.view(self.size, *shape)
+        runs[self._present] = pending.output.view(len(self._present), *shape)
+        return pending.spread
 
     def _new_group(self, store: Store) -> Any:
         """Makes a group of its own, not torch's global one, so that two clusters fit in one
         process.
         """
         if self.device.type == "cpu":
-            return ProcessGroupGloo(store, self.index, self.size, self._deadline)
+            index = self._present.index(self.index)
+            return ProcessGroupGloo(store, index, len(self._present), self._deadline)
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
         options = ProcessGroupNCCL.Options()
         options._timeout = self._deadline
-        return ProcessGroupNCCL(store, self.index, self.size, options)
+        return ProcessGroupNCCL(store, self._present.index(self.index), len(self._present), options)
 
 
 class EpochGroup(Protocol):
@@ -210,16 +254,19 @@ class EpochGroup(Protocol):
     @property
     def recovery(self) -> Recovery: ...
 
-    def build(self, epoch: int) -> None: ...
+    def build(self, epoch: int, vacant: Collection[int] = ()) -> None: ...
 
     def destroy(self) -> None: ...
 
 
 class RankGroups:
-    """The groups that a rank belongs to: built, and dropped, together and in order."""
+    """The groups that a rank belongs to: built, and dropped, together and in order. Those over
+    which ``experts`` are spread can meet without some of their ranks.
+    """
 
-    def __init__(self, *groups: EpochGroup) -> None:
+    def __init__(self, *groups: EpochGroup, experts: Collection[EpochGroup] = ()) -> None:
         self._groups = groups
+        self._experts = experts
 
     @property
     def recovery(self) -> Recovery:
@@ -231,10 +278,12 @@ class RankGroups:
         """Seconds spent in waits, in all groups."""
         return sum(group.waited for group in self._groups)
 
-    def build(self, epoch: int) -> None:
-        """Meets the ranks of every group under a prefix of this epoch."""
+    def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
+        """Meets the ranks of every group under a prefix of this epoch; ``vacant`` positions of
+        those that share experts stay away.
+        """
         for group in self._groups:
-            group.build(epoch)
+            group.build(epoch, vacant if group in self._experts else ())
 
     def destroy(self) -> None:
         """Drops the process groups. Their collectives under way fail."""

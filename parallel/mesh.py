@@ -6,6 +6,7 @@ does: a second factoring of the same world, pipeline x experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -78,6 +79,10 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def members(self, data: int) -> tuple[int, ...]:
         """Ranks of ``data``, ascending: stage by stage."""
         return self._members[data]
+
+    def positions(self, data: Iterable[int]) -> tuple[int, ...]:
+        """Indices, among the ranks that share experts, of the members of data indices."""
+        return tuple(index * self.tensor + tensor for index in data for tensor in range(self.tensor))
 
     def reporter(self, data: int) -> int:
         """The member that reports the tokens of ``data``: the first of the last stage."""

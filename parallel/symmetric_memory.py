@@ -9,6 +9,7 @@ its replacement meets the others: the recovery grade is a restart of the process
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -182,8 +183,9 @@ class SymmetricGroup:
     def __getitem__(self, region: Region) -> Tensor:
         return self._tensors[region.number]
 
-    def build(self, epoch: int) -> None:
+    def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
         """Meets the other ranks and allocates zeros. Raises ProcessSpent the second time."""
+        assert not vacant, f"{self._name}: symmetric memory needs every rank, {sorted(vacant)} are away"
         if self._tensors:
             raise ProcessSpent(
                 f"{self._name}: epoch {epoch} needs new symmetric memory, which a process gets once"

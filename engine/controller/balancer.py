@@ -19,7 +19,7 @@ from ...moe.balance.placement import EMPTY, Placement
 from ...parallel.mesh import Mesh
 from ..planner.group_plan import GroupPlan
 from ..protocol.arrays import Int32
-from ..protocol.bulk import RankHello, SetPlacement
+from ..protocol.bulk import RankHello
 from ..protocol.plan import Transfer
 from .expert_loads import ExpertLoads
 from .pilot import Pilot
@@ -53,21 +53,13 @@ class Balancer:
         self._open: dict[int, Transfer] = {}
         self._newest = pilot.group.moves.committed  # id
         self._search: Future[list[Balanced]] | None = None
+        self._searched = loads.newest
         movable = enabled and mesh.experts > 1 and loads.loads_LE.size
         self._thread = ThreadPoolExecutor(1, "balancer") if movable else None
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def place(self) -> SetPlacement:
-        """The placement, for a rank that has another."""
-        return SetPlacement(self._pilot.group.moves.committed, self._loads.newest.experts_LWS.tobytes())
-
-    def is_behind(self, hello: RankHello) -> bool:
-        """Whether a rank, which runs nothing, has another placement."""
-        return hello.placement_version != self._pilot.group.moves.committed
 
     def planned(self, plan: GroupPlan) -> None:
         """A plan was sent; it may commit moves."""
@@ -96,22 +88,29 @@ class Balancer:
             self._start_search()
         elif self._search is not None and self._search.done():
             found, self._search = self._search.result(), None
-            if not self._pilot.group.moves.num_open:
+            if self._may_move() and self._searched is self._loads.newest:
                 self._offer(found)
+
+    def _may_move(self) -> bool:
+        """Moves follow one another, and need every rank."""
+        group = self._pilot.group
+        return not group.moves.num_open and not group.steps.vacant
 
     def _start_search(self) -> None:
         loads_LE, placement = self._window.loads_LE, self._loads.newest
-        idle = self._search is None and not self._pilot.group.moves.num_open
+        idle = self._search is None and self._may_move()
         if self._thread is None or not idle or not self._trigger.due(loads_LE, placement, self._reached):
             return
         nodes = [
             tuple(self._node[rank] for rank in self._mesh.stage_ranks(stage))
             for stage in range(self._mesh.pipeline)
         ]
+        self._searched = placement
         self._search = self._thread.submit(_balance_stages, loads_LE, placement, self._loads.layers, nodes)
 
     def _offer(self, found: Sequence[Balanced]) -> None:
         """Cuts moves into parts that travel together, by whole layers."""
+        self._newest = max(self._newest, self._pilot.group.moves.committed)
         most = max(1, _BYTES_AT_ONCE // self._expert_bytes)
         moves: list[Transfer] = []
         for stage, (layers, balanced) in enumerate(zip(self._loads.layers, found, strict=True)):

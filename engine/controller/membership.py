@@ -13,6 +13,7 @@ from ..protocol.specs import ControllerSpec
 from .hang_detector import STALLED_SECONDS, HangDetector
 from .pilot import Pilot
 from .status import ClusterStatus
+from .survivors import Survivors
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +23,20 @@ seldom is the only one, and each that comes back later would need an epoch of it
 
 
 class Membership:
-    """Decides when an epoch begins, and sets the status's phase while ranks are missing.
+    """Decides when an epoch begins and who takes part, and sets the status's phase while ranks are
+    missing.
 
-    ``missing`` ranks are lost and not yet replaced; nothing is sent to ranks until they are back.
-    ``watch`` returns why the group cannot go on, empty while it can. Times are monotonic seconds.
+    ``lost`` ranks are not yet replaced. Nothing is sent to ranks until they are back, or until the
+    survivors can go on without them. ``watch`` returns why the group cannot go on, empty while it
+    can. Times are monotonic seconds.
     """
 
     def __init__(
         self, spec: ControllerSpec, hellos: Mapping[int, RankHello], pilot: Pilot, status: ClusterStatus
     ) -> None:
-        self.missing: set[int] = set()
+        self.lost_ranks: set[int] = set()
+        self.survivors = Survivors(spec, hellos, status.experts, pilot)
+        self._waits = False
         self._hung: set[int] = set()
         self._hellos = dict(sorted(hellos.items()))
         self._pilot, self._status = pilot, status
@@ -44,7 +49,7 @@ class Membership:
 
     def pause(self, now: float) -> float:
         """For how long from now nothing may be sent to ranks; infinity while some are missing."""
-        return math.inf if self.missing else max(0.0, self._resume_at - now)
+        return math.inf if self._waits else max(0.0, self._resume_at - now)
 
     def stood_still(self, seconds: float, now: float) -> None:
         """The controller stood still for so long: deadlines move on, silence counts from now."""
@@ -68,29 +73,37 @@ class Membership:
     def conditions(self) -> Iterable[tuple[RankHello, str]]:
         """Each rank's hello, and its condition: serving | lost | hung."""
         for rank, hello in self._hellos.items():
-            yield hello, "lost" if rank in self.missing else "hung" if rank in self._hung else "serving"
+            yield hello, "lost" if rank in self.lost_ranks else "hung" if rank in self._hung else "serving"
 
     def lost(self, message: RankLost, now: float) -> None:
-        """A rank is gone. Its requests keep their tokens and wait for the replacement. A process
-        whose successor is here already has been noticed before.
+        """A rank is gone. Its requests keep their tokens and wait, for the survivors or for the
+        replacement. A process whose successor is here already has been noticed before.
         """
         if message.pid and message.pid != self._hellos[message.rank].pid:
             return
-        status = self._status
-        self.missing.add(message.rank)
+        status, data = self._status, self._pilot.group.mesh.data_of_rank(message.rank)
+        self.lost_ranks.add(message.rank)
         self._hung.discard(message.rank)
-        status.reason = f"rank {message.rank} is lost: {message.reason}"
+        reason = f"rank {message.rank} is lost: {message.reason}"
+        if not self._waits and data in self.survivors.absent:
+            log.error("%s; the others go on", reason)
+            self._tell_absent()
+            return
+        status.reason = reason
         if status.phase not in ("serving", "recovering", "draining"):
             return
         log.error("%s; waiting for its replacement", status.reason)
-        self._begin_epoch([self._pilot.group.mesh.data_of_rank(message.rank)])
+        self._waits = True
+        self._begin_epoch([data])
         if status.phase == "serving":
             status.phase = "recovering"
         self._back_by = now + self._rank_deadline
+        self._settle(now)
 
     def replaced(self, hello: RankHello, now: float) -> None:
-        """A replacement has said hello for a missing rank. The group goes on after the last one.
-        The pool of its data index has no more pages than it.
+        """A replacement has said hello for a lost rank. The group goes on after the last one that
+        it waits for; one that it went on without joins in the next epoch. The pool of its data
+        index has no more pages than it.
         """
         group = self._pilot.group
         data = group.mesh.data_of_rank(hello.rank)
@@ -100,25 +113,49 @@ class Membership:
             self._pilot.shrink(data, hello.num_pages)
         self._hellos[hello.rank] = hello
         self._detector.cold.add(hello.rank)
-        self.missing.discard(hello.rank)
-        if not self.missing:
-            log.info("all ranks are back; epoch %d goes on", group.steps.epoch)
-            if self._status.phase == "recovering":
-                self._status.phase = "serving"
-            self._status.reason = ""
-            self._back_by = math.inf
-            self._pilot.resume(now)
+        self.lost_ranks.discard(hello.rank)
+        self._settle(now)
+
+    def _settle(self, now: float) -> None:
+        """Goes on with the ranks that are here, if they have every expert or can load it."""
+        if self.survivors.prepare(self.lost_ranks) and not self.survivors.loading:
+            self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        status, group = self._status, self._pilot.group
+        if self.survivors.go_on(self.lost_ranks):
+            self._begin_epoch([])
+        self._waits = False
+        who = f"all ranks but {sorted(self.lost_ranks)}" if self.lost_ranks else "all ranks"
+        log.info("%s are here; epoch %d goes on", who, group.steps.epoch)
+        if status.phase == "recovering":
+            status.phase = "serving"
+        status.reason = ""
+        self._tell_absent()
+        self._back_by = math.inf
+        self._pilot.resume(now)
+
+    def _tell_absent(self) -> None:
+        """Health names the ranks without which the others serve."""
+        names = ", ".join(f"rank {rank} on {self._hellos[rank].host}" for rank in sorted(self.lost_ranks))
+        serving = self._pilot.group.mesh.data - len(self.survivors.absent)
+        of = f"{serving} of {self._pilot.group.mesh.data} data indices serve"
+        self._status.without = f"{names} lost; {of} until it is replaced" if names else ""
 
     def returned(self, hello: RankHello, now: float) -> None:
-        """A rank that is not missing says hello. Its connection was away, so that messages may be
-        lost: a new epoch begins. Another process is a replacement whose loss was not reported: it
-        is missing until ``replaced``.
+        """A rank that is not lost says hello. It has loaded experts of a lost one; or its
+        connection was away, so that messages may be lost: a new epoch begins. Another process is a
+        replacement whose loss was not reported: it is lost until ``replaced``.
         """
         known = self._hellos[hello.rank]
         if (hello.host, hello.pid, hello.life) != (known.host, known.pid, known.life):
             self.lost(RankLost(hello.rank, "another process has taken its place"), now)
             return
-        if self._status.phase in ("serving", "recovering", "draining"):
+        if hello.rank in self.survivors.loading:
+            self.survivors.loaded(hello)
+            if self._waits:
+                self._settle(now)
+        elif self._status.phase in ("serving", "recovering", "draining"):
             if self.pause(now) == 0.0:
                 epoch = self._pilot.group.steps.epoch + 1
                 log.warning("rank %d was away, messages may be lost: epoch %d begins", hello.rank, epoch)
@@ -133,13 +170,14 @@ class Membership:
 
     def watch(self, now: float) -> str:
         """Finds hung ranks; the launcher reads of them in the state and kills them."""
-        if self.missing:
+        if self._waits:
             if now <= self._back_by:
                 return ""
-            missing, seconds = sorted(self.missing), self._rank_deadline
-            return f"{self._status.reason}; no replacement for ranks {missing} within {seconds:.0f} s"
+            lost, loading, seconds = sorted(self.lost_ranks), self.survivors.loading, self._rank_deadline
+            wait = f"ranks {sorted(loading)} have not loaded their experts" if loading else "no replacement"
+            return f"{self._status.reason}; {wait} for ranks {lost} within {seconds:.0f} s"
         group = self._pilot.group
-        behind = [rank for rank, step in enumerate(group.steps.acknowledged) if step < group.steps.last_step]
+        behind = group.steps.behind()
         if not behind:
             self._pilot.all_answered(now)
         if not self._hung:
@@ -173,10 +211,10 @@ class Membership:
             log.warning("%s", status.reason)
         elif self._stalled and not ranks:
             self._stalled = False
-            if status.phase == "recovering" and not self.missing:
+            if status.phase == "recovering" and not self._waits:
                 status.phase, status.reason = "serving", ""
 
     def _begin_epoch(self, emptied: list[int]) -> None:
-        self._pilot.begin_epoch(emptied)
+        self._pilot.begin_epoch(self.survivors.absent, emptied)
         log.info("epoch %d begins", self._pilot.group.steps.epoch)
         self._detector.reset()

@@ -98,6 +98,11 @@ class Pilot:
         self._record("move_experts", moves)
         self.planner.move_experts(moves)
 
+    def place_experts(self, version: int) -> None:
+        """Ranks have loaded another placement, between two epochs."""
+        self._record("place_experts", version)
+        self.planner.place_experts(version)
+
     def shrink(self, data: int, num_pages: int) -> None:
         """A new rank of ``data`` has a smaller pool."""
         self._record("shrink", data, num_pages)
@@ -129,10 +134,12 @@ class Pilot:
         self._record("refused", message)
         self.planner.refused(message)
 
-    def begin_epoch(self, emptied: Sequence[int]) -> None:
-        """Starts a new epoch; the data indices ``emptied`` have lost their pages."""
-        self._record("begin_epoch", [], emptied)
-        self.planner.begin_epoch(emptied=emptied)
+    def begin_epoch(self, absent: Sequence[int], emptied: Sequence[int] = ()) -> None:
+        """Starts a new epoch without the data indices ``absent``; those ``emptied`` have lost their
+        pages.
+        """
+        self._record("begin_epoch", absent, emptied)
+        self.planner.begin_epoch(absent=absent, emptied=emptied)
         self._pacer.work_arrived()
 
     def fail_all(self) -> None:

@@ -68,16 +68,17 @@ class Serving:
         began = time.perf_counter()
         self._listen_to_ranks()
         now = time.monotonic()
-        paused = self._membership.pause(now) > 0.0
-        if not paused and self._pilot.due(now):
+        if not self._membership.pause(now) and self._pilot.due(now):
             self._plan(now, began)
         self._status.add_up()
         self._frontends.listen(now, self)
-        if paused or self._membership.missing:
+        if self._membership.pause(now):
             self._frontends.send(self._pilot.take_output())
         else:
             self._follow_up()
         self._disband()
+        for rank, place in self._membership.survivors.take_orders():
+            self._transport.send_bulk(rank, place)
         if now >= self._next_housekeeping:
             self._keep_house(now)
 
@@ -137,14 +138,14 @@ class Serving:
         follows was reported first, but may still be unread. One with the experts of the start loads
         those that it has to have, and says hello again.
         """
-        now = time.monotonic()
-        if hello.rank not in self._membership.missing:
+        now, lost, survivors = time.monotonic(), self._membership.lost_ranks, self._membership.survivors
+        if hello.rank not in lost:
             self._frontends.listen(now, self)
-        if hello.rank not in self._membership.missing:
+        if hello.rank not in lost:
             self._membership.returned(hello, now)
-        if hello.rank in self._membership.missing:
-            if self._balancer.is_behind(hello):
-                self._transport.send_bulk(hello.rank, self._balancer.place)
+        if hello.rank in lost:
+            if survivors.is_behind(hello):
+                self._transport.send_bulk(hello.rank, survivors.place)
             else:
                 self._membership.replaced(hello, now)
         self._next_housekeeping = 0.0

@@ -71,7 +71,8 @@ class ClusterStatus:
     """Collects observations on the step thread as arrays; ``state`` packs them twice a second.
 
     ``phase`` is serving | recovering | draining | drained | failed, ``reason`` explains it to
-    people, ``degraded`` names what is missing. ``numbers`` gives each state its number.
+    people, ``degraded`` names what the launcher misses, ``without`` the lost ranks that the others
+    serve without. ``numbers`` gives each state its number.
     ``plan_seconds`` are those from reading results to handing over the plan, ``largest_plan`` is
     the most bytes that one rank was sent. ``experts`` are their loads and placement.
     """
@@ -85,7 +86,7 @@ class ClusterStatus:
         placement_i32: bytes = b"",
     ) -> None:
         self.phase, self.reason = "serving", ""
-        self.degraded = ""
+        self.degraded = self.without = ""
         self.plan_seconds = Recent()
         self.largest_plan = 0
         self._group, self._numbers = group, numbers
@@ -166,7 +167,7 @@ class ClusterStatus:
             placement_i32=self._placement_ranges(),
             placement_version=group.moves.committed,
             moves_open=group.moves.num_open,
-            degraded=self.degraded,
+            degraded="; ".join(filter(None, (self.without, self.degraded))),
             overlap=group.overlap.mode,
             overlap_choices=tuple(
                 OverlapChoice(capacity, choice.microbatches, choice.waits, choice.ratio)

@@ -73,6 +73,11 @@ class ExpertMoves:
             self._landed.append(moves)
             self._travelling = None
 
+    def placed(self, version: int) -> None:
+        """Ranks have loaded the placement ``version`` instead of moving experts; none is open."""
+        assert not self.num_open and version > self.committed, f"placement {version} after {self.committed}"
+        self.committed = version
+
     def begin_epoch(self) -> None:
         """Drops moves that are not committed."""
         self._waiting.clear()

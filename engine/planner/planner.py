@@ -119,7 +119,7 @@ class Planner:
     def refused(self, message: Refused) -> None:
         """A rank has lost the chain: the group starts a new epoch from what is acknowledged."""
         if message.epoch == self.group.steps.epoch:
-            self.begin_epoch()
+            self.begin_epoch(absent=self.group.steps.absent())
 
     def resync(self, data: int) -> None:
         """Sets a data index back to what it has acknowledged: its next section clears it, its
@@ -128,11 +128,11 @@ class Planner:
         self.group.set_back(data)
         self._ledger.settle()
 
-    def begin_epoch(self, *, gone: Sequence[int] = (), emptied: Sequence[int] = ()) -> None:
+    def begin_epoch(self, *, absent: Sequence[int] = (), emptied: Sequence[int] = ()) -> None:
         """Starts a new epoch: plans in flight are void, every data index is rebased.
 
-        Data indices ``gone`` leave for good; those ``emptied`` have a new rank among their members,
-        which holds no page.
+        Data indices ``absent`` take no part in it, and hold no page when they come back; those
+        ``emptied`` have a new rank among their members, which holds none.
         """
         steps = self.group.steps
         for data in emptied:
@@ -144,10 +144,16 @@ class Planner:
         self.group.moves.begin_epoch()
         for data in steps.living():
             self.resync(data)
-        steps.leave(gone)
-        for data in (*gone, *emptied):
+        steps.attend(absent)
+        for data in (*absent, *emptied):
             self.group.kv.forget_all(data)
             self.group.publishing.forget(data)
+
+    def place_experts(self, version: int) -> None:
+        """Between two epochs: ranks have loaded another placement, which counts as the moves
+        ``version``.
+        """
+        self.group.moves.placed(version)
 
     def move_experts(self, moves: Sequence[Transfer]) -> None:
         """Later plans start these moves, one after another, and commit them."""

@@ -74,6 +74,7 @@ class StepBuilder:
             counts=flight.step % _REPORT_EVERY == _REPORT_EVERY - 1,
             moves=moves,
             commits=commits,
+            vacant=group.steps.vacant,
         )
         group.steps.sent(flight)
         group.counters.steps += 1

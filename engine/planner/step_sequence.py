@@ -16,8 +16,8 @@ class StepSequence:
     """Positions in the sequence of plans.
 
     ``acknowledged`` [rank] is the last step whose result is in; ``newest_result`` is the largest.
-    ``alive`` [D] are the data indices that take part. ``rebasing`` [D] are those whose next section
-    clears them: until it is sent, their results do not count.
+    ``alive`` [D] are the data indices that take part; ``vacant`` as in ``Header``. ``rebasing`` [D]
+    are those whose next section clears them: until it is sent, their results do not count.
     """
 
     def __init__(self, mesh: Mesh, epoch: int) -> None:
@@ -29,6 +29,7 @@ class StepSequence:
         self.flights: dict[int, Flight] = {}
         self.alive = np.ones(mesh.data, np.bool_)
         self.rebasing = np.ones(mesh.data, np.bool_)
+        self.vacant: tuple[int, ...] = ()
         self._restarting = True
 
     # ----------------------------------------------------------------- questions
@@ -52,6 +53,19 @@ class StepSequence:
         """The data indices that take part."""
         living: list[int] = self.alive.nonzero()[0].tolist()
         return living
+
+    def absent(self) -> list[int]:
+        """The data indices that take no part in this epoch."""
+        absent: list[int] = np.flatnonzero(~self.alive).tolist()
+        return absent
+
+    def behind(self) -> list[int]:
+        """The ranks that owe a result."""
+        return [
+            rank
+            for rank, step in enumerate(self.acknowledged)
+            if step < self.last_step and self.alive[self._mesh.data_of_rank(rank)]
+        ]
 
     def executed(self, data: int) -> int:
         """The last step that all members of ``data`` have acknowledged."""
@@ -116,9 +130,14 @@ class StepSequence:
         self.epoch += 1
         self._restarting = True
 
-    def leave(self, gone: Sequence[int]) -> None:
-        """Data indices leave for good."""
-        self.alive[list(gone)] = False
+    def attend(self, absent: Sequence[int]) -> None:
+        """All data indices but the ``absent`` ones take part from the next plan on, which clears
+        those that come back.
+        """
+        self.alive[:] = True
+        self.alive[list(absent)] = False
+        self.rebasing[list(absent)] = True
+        self.vacant = self._mesh.positions(absent)
 
     def set_back(self, data: int) -> None:
         """The next section of ``data`` clears it; results of earlier plans no longer count."""

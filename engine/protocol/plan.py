@@ -75,7 +75,8 @@ class Header(Message, frozen=True):
     slots (slot modulo the number of cohorts) take part. ``checksum`` asks for a checksum of the
     state after the step, ``counts`` for expert loads and phases since the last such step.
     ``commits``: ids of moves that are part of the placement from this step on; a rank that has
-    them already ignores them.
+    them already ignores them. ``vacant``: positions among the ranks that share experts at which
+    nobody is in this epoch (``Mesh.positions``).
     """
 
     group: int
@@ -90,6 +91,7 @@ class Header(Message, frozen=True):
     counts: bool = False
     moves: tuple[Transfer, ...] = ()
     commits: tuple[int, ...] = ()
+    vacant: tuple[int, ...] = ()
 
 
 class Section(Message, frozen=True):

@@ -61,6 +61,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``succession``, and reports its addresses to the lobby. ``placement_i32``: the expert in every
     slot, [MoE layer, rank of a stage, slot], -1 where there is none; empty: consecutive experts on
     each rank. ``balance``: experts move between ranks by load.
+    ``survivors``: ranks go on without one that is lost, if they can hold all experts.
     """
 
     host: str
@@ -78,6 +79,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     lobby: LobbySpec | None = None
     placement_i32: bytes = b""
     balance: bool = False
+    survivors: bool = True
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):

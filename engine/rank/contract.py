@@ -32,8 +32,10 @@ class StepExecutor(Protocol):
         """Pages that hold whole blocks, and their hashes, as in ``Section.publish_i32``."""
         ...
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Meets the other ranks. Raises StepAbandoned when they do not come."""
+    def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
+        """Meets the other ranks; ``vacant`` as in ``Header``. Raises StepAbandoned when they do not
+        come.
+        """
         ...
 
     def end_epoch(self) -> None:

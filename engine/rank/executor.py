@@ -102,11 +102,11 @@ class Executor:
     def published(self) -> tuple[bytes, bytes]:
         return self._parts.pool.blocks.all()
 
-    def begin_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
         self._expected.clear()
         self._parts.links.forget()
         try:
-            self._parts.groups.build(epoch)
+            self._parts.groups.build(epoch, vacant)
         except CollectiveError as error:
             raise StepAbandoned(str(error)) from error
 
@@ -233,6 +233,8 @@ class Executor:
             slots.begin_epoch(header.commits)
         if header.commits:
             slots.commit(header.commits)
+        if header.predecessor < 0:
+            slots.leave_out(header.vacant)
         for moves in header.moves:
             slots.start(moves)
 

@@ -48,7 +48,8 @@ class _Arriving:
 
 class ExpertSlots:
     """Applies moves to a model and its dispatcher. ``placement`` is that of all stages; ``group``
-    carries the weights.
+    carries the weights. No token goes to slots at positions that are vacant; they keep their
+    experts in the placement.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ExpertSlots:
         self._group, self._path = group, path
         self._experts_LWS = placement.experts_LWS.copy()
         self._num_experts = placement.num_experts
+        self._vacant: tuple[int, ...] = ()
         self._arriving: dict[int, _Arriving] = {}
 
     @property
@@ -131,8 +133,16 @@ class ExpertSlots:
             number: arriving for number, arriving in self._arriving.items() if number in committed
         }
 
+    def leave_out(self, vacant: tuple[int, ...]) -> None:
+        """An epoch begins with vacant positions: the other ranks have every expert."""
+        if vacant != self._vacant:
+            self._vacant = vacant
+            self._show(set(self._here.layers))
+
     def place(self, version: int, placement_i32: bytes) -> None:
-        """Loads the experts of another placement from the checkpoint, where slots have others."""
+        """Loads the experts of another placement from the checkpoint, where slots have others. The
+        epoch that follows says which positions are vacant.
+        """
         self._arriving.clear()
         new_LWS = np.frombuffer(placement_i32, np.int32).reshape(self._experts_LWS.shape)
         here = self._here
@@ -143,9 +153,8 @@ class ExpertSlots:
             if slots:
                 wanted[layer - here.layers.start] = {slot: int(own_S[slot]) for slot in slots}
         load_experts(self._model, self._path, wanted)
-        changed = (new_LWS != self._experts_LWS).any(axis=(1, 2)).nonzero()[0].tolist()
-        self._experts_LWS, self.version = new_LWS.copy(), version
-        self._show(set(changed))
+        self._experts_LWS, self.version, self._vacant = new_LWS.copy(), version, ()
+        self._show(set(here.layers))
 
     def _show(self, changed: set[int]) -> None:
         """The dispatcher sends tokens by the new placement."""
@@ -153,6 +162,7 @@ class ExpertSlots:
         layers = sorted(layer - here.start for layer in changed if layer in here)
         if layers:
             own_LWS = self._experts_LWS[here.start : here.stop].copy()
+            own_LWS[:, list(self._vacant)] = EMPTY
             self._dispatcher.place(Placement(own_LWS, self._num_experts), layers)
 
     def _slot_of(self, layer: int, expert: int) -> int:

@@ -80,7 +80,7 @@ class RankLoop:
         try:
             if self._chain.enter(header.epoch):
                 _LOG.info("epoch %d begins with step %d", header.epoch, header.step)
-                self._executor.begin_epoch(header.epoch)
+                self._executor.begin_epoch(header.epoch, header.vacant)
             result = self._executor.execute(plan)
         except StepAbandoned as error:
             _LOG.warning("epoch %d, step %d abandoned: %s", header.epoch, header.step, error)

@@ -24,7 +24,7 @@ class Parts:
     ``split``: how the model's layers are. ``links``: to the other stages. ``turns``: those that the
     dispatcher gives away. ``samples``: whether this rank draws the tokens of its tensor group; the
     others take them over. ``expert_bytes`` are the weights of one expert of one layer. ``slots``
-    None: experts stay where they are. ``grammars`` None: no request may have one, or another rank
+    None: this rank has all experts. ``grammars`` None: no request may have one, or another rank
     samples.
     """
 

@@ -16,7 +16,7 @@ from ...moe.balance.placement import Placement
 from ...moe.balance.start import placement_of
 from ...moe.config import MoEConfig
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...parallel.collectives import Collectives, RankGroups
+from ...parallel.collectives import Collectives, EpochGroup, RankGroups
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
 from ...parallel.stages import PipelineStage, split_layers
@@ -109,18 +109,21 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     facts = spec.model_path, spec.rank, mesh.world, device, spec.dtype, num_pages, kv_format, spec.dispatch
     _LOG.info("loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s", *facts)
     expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
+    spread: list[EpochGroup] = [experts]
+    if spec.balance:
+        spread.append(moves)
+    if memory is not None:
+        spread.append(memory)
     grammars = _grammars(spec, config) if mesh.samples(spec.rank) else None
     slots = None
-    if moves is not None:
+    if mesh.experts > 1:
         place = StagePlace(here.stage, here.expert, here_layers)
         slots = ExpertSlots(model, dispatcher, whole, place, moves, Path(spec.model_path))
     parts = Parts(
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(
-            *(group for group in (experts, tensor, stages, moves, memory) if group is not None)
-        ),
+        groups=RankGroups(tensor, stages, *spread, experts=spread),
         split=split,
         links=PipelineLinks(stages, stage, device),
         turns=turns,
@@ -147,9 +150,9 @@ def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
 
 def _groups(
     spec: RankSpec, device: torch.device
-) -> tuple[Collectives, Collectives, Collectives, Collectives | None]:
+) -> tuple[Collectives, Collectives, Collectives, Collectives]:
     """The groups of ranks that this one shares experts with, that it splits layers with, and that
-    have the other stages of its layers; and one for moves of experts, if they may move.
+    have the other stages of its layers; and one for moves of experts, which meets if they may move.
     """
     mesh, here = spec.mesh, spec.mesh.coordinates(spec.rank)
     deadline = spec.collective_deadline
@@ -157,15 +160,12 @@ def _groups(
     experts = f"experts of stage {here.stage}"
     layers = f"layers of stage {here.stage}, data {here.data}"
     stages = f"stages of data {here.data}, tensor {here.tensor}"
-    moves = None
-    if spec.balance and mesh.experts > 1:
-        name = f"moves of experts of stage {here.stage}"
-        moves = Collectives(name, here.expert, mesh.experts, store, deadline, device)
+    moves = f"moves of experts of stage {here.stage}"
     return (
         Collectives(experts, here.expert, mesh.experts, store, deadline, device),
         Collectives(layers, here.tensor, mesh.tensor, store, deadline, device),
         Collectives(stages, here.stage, mesh.pipeline, store, deadline, device),
-        moves,
+        Collectives(moves, here.expert, mesh.experts, store, deadline, device),
     )
 
 

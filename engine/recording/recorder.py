@@ -200,6 +200,8 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
             planner.shrink(*arguments)
         case "adopt":
             planner.adopt(*arguments)
+        case "place_experts":
+            planner.place_experts(*arguments)
         case "move_experts":
             planner.move_experts(msgspec.convert(arguments[0], list[Transfer]))
         case "submit":
@@ -215,7 +217,7 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
         case "refused":
             planner.refused(msgspec.convert(arguments[0], Refused))
         case "begin_epoch":
-            planner.begin_epoch(gone=arguments[0], emptied=arguments[1])
+            planner.begin_epoch(absent=arguments[0], emptied=arguments[1])
         case "fail_all":
             planner.fail_all()
         case "tidy":

@@ -83,6 +83,11 @@ class ClusterSection(RecipeSection):
     collective_deadline: float = Field(
         default=60.0, gt=0, description="seconds after which a rank gives up on a collective"
     )
+    survivors: Literal["go_on", "wait"] = Field(
+        default="go_on",
+        description="after the loss of a rank: go_on without it once the others hold every expert (in slots "
+        "of experts.redundant), or wait for its replacement",
+    )
     pause_deadline: float = Field(
         default=120.0,
         gt=0,

@@ -78,6 +78,7 @@ class Supervisor:
         self._replacements = Replacements(cluster, recipe.cluster.start_deadline)
         self._degraded = ""
         self._silent = False
+        self._without: tuple[int, ...] = ()
         self._turns = Turns(time.monotonic())
 
     def watch(self) -> None:
@@ -103,14 +104,29 @@ class Supervisor:
         if news := replacements.news():
             self._screen.say(news)
         seconds = replacements.recovered(state)
-        if seconds is not None and state is not None:
-            self._screen.say(f"all ranks serve again after {seconds:.1f} s, in epoch {state.epoch}")
+        if state is not None:
+            self._tell_of_ranks(state, seconds)
         slow = f"is not ready after {FRONTEND_SECONDS:g} s"
         self._kill([_Hang(name, slow) for name in replacements.slow_frontends(self._roster.ready())])
         degraded = replacements.degraded()
         if degraded != self._degraded:
             self._degraded = degraded
             self._link.degraded(degraded)
+
+    def _tell_of_ranks(self, state: ClusterState, seconds: float | None) -> None:
+        """Says which ranks serve after a pause of so many ``seconds``, and when those that the
+        others went on without are back.
+        """
+        lost = tuple(rank.rank for rank in state.ranks if rank.state == "lost")
+        after = "" if seconds is None else f" after {seconds:.1f} s"
+        if state.phase not in ("serving", "draining") or (seconds is None and lost == self._without):
+            return
+        names = ", ".join(f"rank {rank}" for rank in lost)
+        if lost:
+            self._screen.say(f"the others serve{after} without {names}, in epoch {state.epoch}")
+        else:
+            self._screen.say(f"all ranks serve again{after}, in epoch {state.epoch}")
+        self._without = lost
 
     def _check_silence(self, now: float) -> None:
         """Says when the controller falls silent and when it answers again. Raises LaunchError after

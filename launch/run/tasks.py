@@ -93,6 +93,7 @@ def controller_task(site: Site) -> Task:
         lobby=site.lobby("controller 0"),
         placement_i32=site.placement_i32,
         balance=balances(recipe),
+        survivors=recipe.cluster.survivors == "go_on",
     )
     return Task("controller", 0, msgspec.json.encode(spec), environment=site.settings(threads=1))
 

@@ -81,7 +81,9 @@ class AllGatherExchange:
             weights_CK = weights_TK.new_zeros(self._capacity, top_k)
             weights_CK[:num_tokens] = weights_TK
             places_CK = torch.cat([places_CK.to(torch.int32), weights_CK.view(torch.int32)], 1)
-        pending = self._collectives.all_gather(pack(x_CD, places_CK), f"tokens of MoE layer {layer}")
+        # A vacant rank's rows are padding: places of EMPTY's bits.
+        rows, what = pack(x_CD, places_CK), f"tokens of MoE layer {layer}"
+        pending = self._collectives.all_gather(rows, what, fill=0xFF)
         return Handle(weights_TK, layer, _Gathered(pending, x_TD.shape[1], x_TD.dtype, weights_TK))
 
     def forward(self, handle: Handle) -> None:

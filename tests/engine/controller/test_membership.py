@@ -31,6 +31,7 @@ SPEC = ControllerSpec(
     max_len=None,
     rank_deadline=20.0,
     collective_deadline=5.0,
+    survivors=False,
 )
 
 
@@ -72,7 +73,7 @@ def test_a_lost_rank_begins_an_epoch_and_its_replacement_ends_the_recovery(group
     group.membership.lost(RankLost(1, "it was killed"), 10.0)
     assert (group.epoch, group.status.phase) == (1, "recovering")
     assert group.status.reason == "rank 1 is lost: it was killed"
-    assert group.conditions() == ["serving", "lost"] and group.membership.missing == {1}
+    assert group.conditions() == ["serving", "lost"] and group.membership.lost_ranks == {1}
     group.membership.replaced(hello(1), 15.0)
     assert (group.epoch, group.status.phase, group.status.reason) == (1, "serving", "")
     assert group.conditions() == ["serving", "serving"]
@@ -109,7 +110,7 @@ def test_the_pool_shrinks_to_a_replacement_with_fewer_pages(group: Group) -> Non
     group.pilot.follow_up()
     group.membership.lost(RankLost(1, "it was killed"), 10.0)
     group.membership.replaced(hello(1, pages=10), 11.0)
-    assert group.membership.missing == set() and group.pilot.group.max_len == 40
+    assert group.membership.lost_ranks == set() and group.pilot.group.max_len == 40
     assert group.pilot.group.kv.num_pages.tolist() == [40, 10]
     messages = [message for _, message in group.pilot.take_output()]
     [rejected] = [message for message in messages if isinstance(message, Rejected)]
@@ -169,9 +170,9 @@ def test_a_hello_of_another_process_is_a_replacement_though_its_loss_was_not_rep
     group.membership.replaced(successor, 10.0)
     assert (group.epoch, group.status.phase, group.conditions()) == (1, "serving", ["serving", "serving"])
     group.membership.lost(RankLost(1, "it was killed", pid=101), 11.0)  # reported late
-    assert group.membership.missing == set()
+    assert group.membership.lost_ranks == set()
     group.membership.lost(RankLost(1, "it was killed", pid=999), 12.0)
-    assert group.membership.missing == {1}
+    assert group.membership.lost_ranks == {1}
 
 
 def test_a_standstill_of_the_controller_moves_deadlines_on(group: Group) -> None:

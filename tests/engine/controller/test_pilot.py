@@ -66,7 +66,7 @@ def test_a_recording_of_every_call_replays(tmp_path: Path) -> None:
             pilot.abort(0, Abort(3))
             pilot.abort_frontend(2)
         if turn == 10:
-            pilot.begin_epoch([1])
+            pilot.begin_epoch([], [1])
         if turn == 15:
             pilot.refused(Refused(0, pilot.group.steps.epoch, 0, 3, 5))
         driver.turn()

@@ -250,6 +250,28 @@ def test_the_death_of_a_rank_is_a_pause() -> None:
         assert all(start.data != 1 for start in starts if start.epoch == 1)
 
 
+def test_new_ranks_join_a_group_that_went_on_without_theirs() -> None:
+    world = World(Mesh(data=3), pages=64, page_size=4, max_len=96)
+    for index in range(12):
+        world.submit(prompt(10 * index, 20), 30, stop=False)
+    world.plan()
+    world.kill(1)
+    for _ in range(4):
+        world.round()
+    assert world.planner.group.steps.vacant == (1,)
+    world.rejoin(1)
+    for index in range(12, 24):
+        world.submit(prompt(10 * index, 20), 30, stop=False)
+    world.run()
+    assert world.planner.group.steps.vacant == ()
+    assert_served(world)
+    assert {start.data for starts in world.starts.values() for start in starts if start.epoch == 2} == {
+        0,
+        1,
+        2,
+    }
+
+
 def test_a_grammar_that_a_rank_cannot_compile_ends_its_request_alone() -> None:
     world = World(Mesh(data=2), pages=64, page_size=4, max_len=96)
     handles = [world.submit(prompt(10 * index, 20), 6, stop=False) for index in range(6)]
@@ -380,7 +402,18 @@ def test_identical_events_give_identical_plans() -> None:
     assert plans() == plans()
 
 
-FAULTS = ["abort", "hold", "resume", "twice", "drop result", "drop plan", "kill", "replace", "controller"]
+FAULTS = [
+    "abort",
+    "hold",
+    "resume",
+    "twice",
+    "drop result",
+    "drop plan",
+    "kill",
+    "replace",
+    "rejoin",
+    "controller",
+]
 OPERATIONS = st.sampled_from(
     ["submit"] * 6 + ["round"] * 8 + ["plan", "stage", "execute", "deliver"] * 2 + FAULTS
 )
@@ -417,6 +450,8 @@ def perform(world: World, operation: str, value: int) -> None:
         world.kill(rank)
     elif operation == "replace" and rank not in world.dead:
         world.replace(rank)
+    elif operation == "rejoin" and rank in world.dead:
+        world.rejoin(world.mesh.data_of_rank(rank))
     elif operation == "controller":
         world.replace_controller()
 

@@ -37,7 +37,7 @@ class NotingExecutor:
     def published(self) -> tuple[bytes, bytes]:
         return b"\1\0\0\0", bytes(16)
 
-    def begin_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
         self.notes.append(("epoch", epoch))
 
     def end_epoch(self) -> None:

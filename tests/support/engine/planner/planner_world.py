@@ -353,12 +353,28 @@ class World:
         """A rank dies; the group goes on without its data index."""
         data = self.planner.group.mesh.data_of_rank(rank)
         self.dead.update(self.planner.group.mesh.members(data))
-        self.planner.begin_epoch(gone=[data])
+        self.planner.begin_epoch(absent=self._absent())
+        self.tidy()
+
+    def rejoin(self, data: int) -> None:
+        """New ranks take the places of those of a data index that has been away."""
+        members = self.planner.group.mesh.members(data)
+        self.dead.difference_update(members)
+        for rank in members:
+            self._renew(rank)
+        self.planner.begin_epoch(absent=self._absent())
         self.tidy()
 
     def replace(self, rank: int) -> None:
         """A rank dies and another takes its place, without pages; the others keep theirs."""
-        data = self.planner.group.mesh.data_of_rank(rank)
+        self._renew(rank)
+        self.planner.begin_epoch(emptied=[self.planner.group.mesh.data_of_rank(rank)], absent=self._absent())
+        self.tidy()
+
+    def _absent(self) -> list[int]:
+        return sorted({self.mesh.data_of_rank(rank) for rank in self.dead})
+
+    def _renew(self, rank: int) -> None:
         old = self.ranks[rank]
         new = CheckedRank(
             rank,
@@ -374,8 +390,6 @@ class World:
         self.plans[rank].clear()
         self.bulk[rank].clear()
         self.results[rank].clear()
-        self.planner.begin_epoch(emptied=[data])
-        self.tidy()
 
     def replace_controller(self) -> None:
         """Another planner takes over from what ranks and clients have. Results are still on their
@@ -393,7 +407,7 @@ class World:
         self.settings = structs.replace(self.settings, epoch=inheritance.first_epoch)
         self.planner = Planner(self.settings)
         inheritance.hand_over(mesh, self.settings.num_pages, self.planner)
-        self.planner.begin_epoch(gone=sorted({mesh.data_of_rank(rank) for rank in self.dead}))
+        self.planner.begin_epoch(absent=self._absent())
         for handle, submit in self.requests.items():
             if handle in self.finish or handle in self.rejected:
                 continue

@@ -1,0 +1,79 @@
+"""Survivors go on without a rank that has no replacement yet: same texts, and the rank joins later."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support.launch.clusters import until
+from support.launch.launcher import Launcher
+from support.serving.reader import Reader
+
+TOKENS = 240
+ADMIN = "an-admin-key"
+LAYOUTS = {
+    # Of 48 slots 36 are left for 32 experts: some are loaded again.
+    "data 4": ("experts.redundant=16", "experts.dispatch=all_to_all"),
+    # Both ranks of a data index are away when one is lost: the others have exactly 32 slots.
+    "data 2 x tensor 2": (
+        "experts.redundant=32",
+        "experts.dispatch=all_gather",
+        "experts.balance=off",
+        "parallel.tensor=2",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: Path) -> None:
+    overrides = ("cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN}")
+    sizes = ("cluster.ranks_per_node=4", "cluster.threads=1", "kv_cache.memory=16MiB")
+    with Launcher(tmp_path, "--recipe", "demo", *overrides, *sizes, *LAYOUTS[layout]) as launcher:
+        url = launcher.url()
+        base = url.removesuffix("/v1")
+
+        def cluster() -> dict[str, Any]:
+            answer = httpx.get(f"{base}/admin/cluster", headers={"Authorization": f"Bearer {ADMIN}"})
+            state: dict[str, Any] = answer.json()
+            return state
+
+        def rank_states() -> list[str]:
+            return [rank["state"] for rank in cluster()["ranks"]]
+
+        undisturbed = Reader(url, TOKENS)
+        undisturbed.run()
+        readers = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        lost = launcher.pid_of("rank 3")
+        os.kill(lost, signal.SIGKILL)
+        late = launcher.replacement_of("rank 3", lost)
+        os.kill(late, signal.SIGSTOP)
+        try:
+            until(lambda: "the others serve after" in launcher.err, "the survivors to go on")
+            for reader in readers:
+                reader.join(120)
+            alone = [Reader(url, TOKENS).flowing() for _ in range(8)]
+            for reader in alone:
+                reader.join(120)
+            until(lambda: rank_states() == ["serving", "serving", "serving", "lost"], "the state of ranks")
+            health = httpx.get(f"{base}/health")
+            assert health.status_code == 200 and "rank 3" in health.json()["degraded"], health.text
+        finally:
+            os.kill(late, signal.SIGCONT)
+        joining = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        until(lambda: "all ranks serve again" in launcher.err, "the replacement to join")
+        after = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        for reader in (*joining, *after):
+            reader.join(120)
+        every = (*readers, *alone, *joining, *after)
+        assert {(reader.error, reader.finish) for reader in every} == {(None, "length")}
+        assert {reader.text for reader in every} == {undisturbed.text}
+        until(lambda: rank_states() == ["serving"] * 4, "the state of ranks")
+        assert "degraded" not in httpx.get(f"{base}/health").json()
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
