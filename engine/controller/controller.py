@@ -6,12 +6,13 @@ import itertools
 import time
 
 from ..protocol.bulk import RankHello
+from ..protocol.frontends import RankLost
 from ..protocol.lobby import Lobby
 from ..protocol.message import Stop
 from ..protocol.specs import ControllerSpec
 from .balancer import Balancer
 from .frontends import Frontends
-from .gathering import Gathering, planner_settings
+from .gathering import Gathering, planner_settings, unheard
 from .membership import Membership
 from .pilot import Pilot
 from .serving import Serving
@@ -57,6 +58,8 @@ class Controller:
 
     def _serve(self, gathering: Gathering, hellos: dict[int, RankHello]) -> ClusterStatus:
         inheritance = gathering.inheritance
+        lost = sorted(set(range(self._spec.mesh.world)) - set(hellos))
+        hellos = hellos | {rank: unheard(rank, hellos) for rank in lost}
         settings = planner_settings(self._spec, hellos, inheritance)
         pilot = Pilot(settings, self._spec.recording)
         try:
@@ -64,6 +67,8 @@ class Controller:
             placement_i32 = inheritance.placement_i32 or self._spec.placement_i32
             status = ClusterStatus(self._spec.mesh, hellos, pilot.group, self._numbers, placement_i32)
             membership = Membership(self._spec, hellos, pilot, status)
+            for rank in lost:
+                membership.lost(RankLost(rank, "before this controller"), time.monotonic())
             balancer = Balancer(self._spec.mesh, hellos, status.experts, pilot, enabled=self._spec.balance)
             serving = Serving(
                 self._transport, self._frontends, self._lobby, pilot, membership, status, balancer

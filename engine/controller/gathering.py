@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 
+from msgspec import structs
+
 from ..planner.settings import Settings
 from ..protocol.bulk import Published, RankHello, SetPlacement
 from ..protocol.cluster_state import ClusterState
@@ -39,6 +41,7 @@ class Gathering:
         self._spec, self._succession = spec, spec.succession
         self._transport, self._frontends, self._lobby = transport, frontends, lobby
         self._numbers = numbers
+        self._lost = set() if self._succession is None else set(self._succession.lost)
         self._reason = "ranks are loading"
         if self._succession is not None:
             self._reason = "the controller was lost, another one waits for the ranks"
@@ -49,14 +52,16 @@ class Gathering:
         self._drain_by = math.inf if draining else None
 
     def run(self) -> dict[int, RankHello]:
-        """Returns the hellos of all ranks, or those so far when a stop was requested. Raises
-        TimeoutError.
+        """Returns the hellos of all ranks but those that were lost before, or those so far when a
+        stop was requested. Raises TimeoutError.
         """
-        world, seconds = self._spec.mesh.world, self._spec.rank_deadline
+        seconds = self._spec.rank_deadline
         hellos = self.inheritance.hellos
         deadline = time.monotonic() + seconds
         next_state = 0.0
-        while len(hellos) < world and not self._frontends.stop_requested:
+        while (
+            not self._lost.issuperset(set(range(world)) - set(hellos)) and not self._frontends.stop_requested
+        ):
             self._transport.wait(min(_WAIT, max(0.0, deadline - time.monotonic())))
             now = time.monotonic()
             self._frontends.listen(now, self)
@@ -66,9 +71,12 @@ class Gathering:
             self._listen_to_ranks()
             self._place_ranks()
             if time.monotonic() > deadline:
-                missing = [rank for rank in range(world) if rank not in hellos]
-                raise TimeoutError(f"ranks {missing} have not reported within {seconds:.0f} s")
+                raise TimeoutError(f"ranks {self._missing()} have not reported within {seconds:.0f} s")
         return hellos
+
+    def _missing(self) -> list[int]:
+        """The ranks that nothing can begin without."""
+        return sorted(set(range(self._spec.mesh.world)) - set(self.inheritance.hellos) - self._lost)
 
     def _listen_to_ranks(self) -> None:
         world = self._spec.mesh.world
@@ -85,7 +93,7 @@ class Gathering:
         """Once all ranks are here, those without the newest placement load its experts, and say
         hello again.
         """
-        if len(self.inheritance.hellos) == self._spec.mesh.world:
+        if not self._missing():
             place = SetPlacement(self.inheritance.placement_version, self.inheritance.placement_i32)
             for rank in self.inheritance.take_behind():
                 log.info("rank %d loads the experts of placement %d", rank, place.version)
@@ -137,6 +145,12 @@ class Gathering:
             self.inheritance.lost(message.rank)
         if hello is None or message.pid in (0, hello.pid):
             self._reason = f"rank {message.rank} is lost: {message.reason}"
+
+
+def unheard(rank: int, hellos: Mapping[int, RankHello]) -> RankHello:
+    """The facts of a rank that was lost before this controller came: those of any other."""
+    other = next(iter(hellos.values()))
+    return structs.replace(other, rank=rank, host="an unknown host", pid=0, life=0, epoch=-1)
 
 
 def planner_settings(

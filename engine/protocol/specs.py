@@ -45,7 +45,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
     ``addresses`` are those that ranks and frontends know. ``epoch`` is the last one that the
     launcher was told of; ranks may know of later ones. Requests are taken within ``max_len`` and
     ``page_size`` (0: no prefix caching) while ranks come back. ``draining``: the cluster takes no
-    more requests.
+    more requests. ``lost`` ranks may be away: the others served without them.
     """
 
     life: int
@@ -54,6 +54,7 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
     max_len: int
     page_size: int
     draining: bool = False
+    lost: tuple[int, ...] = ()
 
 
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -112,10 +112,17 @@ def successor_task(task: Task, addresses: tuple[str, ...], state: ClusterState |
             max_len=state.max_len,
             page_size=state.page_size if state.prefix_caching else 0,
             draining=state.phase in ("draining", "drained"),
+            lost=_gone_on_without(state),
         )
     recording = None if spec.recording is None else _further(spec.recording)
     changed = structs.replace(spec, succession=succession, recording=recording)
     return replace(task, spec=msgspec.json.encode(changed))
+
+
+def _gone_on_without(state: ClusterState) -> tuple[int, ...]:
+    """The lost ranks without which the others served."""
+    serving = state.phase in ("serving", "draining")
+    return tuple(rank.rank for rank in state.ranks if serving and rank.state == "lost")
 
 
 def _further(recording: str) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from .balance import Limits, balance
 from .layers import Floats
 from .placement import Placement
+
+_ANY_LOAD = 1e9  # as a target: nothing is balanced, only covered
 
 
 def cover(
@@ -22,7 +22,7 @@ def cover(
 
     Raises ValueError where the other ranks have fewer slots than there are experts.
     """
-    limits = Limits(dead=frozenset(vacant), max_received=0, target=np.inf)
+    limits = Limits(dead=frozenset(vacant), max_received=0, target=_ANY_LOAD)
     experts_LWS = placement.experts_LWS.copy()
     for layers in stages:
         part = Placement(placement.experts_LWS[layers], placement.num_experts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lockstep.parallel.collectives import Collectives
-from support.parallel.collective_calls import all_kinds, one_dies, one_is_late
+from support.parallel.collective_calls import all_kinds, one_dies, one_is_late, with_vacancies
 from support.parallel.gloo_ranks import DEADLINE, run_ranks
 
 
@@ -24,6 +24,27 @@ def test_values_in_every_epoch() -> None:
                 10 * peer + i for peer in range(size) for i in range(2)
             ]
             assert found["reduced"].flatten().tolist() == [30 + size * (2 * rank + i) for i in range(2)]
+
+
+@pytest.mark.parametrize("vacant", [(1,), (0, 3), (0, 1, 3)])
+def test_a_group_meets_without_its_vacant_positions(vacant: tuple[int, ...]) -> None:
+    size = 4
+    present = [rank for rank in range(size) if rank not in vacant]
+    by_rank = run_ranks(with_vacancies, size, vacant)
+    for rank in present:
+        found = by_rank[rank]
+        own = [10 * rank + i for i in range(2 * size)]
+        assert found["equal"].view(size, 2).tolist() == [
+            own[2 * peer : 2 * peer + 2] if peer in vacant else [10 * peer + 2 * rank + i for i in range(2)]
+            for peer in range(size)
+        ]
+        assert found["ragged"].tolist() == [[float(peer)] * 3 for peer in present for _ in range(rank + 1)]
+        assert found["gathered"].view(size, 2).tolist() == [
+            [-1, -1] if peer in vacant else [10 * peer, 10 * peer + 1] for peer in range(size)
+        ]
+        assert found["reduced"].flatten().tolist() == [
+            10 * sum(present) + len(present) * (2 * rank + i) for i in range(2)
+        ]
 
 
 def test_a_group_of_one_moves_nothing() -> None:

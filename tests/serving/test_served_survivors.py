@@ -1,4 +1,4 @@
-"""Survivors go on without a rank that has no replacement yet: same texts, and the rank joins later."""
+"""Survivors go on without a rank until its replacement joins them: all texts are the same."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: 
             for reader in readers:
                 reader.join(120)
             alone = [Reader(url, TOKENS).flowing() for _ in range(8)]
+            os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
+            until(lambda: launcher.err.count("the others serve after") == 2, "the survivors to go on again")
+            alone += [Reader(url, TOKENS).flowing()]
             for reader in alone:
                 reader.join(120)
             until(lambda: rank_states() == ["serving", "serving", "serving", "lost"], "the state of ranks")

@@ -20,6 +20,7 @@ from lockstep.engine.protocol.plan import Header, Mode
 from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.moe.balance.balance import imbalance
+from lockstep.moe.balance.placement import Placement
 from lockstep.parallel.mesh import Mesh
 
 MESH = Mesh(pipeline=2, data=2)
@@ -94,15 +95,23 @@ def test_skewed_loads_become_moves_and_a_commit_changes_the_placement(cluster: C
     assert cluster.status.state([]).placement_version == cluster.pilot.group.moves.committed > 0
 
 
-def test_a_rank_with_another_placement_is_told(cluster: Cluster) -> None:
-    assert not cluster.balancer.is_behind(cluster.hellos[1])
+def test_nothing_moves_while_a_data_index_is_away_nor_by_a_search_from_before(cluster: Cluster) -> None:
     cluster.report(63)
+    cluster.balancer.look()
+    assert cluster.balancer._search is not None
+    cluster.status.experts.place(64, Placement(cluster.status.experts.newest.experts_LWS.copy(), EXPERTS))
+    cluster.pilot.place_experts(1)
     cluster.look()
-    cluster.commit(128)
-    place = cluster.balancer.place
-    assert cluster.balancer.is_behind(cluster.hellos[1])
-    assert place.version == cluster.pilot.group.moves.committed
-    assert place.placement_i32 == cluster.status.experts.newest.experts_LWS.tobytes()
+    assert not cluster.pilot.group.moves.num_open, "the search was for another placement"
+    cluster.pilot.begin_epoch([1])
+    cluster.report(127)
+    cluster.look()
+    assert not cluster.pilot.group.moves.num_open, "nobody is there to receive"
+    cluster.pilot.begin_epoch([])
+    cluster.report(191)
+    cluster.look()
+    assert cluster.pilot.group.moves.num_open
+    assert cluster.pilot.group.moves.plan(border=False, first=False)[0][0].id == 2, "placement 1 was loaded"
 
 
 def test_balanced_loads_few_tokens_and_a_recipe_that_says_off_move_nothing(cluster: Cluster) -> None:

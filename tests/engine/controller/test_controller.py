@@ -209,6 +209,7 @@ def start(
     server, client = new_keypair(), new_keypair()
     spec = ControllerSpec(
         host="127.0.0.1",
+        survivors=False,
         secret=server[1],
         public=server[0],
         allowed=(client[0],),

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import structs
 
 from lockstep.engine.controller.status import gathering_state
+from lockstep.engine.protocol.cluster_state import RankState
 from lockstep.engine.protocol.specs import ControllerSpec, SchedulerSpec, Succession
 from lockstep.launch.cluster.cluster import Task
 from lockstep.launch.run.tasks import successor_task
@@ -48,6 +49,13 @@ def test_it_knows_the_addresses_the_last_epoch_and_the_limits() -> None:
     assert spec_of(second).succession == Succession(
         life=2, addresses=ADDRESSES, epoch=5, max_len=60, page_size=4, draining=True
     ), "a state without limits says nothing"
+    rank = RankState(1, "b", 7, "lost", 0, 0, 0, 0, 0.0, 0.0)
+    for phase, lost in (("serving", (1,)), ("recovering", ())):
+        without = structs.replace(
+            state, phase=phase, ranks=(structs.replace(rank, rank=0, state="serving"), rank)
+        )
+        succession = spec_of(successor_task(task(), ADDRESSES, without)).succession
+        assert succession is not None and succession.lost == lost, "all wait for it unless the others served"
     untold = spec_of(successor_task(task(), ADDRESSES, None)).succession
     assert untold == Succession(life=1, addresses=ADDRESSES, epoch=0, max_len=0, page_size=0)
 

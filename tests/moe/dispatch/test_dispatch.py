@@ -71,6 +71,32 @@ def test_expert_parallel_equals_one_rank(world: int) -> None:
                 )
 
 
+@pytest.mark.parametrize(("world", "vacant"), [(4, (1,)), (3, (0, 2))])
+def test_the_others_equal_one_rank_where_positions_are_vacant(world: int, vacant: tuple[int, ...]) -> None:
+    """As with replicas, outputs are close, counts equal."""
+    tokens = [(3, 4, 5, 1)[rank] * (rank not in vacant) for rank in range(world)]
+    large = [count * 14 for count in tokens]
+    cases = [
+        Case("small, padded", 8, 2, tuple(tokens), 5, redundant=16, vacant=vacant),
+        Case("large, counted beforehand", 8, 2, tuple(large), 1024, redundant=16, vacant=vacant),
+        Case("bf16", 8, 4, tuple(tokens), 5, dtype=torch.bfloat16, redundant=16, vacant=vacant),
+    ]
+    by_rank = run_ranks(run_cases, world, cases, KINDS)
+    present = [rank for rank in range(world) if rank not in vacant]
+    for number, case in enumerate(cases):
+        expected, expected_counts = run_case(case, "local", ALONE)
+        for which, kind in enumerate(KINDS):
+            results = [by_rank[rank][number][which] for rank in present]
+            for layer in range(LAYERS):
+                joined = torch.cat([outputs[layer] for outputs, _ in results])
+                bf16 = case.dtype == torch.bfloat16
+                torch.testing.assert_close(
+                    joined, expected[layer], rtol=2e-2 if bf16 else 1e-5, atol=1e-2 if bf16 else 1e-6
+                )
+                met = sum(int(counts_LS[layer].sum()) for _, counts_LS in results)
+                assert met == int(expected_counts[layer].sum()), f"{case.name}, {kind}, layer {layer}"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_through_any_dispatcher(kind: str) -> None:
     for case in _cases(1):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lockstep.kernels.cpu.experts import experts, weighted_sum
 from lockstep.kernels.reference.sublayers import LocalExperts, Residual
-from lockstep.moe.balance.placement import Placement
+from lockstep.moe.balance.cover import cover
+from lockstep.moe.balance.placement import EMPTY, Placement
 from lockstep.moe.balance.start import starting_placement
 from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
 from lockstep.moe.dispatch.symmetric import TokenShape
@@ -26,7 +28,8 @@ HIDDEN, WIDTH, LAYERS = 32, 24, 2
 @dataclass(frozen=True)
 class Case:
     """``tokens``: how many each rank has. ``only``: the expert that is every token's first choice,
-    None for random choices. ``redundant`` slots hold replicas.
+    None for random choices. ``redundant`` slots hold replicas. Nobody is at ``vacant`` positions;
+    the experts of their slots have others.
     """
 
     name: str
@@ -37,10 +40,17 @@ class Case:
     only: int | None = None
     dtype: torch.dtype = torch.float32
     redundant: int = 0
+    vacant: tuple[int, ...] = ()
 
     def placement(self, num_ranks: int) -> Placement:
         redundant = min(self.redundant, self.num_experts * (num_ranks - 1))
-        return starting_placement(LAYERS, self.num_experts, num_ranks, redundant)
+        placement = starting_placement(LAYERS, self.num_experts, num_ranks, redundant)
+        if not self.vacant or num_ranks == 1:
+            return placement
+        loads_LE = np.ones((LAYERS, self.num_experts))
+        covered_LWS = cover(placement, loads_LE, [slice(0, LAYERS)], self.vacant).experts_LWS.copy()
+        covered_LWS[:, list(self.vacant)] = EMPTY
+        return Placement(covered_LWS, self.num_experts)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D], ids [T, K] and weights [T, K] of all ranks' tokens, rank after rank."""
@@ -99,5 +109,10 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
 def run_cases(
     collectives: Collectives, cases: list[Case], kinds: tuple[Kind, ...]
 ) -> list[list[tuple[list[Tensor], Tensor]]]:
-    """``run_case`` for every case and kind."""
+    """``run_case`` for every case and kind. Empty at a position that is vacant in all of them."""
+    [vacant] = {case.vacant for case in cases}
+    if collectives.index in vacant:
+        return []
+    if vacant:
+        collectives.build(1, vacant)
     return [[run_case(case, kind, collectives) for kind in kinds] for case in cases]

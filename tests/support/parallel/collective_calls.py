@@ -32,6 +32,25 @@ def all_kinds(collectives: Collectives, epochs: int) -> list[dict[str, Tensor]]:
     return found
 
 
+def with_vacancies(collectives: Collectives, vacant: tuple[int, ...]) -> dict[str, Tensor]:
+    """Every collective that a group with vacant positions has, once; nothing at these."""
+    rank, size = collectives.index, collectives.size
+    if rank in vacant:
+        return {}
+    collectives.build(1, vacant)
+    rows = 10 * rank + torch.arange(2 * size).view(size * 2, 1)
+    counts = [0 if peer in vacant else peer + 1 for peer in range(size)]
+    ragged = rank + torch.zeros(sum(counts), 3)
+    received = [0 if peer in vacant else rank + 1 for peer in range(size)]
+    pending = {
+        "equal": collectives.all_to_all(rows, None, None, "equal runs"),
+        "ragged": collectives.all_to_all(ragged, counts, received, "ragged runs"),
+        "gathered": collectives.all_gather(rows[:2], "rows", fill=-1),
+        "reduced": collectives.reduce_scatter(rows, "rows"),
+    }
+    return {name: collectives.wait(work) for name, work in pending.items()}
+
+
 def one_dies(collectives: Collectives) -> tuple[str, float]:
     """The last rank dies before a collective; what the others are told, and after how many
     seconds.
