@@ -59,9 +59,7 @@ class Gathering:
         hellos = self.inheritance.hellos
         deadline = time.monotonic() + seconds
         next_state = 0.0
-        while (
-            not self._lost.issuperset(set(range(world)) - set(hellos)) and not self._frontends.stop_requested
-        ):
+        while self._missing() and not self._frontends.stop_requested:
             self._transport.wait(min(_WAIT, max(0.0, deadline - time.monotonic())))
             now = time.monotonic()
             self._frontends.listen(now, self)
