@@ -24,6 +24,7 @@ from lockstep.engine.protocol.frontends import (
     Abort,
     Drain,
     FrontendHello,
+    Heartbeat,
     RankLost,
     Rejected,
     Started,
@@ -34,6 +35,7 @@ from lockstep.engine.protocol.frontends import (
 from lockstep.engine.protocol.message import Finish, Sampling
 from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, SchedulerSpec
+from lockstep.engine.protocol.turns import LONGEST_TURN
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulation import Simulation
 from lockstep.launch.run.launcher_link import LauncherLink
@@ -95,7 +97,7 @@ class Frontend:
         self.until(lambda: self.state is not None and self.state.phase == phase, f"phase {phase}")
 
     def close(self) -> None:
-        self._socket.close(linger=500)
+        self._socket.close(linger=0)
         self._context.term()
 
     def _take(self, message: object) -> None:
@@ -192,6 +194,21 @@ def forward(clock: pytest.MonkeyPatch, seconds: float) -> None:
     """Puts the clock of this process forward."""
     now = time.monotonic
     clock.setattr(time, "monotonic", lambda: now() + seconds)
+
+
+def let_time_pass(
+    clock: pytest.MonkeyPatch, watcher: Frontend, condition: Callable[[], bool], what: str
+) -> None:
+    """Puts the clock forward until ``condition`` holds, each time that ``watcher`` has got a state,
+    and by less than a standstill.
+    """
+    now, passed, begun = time.monotonic, 0.0, time.perf_counter()
+    clock.setattr(time, "monotonic", lambda: now() + passed)
+    while not condition():
+        assert time.perf_counter() - begun < 60, f"waited 60 s for {what}; state {watcher.state}"
+        last, passed = watcher.state, passed + LONGEST_TURN / 2
+        watcher.send(Heartbeat())  # wakes the controller
+        watcher.until(lambda last=last: watcher.state is not last, "a state")  # type: ignore[misc]
 
 
 def scheduler(max_queue: int = 100) -> SchedulerSpec:
@@ -347,8 +364,8 @@ def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
     assert frontend.state is not None and frontend.state.generation_tokens < 240, "it ran to its end"
 
 
-def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
-    silent, watcher = running.frontend(b"silent", lease=3.0), running.frontend(b"watcher", lease=3600.0)
+def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, watcher = running.frontend(b"silent", lease=30.0), running.frontend(b"watcher", lease=3600.0)
     silent.until_phase("serving")
     running.pace(SLOW)
     for handle in range(8):
@@ -356,7 +373,9 @@ def test_a_silent_frontend_loses_its_lease(running: Running) -> None:
     watcher.until(
         lambda: watcher.state is not None and watcher.state.prompt_tokens == 80, "the requests to arrive"
     )
-    watcher.until(
+    let_time_pass(
+        monkeypatch,
+        watcher,
         lambda: watcher.state is not None and watcher.state.num_running + watcher.state.num_waiting == 0,
         "the lease to run out",
     )
@@ -374,6 +393,10 @@ def test_a_standstill_of_the_controller_ends_no_lease(
     frontend.submit(1, 10, 200)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
     forward(monkeypatch, 100.0)
+    for _ in range(3):  # leases are judged before each state
+        last = frontend.state
+        frontend.until(lambda last=last: frontend.state is not last, "a state")  # type: ignore[misc]
+    running.pace(0.002)
     frontend.until(lambda: 1 in frontend.finish, "the end of the request")
     assert (frontend.finish[1], len(frontend.tokens[1])) == (Finish.LENGTH, 200)
 
@@ -389,6 +412,7 @@ def test_a_hello_of_a_known_rank_begins_an_epoch_and_loses_nothing(running: Runn
     assert running.ranks is not None
     running.ranks.come_back(1)
     frontend.until(lambda: frontend.state is not None and frontend.state.epoch == 1, "the epoch")
+    running.pace(0.002)
     frontend.until(lambda: len(frontend.finish) == 4, "all ends")
     assert set(frontend.finish.values()) == {Finish.LENGTH}
     assert all(len(tokens) == 100 for tokens in frontend.tokens.values())
@@ -419,13 +443,18 @@ def silence(frontend: Frontend, seconds: float) -> Callable[[], bool]:
     return silent
 
 
-def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(running: Running) -> None:
+def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launcher, frontend = (
         LauncherLink(running.controller.addresses[2], running.keys),
-        running.frontend(lease=2.0),
+        running.frontend(lease=20.0),
     )
+    watcher = running.frontend(b"watcher", lease=3600.0)
     try:
         frontend.until_phase("serving")
+        over = time.monotonic() + 21.0
+        let_time_pass(monkeypatch, watcher, lambda: time.monotonic() > over, "the lease to run out")
         frontend.until(silence(frontend, 1.0), "states to stop coming, since its lease is over")
         launcher.drain(5.0)
         end = time.monotonic() + 30
@@ -610,7 +639,12 @@ def test_a_rank_that_is_not_replaced_ends_the_cluster(
     launcher.send(RankLost(1, "it was killed"))
     frontend.until_phase("recovering")
     assert 1 not in frontend.finish
-    forward(monkeypatch, 25.0)
+    let_time_pass(
+        monkeypatch,
+        launcher,
+        lambda: launcher.state is not None and launcher.state.phase == "failed",
+        "the cluster to give the rank up",
+    )
     frontend.until(lambda: frontend.finish.get(1) == Finish.ERROR, "the end of the request")
     frontend.until_phase("failed")
     assert frontend.state is not None and "no replacement for ranks [1] within 20 s" in frontend.state.reason
