@@ -34,16 +34,21 @@ def test_rules_hold_and_neighbours_do_not_notice(demo: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_words_do_not_come(demo: Served, stream: bool) -> None:
     dice = random.Random(72)
-    asks, words = [], []
-    for _ in range(4):
-        prompt = random_prompt(dice, 5, 60)
-        text = demo.ask(prompt=prompt, **GREEDY).text
-        word = max(text.split(), key=lambda part: (part.isascii(), len(part)))[:12]
-        words.append(word)
-        asks.append(Ask({"prompt": prompt, "bad_words": [word], "stream": stream, **GREEDY}))
-    for word, answer in zip(words, demo.ok(asks), strict=True):
-        spelt = [demo.ask(prompt=text, **GREEDY).document["choices"][0] for text in (word, f" {word}")]
-        for bad in [choice["prompt_token_ids"] for choice in spelt]:
+    bodies: list[Body] = [{"prompt": random_prompt(dice, 5, 60), **GREEDY} for _ in range(4)]
+    texts = [answer.text for answer in demo.ok([Ask(body) for body in bodies])]
+    words = [max(text.split(), key=lambda part: (part.isascii(), len(part)))[:12] for text in texts]
+    spellings: list[Body] = [
+        GREEDY | {"prompt": text, "max_tokens": 1} for word in words for text in (word, f" {word}")
+    ]
+    spelt = [
+        answer.document["choices"][0]["prompt_token_ids"]
+        for answer in demo.ok([Ask(body) for body in spellings])
+    ]
+    asks = [
+        Ask(body | {"bad_words": [word], "stream": stream}) for body, word in zip(bodies, words, strict=True)
+    ]
+    for index, answer in enumerate(demo.ok(asks)):
+        for bad in spelt[2 * index : 2 * index + 2]:
             assert bad not in [answer.tokens[at : at + len(bad)] for at in range(len(answer.tokens))]
 
 
