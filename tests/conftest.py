@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -101,3 +102,16 @@ def _no_test_leaves_ray_on_one_machine() -> Iterator[None]:
     """
     yield
     os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_compile_beside_each_other() -> Iterator[None]:
+    """Kernels that nobody has compiled before: a worker does not wait while the other compiles
+    another one. Modules of kernels have been imported with the tests by now, if any needs them.
+    """
+    arrays = sys.modules.get("lockstep.kernels.cpu.codegen.arrays")
+    if arrays is None:
+        yield
+    else:
+        with arrays.COMPILE_LOCK.shared():
+            yield

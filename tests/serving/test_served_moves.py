@@ -16,7 +16,7 @@ from support.launch.launcher import Launcher
 from support.serving.reader import Reader
 
 TOKENS = 240
-STREAMS = 24
+STREAMS = 12
 ADMIN = "an-admin-key"
 
 

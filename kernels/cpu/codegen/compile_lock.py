@@ -34,11 +34,11 @@ class CompileLock(event.Listener):
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Lets other processes that share the lock compile at the same time."""
-        self._kind = fcntl.LOCK_SH
+        before, self._kind = self._kind, fcntl.LOCK_SH
         try:
             yield
         finally:
-            self._kind = fcntl.LOCK_EX
+            self._kind = before
 
     def on_start(self, event: event.Event) -> None:
         with self._guard:
