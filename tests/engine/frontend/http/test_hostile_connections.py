@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -248,24 +249,33 @@ def slowly(frontend: FrontendProcess, first: bytes, drop: bytes) -> tuple[bytes,
         return said, time.monotonic() - began
 
 
-@pytest.mark.parametrize(
-    ("first", "drop", "key"),
-    [
-        (b"GET /hea", b"l", "head_deadline"),
-        (HEALTH, b"a: b\r\n", "head_deadline"),
-        (POST + b"content-length: 1000\r\n\r\n", b" ", "body_deadline"),
-        (CHUNKED, b"1\r\n \r\n", "body_deadline"),
-        (CHUNKED + b"1\r\n1\r\n0\r\n", b"a: b\r\n", "body_deadline"),
-    ],
-    ids=["request line", "headers", "body", "chunks", "trailers"],
-)
-def test_a_request_that_drips_is_408(strict: FrontendProcess, first: bytes, drop: bytes, key: str) -> None:
-    said, seconds = slowly(strict, first, drop)
+DRIPPING = {
+    "request line": (b"GET /hea", b"l", "head_deadline"),
+    "headers": (HEALTH, b"a: b\r\n", "head_deadline"),
+    "body": (POST + b"content-length: 1000\r\n\r\n", b" ", "body_deadline"),
+    "chunks": (CHUNKED, b"1\r\n \r\n", "body_deadline"),
+    "trailers": (CHUNKED + b"1\r\n1\r\n0\r\n", b"a: b\r\n", "body_deadline"),
+}
+
+
+@pytest.fixture(scope="module")
+def ends(strict: FrontendProcess) -> dict[str, tuple[bytes, float]]:
+    """Answers to dripping requests, and the seconds until each ended; all drip at once."""
+    with ThreadPoolExecutor(len(DRIPPING)) as pool:
+        ended = {
+            name: pool.submit(slowly, strict, first, drop) for name, (first, drop, _) in DRIPPING.items()
+        }
+        return {name: future.result() for name, future in ended.items()}
+
+
+@pytest.mark.parametrize("name", DRIPPING)
+def test_a_request_that_drips_is_408(name: str, ends: dict[str, tuple[bytes, float]]) -> None:
+    said, seconds = ends[name]
     [(status, body)] = answers(said)
     assert status == 408
     error = error_of(body)
     assert error["type"] == "RequestTimeoutError"
-    assert f"frontend.{key}" in error["message"]
+    assert f"frontend.{DRIPPING[name][2]}" in error["message"]
     assert seconds < 20
 
 
