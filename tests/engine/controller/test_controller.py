@@ -181,6 +181,9 @@ class Running:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.controller.stop()
+        for peer in self.peers:
+            with suppress(zmq.Again):
+                peer.send(Heartbeat())  # wakes the controller
         if self.ranks is not None:
             self.ranks.stop()
         for thread in self.threads:
@@ -365,7 +368,7 @@ def test_an_abort_is_acknowledged_and_frees(running: Running) -> None:
 
 
 def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    silent, watcher = running.frontend(b"silent", lease=30.0), running.frontend(b"watcher", lease=3600.0)
+    silent, watcher = running.frontend(b"silent", lease=10.0), running.frontend(b"watcher", lease=3600.0)
     silent.until_phase("serving")
     running.pace(SLOW)
     for handle in range(8):
@@ -448,12 +451,12 @@ def test_a_launcher_may_be_silent_for_as_long_as_ranks_take_to_load(
 ) -> None:
     launcher, frontend = (
         LauncherLink(running.controller.addresses[2], running.keys),
-        running.frontend(lease=20.0),
+        running.frontend(lease=10.0),
     )
     watcher = running.frontend(b"watcher", lease=3600.0)
     try:
         frontend.until_phase("serving")
-        over = time.monotonic() + 21.0
+        over = time.monotonic() + 11.0
         let_time_pass(monkeypatch, watcher, lambda: time.monotonic() > over, "the lease to run out")
         frontend.until(silence(frontend, 1.0), "states to stop coming, since its lease is over")
         launcher.drain(5.0)
