@@ -37,7 +37,7 @@ def endless(name: str = "") -> Claim:
 
 
 @asynccontextmanager
-async def opened(model: Path, seconds: float = 20.0, memory: int = 1 << 30) -> AsyncIterator[GrammarDesk]:
+async def opened(model: Path, seconds: float = 600.0, memory: int = 1 << 40) -> AsyncIterator[GrammarDesk]:
     """A desk without limits that matter, unless they are given."""
     spec = KeeperSpec(
         model_path=str(model), vocab_size=VOCAB_SIZE, eos_ids=(IM_END,), seconds=seconds, memory=memory
