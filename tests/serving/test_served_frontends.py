@@ -130,7 +130,7 @@ def test_a_frontend_that_hangs_is_replaced_and_its_connections_are_answered(two:
 
 def test_draining_through_one_drains_both_and_port_0_works(tmp_path: Path) -> None:
     with serve(tmp_path / "run", *TWO) as two:
-        long = Stream(two.base, 400)
+        long = Stream(two.base, 200)
         two.wait_until(lambda: long.chunks > 2, "a stream to flow")
         headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
         assert (

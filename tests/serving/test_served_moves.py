@@ -15,7 +15,7 @@ from support.launch.clusters import until
 from support.launch.launcher import Launcher
 from support.serving.reader import Reader
 
-TOKENS = 240
+TOKENS = 160
 STREAMS = 12
 ADMIN = "an-admin-key"
 
