@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from .generate import MAX_LOGPROBS, Generate, TokenId
-from .strict import Element, Strict
+from .strict import BOUNDED, Element, Strict
 from .tools import MAX_TOOLS, AllowedTools, Function, Name, NamedFunction, NamedTool, Tool
 
 
@@ -55,7 +55,7 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 class Conversation(Strict):
     """The fields from which a chat template makes a prompt."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), BOUNDED]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None

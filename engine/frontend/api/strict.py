@@ -7,6 +7,13 @@ from typing import Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
+# Of one conversation: 40 to 90 ms of validation on an EPYC core, and a million tokens if each
+# element has fifty.
+MAX_ELEMENTS = 5 * 2**12
+_LISTS = ("content", "output", "summary")
+# Calls are two objects of a chat; as items of their own they become a message, too.
+_MORE = {"tool_use": 1, "function_call": 2, "custom_tool_call": 2}
+
 
 def _fail_fast(schema: Any) -> None:
     """Sets ``fail_fast`` for every list in a schema of pydantic's core."""
@@ -43,6 +50,36 @@ class Element(Strict):
     @model_validator(mode="after")
     def _yield(self) -> Self:
         return self
+
+
+def _bounded(value: Any) -> Any:
+    """Refuses a conversation of too many elements before any of them is looked at."""
+    if isinstance(value, list) and num_elements(value) > MAX_ELEMENTS:
+        raise PydanticCustomError(
+            "too_long",
+            "Input should have at most {most} messages, parts and calls; calls count more than once",
+            {"most": MAX_ELEMENTS},
+        )
+    return value
+
+
+BOUNDED = BeforeValidator(_bounded)
+
+
+def num_elements(turns: list[Any]) -> int:
+    """Messages, items or blocks with the parts and calls in them."""
+    count = len(turns)
+    for turn in turns:
+        if not isinstance(turn, dict):
+            continue
+        kind = turn.get("type")
+        count += _MORE.get(kind, 0) if isinstance(kind, str) else 0
+        if isinstance(calls := turn.get("tool_calls"), list):
+            count += 2 * len(calls)
+        for name in _LISTS:
+            if isinstance(inner := turn.get(name), list):
+                count += num_elements(inner)
+    return count
 
 
 def at_most(count: int) -> BeforeValidator:

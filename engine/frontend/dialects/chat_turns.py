@@ -11,11 +11,13 @@ from ..api.schemas import ContentPart
 from ..requests.conversation import TEXT_PARTS
 
 
-def text_of(content: str | list[ContentPart] | None, place: str) -> str:
-    """The text of ``content``, as a chat joins it. Raises ApiError for any other part."""
+def text_of(content: str | list[ContentPart] | None, place: str, field: str) -> str:
+    """The text of ``content``, the ``field`` of the item at ``place``, as a chat joins it. Raises
+    ApiError for any other part.
+    """
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n".join(_part_text(part, f"{place}[{index}]") for index, part in enumerate(content))
+    return "\n".join(_part_text(part, f"{place}.{field}[{index}]") for index, part in enumerate(content))
 
 
 def _part_text(part: ContentPart, place: str) -> str:
@@ -35,9 +37,17 @@ class ChatTurns:
     """
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
         self.places: list[str] = []
+        self._messages: list[dict[str, Any]] = []
         self._open = False
+        # Of the last reply, joined only once: a reply may have thousands of parts.
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        self._join()
+        return self._messages
 
     def close(self) -> None:
         self._open = False
@@ -53,20 +63,19 @@ class ChatTurns:
 
     def reasoning(self, text: str, place: str) -> None:
         turn = self._turn(place)
-        if turn.keys() > {"role", "content", "reasoning"} or turn["content"] is not None:
-            turn = self._begin(place)
-        turn["reasoning"] = f"{turn['reasoning']}\n{text}" if "reasoning" in turn else text
+        if self._content or "tool_calls" in turn:
+            self._begin(place)
+        self._reasoning.append(text)
 
     def content(self, text: str, place: str, joins: bool) -> None:
         """Content of a reply. ``joins``: it may follow other content, after a line break."""
         turn = self._turn(place)
-        before = turn["content"]
-        if before is not None and "tool_calls" not in turn:
-            if not joins:
-                self._begin(place)["content"] = text
-                return
-            before += "\n"
-        turn["content"] = (before or "") + text
+        if self._content and "tool_calls" not in turn:
+            if joins:
+                self._content.append("\n")
+            else:
+                self._begin(place)
+        self._content.append(text)
 
     def call(self, call_id: str, name: str, arguments: str | dict[str, Any], place: str) -> None:
         function = {"name": name, "arguments": arguments}
@@ -74,13 +83,22 @@ class ChatTurns:
         self._turn(place).setdefault("tool_calls", []).append(call)
 
     def _turn(self, place: str) -> dict[str, Any]:
-        return self.messages[-1] if self._open else self._begin(place)
+        return self._messages[-1] if self._open else self._begin(place)
 
     def _begin(self, place: str) -> dict[str, Any]:
         self._append({"role": "assistant", "content": None}, place)
         self._open = True
-        return self.messages[-1]
+        return self._messages[-1]
 
     def _append(self, message: dict[str, Any], place: str) -> None:
-        self.messages.append(message)
+        self._join()
+        self._messages.append(message)
         self.places.append(place)
+
+    def _join(self) -> None:
+        """Writes what the last reply has said into its message."""
+        if self._reasoning:
+            self._messages[-1]["reasoning"] = "\n".join(self._reasoning)
+        if self._content:
+            self._messages[-1]["content"] = "".join(self._content)
+        self._reasoning, self._content = [], []

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, model_validator
 
 from ..api.generate import MAX_STOPS, Stop
-from ..api.strict import Element, Strict
+from ..api.strict import BOUNDED, Element, Strict
 from ..api.tools import MAX_TOOLS, Name
 from .dialect import by_type, of_type
 
@@ -119,8 +119,8 @@ class CountRequest(Strict):
     """
 
     model: str | None = None
-    messages: Annotated[list[MessageTurn], Field(min_length=1)]
-    system: str | list[PlainBlock] | None = None
+    messages: Annotated[list[MessageTurn], Field(min_length=1), BOUNDED]
+    system: str | Annotated[list[PlainBlock], BOUNDED] | None = None
     tools: (
         Annotated[
             list[Annotated[InputTool, of_type("custom", default="custom")]], Field(max_length=MAX_TOOLS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, assert_never
 
 from pydantic import TypeAdapter
@@ -13,7 +12,6 @@ from ..reply import Reply
 from .chat_turns import ChatTurns
 from .dialect import as_chat, shared_fields
 from .messages_body import (
-    Block,
     CountRequest,
     InputTool,
     MessagesRequest,
@@ -148,11 +146,14 @@ def _text(content: str | list[TextBlock] | None) -> str:
 def _add(turns: ChatTurns, message: MessageTurn, place: str) -> None:
     turns.close()
     if isinstance(message.content, str):
-        blocks: list[Block] = [TextBlock(type="text", text=message.content)]
-    else:
-        blocks = message.content
+        if message.role == "assistant":
+            turns.content(message.content, place, joins=True)
+        else:
+            turns.add(message.role, message.content, place)
+        return
+    blocks = message.content
     texts: list[str] = []
-    for block, where in _placed(blocks, place):
+    for index, block in enumerate(blocks):
         match block:
             case TextBlock() if message.role == "assistant":
                 turns.content(block.text, place, joins=True)
@@ -165,15 +166,11 @@ def _add(turns: ChatTurns, message: MessageTurn, place: str) -> None:
             case ToolResultBlock():
                 text = _text(block.content)
                 failed = block.is_error and not text.lower().startswith("error")
-                turns.result(block.tool_use_id, f"{_FAILED}{text}" if failed else text, where)
+                text = f"{_FAILED}{text}" if failed else text
+                turns.result(block.tool_use_id, text, f"{place}.content[{index}]")
             case RedactedThinkingBlock():
                 pass
             case _:
                 assert_never(block)
     if texts or (not blocks and message.role != "assistant"):
         turns.add(message.role, "\n".join(texts), place)
-
-
-def _placed(blocks: list[Block], place: str) -> Iterator[tuple[Block, str]]:
-    for index, block in enumerate(blocks):
-        yield block, f"{place}.content[{index}]"

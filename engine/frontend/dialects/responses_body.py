@@ -8,7 +8,7 @@ from pydantic import Field, Tag, model_validator
 
 from ..api.generate import MAX_PATTERN_CHARS
 from ..api.schemas import ContentPart, ReasoningEffort
-from ..api.strict import Element, Strict
+from ..api.strict import BOUNDED, Element, Strict
 from ..api.tools import MAX_TOOLS, Name
 from .dialect import by_type, of_type
 
@@ -174,7 +174,7 @@ class ResponsesRequest(Strict):
     """Fields that no one reads are accepted: ``store``, ``metadata``, ``user``, cache hints."""
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1), BOUNDED]
     instructions: str | None = None
     tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedChoice | None = None

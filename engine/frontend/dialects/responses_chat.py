@@ -164,20 +164,20 @@ def _turns(body: ResponsesRequest) -> ChatTurns:
 def _add(turns: ChatTurns, item: InputItem, place: str) -> None:
     match item:
         case MessageItem(role="assistant"):
-            turns.content(text_of(item.content, f"{place}.content"), place, joins=False)
+            turns.content(text_of(item.content, place, "content"), place, joins=False)
         case MessageItem():
-            turns.add(item.role, text_of(item.content, f"{place}.content"), place)
+            turns.add(item.role, text_of(item.content, place, "content"), place)
         case FunctionCallItem():
             turns.call(item.call_id, item.name, item.arguments, place)
         case CustomCallItem():
             arguments = msgspec.json.encode({FIELD: item.input}).decode()
             turns.call(item.call_id, item.name, arguments, place)
         case FunctionOutputItem() | CustomOutputItem():
-            turns.result(item.call_id, text_of(item.output, f"{place}.output"), place)
+            turns.result(item.call_id, text_of(item.output, place, "output"), place)
         case ReasoningItem():
-            text = text_of(item.content, f"{place}.content")
+            text = text_of(item.content, place, "content")
             text = text or read_hidden(item.encrypted_content or "")
-            text = text or text_of(item.summary, f"{place}.summary")
+            text = text or text_of(item.summary, place, "summary")
             if text:
                 turns.reasoning(text, place)
         case _:
