@@ -91,9 +91,11 @@ class Group:
         ]
         if not named:
             return []
-        return [
-            rows.request(row) for row in np.unique(np.concatenate(named)).tolist() if not rows.finish[row]
+        # A row may have drained, or be another request's, once the members that sample have answered.
+        running = [
+            row for row in np.unique(np.concatenate(named)).tolist() if rows.state[row] >= State.PREFILL
         ]
+        return [rows.request(row) for row in running if not rows.finish[row]]
 
     def num_free_rows(self) -> int:
         """Rows that waiting requests can have at once, pages permitting."""

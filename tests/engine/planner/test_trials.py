@@ -61,3 +61,20 @@ def test_deaths_with_tokens_in_between_find_nobody() -> None:
         world.replace(0)
     world.run()
     assert world.tokens[handle] == world.expected(handle) and not world.rejected
+
+
+def test_a_request_that_has_ended_stands_no_trial() -> None:
+    """The rank that samples has answered, its neighbour in the tensor group has not, and dies."""
+    world = World(Mesh(tensor=2), pages=32, page_size=4, max_len=64)
+    handle = world.submit(prompt(1), 1)
+    world.tidy()
+    for rank in range(2):
+        while world.stage(rank):
+            pass
+    assert world.plan() and world.execute(0) and world.deliver(0)
+    assert handle in world.finish and not world.planner.group.rows.state.any()
+    assert not world.planner.group.unfinished(0)
+    world.replace(1)
+    world.submit(prompt(2), 3)
+    world.run()
+    assert len(world.tokens) == 2 and not world.rejected
