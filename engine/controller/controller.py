@@ -13,11 +13,12 @@ from ..protocol.specs import ControllerSpec
 from .balancer import Balancer
 from .frontends import Frontends
 from .gathering import Gathering, planner_settings, unheard
+from .kv_events import KVEventPublisher, KVEventSockets
 from .membership import Membership
 from .pilot import Pilot
 from .serving import Serving
 from .status import ClusterStatus
-from .transport import Transport
+from .transport import BIND_SECONDS, Transport
 
 
 class Controller:
@@ -25,11 +26,15 @@ class Controller:
 
     def __init__(self, spec: ControllerSpec) -> None:
         self._spec = spec
+        life = 0 if spec.succession is None else spec.succession.life
+        self._event_sockets = None
+        if spec.kv_events is not None:
+            self._event_sockets = KVEventSockets(spec.kv_events, BIND_SECONDS if life else 0.0)
         self._transport = Transport(spec)
         self._lobby = Lobby(spec.lobby, "controller")
         self._frontends = Frontends(self._transport)
-        life = 0 if spec.succession is None else spec.succession.life
-        self._numbers = itertools.count((life << 32) + 1)  # frontends show the highest
+        self._first_number = life << 32  # states and events show who is the later controller
+        self._numbers = itertools.count(self._first_number + 1)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -61,7 +66,8 @@ class Controller:
         lost = sorted(set(range(self._spec.mesh.world)) - set(hellos))
         hellos = hellos | {rank: unheard(rank, hellos) for rank in lost}
         settings = planner_settings(self._spec, hellos, inheritance)
-        pilot = Pilot(settings, self._spec.recording)
+        publisher = self._publisher(settings.page_size)
+        pilot = Pilot(settings, self._spec.recording, None if publisher is None else publisher.publish)
         try:
             kept = inheritance.hand_over(self._spec.mesh, settings.num_pages, pilot)
             placement_i32 = inheritance.placement_i32 or self._spec.placement_i32
@@ -85,6 +91,12 @@ class Controller:
             return status
         finally:
             pilot.close()
+            if publisher is not None:
+                publisher.close()
+
+    def _publisher(self, page_size: int) -> KVEventPublisher | None:
+        sockets, self._event_sockets = self._event_sockets, None
+        return None if sockets is None else KVEventPublisher(sockets, page_size, self._first_number)
 
     def _dismiss(self) -> None:
         """Tells all peers to stop, if this was asked for: after an error, another may follow."""
@@ -94,5 +106,7 @@ class Controller:
                 self._transport.send_bulk(rank, farewell)
                 self._transport.send_pulse(rank, farewell)
             self._frontends.dismiss(farewell)
+        if self._event_sockets is not None:
+            self._event_sockets.close()
         self._transport.close()
         self._lobby.close()

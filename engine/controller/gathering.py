@@ -178,4 +178,5 @@ def planner_settings(
         max_len,
         epoch=inheritance.first_epoch,
         placement_version=inheritance.placement_version,
+        tell_changes=spec.kv_events is not None,
     )

@@ -7,11 +7,12 @@ changes the planner is recorded here, so that no caller can forget to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..planner.group import Group
 from ..planner.group_plan import GroupPlan
+from ..planner.index_changes import Change
 from ..planner.planner import Planner
 from ..planner.settings import Settings
 from ..protocol.bulk import Preload, Preloaded, Unload
@@ -27,13 +28,20 @@ class Pilot:
     """Runs one group's planner; times are seconds of one monotonic clock.
 
     ``planner`` and ``group`` are there to be read: changes go through the pilot's methods.
-    ``recording`` is the file to record to, None for no recording.
+    ``recording`` is the file to record to, None for no recording. ``tell`` hears the changes of
+    the block index in each turn that has some, if ``settings.tell_changes``.
     """
 
-    def __init__(self, settings: Settings, recording: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        recording: str | None = None,
+        tell: Callable[[list[Change]], None] | None = None,
+    ) -> None:
         self.planner = Planner(settings)
         self.group: Group = self.planner.group
         self._pacer = Pacer(enabled=settings.spec.pacing)
+        self._tell = tell
         self._recording = recording
         self._recorder = None if recording is None else Recorder(Path(recording), settings)
 
@@ -75,10 +83,12 @@ class Pilot:
         """
         self._record("tidy")
         self.planner.tidy()
-        return self.planner.take_staging(), self.planner.take_output()
+        return self.planner.take_staging(), self.take_output()
 
     def take_output(self) -> list[tuple[int, Message]]:
         """Messages for frontends since the last call, as (frontend, message)."""
+        if self._tell is not None and (changes := self.planner.take_changes()):
+            self._tell(changes)
         return self.planner.take_output()
 
     # ----------------------------------------------------------------- events

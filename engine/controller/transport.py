@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TypeVar
 
 import msgspec
@@ -14,14 +13,21 @@ from ..protocol.bulk import FromRankBulk
 from ..protocol.frontends import FromFrontend
 from ..protocol.message import Message, Stop
 from ..protocol.results import FromRankStep
-from ..protocol.sockets import authenticate, encode, keep_watch, pulse_identity, rank_identity, server_socket
+from ..protocol.sockets import (
+    authenticate,
+    bind_when_free,
+    encode,
+    keep_watch,
+    pulse_identity,
+    rank_identity,
+    server_socket,
+)
 from ..protocol.specs import ControllerSpec
 
 T = TypeVar("T")
 
 _MAX_DRAIN = 4096
-_BIND_SECONDS = 20.0
-_BIND_POLL = 0.05
+BIND_SECONDS = 20.0
 
 
 class Transport:
@@ -122,14 +128,6 @@ def _bind(sockets: list[zmq.Socket[bytes]], spec: ControllerSpec) -> tuple[str, 
         return tuple(
             f"tcp://{spec.host}:{socket.bind_to_random_port(f'tcp://{spec.host}')}" for socket in sockets
         )
-    deadline = time.monotonic() + _BIND_SECONDS
     for socket, address in zip(sockets, spec.succession.addresses, strict=True):
-        while True:
-            try:
-                socket.bind(address)
-                break
-            except zmq.ZMQError as error:
-                if time.monotonic() > deadline:
-                    raise OSError(f"{address} was not free within {_BIND_SECONDS:g} s: {error}") from None
-                time.sleep(_BIND_POLL)
+        bind_when_free(socket, address, BIND_SECONDS, "address")
     return spec.succession.addresses

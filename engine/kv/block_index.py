@@ -89,6 +89,10 @@ class BlockIndex:
         """Whether each page has an entry."""
         return self._entry_of_page[pages] >= 0
 
+    def keys(self, data: Int64, pages: Int64) -> UInt64:
+        """The keys [n, 2] under which pages [n] of data [n] are entered."""
+        return np.stack((self._key_a[pages] ^ self._salt[data], self._key_b[pages]), axis=1)
+
     def names(self, data: Int64, keys: UInt64, pages: Int64) -> NDArray[np.bool_]:
         """Whether each of pages [n] is entered under its (data, key); cheaper than ``find``."""
         same: NDArray[np.bool_] = (self._key_a[pages] == keys[:, 0] ^ self._salt[data]) & (

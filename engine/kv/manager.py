@@ -8,6 +8,8 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,10 +33,17 @@ _NO_PAGES = np.zeros(0, np.int64)
 
 class KVManager:
     """Page pools, reference counts, the block index and eviction. ``num_pages`` [D] are the sizes
-    of the pools.
+    of the pools. ``removed`` hears the keys [n, 2] of written blocks that leave the index.
     """
 
-    def __init__(self, num_pages: list[int], page_size: int, *, caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: list[int],
+        page_size: int,
+        *,
+        caching: bool = True,
+        removed: Callable[[UInt64], None] | None = None,
+    ) -> None:
         self.page_size = page_size
         self.caching = caching
         self.num_data = len(num_pages)
@@ -44,6 +53,8 @@ class KVManager:
         self._references = np.zeros(total, np.int32)
         self._stamp = np.zeros(total, np.int64)
         self._written = np.full(total, _PENDING, np.int64)
+        self._untold = np.zeros(total, np.bool_)  # blocks of an earlier controller, see take_untold
+        self._removed = removed
         self.index = BlockIndex(total, self.num_data)
         # Stacks hand out low page ids first: easier to read in a dump.
         self._stack = np.tile(np.arange(self._max_pages - 1, -1, -1, dtype=np.int64), (self.num_data, 1))
@@ -159,7 +170,7 @@ class KVManager:
         self._cached += np.bincount(owner[keep], minlength=self.num_data)
         gone = done[~keep]
         if len(gone):
-            self.index.remove(gone)
+            self._remove(gone)
             self._push_each(gone if len(counts) == 1 else np.sort(gone))
 
     # ----------------------------------------------------------------- content
@@ -187,10 +198,24 @@ class KVManager:
         pages = self._global(data, pages)
         kept = pages[self.announce(np.full(len(pages), data), keys, pages)]
         self._written[kept] = _ADOPTED
+        self._untold[kept] = True
         free = self._global(data, self._stack[data, : self._top[data]])
         self._top[data] = 0
         self._push(data, free[~np.isin(free, kept)])
         self._cached[data] += len(kept)
+
+    def take_untold(self, pages: Int64) -> NDArray[np.bool_]:
+        """Whether each of pages [n] holds an adopted block that no call has returned yet."""
+        untold = self._untold[pages]
+        self._untold[pages] = False
+        return untold
+
+    def told(self) -> UInt64:
+        """Keys [n, 2] of all written blocks but the untold ones; a block on two data indices stands
+        there twice.
+        """
+        pages = np.arange(self.num_data * self._max_pages)
+        return self._told(pages[self.index.holds(pages)])
 
     def shrink(self, data: int, num_pages: int) -> None:
         """The pool of ``data``, of which every page is free, has ``num_pages`` from now on."""
@@ -208,7 +233,7 @@ class KVManager:
         """
         pages = self._pool(data)
         lost = pages[self.index.holds(pages) & (self._written[pages] > last_step)]
-        self.index.remove(lost)
+        self._remove(lost)
         self._cached[data] -= int((self._references[lost] == 0).sum())
         self._push(data, lost[self._references[lost] == 0])
 
@@ -267,9 +292,23 @@ class KVManager:
         assert len(idle) >= lacking, f"data {data}: {lacking} pages to evict, {len(idle)} cached"
         count = min(len(idle), max(lacking, size // _EVICT_SHARE))
         oldest = idle if count == len(idle) else idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
-        self.index.remove(oldest)
+        self._remove(oldest)
         self._cached[data] -= count
         self._push(data, np.sort(oldest)[::-1])
+
+    def _remove(self, pages: Int64) -> None:
+        """Drops pages [n] from the index, as far as they are in it."""
+        if self._removed is not None:
+            keys = self._told(pages[self.index.holds(pages)])
+            self._untold[pages] = False
+            if len(keys):
+                self._removed(keys)
+        self.index.remove(pages)
+
+    def _told(self, pages: Int64) -> UInt64:
+        """Keys of those of pages [n], all in the index, that are written and not untold."""
+        pages = pages[(self._written[pages] != _PENDING) & ~self._untold[pages]]
+        return self.index.keys(pages // self._max_pages, pages)
 
     def _push(self, data: int, pages: Int64) -> None:
         """Frees pages (global ids) of ``data``; the last one is taken first."""

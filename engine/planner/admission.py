@@ -163,9 +163,20 @@ class Admission:
         counts = np.array([len(place.pages) for place in placed])
         group.rows.occupy(requests, cached, counts, pages, group.kv.local(pages))
         group.queue.take(requests)
+        if group.changes is not None:
+            self._tell_adopted(placed)
         for place, num_cached in zip(placed, cached, strict=True):
             group.preloads.send(place.request, place.data)
             if not place.request.started:
                 group.counters.prefix_queries += place.request.num_prompt
                 # One that goes on after a restart of its frontend may find its output cached, too.
                 group.counters.prefix_hits += min(num_cached, place.request.num_prompt)
+
+    def _tell_adopted(self, placed: list[_Reservation]) -> None:
+        """Blocks of an earlier controller are told once a request brings their tokens."""
+        group = self._group
+        assert group.changes is not None
+        for place in placed:
+            blocks = group.kv.take_untold(place.pages[: place.num_shared]).nonzero()[0]
+            if blocks.size:
+                group.changes.stored([place.request], np.zeros_like(blocks), blocks)

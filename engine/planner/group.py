@@ -12,6 +12,7 @@ from ..protocol.arrays import Int64
 from .cost_model import CostModel
 from .draining import Draining
 from .expert_moves import ExpertMoves
+from .index_changes import IndexChanges
 from .overlap import Overlap
 from .prefill_queues import PrefillQueues
 from .preloads import Preloads
@@ -42,7 +43,8 @@ class Group:
 
     Each part keeps its own invariants; the methods here are the transitions that touch several.
     ``open`` has every request that has not ended, by (frontend, handle). ``num_deferred`` requests
-    stepped aside in the last round of admission, for a block that is being computed.
+    stepped aside in the last round of admission, for a block that is being computed. ``changes``
+    of the block index are None unless somebody mirrors it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,7 +54,13 @@ class Group:
         self.spec = spec
         self.max_len = settings.max_len
         self.page_size = settings.page_size
-        self.kv = KVManager(settings.num_pages, settings.page_size, caching=spec.prefix_caching)
+        self.changes = IndexChanges(settings.page_size) if settings.tell_changes else None
+        self.kv = KVManager(
+            settings.num_pages,
+            settings.page_size,
+            caching=spec.prefix_caching,
+            removed=None if self.changes is None else self.changes.removed,
+        )
         max_pages = pages_for(settings.max_len, settings.page_size)
         self.rows = RowTable(mesh.data, spec.max_running, max_pages, mesh.num_cohorts)
         self.log = TokenLog(mesh.data * spec.max_running)
@@ -91,7 +99,7 @@ class Group:
         ]
         if not named:
             return []
-        # A row may have drained, or be another request's, once the members that sample have answered.
+        # A row may have drained, or be another request's, once the ranks that sample have answered.
         running = [
             row for row in np.unique(np.concatenate(named)).tolist() if rows.state[row] >= State.PREFILL
         ]

@@ -265,6 +265,9 @@ class Ledger:
         group.kv.mark_written(pages, reported[owners])
         taken = group.kv.announce(data, keys, pages)
         group.publishing.add(data[taken], keys[taken], pages[taken])
+        if group.changes is not None:
+            blocks = np.array(known)[owners] + index
+            group.changes.stored(requests, owners[taken], blocks[taken], tokens)
 
     # ----------------------------------------------------------------- measurements and checksums
 

@@ -20,6 +20,7 @@ from ..protocol.results import Refused, StepResult
 from .admission import Admission
 from .group import Group
 from .group_plan import GroupPlan
+from .index_changes import Change
 from .ledger import Ledger
 from .outbox import Outbox, Start
 from .request import Request, State
@@ -206,6 +207,11 @@ class Planner:
     def take_output(self) -> list[tuple[int, Message]]:
         """Messages for frontends since the last call, as (frontend, message)."""
         return self.outbox.take(self.group.steps.last_step)
+
+    def take_changes(self) -> list[Change]:
+        """Changes of the block index since the last call; none unless ``Settings.tell_changes``."""
+        changes = self.group.changes
+        return [] if changes is None else changes.take()
 
     def idle(self) -> bool:
         """Whether nothing runs, waits or drains."""

@@ -165,4 +165,9 @@ class Prefill:
         keys = as_keys(b"".join([own[HASH_BYTES * begin : HASH_BYTES * stop] for own, begin, stop in spans]))
         num_hashes = np.array([len(own) // HASH_BYTES for own in hashes], np.int64)
         hashed = index + first[owners] < num_hashes[owners]
-        group.publishing.add(data[owners[hashed]], keys, pages[hashed])
+        owners, index, pages = owners[hashed], index[hashed], pages[hashed]
+        group.publishing.add(data[owners], keys, pages)
+        if group.changes is not None and len(owners):
+            named = group.kv.index.names(data[owners], keys, pages).nonzero()[0]
+            requests = [rows.request(own) for own in row.tolist()]
+            group.changes.stored(requests, owners[named], (first[owners] + index)[named])

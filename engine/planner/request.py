@@ -104,6 +104,12 @@ class Request:
     def num_hashes(self) -> int:
         return len(self.hashes_h128) // HASH_BYTES
 
+    def tokens_between(self, start: int, end: int, later_i32: bytes) -> bytes:
+        """Tokens [start, end) of prompt, earlier outputs and ``later_i32``, as int32."""
+        if 4 * end <= len(self.prompt_i32):
+            return self.prompt_i32[4 * start : 4 * end]
+        return (self.prompt_i32 + self.emitted_i32 + later_i32)[4 * start : 4 * end]
+
     def hash_outputs(self, tokens_i32: bytes, page_size: int) -> None:
         """Appends the hashes of the blocks that ``tokens_i32`` complete: those sampled since its
         admission.

@@ -12,7 +12,8 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that a planner is built from; a recording begins with it, where ``mesh`` is called
     layout. ``num_pages`` [data] are pool sizes, ``group`` is the group's index in its cluster.
     ``epoch`` is the first one: ranks refuse those of an earlier controller. ``placement_version``
-    is the id of the last moves of experts before.
+    is the id of the last moves of experts before. ``tell_changes``: changes of the block index are
+    kept for ``Planner.take_changes``.
     """
 
     mesh: Mesh = msgspec.field(name="layout")
@@ -23,3 +24,4 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     group: int = 0
     epoch: int = 0
     placement_version: int = 0
+    tell_changes: bool = False

@@ -7,6 +7,7 @@ everything else is one.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ ABSENCE_SECONDS = 10.0  # a peer that neither closes a connection nor answers fo
 _HEARTBEAT_SECONDS = 2.0
 _MAX_MESSAGE = 64 << 20  # bytes; a stranger may send them before it has shown a key
 _HANDSHAKE_SECONDS = 10.0
+_BIND_POLL = 0.05
 
 _encoder = msgspec.msgpack.Encoder()
 _header_decoder = msgspec.msgpack.Decoder(Header)
@@ -73,6 +75,22 @@ def client_socket(
     socket.sndhwm = 0
     socket.rcvhwm = 0
     return socket
+
+
+def bind_when_free(socket: zmq.Socket[bytes], address: str, patience: float, name: str) -> None:
+    """Binds to ``address``, which another process may take ``patience`` seconds to leave. Raises
+    OSError that begins with ``name``.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.bind(address)
+            return
+        except zmq.ZMQError as error:
+            if time.monotonic() >= deadline:
+                within = f" was not free within {patience:g} s" if patience else " cannot be listened on"
+                raise OSError(f"{name} {address}{within}: {error}") from None
+            time.sleep(_BIND_POLL)
 
 
 def rank_identity(rank: int) -> bytes:

@@ -57,11 +57,21 @@ class Succession(msgspec.Struct, frozen=True, kw_only=True):
     lost: tuple[int, ...] = ()
 
 
+class KVEventsSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Addresses (tcp://HOST:PORT) where the controller tells changes of the block index, and
+    replays them; no replays without ``replay_address``. ``topic`` comes before each message.
+    """
+
+    address: str
+    replay_address: str = ""
+    topic: str = ""
+
+
 class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a controller, which binds free ports of ``host``, or those of its
     ``succession``, and reports its addresses to the lobby. ``placement_i32``: the expert in every
     slot, [MoE layer, rank of a stage, slot], -1 where there is none; empty: consecutive experts on
-    each rank. ``balance``: experts move between ranks by load.
+    each rank. ``balance``: experts move between ranks by load. ``kv_events``: None for none.
     ``survivors``: ranks go on without one that is lost, if they can hold all experts.
     """
 
@@ -81,6 +91,7 @@ class ControllerSpec(msgspec.Struct, frozen=True, kw_only=True):
     placement_i32: bytes = b""
     balance: bool = False
     survivors: bool = True
+    kv_events: KVEventsSpec | None = None
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -224,5 +224,6 @@ def _apply(planner: Planner, name: str, arguments: Sequence[Any]) -> None:
             planner.tidy()
             planner.take_staging()
             planner.take_output()
+            planner.take_changes()
         case _:
             raise Mismatch(f"the recording names the unknown call {name!r}")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...parallel.mesh import Mesh
-from .values import AutoInt, AutoSize, Size, Strings, collector, origins, short_dtype, switch
+from .values import AutoInt, AutoSize, Size, Strings, collector, endpoint, origins, short_dtype, switch
 
 
 class RecipeError(ValueError):
@@ -134,6 +134,17 @@ class KvCacheSection(RecipeSection):
     prefix_caching: bool = Field(default=True, description="reuse pages of equal prompt prefixes")
     host_memory: Size = Field(
         default=0, ge=0, le=2**50, description="bytes of host memory per rank for evicted pages"
+    )
+    events: Annotated[str, BeforeValidator(switch), AfterValidator(endpoint)] = Field(
+        default="off",
+        description="tell routers such as llm-d and Dynamo which blocks are cached, in vLLM's wire format: "
+        "an address to listen on such as tcp://10.0.0.5:5557 or tcp://*:5557; open to all who reach it",
+    )
+    events_replay: Annotated[str, BeforeValidator(switch), AfterValidator(endpoint)] = Field(
+        default="off", description="address where missed events are asked for, such as tcp://10.0.0.5:5558"
+    )
+    events_topic: str = Field(
+        default="", max_length=256, description="topic of the events; llm-d reads kv@POD@MODEL"
     )
 
 
@@ -305,6 +316,14 @@ def contradictions(recipe: Recipe) -> list[str]:
         (
             kv.page_size & (kv.page_size - 1) != 0,
             f"kv_cache.page_size = {kv.page_size}: should be a power of two",
+        ),
+        (
+            kv.events != "off" and not kv.prefix_caching,
+            f"kv_cache.events = {kv.events}: without kv_cache.prefix_caching no block is cached",
+        ),
+        (
+            kv.events_replay != "off" and kv.events in ("off", kv.events_replay),
+            f"kv_cache.events_replay = {kv.events_replay}: needs kv_cache.events at another address",
         ),
         (
             max_len is not None and kv.memory is not None and kv.memory < max_len,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
-from ...engine.protocol.specs import SchedulerSpec
+from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
 from ...moe.config import MoEConfig
 from .recipe import Recipe
@@ -115,6 +115,15 @@ def dispatch_of(recipe: Recipe, device: str) -> str:
 def balances(recipe: Recipe) -> bool:
     """Whether experts move by load: where several ranks share them, unless that is off."""
     return recipe.experts.balance != "off" and recipe.mesh.experts > 1
+
+
+def kv_events_spec(recipe: Recipe) -> KVEventsSpec | None:
+    """The addresses where changes of the block index are told; None for none."""
+    kv = recipe.kv_cache
+    if kv.events == "off":
+        return None
+    replay = "" if kv.events_replay == "off" else kv.events_replay
+    return KVEventsSpec(address=kv.events, replay_address=replay, topic=kv.events_topic)
 
 
 def scheduler_spec(recipe: Recipe) -> SchedulerSpec:

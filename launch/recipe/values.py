@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import Annotated
 
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
@@ -10,6 +11,7 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
 _SIZE = TypeAdapter(ByteSize)
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "fp8_e4m3": "fp8"}
 _COLLECTOR = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[^\s?#]*)?")
+_ENDPOINT = re.compile(r"tcp://(?P<host>\*|[0-9.]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
 )
@@ -73,6 +75,21 @@ AutoInt = Annotated[int | None, BeforeValidator(none_for_auto)]
 Size = Annotated[int, BeforeValidator(_size)]
 AutoSize = Annotated[int | None, BeforeValidator(_size_or_auto)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+def endpoint(value: str) -> str:
+    """Refuses what no ZeroMQ socket can be bound to without a name server."""
+    found = _ENDPOINT.fullmatch(value)
+    try:
+        if found is not None and 0 < int(found["port"]) < 65536 and found["host"] != "*":
+            ip_address(found["host"].strip("[]"))
+    except ValueError:
+        found = None
+    if value == "off" or (found is not None and 0 < int(found["port"]) < 65536):
+        return value
+    raise ValueError(
+        "should be off or tcp://ADDRESS:PORT with an IP address of this machine, or tcp://*:PORT"
+    )
 
 
 def collector(value: str) -> str:

@@ -25,7 +25,15 @@ from ...kernels.formats.kv_format import KvFormat
 from ..cluster.cluster import Task
 from ..environment import process_settings, tracing_settings
 from ..recipe.recipe import Recipe
-from ..recipe.resolve import balances, dispatch_of, dtype_of, fp8_experts_of, kv_format_of, scheduler_spec
+from ..recipe.resolve import (
+    balances,
+    dispatch_of,
+    dtype_of,
+    fp8_experts_of,
+    kv_events_spec,
+    kv_format_of,
+    scheduler_spec,
+)
 from .keyring import Keyring
 
 
@@ -94,6 +102,7 @@ def controller_task(site: Site) -> Task:
         placement_i32=site.placement_i32,
         balance=balances(recipe),
         survivors=recipe.cluster.survivors == "go_on",
+        kv_events=kv_events_spec(recipe),
     )
     return Task("controller", 0, msgspec.json.encode(spec), environment=site.settings(threads=1))
 

@@ -482,8 +482,8 @@ def test_any_schedule(
     script: list[tuple[str, int]],
 ) -> None:
     """Late, lost and repeated messages, aborts, holds and deaths: checksums agree in every step,
-    every row reads its own tokens from its pages, published hashes are true, and every client gets
-    exactly its tokens and its prompt's log-probabilities.
+    every row reads its own tokens from its pages, published hashes are true, a mirror of the block
+    index follows it, and every client gets exactly its tokens and its prompt's log-probabilities.
     """
     world = World(
         Mesh(data=data, pipeline=pipeline, tensor=tensor),
@@ -496,6 +496,7 @@ def test_any_schedule(
     for operation, value in script:
         perform(world, operation, value)
         world.planner.check()
+        world.follow_index()
     for handle in world.requests:
         world.planner.hold(0, handle, held=False)
     world.run()

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, strategies as st
 
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS
+from lockstep.engine.protocol.specs import KVEventsSpec
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.recipe import (
     FrontendSection,
@@ -19,6 +20,7 @@ from lockstep.launch.recipe.recipe import (
     key_type,
     model_directory,
 )
+from lockstep.launch.recipe.resolve import kv_events_spec
 
 MODEL = "model: {path: x}\n"
 
@@ -53,6 +55,46 @@ def test_defaults_are_those_of_the_design() -> None:
 def test_dtypes_have_long_and_short_names(name: str, short: str) -> None:
     recipe = parse_recipe(f"model: {{path: x, dtype: {name}}}", [f"kv_cache.dtype={name}"])
     assert (recipe.model.dtype, recipe.kv_cache.dtype) == (short, short)
+
+
+@pytest.mark.parametrize("address", ["tcp://*:5557", "tcp://10.0.0.5:1", "tcp://[fd00::1]:65535", "off"])
+def test_addresses_of_events(address: str) -> None:
+    for recipe in (
+        parse_recipe(MODEL + f"kv_cache: {{events: '{address}'}}"),
+        parse_recipe(MODEL, [f"kv_cache.events={address}"]),
+    ):
+        spec = kv_events_spec(recipe)
+        assert (spec is None) == (address == "off") and (spec is None or spec.address == address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "on",
+        "5557",
+        "tcp://host:5557",
+        "tcp://10.0.0.5",
+        "tcp://10.0.0.5:0",
+        "tcp://1.2.3.4:65536",
+        "tcp://1.2.3:5",
+    ]
+    + ["udp://10.0.0.5:5557", "ipc:///tmp/x", "tcp://*:5557/", "tcp://[::x]:5", "tcp://:5557", ""],
+)
+def test_other_addresses_of_events_are_refused(address: str) -> None:
+    for key in ("kv_cache.events", "kv_cache.events_replay"):
+        text = refusal(MODEL, f"{key}='{address}'")
+        assert key in text and "tcp://" in text
+
+
+def test_events_need_a_cache_and_replays_need_events() -> None:
+    one = "kv_cache.events=tcp://*:5557"
+    assert "kv_cache.prefix_caching" in refusal(MODEL, one, "kv_cache.prefix_caching=false")
+    assert "another address" in refusal(MODEL, "kv_cache.events_replay=tcp://*:5557")
+    assert "another address" in refusal(MODEL, one, "kv_cache.events_replay=tcp://*:5557")
+    recipe = parse_recipe(MODEL, [one, "kv_cache.events_replay=tcp://*:5558", "kv_cache.events_topic=kv@a@b"])
+    assert kv_events_spec(recipe) == KVEventsSpec(
+        address="tcp://*:5557", replay_address="tcp://*:5558", topic="kv@a@b"
+    )
 
 
 def test_fp8_pages_have_two_names() -> None:

@@ -4,13 +4,14 @@ repetitive.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 from msgspec import structs
 
 from lockstep.engine.controller.inheritance import Inheritance
 from lockstep.engine.kv.hashing import chain_hashes, hash_root
+from lockstep.engine.planner.index_changes import BlocksRemoved
 from lockstep.engine.planner.outbox import Start
 from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
@@ -129,7 +130,7 @@ class World:
             "max_advance": advance,
         } | spec
         scheduler = SchedulerSpec(**settings)  # type: ignore[arg-type]
-        self.settings = Settings(mesh, scheduler, [pages] * mesh.data, page_size, max_len)
+        self.settings = Settings(mesh, scheduler, [pages] * mesh.data, page_size, max_len, tell_changes=True)
         self.planner = Planner(self.settings)
         self.mesh, self.page_size = mesh, page_size
         group = self.planner.group
@@ -162,6 +163,7 @@ class World:
         self.computed_prompt_tokens = 0
         self.num_plans = 0
         self.num_admits = 0
+        self.mirror: Counter[bytes] = Counter()  # data indices that hold each block, as a router knows it
 
     # ------------------------------------------------------------- clients
 
@@ -288,6 +290,23 @@ class World:
         self.tidy()
         return plan is not None
 
+    def follow_index(self) -> None:
+        """Mirrors the block index by its changes: they name true tokens, and only blocks that are
+        there leave.
+        """
+        for change in self.planner.take_changes():
+            if isinstance(change, BlocksRemoved):
+                for key in change.keys:
+                    assert self.mirror[key.tobytes()] > 0, "a block leaves that was not there"
+                    self.mirror[key.tobytes()] -= 1
+            else:
+                assert not change.parent or change.parent in self.ranks[0].blocks
+                hashes = chain_hashes(change.parent or ROOT, change.tokens_i32, self.page_size)[16:]
+                assert hashes == change.hashes_h128, "blocks are told with other tokens or another parent"
+                self.mirror.update(hashes[start : start + 16] for start in range(0, len(hashes), 16))
+        index = Counter(key.tobytes() for key in self.planner.group.kv.told())
+        assert index == +self.mirror, "the mirror differs from the index"
+
     def tidy(self) -> None:
         self.planner.tidy()
         for rank, message in self.planner.take_staging():
@@ -406,6 +425,7 @@ class World:
             self.bulk[number].clear()
         self.settings = structs.replace(self.settings, epoch=inheritance.first_epoch)
         self.planner = Planner(self.settings)
+        self.mirror.clear()
         inheritance.hand_over(mesh, self.settings.num_pages, self.planner)
         self.planner.begin_epoch(absent=self._absent())
         for handle, submit in self.requests.items():
