@@ -38,6 +38,7 @@ from lockstep.engine.protocol.buckets import bucket_over
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import StepResult
+from lockstep.engine.protocol.timeline import StepSpans
 from lockstep.engine.rank.executor import Executor
 from lockstep.engine.rank.page_pool import KVPool
 from lockstep.engine.rank.parts import Parts
@@ -62,7 +63,7 @@ MODEL = CONFIG | {
 WORLD, PAGE, MAX_LEN, SLOTS = 2, 64, 2048, 128
 CPU = torch.device("cpu")
 ROWS = Path(__file__).parent / "overlap.csv"
-MOST_STEPS = 120
+MOST_STEPS = 300
 """Steps that ``auto`` has to decide in."""
 
 
@@ -110,8 +111,11 @@ class Delayed(Collectives):
         output = super().wait(pending)
         rest = pending.due - time.perf_counter() if isinstance(pending, Late) else 0.0
         if rest > 0:
+            begin = time.perf_counter()
             time.sleep(rest)
             self.waited += rest
+            if self.listener is not None:
+                self.listener("experts", begin, time.perf_counter())
         return output
 
 
@@ -147,7 +151,7 @@ class Rank:
         self._tokens = np.random.default_rng(collectives.index).integers(2, 1000, MAX_LEN).astype(np.int32)
         self._step, self._staged = 0, 0
 
-    def step(self, case: Case, microbatches: int) -> StepResult:
+    def step(self, case: Case, microbatches: int, trace: bool = False) -> StepResult:
         """Executes the step once. Ranks begin together."""
         length = case.prompt or case.context
         admits = []
@@ -161,10 +165,15 @@ class Rank:
             self._staged += 1
         extend = np.array([0, length], np.int32).tobytes() if case.prompt else b""
         section = Section(rebase=True, admit=tuple(admits), extend_pairs=extend)
-        header = Header(0, 0, self._step, self._step - 1, Mode.MIXED, case.capacity, microbatches)
+        shape = Mode.MIXED, case.capacity, microbatches
+        header = Header(0, 0, self._step, self._step - 1, *shape, trace=trace)
         self._step += 1
         self.gathered(0.0)
         return self._executor.execute(StepPlan(header, section))
+
+    def take_spans(self) -> StepSpans | None:
+        """Spans of the last step, if they were asked for."""
+        return self._executor.take_spans()
 
     def gathered(self, *values: float) -> list[list[float]]:
         """The values of all ranks."""

@@ -20,7 +20,8 @@ class PhaseClock(Protocol):
     next. ``entered`` counts both: it moves while the host does.
     """
 
-    entered: int
+    @property
+    def entered(self) -> int: ...
 
     def begin_step(self) -> None: ...
 

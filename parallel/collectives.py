@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -31,6 +31,11 @@ class CollectiveError(RuntimeError):
     """
 
 
+Listener = Callable[[str, float, float], None]
+"""Hears of each wait: the role of its group, and seconds of ``time.perf_counter`` at its begin and
+end."""
+
+
 @dataclass(frozen=True)
 class Pending:
     """A collective under way; ``output`` holds its result once it has been waited for."""
@@ -46,7 +51,8 @@ class Collectives:
     moves nothing.
 
     A group can meet with some of its positions *vacant*: what is sent to one comes back to the
-    sender, and it contributes nothing to a sum. ``waited``: seconds spent in waits.
+    sender, and it contributes nothing to a sum. The first word of ``name`` is the group's role.
+    ``waited``: seconds spent in waits. ``listener`` hears of each.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Collectives:
         self.index = index
         self.size = size
         self.waited = 0.0
+        self.listener: Listener | None = None
         self._name = name
         self.store = store
         self._deadline = timedelta(seconds=deadline)
@@ -211,7 +218,10 @@ class Collectives:
             raise CollectiveError(
                 f"{self._name}: rank {self.index} waited for {pending.what} {detail}"
             ) from error
-        self.waited += time.perf_counter() - start
+        end = time.perf_counter()
+        self.waited += end - start
+        if self.listener is not None:
+            self.listener(self._name.partition(" ")[0], start, end)
         return self._spread(pending)
 
     @property
@@ -248,6 +258,8 @@ class Collectives:
 class EpochGroup(Protocol):
     """A group of ranks that meets anew in every epoch."""
 
+    listener: Listener | None
+
     @property
     def waited(self) -> float: ...
 
@@ -277,6 +289,11 @@ class RankGroups:
     def waited(self) -> float:
         """Seconds spent in waits, in all groups."""
         return sum(group.waited for group in self._groups)
+
+    def listen(self, listener: Listener | None) -> None:
+        """Waits in all groups are told to ``listener`` from now on."""
+        for group in self._groups:
+            group.listener = listener
 
     def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
         """Meets the ranks of every group under a prefix of this epoch; ``vacant`` positions of

@@ -24,6 +24,10 @@ class Turns:
     def __init__(self) -> None:
         self._pair: tuple[Any, ...] = ()
 
+    def number_of(self, computation: greenlet) -> int:
+        """0 or 1 for a microbatch under way, -1 for any other computation."""
+        return self._pair.index(computation) if computation in self._pair else -1
+
     def give(self) -> None:
         """Gives the turn to the other microbatch, until that one gives it back or ends. Returns at
         once where there is no other.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from .collectives import Listener
 from .recovery import PROCESS_RESTART, ProcessSpent, Recovery
 
 _WORLD = "0"
@@ -163,6 +164,7 @@ class SymmetricGroup:
                 f"experts.dispatch = all_to_all: {size} ranks; allowed are {_MOST_RANKS} on GPUs"
             )
         self.index, self.size, self.waited = index, size, 0.0
+        self.listener: Listener | None = None  # the device waits, not the host
         self._name, self._store, self._device, self._library = name, store, device, library
         self._regions: list[Region] = []
         self._tensors: list[Tensor] = []

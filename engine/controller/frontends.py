@@ -23,6 +23,7 @@ from ..protocol.frontends import (
     Submit,
 )
 from ..protocol.message import Message, Stop
+from ..protocol.timeline import AskTimeline
 from .transport import Transport
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ class Reactions(Protocol):
 
     def drain(self, now: float, deadline: float) -> None:
         """Takes no more requests and ends those that run by ``deadline``."""
+
+    def timeline(self, name: bytes, message: AskTimeline) -> None:
+        """The frontend ``name`` asks for the timeline of some steps."""
 
     def rank_lost(self, message: RankLost) -> None:
         """The launcher reports that a rank is gone."""
@@ -157,11 +161,13 @@ class Frontends:
             self._transport.send_frontend(frontend.name, rejected)
 
     def _command(self, name: bytes, message: FromFrontend, now: float, reactions: Reactions) -> None:
-        """Any peer may ask to drain, since frontends check the admin key. The rest is the
-        launcher's.
+        """Any peer may ask to drain or for a timeline, since frontends check the admin key. The
+        rest is the launcher's.
         """
         if isinstance(message, Drain):
             reactions.drain(now, now + message.deadline)
+        elif isinstance(message, AskTimeline):
+            reactions.timeline(name, message)
         elif name != LAUNCHER:
             log.warning("%s sent %s, which only the launcher may", name.decode(), type(message).__name__)
         elif isinstance(message, Stop):

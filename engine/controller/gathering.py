@@ -15,6 +15,7 @@ from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
 from ..protocol.specs import ControllerSpec
+from ..protocol.timeline import AskTimeline, TimelineEnd
 from .frontends import Frontends, Reactions
 from .inheritance import Inheritance
 from .status import gathering_state
@@ -132,6 +133,10 @@ class Gathering:
         """The first controller of a run has nothing to finish."""
         if self._succession is not None:
             self._drain_by = deadline if self._drain_by is None else min(deadline, self._drain_by)
+
+    def timeline(self, name: bytes, message: AskTimeline) -> None:
+        """No step is planned yet."""
+        self._transport.send_frontend(name, TimelineEnd(message.id, self._reason, 503))
 
     def degraded(self, reason: str) -> None:
         """The launcher says it again until the state shows it."""

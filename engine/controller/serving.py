@@ -17,12 +17,14 @@ from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
 from ..protocol.results import Refused, StepResult
+from ..protocol.timeline import AskTimeline, StepSpans
 from ..protocol.turns import Turns
 from .balancer import Balancer
 from .frontends import Frontends
 from .membership import Membership
 from .pilot import Pilot
 from .status import ClusterStatus
+from .step_timeline import StepTimeline
 from .transport import Transport
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class Serving:
         self._transport, self._frontends, self._lobby = transport, frontends, lobby
         self._pilot, self._membership, self._status = pilot, membership, status
         self._balancer = balancer
+        self._timeline = StepTimeline(pilot.group.mesh, transport.send_frontend)
         self._next_housekeeping = 0.0
         self._drain_deadline = math.inf
         self._turns = Turns(time.monotonic())
@@ -113,8 +116,12 @@ class Serving:
                 self._membership.progressed(bulk, time.monotonic())
             elif isinstance(bulk, RankHello):
                 self._welcome(bulk)
+            elif isinstance(bulk, StepSpans):
+                self._timeline.take(bulk)
 
     def _book(self, results: list[StepResult]) -> None:
+        if self._timeline.is_open:
+            self._timeline.answered(results, time.perf_counter())
         self._status.observe(results)
         if self._membership.cold:
             self._membership.answered(results)
@@ -153,10 +160,15 @@ class Serving:
     def _plan(self, now: float, began: float) -> None:
         plan = self._pilot.plan(now)
         if plan is not None:
+            if self._timeline.is_open:
+                plan = self._timeline.mark(plan, began)
             largest = self._transport.send_plan(plan)
             tokens_D = self._pilot.group.steps.flights[plan.header.step].tokens
-            self._status.planned(time.perf_counter() - began, largest, plan, tokens_D)
+            sent = time.perf_counter()
+            self._status.planned(sent - began, largest, plan, tokens_D)
             self._balancer.planned(plan)
+            if plan.header.trace:
+                self._timeline.sent(plan.header, len(plan.sections), int(tokens_D.sum()), (began, sent))
 
     def _follow_up(self) -> None:
         staging, output = self._pilot.follow_up()
@@ -192,6 +204,10 @@ class Serving:
             self._drain_deadline = min(deadline, self._drain_deadline)
         self._next_housekeeping = now
 
+    def timeline(self, name: bytes, message: AskTimeline) -> None:
+        epoch = self._pilot.group.steps.epoch
+        self._timeline.ask(name, message, epoch, time.perf_counter())
+
     def rank_lost(self, message: RankLost) -> None:
         self._membership.lost(message, time.monotonic())
         self._next_housekeeping = 0.0
@@ -210,6 +226,7 @@ class Serving:
         self._end_drain(now)
         self._frontends.tell(self.state())
         self._balancer.look()
+        self._timeline.look(self._pilot.group.steps.epoch, self._status.reason, time.perf_counter())
         if self._pilot.planner.idle() and not self._pilot.group.steps.in_flight:
             gc.collect()
         if failure := self._pilot.flush_recording():

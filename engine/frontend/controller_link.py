@@ -23,13 +23,16 @@ from ..protocol.message import Stop
 from ..protocol.results import PromptLogprobs
 from ..protocol.sockets import client_socket, encode
 from ..protocol.specs import FrontendSpec
+from ..protocol.timeline import AskTimeline, StepSpans, TimelineEnd
 from ..protocol.turns import Turns
 
 LEASE = 10.0
 BEAT = 1.0
 SILENCE = 5.0  # the controller sends its state twice a second
 
-FromController = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop
+FromController = (
+    TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | StepSpans | TimelineEnd | Stop
+)
 _log = logging.getLogger("lockstep.frontend")
 
 
@@ -72,7 +75,7 @@ class ControllerLink:
         self.send(self._hello)
         self._beats = self._loop.create_task(self._beat())
 
-    def send(self, message: Submit | Abort | Heartbeat | Drain | FrontendHello) -> None:
+    def send(self, message: Submit | Abort | Heartbeat | Drain | FrontendHello | AskTimeline) -> None:
         try:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:  # no connection to queue for: the controller has refused our key

@@ -17,6 +17,7 @@ from ..protocol.frontends import Drain, Rejected, Started, TokenBatch
 from ..protocol.message import Stop
 from ..protocol.results import PromptLogprobs
 from ..protocol.specs import FrontendSpec
+from ..protocol.timeline import StepSpans, TimelineEnd
 from .api.errors import CLIENT_GONE, ApiError
 from .api.schemas import CompletionRequest, GenerationRequest
 from .cluster_history import ClusterHistory
@@ -30,6 +31,7 @@ from .open_requests import OpenRequests
 from .reply import Receive, Reply
 from .requests.model import ServedModel
 from .requests.prepare import EngineLimits, prepare
+from .timelines import Timelines
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +63,7 @@ class Service:
         self.grammars = GrammarDesk(_keeper_spec(spec, model))
         self._link = ControllerLink(spec, self._on_message, self._on_found, self._on_lost)
         self.requests = OpenRequests(spec.name, self._link.send, self.metrics, self._unfinished)
+        self.timelines = Timelines(self._link.send)
         self._publishing = asyncio.get_running_loop().create_task(self._publish())
 
     def close(self) -> None:
@@ -155,6 +158,10 @@ class Service:
                 self.history.heard(message)
                 self.metrics.state(message)
                 self._heard.set()
+            case StepSpans():
+                self.timelines.on_spans(message)
+            case TimelineEnd():
+                self.timelines.on_end(message)
             case Stop():
                 self._on_stop()
 

@@ -5,6 +5,7 @@ epochs.
 from __future__ import annotations
 
 from .message import Message, Stop
+from .timeline import StepSpans
 
 
 class RankHello(Message, tag="hello", frozen=True):
@@ -99,5 +100,5 @@ class Disband(Message, tag="disband", frozen=True):
     epoch: int
 
 
-FromRankBulk = RankHello | Published | Preloaded | StepProgress
+FromRankBulk = RankHello | Published | Preloaded | StepProgress | StepSpans
 ToRankBulk = Preload | Unload | SetPlacement | Disband | Stop

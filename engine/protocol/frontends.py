@@ -5,6 +5,7 @@ from __future__ import annotations
 from .cluster_state import ClusterState
 from .message import Message, Sampling, Stop
 from .results import PromptLogprobs
+from .timeline import AskTimeline, StepSpans, TimelineEnd
 
 
 class FrontendHello(Message, tag="frontend", frozen=True):
@@ -127,7 +128,7 @@ class Rejected(Message, tag="rejected", frozen=True):
     retry_after: float = 0.0
 
 
-FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | RankLost | Degraded | Stop
+FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | AskTimeline | RankLost | Degraded | Stop
 
 
-ToFrontend = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | Stop
+ToFrontend = TokenBatch | PromptLogprobs | Started | Rejected | ClusterState | StepSpans | TimelineEnd | Stop

@@ -76,7 +76,8 @@ class Header(Message, frozen=True):
     state after the step, ``counts`` for expert loads and phases since the last such step.
     ``commits``: ids of moves that are part of the placement from this step on; a rank that has
     them already ignores them. ``vacant``: positions among the ranks that share experts at which
-    nobody is in this epoch (``Mesh.positions``).
+    nobody is in this epoch (``Mesh.positions``). ``trace``: somebody asks for the timeline of this
+    step; ranks send their spans (``engine/protocol/timeline.py``). The planner never sets it.
     """
 
     group: int
@@ -92,6 +93,7 @@ class Header(Message, frozen=True):
     moves: tuple[Transfer, ...] = ()
     commits: tuple[int, ...] = ()
     vacant: tuple[int, ...] = ()
+    trace: bool = False
 
 
 class Section(Message, frozen=True):

@@ -7,6 +7,7 @@ from typing import Protocol
 from ..protocol.bulk import RankHello
 from ..protocol.plan import StepPlan
 from ..protocol.results import StepResult
+from ..protocol.timeline import StepSpans
 
 
 class ControllerLost(RuntimeError):
@@ -72,4 +73,8 @@ class StepExecutor(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Executes one step. Raises StepAbandoned when a peer is lost."""
+        ...
+
+    def take_spans(self) -> StepSpans | None:
+        """Spans of the last step if its plan asked for them, once."""
         ...

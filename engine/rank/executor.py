@@ -5,10 +5,12 @@ Suffixes: T tokens of a step, R rows that sample, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +25,14 @@ from ..protocol.bulk import RankHello
 from ..protocol.plan import Admit, Header, Section, StepPlan
 from ..protocol.results import PromptLogprobs, RowError, RowLogprobs, StepResult
 from ..protocol.slot_table import Rows, SlotTable
+from ..protocol.timeline import StepSpans
 from .contract import StepAbandoned
 from .forward import Forward
 from .masks import Masks
 from .parts import Parts
 from .prompt_logprobs import Chunk, score
 from .slot_sampling import RowSettings, SlotSettings
+from .span_notes import SpanNotes
 from .token_logprobs import logprob_lines
 
 
@@ -68,6 +72,7 @@ class Executor:
         self._forward = Forward(parts, self._table, self._history)
         self._staged: dict[int, Int32] = {}
         self._expected: list[_Expected] = []
+        self._spans: StepSpans | None = None
         self._life = secrets.randbits(62)
 
     @property
@@ -153,13 +158,29 @@ class Executor:
         After StepAbandoned the state is undefined until the rebase that opens the next epoch.
         """
         try:
-            return self._execute(plan)
+            return self._execute_noted(plan) if plan.header.trace else self._execute(plan, self._forward.run)
         except CollectiveError as error:
             self._parts.groups.destroy()
             raise StepAbandoned(str(error)) from error
 
+    def take_spans(self) -> StepSpans | None:
+        spans, self._spans = self._spans, None
+        return spans
+
+    def _execute_noted(self, plan: StepPlan) -> StepResult:
+        parts, dispatcher = self._parts, self._parts.dispatcher
+        notes = SpanNotes(dispatcher.clock, parts.turns)
+        clock, dispatcher.clock = dispatcher.clock, notes
+        try:
+            with notes.watching(parts.groups, parts.model.model.layers):
+                result = self._execute(plan, functools.partial(notes.forward, self._forward.run))
+        finally:
+            dispatcher.clock = clock
+        self._spans = notes.end(parts.rank, plan.header)
+        return result
+
     @torch.inference_mode()
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan, forward: Callable[..., Tensor]) -> StepResult:
         start, waited = time.perf_counter(), self._parts.groups.waited
         stalled = self._parts.links.waited
         header, section = plan.header, plan.section
@@ -169,7 +190,7 @@ class Executor:
         # With drafts a row can reach its limit early.
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
-        hidden_TD = self._forward.run(header, rows, draws)
+        hidden_TD = forward(header, rows, draws)
         chosen = draws.nonzero()[0]
         scores: tuple[PromptLogprobs, ...] = ()
         sampled = _NOTHING

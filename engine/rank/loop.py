@@ -55,10 +55,12 @@ class RankLoop:
                 if stop is not None:
                     return stop.reason
             elif step:  # staged prompts come before the plans that may name them
-                header, section = self._sockets.step.recv_multipart()
-                answer = self.follow(decode_plan(header, section))
+                plan = decode_plan(*self._sockets.step.recv_multipart())
+                answer = self.follow(plan)
                 if answer is not None:
                     self._sockets.step.send(encode(answer))
+                if plan.header.trace and (spans := self._executor.take_spans()) is not None:
+                    self._sockets.bulk.send(encode(spans))
 
     @property
     def progress(self) -> tuple[int, int, int] | None:

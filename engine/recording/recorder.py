@@ -24,7 +24,7 @@ from ..planner.settings import Settings
 from ..protocol.bulk import Preloaded
 from ..protocol.frontends import Abort, Submit
 from ..protocol.message import Sampling
-from ..protocol.plan import Admit, Section, Transfer
+from ..protocol.plan import Admit, Header, Section, Transfer
 from ..protocol.results import Refused, StepResult
 from ..protocol.sockets import encode
 
@@ -56,10 +56,15 @@ def digest(plan: GroupPlan | None) -> bytes:
     """A digest of a plan's content; empty for no plan."""
     if plan is None:
         return b""
-    state = hashlib.blake2b(encode(plan.header), digest_size=16)
+    state = hashlib.blake2b(_earlier_header(plan.header), digest_size=16)
     for data, section in plan.sections.items():
         state.update(b"%d" % data + (_earlier_form(section) if section.admit else encode(section)))
     return state.digest()
+
+
+def _earlier_header(header: Header) -> bytes:
+    """The bytes of a header without ``trace``, which came later and is never the planner's."""
+    return msgspec.msgpack.encode(structs.astuple(header)[:-1])
 
 
 def _earlier_form(section: Section) -> bytes:

@@ -22,6 +22,7 @@ from ..protocol.message import Stop
 from ..protocol.plan import StepPlan
 from ..protocol.sockets import client_socket, decode_plan, encode, rank_identity
 from ..protocol.specs import Keys
+from ..protocol.timeline import StepSpans, clock_name
 from .simulated_rank import SimulatedRank
 
 
@@ -66,6 +67,7 @@ class SimulatedRanks:
         self._ranks: dict[int, SimulatedRank] = {}
         self._free_at: dict[int, float] = dict.fromkeys(spec.ranks, 0.0)
         self._due: list[tuple[float, int, bytes, int]] = []
+        self._traced: dict[tuple[int, int], StepSpans] = {}  # by rank and step
         self._by_rank: dict[int, zmq.Socket[bytes]] = {}
         self.timeline = Timeline()
         self._decoder = msgspec.msgpack.Decoder(ToRankBulk)
@@ -154,7 +156,13 @@ class SimulatedRanks:
         received = self.timeline.plan_complete[plan.header.step]
         result = self._ranks[rank].execute(plan)
         if result is not None:
-            self._free_at[rank] = max(received, self._free_at[rank]) + getattr(result, "seconds", 0.0)
+            begun = max(received, self._free_at[rank])
+            self._free_at[rank] = begun + getattr(result, "seconds", 0.0)
+            if plan.header.trace:
+                where = rank, plan.header.epoch, plan.header.step
+                self._traced[rank, plan.header.step] = StepSpans(
+                    *where, begun=begun, ended=self._free_at[rank], clock=clock_name()
+                )
             heapq.heappush(self._due, (self._free_at[rank], rank, encode(result), plan.header.step))
 
     def _send_due(self) -> None:
@@ -162,3 +170,5 @@ class SimulatedRanks:
             _, rank, payload, step = heapq.heappop(self._due)
             self.timeline.first_result.setdefault(step, time.monotonic())
             self._by_rank[rank].send(payload)
+            if (spans := self._traced.pop((rank, step), None)) is not None:
+                self._hellos[rank][0].send(encode(spans))

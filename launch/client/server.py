@@ -15,6 +15,7 @@ import httptools
 import msgspec
 
 _READ = 1 << 16
+URL_AND_KEY = "--against", "--api-key-env"
 _SHOWN = 300  # characters of an error that is no JSON
 
 
@@ -42,7 +43,8 @@ class ServerError(Exception):
 @dataclass(frozen=True)
 class Server:
     """``prefix``: path before ``/v1``. ``seconds``: longest wait for a connection or for the next
-    bytes of an answer. ``tls``: None for plain HTTP.
+    bytes of an answer. ``tls``: None for plain HTTP. ``key_option`` names the variable with the
+    key.
     """
 
     host: str
@@ -51,6 +53,7 @@ class Server:
     prefix: str
     seconds: float
     api_key: str | None = None
+    key_option: str = "--api-key-env"
 
     @property
     def url(self) -> str:
@@ -73,23 +76,28 @@ class Server:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def server_at(url: str, seconds: float, api_key: str | None = None) -> Server:
-    """The server that ``--against`` names, with or without ``/v1``. Raises AddressError."""
+def server_at(
+    url: str, seconds: float, api_key: str | None = None, options: tuple[str, str] = URL_AND_KEY
+) -> Server:
+    """The server at ``url``, with or without ``/v1``. ``options``: those that name the URL and the
+    variable with the key. Raises AddressError.
+    """
+    url_option, key_option = options
     allowed = "should be http://HOST[:PORT] or https://HOST[:PORT]"
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise AddressError(f"--against {url}: {error}; {allowed}") from None
+        raise AddressError(f"{url_option} {url}: {error}; {allowed}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise AddressError(f"--against {url}: {allowed}")
+        raise AddressError(f"{url_option} {url}: {allowed}")
     if parts.username is not None or parts.query or parts.fragment or not url.isascii() or " " in url:
-        raise AddressError(f"--against {url}: has more than host, port and path; {allowed}")
+        raise AddressError(f"{url_option} {url}: has more than host, port and path; {allowed}")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise AddressError("--api-key-env: the key holds characters that no header can; should be ASCII")
+        raise AddressError(f"{key_option}: the key holds characters that no header can; should be ASCII")
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     prefix = parts.path.rstrip("/").removesuffix("/v1")
-    return Server(parts.hostname, port or (443 if tls else 80), tls, prefix, seconds, api_key)
+    return Server(parts.hostname, port or (443 if tls else 80), tls, prefix, seconds, api_key, key_option)
 
 
 class _Parsed:
@@ -181,7 +189,7 @@ async def ask(server: Server, method: str, path: str, body: Any = None) -> Async
         if (status := await answer.begin()) != 200:
             message = error_message(await answer.whole())
             if status in (401, 403):
-                message += " (--api-key-env names the variable with the key)"
+                message += f" ({server.key_option} names the variable with the key)"
             raise ServerError(f"HTTP {status}", f"{server.url}: {asked}: HTTP {status}: {message}", status)
         yield answer
     finally:

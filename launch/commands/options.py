@@ -64,17 +64,19 @@ def refusal(error: object, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
-def server_for(against: str, timeout: float, api_key_env: str | None) -> Server:
-    """The server that the options name; exits with 2 if they name none."""
-    from ..client.server import AddressError, server_at
+def server_for(
+    url: str, timeout: float, key_env: str | None, options: tuple[str, str] | None = None
+) -> Server:
+    """The server that the options name; exits with 2 if they name none. ``options``: names of
+    those for the URL and the key's variable, where they are not those of most commands.
+    """
+    from ..client.server import URL_AND_KEY, AddressError, server_at
     from ..environment import variable
 
-    key = None
-    if api_key_env is not None and not (key := variable(api_key_env)):
-        raise refusal(
-            f"--api-key-env {api_key_env}: not set; should name an environment variable with the key"
-        )
+    key, options = None, options or URL_AND_KEY
+    if key_env is not None and not (key := variable(key_env)):
+        raise refusal(f"{options[1]} {key_env}: not set; should name an environment variable with the key")
     try:
-        return server_at(against, timeout, key)
+        return server_at(url, timeout, key, options)
     except AddressError as error:
         raise refusal(error) from None

@@ -50,7 +50,11 @@ class RoutedExperts:
 
 
 class Dispatcher(Protocol):
-    """Runs the experts of a layer."""
+    """Runs the experts of a layer. ``clock``: seconds of the phases of all layers; it may change
+    between two steps.
+    """
+
+    clock: PhaseClock
 
     @property
     def placement(self) -> Placement: ...
@@ -58,11 +62,6 @@ class Dispatcher(Protocol):
     @property
     def counts_LS(self) -> Tensor:
         """int64 on the device: tokens met by every own slot since it was last zeroed."""
-        ...
-
-    @property
-    def clock(self) -> PhaseClock:
-        """Seconds of the phases of all layers."""
         ...
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:

@@ -187,3 +187,13 @@ class ClusterAnswer(AnswerDocument):
     reason: str
     epoch: int
     ranks: list[dict[str, Any]]
+
+
+class TimelineAnswer(AnswerDocument):
+    """Chrome's trace event format. ``otherData``: why there are fewer steps than asked, and how the
+    clocks of hosts were aligned.
+    """
+
+    displayTimeUnit: str
+    otherData: dict[str, Any]
+    traceEvents: list[dict[str, Any]]

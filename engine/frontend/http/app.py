@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .... import __version__
+from ...tracing.timeline import chrome_trace
 from ..api.cluster import describe_cluster
 from ..api.drain import DRAIN_SECONDS, MAX_DRAIN_SECONDS, DrainRequest
 from ..api.errors import ApiError, bad_request
@@ -26,6 +27,7 @@ from ..api.schemas import (
     TokenizeRequest,
     TokenizeText,
 )
+from ..api.timeline import TimelineRequest
 from ..requests.conversation import conversation_text
 from ..requests.model import ServedModel
 from ..requests.token_rules import check_ids
@@ -251,6 +253,7 @@ def _stories(stories: Stories) -> APIRouter:
 def _admin(service: Service, bodies: Bodies) -> APIRouter:
     router = APIRouter()
     drains = TypeAdapter(DrainRequest)
+    timelines = TypeAdapter(TimelineRequest)
 
     @router.post("/admin/drain")
     async def drain(request: Request) -> Response:
@@ -261,6 +264,15 @@ def _admin(service: Service, bodies: Bodies) -> APIRouter:
             raise bad_request(text, "deadline")
         service.drain(deadline)
         return _json({"status": "draining", "deadline": deadline}, 202)
+
+    @router.post("/admin/timeline")
+    async def timeline(request: Request) -> Response:
+        async with bodies.read(request) as body:
+            ask = parse(body, timelines) if body else TimelineRequest()
+        end, spans = await service.timelines.take(ask.steps, ask.seconds)
+        hosts = {rank.rank: rank.host for rank in service.cluster.ranks} if service.cluster else {}
+        trace = await service.in_thread(chrome_trace, end, spans, hosts)
+        return Response(trace, media_type="application/json")
 
     @router.get("/admin/cluster")
     async def cluster() -> Response:

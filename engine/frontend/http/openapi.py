@@ -32,12 +32,13 @@ _ERRORS = {
     401: "No valid key was given",
     404: "There is no such model",
     408: "The request was not complete in time",
+    409: "Another one is under way",
     413: "The body is too large",
     415: "The body is compressed",
     500: "The server has failed",
     503: "The server is starting, draining or full",
 }
-_MESSAGES_ERRORS = {status: text for status, text in _ERRORS.items() if status != 503} | {
+_MESSAGES_ERRORS = {status: text for status, text in _ERRORS.items() if status not in (409, 503)} | {
     OVERLOADED: _ERRORS[503]
 }
 _OTHER = "Any other error: of HTTP, of the path, of the server"

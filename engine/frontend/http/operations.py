@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from ..api import agent_answers, answers
 from ..api.drain import DrainRequest
 from ..api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
+from ..api.timeline import TimelineRequest
 from ..dialects.messages_body import CountRequest, MessagesRequest
 from ..dialects.responses_body import ResponsesRequest
 
@@ -93,6 +94,14 @@ OPERATIONS = {
         {"deadline": 60},
         _BODY,
         status=202,
+        body_required=False,
+    ),
+    "/admin/timeline": Operation(
+        "The timeline of steps, in Chrome's trace event format",
+        (answers.TimelineAnswer,),
+        (TimelineRequest,),
+        {"steps": 64, "seconds": 10},
+        (*_BODY, 409),
         body_required=False,
     ),
     "/admin/cluster": Operation(

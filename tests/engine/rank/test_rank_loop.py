@@ -16,6 +16,7 @@ from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.plan import Header, Section, StepPlan
 from lockstep.engine.protocol.results import Refused, StepResult
 from lockstep.engine.protocol.sockets import ABSENCE_SECONDS
+from lockstep.engine.protocol.timeline import StepSpans
 from lockstep.engine.rank.contract import ControllerLost, StepFailed
 from lockstep.engine.rank.loop import RankLoop
 from lockstep.engine.rank.sockets import RankSockets
@@ -71,6 +72,10 @@ class NotingExecutor:
             raise RuntimeError("the pump is broken")
         self.notes.append(("step", plan.header.step))
         return StepResult(0, plan.header.epoch, plan.header.step, 0)
+
+    def take_spans(self) -> StepSpans | None:
+        """Those of the last step that was noted."""
+        return StepSpans(0, 0, self.notes[-1][1], 1.0, 2.0, "clock")  # type: ignore[arg-type]
 
     @property
     def steps(self) -> list[object]:
@@ -144,6 +149,19 @@ def test_the_chain_is_followed_and_its_breaks_are_not(controller: MockController
     assert running.end() == "enough"
     assert executor.steps == [5, 6, 7, 8, 11, 13]
     assert [value for name, value in executor.notes if name == "epoch"] == [0, 1]
+
+
+def test_spans_follow_the_result_of_a_step_that_is_asked_about(controller: MockController) -> None:
+    running = Running(NotingExecutor(), RankSockets(controller.spec()))
+    controller.receive("bulk")
+    asking = structs.replace(_plan(1).header, trace=True)
+    for plan in (_plan(0, -1, rebase=True), StepPlan(asking, Section()), _plan(2)):
+        controller.send(plan)
+        assert controller.receive("step").step == plan.header.step
+    assert controller.receive("bulk") == StepSpans(0, 0, 1, 1.0, 2.0, "clock")
+    controller.send(Stop())
+    running.end()
+    assert controller.silent("bulk"), "no plan but the second asked"
 
 
 def test_a_prompt_with_a_grammar_is_acknowledged_once_that_is_compiled(controller: MockController) -> None:

@@ -45,7 +45,7 @@ def test_help(tmp_path: Path) -> None:
 def test_help_of_every_command(command: str, tmp_path: Path) -> None:
     result = launch(tmp_path, command, "-h")
     assert result.returncode == 0
-    overrides = "" if command == "canary" else " [KEY=VALUE]..."  # it takes no recipe
+    overrides = "" if command in ("canary", "timeline") else " [KEY=VALUE]..."  # they take no recipe
     assert result.stdout.startswith(f"Usage: launch {command} [OPTIONS]{overrides}\n")
     assert "Exit status: 0 " in result.stdout
 

@@ -42,6 +42,7 @@ Document = dict[str, Any]
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFrontend]:
     folder = write_model(tmp_path_factory.mktemp("model"))
     with RunningFrontend(folder, script, api_keys=("k1",), admin_key="a1") as running:
+        running.engine.ends_timelines = True
         running.http.headers.update(KEY)
         yield running
 

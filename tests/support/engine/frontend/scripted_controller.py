@@ -35,8 +35,9 @@ from lockstep.engine.protocol.message import Finish, Stop
 from lockstep.engine.protocol.results import PromptLogprobs
 from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
 from lockstep.engine.protocol.specs import Keys
+from lockstep.engine.protocol.timeline import AskTimeline, TimelineEnd
 
-FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain
+FromFrontend = FrontendHello | Submit | Abort | Heartbeat | Drain | AskTimeline
 Item = list[int] | Finish | Rejected | None
 Script = Callable[[Submit], Iterable[Item]]
 Row = tuple[int, int, list[int], Finish]
@@ -86,8 +87,8 @@ class _Running:
 
 @dataclass
 class ScriptedController:
-    """``script`` may be replaced between requests. ``submits``, ``aborts``, ``hellos`` and
-    ``drains`` hold the messages that arrived.
+    """``script`` may be replaced between requests. ``submits``, ``aborts``, ``hellos``,
+    ``drains`` and ``timelines`` hold the messages that arrived.
 
     A ``silent`` controller neither hears nor speaks, as one that hangs, and forgets all hellos.
     ``stop`` reaches every peer that ever sent a message, and peers that say hello later.
@@ -101,8 +102,10 @@ class ScriptedController:
     aborts: list[int] = field(default_factory=list)
     hellos: list[FrontendHello] = field(default_factory=list)
     drains: list[Drain] = field(default_factory=list)
+    timelines: list[AskTimeline] = field(default_factory=list)
     open: dict[int, _Running] = field(default_factory=dict)
     silent: bool = False
+    ends_timelines: bool = False  # at once and without a step
 
     def __post_init__(self) -> None:
         server, client = new_keypair(), new_keypair()
@@ -192,6 +195,10 @@ class ScriptedController:
                     self._end(message.handle)
                 case Drain():
                     self.drains.append(message)
+                case AskTimeline():
+                    self.timelines.append(message)
+                    if self.ends_timelines:
+                        self._socket.send_multipart([identity, encode(TimelineEnd(message.id, ""))])
 
     def _submit(self, identity: bytes, submit: Submit) -> None:
         self.submits.append(submit)

@@ -128,6 +128,7 @@ class Driver:
         self.requests = list(requests)
         self.results: list[StepResult] = []
         self.plans: list[StepPlan] = []
+        self.trace = False
         self._capacity = capacity
         self._microbatches = microbatches
         self._slots = np.random.default_rng(seed).permutation(NUM_SLOTS).tolist()
@@ -152,7 +153,7 @@ class Driver:
         """One step: everything that is due joins it."""
         section, sampling = self._section(step)
         shape = Mode.MIXED, self._capacity(step), self._microbatches
-        header = Header(0, 0, step, step - 1, *shape, checksum=True, counts=True)
+        header = Header(0, 0, step, step - 1, *shape, checksum=True, counts=True, trace=self.trace)
         plan = StepPlan(header, section)
         result = self.executor.execute(plan)
         tokens = np.frombuffer(result.tokens_i32, np.int32).tolist()

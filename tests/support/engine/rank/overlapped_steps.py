@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from lockstep.engine.protocol.timeline import StepSpans
 from lockstep.engine.rank.contract import StepAbandoned
 from lockstep.parallel.collectives import Collectives, Pending
 
@@ -15,6 +17,7 @@ from .greedy_prompts import load_prompts
 from .hand_plans import Driver, Request, build_executor
 
 FAMILY = "qwen3_moe"
+CPU = torch.device("cpu")
 
 
 class Watched(Collectives):
@@ -66,6 +69,28 @@ def one_fails(collectives: Collectives, path: Path, last: int) -> tuple[str, int
     except (StepAbandoned, ArithmeticError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     return error, len(driver.results), executor._parts.turns.run(lambda: 1, lambda: 2)
+
+
+def spans_of_steps(
+    collectives: Collectives, path: Path, microbatches: int
+) -> tuple[list[StepSpans], tuple[list[list[int]], list[list[int]]]]:
+    """The spans of every second step, and the tokens of all steps with and without asking."""
+    experts = Collectives("experts", collectives.index, collectives.size, collectives.store, 240.0, CPU)
+    experts.build(0)
+    prompts = [entry.prompt for entry in load_prompts(FAMILY)[collectives.index :: 2][:2]]
+    tokens, spans = [], []
+    for asking in (True, False):
+        executor = build_executor(path, experts, "all_to_all")
+        requests = [Request(prompt, 6) for prompt in prompts]
+        driver = Driver(executor, requests, _capacity, microbatches=microbatches)
+        for step in range(6):
+            driver.trace = asking and step % 2 == 1
+            driver.step(step)
+            found = executor.take_spans()
+            assert (found is not None) == driver.trace, f"step {step}"
+            spans += [] if found is None else [found]
+        tokens.append([request.tokens for request in driver.requests])
+    return spans, (tokens[0], tokens[1])
 
 
 def _capacity(step: int) -> int:
