@@ -63,8 +63,11 @@ def digest(plan: GroupPlan | None) -> bytes:
 
 
 def _earlier_header(header: Header) -> bytes:
-    """The bytes of a header without ``trace``, which came later and is never the planner's."""
-    return msgspec.msgpack.encode(structs.astuple(header)[:-1])
+    """The bytes of a header without ``trace``, which is never the planner's, and without ``vacant``
+    while nothing is: both came later.
+    """
+    *fields, vacant, _ = structs.astuple(header)
+    return msgspec.msgpack.encode([*fields, vacant] if vacant else fields)
 
 
 def _earlier_form(section: Section) -> bytes:
