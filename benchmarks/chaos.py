@@ -1,15 +1,16 @@
 """Processes that die or stand still under streams: no token may be lost or differ.
 
-``python benchmarks/chaos.py --seed 1`` starts a local cluster of the demo recipe. Case after case
-it opens streams, lets a process die (SIGKILL) or stand still (SIGSTOP) at a moment that the seed
-decides, and compares every stream with its tokens from before. Prints a table and adds rows to
-``chaos.csv``. A frontend takes its own streams with it: these are counted as cut. Exits 1 when a
-stream is lost or differs.
+``python benchmarks/chaos.py --seed 1`` starts local clusters of the demo recipe: two ranks, then
+four with a replica of every expert. Case after case it opens streams, lets a process die (SIGKILL)
+or stand still (SIGSTOP) at a moment that the seed decides, and compares every stream with its
+tokens from before. Prints a table and adds rows to ``chaos.csv``. A frontend takes its own streams
+with it: these are counted as cut. Exits 1 when a stream is lost or differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -22,8 +23,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -31,13 +34,22 @@ from circumstances import commit, hardware
 
 START_SECONDS = 300.0
 STREAM_SECONDS = 180.0
+ADMIN_KEY = "chaos"
+TWO_RANKS = ["frontend.processes=2", "kv_cache.memory=64MiB"]
+FOUR_RANKS = [
+    "cluster.ranks_per_node=4",
+    "cluster.threads=1",
+    "kv_cache.memory=64MiB",
+    "experts.redundant=32",
+]
 ROWS = Path(__file__).with_name("chaos.csv")
 
 
 @dataclass(frozen=True)
 class Case:
     """``victims`` by role and index. ``seconds`` to stand still; 0: they are killed. ``burst``: as
-    the streams are submitted, else once all flow.
+    the streams are submitted, else once all flow; ``moving``: once experts move. ``held``: their
+    replacements stand still until the streams have ended, so that survivors go on alone.
     """
 
     name: str
@@ -45,6 +57,8 @@ class Case:
     seconds: float = 0.0
     burst: bool = False
     cuts: bool = False
+    moving: bool = False
+    held: bool = False
 
 
 def schedule(stop_seconds: float) -> list[Case]:
@@ -62,13 +76,25 @@ def schedule(stop_seconds: float) -> list[Case]:
     return kills + several + stops
 
 
+def schedule_of_four() -> list[Case]:
+    """Deaths that survivors outlive without a replacement, and one while experts move."""
+    return [
+        Case("kill rank 3 of 4", ("rank 3",), held=True),
+        Case("kill ranks 1 and 3 of 4", ("rank 1", "rank 3"), held=True),
+        Case("kill rank 1 of 4 while experts move", ("rank 1",), moving=True),
+    ]
+
+
 @dataclass
 class Stream(threading.Thread):
-    """Reads one greedy answer; ``tokens`` so far, the longest ``gap`` between two chunks."""
+    """Reads one greedy answer; ``tokens`` so far, the longest ``gap`` between two chunks. It leaves
+    after ``leave_after`` tokens; 0: never.
+    """
 
     url: str
     prompt: str
     max_tokens: int
+    leave_after: int = 0
     tokens: list[int] = field(default_factory=list)
     gap: float = 0.0
     error: str = ""
@@ -107,6 +133,8 @@ class Stream(threading.Thread):
                     for choice in chunk["choices"]:
                         self.tokens += choice.get("token_ids") or []
                     self.first.set()
+                    if 0 < self.leave_after <= len(self.tokens):
+                        return
         except (httpx.HTTPError, OSError) as error:
             self.error = f"{type(error).__name__}: {error}"
         finally:
@@ -142,6 +170,22 @@ class Cluster:
                 continue
         raise SystemExit(f"no process {name}:\n{self._log.read_text()}")
 
+    def state(self) -> dict[str, Any]:
+        """The state of the cluster, as ``/admin/cluster`` shows it."""
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        answer = httpx.get(self.url.removesuffix("/v1") + "/admin/cluster", headers=headers, timeout=5.0)
+        return dict(answer.json())
+
+    def successor(self, name: str, pid: int) -> int:
+        """The process that takes the place of ``pid``."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            with contextlib.suppress(SystemExit):
+                if (found := self.pid(name)) != pid:
+                    return found
+            time.sleep(0.01)
+        raise SystemExit(f"no process {name}:\n{self._log.read_text()}")
+
     def settle(self) -> None:
         """Returns when all processes are there and requests are taken."""
         end = time.monotonic() + START_SECONDS
@@ -163,7 +207,8 @@ class Cluster:
             self.process.kill()
 
 
-def strike(cluster: Cluster, case: Case) -> None:
+def strike(cluster: Cluster, case: Case) -> list[int]:
+    """Returns the replacements that stand still."""
     pids = [cluster.pid(name) for name in case.victims]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP if case.seconds else signal.SIGKILL)
@@ -171,6 +216,31 @@ def strike(cluster: Cluster, case: Case) -> None:
         time.sleep(case.seconds)
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+    if not case.held:
+        return []
+    held = [cluster.successor(name, pid) for name, pid in zip(case.victims, pids, strict=True)]
+    for pid in held:
+        os.kill(pid, signal.SIGSTOP)
+    return held
+
+
+def open_streams(cluster: Cluster, prompts: Iterable[str], length: int) -> list[Stream]:
+    streams = [Stream(cluster.url, prompt, length) for prompt in prompts]
+    for stream in streams:
+        stream.start()
+    return streams
+
+
+def open_until_experts_move(cluster: Cluster, prompts: Iterable[str], length: int) -> list[Stream]:
+    """Opens rounds of streams. Returns the round in which experts move."""
+    end = time.monotonic() + STREAM_SECONDS
+    while time.monotonic() < end:
+        streams = open_streams(cluster, prompts, length)
+        while any(stream.is_alive() for stream in streams):
+            if cluster.state()["moves_open"]:
+                return streams
+            time.sleep(0.02)
+    raise SystemExit(f"no expert has moved within {STREAM_SECONDS:g} s")
 
 
 def run(
@@ -178,16 +248,18 @@ def run(
 ) -> dict[str, object]:
     """One case under a stream for each of the ``stored`` prompts. Returns its row."""
     length = len(next(iter(stored.values())))
-    streams = [Stream(cluster.url, prompt, length) for prompt in stored]
-    for stream in streams:
-        stream.start()
-    if not case.burst:
-        for stream in streams:
+    if case.moving:
+        streams = open_until_experts_move(cluster, stored, length)
+    else:
+        streams = open_streams(cluster, stored, length)
+        for stream in streams if not case.burst else ():
             stream.first.wait(STREAM_SECONDS)
-    time.sleep(chance.uniform(0.0, 0.1 if case.burst else 0.5))
-    strike(cluster, case)
+        time.sleep(chance.uniform(0.0, 0.1 if case.burst else 0.5))
+    held = strike(cluster, case)
     for stream in streams:
         stream.join(STREAM_SECONDS)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
     cut = [stream for stream in streams if stream.error and case.cuts]
     lost = [stream for stream in streams if stream not in cut and len(stream.tokens) < length]
     differ = sum(stream.tokens != stored[stream.prompt][: len(stream.tokens)] for stream in streams)
@@ -206,21 +278,13 @@ def run(
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--streams", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=120)
-    parser.add_argument("--stop", type=float, default=5.0, help="seconds of a standstill")
-    parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--minutes", type=float, default=60.0, help="no case begins after so many")
-    chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the cluster would outlive this process
-    chance = random.Random(chosen.seed)
-    cases = [case for case in schedule(chosen.stop) if chosen.only in case.name]
-    end = time.monotonic() + 60.0 * chosen.minutes
-    rows = []
-    arguments = ["cluster.backend=local", "frontend.port=0", "frontend.processes=2", "kv_cache.memory=64MiB"]
+def run_cases(
+    cases: list[Case], sizes: list[str], chosen: argparse.Namespace, chance: random.Random, end: float
+) -> Iterator[dict[str, object]]:
+    """Yields the rows of cases on one cluster, one after another, while they begin before
+    ``end``.
+    """
+    arguments = ["cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN_KEY}", *sizes]
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder), arguments)
         try:
@@ -233,10 +297,30 @@ def main() -> int:
                 stored[prompt] = alone.tokens
             for case in cases:
                 if time.monotonic() < end:
-                    rows.append(run(cluster, case, stored, chance))
-                    print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+                    row = run(cluster, case, stored, chance)
+                    print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+                    yield row
         finally:
             cluster.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streams", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument("--stop", type=float, default=5.0, help="seconds of a standstill")
+    parser.add_argument("--only", default="", help="cases whose names contain this")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no case begins after so many")
+    chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the cluster would outlive this process
+    chance = random.Random(chosen.seed)
+    end = time.monotonic() + 60.0 * chosen.minutes
+    rows: list[dict[str, object]] = []
+    for cases, sizes in ((schedule(chosen.stop), TWO_RANKS), (schedule_of_four(), FOUR_RANKS)):
+        cases = [case for case in cases if chosen.only in case.name]
+        if cases and time.monotonic() < end:
+            rows += run_cases(cases, sizes, chosen, chance, end)
     facts = {
         "seed": chosen.seed,
         "hardware": hardware(),

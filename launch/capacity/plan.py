@@ -105,7 +105,7 @@ class CapacityPlan:
         plan |= {
             "model": model,
             "hardware": self.setup.hardware.model_dump(),
-            "resolved": {name: setup[name] for name in names},
+            "resolved": {name: setup[name] for name in names} | {"spare_data": self.setup.spare_data},
         }
         for rank, held in zip(plan["ranks"], self.ranks, strict=True):
             rank["memory"]["weights"]["total"] = held.memory.weights.total

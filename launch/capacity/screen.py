@@ -77,6 +77,8 @@ def _capacity_table(plan: CapacityPlan) -> Table:
         f"{plan.largest_batch:,}",
     )
     table.add_row("longest context", f"{plan.longest_context:,}", "")
+    if plan.setup.mesh.data > 1:
+        table.add_row("data indices that the others outlive", "", str(plan.setup.spare_data))
     return table
 
 

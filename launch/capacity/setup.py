@@ -49,6 +49,7 @@ class Setup:
     capacity: int
     overlap: bool
     redundant: int
+    survivors: bool
     isa: Isa | None
 
     @property
@@ -65,6 +66,17 @@ class Setup:
     def num_slots(self) -> int:
         """Expert slots per rank and layer, equal on all ranks: some may stay empty."""
         return -(-(self.shape.moe.num_experts + self.redundant) // self.expert_ranks)
+
+    @property
+    def spare_data(self) -> int:
+        """Data indices without which the others go on, until those are replaced: they have slots
+        for every expert. 0 where every loss is waited for.
+        """
+        restarts = self.hardware.device == "cuda" and self.dispatch == "all_to_all"
+        if restarts or not self.survivors:
+            return 0
+        needed = -(-self.shape.moe.num_experts // (self.num_slots * self.mesh.tensor))
+        return self.mesh.data - max(1, needed)
 
     @property
     def expert_bytes(self) -> int:
@@ -125,6 +137,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         capacity=recipe.scheduler.max_batch_tokens,
         overlap=recipe.overlap != "off",
         redundant=recipe.experts.redundant,
+        survivors=recipe.cluster.survivors == "go_on",
         isa=_isa(recipe, hardware),
     )
 

@@ -228,6 +228,23 @@ def test_more_ranks_cannot_help_where_each_holds_too_much() -> None:
 # --------------------------------------------------------------------------- capacity
 
 
+@pytest.mark.parametrize(
+    ("overrides", "spare"),
+    [
+        (["cluster.ranks_per_node=4"], 0),
+        (["cluster.ranks_per_node=4", "experts.redundant=8"], 0),  # 10 slots each, 30 on three ranks
+        (["cluster.ranks_per_node=4", "experts.redundant=12"], 1),
+        (["cluster.ranks_per_node=4", "experts.redundant=32"], 2),
+        (["cluster.ranks_per_node=4", "experts.redundant=96"], 3),
+        (["cluster.ranks_per_node=4", "experts.redundant=32", "parallel.tensor=2"], 1),
+        (["cluster.ranks_per_node=4", "experts.redundant=96", "parallel.tensor=4"], 0),
+        (["cluster.ranks_per_node=4", "experts.redundant=32", "cluster.survivors=wait"], 0),
+    ],
+)
+def test_the_data_indices_that_others_outlive_follow_from_slots(overrides: list[str], spare: int) -> None:
+    assert plan_of("demo", *overrides).setup.spare_data == spare
+
+
 def test_batch_and_context_are_those_of_the_pages() -> None:
     found = plan_of("qwen3-30b-a3b-1xh100", "kv_cache.memory=6GiB", context=1100)
     pages = (6 << 30) // (64 * 50688)
