@@ -40,12 +40,9 @@ FIRST = ("launch", "serving", "engine")  # folders in the order of their longest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks slow tests, and puts files that take long first. Hosts come last, so that the worker
-    which has no clusters takes them.
-    """
+    """Marks slow tests, and puts files that take long first."""
     _mark_slow_tests(config, items)
-    turns = {"clusters": 0, "hosts": 2}
-    items.sort(key=lambda item: (turns.get(_group_of(item.nodeid), 1), _rank(item)))
+    items.sort(key=lambda item: (_group_of(item.nodeid) != "clusters", _rank(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -63,19 +60,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _group_of(nodeid: str) -> str:
-    return _group_of_file(nodeid.partition("::")[0])
+    file = nodeid.partition("::")[0]
+    return "clusters" if _starts_clusters(file) else file
 
 
 @cache
-def _group_of_file(file: str) -> str:
-    """``clusters``: tests that start or share whole clusters, of Ray or on this machine, run one
-    after the other. So do those on ``hosts``, which wait most of the time. Every other file is a
-    group.
+def _starts_clusters(file: str) -> bool:
+    """Whether tests of the file start or share whole clusters, of Ray or of hosts: one cluster at a
+    time is as many processes as two cores carry.
     """
     text = (HERE.parent / file).read_text(encoding="utf-8")
-    if "*needs_" in text:
-        return "hosts"
-    return "clusters" if "tests/serving/" in file or re.search(r"mark\.ray\b", text) else file
+    return "tests/serving/" in file or bool(re.search(r"mark\.ray\b|\*needs_", text))
 
 
 def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
