@@ -20,7 +20,7 @@ TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER: list[Body] = [{"role": "user", "content": "Hello"}]
 GOOD: Body = {
     "prompt": [5, 6, 7, 8],
-    "max_tokens": 12,
+    "max_tokens": 6,
     "temperature": 0.0,
     "ignore_eos": True,
     "return_token_ids": True,
