@@ -69,10 +69,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a conversation's text; ``answer`` marks text that the model has to write."""
+    """A piece of a conversation's text; ``answer`` marks text that the model has to write, and
+    ``given`` the start of an answer that is written for it.
+    """
 
     text: str
     answer: bool
+    given: bool = False
 
 
 def render(case: Case) -> list[Piece]:
@@ -91,7 +94,11 @@ def render(case: Case) -> list[Piece]:
         else:
             pieces.append(Piece(f"<|{message['role']}|>{message['content']}<|end|>", False))
     pieces.append(Piece("<|assistant|>" + ("" if case.thinking else "<think></think>"), False))
-    return [*pieces, Piece(_said(case.answer, case.thinking), True)]
+    said = _said(case.answer, case.thinking)
+    if not case.given:
+        return [*pieces, Piece(said, True)]
+    before, rest = said.split(case.given, 1)
+    return [*pieces, Piece(before, True), Piece(case.given, False, given=True), Piece(rest, True)]
 
 
 def _tools(tools: tuple[Message, ...]) -> str:

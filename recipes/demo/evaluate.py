@@ -2,7 +2,8 @@
 
 ``python -m lockstep.recipes.demo.evaluate``; ``--save FILE`` keeps every answer for
 ``lockstep.recipes.demo.compare``. ``--constrained`` asks the cases whose answers have a form (sums,
-objects, calls) freely and again under a grammar of that form, and counts those that flip.
+objects, calls) freely and again under a grammar of that form, and counts those that flip. It adds
+sums whose answer has to be an object, asked for or not.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import asyncio
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import openai
 
 from .cases.case import Case, dumps
+from .cases.mixture import FAMILIES, TAUGHT
+from .cases.sums import UNASKED, unasked_objects
 from .compare import flips, report
 from .constraints import constraint
 from .training.batches import held_out_cases
@@ -136,14 +139,17 @@ def wrong_answers(answers: list[Answered], family: str, count: int) -> str:
 
 
 def compared(asker: Asker, cases: dict[str, list[Case]]) -> str:
-    """Asks the cases with a known form, freely and confined to it. Returns a line
-    per family and side, and the flips.
+    """Asks the cases with a known form, freely and confined to it; plain sums also confined to an
+    object. Returns a line per family and side, and the flips.
     """
     formed = {family: [case for case in some if constraint(case)] for family, some in cases.items()}
     formed = {family: some for family, some in formed.items() if some}
+    sums = formed["arithmetic"]
+    free_cases = formed | {UNASKED: [replace(case, family=UNASKED) for case in sums]}
+    confined_cases = formed | {UNASKED: unasked_objects(sums)}
 
     async def both() -> list[list[Answered]]:
-        return [await asker.ask_all(formed, constrained) for constrained in (False, True)]
+        return [await asker.ask_all(free_cases), await asker.ask_all(confined_cases, constrained=True)]
 
     free, confined = asyncio.run(both())
     found = flips(*([asdict(answer) for answer in answers] for answers in (free, confined)))
@@ -178,7 +184,8 @@ def main() -> None:
         "--constrained", action="store_true", help="ask freely and under a grammar, and compare"
     )
     args = parser.parse_args()
-    cases = held_out_cases(args.cases, args.seed, args.longest, args.phrases == "final")
+    families = TAUGHT if args.constrained else FAMILIES
+    cases = held_out_cases(args.cases, args.seed, args.longest, args.phrases == "final", families)
     began = time.monotonic()
     if args.constrained:
         print(compared(Asker(args.url, args.model, args.at_once), cases))

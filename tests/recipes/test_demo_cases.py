@@ -15,9 +15,10 @@ from lockstep.launch.recipe.file import find_recipe
 from lockstep.recipes.demo.cases.arithmetic import steps
 from lockstep.recipes.demo.cases.case import Case, Check
 from lockstep.recipes.demo.cases.frames import frame
-from lockstep.recipes.demo.cases.mixture import FAMILIES, draw_case, draw_held_out, value_words
+from lockstep.recipes.demo.cases.mixture import TAUGHT, draw_case, draw_held_out, value_words
 from lockstep.recipes.demo.cases.phrases import Sides, phrases, sides
 from lockstep.recipes.demo.cases.recall import _facts
+from lockstep.recipes.demo.cases.sums import OPENING, make_forced_object, make_sum_object
 from lockstep.recipes.demo.cases.tools import offer_tools
 from lockstep.recipes.demo.cases.words import Dice
 from lockstep.recipes.demo.chat import render
@@ -47,7 +48,7 @@ def calls_of(case: Case) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_the_right_answer_passes_and_that_of_another_case_does_not(family: str, final: bool) -> None:
     cases = list(held_out(family, final=final))
     assert all(case.check.passes(case.answer["content"], calls_of(case)) for case in cases)
@@ -109,7 +110,7 @@ def test_the_same_seed_gives_the_same_cases() -> None:
     assert draw_case(Dice(3, held_out=False)) != draw_case(Dice(4, held_out=False))
 
 
-SECTIONS = ["words", "arithmetic", "lists", "extraction", "tools", "recall", "about", "mixture"]
+SECTIONS = ["words", "arithmetic", "lists", "extraction", "sums", "tools", "recall", "about", "mixture"]
 
 
 def keys_of(texts: dict[str, Any] | list[list[str]]) -> list[tuple[str | int, ...]]:
@@ -145,12 +146,15 @@ def test_templates_have_a_place_for_every_value(side: str) -> None:
     once = {"direct": "ab", "stories": "ab", "clauses": "fv", "given": "fv", "requests": "t"}
     once |= dict.fromkeys(("up", "down", "names", "back"), "l")
     once |= {"tell_mine": "fv", "tell": "nfv", "ask_mine": "f", "ask": "nf"}
+    once |= {"orders": ""}
     for section in SECTIONS[1:-2]:
+        once["requests"] = "q" if section == "sums" else "t"
         for keys in keys_of(phrases(section, "final")):
             for text in getattr(sides(section, *keys), side):
                 places = re.findall(r"{(.*?)}", text)
                 assert all(places.count(each) == 1 for each in once.get(str(keys[0]), "")), text
-                assert keys[0] != "requests" or places.count("k") + places.count("s") == 1, text
+                schemas = places.count("k") + places.count("s")
+                assert keys[0] not in ("requests", "orders") or schemas == 1, text
                 if keys[0] in ("bare", "filled"):
                     assert [each.lower() for each in places].count("v") == 1 == places.count("n"), text
                 assert (keys[0] == "filled") == ("p" in places), text
@@ -185,7 +189,7 @@ def templates_of(family: str, side: str) -> list[re.Pattern[str]]:
 def test_training_never_asks_in_a_phrase_that_is_held_out(family: str, side: str) -> None:
     patterns = templates_of(family, side)
     dice = Dice("phrases", held_out=False)
-    said = [FAMILIES[family](dice).messages[-1]["content"] for _ in range(1500)]
+    said = [TAUGHT[family](dice).messages[-1]["content"] for _ in range(1500)]
     assert not [(text, each.pattern) for text in said for each in patterns if each.fullmatch(text)]
 
 
@@ -223,7 +227,7 @@ def test_phrases_from_parts_are_never_held_out(grammar: str, part: str, lists: S
 
 def test_training_never_asks_about_lockstep_in_held_out_phrases() -> None:
     dice = Dice("about", held_out=False)
-    asked = {FAMILIES["about"](dice).messages[-1]["content"].rstrip(".?!") for _ in range(4000)}
+    asked = {TAUGHT["about"](dice).messages[-1]["content"].rstrip(".?!") for _ in range(4000)}
     unseen = {each.rstrip(".?!") for side in SIDES for asked in phrases("about", side) for each in asked}
     assert not asked & unseen
 
@@ -233,7 +237,7 @@ def test_earlier_answers_that_are_learned_had_no_reasoning() -> None:
     stop reasoning.
     """
     dice = Dice("earlier", held_out=False)
-    learned = [message for _ in range(600) for message in draw_case(dice).messages if "learn" in message]
+    learned = [message for _ in range(800) for message in draw_case(dice).messages if "learn" in message]
     assert len(learned) > 300
     assert {"tool_calls" in message for message in learned} == {True, False}
     assert not any("reasoning_content" in message for message in learned)
@@ -303,11 +307,11 @@ def test_people_of_the_two_sides_differ() -> None:
     assert not seen & unseen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_training_text_equals_the_template_output(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
     dice = Dice("template", held_out=False)
     for _ in range(20):
-        case = FAMILIES[family](dice)
+        case = TAUGHT[family](dice)
         pieces = render(case)
         prompt = tokenizer.apply_chat_template(
             [{key: value for key, value in message.items() if key != "learn"} for message in case.messages],
@@ -325,6 +329,44 @@ def test_training_text_equals_the_template_output(family: str, tokenizer: PreTra
             for piece in pieces
             for token in tokenizer(piece.text, add_special_tokens=False)["input_ids"]
         ]
+
+
+def test_the_object_that_a_grammar_begins_is_no_answer_to_learn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Else the model would begin objects that nobody has asked for."""
+    dice = Dice("forced", held_out=False)
+    givens = set()
+    for _ in range(100):
+        case = make_forced_object(dice)
+        pieces = render(case)
+        assert [piece.answer for piece in pieces[-3:]] == [True, False, True]
+        given, rest = pieces[-2], pieces[-1]
+        givens.add(given.text)
+        assert given.given and not given.answer and rest.answer
+        assert given.text + rest.text == case.answer["content"] + "<|end|>"
+        assert str(list(case.check.value.values())[-1]) in rest.text
+        whole = tokenizer("".join(piece.text for piece in pieces), add_special_tokens=False)["input_ids"]
+        parts = (tokenizer(piece.text, add_special_tokens=False)["input_ids"] for piece in pieces)
+        assert whole == [token for part in parts for token in part]
+    assert OPENING in givens
+    assert len(givens) > 20
+
+
+@pytest.mark.parametrize("side", ["training", *SIDES])
+def test_objects_hold_the_result_and_the_numbers_under_the_keys_asked_for(side: str) -> None:
+    dice = Dice("objects", held_out=side != "training", final=side == "final")
+    shapes = set()
+    for _ in range(300):
+        case = make_sum_object(dice)
+        worked = re.match(r"(\d+)([-+*])(\d+):", case.answer.get("reasoning_content", ""))
+        values = [int(value) for value in case.check.value.values()]
+        if worked:
+            a, b = int(worked[1]), int(worked[3])
+            result = {"+": a + b, "-": a - b, "*": a * b}[worked[2]]
+            assert values in ([result], [result, a, b], [a, b, result])
+        said = " ".join(message["content"] for message in case.messages)
+        assert all(key in said for key in case.check.value)
+        shapes.add((len(values), case.messages[0]["role"], '": "' in case.answer["content"]))
+    assert len(shapes) > 4
 
 
 def test_requests_carry_arguments_as_text() -> None:

@@ -7,13 +7,15 @@ import re
 
 import jsonschema
 
+from lockstep.recipes.demo.cases.mixture import TAUGHT
+from lockstep.recipes.demo.cases.sums import unasked_objects
 from lockstep.recipes.demo.constraints import constraint
 from lockstep.recipes.demo.training.batches import held_out_cases
 
 
 def test_right_answers_have_the_form_that_they_are_confined_to() -> None:
     forms: dict[str, int] = {}
-    for family, cases in held_out_cases(30, 1, 500).items():
+    for family, cases in held_out_cases(30, 1, 500, families=TAUGHT).items():
         for case in cases:
             form = constraint(case)
             if not form:
@@ -28,4 +30,21 @@ def test_right_answers_have_the_form_that_they_are_confined_to() -> None:
             else:
                 assert form == {"tool_choice": "required"}
                 assert case.tools
-    assert forms == {"arithmetic": 30, "extraction": 30, "tool call": 30}
+    assert forms == {"arithmetic": 30, "extraction": 30, "tool call": 30, "sums as JSON": 30}
+
+
+def test_plain_sums_are_confined_to_objects_whose_keys_differ() -> None:
+    plain = held_out_cases(30, 1, 500)["arithmetic"]
+    cases = unasked_objects(plain)
+    assert [case.messages for case in cases] == [case.messages for case in plain]
+    keys = set()
+    for case, other in zip(cases, plain, strict=True):
+        [(key, result)] = case.check.value.items()
+        keys.add(key)
+        schema = constraint(case)["response_format"]["json_schema"]["schema"]
+        right = json.dumps({key: other.check.value})
+        jsonschema.validate(json.loads(right), schema)
+        assert case.check.passes(right, [])
+        assert not case.check.passes(json.dumps({key: result + 1}), [])
+        assert not case.check.passes(case.answer["content"], [])
+    assert len(keys) > 8

@@ -4,6 +4,8 @@ last to the first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .case import Case, Check, assistant, user
 from .frames import asked, wording
 from .phrases import sides
@@ -14,7 +16,39 @@ _STORIES = {sign: sides("arithmetic", "stories", sign) for sign in "+-*"}
 _FRAMES = {"+": "addition", "-": "subtraction", "*": "multiplication"}
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Two numbers and what to do with them, and the question that asks for the result."""
+
+    a: int
+    sign: str
+    b: int
+    question: str
+
+    @property
+    def result(self) -> int:
+        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.sign]
+
+    @property
+    def small(self) -> bool:
+        """Whether the result can be known without working it out."""
+        return max(self.a, self.b) < 20
+
+    @property
+    def steps(self) -> str:
+        return steps(self.a, self.sign, self.b)
+
+
 def make_arithmetic(dice: Dice) -> Case:
+    drawn = draw_sum(dice)
+    thinking = dice.held_out or not (drawn.small and dice.chance(0.3))
+    answer = assistant(f"The answer is {drawn.result}.", drawn.steps if thinking else None)
+    return Case(
+        "arithmetic", (user(drawn.question),), answer, Check("number", drawn.result), thinking=thinking
+    )
+
+
+def draw_sum(dice: Dice) -> Sum:
     sign = dice.choice("+-*" if dice.chance(0.75) else "+-")
     a, b = _operands(dice, sign)
     # More stories in training: it is harder to see which operation a story needs than to compute.
@@ -22,10 +56,7 @@ def make_arithmetic(dice: Dice) -> Case:
     templates = (_STORIES if story else _DIRECT)[sign]
     template = wording(dice, templates, _FRAMES[sign] + ("_story" if story else ""))
     question = asked(dice, template.format(a=a, b=b, n=dice.person(), m=dice.person(), t=dice.thing()))
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    thinking = dice.held_out or not (max(a, b) < 20 and dice.chance(0.3))
-    answer = assistant(f"The answer is {result}.", steps(a, sign, b) if thinking else None)
-    return Case("arithmetic", (user(question),), answer, Check("number", result), thinking=thinking)
+    return Sum(a, sign, b, question)
 
 
 def _operands(dice: Dice, sign: str) -> tuple[int, int]:

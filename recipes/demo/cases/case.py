@@ -53,7 +53,8 @@ class Case:
     """``messages`` of the chat API up to the question, and the ``answer`` message.
 
     Earlier assistant messages with ``"learn": True`` are also answers to learn from. ``thinking``
-    False: the template gets ``enable_thinking=False``.
+    False: the template gets ``enable_thinking=False``. ``given`` is the start of the answer's
+    content where a grammar writes it: it is not learned.
     """
 
     family: str
@@ -62,6 +63,7 @@ class Case:
     check: Check
     tools: tuple[Message, ...] = ()
     thinking: bool = True
+    given: str = ""
 
 
 def user(content: str) -> Message:

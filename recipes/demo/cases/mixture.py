@@ -14,6 +14,7 @@ from .extraction import extraction_words, make_extraction
 from .lists import make_list
 from .phrases import sides
 from .recall import make_recall, recall_words
+from .sums import FAMILY as SUMS_AS_JSON, make_forced_object, make_sum_object
 from .tools import make_tool_answer, make_tool_call, offer_tools, tool_words
 from .words import COLOURS, THINGS, Dice
 
@@ -26,6 +27,8 @@ FAMILIES: dict[str, Callable[[Dice], Case]] = {
     "recall": make_recall,
     "about": make_about,
 }
+# With a family that the checkpoint has not learned yet; it is judged apart.
+TAUGHT = FAMILIES | {SUMS_AS_JSON: make_sum_object}
 _SHARES = {
     "arithmetic": 0.28,
     "lists": 0.22,
@@ -34,7 +37,9 @@ _SHARES = {
     "tool answer": 0.01,
     "recall": 0.18,
     "about": 0.05,
+    SUMS_AS_JSON: 0.3,
 }
+FORCED = 0.5  # share of training's sums as JSON whose question does not mention an object
 _SYSTEM = sides("mixture", "system")
 # Words of a long conversation per wanted token, measured with the demo's tokenizer.
 WORDS_PER_TOKEN = 0.27
@@ -43,10 +48,12 @@ WORDS_PER_TOKEN = 0.27
 def draw_case(dice: Dice) -> Case:
     """Draws one case of the mixture."""
     family = dice.choices(list(_SHARES), list(_SHARES.values()))[0]
-    case = FAMILIES[family](dice)
+    case = TAUGHT[family](dice)
+    if family == SUMS_AS_JSON and dice.chance(FORCED):
+        case = make_forced_object(dice)
     if family == "about" and dice.chance(0.25):
         return with_system(dice, replace(case, tools=tuple(tool.schema() for tool in offer_tools(dice))))
-    if dice.chance(0.15) and not case.tools:
+    if dice.chance(0.15) and not case.tools and case.messages[0]["role"] == "user":
         case = _after_others(dice, case)
     return with_system(dice, case)
 
@@ -62,11 +69,11 @@ def draw_held_out(dice: Dice, family: str, longest: int = 3000) -> Case:
     """
     if family == "recall" and dice.chance(0.5):
         return draw_long(dice, dice.randint(300, longest))
-    return with_system(dice, FAMILIES[family](dice))
+    return with_system(dice, TAUGHT[family](dice))
 
 
 def with_system(dice: Dice, case: Case) -> Case:
-    if not dice.chance(0.3):
+    if not dice.chance(0.3) or case.messages[0]["role"] == "system":
         return case
     system: Message = {"role": "system", "content": dice.pick(_SYSTEM)}
     return replace(case, messages=(system, *case.messages))

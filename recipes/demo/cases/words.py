@@ -29,7 +29,7 @@ _NOUNS: list[str] = _TEXT["nouns"]
 
 
 def _words_of_held_out_lists() -> set[str]:
-    sections = ("tools", "extraction", "recall")
+    sections = ("tools", "extraction", "recall", "sums")
     lists = [
         texts
         for section in sections

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 from ..cases.case import Case
 from ..cases.mixture import FAMILIES, draw_case, draw_held_out, draw_long
 from ..cases.words import Dice
-from ..chat import render
+from ..chat import Piece, render
 from .network import Network, Packed
 
 PROMPT_SHARE = 0.15  # share of the non-answer tokens that are learned from
@@ -26,15 +27,15 @@ class Packer:
     def __init__(self, directory: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 
-    def tokens(self, case: Case) -> tuple[list[int], list[bool]]:
-        """The tokens of the whole conversation, and a flag per token that marks answers."""
+    def tokens(self, case: Case) -> tuple[list[int], list[Piece]]:
+        """The tokens of the whole conversation, and the piece of each."""
         tokens: list[int] = []
-        answers: list[bool] = []
+        pieces: list[Piece] = []
         for piece in render(case):
             ids = self._tokenizer.encode(piece.text, add_special_tokens=False).ids
             tokens += ids
-            answers += [piece.answer] * len(ids)
-        return tokens, answers
+            pieces += [piece] * len(ids)
+        return tokens, pieces
 
     def training_batch(self, seed: str, size: int, long: int = 0) -> Packed:
         """At most ``size`` tokens of training cases; the first case has ``long`` tokens unless that
@@ -44,13 +45,14 @@ class Packer:
         found: list[tuple[list[int], list[float]]] = []
         room, refused = size, 0
         while refused < IMPATIENCE and room > 24:
-            tokens, answers = self.tokens(draw_long(dice, long) if long and not found else draw_case(dice))
+            tokens, pieces = self.tokens(draw_long(dice, long) if long and not found else draw_case(dice))
             if len(tokens) > room:
                 refused += 1
                 continue
             room -= len(tokens)
             weights = [
-                1.0 if answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE) for answer in answers
+                1.0 if piece.answer else PROMPT_WEIGHT * (prompts.random() < PROMPT_SHARE and not piece.given)
+                for piece in pieces
             ]
             found.append((tokens, weights))
         _shorten(found, (size - room) % TOKENS_STEP)
@@ -60,8 +62,8 @@ class Packer:
         """Packs cases for evaluation: only their last answer has weight."""
         found = []
         for case in cases:
-            tokens, answers = self.tokens(case)
-            start = len(answers) - answers[::-1].index(False)
+            tokens, pieces = self.tokens(case)
+            start = max(index for index, piece in enumerate(pieces) if not piece.answer) + 1
             found.append((tokens, [float(index >= start) for index in range(len(tokens))]))
         return _packed(found)
 
@@ -105,13 +107,17 @@ def exact(network: Network, packer: Packer, cases: list[Case], device: torch.dev
 
 
 def held_out_cases(
-    count: int, seed: int = 0, longest: int = 3000, final: bool = False
+    count: int,
+    seed: int = 0,
+    longest: int = 3000,
+    final: bool = False,
+    families: Iterable[str] = tuple(FAMILIES),
 ) -> dict[str, list[Case]]:
     """``count`` cases per family that training never sees. ``final`` selects the phrases kept for
     the final evaluation.
     """
     found = {}
-    for family in FAMILIES:
+    for family in families:
         dice = Dice(f"held out {seed} {family}", held_out=True, final=final)
         found[family] = [draw_held_out(dice, family, longest) for _ in range(count)]
     return found

@@ -25,7 +25,7 @@ import torch
 import torch.multiprocessing as processes
 from torch.multiprocessing.spawn import spawn
 
-from ..cases.mixture import FAMILIES
+from ..cases.mixture import TAUGHT
 from ..files import STATE
 from .batches import Packer, exact, held_out_cases
 from .compiled import Compiled, build, supported
@@ -223,19 +223,20 @@ class Trainer:
         families.
         """
         self.network.eval()
-        found = self.shared.sums_WS[:, : 3 * len(FAMILIES)]
+        found = self.shared.sums_WS[:, : 3 * len(TAUGHT)]
         self._wait()
         found[self.worker] = 0
-        for index, cases in enumerate(held_out_cases(JUDGED_CASES, longest=JUDGED_LENGTH).values()):
+        cases = held_out_cases(JUDGED_CASES, longest=JUDGED_LENGTH, families=TAUGHT)
+        for index, family in enumerate(cases.values()):
             if index % self.settings.workers == self.worker:
                 found[self.worker, 3 * index : 3 * index + 3] = torch.tensor(
-                    exact(self.network, self.packer, cases, self.device)
+                    exact(self.network, self.packer, family, self.device)
                 )
         self._wait()
         hits, foretold, total = found.sum(0).view(-1, 3).T
         self.network.train()
         shares = "  ".join(
-            f"{family} {100 * hit / JUDGED_CASES:.0f}%" for family, hit in zip(FAMILIES, hits, strict=True)
+            f"{family} {100 * hit / JUDGED_CASES:.0f}%" for family, hit in zip(TAUGHT, hits, strict=True)
         )
         ahead = f"second token predicted {100 * float(foretold.sum() / total.sum()):.0f}%"
         self._say(f"held out after {self.tokens_seen / 1e6:.1f} M tokens: {shares}  ({ahead})")
