@@ -203,6 +203,7 @@ class FrontendSection(RecipeSection):
             "deepseek_v31",
             "glm4",
             "glm47",
+            "harmony",
             "hermes",
             "kimi_k2",
             "minimax_m2",
@@ -211,9 +212,9 @@ class FrontendSection(RecipeSection):
         ],
         BeforeValidator(switch),
     ] = Field(default="auto", description="format of tool calls; auto: by the chat template")
-    reasoning_parser: Annotated[Literal["auto", "off", "think", "mistral"], BeforeValidator(switch)] = Field(
-        default="auto", description="format of reasoning; auto: by the chat template"
-    )
+    reasoning_parser: Annotated[
+        Literal["auto", "off", "think", "mistral", "harmony"], BeforeValidator(switch)
+    ] = Field(default="auto", description="format of reasoning; auto: by the chat template")
     grammar_seconds: float = Field(
         default=1.5, gt=0, le=60, description="most CPU seconds to check one schema or pattern of a request"
     )

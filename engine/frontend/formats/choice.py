@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .deepseek import DeepSeek, DeepSeekV31
 from .format import ToolFormat, Tools
 from .glm import Glm, Glm47
+from .harmony import CHANNELS, Harmony, HarmonyParser
 from .hermes import Hermes
 from .kimi import Kimi
 from .minimax import MiniMax
@@ -24,6 +25,7 @@ TOOL_FORMATS: Mapping[str, type[ToolFormat]] = {
     "deepseek_v31": DeepSeekV31,
     "glm4": Glm,
     "glm47": Glm47,
+    "harmony": Harmony,
     "hermes": Hermes,
     "kimi_k2": Kimi,
     "minimax_m2": MiniMax,
@@ -33,11 +35,13 @@ TOOL_FORMATS: Mapping[str, type[ToolFormat]] = {
 REASONING_TAGS: Mapping[str, Tags] = {
     "think": Tags("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM, Kimi-K2-Thinking, MiniMax-M2
     "mistral": Tags("[THINK]", "[/THINK]"),
+    "harmony": CHANNELS,
 }
 # Texts that only a template of the format contains all of. The first format that fits is taken:
 # GLM's and Qwen3-Coder's templates contain the tag of Hermes too, and each older form a part of
 # the newer one's.
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("harmony", (CHANNELS.open,)),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
@@ -48,6 +52,7 @@ _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qwen3_coder", ("<function=", "<parameter=")),
     ("hermes", ("<tool_call>",)),
 )
+_REASONING_SIGNS = {name: tags.close for name, tags in REASONING_TAGS.items()} | {"harmony": CHANNELS.open}
 # Llama 3 writes JSON behind it, for which there is no parser.
 _NOT_PARSED = "<function="
 _FAMILIES = {
@@ -74,8 +79,13 @@ class Formats:
     @property
     def markers(self) -> tuple[str, ...]:
         """Tags that must reach the parser even if they are special tokens."""
-        tags = () if self.reasoning is None else (self.reasoning.open, self.reasoning.close)
+        tags = () if self.reasoning is None else self.reasoning.markers
         return tags + (() if self.tools is None else self.tools.markers)
+
+    @property
+    def harmony(self) -> bool:
+        """Whether replies are rows of messages with headers."""
+        return self.reasoning is CHANNELS or self.tools is Harmony
 
     def opens_reasoning(self, prompt: str, last_message: str | None) -> bool:
         """Whether a reply to ``prompt`` begins inside the reasoning. ``last_message`` is the
@@ -115,6 +125,9 @@ class Manner:
         if kind is None and self.formats.reasoning is None:
             return None
         speech = Speech(self.show_reasoning, self.one_call, kind.id_length if kind is not None else 0)
+        if self.formats.harmony:
+            harmony = Harmony(self.tools) if self.tools is not None and kind is not None else None
+            return HarmonyParser(speech, self.formats.reasoning, harmony, self.thinking, self.named)
         format = kind(self.tools or {}) if kind is not None else None
         return ReplyParser(speech, self.formats.reasoning, format, self.thinking, self.named)
 
@@ -127,11 +140,17 @@ def choose(
     if tool_parser == AUTO:
         tool_parser = _tool_format(template, model_type)
     if reasoning_parser == AUTO:
-        reasoning_parser = next(
-            (name for name, tags in REASONING_TAGS.items() if tags.close in template), OFF
-        )
+        reasoning_parser = next((name for name, signs in _REASONING_SIGNS.items() if signs in template), OFF)
     _check("tool_parser", tool_parser, TOOL_FORMATS)
     _check("reasoning_parser", reasoning_parser, REASONING_TAGS)
+    if "harmony" in (tool_parser, reasoning_parser) and not {tool_parser, reasoning_parser} <= {
+        "harmony",
+        OFF,
+    }:
+        raise ValueError(
+            f"frontend.tool_parser = {tool_parser}, frontend.reasoning_parser = {reasoning_parser}: "
+            "harmony is the form of a whole reply; use it for both, or off for the other"
+        )
     return Formats(REASONING_TAGS.get(reasoning_parser), TOOL_FORMATS.get(tool_parser))
 
 

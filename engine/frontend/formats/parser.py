@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .format import ToolFormat
+from .lark import Lark
 from .reader import NEWLINES, SPACE, Reader, Steps
 from .speech import Delta, Speech
 
@@ -15,6 +16,23 @@ class Tags:
 
     open: str
     close: str
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Tags that must reach the parser even if they are special tokens."""
+        return self.open, self.close
+
+    def head(self, lark: Lark) -> str:
+        """The expression of that which stands before content; empty for nothing."""
+        return ""
+
+    def before(self, lark: Lark, body: str, opened: bool, openings: tuple[str, ...]) -> str:
+        """The expression of ``body`` after the reasoning that has been ``opened``, or that the
+        model may open. A call is one wherever it begins, so none of ``openings`` stands before the
+        end of the reasoning.
+        """
+        rest = f"{lark.until(self.close, openings)} {lark.line_breaks(2)}"
+        return f"{rest} {body}" if opened else f"({lark.tag(self.open)} {rest})? {body}"
 
 
 class ReplyParser:

@@ -12,8 +12,8 @@ from ..api.errors import ApiError, bad_request, shown
 from ..api.outline import check_outline
 from ..api.schemas import ChatMessage, ContentPart, Conversation
 from .chat_template import render
-from .earlier_calls import call_arguments_for
-from .habits import Beside, Habits
+from .earlier_calls import call_arguments_for, one_by_one
+from .habits import THOUGHTS, Beside, Habits
 from .roles import Fate
 
 OWN_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
@@ -31,6 +31,8 @@ def conversation_text(codec: Codec, habits: Habits, ask: Conversation) -> str:
     messages = [
         plain for index, message in enumerate(ask.messages) for plain in _plain(habits, index, message)
     ]
+    if habits.one_call:
+        messages = one_by_one(messages)
     tools = [tool.model_dump(exclude_unset=True) for tool in ask.shown_tools] or None
     options["add_generation_prompt"] = ask.opens_turn
     options["continue_final_message"] = bool(ask.continue_final_message)
@@ -77,7 +79,7 @@ def _effort(habits: Habits, ask: Conversation) -> dict[str, Any]:
 
 
 def _plain(habits: Habits, index: int, message: ChatMessage) -> list[dict[str, Any]]:
-    """A message as the template takes it: content as text, reasoning under both names, arguments
+    """A message as the template takes it: content as text, reasoning under all names, arguments
     as text or object, a role that it writes. Two where content and calls must stand apart.
     """
     plain = message.model_dump(exclude_none=True, exclude={"tool_calls", "function_call"})
@@ -85,18 +87,18 @@ def _plain(habits: Habits, index: int, message: ChatMessage) -> list[dict[str, A
     content = plain["content"] = content_of(index, message)
     thoughts = message.reasoning if message.reasoning is not None else message.reasoning_content
     if thoughts is not None:
-        plain["reasoning"] = plain["reasoning_content"] = thoughts
+        plain.update(dict.fromkeys(THOUGHTS, thoughts))
     calls = _calls(habits, index, message)
     if not calls:  # templates test for the key, not for its value
         return [plain]
     plain["tool_calls"] = calls
-    if content and habits.beside is Beside.TOGETHER:
+    if content and habits.beside is Beside.TOGETHER and (thoughts is None or habits.all_beside):
         return [plain]
     plain["content"] = None if habits.null_content else ""
     if not content or habits.beside is Beside.CALLS_ALONE:
         return [plain]
     text = {name: value for name, value in plain.items() if name != "tool_calls"} | {"content": content}
-    calls_alone = {name: value for name, value in plain.items() if "reasoning" not in name}
+    calls_alone = {name: value for name, value in plain.items() if name not in THOUGHTS}
     return [text, calls_alone]
 
 

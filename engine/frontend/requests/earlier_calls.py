@@ -39,6 +39,30 @@ def call_arguments_for(habits: Habits, given: str | dict[str, Any] | None) -> st
     return given if habits.raw_arguments else _completed(given)
 
 
+def one_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with each call in a message of its own, followed by its results."""
+    found: list[dict[str, Any]] = []
+    at = 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            found.append(message)
+            continue
+        results = []
+        while at < len(messages) and messages[at]["role"] == "tool":
+            results.append(messages[at])
+            at += 1
+        for call in calls:
+            found.append({**message, "tool_calls": [call]})
+            mine = [result for result in results if result.get("tool_call_id") == call.get("id")]
+            found += mine
+            results = [result for result in results if result not in mine]
+            message = {"role": message["role"], "content": message["content"] and ""}
+        found += results
+    return found
+
+
 def object_of(text: str) -> dict[str, Any]:
     """Arguments that a model has written, as an object; completed where they break off."""
     found = _object(text)

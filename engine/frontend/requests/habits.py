@@ -14,7 +14,7 @@ from ..api.errors import ApiError
 from .chat_template import render
 from .roles import PROBE_TEXT, Roles, learn_roles
 
-PROBE_NAME, PROBE_VALUE = "probe_function", "probe_value"
+PROBE_NAME, PROBE_VALUE, SECOND_NAME = "probe_function", "probe_value", "second_function"
 PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -28,6 +28,7 @@ PROBE_TOOL = {
     },
 }
 BROKEN_ARGUMENTS = f'{{"key": "{PROBE_VALUE}'
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # of a message; gpt-oss reads the last
 SWITCHES = ("enable_thinking", "thinking")  # Qwen3 and GLM; DeepSeek-V3.1
 USER = {"role": "user", "content": "x"}
 
@@ -64,12 +65,16 @@ class Habits:
     ``null_content``: it takes null, not empty text, as content of a message with calls alone.
     ``shows_tools``: the prompt depends on ``tools``.
     ``raw_arguments``: it writes arguments that are text as they are, so they need not be JSON.
+    ``all_beside``: it takes reasoning too in a message with content and calls.
+    ``one_call``: of several calls of a message it writes one.
     """
 
     text_arguments: bool = False
     null_content: bool = False
     shows_tools: bool = False
     raw_arguments: bool = False
+    all_beside: bool = True
+    one_call: bool = False
     beside: Beside = Beside.TOGETHER
     thinking: Thinking = field(default_factory=Thinking)
     roles: Roles = field(default_factory=Roles)
@@ -94,6 +99,9 @@ def learn_habits(codec: Codec) -> Habits:
                 null_content=null_content,
                 shows_tools=shows_tools,
                 raw_arguments=BROKEN_ARGUMENTS in (_probe(codec, _turn(content, BROKEN_ARGUMENTS)) or ""),
+                all_beside=_probe(codec, _turn(PROBE_TEXT, given, thoughts=PROBE_TEXT)) is not None,
+                one_call=SECOND_NAME
+                not in (_probe(codec, _turn(content, given, second=True)) or SECOND_NAME),
                 beside=_learn_beside(codec, content, given),
                 thinking=thinking,
                 roles=roles,
@@ -101,14 +109,27 @@ def learn_habits(codec: Codec) -> Habits:
     return Habits(shows_tools=shows_tools, thinking=thinking, roles=roles)
 
 
-def _turn(content: str | None, arguments: Any, before: bool = False) -> list[dict[str, Any]]:
+def _turn(
+    content: str | None,
+    arguments: Any,
+    before: bool = False,
+    thoughts: str | None = None,
+    second: bool = False,
+) -> list[dict[str, Any]]:
     """A turn with a call and its result; ``before``, the content comes in a message of its own."""
     function = {"name": PROBE_NAME, "arguments": arguments}
-    call = {"id": "probe0001", "type": "function", "function": function}
+    calls = [{"id": "probe0001", "type": "function", "function": function}]
+    if second:
+        calls.append({**calls[0], "id": "probe0002", "function": {**function, "name": SECOND_NAME}})
     return [
         USER,
         *([{"role": "assistant", "content": PROBE_TEXT}] if before else []),
-        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": calls,
+            **({} if thoughts is None else dict.fromkeys(THOUGHTS, thoughts)),
+        },
         {"role": "tool", "content": "y", "name": PROBE_NAME, "tool_call_id": "probe0001"},
     ]
 

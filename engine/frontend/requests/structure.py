@@ -38,7 +38,9 @@ def grammar_of(ask: Generate, manner: Manner | None, spell: Spell) -> tuple[Clai
     if content is not None:
         param, write = content
         claims.append(_claim(param, spell, write))
-        branches.append(write(lark))
+        tags = manner.formats.reasoning if manner is not None else None
+        head = tags.head(lark) if tags is not None else ""
+        branches.append(f"{head} {write(lark)}" if head else write(lark))
     else:
         param = "tools"
     if isinstance(ask, ChatRequest) and manner is not None and manner.tools is not None:
@@ -140,10 +142,8 @@ def _after_reasoning(body: str, manner: Manner | None, lark: Lark) -> str:
     tags = manner.formats.reasoning if manner is not None else None
     if manner is None or tags is None or manner.answering:
         return body
-    # A call is one wherever it begins, so none may begin before the reasoning is closed.
     tools = manner.formats.tools if manner.tools is not None else None
-    rest = f"{lark.until(tags.close, tools.openings if tools is not None else ())} {lark.line_breaks(2)}"
-    return f"{rest} {body}" if manner.thinking else f"({lark.tag(tags.open)} {rest})? {body}"
+    return tags.before(lark, body, manner.thinking, tools.openings if tools is not None else ())
 
 
 def refuse_without_end(eos_ids: tuple[int, ...]) -> None:

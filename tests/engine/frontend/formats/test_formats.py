@@ -261,6 +261,10 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     assert choose("<tool_call>{name}<arg_key>{key}</arg_key><arg_value>", "").tools is TOOL_FORMATS["glm47"]
     coder = "<tool_call>\n<function=example>\n<parameter=example>\n"
     assert choose(coder, "qwen3_moe").tools is TOOL_FORMATS["qwen3_coder"]
+    both = Formats(REASONING_TAGS["harmony"], TOOL_FORMATS["harmony"])
+    assert choose("<|start|>assistant<|channel|>analysis<|message|>", "") == both
+    with pytest.raises(ValueError, match="harmony is the form of a whole reply"):
+        choose(None, "", "harmony", "think")
     assert choose("<minimax:tool_call>", "").tools is TOOL_FORMATS["minimax_m2"]
     fenced = "<｜tool▁calls▁begin｜>function<｜tool▁sep｜>\\n```json"
     assert choose(fenced, "").tools is TOOL_FORMATS["deepseek_v3"]
@@ -271,6 +275,6 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     known = "auto, off, " + ", ".join(TOOL_FORMATS)
     with pytest.raises(ValueError, match=rf"frontend\.tool_parser = qwen: should be one of {known}"):
         choose(None, "", "qwen")
-    known = "auto, off, think, mistral"
+    known = "auto, off, think, mistral, harmony"
     with pytest.raises(ValueError, match=rf"frontend\.reasoning_parser = qwen: should be one of {known}"):
         choose(None, "", "auto", "qwen")

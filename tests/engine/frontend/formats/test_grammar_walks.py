@@ -115,10 +115,11 @@ class World:
 
 @cache
 def world(format: str, storage: str) -> World:
-    reasoning = REASONING_TAGS["mistral" if format == "mistral" else "think"]
+    reasoning = REASONING_TAGS[format if format in REASONING_TAGS else "think"]
     formats = Formats(reasoning, TOOL_FORMATS[format])
     with TemporaryDirectory() as folder:
-        size, end = write_tagged(Path(folder), list(dict.fromkeys(formats.markers)), storage)
+        final = END if END not in formats.markers else "<|endoftext|>"
+        size, end = write_tagged(Path(folder), list(dict.fromkeys(formats.markers)), storage, final)
         vocabulary = load_vocabulary(Path(folder), size + 6, (end,))  # logits are often wider
         assert vocabulary is not None
         return World(formats, Codec(Path(folder)), vocabulary, end)
@@ -203,6 +204,20 @@ def test_literals_that_read_like_tags_end_as_text_that_the_grammar_matches(forma
                 parser.finish()
                 content = parser.take().content
             assert re.fullmatch(pattern, content), (wanted, said)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_schema_is_followed_in_the_final_channel_of_harmony(storage: str) -> None:
+    place, schema = world("harmony", storage), only("a", {"enum": ["x", "<|en", 3]})
+    for seed in range(6):
+        ask = chat(structured_outputs={"json": schema})
+        manner = place.manner(ask, **BEGINNINGS[seed % 3])
+        parser = manner.parser()
+        assert parser is not None
+        parser.push(said := place.text(place.walk(ask, manner, seed)))
+        parser.finish()
+        assert "<|channel|>final<|message|>" in said
+        jsonschema.validate(json.loads(parser.take().content), schema)
 
 
 @pytest.mark.parametrize("storage", ["special", "added", "sentencepiece added", "tiktoken special"])

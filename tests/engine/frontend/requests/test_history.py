@@ -15,10 +15,10 @@ from lockstep.engine.frontend.requests.conversation import conversation_text
 from lockstep.engine.frontend.requests.habits import Habits, learn_habits
 from lockstep.engine.text.tokenizer import Codec
 from support.engine.frontend.replies import NAMES, Said, read, texts, written
-from support.engine.frontend.templates import ITEMS, JOINED, NINE, STRINGS
+from support.engine.frontend.templates import HARMONY, ITEMS, JOINED, NINE, STRINGS
 from support.engine.text.tiny_tokenizer import TEMPLATE, TOOL_TEMPLATE, write_model
 
-TEMPLATES = (TEMPLATE, TOOL_TEMPLATE, STRINGS, ITEMS, JOINED, NINE)
+TEMPLATES = (TEMPLATE, TOOL_TEMPLATE, STRINGS, ITEMS, JOINED, NINE, HARMONY)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,30 @@ def test_a_call_cut_anywhere_comes_back(models: list[tuple[str, Codec, Habits]],
     text = "<think>r</think>text " + written(format, "get_weather", arguments)
     for end in range(len(text) + 1):
         check_comes_back(read(text[:end], format, finish="length"), models, format)
+
+
+def test_calls_of_a_template_that_writes_one_a_message_each_come_before_their_result(tmp_path: Path) -> None:
+    codec = Codec(write_model(tmp_path, template=HARMONY))
+    calls = [
+        {"id": f"c{at}", "type": "function", "function": {"name": f"f{at}", "arguments": '{"a": 1}'}}
+        for at in range(2)
+    ]
+    results = [{"role": "tool", "tool_call_id": f"c{at}", "content": f"R{at}"} for at in (1, 0)]
+    asked = {"role": "assistant", "content": "C", "reasoning": "T", "tool_calls": calls}
+    user = {"role": "user", "content": "U"}
+    ask = ChatRequest.model_validate({"messages": [user, asked, *results, user]})
+    text = conversation_text(codec, learn_habits(codec), ask)
+    start = "<|start|>assistant"
+    assert text == (
+        "<|start|>user<|message|>U<|end|>"
+        f"{start}<|channel|>final<|message|>C<|end|>"
+        f'{start} to=functions.f0<|channel|>commentary json<|message|>{{"a": 1}}<|call|>'
+        "<|start|>functions.f0 to=assistant<|channel|>commentary<|message|>R0<|end|>"
+        f'{start} to=functions.f1<|channel|>commentary json<|message|>{{"a": 1}}<|call|>'
+        "<|start|>functions.f1 to=assistant<|channel|>commentary<|message|>R1<|end|>"
+        f"<|start|>user<|message|>U<|end|>{start}"
+    )
+    alone = {"role": "assistant", "content": None, "reasoning": "T", "tool_calls": calls[:1]}
+    ask = ChatRequest.model_validate({"messages": [user, alone, results[1]]})
+    text = conversation_text(codec, learn_habits(codec), ask)
+    assert f"{start}<|channel|>analysis<|message|>T<|end|>{start} to=functions.f0" in text

@@ -17,7 +17,8 @@ SCHEMA = {
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "note": {}},
 }
 TOOLS = {"get_weather": SCHEMA, "now": {}}
-NAMES = tuple(TOOL_FORMATS)
+# Harmony is the form of whole replies and has tests of its own.
+NAMES = tuple(name for name in TOOL_FORMATS if name != "harmony")
 # The formats that write strings as they are, up to this tag.
 VALUE_ENDS = {
     "glm4": "</arg_value>",
@@ -72,7 +73,8 @@ def read(
     """Parses ``text`` cut into pieces of ``sizes`` (one piece without), taking what there is after
     each.
     """
-    formats = Formats(REASONING_TAGS["think"], TOOL_FORMATS[format] if format else None)
+    reasoning = REASONING_TAGS["harmony" if format == "harmony" else "think"]
+    formats = Formats(reasoning, TOOL_FORMATS[format] if format else None)
     manner.setdefault("tools", TOOLS if format else None)
     parser = Manner(formats, **manner).parser()
     assert parser is not None
@@ -116,7 +118,7 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
     return f"<tool_call>{name}{line}{members}</tool_call>"
 
 
-MARKERS = sorted({marker for kind in TOOL_FORMATS.values() for marker in kind.markers})
+MARKERS = sorted({marker for name in NAMES for marker in TOOL_FORMATS[name].markers})
 SCRAPS = [
     *MARKERS,
     "<think>",

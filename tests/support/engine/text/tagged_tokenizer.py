@@ -29,23 +29,23 @@ STORAGES = (
 _WORDS = ("the", "name", "arguments", "get", "call", "</", '{"', '": ', '"}', "function", "\n\n", ">\n")
 
 
-def write_tagged(folder: Path, tags: Sequence[str], storage: str) -> tuple[int, int]:
-    """Writes a tokenizer with ``tags``. Returns its number of tokens and the id of ``END``."""
+def write_tagged(folder: Path, tags: Sequence[str], storage: str, end: str = END) -> tuple[int, int]:
+    """Writes a tokenizer with ``tags``. Returns its number of tokens and the id of ``end``."""
     if storage.startswith("tiktoken"):
-        return _write_tiktoken(folder, tags, special=storage.endswith("special"))
+        return _write_tiktoken(folder, tags, end, special=storage.endswith("special"))
     folder.mkdir(exist_ok=True)
     if storage.startswith("sentencepiece"):
         tokenizer = _sentencepiece()
     else:
         tokenizer = _byte_level(tags if storage == "merged" else ())
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in (END, HIDDEN)])
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in (end, HIDDEN)])
     if storage not in ("merged", "pieces"):
         special = storage.endswith("special")
         tokenizer.add_tokens([AddedToken(tag, special=special, normalized=False) for tag in tags])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokenizer.get_vocab_size(), tokenizer.token_to_id(END)
+    return tokenizer.get_vocab_size(), tokenizer.token_to_id(end)
 
 
 def _byte_level(whole: Sequence[str]) -> Tokenizer:
@@ -82,8 +82,8 @@ def _sentencepiece() -> Tokenizer:
     return tokenizer
 
 
-def _write_tiktoken(folder: Path, tags: Sequence[str], special: bool) -> tuple[int, int]:
-    named = [(END, True), (HIDDEN, True), *((tag, special) for tag in tags)]
+def _write_tiktoken(folder: Path, tags: Sequence[str], end: str, special: bool) -> tuple[int, int]:
+    named = [(end, True), (HIDDEN, True), *((tag, special) for tag in tags)]
     added = {str(FIRST + at): {"content": name, "special": kind} for at, (name, kind) in enumerate(named)}
-    write_tokenizer(folder, added_tokens_decoder=added, bos_token=END, eos_token=END)
+    write_tokenizer(folder, added_tokens_decoder=added, bos_token=end, eos_token=end)
     return FIRST + 256, FIRST
