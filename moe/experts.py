@@ -112,6 +112,14 @@ def read_slot(experts: Experts | Fp8Experts, slot: int) -> Tensor:
     return torch.cat([part[slot].reshape(-1).view(torch.uint8) for part in experts.by_slot])
 
 
+def slot_form(experts: Experts | Fp8Experts) -> str:
+    """The form in which a slot's weights travel; ranks of the same can exchange experts."""
+    return " and ".join(
+        f"{str(part.dtype).removeprefix('torch.')} {'x'.join(map(str, part.shape[1:]))}"
+        for part in experts.by_slot
+    )
+
+
 def write_slot(experts: Experts | Fp8Experts, slot: int, row: Tensor) -> None:
     """Writes what ``read_slot`` read, on a rank whose weights have the same form, at the slot's
     place in memory.

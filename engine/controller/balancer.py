@@ -37,7 +37,9 @@ _BYTES_AT_ONCE = 16 << 20
 
 
 class Balancer:
-    """Owns the newest placement. ``enabled``: experts may move."""
+    """Moves experts where ``enabled``. ``stopped`` says why it no longer does; empty while it
+    does, or was never meant to.
+    """
 
     def __init__(
         self, mesh: Mesh, hellos: Mapping[int, RankHello], loads: ExpertLoads, pilot: Pilot, *, enabled: bool
@@ -56,10 +58,27 @@ class Balancer:
         self._searched = loads.newest
         movable = enabled and mesh.experts > 1 and loads.loads_LE.size
         self._thread = ThreadPoolExecutor(1, "balancer") if movable else None
+        self.stopped = ""
+        self._form = hellos[0].expert_form
+        for hello in hellos.values():
+            self.joined(hello)
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread = None
+
+    def joined(self, hello: RankHello) -> None:
+        """A rank is here. On a CPU of another kind it may hold experts in another form."""
+        if hello.expert_form != self._form:
+            forms = f"rank {hello.rank} on {hello.host} holds {hello.expert_form}, others {self._form}"
+            self._stop(f"experts no longer move, they differ in form: {forms}")
+
+    def _stop(self, reason: str) -> None:
+        if self._thread is not None:
+            self.close()
+            self.stopped = reason
+            log.error("%s", reason)
 
     def planned(self, plan: GroupPlan) -> None:
         """A plan was sent; it may commit moves."""
@@ -87,7 +106,11 @@ class Balancer:
             self._window.add(self._loads.loads_LE)
             self._start_search()
         elif self._search is not None and self._search.done():
-            found, self._search = self._search.result(), None
+            search, self._search = self._search, None
+            if error := search.exception():
+                self._stop(f"experts no longer move: {type(error).__name__}: {error}")
+                return
+            found = search.result()
             if self._may_move() and self._searched is self._loads.newest:
                 self._offer(found)
 

@@ -155,6 +155,7 @@ class Serving:
                 self._transport.send_bulk(hello.rank, survivors.place)
             else:
                 self._membership.replaced(hello, now)
+                self._balancer.joined(hello)
         self._next_housekeeping = 0.0
 
     def _plan(self, now: float, began: float) -> None:
@@ -226,6 +227,7 @@ class Serving:
         self._end_drain(now)
         self._frontends.tell(self.state())
         self._balancer.look()
+        self._status.unbalanced = self._balancer.stopped
         self._timeline.look(self._pilot.group.steps.epoch, self._status.reason, time.perf_counter())
         if self._pilot.planner.idle() and not self._pilot.group.steps.in_flight:
             gc.collect()

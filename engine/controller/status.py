@@ -72,7 +72,8 @@ class ClusterStatus:
 
     ``phase`` is serving | recovering | draining | drained | failed, ``reason`` explains it to
     people, ``degraded`` names what the launcher misses, ``without`` the lost ranks that the others
-    serve without. ``numbers`` gives each state its number.
+    serve without, ``unbalanced`` why experts no longer move. ``numbers`` gives each state its
+    number.
     ``plan_seconds`` are those from reading results to handing over the plan, ``largest_plan`` is
     the most bytes that one rank was sent. ``experts`` are their loads and placement.
     """
@@ -86,7 +87,7 @@ class ClusterStatus:
         placement_i32: bytes = b"",
     ) -> None:
         self.phase, self.reason = "serving", ""
-        self.degraded = self.without = ""
+        self.degraded = self.without = self.unbalanced = ""
         self.plan_seconds = Recent()
         self.largest_plan = 0
         self._group, self._numbers = group, numbers
@@ -167,7 +168,7 @@ class ClusterStatus:
             placement_i32=self._placement_ranges(),
             placement_version=group.moves.committed,
             moves_open=group.moves.num_open,
-            degraded="; ".join(filter(None, (self.without, self.degraded))),
+            degraded="; ".join(filter(None, (self.without, self.degraded, self.unbalanced))),
             overlap=group.overlap.mode,
             overlap_choices=tuple(
                 OverlapChoice(capacity, choice.microbatches, choice.waits, choice.ratio)

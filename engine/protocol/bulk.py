@@ -14,7 +14,7 @@ class RankHello(Message, tag="hello", frozen=True):
     one that the rank has entered, -1 before its first; it has left it. ``recovery``: the
     rank's grade (``parallel/recovery.py``). ``placement_version`` is the id of the last moves that
     the rank has committed, 0 before any; then ``placement_i32`` is what they led to, as in
-    ``ControllerSpec``.
+    ``ControllerSpec``. ``expert_form``: ranks of one form can exchange experts.
     """
 
     rank: int
@@ -33,6 +33,7 @@ class RankHello(Message, tag="hello", frozen=True):
     recovery: str = ""
     placement_version: int = 0
     placement_i32: bytes = b""
+    expert_form: str = ""
 
 
 class Published(Message, tag="published", frozen=True):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference.sampling import Purpose, uniform
+from ...moe.experts import slot_form
 from ...parallel.collectives import CollectiveError, Pending
 from ..models.decoder import Model
 from ..protocol.arrays import Int32, Int64
@@ -86,6 +87,7 @@ class Executor:
 
     def hello(self) -> RankHello:
         pool, placement = self._parts.pool, self._parts.dispatcher.placement
+        experts = self.model.experts()
         return RankHello(
             rank=self._parts.rank,
             host=socket.gethostname(),
@@ -102,6 +104,7 @@ class Executor:
             recovery=self._parts.groups.recovery,
             placement_version=0 if self._parts.slots is None else self._parts.slots.version,
             placement_i32=b"" if self._parts.slots is None else self._parts.slots.placement_i32,
+            expert_form=slot_form(experts[0]) if experts else "",
         )
 
     def published(self) -> tuple[bytes, bytes]:

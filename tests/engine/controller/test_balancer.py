@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from lockstep.engine.controller.balancer import Balancer
 from lockstep.engine.controller.pilot import Pilot
@@ -112,6 +113,27 @@ def test_nothing_moves_while_a_data_index_is_away_nor_by_a_search_from_before(cl
     cluster.look()
     assert cluster.pilot.group.moves.num_open
     assert cluster.pilot.group.moves.plan(border=False, first=False)[0][0].id == 2, "placement 1 was loaded"
+
+
+def test_a_search_that_fails_and_a_rank_of_another_form_end_the_moves_and_say_so(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("no room for a table")
+
+    monkeypatch.setattr("lockstep.engine.controller.balancer._balance_stages", fails)
+    cluster.report(63)
+    cluster.look()
+    assert cluster.balancer.stopped == "experts no longer move: MemoryError: no room for a table"
+    cluster.report(127)
+    cluster.look()
+    assert not cluster.pilot.group.moves.num_open
+    other = Cluster()
+    other.balancer.joined(structs.replace(other.hellos[1], expert_form="bfloat16 24x16x16x2"))
+    assert "rank 1 on host holds bfloat16 24x16x16x2, others " in other.balancer.stopped
+    other.report(63)
+    other.look()
+    assert not other.pilot.group.moves.num_open
 
 
 def test_balanced_loads_few_tokens_and_a_recipe_that_says_off_move_nothing(cluster: Cluster) -> None:
