@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .exclusive import exclusive
+
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
 )
@@ -41,10 +43,10 @@ class SchemaFault(ValueError):
 
 def followed(schema: Any) -> Any:
     """``schema`` with the keywords that a grammar follows. Raises SchemaFault."""
-    return _followed(schema, "")
+    return _followed(schema, "", schema)
 
 
-def _followed(schema: Any, path: str) -> Any:
+def _followed(schema: Any, path: str, root: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     _check_shapes(schema, path)
@@ -54,25 +56,35 @@ def _followed(schema: Any, path: str) -> Any:
         if key in VALUES:
             kept[key] = value
         elif key in OBJECTS:
-            kept[key] = {name: _followed(part, f"{here}.{name}") for name, part in value.items()}
+            kept[key] = {name: _followed(part, f"{here}.{name}", root) for name, part in value.items()}
         elif key in LISTS or (key == "items" and isinstance(value, list)):
-            kept[key] = [_followed(part, f"{here}[{number}]") for number, part in enumerate(value)]
+            kept[key] = [_followed(part, f"{here}[{number}]", root) for number, part in enumerate(value)]
         elif key in WHOLE and isinstance(value, float) and value.is_integer():
             kept[key] = int(value)
         elif key in _HELD_IF:
             if not _HELD_IF[key](schema):
                 raise SchemaFault(f"{here} cannot be held while a text is written; leave it out")
         elif key in SINGLE:
-            kept[key] = _followed(value, here)
+            kept[key] = _followed(value, here, root)
         elif key not in DROPPED and not (key in _IGNORED_IF and _IGNORED_IF[key](value)):
-            kept[key] = _maybe_followed(value, here)
-    return _closed(schema, kept, path)
+            kept[key] = _maybe_followed(value, here, root)
+    return _exclusive(schema, _closed(schema, kept, path, root), root)
 
 
-def _maybe_followed(value: Any, path: str) -> Any:
+def _exclusive(schema: Schema, kept: Schema, root: Any) -> Schema:
+    """Takes ``oneOf`` for ``anyOf`` where that is the same."""
+    if "oneOf" in kept and "anyOf" not in kept:
+        members = exclusive(kept["oneOf"], schema.get("discriminator"), root)
+        if members is not None:
+            del kept["oneOf"]
+            kept["anyOf"] = members
+    return kept
+
+
+def _maybe_followed(value: Any, path: str, root: Any) -> Any:
     """The value of a keyword that nobody knows: a $ref may lead to schemas in it."""
     try:
-        return _followed(value, path)
+        return _followed(value, path, root)
     except SchemaFault:
         return value
 
@@ -89,7 +101,7 @@ def _check_shapes(schema: Schema, path: str) -> None:
         raise SchemaFault(f"{path}.required should be a list of names".lstrip("."))
 
 
-def _closed(schema: Schema, kept: Schema, path: str) -> Schema:
+def _closed(schema: Schema, kept: Schema, path: str, root: Any) -> Schema:
     """Takes unevaluated members for additional ones, which they are where no other schema applies
     to the same object or array.
     """
@@ -98,7 +110,7 @@ def _closed(schema: Schema, kept: Schema, path: str) -> Schema:
             here = f"{path}.{key}".lstrip(".")
             if any(name in schema for name in (*IN_PLACE, "if", "dependentSchemas")):
                 raise SchemaFault(f"{here} cannot be held beside {', '.join(IN_PLACE)}")
-            kept.setdefault(evaluated, _followed(schema[key], here))
+            kept.setdefault(evaluated, _followed(schema[key], here, root))
     return kept
 
 
