@@ -10,6 +10,7 @@ T tokens of the step  O tokens of this rank's run  D hidden
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +93,12 @@ class TensorSplit(Protocol):
         """The values of the first rank; those of the others are overwritten."""
         ...
 
+    def most(self, values_R: Tensor, ids_R: Tensor) -> Tensor:
+        """Each row's id, of the rank whose value float32 is the largest; the first rank's of equal
+        ones. NaN is never the largest.
+        """
+        ...
+
 
 class Unsplit:
     """A rank that holds its layers whole."""
@@ -118,6 +125,9 @@ class Unsplit:
 
     def from_first(self, values: Tensor) -> Tensor:
         return values
+
+    def most(self, values_R: Tensor, ids_R: Tensor) -> Tensor:
+        return ids_R
 
 
 UNSPLIT = Unsplit()
@@ -179,6 +189,13 @@ class TensorGroup:
         if not len(values):
             return values
         return self._collectives.wait(self._collectives.broadcast(values, "what the first rank sampled"))
+
+    def most(self, values_R: Tensor, ids_R: Tensor) -> Tensor:
+        own_R2 = torch.stack([values_R.view(torch.int32), ids_R.to(torch.int32)], 1)
+        found_RW2 = self.columns(own_R2).view(len(own_R2), self.size, 2)
+        values_RW = found_RW2[:, :, 0].contiguous().view(torch.float32)
+        first_R = values_RW.masked_fill(values_RW.isnan(), -math.inf).argmax(1)
+        return found_RW2[:, :, 1].gather(1, first_R[:, None])[:, 0].to(torch.int64)
 
     def _longest(self, num_tokens: int) -> int:
         return -(-num_tokens // self.size)

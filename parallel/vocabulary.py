@@ -7,6 +7,7 @@ T tokens  R sampled rows  D hidden  V vocabulary  P rows of this part, padding i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,14 @@ def vocabulary_shard(split: TensorSplit, vocab_size: int) -> tuple[int, Shard]:
     return rows, Shard(0, split.index, split.size, None if split.size == 1 else vocab_size)
 
 
+def _without_padding(logits_RP: Tensor, width: int) -> Tensor:
+    """Logits of a part, float32; those beyond its ``width`` tokens are those of no token."""
+    logits_RP = logits_RP.float()
+    if width < logits_RP.shape[1]:
+        logits_RP[:, width:] = -math.inf
+    return logits_RP
+
+
 class Embedding(Matrix):
     """Vectors [P, D] of this part of the vocabulary."""
 
@@ -30,7 +39,7 @@ class Embedding(Matrix):
         rows, shard = vocabulary_shard(backend.tensor, vocab_size)
         super().__init__(hidden, rows, backend, shard)
         self._split, self._vocab_size = backend.tensor, vocab_size
-        self._first, self._last = shard.bounds(rows)
+        self.first, self._last = shard.bounds(rows)
         # Plain attributes for a step: finding a module's parameter takes 0.5 us.
         self.embed: Callable[[Tensor], Tensor] = functools.partial(F.embedding, weight=self.weight)
         self.head: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=self.weight)
@@ -40,9 +49,13 @@ class Embedding(Matrix):
 
     def _embed_part(self, tokens_T: Tensor) -> Tensor:
         """[T, D]: each token's vector comes from the rank that has it, zeros from the others."""
-        here_T = (tokens_T >= self._first) & (tokens_T < self._last)
-        x_TD = F.embedding(torch.where(here_T, tokens_T - self._first, 0), self.weight)
+        here_T = (tokens_T >= self.first) & (tokens_T < self._last)
+        x_TD = F.embedding(torch.where(here_T, tokens_T - self.first, 0), self.weight)
         return self._split.total(torch.where(here_T[:, None], x_TD, 0))
+
+    def own_logits(self, hidden_RD: Tensor) -> Tensor:
+        """Float32 [R, P] of this part alone, whose first token is ``first``."""
+        return _without_padding(F.linear(hidden_RD, self.weight), self._last - self.first)
 
     def _head_part(self, hidden_RD: Tensor) -> Tensor:
         return self._split.columns(F.linear(hidden_RD, self.weight))[:, : self._vocab_size]
@@ -55,10 +68,15 @@ class OutputHead(Linear):
         rows, shard = vocabulary_shard(backend.tensor, vocab_size)
         super().__init__(hidden, rows, backend, shard=shard)
         self._split, self._vocab_size = backend.tensor, vocab_size
+        self.first, self._last = shard.bounds(rows)
         self.head: Callable[[Tensor], Tensor] = self.forward
         if backend.tensor.size > 1:
             self.weight.zero_()
             self.head = self._head_part
+
+    def own_logits(self, hidden_RD: Tensor) -> Tensor:
+        """Float32 [R, P] of this part alone, whose first token is ``first``."""
+        return _without_padding(self.forward(hidden_RD), self._last - self.first)
 
     def _head_part(self, hidden_RD: Tensor) -> Tensor:
         return self._split.columns(self.forward(hidden_RD))[:, : self._vocab_size]

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
+from ...kernels.reference.sampling import SamplingParams
 from ...kernels.reference.sublayers import Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import Experts, Fp8Experts
@@ -131,7 +133,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.stage = stage
-        self.ops, self.dtype = backend.ops, backend.dtype
+        self.ops, self.dtype, self._most = backend.ops, backend.dtype, backend.tensor.most
         self._moe_layers = [layer for layer in config.moe_layers if layer in stage.layers]
         numbers = {layer: number for number, layer in enumerate(self._moe_layers)}
 
@@ -172,8 +174,21 @@ class Model(nn.Module):
         return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Float32 [R, V] for rows of what ``forward`` returned."""
+        """Float32 [R, V] for rows of what ``forward`` returned, the parts of a split vocabulary
+        side by side.
+        """
         return self._head(self._norm(hidden_RD)).float()
+
+    def likeliest(self, hidden_RD: Tensor) -> Tensor:
+        """The most likely token of every row, int64 [R]; of equal ones the lowest. Where the
+        vocabulary is split, the logits stay where they are.
+        """
+        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        assert head is not None, "no head in this stage"
+        logits_RP = head.own_logits(self._norm(hidden_RD))
+        ids_R = self.ops.sample(logits_RP, SamplingParams.greedy(len(logits_RP)), np.zeros(len(logits_RP)))
+        values_R = logits_RP.gather(1, ids_R[:, None])[:, 0]
+        return self._most(values_R, ids_R + head.first)
 
     def _ends(self) -> tuple[_Op, _Op, _Op]:
         """The embedding before the layers, norm and head behind them; the identity where another

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.reference.sampling import Purpose, uniform
 from ...moe.experts import slot_form
 from ...parallel.collectives import CollectiveError, Pending
 from ..models.decoder import Model
@@ -32,9 +31,9 @@ from .forward import Forward
 from .masks import Masks
 from .parts import Parts
 from .prompt_logprobs import Chunk, score
-from .slot_sampling import RowSettings, SlotSettings
+from .slot_sampling import SlotSettings
 from .span_notes import SpanNotes
-from .token_logprobs import logprob_lines
+from .token_choice import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,9 @@ class Executor:
         self._settings = SlotSettings(num_slots, parts.model.config.vocab_size)
         self._history = np.zeros((num_slots, max_len), np.int32)  # tokens by position: prompt, then output
         self._forward = Forward(parts, self._table, self._history)
+        self._choice = TokenChoice(parts, self._settings)
         self._staged: dict[int, Int32] = {}
+        self._constrained: set[int] = set()  # staged prompts with a grammar
         self._expected: list[_Expected] = []
         self._spans: StepSpans | None = None
         self._life = secrets.randbits(62)
@@ -127,6 +128,8 @@ class Executor:
 
     def stage(self, staged: int, tokens_i32: bytes, grammar: str = "", num_emitted: int = 0) -> bool:
         tokens = self._staged[staged] = np.frombuffer(tokens_i32, np.int32)
+        if grammar:
+            self._constrained.add(staged)
         if not grammar or not self._parts.samples:
             return True
         assert self._parts.grammars is not None, "a grammar for a rank without vocabulary"
@@ -135,6 +138,7 @@ class Executor:
 
     def unstage(self, staged: int) -> None:
         self._staged.pop(staged, None)
+        self._constrained.discard(staged)
         if self._parts.grammars is not None:
             self._parts.grammars.unstage(staged)
 
@@ -238,6 +242,7 @@ class Executor:
             self._staged = {
                 staged: tokens for staged, tokens in self._staged.items() if staged >= section.staged_from
             }
+            self._constrained.intersection_update(self._staged)
             if self._parts.grammars is not None:
                 self._parts.grammars.rebase(section.staged_from)
         lengths = (
@@ -265,7 +270,9 @@ class Executor:
     def _admit(self, admit: Admit) -> None:
         tokens = self._staged.pop(admit.staged)
         self._history[admit.slot, : len(tokens)] = tokens
-        self._settings.admit(admit.slot, admit.sampling, tokens, admit.num_emitted)
+        grammar = admit.staged in self._constrained
+        self._constrained.discard(admit.staged)
+        self._settings.admit(admit.slot, admit.sampling, tokens, admit.num_emitted, grammar)
         if self._parts.grammars is not None:
             self._parts.grammars.admit(
                 admit.slot, admit.staged, np.frombuffer(admit.sampling.stop_i32, np.int32)
@@ -327,48 +334,19 @@ class Executor:
         if len(chosen) < len(hidden_TD):
             last = rows.counts.cumsum()[chosen] - 1
             hidden_TD = hidden_TD[torch.from_numpy(last).to(hidden_TD.device)]
-        logits_RV = self._parts.model.logits(hidden_TD)
+        numbers = rows.samples.cumsum()[chosen] - 1
+        tokens, lines = self._choice.choose(hidden_TD, slots, positions, numbers, masks)
+        self._parts.links.send_tokens(step, torch.from_numpy(tokens).to(self._parts.device))
+        self._history[slots, positions] = tokens
         if not self._parts.samples:
-            tokens_R = torch.zeros(len(chosen), dtype=torch.int64, device=self._parts.device)
-            tokens_R = self._parts.split.from_first(tokens_R)
-            self._parts.links.send_tokens(step, tokens_R)
-            self._history[slots, positions] = tokens_R.cpu().numpy()
             return _NOTHING
         settings = self._settings.rows(slots)
-        numbers = rows.samples.cumsum()[chosen] - 1
-        tokens, lines = self._draw(logits_RV, settings, positions, numbers, masks)
-        tokens_R = self._parts.split.from_first(torch.from_numpy(tokens).to(self._parts.device))
-        self._parts.links.send_tokens(step, tokens_R)
-        self._history[slots, positions] = tokens
         self._settings.observe(slots, tokens)
         errors: dict[int, str] = {}
         if masks is not None and self._parts.grammars is not None:
             errors = self._parts.grammars.observe(slots, tokens)
         ended = (settings.stop == tokens[:, None]).any(1)
         return _Sampled(tokens, numbers[ended], lines, _row_errors(errors, slots, numbers))
-
-    def _draw(
-        self, logits_RV: Tensor, settings: RowSettings, positions: Int64, numbers: Int64, masks: Masks | None
-    ) -> tuple[Int64, tuple[RowLogprobs, ...]]:
-        """Tokens [R] for ``positions`` of the rows, and the requested log-probabilities."""
-        ops, asked, params = self._parts.model.ops, settings.asked, settings.params
-        raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
-        edits = self._settings.edits(settings, positions)
-        if edits is not None:
-            ops.edit_logits(logits_RV, edits)
-        if settings.allowed is not None:
-            ops.allow_only(logits_RV, *settings.allowed)
-        if masks is not None:
-            ops.allow_only(logits_RV, *masks.take(settings.slots))
-        greedy = not len(params.drawn_S)
-        uniform_R = np.zeros(len(positions)) if greedy else uniform(settings.seed, positions, Purpose.SAMPLE)
-        tokens = ops.sample(logits_RV, params, uniform_R).cpu().numpy()
-        if raw_SV is None:
-            return tokens, ()
-        top = ops.logprobs(
-            raw_SV, torch.from_numpy(tokens[asked]).to(raw_SV.device), int(settings.num_logprobs.max())
-        )
-        return tokens, logprob_lines(top, numbers[asked], settings.num_logprobs[asked])
 
 
 def _row_errors(errors: dict[int, str], slots: Int64, numbers: Int64) -> tuple[RowError, ...]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.reference.sampling import LogitEdits, SamplingParams, token_counts
+from ...kernels.reference.sampling import MIN_TEMPERATURE, LogitEdits, SamplingParams, token_counts
 from ..protocol.arrays import Int32, Int64
 from ..protocol.message import Sampling
 from .bad_words import BadWords
@@ -105,11 +105,14 @@ class SlotSettings:
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
         self._allowed: dict[int, NDArray[np.int32]] = {}
+        self._plain = np.zeros(num_slots, np.bool_)
         self._rows: RowSettings | None = None
 
-    def admit(self, slot: int, sampling: Sampling, history: Int32, num_emitted: int) -> None:
-        """Sets a slot up for a request. Its ``history`` ends with the ``num_emitted`` tokens that
-        it has sampled so far.
+    def admit(
+        self, slot: int, sampling: Sampling, history: Int32, num_emitted: int, grammar: bool = False
+    ) -> None:
+        """Sets a slot up for a request, which may have a ``grammar``. Its ``history`` ends with the
+        ``num_emitted`` tokens that it has sampled so far.
         """
         self._seed[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
@@ -128,7 +131,15 @@ class SlotSettings:
         self._allowed.pop(slot, None)
         if sampling.allowed_i32:
             self._allowed[slot] = _bits(np.frombuffer(sampling.allowed_i32, np.int32), self._vocab_size)
+        free = (
+            slot not in self._edits and slot not in self._allowed and not grammar and not sampling.min_tokens
+        )
+        self._plain[slot] = free and sampling.temperature < MIN_TEMPERATURE and sampling.num_logprobs < 0
         self._rows = None
+
+    def plain(self, slots: Int64) -> NDArray[np.bool_]:
+        """The rows [R] that take the most likely token of the model, and ask for nothing else."""
+        return self._plain[slots]
 
     def rows(self, slots: Int64) -> RowSettings:
         """The settings of rows [R]: the same object until rows or admissions change."""

@@ -61,6 +61,12 @@ class SamplingParams:
     top_p_R: NDArray[np.float32]
     min_p_R: NDArray[np.float32]
 
+    @staticmethod
+    def greedy(num_rows: int) -> SamplingParams:
+        """Settings of rows that take the most likely token."""
+        ones, zeros = np.ones(num_rows, np.float32), np.zeros(num_rows, np.float32)
+        return SamplingParams(zeros, np.zeros(num_rows, np.int64), ones, zeros)
+
     @cached_property
     def drawn_S(self) -> NDArray[np.int64]:
         """The rows that are drawn; the others are greedy."""

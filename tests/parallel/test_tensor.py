@@ -7,7 +7,7 @@ import torch
 
 from lockstep.parallel.tensor import UNSPLIT, Shard, shard_of
 from support.parallel.gloo_ranks import run_ranks
-from support.parallel.split_layers import SIZE, halves, relay
+from support.parallel.split_layers import SIZE, halves, most, relay
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,11 @@ def test_two_ranks_compute_what_one_does() -> None:
     for found in run_ranks(halves, SIZE):
         for name, (here, whole) in found.items():
             assert torch.allclose(torch.tensor(here), torch.tensor(whole), atol=1e-5), name
+
+
+def test_the_first_rank_with_the_largest_value_decides() -> None:
+    expected = [100_000, 1, 2, 100_003, 4, 5, 6, 7]
+    assert run_ranks(most, SIZE) == [(expected, [])] * SIZE
 
 
 def test_stages_relay_and_the_last_hands_back() -> None:

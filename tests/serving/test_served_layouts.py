@@ -17,7 +17,7 @@ from support.engine.models.checkpoints import write_checkpoint
 from support.engine.rank.greedy_prompts import FAMILIES
 from support.serving.mixed_asks import Oracle, random_bodies
 from support.serving.random_checkpoint import CONFIG, write_tokenizer
-from support.serving.served import Answer, serve
+from support.serving.served import Answer, Ask, serve
 
 PAGE = 16
 PAGES = 40
@@ -118,3 +118,18 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
         )
         with serve(tmp_path / f"run-{tensor}-{pipeline}", *overrides) as served:
             Oracle(model).know(served, bodies, 32)
+
+
+def test_a_grammar_beside_plain_greedy_rows_where_the_vocabulary_is_split(tmp_path: Path) -> None:
+    """Ranks that do not sample know which rows have a grammar: all choose them by whole logits."""
+    plain = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    forced = {"prompt": [8, 9], "max_tokens": 60, "temperature": 0}
+    forced["structured_outputs"] = {"choice": ["first", "second"]}
+    overrides = "cluster.ranks_per_node=2", "parallel.tensor=2", "scheduler.checksum_every=1"
+    with serve(tmp_path / "run", *overrides) as served:
+        alone = served.ask(**plain)
+        for _ in range(3):
+            answers = served.ok([Ask(plain), Ask(forced), Ask(plain), Ask(forced)])
+            assert [answer.tokens for answer in answers[::2]] == [alone.tokens] * 2
+            assert {answer.text for answer in answers[1::2]} <= {"first", "second"}
+        served.assert_clean()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.engine.rank.greedy_layouts import continue_split
+from support.engine.rank.greedy_layouts import continue_mixed, continue_split
 from support.engine.rank.greedy_prompts import FAMILIES, load_prompts, write_family
 from support.parallel.gloo_ranks import run_ranks
 
@@ -26,3 +26,12 @@ def test_layout(world: int, tensor: int, tmp_path: Path) -> None:
             stored = [entry.tokens for entry in load_prompts(family)[data::holders]]
             expected = stored if index == 0 else [[-1] * len(tokens) for tokens in stored]
             assert found[family] == expected, f"{family}, rank {rank}"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_plain_greedy_rows_gather_two_numbers_whatever_their_company(size: int, tmp_path: Path) -> None:
+    """Beside rows that are drawn, penalised, biased, limited, or want log-probabilities."""
+    by_rank = run_ranks(continue_mixed, size, write_family(tmp_path / "model", "qwen3_moe"))
+    for rank, (split, alone, columns) in enumerate(by_rank):
+        assert split == (alone if rank == 0 else [[-1] * len(tokens) for tokens in alone]), f"rank {rank}"
+        assert columns == {2}, f"rank {rank}: value and token of its part of the vocabulary"

@@ -138,3 +138,26 @@ def test_ranks_are_places_in_the_order_of_the_likeliest(checkpoint: Path) -> Non
     orders = [order for line in lines for order in np.frombuffer(line.top_ids_i32, np.int32).reshape(-1, 320)]
     assert len(ranks) == len(prompt) - 1
     assert ranks == [order.tolist().index(token) + 1 for order, token in zip(orders, prompt[1:], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "grammar", "plain"),
+    [
+        (Sampling(temperature=0.0), False, True),
+        (Sampling(temperature=1e-6, top_k=5, stop_i32=packed([[3]])), False, True),
+        (Sampling(temperature=0.0), True, False),
+        (Sampling(temperature=0.5), False, False),
+        (Sampling(temperature=0.0, num_logprobs=0), False, False),
+        (Sampling(temperature=0.0, frequency_penalty=0.1), False, False),
+        (Sampling(temperature=0.0, min_tokens=1), False, False),
+        (Sampling(temperature=0.0, allowed_i32=ranges(2, 4)), False, False),
+        (Sampling(temperature=0.0, bad_words_i32=packed([[3]])), False, False),
+    ],
+)
+def test_rows_that_take_the_most_likely_token_and_ask_for_nothing_else(
+    sampling: Sampling, grammar: bool, plain: bool
+) -> None:
+    settings = SlotSettings(2, 70)
+    settings.admit(1, Sampling(temperature=float(plain)), np.zeros(4, np.int32), 0)
+    settings.admit(1, sampling, np.zeros(4, np.int32), 0, grammar)
+    assert settings.plain(np.array([1, 0])).tolist() == [plain, False]

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lockstep.parallel.collectives import Collectives
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import Store
 
-from ...parallel.gloo_ranks import meet
+from lockstep.engine.protocol.message import Sampling
+from lockstep.parallel.collectives import Collectives, Pending
+
+from ...parallel.gloo_ranks import DEADLINE, meet
 from .greedy_prompts import NUM_NEW, load_prompts
-from .hand_plans import Driver, Request, build_executor
+from .hand_plans import GREEDY, Driver, Request, build_executor
 
 NUM_STEPS = 100  # enough for what is planned below
+ASKED = [
+    Sampling(temperature=0.9, top_p=0.95, seed=3),
+    Sampling(temperature=0.0, num_logprobs=2),
+    Sampling(temperature=0.0, repetition_penalty=1.4, presence_penalty=0.3),
+    Sampling(temperature=0.0, allowed_i32=np.array([10, 90], np.int32).tobytes()),
+    Sampling(temperature=0.0, min_tokens=4, stop_i32=np.arange(60, dtype=np.int32).tobytes()),
+    Sampling(
+        temperature=0.0,
+        bias_ids_i32=np.array([7], np.int32).tobytes(),
+        bias_values_f32=np.array([50.0], np.float32).tobytes(),
+    ),
+]
 
 
 def continue_prompts(
@@ -54,6 +72,46 @@ def continue_split(
         driver = Driver(executor, _alternating(prompts), _capacity, microbatches=microbatches)
         found[family] = driver.run(NUM_STEPS)
     return found
+
+
+def continue_mixed(collectives: Collectives, path: Path) -> tuple[list[list[int]], list[list[int]], set[int]]:
+    """Rows that ask for all kinds of sampling, and plain greedy ones that stay when the others have
+    ended: tokens where all ranks split layers, those of a rank alone, and the numbers of columns
+    that ranks gathered once only plain ones were left.
+    """
+    group = Counted("layers", collectives.index, collectives.size, collectives.store)
+    group.build(0)
+    prompts = [entry.prompt for entry in load_prompts("qwen3_moe")]
+    asked = [*ASKED, *[GREEDY] * 3]
+    found = []
+    for tensor in (group, None):
+        executor = build_executor(path, collectives if tensor else None, "all_gather", tensor=tensor)
+        requests = [
+            Request(prompt, 6 if sampling is not GREEDY else 14, sampling=sampling)
+            for prompt, sampling in zip(prompts, asked, strict=False)
+        ]
+        driver = Driver(executor, requests, _capacity)
+        for step in range(14):
+            group.columns = set() if step == 8 else group.columns
+            driver.step(step)
+        found.append([request.tokens for request in requests])
+        if tensor is None:
+            break
+        columns = group.columns
+    return found[0], found[1], columns
+
+
+class Counted(Collectives):
+    """Collectives that note how many columns are gathered of a split layer."""
+
+    def __init__(self, name: str, index: int, size: int, store: Store | None) -> None:
+        super().__init__(name, index, size, store, DEADLINE, torch.device("cpu"))
+        self.columns: set[int] = set()
+
+    def all_gather(self, rows: Tensor, what: str) -> Pending:
+        if what == "the columns of a split layer":
+            self.columns.add(rows.shape[1])
+        return super().all_gather(rows, what)
 
 
 def _alternating(prompts: list[list[int]]) -> list[Request]:
