@@ -27,6 +27,7 @@ def describe_cluster(cluster: ClusterState) -> dict[str, Any]:
             for choice in cluster.overlap_choices
         ],
     }
+    shown["moved_bytes"] = cluster.totals.moved_bytes
     shown["expert_load"] = _loads(cluster)
     shown["placement"] = _placement(cluster.placement_i32, len(cluster.ranks))
     return shown

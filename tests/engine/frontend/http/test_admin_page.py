@@ -177,6 +177,54 @@ def test_a_person_sees_whether_all_is_well_and_if_not_which_rank_and_why(
     assert not refused
 
 
+def placed(*held: tuple[int, int, int, int, int]) -> bytes:
+    return array("i", chain.from_iterable(held)).tobytes()
+
+
+def corner(x: int, y: int) -> str:
+    """The opacity of a cell's lower right corner, where moves are marked."""
+    side = "(canvas.width / 4)"
+    at = f"{side} * {x + 1} - 1, {side} * {y + 1} - 1, 1, 1"
+    color = "getComputedStyle(document.documentElement).getPropertyValue('--moved')"
+    return (
+        f"(() => {{ const canvas = document.getElementById('heat'), pen = canvas.getContext('2d');"
+        f"const found = [...pen.getImageData({at}).data].slice(0, 3);"
+        f"const wanted = {color}.trim().match(/[0-9a-f]{{2}}/g).map((one) => parseInt(one, 16));"
+        "return found.every((one, at) => one === wanted[at]); })()"
+    )
+
+
+@needs_browser
+def test_a_person_sees_experts_move(frontend: RunningFrontend, browser: Browser) -> None:
+    state = frontend.engine.state = working()
+    browser.open(f"{frontend.url}/admin/")
+    sign_in(browser)
+    browser.wait_for("document.querySelector('#why').textContent.includes('All 2 ranks serve')")
+    assert browser.evaluate("document.getElementById('moved').hidden")
+    assert "moved" not in browser.text("#loadtext")
+
+    frontend.engine.set_state(moves_open=3)
+    browser.wait_for("document.getElementById('loadtext').textContent.includes('3 experts are on their way')")
+    swapped = ((0, 0, 0, 0, 1), (0, 0, 1, 0, 0), (0, 0, 1, 2, 3), (1, 1, 0, 0, 0), (1, 1, 0, 2, 2))
+    totals = msgspec.structs.replace(state.totals, moved_bytes=44_000_000)
+    frontend.engine.set_state(
+        moves_open=0,
+        placement_version=1,
+        placement_i32=placed(*swapped, (1, 1, 1, 1, 1), (1, 1, 1, 3, 3)),
+        totals=totals,
+    )
+    browser.wait_for("!document.getElementById('moved').hidden")
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('#moved tbody tr')]"
+        ".map((row) => [...row.cells].slice(1).map((one) => one.textContent))"
+    )
+    assert sorted(rows) == [["1", "1", "0", "1"], ["1", "2", "1", "0"]]
+    assert "44.0 MB in all; 2 experts of the last minute" in browser.text("#loadtext")
+    assert browser.evaluate(corner(1, 1)) and browser.evaluate(corner(2, 1))
+    assert not browser.evaluate(corner(0, 1)) and not browser.evaluate(corner(1, 0))
+    assert not [problem for problem in browser.problems if "401" not in problem]
+
+
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_screen(frontend: RunningFrontend, browser: Browser, scheme: str) -> None:
