@@ -77,9 +77,10 @@ class Membership:
 
     def lost(self, message: RankLost, now: float) -> None:
         """A rank is gone. Its requests keep their tokens and wait, for the survivors or for the
-        replacement. A process whose successor is here already has been noticed before.
+        replacement. The launcher may tell it twice, and of a process whose successor is here.
         """
-        if message.pid and message.pid != self._hellos[message.rank].pid:
+        told = message.rank in self.lost_ranks
+        if told or (message.pid and message.pid != self._hellos[message.rank].pid):
             return
         status, data = self._status, self._pilot.group.mesh.data_of_rank(message.rank)
         self.lost_ranks.add(message.rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,33 @@ def test_ranks_are_on_both_hosts_and_a_killed_one_and_a_lost_host_are_survived(
         assert not [
             process for process in host.processes() if "lockstep.launch.cluster.entry" in command_of(process)
         ]
+
+
+def test_the_rest_serves_for_as_long_as_a_lost_host_has_no_successor(
+    cluster: RayHosts, tmp_path: Path
+) -> None:
+    _, beta = cluster.hosts
+    deadline = 40.0
+    overrides = "experts.redundant=32", f"cluster.start_deadline={deadline:g}"
+    with launch(tmp_path, cluster, *overrides) as launcher, client(cluster) as asked:
+        launcher.url(120.0)
+        whole = completion(asked, TOKENS)
+        stream = Stream(asked, TOKENS)
+        until(lambda: len(stream.text) > 20, "the stream to begin")
+        cluster.lose(beta)
+        lost = time.monotonic()
+        assert stream.rest(60.0) == whole, "rank 0 has a replica of every expert"
+        until(lambda: "the others serve after" in launcher.err, "the loss to be over", 30.0)
+        until(lambda: "no node has room for rank 1" in launcher.err, "the want of room", 30.0)
+        health_now = health(cluster)
+        assert health_now.status_code == 200 and "rank 1 on beta lost" in health_now.json()["degraded"]
+        until(lambda: time.monotonic() > lost + deadline + 5.0, "the deadline of a start to pass", 60.0)
+        assert completion(asked, TOKENS) == whole
+        cluster.up(beta, 2)
+        until(lambda: "all ranks serve again, in epoch" in launcher.err, "rank 1 to join", 60.0)
+        assert cluster.rank(beta, 1) and completion(asked, TOKENS) == whole
+        launcher.signal(signal.SIGTERM)
+        assert launcher.wait(60.0) == 0, launcher.err
 
 
 def test_a_rank_that_fails_on_another_host_is_one_message(
