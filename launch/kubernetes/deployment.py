@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..recipe.hardware import load_hardware
 from ..recipe.recipe import Recipe, RecipeError, model_directory
@@ -73,6 +74,14 @@ class Deployment:
     def num_beside(self) -> int:
         """Processes beside the launcher: the controller and the frontends."""
         return 1 + self.recipe.frontend.processes
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The ports of the leader's pod by name: of the API, and of events for routers."""
+        kv = self.recipe.kv_cache
+        addresses = {"kv-events": kv.events, "kv-replay": kv.events_replay}
+        ports = {name: urlsplit(address).port for name, address in addresses.items() if address != "off"}
+        return {"http": self.recipe.frontend.port} | {name: port for name, port in ports.items() if port}
 
     @property
     def grace_seconds(self) -> int:

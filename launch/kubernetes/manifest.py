@@ -54,10 +54,10 @@ def _object(deployment: Deployment, version: str, kind: str, name: str = "") -> 
 
 
 def _service(deployment: Deployment) -> Document:
-    port = {"name": "http", "port": deployment.recipe.frontend.port, "targetPort": "http"}
+    ports = [{"name": name, "port": port, "targetPort": name} for name, port in deployment.ports.items()]
     return {
         **_object(deployment, "v1", "Service"),
-        "spec": {"selector": labels(deployment), "ports": [port]},
+        "spec": {"selector": labels(deployment), "ports": ports},
     }
 
 

@@ -24,10 +24,10 @@ def labels(deployment: Deployment, component: str = "leader") -> dict[str, str]:
 
 def leader(deployment: Deployment) -> dict[str, Any]:
     """The pod template of the leader, which serves."""
-    port, deadline = deployment.recipe.frontend.port, deployment.recipe.cluster.start_deadline
+    deadline = deployment.recipe.cluster.start_deadline
     container = _container(deployment, _leader_script(deployment), deployment.num_beside)
     container |= {
-        "ports": [{"name": "http", "containerPort": port}],
+        "ports": [{"name": name, "containerPort": port} for name, port in deployment.ports.items()],
         # launch itself ends a start that takes too long; this bounds it in any case.
         "startupProbe": _probe("/health", math.ceil(2 * deadline / _PROBE_SECONDS)),
         # No liveness probe: /health is 503 while a lost rank is replaced, and launch ends by itself

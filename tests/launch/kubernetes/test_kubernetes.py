@@ -154,6 +154,19 @@ def test_services_monitors_and_pools_select_the_leaders() -> None:
     assert templates(one).keys() == {"leader"} and container(one)["ports"][0]["containerPort"] == 9000
 
 
+def test_routers_reach_the_events_of_the_block_index() -> None:
+    found = documents("kv_cache.events=tcp://0.0.0.0:5557", "kv_cache.events_replay=tcp://0.0.0.0:5558")
+    assert container(found)["ports"][1:] == [
+        {"name": "kv-events", "containerPort": 5557},
+        {"name": "kv-replay", "containerPort": 5558},
+    ]
+    assert [port["targetPort"] for port in found["Service"]["spec"]["ports"]] == [
+        "http",
+        "kv-events",
+        "kv-replay",
+    ]
+
+
 def test_scaling_reads_series_that_exist() -> None:
     from lockstep.engine.frontend.metrics.metrics import Metrics
 
