@@ -63,7 +63,7 @@ class Pod:
 def pods(tmp_path: Path) -> Iterator[dict[str, Pod]]:
     """Leader and worker of the demo on two hosts."""
     arguments = ["kv_cache.memory=16MiB", "cluster.threads=1", f"cluster.log_dir={tmp_path}"]
-    arguments += ["cluster.drain_deadline=20"]
+    arguments += ["cluster.drain_deadline=100"]
     printed = CliRunner().invoke(app, ["k8s", "--recipe", "demo-two-hosts", *arguments]).stdout
     group = next(item for item in yaml.safe_load_all(printed) if item["kind"] == "LeaderWorkerSet")
     templates = group["spec"]["leaderWorkerTemplate"]
