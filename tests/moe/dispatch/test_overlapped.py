@@ -40,7 +40,7 @@ class Transport(Collectives):
     ) -> Pending:
         return self._late(super().all_to_all(rows, send, receive, what))
 
-    def all_gather(self, rows: Tensor, what: str) -> Pending:
+    def all_gather(self, rows: Tensor, what: str, fill: int = 0) -> Pending:
         return self._late(super().all_gather(rows, what))
 
     def reduce_scatter(self, rows: Tensor, what: str) -> Pending:

@@ -108,10 +108,10 @@ class Counted(Collectives):
         super().__init__(name, index, size, store, DEADLINE, torch.device("cpu"))
         self.columns: set[int] = set()
 
-    def all_gather(self, rows: Tensor, what: str) -> Pending:
+    def all_gather(self, rows: Tensor, what: str, fill: int = 0) -> Pending:
         if what == "the columns of a split layer":
             self.columns.add(rows.shape[1])
-        return super().all_gather(rows, what)
+        return super().all_gather(rows, what, fill)
 
 
 def _alternating(prompts: list[list[int]]) -> list[Request]:
