@@ -59,7 +59,7 @@ class Balancer:
         movable = enabled and mesh.experts > 1 and loads.loads_LE.size
         self._thread = ThreadPoolExecutor(1, "balancer") if movable else None
         self.stopped = ""
-        self._form = hellos[0].expert_form
+        self._form = next((hello.expert_form for hello in hellos.values() if hello.expert_form), "")
         for hello in hellos.values():
             self.joined(hello)
 
@@ -69,8 +69,10 @@ class Balancer:
             self._thread = None
 
     def joined(self, hello: RankHello) -> None:
-        """A rank is here. On a CPU of another kind it may hold experts in another form."""
-        if hello.expert_form != self._form:
+        """A rank is here. On a CPU of another kind it may hold experts in another form; it has none
+        where its stage has no experts.
+        """
+        if hello.expert_form not in ("", self._form):
             forms = f"rank {hello.rank} on {hello.host} holds {hello.expert_form}, others {self._form}"
             self._stop(f"experts no longer move, they differ in form: {forms}")
 

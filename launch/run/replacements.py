@@ -19,11 +19,20 @@ LONGEST_OUTAGE = 5.0  # seconds of delay where no other frontend serves
 
 @dataclass(frozen=True)
 class _Pause:
-    """Serving has stopped ``since`` then (monotonic seconds), in ``epoch``, by the last cause."""
+    """Serving has stopped ``since`` then (monotonic seconds), in ``epoch``, by the last cause: the
+    loss of ``ranks``, or of the controller (None).
+    """
 
     since: float
     epoch: int
     cause: str
+    ranks: frozenset[int] | None
+
+    def is_over(self, state: ClusterState) -> bool:
+        """Another epoch serves; or the same one, which goes on without the ranks in any case."""
+        lost = {rank.rank for rank in state.ranks if rank.state == "lost"}
+        without = self.ranks is not None and self.ranks <= lost
+        return state.phase in ("serving", "draining") and (state.epoch > self.epoch or without)
 
 
 class Replacements:
@@ -52,7 +61,8 @@ class Replacements:
         seconds.
         """
         delay = self._schedule(death, LONGEST_PAUSE)
-        self._pause_for(cause, epoch)
+        ranks = frozenset() if self._pause is None else self._pause.ranks
+        self._pause_for(cause, epoch, None if ranks is None else ranks | {death.task.index})
         return delay
 
     def replace_controller(self, death: Death, cause: str, *, epoch: int) -> float:
@@ -60,7 +70,7 @@ class Replacements:
         nothing serves meanwhile.
         """
         delay = self._schedule(death, LONGEST_OUTAGE)
-        self._pause_for(cause, epoch)
+        self._pause_for(cause, epoch, None)
         return delay
 
     def replace_frontend(self, death: Death, *, others: bool) -> float:
@@ -113,7 +123,7 @@ class Replacements:
         if self._pause is None:
             return None
         seconds = self._clock() - self._pause.since
-        if state is not None and state.phase in ("serving", "draining") and state.epoch > self._pause.epoch:
+        if state is not None and self._pause.is_over(state):
             self._pause = None
             return seconds
         if seconds > self._deadline:
@@ -123,10 +133,10 @@ class Replacements:
             )
         return None
 
-    def _pause_for(self, cause: str, epoch: int) -> None:
+    def _pause_for(self, cause: str, epoch: int, ranks: frozenset[int] | None) -> None:
         before = self._pause
         since, epoch = (self._clock(), epoch) if before is None else (before.since, before.epoch)
-        self._pause = _Pause(since, epoch, cause)
+        self._pause = _Pause(since, epoch, cause, ranks)
 
     def _recent(self, name: str) -> list[float]:
         now = self._clock()

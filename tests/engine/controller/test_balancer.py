@@ -136,6 +136,18 @@ def test_a_search_that_fails_and_a_rank_of_another_form_end_the_moves_and_say_so
     assert not other.pilot.group.moves.num_open
 
 
+def test_a_stage_without_experts_holds_them_in_no_other_form() -> None:
+    cluster = Cluster()
+    cluster.balancer.joined(structs.replace(cluster.hellos[2], expert_form="bfloat16 24x16x16x2"))
+    assert cluster.balancer.stopped, "the form of the others is known"
+    hellos = {
+        rank: structs.replace(hello, expert_form="" if rank < 2 else "bfloat16 24x16x16x2")
+        for rank, hello in Cluster().hellos.items()
+    }
+    pilot, experts = cluster.pilot, cluster.status.experts
+    assert Balancer(MESH, hellos, experts, pilot, enabled=True).stopped == ""
+
+
 def test_balanced_loads_few_tokens_and_a_recipe_that_says_off_move_nothing(cluster: Cluster) -> None:
     cluster.report(63)
     cluster.look()

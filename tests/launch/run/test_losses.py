@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from lockstep.engine.protocol.cluster_state import ClusterState, Report
+from lockstep.engine.protocol.cluster_state import ClusterState, RankState, Report
 from lockstep.launch.cluster.cluster import Death, LaunchError, Place, Task
 from lockstep.launch.run.replacements import Replacements
 from lockstep.launch.run.roster import Roster
@@ -163,6 +164,25 @@ def test_a_wait_for_room_and_its_end_are_told_once() -> None:
     assert replacements.news() == ""
     assert replacements.recovered(state("serving", 3)) is None
     assert replacements.recovered(state("serving", 4)) is not None
+
+
+def test_a_death_beside_ranks_that_serve_without_it_begins_no_pause_that_cannot_end() -> None:
+    cluster = ScriptedCluster()
+    replacements = Replacements(cluster, 0.0)
+    rank = RankState(1, "beta", 101, "lost", 0, 0, 0, 0, 0.0, 0.0)
+    without = structs.replace(
+        state("serving", 4), ranks=(structs.replace(rank, rank=0, state="serving"), rank)
+    )
+    replacements.replace(lost(1), "rank 1 was killed", epoch=4)  # the replacement, while it loads
+    assert replacements.recovered(without) is not None, "no epoch follows: nobody waits for it"
+    replacements.replace(lost(0), "rank 0 was killed", epoch=4)
+    with pytest.raises(LaunchError, match="does not serve again"):
+        replacements.recovered(without)  # the state has not heard of it
+    other = Replacements(cluster, 0.0)
+    other.replace(lost(1), "rank 1 was killed", epoch=4)
+    other.replace_controller(killed("controller", 0), "the controller was killed", epoch=4)
+    with pytest.raises(LaunchError, match="does not serve again"):
+        other.recovered(without)  # the state is of the controller that died
 
 
 def test_without_room_until_the_deadline_the_error_says_so() -> None:
