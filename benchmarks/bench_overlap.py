@@ -18,6 +18,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +95,7 @@ CASES = (Case(0, 0, prompt=256), Case(0, 0, prompt=512), Case(8, 512))
 class Late(Pending):
     """A collective that is complete at ``due`` at the earliest."""
 
-    due: float
+    due: float = 0.0
 
 
 class Delayed(Collectives):
@@ -105,7 +107,9 @@ class Delayed(Collectives):
         self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str
     ) -> Pending:
         pending = super().all_to_all(rows, send, receive, what)
-        return Late(pending.what, pending.output, pending.work, time.perf_counter() + self.delay)
+        return Late(
+            pending.what, pending.output, pending.work, pending.spread, time.perf_counter() + self.delay
+        )
 
     def wait(self, pending: Pending) -> Tensor:
         output = super().wait(pending)
@@ -251,38 +255,47 @@ def rows_of(case: Case, measured: dict[tuple[bool, int], list[float]], choices: 
     yield "hidden share of the delay", shape, "", "", f"{1 - exposed:.3f}", ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--delay", type=float, default=2.0, help="milliseconds of each collective")
-    arguments = parser.parse_args()
+@contextmanager
+def running_ranks(target: Callable[..., None], arguments: argparse.Namespace) -> Iterator[Any]:
+    """Processes that call ``target`` with the model's folder, their index, the port of a store,
+    ``arguments`` and a queue, which is yielded. They have ended afterwards.
+    """
     path = Path(tempfile.mkdtemp())
     (path / "config.json").write_text(json.dumps(MODEL))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     out: Any = context.Queue()
     ranks = [
-        context.Process(target=rank_process, args=(path, index, store.port, arguments, out), daemon=True)
+        context.Process(target=target, args=(path, index, store.port, arguments, out), daemon=True)
         for index in range(WORLD)
     ]
     for process in ranks:
         process.start()
-    where = hardware(), f"python {platform.python_version()} torch {torch.__version__}", commit()
-    while (found := out.get(timeout=900)) is not None:
-        rows = list(rows_of(*found, arguments.delay))
-        with ROWS.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if not file.tell():
-                writer.writerow(
-                    ["what", "shape", "unit", "p20", "p50", "p80", "hardware", "versions", "commit"]
-                )
-            for row in rows:
-                writer.writerow([*row, *where])
-                print(*row, sep="\t", flush=True)
+    yield out
     for process in ranks:
         process.join(60)
     (path / "config.json").unlink()
     path.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--delay", type=float, default=2.0, help="milliseconds of each collective")
+    arguments = parser.parse_args()
+    where = hardware(), f"python {platform.python_version()} torch {torch.__version__}", commit()
+    with running_ranks(rank_process, arguments) as out:
+        while (found := out.get(timeout=900)) is not None:
+            rows = list(rows_of(*found, arguments.delay))
+            with ROWS.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if not file.tell():
+                    writer.writerow(
+                        ["what", "shape", "unit", "p20", "p50", "p80", "hardware", "versions", "commit"]
+                    )
+                for row in rows:
+                    writer.writerow([*row, *where])
+                    print(*row, sep="\t", flush=True)
     os._exit(0)  # the store's threads do not end by themselves
 
 

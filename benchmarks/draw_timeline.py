@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from bench_overlap import CPU, MODEL, WORLD, Case, Delayed, Rank
+from bench_overlap import CPU, WORLD, Case, Delayed, Rank, running_ranks
 from circumstances import hardware
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -69,29 +67,15 @@ def rank_process(path: Path, index: int, port: int, arguments: argparse.Namespac
 
 def recorded(arguments: argparse.Namespace) -> dict[int, Document]:
     """Traces by the number of microbatches."""
-    path = Path(tempfile.mkdtemp())
-    (path / "config.json").write_text(json.dumps(MODEL))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    out: Any = context.Queue()
-    ranks = [
-        context.Process(target=rank_process, args=(path, index, store.port, arguments, out), daemon=True)
-        for index in range(WORLD)
-    ]
-    for process in ranks:
-        process.start()
     found: dict[int, list[StepSpans]] = {microbatches: [] for microbatches in TITLES}
-    ended = 0
-    while ended < WORLD:
-        item = out.get(timeout=600)
-        if item is None:
-            ended += 1
-        else:
-            found[item[0]].append(item[1])
-    for process in ranks:
-        process.join(60)
-    (path / "config.json").unlink()
-    path.rmdir()
+    with running_ranks(rank_process, arguments) as out:
+        ended = 0
+        while ended < WORLD:
+            item = out.get(timeout=600)
+            if item is None:
+                ended += 1
+            else:
+                found[item[0]].append(item[1])
     end = TimelineEnd(1, "", mesh=Mesh(data=WORLD))
     hosts = dict.fromkeys(range(WORLD), "this")
     return {number: json.loads(chrome_trace(end, spans, hosts)) for number, spans in found.items()}
@@ -147,6 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     documents = recorded(arguments)
     if arguments.traces is not None:
+        arguments.traces.mkdir(parents=True, exist_ok=True)
         for number, document in documents.items():
             (arguments.traces / f"microbatches-{number}.json").write_text(json.dumps(document))
     matplotlib.rcParams |= {"svg.hashsalt": "lockstep", "svg.fonttype": "none"}

@@ -8,13 +8,12 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from support.launch.clusters import until
 from support.launch.launcher import Launcher
-from support.serving.reader import Reader
+from support.serving.reader import Reader, cluster_of
 
 TOKENS = 160
 STREAMS = 12
@@ -27,17 +26,12 @@ def test_experts_move_and_stay_where_they_are_through_deaths(tmp_path: Path) -> 
         url = launcher.url()
         base = url.removesuffix("/v1")
 
-        def cluster() -> dict[str, Any]:
-            answer = httpx.get(f"{base}/admin/cluster", headers={"Authorization": f"Bearer {ADMIN}"})
-            state: dict[str, Any] = answer.json()
-            return state
-
         undisturbed = Reader(url, TOKENS)
         undisturbed.run()
-        before = cluster()
+        before = cluster_of(url, ADMIN)
         assert before["placement_version"] == before["moves_open"] == 0
-        texts = _read_until(url, lambda: cluster()["placement_version"] > 0)
-        moved = cluster()
+        texts = _read_until(url, lambda: cluster_of(url, ADMIN)["placement_version"] > 0)
+        moved = cluster_of(url, ADMIN)
         assert moved["placement"] != before["placement"]
         moved_bytes = httpx.get(f"{base}/metrics").text.split("lockstep:moved_bytes_total{")[1].split()[1]
         assert float(moved_bytes) > 0
@@ -45,14 +39,17 @@ def test_experts_move_and_stay_where_they_are_through_deaths(tmp_path: Path) -> 
         readers = [Reader(url, TOKENS).flowing() for _ in range(4)]
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
         until(lambda: "all ranks serve again" in launcher.err, "the ranks to serve again")
-        assert cluster()["placement_version"] >= moved["placement_version"], (
+        assert cluster_of(url, ADMIN)["placement_version"] >= moved["placement_version"], (
             "the replacement loads what it lacks"
         )
         os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
         until(lambda: launcher.err.count("all ranks serve again") == 2, "the ranks to serve again")
         for reader in readers:
             reader.join(60)
-        until(lambda: cluster()["placement_version"] >= moved["placement_version"], "the placement of before")
+        until(
+            lambda: cluster_of(url, ADMIN)["placement_version"] >= moved["placement_version"],
+            "the placement of before",
+        )
         assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * 4
         assert {*texts, *(reader.text for reader in readers)} == {undisturbed.text}
         launcher.signal()

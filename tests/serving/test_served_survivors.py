@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from support.launch.clusters import until
 from support.launch.launcher import Launcher
-from support.serving.reader import Reader
+from support.serving.reader import Reader, cluster_of
 
 TOKENS = 240
 ADMIN = "an-admin-key"
@@ -37,13 +36,8 @@ def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: 
         url = launcher.url()
         base = url.removesuffix("/v1")
 
-        def cluster() -> dict[str, Any]:
-            answer = httpx.get(f"{base}/admin/cluster", headers={"Authorization": f"Bearer {ADMIN}"})
-            state: dict[str, Any] = answer.json()
-            return state
-
         def rank_states() -> list[str]:
-            return [rank["state"] for rank in cluster()["ranks"]]
+            return [rank["state"] for rank in cluster_of(url, ADMIN)["ranks"]]
 
         undisturbed = Reader(url, TOKENS)
         undisturbed.run()

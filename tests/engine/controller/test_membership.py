@@ -15,24 +15,11 @@ from lockstep.engine.protocol.bulk import RankHello, StepProgress
 from lockstep.engine.protocol.frontends import RankLost, Rejected, Submit
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.results import Abandoned, StepResult
-from lockstep.engine.protocol.specs import ControllerSpec, SchedulerSpec
 from lockstep.parallel.mesh import Mesh
+from support.engine.controller_spec import SCHEDULER, controller_spec
 
 MESH = Mesh(data=2)
-SCHEDULER = SchedulerSpec(max_running=4, max_batch_tokens=32)
-SPEC = ControllerSpec(
-    host="",
-    secret="",
-    public="",
-    allowed=(),
-    mesh=MESH,
-    scheduler=SCHEDULER,
-    model_max_len=96,
-    max_len=None,
-    rank_deadline=20.0,
-    collective_deadline=5.0,
-    survivors=False,
-)
+SPEC = controller_spec(MESH, survivors=False)
 
 
 def hello(rank: int, pages: int = 40) -> RankHello:

@@ -14,13 +14,12 @@ from lockstep.engine.controller.status import ClusterStatus
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import RankHello
 from lockstep.engine.protocol.frontends import RankLost
-from lockstep.engine.protocol.specs import ControllerSpec, SchedulerSpec
 from lockstep.moe.balance.placement import Placement
 from lockstep.moe.balance.start import starting_placement
 from lockstep.parallel.mesh import Mesh
+from support.engine.controller_spec import SCHEDULER, controller_spec
 
 LAYERS, EXPERTS = 3, 8
-SCHEDULER = SchedulerSpec(max_running=4, max_batch_tokens=32)
 
 
 class Cluster:
@@ -50,18 +49,7 @@ class Cluster:
         }
         numbers, packed = itertools.count(1), placement.experts_LWS.tobytes()
         self.status = ClusterStatus(mesh, self.hellos, self.pilot.group, numbers, packed)
-        spec = ControllerSpec(
-            host="",
-            secret="",
-            public="",
-            allowed=(),
-            mesh=mesh,
-            scheduler=SCHEDULER,
-            model_max_len=96,
-            max_len=None,
-            rank_deadline=20.0,
-            survivors=survivors,
-        )
+        spec = controller_spec(mesh, survivors=survivors)
         self.membership = Membership(spec, self.hellos, self.pilot, self.status)
         self.survivors = self.membership.survivors
 
@@ -87,7 +75,6 @@ class Cluster:
 
 def test_survivors_with_replicas_go_on_at_once_and_the_replacement_joins() -> None:
     cluster = Cluster(Mesh(data=2), redundant=8)
-    cluster.survivors._loads.newest.experts_LWS.flags.writeable = False
     cluster.lose(1)
     assert cluster.survivors.take_orders() == [] and cluster.vacant == (1,)
     assert cluster.membership.pause(10.0) == 0.0 and cluster.status.phase == "serving"

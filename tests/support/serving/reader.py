@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import httpx
 import openai
 
 _LONG: dict[str, Any] = {
@@ -21,6 +22,14 @@ _LONG: dict[str, Any] = {
 
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60.0)
+
+
+def cluster_of(url: str, admin_key: str) -> dict[str, Any]:
+    """The state of the cluster, as ``/admin/cluster`` shows it."""
+    headers = {"Authorization": f"Bearer {admin_key}"}
+    answer = httpx.get(f"{url.removesuffix('/v1')}/admin/cluster", headers=headers)
+    state: dict[str, Any] = answer.json()
+    return state
 
 
 def refused(url: str) -> bool:
