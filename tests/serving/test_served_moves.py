@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,41 @@ def test_experts_move_and_stay_where_they_are_through_deaths(tmp_path: Path) -> 
         launcher.signal()
         assert launcher.wait() == 0, launcher.err
         launcher.assert_nothing_left()
+
+
+def test_a_rank_killed_while_experts_move_changes_no_text(tmp_path: Path) -> None:
+    """With two ranks it is a source and a target of the moves."""
+    arguments = ("cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN}")
+    with Launcher(tmp_path, "--recipe", "demo", *arguments, "kv_cache.memory=16MiB") as launcher:
+        url = launcher.url()
+        undisturbed = Reader(url, TOKENS)
+        undisturbed.run()
+        readers = _readers_while(url, lambda: cluster_of(url, ADMIN)["moves_open"] > 0)
+        os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)
+        until(lambda: "all ranks serve again" in launcher.err, "the ranks to serve again")
+        for reader in readers:
+            reader.join(120)
+        assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * STREAMS
+        texts = [reader.text for reader in readers] + _read_until(url, lambda: True)
+        assert set(texts) == {undisturbed.text}
+        launcher.signal()
+        assert launcher.wait() == 0, launcher.err
+        launcher.assert_nothing_left()
+
+
+def _readers_while(url: str, condition: Callable[[], bool]) -> list[Reader]:
+    """Streams of the round in which the condition comes to hold. It is looked at from the first
+    token on: experts move once, and then they are balanced.
+    """
+    for _ in range(20):
+        readers = [Reader(url, TOKENS) for _ in range(STREAMS)]
+        for reader in readers:
+            reader.start()
+        while any(reader.is_alive() for reader in readers):
+            if condition():
+                return readers
+            time.sleep(0.02)
+    raise AssertionError("experts have not moved")
 
 
 def _read_until(url: str, condition: Callable[[], bool]) -> list[str]:
