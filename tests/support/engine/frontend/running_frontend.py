@@ -70,9 +70,9 @@ class RunningFrontend:
         return spec
 
     def __enter__(self) -> RunningFrontend:
-        self.start()
         try:
-            wait_until(self._all_ready, "every frontend takes connections")
+            self.start()
+            wait_until(partial(self._ready, len(self.specs)), "every frontend takes connections")
             with ExitStack() as stack:
                 one_each = [httpx.Client(base_url=self.url, timeout=20) for _ in self.specs]
                 for http in map(stack.enter_context, one_each):
@@ -89,15 +89,19 @@ class RunningFrontend:
         self.stop()
 
     def start(self) -> None:
-        for thread in self._threads:
+        """One after the other: pydantic builds its types in a process by one thread at a time."""
+        for number, thread in enumerate(self._threads, start=1):
             thread.start()
+            if number < len(self._threads):
+                wait_until(partial(self._ready, number), "a frontend takes connections")
 
     def stop(self) -> None:
         self.http.close()
         self.engine.stop()
         end = time.monotonic() + 30
         for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0.0, end - time.monotonic()))
         self.close()
         assert not any(thread.is_alive() for thread in self._threads), (
             "a frontend did not leave within 30 s of Stop"
@@ -109,9 +113,10 @@ class RunningFrontend:
         self.acceptor.close()
         self.engine.close()
 
-    def _all_ready(self) -> bool:
-        assert all(thread.is_alive() for thread in self._threads), "a frontend ended while starting"
-        return self.acceptor.num_ready == len(self.specs)
+    def _ready(self, number: int) -> bool:
+        started = self._threads[:number]
+        assert all(thread.is_alive() for thread in started), "a frontend ended while starting"
+        return self.acceptor.num_ready == number
 
     def _none_open(self) -> bool:
         return not any(channel.num_open for channel in self.acceptor._channels)
