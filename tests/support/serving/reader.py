@@ -13,7 +13,6 @@ import openai
 
 _LONG: dict[str, Any] = {
     "model": "demo",
-    "prompt": "Hello",
     "temperature": 0.0,
     "stream": True,
     "extra_body": {"ignore_eos": True},
@@ -48,9 +47,9 @@ class Reader(threading.Thread):
     seconds between two chunks.
     """
 
-    def __init__(self, url: str, max_tokens: int) -> None:
+    def __init__(self, url: str, max_tokens: int, prompt: str = "Hello") -> None:
         super().__init__(daemon=True)
-        self._url, self._max_tokens = url, max_tokens
+        self._url, self._max_tokens, self.prompt = url, max_tokens, prompt
         self.started = threading.Event()
         self.chunks = 0
         self.text = ""
@@ -62,7 +61,7 @@ class Reader(threading.Thread):
         try:
             with (
                 client(self._url) as made,
-                made.completions.create(max_tokens=self._max_tokens, **_LONG) as stream,
+                made.completions.create(prompt=self.prompt, max_tokens=self._max_tokens, **_LONG) as stream,
             ):
                 last = time.monotonic()
                 for chunk in stream:
