@@ -42,7 +42,8 @@ serve: $(SERVING)
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
-# Two workers: tests that start clusters in one, all others in both. The quick tier is what a change is tried with.
+# Two workers: tests that start clusters in one, those of a served cluster in the other, then all others in both.
+# The quick tier is what a change is tried with.
 WORKERS ?= -n 2 --no-loadscope-reorder
 
 test: setup

@@ -36,13 +36,14 @@ settings.load_profile("lockstep")
 
 HERE = Path(__file__).parent
 FIRST = ("launch", "serving", "engine")  # folders in the order of their longest tests
+CLUSTERS, SERVING = "clusters", "serving"  # the groups that take longest
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks slow tests, and puts files that take long first."""
     _mark_slow_tests(config, items)
-    items.sort(key=lambda item: (_group_of(item.nodeid) != "clusters", _rank(item)))
+    items.sort(key=lambda item: (_turn(_group_of(item.nodeid)), _rank(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,18 +60,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
-def _group_of(nodeid: str) -> str:
-    file = nodeid.partition("::")[0]
-    return "clusters" if _starts_clusters(file) else file
-
-
 @cache
-def _starts_clusters(file: str) -> bool:
-    """Whether tests of the file start or share whole clusters, of Ray or of hosts: one cluster at a
-    time is as many processes as two cores carry.
+def _group_of(nodeid: str) -> str:
+    """Files that start clusters of Ray or of hosts are one group, those that share served clusters
+    another: two clusters at a time are as many processes as two cores carry.
     """
+    file = nodeid.partition("::")[0]
+    if "tests/serving/" in file:
+        return SERVING
     text = (HERE.parent / file).read_text(encoding="utf-8")
-    return "tests/serving/" in file or bool(re.search(r"mark\.ray\b|\*needs_", text))
+    return CLUSTERS if re.search(r"mark\.ray\b|\*needs_", text) else file
+
+
+def _turn(group: str) -> int:
+    return (CLUSTERS, SERVING, group).index(group)
 
 
 def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
