@@ -16,9 +16,10 @@ from ...moe.balance.balance import Balanced, Limits, balance, weighted_imbalance
 from ...moe.balance.layers import Floats
 from ...moe.balance.loads import LoadWindow, Trigger
 from ...moe.balance.placement import EMPTY, Placement
+from ...moe.balance.travel import experts_at_once
 from ...parallel.mesh import Mesh
 from ..planner.group_plan import GroupPlan
-from ..protocol.arrays import Int32
+from ..protocol.arrays import Int32, Int64
 from ..protocol.bulk import RankHello
 from ..protocol.plan import Transfer
 from .expert_loads import ExpertLoads
@@ -31,9 +32,6 @@ _REPORTS = 2
 
 _TARGET = 1.02
 """Maximum / mean load at which a layer is left alone, as a multiple of the least there can be."""
-
-_BYTES_AT_ONCE = 16 << 20
-"""Bytes that a rank receives in moves that travel together, unless one layer's have more."""
 
 
 class Balancer:
@@ -136,19 +134,19 @@ class Balancer:
     def _offer(self, found: Sequence[Balanced]) -> None:
         """Cuts moves into parts that travel together, by whole layers."""
         self._newest = max(self._newest, self._pilot.group.moves.committed)
-        most = max(1, _BYTES_AT_ONCE // self._expert_bytes)
+        most = experts_at_once(self._expert_bytes)
         moves: list[Transfer] = []
         for stage, (layers, balanced) in enumerate(zip(self._loads.layers, found, strict=True)):
             before_LWS = self._loads.newest.experts_LWS[layers]
             parts: list[list[Int32]] = []
-            received_W = np.zeros(self._mesh.experts, np.int64)
+            carried_2W = np.zeros((2, self._mesh.experts), np.int64)
             for rows_N5 in _by_layer(before_LWS, balanced, layers.start):
-                own_W = np.bincount(rows_N5[rows_N5[:, 1] != EMPTY, 3], minlength=self._mesh.experts)
-                if not parts or (received_W + own_W).max() > most:
+                own_2W = self._carried(rows_N5)
+                if not parts or (carried_2W + own_2W).max() > most:
                     parts.append([])
-                    received_W[:] = 0
+                    carried_2W[:] = 0
                 parts[-1].append(rows_N5)
-                received_W += own_W
+                carried_2W += own_2W
             for part in parts:
                 self._newest += 1
                 moves.append(Transfer(self._newest, stage, np.concatenate(part).tobytes()))
@@ -160,6 +158,11 @@ class Balancer:
             "%d moves of experts begin, in %d parts", sum(len(_rows(part)) for part in moves), len(moves)
         )
         self._pilot.move_experts(moves)
+
+    def _carried(self, rows_N5: Int32) -> Int64:
+        """Experts that each rank sends, and receives."""
+        travelling_N5 = rows_N5[rows_N5[:, 1] != EMPTY]
+        return np.stack([np.bincount(travelling_N5[:, end], minlength=self._mesh.experts) for end in (2, 3)])
 
 
 def _balance_stages(

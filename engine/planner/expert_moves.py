@@ -11,14 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...moe.balance.travel import MOST_STAGED
 from ...parallel.mesh import Mesh
 from ..protocol.plan import Transfer
 from ..protocol.results import StepResult
 
-_MOST_STAGED = 4
-"""Moves that ranks hold beside their slots, landed or on their way."""
-
-_REPEATED = 2 * _MOST_STAGED
+_REPEATED = 2 * MOST_STAGED
 """Commits that the first plan of an epoch repeats: some rank may have missed the last ones."""
 
 
@@ -56,7 +54,7 @@ class ExpertMoves:
             self._recent += landed
             self.committed = landed[-1]
             commits += landed
-        if self._travelling is not None or not self._waiting or len(self._landed) >= _MOST_STAGED - 1:
+        if self._travelling is not None or not self._waiting or len(self._landed) >= MOST_STAGED - 1:
             return (), commits
         self._travelling = self._waiting.popleft()
         self._arrived.clear()

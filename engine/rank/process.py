@@ -14,6 +14,7 @@ from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import parse_format
 from ...moe.balance.placement import Placement
 from ...moe.balance.start import placement_of
+from ...moe.balance.travel import staged_bytes
 from ...moe.config import MoEConfig
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import Collectives, EpochGroup, RankGroups
@@ -102,13 +103,14 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     )
     model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
-    claimed = 0 if memory is None else memory.num_bytes
+    expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
+    travelling = _travelling(placement, expert_bytes) if spec.balance and mesh.experts > 1 else 0
+    claimed = travelling + (0 if memory is None else memory.num_bytes)
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
     num_pages = fit_pages(page_bytes, spec.page_size, limits, spec.ranks_per_host, device)
     pool = KVPool(held, num_pages, spec.page_size, kv_format, device)
     facts = spec.model_path, spec.rank, mesh.world, device, spec.dtype, num_pages, kv_format, spec.dispatch
     _LOG.info("loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s", *facts)
-    expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
     spread: list[EpochGroup] = [experts]
     if spec.balance:
         spread.append(moves)
@@ -135,6 +137,12 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         grammars=grammars,
     )
     return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
+
+
+def _travelling(placement: Placement, expert_bytes: int) -> int:
+    """Bytes of experts on the move, at most."""
+    num_layers, _, num_slots = placement.experts_LWS.shape
+    return staged_bytes(expert_bytes, num_slots, num_layers)
 
 
 def _moe_layers(config: ModelConfig, stage: PipelineStage) -> range:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from ...engine.kv.budget import GPU_RESERVE_BYTES, PoolLimits
 from ...engine.models.config import GqaConfig
 from ...engine.protocol.buckets import bucket_over, most_tokens
+from ...moe.balance.travel import staged_bytes
 from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
 
@@ -42,8 +43,9 @@ class Memory:
     """Bytes on a rank.
 
     ``kv_pool``: ``num_pages`` pages and a scratch page. ``activations``: estimated peak at
-    ``capacity`` tokens. ``dispatch``: upper bound of the exchange at capacity. ``reserve``: for
-    libraries. ``headroom``: bytes left; negative: bytes missing.
+    ``capacity`` tokens. ``dispatch``: upper bound of the exchange at capacity. ``moves``: experts
+    on their way between ranks. ``reserve``: for libraries. ``headroom``: bytes left; negative:
+    bytes missing.
     """
 
     weights: Weights
@@ -51,6 +53,7 @@ class Memory:
     kv_pool: int
     activations: int
     dispatch: int
+    moves: int
     reserve: int
     headroom: int
 
@@ -64,9 +67,10 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
     num_pages = pages_of(setup, stage, weights)
     kv_pool = (num_pages + 1) * page_bytes(setup, stage) if num_pages else 0
     activations, dispatch = activations_of(setup, stage), dispatch_buffers(setup)
+    moves = moves_bytes(setup, stage)
     reserve = GPU_RESERVE_BYTES if setup.hardware.device == "cuda" else 0
-    headroom = setup.rank_memory - weights.total - kv_pool - activations - dispatch - reserve
-    return Memory(weights, num_pages, kv_pool, activations, dispatch, reserve, headroom)
+    headroom = setup.rank_memory - weights.total - kv_pool - activations - dispatch - moves - reserve
+    return Memory(weights, num_pages, kv_pool, activations, dispatch, moves, reserve, headroom)
 
 
 def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
@@ -102,7 +106,8 @@ def page_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
     """Pages of the pool; 0 if none fits."""
-    limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len, symmetric_memory(setup))
+    claimed = symmetric_memory(setup) + moves_bytes(setup, stage)
+    limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len, claimed)
     free = setup.rank_memory - weights.total
     num_bytes = limits.num_bytes(free, 1, setup.hardware.device)
     return limits.num_pages(num_bytes, page_bytes(setup, stage), setup.page_size)
@@ -156,6 +161,11 @@ def dispatch_buffers(setup: Setup) -> int:
     if setup.hardware.device == "cuda":
         return symmetric_memory(setup) + pairs * output + back
     return tokens * row * (min(moe.top_k, ranks) + ranks) + pairs * output + back
+
+
+def moves_bytes(setup: Setup, stage: PipelineStage) -> int:
+    """Bytes of experts that travel beside the steps, where they are balanced."""
+    return staged_bytes(setup.expert_bytes, setup.num_slots, stage.num_moe) if setup.balanced else 0
 
 
 def symmetric_memory(setup: Setup) -> int:

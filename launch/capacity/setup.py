@@ -13,7 +13,7 @@ from ...parallel.mesh import Mesh
 from ...parallel.stages import PipelineStage, split_layers
 from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
-from ..recipe.resolve import dispatch_of, dtype_of, fp8_experts_of, kv_format_of
+from ..recipe.resolve import balances, dispatch_of, dtype_of, fp8_experts_of, kv_format_of
 from .shape import Shape
 
 _ITEM = {"fp32": 4, "bf16": 2}
@@ -28,7 +28,8 @@ class Setup:
     ``weights``, ``expert_weights``: dtypes of stored matrices. ``dtype``: of activations.
     ``attention_dtype``: of attention's arithmetic. ``wire_item``: bytes per value sent to experts.
     ``kv_memory``: None is auto. ``capacity``: most tokens of a rank in a step; with
-    ``overlap`` it may have two microbatches. ``isa``: kind of CPU, None for GPUs.
+    ``overlap`` it may have two microbatches. ``balanced``: experts move while it serves.
+    ``isa``: kind of CPU, None for GPUs.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Setup:
     capacity: int
     overlap: bool
     redundant: int
+    balanced: bool
     survivors: bool
     isa: Isa | None
 
@@ -137,6 +139,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         capacity=recipe.scheduler.max_batch_tokens,
         overlap=recipe.overlap != "off",
         redundant=recipe.experts.redundant,
+        balanced=balances(recipe),
         survivors=recipe.cluster.survivors == "go_on",
         isa=_isa(recipe, hardware),
     )

@@ -96,7 +96,7 @@ def test_a_program_reads_json(tmp_path: Path) -> None:
     (ranks,) = plan["ranks"]
     held = ranks["memory"]
     assert held["weights"]["total"] == sum(size for name, size in held["weights"].items() if name != "total")
-    parts = ("kv_pool", "activations", "dispatch", "reserve", "headroom")
+    parts = ("kv_pool", "activations", "dispatch", "moves", "reserve", "headroom")
     assert held["weights"]["total"] + sum(held[part] for part in parts) == plan["hardware"]["memory"]
     assert plan["kv_tokens"] == 72 * plan["kv_tokens_per_rank"]
     assert plan["decode"]["floor"]["binds"] in ("compute", "memory", "network")
@@ -243,6 +243,15 @@ def test_more_ranks_cannot_help_where_each_holds_too_much() -> None:
 )
 def test_the_data_indices_that_others_outlive_follow_from_slots(overrides: list[str], spare: int) -> None:
     assert plan_of("demo", *overrides).setup.spare_data == spare
+
+
+def test_experts_on_the_move_have_room() -> None:
+    """DeepSeek-V3's 4 slots a layer travel together: four such moves wait, one is sent, twice."""
+    expert = 3 * 7168 * 2048 + 3 * 16 * 56 * 4
+    [rank] = plan_of("deepseek-gb200").ranks
+    assert rank.memory.moves == 6 * 4 * expert
+    [rank] = plan_of("deepseek-gb200", "experts.balance=off").ranks
+    assert rank.memory.moves == 0
 
 
 def test_batch_and_context_are_those_of_the_pages() -> None:
