@@ -173,7 +173,10 @@ class Rank:
         header = Header(0, 0, self._step, self._step - 1, *shape, trace=trace)
         self._step += 1
         self.gathered(0.0)
-        return self._executor.execute(StepPlan(header, section))
+        self._executor.submit(StepPlan(header, section))
+        result = self._executor.take()
+        assert result is not None, "a step on a CPU is done when it has been submitted"
+        return result
 
     def take_spans(self) -> StepSpans | None:
         """Spans of the last step, if they were asked for."""

@@ -71,10 +71,18 @@ class StepExecutor(Protocol):
         """
         ...
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Executes one step. Raises StepAbandoned when a peer is lost."""
+    def submit(self, plan: StepPlan) -> None:
+        """Begins a step. On a device it may be under way when this returns, and the next one may be
+        begun; a host computes it here. Raises StepAbandoned when a peer is lost.
+        """
+        ...
+
+    def take(self) -> StepResult | None:
+        """The result of the oldest step that was begun and not taken yet, once it is done; None
+        before that. Raises StepAbandoned when a peer is lost.
+        """
         ...
 
     def take_spans(self) -> StepSpans | None:
-        """Spans of the last step if its plan asked for them, once."""
+        """Spans of the last step taken if its plan asked for them, once."""
         ...

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ class Executor:
         self._staged: dict[int, Int32] = {}
         self._constrained: set[int] = set()  # staged prompts with a grammar
         self._expected: list[_Expected] = []
+        self._done: deque[tuple[StepResult, StepSpans | None]] = deque()
         self._spans: StepSpans | None = None
         self._life = secrets.randbits(62)
 
@@ -112,6 +114,7 @@ class Executor:
         return self._parts.pool.blocks.all()
 
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
+        self._done.clear()
         self._expected.clear()
         self._parts.links.forget()
         try:
@@ -158,23 +161,30 @@ class Executor:
             self._parts.grammars.close()
         self._parts.groups.destroy()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         """Applies a plan and computes its step, even without rows: other ranks wait in the exchange
         of every layer.
 
         After StepAbandoned the state is undefined until the rebase that opens the next epoch.
         """
         try:
-            return self._execute_noted(plan) if plan.header.trace else self._execute(plan, self._forward.run)
+            noted = self._execute_noted(plan) if plan.header.trace else (self._execute(plan), None)
         except CollectiveError as error:
             self._parts.groups.destroy()
             raise StepAbandoned(str(error)) from error
+        self._done.append(noted)
+
+    def take(self) -> StepResult | None:
+        if not self._done:
+            return None
+        result, self._spans = self._done.popleft()
+        return result
 
     def take_spans(self) -> StepSpans | None:
         spans, self._spans = self._spans, None
         return spans
 
-    def _execute_noted(self, plan: StepPlan) -> StepResult:
+    def _execute_noted(self, plan: StepPlan) -> tuple[StepResult, StepSpans]:
         parts, dispatcher = self._parts, self._parts.dispatcher
         notes = SpanNotes(dispatcher.clock, parts.turns)
         clock, dispatcher.clock = dispatcher.clock, notes
@@ -183,11 +193,10 @@ class Executor:
                 result = self._execute(plan, functools.partial(notes.forward, self._forward.run))
         finally:
             dispatcher.clock = clock
-        self._spans = notes.end(parts.rank, plan.header)
-        return result
+        return result, notes.end(parts.rank, plan.header)
 
     @torch.inference_mode()
-    def _execute(self, plan: StepPlan, forward: Callable[..., Tensor]) -> StepResult:
+    def _execute(self, plan: StepPlan, forward: Callable[..., Tensor] | None = None) -> StepResult:
         start, waited = time.perf_counter(), self._parts.groups.waited
         stalled = self._parts.links.waited
         header, section = plan.header, plan.section
@@ -197,7 +206,7 @@ class Executor:
         # With drafts a row can reach its limit early.
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         masks = self._parts.grammars.begin(rows.slots[draws]) if self._parts.grammars is not None else None
-        hidden_TD = forward(header, rows, draws)
+        hidden_TD = (forward or self._forward.run)(header, rows, draws)
         chosen = draws.nonzero()[0]
         scores: tuple[PromptLogprobs, ...] = ()
         sampled = _NOTHING

@@ -5,6 +5,7 @@ so that ranks can be simulated.
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import msgspec
 from msgspec import structs
@@ -12,7 +13,7 @@ from msgspec import structs
 from ..protocol.bulk import Disband, Preload, Preloaded, Published, SetPlacement, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop
-from ..protocol.plan import StepPlan
+from ..protocol.plan import Header, StepPlan
 from ..protocol.results import Abandoned, Refused, StepResult
 from ..protocol.sockets import decode_plan, encode
 from .contract import StepAbandoned, StepExecutor, StepFailed
@@ -33,16 +34,17 @@ class RankLoop:
         self._sockets = sockets
         self._bulk_decoder = msgspec.msgpack.Decoder(ToRankBulk)
         self._chain = Chain()
-        self._running: tuple[int, int] | None = None  # epoch and step
+        self._under_way: deque[Header] = deque()  # of steps whose results were not sent yet
 
     def run(self) -> str:
         """Serves until the controller says Stop, and returns its reason. Raises ControllerLost,
         StepFailed, or the error of an executor that cannot leave an epoch.
         """
         while True:
+            self._send_results()
             compiling = self._executor.compiling
             wait = _COMPILING_MILLISECONDS if compiling else POLL_MILLISECONDS
-            connected, bulk, step = self._sockets.poll(wait)
+            connected, bulk, step = self._sockets.poll(0 if self._under_way else wait)
             if compiling:
                 for staged, error in self._executor.take_compiled():
                     self._sockets.bulk.send(encode(Preloaded(self._rank, staged, error)))
@@ -55,22 +57,22 @@ class RankLoop:
                 if stop is not None:
                     return stop.reason
             elif step:  # staged prompts come before the plans that may name them
-                plan = decode_plan(*self._sockets.step.recv_multipart())
-                answer = self.follow(plan)
+                answer = self._follow(decode_plan(*self._sockets.step.recv_multipart()))
                 if answer is not None:
                     self._sockets.step.send(encode(answer))
-                if plan.header.trace and (spans := self._executor.take_spans()) is not None:
-                    self._sockets.bulk.send(encode(spans))
 
     @property
     def progress(self) -> tuple[int, int, int] | None:
-        """(epoch, step, phases entered so far) of the step under way; None between steps."""
-        running = self._running
-        return None if running is None else (*running, self._executor.phases_entered)
+        """(epoch, step, phases entered so far) of the oldest step under way; None between steps."""
+        try:
+            header = self._under_way[0]
+        except IndexError:
+            return None
+        return header.epoch, header.step, self._executor.phases_entered
 
-    def follow(self, plan: StepPlan) -> StepResult | Refused | Abandoned | None:
-        """Answers a plan. None for a plan that was executed before, or whose epoch has passed or
-        was abandoned.
+    def _follow(self, plan: StepPlan) -> Refused | Abandoned | None:
+        """Begins the step of a plan, unless it was executed before, or its epoch has passed or was
+        abandoned. Answers where its result will not.
         """
         header = plan.header
         verdict = self._chain.judge(plan)
@@ -78,23 +80,46 @@ class RankLoop:
             return None
         if verdict is Verdict.GAP:
             return Refused(header.group, header.epoch, self._rank, self._chain.last_step, header.step)
-        self._running = header.epoch, header.step
+        begins = self._chain.enter(header.epoch)
+        if begins:
+            _LOG.info("epoch %d begins with step %d", header.epoch, header.step)
+            self._under_way.clear()
+        self._under_way.append(header)
         try:
-            if self._chain.enter(header.epoch):
-                _LOG.info("epoch %d begins with step %d", header.epoch, header.step)
+            if begins:
                 self._executor.begin_epoch(header.epoch, header.vacant)
-            result = self._executor.execute(plan)
+            self._executor.submit(plan)
         except StepAbandoned as error:
-            _LOG.warning("epoch %d, step %d abandoned: %s", header.epoch, header.step, error)
-            self._chain.abandon()
-            return Abandoned(header.group, header.epoch, self._rank, header.step, str(error))
+            return self._abandon(header, error)
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise StepFailed(f"epoch {header.epoch}, step {header.step}: {cause}") from error
-        finally:
-            self._running = None
+            raise _failed(header, error) from error
         self._chain.executed(header.step)
-        return result
+        return None
+
+    def _send_results(self) -> None:
+        """Sends the results of the steps that are done."""
+        while self._under_way:
+            header = self._under_way[0]
+            try:
+                answer: StepResult | Abandoned | None = self._executor.take()
+            except StepAbandoned as error:
+                answer = self._abandon(header, error)
+            except Exception as error:
+                raise _failed(header, error) from error
+            if answer is None:
+                return
+            if self._under_way:
+                self._under_way.popleft()
+            self._sockets.step.send(encode(answer))
+            if header.trace and (spans := self._executor.take_spans()) is not None:
+                self._sockets.bulk.send(encode(spans))
+
+    def _abandon(self, header: Header, error: StepAbandoned) -> Abandoned:
+        """Gives up a step, and those begun after it."""
+        _LOG.warning("epoch %d, step %d abandoned: %s", header.epoch, header.step, error)
+        self._chain.abandon()
+        self._under_way.clear()
+        return Abandoned(header.group, header.epoch, self._rank, header.step, str(error))
 
     def _say_hello(self) -> Stop | None:
         """Says hello on a new connection, perhaps to a controller that knows nothing: throws away
@@ -117,6 +142,7 @@ class RankLoop:
 
     def _leave_epoch(self) -> None:
         self._chain.abandon()
+        self._under_way.clear()
         self._executor.end_epoch()
 
     def _take(self, message: Preload | Unload | SetPlacement | Disband | Stop) -> Stop | None:
@@ -136,3 +162,7 @@ class RankLoop:
             _LOG.info("stop: %s", message.reason or "no reason given")
             return message
         return None
+
+
+def _failed(header: Header, error: Exception) -> StepFailed:
+    return StepFailed(f"epoch {header.epoch}, step {header.step}: {type(error).__name__}: {error}")

@@ -19,6 +19,7 @@ from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.rank.executor import Executor
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, PAGE_SIZE, Driver, Request, build_executor
+from support.engine.rank.run_step import run_step
 
 CONFIGS = {"qwen3_moe": qwen3_moe_config(), "deepseek_v3": deepseek_v3_config()}
 Make = Callable[[], Executor]
@@ -137,7 +138,7 @@ def test_an_emitted_part_counts_as_output(qwen: Path) -> None:
             plan = StepPlan(
                 Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section()
             )
-            tokens += np.frombuffer(executor.execute(plan).tokens_i32, np.int32).tolist()
+            tokens += np.frombuffer(run_step(executor, plan).tokens_i32, np.int32).tolist()
         assert tokens == whole, f"cut at {cut}"
 
 
@@ -157,8 +158,9 @@ def test_cached_pages_are_read(qwen: Path) -> None:
     section = Section(rebase=True, admit=(admit,), extend_pairs=extend)
     tokens: list[int] = []
     for step in range(6):
-        result = executor.execute(
-            StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section())
+        result = run_step(
+            executor,
+            StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section()),
         )
         tokens += np.frombuffer(result.tokens_i32, np.int32).tolist()
     assert tokens == expected
@@ -181,8 +183,9 @@ def test_a_row_at_its_limit_emits_nothing_and_disturbs_nobody(qwen: Path) -> Non
     section = Section(admit=tuple(admits), extend_pairs=np.asarray(extends, np.int32).tobytes())
     tokens: list[list[int]] = [[], []]
     for step in range(9):
-        result = executor.execute(
-            StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section())
+        result = run_step(
+            executor,
+            StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 512), section if step == 0 else Section()),
         )
         flat = np.frombuffer(result.tokens_i32, np.int32).tolist()
         counts = list(result.counts_u8) or [1, 1]
@@ -278,8 +281,8 @@ def test_tokens_are_drawn_by_the_column_of_the_model(qwen: Path) -> None:
 
 def test_empty_steps_counts_and_checksums(qwen: Path) -> None:
     executor = build_executor(qwen)
-    empty = executor.execute(
-        StepPlan(Header(0, 0, 0, -1, Mode.DECODE, 4, checksum=True, counts=True), Section())
+    empty = run_step(
+        executor, StepPlan(Header(0, 0, 0, -1, Mode.DECODE, 4, checksum=True, counts=True), Section())
     )
     assert (
         empty.tokens_i32 == b""
@@ -301,4 +304,4 @@ def test_more_tokens_than_pages_is_refused(qwen: Path) -> None:
     admit = Admit(0, 0, 0, 0, 40, np.array([1, 2], np.int32).tobytes(), GREEDY)
     section = Section(admit=(admit,), extend_pairs=np.array([0, 20], np.int32).tobytes())
     with pytest.raises(AssertionError, match="slots \\[0\\]: more tokens than pages"):
-        executor.execute(StepPlan(Header(0, 0, 0, -1, Mode.MIXED, 512), section))
+        run_step(executor, StepPlan(Header(0, 0, 0, -1, Mode.MIXED, 512), section))

@@ -18,6 +18,7 @@ from lockstep.engine.rank import prompt_logprobs as prompt_scores
 from lockstep.parallel.collectives import Collectives
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import PAGE_SIZE, Driver, Request, build_executor
+from support.engine.rank.run_step import run_step
 from support.engine.rank.scored_prompts import assert_told, prompts, reference, score_share, scored, tell
 from support.parallel.gloo_ranks import run_ranks
 
@@ -77,10 +78,11 @@ def test_what_was_emitted_is_no_prompt_and_what_is_cached_is_left_out(checkpoint
     pages = np.asarray([shared, *(page for page in range(200, 210) if page != shared)], np.int32).tobytes()
     admit = Admit(3, 9, PAGE_SIZE, 3, len(tokens), pages, scored(1))
     extend = np.array([3, len(tokens) - PAGE_SIZE], np.int32).tobytes()
-    result = executor.execute(
+    result = run_step(
+        executor,
         StepPlan(
             Header(0, 0, 0, -1, Mode.MIXED, 512), Section(rebase=True, admit=(admit,), extend_pairs=extend)
-        )
+        ),
     )
     assert (result.tokens_i32, result.counts_u8) == (b"", b"\0")
     [again] = result.prompt_logprobs

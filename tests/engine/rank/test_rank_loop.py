@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,8 @@ class NotingExecutor:
         self._fails_at = fails_at
         self.to_compile: dict[int, str] = {}
         self.may_compile = threading.Event()
+        self.holds = threading.Event()  # steps stay under way
+        self._done: deque[StepResult] = deque()
 
     def hello(self) -> RankHello:
         return RankHello(0, "here", 1, 16, 8, 1024, 2, 4, "cpu")
@@ -39,6 +42,7 @@ class NotingExecutor:
         return b"\1\0\0\0", bytes(16)
 
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
+        self._done.clear()
         self.notes.append(("epoch", epoch))
 
     def end_epoch(self) -> None:
@@ -67,11 +71,14 @@ class NotingExecutor:
     def unstage(self, staged: int) -> None:
         self.notes.append(("unstage", staged))
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         if plan.header.step == self._fails_at:
             raise RuntimeError("the pump is broken")
         self.notes.append(("step", plan.header.step))
-        return StepResult(0, plan.header.epoch, plan.header.step, 0)
+        self._done.append(StepResult(0, plan.header.epoch, plan.header.step, 0))
+
+    def take(self) -> StepResult | None:
+        return self._done.popleft() if self._done and not self.holds.is_set() else None
 
     def take_spans(self) -> StepSpans | None:
         """Those of the last step that was noted."""
@@ -97,6 +104,10 @@ class Running:
         self._thread.join(deadline)
         assert self._ended, f"the loop still runs after {deadline} s"
         return self._ended[0]
+
+    @property
+    def progress(self) -> tuple[int, int, int] | None:
+        return self._loop.progress
 
     def _run(self) -> None:
         try:
@@ -162,6 +173,31 @@ def test_spans_follow_the_result_of_a_step_that_is_asked_about(controller: MockC
     controller.send(Stop())
     running.end()
     assert controller.silent("bulk"), "no plan but the second asked"
+
+
+def test_a_step_begins_while_others_are_under_way_and_results_keep_their_order(
+    controller: MockController,
+) -> None:
+    executor = NotingExecutor()
+    executor.holds.set()
+    running = Running(executor, RankSockets(controller.spec()))
+    controller.receive("bulk")
+    for plan in (_plan(0, -1, rebase=True), _plan(1), _plan(2)):
+        controller.send(plan)
+    controller.send(Preload(5, b"\0" * 8))  # is taken meanwhile
+    assert controller.receive("bulk") == Preloaded(0, 5)
+    assert controller.silent("step"), "nothing is done"
+    assert executor.steps == [0, 1, 2] and running.progress == (0, 0, 0)
+    executor.holds.clear()
+    assert [controller.receive("step").step for _ in range(3)] == [0, 1, 2]
+    executor.holds.set()
+    controller.send(_plan(3))
+    controller.send(Disband(0))
+    controller.send(_plan(4, -1, epoch=1, rebase=True))
+    executor.holds.clear()
+    assert controller.receive("step").step == 4, "nobody waits for step 3"
+    controller.send(Stop())
+    running.end()
 
 
 def test_a_prompt_with_a_grammar_is_acknowledged_once_that_is_compiled(controller: MockController) -> None:

@@ -19,6 +19,7 @@ from lockstep.engine.rank.slot_sampling import SlotSettings
 from lockstep.kernels.reference.sampling import allow_only, edit_logits
 from support.engine.models.checkpoints import qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
+from support.engine.rank.run_step import run_step
 
 VOCABULARY = 70
 words = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=6)
@@ -123,7 +124,7 @@ def test_a_model_keeps_the_rules_and_comes_back_to_them(checkpoint: Path) -> Non
             tokens = list(whole[:cut])
             for step in range(20 - cut):
                 header = Header(0, 0, step, step - 1, Mode.MIXED, 512)
-                result = executor.execute(StepPlan(header, Section() if step else first))
+                result = run_step(executor, StepPlan(header, Section() if step else first))
                 tokens += np.frombuffer(result.tokens_i32, np.int32).tolist()
             assert tokens == whole, f"cut at {cut}"
 

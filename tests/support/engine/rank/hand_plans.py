@@ -30,6 +30,7 @@ from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.tensor import UNSPLIT, TensorGroup
+from support.engine.rank.run_step import run_step
 from support.moe.dispatchers import dispatcher_of
 
 GREEDY = Sampling(temperature=0.0)
@@ -155,7 +156,7 @@ class Driver:
         shape = Mode.MIXED, self._capacity(step), self._microbatches
         header = Header(0, 0, step, step - 1, *shape, checksum=True, counts=True, trace=self.trace)
         plan = StepPlan(header, section)
-        result = self.executor.execute(plan)
+        result = run_step(self.executor, plan)
         tokens = np.frombuffer(result.tokens_i32, np.int32).tolist()
         if not self.executor.samples:
             assert not tokens, f"step {step}: {len(tokens)} tokens of a rank that does not sample"

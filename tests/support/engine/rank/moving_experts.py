@@ -33,7 +33,10 @@ class Mover:
         self.stage = executor.stage
         self.commits: list[int] = []
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def take(self) -> StepResult | None:
+        return self._executor.take()
+
+    def submit(self, plan: StepPlan) -> None:
         header: Header = plan.header
         if self._moves is not None and header.step == 2:
             header = structs.replace(header, moves=(self._moves,))
@@ -47,7 +50,7 @@ class Mover:
             slots.landed()
             header = structs.replace(header, commits=(self._moves.id,))
             self.commits.append(header.step)
-        return self._executor.execute(StepPlan(header, plan.section))
+        self._executor.submit(StepPlan(header, plan.section))
 
 
 def with_slots(executor: Executor, collectives: Collectives, path: Path, name: str = "moves") -> Executor:
