@@ -261,6 +261,9 @@ class EpochGroup(Protocol):
     listener: Listener | None
 
     @property
+    def size(self) -> int: ...
+
+    @property
     def waited(self) -> float: ...
 
     @property
@@ -284,6 +287,11 @@ class RankGroups:
     def recovery(self) -> Recovery:
         """The gravest grade of all groups."""
         return gravest(group.recovery for group in self._groups)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no group has another rank."""
+        return all(group.size == 1 for group in self._groups)
 
     @property
     def waited(self) -> float:

@@ -13,9 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...moe.experts import slot_form
@@ -38,7 +41,7 @@ from .token_choice import TokenChoice
 
 
 @dataclass(frozen=True)
-class _Sampled:
+class Sampled:
     """Tokens of the rows that were drawn, in row order. ``ended`` and the log-probabilities name a
     row by its index among the rows that sample.
     """
@@ -59,7 +62,19 @@ class _Expected:
     pending: Pending
 
 
-_NOTHING = _Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
+NOTHING = Sampled(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def with_tokens(result: StepResult, sampled: Sampled, **more: Any) -> StepResult:
+    """The result with the tokens of its step, and ``more`` of its fields."""
+    return structs.replace(
+        result,
+        tokens_i32=sampled.tokens.astype(np.int32).tobytes(),
+        ended_i32=sampled.ended.astype(np.int32).tobytes(),
+        logprobs=sampled.logprobs,
+        errors=sampled.errors,
+        **more,
+    )
 
 
 class Executor:
@@ -209,7 +224,7 @@ class Executor:
         hidden_TD = (forward or self._forward.run)(header, rows, draws)
         chosen = draws.nonzero()[0]
         scores: tuple[PromptLogprobs, ...] = ()
-        sampled = _NOTHING
+        sampled = NOTHING
         if self._parts.links.stage.last:
             scores = self._score(rows, hidden_TD)
             if len(chosen):
@@ -218,28 +233,34 @@ class Executor:
             self._hand_on(header, rows, chosen, hidden_TD)
         self._table.advance(rows, draws.astype(np.int64))
         self._parts.pool.blocks.publish(section)
+        return with_tokens(
+            self._outline(header, rows, draws, scores),
+            sampled,
+            expert_i64=self._expert_counts() if header.counts else b"",
+            waited=self._parts.groups.waited - waited,
+            seconds=time.perf_counter() - start,
+            stalled=self._parts.links.waited - stalled,
+        )
+
+    def _outline(
+        self, header: Header, rows: Rows, draws: NDArray[np.bool_], scores: tuple[PromptLogprobs, ...]
+    ) -> StepResult:
+        """The result of a step whose plan has been applied, without its tokens, expert loads and
+        times.
+        """
+        missing = draws.sum() < rows.samples.sum()
         return StepResult(
             group=header.group,
             epoch=header.epoch,
             step=header.step,
             rank=self._parts.rank,
-            tokens_i32=sampled.tokens.astype(np.int32).tobytes(),
-            counts_u8=b""
-            if len(chosen) == rows.samples.sum()
-            else draws[rows.samples].astype(np.uint8).tobytes(),
-            ended_i32=sampled.ended.astype(np.int32).tobytes(),
-            logprobs=sampled.logprobs,
+            counts_u8=draws[rows.samples].astype(np.uint8).tobytes() if missing else b"",
             checksum=self._table.checksum() if header.checksum else 0,
-            expert_i64=self._expert_counts() if header.counts else b"",
             phases_f32=np.array(self._parts.dispatcher.clock.take(), np.float32).tobytes()
             if header.counts
             else b"",
-            waited=self._parts.groups.waited - waited,
-            seconds=time.perf_counter() - start,
             prompt_logprobs=scores if self._parts.samples else (),
-            errors=sampled.errors,
             landed_i32=b"" if self._parts.slots is None else self._parts.slots.landed(),
-            stalled=self._parts.links.waited - stalled,
         )
 
     # ----------------------------------------------------------------- state
@@ -312,10 +333,13 @@ class Executor:
         expected, self._expected = self._expected, []
         for item in expected:
             if item.cohort == header.cohort:
-                tokens_R = self._parts.links.wait(item.pending)
-                self._history[item.slots, item.positions] = tokens_R.cpu().numpy()
+                self._take_over(item.slots, item.positions, self._parts.links.wait(item.pending))
             else:
                 self._expected.append(item)
+
+    def _take_over(self, slots: Int64, positions: Int64, tokens_R: Tensor) -> None:
+        """Takes in tokens that the last stage sampled."""
+        self._history[slots, positions] = tokens_R.cpu().numpy()
 
     def _score(self, rows: Rows, hidden_TD: Tensor) -> tuple[PromptLogprobs, ...]:
         """Log-probabilities of the prompt tokens that follow each position of this step's chunks,
@@ -335,7 +359,7 @@ class Executor:
 
     def _sample(
         self, step: int, rows: Rows, chosen: Int64, hidden_TD: Tensor, masks: Masks | None
-    ) -> _Sampled:
+    ) -> Sampled:
         """Samples a token for each of the rows ``chosen`` [R], or takes over what another rank of
         the tensor group samples.
         """
@@ -348,17 +372,17 @@ class Executor:
         self._parts.links.send_tokens(step, torch.from_numpy(tokens).to(self._parts.device))
         self._history[slots, positions] = tokens
         if not self._parts.samples:
-            return _NOTHING
+            return NOTHING
         settings = self._settings.rows(slots)
         self._settings.observe(slots, tokens)
         errors: dict[int, str] = {}
         if masks is not None and self._parts.grammars is not None:
             errors = self._parts.grammars.observe(slots, tokens)
         ended = (settings.stop == tokens[:, None]).any(1)
-        return _Sampled(tokens, numbers[ended], lines, _row_errors(errors, slots, numbers))
+        return Sampled(tokens, numbers[ended], lines, row_errors(errors, slots, numbers))
 
 
-def _row_errors(errors: dict[int, str], slots: Int64, numbers: Int64) -> tuple[RowError, ...]:
+def row_errors(errors: dict[int, str], slots: Int64, numbers: Int64) -> tuple[RowError, ...]:
     """The errors of ``slots`` [R], which sample as rows ``numbers`` [R]."""
     if not errors:
         return ()

@@ -23,11 +23,13 @@ from .parts import Parts
 
 
 class Forward:
-    """Computes hidden states. ``history_i32`` has the tokens of every slot by position."""
+    """Computes hidden states. ``history_i32`` has the tokens of every slot by position.
+    ``kv_share``: as ``halves`` takes it.
+    """
 
     def __init__(self, parts: Parts, table: SlotTable, history_i32: Int32) -> None:
         self._parts, self._table, self._history = parts, table, history_i32
-        self._kv_share = _kv_share(parts.model.config)
+        self.kv_share = _kv_share(parts.model.config)
 
     def run(self, header: Header, rows: Rows, draws: NDArray[np.bool_]) -> Tensor:
         """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw write to the
@@ -40,11 +42,11 @@ class Forward:
             config = parts.model.config
             received_TD = parts.links.receive(header.step, num_tokens, config.hidden, parts.model.dtype)
         if header.microbatches == 1:
-            self._begin(num_tokens, header.capacity)
+            self.announce(num_tokens, header.capacity)
             return self._compute(rows, pages_RP, received_TD, whole(rows))
         capacity = most_tokens(header.capacity)
-        pair = halves(rows, capacity, self._kv_share)
-        self._begin(max(len(part.tokens) for part in pair), capacity)
+        pair = halves(rows, capacity, self.kv_share)
+        self.announce(max(len(part.tokens) for part in pair), capacity)
         compute = functools.partial(self._compute, rows, pages_RP, received_TD)
         first_TD, second_TD = parts.turns.run(*(functools.partial(compute, part) for part in pair))
         hidden_TD = first_TD.new_empty(num_tokens, first_TD.shape[1])
@@ -52,10 +54,13 @@ class Forward:
             hidden_TD[torch.from_numpy(part.tokens).to(parts.device)] = part_TD
         return hidden_TD
 
-    def _begin(self, num_tokens: int, capacity: int) -> None:
-        """Announces the step, or both microbatches."""
+    def announce(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
+        """Announces the step, or both microbatches. ``real_1`` as in ``Dispatcher.begin_step``."""
         split = self._parts.split
-        self._parts.dispatcher.begin_step(len(split.run_of(num_tokens)), -(-capacity // split.size))
+        run = split.run_of(num_tokens)
+        if real_1 is not None:
+            real_1 = real_1 - run.start
+        self._parts.dispatcher.begin_step(len(run), -(-capacity // split.size), real_1)
 
     def _compute(self, rows: Rows, pages_RP: Int32, received_TD: Tensor | None, part: Part) -> Tensor:
         parts = self._parts

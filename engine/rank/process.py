@@ -29,6 +29,8 @@ from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
 from ..text.vocabulary import load_vocabulary
+from .device.executor import DeviceExecutor
+from .device.graphs import CudaRecorder
 from .dispatch import build_dispatcher
 from .executor import Executor
 from .expert_slots import ExpertSlots, StagePlace
@@ -136,13 +138,21 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         slots=slots,
         grammars=grammars,
     )
-    return Executor(parts, spec.max_running, max_len, mesh.num_cohorts)
+    return _executor(parts, spec, max_len)
 
 
 def _travelling(placement: Placement, expert_bytes: int) -> int:
     """Bytes of experts on the move, at most."""
     num_layers, _, num_slots = placement.experts_LWS.shape
     return staged_bytes(expert_bytes, num_slots, num_layers)
+
+
+def _executor(parts: Parts, spec: RankSpec, max_len: int) -> Executor:
+    """The executor of the rank's device. A GPU's state is its own; a CPU has it at hand."""
+    facts = spec.max_running, max_len, spec.mesh.num_cohorts
+    if parts.device.type != "cuda":
+        return Executor(parts, *facts)
+    return DeviceExecutor(parts, *facts, spec.capacity, CudaRecorder(parts.device), spec.collective_deadline)
 
 
 def _moe_layers(config: ModelConfig, stage: PipelineStage) -> range:

@@ -105,6 +105,7 @@ class SlotSettings:
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
         self._allowed: dict[int, NDArray[np.int32]] = {}
+        self._unaided = np.zeros(num_slots, np.bool_)
         self._plain = np.zeros(num_slots, np.bool_)
         self._rows: RowSettings | None = None
 
@@ -134,8 +135,13 @@ class SlotSettings:
         free = (
             slot not in self._edits and slot not in self._allowed and not grammar and not sampling.min_tokens
         )
-        self._plain[slot] = free and sampling.temperature < MIN_TEMPERATURE and sampling.num_logprobs < 0
+        self._unaided[slot] = free and sampling.num_logprobs < 0
+        self._plain[slot] = self._unaided[slot] and sampling.temperature < MIN_TEMPERATURE
         self._rows = None
+
+    def unaided(self, slots: Int64) -> NDArray[np.bool_]:
+        """The rows [R] that draw from the model's own logits, and ask for nothing else."""
+        return self._unaided[slots]
 
     def plain(self, slots: Int64) -> NDArray[np.bool_]:
         """The rows [R] that take the most likely token of the model, and ask for nothing else."""

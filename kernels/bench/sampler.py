@@ -58,7 +58,8 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
         def bind(ops: Reference) -> Callable[[], object]:
             if ops.column != "triton":
                 return lambda: ops.sample(logits, params, uniform_R)
-            from ..triton.sampling import SlotSampling, sample_slots
+            from ..reference.sampling import SlotSampling
+            from ..triton.sampling import sample_slots
 
             settings = (
                 params.temperature_R,

@@ -74,6 +74,7 @@ class Reference:
     mla_attend = staticmethod(mla.mla_attend)
     edit_logits = staticmethod(sampling.edit_logits)
     allow_only = staticmethod(sampling.allow_only)
+    sample_slots = staticmethod(sampling.sample_slots)
     copy_pages = staticmethod(paged.copy_pages)
 
     @staticmethod
@@ -138,7 +139,10 @@ class Reference:
 
         def routed(residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
             x_TD, normed_TD, ids_TC, weights_TC = self.choose_experts(residual, norm, gate)
-            y_MD = run(normed_TD, local.slots_L.index_select(0, ids_TC.view(-1)), local)
+            slots_M = local.slots_L.index_select(0, ids_TC.view(-1))
+            if local.padding_M is not None:
+                slots_M = slots_M.masked_fill(local.padding_M, -1)
+            y_MD = run(normed_TD, slots_M, local)
             y_TCD = y_MD.view(*ids_TC.shape, y_MD.shape[1])
             return x_TD, normed_TD, self.weighted_sum(y_TCD, weights_TC)
 

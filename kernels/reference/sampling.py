@@ -169,6 +169,30 @@ def sample(
     return tokens_R
 
 
+@dataclass(frozen=True)
+class SlotSampling:
+    """Settings of the rows on the device, [R] each: float32, except top_k, seed and position int64.
+    ``position`` is that of the token to be drawn. The addresses may be those of a captured step.
+    """
+
+    temperature_R: Tensor
+    top_k_R: Tensor
+    top_p_R: Tensor
+    min_p_R: Tensor
+    seed_R: Tensor
+    position_R: Tensor
+
+
+def sample_slots(logits_RV: Tensor, slots: SlotSampling, purpose: Purpose) -> Tensor:
+    """``sample``, with the numbers that ``uniform`` gives for the seeds and positions of
+    ``slots``. Returns [R] int64. The reference reads the settings on the host.
+    """
+    arrays = (slots.temperature_R, slots.top_k_R, slots.top_p_R, slots.min_p_R)
+    temperature, top_k, top_p, min_p = (array.cpu().numpy() for array in arrays)
+    numbers = uniform(slots.seed_R.cpu().numpy(), slots.position_R.cpu().numpy(), purpose)
+    return sample(logits_RV, SamplingParams(temperature, top_k, top_p, min_p), numbers)
+
+
 def logprobs(
     logits_SV: Tensor, tokens_S: Tensor, num_top: int, search: Search = likeliest
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -67,12 +67,13 @@ class GateWeights:
 class LocalExperts:
     """Places of the experts of a layer, all of which are local: slots_L int64, the slot of each
     expert; rows_M int64, the token of each pair; counts_S int64, increased by the pairs of every
-    slot.
+    slot. ``padding_M`` bool: pairs of tokens that are padding; None: there are none.
     """
 
     slots_L: Tensor
     rows_M: Tensor
     counts_S: Tensor
+    padding_M: Tensor | None = None
 
 
 # (residual, rotation, batch, (keys, values)) -> residual

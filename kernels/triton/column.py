@@ -51,5 +51,6 @@ class Triton(Reference):
     edit_logits = staticmethod(sampling.edit_logits)
     allow_only = staticmethod(sampling.allow_only)
     sample = staticmethod(sampling.sample)
+    sample_slots = staticmethod(sampling.sample_slots)
     logprobs = staticmethod(sampling.logprobs)
     copy_pages = staticmethod(pages.copy_pages)

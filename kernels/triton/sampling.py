@@ -14,7 +14,6 @@ greedy, 3 drawn, at most 31 more for each of top-k and top-p.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,26 +23,12 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..reference.sampling import MIN_TEMPERATURE, LogitEdits, Purpose, SamplingParams
+from ..reference.sampling import MIN_TEMPERATURE, LogitEdits, Purpose, SamplingParams, SlotSampling
 from .target import power_of_two
 
 _CHUNK = 4096
 _EDITS_PER_PROGRAM = 256
 _WORDS_PER_PROGRAM = 64
-
-
-@dataclass(frozen=True)
-class SlotSampling:
-    """Settings of the rows on the device, [R] each: float32, except top_k, seed and position int64.
-    ``position`` is that of the token to be drawn. The addresses may be those of a captured step.
-    """
-
-    temperature_R: Tensor
-    top_k_R: Tensor
-    top_p_R: Tensor
-    min_p_R: Tensor
-    seed_R: Tensor
-    position_R: Tensor
 
 
 def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
@@ -57,9 +42,7 @@ def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.floa
 
 
 def sample_slots(logits_RV: Tensor, slots: SlotSampling, purpose: Purpose) -> Tensor:
-    """Same as ``sampling.sample``, with the numbers that ``sampling.uniform`` gives for the seeds
-    and positions of ``slots``. Returns [R] int64.
-    """
+    """Same as ``sampling.sample_slots``, and the host reads nothing."""
     settings = (slots.temperature_R, slots.top_k_R, slots.top_p_R, slots.min_p_R)
     return _sample(logits_RV, settings, slots.seed_R, slots.position_R, purpose)
 

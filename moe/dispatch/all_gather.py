@@ -76,7 +76,8 @@ class AllGatherExchange:
         x_CD = x_TD.new_zeros(self._capacity, x_TD.shape[1])
         x_CD[:num_tokens] = x_TD
         places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
-        places_CK[:num_tokens] = self._choice.places_TK(ids_TK, layer)
+        places_TK = self._choice.places_TK(ids_TK.clamp_min(0), layer)
+        places_CK[:num_tokens] = torch.where(ids_TK >= 0, places_TK, EMPTY)
         if not self._exact:
             weights_CK = weights_TK.new_zeros(self._capacity, top_k)
             weights_CK[:num_tokens] = weights_TK

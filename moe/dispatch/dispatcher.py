@@ -70,8 +70,10 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def begin_step(self, num_tokens: int, capacity: int) -> None:
-        """Announces a step: T of every layer, and the bound on T over all ranks."""
+    def begin_step(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
+        """Announces a step: T of every layer, and the bound on T over all ranks. ``real_1`` int64
+        [1], on the device: tokens from there on are padding, and go to no expert; None: none are.
+        """
         ...
 
     def run(
@@ -82,6 +84,13 @@ class Dispatcher(Protocol):
         while tokens travel.
         """
         ...
+
+
+def padding_of(num_tokens: int, real_1: Tensor | None) -> Tensor | None:
+    """padding_T1 bool of ``begin_step``."""
+    if real_1 is None:
+        return None
+    return torch.arange(num_tokens, device=real_1.device)[:, None] >= real_1
 
 
 def zero_counts(placement: Placement, device: torch.device) -> Tensor:

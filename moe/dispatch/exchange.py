@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference.sublayers import Residual
-from ..balance.placement import Placement
+from ..balance.placement import EMPTY, Placement
 from ..clock import PhaseClock, clock_for
 from ..phases import COMBINE, DISPATCH, EXPERT
-from .dispatcher import Received, RoutedExperts, zero_counts
+from .dispatcher import Received, RoutedExperts, padding_of, zero_counts
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Exchange(Protocol):
         ...
 
     def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        """Starts sending tokens to their experts. ids_TK int64 logical experts; weights_TK
-        float32.
+        """Starts sending tokens to their experts. ids_TK int64 logical experts, -1 for padding, of
+        which a captured step has some; weights_TK float32.
         """
         ...
 
@@ -90,6 +90,7 @@ class ExchangeDispatcher:
         self.clock = clock_for(device) if clock is None else clock
         self._exchange = exchange
         self._give_turn = give_turn
+        self._padding_T1: Tensor | None = None
 
     @property
     def placement(self) -> Placement:
@@ -98,8 +99,9 @@ class ExchangeDispatcher:
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self._exchange.place(placement, layers)
 
-    def begin_step(self, num_tokens: int, capacity: int) -> None:
+    def begin_step(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
         self.clock.begin_step()
+        self._padding_T1 = padding_of(num_tokens, real_1)
         self._exchange.begin_step(num_tokens, capacity)
 
     def run(
@@ -107,6 +109,8 @@ class ExchangeDispatcher:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         exchange, clock, give_turn = self._exchange, self.clock, self._give_turn
         x_TD, normed_TD, ids_TK, weights_TK = routed.choose(residual)
+        if self._padding_T1 is not None:
+            ids_TK = ids_TK.masked_fill(self._padding_T1, EMPTY)
         clock.mark()
         handle = exchange.dispatch(normed_TD, ids_TK, weights_TK, layer)
         clock.lap(DISPATCH)

@@ -6,6 +6,7 @@ Suffixes: T tokens, K choices per token, M = T K pairs, L MoE layers, S expert s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ...kernels.reference.sublayers import LocalExperts, Residual
 from ..balance.placement import Placement
 from ..clock import PhaseClock, clock_for
 from ..phases import EXPERT
-from .dispatcher import RoutedExperts, zero_counts
+from .dispatcher import RoutedExperts, padding_of, zero_counts
 
 
 class LocalDispatcher:
@@ -28,13 +29,15 @@ class LocalDispatcher:
         self._slots_E = torch.from_numpy(placement.homes_LE).to(device).unbind()  # by layer
         self._shape: tuple[int, int] | None = None  # T and K of ``_places``
         self._places: list[LocalExperts] = []  # by layer
+        self._padding_T1: Tensor | None = None
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         raise AssertionError("experts of one rank have nowhere to move")
 
-    def begin_step(self, num_tokens: int, capacity: int) -> None:
+    def begin_step(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self.clock.begin_step()
+        self._padding_T1 = padding_of(num_tokens, real_1)
 
     def run(
         self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
@@ -44,7 +47,11 @@ class LocalDispatcher:
         if self._shape != shape:  # the first layer of a step with another number of tokens
             self._places = self._places_of(*shape)
             self._shape = shape
-        x_TD, normed_TD, routed_TD = routed.sublayer(residual, self._places[layer])
+        places = self._places[layer]
+        if self._padding_T1 is not None:
+            padding_M = self._padding_T1.expand(-1, routed.top_k).flatten()
+            places = replace(places, padding_M=padding_M)
+        x_TD, normed_TD, routed_TD = routed.sublayer(residual, places)
         self.clock.lap(EXPERT)
         return x_TD, routed_TD, shared(normed_TD)
 

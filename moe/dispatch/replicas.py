@@ -20,7 +20,8 @@ class ReplicaChoice:
     no place.
 
     ``source``: this rank among those of the placement. Tables are arrays, or tensors on ``device``
-    if given; so are ids and places then.
+    if given; so are ids and places then, and the turns of every step begin with the first: a
+    captured step can be told of no other. ``num_tables``: how often the tables got other addresses.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class ReplicaChoice:
         device: torch.device | None = None,
     ) -> None:
         self._source, self._node_W, self._device = source, node_W, device
+        self.num_tables = 0
         self._next = 0
         self._turns_T1: Any = None
         self._num_turns = 0
@@ -47,6 +49,8 @@ class ReplicaChoice:
             whole_LEC = places_by_turn(placement, self._source, self._node_W)
             self._num_turns = whole_LEC.shape[2]
             self._places = self._table(whole_LEC if self._num_turns > 1 else whole_LEC[:, :, 0])
+            self._turns_T1 = None
+            self.num_tables += 1
         else:
             changed = np.broadcast_to(places_LEC, (*places_LEC.shape[:2], self._num_turns))
             self._places[list(layers)] = self._table(changed if self._num_turns > 1 else changed[:, :, 0])
@@ -57,9 +61,12 @@ class ReplicaChoice:
         """
         if self._num_turns == 1:
             return
-        turns_T1 = (self._next + np.arange(num_tokens)[:, None]) % self._num_turns
-        self._next = (self._next + num_tokens) % self._num_turns
-        self._turns_T1 = turns_T1 if self._device is None else torch.from_numpy(turns_T1).to(self._device)
+        if self._device is None:
+            self._turns_T1 = (self._next + np.arange(num_tokens)[:, None]) % self._num_turns
+            self._next = (self._next + num_tokens) % self._num_turns
+        elif self._turns_T1 is None or len(self._turns_T1) < num_tokens:
+            order_T1 = torch.arange(num_tokens, device=self._device)[:, None]
+            self._turns_T1 = order_T1 % self._num_turns
 
     def _table(self, places: Any) -> Any:
         places = np.ascontiguousarray(places)

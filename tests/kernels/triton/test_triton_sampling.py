@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from lockstep.kernels.reference import sampling as reference
-from lockstep.kernels.reference.sampling import LogitEdits, Purpose, SamplingParams, uniform
+from lockstep.kernels.reference.sampling import LogitEdits, Purpose, SamplingParams, SlotSampling, uniform
 from lockstep.kernels.triton import sampling as triton_sampling
-from lockstep.kernels.triton.sampling import SlotSampling
 from support.kernels.poison import DEVICE, poisoned
 
 # temperature, top_k, top_p, min_p

@@ -32,7 +32,7 @@ from lockstep.kernels.reference.fp8 import Quantised
 from lockstep.kernels.reference.gate import GateCounts, Routing
 from lockstep.kernels.reference.paged import PagedBatch
 from lockstep.kernels.reference.rope import Angles
-from lockstep.kernels.reference.sampling import Purpose, SamplingParams
+from lockstep.kernels.reference.sampling import Purpose, SamplingParams, SlotSampling
 from lockstep.kernels.triton import (
     attention as triton_attention,
     experts as triton_experts,
@@ -46,7 +46,6 @@ from lockstep.kernels.triton import (
     rope as triton_rope,
     sampling as triton_sampling,
 )
-from lockstep.kernels.triton.sampling import SlotSampling
 from lockstep.kernels.triton.tiles import DEFAULT, Tiles
 
 BF16 = torch.bfloat16

@@ -32,7 +32,11 @@ ASKED = [
 
 
 def continue_prompts(
-    collectives: Collectives, paths: dict[str, Path], dispatch: str, microbatches: int = 1
+    collectives: Collectives,
+    paths: dict[str, Path],
+    dispatch: str,
+    microbatches: int = 1,
+    as_device: bool = False,
 ) -> dict[str, list[list[int]]]:
     """The tokens of this rank's share of every family's prompts; ``paths`` are the families'
     checkpoints. Half of the prompts start whole in the first step, the others one by one in chunks,
@@ -49,7 +53,7 @@ def continue_prompts(
             if collectives.index < holders
             else []
         )
-        executor = build_executor(path, collectives, dispatch)
+        executor = build_executor(path, collectives, dispatch, as_device=as_device)
         found[family] = Driver(executor, _alternating(mine), _capacity, microbatches=microbatches).run(
             NUM_STEPS
         )
@@ -57,7 +61,11 @@ def continue_prompts(
 
 
 def continue_split(
-    collectives: Collectives, paths: dict[str, Path], tensor: int, microbatches: int = 1
+    collectives: Collectives,
+    paths: dict[str, Path],
+    tensor: int,
+    microbatches: int = 1,
+    as_device: bool = False,
 ) -> dict[str, list[list[int]]]:
     """As ``continue_prompts`` where every ``tensor`` neighbouring ranks split layers and have the
     same prompts. Ranks that do not sample have -1 for every token.
@@ -68,7 +76,7 @@ def continue_split(
     found = {}
     for family, path in paths.items():
         prompts = [entry.prompt for entry in load_prompts(family)[data::holders]]
-        executor = build_executor(path, collectives, "all_gather", tensor=group)
+        executor = build_executor(path, collectives, "all_gather", tensor=group, as_device=as_device)
         driver = Driver(executor, _alternating(prompts), _capacity, microbatches=microbatches)
         found[family] = driver.run(NUM_STEPS)
     return found

@@ -18,6 +18,8 @@ from lockstep.engine.models.weights import load_weights
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import StepResult
+from lockstep.engine.rank.device.executor import DeviceExecutor
+from lockstep.engine.rank.device.graphs import GraphRecorder
 from lockstep.engine.rank.executor import Executor
 from lockstep.engine.rank.page_pool import KVPool
 from lockstep.engine.rank.parts import Parts
@@ -47,9 +49,13 @@ def build_executor(
     kv_format: KvFormat = "fp32",
     column: Column = "cpu",
     tensor: Collectives | None = None,
+    as_device: bool = False,
+    recorder: GraphRecorder | None = None,
+    num_slots: int = NUM_SLOTS,
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
-    those of the experts. ``tensor``: the ranks that split layers.
+    those of the experts. ``tensor``: the ranks that split layers. ``as_device``: the executor of a
+    device, on this CPU, with a ``recorder`` if given.
     """
     device = torch.device("cpu")
     alone = Collectives("alone", 0, 1, None, 1.0, device)
@@ -86,7 +92,9 @@ def build_executor(
         pool=pool,
         device=device,
     )
-    return Executor(parts, NUM_SLOTS, max_len, 1)
+    if as_device:
+        return DeviceExecutor(parts, num_slots, max_len, 1, 1024, recorder)
+    return Executor(parts, num_slots, max_len, 1)
 
 
 @dataclass
@@ -124,6 +132,7 @@ class Driver:
         capacity: Callable[[int], int] = lambda step: 512,
         seed: int = 0,
         microbatches: int = 1,
+        num_slots: int = NUM_SLOTS,
     ) -> None:
         self.executor = executor
         self.requests = list(requests)
@@ -132,7 +141,7 @@ class Driver:
         self.trace = False
         self._capacity = capacity
         self._microbatches = microbatches
-        self._slots = np.random.default_rng(seed).permutation(NUM_SLOTS).tolist()
+        self._slots = np.random.default_rng(seed).permutation(num_slots).tolist()
         self._pages = np.random.default_rng(seed).permutation(NUM_PAGES).tolist()
         self._free: list[int] = []
 
@@ -153,7 +162,8 @@ class Driver:
     def step(self, step: int) -> StepResult:
         """One step: everything that is due joins it."""
         section, sampling = self._section(step)
-        shape = Mode.MIXED, self._capacity(step), self._microbatches
+        mode = Mode.MIXED if section.extend_pairs else Mode.DECODE
+        shape = mode, self._capacity(step), self._microbatches
         header = Header(0, 0, step, step - 1, *shape, checksum=True, counts=True, trace=self.trace)
         plan = StepPlan(header, section)
         result = run_step(self.executor, plan)

@@ -1,0 +1,1 @@
+"""Steps whose state lives on a device: one array in, tokens out later, nothing waits between."""

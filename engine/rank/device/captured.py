@@ -1,0 +1,166 @@
+"""Decode steps of a rank, captured by capacity and repeated.
+
+Suffixes: B rows of a captured step, padding included; C rows that sample; E entries of page tables;
+D hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....kernels.reference.sampling import Purpose
+from ....moe.clock import NoClock
+from ...protocol.buckets import BUCKETS, bucket_over
+from ...protocol.plan import Header, Mode
+from ...protocol.slot_table import Rows
+from ..forward import Forward
+from ..parts import Parts
+from .graphs import GraphRecorder, Graphs
+from .slots import DeviceSlots, Lane
+from .step_arrays import Arrays, sampling_of, scattered
+from .transfers import Upload
+
+_LOG = logging.getLogger(__name__)
+
+_LAYERS, _SAMPLE = "layers", "sample"
+_NUM_LANE = 6
+
+
+class CapturedDecode:
+    """Captures steps of up to ``num_slots`` rows of a model that is whole. Layers and sampling are
+    two recordings: between them a host may change logits instead.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        slots: DeviceSlots,
+        upload: Upload,
+        forward: Forward,
+        num_slots: int,
+        recorder: GraphRecorder | None,
+    ) -> None:
+        self._parts, self._slots, self._upload, self._forward = parts, slots, upload, forward
+        self._graphs = Graphs(recorder)
+        whole = parts.links.stage.first and parts.links.stage.last
+        most = bucket_over(num_slots) if whole and recorder is not None else 0
+        self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
+
+    def repeats(self, header: Header) -> bool:
+        """Whether the layers of a step are a recording. All ranks of a group find the same."""
+        once = header.microbatches == 1 and not header.trace
+        return once and header.mode == Mode.DECODE and header.capacity in self._sizes
+
+    @property
+    def samples(self) -> bool:
+        """Whether rows that need no host are sampled by a recording."""
+        return self._parts.split.size == 1
+
+    def begin_epoch(self) -> None:
+        """Captures all steps, the largest first, unless recordings of an earlier epoch hold: those
+        without a group.
+        """
+        if not self._sizes or (self._graphs.num_recorded and self._parts.groups.alone):
+            return
+        self._graphs.forget()
+        begin, dispatcher = time.monotonic(), self._parts.dispatcher
+        clock, dispatcher.clock = dispatcher.clock, NoClock()
+        try:
+            for number, size in enumerate(reversed(self._sizes), start=1):
+                self._capture(size)
+                facts = number, len(self._sizes), size, time.monotonic() - begin
+                _LOG.info("captured %d of %d decode steps: up to %d rows, after %.1f s", *facts)
+        finally:
+            dispatcher.clock = clock
+
+    def _capture(self, size: int) -> None:
+        """Records a step whose rows are all padding: it changes nothing."""
+        idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
+        sent = self.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+        self.layers(size, sent)
+        if self.samples:
+            self.sample(size, sent)
+
+    def send(
+        self, size: int, rows: Rows, draws: NDArray[np.bool_], entries: Arrays, samples: Arrays
+    ) -> list[Tensor]:
+        """Hands over a step of ``size`` rows, with ``samples`` of those that draw. Returns the
+        arrays on the device, for the other methods.
+        """
+        num_rows, scratch = len(rows.slots), self._slots.scratch
+        slots, starts, lengths = np.full(size, scratch), np.zeros(size, np.int64), np.zeros(size, np.int32)
+        slots[:num_rows][draws] = rows.slots[draws]
+        starts[:num_rows][draws] = rows.starts[draws]
+        lengths[:num_rows][draws] = rows.ends[draws]
+        nowhere, scratch_page = self._slots.nowhere
+        ahead = max(0, len(entries[0]) - size)
+        if ahead:
+            self._slots.write_pages(*self._upload.send([entries[0][:ahead], entries[1][:ahead]]))
+        places, pages = np.full(size, nowhere), np.full(size, scratch_page, np.int32)
+        places[: len(entries[0]) - ahead] = entries[0][ahead:]
+        pages[: len(entries[1]) - ahead] = entries[1][ahead:]
+        chosen = draws.nonzero()[0]
+        if not samples:
+            samples = _no_samples()
+        real = np.array([num_rows])
+        fixed = [places, pages, slots, starts, lengths, real, *scattered(samples, chosen, size, scratch)]
+        return self._upload.send([*fixed, chosen, *samples])
+
+    def layers(self, size: int, sent: list[Tensor]) -> Tensor:
+        """hidden_BD of the step that was sent."""
+        return self._graphs.run((_LAYERS, size), functools.partial(self._layers, size, *sent[:_NUM_LANE]))
+
+    def sample(self, size: int, sent: list[Tensor]) -> Tensor:
+        """tokens_B int64 by the model's own logits."""
+        hidden_BD = self._graphs.result((_LAYERS, size))
+        part = functools.partial(self._sample, hidden_BD, sent[_NUM_LANE : 2 * _NUM_LANE + 1])
+        return self._graphs.run((_SAMPLE, size), part)
+
+    def drawing(self, sent: list[Tensor]) -> list[Tensor]:
+        """The indices and the samples of the rows that draw, out of all that was sent."""
+        return sent[2 * _NUM_LANE + 1 :]
+
+    def _layers(
+        self,
+        size: int,
+        places_E: Tensor,
+        pages_E: Tensor,
+        slots_B: Tensor,
+        starts_B: Tensor,
+        lengths_B: Tensor,
+        real_1: Tensor,
+    ) -> Tensor:
+        parts, device = self._parts, slots_B.device
+        self._slots.write_pages(places_E, pages_E)
+        lane = Lane(
+            num_decode=size,
+            slots_R=slots_B,
+            starts_R=starts_B,
+            lengths_R=lengths_B,
+            query_start_R1=torch.arange(size + 1, dtype=torch.int32, device=device),
+            owners_T=torch.arange(size, device=device),
+            given_T=None,
+        )
+        tokens_B, positions_B, batch = self._slots.inputs(lane)
+        self._forward.announce(size, size, real_1)
+        hidden_BD: Tensor = parts.model(tokens_B, positions_B, batch, parts.pool.cache)
+        return hidden_BD
+
+    def _sample(self, hidden_BD: Tensor, sent: list[Tensor]) -> Tensor:
+        model = self._parts.model
+        targets_B, settings = sampling_of(sent)
+        tokens_B = model.ops.sample_slots(model.logits(hidden_BD), settings, Purpose.SAMPLE)
+        self._slots.last_S1.index_copy_(0, targets_B, tokens_B)
+        return tokens_B
+
+
+def _no_samples() -> Arrays:
+    ints, floats = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    return [ints, floats, ints, floats, floats, ints, ints]

@@ -1,0 +1,390 @@
+"""Executes plans on a device that is told, and not waited for.
+
+The host keeps slots, lengths and pages, which plans determine; tokens stay on the device, where the
+next step reads them, and the host reads them when they have arrived. So a step may begin while
+others are under way. A row that needs the host between its logits and its token (penalties, a
+grammar, log-probabilities) makes the host wait for the steps before.
+
+Suffixes: T tokens of a step, C rows that draw, B rows of a captured step, S rows that ask for
+log-probabilities, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....kernels.reference.sampling import Purpose
+from ....parallel.collectives import CollectiveError
+from ...protocol.arrays import Int64
+from ...protocol.buckets import most_tokens
+from ...protocol.plan import Admit, Header, Section, StepPlan
+from ...protocol.results import PromptLogprobs, RowLogprobs, StepResult
+from ...protocol.slot_table import Rows
+from ...protocol.timeline import StepSpans
+from ..contract import StepAbandoned
+from ..executor import NOTHING, Executor, Sampled, row_errors, with_tokens
+from ..halves import Part, halves, whole
+from ..masks import Masks
+from ..parts import Parts
+from ..slot_sampling import RowSettings
+from ..span_notes import SpanNotes
+from ..token_logprobs import logprob_lines
+from .captured import CapturedDecode
+from .graphs import GraphRecorder
+from .slots import DeviceSlots, Lane, new_pages
+from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays, sample_arrays, sampling_of
+from .transfers import Fetched, Mark, Upload, fetch, mark, seconds_between
+
+_ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 32, 12, 4096
+_ENTRIES = 8192
+"""Entries of page tables that travel at once."""
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """The rows of a step that draw tokens: ``chosen`` [C] of all, ``numbers`` [C] of those that
+    sample, the ``lives`` of their slots, and the settings that draw them. ``alone``: no row needs
+    the host.
+    """
+
+    chosen: Int64
+    slots: Int64
+    positions: Int64
+    numbers: Int64
+    lives: Int64
+    settings: RowSettings
+    alone: bool
+    masks: Masks | None
+
+    def arrays(self) -> Arrays:
+        return sample_arrays(self.slots, self.settings, self.positions)
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that the device has been given. ``fetched``: tokens; then chosen, ids and values of
+    the most likely ones, if any row asks; then the tokens of expert slots, if the plan does.
+    ``since``: monotonic seconds.
+    """
+
+    plan: StepPlan
+    outline: StepResult
+    drawing: _Drawing
+    fetched: Fetched
+    began: Mark
+    ended: Mark
+    since: float
+    handed_over: float
+    waited: float
+    stalled: float
+    spans: StepSpans | None = None
+
+
+_Computed = tuple[Tensor, list[Tensor]]
+
+
+class DeviceExecutor(Executor):
+    """An executor whose steps are under way until ``take`` finds them done. ``max_tokens`` of a
+    step. ``recorder``: captures decode steps; None: none is captured. A step that has not ended
+    ``deadline`` seconds after it was handed over has lost a peer.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        num_slots: int,
+        max_len: int,
+        num_cohorts: int,
+        max_tokens: int,
+        recorder: GraphRecorder | None,
+        deadline: float = math.inf,
+    ) -> None:
+        super().__init__(parts, num_slots, max_len, num_cohorts)
+        self._deadline = deadline
+        num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
+        self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
+        self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
+        self._decode = CapturedDecode(parts, self._slots, self._upload, self._forward, num_slots, recorder)
+        self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
+        self._under_way: deque[_UnderWay] = deque()
+
+    # ----------------------------------------------------------------- the contract
+
+    @torch.inference_mode()
+    def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
+        self._under_way.clear()
+        super().begin_epoch(epoch, vacant)
+        self._decode.begin_epoch()
+
+    def end_epoch(self) -> None:
+        self._under_way.clear()
+        super().end_epoch()
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> None:
+        try:
+            self._under_way.append(self._begin_noted(plan) if plan.header.trace else self._begin(plan))
+        except CollectiveError as error:
+            self._parts.groups.destroy()
+            raise StepAbandoned(str(error)) from error
+
+    def take(self) -> StepResult | None:
+        if not self._done and self._under_way:
+            oldest = self._under_way[0]
+            if oldest.fetched.arrived:
+                self._finish()
+            elif time.monotonic() - oldest.since > self._deadline:
+                self._parts.groups.destroy()
+                raise StepAbandoned(
+                    f"step {oldest.plan.header.step} has not ended after {self._deadline:g} s"
+                )
+        return super().take()
+
+    # ----------------------------------------------------------------- a step begins
+
+    def _begin_noted(self, plan: StepPlan) -> _UnderWay:
+        parts, dispatcher = self._parts, self._parts.dispatcher
+        notes = SpanNotes(dispatcher.clock, parts.turns)
+        clock, dispatcher.clock = dispatcher.clock, notes
+        try:
+            with notes.watching(parts.groups, parts.model.model.layers):
+                under_way = self._begin(plan, functools.partial(notes.forward, self._compute))
+        finally:
+            dispatcher.clock = clock
+        return replace(under_way, spans=notes.end(parts.rank, plan.header))
+
+    def _begin(self, plan: StepPlan, compute: Callable[..., _Computed] | None = None) -> _UnderWay:
+        start, waited, stalled = time.perf_counter(), self._parts.groups.waited, self._parts.links.waited
+        header, section, parts = plan.header, plan.section, self._parts
+        began = mark(parts.device)
+        self._take_expected(header, section)
+        self._apply(header, section)
+        rows = self._table.rows(header, section)
+        draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
+        drawing = self._drawing(rows, draws.nonzero()[0])
+        scores: tuple[PromptLogprobs, ...] = ()
+        if self._decode.repeats(header):
+            fetched = self._repeat(header, rows, draws, drawing, section)
+        else:
+            hidden_TD, sent = (compute or self._compute)(header, rows, draws, drawing, section)
+            fetched = []
+            if not parts.links.stage.last:
+                self._hand_on(header, rows, drawing.chosen, hidden_TD)
+            else:
+                scores = self._score(rows, hidden_TD)
+                fetched = self._choose(header.step, hidden_TD, sent, drawing)
+        self._table.advance(rows, draws.astype(np.int64))
+        if header.counts:
+            fetched.append(parts.dispatcher.counts_LS)
+        under_way = _UnderWay(
+            plan=plan,
+            outline=self._outline(header, rows, draws, scores),
+            drawing=drawing,
+            fetched=fetch(fetched, parts.device),
+            began=began,
+            ended=mark(parts.device),
+            since=time.monotonic(),
+            handed_over=time.perf_counter() - start,
+            waited=parts.groups.waited - waited,
+            stalled=parts.links.waited - stalled,
+        )
+        if header.counts:
+            parts.dispatcher.counts_LS.zero_()
+        return under_way
+
+    def _admit(self, admit: Admit) -> None:
+        self._lives[admit.slot] += 1
+        super()._admit(admit)
+
+    def _take_over(self, slots: Int64, positions: Int64, tokens_R: Tensor) -> None:
+        slots_R = torch.from_numpy(slots).to(self._parts.device, non_blocking=True)
+        self._slots.last_S1.index_copy_(0, slots_R, tokens_R)
+
+    def _drawing(self, rows: Rows, chosen: Int64) -> _Drawing:
+        """The rows that draw, and their masks, which follow from the tokens of the steps before."""
+        slots, grammars = rows.slots[chosen], self._parts.grammars
+        alone = bool(self._settings.unaided(slots).all())
+        if not alone:
+            self._catch_up()
+        masks = None if grammars is None else grammars.begin(slots)
+        return _Drawing(
+            chosen=chosen,
+            slots=slots,
+            positions=rows.ends[chosen],
+            numbers=rows.samples.cumsum()[chosen] - 1,
+            lives=self._lives[slots],
+            settings=self._settings.rows(slots),
+            alone=alone and masks is None,
+            masks=masks,
+        )
+
+    def _compute(
+        self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: _Drawing, section: Section
+    ) -> _Computed:
+        """Hidden states of the step's tokens [T, D], and what was sent for the rows that draw: the
+        index of each one's last token, and its samples.
+        """
+        parts, num_tokens = self._parts, int(rows.counts.sum())
+        capacity = header.capacity
+        pair: tuple[Part, ...] = (whole(rows),)
+        if header.microbatches > 1:
+            capacity = most_tokens(header.capacity)
+            pair = halves(rows, capacity, self._forward.kv_share)
+        made = [LaneArrays(rows, draws, part, self._history, self._slots.scratch) for part in pair]
+        samples = [rows.counts.cumsum()[draws] - 1, *drawing.arrays()]
+        arrays = [*self._entries(section), *samples]
+        for part, lane in zip(pair, made, strict=True):
+            arrays += [part.tokens, *lane.arrays]
+        sent = self._upload.send(arrays)
+        self._slots.write_pages(sent[0], sent[1])
+        samples_sent, rest = sent[2 : 2 + len(samples)], sent[2 + len(samples) :]
+        received_TD = None
+        if not parts.links.stage.first:
+            config = parts.model.config
+            received_TD = parts.links.receive(header.step, num_tokens, config.hidden, parts.model.dtype)
+        num_pages = max(1, -(-int(rows.ends.max(initial=0)) // parts.pool.page_size))
+        self._forward.announce(max(len(part.tokens) for part in pair), capacity)
+        width = 1 + NUM_LANE_ARRAYS
+        lanes = [rest[at : at + width] for at in range(0, len(rest), width)]
+        runs = [
+            functools.partial(self._layers, lane.on_device(tensors[1:]), num_pages, received_TD, tensors[0])
+            for lane, tensors in zip(made, lanes, strict=True)
+        ]
+        if len(runs) == 1:
+            return runs[0](), samples_sent
+        found = parts.turns.run(*runs)
+        hidden_TD = found[0].new_empty(num_tokens, found[0].shape[1])
+        for tensors, part_TD in zip(lanes, found, strict=True):
+            hidden_TD.index_copy_(0, tensors[0], part_TD)
+        return hidden_TD, samples_sent
+
+    def _layers(self, lane: Lane, num_pages: int, received_TD: Tensor | None, tokens_N: Tensor) -> Tensor:
+        """Hidden states of a lane, whose tokens are ``tokens_N`` of the step."""
+        tokens_T, positions_T, batch = self._slots.inputs(lane, num_pages)
+        inputs = tokens_T if received_TD is None else received_TD.index_select(0, tokens_N)
+        hidden_TD: Tensor = self._parts.model(inputs, positions_T, batch, self._parts.pool.cache)
+        return hidden_TD
+
+    def _repeat(
+        self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: _Drawing, section: Section
+    ) -> list[Tensor]:
+        """A captured step. Returns what the host will read."""
+        size, decode = header.capacity, self._decode
+        sent = decode.send(size, rows, draws, self._entries(section), drawing.arrays())
+        hidden_BD = decode.layers(size, sent)
+        if drawing.alone and decode.samples:
+            return [decode.sample(size, sent).index_select(0, decode.drawing(sent)[0])]
+        return self._choose(header.step, hidden_BD, decode.drawing(sent), drawing)
+
+    def _entries(self, section: Section) -> Arrays:
+        """The entries of page tables that a step adds, but for those that travel ahead because they
+        are many.
+        """
+        places, pages = new_pages(section, self._table)
+        while len(places) > _ENTRIES:
+            self._slots.write_pages(*self._upload.send([places[:_ENTRIES], pages[:_ENTRIES]]))
+            places, pages = places[_ENTRIES:], pages[_ENTRIES:]
+        return [places, pages]
+
+    # ----------------------------------------------------------------- tokens
+
+    def _choose(self, step: int, hidden_TD: Tensor, sent: list[Tensor], drawing: _Drawing) -> list[Tensor]:
+        """Draws the tokens of a step. ``sent``: the index of the last token of each row, and the
+        samples. Returns what the host will read.
+        """
+        parts, model = self._parts, self._parts.model
+        if not len(drawing.slots):
+            return []
+        hidden_CD = hidden_TD.index_select(0, sent[0])
+        more: list[Tensor] = []
+        if parts.split.size > 1 and self._settings.plain(drawing.slots).all():
+            tokens_C = model.likeliest(hidden_CD)
+        else:
+            logits_CV = model.logits(hidden_CD)
+            tokens_C = torch.zeros(len(drawing.slots), dtype=torch.int64, device=parts.device)
+            if parts.samples:
+                tokens_C, more = self._draw(logits_CV, sent[1:], drawing)
+            tokens_C = parts.split.from_first(tokens_C)
+        self._slots.last_S1.index_copy_(0, sent[1], tokens_C)
+        parts.links.send_tokens(step, tokens_C)
+        return [tokens_C, *more]
+
+    def _draw(self, logits_CV: Tensor, sent: list[Tensor], drawing: _Drawing) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [C], and the log-probabilities that rows ask for."""
+        ops, settings = self._parts.model.ops, drawing.settings
+        asked_S = None
+        if len(settings.asked):
+            asked_S = torch.from_numpy(settings.asked).to(logits_CV.device)
+        raw_SV = None if asked_S is None else logits_CV.index_select(0, asked_S)
+        edits = self._settings.edits(settings, drawing.positions)
+        if edits is not None:
+            ops.edit_logits(logits_CV, edits)
+        if settings.allowed is not None:
+            ops.allow_only(logits_CV, *settings.allowed)
+        if drawing.masks is not None:
+            ops.allow_only(logits_CV, *drawing.masks.take(settings.slots))
+        tokens_C = ops.sample_slots(logits_CV, sampling_of(sent)[1], Purpose.SAMPLE)
+        if raw_SV is None or asked_S is None:
+            return tokens_C, []
+        return tokens_C, list(ops.logprobs(raw_SV, tokens_C[asked_S], int(settings.num_logprobs.max())))
+
+    # ----------------------------------------------------------------- a step ends
+
+    def _catch_up(self) -> None:
+        """Waits for the tokens of all steps under way."""
+        while self._under_way:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Ends the oldest step under way, once its tokens are here."""
+        step = self._under_way.popleft()
+        arrays, drawing, header = step.fetched.wait(), step.drawing, step.plan.header
+        sampled = NOTHING
+        if self._parts.links.stage.last and len(drawing.slots):
+            sampled = self._sampled(drawing, arrays)
+        blocks = self._parts.pool.blocks
+        blocks.publish(step.plan.section)
+        for later in self._under_way:  # begun since: what they write is no longer what it was
+            blocks.overwrite(later.plan.section)
+        result = with_tokens(
+            step.outline,
+            sampled,
+            expert_i64=arrays[-1].tobytes() if header.counts else b"",
+            waited=step.waited,
+            seconds=seconds_between(step.began, step.ended, step.handed_over),
+            stalled=step.stalled,
+        )
+        self._done.append((result, step.spans))
+
+    def _sampled(self, drawing: _Drawing, arrays: list[NDArray[Any]]) -> Sampled:
+        """Takes in tokens that have arrived. Slots that were given away since take none."""
+        tokens: Int64 = arrays[0]
+        mine = self._lives[drawing.slots] == drawing.lives
+        slots, positions = drawing.slots[mine], drawing.positions[mine]
+        self._history[slots, positions] = tokens[mine]
+        if not self._parts.samples:
+            return NOTHING
+        self._settings.observe(slots, tokens[mine])
+        errors: dict[int, str] = {}
+        if drawing.masks is not None and self._parts.grammars is not None:
+            errors = self._parts.grammars.observe(slots, tokens[mine])
+        settings = drawing.settings
+        lines: tuple[RowLogprobs, ...] = ()
+        if len(settings.asked):
+            top = torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2]), torch.from_numpy(arrays[3])
+            lines = logprob_lines(top, drawing.numbers[settings.asked], settings.num_logprobs[settings.asked])
+        ended = (settings.stop == tokens[:, None]).any(1)
+        return Sampled(
+            tokens, drawing.numbers[ended], lines, row_errors(errors, drawing.slots, drawing.numbers)
+        )

@@ -1,0 +1,187 @@
+"""The executor of a device, on a CPU: plans that another executor has executed, several under way
+at a time, give the same results field by field.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
+from lockstep.engine.protocol.results import StepResult
+from lockstep.engine.rank.contract import StepAbandoned
+from lockstep.engine.rank.device import transfers
+from lockstep.engine.rank.device.executor import DeviceExecutor
+from lockstep.engine.rank.executor import Executor
+from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
+from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
+from support.engine.rank.launch_recorder import LaunchRecorder
+
+CONFIGS = {"qwen3_moe": qwen3_moe_config(num_hidden_layers=2), "deepseek_v3": deepseek_v3_config()}
+TIMES = {"waited": 0.0, "seconds": 0.0, "stalled": 0.0, "phases_f32": b""}
+HOT = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=4)
+BY_HOST = (
+    Sampling(temperature=0.7, seed=5, presence_penalty=1.5, repetition_penalty=1.3),
+    Sampling(temperature=0.0, num_logprobs=2, stop_i32=np.array([5, 77], np.int32).tobytes(), min_tokens=3),
+    Sampling(
+        temperature=0.0,
+        bias_ids_i32=np.array([77], np.int32).tobytes(),
+        bias_values_f32=np.array([100.0], np.float32).tobytes(),
+    ),
+    Sampling(temperature=1.0, seed=6, allowed_i32=np.array([3, 9, 40, 80], np.int32).tobytes()),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("device")
+    return {family: write_checkpoint(folder / family, config) for family, config in CONFIGS.items()}
+
+
+def mixed_requests(samplings: tuple[Sampling, ...]) -> list[Request]:
+    """Requests that come one after another, in chunks, and are held for a while: slots are given
+    away again.
+    """
+    draw = np.random.default_rng(8)
+    return [
+        Request(
+            draw.integers(2, 320, int(length)).tolist(),
+            int(draw.integers(3, 12)),
+            samplings[number % len(samplings)],
+            start=2 * number,
+            chunk=int(draw.integers(3, 30)),
+            held=frozenset(range(2 * number + 6, 2 * number + 9)) if number % 3 == 0 else frozenset(),
+        )
+        for number, length in enumerate(draw.integers(1, 50, 14))
+    ]
+
+
+def executed(driver: Driver) -> tuple[list[StepPlan], list[StepResult]]:
+    driver.run()
+    return driver.plans, driver.results
+
+
+def results_of(
+    executor: Executor, requests: list[Request], plans: list[StepPlan], depth: int
+) -> list[StepResult]:
+    """The results of plans of which ``depth`` are under way at a time."""
+    for number, request in enumerate(requests):
+        executor.stage(number, np.asarray(request.prompt, np.int32).tobytes())
+    executor.begin_epoch(0, ())
+    found, waiting = [], deque(plans)
+    under_way = 0
+    while waiting or under_way:
+        while waiting and under_way < depth:
+            executor.submit(waiting.popleft())
+            under_way += 1
+        result = executor.take()
+        assert result is not None, "a CPU has done what it was given"
+        found.append(result)
+        under_way -= 1
+    return found
+
+
+def assert_same(found: list[StepResult], wanted: list[StepResult]) -> None:
+    assert len(found) == len(wanted)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert msgspec.structs.replace(mine, **TIMES) == msgspec.structs.replace(theirs, **TIMES)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("samplings", [(GREEDY, HOT), (GREEDY, HOT, *BY_HOST)], ids=["alone", "by host"])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_results_are_those_of_the_other_executor(
+    family: str, samplings: tuple[Sampling, ...], depth: int, checkpoints: dict[str, Path]
+) -> None:
+    path, requests = checkpoints[family], mixed_requests(samplings)
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    assert_same(results_of(executor, requests, plans, depth), wanted)
+
+
+def test_two_microbatches_give_the_same(checkpoints: dict[str, Path]) -> None:
+    path, requests = checkpoints["deepseek_v3"], mixed_requests((GREEDY, HOT))
+    make = Driver(build_executor(path, column="reference"), requests, microbatches=2)
+    plans, wanted = executed(make)
+    executor = build_executor(path, column="reference", as_device=True)
+    assert_same(results_of(executor, requests, plans, 2), wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_captured_steps_repeat_with_what_is_sent(family: str, tmp_path: Path) -> None:
+    """Tokens are those of the other executor, whatever rows a recording is repeated with."""
+    small = {"qwen3_moe": qwen3_moe_config(num_hidden_layers=1), "deepseek_v3": deepseek_v3_config()}[family]
+    path = write_checkpoint(tmp_path / family, small)
+    samplings = (GREEDY, HOT, BY_HOST[1])
+    requests = [
+        Request([7 * number + 2, 9][: 1 + number], 4, sampling, start=number)
+        for number, sampling in enumerate(samplings)
+    ]
+    driver = Driver(build_executor(path, num_slots=4), requests, lambda step: 4, num_slots=4)
+    plans, wanted = executed(driver)
+    recorder = LaunchRecorder()
+    executor = build_executor(path, column="triton", as_device=True, recorder=recorder, num_slots=4)
+    found = results_of(executor, requests, plans, 2)
+    assert [mine.tokens_i32 for mine in found] == [theirs.tokens_i32 for theirs in wanted]
+    assert [mine.ended_i32 for mine in found] == [theirs.ended_i32 for theirs in wanted]
+    assert [mine.checksum for mine in found] == [theirs.checksum for theirs in wanted]
+    assert [mine.expert_i64 for mine in found] == [theirs.expert_i64 for theirs in wanted], (
+        "padding is not counted"
+    )
+
+
+class Never:
+    """A mark that the device does not come past."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        raise AssertionError("nobody waits for it")
+
+
+def test_a_step_that_does_not_end_is_abandoned(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = build_executor(checkpoints["qwen3_moe"], column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    monkeypatch.setattr(transfers, "mark", lambda device: Never())
+    executor.submit(StepPlan(Header(0, 0, 7, -1, Mode.DECODE, 4), Section(rebase=True)))
+    assert executor.take() is None, "it is under way"
+    executor._deadline = 0.0
+    with pytest.raises(StepAbandoned, match="step 7 has not ended after 0 s"):
+        executor.take()
+    executor.begin_epoch(1, ())
+    assert executor.take() is None, "an epoch has no steps of another"
+
+
+def test_pages_that_a_later_step_writes_are_not_told_of(checkpoints: dict[str, Path]) -> None:
+    """A plan publishes a page, and the next one, begun before its result, gives it to another."""
+    executor = build_executor(checkpoints["qwen3_moe"], column="reference", as_device=True)
+    executor.stage(0, np.arange(2, 10, dtype=np.int32).tobytes())
+    executor.stage(1, np.arange(3, 9, dtype=np.int32).tobytes())
+    pages = [np.array([number], np.int32).tobytes() for number in (4, 5)]
+    first = Section(
+        rebase=True,
+        admit=(Admit(0, 0, 0, 0, 9, pages[0], GREEDY),),
+        extend_pairs=np.array([0, 8], np.int32).tobytes(),
+        publish_i32=np.array([4, 5], np.int32).tobytes(),
+        publish_h128=bytes(range(32)),
+    )
+    second = Section(
+        free_i32=np.zeros(1, np.int32).tobytes(),
+        admit=(Admit(1, 1, 0, 0, 9, pages[1], GREEDY),),
+        extend_pairs=np.array([1, 6], np.int32).tobytes(),
+    )
+    for step, section in enumerate((first, second)):
+        executor.submit(StepPlan(Header(0, 0, step, step - 1, Mode.MIXED, 16), section))
+    assert executor.published() == (b"", b""), "no result is here"
+    assert executor.take() is not None
+    assert executor.published() == (pages[0], bytes(range(16)))

@@ -1,0 +1,55 @@
+"""Padding of a captured step: it goes to no expert, is counted nowhere, and changes no token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lockstep.kernels.reference.experts import experts_reference
+from lockstep.kernels.reference.sublayers import LocalExperts, Residual
+from lockstep.moe.balance.placement import contiguous
+from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
+from lockstep.moe.dispatch.symmetric import TokenShape
+from lockstep.parallel.collectives import Collectives
+from support.moe.dispatchers import dispatcher_of, symmetric_dispatcher
+
+TOKENS, EXPERTS, HIDDEN, WIDTH, TOP_K = 5, 4, 8, 6, 2
+
+
+def _dispatcher(kind: str) -> Dispatcher:
+    placement = contiguous(1, EXPERTS, 1)
+    if kind != "symmetric":
+        return dispatcher_of(kind, placement)
+    alone = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))
+    return symmetric_dispatcher(placement, alone, TokenShape((TOKENS,), TOP_K, HIDDEN, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "summing", "symmetric"])
+@pytest.mark.parametrize("real", [0, 3, 5])
+def test_padding_goes_nowhere(kind: str, real: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x_TD = torch.randn(TOKENS, HIDDEN, generator=generator)
+    ids_TK = torch.randn(TOKENS, EXPERTS, generator=generator).topk(TOP_K).indices
+    weights_TK = torch.rand(TOKENS, TOP_K, generator=generator)
+    w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator)
+    w2 = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator)
+
+    def choose(residual: Residual) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x_TD, x_TD, ids_TK, weights_TK
+
+    def compute(received: Received, counts_S: torch.Tensor) -> torch.Tensor:
+        return experts_reference(received.x_ND, received.rows_M, received.slots_M, w13, w2, counts_S)
+
+    def sublayer(residual: Residual, local: LocalExperts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raise AssertionError("not all experts are local")
+
+    routed = RoutedExperts(TOP_K, choose, compute, sublayer)
+    found = []
+    for real_1 in (torch.tensor([real]), None):
+        dispatcher = _dispatcher(kind)
+        dispatcher.begin_step(TOKENS, TOKENS, real_1)
+        found.append((dispatcher.run(0, routed, (x_TD, None), lambda x: None)[1], dispatcher.counts_LS))
+    (padded_TD, counts), (whole_TD, _) = found
+    assert torch.equal(padded_TD[:real], whole_TD[:real])
+    assert not padded_TD[real:].any()
+    assert counts[0].tolist() == torch.bincount(ids_TK[:real].flatten(), minlength=EXPERTS).tolist()
