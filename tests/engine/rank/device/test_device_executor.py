@@ -105,6 +105,20 @@ def test_results_are_those_of_the_other_executor(
     assert_same(results_of(executor, requests, plans, depth), wanted)
 
 
+def test_a_slot_that_is_given_away_takes_no_token_of_its_last_request(checkpoints: dict[str, Path]) -> None:
+    """One slot, and penalties that a token of another request would change."""
+    path = checkpoints["qwen3_moe"]
+    strict = Sampling(temperature=0.9, seed=3, presence_penalty=2.0, frequency_penalty=1.0)
+    requests = [Request([7 * number + 2, 9, 4], 4, strict, start=5 * number) for number in range(5)]
+    driver = Driver(build_executor(path, column="reference", num_slots=1), requests, num_slots=1)
+    plans, wanted = executed(driver)
+    executor = build_executor(path, column="reference", as_device=True, num_slots=1)
+    assert_same(results_of(executor, requests, plans, 3), wanted)
+    settings, last = executor._settings._edits[0], requests[-1]
+    assert settings.seen is not None
+    assert set(settings.seen.tokens.tolist()) == {*last.prompt, *last.tokens}
+
+
 def test_two_microbatches_give_the_same(checkpoints: dict[str, Path]) -> None:
     path, requests = checkpoints["deepseek_v3"], mixed_requests((GREEDY, HOT))
     make = Driver(build_executor(path, column="reference"), requests, microbatches=2)
