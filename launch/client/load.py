@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-
 from ..simulation.trace import Trace
 from .load_record import LoadRecord
 from .server import Server, ServerError, ask, ask_json
-from .traffic import EventReader, StreamEvent, StreamUsage, request_body
+from .traffic import EventReader, StreamUsage, read_events, request_body
 
 _TURN = 0.1  # seconds between displays of progress
 
@@ -95,7 +93,7 @@ class Load:
         async with ask(target.server, "POST", "/v1/completions", body) as answer:
             async for part in answer.parts():
                 now = self._now()
-                for event in _events(events, part):
+                for event in read_events(events, part):
                     usage = event.usage or usage
                     if not (new := event.num_tokens):
                         continue
@@ -111,14 +109,3 @@ class Load:
             raise ServerError("answer too short", problem)
         rate = (count - 1) / (last - first) if count > 1 and last > first else None
         record.finish(rate, usage.prompt_tokens, usage.cached)
-
-
-def _events(reader: EventReader, part: bytes) -> list[StreamEvent]:
-    try:
-        events = reader.feed(part)
-    except msgspec.DecodeError as error:
-        raise ServerError("not an event", f"a stream holds no event: {error}") from None
-    for event in events:
-        if event.error is not None:
-            raise ServerError("error in a stream", str(event.error.get("message", event.error)))
-    return events

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -12,33 +11,23 @@ from rich.table import Table
 from ..capacity.screen import table_of, time_text
 from ..simulation.report import SimulationReport, Spread
 from .load_record import LoadRecord, LoadReport
-
-_EVERY = 10.0  # seconds between lines where there is no terminal
+from .status_line import StatusLine
 
 
 class LoadProgress:
-    """A status line on a terminal; without one a line every ten seconds."""
+    """Shows how far a trace has got."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._status = console.status("") if console.is_terminal else None
-        self._next = time.monotonic() + _EVERY
+        self._line = StatusLine(console)
 
     def show(self, record: LoadRecord, seconds: float) -> None:
-        text = (
+        self._line.show(
             f"{seconds:,.1f} s: {record.sent:,} of {record.asked:,} requests sent, {record.open:,} open, "
             f"{record.finished:,} finished, {record.failed:,} failed, {record.output_tokens:,} tokens"
         )
-        if self._status is not None:
-            self._status.start()
-            self._status.update(text)
-        elif time.monotonic() >= self._next:
-            self._next = time.monotonic() + _EVERY
-            self._console.print(text, markup=False)
 
     def hide(self) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._line.hide()
 
 
 def show_load(

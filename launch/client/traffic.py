@@ -9,6 +9,7 @@ import numpy as np
 
 from ...kernels.splitmix import mix64
 from ..simulation.trace import Trace
+from .server import ServerError
 
 
 def prompt_ids(trace: Trace, number: int, vocab_size: int) -> list[int]:
@@ -40,6 +41,7 @@ class StreamUsage(msgspec.Struct):
     """The usage at the end of a stream."""
 
     prompt_tokens: int = 0
+    completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
     @property
@@ -48,6 +50,7 @@ class StreamUsage(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    text: str | None = None
     token_ids: list[int] | None = None
     finish_reason: str | None = None
 
@@ -62,6 +65,13 @@ class StreamEvent(msgspec.Struct):
     @property
     def num_tokens(self) -> int:
         return sum(len(choice.token_ids or ()) for choice in self.choices)
+
+    @property
+    def says_more(self) -> bool:
+        """Whether it is more than the mark of an end. Its text may be empty: tokens of a character
+        that is not whole yet.
+        """
+        return any(choice.text or choice.token_ids or not choice.finish_reason for choice in self.choices)
 
 
 class EventReader:
@@ -83,3 +93,15 @@ class EventReader:
             elif data:
                 found.append(self._decoder.decode(data))
         return found
+
+
+def read_events(reader: EventReader, part: bytes) -> list[StreamEvent]:
+    """The events that end in this part. Raises ServerError for other text, and for an error."""
+    try:
+        events = reader.feed(part)
+    except msgspec.DecodeError as error:
+        raise ServerError("not an event", f"a stream holds no event: {error}") from None
+    for event in events:
+        if event.error is not None:
+            raise ServerError("error in a stream", str(event.error.get("message", event.error)))
+    return events

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +18,7 @@ from .options import (
     Overrides,
     Silence,
     answers,
+    fitting_plan,
     messages,
     refusal,
     server_for,
@@ -83,7 +83,7 @@ def load(
         asked = read_trace(trace, requests, speed, block)
     except TraceError as error:
         raise refusal(error) from None
-    planned = None if recipe is None else _plan(recipe, overrides or [])
+    planned = None if recipe is None else fitting_plan(recipe, overrides or [])
     server = server_for(against, timeout, api_key_env)
     try:
         sent, complete = asyncio.run(_measure(server, asked, max_open, model))
@@ -101,44 +101,24 @@ def load(
     raise typer.Exit(0 if complete and not report.failed else 1)
 
 
-def _plan(name: str, overrides: list[str]) -> tuple[CapacityPlan, Recipe]:
-    from ..capacity.plan import plan_recipe
-    from ..recipe.file import load_recipe
-    from ..recipe.recipe import RecipeError, contradictions
-
-    try:
-        parsed, path = load_recipe(name, overrides, contradictions)
-        plan = plan_recipe(parsed, path.parent)
-    except RecipeError as error:
-        raise refusal(error) from None
-    if not plan.fits:
-        raise refusal("\nerror: ".join(f"--recipe {name} does not fit: {line}" for line in plan.misfits))
-    return plan, parsed
-
-
 async def _measure(server: Server, trace: Trace, max_open: int, wanted: str | None) -> tuple[Load, bool]:
     """Runs until all is answered or the first Ctrl-C or SIGTERM.
 
     Raises ServerError at the start only.
     """
-    import asyncio
-
     from ..client.load import Load, Target, vocabulary_size
     from ..client.load_screen import LoadProgress
     from ..client.server import served_model
+    from ..terminal.stop_event import stop_event
 
     model = str((await served_model(server, wanted))["id"])
     target = Target(server, model, await vocabulary_size(server))
-    made, stop, screen = Load(target, trace, max_open), asyncio.Event(), LoadProgress(messages())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    made, screen = Load(target, trace, max_open), LoadProgress(messages())
     try:
-        complete = await made.run(stop, screen.show)
+        with stop_event() as stop:
+            complete = await made.run(stop, screen.show)
     finally:
         screen.hide()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
     return made, complete
 
 

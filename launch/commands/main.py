@@ -6,7 +6,7 @@ they run, so that ``launch --help`` is quick.
 
 from __future__ import annotations
 
-from . import canary, check, kubernetes, load, plan, serve, simulate, slurm, timeline
+from . import bench, canary, check, kubernetes, load, plan, serve, simulate, slurm, timeline
 from .app import app
 
 COMMANDS = (
@@ -18,6 +18,7 @@ COMMANDS = (
     kubernetes,
     canary,
     load,
+    bench,
     timeline,
 )  # importing a module registers its command
 

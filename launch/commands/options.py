@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..defaults import CONTEXT
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..capacity.plan import CapacityPlan
     from ..client.server import Server
+    from ..recipe.recipe import Recipe
 
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Recipe file, or name of a packaged recipe such as demo.")
@@ -80,3 +84,21 @@ def server_for(
         return server_at(url, timeout, key, options)
     except AddressError as error:
         raise refusal(error) from None
+
+
+def fitting_plan(name: str, overrides: list[str], context: int = CONTEXT) -> tuple[CapacityPlan, Recipe]:
+    """The plan of a recipe given by ``--recipe``; exits with 2 if it cannot be used or does not
+    fit.
+    """
+    from ..capacity.plan import plan_recipe
+    from ..recipe.file import load_recipe
+    from ..recipe.recipe import RecipeError, contradictions
+
+    try:
+        parsed, path = load_recipe(name, overrides, contradictions)
+        plan = plan_recipe(parsed, path.parent, context)
+    except RecipeError as error:
+        raise refusal(error) from None
+    if not plan.fits:
+        raise refusal("\nerror: ".join(f"--recipe {name} does not fit: {line}" for line in plan.misfits))
+    return plan, parsed

@@ -21,7 +21,7 @@ def launch(recipe: RecipeName, overrides: Overrides = None) -> None:
     Other commands, each with --help: launch plan (memory, capacity and speed limits), launch
     check (problems on the nodes), launch simulate (a request trace), launch slurm (batch script),
     launch k8s (manifests), launch canary (answers that change), launch load (a trace against a
-    server), launch timeline (how steps pass).
+    server), launch bench (a server's speed), launch timeline (how steps pass).
     """
     from ..terminal.foreground import step_behind
 

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lockstep.launch.client import load_screen
+from lockstep.launch.client import status_line
 from lockstep.launch.client.load_record import GapCounts, LoadRecord
 from lockstep.launch.client.load_screen import LoadProgress, show_load
 from lockstep.launch.client.traffic import EventReader, prompt_ids
@@ -105,7 +105,7 @@ def test_the_table_shows_errors_by_kind() -> None:
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     text, moment = io.StringIO(), iter([0.0, 5.0, 10.0, 10.0, 12.0])
-    monkeypatch.setattr(load_screen.time, "monotonic", lambda: next(moment))
+    monkeypatch.setattr(status_line.time, "monotonic", lambda: next(moment))
     progress = LoadProgress(Console(file=text, width=200))
     for seconds in (5.0, 10.0, 12.0):
         progress.show(recorded(), seconds)

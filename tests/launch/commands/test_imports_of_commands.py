@@ -21,6 +21,7 @@ COMMANDS = {
     "plan --json": (["plan", *DEMO, "--json"], TORCH | SERVING | {"zmq", "numpy"}),
     "check": (["check", *DEMO], TORCH | SERVING | {"zmq"}),
     "slurm": (["slurm", "--recipe", "demo"], TORCH | SERVING | {"zmq", "numpy", "llvmlite"}),
+    "bench --help": (["bench", "--help"], TORCH | SERVING | DATA),
     "simulate": (["simulate", "--recipe", "demo", *TRACE], TORCH | SERVING),
 }
 
