@@ -2,13 +2,14 @@
 
 Both servers are up for the whole run and are loaded in turns, Lockstep first in one round and vLLM
 in the next. Each turn starts when the other server has come to rest; the idle server's CPU time
-meanwhile is printed. The client streams ``/v1/completions`` with token ids as prompts, greedy, with
-``ignore_eos``, and sends all requests of a run at once. Client and server share the cores. Prompts
-are never repeated, except for shared prefixes.
+meanwhile is printed. All requests of a run are sent at once. Client and server share the cores.
+Prompts are never repeated, except for shared prefixes.
 
 Each figure is given beside the memory limit: the rate of decode steps that only read, at the
 measured read bandwidth, the keys and values and the weights they use. Routing counts as uniform,
 which random weights come close to.
+
+Requests, times and rates are those of ``launch bench``.
 
     python benchmarks/bench_vllm.py [--vllm VENV] [--ranks 1] [--threads 2] [--rounds 3]
                                     [--cases 1 8 32 long prefix]
@@ -24,21 +25,20 @@ import asyncio
 import contextlib
 import csv
 import importlib.metadata
-import json
 import platform
-import random
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE] + [str(HERE)]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from circumstances import commit, hardware  # noqa: E402
 from make_qwen3_moe import CONFIG, make_checkpoint  # noqa: E402
@@ -52,6 +52,13 @@ from servers import (  # noqa: E402
     vllm,
     wait_until_idle,
 )
+
+from lockstep.launch.bench.endpoint import Endpoint, Question  # noqa: E402
+from lockstep.launch.bench.figures import figures_of  # noqa: E402
+from lockstep.launch.bench.timing import TimedRequest  # noqa: E402
+from lockstep.launch.bench.turn import Turn, TurnProgress  # noqa: E402
+from lockstep.launch.bench.workload import Workload  # noqa: E402
+from lockstep.launch.client.server import server_at  # noqa: E402
 
 REQUEST_SECONDS = 140
 COLUMNS = (
@@ -77,12 +84,10 @@ class Case:
         shared = f" ({self.shared} shared)" if self.shared else ""
         return f"{self.at_once} at once, {self.prompt} in{shared}, {self.output} out"
 
-    def prompts(self, draw: random.Random) -> list[list[int]]:
-        def ids(count: int) -> list[int]:
-            return [draw.randrange(2, CONFIG["vocab_size"]) for _ in range(count)]
-
-        shared = ids(self.shared)
-        return [shared + ids(self.prompt - self.shared) for _ in range(self.at_once)]
+    def questions(self, draw: np.random.Generator) -> list[Question]:
+        asked = Workload((), self.prompt, self.output, self.shared, rounds=1, seed=0)
+        prompts = asked.prompts(self.at_once, CONFIG["vocab_size"], draw)
+        return [Question(prompt, self.output, "bench") for prompt in prompts]
 
 
 CASES = {
@@ -116,49 +121,30 @@ class Run:
 # --------------------------------------------------------------------------- the client
 
 
-async def request(port: int, prompt: list[int], output: int) -> list[tuple[float, int]]:
-    """Streams one completion. Returns the moment of every chunk and the number of tokens received
-    by then.
-    """
-    body = {
-        "model": "bench",
-        "prompt": prompt,
-        "max_tokens": output,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-        f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
-    writer.write(head.encode() + data)
-    seen: list[tuple[float, bytes]] = []
-    while line := await reader.readline():
-        if line.startswith(b"data: {"):
-            seen.append((time.perf_counter(), line))
-        assert not line.startswith(b"HTTP/1.1 ") or b" 200 " in line, line + await reader.read(2000)
-    writer.close()
-    usage = json.loads(seen[-1][1][6:])["usage"]  # the last event holds nothing else
-    assert usage["completion_tokens"] == output, f"{usage} instead of {output} tokens"
-    return [(moment, output * (at + 1) // (len(seen) - 1)) for at, (moment, _) in enumerate(seen[:-1])]
-
-
-async def run_case(port: int, case: Case, draw: random.Random) -> Run:
-    prompts = case.prompts(draw)
-    start = time.perf_counter()
+async def run_case(port: int, case: Case, draw: np.random.Generator) -> Run:
+    server = server_at(f"http://127.0.0.1:{port}", REQUEST_SECONDS)
+    endpoint = Endpoint(server, "bench", "", None, CONFIG["vocab_size"])
+    progress = TurnProgress(case.name, case.at_once)
+    turn = Turn(endpoint, case.questions(draw), [0.0] * case.at_once, case.at_once, progress)
     async with asyncio.timeout(REQUEST_SECONDS):
-        streams = await asyncio.gather(*(request(port, prompt, case.output) for prompt in prompts))
-    end = max(stream[-1][0] for stream in streams)
-    ttft = statistics.median(stream[0][0] - start for stream in streams)
-    begun = max(stream[0][0] for stream in streams)
-    later = sum(
-        case.output - max((count for moment, count in stream if moment <= begun), default=0)
-        for stream in streams
-    )
-    return Run(case.at_once * case.output / (end - start), ttft, later / (end - begun))
+        found = await turn.run()
+    figures = figures_of([found], case.output)
+    assert not (figures.failed or figures.short or figures.without_usage), figures
+    assert figures.ttft.p50 is not None
+    return Run(found.output_per_second, figures.ttft.p50, decode_rate(found.finished))
+
+
+def decode_rate(requests: Sequence[TimedRequest]) -> float:
+    """Tokens per second from the moment when all requests have had their first token; those of a
+    request are spread evenly over its chunks.
+    """
+    begun = max(request.chunks[0] for request in requests)
+    end = max(request.chunks[-1] for request in requests)
+    later = 0
+    for request in requests:
+        seen = sum(moment <= begun for moment in request.chunks)
+        later += request.tokens - request.tokens * seen // len(request.chunks)
+    return later / (end - begun) if later else 0.0
 
 
 # --------------------------------------------------------------------------- the limit
@@ -209,7 +195,7 @@ def measure(
     """All runs by (case, server). A warm-up run of every case on each server, with few tokens out,
     is dropped.
     """
-    draw = random.Random(seed)
+    draw = np.random.default_rng(seed)
     runs: dict[tuple[str, str], list[Run]] = {}
     for number in range(-1, rounds):
         for case in cases:

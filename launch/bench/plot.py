@@ -34,7 +34,9 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
         figure = Figure(figsize=(13, 3.8), layout="constrained")
         for axes, (name, middle, high, limit) in zip(figure.subplots(1, 3), _PANELS, strict=True):
             for colour, (endpoint, url) in zip(_COLOURS, urls.items(), strict=False):
-                mine = [row for row in rows if row["endpoint"] == endpoint]
+                mine = sorted(
+                    (row for row in rows if row["endpoint"] == endpoint), key=lambda row: row[level]
+                )
                 levels = [row[level] for row in mine]
                 axes.plot(levels, _numbers(mine, middle), "o-", color=colour, label=url)
                 if high is not None:
@@ -43,7 +45,7 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
                     axes.plot(levels, _numbers(mine, limit), ":", color="grey", label="limit")
             axes.set_title(name, loc="left", fontsize=10)
             axes.set_xlabel(level if level == "concurrency" else "requests/s offered")
-            axes.set_ylim(bottom=0)
+            axes.set_yscale("log")  # the limit may be far away
             axes.spines[["top", "right"]].set_visible(False)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -56,7 +56,7 @@ class Bench:
         try:
             await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                self.broken = "stopped before all rounds had ended"
+                self.broken = "as asked; the round under way is not counted"
                 return False
             working.result()
             return not self.broken
@@ -69,17 +69,17 @@ class Bench:
         for load in self._workload.loads:
             places = range(len(self._endpoints))
             for place in places:
-                await self._warm_up(load, place)
-            if self.broken:
-                return
+                if not await self._warm_up(load, place):
+                    return
             for number in range(self._workload.rounds):
                 for place in places if number % 2 == 0 else reversed(places):
-                    await self._round(load, place, number)
-                    if self.broken:
+                    if not await self._round(load, place, number):
                         return
 
-    async def _warm_up(self, load: OfferedLoad, place: int) -> None:
-        """As many requests at once, with few tokens out; their times are dropped."""
+    async def _warm_up(self, load: OfferedLoad, place: int) -> bool:
+        """As many requests at once, with few tokens out; their times are dropped. Returns whether
+        to go on.
+        """
         endpoint = self._endpoints[place]
         count = load.concurrency or min(load.requests, _WARM_UP_REQUESTS)
         output = min(_WARM_UP_TOKENS, self._workload.output)
@@ -92,8 +92,10 @@ class Bench:
                 if not self.rounds:
                     raise request.failure.error
                 self.broken = str(request.failure.error)
+        return not self.broken
 
-    async def _round(self, load: OfferedLoad, place: int, number: int) -> None:
+    async def _round(self, load: OfferedLoad, place: int, number: int) -> bool:
+        """Measures one round at one endpoint. Returns whether to go on."""
         endpoint = self._endpoints[place]
         title = f"{load}, round {number + 1} of {self._workload.rounds}, {endpoint.url}"
         progress = TurnProgress(title, load.requests)
@@ -105,6 +107,7 @@ class Bench:
         self._tell(progress, found)
         if not found.finished:
             self.broken = f"{endpoint.url} answered no request of a round"
+        return not self.broken
 
     async def _shown(self, turn: Turn) -> Round:
         """Runs a turn and shows its progress meanwhile."""

@@ -55,7 +55,8 @@ def show_results(results: Sequence[LevelResult], about_limit: str, console: Cons
 
 def _table(name: str, members: Sequence[LevelResult]) -> Table:
     first, *others = members
-    asked = f"{first.figures.asked:,} requests in {first.figures.rounds} rounds"
+    rounds = first.figures.rounds
+    asked = f"{first.figures.asked:,} requests in {rounds} round{'s' if rounds > 1 else ''}"
     rated = ["ratio"] if first.ratios is not None else []
     table = table_of(f"{name}: {asked}", "", "p50", "p90", "p99", "limit", *rated)
     limit = first.limit

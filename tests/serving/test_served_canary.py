@@ -1,4 +1,6 @@
-"""``launch canary`` and ``launch load`` against a served model that asks for a key."""
+"""``launch canary``, ``launch load`` and ``launch bench`` against a served model that asks for a
+key.
+"""
 
 from __future__ import annotations
 
@@ -246,6 +248,53 @@ def test_traffic_to_a_server_that_goes_away_is_counted(url: str, run: Any, tmp_p
     measured = json.loads(result.stdout)["measured"]
     assert (measured["finished"], measured["failed"]) == (2, 3)
     assert set(measured["errors"]) <= {"no connection", "cut off"}
+
+
+def test_a_benchmark_counts_the_tokens_asked(url: str, tmp_path: Path) -> None:
+    """Prompts of 64 tokens, 48 of them shared: three pages that a cache may have. The server stands
+    under both names.
+    """
+    options = f"--concurrency 2 --requests 4 --rounds 2 --input 64 --shared 0.75 --output 6 --out {tmp_path}"
+    keys = "--api-key-env CANARY_KEY --against-key-env CANARY_KEY"
+    recipe = f"--recipe demo cluster.ranks_per_node=1 model.path={random_checkpoint()}"
+    arguments = f"bench --url {url} --against {url}/v1 {keys} {options} {recipe} --json".split()
+    result = CliRunner(env={"CANARY_KEY": KEY}).invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    ours, theirs = json.loads(result.stdout)
+    for row in (ours, theirs):
+        assert (row["finished"], row["failed"], row["short_answers"]) == (8, 0, 0)
+        assert row["answers_without_usage"] == 0
+        assert 2 * 48 <= row["cached_tokens"] <= 8 * 48, "all but the first two of each round at least"
+        assert 0 < row["ttft_p50_ms"] <= row["e2e_p50_ms"]
+    assert ours["version"] == httpx.get(f"{url}/version").json()["version"]
+    assert ours["limit_tpot_ms"] > 0 and theirs["limit_tpot_ms"] is None
+    assert ours["ratio_output_tokens_per_s"] > 0
+    for line in (tmp_path / "requests.jsonl").read_text().splitlines():
+        request = json.loads(line)
+        assert request["tokens"] == 6
+        assert 1 <= len(request["chunks"]) <= 6
+        assert request["sent"] < request["chunks"][0]
+
+
+def test_a_benchmark_with_a_wrong_key_is_refused(url: str) -> None:
+    arguments = ["bench", "--url", url, "--api-key-env", "WRONG_KEY"]
+    result = CliRunner(env={"WRONG_KEY": "wrong"}).invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "GET /v1/models: HTTP 401:" in result.stderr
+    assert "--api-key-env" in result.stderr
+
+
+def test_a_benchmark_of_a_server_that_goes_away_is_counted(url: str) -> None:
+    """Three connections before the benchmark, one of the warm-up and two of the first round."""
+    with relay(int(url.rpartition(":")[2]), connections=6) as through:
+        arguments = f"bench --url {through} --api-key-env CANARY_KEY --concurrency 1 --requests 4 --json"
+        result = CliRunner(env={"CANARY_KEY": KEY}).invoke(app, [*arguments.split(), "--input", "16"])
+    assert result.exit_code == 1, result.output
+    [row] = json.loads(result.stdout)
+    assert (row["finished"], row["requests"]) == (2, 8)
+    assert sum(row["errors"].values()) == 6
+    assert set(row["errors"]) <= {"no connection", "cut off"}
+    assert "answered no request of a round" in result.stderr
 
 
 def test_ctrl_c_prints_what_is_known(url: str, tmp_path: Path) -> None:
