@@ -51,6 +51,7 @@ TORCH_FREE = (
     "engine.models.checkpoint",
     "engine.models.config",
     "engine.models.families",
+    "engine.models.shape",
     "engine.rank.contract",
     "engine.rank.grammars",
     "moe.balance",

@@ -20,11 +20,12 @@ from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import Collectives, EpochGroup, RankGroups
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
-from ...parallel.stages import PipelineStage, split_layers
+from ...parallel.stages import PipelineStage
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig, load_config
 from ..models.registry import ModelPart, build_model
+from ..models.shape import read_shape
 from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
@@ -85,9 +86,9 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     """
     mesh = spec.mesh
     device = torch.device(spec.device)
-    config = load_config(Path(spec.model_path))
+    config = read_shape(Path(spec.model_path))
     here = mesh.coordinates(spec.rank)
-    stage = split_layers(config.num_layers, config.moe_layers, mesh.pipeline)[here.stage]
+    stage = config.stages(mesh.pipeline)[here.stage]
     whole = placement_of(spec.placement_i32, len(config.moe_layers), config.moe.num_experts, mesh.experts)
     here_layers = _moe_layers(config, stage)
     placement = Placement(whole.experts_LWS[here_layers.start : here_layers.stop], whole.num_experts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...engine.models.shape import read_shape
 from ...parallel.mesh import Mesh
 from ..recipe.file import load_recipe
 from ..recipe.hardware import load_hardware
@@ -15,7 +16,6 @@ from ..recipe.recipe import contradictions
 from .floors import Floor, decode_work, floor_of, prefill_work, traffic
 from .plan import model_folder
 from .setup import Setup, resolve
-from .shape import read_shape
 
 CHUNK = 16384  # tokens of a prefill step on a GPU; the floor per token hardly depends on it
 _FP8_ROW = 1 + 4 / 128  # DeepEP sends fp8 with a float32 scale per 128 values

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ...engine.models.shape import read_shape
 from ..defaults import CONTEXT
 from ..recipe.hardware import hardware_names, load_hardware
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
@@ -15,7 +16,6 @@ from ..recipe.resolve import check_model
 from .floors import Floor, Traffic, decode_work, floor_of, prefill_work, traffic
 from .memory import Memory, memory_of, page_bytes
 from .setup import Setup, resolve
-from .shape import read_shape
 
 
 @dataclass(frozen=True)

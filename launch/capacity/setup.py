@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ...engine.models.shape import Shape
 from ...kernels import cpu_isa
 from ...kernels.cpu_isa import Isa
 from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import KvFormat
 from ...parallel.mesh import Mesh
-from ...parallel.stages import PipelineStage, split_layers
+from ...parallel.stages import PipelineStage
 from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import balances, dispatch_of, dtype_of, fp8_experts_of, kv_format_of
-from .shape import Shape
 
 _ITEM = {"fp32": 4, "bf16": 2}
 # Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
@@ -109,7 +109,7 @@ class Setup:
         return self.hardware.memory // self.sharing
 
     def stages(self) -> list[PipelineStage]:
-        return split_layers(self.shape.num_layers, self.shape.moe_layers, self.mesh.pipeline)
+        return self.shape.stages(self.mesh.pipeline)
 
 
 def stored_bytes(values: int, dtype: str) -> int:

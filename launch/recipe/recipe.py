@@ -97,7 +97,9 @@ class ClusterSection(RecipeSection):
 
 class ParallelSection(RecipeSection):
     tensor: int = Field(default=1, ge=1, description="tensor parallel size of attention and dense layers")
-    pipeline: int = Field(default=1, ge=1, description="number of pipeline stages")
+    pipeline: int = Field(
+        default=1, ge=1, description="number of pipeline stages; layers go to stages by cost"
+    )
 
 
 class ExpertsSection(RecipeSection):

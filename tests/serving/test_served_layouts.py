@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.engine.models.shape import read_shape
 from support.engine.models.checkpoints import write_checkpoint
 from support.engine.rank.greedy_prompts import FAMILIES
 from support.serving.mixed_asks import Oracle, random_bodies
@@ -118,6 +119,17 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
         )
         with serve(tmp_path / f"run-{tensor}-{pipeline}", *overrides) as served:
             Oracle(model).know(served, bodies, 32)
+
+
+def test_a_stage_of_one_wide_dense_layer_before_one_of_three_layers(tmp_path: Path) -> None:
+    changes = {"vocab_size": CONFIG["vocab_size"], "num_hidden_layers": 4, "intermediate_size": 2048}
+    model = write_checkpoint(tmp_path / "model", FAMILIES["deepseek_v3"] | changes, seed=5)
+    write_tokenizer(model)
+    assert [(stage.num_layers, stage.num_moe) for stage in read_shape(model).stages(2)] == [(1, 0), (3, 3)]
+    overrides = f"model.path={model}", "cluster.ranks_per_node=4", "parallel.pipeline=2", "model.max_len=256"
+    with serve(tmp_path / "run", *overrides, "scheduler.checksum_every=1") as served:
+        Oracle(model).know(served, random_bodies(random.Random(17), 12, (4, 60)), 32)
+        served.assert_clean()
 
 
 def test_a_grammar_beside_plain_greedy_rows_where_the_vocabulary_is_split(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 import lockstep
 from lockstep.engine.kv.budget import PoolLimits
 from lockstep.engine.models.config import load_config
+from lockstep.engine.models.shape import read_shape
 from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank import page_pool as kv_pool
 from lockstep.engine.rank.process import load_executor
@@ -27,7 +28,6 @@ from lockstep.launch.capacity.memory import memory_of, page_bytes
 from lockstep.launch.capacity.plan import CapacityPlan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
 from lockstep.launch.capacity.setup import Setup
-from lockstep.launch.capacity.shape import read_shape
 from lockstep.launch.recipe.file import load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import load_hardware
 from lockstep.launch.recipe.recipe import contradictions
@@ -127,6 +127,24 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
         4,
         ["parallel.tensor=4"],
     ),
+    "deepseek in two stages, the last of which has the head and fewer layers": (
+        deepseek_v3_config(num_hidden_layers=5, vocab_size=1000),
+        torch.float32,
+        2,
+        ["parallel.pipeline=2"],
+    ),
+    "deepseek in three stages, the first without experts, split over two": (
+        deepseek_v3_config(num_hidden_layers=4, intermediate_size=512),
+        torch.float32,
+        6,
+        ["parallel.pipeline=3", "parallel.tensor=2"],
+    ),
+    "qwen3 in two stages that share embedding and head": (
+        qwen3_moe_config(num_hidden_layers=4, tie_word_embeddings=True),
+        torch.bfloat16,
+        4,
+        ["parallel.pipeline=2"],
+    ),
     "minimax with norms over all heads, two ranks": (minimax_m2_config(), torch.bfloat16, 2, []),
     "glm lite, three ranks": (glm4_moe_lite_config(), torch.bfloat16, 3, []),
     "glm lite split over two": (glm4_moe_lite_config(), torch.float32, 4, ["parallel.tensor=2"]),
@@ -200,10 +218,13 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tm
     config, dtype, num_ranks, overrides = CASES[name]
     path = write_checkpoint(tmp_path / "model", config, dtype=dtype)
     plan = planned(path, num_ranks, overrides)
-    memory = plan.ranks[0].memory
     assert plan.setup.isa == isa
-    assert (plan.ranks[0].first_rank, plan.ranks[0].last_rank) == (0, num_ranks - 1)
-    for rank in range(num_ranks):
+    planned_ranks = [
+        (held, rank) for held in plan.ranks for rank in range(held.first_rank, held.last_rank + 1)
+    ]
+    assert [rank for _, rank in planned_ranks] == list(range(num_ranks))
+    for held, rank in planned_ranks:
+        memory = held.memory
         parts = load_executor(rank_spec(plan.setup, path, rank), lambda fraction: None)._parts
         weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
         pool = sum(tensor.nbytes for layer in parts.pool.cache for tensor in layer)
@@ -211,8 +232,12 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tm
             f"rank {rank}: {memory.weights}, really {weights}"
         )
         assert memory.kv_pool == pytest.approx(pool, rel=0.03)
-        assert (memory.num_pages, plan.ranks[0].page_bytes) == (parts.pool.num_pages, parts.pool.page_bytes)
-        assert plan.ranks[0].slots == parts.dispatcher.placement.num_slots
+        assert (memory.num_pages, held.page_bytes) == (parts.pool.num_pages, parts.pool.page_bytes)
+        assert (held.layers, held.moe_layers) == (
+            len(parts.pool.cache),
+            parts.dispatcher.placement.num_layers,
+        )
+        assert held.slots == parts.dispatcher.placement.num_slots
         experts = sum(
             parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key
         )

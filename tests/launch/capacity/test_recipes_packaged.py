@@ -7,8 +7,8 @@ import re
 import pytest
 import yaml
 
+from lockstep.engine.models.shape import read_shape
 from lockstep.launch.capacity.plan import plan_recipe
-from lockstep.launch.capacity.shape import read_shape
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import load_hardware
 from lockstep.launch.recipe.recipe import RecipeError, contradictions, key_paths

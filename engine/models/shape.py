@@ -1,12 +1,13 @@
-"""The dimensions of a model, and the numbers of its parameters."""
+"""The dimensions of a model, the numbers of its parameters, and its stages. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...engine.models.config import GqaConfig, MlaConfig, ModelConfig, kv_shapes, load_config
 from ...kernels.formats.kv_format import KvFormat, entry_bytes
+from ...parallel.stages import PipelineStage, split_layers
+from .config import GqaConfig, MlaConfig, ModelConfig, kv_shapes, load_config
 
 SWIGLU = 3  # matrices of a feed-forward block
 
@@ -72,21 +73,39 @@ class Shape(ModelConfig):
         layers = self.num_layers * (self.attention_params + self.norm_params)
         return head + layers + num_moe * per_moe + (self.num_layers - num_moe) * self.dense_params
 
-    def kv_bytes(self, kv_format: KvFormat, tensor: int = 1) -> int:
-        """Bytes of KV cache per token and layer on one of ``tensor`` ranks.
-
-        A rank holds its share of key heads, or the whole latent.
+    @property
+    def layer_costs(self) -> tuple[int, ...]:
+        """Parameters that a decoded token is multiplied with, by layer; half its operations, but
+        for attention's over its context. The last layer's include the output head's.
         """
-        held = self.attention.split(tensor)
+        moe = self.shared_params + self.gate_params + self.moe.top_k * self.expert_params
+        holds_experts = set(self.moe_layers)
+        costs = [
+            self.attention_params + (moe if layer in holds_experts else self.dense_params)
+            for layer in range(self.num_layers)
+        ]
+        costs[-1] += self.vocab_size * self.hidden
+        return tuple(costs)
+
+    def stages(self, num_stages: int) -> list[PipelineStage]:
+        """The layers by pipeline stage, so that the slowest stage is as fast as it can be."""
+        return split_layers(self.layer_costs, self.moe_layers, num_stages)
+
+    def kv_bytes(self, kv_format: KvFormat, parts: int = 1) -> int:
+        """Bytes of KV cache per token and layer in one of ``parts`` that split the heads.
+
+        Each holds its share of key heads, or the whole latent.
+        """
+        held = self.attention.split(parts)
         return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
 
-    def split_attention_params(self, tensor: int) -> int:
-        """Values in the matrices and biases of one layer's attention on one of ``tensor`` ranks.
+    def split_attention_params(self, parts: int) -> int:
+        """Values in the matrices and biases of one layer's attention in one of ``parts``.
 
-        Projections to a latent are whole on each, and so are key heads where there are fewer than
-        ranks.
+        Projections to a latent are whole in each, and so are key heads where there are fewer than
+        parts.
         """
-        return replace(self, attention=self.attention.split(tensor)).attention_params
+        return replace(self, attention=self.attention.split(parts)).attention_params
 
     def attention_operations(self, decode: bool) -> int:
         """Operations per token, position of its context and layer.
