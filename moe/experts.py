@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels.formats.four_bit_format import FourBitFormat
 from ..kernels.formats.fp8_format import BLOCK
 from ..kernels.reference.column import Reference
+from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit
 from ..kernels.reference.fp8 import Quantised
 from ..kernels.reference.linear import SlotWeights
 from ..kernels.reference.sublayers import ExpertsSublayer, GateWeights, LocalExperts, RowNorm
@@ -107,12 +109,74 @@ class Fp8Experts(nn.Module):
         return self._ops.routed_sublayer(norm, gate, run)
 
 
-def read_slot(experts: Experts | Fp8Experts, slot: int) -> Tensor:
+class FourBitExperts(nn.Module):
+    """``Experts`` in 4 bits (``kernels.reference.four_bit.FourBit``): w13 uint8 [S, 2F, D / 2] with
+    w13_scales [S, 2F, G], w2 uint8 [S, D, F / 2] with w2_scales; w13_factors [S, 2] and w2_factors
+    [S, 1] where the format has factors. They are computed with as what they stand for.
+    """
+
+    def __init__(
+        self, config: MoEConfig, num_slots: int, backend: Backend[Reference], format: FourBitFormat
+    ) -> None:
+        super().__init__()
+        self._config, self._backend, self._ops, self._format = config, backend, backend.ops, format
+        width, hidden = config.expert_width, config.hidden
+        self.w13, self.w13_scales, self.w13_factors = self._parameters_of(num_slots, 2 * width, hidden, 2)
+        self.w2, self.w2_scales, self.w2_factors = self._parameters_of(num_slots, hidden, width, 1)
+        self.weights = (
+            FourBit(format, self.w13, self.w13_scales, self.w13_factors),
+            FourBit(format, self.w2, self.w2_scales, self.w2_factors),
+        )
+
+    def pack(self) -> None:
+        """The weights stay as they are loaded."""
+
+    @property
+    def by_slot(self) -> tuple[Tensor, ...]:
+        """All codes, scales and factors, [S, ...] each."""
+        return tuple(parameter.data for parameter in self.parameters())
+
+    def changed(self, slot: int) -> None:
+        """There is one form of the weights."""
+
+    def spare(self, num_slots: int) -> FourBitExperts:
+        """Experts like these in slots of their own, to be loaded."""
+        return FourBitExperts(self._config, num_slots, self._backend, self._format)
+
+    def forward(self, received: Received, counts_S: Tensor) -> Tensor:
+        """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
+        pairs = received.rows_M, received.slots_M
+        return self._ops.experts_four_bit(received.x_ND, *pairs, *self.weights, counts_S)
+
+    def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
+        """The sublayer of norm, gate and these experts, where all of them are local."""
+
+        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            return self.forward(Received(x_TD, local.rows_M, slots_M), local.counts_S)
+
+        return self._ops.routed_sublayer(norm, gate, run)
+
+    def _parameters_of(
+        self, num_slots: int, rows: int, columns: int, parts: int
+    ) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+        """Codes, scales and factors of matrices [rows, columns]."""
+        format, parameter = self._format, self._backend.parameter
+        return (
+            parameter(num_slots, rows, columns // 2, dtype=torch.uint8),
+            parameter(num_slots, rows, format.groups(columns), dtype=SCALE_DTYPES[format.scale]),
+            parameter(num_slots, parts, dtype=torch.float32) if format.has_factor else None,
+        )
+
+
+AnyExperts = Experts | Fp8Experts | FourBitExperts
+
+
+def read_slot(experts: AnyExperts, slot: int) -> Tensor:
     """The weights of one slot in the form that travels, uint8 [bytes]."""
     return torch.cat([part[slot].reshape(-1).view(torch.uint8) for part in experts.by_slot])
 
 
-def slot_form(experts: Experts | Fp8Experts) -> str:
+def slot_form(experts: AnyExperts) -> str:
     """The form in which a slot's weights travel; ranks of the same can exchange experts."""
     return " and ".join(
         f"{str(part.dtype).removeprefix('torch.')} {'x'.join(map(str, part.shape[1:]))}"
@@ -120,7 +184,7 @@ def slot_form(experts: Experts | Fp8Experts) -> str:
     )
 
 
-def write_slot(experts: Experts | Fp8Experts, slot: int, row: Tensor) -> None:
+def write_slot(experts: AnyExperts, slot: int, row: Tensor) -> None:
     """Writes what ``read_slot`` read, on a rank whose weights have the same form, at the slot's
     place in memory.
     """

@@ -14,7 +14,7 @@ from ..kernels.reference.sublayers import GateWeights, Residual, RowNorm
 from ..parallel.linear import Backend, Matrix, SwiGLU
 from .config import MoEConfig
 from .dispatch.dispatcher import Dispatcher, RoutedExperts
-from .experts import Experts, Fp8Experts
+from .experts import AnyExperts, Experts
 
 
 class Gate(nn.Module):
@@ -50,7 +50,7 @@ class SharedExperts(SwiGLU):
 
 class MoELayer(nn.Module):
     """Layer ``layer`` (counted among MoE layers) of a model, with the norm before it. Its experts
-    are those of the dispatcher's placement, in the backend's dtype or in block-scaled FP8.
+    are those of the dispatcher's placement, made by ``make_experts`` for the number of its slots.
     """
 
     def __init__(
@@ -60,13 +60,12 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher,
         backend: Backend[Reference],
         norm: RowNorm,
-        fp8_experts: bool = False,
+        make_experts: Callable[[MoEConfig, int, Backend[Reference]], AnyExperts] = Experts,
     ) -> None:
         super().__init__()
-        experts = Fp8Experts if fp8_experts else Experts
         self.norm = norm
         self.gate = Gate(config, backend)
-        self.experts = experts(config, dispatcher.placement.num_slots, backend)
+        self.experts = make_experts(config, dispatcher.placement.num_slots, backend)
         self.shared_experts = SharedExperts(config, backend) if config.shared_width else None
         self._choose = functools.partial(backend.ops.choose_experts, norm=norm, gate=self.gate.weights)
         self._dispatcher = dispatcher

@@ -22,7 +22,7 @@ FP8 = "F8_E4M3"
 # The name of a matrix and this suffix name the tensor of its scales. Values are multiplied by them.
 SCALE_SUFFIX = "_scale_inv"
 POWERS = "F8_E8M0"  # powers of two, as scales (DeepSeek's ue8m0)
-_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1, POWERS: 1}
+_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1, POWERS: 1, "U8": 1, "I32": 4}
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
 _SCALE_DTYPES = (*_PLAIN_DTYPES, POWERS)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
@@ -32,13 +32,14 @@ _NAMES_SHOWN = 4
 @dataclass(frozen=True)
 class Cut:
     """Rows [first, last) of matrix ``index`` of a tensor [matrices, rows, columns], or [matrices,
-    columns, rows] if ``transposed``.
+    columns, rows] if ``transposed``; every ``step``-th of them.
     """
 
     index: int
     first: int
     last: int
     transposed: bool
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def check_tensors(
     """
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
+        raise ValueError(f"{path}: {len(missing)} of {len(expected)} tensors are missing: {some(missing)}")
     for name, shape in expected.items():
         found = tensors[name]
         if found.shape != shape:
@@ -151,7 +152,8 @@ def _check_scales(tensors: Mapping[str, StoredTensor], name: str, block: tuple[i
         raise ValueError(f"{found}; supported: {', '.join(_SCALE_DTYPES)}")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of ``names``, for an error."""
     rest = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

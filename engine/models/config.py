@@ -17,6 +17,7 @@ from ...kernels.formats.fp8_format import KERNEL_BLOCK
 from ...kernels.formats.kv_format import KvFormat, entry_bytes, head_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
+from .quantisation import StoredFourBit, check_modules, check_sizes, read_four_bit, read_fp8_block
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -157,8 +158,9 @@ class ModelConfig:
     others a dense MLP.
 
     ``dtype`` is the checkpoint's. ``fp8_block``: rows and columns of a block with one scale, if its
-    matrices are in FP8. ``max_position`` bounds the length of a sequence. ``eos_ids`` end a
-    sequence. ``num_predict_layers`` of the checkpoint follow the last layer.
+    matrices are in FP8; ``four_bit``: how its routed experts are stored, if in 4 bits.
+    ``max_position`` bounds the length of a sequence. ``eos_ids`` end a sequence.
+    ``num_predict_layers`` of the checkpoint follow the last layer.
     """
 
     family: str
@@ -172,6 +174,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     dtype: str
     fp8_block: tuple[int, int] | None
+    four_bit: StoredFourBit | None
     moe_layers: tuple[int, ...]
     moe: MoEConfig
     attention: GqaConfig | MlaConfig
@@ -235,7 +238,8 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         raise ValueError(
             f"{fields.source}: eos_token_id is {list(eos_ids)}; expected ids below vocab_size ({vocab_size})"
         )
-    return ModelConfig(
+    dtype = _dtype(fields)
+    config = ModelConfig(
         family=family.name,
         vocab_size=vocab_size,
         hidden=blocks.moe.hidden,
@@ -245,8 +249,9 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         dense_width=fields.integer("intermediate_size", blocks.moe.expert_width),
         eos_ids=eos_ids,
-        dtype=_dtype(fields),
-        fp8_block=_fp8_block(fields),
+        dtype=dtype,
+        fp8_block=read_fp8_block(fields),
+        four_bit=read_four_bit(fields, dtype),
         moe_layers=blocks.moe_layers,
         moe=blocks.moe,
         attention=blocks.attention,
@@ -254,6 +259,8 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         names=blocks.names,
         num_predict_layers=blocks.num_predict_layers,
     )
+    _check_four_bit(fields, config)
+    return config
 
 
 @cache
@@ -295,21 +302,23 @@ def _dtype(fields: Fields) -> str:
     return str(fields.raw(name) or "bfloat16")
 
 
-def _fp8_block(fields: Fields) -> tuple[int, int] | None:
-    """The block size of matrices in DeepSeek-V3's FP8: e4m3 with a scale per block. Any other
-    quantisation is refused.
-    """
-    stored = fields.nested("quantization_config")
+def _check_four_bit(fields: Fields, config: ModelConfig) -> None:
+    """Raises ValueError unless 4 bits hold every routed expert and no other linear layer."""
+    stored, names = config.four_bit, config.names
     if stored is None:
-        return None
-    if stored.raw("quant_method") != "fp8":
-        raise stored.refuse("quant_method", 'supported: "fp8", or a checkpoint in bf16, fp16 or fp32')
-    stored.expect("fmt", "e4m3", "float8_e4m3fn")
-    stored.expect("activation_scheme", "dynamic")
-    block = stored.integers("weight_block_size")
-    if len(block) != 2 or 0 in block:
-        raise stored.refuse("weight_block_size", "expected the rows and columns of a block, as in [128, 128]")
-    return block[0], block[1]
+        return
+    experts, others = list[str](), list[str]() if config.tie_embeddings else ["lm_head"]
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        others.append(prefix + names.of("self_attn.o_proj"))
+        if layer not in config.moe_layers:
+            others.append(prefix + names.of("mlp.up_proj"))
+            continue
+        experts += [f"{prefix}{names.of('mlp.experts')}.0.{name}" for name in names.projections]
+        if config.moe.shared_width:
+            others.append(prefix + names.of("mlp.shared_experts.up_proj"))
+    check_modules(fields, stored, experts, others)
+    check_sizes(fields, stored, {"hidden_size": config.hidden, "expert width": config.moe.expert_width})
 
 
 def _max_position(fields: Fields, rope: RopeConfig) -> int:

@@ -57,6 +57,10 @@ class Fields:
     def raw(self, name: str) -> Any:
         return self._values.get(name)
 
+    def names(self) -> tuple[str, ...]:
+        """The fields that are there."""
+        return tuple(name for name in self._values if self.has(name))
+
     def refuse(self, name: str, allowed: str) -> ValueError:
         """Makes the error for a value of ``name`` that is not allowed; the caller raises it."""
         return ValueError(f"{self.source}: {name} is {json.dumps(self._values.get(name))}; {allowed}")

@@ -14,18 +14,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
 from torch import Tensor, nn
 
 from ...kernels.reference.column import Reference
+from ...kernels.reference.four_bit import FourBit
 from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
 from ...kernels.reference.sampling import SamplingParams
 from ...kernels.reference.sublayers import Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...moe.experts import Experts, Fp8Experts
+from ...moe.experts import AnyExperts, Experts, FourBitExperts, Fp8Experts
 from ...moe.layer import MoELayer
 from ...parallel.linear import Backend, Matrix, MergedLinear, SwiGLU
 from ...parallel.stages import PipelineStage
@@ -45,7 +47,7 @@ class ExpertLayer:
     to the expert's number; ``projections`` are the names of gate, up and down matrices there.
 
     w13_SFD [S, 2F, D]: gate rows, then up rows. w2_SDF [S, D, F]. ``scales`` of both, where they
-    are FP8 (``kernels.reference.fp8.Quantised``).
+    are FP8 (``kernels.reference.fp8.Quantised``); ``four_bit``: both, where they are in 4 bits.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ExpertLayer:
     w13_SFD: Tensor
     w2_SDF: Tensor
     scales: tuple[Tensor, Tensor] | None = None
+    four_bit: tuple[FourBit, FourBit] | None = None
 
 
 class DenseMLP(SwiGLU):
@@ -118,7 +121,8 @@ class Model(nn.Module):
     the column it computes with. Weights are uninitialised until loaded.
 
     ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of
-    ``config.kv_shapes(kv_format)``. ``fp8_experts``: experts stay in the FP8 of their checkpoint.
+    ``config.kv_shapes(kv_format)``. ``fp8_experts``: experts stay in the FP8 of their checkpoint;
+    those in 4 bits always do.
     """
 
     def __init__(
@@ -136,10 +140,13 @@ class Model(nn.Module):
         self.ops, self.dtype, self._most = backend.ops, backend.dtype, backend.tensor.most
         self._moe_layers = [layer for layer in config.moe_layers if layer in stage.layers]
         numbers = {layer: number for number, layer in enumerate(self._moe_layers)}
+        make_experts: Callable[..., AnyExperts] = Fp8Experts if fp8_experts else Experts
+        if config.four_bit is not None:
+            make_experts = partial(FourBitExperts, format=config.four_bit.format)
 
         def mlp_of(layer: int, norm: RowNorm) -> MoELayer | DenseMLP:
             if layer in numbers:
-                return MoELayer(config.moe, numbers[layer], dispatcher, backend, norm, fp8_experts)
+                return MoELayer(config.moe, numbers[layer], dispatcher, backend, norm, make_experts)
             return DenseMLP(config.hidden, config.dense_width, backend, norm)
 
         layers: dict[int, DecoderLayer] = {}
@@ -248,20 +255,22 @@ class Model(nn.Module):
         """The routed experts of this model's MoE layers, in order."""
         return [self.expert_layer(number, experts) for number, experts in enumerate(self.experts())]
 
-    def experts(self) -> list[Experts | Fp8Experts]:
+    def experts(self) -> list[AnyExperts]:
         """The modules of routed experts, by MoE layer of this model."""
         return [
             cast(MoELayer, self._layers[layer - self.stage.layers.start].mlp).experts
             for layer in self._moe_layers
         ]
 
-    def expert_layer(self, number: int, experts: Experts | Fp8Experts) -> ExpertLayer:
+    def expert_layer(self, number: int, experts: AnyExperts) -> ExpertLayer:
         """``experts`` as the slots of MoE layer ``number`` of this model."""
         name = self._checkpoint_name(f"model.layers.{self._moe_layers[number]}.mlp.experts")
         scales = None
         if isinstance(experts, Fp8Experts):
             scales = experts.w13_scales.data, experts.w2_scales.data
-        return ExpertLayer(name, self.config.names.projections, experts.w13.data, experts.w2.data, scales)
+        four_bit = experts.weights if isinstance(experts, FourBitExperts) else None
+        tensors = experts.w13.data, experts.w2.data
+        return ExpertLayer(name, self.config.names.projections, *tensors, scales, four_bit)
 
     def _checkpoint_name(self, name: str) -> str:
         layer = _LAYER.match(name)

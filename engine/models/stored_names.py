@@ -7,6 +7,7 @@ tower beside them. Some checkpoints hold the experts of a layer in two tensors.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,14 @@ from pathlib import Path
 
 from .checkpoint import Cut, StoredTensor
 from .config import CheckpointNames
+from .four_bit_tensors import CODES, SCALES
 
 _LOG = logging.getLogger(__name__)
 
 _WRAPPINGS = (("model.language_model.", "model."), ("language_model.", ""))
 _HEAD = "lm_head."
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.weight)?")
+_STACKED_FOUR_BIT = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)_(blocks|scales)")
 
 
 def text_model(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -50,10 +53,14 @@ def separate_experts(tensors: Mapping[str, StoredTensor], names: CheckpointNames
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         stacked = _STACKED.fullmatch(name) if len(tensor.shape) == 3 else None
-        if stacked is None:
-            found[name] = tensor
-        else:
+        four_bit = _STACKED_FOUR_BIT.fullmatch(name) if len(tensor.shape) in (3, 4) else None
+        if stacked is not None:
             found |= _parts(stacked[1], stacked[2] == "gate_up_proj", tensor, names)
+        elif four_bit is not None:
+            suffix = CODES if four_bit[3] == "blocks" else SCALES
+            found |= _four_bit_parts(four_bit[1], four_bit[2] == "gate_up_proj", suffix, tensor, names)
+        else:
+            found[name] = tensor
     return found
 
 
@@ -78,5 +85,30 @@ def _parts(
                     begin=begin,
                     end=begin + width * columns * (last - first),
                     cut=Cut(expert, first, last, names.transposed_experts),
+                ),
+            )
+
+
+def _four_bit_parts(
+    layer: str, merged: bool, suffix: str, tensor: StoredTensor, names: CheckpointNames
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The codes or scales of matrices in a tensor [experts, rows, ...] of gpt-oss, whose rows of
+    gate and up take turns if they are ``merged``.
+    """
+    num_experts, rows, *row = tensor.shape
+    gate, up, down = names.projections
+    step = 2 if merged else 1
+    size = tensor.num_bytes // (num_experts * step)
+    for expert in range(num_experts):
+        for first, projection in enumerate((gate, up) if merged else (down,)):
+            begin = tensor.begin + (expert * step + first) * size
+            yield (
+                f"{layer}.{expert}.{projection}.{suffix}",
+                replace(
+                    tensor,
+                    shape=(rows // step, math.prod(row)),
+                    begin=begin,
+                    end=begin + size,
+                    cut=Cut(expert, first, rows, transposed=False, step=step),
                 ),
             )

@@ -2,7 +2,7 @@
 
 The headers of the whole checkpoint are checked first, also for tensors that are not read. Matrices
 in block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except where the model
-holds its experts in FP8.
+holds its experts in FP8. Experts in 4 bits are never widened.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from ...parallel.tensor import Shard
 from .checkpoint import FP8, POWERS, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
 from .config import ModelConfig
 from .decoder import ExpertLayer, Model
+from .four_bit_tensors import check_four_bit, check_others, names_of, unused_names
+from .quantisation import StoredFourBit
 from .stored_names import separate_experts, text_model
 
 _LOG = logging.getLogger(__name__)
@@ -46,12 +49,13 @@ class Loaded:
 @dataclass(frozen=True)
 class _Place:
     """The target of a tensor, or of a part of it, and of its scales if it stays in FP8; otherwise
-    values are cast or widened.
+    values are cast or widened. ``convert`` makes the values of those read, instead.
     """
 
     values: Tensor
     scales: Tensor | None = None
     shard: Shard = WHOLE
+    convert: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,11 @@ def load_weights(
         for name, tensor in model.checkpoint_tensors().items()
     }
     places |= _expert_places(model, experts_of_layer)
-    expected = expected_shapes(model)
+    expected, four_bit = expected_shapes(model), model.config.four_bit
+    check_others(path, stored, expected)
     check_tensors(path, stored, expected, model.config.fp8_block)
+    if four_bit is not None:
+        check_four_bit(path, stored, expert_shapes(model), four_bit)
     _report_unexpected(path, stored, expected, model)
     reads = [_Read(name, stored[name], place) for name, place in places.items()]
     _report_fp8(path, reads)
@@ -111,7 +118,7 @@ def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int
         reads = [
             _Read(name, stored[name], place)
             for place_number, expert in enumerate(slots.values())
-            for name, place in _projections(layer, place_number, expert)
+            for name, place in _projections(layer, place_number, expert, model.config.four_bit)
         ]
         scales = _read_scales(stored, reads)
         for read, values in _in_file_order(reads):
@@ -123,36 +130,79 @@ def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors that a checkpoint of this model must hold, including those of
-    experts without a slot here. Split tensors count as wholes.
+    experts without a slot here, but for experts in 4 bits. Split tensors count as wholes.
     """
     shards = model.checkpoint_shards()
     shapes = {
         name: shards.get(name, WHOLE).whole(tuple(tensor.shape))
         for name, tensor in model.checkpoint_tensors().items()
     }
-    moe = model.config.moe
+    if model.config.four_bit is None:
+        shapes |= {f"{name}.weight": shape for name, shape in expert_shapes(model).items()}
+    return shapes
+
+
+def expert_shapes(model: Model) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every matrix of routed experts, by its name without the last part."""
+    moe, shapes = model.config.moe, dict[str, tuple[int, int]]()
+    up, down = (moe.expert_width, moe.hidden), (moe.hidden, moe.expert_width)
     for layer in model.expert_layers():
         for expert in range(moe.num_experts):
-            up = (moe.expert_width, moe.hidden)
-            for projection, shape in zip(layer.projections, (up, up, up[::-1]), strict=True):
-                shapes[f"{layer.name}.{expert}.{projection}.weight"] = shape
+            for projection, shape in zip(layer.projections, (up, up, down), strict=True):
+                shapes[f"{layer.name}.{expert}.{projection}"] = shape
     return shapes
 
 
 def _expert_places(
     model: Model, experts_of_layer: Callable[[int], list[int]]
 ) -> Iterator[tuple[str, _Place]]:
-    """The checkpoint name and the place of every projection of the experts with a slot here."""
+    """The checkpoint name and the place of every tensor of the experts with a slot here."""
     for number, layer in enumerate(model.expert_layers()):
         for slot, expert in enumerate(experts_of_layer(number)):
             if expert >= 0:
-                yield from _projections(layer, slot, expert)
+                yield from _projections(layer, slot, expert, model.config.four_bit)
 
 
-def _projections(layer: ExpertLayer, slot: int, expert: int) -> Iterator[tuple[str, _Place]]:
-    """The checkpoint name and the place of every projection of an expert in ``slot``."""
-    for projection, place in zip(layer.projections, _slot_places(layer, slot), strict=True):
-        yield f"{layer.name}.{expert}.{projection}.weight", place
+def _projections(
+    layer: ExpertLayer, slot: int, expert: int, four_bit: StoredFourBit | None
+) -> Iterator[tuple[str, _Place]]:
+    """The checkpoint name and the place of every tensor of an expert in ``slot``."""
+    matrices = [f"{layer.name}.{expert}.{projection}" for projection in layer.projections]
+    if four_bit is not None:
+        for number, matrix in enumerate(matrices):
+            yield from _four_bit_places(layer, slot, number, matrix, four_bit)
+        return
+    for matrix, place in zip(matrices, _slot_places(layer, slot), strict=True):
+        yield f"{matrix}.weight", place
+
+
+def _four_bit_places(
+    layer: ExpertLayer, slot: int, number: int, matrix: str, stored: StoredFourBit
+) -> Iterator[tuple[str, _Place]]:
+    """The name and the place of every tensor of a matrix in 4 bits: gate, up or down by
+    ``number``.
+    """
+    assert layer.four_bit is not None
+    names, w = names_of(matrix, stored), layer.four_bit[number // 2]
+    part, parts = (0, 1) if number == 2 else (number, 2)
+    for name, tensor in ((names.codes, w.codes), (names.scales, w.scales)):
+        target = tensor.data[slot].chunk(parts)[part].view(torch.uint8)
+        yield name, _Place(target, convert=_as_bytes)
+    if w.factors is not None:
+        convert = _inverse if names.factor_divides else _scalar
+        yield names.factor, _Place(w.factors.data[slot, part], convert=convert)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
+
+
+def _scalar(values: Tensor) -> Tensor:
+    return values.reshape(())
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return 1.0 / values.reshape(())
 
 
 def _slot_places(layer: ExpertLayer, slot: int) -> tuple[_Place, _Place, _Place]:
@@ -188,12 +238,13 @@ def values_of(reader: Any, stored: StoredTensor) -> Tensor:
     )
     if cut.transposed:
         return cast(Tensor, whole[matrix, :, rows])[0].T
-    return cast(Tensor, whole[matrix, rows])[0]
+    return cast(Tensor, whole[matrix, rows])[0][:: cut.step].reshape(stored.shape)
 
 
 def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[str, Tensor]:
     """The scales of matrices in FP8, by the names of the matrices. They may be in other files."""
-    names = {read.name + SCALE_SUFFIX: read for read in reads if read.stored.dtype == FP8}
+    in_fp8 = [read for read in reads if read.stored.dtype == FP8 and read.place.convert is None]
+    names = {read.name + SCALE_SUFFIX: read for read in in_fp8}
     found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
     return {
         read.name.removesuffix(SCALE_SUFFIX): scales.float() if read.stored.dtype == POWERS else scales
@@ -202,7 +253,9 @@ def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[st
 
 
 def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
-    if not place.shard.is_whole:
+    if place.convert is not None:
+        place.values.copy_(place.convert(values))
+    elif not place.shard.is_whole:
         _store_part(values, scales, place, block)
     elif scales is None:
         place.values.copy_(values)
@@ -239,7 +292,8 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
         if read.place.scales is not None and read.stored.dtype != FP8:
             found = f"{read.stored.file}: {read.name} has dtype {read.stored.dtype}"
             raise ValueError(f"{found}; experts are held in {FP8} here; set model.dtype to widen all of them")
-    widened = [read for read in reads if read.stored.dtype == FP8 and read.place.scales is None]
+    plain = [read for read in reads if read.place.convert is None]
+    widened = [read for read in plain if read.stored.dtype == FP8 and read.place.scales is None]
     if widened:
         kept = sum(read.place.scales is not None for read in reads)
         dtype = widened[0].place.values.dtype
@@ -257,14 +311,15 @@ def _report_unexpected(
 ) -> None:
     """Logs once which tensors of the checkpoint the model does not use, apart from known ones."""
     config = model.config
-    scales = {name + SCALE_SUFFIX for name in expected} if config.fp8_block else set()
+    known = expected.keys() | ({name + SCALE_SUFFIX for name in expected} if config.fp8_block else set())
+    if config.four_bit is not None:
+        for matrix in expert_shapes(model):
+            found = names_of(matrix, config.four_bit)
+            known |= {found.codes, found.scales, found.factor, *unused_names(matrix)}
     names = [
         name
         for name in stored
-        if name not in expected
-        and name not in scales
-        and not _known(name, config)
-        and not _elsewhere(name, model)
+        if name not in known and not _known(name, config) and not _elsewhere(name, model)
     ]
     if names:
         _LOG.warning("%s: %d tensors are not used, the first is %s", path, len(names), names[0])

@@ -15,7 +15,6 @@ from ...kernels.formats.kv_format import parse_format
 from ...moe.balance.placement import Placement
 from ...moe.balance.start import placement_of
 from ...moe.balance.travel import staged_bytes
-from ...moe.config import MoEConfig
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import Collectives, EpochGroup, RankGroups
 from ...parallel.microbatches import Turns
@@ -106,7 +105,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     )
     model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
-    expert_bytes = _expert_bytes(config.moe, dtype, spec.fp8_experts)
+    expert_bytes = _expert_bytes(config, dtype, spec.fp8_experts)
     travelling = _travelling(placement, expert_bytes) if spec.balance and mesh.experts > 1 else 0
     claimed = travelling + (0 if memory is None else memory.num_bytes)
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
@@ -196,8 +195,11 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
     return build_dispatcher(spec, config.moe, _dtype(spec.dtype), placement, collectives, Turns())[0]
 
 
-def _expert_bytes(moe: MoEConfig, dtype: torch.dtype, fp8: bool) -> int:
-    """Bytes of one expert of one layer; FP8 includes the scales."""
+def _expert_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
+    """Bytes of one expert of one layer with its scales."""
+    moe = config.moe
+    if config.four_bit is not None:
+        return config.four_bit.format.expert_bytes(moe.hidden, moe.expert_width)
     weights = 3 * moe.hidden * moe.expert_width
     if not fp8:
         return weights * dtype.itemsize

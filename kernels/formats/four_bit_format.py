@@ -44,6 +44,10 @@ class FourBitFormat:
         row = columns // 2 + self.groups(columns) * _SCALE_BYTES[self.scale]
         return rows * row + 4 * self.has_factor
 
+    def expert_bytes(self, hidden: int, width: int) -> int:
+        """Bytes of an expert: gate, up and down matrices."""
+        return 2 * self.matrix_bytes(width, hidden) + self.matrix_bytes(hidden, width)
+
 
 INT4 = FourBitFormat("int4", 32, "bf16")
 INT4_FP16 = FourBitFormat("int4", 32, "fp16")

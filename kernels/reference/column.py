@@ -12,6 +12,7 @@ from torch import Tensor
 from . import (
     attention,
     experts as expert_ops,
+    four_bit,
     fp8,
     gate as gate_ops,
     grouping,
@@ -68,6 +69,7 @@ class Reference:
     add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)
     silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
     experts_fp8 = staticmethod(fp8.experts_fp8)
+    experts_four_bit = staticmethod(four_bit.experts_four_bit)
     norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
     rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
     attend = staticmethod(attention.attend)

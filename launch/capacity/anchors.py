@@ -181,6 +181,7 @@ def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
         weights="fp8",
         expert_weights="nvfp4" if blackwell else "fp8",
         attention_dtype="fp8" if blackwell else "bf16",
+        expert_dtype="nvfp4" if blackwell else "fp8",
         kv_dtype="fp8" if blackwell else "bf16",
     )
 

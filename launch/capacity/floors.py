@@ -96,7 +96,7 @@ def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     gates = stage.num_moe * shape.moe.num_experts * shape.hidden * work.tokens
     head = stage.last * shape.vocab_size * shape.hidden * work.sampled
     seconds = 2 * work.tokens * dense / tensor / hardware.operations(setup.weights)
-    seconds += 2 * work.routed * experts / tensor / hardware.operations(setup.expert_weights)
+    seconds += 2 * work.routed * experts / tensor / hardware.operations(setup.expert_dtype)
     seconds += context / tensor / hardware.operations(setup.attention_dtype)
     return seconds + 2 * (gates + head) / hardware.operations(setup.dtype)
 

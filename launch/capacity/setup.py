@@ -26,7 +26,8 @@ class Setup:
     """A set-up to plan.
 
     ``weights``, ``expert_weights``: dtypes of stored matrices. ``dtype``: of activations.
-    ``attention_dtype``: of attention's arithmetic. ``wire_item``: bytes per value sent to experts.
+    ``attention_dtype``, ``expert_dtype``: of the arithmetic of attention and with routed experts.
+    ``wire_item``: bytes per value sent to experts.
     ``kv_memory``: None is auto. ``capacity``: most tokens of a rank in a step; with
     ``overlap`` it may have two microbatches. ``balanced``: experts move while it serves.
     ``isa``: kind of CPU, None for GPUs.
@@ -41,6 +42,7 @@ class Setup:
     weights: str
     expert_weights: str
     attention_dtype: str
+    expert_dtype: str
     wire_item: float
     kv_dtype: KvFormat
     page_size: int
@@ -83,6 +85,9 @@ class Setup:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert of one layer, as it is stored."""
+        four_bit = self.shape.four_bit
+        if four_bit is not None and four_bit.format.name == self.expert_weights:
+            return four_bit.format.expert_bytes(self.shape.hidden, self.shape.moe.expert_width)
         return stored_bytes(self.shape.expert_params, self.expert_weights)
 
     @property
@@ -120,6 +125,8 @@ def stored_bytes(values: int, dtype: str) -> int:
 def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
     """The set-up of a recipe that has passed ``check_model``."""
     dtype = dtype_of(recipe, shape.dtype)
+    fp8 = fp8_experts_of(recipe, shape.kernel_fp8, hardware.device)
+    four_bit = None if shape.four_bit is None else shape.four_bit.format.name
     return Setup(
         shape=shape,
         hardware=hardware,
@@ -128,8 +135,9 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         dispatch=dispatch_of(recipe, hardware.device),
         dtype=dtype,
         weights=dtype,
-        expert_weights="fp8" if fp8_experts_of(recipe, shape.kernel_fp8, hardware.device) else dtype,
+        expert_weights=four_bit or ("fp8" if fp8 else dtype),
         attention_dtype=dtype,
+        expert_dtype="fp8" if fp8 else dtype,
         wire_item=_ITEM[dtype],
         kv_dtype=kv_format_of(recipe, dtype, hardware.device),
         page_size=recipe.kv_cache.page_size,
