@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 Check = Callable[[Recipe], list[str]]
 # For the hint where one stands in the wrong place.
-COMMANDS = ("plan", "check", "slurm", "simulate", "k8s", "canary", "load", "timeline")
+COMMANDS = ("plan", "check", "slurm", "simulate", "k8s", "canary", "load", "bench", "timeline")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), check: Check = problems) -> tuple[Recipe, Path]:
