@@ -1,7 +1,7 @@
 #!/bin/bash
 # All measurements on a card in one command of less than ten minutes. Needs torch, Triton, matplotlib
 # and pytest-xdist, but no network. Tunes tile sizes, measures every row, draws the plots, and runs
-# the kernels' tests in the time that is left.
+# the tests of kernels and of captured steps in the time that is left.
 #
 #   benchmarks/on_card.sh OUT COMMIT [PYTHON]
 #
@@ -36,6 +36,7 @@ timeout -k 5 40 "$python" -m lockstep.kernels.bench.plot "$out/kernels_gpu.csv"
 
 seconds=$(left 0)
 if [ "$seconds" -gt 20 ]; then
-    timeout -k 5 "$seconds" "$python" -m pytest -q -n 12 -p no:cacheprovider tests/kernels/triton | tail -n 40
+    timeout -k 5 "$seconds" "$python" -m pytest -q -n 12 -p no:cacheprovider \
+        tests/engine/rank/device/test_on_card.py tests/kernels/triton | tail -n 40
 fi
 rm -rf "$home"

@@ -21,13 +21,17 @@ CPU = torch.device("cpu")
 
 
 def dispatcher_of(
-    kind: str, placement: Placement, collectives: Collectives | None = None, turns: Turns | None = None
+    kind: str,
+    placement: Placement,
+    collectives: Collectives | None = None,
+    turns: Turns | None = None,
+    device: torch.device = CPU,
 ) -> Dispatcher:
     """``local``, ``all_gather``, ``summing`` (all_gather as on GPUs) or ``all_to_all``; in a group
-    of one without ``collectives``. It gives ``turns`` away.
+    of one without ``collectives``. It gives ``turns`` away. ``device``: of a local one.
     """
     if kind == "local":
-        return LocalDispatcher(placement, CPU)
+        return LocalDispatcher(placement, device)
     group = collectives or Collectives("alone", 0, 1, None, 1.0, CPU)
     give_turn = (turns or Turns()).give
     if kind == "summing":

@@ -4,7 +4,6 @@ at a time, give the same results field by field.
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -18,10 +17,10 @@ from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.contract import StepAbandoned
 from lockstep.engine.rank.device import transfers
 from lockstep.engine.rank.device.executor import DeviceExecutor
-from lockstep.engine.rank.executor import Executor
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
 from support.engine.rank.launch_recorder import LaunchRecorder
+from support.engine.rank.recorded_plans import executed, mixed_requests, results_of
 
 CONFIGS = {"qwen3_moe": qwen3_moe_config(num_hidden_layers=2), "deepseek_v3": deepseek_v3_config()}
 TIMES = {"waited": 0.0, "seconds": 0.0, "stalled": 0.0, "phases_f32": b""}
@@ -42,49 +41,6 @@ BY_HOST = (
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("device")
     return {family: write_checkpoint(folder / family, config) for family, config in CONFIGS.items()}
-
-
-def mixed_requests(samplings: tuple[Sampling, ...]) -> list[Request]:
-    """Requests that come one after another, in chunks, and are held for a while: slots are given
-    away again.
-    """
-    draw = np.random.default_rng(8)
-    return [
-        Request(
-            draw.integers(2, 320, int(length)).tolist(),
-            int(draw.integers(3, 12)),
-            samplings[number % len(samplings)],
-            start=2 * number,
-            chunk=int(draw.integers(3, 30)),
-            held=frozenset(range(2 * number + 6, 2 * number + 9)) if number % 3 == 0 else frozenset(),
-        )
-        for number, length in enumerate(draw.integers(1, 50, 14))
-    ]
-
-
-def executed(driver: Driver) -> tuple[list[StepPlan], list[StepResult]]:
-    driver.run()
-    return driver.plans, driver.results
-
-
-def results_of(
-    executor: Executor, requests: list[Request], plans: list[StepPlan], depth: int
-) -> list[StepResult]:
-    """The results of plans of which ``depth`` are under way at a time."""
-    for number, request in enumerate(requests):
-        executor.stage(number, np.asarray(request.prompt, np.int32).tobytes())
-    executor.begin_epoch(0, ())
-    found, waiting = [], deque(plans)
-    under_way = 0
-    while waiting or under_way:
-        while waiting and under_way < depth:
-            executor.submit(waiting.popleft())
-            under_way += 1
-        result = executor.take()
-        assert result is not None, "a CPU has done what it was given"
-        found.append(result)
-        under_way -= 1
-    return found
 
 
 def assert_same(found: list[StepResult], wanted: list[StepResult]) -> None:

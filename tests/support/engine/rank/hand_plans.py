@@ -39,6 +39,7 @@ GREEDY = Sampling(temperature=0.0)
 PAGE_SIZE = 8
 NUM_SLOTS = 20
 NUM_PAGES = 256
+CPU = torch.device("cpu")
 
 
 def build_executor(
@@ -52,19 +53,19 @@ def build_executor(
     as_device: bool = False,
     recorder: GraphRecorder | None = None,
     num_slots: int = NUM_SLOTS,
+    device: torch.device = CPU,
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
     those of the experts. ``tensor``: the ranks that split layers. ``as_device``: the executor of a
-    device, on this CPU, with a ``recorder`` if given.
+    device, with a ``recorder`` if given; on this CPU unless ``device`` is another.
     """
-    device = torch.device("cpu")
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
     split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor)
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
     turns = Turns()
-    dispatcher = dispatcher_of(dispatch, placement, collectives, turns)
+    dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device)
     stage = whole_model(config.num_layers, config.moe_layers)
     part = ModelPart(stage, split)
     model = build_model(config, dispatcher, torch.float32, device, column, part=part)
