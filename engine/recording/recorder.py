@@ -26,9 +26,9 @@ from ..protocol.frontends import Abort, Submit
 from ..protocol.message import Sampling
 from ..protocol.plan import Admit, Header, Section, Transfer
 from ..protocol.results import Refused, StepResult
-from ..protocol.sockets import encode
 
 _BUFFER = 1 << 20  # bytes
+_encode = msgspec.msgpack.Encoder().encode
 _ADMIT = Section.__struct_fields__.index("admit")
 # The first recordings end Sampling with this field.
 _EARLIER_FIELDS = Sampling.__struct_fields__.index("num_prompt_logprobs") + 1
@@ -58,7 +58,7 @@ def digest(plan: GroupPlan | None) -> bytes:
         return b""
     state = hashlib.blake2b(_earlier_header(plan.header), digest_size=16)
     for data, section in plan.sections.items():
-        state.update(b"%d" % data + (_earlier_form(section) if section.admit else encode(section)))
+        state.update(b"%d" % data + (_earlier_form(section) if section.admit else _encode(section)))
     return state.digest()
 
 

@@ -116,8 +116,6 @@ class Simulation:
         were answered. Raises Stuck.
         """
         coming = next(arrivals, None)
-        gc.collect()
-        gc.freeze()
         gc.disable()
         try:
             while not stopped():
@@ -137,7 +135,6 @@ class Simulation:
             return False
         finally:
             gc.enable()
-            gc.unfreeze()
 
     def _due(self, arrival: float) -> float:
         """Time of the next event; infinity when there will be none."""

@@ -147,12 +147,13 @@ def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) ->
     with contextlib.suppress(ValueError):  # the nodes report problems of the model
         config = load_config(model_directory(recipe, folder))
         found += [Finding("error", "recipe", line) for line in check_model(recipe, config)]
-        try:
-            from ..recipe.placement import recorded_loads
+        if recipe.experts.loads is not None:
+            from ..recipe.placement import recorded_loads  # it needs numpy
 
-            recorded_loads(recipe, config, folder)
-        except ValueError as error:
-            found.append(Finding("error", "recipe", str(error)))
+            try:
+                recorded_loads(recipe, config, folder)
+            except ValueError as error:
+                found.append(Finding("error", "recipe", str(error)))
     if plan is not None and recipe.cluster.hardware is not None:
         found += [
             Finding("warning", "plan", line, f"cluster.hardware = {recipe.cluster.hardware}")

@@ -19,10 +19,10 @@ COMMANDS = {
     "plan --help": (["plan", "--help"], TORCH | SERVING | DATA),
     "plan": (["plan", *DEMO], TORCH | SERVING | {"zmq", "numpy"}),
     "plan --json": (["plan", *DEMO, "--json"], TORCH | SERVING | {"zmq", "numpy"}),
-    "check": (["check", *DEMO], TORCH | SERVING | {"zmq"}),
+    "check": (["check", *DEMO], TORCH | SERVING | {"zmq", "numpy"}),
     "slurm": (["slurm", "--recipe", "demo"], TORCH | SERVING | {"zmq", "numpy", "llvmlite"}),
     "bench --help": (["bench", "--help"], TORCH | SERVING | DATA),
-    "simulate": (["simulate", "--recipe", "demo", *TRACE], TORCH | SERVING),
+    "simulate": (["simulate", "--recipe", "demo", *TRACE], TORCH | SERVING | {"zmq"}),
 }
 
 # Runs a command, then prints the modules that it has imported.

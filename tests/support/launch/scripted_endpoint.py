@@ -18,8 +18,9 @@ _HEAD = b"HTTP/1.1 %d Said\r\nTransfer-Encoding: chunked\r\nContent-Type: applic
 class ScriptedEndpoint:
     """``key``: asked of every request but /version. ``vocab``, ``max_len``: None is not told.
     ``refusals``: statuses of completions by their number, from 1. ``together``: so many streams
-    begin at once. ``dies_at``: the completion in whose middle the server goes away, and all later
-    ones find nobody. ``bodies``: of the completions asked; ``peak``: most of them at once.
+    begin at once. ``dies_at``: the completion in whose middle all connections end, and all later
+    ones as soon as they are made. ``bodies``: of the completions asked; ``peak``: most of them at
+    once.
     """
 
     key: str | None = None
@@ -33,6 +34,7 @@ class ScriptedEndpoint:
     peak: int = 0
     url: str = ""
     _open: int = 0
+    _dead: bool = False
 
     async def serve(self, started: threading.Event, stop: asyncio.Event) -> None:
         self._barrier = asyncio.Barrier(self.together)
@@ -42,6 +44,8 @@ class ScriptedEndpoint:
         started.set()
         async with self._server:
             await stop.wait()
+            for _ in range(5):  # asyncio leaks connections that it accepts while a server closes
+                await asyncio.sleep(0)
         while others := asyncio.all_tasks() - {asyncio.current_task()}:  # connections, accepted or answered
             for writer in self._writers:
                 writer.transport.abort()
@@ -49,6 +53,8 @@ class ScriptedEndpoint:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        if self._dead:
+            writer.transport.abort()
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
@@ -92,7 +98,7 @@ class ScriptedEndpoint:
             writer.write(_HEAD % 200)
             for token in range(body["max_tokens"]):
                 if self.dies_at == number and token == 1:
-                    self._server.close()
+                    self._dead = True
                     for each in self._writers:
                         each.transport.abort()
                     return
