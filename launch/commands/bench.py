@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,7 +122,7 @@ def bench(
         results, broken = asyncio.run(_measure(servers, workload, vocab, planned))
     except ServerError as error:
         raise refusal(error, 2 if error.asked_wrongly else 3) from None
-    _report(results, workload, _about_limit(recipe), out, as_json)
+    _report(results, workload, _about_limit(planned), out, as_json)
     if broken:
         messages().print(f"stopped early: {broken}", markup=False)
     raise typer.Exit(1 if broken or any(result.figures.failed for result in results) else 0)
@@ -181,12 +182,22 @@ def _check_folder(folder: Path) -> None:
         messages().print("no plot will be drawn: matplotlib is not installed (pip install matplotlib)")
 
 
-def _planned(name: str | None, overrides: list[str], context: int) -> tuple[CapacityPlan, str] | None:
-    """The plan of the recipe that ``--url`` serves, if one is named, and the name of its model."""
+@dataclass(frozen=True)
+class _Planned:
+    """The plan of the recipe that ``--url`` serves, the name of its model and of its hardware."""
+
+    plan: CapacityPlan
+    model: str
+    hardware: str
+
+
+def _planned(name: str | None, overrides: list[str], context: int) -> _Planned | None:
+    """None without a recipe; exits with 2 if it cannot be used."""
     if name is None:
         return None
     plan, recipe = fitting_plan(name, overrides, context)
-    return plan, recipe.model.served_name or Path(recipe.model.path).name
+    served = recipe.model.served_name or Path(recipe.model.path).name
+    return _Planned(plan, served, recipe.cluster.hardware or "cpu")
 
 
 # --------------------------------------------------------------------------- the run
@@ -196,7 +207,7 @@ async def _measure(
     servers: Sequence[tuple[Server, str | None]],
     workload: Workload,
     vocab: int | None,
-    planned: tuple[CapacityPlan, str] | None,
+    planned: _Planned | None,
 ) -> tuple[list[LevelResult], str]:
     """Results, and the reason for an early end. Raises ServerError while nothing is measured."""
     from ..bench.endpoint import find
@@ -206,9 +217,9 @@ async def _measure(
     from ..terminal.stop_event import stop_event
 
     endpoints = [await find(server, wanted) for server, wanted in servers]
-    if planned is not None and planned[1] != endpoints[0].model:
+    if planned is not None and planned.model != endpoints[0].model:
         raise refusal(  # the limit of another model would mislead
-            f"--recipe: its model is {planned[1]}, {endpoints[0].url} serves {endpoints[0].model}; "
+            f"--recipe: its model is {planned.model}, {endpoints[0].url} serves {endpoints[0].model}; "
             f"model.served_name={endpoints[0].model} says that they are the same"
         )
     longest = workload.input + workload.output
@@ -225,7 +236,9 @@ async def _measure(
             await made.run(stop)
     finally:
         screen.hide()
-    return results_of(made.rounds, endpoints, workload, planned and planned[0]), made.broken
+    return results_of(
+        made.rounds, endpoints, workload, None if planned is None else planned.plan
+    ), made.broken
 
 
 def _announce(endpoints: Sequence[Endpoint], workload: Workload) -> None:
@@ -250,10 +263,10 @@ def _vocab_size(endpoints: Sequence[Endpoint], given: int | None) -> int:
     return min(told)
 
 
-def _about_limit(recipe: str | None) -> str:
-    if recipe is None:
+def _about_limit(planned: _Planned | None) -> str:
+    if planned is None:
         return "not known; --recipe names the recipe that the server runs"
-    return f"floors of --recipe {recipe} at its hardware's peak rates, as launch plan has them"
+    return f"floors of launch plan at the peak rates of cluster.hardware = {planned.hardware}"
 
 
 def _allow_sockets() -> None:

@@ -59,9 +59,11 @@ def test_the_limit_of_a_recipe_stands_beside_it() -> None:
         recipe = ("--recipe", "demo", "cluster.backend=local")
         refused = bench(double.url, *SMALL, *recipe)
         result = bench(double.url, *SMALL, *recipe, "model.served_name=scripted", "--json")
+        shown = bench(double.url, *SMALL, *recipe, "model.served_name=scripted")
     assert refused.exit_code == 2
     assert f"--recipe: its model is demo, {double.url} serves scripted" in refused.stderr
     assert result.exit_code == 0, result.output
+    assert "limit: floors of launch plan at the peak rates of cluster.hardware = cpu" in shown.stdout
     first, second = json.loads(result.stdout)
     assert 0 < first["limit_tpot_ms"] < second["limit_tpot_ms"]
     assert second["limit_output_tokens_per_s"] == pytest.approx(2000 / second["limit_tpot_ms"], rel=1e-3)
