@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..client.canary import server_version
 from ..client.load import vocabulary_size
 from ..client.server import Server, ServerError, ask, served_model
@@ -59,14 +62,14 @@ async def _if_told(answer: Awaitable[_Told]) -> _Told | None:
 class Question:
     """A prompt to be answered with ``output`` tokens. ``salt``: keeps pages of earlier runs out."""
 
-    prompt: list[int]
+    prompt: NDArray[np.int32]
     output: int
     salt: str
 
     def body(self, model: str) -> dict[str, Any]:
         return {
             "model": model,
-            "prompt": self.prompt,
+            "prompt": self.prompt.tolist(),
             "max_tokens": self.output,
             "temperature": 0.0,
             "ignore_eos": True,

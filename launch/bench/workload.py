@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,11 @@ class Workload:
         shared = f" ({self.shared:,} shared)" if self.shared else ""
         return f"{self.input:,} tokens in{shared}, {self.output:,} out"
 
-    def prompts(self, count: int, vocab_size: int, draw: np.random.Generator) -> list[list[int]]:
-        """Token ids, drawn uniformly."""
-        ids = draw.integers(0, vocab_size, (count, self.input))
+    def prompts(self, count: int, vocab_size: int, draw: np.random.Generator) -> NDArray[np.int32]:
+        """Token ids, a row for each prompt, drawn uniformly."""
+        ids = draw.integers(0, vocab_size, (count, self.input), dtype=np.int32)
         ids[:, : self.shared] = ids[:1, : self.shared]
-        prompts: list[list[int]] = ids.tolist()
-        return prompts
+        return ids
 
 
 def default_requests(concurrency: int | None, rate: float | None) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..client.server import Server
 
 _LEVELS = "1,8,32"
+_MOST_PROMPT_TOKENS = 1 << 28  # of a round; they are drawn before it begins
 _MOST_IN_FLIGHT, _MOST_PER_SECOND, _MOST_LEVELS = 10_000, 100_000.0, 20
 
 _Url = typer.Option("--url", metavar="URL", help="Server to measure, such as http://127.0.0.1:8000.")
@@ -109,7 +110,7 @@ def bench(
         raise refusal(f"{overrides[0]}: overrides a recipe; --recipe names none")
     if against is None and (against_key_env or against_model):
         raise refusal("--against-key-env and --against-model go with --against URL")
-    loads = _loads(concurrency, rate, requests)
+    loads = _loads(concurrency, rate, requests, input_tokens)
     workload = Workload(loads, input_tokens, output_tokens, round(shared * input_tokens), rounds, seed)
     planned = _planned(recipe, overrides or [], input_tokens + output_tokens)
     if out is not None:
@@ -131,7 +132,10 @@ def bench(
 # --------------------------------------------------------------------------- options
 
 
-def _loads(concurrency: str | None, rate: str | None, requests: int | None) -> tuple[OfferedLoad, ...]:
+def _loads(
+    concurrency: str | None, rate: str | None, requests: int | None, length: int
+) -> tuple[OfferedLoad, ...]:
+    """``length``: tokens of a prompt."""
     from ..bench.workload import OfferedLoad, default_requests
 
     if concurrency is not None and rate is not None:
@@ -146,6 +150,9 @@ def _loads(concurrency: str | None, rate: str | None, requests: int | None) -> t
             if requests is not None and requests < level:
                 raise refusal(f"--requests {requests}: fewer than --concurrency {level}; should be as many")
             loads.append(OfferedLoad(requests or default_requests(level, None), concurrency=level))
+    if (most := max(load.requests for load in loads)) * length > _MOST_PROMPT_TOKENS:
+        allowed = f"should be at most {_MOST_PROMPT_TOKENS:,} prompt tokens a round"
+        raise refusal(f"--input {length}: {most:,} requests (--requests) of so many; {allowed}")
     return tuple(loads)
 
 

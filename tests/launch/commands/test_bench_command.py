@@ -188,6 +188,10 @@ def test_a_server_that_is_not_there() -> None:
         (["--rate", "1", "--concurrency", "1"], "give one of --concurrency and --rate"),
         (["--concurrency", "8", "--requests", "4"], "--requests 4: fewer than --concurrency 8"),
         (["--requests", "0"], "--requests"),
+        (
+            ["--requests", "100000", "--input", "4096"],
+            "--input 4096: 100,000 requests (--requests) of so many",
+        ),
         (["--rounds", "0"], "--rounds"),
         (["--input", "0"], "--input"),
         (["--output", "0"], "--output"),
