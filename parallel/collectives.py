@@ -5,6 +5,7 @@ every epoch.
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Collection
@@ -23,6 +24,9 @@ from torch._C._distributed_c10d import (
 )
 
 from .recovery import ABORT_AND_RECAPTURE, REGROUP, Recovery, gravest
+from .shared_group import PeerGone, meet_in_memory
+
+_LOG = logging.getLogger(__name__)
 
 
 class CollectiveError(RuntimeError):
@@ -50,6 +54,9 @@ class Collectives:
     """A process group of ``size`` ranks; this rank is ``index``. A group of one needs no store and
     moves nothing.
 
+    On CPUs they meet over gloo. Where all are on one host, small exchanges go through memory that
+    they share, unless ``memory`` is false (``SharedGroup``).
+
     A group can meet with some of its positions *vacant*: what is sent to one comes back to the
     sender, and it contributes nothing to a sum. The first word of ``name`` is the group's role.
     ``waited``: seconds spent in waits. ``listener`` hears of each.
@@ -63,6 +70,7 @@ class Collectives:
         store: Store | None,
         deadline: float,
         device: torch.device,
+        memory: bool = True,
     ) -> None:
         assert store is not None or size == 1, f"{name}: {size} ranks need a store to meet"
         self.index = index
@@ -75,6 +83,7 @@ class Collectives:
         self.device = device
         self._group: Any = None  # torch's stubs do not show what a backend can do
         self._present = list(range(size))
+        self._memory = memory
 
     @property
     def recovery(self) -> Recovery:
@@ -97,9 +106,21 @@ class Collectives:
             self._group = self._new_group(met)
             if self.device.type == "cpu":
                 self._prove(met)
+                if self._memory:
+                    self._group = self._in_memory(self._group, prefix)
         except RuntimeError as error:
             who = f"rank {self.index} did not meet its {len(self._present) - 1} peers"
             raise CollectiveError(f"{prefix}: {who}: {_first_line(error)}") from error
+
+    def _in_memory(self, gloo: Any, prefix: str) -> Any:
+        """A group over memory that its ranks share, if all are on one host; else ``gloo``."""
+        index = self._present.index(self.index)
+        found = meet_in_memory(gloo, index, self._present, self._deadline.total_seconds())
+        if isinstance(found, str):
+            _LOG.info("%s: exchanges over TCP: %s", prefix, found)
+            return gloo
+        _LOG.info("%s: small exchanges through shared memory", prefix)
+        return found
 
     def _prove(self, met: Store) -> None:
         """Exchanges proofs that the other end of every connection is a rank.
@@ -141,15 +162,16 @@ class Collectives:
         if self._group is None:
             return Pending(what, output.copy_(rows), None)
         if not self._vacancies:
-            return Pending(what, output, self._group.alltoall_base(output, rows, receive or [], send or []))
+            work = self._start(what, "alltoall_base", output, rows, receive or [], send or [])
+            return Pending(what, output, work)
         if send is not None and receive is not None:
             present = self._present
             assert sum(send) == sum(send[peer] for peer in present), f"{self._name}: {what} to nobody"
             received, sent = [receive[peer] for peer in present], [send[peer] for peer in present]
-            return Pending(what, output, self._group.alltoall_base(output, rows, received, sent))
+            return Pending(what, output, self._start(what, "alltoall_base", output, rows, received, sent))
         sent_rows = self._of_present(rows)
         arriving = torch.empty_like(sent_rows)
-        work = self._group.alltoall_base(arriving, sent_rows, [], [])
+        work = self._start(what, "alltoall_base", arriving, sent_rows, [], [])
         return Pending(what, arriving, work, spread=output.copy_(rows))
 
     def all_gather(self, rows: Tensor, what: str, fill: int = 0) -> Pending:
@@ -161,7 +183,7 @@ class Collectives:
         if self._group is None:
             output.copy_(rows)
         else:
-            work = self._group._allgather_base(output, rows)
+            work = self._start(what, "_allgather_base", output, rows)
         if not self._vacancies:
             return Pending(what, output, work)
         spread = rows.new_full((self.size * len(rows), *rows.shape[1:]), fill)
@@ -174,20 +196,20 @@ class Collectives:
             rows = self._of_present(rows)
         if self._group is None:
             return Pending(what, output.copy_(rows), None)
-        return Pending(what, output, self._group._reduce_scatter_base(output, rows))
+        return Pending(what, output, self._start(what, "_reduce_scatter_base", output, rows))
 
     def all_reduce(self, rows: Tensor, what: str) -> Pending:
         """The sum of ``rows`` over all ranks, the same bits on each."""
         output = rows.clone(memory_format=torch.contiguous_format)
         if self._group is None:
             return Pending(what, output, None)
-        return Pending(what, output, self._group.allreduce([output]))
+        return Pending(what, output, self._start(what, "allreduce", [output]))
 
     def broadcast(self, rows: Tensor, what: str) -> Pending:
         """The rows of rank 0, written over those of the others."""
         if self._group is None:
             return Pending(what, rows, None)
-        return Pending(what, rows, self._group.broadcast([rows], BroadcastOptions()))
+        return Pending(what, rows, self._start(what, "broadcast", [rows], BroadcastOptions()))
 
     def send(self, rows: Tensor, to: int, tag: int, what: str) -> Pending:
         """Sends ``rows`` to the rank ``to`` of this group, which receives them under ``tag``. They
@@ -198,6 +220,14 @@ class Collectives:
     def receive(self, rows: Tensor, source: int, tag: int, what: str) -> Pending:
         """Receives into ``rows`` what the rank ``source`` sends under ``tag``."""
         return Pending(what, rows, self._group.recv([rows], source, tag))
+
+    def _start(self, what: str, name: str, *arguments: Any) -> Work:
+        """Starts the collective ``name`` of the process group."""
+        try:
+            work: Work = getattr(self._group, name)(*arguments)
+        except PeerGone as error:
+            raise CollectiveError(f"{self._name}: rank {self.index} started {what}: {error}") from error
+        return work
 
     def is_done(self, pending: Pending) -> bool:
         """Whether ``wait`` returns, or raises, at once."""

@@ -182,8 +182,8 @@ def _groups(
     return (
         Collectives(experts, here.expert, mesh.experts, store, deadline, device),
         Collectives(layers, here.tensor, mesh.tensor, store, deadline, device),
-        Collectives(stages, here.stage, mesh.pipeline, store, deadline, device),
-        Collectives(moves, here.expert, mesh.experts, store, deadline, device),
+        Collectives(stages, here.stage, mesh.pipeline, store, deadline, device, memory=False),
+        Collectives(moves, here.expert, mesh.experts, store, deadline, device, memory=False),
     )
 
 

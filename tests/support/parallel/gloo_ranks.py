@@ -22,14 +22,21 @@ Target = Callable[..., Any]
 # the others are ready.
 DEADLINE = 240.0
 
+_DIED = "died without a word"
+
 # Ranks are forked from a process that has imported their code, which takes 2 s of CPU
 # time. It does nothing else, so it has no threads and no locks that a child would inherit.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["lockstep.engine.rank.executor", "lockstep.kernels.cpu.column"])
 
 
-def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) -> list[Any]:
+def run_ranks(
+    target: Target, world: int, *args: Any, timeout: float = 480.0, memory: bool = True, mortal: bool = False
+) -> list[Any]:
     """``target(collectives, *args)`` on ``world`` fresh processes; their results by rank.
+
+    ``memory``: as of ``Collectives``. The result of a rank that dies is None if ranks are
+    ``mortal``.
 
     Fails with the child's traceback when one raises, and names the ranks that are silent when
     ``timeout`` passes.
@@ -38,7 +45,7 @@ def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) ->
     ends = [_FORKS.Pipe(duplex=False) for _ in range(world)]
     children = [
         _FORKS.Process(
-            target=_child, args=(target, rank, world, store.port, ends[rank][1], args), daemon=True
+            target=_child, args=(target, rank, world, store.port, ends[rank][1], args, memory), daemon=True
         )
         for rank in range(world)
     ]
@@ -54,7 +61,9 @@ def run_ranks(target: Target, world: int, *args: Any, timeout: float = 480.0) ->
                 child.kill()
                 child.join()
     errors = "\n".join(
-        f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error is not None
+        f"rank {rank}: {error}"
+        for rank, (error, _) in enumerate(answers)
+        if error is not None and not (mortal and error == _DIED)
     )
     assert not errors, errors
     return [result for _, result in answers]
@@ -75,18 +84,24 @@ def _answer(reader: Connection, deadline: float) -> tuple[str | None, Any]:
     try:
         error, result = pickle.loads(reader.recv_bytes())
     except EOFError:
-        return "died without a word", None
+        return _DIED, None
     return error, result
 
 
 def _child(
-    target: Target, rank: int, world: int, port: int, writer: Connection, args: tuple[Any, ...]
+    target: Target,
+    rank: int,
+    world: int,
+    port: int,
+    writer: Connection,
+    args: tuple[Any, ...],
+    memory: bool,
 ) -> None:
     torch.set_num_threads(1)
     try:
         limit = timedelta(seconds=DEADLINE)
         store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit) if world > 1 else None
-        collectives = Collectives("test", rank, world, store, DEADLINE, torch.device("cpu"))
+        collectives = Collectives("test", rank, world, store, DEADLINE, torch.device("cpu"), memory)
         collectives.build(0)
         writer.send_bytes(
             pickle.dumps((None, target(collectives, *args)))
