@@ -13,7 +13,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test test-all check bench-control bench-frontend bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
+.PHONY: setup serve test test-all check bench-control bench-exchange bench-frontend bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,9 @@ bench-frontend: setup
 
 bench-overlap: setup
 	$(BIN)/python benchmarks/bench_overlap.py $(BENCH_ARGS)
+
+bench-exchange: setup
+	$(BIN)/python benchmarks/bench_exchange.py $(BENCH_ARGS)
 
 # Measures the kernels on this machine and draws plots; BENCH_ARGS="--only experts" measures some of
 # them again. On a card, benchmarks/on_card.sh runs everything in one command.
