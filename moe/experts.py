@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.formats.four_bit_format import FourBitFormat
 from ..kernels.formats.fp8_format import BLOCK
 from ..kernels.reference.column import Reference
-from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit
+from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit, PackedFourBit
 from ..kernels.reference.fp8 import Quantised
 from ..kernels.reference.linear import SlotWeights
 from ..kernels.reference.sublayers import ExpertsSublayer, GateWeights, LocalExperts, RowNorm
@@ -127,9 +127,11 @@ class FourBitExperts(nn.Module):
             FourBit(format, self.w13, self.w13_scales, self.w13_factors),
             FourBit(format, self.w2, self.w2_scales, self.w2_factors),
         )
+        self._packed: tuple[PackedFourBit, PackedFourBit] = self.weights
 
     def pack(self) -> None:
-        """The weights stay as they are loaded."""
+        """The weights stay as they are loaded; the ops may see them in another form."""
+        self._packed = self._ops.pack_four_bit(self.weights[0]), self._ops.pack_four_bit(self.weights[1])
 
     @property
     def by_slot(self) -> tuple[Tensor, ...]:
@@ -146,7 +148,7 @@ class FourBitExperts(nn.Module):
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
         pairs = received.rows_M, received.slots_M
-        return self._ops.experts_four_bit(received.x_ND, *pairs, *self.weights, counts_S)
+        return self._ops.experts_four_bit(received.x_ND, *pairs, *self._packed, counts_S)
 
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""

@@ -2,7 +2,7 @@
 
 FP8 products and their inputs (``experts_fp8``, ``quantise_rows``, the norms and ``silu_mul_fp8``)
 stay the reference's: a CPU has no such product. FP8 weights are widened when they are loaded, so no
-model calls these ops.
+model calls these ops. Experts in 4 bits stay so and are decoded in registers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..reference.sublayers import AttentionSublayer, ExpertsSublayer, GateWeight
 from . import (
     attention,
     experts as expert_ops,
+    experts_four_bit as four_bit_ops,
     gate as gate_ops,
     linear as linear_ops,
     mla,
@@ -42,6 +43,8 @@ class Cpu(Reference):
     repack_slot = staticmethod(linear_ops.repack_slot)
     gate = staticmethod(gate_ops.gate)
     experts = staticmethod(expert_ops.experts)
+    experts_four_bit = staticmethod(four_bit_ops.experts_four_bit)
+    pack_four_bit = staticmethod(four_bit_ops.pack_four_bit)
     weighted_sum = staticmethod(expert_ops.weighted_sum)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)

@@ -62,7 +62,7 @@ def sort_pairs(slots_M, counts_S):
 
 
 @inner(error_model="numpy")
-def _stretches(ends_S):
+def stretches(ends_S):
     """Cuts the ordered pairs into stretches: slot, start and length of each."""
     count, start = 0, 0
     for end in ends_S:
@@ -88,7 +88,7 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, nu
         for m in range(len(slots_M)):
             if slots_M[m] < 0:
                 y_MD[m] = 0
-    stretches_I = _stretches(ends_S)
+    stretches_I = stretches(ends_S)
     inner_MF = np.empty((len(order_M), width), np.uint16)
     next_inner, next_outer = np.zeros(1, np.int64), np.zeros(1, np.int64)
     given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, inner_MF

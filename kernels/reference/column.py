@@ -70,6 +70,7 @@ class Reference:
     silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
     experts_fp8 = staticmethod(fp8.experts_fp8)
     experts_four_bit = staticmethod(four_bit.experts_four_bit)
+    pack_four_bit = staticmethod(four_bit.pack_four_bit)
     norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
     rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
     attend = staticmethod(attention.attend)

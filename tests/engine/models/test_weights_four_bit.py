@@ -51,6 +51,20 @@ def test_logits_are_those_of_the_dequantised_checkpoint(
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_the_cpu_column_computes_with_experts_in_4_bits(kind: str, tmp_path: Path) -> None:
+    """Within what bf16 costs; a router may turn on that, hence the median."""
+    four_bit, plain = pair_of(kind, "qwen3_moe", tmp_path)
+    model = load_local(four_bit, torch.bfloat16, "cpu")
+    model.pack()
+    found = torch.cat(list(Stepper(model, torch.bfloat16).step(PROMPTS).values()))
+    expected = torch.cat(
+        list(Stepper(load_local(plain, torch.float32, "reference"), torch.float32).step(PROMPTS).values())
+    )
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.03
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_experts_are_held_in_the_bytes_of_their_format(kind: str, tmp_path: Path) -> None:
     path, plain = pair_of(kind, "qwen3_moe", tmp_path)
     model, wide = load_local(path, torch.bfloat16), load_local(plain, torch.bfloat16)

@@ -1,0 +1,308 @@
+"""Experts with weights in 4 bits on a CPU: weights are read as they are stored and decoded in
+registers, or a row at a time.
+
+With AVX512-BF16 rows of bf16 are multiplied by the codes' numbers (``codegen/nibbles.py``), and the
+scales are applied to sums of a group; intermediate values are rounded to bf16 once. Elsewhere, and
+for float32, a weight row is decoded to float32 and multiplied with all its rows.
+
+N received tokens  M pairs  S slots  D hidden  F width  K values of a row  G its groups
+I stretches: some pairs of one slot
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..reference.four_bit import FourBit
+from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
+from .codegen.blocks import part, parts, take_item
+from .codegen.nibbles import (
+    AT_ONCE,
+    BLOCK,
+    ROWS,
+    arranged,
+    dots,
+    float_dots,
+    groups_at_once,
+    numbers_of,
+    weight_rows,
+)
+from .codegen.threads import share_out
+from .codegen.vectors import LANES, multiplies_bf16
+from .expert_blocks import sort_pairs, stretches
+
+_SCALE_BITS = {"bf16": torch.uint16, "fp16": torch.int16, "e8m0": torch.uint8, "e4m3": torch.int8}
+
+
+@dataclass(frozen=True)
+class FourBitArrays:
+    """``FourBit`` as kernels read it, over the same memory: scales as ``nibbles`` tells them apart,
+    and factors, ones where there are none. ``in_registers``: codes are decoded there for rows of
+    bf16.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    factors: NDArray[np.float32]
+    in_registers: bool
+
+
+def experts_four_bit(
+    x_ND: Tensor,
+    rows_M: Tensor,
+    slots_M: Tensor,
+    w13: FourBit | FourBitArrays,
+    w2: FourBit | FourBitArrays,
+    counts_S: Tensor,
+) -> Tensor:
+    """Same as ``four_bit.experts_four_bit``, but that weights are not rounded."""
+    up, down = (w if isinstance(w, FourBitArrays) else pack_four_bit(w) for w in (w13, w2))
+    y_MD, y = made((len(slots_M), x_ND.shape[1]), x_ND.dtype)
+    run = run_packed if x_ND.dtype == torch.bfloat16 and up.in_registers else run_decoded
+    run(
+        array(x_ND),
+        array(rows_M),
+        array(slots_M),
+        up.codes,
+        up.scales,
+        up.factors,
+        down.codes,
+        down.scales,
+        down.factors,
+        array(counts_S),
+        y,
+        numba.get_num_threads(),
+    )
+    return y_MD
+
+
+def pack_four_bit(w: FourBit) -> FourBitArrays:
+    """Weights in 4 bits as ``experts_four_bit`` reads them: they stay where they are."""
+    codes, scales = w.codes.detach().numpy(), w.scales.detach().view(_SCALE_BITS[w.format.scale]).numpy()
+    factors = np.ones((len(codes), 2), np.float32) if w.factors is None else w.factors.detach().numpy()
+    return FourBitArrays(codes, scales, factors, multiplies_bf16())
+
+
+@njit(cache=True, error_model="numpy")
+def run_packed(
+    x_ND,
+    rows_M,
+    slots_M,
+    w13,
+    scales_13,
+    factors_13,
+    w2,
+    scales_2,
+    factors_2,
+    counts_S,
+    y_MD,
+    num_threads,
+):
+    """With rows of bf16, as uint16."""
+    order_M, ends_S = sort_pairs(slots_M, counts_S)
+    _clear(slots_M, y_MD, len(order_M))
+    found_I = stretches(ends_S)
+    width = 2 * w2.shape[2]
+    x_NK = np.zeros((len(x_ND), parts(x_ND.shape[1], AT_ONCE) * AT_ONCE), np.uint16)
+    share_out(_arrange, len(x_ND), (x_ND, x_NK), x_NK.size <= ALONE)
+    inner_MK = np.zeros((len(order_M), parts(width, AT_ONCE) * AT_ONCE), np.uint16)
+    first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, width, first, inner_MK
+    share_out(_up, num_threads, given, False)
+    then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, y_MD
+    share_out(_down, num_threads, then, False)
+
+
+@inner(error_model="numpy")
+def _clear(slots_M, y_MD, num_real):
+    """Zeros for pairs without a slot."""
+    if num_real < len(slots_M):
+        for m in range(len(slots_M)):
+            if slots_M[m] < 0:
+                y_MD[m] = 0
+
+
+@inner(error_model="numpy")
+def _arrange(begin, end, x_ND, x_NK):
+    for n in range(begin, end):
+        for k in range(x_ND.shape[1]):
+            x_NK[n, arranged(k)] = x_ND[n, k]
+
+
+@inner(error_model="numpy")
+def _up(begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, width, counter, inner_MK):
+    """silu(gate) * up for the pairs in order."""
+    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS, BLOCK), np.float32)
+    blocks = parts(width, BLOCK)
+    item = take_item(counter)
+    while item < blocks * len(found_I):
+        slot, start, length = found_I[item // blocks]
+        first = item % blocks * BLOCK
+        count = min(BLOCK, width - first)
+        weights = weight_rows(codes_S[slot], scales_S[slot], first, width, 1, count)
+        tiles = parts(length, ROWS)
+        for tile in range(tiles):
+            begin_row, num_rows = part(tile, tiles, length)
+            begin_row += start
+            for r in range(ROWS):
+                row = rows_M[order_M[begin_row + min(r, num_rows - 1)]]
+                rows[r] = x_NK[row].ctypes.data
+            dots(num_rows, rows, scales_S, weights, out)
+            for r in range(num_rows):
+                _silu_mul(out[0, r, :count], out[1, r, :count], factors_S[slot])
+                target = inner_MK[begin_row + r]
+                for f in range(count):
+                    target[arranged(first + f)] = narrow(out[0, r, f], target)
+        item = take_item(counter)
+
+
+@inner(error_model="numpy")
+def _silu_mul(gate_F, up_F, factors_P):
+    """silu(gate) * up in place of gate."""
+    for f in range(len(gate_F)):
+        gate = gate_F[f] * factors_P[0]
+        gate_F[f] = gate / (np.float32(1) + exp(-gate)) * (up_F[f] * factors_P[1])
+
+
+@inner(error_model="numpy")
+def _down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, y_MD):
+    """The second product. Writes each row to its pair's place."""
+    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS, BLOCK), np.float32)
+    hidden = y_MD.shape[1]
+    blocks = parts(hidden, 2 * BLOCK)
+    item = take_item(counter)
+    while item < blocks * len(found_I):
+        slot, start, length = found_I[item // blocks]
+        first = item % blocks * 2 * BLOCK
+        count = min(2 * BLOCK, hidden - first) // 2
+        weights = weight_rows(codes_S[slot], scales_S[slot], first, 1, 2, count)
+        tiles = parts(length, ROWS)
+        for tile in range(tiles):
+            begin_row, num_rows = part(tile, tiles, length)
+            begin_row += start
+            for r in range(ROWS):
+                rows[r] = inner_MK[begin_row + min(r, num_rows - 1)].ctypes.data
+            dots(num_rows, rows, scales_S, weights, out)
+            for r in range(num_rows):
+                y_D = y_MD[order_M[begin_row + r]]
+                for d in range(count):
+                    for w in range(2):
+                        y_D[first + 2 * d + w] = narrow(out[w, r, d] * factors_S[slot, 0], y_D)
+        item = take_item(counter)
+
+
+@njit(cache=True, error_model="numpy")
+def run_decoded(
+    x_ND,
+    rows_M,
+    slots_M,
+    w13,
+    scales_13,
+    factors_13,
+    w2,
+    scales_2,
+    factors_2,
+    counts_S,
+    y_MD,
+    num_threads,
+):
+    """With rows of bf16, as uint16, or float32. Rows of x hold their even values, then the odd."""
+    order_M, ends_S = sort_pairs(slots_M, counts_S)
+    _clear(slots_M, y_MD, len(order_M))
+    found_I = stretches(ends_S)
+    half, inner_half = w13.shape[2], w2.shape[2]
+    x_NK = np.zeros((len(x_ND), parts(2 * half, LANES) * LANES), np.float32)
+    share_out(_split, len(x_ND), (x_ND, x_NK, half), x_NK.size <= ALONE)
+    inner_MK = np.zeros((len(order_M), parts(2 * inner_half, LANES) * LANES), np.float32)
+    first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, first, inner_MK
+    share_out(_decoded_up, num_threads, given, False)
+    then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, y_MD
+    share_out(_decoded_down, num_threads, then, False)
+
+
+@inner(error_model="numpy")
+def _split(begin, end, x_ND, x_NK, half):
+    for n in range(begin, end):
+        for k in range(half):
+            x_NK[n, k] = widen(x_ND[n, 2 * k])
+            x_NK[n, half + k] = widen(x_ND[n, 2 * k + 1])
+
+
+@inner(error_model="numpy")
+def _decode_row(codes_K, scales_G, factor, w_K):
+    """A weight row as float32, its even values, then the odd."""
+    half = len(codes_K)
+    size = AT_ONCE // 2 // groups_at_once(scales_G)
+    for g in range(len(scales_G)):
+        first, last = g * size, min((g + 1) * size, half)
+        numbers_of(codes_K[first:last], scales_G[g], w_K[first:last], w_K[half + first : half + last])
+    for k in range(2 * half):
+        w_K[k] *= factor
+
+
+@inner(error_model="numpy")
+def _decoded_up(begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, counter, inner_MK):
+    """silu(gate) * up for the pairs in order."""
+    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS), np.float32)
+    weights, width = np.zeros((2, x_NK.shape[1]), np.float32), codes_S.shape[1] // 2
+    blocks = parts(width, BLOCK)
+    item = take_item(counter)
+    while item < blocks * len(found_I):
+        slot, start, length = found_I[item // blocks]
+        first = item % blocks * BLOCK
+        tiles = parts(length, ROWS)
+        for f in range(first, min(first + BLOCK, width)):
+            for w in range(2):
+                row = f + w * width
+                _decode_row(codes_S[slot, row], scales_S[slot, row], factors_S[slot, w], weights[w])
+            place = f // 2 + f % 2 * (width // 2)
+            for tile in range(tiles):
+                begin_row, num_rows = part(tile, tiles, length)
+                begin_row += start
+                for r in range(ROWS):
+                    row = rows_M[order_M[begin_row + min(r, num_rows - 1)]]
+                    rows[r] = x_NK[row].ctypes.data
+                float_dots(num_rows, rows, weights, x_NK.shape[1] // LANES, out)
+                for r in range(num_rows):
+                    gate = out[0, r]
+                    value = gate / (np.float32(1) + exp(-gate)) * out[1, r]
+                    inner_MK[begin_row + r, place] = value
+        item = take_item(counter)
+
+
+@inner(error_model="numpy")
+def _decoded_down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, y_MD):
+    """The second product. Writes each row to its pair's place."""
+    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS), np.float32)
+    weights, hidden = np.zeros((2, inner_MK.shape[1]), np.float32), y_MD.shape[1]
+    blocks = parts(hidden, 2 * BLOCK)
+    item = take_item(counter)
+    while item < blocks * len(found_I):
+        slot, start, length = found_I[item // blocks]
+        first = item % blocks * 2 * BLOCK
+        tiles = parts(length, ROWS)
+        for d in range(first, min(first + 2 * BLOCK, hidden), 2):
+            for w in range(2):
+                _decode_row(codes_S[slot, d + w], scales_S[slot, d + w], factors_S[slot, 0], weights[w])
+            for tile in range(tiles):
+                begin_row, num_rows = part(tile, tiles, length)
+                begin_row += start
+                for r in range(ROWS):
+                    rows[r] = inner_MK[begin_row + min(r, num_rows - 1)].ctypes.data
+                float_dots(num_rows, rows, weights, inner_MK.shape[1] // LANES, out)
+                for r in range(num_rows):
+                    y_D = y_MD[order_M[begin_row + r]]
+                    for w in range(2):
+                        y_D[d + w] = narrow(out[w, r], y_D)
+        item = take_item(counter)
