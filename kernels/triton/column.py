@@ -9,6 +9,7 @@ from ..reference.column import Reference
 from . import (
     attention,
     experts as expert_ops,
+    experts_four_bit,
     experts_fp8,
     fp8,
     gate as gate_ops,
@@ -31,6 +32,7 @@ class Triton(Reference):
     def __init__(self, tiles: Tiles) -> None:
         self.experts = functools.partial(expert_ops.experts, tiles=tiles)
         self.experts_fp8 = functools.partial(experts_fp8.experts_fp8, tiles=tiles)
+        self.experts_four_bit = functools.partial(experts_four_bit.experts_four_bit, tiles=tiles)
         self.attend = functools.partial(attention.attend, tiles=tiles)
         self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
-from ...engine.models.quantisation import StoredFourBit
 from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
 from ...moe.config import MoEConfig
@@ -35,8 +34,6 @@ class ModelFacts(Protocol):
     def moe_layers(self) -> tuple[int, ...]: ...
     @property
     def dense_width(self) -> int: ...
-    @property
-    def four_bit(self) -> StoredFourBit | None: ...
 
 
 def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -52,11 +49,6 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             kv_shapes(config.attention, "fp8")
         except ValueError as error:
             found.append(str(error))
-    if config.four_bit is not None and recipe.cluster.device == "cuda":
-        found.append(
-            f"cluster.device = {recipe.cluster.device}: no kernel for the checkpoint's experts in "
-            f"{config.four_bit.format.name}; they are served on cpu"
-        )
     if recipe.mesh.experts > config.moe.num_experts:
         found.append(
             f"cluster.nodes x cluster.ranks_per_node = {recipe.world}: more ranks than the "

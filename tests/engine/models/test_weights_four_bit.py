@@ -64,6 +64,19 @@ def test_the_cpu_column_computes_with_experts_in_4_bits(kind: str, tmp_path: Pat
     assert error.median() < 0.03
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
+def test_the_triton_column_computes_with_experts_in_4_bits(tmp_path: Path) -> None:
+    four_bit, plain = pair_of("nvfp4", "qwen3_moe", tmp_path)
+    rows = {0: [3, 4, 5, 6], 1: [9]}
+    found, expected = (
+        Stepper(load_local(path, torch.float32, column), torch.float32).step(rows)
+        for path, column in ((four_bit, "triton"), (plain, "reference"))
+    )
+    for sequence in rows:
+        error = (found[sequence] - expected[sequence]).norm(dim=-1) / expected[sequence].norm(dim=-1)
+        assert error.median() < 1e-4
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_experts_are_held_in_the_bytes_of_their_format(kind: str, tmp_path: Path) -> None:
     path, plain = pair_of(kind, "qwen3_moe", tmp_path)

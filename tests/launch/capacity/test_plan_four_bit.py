@@ -12,7 +12,6 @@ from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank.process import load_executor
 from lockstep.launch.capacity.plan import plan_recipe
 from lockstep.launch.recipe.file import parse_recipe
-from lockstep.launch.recipe.recipe import RecipeError
 from lockstep.moe.experts import read_slot
 from support.engine.models.checkpoints import deepseek_v3_config
 from support.engine.models.four_bit_checkpoints import CONFIGS, write_pair
@@ -73,8 +72,11 @@ def test_experts_stay_in_4_bits_whatever_the_dtype(tmp_path: Path) -> None:
     assert (setup.weights, setup.expert_weights, setup.expert_dtype) == ("fp32", "int4", "fp32")
 
 
-def test_gpus_refuse_by_the_name_of_the_format(tmp_path: Path) -> None:
-    path, _ = write_pair(tmp_path, CONFIG, "mxfp4")
+@pytest.mark.parametrize("kind", ["int4", "nvfp4"])
+def test_gpus_hold_experts_in_4_bits_and_compute_in_bf16(kind: str, tmp_path: Path) -> None:
+    path, _ = write_pair(tmp_path, CONFIG, kind)
     cluster = "cluster: {device: cuda, hardware: h200, ranks_per_node: 2}\n"
-    with pytest.raises(RecipeError, match=r"cluster\.device = cuda: no kernel .* experts in mxfp4; .* cpu"):
-        plan_recipe(parse_recipe(f"model: {{path: {path}}}\n{cluster}kv_cache: {{dtype: bf16}}\n"), path)
+    recipe = parse_recipe(f"model: {{path: {path}}}\n{cluster}kv_cache: {{dtype: bf16}}\n")
+    setup = plan_recipe(recipe, path).setup
+    assert (setup.weights, setup.expert_weights, setup.expert_dtype) == ("bf16", kind, "bf16")
+    assert setup.expert_bytes == 3 * 96 * 64 * PER_VALUE[kind] + (12 if kind == "nvfp4" else 0)

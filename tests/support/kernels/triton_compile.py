@@ -27,7 +27,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lockstep.kernels.bench.compile import AbsentCard
+from lockstep.kernels.formats.four_bit_format import INT4, MXFP4, NVFP4, FourBitFormat
 from lockstep.kernels.formats.kv_format import head_entry, latent_entry
+from lockstep.kernels.reference.four_bit import SCALE_DTYPES, FourBit
 from lockstep.kernels.reference.fp8 import Quantised
 from lockstep.kernels.reference.gate import GateCounts, Routing
 from lockstep.kernels.reference.paged import PagedBatch
@@ -36,6 +38,7 @@ from lockstep.kernels.reference.sampling import Purpose, SamplingParams, SlotSam
 from lockstep.kernels.triton import (
     attention as triton_attention,
     experts as triton_experts,
+    experts_four_bit as triton_experts_four_bit,
     experts_fp8 as triton_experts_fp8,
     fp8 as triton_fp8,
     gate as triton_gate,
@@ -146,6 +149,25 @@ def fp8() -> None:
         triton_fp8.silu_mul_fp8(x_bf16)
 
 
+def four_bit() -> None:
+    hidden, width, num_slots = 2048, 768, 8
+    for format in (INT4, MXFP4, NVFP4):
+        w13, w2 = (
+            in_four_bits(num_slots, 2 * width, hidden, format),
+            in_four_bits(num_slots, hidden, width, format),
+        )
+        for num_pairs in (8, 40 * num_slots, 200 * num_slots):
+            x = torch.empty(num_pairs, hidden, dtype=BF16)
+            pairs = int64(num_pairs), int64(num_pairs)
+            triton_experts_four_bit.experts_four_bit(x, *pairs, w13, w2, int64(num_slots))
+
+
+def in_four_bits(num_slots: int, rows: int, columns: int, format: FourBitFormat) -> FourBit:
+    scales = torch.empty(num_slots, rows, format.groups(columns), dtype=SCALE_DTYPES[format.scale])
+    factors = torch.empty(num_slots, 2) if format.has_factor else None
+    return FourBit(format, torch.empty(num_slots, rows, columns // 2, dtype=torch.uint8), scales, factors)
+
+
 def eight_bits(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float8_e4m3fn)
 
@@ -242,6 +264,7 @@ _CASES = (
     groupings,
     experts,
     fp8,
+    four_bit,
     norms,
     rotations,
     attentions,
