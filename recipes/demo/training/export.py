@@ -1,8 +1,9 @@
 """Writes the last state of training as a Hugging Face checkpoint: ``python -m
 lockstep.recipes.demo.training.export [DIRECTORY]``.
 
-``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per block, as in DeepSeek-V3, for
-comparison with bf16.
+For comparison with bf16, ``--fp8-block ROWS COLUMNS`` writes matrices in FP8 with a scale per
+block, as in DeepSeek-V3; ``--four-bit FORMAT`` writes the kept checkpoint again with its routed
+experts in int4, mxfp4 or nvfp4.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ....kernels.formats.four_bit_format import FourBitFormat
 from ....kernels.reference.fp8 import quantise_blocks
 from ..files import MODEL, STATE, write_json
+from .four_bit import FORMATS, in_four_bits, quantisation_of
 from .network import Network
 from .shape import CONFIG
 
@@ -103,7 +106,11 @@ def _named(name: str, tensor: Tensor, num_layers: int) -> dict[str, Tensor]:
 
 
 def export(
-    network: Network, tokenizer: Path, directory: Path, fp8_block: tuple[int, int] | None = None
+    network: Network,
+    tokenizer: Path,
+    directory: Path,
+    fp8_block: tuple[int, int] | None = None,
+    four_bit: FourBitFormat | None = None,
 ) -> None:
     """Writes config, tokenizer (from the folder ``tokenizer``) and weights into ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -113,6 +120,9 @@ def export(
         stored = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
         config = CONFIG | {"quantization_config": stored | {"weight_block_size": list(fp8_block)}}
         tensors = in_fp8(tensors, fp8_block)
+    if four_bit:
+        config = CONFIG | {"quantization_config": quantisation_of(four_bit)}
+        tensors = in_four_bits(tensors, four_bit)
     write_json(directory / "config.json", config)
     # A low temperature by default: the toy is right when it answers what it is surest of.
     write_json(
@@ -160,11 +170,17 @@ def main() -> None:
         metavar=("ROWS", "COLUMNS"),
         help="write matrices in FP8 with a scale per block of this size",
     )
+    parser.add_argument("--four-bit", choices=FORMATS, help="write routed experts in 4 bits")
     args = parser.parse_args()
-    directory, block = args.directory, args.fp8_block
-    if block and directory == MODEL:
-        parser.error("--fp8-block: name another directory; the recipe serves bf16")
-    export(last_network(), STATE, directory, tuple(block) if block else None)
+    directory, block, four_bit = args.directory, args.fp8_block, args.four_bit
+    if (block or four_bit) and directory == MODEL:
+        parser.error("--fp8-block, --four-bit: name another directory; the recipe serves bf16")
+    if block and four_bit:
+        parser.error("--fp8-block and --four-bit exclude one another")
+    if four_bit:
+        export(read_network(MODEL), MODEL, directory, four_bit=FORMATS[four_bit])
+    else:
+        export(last_network(), STATE, directory, tuple(block) if block else None)
     print(f"{directory}: {sum(path.stat().st_size for path in directory.iterdir()) / 1e6:.2f} MB")
 
 
