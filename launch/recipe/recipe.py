@@ -43,7 +43,7 @@ class ModelSection(RecipeSection):
     dtype: Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(short_dtype)] = Field(
         default="auto",
         description="dtype of weights and activations: bfloat16 or float32 (bf16, fp32); "
-        "auto: the checkpoint's",
+        "auto: the checkpoint's; routed experts in 4 bits stay so",
     )
     max_len: AutoInt = Field(
         default=None, ge=2, description="most tokens of prompt and output; auto: what model and memory allow"

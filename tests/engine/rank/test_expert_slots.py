@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.engine.rank.greedy_prompts import write_family
+from support.engine.models.four_bit_checkpoints import write_pair
+from support.engine.rank.greedy_prompts import FAMILIES, write_family
 from support.engine.rank.moving_experts import generate
 from support.parallel.gloo_ranks import run_ranks
 
@@ -27,5 +28,15 @@ def test_tokens_stay_the_same_while_experts_move(
     path = write_family(tmp_path / "model", family)
     still = run_ranks(generate, world, path, family, dispatch, microbatches, False)
     moving = run_ranks(generate, world, path, family, dispatch, microbatches, True)
+    assert [tokens for tokens, _ in moving] == [tokens for tokens, _ in still]
+    assert all(right for _, right in still + moving)
+
+
+@pytest.mark.parametrize("kind", ["int4", "nvfp4"])
+def test_experts_in_4_bits_move_as_they_are(kind: str, tmp_path: Path) -> None:
+    family = "deepseek_v3"
+    path, _ = write_pair(tmp_path, FAMILIES[family], kind)
+    still = run_ranks(generate, 2, path, family, "all_to_all", 1, False)
+    moving = run_ranks(generate, 2, path, family, "all_to_all", 1, True)
     assert [tokens for tokens, _ in moving] == [tokens for tokens, _ in still]
     assert all(right for _, right in still + moving)
