@@ -80,6 +80,26 @@ def test_sums_under_a_grammar_are_reasoned_about_and_right(trained: Served) -> N
         assert message["reasoning"]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("key", ["sum", "answer", "result", "total"])
+def test_sums_as_objects_of_which_nobody_spoke_are_right(trained: Served, key: str, strict: bool) -> None:
+    """A client's schema says what the question does not."""
+    schema: Body = {"type": "object", "properties": {key: {"type": "integer"}}, "required": [key]}
+    if strict:
+        schema["additionalProperties"] = False
+    form = {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "s", "schema": schema, "strict": strict},
+        }
+    }
+    asks = [Ask(chat(f"What is {a} + {b}?", True, **form), CHAT) for a, b in SUMS]
+    for (a, b), answer in zip(SUMS, trained.ok(asks), strict=True):
+        message = answer.document["choices"][0]["message"]
+        assert json.loads(message["content"])[key] == a + b
+        assert message["reasoning"]
+
+
 CONSTANT = {
     "type": "object",
     "properties": {"t": {"const": "a <think> b<|end|>"}},

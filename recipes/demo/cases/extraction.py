@@ -104,7 +104,13 @@ def _coin(dice: Dice, fields: dict[str, Field]) -> dict[str, Field]:
     usual.
     """
     share = dice.choice((0.3, 0.8, 1.0))
-    coined = [Field(dice.noun(), field.kind) if dice.chance(share) else field for field in fields.values()]
+    names = [field.name for field in fields.values()]
+    coined = [
+        Field(dice.key(names) if dice.chance(0.3) else dice.noun(), field.kind)
+        if dice.chance(share)
+        else field
+        for field in fields.values()
+    ]
     coined = [
         Field(field.name, dice.choice(KINDS)) if not field.clauses and dice.chance(0.5) else field
         for field in coined

@@ -62,7 +62,8 @@ def _case(dice: Dice, drawn: Sum, value: dict[str, int | str], messages: tuple[M
 
 def result_key(dice: Dice) -> str:
     """A key for the result; training coins some."""
-    return dice.noun() if not dice.held_out and dice.chance(0.3) else dice.pick(_RESULTS)
+    coined = not dice.held_out and dice.chance(0.45)
+    return dice.key(_RESULTS.training) if coined else dice.pick(_RESULTS)
 
 
 def _value(dice: Dice, drawn: Sum, strings: float) -> dict[str, int | str]:

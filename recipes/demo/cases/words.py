@@ -114,6 +114,16 @@ class Dice(random.Random):
             return self.coined()
         return self.choice(_NOUNS) if self.chance(0.7) else self.thing()
 
+    def key(self, known: list[str]) -> str:
+        """Coins a key of a JSON object: a noun, or a known key and a noun joined as programs join
+        words, so that a key is known by all of its pieces and not by the first.
+        """
+        noun = self.noun()
+        if self.chance(0.5):
+            return noun
+        one, two = self.choice(((self.choice(known), noun), (noun, self.choice(known))))
+        return f"{one}_{two}" if self.chance(0.6) else one + two[0].upper() + two[1:]
+
     def thing(self) -> str:
         """A noun. Held-out cases mix nouns of both sides; training coins some."""
         if self.held_out:
