@@ -101,10 +101,12 @@ class Acceptor:
 
     def close(self) -> None:
         """Refuses connections from now on. Closing twice is harmless."""
+        self._closing = True
         if self._thread.is_alive():
-            self._closing = True
             self._wake.send(b"w")
-            self._thread.join()
+        self._thread.join()
+        for part in (self._wake, self._woken):  # not the thread's: it may end before it is woken
+            part.close()
 
     def check(self) -> None:
         """Raises LaunchError if the thread has failed."""
@@ -150,7 +152,7 @@ class Acceptor:
         for channel in (*self._channels, *self._strangers):
             channel.line.close()
             self._untaken.extend(connection for connection, _ in channel.offered)
-        for part in (*self._untaken, self._listener, self._desk, self._wake, self._woken):
+        for part in (*self._untaken, self._listener, self._desk):
             part.close()
         self._selector.close()
         os.close(self._board)

@@ -176,6 +176,19 @@ def test_nothing_listens_before_it_is_opened_and_after_it_is_closed() -> None:
     acceptor.check()
 
 
+def test_its_thread_may_end_before_it_is_woken_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that ends at the same moment shows it that it is being closed."""
+    acceptor = Acceptor("127.0.0.1", 0, 1)
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    acceptor._closing = True
+    line.connect(b"\0" + acceptor.spec.address.encode())
+    line.close()
+    acceptor._thread.join(60)
+    monkeypatch.setattr(acceptor._thread, "is_alive", lambda: True)  # as it was when somebody looked
+    acceptor.close()
+    acceptor.check()
+
+
 def test_a_taken_port_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
