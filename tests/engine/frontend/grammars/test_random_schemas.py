@@ -134,8 +134,28 @@ def test_a_random_schema_is_refused_or_followed_to_a_valid_end(schema: Any, seed
     if text is None:
         event("no end")
         return
+    if _repeats_a_name(text):  # no grammar knows the names that were free and are taken
+        event("a name twice")
+        return
     event("followed")
     jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+def _repeats_a_name(text: str) -> bool:
+    found = False
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal found
+        found = found or len({name for name, _ in pairs}) < len(pairs)
+        return dict(pairs)
+
+    json.loads(text, object_pairs_hook=members)
+    return found
+
+
+def test_a_name_that_is_written_twice_is_found() -> None:
+    assert _repeats_a_name('[{"a": 1, "b": {"": 1, "": 2}}]')
+    assert not _repeats_a_name('[{"a": {"a": 1}}, {"a": 2}]')
 
 
 def test_the_walk_can_fail() -> None:
