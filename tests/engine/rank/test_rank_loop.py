@@ -22,6 +22,7 @@ from lockstep.engine.rank.contract import ControllerLost, StepFailed
 from lockstep.engine.rank.loop import RankLoop
 from lockstep.engine.rank.sockets import RankSockets
 from support.engine.rank.mock_controller import MockController
+from support.launch.clusters import until
 
 
 class NotingExecutor:
@@ -194,6 +195,7 @@ def test_a_step_begins_while_others_are_under_way_and_results_keep_their_order(
     controller.send(_plan(3))
     controller.send(Disband(0))
     controller.send(_plan(4, -1, epoch=1, rebase=True))
+    until(lambda: executor.steps[-1] == 4, "step 4 to begin")
     executor.holds.clear()
     assert controller.receive("step").step == 4, "nobody waits for step 3"
     controller.send(Stop())
