@@ -62,6 +62,10 @@ class AllGatherExchange:
         self._exact = device.type == "cpu" if exact is None else exact
         self._capacity = 0
 
+    @property
+    def num_tables(self) -> int:
+        return self._choice.num_tables
+
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self.placement = placement
         self._choice.place(placement, layers)

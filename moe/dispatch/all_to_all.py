@@ -66,6 +66,10 @@ class AllToAllExchange:
         self._choice = ReplicaChoice(placement, collectives.index, node_W)
         self._capacity = 0
 
+    @property
+    def num_tables(self) -> int:
+        return self._choice.num_tables
+
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self.placement = placement
         self._choice.place(placement, layers)

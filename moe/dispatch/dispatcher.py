@@ -60,6 +60,11 @@ class Dispatcher(Protocol):
     def placement(self) -> Placement: ...
 
     @property
+    def num_tables(self) -> int:
+        """How often tables that steps read were made anew: a captured step reads those it knew."""
+        ...
+
+    @property
     def counts_LS(self) -> Tensor:
         """int64 on the device: tokens met by every own slot since it was last zeroed."""
         ...

@@ -39,6 +39,11 @@ class Exchange(Protocol):
     @property
     def placement(self) -> Placement: ...
 
+    @property
+    def num_tables(self) -> int:
+        """As ``Dispatcher.num_tables``."""
+        ...
+
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         """As ``Dispatcher.place``."""
         ...
@@ -95,6 +100,10 @@ class ExchangeDispatcher:
     @property
     def placement(self) -> Placement:
         return self._exchange.placement
+
+    @property
+    def num_tables(self) -> int:
+        return self._exchange.num_tables
 
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self._exchange.place(placement, layers)

@@ -21,6 +21,8 @@ from .dispatcher import RoutedExperts, padding_of, zero_counts
 class LocalDispatcher:
     """All experts are on this rank. A layer is one sublayer; all of its time is the experts'."""
 
+    num_tables = 1
+
     def __init__(self, placement: Placement, device: torch.device, clock: PhaseClock | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks, local dispatch serves 1"
         self.placement = placement
@@ -37,6 +39,8 @@ class LocalDispatcher:
     def begin_step(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"
         self.clock.begin_step()
+        if real_1 is not None or self._padding_T1 is not None:
+            self._shape = None  # a captured step makes its own places, which are no other step's
         self._padding_T1 = padding_of(num_tokens, real_1)
 
     def run(

@@ -21,7 +21,8 @@ class ReplicaChoice:
 
     ``source``: this rank among those of the placement. Tables are arrays, or tensors on ``device``
     if given; so are ids and places then, and the turns of every step begin with the first: a
-    captured step can be told of no other. ``num_tables``: how often the tables got other addresses.
+    captured step can be told of no other. ``num_tables``: how often tables were made, each at an
+    address of its own.
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class ReplicaChoice:
             whole_LEC = places_by_turn(placement, self._source, self._node_W)
             self._num_turns = whole_LEC.shape[2]
             self._places = self._table(whole_LEC if self._num_turns > 1 else whole_LEC[:, :, 0])
-            self._turns_T1 = None
             self.num_tables += 1
         else:
             changed = np.broadcast_to(places_LEC, (*places_LEC.shape[:2], self._num_turns))
@@ -64,12 +64,11 @@ class ReplicaChoice:
         if self._device is None:
             self._turns_T1 = (self._next + np.arange(num_tokens)[:, None]) % self._num_turns
             self._next = (self._next + num_tokens) % self._num_turns
-        elif self._turns_T1 is None or len(self._turns_T1) < num_tokens:
-            order_T1 = torch.arange(num_tokens, device=self._device)[:, None]
-            self._turns_T1 = order_T1 % self._num_turns
+        else:
+            self._turns_T1 = torch.arange(num_tokens, device=self._device)[:, None] % self._num_turns
 
     def _table(self, places: Any) -> Any:
-        places = np.ascontiguousarray(places)
+        places = np.array(places, order="C")  # a copy: a broadcast one is not to be written to
         return places if self._device is None else torch.from_numpy(places).to(self._device)
 
     def places_TK(self, ids_TK: Any, layer: int) -> Any:

@@ -128,6 +128,10 @@ class SymmetricExchange:
         self._lanes = [self._reserve_lane(capacity) for capacity in shape.capacities]
         self._capacity = 0
 
+    @property
+    def num_tables(self) -> int:
+        return self._choice.num_tables
+
     def place(self, placement: Placement, layers: Sequence[int]) -> None:
         self.placement = placement
         self._choice.place(placement, layers)

@@ -52,9 +52,18 @@ class CapturedDecode:
         whole = parts.links.stage.first and parts.links.stage.last
         most = bucket_over(num_slots) if whole and recorder is not None else 0
         self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
+        self._num_tables, self._void = parts.dispatcher.num_tables, False
 
     def repeats(self, header: Header) -> bool:
-        """Whether the layers of a step are a recording. All ranks of a group find the same."""
+        """Whether the layers of a step are a recording. Ranks need not find the same: what travels
+        is the same. Where experts get replicas for the first time in an epoch, recordings are void.
+        """
+        if self._sizes and self._parts.dispatcher.num_tables != self._num_tables:
+            _LOG.warning("experts have replicas now: no decode step is a captured one in this epoch")
+            self._num_tables = self._parts.dispatcher.num_tables
+            self._void = True
+        if self._void:
+            return False
         once = header.microbatches == 1 and not header.trace
         return once and header.mode == Mode.DECODE and header.capacity in self._sizes
 
@@ -70,6 +79,7 @@ class CapturedDecode:
         if not self._sizes or (self._graphs.num_recorded and self._parts.groups.alone):
             return
         self._graphs.forget()
+        self._num_tables, self._void = self._parts.dispatcher.num_tables, False
         begin, dispatcher = time.monotonic(), self._parts.dispatcher
         clock, dispatcher.clock = dispatcher.clock, NoClock()
         try:

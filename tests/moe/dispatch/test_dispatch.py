@@ -162,6 +162,21 @@ def test_replicas_share_the_tokens_of_their_expert() -> None:
         assert counts == [[60, 60], [60, 60]], f"{kind}: tokens by rank and layer"
 
 
+def test_tables_keep_their_place_until_experts_have_replicas_for_the_first_time() -> None:
+    plain = np.array([[[0, 1], [2, -1]], [[0, 1], [2, -1]]], np.int32)
+    moved, replicas = plain.copy(), plain.copy()
+    moved[0] = [[1, 0], [2, -1]]
+    replicas[1, 1, 1] = 0
+    choice = ReplicaChoice(Placement(plain, 3), 0, device=torch.device("cpu"))
+    assert choice.num_tables == 1
+    choice.place(Placement(moved, 3), [0])
+    assert choice.num_tables == 1
+    choice.place(Placement(replicas, 3), [1])
+    assert choice.num_tables == 2
+    choice.place(Placement(plain, 3), [1])
+    assert choice.num_tables == 2
+
+
 def test_consecutive_tokens_and_steps_take_turns() -> None:
     placement = Placement(np.array([[[0], [1], [0], [1]]], np.int32), 2)
     choice = ReplicaChoice(placement, 0, [0, 0, 1, 1])

@@ -24,6 +24,29 @@ def _dispatcher(kind: str) -> Dispatcher:
     return symmetric_dispatcher(placement, alone, TokenShape((TOKENS,), TOP_K, HIDDEN, torch.float32))
 
 
+def test_a_captured_step_makes_its_own_places() -> None:
+    """Memory of a recording is its own: it reads nothing that another step may free, and no other
+    step reads what it made.
+    """
+    dispatcher = dispatcher_of("local", contiguous(1, EXPERTS, 1))
+    seen: list[torch.Tensor] = []
+
+    def sublayer(residual: Residual, local: LocalExperts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        seen.append(local.rows_M)
+        return residual[0], residual[0], residual[0]
+
+    routed = RoutedExperts(TOP_K, lambda residual: None, lambda *_: None, sublayer)  # type: ignore[arg-type, return-value]
+    for real_1 in (None, None, torch.tensor([3]), torch.tensor([3]), None):
+        dispatcher.begin_step(TOKENS, TOKENS, real_1)
+        dispatcher.run(0, routed, (torch.zeros(TOKENS, HIDDEN), None), lambda x: None)
+    assert [seen[0] is seen[1], seen[1] is seen[2], seen[2] is seen[3], seen[3] is seen[4]] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 @pytest.mark.parametrize("kind", ["all_gather", "summing", "symmetric"])
 @pytest.mark.parametrize("real", [0, 3, 5])
 def test_padding_goes_nowhere(kind: str, real: int) -> None:

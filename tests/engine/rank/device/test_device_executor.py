@@ -107,6 +107,20 @@ def test_captured_steps_repeat_with_what_is_sent(family: str, tmp_path: Path) ->
     )
 
 
+def test_recordings_are_void_where_experts_get_replicas(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = checkpoints["qwen3_moe"]
+    executor = build_executor(path, column="reference", as_device=True, recorder=LaunchRecorder())
+    assert isinstance(executor, DeviceExecutor)
+    decode, header = executor._decode, Header(0, 0, 7, 6, Mode.DECODE, 4)
+    assert decode.repeats(header)
+    assert not decode.repeats(msgspec.structs.replace(header, mode=Mode.MIXED))
+    monkeypatch.setattr(executor._parts.dispatcher, "num_tables", 2)
+    assert not decode.repeats(header) and not decode.repeats(header)
+    assert caplog.text.count("no decode step is a captured one") == 1
+
+
 class Never:
     """A mark that the device does not come past."""
 
