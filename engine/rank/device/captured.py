@@ -24,13 +24,13 @@ from ..forward import Forward
 from ..parts import Parts
 from .graphs import GraphRecorder, Graphs
 from .slots import DeviceSlots, Lane
-from .step_arrays import Arrays, sampling_of, scattered
+from .step_arrays import NUM_SAMPLE_ARRAYS, Arrays, sampling_of, scattered
 from .transfers import Upload
 
 _LOG = logging.getLogger(__name__)
 
 _LAYERS, _SAMPLE = "layers", "sample"
-_NUM_LANE = 6
+_NUM_INPUTS = 6  # arrays that the layers read; then come those of sampling
 
 
 class CapturedDecode:
@@ -125,17 +125,17 @@ class CapturedDecode:
 
     def layers(self, size: int, sent: list[Tensor]) -> Tensor:
         """hidden_BD of the step that was sent."""
-        return self._graphs.run((_LAYERS, size), functools.partial(self._layers, size, *sent[:_NUM_LANE]))
+        return self._graphs.run((_LAYERS, size), functools.partial(self._layers, size, *sent[:_NUM_INPUTS]))
 
     def sample(self, size: int, sent: list[Tensor]) -> Tensor:
         """tokens_B int64 by the model's own logits."""
         hidden_BD = self._graphs.result((_LAYERS, size))
-        part = functools.partial(self._sample, hidden_BD, sent[_NUM_LANE : 2 * _NUM_LANE + 1])
+        part = functools.partial(self._sample, hidden_BD, sent[_NUM_INPUTS : _NUM_INPUTS + NUM_SAMPLE_ARRAYS])
         return self._graphs.run((_SAMPLE, size), part)
 
     def drawing(self, sent: list[Tensor]) -> list[Tensor]:
         """The indices and the samples of the rows that draw, out of all that was sent."""
-        return sent[2 * _NUM_LANE + 1 :]
+        return sent[_NUM_INPUTS + NUM_SAMPLE_ARRAYS :]
 
     def _layers(
         self,

@@ -20,10 +20,7 @@ _HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzer
 
 
 class LaunchRecorder:
-    """A ``GraphRecorder``. ``num_launches``: those of the last recording; views launch nothing."""
-
-    def __init__(self) -> None:
-        self.num_launches = 0
+    """A ``GraphRecorder``. Views launch nothing."""
 
     def record(self, part: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         part()
@@ -41,7 +38,6 @@ class LaunchRecorder:
 
         with mock.patch.object(interpreter.GridExecutor, "__call__", launch), notes:
             result = part()
-        self.num_launches = len(launches)
 
         def repeat() -> None:
             for each in launches:
