@@ -130,14 +130,17 @@ class Executor:
 
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
         self._done.clear()
-        self._expected.clear()
-        self._parts.links.forget()
         try:
             self._parts.groups.build(epoch, vacant)
         except CollectiveError as error:
             raise StepAbandoned(str(error)) from error
 
     def end_epoch(self) -> None:
+        """Leaves the groups and drops what travels in them: while a message is held, gloo keeps its
+        connections open, and peers wait on.
+        """
+        self._expected.clear()
+        self._parts.links.forget()
         self._parts.groups.destroy()
 
     def place(self, version: int, placement_i32: bytes) -> None:
@@ -185,7 +188,7 @@ class Executor:
         try:
             noted = self._execute_noted(plan) if plan.header.trace else (self._execute(plan), None)
         except CollectiveError as error:
-            self._parts.groups.destroy()
+            self.end_epoch()
             raise StepAbandoned(str(error)) from error
         self._done.append(noted)
 

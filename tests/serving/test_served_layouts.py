@@ -24,7 +24,7 @@ PAGE = 16
 PAGES = 40
 NUM_OUTPUT = 64
 # Ranks, tensor, pipeline; the rest is data.
-LAYOUTS = [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
+LAYOUTS = [(4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
 
 OVERLAPPED = [(2, 1, 1), (4, 2, 1), (4, 1, 2)]
 CASES = [(layout, "auto") for layout in LAYOUTS] + [(layout, "on") for layout in OVERLAPPED]
@@ -54,6 +54,7 @@ def test_tokens_are_those_of_transformers(
         "scheduler.max_batch_tokens=80",
         "scheduler.max_running=32",
         "scheduler.checksum_every=1",
+        "cluster.collective_deadline=600",  # no rank needs it to hear of a death, whoever it waits for
         f"overlap={overlap}",
     )
     dice = random.Random(11)
@@ -103,7 +104,7 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", config, seed=5)
     write_tokenizer(model)
     bodies = random_bodies(random.Random(13), 12, (4, 60))
-    whole = [layout for layout in LAYOUTS if layout[0] == 4 and layout[2] <= config["num_hidden_layers"]]
+    whole = [layout for layout in LAYOUTS if layout[2] <= config["num_hidden_layers"]]
     chosen = whole if os.environ.get("LOCKSTEP_LAYOUTS") == "all" else [(4, 2, 2)]
     if family == "minimax_m2":  # its norms go over all heads, which cannot be split
         chosen = [(4, 1, 2)]

@@ -136,7 +136,7 @@ class DeviceExecutor(Executor):
         try:
             self._under_way.append(self._begin_noted(plan) if plan.header.trace else self._begin(plan))
         except CollectiveError as error:
-            self._parts.groups.destroy()
+            self.end_epoch()
             raise StepAbandoned(str(error)) from error
 
     def take(self) -> StepResult | None:
@@ -145,7 +145,7 @@ class DeviceExecutor(Executor):
             if oldest.fetched.arrived:
                 self._finish()
             elif time.monotonic() - oldest.since > self._deadline:
-                self._parts.groups.destroy()
+                self.end_epoch()
                 raise StepAbandoned(
                     f"step {oldest.plan.header.step} has not ended after {self._deadline:g} s"
                 )
