@@ -107,6 +107,12 @@ class Cluster(Protocol):
         """Processes that ended since the last call. Does not block."""
         ...
 
+    def leave_node(self, node: int) -> str:
+        """From now on starts the ranks of group ``node`` on another node, where no other group is,
+        and never again on this one. Returns that node; empty if none has room, and nothing changes.
+        """
+        ...
+
     def signal(self, task: Task, number: int) -> None:
         """Sends a signal to a process; harmless when it has ended."""
         ...

@@ -43,6 +43,9 @@ class LocalCluster:
     def waiting(self) -> str:
         return ""
 
+    def leave_node(self, node: int) -> str:
+        return ""
+
     def deaths(self) -> list[Death]:
         found = []
         for name, (task, child) in list(self._children.items()):

@@ -30,6 +30,7 @@ from .ray_session import Node, RaySession
 NOWHERE = Place("a node still to be found", 0, "")
 _RETRY = 0.2
 _PLACE_SECONDS = 5.0  # for Ray's worker processes to start
+_ROOM_SECONDS = 2.0  # for Ray to find a node with room, while the launcher does nothing else
 _ATTEMPTS = 3
 
 
@@ -43,6 +44,19 @@ class _Held:
     ended: Any
     attempts: int
     place: Place = NOWHERE
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The bundle of a placement group in which tasks run."""
+
+    group: PlacementGroup
+    bundle: int
+
+    @property
+    def node(self) -> str:
+        """The node's id; that of a lost node until Ray has found another."""
+        return _nodes_of(self.group)[self.bundle]
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class RayCluster:
         self._deadline = deadline
         self._held: dict[str, _Held] = {}
         self._groups: list[PlacementGroup] = []
+        self._left: set[str] = set()  # ids of nodes on which ranks kept dying
         num_nodes, ranks_per_node = needs.num_nodes, needs.ranks_per_node
         if num_nodes > 1 and (address or ray_address()) is None:
             raise LaunchError(
@@ -117,8 +132,7 @@ class RayCluster:
     def nodes(self) -> list[Node]:
         """The node of each group of ranks, in the order of the groups."""
         by_id = {node.id: node for node in self._session.nodes()}
-        places = _nodes_of(self._groups[1])
-        return [by_id[places[bundle]] for bundle in self._bundles if places[bundle] in by_id]
+        return [by_id[node] for node in (room.node for room in self._rooms) if node in by_id]
 
     @property
     def here(self) -> Node:
@@ -135,11 +149,14 @@ class RayCluster:
     def _reserve(self, num_nodes: int, num_beside: int) -> None:
         """Reserves room for the tasks beside the launcher, then a bundle per node of ranks."""
         beside = {"CPU": float(num_beside)}
-        self._groups.append(placement_group([beside | {f"node:{self.host}": 0.001}], strategy="STRICT_PACK"))
+        group = placement_group([beside | {f"node:{self.host}": 0.001}], strategy="STRICT_PACK")
+        self._groups.append(group)
         what = f"controller and frontend ({_text(beside)}) on {self._session.here}, the launcher's node"
-        self._await(self._groups[0], what, time.monotonic() + self._deadline)
-        self._groups.append(self._spread(num_nodes))
-        self._bundles = self._in_order(_nodes_of(self._groups[1]))
+        self._await(group, what, time.monotonic() + self._deadline)
+        self._beside = _Room(group, 0)
+        self._spread = self._spread_over(num_nodes)
+        self._groups.append(self._spread)
+        self._rooms = [_Room(self._spread, bundle) for bundle in self._in_order(_nodes_of(self._spread))]
 
     def _in_order(self, places: list[str]) -> list[int]:
         """Bundle of each group of ranks: the launcher's node first, the others by address."""
@@ -149,7 +166,7 @@ class RayCluster:
             key=lambda bundle: (places[bundle] != self._session.here.id, address[places[bundle]]),
         )
 
-    def _spread(self, num_nodes: int) -> PlacementGroup:
+    def _spread_over(self, num_nodes: int) -> PlacementGroup:
         """Reserves a bundle on each of ``num_nodes`` nodes.
 
         The strategy is SPREAD, not STRICT_SPREAD, so that the bundle of a lost node may go to a
@@ -197,11 +214,9 @@ class RayCluster:
         self._held[task.name] = _Held(task, actor, actor.place.remote(), actor.wait.remote(), attempts)
 
     def _actor(self, task: Task) -> Any:
-        group, bundle = (
-            (self._groups[0], 0) if task.node is None else (self._groups[1], self._bundles[task.node])
-        )
+        room = self._beside if task.node is None else self._rooms[task.node]
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=bundle
+            placement_group=room.group, placement_group_bundle_index=room.bundle
         )
         options = ray.remote(RayHost).options(
             num_cpus=1,
@@ -235,7 +250,48 @@ class RayCluster:
 
     def _has_room(self, task: Task) -> bool:
         """Whether the bundle of the task's group is on a node."""
-        return task.node is None or str(placement_group_table(self._groups[1])["state"]) == "CREATED"
+        if task.node is None:
+            return True
+        return str(placement_group_table(self._rooms[task.node].group)["state"]) == "CREATED"
+
+    def leave_node(self, node: int) -> str:
+        """The room on the node that is left stays reserved, so that no other group comes there."""
+        taken = self._left | {room.node for room in self._rooms}
+        others = {other.id: other for other in self._session.nodes() if other.id not in taken}
+        if not others:
+            return ""
+        self._left.add(self._rooms[node].node)
+        group = self._room_outside(taken)
+        try:
+            ray.get(group.ready(), timeout=_ROOM_SECONDS)
+        except GetTimeoutError:
+            remove_placement_group(group)
+            self._left.remove(self._rooms[node].node)
+            return ""
+        self._enter(node, group)
+        found = others.get(self._rooms[node].node)
+        return "another node" if found is None else f"{found}"
+
+    def _room_outside(self, nodes: set[str]) -> PlacementGroup:
+        """Asks for room for the ranks of a node on one that is not of these."""
+        group: PlacementGroup = placement_group(
+            [self._share], bundle_label_selector=[{"ray.io/node-id": f"!in({','.join(sorted(nodes))})"}]
+        )
+        return group
+
+    def _enter(self, node: int, group: PlacementGroup) -> None:
+        self._groups.append(group)
+        self._rooms[node] = _Room(group, 0)
+
+    def _lose(self, node: int) -> None:
+        """The node of a group of ranks is lost. Ray finds another for a bundle that was spread; one
+        that has left its first node may now share any other.
+        """
+        room = self._rooms[node]
+        moved = room.group != self._spread
+        if moved and str(placement_group_table(room.group)["state"]) == "RESCHEDULING":
+            remove_placement_group(room.group)
+            self._enter(node, self._room_outside(self._left))
 
     def _look(self) -> None:
         """Reads the places of processes that had to wait for a node."""
@@ -272,6 +328,8 @@ class RayCluster:
             code, tail = None, _one_line(error)
             if held.place.node and held.place.node not in alive:
                 lost_node = f"{held.place.host} ({held.place.address})"
+                if held.task.node is not None:
+                    self._lose(held.task.node)
         del self._held[held.task.name]
         ray.kill(held.actor)
         return Death(held.task, held.place, code, tail, lost_node)

@@ -16,7 +16,8 @@ from ..terminal.screen import Screen
 from .acceptor import Acceptor
 from .last_resort import LastResort
 from .launcher_link import LauncherLink
-from .replacements import FRONTEND_SECONDS, Replacements
+from .quarantine import DEATHS, Quarantine
+from .replacements import FRONTEND_SECONDS, WINDOW_SECONDS, Replacements
 from .roster import Roster
 from .tasks import successor_task
 
@@ -76,6 +77,7 @@ class Supervisor:
         self._roster = roster
         self._link = link
         self._replacements = Replacements(cluster, recipe.cluster.start_deadline)
+        self._quarantine = Quarantine()
         self._degraded = ""
         self._silent = False
         self._without: tuple[int, ...] = ()
@@ -173,6 +175,8 @@ class Supervisor:
     def _replace(self, cause: str, deaths: list[Death]) -> None:
         """Replaces processes that died of one cause."""
         epoch = self._link.state.epoch if self._link.state is not None else 0
+        for last in self._quarantine.take(deaths):
+            self._leave_node_of(last)
         delay, paused, others = 0.0, False, self._acceptor.num_ready > 0
         for death in deaths:
             self._roster.forget(death.task.name)
@@ -189,6 +193,17 @@ class Supervisor:
         when = f" in {delay:g} s" if delay else ""
         effect = "requests wait" if paused else "its streams have ended"
         self._screen.say(f"{cause}; {action}{when}, {effect}")
+
+    def _leave_node_of(self, death: Death) -> None:
+        """Has the ranks of a node start on another one; those that still run there are killed."""
+        assert death.task.node is not None
+        to, host = self._cluster.leave_node(death.task.node), death.place.host
+        what = f"its ranks move to {to}" if to else "no other node has room for its ranks, which stay"
+        self._screen.say(f"{host}: ranks died {DEATHS} times there within {WINDOW_SECONDS:g} s; {what}")
+        if to:
+            here = [task.name for task, _ in self._cluster.running() if task.node == death.task.node]
+            self._quarantine.moves(here)
+            self._kill([_Hang(name, f"moves from {host} to {to}") for name in here])
 
     def _replace_controller(self, death: Death, cause: str, epoch: int) -> float:
         """Starts a controller at the addresses of the one that died. Returns the delay in seconds.

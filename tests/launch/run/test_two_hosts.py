@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from lockstep.launch.recipe.file import find_recipe
+from lockstep.launch.run.quarantine import DEATHS
 from support.launch.clusters import until
-from support.launch.hosts import needs_hosts
+from support.launch.hosts import Host, needs_hosts
 from support.launch.launch_dummies import HASTE
 from support.launch.launcher import Launcher, command_of
 from support.launch.two_hosts import RayHosts, ray_hosts
@@ -197,21 +198,40 @@ def test_a_lost_host_that_does_not_come_back_is_one_message_with_what_there_is(
         assert "the cluster has alpha" in line
 
 
-def test_ranks_of_a_lost_host_move_to_one_with_room(tmp_path: Path) -> None:
-    with ray_hosts("alpha", "beta", cpus=(4, 1)) as cluster:
-        alpha, beta = cluster.hosts
+def test_ranks_leave_a_host_where_they_keep_dying_and_one_that_is_lost(tmp_path: Path) -> None:
+    with ray_hosts("alpha", "beta", "gamma", cpus=(4, 1, 1)) as cluster:
+        alpha, *others = cluster.hosts
         with launch(tmp_path, cluster) as launcher, client(cluster) as asked:
             launcher.url(120.0)
             whole = completion(asked, TOKENS)
             stream = Stream(asked, TOKENS)
-            until(lambda: len(stream.text) > 20, "the stream to begin")
-            beta.down()  # at once and without a word, as when the power fails
+            [first] = [host for host in others if any_rank(host)]
+            [second] = [host for host in others if host != first]
+            for time_of_death in range(1, DEATHS + 1):
+                until(lambda: bool(any_rank(first)), "a rank on the first host", 60.0)
+                psutil.Process(cluster.rank(first, 1)).kill()
+                again = f"all ranks serve again after [^\n]* in epoch {time_of_death}"
+                until(lambda again=again: bool(re.search(again, launcher.err)), "another in its place", 60.0)
+            moves = f"ranks died {DEATHS} times there within 600 s; its ranks move to {second.name} "
+            assert f"{first.name}: {moves}({second.address})" in launcher.err
+            assert cluster.rank(second, 1) and not any_rank(first)
             assert stream.rest(90.0) == whole
-            assert cluster.rank(alpha, 1)
+
+            stream = Stream(asked, TOKENS)
+            until(lambda: len(stream.text) > 20, "the stream to begin")
+            second.down()  # at once and without a word, as when the power fails
+            assert stream.rest(90.0) == whole
+            assert cluster.rank(alpha, 1) and not any_rank(first)
             until(
-                lambda: f"the node beta ({beta.address}) was lost, and with it rank 1" in launcher.err,
+                lambda: (
+                    f"the node {second.name} ({second.address}) was lost, and with it rank 1" in launcher.err
+                ),
                 "the loss to be told",
                 30.0,
             )
             launcher.signal(signal.SIGTERM)
             assert launcher.wait(60.0) == 0, launcher.err
+
+
+def any_rank(host: Host) -> bool:
+    return any(command_of(process)[-3:-2] == ["rank"] for process in host.processes())
