@@ -48,10 +48,10 @@ from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.parallel.collectives import Collectives, Pending, RankGroups
+from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import whole_model
-from lockstep.parallel.tensor import UNSPLIT
 
 MODEL = CONFIG | {
     "vocab_size": 1024,
@@ -135,7 +135,7 @@ class Rank:
         dispatcher = ExchangeDispatcher(exchange, CPU, give_turn=turns.give)
         stage = whole_model(config.num_layers, config.moe_layers)
         alone = Collectives("alone", 0, 1, None, 1.0, CPU)
-        model = build_model(config, dispatcher, torch.bfloat16, CPU, part=ModelPart(stage, UNSPLIT))
+        model = build_model(config, dispatcher, torch.bfloat16, CPU, part=ModelPart(stage, UNSPLIT_LAYERS))
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.05)
         model.pack()
@@ -144,7 +144,7 @@ class Rank:
             model=model,
             dispatcher=dispatcher,
             groups=RankGroups(collectives),
-            split=UNSPLIT,
+            splits=UNSPLIT_LAYERS,
             links=PipelineLinks(alone, stage, CPU),
             turns=turns,
             samples=True,

@@ -37,14 +37,18 @@ class SharedExperts(SwiGLU):
     """
 
     def __init__(self, config: MoEConfig, backend: Backend[Reference]) -> None:
-        super().__init__(config.hidden, config.shared_width, backend, backend.ops.merges_shared_experts)
+        split = backend.splits.shared
+        super().__init__(
+            config.hidden, config.shared_width, backend, backend.ops.merges_shared_experts, split
+        )
+        self._sum_of = split.sum_of
         self._opening: Callable[[Tensor], Tensor] | None = None
         if config.shared_gate:
             self.gate = Matrix(config.hidden, 1, backend)
             self._opening = functools.partial(F.linear, weight=self.gate.weight)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD = self.swiglu(x_TD)
+        y_TD = self._sum_of(self.swiglu, x_TD)
         return y_TD if self._opening is None else y_TD * self._opening(x_TD).sigmoid()
 
 

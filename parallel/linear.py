@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensor import UNSPLIT, Shard, TensorSplit, shard_of
+from .dense import UNSPLIT_LAYERS, LayerSplits
+from .tensor import UNSPLIT, Member, Shard, TensorSplit, shard_of
 
 
 class LinearOps(Protocol):
@@ -48,7 +49,12 @@ class Backend(Generic[OpsT_co]):
     dtype: torch.dtype
     device: torch.device
     ops: OpsT_co
-    tensor: TensorSplit = UNSPLIT
+    splits: LayerSplits = UNSPLIT_LAYERS
+
+    @property
+    def tensor(self) -> TensorSplit:
+        """The split of attention and of the vocabulary."""
+        return self.splits.tensor
 
     def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter; the weight loader fills it."""
@@ -153,8 +159,7 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), arXiv 2002.05202. If ``merged``, gate and up are one product and
     silu and multiplication one op; otherwise they are single ops, each rounded to the dtype.
 
-    If ``split``, every rank of the tensor group computes a part of ``width``, and the result is a
-    summand.
+    ``member``: of the ranks that compute a part of ``width`` each; the result is a summand then.
     """
 
     def __init__(
@@ -163,11 +168,10 @@ class SwiGLU(nn.Module):
         width: int,
         backend: Backend[LinearOps],
         merged: bool = True,
-        split: bool = False,
+        member: Member = UNSPLIT,
     ) -> None:
         super().__init__()
-        rows = shard_of(backend.tensor, 0) if split else WHOLE
-        columns = shard_of(backend.tensor, 1) if split else WHOLE
+        rows, columns = shard_of(member, 0), shard_of(member, 1)
         width //= rows.parts
         self.down_proj = Linear(width, hidden, backend, shard=columns)
         self._down = self.down_proj.forward

@@ -18,18 +18,24 @@ _Axis = Annotated[int, msgspec.Meta(ge=1)]
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's stage, data index and tensor index, and its index among the ranks that share
-    experts.
+    """A rank's stage, data index and tensor index, its index among the ranks that share experts,
+    and its place among those that split dense blocks: the number of their group, and the index
+    within.
     """
 
     stage: int
     data: int
     tensor: int
     expert: int
+    dense_group: int
+    dense: int
 
 
 class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Sizes of the axes. Recordings hold it, so the fields and their order stay.
+
+    ``dense``: neighbouring ranks of a stage, whole tensor groups, that split dense layers and
+    shared experts. 0: each tensor group splits its dense layers, and no shared experts.
 
     The *members* of a data index are its ranks over all stages and tensor indices: they execute the
     same section of every plan.
@@ -38,9 +44,18 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     pipeline: _Axis = 1
     data: _Axis = 1
     tensor: _Axis = 1
+    dense: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
         assert min(self.pipeline, self.data, self.tensor) >= 1, f"{self}: every axis has at least one rank"
+        if self.dense:
+            assert self.dense % self.tensor == 0 == self.experts % self.dense, f"{self}: dense groups"
+
+    @property
+    def sizes(self) -> str:
+        """The axes for a reader."""
+        axes = f"pipeline {self.pipeline} x data {self.data} x tensor {self.tensor}"
+        return f"{axes}, dense blocks over {self.dense}" if self.dense else axes
 
     @property
     def world(self) -> int:
@@ -50,6 +65,11 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def experts(self) -> int:
         """Ranks of a stage, over which its experts are spread."""
         return self.data * self.tensor
+
+    @property
+    def shares_dense(self) -> bool:
+        """Whether ranks of several data indices split dense blocks: none can do without another."""
+        return self.dense > self.tensor
 
     @property
     def num_cohorts(self) -> int:
@@ -68,7 +88,7 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         assert 0 <= rank < self.world, f"rank {rank} of {self.world}"
         stage, expert = divmod(rank, self.experts)
         data, tensor = divmod(expert, self.tensor)
-        return Coordinates(stage, data, tensor, expert)
+        return Coordinates(stage, data, tensor, expert, *divmod(expert, self.dense or self.tensor))
 
     def stage_ranks(self, stage: int) -> range:
         return range(stage * self.experts, (stage + 1) * self.experts)

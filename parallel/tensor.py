@@ -56,14 +56,18 @@ class Shard:
         return (*shape[: self.dim], full, *shape[self.dim + 1 :])
 
 
-class TensorSplit(Protocol):
-    """This rank's place among those that split a layer."""
+class Member(Protocol):
+    """A rank's place among those that split a layer."""
 
     @property
     def index(self) -> int: ...
 
     @property
     def size(self) -> int: ...
+
+
+class TensorSplit(Member, Protocol):
+    """This rank's place among those that split a layer, and how their results come together."""
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of every rank's ``part``."""
@@ -166,9 +170,9 @@ class TensorGroup:
         x_OD = x_TD[run.start : run.stop]
         if update_TD is None:
             return x_OD, None
-        padded = _padded(update_TD, self.size * self._longest(len(x_TD)))
+        all_TD = padded(update_TD, self.size * self._longest(len(x_TD)))
         what = "this rank's run of the tokens"
-        update = self._collectives.wait(self._collectives.reduce_scatter(padded, what))
+        update = self._collectives.wait(self._collectives.reduce_scatter(all_TD, what))
         return x_OD, update[: len(x_OD)]
 
     def gather(self, residual: Residual, num_tokens: int) -> Residual:
@@ -176,8 +180,8 @@ class TensorGroup:
         if not num_tokens:
             return residual
         sum_OD = x_OD if update_OD is None else x_OD + update_OD
-        padded = _padded(sum_OD, self._longest(num_tokens))
-        x_TD = self._collectives.wait(self._collectives.all_gather(padded, "the runs of all tokens"))
+        run_OD = padded(sum_OD, self._longest(num_tokens))
+        x_TD = self._collectives.wait(self._collectives.all_gather(run_OD, "the runs of all tokens"))
         return x_TD[:num_tokens], None
 
     def run_of(self, num_tokens: int) -> range:
@@ -201,12 +205,12 @@ class TensorGroup:
         return -(-num_tokens // self.size)
 
 
-def shard_of(split: TensorSplit, dim: int, copies: int = 1) -> Shard:
+def shard_of(split: Member, dim: int, copies: int = 1) -> Shard:
     """This rank's part along ``dim``; ``copies`` neighbouring ranks share each part."""
     return Shard(dim, split.index // copies, split.size // copies)
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
+def padded(rows: Tensor, length: int) -> Tensor:
     """``rows`` [n, D] and as many rows of zeros as make ``length``, contiguous."""
     if len(rows) == length:
         return rows.contiguous()

@@ -23,7 +23,8 @@ class Survivors:
 
     ``absent`` are the data indices without which the present epoch runs. ``loading`` are ranks that
     have yet to say hello with the newest placement. Every rank waits for a replacement where
-    ``cluster.survivors`` says so, or where a process cannot join a second epoch.
+    ``cluster.survivors`` says so, where a process cannot join a second epoch, or where data indices
+    share dense blocks.
     """
 
     def __init__(
@@ -32,7 +33,8 @@ class Survivors:
         self.absent: tuple[int, ...] = ()
         self.loading: set[int] = set()
         self._mesh, self._loads, self._pilot = spec.mesh, loads, pilot
-        self._may = spec.survivors and all(hello.recovery != PROCESS_RESTART for hello in hellos.values())
+        self._may = spec.survivors and not spec.mesh.shares_dense
+        self._may = self._may and all(hello.recovery != PROCESS_RESTART for hello in hellos.values())
         self._orders: list[tuple[int, SetPlacement]] = []
 
     def prepare(self, lost: set[int]) -> bool:

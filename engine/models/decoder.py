@@ -62,14 +62,15 @@ class DenseMLP(SwiGLU):
     """A SwiGLU block in place of experts, with the norm before it."""
 
     def __init__(self, hidden: int, width: int, backend: Backend[Reference], norm: RowNorm) -> None:
-        super().__init__(hidden, width, backend, split=True)
+        super().__init__(hidden, width, backend, member=backend.splits.dense)
         self._ops = backend.ops
         self._norm = norm
-        self._complete, self._total = backend.tensor.complete, backend.tensor.total
+        self._split = backend.splits.dense
 
-    def forward(self, residual: Residual) -> tuple[Tensor, Tensor]:
-        x_TD, normed_TD = self._ops.add_norm(self._complete(residual), self._norm)
-        return x_TD, self._total(self.swiglu(normed_TD))
+    def forward(self, residual: Residual) -> Residual:
+        split = self._split
+        x_TD, normed_TD = self._ops.add_norm(split.enter(residual), self._norm)
+        return split.leave((x_TD, split.sum_of(self.swiglu, normed_TD)), len(residual[0]))
 
 
 class DecoderLayer(nn.Module):

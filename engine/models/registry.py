@@ -8,9 +8,9 @@ import torch
 
 from ...kernels.table import Column, column_for, ops_of
 from ...moe.dispatch.dispatcher import Dispatcher
+from ...parallel.dense import UNSPLIT_LAYERS, LayerSplits
 from ...parallel.linear import Backend
 from ...parallel.stages import PipelineStage, whole_model
-from ...parallel.tensor import UNSPLIT, TensorSplit
 from .config import MlaConfig, ModelConfig
 from .decoder import Model
 from .grouped_attention import GroupedAttention
@@ -22,7 +22,7 @@ class ModelPart:
     """The layers to build, and how they are split."""
 
     stage: PipelineStage
-    split: TensorSplit = UNSPLIT
+    splits: LayerSplits = UNSPLIT_LAYERS
 
 
 def build_model(
@@ -41,5 +41,5 @@ def build_model(
     """
     part = part or ModelPart(whole_model(config.num_layers, config.moe_layers))
     attention = LatentAttention if isinstance(config.attention, MlaConfig) else GroupedAttention
-    backend = Backend(dtype, device, ops_of(column or column_for(device)), part.split)
+    backend = Backend(dtype, device, ops_of(column or column_for(device)), part.splits)
     return Model(config, part.stage, dispatcher, backend, attention, fp8_experts)

@@ -52,7 +52,13 @@ class Shape(ModelConfig):
     @property
     def shared_params(self) -> int:
         """Values in the shared experts of one MoE layer, and in the gate of their output."""
-        return self.hidden * (SWIGLU * self.moe.shared_width + self.moe.shared_gate)
+        return self.split_shared_params(1)
+
+    def split_shared_params(self, parts: int) -> int:
+        """Values in one of ``parts`` of the shared experts of one MoE layer, and in their gate,
+        which is whole in each.
+        """
+        return self.hidden * (SWIGLU * self.moe.shared_width // parts + self.moe.shared_gate)
 
     @property
     def gate_params(self) -> int:

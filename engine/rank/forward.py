@@ -56,11 +56,12 @@ class Forward:
 
     def announce(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
         """Announces the step, or both microbatches. ``real_1`` as in ``Dispatcher.begin_step``."""
-        split = self._parts.split
-        run = split.run_of(num_tokens)
+        splits = self._parts.splits
+        run = splits.tensor.run_of(num_tokens)
         if real_1 is not None:
             real_1 = real_1 - run.start
-        self._parts.dispatcher.begin_step(len(run), -(-capacity // split.size), real_1)
+        splits.begin_step(capacity)
+        self._parts.dispatcher.begin_step(len(run), -(-capacity // splits.tensor.size), real_1)
 
     def _compute(self, rows: Rows, pages_RP: Int32, received_TD: Tensor | None, part: Part) -> Tensor:
         parts = self._parts

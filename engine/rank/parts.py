@@ -8,9 +8,9 @@ import torch
 
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import RankGroups
+from ...parallel.dense import LayerSplits
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
-from ...parallel.tensor import TensorSplit
 from ..models.decoder import Model
 from .expert_slots import ExpertSlots
 from .grammars import Grammars
@@ -21,18 +21,18 @@ from .page_pool import KVPool
 class Parts:
     """Parts of an executor. The model's weights are loaded; ``begin_epoch`` builds the groups.
 
-    ``split``: how the model's layers are. ``links``: to the other stages. ``turns``: those that the
-    dispatcher gives away. ``samples``: whether this rank draws the tokens of its tensor group; the
-    others take them over. ``expert_bytes`` are the weights of one expert of one layer. ``slots``
-    None: this rank has all experts. ``grammars`` None: no request may have one, or another rank
-    samples.
+    ``splits``: how the model's layers are. ``links``: to the other stages. ``turns``: those that
+    the dispatcher gives away. ``samples``: whether this rank draws the tokens of its tensor group;
+    the others take them over. ``expert_bytes`` are the weights of one expert of one layer.
+    ``slots`` None: this rank has all experts. ``grammars`` None: no request may have one, or
+    another rank samples.
     """
 
     rank: int
     model: Model
     dispatcher: Dispatcher
     groups: RankGroups
-    split: TensorSplit
+    splits: LayerSplits
     links: PipelineLinks
     turns: Turns
     samples: bool

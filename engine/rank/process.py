@@ -17,6 +17,7 @@ from ...moe.balance.start import placement_of
 from ...moe.balance.travel import staged_bytes
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.collectives import Collectives, EpochGroup, RankGroups
+from ...parallel.dense import split_as_attention, split_over
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
 from ...parallel.stages import PipelineStage
@@ -91,14 +92,14 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     whole = placement_of(spec.placement_i32, len(config.moe_layers), config.moe.num_experts, mesh.experts)
     here_layers = _moe_layers(config, stage)
     placement = Placement(whole.experts_LWS[here_layers.start : here_layers.stop], whole.num_experts)
-    experts, tensor, stages, moves = _groups(spec, device)
-    split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor)
-    turns = Turns()
+    experts, tensor, dense, stages, moves = _groups(spec, device)
+    split, turns = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor), Turns()
+    splits = split_as_attention(split) if dense.size == 1 else split_over(dense, split, turns.give)
     dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
     dispatcher, memory = build_dispatcher(spec, config.moe, dtype, placement, experts, turns)
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
-    part = ModelPart(stage, split)
+    part = ModelPart(stage, splits)
     model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts, part=part)
     load_weights(
         model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress
@@ -127,8 +128,8 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(tensor, stages, *spread, experts=spread),
-        split=split,
+        groups=RankGroups(tensor, dense, stages, *spread, experts=spread),
+        splits=splits,
         links=PipelineLinks(stages, stage, device),
         turns=turns,
         samples=mesh.samples(spec.rank),
@@ -168,20 +169,23 @@ def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
 
 def _groups(
     spec: RankSpec, device: torch.device
-) -> tuple[Collectives, Collectives, Collectives, Collectives]:
-    """The groups of ranks that this one shares experts with, that it splits layers with, and that
-    have the other stages of its layers; and one for moves of experts, which meets if they may move.
+) -> tuple[Collectives, Collectives, Collectives, Collectives, Collectives]:
+    """The groups of ranks that this one shares experts with, that it splits layers with, that it
+    splits dense blocks with, and that have the other stages of its layers; and one for moves of
+    experts, which meets if they may move.
     """
     mesh, here = spec.mesh, spec.mesh.coordinates(spec.rank)
     deadline = spec.collective_deadline
     store = MeetingStore(spec, deadline) if mesh.world > 1 else None
     experts = f"experts of stage {here.stage}"
     layers = f"layers of stage {here.stage}, data {here.data}"
+    dense = f"dense blocks of stage {here.stage}, group {here.dense_group}"
     stages = f"stages of data {here.data}, tensor {here.tensor}"
     moves = f"moves of experts of stage {here.stage}"
     return (
         Collectives(experts, here.expert, mesh.experts, store, deadline, device),
         Collectives(layers, here.tensor, mesh.tensor, store, deadline, device),
+        Collectives(dense, here.dense if mesh.dense else 0, max(1, mesh.dense), store, deadline, device),
         Collectives(stages, here.stage, mesh.pipeline, store, deadline, device, memory=False),
         Collectives(moves, here.expert, mesh.experts, store, deadline, device, memory=False),
     )

@@ -29,7 +29,7 @@ MOST_PER_STEP = 8192
 _SHORTEST = 2e-6  # seconds between two notes that are no span: the host's own way there
 _PHASES = {DISPATCH: Span.DISPATCH, EXPERT: Span.EXPERTS, COMBINE: Span.COMBINE}
 _PHASE_WAITS = {DISPATCH: Span.DISPATCH_WAIT, COMBINE: Span.COMBINE_WAIT}
-_ROLE_WAITS = {"layers": Span.TENSOR_WAIT, "stages": Span.STAGE_WAIT}
+_ROLE_WAITS = {"layers": Span.TENSOR_WAIT, "dense": Span.TENSOR_WAIT, "stages": Span.STAGE_WAIT}
 
 
 @dataclass
@@ -173,6 +173,8 @@ class SpanNotes:
             lane = self._step
         elif role == "experts" and len(self._kinds) < MOST_PER_STEP:
             lane.waits.append(len(self._kinds))
+        elif role == "dense" and lane.free is None and lane is not self._step:
+            lane.free = end  # the turn was given away in the middle of a block
         self._add(lane, kind, begin, end)
 
     def _switched(self, event: str, between: tuple[Any, Any]) -> None:

@@ -32,7 +32,7 @@ class TokenChoice:
         """Tokens [R], the same on all ranks of a tensor group, and the requested log-probabilities.
         Logits that are split come together only for rows that need more than the most likely token.
         """
-        model, split = self._parts.model, self._parts.split
+        model, split = self._parts.model, self._parts.splits.tensor
         plain = self._settings.plain(slots) if split.size > 1 else None
         if plain is not None and plain.any():
             if plain.all():
@@ -56,8 +56,8 @@ class TokenChoice:
         lines: tuple[RowLogprobs, ...] = ()
         if self._parts.samples:
             tokens, lines = self._draw_from(logits_RV, self._settings.rows(slots), positions, numbers, masks)
-        if self._parts.split.size > 1:
-            drawn_R = self._parts.split.from_first(torch.from_numpy(tokens).to(self._parts.device))
+        if self._parts.splits.tensor.size > 1:
+            drawn_R = self._parts.splits.tensor.from_first(torch.from_numpy(tokens).to(self._parts.device))
             tokens = drawn_R.cpu().numpy()
         return tokens, lines
 

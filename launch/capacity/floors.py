@@ -82,6 +82,7 @@ def stage_floor(setup: Setup, stage: PipelineStage, work: Work) -> Floor:
     """The floor of one pipeline stage."""
     exchange = traffic(setup, work.tokens)
     network = stage.num_moe * (exchange.dispatch_seconds + exchange.combine_seconds)
+    network += _num_gathered(setup, stage) * dense_seconds(setup, work.tokens)
     return Floor(
         setup.sharing * _compute(setup, stage, work), setup.sharing * _memory(setup, stage, work), network
     )
@@ -143,6 +144,25 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
             away, back = (copies * (near - 1) / near, far), (top_k * (near - 1) / near, far)
     sent, returned = [tokens * row * part for part in away], [tokens * output * part for part in back]
     return Traffic(int(sum(sent)), int(sum(returned)), _exchange(setup, *sent), _exchange(setup, *returned))
+
+
+def _num_gathered(setup: Setup, stage: PipelineStage) -> int:
+    """Blocks of a stage around which a dense group exchanges tokens."""
+    layers = stage.num_layers - stage.num_moe if setup.mesh.shares_dense else 0
+    return layers + (stage.num_moe if setup.shape.moe.shared_width else 0)
+
+
+def dense_seconds(setup: Setup, num_tokens: float) -> float:
+    """Seconds of the exchange around one dense block, there and back, when every data-parallel rank
+    has ``num_tokens`` tokens: a rank sends its own to all others of its dense group, and gets their
+    sums.
+    """
+    size = setup.mesh.dense
+    if size <= 1:
+        return 0.0
+    near = min(size, setup.linked_ranks)
+    sent = num_tokens / setup.mesh.tensor * setup.shape.hidden * setup.item
+    return 2 * _exchange(setup, sent * (near - 1), sent * (size - near) / near)
 
 
 def _exchange(setup: Setup, near: float, far: float) -> float:

@@ -74,8 +74,8 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
 
 
 def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
-    """Parameters of a rank. A tensor group splits attention, dense layers and the vocabulary;
-    gates and shared experts are whole on each of its ranks.
+    """Parameters of a rank. A tensor group splits attention and the vocabulary, and dense layers
+    unless a dense group does, which splits shared experts too. Gates are whole on every rank.
     """
     shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
@@ -89,7 +89,9 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
         attention=stage.num_layers
         * (stored_bytes(shape.split_attention_params(tensor), setup.weights) + shape.norm_params * item),
         dense=stored_bytes(
-            num_dense * shape.dense_params // tensor + stage.num_moe * shape.shared_params, setup.weights
+            num_dense * shape.dense_params // setup.dense_parts
+            + stage.num_moe * shape.split_shared_params(setup.shared_parts),
+            setup.weights,
         ),
         gates=stage.num_moe * shape.gate_params * _GATE_ITEM,
         experts=slots - redundant - empty,
@@ -122,13 +124,18 @@ def activations_of(setup: Setup, stage: PipelineStage) -> int:
         heads.head_dim if isinstance(heads, GqaConfig) else heads.nope_dim + heads.rope_dim
     )
     blocks = [4 * tokens * width // tensor * item]
+    # Tokens of a dense group, there and back: the other ranks' as well.
+    group = setup.mesh.dense if setup.mesh.dense > 1 else 0
+    gathered = 2 * group * -(-tokens // tensor) * shape.hidden * item
     if stage.num_layers > stage.num_moe:
-        blocks.append(3 * tokens * shape.dense_width // tensor * item)
+        wide = gathered if setup.mesh.shares_dense else 0
+        blocks.append(3 * tokens * shape.dense_width // tensor * item + wide)
     if stage.num_moe:
         pairs = -(-tokens // tensor) * shape.moe.top_k
         blocks.append(
             pairs * (2 * shape.hidden + 3 * shape.moe.expert_width) * item
             + 3 * tokens * shape.moe.shared_width // tensor * item
+            + (gathered if shape.moe.shared_width else 0)
         )
     if stage.last:
         blocks.append(_LOGIT_COPIES * setup.max_running * shape.vocab_size * 4)

@@ -89,6 +89,7 @@ class CapacityPlan:
             "pipeline": mesh.pipeline,
             "data": mesh.data,
             "tensor": mesh.tensor,
+            "dense": self.setup.dense_parts,
         }
         names = (
             "dispatch",
@@ -221,6 +222,9 @@ def _layout_misfits(setup: Setup) -> list[str]:
             f"parallel.tensor = {setup.mesh.tensor}: a tensor group stays on one node, which has {here} ranks"
         )
         found.append(f"{what}; use a divisor of {here}")
+    if setup.mesh.dense and here % setup.mesh.dense:
+        what = f"parallel.dense = {setup.mesh.dense}: a dense group stays on one node, which has {here} ranks"
+        found.append(f"{what}; use a divisor of {here}")
     return found
 
 
@@ -254,6 +258,8 @@ def _more_ranks(setup: Setup) -> str:
     most = setup.shape.moe.num_experts * mesh.pipeline // per_node
     for nodes in range(mesh.world // per_node + 1, most + 1):
         data, rest = divmod(nodes * per_node, mesh.pipeline * mesh.tensor)
+        if mesh.dense and data * mesh.tensor % mesh.dense:
+            continue
         wider = replace(setup, mesh=msgspec.structs.replace(mesh, data=data))
         capacity = None if rest else _fitting_capacity(wider)
         if capacity is not None:

@@ -15,11 +15,10 @@ def show_plan(plan: CapacityPlan, title: str, console: Console) -> None:
     setup = plan.setup
     mesh, shape = setup.mesh, setup.shape
     ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
-    sizes = f"pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}"
     experts = "" if setup.weights == setup.expert_weights else f", experts {setup.expert_weights}"
     console.print(
         f"[bold]{escape(title)}[/bold]: {shape.total_params / 1e9:.1f} G parameters of {shape.family} "
-        f"on {ranks} ({sizes}); weights {setup.weights}{experts}, KV {setup.kv_dtype}, "
+        f"on {ranks} ({mesh.sizes}); weights {setup.weights}{experts}, KV {setup.kv_dtype}, "
         f"dispatch {setup.dispatch}"
     )
     console.print(f"verified: {escape(plan.verified or 'the recipe does not say')}\n")

@@ -77,7 +77,7 @@ class Setup:
         for every expert. 0 where every loss is waited for.
         """
         restarts = self.hardware.device == "cuda" and self.dispatch == "all_to_all"
-        if restarts or not self.survivors:
+        if restarts or not self.survivors or self.mesh.shares_dense:
             return 0
         needed = -(-self.shape.moe.num_experts // (self.num_slots * self.mesh.tensor))
         return self.mesh.data - max(1, needed)
@@ -91,10 +91,24 @@ class Setup:
         return stored_bytes(self.shape.expert_params, self.expert_weights)
 
     @property
+    def dense_parts(self) -> int:
+        """Ranks that split a dense layer."""
+        return self.mesh.dense or self.mesh.tensor
+
+    @property
+    def shared_parts(self) -> int:
+        """Ranks that split the shared experts of a layer."""
+        return self.mesh.dense or 1
+
+    @property
     def near_ranks(self) -> int:
         """Ranks that share experts and reach each other over the near link."""
-        linked = self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node
-        return min(self.expert_ranks, linked)
+        return min(self.expert_ranks, self.linked_ranks)
+
+    @property
+    def linked_ranks(self) -> int:
+        """Ranks that reach each other over the near link."""
+        return self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node
 
     @property
     def slots_twice(self) -> bool:

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .recipe import Recipe, RecipeError, key_paths, key_type, problems
+from .keys import key_paths, key_type
+from .recipe import Recipe, RecipeError, problems
 
 
 class _Loader(yaml.SafeLoader):

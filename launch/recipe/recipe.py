@@ -8,7 +8,7 @@ the path of its key.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -99,6 +99,12 @@ class ParallelSection(RecipeSection):
     tensor: int = Field(default=1, ge=1, description="tensor parallel size of attention and dense layers")
     pipeline: int = Field(
         default=1, ge=1, description="number of pipeline stages; layers go to stages by cost"
+    )
+    dense: AutoInt = Field(
+        default=None,
+        ge=1,
+        description="ranks that split dense layers and shared experts, a multiple of tensor; auto: tensor "
+        "splits dense layers, and shared experts are whole on every rank",
     )
 
 
@@ -284,7 +290,10 @@ class Recipe(RecipeSection):
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(pipeline=self.parallel.pipeline, data=self.data, tensor=self.parallel.tensor)
+        parallel = self.parallel
+        return Mesh(
+            pipeline=parallel.pipeline, data=self.data, tensor=parallel.tensor, dense=parallel.dense or 0
+        )
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -351,7 +360,19 @@ def contradictions(recipe: Recipe) -> list[str]:
             "frontend.admin_key: is also in frontend.api_keys; every user would be an administrator",
         ),
     )
-    return [text for wrong, text in checks if wrong]
+    return [text for wrong, text in (*checks, *_dense_groups(recipe)) if wrong]
+
+
+def _dense_groups(recipe: Recipe) -> tuple[tuple[bool, str], ...]:
+    """Contradictions of ``parallel.dense``, where it is set."""
+    dense, tensor = recipe.parallel.dense, recipe.parallel.tensor
+    if dense is None:
+        return ()
+    stage, what = recipe.data * tensor, f"parallel.dense = {dense}"
+    return (
+        (dense % tensor != 0, f"{what}: not a multiple of parallel.tensor ({tensor})"),
+        (stage % dense != 0, f"{what}: does not divide the {stage} ranks of a pipeline stage"),
+    )
 
 
 def not_yet(recipe: Recipe) -> list[str]:
@@ -373,27 +394,3 @@ def not_yet(recipe: Recipe) -> list[str]:
 def model_directory(recipe: Recipe, folder: Path) -> Path:
     """The checkpoint's directory. ``folder`` is the recipe file's."""
     return (folder / Path(recipe.model.path).expanduser()).resolve()
-
-
-def key_type(path: tuple[str, ...]) -> Any:
-    """The annotation of a key; None for a section or an unknown key."""
-    part: type[BaseModel] = Recipe
-    for name in path[:-1]:
-        field = part.model_fields.get(name)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
-            return None
-        part = field.annotation
-    field = part.model_fields.get(path[-1])
-    return None if field is None else field.annotation
-
-
-def key_paths(part: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Every key of the recipe as a dotted path, sections included."""
-    paths = []
-    for name, field in part.model_fields.items():
-        paths.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths += key_paths(field.annotation, f"{prefix}{name}.")
-    return paths

@@ -64,8 +64,8 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
-    """Layers that do not suffice for ``parallel.pipeline``, or that ``parallel.tensor`` does not
-    divide.
+    """Layers that do not suffice for ``parallel.pipeline``, or that ``parallel.tensor`` or
+    ``parallel.dense`` does not divide.
     """
     tensor, pipeline, found = recipe.parallel.tensor, recipe.parallel.pipeline, []
     if pipeline > config.num_layers:
@@ -74,9 +74,18 @@ def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
         config.attention.split(tensor)
     except ValueError as error:
         found.append(f"parallel.tensor = {tensor}: {error}")
-    if len(config.moe_layers) < config.num_layers and config.dense_width % tensor:
+    has_dense, dense = len(config.moe_layers) < config.num_layers, recipe.parallel.dense
+    if dense is None and has_dense and config.dense_width % tensor:
         found.append(
             f"parallel.tensor = {tensor}: does not divide the width {config.dense_width} of dense layers"
+        )
+    if dense is not None and has_dense and config.dense_width % dense:
+        found.append(
+            f"parallel.dense = {dense}: does not divide the width {config.dense_width} of dense layers"
+        )
+    if dense is not None and config.moe.shared_width % dense:
+        found.append(
+            f"parallel.dense = {dense}: does not divide the width {config.moe.shared_width} of shared experts"
         )
     return found
 

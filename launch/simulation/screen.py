@@ -62,10 +62,9 @@ def show_report(
     """Prints tables of clients and cluster, then the limiting resource."""
     mesh = plan.setup.mesh
     ranks = "1 rank" if mesh.world == 1 else f"{mesh.world} ranks"
-    sizes = f"pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}"
     console.print(
-        f"[bold]{escape(title)}[/bold] under {escape(report.trace)}: {ranks} ({sizes}), simulated with the "
-        f"real planner; steps run at {efficiency:g} of the speed of their floors (--efficiency)"
+        f"[bold]{escape(title)}[/bold] under {escape(report.trace)}: {ranks} ({mesh.sizes}), simulated with "
+        f"the real planner; steps run at {efficiency:g} of the speed of their floors (--efficiency)"
     )
     if not report.complete:
         console.print("[yellow]stopped early:[/yellow] results so far")

@@ -55,9 +55,28 @@ def test_out_of_the_world() -> None:
         msgspec.json.decode(b'{"data": 0}', type=Mesh)
 
 
-def test_recordings_hold_the_three_sizes() -> None:
+def test_dense_groups_are_neighbours_in_a_stage() -> None:
+    mesh = Mesh(pipeline=2, data=4, tensor=2, dense=4)
+    places = [mesh.coordinates(rank) for rank in range(mesh.world)]
+    assert [(p.stage, p.dense_group, p.dense) for p in places] == [
+        (stage, group, index) for stage in range(2) for group in range(2) for index in range(4)
+    ]
+    assert [(p.dense_group, p.dense) for p in map(Mesh(data=2, tensor=2).coordinates, range(4))] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ], "by default those that split attention"
+    assert mesh.shares_dense and not Mesh(data=4, tensor=2, dense=2).shares_dense
+    for wrong in ({"data": 3, "dense": 2}, {"data": 2, "tensor": 2, "dense": 1}):
+        with pytest.raises(AssertionError, match="dense groups"):
+            Mesh(**wrong)
+
+
+def test_recordings_hold_the_sizes_and_those_before_dense_groups_are_read() -> None:
     mesh = Mesh(pipeline=2, data=3)
     mesh.members(1)
     encoded = msgspec.json.encode(mesh)
-    assert encoded == b'{"pipeline":2,"data":3,"tensor":1}'
+    assert encoded == b'{"pipeline":2,"data":3,"tensor":1,"dense":0}'
     assert msgspec.json.decode(encoded, type=Mesh) == mesh
+    assert msgspec.json.decode(b'{"pipeline":2,"data":3,"tensor":1}', type=Mesh) == mesh

@@ -133,6 +133,28 @@ def test_a_stage_of_one_wide_dense_layer_before_one_of_three_layers(tmp_path: Pa
         served.assert_clean()
 
 
+def test_dense_blocks_of_data_parallel_ranks_are_split(tmp_path: Path) -> None:
+    """Few requests, so that a rank often has none; then the same while a rank is killed."""
+    overrides = "cluster.ranks_per_node=2", "parallel.dense=2", "scheduler.checksum_every=1", "overlap=on"
+    with serve(tmp_path / "run", *overrides, "experts.redundant=32") as served:
+        bodies, oracle = random_bodies(random.Random(23), 5, (4, 60)), Oracle()
+        known = [each for body in bodies[:2] for each in oracle.know(served, [body], 16)]
+        known += oracle.know(served, bodies, NUM_OUTPUT)
+        answers: list[Answer] = []
+        [counted], asks = served.counted("generation_tokens"), [each.ask(NUM_OUTPUT) for each in known]
+        sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
+        sending.start()
+        served.wait_until(
+            lambda: served.metrics()["generation_tokens_total"] > counted + 20, "tokens are streaming"
+        )
+        os.kill(served.launcher.pid_of("rank 1"), signal.SIGKILL)
+        sending.join(200)
+        assert len(answers) == len(known), "requests have not ended"
+        for each, answer in zip(known, answers, strict=True):
+            each.assert_same(answer, "after a rank was killed")
+        served.assert_clean()
+
+
 def test_a_grammar_beside_plain_greedy_rows_where_the_vocabulary_is_split(tmp_path: Path) -> None:
     """Ranks that do not sample know which rows have a grammar: all choose them by whole logits."""
     plain = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True}

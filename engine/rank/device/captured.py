@@ -70,7 +70,7 @@ class CapturedDecode:
     @property
     def samples(self) -> bool:
         """Whether rows that need no host are sampled by a recording."""
-        return self._parts.split.size == 1
+        return self._parts.splits.tensor.size == 1
 
     def begin_epoch(self) -> None:
         """Captures all steps, the largest first, unless recordings of an earlier epoch hold: those

@@ -308,14 +308,14 @@ class DeviceExecutor(Executor):
             return []
         hidden_CD = hidden_TD.index_select(0, sent[0])
         more: list[Tensor] = []
-        if parts.split.size > 1 and self._settings.plain(drawing.slots).all():
+        if parts.splits.tensor.size > 1 and self._settings.plain(drawing.slots).all():
             tokens_C = model.likeliest(hidden_CD)
         else:
             logits_CV = model.logits(hidden_CD)
             tokens_C = torch.zeros(len(drawing.slots), dtype=torch.int64, device=parts.device)
             if parts.samples:
                 tokens_C, more = self._draw(logits_CV, sent[1:], drawing)
-            tokens_C = parts.split.from_first(tokens_C)
+            tokens_C = parts.splits.tensor.from_first(tokens_C)
         self._slots.last_S1.index_copy_(0, sent[1], tokens_C)
         parts.links.send_tokens(step, tokens_C)
         return [tokens_C, *more]

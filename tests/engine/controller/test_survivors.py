@@ -156,10 +156,12 @@ def test_all_ranks_of_a_data_index_are_away_and_come_back_together() -> None:
     assert cluster.vacant == ()
 
 
-@pytest.mark.parametrize("why", ["too few slots", "the last data index", "the recipe", "symmetric memory"])
+@pytest.mark.parametrize(
+    "why", ["too few slots", "the last data index", "the recipe", "symmetric memory", "dense"]
+)
 def test_all_wait_where_they_cannot_go_on(why: str) -> None:
     cluster = Cluster(
-        Mesh(data=1, tensor=2) if why == "the last data index" else Mesh(data=2),
+        Mesh(data=1, tensor=2) if why == "the last data index" else Mesh(data=2, dense=2 * (why == "dense")),
         redundant=4 if why == "too few slots" else 8,
         survivors=why != "the recipe",
         recovery="process restart" if why == "symmetric memory" else "regroup",

@@ -25,7 +25,14 @@ from lockstep.launch.capacity.anchors import (
     floor_beside,
     markdown,
 )
-from lockstep.launch.capacity.floors import decode_work, distinct, floor_of, prefill_work, traffic
+from lockstep.launch.capacity.floors import (
+    decode_work,
+    dense_seconds,
+    distinct,
+    floor_of,
+    prefill_work,
+    traffic,
+)
 from lockstep.launch.capacity.memory import dispatch_buffers, symmetric_memory
 from lockstep.launch.capacity.plan import CapacityPlan, make_plan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
@@ -92,7 +99,7 @@ def test_a_program_reads_json(tmp_path: Path) -> None:
     result = command(tmp_path, "--recipe", "deepseek-gb200", "--json")
     plan = json.loads(result.stdout)
     assert (result.returncode, plan["fits"], plan["launches"]) == (0, True, True)
-    assert plan["layout"] == {"world": 72, "pipeline": 1, "data": 72, "tensor": 1}
+    assert plan["layout"] == {"world": 72, "pipeline": 1, "data": 72, "tensor": 1, "dense": 1}
     (ranks,) = plan["ranks"]
     held = ranks["memory"]
     assert held["weights"]["total"] == sum(size for name, size in held["weights"].items() if name != "total")
@@ -176,6 +183,11 @@ def test_model_dimensions_come_from_the_model_where_it_is() -> None:
             "parallel.tensor = 16: a tensor group stays on one node, which has 8 ranks",
         ),
         (
+            "qwen3-235b-2x8",
+            ["parallel.dense=16"],
+            "parallel.dense = 16: a dense group stays on one node, which has 8 ranks",
+        ),
+        (
             "qwen3-30b-a3b-1xh100",
             ["kv_cache.memory=512MiB"],
             "model.max_len is 32768, but the KV cache of a rank holds 10560 tokens",
@@ -239,6 +251,7 @@ def test_more_ranks_cannot_help_where_each_holds_too_much() -> None:
         (["cluster.ranks_per_node=4", "experts.redundant=32", "parallel.tensor=2"], 1),
         (["cluster.ranks_per_node=4", "experts.redundant=96", "parallel.tensor=4"], 0),
         (["cluster.ranks_per_node=4", "experts.redundant=32", "cluster.survivors=wait"], 0),
+        (["cluster.ranks_per_node=4", "experts.redundant=32", "parallel.dense=2"], 0),
     ],
 )
 def test_the_data_indices_that_others_outlive_follow_from_slots(overrides: list[str], spare: int) -> None:
@@ -346,6 +359,36 @@ def test_a_token_meets_as_many_ranks_as_a_count_says(ranks: int) -> None:
     assert distinct(grouped, 8) == pytest.approx(2), (
         "an expert group on each rank: the chosen groups are the ranks"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["parallel.dense=3", "cluster.ranks_per_node=3"],
+            "dense = 3: does not divide the width 512 of dense",
+        ),
+        (["parallel.dense=32", "cluster.ranks_per_node=32"], "= 32: does not divide the width 48 of shared"),
+        (["parallel.dense=4", "parallel.tensor=8", "cluster.ranks_per_node=8"], "dense = 4: not a multiple"),
+    ],
+)
+def test_dense_groups_that_cannot_be_are_refused_with_both_numbers(overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        plan_of("demo", *overrides)
+
+
+def test_dense_groups_send_each_block_s_tokens_there_and_their_sums_back() -> None:
+    """3 dense layers, 58 with shared experts. Weights are read by parts, operations are as many."""
+    alone = deepseek("h100", 32, prefill=False)
+    wide, work = replace(alone, mesh=Mesh(data=32, dense=8)), decode_work(64, 2048)
+    own = 64 * 7168 * 2
+    each = 2 * (7 * own / (1e9 * alone.hardware.near_gb_s) + 1e-6 * alone.hardware.latency_us)
+    before, after = floor_of(alone, work), floor_of(wide, work)
+    assert after.network - before.network == pytest.approx(61 * each)
+    assert after.compute == before.compute and after.memory < before.memory
+    with_attention = replace(alone, mesh=Mesh(data=4, tensor=8, dense=8))
+    assert dense_seconds(with_attention, 64) == pytest.approx(each / 8, rel=0.1)
+    assert dense_seconds(replace(alone, mesh=Mesh(data=4, tensor=8)), 64) == 0.0
 
 
 def test_traffic_by_dispatcher() -> None:

@@ -127,6 +127,24 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
         4,
         ["parallel.tensor=4"],
     ),
+    "deepseek, dense blocks over two": (
+        deepseek_v3_config(n_shared_experts=2),
+        torch.float32,
+        4,
+        ["parallel.dense=2"],
+    ),
+    "qwen2 split over two, dense blocks over four": (
+        qwen2_moe_config(decoder_sparse_step=2, num_hidden_layers=4),
+        torch.bfloat16,
+        4,
+        ["parallel.tensor=2", "parallel.dense=4"],
+    ),
+    "deepseek in two stages, split over two, shared experts too": (
+        deepseek_v3_config(num_hidden_layers=4),
+        torch.float32,
+        4,
+        ["parallel.pipeline=2", "parallel.tensor=2", "parallel.dense=2"],
+    ),
     "deepseek in two stages, the last of which has the head and fewer layers": (
         deepseek_v3_config(num_hidden_layers=5, vocab_size=1000),
         torch.float32,
@@ -452,3 +470,10 @@ def test_stages_and_tensor_groups_share_the_weights(tmp_path: Path) -> None:
     _, (split,) = whole("parallel.tensor=2")
     assert attention / 2 < split < attention, "the projections to the latents are whole on each rank"
     assert one.kv_tokens == 4 * one.kv_tokens_per_rank
+    gathered, (as_one,) = whole("parallel.dense=4")
+    assert (
+        as_one == attention
+        and gathered.ranks[0].memory.weights.dense * 4 == one.ranks[0].memory.weights.dense
+    )
+    assert gathered.ranks[0].memory.activations >= one.ranks[0].memory.activations
+    assert gathered.to_json()["layout"]["dense"] == 4

@@ -11,7 +11,8 @@ from lockstep.engine.models.shape import read_shape
 from lockstep.launch.capacity.plan import plan_recipe
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import load_hardware
-from lockstep.launch.recipe.recipe import RecipeError, contradictions, key_paths
+from lockstep.launch.recipe.keys import key_paths
+from lockstep.launch.recipe.recipe import RecipeError, contradictions
 
 FOLDER = find_recipe("demo").parent
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -12,12 +12,11 @@ from hypothesis import given, strategies as st
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS
 from lockstep.engine.protocol.specs import KVEventsSpec
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
+from lockstep.launch.recipe.keys import key_paths, key_type
 from lockstep.launch.recipe.recipe import (
     FrontendSection,
     Recipe,
     RecipeError,
-    key_paths,
-    key_type,
     model_directory,
 )
 from lockstep.launch.recipe.resolve import kv_events_spec
@@ -365,6 +364,14 @@ def test_deep_nesting_is_refused() -> None:
         (
             "parallel: {tensor: 2}\ncluster: {ranks_per_node: 3}",
             ["parallel.tensor x parallel.pipeline = 2", "3 ranks"],
+        ),
+        (
+            "parallel: {dense: 2}\ncluster: {ranks_per_node: 3}",
+            ["parallel.dense = 2", "3 ranks of a pipeline stage"],
+        ),
+        (
+            "parallel: {dense: 3, tensor: 2}\ncluster: {ranks_per_node: 6}",
+            ["parallel.dense = 3", "parallel.tensor (2)"],
         ),
         (
             "experts: {dispatch: local}\ncluster: {ranks_per_node: 2}",

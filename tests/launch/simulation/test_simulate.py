@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from rich.console import Console
 
 from lockstep.engine.simulation.simulated_group import StepWork
@@ -116,6 +117,15 @@ def test_the_default_is_what_published_figures_reach() -> None:
         0.5,
     )
     assert pytest.approx(statistics.median(shares), abs=0.02) == EFFICIENCY
+
+
+def test_the_exchange_of_dense_groups_counts_at_the_fullest_rank() -> None:
+    plan, _ = planned(DEEPSEEK, "parallel.dense=4")
+    alone = replace(plan.setup, mesh=structs.replace(plan.setup.mesh, dense=0))
+    works = (work_of(decodes=[rows] + [0] * 71, chunks=[0] * 72) for rows in (1, 10**7))
+    few, many = (FloorTimes(plan.setup, 1.0)(work).max() for work in works)
+    floors = [floor_of(setup, decode_work(10**7, 0)).network for setup in (plan.setup, alone)]
+    assert floors[0] > floors[1] and many >= floors[0] > few
 
 
 def test_stages_share_the_layers_and_add_up_to_the_plan() -> None:

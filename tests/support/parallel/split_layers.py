@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lockstep.kernels.table import ops_of
 from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.dense import split_as_attention
 from lockstep.parallel.linear import Backend, SwiGLU
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import split_layers
@@ -33,7 +34,7 @@ def halves(collectives: Collectives) -> dict[str, tuple[Any, Any]]:
     x_TD = torch.randn(len(tokens), HIDDEN, generator=draw)
     found: dict[str, tuple[Any, Any]] = {}
 
-    backend = Backend(torch.float32, CPU, ops_of("reference"), split)
+    backend = Backend(torch.float32, CPU, ops_of("reference"), split_as_attention(split))
     embedding, output = Embedding(VOCAB, HIDDEN, backend), OutputHead(HIDDEN, VOCAB, backend)
     _fill(embedding, table)
     _fill(output, head)
@@ -41,7 +42,7 @@ def halves(collectives: Collectives) -> dict[str, tuple[Any, Any]]:
     found["tied head"] = _lists(embedding.head(x_TD), x_TD @ table.T)
     found["head"] = _lists(output.head(x_TD), x_TD @ head.T)
 
-    block = SwiGLU(HIDDEN, WIDTH, backend, split=True)
+    block = SwiGLU(HIDDEN, WIDTH, backend, member=split)
     gate, up = gate_up.chunk(2)
     own = slice(split.index * WIDTH // SIZE, (split.index + 1) * WIDTH // SIZE)
     block.gate_up_proj.weight.copy_(torch.cat([gate[own], up[own]]))

@@ -30,10 +30,10 @@ from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.clock import NoClock
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.parallel.collectives import Collectives, RankGroups
+from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import whole_model
-from lockstep.parallel.tensor import UNSPLIT
 
 META = torch.device("meta")
 CONFIGS = find_recipe("demo").parent / "configs"
@@ -97,13 +97,15 @@ def executor_of(name: str) -> DeviceExecutor:
         contiguous(len(config.moe_layers), config.moe.num_experts, 1), META, NoClock()
     )
     stage = whole_model(config.num_layers, config.moe_layers)
-    model = build_model(config, dispatcher, torch.bfloat16, META, "triton", part=ModelPart(stage, UNSPLIT))
+    model = build_model(
+        config, dispatcher, torch.bfloat16, META, "triton", part=ModelPart(stage, UNSPLIT_LAYERS)
+    )
     parts = Parts(
         rank=0,
         model=model,
         dispatcher=dispatcher,
         groups=RankGroups(alone),
-        split=UNSPLIT,
+        splits=UNSPLIT_LAYERS,
         links=PipelineLinks(alone, stage, META),
         turns=Turns(),
         samples=True,

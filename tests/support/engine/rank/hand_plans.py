@@ -28,6 +28,7 @@ from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
 from lockstep.parallel.collectives import Collectives, RankGroups
+from lockstep.parallel.dense import split_as_attention, split_over
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import whole_model
@@ -50,14 +51,16 @@ def build_executor(
     kv_format: KvFormat = "fp32",
     column: Column = "cpu",
     tensor: Collectives | None = None,
+    dense: Collectives | None = None,
     as_device: bool = False,
     recorder: GraphRecorder | None = None,
     num_slots: int = NUM_SLOTS,
     device: torch.device = CPU,
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
-    those of the experts. ``tensor``: the ranks that split layers. ``as_device``: the executor of a
-    device, with a ``recorder`` if given; on this CPU unless ``device`` is another.
+    those of the experts. ``tensor``: the ranks that split layers; ``dense``: those that split dense
+    blocks, if others do. ``as_device``: the executor of a device, with a ``recorder`` if given; on
+    this CPU unless ``device`` is another.
     """
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
@@ -65,9 +68,10 @@ def build_executor(
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
     turns = Turns()
+    splits = split_as_attention(split) if dense is None else split_over(dense, split, turns.give)
     dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device)
     stage = whole_model(config.num_layers, config.moe_layers)
-    part = ModelPart(stage, split)
+    part = ModelPart(stage, splits)
     model = build_model(config, dispatcher, torch.float32, device, column, part=part)
     load_weights(
         model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None
@@ -85,8 +89,8 @@ def build_executor(
         rank=collectives.index,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(collectives, tensor),
-        split=split,
+        groups=RankGroups(collectives, tensor, *([] if dense is None else [dense])),
+        splits=splits,
         links=PipelineLinks(alone, stage, device),
         turns=turns,
         samples=tensor.index == 0,
