@@ -12,6 +12,7 @@ T tokens  D hidden  F width of a SwiGLU block
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -26,10 +27,15 @@ from .tensor import UNSPLIT, Member, Shard, TensorSplit, shard_of
 
 class LinearOps(Protocol):
     """The ops that linear layers call. ``pack`` yields a weight as ``linear`` reads it fastest;
-    ``silu_mul`` maps [..., 2F], gate first, to silu(gate) * up.
+    ``linear_fp8`` takes one in FP8 with a scale per block; ``silu_mul`` maps [..., 2F], gate first,
+    to silu(gate) * up.
     """
 
     def linear(self, x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor: ...
+
+    def linear_fp8(
+        self, x: Tensor, weight_ND: Tensor, bias_N: Tensor | None, scales_GG: Tensor
+    ) -> Tensor: ...
 
     def pack(self, weights: Tensor) -> Tensor: ...
 
@@ -43,13 +49,15 @@ OpsT_co = TypeVar("OpsT_co", bound=LinearOps, covariant=True)
 @dataclass(frozen=True)
 class Backend(Generic[OpsT_co]):
     """The type and the device of a model's parameters, the ops that compute with them, and how
-    layers are split.
+    layers are split. ``fp8_block``: linear layers stay in the FP8 of their checkpoint, which has a
+    scale for so many rows and columns (arXiv 2412.19437, section 3.3); None: none does.
     """
 
     dtype: torch.dtype
     device: torch.device
     ops: OpsT_co
     splits: LayerSplits = UNSPLIT_LAYERS
+    fp8_block: int | None = None
 
     @property
     def tensor(self) -> TensorSplit:
@@ -62,15 +70,24 @@ class Backend(Generic[OpsT_co]):
         return nn.Parameter(values, requires_grad=False)
 
 
+_Operands = tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
+
 WHOLE = Shard()
 
 
 class Matrix(nn.Module):
     """A weight [rows, columns] that is read as it is; ``shard`` of a checkpoint's."""
 
-    def __init__(self, columns: int, rows: int, backend: Backend[LinearOps], shard: Shard = WHOLE) -> None:
+    def __init__(
+        self,
+        columns: int,
+        rows: int,
+        backend: Backend[LinearOps],
+        shard: Shard = WHOLE,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = backend.parameter(rows, columns)
+        self.weight = backend.parameter(rows, columns, dtype=dtype)
         self._shard = shard
 
     def shards(self) -> dict[str, Shard]:
@@ -81,7 +98,9 @@ class Matrix(nn.Module):
 class Linear(Matrix):
     """x W^T + b, with weight [rows, columns]. Nothing else reads the weight once it is packed.
 
-    Where the columns are split, the result is a summand: ``TensorSplit.total`` adds them up.
+    Where the columns are split, the result is a summand: ``TensorSplit.total`` adds them up. The
+    weight is in FP8 where it has ``scales`` [ceil(rows / block), ceil(columns / block)]; a part
+    that begins inside a block of the checkpoint is not.
     """
 
     def __init__(
@@ -92,11 +111,36 @@ class Linear(Matrix):
         bias: bool = False,
         shard: Shard = WHOLE,
     ) -> None:
-        super().__init__(columns, rows, backend, shard)
+        block = backend.fp8_block
+        in_fp8 = block is not None and self._begins_with_a_block((rows, columns), shard, block)
+        super().__init__(columns, rows, backend, shard, torch.float8_e4m3fn if in_fp8 else None)
         self.bias = backend.parameter(rows) if bias else None
-        self._ops = backend.ops
+        self._backend = backend
+        self.scales: nn.Parameter | None = None
+        if in_fp8 and block is not None:
+            self.scales = backend.parameter(-(-rows // block), -(-columns // block), dtype=torch.float32)
+        self._bind()
+
+    def _bind(self) -> None:
         # In a tuple they are plain attributes. Finding a module's parameter takes 0.5 us.
-        self.operands: tuple[Tensor, Tensor | None] = self.weight, self.bias
+        self.operands: _Operands = self.weight, self.bias
+        self._product: Callable[..., Tensor] = self._backend.ops.linear
+        if self.scales is not None:
+            self.operands = self.weight, self.bias, self.scales
+            self._product = self._backend.ops.linear_fp8
+
+    def _begins_with_a_block(self, shape: tuple[int, int], shard: Shard, block: int) -> bool:
+        return _cut_at_blocks(shape, shard, block)
+
+    def widen(self) -> None:
+        """Holds the weight in the backend's dtype, before it is loaded."""
+        self.scales = None
+        self.weight = self._backend.parameter(*self.weight.shape)
+        self._bind()
+
+    def scales_of_tensors(self) -> dict[str, Tensor]:
+        """The scales of a checkpoint's tensors that are here in FP8, by parameter."""
+        return {} if self.scales is None else {"weight": self.scales.data}
 
     def shards(self) -> dict[str, Shard]:
         if self.bias is None:
@@ -107,11 +151,12 @@ class Linear(Matrix):
         return {**super().shards(), "bias": bias}
 
     def pack(self) -> None:
-        self.weight = nn.Parameter(self._ops.pack(self.weight), requires_grad=False)
-        self.operands = self.weight, self.bias
+        if self.scales is None:
+            self.weight = nn.Parameter(self._backend.ops.pack(self.weight), requires_grad=False)
+            self._bind()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, *self.operands)
+        return self._product(x, *self.operands)
 
 
 class MergedLinear(Linear):
@@ -131,9 +176,9 @@ class MergedLinear(Linear):
         without_bias: Sequence[str] = (),
         part_shards: Mapping[str, Shard] | None = None,
     ) -> None:
-        super().__init__(columns, sum(parts.values()), backend, bias)
         self._parts = parts
         self._part_shards = part_shards or {}
+        super().__init__(columns, sum(parts.values()), backend, bias)
         self._without_bias = without_bias
         if self.bias is not None:
             self.bias.zero_()
@@ -141,18 +186,42 @@ class MergedLinear(Linear):
     def tensors(self) -> dict[str, Tensor]:
         """Views by the names they have in a checkpoint, relative to the module this one is in."""
         views: dict[str, Tensor] = {}
-        start = 0
-        for name, rows in self._parts.items():
+        for name, (start, rows) in self._places().items():
             views[f"{name}.weight"] = self.weight.data[start : start + rows]
             if self.bias is not None and name not in self._without_bias:
                 views[f"{name}.bias"] = self.bias.data[start : start + rows]
-            start += rows
         return views
+
+    def scales_of_tensors(self) -> dict[str, Tensor]:
+        """The scales of the parts, by the names of ``tensors``."""
+        block = self._backend.fp8_block
+        if self.scales is None or block is None:
+            return {}
+        return {
+            f"{name}.weight": self.scales.data[start // block : -(-(start + rows) // block)]
+            for name, (start, rows) in self._places().items()
+        }
+
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """First row and number of rows of every part."""
+        ends = itertools.accumulate(self._parts.values())
+        return {name: (end - rows, rows) for (name, rows), end in zip(self._parts.items(), ends, strict=True)}
+
+    def _begins_with_a_block(self, shape: tuple[int, int], shard: Shard, block: int) -> bool:
+        return all(
+            start % block == 0 and _cut_at_blocks((rows, shape[1]), self._part_shards.get(name, WHOLE), block)
+            for name, (start, rows) in self._places().items()
+        )
 
     def shards(self) -> dict[str, Shard]:
         """The parts here of a checkpoint's tensors, by the names of ``tensors``."""
         names = self.tensors()
         return {name: self._part_shards.get(name.rpartition(".")[0], WHOLE) for name in names}
+
+
+def _cut_at_blocks(shape: tuple[int, int], shard: Shard, block: int) -> bool:
+    """Whether every part of this shape begins with a block."""
+    return shard.parts == 1 or shape[shard.dim] % block == 0
 
 
 class SwiGLU(nn.Module):

@@ -6,6 +6,7 @@ T tokens  R sampled rows  D hidden  V vocabulary  P rows of this part, padding i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -66,7 +67,8 @@ class OutputHead(Linear):
 
     def __init__(self, hidden: int, vocab_size: int, backend: Backend[LinearOps]) -> None:
         rows, shard = vocabulary_shard(backend.tensor, vocab_size)
-        super().__init__(hidden, rows, backend, shard=shard)
+        # No checkpoint in FP8 has a head in FP8.
+        super().__init__(hidden, rows, dataclasses.replace(backend, fp8_block=None), shard=shard)
         self._split, self._vocab_size = backend.tensor, vocab_size
         self.first, self._last = shard.bounds(rows)
         self.head: Callable[[Tensor], Tensor] = self.forward

@@ -12,7 +12,7 @@ T tokens  R sampled rows  D hidden  V vocabulary
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -29,7 +29,7 @@ from ...kernels.reference.sublayers import Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import AnyExperts, Experts, FourBitExperts, Fp8Experts
 from ...moe.layer import MoELayer
-from ...parallel.linear import Backend, Matrix, MergedLinear, SwiGLU
+from ...parallel.linear import Backend, Linear, Matrix, MergedLinear, SwiGLU
 from ...parallel.stages import PipelineStage
 from ...parallel.tensor import Shard
 from ...parallel.vocabulary import Embedding, OutputHead
@@ -122,8 +122,7 @@ class Model(nn.Module):
     the column it computes with. Weights are uninitialised until loaded.
 
     ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of
-    ``config.kv_shapes(kv_format)``. ``fp8_experts``: experts stay in the FP8 of their checkpoint;
-    those in 4 bits always do.
+    ``config.kv_shapes(kv_format)``. Experts in 4 bits stay so.
     """
 
     def __init__(
@@ -133,7 +132,6 @@ class Model(nn.Module):
         dispatcher: Dispatcher,
         backend: Backend[Reference],
         attention_of: Callable[[ModelConfig, Backend[Reference], RowNorm], Attention],
-        fp8_experts: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -141,7 +139,7 @@ class Model(nn.Module):
         self.ops, self.dtype, self._most = backend.ops, backend.dtype, backend.tensor.most
         self._moe_layers = [layer for layer in config.moe_layers if layer in stage.layers]
         numbers = {layer: number for number, layer in enumerate(self._moe_layers)}
-        make_experts: Callable[..., AnyExperts] = Fp8Experts if fp8_experts else Experts
+        make_experts: Callable[..., AnyExperts] = Experts if backend.fp8_block is None else Fp8Experts
         if config.four_bit is not None:
             make_experts = partial(FourBitExperts, format=config.four_bit.format)
 
@@ -230,13 +228,36 @@ class Model(nn.Module):
         """The part of a checkpoint's tensor that is here, by the names of ``checkpoint_tensors``,
         for those of matrices.
         """
-        shards: dict[str, Shard] = {}
+        return {
+            self._checkpoint_name(f"{owner}.{part}"): shard
+            for owner, module in self._matrices()
+            for part, shard in module.shards().items()
+        }
+
+    def checkpoint_scales(self) -> dict[str, Tensor]:
+        """The scales of matrices held in FP8, by the names of ``checkpoint_tensors``."""
+        return {
+            self._checkpoint_name(f"{owner}.{part}"): scales
+            for owner, module in self._matrices()
+            if isinstance(module, Linear)
+            for part, scales in module.scales_of_tensors().items()
+        }
+
+    def widen(self, stored_in_fp8: Callable[[str], bool]) -> None:
+        """Linear layers of which not all matrices are stored in FP8 are held in the model's dtype.
+        ``stored_in_fp8`` takes a checkpoint name. Before loading.
+        """
+        for owner, module in self._matrices():
+            if isinstance(module, Linear) and module.scales is not None:
+                names = [self._checkpoint_name(f"{owner}.{part}") for part in module.scales_of_tensors()]
+                if not all(map(stored_in_fp8, names)):
+                    module.widen()
+
+    def _matrices(self) -> Iterator[tuple[str, Matrix]]:
+        """All matrices, each with the module around its tensors' names in a checkpoint."""
         for name, module in self.named_modules():
             if isinstance(module, Matrix):
-                owner = name.rpartition(".")[0] if isinstance(module, MergedLinear) else name
-                for part, shard in module.shards().items():
-                    shards[self._checkpoint_name(f"{owner}.{part}")] = shard
-        return shards
+                yield (name.rpartition(".")[0] if isinstance(module, MergedLinear) else name), module
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """``checkpoint_tensors`` by our names."""
@@ -248,7 +269,8 @@ class Model(nn.Module):
                 owner = name.rpartition(".")[0]
                 tensors |= {f"{owner}.{part}": view for part, view in module.tensors().items()}
         for name, tensor in self.state_dict().items():
-            if not name.startswith(tuple(merged)) and ".mlp.experts." not in name:
+            elsewhere = name.startswith(tuple(merged)) or name.endswith(".scales")
+            if not elsewhere and ".mlp.experts." not in name:
                 tensors[name] = tensor
         return tensors
 

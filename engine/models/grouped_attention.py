@@ -82,12 +82,12 @@ class GroupedAttention(Attention):
             residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
         ) -> tuple[Tensor, Tensor]:
             x_TD, normed_TD = ops.add_norm(residual, norm)
-            qkv_TX = ops.linear(normed_TD, qkv.weight, qkv.bias)
+            qkv_TX = ops.project(normed_TD, qkv)
             q_TX, k_TX, v_TX = qkv_TX.split([num_queries, num_keys, num_keys], 1)
             qkv_TX = torch.cat([q_norm(q_TX), k_norm(k_TX), v_TX], 1)
             q_THE = ops.norm_rotate_and_write(
                 qkv_TX.unflatten(-1, (-1, heads.dim)), None, rotation, cache, batch.write_T, heads.interleaved
             )
-            return x_TD, ops.linear(ops.attend(q_THE, *cache, batch, scale).flatten(1), out.weight, out.bias)
+            return x_TD, ops.project(ops.attend(q_THE, *cache, batch, scale).flatten(1), out)
 
         return attention

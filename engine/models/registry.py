@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.table import Column, column_for, ops_of
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.dense import UNSPLIT_LAYERS, LayerSplits
@@ -31,15 +32,16 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     column: Column | None = None,
-    fp8_experts: bool = False,
+    keep_fp8: bool = False,
     part: ModelPart | None = None,
 ) -> Model:
     """The model of ``config``, its weights uninitialised. The dispatcher's placement decides which
     experts have a slot. ``column``: of the op table, by default the one that serves on the device.
-    ``fp8_experts``: experts stay in the FP8 of their checkpoint. ``part``: by
+    ``keep_fp8``: experts and linear layers stay in the FP8 of their checkpoint. ``part``: by
     default the whole model.
     """
     part = part or ModelPart(whole_model(config.num_layers, config.moe_layers))
     attention = LatentAttention if isinstance(config.attention, MlaConfig) else GroupedAttention
-    backend = Backend(dtype, device, ops_of(column or column_for(device)), part.splits)
-    return Model(config, part.stage, dispatcher, backend, attention, fp8_experts)
+    block = BLOCK if keep_fp8 else None
+    backend = Backend(dtype, device, ops_of(column or column_for(device)), part.splits, block)
+    return Model(config, part.stage, dispatcher, backend, attention)

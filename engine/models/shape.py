@@ -113,6 +113,26 @@ class Shape(ModelConfig):
         """
         return replace(self, attention=self.attention.split(parts)).attention_params
 
+    def absorbed_params(self, parts: int) -> int:
+        """Values of ``split_attention_params`` that attention reads itself, not a linear layer: the
+        expansion of the latent.
+        """
+        held = self.attention.split(parts)
+        if isinstance(held, GqaConfig):
+            return 0
+        return held.kv_latent * held.num_heads * (held.nope_dim + held.value_dim)
+
+    def attention_cuts(self, parts: int) -> tuple[int, ...]:
+        """Rows after which matrices of one layer's attention are cut or stacked, in one of
+        ``parts``.
+        """
+        held = self.attention.split(parts)
+        if isinstance(held, GqaConfig):
+            return held.num_heads * held.head_dim, held.num_kv_heads * held.head_dim
+        queries = held.num_heads * (held.nope_dim + held.rope_dim)
+        stacked = held.q_latent or queries
+        return (stacked, queries, held.num_heads * held.value_dim) if parts > 1 else (stacked,)
+
     def attention_operations(self, decode: bool) -> int:
         """Operations per token, position of its context and layer.
 

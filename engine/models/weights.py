@@ -1,8 +1,8 @@
 """Loads a checkpoint into a model: all tensors but those of experts without a slot here.
 
 The headers of the whole checkpoint are checked first, also for tensors that are not read. Matrices
-in block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except where the model
-holds its experts in FP8. Experts in 4 bits are never widened.
+in block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except those that the
+model holds in FP8. Experts in 4 bits are never widened.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def load_weights(
     model (``read_checkpoint``, ``check_tensors``).
     """
     stored = separate_experts(text_model(path, read_checkpoint(path)), model.config.names)
-    shards = model.checkpoint_shards()
+    model.widen(lambda name: name not in stored or stored[name].dtype == FP8)
+    shards, own_scales = model.checkpoint_shards(), model.checkpoint_scales()
     places = {
-        name: _Place(tensor, shard=shards.get(name, WHOLE))
+        name: _Place(tensor, own_scales.get(name), shards.get(name, WHOLE))
         for name, tensor in model.checkpoint_tensors().items()
     }
     places |= _expert_places(model, experts_of_layer)
@@ -268,11 +269,17 @@ def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[in
 
 
 def _store_part(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
-    """Stores a part of a tensor. FP8 is widened as a whole first: a part may begin inside a
-    block.
+    """Stores a part of a tensor. FP8 that does not stay so is widened as a whole first: a part may
+    begin inside a block.
     """
     shard, target = place.shard, place.values
-    if scales is not None:
+    if scales is not None and place.scales is not None:
+        assert block is not None
+        start, end = shard.bounds(target.shape[shard.dim])
+        size = block[shard.dim]
+        cut = scales.narrow(shard.dim, start // size, -(-end // size) - start // size)
+        place.scales.copy_(cut)
+    elif scales is not None:
         assert block is not None
         whole = target.new_empty(values.shape)
         widen_into(whole, Quantised(values, scales), block)
@@ -292,17 +299,14 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
         if read.place.scales is not None and read.stored.dtype != FP8:
             found = f"{read.stored.file}: {read.name} has dtype {read.stored.dtype}"
             raise ValueError(f"{found}; experts are held in {FP8} here; set model.dtype to widen all of them")
-    plain = [read for read in reads if read.place.convert is None]
-    widened = [read for read in plain if read.stored.dtype == FP8 and read.place.scales is None]
-    if widened:
-        kept = sum(read.place.scales is not None for read in reads)
-        dtype = widened[0].place.values.dtype
+    in_fp8 = [read for read in reads if read.stored.dtype == FP8 and read.place.convert is None]
+    kept = [read for read in in_fp8 if read.place.scales is not None]
+    if in_fp8:
         _LOG.info(
-            "%s: %d matrices in FP8 are widened to %s as they are read, %d stay in FP8",
+            "%s: %d matrices in FP8 are widened as they are read, %d stay in FP8",
             path,
-            len(widened),
-            dtype,
-            kept,
+            len(in_fp8) - len(kept),
+            len(kept),
         )
 
 

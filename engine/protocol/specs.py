@@ -98,10 +98,10 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of a rank, which waits ``pause_deadline`` seconds for a controller that is away.
     ``store_address``: the store where ranks meet. ``kv_memory``: bytes of the page pool, None for a
     share of free memory.
-    ``fp8_experts``: experts stay in the checkpoint's FP8, other weights are held in ``dtype``.
-    ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index in a step,
-    a bucket. ``overlap``: steps may have two microbatches.
-    ``balance``: experts may move.
+    ``keep_fp8``: experts and linear layers stay in the checkpoint's FP8, other weights are held in
+    ``dtype``. ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index
+    in a step, a bucket. ``overlap``: steps may have two microbatches. ``balance``: experts may
+    move.
     """
 
     rank: int
@@ -113,7 +113,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     store_keys: Keys
     model_path: str
     dtype: str
-    fp8_experts: bool
+    keep_fp8: bool
     kv_dtype: str
     page_size: int
     kv_memory: int | None

@@ -100,13 +100,13 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
     part = ModelPart(stage, splits)
-    model = build_model(config, dispatcher, dtype, device, fp8_experts=spec.fp8_experts, part=part)
+    model = build_model(config, dispatcher, dtype, device, keep_fp8=spec.keep_fp8, part=part)
     load_weights(
         model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress
     )
     model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
-    expert_bytes = _expert_bytes(config, dtype, spec.fp8_experts)
+    expert_bytes = _expert_bytes(config, dtype, spec.keep_fp8)
     travelling = _travelling(placement, expert_bytes) if spec.balance and mesh.experts > 1 else 0
     claimed = travelling + (0 if memory is None else memory.num_bytes)
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)

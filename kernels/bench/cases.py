@@ -31,6 +31,8 @@ EXPERT_LAYERS = {
 }
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 ROW_COUNTS = (1, 64, 4096)
+# DeepSeek-V3: into the latents, out of the heads, and down in shared experts.
+LINEAR_FP8 = (("latents", 7168, 2112), ("output", 16384, 7168), ("shared", 2048, 7168))
 GATES = (("Qwen3", 128, Routing(8)), ("DeepSeek-V3", 256, Routing(8, "sigmoid", True, 2.5, 8, 4)))
 
 
@@ -44,6 +46,9 @@ def cases() -> Iterator[Case]:
             yield Case("gate", f"{model}: {tokens} tokens", _gate(experts, rule, tokens), small=tokens <= 64)
     for rows in ROW_COUNTS:
         yield from _row_cases(rows)
+        for name, inner, outer in LINEAR_FP8:
+            size = f"{name}: {rows} x {inner} to {outer}"
+            yield Case("linear_fp8", size, _linear_fp8(rows, inner, outer), small=rows == 1)
     yield Case("copy_pages", "64 pages of 64 x 576, 61 layers", _copy_pages, small=True)
     yield Case("from_e4m3", "64 M values", _from_e4m3, small=True, card=False)
 
@@ -205,6 +210,21 @@ def _quantise_rows(rows: int, hidden: int) -> Make:
     def make(device: torch.device) -> Call:
         x = random(device, rows, hidden)
         return Call(lambda ops: lambda: ops.quantise_rows(x), rows * hidden * 3.0)
+
+    return make
+
+
+def _linear_fp8(rows: int, inner: int, outer: int) -> Make:
+    def make(device: torch.device) -> Call:
+        x, w = random(device, rows, inner), random(device, outer, inner).to(torch.float8_e4m3fn)
+        scales = torch.full((-(-outer // BLOCK), -(-inner // BLOCK)), 0.5, device=device)
+        num_bytes = outer * inner + 2.0 * rows * (inner + outer)
+        return Call(
+            lambda ops: lambda: ops.linear_fp8(x, w, None, scales),
+            num_bytes,
+            2.0 * rows * inner * outer,
+            fp8=True,
+        )
 
     return make
 

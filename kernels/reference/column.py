@@ -33,6 +33,7 @@ from .sublayers import (
     GateWeights,
     GroupedHeads,
     LocalExperts,
+    Projection,
     Residual,
     RowNorm,
 )
@@ -69,6 +70,7 @@ class Reference:
     add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)
     silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
     experts_fp8 = staticmethod(fp8.experts_fp8)
+    linear_fp8 = staticmethod(fp8.linear_fp8)
     experts_four_bit = staticmethod(four_bit.experts_four_bit)
     pack_four_bit = staticmethod(four_bit.pack_four_bit)
     norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
@@ -97,6 +99,12 @@ class Reference:
             return x_TD, self.rms_norm(x_TD, norm.weight, norm.eps)
         return self.add_rms_norm(x_TD, update_TD, norm.weight, norm.eps)
 
+    def project(self, x: Tensor, projection: Projection) -> Tensor:
+        """The product with a projection, in FP8 or not."""
+        if projection.scales is None:
+            return self.linear(x, projection.weight, projection.bias)
+        return self.linear_fp8(x, projection.weight, projection.bias, projection.scales)
+
     def choose_experts(
         self, residual: Residual, norm: RowNorm, gate: GateWeights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,12 +122,12 @@ class Reference:
             residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
         ) -> tuple[Tensor, Tensor]:
             x_TD, normed_TD = self.add_norm(residual, norm)
-            qkv_TXE = self.linear(normed_TD, qkv.weight, qkv.bias).unflatten(-1, (-1, heads.dim))
+            qkv_TXE = self.project(normed_TD, qkv).unflatten(-1, (-1, heads.dim))
             q_THE = self.norm_rotate_and_write(
                 qkv_TXE, heads.norms, rotation, cache, batch.write_T, heads.interleaved
             )
             out_THE = self.attend(q_THE, *cache, batch, scale)
-            return x_TD, self.linear(out_THE.flatten(1), out.weight, out.bias)
+            return x_TD, self.project(out_THE.flatten(1), out)
 
         return attention
 

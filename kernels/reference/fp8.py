@@ -121,6 +121,16 @@ def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
     return quantise_rows(F.silu(gate_NF) * up_NF)
 
 
+def linear_fp8(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None, scales_GG: Tensor) -> Tensor:
+    """``linear`` with a weight [N, D] in FP8 and its scales, one per 128 x 128 block. Rows of x are
+    quantised first; the product is summed in float32. Returns the dtype of x.
+    """
+    rows = widen_rows(quantise_rows(x.reshape(-1, x.shape[-1])))
+    bias = None if bias_N is None else bias_N.float()
+    y_TN = F.linear(rows, widen_blocks(Quantised(weight_ND, scales_GG)), bias)
+    return y_TN.to(x.dtype).view(*x.shape[:-1], len(weight_ND))
+
+
 def experts_fp8(
     x: Quantised,
     pairs: tuple[Tensor, Tensor],

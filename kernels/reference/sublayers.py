@@ -35,10 +35,13 @@ class RowNorm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A weight as ``linear`` of the column reads it, and perhaps a bias."""
+    """A weight as ``linear`` of the column reads it, and perhaps a bias; or as ``linear_fp8`` does,
+    with scales.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True)

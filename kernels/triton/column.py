@@ -14,6 +14,7 @@ from . import (
     fp8,
     gate as gate_ops,
     grouping,
+    linear_fp8,
     mla,
     norm,
     pages,
@@ -48,6 +49,7 @@ class Triton(Reference):
     rms_norm_fp8 = staticmethod(fp8.rms_norm_fp8)
     add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)
     silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
+    linear_fp8 = staticmethod(linear_fp8.linear_fp8)
     norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
     rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
     edit_logits = staticmethod(sampling.edit_logits)

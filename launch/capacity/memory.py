@@ -85,14 +85,20 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
     table = -(-shape.vocab_size // tensor) * shape.hidden * item
     tables = stage.first + (stage.last and not (stage.first and shape.tie_embeddings))
+    absorbed = shape.absorbed_params(tensor)
+    linear = stored_bytes(
+        shape.split_attention_params(tensor) - absorbed, setup.layer_format(*shape.attention_cuts(tensor))
+    )
+    dense = stored_bytes(
+        shape.dense_params // setup.dense_parts, setup.layer_format(shape.dense_width // setup.dense_parts)
+    )
+    shared = stored_bytes(
+        shape.split_shared_params(setup.shared_parts),
+        setup.layer_format(shape.moe.shared_width // setup.shared_parts),
+    )
     return Weights(
-        attention=stage.num_layers
-        * (stored_bytes(shape.split_attention_params(tensor), setup.weights) + shape.norm_params * item),
-        dense=stored_bytes(
-            num_dense * shape.dense_params // setup.dense_parts
-            + stage.num_moe * shape.split_shared_params(setup.shared_parts),
-            setup.weights,
-        ),
+        attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item),
+        dense=num_dense * dense + stage.num_moe * shared,
         gates=stage.num_moe * shape.gate_params * _GATE_ITEM,
         experts=slots - redundant - empty,
         redundant=redundant,

@@ -14,7 +14,7 @@ from ...parallel.mesh import Mesh
 from ...parallel.stages import PipelineStage
 from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
-from ..recipe.resolve import balances, dispatch_of, dtype_of, fp8_experts_of, kv_format_of
+from ..recipe.resolve import balances, dispatch_of, dtype_of, keeps_fp8, kv_format_of
 
 _ITEM = {"fp32": 4, "bf16": 2}
 # Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
@@ -90,6 +90,12 @@ class Setup:
             return four_bit.format.expert_bytes(self.shape.hidden, self.shape.moe.expert_width)
         return stored_bytes(self.shape.expert_params, self.expert_weights)
 
+    def layer_format(self, *cuts: int) -> str:
+        """How linear layers are held whose matrices are cut or stacked after so many rows or
+        columns: in FP8 if those are whole blocks.
+        """
+        return self.dtype if any(cut % BLOCK for cut in cuts) else self.weights
+
     @property
     def dense_parts(self) -> int:
         """Ranks that split a dense layer."""
@@ -139,7 +145,7 @@ def stored_bytes(values: int, dtype: str) -> int:
 def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
     """The set-up of a recipe that has passed ``check_model``."""
     dtype = dtype_of(recipe, shape.dtype)
-    fp8 = fp8_experts_of(recipe, shape.kernel_fp8, hardware.device)
+    fp8 = keeps_fp8(recipe, shape.kernel_fp8, hardware.device)
     four_bit = None if shape.four_bit is None else shape.four_bit.format.name
     return Setup(
         shape=shape,
@@ -148,7 +154,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         ranks_per_node=recipe.cluster.ranks_per_node,
         dispatch=dispatch_of(recipe, hardware.device),
         dtype=dtype,
-        weights=dtype,
+        weights="fp8" if fp8 else dtype,
         expert_weights=four_bit or ("fp8" if fp8 else dtype),
         attention_dtype=dtype,
         expert_dtype="fp8" if fp8 else dtype,

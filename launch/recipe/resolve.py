@@ -95,9 +95,9 @@ def dtype_of(recipe: Recipe, checkpoint: str) -> str:
     return _DTYPES[checkpoint] if recipe.model.dtype == "auto" else recipe.model.dtype
 
 
-def fp8_experts_of(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
-    """Whether experts stay in the checkpoint's FP8: only on GPUs, which have kernels for it, and
-    unless ``model.dtype`` asks for another dtype.
+def keeps_fp8(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
+    """Whether experts and linear layers stay in the checkpoint's FP8: only on GPUs, which have
+    kernels for it, and unless ``model.dtype`` asks for another dtype.
     """
     return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
 

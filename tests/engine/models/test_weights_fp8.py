@@ -17,12 +17,15 @@ from torch import Tensor
 
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import Model
-from lockstep.engine.models.registry import build_model
+from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.models.weights import load_weights
 from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, widen_blocks, widen_into
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.local import LocalDispatcher
+from lockstep.parallel.dense import split_as_attention
+from lockstep.parallel.stages import whole_model
+from lockstep.parallel.tensor import UNSPLIT, TensorSplit, Unsplit
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
 from support.engine.models.fp8_checkpoints import SCALES, write_pair
 from support.engine.models.local_model import Stepper, load_local
@@ -42,15 +45,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_pair(tmp_path_factory.mktemp(request.param), CONFIGS[request.param], num_shards=3)
 
 
-def load_fp8_experts(
-    path: Path, dtype: torch.dtype, column: Column, experts: list[int] | None = None
+def load_in_fp8(
+    path: Path,
+    dtype: torch.dtype,
+    column: Column,
+    experts: list[int] | None = None,
+    split: TensorSplit = UNSPLIT,
 ) -> Model:
-    """Loads with experts kept in FP8. ``experts``: those in the slots of every layer, by default
+    """Loads with matrices kept in FP8. ``experts``: those in the slots of every layer, by default
     all.
     """
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, 1)
-    model = build_model(config, LocalDispatcher(placement, CPU), dtype, CPU, column, fp8_experts=True)
+    part = ModelPart(whole_model(config.num_layers, config.moe_layers), split_as_attention(split))
+    dispatcher = LocalDispatcher(placement, CPU)
+    model = build_model(config, dispatcher, dtype, CPU, column, keep_fp8=True, part=part)
     load_weights(model, path, lambda layer: experts or placement.experts_of(0, layer), lambda fraction: None)
     return model
 
@@ -76,7 +85,7 @@ def test_widened_matrices_are_logged_once(pair: tuple[Path, Path], caplog: pytes
     with caplog.at_level(logging.INFO, "lockstep"):
         load_local(pair[0], torch.float32)
     (line,) = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
-    assert "matrices in FP8 are widened to torch.float32 as they are read, 0 stay in FP8" in line
+    assert "matrices in FP8 are widened as they are read, 0 stay in FP8" in line
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], (
         "scales are no unused tensors"
     )
@@ -84,12 +93,9 @@ def test_widened_matrices_are_logged_once(pair: tuple[Path, Path], caplog: pytes
 
 def test_experts_stay_in_fp8(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lockstep"):
-        model = load_fp8_experts(pair[0], torch.bfloat16, "reference", experts=[5, 2, -1, 0, 1, 3, 4, 6])
-    assert any(
-        f"{8 * 3 * len(model.config.moe_layers) - 3 * len(model.config.moe_layers)} stay in FP8"
-        in r.getMessage()
-        for r in caplog.records
-    )
+        model = load_in_fp8(pair[0], torch.bfloat16, "reference", experts=[5, 2, -1, 0, 1, 3, 4, 6])
+    kept = len(model.checkpoint_scales()) + 7 * 3 * len(model.config.moe_layers)
+    assert any(f"{kept} stay in FP8" in record.getMessage() for record in caplog.records)
     stored = tensors_of(pair[0])
     for layer in model.expert_layers():
         assert layer.scales is not None and layer.w13_SFD.dtype == torch.float8_e4m3fn
@@ -109,27 +115,78 @@ def test_experts_stay_in_fp8(pair: tuple[Path, Path], caplog: pytest.LogCaptureF
     assert 0.5 < experts / wide < 0.51
 
 
-def test_fp8_experts_compute_what_the_widened_ones_do(pair: tuple[Path, Path]) -> None:
+# Linear layers whose rows and columns are cut and stacked at the borders of blocks.
+EVEN = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128}
+EVEN_CONFIGS = {
+    "qwen3_moe": qwen3_moe_config(head_dim=64, num_attention_heads=4, num_key_value_heads=4, **EVEN),
+    "deepseek_v3": deepseek_v3_config(kv_lora_rank=128, q_lora_rank=128, num_attention_heads=16, **EVEN),
+}
+
+
+class PartOf(Unsplit):
+    """A rank among others that never meet."""
+
+    def __init__(self, index: int, size: int) -> None:
+        self.index, self.size = index, size
+
+
+@pytest.mark.parametrize("family", EVEN_CONFIGS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_linear_layers_stay_in_fp8_and_are_cut_with_their_scales(
+    family: str, size: int, tmp_path: Path
+) -> None:
+    path, plain = write_pair(tmp_path, EVEN_CONFIGS[family])
+    wide = tensors_of(plain)
+    for index in range(size):
+        model = load_in_fp8(path, torch.bfloat16, "reference", split=PartOf(index, size))
+        scales, shards = model.checkpoint_scales(), model.checkpoint_shards()
+        assert len(scales) >= 4 * model.config.num_layers
+        assert not any("kv_b_proj" in name or "lm_head" in name for name in scales)
+        for name, tensor in model.checkpoint_tensors().items():
+            if name not in scales:
+                continue
+            found, whole = widen_blocks(Quantised(tensor, scales[name])), wide[name]
+            shard = shards[name]
+            start, end = shard.bounds(tensor.shape[shard.dim]) if shard.parts > 1 else (0, len(whole))
+            part = whole.narrow(shard.dim, start, end - start) if shard.parts > 1 else whole
+            assert tensor.dtype == torch.float8_e4m3fn and torch.equal(found, part), name
+
+
+def test_a_layer_with_a_matrix_in_bf16_is_widened_as_a_whole(tmp_path: Path) -> None:
+    path, plain = write_pair(tmp_path, EVEN_CONFIGS["qwen3_moe"])
+    stored = tensors_of(path)
+    name = "model.layers.2.self_attn.k_proj.weight"
+    del stored[name + SCALES]
+    save_tensors(path, stored | {name: tensors_of(plain)[name].bfloat16()})
+    model = load_in_fp8(path, torch.bfloat16, "reference")
+    scales = model.checkpoint_scales()
+    assert name not in scales and name.replace("k_proj", "q_proj") not in scales
+    assert name.replace("k_proj", "o_proj") in scales and name.replace("layers.2", "layers.1") in scales
+    for other in ("q_proj", "k_proj", "v_proj"):
+        found = model.checkpoint_tensors()[name.replace("k_proj", other)]
+        assert torch.equal(found, tensors_of(plain)[name.replace("k_proj", other)].bfloat16())
+
+
+def test_fp8_matrices_compute_what_the_widened_ones_do(pair: tuple[Path, Path]) -> None:
     """Rows are quantised before each product, which costs a few percent; a router may turn on that,
     hence the median.
     """
     exact = torch.cat(list(Stepper(load_local(pair[0], torch.float32), torch.float32).step(PROMPTS).values()))
     found = torch.cat(
-        list(
-            Stepper(load_fp8_experts(pair[0], torch.float32, "reference"), torch.float32)
-            .step(PROMPTS)
-            .values()
-        )
+        list(Stepper(load_in_fp8(pair[0], torch.float32, "reference"), torch.float32).step(PROMPTS).values())
     )
     error = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
-    assert 1e-3 < error.median() < 0.05
+    assert 1e-3 < error.median() < 0.1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
-def test_the_triton_column_computes_with_fp8_experts(pair: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("family", EVEN_CONFIGS)
+def test_the_triton_column_computes_with_fp8_matrices(family: str, tmp_path: Path) -> None:
+    """Where both columns merge matrices or not, the same ones stay in FP8."""
+    path, _ = write_pair(tmp_path, EVEN_CONFIGS[family])
     rows = {0: [3, 4, 5, 6], 1: [9]}
     found, expected = (
-        Stepper(load_fp8_experts(pair[0], torch.float32, column), torch.float32).step(rows)
+        Stepper(load_in_fp8(path, torch.float32, column), torch.float32).step(rows)
         for column in ("triton", "reference")
     )
     for sequence in rows:
@@ -227,7 +284,7 @@ def test_experts_that_are_not_in_fp8_cannot_stay_in_it(tmp_path: Path) -> None:
     save_tensors(path, tensors_of(plain))
     message = r"experts\.0\.gate_proj\.weight has dtype F32; experts are held in F8_E4M3 here; set model\."
     with pytest.raises(ValueError, match=message + "dtype"):
-        load_fp8_experts(path, torch.float32, "reference")
+        load_in_fp8(path, torch.float32, "reference")
     assert load_local(path, torch.float32).config.kernel_fp8, "widened, nothing is in the way"
 
 

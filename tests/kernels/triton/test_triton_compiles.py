@@ -29,7 +29,7 @@ CASES = {
     "experts": _PLACING | {"experts._up_kernel", "experts._down_kernel", "experts._weighted_sum_kernel"},
     "fp8": _PLACING
     | {"experts_fp8._up_fp8_kernel", "experts_fp8._down_fp8_kernel"}
-    | {"fp8._quantise_kernel", "fp8._silu_mul_fp8_kernel"},
+    | {"fp8._quantise_kernel", "fp8._silu_mul_fp8_kernel", "linear_fp8._linear_fp8_kernel"},
     "four_bit": _PLACING | {"experts_four_bit._up_four_bit_kernel", "experts_four_bit._down_four_bit_kernel"},
     "norms": {"norm._rms_norm_kernel", "norm._silu_mul_kernel"},
     "rotations": {"rope._rotate_and_write_kernel", "rope._rotate_and_write_latent_kernel"},
@@ -46,6 +46,7 @@ MATRIX_KERNELS = _PREFILLING | {
     "experts._down_kernel",
     "experts_fp8._up_fp8_kernel",
     "experts_fp8._down_fp8_kernel",
+    "linear_fp8._linear_fp8_kernel",
     "experts_four_bit._up_four_bit_kernel",
     "experts_four_bit._down_four_bit_kernel",
     "attend._attend_kernel",

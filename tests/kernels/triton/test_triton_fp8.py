@@ -9,6 +9,7 @@ from lockstep.kernels.reference import fp8 as reference
 from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, quantise_rows, quantise_w13, widen_rows
 from lockstep.kernels.triton import fp8 as triton_fp8
 from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
+from lockstep.kernels.triton.linear_fp8 import linear_fp8
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
 from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
@@ -109,6 +110,37 @@ def test_experts(case: str, hidden: int, width: int, dtype: torch.dtype, columns
     assert y.dtype == dtype and not y[slots < 0].any() and torch.equal(counts, expected_counts)
     error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
     assert (error < 0.01).all()
+
+
+@pairwise(
+    {
+        "rows": [1, 16, 17, 65, 130],
+        "dim, columns": [(128, 128), (256, 200), (144, 40)],
+        "dtype": [torch.float32, torch.bfloat16],
+        "bias": [False, True],
+    }
+)
+def test_linear_layers(rows: int, dim: int, columns: int, dtype: torch.dtype, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # Columns of a wider matrix, as of a merged projection.
+    x = torch.randn(rows, dim + 8, generator=generator).to(DEVICE, dtype)[:, :dim]
+    x *= powers(generator, rows, dim, rows=1).to(DEVICE, dtype)
+    w = torch.randn(columns, dim, generator=generator) * dim**-0.5 * powers(generator, columns, dim)
+    weight = quantise_blocks(w.to(DEVICE))
+    bias_N = torch.randn(columns, generator=generator).to(DEVICE, dtype) if bias else None
+    with poisoned():
+        y = linear_fp8(x, weight.values, bias_N, weight.scales)
+    expected = reference.linear_fp8(x, weight.values, bias_N, weight.scales)
+    assert y.dtype == dtype and y.shape == (rows, columns)
+    error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    assert (error < 0.01).all()
+    assert torch.equal(y[:1], linear_fp8(x[:1], weight.values, bias_N, weight.scales)) or rows > 16
+
+
+def test_no_rows() -> None:
+    weight = quantise_blocks(torch.ones(128, 128, device=DEVICE))
+    x = torch.empty(0, 128, device=DEVICE)
+    assert linear_fp8(x, weight.values, None, weight.scales).shape == (0, 128)
 
 
 def test_every_number_is_rounded_to_the_nearest_and_ties_to_even() -> None:

@@ -46,7 +46,7 @@ def test_the_plan_counts_the_bytes_that_ranks_allocate(kind: str, tmp_path: Path
         store_keys=NO_KEYS,
         model_path=str(path),
         dtype=setup.dtype,
-        fp8_experts=False,
+        keep_fp8=False,
         kv_dtype=setup.kv_dtype,
         page_size=setup.page_size,
         kv_memory=setup.kv_memory,

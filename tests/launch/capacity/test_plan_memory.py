@@ -218,7 +218,7 @@ def rank_spec(setup: Setup, path: Path, rank: int) -> RankSpec:
         store_keys=NO_KEYS,
         model_path=str(path),
         dtype=setup.dtype,
-        fp8_experts=setup.expert_weights == "fp8",
+        keep_fp8=setup.expert_weights == "fp8",
         kv_dtype=setup.kv_dtype,
         page_size=setup.page_size,
         kv_memory=setup.kv_memory,
@@ -285,11 +285,13 @@ def test_the_profile_names_a_cpu_and_the_recipe_limits_it(tmp_path: Path, isa: I
 
 # Blocks of 128 x 128 in both directions, so that scales are what the plan counts: four bytes per
 # block.
-FP8_CONFIG = deepseek_v3_config(hidden_size=256, moe_intermediate_size=128, intermediate_size=384)
+FP8_CONFIG = deepseek_v3_config(
+    hidden_size=256, moe_intermediate_size=128, intermediate_size=384, q_lora_rank=128
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(device: str, tmp_path: Path) -> None:
+def test_a_checkpoint_in_fp8_is_widened_on_cpus_and_stays_so_on_gpus(device: str, tmp_path: Path) -> None:
     """A GPU rank's memory is allocated here on a CPU, where nothing computes with it."""
     path, _ = write_pair(tmp_path, FP8_CONFIG)
     setup = planned(path, 2, []).setup
@@ -299,7 +301,7 @@ def test_a_checkpoint_in_fp8_is_widened_but_for_the_experts_on_gpus(device: str,
             f"model: {{path: {path}}}\ncluster: {{device: cuda, hardware: h100, ranks_per_node: 2}}\n"
         )
         setup = replace(plan_recipe(recipe, path).setup, kv_memory=KV_MEMORY, dispatch="all_to_all")
-        assert (setup.weights, setup.expert_weights, setup.kv_dtype) == ("bf16", "fp8", "fp8")
+        assert (setup.weights, setup.expert_weights, setup.kv_dtype) == ("fp8", "fp8", "fp8")
         wide = parse_recipe(
             f"model: {{path: {path}, dtype: bf16}}\n"
             "cluster: {device: cuda, hardware: h100, ranks_per_node: 2}\n"

@@ -43,6 +43,7 @@ from lockstep.kernels.triton import (
     fp8 as triton_fp8,
     gate as triton_gate,
     grouping as triton_grouping,
+    linear_fp8 as triton_linear_fp8,
     mla as triton_mla,
     norm as triton_norm,
     pages as triton_pages,
@@ -147,6 +148,10 @@ def fp8() -> None:
         triton_fp8.quantise_rows(x_bf16)
         triton_fp8.add_rms_norm_fp8(x_bf16, x_bf16, weight, 1e-6)
         triton_fp8.silu_mul_fp8(x_bf16)
+        w, scales = eight_bits(width, hidden), torch.empty(width // 128, hidden // 128)
+        for rows, bias in ((1, None), (64, None), (4096, None), (64, torch.empty(width, dtype=BF16))):
+            x_rows = torch.empty(rows, hidden, dtype=BF16)
+            triton_linear_fp8.linear_fp8(x_rows, w, bias, scales)
 
 
 def four_bit() -> None:

@@ -47,6 +47,7 @@ QUIET = (
     "transpose",
     "expand",
     "unflatten",
+    "unsqueeze",
     "flatten",
     "split",
     "reshape",
@@ -97,8 +98,9 @@ def executor_of(name: str) -> DeviceExecutor:
         contiguous(len(config.moe_layers), config.moe.num_experts, 1), META, NoClock()
     )
     stage = whole_model(config.num_layers, config.moe_layers)
+    part = ModelPart(stage, UNSPLIT_LAYERS)
     model = build_model(
-        config, dispatcher, torch.bfloat16, META, "triton", part=ModelPart(stage, UNSPLIT_LAYERS)
+        config, dispatcher, torch.bfloat16, META, "triton", keep_fp8=config.kernel_fp8, part=part
     )
     parts = Parts(
         rank=0,
@@ -116,7 +118,7 @@ def executor_of(name: str) -> DeviceExecutor:
         return DeviceExecutor(parts, ROWS, 4096, 1, 8192, None)
 
 
-@pytest.mark.parametrize(("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 30)])
+@pytest.mark.parametrize(("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32)])
 def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, budget: int) -> None:
     executor = executor_of(name)
     decode, launches = executor._decode, Launches()

@@ -30,7 +30,7 @@ def bare_spec(**changes: Any) -> RankSpec:
         store_keys=NO_KEYS,
         model_path="",
         dtype="fp32",
-        fp8_experts=False,
+        keep_fp8=False,
         kv_dtype="fp32",
         page_size=8,
         kv_memory=None,

@@ -1,0 +1,125 @@
+"""Triton column of ``fp8.linear_fp8``: a product of rows with a matrix in block-scaled FP8.
+
+A step of 128 along the inner dim has one scale per row and one per block of the matrix, as in
+``experts_fp8.py``. Few rows are quantised by every program that reads them, which saves a launch
+where launches are the cost; many rows are quantised once beforehand. Roofline: the bytes of the
+matrix for few rows, the FP8 rate of the matrix units for many.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats.fp8_format import BLOCK
+from ..reference.fp8 import Quantised
+from .experts import block_and_tile
+from .fp8 import eight_bits, group_scales, quantise_rows
+from .target import check_dtype, interpreted
+
+# Up to so many rows: rows and columns of a program, warps, stages. Not timed on a card yet.
+_TILES = ((16, 16, 32, 4, 4), (64, 64, 64, 4, 4))
+_MANY = (128, 128, 8, 3)
+QUANTISED_HERE = 64
+"""Up to so many rows are quantised by the product itself."""
+
+
+def linear_fp8(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None, scales_GG: Tensor) -> Tensor:
+    """Same as ``fp8.linear_fp8``. The host reads nothing."""
+    num_columns, dim = weight_ND.shape
+    x_TD = x.reshape(-1, dim)
+    check_dtype(x_TD, "linear_fp8: x")
+    assert x_TD.stride(1) == 1 and weight_ND.is_contiguous() and scales_GG.is_contiguous()
+    num_rows = len(x_TD)
+    y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
+    if not num_rows:
+        return y
+    few = num_rows <= QUANTISED_HERE
+    rows = Quantised(x_TD, scales_GG) if few else quantise_rows(x_TD)
+    tiles = [tile for most, *tile in _TILES if num_rows <= most]
+    block_rows, columns, warps, stages = tiles[0] if tiles else _MANY
+    num_blocks = triton.cdiv(num_rows, block_rows)
+    _linear_fp8_kernel[(num_blocks * triton.cdiv(num_columns, columns),)](
+        rows.values,
+        rows.scales,
+        weight_ND,
+        scales_GG,
+        bias_N if bias_N is not None else weight_ND,
+        y,
+        num_rows,
+        num_blocks,
+        rows.values.stride(0),
+        D=dim,
+        N=num_columns,
+        BLOCK_M=block_rows,
+        BLOCK_N=columns,
+        EVEN=dim % BLOCK == num_columns % BLOCK == 0,
+        WIDE=few,
+        BIAS=bias_N is not None,
+        ROUND=interpreted(),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return y
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _linear_fp8_kernel(
+    x_ptr,
+    x_scales_ptr,
+    w_ptr,
+    w_scales_ptr,
+    bias_ptr,
+    y_ptr,
+    num_rows,
+    num_blocks,
+    x_stride,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """BLOCK_M rows and BLOCK_N columns; BLOCK_N divides 128. ``WIDE``: x is still to be
+    quantised.
+    """
+    GROUPS: tl.constexpr = (D + 127) // 128
+    block, tile = block_and_tile(num_blocks, tl.cdiv(N, BLOCK_N), 8)
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < num_rows
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, 128)
+    x_at = x_ptr + row[:, None] * x_stride + k[None, :]
+    w_at = w_ptr + n[None, :].to(tl.int64) * D + k[:, None]
+    w_scale_at = w_scales_ptr + (tile * BLOCK_N // 128) * GROUPS
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for group in range(GROUPS):
+        start = group * 128
+        if EVEN:
+            x = tl.load(x_at + start, mask=real[:, None], other=0.0)
+            w = tl.load(w_at + start)
+        else:
+            inside = start + k < D
+            x = tl.load(x_at + start, mask=real[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_at + start, mask=(n < N)[None, :] & inside[:, None], other=0.0)
+        if WIDE:
+            wide = x.to(tl.float32)
+            x_scale = group_scales(wide)[:, None]
+            x = eight_bits(wide / x_scale, w_ptr.dtype.element_ty, ROUND)
+        else:
+            x_scale = tl.load(x_scales_ptr + row * GROUPS + group, mask=real, other=0.0)[:, None]
+        y += tl.dot(x, w) * (x_scale * tl.load(w_scale_at + group))
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_ptr + row[:, None] * N + n[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=real[:, None] & (n < N)[None, :],
+    )
