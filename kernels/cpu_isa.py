@@ -1,9 +1,9 @@
 """CPU instruction sets, and the form in which bf16 weights are held for each. Imports no torch,
 since ``launch plan`` uses it too.
 
-Weights are held in blocks (``cpu/codegen/blocks.py``) on a CPU with AVX512-BF16 and without AMX,
-otherwise in oneDNN's layout if oneDNN computes in bf16 there. Expert slots in oneDNN's layout are
-held twice (``cpu/linear.py``'s ``PackedSlots``).
+Weights are held in blocks (``cpu/codegen/blocks.py``), once, on every CPU without matrix
+instructions for bf16; with them (``amx``) in oneDNN's layout, which uses them. Expert slots in
+oneDNN's layout are held twice (``cpu/linear.py``'s ``PackedSlots``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ Form = Literal["plain", "onednn", "blocks"]
 COLUMNS = 16  # per block: one vector of float32 sums
 
 _ORDER: tuple[Isa, ...] = get_args(Isa)
-# oneDNN computes in bf16 with any of these: AVX-512, AVX2-VNNI-2, or bf16 on ARM. Names as in LLVM.
-_ONEDNN = (
-    {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    {"avxvnni", "avxvnniint8", "avxneconvert"},
-    {"bf16"},
-)
+# Names as in LLVM. ARM's bf16 has matrix instructions, as AMX has.
+_MATRICES = ("amx-bf16", "bf16")
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 def features() -> frozenset[str]:
@@ -36,14 +33,14 @@ def features() -> frozenset[str]:
 
 
 def isa_of(features: Collection[str]) -> Isa:
-    """The instruction set of a CPU with these features. ``avx512`` stands for every other CPU on
-    which oneDNN computes in bf16, ``avx2`` for the rest.
+    """The instruction set of a CPU with these features. ``amx`` stands for every CPU with matrix
+    instructions for bf16, ``avx2`` for all that have none of the others.
     """
-    if "amx-bf16" in features:
+    if any(name in features for name in _MATRICES):
         return "amx"
     if "avx512bf16" in features:
         return "avx512_bf16"
-    return "avx512" if any(needed <= set(features) for needed in _ONEDNN) else "avx2"
+    return "avx512" if set(features) >= _AVX512 else "avx2"
 
 
 def here() -> Isa:
@@ -78,7 +75,7 @@ def fit(num_columns: int, num_inner: int) -> bool:
 
 def weight_form(isa: Isa, num_columns: int, num_inner: int) -> Form:
     """The form in which a bf16 weight [N, D] is held."""
-    if isa == "avx512_bf16" and fit(num_columns, num_inner):
+    if isa != "amx" and fit(num_columns, num_inner):
         return "blocks"
     return "plain" if isa == "avx2" else "onednn"
 

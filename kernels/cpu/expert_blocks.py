@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..cpu_isa import COLUMNS
 from .codegen.arrays import array, exp, inner, narrow
-from .codegen.blocks import BLOCKS, ROWS, STRETCH, block_bytes, look_ahead, multiply, part, parts, take_item
-from .codegen.threads import share_out
+from .codegen.block_tiles import BLOCKS, ROWS, lay_out, multiply, room_for_rows
+from .codegen.blocks import STRETCH, block_bytes, look_ahead, part, parts
+from .codegen.threads import share_out, take_item
 
 _HALF = BLOCKS // 2
 
@@ -112,9 +113,10 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
     """
     sums, rows, blocks = (
         np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
-        np.empty(ROWS, np.int64),
+        np.empty(STRETCH, np.int64),
         np.empty(BLOCKS, np.int64),
     )
+    room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_inner), -1
     num_blocks = inner_MF.shape[1] // COLUMNS
     panels = parts(num_blocks, _HALF)
     item = take_item(counter)
@@ -129,16 +131,18 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
         column = panel * _HALF * COLUMNS
         width = min(_HALF * COLUMNS, inner_MF.shape[1] - column)
         start, length = stretches_I[item // panels, 1:]
+        if item // panels != laid_out:
+            for r in range(length):
+                rows[r] = x + rows_M[order_M[start + r]] * x_stride
+            lay_out(rows, length, num_inner, room)
+            laid_out = item // panels
         tiles = parts(length, ROWS)
         for tile in range(tiles):
             first, num_rows = part(tile, tiles, length)
-            first += start
-            for r in range(num_rows):
-                rows[r] = x + rows_M[order_M[first + r]] * x_stride
             fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
-            multiply(num_rows, sums, rows, blocks, num_inner // 2, fetch)
+            multiply(num_rows, sums, rows[first:], blocks, num_inner // 2, fetch)
             for r in range(num_rows):
-                _silu_mul(sums[r], inner_MF[first + r, column : column + width])
+                _silu_mul(sums[r], inner_MF[start + first + r, column : column + width])
         item = following
 
 
@@ -154,10 +158,11 @@ def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
     """The second product. Writes each row to its pair's place."""
     sums, rows, blocks = (
         np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
-        np.empty(ROWS, np.int64),
+        np.empty(STRETCH, np.int64),
         np.empty(BLOCKS, np.int64),
     )
     num_blocks, num_inner = y_MD.shape[1] // COLUMNS, inner_MF.shape[1]
+    room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_inner), -1
     panels = parts(num_blocks, BLOCKS)
     item = take_item(counter)
     while item < panels * len(stretches_I):
@@ -170,16 +175,18 @@ def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
         column = panel * BLOCKS * COLUMNS
         width = min(BLOCKS * COLUMNS, y_MD.shape[1] - column)
         start, length = stretches_I[item // panels, 1:]
+        if item // panels != laid_out:
+            for r in range(length):
+                rows[r] = inner_MF[start + r].ctypes.data
+            lay_out(rows, length, num_inner, room)
+            laid_out = item // panels
         tiles = parts(length, ROWS)
         for tile in range(tiles):
             first, num_rows = part(tile, tiles, length)
-            first += start
-            for r in range(num_rows):
-                rows[r] = inner_MF[first + r].ctypes.data
             fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
-            multiply(num_rows, sums, rows, blocks, num_inner // 2, fetch)
+            multiply(num_rows, sums, rows[first:], blocks, num_inner // 2, fetch)
             for r in range(num_rows):
-                y_D = y_MD[order_M[first + r]]
+                y_D = y_MD[order_M[start + first + r]]
                 for n in range(width):
                     y_D[column + n] = narrow(sums[r, n], y_D)
         item = following

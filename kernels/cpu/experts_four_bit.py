@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..reference.four_bit import FourBit
 from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
-from .codegen.blocks import part, parts, take_item
+from .codegen.blocks import part, parts
 from .codegen.nibbles import (
     AT_ONCE,
     BLOCK,
@@ -37,7 +37,7 @@ from .codegen.nibbles import (
     numbers_of,
     weight_rows,
 )
-from .codegen.threads import share_out
+from .codegen.threads import share_out, take_item
 from .codegen.vectors import LANES, multiplies_bf16
 from .expert_blocks import sort_pairs, stretches
 

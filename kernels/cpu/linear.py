@@ -1,11 +1,8 @@
 """Linear layers with weights in the form that the processor reads fastest. Weights are packed once,
 at load time.
 
-``cpu_isa`` chooses the form: blocks (``codegen/blocks.py``), or oneDNN's own layout if oneDNN
-computes in bf16. ``F.linear`` reorders plain bf16 weights on every call: for 1 to 8 rows of 1536 x
-1024 it took 104 to 122 us, with weights packed for oneDNN 65 to 85 us. Relative to the latter,
-blocks take 0.92 to 1.0 of the time, for 32 and 64 rows 0.8 to 0.9, for more rows the same (2 cores
-of an EPYC Turin, torch 2.13).
+``cpu_isa`` chooses the form: blocks (``codegen/blocks.py``), or oneDNN's own layout where oneDNN
+uses matrix instructions. ``F.linear`` reorders plain bf16 weights on every call.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Weights in blocks of 16 columns, and products of rows with them, for processors with AVX512-BF16.
+"""Weights in blocks of 16 columns, and products of rows with them, for x86 processors without AMX.
 
 Packed weights are [..., N / 16, K / 2, 16, 2] instead of [..., N, K]: a vector holds two
-neighbouring k of 16 columns, which ``vdpbf16ps`` multiplies by the same two k of a row. Up to 6
-rows by 4 blocks are summed in registers. For any number of rows, k is summed from first to last in
-one register, so a result depends neither on neighbouring rows nor on the number of threads.
+neighbouring k of 16 columns, which are multiplied by the same two k of a row (``block_tiles.py``).
+For any number of rows, k is summed from first to last in one register, so a result depends neither
+on neighbouring rows nor on the number of threads.
 
-Few rows take as long as reading the weights from memory up to 50 GB/s; at 75 GB/s four rows take
-1.25 times as long. From 32 rows on the rate equals oneDNN's within a tenth either way, 860 to 980
-GFLOP/s (2 cores of an EPYC Turin).
+With AVX512-BF16, few rows take as long as reading the weights from memory up to 50 GB/s; at 75 GB/s
+four rows take 1.25 times as long. From 32 rows on the rate equals oneDNN's within a tenth either
+way, 860 to 980 GFLOP/s (2 cores of an EPYC Turin).
 
 N columns  K inner values  P panels of up to four blocks
 """
@@ -17,26 +17,20 @@ N columns  K inner values  P panels of up to four blocks
 from __future__ import annotations
 
 import mmap
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import extending, njit
-from numba.core import cgutils, types
+from numba import njit
 from torch import Tensor
 
 from ...cpu_isa import COLUMNS, fit
 from .arrays import inner, narrow, widen
-from .threads import share_out
-from .vectors import F32, I32, SUMS, UNITS, multiply_add_halves, spread
+from .block_tiles import BLOCKS, PACE, ROWS, lay_out, multiply, room_for_rows
+from .threads import share_out, take_item
 
-BLOCKS = 4  # per panel, read side by side
-ROWS = 6  # per tile: 24 sums and 4 weights use 28 of the 32 registers
 STRETCH = 96  # rows that use a panel while it is in the cache; few enough for threads to share evenly
 
-_AHEAD = 1024  # bytes to prefetch ahead in a panel that is read once: 3 to 8 % more bandwidth
-_PACE = 1024  # fetches one vector per vector read
+_AHEAD = 4096  # bytes to prefetch ahead in a panel that is read once, into the L2 cache: it waits there
 
 
 def pack_blocks(weights: Tensor) -> Tensor:
@@ -58,134 +52,6 @@ def pack_blocks(weights: Tensor) -> Tensor:
     )
 
 
-_intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
-
-_I8, _I64 = ir.IntType(8), ir.IntType(64)
-
-
-class _Tile:
-    """Writes the instructions of one tile: ``num_rows`` rows by one panel."""
-
-    def __init__(self, builder: Any, num_rows: int) -> None:
-        self._builder = builder
-        self._num_rows = num_rows
-        self._prefetch = builder.module.declare_intrinsic(
-            "llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), (_I8.as_pointer(), I32, I32, I32))
-        )
-
-    def generate(self, sums: Any, rows: Any, blocks: Any, num_pairs: Any, fetch: Any) -> None:
-        builder = self._builder
-        x = self._pointers(rows, self._num_rows)
-        w = self._pointers(blocks, BLOCKS)
-        before, loop, after = (
-            builder.block,
-            builder.append_basic_block("pairs"),
-            builder.append_basic_block("summed"),
-        )
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        pair = builder.phi(_I64)
-        pair.add_incoming(_I64(0), before)
-        held = [[builder.phi(SUMS) for _ in w] for _ in x]
-        self._fetch(pair, w, *cgutils.unpack_tuple(builder, fetch))
-        totals = self._step(pair, x, w, held)
-        for held_row, row in zip(held, totals, strict=True):
-            for phi, total in zip(held_row, row, strict=True):
-                phi.add_incoming(ir.Constant(SUMS, [0.0] * COLUMNS), before)
-                phi.add_incoming(total, loop)
-        following = builder.add(pair, _I64(1))
-        pair.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, after)
-        builder.position_at_end(after)
-        for r, row in enumerate(totals):
-            for b, total in enumerate(row):
-                place = builder.gep(sums, [_I64((r * BLOCKS + b) * COLUMNS)], source_etype=F32)
-                builder.store(total, builder.bitcast(place, SUMS.as_pointer()), align=4)
-
-    def _fetch(self, pair: Any, w: list[Any], ahead: Any, pace: Any) -> None:
-        builder = self._builder
-        vectors = builder.lshr(builder.mul(pair, pace), _I64(_PACE.bit_length() - 1))
-        distance = builder.add(ahead, builder.mul(vectors, _I64(4 * COLUMNS)))
-        for block in w:
-            place = builder.gep(block, [distance], source_etype=_I8)
-            # Flags: read, into the nearest cache, data.
-            builder.call(self._prefetch, [place, I32(0), I32(3), I32(1)])
-
-    def _pointers(self, addresses: Any, count: int) -> list[Any]:
-        builder = self._builder
-        loads = [
-            builder.load(builder.gep(addresses, [_I64(i)], source_etype=_I64), typ=_I64) for i in range(count)
-        ]
-        return [builder.inttoptr(load, _I8.as_pointer()) for load in loads]
-
-    def _step(self, pair: Any, x: list[Any], w: list[Any], sums: list[list[Any]]) -> list[list[Any]]:
-        """Adds one pair of k to the sums."""
-        builder = self._builder
-        factors = []
-        for block in w:
-            place = builder.gep(block, [builder.mul(pair, _I64(4 * COLUMNS))], source_etype=_I8)
-            factors.append(builder.load(place, typ=UNITS, align=64))
-        totals = []
-        for row, row_sums in zip(x, sums, strict=True):
-            pairs = spread(
-                builder,
-                builder.load(
-                    builder.gep(row, [builder.mul(pair, _I64(4))], source_etype=_I8), typ=I32, align=2
-                ),
-            )
-            totals.append(
-                [multiply_add_halves(builder, s, pairs, f) for s, f in zip(row_sums, factors, strict=True)]
-            )
-        return totals
-
-
-@_intrinsic(prefer_literal=True)
-def _tile(typing_context, num_rows, sums, rows, blocks, num_pairs, fetch):
-    """sums[r, 16 b + n] = sum over the pairs of row r times block b. ``rows`` and ``blocks`` hold
-    addresses. Nothing is checked.
-    """
-    signature = types.void(num_rows, sums, rows, blocks, types.intp, types.UniTuple(types.intp, 2))
-
-    def generate(context, builder, signature, arguments):
-        arrays = zip(signature.args[1:4], arguments[1:4], strict=True)
-        places = [context.make_array(kind)(context, builder, value).data for kind, value in arrays]
-        _Tile(builder, num_rows.literal_value).generate(*places, *arguments[4:])
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@_intrinsic
-def take_item(typing_context, counter):
-    """Atomic counter[0]++: each thread gets another value."""
-    signature = types.intp(counter)
-
-    def generate(context, builder, signature, arguments):
-        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.atomic_rmw("add", place, _I64(1), "monotonic")
-
-    return signature, generate
-
-
-@inner()
-def multiply(num_rows, sums, rows, blocks, num_pairs, fetch):
-    """One tile of 1 to 6 rows by four blocks: ``sums`` float32 [6, 64]; ``rows`` [6] and ``blocks``
-    [4] are addresses; ``fetch`` comes from ``look_ahead``.
-    """
-    if num_rows == 1:
-        _tile(1, sums, rows, blocks, num_pairs, fetch)
-    elif num_rows == 2:
-        _tile(2, sums, rows, blocks, num_pairs, fetch)
-    elif num_rows == 3:
-        _tile(3, sums, rows, blocks, num_pairs, fetch)
-    elif num_rows == 4:
-        _tile(4, sums, rows, blocks, num_pairs, fetch)
-    elif num_rows == 5:
-        _tile(5, sums, rows, blocks, num_pairs, fetch)
-    else:
-        _tile(6, sums, rows, blocks, num_pairs, fetch)
-
-
 @njit(cache=True, inline="always")
 def look_ahead(tile, tiles, num_inner, next_panel):
     """A tile's prefetch: distance in bytes from its blocks, and vectors to prefetch per 1024
@@ -194,8 +60,8 @@ def look_ahead(tile, tiles, num_inner, next_panel):
     panel of one tile prefetches itself.
     """
     if tiles == 1:
-        return _AHEAD, _PACE
-    return next_panel + num_inner // 2 * tile // tiles * 4 * COLUMNS, _PACE // tiles
+        return _AHEAD, PACE
+    return next_panel + num_inner // 2 * tile // tiles * 4 * COLUMNS, PACE // tiles
 
 
 @njit(cache=True, inline="always")
@@ -235,14 +101,20 @@ def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counte
     for _ in range(begin, end):
         sums, rows, blocks = (
             np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
-            np.empty(ROWS, np.int64),
+            np.empty(STRETCH, np.int64),
             np.empty(BLOCKS, np.int64),
         )
+        room, laid_out = room_for_rows(min(STRETCH, len(y_TN)), num_inner), -1
         item = take_item(counter)
         while item < panels * stretches:
             following = take_item(counter)
             stretch, panel = item // panels, item % panels
             start, length = part(stretch, stretches, len(y_TN))
+            if stretch != laid_out:
+                for r in range(length):
+                    rows[r] = x + (start + r) * x_stride
+                lay_out(rows, length, num_inner, room)
+                laid_out = stretch
             for b in range(BLOCKS):
                 blocks[b] = w + min(panel * BLOCKS + b, num_blocks - 1) * block_bytes(num_inner)
             column = panel * BLOCKS * COLUMNS
@@ -250,14 +122,11 @@ def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counte
             tiles = parts(length, ROWS)
             for tile in range(tiles):
                 first, num_rows = part(tile, tiles, length)
-                first += start
-                for r in range(num_rows):
-                    rows[r] = x + (first + r) * x_stride
                 next_panel = (following % panels - panel) * BLOCKS * block_bytes(num_inner)
                 multiply(
                     num_rows,
                     sums,
-                    rows,
+                    rows[first:],
                     blocks,
                     num_inner // 2,
                     look_ahead(tile, tiles, num_inner, next_panel),
@@ -266,7 +135,7 @@ def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counte
                     _write(
                         sums[r, :width],
                         bias_N[column : column + width],
-                        y_TN[first + r, column : column + width],
+                        y_TN[start + first + r, column : column + width],
                     )
             item = following
 

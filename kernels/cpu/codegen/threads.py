@@ -58,6 +58,18 @@ def share_out(typing_context, body, count, arguments, alone):
     return types.void(body, types.intp, arguments, types.boolean), generate
 
 
+@_intrinsic
+def take_item(typing_context, counter):
+    """Atomic counter[0]++: each thread gets another value."""
+    signature = types.intp(counter)
+
+    def generate(context, builder, signature, arguments):
+        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", place, ir.Constant(_INDEX, 1), "monotonic")
+
+    return signature, generate
+
+
 def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room_type: Any) -> Any:
     """A function that calls the body in numba's calling convention. It is separate, so that the
     body is compiled once.

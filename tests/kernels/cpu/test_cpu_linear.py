@@ -25,9 +25,7 @@ from support.grids import pairwise
 
 @pytest.fixture
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds weights as a CPU with AVX512-BF16 does. Other CPUs compute with them too, but
-    slower.
-    """
+    """Holds weights as every CPU does but one with AMX, which computes with them too."""
     monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")
 
 
