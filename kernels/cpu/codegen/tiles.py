@@ -18,6 +18,7 @@ from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from ... import cpu_isa
 from .vectors import (
     I32,
     LANES,
@@ -43,6 +44,13 @@ TILE_ROWS = 4
 TILE_COLUMNS = 64
 
 
+def _vectors_at_once() -> int:
+    """Vectors of 16 columns whose sums, for 4 rows, fit the registers: AVX-512 has 32 of them, AVX2
+    16 of half the width.
+    """
+    return TILE_COLUMNS // LANES if "avx512f" in cpu_isa.features() else 1
+
+
 @_intrinsic(prefer_literal=True)
 def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_vectors):
     """out[out_row + r, column + n] = shrink[r] times its old value, plus the sum over u of a[a_row
@@ -62,33 +70,27 @@ def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_v
             Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5)
         )
         multiply = multiply_add_halves if a.dtype == types.uint32 else multiply_add
-        columns = [_plus(builder, column, v * LANES) for v in vectors]
-        sums = [[cgutils.alloca_once(builder, SUMS) for _ in vectors] for _ in range(TILE_ROWS)]
-        for r, row in enumerate(sums):
-            factor = (
-                None
-                if shrink == types.none
-                else Rows(context, builder, shrink, arguments[2]).load(None, _index(r), 1)
-            )
-            for v, place in enumerate(row):
-                if factor is None:
-                    builder.store(all_lanes(SUMS, 0.0), place)
-                else:
-                    builder.store(
-                        builder.fmul(
-                            out_rows.load(_plus(builder, out_row, r), columns[v]), spread(builder, factor)
-                        ),
-                        place,
-                    )
-        with cgutils.for_range(builder, a_rows.num_columns) as loop:
-            factors = [b_rows.load(loop.index, columns[v]) for v in vectors]
+        factors_r = None if shrink == types.none else Rows(context, builder, shrink, arguments[2])
+        for begin in range(0, num_vectors.literal_value, _vectors_at_once()):
+            some = vectors[begin : begin + _vectors_at_once()]
+            columns = [_plus(builder, column, v * LANES) for v in some]
+            sums = [[cgutils.alloca_once(builder, SUMS) for _ in some] for _ in range(TILE_ROWS)]
             for r, row in enumerate(sums):
-                unit = spread(builder, a_rows.load(_plus(builder, a_row, r), loop.index, 1))
                 for v, place in enumerate(row):
-                    builder.store(multiply(builder, builder.load(place), unit, factors[v]), place)
-        for r, row in enumerate(sums):
-            for v, place in enumerate(row):
-                out_rows.store(builder.load(place), _plus(builder, out_row, r), columns[v])
+                    before = all_lanes(SUMS, 0.0)
+                    if factors_r is not None:
+                        factor = spread(builder, factors_r.load(None, _index(r), 1))
+                        before = builder.fmul(out_rows.load(_plus(builder, out_row, r), columns[v]), factor)
+                    builder.store(before, place)
+            with cgutils.for_range(builder, a_rows.num_columns) as loop:
+                factors = [b_rows.load(loop.index, own) for own in columns]
+                for r, row in enumerate(sums):
+                    unit = spread(builder, a_rows.load(_plus(builder, a_row, r), loop.index, 1))
+                    for v, place in enumerate(row):
+                        builder.store(multiply(builder, builder.load(place), unit, factors[v]), place)
+            for r, row in enumerate(sums):
+                for v, place in enumerate(row):
+                    out_rows.store(builder.load(place), _plus(builder, out_row, r), columns[v])
         return context.get_dummy_value()
 
     return signature, generate
