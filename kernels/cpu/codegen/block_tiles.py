@@ -42,8 +42,8 @@ _intrinsic: Any = extending.intrinsic  # typed as the definition, which also tak
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _HALVES = ir.VectorType(_I16, COLUMNS)
 # 6 rows by 4 blocks are 24 sums; with 4 weights they use 28 of the 32 registers of AVX-512. AVX2
-# has 16 of half the width: as many blocks at once as leave 8 to 12 sums.
-_AT_ONCE_AVX2 = {1: 4, 2: 2, 3: 2}
+# has 16 of half the width: as many blocks at once as leave 4 to 12 sums.
+_AT_ONCE_AVX2 = {1: 2, 2: 2}
 
 
 def _blocks_at_once(num_rows: int) -> int:
@@ -73,6 +73,7 @@ class _Tile:
 
     def _summed(self, x: list[Any], w: list[Any], num_pairs: Any, fetch: list[Any]) -> list[list[Any]]:
         builder = self._builder
+        again = [self._hidden(block) for block in w]
         before = builder.block
         loop, after = builder.append_basic_block("pairs"), builder.append_basic_block("summed")
         builder.branch(loop)
@@ -81,7 +82,10 @@ class _Tile:
         pair.add_incoming(_I64(0), before)
         held = [[builder.phi(SUMS) for _ in w] for _ in x]
         self._fetch(pair, w, *fetch)
-        totals = (self._step_halves if self._halves else self._step_widened)(pair, x, w, held)
+        if self._halves:
+            totals = self._step_halves(pair, x, w, held)
+        else:
+            totals = self._step_widened(pair, x, (w, again), held)
         for held_row, row in zip(held, totals, strict=True):
             for phi, total in zip(held_row, row, strict=True):
                 phi.add_incoming(all_lanes(SUMS, 0.0), before)
@@ -133,11 +137,19 @@ class _Tile:
             )
         return totals
 
-    def _step_widened(self, pair: Any, x: list[Any], w: list[Any], sums: list[list[Any]]) -> list[list[Any]]:
-        """The same for rows of float32: the even k, then the odd."""
+    def _hidden(self, pointer: Any) -> Any:
+        """The same pointer, but the compiler cannot tell."""
+        return self._builder.asm(ir.FunctionType(pointer.type, (pointer.type,)), "", "=r,0", [pointer], False)
+
+    def _step_widened(
+        self, pair: Any, x: list[Any], w: tuple[list[Any], list[Any]], sums: list[list[Any]]
+    ) -> list[list[Any]]:
+        """The same for rows of float32: the even k, then the odd. Each reads the units of weights
+        itself, by a pointer of its own: to keep them would take registers that sums need.
+        """
         builder = self._builder
-        units = self._units(pair, w)
         for odd in range(2):
+            units = self._units(pair, w[odd])
             if odd:
                 bits = [builder.and_(unit, all_lanes(UNITS, 0xFFFF0000)) for unit in units]
             else:

@@ -82,9 +82,7 @@ def test_weighted_sum_of_a_token_does_not_depend_on_the_others() -> None:
 
 
 def _in_blocks(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in blocks. Every CPU can compute with them, but only AVX512-BF16 makes them
-    fastest.
-    """
+    """Weights in blocks, with which every CPU can compute."""
     return pack_blocks(w13), pack_blocks(w2)
 
 

@@ -1,0 +1,136 @@
+"""Products with weights in blocks on CPUs without AVX512-BF16: the same bits on AVX2 and AVX-512,
+the reference's values, and nothing but registers in the innermost loops.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.kernels import cpu_isa
+from lockstep.kernels.cpu_isa import Isa
+from lockstep.kernels.reference.experts import experts_reference
+from lockstep.launch.environment import isa_settings
+
+TESTS = Path(__file__).parents[3]
+LIMITS: list[Isa] = ["avx2", "avx512"]
+ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 200)
+
+
+def skip_beyond(limit: Isa) -> None:
+    if cpu_isa.lesser(limit, cpu_isa.here()) != limit:
+        pytest.skip(f"this process computes with {cpu_isa.here()} only")
+
+
+def limited(limit: Isa, *command: str, **settings: str) -> str:
+    """The output of a Python process that is limited to these instructions."""
+    result = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=os.environ | isa_settings(limit) | settings,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def drawn() -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Rows, a weight and a bias; weights of three slots, and the row and slot of each pair."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias, w13, w2 = (
+        torch.randn(*shape, generator=draw).bfloat16() / 8
+        for shape in ((200, 66), (112, 66), (112,), (3, 64, 66), (3, 66, 32))
+    )
+    w2 = F.pad(w2, (0, 0, 0, 14))  # 80 columns; those of x are 66, then zeros
+    x, w13 = (F.pad(each, (0, 14)) for each in (x, w13))
+    rows, slots = torch.arange(200).repeat_interleave(2), torch.randint(-1, 3, (400,), generator=draw)
+    return x, F.pad(weight, (0, 14)), bias, (w13, w2), rows, slots
+
+
+_COMPUTE = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_cpu_block_tiles import ROWS, drawn
+from lockstep.kernels import cpu_isa
+from lockstep.kernels.table import ops_of
+ops = ops_of("cpu")
+x, weight, bias, slots, rows_M, slots_M = drawn()
+packed, experts = ops.pack(weight), ops.pack_slots(*slots)
+assert packed.dim() == 4 and experts[0].dim() == 5, cpu_isa.here()
+whole = ops.linear(x, packed, bias)
+for count in ROWS:
+    assert torch.equal(ops.linear(x[:count], packed, bias), whole[:count]), count
+each = ops.experts(x, rows_M, slots_M, *experts, torch.zeros(3, dtype=torch.int64))
+some = ops.experts(x, rows_M[7:10], slots_M[7:10], *experts, torch.zeros(3, dtype=torch.int64))
+assert torch.equal(some, each[7:10])
+torch.save((whole, each), sys.argv[1])
+"""
+
+
+def test_avx2_and_avx512_give_the_same_bits_and_the_values_of_the_reference(tmp_path: Path) -> None:
+    found = []
+    for limit in LIMITS:
+        skip_beyond(limit)
+        limited(limit, "-c", _COMPUTE, str(tmp_path / limit), str(Path(__file__).parent))
+        found.append(torch.load(tmp_path / limit))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    x, weight, bias, slots, rows, chosen = drawn()
+    whole, each = found[0]
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(whole.double(), exact, rtol=2**-8, atol=1e-4)
+    counts = torch.zeros(3, dtype=torch.int64)
+    torch.testing.assert_close(each, experts_reference(x, rows, chosen, *slots, counts), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_linear_experts_and_sublayers_on_a_lesser_cpu(limit: Isa) -> None:
+    """Their own tests, in a process with these instructions."""
+    skip_beyond(limit)
+    files = ("cpu/test_cpu_linear.py", "reference/test_experts.py", "reference/test_sublayers.py")
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    paths = [str(TESTS / "kernels" / file) for file in files]
+    assert " passed" in limited(limit, *command, *paths, LOCKSTEP_TEST_ISA=limit)
+
+
+_COMPILE = """
+import torch
+from lockstep.kernels.cpu.codegen import blocks
+from lockstep.kernels.cpu.linear import linear
+linear(torch.ones(1, 32).bfloat16(), blocks.pack_blocks(torch.ones(16, 32).bfloat16()))
+print(*blocks.multiply_rows.inspect_asm().values())
+"""
+
+
+@pytest.mark.parametrize(("limit", "most"), [("avx2", 24), ("avx512", 48)])
+def test_innermost_loops_keep_sums_in_registers(limit: Isa, most: int, tmp_path: Path) -> None:
+    """Of a pair of k: as many fused products as the tile has, no call, no vector on the stack."""
+    skip_beyond(limit)
+    loops = innermost_loops(limited(limit, "-c", _COMPILE, NUMBA_CACHE_DIR=str(tmp_path)))
+    products = [sum(line.startswith("vfmadd") for line in loop) for loop in loops]
+    assert max(products) == most
+    for loop in loops:
+        assert not [line for line in loop if line.startswith("call")]
+        assert not [line for line in loop if re.search(r"\(%rsp.*mm|mm.*\(%rsp", line)], loop
+
+
+def innermost_loops(assembly: str) -> list[list[str]]:
+    """The instructions of each loop without branches that has fused products."""
+    found = []
+    for block in re.split(r"^(?=\.LBB\S+:)", assembly, flags=re.MULTILINE):
+        label = block.partition(":")[0]
+        lines = [line.strip() for line in block.splitlines() if line.startswith("\t")]
+        ends = [i for i, line in enumerate(lines) if line.startswith("j") and line.split()[-1] == label]
+        if ends and any(line.startswith("vfmadd") for line in lines[: ends[0]]):
+            found.append(lines[: ends[0]])
+    return found
