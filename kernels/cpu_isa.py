@@ -68,6 +68,11 @@ def check() -> None:
         raise ValueError(f"cluster.isa = {here()}: this CPU has {own()} only; use auto or {own()}")
 
 
+def multiplies_bf16(isa: Isa) -> bool:
+    """Whether a CPU multiplies bf16 as it is stored; others widen it to float32."""
+    return _ORDER.index(isa) >= _ORDER.index("avx512_bf16")
+
+
 def fit(num_columns: int, num_inner: int) -> bool:
     """Whether a weight of this shape can be packed into blocks."""
     return num_columns % COLUMNS == 0 and num_inner % 2 == 0 and num_columns * num_inner > 0

@@ -1,6 +1,7 @@
 """Times the ops against their rooflines: ``python -m lockstep.kernels.bench``.
 
-Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without.
+Writes ``kernels_gpu.csv`` on a machine with an NVIDIA card and ``kernels_cpu.csv`` on one without
+(``kernels_cpu_avx2.csv`` in a process that numba's settings limit to AVX2).
 The file has a row per case and implementation and is written after each case; rows of an earlier
 run stay unless they are measured again. Ceilings are measured in the same run. A machine without a
 card adds the GPU's missing rows as "not measured". ``goals`` summarises a file of rows, and
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import cpu_isa
 from ..reference.column import Reference
 from ..reference.fp8 import Quantised, widen_rows
 from ..table import ops_of
@@ -67,7 +69,8 @@ def main() -> None:
         _on_card(chosen, ledger, Limits(arguments.each or 0.15, end), arguments.commit)
         return
     small = [case for case in chosen if case.small]
-    ledger = Ledger(arguments.out / "kernels_cpu.csv")
+    lesser = "" if cpu_isa.here() == cpu_isa.own() else f"_{cpu_isa.here()}"
+    ledger = Ledger(arguments.out / f"kernels_cpu{lesser}.csv")
     limits = Limits(arguments.each or 0.5, end)
     _measure(
         small, torch.device("cpu"), [ops_of("cpu"), ops_of("reference")], (ledger, arguments.commit), limits

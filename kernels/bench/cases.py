@@ -7,11 +7,13 @@ tokens x K pairs for its slots. The other cases are in ``attention.py`` and ``sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
@@ -22,7 +24,7 @@ from ..reference.gate import GateCounts, Routing
 from ..reference.rope import HeadNorms, angles, frequencies
 from .attention import attention_cases
 from .call import PAGE_SIZE, Call, Case, random
-from .rivals import convert_e4m3, grouped_mm, scaled_grouped_mm, vllm_experts
+from .rivals import convert_e4m3, grouped_mm, one_by_one, scaled_grouped_mm, vllm_experts
 from .sampler import sampler_cases
 
 EXPERT_LAYERS = {
@@ -33,12 +35,16 @@ EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 ROW_COUNTS = (1, 64, 4096)
 # DeepSeek-V3: into the latents, out of the heads, and down in shared experts.
 LINEAR_FP8 = (("latents", 7168, 2112), ("output", 16384, 7168), ("shared", 2048, 7168))
+LINEAR_ROWS = (1, 2, 4, 8, 32, 128, 1024, 4096)
 GATES = (("Qwen3", 128, Routing(8)), ("DeepSeek-V3", 256, Routing(8, "sigmoid", True, 2.5, 8, 4)))
 
 
 def cases() -> Iterator[Case]:
     """All cases in the order of the rows; those with a goal come first."""
     yield from expert_cases()
+    for rows in LINEAR_ROWS:
+        size = f"{rows} rows, 2048 x 2048"
+        yield Case("linear", size, _linear(rows, 2048, 2048), small=True, card=False)
     yield from attention_cases()
     yield from sampler_cases()
     for model, experts, rule in GATES:
@@ -90,6 +96,30 @@ def _row_cases(rows: int) -> Iterator[Case]:
     )
 
 
+def _linear(rows: int, width: int, hidden: int) -> Callable[[torch.device], Call]:
+    """Calls take turns with a few weights, so that none is in a cache."""
+
+    def make(device: torch.device) -> Call:
+        x, weights = random(device, rows, hidden), [random(device, width, hidden) for _ in range(12)]
+
+        from ..cpu.linear import linear, pack_for_onednn
+
+        def in_turn(held: list[Tensor], multiply: Callable[..., Tensor]) -> Callable[[], object]:
+            turns = itertools.cycle(held)
+            return lambda: multiply(x, next(turns))
+
+        num_bytes = 2.0 * (width * hidden + rows * (width + hidden))
+        return Call(
+            lambda ops: in_turn([ops.pack(weight) for weight in weights], ops.linear),
+            num_bytes,
+            2.0 * rows * width * hidden,
+            rivals={"oneDNN": in_turn([pack_for_onednn(weight) for weight in weights], linear)},
+            expected=lambda: F.linear(x, weights[0]),
+        )
+
+    return make
+
+
 @dataclass(frozen=True)
 class ExpertShape:
     """Pairs spread evenly over the slots, each with its own row."""
@@ -112,7 +142,9 @@ class ExpertShape:
 
         grouped = grouped_mm(x, slots, (w13, w2))
         rivals = {"torch._grouped_mm": grouped}
-        if device.type != "cpu":
+        if device.type == "cpu":
+            rivals["oneDNN, slot by slot"] = one_by_one(x, rows, slots, w13, w2)
+        else:
             rivals["vllm fused_moe"] = vllm_experts(x, slots, (w13, w2))
         return Call(bind, *self._least(2), rivals=rivals, expected=grouped)
 

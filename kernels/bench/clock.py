@@ -21,19 +21,22 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """bytes_per_s of a copy (read and written); flops of a product in bf16 and in FP8 (0: not
-    measured, taken as twice the bf16 rate).
+    """bytes_per_s of a copy (read and written); flops of a product in
+    bf16 and in FP8 (0: not measured, taken as twice the bf16 rate); on a CPU also those of fused
+    multiply-adds in float32.
     """
 
     bytes_per_s: float
     flops: float
     fp8_flops: float = 0.0
+    fma_flops: float = 0.0
 
     def memory_us(self, call: Call) -> float:
         return call.num_bytes / self.bytes_per_s * 1e6
 
     def compute_us(self, call: Call) -> float:
-        return call.flops / ((self.fp8_flops or 2 * self.flops) if call.fp8 else self.flops) * 1e6
+        flops = max(self.flops, self.fma_flops)
+        return call.flops / ((self.fp8_flops or 2 * flops) if call.fp8 else flops) * 1e6
 
     def bound(self, call: Call) -> tuple[float, str]:
         """The least time in microseconds, and the ceiling that sets it."""
@@ -55,7 +58,12 @@ def measure_ceilings(device: torch.device) -> Ceilings:
             lambda: torch._scaled_mm(a8, a8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), device
         )[1]
         fp8_flops = 2 * side**3 / product8 * 1e6
-    return Ceilings(2 * size / copy * 1e6, 2 * side**3 / product * 1e6, fp8_flops)
+    fma = 0.0
+    if device.type == "cpu":
+        from .fma_rate import fma_flops  # compiles a kernel
+
+        fma = fma_flops()
+    return Ceilings(2 * size / copy * 1e6, 2 * side**3 / product * 1e6, fp8_flops, fma)
 
 
 def time_of(

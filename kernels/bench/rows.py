@@ -46,6 +46,7 @@ class Row:
     torch: str
     triton: str
     commit: str
+    fma_tflop_s: str = NOT_MEASURED
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -118,6 +119,9 @@ def blank_row(device: torch.device | None, ceilings: Ceilings | None, commit: st
     known = {
         "copy_gb_s": f"{ceilings.bytes_per_s / 1e9:.1f}" if ceilings else NOT_MEASURED,
         "matmul_tflop_s": f"{ceilings.flops / 1e12:.2f}" if ceilings else NOT_MEASURED,
+        "fma_tflop_s": f"{ceilings.fma_flops / 1e12:.2f}"
+        if ceilings and ceilings.fma_flops
+        else NOT_MEASURED,
         "fp8_tflop_s": f"{fp8_flops / 1e12:.1f}" if fp8_flops else NOT_MEASURED,
         "hardware": hardware,
         "torch": torch.__version__,

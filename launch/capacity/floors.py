@@ -89,17 +89,17 @@ def stage_floor(setup: Setup, stage: PipelineStage, work: Work) -> Floor:
 
 
 def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
-    shape, tensor, hardware = setup.shape, setup.mesh.tensor, setup.hardware
+    shape, tensor = setup.shape, setup.mesh.tensor
     dense = stage.num_layers * shape.attention_params
     dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
     experts = stage.num_moe * shape.moe.top_k * shape.expert_params
     context = stage.num_layers * shape.attention_operations(work.decode) * work.attended
     gates = stage.num_moe * shape.moe.num_experts * shape.hidden * work.tokens
     head = stage.last * shape.vocab_size * shape.hidden * work.sampled
-    seconds = 2 * work.tokens * dense / tensor / hardware.operations(setup.weights)
-    seconds += 2 * work.routed * experts / tensor / hardware.operations(setup.expert_dtype)
-    seconds += context / tensor / hardware.operations(setup.attention_dtype)
-    return seconds + 2 * (gates + head) / hardware.operations(setup.dtype)
+    seconds = 2 * work.tokens * dense / tensor / setup.operations(setup.weights)
+    seconds += 2 * work.routed * experts / tensor / setup.operations(setup.expert_dtype)
+    seconds += context / tensor / setup.operations(setup.attention_dtype)
+    return seconds + 2 * (gates + head) / setup.operations(setup.dtype)
 
 
 def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:

@@ -123,6 +123,13 @@ class Setup:
             return False
         return cpu_isa.slot_form(self.isa, self.shape.hidden, self.shape.moe.expert_width) == "onednn"
 
+    def operations(self, dtype: str) -> float:
+        """Operations per second of products with weights in ``dtype``. CPUs that do not multiply
+        bf16 widen it and compute in float32.
+        """
+        widened = self.isa is not None and not cpu_isa.multiplies_bf16(self.isa)
+        return self.hardware.operations("fp32" if widened else dtype)
+
     @property
     def sharing(self) -> int:
         """Ranks per unit of the hardware profile: all of a node on a CPU, one per GPU."""

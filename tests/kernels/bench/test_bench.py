@@ -17,6 +17,7 @@ from lockstep.kernels.bench.__main__ import error_of
 from lockstep.kernels.bench.call import Call
 from lockstep.kernels.bench.cases import ExpertShape, cases
 from lockstep.kernels.bench.clock import Ceilings
+from lockstep.kernels.bench.fma_rate import fma_flops
 from lockstep.kernels.bench.rows import NOT_MEASURED
 from lockstep.kernels.reference.column import Reference
 from lockstep.kernels.table import ops_of
@@ -74,7 +75,8 @@ def test_experts_and_their_rival_compute_the_same() -> None:
     call = ExpertShape(slots=3, hidden=32, width=16, pairs=11).bf16(CPU)
     assert call.expected is not None
     assert 0 < float(error_of(call.bind(ops_of("cpu")), call.expected)) < 2e-2
-    assert set(call.rivals) == {"torch._grouped_mm"}, "vLLM's Triton kernels need a card"
+    assert 0 < float(error_of(call.rivals["oneDNN, slot by slot"], call.expected)) < 2e-2
+    assert set(call.rivals) == {"torch._grouped_mm", "oneDNN, slot by slot"}, "vLLM's kernels need a card"
 
 
 @pytest.mark.parametrize("shape", ["Qwen3 decode: 1 x 1024", "Qwen3 decode, FP8 pages: 1 x 1024"])
@@ -84,6 +86,20 @@ def test_attention_and_its_rival_compute_the_same(shape: str) -> None:
     got, rival = call.bind(ops_of("reference"))(), call.rivals["sdpa on gathered pages"]()
     assert isinstance(got, torch.Tensor) and isinstance(rival, torch.Tensor)
     torch.testing.assert_close(got, rival.flatten(1, 2), rtol=2e-2, atol=1e-3)
+
+
+def test_a_linear_layer_and_its_rival_compute_the_same() -> None:
+    (case,) = (case for case in cases() if (case.op, case.shape) == ("linear", "2 rows, 2048 x 2048"))
+    call = case.make(CPU)
+    assert call.expected is not None
+    for run in (call.bind(ops_of("cpu")), call.rivals["oneDNN"]):
+        assert 0 <= float(error_of(run, call.expected)) < 2e-2
+
+
+def test_a_cpu_is_also_bound_by_its_multiply_adds() -> None:
+    call = Call(lambda ops: lambda: None, num_bytes=1.0, flops=1e12)
+    assert Ceilings(1e12, 1e12, fma_flops=2e12).bound(call) == (pytest.approx(5e5), "compute")
+    assert 1e9 < fma_flops() < 1e14
 
 
 def test_errors_are_norms_of_numbers_and_shares_of_integers() -> None:

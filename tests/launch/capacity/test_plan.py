@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch.distributed import HashStore
 
+from lockstep.kernels.cpu_isa import Isa
 from lockstep.launch.capacity.anchors import (
     EXCHANGE_TOKENS,
     EXCHANGES,
@@ -315,6 +316,15 @@ def test_dispatch_buffers_follow_the_dispatcher() -> None:
 
 def hardware(**changes: float) -> Hardware:
     return load_hardware("h100").model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("isa", "rate"), [("avx2", 0.18e12), ("avx512", 0.18e12), ("avx512_bf16", 1.75e12), ("amx", 1.75e12)]
+)
+def test_products_in_bf16_take_the_float32_rate_where_a_cpu_widens(isa: Isa, rate: float) -> None:
+    setup = plan_of("demo.yaml", "cluster.device=cpu", "cluster.hardware=cpu").setup
+    one = replace(setup, isa=isa, hardware=load_hardware("cpu"))
+    assert one.operations("bf16") == rate and one.operations("fp32") == 0.18e12
 
 
 def test_floors_scale_with_what_they_are_made_of() -> None:

@@ -114,7 +114,7 @@ print(*blocks.multiply_rows.inspect_asm().values())
 
 @pytest.mark.parametrize(("limit", "most"), [("avx2", 24), ("avx512", 48)])
 def test_innermost_loops_keep_sums_in_registers(limit: Isa, most: int, tmp_path: Path) -> None:
-    """Of a pair of k: as many fused products as the tile has, no call, no vector on the stack."""
+    """Holds loops over pairs of k to their products: no call, no vector on the stack."""
     skip_beyond(limit)
     loops = innermost_loops(limited(limit, "-c", _COMPILE, NUMBA_CACHE_DIR=str(tmp_path)))
     products = [sum(line.startswith("vfmadd") for line in loop) for loop in loops]
