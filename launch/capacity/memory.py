@@ -20,8 +20,8 @@ _LOGIT_COPIES = 3  # float32: logits, sorted logits, probabilities
 class Weights:
     """Bytes of parameters on a rank.
 
-    Slots of experts, replicas and empty slots are means over the ranks. ``packed_copies``: some
-    CPUs hold expert slots in bf16 twice (``kernels.cpu_isa``).
+    Slots of experts, replicas and empty slots are means over the ranks. ``packed_copies``: CPUs
+    with AMX hold expert slots in bf16 twice (``kernels.cpu_isa``).
     """
 
     attention: int
