@@ -30,6 +30,7 @@ from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import AnyExperts, Experts, FourBitExperts, Fp8Experts
 from ...moe.layer import MoELayer
 from ...parallel.linear import Backend, Linear, Matrix, MergedLinear, SwiGLU
+from ...parallel.logits import SplitLogits
 from ...parallel.stages import PipelineStage
 from ...parallel.tensor import Shard
 from ...parallel.vocabulary import Embedding, OutputHead
@@ -136,7 +137,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.stage = stage
-        self.ops, self.dtype, self._most = backend.ops, backend.dtype, backend.tensor.most
+        self.ops, self.dtype, self._split = backend.ops, backend.dtype, backend.tensor
         self._moe_layers = [layer for layer in config.moe_layers if layer in stage.layers]
         numbers = {layer: number for number, layer in enumerate(self._moe_layers)}
         make_experts: Callable[..., AnyExperts] = Experts if backend.fp8_block is None else Fp8Experts
@@ -189,12 +190,21 @@ class Model(nn.Module):
         """The most likely token of every row, int64 [R]; of equal ones the lowest. Where the
         vocabulary is split, the logits stay where they are.
         """
-        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        assert head is not None, "no head in this stage"
-        logits_RP = head.own_logits(self._norm(hidden_RD))
+        return self.most_likely(self.own_logits(hidden_RD))
+
+    def most_likely(self, logits: SplitLogits) -> Tensor:
+        """``likeliest`` of logits."""
+        logits_RP = logits.own_RP
         ids_R = self.ops.sample(logits_RP, SamplingParams.greedy(len(logits_RP)), np.zeros(len(logits_RP)))
         values_R = logits_RP.gather(1, ids_R[:, None])[:, 0]
-        return self._most(values_R, ids_R + head.first)
+        return self._split.most(values_R, ids_R + logits.first)
+
+    def own_logits(self, hidden_RD: Tensor) -> SplitLogits:
+        """As ``logits``, where the vocabulary is split: they stay where they are."""
+        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        assert head is not None, "no head in this stage"
+        own_RP = head.own_logits(self._norm(hidden_RD))
+        return SplitLogits(own_RP, head.first, self.config.vocab_size, self._split)
 
     def _ends(self) -> tuple[_Op, _Op, _Op]:
         """The embedding before the layers, norm and head behind them; the identity where another

@@ -357,7 +357,7 @@ class Executor:
                 first, top = int(rows.counts[:row].sum()), int(settings.num_prompt_logprobs[slot])
                 ranks = bool(settings.prompt_ranks[slot])
                 chunk = Chunk(number, start + 1, first, self._history[slot, start + 1 : end], top, ranks)
-                found.append(score(self._parts.model, hidden_TD, chunk))
+                found.append(score(self._parts, hidden_TD, chunk))
         return tuple(found)
 
     def _sample(

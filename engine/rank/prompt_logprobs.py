@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.decoder import Model
 from ..protocol.arrays import Int32
 from ..protocol.results import PromptLogprobs
+from .parts import Parts
+from .split_choice import split_logprobs
 
 _SLICE_BYTES = 64 << 20
 """Bytes of float32 logits at once: 110 tokens of a vocabulary of 152,000. A chunk of 8,192 tokens
@@ -37,17 +38,22 @@ class Chunk:
     ranks: bool = False
 
 
-def score(model: Model, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
-    """The model's log-probabilities of the chunk's tokens, computed in bounded slices of logits."""
-    width = max(1, _SLICE_BYTES // (4 * model.config.vocab_size))
+def score(parts: Parts, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
+    """The model's log-probabilities of the chunk's tokens, computed in bounded slices of logits.
+    All ranks of a tensor group make the same calls.
+    """
+    split = parts.splits.tensor.size
+    width, score_slice = max(1, _SLICE_BYTES * split // (4 * parts.model.config.vocab_size)), _score
+    if split > 1:
+        score_slice = _score_split
     next_T = torch.from_numpy(chunk.next_T.astype(np.int64)).to(hidden_TD.device)
     hidden_TD = hidden_TD[chunk.first : chunk.first + len(next_T)]
     slices = [
-        _score(model, model.logits(part_TD), part_T, chunk)
+        score_slice(parts, part_TD, part_T, chunk)
         for part_TD, part_T in zip(hidden_TD.split(width), next_T.split(width), strict=True)
     ]
     chosen_T, ids_TK, values_TK, ranks_T = (
-        torch.cat(parts).cpu().numpy() for parts in zip(*slices, strict=True)
+        torch.cat(found).cpu().numpy() for found in zip(*slices, strict=True)
     )
     return PromptLogprobs(
         of=chunk.number,
@@ -59,13 +65,22 @@ def score(model: Model, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
     )
 
 
-def _score(
-    model: Model, logits_TV: Tensor, next_T: Tensor, chunk: Chunk
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_Scores = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _score(parts: Parts, hidden_TD: Tensor, next_T: Tensor, chunk: Chunk) -> _Scores:
     """Log-probabilities of the tokens, the ids and values of the top K, and the tokens' ranks (none
     where they are not wanted). A token that ties with others has the best rank among them.
     """
-    chosen_T, ids_TK, values_TK = model.ops.logprobs(logits_TV, next_T, chunk.num_top)
+    logits_TV = parts.model.logits(hidden_TD)
+    chosen_T, ids_TK, values_TK = parts.model.ops.logprobs(logits_TV, next_T, chunk.num_top)
     if not chunk.ranks:
         return chosen_T, ids_TK, values_TK, next_T[:0]
     return chosen_T, ids_TK, values_TK, 1 + (logits_TV > logits_TV.gather(-1, next_T[:, None])).sum(-1)
+
+
+def _score_split(parts: Parts, hidden_TD: Tensor, next_T: Tensor, chunk: Chunk) -> _Scores:
+    """As ``_score``, by what each part of the vocabulary says."""
+    logits = parts.model.own_logits(hidden_TD)
+    ranks_T = 1 + logits.num_above(next_T) if chunk.ranks else next_T[:0]
+    return *split_logprobs(parts, logits, next_T, chunk.num_top), ranks_T

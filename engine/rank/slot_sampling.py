@@ -105,6 +105,7 @@ class SlotSettings:
         self._stop = np.full((num_slots, 1), _NO_TOKEN, np.int64)
         self._edits: dict[int, _Edits] = {}
         self._allowed: dict[int, NDArray[np.int32]] = {}
+        self._free = np.zeros(num_slots, np.bool_)
         self._unaided = np.zeros(num_slots, np.bool_)
         self._plain = np.zeros(num_slots, np.bool_)
         self._rows: RowSettings | None = None
@@ -135,9 +136,14 @@ class SlotSettings:
         free = (
             slot not in self._edits and slot not in self._allowed and not grammar and not sampling.min_tokens
         )
+        self._free[slot] = free
         self._unaided[slot] = free and sampling.num_logprobs < 0
         self._plain[slot] = self._unaided[slot] and sampling.temperature < MIN_TEMPERATURE
         self._rows = None
+
+    def free(self, slots: Int64) -> NDArray[np.bool_]:
+        """The rows [R] that draw from the model's own logits."""
+        return self._free[slots]
 
     def unaided(self, slots: Int64) -> NDArray[np.bool_]:
         """The rows [R] that draw from the model's own logits, and ask for nothing else."""

@@ -182,7 +182,7 @@ def test_fp8_matrices_compute_what_the_widened_ones_do(pair: tuple[Path, Path]) 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
 @pytest.mark.parametrize("family", EVEN_CONFIGS)
 def test_the_triton_column_computes_with_fp8_matrices(family: str, tmp_path: Path) -> None:
-    """Where both columns merge matrices or not, the same ones stay in FP8."""
+    """The same matrices stay in FP8 whether a column merges them or not."""
     path, _ = write_pair(tmp_path, EVEN_CONFIGS[family])
     rows = {0: [3, 4, 5, 6], 1: [9]}
     found, expected = (

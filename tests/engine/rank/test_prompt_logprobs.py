@@ -32,15 +32,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize(("world", "dispatch"), [(1, "local"), (2, "all_to_all")])
+@pytest.mark.parametrize(
+    ("world", "dispatch", "split"), [(1, "local", False), (2, "all_to_all", False), (2, "all_gather", True)]
+)
 def test_they_are_those_of_transformers(
-    checkpoints: dict[str, Path], family: str, world: int, dispatch: str
+    checkpoints: dict[str, Path], family: str, world: int, dispatch: str, split: bool
 ) -> None:
     path = checkpoints[family]
     alone = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))
-    shares = (
-        [score_share(alone, path, dispatch)] if world == 1 else run_ranks(score_share, world, path, dispatch)
-    )
+    if world == 1:
+        shares = [score_share(alone, path, dispatch)]
+    else:
+        shares = run_ranks(score_share, world, path, dispatch, split)
+    if split:
+        assert all(not told for _, told in shares.pop()), "the first rank of a tensor group says them"
     found = [each for share in shares for each in share]
     expected = reference(path, [prompt for prompt, _ in found])
     for (prompt, told), logprobs_TV in zip(found, expected, strict=True):

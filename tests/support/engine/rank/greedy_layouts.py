@@ -19,6 +19,8 @@ from .hand_plans import GREEDY, Driver, Request, build_executor
 NUM_STEPS = 100  # enough for what is planned below
 ASKED = [
     Sampling(temperature=0.9, top_p=0.95, seed=3),
+    Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=4),
+    Sampling(temperature=1.0, seed=5, num_logprobs=1),
     Sampling(temperature=0.0, num_logprobs=2),
     Sampling(temperature=0.0, repetition_penalty=1.4, presence_penalty=0.3),
     Sampling(temperature=0.0, allowed_i32=np.array([10, 90], np.int32).tobytes()),

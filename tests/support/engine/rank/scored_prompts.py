@@ -14,6 +14,7 @@ from torch import Tensor
 from lockstep.engine.protocol.message import Sampling
 from lockstep.parallel.collectives import Collectives
 
+from ...parallel.gloo_ranks import meet
 from ..models.reference_models import load_reference
 from .hand_plans import GREEDY, Driver, Request, build_executor
 
@@ -50,20 +51,23 @@ def tell(driver: Driver) -> list[Told]:
     return told
 
 
-def score_share(collectives: Collectives, path: Path, dispatch: str) -> list[tuple[list[int], Told]]:
+def score_share(
+    collectives: Collectives, path: Path, dispatch: str, split: bool = False
+) -> list[tuple[list[int], Told]]:
     """This rank's prompts, whole and in chunks, beside requests that are not scored; what it said
-    of those that are.
+    of those that are. ``split``: all ranks have the same prompts, and parts of the layers.
     """
-    mine = prompts(5, 10 + collectives.index)
+    share = 0 if split else collectives.index
+    layers = meet("layers", collectives.index, collectives.size, collectives) if split else None
+    mine = prompts(5, 10 + share)
     requests = [
         Request(prompt, 3, scored(4), start=index, chunk=11 if index % 2 else 1000)
         for index, prompt in enumerate(mine)
     ]
     requests += [
-        Request(prompt, 12, GREEDY, start=index)
-        for index, prompt in enumerate(prompts(3, 20 + collectives.index))
+        Request(prompt, 12, GREEDY, start=index) for index, prompt in enumerate(prompts(3, 20 + share))
     ]
-    driver = Driver(build_executor(path, collectives, dispatch), requests, lambda step: 640)
+    driver = Driver(build_executor(path, collectives, dispatch, tensor=layers), requests, lambda step: 640)
     driver.run(40)
     return list(zip(mine, tell(driver), strict=False))
 
