@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import (
 )
 
 from .recovery import ABORT_AND_RECAPTURE, REGROUP, Recovery, gravest
-from .shared_group import PeerGone, meet_in_memory
+from .shared_group import PeerGone, SharedGroup, meet_in_memory
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,6 +89,20 @@ class Collectives:
     def recovery(self) -> Recovery:
         """Gloo's waits end by themselves; NCCL's kernels are aborted."""
         return REGROUP if self.size == 1 or self.device.type == "cpu" else ABORT_AND_RECAPTURE
+
+    @property
+    def role(self) -> str:
+        """The first word of the name."""
+        return self._name.partition(" ")[0]
+
+    @property
+    def transport(self) -> str:
+        """The way that messages take in this epoch; empty where there is nobody to send to."""
+        if self._group is None:
+            return ""
+        if isinstance(self._group, SharedGroup):
+            return "shared memory"
+        return "gloo" if self.device.type == "cpu" else "NCCL"
 
     def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
         """Meets the ranks of all positions but the ``vacant`` ones under a prefix of this epoch,
@@ -251,7 +265,7 @@ class Collectives:
         end = time.perf_counter()
         self.waited += end - start
         if self.listener is not None:
-            self.listener(self._name.partition(" ")[0], start, end)
+            self.listener(self.role, start, end)
         return self._spread(pending)
 
     @property
@@ -299,6 +313,12 @@ class EpochGroup(Protocol):
     @property
     def recovery(self) -> Recovery: ...
 
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def transport(self) -> str: ...
+
     def build(self, epoch: int, vacant: Collection[int] = ()) -> None: ...
 
     def destroy(self) -> None: ...
@@ -317,6 +337,15 @@ class RankGroups:
     def recovery(self) -> Recovery:
         """The gravest grade of all groups."""
         return gravest(group.recovery for group in self._groups)
+
+    @property
+    def transports(self) -> str:
+        """The transport of each group by its role: shared memory for experts; gloo for stages."""
+        by_transport: dict[str, list[str]] = {}
+        for group in self._groups:
+            if group.transport:
+                by_transport.setdefault(group.transport, []).append(group.role)
+        return "; ".join(f"{name} for {', '.join(roles)}" for name, roles in by_transport.items())
 
     @property
     def alone(self) -> bool:

@@ -170,6 +170,14 @@ class SymmetricGroup:
         self._tensors: list[Tensor] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def role(self) -> str:
+        return self._name
+
+    @property
+    def transport(self) -> str:
+        return "symmetric memory" if self.size > 1 else ""
+
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
         """Memory that ``build`` will allocate."""
         assert not self._tensors, f"{self._name}: memory is reserved before it is built"

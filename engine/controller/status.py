@@ -103,6 +103,7 @@ class ClusterStatus:
         self._totals = StepTotals(mesh, self._layers, hello.expert_bytes)
         self._observed: list[StepResult] = []
         self._reports: list[StepResult] = []
+        self._transports = [""] * mesh.world
         self._shown, self._shown_i32 = placement, placement.ranges().tobytes()
 
     def observe(self, results: list[StepResult]) -> None:
@@ -120,7 +121,9 @@ class ClusterStatus:
             return
         results, self._observed = self._observed, []
         self._totals.observed(results)
-        self._reports += [result for result in results if result.expert_i64 or result.phases_f32]
+        self._reports += [
+            result for result in results if result.expert_i64 or result.phases_f32 or result.transports
+        ]
 
     def step_seconds(self) -> float:
         """Seconds of the last step on the slowest rank."""
@@ -192,12 +195,14 @@ class ClusterStatus:
             step_seconds=float(self._seconds_W[hello.rank]),
             wait_seconds=float(self._waited_W[hello.rank]),
             recovery=hello.recovery,
+            transports=self._transports[hello.rank],
         )
 
     def _read_reports(self) -> None:
         reports, self._reports = self._reports, []
         for result in reports:
             self._totals.reported(result)
+            self._transports[result.rank] = result.transports or self._transports[result.rank]
         self.experts.take([result for result in reports if result.expert_i64])
 
     def _placement_ranges(self) -> bytes:

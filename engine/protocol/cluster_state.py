@@ -6,7 +6,9 @@ from .message import Message
 
 
 class RankState(Message, frozen=True):
-    """One rank as the controller sees it. ``recovery``: its steps after the loss of a peer."""
+    """One rank as the controller sees it. ``recovery``: its steps after the loss of a peer.
+    ``transports``: how its groups exchange, empty before its first step and where it has no peer.
+    """
 
     rank: int
     host: str
@@ -19,6 +21,7 @@ class RankState(Message, frozen=True):
     step_seconds: float
     wait_seconds: float
     recovery: str = ""
+    transports: str = ""
 
 
 class Totals(Message, frozen=True):

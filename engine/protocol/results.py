@@ -50,7 +50,8 @@ class StepResult(Message, tag="result", frozen=True):
     ``stalled`` the part of that for other pipeline stages.
     ``expert_i64`` are token counts [layer, own slot] and ``phases_f32`` the seconds in each of
     ``moe.phases``, both over all steps since a header last asked for them; otherwise empty.
-    ``landed_i32`` are the ids of moves that have landed and are not committed.
+    ``landed_i32`` are the ids of moves that have landed and are not committed. ``transports``, in
+    the first step of an epoch: how this rank's groups exchange.
     """
 
     group: int
@@ -71,6 +72,7 @@ class StepResult(Message, tag="result", frozen=True):
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     errors: tuple[RowError, ...] = ()
     stalled: float = 0.0
+    transports: str = ""
 
 
 class Refused(Message, tag="refused", frozen=True):

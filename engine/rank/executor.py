@@ -264,6 +264,7 @@ class Executor:
             else b"",
             prompt_logprobs=scores if self._parts.samples else (),
             landed_i32=b"" if self._parts.slots is None else self._parts.slots.landed(),
+            transports=self._parts.groups.transports if header.predecessor < 0 else "",
         )
 
     # ----------------------------------------------------------------- state

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +64,8 @@ def fit_pages(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device in bytes; on a CPU, within the limits of kernel and control
-    group.
+    """Free memory of the device in bytes; on a CPU, within the limits of kernel, control group and
+    process (ulimit -d).
     """
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
@@ -71,7 +74,27 @@ def free_bytes(device: torch.device) -> int:
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if limit.is_file() and used.is_file() and (bound := limit.read_text().strip()) != "max":
         free = min(free, int(bound) - int(used.read_text()))
+    most, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if most != resource.RLIM_INFINITY:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        free = min(free, most - int(status["VmData"].split()[0]) * 1024)
     return max(free, 0)
+
+
+@contextmanager
+def room_for_weights(device: torch.device) -> Iterator[None]:
+    """Raises ValueError where the model's weights, made meanwhile, find no room."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # A full GPU has a class of its own. A CPU's allocator has none.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        left = f"no room for all weights, {free_bytes(device)} bytes are left on {device}"
+        more = "use more ranks (parallel.tensor, parallel.pipeline, cluster.ranks_per_node)"
+        raise ValueError(f"model.path: {left}; {more} or a device with more memory") from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

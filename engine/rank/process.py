@@ -24,6 +24,7 @@ from ...parallel.stages import PipelineStage
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig, load_config
+from ..models.decoder import Model
 from ..models.registry import ModelPart, build_model
 from ..models.shape import read_shape
 from ..models.weights import load_weights
@@ -38,7 +39,7 @@ from .expert_slots import ExpertSlots, StagePlace
 from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
-from .page_pool import KVPool, bytes_per_page, fit_pages
+from .page_pool import KVPool, bytes_per_page, fit_pages, room_for_weights
 from .parts import Parts
 from .pulse import Pulse
 from .sockets import RankSockets
@@ -100,11 +101,9 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     held = config.part(stage.num_layers, mesh.tensor)
     page_bytes = bytes_per_page(held, spec.page_size, kv_format)
     part = ModelPart(stage, splits)
-    model = build_model(config, dispatcher, dtype, device, keep_fp8=spec.keep_fp8, part=part)
-    load_weights(
-        model, Path(spec.model_path), lambda layer: placement.experts_of(here.expert, layer), progress
+    model = _load_model(
+        spec, config, dispatcher, part, lambda layer: placement.experts_of(here.expert, layer), progress
     )
-    model.pack()
     max_len = min(spec.max_len or config.max_position, config.max_position)
     expert_bytes = _expert_bytes(config, dtype, spec.keep_fp8)
     travelling = _travelling(placement, expert_bytes) if spec.balance and mesh.experts > 1 else 0
@@ -140,6 +139,24 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         grammars=grammars,
     )
     return _executor(parts, spec, max_len)
+
+
+def _load_model(
+    spec: RankSpec,
+    config: ModelConfig,
+    dispatcher: Dispatcher,
+    part: ModelPart,
+    experts_of_layer: Callable[[int], list[int]],
+    progress: Callable[[float], None],
+) -> Model:
+    device = torch.device(spec.device)
+    with room_for_weights(device):
+        model = build_model(
+            config, dispatcher, _dtype(spec.dtype), device, keep_fp8=spec.keep_fp8, part=part
+        )
+        load_weights(model, Path(spec.model_path), experts_of_layer, progress)
+        model.pack()
+    return model
 
 
 def _travelling(placement: Placement, expert_bytes: int) -> int:

@@ -79,6 +79,9 @@ def test_tokens_are_those_of_transformers(
         assert shown["mode"] == ("off" if ranks == pipeline else overlap)
         assert overlap == "auto" or overlapped > 40, f"{overlapped:g} overlapped steps"
 
+        transports = {rank["transports"] for rank in served.cluster()["ranks"]}
+        assert transports == {transports_of(ranks, tensor, pipeline)}
+
         epoch, [counted] = served.cluster()["epoch"], served.counted("generation_tokens")
         answers: list[Answer] = []
         asks = [each.ask(NUM_OUTPUT, stream=index % 2 == 0) for index, each in enumerate(known)]
@@ -95,6 +98,18 @@ def test_tokens_are_those_of_transformers(
             each.assert_same(answer, "after a rank was killed")
         served.wait_until(lambda: served.cluster()["epoch"] > epoch, "the state after the loss")
         served.assert_clean()
+
+
+def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
+    """The transports that every rank of a layout shows, all being on one host."""
+    shared = ["layers"] * (tensor > 1) + ["experts"] * (ranks > pipeline)
+    remote = ["stages"] * (pipeline > 1) + ["moves"] * (ranks > pipeline)
+    by_gloo = f"gloo for {', '.join(remote)}"
+    in_memory = f"shared memory for {', '.join(shared)}"
+    if not shared:
+        return by_gloo
+    first = [in_memory, by_gloo] if tensor > 1 or pipeline == 1 else [by_gloo, in_memory]
+    return "; ".join(first)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

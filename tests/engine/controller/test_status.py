@@ -33,6 +33,11 @@ def test_replicas_of_an_expert_count_together_stage_by_stage() -> None:
         status.add_up()
         return np.frombuffer(status.state([]).expert_i64, np.int64).reshape(2, 3).tolist()
 
+    assert [rank.transports for rank in status.state([(hellos[1], "serving")]).ranks] == [""]
+    status.observe([StepResult(0, 0, 0, 1, transports="gloo for experts"), StepResult(0, 0, 1, 1)])
+    status.add_up()
+    shown = status.state([(hellos[0], "serving"), (hellos[1], "serving")]).ranks
+    assert [rank.transports for rank in shown] == ["", "gloo for experts"], "told in the first step"
     report(0, [5, 7])
     report(1, [11, 13])
     report(3, [1, 2])

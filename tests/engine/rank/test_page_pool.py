@@ -10,7 +10,7 @@ import torch
 from lockstep.engine.kv.budget import PoolLimits
 from lockstep.engine.models.config import load_config
 from lockstep.engine.rank import page_pool as kv_pool
-from lockstep.engine.rank.page_pool import KVPool, bytes_per_page, fit_pages, free_bytes
+from lockstep.engine.rank.page_pool import KVPool, bytes_per_page, fit_pages, free_bytes, room_for_weights
 from lockstep.kernels.formats.kv_format import KvFormat
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 
@@ -66,3 +66,28 @@ def test_the_cache_is_zeroed_and_costs_what_is_said(
     )
     tensors[0][3] = 1
     assert tensors[0].sum() == tensors[0][3].numel()
+
+
+def test_free_memory_is_within_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlimited = free_bytes(CPU)
+    held = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
+    monkeypatch.setattr(kv_pool.resource, "getrlimit", lambda kind: (held + (3 << 20), -1))
+    assert 0 <= free_bytes(CPU) < min(unlimited, 64 << 20)
+    monkeypatch.setattr(kv_pool.resource, "getrlimit", lambda kind: (held // 2, -1))
+    assert free_bytes(CPU) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_weights_without_room_name_the_way_out(error: Exception) -> None:
+    text = r"no room for all weights, \d+ bytes .* \(parallel\.tensor"
+    with pytest.raises(ValueError, match=text), room_for_weights(CPU):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), room_for_weights(CPU):
+        raise RuntimeError("a bug")

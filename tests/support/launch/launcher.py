@@ -20,8 +20,9 @@ TESTS = Path(__file__).parent.parent.parent
 
 
 class Launcher:
-    """``python -m MODULE --recipe ...``, on ``host`` if given. Leaving the context kills what is
-    left of it and of the run.
+    """``python -m MODULE --recipe ...``, on ``host`` if given; ``data_limit``: bytes of memory that
+    each of its processes may have (RLIMIT_DATA). Leaving the context kills what is left of it and
+    of the run.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Launcher:
         module: str = "lockstep.launch.cli",
         environment: dict[str, str] | None = None,
         host: Host | None = None,
+        data_limit: int | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "stdout", folder / "stderr"
@@ -38,6 +40,8 @@ class Launcher:
         self.temporary.mkdir()
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", module, *arguments]
+        if data_limit is not None:
+            command = ["sh", "-c", f'ulimit -d {data_limit >> 10}; exec "$@"', "sh", *command]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 command if host is None else host.command(*command, folder=folder),

@@ -167,9 +167,9 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, *overrides: str) -> Iterator[Served]:
+def serve(folder: Path, *overrides: str, data_limit: int | None = None) -> Iterator[Served]:
     """The demo recipe with random weights on two local ranks; drained and left without a process
-    behind.
+    behind. ``data_limit`` as of ``Launcher``.
     """
     model = f"model.path={random_checkpoint()}"
     arguments = (
@@ -181,7 +181,7 @@ def serve(folder: Path, *overrides: str) -> Iterator[Served]:
         f"frontend.admin_key={ADMIN_KEY}",
         *overrides,
     )
-    with Launcher(folder, *arguments) as launcher:
+    with Launcher(folder, *arguments, data_limit=data_limit) as launcher:
         served = Served(launcher)
         try:
             yield served
