@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels.formats.four_bit_format import FourBitFormat
 from ..kernels.formats.fp8_format import BLOCK
 from ..kernels.reference.column import Reference
+from ..kernels.reference.experts import ExpertForm
 from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit, PackedFourBit
 from ..kernels.reference.fp8 import Quantised
 from ..kernels.reference.linear import SlotWeights
@@ -21,7 +22,9 @@ from .dispatch.dispatcher import Received
 
 
 class Experts(nn.Module):
-    """w13 [S, 2F, D], gate rows first, and w2 [S, D, F]."""
+    """w13 [S, 2F, D], gate rows first, and w2 [S, D, F]; with biases also w13_bias [S, 2F] and
+    w2_bias [S, D].
+    """
 
     def __init__(self, config: MoEConfig, num_slots: int, backend: Backend[Reference]) -> None:
         super().__init__()
@@ -29,6 +32,8 @@ class Experts(nn.Module):
         self._config, self._backend, self._ops = config, backend, backend.ops
         self.w13 = backend.parameter(num_slots, 2 * width, hidden)
         self.w2 = backend.parameter(num_slots, hidden, width)
+        self.w13_bias, self.w2_bias = _biases(config, num_slots, backend)
+        self.form = _form(config, self.w13_bias, self.w2_bias)
         self._weights: tuple[SlotWeights, SlotWeights] = self.w13, self.w2
 
     def pack(self) -> None:
@@ -43,7 +48,7 @@ class Experts(nn.Module):
     @property
     def by_slot(self) -> tuple[Tensor, ...]:
         """All weights, [S, ...] each, in the form that travels."""
-        return self.w13.data, self.w2.data
+        return self.w13.data, self.w2.data, *(self.form.biases or ())
 
     def changed(self, slot: int) -> None:
         """The weights of a slot were written after packing."""
@@ -56,11 +61,12 @@ class Experts(nn.Module):
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
-        return self._ops.experts(received.x_ND, received.rows_M, received.slots_M, *self._weights, counts_S)
+        pairs = received.rows_M, received.slots_M
+        return self._ops.experts(received.x_ND, *pairs, *self._weights, counts_S, self.form)
 
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
-        return self._ops.experts_sublayer(norm, gate, self._weights)
+        return self._ops.experts_sublayer(norm, gate, self._weights, self.form)
 
 
 class Fp8Experts(nn.Module):
@@ -112,7 +118,8 @@ class Fp8Experts(nn.Module):
 class FourBitExperts(nn.Module):
     """``Experts`` in 4 bits (``kernels.reference.four_bit.FourBit``): w13 uint8 [S, 2F, D / 2] with
     w13_scales [S, 2F, G], w2 uint8 [S, D, F / 2] with w2_scales; w13_factors [S, 2] and w2_factors
-    [S, 1] where the format has factors. They are computed with as what they stand for.
+    [S, 1] where the format has factors. They are computed with as what they stand for. Biases, if
+    any, are those of ``Experts``.
     """
 
     def __init__(
@@ -128,6 +135,8 @@ class FourBitExperts(nn.Module):
             FourBit(format, self.w2, self.w2_scales, self.w2_factors),
         )
         self._packed: tuple[PackedFourBit, PackedFourBit] = self.weights
+        self.w13_bias, self.w2_bias = _biases(config, num_slots, backend)
+        self.form = _form(config, self.w13_bias, self.w2_bias)
 
     def pack(self) -> None:
         """The weights stay as they are loaded; the ops may see them in another form."""
@@ -135,7 +144,7 @@ class FourBitExperts(nn.Module):
 
     @property
     def by_slot(self) -> tuple[Tensor, ...]:
-        """All codes, scales and factors, [S, ...] each."""
+        """All codes, scales, factors and biases, [S, ...] each."""
         return tuple(parameter.data for parameter in self.parameters())
 
     def changed(self, slot: int) -> None:
@@ -148,7 +157,7 @@ class FourBitExperts(nn.Module):
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
         pairs = received.rows_M, received.slots_M
-        return self._ops.experts_four_bit(received.x_ND, *pairs, *self._packed, counts_S)
+        return self._ops.experts_four_bit(received.x_ND, *pairs, *self._packed, counts_S, self.form)
 
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
@@ -168,6 +177,22 @@ class FourBitExperts(nn.Module):
             parameter(num_slots, rows, format.groups(columns), dtype=SCALE_DTYPES[format.scale]),
             parameter(num_slots, parts, dtype=torch.float32) if format.has_factor else None,
         )
+
+
+def _biases(
+    config: MoEConfig, num_slots: int, backend: Backend[Reference]
+) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """The biases of both products by slot, if experts have them."""
+    if not config.expert_bias:
+        return None, None
+    return (
+        backend.parameter(num_slots, 2 * config.expert_width),
+        backend.parameter(num_slots, config.hidden),
+    )
+
+
+def _form(config: MoEConfig, up: nn.Parameter | None, down: nn.Parameter | None) -> ExpertForm:
+    return ExpertForm(config.activation, None if up is None or down is None else (up.data, down.data))
 
 
 AnyExperts = Experts | Fp8Experts | FourBitExperts

@@ -18,17 +18,21 @@ from .experts import AnyExperts, Experts
 
 
 class Gate(nn.Module):
-    """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E] are float32 whatever
-    the model's dtype.
+    """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E], or the logits'
+    ``bias`` [E], are float32 whatever the model's dtype.
     """
 
     def __init__(self, config: MoEConfig, backend: Backend[Reference]) -> None:
         super().__init__()
         self.weight = backend.parameter(config.num_experts, config.hidden, dtype=torch.float32)
         self.e_score_correction_bias: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
         if config.selection_bias:
             self.e_score_correction_bias = backend.parameter(config.num_experts, dtype=torch.float32)
-        self.weights = GateWeights(self.weight, self.e_score_correction_bias, config)
+        elif config.logit_bias:
+            self.bias = backend.parameter(config.num_experts, dtype=torch.float32)
+        bias = self.bias if self.e_score_correction_bias is None else self.e_score_correction_bias
+        self.weights = GateWeights(self.weight, bias, config)
 
 
 class SharedExperts(SwiGLU):

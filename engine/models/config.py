@@ -53,6 +53,7 @@ class GqaConfig:
     """Grouped-query attention. ``qkv_bias``: the projections to queries, keys and values have a
     bias; ``out_bias``: the output projection has one. ``qk_norm``: each head's queries and keys
     pass an RMS norm before rotation; with ``wide_norm`` those of all heads pass one together.
+    ``sinks``: the softmax of each head has a learned logit without a value.
     """
 
     num_heads: int
@@ -62,6 +63,7 @@ class GqaConfig:
     out_bias: bool = False
     qk_norm: bool = False
     wide_norm: bool = False
+    sinks: bool = False
 
     def split(self, size: int) -> GqaConfig:
         """The heads of one of ``size`` equal parts. Where there are fewer key heads than parts,
@@ -109,12 +111,14 @@ class CheckpointNames:
 
     ``renamed``: (our prefix, theirs) of names within a layer; the first that matches is replaced.
     ``projections``: the names of an expert's gate, up and down matrices. ``transposed_experts``:
-    where a tensor holds all experts of a layer, their matrices are [in, out].
+    where a tensor holds all experts of a layer, their matrices are [in, out]. ``gate_up_turns``:
+    there, rows of gate and up take turns; in 4 bits they always do.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     transposed_experts: bool = False
+    gate_up_turns: bool = False
 
     def of(self, name: str) -> str:
         """The checkpoint's name for our ``name`` within a layer."""
@@ -128,7 +132,8 @@ class CheckpointNames:
 class Blocks:
     """The part of a description that the family's file reads. ``moe_layers`` (ascending) hold
     experts, the others a dense MLP. A checkpoint may hold ``num_predict_layers`` more, which
-    predict further tokens (DeepSeek-V3, section 2.2); they are not loaded.
+    predict further tokens (DeepSeek-V3, section 2.2); they are not loaded. ``windows``, if any
+    layer has one: the last positions that each layer's attention sees, 0 for all.
     """
 
     attention: GqaConfig | MlaConfig
@@ -137,6 +142,7 @@ class Blocks:
     moe_layers: tuple[int, ...]
     names: CheckpointNames = CheckpointNames()
     num_predict_layers: int = 0
+    windows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class ModelConfig:
     ``dtype`` is the checkpoint's. ``fp8_block``: rows and columns of a block with one scale, if its
     matrices are in FP8; ``four_bit``: how its routed experts are stored, if in 4 bits.
     ``max_position`` bounds the length of a sequence. ``eos_ids`` end a sequence.
-    ``num_predict_layers`` of the checkpoint follow the last layer.
+    ``num_predict_layers`` of the checkpoint follow the last layer. ``windows``: as in ``Blocks``.
     """
 
     family: str
@@ -181,6 +187,7 @@ class ModelConfig:
     rope: RopeConfig
     names: CheckpointNames
     num_predict_layers: int
+    windows: tuple[int, ...] = ()
 
     @property
     def kernel_fp8(self) -> bool:
@@ -188,6 +195,10 @@ class ModelConfig:
         in FP8.
         """
         return self.fp8_block == KERNEL_BLOCK
+
+    def window(self, layer: int) -> int:
+        """The last positions that the attention of ``layer`` sees; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
     def part(self, num_layers: int, size: int) -> ModelConfig:
         """The description of the pages of ``num_layers`` layers whose heads are split in ``size``
@@ -258,7 +269,10 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         rope=blocks.rope,
         names=blocks.names,
         num_predict_layers=blocks.num_predict_layers,
+        windows=blocks.windows,
     )
+    if config.fp8_block is not None and config.moe.expert_bias:
+        raise fields.refuse("quantization_config", "supported: biased experts in 4, 16 or 32 bits")
     _check_four_bit(fields, config)
     return config
 

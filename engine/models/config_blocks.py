@@ -13,6 +13,8 @@ from ...moe.config import MoEConfig
 from .config import GqaConfig, MlaConfig, RopeConfig, YarnConfig
 from .config_fields import Fields
 
+_SLIDING = "sliding_attention"
+
 
 def read_rope(
     fields: Fields, dim: int, interleaved: bool, theta: float = 10000.0, part: float = 1.0
@@ -37,13 +39,14 @@ def read_gqa(
     out_bias: bool = False,
     qk_norm: bool = False,
     wide_norm: bool = False,
+    sinks: bool = False,
 ) -> GqaConfig:
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise fields.refuse("num_key_value_heads", f"expected a divisor of num_attention_heads ({num_heads})")
     head_dim = fields.integer("head_dim", fields.integer("hidden_size") // num_heads)
-    return GqaConfig(num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm, wide_norm)
+    return GqaConfig(num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm, wide_norm, sinks)
 
 
 def read_mla(fields: Fields) -> MlaConfig:
@@ -86,6 +89,26 @@ def expect_full_attention(fields: Fields) -> None:
     fields.expect("use_sliding_window", False)
     if set(fields.raw("layer_types") or ["full_attention"]) != {"full_attention"}:
         raise fields.refuse("layer_types", 'supported: "full_attention" in every layer')
+
+
+def read_windows(fields: Fields) -> tuple[int, ...]:
+    """The windows of layers that take turns with layers that see all positions (gpt-oss); none
+    where no layer has one.
+    """
+    kinds, num_layers = fields.raw("layer_types"), fields.integer("num_hidden_layers")
+    if kinds is None:
+        kinds = ["full_attention" if layer % 2 else _SLIDING for layer in range(num_layers)]
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not set(kinds) <= {_SLIDING, "full_attention"}
+    ):
+        allowed = f'expected "{_SLIDING}" or "full_attention" for each of {num_layers} layers'
+        raise fields.refuse("layer_types", allowed)
+    if _SLIDING not in kinds:
+        return ()
+    window = fields.integer("sliding_window", 128)
+    return tuple(window if kind == _SLIDING else 0 for kind in kinds)
 
 
 def read_corrected_moe(fields: Fields, num_shared: int) -> MoEConfig:

@@ -49,6 +49,7 @@ class ExpertLayer:
 
     w13_SFD [S, 2F, D]: gate rows, then up rows. w2_SDF [S, D, F]. ``scales`` of both, where they
     are FP8 (``kernels.reference.fp8.Quantised``); ``four_bit``: both, where they are in 4 bits.
+    ``biases`` of both, [S, 2F] and [S, D], where they have some.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ExpertLayer:
     w2_SDF: Tensor
     scales: tuple[Tensor, Tensor] | None = None
     four_bit: tuple[FourBit, FourBit] | None = None
+    biases: tuple[Tensor, Tensor] | None = None
 
 
 class DenseMLP(SwiGLU):
@@ -132,7 +134,7 @@ class Model(nn.Module):
         stage: PipelineStage,
         dispatcher: Dispatcher,
         backend: Backend[Reference],
-        attention_of: Callable[[ModelConfig, Backend[Reference], RowNorm], Attention],
+        attention_of: Callable[[ModelConfig, Backend[Reference], RowNorm, int], Attention],
     ) -> None:
         super().__init__()
         self.config = config
@@ -153,7 +155,7 @@ class Model(nn.Module):
         for layer in stage.layers:
             first = Norm(config.hidden, config.norm_eps, backend)
             second = Norm(config.hidden, config.norm_eps, backend)
-            attention = attention_of(config, backend, first.row)
+            attention = attention_of(config, backend, first.row, config.window(layer))
             layers[layer] = DecoderLayer((first, second), attention, mlp_of(layer, second.row))
         self.model = _Stack(config, stage, layers, backend)
         self.lm_head: OutputHead | None = None
@@ -236,11 +238,11 @@ class Model(nn.Module):
 
     def checkpoint_shards(self) -> dict[str, Shard]:
         """The part of a checkpoint's tensor that is here, by the names of ``checkpoint_tensors``,
-        for those of matrices.
+        for those of matrices and attention.
         """
         return {
             self._checkpoint_name(f"{owner}.{part}"): shard
-            for owner, module in self._matrices()
+            for owner, module in self._shared_out()
             for part, shard in module.shards().items()
         }
 
@@ -248,7 +250,7 @@ class Model(nn.Module):
         """The scales of matrices held in FP8, by the names of ``checkpoint_tensors``."""
         return {
             self._checkpoint_name(f"{owner}.{part}"): scales
-            for owner, module in self._matrices()
+            for owner, module in self._shared_out()
             if isinstance(module, Linear)
             for part, scales in module.scales_of_tensors().items()
         }
@@ -257,16 +259,18 @@ class Model(nn.Module):
         """Linear layers of which not all matrices are stored in FP8 are held in the model's dtype.
         ``stored_in_fp8`` takes a checkpoint name. Before loading.
         """
-        for owner, module in self._matrices():
+        for owner, module in self._shared_out():
             if isinstance(module, Linear) and module.scales is not None:
                 names = [self._checkpoint_name(f"{owner}.{part}") for part in module.scales_of_tensors()]
                 if not all(map(stored_in_fp8, names)):
                     module.widen()
 
-    def _matrices(self) -> Iterator[tuple[str, Matrix]]:
-        """All matrices, each with the module around its tensors' names in a checkpoint."""
+    def _shared_out(self) -> Iterator[tuple[str, Matrix | Attention]]:
+        """All modules that may hold parts of a checkpoint's tensors, each with the name before those
+        of its tensors there.
+        """
         for name, module in self.named_modules():
-            if isinstance(module, Matrix):
+            if isinstance(module, Matrix | Attention):
                 yield (name.rpartition(".")[0] if isinstance(module, MergedLinear) else name), module
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -303,7 +307,8 @@ class Model(nn.Module):
             scales = experts.w13_scales.data, experts.w2_scales.data
         four_bit = experts.weights if isinstance(experts, FourBitExperts) else None
         tensors = experts.w13.data, experts.w2.data
-        return ExpertLayer(name, self.config.names.projections, *tensors, scales, four_bit)
+        biases = None if isinstance(experts, Fp8Experts) else experts.form.biases
+        return ExpertLayer(name, self.config.names.projections, *tensors, scales, four_bit, biases)
 
     def _checkpoint_name(self, name: str) -> str:
         layer = _LAYER.match(name)

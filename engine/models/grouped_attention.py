@@ -1,5 +1,5 @@
-"""Grouped-query attention (arXiv 2305.13245), with biases and with norms of queries and keys where
-a family has them.
+"""Grouped-query attention (arXiv 2305.13245), with biases, norms of queries and keys, sinks and
+windows where a family has them.
 
 T tokens  D hidden  H query heads  E values of a head  X values of several heads
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.reference.attention import AttentionRule
 from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles, HeadNorms
@@ -20,7 +21,7 @@ from ...kernels.reference.sublayers import (
     RowNorm,
 )
 from ...parallel.linear import Backend, Linear, MergedLinear
-from ...parallel.tensor import shard_of
+from ...parallel.tensor import Shard, shard_of
 from .attention import Attention, LayerCache
 from .config import GqaConfig, ModelConfig
 from .norm import Norm
@@ -29,7 +30,9 @@ from .norm import Norm
 class GroupedAttention(Attention):
     """The attention of one layer. Cache: keys and values, each [positions, K, E]."""
 
-    def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm, window: int = 0
+    ) -> None:
         super().__init__()
         whole, split = config.attention, backend.tensor
         assert isinstance(whole, GqaConfig)
@@ -53,9 +56,15 @@ class GroupedAttention(Attention):
                 self._wide_norms = self.q_norm, self.k_norm
             else:
                 self._head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, config.norm_eps)
+        self._head_shard = q_shard
+        self.sinks = backend.parameter(shape.num_heads, dtype=torch.float32) if shape.sinks else None
+        self._rule = AttentionRule(window, None if self.sinks is None else self.sinks.data)
         out_shard = shard_of(split, 1)
         self.o_proj = Linear(queries, config.hidden, backend, shape.out_bias, out_shard)
         self._sublayer = self._bind()
+
+    def shards(self) -> dict[str, Shard]:
+        return {} if self.sinks is None else {"sinks": self._head_shard}
 
     def pack(self) -> None:
         self.qkv_proj.pack()
@@ -68,7 +77,7 @@ class GroupedAttention(Attention):
 
     def _bind(self) -> AttentionSublayer:
         qkv, out = Projection(*self.qkv_proj.operands), Projection(*self.o_proj.operands)
-        heads = GroupedHeads(self._dim, self._interleaved, self._head_norms, qkv, out)
+        heads = GroupedHeads(self._dim, self._interleaved, self._head_norms, qkv, out, self._rule)
         if self._wide_norms is not None:
             return self._with_wide_norms(heads, *self._wide_norms)
         return self._ops.attention_sublayer(self._norm, heads)
@@ -88,6 +97,7 @@ class GroupedAttention(Attention):
             q_THE = ops.norm_rotate_and_write(
                 qkv_TX.unflatten(-1, (-1, heads.dim)), None, rotation, cache, batch.write_T, heads.interleaved
             )
-            return x_TD, ops.project(ops.attend(q_THE, *cache, batch, scale).flatten(1), out)
+            out_THE = ops.attend(q_THE, *cache, batch, scale, heads.rule)
+            return x_TD, ops.project(out_THE.flatten(1), out)
 
         return attention

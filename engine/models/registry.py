@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.formats.fp8_format import BLOCK
+from ...kernels.reference.column import Reference
+from ...kernels.reference.sublayers import RowNorm
 from ...kernels.table import Column, column_for, ops_of
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...parallel.dense import UNSPLIT_LAYERS, LayerSplits
 from ...parallel.linear import Backend
 from ...parallel.stages import PipelineStage, whole_model
+from .attention import Attention
 from .config import MlaConfig, ModelConfig
 from .decoder import Model
 from .grouped_attention import GroupedAttention
@@ -41,7 +44,13 @@ def build_model(
     default the whole model.
     """
     part = part or ModelPart(whole_model(config.num_layers, config.moe_layers))
-    attention = LatentAttention if isinstance(config.attention, MlaConfig) else GroupedAttention
     block = BLOCK if keep_fp8 else None
     backend = Backend(dtype, device, ops_of(column or column_for(device)), part.splits, block)
-    return Model(config, part.stage, dispatcher, backend, attention)
+    return Model(config, part.stage, dispatcher, backend, _attention_of)
+
+
+def _attention_of(config: ModelConfig, backend: Backend[Reference], norm: RowNorm, window: int) -> Attention:
+    if isinstance(config.attention, MlaConfig):
+        assert not window, "latent attention sees all positions"
+        return LatentAttention(config, backend, norm)
+    return GroupedAttention(config, backend, norm, window)

@@ -18,7 +18,7 @@ class Shape(ModelConfig):
 
     @property
     def attention_params(self) -> int:
-        """Values in the matrices and biases of one layer's attention."""
+        """Values in the matrices, biases and sinks of one layer's attention."""
         shape, hidden = self.attention, self.hidden
         if isinstance(shape, GqaConfig):
             queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -26,6 +26,7 @@ class Shape(ModelConfig):
                 hidden * (2 * queries + 2 * keys)
                 + shape.qkv_bias * (queries + 2 * keys)
                 + shape.out_bias * hidden
+                + shape.sinks * shape.num_heads
             )
         queries = shape.num_heads * (shape.nope_dim + shape.rope_dim)
         down = (shape.q_latent or queries) + shape.kv_latent + shape.rope_dim
@@ -63,12 +64,18 @@ class Shape(ModelConfig):
     @property
     def gate_params(self) -> int:
         """Values in the gate of one MoE layer."""
-        return self.moe.num_experts * (self.hidden + self.moe.selection_bias)
+        biases = self.moe.selection_bias + self.moe.logit_bias
+        return self.moe.num_experts * (self.hidden + biases)
 
     @property
     def expert_params(self) -> int:
         """Values in one expert."""
-        return SWIGLU * self.hidden * self.moe.expert_width
+        return SWIGLU * self.hidden * self.moe.expert_width + self.expert_biases
+
+    @property
+    def expert_biases(self) -> int:
+        """Values in the biases of one expert."""
+        return self.moe.expert_bias * (2 * self.moe.expert_width + self.hidden)
 
     @property
     def total_params(self) -> int:

@@ -23,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 _WRAPPINGS = (("model.language_model.", "model."), ("language_model.", ""))
 _HEAD = "lm_head."
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.weight)?")
+_STACKED_BIAS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)[._]bias")
 _STACKED_FOUR_BIT = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)_(blocks|scales)")
 
 
@@ -54,7 +55,10 @@ def separate_experts(tensors: Mapping[str, StoredTensor], names: CheckpointNames
     for name, tensor in tensors.items():
         stacked = _STACKED.fullmatch(name) if len(tensor.shape) == 3 else None
         four_bit = _STACKED_FOUR_BIT.fullmatch(name) if len(tensor.shape) in (3, 4) else None
-        if stacked is not None:
+        bias = _STACKED_BIAS.fullmatch(name) if len(tensor.shape) == 2 else None
+        if bias is not None:
+            found |= _bias_parts(bias[1], bias[2] == "gate_up_proj", tensor, names)
+        elif stacked is not None:
             found |= _parts(stacked[1], stacked[2] == "gate_up_proj", tensor, names)
         elif four_bit is not None:
             suffix = CODES if four_bit[3] == "blocks" else SCALES
@@ -67,26 +71,50 @@ def separate_experts(tensors: Mapping[str, StoredTensor], names: CheckpointNames
 def _parts(
     layer: str, merged: bool, tensor: StoredTensor, names: CheckpointNames
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """The matrices in a tensor [experts, rows, columns]; ``merged``: gate, then up."""
+    """The matrices in a tensor [experts, rows, columns]; ``merged``: gate and up."""
     num_experts, *sizes = tensor.shape
     rows, columns = reversed(sizes) if names.transposed_experts else sizes
-    gate, up, down = names.projections
-    half = rows // 2
-    places = ((gate, 0, half), (up, half, rows)) if merged else ((down, 0, rows),)
     width = tensor.num_bytes // (num_experts * rows * columns)
     for expert in range(num_experts):
-        for projection, first, last in places:
+        for projection, first, last, step in _places(merged, rows, names):
             begin = tensor.begin + width * columns * (expert * rows + first)
+            num_rows = len(range(first, last, step))
             yield (
                 f"{layer}.{expert}.{projection}.weight",
                 replace(
                     tensor,
-                    shape=(last - first, columns),
+                    shape=(num_rows, columns),
                     begin=begin,
-                    end=begin + width * columns * (last - first),
-                    cut=Cut(expert, first, last, names.transposed_experts),
+                    end=begin + width * columns * num_rows,
+                    cut=Cut(expert, first, last, names.transposed_experts, step),
                 ),
             )
+
+
+def _bias_parts(
+    layer: str, merged: bool, tensor: StoredTensor, names: CheckpointNames
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The biases in a tensor [experts, rows]."""
+    num_experts, rows = tensor.shape
+    width = tensor.num_bytes // (num_experts * rows)
+    for expert in range(num_experts):
+        for projection, first, last, step in _places(merged, rows, names):
+            begin, num_rows = tensor.begin + width * (expert * rows + first), len(range(first, last, step))
+            cut = Cut(expert, first, last, transposed=False, step=step)
+            yield (
+                f"{layer}.{expert}.{projection}.bias",
+                replace(tensor, shape=(num_rows,), begin=begin, end=begin + width * num_rows, cut=cut),
+            )
+
+
+def _places(merged: bool, rows: int, names: CheckpointNames) -> tuple[tuple[str, int, int, int], ...]:
+    """The first row, the last + 1 and the step of each projection among the rows of an expert."""
+    gate, up, down = names.projections
+    if not merged:
+        return ((down, 0, rows, 1),)
+    if names.gate_up_turns:
+        return (gate, 0, rows, 2), (up, 1, rows, 2)
+    return (gate, 0, rows // 2, 1), (up, rows // 2, rows, 1)
 
 
 def _four_bit_parts(

@@ -138,8 +138,11 @@ def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
         name: shards.get(name, WHOLE).whole(tuple(tensor.shape))
         for name, tensor in model.checkpoint_tensors().items()
     }
+    matrices = expert_shapes(model)
     if model.config.four_bit is None:
-        shapes |= {f"{name}.weight": shape for name, shape in expert_shapes(model).items()}
+        shapes |= {f"{name}.weight": shape for name, shape in matrices.items()}
+    if model.config.moe.expert_bias:
+        shapes |= {f"{name}.bias": (rows,) for name, (rows, _) in matrices.items()}
     return shapes
 
 
@@ -169,6 +172,10 @@ def _projections(
 ) -> Iterator[tuple[str, _Place]]:
     """The checkpoint name and the place of every tensor of an expert in ``slot``."""
     matrices = [f"{layer.name}.{expert}.{projection}" for projection in layer.projections]
+    if layer.biases is not None:
+        up_F, down_D = (biases[slot] for biases in layer.biases)
+        for matrix, target in zip(matrices, (*up_F.chunk(2), down_D), strict=True):
+            yield f"{matrix}.bias", _Place(target)
     if four_bit is not None:
         for number, matrix in enumerate(matrices):
             yield from _four_bit_places(layer, slot, number, matrix, four_bit)
@@ -238,7 +245,7 @@ def values_of(reader: Any, stored: StoredTensor) -> Tensor:
         slice(cut.first, cut.last),
     )
     if cut.transposed:
-        return cast(Tensor, whole[matrix, :, rows])[0].T
+        return cast(Tensor, whole[matrix, :, rows])[0].T[:: cut.step]
     return cast(Tensor, whole[matrix, rows])[0][:: cut.step].reshape(stored.shape)
 
 

@@ -2,8 +2,9 @@
 
 Work is cut into items. An item of a decode row covers the query heads of some key heads over up to
 512 positions. An item of an extend covers the query heads of one key head, for a block of queries,
-over every position they see. The order of each sum is independent of how heads are cut, so a row's
-result depends neither on its neighbours nor on the number of threads.
+over every position they see. Items begin with the first block of 64 that a window touches: blocks
+before are not read. The order of each sum is independent of how heads are cut, so a row's result
+depends neither on its neighbours nor on the number of threads.
 
 Measured with 16 query and 4 key heads of 64 in bf16 on 2 cores of an EPYC Turin: 8 decode rows of
 320 positions take 65 us from the cache and 150 us from memory (60 us to read alone); 8 prompts of
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..reference import attention
+from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.kv_entries import holds_fp8, num_kv_heads
 from ..reference.paged import PagedBatch
 from .codegen.arrays import array, computes, inner, made
@@ -41,22 +43,35 @@ _ROWS = 256
 _ITEMS = 8  # per thread when rows are few, so that threads share evenly
 _LAYING_OUT = 16  # cost of laying out a position, in rows of products with it
 
+ALL = 1 << 40  # a window beyond any length
+_LOG2_E = np.float32(1 / math.log(2))
+
 _BF16, _FLOAT32 = np.empty(0, np.uint16), np.empty(0, np.float32)
+NO_SINKS = _FLOAT32
 
 
 class Shape(NamedTuple):
-    """K, number of decode rows, page size, number of threads."""
+    """K, number of decode rows, page size, number of threads, positions that a query sees."""
 
     num_heads: int
     num_decode: int
     page_size: int
     num_threads: int
+    window: int = ALL
+
+
+class Softmax(NamedTuple):
+    """The scale of scores, and the logit of each query head's sink; empty: there are none."""
+
+    scale: float
+    sinks_H: NDArray[np.float32] = NO_SINKS
 
 
 class Item(NamedTuple):
     """A row, its key heads [head, end_head), and ``num_tokens`` queries from ``token`` on. The
     queries end at position ``end`` and attend to positions [begin, end). ``part`` numbers the first
-    part of a split row; it is -1 for a row that is not split.
+    part of a split row; it is -1 for a row that is not split. A query sees the last ``window``
+    positions up to its own, counted from ``end`` where the row goes on.
     """
 
     row: int
@@ -67,9 +82,17 @@ class Item(NamedTuple):
     begin: int
     end: Any
     part: int
+    window: Any
 
 
-def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float) -> Tensor:
+def attend(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    rule: AttentionRule = PLAIN_RULE,
+) -> Tensor:
     """Same as ``attention.attend``. Softmax weights are rounded to bf16 unless queries or cache are
     float32.
     """
@@ -79,12 +102,20 @@ def attend(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, s
         and (holds_fp8(k_cache) or computes(k_cache.dtype))
         and k_cache.dtype == v_cache.dtype
     ):
-        return attention.attend(q_THD, k_cache, v_cache, batch, scale)
+        return attention.attend(q_THD, k_cache, v_cache, batch, scale, rule)
     out_THD, bits = made(q_THD.shape, q_THD.dtype)
-    shape = Shape(num_kv_heads(k_cache, dim), batch.num_decode, batch.page_size, torch.get_num_threads())
-    place = place_of_heads(k_cache, dim)
-    attend_places(q_THD, (k_cache, v_cache), (place, place), rows_of(batch), shape, scale, bits)
+    num_heads, place = num_kv_heads(k_cache, dim), place_of_heads(k_cache, dim)
+    window, sinks_H = reach_of(rule)
+    shape = Shape(num_heads, batch.num_decode, batch.page_size, torch.get_num_threads(), window)
+    attend_places(
+        q_THD, (k_cache, v_cache), (place, place), rows_of(batch), shape, Softmax(scale, sinks_H), bits
+    )
     return out_THD
+
+
+def reach_of(rule: AttentionRule) -> tuple[int, NDArray[np.float32]]:
+    """A rule as kernels read it: its window, and sinks, none if empty."""
+    return rule.window or ALL, NO_SINKS if rule.sinks_H is None else array(rule.sinks_H)
 
 
 def attend_places(
@@ -93,21 +124,30 @@ def attend_places(
     places: tuple[Place, Place],
     rows: Any,
     shape: Shape,
-    scale: float,
+    softmax: Softmax,
     out_THE: NDArray[Any],
 ) -> None:
     """Attention over heads of keys and values at ``places`` in cache entries of one dtype. ``rows``
     is ``views.rows_of``.
     """
     halves = q_THD.dtype == torch.bfloat16 and caches[0].dtype != torch.float32
-    like, factor = _BF16 if halves else _FLOAT32, scale / math.log(2)
+    like, factor = _BF16 if halves else _FLOAT32, softmax.scale / math.log(2)
     attend_heads(
-        array(q_THD), array(caches[0]), array(caches[1]), *places, rows, shape, factor, like, out_THE
+        array(q_THD),
+        array(caches[0]),
+        array(caches[1]),
+        *places,
+        rows,
+        shape,
+        factor,
+        like,
+        out_THE,
+        softmax.sinks_H,
     )
 
 
 @njit(cache=True)
-def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, factor, like, out_THE):
+def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, factor, like, out_THE, sinks_H):
     group = q_THD.shape[1] // shape.num_heads
     items, num_parts = _items(rows[0], rows[1], shape, group)
     bounds = _bounds(items, group, shape.num_threads)
@@ -121,16 +161,16 @@ def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, facto
         values.reshape(len(values), -1),
         np.float32(factor),
     )
-    work = items, bounds, sums_SGE, stats_2SG
+    work = items, bounds, sums_SGE, stats_2SG, sinks_H
     given = q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE
     share_out(_attend, shape.num_threads, given, False)
     if num_parts:
-        share_out(_join, out_THE.shape[1], (items, sums_SGE, stats_2SG, factor, out_THE), False)
+        share_out(_join, out_THE.shape[1], (items, sums_SGE, stats_2SG, sinks_H, factor, out_THE), False)
 
 
 @inner()
 def _items(starts_R1, lengths_R, shape, group):
-    """Returns the items, int64 [I, 8], and the number of parts."""
+    """Returns the items, int64 [I, 9], and the number of parts."""
     block = max(1, _ROWS // group)
     cuts = min(shape.num_heads, -(-_ITEMS * shape.num_threads // max(shape.num_decode, 1)))
     most = 0
@@ -139,44 +179,55 @@ def _items(starts_R1, lengths_R, shape, group):
             most += cuts * -(-lengths_R[row] // _SPLIT)
         else:
             most += shape.num_heads * -(-(starts_R1[row + 1] - starts_R1[row]) // block)
-    items, num, part = np.empty((most, 8), np.int64), 0, 0
+    items, num, part = np.empty((most, 9), np.int64), 0, 0
     for row in range(len(lengths_R)):
         length = np.int64(lengths_R[row])
+        first_seen = _block_before(length - shape.window)
         if row < shape.num_decode:
             for cut in range(cuts):
                 head, end_head = cut * shape.num_heads // cuts, (cut + 1) * shape.num_heads // cuts
-                for begin in range(0, length, _SPLIT):
-                    end, own = min(begin + _SPLIT, length), part if length > _SPLIT else -1
-                    _put(Item(row, head, end_head, row, 1, begin, end, own), items[num])
-                    part += end_head - head if length > _SPLIT else 0
+                for begin in range(first_seen, length, _SPLIT):
+                    end, own = min(begin + _SPLIT, length), part if length - first_seen > _SPLIT else -1
+                    rest = length - begin - _SPLIT
+                    window = shape.window - (rest if rest > 0 else 0)
+                    _put(Item(row, head, end_head, row, 1, begin, end, own, window), items[num])
+                    part += end_head - head if length - first_seen > _SPLIT else 0
                     num += 1
         else:
             first, end = np.int64(starts_R1[row]), np.int64(starts_R1[row + 1])
             for head in range(shape.num_heads):
                 for token in range(first, end, block):
-                    num_tokens = min(block, end - token)
-                    _put(
-                        Item(
-                            row, head, head + 1, token, num_tokens, 0, length - end + token + num_tokens, -1
-                        ),
-                        items[num],
+                    num_tokens, position = min(block, end - token), length - end + token
+                    begin = _block_before(position + 1 - shape.window)
+                    item = Item(
+                        row, head, head + 1, token, num_tokens, begin, position + num_tokens, -1, shape.window
                     )
+                    _put(item, items[num])
                     num += 1
-    return items, part
+    return items[:num], part
 
 
 @inner()
-def _put(item, x_8):
+def _block_before(position):
+    """The first position of the block that holds ``position``, or 0: blocks of whole pages are read
+    in place.
+    """
+    return max(0, position) // BLOCK * BLOCK
+
+
+@inner()
+def _put(item, x_9):
     """Stores value by value. Assigning a whole row would compile numba's error texts too, which
     takes seconds.
     """
-    x_8[0], x_8[1], x_8[2], x_8[3] = item.row, item.head, item.end_head, item.token
-    x_8[4], x_8[5], x_8[6], x_8[7] = item.num_tokens, item.begin, item.end, item.part
+    x_9[0], x_9[1], x_9[2], x_9[3] = item.row, item.head, item.end_head, item.token
+    x_9[4], x_9[5], x_9[6], x_9[7] = item.num_tokens, item.begin, item.end, item.part
+    x_9[8] = item.window
 
 
 @inner()
-def _item(x_8):
-    return Item(x_8[0], x_8[1], x_8[2], x_8[3], x_8[4], x_8[5], x_8[6], x_8[7])
+def _item(x_9):
+    return Item(x_9[0], x_9[1], x_9[2], x_9[3], x_9[4], x_9[5], x_9[6], x_9[7], x_9[8])
 
 
 @inner()
@@ -205,7 +256,7 @@ def _attend(
     begin, end, q_THD, keys, values, key_place, value_place, pages_RP, shape, factor, like, work, out_THE
 ):
     """Computes the items of threads [begin, end)."""
-    items, bounds, sums_SGE, stats_2SG = work
+    items, bounds, sums_SGE, stats_2SG, sinks_H = work
     group, num_rows = q_THD.shape[1] // shape.num_heads, 0
     for i in range(bounds[begin], bounds[end]):
         item = _item(items[i])
@@ -220,11 +271,26 @@ def _attend(
             Run(pages_RP[item.row], shape.page_size, item.begin, item.end),
         )
         place_queries(q_THD, item.token, item.num_tokens, heads, group, room)
-        attend_rows(room, item.num_tokens, group, keys, values, key_place, value_place, heads, run, factor)
+        attend_rows(
+            room,
+            item.num_tokens,
+            group,
+            keys,
+            values,
+            key_place,
+            value_place,
+            heads,
+            run,
+            factor,
+            item.window,
+        )
         for head in range(item.head, item.end_head):
             first, part = (head - item.head) * tiled(item.num_tokens * group), item.part + head - item.head
             sums, total = room.sums[first:, : out_THE.shape[2]], room.total[first:]
             if item.part < 0:
+                if len(sinks_H):
+                    sinks_G = sinks_H[head * group : (head + 1) * group]
+                    _add_sinks(total, room.best[first:], item.num_tokens, sinks_G, factor)
                 _store(
                     sums,
                     total,
@@ -232,6 +298,14 @@ def _attend(
                 )
             else:
                 _keep(sums, room.best[first:], total, sums_SGE[part], stats_2SG[:, part])
+
+
+@inner()
+def _add_sinks(total, best, num_tokens, sinks_G, factor):
+    """Adds the shares of sinks to the sums of shares."""
+    group = len(sinks_G)
+    for row in range(num_tokens * group):
+        total[row] += np.exp2(sinks_G[row % group] * _LOG2_E - best[row] * factor)
 
 
 @inner()
@@ -255,12 +329,14 @@ def _keep(sums, best, total, sums_GE, stats_2G):
 
 
 @inner()
-def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
+def _join(first_head, end_head, items, sums_SGE, stats_2SG, sinks_H, factor, out_THE):
     """Joins the parts of split rows, for query heads [first_head, end_head)."""
     group, first = sums_SGE.shape[1], 0
     while first < len(items):
         item, end = _item(items[first]), first + 1
-        while end < len(items) and items[end, 5] > 0 and item.part >= 0:
+        while (
+            end < len(items) and items[end, 0] == item.row and items[end, 1] == item.head and item.part >= 0
+        ):
             end += 1
         if item.part >= 0:
             step, out_HE = item.end_head - item.head, out_THE[item.token]
@@ -269,7 +345,8 @@ def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
                 for g in range(group):
                     if first_head <= head * group + g < end_head:
                         sums_SE = sums_SGE[parts, g]
-                        _join_parts(sums_SE, stats_2SG[0, parts, g], stats_2SG[1, parts, g], factor)
+                        sink = sinks_H[head * group + g] if len(sinks_H) else np.float32(-np.inf)
+                        _join_parts(sums_SE, stats_2SG[0, parts, g], stats_2SG[1, parts, g], factor, sink)
                         move_rows(
                             sums_SE, 0, 0, out_HE.shape[1], NO_SCALES, 0, out_HE, head * group + g, 0, 1
                         )
@@ -277,9 +354,10 @@ def _join(first_head, end_head, items, sums_SGE, stats_2SG, factor, out_THE):
 
 
 @inner(error_model="numpy")
-def _join_parts(sums_SE, best_S, total_S, factor):
+def _join_parts(sums_SE, best_S, total_S, factor, sink):
     """Joins all parts into the first."""
-    best, total = best_S.max(), np.float32(0)
+    best = best_S.max()
+    total = np.exp2(sink * _LOG2_E - best * factor)
     for s in range(len(sums_SE)):
         share = np.exp2((best_S[s] - best) * factor)
         total += total_S[s] * share

@@ -2,7 +2,9 @@
 
 FP8 products and their inputs (``experts_fp8``, ``quantise_rows``, the norms and ``silu_mul_fp8``)
 stay the reference's: a CPU has no such product. FP8 weights are widened when they are loaded, so no
-model calls these ops. Experts in 4 bits stay so and are decoded in registers.
+model calls these ops. Experts in 4 bits stay so and are decoded in registers. Biases and clamped
+activations of experts are compiled where weights are in blocks or in 4 bits; elsewhere they are
+torch's, slot by slot.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import ClassVar
 
 from .. import cpu_isa
 from ..reference.column import Reference
+from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.linear import SlotWeights
 from ..reference.sublayers import AttentionSublayer, ExpertsSublayer, GateWeights, GroupedHeads, RowNorm
 from . import (
@@ -63,9 +66,13 @@ class Cpu(Reference):
         return composed
 
     def experts_sublayer(
-        self, norm: RowNorm, gate: GateWeights, weights: tuple[SlotWeights, SlotWeights]
+        self,
+        norm: RowNorm,
+        gate: GateWeights,
+        weights: tuple[SlotWeights, SlotWeights],
+        form: ExpertForm = PLAIN_FORM,
     ) -> ExpertsSublayer:
-        composed = super().experts_sublayer(norm, gate, weights)
+        composed = super().experts_sublayer(norm, gate, weights, form)
         if sublayers.experts_in_blocks(norm, weights):
-            return sublayers.Experts(norm, gate, weights, composed)
+            return sublayers.Experts(norm, gate, weights, form, composed)
         return composed

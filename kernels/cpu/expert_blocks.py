@@ -17,16 +17,24 @@ from numba import njit
 from torch import Tensor
 
 from ..cpu_isa import COLUMNS
+from ..reference.experts import PLAIN_FORM, ExpertForm
 from .codegen.arrays import array, exp, inner, narrow
 from .codegen.block_tiles import BLOCKS, ROWS, lay_out, multiply, room_for_rows
 from .codegen.blocks import STRETCH, block_bytes, look_ahead, part, parts
 from .codegen.threads import share_out, take_item
+from .expert_form import add_bias, clamped_mul, form_of
 
 _HALF = BLOCKS // 2
 
 
 def experts(
-    x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_S: Tensor, w2_S: Tensor, counts_S: Tensor
+    x_ND: Tensor,
+    rows_M: Tensor,
+    slots_M: Tensor,
+    w13_S: Tensor,
+    w2_S: Tensor,
+    counts_S: Tensor,
+    form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
     """Same as ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D
     / 16, F / 2, 16, 2] (``codegen/blocks.py``).
@@ -37,7 +45,9 @@ def experts(
     y_MD = torch.empty((len(slots_M), x_ND.shape[1]), dtype=x_ND.dtype)
     places = (x_ND.data_ptr(), 2 * x_ND.stride(0), w13_S.data_ptr(), w2_S.data_ptr(), 2 * w2_S.shape[2])
     pairs = array(rows_M.contiguous()), array(slots_M.contiguous())
-    run_experts(*places, *pairs, array(counts_S), array(y_MD), numba.get_num_threads())
+    run_experts(
+        *places, *pairs, array(counts_S), array(y_MD), form_of(form, x_ND.dtype), numba.get_num_threads()
+    )
     return y_MD
 
 
@@ -82,7 +92,7 @@ def stretches(ends_S):
 
 
 @njit(cache=True, error_model="numpy")
-def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, num_threads):
+def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, form, num_threads):
     """x, w13 and w2 are addresses; ``x_stride`` is in bytes."""
     order_M, ends_S = sort_pairs(slots_M, counts_S)
     if len(order_M) < len(slots_M):
@@ -92,9 +102,10 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, nu
     stretches_I = stretches(ends_S)
     inner_MF = np.empty((len(order_M), width), np.uint16)
     next_inner, next_outer = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, inner_MF
+    given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, form, inner_MF
     share_out(_inner, num_threads, given, False)
-    share_out(_outer, num_threads, (inner_MF, order_M, stretches_I, w2, next_outer, y_MD), False)
+    then = inner_MF, order_M, stretches_I, w2, next_outer, form.down_bias, y_MD
+    share_out(_outer, num_threads, then, False)
 
 
 @njit(cache=True, inline="always")
@@ -107,8 +118,8 @@ def _first_block(item, panels, stretches_I, num_blocks, step):
 
 
 @inner(error_model="numpy")
-def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, inner_MF):
-    """silu(gate) * up for the pairs in order. A panel is two blocks of gate columns and the same
+def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, form, inner_MF):
+    """The activation for the pairs in order. A panel is two blocks of gate columns and the same
     two of up.
     """
     sums, rows, blocks = (
@@ -117,7 +128,9 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
         np.empty(BLOCKS, np.int64),
     )
     room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_inner), -1
-    num_blocks = inner_MF.shape[1] // COLUMNS
+    bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
+    full, half = inner_MF.shape[1], _HALF * COLUMNS
+    num_blocks = full // COLUMNS
     panels = parts(num_blocks, _HALF)
     item = take_item(counter)
     while item < panels * len(stretches_I):
@@ -128,9 +141,9 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
         for b in range(_HALF):
             blocks[b] = w13 + (here + min(b, num_blocks - 1 - panel * _HALF)) * block_bytes(num_inner)
             blocks[_HALF + b] = blocks[b] + num_blocks * block_bytes(num_inner)
-        column = panel * _HALF * COLUMNS
-        width = min(_HALF * COLUMNS, inner_MF.shape[1] - column)
-        start, length = stretches_I[item // panels, 1:]
+        column = panel * half
+        width = min(half, full - column)
+        slot, start, length = stretches_I[item // panels]
         if item // panels != laid_out:
             for r in range(length):
                 rows[r] = x + rows_M[order_M[start + r]] * x_stride
@@ -142,7 +155,15 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
             fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
             multiply(num_rows, sums, rows[first:], blocks, num_inner // 2, fetch)
             for r in range(num_rows):
-                _silu_mul(sums[r], inner_MF[start + first + r, column : column + width])
+                if len(bias_SF):
+                    add_bias(sums[r], bias_SF[slot, column : column + width])
+                    add_bias(sums[r, half:], bias_SF[slot, full + column : full + column + width])
+                if clamped:
+                    _clamped_mul(
+                        sums[r], inner_MF[start + first + r, column : column + width], alpha, limit
+                    )
+                else:
+                    _silu_mul(sums[r], inner_MF[start + first + r, column : column + width])
         item = following
 
 
@@ -154,7 +175,13 @@ def _silu_mul(gate_up, out):
 
 
 @inner(error_model="numpy")
-def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
+def _clamped_mul(gate_up, out, alpha, limit):
+    for n in range(len(out)):
+        out[n] = narrow(clamped_mul(gate_up[n], gate_up[_HALF * COLUMNS + n], alpha, limit), out)
+
+
+@inner(error_model="numpy")
+def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, bias_SD, y_MD):
     """The second product. Writes each row to its pair's place."""
     sums, rows, blocks = (
         np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
@@ -174,7 +201,7 @@ def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
             blocks[b] = w2 + (here + min(b, num_blocks - 1 - panel * BLOCKS)) * block_bytes(num_inner)
         column = panel * BLOCKS * COLUMNS
         width = min(BLOCKS * COLUMNS, y_MD.shape[1] - column)
-        start, length = stretches_I[item // panels, 1:]
+        slot, start, length = stretches_I[item // panels]
         if item // panels != laid_out:
             for r in range(length):
                 rows[r] = inner_MF[start + r].ctypes.data
@@ -187,6 +214,8 @@ def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, y_MD):
             multiply(num_rows, sums, rows[first:], blocks, num_inner // 2, fetch)
             for r in range(num_rows):
                 y_D = y_MD[order_M[start + first + r]]
+                if len(bias_SD):
+                    add_bias(sums[r], bias_SD[slot, column : column + width])
                 for n in range(width):
                     y_D[column + n] = narrow(sums[r, n], y_D)
         item = following

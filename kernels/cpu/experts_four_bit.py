@@ -23,6 +23,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.four_bit import FourBit
 from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
 from .codegen.blocks import part, parts
@@ -40,6 +41,7 @@ from .codegen.nibbles import (
 from .codegen.threads import share_out, take_item
 from .codegen.vectors import LANES, multiplies_bf16
 from .expert_blocks import sort_pairs, stretches
+from .expert_form import add_bias, clamped_mul, form_of
 
 _SCALE_BITS = {"bf16": torch.uint16, "fp16": torch.int16, "e8m0": torch.uint8, "e4m3": torch.int8}
 
@@ -64,6 +66,7 @@ def experts_four_bit(
     w13: FourBit | FourBitArrays,
     w2: FourBit | FourBitArrays,
     counts_S: Tensor,
+    form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
     """Same as ``four_bit.experts_four_bit``, but that weights are not rounded."""
     up, down = (w if isinstance(w, FourBitArrays) else pack_four_bit(w) for w in (w13, w2))
@@ -81,6 +84,7 @@ def experts_four_bit(
         down.factors,
         array(counts_S),
         y,
+        form_of(form, x_ND.dtype),
         numba.get_num_threads(),
     )
     return y_MD
@@ -106,6 +110,7 @@ def run_packed(
     factors_2,
     counts_S,
     y_MD,
+    form,
     num_threads,
 ):
     """With rows of bf16, as uint16."""
@@ -117,9 +122,9 @@ def run_packed(
     share_out(_arrange, len(x_ND), (x_ND, x_NK), x_NK.size <= ALONE)
     inner_MK = np.zeros((len(order_M), parts(width, AT_ONCE) * AT_ONCE), np.uint16)
     first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, width, first, inner_MK
+    given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, width, first, form, inner_MK
     share_out(_up, num_threads, given, False)
-    then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, y_MD
+    then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, form.down_bias, y_MD
     share_out(_down, num_threads, then, False)
 
 
@@ -140,8 +145,11 @@ def _arrange(begin, end, x_ND, x_NK):
 
 
 @inner(error_model="numpy")
-def _up(begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, width, counter, inner_MK):
-    """silu(gate) * up for the pairs in order."""
+def _up(
+    begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, width, counter, form, inner_MK
+):
+    """The activation for the pairs in order."""
+    bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
     rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS, BLOCK), np.float32)
     blocks = parts(width, BLOCK)
     item = take_item(counter)
@@ -159,7 +167,15 @@ def _up(begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S
                 rows[r] = x_NK[row].ctypes.data
             dots(num_rows, rows, scales_S, weights, out)
             for r in range(num_rows):
-                _silu_mul(out[0, r, :count], out[1, r, :count], factors_S[slot])
+                if clamped or len(bias_SF):
+                    gate_F, up_F = out[0, r, :count], out[1, r, :count]
+                    _scale(gate_F, up_F, factors_S[slot])
+                    if len(bias_SF):
+                        add_bias(gate_F, bias_SF[slot, first : first + count])
+                        add_bias(up_F, bias_SF[slot, width + first : width + first + count])
+                    _activate(gate_F, up_F, clamped, alpha, limit)
+                else:
+                    _silu_mul(out[0, r, :count], out[1, r, :count], factors_S[slot])
                 target = inner_MK[begin_row + r]
                 for f in range(count):
                     target[arranged(first + f)] = narrow(out[0, r, f], target)
@@ -175,7 +191,25 @@ def _silu_mul(gate_F, up_F, factors_P):
 
 
 @inner(error_model="numpy")
-def _down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, y_MD):
+def _scale(gate_F, up_F, factors_P):
+    for f in range(len(gate_F)):
+        gate_F[f] *= factors_P[0]
+        up_F[f] *= factors_P[1]
+
+
+@inner(error_model="numpy")
+def _activate(gate_F, up_F, clamped, alpha, limit):
+    """The activation in place of gate."""
+    if clamped:
+        for f in range(len(gate_F)):
+            gate_F[f] = clamped_mul(gate_F[f], up_F[f], alpha, limit)
+    else:
+        for f in range(len(gate_F)):
+            gate_F[f] = gate_F[f] / (np.float32(1) + exp(-gate_F[f])) * up_F[f]
+
+
+@inner(error_model="numpy")
+def _down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, bias_SD, y_MD):
     """The second product. Writes each row to its pair's place."""
     rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS, BLOCK), np.float32)
     hidden = y_MD.shape[1]
@@ -197,7 +231,10 @@ def _down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, 
                 y_D = y_MD[order_M[begin_row + r]]
                 for d in range(count):
                     for w in range(2):
-                        y_D[first + 2 * d + w] = narrow(out[w, r, d] * factors_S[slot, 0], y_D)
+                        value = out[w, r, d] * factors_S[slot, 0]
+                        if len(bias_SD):
+                            value += widen(bias_SD[slot, first + 2 * d + w])
+                        y_D[first + 2 * d + w] = narrow(value, y_D)
         item = take_item(counter)
 
 
@@ -214,6 +251,7 @@ def run_decoded(
     factors_2,
     counts_S,
     y_MD,
+    form,
     num_threads,
 ):
     """With rows of bf16, as uint16, or float32. Rows of x hold their even values, then the odd."""
@@ -225,9 +263,9 @@ def run_decoded(
     share_out(_split, len(x_ND), (x_ND, x_NK, half), x_NK.size <= ALONE)
     inner_MK = np.zeros((len(order_M), parts(2 * inner_half, LANES) * LANES), np.float32)
     first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, first, inner_MK
+    given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, first, form, inner_MK
     share_out(_decoded_up, num_threads, given, False)
-    then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, y_MD
+    then = inner_MK, order_M, found_I, w2, scales_2, factors_2, second, form.down_bias, y_MD
     share_out(_decoded_down, num_threads, then, False)
 
 
@@ -252,8 +290,11 @@ def _decode_row(codes_K, scales_G, factor, w_K):
 
 
 @inner(error_model="numpy")
-def _decoded_up(begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, counter, inner_MK):
-    """silu(gate) * up for the pairs in order."""
+def _decoded_up(
+    begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, counter, form, inner_MK
+):
+    """The activation for the pairs in order."""
+    bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
     rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS), np.float32)
     weights, width = np.zeros((2, x_NK.shape[1]), np.float32), codes_S.shape[1] // 2
     blocks = parts(width, BLOCK)
@@ -275,14 +316,22 @@ def _decoded_up(begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, f
                     rows[r] = x_NK[row].ctypes.data
                 float_dots(num_rows, rows, weights, x_NK.shape[1] // LANES, out)
                 for r in range(num_rows):
-                    gate = out[0, r]
-                    value = gate / (np.float32(1) + exp(-gate)) * out[1, r]
+                    gate, up = out[0, r], out[1, r]
+                    if len(bias_SF):
+                        gate += widen(bias_SF[slot, f])
+                        up += widen(bias_SF[slot, width + f])
+                    if clamped:
+                        value = clamped_mul(gate, up, alpha, limit)
+                    else:
+                        value = gate / (np.float32(1) + exp(-gate)) * up
                     inner_MK[begin_row + r, place] = value
         item = take_item(counter)
 
 
 @inner(error_model="numpy")
-def _decoded_down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, y_MD):
+def _decoded_down(
+    begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, bias_SD, y_MD
+):
     """The second product. Writes each row to its pair's place."""
     rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS), np.float32)
     weights, hidden = np.zeros((2, inner_MK.shape[1]), np.float32), y_MD.shape[1]
@@ -304,5 +353,8 @@ def _decoded_down(begin, end, inner_MK, order_M, found_I, codes_S, scales_S, fac
                 for r in range(num_rows):
                     y_D = y_MD[order_M[begin_row + r]]
                     for w in range(2):
-                        y_D[d + w] = narrow(out[w, r], y_D)
+                        value = out[w, r]
+                        if len(bias_SD):
+                            value += widen(bias_SD[slot, d + w])
+                        y_D[d + w] = narrow(value, y_D)
         item = take_item(counter)

@@ -30,6 +30,7 @@ from .kv_entries import NO_SCALES, Block, find, move_rows, read
 
 BLOCK = TILE_COLUMNS  # positions
 _PADDING = 2 * LANES  # dims are padded to a multiple of this: the bf16 values of one vector
+_LOWEST = np.float32(-1e30)  # below any score: hidden ones, -inf, get no share even before the first
 _LINE = 64  # bytes of a cache line: a vector that crosses a line is read at half the rate
 
 
@@ -124,10 +125,10 @@ def place_queries(q_THD, first_token, num_tokens, heads, group, work):
 
 
 @njit(cache=True, inline="always")
-def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor):
-    """Attention of the run's last ``num_tokens`` positions as queries, each over the keys up to its
-    own. ``factor`` is scale / ln 2. If ``value_place`` has no width, the values are the first dims
-    of the keys. Leaves sums, best and total in ``work``.
+def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor, window):
+    """Attention of the run's last ``num_tokens`` positions as queries, each over the last
+    ``window`` keys up to its own. ``factor`` is scale / ln 2. If ``value_place`` has no width, the
+    values are the first dims of the keys. Leaves sums, best and total in ``work``.
 
     The functions called in the loops take arrays one by one: a tuple of arrays counts references,
     which took a third of the time.
@@ -143,11 +144,12 @@ def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, h
     )
     stride, position = tiled(num_tokens * group), run.end - num_tokens
     num_rows = stride * (heads[1] - heads[0])
-    sums[:num_rows], best[:num_rows], total[:num_rows] = 0, -np.inf, 0
+    sums[:num_rows], best[:num_rows], total[:num_rows] = 0, _LOWEST, 0
     for start in range(run.begin, run.end, BLOCK):
         block = Block(start, min(start + BLOCK, run.end), run.page_size)
-        # The first ``blind`` rows see none of these positions.
+        # The first ``blind`` rows see none of these positions, nor do those from ``past`` on.
         blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS
+        past = min(stride, tiled(max(0, start + BLOCK + window - 1 - position) * group))
         find(pages, block, places)
         for head in range(heads[0], heads[1]):
             row = _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
@@ -155,11 +157,11 @@ def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, h
                 _lay_out_values(values, Spot(value_place, head, block), pages, places, v, paired, scales)
             else:
                 _pair_keys(keys, row, key_place.first, k, paired)
-            for row in range(blind, stride, TILE_ROWS):
+            for row in range(blind, past, TILE_ROWS):
                 own, seen = (head - heads[0]) * stride + row, position + 1 - start
                 add_product(scores, 0, None, q, own, turned, 0, 4)
-                if seen + row // group < BLOCK:
-                    _hide(scores, row, group, seen, num_tokens)
+                if seen + row // group < BLOCK or seen + (row + TILE_ROWS - 1) // group > window:
+                    _hide(scores, row, group, seen, num_tokens, window)
                 soften(scores, factor, scales, best, total, own, shares, shrink)
                 _add_values(sums, own, shrink, share_units, paired)
 
@@ -174,11 +176,15 @@ def _add_values(sums, row, shrink, shares, paired):
 
 
 @inner()
-def _hide(scores, first_row, group, seen, num_tokens):
-    """Hides positions that rows of a tile may not see. The first query sees ``seen`` positions."""
+def _hide(scores, first_row, group, seen, num_tokens, window):
+    """Hides positions that rows of a tile may not see. The first query sees ``seen`` positions,
+    but for those before its window.
+    """
     for i in range(TILE_ROWS):
         query = min((first_row + i) // group, num_tokens - 1)
         for n in range(max(0, seen + query), BLOCK):
+            scores[i, n] = -np.inf
+        for n in range(min(seen + query - window, BLOCK)):
             scores[i, n] = -np.inf
 
 

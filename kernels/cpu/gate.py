@@ -42,14 +42,14 @@ def gate(
     return (ids_TK, weights_TK) if counts is None else reference.leave_out_padding(ids_TK, weights_TK, counts)
 
 
-def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, float]]:
+def rule_of(routing: Routing) -> tuple[tuple[int, int, bool], tuple[bool, bool, float, bool]]:
     """Group settings and scoring rule in the form that compiled code takes."""
     groups = (
         routing.num_groups,
         min(routing.top_groups, routing.num_groups),
         routing.group_quality == "best_two",
     )
-    return groups, (routing.scoring == "sigmoid", routing.normalise, routing.scale)
+    return groups, (routing.scoring == "sigmoid", routing.normalise, routing.scale, routing.logit_bias)
 
 
 @njit(cache=True, forceinline=True)
@@ -67,17 +67,21 @@ def _route_blocks(begin, end, x_TD, weight_ED, bias_E, groups, rule, ids_TK, wei
 
 @njit(cache=True, inline="always")
 def _route(x_TD, weight_ED, bias_E, groups, rule, ids_TK, weights_TK):
-    sigmoid, normalise, scale = rule
+    sigmoid, normalise, scale, logit_bias = rule
     scores_TE = _logits(x_TD, weight_ED)
     for t in range(len(x_TD)):
         scores_E = scores_TE[t]
+        if logit_bias:
+            for e in range(len(bias_E)):
+                scores_E[e] += bias_E[e]
         if sigmoid:
             _sigmoid(scores_E)
         else:
             _softmax(scores_E)
         choice_E = scores_E.copy()
-        for e in range(len(bias_E)):
-            choice_E[e] += bias_E[e]
+        if not logit_bias:
+            for e in range(len(bias_E)):
+                choice_E[e] += bias_E[e]
         if groups[1] < groups[0]:
             _close_groups(choice_E, groups)
         total = np.float32(0)

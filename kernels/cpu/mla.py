@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import mla
 from ..reference.kv_entries import holds_fp8
 from ..reference.paged import Extend, PagedBatch
-from .attention import Shape, attend_places
+from .attention import Shape, Softmax, attend_places
 from .codegen.arrays import array, computes, made
 from .head_products import multiply_heads, multiply_heads_turned
 from .kv_entries import Place, gather_latents, place_of_latents
@@ -81,7 +81,7 @@ def _absorbed(
     )
     # The shape that other attention has, so that no further kernel is compiled.
     entries = cache if holds_fp8(cache) else cache[:, None]
-    attend_places(q_RHZ, (entries, entries), (place, _SAME_AS_KEYS), rows, shape, scale, bits)
+    attend_places(q_RHZ, (entries, entries), (place, _SAME_AS_KEYS), rows, shape, Softmax(scale), bits)
     multiply_heads_turned(out_RHC, expand_HPC[:, nope_dim:], out_RHV)
 
 
@@ -101,4 +101,4 @@ def _materialised(
     )
     rows = np.array([0, len(q_THD)], np.int32), np.array([row.length], np.int32), np.zeros((1, 1), np.int32)
     shape = Shape(num_heads, 0, row.length, torch.get_num_threads())
-    attend_places(q_THD, (k_LHD, kv_LHP), places, rows, shape, scale, array(out_THV))
+    attend_places(q_THD, (k_LHD, kv_LHP), places, rows, shape, Softmax(scale), array(out_THV))

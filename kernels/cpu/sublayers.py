@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cpu_isa import COLUMNS
+from ..reference.experts import ExpertForm
 from ..reference.kv_entries import holds_fp8, num_kv_heads
 from ..reference.linear import SlotWeights
 from ..reference.paged import PagedBatch
@@ -35,10 +36,11 @@ from ..reference.sublayers import (
     Residual,
     RowNorm,
 )
-from .attention import Shape, attend_heads
+from .attention import Shape, attend_heads, reach_of
 from .codegen.arrays import array, computes, inner, made
 from .codegen.blocks import multiply_rows
 from .expert_blocks import run_experts
+from .expert_form import form_of
 from .experts import weigh_rows
 from .gate import route, rule_of
 from .kv_entries import place_of_heads
@@ -75,6 +77,7 @@ class Attention:
         self._qkv = _blocks(heads.qkv)
         self._out = _blocks(heads.out)
         self._factor = heads.dim**-0.5 / math.log(2)
+        self._window, self._sinks = reach_of(heads.rule)
 
     def __call__(
         self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
@@ -86,10 +89,18 @@ class Attention:
         total_TD, rows = _rows(residual, *self._norm)
         out_TD, out = made((len(total_TD), self._out[1]), torch.bfloat16)
         place, num_keys = place_of_heads(keys, self._dim), num_kv_heads(keys, self._dim)
-        shape = Shape(num_keys, batch.num_decode, batch.page_size, numba.get_num_threads())
+        shape = Shape(num_keys, batch.num_decode, batch.page_size, numba.get_num_threads(), self._window)
         like = _FLOAT32 if keys.dtype == torch.float32 else _BF16
         entering = self._head_norms, angles_of(rotation), writes_of(batch), self._interleaved
-        attending = (array(keys), array(values)), place, rows_of(batch), shape, self._factor, like
+        attending = (
+            (array(keys), array(values)),
+            place,
+            rows_of(batch),
+            shape,
+            self._factor,
+            like,
+            self._sinks,
+        )
         _attention(rows, self._dim, self._qkv, entering, attending, self._out, out)
         return total_TD, out_TD
 
@@ -98,7 +109,12 @@ class Experts:
     """The routed experts of a layer. ``composed`` takes the steps whose rows are of other types."""
 
     def __init__(
-        self, norm: RowNorm, gate: GateWeights, weights: tuple[Tensor, Tensor], composed: ExpertsSublayer
+        self,
+        norm: RowNorm,
+        gate: GateWeights,
+        weights: tuple[Tensor, Tensor],
+        form: ExpertForm,
+        composed: ExpertsSublayer,
     ) -> None:
         w13, w2 = weights
         bias = _FLOAT32 if gate.bias is None else array(gate.bias)
@@ -107,6 +123,7 @@ class Experts:
         self._norm = array(norm.weight), norm.eps
         self._routing = array(gate.weight), bias, *rule_of(gate.routing), gate.routing.top_k
         self._blocks = w13.data_ptr(), w2.data_ptr(), 2 * w2.shape[2]
+        self._form = form_of(form, torch.bfloat16)
         # The places of the last step: they change with its number of tokens.
         self._local: LocalExperts | None = None
         self._places: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
@@ -120,7 +137,8 @@ class Experts:
         total_TD, rows = _rows(residual, *self._norm)
         normed_TD, normed = made(total_TD.shape, torch.bfloat16)
         out_TD, out = made(total_TD.shape, torch.bfloat16)
-        _experts(rows, self._routing, self._places, self._blocks, normed, out, numba.get_num_threads())
+        weights = self._blocks, self._form
+        _experts(rows, self._routing, self._places, weights, normed, out, numba.get_num_threads())
         return total_TD, normed_TD, out_TD
 
 
@@ -172,7 +190,10 @@ def _multiply(x_TC, blocks, y_TN, num_threads):
 
 @njit(cache=True)
 def _attention(rows, dim, qkv, entering, attending, out, out_TD):
-    (norms, turns, write_T, interleaved), (caches, place, batch, shape, factor, like) = entering, attending
+    (norms, turns, write_T, interleaved), (caches, place, batch, shape, factor, like, sinks_H) = (
+        entering,
+        attending,
+    )
     num_tokens, num_heads = len(rows[0]), qkv[1] // dim
     normed_TD, qkv_TN = np.empty_like(rows[0]), np.empty((num_tokens, qkv[1]), np.uint16)
     _add_norm(rows, normed_TD)
@@ -181,13 +202,14 @@ def _attention(rows, dim, qkv, entering, attending, out, out_TD):
     q_THE = np.empty((num_tokens, num_heads - 2 * shape.num_heads, dim), np.uint16)
     enter_heads(qkv_TXE, norms[:2], norms[2], turns, caches, write_T, interleaved, q_THE)
     seen_THE = np.empty_like(q_THE)
-    attend_heads(q_THE, caches[0], caches[1], place, place, batch, shape, factor, like, seen_THE)
+    attend_heads(q_THE, caches[0], caches[1], place, place, batch, shape, factor, like, seen_THE, sinks_H)
     _multiply(seen_THE.reshape(num_tokens, -1), out, out_TD, shape.num_threads)
 
 
 @njit(cache=True)
-def _experts(rows, routing, places, blocks, normed_TD, out_TD, num_threads):
-    """``blocks``: addresses of packed w13 and w2, and F."""
+def _experts(rows, routing, places, weights, normed_TD, out_TD, num_threads):
+    """``weights``: addresses of packed w13 and w2, and F; the form."""
+    blocks, form = weights
     (weight_LD, bias_L, groups, rule, top_k), (slots_L, rows_M, counts_S), (w13, w2, width) = (
         routing,
         places,
@@ -209,6 +231,7 @@ def _experts(rows, routing, places, blocks, normed_TD, out_TD, num_threads):
         slots_M,
         counts_S,
         y_MD,
+        form,
         num_threads,
     )
     y_TCD = y_MD.reshape(num_tokens, top_k, hidden)

@@ -23,6 +23,7 @@ from . import (
     rope,
     sampling,
 )
+from .experts import PLAIN_FORM, ExpertForm
 from .linear import SlotWeights
 from .paged import PagedBatch
 from .rope import Angles
@@ -126,18 +127,22 @@ class Reference:
             q_THE = self.norm_rotate_and_write(
                 qkv_TXE, heads.norms, rotation, cache, batch.write_T, heads.interleaved
             )
-            out_THE = self.attend(q_THE, *cache, batch, scale)
+            out_THE = self.attend(q_THE, *cache, batch, scale, heads.rule)
             return x_TD, self.project(out_THE.flatten(1), out)
 
         return attention
 
     def experts_sublayer(
-        self, norm: RowNorm, gate: GateWeights, weights: tuple[SlotWeights, SlotWeights]
+        self,
+        norm: RowNorm,
+        gate: GateWeights,
+        weights: tuple[SlotWeights, SlotWeights],
+        form: ExpertForm = PLAIN_FORM,
     ) -> ExpertsSublayer:
         """The routed experts of a layer. ``weights``: w13 and w2 as ``experts`` reads them."""
 
         def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
-            return self.experts(x_TD, local.rows_M, slots_M, *weights, local.counts_S)
+            return self.experts(x_TD, local.rows_M, slots_M, *weights, local.counts_S, form)
 
         return self.routed_sublayer(norm, gate, run)
 

@@ -8,19 +8,49 @@ expert width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activation import SILU, Activation
 
-def swiglu(x_ND: Tensor, w13_FD: Tensor, w2_DF: Tensor) -> Tensor:
-    """w2 (silu(gate) * up), with the gate rows of w13 [2F, D] first. Returns [N, D]."""
-    gate_NF, up_NF = F.linear(x_ND, w13_FD).chunk(2, -1)
-    return F.linear(F.silu(gate_NF) * up_NF, w2_DF)
+
+@dataclass(frozen=True, eq=False)
+class ExpertForm:
+    """The parts of experts beside their matrices: the activation, and perhaps ``biases`` of both
+    products by slot, [S, 2F] (gate first) and [S, D].
+    """
+
+    activation: Activation = SILU
+    biases: tuple[Tensor, Tensor] | None = None
+
+    def of(self, slot: int) -> tuple[Tensor | None, Tensor | None]:
+        """The biases of one slot."""
+        return (None, None) if self.biases is None else (self.biases[0][slot], self.biases[1][slot])
+
+
+PLAIN_FORM = ExpertForm()
+
+
+def activate(gate_up: Tensor, activation: Activation) -> Tensor:
+    """[..., 2F], gate first -> [..., F]."""
+    gate, up = gate_up.chunk(2, -1)
+    if activation.kind == "silu":
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return gate * (gate * activation.alpha).sigmoid() * (up + 1)
 
 
 def experts_reference(
-    x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13_SFD: Tensor, w2_SDF: Tensor, counts_S: Tensor
+    x_ND: Tensor,
+    rows_M: Tensor,
+    slots_M: Tensor,
+    w13_SFD: Tensor,
+    w2_SDF: Tensor,
+    counts_S: Tensor,
+    form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
     """Applies to every pair the expert in its slot; the plain definition. Returns y_MD in pair
     order, unweighted, in the dtype of x.
@@ -32,7 +62,9 @@ def experts_reference(
     y_MD = x_ND.new_zeros(len(slots_M), x_ND.shape[1])
     for pair, (row, slot) in enumerate(zip(rows_M.tolist(), slots_M.tolist(), strict=True)):
         if slot >= 0:
-            y_MD[pair] = swiglu(x_ND[row : row + 1], w13_SFD[slot], w2_SDF[slot])[0]
+            up_bias, down_bias = form.of(slot)
+            gate_up_1F = F.linear(x_ND[row : row + 1], w13_SFD[slot], up_bias)
+            y_MD[pair] = F.linear(activate(gate_up_1F, form.activation), w2_SDF[slot], down_bias)[0]
             counts_S[slot] += 1
     return y_MD
 

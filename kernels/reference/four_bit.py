@@ -6,7 +6,7 @@ N rows  K values of a row  G groups of a row  M pairs  S expert slots  D hidden 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.four_bit_format import FourBitFormat
-from .experts import experts_reference
+from .experts import PLAIN_FORM, ExpertForm, experts_reference
 from .fp8 import from_e4m3
 
 SCALE_DTYPES = {
@@ -110,7 +110,13 @@ def pack_four_bit(w: FourBit) -> PackedFourBit:
 
 
 def experts_four_bit(
-    x_ND: Tensor, rows_M: Tensor, slots_M: Tensor, w13: FourBit, w2: FourBit, counts_S: Tensor
+    x_ND: Tensor,
+    rows_M: Tensor,
+    slots_M: Tensor,
+    w13: FourBit,
+    w2: FourBit,
+    counts_S: Tensor,
+    form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
     """``experts.experts_reference`` with the dequantised weights, rounded to the dtype of x."""
     hit, places = slots_M.unique(return_inverse=True)
@@ -119,7 +125,9 @@ def experts_four_bit(
     hit, places_M = hit[real], torch.where(slots_M >= 0, places - first, -1)
     w13_SFD, w2_SDF = (dequantise(w.of(hit)).to(x_ND.dtype) for w in (w13, w2))
     counts = counts_S.new_zeros(len(hit))
-    y_MD = experts_reference(x_ND, rows_M, places_M, w13_SFD, w2_SDF, counts)
+    if form.biases is not None:
+        form = replace(form, biases=(form.biases[0][hit], form.biases[1][hit]))
+    y_MD = experts_reference(x_ND, rows_M, places_M, w13_SFD, w2_SDF, counts, form)
     counts_S.index_add_(0, hit, counts)
     return y_MD
 

@@ -31,7 +31,8 @@ def gate(
     """Returns ids_TK int64, best first, and weights_TK float32.
 
     ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32
-    affects only the selection; the weights come from the scores without it.
+    affects only the selection; the weights come from the scores without it, unless it is the bias
+    of the logits (``routing.logit_bias``).
     """
     ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED), bias_E, routing)
     return (ids_TK, weights_TK) if counts is None else leave_out_padding(ids_TK, weights_TK, counts)
@@ -47,6 +48,8 @@ def leave_out_padding(ids_TK: Tensor, weights_TK: Tensor, counts: GateCounts) ->
 
 def choose(logits_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """The selection rule: ids_TK and weights_TK as in ``gate``, from logits_TE float32."""
+    if routing.logit_bias and bias_E is not None:
+        logits_TE, bias_E = logits_TE + bias_E, None
     scores_TE = logits_TE.softmax(-1) if routing.scoring == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if routing.top_groups < routing.num_groups:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .attention import PLAIN_RULE, AttentionRule
 from .gate import Routing
 from .paged import PagedBatch
 from .rope import Angles, HeadNorms
@@ -47,7 +48,7 @@ class Projection:
 @dataclass(frozen=True)
 class GroupedHeads:
     """The weights of grouped-query attention. ``qkv`` yields X heads of ``dim``: queries, keys,
-    then values.
+    then values. ``rule``: what queries see.
     """
 
     dim: int
@@ -55,6 +56,7 @@ class GroupedHeads:
     norms: HeadNorms | None
     qkv: Projection
     out: Projection
+    rule: AttentionRule = PLAIN_RULE
 
 
 @dataclass(frozen=True)

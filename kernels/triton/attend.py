@@ -3,9 +3,10 @@ over a cached prefix.
 
 A program takes a tile of (query token, head) pairs of one row that share a key head: the heads of a
 group for decode rows, several tokens of them for extends. It walks the pages of its row and keeps a
-running softmax, in base 2; eight-bit values are scaled as they are loaded. Lengths, page tables and
-the first token of each row are read on the device. Grids depend only on T, R and the width of the
-page table.
+running softmax, in base 2; eight-bit values are scaled as they are loaded. Blocks of keys that lie
+before the windows of all its queries are passed over. A sink counts as a first key of value 0.
+Lengths, page tables and the first token of each row are read on the device. Grids depend only on T,
+R and the width of the page table.
 
 T tokens  R rows  P positions  H query heads  K key heads  G = H / K
 C dims of q0 and k0, and of the values  E further dims of q and k  S splits of a row's keys
@@ -22,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats.kv_format import GROUP, SCALE_BYTES, num_groups
-from ..reference.kv_entries import holds_fp8, num_kv_heads
+from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.paged import PagedBatch
+from .attend_inputs import Keys, Queries
 from .target import interpreted, num_processors, power_of_two
 from .tiles import AttendTile
 
@@ -32,65 +33,14 @@ _KEYS_PER_SPLIT = 256  # smallest worthwhile split; not measured
 _ANY_NUMBER = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Queries, the width of the values, and the output. Only the last stride of q0_THC and out_THC
-    is fixed. q1_THE continues q0 if keys are wider than values (latents), else None.
-    """
-
-    q0_THC: Tensor
-    q1_THE: Tensor | None
-    out_THC: Tensor
-
-
-@dataclass(frozen=True)
-class Values:
-    """A cache [positions, K, C] in any dtype. Eight-bit values have ``scales`` float32 [positions,
-    K x groups], one for every ``group`` values of a head; otherwise ``group`` is 0 and ``scales``
-    is unused.
-    """
-
-    values: Tensor
-    scales: Tensor
-    group: int = 0
-
-
-@dataclass(frozen=True)
-class Keys:
-    """k0 and v of every cache position; k1 [positions, 1, E] continues k0. A latent's values are
-    its k0; other caches have no k1.
-    """
-
-    k0: Values
-    k1_PKE: Tensor | None
-    v: Values
-
-
-def heads_of(cache: Tensor, dim: int) -> Values:
-    """Keys or values of a cache in any format (``kv_format``)."""
-    if not holds_fp8(cache):
-        return Values(cache, cache)
-    heads = num_kv_heads(cache, dim)
-    values = cache[:, : heads * dim].view(torch.float8_e4m3fn).unflatten(1, (heads, dim))
-    return Values(values, cache.view(torch.float32)[:, heads * dim // SCALE_BYTES :], power_of_two(dim))
-
-
-def latents_of(cache: Tensor, latent_dim: int) -> Keys:
-    """Latents of a cache in any format, as keys of one head."""
-    if not holds_fp8(cache):
-        latents = Values(cache[:, None, :latent_dim], cache)
-        return Keys(latents, cache[:, None, latent_dim:], latents)
-    end = latent_dim + SCALE_BYTES * num_groups(latent_dim)
-    values = cache[:, None, :latent_dim].view(torch.float8_e4m3fn)
-    latents = Values(
-        values,
-        cache.view(torch.float32)[:, latent_dim // SCALE_BYTES :],
-        min(GROUP, power_of_two(latent_dim)),
-    )
-    return Keys(latents, cache[:, None, end:].view(torch.bfloat16), latents)
-
-
-def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile) -> None:
+def attend_decode(
+    queries: Queries,
+    keys: Keys,
+    batch: PagedBatch,
+    scale: float,
+    tile: AttendTile,
+    rule: AttentionRule = PLAIN_RULE,
+) -> None:
     """Attends the first ``num_decode`` rows and tokens. R, K and the width of the page table set
     the number of splits that fill the device.
     """
@@ -100,13 +50,17 @@ def attend_decode(queries: Queries, keys: Keys, batch: PagedBatch, scale: float,
     kv_heads = keys.k0.values.shape[1]
     tiles = num_rows * triton.cdiv(num_heads // kv_heads, tile.queries)
     wanted = tile.programs * num_processors(queries.q0_THC.device) // (tiles * kv_heads)
-    splits = tile.splits or _num_splits(wanted, batch.pages_RP.shape[1] * batch.page_size)
+    most_keys = batch.pages_RP.shape[1] * batch.page_size
+    if rule.window:
+        most_keys = min(most_keys, rule.window + tile.keys)
+    splits = tile.splits or _num_splits(wanted, most_keys)
     if splits == 1:
-        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles))
+        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles), rule)
         return
     partial_THSC = queries.q0_THC.new_empty(num_rows, num_heads, splits, dim, dtype=torch.float32)
     logsum_THS = queries.q0_THC.new_empty(num_rows, num_heads, splits, dtype=torch.float32)
-    _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles, splits, partial_THSC, logsum_THS))
+    part = _Part(0, num_rows, tiles, splits, partial_THSC, logsum_THS)
+    _launch(queries, keys, batch, scale, tile, part, rule)
     out = queries.out_THC
     _join_kernel[(num_rows, num_heads)](
         partial_THSC,
@@ -130,6 +84,7 @@ def attend_extend(
     scale: float,
     tile: AttendTile,
     most_queries: int = _ANY_NUMBER,
+    rule: AttentionRule = PLAIN_RULE,
 ) -> None:
     """Attends the rows after ``num_decode`` that have at most ``most_queries`` tokens; leaves other
     rows alone.
@@ -139,9 +94,8 @@ def attend_extend(
         return
     group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
     tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a partial tile
-    _launch(
-        queries, keys, batch, scale, tile, _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries)
-    )
+    part = _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries)
+    _launch(queries, keys, batch, scale, tile, part, rule)
 
 
 @dataclass(frozen=True)
@@ -163,7 +117,13 @@ def _num_splits(wanted: int, max_keys: int) -> int:
 
 
 def _launch(
-    queries: Queries, keys: Keys, batch: PagedBatch, scale: float, tile: AttendTile, part: _Part
+    queries: Queries,
+    keys: Keys,
+    batch: PagedBatch,
+    scale: float,
+    tile: AttendTile,
+    part: _Part,
+    rule: AttentionRule,
 ) -> None:
     q0, out = queries.q0_THC, queries.out_THC
     k0, v = keys.k0.values, keys.v.values
@@ -184,6 +144,7 @@ def _launch(
         out,
         part.partial_THSC if part.partial_THSC is not None else out,
         part.logsum_THS if part.logsum_THS is not None else out,
+        rule.sinks_H if rule.sinks_H is not None else out,
         batch.query_start_R1,
         batch.lengths_R,
         batch.pages_RP,
@@ -218,6 +179,8 @@ def _launch(
         DECODE=part.first == 0 and part.rows == batch.num_decode,
         ROWS_PAD=power_of_two(part.rows),
         WIDEN=interpreted(),
+        WINDOW=rule.window,
+        SINKS=rule.sinks_H is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -235,6 +198,7 @@ def _attend_kernel(
     out_ptr,
     partial_ptr,
     logsum_ptr,
+    sinks_ptr,
     query_start_ptr,
     lengths_ptr,
     pages_ptr,
@@ -269,6 +233,8 @@ def _attend_kernel(
     DECODE: tl.constexpr,
     ROWS_PAD: tl.constexpr,
     WIDEN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """One tile of pairs, one key head, one split of the row's keys."""
     # The last tiles of a row see the most keys and are started first.
@@ -317,13 +283,20 @@ def _attend_kernel(
 
     last_query = tl.minimum((tile_in_row * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
     visible = start + last_query + 1  # keys that some pair of the tile may see
-    per_split = tl.cdiv(tl.cdiv(visible, BLOCK_N), num_splits) * BLOCK_N
-    key_begin = split * per_split
+    if WINDOW > 0:
+        first_seen = tl.maximum(start + tile_in_row * BLOCK_M // G + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+    else:
+        first_seen = 0
+    per_split = tl.cdiv(tl.cdiv(visible - first_seen, BLOCK_N), num_splits) * BLOCK_N
+    key_begin = first_seen + split * per_split
     key_end = tl.minimum(key_begin + per_split, visible)
     row_pages_ptr = pages_ptr + row.to(tl.int64) * pages_stride
 
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if SINKS and split == 0:
+        best = tl.load(sinks_ptr + head) * 1.4426950408889634
+        total += 1.0
     acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
     # Pages are looked up one block ahead. A lookup in the iteration that needs it would displace
     # the loads in flight.
@@ -364,6 +337,8 @@ def _attend_kernel(
                 dtype,
             )
         seen = (key[None, :] <= position[:, None]) & inside[None, :]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
         best, total, acc = softmax_step(
             tl.where(seen, scores * scale, float("-inf")), v, best, total, acc, dtype
         )

@@ -1,22 +1,30 @@
 """Triton column of ``attention.attend``: grouped queries over paged keys and values.
 
 Rooflines: decode reads each key and value once, 2 K D x itemsize bytes per cached token (in FP8 2 K
-(D + 4)). Extends do 4 H D flops per query and key.
+(D + 4)). Extends do 4 H D flops per query and key. A window bounds both.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.kv_entries import holds_fp8
 from ..reference.paged import PagedBatch
-from .attend import Keys, Queries, attend_decode, attend_extend, heads_of
+from .attend import attend_decode, attend_extend
+from .attend_inputs import Keys, Queries, heads_of
 from .target import check_dtype
 from .tiles import DEFAULT, Tiles
 
 
 def attend(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch, scale: float, tiles: Tiles = DEFAULT
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    rule: AttentionRule = PLAIN_RULE,
+    tiles: Tiles = DEFAULT,
 ) -> Tensor:
     """Same as ``attention.attend``. A row of length 0 (padding) gives zeros."""
     check_dtype(q_THD, "attend: q")
@@ -25,6 +33,7 @@ def attend(
     out_THD = q_THD.new_empty(q_THD.shape)
     queries, keys = Queries(q_THD, None, out_THD), Keys(k, None, v)
     eight = holds_fp8(k_cache)
-    attend_decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode)
-    attend_extend(queries, keys, batch, scale, tiles.extend_fp8 if eight else tiles.extend)
+    attend_decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode, rule)
+    extend = tiles.extend_fp8 if eight else tiles.extend
+    attend_extend(queries, keys, batch, scale, extend, rule=rule)
     return out_THD

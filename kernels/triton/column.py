@@ -31,9 +31,9 @@ class Triton(Reference):
     merges_shared_experts: ClassVar[bool] = True
 
     def __init__(self, tiles: Tiles) -> None:
-        self.experts = functools.partial(expert_ops.experts, tiles=tiles)
+        self.experts = expert_ops.experts_with(tiles)
         self.experts_fp8 = functools.partial(experts_fp8.experts_fp8, tiles=tiles)
-        self.experts_four_bit = functools.partial(experts_four_bit.experts_four_bit, tiles=tiles)
+        self.experts_four_bit = experts_four_bit.experts_four_bit_with(tiles)
         self.attend = functools.partial(attention.attend, tiles=tiles)
         self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
 

@@ -1,8 +1,8 @@
 """Triton column of ``experts``: a grouped product with SwiGLU in its epilogue, a second one that
 scatters back to pairs, and the ordered sum.
 
-Two launches follow the grouping. ``_up_kernel`` gathers rows of x by pair and writes silu(gate) *
-up in grouped order; ``_down_kernel`` writes every pair's row of y. Programs of blocks without a
+Two launches follow the grouping. ``_up_kernel`` gathers rows of x by pair and writes the activation
+in grouped order; ``_down_kernel`` writes every pair's row of y. Programs of blocks without a
 slot exit at once, so grids are bounds known to the host. Rooflines: up to some 64 tokens the
 weights of the slots hit, 6 D F bytes each in bf16, against memory bandwidth; at thousands of tokens
 6 D F flops per pair against the matmul rate. ``weighted_sum`` reads K rows and writes 1 row per
@@ -16,30 +16,39 @@ The sum over k is a separate pass in the order of k and in float32. Atomic adds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.experts import PLAIN_FORM, ExpertForm
 from .grouping import group_pairs
 from .target import check_dtype, interpreted, power_of_two
 from .tiles import DEFAULT, ExpertTile, ProductTile, Tiles
 
 
-def experts(
-    x_ND: Tensor,
-    rows_M: Tensor,
-    slots_M: Tensor,
-    w13_SFD: Tensor,
-    w2_SDF: Tensor,
-    counts_S: Tensor,
-    tiles: Tiles = DEFAULT,
-) -> Tensor:
-    """Same as ``experts.experts``, for x and weights of one dtype. The host reads nothing."""
-    return experts_tiled(
-        x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tiles.of_experts(len(slots_M), len(w13_SFD))
-    )
+def experts_with(tiles: Tiles) -> Callable[..., Tensor]:
+    """``experts`` with these tiles."""
+
+    def experts(
+        x_ND: Tensor,
+        rows_M: Tensor,
+        slots_M: Tensor,
+        w13_SFD: Tensor,
+        w2_SDF: Tensor,
+        counts_S: Tensor,
+        form: ExpertForm = PLAIN_FORM,
+    ) -> Tensor:
+        """Same as ``experts.experts``, for x and weights of one dtype. The host reads nothing."""
+        tile = tiles.of_experts(len(slots_M), len(w13_SFD))
+        return experts_tiled(x_ND, (rows_M, slots_M), (w13_SFD, w2_SDF), counts_S, tile, form)
+
+    return experts
+
+
+experts = experts_with(DEFAULT)
 
 
 def experts_tiled(
@@ -48,6 +57,7 @@ def experts_tiled(
     weights: tuple[Tensor, Tensor],
     counts_S: Tensor,
     tile: ExpertTile,
+    form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
     """``experts`` with ``pairs`` (rows_M, slots_M), ``weights`` (w13_SFD, w2_SDF) and a tile."""
     (rows_M, slots_M), (w13_SFD, w2_SDF) = pairs, weights
@@ -68,12 +78,14 @@ def experts_tiled(
         grouping.pair_of_place_P,
         grouping.slot_of_block_B,
         w13_SFD,
+        form.biases[0] if form.biases is not None else w13_SFD,
         h_PF,
         num_blocks,
         D=hidden,
         F=width,
         EVEN_K=hidden % tile.up.depth == 0,
         EVEN_N=width % tile.up.columns == 0,
+        **form_options(form),
         **_options(tile.rows, tile.up),
     )
     _down_kernel[(num_blocks * triton.cdiv(hidden, tile.down.columns),)](
@@ -81,15 +93,28 @@ def experts_tiled(
         grouping.pair_of_place_P,
         grouping.slot_of_block_B,
         w2_SDF,
+        form.biases[1] if form.biases is not None else w2_SDF,
         y_MD,
         num_blocks,
         D=hidden,
         F=width,
         EVEN_K=width % tile.down.depth == 0,
         EVEN_N=hidden % tile.down.columns == 0,
+        BIASED=form.biases is not None,
         **_options(tile.rows, tile.down),
     )
     return y_MD
+
+
+def form_options(form: ExpertForm) -> dict[str, bool | float]:
+    """Options of a first product."""
+    activation = form.activation
+    return {
+        "BIASED": form.biases is not None,
+        "CLAMPED": activation.kind == "clamped",
+        "ALPHA": activation.alpha,
+        "LIMIT": activation.limit,
+    }
 
 
 def _options(rows: int, tile: ProductTile) -> dict[str, Any]:
@@ -129,6 +154,24 @@ def block_and_tile(num_blocks, num_tiles, GROUP: tl.constexpr):
     return first + (pid % per_group) % size, (pid % per_group) // size
 
 
+@triton.jit
+def biases_of(bias_at, n, N: tl.constexpr):
+    """Biases of columns n, float32 [1, BLOCK_N]."""
+    return tl.load(bias_at + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def activated(gate, up, CLAMPED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """``Activation`` of both."""
+    if CLAMPED:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        h = gate / (1.0 + tl.exp(-ALPHA * gate)) * up
+    else:
+        h = gate / (1.0 + tl.exp(-gate)) * up
+    return h
+
+
 @triton.jit(do_not_specialize=["num_blocks"])
 def _up_kernel(
     x_ptr,
@@ -137,6 +180,7 @@ def _up_kernel(
     pair_of_place_ptr,
     slot_of_block_ptr,
     w13_ptr,
+    bias_ptr,
     h_ptr,
     num_blocks,
     D: tl.constexpr,
@@ -147,8 +191,12 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
-    """h[place] = silu(x w_gate^T) * (x w_up^T) for one block and BLOCK_N columns of F."""
+    """h[place] = activation(x w_gate^T, x w_up^T) for one block and BLOCK_N columns of F."""
     block, tile = block_and_tile(num_blocks, tl.cdiv(F, BLOCK_N), 8)
     slot = tl.load(slot_of_block_ptr + block).to(tl.int64)
     if slot < 0:
@@ -181,7 +229,10 @@ def _up_kernel(
             x, w_gate, w_up = x.to(tl.float32), w_gate.to(tl.float32), w_up.to(tl.float32)
         gate = tl.dot(x, w_gate, gate, input_precision="ieee")
         up = tl.dot(x, w_up, up, input_precision="ieee")
-    h = gate / (1.0 + tl.exp(-gate)) * up
+    if BIASED:
+        gate += biases_of(bias_ptr + slot * (2 * F), f, F)
+        up += biases_of(bias_ptr + slot * (2 * F) + F, f, F)
+    h = activated(gate, up, CLAMPED, ALPHA, LIMIT)
     tl.store(h_ptr + place[:, None] * F + f[None, :], h.to(h_ptr.dtype.element_ty), mask=(f < F)[None, :])
 
 
@@ -191,6 +242,7 @@ def _down_kernel(
     pair_of_place_ptr,
     slot_of_block_ptr,
     w2_ptr,
+    bias_ptr,
     y_ptr,
     num_blocks,
     D: tl.constexpr,
@@ -201,6 +253,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """y[pair] = h w2^T for one block and BLOCK_N columns of D."""
     block, tile = block_and_tile(num_blocks, tl.cdiv(D, BLOCK_N), 8)
@@ -228,6 +281,8 @@ def _down_kernel(
         if WIDEN:
             h, w = h.to(tl.float32), w.to(tl.float32)
         y = tl.dot(h, w, y, input_precision="ieee")
+    if BIASED:
+        y += biases_of(bias_ptr + slot * D, d, D)
     tl.store(
         y_ptr + pair[:, None] * D + d[None, :],
         y.to(y_ptr.dtype.element_ty),

@@ -11,13 +11,16 @@ reference; not in the interpreter, which does not round to nearest. Rooflines: a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.four_bit import FourBit
-from .experts import block_and_tile
+from .experts import activated, biases_of, block_and_tile, form_options
 from .grouping import group_pairs
 from .target import check_dtype, interpreted
 from .tiles import DEFAULT, ExpertTile, ProductTile, Tiles
@@ -25,18 +28,26 @@ from .tiles import DEFAULT, ExpertTile, ProductTile, Tiles
 _KINDS = {"bf16": 0, "fp16": 0, "e8m0": 1, "e4m3": 2}  # of scales
 
 
-def experts_four_bit(
-    x_ND: Tensor,
-    rows_M: Tensor,
-    slots_M: Tensor,
-    w13: FourBit,
-    w2: FourBit,
-    counts_S: Tensor,
-    tiles: Tiles = DEFAULT,
-) -> Tensor:
-    """Same as ``four_bit.experts_four_bit``. The host reads nothing."""
-    tile = tiles.of_experts(len(slots_M), len(w13.codes))
-    return experts_four_bit_tiled(x_ND, (rows_M, slots_M), (w13, w2), counts_S, tile)
+def experts_four_bit_with(tiles: Tiles) -> Callable[..., Tensor]:
+    """``experts_four_bit`` with these tiles."""
+
+    def experts_four_bit(
+        x_ND: Tensor,
+        rows_M: Tensor,
+        slots_M: Tensor,
+        w13: FourBit,
+        w2: FourBit,
+        counts_S: Tensor,
+        form: ExpertForm = PLAIN_FORM,
+    ) -> Tensor:
+        """Same as ``four_bit.experts_four_bit``. The host reads nothing."""
+        tile = tiles.of_experts(len(slots_M), len(w13.codes))
+        return experts_four_bit_tiled(x_ND, (rows_M, slots_M), (w13, w2), counts_S, tile, form)
+
+    return experts_four_bit
+
+
+experts_four_bit = experts_four_bit_with(DEFAULT)
 
 
 def experts_four_bit_tiled(
@@ -45,6 +56,7 @@ def experts_four_bit_tiled(
     weights: tuple[FourBit, FourBit],
     counts_S: Tensor,
     tile: ExpertTile,
+    form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
     """``experts_four_bit`` with ``pairs`` (rows_M, slots_M), ``weights`` (w13, w2) and a tile."""
     (rows_M, slots_M), (w13, w2) = pairs, weights
@@ -64,10 +76,12 @@ def experts_four_bit_tiled(
         grouping.pair_of_place_P,
         grouping.slot_of_block_B,
         *_pointers(w13),
+        form.biases[0] if form.biases is not None else w13.codes,
         h_PF,
         num_blocks,
         D=hidden,
         F=width,
+        **form_options(form),
         **_options(tile.rows, tile.up, w13),
     )
     _down_four_bit_kernel[(num_blocks * triton.cdiv(hidden, tile.down.columns),)](
@@ -75,10 +89,12 @@ def experts_four_bit_tiled(
         grouping.pair_of_place_P,
         grouping.slot_of_block_B,
         *_pointers(w2),
+        form.biases[1] if form.biases is not None else w2.codes,
         y_MD,
         num_blocks,
         D=hidden,
         F=width,
+        BIASED=form.biases is not None,
         **_options(tile.rows, tile.down, w2),
     )
     return y_MD
@@ -149,6 +165,7 @@ def _up_four_bit_kernel(
     w13_ptr,
     scales_ptr,
     factors_ptr,
+    bias_ptr,
     h_ptr,
     num_blocks,
     D: tl.constexpr,
@@ -160,8 +177,12 @@ def _up_four_bit_kernel(
     BLOCK_N: tl.constexpr,
     HALF_K: tl.constexpr,
     WIDEN: tl.constexpr,
+    BIASED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
-    """h[place] = silu(x w_gate^T) * (x w_up^T) for one block and BLOCK_N columns of F."""
+    """h[place] = activation(x w_gate^T, x w_up^T) for one block and BLOCK_N columns of F."""
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     HALF: tl.constexpr = D // 2
     block, tile = block_and_tile(num_blocks, tl.cdiv(F, BLOCK_N), 8)
@@ -199,7 +220,10 @@ def _up_four_bit_kernel(
         gate = tl.dot(x_odd, gate_odd, gate, input_precision="ieee")
         up = tl.dot(x_even, up_even, up, input_precision="ieee")
         up = tl.dot(x_odd, up_odd, up, input_precision="ieee")
-    h = gate / (1.0 + tl.exp(-gate)) * up
+    if BIASED:
+        gate += biases_of(bias_ptr + slot * (2 * F), f, F)
+        up += biases_of(bias_ptr + slot * (2 * F) + F, f, F)
+    h = activated(gate, up, CLAMPED, ALPHA, LIMIT)
     tl.store(h_ptr + place[:, None] * F + f[None, :], h.to(h_ptr.dtype.element_ty), mask=(f < F)[None, :])
 
 
@@ -211,6 +235,7 @@ def _down_four_bit_kernel(
     w2_ptr,
     scales_ptr,
     factors_ptr,
+    bias_ptr,
     y_ptr,
     num_blocks,
     D: tl.constexpr,
@@ -222,6 +247,7 @@ def _down_four_bit_kernel(
     BLOCK_N: tl.constexpr,
     HALF_K: tl.constexpr,
     WIDEN: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """y[pair] = h w2^T for one block and BLOCK_N columns of D."""
     GROUPS: tl.constexpr = (F + GROUP - 1) // GROUP
@@ -251,6 +277,8 @@ def _down_four_bit_kernel(
             h_even, h_odd = h_even.to(tl.float32), h_odd.to(tl.float32)
         y = tl.dot(h_even, even, y, input_precision="ieee")
         y = tl.dot(h_odd, odd, y, input_precision="ieee")
+    if BIASED:
+        y += biases_of(bias_ptr + slot * D, d, D)
     tl.store(
         y_ptr + pair[:, None] * D + d[None, :],
         y.to(y_ptr.dtype.element_ty),

@@ -56,6 +56,7 @@ def choose(
             SIGMOID=routing.scoring == "sigmoid",
             NORMALISE=routing.normalise,
             BIAS=bias_E is not None,
+            LOGIT_BIAS=bias_E is not None and routing.logit_bias,
             COUNT=counts is not None,
             num_warps=1 if num_experts <= 128 else 2,
         )
@@ -83,6 +84,7 @@ def _choose_kernel(
     SIGMOID: tl.constexpr,
     NORMALISE: tl.constexpr,
     BIAS: tl.constexpr,
+    LOGIT_BIAS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """One token per program."""
@@ -94,6 +96,8 @@ def _choose_kernel(
     if COUNT:
         real = token < tl.load(num_tokens_ptr)
     logits = tl.load(logits_ptr + token * logits_stride + expert, mask=inside & real, other=0.0)
+    if LOGIT_BIAS:
+        logits += tl.load(bias_ptr + expert, mask=inside, other=0.0)
     logits = tl.where(inside, logits, never)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
@@ -101,7 +105,7 @@ def _choose_kernel(
         scores = tl.exp(logits - tl.max(logits, 0))
         scores = scores / tl.sum(scores, 0)
     choice = scores
-    if BIAS:
+    if BIAS and not LOGIT_BIAS:
         choice = scores + tl.load(bias_ptr + expert, mask=inside, other=0.0)
     choice = tl.where(inside, choice, never)
 

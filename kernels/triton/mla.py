@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..reference.paged import PagedBatch
-from .attend import Keys, Queries, attend_decode, attend_extend, latents_of
+from .attend import attend_decode, attend_extend
+from .attend_inputs import Keys, Queries, latents_of
 from .mla_prefill import Heads, all_expanded, attend_expanded, break_even, plan_windows, window_keys
 from .target import check_dtype
 from .tiles import DEFAULT, Tiles

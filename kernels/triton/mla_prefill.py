@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.paged import PagedBatch
-from .attend import Keys, row_of_tile, softmax_step
+from .attend import row_of_tile, softmax_step
+from .attend_inputs import Keys
 from .target import interpreted, power_of_two
 from .tiles import AttendTile
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formats.kv_format import num_groups
 from ..reference.kv_entries import holds_fp8
 from ..reference.rope import Angles, HeadNorms, split_heads
-from .attend import heads_of, latents_of
+from .attend_inputs import heads_of, latents_of
 from .fp8 import eight_bits, group_scales
 from .norm import rms_norm
 from .target import check_dtype, interpreted, power_of_two

@@ -20,6 +20,7 @@ from support.engine.models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    gpt_oss_config,
     kimi_k2_config,
     minimax_m2_config,
     mixtral_config,
@@ -172,6 +173,20 @@ def test_minimax_m2(tmp_path: Path) -> None:
     assert packaged.kernel_fp8 and packaged.rope.dim == 64
 
 
+def test_gpt_oss(tmp_path: Path) -> None:
+    config = load(tmp_path, gpt_oss_config())
+    assert config.attention == GqaConfig(
+        num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True, out_bias=True, sinks=True
+    )
+    assert (config.windows, config.moe.logit_bias, config.moe.expert_bias) == ((12, 0, 12), True, True)
+    assert [config.window(layer) for layer in range(3)] == [12, 0, 12]
+    assert (config.moe.activation.kind, config.moe.activation.alpha) == ("clamped", 1.702)
+    assert config.rope.yarn is not None and not config.rope.yarn.truncate
+    assert config.names.of("mlp.gate.bias") == "mlp.router.bias"
+    assert load(tmp_path, gpt_oss_config(layer_types=None)).windows == (12, 0, 12), "every other layer"
+    assert load(tmp_path, gpt_oss_config(layer_types=["full_attention"] * 3)).windows == ()
+
+
 def test_glm4_moe_lite(tmp_path: Path) -> None:
     config = load(tmp_path, glm4_moe_lite_config())
     assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
@@ -263,6 +278,15 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "lite layers": (
         glm4_moe_lite_config(mlp_layer_types=["dense", "sparse"]),
         'mlp_layer_types .*expected "dense" or "sparse" for each of 3',
+    ),
+    "gpt-oss layers": (
+        gpt_oss_config(layer_types=["full_attention", "linear_attention", "full_attention"]),
+        'layer_types .*expected "sliding_attention" or "full_attention" for each of 3 layers',
+    ),
+    "gpt-oss rope": (gpt_oss_config(rope_scaling=None), "rope_scaling is null; expected"),
+    "gpt-oss in FP8": (
+        gpt_oss_config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        "quantization_config is .*supported: biased experts in 4, 16 or 32 bits",
     ),
     "kimi vision": (
         kimi_k2_config(architectures=["KimiK25ForConditionalGeneration"]),

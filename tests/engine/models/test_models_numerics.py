@@ -14,9 +14,11 @@ from torch import Tensor
 
 from support.engine.models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.models.family_configs import (
+    GPT_OSS_YARN,
     deepseek_v2_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    gpt_oss_config,
     kimi_k2_config,
     minimax_m2_config,
     mixtral_config,
@@ -109,6 +111,18 @@ VARIANTS |= {
         rope_interleave=False,
     ),
 }
+VARIANTS |= {
+    "gpt_oss": gpt_oss_config(),
+    "gpt_oss-all-windows": gpt_oss_config(
+        layer_types=["sliding_attention"] * 3, sliding_window=40, swiglu_limit=None, num_experts_per_tok=1
+    ),
+    "gpt_oss-no-bias": gpt_oss_config(
+        layer_types=["full_attention"] * 3, attention_bias=False, swiglu_alpha=1.2, tie_word_embeddings=True
+    ),
+    "gpt_oss-v5": gpt_oss_config(
+        rope_theta=None, rope_scaling=None, rope_parameters=GPT_OSS_YARN | {"rope_theta": 5000.0}
+    ),
+}
 BF16_VARIANTS = (
     "qwen3_moe",
     "qwen3_moe-plain-weights",
@@ -126,6 +140,7 @@ BF16_VARIANTS = (
     "glm4_moe-air",
     "minimax_m2",
     "glm4_moe_lite",
+    "gpt_oss",
 )
 
 LENGTHS = (93, 41, 7)
@@ -234,7 +249,7 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
     "variant",
     [
         *("qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"),
-        *("minimax_m2", "glm4_moe_lite"),
+        *("minimax_m2", "glm4_moe_lite", "gpt_oss"),
     ],
 )
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:

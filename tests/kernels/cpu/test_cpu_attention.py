@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lockstep.kernels.cpu import attention as cpu_attention
 from lockstep.kernels.reference import attention as reference, kv_entries
+from lockstep.kernels.reference.attention import AttentionRule
 from lockstep.kernels.reference.paged import PagedBatch
 from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in
@@ -30,6 +31,14 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "fp32": lambda x: x.clone(),
     "bf16": lambda x: x.bfloat16(),
     "fp8": kv_entries.encode_heads,
+}
+RULES = {
+    "all": lambda heads: AttentionRule(),
+    "window of 1": lambda heads: AttentionRule(1),
+    "window of 100": lambda heads: AttentionRule(100),
+    "window of 600, sinks": lambda heads: AttentionRule(600, torch.linspace(-4, 4, heads)),
+    "window of 20, sinks": lambda heads: AttentionRule(20, torch.linspace(-4, 40, heads)),
+    "sinks": lambda heads: AttentionRule(0, torch.linspace(-200, 200, heads)),
 }
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 # Query heads, key heads, dim, page size. Pages of 64 and more are read in place; 40 query heads per
@@ -53,9 +62,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pairwise({"case": CASES, "shape": SHAPES, "kv_format, dtype": product(FORMATS, TOLERANCES)})
+@pairwise({"case": CASES, "shape": SHAPES, "rule": RULES, "kv_format, dtype": product(FORMATS, TOLERANCES)})
 def test_as_the_reference(
-    case: str, shape: tuple[int, int, int, int], kv_format: str, dtype: torch.dtype
+    case: str, shape: tuple[int, int, int, int], rule: str, kv_format: str, dtype: torch.dtype
 ) -> None:
     heads, kv_heads, dim, page_size = shape
     torch.manual_seed(0)
@@ -63,8 +72,9 @@ def test_as_the_reference(
     caches = filled(rows, kv_heads, dim, kv_format)
     numbers = [heads_in(cache, kv_heads, dim) if kv_format == "fp8" else cache.float() for cache in caches]
     q = torch.randn(int(rows.counts.sum()), heads, dim).to(dtype)
-    out = cpu_attention.attend(q, *caches, rows.batch, dim**-0.5)
-    expected = reference.attend(q.float(), *numbers, rows.batch, dim**-0.5)
+    own = RULES[rule](heads)
+    out = cpu_attention.attend(q, *caches, rows.batch, dim**-0.5, own)
+    expected = reference.attend(q.float(), *numbers, rows.batch, dim**-0.5, own)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
@@ -121,22 +131,35 @@ def test_heads_of_very_different_sizes_share_a_cache() -> None:
     assert (out - expected).norm() < 5e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("rule", [AttentionRule(), AttentionRule(90, torch.linspace(-3, 3, 8))])
 @pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
 def test_a_row_depends_neither_on_those_beside_it_nor_on_threads(
-    kv_format: str, threads: Callable[[int], None]
+    kv_format: str, rule: AttentionRule, threads: Callable[[int], None]
 ) -> None:
     lengths = [(1300, 1), (70, 1), (9, 1), (40, 100)]
     rows = PagedRows(lengths, 3, page_size=64)
     caches = filled(rows, 4, 64, kv_format)
     q = torch.randn(103, 8, 64).bfloat16()
     threads(1)
-    expected = cpu_attention.attend(q, *caches, rows.batch, 0.25)
+    expected = cpu_attention.attend(q, *caches, rows.batch, 0.25, rule)
     for count in (2, 3):
         threads(count)
-        assert torch.equal(cpu_attention.attend(q, *caches, rows.batch, 0.25), expected)
+        assert torch.equal(cpu_attention.attend(q, *caches, rows.batch, 0.25, rule), expected)
     for row in range(4):
         alone, tokens = _alone(rows, row), rows.queries(row)
-        assert torch.equal(cpu_attention.attend(q[tokens], *caches, alone, 0.25), expected[tokens])
+        assert torch.equal(cpu_attention.attend(q[tokens], *caches, alone, 0.25, rule), expected[tokens])
+
+
+def test_blocks_of_pages_before_a_window_are_not_read() -> None:
+    """They cost no time, and hold whatever they hold."""
+    rows, rule = PagedRows([(700, 1), (130, 70)], 1, page_size=64), AttentionRule(60)
+    caches = filled(rows, 2, 64, "bf16")
+    q = torch.randn(71, 4, 64).bfloat16()
+    expected = cpu_attention.attend(q, *caches, rows.batch, 0.2, rule)
+    for row, first_seen in ((0, 641), (1, 71)):
+        for cache in caches:
+            cache[rows.places(row)[: first_seen // 64 * 64]] = torch.nan
+    assert torch.equal(cpu_attention.attend(q, *caches, rows.batch, 0.2, rule), expected)
 
 
 def _alone(rows: PagedRows, row: int) -> PagedBatch:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lockstep.kernels.activation import SILU, Activation
 from lockstep.kernels.formats.four_bit_format import INT4, INT4_FP16, MXFP4, NVFP4, FourBitFormat
-from lockstep.kernels.reference.experts import experts_reference
+from lockstep.kernels.reference.experts import PLAIN_FORM, ExpertForm, experts_reference
 from lockstep.kernels.reference.four_bit import FourBit, dequantise, quantise
 from lockstep.kernels.table import ops_of
 
@@ -20,6 +21,7 @@ FORMATS = {"int4": INT4, "int4 in fp16": INT4_FP16, "mxfp4": MXFP4, "nvfp4": NVF
 # full.
 SIZES = [(256, 128), (200, 136), (96, 72), (40, 24)]
 NUM_SLOTS = 5
+CLAMPED = Activation("clamped", 1.702, 1.5)
 
 
 def weights(format: FourBitFormat, hidden: int, width: int) -> tuple[FourBit, FourBit]:
@@ -30,23 +32,44 @@ def weights(format: FourBitFormat, hidden: int, width: int) -> tuple[FourBit, Fo
     return quantise(w13, format, parts=2), quantise(w2, format)
 
 
-def exact(x: Tensor, rows: Tensor, slots: Tensor, w13: FourBit, w2: FourBit) -> Tensor:
+def exact(
+    x: Tensor, rows: Tensor, slots: Tensor, w13: FourBit, w2: FourBit, form: ExpertForm = PLAIN_FORM
+) -> Tensor:
     """In float32."""
-    return experts_reference(
-        x.float(), rows, slots, dequantise(w13), dequantise(w2), torch.zeros(NUM_SLOTS, dtype=torch.int64)
-    )
+    if form.biases is not None:
+        form = replace(form, biases=(form.biases[0].float(), form.biases[1].float()))
+    counts = torch.zeros(NUM_SLOTS, dtype=torch.int64)
+    return experts_reference(x.float(), rows, slots, dequantise(w13), dequantise(w2), counts, form)
 
 
-def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, within: float = 2e-6) -> None:
     """Rows within what rounding to the dtype in between and at the end costs."""
     error = (found.float() - expected).norm(dim=-1)
     assert found.dtype == dtype
-    assert (error <= expected.norm(dim=-1) * (1e-2 if dtype == torch.bfloat16 else 2e-6) + 1e-20).all()
+    assert (error <= expected.norm(dim=-1) * (1e-2 if dtype == torch.bfloat16 else within) + 1e-20).all()
 
 
-def check(format: FourBitFormat, dtype: torch.dtype, in_registers: bool) -> None:
+def formed(
+    hidden: int, width: int, dtype: torch.dtype, biased: bool, activation: Activation = SILU
+) -> ExpertForm:
+    if not biased:
+        return ExpertForm(activation)
+    generator = torch.Generator().manual_seed(width)
+    up, down = (torch.randn(NUM_SLOTS, n, generator=generator).to(dtype) for n in (2 * width, hidden))
+    return ExpertForm(activation, (up, down))
+
+
+def check(
+    format: FourBitFormat,
+    dtype: torch.dtype,
+    in_registers: bool,
+    biased: bool = False,
+    activation: Activation = SILU,
+) -> None:
     ops, generator = ops_of("cpu"), torch.Generator().manual_seed(0)
     for hidden, width in SIZES:
+        within = 2e-5 if biased or activation is CLAMPED else 2e-6  # sums cancel and values are cut
+        form = formed(hidden, width, dtype, biased, activation)
         w13, w2 = weights(format, hidden, width)
         packed = [
             replace(p, in_registers=p.in_registers and in_registers)
@@ -57,8 +80,8 @@ def check(format: FourBitFormat, dtype: torch.dtype, in_registers: bool) -> None
             rows = torch.randint(0, 9, (num_pairs,), generator=generator)
             slots = torch.randint(-1, NUM_SLOTS - 1, (num_pairs,), generator=generator)
             counts = torch.ones(NUM_SLOTS, dtype=torch.int64)
-            found = ops.experts_four_bit(x, rows, slots, *packed, counts)
-            assert_near(found, exact(x, rows, slots, w13, w2), dtype)
+            found = ops.experts_four_bit(x, rows, slots, *packed, counts, form)
+            assert_near(found, exact(x, rows, slots, w13, w2, form), dtype, within)
             assert counts.tolist() == [1 + int((slots == slot).sum()) for slot in range(NUM_SLOTS)]
             assert not found[slots < 0].any()
 
@@ -76,6 +99,15 @@ def test_experts_in_float32(name: str) -> None:
 @pytest.mark.parametrize("name", ["int4", "mxfp4"])
 def test_experts_in_bf16_where_no_instruction_multiplies_it(name: str) -> None:
     check(FORMATS[name], torch.bfloat16, in_registers=False)
+
+
+@pytest.mark.parametrize("biased, activation", [(True, CLAMPED), (True, SILU), (False, CLAMPED)])
+@pytest.mark.parametrize("dtype, in_registers", [(torch.bfloat16, True), (torch.float32, False)])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_biases_and_the_clamped_activation(
+    name: str, dtype: torch.dtype, in_registers: bool, biased: bool, activation: Activation
+) -> None:
+    check(FORMATS[name], dtype, in_registers, biased, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

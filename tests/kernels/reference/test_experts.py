@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lockstep.kernels.activation import SILU, Activation
 from lockstep.kernels.cpu.codegen.blocks import pack_blocks
 from lockstep.kernels.cpu.experts import experts, weighted_sum
 from lockstep.kernels.cpu.linear import pack_slots, pack_slots_for_onednn
-from lockstep.kernels.reference.experts import experts_reference
+from lockstep.kernels.reference.experts import ExpertForm, experts_reference
 from lockstep.kernels.table import ops_of
 
 
@@ -57,6 +59,28 @@ def test_equals_the_definition(case: str, dtype: torch.dtype) -> None:
     assert torch.equal(counts, expected_counts) and int(counts.sum()) == 4 + int((slots >= 0).sum())
 
 
+def test_the_clamped_activation_and_biases_equal_their_definition() -> None:
+    generator = torch.Generator().manual_seed(6)
+    w13, w2 = torch.randn(2, 6, 4, generator=generator).double(), torch.randn(2, 4, 3, generator=generator)
+    b13, b2 = torch.randn(2, 6, generator=generator).double(), torch.randn(2, 4, generator=generator)
+    w2, b2, x = w2.double(), b2.double(), torch.randn(1, 4, generator=generator).double() * 2
+    form = ExpertForm(Activation("clamped", alpha=1.7, limit=1.25), (b13, b2))
+    counts, one = torch.zeros(2, dtype=torch.int64), torch.tensor([1])
+    found = experts_reference(x, torch.tensor([0]), one, w13, w2, counts, form)
+    expected = b2[1].tolist()
+    clamped = 0
+    for f in range(3):
+        gate, up = (
+            float(b13[1, row]) + sum(float(a * b) for a, b in zip(w13[1, row], x[0], strict=True))
+            for row in (f, f + 3)
+        )
+        clamped += (gate > 1.25) + (abs(up) > 1.25)
+        gate, up = min(gate, 1.25), min(max(up, -1.25), 1.25)
+        inner = gate / (1 + math.exp(-1.7 * gate)) * (up + 1)
+        expected = [y + inner * float(w2[1, d, f]) for d, y in enumerate(expected)]
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-9) and clamped
+
+
 def test_weighted_sum_is_in_order_of_k_and_float32() -> None:
     y = torch.tensor([[[2.0**25], [1.0], [-(2.0**25)]]])
     # The 1 is lost in float32 only if it is added second.
@@ -90,16 +114,34 @@ PACKINGS = [pack_slots, pack_slots_for_onednn, _in_blocks]
 Packing = Callable[[Tensor, Tensor], tuple[Any, Any]]
 
 
+BIASES = (
+    torch.randn(5, 160, generator=torch.Generator().manual_seed(8)).bfloat16(),
+    torch.randn(5, 96, generator=torch.Generator().manual_seed(9)).bfloat16(),
+)
+FORMS = {
+    "plain": ExpertForm(),
+    "biases": ExpertForm(SILU, BIASES),
+    "clamped": ExpertForm(Activation("clamped", 1.702, 0.5)),
+    "gpt-oss": ExpertForm(Activation("clamped", 1.702, 1.5), BIASES),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, 40, 300])
-def test_packed_weights_give_the_same_for_few_rows_and_for_many(num_tokens: int, packing: Packing) -> None:
+def test_packed_weights_give_the_same_for_few_rows_and_for_many(
+    num_tokens: int, packing: Packing, form: ExpertForm
+) -> None:
     """All forms, and for oneDNN also the compiled product of few rows, agree within bf16
     rounding.
     """
     x, rows, slots, w13, w2 = _drawn(num_tokens)
     counts, expected_counts = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
-    y = experts(x, rows, slots, *packing(w13, w2), counts)
-    expected = experts_reference(x.double(), rows, slots, w13.double(), w2.double(), expected_counts)
+    y = experts(x, rows, slots, *packing(w13, w2), counts, form)
+    exact = ExpertForm(
+        form.activation, None if form.biases is None else (form.biases[0].double(), form.biases[1].double())
+    )
+    expected = experts_reference(x.double(), rows, slots, w13.double(), w2.double(), expected_counts, exact)
     torch.testing.assert_close(y.double(), expected, rtol=0.02, atol=0.02)
     assert (y[slots < 0] == 0).all() and torch.equal(counts, expected_counts)
 

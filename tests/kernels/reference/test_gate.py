@@ -19,6 +19,8 @@ RULES = {
     "groups of one": Routing(top_k=2, scoring="sigmoid", num_groups=16, top_groups=3),
     "all groups": Routing(top_k=4, scoring="sigmoid", num_groups=4, top_groups=4),
     "softmax groups": Routing(top_k=2, num_groups=2, top_groups=1),
+    "bias of the logits": Routing(top_k=3, logit_bias=True),
+    "bias of sigmoid's logits": Routing(top_k=3, scoring="sigmoid", normalise=False, logit_bias=True),
     "groups by their best": Routing(
         top_k=3, normalise=False, scale=16.0, num_groups=4, top_groups=2, group_quality="best"
     ),
@@ -34,6 +36,8 @@ def _inputs(dtype: torch.dtype = torch.float32, tokens: int = 33) -> tuple[Tenso
 def _naive(x: list[float], weight: list[list[float]], bias: list[float], rule: Routing) -> dict[int, float]:
     """Expert -> weight for one token."""
     logits = [sum(a * b for a, b in zip(x, row, strict=True)) for row in weight]
+    if rule.logit_bias:
+        logits, bias = [logit + b for logit, b in zip(logits, bias, strict=True)], [0.0] * len(bias)
     if rule.scoring == "softmax":
         total = sum(math.exp(logit) for logit in logits)
         scores = [math.exp(logit) / total for logit in logits]

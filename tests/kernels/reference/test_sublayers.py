@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import cpu_isa
+from lockstep.kernels.activation import Activation
 from lockstep.kernels.cpu.column import Cpu
 from lockstep.kernels.formats.kv_format import head_entry
+from lockstep.kernels.reference.attention import AttentionRule
 from lockstep.kernels.reference.column import Reference
+from lockstep.kernels.reference.experts import ExpertForm
 from lockstep.kernels.reference.gate import Routing
 from lockstep.kernels.reference.paged import PagedBatch, build_batch
 from lockstep.kernels.reference.rope import HeadNorms, angles, frequencies
@@ -65,7 +68,8 @@ def _attention(
     dtype = torch.uint8 if given["fp8"] else torch.bfloat16
     cache = (torch.zeros(4096 * 2, *entry, dtype=dtype), torch.zeros(4096 * 2, *entry, dtype=dtype))
     norm = RowNorm(_draw(HIDDEN, seed=9), 1e-6)
-    sublayer = column.attention_sublayer(ops, norm, GroupedHeads(DIM, False, head_norms, *projections))
+    rule = AttentionRule(20, torch.linspace(-1, 1, HEADS)) if given["rule"] else AttentionRule()
+    sublayer = column.attention_sublayer(ops, norm, GroupedHeads(DIM, False, head_norms, *projections, rule))
     residual = _residual(sum(rows), given["first"])
     return [*sublayer(residual, angles(positions, frequencies(DIM, 1e4)), batch, cache), *cache]
 
@@ -83,7 +87,11 @@ def _experts(
     counts_S = torch.zeros(SLOTS, dtype=torch.int64)
     local = LocalExperts(torch.arange(SLOTS).flip(0), rows_M, counts_S)
     norm = RowNorm(_draw(HIDDEN, seed=9), 1e-6)
-    sublayer = column.experts_sublayer(ops, norm, gate, ops.pack_slots(w13, w2))
+    form = ExpertForm()
+    if bias:
+        biases = _draw(SLOTS, 2 * WIDTH, seed=10), _draw(SLOTS, HIDDEN, seed=11)
+        form = ExpertForm(Activation("clamped", 1.7, 1.0), biases)
+    sublayer = column.experts_sublayer(ops, norm, gate, ops.pack_slots(w13, w2), form)
     return [*sublayer(_residual(num_tokens, first), local), counts_S]
 
 
@@ -92,12 +100,13 @@ def _experts(
         "rows": ROWS,
         "bias, norms, fp8": [(False, True, False), (True, False, False), (False, True, True)],
         "first": [False, True],
+        "rule": [False, True],
     }
 )
 def test_attention_in_one_call(
-    rows: tuple[int, int], first: bool, bias: bool, norms: bool, fp8: bool
+    rows: tuple[int, int], first: bool, rule: bool, bias: bool, norms: bool, fp8: bool
 ) -> None:
-    given = {"first": first, "bias": bias, "norms": norms, "fp8": fp8}
+    given = {"first": first, "bias": bias, "norms": norms, "fp8": fp8, "rule": rule}
     got = _attention(CPU, Cpu, rows, given)
     for one, other in zip(got, _attention(CPU, Reference, rows, given), strict=True):
         assert torch.equal(one, other)
@@ -125,5 +134,5 @@ def test_weights_in_blocks_take_the_one_call(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")  # holds weights in blocks
     monkeypatch.setattr(Reference, "attention_sublayer", lambda *_: composed)
     monkeypatch.setattr(Reference, "experts_sublayer", lambda *_: composed)
-    _attention(CPU, Cpu, (2, 0), {"first": False, "bias": False, "norms": True, "fp8": False})
+    _attention(CPU, Cpu, (2, 0), {"first": False, "bias": False, "norms": True, "fp8": False, "rule": True})
     _experts(CPU, Cpu, 2, first=False, bias=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from lockstep.kernels.formats.kv_format import head_entry
-from lockstep.kernels.reference.attention import attend as reference
+from lockstep.kernels.reference.attention import PLAIN_RULE, AttentionRule, attend as reference
 from lockstep.kernels.reference.kv_entries import write_heads
 from lockstep.kernels.triton.attention import attend
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
@@ -44,13 +45,40 @@ def in_splits(splits: int, keys: int = 64) -> Tiles:
     return dataclasses.replace(DEFAULT, decode=tile, decode_fp8=tile)
 
 
-def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tensor:
+def of_window(window: int, first: float | None = None) -> Callable[[int], AttentionRule]:
+    """Sinks grow from ``first`` to its negative over the heads."""
+
+    def rule(heads: int) -> AttentionRule:
+        sinks = None if first is None else torch.linspace(first, -first, heads, device=DEVICE)
+        return AttentionRule(window, sinks)
+
+    return rule
+
+
+RULES = {
+    "all": of_window(0),
+    "window of 1": of_window(1),
+    "window of 11": of_window(11),
+    "window of 80, sinks": of_window(80, -4),
+    "sinks": of_window(0, 200),
+}
+
+
+def definition(
+    q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int, rule: AttentionRule = PLAIN_RULE
+) -> Tensor:
     group = q_THD.shape[1] // k_LKD.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k_LKD, v_LKD))
     scores = torch.einsum("thd,lhd->htl", q_THD.double(), k) * SCALE
     position = torch.arange(len(q_THD), device=k.device)[:, None] + start
     scores = scores.masked_fill(torch.arange(len(k), device=k.device) > position, -torch.inf)
-    return torch.einsum("htl,lhd->thd", scores.softmax(-1), v)
+    if rule.window:
+        hidden = torch.arange(len(k), device=k.device) <= position - rule.window
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if rule.sinks_H is not None:
+        sinks = rule.sinks_H.double()[:, None, None].expand(-1, len(q_THD), 1)
+        scores = torch.cat([scores, sinks], -1)
+    return torch.einsum("htl,lhd->thd", scores.softmax(-1)[..., : len(k)], v)
 
 
 @pairwise(
@@ -58,6 +86,7 @@ def definition(q_THD: Tensor, k_LKD: Tensor, v_LKD: Tensor, start: int) -> Tenso
         "case": CASES,
         "dtype, cache_dtype, tolerance": DTYPES,
         "heads, kv_heads, dim": [(6, 2, 16), (6, 1, 20), (2, 2, 32)],
+        "rule": RULES,
     }
 )
 def test_equals_the_definition(
@@ -65,6 +94,7 @@ def test_equals_the_definition(
     heads: int,
     kv_heads: int,
     dim: int,
+    rule: str,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     tolerance: float,
@@ -84,13 +114,15 @@ def test_equals_the_definition(
         )
     k_cache, v_cache = k_cache.to(DEVICE), v_cache.to(DEVICE)
     q = torch.randn(int(rows.counts.sum()), heads + 2, dim).to(DEVICE, dtype)[:, 1:-1]
+    own = RULES[rule](heads)
     for splits in (1, 3) if "decode" in case else (0,):
+        tiles = in_splits(splits)
         with poisoned():
-            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, in_splits(splits))
+            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, own, tiles)
         assert (out.shape, out.dtype) == (q.shape, dtype)
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
-            expected = definition(q[tokens], k_cache[places], v_cache[places], start)
+            expected = definition(q[tokens], k_cache[places], v_cache[places], start, own)
             torch.testing.assert_close(out[tokens].double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -117,7 +149,7 @@ def test_fp8_pages(
     k_cache, v_cache = (cache.to(DEVICE) for cache in caches)
     for splits in (1, 3) if "decode" in case else (0,):
         with poisoned():
-            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, in_splits(splits))
+            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, tiles=in_splits(splits))
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
             k, v = (heads_in(cache[places], kv_heads, dim).to(DEVICE) for cache in caches)
@@ -146,23 +178,37 @@ def test_pages_of_any_size_beside_blocks_of_32_keys(page_size: int) -> None:
             cache[rows.places(row)] = torch.randn(len(rows.places(row)), 2, 16, device=DEVICE)
     q = torch.randn(16, 4, 16, device=DEVICE)
     tiles = dataclasses.replace(in_splits(3, keys=32), extend=AttendTile(16, 32, 4, 3))
-    out = attend(q, caches[0], caches[1], on_device(rows.batch, DEVICE), SCALE, tiles)
+    out = attend(q, caches[0], caches[1], on_device(rows.batch, DEVICE), SCALE, tiles=tiles)
     for row, start in enumerate(rows.starts.tolist()):
         tokens, places = rows.queries(row), rows.places(row)
         expected = definition(q[tokens], caches[0][places], caches[1][places], start)
         torch.testing.assert_close(out[tokens].double(), expected, rtol=2e-5, atol=2e-5)
 
 
+def test_blocks_of_pages_before_a_window_are_not_read() -> None:
+    """They cost no time, and hold whatever they hold."""
+    rows, rule = PagedRows([(200, 1), (90, 20)], 1), of_window(30, 1.0)(4)
+    caches = [torch.randn(rows.num_pages * PAGE_SIZE, 2, 16, device=DEVICE) for _ in range(2)]
+    q, batch = torch.randn(21, 4, 16, device=DEVICE), on_device(rows.batch, DEVICE)
+    tiles = dataclasses.replace(in_splits(2, keys=32), extend=AttendTile(16, 32, 4, 3))
+    expected = attend(q, *caches, batch, SCALE, rule, tiles)
+    for row, first_seen in ((0, 171), (1, 61)):
+        for cache in caches:
+            cache[rows.places(row)[: first_seen // 32 * 32]] = torch.nan
+    assert torch.equal(attend(q, *caches, batch, SCALE, rule, tiles), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("splits", [1, 4])
-def test_a_row_of_length_zero_gives_zeros(splits: int) -> None:
+def test_a_row_of_length_zero_gives_zeros(splits: int, rule: str) -> None:
     rows = PagedRows([(5, 1), (9, 1)], 2)
     caches = [torch.randn(rows.num_pages * PAGE_SIZE, 1, 16, device=DEVICE) for _ in range(2)]
     q = torch.randn(2, 4, 16, device=DEVICE)
     batch = on_device(rows.batch, DEVICE)
-    whole = attend(q, *caches, batch, SCALE, in_splits(splits))
+    whole = attend(q, *caches, batch, SCALE, RULES[rule](4), in_splits(splits))
     batch.lengths_R[1] = 0
     with poisoned():
-        out = attend(q, *caches, batch, SCALE, in_splits(splits))
+        out = attend(q, *caches, batch, SCALE, RULES[rule](4), in_splits(splits))
     assert torch.equal(out[0], whole[0]) and not out[1].any()
 
 

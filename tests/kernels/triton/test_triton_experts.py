@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lockstep.kernels.activation import SILU, Activation
 from lockstep.kernels.reference import experts as reference
 from lockstep.kernels.triton.experts import experts, experts_tiled, weighted_sum
 from lockstep.kernels.triton.tiles import DEFAULT, ExpertTile, ProductTile
@@ -38,18 +39,30 @@ def weights(hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return w13.to(DEVICE, dtype), w2.to(DEVICE, dtype)
 
 
-@pairwise({"case": CASES, "hidden, width": SIZES, "dtype, tolerance": DTYPES})
+def formed(name: str, hidden: int, width: int, dtype: torch.dtype) -> reference.ExpertForm:
+    """A form of FORMS for four slots."""
+    generator = torch.Generator().manual_seed(5)
+    biases = [torch.randn(4, n, generator=generator).to(DEVICE, dtype) for n in (2 * width, hidden)]
+    activation = Activation("clamped", 1.702, 1.25) if "clamped" in name else SILU
+    return reference.ExpertForm(activation, (biases[0], biases[1]) if "biases" in name else None)
+
+
+FORMS = ["plain", "biases", "clamped", "clamped, biases"]
+
+
+@pairwise({"case": CASES, "hidden, width": SIZES, "form": FORMS, "dtype, tolerance": DTYPES})
 def test_equals_the_definition(
-    case: str, hidden: int, width: int, dtype: torch.dtype, tolerance: float
+    case: str, hidden: int, width: int, form: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)
     rows = torch.randint(0, 5, (len(slots),), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     x = torch.randn(5, hidden, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
     w13, w2 = weights(hidden, width, dtype)
     counts, expected_counts = (torch.ones(4, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    own = formed(form, hidden, width, dtype)
     with poisoned():
-        y = experts_tiled(x, (rows, slots), (w13, w2), counts, SMALL)
-    expected = reference.experts_reference(x, rows, slots, w13, w2, expected_counts)
+        y = experts_tiled(x, (rows, slots), (w13, w2), counts, SMALL, own)
+    expected = reference.experts_reference(x, rows, slots, w13, w2, expected_counts, own)
     assert y.dtype == dtype and not y[slots < 0].any()
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(counts, expected_counts)

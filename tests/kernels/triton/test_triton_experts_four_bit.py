@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lockstep.kernels.activation import Activation
 from lockstep.kernels.formats.four_bit_format import INT4, INT4_FP16, MXFP4, NVFP4, FourBitFormat
 from lockstep.kernels.reference import four_bit as reference
+from lockstep.kernels.reference.experts import ExpertForm
 from lockstep.kernels.reference.four_bit import FourBit, quantise
 from lockstep.kernels.triton.experts_four_bit import experts_four_bit_tiled
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
@@ -34,6 +36,15 @@ def weights(format: FourBitFormat, hidden: int, width: int) -> tuple[FourBit, Fo
     return on_device(quantise(w13, format, parts=2)), on_device(quantise(w2, format))
 
 
+def formed(name: str, hidden: int, width: int, dtype: torch.dtype) -> ExpertForm:
+    if name == "plain":
+        return ExpertForm()
+    generator = torch.Generator().manual_seed(5)
+    up, down = (torch.randn(4, n, generator=generator).to(DEVICE, dtype) for n in (2 * width, hidden))
+    return ExpertForm(Activation("clamped", 1.702, 1.25), (up, down))
+
+
+@pytest.mark.parametrize("form", ["plain", "clamped, biases"])
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     ("case", "sizes", "dtype"),
@@ -44,7 +55,7 @@ def weights(format: FourBitFormat, hidden: int, width: int) -> tuple[FourBit, Fo
         ("none", (96, 72), torch.float32),
     ],
 )
-def test_experts(name: str, case: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+def test_experts(name: str, case: str, sizes: tuple[int, int], dtype: torch.dtype, form: str) -> None:
     slots = torch.tensor(CASES[case], dtype=torch.int64, device=DEVICE)
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(0, 5, (len(slots),), generator=generator).to(DEVICE)
@@ -52,9 +63,10 @@ def test_experts(name: str, case: str, sizes: tuple[int, int], dtype: torch.dtyp
     w13, w2 = weights(FORMATS[name], *sizes)
     counts, expected_counts = (torch.ones(4, dtype=torch.int64, device=DEVICE) for _ in range(2))
     tile = ExpertTile(0, 16, ProductTile(32, 64, 4, 2), ProductTile(64, 128, 4, 2))
+    own = formed(form, *sizes, dtype)
     with poisoned():
-        y = experts_four_bit_tiled(x, (rows, slots), (w13, w2), counts, tile)
-    expected = reference.experts_four_bit(x, rows, slots, w13, w2, expected_counts)
+        y = experts_four_bit_tiled(x, (rows, slots), (w13, w2), counts, tile, own)
+    expected = reference.experts_four_bit(x, rows, slots, w13, w2, expected_counts, own)
     assert y.dtype == dtype and not y[slots < 0].any() and torch.equal(counts, expected_counts)
     error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
     assert (error < (0.02 if dtype == torch.bfloat16 else 1e-5)).all()

@@ -26,6 +26,7 @@ RULES = {
         30,
         Routing(top_k=3, normalise=False, scale=16.0, num_groups=5, top_groups=2, group_quality="best"),
     ),
+    "bias of the logits": (32, Routing(top_k=4, logit_bias=True)),
     "one expert": (1, Routing(top_k=1)),
     "Qwen3-30B-A3B": (128, Routing(top_k=8)),
     "DeepSeek-V2": (

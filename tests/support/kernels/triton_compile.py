@@ -26,9 +26,12 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from lockstep.kernels.activation import Activation
 from lockstep.kernels.bench.compile import AbsentCard
 from lockstep.kernels.formats.four_bit_format import INT4, MXFP4, NVFP4, FourBitFormat
 from lockstep.kernels.formats.kv_format import head_entry, latent_entry
+from lockstep.kernels.reference.attention import AttentionRule
+from lockstep.kernels.reference.experts import ExpertForm
 from lockstep.kernels.reference.four_bit import SCALE_DTYPES, FourBit
 from lockstep.kernels.reference.fp8 import Quantised
 from lockstep.kernels.reference.gate import GateCounts, Routing
@@ -111,6 +114,7 @@ def gates() -> None:
         bias = torch.zeros(num_experts) if routing.scoring == "sigmoid" else None
         counts = GateCounts(torch.zeros(1, dtype=torch.int32), int64(num_experts))
         triton_gate.choose(torch.zeros(4, num_experts), bias, routing, counts)
+    triton_gate.choose(torch.zeros(4, 128), torch.zeros(128), Routing(4, logit_bias=True))
 
 
 def groupings() -> None:
@@ -129,6 +133,8 @@ def experts() -> None:
         for num_pairs in (8, 40 * num_slots, 100 * num_slots):
             x = torch.empty(num_pairs, hidden, dtype=BF16)
             triton_experts.experts(x, int64(num_pairs), int64(num_pairs), w13, w2, int64(num_slots))
+        form = biased(num_slots, hidden, width)
+        triton_experts.experts(x, int64(num_pairs), int64(num_pairs), w13, w2, int64(num_slots), form)
         triton_experts.weighted_sum(torch.empty(4, 8, hidden, dtype=BF16), torch.empty(4, 8))
 
 
@@ -165,6 +171,21 @@ def four_bit() -> None:
             x = torch.empty(num_pairs, hidden, dtype=BF16)
             pairs = int64(num_pairs), int64(num_pairs)
             triton_experts_four_bit.experts_four_bit(x, *pairs, w13, w2, int64(num_slots))
+    hidden = width = 2880  # gpt-oss
+    w13, w2 = (
+        in_four_bits(num_slots, 2 * width, hidden, MXFP4),
+        in_four_bits(num_slots, hidden, width, MXFP4),
+    )
+    for num_pairs in (8, 200 * num_slots):
+        x = torch.empty(num_pairs, hidden, dtype=BF16)
+        pairs, form = (int64(num_pairs), int64(num_pairs)), biased(num_slots, hidden, width)
+        triton_experts_four_bit.experts_four_bit(x, *pairs, w13, w2, int64(num_slots), form)
+
+
+def biased(num_slots: int, hidden: int, width: int) -> ExpertForm:
+    """The form of gpt-oss's experts."""
+    biases = torch.empty(num_slots, 2 * width, dtype=BF16), torch.empty(num_slots, hidden, dtype=BF16)
+    return ExpertForm(Activation("clamped", 1.702, 7.0), biases)
 
 
 def in_four_bits(num_slots: int, rows: int, columns: int, format: FourBitFormat) -> FourBit:
@@ -217,7 +238,11 @@ def attentions() -> None:
     q = torch.empty(1032, 32, 128, dtype=BF16)
     for splits in (1, 8):
         for cache in (torch.empty(640, 4, 128, dtype=BF16), entries(head_entry("fp8", 4, 128))):
-            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, in_splits(splits))
+            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, tiles=in_splits(splits))
+    rule = AttentionRule(128, torch.empty(64))
+    q, cache = torch.empty(1032, 64, 64, dtype=BF16), torch.empty(640, 8, 64, dtype=BF16)
+    for splits in (1, 2):
+        triton_attention.attend(q, cache, cache, paged_batch(), 1.0, rule, in_splits(splits))
 
 
 def latent_attentions() -> None:

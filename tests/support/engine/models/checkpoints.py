@@ -155,7 +155,10 @@ def random_tensors(
         if name.endswith("e_score_correction_bias"):
             tensors[name] = value * 0.1
             continue
-        if len(shape) == 1:
+        if name.endswith("sinks"):
+            tensors[name] = value.to(dtype)
+            continue
+        if len(shape) == 1 or name.endswith("proj_bias"):
             value = value * 0.1 + (1.0 if "norm" in name else 0.0)
         else:
             value = value * (1.0 if "embed_tokens" in name else shape[1] ** -0.5)
@@ -183,6 +186,8 @@ def layer_shapes(config: dict[str, Any], layer: int) -> Shapes:
         parts |= _swiglu_shapes("mlp.", config["intermediate_size"], hidden)
     elif config["model_type"] in ("mixtral", "minimax_m2"):
         parts |= _mixtral_shapes(config)
+    elif config["model_type"] == "gpt_oss":
+        parts |= _gpt_oss_shapes(config)
     else:
         parts |= _moe_shapes(config)
     return {f"model.layers.{layer}." + name: shape for name, shape in parts.items()}
@@ -217,7 +222,9 @@ def _gqa_shapes(config: dict[str, Any]) -> Shapes:
         shapes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     if config.get("attention_bias") or config.get("qkv_bias"):
         shapes |= {f"self_attn.{name}.bias": (size,) for name, size in rows.items()}
-        shapes |= {"self_attn.o_proj.bias": (hidden,)} if kind == "qwen3_moe" else {}
+        shapes |= {"self_attn.o_proj.bias": (hidden,)} if kind in ("qwen3_moe", "gpt_oss") else {}
+    if kind == "gpt_oss":
+        shapes["self_attn.sinks"] = (config["num_attention_heads"],)
     return shapes
 
 
@@ -268,6 +275,19 @@ def _mixtral_shapes(config: dict[str, Any]) -> Shapes:
         for name, shape in {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}.items():
             shapes[f"block_sparse_moe.experts.{expert}.{name}.weight"] = shape
     return shapes
+
+
+def _gpt_oss_shapes(config: dict[str, Any]) -> Shapes:
+    """Experts of a layer in a tensor each, matrices [in, out]."""
+    hidden, width, num = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    return {
+        "mlp.router.weight": (num, hidden),
+        "mlp.router.bias": (num,),
+        "mlp.experts.gate_up_proj": (num, hidden, 2 * width),
+        "mlp.experts.gate_up_proj_bias": (num, 2 * width),
+        "mlp.experts.down_proj": (num, width, hidden),
+        "mlp.experts.down_proj_bias": (num, hidden),
+    }
 
 
 def _swiglu_shapes(prefix: str, width: int, hidden: int) -> Shapes:

@@ -12,6 +12,14 @@ from .checkpoints import YARN, deepseek_v3_config, qwen3_moe_config
 # Kimi-K2's: frequencies are kept or slowed, with almost no ramp between.
 KIMI_YARN = YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "factor": 32.0}
 KIMI_YARN |= {"original_max_position_embeddings": 4096}
+GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
 _ABSENT = {"rope_interleave": None, "topk_method": None, "scoring_func": None}
 _NOT_QWEN3 = {
     "attention_bias": None,
@@ -140,6 +148,32 @@ def glm4_moe_lite_config(**changes: Any) -> dict[str, Any]:
     return deepseek_v3_config(**(own | changes))
 
 
+def gpt_oss_config(**changes: Any) -> dict[str, Any]:
+    """As gpt-oss: a window on every other layer, here of 12 positions, biases and YaRN. The limit
+    of the activation is low, so that some values meet it.
+    """
+    own = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "swiglu_limit": 1.5,
+        "rope_theta": 150000.0,
+        "rope_scaling": GPT_OSS_YARN,
+        "max_position_embeddings": 2048,
+    }
+    moe = {
+        "num_local_experts": 8,
+        "num_experts": None,
+        "moe_intermediate_size": None,
+        "norm_topk_prob": None,
+        "num_experts_per_tok": 3,
+    }
+    return qwen3_moe_config(**(_NOT_QWEN3 | own | moe | changes))
+
+
 CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "qwen3_moe": qwen3_moe_config,
     "deepseek_v3": deepseek_v3_config,
@@ -150,4 +184,5 @@ CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "glm4_moe": glm4_moe_config,
     "minimax_m2": minimax_m2_config,
     "glm4_moe_lite": glm4_moe_lite_config,
+    "gpt_oss": gpt_oss_config,
 }

@@ -1,0 +1,74 @@
+"""Inputs of paged attention: queries, and keys and values as views of caches in any format.
+
+P positions  H query heads  K key heads
+C dims of q0 and k0, and of the values  E further dims of q and k
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats.kv_format import GROUP, SCALE_BYTES, num_groups
+from ..reference.kv_entries import holds_fp8, num_kv_heads
+from .target import power_of_two
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries, the width of the values, and the output. Only the last stride of q0_THC and out_THC
+    is fixed. q1_THE continues q0 if keys are wider than values (latents), else None.
+    """
+
+    q0_THC: Tensor
+    q1_THE: Tensor | None
+    out_THC: Tensor
+
+
+@dataclass(frozen=True)
+class Values:
+    """A cache [positions, K, C] in any dtype. Eight-bit values have ``scales`` float32 [positions,
+    K x groups], one for every ``group`` values of a head; otherwise ``group`` is 0 and ``scales``
+    is unused.
+    """
+
+    values: Tensor
+    scales: Tensor
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Keys:
+    """k0 and v of every cache position; k1 [positions, 1, E] continues k0. A latent's values are
+    its k0; other caches have no k1.
+    """
+
+    k0: Values
+    k1_PKE: Tensor | None
+    v: Values
+
+
+def heads_of(cache: Tensor, dim: int) -> Values:
+    """Keys or values of a cache in any format (``kv_format``)."""
+    if not holds_fp8(cache):
+        return Values(cache, cache)
+    heads = num_kv_heads(cache, dim)
+    values = cache[:, : heads * dim].view(torch.float8_e4m3fn).unflatten(1, (heads, dim))
+    return Values(values, cache.view(torch.float32)[:, heads * dim // SCALE_BYTES :], power_of_two(dim))
+
+
+def latents_of(cache: Tensor, latent_dim: int) -> Keys:
+    """Latents of a cache in any format, as keys of one head."""
+    if not holds_fp8(cache):
+        latents = Values(cache[:, None, :latent_dim], cache)
+        return Keys(latents, cache[:, None, latent_dim:], latents)
+    end = latent_dim + SCALE_BYTES * num_groups(latent_dim)
+    values = cache[:, None, :latent_dim].view(torch.float8_e4m3fn)
+    latents = Values(
+        values,
+        cache.view(torch.float32)[:, latent_dim // SCALE_BYTES :],
+        min(GROUP, power_of_two(latent_dim)),
+    )
+    return Keys(latents, cache[:, None, end:].view(torch.bfloat16), latents)
