@@ -18,8 +18,10 @@ from lockstep.engine.models.weights import load_experts
 from lockstep.kernels.reference.four_bit import dequantise
 from lockstep.moe.experts import read_slot, slot_form, write_slot
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
+from support.engine.models.family_configs import gpt_oss_config
 from support.engine.models.four_bit_checkpoints import CONFIGS, write_pair
 from support.engine.models.local_model import Stepper, load_local
+from support.engine.models.reference_models import load_reference
 
 # The last group of a row of w2 is not full, but for gpt-oss, whose blocks are.
 SIZES = {"hidden_size": 96, "moe_intermediate_size": 72, "num_experts_per_tok": 3}
@@ -62,6 +64,43 @@ def test_the_cpu_column_computes_with_experts_in_4_bits(kind: str, tmp_path: Pat
     )
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() < 0.03
+
+
+def test_gpt_oss_as_on_disk(tmp_path: Path) -> None:
+    """Biased experts in MXFP4, stacked, their rows of gate and up in turns: greedy tokens and logits
+    of transformers' model of the dequantised weights.
+    """
+    config = gpt_oss_config(hidden_size=96, intermediate_size=64)
+    four_bit, plain = write_pair(tmp_path, config, "mxfp4 of gpt-oss", dtype=torch.float32)
+    theirs, text = load_reference(plain, torch.float32), [3, 1, 4, 1, 5, 9, 2, 6]
+    with torch.inference_mode():
+        for _ in range(20):
+            text.append(int(theirs(torch.tensor([text])).logits[0, -1].argmax()))
+        expected = theirs(torch.tensor([text])).logits[0]
+    for column in ("reference", "cpu"):
+        model = load_local(four_bit, torch.float32, column)
+        model.pack()
+        stepper, found = Stepper(model, torch.float32), list(text[:8])
+        parts = [stepper.step({0: found})[0]]
+        for _ in range(20):
+            found.append(int(parts[-1][-1].argmax()))
+            parts.append(stepper.step({0: found[-1:]}, num_decode=1)[0])
+        assert found == text, column
+        assert (torch.cat(parts) - expected).abs().max() <= 1e-4 * expected.abs().max(), column
+
+
+def test_biased_experts_move_and_are_loaded_again_with_their_biases(tmp_path: Path) -> None:
+    config = gpt_oss_config(hidden_size=96, intermediate_size=64)
+    for path in write_pair(tmp_path, config, "mxfp4 of gpt-oss"):
+        model, other = (load_local(path, torch.bfloat16, "reference") for _ in range(2))
+        experts = model.experts()[1]
+        biases = experts.form.biases
+        assert biases is not None and not torch.equal(biases[0][3], biases[0][6])
+        write_slot(other.experts()[1], 6, read_slot(experts, 3))
+        assert torch.equal(read_slot(other.experts()[1], 6), read_slot(experts, 3))
+        load_experts(model, path, {1: {3: 6}})
+        assert torch.equal(biases[0][3], biases[0][6]) and torch.equal(biases[1][3], biases[1][6])
+        assert torch.equal(read_slot(experts, 3), read_slot(experts, 6))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")

@@ -112,11 +112,19 @@ def write_pair(
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Path, Path]:
     """The checkpoint ``four_bit`` in the quantisation ``kind`` of CONFIGS, and the one it stands
-    for, ``plain``, in new directories of ``folder``. Other tensors are ``dtype`` in both.
+    for, ``plain``, in new directories of ``folder``. Other tensors are ``dtype`` in both. Experts
+    that a family holds in a tensor per layer are in MXFP4 as gpt-oss stores it.
     """
     random, plain, stored = np.random.default_rng(7), dict[str, Tensor](), dict[str, Tensor]()
     stacked: dict[str, list[_Drawn]] = {}
     for name, value in random_tensors(config, 0, dtype).items():
+        if value.dim() == 3:
+            drawn_each = [_drawn("mxfp4", matrix.T.shape, dtype, random) for matrix in value]
+            plain[name] = torch.stack([each.values.T for each in drawn_each]).contiguous().to(dtype)
+            blocks = torch.stack([_words(each.codes, 2, np.uint8) for each in drawn_each])
+            stored[f"{name}_blocks"] = blocks.unflatten(-1, (-1, 16))
+            stored[f"{name}_scales"] = torch.stack([each.scales for each in drawn_each])
+            continue
         matrix = _MATRIX.fullmatch(name)
         if matrix is None:
             plain[name] = stored[name] = value
