@@ -217,13 +217,14 @@ def _alone(spec: RankSpec, placement: Placement) -> Dispatcher:
 
 
 def _expert_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
-    """Bytes of one expert of one layer with its scales."""
+    """Bytes of one expert of one layer with its scales and biases."""
     moe = config.moe
+    biases = moe.expert_bias * (2 * moe.expert_width + moe.hidden) * dtype.itemsize
     if config.four_bit is not None:
-        return config.four_bit.format.expert_bytes(moe.hidden, moe.expert_width)
+        return config.four_bit.format.expert_bytes(moe.hidden, moe.expert_width) + biases
     weights = 3 * moe.hidden * moe.expert_width
     if not fp8:
-        return weights * dtype.itemsize
+        return weights * dtype.itemsize + biases
     num_scales = 3 * -(-moe.hidden // BLOCK) * -(-moe.expert_width // BLOCK)
     return weights + 4 * num_scales
 

@@ -93,7 +93,7 @@ def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     dense = stage.num_layers * shape.attention_params
     dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
     experts = stage.num_moe * shape.moe.top_k * shape.expert_params
-    context = stage.num_layers * shape.attention_operations(work.decode) * work.attended
+    context = shape.attention_operations(work.decode) * _seen(setup, stage, work.attended, work.tokens)
     gates = stage.num_moe * shape.moe.num_experts * shape.hidden * work.tokens
     head = stage.last * shape.vocab_size * shape.hidden * work.sampled
     seconds = 2 * work.tokens * dense / tensor / setup.operations(setup.weights)
@@ -111,9 +111,17 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
     weights = weights_of(setup, stage)
     chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.mesh.data)
     head = stage.last * shape.vocab_size * shape.hidden * setup.item
-    kv = work.kv_reads * stage.num_layers * shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor)
+    kv_reads = _seen(setup, stage, work.kv_reads, work.tokens)
+    kv = kv_reads * shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor)
     read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head + kv
     return read / (1e12 * setup.hardware.memory_tb_s)
+
+
+def _seen(setup: Setup, stage: PipelineStage, positions: float, tokens: float) -> float:
+    """``positions`` over the layers of a stage; a window bounds those of each token."""
+    windows = [window for layer in stage.layers if (window := setup.shape.window(layer))]
+    whole = (stage.num_layers - len(windows)) * positions
+    return whole + sum(min(positions, tokens * window) for window in windows)
 
 
 # --------------------------------------------------------------------------- network

@@ -87,7 +87,8 @@ class Setup:
         """Bytes of one expert of one layer, as it is stored."""
         four_bit = self.shape.four_bit
         if four_bit is not None and four_bit.format.name == self.expert_weights:
-            return four_bit.format.expert_bytes(self.shape.hidden, self.shape.moe.expert_width)
+            matrices = four_bit.format.expert_bytes(self.shape.hidden, self.shape.moe.expert_width)
+            return matrices + self.shape.expert_biases * self.item
         return stored_bytes(self.shape.expert_params, self.expert_weights)
 
     def layer_format(self, *cuts: int) -> str:

@@ -67,7 +67,7 @@ def test_the_cpu_column_computes_with_experts_in_4_bits(kind: str, tmp_path: Pat
 
 
 def test_gpt_oss_as_on_disk(tmp_path: Path) -> None:
-    """Biased experts in MXFP4, stacked, their rows of gate and up in turns: greedy tokens and logits
+    """Biased experts in MXFP4, stacked, rows of gate and up in turns: the greedy tokens and logits
     of transformers' model of the dequantised weights.
     """
     config = gpt_oss_config(hidden_size=96, intermediate_size=64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank.process import load_executor
@@ -14,7 +15,9 @@ from lockstep.launch.capacity.plan import plan_recipe
 from lockstep.launch.recipe.file import parse_recipe
 from lockstep.moe.experts import read_slot
 from support.engine.models.checkpoints import deepseek_v3_config
+from support.engine.models.family_configs import gpt_oss_config
 from support.engine.models.four_bit_checkpoints import CONFIGS, write_pair
+from support.engine.models.local_model import load_local
 
 CONFIG = deepseek_v3_config(hidden_size=96, moe_intermediate_size=64)
 # Of the values of a matrix, in bytes: codes, scales and, per expert and not per value, factors.
@@ -64,6 +67,15 @@ def test_the_plan_counts_the_bytes_that_ranks_allocate(kind: str, tmp_path: Path
     factors = 12 if name == "nvfp4" else 0
     assert setup.expert_bytes == 3 * 96 * 64 * PER_VALUE[name] + factors
     assert parts.expert_bytes == setup.expert_bytes == len(read_slot(parts.model.experts()[0], 0))
+
+
+def test_biases_of_experts_in_4_bits_are_counted(tmp_path: Path) -> None:
+    config = gpt_oss_config(hidden_size=96, intermediate_size=64)
+    path, _ = write_pair(tmp_path, config, "mxfp4 of gpt-oss")
+    setup = plan_recipe(parse_recipe(recipe_of(path)), path).setup
+    assert setup.expert_bytes == 3 * 96 * 64 * PER_VALUE["mxfp4"] + 2 * (2 * 64 + 96)
+    model = load_local(path, torch.bfloat16, "reference")
+    assert setup.expert_bytes == len(read_slot(model.experts()[0], 0))
 
 
 def test_experts_stay_in_4_bits_whatever_the_dtype(tmp_path: Path) -> None:

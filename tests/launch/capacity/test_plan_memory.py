@@ -43,6 +43,7 @@ from support.engine.models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    gpt_oss_config,
     kimi_k2_config,
     minimax_m2_config,
     mixtral_config,
@@ -166,6 +167,13 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
     "minimax with norms over all heads, two ranks": (minimax_m2_config(), torch.bfloat16, 2, []),
     "glm lite, three ranks": (glm4_moe_lite_config(), torch.bfloat16, 3, []),
     "glm lite split over two": (glm4_moe_lite_config(), torch.float32, 4, ["parallel.tensor=2"]),
+    "gpt-oss, three ranks, uneven slots": (gpt_oss_config(), torch.bfloat16, 3, []),
+    "gpt-oss split over two, in two stages": (
+        gpt_oss_config(num_hidden_layers=4),
+        torch.float32,
+        4,
+        ["parallel.tensor=2", "parallel.pipeline=2"],
+    ),
     "glm without norms, three ranks": (
         glm4_moe_config(use_qk_norm=False, n_shared_experts=2),
         torch.bfloat16,

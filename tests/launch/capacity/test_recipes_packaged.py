@@ -21,6 +21,7 @@ LARGE = sorted(set(RECIPES) - {name for name in RECIPES if name.startswith("demo
 # without prediction modules.
 PARAMETERS = {"deepseek-v3": 671.0, "kimi-k2": 1026, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
 PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7, "minimax-m2": 229.0, "glm-4.7-flash": 30.0}
+PARAMETERS["gpt-oss-120b"] = 116.8  # arXiv 2508.10925, table 1
 
 
 def test_all_are_there() -> None:
@@ -33,6 +34,7 @@ def test_all_are_there() -> None:
         "qwen3-235b-2x8",
         "minimax-m2-8xh200",
         "glm-4.7-flash-1xh200",
+        "gpt-oss-120b",
     }
     assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)
 

@@ -152,13 +152,14 @@ def gpt_oss_config(**changes: Any) -> dict[str, Any]:
     """As gpt-oss: a window on every other layer, here of 12 positions, biases and YaRN. The limit
     of the activation is low, so that some values meet it.
     """
+    num_layers = changes.get("num_hidden_layers", 3)
     own = {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "rms_norm_eps": 1e-5,
         "attention_bias": True,
         "sliding_window": 12,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)],
         "swiglu_limit": 1.5,
         "rope_theta": 150000.0,
         "rope_scaling": GPT_OSS_YARN,

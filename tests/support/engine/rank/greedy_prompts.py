@@ -23,6 +23,7 @@ from ..models.family_configs import (
     deepseek_v2_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    gpt_oss_config,
     kimi_k2_config,
     minimax_m2_config,
     mixtral_config,
@@ -44,6 +45,7 @@ FAMILIES = {
     "glm4_moe": glm4_moe_config(),
     "minimax_m2": minimax_m2_config(),
     "glm4_moe_lite": glm4_moe_lite_config(),
+    "gpt_oss": gpt_oss_config(),
 }
 _ROUTERS = ("TopKRouter", "TopkRouter")  # how transformers' routers end
 
@@ -111,6 +113,8 @@ class Reference:
 
     def _router_margins(self, module: Any, hidden: Tensor, bias_E: Tensor | None = None) -> Tensor:
         scores_TE = hidden.view(-1, hidden.shape[-1]) @ module.weight.T
+        if getattr(module, "bias", None) is not None:
+            scores_TE = scores_TE + module.bias
         bias_E = getattr(module, "e_score_correction_bias", bias_E)
         corrected = bias_E is not None
         scores_TE = scores_TE.sigmoid() + bias_E if bias_E is not None else scores_TE.softmax(-1)
