@@ -28,7 +28,9 @@ from .norm import Norm
 
 
 class GroupedAttention(Attention):
-    """The attention of one layer. Cache: keys and values, each [positions, K, E]."""
+    """The attention of one layer, over the last ``window`` positions; 0: all. Cache: keys and
+    values, each [positions, K, E].
+    """
 
     def __init__(
         self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm, window: int = 0

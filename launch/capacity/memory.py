@@ -80,6 +80,7 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
     slots = stage.num_moe * setup.num_slots * setup.expert_bytes
+    biases = stage.num_moe * setup.num_slots * shape.expert_biases * item
     places = setup.num_slots * setup.expert_ranks
     redundant = slots * setup.redundant // places
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
@@ -103,7 +104,7 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
-        packed_copies=slots if setup.slots_twice else 0,
+        packed_copies=slots - biases if setup.slots_twice else 0,
         embeddings=tables * table + stage.last * shape.hidden * item,
     )
 

@@ -59,6 +59,7 @@ _FAMILIES = {
     "deepseek_v3": "deepseek_v3",
     "glm4_moe": "glm4",
     "glm4_moe_lite": "glm47",
+    "gpt_oss": "harmony",
     "kimi_k2": "kimi_k2",
     "minimax_m2": "minimax_m2",
     "mixtral": "mistral",
@@ -140,7 +141,8 @@ def choose(
     if tool_parser == AUTO:
         tool_parser = _tool_format(template, model_type)
     if reasoning_parser == AUTO:
-        reasoning_parser = next((name for name, signs in _REASONING_SIGNS.items() if signs in template), OFF)
+        other = "harmony" if tool_parser == "harmony" else OFF
+        reasoning_parser = next((name for name, sign in _REASONING_SIGNS.items() if sign in template), other)
     _check("tool_parser", tool_parser, TOOL_FORMATS)
     _check("reasoning_parser", reasoning_parser, REASONING_TAGS)
     if "harmony" in (tool_parser, reasoning_parser) and not {tool_parser, reasoning_parser} <= {

@@ -16,7 +16,7 @@ from support.engine.rank.fp8_layouts import NUM_NEW, certain, continue_over_fp8
 from support.engine.rank.greedy_prompts import NUM_PROMPTS, load_prompts, write_family
 from support.parallel.gloo_ranks import run_ranks
 
-FAMILIES = ("qwen3_moe", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
 @pytest.fixture(scope="module")

@@ -263,6 +263,7 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     assert choose(coder, "qwen3_moe").tools is TOOL_FORMATS["qwen3_coder"]
     both = Formats(REASONING_TAGS["harmony"], TOOL_FORMATS["harmony"])
     assert choose("<|start|>assistant<|channel|>analysis<|message|>", "") == both
+    assert choose("{{ messages }}", "gpt_oss") == both
     with pytest.raises(ValueError, match="harmony is the form of a whole reply"):
         choose(None, "", "harmony", "think")
     assert choose("<minimax:tool_call>", "").tools is TOOL_FORMATS["minimax_m2"]
