@@ -266,9 +266,7 @@ class Model(nn.Module):
                     module.widen()
 
     def _shared_out(self) -> Iterator[tuple[str, Matrix | Attention]]:
-        """All modules that may hold parts of a checkpoint's tensors, each with the name before those
-        of its tensors there.
-        """
+        """All modules with parts of a checkpoint's tensors, each with the prefix of their names."""
         for name, module in self.named_modules():
             if isinstance(module, Matrix | Attention):
                 yield (name.rpartition(".")[0] if isinstance(module, MergedLinear) else name), module

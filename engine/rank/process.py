@@ -151,9 +151,7 @@ def _load_model(
 ) -> Model:
     device = torch.device(spec.device)
     with room_for_weights(device):
-        model = build_model(
-            config, dispatcher, _dtype(spec.dtype), device, keep_fp8=spec.keep_fp8, part=part
-        )
+        model = build_model(config, dispatcher, _dtype(spec.dtype), device, keep_fp8=spec.keep_fp8, part=part)
         load_weights(model, Path(spec.model_path), experts_of_layer, progress)
         model.pack()
     return model

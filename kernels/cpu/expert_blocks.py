@@ -159,9 +159,7 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
                     add_bias(sums[r], bias_SF[slot, column : column + width])
                     add_bias(sums[r, half:], bias_SF[slot, full + column : full + column + width])
                 if clamped:
-                    _clamped_mul(
-                        sums[r], inner_MF[start + first + r, column : column + width], alpha, limit
-                    )
+                    _clamped_mul(sums[r], inner_MF[start + first + r, column : column + width], alpha, limit)
                 else:
                     _silu_mul(sums[r], inner_MF[start + first + r, column : column + width])
         item = following
