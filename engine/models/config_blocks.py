@@ -14,6 +14,7 @@ from .config import GqaConfig, MlaConfig, RopeConfig, YarnConfig
 from .config_fields import Fields
 
 _SLIDING = "sliding_attention"
+_MLP_KINDS = {"dense", "sparse"}
 
 
 def read_rope(
@@ -82,6 +83,22 @@ def sparse_layers(fields: Fields) -> tuple[int, ...]:
     return tuple(
         i for i in range(fields.integer("num_hidden_layers")) if i not in dense and (i + 1) % period == 0
     )
+
+
+def named_layers(fields: Fields) -> tuple[int, ...]:
+    """The layers with experts, which one of two fields names."""
+    num_layers, kinds = fields.integer("num_hidden_layers"), fields.raw("mlp_layer_types")
+    if kinds is None:
+        return tuple(range(fields.integer("first_k_dense_replace", 1, minimum=0), num_layers))
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(kind in _MLP_KINDS for kind in kinds)
+    ):
+        raise fields.refuse(
+            "mlp_layer_types", f'expected "dense" or "sparse" for each of {num_layers} layers'
+        )
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
 
 
 def expect_full_attention(fields: Fields) -> None:

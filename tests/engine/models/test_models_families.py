@@ -21,6 +21,7 @@ from support.engine.models.family_configs import (
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
+    hy_v3_config,
     kimi_k2_config,
     minimax_m2_config,
     mixtral_config,
@@ -185,6 +186,16 @@ def test_gpt_oss(tmp_path: Path) -> None:
     assert config.names.of("mlp.gate.bias") == "mlp.router.bias"
     assert load(tmp_path, gpt_oss_config(layer_types=None)).windows == (12, 0, 12), "every other layer"
     assert load(tmp_path, gpt_oss_config(layer_types=["full_attention"] * 3)).windows == ()
+
+
+def test_hy_v3(tmp_path: Path) -> None:
+    config = load(tmp_path, hy_v3_config())
+    assert config.attention == GqaConfig(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True)
+    assert (config.moe.scoring, config.moe.scale, config.moe.shared_width) == ("sigmoid", 2.826, 32)
+    assert (config.moe_layers, config.moe.selection_bias, config.moe.normalise) == ((1, 2), True, True)
+    assert config.names.of("mlp.gate.weight") == "mlp.router.gate.weight"
+    assert config.names.of("mlp.gate.e_score_correction_bias") == "mlp.expert_bias"
+    assert load(tmp_path, hy_v3_config(first_k_dense_replace=None)).moe_layers == (1, 2)
 
 
 def test_glm4_moe_lite(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from support.engine.models.family_configs import (
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
+    hy_v3_config,
     kimi_k2_config,
     minimax_m2_config,
     mixtral_config,
@@ -112,6 +113,15 @@ VARIANTS |= {
     ),
 }
 VARIANTS |= {
+    "hy_v3": hy_v3_config(),
+    "hy_v3-bias": hy_v3_config(
+        first_k_dense_replace=None,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+        attention_bias=True,
+        num_shared_experts=2,
+        rope_theta=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    ),
     "gpt_oss": gpt_oss_config(),
     "gpt_oss-all-windows": gpt_oss_config(
         layer_types=["sliding_attention"] * 3, sliding_window=40, swiglu_limit=None, num_experts_per_tok=1
@@ -141,6 +151,7 @@ BF16_VARIANTS = (
     "minimax_m2",
     "glm4_moe_lite",
     "gpt_oss",
+    "hy_v3",
 )
 
 LENGTHS = (93, 41, 7)
@@ -249,7 +260,7 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
     "variant",
     [
         *("qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"),
-        *("minimax_m2", "glm4_moe_lite", "gpt_oss"),
+        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3"),
     ],
 )
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:

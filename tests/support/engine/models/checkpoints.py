@@ -152,7 +152,7 @@ def random_tensors(
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         value = torch.randn(shape, generator=generator)
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             tensors[name] = value * 0.1
             continue
         if name.endswith("sinks"):
@@ -186,6 +186,8 @@ def layer_shapes(config: dict[str, Any], layer: int) -> Shapes:
         parts |= _swiglu_shapes("mlp.", config["intermediate_size"], hidden)
     elif config["model_type"] in ("mixtral", "minimax_m2"):
         parts |= _mixtral_shapes(config)
+    elif config["model_type"] == "hy_v3":
+        parts |= _hy_v3_shapes(config)
     elif config["model_type"] == "gpt_oss":
         parts |= _gpt_oss_shapes(config)
     else:
@@ -218,11 +220,11 @@ def _gqa_shapes(config: dict[str, Any]) -> Shapes:
     shapes["self_attn.o_proj.weight"] = (hidden, queries)
     if kind == "minimax_m2":
         shapes |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
-    elif kind == "qwen3_moe" or config.get("use_qk_norm"):
+    elif kind in ("qwen3_moe", "hy_v3") or config.get("use_qk_norm"):
         shapes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     if config.get("attention_bias") or config.get("qkv_bias"):
         shapes |= {f"self_attn.{name}.bias": (size,) for name, size in rows.items()}
-        shapes |= {"self_attn.o_proj.bias": (hidden,)} if kind in ("qwen3_moe", "gpt_oss") else {}
+        shapes |= {"self_attn.o_proj.bias": (hidden,)} if kind in ("qwen3_moe", "gpt_oss", "hy_v3") else {}
     if kind == "gpt_oss":
         shapes["self_attn.sinks"] = (config["num_attention_heads"],)
     return shapes
@@ -274,6 +276,15 @@ def _mixtral_shapes(config: dict[str, Any]) -> Shapes:
     for expert in range(config["num_local_experts"]):
         for name, shape in {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}.items():
             shapes[f"block_sparse_moe.experts.{expert}.{name}.weight"] = shape
+    return shapes
+
+
+def _hy_v3_shapes(config: dict[str, Any]) -> Shapes:
+    hidden, width, num = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
+    shapes: Shapes = {"mlp.router.gate.weight": (num, hidden), "mlp.expert_bias": (num,)}
+    shapes |= _swiglu_shapes("mlp.shared_mlp.", width * config["num_shared_experts"], hidden)
+    for expert in range(num):
+        shapes |= _swiglu_shapes(f"mlp.experts.{expert}.", width, hidden)
     return shapes
 
 

@@ -175,6 +175,21 @@ def gpt_oss_config(**changes: Any) -> dict[str, Any]:
     return qwen3_moe_config(**(_NOT_QWEN3 | own | moe | changes))
 
 
+def hy_v3_config(**changes: Any) -> dict[str, Any]:
+    """As Hy3: norms of queries and keys, a shared expert, the first layer dense."""
+    own = {
+        "architectures": ["HYV3ForCausalLM"],
+        "model_type": "hy_v3",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 11158840.0,
+        "num_shared_experts": 1,
+        "router_scaling_factor": 2.826,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": None,
+    }
+    return qwen3_moe_config(**(_NOT_QWEN3 | own | changes))
+
+
 CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "qwen3_moe": qwen3_moe_config,
     "deepseek_v3": deepseek_v3_config,
@@ -186,4 +201,5 @@ CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "minimax_m2": minimax_m2_config,
     "glm4_moe_lite": glm4_moe_lite_config,
     "gpt_oss": gpt_oss_config,
+    "hy_v3": hy_v3_config,
 }
