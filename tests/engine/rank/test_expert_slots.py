@@ -20,6 +20,7 @@ from support.parallel.gloo_ranks import run_ranks
         ("qwen3_moe", "all_to_all", 2, 1),
         ("qwen3_moe", "all_gather", 3, 2),
         ("deepseek_v3", "all_to_all", 3, 2),
+        ("gpt_oss", "all_to_all", 2, 1),
     ],
 )
 def test_tokens_stay_the_same_while_experts_move(

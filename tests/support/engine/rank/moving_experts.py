@@ -46,7 +46,8 @@ class Mover:
             assert slots is not None
             for arriving in slots._arriving.values():
                 if arriving.pending is not None:
-                    slots._group.wait(arriving.pending)
+                    # Once: gloo does not return from a second wait for a large message.
+                    arriving.rows, arriving.pending = slots._group.wait(arriving.pending), None
             slots.landed()
             header = structs.replace(header, commits=(self._moves.id,))
             self.commits.append(header.step)
