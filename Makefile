@@ -13,7 +13,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test test-all check bench-control bench-exchange bench-frontend bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
+.PHONY: setup serve test test-all check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,9 @@ bench-vllm: setup
 
 bench-frontend: setup
 	$(BIN)/python benchmarks/bench_frontend.py
+
+bench-layouts: setup
+	$(BIN)/python benchmarks/bench_layouts.py $(BENCH_ARGS)
 
 bench-overlap: setup
 	$(BIN)/python benchmarks/bench_overlap.py $(BENCH_ARGS)
