@@ -148,13 +148,16 @@ def test_a_stage_of_one_wide_dense_layer_before_one_of_three_layers(tmp_path: Pa
         served.assert_clean()
 
 
-def test_dense_blocks_of_data_parallel_ranks_are_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_dense_blocks_of_data_parallel_ranks_are_split(pipeline: int, tmp_path: Path) -> None:
     """Few requests, so that a rank often has none; then the same while a rank is killed."""
-    overrides = "cluster.ranks_per_node=2", "parallel.dense=2", "scheduler.checksum_every=1", "overlap=on"
-    with serve(tmp_path / "run", *overrides, "experts.redundant=32") as served:
+    layout = f"cluster.ranks_per_node={2 * pipeline}", f"parallel.pipeline={pipeline}", "parallel.dense=2"
+    overrides = *layout, "scheduler.checksum_every=1", "overlap=on", "experts.redundant=32"
+    with serve(tmp_path / "run", *overrides) as served:
         bodies, oracle = random_bodies(random.Random(23), 5, (4, 60)), Oracle()
         known = [each for body in bodies[:2] for each in oracle.know(served, [body], 16)]
         known += oracle.know(served, bodies, NUM_OUTPUT)
+        assert all("dense" in rank["transports"] for rank in served.cluster()["ranks"])
         answers: list[Answer] = []
         [counted], asks = served.counted("generation_tokens"), [each.ask(NUM_OUTPUT) for each in known]
         sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)

@@ -127,6 +127,32 @@ def test_spans_of_a_whole_step() -> None:
     ]
 
 
+def test_a_dense_block_that_gave_its_turn_away_goes_on_after_its_wait() -> None:
+    """Each of two microbatches computes 1 s, gives its turn away, waits 2 s and computes 3 s."""
+    clocked = Clocked()
+    notes, turns = clocked.notes, clocked.turns
+
+    def block() -> None:
+        notes._enter(3)()
+        clocked.passes(1)
+        turns.give()
+        begin = clocked.now
+        clocked.passes(2)
+        notes._waited("dense", begin, clocked.now)
+        clocked.passes(3)
+        notes._enter(4)()
+
+    header = Header(0, 0, 5, 4, Mode.DECODE, 8, 2)
+    with notes.watching(RankGroups(), nn.ModuleDict()):
+        notes.forward(lambda header: turns.run(block, block), header)
+    rows = [row for row in rows_of(notes.end(0, header)) if row[1] == Track.FIRST]
+    assert [row[:1] + row[2:] for row in rows] == [
+        ("other", 3, 0, 1),
+        ("tensor wait", 3, 2, 4),
+        ("other", 3, 4, 7),
+    ]
+
+
 def test_two_microbatches_have_tracks_of_their_own() -> None:
     rows = Clocked().spans(2, wait=0)
     by_track = {track: [row for row in rows if row[1] == track] for track in Track}
