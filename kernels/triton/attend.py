@@ -26,9 +26,10 @@ from torch import Tensor
 from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.paged import PagedBatch
 from .attend_inputs import Keys, Queries
-from .target import interpreted, num_processors, power_of_two
+from .target import interpreted, num_processors, padded_rows, power_of_two
 from .tiles import AttendTile
 
+_SPLITS = 16  # lanes for the splits of a row: one kernel for all numbers up to this
 _KEYS_PER_SPLIT = 256  # smallest worthwhile split; not measured
 _ANY_NUMBER = 2**31 - 1
 
@@ -72,7 +73,7 @@ def attend_decode(
         H=num_heads,
         C=dim,
         C_PAD=power_of_two(dim),
-        SPLITS_PAD=power_of_two(splits),
+        SPLITS_PAD=max(_SPLITS, power_of_two(splits)),
         num_warps=4,
     )
 
@@ -133,6 +134,7 @@ def _launch(
     assert keys.k0.group == keys.v.group and keys.k0.scales.stride(0) == keys.v.scales.stride(0)
     kv_heads, dim = k0.shape[1], q0.shape[2]
     more = q1.shape[2] if queries.q1_THE is not None else 0
+    decode = part.first == 0 and part.rows == batch.num_decode
     _attend_kernel[(part.tiles, kv_heads, part.splits)](
         q0,
         q1,
@@ -176,8 +178,8 @@ def _launch(
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
         SPLIT=part.splits > 1,
-        DECODE=part.first == 0 and part.rows == batch.num_decode,
-        ROWS_PAD=power_of_two(part.rows),
+        DECODE=decode,
+        ROWS_PAD=1 if decode else padded_rows(part.rows),
         WIDEN=interpreted(),
         WINDOW=rule.window,
         SINKS=rule.sinks_H is not None,

@@ -18,6 +18,7 @@ from ..reference.grouping import Grouping, most_blocks
 from .target import power_of_two
 
 _COPIED_COLUMNS = 1024
+_CHUNK = 1024  # pairs that a program looks at at once
 
 
 def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
@@ -28,8 +29,7 @@ def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
     pair_of_place_P = torch.empty(num_blocks * block, dtype=torch.int32, device=device)
     if num_pairs:
         step_counts_S = torch.empty(num_slots, dtype=torch.int32, device=device)
-        chunk = min(2048, max(128, power_of_two(num_pairs)))
-        _count_kernel[(num_slots,)](slots_M, step_counts_S, counts_S, num_pairs, CHUNK=chunk)
+        _count_kernel[(num_slots,)](slots_M, step_counts_S, counts_S, num_pairs, CHUNK=_CHUNK)
         _place_kernel[(num_slots,)](
             slots_M,
             step_counts_S,
@@ -40,7 +40,7 @@ def group_pairs(slots_M: Tensor, counts_S: Tensor, block: int) -> Grouping:
             S=num_slots,
             S_PAD=power_of_two(num_slots),
             BLOCK=block,
-            CHUNK=chunk,
+            CHUNK=_CHUNK,
         )
     return Grouping(block, slot_of_block_B, pair_of_place_P)
 
@@ -82,7 +82,7 @@ def unpermute(y_PD: Tensor, grouping: Grouping, num_pairs: int) -> Tensor:
     return y_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(slots_ptr, step_counts_ptr, counts_ptr, num_pairs, CHUNK: tl.constexpr):
     """One slot per program: counts its pairs for this step and adds them to the running count."""
     slot = tl.program_id(0)
@@ -96,7 +96,7 @@ def _count_kernel(slots_ptr, step_counts_ptr, counts_ptr, num_pairs, CHUNK: tl.c
     tl.store(counts_ptr + slot, tl.load(counts_ptr + slot) + count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def _place_kernel(
     slots_ptr,
     step_counts_ptr,

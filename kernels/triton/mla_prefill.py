@@ -28,7 +28,7 @@ from torch import Tensor
 from ..reference.paged import PagedBatch
 from .attend import row_of_tile, softmax_step
 from .attend_inputs import Keys
-from .target import interpreted, power_of_two
+from .target import interpreted, padded_rows, power_of_two
 from .tiles import AttendTile
 
 _BLOCK = 64  # keys expanded together; windows and rows begin at multiples of it
@@ -145,7 +145,7 @@ def attend_expanded(
             BLOCK_N=_BLOCK,
             BLOCK_P=min(128, max(16, power_of_two(nope + value))),
             BLOCK_C=min(128, max(16, power_of_two(latent))),
-            ROWS_PAD=power_of_two(num_rows),
+            ROWS_PAD=padded_rows(num_rows),
             WIDEN=interpreted(),
             num_warps=4,
             num_stages=3,
@@ -176,7 +176,7 @@ def attend_expanded(
             BLOCK_N=tile.keys,
             ROW_BLOCK=_BLOCK,
             SEVERAL=several,
-            ROWS_PAD=power_of_two(num_rows),
+            ROWS_PAD=padded_rows(num_rows),
             WIDEN=interpreted(),
             num_warps=tile.warps,
             num_stages=tile.stages,

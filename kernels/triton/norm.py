@@ -55,7 +55,7 @@ def _launch(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: float) -> t
     total = x.new_empty(x.shape) if update is not None else normed
     if normed.numel():
         dim_pad = power_of_two(dim)
-        tile_rows = min(max(1, _TILE // dim_pad), power_of_two(num_rows))
+        tile_rows = max(1, _TILE // dim_pad)
         _rms_norm_kernel[(triton.cdiv(num_rows, tile_rows),)](
             rows,
             added,
@@ -85,7 +85,7 @@ def _as_heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     update_ptr,

@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+_ROWS = 64
+
 # Without float64, because kernels accumulate in float32.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,6 +34,13 @@ def num_processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 4
+
+
+def padded_rows(num_rows: int) -> int:
+    """Lanes for the rows of a step: the same for nearly every step, since each number of lanes is a
+    kernel of its own.
+    """
+    return max(_ROWS, power_of_two(num_rows))
 
 
 def power_of_two(value: int) -> int:

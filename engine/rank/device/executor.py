@@ -41,6 +41,7 @@ from ..slot_sampling import RowSettings
 from ..span_notes import SpanNotes
 from ..token_logprobs import logprob_lines
 from .captured import CapturedDecode
+from .first_steps import compute_first_steps
 from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
 from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays, sample_arrays, sampling_of
@@ -111,7 +112,7 @@ class DeviceExecutor(Executor):
         deadline: float = math.inf,
     ) -> None:
         super().__init__(parts, num_slots, max_len, num_cohorts)
-        self._deadline = deadline
+        self._deadline, self._max_tokens = deadline, max_tokens
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
@@ -125,7 +126,14 @@ class DeviceExecutor(Executor):
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
         self._under_way.clear()
         super().begin_epoch(epoch, vacant)
-        self._decode.begin_epoch()
+        try:
+            if epoch == 0 and self._parts.device.type == "cuda":
+                max_len = self._history.shape[1]
+                compute_first_steps(self._parts, self._slots, self._forward, self._max_tokens, max_len)
+            self._decode.begin_epoch()
+        except CollectiveError as error:
+            self.end_epoch()
+            raise StepAbandoned(str(error)) from error
 
     def end_epoch(self) -> None:
         self._under_way.clear()

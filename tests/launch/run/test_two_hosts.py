@@ -204,18 +204,19 @@ def test_ranks_leave_a_host_where_they_keep_dying_and_one_that_is_lost(tmp_path:
         with launch(tmp_path, cluster) as launcher, client(cluster) as asked:
             launcher.url(120.0)
             whole = completion(asked, TOKENS)
-            stream = Stream(asked, TOKENS)
             [first] = [host for host in others if any_rank(host)]
             [second] = [host for host in others if host != first]
             for time_of_death in range(1, DEATHS + 1):
-                until(lambda: bool(any_rank(first)), "a rank on the first host", 60.0)
+                until(lambda: any_rank(first), "a rank on the first host", 60.0)
+                stream = Stream(asked, TOKENS)
+                until(lambda stream=stream: len(stream.text) > 20, "the stream to begin")
                 psutil.Process(cluster.rank(first, 1)).kill()
                 again = f"all ranks serve again after [^\n]* in epoch {time_of_death}"
                 until(lambda again=again: bool(re.search(again, launcher.err)), "another in its place", 60.0)
+                assert stream.rest(90.0) == whole
             moves = f"ranks died {DEATHS} times there within 600 s; its ranks move to {second.name} "
             assert f"{first.name}: {moves}({second.address})" in launcher.err
             assert cluster.rank(second, 1) and not any_rank(first)
-            assert stream.rest(90.0) == whole
 
             stream = Stream(asked, TOKENS)
             until(lambda: len(stream.text) > 20, "the stream to begin")

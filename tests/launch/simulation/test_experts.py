@@ -64,7 +64,7 @@ def test_balancing_shortens_simulated_steps(capsys: pytest.CaptureFixture[str]) 
     balanced = simulated(loads, DEEPSEEK, "experts.balance=on", capsys=capsys)
     off = simulated(loads, DEEPSEEK, capsys=capsys)
     first = [each["time_to_first_token"]["p50"] for each in (even, balanced, off)]
-    assert first[0] < first[1] < first[2]
+    assert first[0] <= first[1] < first[2]  # balanced, the exchange binds
     assert even["experts"] is None and off["experts"]["simulated"] > 1.5 * balanced["experts"]["simulated"]
 
 

@@ -17,6 +17,7 @@ from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.contract import StepAbandoned
 from lockstep.engine.rank.device import transfers
 from lockstep.engine.rank.device.executor import DeviceExecutor
+from lockstep.engine.rank.device.first_steps import compute_first_steps
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, Request, build_executor
 from support.engine.rank.launch_recorder import LaunchRecorder
@@ -59,6 +60,15 @@ def test_results_are_those_of_the_other_executor(
     plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
     executor = build_executor(path, column="reference", as_device=True)
     assert_same(results_of(executor, requests, plans, depth), wanted)
+
+
+def test_first_steps_change_nothing(checkpoints: dict[str, Path]) -> None:
+    path, requests = checkpoints["deepseek_v3"], mixed_requests((GREEDY, HOT))
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    compute_first_steps(executor._parts, executor._slots, executor._forward, 40, 256)
+    assert_same(results_of(executor, requests, plans, 3), wanted)
 
 
 def test_a_slot_that_is_given_away_takes_no_token_of_its_last_request(checkpoints: dict[str, Path]) -> None:

@@ -1,0 +1,94 @@
+"""The first steps of a rank on a GPU: prompts of all sizes, so that no later step has to compile a
+kernel. All ranks compute them together, in the first epoch, before decode steps are captured.
+
+A kernel is compiled for each tile, and tiles go by the number of rows or pairs. Prompts are
+computed in powers of two up to the most that a step may have, with and without cached tokens.
+Compiled kernels are kept on disk: later starts, and ranks that join later, load them.
+
+T tokens  C rows that sample
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....kernels.reference.sampling import Purpose
+from ...protocol.buckets import bucket_over
+from ..forward import Forward
+from ..parts import Parts
+from .slots import DeviceSlots, Lane
+from .step_arrays import sampling_of
+
+_LOG = logging.getLogger(__name__)
+
+_CACHED = (0, 64)  # tokens before the prompt
+_STRIDE, _RANK_STRIDE = 7919, 104729  # primes: tokens that differ, so that routing spreads them
+_MOST_DRAWN = 64
+
+
+def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most: int, max_len: int) -> None:
+    """Computes prompts of up to ``most`` tokens in a slot that nothing reads."""
+    begin = time.monotonic()
+    sizes = list(_sizes(min(most, max_len - max(_CACHED))))
+    for number, size in enumerate(sizes, start=1):
+        for cached in _CACHED:
+            hidden_TD = _prompt(parts, slots, forward, size, cached)
+            if parts.links.stage.last and size <= _MOST_DRAWN:
+                _draw(parts, hidden_TD)
+        facts = number, len(sizes), size, time.monotonic() - begin
+        _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
+    parts.dispatcher.counts_LS.zero_()
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """Powers of two and their successors, which may need the next tile."""
+    size = 1
+    while size <= most:
+        yield size
+        if 1 < size < most:
+            yield size + 1
+        size *= 2
+
+
+def _prompt(parts: Parts, slots: DeviceSlots, forward: Forward, size: int, cached: int) -> Tensor:
+    device, config = parts.device, parts.model.config
+    tokens = (np.arange(size) * _STRIDE + parts.rank * _RANK_STRIDE) % config.vocab_size
+
+    def sent(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    lane = Lane(
+        num_decode=0,
+        slots_R=sent(slots.scratch),
+        starts_R=sent(cached),
+        lengths_R=sent(cached + size, dtype=torch.int32),
+        query_start_R1=sent(0, size, dtype=torch.int32),
+        owners_T=torch.zeros(size, dtype=torch.int64, device=device),
+        given_T=torch.from_numpy(tokens).to(device),
+        query_starts=(0, size),
+        lengths=(cached + size,),
+    )
+    tokens_T, positions_T, batch = slots.inputs(lane, -(-(cached + size) // parts.pool.page_size))
+    forward.announce(size, bucket_over(size))
+    inputs = tokens_T
+    if not parts.links.stage.first:
+        inputs = torch.randn(size, config.hidden, device=device).to(parts.model.dtype)
+    hidden_TD: Tensor = parts.model(inputs, positions_T, batch, parts.pool.cache)
+    return hidden_TD
+
+
+def _draw(parts: Parts, hidden_CD: Tensor) -> None:
+    """Draws a token for each row, as a step does whose rows need the host."""
+    model, num_rows = parts.model, len(hidden_CD)
+    logits_CV = model.logits(hidden_CD)
+    if parts.samples:
+        ints, floats = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
+        arrays = [ints, floats, ints, floats + 1, floats, ints, ints]
+        sent = [torch.from_numpy(array).to(logits_CV.device) for array in arrays]
+        model.ops.sample_slots(logits_CV, sampling_of(sent)[1], Purpose.SAMPLE)
