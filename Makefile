@@ -42,10 +42,9 @@ serve: $(SERVING)
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
-# Three workers, which suit two cores: tests that start clusters in one, those of a served cluster in another, and all
-# others in the third, since the first two wait for a third of their time; then all others in all three. The quick
-# tier is what a change is tried with.
-WORKERS ?= -n 3 --no-loadscope-reorder
+# Two workers: tests that start clusters in one, those of a served cluster in the other, then all others in both.
+# The quick tier is what a change is tried with.
+WORKERS ?= -n 2 --no-loadscope-reorder
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ....kernels.reference.sampling import Purpose
+from ....moe.clock import NoClock
 from ...protocol.buckets import bucket_over
 from ..forward import Forward
 from ..parts import Parts
@@ -34,16 +35,20 @@ _MOST_DRAWN = 64
 
 def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most: int, max_len: int) -> None:
     """Computes prompts of up to ``most`` tokens in a slot that nothing reads."""
-    begin = time.monotonic()
+    begin, dispatcher = time.monotonic(), parts.dispatcher
     sizes = list(_sizes(min(most, max_len - max(_CACHED))))
-    for number, size in enumerate(sizes, start=1):
-        for cached in _CACHED:
-            hidden_TD = _prompt(parts, slots, forward, size, cached)
-            if parts.links.stage.last and size <= _MOST_DRAWN:
-                _draw(parts, hidden_TD)
-        facts = number, len(sizes), size, time.monotonic() - begin
-        _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
-    parts.dispatcher.counts_LS.zero_()
+    clock, dispatcher.clock = dispatcher.clock, NoClock()  # times of compiling say nothing of steps
+    try:
+        for number, size in enumerate(sizes, start=1):
+            for cached in _CACHED:
+                hidden_TD = _prompt(parts, slots, forward, size, cached)
+                if parts.links.stage.last and size <= _MOST_DRAWN:
+                    _draw(parts, hidden_TD)
+            facts = number, len(sizes), size, time.monotonic() - begin
+            _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
+    finally:
+        dispatcher.clock = clock
+    dispatcher.counts_LS.zero_()
 
 
 def _sizes(most: int) -> Iterator[int]:
