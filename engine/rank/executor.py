@@ -130,6 +130,7 @@ class Executor:
 
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
         self._done.clear()
+        self.end_epoch()
         try:
             self._parts.groups.build(epoch, vacant)
         except CollectiveError as error:

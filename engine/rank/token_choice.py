@@ -35,7 +35,8 @@ class TokenChoice:
         """
         if self._parts.splits.tensor.size > 1:
             return self._split.choose(hidden_RD, slots, positions, numbers, masks)
-        settings, asked = self._settings.rows(slots), self._settings.rows(slots).asked
+        settings = self._settings.rows(slots)
+        asked = settings.asked
         logits_RV, ops = self._parts.model.logits(hidden_RD), self._parts.model.ops
         raw_SV = logits_RV[torch.from_numpy(asked).to(logits_RV.device)] if len(asked) else None
         tokens = self._by_the_rules(logits_RV, settings, positions, masks)

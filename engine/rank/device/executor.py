@@ -124,7 +124,6 @@ class DeviceExecutor(Executor):
 
     @torch.inference_mode()
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
-        self._under_way.clear()
         super().begin_epoch(epoch, vacant)
         try:
             if epoch == 0 and self._parts.device.type == "cuda":

@@ -1,5 +1,7 @@
 """The first steps of a rank on a GPU: prompts of all sizes, so that no later step has to compile a
-kernel. All ranks compute them together, in the first epoch, before decode steps are captured.
+kernel of the model, or of plain sampling. Those that only some requests need, for penalties,
+grammars or log-probabilities, are compiled when first needed. All ranks compute first steps
+together, in the first epoch, before decode steps are captured.
 
 A kernel is compiled for each tile, and tiles go by the number of rows or pairs. Prompts are
 computed in powers of two up to the most that a step may have, with and without cached tokens.

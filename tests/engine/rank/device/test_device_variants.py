@@ -1,5 +1,5 @@
-"""After the first steps of a rank on a GPU no plan needs a kernel that is not compiled yet: real
-models on tensors without memory, where launches are only noted.
+"""After the first steps of a rank on a GPU the layers of no plan need a kernel that is not compiled
+yet: real models on tensors without memory, where launches are only noted.
 """
 
 from __future__ import annotations
