@@ -120,6 +120,7 @@ def test_a_gap_is_closed_by_a_replay() -> None:
         meet(router)
         publisher.publish([stored(0, 3)])
         router.drain()
+        gaps = router.gaps  # 1 if the subscription came after the first batch
         for start in (100, 200, 300):
             publisher.publish([stored(start, 2)])
         publisher.publish([removed(0, 3)])
@@ -127,7 +128,7 @@ def test_a_gap_is_closed_by_a_replay() -> None:
         assert lost == list(range(router.last + 1, router.last + 5))
         publisher.publish([stored(400, 1)])
         router.drain()
-        assert router.gaps == 1 + (router.cleared == 1)
+        assert router.gaps == gaps + 1
         assert list(router.mirror) == [*names(100, 2), *names(200, 2), *names(300, 2), *names(400, 1)]
 
 
