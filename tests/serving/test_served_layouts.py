@@ -21,13 +21,13 @@ from support.serving.random_checkpoint import CONFIG, write_tokenizer
 from support.serving.served import Answer, Ask, serve
 
 PAGE = 16
-PAGES = 40
-NUM_OUTPUT = 64
+NUM_OUTPUT = 48
 # Ranks, tensor, pipeline; the rest is data.
 LAYOUTS = [(4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
 
 OVERLAPPED = [(2, 1, 1), (4, 2, 1), (4, 1, 2)]
-CASES = [(layout, "auto") for layout in LAYOUTS] + [(layout, "on") for layout in OVERLAPPED]
+CASES = [(layout, "auto") for layout in LAYOUTS if layout not in OVERLAPPED]
+CASES += [(layout, "on") for layout in OVERLAPPED]
 
 
 def name(layout: tuple[int, int, int]) -> str:
@@ -41,16 +41,17 @@ def name(layout: tuple[int, int, int]) -> str:
 def test_tokens_are_those_of_transformers(
     layout: tuple[int, int, int], overlap: str, oracle: Oracle, tmp_path: Path
 ) -> None:
-    """24 requests of 6 to 9 pages for 40 pages per data index; every third prompt begins as another
-    does. Then the same again while the last rank is killed.
+    """16 requests of 5 to 8 pages, for which no data index has pages enough; every third prompt
+    begins as another does. Then the same again while the last rank is killed.
     """
     ranks, tensor, pipeline = layout
+    pages = {1: 40, 2: 28, 4: 16}[ranks // tensor // pipeline]
     page_bytes = PAGE * 4 * (64 + 16) * 4 // pipeline  # layers, latent in fp32: whole on every tensor rank
     overrides = (
         f"cluster.ranks_per_node={ranks}",
         f"parallel.tensor={tensor}",
         f"parallel.pipeline={pipeline}",
-        f"kv_cache.memory={PAGES * page_bytes}",
+        f"kv_cache.memory={pages * page_bytes}",
         "scheduler.max_batch_tokens=80",
         "scheduler.max_running=32",
         "scheduler.checksum_every=1",
@@ -59,8 +60,8 @@ def test_tokens_are_those_of_transformers(
     )
     dice = random.Random(11)
     with serve(tmp_path / "run", *overrides) as served:
-        assert {rank["pages_total"] for rank in served.cluster()["ranks"]} <= set(range(PAGES, PAGES + 2))
-        bodies = random_bodies(dice, 24, (34, 80))
+        assert {rank["pages_total"] for rank in served.cluster()["ranks"]} <= set(range(pages, pages + 2))
+        bodies = random_bodies(dice, 16, (34, 80))
         for index in range(2, len(bodies), 3):
             bodies[index]["prompt"][: 2 * PAGE] = bodies[index - 2]["prompt"][: 2 * PAGE]
         known = oracle.know(served, bodies, NUM_OUTPUT)
@@ -77,7 +78,7 @@ def test_tokens_are_those_of_transformers(
 
         shown, [overlapped] = served.cluster()["overlap"], served.counted("overlapped_steps")
         assert shown["mode"] == ("off" if ranks == pipeline else overlap)
-        assert overlap == "auto" or overlapped > 40, f"{overlapped:g} overlapped steps"
+        assert overlap == "auto" or overlapped > 30, f"{overlapped:g} overlapped steps"
 
         transports = {rank["transports"] for rank in served.cluster()["ranks"]}
         assert transports == {transports_of(ranks, tensor, pipeline)}
@@ -88,7 +89,7 @@ def test_tokens_are_those_of_transformers(
         sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
         sending.start()
         served.wait_until(
-            lambda: served.metrics()["generation_tokens_total"] > counted + 60, "tokens are streaming"
+            lambda: served.metrics()["generation_tokens_total"] > counted + 40, "tokens are streaming"
         )
         os.kill(served.launcher.pid_of(f"rank {ranks - 1}"), signal.SIGKILL)
         sending.join(200)
@@ -114,15 +115,21 @@ def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
-    """``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks."""
+    """Kinds of attention on a layout that is split and staged, the families of each kind in turn on one
+    that is either. ``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks.
+    """
     config = FAMILIES[family] | {"vocab_size": CONFIG["vocab_size"]}
     model = write_checkpoint(tmp_path / "model", config, seed=5)
     write_tokenizer(model)
     bodies = random_bodies(random.Random(13), 12, (4, 60))
-    whole = [layout for layout in LAYOUTS if layout[2] <= config["num_hidden_layers"]]
-    chosen = whole if os.environ.get("LOCKSTEP_LAYOUTS") == "all" else [(4, 2, 2)]
+    if os.environ.get("LOCKSTEP_LAYOUTS") == "all":
+        chosen = [layout for layout in LAYOUTS if layout[2] <= config["num_hidden_layers"]]
+    elif family in ("qwen3_moe", "deepseek_v3", "gpt_oss"):
+        chosen = [(4, 2, 2)]
+    else:
+        chosen = [[(2, 2, 1), (2, 1, 2)][sorted(FAMILIES).index(family) % 2]]
     if family == "minimax_m2":  # its norms go over all heads, which cannot be split
-        chosen = [(4, 1, 2)]
+        chosen = [(2, 1, 2)]
     for ranks, tensor, pipeline in chosen:
         overrides = (
             f"model.path={model}",
