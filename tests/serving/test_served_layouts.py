@@ -115,8 +115,8 @@ def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
-    """Kinds of attention on a layout that is split and staged, the families of each kind in turn on one
-    that is either. ``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks.
+    """Kinds of attention on a layout that is split and staged, other families in turn on one that
+    is either. ``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks.
     """
     config = FAMILIES[family] | {"vocab_size": CONFIG["vocab_size"]}
     model = write_checkpoint(tmp_path / "model", config, seed=5)
