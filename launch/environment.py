@@ -96,7 +96,7 @@ _ISA = {
     },
     "avx512": {
         "NUMBA_CPU_NAME": "x86-64-v4",
-        "NUMBA_CPU_FEATURES": "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
     },
 }

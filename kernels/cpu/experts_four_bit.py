@@ -32,10 +32,9 @@ from .codegen.nibbles import (
     BLOCK,
     ROWS,
     arranged,
+    decode_row,
     dots,
     float_dots,
-    groups_at_once,
-    numbers_of,
     weight_rows,
 )
 from .codegen.threads import share_out, take_item
@@ -278,18 +277,6 @@ def _split(begin, end, x_ND, x_NK, half):
 
 
 @inner(error_model="numpy")
-def _decode_row(codes_K, scales_G, factor, w_K):
-    """A weight row as float32, its even values, then the odd."""
-    half = len(codes_K)
-    size = AT_ONCE // 2 // groups_at_once(scales_G)
-    for g in range(len(scales_G)):
-        first, last = g * size, min((g + 1) * size, half)
-        numbers_of(codes_K[first:last], scales_G[g], w_K[first:last], w_K[half + first : half + last])
-    for k in range(2 * half):
-        w_K[k] *= factor
-
-
-@inner(error_model="numpy")
 def _decoded_up(
     begin, end, x_NK, rows_M, order_M, found_I, codes_S, scales_S, factors_S, counter, form, inner_MK
 ):
@@ -306,7 +293,7 @@ def _decoded_up(
         for f in range(first, min(first + BLOCK, width)):
             for w in range(2):
                 row = f + w * width
-                _decode_row(codes_S[slot, row], scales_S[slot, row], factors_S[slot, w], weights[w])
+                decode_row(codes_S[slot, row], scales_S[slot, row], factors_S[slot, w], weights[w])
             place = f // 2 + f % 2 * (width // 2)
             for tile in range(tiles):
                 begin_row, num_rows = part(tile, tiles, length)
@@ -343,7 +330,7 @@ def _decoded_down(
         tiles = parts(length, ROWS)
         for d in range(first, min(first + 2 * BLOCK, hidden), 2):
             for w in range(2):
-                _decode_row(codes_S[slot, d + w], scales_S[slot, d + w], factors_S[slot, 0], weights[w])
+                decode_row(codes_S[slot, d + w], scales_S[slot, d + w], factors_S[slot, 0], weights[w])
             for tile in range(tiles):
                 begin_row, num_rows = part(tile, tiles, length)
                 begin_row += start

@@ -9,6 +9,9 @@ takes AVX512-BF16.
 
 Scales tell their kind by the dtype of their array: bf16 as uint16, fp16 as int16, E8M0 as uint8,
 E4M3 as int8. E8M0 and E4M3 go with E2M1 codes, the others with int4.
+
+Elsewhere a group's 16 numbers are multiplied by its scale and looked up in registers, then kept in
+memory for all rows of x; a CPU without AVX2 computes them one by one.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -191,6 +194,65 @@ class _Tile:
         return builder.shuffle_vector(values, values, ir.Constant(UNITS, lanes))
 
 
+@_intrinsic
+def _group(typing_context, codes, scales, group, scale, factor, numbers):
+    """Decodes the bytes of one whole group of a weight row: numbers[k] of the low four bits of byte
+    k, numbers[len(codes) + k] of the high ones. Nothing is checked.
+    """
+    signature = types.void(codes, scales, types.intp, types.float32, types.float32, numbers)
+
+    def generate(context, builder, signature, arguments):
+        codes_value, _, group, scale, factor, numbers_value = arguments
+        row = context.make_array(signature.args[0])(context, builder, codes_value)
+        target = context.make_array(signature.args[5])(context, builder, numbers_value).data
+        num_bytes = cgutils.unpack_tuple(builder, row.shape)[0]
+        size = AT_ONCE // 2 // _SCALES[scales.dtype]
+        table = _Table(builder, scales.dtype, size, scale, factor)
+        for part in range(0, size, table.lanes):
+            first = builder.add(builder.mul(group, _I64(size)), _I64(part))
+            place = builder.gep(row.data, [first], source_etype=_I8)
+            raw = ir.VectorType(_I8, table.lanes)
+            loaded = builder.load(builder.bitcast(place, raw.as_pointer()), typ=raw, align=1)
+            low = builder.zext(loaded, table.codes)
+            high = builder.lshr(low, all_lanes(table.codes, 4))
+            for code, index in ((low, first), (high, builder.add(first, num_bytes))):
+                place = builder.gep(target, [index], source_etype=F32)
+                place = builder.bitcast(place, table.numbers.as_pointer())
+                builder.store(table.look_up(code), place, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+class _Table:
+    """The 16 numbers of a group, in one register of AVX-512 or two of AVX2: ``look_up`` takes as
+    many codes at once as there are ``lanes``.
+    """
+
+    def __init__(self, builder: Any, scale_dtype: Any, size: int, scale: Any, factor: Any) -> None:
+        self.lanes = min(size, LANES if "avx512f" in cpu_isa.features() else 8)
+        self.numbers, self.codes = ir.VectorType(F32, self.lanes), ir.VectorType(I32, self.lanes)
+        self._builder = builder
+        numbers = (MXFP4 if scale_dtype in _E2M1 else INT4).numbers
+        factors = [spread(builder, value, self.lanes) for value in (scale, factor)]
+        self._parts = []
+        for first in range(0, len(numbers), self.lanes):
+            part = ir.Constant(self.numbers, list(numbers[first : first + self.lanes]))
+            self._parts.append(builder.fmul(builder.fmul(part, factors[0]), factors[1]))
+        name = "llvm.x86.avx512.permvar.sf.512" if self.lanes == LANES else "llvm.x86.avx2.permps"
+        kind = ir.FunctionType(self.numbers, (self.numbers, self.codes))
+        self._permute = builder.module.declare_intrinsic(name, (), kind)
+
+    def look_up(self, codes: Any) -> Any:
+        """The numbers of codes, of which the lowest four bits are read."""
+        builder = self._builder
+        found = [builder.call(self._permute, [part, codes]) for part in self._parts]
+        if len(found) == 1:
+            return found[0]
+        top = builder.shl(codes, all_lanes(self.codes, 28))
+        return builder.select(builder.icmp_signed("<", top, all_lanes(self.codes, 0)), found[1], found[0])
+
+
 @_intrinsic(prefer_literal=True)
 def _float_tile(typing_context, num_rows, rows, weights, num_vectors, out):
     """out[w, r] = weight row w (of two) times row r, for ``num_vectors`` of 16 float32. ``rows``:
@@ -205,7 +267,8 @@ def _float_tile(typing_context, num_rows, rows, weights, num_vectors, out):
         float_rows = Rows(context, builder, weights, weights_value)
         places = [builder.gep(address, [_I64(r)], source_etype=_I64) for r in range(num_rows.literal_value)]
         x = [_pointer(builder, builder.load(each, typ=_I64)) for each in places]
-        at_once = ROWS if "avx512f" in cpu_isa.features() else ROWS // 2  # AVX2: 12 sums, 4 weights
+        turns = 1 if "avx512f" in cpu_isa.features() else -(-len(x) // 3)  # AVX2: 12 sums, 4 weights
+        at_once = -(-len(x) // turns)
         for first in range(0, len(x), at_once):
             totals = _float_totals(builder, x[first : first + at_once], float_rows, count)
             for w, row in enumerate(totals):
@@ -290,8 +353,45 @@ def float_dots(num_rows, rows, weights, num_vectors, out):
         _float_tile(1, rows, weights, num_vectors, out)
     elif num_rows == 2:
         _float_tile(2, rows, weights, num_vectors, out)
+    elif num_rows == 3:
+        _float_tile(3, rows, weights, num_vectors, out)
+    elif num_rows == 4:
+        _float_tile(4, rows, weights, num_vectors, out)
     else:
         _float_tile(6, rows, weights, num_vectors, out)
+
+
+def decode_row(codes: Any, scales: Any, factor: Any, numbers: Any) -> None:
+    """In kernels: a weight row as float32 [K], its even values, then the odd. ``codes`` [K / 2]."""
+    raise NotImplementedError
+
+
+@overload(decode_row)
+def _decode_row(codes, scales, factor, numbers):
+    size = AT_ONCE // 2 // _SCALES[scales.dtype]
+
+    def scalar(codes, scales, factor, numbers, group):
+        half = len(codes)
+        first, last = group * size, min((group + 1) * size, half)
+        numbers_of(codes[first:last], scales[group], numbers[first:last], numbers[half + first : half + last])
+        for k in range(first, last):
+            numbers[k] *= factor
+            numbers[half + k] *= factor
+
+    rest = njit(inline="always")(scalar)
+
+    def by_group(codes, scales, factor, numbers):
+        for group in range(len(scales)):
+            rest(codes, scales, factor, numbers, group)
+
+    def by_vector(codes, scales, factor, numbers):
+        whole = len(codes) // size
+        for group in range(whole):
+            _group(codes, scales, group, scale_of(scales[group]), factor, numbers)
+        for group in range(whole, len(scales)):
+            rest(codes, scales, factor, numbers, group)
+
+    return by_vector if "avx2" in cpu_isa.features() else by_group
 
 
 def scale_of(scale: Any) -> Any:
@@ -302,17 +402,6 @@ def scale_of(scale: Any) -> Any:
 def numbers_of(codes: Any, scale: Any, low: Any, high: Any) -> Any:
     """In kernels: the float32 values of a group's bytes: those of the low bits and of the high."""
     raise NotImplementedError
-
-
-def groups_at_once(scales: Any) -> Any:
-    """In kernels: scales of a vector of codes."""
-    raise NotImplementedError
-
-
-@overload(groups_at_once, inline="always")
-def _groups_at_once(scales):
-    count = _SCALES[scales.dtype]
-    return lambda scales: count
 
 
 @overload(scale_of, inline="always")

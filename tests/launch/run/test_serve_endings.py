@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from lockstep.launch.recipe.file import find_recipe
@@ -125,7 +124,7 @@ def test_a_hung_rank_is_killed_and_replaced(tmp_path: Path) -> None:
 def test_an_idle_rank_that_is_killed_is_replaced_again_and_again(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL) as launcher:
         url = launcher.url()
-        for times in range(1, 4):
+        for times in (1, 2):
             os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
             until(
                 lambda times=times: launcher.err.count("all ranks serve again") == times,
@@ -146,25 +145,19 @@ def test_kill_9_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
         launcher.assert_nothing_left()
 
 
-def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:
-    """Replaces a tensor of the checkpoint, or removes it from shard and index."""
+def remove(model: Path, name: str) -> None:
+    """Removes a tensor of the checkpoint from shard and index."""
     index_file = model / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
-    shard = model / index["weight_map"][name]
-    tensors = load_file(shard)
-    if tensor is None:
-        del tensors[name], index["weight_map"][name]
-        index_file.write_text(json.dumps(index))
-    else:
-        tensors[name] = tensor
-    save_file(tensors, shard)
+    shard = model / index["weight_map"].pop(name)
+    index_file.write_text(json.dumps(index))
+    save_file({other: tensor for other, tensor in load_file(shard).items() if other != name}, shard)
 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
         ("missing tensor", ["model.layers.2.mlp.experts.17.up_proj.weight"]),
-        ("misshapen tensor", ["model.layers.1.self_attn.o_proj.weight", "127", "128"]),
         ("no tokenizer", ["tokenizer"]),
     ],
 )
@@ -174,9 +167,7 @@ def test_a_checkpoint_that_only_a_process_can_judge_is_one_message(
     model = tmp_path / "model"
     shutil.copytree(DEMO, model)
     if fault == "missing tensor":
-        change(model, "model.layers.2.mlp.experts.17.up_proj.weight", None)
-    elif fault == "misshapen tensor":
-        change(model, "model.layers.1.self_attn.o_proj.weight", torch.zeros(127, 128, dtype=torch.bfloat16))
+        remove(model, "model.layers.2.mlp.experts.17.up_proj.weight")
     else:
         (model / "tokenizer.json").unlink()
     with launch(tmp_path / "run", LOCAL, f"model.path={model}") as launcher:
