@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cpu_isa
 from ..reference import mla
 from ..reference.kv_entries import holds_fp8
 from ..reference.paged import Extend, PagedBatch
@@ -91,7 +92,7 @@ def _materialised(
     """One extend row with expanded keys and values, held in a temporary cache of one page."""
     (num_heads, width, latent_dim), key_dim, value_dim = expand_HPC.shape, q_THD.shape[2], out_THV.shape[2]
     rope_LE = latents_LZ[:, latent_dim:]
-    kv_LHP = F.linear(latents_LZ[:, :latent_dim], expand_HPC.flatten(0, 1)).unflatten(1, (num_heads, -1))
+    kv_LHP = _product(latents_LZ[:, :latent_dim], expand_HPC.flatten(0, 1)).unflatten(1, (num_heads, -1))
     k_LHD = torch.cat(
         [kv_LHP[..., : key_dim - rope_LE.shape[1]], rope_LE[:, None].expand(-1, num_heads, -1)], -1
     )
@@ -102,3 +103,12 @@ def _materialised(
     rows = np.array([0, len(q_THD)], np.int32), np.array([row.length], np.int32), np.zeros((1, 1), np.int32)
     shape = Shape(num_heads, 0, row.length, torch.get_num_threads())
     attend_places(q_THD, (k_LHD, kv_LHP), places, rows, shape, Softmax(scale), array(out_THV))
+
+
+def _product(x_LC: Tensor, weight_NC: Tensor) -> Tensor:
+    """x W^T. Widened first where no instruction multiplies bf16: with AVX2 that takes a quarter of
+    the time, weights included, with AVX-512 half.
+    """
+    if x_LC.dtype != torch.bfloat16 or cpu_isa.multiplies_bf16(cpu_isa.here()):
+        return F.linear(x_LC, weight_NC)
+    return F.linear(x_LC.float(), weight_NC.float()).to(torch.bfloat16)
