@@ -37,15 +37,26 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + ``beta`` * log(1 + floor(p / ``length``)), so
+    that attention stays sharp over long contexts (Llama 4, Mistral).
+    """
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of the first ``dim`` values of a head: pairs are (i, i + dim/2), or (2i, 2i
-    + 1) when ``interleaved``.
+    + 1) when ``interleaved``. ``growth``: queries depend on their position in another way too.
     """
 
     dim: int
     theta: float
     interleaved: bool
     yarn: YarnConfig | None
+    growth: QueryGrowth | None = None
 
 
 @dataclass(frozen=True)
