@@ -217,6 +217,12 @@ def test_mistral4(tmp_path: Path) -> None:
     assert still.rope.growth is None
 
 
+def test_a_folder_in_mistrals_own_format_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: no such file; params\.json is Mistral's own format"):
+        load_config(tmp_path)
+
+
 def test_glm4_moe_lite(tmp_path: Path) -> None:
     config = load(tmp_path, glm4_moe_lite_config())
     assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
@@ -305,6 +311,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "minimax windows": (minimax_m2_config(attn_type_list=[1, 0, 1]), "attn_type_list .*supported: 1"),
     "minimax norms": (minimax_m2_config(qk_norm_type="per_head"), 'qk_norm_type is "per_head"'),
     "minimax shared": (minimax_m2_config(shared_intermediate_size=8), "shared_intermediate_size is 8"),
+    "hy3 weights": (hy_v3_config(route_norm=False), "route_norm is false; supported: true"),
     "mistral rope": (
         mistral4_config(rope_parameters=None),
         "rope_parameters is null; expected those of YaRN",
