@@ -69,6 +69,7 @@ class Reply:
             sampling=sampling,
             priority=request.priority,
             grammar=request.grammar,
+            affinity=request.affinity,
         )
         echo, ranked = self._scored(prompt, sampling)
         sinks = [sink for sink in (echo, ranked) if sink is not None]

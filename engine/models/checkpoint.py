@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .quantisation import StoredFp8
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -113,13 +115,12 @@ def check_tensors(
     path: Path,
     tensors: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[int, ...]],
-    fp8_block: tuple[int, int] | None = None,
+    fp8: StoredFp8 | None = None,
 ) -> None:
     """Raises ValueError unless ``tensors`` holds every name of ``expected`` with its shape, in a
     dtype that can be loaded.
 
-    ``fp8_block``: matrices may be in FP8, each with a scale per block of so many rows and columns
-    in a tensor of its own.
+    ``fp8``: matrices may be in FP8, each with its scales in a tensor of their own.
     """
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -130,20 +131,23 @@ def check_tensors(
             raise ValueError(
                 f"{found.file}: {name} has shape {list(found.shape)}; config.json makes it {list(shape)}"
             )
-        if fp8_block and found.dtype == FP8 and len(shape) == 2:
-            _check_scales(tensors, name, fp8_block)
+        if fp8 and found.dtype == FP8 and len(shape) == 2:
+            _check_scales(tensors, name, fp8)
         elif found.dtype not in _PLAIN_DTYPES:
-            allowed = f"{', '.join(_PLAIN_DTYPES)}" + (f", and {FP8} for matrices" if fp8_block else "")
+            allowed = f"{', '.join(_PLAIN_DTYPES)}" + (f", and {FP8} for matrices" if fp8 else "")
             raise ValueError(f"{found.file}: {name} has dtype {found.dtype}; supported: {allowed}")
 
 
-def _check_scales(tensors: Mapping[str, StoredTensor], name: str, block: tuple[int, int]) -> None:
+def _check_scales(tensors: Mapping[str, StoredTensor], name: str, fp8: StoredFp8) -> None:
     """Raises ValueError unless the matrix ``name`` in FP8 has its scales."""
     values, scales = tensors[name], tensors.get(name + SCALE_SUFFIX)
     if scales is None:
         raise ValueError(f"{values.file}: {name} is in {FP8}, but {name + SCALE_SUFFIX} is missing")
-    blocks = tuple(-(-size // each) for size, each in zip(values.shape, block, strict=True))
-    if scales.shape != blocks:
+    block, blocks = fp8.block, fp8.blocks_of(values.shape)
+    if fp8.whole and math.prod(scales.shape) != 1:
+        found = f"{scales.file}: {name + SCALE_SUFFIX} has shape {list(scales.shape)}"
+        raise ValueError(f"{found}; config.json makes it one scale per matrix")
+    if not fp8.whole and scales.shape != blocks:
         found = f"{scales.file}: {name + SCALE_SUFFIX} has shape {list(scales.shape)}"
         needed = f"{list(blocks)} blocks of {block[0]} x {block[1]}"
         raise ValueError(f"{found}; {name} of shape {list(values.shape)} has {needed}")

@@ -17,7 +17,7 @@ from ...kernels.formats.fp8_format import KERNEL_BLOCK
 from ...kernels.formats.kv_format import KvFormat, entry_bytes, head_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
-from .quantisation import StoredFourBit, check_modules, check_sizes, read_four_bit, read_fp8_block
+from .quantisation import StoredFourBit, StoredFp8, check_modules, check_sizes, read_four_bit, read_fp8
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -37,15 +37,26 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + ``beta`` * log(1 + floor(p / ``length``)), so
+    that attention stays sharp over long contexts (Llama 4, Mistral).
+    """
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of the first ``dim`` values of a head: pairs are (i, i + dim/2), or (2i, 2i
-    + 1) when ``interleaved``.
+    + 1) when ``interleaved``. ``growth``: queries depend on their position in another way too.
     """
 
     dim: int
     theta: float
     interleaved: bool
     yarn: YarnConfig | None
+    growth: QueryGrowth | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +174,8 @@ class ModelConfig:
     """A decoder of ``num_layers`` layers, of which ``moe_layers`` (ascending) hold experts and the
     others a dense MLP.
 
-    ``dtype`` is the checkpoint's. ``fp8_block``: rows and columns of a block with one scale, if its
-    matrices are in FP8; ``four_bit``: how its routed experts are stored, if in 4 bits.
+    ``dtype`` is the checkpoint's. ``fp8``: how its matrices are stored, if in FP8; ``four_bit``:
+    how its routed experts are, if in 4 bits.
     ``max_position`` bounds the length of a sequence. ``eos_ids`` end a sequence.
     ``num_predict_layers`` of the checkpoint follow the last layer. ``windows``: as in ``Blocks``.
     """
@@ -179,7 +190,7 @@ class ModelConfig:
     dense_width: int
     eos_ids: tuple[int, ...]
     dtype: str
-    fp8_block: tuple[int, int] | None
+    fp8: StoredFp8 | None
     four_bit: StoredFourBit | None
     moe_layers: tuple[int, ...]
     moe: MoEConfig
@@ -194,7 +205,7 @@ class ModelConfig:
         """Whether matrices are in FP8 with the block size of the kernels, so that experts may stay
         in FP8.
         """
-        return self.fp8_block == KERNEL_BLOCK
+        return self.fp8 is not None and self.fp8.block == KERNEL_BLOCK
 
     def window(self, layer: int) -> int:
         """The last positions that the attention of ``layer`` sees; 0: all."""
@@ -261,7 +272,7 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         dense_width=fields.integer("intermediate_size", blocks.moe.expert_width),
         eos_ids=eos_ids,
         dtype=dtype,
-        fp8_block=read_fp8_block(fields),
+        fp8=read_fp8(fields),
         four_bit=read_four_bit(fields, dtype),
         moe_layers=blocks.moe_layers,
         moe=blocks.moe,
@@ -271,7 +282,7 @@ def read_config(fields: Fields, generation: Path) -> ModelConfig:
         num_predict_layers=blocks.num_predict_layers,
         windows=blocks.windows,
     )
-    if config.fp8_block is not None and config.moe.expert_bias:
+    if config.fp8 is not None and config.moe.expert_bias:
         raise fields.refuse("quantization_config", "supported: biased experts in 4, 16 or 32 bits")
     _check_four_bit(fields, config)
     return config

@@ -10,18 +10,25 @@ from __future__ import annotations
 import math
 
 from ...moe.config import MoEConfig
-from .config import GqaConfig, MlaConfig, RopeConfig, YarnConfig
+from .config import GqaConfig, MlaConfig, QueryGrowth, RopeConfig, YarnConfig
 from .config_fields import Fields
 
 _SLIDING = "sliding_attention"
+_GROWTH = "llama_4_scaling_beta"
 _MLP_KINDS = {"dense", "sparse"}
 
 
 def read_rope(
-    fields: Fields, dim: int, interleaved: bool, theta: float = 10000.0, part: float = 1.0
+    fields: Fields,
+    dim: int,
+    interleaved: bool,
+    theta: float = 10000.0,
+    part: float = 1.0,
+    grows: bool = False,
 ) -> RopeConfig:
     """The rotary embedding of heads of ``dim`` values. ``theta`` is the family's default. ``part``:
-    the fraction of a head that the family rotates; a file with another value is refused.
+    the fraction of a head that the family rotates; a file with another value is refused, and one
+    whose queries grow with their position unless the family ``grows``.
     """
     scaling = _scaling(fields)
     owner = scaling if scaling is not None and scaling.has("rope_theta") else fields
@@ -31,7 +38,15 @@ def read_rope(
     rotated = int(dim * part)
     if rotated % 2:
         raise ValueError(f"{fields.source}: the rotary dimension is {rotated}; expected an even number")
-    return RopeConfig(rotated, owner.number("rope_theta", theta), interleaved, _yarn(fields, scaling))
+    if scaling is not None and not grows:
+        scaling.expect(_GROWTH, 0)
+    return RopeConfig(
+        rotated,
+        owner.number("rope_theta", theta),
+        interleaved,
+        _yarn(fields, scaling),
+        _growth(fields, scaling) if grows else None,
+    )
 
 
 def read_gqa(
@@ -224,6 +239,13 @@ def _yarn(fields: Fields, scaling: Fields | None) -> YarnConfig | None:
         truncate=scaling.flag("truncate", True),
         magnitude=magnitude,
     )
+
+
+def _growth(fields: Fields, scaling: Fields | None) -> QueryGrowth | None:
+    if scaling is None or not scaling.raw(_GROWTH):
+        return None
+    length = scaling.integer("original_max_position_embeddings", fields.integer("max_position_embeddings"))
+    return QueryGrowth(scaling.number(_GROWTH), length)
 
 
 def _yarn_magnitude(factor: float, weight: float) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...kernels.reference.column import Reference
 from ...kernels.reference.four_bit import FourBit
 from ...kernels.reference.paged import PagedBatch
-from ...kernels.reference.rope import Angles, angles, frequencies, yarn_frequencies
+from ...kernels.reference.rope import Angles, angles, frequencies, query_growth, yarn_frequencies
 from ...kernels.reference.sampling import SamplingParams
 from ...kernels.reference.sublayers import Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
@@ -166,6 +166,7 @@ class Model(nn.Module):
         self._embed, self._norm, self._head = self._ends()
         self._frequencies_F = _frequencies(config.rope).to(backend.device)
         self._magnitude = config.rope.yarn.magnitude if config.rope.yarn else 1.0
+        self._growth = config.rope.growth
 
     def forward(
         self, inputs: Tensor, positions_T: Tensor, batch: PagedBatch, cache: Sequence[LayerCache]
@@ -176,6 +177,9 @@ class Model(nn.Module):
         """
         x_TD = self._embed(inputs)
         rotation = angles(positions_T, self._frequencies_F, self._magnitude)
+        if self._growth is not None:
+            growth_T1 = query_growth(positions_T, self._growth.beta, self._growth.length)
+            rotation = replace(rotation, growth_T1=growth_T1)
         residual: Residual = x_TD, None
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             residual = layer(residual, rotation, batch, layer_cache)

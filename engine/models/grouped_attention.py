@@ -37,7 +37,7 @@ class GroupedAttention(Attention):
     ) -> None:
         super().__init__()
         whole, split = config.attention, backend.tensor
-        assert isinstance(whole, GqaConfig)
+        assert isinstance(whole, GqaConfig) and config.rope.growth is None
         shape = whole.split(split.size)
         copies = max(1, split.size // whole.num_kv_heads)
         q_shard, kv_shard = shard_of(split, 0), shard_of(split, 0, copies)

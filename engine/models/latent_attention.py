@@ -70,6 +70,8 @@ class LatentAttention(Attention):
         q_TX, c_TC, k_rope_TE = down_TX.split([rest, shape.kv_latent, shape.rope_dim], 1)
         for step in self._queries:
             q_TX = step(q_TX)
+        if rotation.growth_T1 is not None:
+            q_TX = q_TX * rotation.growth_T1.to(q_TX.dtype)
         q_THX = q_TX.unflatten(-1, (shape.num_heads, -1))
         q_nope_THN, q_rope_THE = q_THX.split([shape.nope_dim, shape.rope_dim], -1)
         q_rope_THE = ops.rotate_and_write_latent(

@@ -1,7 +1,9 @@
-"""The ``quantization_config`` of a config.json: matrices in block-scaled FP8, or routed experts in
-4 bits. Any other quantisation is refused. No torch here.
+"""The ``quantization_config`` of a config.json: matrices in FP8 with a scale per block or per
+matrix, or routed experts in 4 bits. Any other quantisation is refused. No torch here.
 
-Formats: DeepSeek-V3's FP8 (arXiv 2412.19437, section 3.3); compressed-tensors "pack-quantized",
+Formats: DeepSeek-V3's FP8 (arXiv 2412.19437, section 3.3); FP8 with one scale per matrix
+(Mistral-Small-4, Hy3-FP8), whose scales of activations are left unused, as products measure their
+own; compressed-tensors "pack-quantized",
 "nvfp4-pack-quantized" and "mxfp4-pack-quantized"; NVFP4 of NVIDIA's Model Optimizer; MXFP4 as
 gpt-oss ships it.
 """
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...kernels.formats.four_bit_format import INT4, INT4_FP16, MULTIPLE, MXFP4, NVFP4, FourBitFormat
+from ...kernels.formats.fp8_format import KERNEL_BLOCK
 from .config_fields import Fields
 
 _REGEX = "re:"
@@ -48,21 +51,38 @@ class StoredFourBit:
         return _matches(self.targets, module) and not _matches(self.kept, module)
 
 
-def read_fp8_block(fields: Fields) -> tuple[int, int] | None:
-    """The block size of matrices in DeepSeek-V3's FP8: e4m3 with a scale per block. None for a
-    checkpoint without.
+@dataclass(frozen=True)
+class StoredFp8:
+    """Matrices in e4m3 with a scale per ``block`` of so many rows and columns, or where ``whole``
+    one per matrix, which then holds for every block.
     """
+
+    block: tuple[int, int]
+    whole: bool = False
+
+    def blocks_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The blocks of a matrix of ``shape``, by rows and columns."""
+        rows, columns = (-(-size // each) for size, each in zip(shape, self.block, strict=True))
+        return rows, columns
+
+
+def read_fp8(fields: Fields) -> StoredFp8 | None:
+    """How matrices are stored in FP8. None for a checkpoint without."""
     stored = fields.nested("quantization_config")
     if stored is None or stored.raw("quant_method") in _FOUR_BIT_READERS:
         return None
     if stored.raw("quant_method") != "fp8":
         raise stored.refuse("quant_method", _METHODS)
     stored.expect("fmt", "e4m3", "float8_e4m3fn")
+    if not stored.has("weight_block_size"):
+        stored.expect("activation_scheme", "dynamic", "static")
+        return StoredFp8(KERNEL_BLOCK, whole=True)
     stored.expect("activation_scheme", "dynamic")
     block = stored.integers("weight_block_size")
     if len(block) != 2 or 0 in block:
-        raise stored.refuse("weight_block_size", "expected the rows and columns of a block, as in [128, 128]")
-    return block[0], block[1]
+        allowed = "expected the rows and columns of a block, as in [128, 128], or null for a scale per matrix"
+        raise stored.refuse("weight_block_size", allowed)
+    return StoredFp8((block[0], block[1]))
 
 
 def read_four_bit(fields: Fields, dtype: str) -> StoredFourBit | None:

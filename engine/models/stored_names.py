@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .checkpoint import Cut, StoredTensor
+from .checkpoint import SCALE_SUFFIX, Cut, StoredTensor
 from .config import CheckpointNames
 from .four_bit_tensors import CODES, SCALES
 
@@ -22,8 +22,12 @@ _LOG = logging.getLogger(__name__)
 
 _WRAPPINGS = (("model.language_model.", "model."), ("language_model.", ""))
 _HEAD = "lm_head."
+_SCALE = ".weight_scale"
+# Static scales of activations. Products measure the scales of the rows that they quantise.
+UNUSED_SCALES = ("activation_scale", ".input_scale")
 _STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.weight)?")
 _STACKED_BIAS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)[._]bias")
+_STACKED_SCALES = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.weight)?_scale_inv")
 _STACKED_FOUR_BIT = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)_(blocks|scales)")
 
 
@@ -47,6 +51,14 @@ def text_model(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
     return dict(tensors)
 
 
+def scales_by_our_name(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """``tensors`` with scales of matrices by DeepSeek-V3's name; some checkpoints have another."""
+    return {
+        name.removesuffix(_SCALE) + ".weight" + SCALE_SUFFIX if name.endswith(_SCALE) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def separate_experts(tensors: Mapping[str, StoredTensor], names: CheckpointNames) -> dict[str, StoredTensor]:
     """``tensors`` with those that hold all experts of a layer replaced by their parts, an expert's
     matrix each.
@@ -55,8 +67,11 @@ def separate_experts(tensors: Mapping[str, StoredTensor], names: CheckpointNames
     for name, tensor in tensors.items():
         stacked = _STACKED.fullmatch(name) if len(tensor.shape) == 3 else None
         four_bit = _STACKED_FOUR_BIT.fullmatch(name) if len(tensor.shape) in (3, 4) else None
+        scales = _STACKED_SCALES.fullmatch(name) if len(tensor.shape) == 3 else None
         bias = _STACKED_BIAS.fullmatch(name) if len(tensor.shape) == 2 else None
-        if bias is not None:
+        if scales is not None:
+            found |= _scale_parts(scales[1], scales[2] == "gate_up_proj", tensor, names)
+        elif bias is not None:
             found |= _bias_parts(bias[1], bias[2] == "gate_up_proj", tensor, names)
         elif stacked is not None:
             found |= _parts(stacked[1], stacked[2] == "gate_up_proj", tensor, names)
@@ -87,6 +102,30 @@ def _parts(
                     begin=begin,
                     end=begin + width * columns * num_rows,
                     cut=Cut(expert, first, last, names.transposed_experts, step),
+                ),
+            )
+
+
+def _scale_parts(
+    layer: str, merged: bool, tensor: StoredTensor, names: CheckpointNames
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The scales in a tensor [experts, rows, columns] of blocks. Gate and up share a single row."""
+    num_experts, rows, columns = tensor.shape
+    width = tensor.num_bytes // (num_experts * rows * columns)
+    places = _places(merged, rows, names)
+    if merged and rows == 1:
+        places = tuple((projection, 0, 1, 1) for projection in names.projections[:2])
+    for expert in range(num_experts):
+        for projection, first, last, step in places:
+            begin, num_rows = tensor.begin + width * columns * (expert * rows + first), last - first
+            yield (
+                f"{layer}.{expert}.{projection}.weight{SCALE_SUFFIX}",
+                replace(
+                    tensor,
+                    shape=(num_rows, columns),
+                    begin=begin,
+                    end=begin + width * columns * num_rows,
+                    cut=Cut(expert, first, last, transposed=False, step=step),
                 ),
             )
 

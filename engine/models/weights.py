@@ -1,8 +1,8 @@
 """Loads a checkpoint into a model: all tensors but those of experts without a slot here.
 
 The headers of the whole checkpoint are checked first, also for tensors that are not read. Matrices
-in block-scaled FP8 (DeepSeek-V3's format) are widened as they are read, except those that the
-model holds in FP8. Experts in 4 bits are never widened.
+in FP8 are widened as they are read, except those that the model holds in FP8. Experts in 4 bits are
+never widened.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .checkpoint import FP8, POWERS, SCALE_SUFFIX, StoredTensor, check_tensors, 
 from .config import ModelConfig
 from .decoder import ExpertLayer, Model
 from .four_bit_tensors import check_four_bit, check_others, names_of, unused_names
-from .quantisation import StoredFourBit
-from .stored_names import separate_experts, text_model
+from .quantisation import StoredFourBit, StoredFp8
+from .stored_names import UNUSED_SCALES, scales_by_our_name, separate_experts, text_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def load_weights(
     Raises ValueError naming file and tensor, before reading any, if the checkpoint does not fit the
     model (``read_checkpoint``, ``check_tensors``).
     """
-    stored = separate_experts(text_model(path, read_checkpoint(path)), model.config.names)
+    fp8 = model.config.fp8
+    stored = _stored(path, model.config)
     model.widen(lambda name: name not in stored or stored[name].dtype == FP8)
     shards, own_scales = model.checkpoint_shards(), model.checkpoint_scales()
     places = {
@@ -87,7 +88,7 @@ def load_weights(
     places |= _expert_places(model, experts_of_layer)
     expected, four_bit = expected_shapes(model), model.config.four_bit
     check_others(path, stored, expected)
-    check_tensors(path, stored, expected, model.config.fp8_block)
+    check_tensors(path, stored, expected, fp8)
     if four_bit is not None:
         check_four_bit(path, stored, expert_shapes(model), four_bit)
     _report_unexpected(path, stored, expected, model)
@@ -96,9 +97,9 @@ def load_weights(
     total = sum(read.stored.num_bytes for read in reads)
     done, shown = 0, 0.0
     progress(0.0)
-    scales = _read_scales(stored, reads)
+    scales = _read_scales(stored, reads, fp8)
     for read, values in _in_file_order(reads):
-        _store(values, scales.get(read.name), read.place, model.config.fp8_block)
+        _store(values, scales.get(read.name), read.place, fp8)
         done += read.stored.num_bytes
         if done >= (shown + _PROGRESS_STEP) * total:
             shown = done / total
@@ -111,7 +112,8 @@ def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int
     """Writes experts into slots of a packed model: ``wanted`` maps a MoE layer (as in
     ``load_weights``) to experts by slot. Raises ValueError if a file cannot be read.
     """
-    stored = separate_experts(text_model(path, read_checkpoint(path)), model.config.names)
+    fp8 = model.config.fp8
+    stored = _stored(path, model.config)
     for number, slots in wanted.items():
         experts = model.experts()[number]
         spare = experts.spare(len(slots))
@@ -121,12 +123,18 @@ def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int
             for place_number, expert in enumerate(slots.values())
             for name, place in _projections(layer, place_number, expert, model.config.four_bit)
         ]
-        scales = _read_scales(stored, reads)
+        scales = _read_scales(stored, reads, fp8)
         for read, values in _in_file_order(reads):
-            _store(values, scales.get(read.name), read.place, model.config.fp8_block)
+            _store(values, scales.get(read.name), read.place, fp8)
         spare.pack()
         for place_number, slot in enumerate(slots):
             write_slot(experts, slot, read_slot(spare, place_number))
+
+
+def _stored(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of the text model by the names that ``config`` makes, an expert's matrix each."""
+    found = separate_experts(text_model(path, read_checkpoint(path)), config.names)
+    return scales_by_our_name(found) if config.fp8 is not None and config.fp8.whole else found
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -249,47 +257,55 @@ def values_of(reader: Any, stored: StoredTensor) -> Tensor:
     return cast(Tensor, whole[matrix, rows])[0][:: cut.step].reshape(stored.shape)
 
 
-def _read_scales(stored: dict[str, StoredTensor], reads: list[_Read]) -> dict[str, Tensor]:
-    """The scales of matrices in FP8, by the names of the matrices. They may be in other files."""
+def _read_scales(
+    stored: dict[str, StoredTensor], reads: list[_Read], fp8: StoredFp8 | None
+) -> dict[str, Tensor]:
+    """The scales of matrices in FP8, one per block, by the names of the matrices. They may be in
+    other files.
+    """
     in_fp8 = [read for read in reads if read.stored.dtype == FP8 and read.place.convert is None]
     names = {read.name + SCALE_SUFFIX: read for read in in_fp8}
     found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
-    return {
-        read.name.removesuffix(SCALE_SUFFIX): scales.float() if read.stored.dtype == POWERS else scales
-        for read, scales in found
+    scales = {
+        read.name.removesuffix(SCALE_SUFFIX): values.float() if read.stored.dtype == POWERS else values
+        for read, values in found
     }
+    if fp8 is not None and fp8.whole:
+        blocks = {name: fp8.blocks_of(stored[name].shape) for name in scales}
+        return {name: one.reshape(1, 1).expand(blocks[name]) for name, one in scales.items()}
+    return scales
 
 
-def _store(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
+def _store(values: Tensor, scales: Tensor | None, place: _Place, fp8: StoredFp8 | None) -> None:
     if place.convert is not None:
         place.values.copy_(place.convert(values))
     elif not place.shard.is_whole:
-        _store_part(values, scales, place, block)
+        _store_part(values, scales, place, fp8)
     elif scales is None:
         place.values.copy_(values)
     elif place.scales is None:
-        assert block is not None
-        widen_into(place.values, Quantised(values, scales), block)
+        assert fp8 is not None
+        widen_into(place.values, Quantised(values, scales), fp8.block)
     else:
         place.values.copy_(values)
         place.scales.copy_(scales)
 
 
-def _store_part(values: Tensor, scales: Tensor | None, place: _Place, block: tuple[int, int] | None) -> None:
+def _store_part(values: Tensor, scales: Tensor | None, place: _Place, fp8: StoredFp8 | None) -> None:
     """Stores a part of a tensor. FP8 that does not stay so is widened as a whole first: a part may
     begin inside a block.
     """
     shard, target = place.shard, place.values
     if scales is not None and place.scales is not None:
-        assert block is not None
+        assert fp8 is not None
         start, end = shard.bounds(target.shape[shard.dim])
-        size = block[shard.dim]
+        size = fp8.block[shard.dim]
         cut = scales.narrow(shard.dim, start // size, -(-end // size) - start // size)
         place.scales.copy_(cut)
     elif scales is not None:
-        assert block is not None
+        assert fp8 is not None
         whole = target.new_empty(values.shape)
-        widen_into(whole, Quantised(values, scales), block)
+        widen_into(whole, Quantised(values, scales), fp8.block)
         values = whole
     if shard.added_once:
         target.copy_(values) if shard.index == 0 else target.zero_()
@@ -322,7 +338,7 @@ def _report_unexpected(
 ) -> None:
     """Logs once which tensors of the checkpoint the model does not use, apart from known ones."""
     config = model.config
-    known = expected.keys() | ({name + SCALE_SUFFIX for name in expected} if config.fp8_block else set())
+    known = expected.keys() | ({name + SCALE_SUFFIX for name in expected} if config.fp8 else set())
     if config.four_bit is not None:
         for matrix in expert_shapes(model):
             found = names_of(matrix, config.four_bit)
@@ -345,10 +361,11 @@ def _report_unexpected(
 
 def _known(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is known to be unused: layers that predict further tokens, rotary
-    frequencies, the copy of tied embeddings.
+    frequencies, scales of activations, the copy of tied embeddings.
     """
     tied = config.tie_embeddings and name == "lm_head.weight"
-    return _predicts_further(name, config) or name.endswith("rotary_emb.inv_freq") or tied
+    unused = name.endswith(("rotary_emb.inv_freq", *(UNUSED_SCALES if config.fp8 else ())))
+    return _predicts_further(name, config) or unused or tied
 
 
 def _elsewhere(name: str, model: Model) -> bool:

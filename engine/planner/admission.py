@@ -21,6 +21,8 @@ from .request import Request, State
 _LOOK_AHEAD = 64
 _HORIZON = 32
 """Decode steps that a new request is assumed to share, when data indices are compared."""
+_PULL = 0.25
+"""Part of a prompt's time that a request may lose by going where others of its affinity go."""
 
 
 class _Wait(Enum):
@@ -83,8 +85,10 @@ class Admission:
                 self._announce(placed[announced:])
                 announced = len(placed)
                 blocks, hit = self._match([request])[0], 1
-            saved = token * group.page_size * blocks if hit else 0.0
-            place = self._place(request, blocks, seconds - saved)
+            cost = seconds - (token * group.page_size * blocks if hit else 0.0)
+            if request.affinity:
+                cost[request.affinity % len(cost)] -= _PULL * token * request.num_staged
+            place = self._place(request, blocks, cost)
             if place is _Wait.FOR_ROOM:
                 break
             if place is _Wait.FOR_BLOCK:

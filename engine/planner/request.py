@@ -49,6 +49,7 @@ class Request:
     priority: int
     grammar: str
     emitted_i32: bytes = b""
+    affinity: int = 0
     scored: int = 0
     row: int = -1
     staged: int = -1
@@ -71,6 +72,7 @@ class Request:
             priority=submit.priority,
             grammar=submit.grammar,
             emitted_i32=submit.emitted_i32,
+            affinity=submit.affinity,
         )
 
     @property

@@ -28,7 +28,8 @@ class Submit(Message, tag="submit", frozen=True):
     (``engine/kv/hashing.py``), empty when prefix caching is off. ``limit`` counts prompt and output
     tokens. ``grammar`` constrains the output, in the Lark dialect of llguidance; empty: no
     constraint. ``emitted_i32`` are output tokens that the frontend has already: the request goes on
-    after them.
+    after them. Requests with the same ``affinity``, other than 0, gather on one data index where
+    that costs little.
     """
 
     handle: int
@@ -40,6 +41,7 @@ class Submit(Message, tag="submit", frozen=True):
     priority: int = 0
     grammar: str = ""
     emitted_i32: bytes = b""
+    affinity: int = 0
 
 
 class Abort(Message, tag="abort", frozen=True):

@@ -23,11 +23,12 @@ from .norm import rms_norm
 @dataclass(frozen=True, eq=False)
 class Angles:
     """The rotations of a step's tokens, broadcast over heads. cos_T1F, sin_T1F: float32 [T, 1,
-    F].
+    F]. growth_T1: float32 [T, 1], factors of queries, where they depend on the position.
     """
 
     cos_T1F: Tensor
     sin_T1F: Tensor
+    growth_T1: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ def angles(positions_T: Tensor, frequencies_F: Tensor, magnitude: float = 1.0) -
     turn_T1F = (positions_T.float()[:, None] * frequencies_F)[:, None, :]
     cos_T1F, sin_T1F = turn_T1F.cos(), turn_T1F.sin()
     return Angles(cos_T1F * magnitude, sin_T1F * magnitude) if magnitude != 1.0 else Angles(cos_T1F, sin_T1F)
+
+
+def query_growth(positions_T: Tensor, beta: float, length: int) -> Tensor:
+    """Factors of queries at positions_T int64: 1 + beta * log(1 + floor(p / length)), float32 [T,
+    1].
+    """
+    return 1.0 + beta * torch.log1p((positions_T // length).float())[:, None]
 
 
 def rotate_halves(x_THD: Tensor, angles: Angles) -> Tensor:

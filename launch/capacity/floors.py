@@ -93,12 +93,12 @@ def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     dense = stage.num_layers * shape.attention_params
     dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
     experts = stage.num_moe * shape.moe.top_k * shape.expert_params
-    context = shape.attention_operations(work.decode) * _seen(setup, stage, work.attended, work.tokens)
+    attended = _seen(setup, stage, work.attended, work.tokens)
     gates = stage.num_moe * shape.moe.num_experts * shape.hidden * work.tokens
     head = stage.last * shape.vocab_size * shape.hidden * work.sampled
     seconds = 2 * work.tokens * dense / tensor / setup.operations(setup.weights)
     seconds += 2 * work.routed * experts / tensor / setup.operations(setup.expert_dtype)
-    seconds += context / tensor / setup.operations(setup.attention_dtype)
+    seconds += attended * attention_seconds(setup, work.decode)
     return seconds + 2 * (gates + head) / setup.operations(setup.dtype)
 
 
@@ -111,15 +111,30 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
     weights = weights_of(setup, stage)
     chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.mesh.data)
     head = stage.last * shape.vocab_size * shape.hidden * setup.item
-    kv_reads = _seen(setup, stage, work.kv_reads, work.tokens)
-    kv = kv_reads * shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor)
-    read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head + kv
-    return read / (1e12 * setup.hardware.memory_tb_s)
+    kv = _seen(setup, stage, work.kv_reads, work.tokens) * read_seconds(setup)
+    read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head
+    return read / (1e12 * setup.hardware.memory_tb_s) + kv
+
+
+def attention_seconds(setup: Setup, decode: bool) -> float:
+    """Seconds in which a token attends to one position in one layer, without ``sharing``."""
+    operations = setup.shape.attention_operations(decode)
+    return operations / setup.mesh.tensor / setup.operations(setup.attention_dtype)
+
+
+def read_seconds(setup: Setup) -> float:
+    """Seconds of reading one position in one layer, without ``sharing``."""
+    return setup.shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor) / (1e12 * setup.hardware.memory_tb_s)
+
+
+def windows_of(setup: Setup, stage: PipelineStage) -> list[int]:
+    """The windows of the layers of a stage that have one."""
+    return [window for layer in stage.layers if (window := setup.shape.window(layer))]
 
 
 def _seen(setup: Setup, stage: PipelineStage, positions: float, tokens: float) -> float:
     """``positions`` over the layers of a stage; a window bounds those of each token."""
-    windows = [window for layer in stage.layers if (window := setup.shape.window(layer))]
+    windows = windows_of(setup, stage)
     whole = (stage.num_layers - len(windows)) * positions
     return whole + sum(min(positions, tokens * window) for window in windows)
 

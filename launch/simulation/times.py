@@ -1,12 +1,13 @@
 """Duration of a simulated step: the floors of ``launch plan`` for the work of each rank.
 
 Floors are linear in a section's work, except for reading expert weights: a step reads those that
-some token needs. So the linear factors are taken from ``capacity.floors`` once. Suffixes: D data
-indices, S stages.
+some token needs; and for layers with a window, which bounds the positions of each token. So the
+linear factors are taken from ``capacity.floors`` once. Suffixes: D data indices, S stages.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...engine.simulation.simulated_group import StepWork
 from ...parallel.stages import PipelineStage
-from ..capacity.floors import Floor, Work, stage_floor
+from ..capacity.floors import Floor, Work, attention_seconds, read_seconds, stage_floor, windows_of
 from ..capacity.setup import Setup
 
 PARTS = ("compute", "memory", "network")
@@ -48,32 +49,40 @@ class FloorTimes:
 class _StageTimes:
     """The floor of one stage as linear factors.
 
-    ``_compute`` [4]: seconds per token, per sampled row, and per attended position in decode and
-    in prefill.
+    ``_compute`` [2]: seconds per token and per sampled row. ``_decode``, ``_prompt``, ``_read``:
+    seconds of a layer per position attended to in decode and in prefill, and per position read.
     """
 
     def __init__(self, setup: Setup, stage: PipelineStage, expert_imbalance: float) -> None:
         self._setup, self._stage = setup, stage
         self._data = setup.mesh.data
-        units = (_work(tokens=1), _work(sampled=1), _work(attended=1), _work(attended=1, decode=False))
+        units = _work(tokens=1), _work(sampled=1)
         self._compute = np.array([stage_floor(setup, stage, unit).compute for unit in units])
         self._routed = stage_floor(setup, stage, _work(routed=1)).compute * expert_imbalance
-        reads = 1e6  # enough to be exact beside the time of reading weights
-        self._kv_read = (
-            stage_floor(setup, stage, _work(kv_reads=reads)).memory
-            - stage_floor(setup, stage, _work()).memory
-        ) / reads
+        self._decode, self._prompt = (setup.sharing * attention_seconds(setup, way) for way in (True, False))
+        self._read = setup.sharing * read_seconds(setup)
+        windows = windows_of(setup, stage)
+        self._whole, self._windows = stage.num_layers - len(windows), Counter(windows)
         self._floor = lru_cache(1 << 16)(self._even_floor)
 
     def parts(self, work: StepWork) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
         """Compute [D], memory [D] and network seconds."""
         total, most = int(work.tokens_D.sum()), int(work.tokens_D.max())
-        features = np.stack(
-            [work.tokens_D, work.sampled_D, work.decode_context_D, work.prompt_context_D]
-        ).astype(np.float64)
-        compute_D = np.asarray(self._compute @ features + self._routed * total / self._data, np.float64)
-        memory_D = np.asarray(self._floor(total).memory + self._kv_read * work.kv_reads_D, np.float64)
+        features = np.stack([work.tokens_D, work.sampled_D]).astype(np.float64)
+        prompts_D = work.tokens_D - work.decodes_D
+        decoded_D = self._seen(work.decode_context_D, work.decodes_D)
+        compute_D = self._compute @ features + self._routed * total / self._data
+        compute_D += self._decode * decoded_D + self._prompt * self._seen(work.prompt_context_D, prompts_D)
+        read_D = decoded_D + self._seen(work.kv_reads_D - work.decode_context_D, prompts_D)
+        memory_D = self._floor(total).memory + self._read * read_D
         return compute_D, memory_D, self._floor(most * self._data).network
+
+    def _seen(self, positions_D: NDArray[np.int64], tokens_D: NDArray[np.int64]) -> NDArray[np.float64]:
+        """``positions_D`` over the layers; a window bounds those of each of ``tokens_D``."""
+        seen_D = self._whole * positions_D.astype(np.float64)
+        for window, num_layers in self._windows.items():
+            seen_D += num_layers * np.minimum(positions_D, tokens_D * window)
+        return seen_D
 
     def _even_floor(self, total: int) -> Floor:
         """The floor of ``total`` tokens spread evenly over all ranks."""
@@ -85,9 +94,6 @@ def _work(
     *,
     tokens: float = 0,
     sampled: float = 0,
-    attended: float = 0,
-    kv_reads: float = 0,
     routed: float = 0,
-    decode: bool = True,
 ) -> Work:
-    return Work(tokens, sampled, attended, kv_reads, routed, decode)
+    return Work(tokens, sampled, 0, 0, routed, True)

@@ -80,6 +80,24 @@ def test_pydantic_ai(server: Address, kind: str) -> None:
     assert package.Agent(model, output_type=Person).run_sync(PERSON).output.age == 31
 
 
+def test_llama_index(server: Address) -> None:
+    package, core = client_package("llama_index.llms.openai_like"), client_package("llama_index.core.tools")
+    told: Any = {"is_chat_model": True, "is_function_calling_model": True, "context_window": 4096}
+    llm = package.OpenAILike(
+        model=server.model, api_base=server.v1, api_key="none", max_tokens=64, temperature=0, **told
+    )
+    message = client_package("llama_index.core.llms").ChatMessage
+    asked = [message(role="user", content=SUM)]
+    assert "19" in llm.chat(asked).message.content
+    assert "19" in "".join(part.delta or "" for part in llm.stream_chat(asked))
+    tool = core.FunctionTool.from_defaults(get_weather)
+    reply = llm.chat_with_tools([tool], user_msg=WEATHER, tool_required=True)
+    [call] = llm.get_tool_calls_from_response(reply)
+    assert (call.tool_name, call.tool_kwargs) == ("get_weather", {"city": "Bonn"})
+    structured = llm.as_structured_llm(Person).chat([message(role="user", content=PERSON)])
+    assert structured.raw.age == 31
+
+
 @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA", "RESPONSES_TOOLS"])
 def test_instructor(server: Address, mode: str) -> None:
     instructor, openai = client_package("instructor"), client_package("openai")

@@ -183,7 +183,7 @@ def test_matrices_may_be_exported_in_fp8(tmp_path: Path) -> None:
     export(made, MODEL, tmp_path, (32, 32))
     plain = checkpoint_tensors(made)
     model = load_local(tmp_path, torch.float32)
-    assert model.config.fp8_block == (32, 32)
+    assert model.config.fp8 is not None and model.config.fp8.block == (32, 32)
     stored = read_checkpoint(tmp_path)
     eight = {name for name, each in stored.items() if each.dtype == "F8_E4M3"}
     assert {name.split(".")[-2] for name in set(plain) - eight if plain[name].dim() == 2} == {

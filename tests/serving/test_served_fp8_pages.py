@@ -1,15 +1,19 @@
 """FP8 pages on two ranks: with or without the prefix cache, whole prompts and chunks give the same
-greedy tokens.
+greedy tokens; also where every other layer has a window and sinks.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from support.engine.models.checkpoints import write_checkpoint
+from support.engine.models.family_configs import gpt_oss_config
 from support.serving.mixed_asks import random_prompt
+from support.serving.random_checkpoint import CONFIG, write_tokenizer
 from support.serving.served import PAGE_SIZE, Ask, Body, Served, serve
 
 NUM_PROMPTS, NUM_NEW = 10, 12
@@ -60,6 +64,43 @@ def test_tokens_depend_neither_on_the_cache_nor_on_chunks(cached: Served, uncach
         compared += sure
         for other in others:
             assert other.tokens[:sure] == expected.tokens[:sure], f"prompt {number}"
+    assert compared > NUM_PROMPTS * NUM_NEW / 3
+
+
+def test_windows_and_sinks_over_fp8_pages(tmp_path: Path) -> None:
+    """gpt-oss with windows of 12 positions: prompts in chunks, then from cached pages of which most
+    lie before a window, then in other chunks under another salt.
+    """
+    config = gpt_oss_config(vocab_size=CONFIG["vocab_size"])
+    write_tokenizer(write_checkpoint(tmp_path / "model", config, seed=5))
+    overrides = ("kv_cache.dtype=fp8", f"model.path={tmp_path / 'model'}", "model.max_len=512")
+    chunks = ("scheduler.max_batch_tokens=64", "scheduler.max_running=16")
+    dice = random.Random(4)
+    bodies: list[Body] = [
+        {
+            "prompt": random_prompt(dice, 150, 300),
+            "max_tokens": NUM_NEW,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "logprobs": 2,
+        }
+        for _ in range(NUM_PROMPTS)
+    ]
+    with serve(tmp_path / "run", *overrides, *chunks) as served:
+        assert all(rank["pages_total"] for rank in served.cluster()["ranks"])
+        plain, again = (served.ok([Ask(body) for body in bodies]) for _ in range(2))
+        salted = [Ask(body | {"cache_salt": "other"}) for body in reversed(bodies)]
+        others = list(reversed(served.ok(salted)))
+        served.assert_clean()
+    assert sum(answer.cached for answer in again) > 100 * NUM_PROMPTS
+    assert not any(answer.cached for answer in (*plain, *others))
+    compared = 0
+    for number, (expected, *found) in enumerate(zip(plain, again, others, strict=True)):
+        sure = certain(expected.document["choices"][0]["logprobs"]["top_logprobs"])
+        compared += sure
+        for answer in found:
+            assert answer.tokens[:sure] == expected.tokens[:sure], f"prompt {number}"
     assert compared > NUM_PROMPTS * NUM_NEW / 3
 
 

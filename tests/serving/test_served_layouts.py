@@ -141,7 +141,11 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
             "model.max_len=256",
         )
         with serve(tmp_path / f"run-{tensor}-{pipeline}", *overrides) as served:
-            Oracle(model).know(served, bodies, 32)
+            known = Oracle(model).know(served, bodies, 32)
+            known.sort(key=lambda each: len(each.body["prompt"]))
+            for each, answer in zip(known[-4:], served.ok([each.ask(8) for each in known[-4:]]), strict=True):
+                each.assert_same(answer, "from the cache")
+            assert served.counted("prefix_cache_hits") > [0]
 
 
 def test_a_stage_of_one_wide_dense_layer_before_one_of_three_layers(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ class Address:
         return f"{self.base}/v1"
 
 
-def client_package(name: str) -> ModuleType:
+def client_package(name: str, extra: str = "clients") -> ModuleType:
     """The module, or a skip that names the extra that installs it."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
-        pytest.skip(f"{name} is not installed: pip install 'lockstep[clients]'")
+        pytest.skip(f"{name} is not installed: pip install 'lockstep[{extra}]'")
     return importlib.import_module(name)

@@ -141,6 +141,8 @@ class Generate(Strict):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    # Requests with the same key gather on one rank; the cache is shared by all.
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     user: Any = None
 

@@ -95,7 +95,6 @@ class ChatRequest(Generate, Conversation):
     service_tier: Any = None
     metadata: Any = None
     safety_identifier: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     verbosity: Any = None
     store: Any = None

@@ -62,6 +62,7 @@ _FAMILIES = {
     "gpt_oss": "harmony",
     "kimi_k2": "kimi_k2",
     "minimax_m2": "minimax_m2",
+    "mistral4": "mistral",
     "mixtral": "mistral",
     "qwen2_moe": "hermes",
     "qwen3_moe": "hermes",

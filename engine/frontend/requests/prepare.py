@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from zlib import crc32
 
 import numpy as np
 
@@ -61,9 +62,14 @@ def prepare(
         manner=manner,
         claims=claims,
         priority=ask.priority or 0,
+        affinity=_affinity(ask.prompt_cache_key),
         echo=bool(ask.echo),
         skip_special_tokens=ask.skip_special_tokens is not False,
     )
+
+
+def _affinity(key: str | None) -> int:
+    return 1 + crc32(key.encode("utf-8", "surrogatepass")) if key else 0
 
 
 def chat_text(model: ServedModel, ask: ChatRequest) -> str:

@@ -55,8 +55,8 @@ class PreparedRequest:
 
     ``samplings`` are those of the choices, which differ in their seeds. ``manner`` says how replies
     are parsed, None where they are plain text. ``claims`` are grammars that have to be checked
-    first; replies follow the last of them, or are free. ``echo``: the prompt is shown before the
-    completion.
+    first; replies follow the last of them, or are free. ``affinity``: as in ``Submit``. ``echo``:
+    the prompt is shown before the completion.
     """
 
     outline: Outline
@@ -66,6 +66,7 @@ class PreparedRequest:
     manner: Manner | None = None
     claims: tuple[Claim, ...] = ()
     priority: int = 0
+    affinity: int = 0
     echo: bool = False
     skip_special_tokens: bool = True
 

@@ -16,10 +16,13 @@ _NAMES = CheckpointNames(
         ("mlp.shared_experts.", "mlp.shared_mlp."),
     ),
 )
+_ALWAYS = ("qk_norm", "route_norm", "moe_router_use_sigmoid", "moe_router_enable_expert_bias")
 
 
 def _read(fields: Fields) -> Blocks:
     fields.expect("mlp_bias", False)
+    for always in _ALWAYS:
+        fields.expect(always, True)
     bias = fields.flag("attention_bias", False)
     attention = read_gqa(fields, qkv_bias=bias, out_bias=bias, qk_norm=True)
     width = fields.integer("moe_intermediate_size")

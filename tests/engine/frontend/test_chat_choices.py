@@ -119,6 +119,18 @@ def test_a_named_function_is_forced(client: openai.OpenAI, frontend: RunningFron
     assert not frontend.engine.submits[-1].grammar
 
 
+def test_a_cache_key_is_a_hint_for_the_place_alone(client: openai.OpenAI, frontend: RunningFrontend) -> None:
+    for key in ("a", "a", "b", ""):
+        client.chat.completions.create(model=MODEL, messages=USER, seed=1, prompt_cache_key=key)
+    client.responses.create(model=MODEL, input="hi", prompt_cache_key="a")
+    *chat, response = frontend.engine.submits
+    first, again, other, none = (submit.affinity for submit in chat)
+    assert first == again == response.affinity and len({0, first, other}) == 3 and none == 0
+    assert len({submit.hashes_h128 for submit in chat}) == 1
+    with pytest.raises(openai.BadRequestError, match="prompt_cache_key"):
+        client.chat.completions.create(model=MODEL, messages=USER, extra_body={"prompt_cache_key": 5})
+
+
 def test_fields_that_change_nothing(client: openai.OpenAI, frontend: RunningFrontend) -> None:
     client.chat.completions.create(model=MODEL, messages=USER, seed=1, max_completion_tokens=90)
     client.chat.completions.create(
@@ -130,7 +142,6 @@ def test_fields_that_change_nothing(client: openai.OpenAI, frontend: RunningFron
         service_tier="flex",
         metadata={"a": "b"},
         safety_identifier="s",
-        prompt_cache_key="k",
         verbosity="low",
         store=True,
         user="u",

@@ -99,10 +99,6 @@ QWEN_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"quantization_config": FP8 | {"quant_method": "awq"}},
         'quantization_config: quant_method is "awq"; supported: "fp8"',
     ),
-    "no blocks": (
-        {"quantization_config": {"quant_method": "fp8"}},
-        r"weight_block_size is null; expected the rows and columns",
-    ),
     "one number": (
         {"quantization_config": FP8 | {"weight_block_size": [64]}},
         r"weight_block_size is .64.; expected the rows and columns",

@@ -13,10 +13,18 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.engine.models.config import GqaConfig, MlaConfig, ModelConfig, families, load_config
-from support.engine.models.checkpoints import YARN
+from lockstep.engine.models.config import (
+    GqaConfig,
+    MlaConfig,
+    ModelConfig,
+    QueryGrowth,
+    families,
+    load_config,
+)
+from support.engine.models.checkpoints import YARN, deepseek_v3_config
 from support.engine.models.family_configs import (
     CONFIGS,
+    MISTRAL_ROPE,
     deepseek_v2_config,
     glm4_moe_config,
     glm4_moe_lite_config,
@@ -24,6 +32,7 @@ from support.engine.models.family_configs import (
     hy_v3_config,
     kimi_k2_config,
     minimax_m2_config,
+    mistral4_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -198,6 +207,22 @@ def test_hy_v3(tmp_path: Path) -> None:
     assert load(tmp_path, hy_v3_config(first_k_dense_replace=None)).moe_layers == (1, 2)
 
 
+def test_mistral4(tmp_path: Path) -> None:
+    config = load(tmp_path, mistral4_config())
+    assert isinstance(config.attention, MlaConfig) and config.rope.interleaved and config.rope.dim == 16
+    assert config.rope.growth == QueryGrowth(beta=0.5, length=16)
+    assert (config.moe.scoring, config.moe.selection_bias, config.moe.shared_width) == ("softmax", False, 32)
+    assert load(tmp_path, mistral4_config(first_k_dense_replace=None)).moe_layers == (0, 1, 2)
+    still = load(tmp_path, mistral4_config(rope_parameters=MISTRAL_ROPE | {"llama_4_scaling_beta": 0}))
+    assert still.rope.growth is None
+
+
+def test_a_folder_in_mistrals_own_format_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json: no such file; params\.json is Mistral's own format"):
+        load_config(tmp_path)
+
+
 def test_glm4_moe_lite(tmp_path: Path) -> None:
     config = load(tmp_path, glm4_moe_lite_config())
     assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
@@ -286,6 +311,19 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "minimax windows": (minimax_m2_config(attn_type_list=[1, 0, 1]), "attn_type_list .*supported: 1"),
     "minimax norms": (minimax_m2_config(qk_norm_type="per_head"), 'qk_norm_type is "per_head"'),
     "minimax shared": (minimax_m2_config(shared_intermediate_size=8), "shared_intermediate_size is 8"),
+    "hy3 weights": (hy_v3_config(route_norm=False), "route_norm is false; supported: true"),
+    "mistral rope": (
+        mistral4_config(rope_parameters=None),
+        "rope_parameters is null; expected those of YaRN",
+    ),
+    "mistral rotated": (
+        mistral4_config(rope_parameters=MISTRAL_ROPE | {"partial_rotary_factor": 0.25}),
+        "partial_rotary_factor is 0.25; supported: 0.5",
+    ),
+    "queries that grow": (
+        deepseek_v3_config(rope_scaling=YARN | {"llama_4_scaling_beta": 0.1}),
+        "rope_scaling: llama_4_scaling_beta is 0.1; supported: 0",
+    ),
     "lite layers": (
         glm4_moe_lite_config(mlp_layer_types=["dense", "sparse"]),
         'mlp_layer_types .*expected "dense" or "sparse" for each of 3',

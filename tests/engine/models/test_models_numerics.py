@@ -15,6 +15,7 @@ from torch import Tensor
 from support.engine.models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.models.family_configs import (
     GPT_OSS_YARN,
+    MISTRAL_ROPE,
     deepseek_v2_config,
     glm4_moe_config,
     glm4_moe_lite_config,
@@ -22,11 +23,12 @@ from support.engine.models.family_configs import (
     hy_v3_config,
     kimi_k2_config,
     minimax_m2_config,
+    mistral4_config,
     mixtral_config,
     qwen2_moe_config,
 )
 from support.engine.models.local_model import Stepper, load_local
-from support.engine.models.reference_models import load_reference
+from support.engine.models.reference_models import load_reference, model_class
 
 LITE_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "factor": 40}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -113,6 +115,16 @@ VARIANTS |= {
     ),
 }
 VARIANTS |= {
+    "mistral4": mistral4_config(),
+    "mistral4-groups": mistral4_config(
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=False,
+        rope_interleave=False,
+        rope_parameters=MISTRAL_ROPE | {"llama_4_scaling_beta": 0},
+    ),
     "hy_v3": hy_v3_config(),
     "hy_v3-bias": hy_v3_config(
         first_k_dense_replace=None,
@@ -152,6 +164,7 @@ BF16_VARIANTS = (
     "glm4_moe_lite",
     "gpt_oss",
     "hy_v3",
+    "mistral4",
 )
 
 LENGTHS = (93, 41, 7)
@@ -260,17 +273,17 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
     "variant",
     [
         *("qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"),
-        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3"),
+        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3", "mistral4"),
     ],
 )
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    path = write_checkpoint(tmp_path / "m", VARIANTS[variant])
-    AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    config = VARIANTS[variant]
+    path = write_checkpoint(tmp_path / "m", config)
+    theirs = model_class(config["model_type"]).from_pretrained(path)
+    theirs.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
     assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
-    ours, theirs = (load_local(directory, torch.float32) for directory in (tmp_path / "saved", path))
-    assert ours.config == theirs.config
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], tensor), name
+    saved, plain = (load_local(directory, torch.float32) for directory in (tmp_path / "saved", path))
+    assert saved.config == plain.config
+    assert saved.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor), name

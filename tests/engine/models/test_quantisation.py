@@ -42,7 +42,7 @@ def test_formats_are_recognised(
     name: str, dtype: str, format: FourBitFormat, layout: str, tmp_path: Path
 ) -> None:
     config = described(tmp_path, deepseek_v3_config(torch_dtype=dtype), CONFIGS[name])
-    assert config.four_bit is not None and config.fp8_block is None
+    assert config.four_bit is not None and config.fp8 is None
     assert (config.four_bit.format, config.four_bit.layout) == (format, layout)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import Model
+from lockstep.engine.models.quantisation import StoredFp8
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.models.weights import load_weights
 from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, widen_blocks, widen_into
@@ -27,7 +28,8 @@ from lockstep.parallel.dense import split_as_attention
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.tensor import UNSPLIT, TensorSplit, Unsplit
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
-from support.engine.models.fp8_checkpoints import SCALES, write_pair
+from support.engine.models.family_configs import hy_v3_config, mistral4_config
+from support.engine.models.fp8_checkpoints import SCALES, write_pair, write_whole_pair
 from support.engine.models.local_model import Stepper, load_local
 
 # Several blocks in both dims, the last ones not full.
@@ -66,7 +68,7 @@ def load_in_fp8(
 
 def test_logits_are_those_of_the_dequantised_checkpoint(pair: tuple[Path, Path]) -> None:
     eight, plain = (load_local(path, torch.float32) for path in pair)
-    assert eight.config.fp8_block == (128, 128) and plain.config.fp8_block is None
+    assert eight.config.fp8 == StoredFp8((128, 128)) and plain.config.fp8 is None
     for name, tensor in plain.state_dict().items():
         assert torch.equal(eight.state_dict()[name], tensor), name
     steps = [Stepper(model, torch.float32).step(PROMPTS) for model in (eight, plain)]
@@ -213,10 +215,44 @@ def test_blocks_may_have_other_sizes(family: str, tmp_path: Path) -> None:
     eight, plain = write_pair(tmp_path, CONFIGS[family], block=(48, 20))
     expected = load_local(plain, torch.float32).state_dict()
     found = load_local(eight, torch.float32)
-    assert found.config.fp8_block == (48, 20)
+    assert found.config.fp8 == StoredFp8((48, 20))
     assert not found.config.kernel_fp8, "its experts are widened on GPUs too"
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+WHOLE = {
+    "hy_v3": hy_v3_config(head_dim=64, **SIZES),
+    "mistral4": mistral4_config(kv_lora_rank=132, q_lora_rank=140, **SIZES),
+}
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_scale_per_matrix_holds_for_all_its_blocks(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    eight, plain = write_whole_pair(tmp_path, WHOLE[family])
+    found, wanted = (load_local(path, torch.float32) for path in (eight, plain))
+    assert found.config.fp8 == StoredFp8((128, 128), whole=True) and found.config.kernel_fp8
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "no unused scales"
+    kept = load_in_fp8(eight, torch.bfloat16, "reference")
+    for layer, wide in zip(kept.expert_layers(), wanted.expert_layers(), strict=True):
+        assert layer.scales is not None
+        gate, up = layer.w13_SFD[5].chunk(2)
+        matrices = [(gate, layer.scales[0][5][0]), (up, layer.scales[0][5][1])]
+        for (values, scales), whole in zip(matrices, wide.w13_SFD[5].chunk(2), strict=True):
+            assert torch.equal(widen_blocks(Quantised(values, scales)), whole)
+    assert len(kept.checkpoint_scales()) > 4
+
+
+def test_more_scales_than_matrices_are_refused(tmp_path: Path) -> None:
+    path, _ = write_whole_pair(tmp_path, WHOLE["hy_v3"])
+    name = QUERY.removesuffix("weight") + "weight_scale"
+    save_tensors(path, tensors_of(path) | {name: torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=r"q_proj\.weight_scale_inv has shape \[2, 2\]; config\.json makes"):
+        load_local(path, torch.float32)
 
 
 # --------------------------------------------------------------------------- errors

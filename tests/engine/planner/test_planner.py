@@ -128,6 +128,30 @@ def test_equal_prefixes_at_once_are_computed_once_per_data_index() -> None:
     assert_served(world)
 
 
+def test_requests_of_one_affinity_gather_where_that_costs_little() -> None:
+    def homes(world: World, *asks: tuple[list[int], int]) -> set[int]:
+        """The data indices that reserve pages for prompts with their affinities."""
+        before = world.planner.group.kv.used()
+        for tokens, affinity in asks:
+            world.submit(tokens, 3, affinity=affinity)
+        world.planner.tidy()
+        return set((world.planner.group.kv.used() - before).nonzero()[0].tolist())
+
+    world = World(Mesh(data=4), pages=200, page_size=4, max_len=128)
+    for affinity in range(1, 9):
+        assert homes(world, (prompt(affinity, 50), affinity)) == {affinity % 4}
+        world.run()
+    same = prompt(20, 50)
+    assert homes(world, (same, 6)) == {2}
+    world.run()
+    assert homes(world, (same, 7)) == {2}, "its pages are cached elsewhere"
+    world.run()
+    crowd = [(prompt(30 + number, 50), 5) for number in range(12)]
+    assert len(homes(world, *crowd)) > 2, "others wait less"
+    world.run()
+    assert_served(world)
+
+
 def test_a_scored_prompt_is_computed_whole_and_cached() -> None:
     world = World(Mesh(data=1), pages=200, page_size=4, max_len=256)
     world.submit(prompt(1, 100), 4)

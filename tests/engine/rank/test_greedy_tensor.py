@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from support.engine.rank.greedy_layouts import continue_mixed, continue_split
-from support.engine.rank.greedy_prompts import FAMILIES, load_prompts, write_family
+from support.engine.rank.greedy_prompts import ALL, load_prompts, write_family
 from support.parallel.gloo_ranks import run_ranks
 
-SPLIT = [family for family in FAMILIES if family != "minimax_m2"]  # its norms go over all heads
+SPLIT = [family for family in ALL if family != "minimax_m2"]  # its norms go over all heads
 
 
 @pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2), (4, 4)])

@@ -46,6 +46,7 @@ from support.engine.models.family_configs import (
     gpt_oss_config,
     kimi_k2_config,
     minimax_m2_config,
+    mistral4_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -167,6 +168,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
     "minimax with norms over all heads, two ranks": (minimax_m2_config(), torch.bfloat16, 2, []),
     "glm lite, three ranks": (glm4_moe_lite_config(), torch.bfloat16, 3, []),
     "glm lite split over two": (glm4_moe_lite_config(), torch.float32, 4, ["parallel.tensor=2"]),
+    "mistral split over two": (mistral4_config(), torch.bfloat16, 4, ["parallel.tensor=2"]),
     "gpt-oss, three ranks, uneven slots": (gpt_oss_config(), torch.bfloat16, 3, []),
     "gpt-oss split over two, in two stages": (
         gpt_oss_config(num_hidden_layers=4),

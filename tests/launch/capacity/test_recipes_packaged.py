@@ -22,6 +22,8 @@ LARGE = sorted(set(RECIPES) - {name for name in RECIPES if name.startswith("demo
 PARAMETERS = {"deepseek-v3": 671.0, "kimi-k2": 1026, "qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
 PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7, "minimax-m2": 229.0, "glm-4.7-flash": 30.0}
 PARAMETERS["gpt-oss-120b"] = 116.8  # arXiv 2508.10925, table 1
+# The model cards of Hy3 and Mistral-Small-4-119B-2603, the latter without its vision tower.
+PARAMETERS |= {"kimi-k2.5": 1026, "hy3": 295.0, "mistral-small-4": 119.0}
 
 
 def test_all_are_there() -> None:
@@ -35,6 +37,9 @@ def test_all_are_there() -> None:
         "minimax-m2-8xh200",
         "glm-4.7-flash-1xh200",
         "gpt-oss-120b",
+        "kimi-k2.5-h200",
+        "hy3-8xh200",
+        "mistral-small-4-2xh200",
     }
     assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)
 
@@ -89,6 +94,17 @@ def test_dimensions_give_the_published_number_of_parameters(name: str) -> None:
     assert read_shape(FOLDER / "configs" / name).total_params / 1e9 == pytest.approx(
         PARAMETERS[name], rel=0.002
     )
+
+
+def test_two_nodes_hold_three_and_a_half_times_the_pages_of_one() -> None:
+    """As the recipe for Kimi K2.5 says."""
+    recipe = "kimi-k2.5-h200"
+    both, one = (
+        plan_recipe(load_recipe(recipe, overrides, check=contradictions)[0], FOLDER)
+        for overrides in ([], ["cluster.nodes=1", "experts.redundant=0"])
+    )
+    assert one.fits
+    assert both.kv_tokens / one.kv_tokens == pytest.approx(3.5, abs=0.1)
 
 
 def test_every_packaged_dimension_file_is_used() -> None:

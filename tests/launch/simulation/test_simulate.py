@@ -73,7 +73,7 @@ def whole_prompt(tokens: int, ranks: int) -> Work:
 # --------------------------------------------------------------------------- time of a step
 
 
-@pytest.mark.parametrize("name", [QWEN, DEEPSEEK, LITE, "demo"])
+@pytest.mark.parametrize("name", [QWEN, DEEPSEEK, LITE, "gpt-oss-120b", "demo"])
 def test_steady_decode_takes_what_the_plan_says(name: str) -> None:
     plan, _ = planned(name)
     data, rows = plan.setup.mesh.data, plan.largest_batch_per_rank
@@ -100,12 +100,32 @@ def test_decode_and_prefill_attend_at_their_own_cost() -> None:
     zeros = np.zeros(72, np.int64)
     far = np.full(72, 10**12)
     decode, prompt = (
-        FloorTimes(plan.setup, 1.0)(StepWork(zeros, zeros + 1, zeros, *pair, zeros))
+        FloorTimes(plan.setup, 1.0)(StepWork(zeros, zeros + 1, zeros, *pair, pair[0]))
         for pair in ((far, zeros), (zeros, far))
     )
     assert decode / prompt == pytest.approx(
         shape.attention_operations(True) / shape.attention_operations(False), rel=1e-3
     )
+
+
+def test_a_window_bounds_what_half_of_the_layers_see() -> None:
+    """Far out only attention counts, and every other layer has a window; within it nothing
+    changes.
+    """
+    setup = planned("gpt-oss-120b")[0].setup
+    whole = replace(setup, shape=replace(setup.shape, windows=()))
+    far = 10**9
+    for work in (
+        work_of(decodes=[1] * 8, context=far, chunks=[0] * 8),
+        work_of(decodes=[0] * 8, chunks=[far] * 8),
+    ):
+        bounded, all_layers = (FloorTimes(each, 1.0)(work).max() for each in (setup, whole))
+        assert bounded / all_layers == pytest.approx(0.5, abs=0.02)
+    near = work_of(decodes=[64] * 8, context=128, chunks=[0] * 8)
+    assert FloorTimes(setup, 1.0)(near) == pytest.approx(FloorTimes(whole, 1.0)(near))
+    beyond = work_of(decodes=[64] * 8, context=10**6, chunks=[0] * 8)
+    floor = floor_of(setup, decode_work(64, 10**6))
+    assert FloorTimes(setup, 1.0)(beyond) == pytest.approx(floor.seconds)
 
 
 def test_the_default_is_what_published_figures_reach() -> None:

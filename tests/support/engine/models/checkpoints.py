@@ -263,6 +263,10 @@ def _moe_shapes(config: dict[str, Any]) -> Shapes:
     if config["model_type"] == "qwen2_moe":
         shapes |= _swiglu_shapes("mlp.shared_expert.", config["shared_expert_intermediate_size"], hidden)
         shapes["mlp.shared_expert_gate.weight"] = (1, hidden)
+    if config["model_type"] == "mistral4":
+        stacked: Shapes = {"gate_up_proj": (num_experts, 2 * width, hidden)}
+        stacked["down_proj"] = (num_experts, hidden, width)
+        return shapes | {f"mlp.experts.{name}": shape for name, shape in stacked.items()}
     for expert in range(num_experts):
         shapes |= _swiglu_shapes(f"mlp.experts.{expert}.", width, hidden)
     return shapes

@@ -20,6 +20,18 @@ GPT_OSS_YARN = {
     "truncate": False,
     "original_max_position_embeddings": 64,
 }
+MISTRAL_ROPE = {
+    "type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 128.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.5,
+    "partial_rotary_factor": 0.5,
+}
 _ABSENT = {"rope_interleave": None, "topk_method": None, "scoring_func": None}
 _NOT_QWEN3 = {
     "attention_bias": None,
@@ -175,6 +187,23 @@ def gpt_oss_config(**changes: Any) -> dict[str, Any]:
     return qwen3_moe_config(**(_NOT_QWEN3 | own | moe | changes))
 
 
+def mistral4_config(**changes: Any) -> dict[str, Any]:
+    """As Mistral-Small-4: queries grow, here every 16 positions, and no layer is dense."""
+    own = {
+        "architectures": ["Mistral4ForCausalLM"],
+        "model_type": "mistral4",
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "rope_theta": None,
+        "rope_parameters": MISTRAL_ROPE,
+    }
+    return deepseek_v3_config(**(_ABSENT | own | changes))
+
+
 def hy_v3_config(**changes: Any) -> dict[str, Any]:
     """As Hy3: norms of queries and keys, a shared expert, the first layer dense."""
     own = {
@@ -202,4 +231,5 @@ CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "glm4_moe_lite": glm4_moe_lite_config,
     "gpt_oss": gpt_oss_config,
     "hy_v3": hy_v3_config,
+    "mistral4": mistral4_config,
 }

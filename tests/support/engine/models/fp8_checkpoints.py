@@ -94,3 +94,33 @@ def write_pair(
         (path / "config.json").write_text(json.dumps(config | added))
         save_tensors(path, tensors, num_shards)
     return folder / "fp8", folder / "plain"
+
+
+def write_whole_pair(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """As ``write_pair``, with one scale per matrix: as Hy3-FP8 ships them, and for experts in one
+    tensor as Mistral-Small-4 does. Static scales of activations stand beside them.
+    """
+    eight: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for name, value in random_tensors(config, 0, torch.bfloat16).items():
+        stacked = value.dim() == 3
+        if not (stacked or (value.dim() == 2 and name.endswith("proj.weight"))):
+            eight[name], plain[name] = value, value.float()
+            continue
+        scale = (value.float().abs().amax((-2, -1), keepdim=stacked) / 448 * 1.01).bfloat16()
+        values = (value.float() / scale.float()).to(torch.float8_e4m3fn)
+        eight[name], plain[name] = values, values.float() * scale.float()
+        if stacked:
+            eight |= {name + SCALES: scale, f"{name}_activation_scale": torch.ones(len(value))}
+        else:
+            owner = name.removesuffix("weight")
+            eight |= {f"{owner}weight_scale": scale, f"{owner}input_scale": torch.ones(1)}
+    stored = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    for kind, tensors, added in (
+        ("fp8", eight, {"quantization_config": stored, "torch_dtype": "bfloat16"}),
+        ("plain", plain, {}),
+    ):
+        (folder / kind).mkdir(parents=True)
+        (folder / kind / "config.json").write_text(json.dumps(config | added))
+        save_tensors(folder / kind, tensors)
+    return folder / "fp8", folder / "plain"

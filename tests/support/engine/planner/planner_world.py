@@ -168,7 +168,14 @@ class World:
     # ------------------------------------------------------------- clients
 
     def submit(
-        self, prompt: list[int], max_tokens: int, *, seed: int = 0, stop: bool = True, scored: int = -1
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        seed: int = 0,
+        stop: bool = True,
+        scored: int = -1,
+        affinity: int = 0,
     ) -> int:
         """Submits a request. ``scored``: top alternatives wanted at every prompt token, -1 for no
         log-probabilities of the prompt.
@@ -183,6 +190,7 @@ class World:
             limit=len(prompt) + max_tokens,
             sampling=Sampling(seed=seed, stop_i32=STOP if stop else b"", num_prompt_logprobs=scored),
             grammar=f"grammar {handle}",
+            affinity=affinity,
         )
         self.requests[handle] = submit
         self.tokens[handle], self.scores[handle] = [], []

@@ -24,8 +24,10 @@ from ..models.family_configs import (
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
+    hy_v3_config,
     kimi_k2_config,
     minimax_m2_config,
+    mistral4_config,
     mixtral_config,
     qwen2_moe_config,
 )
@@ -47,6 +49,9 @@ FAMILIES = {
     "glm4_moe_lite": glm4_moe_lite_config(),
     "gpt_oss": gpt_oss_config(),
 }
+# Made of the same parts as others, so that fewer layouts will do.
+RELATED = {"hy_v3": hy_v3_config(), "mistral4": mistral4_config()}
+ALL = FAMILIES | RELATED
 _ROUTERS = ("TopKRouter", "TopkRouter")  # how transformers' routers end
 
 
@@ -68,7 +73,7 @@ def load_prompts(family: str) -> list[GreedyPrompt]:
 
 
 def write_family(path: Path, family: str) -> Path:
-    return write_checkpoint(path, FAMILIES[family], seed=11)
+    return write_checkpoint(path, ALL[family], seed=11)
 
 
 class Reference:
@@ -143,7 +148,7 @@ def _collect(family: str) -> list[GreedyPrompt]:
     generator = torch.Generator().manual_seed(23)
     found: list[GreedyPrompt] = []
     with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(write_family(Path(folder) / "model", family), FAMILIES[family])
+        reference = Reference(write_family(Path(folder) / "model", family), ALL[family])
         while len(found) < NUM_PROMPTS:
             length = int(torch.randint(1, 80, (1,), generator=generator))
             prompt = torch.randint(2, 320, (length,), generator=generator).tolist()
@@ -157,4 +162,4 @@ def _collect(family: str) -> list[GreedyPrompt]:
 if __name__ == "__main__":
     stored = json.loads(FILE.read_text())
     stored |= {family: [asdict(prompt) for prompt in _collect(family)] for family in sys.argv[1:]}
-    FILE.write_text(json.dumps({family: stored[family] for family in FAMILIES}) + "\n")
+    FILE.write_text(json.dumps({family: stored[family] for family in ALL}) + "\n")
