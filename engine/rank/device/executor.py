@@ -36,7 +36,7 @@ from ..halves import Part, halves, whole
 from ..parts import Parts
 from ..span_notes import SpanNotes
 from ..token_logprobs import logprob_lines
-from .captured import CapturedDecode
+from .captured import CapturedSteps
 from .draw import draw
 from .first_steps import compute_first_steps
 from .graphs import GraphRecorder
@@ -45,7 +45,7 @@ from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
 from .transfers import Upload, fetch, mark, seconds_between
 from .under_way import Drawing, UnderWay
 
-_ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 32, 12, 4096
+_ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 128, 12, 4096
 _ENTRIES = 8192
 """Entries of page tables that travel at once."""
 
@@ -74,7 +74,9 @@ class DeviceExecutor(Executor):
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
-        self._decode = CapturedDecode(parts, self._slots, self._upload, self._forward, num_slots, recorder)
+        self._captured = CapturedSteps(
+            parts, self._slots, self._upload, self._forward, self._history, max_tokens, recorder
+        )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
 
@@ -87,7 +89,7 @@ class DeviceExecutor(Executor):
             if epoch == 0 and self._parts.device.type == "cuda":
                 max_len = self._history.shape[1]
                 compute_first_steps(self._parts, self._slots, self._forward, self._max_tokens, max_len)
-            self._decode.begin_epoch()
+            self._captured.begin_epoch()
             self._parts.groups.check()
         except CollectiveError as error:
             self.end_epoch()
@@ -144,8 +146,8 @@ class DeviceExecutor(Executor):
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         drawing = self._drawing(rows, draws.nonzero()[0])
         scores: tuple[PromptLogprobs, ...] = ()
-        if self._decode.repeats(header):
-            fetched = self._repeat(header, rows, draws, drawing, section)
+        if self._captured.repeats(header, rows):
+            fetched, scores = self._repeat(header, rows, draws, drawing, section)
         else:
             hidden_TD, sent = (compute or self._compute)(header, rows, draws, drawing, section)
             fetched = []
@@ -248,14 +250,15 @@ class DeviceExecutor(Executor):
 
     def _repeat(
         self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: Drawing, section: Section
-    ) -> list[Tensor]:
-        """A captured step. Returns what the host will read."""
-        size, decode = header.capacity, self._decode
-        sent = decode.send(size, rows, draws, self._entries(section), drawing.arrays())
-        hidden_BD = decode.layers(size, sent)
-        if drawing.alone and decode.samples:
-            return [decode.sample(size, sent).index_select(0, decode.drawing(sent)[0])]
-        return self._choose(header.step, hidden_BD, decode.drawing(sent), drawing)
+    ) -> tuple[list[Tensor], tuple[PromptLogprobs, ...]]:
+        """A captured step. Returns what the host will read, and the scores of prompts."""
+        size, steps = header.capacity, self._captured
+        sent = steps.send(size, rows, draws, self._entries(section), drawing.arrays())
+        hidden_BD = steps.layers(size, sent)
+        scores = self._score(rows, hidden_BD)
+        if drawing.alone and steps.samples(size):
+            return [steps.sample(size, sent).index_select(0, steps.drawing(sent)[0])], scores
+        return self._choose(header.step, hidden_BD, steps.drawing(sent), drawing), scores
 
     def _entries(self, section: Section) -> Arrays:
         """The entries of page tables that a step adds, but for those that travel ahead because they

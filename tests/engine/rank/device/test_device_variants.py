@@ -14,12 +14,13 @@ import torch
 from lockstep.engine.protocol.buckets import BUCKETS, bucket_over
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.slot_table import Rows
+from lockstep.engine.rank.device.captured import MOST_TOKENS
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.first_steps import compute_first_steps
 from lockstep.engine.rank.device.step_arrays import LaneArrays
 from lockstep.engine.rank.halves import whole
 from lockstep.engine.rank.prompt_logprobs import score_slice
-from support.engine.rank.executors_without_memory import MAX_LEN, MAX_TOKENS, ROWS, executor_of
+from support.engine.rank.executors_without_memory import MAX_LEN, MAX_TOKENS, executor_of
 from support.engine.rank.kernel_variants import noting_variants
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="notes launches of the interpreter")
@@ -30,11 +31,13 @@ MODELS = {"qwen3-30b-a3b": (1, 30), "deepseek-v3": (4, 60), "gpt-oss-120b": (2, 
 
 
 def capture(executor: DeviceExecutor, size: int) -> None:
-    """Computes a step of ``size`` rows as ``CapturedDecode`` does when it captures one."""
-    decode = executor._decode
+    """Computes a step of ``size`` rows as ``CapturedSteps`` does when it captures one."""
+    steps = executor._captured
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
-    sent = decode.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
-    decode._sample(decode._layers(size, *sent[:6]), sent[6:13])
+    sent = steps.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+    hidden_BD = steps._layers(size, *sent[:7])
+    if steps.samples(size):
+        steps._sample(hidden_BD, sent[7:14])
 
 
 def random_rows(dice: random.Random) -> Rows:
@@ -104,7 +107,7 @@ def test_no_plan_after_the_first_steps_needs_another_kernel(name: str) -> None:
     with noting_variants() as variants, torch.inference_mode():
         compute_first_steps(executor._parts, executor._slots, executor._forward, MAX_TOKENS, MAX_LEN)
         for size in BUCKETS:
-            if 0 < size <= ROWS:
+            if 0 < size <= MOST_TOKENS:
                 capture(executor, size)
         known = set(variants)
         for number in range(PLANS):
