@@ -127,6 +127,18 @@ def process_settings(*, threads: int, loopback: bool, isa: str = "auto") -> dict
     return settings
 
 
+def nccl_settings(deadline: float) -> dict[str, str]:
+    """Settings of ranks on GPUs: NCCL's communicators are aborted by their rank, which meets the
+    others again. torch would end the process instead, and waits ``deadline`` seconds in a meeting.
+    """
+    return {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, round(deadline))),
+    }
+
+
 def tracing_settings() -> dict[str, str]:
     """The user's settings of OpenTelemetry, for frontends that another process starts than this."""
     return {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}

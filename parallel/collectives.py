@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,16 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    BroadcastOptions,
-    PrefixStore,
-    ProcessGroupGloo,
-    Store,
-    Work,
-)
+from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, Store, Work
 
-from .recovery import ABORT_AND_RECAPTURE, REGROUP, Recovery, gravest
-from .shared_group import PeerGone, SharedGroup, meet_in_memory
+from . import transports
+from .recovery import REGROUP, Recovery, gravest
+from .shared_group import SharedGroup, meet_in_memory
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,14 +77,15 @@ class Collectives:
         self.store = store
         self._deadline = timedelta(seconds=deadline)
         self.device = device
+        self._transport = transports.transport_of(device)
         self._group: Any = None  # torch's stubs do not show what a backend can do
         self._present = list(range(size))
         self._memory = memory
 
     @property
     def recovery(self) -> Recovery:
-        """Gloo's waits end by themselves; NCCL's kernels are aborted."""
-        return REGROUP if self.size == 1 or self.device.type == "cpu" else ABORT_AND_RECAPTURE
+        """The grade of the transport, if there is anybody to lose."""
+        return REGROUP if self.size == 1 else self._transport.recovery
 
     @property
     def role(self) -> str:
@@ -102,7 +99,7 @@ class Collectives:
             return ""
         if isinstance(self._group, SharedGroup):
             return "shared memory"
-        return "gloo" if self.device.type == "cpu" else "NCCL"
+        return self._transport.name
 
     def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
         """Meets the ranks of all positions but the ``vacant`` ones under a prefix of this epoch,
@@ -117,8 +114,9 @@ class Collectives:
         prefix = f"{self._name}/{epoch}"
         try:
             met = PrefixStore(prefix, self.store)
-            self._group = self._new_group(met)
-            if self.device.type == "cpu":
+            index, size = self._present.index(self.index), len(self._present)
+            self._group = self._transport.meet(met, index, size, self._deadline)
+            if self._transport.on_host:
                 self._prove(met)
                 if self._memory:
                     self._group = self._in_memory(self._group, prefix)
@@ -161,6 +159,12 @@ class Collectives:
         """Drops the process group, if there is one. Its collectives under way fail."""
         group, self._group = self._group, None
         if group is not None:
+            group.abort()
+
+    def cut(self) -> None:
+        """Ends what a device waits for, from any thread. The group stays, of no more use."""
+        group = self._group
+        if group is not None and not self._transport.on_host:
             group.abort()
 
     def all_to_all(
@@ -229,18 +233,21 @@ class Collectives:
         """Sends ``rows`` to the rank ``to`` of this group, which receives them under ``tag``. They
         must not change until the result has been waited for.
         """
-        return Pending(what, rows, self._group.send([rows], to, tag))
+        return Pending(what, rows, self._start(what, "send", [rows], to, tag))
 
     def receive(self, rows: Tensor, source: int, tag: int, what: str) -> Pending:
         """Receives into ``rows`` what the rank ``source`` sends under ``tag``."""
-        return Pending(what, rows, self._group.recv([rows], source, tag))
+        return Pending(what, rows, self._start(what, "recv", [rows], source, tag))
 
     def _start(self, what: str, name: str, *arguments: Any) -> Work:
-        """Starts the collective ``name`` of the process group."""
+        """Starts the collective ``name`` of the process group, which may find its peers gone, or
+        itself aborted.
+        """
         try:
             work: Work = getattr(self._group, name)(*arguments)
-        except PeerGone as error:
-            raise CollectiveError(f"{self._name}: rank {self.index} started {what}: {error}") from error
+        except RuntimeError as error:
+            detail = f"rank {self.index} started {what}: {_first_line(error)}"
+            raise CollectiveError(f"{self._name}: {detail}") from error
         return work
 
     def is_done(self, pending: Pending) -> bool:
@@ -285,19 +292,6 @@ class Collectives:
         runs[self._present] = pending.output.view(len(self._present), *shape)
         return pending.spread
 
-    def _new_group(self, store: Store) -> Any:
-        """Makes a group of its own, not torch's global one, so that two clusters fit in one
-        process.
-        """
-        if self.device.type == "cpu":
-            index = self._present.index(self.index)
-            return ProcessGroupGloo(store, index, len(self._present), self._deadline)
-        from torch._C._distributed_c10d import ProcessGroupNCCL
-
-        options = ProcessGroupNCCL.Options()
-        options._timeout = self._deadline
-        return ProcessGroupNCCL(store, self._present.index(self.index), len(self._present), options)
-
 
 class EpochGroup(Protocol):
     """A group of ranks that meets anew in every epoch."""
@@ -323,15 +317,21 @@ class EpochGroup(Protocol):
 
     def destroy(self) -> None: ...
 
+    def cut(self) -> None: ...
+
 
 class RankGroups:
     """The groups that a rank belongs to: built, and dropped, together and in order. Those over
-    which ``experts`` are spread can meet without some of their ranks.
+    which ``experts`` are spread can meet without some of their ranks. ``is_cut``: the epoch was cut
+    off, and what a device has computed since means nothing.
     """
 
     def __init__(self, *groups: EpochGroup, experts: Collection[EpochGroup] = ()) -> None:
         self._groups = groups
         self._experts = experts
+        self._lock = threading.Lock()
+        self._epoch = -1
+        self.is_cut = False
 
     @property
     def recovery(self) -> Recovery:
@@ -366,8 +366,26 @@ class RankGroups:
         """Meets the ranks of every group under a prefix of this epoch; ``vacant`` positions of
         those that share experts stay away.
         """
+        with self._lock:
+            self._epoch, self.is_cut = epoch, False
         for group in self._groups:
             group.build(epoch, vacant if group in self._experts else ())
+            self.check()
+
+    def cut(self, epoch: int) -> None:
+        """Ends what this rank's device waits for in ``epoch`` or an earlier one. Any thread may
+        call: the rank's own may wait for the device.
+        """
+        with self._lock:
+            if self._epoch <= epoch:
+                self.is_cut = True
+                for group in self._groups:
+                    group.cut()
+
+    def check(self) -> None:
+        """Raises CollectiveError if the epoch was cut off."""
+        if self.is_cut:
+            raise CollectiveError(f"epoch {self._epoch} was cut off")
 
     def destroy(self) -> None:
         """Drops the process groups. Their collectives under way fail."""

@@ -212,6 +212,9 @@ class SymmetricGroup:
         if self._tensors:
             raise ProcessSpent(f"{self._name}: the epoch has ended, and symmetric memory serves one only")
 
+    def cut(self) -> None:
+        """Its kernels cannot be ended: the process is replaced."""
+
     def start_all_to_all(
         self, rows: Region, received: Region, splits: Region, received_splits: Region
     ) -> Started:

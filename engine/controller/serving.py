@@ -132,12 +132,13 @@ class Serving:
 
     def _disband(self) -> None:
         """Tells ranks that an epoch is over: some may wait in a collective for one that will not
-        come.
+        come, and some for a device that does.
         """
         epoch = self._pilot.group.steps.epoch
         if epoch != self._epoch:
             for rank in range(self._pilot.group.mesh.world):
                 self._transport.send_bulk(rank, Disband(epoch - 1))
+                self._transport.send_pulse(rank, Disband(epoch - 1))
             self._epoch = epoch
 
     def _welcome(self, hello: RankHello) -> None:

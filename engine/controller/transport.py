@@ -9,7 +9,7 @@ import msgspec
 import zmq
 
 from ..planner.group_plan import GroupPlan
-from ..protocol.bulk import FromRankBulk
+from ..protocol.bulk import Disband, FromRankBulk
 from ..protocol.frontends import FromFrontend
 from ..protocol.message import Message, Stop
 from ..protocol.results import FromRankStep
@@ -96,7 +96,7 @@ class Transport:
     def send_bulk(self, rank: int, message: Message) -> None:
         self._bulk.send_multipart((self._identities[rank], encode(message)), zmq.DONTWAIT)
 
-    def send_pulse(self, rank: int, message: Stop) -> None:
+    def send_pulse(self, rank: int, message: Stop | Disband) -> None:
         """Sends to the thread of a rank that no step blocks."""
         self._bulk.send_multipart((pulse_identity(rank), encode(message)), zmq.DONTWAIT)
 

@@ -92,8 +92,7 @@ class GroupedAttention(Attention):
         def attention(
             residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
         ) -> tuple[Tensor, Tensor]:
-            x_TD, normed_TD = ops.add_norm(residual, norm)
-            qkv_TX = ops.project(normed_TD, qkv)
+            x_TD, qkv_TX = ops.norm_project(residual, norm, qkv)
             q_TX, k_TX, v_TX = qkv_TX.split([num_queries, num_keys, num_keys], 1)
             qkv_TX = torch.cat([q_norm(q_TX), k_norm(k_TX), v_TX], 1)
             q_THE = ops.norm_rotate_and_write(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...kernels.reference.column import Reference
 from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles
-from ...kernels.reference.sublayers import Residual, RowNorm
+from ...kernels.reference.sublayers import Projection, Residual, RowNorm
 from ...parallel.linear import Backend, Linear, Matrix, MergedLinear
 from ...parallel.tensor import shard_of
 from .attention import Attention, LayerCache
@@ -50,26 +50,31 @@ class LatentAttention(Attention):
         values, columns = shape.num_heads * shape.value_dim, shard_of(backend.tensor, 1)
         self.o_proj = Linear(values, config.hidden, backend, shape.bias, columns)
         # Plain attributes for ``forward``: finding a submodule or its parameter takes 0.5 us.
-        self._down = self.down_proj.forward
-        self._queries = (self.q_a_layernorm.forward, self.q_b_proj.forward) if shape.q_latent else ()
+        self._bind()
         self._latent_norm = self.kv_a_layernorm.forward
         self._expand_HPC = self.kv_b_proj.weight.unflatten(0, (shape.num_heads, -1))
         self._out = self.o_proj.forward
+
+    def _bind(self) -> None:
+        self._down = Projection(*self.down_proj.operands)
+        self._queries: tuple[RowNorm, Projection] | None = None
+        if self._shape.q_latent:
+            self._queries = self.q_a_layernorm.row, Projection(*self.q_b_proj.operands)
 
     def pack(self) -> None:
         self.down_proj.pack()
         if self._shape.q_latent:
             self.q_b_proj.pack()
         self.o_proj.pack()
+        self._bind()
 
     def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
         shape, ops, (latents,) = self._shape, self._ops, cache
-        x_TD, normed_TD = ops.add_norm(residual, self._norm)
-        down_TX = self._down(normed_TD)
+        x_TD, down_TX = ops.norm_project(residual, self._norm, self._down)
         rest = down_TX.shape[1] - shape.kv_latent - shape.rope_dim
         q_TX, c_TC, k_rope_TE = down_TX.split([rest, shape.kv_latent, shape.rope_dim], 1)
-        for step in self._queries:
-            q_TX = step(q_TX)
+        if self._queries is not None:
+            _, q_TX = ops.norm_project((q_TX, None), *self._queries)
         if rotation.growth_T1 is not None:
             q_TX = q_TX * rotation.growth_T1.to(q_TX.dtype)
         q_THX = q_TX.unflatten(-1, (shape.num_heads, -1))

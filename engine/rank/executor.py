@@ -144,6 +144,10 @@ class Executor:
         self._parts.links.forget()
         self._parts.groups.destroy()
 
+    def cut(self, epoch: int) -> None:
+        """Ends what the device waits for in ``epoch`` or before. Any thread may call."""
+        self._parts.groups.cut(epoch)
+
     def place(self, version: int, placement_i32: bytes) -> None:
         assert self._parts.slots is not None, "another placement, where experts stay"
         self._parts.slots.place(version, placement_i32)

@@ -43,13 +43,11 @@ def score(parts: Parts, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
     All ranks of a tensor group make the same calls.
     """
     split = parts.splits.tensor.size
-    width, score_slice = max(1, _SLICE_BYTES * split // (4 * parts.model.config.vocab_size)), _score
-    if split > 1:
-        score_slice = _score_split
+    width = max(1, _SLICE_BYTES * split // (4 * parts.model.config.vocab_size))
     next_T = torch.from_numpy(chunk.next_T.astype(np.int64)).to(hidden_TD.device)
     hidden_TD = hidden_TD[chunk.first : chunk.first + len(next_T)]
     slices = [
-        score_slice(parts, part_TD, part_T, chunk)
+        score_slice(parts, part_TD, part_T, chunk.num_top, chunk.ranks)
         for part_TD, part_T in zip(hidden_TD.split(width), next_T.split(width), strict=True)
     ]
     chosen_T, ids_TK, values_TK, ranks_T = (
@@ -68,19 +66,16 @@ def score(parts: Parts, hidden_TD: Tensor, chunk: Chunk) -> PromptLogprobs:
 _Scores = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _score(parts: Parts, hidden_TD: Tensor, next_T: Tensor, chunk: Chunk) -> _Scores:
+def score_slice(parts: Parts, hidden_TD: Tensor, next_T: Tensor, num_top: int, ranks: bool) -> _Scores:
     """Log-probabilities of the tokens, the ids and values of the top K, and the tokens' ranks (none
     where they are not wanted). A token that ties with others has the best rank among them.
     """
+    if parts.splits.tensor.size > 1:  # by what each part of the vocabulary says
+        logits = parts.model.own_logits(hidden_TD)
+        ranks_T = 1 + logits.num_above(next_T) if ranks else next_T[:0]
+        return *split_logprobs(parts, logits, next_T, num_top), ranks_T
     logits_TV = parts.model.logits(hidden_TD)
-    chosen_T, ids_TK, values_TK = parts.model.ops.logprobs(logits_TV, next_T, chunk.num_top)
-    if not chunk.ranks:
+    chosen_T, ids_TK, values_TK = parts.model.ops.logprobs(logits_TV, next_T, num_top)
+    if not ranks:
         return chosen_T, ids_TK, values_TK, next_T[:0]
     return chosen_T, ids_TK, values_TK, 1 + (logits_TV > logits_TV.gather(-1, next_T[:, None])).sum(-1)
-
-
-def _score_split(parts: Parts, hidden_TD: Tensor, next_T: Tensor, chunk: Chunk) -> _Scores:
-    """As ``_score``, by what each part of the vocabulary says."""
-    logits = parts.model.own_logits(hidden_TD)
-    ranks_T = 1 + logits.num_above(next_T) if chunk.ranks else next_T[:0]
-    return *split_logprobs(parts, logits, next_T, chunk.num_top), ranks_T

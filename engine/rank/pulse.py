@@ -1,5 +1,5 @@
-"""The pulse of a rank: a thread that a step cannot block tells the controller of progress, and
-leaves when the controller says Stop and the step does not end.
+"""The pulse of a rank: a thread that a step cannot block tells the controller of progress, cuts off
+an epoch that is over, and leaves when the controller says Stop and the step does not end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from ..protocol.bulk import StepProgress
+from ..protocol.bulk import Disband, StepProgress
 from ..protocol.message import Stop
 from ..protocol.sockets import client_socket, encode, keep_watch, pulse_identity
 from ..protocol.specs import RankSpec
@@ -20,6 +20,11 @@ from ..protocol.specs import RankSpec
 BEAT_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
 """Seconds after a Stop in which the loop may end by itself: it does unless a step keeps it."""
+
+
+CUT_SECONDS = 0.25
+"""Seconds after a Disband in which the loop may leave the epoch by itself: it does unless it waits
+for a device."""
 
 
 class Pacemaker(Protocol):
@@ -33,11 +38,13 @@ class Pacemaker(Protocol):
 
 class Pulse:
     """Says every second how far a step is that takes longer than that. ``leave`` ends the process;
-    a step that is cut off has nothing to save.
+    a step that is cut off has nothing to save. ``cut`` ends what a device waits for in an epoch.
     """
 
-    def __init__(self, spec: RankSpec, loop: Pacemaker, leave: Callable[[], None]) -> None:
-        self._spec, self._loop, self._leave = spec, loop, leave
+    def __init__(
+        self, spec: RankSpec, loop: Pacemaker, leave: Callable[[], None], cut: Callable[[int], None]
+    ) -> None:
+        self._spec, self._loop, self._leave, self._cut = spec, loop, leave, cut
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -63,11 +70,15 @@ class Pulse:
             context.term()
 
     def _beat(self, socket: zmq.Socket[bytes]) -> None:
-        decode = msgspec.msgpack.Decoder(Stop).decode
+        decode = msgspec.msgpack.Decoder(Stop | Disband).decode
         before: tuple[int, int, int] | None = None
         while not self._ended.is_set():
             if socket.poll(int(1000 * BEAT_SECONDS)):
-                decode(socket.recv())
+                message = decode(socket.recv())
+                if isinstance(message, Disband):
+                    if not self._ended.wait(CUT_SECONDS):
+                        self._cut(message.epoch)
+                    continue
                 if not self._ended.wait(LEAVE_SECONDS):
                     self._leave()
                 return

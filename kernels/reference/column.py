@@ -106,6 +106,13 @@ class Reference:
             return self.linear(x, projection.weight, projection.bias)
         return self.linear_fp8(x, projection.weight, projection.bias, projection.scales)
 
+    def norm_project(
+        self, residual: Residual, norm: RowNorm, projection: Projection
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the residual, and the product of its norm with a projection."""
+        x_TD, normed_TD = self.add_norm(residual, norm)
+        return x_TD, self.project(normed_TD, projection)
+
     def choose_experts(
         self, residual: Residual, norm: RowNorm, gate: GateWeights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,8 +129,8 @@ class Reference:
         def attention(
             residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
         ) -> tuple[Tensor, Tensor]:
-            x_TD, normed_TD = self.add_norm(residual, norm)
-            qkv_TXE = self.project(normed_TD, qkv).unflatten(-1, (-1, heads.dim))
+            x_TD, qkv_TX = self.norm_project(residual, norm, qkv)
+            qkv_TXE = qkv_TX.unflatten(-1, (-1, heads.dim))
             q_THE = self.norm_rotate_and_write(
                 qkv_TXE, heads.norms, rotation, cache, batch.write_T, heads.interleaved
             )

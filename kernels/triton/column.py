@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..reference.column import Reference
+from ..reference.sublayers import Projection, Residual, RowNorm
 from . import (
     attention,
     experts as expert_ops,
@@ -16,7 +19,7 @@ from . import (
     grouping,
     linear_fp8,
     mla,
-    norm,
+    norm as norm_ops,
     pages,
     rope,
     sampling,
@@ -37,14 +40,22 @@ class Triton(Reference):
         self.attend = functools.partial(attention.attend, tiles=tiles)
         self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
 
+    def norm_project(
+        self, residual: Residual, norm: RowNorm, projection: Projection
+    ) -> tuple[Tensor, Tensor]:
+        """Same as the reference's, but for the rounding of a norm that becomes FP8."""
+        if projection.scales is None or len(residual[0]) <= linear_fp8.QUANTISED_HERE:
+            return super().norm_project(residual, norm, projection)
+        return linear_fp8.norm_linear_fp8(residual, norm, projection)
+
     gate = staticmethod(gate_ops.gate)
     group_pairs = staticmethod(grouping.group_pairs)
     permute = staticmethod(grouping.permute)
     unpermute = staticmethod(grouping.unpermute)
     weighted_sum = staticmethod(expert_ops.weighted_sum)
-    rms_norm = staticmethod(norm.rms_norm)
-    add_rms_norm = staticmethod(norm.add_rms_norm)
-    silu_mul = staticmethod(norm.silu_mul)
+    rms_norm = staticmethod(norm_ops.rms_norm)
+    add_rms_norm = staticmethod(norm_ops.add_rms_norm)
+    silu_mul = staticmethod(norm_ops.silu_mul)
     quantise_rows = staticmethod(fp8.quantise_rows)
     rms_norm_fp8 = staticmethod(fp8.rms_norm_fp8)
     add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
 from ..reference.fp8 import Quantised
+from ..reference.sublayers import Projection, Residual, RowNorm
 from .experts import block_and_tile
-from .fp8 import eight_bits, group_scales, quantise_rows
+from .fp8 import add_rms_norm_fp8, eight_bits, group_scales, quantise_rows, rms_norm_fp8
 from .target import check_dtype, interpreted
 
 # Up to so many rows: rows and columns of a program, warps, stages. Not timed on a card yet.
@@ -33,13 +34,35 @@ def linear_fp8(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None, scales_GG: T
     num_columns, dim = weight_ND.shape
     x_TD = x.reshape(-1, dim)
     check_dtype(x_TD, "linear_fp8: x")
-    assert x_TD.stride(1) == 1 and weight_ND.is_contiguous() and scales_GG.is_contiguous()
-    num_rows = len(x_TD)
-    y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
+    assert x_TD.stride(1) == 1
+    few = len(x_TD) <= QUANTISED_HERE
+    rows = Quantised(x_TD, scales_GG) if few else quantise_rows(x_TD)
+    y_TN = _product(rows, Projection(weight_ND, bias_N, scales_GG), x.dtype)
+    return y_TN.view(*x.shape[:-1], num_columns)
+
+
+def norm_linear_fp8(residual: Residual, norm: RowNorm, projection: Projection) -> tuple[Tensor, Tensor]:
+    """The sum of the residual [T, D], and the product of its norm with a projection in FP8. The
+    norm is quantised as it is computed, from float32: for many rows, which would be quantised by a
+    launch of their own.
+    """
+    x_TD, update_TD = residual
+    if update_TD is None:
+        rows = rms_norm_fp8(x_TD, norm.weight, norm.eps)
+    else:
+        x_TD, rows = add_rms_norm_fp8(x_TD, update_TD, norm.weight, norm.eps)
+    return x_TD, _product(rows, projection, x_TD.dtype)
+
+
+def _product(rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tensor:
+    """y_TN. Up to ``QUANTISED_HERE`` rows have values that are still to be quantised."""
+    weight_ND, bias_N, scales_GG = projection.weight, projection.bias, projection.scales
+    assert scales_GG is not None and weight_ND.is_contiguous() and scales_GG.is_contiguous()
+    (num_rows, dim), num_columns = rows.values.shape, len(weight_ND)
+    few = num_rows <= QUANTISED_HERE
+    y = torch.empty(num_rows, num_columns, dtype=dtype, device=weight_ND.device)
     if not num_rows:
         return y
-    few = num_rows <= QUANTISED_HERE
-    rows = Quantised(x_TD, scales_GG) if few else quantise_rows(x_TD)
     tiles = [tile for most, *tile in _TILES if num_rows <= most]
     block_rows, columns, warps, stages = tiles[0] if tiles else _MANY
     num_blocks = triton.cdiv(num_rows, block_rows)

@@ -362,7 +362,7 @@ def _logsumexp_kernel(logits_ptr, logits_stride, tokens_ptr, total_ptr, chosen_p
     tl.store(chosen_ptr + row, tl.load(logits_ptr + tl.load(tokens_ptr + row)) - logsum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])  # one kernel for all lists
 def _bias_kernel(logits_ptr, logits_stride, rows_ptr, tokens_ptr, values_ptr, num, CHUNK: tl.constexpr):
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     row = tl.load(rows_ptr + i, mask=i < num, other=-1)
@@ -371,7 +371,7 @@ def _bias_kernel(logits_ptr, logits_stride, rows_ptr, tokens_ptr, values_ptr, nu
     tl.store(at, tl.load(at, mask=row >= 0, other=0.0) + value, mask=row >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])  # one kernel for all lists
 def _mask_kernel(logits_ptr, logits_stride, rows_ptr, tokens_ptr, num, CHUNK: tl.constexpr):
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     row = tl.load(rows_ptr + i, mask=i < num, other=-1)
@@ -379,7 +379,7 @@ def _mask_kernel(logits_ptr, logits_stride, rows_ptr, tokens_ptr, num, CHUNK: tl
     tl.store(at, tl.full((CHUNK,), float("-inf"), tl.float32), mask=row >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bits_stride"])
 def _allow_kernel(logits_ptr, logits_stride, rows_ptr, bits_ptr, bits_stride, V, WORDS: tl.constexpr):
     """Masks the tokens of WORDS words of one row."""
     row = tl.load(rows_ptr + tl.program_id(0))
@@ -392,7 +392,7 @@ def _allow_kernel(logits_ptr, logits_stride, rows_ptr, bits_ptr, bits_stride, V,
     tl.store(logits_ptr + row * logits_stride + token, never, mask=refused & (token < V) & (row >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def _penalty_kernel(
     logits_ptr,
     logits_stride,

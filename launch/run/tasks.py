@@ -23,7 +23,7 @@ from ...engine.protocol.specs import (
 )
 from ...kernels.formats.kv_format import KvFormat
 from ..cluster.cluster import Task
-from ..environment import process_settings, tracing_settings
+from ..environment import nccl_settings, process_settings, tracing_settings
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import (
     balances,
@@ -173,13 +173,16 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         lobby=site.lobby(f"rank {rank}"),
         placement_i32=site.placement_i32,
     )
+    settings = site.settings(site.threads)
+    if site.device == "cuda":
+        settings |= nccl_settings(recipe.cluster.collective_deadline)
     return Task(
         "rank",
         rank,
         msgspec.json.encode(spec),
         node=rank // recipe.cluster.ranks_per_node,
         num_gpus=int(site.device == "cuda"),
-        environment=site.settings(site.threads),
+        environment=settings,
     )
 
 

@@ -1,7 +1,11 @@
-"""Decode steps of a rank, captured by capacity and repeated.
+"""Steps of a rank, captured by capacity and repeated.
+
+A captured step has a row for each token: one that decodes, or one of a prompt, whose keys and
+values are written before any row attends. A row reads the keys up to its own position by itself, so
+prompts that would read many are not computed so.
 
 Suffixes: B rows of a captured step, padding included; C rows that sample; E entries of page tables;
-D hidden.
+D hidden, T tokens of a step.
 """
 
 from __future__ import annotations
@@ -17,25 +21,35 @@ from torch import Tensor
 
 from ....kernels.reference.sampling import Purpose
 from ....moe.clock import NoClock
+from ...protocol.arrays import Int32
 from ...protocol.buckets import BUCKETS, bucket_over
-from ...protocol.plan import Header, Mode
+from ...protocol.plan import Header
 from ...protocol.slot_table import Rows
 from ..forward import Forward
+from ..halves import whole
 from ..parts import Parts
 from .graphs import GraphRecorder, Graphs
 from .slots import DeviceSlots, Lane
-from .step_arrays import NUM_SAMPLE_ARRAYS, Arrays, sampling_of, scattered
+from .step_arrays import NUM_SAMPLE_ARRAYS, Arrays, LaneArrays, sampling_of, scattered
 from .transfers import Upload
 
 _LOG = logging.getLogger(__name__)
 
 _LAYERS, _SAMPLE = "layers", "sample"
-_NUM_INPUTS = 6  # arrays that the layers read; then come those of sampling
+_NUM_INPUTS = 7  # arrays that the layers read; then come those of sampling
+
+MOST_TOKENS = 1024
+"""Tokens of a captured step that has prompts."""
+
+_MOST_READ = MOST_TOKENS * MOST_TOKENS // 2
+"""Keys that the rows of prompts in a captured step read, together. Not timed on a card yet."""
 
 
-class CapturedDecode:
-    """Captures steps of up to ``num_slots`` rows of a model that is whole. Layers and sampling are
-    two recordings: between them a host may change logits instead.
+class CapturedSteps:
+    """Captures steps of a model that is whole: decode steps of up to ``num_slots`` rows, and steps
+    with prompts of up to ``most_tokens``. Layers and sampling are two recordings: between them a
+    host may change logits instead. Sampling of more than ``num_slots`` rows is not recorded.
+    ``history_i32`` has the tokens of every slot by position.
     """
 
     def __init__(
@@ -44,33 +58,37 @@ class CapturedDecode:
         slots: DeviceSlots,
         upload: Upload,
         forward: Forward,
-        num_slots: int,
+        history_i32: Int32,
+        most_tokens: int,
         recorder: GraphRecorder | None,
     ) -> None:
         self._parts, self._slots, self._upload, self._forward = parts, slots, upload, forward
+        self._history = history_i32
         self._graphs = Graphs(recorder)
-        whole = parts.links.stage.first and parts.links.stage.last
-        most = bucket_over(num_slots) if whole and recorder is not None else 0
+        is_whole = parts.links.stage.first and parts.links.stage.last and recorder is not None
+        self._most_drawn = bucket_over(len(history_i32))
+        most = max(self._most_drawn, min(MOST_TOKENS, bucket_over(most_tokens))) if is_whole else 0
         self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
         self._num_tables, self._void = parts.dispatcher.num_tables, False
 
-    def repeats(self, header: Header) -> bool:
+    def repeats(self, header: Header, rows: Rows) -> bool:
         """Whether the layers of a step are a recording. Ranks need not find the same: what travels
         is the same. Where experts get replicas for the first time in an epoch, recordings are void.
         """
         if self._sizes and self._parts.dispatcher.num_tables != self._num_tables:
-            _LOG.warning("experts have replicas now: no decode step is a captured one in this epoch")
+            _LOG.warning("experts have replicas now: no step is a captured one in this epoch")
             self._num_tables = self._parts.dispatcher.num_tables
             self._void = True
         if self._void:
             return False
-        once = header.microbatches == 1 and not header.trace
-        return once and header.mode == Mode.DECODE and header.capacity in self._sizes
+        if header.microbatches > 1 or header.trace or header.capacity not in self._sizes:
+            return False
+        starts, ends = rows.starts[rows.num_decode :], rows.ends[rows.num_decode :]
+        return int((ends * (ends + 1) - starts * (starts + 1)).sum()) // 2 <= _MOST_READ
 
-    @property
-    def samples(self) -> bool:
+    def samples(self, size: int) -> bool:
         """Whether rows that need no host are sampled by a recording."""
-        return self._parts.splits.tensor.size == 1
+        return self._parts.splits.tensor.size == 1 and size <= self._most_drawn
 
     def begin_epoch(self) -> None:
         """Captures all steps, the largest first, unless recordings of an earlier epoch hold: those
@@ -86,7 +104,7 @@ class CapturedDecode:
             for number, size in enumerate(reversed(self._sizes), start=1):
                 self._capture(size)
                 facts = number, len(self._sizes), size, time.monotonic() - begin
-                _LOG.info("captured %d of %d decode steps: up to %d rows, after %.1f s", *facts)
+                _LOG.info("captured %d of %d steps: up to %d rows, after %.1f s", *facts)
         finally:
             dispatcher.clock = clock
 
@@ -95,7 +113,7 @@ class CapturedDecode:
         idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
         sent = self.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
         self.layers(size, sent)
-        if self.samples:
+        if self.samples(size):
             self.sample(size, sent)
 
     def send(
@@ -104,11 +122,7 @@ class CapturedDecode:
         """Hands over a step of ``size`` rows, with ``samples`` of those that draw. Returns the
         arrays on the device, for the other methods.
         """
-        num_rows, scratch = len(rows.slots), self._slots.scratch
-        slots, starts, lengths = np.full(size, scratch), np.zeros(size, np.int64), np.zeros(size, np.int32)
-        slots[:num_rows][draws] = rows.slots[draws]
-        starts[:num_rows][draws] = rows.starts[draws]
-        lengths[:num_rows][draws] = rows.ends[draws]
+        scratch = self._slots.scratch
         nowhere, scratch_page = self._slots.nowhere
         ahead = max(0, len(entries[0]) - size)
         if ahead:
@@ -116,12 +130,15 @@ class CapturedDecode:
         places, pages = np.full(size, nowhere), np.full(size, scratch_page, np.int32)
         places[: len(entries[0]) - ahead] = entries[0][ahead:]
         pages[: len(entries[1]) - ahead] = entries[1][ahead:]
-        chosen = draws.nonzero()[0]
+        tokens = LaneArrays(rows, draws, whole(rows), self._history, scratch).by_token(size, scratch)
+        chosen = rows.counts.cumsum()[draws] - 1
         if not samples:
             samples = _no_samples()
-        real = np.array([num_rows])
-        fixed = [places, pages, slots, starts, lengths, real, *scattered(samples, chosen, size, scratch)]
-        return self._upload.send([*fixed, chosen, *samples])
+        real = np.array([int(rows.counts.sum())])
+        arrays = [places, pages, *tokens, real]
+        if self.samples(size):
+            arrays += scattered(samples, chosen, size, scratch)
+        return self._upload.send([*arrays, chosen, *samples])
 
     def layers(self, size: int, sent: list[Tensor]) -> Tensor:
         """hidden_BD of the step that was sent."""
@@ -135,7 +152,7 @@ class CapturedDecode:
 
     def drawing(self, sent: list[Tensor]) -> list[Tensor]:
         """The indices and the samples of the rows that draw, out of all that was sent."""
-        return sent[_NUM_INPUTS + NUM_SAMPLE_ARRAYS :]
+        return sent[-1 - NUM_SAMPLE_ARRAYS :]
 
     def _layers(
         self,
@@ -145,6 +162,7 @@ class CapturedDecode:
         slots_B: Tensor,
         starts_B: Tensor,
         lengths_B: Tensor,
+        given_B: Tensor,
         real_1: Tensor,
     ) -> Tensor:
         parts, device = self._parts, slots_B.device
@@ -156,7 +174,7 @@ class CapturedDecode:
             lengths_R=lengths_B,
             query_start_R1=torch.arange(size + 1, dtype=torch.int32, device=device),
             owners_T=torch.arange(size, device=device),
-            given_T=None,
+            given_T=given_B,
         )
         tokens_B, positions_B, batch = self._slots.inputs(lane)
         self._forward.announce(size, size, real_1)

@@ -16,7 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,72 +24,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....kernels.reference.sampling import Purpose
 from ....parallel.collectives import CollectiveError
 from ...protocol.arrays import Int64
 from ...protocol.buckets import most_tokens
 from ...protocol.plan import Admit, Header, Section, StepPlan
 from ...protocol.results import PromptLogprobs, RowLogprobs, StepResult
 from ...protocol.slot_table import Rows
-from ...protocol.timeline import StepSpans
 from ..contract import StepAbandoned
 from ..executor import NOTHING, Executor, Sampled, row_errors, with_tokens
 from ..halves import Part, halves, whole
-from ..masks import Masks
 from ..parts import Parts
-from ..slot_sampling import RowSettings
 from ..span_notes import SpanNotes
 from ..token_logprobs import logprob_lines
-from .captured import CapturedDecode
+from .captured import CapturedSteps
+from .draw import draw
 from .first_steps import compute_first_steps
 from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
-from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays, sample_arrays, sampling_of
-from .transfers import Fetched, Mark, Upload, fetch, mark, seconds_between
+from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
+from .transfers import Upload, fetch, mark, seconds_between
+from .under_way import Drawing, UnderWay
 
-_ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 32, 12, 4096
+_ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 128, 12, 4096
 _ENTRIES = 8192
 """Entries of page tables that travel at once."""
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    """The rows of a step that draw tokens: ``chosen`` [C] of all, ``numbers`` [C] of those that
-    sample, the ``lives`` of their slots, and the settings that draw them. ``alone``: no row needs
-    the host.
-    """
-
-    chosen: Int64
-    slots: Int64
-    positions: Int64
-    numbers: Int64
-    lives: Int64
-    settings: RowSettings
-    alone: bool
-    masks: Masks | None
-
-    def arrays(self) -> Arrays:
-        return sample_arrays(self.slots, self.settings, self.positions)
-
-
-@dataclass(frozen=True)
-class _UnderWay:
-    """A step that the device has been given. ``fetched``: tokens; then chosen, ids and values of
-    the most likely ones, if any row asks; then the tokens of expert slots, if the plan does.
-    ``since``: monotonic seconds.
-    """
-
-    plan: StepPlan
-    outline: StepResult
-    drawing: _Drawing
-    fetched: Fetched
-    began: Mark
-    ended: Mark
-    since: float
-    handed_over: float
-    waited: float
-    stalled: float
-    spans: StepSpans | None = None
 
 
 _Computed = tuple[Tensor, list[Tensor]]
@@ -116,9 +74,11 @@ class DeviceExecutor(Executor):
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
-        self._decode = CapturedDecode(parts, self._slots, self._upload, self._forward, num_slots, recorder)
+        self._captured = CapturedSteps(
+            parts, self._slots, self._upload, self._forward, self._history, max_tokens, recorder
+        )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[UnderWay] = deque()
 
     # ----------------------------------------------------------------- the contract
 
@@ -129,7 +89,8 @@ class DeviceExecutor(Executor):
             if epoch == 0 and self._parts.device.type == "cuda":
                 max_len = self._history.shape[1]
                 compute_first_steps(self._parts, self._slots, self._forward, self._max_tokens, max_len)
-            self._decode.begin_epoch()
+            self._captured.begin_epoch()
+            self._parts.groups.check()
         except CollectiveError as error:
             self.end_epoch()
             raise StepAbandoned(str(error)) from error
@@ -150,7 +111,11 @@ class DeviceExecutor(Executor):
         if not self._done and self._under_way:
             oldest = self._under_way[0]
             if oldest.fetched.arrived:
-                self._finish()
+                try:
+                    self._finish()
+                except CollectiveError as error:
+                    self.end_epoch()
+                    raise StepAbandoned(str(error)) from error
             elif time.monotonic() - oldest.since > self._deadline:
                 self.end_epoch()
                 raise StepAbandoned(
@@ -160,7 +125,7 @@ class DeviceExecutor(Executor):
 
     # ----------------------------------------------------------------- a step begins
 
-    def _begin_noted(self, plan: StepPlan) -> _UnderWay:
+    def _begin_noted(self, plan: StepPlan) -> UnderWay:
         parts, dispatcher = self._parts, self._parts.dispatcher
         notes = SpanNotes(dispatcher.clock, parts.turns)
         clock, dispatcher.clock = dispatcher.clock, notes
@@ -171,7 +136,7 @@ class DeviceExecutor(Executor):
             dispatcher.clock = clock
         return replace(under_way, spans=notes.end(parts.rank, plan.header))
 
-    def _begin(self, plan: StepPlan, compute: Callable[..., _Computed] | None = None) -> _UnderWay:
+    def _begin(self, plan: StepPlan, compute: Callable[..., _Computed] | None = None) -> UnderWay:
         start, waited, stalled = time.perf_counter(), self._parts.groups.waited, self._parts.links.waited
         header, section, parts = plan.header, plan.section, self._parts
         began = mark(parts.device)
@@ -181,8 +146,8 @@ class DeviceExecutor(Executor):
         draws = rows.samples & (rows.ends < self._table.limit[rows.slots])
         drawing = self._drawing(rows, draws.nonzero()[0])
         scores: tuple[PromptLogprobs, ...] = ()
-        if self._decode.repeats(header):
-            fetched = self._repeat(header, rows, draws, drawing, section)
+        if self._captured.repeats(header, rows):
+            fetched, scores = self._repeat(header, rows, draws, drawing, section)
         else:
             hidden_TD, sent = (compute or self._compute)(header, rows, draws, drawing, section)
             fetched = []
@@ -194,7 +159,7 @@ class DeviceExecutor(Executor):
         self._table.advance(rows, draws.astype(np.int64))
         if header.counts:
             fetched.append(parts.dispatcher.counts_LS)
-        under_way = _UnderWay(
+        under_way = UnderWay(
             plan=plan,
             outline=self._outline(header, rows, draws, scores),
             drawing=drawing,
@@ -218,14 +183,14 @@ class DeviceExecutor(Executor):
         slots_R = torch.from_numpy(slots).to(self._parts.device, non_blocking=True)
         self._slots.last_S1.index_copy_(0, slots_R, tokens_R)
 
-    def _drawing(self, rows: Rows, chosen: Int64) -> _Drawing:
+    def _drawing(self, rows: Rows, chosen: Int64) -> Drawing:
         """The rows that draw, and their masks, which follow from the tokens of the steps before."""
         slots, grammars = rows.slots[chosen], self._parts.grammars
         alone = bool(self._settings.unaided(slots).all())
         if not alone:
             self._catch_up()
         masks = None if grammars is None else grammars.begin(slots)
-        return _Drawing(
+        return Drawing(
             chosen=chosen,
             slots=slots,
             positions=rows.ends[chosen],
@@ -237,7 +202,7 @@ class DeviceExecutor(Executor):
         )
 
     def _compute(
-        self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: _Drawing, section: Section
+        self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: Drawing, section: Section
     ) -> _Computed:
         """Hidden states of the step's tokens [T, D], and what was sent for the rows that draw: the
         index of each one's last token, and its samples.
@@ -284,15 +249,16 @@ class DeviceExecutor(Executor):
         return hidden_TD
 
     def _repeat(
-        self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: _Drawing, section: Section
-    ) -> list[Tensor]:
-        """A captured step. Returns what the host will read."""
-        size, decode = header.capacity, self._decode
-        sent = decode.send(size, rows, draws, self._entries(section), drawing.arrays())
-        hidden_BD = decode.layers(size, sent)
-        if drawing.alone and decode.samples:
-            return [decode.sample(size, sent).index_select(0, decode.drawing(sent)[0])]
-        return self._choose(header.step, hidden_BD, decode.drawing(sent), drawing)
+        self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: Drawing, section: Section
+    ) -> tuple[list[Tensor], tuple[PromptLogprobs, ...]]:
+        """A captured step. Returns what the host will read, and the scores of prompts."""
+        size, steps = header.capacity, self._captured
+        sent = steps.send(size, rows, draws, self._entries(section), drawing.arrays())
+        hidden_BD = steps.layers(size, sent)
+        scores = self._score(rows, hidden_BD)
+        if drawing.alone and steps.samples(size):
+            return [steps.sample(size, sent).index_select(0, steps.drawing(sent)[0])], scores
+        return self._choose(header.step, hidden_BD, steps.drawing(sent), drawing), scores
 
     def _entries(self, section: Section) -> Arrays:
         """The entries of page tables that a step adds, but for those that travel ahead because they
@@ -306,7 +272,7 @@ class DeviceExecutor(Executor):
 
     # ----------------------------------------------------------------- tokens
 
-    def _choose(self, step: int, hidden_TD: Tensor, sent: list[Tensor], drawing: _Drawing) -> list[Tensor]:
+    def _choose(self, step: int, hidden_TD: Tensor, sent: list[Tensor], drawing: Drawing) -> list[Tensor]:
         """Draws the tokens of a step. ``sent``: the index of the last token of each row, and the
         samples. Returns what the host will read.
         """
@@ -321,30 +287,11 @@ class DeviceExecutor(Executor):
             logits_CV = model.logits(hidden_CD)
             tokens_C = torch.zeros(len(drawing.slots), dtype=torch.int64, device=parts.device)
             if parts.samples:
-                tokens_C, more = self._draw(logits_CV, sent[1:], drawing)
+                tokens_C, more = draw(parts.model.ops, self._settings, logits_CV, sent[1:], drawing)
             tokens_C = parts.splits.tensor.from_first(tokens_C)
         self._slots.last_S1.index_copy_(0, sent[1], tokens_C)
         parts.links.send_tokens(step, tokens_C)
         return [tokens_C, *more]
-
-    def _draw(self, logits_CV: Tensor, sent: list[Tensor], drawing: _Drawing) -> tuple[Tensor, list[Tensor]]:
-        """Tokens [C], and the log-probabilities that rows ask for."""
-        ops, settings = self._parts.model.ops, drawing.settings
-        asked_S = None
-        if len(settings.asked):
-            asked_S = torch.from_numpy(settings.asked).to(logits_CV.device)
-        raw_SV = None if asked_S is None else logits_CV.index_select(0, asked_S)
-        edits = self._settings.edits(settings, drawing.positions)
-        if edits is not None:
-            ops.edit_logits(logits_CV, edits)
-        if settings.allowed is not None:
-            ops.allow_only(logits_CV, *settings.allowed)
-        if drawing.masks is not None:
-            ops.allow_only(logits_CV, *drawing.masks.take(settings.slots))
-        tokens_C = ops.sample_slots(logits_CV, sampling_of(sent)[1], Purpose.SAMPLE)
-        if raw_SV is None or asked_S is None:
-            return tokens_C, []
-        return tokens_C, list(ops.logprobs(raw_SV, tokens_C[asked_S], int(settings.num_logprobs.max())))
 
     # ----------------------------------------------------------------- a step ends
 
@@ -354,9 +301,12 @@ class DeviceExecutor(Executor):
             self._finish()
 
     def _finish(self) -> None:
-        """Ends the oldest step under way, once its tokens are here."""
+        """Ends the oldest step under way, once its tokens are here. Raises CollectiveError where
+        they mean nothing.
+        """
         step = self._under_way.popleft()
         arrays, drawing, header = step.fetched.wait(), step.drawing, step.plan.header
+        self._parts.groups.check()
         sampled = NOTHING
         if self._parts.links.stage.last and len(drawing.slots):
             sampled = self._sampled(drawing, arrays)
@@ -374,7 +324,7 @@ class DeviceExecutor(Executor):
         )
         self._done.append((result, step.spans))
 
-    def _sampled(self, drawing: _Drawing, arrays: list[NDArray[Any]]) -> Sampled:
+    def _sampled(self, drawing: Drawing, arrays: list[NDArray[Any]]) -> Sampled:
         """Takes in tokens that have arrived. Slots that were given away since take none."""
         tokens: Int64 = arrays[0]
         mine = self._lives[drawing.slots] == drawing.lives

@@ -1,7 +1,7 @@
 """The first steps of a rank on a GPU: prompts of all sizes, so that no later step has to compile a
-kernel of the model, or of plain sampling. Those that only some requests need, for penalties,
-grammars or log-probabilities, are compiled when first needed. All ranks compute first steps
-together, in the first epoch, before decode steps are captured.
+kernel: of the model, of sampling, or for what only some requests ask (penalties, grammars,
+log-probabilities). All ranks compute first steps together, in the first epoch, before decode steps
+are captured.
 
 A kernel is compiled for each tile, and tiles go by the number of rows or pairs. Prompts are
 computed in powers of two up to the most that a step may have, with and without cached tokens.
@@ -20,13 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....kernels.reference.sampling import Purpose
 from ....moe.clock import NoClock
 from ...protocol.buckets import bucket_over
+from ...protocol.message import Sampling
 from ..forward import Forward
 from ..parts import Parts
+from ..prompt_logprobs import score_slice
+from ..slot_sampling import SlotSettings
+from .draw import draw
 from .slots import DeviceSlots, Lane
-from .step_arrays import sampling_of
+from .under_way import Drawing
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,11 +94,47 @@ def _prompt(parts: Parts, slots: DeviceSlots, forward: Forward, size: int, cache
 
 
 def _draw(parts: Parts, hidden_CD: Tensor) -> None:
-    """Draws a token for each row, as a step does whose rows need the host."""
-    model, num_rows = parts.model, len(hidden_CD)
-    logits_CV = model.logits(hidden_CD)
-    if parts.samples:
-        ints, floats = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
-        arrays = [ints, floats, ints, floats + 1, floats, ints, ints]
-        sent = [torch.from_numpy(array).to(logits_CV.device) for array in arrays]
-        model.ops.sample_slots(logits_CV, sampling_of(sent)[1], Purpose.SAMPLE)
+    """Draws a token for each row, as a step does whose rows need the host; a row alone asks for
+    everything that a request can ask for.
+    """
+    num_rows, num_top = len(hidden_CD), 1
+    if num_rows == 1:
+        next_C = torch.zeros(num_rows, dtype=torch.int64, device=hidden_CD.device)
+        score_slice(parts, hidden_CD, next_C, num_top, ranks=True)
+    logits_CV = parts.model.logits(hidden_CD)
+    if not parts.samples:
+        return
+    settings = SlotSettings(num_rows, logits_CV.shape[1])
+    for slot in range(num_rows):
+        settings.admit(slot, _EVERYTHING if num_rows == 1 else _PLAIN, np.zeros(1, np.int32), 0)
+    slots = np.arange(num_rows)
+    drawing = Drawing(
+        chosen=slots,
+        slots=slots,
+        positions=slots + 1,
+        numbers=slots,
+        lives=slots,
+        settings=settings.rows(slots),
+        alone=False,
+        masks=None,
+    )
+    sent = [torch.from_numpy(array).to(logits_CV.device) for array in drawing.arrays()]
+    draw(parts.model.ops, settings, logits_CV, sent, drawing)
+
+
+def _ids(*values: int) -> bytes:
+    return np.array(values, np.int32).tobytes()
+
+
+_PLAIN = Sampling(temperature=0.7, seed=1)
+_EVERYTHING = Sampling(
+    temperature=0.7,
+    seed=1,
+    presence_penalty=0.5,
+    num_logprobs=1,
+    stop_i32=_ids(2),
+    min_tokens=2,
+    bias_ids_i32=_ids(3),
+    bias_values_f32=np.ones(1, np.float32).tobytes(),
+    allowed_i32=_ids(0, 8),
+)

@@ -50,6 +50,20 @@ class LaneArrays:
         self.query_starts = tuple(query_start.tolist())
         self.arrays: Arrays = [slots, starts, lengths.astype(np.int32), query_start, owners, given]
 
+    def by_token(self, size: int, scratch: int) -> Arrays:
+        """A row for each token, padded to ``size`` rows: the slot, the length before it and with
+        it, 0 for padding and idle rows, and the token as of ``Lane``.
+        """
+        slots, starts, lengths, query_start, owners, given = self.arrays
+        num_tokens = len(owners)
+        positions = np.arange(num_tokens) - query_start[owners] + starts[owners]
+        found = [np.full(size, scratch), *(np.zeros(size, kind) for kind in (np.int64, np.int32))]
+        found.append(np.full(size, -1))
+        values = slots[owners], positions, np.where(lengths[owners] > 0, positions + 1, 0), given
+        for array, value in zip(found, values, strict=True):
+            array[:num_tokens] = value
+        return found
+
     def on_device(self, sent: Sequence[Tensor]) -> Lane:
         """The rows, from their arrays on the device."""
         slots_R, starts_R, lengths_R, query_start_R1, owners_T, given_T = sent

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from lockstep.engine.protocol.bulk import StepProgress
+from lockstep.engine.protocol.bulk import Disband, StepProgress
 from lockstep.engine.protocol.message import Stop
 from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.rank import pulse
@@ -32,9 +33,13 @@ def stop(controller: MockController) -> None:
     controller.sockets["bulk"].send_multipart([b"p0", encode(Stop())])
 
 
+def no_cut(epoch: int) -> None:
+    raise AssertionError(f"epoch {epoch} is cut off")
+
+
 def test_a_step_that_takes_long_tells_how_far_it_is(controller: MockController) -> None:
     held, left = Held(), threading.Event()
-    with Pulse(controller.spec(), held, left.set):
+    with Pulse(controller.spec(), held, left.set, cut=no_cut):
         assert controller.silent("bulk"), "there is nothing to tell between steps"
         held.progress = 2, 7, 30
         assert controller.receive("bulk") == StepProgress(0, 2, 7, 30)
@@ -47,7 +52,7 @@ def test_a_step_that_takes_long_tells_how_far_it_is(controller: MockController) 
 def test_a_stop_ends_a_step_that_does_not_end(controller: MockController) -> None:
     held, left = Held(), threading.Event()
     held.progress = 2, 7, 30
-    with Pulse(controller.spec(), held, left.set):
+    with Pulse(controller.spec(), held, left.set, cut=no_cut):
         controller.receive("bulk")
         stop(controller)
         assert left.wait(30)
@@ -59,7 +64,22 @@ def test_a_loop_that_ends_by_itself_is_left_alone(
     monkeypatch.setattr(pulse, "LEAVE_SECONDS", 30.0)
     held, left = Held(), threading.Event()
     held.progress = 2, 7, 30
-    with Pulse(controller.spec(), held, left.set):
+    with Pulse(controller.spec(), held, left.set, cut=no_cut):
         controller.receive("bulk")
         stop(controller)
     assert not left.is_set()
+
+
+def test_an_epoch_that_is_over_is_cut_off(
+    controller: MockController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step may wait for a device; then the rank goes on, and is told again."""
+    monkeypatch.setattr(pulse, "CUT_SECONDS", 0.01)
+    held, left, cut = Held(), threading.Event(), queue.SimpleQueue[int]()
+    held.progress = 2, 7, 30
+    with Pulse(controller.spec(), held, left.set, cut=cut.put):
+        controller.receive("bulk")
+        for epoch in (2, 3):
+            controller.sockets["bulk"].send_multipart([b"p0", encode(Disband(epoch))])
+            assert cut.get(timeout=30) == epoch
+        assert not left.is_set()

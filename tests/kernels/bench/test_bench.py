@@ -48,6 +48,7 @@ def test_every_op_of_the_table_has_a_case() -> None:
     made_of_others = {
         "add_norm",
         "project",
+        "norm_project",
         "choose_experts",
         "attention_sublayer",
         "experts_sublayer",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from lockstep.kernels.reference import fp8 as reference
 from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, quantise_rows, quantise_w13, widen_rows
+from lockstep.kernels.reference.sublayers import Projection, RowNorm
+from lockstep.kernels.table import ops_of
 from lockstep.kernels.triton import fp8 as triton_fp8
 from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
-from lockstep.kernels.triton.linear_fp8 import linear_fp8
+from lockstep.kernels.triton.linear_fp8 import QUANTISED_HERE, linear_fp8
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
 from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
@@ -135,6 +141,32 @@ def test_linear_layers(rows: int, dim: int, columns: int, dtype: torch.dtype, bi
     error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     assert (error < 0.01).all()
     assert torch.equal(y[:1], linear_fp8(x[:1], weight.values, bias_N, weight.scales)) or rows > 16
+
+
+@pytest.mark.parametrize("rows", [3, QUANTISED_HERE + 1])
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_norm_before_a_linear_layer(rows: int, summed: bool) -> None:
+    """Many rows are quantised as their norm is computed; few by the product."""
+    generator = torch.Generator().manual_seed(rows)
+    x, update = ((torch.randn(rows, 400, generator=generator) * 3).to(DEVICE)[:, :300] for _ in range(2))
+    weight = quantise_blocks(torch.randn(48, 300, generator=generator).to(DEVICE))
+    projection = Projection(weight.values, torch.randn(48, generator=generator).to(DEVICE), weight.scales)
+    norm = RowNorm(torch.randn(300, generator=generator).to(DEVICE), 1e-6)
+    residual = (x, update if summed else None)
+    names: list[str] = []
+    run = interpreter.InterpretedFunction.run
+
+    def note(kernel: Any, *args: Any, **named: Any) -> Any:
+        names.append(kernel.fn.__name__)
+        return run(kernel, *args, **named)
+
+    with poisoned(), mock.patch.object(interpreter.InterpretedFunction, "run", note):
+        total, y = ops_of("triton").norm_project(residual, norm, projection)
+    wanted_total, wanted = ops_of("reference").norm_project(residual, norm, projection)
+    torch.testing.assert_close(total, wanted_total)
+    torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    many = ["_quantise_kernel", "_linear_fp8_kernel"]
+    assert names == many if rows > QUANTISED_HERE else names[-1] == many[-1] and many[0] not in names
 
 
 def test_no_rows() -> None:

@@ -167,9 +167,11 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, *overrides: str, data_limit: int | None = None) -> Iterator[Served]:
+def serve(
+    folder: Path, *overrides: str, data_limit: int | None = None, module: str = "lockstep.launch.cli"
+) -> Iterator[Served]:
     """The demo recipe with random weights on two local ranks; drained and left without a process
-    behind. ``data_limit`` as of ``Launcher``.
+    behind. ``data_limit`` and ``module`` as of ``Launcher``.
     """
     model = f"model.path={random_checkpoint()}"
     arguments = (
@@ -181,7 +183,7 @@ def serve(folder: Path, *overrides: str, data_limit: int | None = None) -> Itera
         f"frontend.admin_key={ADMIN_KEY}",
         *overrides,
     )
-    with Launcher(folder, *arguments, data_limit=data_limit) as launcher:
+    with Launcher(folder, *arguments, module=module, data_limit=data_limit) as launcher:
         served = Served(launcher)
         try:
             yield served

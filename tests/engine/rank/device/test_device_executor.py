@@ -14,6 +14,7 @@ import torch
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import StepResult
+from lockstep.engine.protocol.slot_table import Rows
 from lockstep.engine.rank.contract import StepAbandoned
 from lockstep.engine.rank.device import transfers
 from lockstep.engine.rank.device.executor import DeviceExecutor
@@ -95,19 +96,26 @@ def test_two_microbatches_give_the_same(checkpoints: dict[str, Path]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_captured_steps_repeat_with_what_is_sent(family: str, tmp_path: Path) -> None:
-    """Tokens are those of the other executor, whatever rows a recording is repeated with."""
+def test_captured_steps_repeat_with_what_is_sent(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are those of the other executor, whatever rows a recording is repeated with: prompts
+    in chunks, beside rows that decode. No step is computed in another way.
+    """
     small = {"qwen3_moe": qwen3_moe_config(num_hidden_layers=1), "deepseek_v3": deepseek_v3_config()}[family]
     path = write_checkpoint(tmp_path / family, small)
     samplings = (GREEDY, HOT, BY_HOST[1])
     requests = [
-        Request([7 * number + 2, 9][: 1 + number], 4, sampling, start=number)
+        Request([7 * number + 2, 9, 5, 11][: 2 + number], 4, sampling, start=number, chunk=3)
         for number, sampling in enumerate(samplings)
     ]
-    driver = Driver(build_executor(path, num_slots=4), requests, lambda step: 4, num_slots=4)
+    driver = Driver(build_executor(path, num_slots=4), requests, lambda step: 8, num_slots=4)
     plans, wanted = executed(driver)
     recorder = LaunchRecorder()
     executor = build_executor(path, column="triton", as_device=True, recorder=recorder, num_slots=4)
+    assert isinstance(executor, DeviceExecutor)
+    monkeypatch.setattr(executor, "_compute", None)
+    monkeypatch.setattr(executor._captured, "_sizes", (8,))
     found = results_of(executor, requests, plans, 2)
     assert [mine.tokens_i32 for mine in found] == [theirs.tokens_i32 for theirs in wanted]
     assert [mine.ended_i32 for mine in found] == [theirs.ended_i32 for theirs in wanted]
@@ -123,12 +131,36 @@ def test_recordings_are_void_where_experts_get_replicas(
     path = checkpoints["qwen3_moe"]
     executor = build_executor(path, column="reference", as_device=True, recorder=LaunchRecorder())
     assert isinstance(executor, DeviceExecutor)
-    decode, header = executor._decode, Header(0, 0, 7, 6, Mode.DECODE, 4)
-    assert decode.repeats(header)
-    assert not decode.repeats(msgspec.structs.replace(header, mode=Mode.MIXED))
+    steps, header = executor._captured, Header(0, 0, 7, 6, Mode.DECODE, 4)
+    rows = rows_of([(9, 1)])
+    assert steps.repeats(header, rows)
     monkeypatch.setattr(executor._parts.dispatcher, "num_tables", 2)
-    assert not decode.repeats(header) and not decode.repeats(header)
-    assert caplog.text.count("no decode step is a captured one") == 1
+    assert not steps.repeats(header, rows) and not steps.repeats(header, rows)
+    assert caplog.text.count("no step is a captured one") == 1
+
+
+def rows_of(prompts: list[tuple[int, int]]) -> Rows:
+    """Prompts, each with tokens before a step and in it."""
+    starts, counts = np.array(prompts, np.int64).T
+    return Rows(np.arange(len(prompts)), starts, counts, np.ones(len(prompts), np.bool_), 0)
+
+
+def test_prompts_that_read_few_keys_are_captured(checkpoints: dict[str, Path]) -> None:
+    """A row for each token reads its keys by itself: half a million in all, and 1,024 tokens."""
+    path = checkpoints["qwen3_moe"]
+    executor = build_executor(path, column="reference", as_device=True, recorder=LaunchRecorder())
+    assert isinstance(executor, DeviceExecutor)
+    steps = executor._captured
+    for capacity, before, num_tokens, is_captured in (
+        (1024, 0, 1023, True),
+        (1024, 100, 900, True),
+        (1024, 600, 1000, False),
+        (64, 200_000, 3, False),
+        (2048, 0, 1100, False),
+    ):
+        header, rows = Header(0, 0, 7, 6, Mode.MIXED, capacity), rows_of([(before, num_tokens)])
+        assert steps.repeats(header, rows) == is_captured, (capacity, before, num_tokens)
+        assert not steps.repeats(msgspec.structs.replace(header, microbatches=2), rows)
 
 
 class Never:

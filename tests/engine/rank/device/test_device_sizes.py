@@ -65,13 +65,13 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32)])
 def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, budget: int) -> None:
     executor = executor_of(name)
-    decode, launches = executor._decode, Launches()
+    decode, launches = executor._captured, Launches()
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
     entries = [np.zeros(0, np.int64), np.zeros(0, np.int32)]
     sent = decode.send(ROWS, idle, idle.samples, entries, [])
     with launches.counting():
-        hidden_BD = decode._layers(ROWS, *sent[:6])
-        tokens_B = decode._sample(hidden_BD, sent[6:13])
+        hidden_BD = decode._layers(ROWS, *sent[:7])
+        tokens_B = decode._sample(hidden_BD, sent[7:14])
     assert tokens_B.shape == (ROWS,) and hidden_BD.shape == (ROWS, executor.model.config.hidden)
     assert launches.triton["_sample_kernel"] == 1
     each = (launches.torch.total() + launches.triton.total()) / executor.model.config.num_layers

@@ -1,22 +1,26 @@
-"""After the first steps of a rank on a GPU the layers of no plan need a kernel that is not compiled
-yet: real models on tensors without memory, where launches are only noted.
+"""After the first steps of a rank on a GPU no plan needs a kernel that is not compiled yet,
+whatever requests ask for: real models on tensors without memory, where launches are only noted.
 """
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lockstep.engine.protocol.buckets import BUCKETS, bucket_over
+from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.slot_table import Rows
+from lockstep.engine.rank.device.captured import MOST_TOKENS
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.first_steps import compute_first_steps
 from lockstep.engine.rank.device.step_arrays import LaneArrays
 from lockstep.engine.rank.halves import whole
-from support.engine.rank.executors_without_memory import MAX_LEN, MAX_TOKENS, ROWS, executor_of
+from lockstep.engine.rank.prompt_logprobs import score_slice
+from support.engine.rank.executors_without_memory import MAX_LEN, MAX_TOKENS, executor_of
 from support.engine.rank.kernel_variants import noting_variants
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="notes launches of the interpreter")
@@ -27,11 +31,13 @@ MODELS = {"qwen3-30b-a3b": (1, 30), "deepseek-v3": (4, 60), "gpt-oss-120b": (2, 
 
 
 def capture(executor: DeviceExecutor, size: int) -> None:
-    """Computes a step of ``size`` rows as ``CapturedDecode`` does when it captures one."""
-    decode = executor._decode
+    """Computes a step of ``size`` rows as ``CapturedSteps`` does when it captures one."""
+    steps = executor._captured
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
-    sent = decode.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
-    decode._sample(decode._layers(size, *sent[:6]), sent[6:13])
+    sent = steps.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+    hidden_BD = steps._layers(size, *sent[:7])
+    if steps.samples(size):
+        steps._sample(hidden_BD, sent[7:14])
 
 
 def random_rows(dice: random.Random) -> Rows:
@@ -45,13 +51,53 @@ def random_rows(dice: random.Random) -> Rows:
     return Rows(np.arange(len(counts)), starts, counts, np.ones(len(counts), np.bool_), num_decode)
 
 
-def compute(executor: DeviceExecutor, rows: Rows) -> None:
+def ids(values: list[int]) -> bytes:
+    return np.array(values, np.int32).tobytes()
+
+
+def random_sampling(dice: random.Random) -> Sampling:
+    """Each thing that a request may ask for, or not."""
+    asks: dict[str, Any] = {
+        "temperature": dice.choice([0.0, 0.7]),
+        "top_k": dice.choice([0, 40]),
+        "top_p": dice.choice([1.0, 0.9]),
+        "presence_penalty": dice.choice([0.0, 1.0]),
+        "num_logprobs": dice.choice([-1, 0, 1, 20]),
+        "min_tokens": dice.choice([0, 9]),
+        "stop_i32": ids([2] * dice.randint(1, 20)),
+    }
+    if dice.random() < 0.3:
+        num = dice.choice([1, 16, 300])
+        asks |= {"bias_ids_i32": ids(list(range(num))), "bias_values_f32": bytes(4 * num)}
+    if dice.random() < 0.3:
+        asks["bad_words_i32"] = ids([7, -1] * dice.choice([1, 16]))
+    if dice.random() < 0.3:
+        asks["allowed_i32"] = ids([5, 500])
+    return Sampling(**asks)
+
+
+def sample(executor: DeviceExecutor, rows: Rows, hidden_TD: torch.Tensor, dice: random.Random) -> None:
+    """Draws the tokens of rows that ask for random things, and scores a prompt."""
+    asking = dice.random() < 0.8
+    for slot in rows.slots.tolist():
+        history = np.arange(dice.choice([1, 16, 700]), dtype=np.int32)
+        sampling = random_sampling(dice) if asking else Sampling()
+        executor._settings.admit(slot, sampling, history, dice.choice([0, 1]))
+    drawing = executor._drawing(rows, np.arange(len(rows.slots)))
+    sent = executor._upload.send([rows.counts.cumsum() - 1, *drawing.arrays()])
+    executor._choose(0, hidden_TD, sent, drawing)
+    num = min(dice.choice([1, 2, 16]), len(hidden_TD))
+    next_T = torch.zeros(num, dtype=torch.int64, device=hidden_TD.device)
+    score_slice(executor._parts, hidden_TD[:num], next_T, dice.choice([0, 1, 5]), dice.choice([False, True]))
+
+
+def compute(executor: DeviceExecutor, rows: Rows) -> torch.Tensor:
     lane = LaneArrays(rows, rows.samples, whole(rows), executor._history, executor._slots.scratch)
     num_tokens = int(rows.counts.sum())
     executor._forward.announce(num_tokens, bucket_over(num_tokens))
     num_pages = -(-int(rows.ends.max()) // executor._parts.pool.page_size)
     sent = executor._upload.send(lane.arrays)
-    executor._layers(lane.on_device(sent), num_pages, None, torch.empty(0))
+    return executor._layers(lane.on_device(sent), num_pages, None, torch.empty(0))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,12 +107,12 @@ def test_no_plan_after_the_first_steps_needs_another_kernel(name: str) -> None:
     with noting_variants() as variants, torch.inference_mode():
         compute_first_steps(executor._parts, executor._slots, executor._forward, MAX_TOKENS, MAX_LEN)
         for size in BUCKETS:
-            if 0 < size <= ROWS:
+            if 0 < size <= MOST_TOKENS:
                 capture(executor, size)
         known = set(variants)
         for number in range(PLANS):
             rows = random_rows(dice)
-            compute(executor, rows)
+            sample(executor, rows, compute(executor, rows), dice)
             found = (number, rows.counts.tolist(), rows.starts.tolist())
             assert variants == known, f"plan {found}: {sorted(variants - known)}"
     assert len(known) <= most, sorted(known)

@@ -1,0 +1,94 @@
+"""The executor of a device that the host does not wait for: results are those of the other
+executor, and an epoch that is cut off leaves none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from lockstep.engine.models import registry
+from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.plan import Header, Mode, Section, StepPlan
+from lockstep.engine.rank.contract import StepAbandoned
+from lockstep.engine.rank.device import executor as device_executor, transfers
+from lockstep.engine.rank.device.executor import DeviceExecutor
+from support.engine.models.checkpoints import deepseek_v3_config, write_checkpoint
+from support.engine.rank.hand_plans import GREEDY, Driver, build_executor
+from support.engine.rank.late_device import LateDevice, LateMark, LateOps
+from support.engine.rank.recorded_plans import executed, mixed_requests, results_of
+
+TIMES = {"waited": 0.0, "seconds": 0.0, "stalled": 0.0, "phases_f32": b""}
+SAMPLINGS = GREEDY, Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=4), Sampling(presence_penalty=1.0)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateDevice]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # both threads hold the lock of the interpreter most of the time
+    device = LateDevice()
+    ops = LateOps(device)
+    monkeypatch.setattr(registry, "ops_of", lambda column: ops)
+    for module in (transfers, device_executor):
+        monkeypatch.setattr(module, "mark", lambda _: device.mark())
+    yield device
+    sys.setswitchinterval(interval)
+    assert not device.faults
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("late") / "model", deepseek_v3_config())
+
+
+def on(late: LateDevice, executor: DeviceExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = executor.submit
+
+    def within(plan: StepPlan) -> None:
+        with late:
+            submit(plan)
+
+    monkeypatch.setattr(executor, "submit", within)
+
+
+def test_results_are_those_of_the_other_executor(
+    path: Path, late: LateDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = mixed_requests(SAMPLINGS)[:6]
+    plans, wanted = executed(Driver(build_executor(path, column="reference"), requests))
+    executor = build_executor(path, column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    on(late, executor, monkeypatch)
+    found = results_of(executor, requests, plans, 3)
+    assert [msgspec.structs.replace(each, **TIMES) for each in found] == [
+        msgspec.structs.replace(each, **TIMES) for each in wanted
+    ]
+
+
+def test_an_epoch_that_is_cut_off_leaves_no_results(
+    path: Path, late: LateDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = build_executor(path, column="reference", as_device=True)
+    assert isinstance(executor, DeviceExecutor)
+    on(late, executor, monkeypatch)
+    executor.begin_epoch(2, ())
+    goes_on = LateMark()
+    late.give(goes_on.synchronize)  # the device waits for a peer
+    executor.submit(StepPlan(Header(0, 2, 7, -1, Mode.DECODE, 4), Section(rebase=True)))
+    assert executor.take() is None, "it is under way"
+    executor.cut(1)
+    goes_on.come()
+    executor._under_way[0].fetched.wait()
+    executor.cut(2)
+    with pytest.raises(StepAbandoned, match="epoch 2 was cut off"):
+        executor.take()
+    executor.begin_epoch(3, ())
+    executor.submit(StepPlan(Header(0, 3, 0, -1, Mode.DECODE, 4), Section(rebase=True)))
+    late.mark().synchronize()
+    result = executor.take()
+    assert result is not None and np.frombuffer(result.tokens_i32, np.int32).tolist() == []
