@@ -64,10 +64,10 @@ def build_executor(
     """
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
-    split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor)
+    turns = Turns()
+    split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor, turns.give)
     config = load_config(path)
     placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
-    turns = Turns()
     splits = split_as_attention(split) if dense is None else split_over(dense, split, turns.give)
     dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device)
     stage = whole_model(config.num_layers, config.moe_layers)
