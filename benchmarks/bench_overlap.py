@@ -1,7 +1,7 @@
 """Measures steps of two ranks at once and as two microbatches, in pairs, with and without a delay
 in every collective; then lets ``overlap: auto`` decide.
 
-    python benchmarks/bench_overlap.py [--rounds 40] [--delay 2] [--tensor 2]
+    python benchmarks/bench_overlap.py [--rounds 40] [--delay 2] [--tensor 2] [--no-auto]
 
 With ``--tensor 2`` the ranks split layers, so sums of attention and runs of tokens travel as well.
 
@@ -68,6 +68,7 @@ MODEL = CONFIG | {
 WORLD, PAGE, MAX_LEN, SLOTS = 2, 64, 2048, 128
 CPU = torch.device("cpu")
 ROWS = Path(__file__).parent / "overlap.csv"
+_DELAYS = "exposed", "delayed"
 MOST_STEPS = 300
 """Steps that ``auto`` has to decide in."""
 
@@ -102,9 +103,11 @@ class Late(Pending):
 
 
 class Delayed(Collectives):
-    """Collectives that take ``delay`` seconds longer."""
+    """Collectives that take ``delay`` seconds longer. ``exposed`` and ``delayed``: seconds waited
+    out because of that, and of delays in all.
+    """
 
-    delay = 0.0
+    delay = exposed = delayed = 0.0
 
     def all_to_all(
         self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str
@@ -122,6 +125,7 @@ class Delayed(Collectives):
 
     def _late(self, pending: Pending) -> Pending:
         due = time.perf_counter() + self.delay
+        self.delayed += self.delay
         return Late(pending.what, pending.output, pending.work, pending.spread, due)
 
     def wait(self, pending: Pending) -> Tensor:
@@ -131,6 +135,7 @@ class Delayed(Collectives):
             begin = time.perf_counter()
             time.sleep(rest)
             self.waited += rest
+            self.exposed += rest
             if self.listener is not None:
                 self.listener(self.role, begin, time.perf_counter())
         return output
@@ -143,6 +148,7 @@ class Rank:
 
     def __init__(self, path: Path, collectives: Delayed, tensor: Delayed | None = None) -> None:
         self.collectives, self._tensor = collectives, tensor
+        self.shares: dict[tuple[Case, int], list[float]] = {}
         config = load_config(path)
         placement = contiguous(len(config.moe_layers), config.moe.num_experts, WORLD)
         turns = Turns()
@@ -196,11 +202,14 @@ class Rank:
         assert result is not None, "a step on a CPU is done when it has been submitted"
         return result
 
+    @property
+    def groups(self) -> list[Delayed]:
+        return [self.collectives] if self._tensor is None else [self.collectives, self._tensor]
+
     def delay(self, seconds: float) -> None:
         """Collectives take so much longer from now on."""
-        for group in (self.collectives, self._tensor):
-            if group is not None:
-                group.delay = seconds
+        for group in self.groups:
+            group.delay = seconds
 
     def take_spans(self) -> StepSpans | None:
         """Spans of the last step, if they were asked for."""
@@ -219,7 +228,12 @@ class Rank:
             for delayed in (False, True):
                 for microbatches in (1, 2) if number % 2 else (2, 1):
                     self.delay(delay * delayed)
+                    before = [sum(getattr(group, name) for group in self.groups) for name in _DELAYS]
                     seconds = self.step(case, microbatches).seconds
+                    if delayed and number >= 2:
+                        after = [sum(getattr(group, name) for group in self.groups) for name in _DELAYS]
+                        exposed, total = (end - start for start, end in zip(before, after, strict=True))
+                        self.shares.setdefault((case, microbatches), []).append(exposed / total)
                     slowest = max(value for (value,) in self.gathered(seconds))
                     if number >= 2:
                         found.setdefault((delayed, microbatches), []).append(1000 * slowest)
@@ -256,9 +270,10 @@ def rank_process(path: Path, index: int, port: int, arguments: argparse.Namespac
     for case in CASES:
         delay = arguments.delay / 1000
         measured = rank.pairs(case, delay, arguments.rounds)
-        choices = [rank.decided(case, each) for each in (0.0, delay)]
+        choices = [] if arguments.no_auto else [rank.decided(case, each) for each in (0.0, delay)]
         if index == 0:
-            out.put((case, measured, choices))
+            shares = [rank.shares[case, microbatches] for microbatches in (1, 2)]
+            out.put((case, measured, choices, shares))
     if index == 0:
         out.put(None)
     rank.gathered(0.0)
@@ -278,6 +293,8 @@ def rows_of(
                 f"{each:.2f}" for each in np.quantile(measured[delayed, microbatches], (0.2, 0.5, 0.8))
             ]
             yield f"step, microbatches={microbatches}", shape, "ms", *quantiles
+        if not choices:
+            continue
         chosen, waits, ratio = choices[number]
         yield "auto: microbatches", shape, "", "", str(chosen), ""
         yield "auto: share of waits", shape, "", "", f"{waits:.3f}", ""
@@ -315,13 +332,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--delay", type=float, default=2.0, help="milliseconds of each collective")
     parser.add_argument("--tensor", type=int, choices=(1, 2), default=1, help="ranks that split layers")
+    parser.add_argument("--no-auto", action="store_true", help="leaves out what ``auto`` decides")
     arguments = parser.parse_args()
     layout = "" if arguments.tensor == 1 else f"tensor={arguments.tensor} "
     where = hardware(), f"python {platform.python_version()} torch {torch.__version__}", commit()
     with running_ranks(rank_process, arguments) as out:
         while (found := out.get(timeout=900)) is not None:
-            case, *figures = found
-            rows = list(rows_of(layout + case.name, *figures, arguments.delay))
+            case, measured, choices, shares = found
+            rows = list(rows_of(layout + case.name, measured, choices, arguments.delay))
+            shape = f"{layout}{case.name} delay={arguments.delay:g}ms"
+            for microbatches, share in enumerate(shares, 1):
+                quantiles = [f"{each:.3f}" for each in np.quantile(share, (0.2, 0.5, 0.8))]
+                rows.append((f"waited / delay, microbatches={microbatches}", shape, "", *quantiles))
             with ROWS.open("a", newline="") as file:
                 writer = csv.writer(file)
                 if not file.tell():

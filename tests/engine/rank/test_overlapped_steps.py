@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from support.engine.rank.greedy_prompts import write_family
+from support.engine.rank.greedy_prompts import load_prompts, write_family
 from support.engine.rank.overlapped_steps import (
     FAMILY,
+    continue_in_stages,
     one_fails,
     order_beside_tensor_groups,
     order_of_collectives,
@@ -40,6 +41,21 @@ def test_tensor_groups_give_turns_and_order_does_not_depend_on_their_tokens(tmp_
     assert set(sums) == names
     prompt = sums[:12]  # of a step in which both microbatches have tokens
     assert prompt[0::2] == prompt[1::2]
+
+
+def test_each_microbatch_is_handed_to_the_next_stage_when_it_is_done(tmp_path: Path) -> None:
+    """Tokens are those of transformers, in one microbatch and in two."""
+    (first, sent), (last, sent_back) = run_ranks(
+        continue_in_stages, 2, write_family(tmp_path / "model", FAMILY)
+    )
+    stored = [entry.tokens for entry in load_prompts(FAMILY)[:4]]
+    assert last == {1: stored, 2: stored}
+    assert first == {number: [[-1] * len(tokens) for tokens in stored] for number in (1, 2)}
+    assert sent_back == {1: [], 2: []}
+    at_once, halves = dict(sent[1]), dict(sent[2])
+    assert all(tag % 3 == 1 for tag in at_once) and {tag % 3 for tag in halves} == {1, 2}
+    for tag, num_tokens in at_once.items():
+        assert halves[tag] + halves.get(tag + 1, 0) == num_tokens
 
 
 @pytest.mark.parametrize("last", [9, 10, 31])

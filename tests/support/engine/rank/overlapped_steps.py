@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
 from lockstep.engine.protocol.timeline import StepSpans
 from lockstep.engine.rank.contract import StepAbandoned
@@ -83,6 +84,40 @@ def order_beside_tensor_groups(collectives: Collectives, path: Path) -> tuple[li
     executor = build_executor(path, watched, "all_to_all", tensor=group)
     Driver(executor, requests, _capacity, microbatches=2).run(6)
     return watched.started, [what for what in group.started if "columns" not in what]
+
+
+def continue_in_stages(
+    collectives: Collectives, path: Path
+) -> tuple[dict[int, list[list[int]]], dict[int, list[tuple[int, int]]]]:
+    """Tokens of prompts, whole and cut, by microbatches, where all ranks share the layers of a
+    model; and the tags of the hidden states that travelled, with their numbers of tokens.
+    """
+    found, travelled = {}, {}
+    for microbatches in (1, 2):
+        stages = Relayed(f"stages {microbatches}", collectives.index, collectives.size, collectives.store)
+        stages.build(0)
+        requests = [
+            Request(entry.prompt, len(entry.tokens), start=number, chunk=20 if number % 2 else 10_000)
+            for number, entry in enumerate(load_prompts(FAMILY)[:4])
+        ]
+        driver = Driver(build_executor(path, stages=stages), requests, microbatches=microbatches)
+        found[microbatches] = driver.run()
+        travelled[microbatches] = stages.messages
+        collectives.wait(collectives.all_gather(torch.zeros(1), "the end"))
+    return found, travelled
+
+
+class Relayed(Collectives):
+    """Collectives that note the rows and tags of the hidden states that they send."""
+
+    def __init__(self, name: str, index: int, size: int, store: Store | None) -> None:
+        super().__init__(name, index, size, store, 240.0, CPU)
+        self.messages: list[tuple[int, int]] = []
+
+    def send(self, rows: Tensor, to: int, tag: int, what: str) -> Pending:
+        if rows.is_floating_point():
+            self.messages.append((tag, len(rows)))
+        return super().send(rows, to, tag, what)
 
 
 def one_fails(collectives: Collectives, path: Path, last: int) -> tuple[str, int, tuple[int, int]]:
