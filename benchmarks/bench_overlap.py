@@ -1,7 +1,9 @@
 """Measures steps of two ranks at once and as two microbatches, in pairs, with and without a delay
-in every dispatch and combine; then lets ``overlap: auto`` decide.
+in every collective; then lets ``overlap: auto`` decide.
 
-    python benchmarks/bench_overlap.py [--rounds 40] [--delay 2]
+    python benchmarks/bench_overlap.py [--rounds 40] [--delay 2] [--tensor 2] [--no-auto]
+
+With ``--tensor 2`` the ranks split layers, so sums of attention and runs of tokens travel as well.
 
 The delay passes off the thread: a collective is complete so long after it was started, whatever the
 ranks compute meanwhile. The model is a small Qwen3-MoE with random weights in bf16, and each rank
@@ -48,10 +50,11 @@ from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.parallel.collectives import Collectives, Pending, RankGroups
-from lockstep.parallel.dense import UNSPLIT_LAYERS
+from lockstep.parallel.dense import split_as_attention
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.stages import whole_model
+from lockstep.parallel.tensor import UNSPLIT, TensorGroup
 
 MODEL = CONFIG | {
     "vocab_size": 1024,
@@ -65,6 +68,7 @@ MODEL = CONFIG | {
 WORLD, PAGE, MAX_LEN, SLOTS = 2, 64, 2048, 128
 CPU = torch.device("cpu")
 ROWS = Path(__file__).parent / "overlap.csv"
+_DELAYS = "exposed", "delayed"
 MOST_STEPS = 300
 """Steps that ``auto`` has to decide in."""
 
@@ -99,17 +103,30 @@ class Late(Pending):
 
 
 class Delayed(Collectives):
-    """Collectives that take ``delay`` seconds longer."""
+    """Collectives that take ``delay`` seconds longer. ``exposed`` and ``delayed``: seconds waited
+    out because of that, and of delays in all.
+    """
 
-    delay = 0.0
+    delay = exposed = delayed = 0.0
 
     def all_to_all(
         self, rows: Tensor, send: list[int] | None, receive: list[int] | None, what: str
     ) -> Pending:
-        pending = super().all_to_all(rows, send, receive, what)
-        return Late(
-            pending.what, pending.output, pending.work, pending.spread, time.perf_counter() + self.delay
-        )
+        return self._late(super().all_to_all(rows, send, receive, what))
+
+    def all_gather(self, rows: Tensor, what: str, fill: int = 0) -> Pending:
+        return self._late(super().all_gather(rows, what, fill))
+
+    def reduce_scatter(self, rows: Tensor, what: str) -> Pending:
+        return self._late(super().reduce_scatter(rows, what))
+
+    def all_reduce(self, rows: Tensor, what: str) -> Pending:
+        return self._late(super().all_reduce(rows, what))
+
+    def _late(self, pending: Pending) -> Pending:
+        due = time.perf_counter() + self.delay
+        self.delayed += self.delay
+        return Late(pending.what, pending.output, pending.work, pending.spread, due)
 
     def wait(self, pending: Pending) -> Tensor:
         output = super().wait(pending)
@@ -118,24 +135,30 @@ class Delayed(Collectives):
             begin = time.perf_counter()
             time.sleep(rest)
             self.waited += rest
+            self.exposed += rest
             if self.listener is not None:
-                self.listener("experts", begin, time.perf_counter())
+                self.listener(self.role, begin, time.perf_counter())
         return output
 
 
 class Rank:
-    """A rank that executes the same step again and again, each after a rebase."""
+    """A rank that executes the same step again and again, each after a rebase. ``tensor``: the
+    ranks that split layers, if they do; all have the same requests then.
+    """
 
-    def __init__(self, path: Path, collectives: Delayed) -> None:
-        self.collectives = collectives
+    def __init__(self, path: Path, collectives: Delayed, tensor: Delayed | None = None) -> None:
+        self.collectives, self._tensor = collectives, tensor
+        self.shares: dict[tuple[Case, int], list[float]] = {}
         config = load_config(path)
         placement = contiguous(len(config.moe_layers), config.moe.num_experts, WORLD)
         turns = Turns()
+        split = UNSPLIT if tensor is None else TensorGroup(tensor, turns.give)
+        splits = split_as_attention(split)
         exchange = AllToAllExchange(placement, collectives, CPU)
         dispatcher = ExchangeDispatcher(exchange, CPU, give_turn=turns.give)
         stage = whole_model(config.num_layers, config.moe_layers)
         alone = Collectives("alone", 0, 1, None, 1.0, CPU)
-        model = build_model(config, dispatcher, torch.bfloat16, CPU, part=ModelPart(stage, UNSPLIT_LAYERS))
+        model = build_model(config, dispatcher, torch.bfloat16, CPU, part=ModelPart(stage, splits))
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.05)
         model.pack()
@@ -143,16 +166,17 @@ class Rank:
             rank=collectives.index,
             model=model,
             dispatcher=dispatcher,
-            groups=RankGroups(collectives),
-            splits=UNSPLIT_LAYERS,
+            groups=RankGroups(collectives, *([] if tensor is None else [tensor])),
+            splits=splits,
             links=PipelineLinks(alone, stage, CPU),
             turns=turns,
-            samples=True,
-            pool=KVPool(config, SLOTS * 9, PAGE, "bf16", CPU),
+            samples=split.index == 0,
+            pool=KVPool(config.part(config.num_layers, split.size), SLOTS * 9, PAGE, "bf16", CPU),
             device=CPU,
         )
         self._executor = Executor(parts, SLOTS, MAX_LEN, 1)
-        self._tokens = np.random.default_rng(collectives.index).integers(2, 1000, MAX_LEN).astype(np.int32)
+        seed = collectives.index if tensor is None else 0
+        self._tokens = np.random.default_rng(seed).integers(2, 1000, MAX_LEN).astype(np.int32)
         self._step, self._staged = 0, 0
 
     def step(self, case: Case, microbatches: int, trace: bool = False) -> StepResult:
@@ -178,6 +202,15 @@ class Rank:
         assert result is not None, "a step on a CPU is done when it has been submitted"
         return result
 
+    @property
+    def groups(self) -> list[Delayed]:
+        return [self.collectives] if self._tensor is None else [self.collectives, self._tensor]
+
+    def delay(self, seconds: float) -> None:
+        """Collectives take so much longer from now on."""
+        for group in self.groups:
+            group.delay = seconds
+
     def take_spans(self) -> StepSpans | None:
         """Spans of the last step, if they were asked for."""
         return self._executor.take_spans()
@@ -194,8 +227,13 @@ class Rank:
         for number in range(rounds + 2):
             for delayed in (False, True):
                 for microbatches in (1, 2) if number % 2 else (2, 1):
-                    self.collectives.delay = delay * delayed
+                    self.delay(delay * delayed)
+                    before = [sum(getattr(group, name) for group in self.groups) for name in _DELAYS]
                     seconds = self.step(case, microbatches).seconds
+                    if delayed and number >= 2:
+                        after = [sum(getattr(group, name) for group in self.groups) for name in _DELAYS]
+                        exposed, total = (end - start for start, end in zip(before, after, strict=True))
+                        self.shares.setdefault((case, microbatches), []).append(exposed / total)
                     slowest = max(value for (value,) in self.gathered(seconds))
                     if number >= 2:
                         found.setdefault((delayed, microbatches), []).append(1000 * slowest)
@@ -203,7 +241,7 @@ class Rank:
 
     def decided(self, case: Case, delay: float) -> tuple[int, float, float | None]:
         """Microbatches that ``auto`` chooses, the share of waits, and the ratio of times."""
-        self.collectives.delay = delay
+        self.delay(delay)
         overlap, none = Overlap("auto", exchanges=True), np.zeros(0, np.int64)
         for number in range(MOST_STEPS):
             flight = Flight(number, none, none > 0, [0], none, none, none, none, None, case.capacity)
@@ -225,35 +263,43 @@ def rank_process(path: Path, index: int, port: int, arguments: argparse.Namespac
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=300))
     collectives = Delayed("experts", index, WORLD, store, 300.0, CPU)
     collectives.build(0)
-    rank = Rank(path, collectives)
+    tensor = Delayed("layers", index, WORLD, store, 300.0, CPU) if arguments.tensor > 1 else None
+    if tensor is not None:
+        tensor.build(0)
+    rank = Rank(path, collectives, tensor)
     for case in CASES:
         delay = arguments.delay / 1000
         measured = rank.pairs(case, delay, arguments.rounds)
-        choices = [rank.decided(case, each) for each in (0.0, delay)]
+        choices = [] if arguments.no_auto else [rank.decided(case, each) for each in (0.0, delay)]
         if index == 0:
-            out.put((case, measured, choices))
+            shares = [rank.shares[case, microbatches] for microbatches in (1, 2)]
+            out.put((case, measured, choices, shares))
     if index == 0:
         out.put(None)
     rank.gathered(0.0)
 
 
-def rows_of(case: Case, measured: dict[tuple[bool, int], list[float]], choices: Any, delay: float) -> Any:
+def rows_of(
+    name: str, measured: dict[tuple[bool, int], list[float]], choices: Any, delay: float
+) -> Iterator[tuple[str, ...]]:
     """Rows of a case, and the share of the delay that overlap hides: by the medians of pairs."""
     whole, late = np.array(measured[False, 1]), np.array(measured[True, 1])
     saved = np.median(late - np.array(measured[True, 2])) / np.median(late - whole)
     exposed = np.median(np.array(measured[True, 2]) - np.array(measured[False, 2])) / np.median(late - whole)
     for number, delayed in enumerate((False, True)):
-        shape = f"{case.name} delay={delay * delayed:g}ms"
+        shape = f"{name} delay={delay * delayed:g}ms"
         for microbatches in (1, 2):
             quantiles = [
                 f"{each:.2f}" for each in np.quantile(measured[delayed, microbatches], (0.2, 0.5, 0.8))
             ]
             yield f"step, microbatches={microbatches}", shape, "ms", *quantiles
+        if not choices:
+            continue
         chosen, waits, ratio = choices[number]
         yield "auto: microbatches", shape, "", "", str(chosen), ""
         yield "auto: share of waits", shape, "", "", f"{waits:.3f}", ""
         yield "auto: time with / without", shape, "", "", "" if ratio is None else f"{ratio:.3f}", ""
-    shape = f"{case.name} delay={delay:g}ms"
+    shape = f"{name} delay={delay:g}ms"
     yield "saved / added by the delay", shape, "", "", f"{saved:.3f}", ""
     yield "hidden share of the delay", shape, "", "", f"{1 - exposed:.3f}", ""
 
@@ -285,11 +331,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--delay", type=float, default=2.0, help="milliseconds of each collective")
+    parser.add_argument("--tensor", type=int, choices=(1, 2), default=1, help="ranks that split layers")
+    parser.add_argument("--no-auto", action="store_true", help="leaves out what ``auto`` decides")
     arguments = parser.parse_args()
+    layout = "" if arguments.tensor == 1 else f"tensor={arguments.tensor} "
     where = hardware(), f"python {platform.python_version()} torch {torch.__version__}", commit()
     with running_ranks(rank_process, arguments) as out:
         while (found := out.get(timeout=900)) is not None:
-            rows = list(rows_of(*found, arguments.delay))
+            case, measured, choices, shares = found
+            rows = list(rows_of(layout + case.name, measured, choices, arguments.delay))
+            shape = f"{layout}{case.name} delay={arguments.delay:g}ms"
+            for microbatches, share in enumerate(shares, 1):
+                quantiles = [f"{each:.3f}" for each in np.quantile(share, (0.2, 0.5, 0.8))]
+                rows.append((f"waited / delay, microbatches={microbatches}", shape, "", *quantiles))
             with ROWS.open("a", newline="") as file:
                 writer = csv.writer(file)
                 if not file.tell():

@@ -5,7 +5,8 @@ streams of random lengths, some of which their clients leave, and kills a random
 ``--every`` seconds. Before each kill the load pauses: then no page may be in use, and memory and
 descriptors of every process are read. Prints what was asked, the slopes of memory and descriptors
 by process, and adds a row to ``soak.csv``. Streams of a killed frontend are counted as cut. Exits 1
-after a wrong token, an unexpected error, or a page that is not given back.
+after a wrong token, an unexpected error, or a page that is not given back. ``--clients`` and
+``--rest`` make the load small enough for a machine that others use; ``--note`` says so in the row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import collections
 import csv
 import datetime
+import math
+import os
 import random
 import signal
 import statistics
@@ -32,7 +35,6 @@ ROWS = Path(__file__).with_name("soak.csv")
 VICTIMS = ("rank 0", "rank 1", "controller 0", "frontend 0", "frontend 1")
 KINDS = ("launcher", "controller", "rank", "frontend")
 TOKENS = 120
-BATCH = 8
 
 
 @dataclass
@@ -46,41 +48,43 @@ class Totals:
 
 @dataclass
 class Samples:
-    """(hours, resident bytes, descriptors) of each kind of process: the largest of its kind."""
+    """(hours, resident MiB, descriptors) of each life: a process from its start to its death."""
 
     start: float = field(default_factory=time.monotonic)
-    by_kind: dict[str, list[tuple[float, int, int]]] = field(default_factory=lambda: {k: [] for k in KINDS})
+    lives: dict[tuple[str, int], list[tuple[float, float, int]]] = field(default_factory=dict)
 
     def take(self, cluster: Cluster) -> None:
         hours = (time.monotonic() - self.start) / 3600
-        found: dict[str, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
         for name in ("launcher", *VICTIMS):
             process = psutil.Process(cluster.pid(name))
-            found[name.split()[0]].append((process.memory_info().rss, process.num_fds()))
-        for kind, values in found.items():
-            resident, descriptors = map(max, zip(*values, strict=True))
-            self.by_kind[kind].append((hours, resident, descriptors))
+            sample = hours, process.memory_info().rss / 2**20, process.num_fds()
+            self.lives.setdefault((name, process.pid), []).append(sample)
+            print(f"  {name} {process.pid}: {sample[1]:.1f} MiB, {sample[2]} descriptors", flush=True)
 
-    def slopes(self) -> dict[str, tuple[float, float]]:
-        """MiB and descriptors an hour by kind, by least squares, without the first sample."""
-        slopes = {}
-        for kind, samples in self.by_kind.items():
-            hours, resident, descriptors = zip(*samples[1:], strict=True)
-            slopes[kind] = (
-                statistics.linear_regression(hours, [value / 2**20 for value in resident]).slope,
-                statistics.linear_regression(hours, descriptors).slope,
-            )
-        return slopes
+    def of_kind(self, kind: str) -> list[list[tuple[float, float, int]]]:
+        """The samples of every life, without the first, at which a process is still warming up."""
+        return [life[1:] for (name, _), life in self.lives.items() if name.split()[0] == kind]
+
+    def slope(self, kind: str, column: int) -> float:
+        """Growth an hour within lives, by least squares over all of them; NaN if all are short."""
+        products = squares = 0.0
+        for life in filter(None, self.of_kind(kind)):
+            middle = statistics.fmean(sample[0] for sample in life)
+            mean = statistics.fmean(sample[column] for sample in life)
+            products += sum((sample[0] - middle) * (sample[column] - mean) for sample in life)
+            squares += sum((sample[0] - middle) ** 2 for sample in life)
+        return products / squares if squares else math.nan
 
 
 class Load(threading.Thread):
     """One client: stream after stream, while the gate is open. It leaves some of them."""
 
     def __init__(
-        self, url: str, known: dict[str, list[int]], dice: random.Random, gate: Gate, totals: Totals
+        self, url: str, known: dict[str, list[int]], gate: Gate, totals: Totals, rest: float, seed: float
     ) -> None:
         super().__init__(daemon=True)
-        self._url, self._known, self._dice, self._gate, self._totals = url, known, dice, gate, totals
+        self._url, self._known, self._gate, self._totals = url, known, gate, totals
+        self._rest, self._dice = rest, random.Random(seed)
 
     def run(self) -> None:
         while self._gate.enter():
@@ -94,6 +98,7 @@ class Load(threading.Thread):
             stream.run()
             self._gate.leave()
             self._judge(stream, length, began, leaves=leaves)
+            time.sleep(self._dice.uniform(0.0, 2.0 * self._rest))
 
     def _judge(self, stream: Stream, length: int, began: float, *, leaves: bool) -> None:
         totals, known = self._totals, self._known[stream.prompt]
@@ -166,7 +171,9 @@ def soak(cluster: Cluster, chosen: argparse.Namespace) -> tuple[Totals, Samples,
         known[prompt] = alone.tokens
     totals, samples, gate = Totals(), Samples(), Gate()
     kills: collections.Counter[str] = collections.Counter()
-    clients = [Load(cluster.url, known, random.Random(dice.random()), gate, totals) for _ in range(BATCH)]
+    clients = [
+        Load(cluster.url, known, gate, totals, chosen.rest, dice.random()) for _ in range(chosen.clients)
+    ]
     for client in clients:
         client.start()
     end = time.monotonic() + 60.0 * chosen.minutes
@@ -194,6 +201,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=120.0, help="seconds between two kills")
+    parser.add_argument("--clients", type=int, default=8, help="streams at once")
+    parser.add_argument("--rest", type=float, default=0.0, help="mean seconds between a client's streams")
+    parser.add_argument("--note", default="", help="circumstances of the run, for its row")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the cluster would outlive this process
     arguments = ["cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN_KEY}", *TWO_RANKS]
@@ -201,16 +211,19 @@ def main() -> int:
         cluster = Cluster(Path(folder), arguments)
         try:
             totals, samples, kills = soak(cluster, chosen)
+            if totals.faults:
+                print((Path(folder) / "launch.log").read_text())
         finally:
             cluster.close()
     for fault in totals.faults[:10]:
         print("fault:", fault)
-    slopes = samples.slopes()
+    slopes = {kind: (samples.slope(kind, 1), samples.slope(kind, 2)) for kind in KINDS}
     for kind, (memory, descriptors) in slopes.items():
-        first, last = samples.by_kind[kind][0], samples.by_kind[kind][-1]
+        every = [sample for life in samples.of_kind(kind) for sample in life]
+        most = [max((sample[column] for sample in every), default=math.nan) for column in (1, 2)]
         print(
-            f"{kind}: {first[1] >> 20} MiB, then {last[1] >> 20}: {memory:+.1f} MiB an hour; "
-            f"{first[2]} descriptors, then {last[2]}: {descriptors:+.1f} an hour"
+            f"{kind}: at most {most[0]:.0f} MiB, {memory:+.1f} an hour; {most[1]} descriptors, "
+            f"{descriptors:+.1f} an hour"
         )
     row = {
         "minutes": chosen.minutes,
@@ -219,6 +232,9 @@ def main() -> int:
         "faults": len(totals.faults),
         **{f"{kind}_mib_per_hour": f"{slope:+.1f}" for kind, (slope, _) in slopes.items()},
         **{f"{kind}_fds_per_hour": f"{slope:+.1f}" for kind, (_, slope) in slopes.items()},
+        "clients": chosen.clients,
+        "load": f"{os.getloadavg()[2]:.1f}",
+        "note": chosen.note,
         "seed": chosen.seed,
         "hardware": hardware(),
         "commit": commit(),

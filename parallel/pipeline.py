@@ -18,7 +18,8 @@ from torch import Tensor
 from .collectives import Collectives, Pending
 from .stages import PipelineStage
 
-_HIDDEN, _TOKENS = 0, 1
+_KINDS = 3  # of messages: tokens, and hidden states of either microbatch
+_TOKENS, _HIDDEN = 0, 1
 _TAGS = 1 << 31  # tags of a transport are 32-bit
 
 
@@ -32,7 +33,7 @@ class PipelineLinks:
         self._collectives = collectives
         self._device = device
         # Transports read a message after it was sent; this many steps may be on their way.
-        self._sent: deque[Pending] = deque(maxlen=4 * collectives.size)
+        self._sent: deque[Pending] = deque(maxlen=8 * collectives.size)
 
     @property
     def waited(self) -> float:
@@ -41,17 +42,23 @@ class PipelineLinks:
 
     def receive(self, step: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """hidden_TD of the stage before. Raises CollectiveError."""
-        room = torch.empty(num_tokens, hidden, dtype=dtype, device=self._device)
-        if not num_tokens:
-            return room
-        what = f"hidden states of step {step}"
-        source = self._collectives.index - 1
-        return self._collectives.wait(self._collectives.receive(room, source, _tag(step, _HIDDEN), what))
+        return self.wait(self.expect(step, num_tokens, hidden, dtype))
 
-    def send(self, step: int, hidden_TD: Tensor) -> None:
+    def expect(
+        self, step: int, num_tokens: int, hidden: int, dtype: torch.dtype, microbatch: int = 0
+    ) -> Pending:
+        """hidden_TD that the stage before sends, of one microbatch of several."""
+        room = torch.empty(num_tokens, hidden, dtype=dtype, device=self._device)
+        what = f"hidden states of step {step}"
+        if not num_tokens:
+            return Pending(what, room, None)
+        source, tag = self._collectives.index - 1, _tag(step, _HIDDEN + microbatch)
+        return self._collectives.receive(room, source, tag, what)
+
+    def send(self, step: int, hidden_TD: Tensor, microbatch: int = 0) -> None:
         """Hands hidden states to the next stage."""
         if len(hidden_TD):
-            self._send(hidden_TD, self._collectives.index + 1, _tag(step, _HIDDEN))
+            self._send(hidden_TD, self._collectives.index + 1, _tag(step, _HIDDEN + microbatch))
 
     def send_tokens(self, step: int, tokens_R: Tensor) -> None:
         """Hands the tokens that the last stage sampled to the first."""
@@ -78,4 +85,4 @@ class PipelineLinks:
 
 
 def _tag(step: int, kind: int) -> int:
-    return (2 * step + kind) % _TAGS
+    return (_KINDS * step + kind) % _TAGS

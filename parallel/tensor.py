@@ -11,13 +11,14 @@ T tokens of the step  O tokens of this rank's run  D hidden
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .collectives import Collectives
+from .collectives import Collectives, Pending
 
 Residual = tuple[Tensor, Tensor | None]
 
@@ -140,22 +141,25 @@ UNSPLIT = Unsplit()
 class TensorGroup:
     """A group of ranks that split layers, over their collectives. All of them have the same T, and
     none calls a collective where T is 0.
+
+    ``give_turn`` is called before each wait: meanwhile another microbatch may compute. It is called
+    where T is 0, too: turns, and so the order of collectives in groups that have this rank among
+    others, do not depend on tokens.
     """
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: Collectives, give_turn: Callable[[], None] = lambda: None) -> None:
         self.index, self.size = collectives.index, collectives.size
-        self._collectives = collectives
+        self._collectives, self._give_turn = collectives, give_turn
 
     def total(self, part: Tensor) -> Tensor:
         if not len(part):
-            return part
-        return self._collectives.wait(self._collectives.all_reduce(part, "the sum of a split layer"))
+            return self._without(part)
+        return self._wait(self._collectives.all_reduce(part, "the sum of a split layer"))
 
     def columns(self, part: Tensor) -> Tensor:
         if not len(part):
-            return part.new_empty(0, self.size * part.shape[1])
-        what = "the columns of a split layer"
-        rows = self._collectives.wait(self._collectives.all_gather(part, what))
+            return self._without(part.new_empty(0, self.size * part.shape[1]))
+        rows = self._wait(self._collectives.all_gather(part, "the columns of a split layer"))
         return rows.view(self.size, *part.shape).transpose(0, 1).flatten(1)
 
     def complete(self, residual: Residual) -> Residual:
@@ -164,24 +168,23 @@ class TensorGroup:
 
     def scatter(self, residual: Residual) -> Residual:
         x_TD, update_TD = residual
-        if not len(x_TD):
-            return residual
         run = self.run_of(len(x_TD))
         x_OD = x_TD[run.start : run.stop]
         if update_TD is None:
             return x_OD, None
+        if not len(x_TD):
+            return x_OD, self._without(update_TD)
         all_TD = padded(update_TD, self.size * self._longest(len(x_TD)))
-        what = "this rank's run of the tokens"
-        update = self._collectives.wait(self._collectives.reduce_scatter(all_TD, what))
+        update = self._wait(self._collectives.reduce_scatter(all_TD, "this rank's run of the tokens"))
         return x_OD, update[: len(x_OD)]
 
     def gather(self, residual: Residual, num_tokens: int) -> Residual:
         x_OD, update_OD = residual
         if not num_tokens:
-            return residual
+            return self._without(x_OD), update_OD
         sum_OD = x_OD if update_OD is None else x_OD + update_OD
         run_OD = padded(sum_OD, self._longest(num_tokens))
-        x_TD = self._collectives.wait(self._collectives.all_gather(run_OD, "the runs of all tokens"))
+        x_TD = self._wait(self._collectives.all_gather(run_OD, "the runs of all tokens"))
         return x_TD[:num_tokens], None
 
     def run_of(self, num_tokens: int) -> range:
@@ -200,6 +203,14 @@ class TensorGroup:
         values_RW = found_RW2[:, :, 0].contiguous().view(torch.float32)
         first_R = values_RW.masked_fill(values_RW.isnan(), -math.inf).argmax(1)
         return found_RW2[:, :, 1].gather(1, first_R[:, None])[:, 0].to(torch.int64)
+
+    def _wait(self, pending: Pending) -> Tensor:
+        self._give_turn()
+        return self._collectives.wait(pending)
+
+    def _without(self, nothing: Tensor) -> Tensor:
+        self._give_turn()
+        return nothing
 
     def _longest(self, num_tokens: int) -> int:
         return -(-num_tokens // self.size)

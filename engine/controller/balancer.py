@@ -28,7 +28,7 @@ from .pilot import Pilot
 log = logging.getLogger(__name__)
 
 _REPORTS = 2
-"""Reports in the window: as far back as loads are looked at."""
+"""Reports in the window, if they hold tokens enough: as far back as loads are looked at."""
 
 _TARGET = 1.02
 """Maximum / mean load at which a layer is left alone, as a multiple of the least there can be."""
@@ -46,13 +46,14 @@ class Balancer:
         self._expert_bytes = max(1, hellos[0].expert_bytes)
         hosts = sorted({hello.host for hello in hellos.values()})
         self._node = {rank: hosts.index(hello.host) for rank, hello in hellos.items()}
-        self._window = LoadWindow(*loads.loads_LE.shape, _REPORTS)
         self._trigger = Trigger()
-        self._reached = 1.0
+        least = self._trigger.least_tokens(mesh.experts)
+        self._window = LoadWindow(*loads.loads_LE.shape, _REPORTS, least)
+        self._reached = 1.0  # what the last search meant to reach, with the loads that it saw
         self._seen = 0
         self._open: dict[int, Transfer] = {}
         self._newest = pilot.group.moves.committed  # id
-        self._search: Future[list[Balanced]] | None = None
+        self._search: Future[tuple[list[Balanced], float]] | None = None
         self._searched = loads.newest
         movable = enabled and mesh.experts > 1 and loads.loads_LE.size
         self._thread = ThreadPoolExecutor(1, "balancer") if movable else None
@@ -91,9 +92,10 @@ class Balancer:
             experts_LWS[layers, ranks, slots] = experts
         placement = Placement(experts_LWS, self._loads.newest.num_experts)
         self._loads.place(plan.header.step, placement)
-        self._reached = weighted_imbalance(self._window.loads_LE, placement)
         num = sum(len(_rows(moves)) for moves in committed)
-        log.info("step %d commits %d moves of experts; imbalance %.3f", plan.header.step, num, self._reached)
+        log.info(
+            "step %d commits %d moves of experts, to imbalance %.3f", plan.header.step, num, self._reached
+        )
 
     def look(self) -> None:
         """Takes in a complete report, starts a search when loads have drifted, and hands its moves
@@ -110,8 +112,9 @@ class Balancer:
             if error := search.exception():
                 self._stop(f"experts no longer move: {type(error).__name__}: {error}")
                 return
-            found = search.result()
+            found, reached = search.result()
             if self._may_move() and self._searched is self._loads.newest:
+                self._reached = reached
                 self._offer(found)
 
     def _may_move(self) -> bool:
@@ -152,7 +155,6 @@ class Balancer:
                 moves.append(Transfer(self._newest, stage, np.concatenate(part).tobytes()))
         self._open = {part.id: part for part in moves}
         if not moves:
-            self._reached = weighted_imbalance(self._window.loads_LE, self._loads.newest)
             return
         log.info(
             "%d moves of experts begin, in %d parts", sum(len(_rows(part)) for part in moves), len(moves)
@@ -167,9 +169,11 @@ class Balancer:
 
 def _balance_stages(
     loads_LE: Floats, placement: Placement, layers: Sequence[slice], nodes: Sequence[tuple[int, ...]]
-) -> list[Balanced]:
-    """Balances each stage's layers over its ranks."""
-    return [
+) -> tuple[list[Balanced], float]:
+    """Balances each stage's layers over its ranks. Returns that, and the ``weighted_imbalance`` of
+    all layers then.
+    """
+    found = [
         balance(
             loads_LE[mine],
             Placement(placement.experts_LWS[mine], placement.num_experts),
@@ -177,6 +181,8 @@ def _balance_stages(
         )
         for mine, node_W in zip(layers, nodes, strict=True)
     ]
+    experts_LWS = np.concatenate([balanced.placement.experts_LWS for balanced in found])
+    return found, weighted_imbalance(loads_LE, Placement(experts_LWS, placement.num_experts))
 
 
 def _by_layer(before_LWS: Int32, balanced: Balanced, first: int) -> list[Int32]:

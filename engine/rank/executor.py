@@ -238,7 +238,7 @@ class Executor:
             if len(chosen):
                 sampled = self._sample(header.step, rows, chosen, hidden_TD, masks)
         else:
-            self._hand_on(header, rows, chosen, hidden_TD)
+            self._expect_tokens(header, rows, chosen)
         self._table.advance(rows, draws.astype(np.int64))
         self._parts.pool.blocks.publish(section)
         return with_tokens(
@@ -327,8 +327,12 @@ class Executor:
 
     def _hand_on(self, header: Header, rows: Rows, chosen: Int64, hidden_TD: Tensor) -> None:
         """Sends the hidden states to the next stage. The first one will get the tokens back."""
+        self._parts.links.send(header.step, hidden_TD)
+        self._expect_tokens(header, rows, chosen)
+
+    def _expect_tokens(self, header: Header, rows: Rows, chosen: Int64) -> None:
+        """The first stage will get the tokens of a step that was handed on."""
         links = self._parts.links
-        links.send(header.step, hidden_TD)
         if links.stage.first and len(chosen):
             pending = links.expect_tokens(header.step, len(chosen))
             self._expected.append(_Expected(header.cohort, rows.slots[chosen], rows.ends[chosen], pending))

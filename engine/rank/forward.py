@@ -32,23 +32,21 @@ class Forward:
         self.kv_share = _kv_share(parts.model.config)
 
     def run(self, header: Header, rows: Rows, draws: NDArray[np.bool_]) -> Tensor:
-        """Hidden states of the step's tokens, [T, D]. Decode rows that do not draw write to the
-        scratch page.
+        """Hidden states of the step's tokens, [T, D], handed to the next stage if there is one.
+        Decode rows that do not draw write to the scratch page.
         """
         parts, pages_RP = self._parts, self._pages(rows, draws)
-        received_TD: Tensor | None = None
         num_tokens = int(rows.counts.sum())
-        if not parts.links.stage.first:
-            config = parts.model.config
-            received_TD = parts.links.receive(header.step, num_tokens, config.hidden, parts.model.dtype)
         if header.microbatches == 1:
             self.announce(num_tokens, header.capacity)
-            return self._compute(rows, pages_RP, received_TD, whole(rows))
+            return self._relay(header.step, rows, pages_RP, whole(rows), 0)
         capacity = most_tokens(header.capacity)
         pair = halves(rows, capacity, self.kv_share)
         self.announce(max(len(part.tokens) for part in pair), capacity)
-        compute = functools.partial(self._compute, rows, pages_RP, received_TD)
-        first_TD, second_TD = parts.turns.run(*(functools.partial(compute, part) for part in pair))
+        relay = functools.partial(self._relay, header.step, rows, pages_RP)
+        first_TD, second_TD = parts.turns.run(
+            *(functools.partial(relay, part, number) for number, part in enumerate(pair))
+        )
         hidden_TD = first_TD.new_empty(num_tokens, first_TD.shape[1])
         for part, part_TD in zip(pair, (first_TD, second_TD), strict=True):
             hidden_TD[torch.from_numpy(part.tokens).to(parts.device)] = part_TD
@@ -63,22 +61,36 @@ class Forward:
         splits.begin_step(capacity)
         self._parts.dispatcher.begin_step(len(run), -(-capacity // splits.tensor.size), real_1)
 
-    def _compute(self, rows: Rows, pages_RP: Int32, received_TD: Tensor | None, part: Part) -> Tensor:
+    def _relay(self, step: int, rows: Rows, pages_RP: Int32, part: Part, microbatch: int) -> Tensor:
+        """Hidden states of a part, between the stage before and the next one: the other microbatch
+        has the turn before the wait, and one travels on while the other computes.
+        """
+        parts, links, received_ND = self._parts, self._parts.links, None
+        if not links.stage.first:
+            config, dtype = parts.model.config, parts.model.dtype
+            pending = links.expect(step, len(part.tokens), config.hidden, dtype, microbatch)
+            parts.turns.give()
+            received_ND = links.wait(pending)
+        hidden_ND = self._compute(rows, pages_RP, received_ND, part)
+        if not links.stage.last:
+            links.send(step, hidden_ND, microbatch)
+        return hidden_ND
+
+    def _compute(self, rows: Rows, pages_RP: Int32, received_ND: Tensor | None, part: Part) -> Tensor:
+        """``received_ND``: the part's hidden states of the stage before."""
         parts = self._parts
         is_whole = len(part.rows) == len(rows.slots) and len(part.tokens) == int(rows.counts.sum())
         pages = pages_RP if is_whole else pages_RP[part.rows]
         batch, positions_T = build_batch(
             part.starts, part.counts, part.num_decode, pages, parts.pool.page_size, parts.device
         )
-        if received_TD is None:
+        if received_ND is None:
             slots = rows.slots[part.rows]
             owners = slots if part.num_decode == len(slots) else np.repeat(slots, part.counts)
             tokens = self._history[owners, positions_T.cpu().numpy()]
             inputs = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
-        elif is_whole:
-            inputs = received_TD
         else:
-            inputs = received_TD[torch.from_numpy(part.tokens).to(parts.device)]
+            inputs = received_ND
         hidden_TD: Tensor = parts.model(inputs, positions_T, batch, parts.pool.cache)
         return hidden_TD
 

@@ -159,7 +159,9 @@ class _Search:
 
 
 def _restore(state: Layers) -> None:
-    """Gives every expert without a slot one, the heaviest first, where the maximum stays least."""
+    """Gives every expert without a slot one, the heaviest first, where the maximum stays least: an
+    empty one if there is, else that of a replica.
+    """
     lost_LE = state.replicas_LE[:, :-1] == 0
     for _ in range(int(lost_LE.sum(axis=1).max(initial=0))):
         layers = np.flatnonzero(lost_LE.any(axis=1))
@@ -169,6 +171,7 @@ def _restore(state: Layers) -> None:
         may_LP = np.take_along_axis(state.replicas_LE[layers], columns_LP, axis=1) >= 2
         ranks_LP = np.repeat(state.rank_loads_LW(layers), state.num_slots, axis=1)
         rests_LP = np.where(may_LP, ranks_LP - state.shares_LP(layers), np.inf)
+        rests_LP[columns_LP == EMPTY] -= state.num_ranks  # less than any load
         slot = rests_LP.argmin(axis=1)
         assert may_LP[each, slot].all(), "no slot can be spared"
         state.put(layers, slot, expert)
@@ -208,9 +211,12 @@ def _moves(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32], node_W: Ints)
     layers, ranks, slots = np.nonzero((old_LWS != new_LWS) & (new_LWS != EMPTY))
     experts = new_LWS[layers, ranks, slots].astype(np.int64)
     sources = np.full(len(layers), NOWHERE)
+    num_experts = int(max(old_LWS.max(initial=0), new_LWS.max(initial=0))) + 1
+    had_LEW = np.zeros((len(old_LWS), num_experts + 1, len(node_W)), np.bool_)  # and one for EMPTY
+    had_LEW[np.arange(len(old_LWS))[:, None, None], old_LWS, np.arange(len(node_W))[:, None]] = True
     for start in range(0, len(layers), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        has_MW = (old_LWS[layers[part]] == experts[part, None, None]).any(axis=2)
+        has_MW = had_LEW[layers[part], experts[part]]
         # Ranks on the node first, then the next in a circle: the sources of an expert take turns.
         distance_MW = (np.arange(len(node_W)) - ranks[part, None]) % len(node_W)
         distance_MW += len(node_W) * (node_W != node_W[ranks[part]][:, None])

@@ -23,8 +23,9 @@ _ALWAYS = 1 << 20  # replicas of an empty slot's "expert": it may always leave
 
 
 class Layers:
-    """experts_LP: changed by ``put``. holds_LWE: whether a rank has a slot of an expert. Of several
-    slots of an expert on one rank the first counts, the others are taken as empty.
+    """experts_LP: changed by ``put``. holds_LWE: whether a rank has a slot of an expert; had_LWE:
+    whether it had one at first, true of an empty slot's. Of several slots of an expert on one rank
+    the first counts, the others are taken as empty.
     """
 
     def __init__(self, loads_LE: Floats, experts_LWS: NDArray[Any]) -> None:
@@ -41,7 +42,8 @@ class Layers:
         self.replicas_LE[:, EMPTY] = _ALWAYS
         self.holds_LWE = np.zeros((num_layers, self.num_ranks, self.num_experts + 1), np.bool_)
         self.holds_LWE[every, np.arange(self.experts_LP.shape[1]) // self.num_slots, self.experts_LP] = True
-        self.holds_LWE[:, :, EMPTY] = False
+        self.had_LWE = self.holds_LWE.copy()
+        self.holds_LWE[:, :, EMPTY], self.had_LWE[:, :, EMPTY] = False, True
 
     def shares_LE(self, layers: Ints) -> Floats:
         """The load of one replica of every expert."""

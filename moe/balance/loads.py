@@ -5,6 +5,7 @@ Suffixes: L MoE layers, E logical experts.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -15,14 +16,18 @@ from .balance import weighted_imbalance
 from .layers import Floats
 from .placement import Placement
 
+_MOST_REPORTS = 16
+
 
 class LoadWindow:
-    """Tokens per layer and expert in the last ``num_reports`` reports."""
+    """Tokens per layer and expert in the last ``num_reports`` reports, and in as many before them
+    as make ``least_tokens`` in the mean of layers, up to 16 in all.
+    """
 
-    def __init__(self, num_layers: int, num_experts: int, num_reports: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, num_reports: int, least_tokens: int = 0) -> None:
         self._sum_LE = np.zeros((num_layers, num_experts), np.int64)
         self._parts: deque[NDArray[np.int64]] = deque()
-        self._num_reports = num_reports
+        self._num_reports, self._least = num_reports, least_tokens * num_layers
 
     @property
     def loads_LE(self) -> Floats:
@@ -30,25 +35,32 @@ class LoadWindow:
 
     def add(self, counts_LE: NDArray[np.int64]) -> None:
         """Takes a report: tokens since the report before it."""
-        if len(self._parts) == self._num_reports:
-            self._sum_LE -= self._parts.popleft()
         self._parts.append(counts_LE.copy())
         self._sum_LE += counts_LE
+        while len(self._parts) > self._num_reports and (
+            len(self._parts) > _MOST_REPORTS or (self._sum_LE - self._parts[0]).sum() >= self._least
+        ):
+            self._sum_LE -= self._parts.popleft()
 
 
 @dataclass(frozen=True)
 class Trigger:
     """Balancing is due when maximum / mean load, averaged over layers by their load, exceeds that
-    after the last balance by ``drift`` of it, and ranks met ``least_tokens`` in the mean of layers:
-    with fewer, chance alone tilts the loads (by a thirtieth at 1,000).
+    of the last balance by ``drift`` of it, and there were ``least_tokens``. What is left alone
+    stays: with a drift of 0.05 loads come no nearer than that to the best placement.
     """
 
-    drift: float = 0.05
-    least_tokens: int = 2000
+    drift: float = 0.03
+
+    def least_tokens(self, num_ranks: int) -> int:
+        """Tokens of all ranks, in the mean of layers, with which chance alone tilts the load of the
+        most loaded of equal ranks by no more than the drift.
+        """
+        return math.ceil(2 * math.log(max(2, num_ranks)) / self.drift**2) * num_ranks
 
     def due(self, loads_LE: Floats, placement: Placement, reached: float) -> bool:
-        """``reached``: ``weighted_imbalance`` after the last balance; 1 before the first."""
-        per_rank = loads_LE.sum(axis=1).mean() / placement.num_ranks if len(loads_LE) else 0.0
-        if per_rank < self.least_tokens:
+        """``reached``: the ``weighted_imbalance`` that the last balance meant; 1 before."""
+        tokens = loads_LE.sum(axis=1).mean() if len(loads_LE) else 0.0
+        if tokens < self.least_tokens(placement.num_ranks):
             return False
         return weighted_imbalance(loads_LE, placement) > reached * (1 + self.drift)

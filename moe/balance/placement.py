@@ -27,7 +27,11 @@ class Placement:
     num_experts: int
 
     def __post_init__(self) -> None:
-        for layer in range(self.num_layers):
+        most = max(int(self.experts_LWS.max(initial=EMPTY)), self.num_experts - 1)
+        held_LE = np.zeros((self.num_layers, most + 2), np.bool_)  # and one for EMPTY
+        held_LE[np.arange(self.num_layers)[:, None, None], self.experts_LWS] = True
+        wrong_L = ~held_LE[:, : self.num_experts].all(axis=1) | held_LE[:, self.num_experts : -1].any(axis=1)
+        for layer in np.flatnonzero(wrong_L):
             found = np.unique(self.experts_LWS[layer])
             missing = np.setdiff1d(np.arange(self.num_experts), found)
             assert not len(missing), f"layer {layer}: experts {missing.tolist()} have no slot"

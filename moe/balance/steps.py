@@ -2,7 +2,8 @@
 loaded rank.
 
 All layers are searched at once, each from its most loaded rank. Suffixes: L layers, W ranks, S
-slots per rank, E experts, P = W S slots, K candidate ranks, Q slots whose expert may leave them.
+slots per rank, E experts, P = W S slots, K candidate ranks, Q slots whose expert may leave them, C
+slots of candidate ranks.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from .placement import EMPTY
 
 # Candidates of a swap, slot by slot: the coldest ranks, as many as keep a layer near this number.
 _CANDIDATES = 600
-# The cost of receiving an expert from another node, in experts received within the node.
-_FAR = 1.05
+# What a step is worth by the experts that ranks receive more because of it, from -2 to 2: one over
+# the root of their number. One that comes home or moves on costs nothing more: so three ranks
+# may pass experts on in a circle, at the price of three.
+_WORTH = np.array([0.15, 0.2, 0.3, 1.0, 2.0], np.float32) ** np.float32(-0.5)
+# Less is a step worth that takes experts from another node.
+_FAR = np.float32(1.05**-0.5)
 # A step counts by the load above the target that it takes away; beyond the target, this much.
 _BEYOND = 0.001
 
@@ -27,14 +32,15 @@ _BEYOND = 0.001
 @dataclass(frozen=True)
 class SlotSteps:
     """One step for each of some layers: ``slots`` get ``experts``, [L, 2]; the second slot is -1
-    where only one changes. ``received``: experts that ranks receive. ``value``: how far maxima
-    fall per expert received, 0 or less where no step is worth taking.
+    where only one changes. ``received``: experts that ranks receive more because of it, against
+    the placement at first. ``value``: how far maxima fall for them, 0 or less where no step is
+    worth taking.
     """
 
     slots: Ints
     experts: Ints
     received: Ints
-    value: Floats
+    value: NDArray[np.floating[Any]]
 
 
 class Search:
@@ -66,12 +72,10 @@ class Search:
         self._leaving()
         found = [self._swaps(), self._replicas_of_the_hot()]
         which = np.stack([steps.value for steps in found]).argmax(axis=0)
-        return SlotSteps(
-            np.stack([steps.slots for steps in found])[which, self._each],
-            np.stack([steps.experts for steps in found])[which, self._each],
-            np.stack([steps.received for steps in found])[which, self._each],
-            np.stack([steps.value for steps in found])[which, self._each],
+        columns = zip(
+            *((steps.slots, steps.experts, steps.received, steps.value) for steps in found), strict=True
         )
+        return SlotSteps(*(np.stack(column)[which, self._each] for column in columns))
 
     def split_largest(self) -> SlotSteps:
         """A further replica of the expert with the largest share, where one that can spare a
@@ -93,7 +97,9 @@ class Search:
         score_LQ = np.where(barred_LQ, np.inf, score_LQ)
         place = score_LQ.argmin(axis=1)
         possible = np.isfinite(score_LQ[self._each, place]) & (largest > self._target)
-        return self._single(self._slots_LQ[self._each, place], expert, possible.astype(np.float64))
+        slot, rank = self._slots_LQ[self._each, place], self._ranks_LQ[self._each, place]
+        received = self._foreign(rank, expert) - self._foreign(rank, self._experts_LQ[self._each, place])
+        return self._single(slot, expert, received, possible.astype(np.float64))
 
     def _leaving(self) -> None:
         """Slots whose expert may leave them, EMPTY ones among them, since its other replicas stay
@@ -125,42 +131,51 @@ class Search:
         """Values of each layer at its columns."""
         return values[self._each[:, None], columns]
 
-    def _value(self, score: Floats, cost: Floats | float) -> Floats:
-        """The worth of lowering the maximum to ``score`` (by layer first) at that cost."""
+    def _foreign(self, ranks: Ints, experts: Ints) -> NDArray[np.int8]:
+        """1 where a rank would receive an expert of its layer, 0 where it had it at first."""
+        layers = self._layers.reshape(-1, *[1] * (max(ranks.ndim, experts.ndim) - 1))
+        return (~self._state.had_LWE[layers, ranks, experts]).view(np.int8)
+
+    def _value(self, score: NDArray[np.float32], received: NDArray[np.int8]) -> NDArray[np.float32]:
+        """The worth of lowering maxima to ``score`` (by layer first) for experts ``received``."""
         shape = (-1,) + (1,) * (score.ndim - 1)
-        maximum = self.maximum.astype(score.dtype).reshape(shape)
-        target = self._target.astype(score.dtype).reshape(shape)
-        gain = maximum - score
-        return np.asarray((np.minimum(gain, maximum - target) + _BEYOND * gain) / np.sqrt(cost))
+        gain = self.maximum.astype(np.float32).reshape(shape) - score
+        above = (self.maximum - self._target).astype(np.float32).reshape(shape)
+        return np.asarray((np.minimum(gain, above) + _BEYOND * gain) * _WORTH.take(received + 2))
 
     def _swaps(self) -> SlotSteps:
-        """Exchanges a slot of the most loaded rank for one of a colder rank."""
-        state, each = self._state, self._each
+        """Exchanges a slot of the most loaded rank for one of a colder rank; C: slots of those."""
+        state, each, hot_L1 = self._state, self._each, self._hot[:, None]
         size = state.num_slots
         num = max(1, min(state.num_ranks - 1, _CANDIDATES // size**2))
         cold_LK = np.argpartition(self._ranks_LW, num - 1, axis=1)[:, :num]
-        slots_LKS = cold_LK[:, :, None] * size + np.arange(size)
-        mine_LS = self._at(self._experts_LP, self._hot_LS)
-        their_LKS = self._experts_LP[each[:, None, None], slots_LKS]
-        shares_LS = self._at(self._shares_LP, self._hot_LS)
-        theirs_LKS = self._shares_LP[each[:, None, None], slots_LKS].astype(np.float32)
-        moved = shares_LS.astype(np.float32)[:, :, None, None] - theirs_LKS[:, None]
-        cold_L1K1 = self._at(self._ranks_LW, cold_LK).astype(np.float32)[:, None, :, None]
-        score = np.maximum(self.maximum.astype(np.float32)[:, None, None, None] - moved, cold_L1K1 + moved)
+        slots_LC = (cold_LK[:, :, None] * size + np.arange(size)).reshape(len(each), -1)
+        cold_LC = slots_LC // size
+        mine_LS, their_LC = self._at(self._experts_LP, self._hot_LS), self._at(self._experts_LP, slots_LC)
+        shares_LS = self._at(self._shares_LP, self._hot_LS).astype(np.float32)
+        moved_LSC = shares_LS[:, :, None] - self._at(self._shares_LP, slots_LC).astype(np.float32)[:, None]
+        loads_LC = self._at(self._ranks_LW, cold_LC).astype(np.float32)
+        maximum_L = self.maximum.astype(np.float32)
+        score_LSC = np.maximum(maximum_L[:, None, None] - moved_LSC, loads_LC[:, None] + moved_LSC)
         barred_LSK = state.holds_LWE[self._layers[:, None, None], cold_LK[:, None], mine_LS[:, :, None]]
-        barred_LKS = state.holds_LWE[self._layers[:, None, None], self._hot[:, None, None], their_LKS]
-        far_LK = self._node_W[cold_LK] != self._node_W[self._hot][:, None]
+        barred_LC = state.holds_LWE[self._layers[:, None], hot_L1, their_LC]
+        far_LC = self._node_W[cold_LC] != self._node_W[self._hot][:, None]
         if self._within:
-            barred_LKS = barred_LKS | far_LK[:, :, None]
-        cost_LKS = (1.0 + (their_LKS != EMPTY)) * np.where(far_LK, _FAR, 1.0)[:, :, None]
-        value = self._value(score, cost_LKS[:, None].astype(np.float32))
-        value[barred_LSK[..., None] | barred_LKS[:, None]] = -np.inf
-        value = value.reshape(len(each), -1)
-        best = value.argmax(axis=1)
-        mine, rank, their = np.unravel_index(best, (size, num, size))
-        slots = np.stack([slots_LKS[each, rank, their], self._hot_LS[each, mine]], axis=1)
-        experts = np.stack([mine_LS[each, mine], their_LKS[each, rank, their]], axis=1)
-        return SlotSteps(slots, experts, (experts != EMPTY).sum(axis=1), value[each, best])
+            barred_LC = barred_LC | far_LC
+        received_LSK = self._foreign(cold_LK[:, None], mine_LS[:, :, None])
+        received_LSK = received_LSK - self._foreign(hot_L1, mine_LS)[:, :, None]
+        received_LSC = np.repeat(received_LSK, size, axis=2)
+        received_LSC += (self._foreign(hot_L1, their_LC) - self._foreign(cold_LC, their_LC))[:, None]
+        value_LSC = self._value(score_LSC, received_LSC) * np.where(far_LC, _FAR, np.float32(1.0))[:, None]
+        value_LSC[np.repeat(barred_LSK, size, axis=2) | barred_LC[:, None]] = -np.inf
+        best = value_LSC.reshape(len(each), -1).argmax(axis=1)
+        mine, their = np.unravel_index(best, value_LSC.shape[1:])
+        return SlotSteps(
+            np.stack([slots_LC[each, their], self._hot_LS[each, mine]], axis=1),
+            np.stack([mine_LS[each, mine], their_LC[each, their]], axis=1),
+            received_LSC[each, mine, their].astype(np.int64),
+            value_LSC[each, mine, their],
+        )
 
     def _replicas_of_the_hot(self) -> SlotSteps:
         """Gives an expert of the most loaded rank a further replica elsewhere."""
@@ -170,18 +185,23 @@ class Search:
         new_LS = self._at(self._loads_LE, mine_LS)
         new_LS = new_LS / (self._at(self._replicas_LE, mine_LS) + 1)
         kept_LS = self.maximum[:, None] - shares_LS + new_LS
-        score = np.maximum(kept_LS[:, :, None], self._rests_LQ[:, None] + new_LS[:, :, None])
-        score = np.maximum(score, self._others_LQ[:, None])
-        barred = state.holds_LWE[self._layers[:, None, None], self._ranks_LQ[:, None], mine_LS[:, :, None]]
-        barred = barred | ~self._free_LQ[:, None] | (mine_LS == EMPTY)[:, :, None]
+        score_LSQ = np.maximum(kept_LS[:, :, None], self._rests_LQ[:, None] + new_LS[:, :, None])
+        score_LSQ = np.maximum(score_LSQ, self._others_LQ[:, None])
+        barred_LSQ = state.holds_LWE[
+            self._layers[:, None, None], self._ranks_LQ[:, None], mine_LS[:, :, None]
+        ]
+        barred_LSQ = barred_LSQ | ~self._free_LQ[:, None] | (mine_LS == EMPTY)[:, :, None]
         far_LQ = self._node_W[self._ranks_LQ] != self._node_W[self._hot][:, None]
         if self._within:
-            barred = barred | far_LQ[:, None]
-        value = self._value(score, np.where(far_LQ, _FAR, 1.0)[:, None])
-        value = np.where(barred, -np.inf, value).reshape(len(each), -1)
-        best = value.argmax(axis=1)
-        mine, place = np.unravel_index(best, barred.shape[1:])
-        return self._single(self._slots_LQ[each, place], mine_LS[each, mine], value[each, best])
+            barred_LSQ = barred_LSQ | far_LQ[:, None]
+        received_LSQ = self._foreign(self._ranks_LQ[:, None], mine_LS[:, :, None])
+        received_LSQ = received_LSQ - self._foreign(self._ranks_LQ, self._experts_LQ)[:, None]
+        value_LSQ = self._value(score_LSQ, received_LSQ) * np.where(far_LQ, _FAR, np.float32(1.0))[:, None]
+        value_LSQ[barred_LSQ] = -np.inf
+        best = value_LSQ.reshape(len(each), -1).argmax(axis=1)
+        mine, place = np.unravel_index(best, barred_LSQ.shape[1:])
+        slot, received = self._slots_LQ[each, place], received_LSQ[each, mine, place]
+        return self._single(slot, mine_LS[each, mine], received, value_LSQ[each, mine, place])
 
     def _near_LQ(self, expert: Ints) -> NDArray[np.bool_]:
         """Whether an expert of each layer has a slot on the node of each slot that may change."""
@@ -190,11 +210,13 @@ class Search:
         np.logical_or.at(nodes_LN, (self._each[:, None], self._node_W[None]), holds_LW)
         return np.asarray(self._at(nodes_LN, self._node_W[self._ranks_LQ]))
 
-    def _single(self, slots: Ints, experts: Ints, value: Floats) -> SlotSteps:
+    def _single(
+        self, slots: Ints, experts: Ints, received: NDArray[np.int8], value: NDArray[np.floating[Any]]
+    ) -> SlotSteps:
         none = np.full(len(slots), EMPTY)
         return SlotSteps(
             np.stack([slots, none], axis=1),
             np.stack([experts, none], axis=1),
-            np.ones(len(slots), np.int64),
+            received.astype(np.int64),
             value,
         )

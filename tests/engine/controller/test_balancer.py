@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from msgspec import structs
+from numpy.typing import NDArray
 
 from lockstep.engine.controller.balancer import Balancer
 from lockstep.engine.controller.pilot import Pilot
@@ -20,8 +22,8 @@ from lockstep.engine.protocol.bulk import RankHello
 from lockstep.engine.protocol.plan import Header, Mode
 from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.protocol.specs import SchedulerSpec
-from lockstep.moe.balance.balance import imbalance
-from lockstep.moe.balance.placement import Placement
+from lockstep.moe.balance.balance import Limits, balance, imbalance, weighted_imbalance
+from lockstep.moe.balance.placement import Placement, contiguous
 from lockstep.parallel.mesh import Mesh
 
 MESH = Mesh(pipeline=2, data=2)
@@ -29,15 +31,31 @@ LAYERS, SLOTS, EXPERTS = 3, 4, 8  # of a stage
 
 
 class Cluster:
-    def __init__(self, *, enabled: bool = True) -> None:
-        settings = Settings(MESH, SchedulerSpec(max_running=4, max_batch_tokens=32), [40, 40], 4, 96)
-        self.pilot = Pilot(settings)
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        mesh: Mesh = MESH,
+        sizes: tuple[int, int, int] = (LAYERS, SLOTS, EXPERTS),
+    ) -> None:
+        self.mesh, (layers, slots, experts) = mesh, sizes
+        spec = SchedulerSpec(max_running=4, max_batch_tokens=32)
+        self.pilot = Pilot(Settings(mesh, spec, [40] * mesh.data, 4, 96))
         self.hellos = {
-            rank: RankHello(rank, "host", rank, 40, 4, 0, LAYERS, SLOTS, "cpu", EXPERTS, expert_bytes=100)
-            for rank in range(4)
+            rank: RankHello(rank, "host", rank, 40, 4, 0, layers, slots, "cpu", experts, expert_bytes=100)
+            for rank in range(mesh.world)
         }
-        self.status = ClusterStatus(MESH, self.hellos, self.pilot.group, itertools.count(1))
-        self.balancer = Balancer(MESH, self.hellos, self.status.experts, self.pilot, enabled=enabled)
+        self.status = ClusterStatus(mesh, self.hellos, self.pilot.group, itertools.count(1))
+        self.balancer = Balancer(mesh, self.hellos, self.status.experts, self.pilot, enabled=enabled)
+
+    def report_loads(self, step: int, loads_LE: NDArray[np.int64]) -> None:
+        """Every rank of one stage counts the tokens of its own slots."""
+        counts_LWS = loads_LE[np.arange(len(loads_LE))[:, None, None], self.status.experts.newest.experts_LWS]
+        for rank in range(self.mesh.world):
+            packed = np.ascontiguousarray(counts_LWS[:, rank]).tobytes()
+            self.status.observe([StepResult(0, 0, step, rank, expert_i64=packed)])
+        self.status.add_up()
+        self.status.state([])
 
     def report(self, step: int, factor: int = 1) -> None:
         """Rank 0 of the first stage has the hot experts; the second stage is even."""
@@ -65,7 +83,7 @@ class Cluster:
             started, commits = moves.plan(border=False, first=False)
             ids += [part.id for part in started]
             for part in started:
-                for rank in MESH.stage_ranks(part.stage):
+                for rank in self.mesh.stage_ranks(part.stage):
                     moves.landed(StepResult(0, 0, step, rank, landed_i32=np.array(ids, np.int32).tobytes()))
             if not started:
                 _, commits = moves.plan(border=True, first=False)
@@ -167,3 +185,38 @@ def test_balanced_loads_few_tokens_and_a_recipe_that_says_off_move_nothing(clust
     assert not few.pilot.group.moves.num_open
     cluster.look()
     assert cluster.pilot.group.moves.num_open == 0 and cluster.pilot.group.moves.committed == version
+
+
+def _family_loads() -> NDArray[np.float64]:
+    """Share of each expert by family and layer, [F, L, E], of the demo's routing trace."""
+    path = Path(__file__).parents[3] / "recipes" / "demo" / "routing_trace.npz"
+    with np.load(path) as trace:
+        counts_SLE, tokens_SF = trace["counts_SLE"][::4], trace["tokens_SF"][::4].astype(float)
+    flat, _, _, _ = np.linalg.lstsq(tokens_SF, counts_SLE.reshape(len(counts_SLE), -1).astype(float))
+    loads_FLE = np.maximum(flat, 0.0).reshape(-1, *counts_SLE.shape[1:])
+    return np.asarray(loads_FLE / loads_FLE.sum(axis=2, keepdims=True))
+
+
+def test_every_family_is_within_a_twentieth_of_the_solver_s_answer_in_200_steps() -> None:
+    """A commit takes until the next report. The fourth report since the change is the last of the
+    200 steps; the four after it are judged.
+    """
+    families, dice = _family_loads(), np.random.default_rng(18)
+    cluster = Cluster(mesh=Mesh(pipeline=1, data=4), sizes=(4, 8, 32))
+    step, ratios = -1, []
+    for family_LE in families:
+        judged: list[NDArray[np.int64]] = []
+        for number in range(8):
+            counts_LE = np.stack([dice.multinomial(9600, share_E) for share_E in family_LE])
+            step += 64
+            cluster.report_loads(step, counts_LE)
+            if number >= 4:
+                judged.append(counts_LE)
+                continue
+            cluster.commit(step + 1)
+            cluster.look()
+        loads_LE = np.sum(judged, axis=0).astype(float)
+        solved = balance(loads_LE, contiguous(4, 32, 4), Limits(target=1.0)).placement
+        here = weighted_imbalance(loads_LE, cluster.status.experts.newest)
+        ratios.append(here / weighted_imbalance(loads_LE, solved))
+    assert max(ratios) < 1.05, ratios

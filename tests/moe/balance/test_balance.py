@@ -173,15 +173,22 @@ def test_three_percent_of_the_slots_mend_a_drift_of_a_tenth_at_32_ranks() -> Non
     assert imbalance(loads_LE, ours.placement).mean() <= 1.07
 
 
-@pytest.mark.parametrize(("ranks", "slots"), [(72, 4), (144, 2)])
-def test_a_fifth_of_the_bytes_gives_the_same_balance_at_many_ranks(ranks: int, slots: int) -> None:
-    before_LE, loads_LE = drifted(6, 0.1)
+@pytest.mark.parametrize(
+    ("ranks", "slots", "drift", "share"),
+    [(72, 4, 0.01, 0.06), (72, 4, 0.1, 0.2), (72, 4, 0.3, 0.25), (144, 2, 0.1, 0.07), (144, 2, 0.3, 0.12)],
+)
+def test_a_fifth_of_the_bytes_gives_the_same_balance_at_many_ranks(
+    ranks: int, slots: int, drift: float, share: float
+) -> None:
+    """Not quite a fifth where every rank is off by a third: at 72 ranks after a drift of 0.3."""
+    before_LE, loads_LE = drifted(7, drift)
     before, anew = (placed_anew(loads, ranks, slots) for loads in (before_LE, loads_LE))
     there_LWSS = anew.experts_LWS[..., None] == before.experts_LWS[:, :, None]
     received = int((~there_LWSS.any(axis=3)).sum())
-    ours = balance(loads_LE, before, Limits(target=1.01, max_received=received // 5))
-    # A hundredth of slack: seeds differ by half of that.
-    assert imbalance(loads_LE, ours.placement).mean() <= imbalance(loads_LE, anew).mean() + 0.01
+    limits = Limits(target=1.018 if ranks == 72 else 1.0, max_received=int(received * share))
+    ours = balance(loads_LE, before, limits)
+    assert len(ours.moves) <= received * share
+    assert imbalance(loads_LE, ours.placement).mean() <= imbalance(loads_LE, anew).mean() + 1e-9
 
 
 def test_layers_count_by_their_load() -> None:

@@ -19,6 +19,7 @@ from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.parallel.collectives import Collectives, Pending
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.tensor import TensorGroup
 
 CPU = torch.device("cpu")
 LAYERS, HIDDEN = 5, 2
@@ -45,6 +46,9 @@ class Transport(Collectives):
 
     def reduce_scatter(self, rows: Tensor, what: str) -> Pending:
         return self._late(super().reduce_scatter(rows, what))
+
+    def all_reduce(self, rows: Tensor, what: str) -> Pending:
+        return self._late(super().all_reduce(rows, what))
 
     def wait(self, pending: Pending) -> Tensor:
         self.now = max(self.now, self._due.pop(id(pending)))
@@ -108,3 +112,31 @@ def test_waits_are_hidden_where_a_half_computes_longer_than_the_delay(
 
     dispatch, experts, combine = halved.clock.take()
     assert experts == LAYERS * 6.0 and dispatch + combine == pytest.approx(left)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_waits_of_a_tensor_group_are_hidden_too(halved: bool) -> None:
+    """A sum, a run of the tokens, and all runs again, in every layer."""
+    transport, turns = Transport(), Turns()
+    group = TensorGroup(transport, turns.give)
+
+    def forward(work: float) -> Tensor:
+        residual: Residual = (torch.ones(2, HIDDEN), None)
+        for _ in range(LAYERS):
+            transport.now += work
+            residual = group.complete((residual[0], torch.ones(2, HIDDEN)))
+            transport.now += work
+            own = group.scatter(residual)
+            transport.now += work
+            residual = group.gather(own, 2)
+        return residual[0]
+
+    if halved:
+        first, second = turns.run(lambda: forward(3.0), lambda: forward(3.0))
+        assert torch.equal(first, second)
+    else:
+        first = forward(6.0)
+    assert first.tolist() == [[1.0 + LAYERS] * HIDDEN] * 2
+    added = LAYERS * 3 * DELAY
+    left = transport.now - LAYERS * 3 * 6.0
+    assert left <= 0.4 * added if halved else left == added, f"{left:g} of {added:g} are waited for"

@@ -14,6 +14,7 @@ import torch
 
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import ModelPart, build_model
+from lockstep.engine.models.shape import read_shape
 from lockstep.engine.models.weights import load_weights
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
@@ -31,7 +32,6 @@ from lockstep.parallel.collectives import Collectives, RankGroups
 from lockstep.parallel.dense import split_as_attention, split_over
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
-from lockstep.parallel.stages import whole_model
 from lockstep.parallel.tensor import UNSPLIT, TensorGroup
 from support.engine.rank.run_step import run_step
 from support.moe.dispatchers import dispatcher_of
@@ -52,6 +52,7 @@ def build_executor(
     column: Column = "cpu",
     tensor: Collectives | None = None,
     dense: Collectives | None = None,
+    stages: Collectives | None = None,
     as_device: bool = False,
     recorder: GraphRecorder | None = None,
     num_slots: int = NUM_SLOTS,
@@ -59,24 +60,25 @@ def build_executor(
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
     those of the experts. ``tensor``: the ranks that split layers; ``dense``: those that split dense
-    blocks, if others do. ``as_device``: the executor of a device, with a ``recorder`` if given; on
-    this CPU unless ``device`` is another.
+    blocks, if others do; ``stages``: those of a pipeline. ``as_device``: the executor of a device,
+    with a ``recorder`` if given; on this CPU unless ``device`` is another.
     """
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
-    split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor)
-    config = load_config(path)
-    placement = contiguous(len(config.moe_layers), config.moe.num_experts, collectives.size)
     turns = Turns()
+    split = UNSPLIT if tensor.size == 1 else TensorGroup(tensor, turns.give)
+    config = load_config(path)
+    stages = stages or alone
+    stage = read_shape(path).stages(stages.size)[stages.index]
+    placement = contiguous(stage.num_moe, config.moe.num_experts, collectives.size)
     splits = split_as_attention(split) if dense is None else split_over(dense, split, turns.give)
     dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device)
-    stage = whole_model(config.num_layers, config.moe_layers)
     part = ModelPart(stage, splits)
     model = build_model(config, dispatcher, torch.float32, device, column, part=part)
     load_weights(
         model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None
     )
-    pool = KVPool(config.part(config.num_layers, split.size), NUM_PAGES, PAGE_SIZE, kv_format, device)
+    pool = KVPool(config.part(stage.num_layers, split.size), NUM_PAGES, PAGE_SIZE, kv_format, device)
     if column == "cpu":
         warm_up(
             config,
@@ -89,11 +91,11 @@ def build_executor(
         rank=collectives.index,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(collectives, tensor, *([] if dense is None else [dense])),
+        groups=RankGroups(collectives, tensor, stages, *([] if dense is None else [dense])),
         splits=splits,
-        links=PipelineLinks(alone, stage, device),
+        links=PipelineLinks(stages, stage, device),
         turns=turns,
-        samples=tensor.index == 0,
+        samples=tensor.index == 0 and stage.last,
         pool=pool,
         device=device,
     )
