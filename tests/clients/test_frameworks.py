@@ -81,12 +81,13 @@ def test_pydantic_ai(server: Address, kind: str) -> None:
 
 
 def test_llama_index(server: Address) -> None:
-    package, core = client_package("llama_index.llms.openai_like"), client_package("llama_index.core.tools")
+    package = client_package("llama_index.llms.openai_like", "llama-index")
+    core = client_package("llama_index.core.tools", "llama-index")
     told: Any = {"is_chat_model": True, "is_function_calling_model": True, "context_window": 4096}
     llm = package.OpenAILike(
         model=server.model, api_base=server.v1, api_key="none", max_tokens=64, temperature=0, **told
     )
-    message = client_package("llama_index.core.llms").ChatMessage
+    message = client_package("llama_index.core.llms", "llama-index").ChatMessage
     asked = [message(role="user", content=SUM)]
     assert "19" in llm.chat(asked).message.content
     assert "19" in "".join(part.delta or "" for part in llm.stream_chat(asked))
