@@ -15,7 +15,7 @@ import pytest
 
 from lockstep.engine.models.shape import read_shape
 from support.engine.models.checkpoints import write_checkpoint
-from support.engine.rank.greedy_prompts import FAMILIES
+from support.engine.rank.greedy_prompts import ALL
 from support.serving.mixed_asks import Oracle, random_bodies
 from support.serving.random_checkpoint import CONFIG, write_tokenizer
 from support.serving.served import Answer, Ask, serve
@@ -113,12 +113,12 @@ def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
     return "; ".join(first)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
     """Kinds of attention on a layout that is split and staged, other families in turn on one that
     is either. ``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks.
     """
-    config = FAMILIES[family] | {"vocab_size": CONFIG["vocab_size"]}
+    config = ALL[family] | {"vocab_size": CONFIG["vocab_size"]}
     model = write_checkpoint(tmp_path / "model", config, seed=5)
     write_tokenizer(model)
     bodies = random_bodies(random.Random(13), 12, (4, 60))
@@ -127,7 +127,7 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
     elif family in ("qwen3_moe", "deepseek_v3", "gpt_oss"):
         chosen = [(4, 2, 2)]
     else:
-        chosen = [[(2, 2, 1), (2, 1, 2)][sorted(FAMILIES).index(family) % 2]]
+        chosen = [[(2, 2, 1), (2, 1, 2)][sorted(ALL).index(family) % 2]]
     if family == "minimax_m2":  # its norms go over all heads, which cannot be split
         chosen = [(2, 1, 2)]
     for ranks, tensor, pipeline in chosen:
@@ -150,7 +150,7 @@ def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
 
 def test_a_stage_of_one_wide_dense_layer_before_one_of_three_layers(tmp_path: Path) -> None:
     changes = {"vocab_size": CONFIG["vocab_size"], "num_hidden_layers": 4, "intermediate_size": 2048}
-    model = write_checkpoint(tmp_path / "model", FAMILIES["deepseek_v3"] | changes, seed=5)
+    model = write_checkpoint(tmp_path / "model", ALL["deepseek_v3"] | changes, seed=5)
     write_tokenizer(model)
     assert [(stage.num_layers, stage.num_moe) for stage in read_shape(model).stages(2)] == [(1, 0), (3, 3)]
     overrides = f"model.path={model}", "cluster.ranks_per_node=4", "parallel.pipeline=2", "model.max_len=256"

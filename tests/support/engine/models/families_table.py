@@ -18,7 +18,7 @@ from lockstep.engine.models.config import families, load_config
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.recipe import contradictions
 
-from ..rank.greedy_prompts import FAMILIES
+from ..rank.greedy_prompts import ALL, FAMILIES
 from .family_configs import CONFIGS
 
 ROOT = Path(lockstep.__file__).parent
@@ -81,7 +81,7 @@ def table() -> list[tuple[str, ...]]:
             "experts": _holds(names, FAMILIES),
             "tensor": _holds(names, tensor),
             "overlap": _holds(names, FAMILIES),
-            "served": _holds(names, FAMILIES),
+            "served": _holds(names, ALL),
         }
         pages = {"loss": _holds(names, CONFIGS), "layouts": _holds(names, fp8_pages)}
         weights = {
