@@ -7,6 +7,7 @@ NVIDIA cards. A process chooses its column once, and the choice is logged.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from typing import Literal, get_args
 
@@ -34,6 +35,32 @@ def ops_of(column: Column) -> Reference:
     ops = _make(column)
     _log.info("kernels: column %s", column)
     return ops
+
+
+def with_library(ops: Reference, linear_fp8: str, device: torch.device) -> Reference:
+    """The ops with those of libraries that a recipe names (section ``kernels``). Raises ValueError
+    where one is not installed, or not for the device.
+    """
+    if linear_fp8 == "own":
+        return ops
+    if linear_fp8 != "deep_gemm":
+        raise ValueError(f"kernels.linear_fp8 = {linear_fp8}: allowed are own and deep_gemm")
+    if device.type != "cuda":
+        raise ValueError(f"kernels.linear_fp8 = deep_gemm: serves on GPUs, not on {device}; use own")
+    try:
+        library = importlib.import_module("deep_gemm")
+    except ImportError as error:
+        raise ValueError(
+            f"kernels.linear_fp8 = deep_gemm: {error}; install sgl-deep-gemm or use own"
+        ) from error
+    from .libraries.deep_gemm import DeepGemm
+    from .triton.column import Triton
+    from .triton.linear_fp8 import product
+
+    assert isinstance(ops, Triton)
+    major, minor = torch.cuda.get_device_capability(device)
+    _log.info("kernels: FP8 products of many rows by deep_gemm")
+    return ops.with_product(DeepGemm(library, 10 * major + minor, product))
 
 
 def _make(column: Column) -> Reference:
