@@ -56,11 +56,11 @@ def with_library(ops: Reference, linear_fp8: str, device: torch.device) -> Refer
     from .libraries.deep_gemm import DeepGemm
     from .triton.column import Triton
     from .triton.linear_fp8 import product
+    from .triton.target import card_arch
 
     assert isinstance(ops, Triton)
-    major, minor = torch.cuda.get_device_capability(device)
     _log.info("kernels: FP8 products of many rows by deep_gemm")
-    return ops.with_product(DeepGemm(library, 10 * major + minor, product))
+    return ops.with_product(DeepGemm(library, card_arch(), product))
 
 
 def _make(column: Column) -> Reference:
@@ -71,8 +71,8 @@ def _make(column: Column) -> Reference:
         return Cpu()
     if column == "triton":
         from .triton.column import Triton
-        from .triton.target import card_name
+        from .triton.target import card_arch, card_name
         from .triton.tiles import tiles_of
 
-        return Triton(tiles_of(card_name()))
+        return Triton(tiles_of(card_name(), arch=card_arch()))
     return Reference()

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says
 what each one needs.
 
-Run as a program with the names of cases, without TRITON_INTERPRET: prints one JSON object {kernel:
-[{shared, registers, spilled, ...}]}. Launches stop after compiling (``warmup``), so nothing is
-executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
+Run as a program with a kind of card (90) and the names of cases, without TRITON_INTERPRET: prints
+one JSON object {kernel: [{shared, registers, spilled, ...}]}. Launches stop after compiling
+(``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
 the host fails, as it would while a step is captured.
 """
 
@@ -53,7 +53,7 @@ from lockstep.kernels.triton import (
     rope as triton_rope,
     sampling as triton_sampling,
 )
-from lockstep.kernels.triton.tiles import DEFAULT, Tiles
+from lockstep.kernels.triton.tiles import Tiles, default_tiles
 
 BF16 = torch.bfloat16
 HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
@@ -263,7 +263,8 @@ def attend_latents(cache: Tensor) -> None:
 
 def in_splits(splits: int) -> Tiles:
     names = ("decode", "decode_fp8", "latent_decode", "latent_decode_fp8")
-    return replace(DEFAULT, **{name: replace(getattr(DEFAULT, name), splits=splits) for name in names})
+    tiles = default_tiles(int(sys.argv[1]))
+    return replace(tiles, **{name: replace(getattr(tiles, name), splits=splits) for name in names})
 
 
 def pages() -> None:
