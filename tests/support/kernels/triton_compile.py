@@ -3,8 +3,8 @@ what each one needs.
 
 Run as a program with a kind of card (90) and the names of cases, without TRITON_INTERPRET: prints
 one JSON object {kernel: [{shared, registers, spilled, ...}]}. Launches stop after compiling
-(``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
-the host fails, as it would while a step is captured.
+(``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would
+read a value of a tensor on the host fails, as it would while a step is captured.
 """
 
 from __future__ import annotations
