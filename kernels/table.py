@@ -7,6 +7,7 @@ NVIDIA cards. A process chooses its column once, and the choice is logged.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from typing import Literal, get_args
 
@@ -36,6 +37,32 @@ def ops_of(column: Column) -> Reference:
     return ops
 
 
+def with_library(ops: Reference, linear_fp8: str, device: torch.device) -> Reference:
+    """The ops with those of libraries that a recipe names (section ``kernels``). Raises ValueError
+    where one is not installed, or not for the device.
+    """
+    if linear_fp8 == "own":
+        return ops
+    if linear_fp8 != "deep_gemm":
+        raise ValueError(f"kernels.linear_fp8 = {linear_fp8}: allowed are own and deep_gemm")
+    if device.type != "cuda":
+        raise ValueError(f"kernels.linear_fp8 = deep_gemm: serves on GPUs, not on {device}; use own")
+    try:
+        library = importlib.import_module("deep_gemm")
+    except ImportError as error:
+        raise ValueError(
+            f"kernels.linear_fp8 = deep_gemm: {error}; install sgl-deep-gemm or use own"
+        ) from error
+    from .libraries.deep_gemm import DeepGemm
+    from .triton.column import Triton
+    from .triton.linear_fp8 import product
+    from .triton.target import card_arch
+
+    assert isinstance(ops, Triton)
+    _log.info("kernels: FP8 products of many rows by deep_gemm")
+    return ops.with_product(DeepGemm(library, card_arch(), product))
+
+
 def _make(column: Column) -> Reference:
     """Imports the kernels of the chosen column only."""
     if column == "cpu":
@@ -44,8 +71,8 @@ def _make(column: Column) -> Reference:
         return Cpu()
     if column == "triton":
         from .triton.column import Triton
-        from .triton.target import card_name
+        from .triton.target import card_arch, card_name
         from .triton.tiles import tiles_of
 
-        return Triton(tiles_of(card_name()))
+        return Triton(tiles_of(card_name(), arch=card_arch()))
     return Reference()

@@ -34,18 +34,19 @@ def build_model(
     dispatcher: Dispatcher,
     dtype: torch.dtype,
     device: torch.device,
-    column: Column | None = None,
+    column: Column | Reference | None = None,
     keep_fp8: bool = False,
     part: ModelPart | None = None,
 ) -> Model:
     """The model of ``config``, its weights uninitialised. The dispatcher's placement decides which
-    experts have a slot. ``column``: of the op table, by default the one that serves on the device.
-    ``keep_fp8``: experts and linear layers stay in the FP8 of their checkpoint. ``part``: by
-    default the whole model.
+    experts have a slot. ``column``: of the op table, or ops; by default those that serve on the
+    device. ``keep_fp8``: experts and linear layers stay in the FP8 of their checkpoint. ``part``:
+    by default the whole model.
     """
     part = part or ModelPart(whole_model(config.num_layers, config.moe_layers))
     block = BLOCK if keep_fp8 else None
-    backend = Backend(dtype, device, ops_of(column or column_for(device)), part.splits, block)
+    ops = column if isinstance(column, Reference) else ops_of(column or column_for(device))
+    backend = Backend(dtype, device, ops, part.splits, block)
     return Model(config, part.stage, dispatcher, backend, _attention_of)
 
 

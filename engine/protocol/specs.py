@@ -101,7 +101,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``keep_fp8``: experts and linear layers stay in the checkpoint's FP8, other weights are held in
     ``dtype``. ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index
     in a step, a bucket. ``overlap``: steps may have two microbatches. ``balance``: experts may
-    move.
+    move. ``linear_fp8``: own, or the library with the products of many rows in FP8.
     """
 
     rank: int
@@ -124,6 +124,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     threads: int
     capacity: int = 8192
+    linear_fp8: str = "own"
     overlap: bool = False
     balance: bool = False
     collective_deadline: float = 60.0

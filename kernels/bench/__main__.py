@@ -82,12 +82,12 @@ def main() -> None:
 
 def _on_card(chosen: list[Case], ledger: Ledger, limits: Limits, commit: str) -> None:
     # Imported here, since Triton need not be installed on machines without a card.
-    from ..triton.target import card_name
+    from ..triton.target import card_arch, card_name
     from ..triton.tiles import tiles_of
     from .compile import compile_ahead
 
     card, start = card_name(), time.monotonic()
-    compile_ahead([(case.op, case.shape, tiles_of(card)) for case in chosen])
+    compile_ahead([(case.op, case.shape, tiles_of(card, arch=card_arch())) for case in chosen])
     print(f"compiled ahead in {time.monotonic() - start:.0f} s")
     _measure(chosen, torch.device("cuda"), [ops_of("triton"), ops_of("reference")], (ledger, commit), limits)
     text = summary(ledger.rows())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import ClassVar
 
 from torch import Tensor
 
+from ..libraries.deep_gemm import Product
 from ..reference.column import Reference
 from ..reference.sublayers import Projection, Residual, RowNorm
 from . import (
@@ -39,6 +41,15 @@ class Triton(Reference):
         self.experts_four_bit = experts_four_bit.experts_four_bit_with(tiles)
         self.attend = functools.partial(attention.attend, tiles=tiles)
         self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
+        self._product: Product = linear_fp8.product
+        self.linear_fp8 = linear_fp8.linear_fp8
+
+    def with_product(self, product: Product) -> Triton:
+        """These ops with another product of many rows in FP8."""
+        ops = copy.copy(self)
+        ops._product = product
+        ops.linear_fp8 = functools.partial(linear_fp8.linear_fp8, product_of_many=product)
+        return ops
 
     def norm_project(
         self, residual: Residual, norm: RowNorm, projection: Projection
@@ -46,7 +57,7 @@ class Triton(Reference):
         """Same as the reference's, but for the rounding of a norm that becomes FP8."""
         if projection.scales is None or len(residual[0]) <= linear_fp8.QUANTISED_HERE:
             return super().norm_project(residual, norm, projection)
-        return linear_fp8.norm_linear_fp8(residual, norm, projection)
+        return linear_fp8.norm_linear_fp8(residual, norm, projection, self._product)
 
     gate = staticmethod(gate_ops.gate)
     group_pairs = staticmethod(grouping.group_pairs)
@@ -60,7 +71,6 @@ class Triton(Reference):
     rms_norm_fp8 = staticmethod(fp8.rms_norm_fp8)
     add_rms_norm_fp8 = staticmethod(fp8.add_rms_norm_fp8)
     silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
-    linear_fp8 = staticmethod(linear_fp8.linear_fp8)
     norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
     rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
     edit_logits = staticmethod(sampling.edit_logits)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
+from ..libraries.deep_gemm import Product
 from ..reference.fp8 import Quantised
 from ..reference.sublayers import Projection, Residual, RowNorm
 from .experts import block_and_tile
@@ -29,19 +30,30 @@ QUANTISED_HERE = 64
 """Up to so many rows are quantised by the product itself."""
 
 
-def linear_fp8(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None, scales_GG: Tensor) -> Tensor:
-    """Same as ``fp8.linear_fp8``. The host reads nothing."""
+def linear_fp8(
+    x: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    scales_GG: Tensor,
+    product_of_many: Product | None = None,
+) -> Tensor:
+    """Same as ``fp8.linear_fp8``. The host reads nothing. ``product_of_many``: of more rows than
+    are quantised by the product; ours unless given.
+    """
     num_columns, dim = weight_ND.shape
     x_TD = x.reshape(-1, dim)
     check_dtype(x_TD, "linear_fp8: x")
     assert x_TD.stride(1) == 1
     few = len(x_TD) <= QUANTISED_HERE
     rows = Quantised(x_TD, scales_GG) if few else quantise_rows(x_TD)
-    y_TN = _product(rows, Projection(weight_ND, bias_N, scales_GG), x.dtype)
+    compute = product if few or product_of_many is None else product_of_many
+    y_TN = compute(rows, Projection(weight_ND, bias_N, scales_GG), x.dtype)
     return y_TN.view(*x.shape[:-1], num_columns)
 
 
-def norm_linear_fp8(residual: Residual, norm: RowNorm, projection: Projection) -> tuple[Tensor, Tensor]:
+def norm_linear_fp8(
+    residual: Residual, norm: RowNorm, projection: Projection, product_of_many: Product
+) -> tuple[Tensor, Tensor]:
     """The sum of the residual [T, D], and the product of its norm with a projection in FP8. The
     norm is quantised as it is computed, from float32: for many rows, which would be quantised by a
     launch of their own.
@@ -51,10 +63,10 @@ def norm_linear_fp8(residual: Residual, norm: RowNorm, projection: Projection) -
         rows = rms_norm_fp8(x_TD, norm.weight, norm.eps)
     else:
         x_TD, rows = add_rms_norm_fp8(x_TD, update_TD, norm.weight, norm.eps)
-    return x_TD, _product(rows, projection, x_TD.dtype)
+    return x_TD, product_of_many(rows, projection, x_TD.dtype)
 
 
-def _product(rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tensor:
+def product(rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tensor:
     """y_TN. Up to ``QUANTISED_HERE`` rows have values that are still to be quantised."""
     weight_ND, bias_N, scales_GG = projection.weight, projection.bias, projection.scales
     assert scales_GG is not None and weight_ND.is_contiguous() and scales_GG.is_contiguous()

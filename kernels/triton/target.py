@@ -26,6 +26,14 @@ def card_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
+def card_arch() -> int:
+    """Its compute capability as a number: 90 for an H100, and without a card."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 @functools.cache
 def num_processors(device: torch.device) -> int:
     """Number of streaming multiprocessors. A CPU counts as 4; tensors without memory (``meta``)

@@ -98,9 +98,18 @@ class Tiles:
 
 DEFAULT = Tiles()
 
+BLACKWELL = Tiles(extend=AttendTile(128, 64, 8, 2), latent_decode=AttendTile(64, 32, 8, 2))
+"""Without a table of the card, on sm_100: three stages do not fit, or spill (Triton 3.7)."""
 
-def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
-    """The tiles for the card of that name (empty: the interpreter's). Logs where they come from.
+
+def default_tiles(arch: int) -> Tiles:
+    """Tiles that fit a card of that kind: 90 for an H100, 100 for a B200."""
+    return BLACKWELL if 100 <= arch < 120 else DEFAULT
+
+
+def tiles_of(card: str, folder: Path = FOLDER, arch: int = 90) -> Tiles:
+    """The tiles for the card of that name (empty: the interpreter's), which is of the kind
+    ``arch``. Logs where they come from.
 
     Raises ValueError for an invalid table.
     """
@@ -110,7 +119,7 @@ def tiles_of(card: str, folder: Path = FOLDER) -> Tiles:
     if not path.exists():
         known = ", ".join(sorted(table.stem for table in folder.glob("*.json"))) or "none"
         _log.warning("kernels: no tuning table for %s (there are: %s); default tile sizes", card, known)
-        return DEFAULT
+        return default_tiles(arch)
     table = json.loads(path.read_text(encoding="utf-8"))
     try:
         tiles = _parse(table["tiles"])

@@ -10,22 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...parallel.mesh import Mesh
+from .sections import KernelsSection, RecipeSection
 from .values import AutoInt, AutoSize, Size, Strings, collector, endpoint, origins, short_dtype, switch
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem."""
-
-
-class RecipeSection(BaseModel):
-    """Base of the sections: frozen, refuses unknown keys and converts no values."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=False, allow_inf_nan=False
-    )
 
 
 class ModelSection(RecipeSection):
@@ -265,6 +258,7 @@ class Recipe(RecipeSection):
         default="auto",
         description="compute one microbatch while another exchanges tokens; auto: where measured to pay",
     )
+    kernels: KernelsSection = KernelsSection()
     kv_cache: KvCacheSection = KvCacheSection()
     scheduler: SchedulerSection = SchedulerSection()
     frontend: FrontendSection = FrontendSection()

@@ -154,17 +154,8 @@ class CapturedSteps:
         """The indices and the samples of the rows that draw, out of all that was sent."""
         return sent[-1 - NUM_SAMPLE_ARRAYS :]
 
-    def _layers(
-        self,
-        size: int,
-        places_E: Tensor,
-        pages_E: Tensor,
-        slots_B: Tensor,
-        starts_B: Tensor,
-        lengths_B: Tensor,
-        given_B: Tensor,
-        real_1: Tensor,
-    ) -> Tensor:
+    def _layers(self, size: int, *sent: Tensor) -> Tensor:
+        places_E, pages_E, slots_B, starts_B, lengths_B, given_B, real_1 = sent
         parts, device = self._parts, slots_B.device
         self._slots.write_pages(places_E, pages_E)
         lane = Lane(

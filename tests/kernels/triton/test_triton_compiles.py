@@ -1,5 +1,5 @@
-"""The Triton kernels through the real compiler for sm_90 (H100, H200), which needs no card: types,
-shared memory, spills.
+"""The Triton kernels through the real compiler for sm_90 (H100, H200) and sm_100 (B200, GB200),
+which needs no card: types, shared memory, spills.
 
 The interpreter shows a kernel's results, but accepts programs that the compiler refuses.
 """
@@ -17,7 +17,7 @@ import pytest
 
 # A case takes 3 to 20 s on two cores of an EPYC Genoa; the limit ends a compiler that hangs.
 pytestmark = pytest.mark.timeout(900)
-SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capability 9.0
+SHARED_PER_PROGRAM = 227 * 1024  # CUDA programming guide, compute capabilities 9.0 and 10.0
 PROGRAM = Path(__file__).parent.parent.parent / "support" / "kernels" / "triton_compile.py"
 _PLACING = {"grouping._count_kernel", "grouping._place_kernel"}
 _ATTENDING = {"attend._attend_kernel", "attend._join_kernel"}
@@ -70,12 +70,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_compile_fit_spill_nothing_and_use_the_matrix_units(case: str, cache: Path) -> None:
+# Kernels without matrix units are compiled for one of both, to save time, as are those that differ
+# in little from another case; LOCKSTEP_COMPILE=all compiles all for both.
+ON_BLACKWELL = {"gates", "norms", "samplers", "pages", "attentions", "latent_attentions", "fp8"}
+ON_HOPPER = {"groupings", "rotations", "experts", "four_bit", "attentions", "latent_attentions_fp8", "fp8"}
+
+
+def kinds() -> list[tuple[str, int]]:
+    chosen = {90: ON_HOPPER, 100: ON_BLACKWELL}
+    if os.environ.get("LOCKSTEP_COMPILE") == "all":
+        chosen = {90: set(CASES), 100: set(CASES)}
+    assert set().union(*chosen.values()) == set(CASES)
+    return [(case, arch) for case in CASES for arch, cases in chosen.items() if case in cases]
+
+
+@pytest.mark.parametrize(("case", "arch"), kinds())
+def test_kernels_compile_fit_spill_nothing_and_use_the_matrix_units(
+    case: str, arch: int, cache: Path
+) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(PROGRAM), case]
+    command = [sys.executable, str(PROGRAM), str(arch), case]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=890, check=False, env=environment
     )

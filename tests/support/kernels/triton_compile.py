@@ -1,10 +1,10 @@
 """Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says
 what each one needs.
 
-Run as a program with the names of cases, without TRITON_INTERPRET: prints one JSON object {kernel:
-[{shared, registers, spilled, ...}]}. Launches stop after compiling (``warmup``), so nothing is
-executed; large tensors are reserved and never touched. Whatever would read a value of a tensor on
-the host fails, as it would while a step is captured.
+Run as a program with a kind of card (90) and the names of cases, without TRITON_INTERPRET: prints
+one JSON object {kernel: [{shared, registers, spilled, ...}]}. Launches stop after compiling
+(``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would
+read a value of a tensor on the host fails, as it would while a step is captured.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from lockstep.kernels.triton import (
     rope as triton_rope,
     sampling as triton_sampling,
 )
-from lockstep.kernels.triton.tiles import DEFAULT, Tiles
+from lockstep.kernels.triton.tiles import Tiles, default_tiles
 
 BF16 = torch.bfloat16
 HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
@@ -71,11 +71,11 @@ def main() -> None:
             found.append(kernel)
         return kernel
 
-    driver.set_active(AbsentCard(90))  # an H100 or H200
+    driver.set_active(AbsentCard(int(sys.argv[1])))
     JITFunction.run = only_compile
     for name in HOST_READS:
         setattr(torch.Tensor, name, refuse)
-    for name in sys.argv[1:]:
+    for name in sys.argv[2:]:
         CASES[name]()
     json.dump({name: [needs(kernel) for kernel in kernels] for name, kernels in compiled.items()}, sys.stdout)
 
@@ -100,7 +100,7 @@ def needs(kernel: Any) -> dict[str, int]:
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "warps": kernel.metadata.num_warps,
-        "tensor_cores": int("wgmma" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"]),
+        "tensor_cores": int(any(unit in kernel.asm["ptx"] for unit in ("wgmma", "mma.sync", "tcgen05.mma"))),
     }
 
 
@@ -263,7 +263,8 @@ def attend_latents(cache: Tensor) -> None:
 
 def in_splits(splits: int) -> Tiles:
     names = ("decode", "decode_fp8", "latent_decode", "latent_decode_fp8")
-    return replace(DEFAULT, **{name: replace(getattr(DEFAULT, name), splits=splits) for name in names})
+    tiles = default_tiles(int(sys.argv[1]))
+    return replace(tiles, **{name: replace(getattr(tiles, name), splits=splits) for name in names})
 
 
 def pages() -> None:

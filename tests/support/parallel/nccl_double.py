@@ -78,8 +78,11 @@ class NcclDouble:
             work.wait(_NEVER)
         except RuntimeError:
             assert self._aborted.wait(300), "a peer is gone, and nobody aborts within 300 s"
-            for output in outputs:  # memory that nobody wrote may hold anything
-                output.untyped_storage().fill_(0x7F)
+            # Memory that nobody wrote may hold anything: here floats of 0.7, and integers out of
+            # any range. Not NaN: it gets into pages, and the reference's attention multiplies what
+            # lies beyond a row's length by 0. Kernels that serve do not read it.
+            for output in outputs:
+                output.untyped_storage().fill_(0x3F)
 
     def alltoall_base(self, output: Tensor, rows: Tensor, received: list[int], sent: list[int]) -> LateWork:
         return self._start([output], "alltoall_base", output, rows, received, sent)
