@@ -36,7 +36,8 @@ _ROLE_WAITS = {"layers": Span.TENSOR_WAIT, "dense": Span.TENSOR_WAIT, "stages": 
 class _Lane:
     """A microbatch: its layer, the phase and the times of its last note. ``free``: since when it
     computes something that no span has yet; None while it computes nothing. ``waits`` are the spans
-    of waits in the lap under way.
+    of waits in the lap under way. ``resumes``: the turn was given away in the middle of a
+    computation, which goes on after the wait.
     """
 
     track: Track
@@ -45,6 +46,7 @@ class _Lane:
     began: float = 0.0
     free: float | None = None
     entered: bool = False
+    resumes: bool = False
     waits: list[int] = field(default_factory=list)
 
 
@@ -173,8 +175,8 @@ class SpanNotes:
             lane = self._step
         elif role == "experts" and len(self._kinds) < MOST_PER_STEP:
             lane.waits.append(len(self._kinds))
-        elif role == "dense" and lane.free is None and lane is not self._step:
-            lane.free = end  # the turn was given away in the middle of a block
+        elif lane.resumes:
+            lane.free, lane.resumes = end, False
         self._add(lane, kind, begin, end)
 
     def _switched(self, event: str, between: tuple[Any, Any]) -> None:
@@ -184,7 +186,10 @@ class SpanNotes:
         now = self._now()
         origin, target = (self._turns.number_of(each) for each in between)
         if origin >= 0:
-            self._close(self._lanes[origin], now, Span.OTHER)
+            lane = self._lanes[origin]
+            computed = lane.free is not None
+            self._close(lane, now, Span.OTHER)
+            lane.resumes = computed
         if target >= 0 and not self._lanes[target].entered:
             self._lanes[target].entered, self._lanes[target].free = True, now
 
@@ -200,7 +205,7 @@ class SpanNotes:
         """Ends the span of what was computed since the last note."""
         if lane.free is not None and now - lane.free >= _SHORTEST:
             self._add(lane, Span.SHARED_EXPERTS if lane.phase == DISPATCH else kind, lane.free, now)
-        lane.free = None
+        lane.free, lane.resumes = None, False
 
     def _add(self, lane: _Lane, kind: Span, begin: float, end: float) -> None:
         if len(self._kinds) == MOST_PER_STEP:

@@ -19,10 +19,10 @@ from .placement import EMPTY
 
 # Candidates of a swap, slot by slot: the coldest ranks, as many as keep a layer near this number.
 _CANDIDATES = 600
-# What a step is worth by the experts that ranks receive more because of it, from -2 to 2: one over
-# the root of their number. One that comes home or moves on costs nothing more: so three ranks
-# may pass experts on in a circle, at the price of three.
-_WORTH = np.array([0.15, 0.2, 0.3, 1.0, 2.0], np.float32) ** np.float32(-0.5)
+# The worth of a step by the experts that ranks receive more because of it: 0, 1, 2, -2, -1, so that
+# each index is such a number. One that comes home or moves on costs nothing more: three ranks may
+# pass experts on in a circle, for three.
+_WORTH = np.float32(1.4) ** -np.array([0, 1, 2, -2, -1], np.float32)
 # Less is a step worth that takes experts from another node.
 _FAR = np.float32(1.05**-0.5)
 # A step counts by the load above the target that it takes away; beyond the target, this much.
@@ -136,12 +136,11 @@ class Search:
         layers = self._layers.reshape(-1, *[1] * (max(ranks.ndim, experts.ndim) - 1))
         return (~self._state.had_LWE[layers, ranks, experts]).view(np.int8)
 
-    def _value(self, score: NDArray[np.float32], received: NDArray[np.int8]) -> NDArray[np.float32]:
-        """The worth of lowering maxima to ``score`` (by layer first) for experts ``received``."""
-        shape = (-1,) + (1,) * (score.ndim - 1)
-        gain = self.maximum.astype(np.float32).reshape(shape) - score
-        above = (self.maximum - self._target).astype(np.float32).reshape(shape)
-        return np.asarray((np.minimum(gain, above) + _BEYOND * gain) * _WORTH.take(received + 2))
+    def _value(self, score: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The worth of lowering maxima to ``score`` [L, _, _], whatever ranks receive."""
+        gain = self.maximum.astype(np.float32)[:, None, None] - score
+        above = (self.maximum - self._target).astype(np.float32)[:, None, None]
+        return np.asarray(np.minimum(gain, above) + _BEYOND * gain)
 
     def _swaps(self) -> SlotSteps:
         """Exchanges a slot of the most loaded rank for one of a colder rank; C: slots of those."""
@@ -162,18 +161,19 @@ class Search:
         far_LC = self._node_W[cold_LC] != self._node_W[self._hot][:, None]
         if self._within:
             barred_LC = barred_LC | far_LC
-        received_LSK = self._foreign(cold_LK[:, None], mine_LS[:, :, None])
-        received_LSK = received_LSK - self._foreign(hot_L1, mine_LS)[:, :, None]
-        received_LSC = np.repeat(received_LSK, size, axis=2)
-        received_LSC += (self._foreign(hot_L1, their_LC) - self._foreign(cold_LC, their_LC))[:, None]
-        value_LSC = self._value(score_LSC, received_LSC) * np.where(far_LC, _FAR, np.float32(1.0))[:, None]
-        value_LSC[np.repeat(barred_LSK, size, axis=2) | barred_LC[:, None]] = -np.inf
+        mine_LSK = self._foreign(cold_LK[:, None], mine_LS[:, :, None])
+        mine_LSK = mine_LSK - self._foreign(hot_L1, mine_LS)[:, :, None]
+        theirs_LC = self._foreign(hot_L1, their_LC) - self._foreign(cold_LC, their_LC)
+        worth_LSK = np.where(barred_LSK, np.float32(0), _WORTH[mine_LSK])
+        worth_LC = np.where(barred_LC, np.float32(0), _WORTH[theirs_LC])
+        value_LSC = self._value(score_LSC) * np.repeat(worth_LSK, size, axis=2)
+        value_LSC *= (worth_LC * np.where(far_LC, _FAR, np.float32(1.0)))[:, None]
         best = value_LSC.reshape(len(each), -1).argmax(axis=1)
         mine, their = np.unravel_index(best, value_LSC.shape[1:])
         return SlotSteps(
             np.stack([slots_LC[each, their], self._hot_LS[each, mine]], axis=1),
             np.stack([mine_LS[each, mine], their_LC[each, their]], axis=1),
-            received_LSC[each, mine, their].astype(np.int64),
+            (mine_LSK[each, mine, their // size] + theirs_LC[each, their]).astype(np.int64),
             value_LSC[each, mine, their],
         )
 
@@ -196,7 +196,8 @@ class Search:
             barred_LSQ = barred_LSQ | far_LQ[:, None]
         received_LSQ = self._foreign(self._ranks_LQ[:, None], mine_LS[:, :, None])
         received_LSQ = received_LSQ - self._foreign(self._ranks_LQ, self._experts_LQ)[:, None]
-        value_LSQ = self._value(score_LSQ, received_LSQ) * np.where(far_LQ, _FAR, np.float32(1.0))[:, None]
+        worth_LQ = np.where(far_LQ, _FAR, np.float32(1.0))
+        value_LSQ = self._value(score_LSQ) * _WORTH[received_LSQ] * worth_LQ[:, None]
         value_LSQ[barred_LSQ] = -np.inf
         best = value_LSQ.reshape(len(each), -1).argmax(axis=1)
         mine, place = np.unravel_index(best, barred_LSQ.shape[1:])

@@ -127,7 +127,8 @@ def test_spans_of_a_whole_step() -> None:
     ]
 
 
-def test_a_dense_block_that_gave_its_turn_away_goes_on_after_its_wait() -> None:
+@pytest.mark.parametrize("role", ["dense", "layers"])
+def test_a_block_that_gave_its_turn_away_goes_on_after_its_wait(role: str) -> None:
     """Each of two microbatches computes 1 s, gives its turn away, waits 2 s and computes 3 s."""
     clocked = Clocked()
     notes, turns = clocked.notes, clocked.turns
@@ -138,7 +139,7 @@ def test_a_dense_block_that_gave_its_turn_away_goes_on_after_its_wait() -> None:
         turns.give()
         begin = clocked.now
         clocked.passes(2)
-        notes._waited("dense", begin, clocked.now)
+        notes._waited(role, begin, clocked.now)
         clocked.passes(3)
         notes._enter(4)()
 
