@@ -325,11 +325,6 @@ class Executor:
 
     # ----------------------------------------------------------------- the step
 
-    def _hand_on(self, header: Header, rows: Rows, chosen: Int64, hidden_TD: Tensor) -> None:
-        """Sends the hidden states to the next stage. The first one will get the tokens back."""
-        self._parts.links.send(header.step, hidden_TD)
-        self._expect_tokens(header, rows, chosen)
-
     def _expect_tokens(self, header: Header, rows: Rows, chosen: Int64) -> None:
         """The first stage will get the tokens of a step that was handed on."""
         links = self._parts.links

@@ -152,7 +152,8 @@ class DeviceExecutor(Executor):
             hidden_TD, sent = (compute or self._compute)(header, rows, draws, drawing, section)
             fetched = []
             if not parts.links.stage.last:
-                self._hand_on(header, rows, drawing.chosen, hidden_TD)
+                parts.links.send(header.step, hidden_TD)
+                self._expect_tokens(header, rows, drawing.chosen)
             else:
                 scores = self._score(rows, hidden_TD)
                 fetched = self._choose(header.step, hidden_TD, sent, drawing)
