@@ -7,6 +7,7 @@ tokens x K pairs for its slots. The other cases are in ``attention.py`` and ``sa
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.four_bit_format import INT4, MXFP4, NVFP4, FourBitFormat
 from ..formats.fp8_format import BLOCK
 from ..formats.kv_format import head_entry, latent_entry
 from ..reference.column import Reference
+from ..reference.four_bit import SCALE_DTYPES, FourBit
 from ..reference.fp8 import Quantised, from_e4m3
 from ..reference.gate import GateCounts, Routing
 from ..reference.rope import HeadNorms, angles, frequencies
@@ -31,6 +34,8 @@ EXPERT_LAYERS = {
     "Qwen3-30B-A3B": (2048, 768, 128, 8, (1, 8, 32, 72)),
     "DeepSeek-V3": (7168, 2048, 256, 8, (8, 32, 72)),
 }
+FOUR_BIT_FORMATS = (INT4, MXFP4, NVFP4)
+FOUR_BIT_TOKENS = (1, 16, 256, 4096)
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 ROW_COUNTS = (1, 64, 4096)
 # DeepSeek-V3: into the latents, out of the heads, and down in shared experts.
@@ -69,6 +74,10 @@ def expert_cases() -> Iterator[Case]:
                 small = model.startswith("Qwen") and spread == 8
                 yield Case("experts", shape, layer.bf16, small=small and tokens <= 64)
                 yield Case("experts_fp8", shape, layer.fp8, small=small and tokens in (1, 16))
+                for format in FOUR_BIT_FORMATS if tokens in FOUR_BIT_TOKENS and spread == spreads[1] else ():
+                    make = functools.partial(layer.four_bit, format)
+                    few = small and tokens <= 256
+                    yield Case("experts_four_bit", f"{format.name}, {shape}", make, small=few)
 
 
 def _row_cases(rows: int) -> Iterator[Case]:
@@ -175,6 +184,20 @@ class ExpertShape:
             expected=rival,
         )
 
+    def four_bit(self, format: FourBitFormat, device: torch.device) -> Call:
+        """Weights of random codes, with scales and factors of 1."""
+        x_shape, w13_shape, w2_shape = self._shapes()
+        x, (rows, slots) = random(device, *x_shape), self._pairs(device)
+        w13, w2 = _codes(device, format, 2, *w13_shape), _codes(device, format, 1, *w2_shape)
+
+        def bind(ops: Reference) -> Callable[[], object]:
+            counts = torch.zeros(self.slots, dtype=torch.int64, device=device)
+            packed = ops.pack_four_bit(w13), ops.pack_four_bit(w2)
+            return lambda: ops.experts_four_bit(x, rows, slots, *packed, counts)
+
+        num_bytes = min(self.slots, self.pairs) * format.expert_bytes(self.hidden, self.width)
+        return Call(bind, num_bytes + 4.0 * self.pairs * self.hidden, self._least(2)[1])
+
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         return (
             (self.pairs, self.hidden),
@@ -191,6 +214,14 @@ class ExpertShape:
         return weights + self.pairs * self.hidden * (
             itemsize + 2
         ), 6.0 * self.pairs * self.hidden * self.width
+
+
+def _codes(device: torch.device, format: FourBitFormat, parts: int, *shape: int) -> FourBit:
+    slots, rows, columns = shape
+    codes = torch.randint(256, (slots, rows, columns // 2), dtype=torch.uint8, device=device)
+    scales = torch.ones(slots, rows, format.groups(columns), device=device).to(SCALE_DTYPES[format.scale])
+    factors = torch.ones(slots, parts, device=device) if format.has_factor else None
+    return FourBit(format, codes, scales, factors)
 
 
 Make = Callable[[torch.device], Call]

@@ -57,7 +57,7 @@ def test_every_op_of_the_table_has_a_case() -> None:
     ops = {name for name in vars(Reference) if not name.startswith("_")}
     missing = ops - plain - moved - at_load_time - made_of_others - {case.op for case in cases()}
     # One costs the same as with a residual; tests/kernels/cpu compare the other with bf16.
-    assert missing == {"rms_norm_fp8", "experts_four_bit"}
+    assert missing == {"rms_norm_fp8"}
 
 
 def test_a_roofline_is_the_slower_of_two_ceilings() -> None:
