@@ -70,18 +70,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
-# Kernels without matrix units are compiled for one of both, to save time, as are those that differ
-# in little from another case; LOCKSTEP_COMPILE=all compiles all for both.
-ON_BLACKWELL = {"gates", "norms", "samplers", "pages", "attentions", "latent_attentions", "fp8"}
-ON_HOPPER = {"groupings", "rotations", "experts", "four_bit", "attentions", "latent_attentions_fp8", "fp8"}
+# Those that use most registers and shared memory; LOCKSTEP_COMPILE=all compiles all for both.
+ON_BLACKWELL = {"attentions", "latent_attentions", "fp8"}
 
 
 def kinds() -> list[tuple[str, int]]:
-    chosen = {90: ON_HOPPER, 100: ON_BLACKWELL}
-    if os.environ.get("LOCKSTEP_COMPILE") == "all":
-        chosen = {90: set(CASES), 100: set(CASES)}
-    assert set().union(*chosen.values()) == set(CASES)
-    return [(case, arch) for case in CASES for arch, cases in chosen.items() if case in cases]
+    both = set(CASES) if os.environ.get("LOCKSTEP_COMPILE") == "all" else ON_BLACKWELL
+    return [(case, arch) for case in CASES for arch in (90, 100) if arch == 90 or case in both]
 
 
 @pytest.mark.parametrize(("case", "arch"), kinds())
