@@ -89,21 +89,20 @@ def _parts(
     """The matrices in a tensor [experts, rows, columns]; ``merged``: gate and up."""
     num_experts, *sizes = tensor.shape
     rows, columns = reversed(sizes) if names.transposed_experts else sizes
-    width = tensor.num_bytes // (num_experts * rows * columns)
     for expert in range(num_experts):
         for projection, first, last, step in _places(merged, rows, names):
-            begin = tensor.begin + width * columns * (expert * rows + first)
-            num_rows = len(range(first, last, step))
-            yield (
-                f"{layer}.{expert}.{projection}.weight",
-                replace(
-                    tensor,
-                    shape=(num_rows, columns),
-                    begin=begin,
-                    end=begin + width * columns * num_rows,
-                    cut=Cut(expert, first, last, names.transposed_experts, step),
-                ),
-            )
+            cut = Cut(expert, first, last, names.transposed_experts, step)
+            yield f"{layer}.{expert}.{projection}.weight", _cut_out(tensor, rows, columns, cut)
+
+
+def _cut_out(tensor: StoredTensor, rows: int, columns: int, cut: Cut) -> StoredTensor:
+    """Some rows of one of the matrices [rows, columns] in a tensor."""
+    width = tensor.num_bytes // (tensor.shape[0] * rows * columns)
+    begin = tensor.begin + width * columns * (cut.index * rows + cut.first)
+    num_rows = len(range(cut.first, cut.last, cut.step))
+    return replace(
+        tensor, shape=(num_rows, columns), begin=begin, end=begin + width * columns * num_rows, cut=cut
+    )
 
 
 def _scale_parts(
@@ -111,23 +110,14 @@ def _scale_parts(
 ) -> Iterator[tuple[str, StoredTensor]]:
     """The scales in a tensor [experts, rows, columns] of blocks. Gate and up share a single row."""
     num_experts, rows, columns = tensor.shape
-    width = tensor.num_bytes // (num_experts * rows * columns)
     places = _places(merged, rows, names)
     if merged and rows == 1:
         places = tuple((projection, 0, 1, 1) for projection in names.projections[:2])
     for expert in range(num_experts):
         for projection, first, last, step in places:
-            begin, num_rows = tensor.begin + width * columns * (expert * rows + first), last - first
-            yield (
-                f"{layer}.{expert}.{projection}.weight{SCALE_SUFFIX}",
-                replace(
-                    tensor,
-                    shape=(num_rows, columns),
-                    begin=begin,
-                    end=begin + width * columns * num_rows,
-                    cut=Cut(expert, first, last, transposed=False, step=step),
-                ),
-            )
+            cut = Cut(expert, first, last, transposed=False, step=step)
+            name = f"{layer}.{expert}.{projection}.weight{SCALE_SUFFIX}"
+            yield name, _cut_out(tensor, rows, columns, cut)
 
 
 def _bias_parts(

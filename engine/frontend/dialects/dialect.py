@@ -23,14 +23,8 @@ SHARED = (
     *("min_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
     *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "allowed_token_ids", "bad_words"),
     *("include_stop_str_in_output", "structured_outputs", "skip_special_tokens", "include_reasoning"),
-    *(
-        "chat_template_kwargs",
-        "cache_salt",
-        "prompt_cache_key",
-        "priority",
-        "stream_interval",
-        "truncate_prompt_tokens",
-    ),
+    *("chat_template_kwargs", "cache_salt", "prompt_cache_key", "priority", "stream_interval"),
+    "truncate_prompt_tokens",
     *REMOVED,
     *(name for name in NOT_SERVED if name not in ("functions", "function_call")),
 )
