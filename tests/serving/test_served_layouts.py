@@ -65,9 +65,10 @@ def test_tokens_are_those_of_transformers(
         for index in range(2, len(bodies), 3):
             bodies[index]["prompt"][: 2 * PAGE] = bodies[index - 2]["prompt"][: 2 * PAGE]
         known = oracle.know(served, bodies, NUM_OUTPUT)
-        again = served.ok([each.ask(8) for each in known[:4]])
-        for each, answer in zip(known, again, strict=False):
-            each.assert_same(answer, "from the cache")
+        for _ in range(2):  # the first leaves its pages, which fit, for the second
+            again = served.ok([each.ask(8) for each in known[:4]])
+            for each, answer in zip(known, again, strict=False):
+                each.assert_same(answer, "from the cache")
         preemptions, hits = served.counted("num_preemptions", "prefix_cache_hits")
         assert preemptions and hits, f"{preemptions:g} preemptions, {hits:g} tokens from the cache"
 
