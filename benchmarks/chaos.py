@@ -47,7 +47,7 @@ ROWS = Path(__file__).with_name("chaos.csv")
 
 @dataclass(frozen=True)
 class Case:
-    """``victims`` by role and index. ``seconds`` to stand still; 0: they are killed. ``burst``: as
+    """``victims`` by role and index, or the fork server. ``seconds`` to stand still; 0: they are killed. ``burst``: as
     the streams are submitted, else once all flow; ``moving``: once experts move. ``held``: their
     replacements stand still until the streams have ended, so that survivors go on alone.
     """
@@ -67,6 +67,7 @@ def schedule(stop_seconds: float) -> list[Case]:
     kills = [Case(f"kill {kind}", (kind,), cuts=kind.startswith("frontend")) for kind in kinds]
     several = [
         Case("kill both ranks", ("rank 0", "rank 1")),
+        Case("kill the fork server of both ranks", ("fork server",)),
         Case("kill controller 0 during admissions", ("controller 0",), burst=True),
         Case("kill controller 0 and rank 1", ("controller 0", "rank 1")),
     ]
@@ -162,9 +163,11 @@ class Cluster:
     def pid(self, name: str) -> int:
         if name == "launcher":
             return self.process.pid
+        if name == "fork server":
+            return psutil.Process(self.pid("rank 0")).ppid()
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if child.cmdline()[-3:-1] == name.split():
+                if " ".join(child.cmdline()).split()[-3:-1] == name.split():  # one string in a fork
                     return child.pid
             except psutil.Error:  # it has just ended
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 RUN_MARK = "LOCKSTEP_RUN"
@@ -73,10 +74,11 @@ def mark_run(mark: str) -> None:
     os.environ[RUN_MARK] = mark
 
 
-def child_environment(extra: dict[str, str]) -> dict[str, str]:
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a child process, without Ray's token."""
     own = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
-    return own | {"PYTHONUNBUFFERED": "1"} | extra
+    # SPT_NOENV: a process that changes its title keeps its environment, with the run's mark.
+    return {**own, "PYTHONUNBUFFERED": "1", "SPT_NOENV": "1", **extra}
 
 
 # Times that an OpenMP thread polls for work before it sleeps; by default it spins for milliseconds.

@@ -1,63 +1,49 @@
-"""A child process: own session, spec on standard input, output in a log file."""
+"""A process in an interpreter of its own: own session, spec on standard input, output in a log."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 
 from ..environment import child_environment
 from .cluster import Task
+from .process import Process, open_log
 
-TAIL_BYTES = 4096
 
+def run_child(task: Task, settings: Mapping[str, str], process: Process) -> None:
+    """Starts ``task`` with ``settings`` in its environment and waits for its end.
 
-class Child:
-    """Starts ``task`` and owns its process.
-
-    On Linux the child dies with the thread that constructs it (``entry.leave_with_parent``), so
-    construct it in a thread that stays.
+    On Linux the child dies with the thread that starts it (``entry.leave_with_parent``), so that
+    thread stays.
     """
-
-    def __init__(self, task: Task, log_dir: Path) -> None:
-        self.log = log_dir / f"{task.role}-{task.index}.log"
-        command = [sys.executable, "-P", "-m", task.module, task.role, str(task.index), str(os.getpid())]
-        own = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(own, "ab") as output:
-            self.process = subprocess.Popen(
+    command = [sys.executable, "-P", "-m", task.module, task.role, str(task.index), str(os.getpid())]
+    try:
+        with os.fdopen(open_log(process.log), "ab") as output:
+            child = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=log_dir,
-                env=child_environment(dict(task.environment)),
+                cwd=process.log.parent,
+                env=child_environment(settings),
                 start_new_session=True,
             )
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(task.spec)
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # it has died already; deaths() will report it
+    except OSError as error:
+        process.start_failed(error)
+        return
+    process.started.set_result(child.pid)
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may have died already
+        child.stdin.write(task.spec)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    process.end(_code_of(child), child.wait)
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
-    def tail(self) -> str:
-        """The last lines of the log."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return file.read().decode(errors="replace")
-
-    def signal(self, number: int) -> None:
-        """Signals the process group; the pid cannot be reused before ``poll`` sees the end."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-
-    def kill(self) -> int:
-        """Kills it and waits; returns the exit status."""
-        self.signal(signal.SIGKILL)
-        return self.process.wait()
+def _code_of(child: subprocess.Popen[bytes]) -> int:
+    """The exit status of a child that has ended and is not released, negative for a signal."""
+    found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert found is not None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status

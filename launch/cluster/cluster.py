@@ -15,12 +15,23 @@ class LaunchError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Imports:
+    """A Python ``module`` that tasks of one host have imported once, by the host's fork server,
+    with ``environment``, which they all have.
+    """
+
+    module: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Task:
     """A process to run: ``python -m lockstep.launch.cluster.entry role index`` with ``spec`` (JSON)
     on its standard input.
 
     ``node``: number of its group of ranks; None: the launcher's machine. ``num_gpus``: 0 or 1.
-    ``module``: the Python module to run.
+    ``module``: the Python module to run. ``imports``: by whom it is forked; None: it starts in an
+    interpreter of its own.
     """
 
     role: str
@@ -30,6 +41,7 @@ class Task:
     num_gpus: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     module: str = "lockstep.launch.cluster.entry"
+    imports: Imports | None = None
 
     @property
     def name(self) -> str:
@@ -51,7 +63,8 @@ class Place:
 class Death:
     """A process that has ended.
 
-    ``code``: exit status, negative for a signal, None when its node or Ray actor was lost.
+    ``code``: exit status, negative for a signal, None when its node or Ray actor was lost,
+    or it could not be started.
     ``tail``: the last lines it wrote. ``lost_node``: the node, when all of it was lost.
     """
 
@@ -71,7 +84,7 @@ class Death:
         if self.code is None and self.lost_node:
             return "was lost with its node"
         if self.code is None:
-            return f"was lost with its Ray actor: {self.last_line}"
+            return f"was lost: {self.last_line}"
         if self.code < 0:
             name = signal.Signals(-self.code).name
             hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
@@ -90,6 +103,10 @@ class Cluster(Protocol):
 
     host: str
     gpus_per_node: int
+
+    def prepare(self, imports: Imports) -> None:
+        """Begins to import what tasks will need, on every node of ranks."""
+        ...
 
     def start(self, tasks: Sequence[Task]) -> None:
         """Starts processes concurrently. Raises LaunchError when one has no room."""

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -54,8 +55,14 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Runs one role. Never returns: exits with 0 when the role ended as asked, 1 when it failed."""
-    role, index, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    """Runs the role that the command line names."""
+    run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.stdin.buffer.read)
+
+
+def run(role: str, index: int, parent: int, read_spec: Callable[[], bytes]) -> NoReturn:
+    """Runs one role in this process, a child of ``parent``. Never returns: exits with 0 when the
+    role ended as asked, 1 when it failed.
+    """
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     signal.signal(signal.SIGTERM, _terminated)
@@ -65,11 +72,11 @@ def main() -> NoReturn:
     code, lobby = 0, None
     try:
         module, spec_type = ROLES[role]
-        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=spec_type)
+        spec = msgspec.json.decode(read_spec(), type=spec_type)
         lobby = spec.lobby
         importlib.import_module(f"{__package__.partition('.')[0]}.{module}").main(spec)
     except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        code = status_of(leave)
     except BaseException as error:
         _log.critical("%s %d has failed", role, index, exc_info=error)
         _report_failure(lobby, role, index, one_line(error))
@@ -77,6 +84,11 @@ def main() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # teardown can hang on threads of a communicator whose peers are gone
+
+
+def status_of(leave: SystemExit) -> int:
+    """The exit status that Python gives a process that ends with ``leave``."""
+    return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
 
 
 def _report_failure(lobby: LobbySpec | None, role: str, index: int, detail: str) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..environment import visible_gpus
-from .child import Child
-from .cluster import Death, LaunchError, Place, Task
+from .cluster import Death, Imports, LaunchError, Place, Task
+from .host import Host
+from .process import Process
+
+_START_SECONDS = 60.0
 
 
 class LocalCluster:
@@ -18,27 +19,32 @@ class LocalCluster:
 
     def __init__(self, log_dir: Path) -> None:
         self.host = "127.0.0.1"
-        self._log_dir = log_dir
-        self._gpus = visible_gpus()
-        self.gpus_per_node = len(self._gpus)
-        self._children: dict[str, tuple[Task, Child]] = {}
+        gpus = visible_gpus()
+        self.gpus_per_node = len(gpus)
+        self._host = Host(log_dir, gpus, {})
+        self._held: dict[str, tuple[Task, Process]] = {}
+
+    def prepare(self, imports: Imports) -> None:
+        self._host.prepare(imports)
 
     def start(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
-            assert task.name not in self._children, f"{task.name} runs already"
-            self._children[task.name] = (task, Child(self._with_gpu(task), self._log_dir))
-
-    def _with_gpu(self, task: Task) -> Task:
-        if not task.num_gpus:
-            return task
-        if task.index >= len(self._gpus):
-            raise LaunchError(f"{task.name} needs a GPU of its own, but {len(self._gpus)} are visible here")
-        return replace(
-            task, environment=dict(task.environment) | {"CUDA_VISIBLE_DEVICES": self._gpus[task.index]}
-        )
+            assert task.name not in self._held, f"{task.name} runs already"
+            if task.num_gpus and task.index >= self.gpus_per_node:
+                raise LaunchError(
+                    f"{task.name} needs a GPU of its own, but {self.gpus_per_node} are visible here"
+                )
+            self._held[task.name] = (task, self._host.start(task))
 
     def running(self) -> list[tuple[Task, Place]]:
-        return [(task, self._place(child)) for task, child in self._children.values()]
+        for task, process in self._held.values():
+            if task.imports is None:
+                process.started.exception(_START_SECONDS)
+        return [
+            (task, self._place(process))
+            for task, process in self._held.values()
+            if process.started.done() and process.started.exception() is None
+        ]
 
     def waiting(self) -> str:
         return ""
@@ -48,23 +54,24 @@ class LocalCluster:
 
     def deaths(self) -> list[Death]:
         found = []
-        for name, (task, child) in list(self._children.items()):
-            code = child.process.poll()
-            if code is not None:
-                del self._children[name]
-                found.append(Death(task, self._place(child), code, child.tail()))
+        for name, (task, process) in list(self._held.items()):
+            if process.ended.done():
+                del self._held[name]
+                if error := process.ended.exception():
+                    found.append(Death(task, self._place(process), None, str(error)))
+                else:
+                    found.append(Death(task, self._place(process), process.ended.result(), process.tail()))
         return found
 
     def signal(self, task: Task, number: int) -> None:
-        if task.name in self._children:
-            self._children[task.name][1].signal(number)
+        if task.name in self._held:
+            self._held[task.name][1].signal(number)
 
     def close(self) -> None:
-        for _, child in self._children.values():
-            child.signal(signal.SIGKILL)
-        for _, child in self._children.values():
-            child.kill()
-        self._children.clear()
+        self._host.close()
+        self._held.clear()
 
-    def _place(self, child: Child) -> Place:
-        return Place(socket.gethostname(), child.pid, str(child.log))
+    def _place(self, process: Process) -> Place:
+        started = process.started
+        pid = started.result() if started.done() and started.exception() is None else 0
+        return Place(socket.gethostname(), pid, str(process.log))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
+import itertools
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -12,61 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..environment import ray_address
 from ..recipe.recipe import Recipe
-from .cluster import Death, LaunchError, Place, Task
-from .ray_host import START_SECONDS, RayHost
+from .cluster import Death, Imports, LaunchError, Place, Task
+from .ray_host import RayHost
+from .ray_rooms import Needs, Room, Rooms
 from .ray_session import Node, RaySession
 
 NOWHERE = Place("a node still to be found", 0, "")
-_RETRY = 0.2
+START_SECONDS = 60.0
 _PLACE_SECONDS = 5.0  # for Ray's worker processes to start
-_ROOM_SECONDS = 2.0  # for Ray to find a node with room, while the launcher does nothing else
 _ATTEMPTS = 3
+_CALLS = 4  # at a time for each process of an actor: it starts, is waited for, is signalled
 
 
 @dataclass
 class _Held:
-    """A process as the driver sees it: its actor, and its place once that is known."""
+    """A process as the driver sees it: the actor that holds it under ``number``, and its place once
+    that is known.
+    """
 
     task: Task
     actor: Any
+    number: int
     placed: Any
     ended: Any
     attempts: int
     place: Place = NOWHERE
-
-
-@dataclass(frozen=True)
-class _Room:
-    """The bundle of a placement group in which tasks run."""
-
-    group: PlacementGroup
-    bundle: int
-
-    @property
-    def node(self) -> str:
-        """The node's id; that of a lost node until Ray has found another."""
-        return _nodes_of(self.group)[self.bundle]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Resources that a recipe needs. ``gpus``: one per rank, or None to use those there are."""
-
-    num_nodes: int
-    ranks_per_node: int
-    gpus: bool | None
-    num_beside: int = 2
 
 
 def needs_of(recipe: Recipe) -> Needs:
@@ -76,11 +51,10 @@ def needs_of(recipe: Recipe) -> Needs:
 
 
 class RayCluster:
-    """Runs ``num_nodes`` groups of ``ranks_per_node`` ranks, one group per node, and ``num_beside``
-    other tasks on the launcher's node.
+    """Runs groups of ranks, one group per node, and other tasks on the launcher's node, in
+    ``Rooms`` as large as the recipe ``needs``. One actor holds the processes of a room.
 
-    When a node is lost, Ray moves its group to a node with room: a spare one, one that comes back,
-    or one that has a group already. Tasks started meanwhile wait for it, see ``waiting``. Raises
+    Tasks that are started while their room has no node wait for it, see ``waiting``. Raises
     LaunchError when Ray cannot be started or reached, or has no room within ``deadline`` seconds.
     Calls ``mark`` at the end of every phase of the start.
     """
@@ -95,33 +69,27 @@ class RayCluster:
         mark: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self._log_dir = log_dir
-        self._deadline = deadline
         self._held: dict[str, _Held] = {}
-        self._groups: list[PlacementGroup] = []
-        self._left: set[str] = set()  # ids of nodes on which ranks kept dying
-        num_nodes, ranks_per_node = needs.num_nodes, needs.ranks_per_node
-        if num_nodes > 1 and (address or ray_address()) is None:
+        self._numbers = itertools.count()
+        self._hosts: dict[Room, Any] = {}  # the actor of each room where processes run
+        if needs.num_nodes > 1 and (address or ray_address()) is None:
             raise LaunchError(
-                f"cluster.nodes = {num_nodes}: needs a Ray cluster to join; "
+                f"cluster.nodes = {needs.num_nodes}: needs a Ray cluster to join; "
                 "name it in cluster.address or RAY_ADDRESS"
             )
-        num_cpus = num_nodes * ranks_per_node + needs.num_beside
+        num_cpus = needs.num_nodes * needs.ranks_per_node + needs.num_beside
         self._session = RaySession(log_dir, address=address, num_cpus=num_cpus)
         try:
             mark("Ray")
-            self.host = self._session.here.address
-            self.gpus_per_node = max(node.gpus for node in self._session.nodes())
-            use_gpus = self.gpus_per_node > 0 if needs.gpus is None else needs.gpus
-            self._share = dict.fromkeys(("CPU", "GPU") if use_gpus else ("CPU",), float(ranks_per_node))
-            if num_nodes > 1:
-                self._check_address(num_nodes)
-            self._reserve(num_nodes, needs.num_beside)
-            if {node.id for node in self.nodes} == {self._session.here.id}:
-                self.host = "127.0.0.1"  # all runs on this machine, and ends with it
-            mark("placement")
+            self._rooms = Rooms(self._session, needs, deadline)
         except BaseException:
-            self.close()
+            self._session.close()
             raise
+        self.gpus_per_node = self._rooms.gpus_per_node
+        here = self._session.here
+        alone = {node.id for node in self.nodes} == {here.id}
+        self.host = "127.0.0.1" if alone else here.address  # all runs on this machine, and ends with it
+        mark("placement")
 
     @property
     def scratch(self) -> Path | None:
@@ -131,78 +99,18 @@ class RayCluster:
     @property
     def nodes(self) -> list[Node]:
         """The node of each group of ranks, in the order of the groups."""
-        by_id = {node.id: node for node in self._session.nodes()}
-        return [by_id[node] for node in (room.node for room in self._rooms) if node in by_id]
+        return self._rooms.nodes
 
     @property
     def here(self) -> Node:
         """The launcher's node."""
         return self._session.here
 
-    def _check_address(self, num_nodes: int) -> None:
-        if self.host.startswith("127."):
-            raise LaunchError(
-                f"cluster.nodes = {num_nodes}: this node is {self.host} in the Ray cluster, which other "
-                "nodes cannot reach; start Ray with --node-ip-address and an address that they can reach"
-            )
-
-    def _reserve(self, num_nodes: int, num_beside: int) -> None:
-        """Reserves room for the tasks beside the launcher, then a bundle per node of ranks."""
-        beside = {"CPU": float(num_beside)}
-        group = placement_group([beside | {f"node:{self.host}": 0.001}], strategy="STRICT_PACK")
-        self._groups.append(group)
-        what = f"controller and frontend ({_text(beside)}) on {self._session.here}, the launcher's node"
-        self._await(group, what, time.monotonic() + self._deadline)
-        self._beside = _Room(group, 0)
-        self._spread = self._spread_over(num_nodes)
-        self._groups.append(self._spread)
-        self._rooms = [_Room(self._spread, bundle) for bundle in self._in_order(_nodes_of(self._spread))]
-
-    def _in_order(self, places: list[str]) -> list[int]:
-        """Bundle of each group of ranks: the launcher's node first, the others by address."""
-        address = {node.id: int(ipaddress.ip_address(node.address)) for node in self._session.nodes()}
-        return sorted(
-            range(len(places)),
-            key=lambda bundle: (places[bundle] != self._session.here.id, address[places[bundle]]),
-        )
-
-    def _spread_over(self, num_nodes: int) -> PlacementGroup:
-        """Reserves a bundle on each of ``num_nodes`` nodes.
-
-        The strategy is SPREAD, not STRICT_SPREAD, so that the bundle of a lost node may go to a
-        node that has one already. At the start none may, so the outcome is checked.
-        """
-        what = f"{num_nodes} x {_text(self._share)} for the ranks"
-        end = time.monotonic() + self._deadline
-        while True:
-            group: PlacementGroup = placement_group([self._share] * num_nodes, strategy="SPREAD")
-            self._await(group, what, end)
-            found = len(set(_nodes_of(group)))
-            if found == num_nodes:
-                return group
-            remove_placement_group(group)
-            if time.monotonic() > end:
-                raise self._no_room(f"{what} on {num_nodes} nodes, only on {found}")
-            time.sleep(_RETRY)
-
-    def _await(self, group: PlacementGroup, what: str, end: float) -> None:
-        try:
-            ray.get(group.ready(), timeout=max(_RETRY, end - time.monotonic()))
-        except GetTimeoutError:
-            remove_placement_group(group)
-            raise self._no_room(what) from None
-
-    def _no_room(self, what: str) -> LaunchError:
-        return LaunchError(f"Ray found no room for {what} in {self._deadline:g} s; {self._room()}")
-
-    def _room(self) -> str:
-        nodes = ", ".join(
-            f"{node}: {node.cpus:g} CPU" + (f", {node.gpus} GPU" if node.gpus else "")
-            for node in self._session.nodes()
-        )
-        return f"the cluster has {nodes}; free are {_text(ray.available_resources())}"
-
     # ------------------------------------------------------------------ processes
+
+    def prepare(self, imports: Imports) -> None:
+        for room in self._rooms.of_ranks:
+            self._host_in(room).prepare.remote(imports)
 
     def start(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
@@ -210,22 +118,26 @@ class RayCluster:
             self._hold(task, attempts=1)
 
     def _hold(self, task: Task, attempts: int) -> None:
-        actor = self._actor(task)
-        self._held[task.name] = _Held(task, actor, actor.place.remote(), actor.wait.remote(), attempts)
+        actor, number = self._host_in(self._rooms.of(task.node)), next(self._numbers)
+        placed, ended = actor.start.remote(number, task), actor.wait.remote(number)
+        self._held[task.name] = _Held(task, actor, number, placed, ended, attempts)
 
-    def _actor(self, task: Task) -> Any:
-        room = self._beside if task.node is None else self._rooms[task.node]
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=room.group, placement_group_bundle_index=room.bundle
-        )
-        options = ray.remote(RayHost).options(
-            num_cpus=1,
-            num_gpus=task.num_gpus,
-            max_concurrency=8,
-            max_restarts=0,
-            scheduling_strategy=strategy,
-        )
-        return options.remote(task, str(self._log_dir))
+    def _host_in(self, room: Room) -> Any:
+        """The actor that holds the processes of a room; it has all of the room's GPUs."""
+        if room not in self._hosts:
+            share = self._rooms.share_of(room)
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=room.group, placement_group_bundle_index=room.bundle
+            )
+            options = ray.remote(RayHost).options(
+                num_cpus=share["CPU"],
+                num_gpus=share.get("GPU", 0.0),
+                max_concurrency=_CALLS * int(share["CPU"]),
+                max_restarts=0,
+                scheduling_strategy=strategy,
+            )
+            self._hosts[room] = options.remote(str(self._log_dir))
+        return self._hosts[room]
 
     def running(self) -> list[tuple[Task, Place]]:
         starting = [
@@ -244,54 +156,17 @@ class RayCluster:
             for held in self._held.values()
             if held.place is NOWHERE and not self._has_room(held.task)
         ]
-        if not names:
-            return ""
-        return f"no node has room for {', '.join(names)} ({_text(self._share)} a node); {self._room()}"
+        return (
+            f"no node has room for {', '.join(names)} ({self._rooms.size} a node); {self._rooms.free()}"
+            if names
+            else ""
+        )
 
     def _has_room(self, task: Task) -> bool:
-        """Whether the bundle of the task's group is on a node."""
-        if task.node is None:
-            return True
-        return str(placement_group_table(self._rooms[task.node].group)["state"]) == "CREATED"
+        return task.node is None or self._rooms.is_found(self._rooms.of(task.node))
 
     def leave_node(self, node: int) -> str:
-        """The room on the node that is left stays reserved, so that no other group comes there."""
-        taken = self._left | {room.node for room in self._rooms}
-        others = {other.id: other for other in self._session.nodes() if other.id not in taken}
-        if not others:
-            return ""
-        self._left.add(self._rooms[node].node)
-        group = self._room_outside(taken)
-        try:
-            ray.get(group.ready(), timeout=_ROOM_SECONDS)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            self._left.remove(self._rooms[node].node)
-            return ""
-        self._enter(node, group)
-        found = others.get(self._rooms[node].node)
-        return "another node" if found is None else f"{found}"
-
-    def _room_outside(self, nodes: set[str]) -> PlacementGroup:
-        """Asks for room for the ranks of a node on one that is not of these."""
-        group: PlacementGroup = placement_group(
-            [self._share], bundle_label_selector=[{"ray.io/node-id": f"!in({','.join(sorted(nodes))})"}]
-        )
-        return group
-
-    def _enter(self, node: int, group: PlacementGroup) -> None:
-        self._groups.append(group)
-        self._rooms[node] = _Room(group, 0)
-
-    def _lose(self, node: int) -> None:
-        """The node of a group of ranks is lost. Ray finds another for a bundle that was spread; one
-        that has left its first node may now share any other.
-        """
-        room = self._rooms[node]
-        moved = room.group != self._spread
-        if moved and str(placement_group_table(room.group)["state"]) == "RESCHEDULING":
-            remove_placement_group(room.group)
-            self._enter(node, self._room_outside(self._left))
+        return self._rooms.leave_node(node)
 
     def _look(self) -> None:
         """Reads the places of processes that had to wait for a node."""
@@ -319,24 +194,32 @@ class RayCluster:
             code, tail = ray.get(held.ended)
         except ActorUnavailableError:
             # The connection broke; Ray does not know yet whether node or actor is lost, or neither.
-            held.ended = held.actor.wait.remote()
+            held.ended = held.actor.wait.remote(held.number)
             return None
+        except RayTaskError as error:  # it did not start
+            code, tail = None, _one_line(error.cause)
         except RayError as error:
+            self._drop(held.actor)
             if held.place is NOWHERE and held.attempts < _ATTEMPTS:  # its node was lost just before
                 self._hold(held.task, held.attempts + 1)
                 return None
-            code, tail = None, _one_line(error)
+            code, tail = None, f"its Ray actor: {_one_line(error)}"
             if held.place.node and held.place.node not in alive:
                 lost_node = f"{held.place.host} ({held.place.address})"
                 if held.task.node is not None:
-                    self._lose(held.task.node)
+                    self._rooms.lose(held.task.node)
         del self._held[held.task.name]
-        ray.kill(held.actor)
         return Death(held.task, held.place, code, tail, lost_node)
 
+    def _drop(self, actor: Any) -> None:
+        """An actor is lost; the next process in its room gets another."""
+        for room in [room for room, host in self._hosts.items() if host is actor]:
+            del self._hosts[room]
+            ray.kill(actor)
+
     def signal(self, task: Task, number: int) -> None:
-        if task.name in self._held:
-            self._held[task.name].actor.signal.remote(number)
+        if held := self._held.get(task.name):
+            held.actor.signal.remote(held.number, number)
 
     def close(self) -> None:
         if not self._session.lost:
@@ -347,30 +230,18 @@ class RayCluster:
         self._look()
         for name, held in list(self._held.items()):
             if held.place is NOWHERE:
-                ray.kill(held.actor)
                 del self._held[name]
-            held.actor.signal.remote(signal.SIGKILL)
+            else:
+                held.actor.signal.remote(held.number, signal.SIGKILL)
         deadline = time.monotonic() + 5.0
         while self._held and time.monotonic() < deadline:
             if not self.deaths():
                 time.sleep(0.02)
-        for held in self._held.values():
-            ray.kill(held.actor)  # takes the process with it
+        for actor in self._hosts.values():
+            ray.kill(actor)  # takes processes with it
         self._held.clear()
         with contextlib.suppress(RayError):
-            for group in self._groups:
-                remove_placement_group(group)
-
-
-def _nodes_of(group: PlacementGroup) -> list[str]:
-    """Node id of every bundle."""
-    bundles = placement_group_table(group)["bundles_to_node_id"]
-    return [str(bundles[index]) for index in sorted(bundles)]
-
-
-def _text(resources: dict[str, float]) -> str:
-    named = {name: amount for name, amount in resources.items() if name in ("CPU", "GPU")}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(named.items())) or "nothing"
+            self._rooms.close()
 
 
 def _one_line(error: BaseException) -> str:

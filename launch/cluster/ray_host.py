@@ -1,67 +1,61 @@
-"""The actor that holds one process on a node of a Ray cluster."""
+"""The actor that holds the processes of a run on a node of a Ray cluster."""
 
 from __future__ import annotations
 
 import socket
 import tempfile
 import threading
+from collections import defaultdict
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import ray
 
-from ..environment import interface_settings
-from .child import Child
-from .cluster import Place, Task
+from ..environment import interface_settings, visible_gpus
+from .cluster import Imports, Place, Task
+from .host import Host
 from .network import interface_of
-
-START_SECONDS = 60.0
+from .process import Process
 
 
 class RayHost:
-    """Starts a process, waits for it and passes signals on, each in a thread of the actor.
+    """Starts processes, waits for them and passes signals on, each call in a thread of the actor.
 
-    The process itself has none of Ray's threads and not its allocator. It dies with its actor,
-    actors die with their driver.
+    The processes themselves have none of Ray's threads and not its allocator. They die with their
+    actor, actors die with their driver. A process has the ``number`` with which it was started.
     """
 
-    def __init__(self, task: Task, log_dir: str) -> None:
-        self._task = task
-        folder = _folder(Path(log_dir))
-        self._child: Future[Child] = Future()
-        self._ended = threading.Event()
-        # The child dies with the thread that starts it, so that thread stays: see Child.
-        threading.Thread(target=self._run, args=(folder,), daemon=True).start()
+    def __init__(self, log_dir: str) -> None:
+        address = _own_address()
+        self._host = Host(_folder(Path(log_dir)), visible_gpus(), interface_settings(interface_of(address)))
+        self._identity = _own_id(), address
+        self._lock = threading.Lock()
+        self._processes: defaultdict[int, Future[Process]] = defaultdict(Future)
 
-    def _run(self, folder: Path) -> None:
-        try:
-            settings = interface_settings(interface_of(_own_address()))
-            environment = settings | dict(self._task.environment)
-            child = Child(replace(self._task, environment=environment), folder)
-        except Exception as error:
-            self._child.set_exception(error)
-            return
-        self._child.set_result(child)
-        child.process.wait()
-        self._ended.set()
+    def prepare(self, imports: Imports) -> None:
+        with self._lock:
+            self._host.prepare(imports)
 
-    def place(self) -> Place:
-        try:
-            child = self._child.result(START_SECONDS)
-        except TimeoutError:
-            raise TimeoutError(f"{self._task.name} did not start within {START_SECONDS:g} s") from None
-        return Place(socket.gethostname(), child.pid, str(child.log), _own_id(), _own_address())
+    def start(self, number: int, task: Task) -> Place:
+        """Waits until it runs. Raises OSError where it does not start."""
+        with self._lock:
+            process = self._host.start(task)
+            self._processes[number].set_result(process)
+        return Place(socket.gethostname(), process.started.result(), str(process.log), *self._identity)
 
-    def wait(self) -> tuple[int, str]:
+    def wait(self, number: int) -> tuple[int, str]:
         """Blocks until the process ends; returns its exit status and the last lines it wrote."""
-        child = self._child.result()
-        self._ended.wait()
-        return child.process.returncode, child.tail()
+        process = self._of(number).result()
+        return process.ended.result(), process.tail()
 
-    def signal(self, number: int) -> None:
-        if self._child.done():
-            self._child.result().signal(number)
+    def signal(self, number: int, signal: int) -> None:
+        found = self._of(number)
+        if found.done():
+            found.result().signal(signal)
+
+    def _of(self, number: int) -> Future[Process]:
+        with self._lock:
+            return self._processes[number]
 
 
 def _folder(log_dir: Path) -> Path:

@@ -23,7 +23,7 @@ from .lobby_desk import LobbyDesk
 from .rendezvous import Rendezvous
 from .roster import Roster
 from .supervisor import Supervisor, end_streams
-from .tasks import Site, controller_task, frontend_task, rank_task
+from .tasks import Site, controller_task, frontend_task, imports_of_ranks, rank_task
 
 CONTROLLER_SECONDS = 60.0
 FIRST_TOKEN_SECONDS = 120.0
@@ -64,6 +64,7 @@ def start(run: Run, opened: ExitStack) -> Supervisor:
     """
     recipe, screen = run.recipe, run.screen
     base = _open(run, opened)
+    base.cluster.prepare(imports_of_ranks(base.site))
     screen.say("starting the controller")
     base.cluster.start([controller_task(base.site)])
     base.roster.wait(

@@ -22,7 +22,7 @@ from ...engine.protocol.specs import (
     Succession,
 )
 from ...kernels.formats.kv_format import KvFormat
-from ..cluster.cluster import Task
+from ..cluster.cluster import Imports, Task
 from ..environment import nccl_settings, process_settings, tracing_settings
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import (
@@ -143,6 +143,13 @@ def _further(recording: str) -> str:
     return f"{name}.{count + 1}"
 
 
+def imports_of_ranks(site: Site) -> Imports:
+    settings = site.settings(site.threads)
+    if site.device == "cuda":
+        settings |= nccl_settings(site.recipe.cluster.collective_deadline)
+    return Imports("lockstep.engine.rank.process", settings)
+
+
 def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store_address: str) -> Task:
     recipe = site.recipe
     spec = RankSpec(
@@ -174,16 +181,15 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         lobby=site.lobby(f"rank {rank}"),
         placement_i32=site.placement_i32,
     )
-    settings = site.settings(site.threads)
-    if site.device == "cuda":
-        settings |= nccl_settings(recipe.cluster.collective_deadline)
+    imports = imports_of_ranks(site)
     return Task(
         "rank",
         rank,
         msgspec.json.encode(spec),
         node=rank // recipe.cluster.ranks_per_node,
         num_gpus=int(site.device == "cuda"),
-        environment=settings,
+        environment=imports.environment,
+        imports=imports,
     )
 
 

@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -79,23 +80,34 @@ def test_a_request_longer_than_the_drain_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_killed_rank_is_a_pause(tmp_path: Path) -> None:
-    """Streams continue where they were, with the text of an undisturbed run."""
+def test_what_is_killed_is_a_pause(tmp_path: Path) -> None:
+    """A rank, all of them with the process that forks them, all with their Ray actor: streams
+    continue where they were, with the text of an undisturbed run. Then a rank that is idle.
+    """
     with launch(tmp_path) as launcher:
-        url, victim = launcher.url(), launcher.pid_of("rank 1")
+        url = launcher.url()
         undisturbed = Reader(url, TOKENS)
         undisturbed.run()
-        readers = [Reader(url, TOKENS) for _ in range(6)]
-        for reader in readers:
-            reader.start()
-        assert all(reader.started.wait(30) for reader in readers)
-        os.kill(victim, signal.SIGKILL)
-        for reader in readers:
-            reader.join(60)
-        assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * 6
-        assert {reader.text for reader in readers} == {undisturbed.text}
-        until(lambda: "all ranks serve again" in launcher.err, "the end of the pause to be told", 30.0)
+        for times, victim in enumerate(("rank", "fork server", "Ray actor", "idle rank")):
+            rank = psutil.Process(launcher.pid_of("rank 1"))
+            server = rank.parent()
+            assert server is not None
+            readers = [Reader(url, TOKENS) for _ in range(0 if victim == "idle rank" else 6)]
+            for reader in readers:
+                reader.start()
+            assert all(reader.started.wait(30) for reader in readers)
+            {"fork server": server, "Ray actor": server.parent()}.get(victim, rank).kill()
+            for reader in readers:
+                reader.join(60)
+            assert [(reader.error, reader.finish) for reader in readers] == [(None, "length")] * len(readers)
+            assert {reader.text for reader in readers} <= {undisturbed.text}
+            until(
+                lambda times=times: launcher.err.count("all ranks serve again") > times,  # type: ignore[misc]
+                f"the end of the pause to be told after the end of the {victim}",
+                60.0,
+            )
         assert "rank 1 on " in launcher.err
+        Reader(url, max_tokens=3).run()
         launcher.look()
         launcher.signal()
         assert launcher.wait() == 0, launcher.err
@@ -118,22 +130,6 @@ def test_a_hung_rank_is_killed_and_replaced(tmp_path: Path) -> None:
         launcher.look()
         launcher.signal()
         assert launcher.wait() == 0, launcher.err
-        launcher.assert_nothing_left()
-
-
-def test_an_idle_rank_that_is_killed_is_replaced_again_and_again(tmp_path: Path) -> None:
-    with launch(tmp_path, LOCAL) as launcher:
-        url = launcher.url()
-        for times in (1, 2):
-            os.kill(launcher.pid_of("rank 0"), signal.SIGKILL)
-            until(
-                lambda times=times: launcher.err.count("all ranks serve again") == times,
-                f"recovery {times}",
-                30.0,
-            )  # type: ignore[misc]
-            Reader(url, max_tokens=3).run()
-        launcher.signal(signal.SIGTERM)
-        assert launcher.wait() == 0
         launcher.assert_nothing_left()
 
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lockstep.launch.cluster.cluster import Cluster, Death, Task
+from lockstep.launch.cluster.cluster import Cluster, Death, Imports, Task
 from lockstep.launch.cluster.local import LocalCluster
 
 TESTS = Path(__file__).parent.parent.parent
 
 
-def dummy(index: int, do: str, role: str = "rank", **spec: object) -> Task:
+def dummy(index: int, do: str, role: str = "rank", *, imports: Imports | None = None, **spec: object) -> Task:
+    """A task of ``dummy_role``; ``imports``: as in ``Task``."""
     path = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
     node = 0 if role == "rank" else None
     return Task(
@@ -24,6 +25,7 @@ def dummy(index: int, do: str, role: str = "rank", **spec: object) -> Task:
         node=node,
         environment=path,
         module="support.launch.dummy_role",
+        imports=imports,
     )
 
 

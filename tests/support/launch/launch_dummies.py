@@ -25,7 +25,8 @@ def with_dummy(make_task: Callable[..., Task]) -> Callable[..., Task]:
     def make(*args: Any) -> Task:
         task = make_task(*args)
         path = {"PYTHONPATH": os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])}
-        return replace(task, module="support.launch.dummy_cluster", environment={**task.environment, **path})
+        changed = {**task.environment, **path}
+        return replace(task, module="support.launch.dummy_cluster", environment=changed, imports=None)
 
     return make
 

@@ -18,7 +18,8 @@ from .launch_dummies import TESTS
 def late_rank_task(*args: Any) -> Task:
     task = _rank_task(*args)
     path = {"PYTHONPATH": os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    return replace(task, module="support.launch.late_rank", environment={**task.environment, **path})
+    changed = {**task.environment, **path}
+    return replace(task, module="support.launch.late_rank", environment=changed, imports=None)
 
 
 if __name__ == "__main__":

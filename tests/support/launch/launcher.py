@@ -133,11 +133,12 @@ class Launcher:
 
 
 def command_of(process: psutil.Process) -> list[str]:
-    """The command line of a process, empty once it has ended."""
+    """The command line of a process, empty once it has ended; a forked one has it as one string."""
     try:
-        return process.cmdline()
+        command = process.cmdline()
     except psutil.Error:
         return []
+    return command if any(command[1:]) else " ".join(command).split()
 
 
 def alive(process: psutil.Process) -> bool:

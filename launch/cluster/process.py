@@ -1,0 +1,76 @@
+"""A process of a cluster, as the one that started it sees it: its id, its end, its log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from .cluster import Task
+
+TAIL_BYTES = 4096
+
+
+class Process:
+    """The process of ``task``, which writes to a log file in ``log_dir``.
+
+    ``started`` gets its id and ``ended`` its exit status, negative for a signal; both get the
+    exception where it could not be started. May be used from several threads.
+    """
+
+    def __init__(self, task: Task, log_dir: Path) -> None:
+        self.log = log_dir / f"{task.role}-{task.index}.log"
+        self.started: Future[int] = Future()
+        self.ended: Future[int] = Future()
+        self._lock = threading.Lock()
+
+    def start_failed(self, error: BaseException) -> None:
+        self.ended.set_exception(error)
+        self.started.set_exception(error)
+
+    def end(self, code: int, release: Callable[[], object]) -> None:
+        """It has ended with ``code``. Until ``release`` has been called nobody else gets its id."""
+        with self._lock:
+            self.ended.set_result(code)
+            release()
+
+    def signal(self, number: int) -> None:
+        """Signals its process group; harmless when it has not started, or has ended."""
+        with self._lock:
+            if not self.started.done() or self.ended.done():
+                return
+            pid = self.started.result()
+            try:
+                os.killpg(pid, number)
+            except ProcessLookupError:  # it does not lead a group yet
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def kill(self, seconds: float) -> None:
+        """Kills it, when it has started, and waits up to ``seconds`` until it has ended."""
+        self.started.add_done_callback(lambda started: self.signal(signal.SIGKILL))
+        with contextlib.suppress(TimeoutError):
+            self.ended.exception(seconds)
+
+    def tail(self) -> str:
+        """The last lines of the log."""
+        return tail_of(self.log)
+
+
+def open_log(path: Path) -> int:
+    """A descriptor that appends to the log at ``path``, which only this user may read."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def tail_of(path: Path) -> str:
+    """The last lines of a log, empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
