@@ -47,9 +47,10 @@ ROWS = Path(__file__).with_name("chaos.csv")
 
 @dataclass(frozen=True)
 class Case:
-    """``victims`` by role and index, or the fork server. ``seconds`` to stand still; 0: they are killed. ``burst``: as
-    the streams are submitted, else once all flow; ``moving``: once experts move. ``held``: their
-    replacements stand still until the streams have ended, so that survivors go on alone.
+    """``victims`` by role and index, or the fork server. ``seconds`` to stand still; 0: they are
+    killed. ``burst``: as the streams are submitted, else once all flow; ``moving``: once experts
+    move. ``held``: their replacements stand still until the streams have ended, so that survivors
+    go on alone.
     """
 
     name: str
