@@ -28,6 +28,12 @@ from support.parallel.gloo_ranks import run_ranks
 
 LAYOUTS = [(1, "local"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all"), (4, "all_gather")]
 GROUPS = (tuple(FAMILIES)[:4], tuple(FAMILIES)[4:])
+# Every family in every layout of one and two ranks, and by one dispatcher on four.
+CASES = [
+    case
+    for case in itertools.product(LAYOUTS, GROUPS)
+    if case not in (((4, "all_to_all"), GROUPS[1]), ((4, "all_gather"), GROUPS[0]))
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(
     scope="module",
-    params=itertools.product(LAYOUTS, GROUPS),
+    params=CASES,
     ids=lambda param: f"{param[0][0]}-{param[0][1]}-{param[1][0]}...",
 )
 def tokens_by_rank(

@@ -21,9 +21,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(("size", "dispatch"), [(2, "all_to_all"), (2, "all_gather"), (4, "all_to_all")])
 def test_data_parallel(size: int, dispatch: str, paths: dict[str, Path]) -> None:
+    paths = dict(list(paths.items())[:: size // 2])  # on four ranks every second family
     by_rank = run_ranks(continue_prompts, size, paths, dispatch, 2)
     holders = size - 1
-    for family in FAMILIES:
+    for family in paths:
         assert by_rank[-1][family] == []
         for rank in range(holders):
             expected = [entry.tokens for entry in load_prompts(family)[rank::holders]]
@@ -31,7 +32,8 @@ def test_data_parallel(size: int, dispatch: str, paths: dict[str, Path]) -> None
 
 
 def test_tensor_beside_data_parallel(paths: dict[str, Path]) -> None:
-    paths = {family: path for family, path in paths.items() if family != "minimax_m2"}  # norms over all heads
+    paths = dict(list(paths.items())[1::2])
+    assert "minimax_m2" not in paths, "its norms go over all heads, which cannot be split"
     by_rank = run_ranks(continue_split, 4, paths, 2, 2)
     for family in paths:
         for rank, found in enumerate(by_rank):
