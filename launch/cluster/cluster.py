@@ -63,28 +63,28 @@ class Place:
 class Death:
     """A process that has ended.
 
-    ``code``: exit status, negative for a signal, None when its node or Ray actor was lost,
-    or it could not be started.
-    ``tail``: the last lines it wrote. ``lost_node``: the node, when all of it was lost.
+    ``code``: exit status, negative for a signal, None when its node or Ray actor was lost, or when
+    it could not be started. ``tail``: the last lines it wrote, or the reason. ``lost_with``: its
+    node, its Ray actor or its fork server, when that was lost with all processes there.
     """
 
     task: Task
     place: Place
     code: int | None
     tail: str
-    lost_node: str = ""
+    lost_with: str = ""
 
     @property
     def killed(self) -> bool:
-        """Ended by a signal, or with its node."""
+        """Ended by a signal, or lost with others."""
         return self.code is None or self.code < 0
 
     @property
     def cause(self) -> str:
-        if self.code is None and self.lost_node:
-            return "was lost with its node"
+        if self.lost_with:
+            return f"was lost with {self.lost_with}"
         if self.code is None:
-            return f"was lost: {self.last_line}"
+            return f"could not be started: {self.last_line}"
         if self.code < 0:
             name = signal.Signals(-self.code).name
             hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +42,7 @@ class Forks:
         self._line = Connection(ours.detach())
         self._server: Future[subprocess.Popen[bytes]] = Future()
         self.ended = threading.Event()
+        self._name = "the fork server"
         # The server dies with the thread that starts it, so that thread stays.
         threading.Thread(target=self._run, name="fork server", daemon=True).start()
 
@@ -82,6 +82,7 @@ class Forks:
                     env=child_environment(self._settings),
                     start_new_session=True,
                 )
+            self._name = f"the fork server on {socket.gethostname()} (pid {server.pid})"
             self._server.set_result(server)
             self._listen()
             server.wait()
@@ -121,7 +122,7 @@ class Forks:
         lines = tail_of(self._log).splitlines()
         for process in lost:
             if process.started.done():
-                process.end(-signal.SIGKILL, lambda: None)
+                process.lose(self._name)
             else:
                 last = lines[-1] if lines else "it wrote nothing"
                 process.start_failed(OSError(f"the fork server has ended; its last line: {last}"))

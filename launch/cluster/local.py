@@ -60,7 +60,8 @@ class LocalCluster:
                 if error := process.ended.exception():
                     found.append(Death(task, self._place(process), None, str(error)))
                 else:
-                    found.append(Death(task, self._place(process), process.ended.result(), process.tail()))
+                    end = process.ended.result(), process.tail(), process.lost_with
+                    found.append(Death(task, self._place(process), *end))
         return found
 
     def signal(self, task: Task, number: int) -> None:

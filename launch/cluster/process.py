@@ -19,18 +19,25 @@ class Process:
     """The process of ``task``, which writes to a log file in ``log_dir``.
 
     ``started`` gets its id and ``ended`` its exit status, negative for a signal; both get the
-    exception where it could not be started. May be used from several threads.
+    exception where it could not be started. ``lost_with``: as in ``Death``. May be used from
+    several threads.
     """
 
     def __init__(self, task: Task, log_dir: Path) -> None:
         self.log = log_dir / f"{task.role}-{task.index}.log"
         self.started: Future[int] = Future()
         self.ended: Future[int] = Future()
+        self.lost_with = ""
         self._lock = threading.Lock()
 
     def start_failed(self, error: BaseException) -> None:
         self.ended.set_exception(error)
         self.started.set_exception(error)
+
+    def lose(self, lost_with: str) -> None:
+        """It is killed since that was lost on which it depends."""
+        self.lost_with = lost_with
+        self.end(-signal.SIGKILL, lambda: None)
 
     def end(self, code: int, release: Callable[[], object]) -> None:
         """It has ended with ``code``. Until ``release`` has been called nobody else gets its id."""

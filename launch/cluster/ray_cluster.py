@@ -189,27 +189,27 @@ class RayCluster:
     def _bury(self, held: _Held, alive: set[str]) -> Death | None:
         """The death of a process that has ended; None if Ray does not know that yet."""
         code: int | None
-        lost_node = ""
         try:
-            code, tail = ray.get(held.ended)
+            code, tail, lost_with = ray.get(held.ended)
         except ActorUnavailableError:
             # The connection broke; Ray does not know yet whether node or actor is lost, or neither.
             held.ended = held.actor.wait.remote(held.number)
             return None
         except RayTaskError as error:  # it did not start
-            code, tail = None, _one_line(error.cause)
+            code, tail, lost_with = None, _one_line(error.cause), ""
         except RayError as error:
             self._drop(held.actor)
             if held.place is NOWHERE and held.attempts < _ATTEMPTS:  # its node was lost just before
                 self._hold(held.task, held.attempts + 1)
                 return None
-            code, tail = None, f"its Ray actor: {_one_line(error)}"
-            if held.place.node and held.place.node not in alive:
-                lost_node = f"{held.place.host} ({held.place.address})"
+            place = held.place
+            code, tail, lost_with = None, _one_line(error), f"the Ray actor on {place.host}"
+            if place.node and place.node not in alive:
+                lost_with = f"the node {place.host} ({place.address})"
                 if held.task.node is not None:
                     self._rooms.lose(held.task.node)
         del self._held[held.task.name]
-        return Death(held.task, held.place, code, tail, lost_node)
+        return Death(held.task, held.place, code, tail, lost_with)
 
     def _drop(self, actor: Any) -> None:
         """An actor is lost; the next process in its room gets another."""

@@ -43,10 +43,12 @@ class RayHost:
             self._processes[number].set_result(process)
         return Place(socket.gethostname(), process.started.result(), str(process.log), *self._identity)
 
-    def wait(self, number: int) -> tuple[int, str]:
-        """Blocks until the process ends; returns its exit status and the last lines it wrote."""
+    def wait(self, number: int) -> tuple[int, str, str]:
+        """Blocks until the process ends; returns its exit status, the last lines it wrote, and with
+        what it was lost, as in ``Death``.
+        """
         process = self._of(number).result()
-        return process.ended.result(), process.tail()
+        return process.ended.result(), process.tail(), process.lost_with
 
     def signal(self, number: int, signal: int) -> None:
         found = self._of(number)

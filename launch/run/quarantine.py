@@ -15,8 +15,8 @@ suspect."""
 
 
 class Quarantine:
-    """Counts the deaths of ranks by node. Those of a node that was lost, and of ranks that the
-    launcher moves, do not count.
+    """Counts the deaths of ranks by node. Ranks that were lost with something else, and those that
+    the launcher moves, do not count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -31,7 +31,7 @@ class Quarantine:
         """
         now, last = self._clock(), dict[int, Death]()
         for death in deaths:
-            if death.task.node is None or death.lost_node:
+            if death.task.node is None or death.lost_with:
                 continue
             if death.task.name in self._moving:
                 self._moving.remove(death.task.name)

@@ -147,7 +147,8 @@ class Replacements:
         name, now = death.task.name, self._clock()
         before = self._recent(name)
         self._deaths[name] = [*before, now]
-        delay = 0.0 if not before or death.lost_node else min(FIRST_DELAY * 2.0 ** (len(before) - 1), longest)
+        gone = death.code is None and death.lost_with  # its node, or Ray's part of it
+        delay = 0.0 if not before or gone else min(FIRST_DELAY * 2.0 ** (len(before) - 1), longest)
         self._due[name] = (now + delay, death.task)
         self.start_due()
         return delay

@@ -130,12 +130,12 @@ class Roster:
         return new
 
     def causes(self, deaths: list[Death]) -> list[tuple[str, list[Death]]]:
-        """One line per cause, with its deaths: all processes of a lost node share one."""
+        """One line per cause, with its deaths: all that were lost together share one."""
         by_cause: dict[str, list[Death]] = {}
         for death in deaths:
-            by_cause.setdefault(death.lost_node or death.task.name, []).append(death)
+            by_cause.setdefault(death.lost_with or death.task.name, []).append(death)
         return [
-            (_lost_node(group) if group[0].lost_node else self.cause(group[0]), group)
+            (_lost_with(group) if group[0].lost_with else self.cause(group[0]), group)
             for group in by_cause.values()
         ]
 
@@ -160,6 +160,6 @@ class Roster:
         return f"{name} ({report.phase}{progress})"
 
 
-def _lost_node(deaths: list[Death]) -> str:
+def _lost_with(deaths: list[Death]) -> str:
     names = ", ".join(sorted((death.task.name for death in deaths), key=lambda name: (len(name), name)))
-    return f"the node {deaths[0].lost_node} was lost, and with it {names}"
+    return f"{deaths[0].lost_with} was lost, and with it {names}"

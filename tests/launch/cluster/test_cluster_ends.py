@@ -48,7 +48,7 @@ def test_a_lost_ray_actor_is_a_death(tmp_path: Path) -> None:
         assert actor is not None
         actor.kill()
         [death] = next_deaths(cluster, 1)
-        assert death.code is None
+        assert (death.code, death.lost_with) == (None, f"the Ray actor on {place.host}")
         until(lambda: not psutil.pid_exists(place.pid), "the process to go with its actor")
     finally:
         cluster.close()

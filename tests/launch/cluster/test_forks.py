@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ def test_a_fork_is_as_a_process_of_its_own(cluster: LocalCluster, tmp_path: Path
     task = dummy(3, "sleep", imports=IMPORTS, say="here")
     cluster.start([replace(task, environment={**task.environment, "OWN": "value"})])
     process = started(cluster, 1)[3]
-    assert command_of(process)[-5:-1] == ["-m", "support.launch.dummy_role", "rank", "3"]
+    own = ["-m", "support.launch.dummy_role", "rank", "3"]
+    until(lambda: command_of(process)[-5:-1] == own, "its own command line")
     assert os.getsid(process.pid) == process.pid
     server = process.parent()
     assert server is not None and server.parent() == psutil.Process()
@@ -76,7 +78,10 @@ def test_forks_end_with_their_server_and_the_next_has_another(cluster: LocalClus
     server = before[0].parent()
     assert server is not None and server == before[1].parent() != before[2].parent()
     server.kill()
-    assert {(death.task.index, death.code) for death in next_deaths(cluster, 2)} == {(0, -9), (1, -9)}
+    deaths = next_deaths(cluster, 2)
+    assert {(death.task.index, death.code) for death in deaths} == {(0, -9), (1, -9)}
+    [lost_with] = {death.lost_with for death in deaths}
+    assert lost_with == f"the fork server on {socket.gethostname()} (pid {server.pid})"
     until(lambda: not psutil.pid_exists(before[0].pid), "the forks to go with their server")
     cluster.start([both[0]])
     after = started(cluster, 2)

@@ -14,7 +14,7 @@ from lockstep.launch.run.replacements import Replacements
 from lockstep.launch.run.roster import Roster
 from lockstep.launch.terminal.interrupts import Interrupts
 
-BETA = "beta (10.0.0.3)"
+BETA = "the node beta (10.0.0.3)"
 
 
 class ScriptedCluster:
@@ -83,15 +83,15 @@ def state(phase: str, epoch: int) -> ClusterState:
 
 def test_all_that_went_with_a_node_is_one_line_and_the_rest_a_line_each() -> None:
     killed = Death(Task("rank", 0, b""), Place("alpha", 7, ""), -9, "")
-    gone = Death(Task("rank", 4, b""), Place("gamma", 9, ""), None, "its Ray actor: ActorDiedError: why")
+    gone = Death(Task("rank", 4, b""), Place("gamma", 9, ""), None, "OSError: no more processes")
     found = roster(ScriptedCluster(), ScriptedDesk()).causes(
-        [lost(10), killed, lost(2), lost(3, "gamma (10.0.0.4)"), gone]
+        [lost(10), killed, lost(2), lost(3, "the node gamma (10.0.0.4)"), gone]
     )
     assert [(line, [death.task.index for death in deaths]) for line, deaths in found] == [
-        (f"the node {BETA} was lost, and with it rank 2, rank 10", [10, 2]),
+        (f"{BETA} was lost, and with it rank 2, rank 10", [10, 2]),
         ("rank 0 on alpha (pid 7) was killed by SIGKILL (the kernel does this when memory runs out)", [0]),
         ("the node gamma (10.0.0.4) was lost, and with it rank 3", [3]),
-        ("rank 4 on gamma (pid 9) was lost: its Ray actor: ActorDiedError: why", [4]),
+        ("rank 4 on gamma (pid 9) could not be started: OSError: no more processes", [4]),
     ]
 
 

@@ -15,8 +15,8 @@ class Clock:
         return self.now
 
 
-def death(index: int, node: int | None, lost_node: str = "", role: str = "rank") -> Death:
-    return Death(Task(role, index, b"", node=node), Place("host", 1, ""), -9, "", lost_node)
+def death(index: int, node: int | None, lost_with: str = "", role: str = "rank") -> Death:
+    return Death(Task(role, index, b"", node=node), Place("host", 1, ""), -9, "", lost_with)
 
 
 def suspects(quarantine: Quarantine, *deaths: Death) -> list[int | None]:
@@ -44,9 +44,9 @@ def test_deaths_of_long_ago_do_not_count() -> None:
         clock.now += 1 + WINDOW_SECONDS / (DEATHS - 1)
 
 
-def test_neither_lost_nodes_nor_other_roles_nor_ranks_that_are_moved_count() -> None:
+def test_neither_lost_withs_nor_other_roles_nor_ranks_that_are_moved_count() -> None:
     quarantine = Quarantine(Clock())
-    assert suspects(quarantine, *(death(index, 1, lost_node="host") for index in range(DEATHS))) == []
+    assert suspects(quarantine, *(death(index, 1, lost_with="host") for index in range(DEATHS))) == []
     assert suspects(quarantine, *(death(0, None, role="controller") for _ in range(DEATHS))) == []
     quarantine.moves([f"rank {index}" for index in range(DEATHS)])
     assert suspects(quarantine, *(death(index, 1) for index in range(DEATHS))) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -107,6 +108,10 @@ def test_what_is_killed_is_a_pause(tmp_path: Path) -> None:
                 60.0,
             )
         assert "rank 1 on " in launcher.err
+        for lost in (r"fork server on \S+ \(pid \d+\)", r"Ray actor on \S+"):
+            assert re.search(
+                f"the {lost} was lost, and with it rank 0, rank 1; starting others", launcher.err
+            )
         Reader(url, max_tokens=3).run()
         launcher.look()
         launcher.signal()
