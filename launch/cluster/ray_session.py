@@ -152,24 +152,26 @@ def _start(folder: Path, num_cpus: int) -> None:
         _node_ip_address="127.0.0.1",
         _temp_dir=str(folder),
     )
-    _end_autoscaler()
+    _end_helpers()
 
 
 def _be_quiet() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def _end_autoscaler() -> None:
-    """Ends the autoscaler of the cluster just started: one machine has nothing to scale.
+def _end_helpers() -> None:
+    """Ends three processes of the cluster just started: the autoscaler, as one machine has nothing
+    to scale; the reader of logs, which reads ours; the dashboard's server, which has no dashboard.
 
-    It would take CPU time from the start, and ray.shutdown would wait a second for it: it ends the
-    head first, and then the autoscaler does not answer SIGTERM. ``ray.init`` cannot leave it out
-    (only ``ray start`` has --no-monitor), so Ray's own object for this node ends its own child,
-    as ray.shutdown would. A Ray without that method keeps its autoscaler.
+    They would take CPU time from the start and memory for as long as it runs, and ray.shutdown
+    would wait a second for the autoscaler: it ends the head first, and then the autoscaler does not
+    answer SIGTERM. ``ray.init`` cannot leave them out, so Ray's own object for this node ends its
+    own children, as ray.shutdown would. A Ray without one of these methods keeps that process.
     """
-    with contextlib.suppress(AttributeError):
-        own_node: Any = ray._private.worker._global_node
-        own_node.kill_monitor(check_alive=False)
+    own_node: Any = ray._private.worker._global_node
+    for method in ("kill_monitor", "kill_log_monitor", "kill_dashboard"):
+        with contextlib.suppress(AttributeError):
+            getattr(own_node, method)(check_alive=False)
 
 
 def _node(entry: dict[str, Any]) -> Node:
