@@ -146,6 +146,11 @@ def _device(recipe: Recipe, gpus_per_node: int) -> str:
     """The device of every rank: cpu or cuda."""
     cluster = recipe.cluster
     if cluster.device == "cpu" or (cluster.device == "auto" and gpus_per_node == 0):
+        if recipe.kernels.linear_fp8 == "deep_gemm":
+            raise LaunchError(
+                "kernels.linear_fp8 = deep_gemm: is for ranks on GPUs, and these are on CPUs; "
+                "allowed are auto and own"
+            )
         return "cpu"
     if gpus_per_node < cluster.ranks_per_node:
         raise LaunchError(
