@@ -16,14 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from .layers import Floats, Ints, Layers, once
 from .placement import EMPTY, Placement
-from .steps import Search, SlotSteps
+from .steps import Search, SlotSteps, nearness
 
 NOWHERE = -1
 
 _LEAST = 1e-6  # of a rank's mean load: what a step has to gain
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
 _REPLICAS_FIRST, _REPLICAS_EVERY = 6, 4
-_ANY = np.iinfo(np.int64).max
 _AT_ONCE = 1024  # moves
 
 
@@ -88,12 +87,13 @@ def balance(loads_LE: ArrayLike, placement: Placement, limits: Limits = Limits()
     assert len(node_W) == placement.num_ranks, f"{len(node_W)} nodes for {placement.num_ranks} ranks"
     state = Layers(loads_LE, placement.experts_LWS[:, alive])
     _restore(state)
-    before_LP = state.experts_LP.copy()
+    before_LP, was_L = state.experts_LP.copy(), state.maximum_L()
     if len(alive) > 1:
         _Search(state, limits, node_W[alive]).run()
-    _keep_better(state, before_LP)
+    worse_L = state.maximum_L() >= was_L - _LEAST
+    state.experts_LP[worse_L] = before_LP[worse_L]
     experts_LWS = np.full(placement.experts_LWS.shape, EMPTY, np.int32)
-    experts_LWS[:, alive] = state.experts_LP.reshape(len(loads_LE), len(alive), placement.num_slots)
+    experts_LWS[:, alive] = state.placed_LWS()
     old_LWS = once(placement.experts_LWS)
     old_LWS[:, sorted(limits.dead)] = EMPTY
     experts_LWS = _stay(old_LWS, experts_LWS)
@@ -104,7 +104,7 @@ def imbalance(loads_LE: ArrayLike, placement: Placement, dead: frozenset[int] = 
     """Maximum / mean load over the ranks alive, by layer; 1 for a layer without load."""
     alive = [rank for rank in range(placement.num_ranks) if rank not in dead]
     state = Layers(np.asarray(loads_LE, np.float64), placement.experts_LWS[:, alive])
-    maximum_L = state.rank_loads_LW(np.arange(placement.num_layers)).max(axis=1, initial=0.0)
+    maximum_L = state.maximum_L()
     return np.where(maximum_L > 0, maximum_L, 1.0)
 
 
@@ -120,19 +120,18 @@ class _Search:
     """Takes steps in all layers at once, within the limits."""
 
     def __init__(self, state: Layers, limits: Limits, node_W: Ints) -> None:
-        self._state, self._node_W, self._within = state, node_W, limits.within_nodes
-        self._left = _ANY if limits.max_received is None else limits.max_received
+        self._state, self._near_WW = state, nearness(node_W, limits.within_nodes)
+        self._left = limits.max_received
         self._target_L = state.level_L() * limits.target
 
     def run(self) -> None:
         """Gives experts too large for any rank more replicas; then lowers maxima, until no single
         step does or the target is reached.
         """
-        every = layers = np.arange(len(self._target_L))
+        layers = np.arange(len(self._target_L))
         while len(layers):
             layers = self._take(layers, self._look(layers).split_largest(), 0.0)
-        layers = every
-        number, last = 0, False
+        layers, number, last = np.arange(len(self._target_L)), 0, False
         while len(layers):
             replicas = last or number < _REPLICAS_FIRST or number % _REPLICAS_EVERY == 0
             taken = self._take(layers, self._look(layers).best(replicas=replicas), _LEAST)
@@ -141,7 +140,7 @@ class _Search:
             layers = taken if replicas else layers
 
     def _look(self, layers: Ints) -> Search:
-        return Search(self._state, layers, self._target_L[layers], self._node_W, self._within)
+        return Search(self._state, layers, self._target_L[layers], self._near_WW)
 
     def _take(self, layers: Ints, steps: SlotSteps, least: float) -> Ints:
         """Takes the steps worth more than ``least``, the best first while the budget lasts. Returns
@@ -149,12 +148,16 @@ class _Search:
         """
         order = np.argsort(-steps.value, kind="stable")
         order = order[steps.value[order] > least]
-        order = order[np.cumsum(steps.received[order]) <= self._left]
-        self._left -= int(steps.received[order].sum())
+        if self._left is not None:
+            slots_N2, experts_N2 = steps.slots[order], steps.experts[order]
+            received_N2 = self._state.received(layers[order, None], slots_N2, experts_N2)
+            received = np.where(slots_N2 != EMPTY, received_N2, 0).sum(axis=1)
+            allowed = np.cumsum(received) <= self._left
+            order, self._left = order[allowed], self._left - int(received[allowed].sum())
         taken, slots, experts = layers[order], steps.slots[order], steps.experts[order]
-        self._state.put(taken, slots[:, 0], experts[:, 0])
         both = slots[:, 1] != EMPTY
-        self._state.put(taken[both], slots[both, 1], experts[both, 1])
+        self._state.swap(taken[both], slots[both].T)
+        self._state.put(taken[~both], slots[~both, 0], experts[~both, 0])
         return np.sort(taken)
 
 
@@ -167,32 +170,23 @@ def _restore(state: Layers) -> None:
         layers = np.flatnonzero(lost_LE.any(axis=1))
         each = np.arange(len(layers))
         expert = np.where(lost_LE[layers], state.loads_LE[layers, :-1], -1.0).argmax(axis=1)
-        columns_LP = state.experts_LP[layers]
+        columns_LP, shares_LP = state.experts_LP[layers], state.shares_LP(layers)
         may_LP = np.take_along_axis(state.replicas_LE[layers], columns_LP, axis=1) >= 2
-        ranks_LP = np.repeat(state.rank_loads_LW(layers), state.num_slots, axis=1)
-        rests_LP = np.where(may_LP, ranks_LP - state.shares_LP(layers), np.inf)
-        rests_LP[columns_LP == EMPTY] -= state.num_ranks  # less than any load
+        ranks_LP = np.repeat(state.rank_loads_LW(shares_LP), state.num_slots, axis=1)
+        rests_LP = np.where(may_LP, ranks_LP - shares_LP, np.inf)
+        rests_LP[columns_LP == state.num_experts] -= state.num_ranks  # less than any load
         slot = rests_LP.argmin(axis=1)
         assert may_LP[each, slot].all(), "no slot can be spared"
         state.put(layers, slot, expert)
         lost_LE[layers, expert] = False
 
 
-def _keep_better(state: Layers, before_LP: Ints) -> None:
-    """Layers whose maximum has not fallen go back."""
-    every = np.arange(len(before_LP))
-    after_L = state.rank_loads_LW(every).max(axis=1, initial=0.0)
-    other = Layers(
-        state.loads_LE[:, :-1], before_LP.reshape(len(before_LP), state.num_ranks, state.num_slots)
-    )
-    worse_L = after_L >= other.rank_loads_LW(every).max(axis=1, initial=0.0) - _LEAST
-    state.experts_LP[worse_L] = before_LP[worse_L]
-
-
 def _stay(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32]) -> NDArray[np.int32]:
     """``new_LWS`` with every expert that stays on its rank in its old slot."""
     result = new_LWS.copy()
-    layers, ranks = np.nonzero((old_LWS != new_LWS).any(axis=2))
+    layers, ranks, slots = np.nonzero((old_LWS != new_LWS) & (new_LWS != EMPTY))
+    elsewhere = (old_LWS[layers, ranks] == new_LWS[layers, ranks, slots][:, None]).any(axis=1)
+    layers, ranks = np.unique(np.stack([layers, ranks])[:, elsewhere], axis=1)
     old_NS, new_NS = old_LWS[layers, ranks], new_LWS[layers, ranks]
     same_NSS = (old_NS[:, :, None] == new_NS[:, None]) & (new_NS != EMPTY)[:, None]
     stays_NS, comes_NS = same_NSS.any(axis=2), (new_NS != EMPTY) & ~same_NSS.any(axis=1)
@@ -214,12 +208,13 @@ def _moves(old_LWS: NDArray[np.int32], new_LWS: NDArray[np.int32], node_W: Ints)
     num_experts = int(max(old_LWS.max(initial=0), new_LWS.max(initial=0))) + 1
     had_LEW = np.zeros((len(old_LWS), num_experts + 1, len(node_W)), np.bool_)  # and one for EMPTY
     had_LEW[np.arange(len(old_LWS))[:, None, None], old_LWS, np.arange(len(node_W))[:, None]] = True
+    # Ranks on the node first, then the next in a circle: the sources of an expert take turns.
+    each_W = np.arange(len(node_W))
+    distance_WW = ((each_W - each_W[:, None]) % len(node_W)).astype(np.int16)
+    distance_WW += (node_W != node_W[:, None]) * np.int16(len(node_W))
     for start in range(0, len(layers), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         has_MW = had_LEW[layers[part], experts[part]]
-        # Ranks on the node first, then the next in a circle: the sources of an expert take turns.
-        distance_MW = (np.arange(len(node_W)) - ranks[part, None]) % len(node_W)
-        distance_MW += len(node_W) * (node_W != node_W[ranks[part]][:, None])
-        nearest = np.where(has_MW, distance_MW, 2 * len(node_W)).argmin(axis=1)
+        nearest = np.where(has_MW, distance_WW[ranks[part]], np.int16(2 * len(node_W))).argmin(axis=1)
         sources[part] = np.where(has_MW.any(axis=1), nearest, NOWHERE)
     return Moves(layers, ranks, slots, experts, sources)

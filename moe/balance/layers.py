@@ -4,11 +4,12 @@ Loads are in units of the mean over ranks, so every layer's mean is 1. A replica
 share of its expert's load.
 
 Suffixes: L layers, W ranks, S slots per rank, P = W S slots, E experts; arrays over E have one more
-column, which stands for an empty slot (``EMPTY`` indexes it).
+column, ``num_experts``, which stands for the expert of an empty slot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,19 @@ from .placement import EMPTY
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+HELD, FOREIGN = 1, 2
+"""Bits of ``Layers.bits_LWE``."""
+
 _ALWAYS = 1 << 20  # replicas of an empty slot's "expert": it may always leave
+_LEVEL = 1e-7  # how exactly ``level_L`` is found
 
 
 class Layers:
-    """experts_LP: changed by ``put``. holds_LWE: whether a rank has a slot of an expert; had_LWE:
-    whether it had one at first, true of an empty slot's. Of several slots of an expert on one rank
-    the first counts, the others are taken as empty.
+    """experts_LP, replicas_LE and shares_LE (the load of one replica of every expert) are changed
+    by ``put`` and ``swap``. bits_LWE uint8: HELD where a rank has a slot of an expert, FOREIGN
+    where it had none at first; none is set of an empty slot's. foreign_LP: 1 where the expert of a
+    slot is foreign, else 0. Of several slots of an expert on one rank the first counts, the others
+    are taken as empty.
     """
 
     def __init__(self, loads_LE: Floats, experts_LWS: NDArray[Any]) -> None:
@@ -33,59 +40,98 @@ class Layers:
         self.num_experts = loads_LE.shape[1]
         means_L = loads_LE.sum(axis=1, keepdims=True) / self.num_ranks
         self.loads_LE = np.pad(loads_LE / np.where(means_L > 0, means_L, 1.0), ((0, 0), (0, 1)))
-        self.experts_LP = (
-            once(experts_LWS).astype(np.int64).reshape(num_layers, self.num_ranks * self.num_slots)
-        )
+        experts_LP = once(experts_LWS).astype(np.int64).reshape(num_layers, self.num_ranks * self.num_slots)
+        self.experts_LP = np.where(experts_LP == EMPTY, self.num_experts, experts_LP)
         every = np.arange(num_layers)[:, None]
         self.replicas_LE = np.zeros(self.loads_LE.shape, np.int64)
         np.add.at(self.replicas_LE, (every, self.experts_LP), 1)
-        self.replicas_LE[:, EMPTY] = _ALWAYS
-        self.holds_LWE = np.zeros((num_layers, self.num_ranks, self.num_experts + 1), np.bool_)
-        self.holds_LWE[every, np.arange(self.experts_LP.shape[1]) // self.num_slots, self.experts_LP] = True
-        self.had_LWE = self.holds_LWE.copy()
-        self.holds_LWE[:, :, EMPTY], self.had_LWE[:, :, EMPTY] = False, True
+        self.replicas_LE[:, -1] = _ALWAYS
+        self.shares_LE = self.loads_LE / np.maximum(self.replicas_LE, 1)
+        self.bits_LWE = np.full((num_layers, self.num_ranks, self.num_experts + 1), FOREIGN, np.uint8)
+        self.bits_LWE[every, np.arange(self.experts_LP.shape[1]) // self.num_slots, self.experts_LP] = HELD
+        self.bits_LWE[:, :, -1] = 0
+        self.foreign_LP = np.zeros(self.experts_LP.shape, np.float32)
 
-    def shares_LE(self, layers: Ints) -> Floats:
-        """The load of one replica of every expert."""
-        return np.asarray(self.loads_LE[layers] / np.maximum(self.replicas_LE[layers], 1))
+    def placed_LWS(self) -> NDArray[np.int32]:
+        """The expert in every slot, EMPTY where there is none."""
+        experts_LP = np.where(self.experts_LP == self.num_experts, EMPTY, self.experts_LP)
+        return experts_LP.astype(np.int32).reshape(-1, self.num_ranks, self.num_slots)
 
     def shares_LP(self, layers: Ints) -> Floats:
         """The load of every slot."""
-        return np.take_along_axis(self.shares_LE(layers), self._columns(layers), axis=1)
+        return np.asarray(at(self.shares_LE[layers], self.experts_LP[layers]))
 
-    def rank_loads_LW(self, layers: Ints) -> Floats:
-        shares_LP = self.shares_LP(layers)
-        return np.asarray(shares_LP.reshape(len(layers), self.num_ranks, self.num_slots).sum(axis=2))
+    def rank_loads_LW(self, shares_LP: Floats) -> Floats:
+        """The load of every rank, from that of every slot."""
+        loads_LW = shares_LP[:, :: self.num_slots].copy()
+        for slot in range(1, self.num_slots):
+            loads_LW += shares_LP[:, slot :: self.num_slots]
+        return np.asarray(loads_LW)
+
+    def maximum_L(self) -> Floats:
+        """The largest load over ranks."""
+        shares_LP = self.shares_LP(np.arange(len(self.loads_LE)))
+        return np.asarray(self.rank_loads_LW(shares_LP).max(axis=1, initial=0.0), np.float64)
 
     def level_L(self) -> Floats:
         """The least that the largest share of an expert can be, whatever has replicas: the smallest
         level of which the experts' loads take no more parts than there are slots. At least the
         mean.
         """
-        low_L = np.zeros(len(self.loads_LE))
-        high_L = self.loads_LE.max(axis=1, initial=0.0) + 1e-9
+        low_L = np.ones(len(self.loads_LE))
+        high_L = np.maximum(self.loads_LE.max(axis=1, initial=0.0), 1.0)
         for _ in range(24):
+            if (high_L - low_L).max(initial=0.0) < _LEVEL:
+                break
             middle_L = (low_L + high_L) / 2
-            parts_L = np.ceil(self.loads_LE / np.maximum(middle_L, 1e-9)[:, None]).clip(1).sum(axis=1) - 1
+            parts_L = np.ceil(self.loads_LE / middle_L[:, None]).clip(1).sum(axis=1) - 1
             fits_L = parts_L <= self.experts_LP.shape[1]
             low_L, high_L = np.where(fits_L, low_L, middle_L), np.where(fits_L, middle_L, high_L)
-        return np.asarray(np.maximum(high_L, 1.0), np.float64)
+        return np.asarray(high_L, np.float64)
+
+    def received(self, layers: Ints, slots: Ints, experts: Ints) -> Ints:
+        """Experts that ranks receive more, against the placement at first, if a slot of each layer
+        gets an expert (or ``num_experts``).
+        """
+        comes = self.bits_LWE[layers, slots // self.num_slots, experts] >= FOREIGN
+        return np.asarray(comes - self.foreign_LP[layers, slots], np.int64)
 
     def put(self, layers: Ints, slots: Ints, experts: Ints) -> None:
-        """Puts an expert (or EMPTY) into one slot of each layer given."""
-        ranks, left = slots // self.num_slots, self.experts_LP[layers, slots]
-        self.experts_LP[layers, slots] = experts
+        """Puts an expert (or ``num_experts``) into one slot of each layer given."""
+        left = self.experts_LP[layers, slots]
+        self._set(layers, slots, experts)
         self.replicas_LE[layers, left] -= 1
         self.replicas_LE[layers, experts] += 1
-        self.replicas_LE[:, EMPTY] = _ALWAYS
-        self.holds_LWE[layers, ranks, left] = False
-        self.holds_LWE[layers, ranks, experts] = True
-        self.holds_LWE[:, :, EMPTY] = False
+        self.replicas_LE[layers, -1] = _ALWAYS
+        for changed in (left, experts):
+            replicas = np.maximum(self.replicas_LE[layers, changed], 1)
+            self.shares_LE[layers, changed] = self.loads_LE[layers, changed] / replicas
 
-    def _columns(self, layers: Ints) -> Ints:
-        """The experts of all slots as columns of arrays over E."""
-        experts_LP = self.experts_LP[layers]
-        return np.where(experts_LP == EMPTY, self.num_experts, experts_LP)
+    def swap(self, layers: Ints, slots_2: Ints) -> None:
+        """Exchanges the experts of two slots [2, n] of each layer given, on different ranks."""
+        self._set(layers, slots_2, self.experts_LP[layers, slots_2[::-1]])
+
+    def _set(self, layers: Ints, slots: Ints, experts: Ints) -> None:
+        ranks = slots // self.num_slots
+        self.bits_LWE[layers, ranks, self.experts_LP[layers, slots]] &= ~np.uint8(HELD)
+        self.experts_LP[layers, slots] = experts
+        bits = self.bits_LWE[layers, ranks, experts]
+        self.foreign_LP[layers, slots] = bits >= FOREIGN
+        self.bits_LWE[layers, ranks, experts] = np.where(experts < self.num_experts, bits | HELD, 0)
+
+
+def at(values_LE: NDArray[Any], columns: Ints) -> NDArray[Any]:
+    """Values of each layer at its columns [L, ...]."""
+    (found,) = at_all((values_LE,), columns)
+    return found
+
+
+def at_all(arrays_LE: Sequence[NDArray[Any]], columns: Ints) -> list[NDArray[Any]]:
+    """Values of several arrays of one shape, of each layer at its columns [L, ...]."""
+    num_layers, num_columns = arrays_LE[0].shape
+    first = np.arange(0, num_layers * num_columns, num_columns)
+    indices = columns + first.reshape(-1, *[1] * (columns.ndim - 1))
+    return [values_LE.ravel().take(indices) for values_LE in arrays_LE]
 
 
 def once(experts_LWS: NDArray[Any]) -> NDArray[Any]:
