@@ -198,9 +198,9 @@ def _form(config: MoEConfig, up: nn.Parameter | None, down: nn.Parameter | None)
 AnyExperts = Experts | Fp8Experts | FourBitExperts
 
 
-def read_slot(experts: AnyExperts, slot: int) -> Tensor:
-    """The weights of one slot in the form that travels, uint8 [bytes]."""
-    return torch.cat([part[slot].reshape(-1).view(torch.uint8) for part in experts.by_slot])
+def read_slot(experts: AnyExperts, slot: int, row: Tensor | None = None) -> Tensor:
+    """The weights of one slot in the form that travels, uint8 [bytes]: in ``row``, if given."""
+    return torch.cat([part[slot].reshape(-1).view(torch.uint8) for part in experts.by_slot], out=row)
 
 
 def slot_form(experts: AnyExperts) -> str:

@@ -86,13 +86,12 @@ class ExpertSlots:
         received = np.flatnonzero((ranks == self._here.rank) & (experts != EMPTY))
         received = received[np.argsort(sources[received], kind="stable")]
         modules = self._model.experts()
-        rows = [
-            read_slot(modules[layer - self._here.layers.start], self._slot_of(layer, expert))
-            for layer, expert in zip(layers[sent].tolist(), experts[sent].tolist(), strict=True)
-        ]
+        rows = self._empty_rows(len(sent))
+        for row, layer, expert in zip(rows, layers[sent].tolist(), experts[sent].tolist(), strict=True):
+            read_slot(modules[layer - self._here.layers.start], self._slot_of(layer, expert), row)
         size = self._group.size
         pending = self._group.all_to_all(
-            torch.stack(rows) if rows else self._no_rows(),
+            rows,
             np.bincount(ranks[sent], minlength=size).tolist(),
             np.bincount(sources[received], minlength=size).tolist(),
             f"experts of moves {moves.id}",
@@ -168,7 +167,7 @@ class ExpertSlots:
     def _slot_of(self, layer: int, expert: int) -> int:
         return int(np.flatnonzero(self._experts_LWS[layer, self._here.rank] == expert)[0])
 
-    def _no_rows(self) -> Tensor:
+    def _empty_rows(self, num: int) -> Tensor:
         experts = self._model.experts()[0]
         num_bytes = sum(part[0].numel() * part.element_size() for part in experts.by_slot)
-        return torch.empty(0, num_bytes, dtype=torch.uint8, device=self._group.device)
+        return torch.empty(num, num_bytes, dtype=torch.uint8, device=self._group.device)

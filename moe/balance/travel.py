@@ -10,8 +10,8 @@ _BYTES_AT_ONCE = 16 << 20
 more.
 """
 
-_COPIES_SENT = 2
-"""Experts are read out of their slots one by one, and then joined."""
+_COPIES_SENT = 1
+"""Experts are read out of their slots into one message."""
 
 
 def experts_at_once(expert_bytes: int) -> int:

@@ -16,7 +16,8 @@ def test_replicas_share_all_turns_evenly_and_near_ones_come_first(
 ) -> None:
     ranks_R = np.array(sorted(data.draw(st.sets(st.integers(0, num_ranks - 1), min_size=1))))
     node_W = np.arange(num_ranks) * num_nodes // num_ranks
-    chosen_CW = share_turns(ranks_R, node_W)
+    chosen = [share_turns(ranks_R[None], node_W, source)[0] for source in range(num_ranks)]
+    chosen_CW = np.stack(chosen, axis=1)
     shares = np.bincount(chosen_CW.ravel(), minlength=len(ranks_R))
     assert chosen_CW.min() >= 0 and shares.max() - shares.min() <= 1
     assert all((chosen_CW[:, rank] == replica).all() for replica, rank in enumerate(ranks_R))
@@ -40,6 +41,7 @@ def test_two_replicas_on_two_nodes_keep_every_token_on_its_node() -> None:
 def test_without_replicas_there_is_one_turn() -> None:
     placement = contiguous(3, 7, 2)
     assert np.array_equal(places_by_turn(placement, 1)[:, :, 0], placement.homes_LE)
+    assert places_by_turn(contiguous(0, 7, 2), 1).shape == (0, 7, 1), "a stage without experts"
 
 
 @given(st.integers(2, 5), st.integers(1, 12), st.integers(0, 20), st.booleans(), st.integers(0, 99))
