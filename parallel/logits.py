@@ -36,7 +36,7 @@ class SplitLogits:
     def best(self, own_ids_RK: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and ids [R, W, K] of each part's ``own_ids_RK``, places in ``own_RP``."""
         values_RK = self.own_RP.gather(1, own_ids_RK)
-        found_RWX = self._gather(torch.cat([values_RK, _bits(own_ids_RK + self.first)], 1))
+        found_RWX = self.of_all(torch.cat([values_RK, _bits(own_ids_RK + self.first)], 1))
         values_RWK, ids_RWK = found_RWX.chunk(2, 2)
         return values_RWK, _ids(ids_RWK)
 
@@ -49,7 +49,7 @@ class SplitLogits:
         """
         values_RK, count = self.own_RP.gather(1, own_ids_RK), own_ids_RK.shape[1]
         facts = [own_R1, self._of_tokens(tokens_R)[:, None], values_RK]
-        found_RWX = self._gather(torch.cat([*facts, _bits(own_ids_RK + self.first)], 1))
+        found_RWX = self.of_all(torch.cat([*facts, _bits(own_ids_RK + self.first)], 1))
         total_R1 = found_RWX[:, :, 0].logsumexp(1, keepdim=True)
         chosen_R = found_RWX[:, :, 1].amax(1)
         values_RN = found_RWX[:, :, 2 : 2 + count].flatten(1)
@@ -63,7 +63,7 @@ class SplitLogits:
 
     def num_above(self, tokens_R: Tensor) -> Tensor:
         """The number of tokens with a larger logit than those of ``tokens_R``, int64 [R]."""
-        value_R1 = self._gather(self._of_tokens(tokens_R)[:, None])[:, :, 0].amax(1, keepdim=True)
+        value_R1 = self.of_all(self._of_tokens(tokens_R)[:, None])[:, :, 0].amax(1, keepdim=True)
         return self._split.total((self.own_RP > value_R1).sum(1))
 
     def shares(self, temperature_R1: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class SplitLogits:
         weights_RP = (
             (self.own_RP - most_R1.clamp_min(torch.finfo(torch.float32).min)) / temperature_R1
         ).exp()
-        found_RWX = self._gather(
+        found_RWX = self.of_all(
             torch.cat([most_R1.double(), weights_RP.sum(1, keepdim=True, dtype=torch.float64)], 1)
         )
         most_RW, total_RW = found_RWX.unbind(2)
@@ -81,7 +81,7 @@ class SplitLogits:
 
     def of_owner(self, tokens_R: Tensor, owner_R: Tensor) -> Tensor:
         """The tokens of the rank ``owner_R`` of each row, int64 [R]."""
-        return self._gather(tokens_R[:, None])[:, :, 0].gather(1, owner_R[:, None])[:, 0]
+        return self.of_all(tokens_R[:, None])[:, :, 0].gather(1, owner_R[:, None])[:, 0]
 
     def _of_tokens(self, tokens_R: Tensor) -> Tensor:
         """Logits of tokens [R], -inf for those of other parts."""
@@ -90,7 +90,7 @@ class SplitLogits:
         values_R = self.own_RP.gather(1, torch.where(here_R, places_R, 0)[:, None])[:, 0]
         return values_R.masked_fill(~here_R, -torch.inf)
 
-    def _gather(self, own_RX: Tensor) -> Tensor:
+    def of_all(self, own_RX: Tensor) -> Tensor:
         """Every rank's columns [R, W, X]."""
         return self._split.columns(own_RX).view(len(own_RX), self._split.size, own_RX.shape[1])
 

@@ -28,7 +28,7 @@ class Forward:
     """
 
     def __init__(self, parts: Parts, table: SlotTable, history_i32: Int32) -> None:
-        self._parts, self._table, self._history = parts, table, history_i32
+        self._parts, self._table, self.history_i32 = parts, table, history_i32
         self.kv_share = _kv_share(parts.model.config)
 
     def run(self, header: Header, rows: Rows, draws: NDArray[np.bool_]) -> Tensor:
@@ -87,7 +87,7 @@ class Forward:
         if received_ND is None:
             slots = rows.slots[part.rows]
             owners = slots if part.num_decode == len(slots) else np.repeat(slots, part.counts)
-            tokens = self._history[owners, positions_T.cpu().numpy()]
+            tokens = self.history_i32[owners, positions_T.cpu().numpy()]
             inputs = torch.from_numpy(tokens.astype(np.int64)).to(parts.device)
         else:
             inputs = received_ND

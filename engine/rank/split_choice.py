@@ -34,7 +34,7 @@ from .parts import Parts
 from .slot_sampling import RowSettings, SlotSettings
 from .token_logprobs import logprob_lines
 
-_MOST_KEPT = 256
+MOST_KEPT = 256
 """The largest top-k for which candidates travel: 2 kB of each part."""
 
 _Rules = Callable[[Tensor, RowSettings, Int64, Masks | None], Int64]
@@ -104,7 +104,7 @@ class SplitChoice:
     def _ways(self, settings: RowSettings) -> _Ways:
         free, params = self._settings.free(settings.slots), settings.params
         greedy = params.temperature_R < MIN_TEMPERATURE
-        kept = ~greedy & (params.top_k_R > 0) & (params.top_k_R <= _MOST_KEPT)
+        kept = ~greedy & (params.top_k_R > 0) & (params.top_k_R <= MOST_KEPT)
         shared = ~greedy & (params.top_k_R == 0) & (params.top_p_R >= 1) & (params.min_p_R <= 0)
         return _Ways(
             greedy=np.flatnonzero(free & greedy),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..splitmix import mix64
+from ..splitmix import ADD, TIMES, mix64
 
 # A temperature below this is greedy, as in vLLM: in float32 the distribution is a point anyway.
 MIN_TEMPERATURE = 1e-5
@@ -104,6 +104,12 @@ def uniform(seed: NDArray[np.int64], position: NDArray[np.int64], purpose: Purpo
     return (key >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def uniform_slots(seed_R: Tensor, position_R: Tensor, purpose: Purpose) -> Tensor:
+    """``uniform`` for int64 tensors, on their device: products of int64 keep the low 64 bits."""
+    key_R = _mix64(_mix64(_mix64(seed_R) ^ position_R) ^ int(purpose))
+    return _shifted(key_R, 11).double() * 2.0**-53
+
+
 def token_counts(
     history_i32: NDArray[np.int32], prompt_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -182,6 +188,10 @@ class SlotSampling:
     seed_R: Tensor
     position_R: Tensor
 
+    def rows(self, rows_S: Tensor) -> SlotSampling:
+        """Those of some rows."""
+        return SlotSampling(*(getattr(self, field.name).index_select(0, rows_S) for field in fields(self)))
+
 
 def sample_slots(logits_RV: Tensor, slots: SlotSampling, purpose: Purpose) -> Tensor:
     """``sample``, with the numbers that ``uniform`` gives for the seeds and positions of
@@ -208,6 +218,23 @@ def logprobs(
 
 
 # --------------------------------------------------------------------------- parts
+
+
+def _mix64(value_R: Tensor) -> Tensor:
+    """``mix64`` of int64 bits."""
+    value_R = value_R + _signed(ADD)
+    value_R = (value_R ^ _shifted(value_R, 30)) * _signed(TIMES[0])
+    value_R = (value_R ^ _shifted(value_R, 27)) * _signed(TIMES[1])
+    return value_R ^ _shifted(value_R, 31)
+
+
+def _shifted(value_R: Tensor, bits: int) -> Tensor:
+    """The 64 bits shifted to the right, with zeros from the left."""
+    return (value_R >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(bits: np.uint64) -> int:
+    return int(bits.astype(np.int64))
 
 
 def _penalise(logits_RV: Tensor, edits: LogitEdits) -> None:
@@ -282,17 +309,17 @@ def _draw(weights_SBW: Tensor, uniform_S: Tensor) -> Tensor:
     """
     ends_SB = weights_SBW.sum(-1).double().cumsum(-1)
     target_S1 = uniform_S[:, None] * ends_SB[:, -1:]
-    block_S1 = _first_past(ends_SB, target_S1)
+    block_S1 = first_past(ends_SB, target_S1)
     before_S1 = torch.where(block_S1 > 0, ends_SB.gather(1, (block_S1 - 1).clamp_min(0)), 0.0)
     inner_SW = (
         weights_SBW[torch.arange(len(weights_SBW), device=weights_SBW.device), block_S1[:, 0]]
         .double()
         .cumsum(-1)
     )
-    return (block_S1 * _DRAW_BLOCK + _first_past(inner_SW, target_S1 - before_S1))[:, 0]
+    return (block_S1 * _DRAW_BLOCK + first_past(inner_SW, target_S1 - before_S1))[:, 0]
 
 
-def _first_past(ends_SN: Tensor, target_S1: Tensor) -> Tensor:
+def first_past(ends_SN: Tensor, target_S1: Tensor) -> Tensor:
     """The first index [S, 1] whose cumulative weight exceeds the target. Its weight is never zero,
     even if rounding puts the target at the total or past it.
     """

@@ -19,15 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....kernels.reference.sampling import Purpose
 from ....moe.clock import NoClock
-from ...protocol.arrays import Int32
 from ...protocol.buckets import BUCKETS, bucket_over
 from ...protocol.plan import Header
 from ...protocol.slot_table import Rows
 from ..forward import Forward
 from ..halves import whole
 from ..parts import Parts
+from .draw import Draw
 from .graphs import GraphRecorder, Graphs
 from .slots import DeviceSlots, Lane
 from .step_arrays import NUM_SAMPLE_ARRAYS, Arrays, LaneArrays, sampling_of, scattered
@@ -49,7 +48,6 @@ class CapturedSteps:
     """Captures steps of a model that is whole: decode steps of up to ``num_slots`` rows, and steps
     with prompts of up to ``most_tokens``. Layers and sampling are two recordings: between them a
     host may change logits instead. Sampling of more than ``num_slots`` rows is not recorded.
-    ``history_i32`` has the tokens of every slot by position.
     """
 
     def __init__(
@@ -58,15 +56,15 @@ class CapturedSteps:
         slots: DeviceSlots,
         upload: Upload,
         forward: Forward,
-        history_i32: Int32,
+        draw: Draw,
         most_tokens: int,
         recorder: GraphRecorder | None,
     ) -> None:
         self._parts, self._slots, self._upload, self._forward = parts, slots, upload, forward
-        self._history = history_i32
+        self._draw = draw
         self._graphs = Graphs(recorder)
         is_whole = parts.links.stage.first and parts.links.stage.last and recorder is not None
-        self._most_drawn = bucket_over(len(history_i32))
+        self._most_drawn = bucket_over(len(forward.history_i32))
         most = max(self._most_drawn, min(MOST_TOKENS, bucket_over(most_tokens))) if is_whole else 0
         self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
         self._num_tables, self._void = parts.dispatcher.num_tables, False
@@ -88,7 +86,7 @@ class CapturedSteps:
 
     def samples(self, size: int) -> bool:
         """Whether rows that need no host are sampled by a recording."""
-        return self._parts.splits.tensor.size == 1 and size <= self._most_drawn
+        return size <= self._most_drawn
 
     def begin_epoch(self) -> None:
         """Captures all steps, the largest first, unless recordings of an earlier epoch hold: those
@@ -130,7 +128,9 @@ class CapturedSteps:
         places, pages = np.full(size, nowhere), np.full(size, scratch_page, np.int32)
         places[: len(entries[0]) - ahead] = entries[0][ahead:]
         pages[: len(entries[1]) - ahead] = entries[1][ahead:]
-        tokens = LaneArrays(rows, draws, whole(rows), self._history, scratch).by_token(size, scratch)
+        tokens = LaneArrays(rows, draws, whole(rows), self._forward.history_i32, scratch).by_token(
+            size, scratch
+        )
         chosen = rows.counts.cumsum()[draws] - 1
         if not samples:
             samples = _no_samples()
@@ -173,9 +173,8 @@ class CapturedSteps:
         return hidden_BD
 
     def _sample(self, hidden_BD: Tensor, sent: list[Tensor]) -> Tensor:
-        model = self._parts.model
         targets_B, settings = sampling_of(sent)
-        tokens_B = model.ops.sample_slots(model.logits(hidden_BD), settings, Purpose.SAMPLE)
+        tokens_B = self._draw.free(hidden_BD, settings)
         self._slots.last_S1.index_copy_(0, targets_B, tokens_B)
         return tokens_B
 

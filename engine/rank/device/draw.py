@@ -1,39 +1,88 @@
-"""Draws the tokens of rows whose logits are not cut or changed by a recording.
+"""Draws the tokens of rows, by logits that are whole on this rank.
 
-Suffixes: C rows that draw, S rows that ask for log-probabilities, V vocabulary.
+Suffixes: B rows of a captured step, C rows that draw, S rows of them, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ....kernels.reference.column import Reference
-from ....kernels.reference.sampling import Purpose
-from ..slot_sampling import SlotSettings
+from ....kernels.reference.sampling import Purpose, SlotSampling
+from ...protocol.arrays import Int64
+from ..masks import Masks
+from ..parts import Parts
+from ..slot_sampling import RowSettings, SlotSettings
 from .step_arrays import sampling_of
 from .under_way import Drawing
 
 
-def draw(
-    ops: Reference, slot_settings: SlotSettings, logits_CV: Tensor, sent: list[Tensor], drawing: Drawing
-) -> tuple[Tensor, list[Tensor]]:
-    """Tokens [C], and the log-probabilities that rows ask for: of the tokens, then the ids and
-    values of the most likely ones. ``sent`` as ``sample_arrays``.
-    """
-    settings = drawing.settings
-    asked_S = None
-    if len(settings.asked):
-        asked_S = torch.from_numpy(settings.asked).to(logits_CV.device)
-    raw_SV = None if asked_S is None else logits_CV.index_select(0, asked_S)
-    edits = slot_settings.edits(settings, drawing.positions)
-    if edits is not None:
-        ops.edit_logits(logits_CV, edits)
-    if settings.allowed is not None:
-        ops.allow_only(logits_CV, *settings.allowed)
-    if drawing.masks is not None:
-        ops.allow_only(logits_CV, *drawing.masks.take(settings.slots))
-    tokens_C = ops.sample_slots(logits_CV, sampling_of(sent)[1], Purpose.SAMPLE)
-    if raw_SV is None or asked_S is None:
-        return tokens_C, []
-    return tokens_C, list(ops.logprobs(raw_SV, tokens_C[asked_S], int(settings.num_logprobs.max())))
+class Draw(Protocol):
+    """Draws tokens from hidden states. All ranks of a tensor group make the same calls."""
+
+    def is_free(self, settings: RowSettings) -> bool:
+        """Whether ``free`` draws rows of these settings, if nothing changes their logits."""
+        ...
+
+    def free(self, hidden_BD: Tensor, sampling: SlotSampling) -> Tensor:
+        """tokens_B int64 by the model's own logits; may be recorded."""
+        ...
+
+    def draw(self, hidden_CD: Tensor, sent: list[Tensor], drawing: Drawing) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [C], the same on all ranks of a tensor group, and the log-probabilities that rows
+        ask for: of the tokens, then the ids and values of the most likely ones. ``sent`` as
+        ``sample_arrays``.
+        """
+        ...
+
+
+class WholeDraw:
+    """The ``Draw`` of a rank that has the whole vocabulary."""
+
+    def __init__(self, parts: Parts, settings: SlotSettings) -> None:
+        self._parts, self._settings = parts, settings
+
+    def is_free(self, settings: RowSettings) -> bool:
+        return True
+
+    def free(self, hidden_BD: Tensor, sampling: SlotSampling) -> Tensor:
+        model = self._parts.model
+        return model.ops.sample_slots(model.logits(hidden_BD), sampling, Purpose.SAMPLE)
+
+    def draw(self, hidden_CD: Tensor, sent: list[Tensor], drawing: Drawing) -> tuple[Tensor, list[Tensor]]:
+        model, settings = self._parts.model, drawing.settings
+        logits_CV, ops = model.logits(hidden_CD), model.ops
+        asked_S = raw_SV = None
+        if len(settings.asked):
+            asked_S = torch.from_numpy(settings.asked).to(logits_CV.device)
+            raw_SV = logits_CV.index_select(0, asked_S)
+        rules = Rules(ops, self._settings, drawing.masks)
+        tokens_C = rules.draw(logits_CV, settings, drawing.positions, sampling_of(sent)[1])
+        if raw_SV is None or asked_S is None:
+            return tokens_C, []
+        return tokens_C, list(ops.logprobs(raw_SV, tokens_C[asked_S], int(settings.num_logprobs.max())))
+
+
+class Rules:
+    """Draws by whole logits after all that rows ask for has changed them."""
+
+    def __init__(self, ops: Reference, slot_settings: SlotSettings, masks: Masks | None) -> None:
+        self._ops, self._slot_settings, self._masks = ops, slot_settings, masks
+
+    def draw(
+        self, logits_SV: Tensor, settings: RowSettings, positions: Int64, sampling: SlotSampling
+    ) -> Tensor:
+        """Tokens [S] for ``positions`` of the rows of ``settings``, which ``sampling`` has on the
+        device. Logits are edited in place.
+        """
+        edits = self._slot_settings.edits(settings, positions)
+        if edits is not None:
+            self._ops.edit_logits(logits_SV, edits)
+        if settings.allowed is not None:
+            self._ops.allow_only(logits_SV, *settings.allowed)
+        if self._masks is not None:
+            self._ops.allow_only(logits_SV, *self._masks.take(settings.slots))
+        return self._ops.sample_slots(logits_SV, sampling, Purpose.SAMPLE)

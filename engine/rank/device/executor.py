@@ -37,10 +37,10 @@ from ..parts import Parts
 from ..span_notes import SpanNotes
 from ..token_logprobs import logprob_lines
 from .captured import CapturedSteps
-from .draw import draw
 from .first_steps import compute_first_steps
 from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
+from .split_draw import draw_of
 from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
 from .transfers import Upload, fetch, mark, seconds_between
 from .under_way import Drawing, UnderWay
@@ -74,8 +74,9 @@ class DeviceExecutor(Executor):
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
+        self._draw = draw_of(parts, self._settings)
         self._captured = CapturedSteps(
-            parts, self._slots, self._upload, self._forward, self._history, max_tokens, recorder
+            parts, self._slots, self._upload, self._forward, self._draw, max_tokens, recorder
         )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
@@ -191,14 +192,15 @@ class DeviceExecutor(Executor):
         if not alone:
             self._catch_up()
         masks = None if grammars is None else grammars.begin(slots)
+        settings = self._settings.rows(slots)
         return Drawing(
             chosen=chosen,
             slots=slots,
             positions=rows.ends[chosen],
             numbers=rows.samples.cumsum()[chosen] - 1,
             lives=self._lives[slots],
-            settings=self._settings.rows(slots),
-            alone=alone and masks is None,
+            settings=settings,
+            alone=alone and masks is None and self._draw.is_free(settings),
             masks=masks,
         )
 
@@ -277,21 +279,12 @@ class DeviceExecutor(Executor):
         """Draws the tokens of a step. ``sent``: the index of the last token of each row, and the
         samples. Returns what the host will read.
         """
-        parts, model = self._parts, self._parts.model
         if not len(drawing.slots):
             return []
         hidden_CD = hidden_TD.index_select(0, sent[0])
-        more: list[Tensor] = []
-        if parts.splits.tensor.size > 1 and self._settings.plain(drawing.slots).all():
-            tokens_C = model.likeliest(hidden_CD)
-        else:
-            logits_CV = model.logits(hidden_CD)
-            tokens_C = torch.zeros(len(drawing.slots), dtype=torch.int64, device=parts.device)
-            if parts.samples:
-                tokens_C, more = draw(parts.model.ops, self._settings, logits_CV, sent[1:], drawing)
-            tokens_C = parts.splits.tensor.from_first(tokens_C)
+        tokens_C, more = self._draw.draw(hidden_CD, sent[1:], drawing)
         self._slots.last_S1.index_copy_(0, sent[1], tokens_C)
-        parts.links.send_tokens(step, tokens_C)
+        self._parts.links.send_tokens(step, tokens_C)
         return [tokens_C, *more]
 
     # ----------------------------------------------------------------- a step ends

@@ -27,8 +27,8 @@ from ..forward import Forward
 from ..parts import Parts
 from ..prompt_logprobs import score_slice
 from ..slot_sampling import SlotSettings
-from .draw import draw
 from .slots import DeviceSlots, Lane
+from .split_draw import draw_of
 from .under_way import Drawing
 
 _LOG = logging.getLogger(__name__)
@@ -101,10 +101,7 @@ def _draw(parts: Parts, hidden_CD: Tensor) -> None:
     if num_rows == 1:
         next_C = torch.zeros(num_rows, dtype=torch.int64, device=hidden_CD.device)
         score_slice(parts, hidden_CD, next_C, num_top, ranks=True)
-    logits_CV = parts.model.logits(hidden_CD)
-    if not parts.samples:
-        return
-    settings = SlotSettings(num_rows, logits_CV.shape[1])
+    settings = SlotSettings(num_rows, parts.model.config.vocab_size)
     for slot in range(num_rows):
         settings.admit(slot, _EVERYTHING if num_rows == 1 else _PLAIN, np.zeros(1, np.int32), 0)
     slots = np.arange(num_rows)
@@ -118,8 +115,8 @@ def _draw(parts: Parts, hidden_CD: Tensor) -> None:
         alone=False,
         masks=None,
     )
-    sent = [torch.from_numpy(array).to(logits_CV.device) for array in drawing.arrays()]
-    draw(parts.model.ops, settings, logits_CV, sent, drawing)
+    sent = [torch.from_numpy(array).to(hidden_CD.device) for array in drawing.arrays()]
+    draw_of(parts, settings).draw(hidden_CD, sent, drawing)
 
 
 def _ids(*values: int) -> bytes:

@@ -1,4 +1,6 @@
-"""The executor of a device on several ranks: greedy tokens are those of transformers."""
+"""The executor of a device on several ranks: greedy tokens are those of transformers, drawn ones
+those of the other executor on one rank.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.engine.rank.greedy_layouts import continue_prompts, continue_split
+from support.engine.rank.greedy_layouts import continue_mixed, continue_prompts, continue_split
 from support.engine.rank.greedy_prompts import load_prompts, write_family
 from support.parallel.gloo_ranks import run_ranks
 
@@ -33,3 +35,9 @@ def test_tensor_parallel(paths: dict[str, Path]) -> None:
         stored = [entry.tokens for entry in load_prompts(family)]
         assert by_rank[0][family] == stored
         assert by_rank[1][family] == [[-1] * len(tokens) for tokens in stored]
+
+
+def test_rows_of_all_kinds_under_tensor_parallelism(paths: dict[str, Path]) -> None:
+    for rank, (split, alone, columns) in enumerate(run_ranks(continue_mixed, 2, paths["qwen3_moe"], True)):
+        assert split == (alone if rank == 0 else [[-1] * len(tokens) for tokens in alone])
+        assert columns == {2}, "plain rows: value and token of its part of the vocabulary"

@@ -84,10 +84,12 @@ def continue_split(
     return found
 
 
-def continue_mixed(collectives: Collectives, path: Path) -> tuple[list[list[int]], list[list[int]], set[int]]:
+def continue_mixed(
+    collectives: Collectives, path: Path, as_device: bool = False
+) -> tuple[list[list[int]], list[list[int]], set[int]]:
     """Rows that ask for all kinds of sampling, and plain greedy ones that stay when the others have
-    ended: tokens where all ranks split layers, those of a rank alone, and the numbers of columns
-    that ranks gathered once only plain ones were left.
+    ended: tokens where all ranks split layers, by the executor of a device or not; those of a rank
+    alone on its CPU; and the numbers of columns that ranks gathered once only plain ones were left.
     """
     group = Counted("layers", collectives.index, collectives.size, collectives.store)
     group.build(0)
@@ -95,7 +97,10 @@ def continue_mixed(collectives: Collectives, path: Path) -> tuple[list[list[int]
     asked = [*ASKED, *[GREEDY] * 3]
     found = []
     for tensor in (group, None):
-        executor = build_executor(path, collectives if tensor else None, "all_gather", tensor=tensor)
+        on_device = as_device and tensor is not None
+        executor = build_executor(
+            path, collectives if tensor else None, "all_gather", tensor=tensor, as_device=on_device
+        )
         requests = [
             Request(prompt, 6 if sampling is not GREEDY else 14, sampling=sampling)
             for prompt, sampling in zip(prompts, asked, strict=False)

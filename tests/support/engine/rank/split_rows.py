@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.results import RowLogprobs
+from lockstep.engine.rank.device.split_draw import SplitDraw
+from lockstep.engine.rank.device.under_way import Drawing
 from lockstep.engine.rank.slot_sampling import SlotSettings
 from lockstep.engine.rank.token_choice import TokenChoice
+from lockstep.engine.rank.token_logprobs import logprob_lines
 from lockstep.kernels.reference.sampling import SamplingParams
 from lockstep.kernels.table import ops_of
 from lockstep.parallel.collectives import Collectives, Pending
@@ -105,17 +109,50 @@ def choose(split: TensorSplit, kind: str, samples: bool, rows: Sequence[int]) ->
         tokens, lines = TokenChoice(parts, settings).choose(
             torch.zeros(len(rows), 1), slots, slots + 10 * step, slots, None
         )
-        told = [
-            (
-                line.row,
-                round(line.chosen, 4),
-                np.frombuffer(line.top_ids_i32, np.int32).tolist(),
-                np.round(np.frombuffer(line.top_f32, np.float32), 4).tolist(),
-            )
-            for line in lines
-        ]
-        found.append((tokens.tolist(), told))
+        found.append((tokens.tolist(), _told(lines)))
     return found
+
+
+def _told(lines: Sequence[RowLogprobs]) -> list[Any]:
+    return [
+        (
+            line.row,
+            round(line.chosen, 4),
+            np.frombuffer(line.top_ids_i32, np.int32).tolist(),
+            np.round(np.frombuffer(line.top_f32, np.float32), 4).tolist(),
+        )
+        for line in lines
+    ]
+
+
+def draw_on_device(split: TensorSplit, kind: str, samples: bool, rows: Sequence[int]) -> list[Any]:
+    """As ``choose``, by the executor of a device."""
+    settings, slots, found = SlotSettings(len(rows), SIZE), np.arange(len(rows)), []
+    for slot, row in enumerate(rows):
+        settings.admit(slot, ROWS[row], np.arange(3, 9, dtype=np.int32), 0)
+    own = settings.rows(slots)
+    for step in range(12):
+        model: Any = Model(logits_of(kind, step)[list(rows)], split)
+        parts: Any = SimpleNamespace(
+            model=model, splits=split_as_attention(split), samples=samples, device=CPU
+        )
+        drawing = Drawing(slots, slots, slots + 10 * step, slots, slots, own, False, None)
+        sent = [torch.from_numpy(array) for array in drawing.arrays()]
+        tokens, more = SplitDraw(parts, settings).draw(torch.zeros(len(rows), 1), sent, drawing)
+        lines = logprob_lines((more[0], more[1], more[2]), slots[own.asked], own.num_logprobs[own.asked])
+        found.append((tokens.tolist(), _told(lines)))
+    return found
+
+
+def draw_in_parts(
+    collectives: Collectives, kind: str, rows: Sequence[int]
+) -> tuple[list[Any], list[Any], int]:
+    """As ``choose_in_parts``, by the executor of a device."""
+    watched = Widest("layers", collectives.index, collectives.size, collectives.store, 60.0, CPU)
+    watched.build(0)
+    watched.most = 0
+    there = draw_on_device(TensorGroup(watched), kind, collectives.index == 0, rows)
+    return there, choose(UNSPLIT, kind, True, rows), watched.most
 
 
 def choose_in_parts(
