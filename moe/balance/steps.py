@@ -59,9 +59,11 @@ class Search:
         self._state, self._near_WW = state, near_WW
         self._layers, self._target = layers, target_L
         self._each = np.arange(len(layers))
-        self._experts_LP = state.experts_LP[layers]
-        self._going_LP = np.float32(1) + (_RECEIVED - np.float32(1)) * state.foreign_LP[layers]
-        self._shares_LE = state.shares_LE[layers]
+        # Of all layers no copies are made.
+        rows = self._rows = slice(None) if len(layers) == len(state.experts_LP) else layers
+        self._experts_LP = state.experts_LP[rows]
+        self._going_LP = np.float32(1) + (_RECEIVED - np.float32(1)) * state.foreign_LP[rows]
+        self._shares_LE = state.shares_LE[rows]
         shares_LP = at(self._shares_LE, self._experts_LP)
         self._ranks_LW = state.rank_loads_LW(shares_LP)
         self._shares_LP = shares_LP.astype(np.float32)
@@ -92,7 +94,7 @@ class Search:
         if not (largest > self._target).any():
             return self._single(self._hot_LS[:, 0], expert, np.zeros(len(each)))
         self._leaving()
-        loads_LE, replicas_LE = state.loads_LE[self._layers], state.replicas_LE[self._layers]
+        loads_LE, replicas_LE = state.loads_LE[self._rows], state.replicas_LE[self._rows]
         new = loads_LE[each, expert] / (replicas_LE[each, expert] + 1)
         left_LQ = at(loads_LE, self._experts_LQ) / np.maximum(at(replicas_LE, self._experts_LQ) - 1, 1)
         score_LQ = np.maximum(self._rests_LQ + new.astype(np.float32)[:, None], self._others_LQ)
@@ -112,7 +114,7 @@ class Search:
         below the target: the load of their ranks without them, and the largest load that other
         ranks then have.
         """
-        loads_LE, replicas_LE = self._state.loads_LE[self._layers], self._state.replicas_LE[self._layers]
+        loads_LE, replicas_LE = self._state.loads_LE[self._rows], self._state.replicas_LE[self._rows]
         then_LE = loads_LE / np.maximum(replicas_LE - 1, 1)
         spare_LE = (replicas_LE >= 2) & (then_LE <= self._target[:, None])
         may_LP = at(spare_LE, self._experts_LP)
@@ -198,8 +200,8 @@ class Search:
     def _replicas_of_the_hot(self) -> SlotSteps:
         """Gives an expert of the most loaded rank a further replica elsewhere."""
         each, mine_LS = self._each, self._mine_LS
-        replicas_LS = at(self._state.replicas_LE[self._layers], mine_LS)
-        new_LS = at(self._state.loads_LE[self._layers], mine_LS) / (replicas_LS + 1)
+        replicas_LS = at(self._state.replicas_LE[self._rows], mine_LS)
+        new_LS = at(self._state.loads_LE[self._rows], mine_LS) / (replicas_LS + 1)
         maximum_L = self.maximum.astype(np.float32)
         gain_LSQ = (maximum_L[:, None] - self._rests_LQ)[:, None] - new_LS.astype(np.float32)[:, :, None]
         less_LS = self._mine_shares_LS - new_LS.astype(np.float32)
