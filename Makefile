@@ -1,6 +1,8 @@
 # The same commands for people and for CI. Everything is installed in .venv, from wheels, so that no
 # compiler is needed. `make serve` installs what serving needs, all others tests and tools as well.
 SHELL := /bin/sh
+# Tests start hundreds of processes, which read what the first of them has compiled.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lockstep-installed
