@@ -58,6 +58,7 @@ def _memory_table(plan: CapacityPlan) -> Table:
         ("KV pool", [memory.kv_pool for memory in held]),
         ("activations (estimate)", [memory.activations for memory in held]),
         (f"dispatch buffers at {plan.setup.capacity} tokens", [memory.dispatch for memory in held]),
+        ("captured steps (estimate)", [memory.captured for memory in held]),
         ("experts on the move", [memory.moves for memory in held]),
         ("libraries", [memory.reserve for memory in held]),
         ("headroom", [memory.headroom for memory in held]),

@@ -22,7 +22,7 @@ from torch import Tensor
 from ....kernels.reference.sampling import Purpose
 from ....moe.clock import NoClock
 from ...protocol.arrays import Int32
-from ...protocol.buckets import BUCKETS, bucket_over
+from ...protocol.buckets import BUCKETS, MOST_CAPTURED, bucket_over, largest_captured
 from ...protocol.plan import Header
 from ...protocol.slot_table import Rows
 from ..forward import Forward
@@ -38,10 +38,7 @@ _LOG = logging.getLogger(__name__)
 _LAYERS, _SAMPLE = "layers", "sample"
 _NUM_INPUTS = 7  # arrays that the layers read; then come those of sampling
 
-MOST_TOKENS = 1024
-"""Tokens of a captured step that has prompts."""
-
-_MOST_READ = MOST_TOKENS * MOST_TOKENS // 2
+_MOST_READ = MOST_CAPTURED * MOST_CAPTURED // 2
 """Keys that the rows of prompts in a captured step read, together. Not timed on a card yet."""
 
 
@@ -67,7 +64,7 @@ class CapturedSteps:
         self._graphs = Graphs(recorder)
         is_whole = parts.links.stage.first and parts.links.stage.last and recorder is not None
         self._most_drawn = bucket_over(len(history_i32))
-        most = max(self._most_drawn, min(MOST_TOKENS, bucket_over(most_tokens))) if is_whole else 0
+        most = largest_captured(len(history_i32), most_tokens) if is_whole else 0
         self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
         self._num_tables, self._void = parts.dispatcher.num_tables, False
 
@@ -96,7 +93,7 @@ class CapturedSteps:
         """
         if not self._sizes or (self._graphs.num_recorded and self._parts.groups.alone):
             return
-        self._graphs.forget()
+        self.forget()
         self._num_tables, self._void = self._parts.dispatcher.num_tables, False
         begin, dispatcher = time.monotonic(), self._parts.dispatcher
         clock, dispatcher.clock = dispatcher.clock, NoClock()
@@ -107,6 +104,10 @@ class CapturedSteps:
                 _LOG.info("captured %d of %d steps: up to %d rows, after %.1f s", *facts)
         finally:
             dispatcher.clock = clock
+
+    def forget(self) -> None:
+        """Drops all recordings, and the memory that they hold."""
+        self._graphs.forget()
 
     def _capture(self, size: int) -> None:
         """Records a step whose rows are all padding: it changes nothing."""

@@ -104,7 +104,7 @@ def test_a_program_reads_json(tmp_path: Path) -> None:
     (ranks,) = plan["ranks"]
     held = ranks["memory"]
     assert held["weights"]["total"] == sum(size for name, size in held["weights"].items() if name != "total")
-    parts = ("kv_pool", "activations", "dispatch", "moves", "reserve", "headroom")
+    parts = ("kv_pool", "activations", "dispatch", "captured", "moves", "reserve", "headroom")
     assert held["weights"]["total"] + sum(held[part] for part in parts) == plan["hardware"]["memory"]
     assert plan["kv_tokens"] == 72 * plan["kv_tokens_per_rank"]
     assert plan["decode"]["floor"]["binds"] in ("compute", "memory", "network")
@@ -197,11 +197,16 @@ def test_model_dimensions_come_from_the_model_where_it_is() -> None:
         (
             "kimi-k2-h200",
             ["model.dtype=bf16"],
-            "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3 and",
+            "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3, or",
         ),
         (
             "qwen3-235b-2x8",
-            ["scheduler.max_batch_tokens=8192"],
+            ["scheduler.max_batch_tokens=65536"],
+            "holds no page of 6352896 bytes (64 tokens); use scheduler.max_batch_tokens = 16384",
+        ),
+        (
+            "qwen3-235b-2x8",
+            ["scheduler.max_batch_tokens=8192", "kv_cache.memory=20GiB"],
             "dispatch buffers 13.4 GiB at scheduler.max_batch_tokens = 8192 exceed",
         ),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"], "; use kv_cache.memory = "),
@@ -217,7 +222,8 @@ def test_every_reason_is_named_with_what_to_change(recipe: str, overrides: list[
     ("recipe", "overrides"),
     [
         ("kimi-k2-h200", ["model.dtype=bf16"]),
-        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192"]),
+        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=65536"]),
+        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192", "kv_cache.memory=20GiB"]),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"]),
         ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=512MiB"]),
     ],

@@ -199,6 +199,26 @@ def test_the_token_sent_twice_is_sent_once() -> None:
     assert handle.state.sent_TK.tolist() == [[0, rows - 1, 2], [1, rows - 1, 3], [rows - 1] * 3]
 
 
+def test_a_rank_rehearses_over_memory_of_its_own() -> None:
+    """Tokens go nowhere and none come, in the shapes of an exchange; then the ranks meet."""
+    library, shape = AbsentLibrary(), TokenShape((4,), 3, 8, torch.float32)
+    exchange = _exchange(library, contiguous(1, 8, 4), shape, CPU, build=False)
+    group = exchange._group
+    group.rehearse()
+    for _ in range(2):
+        exchange.begin_step(3, 4)
+        handle = exchange.dispatch(torch.randn(3, 8), torch.arange(9).view(3, 3) % 8, torch.rand(3, 3), 0)
+        received = exchange.receive(handle)
+        assert received.x_ND.shape == (16, 8) and (received.slots_M == -1).all()
+        exchange.send_back(torch.zeros(len(received.rows_M), 8), handle)
+        assert exchange.combine(handle).shape == (3, 8)
+    assert library.calls == 0
+    group.destroy()
+    group.build(0)
+    with pytest.raises(ProcessSpent):
+        group.destroy()
+
+
 def test_more_tokens_than_memory_is_our_bug() -> None:
     exchange = _exchange(AbsentLibrary(), contiguous(1, 8, 4), TokenShape((4,), 3, 8, torch.float32), CPU)
     with pytest.raises(AssertionError, match="3 tokens, capacity 5, at most 4"):
@@ -221,9 +241,14 @@ class _TorchSum:
 
 
 def _exchange(
-    library: SymmetricDouble | AbsentLibrary, placement: Placement, shape: TokenShape, device: torch.device
+    library: SymmetricDouble | AbsentLibrary,
+    placement: Placement,
+    shape: TokenShape,
+    device: torch.device,
+    build: bool = True,
 ) -> SymmetricExchange:
     group = SymmetricGroup("experts", 0, placement.num_ranks, HashStore(), device, library)
     exchange = SymmetricExchange(placement, group, device, replace(shape))
-    group.build(1)
+    if build:
+        group.build(1)
     return exchange

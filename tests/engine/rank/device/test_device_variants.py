@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.engine.protocol.buckets import BUCKETS, bucket_over
+from lockstep.engine.protocol.buckets import BUCKETS, MOST_CAPTURED, bucket_over
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.slot_table import Rows
-from lockstep.engine.rank.device.captured import MOST_TOKENS
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.first_steps import compute_first_steps
 from lockstep.engine.rank.device.step_arrays import LaneArrays
@@ -112,7 +111,7 @@ def test_no_plan_after_the_first_steps_needs_another_kernel(name: str) -> None:
     with noting_variants() as variants, torch.inference_mode():
         compute_first_steps(executor._parts, executor._slots, executor._forward, MAX_TOKENS, MAX_LEN)
         for size in BUCKETS:
-            if 0 < size <= MOST_TOKENS:
+            if 0 < size <= MOST_CAPTURED:
                 capture(executor, size)
         known = set(variants)
         for number in range(PLANS):
