@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -41,20 +42,23 @@ class Triton(Reference):
         self.experts_four_bit = experts_four_bit.experts_four_bit_with(tiles)
         self.attend = functools.partial(attention.attend, tiles=tiles)
         self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
-        self._product: Product = linear_fp8.product
-        self.linear_fp8 = linear_fp8.linear_fp8
+        self._tiles = tiles
+        self._product: Product = functools.partial(linear_fp8.product, tiles=tiles)
+        self.linear_fp8 = functools.partial(linear_fp8.linear_fp8, tiles=tiles)
 
-    def with_product(self, product: Product) -> Triton:
-        """These ops with another product of many rows in FP8."""
+    def with_product(self, other: Callable[[Product], Product]) -> Triton:
+        """These ops with another product of many rows in FP8, made with the own one."""
         ops = copy.copy(self)
-        ops._product = product
-        ops.linear_fp8 = functools.partial(linear_fp8.linear_fp8, product_of_many=product)
+        ops._product = other(self._product)
+        ops.linear_fp8 = functools.partial(
+            linear_fp8.linear_fp8, product_of_many=ops._product, tiles=self._tiles
+        )
         return ops
 
     def norm_project(
         self, residual: Residual, norm: RowNorm, projection: Projection
     ) -> tuple[Tensor, Tensor]:
-        """Same as the reference's, but for the rounding of a norm that becomes FP8."""
+        """Same as the reference's; the norm of many rows becomes FP8 as it is computed."""
         if projection.scales is None or len(residual[0]) <= linear_fp8.QUANTISED_HERE:
             return super().norm_project(residual, norm, projection)
         return linear_fp8.norm_linear_fp8(residual, norm, projection, self._product)
