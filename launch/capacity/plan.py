@@ -93,6 +93,7 @@ class CapacityPlan:
         }
         names = (
             "dispatch",
+            "wire",
             "dtype",
             "weights",
             "expert_weights",

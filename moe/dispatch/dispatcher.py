@@ -21,15 +21,16 @@ from torch import Tensor
 from ...kernels.reference.sublayers import ExpertsSublayer, Residual
 from ..balance.placement import Placement
 from ..clock import PhaseClock
+from .rows import Tokens
 
 
 @dataclass(frozen=True)
 class Received:
-    """The work of this rank. x_ND in the model's dtype; rows_M int64 into x_ND; slots_M int64 own
-    slots, -1 for padding.
+    """The work of this rank. x_ND in the model's dtype, or quantised for experts in FP8; rows_M
+    int64 into x_ND; slots_M int64 own slots, -1 for padding.
     """
 
-    x_ND: Tensor
+    x_ND: Tokens
     rows_M: Tensor
     slots_M: Tensor
 
