@@ -71,7 +71,11 @@ def main(spec: RankSpec) -> None:
                 functools.partial(_alone, spec),
                 lambda what: lobby.report("compiling", what),
             )
-        executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
+        executor = load_executor(
+            spec,
+            lambda fraction: lobby.report("loading", fraction=fraction),
+            lambda: lobby.report("compiling", "steps of all sizes"),
+        )
         sockets = RankSockets(spec, absence=spec.pause_deadline)
         try:
             hello = executor.hello()
@@ -85,7 +89,9 @@ def main(spec: RankSpec) -> None:
             executor.close()
 
 
-def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor:
+def load_executor(
+    spec: RankSpec, progress: Callable[[float], None], rehearsing: Callable[[], None] = lambda: None
+) -> Executor:
     """Loads this rank's weights and allocates its memory: on a GPU pages take the rest, once steps
     have been rehearsed. Raises ValueError when checkpoint, mesh or memory do not fit.
     """
@@ -93,6 +99,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     max_len = min(spec.max_len or config.max_position, config.max_position)
     claimed = _travelling(parts.dispatcher.placement, parts.expert_bytes) if spec.balance else 0
     if parts.device.type == "cuda":
+        rehearsing()
         claimed += rehearse(lambda: _device_executor(parts, spec, max_len), CudaMemory(parts.device))
     limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
     num_pages = fit_pages(parts.pool.page_bytes, spec.page_size, limits, spec.ranks_per_host, parts.device)

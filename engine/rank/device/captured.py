@@ -112,16 +112,18 @@ class CapturedSteps:
     def _capture(self, size: int) -> None:
         """Records a step whose rows are all padding: it changes nothing."""
         idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
-        sent = self.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+        entries: Arrays = [np.zeros(0, np.int64), np.zeros(0, np.int32)]
+        sent = self.send(size, idle, idle.samples, entries, [], alone=True)
         self.layers(size, sent)
         if self.samples(size):
             self.sample(size, sent)
 
     def send(
-        self, size: int, rows: Rows, draws: NDArray[np.bool_], entries: Arrays, samples: Arrays
+        self, size: int, rows: Rows, draws: NDArray[np.bool_], entries: Arrays, samples: Arrays, alone: bool
     ) -> list[Tensor]:
-        """Hands over a step of ``size`` rows, with ``samples`` of those that draw. Returns the
-        arrays on the device, for the other methods.
+        """Hands over a step of ``size`` rows, with ``samples`` of those that draw: for ``drawn`` if
+        those are ``alone`` and are sampled by a recording, else for ``drawing``. Returns the arrays
+        on the device, for the other methods.
         """
         scratch = self._slots.scratch
         nowhere, scratch_page = self._slots.nowhere
@@ -137,8 +139,8 @@ class CapturedSteps:
             samples = _no_samples()
         real = np.array([int(rows.counts.sum())])
         arrays = [places, pages, *tokens, real]
-        if self.samples(size):
-            arrays += scattered(samples, chosen, size, scratch)
+        if alone and self.samples(size):
+            return self._upload.send([*arrays, *scattered(samples, chosen, size, scratch), chosen])
         return self._upload.send([*arrays, chosen, *samples])
 
     def layers(self, size: int, sent: list[Tensor]) -> Tensor:
@@ -151,9 +153,13 @@ class CapturedSteps:
         part = functools.partial(self._sample, hidden_BD, sent[_NUM_INPUTS : _NUM_INPUTS + NUM_SAMPLE_ARRAYS])
         return self._graphs.run((_SAMPLE, size), part)
 
+    def drawn(self, size: int, sent: list[Tensor]) -> Tensor:
+        """tokens_C int64 of the rows that draw, by the model's own logits."""
+        return self.sample(size, sent).index_select(0, sent[-1])
+
     def drawing(self, sent: list[Tensor]) -> list[Tensor]:
         """The indices and the samples of the rows that draw, out of all that was sent."""
-        return sent[-1 - NUM_SAMPLE_ARRAYS :]
+        return sent[_NUM_INPUTS:]
 
     def _layers(self, size: int, *sent: Tensor) -> Tensor:
         places_E, pages_E, slots_B, starts_B, lengths_B, given_B, real_1 = sent

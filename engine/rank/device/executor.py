@@ -269,11 +269,12 @@ class DeviceExecutor(Executor):
     ) -> tuple[list[Tensor], tuple[PromptLogprobs, ...]]:
         """A captured step. Returns what the host will read, and the scores of prompts."""
         size, steps = header.capacity, self._captured
-        sent = steps.send(size, rows, draws, self._entries(section), drawing.arrays())
+        alone = drawing.alone and steps.samples(size)
+        sent = steps.send(size, rows, draws, self._entries(section), drawing.arrays(), alone)
         hidden_BD = steps.layers(size, sent)
         scores = self._score(rows, hidden_BD)
-        if drawing.alone and steps.samples(size):
-            return [steps.sample(size, sent).index_select(0, steps.drawing(sent)[0])], scores
+        if alone:
+            return [steps.drawn(size, sent)], scores
         return self._choose(header.step, hidden_BD, steps.drawing(sent), drawing), scores
 
     def _entries(self, section: Section) -> Arrays:

@@ -42,7 +42,8 @@ _LONG = 3  # times the largest prompt, before it
 def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most: int, max_len: int) -> None:
     """Computes prompts of up to ``most`` tokens in a slot that nothing reads."""
     begin, dispatcher = time.monotonic(), parts.dispatcher
-    sizes = list(_sizes(min(most, max_len - max(_CACHED))))
+    most = min(most, max_len - max(_CACHED))
+    sizes = list(_sizes(most))
     clock, dispatcher.clock = dispatcher.clock, NoClock()  # times of compiling say nothing of steps
     try:
         for number, size in enumerate(sizes, start=1):
@@ -52,7 +53,7 @@ def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most
                     _draw(parts, hidden_TD)
             facts = number, len(sizes), size, time.monotonic() - begin
             _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
-        hidden_TD = _prompt(parts, slots, forward, size, min(_LONG * size, max_len - size))
+        hidden_TD = _prompt(parts, slots, forward, most, min(_LONG * most, max_len - most))
         if parts.links.stage.last:
             _draw(parts, hidden_TD[: slots.scratch])
     finally:

@@ -38,7 +38,7 @@ def capture(executor: DeviceExecutor, size: int) -> None:
     """Computes a step of ``size`` rows as ``CapturedSteps`` does when it captures one."""
     steps = executor._captured
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
-    sent = steps.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+    sent = steps.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [], True)
     hidden_BD = steps._layers(size, *sent[:7])
     if steps.samples(size):
         steps._sample(hidden_BD, sent[7:14])
