@@ -13,7 +13,7 @@ from ..kernels.formats.fp8_format import BLOCK
 from ..kernels.reference.column import Reference
 from ..kernels.reference.experts import ExpertForm
 from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit, PackedFourBit
-from ..kernels.reference.fp8 import Quantised
+from ..kernels.reference.fp8 import Normed, NormedRows, Quantised, wide_of
 from ..kernels.reference.linear import SlotWeights
 from ..kernels.reference.sublayers import ExpertsSublayer, GateWeights, LocalExperts, RowNorm
 from ..parallel.linear import Backend
@@ -110,10 +110,11 @@ class Fp8Experts(nn.Module):
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
 
-        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
-            return self.forward(Received(x_TD, local.rows_M, slots_M), local.counts_S)
+        def run(rows: Normed, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            tokens = rows.eight if isinstance(rows, NormedRows) else rows
+            return self.forward(Received(tokens, local.rows_M, slots_M), local.counts_S)
 
-        return self._ops.routed_sublayer(norm, gate, run)
+        return self._ops.routed_sublayer(norm, gate, run, eight=True)
 
 
 class FourBitExperts(nn.Module):
@@ -163,8 +164,8 @@ class FourBitExperts(nn.Module):
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
 
-        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
-            return self.forward(Received(x_TD, local.rows_M, slots_M), local.counts_S)
+        def run(rows: Normed, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            return self.forward(Received(wide_of(rows), local.rows_M, slots_M), local.counts_S)
 
         return self._ops.routed_sublayer(norm, gate, run)
 

@@ -35,6 +35,23 @@ class Quantised:
     scales: Tensor
 
 
+@dataclass(frozen=True)
+class NormedRows:
+    """Rows [N, D] in the model's dtype, and the same quantised, for readers of either."""
+
+    wide: Tensor
+    eight: Quantised
+
+
+Normed = Tensor | NormedRows
+"""The norm of a residual; quantised too where experts in FP8 read it."""
+
+
+def wide_of(rows: Normed) -> Tensor:
+    """Rows in the model's dtype."""
+    return rows.wide if isinstance(rows, NormedRows) else rows
+
+
 def quantise_rows(x_ND: Tensor) -> Quantised:
     """Scales each group of 128 values of a row to the range of FP8."""
     num_rows, dim = x_ND.shape

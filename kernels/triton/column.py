@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..libraries.deep_gemm import Product
 from ..reference.column import Reference
+from ..reference.fp8 import Normed, NormedRows
 from ..reference.sublayers import Projection, Residual, RowNorm
 from . import (
     attention,
@@ -62,6 +63,20 @@ class Triton(Reference):
         if projection.scales is None or len(residual[0]) <= linear_fp8.QUANTISED_HERE:
             return super().norm_project(residual, norm, projection)
         return linear_fp8.norm_linear_fp8(residual, norm, projection, self._product)
+
+    def project_normed(self, rows: Normed, projection: Projection) -> Tensor:
+        """Same as the reference's; many rows that are quantised are not quantised again."""
+        if (
+            isinstance(rows, Tensor)
+            or projection.scales is None
+            or len(rows.wide) <= linear_fp8.QUANTISED_HERE
+        ):
+            return super().project_normed(rows, projection)
+        return self._product(rows.eight, projection, rows.wide.dtype)
+
+    def norm_rows(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, NormedRows]:
+        """Same as the reference's, in one launch."""
+        return fp8.norm_rows(*residual, norm.weight, norm.eps)
 
     gate = staticmethod(gate_ops.gate)
     group_pairs = staticmethod(grouping.group_pairs)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
-from ..reference.fp8 import LARGEST, LEAST_SCALE, Quantised
+from ..reference.fp8 import LARGEST, LEAST_SCALE, NormedRows, Quantised
 from .norm import rows_together, warps_for
 from .target import check_dtype, interpreted, power_of_two
 
@@ -26,12 +26,12 @@ _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 def quantise_rows(x_ND: Tensor) -> Quantised:
     """Same as ``fp8.quantise_rows``."""
-    return _rows(x_ND, None, None, 0.0)[1]
+    return _rows(x_ND, None, None, 0.0)[2]
 
 
 def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     """Same as ``fp8.rms_norm_fp8``."""
-    return _rows(x_ND, None, weight_D, eps)[1]
+    return _rows(x_ND, None, weight_D, eps)[2]
 
 
 def add_rms_norm_fp8(
@@ -39,7 +39,16 @@ def add_rms_norm_fp8(
 ) -> tuple[Tensor, Quantised]:
     """Same as ``fp8.add_rms_norm_fp8``."""
     assert x_ND.shape == update_ND.shape and x_ND.dtype == update_ND.dtype
-    return _rows(x_ND, update_ND, weight_D, eps)
+    total_ND, _, rows = _rows(x_ND, update_ND, weight_D, eps)
+    return total_ND, rows
+
+
+def norm_rows(
+    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, NormedRows]:
+    """The sum, and its norm in x's dtype and quantised."""
+    total_ND, normed_ND, rows = _rows(x_ND, update_ND, weight_D, eps, keep=True)
+    return total_ND, NormedRows(normed_ND, rows)
 
 
 def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
@@ -65,13 +74,15 @@ def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
 
 
 def _rows(
-    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor | None, eps: float
-) -> tuple[Tensor, Quantised]:
+    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor | None, eps: float, keep: bool = False
+) -> tuple[Tensor, Tensor, Quantised]:
+    """The sum, its norm if ``keep``, else x, and the quantised rows."""
     check_dtype(x_ND, "fp8: x")
     assert x_ND.stride(1) == 1 and (update_ND is None or update_ND.stride(1) == 1)
     num_rows, dim = x_ND.shape
     out = _empty(num_rows, dim, x_ND.device)
     total_ND = x_ND.new_empty(x_ND.shape) if update_ND is not None else x_ND
+    normed_ND = x_ND.new_empty(x_ND.shape) if keep else x_ND
     groups = out.scales.shape[1]
     if num_rows and dim:
         dim_pad = max(BLOCK, power_of_two(dim))
@@ -81,6 +92,7 @@ def _rows(
             update_ND if update_ND is not None else x_ND,
             weight_D if weight_D is not None else x_ND,
             total_ND,
+            normed_ND,
             out.values,
             out.scales,
             num_rows,
@@ -93,10 +105,11 @@ def _rows(
             GROUPS=groups,
             ADD=update_ND is not None,
             NORM=weight_D is not None,
+            KEEP=keep,
             ROUND=interpreted(),
             num_warps=warps_for(dim_pad),
         )
-    return total_ND, out
+    return total_ND, normed_ND, out
 
 
 def _empty(num_rows: int, dim: int, device: torch.device) -> Quantised:
@@ -128,6 +141,7 @@ def _quantise_kernel(
     update_ptr,
     weight_ptr,
     total_ptr,
+    normed_ptr,
     values_ptr,
     scales_ptr,
     num_rows,
@@ -140,6 +154,7 @@ def _quantise_kernel(
     GROUPS: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
+    KEEP: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """Rows are summed as by ``norm``, and a norm is rounded as there: the bits are those of both
@@ -158,7 +173,10 @@ def _quantise_kernel(
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
         weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-        x = (x * scale[:, None] * weight).to(dtype).to(tl.float32)
+        normed = (x * scale[:, None] * weight).to(dtype)
+        if KEEP:
+            tl.store(normed_ptr + row * D + d, normed, mask=inside)
+        x = normed.to(tl.float32)
     groups = tl.reshape(x, (ROWS * (D_PAD // 128), 128))
     scales = group_scales(groups)
     eight = eight_bits(groups / scales[:, None], values_ptr.dtype.element_ty, ROUND)

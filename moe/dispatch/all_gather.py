@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed, wide_of
 from ...kernels.table import column_for, ops_of
 from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
@@ -77,8 +78,8 @@ class AllGatherExchange:
         self._capacity = capacity
         self._choice.begin_step(num_tokens)
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        num_tokens, top_k = ids_TK.shape
+    def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        (num_tokens, top_k), x_TD = ids_TK.shape, wide_of(normed)
         places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
         places_TK = self._choice.places_TK(ids_TK.clamp_min(0), layer)
         places_CK[:num_tokens] = torch.where(ids_TK >= 0, places_TK, EMPTY)
@@ -89,7 +90,7 @@ class AllGatherExchange:
         form = TokenForm(x_TD.shape[1], x_TD.dtype, self._quantise)
         num_bytes = form.num_bytes + 4 * places_CK.shape[1]
         rows = torch.zeros(self._capacity, num_bytes, dtype=torch.uint8, device=x_TD.device)
-        for part, values in zip(form.parts(rows), form.of(x_TD), strict=True):
+        for part, values in zip(form.parts(rows), form.of(normed), strict=True):
             part[:num_tokens].copy_(values)
         rows[:, form.num_bytes :].view(torch.int32).copy_(places_CK)
         # A vacant rank's rows are padding: places of EMPTY's bits.

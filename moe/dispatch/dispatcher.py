@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed
 from ...kernels.reference.sublayers import ExpertsSublayer, Residual
 from ..balance.placement import Placement
 from ..clock import PhaseClock
@@ -45,7 +46,7 @@ class RoutedExperts:
     """
 
     top_k: int
-    choose: Callable[[Residual], tuple[Tensor, Tensor, Tensor, Tensor]]
+    choose: Callable[[Residual], tuple[Tensor, Normed, Tensor, Tensor]]
     compute: Callable[[Received, Tensor], Tensor]
     sublayer: ExpertsSublayer
 
@@ -83,7 +84,7 @@ class Dispatcher(Protocol):
         ...
 
     def run(
-        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Normed], Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the sum of the residual; the experts' outputs for its norm, weighted and summed
         in float32 in the order of k; and the result of ``shared`` for the norm. ``shared`` runs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.formats.fp8_format import BLOCK
-from ...kernels.reference.fp8 import Quantised
+from ...kernels.reference.fp8 import Normed, NormedRows, Quantised, wide_of
 
 Tokens = Tensor | Quantised
 """Hidden states in the model's dtype, or quantised as experts in FP8 take them."""
@@ -39,11 +39,11 @@ class TokenForm:
     def _scales_at(self) -> int:
         return -(-self.hidden // 16) * 16
 
-    def of(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+    def of(self, rows: Normed) -> tuple[Tensor, ...]:
         """The parts of hidden states, as ``parts`` has room for them."""
         if self.quantise is None:
-            return (x_TD,)
-        x = self.quantise(x_TD)
+            return (wide_of(rows),)
+        x = rows.eight if isinstance(rows, NormedRows) else self.quantise(rows)
         return x.values.view(torch.uint8), x.scales
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:

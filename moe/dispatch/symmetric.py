@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed
 from ...kernels.table import column_for, ops_of
 from ...parallel.symmetric_memory import Region, Started, SymmetricGroup, region_rows, row_alignment
 from ..balance.placement import EMPTY, Placement
@@ -144,7 +145,7 @@ class SymmetricExchange:
         self._capacity = capacity
         self._choice.begin_step(num_tokens)
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+    def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         num_tokens, top_k = ids_TK.shape
         size, num_slots, row = self._group.size, self.placement.num_slots, self._row
         lane = next(lane for lane in self._lanes if lane.free)
@@ -165,7 +166,7 @@ class SymmetricExchange:
         slots_TKJ, choice_TKJ = slots_TKK.topk(row.num_pairs)
         weights_TKJ = weights_TK[:, None].expand(-1, top_k, -1).gather(2, choice_TKJ)
         at = sent_TK.flatten()
-        for part, values in zip(row.form.parts(rows), row.form.of(x_TD), strict=True):
+        for part, values in zip(row.form.parts(rows), row.form.of(normed), strict=True):
             part.index_copy_(0, at, values.repeat_interleave(top_k, 0, output_size=len(at)))
         row.slots(rows).index_copy_(0, at, slots_TKJ.flatten(0, 1).to(torch.int32))
         row.weights(rows).index_copy_(0, at, weights_TKJ.flatten(0, 1))

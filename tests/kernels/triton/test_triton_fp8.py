@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,8 @@ from lockstep.kernels.triton import fp8 as triton_fp8, norm as triton_norm
 from lockstep.kernels.triton.experts_fp8 import experts_fp8, experts_fp8_tiled
 from lockstep.kernels.triton.linear_fp8 import QUANTISED_HERE, linear_fp8
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
+from lockstep.moe.config import MoEConfig
+from lockstep.moe.layer import SharedExperts
 from lockstep.parallel.dense import split_as_attention
 from lockstep.parallel.linear import Backend
 from lockstep.parallel.tensor import UNSPLIT
@@ -70,8 +74,10 @@ def test_a_fused_norm_has_the_bits_of_norm_and_quantisation(
         total, normed = triton_norm.add_rms_norm(x, update, weight, 1e-6)
         rows = triton_fp8.quantise_rows(normed)
         alone = triton_fp8.rms_norm_fp8(total, weight, 1e-6)
-    assert torch.equal(fused_total, total)
-    for found in (fused, alone):
+        both_total, both = triton_fp8.norm_rows(x, update, weight, 1e-6)
+    assert torch.equal(fused_total, total) and torch.equal(both_total, total)
+    assert torch.equal(both.wide, normed)
+    for found in (fused, alone, both.eight):
         assert torch.equal(found.scales, rows.scales)
         assert torch.equal(found.values.view(torch.uint8), rows.values.view(torch.uint8))
 
@@ -177,14 +183,7 @@ def test_a_norm_before_a_linear_layer(rows: int, summed: bool) -> None:
     projection = Projection(weight.values, torch.randn(48, generator=generator).to(DEVICE), weight.scales)
     norm = RowNorm(torch.randn(300, generator=generator).to(DEVICE), 1e-6)
     residual = (x, update if summed else None)
-    names: list[str] = []
-    run = interpreter.InterpretedFunction.run
-
-    def note(kernel: Any, *args: Any, **named: Any) -> Any:
-        names.append(kernel.fn.__name__)
-        return run(kernel, *args, **named)
-
-    with poisoned(), mock.patch.object(interpreter.InterpretedFunction, "run", note):
+    with poisoned(), launched() as names:
         total, y = ops_of("triton").norm_project(residual, norm, projection)
     wanted_total, wanted = ops_of("reference").norm_project(residual, norm, projection)
     torch.testing.assert_close(total, wanted_total)
@@ -209,6 +208,41 @@ def test_a_dense_block_in_fp8_has_the_bits_of_its_parts(rows: int) -> None:
     total, y = block((x, update))
     wanted_total, normed = ops.add_norm((x, update), norm)
     assert torch.equal(total, wanted_total) and torch.equal(y, block.swiglu(normed))
+
+
+@pytest.mark.parametrize("rows", [3, QUANTISED_HERE + 1])
+def test_shared_experts_take_the_norm_that_experts_quantised(rows: int) -> None:
+    """The same bits; many rows are not quantised again."""
+    ops, generator = ops_of("triton"), torch.Generator().manual_seed(rows)
+    backend = Backend(torch.bfloat16, torch.device(DEVICE), ops, split_as_attention(UNSPLIT), fp8_block=128)
+    config = MoEConfig(hidden=256, expert_width=64, num_experts=4, top_k=2, shared_width=128)
+    block = SharedExperts(config, backend)
+    for linear in (block.gate_up_proj, block.down_proj):
+        weight = quantise_blocks(torch.randn(linear.weight.shape, generator=generator).to(DEVICE))
+        linear.weight.copy_(weight.values)
+        linear.scales.copy_(weight.scales)
+    block.pack()
+    norm = RowNorm(torch.randn(256, generator=generator).to(DEVICE, torch.bfloat16), 1e-6)
+    x = torch.randn(rows, 256, generator=generator).to(DEVICE, torch.bfloat16)
+    _, normed = ops.norm_rows((x, None), norm)
+    with launched() as names:
+        y = block(normed)
+    assert names.count("_quantise_kernel") == (1 if rows > QUANTISED_HERE else 0), "of the last product alone"
+    assert torch.equal(y, block.swiglu(normed.wide)) and torch.equal(y, block(normed.wide))
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched meanwhile."""
+    names: list[str] = []
+    run = interpreter.InterpretedFunction.run
+
+    def note(kernel: Any, *args: Any, **named: Any) -> Any:
+        names.append(kernel.fn.__name__)
+        return run(kernel, *args, **named)
+
+    with mock.patch.object(interpreter.InterpretedFunction, "run", note):
+        yield names
 
 
 def test_experts_read_rows_that_are_views() -> None:

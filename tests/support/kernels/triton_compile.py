@@ -154,6 +154,7 @@ def fp8() -> None:
         x_bf16, weight = torch.empty(64, hidden, dtype=BF16), torch.empty(hidden, dtype=BF16)
         triton_fp8.quantise_rows(x_bf16)
         triton_fp8.add_rms_norm_fp8(x_bf16, x_bf16, weight, 1e-6)
+        triton_fp8.norm_rows(x_bf16, x_bf16, weight, 1e-6)
         triton_fp8.silu_mul_fp8(x_bf16)
         w, scales = eight_bits(width, hidden), torch.empty(width // 128, hidden // 128)
         for rows, bias in ((1, None), (64, None), (4096, None), (64, torch.empty(width, dtype=BF16))):
