@@ -49,10 +49,11 @@ from lockstep.engine.rank.parts import Parts
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
-from lockstep.parallel.collectives import Collectives, Pending, RankGroups
+from lockstep.parallel.collectives import Collectives, Pending
 from lockstep.parallel.dense import split_as_attention
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
+from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.tensor import UNSPLIT, TensorGroup
 

@@ -55,12 +55,11 @@ def with_library(ops: Reference, linear_fp8: str, device: torch.device) -> Refer
         ) from error
     from .libraries.deep_gemm import DeepGemm
     from .triton.column import Triton
-    from .triton.linear_fp8 import product
     from .triton.target import card_arch
 
     assert isinstance(ops, Triton)
     _log.info("kernels: FP8 products of many rows by deep_gemm")
-    return ops.with_product(DeepGemm(library, card_arch(), product))
+    return ops.with_product(functools.partial(DeepGemm, library, card_arch()))
 
 
 def _make(column: Column) -> Reference:

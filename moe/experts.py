@@ -13,7 +13,7 @@ from ..kernels.formats.fp8_format import BLOCK
 from ..kernels.reference.column import Reference
 from ..kernels.reference.experts import ExpertForm
 from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit, PackedFourBit
-from ..kernels.reference.fp8 import Quantised
+from ..kernels.reference.fp8 import Normed, NormedRows, Quantised, wide_of
 from ..kernels.reference.linear import SlotWeights
 from ..kernels.reference.sublayers import ExpertsSublayer, GateWeights, LocalExperts, RowNorm
 from ..parallel.linear import Backend
@@ -62,7 +62,7 @@ class Experts(nn.Module):
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
         pairs = received.rows_M, received.slots_M
-        return self._ops.experts(received.x_ND, *pairs, *self._weights, counts_S, self.form)
+        return self._ops.experts(_wide(received), *pairs, *self._weights, counts_S, self.form)
 
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
@@ -103,16 +103,18 @@ class Fp8Experts(nn.Module):
 
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
-        x, pairs = self._ops.quantise_rows(received.x_ND), (received.rows_M, received.slots_M)
-        return self._ops.experts_fp8(x, pairs, *self._weights, counts_S, received.x_ND.dtype)
+        x, pairs = received.x_ND, (received.rows_M, received.slots_M)
+        rows = x if isinstance(x, Quantised) else self._ops.quantise_rows(x)
+        return self._ops.experts_fp8(rows, pairs, *self._weights, counts_S, self._backend.dtype)
 
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
 
-        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
-            return self.forward(Received(x_TD, local.rows_M, slots_M), local.counts_S)
+        def run(rows: Normed, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            tokens = rows.eight if isinstance(rows, NormedRows) else rows
+            return self.forward(Received(tokens, local.rows_M, slots_M), local.counts_S)
 
-        return self._ops.routed_sublayer(norm, gate, run)
+        return self._ops.routed_sublayer(norm, gate, run, eight=True)
 
 
 class FourBitExperts(nn.Module):
@@ -157,13 +159,13 @@ class FourBitExperts(nn.Module):
     def forward(self, received: Received, counts_S: Tensor) -> Tensor:
         """Returns y_MD, unweighted; adds the tokens of every slot to counts_S."""
         pairs = received.rows_M, received.slots_M
-        return self._ops.experts_four_bit(received.x_ND, *pairs, *self._packed, counts_S, self.form)
+        return self._ops.experts_four_bit(_wide(received), *pairs, *self._packed, counts_S, self.form)
 
     def sublayer(self, norm: RowNorm, gate: GateWeights) -> ExpertsSublayer:
         """The sublayer of norm, gate and these experts, where all of them are local."""
 
-        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
-            return self.forward(Received(x_TD, local.rows_M, slots_M), local.counts_S)
+        def run(rows: Normed, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            return self.forward(Received(wide_of(rows), local.rows_M, slots_M), local.counts_S)
 
         return self._ops.routed_sublayer(norm, gate, run)
 
@@ -189,6 +191,12 @@ def _biases(
         backend.parameter(num_slots, 2 * config.expert_width),
         backend.parameter(num_slots, config.hidden),
     )
+
+
+def _wide(received: Received) -> Tensor:
+    """Tokens of experts that do not take quantised ones."""
+    assert isinstance(received.x_ND, Tensor), "only experts in FP8 take tokens in FP8"
+    return received.x_ND
 
 
 def _form(config: MoEConfig, up: nn.Parameter | None, down: nn.Parameter | None) -> ExpertForm:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.reference.column import Reference
-from ..kernels.reference.sublayers import GateWeights, Residual, RowNorm
+from ..kernels.reference.fp8 import Normed, wide_of
+from ..kernels.reference.sublayers import GateWeights, Projection, Residual, RowNorm
 from ..parallel.linear import Backend, Matrix, SwiGLU
 from .config import MoEConfig
 from .dispatch.dispatcher import Dispatcher, RoutedExperts
-from .experts import AnyExperts, Experts
+from .experts import AnyExperts, Experts, Fp8Experts
 
 
 class Gate(nn.Module):
@@ -45,14 +46,29 @@ class SharedExperts(SwiGLU):
         super().__init__(
             config.hidden, config.shared_width, backend, backend.ops.merges_shared_experts, split
         )
-        self._sum_of = split.sum_of
+        self._split, self._ops = split, backend.ops
+        self._gate_up = self._bound()
         self._opening: Callable[[Tensor], Tensor] | None = None
         if config.shared_gate:
             self.gate = Matrix(config.hidden, 1, backend)
             self._opening = functools.partial(F.linear, weight=self.gate.weight)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD = self._sum_of(self.swiglu, x_TD)
+    def _bound(self) -> Projection | None:
+        """The product with gate and up, where they are merged and read this rank's tokens alone."""
+        merged = self._ops.merges_shared_experts and not self._split.gathers
+        return Projection(*self.gate_up_proj.operands) if merged else None
+
+    def pack(self) -> None:
+        super().pack()
+        self._gate_up = self._bound()
+
+    def forward(self, normed: Normed) -> Tensor:
+        x_TD = wide_of(normed)
+        if self._gate_up is None:
+            y_TD = self._split.sum_of(self.swiglu, x_TD)
+        else:
+            gate_up_TX = self._ops.project_normed(normed, self._gate_up)
+            y_TD = self._split.sum_of(self.after_gate_up, gate_up_TX)
         return y_TD if self._opening is None else y_TD * self._opening(x_TD).sigmoid()
 
 
@@ -75,7 +91,9 @@ class MoELayer(nn.Module):
         self.gate = Gate(config, backend)
         self.experts = make_experts(config, dispatcher.placement.num_slots, backend)
         self.shared_experts = SharedExperts(config, backend) if config.shared_width else None
-        self._choose = functools.partial(backend.ops.choose_experts, norm=norm, gate=self.gate.weights)
+        eight = isinstance(self.experts, Fp8Experts)
+        choose = backend.ops.choose_experts
+        self._choose = functools.partial(choose, norm=norm, gate=self.gate.weights, eight=eight)
         self._dispatcher = dispatcher
         self._split = backend.tensor
         self._layer = layer
@@ -103,5 +121,5 @@ class MoELayer(nn.Module):
         return RoutedExperts(self.gate.weights.routing.top_k, self._choose, self.experts.forward, sublayer)
 
 
-def _nothing(x_TD: Tensor) -> None:
+def _nothing(normed: Normed) -> None:
     """The output of a layer without shared experts."""

@@ -7,19 +7,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, Store, Work
 
 from . import transports
-from .recovery import REGROUP, Recovery, gravest
+from .recovery import REGROUP, Recovery
 from .shared_group import SharedGroup, meet_in_memory
 
 _LOG = logging.getLogger(__name__)
@@ -80,6 +79,7 @@ class Collectives:
         self._transport = transports.transport_of(device)
         self._group: Any = None  # torch's stubs do not show what a backend can do
         self._present = list(range(size))
+        self._places: Tensor | None = None
         self._memory = memory
 
     @property
@@ -108,6 +108,7 @@ class Collectives:
         self.destroy()
         self._present = [position for position in range(self.size) if position not in vacant]
         assert self.index in self._present, f"{self._name}: rank {self.index} meets others, and is vacant"
+        self._places = torch.tensor(self._present, device=self.device) if self._vacancies else None
         if len(self._present) == 1:
             return
         assert self.store is not None
@@ -123,6 +124,10 @@ class Collectives:
         except RuntimeError as error:
             who = f"rank {self.index} did not meet its {len(self._present) - 1} peers"
             raise CollectiveError(f"{prefix}: {who}: {_first_line(error)}") from error
+
+    def rehearse(self) -> None:
+        """Goes on without any peer: results have the shapes that they have among all ranks."""
+        self.build(-1, [position for position in range(self.size) if position != self.index])
 
     def _in_memory(self, gloo: Any, prefix: str) -> Any:
         """A group over memory that its ranks share, if all are on one host; else ``gloo``."""
@@ -281,116 +286,19 @@ class Collectives:
 
     def _of_present(self, rows: Tensor) -> Tensor:
         """The runs of ``rows``, one per position, of positions that are not vacant."""
-        return rows.view(self.size, len(rows) // self.size, *rows.shape[1:])[self._present].flatten(0, 1)
+        assert self._places is not None
+        runs = rows.view(self.size, len(rows) // self.size, *rows.shape[1:])
+        return runs.index_select(0, self._places).flatten(0, 1)
 
     def _spread(self, pending: Pending) -> Tensor:
         """The output of a collective over all positions."""
         if pending.spread is None:
             return pending.output
         shape = len(pending.spread) // self.size, *pending.spread.shape[1:]
-        runs = pending.spread.view(self.size, *shape)
-        runs[self._present] = pending.output.view(len(self._present), *shape)
+        assert self._places is not None
+        runs = pending.output.view(len(self._present), *shape)
+        pending.spread.view(self.size, *shape).index_copy_(0, self._places, runs)
         return pending.spread
-
-
-class EpochGroup(Protocol):
-    """A group of ranks that meets anew in every epoch."""
-
-    listener: Listener | None
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def waited(self) -> float: ...
-
-    @property
-    def recovery(self) -> Recovery: ...
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def transport(self) -> str: ...
-
-    def build(self, epoch: int, vacant: Collection[int] = ()) -> None: ...
-
-    def destroy(self) -> None: ...
-
-    def cut(self) -> None: ...
-
-
-class RankGroups:
-    """The groups that a rank belongs to: built, and dropped, together and in order. Those over
-    which ``experts`` are spread can meet without some of their ranks. ``is_cut``: the epoch was cut
-    off, and what a device has computed since means nothing.
-    """
-
-    def __init__(self, *groups: EpochGroup, experts: Collection[EpochGroup] = ()) -> None:
-        self._groups = groups
-        self._experts = experts
-        self._lock = threading.Lock()
-        self._epoch = -1
-        self.is_cut = False
-
-    @property
-    def recovery(self) -> Recovery:
-        """The gravest grade of all groups."""
-        return gravest(group.recovery for group in self._groups)
-
-    @property
-    def transports(self) -> str:
-        """The transport of each group by its role: shared memory for experts; gloo for stages."""
-        by_transport: dict[str, list[str]] = {}
-        for group in self._groups:
-            if group.transport:
-                by_transport.setdefault(group.transport, []).append(group.role)
-        return "; ".join(f"{name} for {', '.join(roles)}" for name, roles in by_transport.items())
-
-    @property
-    def alone(self) -> bool:
-        """Whether no group has another rank."""
-        return all(group.size == 1 for group in self._groups)
-
-    @property
-    def waited(self) -> float:
-        """Seconds spent in waits, in all groups."""
-        return sum(group.waited for group in self._groups)
-
-    def listen(self, listener: Listener | None) -> None:
-        """Waits in all groups are told to ``listener`` from now on."""
-        for group in self._groups:
-            group.listener = listener
-
-    def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
-        """Meets the ranks of every group under a prefix of this epoch; ``vacant`` positions of
-        those that share experts stay away.
-        """
-        with self._lock:
-            self._epoch, self.is_cut = epoch, False
-        for group in self._groups:
-            group.build(epoch, vacant if group in self._experts else ())
-            self.check()
-
-    def cut(self, epoch: int) -> None:
-        """Ends what this rank's device waits for in ``epoch`` or an earlier one. Any thread may
-        call: the rank's own may wait for the device.
-        """
-        with self._lock:
-            if self._epoch <= epoch:
-                self.is_cut = True
-                for group in self._groups:
-                    group.cut()
-
-    def check(self) -> None:
-        """Raises CollectiveError if the epoch was cut off."""
-        if self.is_cut:
-            raise CollectiveError(f"epoch {self._epoch} was cut off")
-
-    def destroy(self) -> None:
-        """Drops the process groups. Their collectives under way fail."""
-        for group in self._groups:
-            group.destroy()
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,11 @@ Block = Callable[[Tensor], Tensor]
 
 
 class DenseSplit(Member, Protocol):
-    """This rank's place among those that split dense blocks."""
+    """This rank's place among those that split dense blocks. ``gathers``: a block reads other
+    ranks' tokens too, which arrive as they enter it.
+    """
+
+    gathers: bool
 
     def begin_step(self, capacity: int) -> None:
         """Announces a step, or both microbatches: the bound on T over all ranks."""
@@ -45,6 +49,8 @@ class DenseSplit(Member, Protocol):
 class AsAttention:
     """Blocks are split over the ranks that split attention: all of them have the same tokens."""
 
+    gathers = False
+
     def __init__(self, tensor: TensorSplit) -> None:
         self.index, self.size = tensor.index, tensor.size
         self.enter, self._total = tensor.complete, tensor.total
@@ -63,6 +69,8 @@ class DenseGroup:
     """Blocks are split over the ranks of ``collectives``: whole groups of ``tensor``, which splits
     attention. ``give_turn`` is called before each wait: meanwhile another microbatch may compute.
     """
+
+    gathers = True
 
     def __init__(
         self, collectives: Collectives, tensor: TensorSplit, give_turn: Callable[[], None] = lambda: None

@@ -254,7 +254,8 @@ class SwiGLU(nn.Module):
                 part_shards={"gate_proj": rows, "up_proj": rows},
             )
             self._inputs = (self.gate_up_proj,)
-            self._inner = functools.partial(_merged, self.gate_up_proj.forward, backend.ops.silu_mul)
+            self._silu_mul = backend.ops.silu_mul
+            self._inner = functools.partial(_merged, self.gate_up_proj.forward, self._silu_mul)
         else:
             self.gate_proj = Linear(hidden, width, backend, shard=rows)
             self.up_proj = Linear(hidden, width, backend, shard=rows)
@@ -267,6 +268,10 @@ class SwiGLU(nn.Module):
 
     def swiglu(self, x_TD: Tensor) -> Tensor:
         return self._down(self._inner(x_TD))
+
+    def after_gate_up(self, gate_up_TX: Tensor) -> Tensor:
+        """``swiglu`` from the product with gate and up on, where they are merged."""
+        return self._down(self._silu_mul(gate_up_TX))
 
 
 def _merged(gate_up: _Op, silu_mul: _Op, x_TD: Tensor) -> Tensor:

@@ -168,6 +168,7 @@ class SymmetricGroup:
         self._name, self._store, self._device, self._library = name, store, device, library
         self._regions: list[Region] = []
         self._tensors: list[Tensor] = []
+        self._rehearses = False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -207,8 +208,20 @@ class SymmetricGroup:
             self._library.rendezvous(tensor, group)
             self._tensors.append(tensor.zero_())
 
+    def rehearse(self) -> None:
+        """Allocates regions of this rank's own; exchanges bring nothing."""
+        assert not self._tensors, f"{self._name}: a rehearsal comes before an epoch"
+        self._rehearses = True
+        for region in self._regions:
+            self._tensors.append(torch.zeros(region.shape, dtype=region.dtype, device=self._device))
+
     def destroy(self) -> None:
-        """Raises ProcessSpent if there is memory: it is the process's until that ends."""
+        """Raises ProcessSpent if there is memory of an epoch: it is the process's until that
+        ends.
+        """
+        if self._rehearses:
+            self._rehearses = False
+            self._tensors.clear()
         if self._tensors:
             raise ProcessSpent(f"{self._name}: the epoch has ended, and symmetric memory serves one only")
 
@@ -224,6 +237,8 @@ class SymmetricGroup:
         ``splits`` [W] and ``received_splits`` [2, W] are int64. Begins with a barrier of all ranks,
         but ends without one: ``rows`` may change after the next exchange has begun.
         """
+        if self._rehearses:
+            return None
         tensors = self[rows], self[received], self[splits], self[received_splits]
         if self._stream is None:
             self._library.all_to_all_vdev(*tensors, self._group)

@@ -8,14 +8,17 @@ GPU_RESERVE_BYTES = 1 << 30
 """Kept free on a GPU for activations and libraries."""
 
 _CPU_SHARE = 0.5  # prompts, activations and other processes need the rest
-_GPU_SHARE = 0.9
+_GPU_SHARE = 0.97
+"""Requests make steps of other sizes than those that were rehearsed, and memory comes in pieces.
+Not measured on a card."""
 
 
 @dataclass(frozen=True)
 class PoolLimits:
     """Bounds of a page pool. ``memory``: bytes, None for a share of the free ones. ``max_tokens``:
     tokens of all requests that could ever run at once. ``claimed``: bytes of a GPU that are free
-    while the pool is sized, and will not be.
+    while the pool is sized, and will not be: steps and their recordings take them, and experts on
+    their way.
     """
 
     memory: int | None

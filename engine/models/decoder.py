@@ -25,7 +25,7 @@ from ...kernels.reference.four_bit import FourBit
 from ...kernels.reference.paged import PagedBatch
 from ...kernels.reference.rope import Angles, angles, frequencies, query_growth, yarn_frequencies
 from ...kernels.reference.sampling import SamplingParams
-from ...kernels.reference.sublayers import Residual, RowNorm
+from ...kernels.reference.sublayers import Projection, Residual, RowNorm
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import AnyExperts, Experts, FourBitExperts, Fp8Experts
 from ...moe.layer import MoELayer
@@ -62,18 +62,33 @@ class ExpertLayer:
 
 
 class DenseMLP(SwiGLU):
-    """A SwiGLU block in place of experts, with the norm before it."""
+    """A SwiGLU block in place of experts, with the norm before it. The norm and the first product
+    are one op where nothing is gathered between them.
+    """
 
     def __init__(self, hidden: int, width: int, backend: Backend[Reference], norm: RowNorm) -> None:
         super().__init__(hidden, width, backend, member=backend.splits.dense)
         self._ops = backend.ops
         self._norm = norm
         self._split = backend.splits.dense
+        self._bind()
+
+    def _bind(self) -> None:
+        self._gate_up = Projection(*self.gate_up_proj.operands)
+
+    def pack(self) -> None:
+        super().pack()
+        self._bind()
 
     def forward(self, residual: Residual) -> Residual:
-        split = self._split
-        x_TD, normed_TD = self._ops.add_norm(split.enter(residual), self._norm)
-        return split.leave((x_TD, split.sum_of(self.swiglu, normed_TD)), len(residual[0]))
+        split, entered = self._split, self._split.enter(residual)
+        if split.gathers:
+            x_TD, normed_TD = self._ops.add_norm(entered, self._norm)
+            update_TD = split.sum_of(self.swiglu, normed_TD)
+        else:
+            x_TD, gate_up_TX = self._ops.norm_project(entered, self._norm, self._gate_up)
+            update_TD = split.sum_of(self.after_gate_up, gate_up_TX)
+        return split.leave((x_TD, update_TD), len(residual[0]))
 
 
 class DecoderLayer(nn.Module):

@@ -15,9 +15,20 @@ BUCKETS: tuple[int, ...] = (
 )
 
 
+MOST_CAPTURED = 1024
+"""Tokens of the largest step with prompts that a GPU captures."""
+
+
 def bucket_over(num_tokens: int) -> int:
     """The smallest bucket that holds a number of tokens."""
     return BUCKETS[bisect_left(BUCKETS, num_tokens)]
+
+
+def largest_captured(num_rows: int, most_tokens: int) -> int:
+    """The largest step that a GPU captures: all rows decode, or prompts of a bounded number of
+    tokens.
+    """
+    return max(bucket_over(num_rows), min(MOST_CAPTURED, bucket_over(most_tokens)))
 
 
 def most_tokens(capacity: int) -> int:

@@ -4,6 +4,8 @@ input.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from ...parallel.mesh import Mesh
@@ -101,7 +103,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``keep_fp8``: experts and linear layers stay in the checkpoint's FP8, other weights are held in
     ``dtype``. ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index
     in a step, a bucket. ``overlap``: steps may have two microbatches. ``balance``: experts may
-    move. ``linear_fp8``: own, or the library with the products of many rows in FP8.
+    move. ``wire``: hidden states travel to experts in ``dtype`` or in FP8, which FP8 experts alone
+    take. ``linear_fp8``: own, or the library with the products of many rows in FP8.
     """
 
     rank: int
@@ -123,6 +126,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     dispatch: str
     device: str
     threads: int
+    wire: Literal["full", "fp8"] = "full"
     capacity: int = 8192
     linear_fp8: str = "own"
     overlap: bool = False

@@ -35,16 +35,17 @@ def build_dispatcher(
     if spec.dispatch == "local" and experts.size == 1:
         return LocalDispatcher(placement, device), None
     exchange: Exchange
+    eight = spec.wire == "fp8"
     memory: SymmetricGroup | None = None
     if spec.dispatch == "all_gather":
-        exchange = AllGatherExchange(placement, experts, device, _nodes(spec))
+        exchange = AllGatherExchange(placement, experts, device, _nodes(spec), eight=eight)
     elif spec.dispatch == "all_to_all" and device.type == "cpu":
         exchange = AllToAllExchange(placement, experts, device, _nodes(spec))
     elif spec.dispatch == "all_to_all" and experts.store is not None:
         memory = SymmetricGroup(
             "experts", experts.index, experts.size, experts.store, device, TorchSymmetricLibrary()
         )
-        shape = TokenShape(_capacities(spec), moe.top_k, moe.hidden, dtype)
+        shape = TokenShape(_capacities(spec), moe.top_k, moe.hidden, dtype, eight)
         exchange = SymmetricExchange(placement, memory, device, shape, _nodes(spec))
     else:
         raise ValueError(

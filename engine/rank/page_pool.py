@@ -53,7 +53,13 @@ def fit_pages(
     page_bytes: int, page_size: int, limits: PoolLimits, ranks_per_host: int, device: torch.device
 ) -> int:
     """The number of pages in the pool. Raises ValueError when the memory does not hold one."""
-    free = 0 if limits.memory is not None else free_bytes(device)
+    on_gpu = device.type == "cuda"
+    free = free_bytes(device) if limits.memory is None or on_gpu else 0
+    if on_gpu and limits.memory is not None and limits.memory > free - limits.claimed:
+        left = f"weights leave {free} bytes, of which steps take {limits.claimed}"
+        raise ValueError(
+            f"kv_cache.memory = {limits.memory}: {left}; use at most {max(0, free - limits.claimed)}, or auto"
+        )
     num_bytes = limits.num_bytes(free, ranks_per_host, device.type)
     pages = limits.num_pages(num_bytes, page_bytes, page_size)
     if pages < 1:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...parallel.collectives import RankGroups
 from ...parallel.dense import LayerSplits
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
+from ...parallel.rank_groups import RankGroups
 from ..models.decoder import Model
 from .expert_slots import ExpertSlots
 from .grammars import Grammars

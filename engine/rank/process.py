@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from ...moe.balance.placement import Placement
 from ...moe.balance.start import placement_of
 from ...moe.balance.travel import staged_bytes
 from ...moe.dispatch.dispatcher import Dispatcher
-from ...parallel.collectives import Collectives, EpochGroup, RankGroups
+from ...parallel.collectives import Collectives
 from ...parallel.dense import split_as_attention, split_over
 from ...parallel.microbatches import Turns
 from ...parallel.pipeline import PipelineLinks
+from ...parallel.rank_groups import EpochGroup, RankGroups
 from ...parallel.stages import PipelineStage
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
@@ -34,13 +36,14 @@ from ..protocol.specs import RankSpec
 from ..text.vocabulary import load_vocabulary
 from .device.executor import DeviceExecutor
 from .device.graphs import CudaRecorder
+from .device.rehearsal import CudaMemory, rehearse
 from .dispatch import build_dispatcher
 from .executor import Executor
 from .expert_slots import ExpertSlots, StagePlace
 from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
-from .page_pool import KVPool, bytes_per_page, fit_pages, room_for_weights
+from .page_pool import KVPool, fit_pages, room_for_weights
 from .parts import Parts
 from .pulse import Pulse
 from .sockets import RankSockets
@@ -68,7 +71,11 @@ def main(spec: RankSpec) -> None:
                 functools.partial(_alone, spec),
                 lambda what: lobby.report("compiling", what),
             )
-        executor = load_executor(spec, lambda fraction: lobby.report("loading", fraction=fraction))
+        executor = load_executor(
+            spec,
+            lambda fraction: lobby.report("loading", fraction=fraction),
+            lambda: lobby.report("compiling", "steps of all sizes"),
+        )
         sockets = RankSockets(spec, absence=spec.pause_deadline)
         try:
             hello = executor.hello()
@@ -82,10 +89,29 @@ def main(spec: RankSpec) -> None:
             executor.close()
 
 
-def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor:
-    """Loads this rank's weights and allocates its memory. Raises ValueError when checkpoint, mesh
-    or memory do not fit.
+def load_executor(
+    spec: RankSpec, progress: Callable[[float], None], rehearsing: Callable[[], None] = lambda: None
+) -> Executor:
+    """Loads this rank's weights and allocates its memory: on a GPU pages take the rest, once steps
+    have been rehearsed. Raises ValueError when checkpoint, mesh or memory do not fit.
     """
+    config, parts = read_shape(Path(spec.model_path)), _load_parts(spec, progress)
+    max_len = min(spec.max_len or config.max_position, config.max_position)
+    claimed = _travelling(parts.dispatcher.placement, parts.expert_bytes) if spec.balance else 0
+    if parts.device.type == "cuda":
+        rehearsing()
+        claimed += rehearse(lambda: _device_executor(parts, spec, max_len), CudaMemory(parts.device))
+    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
+    num_pages = fit_pages(parts.pool.page_bytes, spec.page_size, limits, spec.ranks_per_host, parts.device)
+    where, held = (spec.rank, spec.mesh.world, parts.device), (spec.dtype, num_pages, spec.kv_dtype)
+    said = "loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s"
+    _LOG.info(said, spec.model_path, *where, *held, spec.dispatch)
+    pool = _pool(spec, config, parts.links.stage, num_pages)
+    return _executor(replace(parts, pool=pool), spec, max_len)
+
+
+def _load_parts(spec: RankSpec, progress: Callable[[float], None]) -> Parts:
+    """The parts of this rank with its weights, and a pool without pages."""
     mesh = spec.mesh
     device = torch.device(spec.device)
     config = read_shape(Path(spec.model_path))
@@ -98,23 +124,12 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     turns = Turns()
     split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor, turns.give)
     splits = split_as_attention(split) if dense.size == 1 else split_over(dense, split, turns.give)
-    dtype, kv_format = _dtype(spec.dtype), parse_format(spec.kv_dtype)
+    dtype = _dtype(spec.dtype)
     dispatcher, memory = build_dispatcher(spec, config.moe, dtype, placement, experts, turns)
-    held = config.part(stage.num_layers, mesh.tensor)
-    page_bytes = bytes_per_page(held, spec.page_size, kv_format)
     part = ModelPart(stage, splits)
     model = _load_model(
         spec, config, dispatcher, part, lambda layer: placement.experts_of(here.expert, layer), progress
     )
-    max_len = min(spec.max_len or config.max_position, config.max_position)
-    expert_bytes = _expert_bytes(config, dtype, spec.keep_fp8)
-    travelling = _travelling(placement, expert_bytes) if spec.balance and mesh.experts > 1 else 0
-    claimed = travelling + (0 if memory is None else memory.num_bytes)
-    limits = PoolLimits(spec.kv_memory, spec.max_running * max_len, claimed)
-    num_pages = fit_pages(page_bytes, spec.page_size, limits, spec.ranks_per_host, device)
-    pool = KVPool(held, num_pages, spec.page_size, kv_format, device)
-    facts = spec.model_path, spec.rank, mesh.world, device, spec.dtype, num_pages, kv_format, spec.dispatch
-    _LOG.info("loaded %s: rank %d of %d on %s, %s, %d pages in %s, experts by %s", *facts)
     spread: list[EpochGroup] = [experts]
     if spec.balance:
         spread.append(moves)
@@ -125,7 +140,7 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
     if mesh.experts > 1:
         place = StagePlace(here.stage, here.expert, here_layers)
         slots = ExpertSlots(model, dispatcher, whole, place, moves, Path(spec.model_path))
-    parts = Parts(
+    return Parts(
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
@@ -134,13 +149,12 @@ def load_executor(spec: RankSpec, progress: Callable[[float], None]) -> Executor
         links=PipelineLinks(stages, stage, device),
         turns=turns,
         samples=mesh.samples(spec.rank),
-        pool=pool,
+        pool=_pool(spec, config, stage, 0),
         device=device,
-        expert_bytes=expert_bytes,
+        expert_bytes=_expert_bytes(config, dtype, spec.keep_fp8),
         slots=slots,
         grammars=grammars,
     )
-    return _executor(parts, spec, max_len)
 
 
 def _load_model(
@@ -162,16 +176,28 @@ def _load_model(
 
 def _travelling(placement: Placement, expert_bytes: int) -> int:
     """Bytes of experts on the move, at most."""
-    num_layers, _, num_slots = placement.experts_LWS.shape
+    num_layers, num_ranks, num_slots = placement.experts_LWS.shape
+    if num_ranks == 1:
+        return 0
     return staged_bytes(expert_bytes, num_slots, num_layers)
+
+
+def _pool(spec: RankSpec, config: ModelConfig, stage: PipelineStage, num_pages: int) -> KVPool:
+    held = config.part(stage.num_layers, spec.mesh.tensor)
+    return KVPool(held, num_pages, spec.page_size, parse_format(spec.kv_dtype), torch.device(spec.device))
 
 
 def _executor(parts: Parts, spec: RankSpec, max_len: int) -> Executor:
     """The executor of the rank's device. A GPU's state is its own; a CPU has it at hand."""
+    if parts.device.type == "cuda":
+        return _device_executor(parts, spec, max_len)
+    return Executor(parts, spec.max_running, max_len, spec.mesh.num_cohorts)
+
+
+def _device_executor(parts: Parts, spec: RankSpec, max_len: int) -> DeviceExecutor:
+    recorder, deadline = CudaRecorder(parts.device), spec.collective_deadline
     facts = spec.max_running, max_len, spec.mesh.num_cohorts
-    if parts.device.type != "cuda":
-        return Executor(parts, *facts)
-    return DeviceExecutor(parts, *facts, spec.capacity, CudaRecorder(parts.device), spec.collective_deadline)
+    return DeviceExecutor(parts, *facts, spec.capacity, recorder, deadline)
 
 
 def _moe_layers(config: ModelConfig, stage: PipelineStage) -> range:

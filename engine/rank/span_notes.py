@@ -18,8 +18,8 @@ from torch import nn
 
 from ...moe.clock import PhaseClock
 from ...moe.phases import COMBINE, DISPATCH, EXPERT
-from ...parallel.collectives import RankGroups
 from ...parallel.microbatches import Turns
+from ...parallel.rank_groups import RankGroups
 from ..protocol.plan import Header
 from ..protocol.timeline import Span, StepSpans, Track, clock_name
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..cpu_isa import COLUMNS
 from ..reference.experts import ExpertForm
+from ..reference.fp8 import Normed
 from ..reference.kv_entries import holds_fp8, num_kv_heads
 from ..reference.linear import SlotWeights
 from ..reference.paged import PagedBatch
@@ -128,7 +129,7 @@ class Experts:
         self._local: LocalExperts | None = None
         self._places: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
-    def __call__(self, residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, residual: Residual, local: LocalExperts) -> tuple[Tensor, Normed, Tensor]:
         if not _plain(residual):
             return self._composed(residual, local)
         if self._local is not local:

@@ -24,6 +24,7 @@ from . import (
     sampling,
 )
 from .experts import PLAIN_FORM, ExpertForm
+from .fp8 import Normed, NormedRows
 from .linear import SlotWeights
 from .paged import PagedBatch
 from .rope import Angles
@@ -113,14 +114,23 @@ class Reference:
         x_TD, normed_TD = self.add_norm(residual, norm)
         return x_TD, self.project(normed_TD, projection)
 
-    def choose_experts(
-        self, residual: Residual, norm: RowNorm, gate: GateWeights
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The sum of the residual, its norm, and the gate's choice: ids_TC int64 and weights_TC
-        float32.
-        """
+    def project_normed(self, rows: Normed, projection: Projection) -> Tensor:
+        """The product of a norm with a projection."""
+        return self.project(fp8.wide_of(rows), projection)
+
+    def norm_rows(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, NormedRows]:
+        """The sum of the residual, and its norm, quantised too."""
         x_TD, normed_TD = self.add_norm(residual, norm)
-        return x_TD, normed_TD, *self.gate(normed_TD, gate.weight, gate.bias, gate.routing)
+        return x_TD, NormedRows(normed_TD, self.quantise_rows(normed_TD))
+
+    def choose_experts(
+        self, residual: Residual, norm: RowNorm, gate: GateWeights, eight: bool = False
+    ) -> tuple[Tensor, Normed, Tensor, Tensor]:
+        """The sum of the residual, its norm, quantised too if ``eight``, and the gate's choice:
+        ids_TC int64 and weights_TC float32.
+        """
+        x_TD, normed = self.norm_rows(residual, norm) if eight else self.add_norm(residual, norm)
+        return x_TD, normed, *self.gate(fp8.wide_of(normed), gate.weight, gate.bias, gate.routing)
 
     def attention_sublayer(self, norm: RowNorm, heads: GroupedHeads) -> AttentionSublayer:
         """The attention of a layer with these weights, for T of at least 1."""
@@ -148,25 +158,29 @@ class Reference:
     ) -> ExpertsSublayer:
         """The routed experts of a layer. ``weights``: w13 and w2 as ``experts`` reads them."""
 
-        def run(x_TD: Tensor, slots_M: Tensor, local: LocalExperts) -> Tensor:
-            return self.experts(x_TD, local.rows_M, slots_M, *weights, local.counts_S, form)
+        def run(rows: Normed, slots_M: Tensor, local: LocalExperts) -> Tensor:
+            return self.experts(fp8.wide_of(rows), local.rows_M, slots_M, *weights, local.counts_S, form)
 
         return self.routed_sublayer(norm, gate, run)
 
     def routed_sublayer(
-        self, norm: RowNorm, gate: GateWeights, run: Callable[[Tensor, Tensor, LocalExperts], Tensor]
+        self,
+        norm: RowNorm,
+        gate: GateWeights,
+        run: Callable[[Normed, Tensor, LocalExperts], Tensor],
+        eight: bool = False,
     ) -> ExpertsSublayer:
-        """``experts_sublayer`` with any experts: ``run`` takes x_TD, slots_M and the places, and
-        returns y_MD, unweighted.
+        """``experts_sublayer`` with any experts: ``run`` takes the norm, quantised too if
+        ``eight``, slots_M and the places, and returns y_MD, unweighted.
         """
 
-        def routed(residual: Residual, local: LocalExperts) -> tuple[Tensor, Tensor, Tensor]:
-            x_TD, normed_TD, ids_TC, weights_TC = self.choose_experts(residual, norm, gate)
+        def routed(residual: Residual, local: LocalExperts) -> tuple[Tensor, Normed, Tensor]:
+            x_TD, normed, ids_TC, weights_TC = self.choose_experts(residual, norm, gate, eight)
             slots_M = local.slots_L.index_select(0, ids_TC.view(-1))
             if local.padding_M is not None:
                 slots_M = slots_M.masked_fill(local.padding_M, -1)
-            y_MD = run(normed_TD, slots_M, local)
+            y_MD = run(normed, slots_M, local)
             y_TCD = y_MD.view(*ids_TC.shape, y_MD.shape[1])
-            return x_TD, normed_TD, self.weighted_sum(y_TCD, weights_TC)
+            return x_TD, normed, self.weighted_sum(y_TCD, weights_TC)
 
         return routed

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK, KERNEL_BLOCK
+from .norm import rms_norm
 
 LARGEST = 448.0  # largest number of float8_e4m3fn
 LEAST_SCALE = 1e-12  # keeps groups of zeros from division by zero
@@ -32,6 +33,23 @@ class Quantised:
 
     values: Tensor
     scales: Tensor
+
+
+@dataclass(frozen=True)
+class NormedRows:
+    """Rows [N, D] in the model's dtype, and the same quantised, for readers of either."""
+
+    wide: Tensor
+    eight: Quantised
+
+
+Normed = Tensor | NormedRows
+"""The norm of a residual; quantised too where experts in FP8 read it."""
+
+
+def wide_of(rows: Normed) -> Tensor:
+    """Rows in the model's dtype."""
+    return rows.wide if isinstance(rows, NormedRows) else rows
 
 
 def quantise_rows(x_ND: Tensor) -> Quantised:
@@ -103,14 +121,14 @@ def from_e4m3(bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
-    """``norm.rms_norm``, quantised from float32."""
-    return quantise_rows(F.rms_norm(x_ND.float(), weight_D.shape, weight_D.float(), eps))
+    """``norm.rms_norm``, quantised."""
+    return quantise_rows(rms_norm(x_ND, weight_D, eps))
 
 
 def add_rms_norm_fp8(
     x_ND: Tensor, update_ND: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Quantised]:
-    """``norm.add_rms_norm``: the rounded sum, and its norm quantised from float32."""
+    """``norm.add_rms_norm``: the rounded sum, and its norm, quantised."""
     total_ND = x_ND + update_ND
     return total_ND, rms_norm_fp8(total_ND, weight_D, eps)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .attention import PLAIN_RULE, AttentionRule
+from .fp8 import Normed
 from .gate import Routing
 from .paged import PagedBatch
 from .rope import Angles, HeadNorms
@@ -84,4 +85,4 @@ class LocalExperts:
 # (residual, rotation, batch, (keys, values)) -> residual
 AttentionSublayer = Callable[[Residual, Angles, PagedBatch, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 # (residual, places) -> the sum so far, its norm, the weighted outputs of the experts; all [T, D]
-ExpertsSublayer = Callable[[Residual, LocalExperts], tuple[Tensor, Tensor, Tensor]]
+ExpertsSublayer = Callable[[Residual, LocalExperts], tuple[Tensor, Normed, Tensor]]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
 
 from ..libraries.deep_gemm import Product
 from ..reference.column import Reference
+from ..reference.fp8 import Normed, NormedRows
 from ..reference.sublayers import Projection, Residual, RowNorm
 from . import (
     attention,
@@ -41,23 +43,40 @@ class Triton(Reference):
         self.experts_four_bit = experts_four_bit.experts_four_bit_with(tiles)
         self.attend = functools.partial(attention.attend, tiles=tiles)
         self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
-        self._product: Product = linear_fp8.product
-        self.linear_fp8 = linear_fp8.linear_fp8
+        self._tiles = tiles
+        self._product: Product = functools.partial(linear_fp8.product, tiles=tiles)
+        self.linear_fp8 = functools.partial(linear_fp8.linear_fp8, tiles=tiles)
 
-    def with_product(self, product: Product) -> Triton:
-        """These ops with another product of many rows in FP8."""
+    def with_product(self, other: Callable[[Product], Product]) -> Triton:
+        """These ops with another product of many rows in FP8, made with the own one."""
         ops = copy.copy(self)
-        ops._product = product
-        ops.linear_fp8 = functools.partial(linear_fp8.linear_fp8, product_of_many=product)
+        ops._product = other(self._product)
+        ops.linear_fp8 = functools.partial(
+            linear_fp8.linear_fp8, product_of_many=ops._product, tiles=self._tiles
+        )
         return ops
 
     def norm_project(
         self, residual: Residual, norm: RowNorm, projection: Projection
     ) -> tuple[Tensor, Tensor]:
-        """Same as the reference's, but for the rounding of a norm that becomes FP8."""
+        """Same as the reference's; the norm of many rows becomes FP8 as it is computed."""
         if projection.scales is None or len(residual[0]) <= linear_fp8.QUANTISED_HERE:
             return super().norm_project(residual, norm, projection)
         return linear_fp8.norm_linear_fp8(residual, norm, projection, self._product)
+
+    def project_normed(self, rows: Normed, projection: Projection) -> Tensor:
+        """Same as the reference's; many rows that are quantised are not quantised again."""
+        if (
+            isinstance(rows, Tensor)
+            or projection.scales is None
+            or len(rows.wide) <= linear_fp8.QUANTISED_HERE
+        ):
+            return super().project_normed(rows, projection)
+        return self._product(rows.eight, projection, rows.wide.dtype)
+
+    def norm_rows(self, residual: Residual, norm: RowNorm) -> tuple[Tensor, NormedRows]:
+        """Same as the reference's, in one launch."""
+        return fp8.norm_rows(*residual, norm.weight, norm.eps)
 
     gate = staticmethod(gate_ops.gate)
     group_pairs = staticmethod(grouping.group_pairs)

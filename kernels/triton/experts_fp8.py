@@ -58,9 +58,8 @@ def experts_fp8_tiled(
     )
     w13, w2 = weights
     rows_M, slots_M = pairs
-    assert all(
-        part.is_contiguous() for quantised in (x, w13, w2) for part in (quantised.values, quantised.scales)
-    )
+    assert all(part.is_contiguous() for weights in (w13, w2) for part in (weights.values, weights.scales))
+    assert x.values.stride(1) == x.scales.stride(1) == 1 or not x.values.numel()
     hidden, width = w2.values.shape[1:]
     rows = tile.rows
     grouping = group_pairs(slots_M, counts_S, rows)
@@ -93,6 +92,8 @@ def experts_fp8_tiled(
         h.values,
         h.scales,
         num_blocks,
+        x.values.stride(0),
+        x.scales.stride(0),
         BLOCK_N=tile.up.columns,
         **common,
         num_warps=tile.up.warps,
@@ -127,6 +128,8 @@ def _up_fp8_kernel(
     h_ptr,
     h_scales_ptr,
     num_blocks,
+    x_stride,
+    x_scales_stride,
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -150,7 +153,7 @@ def _up_fp8_kernel(
     row = tl.load(rows_ptr + pair, mask=real, other=0)
     f = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, 128)
-    x_at = x_ptr + row[:, None] * D + k[None, :]
+    x_at = x_ptr + row[:, None] * x_stride + k[None, :]
     gate_at = w13_ptr + slot * (2 * F * D) + f[None, :].to(tl.int64) * D + k[:, None]
     gate_scale_at = w13_scales_ptr + (slot * (2 * F_GROUPS) + tile * BLOCK_N // 128) * D_GROUPS
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -167,7 +170,7 @@ def _up_fp8_kernel(
             w_mask = (f < F)[None, :] & inside[:, None]
             w_gate = tl.load(gate_at + start, mask=w_mask, other=0.0)
             w_up = tl.load(gate_at + F * D + start, mask=w_mask, other=0.0)
-        x_scale = tl.load(x_scales_ptr + row * D_GROUPS + group, mask=real, other=0.0)[:, None]
+        x_scale = tl.load(x_scales_ptr + row * x_scales_stride + group, mask=real, other=0.0)[:, None]
         gate += tl.dot(x, w_gate) * (x_scale * tl.load(gate_scale_at + group))
         up += tl.dot(x, w_up) * (x_scale * tl.load(gate_scale_at + F_GROUPS * D_GROUPS + group))
     h = gate / (1.0 + tl.exp(-gate)) * up

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
-from ..reference.fp8 import LARGEST, LEAST_SCALE, Quantised
+from ..reference.fp8 import LARGEST, LEAST_SCALE, NormedRows, Quantised
+from .norm import rows_together, warps_for
 from .target import check_dtype, interpreted, power_of_two
 
 # Kernels can only use globals that are Triton constants.
@@ -25,12 +26,12 @@ _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 def quantise_rows(x_ND: Tensor) -> Quantised:
     """Same as ``fp8.quantise_rows``."""
-    return _rows(x_ND, None, None, 0.0)[1]
+    return _rows(x_ND, None, None, 0.0)[2]
 
 
 def rms_norm_fp8(x_ND: Tensor, weight_D: Tensor, eps: float) -> Quantised:
     """Same as ``fp8.rms_norm_fp8``."""
-    return _rows(x_ND, None, weight_D, eps)[1]
+    return _rows(x_ND, None, weight_D, eps)[2]
 
 
 def add_rms_norm_fp8(
@@ -38,7 +39,16 @@ def add_rms_norm_fp8(
 ) -> tuple[Tensor, Quantised]:
     """Same as ``fp8.add_rms_norm_fp8``."""
     assert x_ND.shape == update_ND.shape and x_ND.dtype == update_ND.dtype
-    return _rows(x_ND, update_ND, weight_D, eps)
+    total_ND, _, rows = _rows(x_ND, update_ND, weight_D, eps)
+    return total_ND, rows
+
+
+def norm_rows(
+    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, NormedRows]:
+    """The sum, and its norm in x's dtype and quantised."""
+    total_ND, normed_ND, rows = _rows(x_ND, update_ND, weight_D, eps, keep=True)
+    return total_ND, NormedRows(normed_ND, rows)
 
 
 def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
@@ -64,34 +74,42 @@ def silu_mul_fp8(gate_up_NF: Tensor) -> Quantised:
 
 
 def _rows(
-    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor | None, eps: float
-) -> tuple[Tensor, Quantised]:
+    x_ND: Tensor, update_ND: Tensor | None, weight_D: Tensor | None, eps: float, keep: bool = False
+) -> tuple[Tensor, Tensor, Quantised]:
+    """The sum, its norm if ``keep``, else x, and the quantised rows."""
     check_dtype(x_ND, "fp8: x")
     assert x_ND.stride(1) == 1 and (update_ND is None or update_ND.stride(1) == 1)
     num_rows, dim = x_ND.shape
     out = _empty(num_rows, dim, x_ND.device)
     total_ND = x_ND.new_empty(x_ND.shape) if update_ND is not None else x_ND
+    normed_ND = x_ND.new_empty(x_ND.shape) if keep else x_ND
     groups = out.scales.shape[1]
     if num_rows and dim:
-        _quantise_kernel[(num_rows,)](
+        dim_pad = max(BLOCK, power_of_two(dim))
+        together = rows_together(dim_pad)
+        _quantise_kernel[(triton.cdiv(num_rows, together),)](
             x_ND,
             update_ND if update_ND is not None else x_ND,
             weight_D if weight_D is not None else x_ND,
             total_ND,
+            normed_ND,
             out.values,
             out.scales,
+            num_rows,
             x_ND.stride(0),
             update_ND.stride(0) if update_ND is not None else 0,
             eps,
             D=dim,
+            D_PAD=dim_pad,
+            ROWS=together,
             GROUPS=groups,
-            GROUPS_PAD=power_of_two(groups),
             ADD=update_ND is not None,
             NORM=weight_D is not None,
+            KEEP=keep,
             ROUND=interpreted(),
-            num_warps=8 if dim >= 4096 else 4,
+            num_warps=warps_for(dim_pad),
         )
-    return total_ND, out
+    return total_ND, normed_ND, out
 
 
 def _empty(num_rows: int, dim: int, device: torch.device) -> Quantised:
@@ -117,45 +135,55 @@ def eight_bits(x, dtype: tl.constexpr, ROUND: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantise_kernel(
     x_ptr,
     update_ptr,
     weight_ptr,
     total_ptr,
+    normed_ptr,
     values_ptr,
     scales_ptr,
+    num_rows,
     x_stride,
     update_stride,
     eps,
     D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
+    KEEP: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One row per program, as [groups, 128]."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS_PAD)
-    d = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    x = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    """Rows are summed as by ``norm``, and a norm is rounded as there: the bits are those of both
+    ops.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    d = tl.arange(0, D_PAD)[None, :]
+    inside = (row < num_rows) & (d < D)
+    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(update_ptr + row * update_stride + d, mask=d < D, other=0.0).to(tl.float32)
-        rounded = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * D + d, rounded, mask=d < D)
+        x += tl.load(update_ptr + row * update_stride + d, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(dtype)
+        tl.store(total_ptr + row * D + d, rounded, mask=inside)
         x = rounded.to(tl.float32)
     if NORM:
-        mean = tl.sum(tl.sum(x * x, 1), 0) / D
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
         weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-        x = x * (1.0 / tl.sqrt(mean + eps)) * weight
-    scales = group_scales(x)
-    tl.store(
-        values_ptr + row * D + d,
-        eight_bits(x / scales[:, None], values_ptr.dtype.element_ty, ROUND),
-        mask=d < D,
-    )
-    tl.store(scales_ptr + row * GROUPS + group, scales, mask=group < GROUPS)
+        normed = (x * scale[:, None] * weight).to(dtype)
+        if KEEP:
+            tl.store(normed_ptr + row * D + d, normed, mask=inside)
+        x = normed.to(tl.float32)
+    groups = tl.reshape(x, (ROWS * (D_PAD // 128), 128))
+    scales = group_scales(groups)
+    eight = eight_bits(groups / scales[:, None], values_ptr.dtype.element_ty, ROUND)
+    tl.store(values_ptr + row * D + d, tl.reshape(eight, (ROWS, D_PAD)), mask=inside)
+    group = tl.arange(0, D_PAD // 128)[None, :]
+    at = scales_ptr + row * GROUPS + group
+    tl.store(at, tl.reshape(scales, (ROWS, D_PAD // 128)), mask=(row < num_rows) & (group < GROUPS))
 
 
 @triton.jit

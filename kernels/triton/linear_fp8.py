@@ -22,10 +22,8 @@ from ..reference.sublayers import Projection, Residual, RowNorm
 from .experts import block_and_tile
 from .fp8 import add_rms_norm_fp8, eight_bits, group_scales, quantise_rows, rms_norm_fp8
 from .target import check_dtype, interpreted
+from .tiles import DEFAULT, Tiles
 
-# Up to so many rows: rows and columns of a program, warps, stages. Not timed on a card yet.
-_TILES = ((16, 16, 32, 4, 4), (64, 64, 64, 4, 4))
-_MANY = (128, 128, 8, 3)
 QUANTISED_HERE = 64
 """Up to so many rows are quantised by the product itself."""
 
@@ -36,9 +34,10 @@ def linear_fp8(
     bias_N: Tensor | None,
     scales_GG: Tensor,
     product_of_many: Product | None = None,
+    tiles: Tiles = DEFAULT,
 ) -> Tensor:
     """Same as ``fp8.linear_fp8``. The host reads nothing. ``product_of_many``: of more rows than
-    are quantised by the product; ours unless given.
+    are quantised by the product; ours, with ``tiles``, unless given.
     """
     num_columns, dim = weight_ND.shape
     x_TD = x.reshape(-1, dim)
@@ -46,8 +45,11 @@ def linear_fp8(
     assert x_TD.stride(1) == 1
     few = len(x_TD) <= QUANTISED_HERE
     rows = Quantised(x_TD, scales_GG) if few else quantise_rows(x_TD)
-    compute = product if few or product_of_many is None else product_of_many
-    y_TN = compute(rows, Projection(weight_ND, bias_N, scales_GG), x.dtype)
+    projection = Projection(weight_ND, bias_N, scales_GG)
+    if few or product_of_many is None:
+        y_TN = product(rows, projection, x.dtype, tiles)
+    else:
+        y_TN = product_of_many(rows, projection, x.dtype)
     return y_TN.view(*x.shape[:-1], num_columns)
 
 
@@ -55,8 +57,8 @@ def norm_linear_fp8(
     residual: Residual, norm: RowNorm, projection: Projection, product_of_many: Product
 ) -> tuple[Tensor, Tensor]:
     """The sum of the residual [T, D], and the product of its norm with a projection in FP8. The
-    norm is quantised as it is computed, from float32: for many rows, which would be quantised by a
-    launch of their own.
+    norm is quantised as it is computed: for many rows, which would be quantised by a launch of
+    their own. The bits are the same.
     """
     x_TD, update_TD = residual
     if update_TD is None:
@@ -66,7 +68,7 @@ def norm_linear_fp8(
     return x_TD, product_of_many(rows, projection, x_TD.dtype)
 
 
-def product(rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tensor:
+def product(rows: Quantised, projection: Projection, dtype: torch.dtype, tiles: Tiles = DEFAULT) -> Tensor:
     """y_TN. Up to ``QUANTISED_HERE`` rows have values that are still to be quantised."""
     weight_ND, bias_N, scales_GG = projection.weight, projection.bias, projection.scales
     assert scales_GG is not None and weight_ND.is_contiguous() and scales_GG.is_contiguous()
@@ -75,10 +77,9 @@ def product(rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tens
     y = torch.empty(num_rows, num_columns, dtype=dtype, device=weight_ND.device)
     if not num_rows:
         return y
-    tiles = [tile for most, *tile in _TILES if num_rows <= most]
-    block_rows, columns, warps, stages = tiles[0] if tiles else _MANY
-    num_blocks = triton.cdiv(num_rows, block_rows)
-    _linear_fp8_kernel[(num_blocks * triton.cdiv(num_columns, columns),)](
+    tile = tiles.of_linear_fp8(num_rows)
+    num_blocks = triton.cdiv(num_rows, tile.rows)
+    _linear_fp8_kernel[(num_blocks * triton.cdiv(num_columns, tile.columns),)](
         rows.values,
         rows.scales,
         weight_ND,
@@ -90,14 +91,14 @@ def product(rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tens
         rows.values.stride(0),
         D=dim,
         N=num_columns,
-        BLOCK_M=block_rows,
-        BLOCK_N=columns,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
         EVEN=dim % BLOCK == num_columns % BLOCK == 0,
         WIDE=few,
         BIAS=bias_N is not None,
         ROUND=interpreted(),
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return y
 

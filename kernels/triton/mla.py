@@ -50,7 +50,7 @@ def mla_attend(
         out_THV = _absorbed((q_nope_THN, q_rope_THE), latents, expand_HPC, batch, scale, tiles, most)
     if windows:
         heads = Heads(q_nope_THN, q_rope_THE, expand_HPC, out_THV)
-        attend_expanded(heads, latents, batch, scale, tiles.prefill, windows)
+        attend_expanded(heads, latents, batch, scale, tiles, windows)
     return out_THV
 
 

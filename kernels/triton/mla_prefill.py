@@ -29,7 +29,7 @@ from ..reference.paged import PagedBatch
 from .attend import row_of_tile, softmax_step
 from .attend_inputs import Keys
 from .target import interpreted, padded_rows, power_of_two
-from .tiles import AttendTile
+from .tiles import Tiles
 
 _BLOCK = 64  # keys expanded together; windows and rows begin at multiples of it
 _MOST_WINDOWS = 32  # more launches than this are not worth a captured step
@@ -104,13 +104,15 @@ def window_keys(num_bytes: int, expand_HPC: Tensor) -> int:
 
 
 def attend_expanded(
-    heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tile: AttendTile, windows: Windows
+    heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tiles: Tiles, windows: Windows
 ) -> None:
     """Attends the rows after ``num_decode`` with more than ``windows.most_absorbed`` queries."""
+    tile, expand = tiles.prefill, tiles.expand
     num_keys = windows.keys
     q_THN, out = heads.q_nope_THN, heads.out_THV
     num_tokens, num_heads, nope = q_THN.shape
     rope, value, latent = heads.q_rope_THE.shape[2], out.shape[2], heads.expand_HPC.shape[2]
+    columns = min(expand.columns, max(16, power_of_two(nope + value)))
     num_rows = len(batch.lengths_R) - batch.num_decode
     assert latents.k1_PKE is not None and heads.expand_HPC.is_contiguous()
     kv_WHP = q_THN.new_empty(num_keys, num_heads, nope + value)
@@ -121,7 +123,7 @@ def attend_expanded(
     logsum_TH = q_THN.new_empty(num_tokens, num_heads, dtype=torch.float32) if several else out
     rows = (batch.query_start_R1, batch.lengths_R, batch.num_decode, num_rows, windows.most_absorbed)
     for window in range(windows.count):
-        _expand_kernel[(num_keys // _BLOCK, num_heads * triton.cdiv(nope + value, 128))](
+        _expand_kernel[(num_keys // _BLOCK, num_heads * triton.cdiv(nope + value, columns))](
             latents.k0.values,
             latents.k0.scales,
             latents.k1_PKE,
@@ -143,12 +145,12 @@ def attend_expanded(
             GROUP=latents.k0.group,
             PAGE=batch.page_size,
             BLOCK_N=_BLOCK,
-            BLOCK_P=min(128, max(16, power_of_two(nope + value))),
-            BLOCK_C=min(128, max(16, power_of_two(latent))),
+            BLOCK_P=columns,
+            BLOCK_C=min(expand.depth, max(16, power_of_two(latent))),
             ROWS_PAD=padded_rows(num_rows),
             WIDEN=interpreted(),
-            num_warps=4,
-            num_stages=3,
+            num_warps=expand.warps,
+            num_stages=expand.stages,
         )
         _attend_window_kernel[((num_tokens - batch.num_decode) // tile.queries + num_rows, num_heads)](
             q_THN,

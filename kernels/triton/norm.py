@@ -55,7 +55,7 @@ def _launch(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: float) -> t
     total = x.new_empty(x.shape) if update is not None else normed
     if normed.numel():
         dim_pad = power_of_two(dim)
-        tile_rows = max(1, _TILE // dim_pad)
+        tile_rows = rows_together(dim_pad)
         _rms_norm_kernel[(triton.cdiv(num_rows, tile_rows),)](
             rows,
             added,
@@ -73,9 +73,19 @@ def _launch(x: Tensor, update: Tensor | None, weight_D: Tensor, eps: float) -> t
             D_PAD=dim_pad,
             ROWS=tile_rows,
             ADD=update is not None,
-            num_warps=8 if dim_pad >= 4096 else 4,
+            num_warps=warps_for(dim_pad),
         )
     return normed, total
+
+
+def rows_together(dim_pad: int) -> int:
+    """Rows of a program that norms them."""
+    return max(1, _TILE // dim_pad)
+
+
+def warps_for(dim_pad: int) -> int:
+    """Its warps. With both a row is summed in one order, whatever becomes of its norm."""
+    return 8 if dim_pad >= 4096 else 4
 
 
 def _as_heads(x: Tensor) -> Tensor:

@@ -47,6 +47,19 @@ class ExpertTile:
 
 
 @dataclass(frozen=True)
+class LinearTile:
+    """One program of a product with one matrix, for up to ``up_to`` rows (0: any number): ``rows``
+    by ``columns`` outputs.
+    """
+
+    up_to: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class AttendTile:
     """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until
     there are ``programs`` per processor, or into ``splits`` unless that is 0.
@@ -64,7 +77,7 @@ class AttendTile:
 class Tiles:
     """The tiles of one card. ``latent_*``: over latents as they are. ``prefill``: over expanded
     latents, for rows of more than ``most_absorbed`` queries (None: from the break-even in
-    operations), in a workspace of about ``prefill_bytes``.
+    operations), in a workspace of about ``prefill_bytes``; ``expand``: of the expansion.
     """
 
     experts: tuple[ExpertTile, ...] = (
@@ -76,6 +89,11 @@ class Tiles:
         ExpertTile(16, 16, ProductTile(32, 128, 4, 4), ProductTile(32, 128, 4, 4)),
         ExpertTile(0, 64, ProductTile(128, 128, 8, 4), ProductTile(128, 128, 4, 4)),
     )
+    linear_fp8: tuple[LinearTile, ...] = (
+        LinearTile(16, 16, 32, 4, 4),
+        LinearTile(64, 64, 64, 4, 4),
+        LinearTile(0, 128, 128, 8, 3),
+    )
     decode: AttendTile = AttendTile(16, 64, 4, 3)
     decode_fp8: AttendTile = AttendTile(16, 64, 4, 4)
     extend: AttendTile = AttendTile(128, 64, 8, 3)
@@ -85,6 +103,7 @@ class Tiles:
     latent_extend: AttendTile = AttendTile(32, 64, 8, 2)
     latent_extend_fp8: AttendTile = AttendTile(32, 16, 8, 3)
     prefill: AttendTile = AttendTile(128, 64, 8, 2)
+    expand: ProductTile = ProductTile(128, 128, 4, 3)
     most_absorbed: int | None = None
     prefill_bytes: int = 512 << 20
 
@@ -95,6 +114,10 @@ class Tiles:
             entry for entry in entries if not entry.per_slot or num_pairs <= entry.per_slot * num_slots
         )
 
+    def of_linear_fp8(self, num_rows: int) -> LinearTile:
+        """The tile of a product of so many rows."""
+        return next(entry for entry in self.linear_fp8 if not entry.up_to or num_rows <= entry.up_to)
+
 
 DEFAULT = Tiles()
 
@@ -102,9 +125,29 @@ BLACKWELL = Tiles(extend=AttendTile(128, 64, 8, 2), latent_decode=AttendTile(64,
 """Without a table of the card, on sm_100: three stages do not fit, or spill (Triton 3.7)."""
 
 
+GEFORCE = Tiles(
+    experts=(DEFAULT.experts[0], dataclasses.replace(DEFAULT.experts[1], per_slot=0)),
+    experts_fp8=(
+        DEFAULT.experts_fp8[0],
+        ExpertTile(0, 64, ProductTile(128, 128, 8, 3), ProductTile(128, 128, 4, 4)),
+    ),
+    linear_fp8=(*DEFAULT.linear_fp8[:2], LinearTile(0, 128, 64, 8, 4)),
+    extend=AttendTile(64, 64, 8, 2),
+    extend_fp8=AttendTile(64, 64, 8, 2),
+    latent_decode=AttendTile(16, 64, 8, 2),
+    latent_extend=AttendTile(32, 32, 8, 2),
+    prefill=AttendTile(128, 32, 8, 2),
+    expand=ProductTile(128, 64, 4, 3),
+)
+"""Without a table of the card, on sm_120: a program has 99 KiB of shared memory, and operands of
+the matrix units lie in registers, so larger tiles spill (Triton 3.6 and 3.7)."""
+
+
 def default_tiles(arch: int) -> Tiles:
-    """Tiles that fit a card of that kind: 90 for an H100, 100 for a B200."""
-    return BLACKWELL if 100 <= arch < 120 else DEFAULT
+    """Tiles that fit a card of that kind: 90 for an H100, 100 for a B200, 120 for an RTX 5090."""
+    if arch < 100:
+        return DEFAULT
+    return BLACKWELL if arch < 120 else GEFORCE
 
 
 def tiles_of(card: str, folder: Path = FOLDER, arch: int = 90) -> Tiles:
@@ -167,6 +210,12 @@ def _parse(table: dict[str, Any]) -> Tiles:
             )
             if not found[name] or found[name][-1].per_slot:
                 raise ValueError(f"{name}: the last entry must hold for any number of pairs (per_slot 0)")
+        elif name == "linear_fp8":
+            found[name] = tuple(LinearTile(**entry) for entry in value)
+            if not found[name] or found[name][-1].up_to:
+                raise ValueError(f"{name}: the last entry must hold for any number of rows (up_to 0)")
+        elif name == "expand":
+            found[name] = ProductTile(**value)
         else:
             found[name] = AttendTile(**value) if isinstance(value, dict) else value
     return Tiles(**found)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ...engine.kv.budget import GPU_RESERVE_BYTES, PoolLimits
 from ...engine.models.config import GqaConfig
-from ...engine.protocol.buckets import bucket_over, most_tokens
+from ...engine.protocol.buckets import bucket_over, largest_captured, most_tokens
 from ...moe.balance.travel import staged_bytes
 from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
@@ -43,8 +43,9 @@ class Memory:
     """Bytes on a rank.
 
     ``kv_pool``: ``num_pages`` pages and a scratch page. ``activations``: estimated peak at
-    ``capacity`` tokens. ``dispatch``: upper bound of the exchange at capacity. ``moves``: experts
-    on their way between ranks. ``reserve``: for libraries. ``headroom``: bytes left; negative:
+    ``capacity`` tokens. ``dispatch``: upper bound of the exchange at capacity. ``captured``: both
+    once more for captured steps, whose memory is their own. ``moves``: experts on their way between
+    ranks. ``reserve``: for libraries. ``headroom``: bytes left; negative:
     bytes missing.
     """
 
@@ -53,6 +54,7 @@ class Memory:
     kv_pool: int
     activations: int
     dispatch: int
+    captured: int
     moves: int
     reserve: int
     headroom: int
@@ -66,11 +68,11 @@ def memory_of(setup: Setup, stage: PipelineStage) -> Memory:
     weights = weights_of(setup, stage)
     num_pages = pages_of(setup, stage, weights)
     kv_pool = (num_pages + 1) * page_bytes(setup, stage) if num_pages else 0
-    activations, dispatch = activations_of(setup, stage), dispatch_buffers(setup)
+    steps = activations_of(setup, stage), dispatch_buffers(setup), captured_bytes(setup, stage)
     moves = moves_bytes(setup, stage)
     reserve = GPU_RESERVE_BYTES if setup.hardware.device == "cuda" else 0
-    headroom = setup.rank_memory - weights.total - kv_pool - activations - dispatch - moves - reserve
-    return Memory(weights, num_pages, kv_pool, activations, dispatch, moves, reserve, headroom)
+    headroom = setup.rank_memory - weights.total - kv_pool - sum(steps) - moves - reserve
+    return Memory(weights, num_pages, kv_pool, *steps, moves, reserve, headroom)
 
 
 def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
@@ -114,8 +116,9 @@ def page_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:
-    """Pages of the pool; 0 if none fits."""
-    claimed = symmetric_memory(setup) + moves_bytes(setup, stage)
+    """Pages of the pool; 0 if none fits. A rank on a GPU measures what is estimated here."""
+    steps = activations_of(setup, stage) + dispatch_buffers(setup) + captured_bytes(setup, stage)
+    claimed = steps + moves_bytes(setup, stage)
     limits = PoolLimits(setup.kv_memory, setup.max_running * setup.max_len, claimed)
     free = setup.rank_memory - weights.total
     num_bytes = limits.num_bytes(free, 1, setup.hardware.device)
@@ -175,6 +178,14 @@ def dispatch_buffers(setup: Setup) -> int:
     if setup.hardware.device == "cuda":
         return symmetric_memory(setup) + pairs * output + back
     return tokens * row * (min(moe.top_k, ranks) + ranks) + pairs * output + back
+
+
+def captured_bytes(setup: Setup, stage: PipelineStage) -> int:
+    """Bytes of captured steps: they share memory, so the largest counts. Stages capture none."""
+    if setup.hardware.device != "cuda" or setup.mesh.pipeline > 1:
+        return 0
+    largest = replace(setup, capacity=largest_captured(setup.max_running, setup.capacity))
+    return activations_of(largest, stage) + dispatch_buffers(largest) - symmetric_memory(largest)
 
 
 def moves_bytes(setup: Setup, stage: PipelineStage) -> int:

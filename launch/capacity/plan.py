@@ -93,6 +93,7 @@ class CapacityPlan:
         }
         names = (
             "dispatch",
+            "wire",
             "dtype",
             "weights",
             "expert_weights",
@@ -246,7 +247,9 @@ def _memory_misfits(setup: Setup, ranks: tuple[RankCapacity, ...]) -> list[str]:
             return [f"weights: {need} on a rank that has {have}; {_more_ranks(setup)}"]
         if not memory.num_pages:
             page = f"{rank.page_bytes} bytes ({setup.page_size} tokens)"
-            return [f"kv_cache.memory: holds no page of {page}; {_more_ranks(setup)}"]
+            fewer = None if setup.kv_memory is not None else _fitting_capacity(setup)
+            way = _more_ranks(setup) if fewer is None else f"use scheduler.max_batch_tokens = {fewer}"
+            return [f"kv_cache.memory: holds no page of {page}; {way}"]
         if memory.headroom < 0:
             return [_too_full(setup, rank)]
     return []

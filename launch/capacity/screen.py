@@ -19,7 +19,7 @@ def show_plan(plan: CapacityPlan, title: str, console: Console) -> None:
     console.print(
         f"[bold]{escape(title)}[/bold]: {shape.total_params / 1e9:.1f} G parameters of {shape.family} "
         f"on {ranks} ({mesh.sizes}); weights {setup.weights}{experts}, KV {setup.kv_dtype}, "
-        f"dispatch {setup.dispatch}"
+        f"dispatch {setup.dispatch}{' in fp8' if setup.wire == 'fp8' else ''}"
     )
     console.print(f"verified: {escape(plan.verified or 'the recipe does not say')}\n")
     console.print(_memory_table(plan))
@@ -58,6 +58,7 @@ def _memory_table(plan: CapacityPlan) -> Table:
         ("KV pool", [memory.kv_pool for memory in held]),
         ("activations (estimate)", [memory.activations for memory in held]),
         (f"dispatch buffers at {plan.setup.capacity} tokens", [memory.dispatch for memory in held]),
+        ("captured steps (estimate)", [memory.captured for memory in held]),
         ("experts on the move", [memory.moves for memory in held]),
         ("libraries", [memory.reserve for memory in held]),
         ("headroom", [memory.headroom for memory in held]),

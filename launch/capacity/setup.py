@@ -14,10 +14,11 @@ from ...parallel.mesh import Mesh
 from ...parallel.stages import PipelineStage
 from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
-from ..recipe.resolve import balances, dispatch_of, dtype_of, keeps_fp8, kv_format_of
+from ..recipe.resolve import balances, dispatch_of, dtype_of, keeps_fp8, kv_format_of, wire_of
 
 _ITEM = {"fp32": 4, "bf16": 2}
 # Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
+_STORED_ROW = 1 + 4 / BLOCK  # fp8 with a float32 scale per block of a row
 _STORED = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / BLOCK**2, "nvfp4": 0.5 + 1 / 16}
 
 
@@ -27,7 +28,7 @@ class Setup:
 
     ``weights``, ``expert_weights``: dtypes of stored matrices. ``dtype``: of activations.
     ``attention_dtype``, ``expert_dtype``: of the arithmetic of attention and with routed experts.
-    ``wire_item``: bytes per value sent to experts.
+    ``wire``: how hidden states travel to experts, full or fp8; ``wire_item``: bytes per value.
     ``kv_memory``: None is auto. ``capacity``: most tokens of a rank in a step; with
     ``overlap`` it may have two microbatches. ``balanced``: experts move while it serves.
     ``isa``: kind of CPU, None for GPUs.
@@ -43,6 +44,7 @@ class Setup:
     expert_weights: str
     attention_dtype: str
     expert_dtype: str
+    wire: str
     wire_item: float
     kv_dtype: KvFormat
     page_size: int
@@ -155,6 +157,7 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
     dtype = dtype_of(recipe, shape.dtype)
     fp8 = keeps_fp8(recipe, shape.kernel_fp8, hardware.device)
     four_bit = None if shape.four_bit is None else shape.four_bit.format.name
+    wire = wire_of(recipe, fp8 and four_bit is None)
     return Setup(
         shape=shape,
         hardware=hardware,
@@ -166,7 +169,8 @@ def resolve(recipe: Recipe, shape: Shape, hardware: Hardware) -> Setup:
         expert_weights=four_bit or ("fp8" if fp8 else dtype),
         attention_dtype=dtype,
         expert_dtype="fp8" if fp8 else dtype,
-        wire_item=_ITEM[dtype],
+        wire=wire,
+        wire_item=_STORED_ROW if wire == "fp8" else _ITEM[dtype],
         kv_dtype=kv_format_of(recipe, dtype, hardware.device),
         page_size=recipe.kv_cache.page_size,
         kv_memory=recipe.kv_cache.memory,

@@ -136,6 +136,7 @@ def _rank_memory(recipe: Recipe, plan: CapacityPlan) -> int:
         held.memory.weights.total
         + held.memory.activations
         + held.memory.dispatch
+        + held.memory.captured
         + held.memory.reserve
         + (held.page_bytes if recipe.kv_cache.memory is None else held.memory.kv_pool)
         for held in plan.ranks

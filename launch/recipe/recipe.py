@@ -106,6 +106,11 @@ class ExpertsSection(RecipeSection):
         default="auto",
         description="how tokens reach their experts; auto: all_to_all on CPUs and on GPUs of several nodes",
     )
+    wire: Literal["auto", "full", "fp8"] = Field(
+        default="auto",
+        description="hidden states on their way to experts: full, in the activations' dtype, or fp8, as FP8 "
+        "experts quantise them; auto: fp8 where experts are FP8, which changes no bit",
+    )
     redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
     loads: str | None = Field(
         default=None,

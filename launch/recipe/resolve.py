@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
 from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
@@ -34,6 +34,10 @@ class ModelFacts(Protocol):
     def moe_layers(self) -> tuple[int, ...]: ...
     @property
     def dense_width(self) -> int: ...
+    @property
+    def kernel_fp8(self) -> bool: ...
+    @property
+    def four_bit(self) -> object: ...
 
 
 def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -60,7 +64,17 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             f"experts.redundant = {recipe.experts.redundant}: above {most}, which is a replica of each of "
             f"{config.moe.num_experts} experts on each of {recipe.mesh.experts - 1} other ranks of a stage"
         )
+    if recipe.experts.wire == "fp8" and not _fp8_experts(recipe, config):
+        found.append(
+            "experts.wire = fp8: the experts of this model are not computed in FP8 here; use auto or full"
+        )
     return found + _unsplittable(recipe, config)
+
+
+def _fp8_experts(recipe: Recipe, config: ModelFacts) -> bool:
+    """Whether experts may be FP8; a device that is not known yet may be a GPU."""
+    device = "cpu" if recipe.cluster.device == "cpu" else "cuda"
+    return keeps_fp8(recipe, config.kernel_fp8, device) and config.four_bit is None
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -100,6 +114,13 @@ def keeps_fp8(recipe: Recipe, kernel_fp8: bool, device: str) -> bool:
     kernels for it, and unless ``model.dtype`` asks for another dtype.
     """
     return kernel_fp8 and device == "cuda" and recipe.model.dtype == "auto"
+
+
+def wire_of(recipe: Recipe, fp8_experts: bool) -> Literal["full", "fp8"]:
+    """How hidden states travel to experts, which quantise them anyway where they are FP8."""
+    if recipe.experts.wire == "auto":
+        return "fp8" if fp8_experts else "full"
+    return recipe.experts.wire
 
 
 def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:

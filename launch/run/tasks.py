@@ -33,6 +33,7 @@ from ..recipe.resolve import (
     kv_events_spec,
     kv_format_of,
     scheduler_spec,
+    wire_of,
 )
 from .keyring import Keyring
 
@@ -60,6 +61,14 @@ class Site:
     @property
     def kv_format(self) -> KvFormat:
         return kv_format_of(self.recipe, self.dtype, self.device)
+
+    @property
+    def keep_fp8(self) -> bool:
+        return keeps_fp8(self.recipe, self.config.kernel_fp8, self.device)
+
+    @property
+    def fp8_experts(self) -> bool:
+        return self.keep_fp8 and self.config.four_bit is None
 
     @property
     def dispatch(self) -> str:
@@ -162,7 +171,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         store_keys=site.keyring.to_store(f"rank {rank}"),
         model_path=str(site.model_path),
         dtype=site.dtype,
-        keep_fp8=keeps_fp8(recipe, site.config.kernel_fp8, site.device),
+        keep_fp8=site.keep_fp8,
         kv_dtype=site.kv_format,
         page_size=recipe.kv_cache.page_size,
         kv_memory=recipe.kv_cache.memory,
@@ -170,6 +179,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         max_running=recipe.scheduler.max_running,
         max_len=recipe.model.max_len,
         dispatch=site.dispatch,
+        wire=wire_of(recipe, site.fp8_experts),
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,
         capacity=bucket_over(recipe.scheduler.max_batch_tokens),

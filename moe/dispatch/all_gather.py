@@ -13,24 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed, wide_of
 from ...kernels.table import column_for, ops_of
 from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
 from .replicas import ReplicaChoice
-from .rows import pack, unpack
+from .rows import TokenForm
 
 
 @dataclass
 class _Gathered:
-    """Tokens under way, then their outputs. ``hidden`` and ``dtype`` of the tokens. ``weights_NK``:
-    of all tokens that were received, 0 for other ranks' experts, where sums travel back.
+    """Tokens under way, then their outputs. ``form`` of the tokens. ``weights_NK``: of all tokens
+    that were received, 0 for other ranks' experts, where sums travel back.
     """
 
     pending: Pending
-    hidden: int
-    dtype: torch.dtype
+    form: TokenForm
     weights_NK: Tensor
 
 
@@ -41,7 +41,8 @@ class AllGatherExchange:
     others zeros, which is exact. The token's own rank then sums over K, so the sum does not depend
     on the number of ranks. Otherwise each rank sums the outputs of its own experts in float32 and
     the sums are reduced in the model's dtype: 1 / K of the bytes, and rounding that depends on the
-    number of ranks. By default CPUs are exact and GPUs are not.
+    number of ranks. By default CPUs are exact and GPUs are not. ``eight``: tokens travel in FP8, as
+    experts in FP8 quantise them.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class AllGatherExchange:
         device: torch.device,
         node_W: Sequence[int] | None = None,
         exact: bool | None = None,
+        eight: bool = False,
     ) -> None:
         assert placement.num_ranks == collectives.size, (
             f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
         )
         self.placement = placement
-        self._weighted_sum = ops_of(column_for(device)).weighted_sum
+        ops = ops_of(column_for(device))
+        self._weighted_sum, self._quantise = ops.weighted_sum, ops.quantise_rows if eight else None
         self._choice = ReplicaChoice(placement, collectives.index, node_W, device)
         self._collectives = collectives
         self._exact = device.type == "cpu" if exact is None else exact
@@ -75,10 +78,8 @@ class AllGatherExchange:
         self._capacity = capacity
         self._choice.begin_step(num_tokens)
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        num_tokens, top_k = ids_TK.shape
-        x_CD = x_TD.new_zeros(self._capacity, x_TD.shape[1])
-        x_CD[:num_tokens] = x_TD
+    def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        (num_tokens, top_k), x_TD = ids_TK.shape, wide_of(normed)
         places_CK = ids_TK.new_full((self._capacity, top_k), EMPTY)
         places_TK = self._choice.places_TK(ids_TK.clamp_min(0), layer)
         places_CK[:num_tokens] = torch.where(ids_TK >= 0, places_TK, EMPTY)
@@ -86,10 +87,15 @@ class AllGatherExchange:
             weights_CK = weights_TK.new_zeros(self._capacity, top_k)
             weights_CK[:num_tokens] = weights_TK
             places_CK = torch.cat([places_CK.to(torch.int32), weights_CK.view(torch.int32)], 1)
+        form = TokenForm(x_TD.shape[1], x_TD.dtype, self._quantise)
+        num_bytes = form.num_bytes + 4 * places_CK.shape[1]
+        rows = torch.zeros(self._capacity, num_bytes, dtype=torch.uint8, device=x_TD.device)
+        for part, values in zip(form.parts(rows), form.of(normed), strict=True):
+            part[:num_tokens].copy_(values)
+        rows[:, form.num_bytes :].view(torch.int32).copy_(places_CK)
         # A vacant rank's rows are padding: places of EMPTY's bits.
-        rows, what = pack(x_CD, places_CK), f"tokens of MoE layer {layer}"
-        pending = self._collectives.all_gather(rows, what, fill=0xFF)
-        return Handle(weights_TK, layer, _Gathered(pending, x_TD.shape[1], x_TD.dtype, weights_TK))
+        pending = self._collectives.all_gather(rows, f"tokens of MoE layer {layer}", fill=0xFF)
+        return Handle(weights_TK, layer, _Gathered(pending, form, weights_TK))
 
     def forward(self, handle: Handle) -> None:
         """The number of tokens is known: all are on their way."""
@@ -98,20 +104,20 @@ class AllGatherExchange:
         gathered, top_k = handle.state, handle.weights_TK.shape[1]
         assert isinstance(gathered, _Gathered)
         rows = self._collectives.wait(gathered.pending)
-        x_ND, packed = unpack(rows, gathered.hidden, gathered.dtype)
+        packed = rows[:, gathered.form.num_bytes :].view(torch.int32)
         places_NK = packed[:, :top_k]
         slots_NK = places_NK.to(torch.int64) - self._collectives.index * self.placement.num_slots
         slots_NK = torch.where((slots_NK >= 0) & (slots_NK < self.placement.num_slots), slots_NK, EMPTY)
         if not self._exact:
             weights_NK = packed[:, top_k:].view(torch.float32)
             gathered.weights_NK = torch.where(slots_NK >= 0, weights_NK, 0.0)
-        rows_M = torch.arange(len(x_ND), device=x_ND.device).repeat_interleave(slots_NK.shape[1])
-        return Received(x_ND, rows_M, slots_NK.flatten())
+        rows_M = torch.arange(len(rows), device=rows.device).repeat_interleave(slots_NK.shape[1])
+        return Received(gathered.form.read(rows), rows_M, slots_NK.flatten())
 
     def send_back(self, y_MD: Tensor, handle: Handle) -> None:
         gathered, what = handle.state, f"expert outputs of MoE layer {handle.layer}"
         if not self._exact:
-            y_NKD = y_MD.view(*gathered.weights_NK.shape, gathered.hidden)
+            y_NKD = y_MD.view(*gathered.weights_NK.shape, gathered.form.hidden)
             y_MD = self._weighted_sum(y_NKD, gathered.weights_NK)
         gathered.pending = self._collectives.reduce_scatter(y_MD, what)
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed, wide_of
 from ...kernels.table import column_for, ops_of
 from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
@@ -79,7 +80,8 @@ class AllToAllExchange:
         self._capacity = capacity
         self._choice.begin_step(num_tokens)
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+    def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        x_TD = wide_of(normed)
         ranks_TK, slots_TK = np.divmod(
             self._choice.places_TK(ids_TK.numpy(), layer), self.placement.num_slots
         )

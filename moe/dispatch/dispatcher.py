@@ -18,18 +18,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed
 from ...kernels.reference.sublayers import ExpertsSublayer, Residual
 from ..balance.placement import Placement
 from ..clock import PhaseClock
+from .rows import Tokens
 
 
 @dataclass(frozen=True)
 class Received:
-    """The work of this rank. x_ND in the model's dtype; rows_M int64 into x_ND; slots_M int64 own
-    slots, -1 for padding.
+    """The work of this rank. x_ND in the model's dtype, or quantised for experts in FP8; rows_M
+    int64 into x_ND; slots_M int64 own slots, -1 for padding.
     """
 
-    x_ND: Tensor
+    x_ND: Tokens
     rows_M: Tensor
     slots_M: Tensor
 
@@ -44,7 +46,7 @@ class RoutedExperts:
     """
 
     top_k: int
-    choose: Callable[[Residual], tuple[Tensor, Tensor, Tensor, Tensor]]
+    choose: Callable[[Residual], tuple[Tensor, Normed, Tensor, Tensor]]
     compute: Callable[[Received, Tensor], Tensor]
     sublayer: ExpertsSublayer
 
@@ -82,7 +84,7 @@ class Dispatcher(Protocol):
         ...
 
     def run(
-        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Normed], Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the sum of the residual; the experts' outputs for its norm, weighted and summed
         in float32 in the order of k; and the result of ``shared`` for the norm. ``shared`` runs

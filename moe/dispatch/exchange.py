@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed
 from ...kernels.reference.sublayers import Residual
 from ..balance.placement import EMPTY, Placement
 from ..clock import PhaseClock, clock_for
@@ -52,9 +53,9 @@ class Exchange(Protocol):
         """As ``Dispatcher.begin_step``."""
         ...
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
-        """Starts sending tokens to their experts. ids_TK int64 logical experts, -1 for padding, of
-        which a captured step has some; weights_TK float32.
+    def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+        """Starts sending the norm of tokens to their experts. ids_TK int64 logical experts, -1 for
+        padding, of which a captured step has some; weights_TK float32.
         """
         ...
 
@@ -114,21 +115,21 @@ class ExchangeDispatcher:
         self._exchange.begin_step(num_tokens, capacity)
 
     def run(
-        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Normed], Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         exchange, clock, give_turn = self._exchange, self.clock, self._give_turn
-        x_TD, normed_TD, ids_TK, weights_TK = routed.choose(residual)
+        x_TD, normed, ids_TK, weights_TK = routed.choose(residual)
         if self._padding_T1 is not None:
             ids_TK = ids_TK.masked_fill(self._padding_T1, EMPTY)
         clock.mark()
-        handle = exchange.dispatch(normed_TD, ids_TK, weights_TK, layer)
+        handle = exchange.dispatch(normed, ids_TK, weights_TK, layer)
         clock.lap(DISPATCH)
         if handle.counting:
             give_turn()
             clock.mark()
             exchange.forward(handle)
             clock.lap(DISPATCH)
-        shared_TD = shared(normed_TD)
+        shared_TD = shared(normed)
         give_turn()
         clock.mark()
         received = exchange.receive(handle)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed
 from ...kernels.reference.sublayers import LocalExperts, Residual
 from ..balance.placement import Placement
 from ..clock import PhaseClock, clock_for
@@ -44,7 +45,7 @@ class LocalDispatcher:
         self._padding_T1 = padding_of(num_tokens, real_1)
 
     def run(
-        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Tensor], Tensor | None]
+        self, layer: int, routed: RoutedExperts, residual: Residual, shared: Callable[[Normed], Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         self.clock.mark()
         shape = len(residual[0]), routed.top_k
@@ -55,9 +56,9 @@ class LocalDispatcher:
         if self._padding_T1 is not None:
             padding_M = self._padding_T1.expand(-1, routed.top_k).flatten()
             places = replace(places, padding_M=padding_M)
-        x_TD, normed_TD, routed_TD = routed.sublayer(residual, places)
+        x_TD, normed, routed_TD = routed.sublayer(residual, places)
         self.clock.lap(EXPERT)
-        return x_TD, routed_TD, shared(normed_TD)
+        return x_TD, routed_TD, shared(normed)
 
     def _places_of(self, num_tokens: int, top_k: int) -> list[LocalExperts]:
         rows_M = torch.arange(num_tokens, device=self.counts_LS.device)[:, None].repeat(1, top_k).view(-1)

@@ -1,13 +1,65 @@
 """Tokens on the wire: one row of bytes holds a token's hidden state and the places of its K
 experts.
 
-Suffixes: N rows, K choices, D hidden.
+Suffixes: T, N rows, K choices, D hidden, G = ceil(D / 128).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ...kernels.formats.fp8_format import BLOCK
+from ...kernels.reference.fp8 import Normed, NormedRows, Quantised, wide_of
+
+Tokens = Tensor | Quantised
+"""Hidden states in the model's dtype, or quantised as experts in FP8 take them."""
+
+
+@dataclass(frozen=True)
+class TokenForm:
+    """The form in which hidden states travel to experts: in ``dtype``, or in FP8 if ``quantise`` is
+    given: their values, then their scales.
+    """
+
+    hidden: int
+    dtype: torch.dtype
+    quantise: Callable[[Tensor], Quantised] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        if self.quantise is None:
+            return self.hidden * self.dtype.itemsize
+        return self._scales_at + 4 * -(-self.hidden // BLOCK)
+
+    @property
+    def _scales_at(self) -> int:
+        return -(-self.hidden // 16) * 16
+
+    def of(self, rows: Normed) -> tuple[Tensor, ...]:
+        """The parts of hidden states, as ``parts`` has room for them."""
+        if self.quantise is None:
+            return (wide_of(rows),)
+        x = rows.eight if isinstance(rows, NormedRows) else self.quantise(rows)
+        return x.values.view(torch.uint8), x.scales
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of rows uint8 [N, bytes or more]: [N, D] in ``dtype``; or uint8 [N, D] and float32
+        [N, G].
+        """
+        if self.quantise is None:
+            return (rows[:, : self.num_bytes].view(self.dtype),)
+        return rows[:, : self.hidden], rows[:, self._scales_at : self.num_bytes].view(torch.float32)
+
+    def read(self, rows: Tensor) -> Tokens:
+        """The hidden states of rows: views."""
+        parts = self.parts(rows)
+        if len(parts) == 1:
+            return parts[0]
+        return Quantised(parts[0].view(torch.float8_e4m3fn), parts[1])
 
 
 def pack(x_ND: Tensor, places_NK: Tensor) -> Tensor:

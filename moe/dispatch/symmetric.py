@@ -13,37 +13,40 @@ MoE layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ...kernels.reference.fp8 import Normed
 from ...kernels.table import column_for, ops_of
 from ...parallel.symmetric_memory import Region, Started, SymmetricGroup, region_rows, row_alignment
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
 from .replicas import ReplicaChoice
+from .rows import TokenForm
 
 
 @dataclass(frozen=True)
 class TokenShape:
     """Sizes of the tokens of an exchange. ``capacities``: most tokens of a rank in a step; then, if
-    steps may have two microbatches, most in one of them.
+    steps may have two microbatches, most in one of them. ``eight``: they travel to experts in FP8,
+    as experts in FP8 quantise them, and return in ``dtype``.
     """
 
     capacities: tuple[int, ...]
     top_k: int
     hidden: int
     dtype: torch.dtype
+    eight: bool = False
 
 
 @dataclass(frozen=True)
 class _Row:
     """Layout of a row: hidden state, then slots int32 and weights float32 of its pairs."""
 
-    hidden: int
-    dtype: torch.dtype
+    form: TokenForm
     num_pairs: int
     alignment: int
 
@@ -53,10 +56,7 @@ class _Row:
 
     @property
     def _slots_at(self) -> int:
-        return _aligned(self.hidden * self.dtype.itemsize, 16)
-
-    def x(self, rows: Tensor) -> Tensor:
-        return rows[:, : self.hidden * self.dtype.itemsize].view(self.dtype)
+        return _aligned(self.form.num_bytes, 16)
 
     def slots(self, rows: Tensor) -> Tensor:
         return rows[:, self._slots_at : self._slots_at + 4 * self.num_pairs].view(torch.int32)
@@ -120,11 +120,14 @@ class SymmetricExchange:
         )
         self.placement = placement
         self._group, self._shape = group, shape
-        self._weighted_sum = ops_of(column_for(device)).weighted_sum
+        ops = ops_of(column_for(device))
+        self._weighted_sum = ops.weighted_sum
         self._choice = ReplicaChoice(placement, group.index, node_W, device)
         alignment = row_alignment(group.size)
-        self._row = _Row(shape.hidden, shape.dtype, min(shape.top_k, placement.num_slots), alignment)
-        self._output = _Row(shape.hidden, shape.dtype, 0, alignment)
+        plain = TokenForm(shape.hidden, shape.dtype)
+        there = replace(plain, quantise=ops.quantise_rows) if shape.eight else plain
+        self._row = _Row(there, min(shape.top_k, placement.num_slots), alignment)
+        self._output = _Row(plain, 0, alignment)
         self._lanes = [self._reserve_lane(capacity) for capacity in shape.capacities]
         self._capacity = 0
 
@@ -142,7 +145,7 @@ class SymmetricExchange:
         self._capacity = capacity
         self._choice.begin_step(num_tokens)
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
+    def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         num_tokens, top_k = ids_TK.shape
         size, num_slots, row = self._group.size, self.placement.num_slots, self._row
         lane = next(lane for lane in self._lanes if lane.free)
@@ -163,7 +166,8 @@ class SymmetricExchange:
         slots_TKJ, choice_TKJ = slots_TKK.topk(row.num_pairs)
         weights_TKJ = weights_TK[:, None].expand(-1, top_k, -1).gather(2, choice_TKJ)
         at = sent_TK.flatten()
-        row.x(rows).index_copy_(0, at, x_TD.repeat_interleave(top_k, 0, output_size=len(at)))
+        for part, values in zip(row.form.parts(rows), row.form.of(normed), strict=True):
+            part.index_copy_(0, at, values.repeat_interleave(top_k, 0, output_size=len(at)))
         row.slots(rows).index_copy_(0, at, slots_TKJ.flatten(0, 1).to(torch.int32))
         row.weights(rows).index_copy_(0, at, weights_TKJ.flatten(0, 1))
         self._start(lane, lane.there)
@@ -181,7 +185,7 @@ class SymmetricExchange:
         slots_NJ = torch.where((order_N < arrived)[:, None], self._row.slots(rows).to(torch.int64), EMPTY)
         sent.weights_NJ = torch.where(slots_NJ >= 0, self._row.weights(rows), 0.0)
         rows_M = order_N[:, None].expand(-1, num_pairs).flatten()
-        return Received(self._row.x(rows), rows_M, slots_NJ.flatten())
+        return Received(self._row.form.read(rows), rows_M, slots_NJ.flatten())
 
     def forward(self, handle: Handle) -> None:
         """The counts travel with the tokens: all are on their way."""
@@ -191,7 +195,8 @@ class SymmetricExchange:
         assert isinstance(sent, _Sent)
         sums_ND = self._weighted_sum(y_MD.view(*sent.weights_NJ.shape, self._shape.hidden), sent.weights_NJ)
         lane = sent.lane
-        self._output.x(self._group[lane.back.sent][: len(sums_ND)]).copy_(sums_ND)
+        [room] = self._output.form.parts(self._group[lane.back.sent][: len(sums_ND)])
+        room.copy_(sums_ND)
         self._group[lane.back.splits].copy_(self._group[lane.there.received_splits][0])
         self._start(lane, lane.back)
 
@@ -200,7 +205,7 @@ class SymmetricExchange:
         assert isinstance(sent, _Sent)
         self._group.wait(sent.lane.started)
         sent.lane.free = True
-        rows = self._output.x(self._group[sent.lane.back.received])  # the last one is zero
+        [rows] = self._output.form.parts(self._group[sent.lane.back.received])  # the last one is zero
         sums_TKD = rows.index_select(0, sent.sent_TK.flatten()).view(*sent.sent_TK.shape, rows.shape[1])
         return self._weighted_sum(sums_TKD, torch.ones_like(handle.weights_TK))
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....moe.clock import NoClock
-from ...protocol.buckets import BUCKETS, bucket_over
+from ...protocol.buckets import BUCKETS, MOST_CAPTURED, bucket_over, largest_captured
 from ...protocol.plan import Header
 from ...protocol.slot_table import Rows
 from ..forward import Forward
@@ -37,10 +37,7 @@ _LOG = logging.getLogger(__name__)
 _LAYERS, _SAMPLE = "layers", "sample"
 _NUM_INPUTS = 7  # arrays that the layers read; then come those of sampling
 
-MOST_TOKENS = 1024
-"""Tokens of a captured step that has prompts."""
-
-_MOST_READ = MOST_TOKENS * MOST_TOKENS // 2
+_MOST_READ = MOST_CAPTURED * MOST_CAPTURED // 2
 """Keys that the rows of prompts in a captured step read, together. Not timed on a card yet."""
 
 
@@ -65,7 +62,7 @@ class CapturedSteps:
         self._graphs = Graphs(recorder)
         is_whole = parts.links.stage.first and parts.links.stage.last and recorder is not None
         self._most_drawn = bucket_over(len(forward.history_i32))
-        most = max(self._most_drawn, min(MOST_TOKENS, bucket_over(most_tokens))) if is_whole else 0
+        most = largest_captured(len(forward.history_i32), most_tokens) if is_whole else 0
         self._sizes = tuple(size for size in BUCKETS if 0 < size <= most)
         self._num_tables, self._void = parts.dispatcher.num_tables, False
 
@@ -94,7 +91,7 @@ class CapturedSteps:
         """
         if not self._sizes or (self._graphs.num_recorded and self._parts.groups.alone):
             return
-        self._graphs.forget()
+        self.forget()
         self._num_tables, self._void = self._parts.dispatcher.num_tables, False
         begin, dispatcher = time.monotonic(), self._parts.dispatcher
         clock, dispatcher.clock = dispatcher.clock, NoClock()
@@ -106,19 +103,25 @@ class CapturedSteps:
         finally:
             dispatcher.clock = clock
 
+    def forget(self) -> None:
+        """Drops all recordings, and the memory that they hold."""
+        self._graphs.forget()
+
     def _capture(self, size: int) -> None:
         """Records a step whose rows are all padding: it changes nothing."""
         idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
-        sent = self.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+        entries: Arrays = [np.zeros(0, np.int64), np.zeros(0, np.int32)]
+        sent = self.send(size, idle, idle.samples, entries, [], alone=True)
         self.layers(size, sent)
         if self.samples(size):
             self.sample(size, sent)
 
     def send(
-        self, size: int, rows: Rows, draws: NDArray[np.bool_], entries: Arrays, samples: Arrays
+        self, size: int, rows: Rows, draws: NDArray[np.bool_], entries: Arrays, samples: Arrays, alone: bool
     ) -> list[Tensor]:
-        """Hands over a step of ``size`` rows, with ``samples`` of those that draw. Returns the
-        arrays on the device, for the other methods.
+        """Hands over a step of ``size`` rows, with ``samples`` of those that draw: for ``drawn`` if
+        those are ``alone`` and are sampled by a recording, else for ``drawing``. Returns the arrays
+        on the device, for the other methods.
         """
         scratch = self._slots.scratch
         nowhere, scratch_page = self._slots.nowhere
@@ -136,8 +139,8 @@ class CapturedSteps:
             samples = _no_samples()
         real = np.array([int(rows.counts.sum())])
         arrays = [places, pages, *tokens, real]
-        if self.samples(size):
-            arrays += scattered(samples, chosen, size, scratch)
+        if alone and self.samples(size):
+            return self._upload.send([*arrays, *scattered(samples, chosen, size, scratch), chosen])
         return self._upload.send([*arrays, chosen, *samples])
 
     def layers(self, size: int, sent: list[Tensor]) -> Tensor:
@@ -150,9 +153,13 @@ class CapturedSteps:
         part = functools.partial(self._sample, hidden_BD, sent[_NUM_INPUTS : _NUM_INPUTS + NUM_SAMPLE_ARRAYS])
         return self._graphs.run((_SAMPLE, size), part)
 
+    def drawn(self, size: int, sent: list[Tensor]) -> Tensor:
+        """tokens_C int64 of the rows that draw, by the model's own logits."""
+        return self.sample(size, sent).index_select(0, sent[-1])
+
     def drawing(self, sent: list[Tensor]) -> list[Tensor]:
         """The indices and the samples of the rows that draw, out of all that was sent."""
-        return sent[-1 - NUM_SAMPLE_ARRAYS :]
+        return sent[_NUM_INPUTS:]
 
     def _layers(self, size: int, *sent: Tensor) -> Tensor:
         places_E, pages_E, slots_B, starts_B, lengths_B, given_B, real_1 = sent

@@ -15,7 +15,8 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -87,14 +88,28 @@ class DeviceExecutor(Executor):
     def begin_epoch(self, epoch: int, vacant: tuple[int, ...]) -> None:
         super().begin_epoch(epoch, vacant)
         try:
-            if epoch == 0 and self._parts.device.type == "cuda":
-                max_len = self._history.shape[1]
-                compute_first_steps(self._parts, self._slots, self._forward, self._max_tokens, max_len)
             self._captured.begin_epoch()
             self._parts.groups.check()
         except CollectiveError as error:
             self.end_epoch()
             raise StepAbandoned(str(error)) from error
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Has computed steps of all sizes, and captured those that can be, without other ranks.
+        Their memory is held until the end.
+        """
+        parts = self._parts
+        parts.groups.rehearse()
+        try:
+            with torch.inference_mode():
+                max_len = self._history.shape[1]
+                compute_first_steps(parts, self._slots, self._forward, self._max_tokens, max_len)
+                self._captured.begin_epoch()
+            yield
+        finally:
+            self._captured.forget()
+            parts.groups.destroy()
 
     def end_epoch(self) -> None:
         self._under_way.clear()
@@ -256,11 +271,12 @@ class DeviceExecutor(Executor):
     ) -> tuple[list[Tensor], tuple[PromptLogprobs, ...]]:
         """A captured step. Returns what the host will read, and the scores of prompts."""
         size, steps = header.capacity, self._captured
-        sent = steps.send(size, rows, draws, self._entries(section), drawing.arrays())
+        alone = drawing.alone and steps.samples(size)
+        sent = steps.send(size, rows, draws, self._entries(section), drawing.arrays(), alone)
         hidden_BD = steps.layers(size, sent)
         scores = self._score(rows, hidden_BD)
-        if drawing.alone and steps.samples(size):
-            return [steps.sample(size, sent).index_select(0, steps.drawing(sent)[0])], scores
+        if alone:
+            return [steps.drawn(size, sent)], scores
         return self._choose(header.step, hidden_BD, steps.drawing(sent), drawing), scores
 
     def _entries(self, section: Section) -> Arrays:

@@ -1,7 +1,7 @@
 """The first steps of a rank on a GPU: prompts of all sizes, so that no later step has to compile a
 kernel: of the model, of sampling, or for what only some requests ask (penalties, grammars,
-log-probabilities). All ranks compute first steps together, in the first epoch, before decode steps
-are captured.
+log-probabilities). A rank computes them in its rehearsal. They take as much memory as any step:
+the largest prompt comes once more, after others, and all slots draw.
 
 A kernel is compiled for each tile, and tiles go by the number of rows or pairs. Prompts are
 computed in powers of two up to the most that a step may have, with and without cached tokens.
@@ -36,12 +36,14 @@ _LOG = logging.getLogger(__name__)
 _CACHED = (0, 64)  # tokens before the prompt
 _STRIDE, _RANK_STRIDE = 7919, 104729  # primes: tokens that differ, so that routing spreads them
 _MOST_DRAWN = 64
+_LONG = 3  # times the largest prompt, before it
 
 
 def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most: int, max_len: int) -> None:
     """Computes prompts of up to ``most`` tokens in a slot that nothing reads."""
     begin, dispatcher = time.monotonic(), parts.dispatcher
-    sizes = list(_sizes(min(most, max_len - max(_CACHED))))
+    most = min(most, max_len - max(_CACHED))
+    sizes = list(_sizes(most))
     clock, dispatcher.clock = dispatcher.clock, NoClock()  # times of compiling say nothing of steps
     try:
         for number, size in enumerate(sizes, start=1):
@@ -51,6 +53,9 @@ def compute_first_steps(parts: Parts, slots: DeviceSlots, forward: Forward, most
                     _draw(parts, hidden_TD)
             facts = number, len(sizes), size, time.monotonic() - begin
             _LOG.info("computed %d of %d first steps: %d tokens, after %.1f s", *facts)
+        hidden_TD = _prompt(parts, slots, forward, most, min(_LONG * most, max_len - most))
+        if parts.links.stage.last:
+            _draw(parts, hidden_TD[: slots.scratch])
     finally:
         dispatcher.clock = clock
     dispatcher.counts_LS.zero_()

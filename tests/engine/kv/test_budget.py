@@ -14,7 +14,9 @@ def test_an_explicit_size_is_taken_as_it_is() -> None:
 def test_auto_takes_a_share_of_free_memory() -> None:
     limits = PoolLimits(None, 10**9)
     assert [limits.num_bytes(100_000, ranks, "cpu") for ranks in (1, 4)] == [50_000, 12_500]
-    assert limits.num_bytes(100 << 30, 1, "cuda") == (90 << 30) - GPU_RESERVE_BYTES
+    assert limits.num_bytes(100 << 30, 1, "cuda") == (97 << 30) - GPU_RESERVE_BYTES
+    steps = PoolLimits(None, 10**9, claimed=20 << 30)
+    assert steps.num_bytes(120 << 30, 1, "cuda") == (97 << 30) - GPU_RESERVE_BYTES
 
 
 def test_auto_gives_no_more_pages_than_requests_can_use_and_none_without_room() -> None:

@@ -17,8 +17,8 @@ from lockstep.engine.rank.span_notes import SpanNotes
 from lockstep.engine.tracing.timeline import chrome_trace
 from lockstep.moe.clock import HostClock
 from lockstep.moe.phases import COMBINE, DISPATCH, EXPERT
-from lockstep.parallel.collectives import RankGroups
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.rank_groups import RankGroups
 from support.engine.chrome_trace import check_trace
 from support.engine.rank.greedy_prompts import write_family
 from support.engine.rank.overlapped_steps import FAMILY, spans_of_steps

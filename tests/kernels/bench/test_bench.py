@@ -50,6 +50,8 @@ def test_every_op_of_the_table_has_a_case() -> None:
         "project",
         "norm_project",
         "choose_experts",
+        "norm_rows",
+        "project_normed",
         "attention_sublayer",
         "experts_sublayer",
         "routed_sublayer",

@@ -4,6 +4,7 @@ reference.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from types import SimpleNamespace
@@ -54,7 +55,7 @@ def projection_of(columns: int, dim: int, bias: bool) -> Projection:
 def ops_with(double: Double, arch: int = 90) -> Triton:
     ops = ops_of("triton")
     assert isinstance(ops, Triton)
-    return ops.with_product(DeepGemm(double, arch, linear_fp8.product))
+    return ops.with_product(functools.partial(DeepGemm, double, arch))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the double computes on a CPU")

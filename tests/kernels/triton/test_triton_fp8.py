@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -9,14 +11,20 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from lockstep.engine.models.decoder import DenseMLP
 from lockstep.kernels.reference import fp8 as reference
 from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, quantise_rows, quantise_w13, widen_rows
 from lockstep.kernels.reference.sublayers import Projection, RowNorm
 from lockstep.kernels.table import ops_of
-from lockstep.kernels.triton import fp8 as triton_fp8
-from lockstep.kernels.triton.experts_fp8 import experts_fp8_tiled
+from lockstep.kernels.triton import fp8 as triton_fp8, norm as triton_norm
+from lockstep.kernels.triton.experts_fp8 import experts_fp8, experts_fp8_tiled
 from lockstep.kernels.triton.linear_fp8 import QUANTISED_HERE, linear_fp8
 from lockstep.kernels.triton.tiles import ExpertTile, ProductTile
+from lockstep.moe.config import MoEConfig
+from lockstep.moe.layer import SharedExperts
+from lockstep.parallel.dense import split_as_attention
+from lockstep.parallel.linear import Backend
+from lockstep.parallel.tensor import UNSPLIT
 from support.grids import pairwise
 from support.kernels.poison import DEVICE, poisoned
 
@@ -45,11 +53,33 @@ def test_rows_and_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
     with poisoned():
         rows, plain = triton_fp8.quantise_rows(x), triton_fp8.rms_norm_fp8(x, weight, 1e-6)
         total, normed = triton_fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
+        own = [triton_norm.rms_norm(part, weight, 1e-6) for part in (x, total)]
     assert_same(rows, reference.quantise_rows(x))
-    assert_same(plain, reference.rms_norm_fp8(x, weight, 1e-6))
-    # The interpreter truncates its sum to bf16; its norm is checked against its own sum.
+    # The interpreter truncates sums and norms to bf16, which are those of the other op.
     torch.testing.assert_close(total, x + update, rtol=1.6e-2, atol=1e-2)
-    assert_same(normed, reference.rms_norm_fp8(total, weight, 1e-6))
+    assert_same(plain, reference.quantise_rows(own[0]))
+    assert_same(normed, reference.quantise_rows(own[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 128), (3, 300), (33, 256), (2, 7168)])
+def test_a_fused_norm_has_the_bits_of_norm_and_quantisation(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, update = ((torch.randn(shape, generator=generator) * 3).to(DEVICE, dtype) for _ in range(2))
+    weight = torch.randn(shape[1], generator=generator).to(DEVICE, dtype)
+    with poisoned():
+        fused_total, fused = triton_fp8.add_rms_norm_fp8(x, update, weight, 1e-6)
+        total, normed = triton_norm.add_rms_norm(x, update, weight, 1e-6)
+        rows = triton_fp8.quantise_rows(normed)
+        alone = triton_fp8.rms_norm_fp8(total, weight, 1e-6)
+        both_total, both = triton_fp8.norm_rows(x, update, weight, 1e-6)
+    assert torch.equal(fused_total, total) and torch.equal(both_total, total)
+    assert torch.equal(both.wide, normed)
+    for found in (fused, alone, both.eight):
+        assert torch.equal(found.scales, rows.scales)
+        assert torch.equal(found.values.view(torch.uint8), rows.values.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -153,6 +183,57 @@ def test_a_norm_before_a_linear_layer(rows: int, summed: bool) -> None:
     projection = Projection(weight.values, torch.randn(48, generator=generator).to(DEVICE), weight.scales)
     norm = RowNorm(torch.randn(300, generator=generator).to(DEVICE), 1e-6)
     residual = (x, update if summed else None)
+    with poisoned(), launched() as names:
+        total, y = ops_of("triton").norm_project(residual, norm, projection)
+    wanted_total, wanted = ops_of("reference").norm_project(residual, norm, projection)
+    torch.testing.assert_close(total, wanted_total)
+    torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    many = ["_quantise_kernel", "_linear_fp8_kernel"]
+    assert names == many if rows > QUANTISED_HERE else names[-1] == many[-1] and many[0] not in names
+
+
+@pytest.mark.parametrize("rows", [3, QUANTISED_HERE + 1])
+def test_a_dense_block_in_fp8_has_the_bits_of_its_parts(rows: int) -> None:
+    ops, splits = ops_of("triton"), split_as_attention(UNSPLIT)
+    backend = Backend(torch.bfloat16, torch.device(DEVICE), ops, splits, fp8_block=128)
+    generator = torch.Generator().manual_seed(rows)
+    norm = RowNorm(torch.randn(256, generator=generator).to(DEVICE, torch.bfloat16), 1e-6)
+    block = DenseMLP(256, 128, backend, norm)
+    for linear in (block.gate_up_proj, block.down_proj):
+        weight = quantise_blocks(torch.randn(linear.weight.shape, generator=generator).to(DEVICE))
+        linear.weight.copy_(weight.values)
+        linear.scales.copy_(weight.scales)
+    block.pack()
+    x, update = (torch.randn(rows, 256, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(2))
+    total, y = block((x, update))
+    wanted_total, normed = ops.add_norm((x, update), norm)
+    assert torch.equal(total, wanted_total) and torch.equal(y, block.swiglu(normed))
+
+
+@pytest.mark.parametrize("rows", [3, QUANTISED_HERE + 1])
+def test_shared_experts_take_the_norm_that_experts_quantised(rows: int) -> None:
+    """The same bits; many rows are not quantised again."""
+    ops, generator = ops_of("triton"), torch.Generator().manual_seed(rows)
+    backend = Backend(torch.bfloat16, torch.device(DEVICE), ops, split_as_attention(UNSPLIT), fp8_block=128)
+    config = MoEConfig(hidden=256, expert_width=64, num_experts=4, top_k=2, shared_width=128)
+    block = SharedExperts(config, backend)
+    for linear in (block.gate_up_proj, block.down_proj):
+        weight = quantise_blocks(torch.randn(linear.weight.shape, generator=generator).to(DEVICE))
+        linear.weight.copy_(weight.values)
+        linear.scales.copy_(weight.scales)
+    block.pack()
+    norm = RowNorm(torch.randn(256, generator=generator).to(DEVICE, torch.bfloat16), 1e-6)
+    x = torch.randn(rows, 256, generator=generator).to(DEVICE, torch.bfloat16)
+    _, normed = ops.norm_rows((x, None), norm)
+    with launched() as names:
+        y = block(normed)
+    assert names.count("_quantise_kernel") == (1 if rows > QUANTISED_HERE else 0), "of the last product alone"
+    assert torch.equal(y, block.swiglu(normed.wide)) and torch.equal(y, block(normed.wide))
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched meanwhile."""
     names: list[str] = []
     run = interpreter.InterpretedFunction.run
 
@@ -160,13 +241,26 @@ def test_a_norm_before_a_linear_layer(rows: int, summed: bool) -> None:
         names.append(kernel.fn.__name__)
         return run(kernel, *args, **named)
 
-    with poisoned(), mock.patch.object(interpreter.InterpretedFunction, "run", note):
-        total, y = ops_of("triton").norm_project(residual, norm, projection)
-    wanted_total, wanted = ops_of("reference").norm_project(residual, norm, projection)
-    torch.testing.assert_close(total, wanted_total)
-    torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
-    many = ["_quantise_kernel", "_linear_fp8_kernel"]
-    assert names == many if rows > QUANTISED_HERE else names[-1] == many[-1] and many[0] not in names
+    with mock.patch.object(interpreter.InterpretedFunction, "run", note):
+        yield names
+
+
+def test_experts_read_rows_that_are_views() -> None:
+    """Tokens that came from other ranks lie between their scales and places."""
+    generator = torch.Generator().manual_seed(4)
+    x = quantise_rows(torch.randn(6, 256, generator=generator).to(DEVICE))
+    w13 = quantise_w13(torch.randn(2, 128, 256, generator=generator).to(DEVICE))
+    w2 = quantise_blocks(torch.randn(2, 256, 64, generator=generator).to(DEVICE))
+    pairs = torch.tensor([5, 0, 3], device=DEVICE), torch.tensor([1, 0, 1], device=DEVICE)
+    apart = torch.zeros(6, 336, dtype=torch.uint8, device=DEVICE)
+    apart[:, :256], apart[:, 256:264] = x.values.view(torch.uint8), x.scales.view(torch.uint8)
+    views = Quantised(apart[:, :256].view(torch.float8_e4m3fn), apart[:, 256:264].view(torch.float32))
+    found = []
+    for rows in (x, views):
+        counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        with poisoned():
+            found.append(experts_fp8(rows, pairs, w13, w2, counts, torch.float32))
+    assert torch.equal(*found) and found[0].any()
 
 
 def test_no_rows() -> None:

@@ -14,6 +14,7 @@ from lockstep.kernels.triton.tiles import (
     FOLDER,
     AttendTile,
     ExpertTile,
+    LinearTile,
     ProductTile,
     file_stem,
     tiles_of,
@@ -24,6 +25,8 @@ FOUND = dataclasses.replace(
     DEFAULT,
     decode=AttendTile(16, 128, 2, 5, programs=8),
     experts=(ExpertTile(0, 32, ProductTile(64, 64, 4, 3), ProductTile(128, 64, 8, 2)),),
+    linear_fp8=(LinearTile(0, 64, 64, 4, 3),),
+    expand=ProductTile(64, 128, 4, 2),
     most_absorbed=99,
 )
 RECORD = {"torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}

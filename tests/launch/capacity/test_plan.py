@@ -104,7 +104,7 @@ def test_a_program_reads_json(tmp_path: Path) -> None:
     (ranks,) = plan["ranks"]
     held = ranks["memory"]
     assert held["weights"]["total"] == sum(size for name, size in held["weights"].items() if name != "total")
-    parts = ("kv_pool", "activations", "dispatch", "moves", "reserve", "headroom")
+    parts = ("kv_pool", "activations", "dispatch", "captured", "moves", "reserve", "headroom")
     assert held["weights"]["total"] + sum(held[part] for part in parts) == plan["hardware"]["memory"]
     assert plan["kv_tokens"] == 72 * plan["kv_tokens_per_rank"]
     assert plan["decode"]["floor"]["binds"] in ("compute", "memory", "network")
@@ -197,11 +197,16 @@ def test_model_dimensions_come_from_the_model_where_it_is() -> None:
         (
             "kimi-k2-h200",
             ["model.dtype=bf16"],
-            "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3 and",
+            "weights: 140.3 GiB on a rank that has 140.4 GiB; use cluster.nodes = 3, or",
         ),
         (
             "qwen3-235b-2x8",
-            ["scheduler.max_batch_tokens=8192"],
+            ["scheduler.max_batch_tokens=65536"],
+            "holds no page of 6352896 bytes (64 tokens); use scheduler.max_batch_tokens = 16384",
+        ),
+        (
+            "qwen3-235b-2x8",
+            ["scheduler.max_batch_tokens=8192", "kv_cache.memory=20GiB"],
             "dispatch buffers 13.4 GiB at scheduler.max_batch_tokens = 8192 exceed",
         ),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"], "; use kv_cache.memory = "),
@@ -217,7 +222,8 @@ def test_every_reason_is_named_with_what_to_change(recipe: str, overrides: list[
     ("recipe", "overrides"),
     [
         ("kimi-k2-h200", ["model.dtype=bf16"]),
-        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192"]),
+        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=65536"]),
+        ("qwen3-235b-2x8", ["scheduler.max_batch_tokens=8192", "kv_cache.memory=20GiB"]),
         ("qwen3-235b-2x8", ["kv_cache.memory=40GiB"]),
         ("qwen3-30b-a3b-1xh100", ["kv_cache.memory=512MiB"]),
     ],
@@ -277,17 +283,35 @@ def test_batch_and_context_are_those_of_the_pages() -> None:
     assert plan_of("qwen3-30b-a3b-1xh100", "scheduler.max_running=7").largest_batch == 7
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_symmetric_memory_is_what_a_rank_reserves(overlap: bool) -> None:
-    setup = replace(deepseek("h200", 32, prefill=False), dispatch="all_to_all", overlap=overlap, wire_item=2)
+@pytest.mark.parametrize(("overlap", "wire_item"), [(False, 2), (True, 2), (True, 1 + 4 / 128)])
+def test_symmetric_memory_is_what_a_rank_reserves(overlap: bool, wire_item: float) -> None:
+    base = deepseek("h200", 32, prefill=False)
+    setup = replace(base, dispatch="all_to_all", overlap=overlap, wire_item=wire_item)
     moe = setup.shape.moe
     capacities = (1024, 641) if overlap else (1024,)
     setup = replace(setup, capacity=1000)
     group = SymmetricGroup("experts", 0, 32, HashStore(), torch.device("meta"), AbsentLibrary())
     placement = contiguous(1, moe.num_experts, 32)
-    shape = TokenShape(capacities, moe.top_k, setup.shape.hidden, torch.bfloat16)
+    shape = TokenShape(capacities, moe.top_k, setup.shape.hidden, torch.bfloat16, eight=wire_item < 2)
     SymmetricExchange(placement, group, torch.device("cpu"), shape)
     assert group.num_bytes == pytest.approx(symmetric_memory(setup), rel=0.1), "rows are aligned"
+
+
+def test_tokens_of_fp8_experts_travel_in_fp8() -> None:
+    """Outputs return as they did. Other experts would compute other answers."""
+    eight, full = plan_of("deepseek-h200"), plan_of("deepseek-h200", "experts.wire=full")
+    assert (eight.setup.wire, full.setup.wire) == ("fp8", "full")
+    row, narrow = 2 * 7168 + 32, 7168 + 4 * 56 + 32
+    assert eight.decode.traffic.dispatch_bytes / full.decode.traffic.dispatch_bytes == pytest.approx(
+        narrow / row
+    )
+    assert eight.decode.traffic.combine_bytes == full.decode.traffic.combine_bytes
+    assert eight.decode.floor.network < full.decode.floor.network
+    assert eight.kv_tokens > full.kv_tokens, "buffers are smaller"
+    for recipe, change in (("qwen3-235b-2x8", ""), ("deepseek-h200", "model.dtype=bf16")):
+        assert plan_of(recipe, *filter(None, [change])).setup.wire == "full"
+        with pytest.raises(RecipeError, match=r"experts\.wire = fp8: the experts of this model are not"):
+            plan_of(recipe, "experts.wire=fp8", *filter(None, [change]))
 
 
 def test_dispatch_buffers_follow_the_dispatcher() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from lockstep.kernels.reference.experts import weighted_sum
+from lockstep.kernels.reference.fp8 import Quantised, quantise_rows
 from lockstep.kernels.reference.sublayers import LocalExperts, Residual
 from lockstep.moe.balance.placement import Placement, contiguous
 from lockstep.moe.dispatch import symmetric
@@ -143,10 +144,12 @@ def test_rows_divide_among_the_blocks_of_a_peer(size: int) -> None:
 
 QWEN3 = (TokenShape((1024,), 8, 2048, torch.bfloat16), 128, 48)
 DEEPSEEK = (TokenShape((1024,), 8, 7168, torch.bfloat16), 256, 58)
+IN_FP8 = (replace(DEEPSEEK[0], eight=True), *DEEPSEEK[1:])
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "rows"), [(QWEN3, 8, 128), (QWEN3, 72, 64), (DEEPSEEK, 72, 1024), (DEEPSEEK, 72, 0)]
+    ("model", "ranks", "rows"),
+    [(QWEN3, 8, 128), (QWEN3, 72, 64), (DEEPSEEK, 72, 1024), (DEEPSEEK, 72, 0), (IN_FP8, 72, 1024)],
 )
 def test_no_value_reaches_the_host(
     model: tuple[TokenShape, int, int], ranks: int, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -168,8 +171,12 @@ def test_no_value_reaches_the_host(
     handle = exchange.dispatch(x, ids, torch.empty(rows, shape.top_k, device=device), num_layers - 1)
     received = exchange.receive(handle)
     pairs = min(shape.top_k, placement.num_slots)
-    assert received.x_ND.shape == (ranks * shape.capacities[0], shape.hidden)
-    assert received.x_ND.stride(1) == 1 and received.x_ND.stride(0) * 2 % 16 == 0
+    tokens, item = received.x_ND, shape.dtype.itemsize
+    if isinstance(tokens, Quantised):
+        assert tokens.scales.shape == (ranks * shape.capacities[0], shape.hidden // 128)
+        tokens, item = tokens.values, 1
+    assert tokens.shape == (ranks * shape.capacities[0], shape.hidden)
+    assert tokens.stride(1) == 1 and tokens.stride(0) * item % 16 == 0
     assert received.slots_M.shape == received.rows_M.shape == (ranks * shape.capacities[0] * pairs,)
     assert received.slots_M.dtype == received.rows_M.dtype == torch.int64
     y = torch.empty(len(received.rows_M), shape.hidden, dtype=shape.dtype, device=device)
@@ -199,6 +206,26 @@ def test_the_token_sent_twice_is_sent_once() -> None:
     assert handle.state.sent_TK.tolist() == [[0, rows - 1, 2], [1, rows - 1, 3], [rows - 1] * 3]
 
 
+def test_a_rank_rehearses_over_memory_of_its_own() -> None:
+    """Tokens go nowhere and none come, in the shapes of an exchange; then the ranks meet."""
+    library, shape = AbsentLibrary(), TokenShape((4,), 3, 8, torch.float32)
+    exchange = _exchange(library, contiguous(1, 8, 4), shape, CPU, build=False)
+    group = exchange._group
+    group.rehearse()
+    for _ in range(2):
+        exchange.begin_step(3, 4)
+        handle = exchange.dispatch(torch.randn(3, 8), torch.arange(9).view(3, 3) % 8, torch.rand(3, 3), 0)
+        received = exchange.receive(handle)
+        assert received.x_ND.shape == (16, 8) and (received.slots_M == -1).all()
+        exchange.send_back(torch.zeros(len(received.rows_M), 8), handle)
+        assert exchange.combine(handle).shape == (3, 8)
+    assert library.calls == 0
+    group.destroy()
+    group.build(0)
+    with pytest.raises(ProcessSpent):
+        group.destroy()
+
+
 def test_more_tokens_than_memory_is_our_bug() -> None:
     exchange = _exchange(AbsentLibrary(), contiguous(1, 8, 4), TokenShape((4,), 3, 8, torch.float32), CPU)
     with pytest.raises(AssertionError, match="3 tokens, capacity 5, at most 4"):
@@ -218,12 +245,18 @@ class _TorchSum:
     """The op of the exchange, in plain torch: fake tensors reach no Triton kernel."""
 
     weighted_sum = staticmethod(weighted_sum)
+    quantise_rows = staticmethod(quantise_rows)
 
 
 def _exchange(
-    library: SymmetricDouble | AbsentLibrary, placement: Placement, shape: TokenShape, device: torch.device
+    library: SymmetricDouble | AbsentLibrary,
+    placement: Placement,
+    shape: TokenShape,
+    device: torch.device,
+    build: bool = True,
 ) -> SymmetricExchange:
     group = SymmetricGroup("experts", 0, placement.num_ranks, HashStore(), device, library)
     exchange = SymmetricExchange(placement, group, device, replace(shape))
-    group.build(1)
+    if build:
+        group.build(1)
     return exchange

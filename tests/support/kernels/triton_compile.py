@@ -132,9 +132,10 @@ def experts() -> None:
         )
         for num_pairs in (8, 40 * num_slots, 100 * num_slots):
             x = torch.empty(num_pairs, hidden, dtype=BF16)
-            triton_experts.experts(x, int64(num_pairs), int64(num_pairs), w13, w2, int64(num_slots))
+            pairs = int64(num_pairs), int64(num_pairs)
+            triton_experts.experts_with(tiles())(x, *pairs, w13, w2, int64(num_slots))
         form = biased(num_slots, hidden, width)
-        triton_experts.experts(x, int64(num_pairs), int64(num_pairs), w13, w2, int64(num_slots), form)
+        triton_experts.experts_with(tiles())(x, *pairs, w13, w2, int64(num_slots), form)
         triton_experts.weighted_sum(torch.empty(4, 8, hidden, dtype=BF16), torch.empty(4, 8))
 
 
@@ -149,15 +150,16 @@ def fp8() -> None:
         for num_pairs in (8, 40 * num_slots):
             pairs = (int64(num_pairs), int64(num_pairs))
             x = Quantised(eight_bits(num_pairs, hidden), torch.empty(num_pairs, hidden // 128))
-            triton_experts_fp8.experts_fp8(x, pairs, w13, w2, int64(num_slots), BF16)
+            triton_experts_fp8.experts_fp8(x, pairs, w13, w2, int64(num_slots), BF16, tiles())
         x_bf16, weight = torch.empty(64, hidden, dtype=BF16), torch.empty(hidden, dtype=BF16)
         triton_fp8.quantise_rows(x_bf16)
         triton_fp8.add_rms_norm_fp8(x_bf16, x_bf16, weight, 1e-6)
+        triton_fp8.norm_rows(x_bf16, x_bf16, weight, 1e-6)
         triton_fp8.silu_mul_fp8(x_bf16)
         w, scales = eight_bits(width, hidden), torch.empty(width // 128, hidden // 128)
         for rows, bias in ((1, None), (64, None), (4096, None), (64, torch.empty(width, dtype=BF16))):
             x_rows = torch.empty(rows, hidden, dtype=BF16)
-            triton_linear_fp8.linear_fp8(x_rows, w, bias, scales)
+            triton_linear_fp8.linear_fp8(x_rows, w, bias, scales, tiles=tiles())
 
 
 def four_bit() -> None:
@@ -170,7 +172,7 @@ def four_bit() -> None:
         for num_pairs in (8, 40 * num_slots, 200 * num_slots):
             x = torch.empty(num_pairs, hidden, dtype=BF16)
             pairs = int64(num_pairs), int64(num_pairs)
-            triton_experts_four_bit.experts_four_bit(x, *pairs, w13, w2, int64(num_slots))
+            triton_experts_four_bit.experts_four_bit_with(tiles())(x, *pairs, w13, w2, int64(num_slots))
     hidden = width = 2880  # gpt-oss
     w13, w2 = (
         in_four_bits(num_slots, 2 * width, hidden, MXFP4),
@@ -179,7 +181,7 @@ def four_bit() -> None:
     for num_pairs in (8, 200 * num_slots):
         x = torch.empty(num_pairs, hidden, dtype=BF16)
         pairs, form = (int64(num_pairs), int64(num_pairs)), biased(num_slots, hidden, width)
-        triton_experts_four_bit.experts_four_bit(x, *pairs, w13, w2, int64(num_slots), form)
+        triton_experts_four_bit.experts_four_bit_with(tiles())(x, *pairs, w13, w2, int64(num_slots), form)
 
 
 def biased(num_slots: int, hidden: int, width: int) -> ExpertForm:
@@ -263,8 +265,13 @@ def attend_latents(cache: Tensor) -> None:
 
 def in_splits(splits: int) -> Tiles:
     names = ("decode", "decode_fp8", "latent_decode", "latent_decode_fp8")
-    tiles = default_tiles(int(sys.argv[1]))
-    return replace(tiles, **{name: replace(getattr(tiles, name), splits=splits) for name in names})
+    fitting = tiles()
+    return replace(fitting, **{name: replace(getattr(fitting, name), splits=splits) for name in names})
+
+
+def tiles() -> Tiles:
+    """Those of the kind of card that is compiled for."""
+    return default_tiles(int(sys.argv[1]))
 
 
 def pages() -> None:

@@ -116,7 +116,11 @@ def test_captured_steps_repeat_with_what_is_sent(
     assert isinstance(executor, DeviceExecutor)
     monkeypatch.setattr(executor, "_compute", None)
     monkeypatch.setattr(executor._captured, "_sizes", (8,))
+    sent: list[int] = []
+    send = executor._upload.send
+    monkeypatch.setattr(executor._upload, "send", lambda arrays: sent.append(len(arrays)) or send(arrays))
     found = results_of(executor, requests, plans, 2)
+    assert sent == [7 + 1 + 7] * (1 + len(plans)), "a capture, then one delta a plan: settings come once"
     assert [mine.tokens_i32 for mine in found] == [theirs.tokens_i32 for theirs in wanted]
     assert [mine.ended_i32 for mine in found] == [theirs.ended_i32 for theirs in wanted]
     assert [mine.checksum for mine in found] == [theirs.checksum for theirs in wanted]

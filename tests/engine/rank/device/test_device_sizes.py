@@ -68,7 +68,7 @@ def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, budget
     decode, launches = executor._captured, Launches()
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
     entries = [np.zeros(0, np.int64), np.zeros(0, np.int32)]
-    sent = decode.send(ROWS, idle, idle.samples, entries, [])
+    sent = decode.send(ROWS, idle, idle.samples, entries, [], alone=True)
     with launches.counting():
         hidden_BD = decode._layers(ROWS, *sent[:7])
         tokens_B = decode._sample(hidden_BD, sent[7:14])

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.engine.protocol.buckets import BUCKETS, bucket_over
+from lockstep.engine.protocol.buckets import BUCKETS, MOST_CAPTURED, bucket_over
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.protocol.slot_table import Rows
-from lockstep.engine.rank.device.captured import MOST_TOKENS
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.first_steps import compute_first_steps
 from lockstep.engine.rank.device.step_arrays import LaneArrays
@@ -39,7 +38,7 @@ def capture(executor: DeviceExecutor, size: int) -> None:
     """Computes a step of ``size`` rows as ``CapturedSteps`` does when it captures one."""
     steps = executor._captured
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
-    sent = steps.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [])
+    sent = steps.send(size, idle, idle.samples, [np.zeros(0, np.int64), np.zeros(0, np.int32)], [], True)
     hidden_BD = steps._layers(size, *sent[:7])
     if steps.samples(size):
         steps._sample(hidden_BD, sent[7:14])
@@ -112,7 +111,7 @@ def test_no_plan_after_the_first_steps_needs_another_kernel(name: str) -> None:
     with noting_variants() as variants, torch.inference_mode():
         compute_first_steps(executor._parts, executor._slots, executor._forward, MAX_TOKENS, MAX_LEN)
         for size in BUCKETS:
-            if 0 < size <= MOST_TOKENS:
+            if 0 < size <= MOST_CAPTURED:
                 capture(executor, size)
         known = set(variants)
         for number in range(PLANS):

@@ -21,10 +21,11 @@ from lockstep.launch.recipe.file import find_recipe
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.clock import NoClock
 from lockstep.moe.dispatch.local import LocalDispatcher
-from lockstep.parallel.collectives import Collectives, RankGroups
+from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
+from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.stages import whole_model
 
 META = torch.device("meta")

@@ -28,10 +28,11 @@ from lockstep.engine.rank.warm_up import Pages, warm_up
 from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import contiguous
-from lockstep.parallel.collectives import Collectives, RankGroups
+from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.dense import split_as_attention, split_over
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
+from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.tensor import UNSPLIT, TensorGroup
 from support.engine.rank.run_step import run_step
 from support.moe.dispatchers import dispatcher_of
