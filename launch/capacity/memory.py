@@ -100,7 +100,7 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     return Weights(
         attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item),
         dense=num_dense * dense + stage.num_moe * shared,
-        gates=stage.num_moe * shape.gate_params * _GATE_ITEM,
+        gates=(stage.num_moe * shape.gate_params + stage.num_layers * shape.index_gate_params) * _GATE_ITEM,
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
