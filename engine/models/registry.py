@@ -46,10 +46,6 @@ def build_model(
     part = part or ModelPart(whole_model(config.num_layers, config.moe_layers))
     block = BLOCK if keep_fp8 else None
     ops = column if isinstance(column, Reference) else ops_of(column or column_for(device))
-    if isinstance(config.attention, MlaConfig) and config.attention.indexer and ops.column == "triton":
-        raise ValueError(
-            f"{config.family} on GPUs does not work yet in this version: its indexer has no kernels"
-        )
     backend = Backend(dtype, device, ops, part.splits, block)
     return Model(config, part.stage, dispatcher, backend, _attention_of)
 

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formats.kv_format import INDEX_BLOCK_BYTES, INDEX_BLOCK_BYTES_CPU
 from .kv_entries import gather_heads, write_heads
 from .paged import PagedBatch, build_batch
 from .rope import Angles, rotate_first
 
 # Scores [queries, J, L] in float32 are made for so many queries at once that they take about this
 # many bytes; entries gathered for attention likewise.
-_BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = INDEX_BLOCK_BYTES_CPU
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class IndexNorm:
 
 @dataclass(frozen=True)
 class Selection:
-    """The positions that some tokens look at. ``places_NK`` int64: cache positions, in the order of
-    the sequence, for each of ``tokens_N`` int64 of the step. ``rest``: the rows of all others,
-    which look at every position, and ``rest_tokens`` int64 those tokens; None where there are none.
+    """The positions that some tokens look at: for each of ``tokens_N`` int64 of the step the first
+    counts_N int32 of places_NK int64, cache positions in the order of the sequence. ``rest``: the
+    rows of all other tokens, which look at every position, and ``rest_tokens`` int64 those tokens;
+    None where there are none.
     """
 
     tokens_N: Tensor
     places_NK: Tensor
+    counts_N: Tensor
     rest: PagedBatch | None
     rest_tokens: Tensor
 
@@ -83,43 +86,59 @@ def select_positions(
             continue
         pages = batch.pages_RP[row, : -(-length // batch.page_size)]
         keys_LI = gather_heads(cache, pages, batch.page_size, q_TJI.shape[2], torch.float32)[:length, 0]
-        for start, end in _blocks(first, begin + count, 4 * q_TJI.shape[1] * length):
+        for start, end in blocks_of(first, begin + count, 4 * q_TJI.shape[1] * length):
             seen_N = torch.arange(length - count + start - begin, length - count + end - begin) + 1
             scores_NL = _scores(q_TJI[start:end], weights_TJ[start:end], keys_LI)
             chosen_NK = best_positions(scores_NL, seen_N.to(scores_NL.device), top_k)
             places.append(pages[chosen_NK // batch.page_size] * batch.page_size + chosen_NK % batch.page_size)
         tokens.append(torch.arange(first, begin + count, device=q_TJI.device))
     rest, rest_tokens = _rest(batch, top_k, q_TJI.device)
-    return Selection(torch.cat(tokens), torch.cat(places), rest, rest_tokens)
+    places_NK = torch.cat(places)
+    counts_N = torch.full((len(places_NK),), top_k, dtype=torch.int32, device=places_NK.device)
+    return Selection(torch.cat(tokens), places_NK, counts_N, rest, rest_tokens)
 
 
 def best_positions(scores_NL: Tensor, seen_N: Tensor, top_k: int) -> Tensor:
     """The ``top_k`` positions of the highest scores among the first seen_N of each row, ascending,
-    int64 [N, K]; of equal scores the earlier ones. A score that is no number is the lowest. seen_N
-    is at least ``top_k``.
+    int64 [N, min(K, L)]; of equal scores the earlier ones. A score that is no number is the lowest.
+    A row that sees fewer has all of them, then zeros. Nothing waits for the device.
     """
-    positions_L = torch.arange(scores_NL.shape[1], device=scores_NL.device)
+    num_rows, length = scores_NL.shape
+    positions_L = torch.arange(length, device=scores_NL.device)
     unseen_NL = positions_L >= seen_N[:, None]
     scores_NL = scores_NL.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     scores_NL = scores_NL.masked_fill(unseen_NL, -torch.inf)
-    least_N1 = scores_NL.topk(top_k, 1).values[:, -1:]
+    most = min(top_k, length)
+    least_N1 = scores_NL.topk(most, 1).values[:, -1:]
     above_NL, equal_NL = scores_NL > least_N1, scores_NL == least_N1
-    room_N1 = top_k - above_NL.sum(1, keepdim=True)
-    chosen_NL = above_NL | (equal_NL & (equal_NL.cumsum(1) <= room_N1))
-    return chosen_NL.nonzero()[:, 1].view(-1, top_k)
+    room_N1 = most - above_NL.sum(1, keepdim=True)
+    chosen_NL = (above_NL | (equal_NL & (equal_NL.cumsum(1) <= room_N1))) & ~unseen_NL
+    # Chosen positions go to their places in order, all others to a last column that is dropped.
+    order_NL = torch.where(chosen_NL, chosen_NL.cumsum(1) - 1, most)
+    found = torch.zeros(num_rows, most + 1, dtype=torch.int64, device=scores_NL.device)
+    return found.scatter_(1, order_NL, positions_L.expand(num_rows, -1))[:, :most]
 
 
 def selected_parts(selection: Selection, cache: Tensor) -> Iterator[tuple[Tensor, Tensor, PagedBatch]]:
     """Some tokens at a time, as decode rows over the entries that they look at: the tokens int64, a
     cache of those entries alone, [N * K, ...], and the rows over it, a page each.
     """
-    num_chosen = selection.places_NK.shape[1]
-    entry = cache[0].numel() * cache.itemsize
-    for start, end in _blocks(0, len(selection.tokens_N), num_chosen * entry):
+    num_chosen, device = selection.places_NK.shape[1], cache.device
+    most_bytes = BLOCK_BYTES if device.type == "cpu" else INDEX_BLOCK_BYTES
+    row_bytes = num_chosen * cache[0].numel() * cache.itemsize
+    for start, end in blocks_of(0, len(selection.tokens_N), row_bytes, most_bytes):
+        count = end - start
+        batch = PagedBatch(
+            num_decode=count,
+            page_size=num_chosen,
+            query_start_R1=torch.arange(count + 1, dtype=torch.int32, device=device),
+            lengths_R=selection.counts_N[start:end],
+            pages_RP=torch.arange(count, dtype=torch.int32, device=device)[:, None],
+            write_T=torch.zeros(0, dtype=torch.int64, device=device),
+            query_starts=tuple(range(count + 1)),
+            lengths=(num_chosen,) * count,
+        )
         entries = cache.index_select(0, selection.places_NK[start:end].reshape(-1))
-        rows, ones = np.arange(end - start, dtype=np.int32), np.ones(end - start, np.int64)
-        starts = (num_chosen - 1) * ones
-        batch, _ = build_batch(starts, ones, len(rows), rows[:, None], num_chosen, cache.device)
         yield selection.tokens_N[start:end], entries, batch
 
 
@@ -145,7 +164,11 @@ def _rest(batch: PagedBatch, top_k: int, device: torch.device) -> tuple[PagedBat
     return rest, chosen
 
 
-def _blocks(begin: int, end: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Runs of [begin, end) whose members take ``num_bytes`` each."""
-    step = max(1, _BLOCK_BYTES // num_bytes)
+def blocks_of(
+    begin: int, end: int, num_bytes: int, most_bytes: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Runs of [begin, end) whose members take ``num_bytes`` each, ``most_bytes`` in all, by default
+    ``BLOCK_BYTES``.
+    """
+    step = max(1, (most_bytes or BLOCK_BYTES) // num_bytes)
     return ((start, min(start + step, end)) for start in range(begin, end, step))

@@ -12,7 +12,7 @@ from ...engine.models.shape import read_shape
 from ..defaults import CONTEXT
 from ..recipe.hardware import hardware_names, load_hardware
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
-from ..recipe.resolve import check_model, not_served
+from ..recipe.resolve import check_model
 from .floors import Floor, Traffic, decode_work, floor_of, prefill_work, traffic
 from .memory import Memory, memory_of, page_bytes
 from .setup import Setup, resolve
@@ -149,8 +149,7 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Capacit
             f"cluster.device = {recipe.cluster.device}: cluster.hardware = {name} is {hardware.device}"
         )
     setup = resolve(recipe, shape, hardware)
-    unsupported = not_yet(recipe) + not_served(shape, hardware.device)
-    return make_plan(setup, recipe, context, tuple(unsupported))
+    return make_plan(setup, recipe, context, tuple(not_yet(recipe)))
 
 
 def model_folder(recipe: Recipe, folder: Path) -> Path:

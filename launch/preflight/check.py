@@ -16,7 +16,7 @@ from ..environment import prepare_ray, ray_address
 from ..recipe.hardware import hardware_names
 from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
 from ..recipe.records import check_records
-from ..recipe.resolve import check_model, not_served
+from ..recipe.resolve import check_model
 from .finding import Finding
 from .judge import Requirements, judge
 from .links import judge_clocks, judge_links
@@ -147,7 +147,6 @@ def _recipe_findings(recipe: Recipe, folder: Path, plan: CapacityPlan | None) ->
     with contextlib.suppress(ValueError):  # the nodes report problems of the model
         config = load_config(model_directory(recipe, folder))
         found += [Finding("error", "recipe", line) for line in check_model(recipe, config)]
-        found += [Finding("error", "recipe", line) for line in not_served(config, recipe.cluster.device)]
         if recipe.experts.loads is not None:
             from ..recipe.placement import recorded_loads  # it needs numpy
 

@@ -21,8 +21,6 @@ class ModelFacts(Protocol):
     """Properties of a model that a recipe must fit."""
 
     @property
-    def family(self) -> str: ...
-    @property
     def dtype(self) -> str: ...
     @property
     def max_position(self) -> int: ...
@@ -63,19 +61,6 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             f"{config.moe.num_experts} experts on each of {recipe.mesh.experts - 1} other ranks of a stage"
         )
     return found + _unsplittable(recipe, config)
-
-
-def not_served(config: ModelFacts, device: str) -> list[str]:
-    """Kinds of models that this version does not serve on ``device``: launching refuses them.
-    ``launch plan`` plans with them and reports them.
-    """
-    attention = config.attention
-    if device != "cuda" or not isinstance(attention, MlaConfig) or attention.indexer is None:
-        return []
-    return [
-        f"cluster.device = cuda: {config.family} on GPUs does not work yet in this version: its indexer has "
-        "no kernels there; use cpu"
-    ]
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:

@@ -13,7 +13,6 @@ from ..cluster.ports import base_url, reachable, url_elsewhere
 from ..cluster.reaper import Reaper
 from ..environment import prepare_ray
 from ..recipe.recipe import Recipe
-from ..recipe.resolve import not_served
 from ..terminal.interrupts import Interrupted, Interrupts
 from ..terminal.screen import Screen
 from .acceptor import Acceptor
@@ -117,7 +116,7 @@ def _open(run: Run, opened: ExitStack) -> _Base:
         config=run.config,
         model_path=run.model_path,
         host=cluster.host,
-        device=_device(run, cluster.gpus_per_node),
+        device=_device(recipe, cluster.gpus_per_node),
         lobby_address=desk.address,
         keyring=keyring,
         acceptor=acceptor.spec,
@@ -143,9 +142,9 @@ def open_cluster(run: Run, reaper: Reaper) -> Cluster:
     return cluster
 
 
-def _device(run: Run, gpus_per_node: int) -> str:
+def _device(recipe: Recipe, gpus_per_node: int) -> str:
     """The device of every rank: cpu or cuda."""
-    cluster = run.recipe.cluster
+    cluster = recipe.cluster
     if cluster.device == "cpu" or (cluster.device == "auto" and gpus_per_node == 0):
         if recipe.kernels.linear_fp8 == "deep_gemm":
             raise LaunchError(
@@ -158,8 +157,6 @@ def _device(run: Run, gpus_per_node: int) -> str:
             f"cluster.device = {cluster.device}: cluster.ranks_per_node = {cluster.ranks_per_node} needs "
             f"as many GPUs per node, found {gpus_per_node}"
         )
-    if refused := not_served(run.config, "cuda"):
-        raise LaunchError(refused[0])
     return "cuda"
 
 

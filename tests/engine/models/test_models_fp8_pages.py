@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lockstep.kernels.table import Column
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.engine.models.family_configs import CONFIGS as ALL
+from support.engine.models.family_configs import CONFIGS as ALL, deepseek_v32_config
 from support.engine.models.local_model import Stepper, load_local
 
 CONFIGS = [qwen3_moe_config, deepseek_v3_config]
@@ -58,7 +58,7 @@ def test_every_other_family_loses_as_little(family: str, tmp_path: Path) -> None
     assert 0.001 < loss < {"mistral4": 0.06, "deepseek_v32": 0.2}.get(family, 0.04)
 
 
-@FAMILIES
+@pytest.mark.parametrize("config_of", [*CONFIGS, deepseek_v32_config])
 def test_a_chunk_reads_what_the_pages_return(
     config_of: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def test_equals_the_definition(
     """Entries that the tokens of this step wrote are among those read. ``at_once``: bytes of scores
     and entries that are made at once.
     """
-    monkeypatch.setattr(indexer, "_BLOCK_BYTES", at_once)
+    monkeypatch.setattr(indexer, "BLOCK_BYTES", at_once)
     torch.manual_seed(3)
     ops: Reference = ops_of(column)
     rows = PagedRows(*CASES[case])
@@ -92,7 +92,7 @@ def test_equals_the_definition(
 
 def test_of_equal_scores_the_earlier_position_is_chosen() -> None:
     scores = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0, 9.0]])
-    for seen, chosen in ((5, [0, 1, 4]), (6, [1, 4, 5]), (3, [0, 1, 2])):
+    for seen, chosen in ((5, [0, 1, 4]), (6, [1, 4, 5]), (3, [0, 1, 2]), (2, [0, 1, 0])):
         assert best_positions(scores, torch.tensor([seen]), 3).tolist() == [chosen]
 
 

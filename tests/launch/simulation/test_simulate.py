@@ -35,7 +35,6 @@ from lockstep.launch.commands import simulate as simulate_command
 from lockstep.launch.defaults import EFFICIENCY
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.recipe import Recipe, contradictions
-from lockstep.launch.recipe.resolve import not_served
 from lockstep.launch.simulation import screen as simulate_screen, simulate as simulation
 from lockstep.launch.simulation.evaluate import quantiles
 from lockstep.launch.simulation.report import SimulationReport
@@ -155,15 +154,6 @@ def test_an_indexer_scores_every_position_and_attention_sees_the_best() -> None:
         floor = floor_of(indexed, decode_work(64, context))
         assert FloorTimes(indexed, 1.0)(work) == pytest.approx(floor.seconds)
         assert (floor.memory > floor_of(setup, decode_work(64, context)).memory) == (context == 2000)
-
-
-def test_an_indexer_on_gpus_is_planned_and_refused() -> None:
-    setup = planned(DEEPSEEK)[0].setup
-    assert isinstance(setup.shape.attention, MlaConfig)
-    attention = replace(setup.shape.attention, indexer=IndexerConfig(64, 128, 2048))
-    shape = replace(setup.shape, attention=attention, family="deepseek_v32")
-    assert not_served(shape, "cpu") == [] == not_served(setup.shape, "cuda")
-    assert "deepseek_v32 on GPUs does not work yet" in not_served(shape, "cuda")[0]
 
 
 def test_the_default_is_what_published_figures_reach() -> None:
