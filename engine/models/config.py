@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ...kernels.formats.fp8_format import KERNEL_BLOCK
-from ...kernels.formats.kv_format import KvFormat, entry_bytes, head_entry, latent_entry
+from ...kernels.formats.kv_format import KvFormat, entry_bytes, head_entry, index_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
 from .quantisation import StoredFourBit, StoredFp8, check_modules, check_sizes, read_four_bit, read_fp8
@@ -89,12 +89,25 @@ class GqaConfig:
 
 
 @dataclass(frozen=True)
+class IndexerConfig:
+    """The indexer of DeepSeek's sparse attention (arXiv 2512.02556, section 2.1): ``num_heads``
+    heads of ``head_dim`` values score one key per token; attention sees the ``top_k`` best
+    positions.
+    """
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True)
 class MlaConfig:
     """Multi-head latent attention (arXiv 2405.04434 section 2.1). ``q_latent`` None: queries are
     projected directly.
 
     ``scale`` multiplies the scores and includes YaRN's correction. ``bias``: the projections from
-    and to the hidden state have one.
+    and to the hidden state have one. ``indexer``: chooses the positions that attention sees; None:
+    it sees all. Each part of split heads holds all of it.
     """
 
     num_heads: int
@@ -105,6 +118,7 @@ class MlaConfig:
     value_dim: int
     scale: float
     bias: bool
+    indexer: IndexerConfig | None = None
 
     def split(self, size: int) -> MlaConfig:
         """The heads of one of ``size`` equal parts; each holds the whole latent. Raises ValueError
@@ -219,7 +233,7 @@ class ModelConfig:
 
     def kv_shapes(self, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
         """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and
-        values. MLA: the latent.
+        values. MLA: the latent, and the index key where there is an indexer.
         """
         return kv_shapes(self.attention, kv_format)
 
@@ -231,7 +245,10 @@ class ModelConfig:
 def kv_shapes(attention: GqaConfig | MlaConfig, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
     """As ``ModelConfig.kv_shapes``. Raises ValueError for sizes that the format cannot hold."""
     if isinstance(attention, MlaConfig):
-        return (latent_entry(kv_format, attention.kv_latent, attention.rope_dim),)
+        latent = latent_entry(kv_format, attention.kv_latent, attention.rope_dim)
+        if attention.indexer is None:
+            return (latent,)
+        return latent, index_entry(kv_format, attention.indexer.head_dim)
     entry = head_entry(kv_format, attention.num_kv_heads, attention.head_dim)
     return (entry, entry)
 

@@ -100,11 +100,13 @@ def sparse_layers(fields: Fields) -> tuple[int, ...]:
     )
 
 
-def named_layers(fields: Fields) -> tuple[int, ...]:
-    """The layers with experts, which one of two fields names."""
+def named_layers(fields: Fields, num_dense: int = 1) -> tuple[int, ...]:
+    """The layers with experts, which one of two fields names; by default all but the first
+    ``num_dense``.
+    """
     num_layers, kinds = fields.integer("num_hidden_layers"), fields.raw("mlp_layer_types")
     if kinds is None:
-        return tuple(range(fields.integer("first_k_dense_replace", 1, minimum=0), num_layers))
+        return tuple(range(fields.integer("first_k_dense_replace", num_dense, minimum=0), num_layers))
     if (
         not isinstance(kinds, list)
         or len(kinds) != num_layers

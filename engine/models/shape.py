@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...kernels.formats.kv_format import KvFormat, entry_bytes
+from ...kernels.formats.kv_format import KvFormat, entry_bytes, index_entry
 from ...parallel.stages import PipelineStage, split_layers
-from .config import GqaConfig, MlaConfig, ModelConfig, kv_shapes, load_config
+from .config import GqaConfig, IndexerConfig, MlaConfig, ModelConfig, kv_shapes, load_config
 
 SWIGLU = 3  # matrices of a feed-forward block
 
@@ -34,14 +34,28 @@ class Shape(ModelConfig):
             shape.kv_latent * shape.num_heads * (shape.nope_dim + shape.value_dim)
             + (shape.q_latent or 0) * queries
         )
-        return hidden * (down + shape.num_heads * shape.value_dim) + up + shape.bias * (down + hidden)
+        biases = shape.bias * (down + hidden)
+        if shape.indexer is not None:
+            down += shape.indexer.head_dim
+            up += (shape.q_latent or 0) * shape.indexer.num_heads * shape.indexer.head_dim
+        return hidden * (down + shape.num_heads * shape.value_dim) + up + biases
+
+    @property
+    def index_gate_params(self) -> int:
+        """Values in the weights of one layer's index heads, which are float32 as gates are."""
+        return self.hidden * self.indexer.num_heads if self.indexer is not None else 0
+
+    @property
+    def indexer(self) -> IndexerConfig | None:
+        return self.attention.indexer if isinstance(self.attention, MlaConfig) else None
 
     @property
     def norm_params(self) -> int:
         """Values in the norms of one layer."""
         shape = self.attention
         if isinstance(shape, MlaConfig):
-            return 2 * self.hidden + (shape.q_latent or 0) + shape.kv_latent
+            index = 2 * shape.indexer.head_dim if shape.indexer is not None else 0
+            return 2 * self.hidden + (shape.q_latent or 0) + shape.kv_latent + index
         heads = shape.num_heads + shape.num_kv_heads if shape.wide_norm else 2
         return 2 * self.hidden + (heads * shape.head_dim if shape.qk_norm else 0)
 
@@ -83,7 +97,7 @@ class Shape(ModelConfig):
         num_moe = len(self.moe_layers)
         per_moe = self.shared_params + self.gate_params + self.moe.num_experts * self.expert_params
         head = self.vocab_size * self.hidden * (1 if self.tie_embeddings else 2) + self.hidden
-        layers = self.num_layers * (self.attention_params + self.norm_params)
+        layers = self.num_layers * (self.attention_params + self.index_gate_params + self.norm_params)
         return head + layers + num_moe * per_moe + (self.num_layers - num_moe) * self.dense_params
 
     @property
@@ -94,7 +108,9 @@ class Shape(ModelConfig):
         moe = self.shared_params + self.gate_params + self.moe.top_k * self.expert_params
         holds_experts = set(self.moe_layers)
         costs = [
-            self.attention_params + (moe if layer in holds_experts else self.dense_params)
+            self.attention_params
+            + self.index_gate_params
+            + (moe if layer in holds_experts else self.dense_params)
             for layer in range(self.num_layers)
         ]
         costs[-1] += self.vocab_size * self.hidden
@@ -111,6 +127,18 @@ class Shape(ModelConfig):
         """
         held = self.attention.split(parts)
         return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
+
+    def index_key_bytes(self, kv_format: KvFormat) -> int:
+        """Bytes of ``kv_bytes`` that are the index key, which scores of every position read."""
+        if self.indexer is None:
+            return 0
+        return entry_bytes(kv_format, index_entry(kv_format, self.indexer.head_dim))
+
+    def bound(self, layer: int) -> int:
+        """The most positions that the attention of ``layer`` looks at: its window, or those that an
+        indexer chooses; 0: all.
+        """
+        return self.window(layer) or (self.indexer.top_k if self.indexer is not None else 0)
 
     def split_attention_params(self, parts: int) -> int:
         """Values in the matrices and biases of one layer's attention in one of ``parts``.
@@ -140,8 +168,15 @@ class Shape(ModelConfig):
         stacked = held.q_latent or queries
         return (stacked, queries, held.num_heads * held.value_dim) if parts > 1 else (stacked,)
 
+    @property
+    def index_operations(self) -> int:
+        """Operations of an indexer per token, position of its context and layer; the same in every
+        part of split heads.
+        """
+        return 0 if self.indexer is None else 2 * self.indexer.num_heads * (self.indexer.head_dim + 1)
+
     def attention_operations(self, decode: bool) -> int:
-        """Operations per token, position of its context and layer.
+        """Operations per token, position that it looks at and layer.
 
         In decode, latent attention works on the latent.
         """

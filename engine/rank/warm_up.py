@@ -22,7 +22,7 @@ from ...kernels.reference.sampling import SamplingParams
 from ...kernels.table import ops_of
 from ...moe.balance.placement import Placement, contiguous
 from ...moe.dispatch.dispatcher import Dispatcher
-from ..models.config import ModelConfig
+from ..models.config import MlaConfig, ModelConfig
 from ..models.registry import build_model
 from .page_pool import KVPool
 
@@ -32,6 +32,9 @@ _WIDEST = 512
 _VOCABULARY = 64
 _PROMPT, _SHORT = 33, 3
 """Numbers of tokens: enough to be split over threads, and too few."""
+
+_FEW = 8
+"""Positions that attention looks at where an indexer chooses them."""
 
 _LIKELIEST, _CHOICES = 2, 1024
 """Top-k and vocabulary of the sampler's run: a small top-k of many tokens has its own kernel."""
@@ -128,8 +131,13 @@ def _miniature(config: ModelConfig) -> ModelConfig:
         num_experts=min(moe.num_experts, moe.num_groups * per_group),
     )
     num_dense = int(len(config.moe_layers) < config.num_layers)
+    attention = config.attention
+    if isinstance(attention, MlaConfig) and attention.indexer is not None:
+        chosen = min(attention.indexer.top_k, _FEW)  # the prompt is longer
+        attention = replace(attention, indexer=replace(attention.indexer, top_k=chosen))
     return replace(
         config,
+        attention=attention,
         vocab_size=_VOCABULARY,
         hidden=hidden,
         num_layers=num_dense + 1,

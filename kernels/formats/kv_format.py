@@ -11,6 +11,7 @@ float32 scale.
 - Latents, as in FlashMLA (https://github.com/deepseek-ai/FlashMLA): C values, then a scale for
   every 128 of them (the last group may be shorter), then the E rotated values in bf16:
   C + 4 ceil(C / 128) + 2 E bytes, 656 at DeepSeek-V3's sizes.
+- Index keys are keys of one head: D + 4 bytes.
 
 A scale is the largest magnitude among its values / 448. It belongs to one token, so an entry is
 written once and no later token changes it: a page's contents do not depend on how its tokens were
@@ -30,6 +31,10 @@ Shape = tuple[int, ...]
 
 GROUP = 128  # values of a latent that share a scale
 SCALE_BYTES = 4
+# DeepSeek's sparse attention: most bytes of index scores that are made at once, with what choosing
+# makes of them, and of entries gathered for attention; on GPUs and on a CPU.
+INDEX_BLOCK_BYTES, INDEX_BLOCK_BYTES_CPU = 256 << 20, 64 << 20
+INDEX_SCORE_BYTES = 32  # of one score, with what choosing makes of it; not measured
 _ROTATED_BYTES = 2
 
 
@@ -56,6 +61,13 @@ def latent_entry(kv_format: KvFormat, latent_dim: int, rotated_dim: int) -> Shap
         return (latent_dim + rotated_dim,)
     _check_multiple("kv_lora_rank", latent_dim)
     return (latent_dim + SCALE_BYTES * num_groups(latent_dim) + _ROTATED_BYTES * rotated_dim,)
+
+
+def index_entry(kv_format: KvFormat, dim: int) -> Shape:
+    """Shape of a token's index key."""
+    if kv_format == "fp8":
+        _check_multiple("index_head_dim", dim)
+    return head_entry(kv_format, 1, dim)
 
 
 def entry_bytes(kv_format: KvFormat, shape: Shape) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from . import (
     fp8,
     gate as gate_ops,
     grouping,
+    indexer,
     linear as linear_ops,
     mla,
     norm,
@@ -25,6 +27,7 @@ from . import (
 )
 from .experts import PLAIN_FORM, ExpertForm
 from .fp8 import Normed, NormedRows
+from .indexer import Selection
 from .linear import SlotWeights
 from .paged import PagedBatch
 from .rope import Angles
@@ -79,6 +82,8 @@ class Reference:
     rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
     attend = staticmethod(attention.attend)
     mla_attend = staticmethod(mla.mla_attend)
+    rotate_and_write_index = staticmethod(indexer.rotate_and_write_index)
+    select_positions = staticmethod(indexer.select_positions)
     edit_logits = staticmethod(sampling.edit_logits)
     allow_only = staticmethod(sampling.allow_only)
     sample_slots = staticmethod(sampling.sample_slots)
@@ -113,6 +118,30 @@ class Reference:
         """The sum of the residual, and the product of its norm with a projection."""
         x_TD, normed_TD = self.add_norm(residual, norm)
         return x_TD, self.project(normed_TD, projection)
+
+    def mla_attend_selected(
+        self,
+        q_nope_THN: Tensor,
+        q_rope_THE: Tensor,
+        cache: Tensor,
+        expand_HPC: Tensor,
+        batch: PagedBatch,
+        scale: float,
+        selection: Selection | None,
+    ) -> Tensor:
+        """``mla_attend`` over the positions that an indexer has chosen; None: over all."""
+        if selection is None:
+            return self.mla_attend(q_nope_THN, q_rope_THE, cache, expand_HPC, batch, scale)
+        value_dim = expand_HPC.shape[1] - q_nope_THN.shape[2]
+        out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], value_dim)
+        parts = indexer.selected_parts(selection, cache)
+        if selection.rest is not None:
+            parts = itertools.chain(((selection.rest_tokens, cache, selection.rest),), parts)
+        for tokens, entries, rows in parts:
+            out_THV[tokens] = self.mla_attend(
+                q_nope_THN[tokens], q_rope_THE[tokens], entries, expand_HPC, rows, scale
+            )
+        return out_THV
 
     def project_normed(self, rows: Normed, projection: Projection) -> Tensor:
         """The product of a norm with a projection."""

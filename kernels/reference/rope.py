@@ -146,9 +146,9 @@ def rotate_and_write(
     dtype. ``interleaved`` selects ``rotate_pairs`` instead of ``rotate_halves``. If F < D / 2, only
     the first 2 F values of a head are rotated.
     """
-    write_heads(cache[0], write_T, _rotate_first(k_TKD, angles, interleaved))
+    write_heads(cache[0], write_T, rotate_first(k_TKD, angles, interleaved))
     write_heads(cache[1], write_T, v_TKD)
-    return _rotate_first(q_THD, angles, interleaved)
+    return rotate_first(q_THD, angles, interleaved)
 
 
 def rotate_and_write_latent(
@@ -169,7 +169,7 @@ def rotate_and_write_latent(
     return rotate(q_rope_THD, angles).to(q_rope_THD.dtype)
 
 
-def _rotate_first(x_THD: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+def rotate_first(x_THD: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """Rotates the first 2 F values of each head and keeps the others. Returns x's dtype."""
     rotate = rotate_pairs if interleaved else rotate_halves
     turned = 2 * angles.cos_T1F.shape[-1]

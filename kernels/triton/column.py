@@ -21,6 +21,7 @@ from . import (
     fp8,
     gate as gate_ops,
     grouping,
+    indexer,
     linear_fp8,
     mla,
     norm as norm_ops,
@@ -92,6 +93,8 @@ class Triton(Reference):
     silu_mul_fp8 = staticmethod(fp8.silu_mul_fp8)
     norm_rotate_and_write = staticmethod(rope.norm_rotate_and_write)
     rotate_and_write_latent = staticmethod(rope.rotate_and_write_latent)
+    rotate_and_write_index = staticmethod(indexer.rotate_and_write_index)
+    select_positions = staticmethod(indexer.select_positions)
     edit_logits = staticmethod(sampling.edit_logits)
     allow_only = staticmethod(sampling.allow_only)
     sample = staticmethod(sampling.sample)

@@ -45,6 +45,27 @@ def rotate_and_write(
     interleaved: bool,
 ) -> Tensor:
     """Same as ``rope.rotate_and_write``. A token with a negative place is not written."""
+    return _launch(q_THD, k_TKD, v_TKD, angles, cache, write_T, interleaved)
+
+
+def rotate_and_write_keys(
+    q_THD: Tensor, k_TKD: Tensor, angles: Angles, cache: Tensor, write_T: Tensor, interleaved: bool
+) -> Tensor:
+    """As ``rotate_and_write``, of keys that have no values."""
+    return _launch(q_THD, k_TKD, None, angles, (cache, cache), write_T, interleaved)
+
+
+def _launch(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor | None,
+    angles: Angles,
+    cache: tuple[Tensor, Tensor],
+    write_T: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    has_values = v_TKD is not None
+    v_TKD = k_TKD if v_TKD is None else v_TKD
     check_dtype(q_THD, "rotate_and_write: q")
     num_tokens, num_heads, dim = q_THD.shape
     turned = 2 * angles.cos_T1F.shape[-1]
@@ -86,6 +107,7 @@ def rotate_and_write(
             D=dim,
             D_PAD=power_of_two(dim),
             INTERLEAVED=interleaved,
+            VALUES=has_values,
             EIGHT=holds_fp8(cache[0]),
             ROUND=interpreted(),
             num_warps=4,
@@ -260,6 +282,7 @@ def _rotate_and_write_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    VALUES: tl.constexpr,
     EIGHT: tl.constexpr,
     ROUND: tl.constexpr,
 ):
@@ -272,7 +295,8 @@ def _rotate_and_write_kernel(
     first, second = _rotate(q_ptr + token * q_stride_t, q_stride_h, cos, sin, H, H_PAD, F, F_PAD, INTERLEAVED)
     _store_halves(out_ptr + token * (D * H), first, second, H, H_PAD, F, F_PAD, D, place == place)
     first, second = _rotate(k_ptr + token * k_stride_t, k_stride_h, cos, sin, K, K_PAD, F, F_PAD, INTERLEAVED)
-    v = _load_rest(v_ptr + token * v_stride_t, v_stride_h, K, K_PAD, 0, D, D_PAD)
+    if VALUES:
+        v = _load_rest(v_ptr + token * v_stride_t, v_stride_h, K, K_PAD, 0, D, D_PAD)
     if 2 * F < D:
         q_rest = _load_rest(q_ptr + token * q_stride_t, q_stride_h, H, H_PAD, 2 * F, D, D_PAD)
         _store_rest(out_ptr + token * (D * H), q_rest, H, H_PAD, 2 * F, D, D_PAD, place == place)
@@ -281,7 +305,7 @@ def _rotate_and_write_kernel(
     if EIGHT:
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         h = tl.arange(0, K_PAD)
-        first, second, v = first.to(tl.float32), second.to(tl.float32), v.to(tl.float32)
+        first, second = first.to(tl.float32), second.to(tl.float32)
         scales = tl.maximum(group_scales(first), group_scales(second))  # one scale for all parts of a head
         if 2 * F < D:
             scales = tl.maximum(scales, group_scales(k_rest.to(tl.float32)))
@@ -289,13 +313,16 @@ def _rotate_and_write_kernel(
         first = eight_bits(first / scales[:, None], dtype, ROUND)
         second = eight_bits(second / scales[:, None], dtype, ROUND)
         tl.store(k_scales_ptr + place * scales_stride + h, scales, mask=(h < K) & (place >= 0))
-        scales = group_scales(v)
-        v = eight_bits(v / scales[:, None], dtype, ROUND)
-        tl.store(v_scales_ptr + place * scales_stride + h, scales, mask=(h < K) & (place >= 0))
+        if VALUES:
+            v = v.to(tl.float32)
+            scales = group_scales(v)
+            v = eight_bits(v / scales[:, None], dtype, ROUND)
+            tl.store(v_scales_ptr + place * scales_stride + h, scales, mask=(h < K) & (place >= 0))
     _store_halves(k_at, first, second, K, K_PAD, F, F_PAD, D, place >= 0)
     if 2 * F < D:
         _store_rest(k_at, k_rest, K, K_PAD, 2 * F, D, D_PAD, place >= 0)
-    _store_rest(v_at, v, K, K_PAD, 0, D, D_PAD, place >= 0)
+    if VALUES:
+        _store_rest(v_at, v, K, K_PAD, 0, D, D_PAD, place >= 0)
 
 
 @triton.jit

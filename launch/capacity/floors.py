@@ -90,7 +90,7 @@ def stage_floor(setup: Setup, stage: PipelineStage, work: Work) -> Floor:
 
 def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     shape, tensor = setup.shape, setup.mesh.tensor
-    dense = stage.num_layers * shape.attention_params
+    dense = stage.num_layers * (shape.attention_params + shape.index_gate_params)
     dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
     experts = stage.num_moe * shape.moe.top_k * shape.expert_params
     attended = _seen(setup, stage, work.attended, work.tokens)
@@ -99,6 +99,7 @@ def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     seconds = 2 * work.tokens * dense / tensor / setup.operations(setup.weights)
     seconds += 2 * work.routed * experts / tensor / setup.operations(setup.expert_dtype)
     seconds += attended * attention_seconds(setup, work.decode)
+    seconds += stage.num_layers * work.attended * index_seconds(setup)
     return seconds + 2 * (gates + head) / setup.operations(setup.dtype)
 
 
@@ -112,6 +113,7 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
     chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.mesh.data)
     head = stage.last * shape.vocab_size * shape.hidden * setup.item
     kv = _seen(setup, stage, work.kv_reads, work.tokens) * read_seconds(setup)
+    kv += stage.num_layers * work.kv_reads * index_read_seconds(setup)
     read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head
     return read / (1e12 * setup.hardware.memory_tb_s) + kv
 
@@ -123,20 +125,34 @@ def attention_seconds(setup: Setup, decode: bool) -> float:
 
 
 def read_seconds(setup: Setup) -> float:
-    """Seconds of reading one position in one layer, without ``sharing``."""
-    return setup.shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor) / (1e12 * setup.hardware.memory_tb_s)
+    """Seconds of reading one position in one layer, without ``sharing``, but for its index key."""
+    shape, kind = setup.shape, setup.kv_dtype
+    num_bytes = shape.kv_bytes(kind, setup.mesh.tensor) - shape.index_key_bytes(kind)
+    return num_bytes / (1e12 * setup.hardware.memory_tb_s)
 
 
-def windows_of(setup: Setup, stage: PipelineStage) -> list[int]:
-    """The windows of the layers of a stage that have one."""
-    return [window for layer in stage.layers if (window := setup.shape.window(layer))]
+def index_seconds(setup: Setup) -> float:
+    """Seconds in which an indexer scores one position for a token in one layer, without
+    ``sharing``.
+    """
+    return setup.shape.index_operations / setup.operations(setup.attention_dtype)
+
+
+def index_read_seconds(setup: Setup) -> float:
+    """Seconds of reading one index key in one layer, without ``sharing``."""
+    return setup.shape.index_key_bytes(setup.kv_dtype) / (1e12 * setup.hardware.memory_tb_s)
+
+
+def bounds_of(setup: Setup, stage: PipelineStage) -> list[int]:
+    """The most positions that a token looks at in those layers of a stage that bound them."""
+    return [bound for layer in stage.layers if (bound := setup.shape.bound(layer))]
 
 
 def _seen(setup: Setup, stage: PipelineStage, positions: float, tokens: float) -> float:
-    """``positions`` over the layers of a stage; a window bounds those of each token."""
-    windows = windows_of(setup, stage)
-    whole = (stage.num_layers - len(windows)) * positions
-    return whole + sum(min(positions, tokens * window) for window in windows)
+    """``positions`` over the layers of a stage, some of which bound those of each token."""
+    bounds = bounds_of(setup, stage)
+    whole = (stage.num_layers - len(bounds)) * positions
+    return whole + sum(min(positions, tokens * bound) for bound in bounds)
 
 
 # --------------------------------------------------------------------------- network

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from ...engine.kv.budget import GPU_RESERVE_BYTES, PoolLimits
 from ...engine.models.config import GqaConfig
 from ...engine.protocol.buckets import bucket_over, largest_captured, most_tokens
+from ...kernels.formats.kv_format import INDEX_BLOCK_BYTES, INDEX_BLOCK_BYTES_CPU, INDEX_SCORE_BYTES
 from ...moe.balance.travel import staged_bytes
 from ...parallel.stages import PipelineStage
 from .setup import Setup, stored_bytes
@@ -102,7 +103,7 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     return Weights(
         attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item),
         dense=num_dense * dense + stage.num_moe * shared,
-        gates=stage.num_moe * shape.gate_params * _GATE_ITEM,
+        gates=(stage.num_moe * shape.gate_params + stage.num_layers * shape.index_gate_params) * _GATE_ITEM,
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
@@ -133,7 +134,7 @@ def activations_of(setup: Setup, stage: PipelineStage) -> int:
     width = heads.num_heads * (
         heads.head_dim if isinstance(heads, GqaConfig) else heads.nope_dim + heads.rope_dim
     )
-    blocks = [4 * tokens * width // tensor * item]
+    blocks = [4 * tokens * width // tensor * item + chosen_bytes(setup)]
     # Tokens of a dense group, there and back: the other ranks' as well.
     group = setup.mesh.dense if setup.mesh.dense > 1 else 0
     gathered = 2 * group * -(-tokens // tensor) * shape.hidden * item
@@ -150,6 +151,18 @@ def activations_of(setup: Setup, stage: PipelineStage) -> int:
     if stage.last:
         blocks.append(_LOGIT_COPIES * setup.max_running * shape.vocab_size * 4)
     return residual + max(blocks)
+
+
+def chosen_bytes(setup: Setup) -> int:
+    """Bytes of index scores and of the entries that they choose, as many as are made at once; 0
+    without an indexer.
+    """
+    indexer, tokens = setup.shape.indexer, setup.capacity
+    if indexer is None:
+        return 0
+    most = INDEX_BLOCK_BYTES if setup.hardware.device == "cuda" else INDEX_BLOCK_BYTES_CPU
+    entries = tokens * indexer.top_k * setup.shape.kv_bytes(setup.kv_dtype)
+    return min(tokens * setup.max_len * INDEX_SCORE_BYTES, most) + min(entries, most)
 
 
 def row_bytes(setup: Setup) -> int:

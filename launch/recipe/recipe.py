@@ -211,6 +211,8 @@ class FrontendSection(RecipeSection):
             "glm47",
             "harmony",
             "hermes",
+            "hy_v3",
+            "hy_v3_preview",
             "kimi_k2",
             "minimax_m2",
             "mistral",
@@ -219,7 +221,7 @@ class FrontendSection(RecipeSection):
         BeforeValidator(switch),
     ] = Field(default="auto", description="format of tool calls; auto: by the chat template")
     reasoning_parser: Annotated[
-        Literal["auto", "off", "think", "mistral", "harmony"], BeforeValidator(switch)
+        Literal["auto", "off", "think", "mistral", "harmony", "hy_v3"], BeforeValidator(switch)
     ] = Field(default="auto", description="format of reasoning; auto: by the chat template")
     grammar_seconds: float = Field(
         default=1.5, gt=0, le=60, description="most CPU seconds to check one schema or pattern of a request"

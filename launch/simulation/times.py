@@ -1,8 +1,8 @@
 """Duration of a simulated step: the floors of ``launch plan`` for the work of each rank.
 
 Floors are linear in a section's work, except for reading expert weights: a step reads those that
-some token needs; and for layers with a window, which bounds the positions of each token. So the
-linear factors are taken from ``capacity.floors`` once. Suffixes: D data indices, S stages.
+some token needs; and for layers that bound the positions of each token. So the linear factors
+are taken from ``capacity.floors`` once. Suffixes: D data indices, S stages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from ...engine.simulation.simulated_group import StepWork
 from ...parallel.stages import PipelineStage
-from ..capacity.floors import Floor, Work, attention_seconds, read_seconds, stage_floor, windows_of
+from ..capacity.floors import (
+    Floor,
+    Work,
+    attention_seconds,
+    bounds_of,
+    index_read_seconds,
+    index_seconds,
+    read_seconds,
+    stage_floor,
+)
 from ..capacity.setup import Setup
 
 PARTS = ("compute", "memory", "network")
@@ -51,6 +60,7 @@ class _StageTimes:
 
     ``_compute`` [2]: seconds per token and per sampled row. ``_decode``, ``_prompt``, ``_read``:
     seconds of a layer per position attended to in decode and in prefill, and per position read.
+    ``_index``, ``_index_read``: of all layers per position that an indexer scores, and reads.
     """
 
     def __init__(self, setup: Setup, stage: PipelineStage, expert_imbalance: float) -> None:
@@ -61,8 +71,10 @@ class _StageTimes:
         self._routed = stage_floor(setup, stage, _work(routed=1)).compute * expert_imbalance
         self._decode, self._prompt = (setup.sharing * attention_seconds(setup, way) for way in (True, False))
         self._read = setup.sharing * read_seconds(setup)
-        windows = windows_of(setup, stage)
-        self._whole, self._windows = stage.num_layers - len(windows), Counter(windows)
+        self._index = setup.sharing * stage.num_layers * index_seconds(setup)
+        self._index_read = setup.sharing * stage.num_layers * index_read_seconds(setup)
+        bounds = bounds_of(setup, stage)
+        self._whole, self._bounds = stage.num_layers - len(bounds), Counter(bounds)
         self._floor = lru_cache(1 << 16)(self._even_floor)
 
     def parts(self, work: StepWork) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
@@ -73,15 +85,16 @@ class _StageTimes:
         decoded_D = self._seen(work.decode_context_D, work.decodes_D)
         compute_D = self._compute @ features + self._routed * total / self._data
         compute_D += self._decode * decoded_D + self._prompt * self._seen(work.prompt_context_D, prompts_D)
+        compute_D += self._index * (work.decode_context_D + work.prompt_context_D)
         read_D = decoded_D + self._seen(work.kv_reads_D - work.decode_context_D, prompts_D)
-        memory_D = self._floor(total).memory + self._read * read_D
+        memory_D = self._floor(total).memory + self._read * read_D + self._index_read * work.kv_reads_D
         return compute_D, memory_D, self._floor(most * self._data).network
 
     def _seen(self, positions_D: NDArray[np.int64], tokens_D: NDArray[np.int64]) -> NDArray[np.float64]:
-        """``positions_D`` over the layers; a window bounds those of each of ``tokens_D``."""
+        """``positions_D`` over the layers, some of which bound those of each of ``tokens_D``."""
         seen_D = self._whole * positions_D.astype(np.float64)
-        for window, num_layers in self._windows.items():
-            seen_D += num_layers * np.minimum(positions_D, tokens_D * window)
+        for bound, num_layers in self._bounds.items():
+            seen_D += num_layers * np.minimum(positions_D, tokens_D * bound)
         return seen_D
 
     def _even_floor(self, total: int) -> Floor:

@@ -12,6 +12,7 @@ from .format import ToolFormat, Tools
 from .glm import Glm, Glm47
 from .harmony import CHANNELS, Harmony, HarmonyParser
 from .hermes import Hermes
+from .hy import SUFFIX, Hy3, Hy3Preview, has_suffix, spelled
 from .kimi import Kimi
 from .minimax import MiniMax
 from .mistral import Mistral
@@ -27,6 +28,8 @@ TOOL_FORMATS: Mapping[str, type[ToolFormat]] = {
     "glm47": Glm47,
     "harmony": Harmony,
     "hermes": Hermes,
+    "hy_v3": Hy3,
+    "hy_v3_preview": Hy3Preview,
     "kimi_k2": Kimi,
     "minimax_m2": MiniMax,
     "mistral": Mistral,
@@ -36,10 +39,11 @@ REASONING_TAGS: Mapping[str, Tags] = {
     "think": Tags("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM, Kimi-K2-Thinking, MiniMax-M2
     "mistral": Tags("[THINK]", "[/THINK]"),
     "harmony": CHANNELS,
+    "hy_v3": Tags(f"<think{SUFFIX}>", f"</think{SUFFIX}>"),
 }
 # Texts that only a template of the format contains all of. The first format that fits is taken:
-# GLM's and Qwen3-Coder's templates contain the tag of Hermes too, and each older form a part of
-# the newer one's.
+# GLM's and Qwen3-Coder's templates contain the tag of Hermes too, Hy3-preview's those of GLM, and
+# each older form a part of the newer one's.
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", (CHANNELS.open,)),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
@@ -47,6 +51,8 @@ _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
     ("mistral", ("[TOOL_CALLS]",)),
     ("minimax_m2", ("<minimax:tool_call>",)),
+    ("hy_v3", (f"<tool_sep{SUFFIX}>",)),
+    ("hy_v3_preview", ("<tool_sep>",)),
     ("glm47", ("</arg_key><arg_value>",)),
     ("glm4", ("<arg_key>",)),
     ("qwen3_coder", ("<function=", "<parameter=")),
@@ -60,6 +66,7 @@ _FAMILIES = {
     "glm4_moe": "glm4",
     "glm4_moe_lite": "glm47",
     "gpt_oss": "harmony",
+    "hy_v3": "hy_v3",
     "kimi_k2": "kimi_k2",
     "minimax_m2": "minimax_m2",
     "mistral4": "mistral",
@@ -138,7 +145,7 @@ def choose(
     template: str | None, model_type: str, tool_parser: str = AUTO, reasoning_parser: str = AUTO
 ) -> Formats:
     """The formats of a checkpoint. Raises ValueError for an unknown parser."""
-    template = template or ""
+    template = spelled(template or "")
     if tool_parser == AUTO:
         tool_parser = _tool_format(template, model_type)
     if reasoning_parser == AUTO:
@@ -160,6 +167,8 @@ def choose(
 def _tool_format(template: str, model_type: str) -> str:
     found = next((name for name, signs in _TOOL_SIGNS if all(sign in template for sign in signs)), None)
     if _NOT_PARSED in template and found in (None, "hermes"):
+        return OFF
+    if found is None and has_suffix(template):  # another than the known one
         return OFF
     return found or _FAMILIES.get(model_type, OFF)
 

@@ -120,7 +120,8 @@ class TaggedCall:
             reader.release()
             speech.arguments(json if schema.takes_json(part, json, raw) else encoded(raw))
             return True
-        begun = json and markup.value_end.startswith(rest) and markup.value_end not in raw
+        ended = rest != markup.value_end and markup.value_end.startswith(rest)
+        begun = json and ended and markup.value_end not in raw
         if begun and schema.takes_json(part, json, raw):  # the text has ended
             reader.step(len(rest))
             reader.release()

@@ -15,6 +15,7 @@ import pytest
 import lockstep
 from lockstep.engine.models.config import (
     GqaConfig,
+    IndexerConfig,
     MlaConfig,
     ModelConfig,
     QueryGrowth,
@@ -26,6 +27,7 @@ from support.engine.models.family_configs import (
     CONFIGS,
     MISTRAL_ROPE,
     deepseek_v2_config,
+    deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
@@ -233,6 +235,18 @@ def test_glm4_moe_lite(tmp_path: Path) -> None:
     assert load_config(PACKAGED / "glm-4.7-flash").eos_ids == (154820, 154827, 154829)
 
 
+def test_deepseek_v32(tmp_path: Path) -> None:
+    config = load(tmp_path, deepseek_v32_config())
+    assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
+    assert config.attention.indexer == IndexerConfig(num_heads=8, head_dim=16, top_k=16)
+    assert config.kv_shapes("fp32") == ((40,), (1, 16)) and config.kv_shapes("fp8") == ((52,), (20,))
+    assert config.kv_bytes_per_token("fp32") == 3 * 4 * (40 + 16)
+    assert config.attention.split(2).indexer == config.attention.indexer, "whole in every part"
+    sizes = {"index_n_heads": None, "index_head_dim": None, "index_topk": None}
+    published = load(tmp_path, deepseek_v32_config(**sizes)).attention
+    assert isinstance(published, MlaConfig) and published.indexer == IndexerConfig(64, 128, 2048)
+
+
 def test_kimi_k2(tmp_path: Path) -> None:
     config = load(
         tmp_path, kimi_k2_config(auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"})
@@ -319,6 +333,17 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "mistral rotated": (
         mistral4_config(rope_parameters=MISTRAL_ROPE | {"partial_rotary_factor": 0.25}),
         "partial_rotary_factor is 0.25; supported: 0.5",
+    ),
+    "v3.2 direct queries": (deepseek_v32_config(q_lora_rank=None), "q_lora_rank is missing"),
+    "v3.2 index keys": (
+        deepseek_v32_config(index_head_dim=6),
+        r"index_head_dim is 6; expected at least qk_rope_head_dim \(8\)",
+    ),
+    "v3.2 choice": (deepseek_v32_config(index_topk=0), "index_topk is 0; expected an integer of at least 1"),
+    "v3.2 halves": (deepseek_v32_config(rope_interleave=False), "rope_interleave is false; supported: true"),
+    "v3.2 layers": (
+        deepseek_v32_config(layer_types=["indexed_attention", "full_attention", "indexed_attention"]),
+        'layer_types .*supported: "indexed_attention" in every layer',
     ),
     "queries that grow": (
         deepseek_v3_config(rope_scaling=YARN | {"llama_4_scaling_beta": 0.1}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lockstep.kernels.table import Column
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
-from support.engine.models.family_configs import CONFIGS as ALL
+from support.engine.models.family_configs import CONFIGS as ALL, deepseek_v32_config
 from support.engine.models.local_model import Stepper, load_local
 
 CONFIGS = [qwen3_moe_config, deepseek_v3_config]
@@ -49,15 +49,16 @@ def test_the_loss_of_logits(config_of: Callable[..., dict[str, Any]], tmp_path: 
 @pytest.mark.parametrize("family", sorted(set(ALL) - {"qwen3_moe", "deepseek_v3"}))
 def test_every_other_family_loses_as_little(family: str, tmp_path: Path) -> None:
     """Two prompts. The sharper the attention, the larger the loss: YaRN doubles the scores of
-    mistral4, and its queries grow.
+    mistral4, and its queries grow. In deepseek_v32 positions change places at the threshold of the
+    16 that are chosen; with 64 chosen of 80 its loss is 0.023.
     """
     path = write_checkpoint(tmp_path / "m", ALL[family](), seed=3)
     exact, eight = (logits(path, pages, count=2) for pages in (torch.float32, torch.uint8))
     loss = ((eight - exact).norm(dim=-1) / exact.norm(dim=-1)).median()
-    assert 0.001 < loss < (0.06 if family == "mistral4" else 0.04)
+    assert 0.001 < loss < {"mistral4": 0.06, "deepseek_v32": 0.2}.get(family, 0.04)
 
 
-@FAMILIES
+@pytest.mark.parametrize("config_of", [*CONFIGS, deepseek_v32_config])
 def test_a_chunk_reads_what_the_pages_return(
     config_of: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

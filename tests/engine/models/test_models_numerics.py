@@ -17,6 +17,7 @@ from support.engine.models.family_configs import (
     GPT_OSS_YARN,
     MISTRAL_ROPE,
     deepseek_v2_config,
+    deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
@@ -145,6 +146,19 @@ VARIANTS |= {
         rope_theta=None, rope_scaling=None, rope_parameters=GPT_OSS_YARN | {"rope_theta": 5000.0}
     ),
 }
+VARIANTS |= {
+    "deepseek_v32": deepseek_v32_config(),
+    "deepseek_v32-sees-all": deepseek_v32_config(index_topk=93, num_hidden_layers=2),
+    "deepseek_v32-yarn-bias": deepseek_v32_config(
+        rope_scaling=YARN,
+        max_position_embeddings=512,
+        attention_bias=True,
+        index_topk=40,
+        index_head_dim=24,
+        first_k_dense_replace=None,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+    ),
+}
 BF16_VARIANTS = (
     "qwen3_moe",
     "qwen3_moe-plain-weights",
@@ -165,6 +179,7 @@ BF16_VARIANTS = (
     "gpt_oss",
     "hy_v3",
     "mistral4",
+    "deepseek_v32",
 )
 
 LENGTHS = (93, 41, 7)
@@ -273,7 +288,7 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
     "variant",
     [
         *("qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"),
-        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3", "mistral4"),
+        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3", "mistral4", "deepseek_v32"),
     ],
 )
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:

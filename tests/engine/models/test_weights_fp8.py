@@ -28,7 +28,7 @@ from lockstep.parallel.dense import split_as_attention
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.tensor import UNSPLIT, TensorSplit, Unsplit
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, save_tensors
-from support.engine.models.family_configs import hy_v3_config, mistral4_config
+from support.engine.models.family_configs import deepseek_v32_config, hy_v3_config, mistral4_config
 from support.engine.models.fp8_checkpoints import SCALES, write_pair, write_whole_pair
 from support.engine.models.local_model import Stepper, load_local
 
@@ -37,6 +37,7 @@ SIZES = {"hidden_size": 160, "intermediate_size": 200, "moe_intermediate_size": 
 CONFIGS = {
     "qwen3_moe": qwen3_moe_config(head_dim=64, **SIZES),
     "deepseek_v3": deepseek_v3_config(kv_lora_rank=132, q_lora_rank=140, **SIZES),
+    "deepseek_v32": deepseek_v32_config(kv_lora_rank=132, q_lora_rank=140, index_n_heads=16, **SIZES),
 }
 CPU = torch.device("cpu")
 PROMPTS = {0: list(range(40, 75)), 1: [7, 8, 9]}

@@ -34,6 +34,7 @@ CASES = {
     "four_bit": _PLACING | {"experts_four_bit._up_four_bit_kernel", "experts_four_bit._down_four_bit_kernel"},
     "norms": {"norm._rms_norm_kernel", "norm._silu_mul_kernel"},
     "rotations": {"rope._rotate_and_write_kernel", "rope._rotate_and_write_latent_kernel"},
+    "indexers": {"indexer._scores_kernel", "rope._rotate_and_write_kernel"},
     "attentions": _ATTENDING,
     "latent_attentions": _ATTENDING | _PREFILLING,
     "latent_attentions_fp8": _ATTENDING | _PREFILLING,

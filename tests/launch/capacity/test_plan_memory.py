@@ -41,6 +41,7 @@ from support.engine.models.checkpoints import (
 )
 from support.engine.models.family_configs import (
     deepseek_v2_config,
+    deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
@@ -80,6 +81,18 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
         deepseek_v3_config(kv_lora_rank=160),
         torch.float32,
         3,
+        ["kv_cache.dtype=fp8"],
+    ),
+    "deepseek with an indexer, split over two": (
+        deepseek_v32_config(index_n_heads=16),
+        torch.bfloat16,
+        4,
+        ["parallel.tensor=2"],
+    ),
+    "deepseek with an indexer over FP8 pages": (
+        deepseek_v32_config(kv_lora_rank=160),
+        torch.float32,
+        1,
         ["kv_cache.dtype=fp8"],
     ),
     "deepseek with yarn, bf16 from fp32, eight ranks": (

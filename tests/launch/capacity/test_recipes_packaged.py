@@ -23,6 +23,7 @@ PARAMETERS = {"deepseek-v3": 671.0, "kimi-k2": 1026, "qwen3-30b-a3b": 30.5, "qwe
 PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7, "minimax-m2": 229.0, "glm-4.7-flash": 30.0}
 PARAMETERS["gpt-oss-120b"] = 116.8  # arXiv 2508.10925, table 1
 # The model cards of Hy3 and Mistral-Small-4-119B-2603, the latter without its vision tower.
+PARAMETERS["deepseek-v3.2"] = 671.9  # DeepSeek-V3's, and 14 million of an indexer in each of 61 layers
 PARAMETERS |= {"kimi-k2.5": 1026, "hy3": 295.0, "mistral-small-4": 119.0}
 
 
@@ -30,6 +31,7 @@ def test_all_are_there() -> None:
     expected = {
         "deepseek-gb200",
         "deepseek-h200",
+        "deepseek-v3.2-h200",
         "kimi-k2-h200",
         "qwen3-30b-a3b-1xh100",
         "qwen3-30b-a3b-8xh100",

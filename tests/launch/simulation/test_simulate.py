@@ -18,9 +18,18 @@ import pytest
 from msgspec import structs
 from rich.console import Console
 
+from lockstep.engine.models.config import IndexerConfig, MlaConfig
 from lockstep.engine.simulation.simulated_group import StepWork
 from lockstep.launch.capacity.anchors import PUBLISHED, floor_beside
-from lockstep.launch.capacity.floors import Work, decode_work, floor_of
+from lockstep.launch.capacity.floors import (
+    Work,
+    attention_seconds,
+    decode_work,
+    floor_of,
+    index_read_seconds,
+    index_seconds,
+    read_seconds,
+)
 from lockstep.launch.capacity.plan import CapacityPlan, plan_recipe
 from lockstep.launch.commands import simulate as simulate_command
 from lockstep.launch.defaults import EFFICIENCY
@@ -126,6 +135,25 @@ def test_a_window_bounds_what_half_of_the_layers_see() -> None:
     beyond = work_of(decodes=[64] * 8, context=10**6, chunks=[0] * 8)
     floor = floor_of(setup, decode_work(64, 10**6))
     assert FloorTimes(setup, 1.0)(beyond) == pytest.approx(floor.seconds)
+
+
+def test_an_indexer_scores_every_position_and_attention_sees_the_best() -> None:
+    """Far out its scores alone count; where all positions are chosen, they are added."""
+    setup = planned(DEEPSEEK)[0].setup
+    assert isinstance(setup.shape.attention, MlaConfig)
+    attention = replace(setup.shape.attention, indexer=IndexerConfig(64, 128, 2048))
+    indexed = replace(setup, shape=replace(setup.shape, attention=attention))
+    assert indexed.shape.kv_bytes("fp8") == setup.shape.kv_bytes("fp8") + 132
+    far = work_of(decodes=[1] * 72, context=10**9, chunks=[0] * 72)
+    chosen, whole = (FloorTimes(each, 1.0)(far).max() for each in (indexed, setup))
+    position = max(attention_seconds(setup, True), read_seconds(setup))
+    scored = max(index_seconds(indexed), index_read_seconds(indexed))
+    assert chosen / whole == pytest.approx(scored / position, rel=0.02) and scored < position / 5
+    for context in (2000, 10**6):
+        work = work_of(decodes=[64] * 72, context=context, chunks=[0] * 72)
+        floor = floor_of(indexed, decode_work(64, context))
+        assert FloorTimes(indexed, 1.0)(work) == pytest.approx(floor.seconds)
+        assert (floor.memory > floor_of(setup, decode_work(64, context)).memory) == (context == 2000)
 
 
 def test_the_default_is_what_published_figures_reach() -> None:

@@ -29,12 +29,13 @@ from triton.runtime.jit import JITFunction
 from lockstep.kernels.activation import Activation
 from lockstep.kernels.bench.compile import AbsentCard
 from lockstep.kernels.formats.four_bit_format import INT4, MXFP4, NVFP4, FourBitFormat
-from lockstep.kernels.formats.kv_format import head_entry, latent_entry
+from lockstep.kernels.formats.kv_format import head_entry, index_entry, latent_entry
 from lockstep.kernels.reference.attention import AttentionRule
 from lockstep.kernels.reference.experts import ExpertForm
 from lockstep.kernels.reference.four_bit import SCALE_DTYPES, FourBit
 from lockstep.kernels.reference.fp8 import Quantised
 from lockstep.kernels.reference.gate import GateCounts, Routing
+from lockstep.kernels.reference.indexer import IndexNorm
 from lockstep.kernels.reference.paged import PagedBatch
 from lockstep.kernels.reference.rope import Angles
 from lockstep.kernels.reference.sampling import Purpose, SamplingParams, SlotSampling
@@ -46,6 +47,7 @@ from lockstep.kernels.triton import (
     fp8 as triton_fp8,
     gate as triton_gate,
     grouping as triton_grouping,
+    indexer as triton_indexer,
     linear_fp8 as triton_linear_fp8,
     mla as triton_mla,
     norm as triton_norm,
@@ -224,6 +226,15 @@ def rotations() -> None:
                 triton_rope.rotate_and_write_latent(q, c, k[:, 0], rotation, cache, int64(8), True)
 
 
+def indexers() -> None:
+    rotation, norm = Angles(torch.empty(1032, 1, 32), torch.empty(1032, 1, 32)), torch.empty(128, dtype=BF16)
+    q, k = torch.empty(1032, 64, 128, dtype=BF16), torch.empty(1032, 128, dtype=BF16)
+    for cache in (torch.empty(640, 1, 128, dtype=BF16), entries(index_entry("fp8", 128))):
+        key_norm = IndexNorm(norm, norm, 1e-6)
+        triton_indexer.rotate_and_write_index(q, k, key_norm, rotation, cache, int64(1032))
+        triton_indexer.select_positions(q, torch.empty(1032, 64), cache, paged_batch(), 2048)
+
+
 def entries(shape: tuple[int, ...]) -> Tensor:
     """A cache in FP8."""
     return torch.empty(640, *shape, dtype=torch.uint8)
@@ -305,6 +316,7 @@ _CASES = (
     four_bit,
     norms,
     rotations,
+    indexers,
     attentions,
     latent_attentions,
     latent_attentions_fp8,

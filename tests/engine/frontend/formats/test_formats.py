@@ -246,6 +246,15 @@ def test_any_arguments_survive(format: str, arguments: dict[str, Any], sizes: li
     assert (said.content, said.reason) == ("Let me see.", "tool_calls")
 
 
+@pytest.mark.parametrize("format", VALUE_ENDS)
+@pytest.mark.parametrize("value", ["{", "[1", '{"a":', '"b', "tru"])
+def test_a_value_that_only_begins_as_json_is_text(format: str, value: str) -> None:
+    for sizes in ([], [1] * 200):
+        assert read(written(format, "get_weather", {"note": value}), format, sizes).values == [
+            ("get_weather", {"note": value})
+        ]
+
+
 # --------------------------------------------------------------------------- the choice
 
 
@@ -266,6 +275,11 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     assert choose("{{ messages }}", "gpt_oss") == both
     with pytest.raises(ValueError, match="harmony is the form of a whole reply"):
         choose(None, "", "harmony", "think")
+    hy3 = "{% set HYTK = ':opensource' %}{{ '<think{}></think{}><arg_key{}><tool_sep{}>'.format(HYTK) }}"
+    assert choose(hy3, "") == Formats(REASONING_TAGS["hy_v3"], TOOL_FORMATS["hy_v3"])
+    assert choose(hy3.replace(":opensource", ":other"), "hy_v3") == Formats()
+    preview = Formats(REASONING_TAGS["think"], TOOL_FORMATS["hy_v3_preview"])
+    assert choose("<think></think><tool_call>{name}<tool_sep>\n<arg_key>", "hy_v3") == preview
     assert choose("<minimax:tool_call>", "").tools is TOOL_FORMATS["minimax_m2"]
     fenced = "<｜tool▁calls▁begin｜>function<｜tool▁sep｜>\\n```json"
     assert choose(fenced, "").tools is TOOL_FORMATS["deepseek_v3"]
@@ -276,6 +290,6 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     known = "auto, off, " + ", ".join(TOOL_FORMATS)
     with pytest.raises(ValueError, match=rf"frontend\.tool_parser = qwen: should be one of {known}"):
         choose(None, "", "qwen")
-    known = "auto, off, think, mistral, harmony"
+    known = "auto, off, think, mistral, harmony, hy_v3"
     with pytest.raises(ValueError, match=rf"frontend\.reasoning_parser = qwen: should be one of {known}"):
         choose(None, "", "auto", "qwen")

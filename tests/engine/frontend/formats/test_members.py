@@ -18,6 +18,7 @@ from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.formats.choice import TOOL_FORMATS, Formats, Manner
 from lockstep.engine.frontend.formats.glm import Glm
+from lockstep.engine.frontend.formats.hy import Hy3
 from lockstep.engine.frontend.formats.minimax import SECTION, SECTION_END
 from lockstep.engine.frontend.formats.text_patterns import FORMATS, searching
 from lockstep.engine.frontend.grammars.trial import Trial
@@ -26,9 +27,10 @@ from support.engine.frontend.replies import VALUE_ENDS
 
 END = 256
 ENDS = frozenset(b'<}]"')
-ONE_TOKEN = (*Glm.markers, SECTION, SECTION_END)  # tags that the models' tokenizers hold
+ONE_TOKEN = (*Glm.markers, SECTION, SECTION_END, *Hy3.markers)  # tags that the models' tokenizers hold
 TAGS = {tag: END + 1 + index for index, tag in enumerate(ONE_TOKEN)}
-FORMATS_HELD = ("glm4", "minimax_m2", "qwen3_coder")  # glm47 differs from glm4 by line breaks alone
+# glm47 differs from glm4 by line breaks alone, hy_v3_preview from hy_v3 by the names of its tags.
+FORMATS_HELD = ("glm4", "hy_v3", "minimax_m2", "qwen3_coder")
 
 
 class Vocabulary:

@@ -62,7 +62,9 @@ class Launches(TorchDispatchMode):
             yield
 
 
-@pytest.mark.parametrize(("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32)])
+@pytest.mark.parametrize(
+    ("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32), ("deepseek-v3.2", 105)]
+)
 def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, budget: int) -> None:
     executor = executor_of(name)
     decode, launches = executor._captured, Launches()

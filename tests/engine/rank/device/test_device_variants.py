@@ -29,6 +29,7 @@ PLANS = 200
 MODELS = {
     "qwen3-30b-a3b": (1, 30),
     "deepseek-v3": (4, 60),
+    "deepseek-v3.2": (4, 80),
     "gpt-oss-120b": (2, 40),
     "mistral-small-4": (1, 60),
 }

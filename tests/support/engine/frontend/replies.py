@@ -23,6 +23,8 @@ NAMES = tuple(name for name in TOOL_FORMATS if name != "harmony")
 VALUE_ENDS = {
     "glm4": "</arg_value>",
     "glm47": "</arg_value>",
+    "hy_v3": "</arg_value:opensource>",
+    "hy_v3_preview": "</arg_value>",
     "minimax_m2": "</parameter>",
     "qwen3_coder": "</parameter>",
 }
@@ -111,6 +113,14 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
     if format == "minimax_m2":
         members = "".join(f'<parameter name="{key}">{text}</parameter>\n' for key, text in texts.items())
         return f'<minimax:tool_call>\n<invoke name="{name}">\n{members}</invoke>\n</minimax:tool_call>'
+    if format in ("hy_v3", "hy_v3_preview"):
+        end = ":opensource>" if format == "hy_v3" else ">"
+        members = "".join(
+            f"<arg_key{end}{key}</arg_key{end}\n<arg_value{end}{text}</arg_value{end}\n"
+            for key, text in texts.items()
+        )
+        call = f"<tool_call{end}{name}<tool_sep{end}\n{members}</tool_call{end}"
+        return f"<tool_calls{end}\n{call}\n</tool_calls{end}"
     line = "\n" if format == "glm4" else ""
     members = "".join(
         f"<arg_key>{key}</arg_key>{line}<arg_value>{text}</arg_value>{line}" for key, text in texts.items()

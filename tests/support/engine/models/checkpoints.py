@@ -249,6 +249,11 @@ def _mla_shapes(config: dict[str, Any]) -> Shapes:
     if config["attention_bias"]:
         shapes |= {"kv_a_proj_with_mqa.bias": (kv_size + rope,), "o_proj.bias": (hidden,)}
         shapes |= {} if q_size is None else {"q_a_proj.bias": (q_size,)}
+    if config["model_type"] == "deepseek_v32":
+        num, dim = config["index_n_heads"], config["index_head_dim"]
+        indexer: Shapes = {"wq_b.weight": (num * dim, q_size), "wk.weight": (dim, hidden)}
+        indexer |= {"k_norm.weight": (dim,), "k_norm.bias": (dim,), "weights_proj.weight": (num, hidden)}
+        shapes |= {f"indexer.{name}": shape for name, shape in indexer.items()}
     return {"self_attn." + name: shape for name, shape in shapes.items()}
 
 

@@ -219,6 +219,21 @@ def hy_v3_config(**changes: Any) -> dict[str, Any]:
     return qwen3_moe_config(**(_NOT_QWEN3 | own | changes))
 
 
+def deepseek_v32_config(**changes: Any) -> dict[str, Any]:
+    """As DeepSeek-V3.2, whose indexer chooses 16 positions here. With eight index heads hardly any
+    score is zero, of which transformers would choose others.
+    """
+    own = {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "rope_interleave": None,
+        "index_n_heads": 8,
+        "index_head_dim": 16,
+        "index_topk": 16,
+    }
+    return deepseek_v3_config(**(own | changes))
+
+
 CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "qwen3_moe": qwen3_moe_config,
     "deepseek_v3": deepseek_v3_config,
@@ -232,4 +247,5 @@ CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "gpt_oss": gpt_oss_config,
     "hy_v3": hy_v3_config,
     "mistral4": mistral4_config,
+    "deepseek_v32": deepseek_v32_config,
 }

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..models.checkpoints import YARN, deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from ..models.family_configs import (
     deepseek_v2_config,
+    deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
     gpt_oss_config,
@@ -50,16 +52,21 @@ FAMILIES = {
     "gpt_oss": gpt_oss_config(),
 }
 # Made of the same parts as others, so that fewer layouts will do.
-RELATED = {"hy_v3": hy_v3_config(), "mistral4": mistral4_config()}
+RELATED = {
+    "hy_v3": hy_v3_config(),
+    "mistral4": mistral4_config(),
+    "deepseek_v32": deepseek_v32_config(index_n_heads=16),
+}
 ALL = FAMILIES | RELATED
 _ROUTERS = ("TopKRouter", "TopkRouter")  # how transformers' routers end
+_INDEXER = "Indexer"
 
 
 @dataclass(frozen=True)
 class GreedyPrompt:
     """``top2_margin``: least difference of the two best logits where a token was chosen.
     ``router_margin``: least difference, over all tokens and layers, between a chosen score and one
-    not chosen (experts and groups).
+    not chosen (experts, groups, and positions that an indexer chooses).
     """
 
     prompt: list[int]
@@ -84,7 +91,7 @@ class Reference:
         self._model = load_reference(path, torch.float32)
         self._inputs: list[tuple[Any, tuple[Tensor, ...]]] = []
         for module in self._model.modules():
-            if type(module).__name__.endswith(_ROUTERS):
+            if type(module).__name__.endswith((*_ROUTERS, _INDEXER)):
                 module.register_forward_hook(
                     lambda module, inputs, output: self._inputs.append((module, inputs))
                 )
@@ -97,7 +104,12 @@ class Reference:
         self._inputs.clear()
         logits_TV = self._model(torch.tensor([tokens])).logits[0]
         assert self._inputs, "no router was seen"
-        margins = [self._router_margins(module, *inputs) for module, inputs in self._inputs]
+        margins = [
+            _index_margins(module, *inputs)
+            if type(module).__name__.endswith(_INDEXER)
+            else self._router_margins(module, *inputs)
+            for module, inputs in self._inputs
+        ]
         return logits_TV, torch.stack(margins).amin(0)
 
     def judge(self, prompt: list[int], tokens: list[int]) -> tuple[list[int], float, float]:
@@ -136,6 +148,25 @@ class Reference:
         return torch.minimum(
             _gaps(groups_TG, self._config["topk_group"]), _gaps(inside, self._config["num_experts_per_tok"])
         )
+
+
+def _index_margins(module: Any, hidden: Tensor, latent: Tensor, turn: Any, *_: Any) -> Tensor:
+    """As ``_gaps`` for the positions of each token that sees more than are chosen."""
+    rotate = import_module(type(module).__module__).apply_rotary_pos_emb
+    q, k = module.wq_b(latent).unflatten(-1, (module.n_heads, -1)), module.k_norm(module.wk(hidden))
+    first = module.qk_rope_head_dim
+    turned = rotate(q[..., :first], k[:, :, None, :first], *turn, unsqueeze_dim=2)
+    q, k = (
+        torch.cat([turned[0], q[..., first:]], -1)[0],
+        torch.cat([turned[1][:, :, 0], k[..., first:]], -1)[0],
+    )
+    scores_TJL = (q @ k.T).relu() * module.softmax_scale * module.n_heads**-0.5
+    scores_TL = (module.weights_proj(hidden)[0, :, :, None] * scores_TJL).sum(1)
+    seen = torch.ones_like(scores_TL, dtype=torch.bool).tril()
+    chosen, gaps = module.index_topk, torch.full((len(scores_TL),), torch.inf)
+    if len(scores_TL) > chosen:
+        gaps[chosen:] = _gaps(scores_TL.masked_fill(~seen, -torch.inf)[chosen:], chosen)
+    return gaps
 
 
 def _gaps(scores: Tensor, chosen: int) -> Tensor:
