@@ -34,8 +34,8 @@ from lockstep.engine.planner.planner import Planner
 from lockstep.engine.planner.settings import Settings
 from lockstep.engine.protocol.bulk import Preload, Preloaded
 from lockstep.engine.protocol.frontends import FrontendHello, Heartbeat, Submit, ToFrontend, TokenBatch
-from lockstep.engine.protocol.message import Sampling, Stop
-from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
+from lockstep.engine.protocol.message import Sampling, Stop, encode
+from lockstep.engine.protocol.sockets import client_socket, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, SchedulerSpec
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec
 from lockstep.engine.simulation.simulated_group import SimulatedGroup

@@ -11,12 +11,11 @@ import zmq
 from ..planner.group_plan import GroupPlan
 from ..protocol.bulk import Disband, FromRankBulk
 from ..protocol.frontends import FromFrontend
-from ..protocol.message import Message, Stop
+from ..protocol.message import Message, Stop, encode
 from ..protocol.results import FromRankStep
 from ..protocol.sockets import (
     authenticate,
     bind_when_free,
-    encode,
     keep_watch,
     pulse_identity,
     rank_identity,

@@ -19,9 +19,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ..protocol.cluster_state import ClusterState
 from ..protocol.frontends import Abort, Drain, FrontendHello, Heartbeat, Rejected, Started, Submit, TokenBatch
-from ..protocol.message import Stop
+from ..protocol.message import Stop, encode
 from ..protocol.results import PromptLogprobs
-from ..protocol.sockets import client_socket, encode
+from ..protocol.sockets import client_socket
 from ..protocol.specs import FrontendSpec
 from ..protocol.timeline import AskTimeline, StepSpans, TimelineEnd
 from ..protocol.turns import Turns

@@ -10,7 +10,8 @@ from types import TracebackType
 import zmq
 
 from .cluster_state import Report
-from .sockets import client_socket, encode
+from .message import encode
+from .sockets import client_socket
 from .specs import LobbySpec
 
 _log = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ import msgspec
 
 HASH_BYTES = 16
 
+encode = msgspec.msgpack.Encoder().encode
+
 
 class Message(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """Base of every message: an immutable msgpack array."""

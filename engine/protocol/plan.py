@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import msgspec
+
 from .message import Message, Sampling
 
 
@@ -123,3 +125,12 @@ class StepPlan(Message, frozen=True):
 
     header: Header
     section: Section
+
+
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_section_decoder = msgspec.msgpack.Decoder(Section)
+
+
+def decode_plan(header: bytes, section: bytes) -> StepPlan:
+    """Decodes the two frames of a plan. Raises msgspec.ValidationError on anything malformed."""
+    return StepPlan(_header_decoder.decode(header), _section_decoder.decode(section))

@@ -1,4 +1,4 @@
-"""Encoding of messages and the ZeroMQ sockets they travel on.
+"""The ZeroMQ sockets that messages travel on.
 
 Every socket is CURVE-encrypted: the controller accepts only the client keys that the launcher
 handed out. Plans are two frames (header shared by the group, section of the recipient);
@@ -10,10 +10,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-import msgspec
 import zmq
 
-from .plan import Header, Section, StepPlan
 from .specs import Keys
 
 if TYPE_CHECKING:
@@ -26,17 +24,6 @@ _HEARTBEAT_SECONDS = 2.0
 _MAX_MESSAGE = 64 << 20  # bytes; a stranger may send them before it has shown a key
 _HANDSHAKE_SECONDS = 10.0
 _BIND_POLL = 0.05
-
-_encoder = msgspec.msgpack.Encoder()
-_header_decoder = msgspec.msgpack.Decoder(Header)
-_section_decoder = msgspec.msgpack.Decoder(Section)
-
-encode = _encoder.encode
-
-
-def decode_plan(header: bytes, section: bytes) -> StepPlan:
-    """Decodes the two frames of a plan. Raises msgspec.ValidationError on anything malformed."""
-    return StepPlan(_header_decoder.decode(header), _section_decoder.decode(section))
 
 
 def new_keypair() -> tuple[str, str]:

@@ -12,10 +12,9 @@ from msgspec import structs
 
 from ..protocol.bulk import Disband, Preload, Preloaded, Published, SetPlacement, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
-from ..protocol.message import Stop
-from ..protocol.plan import Header, StepPlan
+from ..protocol.message import Stop, encode
+from ..protocol.plan import Header, StepPlan, decode_plan
 from ..protocol.results import Abandoned, Refused, StepResult
-from ..protocol.sockets import decode_plan, encode
 from .contract import StepAbandoned, StepExecutor, StepFailed
 from .sockets import POLL_MILLISECONDS, RankSockets
 

@@ -13,7 +13,8 @@ import zmq
 from torch._C._distributed_c10d import Store
 
 from ..protocol.meeting import AddValue, Answer, DropValue, FetchValues, PutValue, SwapValue, ToMeeting
-from ..protocol.sockets import client_socket, encode, keep_watch, rank_identity
+from ..protocol.message import encode
+from ..protocol.sockets import client_socket, keep_watch, rank_identity
 from ..protocol.specs import RankSpec
 
 _PATIENCE = 0.5  # seconds that the other side holds a question; other threads wait for no longer

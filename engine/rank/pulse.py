@@ -13,8 +13,8 @@ import msgspec
 import zmq
 
 from ..protocol.bulk import Disband, StepProgress
-from ..protocol.message import Stop
-from ..protocol.sockets import client_socket, encode, keep_watch, pulse_identity
+from ..protocol.message import Stop, encode
+from ..protocol.sockets import client_socket, keep_watch, pulse_identity
 from ..protocol.specs import RankSpec
 
 BEAT_SECONDS = 1.0

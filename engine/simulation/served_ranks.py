@@ -18,9 +18,9 @@ import zmq
 from ...parallel.mesh import Mesh
 from ..planner.cost_model import Cost
 from ..protocol.bulk import Preload, Preloaded, RankHello, ToRankBulk
-from ..protocol.message import Stop
-from ..protocol.plan import StepPlan
-from ..protocol.sockets import client_socket, decode_plan, encode, rank_identity
+from ..protocol.message import Stop, encode
+from ..protocol.plan import StepPlan, decode_plan
+from ..protocol.sockets import client_socket, rank_identity
 from ..protocol.specs import Keys
 from ..protocol.timeline import StepSpans, clock_name
 from .simulated_rank import SimulatedRank

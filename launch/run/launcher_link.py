@@ -10,8 +10,8 @@ import zmq
 
 from ...engine.protocol.cluster_state import ClusterState
 from ...engine.protocol.frontends import Degraded, Drain, FrontendHello, RankLost, ToFrontend
-from ...engine.protocol.message import Message, Stop
-from ...engine.protocol.sockets import client_socket, encode
+from ...engine.protocol.message import Message, Stop, encode
+from ...engine.protocol.sockets import client_socket
 from ...engine.protocol.specs import Keys
 
 _REPEAT = 1.0

@@ -20,7 +20,8 @@ from ...engine.protocol.meeting import (
     SwapValue,
     ToMeeting,
 )
-from ...engine.protocol.sockets import authenticate, encode, keep_watch, server_socket
+from ...engine.protocol.message import encode
+from ...engine.protocol.sockets import authenticate, keep_watch, server_socket
 
 
 @dataclass(frozen=True)

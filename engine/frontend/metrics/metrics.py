@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from ...protocol.cluster_state import ClusterState
-from ...protocol.sockets import encode
+from ...protocol.message import encode
 from ..requests.generation import Generation
 from .counters import Counters, Packed, unpack
 from .engine_metrics import LABELS, PREFIXES, engine_metrics

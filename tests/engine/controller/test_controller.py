@@ -32,8 +32,8 @@ from lockstep.engine.protocol.frontends import (
     ToFrontend,
     TokenBatch,
 )
-from lockstep.engine.protocol.message import Finish, Sampling
-from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
+from lockstep.engine.protocol.message import Finish, Sampling, encode
+from lockstep.engine.protocol.sockets import client_socket, new_keypair
 from lockstep.engine.protocol.specs import ControllerSpec, Keys, SchedulerSpec
 from lockstep.engine.protocol.turns import LONGEST_TURN
 from lockstep.engine.simulation.served_ranks import SimulatedRanks, SimulatedSpec

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.engine.protocol.message import Sampling
+from lockstep.engine.protocol.message import Sampling, encode
 from lockstep.engine.protocol.plan import Admit, Header, Mode, Section, StepPlan
 from lockstep.engine.protocol.results import PromptLogprobs
-from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.rank import prompt_logprobs as prompt_scores
 from lockstep.parallel.collectives import Collectives
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint

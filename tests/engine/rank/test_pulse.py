@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from lockstep.engine.protocol.bulk import Disband, StepProgress
-from lockstep.engine.protocol.message import Stop
-from lockstep.engine.protocol.sockets import encode
+from lockstep.engine.protocol.message import Stop, encode
 from lockstep.engine.rank import pulse
 from lockstep.engine.rank.pulse import Pulse
 from support.engine.rank.mock_controller import MockController

@@ -18,7 +18,8 @@ import zmq
 from torch.distributed import PrefixStore, TCPStore
 
 from lockstep.engine.protocol.meeting import PutValue
-from lockstep.engine.protocol.sockets import client_socket, encode, new_keypair
+from lockstep.engine.protocol.message import encode
+from lockstep.engine.protocol.sockets import client_socket, new_keypair
 from lockstep.engine.protocol.specs import Keys
 from lockstep.engine.rank.meeting_store import MeetingError, MeetingStore
 from lockstep.launch.run.keyring import Keyring

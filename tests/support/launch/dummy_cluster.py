@@ -28,8 +28,8 @@ from lockstep.engine.frontend.connections import ENDED, OPEN, TAKEN
 from lockstep.engine.protocol.cluster_state import ClusterState
 from lockstep.engine.protocol.frontends import Drain, FromFrontend, FrontendHello
 from lockstep.engine.protocol.lobby import Lobby
-from lockstep.engine.protocol.message import Stop
-from lockstep.engine.protocol.sockets import authenticate, client_socket, encode, server_socket
+from lockstep.engine.protocol.message import Stop, encode
+from lockstep.engine.protocol.sockets import authenticate, client_socket, server_socket
 from lockstep.engine.protocol.specs import ControllerSpec, FrontendSpec, RankSpec
 from lockstep.launch.cluster import entry as process
 

@@ -31,9 +31,9 @@ from lockstep.engine.protocol.frontends import (
     Submit,
     TokenBatch,
 )
-from lockstep.engine.protocol.message import Finish, Stop
+from lockstep.engine.protocol.message import Finish, Stop, encode
 from lockstep.engine.protocol.results import PromptLogprobs
-from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
+from lockstep.engine.protocol.sockets import authenticate, new_keypair, server_socket
 from lockstep.engine.protocol.specs import Keys
 from lockstep.engine.protocol.timeline import AskTimeline, TimelineEnd
 

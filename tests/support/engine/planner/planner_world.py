@@ -19,11 +19,10 @@ from lockstep.engine.protocol.arrays import Int32, Int64
 from lockstep.engine.protocol.bulk import Preload, Preloaded, Published, RankHello
 from lockstep.engine.protocol.chain import Verdict
 from lockstep.engine.protocol.frontends import Abort, Rejected, Started, Submit, TokenBatch
-from lockstep.engine.protocol.message import Finish, Sampling
+from lockstep.engine.protocol.message import Finish, Sampling, encode
 from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import PromptLogprobs, Refused, StepResult
 from lockstep.engine.protocol.slot_table import Rows
-from lockstep.engine.protocol.sockets import encode
 from lockstep.engine.protocol.specs import SchedulerSpec
 from lockstep.engine.rank.published_blocks import PublishedBlocks
 from lockstep.engine.simulation.simulated_rank import SimulatedRank

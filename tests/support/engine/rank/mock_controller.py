@@ -9,9 +9,10 @@ import msgspec
 import zmq
 
 from lockstep.engine.protocol.bulk import FromRankBulk
+from lockstep.engine.protocol.message import encode
 from lockstep.engine.protocol.plan import StepPlan
 from lockstep.engine.protocol.results import FromRankStep
-from lockstep.engine.protocol.sockets import authenticate, encode, new_keypair, server_socket
+from lockstep.engine.protocol.sockets import authenticate, new_keypair, server_socket
 from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.parallel.mesh import Mesh
 
