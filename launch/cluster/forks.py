@@ -33,7 +33,7 @@ class Forks:
     def __init__(self, imports: Imports, settings: Mapping[str, str], log_dir: Path) -> None:
         self._module = imports.module
         self._settings = {**settings, **imports.environment}
-        self._log = log_dir / "fork-server.log"
+        self._log = log_dir / f"fork-server-{socket.gethostname()}.log"  # hosts may share the folder
         self._numbers = itertools.count()
         self._processes: dict[int, Process] = {}  # that have not ended, by the number of the request
         self._lock = threading.Lock()
