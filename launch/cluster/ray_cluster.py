@@ -1,4 +1,4 @@
-"""Processes on a Ray cluster: groups of ranks, one per node, and processes beside the launcher."""
+"""Groups of ranks on a Ray cluster, one per node, and processes beside the launcher."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..environment import ray_address
 from ..recipe.recipe import Recipe
 from .cluster import Death, Imports, LaunchError, Place, Task
+from .local import LocalCluster
 from .ray_host import RayHost
 from .ray_rooms import Needs, Room, Rooms
 from .ray_session import Node, RaySession
@@ -31,11 +32,12 @@ _CALLS = 4  # at a time for each process of an actor: it starts, is waited for, 
 
 @dataclass
 class _Held:
-    """A process as the driver sees it: the actor that holds it under ``number``, and its place once
-    that is known.
+    """A process of the group ``node`` as the driver sees it: the actor that holds it under
+    ``number``, and its place once that is known.
     """
 
     task: Task
+    node: int
     actor: Any
     number: int
     placed: Any
@@ -51,8 +53,9 @@ def needs_of(recipe: Recipe) -> Needs:
 
 
 class RayCluster:
-    """Runs groups of ranks, one group per node, and other tasks on the launcher's node, in
-    ``Rooms`` as large as the recipe ``needs``. One actor holds the processes of a room.
+    """Runs groups of ranks, one group per node, in ``Rooms`` as large as the recipe ``needs``. One
+    actor holds the ranks of a node. Other tasks run beside the launcher and end with it, so that no
+    actor needs to hold them; Ray keeps room for them.
 
     Tasks that are started while their room has no node wait for it, see ``waiting``. Raises
     LaunchError when Ray cannot be started or reached, or has no room within ``deadline`` seconds.
@@ -70,6 +73,7 @@ class RayCluster:
     ) -> None:
         self._log_dir = log_dir
         self._held: dict[str, _Held] = {}
+        self._beside = LocalCluster(log_dir)
         self._numbers = itertools.count()
         self._hosts: dict[Room, Any] = {}  # the actor of each room where processes run
         if needs.num_nodes > 1 and (address or ray_address()) is None:
@@ -113,19 +117,21 @@ class RayCluster:
             self._host_in(room).prepare.remote(imports)
 
     def start(self, tasks: Sequence[Task]) -> None:
+        self._beside.start([task for task in tasks if task.node is None])
         for task in tasks:
-            assert task.name not in self._held, f"{task.name} runs already"
-            self._hold(task, attempts=1)
+            if task.node is not None:
+                assert task.name not in self._held, f"{task.name} runs already"
+                self._hold(task, task.node, attempts=1)
 
-    def _hold(self, task: Task, attempts: int) -> None:
-        actor, number = self._host_in(self._rooms.of(task.node)), next(self._numbers)
+    def _hold(self, task: Task, node: int, attempts: int) -> None:
+        actor, number = self._host_in(self._rooms.of_ranks[node]), next(self._numbers)
         placed, ended = actor.start.remote(number, task), actor.wait.remote(number)
-        self._held[task.name] = _Held(task, actor, number, placed, ended, attempts)
+        self._held[task.name] = _Held(task, node, actor, number, placed, ended, attempts)
 
     def _host_in(self, room: Room) -> Any:
-        """The actor that holds the processes of a room; it has all of the room's GPUs."""
+        """The actor that holds the ranks of a room; it has all of the room's GPUs."""
         if room not in self._hosts:
-            share = self._rooms.share_of(room)
+            share = self._rooms.share
             strategy = PlacementGroupSchedulingStrategy(
                 placement_group=room.group, placement_group_bundle_index=room.bundle
             )
@@ -141,12 +147,13 @@ class RayCluster:
 
     def running(self) -> list[tuple[Task, Place]]:
         starting = [
-            held.placed for held in self._held.values() if held.place is NOWHERE and self._has_room(held.task)
+            held.placed for held in self._held.values() if held.place is NOWHERE and self._has_room(held)
         ]
         if starting:
             ray.wait(starting, num_returns=len(starting), timeout=_PLACE_SECONDS)
         self._look()
-        return [(held.task, held.place) for held in self._held.values() if held.place is not NOWHERE]
+        found = [(held.task, held.place) for held in self._held.values() if held.place is not NOWHERE]
+        return self._beside.running() + found
 
     def waiting(self) -> str:
         """Started tasks that wait for a node, and the room there is; empty if none waits."""
@@ -154,7 +161,7 @@ class RayCluster:
         names = [
             held.task.name
             for held in self._held.values()
-            if held.place is NOWHERE and not self._has_room(held.task)
+            if held.place is NOWHERE and not self._has_room(held)
         ]
         return (
             f"no node has room for {', '.join(names)} ({self._rooms.size} a node); {self._rooms.free()}"
@@ -162,8 +169,8 @@ class RayCluster:
             else ""
         )
 
-    def _has_room(self, task: Task) -> bool:
-        return task.node is None or self._rooms.is_found(self._rooms.of(task.node))
+    def _has_room(self, held: _Held) -> bool:
+        return self._rooms.is_found(self._rooms.of_ranks[held.node])
 
     def leave_node(self, node: int) -> str:
         return self._rooms.leave_node(node)
@@ -178,6 +185,9 @@ class RayCluster:
     def deaths(self) -> list[Death]:
         """Raises LaunchError when Ray itself is gone."""
         self._session.check_head()
+        return self._beside.deaths() + self._deaths_of_ranks()
+
+    def _deaths_of_ranks(self) -> list[Death]:
         self._look()
         refs = {held.ended: name for name, held in self._held.items()}
         if not refs:
@@ -200,14 +210,13 @@ class RayCluster:
         except RayError as error:
             self._drop(held.actor)
             if held.place is NOWHERE and held.attempts < _ATTEMPTS:  # its node was lost just before
-                self._hold(held.task, held.attempts + 1)
+                self._hold(held.task, held.node, held.attempts + 1)
                 return None
             place = held.place
             code, tail, lost_with = None, _one_line(error), f"the Ray actor on {place.host}"
             if place.node and place.node not in alive:
                 lost_with = f"the node {place.host} ({place.address})"
-                if held.task.node is not None:
-                    self._rooms.lose(held.task.node)
+                self._rooms.lose(held.node)
         del self._held[held.task.name]
         return Death(held.task, held.place, code, tail, lost_with)
 
@@ -218,10 +227,13 @@ class RayCluster:
             ray.kill(actor)
 
     def signal(self, task: Task, number: int) -> None:
-        if held := self._held.get(task.name):
+        if task.node is None:
+            self._beside.signal(task, number)
+        elif held := self._held.get(task.name):
             held.actor.signal.remote(held.number, number)
 
     def close(self) -> None:
+        self._beside.close()
         if not self._session.lost:
             self._end_all()
         self._session.close()
@@ -235,7 +247,7 @@ class RayCluster:
                 held.actor.signal.remote(held.number, signal.SIGKILL)
         deadline = time.monotonic() + 5.0
         while self._held and time.monotonic() < deadline:
-            if not self.deaths():
+            if not self._deaths_of_ranks():
                 time.sleep(0.02)
         for actor in self._hosts.values():
             ray.kill(actor)  # takes processes with it

@@ -48,8 +48,9 @@ class Needs:
 
 
 class Rooms:
-    """A room of ``ranks_per_node`` ranks on each of ``num_nodes`` nodes, and one of ``num_beside``
-    other tasks on the launcher's node. ``gpus_per_node``: those of the node that has most.
+    """A room of ``ranks_per_node`` ranks on each of ``num_nodes`` nodes, ``of_ranks``, and one of
+    ``num_beside`` other tasks on the launcher's node. ``share``: Ray's resources of a room of
+    ranks. ``gpus_per_node``: those of the node that has most.
 
     When a node is lost, Ray moves its room to a node with room: a spare one, one that comes back,
     or one that has a room of this run already. Raises LaunchError when Ray has no room within
@@ -63,12 +64,11 @@ class Rooms:
         self._left: set[str] = set()  # ids of nodes on which ranks kept dying
         self.gpus_per_node = max(node.gpus for node in session.nodes())
         use_gpus = self.gpus_per_node > 0 if needs.gpus is None else needs.gpus
-        self._share = dict.fromkeys(("CPU", "GPU") if use_gpus else ("CPU",), float(needs.ranks_per_node))
-        self._beside_share = {"CPU": float(needs.num_beside)}
+        self.share = dict.fromkeys(("CPU", "GPU") if use_gpus else ("CPU",), float(needs.ranks_per_node))
         if needs.num_nodes > 1:
             self._check_address(needs.num_nodes)
         try:
-            self._reserve(needs.num_nodes)
+            self._reserve(needs.num_nodes, {"CPU": float(needs.num_beside)})
         except BaseException:
             self.close()
             raise
@@ -87,14 +87,13 @@ class Rooms:
                 "nodes cannot reach; start Ray with --node-ip-address and an address that they can reach"
             )
 
-    def _reserve(self, num_nodes: int) -> None:
+    def _reserve(self, num_nodes: int, beside: dict[str, float]) -> None:
         """Reserves room for the tasks beside the launcher, then a bundle per node of ranks."""
-        beside, here = self._beside_share, self._session.here
+        here = self._session.here
         group = placement_group([beside | {f"node:{here.address}": 0.001}], strategy="STRICT_PACK")
         self._groups.append(group)
         what = f"controller and frontend ({_text(beside)}) on {here}, the launcher's node"
         self._await(group, what, time.monotonic() + self._deadline)
-        self.beside = Room(group, 0)
         self._spread = self._spread_over(num_nodes)
         self._groups.append(self._spread)
         self.of_ranks = [Room(self._spread, bundle) for bundle in self._in_order(_nodes_of(self._spread))]
@@ -113,10 +112,10 @@ class Rooms:
         The strategy is SPREAD, not STRICT_SPREAD, so that the bundle of a lost node may go to a
         node that has one already. At the start none may, so the outcome is checked.
         """
-        what = f"{num_nodes} x {_text(self._share)} for the ranks"
+        what = f"{num_nodes} x {_text(self.share)} for the ranks"
         end = time.monotonic() + self._deadline
         while True:
-            group: PlacementGroup = placement_group([self._share] * num_nodes, strategy="SPREAD")
+            group: PlacementGroup = placement_group([self.share] * num_nodes, strategy="SPREAD")
             self._await(group, what, end)
             found = len(set(_nodes_of(group)))
             if found == num_nodes:
@@ -144,18 +143,10 @@ class Rooms:
         )
         return f"the cluster has {nodes}; free are {_text(ray.available_resources())}"
 
-    def of(self, node: int | None) -> Room:
-        """The room of tasks of a group of ranks; None: beside the launcher."""
-        return self.beside if node is None else self.of_ranks[node]
-
-    def share_of(self, room: Room) -> dict[str, float]:
-        """Ray's resources of a room."""
-        return self._beside_share if room == self.beside else self._share
-
     @property
     def size(self) -> str:
         """The resources of the room of a node's ranks, for people."""
-        return _text(self._share)
+        return _text(self.share)
 
     def is_found(self, room: Room) -> bool:
         """Whether it is on a node."""
@@ -184,7 +175,7 @@ class Rooms:
     def _room_outside(self, nodes: set[str]) -> PlacementGroup:
         """Asks for room for the ranks of a node on one that is not of these."""
         group: PlacementGroup = placement_group(
-            [self._share], bundle_label_selector=[{"ray.io/node-id": f"!in({','.join(sorted(nodes))})"}]
+            [self.share], bundle_label_selector=[{"ray.io/node-id": f"!in({','.join(sorted(nodes))})"}]
         )
         return group
 
