@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import select
 import signal
 import sys
+import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,6 +71,7 @@ class NotForked(msgspec.Struct, tag=True):
     reason: str
 
 
+_LOG = logging.getLogger("lockstep.process")
 _requests = msgspec.msgpack.Decoder(ForkTask | Release)
 
 
@@ -159,8 +162,9 @@ def main() -> NoReturn:
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
     log_to_stderr("fork-server")
-    line = Connection(os.dup(0))
+    line, begin = Connection(os.dup(0)), time.monotonic()
     importlib.import_module(module)
+    _LOG.info("has imported %s in %.1f s, with process id %d", module, time.monotonic() - begin, os.getpid())
     gc.collect()
     gc.freeze()  # collections in a fork leave the shared pages alone
     _Server(line).serve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def check_logs(folder: Path, ranks: int) -> None:
     """Every process has logged its life, each line with time, level and process."""
     logs = {path.stem: path.read_text().splitlines() for path in folder.glob("*/*.log")}
+    [imported] = logs.pop(f"fork-server-{socket.gethostname()}")
+    assert " INFO fork-server: has imported lockstep.engine.rank.process in " in imported
     assert set(logs) == {"controller-0", "frontend-0", *(f"rank-{rank}" for rank in range(ranks))}
     for name, lines in logs.items():
         for line in lines:
