@@ -89,6 +89,8 @@ def test_a_job_serves_from_two_hosts_and_scancel_drains_it(slurm: SlurmCluster) 
     assert [rank for rank in on["two"] if rank.startswith("rank ")]
     assert {path.name for path in job.folder.glob("lockstep-*/*.log")} == {
         "controller-0.log",
+        "fork-server-one.log",
+        "fork-server-two.log",
         "frontend-0.log",
         "rank-0.log",
         "rank-1.log",
