@@ -19,9 +19,19 @@ from pathlib import Path
 import torch
 
 from ..triton.column import Triton
-from ..triton.target import card_name
-from ..triton.tiles import DEFAULT, FOLDER, AttendTile, ExpertTile, ProductTile, Tiles, write_table
-from .cases import cases
+from ..triton.target import card_arch, card_name
+from ..triton.tiles import (
+    DEFAULT,
+    FOLDER,
+    AttendTile,
+    ExpertTile,
+    LinearTile,
+    ProductTile,
+    Tiles,
+    default_tiles,
+    write_table,
+)
+from .cases import LINEAR_FP8, cases
 from .clock import measure_ceilings, time_of
 from .compile import compile_ahead
 from .rows import blank_row, version_of
@@ -65,6 +75,12 @@ def groups() -> Iterator[Group]:
         ("mla_attend", f"DeepSeek-V3 extend: {shape}") for shape in ("2048 over 0", "2048 over 8192")
     )
     yield Group("prefill", shapes, _attend_stages("prefill", PREFILL, programs=()))
+    yield Group("expand", shapes, (_expansions,))
+    for at, (counts, candidates) in enumerate(LINEAR):
+        shapes = tuple(
+            ("linear_fp8", f"{name}: {rows} x {d} to {n}") for rows in counts for name, d, n in LINEAR_FP8
+        )
+        yield Group(f"linear_fp8[{at}]", shapes, _linear_stages(at, candidates))
 
 
 SEARCHED_EXPERTS = (
@@ -165,6 +181,14 @@ LATENT_EXTEND: tuple[Size, ...] = ((32, 64, 8, 2), (32, 32, 8, 3), (32, 16, 8, 3
 LATENT_EXTEND_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 16, 8, 3))
 PREFILL: tuple[Size, ...] = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2))
 PROGRAMS = (2, 4, 8)
+# Columns, depth, warps, stages.
+EXPAND: tuple[Size, ...] = ((128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3))
+# Numbers of rows to time, and candidates: rows and columns of a block, warps, stages.
+LINEAR: tuple[tuple[tuple[int, ...], tuple[Size, ...]], ...] = (
+    ((1,), ((16, 32, 4, 4), (16, 64, 4, 4), (16, 32, 4, 5), (16, 32, 2, 4))),
+    ((64,), ((64, 64, 4, 4), (64, 32, 4, 4), (64, 128, 4, 3))),
+    ((4096,), ((128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 3))),
+)
 
 
 def _product_stages(field: str, at: int, blocks: Blocks) -> tuple[Callable[[Tiles], Iterator[Tiles]], ...]:
@@ -183,6 +207,21 @@ def _with_entry(tiles: Tiles, field: str, at: int, **changes: object) -> Tiles:
     entries: list[ExpertTile] = list(getattr(tiles, field))
     entries[at] = replace(entries[at], **changes)  # type: ignore[arg-type]
     return replace(tiles, **{field: tuple(entries)})  # type: ignore[arg-type]
+
+
+def _linear_stages(at: int, candidates: Sequence[Size]) -> tuple[Callable[[Tiles], Iterator[Tiles]], ...]:
+    def sizes(tiles: Tiles) -> Iterator[Tiles]:
+        for candidate in candidates:
+            entries = list(tiles.linear_fp8)
+            entries[at] = LinearTile(entries[at].up_to, *candidate)
+            yield replace(tiles, linear_fp8=tuple(entries))
+
+    return (sizes,)
+
+
+def _expansions(tiles: Tiles) -> Iterator[Tiles]:
+    for candidate in EXPAND:
+        yield replace(tiles, expand=ProductTile(*candidate))
 
 
 def _attend_stages(
@@ -278,7 +317,7 @@ def main() -> None:
     failures = compile_ahead(candidates)
     left = end - time.monotonic()
     print(f"{len(failures)} of {len(candidates)} candidates do not compile; {left:.0f} s left")
-    device, clock, tiles = torch.device("cuda"), CardClock(), DEFAULT
+    device, clock, tiles = torch.device("cuda"), CardClock(), default_tiles(card_arch())
     ceilings = measure_ceilings(device)
     record = {
         "torch": torch.__version__,

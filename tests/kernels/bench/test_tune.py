@@ -23,7 +23,7 @@ def test_every_tile_is_searched_on_cases_of_the_benchmark() -> None:
     assert searched == {
         field for field in Tiles.__dataclass_fields__ if field not in ("most_absorbed", "prefill_bytes")
     }
-    for field in ("experts", "experts_fp8"):
+    for field in ("experts", "experts_fp8", "linear_fp8"):
         assert {name for name in GROUPS if name.startswith(f"{field}[")} == {
             f"{field}[{at}]" for at in range(len(getattr(DEFAULT, field)))
         }
