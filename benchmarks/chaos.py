@@ -180,15 +180,19 @@ class Cluster:
         answer = httpx.get(self.url.removesuffix("/v1") + "/admin/cluster", headers=headers, timeout=5.0)
         return dict(answer.json())
 
-    def successor(self, name: str, pid: int) -> int:
-        """The process that takes the place of ``pid``."""
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            with contextlib.suppress(SystemExit):
-                if (found := self.pid(name)) != pid:
-                    return found
-            time.sleep(0.01)
-        raise SystemExit(f"no process {name}:\n{self._log.read_text()}")
+    def stop_successors(self, victims: dict[str, int]) -> list[int]:
+        """Stops the processes that take the places of victims, each as soon as it is seen."""
+        end, stopped = time.monotonic() + START_SECONDS, list[int]()
+        while victims and time.monotonic() < end:
+            for name, pid in list(victims.items()):
+                with contextlib.suppress(SystemExit):
+                    if (found := self.pid(name)) != pid:
+                        os.kill(found, signal.SIGSTOP)
+                        stopped.append(found)
+                        del victims[name]
+        if victims:
+            raise SystemExit(f"no process {', '.join(victims)}:\n{self._log.read_text()}")
+        return stopped
 
     def settle(self) -> None:
         """Returns when all processes are there and requests are taken."""
@@ -222,10 +226,7 @@ def strike(cluster: Cluster, case: Case) -> list[int]:
             os.kill(pid, signal.SIGCONT)
     if not case.held:
         return []
-    held = [cluster.successor(name, pid) for name, pid in zip(case.victims, pids, strict=True)]
-    for pid in held:
-        os.kill(pid, signal.SIGSTOP)
-    return held
+    return cluster.stop_successors(dict(zip(case.victims, pids, strict=True)))
 
 
 def open_streams(cluster: Cluster, prompts: Iterable[str], length: int) -> list[Stream]:
@@ -262,6 +263,8 @@ def run(
     held = strike(cluster, case)
     for stream in streams:
         stream.join(STREAM_SECONDS)
+    if held and not all(psutil.pid_exists(pid) for pid in held):
+        raise SystemExit(f"{case.name}: a replacement had joined before it could be stopped; run it again")
     for pid in held:
         os.kill(pid, signal.SIGCONT)
     cut = [stream for stream in streams if stream.error and case.cuts]

@@ -32,7 +32,13 @@ LAYOUTS = {
 def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: Path) -> None:
     overrides = ("cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN}")
     sizes = ("cluster.ranks_per_node=4", "cluster.threads=1", "kv_cache.memory=16MiB")
-    with Launcher(tmp_path, "--recipe", "demo", *overrides, *sizes, *LAYOUTS[layout]) as launcher:
+    hold = tmp_path / "hold"
+    with Launcher(
+        tmp_path / "run",
+        *("--recipe", "demo", *overrides, *sizes, *LAYOUTS[layout]),
+        module="support.launch.launch_held",
+        environment={"HOLD": str(hold)},
+    ) as launcher:
         url = launcher.url()
         base = url.removesuffix("/v1")
 
@@ -42,25 +48,21 @@ def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: 
         undisturbed = Reader(url, TOKENS)
         undisturbed.run()
         readers = [Reader(url, TOKENS).flowing() for _ in range(8)]
-        lost = launcher.pid_of("rank 3")
-        os.kill(lost, signal.SIGKILL)
-        late = launcher.replacement_of("rank 3", lost)
-        os.kill(late, signal.SIGSTOP)
-        try:
-            until(lambda: "the others serve after" in launcher.err, "the survivors to go on")
-            for reader in readers:
-                reader.join(120)
-            alone = [Reader(url, TOKENS).flowing() for _ in range(8)]
-            os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
-            until(lambda: launcher.err.count("the others serve after") == 2, "the survivors to go on again")
-            alone += [Reader(url, TOKENS).flowing()]
-            for reader in alone:
-                reader.join(120)
-            until(lambda: rank_states() == ["serving", "serving", "serving", "lost"], "the state of ranks")
-            health = httpx.get(f"{base}/health")
-            assert health.status_code == 200 and "rank 3" in health.json()["degraded"], health.text
-        finally:
-            os.kill(late, signal.SIGCONT)
+        hold.touch()
+        os.kill(launcher.pid_of("rank 3"), signal.SIGKILL)
+        until(lambda: "the others serve after" in launcher.err, "the survivors to go on")
+        for reader in readers:
+            reader.join(120)
+        alone = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
+        until(lambda: launcher.err.count("the others serve after") == 2, "the survivors to go on again")
+        alone += [Reader(url, TOKENS).flowing()]
+        for reader in alone:
+            reader.join(120)
+        until(lambda: rank_states() == ["serving", "serving", "serving", "lost"], "the state of ranks")
+        health = httpx.get(f"{base}/health")
+        assert health.status_code == 200 and "rank 3" in health.json()["degraded"], health.text
+        hold.unlink()
         joining = [Reader(url, TOKENS).flowing() for _ in range(8)]
         until(lambda: "all ranks serve again" in launcher.err, "the replacement to join")
         after = [Reader(url, TOKENS).flowing() for _ in range(8)]

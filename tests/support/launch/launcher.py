@@ -86,16 +86,6 @@ class Launcher:
         running = [command_of(process) for process in self.seen if process.is_running()]
         raise AssertionError(f"no process {name} among {running}")
 
-    def replacement_of(self, name: str, pid: int, seconds: float = 60.0) -> int:
-        """The process that takes the place of ``pid`` as ``role index``, once it runs."""
-        deadline = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(AssertionError):
-                if (found := self.pid_of(name)) != pid:
-                    return found
-            assert time.monotonic() < deadline, f"no replacement of {name} within {seconds:g} s\n{self.err}"
-            time.sleep(0.02)
-
     def signal(self, number: int = signal.SIGTERM) -> None:
         (inner(self.process) if self._on_host else self.process).send_signal(number)
 
