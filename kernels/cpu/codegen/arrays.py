@@ -11,6 +11,7 @@ a parallel call costs 0.8 us, a call on the same thread 0.1 us (2 cores of an EP
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import config, event, types
+from numba.core import caching, config, event, types
 from numba.extending import intrinsic, overload, register_jitable
 from numpy.typing import NDArray
 from torch import Tensor
@@ -49,6 +50,30 @@ ALONE = 1 << 13
 # each caller would bring its own copy that sums in another order. The linker's choice among the
 # copies differs between the process that compiles and those that load.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def threads_before_kernels() -> None:
+    """Makes numba of this process start its threads before it loads a kernel from the disk.
+
+    Parallel kernels call functions by names that numba knows once its threads run. A kernel on disk
+    notes that it needs them, but not if it was compiled around a loop that was itself loaded from
+    the disk (numba 0.68): loaded first, it would jump to nowhere.
+    """
+    rebuild = caching.CompileResultCacheImpl.rebuild
+    if getattr(rebuild, "has_threads", False):
+        return
+
+    def rebuild_with_threads(self: Any, target_context: Any, payload: Any) -> Any:
+        _threads_of_torch_once()
+        return rebuild(self, target_context, payload)
+
+    rebuild_with_threads.has_threads = True  # type: ignore[attr-defined]
+    caching.CompileResultCacheImpl.rebuild = rebuild_with_threads  # type: ignore[method-assign]
+
+
+@functools.cache
+def _threads_of_torch_once() -> None:
+    use_threads_of_torch()
 
 
 def use_threads_of_torch() -> None:
@@ -160,3 +185,6 @@ def exp(x):
     y = y * rest + np.float32(5.0000001201e-1)
     y = y * rest * rest + rest + np.float32(1)
     return y * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+threads_before_kernels()
