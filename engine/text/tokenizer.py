@@ -60,6 +60,10 @@ class Codec:
         template: str | dict[str, str] | None = self._tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else template or None
 
+    def adopt_template(self, template: str) -> None:
+        """Gives a tokenizer without a chat template this one."""
+        self._tokenizer.chat_template = template
+
     @property
     def special_tokens(self) -> dict[str, Any]:
         """The tokens that tokenizer_config.json names, such as ``bos_token``, by that name."""

@@ -207,6 +207,7 @@ class FrontendSection(RecipeSection):
             "off",
             "deepseek_v3",
             "deepseek_v31",
+            "deepseek_v32",
             "glm4",
             "glm47",
             "harmony",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .deepseek import DeepSeek, DeepSeekV31
+from .dsml import SIGN, Dsml
 from .format import ToolFormat, Tools
 from .glm import Glm, Glm47
 from .harmony import CHANNELS, Harmony, HarmonyParser
@@ -24,6 +25,7 @@ AUTO, OFF = "auto", "off"
 TOOL_FORMATS: Mapping[str, type[ToolFormat]] = {
     "deepseek_v3": DeepSeek,
     "deepseek_v31": DeepSeekV31,
+    "deepseek_v32": Dsml,
     "glm4": Glm,
     "glm47": Glm47,
     "harmony": Harmony,
@@ -46,6 +48,7 @@ REASONING_TAGS: Mapping[str, Tags] = {
 # each older form a part of the newer one's.
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", (CHANNELS.open,)),
+    ("deepseek_v32", (SIGN, "function_calls")),
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
@@ -63,6 +66,7 @@ _REASONING_SIGNS = {name: tags.close for name, tags in REASONING_TAGS.items()} |
 _NOT_PARSED = "<function="
 _FAMILIES = {
     "deepseek_v3": "deepseek_v3",
+    "deepseek_v32": "deepseek_v32",
     "glm4_moe": "glm4",
     "glm4_moe_lite": "glm47",
     "gpt_oss": "harmony",

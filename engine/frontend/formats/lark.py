@@ -6,6 +6,7 @@ described at https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ Spell = Callable[[str], int | None]  # the id of a tag that is one token, None f
 # model from writing white space for ever.
 WHITE_SPACE = r"( |\n[ \t]{0,32})"
 _ANY = r"/(.|\n)*/"
+_PART = re.compile("｜[^｜]+｜")  # of a tag, that may be a token
 _SIGNS = r"\.+*?()|[]{}^$#&-~/"  # they have a meaning in a regular expression
 
 
@@ -38,10 +40,12 @@ class Lark:
         """A tag of the model's format: by the token that the tokenizer holds for it, else as text.
 
         A model writes its tags with their tokens. Spelled from smaller pieces they are foreign to
-        it, so such a tag may be written in no other way.
+        it, so such a tag may be written in no other way. The same holds for a part of it between
+        signs, as in DeepSeek's ``<｜DSML｜invoke``.
         """
-        id = self._spell(name)
-        return self.text(name) if id is None else f"<[{id}]>"
+        before, token, after = self._spelled(name)
+        texts = [self.text(text) if text else "" for text in (before, after)]
+        return " ".join(filter(None, (texts[0], token, texts[1])))
 
     def line_breaks(self, most: int) -> str:
         """Up to ``most`` line breaks."""
@@ -68,25 +72,29 @@ class Lark:
     def until(self, tag: str, without: Sequence[str] = ()) -> str:
         """Any text up to the first ``tag``, and the tag. The text holds none of ``without``."""
         banned = [f"(.|\\n)*{_pattern(text)}" for text in without]
-        closing = f"(.|\\n)*{_pattern(tag)}"
-        if self._spell(tag) is None:
-            return self._text_rule(f"/{closing}/", banned, lazy=True)
-        return f"{self._text_rule(_ANY, [closing, *banned])} {self.tag(tag)}"
+        before, token, after = self._spelled(tag)
+        if not token:
+            return self._text_rule(f"/(.|\\n)*{_pattern(tag)}/", banned, lazy=True)
+        closing = f"(.|\\n)*{_pattern(self._up_to_token(tag))}"
+        if not before:
+            return f"{self._text_rule(_ANY, [closing, *banned])} {self.tag(tag)}"
+        body = self._terminal(f"{_ANY} & ~/({'|'.join([closing, *banned])})(.|\\n)*/")
+        return " ".join([self._terminal(f"{body} {self.text(before)}"), token, self.text(after)])
 
     def matching(self, patterns: Sequence[str], tag: str, unlike: Sequence[str] = ()) -> str:
         """Text that all of ``patterns`` match and none of ``unlike``, and the first ``tag``."""
         if not patterns and not unlike:
             return self.until(tag)
-        closing = f"(.|\\n)*{_pattern(tag)}(.|\\n)*"
         wanted = [f"/{regex_to_lark(pattern, '')}/" for pattern in patterns] or [_ANY]
-        banned = [f"~/{regex_to_lark(pattern, '')}/" for pattern in unlike] + [f"~/{closing}/"]
-        name = f"TEXT{len(self._rules)}"
-        self._rules.append(f"{name}: {' & '.join([*wanted, *banned])}")
-        if self._spell(tag) is not None:
-            return f"{name} {self.tag(tag)}"
-        whole = f"TEXT{len(self._rules)}"
-        self._rules.append(f"{whole}: {name} {self.text(tag)}")
-        return self._rule(whole, lazy=True)
+        banned = [f"~/{regex_to_lark(pattern, '')}/" for pattern in unlike]
+        before, token, after = self._spelled(tag)
+        banned.append(f"~/(.|\\n)*{_pattern(self._up_to_token(tag))}(.|\\n)*/")
+        body = self._terminal(" & ".join([*wanted, *banned]))
+        if not token:
+            return self._rule(self._terminal(f"{body} {self.text(tag)}"), lazy=True)
+        if not before:
+            return f"{body} {self.tag(tag)}"
+        return " ".join([self._terminal(f"{body} {self.text(before)}"), token, self.text(after)])
 
     def named(self, expression: str) -> str:
         """The same by a name, for an expression that stands more than once."""
@@ -99,13 +107,36 @@ class Lark:
         """The whole grammar, which starts with ``expression``."""
         return "\n".join([f"start: {expression}", *self._rules])
 
+    def _spelled(self, tag: str) -> tuple[str, str, str]:
+        """The text of ``tag`` before its token, the token's expression, and the text behind it.
+        A tag without a token is all text, with an empty expression.
+        """
+        id = self._spell(tag)
+        if id is not None:
+            return "", f"<[{id}]>", ""
+        part = _PART.search(tag)
+        id = self._spell(part.group()) if part else None
+        if part is None or id is None:
+            return tag, "", ""
+        return tag[: part.start()], f"<[{id}]>", tag[part.end() :]
+
+    def _up_to_token(self, tag: str) -> str:
+        """``tag`` up to the end of its token. Text that held it would leave no way on but the tag's
+        rest.
+        """
+        after = self._spelled(tag)[2]
+        return tag.removesuffix(after) if after else tag
+
+    def _terminal(self, body: str) -> str:
+        name = f"TEXT{len(self._rules)}"
+        self._rules.append(f"{name}: {body}")
+        return name
+
     def _text_rule(self, pattern: str, banned: Sequence[str], lazy: bool = False) -> str:
         """A rule for the text that ``pattern`` matches and that does not begin as ``banned`` do."""
         if banned:
             # Only the name of a terminal, in capitals, may stand for an intersection.
-            name = f"TEXT{len(self._rules)}"
-            self._rules.append(f"{name}: {pattern} & ~/({'|'.join(banned)})(.|\\n)*/")
-            pattern = name
+            pattern = self._terminal(f"{pattern} & ~/({'|'.join(banned)})(.|\\n)*/")
         return self._rule(pattern, lazy)
 
     def _rule(self, body: str, lazy: bool = False) -> str:

@@ -24,6 +24,7 @@ _NAME = r"[^<>\s]+( [^<>\s]+)*"
 _COMBINED = frozenset({"$ref", "allOf", "nullable", *UNIONS})
 _NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"})
 
+_DEFINITIONS = ("$defs", "definitions")
 _SIGNS = (("array", r"\["), ("object", r"\{"))
 
 All = tuple[dict[str, Any], ...]  # schemas without combinations, each of which a value must follow
@@ -178,6 +179,8 @@ class TaggedMembers:
     def _other(self, shape: _Shape) -> str:
         """Any one member that is not listed; empty if there may be none."""
         listed = [searching(f"^{_escaped(key)}$") for key in shape.parts]
+        if self._markup.string:  # a key's end begins and ends with a quote, so it could begin too early
+            listed.append(f'{ANY}"{ANY}')
         written = [
             self._member(self._lark.matching([_NAME, *patterns], self._markup.key_end, unlike=listed), part)
             for patterns, part in shape.others
@@ -185,10 +188,10 @@ class TaggedMembers:
         return self._lark.named(self._lark.either(written)) if written else ""
 
     def _text(self, key: str) -> str:
-        key_end = self._markup.key_end
-        if key_end in key:
-            raise ValueError(f"the model cannot write a property named {key!r}: it holds {key_end}")
-        return f"{self._lark.text(key)} {self._lark.tag(key_end)}"
+        for key_end in self._markup.key_ends:
+            if (key + key_end).find(key_end) < len(key):
+                raise ValueError(f"the model cannot write a property named {key!r}: it holds {key_end}")
+        return f"{self._lark.text(key)} {self._lark.tag(self._markup.key_end)}"
 
     def _member(self, key: str, part: Any) -> str:
         return f"({self._lark.tag(self._markup.key)} {key} {self._gap} {self._value(part)} {self._line})"
@@ -199,13 +202,12 @@ class TaggedMembers:
         """A value and the tag that ends it."""
         alternatives = self._alternatives(part, ())
         if all(set(each) <= _NOTES for all_of in alternatives for each in all_of) and alternatives:
-            return self._free_text([])
+            return self._any()
         kinds = frozenset[str]().union(*map(self._kinds, alternatives))
         if not kinds:
             raise ValueError("a property allows no value")
-        end = self._lark.tag(self._value_end)
         if "string" not in kinds:
-            return f"{self._json(part)} {end}"
+            return self._json(part)
         listed = [self._listed(each) for each in alternatives]
         free = any(
             values is None and "string" in self._kinds(each)
@@ -214,8 +216,7 @@ class TaggedMembers:
         written: list[str] = []
         for each, values in zip(alternatives, listed, strict=True):
             if values is not None:
-                texts = [_as_text(value) for value in values]
-                written += [f"{self._lark.text(text)} {end}" for text in texts if self._fits(text)]
+                written += [self._literal(value) for value in values if self._fits(_as_text(value))]
             else:
                 written += self._free(each, kinds, numbers=not free)
         if not written:
@@ -232,35 +233,51 @@ class TaggedMembers:
 
     def _free(self, all_of: All, kinds: frozenset[str], numbers: bool) -> list[str]:
         """Values of one alternative. A text that the parser would take for a JSON value is none."""
-        lark, end = self._lark, self._lark.tag(self._value_end)
         own = self._kinds(all_of)
+        told = bool(self._markup.string)
         written = []
         if "string" in own:
-            taken = [rf"\s*{sign}{ANY}" for kind, sign in _SIGNS if kind in kinds]
+            taken = [rf"\s*{sign}{ANY}" for kind, sign in _SIGNS if kind in kinds and not told]
             written.append(self._free_text(text_patterns(all_of), taken))
         if "null" in own:
-            written.append(f"{lark.text('null')} {end}")
-        others = ("array", "object", "number", "boolean") if numbers else ("array", "object")
+            written.append(self._literal(None))
+        others = ("array", "object", "number", "boolean") if numbers or told else ("array", "object")
         for kind in sorted(own.intersection(others)):
             schema = {**all_of[0]} if len(all_of) == 1 else {"allOf": [*all_of]}
             if kind == "number" and any(each.get("type") == "integer" for each in all_of):
                 kind = "integer"
-            written.append(f"{self._json({**schema, 'type': kind})} {end}")
+            written.append(self._json({**schema, "type": kind}))
         return written
 
     def _free_text(self, patterns: list[str], unlike: Sequence[str] = ()) -> str:
         """Text that all of ``patterns`` match and none of ``unlike``, and the end of the value."""
-        return self._lark.matching(patterns, self._value_end, [*unlike, *self._ending])
+        text = self._lark.matching(patterns, self._value_end, [*unlike, *self._ending])
+        return f"{self._told(True)}{text}"
+
+    def _any(self) -> str:
+        """Any value at all, and its end."""
+        text = self._free_text([])
+        return self._lark.either([text, self._json({})]) if self._markup.json else text
+
+    def _literal(self, value: Any) -> str:
+        """One value and its end."""
+        told = self._told(isinstance(value, str))
+        return f"{told}{self._lark.text(_as_text(value))} {self._lark.tag(self._value_end)}"
+
+    def _told(self, is_string: bool) -> str:
+        """The expression of that which tells the kind of the value behind it; empty for nothing."""
+        told = self._markup.string if is_string else self._markup.json
+        return f"{self._lark.text(told)} " if told else ""
 
     def _fits(self, text: str) -> bool:
         """Whether ``text`` as a value ends where the parser finds its end."""
         return self._markup.value_end not in text
 
     def _json(self, part: Any) -> str:
-        if not isinstance(part, dict):
-            return self._lark.json(part)
-        named = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
-        return self._lark.json({**part, **named})
+        """A JSON value and its end."""
+        if isinstance(part, dict):
+            part = {**part, **{name: self._root[name] for name in _DEFINITIONS if name in self._root}}
+        return f"{self._told(False)}{self._lark.json(part)} {self._lark.tag(self._value_end)}"
 
 
 def _repeated(other: str, least: int, most: int | None) -> str | None:

@@ -83,7 +83,8 @@ class ReplyParser:
         self._in_reasoning = thinking
         self._strays: tuple[str, ...] = ()
         if tools is not None:
-            self._strays = tuple(marker for marker in tools.markers if marker not in tools.openings)
+            openings = " ".join(tools.openings)  # parts of them are no tags
+            self._strays = tuple(marker for marker in tools.markers if marker not in openings)
         self._reader = Reader()
         self._steps = self._read()
 

@@ -3,7 +3,7 @@ are, other values as JSON.
 
 The schema of the function tells which values are strings: where it allows a string, a value is
 one, unless it is a null, an array or an object that the schema allows too. Without a schema, a
-value that is valid JSON is taken as JSON.
+value that is valid JSON is taken as JSON. Where the tag of a value tells its kind, that holds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .parameters import TEXT, Parameters
 from .reader import SPACE, Reader, Steps
 from .speech import Speech
 
+_STRING = {"type": "string"}
 _NAME = re.compile(r"[\w.:/-]+")
 
 
@@ -28,6 +29,9 @@ class Markup:
     """The tags of a format. ``key`` and ``key_end`` stand around a key, ``value`` (which may be
     empty) and ``value_end`` around its value; ``end`` ends a call. ``padded``: a line break follows
     ``key_end`` and precedes ``value_end``, and is no part of the value.
+
+    ``string`` or ``json`` stands before a value and tells which of the two it is; empty where
+    nothing does. ``bare_key_end`` is the end of a key whose value is not told.
     """
 
     key: str
@@ -36,6 +40,13 @@ class Markup:
     value_end: str
     end: str
     padded: bool = False
+    string: str = ""
+    json: str = ""
+    bare_key_end: str = ""
+
+    @property
+    def key_ends(self) -> tuple[str, ...]:
+        return (self.key_end, self.bare_key_end) if self.bare_key_end else (self.key_end,)
 
     @property
     def value_ends(self) -> tuple[str, ...]:
@@ -80,24 +91,46 @@ class TaggedCall:
         """Reads the members, from after the first key's tag. False if one of them breaks off."""
         before, markup = "{", self._markup
         while True:
-            key = yield from reader.head(markup.key_end)
+            pin = reader.pin()
+            key = yield from reader.head(*markup.key_ends)
+            told = reader.since(pin).endswith(markup.key_end)
+            reader.release()
             if key is None:  # cut, or too long to be held
                 speech.arguments(f'{before}"')
-                if (yield from reader.scan((markup.key_end,), Quoted(speech.arguments))) is None:
+                end = yield from reader.scan(markup.key_ends, Quoted(speech.arguments))
+                if end is None:
                     return False
                 speech.arguments('": ')
-                part: Any = True
+                told, part = end == markup.key_end, True
             else:
                 key = key.strip()
                 speech.arguments(f"{before}{msgspec.json.encode(key).decode()}: ")
                 part = schema.part(key)
             if markup.value and not (yield from optional(reader, markup.value)):
                 return False
+            if told and markup.string:
+                part = yield from self._told(reader, part)
+                if part is None:
+                    return False
             if not (yield from self._value(reader, speech, schema, part)):
                 return False
             if not (yield from optional(reader, markup.key)):
                 return True
             before = ", "
+
+    def _told(self, reader: Reader, part: Any) -> Steps[Any]:
+        """The schema of the value that follows, by its tag; ``part`` if the tag tells nothing that
+        is known, None if the text ends in it.
+        """
+        markup = self._markup
+        for tag, schema in ((markup.string, _STRING), (markup.json, True)):
+            if (yield from reader.take(tag)):
+                return schema
+        rest = yield from reader.ahead(max(len(markup.string), len(markup.json)))
+        if markup.string.startswith(rest) or markup.json.startswith(rest):
+            reader.step(len(rest))
+            return None
+        return part
 
     def _value(self, reader: Reader, speech: Speech, schema: Parameters, part: Any) -> Steps[bool]:
         markup = self._markup

@@ -10,6 +10,7 @@ from ...models.config_fields import Fields
 from ...protocol.specs import FrontendSpec
 from ...text.tokenizer import Codec
 from ..formats.choice import Formats, choose
+from .encodings import encoding_template
 from .habits import Habits, learn_habits
 from .sampling import Defaults, load_defaults
 
@@ -40,7 +41,10 @@ class ServedModel:
 def load_model(spec: FrontendSpec) -> ServedModel:
     """Reads the model's directory. Raises ValueError naming the file or the key at fault."""
     path = Path(spec.model_path)
-    codec = Codec(path)
+    codec, model_type = Codec(path), _model_type(path)
+    template = encoding_template(path, model_type) if codec.chat_template is None else None
+    if template is not None:
+        codec.adopt_template(template)
     return ServedModel(
         name=spec.served_name,
         codec=codec,
@@ -49,7 +53,7 @@ def load_model(spec: FrontendSpec) -> ServedModel:
         revision=_revision(path),
         kv_format=spec.kv_format,
         habits=learn_habits(codec),
-        formats=choose(codec.chat_template, _model_type(path), spec.tool_parser, spec.reasoning_parser),
+        formats=choose(codec.chat_template, model_type, spec.tool_parser, spec.reasoning_parser),
     )
 
 

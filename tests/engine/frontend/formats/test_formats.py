@@ -157,6 +157,38 @@ def test_a_section_of_minimax_holds_several_calls() -> None:
     assert (said.content, said.reason) == ("ok", "tool_calls")
 
 
+def in_a_section(member: str) -> str:
+    """A call of deepseek_v32 with ``member`` between its tags."""
+    call = f'<｜DSML｜invoke name="get_weather">\n{member}\n</｜DSML｜invoke>'
+    return f"\n\n<｜DSML｜function_calls>\n{call}\n{call}\n</｜DSML｜function_calls>"
+
+
+def test_a_value_of_dsml_is_of_the_kind_that_its_tag_tells() -> None:
+    parameter = '<｜DSML｜parameter name="{}"{}>{}</｜DSML｜parameter>'
+    for key, told, text, value in (
+        ("note", ' string="true"', "12", "12"),
+        ("days", ' string="true"', "12", "12"),
+        ("note", ' string="false"', "12", 12),
+        ("city", ' string="false"', " 12 ", 12),
+        ("city", ' string="false"', "Rome", "Rome"),
+        ("city", "", "12", "12"),  # by the schema
+        ("days", "", "12", 12),
+        ("days", ' string="maybe"', "12", 'maybe">12'),
+    ):
+        section = in_a_section(parameter.format(key, told, text))
+        for sizes in ([], [1] * len(section)):
+            said = read("ok" + section, "deepseek_v32", sizes)
+            assert said.values == [("get_weather", {key: value})] * 2, section
+            assert (said.content, said.reason) == ("ok", "tool_calls")
+
+
+def test_a_call_of_dsml_may_hold_one_object() -> None:
+    for text, arguments in (('{"city": "a</b"}', {"city": "a</b"}), ("", {})):
+        said = read(in_a_section(text), "deepseek_v32")
+        assert said.values == [("get_weather", arguments)] * 2
+        assert (said.content, said.reason) == ("", "tool_calls")
+
+
 # --------------------------------------------------------------------------- reasoning
 
 
@@ -284,6 +316,12 @@ def test_formats_are_chosen_by_the_template_then_by_the_family() -> None:
     fenced = "<｜tool▁calls▁begin｜>function<｜tool▁sep｜>\\n```json"
     assert choose(fenced, "").tools is TOOL_FORMATS["deepseek_v3"]
     assert choose("<｜tool▁calls▁begin｜><｜tool▁sep｜>", "").tools is TOOL_FORMATS["deepseek_v31"]
+    assert (
+        choose("{% set dsml = '｜DSML｜' %}<{{ dsml }}function_calls>", "").tools
+        is TOOL_FORMATS["deepseek_v32"]
+    )
+    assert choose(None, "deepseek_v32").tools is TOOL_FORMATS["deepseek_v32"]
+    assert choose("<｜tool▁calls▁begin｜>", "deepseek_v32").tools is TOOL_FORMATS["deepseek_v31"], "V3.2-Exp"
     assert choose("<tool_call><function=", "qwen3_moe").tools is None
     assert choose(None, "llama") == Formats()
     assert choose("<tool_call> </think>", "", "mistral", "off") == Formats(None, TOOL_FORMATS["mistral"])

@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats, Manner
+from lockstep.engine.frontend.formats.dsml import SIGN
 from lockstep.engine.frontend.requests.structure import begins_with, grammar_of
 from lockstep.engine.text.tokenizer import Codec
 from lockstep.engine.text.vocabulary import load_vocabulary
@@ -108,18 +109,23 @@ class World:
 
     def _spelling(self, text: str, chance: random.Random) -> list[int]:
         id = self.codec.added_id(text)
+        sign = self.codec.added_id(SIGN)
+        if id is None and sign is not None and SIGN in text:
+            before, _, after = text.partition(SIGN)
+            return [*self.vocabulary.tokenize_str(before), sign, *self.vocabulary.tokenize_str(after)]
         if chance.random() < 0.7:
             return [id] if id is not None else self.vocabulary.tokenize_str(text)
         return [id for char in text for id in self.vocabulary.tokenize_str(char)]
 
 
 @cache
-def world(format: str, storage: str) -> World:
+def world(format: str, storage: str, tags: tuple[str, ...] = ()) -> World:
+    """``tags`` are those that the tokenizer holds, by default all of the format."""
     reasoning = REASONING_TAGS[format if format in REASONING_TAGS else "think"]
     formats = Formats(reasoning, TOOL_FORMATS[format])
     with TemporaryDirectory() as folder:
         final = END if END not in formats.markers else "<|endoftext|>"
-        size, end = write_tagged(Path(folder), list(dict.fromkeys(formats.markers)), storage, final)
+        size, end = write_tagged(Path(folder), tags or list(dict.fromkeys(formats.markers)), storage, final)
         vocabulary = load_vocabulary(Path(folder), size + 6, (end,))  # logits are often wider
         assert vocabulary is not None
         return World(formats, Codec(Path(folder)), vocabulary, end)
@@ -143,7 +149,22 @@ BEGINNINGS: tuple[dict[str, bool], ...] = ({}, {"thinking": True}, {"answering":
     ],
 )
 def test_forced_calls_are_accepted_to_the_end_and_read_back(format: str, storage: str) -> None:
-    place = world(format, storage)
+    check_forced_calls(world(format, storage))
+
+
+@pytest.mark.parametrize("storage", ["special", "added", "tiktoken special"])
+def test_a_tag_of_which_a_part_is_one_token_is_written_with_it(storage: str) -> None:
+    """As the tokenizer of DeepSeek-V3.2, which holds the sign between the words of a tag."""
+    place = world("deepseek_v32", storage, ("<think>", "</think>", SIGN))
+    ask = chat(tools=TOOLS, tool_choice="required")
+    manner = place.manner(ask, answering=True)
+    matcher = LLMatcher(place.vocabulary, grammar_of(ask, manner, place.codec.added_id)[-1].grammar)
+    matcher.consume_tokens(place.vocabulary.tokenize_str("<"))
+    assert place._allowed(matcher) == [place.codec.added_id(SIGN)]
+    check_forced_calls(place)
+
+
+def check_forced_calls(place: World) -> None:
     for seed in range(6):
         ask = chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=bool(seed % 2))
         manner = place.manner(ask, **BEGINNINGS[seed % 3])

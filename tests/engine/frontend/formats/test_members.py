@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 from lockstep.engine.frontend.api.errors import ApiError
 from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.formats.choice import TOOL_FORMATS, Formats, Manner
+from lockstep.engine.frontend.formats.dsml import MARKUP, SIGN
 from lockstep.engine.frontend.formats.glm import Glm
 from lockstep.engine.frontend.formats.hy import Hy3
 from lockstep.engine.frontend.formats.minimax import SECTION, SECTION_END
@@ -27,10 +28,10 @@ from support.engine.frontend.replies import VALUE_ENDS
 
 END = 256
 ENDS = frozenset(b'<}]"')
-ONE_TOKEN = (*Glm.markers, SECTION, SECTION_END, *Hy3.markers)  # tags that the models' tokenizers hold
+ONE_TOKEN = (*Glm.markers, SECTION, SECTION_END, *Hy3.markers, SIGN)  # tags that the models' tokenizers hold
 TAGS = {tag: END + 1 + index for index, tag in enumerate(ONE_TOKEN)}
 # glm47 differs from glm4 by line breaks alone, hy_v3_preview from hy_v3 by the names of its tags.
-FORMATS_HELD = ("glm4", "hy_v3", "minimax_m2", "qwen3_coder")
+FORMATS_HELD = ("deepseek_v32", "glm4", "hy_v3", "minimax_m2", "qwen3_coder")
 
 
 class Vocabulary:
@@ -88,6 +89,10 @@ def walk(text: str, seed: int, tokens: bool) -> str:
     assert not matcher.is_error(), matcher.get_error()
     names = {id: tag for tag, id in TAGS.items()}
     wish: list[int] = []
+    wishes = [b"\n</parameter>", b"</parameter>", b'">', b">"]
+    if "parameter>" in text and "string=" in text:
+        end = b"</" if f"<[{TAGS[SIGN]}]>" in text else MARKUP.value_end.encode()
+        wishes = [end, MARKUP.key_end.encode()]
     for _ in range(3000):
         mask = matcher.compute_bitmask()
         allowed = [id for id in range(len(Vocabulary.tokens)) if mask[id // 8] >> id % 8 & 1]
@@ -101,7 +106,7 @@ def walk(text: str, seed: int, tokens: bool) -> str:
             tags if tags and chance.random() < 0.5 else ends if ends and chance.random() < 0.3 else words
         )
         if not wish and chance.random() < 0.2:  # or a tag of many bytes would never be found
-            wish = list(chance.choice([b"\n</parameter>", b"</parameter>", b'">', b">"]))
+            wish = list(chance.choice(wishes))
         if wish and wish[0] in allowed:
             id = wish.pop(0)
         else:
@@ -247,7 +252,15 @@ def test_any_value_may_be_any_text(format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "key"), [("glm4", "a</arg_key>"), ("minimax_m2", 'a">'), ("qwen3_coder", "a>b")]
+    ("format", "key"),
+    [
+        ("deepseek_v32", 'a" string="'),
+        ("deepseek_v32", 'a">'),
+        ("deepseek_v32", 'a" string='),
+        ("glm4", "a</arg_key>"),
+        ("minimax_m2", 'a">'),
+        ("qwen3_coder", "a>b"),
+    ],
 )
 def test_a_property_whose_name_the_format_cannot_write_is_a_400(format: str, key: str) -> None:
     with pytest.raises(ApiError, match="the model cannot write a property named"):

@@ -239,7 +239,15 @@ def test_the_calls_of_the_chat_templates_are_allowed() -> None:
         f"{arguments}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         **{
             format: written(format, "get_weather", {"city": "Paris", "tags": []})
-            for format in ("glm4", "glm47", "hy_v3", "hy_v3_preview", "minimax_m2", "qwen3_coder")
+            for format in (
+                "deepseek_v32",
+                "glm4",
+                "glm47",
+                "hy_v3",
+                "hy_v3_preview",
+                "minimax_m2",
+                "qwen3_coder",
+            )
         },
     }.items():
         assert accepts(grammar(ask, format), said), format

@@ -21,6 +21,7 @@ TOOLS = {"get_weather": SCHEMA, "now": {}}
 NAMES = tuple(name for name in TOOL_FORMATS if name != "harmony")
 # The formats that write strings as they are, up to this tag.
 VALUE_ENDS = {
+    "deepseek_v32": "</｜DSML｜parameter>",
     "glm4": "</arg_value>",
     "glm47": "</arg_value>",
     "hy_v3": "</arg_value:opensource>",
@@ -106,6 +107,8 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
         return KIMI.format(f"functions.{name}:0", text)
     if format == "mistral":
         return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {text}}}]'
+    if format == "deepseek_v32":
+        return in_dsml(name, arguments)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
     if format == "qwen3_coder":
         members = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
@@ -126,6 +129,16 @@ def written(format: str, name: str, arguments: dict[str, Any]) -> str:
         f"<arg_key>{key}</arg_key>{line}<arg_value>{text}</arg_value>{line}" for key, text in texts.items()
     )
     return f"<tool_call>{name}{line}{members}</tool_call>"
+
+
+def in_dsml(name: str, arguments: dict[str, Any]) -> str:
+    members = "".join(
+        f'<｜DSML｜parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
+        f"{value if isinstance(value, str) else json.dumps(value)}</｜DSML｜parameter>\n"
+        for key, value in arguments.items()
+    )
+    call = f'<｜DSML｜invoke name="{name}">\n{members}</｜DSML｜invoke>'
+    return f"<｜DSML｜function_calls>\n{call}\n</｜DSML｜function_calls>"
 
 
 MARKERS = sorted({marker for name in NAMES for marker in TOOL_FORMATS[name].markers})
