@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import cpu_isa
 from ..reference.column import Reference
 from ..reference.fp8 import Quantised, widen_rows
+from ..reference.indexer import Selection
 from ..table import ops_of
 from .call import Call, Case
 from .cases import cases
@@ -187,11 +188,14 @@ def _runs(case: Case, ops: Reference) -> bool:
 
 
 def error_of(run: Callable[[], object], expected: Callable[[], object]) -> str:
-    """The largest relative error in norm of the numbers, or the share of integers that differ;
-    empty if there is nothing to compare.
+    """The largest relative error in norm of the numbers, or the share of integers that differ, or
+    of chosen positions that are others; empty if there is nothing to compare.
     """
     try:
-        pairs = list(zip(_parts(run()), _parts(expected()), strict=True))
+        result, wanted = run(), expected()
+        if isinstance(result, Selection) and isinstance(wanted, Selection):
+            return f"{_missed(result.places_NK, wanted.places_NK):.1e}"
+        pairs = list(zip(_parts(result), _parts(wanted), strict=True))
         errors = [_difference(got, wanted) for got, wanted in pairs]
     except (torch.OutOfMemoryError, NotImplementedError):
         return ""  # the op is still timed if only the comparison fails
@@ -210,6 +214,13 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     if not got.is_floating_point():
         return float((got != wanted).float().mean())
     return float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
+
+
+def _missed(got_NK: Tensor, wanted_NK: Tensor) -> float:
+    """The share of places that are not among those of the same token."""
+    wanted_NK = wanted_NK.sort(1).values
+    at_NK = torch.searchsorted(wanted_NK, got_NK.contiguous()).clamp_max(wanted_NK.shape[1] - 1)
+    return float((wanted_NK.gather(1, at_NK) != got_NK).float().mean())
 
 
 if __name__ == "__main__":

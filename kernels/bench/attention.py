@@ -67,9 +67,9 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
     def make(device: torch.device) -> Call:
         entry = head_entry(kind, _KV_HEADS, _DIM)
         per_token = 2 * int(np.prod(entry)) * (1 if kind == "fp8" else 2)
-        positions = _positions(rows, context, per_token)
-        k, v = (_pages(positions, lambda count: _entries_of_heads(device, kind, count)) for _ in range(2))
-        q, batch = random(device, rows * tokens, _HEADS, _DIM), _batch(device, rows, context, tokens)
+        positions = positions_of(rows, context, per_token)
+        k, v = (cache_of(positions, lambda count: _entries_of_heads(device, kind, count)) for _ in range(2))
+        q, batch = random(device, rows * tokens, _HEADS, _DIM), batch_of(device, rows, context, tokens)
 
         def gathered() -> Callable[[], object]:
             k_RKLD, v_RKLD = (
@@ -87,7 +87,7 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
 
         # Over a prefix torch would need a mask as large as the scores; the reference masks block by
         # block.
-        rivals = {"sdpa on gathered pages": _made_once(gathered)} if tokens in (1, context) else {}
+        rivals = {"sdpa on gathered pages": made_once(gathered)} if tokens in (1, context) else {}
         seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) / 2)
         num_bytes = rows * context * per_token + 4.0 * q.numel()
         return Call(
@@ -103,11 +103,11 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
 def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torch.device], Call]:
     def make(device: torch.device) -> Call:
         per_token = latent_entry(kind, _LATENT, _ROPE)[0] * (1 if kind == "fp8" else 2)
-        positions = _positions(rows, context, per_token)
-        cache = _pages(positions, lambda count: _entries_of_latents(device, kind, count))
+        positions = positions_of(rows, context, per_token)
+        cache = cache_of(positions, lambda count: _entries_of_latents(device, kind, count))
         q_nope, q_rope = (random(device, rows * tokens, _LATENT_HEADS, dim) for dim in (_NOPE, _ROPE))
         expand = random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT)
-        batch = _batch(device, rows, context, tokens)
+        batch = batch_of(device, rows, context, tokens)
 
         def bind(ops: Reference) -> Callable[[], object]:
             return lambda: ops.mla_attend(q_nope, q_rope, cache, expand, batch, _SCALE)
@@ -121,7 +121,7 @@ def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[to
             latents = latents.view(rows, 1, -1, dim)[:, :, :context]
             return sdpa(random(device, rows, 1, _LATENT_HEADS, dim), latents, latents, _SCALE)
 
-        rivals = {"sdpa on gathered pages": _made_once(gathered)} if tokens == 1 else {}
+        rivals = {"sdpa on gathered pages": made_once(gathered)} if tokens == 1 else {}
         num_bytes = (
             rows * context * per_token
             + 2.0 * expand.numel()
@@ -140,7 +140,7 @@ def _latent_flops(rows: int, context: int, tokens: int) -> float:
     return _LATENT_HEADS * min(absorbed, expanded)
 
 
-def _made_once(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+def made_once(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """Runs the function that ``make`` returns; calls ``make`` on the first run."""
     made: list[Callable[[], object]] = []
 
@@ -152,7 +152,7 @@ def _made_once(make: Callable[[], Callable[[], object]]) -> Callable[[], object]
     return run
 
 
-def _positions(rows: int, context: int, bytes_per_token: int) -> int:
+def positions_of(rows: int, context: int, bytes_per_token: int) -> int:
     """Number of cache positions. Raises MemoryError if a card could not hold them beside a gathered
     copy.
     """
@@ -162,7 +162,7 @@ def _positions(rows: int, context: int, bytes_per_token: int) -> int:
     return positions
 
 
-def _batch(device: torch.device, rows: int, context: int, tokens: int) -> PagedBatch:
+def batch_of(device: torch.device, rows: int, context: int, tokens: int) -> PagedBatch:
     """Rows of ``context`` positions, the last ``tokens`` of them in this step. Pages are in random
     order.
     """
@@ -173,7 +173,7 @@ def _batch(device: torch.device, rows: int, context: int, tokens: int) -> PagedB
     return build_batch(starts, counts, rows if tokens == 1 else 0, pages, PAGE_SIZE, device)[0]
 
 
-def _pages(positions: int, entries: Callable[[int], Tensor]) -> Tensor:
+def cache_of(positions: int, entries: Callable[[int], Tensor]) -> Tensor:
     """A cache of random entries, with a part repeated: encoding to FP8 takes eight times an entry's
     memory.
     """

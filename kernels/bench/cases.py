@@ -2,7 +2,7 @@
 operations that bound it.
 
 An expert layer is the share of one of ``spread`` equal groups of experts under balanced load:
-tokens x K pairs for its slots. The other cases are in ``attention.py`` and ``sampler.py``.
+tokens x K pairs for its slots. The other cases have files of their own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..reference.gate import GateCounts, Routing
 from ..reference.rope import HeadNorms, angles, frequencies
 from .attention import attention_cases
 from .call import PAGE_SIZE, Call, Case, random
+from .indexer import indexer_cases
 from .rivals import convert_e4m3, grouped_mm, one_by_one, scaled_grouped_mm, vllm_experts
 from .sampler import sampler_cases
 
@@ -51,6 +52,7 @@ def cases() -> Iterator[Case]:
         size = f"{rows} rows, 2048 x 2048"
         yield Case("linear", size, _linear(rows, 2048, 2048), small=True, card=False)
     yield from attention_cases()
+    yield from indexer_cases()
     yield from sampler_cases()
     for model, experts, rule in GATES:
         for tokens in ROW_COUNTS:
