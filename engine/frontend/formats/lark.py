@@ -75,7 +75,7 @@ class Lark:
         before, token, after = self._spelled(tag)
         if not token:
             return self._text_rule(f"/(.|\\n)*{_pattern(tag)}/", banned, lazy=True)
-        closing = f"(.|\\n)*{_pattern(self._up_to_token(tag))}"
+        closing = f"(.|\\n)*{_pattern(tag)}"
         if not before:
             return f"{self._text_rule(_ANY, [closing, *banned])} {self.tag(tag)}"
         body = self._terminal(f"{_ANY} & ~/({'|'.join([closing, *banned])})(.|\\n)*/")
@@ -88,7 +88,7 @@ class Lark:
         wanted = [f"/{regex_to_lark(pattern, '')}/" for pattern in patterns] or [_ANY]
         banned = [f"~/{regex_to_lark(pattern, '')}/" for pattern in unlike]
         before, token, after = self._spelled(tag)
-        banned.append(f"~/(.|\\n)*{_pattern(self._up_to_token(tag))}(.|\\n)*/")
+        banned.append(f"~/(.|\\n)*{_pattern(tag)}(.|\\n)*/")
         body = self._terminal(" & ".join([*wanted, *banned]))
         if not token:
             return self._rule(self._terminal(f"{body} {self.text(tag)}"), lazy=True)
@@ -119,13 +119,6 @@ class Lark:
         if part is None or id is None:
             return tag, "", ""
         return tag[: part.start()], f"<[{id}]>", tag[part.end() :]
-
-    def _up_to_token(self, tag: str) -> str:
-        """``tag`` up to the end of its token. Text that held it would leave no way on but the tag's
-        rest.
-        """
-        after = self._spelled(tag)[2]
-        return tag.removesuffix(after) if after else tag
 
     def _terminal(self, body: str) -> str:
         name = f"TEXT{len(self._rules)}"

@@ -164,6 +164,26 @@ def test_a_tag_of_which_a_part_is_one_token_is_written_with_it(storage: str) -> 
     check_forced_calls(place)
 
 
+@pytest.mark.parametrize("storage", ["special", "added"])
+def test_behind_the_token_of_an_ending_tag_comes_the_rest_of_the_tag(storage: str) -> None:
+    place = world("deepseek_v32", storage, ("<think>", "</think>", SIGN))
+    function = {"name": "f", "parameters": only("x", {"type": "string"})}
+    ask = chat(tools=[{"type": "function", "function": function}], tool_choice="required")
+    grammar = grammar_of(ask, place.manner(ask, answering=True), place.codec.added_id)[-1].grammar
+    begun = (
+        f'<{SIGN}function_calls>\n<{SIGN}invoke name="f">\n<{SIGN}parameter name="x" string="true">a</b></'
+    )
+    matcher = LLMatcher(place.vocabulary, grammar, log_level=0)
+    sign = place.codec.added_id(SIGN)
+    assert sign is not None
+    for piece in begun.split(SIGN):
+        assert matcher.consume_tokens(place.vocabulary.tokenize_str(piece)), piece
+        assert sign in place._allowed(matcher)
+        assert matcher.consume_token(sign)
+    followers = [place.codec.piece(token) for token in place._allowed(matcher)]
+    assert followers and all(b"parameter>\n".startswith(piece) for piece in followers), followers
+
+
 def check_forced_calls(place: World) -> None:
     for seed in range(6):
         ask = chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=bool(seed % 2))
