@@ -1,5 +1,4 @@
-"""Experts with weights in 4 bits on a CPU: weights are read as they are stored and decoded in
-registers, or a row at a time.
+"""Experts with weights in 4 bits on a CPU: weights are read as they are stored.
 
 With AVX512-BF16 rows of bf16 are multiplied by the codes' numbers (``codegen/nibbles.py``), and the
 scales are applied to sums of a group; intermediate values are rounded to bf16 once. Elsewhere, and
@@ -27,16 +26,14 @@ from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.four_bit import FourBit
 from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
 from .codegen.blocks import part, parts
-from .codegen.nibbles import (
-    AT_ONCE,
-    BLOCK,
-    ROWS,
-    arranged,
+from .codegen.float_nibbles import (
+    arranged_floats,
     decode_row,
-    dots,
+    decoded_dots,
     float_dots,
-    weight_rows,
+    rows_at_once,
 )
+from .codegen.nibbles import AT_ONCE, BLOCK, ROWS, arranged, dots, weight_rows
 from .codegen.threads import share_out, take_item
 from .codegen.vectors import LANES, multiplies_bf16
 from .expert_blocks import sort_pairs, stretches
@@ -253,14 +250,13 @@ def run_decoded(
     form,
     num_threads,
 ):
-    """With rows of bf16, as uint16, or float32. Rows of x hold their even values, then the odd."""
+    """With rows of bf16, as uint16, or float32. Rows of x lie in the order of decoded weights."""
     order_M, ends_S = sort_pairs(slots_M, counts_S)
     _clear(slots_M, y_MD, len(order_M))
     found_I = stretches(ends_S)
-    half, inner_half = w13.shape[2], w2.shape[2]
-    x_NK = np.zeros((len(x_ND), parts(2 * half, LANES) * LANES), np.float32)
-    share_out(_split, len(x_ND), (x_ND, x_NK, half), x_NK.size <= ALONE)
-    inner_MK = np.zeros((len(order_M), parts(2 * inner_half, LANES) * LANES), np.float32)
+    x_NK = np.zeros((len(x_ND), parts(x_ND.shape[1], AT_ONCE) * AT_ONCE), np.float32)
+    share_out(_widen, len(x_ND), (x_ND, x_NK), x_NK.size <= ALONE)
+    inner_MK = np.zeros((len(order_M), parts(2 * w2.shape[2], AT_ONCE) * AT_ONCE), np.float32)
     first, second = np.zeros(1, np.int64), np.zeros(1, np.int64)
     given = x_NK, rows_M, order_M, found_I, w13, scales_13, factors_13, first, form, inner_MK
     share_out(_decoded_up, num_threads, given, False)
@@ -269,11 +265,70 @@ def run_decoded(
 
 
 @inner(error_model="numpy")
-def _split(begin, end, x_ND, x_NK, half):
+def _widen(begin, end, x_ND, x_NK):
     for n in range(begin, end):
-        for k in range(half):
-            x_NK[n, k] = widen(x_ND[n, 2 * k])
-            x_NK[n, half + k] = widen(x_ND[n, 2 * k + 1])
+        for k in range(x_ND.shape[1]):
+            x_NK[n, arranged_floats(k)] = widen(x_ND[n, k])
+
+
+@inner(error_model="numpy")
+def _block_dots(rows_I, codes_NK, scales_NG, runs, room, out):
+    """out[i, w, r] float32 [32, 2, rows] = the products of ``count`` pairs of weight rows with all
+    rows whose addresses are in ``rows_I``. ``runs``: first, gap, step, count, as ``weight_rows``
+    takes them. ``room``: ``_room``.
+    """
+    first, gap, step, count = runs
+    rows, sums, weights = room
+    length, most = len(rows_I), rows_at_once(len(rows_I))
+    if most > 0:
+        pairs = weight_rows(codes_NK, scales_NG, first, gap, step, count)
+        tiles = parts(length, most)
+        for tile in range(tiles):
+            begin_row, num_rows = _take_rows(tile, tiles, rows_I, rows)
+            decoded_dots(num_rows, rows, scales_NG, pairs, sums)
+            for i in range(count):
+                for w in range(2):
+                    for r in range(num_rows):
+                        out[i, w, begin_row + r] = sums[w, r, i]
+        return
+    tiles = parts(length, ROWS)
+    for i in range(count):
+        for w in range(2):
+            row = first + i * step + w * gap
+            decode_row(codes_NK[row], scales_NG[row], weights[w])
+        for tile in range(tiles):
+            begin_row, num_rows = _take_rows(tile, tiles, rows_I, rows)
+            float_dots(num_rows, rows, weights, weights.shape[1] // LANES, sums)
+            for w in range(2):
+                for r in range(num_rows):
+                    out[i, w, begin_row + r] = sums[w, r, 0]
+
+
+@inner(error_model="numpy")
+def _take_rows(tile, tiles, rows_I, rows):
+    """Fills ``rows`` with the addresses of a tile. Returns its first row, and how many it has."""
+    first, num_rows = part(tile, tiles, len(rows_I))
+    for r in range(ROWS):
+        rows[r] = rows_I[first + min(r, num_rows - 1)]
+    return first, num_rows
+
+
+@inner(error_model="numpy")
+def _room(num_values):
+    """For ``_block_dots``: six addresses, the products of a tile, two decoded weight rows."""
+    return (
+        np.zeros(ROWS, np.int64),
+        np.zeros((2, ROWS, BLOCK), np.float32),
+        np.zeros((2, num_values), np.float32),
+    )
+
+
+@inner(error_model="numpy")
+def _longest(found_I):
+    longest = 0
+    for i in range(len(found_I)):
+        longest = max(longest, found_I[i][2])
+    return longest
 
 
 @inner(error_model="numpy")
@@ -282,36 +337,32 @@ def _decoded_up(
 ):
     """The activation for the pairs in order."""
     bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
-    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS), np.float32)
-    weights, width = np.zeros((2, x_NK.shape[1]), np.float32), codes_S.shape[1] // 2
+    room, width, longest = _room(x_NK.shape[1]), codes_S.shape[1] // 2, _longest(found_I)
+    rows_I, out = np.zeros(longest, np.int64), np.zeros((BLOCK, 2, longest), np.float32)
     blocks = parts(width, BLOCK)
     item = take_item(counter)
     while item < blocks * len(found_I):
         slot, start, length = found_I[item // blocks]
         first = item % blocks * BLOCK
-        tiles = parts(length, ROWS)
-        for f in range(first, min(first + BLOCK, width)):
-            for w in range(2):
-                row = f + w * width
-                decode_row(codes_S[slot, row], scales_S[slot, row], factors_S[slot, w], weights[w])
-            place = f // 2 + f % 2 * (width // 2)
-            for tile in range(tiles):
-                begin_row, num_rows = part(tile, tiles, length)
-                begin_row += start
-                for r in range(ROWS):
-                    row = rows_M[order_M[begin_row + min(r, num_rows - 1)]]
-                    rows[r] = x_NK[row].ctypes.data
-                float_dots(num_rows, rows, weights, x_NK.shape[1] // LANES, out)
-                for r in range(num_rows):
-                    gate, up = out[0, r], out[1, r]
-                    if len(bias_SF):
-                        gate += widen(bias_SF[slot, f])
-                        up += widen(bias_SF[slot, width + f])
-                    if clamped:
-                        value = clamped_mul(gate, up, alpha, limit)
-                    else:
-                        value = gate / (np.float32(1) + exp(-gate)) * up
-                    inner_MK[begin_row + r, place] = value
+        count = min(BLOCK, width - first)
+        for r in range(length):
+            rows_I[r] = x_NK[rows_M[order_M[start + r]]].ctypes.data
+        _block_dots(rows_I[:length], codes_S[slot], scales_S[slot], (first, width, 1, count), room, out)
+        for f in range(first, first + count):
+            place = arranged_floats(f)
+            for r in range(length):
+                gate, up = (
+                    out[f - first, 0, r] * factors_S[slot, 0],
+                    out[f - first, 1, r] * factors_S[slot, 1],
+                )
+                if len(bias_SF):
+                    gate += widen(bias_SF[slot, f])
+                    up += widen(bias_SF[slot, width + f])
+                if clamped:
+                    value = clamped_mul(gate, up, alpha, limit)
+                else:
+                    value = gate / (np.float32(1) + exp(-gate)) * up
+                inner_MK[start + r, place] = value
         item = take_item(counter)
 
 
@@ -320,28 +371,22 @@ def _decoded_down(
     begin, end, inner_MK, order_M, found_I, codes_S, scales_S, factors_S, counter, bias_SD, y_MD
 ):
     """The second product. Writes each row to its pair's place."""
-    rows, out = np.zeros(ROWS, np.int64), np.zeros((2, ROWS), np.float32)
-    weights, hidden = np.zeros((2, inner_MK.shape[1]), np.float32), y_MD.shape[1]
+    room, hidden, longest = _room(inner_MK.shape[1]), y_MD.shape[1], _longest(found_I)
+    rows_I, out = np.zeros(longest, np.int64), np.zeros((BLOCK, 2, longest), np.float32)
     blocks = parts(hidden, 2 * BLOCK)
     item = take_item(counter)
     while item < blocks * len(found_I):
         slot, start, length = found_I[item // blocks]
         first = item % blocks * 2 * BLOCK
-        tiles = parts(length, ROWS)
-        for d in range(first, min(first + 2 * BLOCK, hidden), 2):
-            for w in range(2):
-                decode_row(codes_S[slot, d + w], scales_S[slot, d + w], factors_S[slot, 0], weights[w])
-            for tile in range(tiles):
-                begin_row, num_rows = part(tile, tiles, length)
-                begin_row += start
-                for r in range(ROWS):
-                    rows[r] = inner_MK[begin_row + min(r, num_rows - 1)].ctypes.data
-                float_dots(num_rows, rows, weights, inner_MK.shape[1] // LANES, out)
-                for r in range(num_rows):
-                    y_D = y_MD[order_M[begin_row + r]]
-                    for w in range(2):
-                        value = out[w, r]
-                        if len(bias_SD):
-                            value += widen(bias_SD[slot, d + w])
-                        y_D[d + w] = narrow(value, y_D)
+        count = min(2 * BLOCK, hidden - first) // 2
+        for r in range(length):
+            rows_I[r] = inner_MK[start + r].ctypes.data
+        _block_dots(rows_I[:length], codes_S[slot], scales_S[slot], (first, 1, 2, count), room, out)
+        for r in range(length):
+            y_D = y_MD[order_M[start + r]]
+            for d in range(2 * count):
+                value = out[d // 2, d % 2, r] * factors_S[slot, 0]
+                if len(bias_SD):
+                    value += widen(bias_SD[slot, first + d])
+                y_D[first + d] = narrow(value, y_D)
         item = take_item(counter)
