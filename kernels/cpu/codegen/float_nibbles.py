@@ -61,14 +61,19 @@ def arranged_floats(k):
 class _Decoder:
     """Writes the instructions that decode vectors of codes of some weight rows: at once 64 bytes
     with AVX-512, 32 with AVX2. ``rows``: the addresses of each one's codes and scales.
+    ``alternates``: weight rows and halves take turns with four vectors of values each, so that few
+    sums, each of which waits for its last product, are added to at once. It takes registers.
     """
 
-    def __init__(self, builder: Any, scale_dtype: Any, rows: list[tuple[Any, Any]], groups: Any) -> None:
+    def __init__(
+        self, builder: Any, scale_dtype: Any, rows: list[tuple[Any, Any]], groups: Any, alternates: bool
+    ) -> None:
         if scale_dtype not in SCALES:
             raise TypingError("takes scales of a known kind")
         self._builder, self._dtype, self._rows, self._groups = builder, scale_dtype, rows, groups
         wide = "avx512bw" in cpu_isa.features()
         self.lanes = LANES if wide else LANES // 2
+        self._alternates = alternates and not wide and SCALES[scale_dtype] == 4
         self._bytes = ir.VectorType(_I8, 4 * self.lanes)
         self._units, self.numbers = ir.VectorType(I32, self.lanes), ir.VectorType(F32, self.lanes)
         name = "llvm.x86.avx512.pshuf.b.512" if wide else "llvm.x86.avx2.pshuf.b"
@@ -90,8 +95,7 @@ class _Decoder:
         if rest is None:
             for codes, _ in self._rows:
                 self._fetch(codes, index)
-        # Chains of sums take turns as often as there are registers for scales.
-        turns = ((0,), (4,)) if self.lanes < LANES and SCALES[self._dtype] == 4 else ((0, 4),)
+        turns = ((0,), (4,)) if self._alternates else ((0, 4),)
         for shifts in turns:
             for part, w in sections:
                 codes, scales = self._rows[w]
@@ -226,7 +230,7 @@ def _products(builder: Any, scale_dtype: Any, x: list[Any], fields: list[Any], o
             for w in range(2)
         ]
         for first in range(0, 2, at_once):
-            decoder = _Decoder(builder, scale_dtype, begun[first : first + at_once], groups)
+            decoder = _Decoder(builder, scale_dtype, begun[first : first + at_once], groups, len(x) == 1)
             found = _summed(builder, decoder, x, at_once, num_bytes)
             for w, values in enumerate(found):
                 for r, value in enumerate(values):
@@ -281,7 +285,7 @@ def _decode(typing_context, codes, scales, numbers):
         ]
         num_bytes, groups = (cgutils.unpack_tuple(builder, each.shape)[0] for each in arrays[:2])
         places = tuple(builder.bitcast(each.data, _I8.as_pointer()) for each in arrays)
-        decoder = _Decoder(builder, scales.dtype, [places[:2]], groups)
+        decoder = _Decoder(builder, scales.dtype, [places[:2]], groups, False)
 
         def step(index, rest):
             def take(w, part, number, values):
