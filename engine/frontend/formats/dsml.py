@@ -18,16 +18,16 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from .call_object import call_arguments
-from .format import Tools, close, opener, repeated, section
+from .format import close, opener
+from .invoked_calls import InvokedCalls, markers_of
 from .lark import Lark
-from .members import TaggedMembers
 from .reader import SPACE, Reader, Steps
 from .speech import Speech
-from .tagged_call import Markup, TaggedCall
+from .tagged_call import Markup
 
 SIGN = "｜DSML｜"
 SECTION, SECTION_END = f"<{SIGN}function_calls>", f"</{SIGN}function_calls>"
-CALL, NAME_END = f'<{SIGN}invoke name="', '">'
+CALL = f'<{SIGN}invoke name="'
 MARKUP = Markup(
     key=f'<{SIGN}parameter name="',
     key_end='" string="',
@@ -40,31 +40,13 @@ MARKUP = Markup(
 )
 
 
-class Dsml:
+class Dsml(InvokedCalls):
+    section_start, section_end, call, markup = SECTION, SECTION_END, CALL, MARKUP
     openings: ClassVar[tuple[str, ...]] = (SECTION,)
     # The sign is a token of its own: it must reach the parser as well.
-    markers: ClassVar[tuple[str, ...]] = (
-        SECTION,
-        SECTION_END,
-        CALL,
-        MARKUP.end,
-        MARKUP.key,
-        MARKUP.value_end,
-        SIGN,
-    )
-    id_length: ClassVar[int] = 0
+    markers: ClassVar[tuple[str, ...]] = (*markers_of(SECTION, SECTION_END, CALL, MARKUP), SIGN)
 
-    def __init__(self, tools: Tools) -> None:
-        self._tools = tools
-        self._tagged = TaggedCall(tools, MARKUP, (CALL, SECTION_END))
-
-    def read(self, reader: Reader, speech: Speech) -> Steps[bool]:
-        return (yield from section(reader, speech, (CALL, self._call), SECTION_END))
-
-    def _call(self, reader: Reader, speech: Speech) -> Steps[bool]:
-        name = yield from reader.head(NAME_END)
-        if name is None:
-            return False
+    def _arguments(self, reader: Reader, speech: Speech, name: str) -> Steps[bool]:
         yield from reader.skip(SPACE)
         if (yield from reader.peek()) != "{":
             return (yield from self._tagged.read(reader, speech, name))
@@ -76,14 +58,5 @@ class Dsml:
         return True
 
     def write(self, lark: Lark, names: Iterable[str], many: bool) -> str:
-        """Members come in the order of the schema."""
-        line = lark.text("\n")
-        calls = []
-        for name in names:
-            head = f"{lark.tag(CALL)} {lark.text(f'{name}{NAME_END}')} {line}"
-            members = TaggedMembers(lark, self._tools[name], MARKUP, line).expression()
-            calls.append(f"{head} {members} {lark.tag(MARKUP.end)}")
-        calls_of_section = repeated(lark.either(calls), line, many)
-        # The model leaves a line free before the section.
-        opening = f"{lark.line_breaks(2)} {lark.tag(SECTION)}"
-        return f"{opening} {line} {calls_of_section} {line} {lark.tag(SECTION_END)}"
+        """The model leaves a line free before the section."""
+        return f"{lark.line_breaks(2)} {super().write(lark, names, many)}"
