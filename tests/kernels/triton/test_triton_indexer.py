@@ -5,6 +5,7 @@ without.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,8 @@ def test_keys_are_written_as_the_reference_writes_them(eight: bool) -> None:
     norm = IndexNorm(torch.randn(dim), torch.randn(dim), 1e-6)
     turn, write = angles(torch.tensor([0, 5, 9, 2]), frequencies(turned, 100.0)), torch.tensor([6, 1, 7, 3])
     kind, cache_dtype = ("fp8", torch.uint8) if eight else ("fp32", torch.float32)
-    caches = [torch.full((8, *index_entry(kind, dim)), 7, dtype=cache_dtype) for _ in range(2)]  # type: ignore[arg-type]
+    entry: Any = index_entry(kind, dim)
+    caches = [torch.full((8, *entry), 7, dtype=cache_dtype) for _ in range(2)]
     expected = reference.rotate_and_write_index(q, k, norm, turn, caches[0], write)
     places = torch.tensor([6, 1, -1, 3])
     moved = (x.to(DEVICE) for x in (norm.weight_I, norm.bias_I))

@@ -19,6 +19,7 @@ from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu_isa import Isa
 from lockstep.kernels.reference.experts import experts_reference
 from lockstep.launch.environment import isa_settings
+from support.kernels.assembly import loops_with
 
 TESTS = Path(__file__).parents[3]
 LIMITS: list[Isa] = ["avx2", "avx512"]
@@ -59,7 +60,7 @@ def drawn() -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tens
 
 _COMPUTE = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_cpu_block_tiles import ROWS, drawn
 from lockstep.kernels import cpu_isa
 from lockstep.kernels.table import ops_of
@@ -81,7 +82,7 @@ def test_avx2_and_avx512_give_the_same_bits_and_the_values_of_the_reference(tmp_
     found = []
     for limit in LIMITS:
         skip_beyond(limit)
-        limited(limit, "-c", _COMPUTE, str(tmp_path / limit), str(Path(__file__).parent))
+        limited(limit, "-c", _COMPUTE, str(tmp_path / limit), str(Path(__file__).parent), str(TESTS))
         found.append(torch.load(tmp_path / limit))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -115,21 +116,9 @@ print(*blocks.multiply_rows.inspect_asm().values())
 def test_innermost_loops_keep_sums_in_registers(limit: Isa, most: int, tmp_path: Path) -> None:
     """Holds loops over pairs of k to their products: no call, no vector on the stack."""
     skip_beyond(limit)
-    loops = innermost_loops(limited(limit, "-c", _COMPILE, NUMBA_CACHE_DIR=str(tmp_path)))
+    loops = loops_with("vfmadd", limited(limit, "-c", _COMPILE, NUMBA_CACHE_DIR=str(tmp_path)))
     products = [sum(line.startswith("vfmadd") for line in loop) for loop in loops]
     assert max(products) == most
     for loop in loops:
         assert not [line for line in loop if line.startswith("call")]
         assert not [line for line in loop if re.search(r"\(%rsp.*mm|mm.*\(%rsp", line)], loop
-
-
-def innermost_loops(assembly: str) -> list[list[str]]:
-    """The instructions of each loop without branches that has fused products."""
-    found = []
-    for block in re.split(r"^(?=\.LBB\S+:)", assembly, flags=re.MULTILINE):
-        label = block.partition(":")[0]
-        lines = [line.strip() for line in block.splitlines() if line.startswith("\t")]
-        ends = [i for i, line in enumerate(lines) if line.startswith("j") and line.split()[-1] == label]
-        if ends and any(line.startswith("vfmadd") for line in lines[: ends[0]]):
-            found.append(lines[: ends[0]])
-    return found

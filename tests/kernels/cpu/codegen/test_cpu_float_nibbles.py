@@ -15,6 +15,7 @@ import torch
 from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu_isa import Isa
 from lockstep.launch.environment import isa_settings
+from support.kernels.assembly import loops_with
 
 LIMITS: list[Isa] = ["avx2", "avx512"]
 
@@ -63,13 +64,7 @@ def test_avx2_and_avx512_give_the_same_bits_and_keep_sums_in_registers(tmp_path:
 
 def check_loops(assembly: str) -> None:
     """Holds loops that decode and multiply to registers: no call, no vector put on the stack."""
-    loops = []
-    for block in re.split(r"^(?=\.LBB\S+:)", assembly, flags=re.MULTILINE):
-        label = block.partition(":")[0]
-        lines = [line.strip() for line in block.splitlines() if line.startswith("\t")]
-        ends = [i for i, line in enumerate(lines) if line.startswith("j") and line.split()[-1] == label]
-        if ends and any(line.startswith("vpshufb") for line in lines[: ends[0]]):
-            loops.append(lines[: ends[0]])
+    loops = loops_with("vpshufb", assembly)
     assert len(loops) >= 5
     for loop in loops:
         assert not [line for line in loop if line.startswith("call")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,7 @@ from lockstep.parallel.logits import SplitLogits
 from lockstep.parallel.tensor import UNSPLIT, TensorGroup, TensorSplit
 from lockstep.parallel.vocabulary import vocabulary_shard
 
+Chooser = Callable[[TensorSplit, str, bool, Sequence[int]], list[Any]]
 CPU = torch.device("cpu")
 SIZE = 1003  # tokens: three parts of 335, the last of which has two of padding
 ROWS = [
@@ -144,26 +145,25 @@ def draw_on_device(split: TensorSplit, kind: str, samples: bool, rows: Sequence[
     return found
 
 
-def draw_in_parts(
-    collectives: Collectives, kind: str, rows: Sequence[int]
-) -> tuple[list[Any], list[Any], int]:
-    """As ``choose_in_parts``, by the executor of a device."""
-    watched = Widest("layers", collectives.index, collectives.size, collectives.store, 60.0, CPU)
-    watched.build(0)
-    watched.most = 0
-    there = draw_on_device(TensorGroup(watched), kind, collectives.index == 0, rows)
-    return there, choose(UNSPLIT, kind, True, rows), watched.most
-
-
 def choose_in_parts(
-    collectives: Collectives, kind: str, rows: Sequence[int]
+    collectives: Collectives,
+    kind: str,
+    rows: Sequence[int],
+    by: Chooser = choose,
 ) -> tuple[list[Any], list[Any], int]:
     """Choices of a group, those of one rank, and the most columns that were gathered."""
     watched = Widest("layers", collectives.index, collectives.size, collectives.store, 60.0, CPU)
     watched.build(0)
     watched.most = 0
-    there = choose(TensorGroup(watched), kind, collectives.index == 0, rows)
+    there = by(TensorGroup(watched), kind, collectives.index == 0, rows)
     return there, choose(UNSPLIT, kind, True, rows), watched.most
+
+
+def draw_in_parts(
+    collectives: Collectives, kind: str, rows: Sequence[int]
+) -> tuple[list[Any], list[Any], int]:
+    """As ``choose_in_parts``, by the executor of a device."""
+    return choose_in_parts(collectives, kind, rows, by=draw_on_device)
 
 
 def facts_of_parts(collectives: Collectives) -> tuple[list[Any], list[Any]]:
