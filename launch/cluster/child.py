@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from ..environment import child_environment
 from .cluster import Task
-from .process import Process, open_log
+from .process import Process, exit_status, open_log
 
 
 def run_child(task: Task, settings: Mapping[str, str], process: Process) -> None:
@@ -38,12 +38,6 @@ def run_child(task: Task, settings: Mapping[str, str], process: Process) -> None
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError), child.stdin:  # it may have died already
         child.stdin.write(task.spec)
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    process.end(_code_of(child), child.wait)
-
-
-def _code_of(child: subprocess.Popen[bytes]) -> int:
-    """The exit status of a child that has ended and is not released, negative for a signal."""
-    found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert found is not None
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    code = exit_status(child.pid)
+    assert code is not None
+    process.end(code, child.wait)

@@ -29,7 +29,7 @@ import setproctitle
 
 from ..log_lines import log_to_stderr
 from .entry import leave_with_parent, status_of
-from .process import open_log
+from .process import exit_status, open_log
 
 
 class ForkTask(msgspec.Struct, tag=True):
@@ -116,11 +116,10 @@ class _Server:
 
     def _tell_ends(self) -> None:
         for pid, number in list(self._running.items()):
-            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is not None:
+            code = exit_status(pid, wait=False)
+            if code is not None:
                 del self._running[pid]
-                exited = found.si_code == os.CLD_EXITED
-                self._tell(Ended(number, found.si_status if exited else -found.si_status))
+                self._tell(Ended(number, code))
 
     def _tell(self, news: Forked | Ended | NotForked) -> None:
         with contextlib.suppress(BrokenPipeError):  # the next read ends this process

@@ -68,6 +68,16 @@ class Process:
         return tail_of(self.log)
 
 
+def exit_status(pid: int, *, wait: bool = True) -> int | None:
+    """The exit status of a child, negative for a signal; None while it runs, unless to ``wait``.
+    The child is not released: nobody else gets its id.
+    """
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG))
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
 def open_log(path: Path) -> int:
     """A descriptor that appends to the log at ``path``, which only this user may read."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
