@@ -123,6 +123,19 @@ def wire_of(recipe: Recipe, fp8_experts: bool) -> Literal["full", "fp8"]:
     return recipe.experts.wire
 
 
+def for_gpus(recipe: Recipe) -> list[str]:
+    """A line for each setting that only ranks on GPUs can follow."""
+    found = {
+        "kernels.linear_fp8 = deep_gemm": (recipe.kernels.linear_fp8 == "deep_gemm", "auto and own"),
+        "experts.wire = fp8": (recipe.experts.wire == "fp8", "auto and full"),
+    }
+    return [
+        f"{key}: is for ranks on GPUs, and these are on CPUs; allowed are {allowed}"
+        for key, (is_set, allowed) in found.items()
+        if is_set
+    ]
+
+
 def kv_format_of(recipe: Recipe, dtype: str, device: str) -> KvFormat:
     """The format of KV pages; ``dtype`` is the dtype of activations."""
     wanted = recipe.kv_cache.dtype

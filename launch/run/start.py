@@ -13,6 +13,7 @@ from ..cluster.ports import base_url, reachable, url_elsewhere
 from ..cluster.reaper import Reaper
 from ..environment import prepare_ray
 from ..recipe.recipe import Recipe
+from ..recipe.resolve import for_gpus
 from ..terminal.interrupts import Interrupted, Interrupts
 from ..terminal.screen import Screen
 from .acceptor import Acceptor
@@ -146,11 +147,8 @@ def _device(recipe: Recipe, gpus_per_node: int) -> str:
     """The device of every rank: cpu or cuda."""
     cluster = recipe.cluster
     if cluster.device == "cpu" or (cluster.device == "auto" and gpus_per_node == 0):
-        if recipe.kernels.linear_fp8 == "deep_gemm":
-            raise LaunchError(
-                "kernels.linear_fp8 = deep_gemm: is for ranks on GPUs, and these are on CPUs; "
-                "allowed are auto and own"
-            )
+        if lines := for_gpus(recipe):
+            raise LaunchError("; ".join(lines))
         return "cpu"
     if gpus_per_node < cluster.ranks_per_node:
         raise LaunchError(

@@ -19,7 +19,7 @@ from lockstep.launch.recipe.recipe import (
     RecipeError,
     model_directory,
 )
-from lockstep.launch.recipe.resolve import kv_events_spec
+from lockstep.launch.recipe.resolve import for_gpus, kv_events_spec
 
 MODEL = "model: {path: x}\n"
 
@@ -494,3 +494,13 @@ def test_the_parsers_of_replies_are_those_there_are() -> None:
     for key, known in (("tool_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_TAGS)):
         field = FrontendSection.model_fields[key]
         assert set(get_args(field.annotation)) == {"auto", "off", *known}, key
+
+
+def test_settings_that_only_gpus_can_follow_are_found_by_name() -> None:
+    assert for_gpus(parse_recipe(MODEL)) == []
+    both = "kernels: {linear_fp8: deep_gemm}\nexperts: {wire: fp8}"
+    lines = for_gpus(parse_recipe(MODEL + both))
+    assert [line.partition(":")[0] for line in lines] == [
+        "kernels.linear_fp8 = deep_gemm",
+        "experts.wire = fp8",
+    ]
