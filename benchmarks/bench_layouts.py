@@ -41,6 +41,7 @@ def command_of(model: Path, port: int, *overrides: str) -> list[str]:
     fixed = (
         f"model.path={model}",
         "model.served_name=bench",
+        "model.dtype=bf16",
         "model.max_len=2048",
         "cluster.backend=local",
         "cluster.device=cpu",
