@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,49 @@ def test_every_kernel_is_compiled_by_some_case() -> None:
     assert set().union(*CASES.values()) == kernels
 
 
+class Compilers:
+    """A process for each kind of card, which compiles one case after the other: to import PyTorch
+    and Triton takes longer than many a case.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._environment = environment | {"TRITON_CACHE_DIR": str(cache)}
+        self._running: dict[int, subprocess.Popen[str]] = {}
+
+    def needs(self, case: str, arch: int) -> dict[str, list[dict[str, int]]]:
+        """What each kernel of ``case`` needs, by its variants."""
+        if arch not in self._running:
+            self._running[arch] = subprocess.Popen(
+                [sys.executable, str(PROGRAM), str(arch)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+            )
+        process = self._running[arch]
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"{case}\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:  # its own words are in the captured output
+            del self._running[arch]
+            raise AssertionError(f"the compiler ended with {process.wait()}")
+        answer = json.loads(line)
+        assert isinstance(answer, dict), answer
+        return answer
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.kill()
+            process.communicate()
+
+
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of compiled kernels, so that kernels shared by several cases are compiled once."""
-    return tmp_path_factory.mktemp("triton")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
+    found = Compilers(tmp_path_factory.mktemp("triton"))
+    yield found
+    found.close()
 
 
 # Those that use most registers and shared memory; LOCKSTEP_COMPILE=all compiles all for each.
@@ -83,17 +123,10 @@ def kinds() -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("case", "arch"), kinds())
 def test_kernels_compile_fit_spill_nothing_and_use_the_matrix_units(
-    case: str, arch: int, cache: Path
+    case: str, arch: int, compilers: Compilers
 ) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(PROGRAM), str(arch), case]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=890, check=False, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    needs: dict[str, list[dict[str, int]]] = json.loads(result.stdout)
+    needs = compilers.needs(case, arch)
     assert set(needs) == CASES[case]
     for name, variants in needs.items():
         assert variants

@@ -1,10 +1,11 @@
 """Compiles the Triton kernels for a card that is not there, at the sizes of real models, and says
 what each one needs.
 
-Run as a program with a kind of card (90) and the names of cases, without TRITON_INTERPRET: prints
-one JSON object {kernel: [{shared, registers, spilled, ...}]}. Launches stop after compiling
-(``warmup``), so nothing is executed; large tensors are reserved and never touched. Whatever would
-read a value of a tensor on the host fails, as it would while a step is captured.
+Run as a program with a kind of card (90), without TRITON_INTERPRET: reads names of cases, one a
+line, and answers each with a line of JSON, {kernel: [{shared, registers, spilled, ...}]} or the
+text of an error. Launches stop after compiling (``warmup``), so nothing is executed; large tensors
+are reserved and never touched. Whatever would read a value of a tensor on the host fails, as it
+would while a step is captured.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +79,14 @@ def main() -> None:
     JITFunction.run = only_compile
     for name in HOST_READS:
         setattr(torch.Tensor, name, refuse)
-    for name in sys.argv[2:]:
-        CASES[name]()
-    json.dump({name: [needs(kernel) for kernel in kernels] for name, kernels in compiled.items()}, sys.stdout)
+    for line in sys.stdin:
+        compiled.clear()
+        try:
+            CASES[line.strip()]()
+            answer: Any = {name: [needs(kernel) for kernel in kernels] for name, kernels in compiled.items()}
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), flush=True)
 
 
 def refuse(*args: Any, **options: Any) -> Any:
