@@ -30,14 +30,20 @@ def whole_model(num_layers: int, moe_layers: Collection[int]) -> PipelineStage:
     return PipelineStage(0, range(num_layers), len(moe_layers), first=True, last=True)
 
 
-def split_layers(costs: Sequence[int], moe_layers: Collection[int], num_stages: int) -> list[PipelineStage]:
+def split_layers(
+    costs: Sequence[int], moe_layers: Collection[int], num_stages: int, followers: Collection[int] = ()
+) -> list[PipelineStage]:
     """Stages of at least one layer each, of which the slowest takes as little as it can.
 
-    ``costs``: of each layer; the head's is part of the last one's. Splits that are equally good
-    differ in their numbers of layers: the most even one is taken, with larger stages first.
+    ``costs``: of each layer; the head's is part of the last one's. ``followers`` stay with the
+    layer before them. Splits that are equally good differ in their numbers of layers: the most even
+    one is taken, with larger stages first.
     """
-    assert 1 <= num_stages <= len(costs), f"{num_stages} stages of {len(costs)} layers"
-    ends = [0, *accumulate(_most_even(costs, num_stages, _least_slowest(costs, num_stages)))]
+    starts = [layer for layer in range(len(costs)) if layer not in followers]
+    assert 1 <= num_stages <= len(starts), f"{num_stages} stages of {len(starts)} layers"
+    runs = [sum(costs[start:end]) for start, end in pairwise([*starts, len(costs)])]
+    limit = _least_slowest(runs, num_stages)
+    ends = [0, *accumulate(_most_even(costs, starts, num_stages, limit))]
     stages: list[PipelineStage] = []
     for index, (start, end) in enumerate(pairwise(ends)):
         num_moe = sum(start <= layer < end for layer in moe_layers)
@@ -67,9 +73,12 @@ def _fewest_stages(costs: Sequence[int], limit: int) -> int:
     return stages
 
 
-def _most_even(costs: Sequence[int], num_stages: int, limit: int) -> tuple[int, ...]:
-    """Numbers of layers with the least sum of squares, if no stage may cost more than ``limit``."""
+def _most_even(costs: Sequence[int], starts: Sequence[int], num_stages: int, limit: int) -> tuple[int, ...]:
+    """Numbers of layers with the least sum of squares, if no stage may cost more than ``limit`` and
+    each begins with one of ``starts``.
+    """
     before = [0, *accumulate(costs)]
+    borders = {*starts, len(costs)}
 
     @cache
     def best(start: int, left: int) -> tuple[int, tuple[int, ...]] | None:
@@ -82,6 +91,8 @@ def _most_even(costs: Sequence[int], num_stages: int, limit: int) -> tuple[int, 
         for end in range(start + 1, len(costs) - left + 2):
             if before[end] - before[start] > limit:
                 break
+            if end not in borders:
+                continue
             if (rest := best(end, left - 1)) is not None:
                 squares, numbers = rest
                 found.append((squares + (end - start) ** 2, (start - end, *numbers)))

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ...kernels.formats.fp8_format import KERNEL_BLOCK
-from ...kernels.formats.kv_format import KvFormat, entry_bytes, head_entry, index_entry, latent_entry
+from ...kernels.formats.kv_format import KvFormat, head_entry, index_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
 from .quantisation import StoredFourBit, StoredFp8, check_modules, check_sizes, read_four_bit, read_fp8
@@ -92,12 +92,16 @@ class GqaConfig:
 class IndexerConfig:
     """The indexer of DeepSeek's sparse attention (arXiv 2512.02556, section 2.1): ``num_heads``
     heads of ``head_dim`` values score one key per token; attention sees the ``top_k`` best
-    positions.
+    positions. ``interleaved``: its rotation takes neighbours for pairs, as GLM-5's does, instead of
+    halves. ``followers``: layers without an indexer, which look at what the last one before them
+    chose (arXiv 2603.12201); never the first.
     """
 
     num_heads: int
     head_dim: int
     top_k: int
+    interleaved: bool = False
+    followers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,21 +229,18 @@ class ModelConfig:
         """The last positions that the attention of ``layer`` sees; 0: all."""
         return self.windows[layer] if self.windows else 0
 
-    def part(self, num_layers: int, size: int) -> ModelConfig:
-        """The description of the pages of ``num_layers`` layers whose heads are split in ``size``
-        parts.
-        """
-        return replace(self, num_layers=num_layers, attention=self.attention.split(size))
+    def attention_of(self, layer: int) -> GqaConfig | MlaConfig:
+        """The attention of ``layer``, which may have no indexer of its own."""
+        whole = self.attention
+        if isinstance(whole, MlaConfig) and whole.indexer is not None and layer in whole.indexer.followers:
+            return replace(whole, indexer=None)
+        return whole
 
-    def kv_shapes(self, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:
-        """The cache tensors of one layer: the shape of one token's entry in each. GQA: keys and
-        values. MLA: the latent, and the index key where there is an indexer.
+    def kv_shapes(self, kv_format: KvFormat, layer: int) -> tuple[tuple[int, ...], ...]:
+        """The cache tensors of a layer: the shape of one token's entry in each. GQA: keys and
+        values. MLA: the latent, and the index key where the layer has an indexer.
         """
-        return kv_shapes(self.attention, kv_format)
-
-    def kv_bytes_per_token(self, kv_format: KvFormat) -> int:
-        """Bytes of cache one token takes over all layers."""
-        return self.num_layers * sum(entry_bytes(kv_format, shape) for shape in self.kv_shapes(kv_format))
+        return kv_shapes(self.attention_of(layer), kv_format)
 
 
 def kv_shapes(attention: GqaConfig | MlaConfig, kv_format: KvFormat) -> tuple[tuple[int, ...], ...]:

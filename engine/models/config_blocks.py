@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 from ...moe.config import MoEConfig
-from .config import GqaConfig, MlaConfig, QueryGrowth, RopeConfig, YarnConfig
+from .config import GqaConfig, IndexerConfig, MlaConfig, QueryGrowth, RopeConfig, YarnConfig
 from .config_fields import Fields
 
 _SLIDING = "sliding_attention"
+_INDEXED = "indexed_attention"
 _GROWTH = "llama_4_scaling_beta"
 _MLP_KINDS = {"dense", "sparse"}
 
@@ -82,6 +83,22 @@ def read_mla(fields: Fields) -> MlaConfig:
         scale=scale,
         bias=fields.flag("attention_bias", False),
     )
+
+
+def read_indexer(fields: Fields, num_heads: int) -> IndexerConfig:
+    """An indexer of every layer's latent attention, by default of ``num_heads``."""
+    if set(fields.raw("layer_types") or [_INDEXED]) != {_INDEXED}:
+        raise fields.refuse("layer_types", f'supported: "{_INDEXED}" in every layer')
+    fields.integer("q_lora_rank")  # the indexer reads the latent of the queries
+    indexer = IndexerConfig(
+        num_heads=fields.integer("index_n_heads", num_heads),
+        head_dim=fields.integer("index_head_dim", 128),
+        top_k=fields.integer("index_topk", 2048),
+    )
+    rotated = fields.integer("qk_rope_head_dim")
+    if indexer.head_dim < rotated:
+        raise fields.refuse("index_head_dim", f"expected at least qk_rope_head_dim ({rotated})")
+    return indexer
 
 
 def layers_after_dense(fields: Fields) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ class Model(nn.Module):
     the column it computes with. Weights are uninitialised until loaded.
 
     ``cache`` holds a tuple of tensors per layer, [num_pages * page_size, *shape] for each shape of
-    ``config.kv_shapes(kv_format)``. Experts in 4 bits stay so.
+    ``config.kv_shapes(kv_format, layer)``. Experts in 4 bits stay so.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Model(nn.Module):
         for layer in stage.layers:
             first = Norm(config.hidden, config.norm_eps, backend)
             second = Norm(config.hidden, config.norm_eps, backend)
-            attention = attention_of(config, backend, first.row, config.window(layer))
+            attention = attention_of(config, backend, first.row, layer)
             layers[layer] = DecoderLayer((first, second), attention, mlp_of(layer, second.row))
         self.model = _Stack(config, stage, layers, backend)
         self.lm_head: OutputHead | None = None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.reference.column import Reference
-from ...kernels.reference.indexer import IndexNorm, Selection
-from ...kernels.reference.paged import PagedBatch
+from ...kernels.reference.indexer import IndexNorm
+from ...kernels.reference.paged import PagedBatch, Selection
 from ...kernels.reference.rope import Angles
 from ...parallel.linear import Backend, Linear, Matrix
 from .config import IndexerConfig
@@ -58,7 +58,7 @@ class Indexer(nn.Module):
         """
         q_TJI = self._queries(latent_TC).unflatten(1, (self._shape.num_heads, -1))
         q_TJI = self._ops.rotate_and_write_index(
-            q_TJI, self._keys(normed_TD), self._norm, rotation, keys, batch.write_T
+            q_TJI, self._keys(normed_TD), self._norm, rotation, keys, batch.write_T, self._shape.interleaved
         )
         weights_TJ = nn.functional.linear(normed_TD.float(), self._weights_JD)
         return self._ops.select_positions(q_TJI, weights_TJ, keys, batch, self._shape.top_k)

@@ -1,5 +1,5 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1) over a cache of one vector per token,
-at the positions that an indexer chooses where a family has one.
+at the positions that an indexer chooses where a family has one: the layer's, or the last one's.
 
 T tokens  D hidden  H heads  N unrotated dims  E rotated dims  V value dims  C latent dim
 P = N + V  Z = C + E
@@ -27,13 +27,13 @@ _LATENT_EPS = 1e-6
 
 class LatentAttention(Attention):
     """The attention of one layer. Cache: the normalised latent beside the rotated key part,
-    [positions, Z], and the keys of the indexer if there is one.
+    [positions, Z], and the keys of the layer's indexer if it has one.
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend[Reference], norm: RowNorm, layer: int) -> None:
         super().__init__()
-        whole, heads = config.attention, shard_of(backend.tensor, 0)
-        assert isinstance(whole, MlaConfig)
+        whole, heads = config.attention_of(layer), shard_of(backend.tensor, 0)
+        assert isinstance(whole, MlaConfig) and isinstance(config.attention, MlaConfig)
         shape = whole.split(backend.tensor.size)
         self._shape = shape
         self._interleaved = config.rope.interleaved
@@ -63,6 +63,7 @@ class LatentAttention(Attention):
         self._expand_HPC = self.kv_b_proj.weight.unflatten(0, (shape.num_heads, -1))
         self._out = self.o_proj.forward
         self._indexers = (self.indexer,)
+        self._sees_chosen = config.attention.indexer is not None
 
     def _bind(self) -> None:
         self._down = Projection(*self.down_proj.operands)
@@ -80,9 +81,8 @@ class LatentAttention(Attention):
         self._bind()
 
     def forward(self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache) -> Residual:
-        (indexer,) = self._indexers
-        if indexer is not None:
-            return self._forward_selected(indexer, residual, rotation, batch, cache)
+        if self._sees_chosen:
+            return self._forward_selected(residual, rotation, batch, cache)
         ops, (latents,) = self._ops, cache
         x_TD, down_TX = ops.norm_project(residual, self._norm, self._down)
         q_TX, c_TC, k_rope_TE = self._parts(down_TX)
@@ -93,18 +93,19 @@ class LatentAttention(Attention):
         return x_TD, self._out(out_THV.flatten(1))
 
     def _forward_selected(
-        self, indexer: Indexer, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache
+        self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: LayerCache
     ) -> Residual:
-        ops, (latents, keys), queries = self._ops, cache, self._queries
+        ops, (latents, *keys), queries, (indexer,) = self._ops, cache, self._queries, self._indexers
         assert queries is not None
         x_TD, normed_TD = ops.add_norm(residual, self._norm)
         q_TX, c_TC, k_rope_TE = self._parts(ops.project(normed_TD, self._down))
         _, latent_TX = ops.add_norm((q_TX, None), queries[0])
-        selection = indexer.select(normed_TD, latent_TX, rotation, batch, keys)
+        if indexer is not None:
+            batch.selection = indexer.select(normed_TD, latent_TX, rotation, batch, *keys)
         q_TX = ops.project(latent_TX, queries[1])
         q_THN, q_THE = self._rotate_and_write(q_TX, c_TC, k_rope_TE, rotation, batch, latents)
         out_THV = ops.mla_attend_selected(
-            q_THN, q_THE, latents, self._expand_HPC, batch, self._shape.scale, selection
+            q_THN, q_THE, latents, self._expand_HPC, batch, self._shape.scale, batch.selection
         )
         return x_TD, self._out(out_THV.flatten(1))
 

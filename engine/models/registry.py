@@ -50,8 +50,9 @@ def build_model(
     return Model(config, part.stage, dispatcher, backend, _attention_of)
 
 
-def _attention_of(config: ModelConfig, backend: Backend[Reference], norm: RowNorm, window: int) -> Attention:
+def _attention_of(config: ModelConfig, backend: Backend[Reference], norm: RowNorm, layer: int) -> Attention:
+    window = config.window(layer)
     if isinstance(config.attention, MlaConfig):
         assert not window, "latent attention sees all positions"
-        return LatentAttention(config, backend, norm)
+        return LatentAttention(config, backend, norm, layer)
     return GroupedAttention(config, backend, norm, window)

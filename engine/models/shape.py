@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Shape(ModelConfig):
 
     @property
     def attention_params(self) -> int:
-        """Values in the matrices, biases and sinks of one layer's attention."""
+        """Values in the matrices, biases and sinks of a layer's attention, but an indexer's."""
         shape, hidden = self.attention, self.hidden
         if isinstance(shape, GqaConfig):
             queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -35,27 +36,42 @@ class Shape(ModelConfig):
             + (shape.q_latent or 0) * queries
         )
         biases = shape.bias * (down + hidden)
-        if shape.indexer is not None:
-            down += shape.indexer.head_dim
-            up += (shape.q_latent or 0) * shape.indexer.num_heads * shape.indexer.head_dim
         return hidden * (down + shape.num_heads * shape.value_dim) + up + biases
-
-    @property
-    def index_gate_params(self) -> int:
-        """Values in the weights of one layer's index heads, which are float32 as gates are."""
-        return self.hidden * self.indexer.num_heads if self.indexer is not None else 0
 
     @property
     def indexer(self) -> IndexerConfig | None:
         return self.attention.indexer if isinstance(self.attention, MlaConfig) else None
 
+    def num_indexers(self, layers: Collection[int]) -> int:
+        """How many of ``layers`` have an indexer."""
+        if self.indexer is None:
+            return 0
+        return len(layers) - sum(layer in layers for layer in self.indexer.followers)
+
+    @property
+    def index_params(self) -> int:
+        """Values in the matrices of one indexer, without the weights of its heads."""
+        if not isinstance(self.attention, MlaConfig) or self.indexer is None:
+            return 0
+        queries = (self.attention.q_latent or 0) * self.indexer.num_heads
+        return (self.hidden + queries) * self.indexer.head_dim
+
+    @property
+    def index_gate_params(self) -> int:
+        """Values in the weights of one indexer's heads, which are float32 as gates are."""
+        return self.hidden * self.indexer.num_heads if self.indexer is not None else 0
+
+    @property
+    def index_norm_params(self) -> int:
+        """Values in the norm of one indexer's keys."""
+        return 2 * self.indexer.head_dim if self.indexer is not None else 0
+
     @property
     def norm_params(self) -> int:
-        """Values in the norms of one layer."""
+        """Values in the norms of one layer, without an indexer's."""
         shape = self.attention
         if isinstance(shape, MlaConfig):
-            index = 2 * shape.indexer.head_dim if shape.indexer is not None else 0
-            return 2 * self.hidden + (shape.q_latent or 0) + shape.kv_latent + index
+            return 2 * self.hidden + (shape.q_latent or 0) + shape.kv_latent
         heads = shape.num_heads + shape.num_kv_heads if shape.wide_norm else 2
         return 2 * self.hidden + (heads * shape.head_dim if shape.qk_norm else 0)
 
@@ -97,7 +113,9 @@ class Shape(ModelConfig):
         num_moe = len(self.moe_layers)
         per_moe = self.shared_params + self.gate_params + self.moe.num_experts * self.expert_params
         head = self.vocab_size * self.hidden * (1 if self.tie_embeddings else 2) + self.hidden
-        layers = self.num_layers * (self.attention_params + self.index_gate_params + self.norm_params)
+        layers = self.num_layers * (self.attention_params + self.norm_params)
+        each = self.index_params + self.index_gate_params + self.index_norm_params
+        layers += self.num_indexers(range(self.num_layers)) * each
         return head + layers + num_moe * per_moe + (self.num_layers - num_moe) * self.dense_params
 
     @property
@@ -109,7 +127,7 @@ class Shape(ModelConfig):
         holds_experts = set(self.moe_layers)
         costs = [
             self.attention_params
-            + self.index_gate_params
+            + self.num_indexers((layer,)) * (self.index_params + self.index_gate_params)
             + (moe if layer in holds_experts else self.dense_params)
             for layer in range(self.num_layers)
         ]
@@ -117,19 +135,25 @@ class Shape(ModelConfig):
         return tuple(costs)
 
     def stages(self, num_stages: int) -> list[PipelineStage]:
-        """The layers by pipeline stage, so that the slowest stage is as fast as it can be."""
-        return split_layers(self.layer_costs, self.moe_layers, num_stages)
+        """The layers by pipeline stage, so that the slowest stage is as fast as it can be. Layers
+        stay with the one whose choice of positions they follow.
+        """
+        followers = () if self.indexer is None else self.indexer.followers
+        return split_layers(self.layer_costs, self.moe_layers, num_stages, followers)
 
     def kv_bytes(self, kv_format: KvFormat, parts: int = 1) -> int:
-        """Bytes of KV cache per token and layer in one of ``parts`` that split the heads.
+        """Bytes of KV cache per token and layer in one of ``parts`` that split the heads, without
+        the index key.
 
         Each holds its share of key heads, or the whole latent.
         """
         held = self.attention.split(parts)
+        if isinstance(held, MlaConfig):
+            held = replace(held, indexer=None)
         return sum(entry_bytes(kv_format, shape) for shape in kv_shapes(held, kv_format))
 
     def index_key_bytes(self, kv_format: KvFormat) -> int:
-        """Bytes of ``kv_bytes`` that are the index key, which scores of every position read."""
+        """Bytes of an indexer's key per token, which scores of every position read."""
         if self.indexer is None:
             return 0
         return entry_bytes(kv_format, index_entry(kv_format, self.indexer.head_dim))
@@ -170,8 +194,8 @@ class Shape(ModelConfig):
 
     @property
     def index_operations(self) -> int:
-        """Operations of an indexer per token, position of its context and layer; the same in every
-        part of split heads.
+        """Operations of an indexer per token and position of its context; the same in every part
+        of split heads.
         """
         return 0 if self.indexer is None else 2 * self.indexer.num_heads * (self.indexer.head_dim + 1)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.formats.kv_format import KvFormat
+from ...kernels.formats.kv_format import KvFormat, entry_bytes
 from ..kv.budget import PoolLimits
 from ..models.config import ModelConfig
 from .published_blocks import PublishedBlocks
@@ -20,33 +21,41 @@ from .published_blocks import PublishedBlocks
 _DTYPES: dict[KvFormat, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 _CGROUP = Path("/sys/fs/cgroup")
 
+# By layer: the shape of a token's entry in each cache tensor.
+Entries = Sequence[tuple[tuple[int, ...], ...]]
+
 
 class KVPool:
     """``num_pages`` pages of ``page_size`` tokens, and one more, ``scratch``, for rows whose KV is
     never read.
 
     ``cache`` holds for each layer a tuple of zeroed tensors [(num_pages + 1) * page_size, *shape],
-    in the form of the model's attention.
+    one for each shape of ``entries``.
     """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page_size: int, kv_format: KvFormat, device: torch.device
+        self, entries: Entries, num_pages: int, page_size: int, kv_format: KvFormat, device: torch.device
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self.page_bytes = bytes_per_page(config, page_size, kv_format)
+        self.page_bytes = bytes_per_page(entries, page_size, kv_format)
         self.scratch = num_pages
         positions = (num_pages + 1) * page_size
-        dtype, shapes = _DTYPES[kv_format], config.kv_shapes(kv_format)
+        dtype = _DTYPES[kv_format]
         self.cache = [
-            tuple(_zeros((positions, *shape), dtype, device) for shape in shapes)
-            for _ in range(config.num_layers)
+            tuple(_zeros((positions, *shape), dtype, device) for shape in shapes) for shapes in entries
         ]
         self.blocks = PublishedBlocks(num_pages, page_size)
 
 
-def bytes_per_page(config: ModelConfig, page_size: int, kv_format: KvFormat) -> int:
-    return page_size * config.kv_bytes_per_token(kv_format)
+def entries_of(config: ModelConfig, layers: range, parts: int, kv_format: KvFormat) -> Entries:
+    """The entries of ``layers`` in one of ``parts`` that split the heads."""
+    held = replace(config, attention=config.attention.split(parts))
+    return [held.kv_shapes(kv_format, layer) for layer in layers]
+
+
+def bytes_per_page(entries: Entries, page_size: int, kv_format: KvFormat) -> int:
+    return page_size * sum(entry_bytes(kv_format, shape) for shapes in entries for shape in shapes)
 
 
 def fit_pages(

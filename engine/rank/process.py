@@ -43,7 +43,7 @@ from .expert_slots import ExpertSlots, StagePlace
 from .grammars import Grammars
 from .loop import RankLoop
 from .meeting_store import MeetingStore
-from .page_pool import KVPool, fit_pages, room_for_weights
+from .page_pool import KVPool, entries_of, fit_pages, room_for_weights
 from .parts import Parts
 from .pulse import Pulse
 from .sockets import RankSockets
@@ -183,8 +183,9 @@ def _travelling(placement: Placement, expert_bytes: int) -> int:
 
 
 def _pool(spec: RankSpec, config: ModelConfig, stage: PipelineStage, num_pages: int) -> KVPool:
-    held = config.part(stage.num_layers, spec.mesh.tensor)
-    return KVPool(held, num_pages, spec.page_size, parse_format(spec.kv_dtype), torch.device(spec.device))
+    kv_format = parse_format(spec.kv_dtype)
+    entries = entries_of(config, stage.layers, spec.mesh.tensor, kv_format)
+    return KVPool(entries, num_pages, spec.page_size, kv_format, torch.device(spec.device))
 
 
 def _executor(parts: Parts, spec: RankSpec, max_len: int) -> Executor:

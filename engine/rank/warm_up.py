@@ -24,7 +24,7 @@ from ...moe.balance.placement import Placement, contiguous
 from ...moe.dispatch.dispatcher import Dispatcher
 from ..models.config import MlaConfig, ModelConfig
 from ..models.registry import build_model
-from .page_pool import KVPool
+from .page_pool import KVPool, entries_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ def _compute(
     for parameter in model.parameters():
         parameter.zero_()
     model.pack()
-    pool = KVPool(config, -(-(_PROMPT + 2) // pages.size), pages.size, pages.format, cpu)
+    entries = entries_of(config, range(config.num_layers), 1, pages.format)
+    pool = KVPool(entries, -(-(_PROMPT + 2) // pages.size), pages.size, pages.format, cpu)
     pages_1P = np.arange(pool.num_pages, dtype=np.int32)[None]
     for start, count in ((0, _PROMPT), (_PROMPT, 1), (0, _SHORT)):
         batch, positions_T = build_batch(
@@ -134,7 +135,7 @@ def _miniature(config: ModelConfig) -> ModelConfig:
     attention = config.attention
     if isinstance(attention, MlaConfig) and attention.indexer is not None:
         chosen = min(attention.indexer.top_k, _FEW)  # the prompt is longer
-        attention = replace(attention, indexer=replace(attention.indexer, top_k=chosen))
+        attention = replace(attention, indexer=replace(attention.indexer, top_k=chosen, followers=()))
     return replace(
         config,
         attention=attention,

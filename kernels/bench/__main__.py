@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import cpu_isa
 from ..reference.column import Reference
 from ..reference.fp8 import Quantised, widen_rows
-from ..reference.indexer import Selection
+from ..reference.paged import Selection
 from ..table import ops_of
 from .call import Call, Case
 from .cases import cases

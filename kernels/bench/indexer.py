@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..formats.kv_format import KvFormat, index_entry
 from ..reference.column import Reference
-from ..reference.indexer import IndexNorm, Selection
+from ..reference.indexer import IndexNorm
 from ..reference.kv_entries import encode_heads, gather_heads
-from ..reference.paged import PagedBatch
+from ..reference.paged import PagedBatch, Selection
 from ..reference.rope import angles, frequencies
 from .attention import batch_of, cache_of, made_once, positions_of
 from .call import PAGE_SIZE, Call, Case, random

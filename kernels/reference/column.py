@@ -27,9 +27,8 @@ from . import (
 )
 from .experts import PLAIN_FORM, ExpertForm
 from .fp8 import Normed, NormedRows
-from .indexer import Selection
 from .linear import SlotWeights
-from .paged import PagedBatch
+from .paged import PagedBatch, Selection
 from .rope import Angles
 from .sampling import SamplingParams
 from .sublayers import (

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..formats.kv_format import INDEX_BLOCK_BYTES, INDEX_BLOCK_BYTES_CPU
 from .kv_entries import gather_heads, write_heads
-from .paged import PagedBatch, build_batch
+from .paged import PagedBatch, Selection, build_batch
 from .rope import Angles, rotate_first
 
 # Scores [queries, J, L] in float32 are made for so many queries at once that they take about this
@@ -41,32 +41,23 @@ class IndexNorm:
     eps: float
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The positions that some tokens look at: for each of ``tokens_N`` int64 of the step the first
-    counts_N int32 of places_NK int64, cache positions in the order of the sequence. ``rest``: the
-    rows of all other tokens, which look at every position, and ``rest_tokens`` int64 those tokens;
-    None where there are none.
-    """
-
-    tokens_N: Tensor
-    places_NK: Tensor
-    counts_N: Tensor
-    rest: PagedBatch | None
-    rest_tokens: Tensor
-
-
 def rotate_and_write_index(
-    q_TJI: Tensor, k_TI: Tensor, norm: IndexNorm, angles: Angles, cache: Tensor, write_T: Tensor
+    q_TJI: Tensor,
+    k_TI: Tensor,
+    norm: IndexNorm,
+    angles: Angles,
+    cache: Tensor,
+    write_T: Tensor,
+    interleaved: bool = False,
 ) -> Tensor:
-    """Rotates index queries and normed index keys, their first 2 F values by halves, and stores the
-    keys at write_T int64 in the cache, [positions, 1, I] or bytes. Returns the queries [T, J, I] in
-    their dtype.
+    """Rotates index queries and normed index keys, their first 2 F values, by halves or
+    ``interleaved``, and stores the keys at write_T int64 in the cache, [positions, 1, I] or bytes.
+    Returns the queries [T, J, I] in their dtype.
     """
     weight_I, bias_I = norm.weight_I.float(), norm.bias_I.float()
     normed_TI = F.layer_norm(k_TI.float(), weight_I.shape, weight_I, bias_I, norm.eps).to(k_TI.dtype)
-    write_heads(cache, write_T, rotate_first(normed_TI[:, None], angles, interleaved=False))
-    return rotate_first(q_TJI, angles, interleaved=False)
+    write_heads(cache, write_T, rotate_first(normed_TI[:, None], angles, interleaved))
+    return rotate_first(q_TJI, angles, interleaved)
 
 
 def select_positions(

@@ -59,7 +59,8 @@ class PagedBatch:
     query_start_R1 int32: first token of each row, then T. lengths_R int32: KV length of each row,
     this step's tokens included. pages_RP int32: page tables, padded with any valid page. write_T
     int64: cache position of each token. ``query_starts`` and ``lengths`` are copies on the host,
-    for eager execution.
+    for eager execution. ``selection``: the positions that the last indexer chose for these rows,
+    None for all; layers without an indexer of their own look at them.
     """
 
     num_decode: int
@@ -70,6 +71,7 @@ class PagedBatch:
     write_T: Tensor
     query_starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    selection: Selection | None = None
 
     @cached_property
     def decode_groups(self) -> tuple[DecodeGroup, ...]:
@@ -103,6 +105,21 @@ class PagedBatch:
         offsets = torch.arange(num_pages * self.page_size, device=lengths.device)
         mask = offsets < lengths[:, None]
         return DecodeGroup(index, len(lengths), pages[:, :num_pages].reshape(-1), mask[:, None, None, :])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The positions that some tokens look at: for each of ``tokens_N`` int64 of the step the first
+    counts_N int32 of places_NK int64, cache positions in the order of the sequence. ``rest``: the
+    rows of all other tokens, which look at every position, and ``rest_tokens`` int64 those tokens;
+    None where there are none.
+    """
+
+    tokens_N: Tensor
+    places_NK: Tensor
+    counts_N: Tensor
+    rest: PagedBatch | None
+    rest_tokens: Tensor
 
 
 def build_batch(

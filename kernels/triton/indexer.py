@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.kv_format import INDEX_BLOCK_BYTES, INDEX_SCORE_BYTES
-from ..reference.indexer import IndexNorm, Selection, best_positions, blocks_of
-from ..reference.paged import PagedBatch
+from ..reference.indexer import IndexNorm, best_positions, blocks_of
+from ..reference.paged import PagedBatch, Selection
 from ..reference.rope import Angles
 from .attend_inputs import heads_of
 from .rope import rotate_and_write_keys
@@ -31,12 +31,18 @@ _BLOCK = 64  # positions of a program; not measured
 
 
 def rotate_and_write_index(
-    q_TJI: Tensor, k_TI: Tensor, norm: IndexNorm, angles: Angles, cache: Tensor, write_T: Tensor
+    q_TJI: Tensor,
+    k_TI: Tensor,
+    norm: IndexNorm,
+    angles: Angles,
+    cache: Tensor,
+    write_T: Tensor,
+    interleaved: bool = False,
 ) -> Tensor:
     """Same as ``indexer.rotate_and_write_index``. A token with a negative place is not written."""
     weight_I, bias_I = norm.weight_I.float(), norm.bias_I.float()
     normed_TI = F.layer_norm(k_TI.float(), weight_I.shape, weight_I, bias_I, norm.eps).to(k_TI.dtype)
-    return rotate_and_write_keys(q_TJI, normed_TI[:, None], angles, cache, write_T, interleaved=False)
+    return rotate_and_write_keys(q_TJI, normed_TI[:, None], angles, cache, write_T, interleaved)
 
 
 def select_positions(

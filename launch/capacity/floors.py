@@ -90,7 +90,9 @@ def stage_floor(setup: Setup, stage: PipelineStage, work: Work) -> Floor:
 
 def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     shape, tensor = setup.shape, setup.mesh.tensor
-    dense = stage.num_layers * (shape.attention_params + shape.index_gate_params)
+    indexers = shape.num_indexers(stage.layers)
+    dense = stage.num_layers * shape.attention_params
+    dense += indexers * (shape.index_params + shape.index_gate_params)
     dense += (stage.num_layers - stage.num_moe) * shape.dense_params + stage.num_moe * shape.shared_params
     experts = stage.num_moe * shape.moe.top_k * shape.expert_params
     attended = _seen(setup, stage, work.attended, work.tokens)
@@ -99,7 +101,7 @@ def _compute(setup: Setup, stage: PipelineStage, work: Work) -> float:
     seconds = 2 * work.tokens * dense / tensor / setup.operations(setup.weights)
     seconds += 2 * work.routed * experts / tensor / setup.operations(setup.expert_dtype)
     seconds += attended * attention_seconds(setup, work.decode)
-    seconds += stage.num_layers * work.attended * index_seconds(setup)
+    seconds += indexers * work.attended * index_seconds(setup)
     return seconds + 2 * (gates + head) / setup.operations(setup.dtype)
 
 
@@ -113,7 +115,7 @@ def _memory(setup: Setup, stage: PipelineStage, work: Work) -> float:
     chosen: float = 1 - (1 - moe.top_k / moe.num_experts) ** (work.routed * setup.mesh.data)
     head = stage.last * shape.vocab_size * shape.hidden * setup.item
     kv = _seen(setup, stage, work.kv_reads, work.tokens) * read_seconds(setup)
-    kv += stage.num_layers * work.kv_reads * index_read_seconds(setup)
+    kv += shape.num_indexers(stage.layers) * work.kv_reads * index_read_seconds(setup)
     read = weights.attention + weights.dense + weights.gates + chosen * weights.experts + head
     return read / (1e12 * setup.hardware.memory_tb_s) + kv
 
@@ -125,21 +127,18 @@ def attention_seconds(setup: Setup, decode: bool) -> float:
 
 
 def read_seconds(setup: Setup) -> float:
-    """Seconds of reading one position in one layer, without ``sharing``, but for its index key."""
+    """Seconds of reading one position in one layer, without ``sharing`` and its index key."""
     shape, kind = setup.shape, setup.kv_dtype
-    num_bytes = shape.kv_bytes(kind, setup.mesh.tensor) - shape.index_key_bytes(kind)
-    return num_bytes / (1e12 * setup.hardware.memory_tb_s)
+    return shape.kv_bytes(kind, setup.mesh.tensor) / (1e12 * setup.hardware.memory_tb_s)
 
 
 def index_seconds(setup: Setup) -> float:
-    """Seconds in which an indexer scores one position for a token in one layer, without
-    ``sharing``.
-    """
+    """Seconds in which an indexer scores one position for a token, without ``sharing``."""
     return setup.shape.index_operations / setup.operations(setup.attention_dtype)
 
 
 def index_read_seconds(setup: Setup) -> float:
-    """Seconds of reading one index key in one layer, without ``sharing``."""
+    """Seconds of reading one index key, without ``sharing``."""
     return setup.shape.index_key_bytes(setup.kv_dtype) / (1e12 * setup.hardware.memory_tb_s)
 
 

@@ -89,7 +89,7 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
     table = -(-shape.vocab_size // tensor) * shape.hidden * item
     tables = stage.first + (stage.last and not (stage.first and shape.tie_embeddings))
-    absorbed = shape.absorbed_params(tensor)
+    absorbed, indexers = shape.absorbed_params(tensor), shape.num_indexers(stage.layers)
     linear = stored_bytes(
         shape.split_attention_params(tensor) - absorbed, setup.layer_format(*shape.attention_cuts(tensor))
     )
@@ -101,9 +101,11 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
         setup.layer_format(shape.moe.shared_width // setup.shared_parts),
     )
     return Weights(
-        attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item),
+        attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item)
+        + indexers
+        * (stored_bytes(shape.index_params, setup.layer_format()) + shape.index_norm_params * item),
         dense=num_dense * dense + stage.num_moe * shared,
-        gates=(stage.num_moe * shape.gate_params + stage.num_layers * shape.index_gate_params) * _GATE_ITEM,
+        gates=(stage.num_moe * shape.gate_params + indexers * shape.index_gate_params) * _GATE_ITEM,
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
@@ -113,7 +115,9 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
 
 
 def page_bytes(setup: Setup, stage: PipelineStage) -> int:
-    return setup.page_size * stage.num_layers * setup.shape.kv_bytes(setup.kv_dtype, setup.mesh.tensor)
+    shape, kind = setup.shape, setup.kv_dtype
+    entries = stage.num_layers * shape.kv_bytes(kind, setup.mesh.tensor)
+    return setup.page_size * (entries + shape.num_indexers(stage.layers) * shape.index_key_bytes(kind))
 
 
 def pages_of(setup: Setup, stage: PipelineStage, weights: Weights) -> int:

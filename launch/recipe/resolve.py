@@ -71,6 +71,13 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
     return found + _unsplittable(recipe, config)
 
 
+def _followers(config: ModelFacts) -> int:
+    """The layers that look at what the indexer of a layer before them chose."""
+    attention = config.attention
+    indexer = attention.indexer if isinstance(attention, MlaConfig) else None
+    return 0 if indexer is None else len(indexer.followers)
+
+
 def _fp8_experts(recipe: Recipe, config: ModelFacts) -> bool:
     """Whether experts may be FP8; a device that is not known yet may be a GPU."""
     device = "cpu" if recipe.cluster.device == "cpu" else "cuda"
@@ -82,8 +89,10 @@ def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
     ``parallel.dense`` does not divide.
     """
     tensor, pipeline, found = recipe.parallel.tensor, recipe.parallel.pipeline, []
-    if pipeline > config.num_layers:
-        found.append(f"parallel.pipeline = {pipeline}: more stages than the {config.num_layers} layers")
+    stays = _followers(config)
+    if pipeline > config.num_layers - stays:
+        layers = f"{config.num_layers} layers" + (f", of which {stays} stay with one before" if stays else "")
+        found.append(f"parallel.pipeline = {pipeline}: more stages than the {layers}")
     try:
         config.attention.split(tensor)
     except ValueError as error:

@@ -60,7 +60,7 @@ class _StageTimes:
 
     ``_compute`` [2]: seconds per token and per sampled row. ``_decode``, ``_prompt``, ``_read``:
     seconds of a layer per position attended to in decode and in prefill, and per position read.
-    ``_index``, ``_index_read``: of all layers per position that an indexer scores, and reads.
+    ``_index``, ``_index_read``: of all indexers per position that one scores, and reads.
     """
 
     def __init__(self, setup: Setup, stage: PipelineStage, expert_imbalance: float) -> None:
@@ -71,8 +71,9 @@ class _StageTimes:
         self._routed = stage_floor(setup, stage, _work(routed=1)).compute * expert_imbalance
         self._decode, self._prompt = (setup.sharing * attention_seconds(setup, way) for way in (True, False))
         self._read = setup.sharing * read_seconds(setup)
-        self._index = setup.sharing * stage.num_layers * index_seconds(setup)
-        self._index_read = setup.sharing * stage.num_layers * index_read_seconds(setup)
+        indexers = setup.shape.num_indexers(stage.layers)
+        self._index = setup.sharing * indexers * index_seconds(setup)
+        self._index_read = setup.sharing * indexers * index_read_seconds(setup)
         bounds = bounds_of(setup, stage)
         self._whole, self._bounds = stage.num_layers - len(bounds), Counter(bounds)
         self._floor = lru_cache(1 << 16)(self._even_floor)

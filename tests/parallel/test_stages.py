@@ -29,6 +29,12 @@ def test_every_layer_has_one_stage_and_equal_layers_are_spread_evenly(
     assert [stage.index for stage in stages if stage.last] == [num_stages - 1]
 
 
+@pytest.mark.parametrize(("num_stages", "expected"), [(1, [7]), (2, [3, 4]), (3, [1, 2, 4])])
+def test_followers_stay_with_the_layer_before_them(num_stages: int, expected: list[int]) -> None:
+    stages = split_layers([5] * 7, (), num_stages, followers=(2, 4, 5, 6))
+    assert [stage.num_layers for stage in stages] == expected
+
+
 def test_one_stage_is_the_whole_model() -> None:
     assert split_layers([3, 1, 4], (1, 2), 1) == [whole_model(3, (1, 2))]
 

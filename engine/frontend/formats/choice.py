@@ -69,6 +69,7 @@ _FAMILIES = {
     "deepseek_v32": "deepseek_v32",
     "glm4_moe": "glm4",
     "glm4_moe_lite": "glm47",
+    "glm_moe_dsa": "glm47",
     "gpt_oss": "harmony",
     "hy_v3": "hy_v3",
     "kimi_k2": "kimi_k2",

@@ -29,8 +29,7 @@ def test_qwen3_moe(tmp_path: Path) -> None:
         False,
         0,
     )
-    assert config.kv_shapes("bf16") == ((2, 16), (2, 16))
-    assert config.kv_bytes_per_token("bf16") == 6 * 2 * 2 * 2 * 16
+    assert config.kv_shapes("bf16", 0) == ((2, 16), (2, 16))
 
 
 def test_deepseek_v3(tmp_path: Path) -> None:
@@ -48,8 +47,7 @@ def test_deepseek_v3(tmp_path: Path) -> None:
         64,
         2.5,
     )
-    assert config.kv_shapes("fp32") == ((40,),)
-    assert config.kv_bytes_per_token("fp32") == 3 * 4 * 40
+    assert config.kv_shapes("fp32", 0) == ((40,),)
 
 
 def test_both_generations_of_rope_fields_mean_the_same(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GlmMoeDsaConfig
 
 import lockstep
 from lockstep.engine.models.config import (
@@ -30,6 +31,7 @@ from support.engine.models.family_configs import (
     deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    glm_moe_dsa_config,
     gpt_oss_config,
     hy_v3_config,
     kimi_k2_config,
@@ -239,12 +241,30 @@ def test_deepseek_v32(tmp_path: Path) -> None:
     config = load(tmp_path, deepseek_v32_config())
     assert isinstance(config.attention, MlaConfig) and config.rope.interleaved
     assert config.attention.indexer == IndexerConfig(num_heads=8, head_dim=16, top_k=16)
-    assert config.kv_shapes("fp32") == ((40,), (1, 16)) and config.kv_shapes("fp8") == ((52,), (20,))
-    assert config.kv_bytes_per_token("fp32") == 3 * 4 * (40 + 16)
+    assert config.kv_shapes("fp32", 0) == ((40,), (1, 16)) and config.kv_shapes("fp8", 2) == ((52,), (20,))
     assert config.attention.split(2).indexer == config.attention.indexer, "whole in every part"
     sizes = {"index_n_heads": None, "index_head_dim": None, "index_topk": None}
     published = load(tmp_path, deepseek_v32_config(**sizes)).attention
     assert isinstance(published, MlaConfig) and published.indexer == IndexerConfig(64, 128, 2048)
+
+
+def test_glm_moe_dsa(tmp_path: Path) -> None:
+    every = load(tmp_path, glm_moe_dsa_config()).attention
+    assert isinstance(every, MlaConfig)
+    assert every.indexer == IndexerConfig(num_heads=8, head_dim=16, top_k=16, interleaved=True)
+    kinds: list[dict[str, object]] = [
+        {"index_topk_freq": 3, "index_skip_topk_offset": 3},
+        {"index_topk_pattern": "FFFSSFSS"},
+        {"indexer_types": ["full"] * 3 + ["shared"] * 2 + ["full"] + ["shared"] * 2},
+    ]
+    for changes in kinds:
+        config = load(tmp_path, glm_moe_dsa_config(num_hidden_layers=8, **changes))
+        theirs = GlmMoeDsaConfig(**glm_moe_dsa_config(num_hidden_layers=8, **changes))
+        assert isinstance(config.attention, MlaConfig) and config.attention.indexer is not None
+        followers = config.attention.indexer.followers
+        assert followers == (3, 4, 6, 7), changes
+        assert followers == tuple(i for i, kind in enumerate(theirs.indexer_types) if kind == "shared")
+    assert [config.kv_shapes("fp32", layer) for layer in (2, 3)] == [((40,), (1, 16)), ((40,),)]
 
 
 def test_kimi_k2(tmp_path: Path) -> None:
@@ -341,6 +361,14 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "v3.2 choice": (deepseek_v32_config(index_topk=0), "index_topk is 0; expected an integer of at least 1"),
     "v3.2 halves": (deepseek_v32_config(rope_interleave=False), "rope_interleave is false; supported: true"),
+    "glm-5 pattern": (
+        glm_moe_dsa_config(index_topk_pattern="FSX"),
+        'expected "full" or "shared" for each of 3',
+    ),
+    "glm-5 first": (
+        glm_moe_dsa_config(indexer_types=["shared", "full", "full"]),
+        'indexer_types .*expected "full" for the first layer',
+    ),
     "v3.2 layers": (
         deepseek_v32_config(layer_types=["indexed_attention", "full_attention", "indexed_attention"]),
         'layer_types .*supported: "indexed_attention" in every layer',

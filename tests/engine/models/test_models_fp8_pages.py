@@ -49,13 +49,13 @@ def test_the_loss_of_logits(config_of: Callable[..., dict[str, Any]], tmp_path: 
 @pytest.mark.parametrize("family", sorted(set(ALL) - {"qwen3_moe", "deepseek_v3"}))
 def test_every_other_family_loses_as_little(family: str, tmp_path: Path) -> None:
     """Two prompts. The sharper the attention, the larger the loss: YaRN doubles the scores of
-    mistral4, and its queries grow. In deepseek_v32 positions change places at the threshold of the
-    16 that are chosen; with 64 chosen of 80 its loss is 0.023.
+    mistral4, and its queries grow. In deepseek_v32 and glm_moe_dsa positions change places at the
+    threshold of the 16 that are chosen; with 64 chosen of 80 the loss of the first is 0.023.
     """
     path = write_checkpoint(tmp_path / "m", ALL[family](), seed=3)
     exact, eight = (logits(path, pages, count=2) for pages in (torch.float32, torch.uint8))
     loss = ((eight - exact).norm(dim=-1) / exact.norm(dim=-1)).median()
-    assert 0.001 < loss < {"mistral4": 0.06, "deepseek_v32": 0.2}.get(family, 0.04)
+    assert 0.001 < loss < {"mistral4": 0.06, "deepseek_v32": 0.2, "glm_moe_dsa": 0.2}.get(family, 0.04)
 
 
 @pytest.mark.parametrize("config_of", [*CONFIGS, deepseek_v32_config])

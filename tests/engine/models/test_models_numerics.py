@@ -20,6 +20,7 @@ from support.engine.models.family_configs import (
     deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    glm_moe_dsa_config,
     gpt_oss_config,
     hy_v3_config,
     kimi_k2_config,
@@ -159,6 +160,17 @@ VARIANTS |= {
         mlp_layer_types=["sparse", "dense", "sparse"],
     ),
 }
+VARIANTS |= {
+    "glm_moe_dsa": glm_moe_dsa_config(),
+    "glm_moe_dsa-wide-values": glm_moe_dsa_config(
+        qk_nope_head_dim=24, v_head_dim=32, num_hidden_layers=2, index_n_heads=16
+    ),
+}
+VARIANTS |= {
+    "glm_moe_dsa-followers": glm_moe_dsa_config(
+        num_hidden_layers=5, indexer_types=["full", "shared", "full", "shared", "shared"], index_n_heads=16
+    ),
+}
 BF16_VARIANTS = (
     "qwen3_moe",
     "qwen3_moe-plain-weights",
@@ -180,6 +192,7 @@ BF16_VARIANTS = (
     "hy_v3",
     "mistral4",
     "deepseek_v32",
+    "glm_moe_dsa",
 )
 
 LENGTHS = (93, 41, 7)
@@ -288,7 +301,7 @@ def test_bfloat16_is_as_good_as_transformers(variant: str, tmp_path: Path) -> No
     "variant",
     [
         *("qwen3_moe-tied-bias", "deepseek_v3-yarn", "deepseek_v2-lite", "mixtral", "qwen2_moe", "glm4_moe"),
-        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3", "mistral4", "deepseek_v32"),
+        *("minimax_m2", "glm4_moe_lite", "gpt_oss", "hy_v3", "mistral4", "deepseek_v32", "glm_moe_dsa"),
     ],
 )
 def test_directories_written_by_transformers_are_read(variant: str, tmp_path: Path) -> None:

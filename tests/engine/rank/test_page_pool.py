@@ -10,7 +10,14 @@ import torch
 from lockstep.engine.kv.budget import PoolLimits
 from lockstep.engine.models.config import load_config
 from lockstep.engine.rank import page_pool as kv_pool
-from lockstep.engine.rank.page_pool import KVPool, bytes_per_page, fit_pages, free_bytes, room_for_weights
+from lockstep.engine.rank.page_pool import (
+    KVPool,
+    bytes_per_page,
+    entries_of,
+    fit_pages,
+    free_bytes,
+    room_for_weights,
+)
 from lockstep.kernels.formats.kv_format import KvFormat
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 
@@ -55,14 +62,15 @@ def test_the_cache_is_zeroed_and_costs_what_is_said(
     tmp_path: Path, config: dict[str, object], kv_format: KvFormat, dtype: torch.dtype
 ) -> None:
     model = load_config(write_checkpoint(tmp_path / "model", config))
-    pool = KVPool(model, 5, 8, kv_format, CPU)
+    entries = entries_of(model, range(3), 1, kv_format)
+    pool = KVPool(entries, 5, 8, kv_format, CPU)
     tensors = [tensor for layer in pool.cache for tensor in layer]
     assert len(pool.cache) == 3 and all(tensor.dtype == dtype and not tensor.any() for tensor in tensors)
     assert all(len(tensor) == 6 * 8 for tensor in tensors) and pool.scratch == 5  # one page more than counted
     assert (
         sum(tensor.nbytes for tensor in tensors)
         == 6 * pool.page_bytes
-        == 6 * bytes_per_page(model, 8, kv_format)
+        == 6 * bytes_per_page(entries, 8, kv_format)
     )
     tensors[0][3] = 1
     assert tensors[0].sum() == tensors[0][3].numel()

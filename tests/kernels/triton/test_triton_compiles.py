@@ -78,7 +78,7 @@ class Compilers:
         self._running: dict[int, subprocess.Popen[str]] = {}
 
     def needs(self, case: str, arch: int) -> dict[str, list[dict[str, int]]]:
-        """What each kernel of ``case`` needs, by its variants."""
+        """The needs of each kernel of ``case``, by its variants."""
         if arch not in self._running:
             self._running[arch] = subprocess.Popen(
                 [sys.executable, str(PROGRAM), str(arch)],

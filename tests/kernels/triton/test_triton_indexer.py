@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lockstep.kernels.formats.kv_format import index_entry
 from lockstep.kernels.reference import indexer as reference
-from lockstep.kernels.reference.indexer import IndexNorm, Selection
+from lockstep.kernels.reference.indexer import IndexNorm
 from lockstep.kernels.reference.kv_entries import decode_heads, encode_heads
+from lockstep.kernels.reference.paged import Selection
 from lockstep.kernels.reference.rope import angles, frequencies
 from lockstep.kernels.table import ops_of
 from lockstep.kernels.triton import indexer
@@ -93,8 +94,8 @@ def test_the_positions_and_what_attention_makes_of_them(
     torch.testing.assert_close(out.cpu(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("eight", [False, True])
-def test_keys_are_written_as_the_reference_writes_them(eight: bool) -> None:
+@pytest.mark.parametrize(("eight", "interleaved"), [(False, False), (True, False), (True, True)])
+def test_keys_are_written_as_the_reference_writes_them(eight: bool, interleaved: bool) -> None:
     """But for tokens with a negative place."""
     torch.manual_seed(0)
     heads, dim, turned = 3, 12, 6
@@ -104,13 +105,13 @@ def test_keys_are_written_as_the_reference_writes_them(eight: bool) -> None:
     kind, cache_dtype = ("fp8", torch.uint8) if eight else ("fp32", torch.float32)
     entry: Any = index_entry(kind, dim)
     caches = [torch.full((8, *entry), 7, dtype=cache_dtype) for _ in range(2)]
-    expected = reference.rotate_and_write_index(q, k, norm, turn, caches[0], write)
+    expected = reference.rotate_and_write_index(q, k, norm, turn, caches[0], write, interleaved)
     places = torch.tensor([6, 1, -1, 3])
     moved = (x.to(DEVICE) for x in (norm.weight_I, norm.bias_I))
     on_card = replace(turn, cos_T1F=turn.cos_T1F.to(DEVICE), sin_T1F=turn.sin_T1F.to(DEVICE))
     cache = caches[1].to(DEVICE)
     out = indexer.rotate_and_write_index(
-        q.to(DEVICE), k.to(DEVICE), IndexNorm(*moved, 1e-6), on_card, cache, places.to(DEVICE)
+        q.to(DEVICE), k.to(DEVICE), IndexNorm(*moved, 1e-6), on_card, cache, places.to(DEVICE), interleaved
     )
     torch.testing.assert_close(out.cpu(), expected)
     found = cache.cpu()

@@ -44,6 +44,7 @@ from support.engine.models.family_configs import (
     deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    glm_moe_dsa_config,
     gpt_oss_config,
     kimi_k2_config,
     minimax_m2_config,
@@ -88,6 +89,12 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, int, list[str]]] = {
         torch.bfloat16,
         4,
         ["parallel.tensor=2"],
+    ),
+    "glm with layers that follow an indexer, two stages": (
+        glm_moe_dsa_config(num_hidden_layers=4, indexer_types=["full", "full", "shared", "shared"]),
+        torch.bfloat16,
+        2,
+        ["parallel.pipeline=2"],
     ),
     "deepseek with an indexer over FP8 pages": (
         deepseek_v32_config(kv_lora_rank=160),
@@ -364,7 +371,7 @@ def test_an_automatic_pool_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     free = (plan.setup.rank_memory - plan.ranks[0].memory.weights.total) * 2
     monkeypatch.setattr(kv_pool, "free_bytes", lambda device: free)
     limits = PoolLimits(None, 4096 * 2048)
-    page = kv_pool.bytes_per_page(load_config(path), 64, "fp32")
+    page = kv_pool.bytes_per_page(kv_pool.entries_of(load_config(path), range(3), 1, "fp32"), 64, "fp32")
     assert plan.ranks[0].memory.num_pages == pytest.approx(
         kv_pool.fit_pages(page, 64, limits, 2, torch.device("cpu")), rel=0.01
     )
@@ -376,7 +383,11 @@ def test_an_automatic_pool_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_value_of_a_checkpoint_is_counted(name: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", CASES[name][0])
     shape, config = read_shape(path), load_config(path)
-    assert shape.kv_bytes("bf16") * config.num_layers == config.kv_bytes_per_token("bf16")
+    layers = range(config.num_layers)
+    entries = layers.stop * shape.kv_bytes("bf16") + shape.num_indexers(layers) * shape.index_key_bytes(
+        "bf16"
+    )
+    assert entries == kv_pool.bytes_per_page(kv_pool.entries_of(config, layers, 1, "bf16"), 1, "bf16")
     numel = sum(torch.Size(sizes).numel() for sizes in tensor_shapes(CASES[name][0]).values())
     extra = 96 * 3 if name.startswith("deepseek without") else 0
     assert shape.total_params == pytest.approx(numel, abs=extra), (

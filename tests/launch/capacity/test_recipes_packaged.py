@@ -24,6 +24,7 @@ PARAMETERS |= {"deepseek-v2-lite": 15.7, "mixtral-8x7b": 46.7, "minimax-m2": 229
 PARAMETERS["gpt-oss-120b"] = 116.8  # arXiv 2508.10925, table 1
 # The model cards of Hy3 and Mistral-Small-4-119B-2603, the latter without its vision tower.
 PARAMETERS["deepseek-v3.2"] = 671.9  # DeepSeek-V3's, and 14 million of an indexer in each of 61 layers
+PARAMETERS |= {"glm-5": 744, "glm-5.2": 743.4}  # arXiv 2602.15763; without 57 indexers of 10 million
 PARAMETERS |= {"kimi-k2.5": 1026, "hy3": 295.0, "mistral-small-4": 119.0}
 
 
@@ -41,6 +42,8 @@ def test_all_are_there() -> None:
         "gpt-oss-120b",
         "kimi-k2.5-h200",
         "hy3-8xh200",
+        "glm-5-8xh200",
+        "glm-5.2-h200",
         "mistral-small-4-2xh200",
     }
     assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)

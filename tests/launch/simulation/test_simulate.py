@@ -143,7 +143,7 @@ def test_an_indexer_scores_every_position_and_attention_sees_the_best() -> None:
     assert isinstance(setup.shape.attention, MlaConfig)
     attention = replace(setup.shape.attention, indexer=IndexerConfig(64, 128, 2048))
     indexed = replace(setup, shape=replace(setup.shape, attention=attention))
-    assert indexed.shape.kv_bytes("fp8") == setup.shape.kv_bytes("fp8") + 132
+    assert indexed.shape.index_key_bytes("fp8") == 132 and not setup.shape.index_key_bytes("fp8")
     far = work_of(decodes=[1] * 72, context=10**9, chunks=[0] * 72)
     chosen, whole = (FloorTimes(each, 1.0)(far).max() for each in (indexed, setup))
     position = max(attention_seconds(setup, True), read_seconds(setup))

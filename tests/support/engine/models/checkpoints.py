@@ -181,6 +181,8 @@ def layer_shapes(config: dict[str, Any], layer: int) -> Shapes:
     """The tensors of one layer."""
     hidden = config["hidden_size"]
     parts = (_mla_shapes if "kv_lora_rank" in config else _gqa_shapes)(config)
+    if "index_topk" in config and (config.get("indexer_types") or {layer: "full"})[layer] == "full":
+        parts |= _index_shapes(config)
     parts |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     if not _is_moe(config, layer):
         parts |= _swiglu_shapes("mlp.", config["intermediate_size"], hidden)
@@ -249,12 +251,14 @@ def _mla_shapes(config: dict[str, Any]) -> Shapes:
     if config["attention_bias"]:
         shapes |= {"kv_a_proj_with_mqa.bias": (kv_size + rope,), "o_proj.bias": (hidden,)}
         shapes |= {} if q_size is None else {"q_a_proj.bias": (q_size,)}
-    if config["model_type"] == "deepseek_v32":
-        num, dim = config["index_n_heads"], config["index_head_dim"]
-        indexer: Shapes = {"wq_b.weight": (num * dim, q_size), "wk.weight": (dim, hidden)}
-        indexer |= {"k_norm.weight": (dim,), "k_norm.bias": (dim,), "weights_proj.weight": (num, hidden)}
-        shapes |= {f"indexer.{name}": shape for name, shape in indexer.items()}
     return {"self_attn." + name: shape for name, shape in shapes.items()}
+
+
+def _index_shapes(config: dict[str, Any]) -> Shapes:
+    num, dim, hidden = config["index_n_heads"], config["index_head_dim"], config["hidden_size"]
+    shapes: Shapes = {"wq_b.weight": (num * dim, config["q_lora_rank"]), "wk.weight": (dim, hidden)}
+    shapes |= {"k_norm.weight": (dim,), "k_norm.bias": (dim,), "weights_proj.weight": (num, hidden)}
+    return {"self_attn.indexer." + name: shape for name, shape in shapes.items()}
 
 
 def _moe_shapes(config: dict[str, Any]) -> Shapes:

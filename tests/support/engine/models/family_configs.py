@@ -234,6 +234,18 @@ def deepseek_v32_config(**changes: Any) -> dict[str, Any]:
     return deepseek_v3_config(**(own | changes))
 
 
+def glm_moe_dsa_config(**changes: Any) -> dict[str, Any]:
+    """As GLM-5, whose indexers choose 16 positions here."""
+    own = {
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "model_type": "glm_moe_dsa",
+        "rms_norm_eps": 1e-5,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    return deepseek_v32_config(**(own | changes))
+
+
 CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "qwen3_moe": qwen3_moe_config,
     "deepseek_v3": deepseek_v3_config,
@@ -248,4 +260,5 @@ CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
     "hy_v3": hy_v3_config,
     "mistral4": mistral4_config,
     "deepseek_v32": deepseek_v32_config,
+    "glm_moe_dsa": glm_moe_dsa_config,
 }

@@ -12,7 +12,7 @@ from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import LayerCache, Model
 from lockstep.engine.models.registry import build_model
 from lockstep.engine.models.weights import load_weights
-from lockstep.engine.rank.page_pool import KVPool
+from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.kernels.formats.kv_format import KvFormat
 from lockstep.kernels.reference.paged import build_batch
 from lockstep.kernels.table import Column
@@ -54,8 +54,9 @@ class Stepper:
         self.lengths: dict[int, int] = {}
         self._pages: dict[int, list[int]] = {}
         self._free = np.random.default_rng(seed).permutation(num_pages).tolist()
+        entries = entries_of(model.config, model.stage.layers, 1, FORMATS[dtype])
         self.cache: list[LayerCache] = KVPool(
-            model.config, num_pages - 1, page_size, FORMATS[dtype], torch.device("cpu")
+            entries, num_pages - 1, page_size, FORMATS[dtype], torch.device("cpu")
         ).cache
 
     @torch.inference_mode()

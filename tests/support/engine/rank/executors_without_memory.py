@@ -15,7 +15,7 @@ from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.rank.device import executor as device_executor
 from lockstep.engine.rank.device.executor import DeviceExecutor
-from lockstep.engine.rank.page_pool import KVPool
+from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.engine.rank.parts import Parts
 from lockstep.launch.recipe.file import find_recipe
 from lockstep.moe.balance.placement import contiguous
@@ -69,7 +69,7 @@ def executor_of(name: str, num_layers: int | None = None) -> DeviceExecutor:
         links=PipelineLinks(alone, stage, META),
         turns=Turns(),
         samples=True,
-        pool=KVPool(config.part(config.num_layers, 1), 1000, 64, "fp8", META),
+        pool=KVPool(entries_of(config, stage.layers, 1, "fp8"), 1000, 64, "fp8", META),
         device=META,
     )
     with mock.patch.object(device_executor, "Upload", NoUpload):

@@ -25,6 +25,7 @@ from ..models.family_configs import (
     deepseek_v32_config,
     glm4_moe_config,
     glm4_moe_lite_config,
+    glm_moe_dsa_config,
     gpt_oss_config,
     hy_v3_config,
     kimi_k2_config,
@@ -56,6 +57,7 @@ RELATED = {
     "hy_v3": hy_v3_config(),
     "mistral4": mistral4_config(),
     "deepseek_v32": deepseek_v32_config(index_n_heads=16),
+    "glm_moe_dsa": glm_moe_dsa_config(index_n_heads=16, indexer_types=["full", "shared", "full"]),
 }
 ALL = FAMILIES | RELATED
 _ROUTERS = ("TopKRouter", "TopkRouter")  # how transformers' routers end
@@ -152,7 +154,8 @@ class Reference:
 
 def _index_margins(module: Any, hidden: Tensor, latent: Tensor, turn: Any, *_: Any) -> Tensor:
     """As ``_gaps`` for the positions of each token that sees more than are chosen."""
-    rotate = import_module(type(module).__module__).apply_rotary_pos_emb
+    rotations = vars(import_module(type(module).__module__))
+    rotate = rotations.get("apply_rotary_pos_emb") or rotations["apply_rotary_pos_emb_interleave"]
     q, k = module.wq_b(latent).unflatten(-1, (module.n_heads, -1)), module.k_norm(module.wk(hidden))
     first = module.qk_rope_head_dim
     turned = rotate(q[..., :first], k[:, :, None, :first], *turn, unsqueeze_dim=2)

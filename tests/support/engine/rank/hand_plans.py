@@ -22,7 +22,7 @@ from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.graphs import GraphRecorder
 from lockstep.engine.rank.executor import Executor
-from lockstep.engine.rank.page_pool import KVPool
+from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.engine.rank.parts import Parts
 from lockstep.engine.rank.warm_up import Pages, warm_up
 from lockstep.kernels.formats.kv_format import KvFormat
@@ -79,7 +79,8 @@ def build_executor(
     load_weights(
         model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None
     )
-    pool = KVPool(config.part(stage.num_layers, split.size), NUM_PAGES, PAGE_SIZE, kv_format, device)
+    entries = entries_of(config, stage.layers, split.size, kv_format)
+    pool = KVPool(entries, NUM_PAGES, PAGE_SIZE, kv_format, device)
     if column == "cpu":
         warm_up(
             config,
