@@ -63,7 +63,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32), ("deepseek-v3.2", 105)]
+    ("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32), ("deepseek-v3.2", 105), ("glm-5.2", 62)]
 )
 def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, budget: int) -> None:
     executor = executor_of(name)
