@@ -2,7 +2,7 @@
 torch here.
 
 Format: https://github.com/huggingface/safetensors#format, and ``model.safetensors.index.json`` for
-sharded checkpoints.
+sharded checkpoints; ``consolidated`` takes the place of ``model`` in Mistral's own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from .quantisation import StoredFp8
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILES = ("model.safetensors", "consolidated.safetensors")
+_INDEX = ".index.json"  # after the name of the single file
 
 FP8 = "F8_E4M3"
 # The name of a matrix and this suffix name the tensor of its scales. Values are multiplied by them.
@@ -70,20 +70,25 @@ def read_checkpoint(path: Path) -> dict[str, StoredTensor]:
     truncated file, a header that is not JSON or contradicts itself, a tensor that its index places
     elsewhere.
     """
-    index = path / INDEX_FILE
-    if not index.is_file():
-        if not (path / SINGLE_FILE).is_file():
-            raise ValueError(
-                f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read"
-            )
-        return read_header(path / SINGLE_FILE)
+    for name in _SINGLE_FILES:
+        if (index := path / f"{name}{_INDEX}").is_file():
+            return _read_shards(path, index)
+        if (path / name).is_file():
+            return read_header(path / name)
+    name = _SINGLE_FILES[0]
+    raise ValueError(
+        f"{path}: holds neither {name} nor {name}{_INDEX}; only safetensors checkpoints are read"
+    )
+
+
+def _read_shards(path: Path, index: Path) -> dict[str, StoredTensor]:
     shards: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
     for name, shard in _weight_map(index).items():
         if shard not in shards:
             shards[shard] = _read_shard(path / shard, index)
         if name not in shards[shard]:
-            raise ValueError(f"{path / shard}: holds no tensor {name}, which {INDEX_FILE} places there")
+            raise ValueError(f"{path / shard}: holds no tensor {name}, which {index.name} places there")
         tensors[name] = shards[shard][name]
     return tensors
 

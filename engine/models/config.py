@@ -17,6 +17,7 @@ from ...kernels.formats.fp8_format import KERNEL_BLOCK
 from ...kernels.formats.kv_format import KvFormat, head_entry, index_entry, latent_entry
 from ...moe.config import MoEConfig
 from .config_fields import Fields
+from .description import read_description
 from .quantisation import StoredFourBit, StoredFp8, check_modules, check_sizes, read_four_bit, read_fp8
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -260,8 +261,7 @@ def load_config(path: Path) -> ModelConfig:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: not a directory; a model directory holds config.json and *.safetensors")
-    fields = Fields.read(path / "config.json").text_model()
-    return read_config(fields, path / "generation_config.json")
+    return read_config(read_description(path), path / "generation_config.json")
 
 
 def read_config(fields: Fields, generation: Path) -> ModelConfig:

@@ -12,7 +12,6 @@ from typing import Any
 # The fields that hold the text model's description where a file describes a model of text and
 # images, and those beside them that hold for the text model too.
 _TEXT_MODELS = ("text_config", "llm_config", "language_config")
-_MISTRAL_FORMAT = "params.json"
 _SHARED = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "eos_token_id")
 
 
@@ -32,8 +31,6 @@ class Fields:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             wanted = "a model directory holds config.json and *.safetensors"
-            if path.with_name(_MISTRAL_FORMAT).is_file():
-                wanted = f"{_MISTRAL_FORMAT} is Mistral's own format; write it in transformers' format first"
             raise ValueError(f"{path}: no such file; {wanted}") from None
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None

@@ -3,7 +3,7 @@ matrix, or routed experts in 4 bits. Any other quantisation is refused. No torch
 
 Formats: DeepSeek-V3's FP8 (arXiv 2412.19437, section 3.3); FP8 with one scale per matrix
 (Mistral-Small-4, Hy3-FP8), whose scales of activations are left unused, as products measure their
-own; compressed-tensors "pack-quantized",
+own; compressed-tensors "float-quantized" (Mistral-Large-3), "pack-quantized",
 "nvfp4-pack-quantized" and "mxfp4-pack-quantized"; NVFP4 of NVIDIA's Model Optimizer; MXFP4 as
 gpt-oss ships it.
 """
@@ -26,6 +26,7 @@ _COMPRESSED: dict[str, FourBitFormat] = {
     "nvfp4-pack-quantized": NVFP4,
     "mxfp4-pack-quantized": MXFP4,
 }
+_COMPRESSED_FP8 = "float-quantized"
 _METHODS = (
     'supported: "fp8", "compressed-tensors", "mxfp4", "modelopt", or a checkpoint in bf16, fp16 or fp32'
 )
@@ -69,6 +70,8 @@ class StoredFp8:
 def read_fp8(fields: Fields) -> StoredFp8 | None:
     """How matrices are stored in FP8. None for a checkpoint without."""
     stored = fields.nested("quantization_config")
+    if stored is not None and _is_compressed_fp8(stored):
+        return _read_compressed_fp8(stored)
     if stored is None or stored.raw("quant_method") in _FOUR_BIT_READERS:
         return None
     if stored.raw("quant_method") != "fp8":
@@ -78,11 +81,36 @@ def read_fp8(fields: Fields) -> StoredFp8 | None:
         stored.expect("activation_scheme", "dynamic", "static")
         return StoredFp8(KERNEL_BLOCK, whole=True)
     stored.expect("activation_scheme", "dynamic")
-    block = stored.integers("weight_block_size")
+    return StoredFp8(_block(stored, "weight_block_size", ", or null for a scale per matrix"))
+
+
+def _block(stored: Fields, name: str, otherwise: str = "") -> tuple[int, int]:
+    block = stored.integers(name)
     if len(block) != 2 or 0 in block:
-        allowed = "expected the rows and columns of a block, as in [128, 128], or null for a scale per matrix"
-        raise stored.refuse("weight_block_size", allowed)
-    return StoredFp8((block[0], block[1]))
+        raise stored.refuse(name, f"expected the rows and columns of a block, as in [128, 128]{otherwise}")
+    return block[0], block[1]
+
+
+def _is_compressed_fp8(stored: Fields) -> bool:
+    kind = (stored.raw("quant_method"), stored.raw("format"))
+    return kind == ("compressed-tensors", _COMPRESSED_FP8)
+
+
+def _read_compressed_fp8(stored: Fields) -> StoredFp8:
+    """compressed-tensors' FP8 (Mistral-Large-3). Matrices that it leaves out say so by their dtype.
+    Products measure the scales of activations, whatever the file says of them.
+    """
+    group = _only_group(stored)
+    group.expect("format", _COMPRESSED_FP8)
+    weights = group.nested("weights")
+    if weights is None:
+        raise group.refuse("weights", "expected an object")
+    for name, expected in (("num_bits", 8), ("type", "float"), ("symmetric", True), ("dynamic", False)):
+        weights.expect(name, expected)
+    weights.expect("strategy", "block", "tensor")
+    if weights.raw("strategy") == "tensor":
+        return StoredFp8(KERNEL_BLOCK, whole=True)
+    return StoredFp8(_block(weights, "block_structure"))
 
 
 def read_four_bit(fields: Fields, dtype: str) -> StoredFourBit | None:
@@ -90,6 +118,8 @@ def read_four_bit(fields: Fields, dtype: str) -> StoredFourBit | None:
     checkpoint's, which scales of int4 have.
     """
     stored = fields.nested("quantization_config")
+    if stored is not None and _is_compressed_fp8(stored):
+        return None
     reader = None if stored is None else _FOUR_BIT_READERS.get(str(stored.raw("quant_method")))
     return None if stored is None or reader is None else reader(stored, dtype)
 
@@ -128,7 +158,8 @@ def check_sizes(fields: Fields, stored: StoredFourBit, sizes: dict[str, int]) ->
 def _read_compressed(stored: Fields, dtype: str) -> StoredFourBit:
     kind = str(stored.raw("format"))
     if kind not in _COMPRESSED:
-        raise stored.refuse("format", "supported: " + ", ".join(f'"{name}"' for name in _COMPRESSED))
+        known = ", ".join(f'"{name}"' for name in (*_COMPRESSED, _COMPRESSED_FP8))
+        raise stored.refuse("format", f"supported: {known}")
     found = _COMPRESSED[kind]
     group = _only_group(stored)
     group.expect("format", kind)

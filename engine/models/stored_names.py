@@ -1,7 +1,8 @@
 """Finds the tensors of a text model with separate experts in those of a checkpoint. No torch here.
 
 A model of text and images keeps the text model's tensors behind a prefix and those of its vision
-tower beside them. Some checkpoints hold the experts of a layer in two tensors.
+tower beside them. Some checkpoints hold the experts of a layer in two tensors. Mistral's own format
+has other names for all.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from . import mistral_format
 from .checkpoint import SCALE_SUFFIX, Cut, StoredTensor
 from .config import CheckpointNames
 from .four_bit_tensors import CODES, SCALES
@@ -33,22 +36,37 @@ _STACKED_FOUR_BIT = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)_(blocks
 
 def text_model(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors of the text model in ``tensors``, by its names. Logs which others there are."""
+    rename = _renaming(tensors)
+    if rename is None:
+        return dict(tensors)
+    found, others = dict[str, StoredTensor](), Counter[str]()
+    for name, tensor in tensors.items():
+        if (ours := rename(name)) is not None:
+            found[ours] = tensor
+        else:
+            others[".".join(name.split(".")[: 2 if name.startswith("model.") else 1])] += 1
+    if others:
+        parts = ", ".join(f"{part} ({count} tensors)" for part, count in sorted(others.items()))
+        _LOG.info("%s: only the text model is served; left out: %s", path, parts)
+    return found
+
+
+def _renaming(tensors: Mapping[str, StoredTensor]) -> Callable[[str], str | None] | None:
+    """Our name for a checkpoint's; None for a tensor that is no part of the text model. None where
+    all names are ours.
+    """
+    if mistral_format.EMBEDDING in tensors:
+        return mistral_format.our_name
     for prefix, ours in _WRAPPINGS:
-        if not any(name.startswith(prefix) for name in tensors):
-            continue
-        found, others = dict[str, StoredTensor](), Counter[str]()
-        for name, tensor in tensors.items():
-            if name.startswith(prefix):
-                found[ours + name.removeprefix(prefix)] = tensor
-            elif name.startswith(_HEAD):
-                found[name] = tensor
-            else:
-                others[".".join(name.split(".")[: 2 if name.startswith("model.") else 1])] += 1
-        if others:
-            parts = ", ".join(f"{part} ({count} tensors)" for part, count in sorted(others.items()))
-            _LOG.info("%s: only the text model is served; left out: %s", path, parts)
-        return found
-    return dict(tensors)
+        if any(name.startswith(prefix) for name in tensors):
+            return partial(_unwrapped, prefix, ours)
+    return None
+
+
+def _unwrapped(prefix: str, ours: str, name: str) -> str | None:
+    if name.startswith(prefix):
+        return ours + name.removeprefix(prefix)
+    return name if name.startswith(_HEAD) else None
 
 
 def scales_by_our_name(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

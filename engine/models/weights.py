@@ -134,7 +134,7 @@ def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int
 def _stored(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors of the text model by the names that ``config`` makes, an expert's matrix each."""
     found = separate_experts(text_model(path, read_checkpoint(path)), config.names)
-    return scales_by_our_name(found) if config.fp8 is not None and config.fp8.whole else found
+    return scales_by_our_name(found) if config.fp8 is not None else found
 
 
 def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from transformers import PreTrainedTokenizerFast
 
-from . import tiktoken_file
+from . import tekken_file, tiktoken_file
 from .detokenizer import ByteDetokenizer, Detokenizer, OpeningDetokenizer, WindowDetokenizer
 from .pieces import BytePieces, DecodedPieces, has_byte_tokens, is_byte_level, joins_pieces, parts_of
 
@@ -199,6 +199,7 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any] | None]:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         described = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile)
         return tokenizer, described.decoder
-    if (folder / tiktoken_file.FILE).exists():
-        return tiktoken_file.load_tokenizer(folder), tiktoken_file.DECODER
-    raise ValueError(f"neither tokenizer.json nor {tiktoken_file.FILE} is there")
+    for other in (tiktoken_file, tekken_file):
+        if (folder / other.FILE).exists():
+            return other.load_tokenizer(folder), other.DECODER
+    raise ValueError(f"tokenizer.json, {tiktoken_file.FILE} or {tekken_file.FILE} should be there")

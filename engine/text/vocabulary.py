@@ -87,7 +87,7 @@ def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...])
     """
     if (model_path / "tokenizer.json").exists():
         text = (model_path / "tokenizer.json").read_text(encoding="utf-8")
-    elif (model_path / "tiktoken.model").exists():
+    elif any((model_path / name).exists() for name in ("tiktoken.model", "tekken.json")):
         # Imported here because it imports transformers, which takes seconds.
         from .tokenizer import Codec
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ...engine.models.description import description_file
 from ...engine.models.shape import read_shape
 from ..defaults import CONTEXT
 from ..recipe.hardware import hardware_names, load_hardware
@@ -154,9 +155,9 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Capacit
 
 
 def model_folder(recipe: Recipe, folder: Path) -> Path:
-    """The folder of config.json: the model's, or ``model.config`` while the model is missing."""
+    """The folder of the description: the model's, or ``model.config`` while that is missing."""
     path = model_directory(recipe, folder)
-    if recipe.model.config is None or (path / "config.json").is_file():
+    if recipe.model.config is None or description_file(path).is_file():
         return path
     return (folder / Path(recipe.model.config).expanduser()).resolve()
 

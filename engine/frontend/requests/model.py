@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...kv.hashing import hash_root
-from ...models.config_fields import Fields
+from ...models.description import description_file, read_description
 from ...protocol.specs import FrontendSpec
 from ...text.tokenizer import Codec
 from ..formats.choice import Formats, choose
@@ -58,13 +58,12 @@ def load_model(spec: FrontendSpec) -> ServedModel:
 
 
 def _revision(path: Path) -> str:
-    """Names the weights by the directory's name and its config.json."""
-    config = path / "config.json"
-    content = config.read_bytes() if config.exists() else b""
+    """Names the weights by the directory's name and the model's description."""
+    description = description_file(path)
+    content = description.read_bytes() if description.exists() else b""
     return hash_root(path.name, content.decode("utf-8", "replace")).hex()
 
 
 def _model_type(path: Path) -> str:
-    config = path / "config.json"
-    found = Fields.read(config).text_model().raw("model_type") if config.exists() else None
+    found = read_description(path).raw("model_type") if description_file(path).exists() else None
     return found if isinstance(found, str) else ""

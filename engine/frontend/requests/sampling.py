@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ...models.config_fields import Fields
+from ...models.description import description_file, read_description
 from ...protocol.message import Sampling
 from ..api.schemas import GenerationRequest
 from .stops import StopRule
@@ -36,13 +36,14 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_defaults(model_path: Path, tokenizer_eos: int | None) -> Defaults:
-    """Reads generation_config.json and the eos ids of config.json. A missing file leaves the
-    neutral values. Raises ValueError naming the file.
+    """Reads generation_config.json and the eos ids of the model's description. A missing file
+    leaves the neutral values. Raises ValueError naming the file.
     """
-    generation, config = _read(model_path / "generation_config.json"), model_path / "config.json"
+    generation = _read(model_path / "generation_config.json")
+    described = description_file(model_path).exists()
     eos = (
         _ids(generation.get("eos_token_id"))
-        | _ids(Fields(_read(config), str(config)).text_model().raw("eos_token_id"))
+        | _ids(read_description(model_path).raw("eos_token_id") if described else None)
         | _ids(tokenizer_eos)
     )
     named = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")

@@ -215,16 +215,12 @@ def test_mistral4(tmp_path: Path) -> None:
     config = load(tmp_path, mistral4_config())
     assert isinstance(config.attention, MlaConfig) and config.rope.interleaved and config.rope.dim == 16
     assert config.rope.growth == QueryGrowth(beta=0.5, length=16)
+    assert config.attention.scale == 32**-0.5, "YaRN scales no score, whatever mscale_all_dim says"
+    assert config.rope.yarn is not None and config.rope.yarn.magnitude == 1.0
     assert (config.moe.scoring, config.moe.selection_bias, config.moe.shared_width) == ("softmax", False, 32)
     assert load(tmp_path, mistral4_config(first_k_dense_replace=None)).moe_layers == (0, 1, 2)
     still = load(tmp_path, mistral4_config(rope_parameters=MISTRAL_ROPE | {"llama_4_scaling_beta": 0}))
     assert still.rope.growth is None
-
-
-def test_a_folder_in_mistrals_own_format_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json: no such file; params\.json is Mistral's own format"):
-        load_config(tmp_path)
 
 
 def test_glm4_moe_lite(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def changed(name: str = "int4", *, targets: list[str] | None = None, **fields: A
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"quant_method": "gptq"}, 'quant_method is "gptq"; supported: "fp8", "compressed'),
     "another format": (
-        changed(format="float-quantized"),
-        'format is "float-quantized"; supported: "pack-quantized", "nvfp4-pack-quantized"',
+        changed(format="int-quantized"),
+        'format is "int-quantized"; supported: "pack-quantized", "nvfp4-pack-quantized"',
     ),
     "eight bits": (changed(num_bits=8), "weights: num_bits is 8; supported: 4"),
     "no bits": (changed(num_bits=None), "weights: num_bits is missing"),
