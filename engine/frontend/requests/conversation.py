@@ -67,13 +67,15 @@ def _part_text(index: int, part: ContentPart) -> str:
 
 
 def _effort(habits: Habits, ask: Conversation) -> dict[str, Any]:
-    """The template's variables for ``reasoning_effort``: none turns the thinking off."""
-    effort = ask.reasoning_effort
+    """The template's variables for ``reasoning_effort``: none turns the thinking off, any other
+    turns it on where a template does not think by itself and the client sets no switch.
+    """
+    effort, thinking = ask.reasoning_effort, habits.thinking
     if effort is None:
         return {}
     if effort != "none":
-        return {"reasoning_effort": effort}
-    thinking = habits.thinking
+        chosen = any(name in (ask.chat_template_kwargs or {}) for name in thinking.switches)
+        return {"reasoning_effort": effort} | dict.fromkeys(() if chosen else thinking.must_ask, True)
     options: dict[str, Any] = dict.fromkeys(thinking.switches, False)
     return options | ({"reasoning_effort": effort} if thinking.reads_none else {})
 

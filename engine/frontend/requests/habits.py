@@ -45,12 +45,14 @@ class Beside(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """The ways to ask a template for no reasoning. ``switches``: variables that turn it off when
-    false. ``reads_none``: it reads a ``reasoning_effort`` of none.
+    """The ways to ask a template for reasoning or for none. ``switches``: variables that turn it
+    off when false. ``must_ask``: those that turn it on as well, as it is off without them.
+    ``reads_none``: the template reads a ``reasoning_effort`` of none.
     """
 
     switches: tuple[str, ...] = ()
     reads_none: bool = False
+    must_ask: tuple[str, ...] = ()
 
     @property
     def can_stop(self) -> bool:
@@ -152,14 +154,18 @@ def _learn_beside(codec: Codec, content: str | None, arguments: Any) -> Beside:
 
 
 def _learn_thinking(codec: Codec) -> Thinking:
+    off = {name: _probe(codec, [USER], None, **{name: False}) for name in SWITCHES}
     switches = tuple(
         name
-        for name in SWITCHES
-        if (off := _probe(codec, [USER], None, **{name: False})) is not None
-        and off != _probe(codec, [USER], None, **{name: True})
+        for name, text in off.items()
+        if text is not None and text != _probe(codec, [USER], None, **{name: True})
     )
-    none = _probe(codec, [USER], reasoning_effort="none")
-    return Thinking(switches, none is not None and none != _probe(codec, [USER], reasoning_effort="high"))
+    none, plain = _probe(codec, [USER], reasoning_effort="none"), _probe(codec, [USER])
+    return Thinking(
+        switches,
+        reads_none=none is not None and none != _probe(codec, [USER], reasoning_effort="high"),
+        must_ask=tuple(name for name in switches if off[name] == plain),
+    )
 
 
 def _probe(

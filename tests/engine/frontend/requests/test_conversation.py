@@ -178,8 +178,12 @@ def test_reasoning_effort(tmp_path: Path) -> None:
         (switch, "none", "<think></think>"),
         (switch, "high", ""),
         (other, "none", "</think>"),
+        (other, "low", "<think>"),
+        (other + thoughtful, "low", "<think>low!"),
     ):
         assert rendered(tmp_path, template, USER, reasoning_effort=effort) == text, template
+    quiet = rendered(tmp_path, other, USER, reasoning_effort="low", chat_template_kwargs={"thinking": False})
+    assert quiet == "</think>"
     kept = rendered(
         tmp_path, switch, USER, reasoning_effort="none", chat_template_kwargs={"enable_thinking": True}
     )

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 
+from lockstep.engine.frontend.api.schemas import ChatRequest
 from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS, Formats
 from lockstep.engine.frontend.requests.chat_template import render
+from lockstep.engine.frontend.requests.conversation import conversation_text
 from lockstep.engine.frontend.requests.encodings import ENCODING
 from lockstep.engine.frontend.requests.model import ServedModel, load_model
 from lockstep.engine.protocol.sockets import new_keypair
 from lockstep.engine.protocol.specs import AcceptorSpec, FrontendSpec, Keys
+from support.engine.models.mistral_params import LARGE_3
+from support.engine.text.tekken_folder import write_tekken
 from support.engine.text.tiny_tokenizer import write_model
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -61,6 +65,10 @@ def model(path: Path, source: str | None = SOURCE, template: str | None = None) 
     if source is not None:
         (path / ENCODING).parent.mkdir()
         (path / ENCODING).write_text(source, encoding="utf-8")
+    return load(path, config["vocab_size"])
+
+
+def load(path: Path, vocab_size: int) -> ServedModel:
     public, secret = new_keypair()
     return load_model(
         FrontendSpec(
@@ -70,7 +78,7 @@ def model(path: Path, source: str | None = SOURCE, template: str | None = None) 
             acceptor=AcceptorSpec(address="nobody", token="t"),
             model_path=str(path),
             served_name="m",
-            vocab_size=config["vocab_size"],
+            vocab_size=vocab_size,
         )
     )
 
@@ -113,6 +121,27 @@ def test_conversations_of_deepseek_v32(tmp_path: Path) -> None:
     assert render(codec, talk, None).endswith(f"{EOS}<｜User｜>d")
 
 
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({}, "</think>"),
+        ({"reasoning_effort": "high"}, "<think>"),
+        ({"reasoning_effort": "minimal"}, "<think>"),
+        ({"reasoning_effort": "none"}, "</think>"),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, "</think>"),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"thinking": True}}, "<think>"),
+    ],
+)
+def test_effort_turns_the_thinking_of_deepseek_v32_on(
+    fields: dict[str, Any], end: str, tmp_path: Path
+) -> None:
+    """The published encoding has a mode, chat or thinking, and no degrees of it."""
+    served = model(tmp_path)
+    ask = ChatRequest.model_validate({"messages": [user("a")], **fields})
+    text = conversation_text(served.codec, served.habits, ask)
+    assert text == f"{BOS}<｜User｜>a<｜Assistant｜>{end}"
+
+
 def test_habits_and_formats_of_deepseek_v32(tmp_path: Path) -> None:
     served = model(tmp_path)
     assert served.formats == Formats(REASONING_TAGS["think"], TOOL_FORMATS["deepseek_v32"])
@@ -149,3 +178,11 @@ def test_without_the_checkpoints_text_no_tools_are_shown(
 def test_another_encoding_file_is_refused(source: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"encoding_dsv32\.py: .*{reason}"):
         model(tmp_path, source)
+
+
+def test_a_folder_in_mistrals_own_format_is_served(tmp_path: Path) -> None:
+    write_tekken(tmp_path)
+    (tmp_path / "params.json").write_text(json.dumps(LARGE_3))
+    served = load(tmp_path, LARGE_3["vocab_size"])
+    assert served.formats.tools is TOOL_FORMATS["mistral"]
+    assert served.defaults.eos_ids == (2,) and served.habits.shows_tools
