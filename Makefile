@@ -15,7 +15,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test test-all check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
+.PHONY: setup serve test test-all test-clients check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,10 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
+# The packages that speak to the server, in environments of their own (tests/clients/job.py).
+test-clients: setup
+	PYTHONPATH=tests $(BIN)/python tests/clients/job.py $(PYTEST_ARGS)
+
 check: setup $(TYPING)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -89,4 +93,4 @@ plan-anchors: setup
 	$(BIN)/python -m lockstep.launch.capacity.anchors > benchmarks/plan_anchors.md
 
 clean:
-	rm -rf $(VENV) .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) .venv-clients .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

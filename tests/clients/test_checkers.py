@@ -59,6 +59,7 @@ def evaluate(config: dict[str, Any], model: str, told: dict[str, Any]) -> list[A
     return [sample["resps"] for sample in found["samples"]["sums"]]
 
 
+@pytest.mark.apart
 def test_lm_eval_asks_in_chats(server: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = {
@@ -74,6 +75,7 @@ def test_lm_eval_asks_in_chats(server: Address, monkeypatch: pytest.MonkeyPatch)
         assert asked["answer"] in text
 
 
+@pytest.mark.apart
 def test_lm_eval_scores_continuations(server: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its log-likelihoods, from prompts with ``echo``, are those of the answer's tokens."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -12,6 +12,8 @@ from support.clients import PERSON, SUM, WEATHER, Address, client_package
 
 pytestmark = [pytest.mark.slow, pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 
+OPENAI_2 = "clients-openai2"
+
 
 class Person(pydantic.BaseModel):
     name: str
@@ -29,6 +31,7 @@ def test_litellm(server: Address, dialect: str, monkeypatch: pytest.MonkeyPatch)
     litellm = client_package("litellm")
     base = server.v1 if dialect == "openai" else server.base
     asked: Any = {"model": f"{dialect}/{server.model}", "api_base": base, "api_key": "none", "max_tokens": 64}
+    asked["temperature"] = 0
     messages = [{"role": "user", "content": SUM}]
     whole = litellm.completion(messages=messages, **asked).choices[0].message.content
     assert "19" in whole
@@ -63,7 +66,9 @@ def test_langchain_openai(server: Address, responses: bool) -> None:
 
 def test_langchain_anthropic(server: Address) -> None:
     package = client_package("langchain_anthropic")
-    model = package.ChatAnthropic(model=server.model, base_url=server.base, api_key="none", max_tokens=64)
+    model = package.ChatAnthropic(
+        model=server.model, base_url=server.base, api_key="none", max_tokens=64, temperature=0
+    )
     assert "19" in model.invoke(SUM).text
     assert "19" in "".join(chunk.text for chunk in model.stream(SUM))
     [call] = model.bind_tools([get_weather], tool_choice="any").invoke(WEATHER).tool_calls
@@ -75,19 +80,20 @@ def test_pydantic_ai(server: Address, kind: str) -> None:
     package, models = client_package("pydantic_ai"), client_package("pydantic_ai.models.openai")
     providers = client_package("pydantic_ai.providers.openai")
     provider = providers.OpenAIProvider(base_url=server.v1, api_key="none")
-    model = getattr(models, kind)(server.model, provider=provider)
+    model = getattr(models, kind)(server.model, provider=provider, settings={"temperature": 0})
     assert "19" in package.Agent(model).run_sync(SUM).output
     assert package.Agent(model, output_type=Person).run_sync(PERSON).output.age == 31
 
 
+@pytest.mark.apart
 def test_llama_index(server: Address) -> None:
-    package = client_package("llama_index.llms.openai_like", "llama-index")
-    core = client_package("llama_index.core.tools", "llama-index")
+    package = client_package("llama_index.llms.openai_like", OPENAI_2)
+    core = client_package("llama_index.core.tools", OPENAI_2)
     told: Any = {"is_chat_model": True, "is_function_calling_model": True, "context_window": 4096}
     llm = package.OpenAILike(
         model=server.model, api_base=server.v1, api_key="none", max_tokens=64, temperature=0, **told
     )
-    message = client_package("llama_index.core.llms", "llama-index").ChatMessage
+    message = client_package("llama_index.core.llms", OPENAI_2).ChatMessage
     asked = [message(role="user", content=SUM)]
     assert "19" in llm.chat(asked).message.content
     assert "19" in "".join(part.delta or "" for part in llm.stream_chat(asked))
@@ -99,21 +105,29 @@ def test_llama_index(server: Address) -> None:
     assert structured.raw.age == 31
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA", "RESPONSES_TOOLS"])
 def test_instructor(server: Address, mode: str) -> None:
-    instructor, openai = client_package("instructor"), client_package("openai")
+    instructor, openai = client_package("instructor", OPENAI_2), client_package("openai")
     with openai.OpenAI(base_url=server.v1, api_key="none", timeout=60) as plain:
         client = instructor.from_openai(plain, mode=instructor.Mode[mode])
         messages: Any = [{"role": "user", "content": PERSON}]
-        found = client.create(model=server.model, response_model=Person, messages=messages, max_retries=0)
+        asked: Any = {"model": server.model, "messages": messages, "temperature": 0, "max_retries": 0}
+        found = client.create(response_model=Person, **asked)
     assert found.age == 31
 
 
+@pytest.mark.apart
 def test_instructor_in_anthropics_dialect(server: Address) -> None:
-    instructor, anthropic = client_package("instructor"), client_package("anthropic")
+    instructor, anthropic = client_package("instructor", OPENAI_2), client_package("anthropic")
     with anthropic.Anthropic(base_url=server.base, api_key="none", timeout=60) as plain:
         client = instructor.from_anthropic(plain)
         messages: Any = [{"role": "user", "content": PERSON}]
-        asked: Any = {"model": server.model, "max_tokens": 64, "max_retries": 0}
+        asked: Any = {
+            "model": server.model,
+            "max_tokens": 64,
+            "max_retries": 0,
+            "extra_body": {"temperature": 0},
+        }
         found = client.create(response_model=Person, messages=messages, **asked)
     assert found.age == 31

@@ -29,6 +29,35 @@ def client(server: Address) -> Iterator[Any]:
         yield client
 
 
+def test_a_chat_its_stream_and_its_tools(client: Any, server: Address) -> None:
+    asked: Any = {"model": server.model, "messages": [{"role": "user", "content": SUM}], "temperature": 0}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert "19" in whole.message.content and whole.finish_reason == "stop"
+    parts = [
+        chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+    ]
+    assert "".join(parts) == whole.message.content
+    with client.chat.completions.stream(**asked) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.content == whole.message.content
+    tools: Any = [
+        {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS, "strict": True}}
+    ]
+    messages: Any = [{"role": "user", "content": WEATHER}]
+    message = (
+        client.chat.completions.create(
+            **asked | {"messages": messages}, tools=tools, tool_choice="required", parallel_tool_calls=False
+        )
+        .choices[0]
+        .message
+    )
+    [call] = message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Bonn"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"weather": "sunny"}'}
+    last = client.chat.completions.create(**asked | {"messages": [*messages, message, result]}, tools=tools)
+    assert "sunny" in last.choices[0].message.content
+
+
 def test_a_response_and_its_stream(client: Any, server: Address) -> None:
     whole = client.responses.create(model=server.model, input=SUM, temperature=0)
     assert "19" in whole.output_text and whole.output[0].type == "reasoning"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import urllib.request
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -20,6 +22,11 @@ class Address:
 
     base: str
     model: str
+
+    @classmethod
+    def of(cls, base: str) -> Address:
+        with urllib.request.urlopen(f"{base}/v1/models", timeout=60) as answer:
+            return cls(base, json.load(answer)["data"][0]["id"])
 
     @property
     def v1(self) -> str:
