@@ -147,11 +147,13 @@ class AcceptorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds on the clients of one frontend: connections and bytes of bodies at once, and seconds
-    for a head, for a body, between requests, and for a client that reads none of its answer.
+    """Bounds on the clients of one frontend: bytes of a body, connections and bytes of bodies at
+    once, and seconds for a head, for a body, between requests, and for a client that reads none of
+    its answer.
     """
 
     max_connections: int = 4096
+    max_body: int = 8 * 2**20
     body_memory: int = 256 * 2**20
     head_deadline: float = 20.0
     body_deadline: float = 120.0

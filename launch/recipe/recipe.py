@@ -233,11 +233,9 @@ class FrontendSection(RecipeSection):
     max_connections: int = Field(
         default=4096, ge=1, le=2**20, description="most connections that a frontend serves at once"
     )
+    max_body: Size = Field(default=8 << 20, ge=65536, le=2**30, description="most bytes of a request body")
     body_memory: Size = Field(
-        default=256 * 2**20,
-        ge=8 * 2**20,
-        le=2**40,
-        description="bytes of request bodies that a frontend holds at once",
+        default=256 << 20, ge=8 << 20, le=2**40, description="bytes of bodies that a frontend holds at once"
     )
     head_deadline: float = Field(
         default=20.0, gt=0, description="seconds in which the head of a request must be complete"
@@ -327,10 +325,7 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"scheduler.max_batch_tokens = {scheduler.max_batch_tokens}: below scheduler.max_running "
             f"({scheduler.max_running}); every running request takes one token per step",
         ),
-        (
-            kv.page_size & (kv.page_size - 1) != 0,
-            f"kv_cache.page_size = {kv.page_size}: should be a power of two",
-        ),
+        (kv.page_size.bit_count() != 1, f"kv_cache.page_size = {kv.page_size}: should be a power of two"),
         (
             kv.events != "off" and not kv.prefix_caching,
             f"kv_cache.events = {kv.events}: without kv_cache.prefix_caching no block is cached",
@@ -361,6 +356,7 @@ def contradictions(recipe: Recipe) -> list[str]:
             keys.admin_key is not None and keys.admin_key in keys.api_keys,
             "frontend.admin_key: is also in frontend.api_keys; every user would be an administrator",
         ),
+        (keys.max_body > keys.body_memory, f"frontend.max_body = {keys.max_body}: more than body_memory"),
     )
     return [text for wrong, text in (*checks, *_dense_groups(recipe)) if wrong]
 

@@ -228,6 +228,7 @@ def frontend_task(site: Site, index: int, address: str) -> Task:
         grammar_memory=recipe.frontend.grammar_memory,
         limits=FrontendLimits(
             max_connections=recipe.frontend.max_connections,
+            max_body=recipe.frontend.max_body,
             body_memory=recipe.frontend.body_memory,
             head_deadline=recipe.frontend.head_deadline,
             body_deadline=recipe.frontend.body_deadline,

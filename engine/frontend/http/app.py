@@ -57,7 +57,7 @@ def build_app(service: Service, observers: Observers | None = None) -> ASGIApp:
         # FastAPI's own, which would export bodies that were refused; see spans.py for ours.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    bodies = Bodies(service.spec.limits.body_memory)
+    bodies = Bodies(service.spec.limits.max_body, service.spec.limits.body_memory)
     for make in (_generation, agent_routes, _texts, _admin):
         app.include_router(make(service, bodies))
     stories = Stories()

@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect, Request
 from ..api.errors import CLIENT_GONE, ApiError, bad_request, from_validation
 from ..api.outline import PLAIN_BYTES, check_outline
 
-MAX_BODY_BYTES = 8 * 2**20
 RETRY_FULL = 1.0
 _BOM = b"\xef\xbb\xbf"
 
@@ -35,11 +34,12 @@ class Adapter(Protocol[Made_co]):
 
 
 class Bodies:
-    """The bodies that one frontend holds: together at most ``memory`` bytes, beside those of up to
-    ``PLAIN_BYTES``, which are always read.
+    """The bodies that one frontend holds: each of at most ``largest`` bytes, and together at most
+    ``memory``, beside those of up to ``PLAIN_BYTES``, which are always read.
     """
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, largest: int, memory: int) -> None:
+        self._largest = largest
         self._memory = memory
         self._held = 0
         self._thread = ThreadPoolExecutor(1, "parse")
@@ -50,15 +50,15 @@ class Bodies:
         """The whole body, which counts as held until the block ends. Raises ApiError: 413 as soon
         as its size exceeds the limit, 415 for compressed ones, 503 where memory is short.
         """
-        _check_head(request)
+        self._check_head(request)
         parts: list[bytes] = []
         size = 0
         try:
             async for part in request.stream():
                 size += len(part)
                 self._held += len(part)
-                if size > MAX_BODY_BYTES:
-                    raise _too_large()
+                if size > self._largest:
+                    raise self._too_large()
                 if self._held > self._memory and size > PLAIN_BYTES:
                     raise ApiError(503, self._full(), retry_after=RETRY_FULL)
                 parts.append(part)
@@ -86,6 +86,19 @@ class Bodies:
             f" {self._memory}: send large requests again later"
         )
 
+    def _check_head(self, request: Request) -> None:
+        """Refuses a body by what the head says of it."""
+        coding = request.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            text = f"Content-Encoding: {coding[:80]!r} is not supported: send the body uncompressed"
+            raise ApiError(415, text, headers={"Accept-Encoding": "identity"})
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self._largest:
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._largest} bytes (frontend.max_body)")
+
 
 def parse(body: bytes, adapter: Adapter[T]) -> T:
     """Raises ApiError 400 for a body that is not JSON or not what ``adapter`` takes."""
@@ -98,18 +111,3 @@ def parse(body: bytes, adapter: Adapter[T]) -> T:
         return adapter.validate_python(document)
     except ValidationError as error:
         raise from_validation(error) from None
-
-
-def _check_head(request: Request) -> None:
-    """Refuses a body by what the head says of it."""
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        text = f"Content-Encoding: {coding[:80]!r} is not supported: send the body uncompressed"
-        raise ApiError(415, text, headers={"Accept-Encoding": "identity"})
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
-
-
-def _too_large() -> ApiError:
-    return ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes")

@@ -317,6 +317,7 @@ def test_bad_overrides(override: str, words: list[str]) -> None:
         (MODEL + f"kv_cache: {{memory: {'9' * 400}TiB}}", ["kv_cache.memory", "should be auto"]),
         (MODEL + "kv_cache: {memory: .inf}", ["kv_cache.memory = inf", "integer"]),
         (MODEL + "kv_cache: {page_size: 48}", ["kv_cache.page_size = 48", "power of two"]),
+        (MODEL + "frontend: {max_body: 1GiB}", ["frontend.max_body = 1073741824", "body_memory"]),
         (MODEL + "kv_cache: {prefix_caching: 1}", ["kv_cache.prefix_caching = 1", "boolean"]),
         (MODEL + "kv_cache: {page_size: '64'}", ['kv_cache.page_size = "64"', "integer"]),
         (MODEL + "scheduler: {max_running: 1.5}", ["scheduler.max_running = 1.5", "integer"]),

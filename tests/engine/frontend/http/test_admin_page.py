@@ -122,6 +122,32 @@ def test_the_state_tells_since_when_and_that_the_controller_is_silent(model: Pat
         assert state["trouble"] == f"The engine is recovering: {REASON}"
 
 
+def test_a_page_on_a_large_cluster_costs_less_than_one_per_cent_of_a_core(model: Path) -> None:
+    """72 ranks and 58 layers of 256 experts, asked for once a second. The CPU time is that of this
+    process, so that of the client and the double of the controller counts too.
+    """
+    ranks, layers, experts = 72, 58, 256
+    held = [
+        (layer, layer, rank, 4 * rank % experts, 4 * rank % experts + 3)
+        for layer in range(layers)
+        for rank in range(ranks)
+    ]
+    with RunningFrontend(model, SCRIPT, admin_key="a1") as running:
+        running.engine.set_state(
+            ranks=tuple(rank(number) for number in range(ranks)),
+            expert_layers=layers,
+            expert_i64=array("q", range(layers * experts)).tobytes(),
+            placement_i32=array("i", chain.from_iterable(held)).tobytes(),
+        )
+        wait_until(lambda: len(told(running)["ranks"]) == ranks, "the large state")
+        spent = []
+        for _ in range(10):
+            began = time.process_time()
+            assert running.http.get("/admin/cluster", headers=ADMIN).status_code == 200
+            spent.append(time.process_time() - began)
+    assert sorted(spent)[5] < 0.01, f"median of {sorted(spent)} s, once a second"
+
+
 # --------------------------------------------------------------------------- in a browser
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from lockstep.engine.frontend.api.schemas import ChatRequest, TokenizeChat, TokenizeText
-from lockstep.engine.frontend.http.bodies import MAX_BODY_BYTES
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.protocol.message import Sampling
 from lockstep.engine.text.tokenizer import Codec
@@ -427,7 +426,7 @@ def test_bad_bodies_are_400(frontend: RunningFrontend, body: bytes) -> None:
 
 
 def test_a_body_that_is_too_large_is_413(frontend: RunningFrontend) -> None:
-    body = json.dumps({"prompt": "x" * MAX_BODY_BYTES}).encode()
+    body = json.dumps({"prompt": "x" * frontend.spec.limits.max_body}).encode()
     answer = frontend.http.post("/v1/completions", content=body)
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == 413

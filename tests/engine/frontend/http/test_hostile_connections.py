@@ -91,6 +91,7 @@ def error_of(body: bytes) -> dict[str, Any]:
 
 
 MB = 2**20
+LARGEST = 7 * MB + 65536  # bytes of a body where limits are strict
 CLOSE = b"connection: close\r\n"
 REFUSED: dict[str, tuple[int, tuple[bytes, ...]]] = {
     "a header of 65 KiB": (431, (HEALTH + b"x: " + b"a" * 66_560 + b"\r\n\r\n",)),
@@ -225,7 +226,7 @@ def test_an_http_1_0_client_gets_documents_and_errors(frontend: FrontendProcess,
 def strict(model: Path) -> Iterator[FrontendProcess]:
     """Short deadlines, few connections, little memory."""
     limits: dict[str, Any] = {"head_deadline": 1.0, "body_deadline": 1.5, "idle_deadline": 1.0}
-    limits |= {"read_deadline": 1.0, "max_connections": 20, "body_memory": 8 * MB}
+    limits |= {"read_deadline": 1.0, "max_connections": 20, "max_body": LARGEST, "body_memory": 8 * MB}
     with frontend_process(model, say(WORDS * 100), **limits) as running:
         yield running
 
@@ -348,6 +349,13 @@ def test_beyond_the_limit_new_clients_are_told_and_health_answers(strict: Fronte
         error = error_of(refused)
         assert error["type"] == "ServiceUnavailableError"
         assert "frontend.max_connections" in error["message"]
+
+
+def test_a_body_may_be_as_large_as_configured(strict: FrontendProcess) -> None:
+    for size, status in ((LARGEST, 200), (LARGEST + 1, 413)):
+        answer = strict.http.post("/v1/completions", content=ASK.rjust(size))
+        assert answer.status_code == status, answer.text
+    assert f"larger than {LARGEST} bytes (frontend.max_body)" in answer.json()["error"]["message"]
 
 
 def test_bodies_beyond_the_memory_are_503_and_small_ones_served(strict: FrontendProcess) -> None:

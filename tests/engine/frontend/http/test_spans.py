@@ -6,9 +6,11 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -293,6 +295,30 @@ def test_a_web_framework_that_traces_by_itself_adds_nothing(
     trace, headers = caller(9)
     frontend.http.post(CHAT, json={"messages": "the secret word"}, headers=headers)
     assert len(spans_of(collector, trace)) == 1 and not kept.get_finished_spans()
+
+
+def test_without_tracing_no_line_of_it_runs(folder: Path) -> None:
+    """Two requests whose callers are traced, one of them a stream. FastAPI itself reads a variable
+    of OpenTelemetry's context, where that is installed.
+    """
+    called: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        called.add(frame.f_code.co_filename)
+
+    threading.setprofile(note)
+    try:
+        with RunningFrontend(folder, SCRIPT) as running:
+            for stream in (False, True):
+                answer = running.http.post(CHAT, json=BODY | {"stream": stream}, headers=caller(11)[1])
+                assert answer.status_code == 200 and "traceparent" not in answer.headers
+    finally:
+        threading.setprofile(None)
+    assert any(name.endswith("http/access.py") for name in called), "the frontend was watched"
+    ours = ("lockstep/engine/tracing/context.py", "http/spans.py", "tracing/export.py", "http/line_file.py")
+    assert not [
+        name for name in called if name.endswith(ours) or re.search("/opentelemetry/(?!context/)", name)
+    ]
 
 
 def test_without_tracing_nothing_is_imported() -> None:
