@@ -10,11 +10,11 @@ FROM python:${PYTHON}-slim-bookworm
 ARG DEVICE=cuda
 ARG TORCH=2.13.0
 
-# Triton compiles a launcher for each kernel with a C compiler, at run time.
-RUN if [ "$DEVICE" = cuda ]; then \
-        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-        && rm -rf /var/lib/apt/lists/*; \
-    fi
+# Kernels for CPUs run on OpenMP's threads. Triton compiles a launcher for each kernel with a C compiler, at
+# run time.
+RUN if [ "$DEVICE" = cuda ]; then compiler="gcc libc6-dev"; fi \
+    && apt-get update && apt-get install -y --no-install-recommends libgomp1 $compiler \
+    && rm -rf /var/lib/apt/lists/*
 
 # torch has a layer of its own, the first: it is the largest and changes least.
 RUN pip install --no-cache-dir "torch==$TORCH"

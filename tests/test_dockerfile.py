@@ -1,19 +1,24 @@
 """The Dockerfile, built without a daemon by buildah (vfs, chroot).
 
 No registry of images is needed: the base is Debian's own, by debootstrap, under the name of the one
-that the Dockerfile asks for. This test cannot show that Docker's Python image is as good a base,
-that the image for GPUs builds, that a container serves, and what options of ``docker run`` do.
+that the Dockerfile asks for. The container serves in a chroot, on the network of the host. This
+test cannot show that Docker's Python image is as good a base, that the image for GPUs builds, that
+a container drains (a signal ends buildah's chroot first), and what options of ``docker run`` do.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +121,32 @@ def test_the_image_says_how_it_is_run(image: tuple[Buildah, str]) -> None:
 def test_a_container_runs_as_a_user_without_rights(image: tuple[Buildah, str]) -> None:
     buildah, container = image
     assert buildah("run", "--isolation=chroot", container, "--", "id", "-u") == "10001"
+
+
+def test_a_container_serves(image: tuple[Buildah, str], tmp_path: Path) -> None:
+    """Its own entrypoint and command, on a free port."""
+    buildah, container = image
+    config = json.loads(buildah("inspect", container))["Docker"]["config"]
+    command = buildah.command("run", "--isolation=chroot", container, "--")
+    command += [*config["Entrypoint"], *config["Cmd"], "frontend.port=0"]
+    out = tmp_path / "out"
+    with out.open("wb") as stream:
+        running = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 300
+        while not (
+            found := re.search(r"^ready: http://\S+:(\d+)/v1 serves (\S+)", out.read_text(), re.MULTILINE)
+        ):
+            assert running.poll() is None and time.monotonic() < end, out.read_text()[-4000:]
+            time.sleep(0.2)
+        asked = {
+            "model": found[2],
+            "messages": [{"role": "user", "content": "What is 12 + 7?"}],
+            "temperature": 0,
+        }
+        answer = httpx.post(f"http://127.0.0.1:{found[1]}/v1/chat/completions", json=asked, timeout=120)
+        assert "19" in answer.json()["choices"][0]["message"]["content"], answer.text
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGTERM)
+            running.wait(120)
