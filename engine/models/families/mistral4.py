@@ -1,9 +1,8 @@
 """Mistral-Small-4 and Mistral-Large-3: DeepSeek-V3's latent attention with queries that grow with
 their position, a softmax gate, shared experts.
 
-YaRN scales no score here, whatever ``mscale_all_dim`` says: Mistral's own description of both
-models has ``apply_scale: false``. transformers before 5.17 read it so too; later ones apply
-DeepSeek's scale to this family as well (https://github.com/huggingface/transformers/pull/47435).
+Scores are scaled as the checkpoint says: in transformers' format by YaRN's ``mscale_all_dim``, as
+transformers does since 5.17; not at all in Mistral's own, which has ``apply_scale: false``.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ def _read(fields: Fields) -> Blocks:
     if not (fields.has("rope_parameters") or fields.has("rope_scaling")):
         raise fields.refuse("rope_parameters", "expected those of YaRN")
     attention = read_mla(fields)
-    head = attention.nope_dim + attention.rope_dim
-    attention = replace(attention, scale=head**-0.5)
     width = fields.integer("moe_intermediate_size")
     moe = MoEConfig(
         hidden=fields.integer("hidden_size"),
@@ -34,6 +31,7 @@ def _read(fields: Fields) -> Blocks:
         top_groups=fields.integer("topk_group", 1),
         shared_width=width * fields.integer("n_shared_experts", 1, minimum=0),
     )
+    head = attention.nope_dim + attention.rope_dim
     interleaved = fields.flag("rope_interleave", True)
     rope = read_rope(fields, head, interleaved, part=attention.rope_dim / head, grows=True)
     rope = replace(rope, dim=attention.rope_dim)

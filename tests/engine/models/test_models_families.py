@@ -215,7 +215,6 @@ def test_mistral4(tmp_path: Path) -> None:
     config = load(tmp_path, mistral4_config())
     assert isinstance(config.attention, MlaConfig) and config.rope.interleaved and config.rope.dim == 16
     assert config.rope.growth == QueryGrowth(beta=0.5, length=16)
-    assert config.attention.scale == 32**-0.5, "YaRN scales no score, whatever mscale_all_dim says"
     assert config.rope.yarn is not None and config.rope.yarn.magnitude == 1.0
     assert (config.moe.scoring, config.moe.selection_bias, config.moe.shared_width) == ("softmax", False, 32)
     assert load(tmp_path, mistral4_config(first_k_dense_replace=None)).moe_layers == (0, 1, 2)

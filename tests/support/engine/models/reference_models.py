@@ -20,9 +20,7 @@ def model_class(model_type: str) -> Any:
 
 
 def load_reference(path: Path, dtype: torch.dtype) -> Any:
-    """The model of directory ``path`` with attention written out. Scores of Mistral4 are scaled as
-    before transformers 5.17 (engine/models/families/mistral4.py says why).
-    """
+    """The model of directory ``path`` with attention written out."""
     from transformers import AutoConfig
 
     config = json.loads((path / "config.json").read_text())
@@ -31,7 +29,4 @@ def load_reference(path: Path, dtype: torch.dtype) -> Any:
     reference = model_class(config["model_type"]).from_pretrained(
         path, config=described, dtype=dtype, attn_implementation="eager"
     )
-    for module in reference.modules():
-        if type(module).__name__ == "Mistral4Attention":
-            module.scaling = module.qk_head_dim**-0.5
     return reference.eval()
