@@ -265,11 +265,10 @@ def _attend(
         return
     room = scratch(num_rows, q_THD.shape[2], out_THE.shape[2], like)
     for i in range(bounds[begin], bounds[end]):
-        item = _item(items[i])
-        heads, run = (
-            (item.head, item.end_head),
-            Run(pages_RP[item.row], shape.page_size, item.begin, item.end),
-        )
+        item, then = _item(items[i]), _item(items[min(i + 1, bounds[end] - 1)])
+        if then.head != item.head:
+            then = item  # other heads: nothing to fetch
+        heads = item.head, item.end_head
         place_queries(q_THD, item.token, item.num_tokens, heads, group, room)
         attend_rows(
             room,
@@ -280,7 +279,8 @@ def _attend(
             key_place,
             value_place,
             heads,
-            run,
+            _run(item, pages_RP, shape),
+            _run(then, pages_RP, shape),
             factor,
             item.window,
         )
@@ -298,6 +298,11 @@ def _attend(
                 )
             else:
                 _keep(sums, room.best[first:], total, sums_SGE[part], stats_2SG[:, part])
+
+
+@inner()
+def _run(item, pages_RP, shape):
+    return Run(pages_RP[item.row], shape.page_size, item.begin, item.end)
 
 
 @inner()

@@ -3,9 +3,13 @@ softmax(q k^T) v with a running softmax.
 
 Each block of 64 positions is laid out once for all queries, in the form that products of units need
 (``codegen/tiles.py``). Keys are transposed, so that a vector holds 16 positions; a bf16 unit of
-values holds two positions. Heads in e4m3 become bf16 on the way, without their scales: a position's
-key scale multiplies its scores, its value scale multiplies its softmax weights. A query row adds
-the same terms in the same order whatever its neighbours.
+values holds two positions. A single tile of rows, as a decode row has, does that in registers
+instead. Heads in e4m3 become bf16 on the way, without their scales: a position's key scale
+multiplies its scores, its value scale multiplies its softmax weights. A query row adds the same
+terms in the same order whatever its neighbours.
+
+A head's part of an entry is a few cache lines of a longer row, which the processor does not
+foresee. Reading a position therefore fetches the same head at one of the block that follows.
 
 M rows: the G query heads of each query in turn  N = 64 positions
 D, E dims of keys and values, padded  U units of a key
@@ -24,7 +28,17 @@ from numba.extending import overload
 
 from .codegen.arrays import inner, stay_apart
 from .codegen.e4m3 import AT_ONCE, decodes, pair_bytes, take_scales, turn_bytes
-from .codegen.tiles import TILE_COLUMNS, TILE_ROWS, add_product, pair, soften, transpose
+from .codegen.threads import borrowed
+from .codegen.tiles import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    add_paired,
+    add_product,
+    multiply_turned,
+    pair,
+    soften,
+    transpose,
+)
 from .codegen.vectors import LANES
 from .kv_entries import NO_SCALES, Block, find, move_rows, read
 
@@ -37,8 +51,9 @@ _LINE = 64  # bytes of a cache line: a vector that crosses a line is read at hal
 class Scratch(NamedTuple):
     """A thread's working memory. Numbers (bf16 as uint16, or float32): q [M, D], k [N, D], v [N,
     E], shares [4, N]. Units: turned [U, N], paired [N / 2 or N, E]. Float32: scores [4, N], sums
-    [M, E], best and total [M], shrink [4], scales [2, N] of keys and values. int64: places [N], the
-    cache rows of positions.
+    [M, E], best and total [M], shrink [4], scales [2, N] of keys and values. int64: places [4, N],
+    the cache rows of a block's positions and of the block's that follows, and twice those of k and
+    v.
     """
 
     q: Any
@@ -82,8 +97,16 @@ def scratch(num_rows, key_dim, value_dim, like):
         np.empty(num_rows, np.float32),
         np.empty(TILE_ROWS, np.float32),
         np.empty((2, BLOCK), np.float32),
-        np.empty(BLOCK, np.int64),
+        _places(),
     )
+
+
+@inner()
+def _places():
+    places = np.empty((4, BLOCK), np.int64)
+    for n in range(BLOCK):
+        places[:, n] = n
+    return places
 
 
 @inner()
@@ -125,52 +148,91 @@ def place_queries(q_THD, first_token, num_tokens, heads, group, work):
 
 
 @njit(cache=True, inline="always")
-def attend_rows(work, num_tokens, group, keys, values, key_place, value_place, heads, run, factor, window):
+def attend_rows(
+    work, num_tokens, group, keys, values, key_place, value_place, heads, run, then, factor, window
+):
     """Attention of the run's last ``num_tokens`` positions as queries, each over the last
     ``window`` keys up to its own. ``factor`` is scale / ln 2. If ``value_place`` has no width, the
-    values are the first dims of the keys. Leaves sums, best and total in ``work``.
+    values are the first dims of the keys. Meanwhile the first block of the run ``then`` is fetched.
+    Leaves sums, best and total in ``work``.
 
     The functions called in the loops take arrays one by one: a tuple of arrays counts references,
     which took a third of the time.
     """
-    q, k, v, turned, paired, places = units(work.q), work.k, work.v, work.turned, work.paired, work.places
-    scores, shares, share_units, sums = work.scores, work.shares, units(work.shares), work.sums
-    best, total, shrink, scales, pages = (
-        work.best,
-        work.total,
-        work.shrink,
-        _scales(keys, work.k, work.scales),
-        run.pages,
-    )
+    q, k, v, places = borrowed(units(work.q)), borrowed(work.k), borrowed(work.v), borrowed(work.places)
+    turned, paired, scores = borrowed(work.turned), borrowed(work.paired), borrowed(work.scores)
+    shares, share_units, sums = borrowed(work.shares), borrowed(units(work.shares)), borrowed(work.sums)
+    best, total, shrink = borrowed(work.best), borrowed(work.total), borrowed(work.shrink)
+    scales, pages = _scales(keys, k, borrowed(work.scales)), run.pages
     stride, position = tiled(num_tokens * group), run.end - num_tokens
     num_rows = stride * (heads[1] - heads[0])
     sums[:num_rows], best[:num_rows], total[:num_rows] = 0, _LOWEST, 0
+    separate = value_place.width > 0
+    stored = key_place.width >= k.shape[1] and (not separate or value_place.width >= v.shape[1])
+    key_rows, value_rows = _as_they_lie(keys, k), _as_they_lie(values, v)
+    whole = keys.itemsize == k.itemsize and stored and sums.shape[1] % TILE_COLUMNS == 0
     for start in range(run.begin, run.end, BLOCK):
         block = Block(start, min(start + BLOCK, run.end), run.page_size)
         # The first ``blind`` rows see none of these positions, nor do those from ``past`` on.
         blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS
         past = min(stride, tiled(max(0, start + BLOCK + window - 1 - position) * group))
-        find(pages, block, places)
+        direct = whole and past - blind <= TILE_ROWS
+        find(pages, block, places[0])
+        if block.end < run.end:
+            find(pages, Block(block.end, min(block.end + BLOCK, run.end), run.page_size), places[1])
+        else:
+            first = Block(then.begin, min(then.begin + BLOCK, then.end), then.page_size)
+            find(then.pages, first, places[1])
         for head in range(heads[0], heads[1]):
-            row = _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
-            if value_place.width:
-                _lay_out_values(values, Spot(value_place, head, block), pages, places, v, paired, scales)
-            else:
-                _pair_keys(keys, row, key_place.first, k, paired)
+            column = _column(value_place, head) if separate else key_place.first
+            if not direct:
+                _lay_out_keys(keys, Spot(key_place, head, block), pages, places, k, turned, scales)
+                if separate:
+                    _lay_out_values(values, Spot(value_place, head, block), pages, places, v, paired, scales)
+                else:
+                    _pair_keys(keys, stored, column, places, k, paired)
             for row in range(blind, past, TILE_ROWS):
-                own, seen = (head - heads[0]) * stride + row, position + 1 - start
-                add_product(scores, 0, None, q, own, turned, 0, 4)
+                tile, seen = (head - heads[0]) * stride + row, position + 1 - start
+                _score(scores, q, tile, turned, direct, key_rows, places, _column(key_place, head))
                 if seen + row // group < BLOCK or seen + (row + TILE_ROWS - 1) // group > window:
                     _hide(scores, row, group, seen, num_tokens, window)
-                soften(scores, factor, scales, best, total, own, shares, shrink)
-                _add_values(sums, own, shrink, share_units, paired)
+                soften(scores, factor, scales, best, total, tile, shares, shrink)
+                _add_values(sums, tile, shrink, share_units, paired, direct, value_rows, places, column)
 
 
-@inner()
-def _add_values(sums, row, shrink, shares, paired):
+def _as_they_lie(entries: Any, numbers: Any) -> Any:
+    """In kernels: entries if they are of the dtype in which they are multiplied, else the room for
+    such numbers, which nobody reads then.
+    """
+    raise NotImplementedError
+
+
+@overload(_as_they_lie, inline="always")
+def _multiplied_as_they_lie(entries, numbers):
+    if entries.dtype == numbers.dtype:
+        return lambda entries, numbers: entries
+    return lambda entries, numbers: numbers
+
+
+@inner(inline="always")
+def _score(scores, q, row, turned, direct, keys, places, column):
+    """The scores of a tile of rows; ``direct`` means from keys as they lie."""
+    if direct:
+        for n in range(0, BLOCK, LANES):
+            multiply_turned(scores, q, row, keys, places, n, column * keys.itemsize // q.itemsize)
+    else:
+        add_product(scores, 0, None, q, row, turned, 0, 4)
+
+
+@inner(inline="always")
+def _add_values(sums, row, shrink, shares, paired, direct, values, places, column):
+    """Adds weighted values to the sums of a tile of rows; ``direct`` means values as they lie."""
     width = sums.shape[1]
-    for column in range(0, width // TILE_COLUMNS * TILE_COLUMNS, TILE_COLUMNS):
-        add_product(sums, row, shrink, shares, 0, paired, column, 4)
+    for first in range(0, width // TILE_COLUMNS * TILE_COLUMNS, TILE_COLUMNS):
+        if direct:
+            add_paired(sums, row, shrink, shares, values, places, column + first, first)
+        else:
+            add_product(sums, row, shrink, shares, 0, paired, first, 4)
     if width % TILE_COLUMNS:
         add_product(sums, row, shrink, shares, 0, paired, width - _PADDING, 2)
 
@@ -200,10 +262,9 @@ def _found_scales(entries, room, scales):
     return lambda entries, room, scales: None
 
 
-def _lay_out_keys(keys: Any, spot: Any, pages: Any, places: Any, k: Any, turned: Any, scales: Any) -> Any:
-    """In kernels: transposes the keys of a head; writes their scales separately if they are not
-    applied. Returns the cache row of the first position if the keys were read in place. Otherwise
-    the keys are in ``k``, and the result is -1.
+def _lay_out_keys(keys: Any, spot: Any, pages: Any, places: Any, k: Any, turned: Any, scales: Any) -> None:
+    """In kernels: transposes the keys of a head, from ``k`` if they are not as wide as needed;
+    writes their scales separately if they are not applied.
     """
     raise NotImplementedError
 
@@ -213,40 +274,38 @@ def _keys_laid_out(keys, spot, pages, places, k, turned, scales):
     if keys.dtype == k.dtype:
 
         def where_they_lie(keys, spot, pages, places, k, turned, scales):
-            if _in_one_page(spot, k):
-                turn_rows(keys, places[0], _column(spot) * len(turned) // k.shape[1], turned)
-                return places[0]
-            read(keys, spot.place, spot.head, pages, spot.block, k)
-            turn_rows(k, 0, 0, turned)
-            return -1
+            if spot.place.width >= k.shape[1]:
+                column = _column(spot.place, spot.head)
+                turn_rows(keys, places, 0, column * k.itemsize // turned.itemsize, turned)
+            else:
+                read(keys, spot.place, spot.head, pages, spot.block, k)
+                turn_rows(k, places[2:], 0, 0, turned)
 
         return where_they_lie
 
     def converted(keys, spot, pages, places, k, turned, scales):
         read(keys, spot.place, spot.head, pages, spot.block, k)
-        turn_rows(k, 0, 0, turned)
-        return -1
+        turn_rows(k, places[2:], 0, 0, turned)
 
     if scales == types.none:
         return converted
 
     def as_bytes(keys, spot, pages, places, k, turned, scales):
         if _decoded(spot.place):
-            _turn_bytes(keys, places, _column(spot), turned)
+            _turn_bytes(keys, places, _column(spot.place, spot.head), turned)
             take_scales(keys, places, spot.place.scale + spot.head, scales, 0)
         else:
             read(keys, spot.place, spot.head, pages, spot.block, k)
-            turn_rows(k, 0, 0, turned)
+            turn_rows(k, places[2:], 0, 0, turned)
             scales[:] = 1
-        return -1
 
     return as_bytes
 
 
-def _lay_out_values(values: Any, spot: Any, pages: Any, places: Any, v: Any, paired: Any, scales: Any) -> Any:
-    """In kernels: pairs the values of a head; writes their scales separately if they are not
-    applied.
-    """
+def _lay_out_values(
+    values: Any, spot: Any, pages: Any, places: Any, v: Any, paired: Any, scales: Any
+) -> None:
+    """In kernels: pairs the values of a head, as ``_lay_out_keys`` transposes keys."""
     raise NotImplementedError
 
 
@@ -255,66 +314,57 @@ def _values_laid_out(values, spot, pages, places, v, paired, scales):
     if values.dtype == v.dtype:
 
         def where_they_lie(values, spot, pages, places, v, paired, scales):
-            if _in_one_page(spot, v):
-                pair_rows(values, places[0], _column(spot), paired)
+            if spot.place.width >= v.shape[1]:
+                pair_rows(values, places, 0, _column(spot.place, spot.head), paired)
             else:
                 read(values, spot.place, spot.head, pages, spot.block, v)
-                pair_rows(v, 0, 0, paired)
+                pair_rows(v, places[2:], 0, 0, paired)
 
         return where_they_lie
 
     def converted(values, spot, pages, places, v, paired, scales):
         read(values, spot.place, spot.head, pages, spot.block, v)
-        pair_rows(v, 0, 0, paired)
+        pair_rows(v, places[2:], 0, 0, paired)
 
     if scales == types.none:
         return converted
 
     def as_bytes(values, spot, pages, places, v, paired, scales):
         if _decoded(spot.place):
-            _pair_bytes(values, places, _column(spot), paired)
+            _pair_bytes(values, places, _column(spot.place, spot.head), paired)
             take_scales(values, places, spot.place.scale + spot.head, scales, 1)
         else:
             read(values, spot.place, spot.head, pages, spot.block, v)
-            pair_rows(v, 0, 0, paired)
+            pair_rows(v, places[2:], 0, 0, paired)
             scales[1] = 1
 
     return as_bytes
 
 
-def _pair_keys(keys: Any, row: Any, column: Any, k: Any, paired: Any) -> Any:
-    """In kernels: pairs the first dims of the keys as values, from the place that ``_lay_out_keys``
-    returned.
+def _pair_keys(keys: Any, stored: Any, column: Any, places: Any, k: Any, paired: Any) -> None:
+    """In kernels: pairs the first dims of the keys as values; they lie in the entries or in ``k``,
+    as ``_lay_out_keys`` found them.
     """
     raise NotImplementedError
 
 
 @overload(_pair_keys)
-def _keys_paired(keys, row, column, k, paired):
+def _keys_paired(keys, stored, column, places, k, paired):
     if keys.dtype == k.dtype:
 
-        def where_they_lie(keys, row, column, k, paired):
-            if row >= 0:
-                pair_rows(keys, row, column, paired)
+        def where_they_lie(keys, stored, column, places, k, paired):
+            if stored:
+                pair_rows(keys, places, 0, column, paired)
             else:
-                pair_rows(k, 0, 0, paired)
+                pair_rows(k, places[2:], 0, 0, paired)
 
         return where_they_lie
-    return lambda keys, row, column, k, paired: pair_rows(k, 0, 0, paired)
+    return lambda keys, stored, column, places, k, paired: pair_rows(k, places[2:], 0, 0, paired)
 
 
 @inner()
-def _in_one_page(spot, room):
-    """Whether numbers can be read in place. Rows past the run hold whatever the page holds."""
-    return (
-        spot.block.begin % spot.block.page_size + BLOCK <= spot.block.page_size
-        and spot.place.width >= room.shape[1]
-    )
-
-
-@inner()
-def _column(spot):
-    return spot.place.first + spot.head * spot.place.step
+def _column(place, head):
+    return place.first + head * place.step
 
 
 @inner()
@@ -326,14 +376,14 @@ def _decoded(place):
 
 
 @inner()
-def turn_rows(rows, row, unit, turned):
-    """Transposes units from ``unit`` on, of as many rows of numbers as ``turned`` [U, N] has
-    columns.
+def turn_rows(rows, places, first, unit, turned):
+    """Transposes units from ``unit`` on, of as many positions from ``first`` on as ``turned`` [U,
+    N] has columns.
     """
     stay_apart()
     for u in range(0, len(turned), LANES):
         for n in range(0, turned.shape[1], LANES):
-            transpose(rows, row + n, unit + u, turned, u, n)
+            transpose(rows, places, first + n, unit + u, turned, u, n)
 
 
 @inner()
@@ -344,29 +394,42 @@ def _turn_bytes(keys, places, column, turned):
             turn_bytes(keys, places, n, column + 2 * u, turned, u, n)
 
 
-def pair_rows(rows: Any, row: Any, column: Any, paired: Any) -> Any:
-    """In kernels: copies numbers from the given row and column on, two rows to a bf16 unit: [N / 2
-    or N, E].
+def pair_rows(rows: Any, places: Any, first: Any, column: Any, paired: Any) -> None:
+    """In kernels: copies numbers from position ``first`` and the given column on, two positions to
+    a bf16 unit: [N / 2 or N, E].
     """
     raise NotImplementedError
 
 
 @overload(pair_rows)
-def _paired(rows, row, column, paired):
+def _paired(rows, places, first, column, paired):
     if rows.dtype == types.uint16:
 
-        def pair_all(rows, row, column, paired):
+        def pair_all(rows, places, first, column, paired):
             stay_apart()
             for i in range(len(paired)):
                 for e in range(0, paired.shape[1], _PADDING):
-                    pair(rows, row + 2 * i, column + e, paired, i, e)
+                    pair(rows, places, first + 2 * i, column + e, paired, i, e)
 
         return pair_all
 
-    def copy(rows, row, column, paired):
-        move_rows(rows, row, column, paired.shape[1], NO_SCALES, 0, paired, 0, 0, len(paired))
+    def copy(rows, places, first, column, paired):
+        for n in range(len(paired)):
+            move_rows(rows, _place(places, first + n), column, paired.shape[1], NO_SCALES, 0, paired, n, 0, 1)
 
     return copy
+
+
+def _place(places: Any, position: Any) -> Any:
+    """In kernels: the row of a position."""
+    raise NotImplementedError
+
+
+@overload(_place, inline="always")
+def _placed(places, position):
+    if places == types.none:
+        return lambda places, position: position
+    return lambda places, position: places[0, position]
 
 
 @inner()

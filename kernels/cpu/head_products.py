@@ -59,7 +59,7 @@ def _multiply_some(begin, end, x_RHI, w_HIO, out_RHO):
         row_units, sums = units(rows), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
         paired = units(room_for(row_units.shape[1], TILE_COLUMNS * row_units.itemsize // rows.itemsize, rows))
         for column in range(0, out_RHO.shape[2], TILE_COLUMNS):
-            pair_rows(w_IO, 0, column, paired)
+            pair_rows(w_IO, None, 0, column, paired)
             _multiply_rows(row_units, paired, sums, column, out_RO)
 
 
@@ -75,7 +75,7 @@ def _multiply_some_turned(begin, end, x_RHI, w_HOI, out_RHO):
         row_units, sums = units(rows), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
         turned = units(room_for(row_units.shape[1], TILE_COLUMNS * row_units.itemsize // rows.itemsize, rows))
         for column in range(0, out_RHO.shape[2], TILE_COLUMNS):
-            turn_rows(w_OI, column, 0, turned)
+            turn_rows(w_OI, None, column, 0, turned)
             _multiply_rows(row_units, turned, sums, column, out_RO)
 
 

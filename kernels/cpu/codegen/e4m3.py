@@ -18,7 +18,7 @@ from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from ... import cpu_isa
-from .tiles import transposed
+from .tiles import Places, are_places, transposed
 from .vectors import I32, LANES, UNITS, Rows, all_lanes, is_matrix, multiplies_bf16
 
 _intrinsic: Any = intrinsic
@@ -33,17 +33,18 @@ def decodes() -> bool:
 
 
 @_intrinsic
-def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
-    """out[out_row + u, out_column + j] = values ``column`` + 2 u and the next, of row rows_N[first
-    + j], for 32 u and 16 j.
+def turn_bytes(typing_context, entries, places, first, column, out, out_row, out_column):
+    """out[out_row + u, out_column + j] = values ``column`` + 2 u and the next, of position
+    ``first`` + j (``tiles.Places``), for 32 u and 16 j.
     """
-    _check(entries, rows_N, out)
-    signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
+    _check(entries, places, out)
+    signature = types.void(entries, places, types.intp, types.intp, out, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
         _, _, first, column, _, out_row, out_column = arguments
-        source, rows, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4))
-        quads = [_load(builder, source, rows, first, j, column) for j in range(LANES)]
+        source, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 4))
+        own = Places(context, builder, places, arguments[1])
+        quads = [own.load(source, _plus(builder, first, j), column, AT_ONCE) for j in range(LANES)]
         for i, quad in enumerate(transposed(builder, [builder.bitcast(values, UNITS) for values in quads])):
             low, high = _decoded(builder, builder.bitcast(quad, _BYTES))
             for half in range(2):
@@ -57,17 +58,18 @@ def turn_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
 
 
 @_intrinsic
-def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out_column):
-    """out[out_row, out_column + i] = values ``column`` + i of rows rows_N[first] and rows_N[first +
-    1], for 64 i.
+def pair_bytes(typing_context, entries, places, first, column, out, out_row, out_column):
+    """out[out_row, out_column + i] = values ``column`` + i of positions ``first`` and ``first``
+    + 1, for 64 i.
     """
-    _check(entries, rows_N, out)
-    signature = types.void(entries, rows_N, types.intp, types.intp, out, types.intp, types.intp)
+    _check(entries, places, out)
+    signature = types.void(entries, places, types.intp, types.intp, out, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
         _, _, first, column, _, out_row, out_column = arguments
-        source, rows, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 4))
-        both = [_load(builder, source, rows, first, n, column) for n in range(2)]
+        source, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 4))
+        own = Places(context, builder, places, arguments[1])
+        both = [own.load(source, _plus(builder, first, n), column, AT_ONCE) for n in range(2)]
         for half in range(2):
             # Each quarter of the vector gets the values that its part of two vectors of units will
             # hold.
@@ -89,34 +91,29 @@ def pair_bytes(typing_context, entries, rows_N, first, column, out, out_row, out
 
 
 @_intrinsic
-def take_scales(typing_context, entries, rows_N, number, out, out_row):
-    """out[out_row, n] = number ``number`` of row rows_N[n], as float32, for every column n of
-    ``out``.
-    """
-    if not (
-        is_matrix(entries, types.uint8) and rows_N.dtype == types.int64 and is_matrix(out, types.float32)
-    ):
-        raise TypingError("take_scales takes bytes, rows and a matrix of float32")
-    signature = types.void(entries, rows_N, types.intp, out, types.intp)
+def take_scales(typing_context, entries, places, number, out, out_row):
+    """out[out_row, n] = number ``number`` of position n, as float32, for all n of ``out``."""
+    if not (is_matrix(entries, types.uint8) and are_places(places) and is_matrix(out, types.float32)):
+        raise TypingError("take_scales takes bytes, places and a matrix of float32")
+    signature = types.void(entries, places, types.intp, out, types.intp)
 
     def generate(context, builder, signature, arguments):
         _, _, number, _, out_row = arguments
         source = Rows(context, builder, entries, arguments[0], types.float32)
-        rows, target = Rows(context, builder, rows_N, arguments[1]), Rows(context, builder, out, arguments[3])
+        own, target = (
+            Places(context, builder, places, arguments[1]),
+            Rows(context, builder, out, arguments[3]),
+        )
         with cgutils.for_range(builder, target.num_columns) as loop:
-            target.store(source.load(rows.load(None, loop.index, 1), number, 1), out_row, loop.index)
+            target.store(own.load(source, loop.index, number, 1), out_row, loop.index)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _check(entries: Any, rows_N: Any, out: Any) -> None:
-    if not (is_matrix(entries, types.uint8) and rows_N.dtype == types.int64 and is_matrix(out, types.uint32)):
-        raise TypingError("takes bytes, rows and a matrix of units")
-
-
-def _load(builder: Any, source: Rows, rows: Rows, first: Any, n: int, column: Any) -> Any:
-    return source.load(rows.load(None, _plus(builder, first, n), 1), column, AT_ONCE)
+def _check(entries: Any, places: Any, out: Any) -> None:
+    if not (is_matrix(entries, types.uint8) and are_places(places) and is_matrix(out, types.uint32)):
+        raise TypingError("takes bytes, places and a matrix of units")
 
 
 def _decoded(builder: Any, values: Any) -> tuple[Any, Any]:

@@ -70,6 +70,18 @@ def take_item(typing_context, counter):
     return signature, generate
 
 
+@_intrinsic
+def borrowed(typing_context, array):
+    """In kernels: the same array, of which no references are counted. Each count holds up the loads
+    that follow it. The caller keeps the array alive.
+    """
+
+    def generate(context, builder, signature, arguments):
+        return _borrowed(context, builder, signature.args[0], arguments[0])
+
+    return array(array), generate
+
+
 def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room_type: Any) -> Any:
     """A function that calls the body in numba's calling convention. It is separate, so that the
     body is compiled once.

@@ -69,7 +69,7 @@ def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_v
         out_rows, a_rows, b_rows = (
             Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 5)
         )
-        multiply = multiply_add_halves if a.dtype == types.uint32 else multiply_add
+        multiply = _multiply_of(a.dtype)
         factors_r = None if shrink == types.none else Rows(context, builder, shrink, arguments[2])
         for begin in range(0, num_vectors.literal_value, _vectors_at_once()):
             some = vectors[begin : begin + _vectors_at_once()]
@@ -96,25 +96,93 @@ def add_product(typing_context, out, out_row, shrink, a, a_row, b, column, num_v
     return signature, generate
 
 
-@_intrinsic
-def transpose(typing_context, rows, row, column, out, out_row, out_column):
-    """out[out_row + i, out_column + j] = unit ``column`` + i of rows[row + j], for 16 i and 16 j.
-    ``rows`` holds numbers, bf16 as uint16.
+class Places:
+    """The rows that an operation reads. ``places``, if not None, is int64 [., N]: first the rows
+    of N positions, then those to fetch meanwhile into the L2 cache. Without it, positions are rows.
     """
-    unit = types.uint32 if rows.dtype == types.uint16 else types.float32
-    if not (is_matrix(rows, types.uint16, types.float32) and is_matrix(out, unit)):
-        raise TypingError("transpose takes a matrix of numbers and one of units")
-    signature = types.void(rows, types.intp, types.intp, out, types.intp, types.intp)
+
+    def __init__(self, context: Any, builder: Any, places_type: Any, places: Any) -> None:
+        self._builder = builder
+        self._rows = None if places_type == types.none else Rows(context, builder, places_type, places)
+
+    def load(self, source: Rows, position: Any, column: Any, lanes: int = LANES) -> Any:
+        """Loads values of a position, and fetches the same values of the row to come."""
+        if self._rows is None:
+            return source.load(position, column, lanes)
+        source.prefetch(self._rows.load(_index(1), position, 1), column)
+        return source.load(self._rows.load(_index(0), position, 1), column, lanes)
+
+
+def are_places(places: Any) -> bool:
+    """Whether a type is that of ``places``."""
+    return places == types.none or is_matrix(places, types.int64)
+
+
+@_intrinsic
+def transpose(typing_context, rows, places, first, column, out, out_row, out_column):
+    """out[out_row + i, out_column + j] = unit ``column`` + i of position ``first`` + j, for 16 i
+    and 16 j. ``rows`` holds numbers, bf16 as uint16, of the positions ``places``.
+    """
+    unit = _unit(rows)
+    if not (is_matrix(rows, types.uint16, types.float32) and are_places(places) and is_matrix(out, unit)):
+        raise TypingError("transpose takes a matrix of numbers, places and a matrix of units")
+    signature = types.void(rows, places, types.intp, types.intp, out, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
-        _, row, column, _, out_row, out_column = arguments
-        source, target = (Rows(context, builder, signature.args[i], arguments[i], unit) for i in (0, 3))
-        vectors = [source.load(_plus(builder, row, j), column) for j in range(LANES)]
-        for i, vector in enumerate(transposed(builder, vectors)):
+        _, _, first, column, _, out_row, out_column = arguments
+        source, target = (Rows(context, builder, signature.args[i], arguments[i], unit) for i in (0, 4))
+        own = Places(context, builder, places, arguments[1])
+        for i, vector in enumerate(_turned(builder, source, own, first, column)):
             target.store(vector, _plus(builder, out_row, i), out_column)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@_intrinsic
+def multiply_turned(typing_context, out, a, a_row, rows, places, first, column):
+    """out[r, first + j] = the sum over u of a[a_row + r, u] times unit ``column`` + u of position
+    ``first`` + j, for 4 rows r and 16 j: ``transpose`` and ``add_product`` in one, to the bit.
+    """
+    unit = _unit(rows)
+    if not (is_matrix(out, types.float32) and is_matrix(a, unit) and are_places(places)):
+        raise TypingError("multiply_turned takes a float32 matrix, units, numbers and their places")
+    signature = types.void(out, a, types.intp, rows, places, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        _, _, a_row, _, _, first, column = arguments
+        out_rows, a_rows = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 1))
+        source = Rows(context, builder, rows, arguments[3], unit)
+        own = Places(context, builder, places, arguments[4])
+        multiply = _multiply_of(unit)
+        sums = [cgutils.alloca_once(builder, SUMS) for _ in range(TILE_ROWS)]
+        for place in sums:
+            builder.store(all_lanes(SUMS, 0.0), place)
+        with cgutils.for_range_slice(builder, _index(0), a_rows.num_columns, _index(LANES)) as (begin, _):
+            vectors = _turned(builder, source, own, first, builder.add(column, begin))
+            for i, vector in enumerate(vectors):
+                for r, place in enumerate(sums):
+                    one = a_rows.load(_plus(builder, a_row, r), _plus(builder, begin, i), 1)
+                    total = multiply(builder, builder.load(place), spread(builder, one), vector)
+                    builder.store(total, place)
+        for r, place in enumerate(sums):
+            out_rows.store(builder.load(place), _index(r), first)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _unit(rows: Any) -> Any:
+    return types.uint32 if rows.dtype == types.uint16 else types.float32
+
+
+def _multiply_of(unit: Any) -> Any:
+    return multiply_add_halves if unit == types.uint32 else multiply_add
+
+
+def _turned(builder: Any, source: Rows, places: Places, first: Any, column: Any) -> list[Any]:
+    """16 units of 16 positions, one vector for each unit."""
+    return transposed(builder, [places.load(source, _plus(builder, first, j), column) for j in range(LANES)])
 
 
 def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
@@ -138,25 +206,89 @@ def _exchange(builder: Any, upper: Any, lower: Any, width: int, second: bool) ->
 
 
 @_intrinsic
-def pair(typing_context, rows, row, column, out, out_row, out_column):
-    """out[out_row, out_column + i] = the unit of rows[row, column + i] and rows[row + 1, column +
-    i], for 32 i of bf16.
+def pair(typing_context, rows, places, first, column, out, out_row, out_column):
+    """out[out_row, out_column + i] = the unit of numbers ``column`` + i of positions ``first`` and
+    ``first`` + 1, for 32 i of bf16.
     """
-    if not (is_matrix(rows, types.uint16) and is_matrix(out, types.uint32)):
-        raise TypingError("pair takes bf16 and a matrix of units")
-    signature = types.void(rows, types.intp, types.intp, out, types.intp, types.intp)
+    if not (is_matrix(rows, types.uint16) and are_places(places) and is_matrix(out, types.uint32)):
+        raise TypingError("pair takes bf16, its places and a matrix of units")
+    signature = types.void(rows, places, types.intp, types.intp, out, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
-        _, row, column, _, out_row, out_column = arguments
-        source, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
-        upper, lower = (source.load(_plus(builder, row, n), column, 2 * LANES) for n in range(2))
-        for half in range(2):
-            lanes = [half * LANES + lane // 2 + lane % 2 * 2 * LANES for lane in range(2 * LANES)]
-            both = builder.shuffle_vector(upper, lower, ir.Constant(ir.VectorType(I32, 2 * LANES), lanes))
-            target.store(builder.bitcast(both, UNITS), out_row, _plus(builder, out_column, half * LANES))
+        _, _, first, column, _, out_row, out_column = arguments
+        source, target = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 4))
+        own = Places(context, builder, places, arguments[1])
+        for i, vector in enumerate(_paired(builder, source, own, first, column, 2)):
+            target.store(vector, out_row, _plus(builder, out_column, i * LANES))
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@_intrinsic
+def add_paired(typing_context, out, out_row, shrink, a, rows, places, column, out_column):
+    """out[out_row + r, out_column + n] = shrink[r] times its old value, plus the sum over u of a[r,
+    u] times unit u of number ``column`` + n, for 4 rows r and 64 columns n: ``pair`` and
+    ``add_product`` in one, to the bit. A unit is that of two positions of bf16, or one of float32.
+    """
+    unit = _unit(rows)
+    if not (is_matrix(out, types.float32) and is_matrix(a, unit) and are_places(places)):
+        raise TypingError("add_paired takes a float32 matrix, units, numbers and their places")
+    signature = types.void(out, types.intp, shrink, a, rows, places, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        _, out_row, _, _, _, _, column, out_column = arguments
+        out_rows, shrink_r, a_rows, source = (
+            Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 3, 4)
+        )
+        own = Places(context, builder, places, arguments[5])
+        multiply, step = _multiply_of(unit), _vectors_at_once()
+        for begin in range(0, TILE_COLUMNS // LANES, step):
+            columns = [_plus(builder, out_column, (begin + v) * LANES) for v in range(step)]
+            sums = [[cgutils.alloca_once(builder, SUMS) for _ in columns] for _ in range(TILE_ROWS)]
+            for r, row in enumerate(sums):
+                factor = spread(builder, shrink_r.load(None, _index(r), 1))
+                for place, at in zip(row, columns, strict=True):
+                    before = out_rows.load(_plus(builder, out_row, r), at)
+                    builder.store(builder.fmul(before, factor), place)
+            here = _plus(builder, column, begin * LANES)
+            with cgutils.for_range(builder, a_rows.num_columns) as loop:
+                factors = _unit_row(builder, source, own, loop.index, here, step, unit)
+                for r, row in enumerate(sums):
+                    one = spread(builder, a_rows.load(_index(r), loop.index, 1))
+                    for place, vector in zip(row, factors, strict=True):
+                        builder.store(multiply(builder, builder.load(place), one, vector), place)
+            for r, row in enumerate(sums):
+                for place, at in zip(row, columns, strict=True):
+                    out_rows.store(builder.load(place), _plus(builder, out_row, r), at)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _unit_row(
+    builder: Any, source: Rows, places: Places, number: Any, column: Any, count: int, unit: Any
+) -> list[Any]:
+    """``count`` vectors of units of row ``number``."""
+    if unit == types.uint32:
+        return _paired(builder, source, places, builder.shl(number, _index(1)), column, count)
+    return [places.load(source, number, _plus(builder, column, v * LANES)) for v in range(count)]
+
+
+def _paired(builder: Any, source: Rows, places: Places, first: Any, column: Any, count: int) -> list[Any]:
+    """``count`` vectors of units, one or an even number of them, from numbers of two positions."""
+    vectors, at_once = [], min(count, 2)
+    for v in range(0, count, at_once):
+        width = at_once * LANES
+        upper, lower = (
+            places.load(source, _plus(builder, first, n), _plus(builder, column, v * LANES), width)
+            for n in range(2)
+        )
+        for half in range(at_once):
+            lanes = [half * LANES + lane // 2 + lane % 2 * width for lane in range(2 * LANES)]
+            both = builder.shuffle_vector(upper, lower, ir.Constant(ir.VectorType(I32, 2 * LANES), lanes))
+            vectors.append(builder.bitcast(both, UNITS))
+    return vectors
 
 
 @_intrinsic
@@ -177,18 +309,6 @@ def move(typing_context, source, row, column, scale, out, out_row, out_column):
         else:
             value = source_rows.load_numbers(row, column)
             out_rows.store_numbers(builder.fmul(value, spread(builder, scale)), out_row, out_column)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@_intrinsic
-def prefetch(typing_context, rows, row, column):
-    """Prefetches the cache line of a value."""
-    signature = types.void(rows, types.intp, types.intp)
-
-    def generate(context, builder, signature, arguments):
-        Rows(context, builder, rows, arguments[0]).prefetch(*arguments[1:])
         return context.get_dummy_value()
 
     return signature, generate

@@ -19,6 +19,7 @@ NEEDS_VBMI = pytest.mark.skipif(
     reason="without AVX512-VBMI and AVX512-BF16 entries are converted by other kernels",
 )
 ROWS = np.random.default_rng(0).permutation(40)[:20]
+PLACES = np.stack([ROWS, ROWS[::-1]])  # the second are fetched
 
 
 def entries() -> Tensor:
@@ -34,11 +35,11 @@ def halves(units: NDArray[Any]) -> Tensor:
 @pytest.mark.parametrize("column", [0, 3, 96])
 def test_keys_are_turned(column: int) -> None:
     @numba.njit
-    def run(entries, rows, column, out):  # type: ignore[no-untyped-def]
-        cpu_e4m3.turn_bytes(entries, rows, 2, column, out, 1, 2)
+    def run(entries, places, column, out):  # type: ignore[no-untyped-def]
+        cpu_e4m3.turn_bytes(entries, places, 2, column, out, 1, 2)
 
     out = np.zeros((34, 20), np.uint32)
-    run(entries().numpy(), ROWS, column, out)
+    run(entries().numpy(), PLACES, column, out)
     expected = from_e4m3(entries()[ROWS[2:18], column : column + 64], torch.bfloat16)
     assert torch.equal(halves(out)[1:33, 2:18].permute(1, 0, 2).reshape(16, 64), expected)
     assert not out[[0, 33]].any() and not out[:, :2].any() and not out[:, 18:].any()
@@ -48,11 +49,11 @@ def test_keys_are_turned(column: int) -> None:
 @pytest.mark.parametrize("column", [0, 3, 96])
 def test_values_are_paired(column: int) -> None:
     @numba.njit
-    def run(entries, rows, column, out):  # type: ignore[no-untyped-def]
-        cpu_e4m3.pair_bytes(entries, rows, 4, column, out, 1, 2)
+    def run(entries, places, column, out):  # type: ignore[no-untyped-def]
+        cpu_e4m3.pair_bytes(entries, places, 4, column, out, 1, 2)
 
     out = np.zeros((3, 68), np.uint32)
-    run(entries().numpy(), ROWS, column, out)
+    run(entries().numpy(), PLACES, column, out)
     expected = from_e4m3(entries()[ROWS[4:6], column : column + 64], torch.bfloat16)
     assert torch.equal(halves(out)[1, 2:66].T, expected)
     assert not out[[0, 2]].any() and not out[1, :2].any() and not out[1, 66:].any()
@@ -61,21 +62,21 @@ def test_values_are_paired(column: int) -> None:
 @NEEDS_VBMI
 def test_every_value_is_decoded() -> None:
     @numba.njit
-    def run(entries, rows, out):  # type: ignore[no-untyped-def]
+    def run(entries, places, out):  # type: ignore[no-untyped-def]
         for column in range(0, 256, 64):
-            cpu_e4m3.pair_bytes(entries, rows, 0, column, out, 0, column)
+            cpu_e4m3.pair_bytes(entries, places, 0, column, out, 0, column)
 
     values, out = torch.arange(256).to(torch.uint8), np.zeros((1, 256), np.uint32)
-    run(torch.stack([values, values.flip(0)]).numpy(), np.arange(2), out)
+    run(torch.stack([values, values.flip(0)]).numpy(), np.arange(4).reshape(2, 2) % 2, out)
     assert torch.equal(halves(out)[0, :, 0], from_e4m3(values, torch.bfloat16))
     assert torch.equal(halves(out)[0, :, 1], from_e4m3(values.flip(0), torch.bfloat16))
 
 
 def test_scales_are_found() -> None:
     @numba.njit
-    def run(entries, rows, out):  # type: ignore[no-untyped-def]
-        cpu_e4m3.take_scales(entries, rows, 7, out, 1)
+    def run(entries, places, out):  # type: ignore[no-untyped-def]
+        cpu_e4m3.take_scales(entries, places, 7, out, 1)
 
     scales, out = torch.randn(40, 40), np.zeros((2, 20), np.float32)
-    run(scales.view(torch.uint8).numpy(), ROWS, out)
+    run(scales.view(torch.uint8).numpy(), PLACES, out)
     assert np.array_equal(out[1], scales.numpy()[ROWS, 7]) and not out[0].any()

@@ -56,7 +56,7 @@ def test_transposition_and_pairs() -> None:
 
     @numba.njit
     def turn(rows, out):  # type: ignore[no-untyped-def]
-        cpu_tiles.transpose(rows, 3, 5, out, 2, 4)
+        cpu_tiles.transpose(rows, None, 3, 5, out, 2, 4)
 
     turn(array(rows), out)
     assert (
@@ -68,11 +68,44 @@ def test_transposition_and_pairs() -> None:
 
     @numba.njit
     def join(rows, out):  # type: ignore[no-untyped-def]
-        cpu_tiles.pair(rows, 7, 2, out, 1, 1)
+        cpu_tiles.pair(rows, None, 7, 2, out, 1, 1)
 
     join(array(rows), paired)
     both = torch.from_numpy(paired.view(np.uint16)).view(torch.bfloat16)[1, 2:].view(32, 2)
     assert torch.equal(both, rows[7:9, 2:34].T) and not paired[0].any()
+
+
+@SUPPORT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_with_rows_as_they_lie(
+    dtype: torch.dtype, compiled: Callable[[Callable[..., None]], Any]
+) -> None:
+    """The same bits as products with the laid-out rows. Those to be fetched are others."""
+    per_unit = 4 // dtype.itemsize
+    rows, q, shares = (
+        torch.randn(90, 200).to(dtype),
+        torch.randn(6, 64).to(dtype),
+        torch.rand(4, 32).to(dtype),
+    )
+    places = np.stack([np.random.default_rng(0).permutation(90)[:40], np.arange(40)])
+    ordered = rows[torch.from_numpy(places[0])].contiguous()
+    turned = np.ascontiguousarray(units(ordered[5:21, 6:70].contiguous()).T)
+    values = ordered[:32, 10:74].unflatten(0, (-1, per_unit)).transpose(1, 2).contiguous()
+    paired = units(values)[..., 0]
+    shrink, sums = torch.tensor([0.5, 1.0, 2.0, -1.0]).numpy(), torch.randn(6, 70).numpy()
+    given = units(q), units(shares), array(rows), places, turned, np.ascontiguousarray(paired), shrink
+
+    def run(q, shares, rows, places, turned, paired, shrink, scores, sums):  # type: ignore[no-untyped-def]
+        cpu_tiles.multiply_turned(scores[0], q, 1, rows, places, 5, 6 * rows.itemsize // 4)
+        cpu_tiles.add_paired(sums[0], 1, shrink, shares, rows, places, 10, 3)
+        cpu_tiles.add_product(scores[1], 0, None, q, 1, turned, 0, 1)
+        cpu_tiles.add_product(sums[1], 1, shrink, shares, 0, paired, 0, 4)
+
+    scores, both = np.zeros((2, 4, 80), np.float32), np.stack([sums, np.roll(sums, -3, 1)])
+    compiled(run)(*given, scores, both)
+    assert np.array_equal(scores[0, :, 5:21], scores[1, :, :16]) and scores[1, :, :16].any()
+    assert np.array_equal(both[0, 1:5, 3:67], both[1, 1:5, :64])
+    assert np.array_equal(both[0, 0], sums[0]) and not np.array_equal(both[0, 1:5], sums[1:5])
 
 
 @SUPPORT
