@@ -23,7 +23,6 @@ from ..triton.target import card_arch, card_name
 from ..triton.tiles import (
     DEFAULT,
     FOLDER,
-    AttendTile,
     ExpertTile,
     LinearTile,
     ProductTile,
@@ -167,18 +166,18 @@ DECODE: tuple[Size, ...] = (
     (16, 32, 2, 4),
 )
 LATENT_DECODE: tuple[Size, ...] = (
-    (64, 32, 8, 3),
     (64, 64, 8, 2),
-    (64, 16, 8, 3),
-    (32, 32, 8, 3),
+    (64, 32, 8, 3),
+    (64, 32, 8, 2),
     (32, 64, 8, 2),
+    (32, 32, 8, 3),
     (16, 32, 4, 3),
 )
 # Smaller, since widening takes registers.
-LATENT_DECODE_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 32, 8, 2), (32, 16, 8, 4))
+LATENT_DECODE_FP8: tuple[Size, ...] = ((64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 3), (32, 64, 8, 2))
 EXTEND: tuple[Size, ...] = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3))
-LATENT_EXTEND: tuple[Size, ...] = ((32, 64, 8, 2), (32, 32, 8, 3), (32, 16, 8, 3))
-LATENT_EXTEND_FP8: tuple[Size, ...] = ((32, 32, 8, 3), (32, 16, 8, 3))
+LATENT_EXTEND: tuple[Size, ...] = ((64, 64, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2))
+LATENT_EXTEND_FP8: tuple[Size, ...] = ((64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 3))
 PREFILL: tuple[Size, ...] = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2))
 PROGRAMS = (2, 4, 8)
 # Columns, depth, warps, stages.
@@ -227,15 +226,16 @@ def _expansions(tiles: Tiles) -> Iterator[Tiles]:
 def _attend_stages(
     field: str, candidates: Sequence[Size], programs: Sequence[int] = PROGRAMS
 ) -> tuple[Callable[[Tiles], Iterator[Tiles]], ...]:
-    def sizes(tiles: Tiles) -> Iterator[Tiles]:
+    def shapes(tiles: Tiles) -> Iterator[Tiles]:
         for candidate in candidates:
-            yield replace(tiles, **{field: AttendTile(*candidate)})  # type: ignore[arg-type]
+            sizes = dict(zip(("queries", "keys", "warps", "stages"), candidate, strict=True))
+            yield replace(tiles, **{field: replace(getattr(tiles, field), **sizes)})
 
     def splits(tiles: Tiles) -> Iterator[Tiles]:
         for count in programs:
             yield replace(tiles, **{field: replace(getattr(tiles, field), programs=count)})
 
-    return (sizes, splits) if programs else (sizes,)
+    return (shapes, splits) if programs else (shapes,)
 
 
 def jobs(every: Sequence[Group]) -> list[tuple[str, str, Tiles]]:

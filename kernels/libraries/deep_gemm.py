@@ -7,23 +7,17 @@ T tokens  D inner dim  N columns  G = D / 128
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
 from ..reference.fp8 import Quantised
-from ..reference.sublayers import Projection
+from ..reference.sublayers import Product, Projection
 
 _LOG = logging.getLogger(__name__)
 _ALIGNED = 8  # columns of bf16 in 16 bytes, which a tensor map is made of
-
-
-class Product(Protocol):
-    """y_TN of rows in FP8 and a projection in FP8, in ``dtype``."""
-
-    def __call__(self, rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tensor: ...
 
 
 class DeepGemm:

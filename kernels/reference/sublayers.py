@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .attention import PLAIN_RULE, AttentionRule
-from .fp8 import Normed
+from .fp8 import Normed, Quantised
 from .gate import Routing
 from .paged import PagedBatch
 from .rope import Angles, HeadNorms
@@ -44,6 +46,12 @@ class Projection:
     weight: Tensor
     bias: Tensor | None
     scales: Tensor | None = None
+
+
+class Product(Protocol):
+    """y_TN of rows in FP8 and a projection in FP8, in ``dtype``."""
+
+    def __call__(self, rows: Quantised, projection: Projection, dtype: torch.dtype) -> Tensor: ...
 
 
 @dataclass(frozen=True)

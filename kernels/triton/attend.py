@@ -8,30 +8,28 @@ before the windows of all its queries are passed over. A sink counts as a first 
 Lengths, page tables and the first token of each row are read on the device. Grids depend only on T,
 R and the width of the page table.
 
-T tokens  R rows  P positions  H query heads  K key heads  G = H / K
-C dims of q0 and k0, and of the values  E further dims of q and k  S splits of a row's keys
+T tokens  R rows  P positions  H query heads  K key heads  G = H / K  C dims of a head
+S splits of a row's keys
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.paged import PagedBatch
-from .attend_inputs import Keys, Queries
+from .attend_inputs import ANY_NUMBER, Keys, Part, Queries
+from .attend_latents import launch_latents
+from .attend_steps import pages_of, row_of_tile, softmax_step
 from .target import interpreted, num_processors, padded_rows, power_of_two
 from .tiles import AttendTile
 
 _SPLITS = 16  # lanes for the splits of a row: one kernel for all numbers up to this
 _KEYS_PER_SPLIT = 256  # smallest worthwhile split; not measured
-_ANY_NUMBER = 2**31 - 1
 
 
 def attend_decode(
@@ -56,11 +54,11 @@ def attend_decode(
         most_keys = min(most_keys, rule.window + tile.keys)
     splits = tile.splits or _num_splits(wanted, most_keys)
     if splits == 1:
-        _launch(queries, keys, batch, scale, tile, _Part(0, num_rows, tiles), rule)
+        _launch(queries, keys, batch, scale, tile, Part(0, num_rows, tiles), rule)
         return
     partial_THSC = queries.q0_THC.new_empty(num_rows, num_heads, splits, dim, dtype=torch.float32)
     logsum_THS = queries.q0_THC.new_empty(num_rows, num_heads, splits, dtype=torch.float32)
-    part = _Part(0, num_rows, tiles, splits, partial_THSC, logsum_THS)
+    part = Part(0, num_rows, tiles, splits, partial_THSC, logsum_THS)
     _launch(queries, keys, batch, scale, tile, part, rule)
     out = queries.out_THC
     _join_kernel[(num_rows, num_heads)](
@@ -84,7 +82,7 @@ def attend_extend(
     batch: PagedBatch,
     scale: float,
     tile: AttendTile,
-    most_queries: int = _ANY_NUMBER,
+    most_queries: int = ANY_NUMBER,
     rule: AttentionRule = PLAIN_RULE,
 ) -> None:
     """Attends the rows after ``num_decode`` that have at most ``most_queries`` tokens; leaves other
@@ -95,21 +93,8 @@ def attend_extend(
         return
     group = queries.q0_THC.shape[1] // keys.k0.values.shape[1]
     tiles = num_tokens * group // tile.queries + num_rows  # every row may end with a partial tile
-    part = _Part(batch.num_decode, num_rows, tiles, most_queries=most_queries)
+    part = Part(batch.num_decode, num_rows, tiles, most_queries=most_queries)
     _launch(queries, keys, batch, scale, tile, part, rule)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows [first, first + rows) of a batch in ``tiles`` tiles per key head."""
-
-    first: int
-    rows: int
-    tiles: int
-    splits: int = 1
-    partial_THSC: Tensor | None = None
-    logsum_THS: Tensor | None = None
-    most_queries: int = _ANY_NUMBER
 
 
 def _num_splits(wanted: int, max_keys: int) -> int:
@@ -123,24 +108,22 @@ def _launch(
     batch: PagedBatch,
     scale: float,
     tile: AttendTile,
-    part: _Part,
+    part: Part,
     rule: AttentionRule,
 ) -> None:
-    q0, out = queries.q0_THC, queries.out_THC
-    k0, v = keys.k0.values, keys.v.values
-    q1 = queries.q1_THE if queries.q1_THE is not None else q0
-    k1 = keys.k1_PKE if keys.k1_PKE is not None else k0
-    assert q0.stride(2) == q1.stride(2) == out.stride(2) == k0.stride(2) == k1.stride(2) == v.stride(2) == 1
+    if queries.q1_THE is not None:
+        assert rule.plain
+        launch_latents(queries, keys, batch, scale, tile, part)
+        return
+    q, out, k, v = queries.q0_THC, queries.out_THC, keys.k0.values, keys.v.values
+    assert q.stride(2) == out.stride(2) == k.stride(2) == v.stride(2) == 1
     assert keys.k0.group == keys.v.group and keys.k0.scales.stride(0) == keys.v.scales.stride(0)
-    kv_heads, dim = k0.shape[1], q0.shape[2]
-    more = q1.shape[2] if queries.q1_THE is not None else 0
+    kv_heads, dim = k.shape[1], q.shape[2]
     decode = part.first == 0 and part.rows == batch.num_decode
     _attend_kernel[(part.tiles, kv_heads, part.splits)](
-        q0,
-        q1,
-        k0,
+        q,
+        k,
         keys.k0.scales,
-        k1,
         v,
         keys.v.scales,
         out,
@@ -155,24 +138,19 @@ def _launch(
         part.rows,
         part.splits,
         part.most_queries,
-        q0.stride(0),
-        q0.stride(1),
-        q1.stride(0),
-        q1.stride(1),
+        q.stride(0),
+        q.stride(1),
         out.stride(0),
         out.stride(1),
-        k0.stride(0),
-        k0.stride(1),
-        k1.stride(0),
+        k.stride(0),
+        k.stride(1),
         v.stride(0),
         v.stride(1),
         keys.k0.scales.stride(0),
         batch.pages_RP.stride(0),
-        G=q0.shape[1] // kv_heads,
+        G=q.shape[1] // kv_heads,
         C=dim,
         C_PAD=max(16, power_of_two(dim)),
-        E=more,
-        E_PAD=max(16, power_of_two(more)),
         GROUP=max(16, keys.k0.group) if keys.k0.group else 0,
         PAGE=batch.page_size,
         BLOCK_M=tile.queries,
@@ -190,11 +168,9 @@ def _launch(
 
 @triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "most_queries", "pages_stride"])
 def _attend_kernel(
-    q0_ptr,
-    q1_ptr,
-    k0_ptr,
+    q_ptr,
+    k_ptr,
     k_scales_ptr,
-    k1_ptr,
     v_ptr,
     v_scales_ptr,
     out_ptr,
@@ -209,15 +185,12 @@ def _attend_kernel(
     num_rows,
     num_splits,
     most_queries,
-    q0_stride_t,
-    q0_stride_h,
-    q1_stride_t,
-    q1_stride_h,
+    q_stride_t,
+    q_stride_h,
     out_stride_t,
     out_stride_h,
-    k0_stride_p,
-    k0_stride_h,
-    k1_stride_p,
+    k_stride_p,
+    k_stride_h,
     v_stride_p,
     v_stride_h,
     scales_stride_p,
@@ -225,8 +198,6 @@ def _attend_kernel(
     G: tl.constexpr,
     C: tl.constexpr,
     C_PAD: tl.constexpr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -265,23 +236,14 @@ def _attend_kernel(
     token = first_token + query
     head = kv_head * G + pair % G
     c = tl.arange(0, C_PAD)
-    e = tl.arange(0, E_PAD)
     q_mask = live[:, None] & (c < C)[None, :]
-    q0 = tl.load(
-        q0_ptr + token[:, None] * q0_stride_t + head[:, None] * q0_stride_h + c[None, :],
+    q = tl.load(
+        q_ptr + token[:, None] * q_stride_t + head[:, None] * q_stride_h + c[None, :],
         mask=q_mask,
         other=0.0,
     )
-    dtype: tl.constexpr = tl.float32 if WIDEN else q0_ptr.dtype.element_ty
-    q0 = q0.to(dtype)
-    if E > 0:
-        q1_mask = live[:, None] & (e < E)[None, :]
-        q1 = tl.load(
-            q1_ptr + token[:, None] * q1_stride_t + head[:, None] * q1_stride_h + e[None, :],
-            mask=q1_mask,
-            other=0.0,
-        )
-        q1 = q1.to(dtype)
+    dtype: tl.constexpr = tl.float32 if WIDEN else q_ptr.dtype.element_ty
+    q = q.to(dtype)
 
     last_query = tl.minimum((tile_in_row * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
     visible = start + last_query + 1  # keys that some pair of the tile may see
@@ -302,15 +264,15 @@ def _attend_kernel(
     acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
     # Pages are looked up one block ahead. A lookup in the iteration that needs it would displace
     # the loads in flight.
-    pages = _pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
+    pages = pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
     for key_start in range(key_begin, key_end, BLOCK_N):
         key = key_start + tl.arange(0, BLOCK_N)
         inside = key < key_end
         at = pages.to(tl.int64) * PAGE + key % PAGE
-        pages = _pages_of(row_pages_ptr, key_start + BLOCK_N, key_end, PAGE, BLOCK_N)
+        pages = pages_of(row_pages_ptr, key_start + BLOCK_N, key_end, PAGE, BLOCK_N)
         k_scales_at, v_scales_at = k_scales_ptr + at * scales_stride_p, v_scales_ptr + at * scales_stride_p
-        k0 = _load_values(
-            k0_ptr + at * k0_stride_p + kv_head * k0_stride_h,
+        k = _load_values(
+            k_ptr + at * k_stride_p + kv_head * k_stride_h,
             k_scales_at,
             kv_head,
             inside,
@@ -320,24 +282,18 @@ def _attend_kernel(
             BLOCK_N,
             dtype,
         )
-        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        if E > 0:
-            k1_mask = inside[:, None] & (e < E)[None, :]
-            k1 = tl.load(k1_ptr + at[:, None] * k1_stride_p + e[None, :], mask=k1_mask, other=0.0).to(dtype)
-            scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
-            v = k0
-        else:
-            v = _load_values(
-                v_ptr + at * v_stride_p + kv_head * v_stride_h,
-                v_scales_at,
-                kv_head,
-                inside,
-                C,
-                C_PAD,
-                GROUP,
-                BLOCK_N,
-                dtype,
-            )
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = _load_values(
+            v_ptr + at * v_stride_p + kv_head * v_stride_h,
+            v_scales_at,
+            kv_head,
+            inside,
+            C,
+            C_PAD,
+            GROUP,
+            BLOCK_N,
+            dtype,
+        )
         seen = (key[None, :] <= position[:, None]) & inside[None, :]
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
@@ -354,47 +310,6 @@ def _attend_kernel(
     else:
         out_at = out_ptr + token[:, None] * out_stride_t + head[:, None] * out_stride_h + c[None, :]
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-
-
-@triton.jit
-def row_of_tile(
-    query_start_ptr, tile, num_rows, G: tl.constexpr, BLOCK_M: tl.constexpr, ROWS_PAD: tl.constexpr
-):
-    """The row that a tile belongs to (``num_rows`` past the last), the tile's index in the row, the
-    row's number of queries and its first token.
-    """
-    r = tl.arange(0, ROWS_PAD)
-    begins = tl.load(query_start_ptr + r, mask=r < num_rows, other=0)
-    ends = tl.load(query_start_ptr + r + 1, mask=r < num_rows, other=0)
-    tiles = (((ends - begins) * G + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
-    row = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32) * (r < num_rows).to(tl.int32), 0)
-    tile_in_row = tile - tl.sum(tl.where(r < row, tiles, 0), 0)
-    num_queries = tl.sum(tl.where(r == row, ends - begins, 0), 0)
-    return row, tile_in_row, num_queries, tl.sum(tl.where(r == row, begins, 0), 0).to(tl.int64)
-
-
-@triton.jit
-def softmax_step(scores, v, best, total, acc, dtype: tl.constexpr):
-    """One step of the running softmax in base 2, over a block of scores; -inf hides a key."""
-    new_best = tl.maximum(best, tl.max(scores, 1))
-    base = tl.where(new_best == float("-inf"), 0.0, new_best)  # for a pair that has seen no key yet
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(best - base)
-    total = total * shrink + tl.sum(weights, 1)
-    return new_best, total, tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
-
-
-@triton.jit
-def _pages_of(row_pages_ptr, key_start, key_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of a block of keys if blocks lie within pages, else the page of each key; 0 past the
-    end.
-    """
-    if PAGE % BLOCK_N == 0:
-        pages = tl.load(row_pages_ptr + key_start // PAGE, mask=key_start < key_end, other=0)
-    else:
-        key = key_start + tl.arange(0, BLOCK_N)
-        pages = tl.load(row_pages_ptr + key // PAGE, mask=key < key_end, other=0)
-    return pages
 
 
 @triton.jit

@@ -7,13 +7,19 @@ C dims of q0 and k0, and of the values  E further dims of q and k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..formats.kv_format import GROUP, SCALE_BYTES, num_groups
+from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.kv_entries import holds_fp8, num_kv_heads
+from ..reference.paged import PagedBatch
 from .target import power_of_two
+from .tiles import AttendTile
+
+ANY_NUMBER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,33 @@ class Keys:
     k0: Values
     k1_PKE: Tensor | None
     v: Values
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [first, first + rows) of a batch in ``tiles`` tiles per key head."""
+
+    first: int
+    rows: int
+    tiles: int
+    splits: int = 1
+    partial_THSC: Tensor | None = None
+    logsum_THS: Tensor | None = None
+    most_queries: int = ANY_NUMBER
+
+
+class AttendRows(Protocol):
+    """Attends the rows of a batch that decode, the first ``num_decode`` rows and tokens."""
+
+    def __call__(
+        self,
+        queries: Queries,
+        keys: Keys,
+        batch: PagedBatch,
+        scale: float,
+        tile: AttendTile,
+        rule: AttentionRule = PLAIN_RULE,
+    ) -> None: ...
 
 
 def heads_of(cache: Tensor, dim: int) -> Values:

@@ -6,34 +6,44 @@ Rooflines: decode reads each key and value once, 2 K D x itemsize bytes per cach
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.kv_entries import holds_fp8
 from ..reference.paged import PagedBatch
 from .attend import attend_decode, attend_extend
-from .attend_inputs import Keys, Queries, heads_of
+from .attend_inputs import AttendRows, Keys, Queries, heads_of
 from .target import check_dtype
-from .tiles import DEFAULT, Tiles
+from .tiles import Tiles
 
 
-def attend(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    rule: AttentionRule = PLAIN_RULE,
-    tiles: Tiles = DEFAULT,
-) -> Tensor:
-    """Same as ``attention.attend``. A row of length 0 (padding) gives zeros."""
-    check_dtype(q_THD, "attend: q")
-    k, v = (heads_of(cache, q_THD.shape[2]) for cache in (k_cache, v_cache))
-    assert q_THD.shape[1] % k.values.shape[1] == 0
-    out_THD = q_THD.new_empty(q_THD.shape)
-    queries, keys = Queries(q_THD, None, out_THD), Keys(k, None, v)
-    eight = holds_fp8(k_cache)
-    attend_decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode, rule)
-    extend = tiles.extend_fp8 if eight else tiles.extend
-    attend_extend(queries, keys, batch, scale, extend, rule=rule)
-    return out_THD
+@dataclass(frozen=True)
+class PagedAttend:
+    """``attention.attend`` with these tiles. ``decode`` attends the rows that decode; our own gives
+    zeros for a row of length 0 (padding), others may give any finite numbers.
+    """
+
+    tiles: Tiles
+    decode: AttendRows = attend_decode
+
+    def __call__(
+        self,
+        q_THD: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PagedBatch,
+        scale: float,
+        rule: AttentionRule = PLAIN_RULE,
+    ) -> Tensor:
+        check_dtype(q_THD, "attend: q")
+        k, v = (heads_of(cache, q_THD.shape[2]) for cache in (k_cache, v_cache))
+        assert q_THD.shape[1] % k.values.shape[1] == 0
+        out_THD = q_THD.new_empty(q_THD.shape)
+        queries, keys, tiles = Queries(q_THD, None, out_THD), Keys(k, None, v), self.tiles
+        eight = holds_fp8(k_cache)
+        self.decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode, rule)
+        extend = tiles.extend_fp8 if eight else tiles.extend
+        attend_extend(queries, keys, batch, scale, extend, rule=rule)
+        return out_THD

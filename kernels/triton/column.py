@@ -9,10 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..libraries.deep_gemm import Product
 from ..reference.column import Reference
 from ..reference.fp8 import Normed, NormedRows
-from ..reference.sublayers import Projection, Residual, RowNorm
+from ..reference.sublayers import Product, Projection, Residual, RowNorm
 from . import (
     attention,
     experts as expert_ops,
@@ -29,6 +28,8 @@ from . import (
     rope,
     sampling,
 )
+from .attend import attend_decode
+from .attend_inputs import AttendRows
 from .tiles import Tiles
 
 
@@ -42,8 +43,8 @@ class Triton(Reference):
         self.experts = expert_ops.experts_with(tiles)
         self.experts_fp8 = functools.partial(experts_fp8.experts_fp8, tiles=tiles)
         self.experts_four_bit = experts_four_bit.experts_four_bit_with(tiles)
-        self.attend = functools.partial(attention.attend, tiles=tiles)
-        self.mla_attend = functools.partial(mla.mla_attend, tiles=tiles)
+        self.attend = attention.PagedAttend(tiles)
+        self.mla_attend = mla.LatentAttend(tiles)
         self._tiles = tiles
         self._product: Product = functools.partial(linear_fp8.product, tiles=tiles)
         self.linear_fp8 = functools.partial(linear_fp8.linear_fp8, tiles=tiles)
@@ -55,6 +56,14 @@ class Triton(Reference):
         ops.linear_fp8 = functools.partial(
             linear_fp8.linear_fp8, product_of_many=ops._product, tiles=self._tiles
         )
+        return ops
+
+    def with_decode(self, other: Callable[[AttendRows], AttendRows]) -> Triton:
+        """These ops with another attention of rows that decode, made with the own one."""
+        ops = copy.copy(self)
+        decode = other(attend_decode)
+        ops.attend = attention.PagedAttend(self._tiles, decode)
+        ops.mla_attend = mla.LatentAttend(self._tiles, decode)
         return ops
 
     def norm_project(

@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.fp8_format import BLOCK
-from ..libraries.deep_gemm import Product
 from ..reference.fp8 import Quantised
-from ..reference.sublayers import Projection, Residual, RowNorm
+from ..reference.sublayers import Product, Projection, Residual, RowNorm
 from .experts import block_and_tile
 from .fp8 import add_rms_norm_fp8, eight_bits, group_scales, quantise_rows, rms_norm_fp8
 from .target import check_dtype, interpreted

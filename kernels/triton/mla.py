@@ -11,71 +11,70 @@ of a row on (``triton/mla_prefill.py``).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..reference.paged import PagedBatch
 from .attend import attend_decode, attend_extend
-from .attend_inputs import Keys, Queries, latents_of
+from .attend_inputs import AttendRows, Keys, Queries, latents_of
 from .mla_prefill import Heads, all_expanded, attend_expanded, break_even, plan_windows, window_keys
 from .target import check_dtype
-from .tiles import DEFAULT, Tiles
+from .tiles import Tiles
 
 
-def mla_attend(
-    q_nope_THN: Tensor,
-    q_rope_THE: Tensor,
-    cache: Tensor,
-    expand_HPC: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    tiles: Tiles = DEFAULT,
-) -> Tensor:
-    """Same as ``mla.mla_attend``. A row of length 0 (padding) gives zeros."""
-    check_dtype(q_nope_THN, "mla_attend: q")
-    nope, rope, latent = q_nope_THN.shape[2], q_rope_THE.shape[2], expand_HPC.shape[2]
-    most_absorbed = (
-        break_even(nope, rope, expand_HPC.shape[1] - nope, latent)
-        if tiles.most_absorbed is None
-        else tiles.most_absorbed
-    )
-    windows = plan_windows(
-        batch, len(q_nope_THN), most_absorbed, window_keys(tiles.prefill_bytes, expand_HPC)
-    )
-    latents = latents_of(cache, latent)
-    if windows and all_expanded(batch, most_absorbed):
-        out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], expand_HPC.shape[1] - nope)
-    else:
-        most = most_absorbed if windows else 2**31 - 1
-        out_THV = _absorbed((q_nope_THN, q_rope_THE), latents, expand_HPC, batch, scale, tiles, most)
-    if windows:
-        heads = Heads(q_nope_THN, q_rope_THE, expand_HPC, out_THV)
-        attend_expanded(heads, latents, batch, scale, tiles, windows)
-    return out_THV
+@dataclass(frozen=True)
+class LatentAttend:
+    """``mla.mla_attend`` with these tiles; ``decode`` as in ``PagedAttend``."""
 
+    tiles: Tiles
+    decode: AttendRows = attend_decode
 
-def _absorbed(
-    q: tuple[Tensor, Tensor],
-    latents: Keys,
-    expand_HPC: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    tiles: Tiles,
-    most_queries: int,
-) -> Tensor:
-    """Returns [T, H, V]; undefined for rows with more than ``most_queries`` queries."""
-    (q_nope_THN, q_rope_THE), (num_tokens, num_heads, nope_dim) = q, q[0].shape
-    q_HTC = torch.bmm(q_nope_THN.transpose(0, 1), expand_HPC[:, :nope_dim])
-    out_HTC = q_nope_THN.new_empty(num_heads, num_tokens, expand_HPC.shape[2])
-    queries = Queries(q_HTC.transpose(0, 1), q_rope_THE, out_HTC.transpose(0, 1))
-    eight = bool(latents.k0.group)
-    attend_decode(queries, latents, batch, scale, tiles.latent_decode_fp8 if eight else tiles.latent_decode)
-    attend_extend(
-        queries,
-        latents,
-        batch,
-        scale,
-        tiles.latent_extend_fp8 if eight else tiles.latent_extend,
-        most_queries,
-    )
-    return torch.bmm(out_HTC, expand_HPC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)
+    def __call__(
+        self,
+        q_nope_THN: Tensor,
+        q_rope_THE: Tensor,
+        cache: Tensor,
+        expand_HPC: Tensor,
+        batch: PagedBatch,
+        scale: float,
+    ) -> Tensor:
+        check_dtype(q_nope_THN, "mla_attend: q")
+        nope, rope, latent = q_nope_THN.shape[2], q_rope_THE.shape[2], expand_HPC.shape[2]
+        most_absorbed = self.tiles.most_absorbed
+        if most_absorbed is None:
+            most_absorbed = break_even(nope, rope, expand_HPC.shape[1] - nope, latent)
+        keys = window_keys(self.tiles.prefill_bytes, expand_HPC)
+        windows = plan_windows(batch, len(q_nope_THN), most_absorbed, keys)
+        latents = latents_of(cache, latent)
+        if windows and all_expanded(batch, most_absorbed):
+            out_THV = q_nope_THN.new_empty(*q_nope_THN.shape[:2], expand_HPC.shape[1] - nope)
+        else:
+            most = most_absorbed if windows else 2**31 - 1
+            out_THV = self._absorbed((q_nope_THN, q_rope_THE), latents, expand_HPC, batch, scale, most)
+        if windows:
+            heads = Heads(q_nope_THN, q_rope_THE, expand_HPC, out_THV)
+            attend_expanded(heads, latents, batch, scale, self.tiles, windows)
+        return out_THV
+
+    def _absorbed(
+        self,
+        q: tuple[Tensor, Tensor],
+        latents: Keys,
+        expand_HPC: Tensor,
+        batch: PagedBatch,
+        scale: float,
+        most_queries: int,
+    ) -> Tensor:
+        """Returns [T, H, V]; undefined for rows with more than ``most_queries`` queries."""
+        (q_nope_THN, q_rope_THE), (num_tokens, num_heads, nope_dim) = q, q[0].shape
+        q_HTC = torch.bmm(q_nope_THN.transpose(0, 1), expand_HPC[:, :nope_dim])
+        out_HTC = q_nope_THN.new_empty(num_heads, num_tokens, expand_HPC.shape[2])
+        queries, tiles = Queries(q_HTC.transpose(0, 1), q_rope_THE, out_HTC.transpose(0, 1)), self.tiles
+        eight = bool(latents.k0.group)
+        decode = tiles.latent_decode_fp8 if eight else tiles.latent_decode
+        self.decode(queries, latents, batch, scale, decode)
+        extend = tiles.latent_extend_fp8 if eight else tiles.latent_extend
+        attend_extend(queries, latents, batch, scale, extend, most_queries)
+        return torch.bmm(out_HTC, expand_HPC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.paged import PagedBatch
-from .attend import row_of_tile, softmax_step
 from .attend_inputs import Keys
+from .attend_steps import row_of_tile, softmax_step
 from .target import interpreted, padded_rows, power_of_two
 from .tiles import Tiles
 

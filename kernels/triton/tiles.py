@@ -62,7 +62,9 @@ class LinearTile:
 @dataclass(frozen=True)
 class AttendTile:
     """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until
-    there are ``programs`` per processor, or into ``splits`` unless that is 0.
+    there are ``programs`` per processor, or into ``splits`` unless that is 0. Over latents: so many
+    values of them are widened and multiplied at a time (``chunk``; in FP8 at least the 128 that
+    share a scale), and the sums may be kept transposed (``turned``).
     """
 
     queries: int
@@ -71,6 +73,8 @@ class AttendTile:
     stages: int
     programs: int = 4
     splits: int = 0
+    chunk: int = 128
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,10 @@ class Tiles:
     decode_fp8: AttendTile = AttendTile(16, 64, 4, 4)
     extend: AttendTile = AttendTile(128, 64, 8, 3)
     extend_fp8: AttendTile = AttendTile(128, 64, 8, 3)
-    latent_decode: AttendTile = AttendTile(64, 32, 8, 3)
-    latent_decode_fp8: AttendTile = AttendTile(32, 32, 8, 3)
-    latent_extend: AttendTile = AttendTile(32, 64, 8, 2)
-    latent_extend_fp8: AttendTile = AttendTile(32, 16, 8, 3)
+    latent_decode: AttendTile = AttendTile(64, 64, 8, 2)
+    latent_decode_fp8: AttendTile = AttendTile(64, 32, 8, 3)
+    latent_extend: AttendTile = AttendTile(64, 64, 8, 2)
+    latent_extend_fp8: AttendTile = AttendTile(64, 32, 8, 3)
     prefill: AttendTile = AttendTile(128, 64, 8, 2)
     expand: ProductTile = ProductTile(128, 128, 4, 3)
     most_absorbed: int | None = None
@@ -121,8 +125,15 @@ class Tiles:
 
 DEFAULT = Tiles()
 
-BLACKWELL = Tiles(extend=AttendTile(128, 64, 8, 2), latent_decode=AttendTile(64, 32, 8, 2))
-"""Without a table of the card, on sm_100: three stages do not fit, or spill (Triton 3.7)."""
+BLACKWELL = Tiles(
+    extend=AttendTile(128, 64, 8, 2),
+    latent_decode=AttendTile(64, 32, 8, 2, chunk=512),
+    latent_decode_fp8=AttendTile(64, 64, 8, 2, turned=True),
+    latent_extend=AttendTile(64, 16, 8, 2, chunk=512),
+    latent_extend_fp8=AttendTile(64, 32, 8, 2, turned=True),
+)
+"""Without a table of the card, on sm_100: three stages do not fit, or spill, and the sums of 64
+heads over latents fill the tensor memory unless they are one chunk or turned (Triton 3.7)."""
 
 
 GEFORCE = Tiles(
@@ -134,8 +145,10 @@ GEFORCE = Tiles(
     linear_fp8=(*DEFAULT.linear_fp8[:2], LinearTile(0, 128, 64, 8, 4)),
     extend=AttendTile(64, 64, 8, 2),
     extend_fp8=AttendTile(64, 64, 8, 2),
-    latent_decode=AttendTile(16, 64, 8, 2),
+    latent_decode=AttendTile(32, 32, 8, 2),
+    latent_decode_fp8=AttendTile(32, 32, 8, 3),
     latent_extend=AttendTile(32, 32, 8, 2),
+    latent_extend_fp8=AttendTile(32, 32, 8, 3),
     prefill=AttendTile(128, 32, 8, 2),
     expand=ProductTile(128, 64, 4, 3),
 )

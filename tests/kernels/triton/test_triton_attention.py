@@ -12,7 +12,7 @@ from torch import Tensor
 from lockstep.kernels.formats.kv_format import head_entry
 from lockstep.kernels.reference.attention import PLAIN_RULE, AttentionRule, attend as reference
 from lockstep.kernels.reference.kv_entries import write_heads
-from lockstep.kernels.triton.attention import attend
+from lockstep.kernels.triton.attention import PagedAttend
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
 from support.grids import pairwise
 from support.kernels.fp8_entries import heads_in
@@ -118,7 +118,7 @@ def test_equals_the_definition(
     for splits in (1, 3) if "decode" in case else (0,):
         tiles = in_splits(splits)
         with poisoned():
-            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, own, tiles)
+            out = PagedAttend(tiles)(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, own)
         assert (out.shape, out.dtype) == (q.shape, dtype)
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
@@ -149,7 +149,7 @@ def test_fp8_pages(
     k_cache, v_cache = (cache.to(DEVICE) for cache in caches)
     for splits in (1, 3) if "decode" in case else (0,):
         with poisoned():
-            out = attend(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE, tiles=in_splits(splits))
+            out = PagedAttend(in_splits(splits))(q, k_cache, v_cache, on_device(rows.batch, DEVICE), SCALE)
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
             k, v = (heads_in(cache[places], kv_heads, dim).to(DEVICE) for cache in caches)
@@ -163,7 +163,7 @@ def test_equals_the_reference_at_a_real_head() -> None:
     rows = PagedRows([(140, 1), (65, 1), (3, 5)], 2)
     caches = [torch.randn(rows.num_pages * PAGE_SIZE, 2, 128, device=DEVICE) for _ in range(2)]
     q = torch.randn(7, 16, 128, device=DEVICE)
-    got = attend(q, *caches, on_device(rows.batch, DEVICE), 128**-0.5)
+    got = PagedAttend(DEFAULT)(q, *caches, on_device(rows.batch, DEVICE), 128**-0.5)
     expected = reference(q.cpu(), caches[0].cpu(), caches[1].cpu(), rows.batch, 128**-0.5).to(DEVICE)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -178,7 +178,7 @@ def test_pages_of_any_size_beside_blocks_of_32_keys(page_size: int) -> None:
             cache[rows.places(row)] = torch.randn(len(rows.places(row)), 2, 16, device=DEVICE)
     q = torch.randn(16, 4, 16, device=DEVICE)
     tiles = dataclasses.replace(in_splits(3, keys=32), extend=AttendTile(16, 32, 4, 3))
-    out = attend(q, caches[0], caches[1], on_device(rows.batch, DEVICE), SCALE, tiles=tiles)
+    out = PagedAttend(tiles)(q, caches[0], caches[1], on_device(rows.batch, DEVICE), SCALE)
     for row, start in enumerate(rows.starts.tolist()):
         tokens, places = rows.queries(row), rows.places(row)
         expected = definition(q[tokens], caches[0][places], caches[1][places], start)
@@ -191,11 +191,11 @@ def test_blocks_of_pages_before_a_window_are_not_read() -> None:
     caches = [torch.randn(rows.num_pages * PAGE_SIZE, 2, 16, device=DEVICE) for _ in range(2)]
     q, batch = torch.randn(21, 4, 16, device=DEVICE), on_device(rows.batch, DEVICE)
     tiles = dataclasses.replace(in_splits(2, keys=32), extend=AttendTile(16, 32, 4, 3))
-    expected = attend(q, *caches, batch, SCALE, rule, tiles)
+    expected = PagedAttend(tiles)(q, *caches, batch, SCALE, rule)
     for row, first_seen in ((0, 171), (1, 61)):
         for cache in caches:
             cache[rows.places(row)[: first_seen // 32 * 32]] = torch.nan
-    assert torch.equal(attend(q, *caches, batch, SCALE, rule, tiles), expected)
+    assert torch.equal(PagedAttend(tiles)(q, *caches, batch, SCALE, rule), expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -205,10 +205,11 @@ def test_a_row_of_length_zero_gives_zeros(splits: int, rule: str) -> None:
     caches = [torch.randn(rows.num_pages * PAGE_SIZE, 1, 16, device=DEVICE) for _ in range(2)]
     q = torch.randn(2, 4, 16, device=DEVICE)
     batch = on_device(rows.batch, DEVICE)
-    whole = attend(q, *caches, batch, SCALE, RULES[rule](4), in_splits(splits))
+    attend = PagedAttend(in_splits(splits))
+    whole = attend(q, *caches, batch, SCALE, RULES[rule](4))
     batch.lengths_R[1] = 0
     with poisoned():
-        out = attend(q, *caches, batch, SCALE, RULES[rule](4), in_splits(splits))
+        out = attend(q, *caches, batch, SCALE, RULES[rule](4))
     assert torch.equal(out[0], whole[0]) and not out[1].any()
 
 
@@ -224,4 +225,5 @@ def test_tokens_past_the_last_row_are_left_alone() -> None:
         pages_RP=batch.pages_RP.expand(3, -1).contiguous(),
     )
     q = torch.randn(40, 4, 16, device=DEVICE)
+    attend = PagedAttend(DEFAULT)
     assert torch.equal(attend(q, *caches, padded, SCALE)[:3], attend(q[:3], *caches, batch, SCALE))

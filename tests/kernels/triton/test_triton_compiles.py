@@ -13,8 +13,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lockstep.kernels.triton.tiles import default_tiles
 
 # A case takes 3 to 20 s on two cores of an EPYC Genoa; the limit ends a compiler that hangs.
 pytestmark = pytest.mark.timeout(900)
@@ -23,6 +26,7 @@ SHARED_PER_PROGRAM = {90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 PROGRAM = Path(__file__).parent.parent.parent / "support" / "kernels" / "triton_compile.py"
 _PLACING = {"grouping._count_kernel", "grouping._place_kernel"}
 _ATTENDING = {"attend._attend_kernel", "attend._join_kernel"}
+_LATENTS = {"attend_latents._attend_latents_kernel", "attend._join_kernel"}
 _PREFILLING = {"mla_prefill._expand_kernel", "mla_prefill._attend_window_kernel"}
 # Cases of the program, and the kernels each compiles.
 CASES = {
@@ -37,8 +41,8 @@ CASES = {
     "rotations": {"rope._rotate_and_write_kernel", "rope._rotate_and_write_latent_kernel"},
     "indexers": {"indexer._scores_kernel", "rope._rotate_and_write_kernel"},
     "attentions": _ATTENDING,
-    "latent_attentions": _ATTENDING | _PREFILLING,
-    "latent_attentions_fp8": _ATTENDING | _PREFILLING,
+    "latent_attentions": _LATENTS | _PREFILLING,
+    "latent_attentions_fp8": _LATENTS | _PREFILLING,
     "pages": {"pages._copy_pages_kernel"},
     "samplers": {
         f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")
@@ -53,6 +57,7 @@ MATRIX_KERNELS = _PREFILLING | {
     "experts_four_bit._up_four_bit_kernel",
     "experts_four_bit._down_four_bit_kernel",
     "attend._attend_kernel",
+    "attend_latents._attend_latents_kernel",
 }
 
 
@@ -77,7 +82,7 @@ class Compilers:
         self._environment = environment | {"TRITON_CACHE_DIR": str(cache)}
         self._running: dict[int, subprocess.Popen[str]] = {}
 
-    def needs(self, case: str, arch: int) -> dict[str, list[dict[str, int]]]:
+    def needs(self, case: str, arch: int) -> dict[str, list[dict[str, Any]]]:
         """The needs of each kernel of ``case``, by its variants."""
         if arch not in self._running:
             self._running[arch] = subprocess.Popen(
@@ -113,7 +118,10 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
 
 
 # Those that use most registers and shared memory; LOCKSTEP_COMPILE=all compiles all for each.
-BY_DEFAULT = {90: set(CASES), 100: {"attentions", "latent_attentions", "fp8"}, 120: {"latent_attentions"}}
+_LATENT_CASES = {"latent_attentions", "latent_attentions_fp8"}
+BY_DEFAULT = {90: set(CASES), 100: {"attentions", "fp8"} | _LATENT_CASES, 120: _LATENT_CASES}
+# The units that 64 heads over latents take (32 on sm_120, whose operands lie in registers).
+LATENT_UNITS = {90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
 def kinds() -> list[tuple[str, int]]:
@@ -133,4 +141,18 @@ def test_kernels_compile_fit_spill_nothing_and_use_the_matrix_units(
         for variant in variants:
             assert variant["shared"] <= SHARED_PER_PROGRAM[arch], (name, variant)
             assert variant["spilled"] == 0, (name, variant)
-            assert variant["tensor_cores"] or name not in MATRIX_KERNELS, (name, variant)
+            assert variant["units"] or name not in MATRIX_KERNELS, (name, variant)
+            if name == "attend_latents._attend_latents_kernel":
+                assert variant["units"] == [LATENT_UNITS[arch]], variant
+
+
+def test_64_heads_widen_each_latent_once(compilers: Compilers) -> None:
+    """In a loop that the compiler has not unrolled, values widened by a program are those of a
+    block: its keys and then its values.
+    """
+    pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
+    tiles = default_tiles(90)
+    blocks = {512 * tile.keys for tile in (tiles.latent_decode_fp8, tiles.latent_extend_fp8)}
+    assert tiles.latent_decode_fp8.queries == 64
+    needs = compilers.needs("latent_attentions_fp8", 90)
+    assert {variant["widened"] for variant in needs["attend_latents._attend_latents_kernel"]} == blocks

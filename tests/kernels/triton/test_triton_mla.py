@@ -10,7 +10,7 @@ from torch import Tensor
 from lockstep.kernels.formats.kv_format import latent_entry
 from lockstep.kernels.reference.kv_entries import write_latents
 from lockstep.kernels.reference.mla import mla_attend as reference
-from lockstep.kernels.triton.mla import mla_attend
+from lockstep.kernels.triton.mla import LatentAttend
 from lockstep.kernels.triton.mla_prefill import Windows, break_even, plan_windows
 from lockstep.kernels.triton.tiles import DEFAULT, AttendTile, Tiles
 from support.grids import pairwise
@@ -51,8 +51,12 @@ EXPANSIONS = {
 
 
 def in_splits(splits: int) -> Tiles:
+    """Both forms of the sums, and latents in chunks or whole."""
     tile = AttendTile(32, 32, 4, 2, splits=splits)
-    return dataclasses.replace(DEFAULT, latent_decode=tile, latent_decode_fp8=tile)
+    if splits != 1:
+        tile = dataclasses.replace(tile, chunk=512, turned=True)
+    names = ("latent_decode", "latent_decode_fp8", "latent_extend", "latent_extend_fp8")
+    return dataclasses.replace(DEFAULT, **dict.fromkeys(names, tile))
 
 
 def expanded(name: str) -> Tiles:
@@ -89,7 +93,7 @@ def test_equals_the_definition(
     batch = on_device(rows.batch, DEVICE)
     for splits in (1, 3) if "decode" in case else (0,):
         with poisoned():
-            out = mla_attend(q_nope, q_rope, cache, expand, batch, SCALE, in_splits(splits))
+            out = LatentAttend(in_splits(splits))(q_nope, q_rope, cache, expand, batch, SCALE)
         assert (out.shape, out.dtype) == ((num_tokens, heads, VALUE), dtype)
         for row, start in enumerate(rows.starts.tolist()):
             tokens, places = rows.queries(row), rows.places(row)
@@ -123,7 +127,7 @@ def test_fp8_pages(case: str, latent: int, heads: int, dtype: torch.dtype, toler
     on_card = [x.to(DEVICE) for x in (q_nope, q_rope, cache, expand)]
     for splits in (1, 3) if "decode" in case else (0,):
         with poisoned():
-            out = mla_attend(*on_card, on_device(rows.batch, DEVICE), SCALE, in_splits(splits))
+            out = LatentAttend(in_splits(splits))(*on_card, on_device(rows.batch, DEVICE), SCALE)
         torch.testing.assert_close(out.float().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -133,7 +137,7 @@ def test_equals_the_reference_at_real_latents() -> None:
     cache = torch.randn(rows.num_pages * PAGE_SIZE, 576, device=DEVICE)
     q_nope, q_rope = torch.randn(7, 16, 192, device=DEVICE).split([128, 64], -1)
     expand = torch.randn(16, 256, 512, device=DEVICE) * 512**-0.5
-    got = mla_attend(q_nope, q_rope, cache, expand, on_device(rows.batch, DEVICE), 192**-0.5)
+    got = LatentAttend(DEFAULT)(q_nope, q_rope, cache, expand, on_device(rows.batch, DEVICE), 192**-0.5)
     expected = reference(q_nope.cpu(), q_rope.cpu(), cache.cpu(), expand.cpu(), rows.batch, 192**-0.5).to(
         DEVICE
     )
@@ -155,7 +159,7 @@ def test_expanded_rows(case: str, expansion: str, known: bool) -> None:
     if known:
         batch = dataclasses.replace(batch, query_starts=rows.batch.query_starts, lengths=rows.batch.lengths)
     with poisoned():
-        out = mla_attend(q_nope, q_rope, cache.to(DEVICE), expand, batch, SCALE, expanded(expansion))
+        out = LatentAttend(expanded(expansion))(q_nope, q_rope, cache.to(DEVICE), expand, batch, SCALE)
     for row, start in enumerate(rows.starts.tolist()):
         tokens, places = rows.queries(row), rows.places(row)
         expected = definition(q_nope[tokens], q_rope[tokens], cache[places].to(DEVICE), expand, start)
@@ -191,7 +195,7 @@ def test_expanded_rows_in_every_format(
     expected = reference(q_nope.float(), q_rope.float(), numbers, expand.float(), rows.batch, SCALE)
     with poisoned():
         on_card = [x.to(DEVICE) for x in (q_nope, q_rope, cache, expand)]
-        out = mla_attend(*on_card, on_device(rows.batch, DEVICE), SCALE, expanded(expansion))
+        out = LatentAttend(expanded(expansion))(*on_card, on_device(rows.batch, DEVICE), SCALE)
     tolerance = 2e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(out.float().cpu(), expected, rtol=tolerance, atol=tolerance)
 

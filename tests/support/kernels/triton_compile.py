@@ -61,6 +61,7 @@ from lockstep.kernels.triton.tiles import Tiles, default_tiles
 
 BF16 = torch.bfloat16
 HOST_READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+MATRIX_UNITS = ("wgmma", "mma.sync", "tcgen05.mma")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -93,9 +94,10 @@ def refuse(*args: Any, **options: Any) -> Any:
     raise AssertionError("a value of a tensor was read on the host")
 
 
-def needs(kernel: Any) -> dict[str, int]:
+def needs(kernel: Any) -> dict[str, Any]:
     """Shared memory in bytes (the part asked for at launch), registers and spilled bytes per
-    thread.
+    thread, the kinds of matrix instructions, and the eight-bit values that a program widens where
+    each instruction runs once.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -109,7 +111,8 @@ def needs(kernel: Any) -> dict[str, int]:
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "warps": kernel.metadata.num_warps,
-        "tensor_cores": int(any(unit in kernel.asm["ptx"] for unit in ("wgmma", "mma.sync", "tcgen05.mma"))),
+        "units": [unit for unit in MATRIX_UNITS if unit in kernel.asm["ptx"]],
+        "widened": kernel.asm["ptx"].count("e4m3x2") * 2 * 32 * kernel.metadata.num_warps,
     }
 
 
@@ -258,11 +261,11 @@ def attentions() -> None:
     q = torch.empty(1032, 32, 128, dtype=BF16)
     for splits in (1, 8):
         for cache in (torch.empty(640, 4, 128, dtype=BF16), entries(head_entry("fp8", 4, 128))):
-            triton_attention.attend(q, cache, cache, paged_batch(), 1.0, tiles=in_splits(splits))
+            triton_attention.PagedAttend(in_splits(splits))(q, cache, cache, paged_batch(), 1.0)
     rule = AttentionRule(128, torch.empty(64))
     q, cache = torch.empty(1032, 64, 64, dtype=BF16), torch.empty(640, 8, 64, dtype=BF16)
     for splits in (1, 2):
-        triton_attention.attend(q, cache, cache, paged_batch(), 1.0, rule, in_splits(splits))
+        triton_attention.PagedAttend(in_splits(splits))(q, cache, cache, paged_batch(), 1.0, rule)
 
 
 def latent_attentions() -> None:
@@ -274,11 +277,11 @@ def latent_attentions_fp8() -> None:
 
 
 def attend_latents(cache: Tensor) -> None:
-    expand, q = torch.empty(128, 256, 512, dtype=BF16), torch.empty(1032, 128, 192, dtype=BF16)
-    for splits in (1, 8):
-        triton_mla.mla_attend(
-            q[..., :128], q[..., 128:], cache, expand, paged_batch(), 1.0, in_splits(splits)
-        )
+    """DeepSeek-V3's heads, and half of them, as each of two ranks of a tensor group has."""
+    for heads, splits in ((128, 1), (128, 8), (64, 8)):
+        expand, q = torch.empty(heads, 256, 512, dtype=BF16), torch.empty(1032, heads, 192, dtype=BF16)
+        attend = triton_mla.LatentAttend(in_splits(splits))
+        attend(q[..., :128], q[..., 128:], cache, expand, paged_batch(), 1.0)
 
 
 def in_splits(splits: int) -> Tiles:
