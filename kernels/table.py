@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -37,29 +38,49 @@ def ops_of(column: Column) -> Reference:
     return ops
 
 
-def with_library(ops: Reference, linear_fp8: str, device: torch.device) -> Reference:
-    """The ops with those of libraries that a recipe names (section ``kernels``). Raises ValueError
-    where one is not installed, or not for the device.
+def with_libraries(ops: Reference, libraries: Mapping[str, str], device: torch.device) -> Reference:
+    """The ops with those of the libraries that a recipe names, by op (section ``kernels``). Raises
+    ValueError where one is not installed, or not for the device.
     """
-    if linear_fp8 == "own":
-        return ops
-    if linear_fp8 != "deep_gemm":
-        raise ValueError(f"kernels.linear_fp8 = {linear_fp8}: allowed are own and deep_gemm")
-    if device.type != "cuda":
-        raise ValueError(f"kernels.linear_fp8 = deep_gemm: serves on GPUs, not on {device}; use own")
-    try:
-        library = importlib.import_module("deep_gemm")
-    except ImportError as error:
-        raise ValueError(
-            f"kernels.linear_fp8 = deep_gemm: {error}; install sgl-deep-gemm or use own"
-        ) from error
+    for op, name in libraries.items():
+        if (op, name) not in _LIBRARIES:
+            allowed = ["own", *(known for where, known in _LIBRARIES if where == op)]
+            raise ValueError(f"kernels.{op} = {name}: allowed are {' and '.join(allowed)}")
+        if device.type != "cuda":
+            raise ValueError(f"kernels.{op} = {name}: serves on GPUs, not on {device}; use own")
+        module, package, use = _LIBRARIES[op, name]
+        try:
+            library = importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"kernels.{op} = {name}: {error}; install {package} or use own") from error
+        ops = use(ops, library, device)
+        _log.info("kernels: %s by %s", op, name)
+    return ops
+
+
+def _with_deep_gemm(ops: Reference, library: Any, device: torch.device) -> Reference:
     from .libraries.deep_gemm import DeepGemm
     from .triton.column import Triton
     from .triton.target import card_arch
 
     assert isinstance(ops, Triton)
-    _log.info("kernels: FP8 products of many rows by deep_gemm")
     return ops.with_product(functools.partial(DeepGemm, library, card_arch()))
+
+
+def _with_flashinfer(ops: Reference, library: Any, device: torch.device) -> Reference:
+    from .libraries.flashinfer import FlashInfer
+    from .triton.column import Triton
+    from .triton.target import card_arch
+
+    assert isinstance(ops, Triton)
+    return ops.with_decode(functools.partial(FlashInfer, library, card_arch(), device))
+
+
+_LIBRARIES = {
+    ("linear_fp8", "deep_gemm"): ("deep_gemm", "sgl-deep-gemm", _with_deep_gemm),
+    ("attention", "flashinfer"): ("flashinfer", "flashinfer-python", _with_flashinfer),
+}
+"""By op and name: the module, its package, and the ops with it."""
 
 
 def _make(column: Column) -> Reference:

@@ -104,7 +104,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``dtype``. ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index
     in a step, a bucket. ``overlap``: steps may have two microbatches. ``balance``: experts may
     move. ``wire``: hidden states travel to experts in ``dtype`` or in FP8, which FP8 experts alone
-    take. ``linear_fp8``: own, or the library with the products of many rows in FP8.
+    take. ``libraries``: by op, those that compute it in place of our own kernels.
     """
 
     rank: int
@@ -128,7 +128,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     wire: Literal["full", "fp8"] = "full"
     capacity: int = 8192
-    linear_fp8: str = "own"
+    libraries: dict[str, str] = msgspec.field(default_factory=dict)
     overlap: bool = False
     balance: bool = False
     collective_deadline: float = 60.0

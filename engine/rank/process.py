@@ -13,7 +13,7 @@ import torch
 
 from ...kernels.formats.fp8_format import BLOCK
 from ...kernels.formats.kv_format import parse_format
-from ...kernels.table import column_for, ops_of, with_library
+from ...kernels.table import column_for, ops_of, with_libraries
 from ...moe.balance.placement import Placement
 from ...moe.balance.start import placement_of
 from ...moe.balance.travel import staged_bytes
@@ -167,7 +167,7 @@ def _load_model(
 ) -> Model:
     device = torch.device(spec.device)
     with room_for_weights(device):
-        ops = with_library(ops_of(column_for(device)), spec.linear_fp8, device)
+        ops = with_libraries(ops_of(column_for(device)), spec.libraries, device)
         model = build_model(config, dispatcher, _dtype(spec.dtype), device, ops, spec.keep_fp8, part)
         load_weights(model, Path(spec.model_path), experts_of_layer, progress)
         model.pack()

@@ -64,11 +64,13 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
             f"experts.redundant = {recipe.experts.redundant}: above {most}, which is a replica of each of "
             f"{config.moe.num_experts} experts on each of {recipe.mesh.experts - 1} other ranks of a stage"
         )
-    if recipe.experts.wire == "fp8" and not _fp8_experts(recipe, config):
+    if recipe.cluster.device == "cpu":
+        found += for_gpus(recipe)
+    elif recipe.experts.wire == "fp8" and not _fp8_experts(recipe, config):
         found.append(
             "experts.wire = fp8: the experts of this model are not computed in FP8 here; use auto or full"
         )
-    return found + _unsplittable(recipe, config)
+    return found + _without_library(recipe, config) + _unsplittable(recipe, config)
 
 
 def _followers(config: ModelFacts) -> int:
@@ -80,8 +82,26 @@ def _followers(config: ModelFacts) -> int:
 
 def _fp8_experts(recipe: Recipe, config: ModelFacts) -> bool:
     """Whether experts may be FP8; a device that is not known yet may be a GPU."""
-    device = "cpu" if recipe.cluster.device == "cpu" else "cuda"
-    return keeps_fp8(recipe, config.kernel_fp8, device) and config.four_bit is None
+    return keeps_fp8(recipe, config.kernel_fp8, "cuda") and config.four_bit is None
+
+
+def _without_library(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Settings under which no step would be the library's that ``kernels.attention`` names."""
+    if recipe.kernels.attention != "flashinfer":
+        return []
+    key, found = "kernels.attention = flashinfer", []
+    if kv_format_of(recipe, "bf16", "cuda") != "bf16":
+        found.append(
+            f"{key}: kv_cache.dtype = {recipe.kv_cache.dtype}: it reads pages in bf16; "
+            "use kv_cache.dtype = bf16, or kernels.attention = own"
+        )
+    if config.dtype in _DTYPES and dtype_of(recipe, config.dtype) != "bf16":
+        found.append(f"{key}: model.dtype = {recipe.model.dtype}: it computes in bf16; use bf16, or own")
+    sizes = (32, 64) if isinstance(config.attention, MlaConfig) else (16, 32, 64, 128)
+    if recipe.kv_cache.page_size not in sizes:
+        allowed = ", ".join(map(str, sizes))
+        found.append(f"{key}: kv_cache.page_size = {recipe.kv_cache.page_size}: allowed are {allowed}")
+    return found
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -136,6 +156,7 @@ def for_gpus(recipe: Recipe) -> list[str]:
     """A line for each setting that only ranks on GPUs can follow."""
     found = {
         "kernels.linear_fp8 = deep_gemm": (recipe.kernels.linear_fp8 == "deep_gemm", "auto and own"),
+        "kernels.attention = flashinfer": (recipe.kernels.attention == "flashinfer", "auto and own"),
         "experts.wire = fp8": (recipe.experts.wire == "fp8", "auto and full"),
     }
     return [

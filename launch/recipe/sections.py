@@ -20,3 +20,13 @@ class KernelsSection(RecipeSection):
         default="auto",
         description="products of many rows in FP8 on GPUs; auto: own, until another is measured to be faster",
     )
+    attention: Literal["auto", "own", "flashinfer"] = Field(
+        default="auto",
+        description="attention of rows that decode on GPUs, flashinfer over pages in bf16; auto: own",
+    )
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """By op, the library that is to compute it."""
+        named = {"linear_fp8": self.linear_fp8, "attention": self.attention}
+        return {op: name for op, name in named.items() if name not in ("auto", "own")}

@@ -183,7 +183,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,
         capacity=bucket_over(recipe.scheduler.max_batch_tokens),
-        linear_fp8="own" if recipe.kernels.linear_fp8 == "auto" else recipe.kernels.linear_fp8,
+        libraries=recipe.kernels.libraries,
         overlap=recipe.overlap != "off",
         balance=balances(recipe),
         collective_deadline=recipe.cluster.collective_deadline,

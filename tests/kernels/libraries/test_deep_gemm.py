@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from lockstep.kernels.libraries.deep_gemm import DeepGemm
 from lockstep.kernels.reference.fp8 import Quantised, quantise_blocks, widen_blocks, widen_rows
 from lockstep.kernels.reference.sublayers import Projection, RowNorm
-from lockstep.kernels.table import ops_of, with_library
+from lockstep.kernels.table import ops_of
 from lockstep.kernels.triton import linear_fp8
 from lockstep.kernels.triton.column import Triton
 
@@ -97,21 +95,3 @@ def test_reasons() -> None:
     assert "float16" in product.supports((7168, 2048), 90, torch.float16)
     assert "7168 x 2000" in product.supports((7168, 2000), 90, BF16)
     assert "12 x 128" in product.supports((12, 128), 90, BF16)
-
-
-def test_a_library_that_is_not_there_or_not_for_the_device_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ops, card = ops_of("reference"), torch.device("cuda:0")
-    assert with_library(ops, "own", card) is ops
-    monkeypatch.setitem(sys.modules, "deep_gemm", None)
-    with pytest.raises(ValueError, match=r"linear_fp8 = deep_gemm: .*install sgl-deep-gemm or use own"):
-        with_library(ops, "deep_gemm", card)
-    with pytest.raises(ValueError, match="serves on GPUs, not on cpu"):
-        with_library(ops, "deep_gemm", torch.device("cpu"))
-    with pytest.raises(ValueError, match="allowed are own and deep_gemm"):
-        with_library(ops, "flashinfer", card)
-    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(fp8_gemm_nt=Double().fp8_gemm_nt))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    found = with_library(ops_of("triton"), "deep_gemm", card)
-    assert isinstance(found, Triton) and isinstance(found._product, DeepGemm)
