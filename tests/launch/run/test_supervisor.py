@@ -352,6 +352,6 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
 
 def test_a_library_for_gpus_on_cpus_is_said_before_anything_starts(tmp_path: Path) -> None:
     with launch(tmp_path, LOCAL, "kernels.linear_fp8=deep_gemm") as launcher:
-        assert launcher.wait() == 1
-        assert "kernels.linear_fp8 = deep_gemm: is for ranks on GPUs" in error_line(launcher)
+        assert launcher.wait() == 2
+        assert "kernels.linear_fp8 = deep_gemm: is for ranks on GPUs" in launcher.err
         assert "starting the controller" not in launcher.err
