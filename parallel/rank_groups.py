@@ -61,7 +61,9 @@ class RankGroups:
 
     @property
     def transports(self) -> str:
-        """The transport of each group by its role: shared memory for experts; gloo for stages."""
+        """The transport of each group by its role: shared memory for experts; gloo for stages,
+        tokens.
+        """
         by_transport: dict[str, list[str]] = {}
         for group in self._groups:
             if group.transport:

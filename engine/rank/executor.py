@@ -341,7 +341,7 @@ class Executor:
         expected, self._expected = self._expected, []
         for item in expected:
             if item.cohort == header.cohort:
-                self._take_over(item.slots, item.positions, self._parts.links.wait(item.pending))
+                self._take_over(item.slots, item.positions, self._parts.links.take_tokens(item.pending))
             else:
                 self._expected.append(item)
 
