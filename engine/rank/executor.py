@@ -182,7 +182,7 @@ class Executor:
     def close(self) -> None:
         if self._parts.grammars is not None:
             self._parts.grammars.close()
-        self._parts.groups.destroy()
+        self._parts.groups.close()
 
     def submit(self, plan: StepPlan) -> None:
         """Applies a plan and computes its step, even without rows: other ranks wait in the exchange

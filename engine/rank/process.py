@@ -81,7 +81,7 @@ def main(spec: RankSpec) -> None:
             hello = executor.hello()
             lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")
             loop = RankLoop(spec.rank, executor, sockets)
-            with Pulse(spec, loop, leave=lambda: os._exit(0), cut=executor.cut):
+            with Pulse(spec, loop, leave=os._exit, cut=executor.cut):
                 reason = loop.run()
             lobby.report("stopped", reason)
         finally:
