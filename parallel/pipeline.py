@@ -2,8 +2,10 @@
 stage to the first.
 
 A stage does not wait for the next one: what it sends is on its way while it computes the step of
-another cohort. Messages are told apart by their step, so that one that was never received harms no
-later one.
+another cohort. Tokens have a group of their own: NCCL serialises all messages of a group, so that
+the hidden states of a step would wait until the tokens of the step before are sampled.
+On CPUs messages are told apart by their step, so that one that was never received harms no later
+one; on GPUs they arrive in the order in which they are sent.
 
 T tokens of a step  R rows that sample  D hidden
 """
@@ -18,31 +20,28 @@ from torch import Tensor
 from .collectives import Collectives, Pending
 from .stages import PipelineStage
 
-_KINDS = 3  # of messages: tokens, and hidden states of either microbatch
-_TOKENS, _HIDDEN = 0, 1
+_MICROBATCHES = 2
 _TAGS = 1 << 31  # tags of a transport are 32-bit
 
 
 class PipelineLinks:
-    """The links of one rank to its neighbours: ``collectives`` are those of the same data and
-    tensor index, by stage.
+    """The links of one rank to its neighbours: ``hidden`` and ``tokens`` are the groups of the same
+    data and tensor index, by stage, in which either travels.
     """
 
-    def __init__(self, collectives: Collectives, stage: PipelineStage, device: torch.device) -> None:
+    def __init__(
+        self, hidden: Collectives, tokens: Collectives, stage: PipelineStage, device: torch.device
+    ) -> None:
         self.stage = stage
-        self._collectives = collectives
+        self._hidden, self._tokens = hidden, tokens
         self._device = device
         # Transports read a message after it was sent; this many steps may be on their way.
-        self._sent: deque[Pending] = deque(maxlen=8 * collectives.size)
+        self._sent: deque[tuple[Collectives, Pending]] = deque(maxlen=8 * hidden.size)
 
     @property
     def waited(self) -> float:
         """Seconds spent in waits for other stages."""
-        return self._collectives.waited
-
-    def receive(self, step: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
-        """hidden_TD of the stage before. Raises CollectiveError."""
-        return self.wait(self.expect(step, num_tokens, hidden, dtype))
+        return self._hidden.waited + self._tokens.waited
 
     def expect(
         self, step: int, num_tokens: int, hidden: int, dtype: torch.dtype, microbatch: int = 0
@@ -52,37 +51,42 @@ class PipelineLinks:
         what = f"hidden states of step {step}"
         if not num_tokens:
             return Pending(what, room, None)
-        source, tag = self._collectives.index - 1, _tag(step, _HIDDEN + microbatch)
-        return self._collectives.receive(room, source, tag, what)
+        return self._hidden.receive(room, self._hidden.index - 1, _tag(step, microbatch), what)
+
+    def wait(self, pending: Pending) -> Tensor:
+        """The hidden states that are expected. Raises CollectiveError."""
+        return self._hidden.wait(pending)
 
     def send(self, step: int, hidden_TD: Tensor, microbatch: int = 0) -> None:
         """Hands hidden states to the next stage."""
         if len(hidden_TD):
-            self._send(hidden_TD, self._collectives.index + 1, _tag(step, _HIDDEN + microbatch))
+            self._send(self._hidden, hidden_TD, self._hidden.index + 1, _tag(step, microbatch))
 
     def send_tokens(self, step: int, tokens_R: Tensor) -> None:
         """Hands the tokens that the last stage sampled to the first."""
-        if len(tokens_R) and self._collectives.size > 1:
-            self._send(tokens_R, 0, _tag(step, _TOKENS))
+        if len(tokens_R) and self._tokens.size > 1:
+            self._send(self._tokens, tokens_R, 0, _tag(step, 0))
 
     def expect_tokens(self, step: int, num_rows: int) -> Pending:
         """tokens_R int64 that the last stage will have sampled in ``step``; R is at least 1."""
         room = torch.empty(num_rows, dtype=torch.int64, device=self._device)
-        what, last = f"tokens of step {step}", self._collectives.size - 1
-        return self._collectives.receive(room, last, _tag(step, _TOKENS), what)
+        what, last = f"tokens of step {step}", self._tokens.size - 1
+        return self._tokens.receive(room, last, _tag(step, 0), what)
 
-    def wait(self, pending: Pending) -> Tensor:
-        return self._collectives.wait(pending)
+    def take_tokens(self, pending: Pending) -> Tensor:
+        """The tokens that are expected. Raises CollectiveError."""
+        return self._tokens.wait(pending)
 
-    def _send(self, rows: Tensor, to: int, tag: int) -> None:
+    def _send(self, group: Collectives, rows: Tensor, to: int, tag: int) -> None:
         if len(self._sent) == self._sent.maxlen:
-            self._collectives.wait(self._sent.popleft())
-        self._sent.append(self._collectives.send(rows.contiguous(), to, tag, f"stage {to}"))
+            before, pending = self._sent.popleft()
+            before.wait(pending)
+        self._sent.append((group, group.send(rows.contiguous(), to, tag, f"stage {to}")))
 
     def forget(self) -> None:
-        """Drops what is on its way: the group it travels in is gone."""
+        """Drops what is on its way: the groups it travels in are gone."""
         self._sent.clear()
 
 
-def _tag(step: int, kind: int) -> int:
-    return (_KINDS * step + kind) % _TAGS
+def _tag(step: int, microbatch: int) -> int:
+    return (_MICROBATCHES * step + microbatch) % _TAGS

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Protocol
 
 from .collectives import CollectiveError, Listener
-from .recovery import Recovery, gravest
+from .recovery import ProcessSpent, Recovery, gravest
 
 
 class EpochGroup(Protocol):
@@ -61,7 +62,9 @@ class RankGroups:
 
     @property
     def transports(self) -> str:
-        """The transport of each group by its role: shared memory for experts; gloo for stages."""
+        """The transport of each group by its role: shared memory for experts; gloo for stages,
+        tokens.
+        """
         by_transport: dict[str, list[str]] = {}
         for group in self._groups:
             if group.transport:
@@ -100,7 +103,7 @@ class RankGroups:
 
     def cut(self, epoch: int) -> None:
         """Ends what this rank's device waits for in ``epoch`` or an earlier one. Any thread may
-        call: the rank's own may wait for the device.
+        call: the rank's own may wait for the device. Raises ProcessSpent where that never ends.
         """
         with self._lock:
             if self._epoch <= epoch:
@@ -117,3 +120,8 @@ class RankGroups:
         """Drops the process groups. Their collectives under way fail."""
         for group in self._groups:
             group.destroy()
+
+    def close(self) -> None:
+        """As ``destroy``, where this process ends."""
+        with suppress(ProcessSpent):
+            self.destroy()

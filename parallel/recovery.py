@@ -17,8 +17,14 @@ ABORT_AND_RECAPTURE: Recovery = "abort and recapture"
 PROCESS_RESTART: Recovery = "process restart"
 
 
+SPENT_STATUS = 75
+"""Exit status of a process that ends because of ``ProcessSpent``."""
+
+
 class ProcessSpent(RuntimeError):
-    """This process cannot join another epoch; the launcher replaces it."""
+    """This process cannot join another epoch; the launcher replaces it. That is no fault of its
+    own.
+    """
 
 
 def gravest(grades: Iterable[Recovery]) -> Recovery:

@@ -226,7 +226,11 @@ class SymmetricGroup:
             raise ProcessSpent(f"{self._name}: the epoch has ended, and symmetric memory serves one only")
 
     def cut(self) -> None:
-        """Its kernels cannot be ended: the process is replaced."""
+        """Raises ProcessSpent if there is memory of an epoch: its kernels wait for a rank that is
+        gone, and cannot be ended.
+        """
+        if self._tensors and not self._rehearses:
+            raise ProcessSpent(f"{self._name}: a rank is gone, and exchanges of its epoch never end")
 
     def start_all_to_all(
         self, rows: Region, received: Region, splits: Region, received_splits: Region

@@ -182,7 +182,7 @@ class Executor:
     def close(self) -> None:
         if self._parts.grammars is not None:
             self._parts.grammars.close()
-        self._parts.groups.destroy()
+        self._parts.groups.close()
 
     def submit(self, plan: StepPlan) -> None:
         """Applies a plan and computes its step, even without rows: other ranks wait in the exchange
@@ -341,7 +341,7 @@ class Executor:
         expected, self._expected = self._expected, []
         for item in expected:
             if item.cohort == header.cohort:
-                self._take_over(item.slots, item.positions, self._parts.links.wait(item.pending))
+                self._take_over(item.slots, item.positions, self._parts.links.take_tokens(item.pending))
             else:
                 self._expected.append(item)
 

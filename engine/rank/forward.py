@@ -6,6 +6,7 @@ Suffixes: T tokens of a step, R rows, P pages of the longest row, D hidden.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,17 +40,28 @@ class Forward:
         num_tokens = int(rows.counts.sum())
         if header.microbatches == 1:
             self.announce(num_tokens, header.capacity)
-            return self._relay(header.step, rows, pages_RP, whole(rows), 0)
+            compute = functools.partial(self._compute, rows, pages_RP, whole(rows))
+            return self.relay(header.step, num_tokens, 0, compute)
         capacity = most_tokens(header.capacity)
         pair = halves(rows, capacity, self.kv_share)
         self.announce(max(len(part.tokens) for part in pair), capacity)
-        relay = functools.partial(self._relay, header.step, rows, pages_RP)
-        first_TD, second_TD = parts.turns.run(
-            *(functools.partial(relay, part, number) for number, part in enumerate(pair))
+        computes = [functools.partial(self._compute, rows, pages_RP, part) for part in pair]
+        tokens = [torch.from_numpy(part.tokens).to(parts.device) for part in pair]
+        return self.relay_both(header.step, tokens, computes)
+
+    def relay_both(
+        self, step: int, tokens: Sequence[Tensor], layers: Sequence[Callable[[Tensor | None], Tensor]]
+    ) -> Tensor:
+        """As ``relay`` for both microbatches, whose ``tokens`` are these of the step."""
+        first_TD, second_TD = self._parts.turns.run(
+            *(
+                functools.partial(self.relay, step, len(indices), number, each)
+                for number, (indices, each) in enumerate(zip(tokens, layers, strict=True))
+            )
         )
-        hidden_TD = first_TD.new_empty(num_tokens, first_TD.shape[1])
-        for part, part_TD in zip(pair, (first_TD, second_TD), strict=True):
-            hidden_TD[torch.from_numpy(part.tokens).to(parts.device)] = part_TD
+        hidden_TD = first_TD.new_empty(len(first_TD) + len(second_TD), first_TD.shape[1])
+        for indices, part_TD in zip(tokens, (first_TD, second_TD), strict=True):
+            hidden_TD.index_copy_(0, indices, part_TD)
         return hidden_TD
 
     def announce(self, num_tokens: int, capacity: int, real_1: Tensor | None = None) -> None:
@@ -61,22 +73,25 @@ class Forward:
         splits.begin_step(capacity)
         self._parts.dispatcher.begin_step(len(run), -(-capacity // splits.tensor.size), real_1)
 
-    def _relay(self, step: int, rows: Rows, pages_RP: Int32, part: Part, microbatch: int) -> Tensor:
-        """Hidden states of a part, between the stage before and the next one: the other microbatch
-        has the turn before the wait, and one travels on while the other computes.
+    def relay(
+        self, step: int, num_tokens: int, microbatch: int, layers: Callable[[Tensor | None], Tensor]
+    ) -> Tensor:
+        """Hidden states of a part: ``layers`` takes those of the stage before, None on the first,
+        and the next stage gets the result. The other microbatch has the turn before the wait, and
+        one travels on while the other computes.
         """
         parts, links, received_ND = self._parts, self._parts.links, None
         if not links.stage.first:
             config, dtype = parts.model.config, parts.model.dtype
-            pending = links.expect(step, len(part.tokens), config.hidden, dtype, microbatch)
+            pending = links.expect(step, num_tokens, config.hidden, dtype, microbatch)
             parts.turns.give()
             received_ND = links.wait(pending)
-        hidden_ND = self._compute(rows, pages_RP, received_ND, part)
+        hidden_ND = layers(received_ND)
         if not links.stage.last:
             links.send(step, hidden_ND, microbatch)
         return hidden_ND
 
-    def _compute(self, rows: Rows, pages_RP: Int32, received_ND: Tensor | None, part: Part) -> Tensor:
+    def _compute(self, rows: Rows, pages_RP: Int32, part: Part, received_ND: Tensor | None) -> Tensor:
         """``received_ND``: the part's hidden states of the stage before."""
         parts = self._parts
         is_whole = len(part.rows) == len(rows.slots) and len(part.tokens) == int(rows.counts.sum())

@@ -10,6 +10,7 @@ from collections import deque
 import msgspec
 from msgspec import structs
 
+from ...parallel.recovery import ProcessSpent
 from ..protocol.bulk import Disband, Preload, Preloaded, Published, SetPlacement, ToRankBulk, Unload
 from ..protocol.chain import Chain, Verdict
 from ..protocol.message import Stop, encode
@@ -37,7 +38,7 @@ class RankLoop:
 
     def run(self) -> str:
         """Serves until the controller says Stop, and returns its reason. Raises ControllerLost,
-        StepFailed, or the error of an executor that cannot leave an epoch.
+        StepFailed, or ProcessSpent where the executor cannot leave an epoch.
         """
         while True:
             self._send_results()
@@ -90,6 +91,8 @@ class RankLoop:
             self._executor.submit(plan)
         except StepAbandoned as error:
             return self._abandon(header, error)
+        except ProcessSpent:
+            raise
         except Exception as error:
             raise _failed(header, error) from error
         self._chain.executed(header.step)
@@ -103,6 +106,8 @@ class RankLoop:
                 answer: StepResult | Abandoned | None = self._executor.take()
             except StepAbandoned as error:
                 answer = self._abandon(header, error)
+            except ProcessSpent:
+                raise
             except Exception as error:
                 raise _failed(header, error) from error
             if answer is None:

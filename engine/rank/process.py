@@ -81,7 +81,7 @@ def main(spec: RankSpec) -> None:
             hello = executor.hello()
             lobby.report("ready", f"{hello.num_pages} pages of {hello.page_size} tokens")
             loop = RankLoop(spec.rank, executor, sockets)
-            with Pulse(spec, loop, leave=lambda: os._exit(0), cut=executor.cut):
+            with Pulse(spec, loop, leave=os._exit, cut=executor.cut):
                 reason = loop.run()
             lobby.report("stopped", reason)
         finally:
@@ -120,7 +120,7 @@ def _load_parts(spec: RankSpec, progress: Callable[[float], None]) -> Parts:
     whole = placement_of(spec.placement_i32, len(config.moe_layers), config.moe.num_experts, mesh.experts)
     here_layers = _moe_layers(config, stage)
     placement = Placement(whole.experts_LWS[here_layers.start : here_layers.stop], whole.num_experts)
-    experts, tensor, dense, stages, moves = _groups(spec, device)
+    experts, tensor, dense, stages, tokens, moves = _groups(spec, device)
     turns = Turns()
     split = UNSPLIT if mesh.tensor == 1 else TensorGroup(tensor, turns.give)
     splits = split_as_attention(split) if dense.size == 1 else split_over(dense, split, turns.give)
@@ -144,9 +144,9 @@ def _load_parts(spec: RankSpec, progress: Callable[[float], None]) -> Parts:
         rank=spec.rank,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(tensor, dense, stages, *spread, experts=spread),
+        groups=RankGroups(tensor, dense, stages, tokens, *spread, experts=spread),
         splits=splits,
-        links=PipelineLinks(stages, stage, device),
+        links=PipelineLinks(stages, tokens, stage, device),
         turns=turns,
         samples=mesh.samples(spec.rank),
         pool=_pool(spec, config, stage, 0),
@@ -212,12 +212,10 @@ def _grammars(spec: RankSpec, config: ModelConfig) -> Grammars | None:
     return Grammars(vocabulary) if vocabulary is not None else None
 
 
-def _groups(
-    spec: RankSpec, device: torch.device
-) -> tuple[Collectives, Collectives, Collectives, Collectives, Collectives]:
+def _groups(spec: RankSpec, device: torch.device) -> tuple[Collectives, ...]:
     """The groups of ranks that this one shares experts with, that it splits layers with, that it
-    splits dense blocks with, and that have the other stages of its layers; and one for moves of
-    experts, which meets if they may move.
+    splits dense blocks with, and that have the other stages of its layers: for hidden states, and
+    for tokens; and one for moves of experts, which meets if they may move.
     """
     mesh, here = spec.mesh, spec.mesh.coordinates(spec.rank)
     deadline = spec.collective_deadline
@@ -226,12 +224,14 @@ def _groups(
     layers = f"layers of stage {here.stage}, data {here.data}"
     dense = f"dense blocks of stage {here.stage}, group {here.dense_group}"
     stages = f"stages of data {here.data}, tensor {here.tensor}"
+    tokens = f"tokens of data {here.data}, tensor {here.tensor}"
     moves = f"moves of experts of stage {here.stage}"
     return (
         Collectives(experts, here.expert, mesh.experts, store, deadline, device),
         Collectives(layers, here.tensor, mesh.tensor, store, deadline, device),
         Collectives(dense, here.dense if mesh.dense else 0, max(1, mesh.dense), store, deadline, device),
         Collectives(stages, here.stage, mesh.pipeline, store, deadline, device, memory=False),
+        Collectives(tokens, here.stage, mesh.pipeline, store, deadline, device, memory=False),
         Collectives(moves, here.expert, mesh.experts, store, deadline, device, memory=False),
     )
 

@@ -4,6 +4,7 @@ an epoch that is over, and leaves when the controller says Stop and the step doe
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -12,10 +13,13 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from ...parallel.recovery import SPENT_STATUS, ProcessSpent
 from ..protocol.bulk import Disband, StepProgress
 from ..protocol.message import Stop, encode
 from ..protocol.sockets import client_socket, keep_watch, pulse_identity
 from ..protocol.specs import RankSpec
+
+_LOG = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
@@ -37,12 +41,13 @@ class Pacemaker(Protocol):
 
 
 class Pulse:
-    """Says every second how far a step is that takes longer than that. ``leave`` ends the process;
-    a step that is cut off has nothing to save. ``cut`` ends what a device waits for in an epoch.
+    """Says every second how far a step is that takes longer than that. ``leave`` ends the process
+    with a status; a step that is cut off has nothing to save. ``cut`` ends what a device waits for
+    in an epoch, or raises ProcessSpent where nothing can.
     """
 
     def __init__(
-        self, spec: RankSpec, loop: Pacemaker, leave: Callable[[], None], cut: Callable[[int], None]
+        self, spec: RankSpec, loop: Pacemaker, leave: Callable[[int], None], cut: Callable[[int], None]
     ) -> None:
         self._spec, self._loop, self._leave, self._cut = spec, loop, leave, cut
         self._ended = threading.Event()
@@ -77,12 +82,19 @@ class Pulse:
                 message = decode(socket.recv())
                 if isinstance(message, Disband):
                     if not self._ended.wait(CUT_SECONDS):
-                        self._cut(message.epoch)
+                        self._cut_off(message.epoch)
                     continue
                 if not self._ended.wait(LEAVE_SECONDS):
-                    self._leave()
+                    self._leave(0)
                 return
             progress = self._loop.progress
             if progress is not None and before is not None and progress[:2] == before[:2]:
                 socket.send(encode(StepProgress(self._spec.rank, *progress)), zmq.DONTWAIT)
             before = progress
+
+    def _cut_off(self, epoch: int) -> None:
+        try:
+            self._cut(epoch)
+        except ProcessSpent as spent:
+            _LOG.warning("%s", spent)
+            self._leave(SPENT_STATUS)

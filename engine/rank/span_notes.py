@@ -29,7 +29,12 @@ MOST_PER_STEP = 8192
 _SHORTEST = 2e-6  # seconds between two notes that are no span: the host's own way there
 _PHASES = {DISPATCH: Span.DISPATCH, EXPERT: Span.EXPERTS, COMBINE: Span.COMBINE}
 _PHASE_WAITS = {DISPATCH: Span.DISPATCH_WAIT, COMBINE: Span.COMBINE_WAIT}
-_ROLE_WAITS = {"layers": Span.TENSOR_WAIT, "dense": Span.TENSOR_WAIT, "stages": Span.STAGE_WAIT}
+_ROLE_WAITS = {
+    "layers": Span.TENSOR_WAIT,
+    "dense": Span.TENSOR_WAIT,
+    "stages": Span.STAGE_WAIT,
+    "tokens": Span.STAGE_WAIT,
+}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ...parallel.recovery import SPENT_STATUS
 from ..log_lines import without_start
 
 
@@ -80,6 +81,11 @@ class Death:
         return self.code is None or self.code < 0
 
     @property
+    def spent(self) -> bool:
+        """Ended because another rank was lost, whose exchange it cannot leave."""
+        return self.code == SPENT_STATUS
+
+    @property
     def cause(self) -> str:
         if self.lost_with:
             return f"was lost with {self.lost_with}"
@@ -89,6 +95,8 @@ class Death:
             name = signal.Signals(-self.code).name
             hint = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
             return f"was killed by {name}{hint}"
+        if self.spent:
+            return "ended with its epoch: its transport cannot join another"
         return f"exited with status {self.code}"
 
     @property

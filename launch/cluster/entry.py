@@ -22,6 +22,7 @@ import msgspec
 
 from ...engine.protocol.lobby import Lobby
 from ...engine.protocol.specs import ControllerSpec, FrontendSpec, LobbySpec, RankSpec
+from ...parallel.recovery import SPENT_STATUS, ProcessSpent
 from ..log_lines import log_to_stderr
 
 _log = logging.getLogger("lockstep.process")
@@ -61,7 +62,7 @@ def main() -> NoReturn:
 
 def run(role: str, index: int, parent: int, read_spec: Callable[[], bytes]) -> NoReturn:
     """Runs one role in this process, a child of ``parent``. Never returns: exits with 0 when the
-    role ended as asked, 1 when it failed.
+    role ended as asked, 1 when it failed, SPENT_STATUS when it cannot go on and others can.
     """
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle
@@ -77,6 +78,9 @@ def run(role: str, index: int, parent: int, read_spec: Callable[[], bytes]) -> N
         importlib.import_module(f"{__package__.partition('.')[0]}.{module}").main(spec)
     except SystemExit as leave:
         code = status_of(leave)
+    except ProcessSpent as spent:
+        _log.warning("%s", spent)
+        code = SPENT_STATUS
     except BaseException as error:
         _log.critical("%s %d has failed", role, index, exc_info=error)
         _report_failure(lobby, role, index, one_line(error))

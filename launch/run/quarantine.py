@@ -16,7 +16,7 @@ suspect."""
 
 class Quarantine:
     """Counts the deaths of ranks by node. Ranks that were lost with something else, and those that
-    the launcher moves, do not count.
+    the launcher moves, do not count; nor do those that end because another is lost.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -31,7 +31,7 @@ class Quarantine:
         """
         now, last = self._clock(), dict[int, Death]()
         for death in deaths:
-            if death.task.node is None or death.lost_with:
+            if death.task.node is None or death.lost_with or death.spent:
                 continue
             if death.task.name in self._moving:
                 self._moving.remove(death.task.name)

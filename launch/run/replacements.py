@@ -143,10 +143,15 @@ class Replacements:
         return [at for at in self._deaths.get(name, []) if now - at < WINDOW_SECONDS]
 
     def _schedule(self, death: Death, longest: float) -> float:
-        """Notes a death and starts the task again, at once or later. Returns the delay."""
+        """Notes a death and starts the task again, at once or later. Returns the delay. One that
+        ended because another was lost is none.
+        """
         name, now = death.task.name, self._clock()
         before = self._recent(name)
-        self._deaths[name] = [*before, now]
+        if death.spent:
+            before = []
+        else:
+            self._deaths[name] = [*before, now]
         gone = death.code is None and death.lost_with  # its node, or Ray's part of it
         delay = 0.0 if not before or gone else min(FIRST_DELAY * 2.0 ** (len(before) - 1), longest)
         self._due[name] = (now + delay, death.task)

@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from .layers import Floats, Ints, Layers, once
 from .placement import EMPTY, Placement
-from .steps import Search, SlotSteps, nearness
+from .steps import Search, SlotSteps, nearness, scarcity
 
 NOWHERE = -1
 
 _LEAST = 1e-6  # of a rank's mean load: what a step has to gain
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
-_REPLICAS_FIRST, _REPLICAS_EVERY = 6, 4
+_REPLICAS_FIRST, _REPLICAS_EVERY = 6, 6
 _AT_ONCE = 1024  # moves
 
 
@@ -123,6 +123,7 @@ class _Search:
         self._state, self._near_WW = state, nearness(node_W, limits.within_nodes)
         self._left = limits.max_received
         self._target_L = state.level_L() * limits.target
+        self._scarcity_L = np.zeros_like(self._target_L)
 
     def run(self) -> None:
         """Gives experts too large for any rank more replicas; then lowers maxima, until no single
@@ -131,6 +132,7 @@ class _Search:
         layers = np.arange(len(self._target_L))
         while len(layers):
             layers = self._take(layers, self._look(layers).split_largest(), 0.0)
+        self._scarcity_L = scarcity(self._state.ranks_LW, self._target_L)
         layers, number, last = np.arange(len(self._target_L)), 0, False
         while len(layers):
             replicas = last or number < _REPLICAS_FIRST or number % _REPLICAS_EVERY == 0
@@ -140,15 +142,16 @@ class _Search:
             layers = taken if replicas else layers
 
     def _look(self, layers: Ints) -> Search:
-        return Search(self._state, layers, self._target_L[layers], self._near_WW)
+        target_L, scarcity_L = self._target_L[layers], self._scarcity_L[layers]
+        return Search(self._state, layers, target_L, scarcity_L, self._near_WW)
 
     def _take(self, layers: Ints, steps: SlotSteps, least: float) -> Ints:
         """Takes the steps worth more than ``least``, the best first while the budget lasts. Returns
         their layers.
         """
-        order = np.argsort(-steps.value, kind="stable")
-        order = order[steps.value[order] > least]
+        order = np.flatnonzero(steps.value > least)
         if self._left is not None:
+            order = order[np.argsort(-steps.value[order], kind="stable")]
             slots_N2, experts_N2 = steps.slots[order], steps.experts[order]
             received_N2 = self._state.received(layers[order, None], slots_N2, experts_N2)
             received = np.where(slots_N2 != EMPTY, received_N2, 0).sum(axis=1)
@@ -157,8 +160,9 @@ class _Search:
         taken, slots, experts = layers[order], steps.slots[order], steps.experts[order]
         both = slots[:, 1] != EMPTY
         self._state.swap(taken[both], slots[both].T)
-        self._state.put(taken[~both], slots[~both, 0], experts[~both, 0])
-        return np.sort(taken)
+        if not both.all():
+            self._state.put(taken[~both], slots[~both, 0], experts[~both, 0])
+        return np.sort(taken) if self._left is not None else taken
 
 
 def _restore(state: Layers) -> None:
@@ -172,7 +176,7 @@ def _restore(state: Layers) -> None:
         expert = np.where(lost_LE[layers], state.loads_LE[layers, :-1], -1.0).argmax(axis=1)
         columns_LP, shares_LP = state.experts_LP[layers], state.shares_LP(layers)
         may_LP = np.take_along_axis(state.replicas_LE[layers], columns_LP, axis=1) >= 2
-        ranks_LP = np.repeat(state.rank_loads_LW(shares_LP), state.num_slots, axis=1)
+        ranks_LP = np.repeat(state.ranks_LW[layers], state.num_slots, axis=1)
         rests_LP = np.where(may_LP, ranks_LP - shares_LP, np.inf)
         rests_LP[columns_LP == state.num_experts] -= state.num_ranks  # less than any load
         slot = rests_LP.argmin(axis=1)

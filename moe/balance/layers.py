@@ -28,11 +28,11 @@ _LEVEL = 1e-7  # how exactly ``level_L`` is found
 
 
 class Layers:
-    """experts_LP, replicas_LE and shares_LE (the load of one replica of every expert) are changed
-    by ``put`` and ``swap``. bits_LWE uint8: HELD where a rank has a slot of an expert, FOREIGN
-    where it had none at first; none is set of an empty slot's. foreign_LP: 1 where the expert of a
-    slot is foreign, else 0. Of several slots of an expert on one rank the first counts, the others
-    are taken as empty.
+    """experts_LP, replicas_LE, shares_LE (the load of one replica of every expert) and ranks_LW
+    (the load of every rank) are changed by ``put`` and ``swap``. bits_LWE uint8: HELD where a rank
+    has a slot of an expert, FOREIGN where it had none at first; none is set of an empty slot's.
+    foreign_LP: 1 where the expert of a slot is foreign, else 0. Of several slots of an expert on
+    one rank the first counts, the others are taken as empty.
     """
 
     def __init__(self, loads_LE: Floats, experts_LWS: NDArray[Any]) -> None:
@@ -43,14 +43,15 @@ class Layers:
         experts_LP = once(experts_LWS).astype(np.int64).reshape(num_layers, self.num_ranks * self.num_slots)
         self.experts_LP = np.where(experts_LP == EMPTY, self.num_experts, experts_LP)
         every = np.arange(num_layers)[:, None]
-        self.replicas_LE = np.zeros(self.loads_LE.shape, np.int64)
-        np.add.at(self.replicas_LE, (every, self.experts_LP), 1)
+        columns = (every * (self.num_experts + 1) + self.experts_LP).ravel()
+        self.replicas_LE = np.bincount(columns, minlength=self.loads_LE.size).reshape(self.loads_LE.shape)
         self.replicas_LE[:, -1] = _ALWAYS
         self.shares_LE = self.loads_LE / np.maximum(self.replicas_LE, 1)
         self.bits_LWE = np.full((num_layers, self.num_ranks, self.num_experts + 1), FOREIGN, np.uint8)
         self.bits_LWE[every, np.arange(self.experts_LP.shape[1]) // self.num_slots, self.experts_LP] = HELD
         self.bits_LWE[:, :, -1] = 0
         self.foreign_LP = np.zeros(self.experts_LP.shape, np.float32)
+        self.ranks_LW = self._sums_LW(self.shares_LE, self.experts_LP)
 
     def placed_LWS(self) -> NDArray[np.int32]:
         """The expert in every slot, EMPTY where there is none."""
@@ -61,17 +62,9 @@ class Layers:
         """The load of every slot."""
         return np.asarray(at(self.shares_LE[layers], self.experts_LP[layers]))
 
-    def rank_loads_LW(self, shares_LP: Floats) -> Floats:
-        """The load of every rank, from that of every slot."""
-        loads_LW = shares_LP[:, :: self.num_slots].copy()
-        for slot in range(1, self.num_slots):
-            loads_LW += shares_LP[:, slot :: self.num_slots]
-        return np.asarray(loads_LW)
-
     def maximum_L(self) -> Floats:
         """The largest load over ranks."""
-        shares_LP = self.shares_LP(np.arange(len(self.loads_LE)))
-        return np.asarray(self.rank_loads_LW(shares_LP).max(axis=1, initial=0.0), np.float64)
+        return np.asarray(self.ranks_LW.max(axis=1, initial=0.0), np.float64)
 
     def level_L(self) -> Floats:
         """The least that the largest share of an expert can be, whatever has replicas: the smallest
@@ -106,10 +99,22 @@ class Layers:
         for changed in (left, experts):
             replicas = np.maximum(self.replicas_LE[layers, changed], 1)
             self.shares_LE[layers, changed] = self.loads_LE[layers, changed] / replicas
+        self.ranks_LW[layers] = self._sums_LW(self.shares_LE[layers], self.experts_LP[layers])
 
     def swap(self, layers: Ints, slots_2: Ints) -> None:
         """Exchanges the experts of two slots [2, n] of each layer given, on different ranks."""
-        self._set(layers, slots_2, self.experts_LP[layers, slots_2[::-1]])
+        experts_2 = self.experts_LP[layers, slots_2]
+        shares_2 = self.shares_LE[layers, experts_2]
+        self.ranks_LW[layers, slots_2 // self.num_slots] += shares_2[::-1] - shares_2
+        self._set(layers, slots_2, experts_2[::-1])
+
+    def _sums_LW(self, shares_LE: Floats, experts_LP: Ints) -> Floats:
+        """The load of every rank."""
+        shares_LP = at(shares_LE, experts_LP)
+        loads_LW = shares_LP[:, :: self.num_slots].copy()
+        for slot in range(1, self.num_slots):
+            loads_LW += shares_LP[:, slot :: self.num_slots]
+        return np.asarray(loads_LW)
 
     def _set(self, layers: Ints, slots: Ints, experts: Ints) -> None:
         ranks = slots // self.num_slots

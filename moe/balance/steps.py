@@ -7,6 +7,7 @@ slots per rank, E experts, P = W S slots, K candidate ranks, Q slots whose exper
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ _RECEIVED = np.float32(1.4)
 _COMING = np.array([1, 0, 1 / _RECEIVED, 0], np.float32)
 # Less is a step worth that takes experts from another node.
 _FAR = np.float32(1.05**-0.5)
+# The price of room below the target, for a mean load of it, where it is as scarce as can be.
+_PRICE = np.float32(3)
 # A step counts by the load above the target that it takes away; beyond the target, this much.
 _BEYOND = np.float32(0.001)
 
@@ -49,13 +52,35 @@ def nearness(node_W: Ints, within_nodes: bool) -> NDArray[np.float32]:
     return np.where(far_WW, 0 if within_nodes else _FAR, np.float32(1))
 
 
+def _least(loads_LW: Floats, num: int) -> Ints:
+    """``num`` ranks of the least loads of each layer. Loads are compared as the bits of them, the
+    last of which give way to the rank: sorting these is three times as fast as ``argpartition``.
+    """
+    num_ranks = loads_LW.shape[1]
+    if num == num_ranks:
+        return np.tile(np.arange(num), (len(loads_LW), 1))
+    mask = (1 << num_ranks.bit_length()) - 1
+    keys_LW: Ints = np.ascontiguousarray(loads_LW).view(np.int64) & ~mask | np.arange(num_ranks)
+    keys_LW.partition(num - 1, axis=1)
+    return np.asarray(keys_LW[:, :num] & mask, np.int64)
+
+
+def scarcity(ranks_LW: Floats, target_L: Floats) -> Floats:
+    """How scarce room below the target is: the load above it, in what lies below. From 0 to 1."""
+    above_LW = ranks_LW - target_L[:, None]
+    above_L, room_L = above_LW.clip(0).sum(axis=1), (-above_LW).clip(0).sum(axis=1)
+    return np.asarray(above_L / np.maximum(np.maximum(above_L, room_L), np.finfo(np.float64).tiny))
+
+
 class Search:
     """The state of ``layers``, looked at once: from it the best step of each layer follows.
 
-    near_WW: from ``nearness``.
+    scarcity_L: from ``scarcity``. near_WW: from ``nearness``.
     """
 
-    def __init__(self, state: Layers, layers: Ints, target_L: Floats, near_WW: NDArray[np.float32]) -> None:
+    def __init__(
+        self, state: Layers, layers: Ints, target_L: Floats, scarcity_L: Floats, near_WW: NDArray[np.float32]
+    ) -> None:
         self._state, self._near_WW = state, near_WW
         self._layers, self._target = layers, target_L
         self._each = np.arange(len(layers))
@@ -63,15 +88,23 @@ class Search:
         rows = self._rows = slice(None) if len(layers) == len(state.experts_LP) else layers
         self._experts_LP = state.experts_LP[rows]
         self._going_LP = np.float32(1) + (_RECEIVED - np.float32(1)) * state.foreign_LP[rows]
-        self._shares_LE = state.shares_LE[rows]
-        shares_LP = at(self._shares_LE, self._experts_LP)
-        self._ranks_LW = state.rank_loads_LW(shares_LP)
-        self._shares_LP = shares_LP.astype(np.float32)
+        self._shares_LE = state.shares_LE[rows].astype(np.float32)
+        self._ranks_LW = state.ranks_LW[rows]
         self._hot = self._ranks_LW.argmax(axis=1)
         self.maximum = self._ranks_LW[self._each, self._hot]
         self._hot_LS = self._hot[:, None] * state.num_slots + np.arange(state.num_slots)
         self._mine_LS = at(self._experts_LP, self._hot_LS)
-        self._mine_shares_LS = at(self._shares_LP, self._hot_LS)
+        self._mine_shares_LS = at(self._shares_LE, self._mine_LS)
+        self._price = self._price_of_room(scarcity_L)
+
+    def _price_of_room(self, scarcity_L: Floats) -> NDArray[np.float32]:
+        """Room is for other ranks above the target: one that is alone may take what it likes, and
+        where half of it is enough, hardly any has to be saved.
+        """
+        above_L = (self._ranks_LW - self._target[:, None]).clip(0).sum(axis=1)
+        own_L = (self.maximum - self._target).clip(0)
+        others_L = 1 - own_L / np.maximum(above_L, np.finfo(np.float64).tiny)
+        return np.asarray(_PRICE * (scarcity_L * others_L**2) ** 2, np.float32)
 
     def best(self, *, replicas: bool) -> SlotSteps:
         """The most valuable step of each layer; without ``replicas`` only swaps are looked at."""
@@ -118,13 +151,16 @@ class Search:
         then_LE = loads_LE / np.maximum(replicas_LE - 1, 1)
         spare_LE = (replicas_LE >= 2) & (then_LE <= self._target[:, None])
         may_LP = at(spare_LE, self._experts_LP)
-        many = max(1, int(may_LP.sum(axis=1).max(initial=0)))
-        self._slots_LQ = np.argpartition(~may_LP, many - 1, axis=1)[:, :many]
-        self._free_LQ = at(may_LP, self._slots_LQ)
+        layers, slots = may_LP.nonzero()
+        numbers = np.bincount(layers, minlength=len(may_LP))
+        nth = np.arange(len(layers)) - np.repeat(numbers.cumsum() - numbers, numbers)
+        self._free_LQ = np.arange(max(1, int(numbers.max(initial=0)))) < numbers[:, None]
+        self._slots_LQ = np.zeros(self._free_LQ.shape, np.int64)
+        self._slots_LQ[layers, nth] = slots
         self._ranks_LQ = self._slots_LQ // self._state.num_slots
         self._experts_LQ = at(self._experts_LP, self._slots_LQ)
         ranks_LQ = at(self._ranks_LW, self._ranks_LQ)
-        self._rests_LQ = ranks_LQ.astype(np.float32) - at(self._shares_LP, self._slots_LQ)
+        self._rests_LQ = ranks_LQ.astype(np.float32) - at(self._shares_LE, self._experts_LQ)
         more_LQ = at(then_LE - self._shares_LE, self._experts_LQ).astype(np.float32)
         self._others_LQ = self._twins(ranks_LQ) + more_LQ
 
@@ -160,30 +196,35 @@ class Search:
         return gain
 
     def _swaps(self) -> SlotSteps:
-        """Exchanges a slot of the most loaded rank for one of a colder rank."""
+        """Exchanges a slot of the most loaded rank for one of a colder rank. Of those that move
+        enough, the best moves little more, and goes to a rank with much room, or one that receives
+        anyway: so few ranks take what others have to give.
+        """
         state, each, size = self._state, self._each, self._state.num_slots
         num = max(1, min(state.num_ranks, _CANDIDATES // size**2))
-        if num < state.num_ranks:
-            cold_LK = np.argpartition(self._ranks_LW, num - 1, axis=1)[:, :num]
-        else:
-            cold_LK = np.tile(np.arange(num), (len(each), 1))
+        cold_LK = _least(self._ranks_LW, num)
         slots_LSK = cold_LK[:, None] * size + np.arange(size)[:, None]
-        theirs_LSK, shares_LSK, going_LSK = at_all(
-            (self._experts_LP, self._shares_LP, self._going_LP), slots_LSK
-        )
+        theirs_LSK, going_LSK = at_all((self._experts_LP, self._going_LP), slots_LSK)
+        shares_LSK = at(self._shares_LE, theirs_LSK)
         # A swap moves the load ``mine - theirs``, and may move as much as lies between the ranks.
-        between_LK = (self.maximum[:, None] - at(self._ranks_LW, cold_LK)).astype(np.float32)
+        ranks_LK = at(self._ranks_LW, cold_LK)
+        between_LK = (self.maximum[:, None] - ranks_LK).astype(np.float32)
         mine_LS11 = self._mine_shares_LS[:, :, None, None]
-        gain_LSSK = mine_LS11 - shares_LSK[:, None]
-        np.minimum(gain_LSSK, (between_LK[:, None] + shares_LSK)[:, None] - mine_LS11, out=gain_LSSK)
+        filled_LSSK = mine_LS11 - shares_LSK[:, None]
+        gain_LSSK = np.minimum(filled_LSSK, (between_LK[:, None] + shares_LSK)[:, None] - mine_LS11)
         value_LSSK = self._value(gain_LSSK)
+        filled_LSSK *= self._price[:, None, None, None]
+        value_LSSK /= np.maximum(filled_LSSK, 0, out=filled_LSSK) + 1
+        room_LK = np.maximum(self._target[:, None] - ranks_LK, 0).astype(np.float32)
+        opened_LSK = (going_LSK == 1) * (self._price[:, None] * room_LK)[:, None]
+        going_LSK *= opened_LSK + 1
         hot_L11 = self._hot[:, None, None]
         going_LSK *= _COMING.take(self._bits(hot_L11, theirs_LSK))
         value_LSSK *= going_LSK[:, None]
         mine_LSK = _COMING.take(self._bits(cold_LK[:, None], self._mine_LS[:, :, None]))
         mine_LSK *= at(self._going_LP, self._hot_LS)[:, :, None]
         mine_LSK *= self._nearness(cold_LK)[:, None]
-        mine_LSK *= value_LSSK.max(axis=2)
+        mine_LSK *= functools.reduce(np.maximum, [value_LSSK[:, :, their] for their in range(size)])
         best = mine_LSK.reshape(len(each), -1).argmax(axis=1)
         mine, rank = np.divmod(best, num)
         their = value_LSSK[each, mine, :, rank].argmax(axis=1)

@@ -105,7 +105,7 @@ def test_tokens_are_those_of_transformers(
 def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
     """The transports that every rank of a layout shows, all being on one host."""
     shared = ["layers"] * (tensor > 1) + ["experts"] * (ranks > pipeline)
-    remote = ["stages"] * (pipeline > 1) + ["moves"] * (ranks > pipeline)
+    remote = ["stages", "tokens"] * (pipeline > 1) + ["moves"] * (ranks > pipeline)
     by_gloo = f"gloo for {', '.join(remote)}"
     in_memory = f"shared memory for {', '.join(shared)}"
     if not shared:

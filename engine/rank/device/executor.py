@@ -168,7 +168,6 @@ class DeviceExecutor(Executor):
             hidden_TD, sent = (compute or self._compute)(header, rows, draws, drawing, section)
             fetched = []
             if not parts.links.stage.last:
-                parts.links.send(header.step, hidden_TD)
                 self._expect_tokens(header, rows, drawing.chosen)
             else:
                 scores = self._score(rows, hidden_TD)
@@ -222,8 +221,8 @@ class DeviceExecutor(Executor):
     def _compute(
         self, header: Header, rows: Rows, draws: NDArray[np.bool_], drawing: Drawing, section: Section
     ) -> _Computed:
-        """Hidden states of the step's tokens [T, D], and what was sent for the rows that draw: the
-        index of each one's last token, and its samples.
+        """Hidden states of the step's tokens [T, D], handed to the next stage if there is one, and
+        what was sent for the rows that draw: the index of each one's last token, and its samples.
         """
         parts, num_tokens = self._parts, int(rows.counts.sum())
         capacity = header.capacity
@@ -239,30 +238,23 @@ class DeviceExecutor(Executor):
         sent = self._upload.send(arrays)
         self._slots.write_pages(sent[0], sent[1])
         samples_sent, rest = sent[2 : 2 + len(samples)], sent[2 + len(samples) :]
-        received_TD = None
-        if not parts.links.stage.first:
-            config = parts.model.config
-            received_TD = parts.links.receive(header.step, num_tokens, config.hidden, parts.model.dtype)
         num_pages = max(1, -(-int(rows.ends.max(initial=0)) // parts.pool.page_size))
         self._forward.announce(max(len(part.tokens) for part in pair), capacity)
         width = 1 + NUM_LANE_ARRAYS
         lanes = [rest[at : at + width] for at in range(0, len(rest), width)]
         runs = [
-            functools.partial(self._layers, lane.on_device(tensors[1:]), num_pages, received_TD, tensors[0])
+            functools.partial(self._layers, lane.on_device(tensors[1:]), num_pages)
             for lane, tensors in zip(made, lanes, strict=True)
         ]
         if len(runs) == 1:
-            return runs[0](), samples_sent
-        found = parts.turns.run(*runs)
-        hidden_TD = found[0].new_empty(num_tokens, found[0].shape[1])
-        for tensors, part_TD in zip(lanes, found, strict=True):
-            hidden_TD.index_copy_(0, tensors[0], part_TD)
-        return hidden_TD, samples_sent
+            return self._forward.relay(header.step, num_tokens, 0, runs[0]), samples_sent
+        tokens = [tensors[0] for tensors in lanes]
+        return self._forward.relay_both(header.step, tokens, runs), samples_sent
 
-    def _layers(self, lane: Lane, num_pages: int, received_TD: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """Hidden states of a lane, whose tokens are ``tokens_N`` of the step."""
+    def _layers(self, lane: Lane, num_pages: int, received_TD: Tensor | None) -> Tensor:
+        """Hidden states of a lane, from those of the stage before."""
         tokens_T, positions_T, batch = self._slots.inputs(lane, num_pages)
-        inputs = tokens_T if received_TD is None else received_TD.index_select(0, tokens_N)
+        inputs = tokens_T if received_TD is None else received_TD
         hidden_TD: Tensor = self._parts.model(inputs, positions_T, batch, self._parts.pool.cache)
         return hidden_TD
 

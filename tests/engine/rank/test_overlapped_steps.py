@@ -4,7 +4,9 @@ rows they have, and a death in the middle of a step abandons it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from support.engine.rank.greedy_prompts import load_prompts, write_family
 from support.engine.rank.overlapped_steps import (
     FAMILY,
     continue_in_stages,
+    continue_on_devices,
     one_fails,
     order_beside_tensor_groups,
     order_of_collectives,
@@ -43,17 +46,18 @@ def test_tensor_groups_give_turns_and_order_does_not_depend_on_their_tokens(tmp_
     assert prompt[0::2] == prompt[1::2]
 
 
-def test_each_microbatch_is_handed_to_the_next_stage_when_it_is_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("continue_there", [continue_in_stages, continue_on_devices])
+def test_each_microbatch_is_handed_to_the_next_stage_when_it_is_done(
+    continue_there: Callable[..., Any], tmp_path: Path
+) -> None:
     """Tokens are those of transformers, in one microbatch and in two."""
-    (first, sent), (last, sent_back) = run_ranks(
-        continue_in_stages, 2, write_family(tmp_path / "model", FAMILY)
-    )
+    (first, sent), (last, sent_back) = run_ranks(continue_there, 2, write_family(tmp_path / "model", FAMILY))
     stored = [entry.tokens for entry in load_prompts(FAMILY)[:4]]
     assert last == {1: stored, 2: stored}
     assert first == {number: [[-1] * len(tokens) for tokens in stored] for number in (1, 2)}
     assert sent_back == {1: [], 2: []}
     at_once, halves = dict(sent[1]), dict(sent[2])
-    assert all(tag % 3 == 1 for tag in at_once) and {tag % 3 for tag in halves} == {1, 2}
+    assert all(tag % 2 == 0 for tag in at_once) and {tag % 2 for tag in halves} == {0, 1}
     for tag, num_tokens in at_once.items():
         assert halves[tag] + halves.get(tag + 1, 0) == num_tokens
 

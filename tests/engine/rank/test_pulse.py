@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
+from torch.distributed import HashStore
 
 from lockstep.engine.protocol.bulk import Disband, StepProgress
 from lockstep.engine.protocol.message import Stop, encode
 from lockstep.engine.rank import pulse
 from lockstep.engine.rank.pulse import Pulse
+from lockstep.parallel.rank_groups import RankGroups
+from lockstep.parallel.recovery import SPENT_STATUS
+from lockstep.parallel.symmetric_memory import SymmetricGroup
 from support.engine.rank.mock_controller import MockController
+from support.parallel.symmetric_double import AbsentLibrary
 
 
 class Held:
@@ -37,36 +42,36 @@ def no_cut(epoch: int) -> None:
 
 
 def test_a_step_that_takes_long_tells_how_far_it_is(controller: MockController) -> None:
-    held, left = Held(), threading.Event()
-    with Pulse(controller.spec(), held, left.set, cut=no_cut):
+    held, left = Held(), queue.SimpleQueue[int]()
+    with Pulse(controller.spec(), held, left.put, cut=no_cut):
         assert controller.silent("bulk"), "there is nothing to tell between steps"
         held.progress = 2, 7, 30
         assert controller.receive("bulk") == StepProgress(0, 2, 7, 30)
         held.progress = 2, 7, 31
         while controller.receive("bulk") == StepProgress(0, 2, 7, 30):
             pass
-    assert not left.is_set()
+    assert left.empty()
 
 
 def test_a_stop_ends_a_step_that_does_not_end(controller: MockController) -> None:
-    held, left = Held(), threading.Event()
+    held, left = Held(), queue.SimpleQueue[int]()
     held.progress = 2, 7, 30
-    with Pulse(controller.spec(), held, left.set, cut=no_cut):
+    with Pulse(controller.spec(), held, left.put, cut=no_cut):
         controller.receive("bulk")
         stop(controller)
-        assert left.wait(30)
+        assert left.get(timeout=30) == 0
 
 
 def test_a_loop_that_ends_by_itself_is_left_alone(
     controller: MockController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pulse, "LEAVE_SECONDS", 30.0)
-    held, left = Held(), threading.Event()
+    held, left = Held(), queue.SimpleQueue[int]()
     held.progress = 2, 7, 30
-    with Pulse(controller.spec(), held, left.set, cut=no_cut):
+    with Pulse(controller.spec(), held, left.put, cut=no_cut):
         controller.receive("bulk")
         stop(controller)
-    assert not left.is_set()
+    assert left.empty()
 
 
 def test_an_epoch_that_is_over_is_cut_off(
@@ -74,11 +79,29 @@ def test_an_epoch_that_is_over_is_cut_off(
 ) -> None:
     """The step may wait for a device; then the rank goes on, and is told again."""
     monkeypatch.setattr(pulse, "CUT_SECONDS", 0.01)
-    held, left, cut = Held(), threading.Event(), queue.SimpleQueue[int]()
+    held, left, cut = Held(), queue.SimpleQueue[int](), queue.SimpleQueue[int]()
     held.progress = 2, 7, 30
-    with Pulse(controller.spec(), held, left.set, cut=cut.put):
+    with Pulse(controller.spec(), held, left.put, cut=cut.put):
         controller.receive("bulk")
         for epoch in (2, 3):
             controller.sockets["bulk"].send_multipart([b"p0", encode(Disband(epoch))])
             assert cut.get(timeout=30) == epoch
-        assert not left.is_set()
+        assert left.empty()
+
+
+def test_where_nothing_cuts_a_device_off_the_process_ends_as_spent(
+    controller: MockController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop waits for kernels that wait for a rank that is gone."""
+    monkeypatch.setattr(pulse, "CUT_SECONDS", 0.01)
+    group = SymmetricGroup("experts", 0, 1, HashStore(), torch.device("cpu"), AbsentLibrary())
+    group.reserve((3,), torch.int64)
+    groups = RankGroups(group)
+    held, left = Held(), queue.SimpleQueue[int]()
+    held.progress = 2, 7, 30
+    groups.build(2)
+    with Pulse(controller.spec(), held, left.put, cut=groups.cut):
+        controller.receive("bulk")
+        controller.sockets["bulk"].send_multipart([b"p0", encode(Disband(2))])
+        assert left.get(timeout=30) == SPENT_STATUS
+    groups.close()  # also where the process ends as told

@@ -21,6 +21,7 @@ from lockstep.engine.protocol.timeline import StepSpans
 from lockstep.engine.rank.contract import ControllerLost, StepFailed
 from lockstep.engine.rank.loop import RankLoop
 from lockstep.engine.rank.sockets import RankSockets
+from lockstep.parallel.recovery import ProcessSpent
 from support.engine.rank.mock_controller import MockController
 from support.launch.clusters import until
 
@@ -253,6 +254,23 @@ def test_an_epoch_that_is_over_is_left_and_its_plans_are_ignored(controller: Moc
     running.end()
     names = [name for name, _ in executor.notes]
     assert names == ["epoch", "step", "end", "stage", "epoch", "step", "step"]
+
+
+@pytest.mark.parametrize("told", [Disband(0), _plan(1, -1, epoch=1, rebase=True)])
+def test_a_process_that_serves_one_epoch_ends_with_it(controller: MockController, told: object) -> None:
+    """As itself, not as a step that failed: the launcher replaces it without a fault of its own."""
+    executor = NotingExecutor()
+
+    def end(*_: object) -> None:
+        raise ProcessSpent("the epoch has ended")
+
+    running = Running(executor, RankSockets(controller.spec()))
+    controller.receive("bulk")
+    controller.send(_plan(0, -1, rebase=True))
+    controller.receive("step")
+    executor.begin_epoch = executor.end_epoch = end  # type: ignore[method-assign]
+    controller.send(told)
+    assert isinstance(running.end(), ProcessSpent)
 
 
 def test_a_failed_step_says_which_and_why(controller: MockController) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lockstep.launch.cluster.cluster import Death, Place, Task
 from lockstep.launch.run.quarantine import DEATHS, Quarantine
 from lockstep.launch.run.replacements import WINDOW_SECONDS
+from lockstep.parallel.recovery import SPENT_STATUS
 
 
 class Clock:
@@ -15,8 +16,8 @@ class Clock:
         return self.now
 
 
-def death(index: int, node: int | None, lost_with: str = "", role: str = "rank") -> Death:
-    return Death(Task(role, index, b"", node=node), Place("host", 1, ""), -9, "", lost_with)
+def death(index: int, node: int | None, lost_with: str = "", role: str = "rank", code: int = -9) -> Death:
+    return Death(Task(role, index, b"", node=node), Place("host", 1, ""), code, "", lost_with)
 
 
 def suspects(quarantine: Quarantine, *deaths: Death) -> list[int | None]:
@@ -42,6 +43,12 @@ def test_deaths_of_long_ago_do_not_count() -> None:
     for index in range(3 * DEATHS):
         assert suspects(quarantine, death(index, 1)) == []
         clock.now += 1 + WINDOW_SECONDS / (DEATHS - 1)
+
+
+def test_ranks_that_end_because_another_was_lost_do_not_count() -> None:
+    """One of eight dies; the exchange of the others cannot go on without it."""
+    quarantine = Quarantine(Clock())
+    assert suspects(quarantine, death(3, 1), *(death(rank, 1, code=SPENT_STATUS) for rank in range(8))) == []
 
 
 def test_neither_lost_withs_nor_other_roles_nor_ranks_that_are_moved_count() -> None:

@@ -209,6 +209,11 @@ def test_a_rank_that_raises_is_replaced_and_so_is_one_that_dies_while_it_loads(t
         os.kill(launcher.pid_of("rank 1"), signal.SIGKILL)  # before it is ready, or just after
         until(lambda: launcher.err.count("rank 1: loading") >= 4, "a fourth one")
         assert "in its place in 0.05 s, requests wait" in launcher.err
+        until(lambda: launcher.err.count("rank 1: ready") >= 3, "the fourth one")
+        os.kill(launcher.pid_of("rank 1"), signal.SIGUSR2)  # another was lost, in a transport that ends so
+        until(lambda: "ended with its epoch" in launcher.err, "its end")
+        said = launcher.err[launcher.err.index("ended with its epoch") :].partition("\n")[0]
+        assert said.endswith("starting another in its place, requests wait"), "no fault, and no delay"
         launcher.signal()
         assert launcher.wait() == 0, launcher.err
         launcher.assert_nothing_left()

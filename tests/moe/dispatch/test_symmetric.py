@@ -21,6 +21,7 @@ from lockstep.moe.dispatch.exchange import Handle
 from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.recovery import ProcessSpent
 from lockstep.parallel.symmetric_memory import SymmetricGroup, row_alignment
 from support.moe.dispatchers import symmetric_dispatcher
@@ -129,7 +130,9 @@ def test_memory_is_built_once_in_a_process() -> None:
     group = SymmetricGroup("experts", 0, 1, HashStore(), CPU, SymmetricDouble(ALONE))
     region = group.reserve((3,), torch.int64)
     group.build(1)
-    assert group[region].tolist() == [0, 0, 0] and group.recovery == "process restart"
+    assert group[region].tolist() == [0, 0, 0]
+    groups = RankGroups(Collectives("experts of stage 0", 0, 2, HashStore(), 1.0, CPU), group)
+    assert groups.recovery == "process restart", "the gravest: survivors do not go on without a rank"
     with pytest.raises(ProcessSpent, match="experts: the epoch has ended"):
         group.destroy()
     with pytest.raises(ProcessSpent, match="experts: epoch 2"):

@@ -3,7 +3,8 @@
 ``python -m support.launch.dummy_cluster ROLE INDEX PARENT`` runs one under the real entry point.
 The text in the environment variable ``DUMMY`` makes them misbehave: ``rank 1: fail``, ``rank 1:
 die``, ``rank 1: silent``, ``rank 1: wait``, ``controller 0: die``, ``controller 0: undrained``,
-``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM). A rank raises on SIGUSR1.
+``frontend 0: 503``, ``rank 0: deaf`` (ignores Stop and SIGTERM). A rank raises on SIGUSR1, and
+is spent on SIGUSR2.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lockstep.engine.protocol.message import Stop, encode
 from lockstep.engine.protocol.sockets import authenticate, client_socket, server_socket
 from lockstep.engine.protocol.specs import ControllerSpec, FrontendSpec, RankSpec
 from lockstep.launch.cluster import entry as process
+from lockstep.parallel.recovery import ProcessSpent
 
 
 def ordered(role: str, index: int) -> str:
@@ -107,6 +109,10 @@ def raise_in_a_step(number: int, frame: object) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
+def is_spent(number: int, frame: Any) -> None:
+    raise ProcessSpent("the epoch has ended, and symmetric memory serves one only")
+
+
 def rank(spec: RankSpec) -> None:
     lobby, order = Lobby(spec.lobby, "rank", spec.rank), ordered("rank", spec.rank)
     lobby.report("loading", fraction=0.5)
@@ -119,6 +125,7 @@ def rank(spec: RankSpec) -> None:
     if order == "silent":
         os._exit(0)
     signal.signal(signal.SIGUSR1, raise_in_a_step)
+    signal.signal(signal.SIGUSR2, is_spent)
     lobby.report("ready")
     if order == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

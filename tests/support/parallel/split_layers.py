@@ -16,6 +16,8 @@ from lockstep.parallel.stages import split_layers
 from lockstep.parallel.tensor import TensorGroup, TensorSplit
 from lockstep.parallel.vocabulary import Embedding, OutputHead
 
+from .gloo_ranks import meet
+
 SIZE = 2
 VOCAB, HIDDEN, WIDTH = 9, 6, 8
 CPU = torch.device("cpu")
@@ -69,15 +71,17 @@ def most(collectives: Collectives) -> tuple[list[int], list[int]]:
 def relay(collectives: Collectives) -> list[Any]:
     """Two steps: one stage sends hidden states and gets tokens, the other does the reverse."""
     stages = split_layers((1, 1, 1, 1), (1, 2, 3), SIZE)
-    links = PipelineLinks(collectives, stages[collectives.index], CPU)
+    tokens = meet("tokens", collectives.index, SIZE, collectives)
+    links = PipelineLinks(collectives, tokens, stages[collectives.index], CPU)
     if links.stage.first:
         links.send(7, torch.arange(3.0).repeat(2, 1))
         links.send(8, torch.arange(5.0, 8.0)[None])
         pending = [links.expect_tokens(7, 2), links.expect_tokens(8, 1)]
-        found = [links.wait(each).tolist() for each in reversed(pending)][::-1]
+        found = [links.take_tokens(each).tolist() for each in reversed(pending)][::-1]
         collectives.wait(collectives.all_gather(torch.zeros(1), "the end"))
         return found
-    found = [links.receive(step, count, 3, torch.float32).tolist() for step, count in ((7, 2), (8, 1))]
+    expected = [links.expect(step, count, 3, torch.float32) for step, count in ((7, 2), (8, 1))]
+    found = [links.wait(each).tolist() for each in expected]
     links.send_tokens(7, torch.tensor([10, 11]))
     links.send_tokens(8, torch.tensor([20]))
     # A sender that ends takes its messages along.

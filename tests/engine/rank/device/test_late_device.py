@@ -47,13 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on(late: LateDevice, executor: DeviceExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = executor.submit
-
-    def within(plan: StepPlan) -> None:
-        with late:
-            submit(plan)
-
-    monkeypatch.setattr(executor, "submit", within)
+    monkeypatch.setattr(executor, "submit", late.within(executor.submit))
 
 
 def test_results_are_those_of_the_other_executor(

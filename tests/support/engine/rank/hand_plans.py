@@ -54,6 +54,7 @@ def build_executor(
     tensor: Collectives | None = None,
     dense: Collectives | None = None,
     stages: Collectives | None = None,
+    tokens: Collectives | None = None,
     as_device: bool = False,
     recorder: GraphRecorder | None = None,
     num_slots: int = NUM_SLOTS,
@@ -61,8 +62,9 @@ def build_executor(
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
     those of the experts. ``tensor``: the ranks that split layers; ``dense``: those that split dense
-    blocks, if others do; ``stages``: those of a pipeline. ``as_device``: the executor of a device,
-    with a ``recorder`` if given; on this CPU unless ``device`` is another.
+    blocks, if others do; ``stages``: those of a pipeline, and ``tokens`` they again.
+    ``as_device``: the executor of a device, with a ``recorder`` if given; on this CPU unless
+    ``device`` is another.
     """
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
@@ -93,9 +95,9 @@ def build_executor(
         rank=collectives.index,
         model=model,
         dispatcher=dispatcher,
-        groups=RankGroups(collectives, tensor, stages, *([] if dense is None else [dense])),
+        groups=RankGroups(collectives, tensor, stages, *filter(None, (tokens, dense))),
         splits=splits,
-        links=PipelineLinks(stages, stage, device),
+        links=PipelineLinks(stages, tokens or stages, stage, device),
         turns=turns,
         samples=tensor.index == 0 and stage.last,
         pool=pool,

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from lockstep.kernels.reference.column import Reference
 
 _SHARES = (torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default)
+T = TypeVar("T")
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
@@ -71,6 +72,15 @@ class LateDevice(TorchDispatchMode):
                 work()
             except Exception as error:
                 self.faults.append(f"{type(error).__name__}: {error}")
+
+    def within(self, call: Callable[[T], None]) -> Callable[[T], None]:
+        """``call`` with what torch does in it on this device."""
+
+        def run(argument: T) -> None:
+            with self:
+                call(argument)
+
+        return run
 
     def later(self, results: tuple[Tensor, ...], op: Callable[..., Any], *args: Any, **named: Any) -> None:
         """Fills ``results`` with what ``op`` will return."""

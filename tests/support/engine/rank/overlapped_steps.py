@@ -16,8 +16,10 @@ from lockstep.engine.rank.contract import StepAbandoned
 from lockstep.parallel.collectives import Collectives, Pending
 
 from ...parallel.gloo_ranks import meet
+from ...parallel.late_ranks import late_ranks
 from .greedy_prompts import load_prompts
 from .hand_plans import Driver, Request, build_executor
+from .late_device import LateDevice
 
 FAMILY = "qwen3_moe"
 CPU = torch.device("cpu")
@@ -86,22 +88,40 @@ def order_beside_tensor_groups(collectives: Collectives, path: Path) -> tuple[li
     return watched.started, [what for what in group.started if "columns" not in what]
 
 
-def continue_in_stages(
+def continue_on_devices(
     collectives: Collectives, path: Path
+) -> tuple[dict[int, list[list[int]]], dict[int, list[tuple[int, int]]]]:
+    """As ``continue_in_stages`` by the executor of a device, on one that is late, whose messages
+    are those of NCCL.
+    """
+    with late_ranks() as late:
+        found = continue_in_stages(collectives, path, late)
+        assert not late.faults, late.faults
+    return found
+
+
+def continue_in_stages(
+    collectives: Collectives, path: Path, late: LateDevice | None = None
 ) -> tuple[dict[int, list[list[int]]], dict[int, list[tuple[int, int]]]]:
     """Tokens of prompts, whole and cut, by microbatches, where all ranks share the layers of a
     model; and the tags of the hidden states that travelled, with their numbers of tokens.
     """
     found, travelled = {}, {}
     for microbatches in (1, 2):
-        stages = Relayed(f"stages {microbatches}", collectives.index, collectives.size, collectives.store)
+        stages, tokens = (
+            Relayed(f"{role} {microbatches}", collectives.index, collectives.size, collectives.store)
+            for role in ("stages", "tokens")
+        )
         stages.build(0)
+        tokens.build(0)
         requests = [
             Request(entry.prompt, len(entry.tokens), start=number, chunk=20 if number % 2 else 10_000)
             for number, entry in enumerate(load_prompts(FAMILY)[:4])
         ]
-        driver = Driver(build_executor(path, stages=stages), requests, microbatches=microbatches)
-        found[microbatches] = driver.run()
+        executor = build_executor(path, stages=stages, tokens=tokens, as_device=late is not None)
+        if late is not None:
+            executor.submit = late.within(executor.submit)  # type: ignore[method-assign]
+        found[microbatches] = Driver(executor, requests, microbatches=microbatches).run()
         travelled[microbatches] = stages.messages
         collectives.wait(collectives.all_gather(torch.zeros(1), "the end"))
     return found, travelled
@@ -115,6 +135,7 @@ class Relayed(Collectives):
         self.messages: list[tuple[int, int]] = []
 
     def send(self, rows: Tensor, to: int, tag: int, what: str) -> Pending:
+        assert rows.is_floating_point() == (self.role == "stages")
         if rows.is_floating_point():
             self.messages.append((tag, len(rows)))
         return super().send(rows, to, tag, what)
