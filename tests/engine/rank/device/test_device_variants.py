@@ -102,7 +102,7 @@ def compute(executor: DeviceExecutor, rows: Rows) -> torch.Tensor:
     executor._forward.announce(num_tokens, bucket_over(num_tokens))
     num_pages = -(-int(rows.ends.max()) // executor._parts.pool.page_size)
     sent = executor._upload.send(lane.arrays)
-    return executor._layers(lane.on_device(sent), num_pages, None, torch.empty(0))
+    return executor._layers(lane.on_device(sent), num_pages, None)
 
 
 @pytest.mark.parametrize("name", MODELS)
