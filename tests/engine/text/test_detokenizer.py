@@ -108,7 +108,7 @@ def test_window_detokenizer_hides_and_shows() -> None:
 
 def test_a_directory_without_a_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"model\.path: .* neither tokenizer\.json nor tiktoken\.model is there"
+        ValueError, match=r"model\.path: .* tokenizer\.json, tiktoken\.model or tekken\.json should be there"
     ):
         Codec(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
