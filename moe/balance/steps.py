@@ -124,7 +124,8 @@ class Search:
         state, each = self._state, self._each
         expert = self._shares_LE.argmax(axis=1)
         largest = self._shares_LE[each, expert]
-        if not (largest > self._target).any():
+        too_large = largest + self._least_beside(expert) > self._target
+        if not too_large.any():
             return self._single(self._hot_LS[:, 0], expert, np.zeros(len(each)))
         self._leaving()
         loads_LE, replicas_LE = state.loads_LE[self._rows], state.replicas_LE[self._rows]
@@ -139,8 +140,18 @@ class Search:
             barred_LQ |= ~at(np.asarray(near_LW), self._ranks_LQ)
         score_LQ[barred_LQ] = np.inf
         place = score_LQ.argmin(axis=1)
-        possible = np.isfinite(score_LQ[each, place]) & (largest > self._target)
+        possible = np.isfinite(score_LQ[each, place]) & too_large
         return self._single(self._slots_LQ[each, place], expert, possible.astype(np.float64))
+
+    def _least_beside(self, expert: Ints) -> Floats:
+        """The least that ranks with a replica of ``expert`` hold beside it, in the mean: the
+        smallest experts of the layer.
+        """
+        num_slots, replicas = self._state.num_slots, self._state.replicas_LE[self._rows][self._each, expert]
+        shares_LP = np.sort(at(self._shares_LE, self._experts_LP), axis=1).cumsum(axis=1, dtype=np.float64)
+        last = replicas * (num_slots - 1) - 1
+        least = np.where(last >= 0, shares_LP[self._each, last.clip(0, shares_LP.shape[1] - 1)], 0)
+        return np.asarray(least / replicas.clip(1))
 
     def _leaving(self) -> None:
         """Slots whose expert may leave them, EMPTY ones among them, since its other replicas stay

@@ -191,6 +191,18 @@ def test_a_fifth_of_the_bytes_gives_the_same_balance_at_many_ranks(
     assert imbalance(loads_LE, ours.placement).mean() <= imbalance(loads_LE, anew).mean() + 1e-9
 
 
+def test_an_expert_that_leaves_no_room_for_others_beside_it_gets_a_replica() -> None:
+    """Replicas with 0.98 of a rank's mean load, between which no three experts are small enough."""
+    dice = np.random.default_rng(72)
+    before_LE = dice.lognormal(0, 1, (58, 256))
+    loads_LE = before_LE * dice.lognormal(0, 0.3, before_LE.shape)
+    layers = [21, 46]
+    before = placed_anew(before_LE[layers], 72, 4)
+    assert (imbalance(loads_LE[layers], before) > 1.4).all()
+    ours = balance(loads_LE[layers], before, Limits(target=1.02))
+    assert (imbalance(loads_LE[layers], ours.placement) < 1.03).all()
+
+
 def test_layers_count_by_their_load() -> None:
     placement = contiguous(2, 2, 2)
     assert weighted_imbalance(np.array([[3.0, 1.0], [300.0, 300.0]]), placement) == pytest.approx(
