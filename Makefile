@@ -44,10 +44,9 @@ serve: $(SERVING)
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
-# Three workers on two cores: tests that start clusters in one, those of a served cluster in another, which both wait
-# for a third of their time, and all others in the third and in who has ended. The quick tier is what a change is tried
-# with.
-WORKERS ?= -n 3 --no-loadscope-reorder
+# Two workers: tests that start clusters in one, those of a served cluster in the other, then all others in both. A
+# third gains nothing on two cores. The quick tier is what a change is tried with.
+WORKERS ?= -n 2 --no-loadscope-reorder
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)

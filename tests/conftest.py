@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -35,15 +36,17 @@ settings.register_profile("lockstep", deadline=None, suppress_health_check=[Heal
 settings.load_profile("lockstep")
 
 HERE = Path(__file__).parent
-FIRST = ("launch", "serving", "engine")  # folders in the order of their longest tests
 CLUSTERS, SERVING = "clusters", "serving"  # the groups that take longest
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks slow tests, and puts files that take long first."""
+    """Marks slow tests, and puts files that take long first, so that the workers end together."""
     _mark_slow_tests(config, items)
-    items.sort(key=lambda item: (_turn(_group_of(item.nodeid)), _rank(item)))
+    weights = Counter[str]()
+    for seconds, entry in _slow_entries():
+        weights[entry.partition("::")[0]] += seconds
+    items.sort(key=lambda item: (_turn(_group_of(item.nodeid)), -weights[item.nodeid.partition("::")[0]]))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -76,14 +79,21 @@ def _turn(group: str) -> int:
     return (CLUSTERS, SERVING, group).index(group)
 
 
+def _slow_entries() -> Iterator[tuple[float, str]]:
+    """The lines of ``slow.txt``: seconds, and the name that tests begin with."""
+    for line in (HERE / "slow.txt").read_text(encoding="utf-8").splitlines():
+        seconds, _, entry = line.partition(" ")
+        if not line.startswith("#"):
+            yield float(seconds), entry
+
+
 def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Those that ``slow.txt`` names; an entry that names none of its file's tests is an error."""
     names = {item: item.nodeid for item in items}
     files = {name.partition("::")[0] for name in names.values()}
     whole_files = not any("::" in argument for argument in config.args)
-    for line in (HERE / "slow.txt").read_text(encoding="utf-8").splitlines():
-        _, _, entry = line.partition(" ")
-        if line.startswith("#") or entry.partition("::")[0] not in files:
+    for _, entry in _slow_entries():
+        if entry.partition("::")[0] not in files:
             continue
         pattern = re.compile(re.escape(entry).replace(r"\*", ".*") + r"($|::|\[)")
         found = [item for item, name in names.items() if pattern.match(name)]
@@ -91,11 +101,6 @@ def _mark_slow_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"tests/slow.txt: no test is called {entry}")
         for item in found:
             item.add_marker(pytest.mark.slow)
-
-
-def _rank(item: pytest.Item) -> int:
-    folder = item.path.relative_to(HERE).parts[0]
-    return FIRST.index(folder) if folder in FIRST else len(FIRST)
 
 
 @pytest.fixture(autouse=True)
