@@ -20,7 +20,7 @@ from .steps import Search, SlotSteps, nearness, scarcity
 
 NOWHERE = -1
 
-_LEAST = 1e-6  # of a rank's mean load: what a step has to gain
+_LEAST = 4e-6  # of a rank's mean load: what a step has to gain, beyond any error of a float32
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
 _REPLICAS_FIRST, _REPLICAS_EVERY = 6, 6
 _AT_ONCE = 1024  # moves

@@ -122,8 +122,9 @@ class Search:
         possible.
         """
         state, each = self._state, self._each
-        expert = self._shares_LE.argmax(axis=1)
-        largest = self._shares_LE[each, expert]
+        shares_LE = state.shares_LE[self._rows]  # exact: of experts with equal loads none is larger
+        expert = shares_LE.argmax(axis=1)
+        largest = shares_LE[each, expert]
         too_large = largest + self._least_beside(expert) > self._target
         if not too_large.any():
             return self._single(self._hot_LS[:, 0], expert, np.zeros(len(each)))

@@ -191,6 +191,12 @@ def test_a_fifth_of_the_bytes_gives_the_same_balance_at_many_ranks(
     assert imbalance(loads_LE, ours.placement).mean() <= imbalance(loads_LE, anew).mean() + 1e-9
 
 
+def test_experts_of_equal_loads_do_not_take_turns_in_having_a_replica() -> None:
+    loads_LE = np.array([[load, load, 1] for load in range(3, 40)], np.float64)
+    before = Placement(np.tile(np.array([0, 1, 1, 2], np.int32)[:, None], (len(loads_LE), 1, 1)), 3)
+    assert not len(balance(loads_LE, before, Limits(target=1.0)).moves)
+
+
 def test_an_expert_that_leaves_no_room_for_others_beside_it_gets_a_replica() -> None:
     """Replicas with 0.98 of a rank's mean load, between which no three experts are small enough."""
     dice = np.random.default_rng(72)
