@@ -40,6 +40,11 @@ class IndexNorm:
     bias_I: Tensor
     eps: float
 
+    def of(self, k_TI: Tensor) -> Tensor:
+        """Normed keys in their dtype, computed in float32."""
+        weight_I, bias_I = self.weight_I.float(), self.bias_I.float()
+        return F.layer_norm(k_TI.float(), weight_I.shape, weight_I, bias_I, self.eps).to(k_TI.dtype)
+
 
 def rotate_and_write_index(
     q_TJI: Tensor,
@@ -54,9 +59,7 @@ def rotate_and_write_index(
     ``interleaved``, and stores the keys at write_T int64 in the cache, [positions, 1, I] or bytes.
     Returns the queries [T, J, I] in their dtype.
     """
-    weight_I, bias_I = norm.weight_I.float(), norm.bias_I.float()
-    normed_TI = F.layer_norm(k_TI.float(), weight_I.shape, weight_I, bias_I, norm.eps).to(k_TI.dtype)
-    write_heads(cache, write_T, rotate_first(normed_TI[:, None], angles, interleaved))
+    write_heads(cache, write_T, rotate_first(norm.of(k_TI)[:, None], angles, interleaved))
     return rotate_first(q_TJI, angles, interleaved)
 
 

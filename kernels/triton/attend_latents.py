@@ -21,7 +21,7 @@ import triton.language as tl
 from ..formats.kv_format import GROUP
 from ..reference.paged import PagedBatch
 from .attend_inputs import Keys, Part, Queries
-from .attend_steps import pages_of, row_of_tile, softmax_weights
+from .attend_steps import pages_of, place_of_tile, softmax_weights
 from .target import interpreted, padded_rows, power_of_two
 from .tiles import AttendTile
 
@@ -129,21 +129,13 @@ def _attend_latents_kernel(
     WIDEN: tl.constexpr,
 ):
     """One tile of pairs, one split of the row's keys."""
-    # The last tiles of a row see the most keys and are started first.
-    tile = tl.program_id(0) if DECODE else tl.num_programs(0) - 1 - tl.program_id(0)
     split = tl.program_id(2)
-    if DECODE:
-        row = tile // tl.cdiv(H, BLOCK_M)
-        tile_in_row = tile % tl.cdiv(H, BLOCK_M)
-        num_queries = 1
-        first_token = row.to(tl.int64)
-    else:
-        row, tile_in_row, num_queries, first_token = row_of_tile(
-            query_start_ptr + first_row, tile, num_rows, H, BLOCK_M, ROWS_PAD
-        )
-        if (row >= num_rows) | (num_queries > most_queries):
+    row, tile_in_row, num_queries, first_token = place_of_tile(
+        query_start_ptr, first_row, num_rows, H, BLOCK_M, ROWS_PAD, DECODE
+    )
+    if not DECODE:  # noqa: SIM102  # decided when it is compiled
+        if (row >= first_row + num_rows) | (num_queries > most_queries):
             return
-        row += first_row
     length = tl.load(lengths_ptr + row)
     start = length - num_queries  # position of the row's first query
 

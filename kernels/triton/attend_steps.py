@@ -28,6 +28,33 @@ def row_of_tile(
 
 
 @triton.jit
+def place_of_tile(
+    query_start_ptr,
+    first_row,
+    num_rows,
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """As ``row_of_tile`` for the tile of this program, rows counted from ``first_row`` on. Tiles of
+    decode rows come as they are; the last tiles of other rows see the most keys and are started
+    first.
+    """
+    if DECODE:
+        tile = tl.program_id(0)
+        row = tile // tl.cdiv(G, BLOCK_M)
+        tile_in_row, num_queries, first_token = tile % tl.cdiv(G, BLOCK_M), 1, row.to(tl.int64)
+    else:
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        row, tile_in_row, num_queries, first_token = row_of_tile(
+            query_start_ptr + first_row, tile, num_rows, G, BLOCK_M, ROWS_PAD
+        )
+        row += first_row
+    return row, tile_in_row, num_queries, first_token
+
+
+@triton.jit
 def softmax_weights(scores, best, total):
     """One step of the running softmax in base 2, over a block of scores; -inf hides a key. Returns
     the largest score and the total so far, the weights of the block, and the factor by which

@@ -40,9 +40,7 @@ def rotate_and_write_index(
     interleaved: bool = False,
 ) -> Tensor:
     """Same as ``indexer.rotate_and_write_index``. A token with a negative place is not written."""
-    weight_I, bias_I = norm.weight_I.float(), norm.bias_I.float()
-    normed_TI = F.layer_norm(k_TI.float(), weight_I.shape, weight_I, bias_I, norm.eps).to(k_TI.dtype)
-    return rotate_and_write_keys(q_TJI, normed_TI[:, None], angles, cache, write_T, interleaved)
+    return rotate_and_write_keys(q_TJI, norm.of(k_TI)[:, None], angles, cache, write_T, interleaved)
 
 
 def select_positions(

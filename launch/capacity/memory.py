@@ -100,10 +100,9 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
         shape.split_shared_params(setup.shared_parts),
         setup.layer_format(shape.moe.shared_width // setup.shared_parts),
     )
+    index = stored_bytes(shape.index_params, setup.layer_format()) + shape.index_norm_params * item
     return Weights(
-        attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item)
-        + indexers
-        * (stored_bytes(shape.index_params, setup.layer_format()) + shape.index_norm_params * item),
+        attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item) + indexers * index,
         dense=num_dense * dense + stage.num_moe * shared,
         gates=(stage.num_moe * shape.gate_params + indexers * shape.index_gate_params) * _GATE_ITEM,
         experts=slots - redundant - empty,

@@ -306,6 +306,7 @@ def contradictions(recipe: Recipe) -> list[str]:
     cluster, scheduler, kv = recipe.cluster, recipe.scheduler, recipe.kv_cache
     share = recipe.parallel.tensor * recipe.parallel.pipeline
     max_len, keys = recipe.model.max_len, recipe.frontend
+    body, held = keys.max_body, keys.body_memory
     checks = (
         (
             cluster.backend == "local" and cluster.nodes > 1,
@@ -356,7 +357,7 @@ def contradictions(recipe: Recipe) -> list[str]:
             keys.admin_key is not None and keys.admin_key in keys.api_keys,
             "frontend.admin_key: is also in frontend.api_keys; every user would be an administrator",
         ),
-        (keys.max_body > keys.body_memory, f"frontend.max_body = {keys.max_body}: more than body_memory"),
+        (body > held, f"frontend.max_body = {body}: above frontend.body_memory ({held})"),
     )
     return [text for wrong, text in (*checks, *_dense_groups(recipe)) if wrong]
 

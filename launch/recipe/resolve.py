@@ -97,6 +97,8 @@ def _without_library(recipe: Recipe, config: ModelFacts) -> list[str]:
         )
     if config.dtype in _DTYPES and dtype_of(recipe, config.dtype) != "bf16":
         found.append(f"{key}: model.dtype = {recipe.model.dtype}: it computes in bf16; use bf16, or own")
+    if isinstance(config.attention, MlaConfig) and config.attention.indexer is not None:
+        found.append(f"{key}: an indexer chooses the positions of decode rows in this model; use own")
     sizes = (32, 64) if isinstance(config.attention, MlaConfig) else (16, 32, 64, 128)
     if recipe.kv_cache.page_size not in sizes:
         allowed = ", ".join(map(str, sizes))

@@ -321,13 +321,14 @@ def test_tokens_of_fp8_experts_travel_in_fp8() -> None:
         ("qwen3-235b-2x8", ["kv_cache.dtype=bf16", "model.dtype=fp32"], "model.dtype = fp32: it computes in"),
         ("qwen3-235b-2x8", ["kv_cache.dtype=bf16", "kv_cache.page_size=8"], "page_size = 8: allowed are 16,"),
         ("deepseek-gb200", ["kv_cache.dtype=bf16", "kv_cache.page_size=128"], "= 128: allowed are 32, 64"),
+        ("glm-5-8xh200", ["kv_cache.dtype=bf16"], "an indexer chooses the positions of decode rows"),
         ("demo", [], "is for ranks on GPUs, and these are on CPUs; allowed are auto and own"),
     ],
 )
 def test_a_library_that_would_attend_nothing_is_refused(recipe: str, changes: list[str], line: str) -> None:
     with pytest.raises(RecipeError, match=f"kernels.attention = flashinfer: .*{line}"):
         plan_of(recipe, "kernels.attention=flashinfer", *changes)
-    if "demo" not in recipe:
+    if recipe in ("qwen3-235b-2x8", "deepseek-gb200"):
         plan_of(recipe, "kernels.attention=flashinfer", "kv_cache.dtype=bf16")
 
 
