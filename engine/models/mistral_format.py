@@ -1,7 +1,7 @@
 """Checkpoints in Mistral's own format, ``params.json`` and ``consolidated*.safetensors``, in the
 words of transformers' model ``mistral4``. No torch here.
 
-Mistral-Large-3 is published in this format alone, and Mistral-Small-4 in both
+Engines read Mistral-Large-3 from this format, Mistral-Small-4 from either
 (https://huggingface.co/mistralai/Mistral-Large-3-675B-Instruct-2512).
 """
 

@@ -123,10 +123,11 @@ def test_the_state_tells_since_when_and_that_the_controller_is_silent(model: Pat
         assert state["trouble"] == f"The engine is recovering: {REASON}"
 
 
-def test_a_page_on_a_large_cluster_costs_no_more_than_its_document(model: Path) -> None:
-    """72 ranks and 58 layers of 256 experts, asked for once a second: 1.8 ms on an EPYC Genoa, 0.2 %
-    of a core. Here beside plain JSON of the same document, whatever the CPU. The time is that of
-    this process, so that of the client and the double of the controller counts too.
+def test_a_page_on_a_large_cluster_costs_about_what_its_document_does(model: Path) -> None:
+    """72 ranks and 58 layers of 256 experts, asked for once a second: 1.8 ms on an EPYC Genoa, a
+    fifth of one per cent of a core. Here it is held beside plain JSON of the same document,
+    whatever the CPU. The time is that of this process, so that of the client and the double of the
+    controller counts too.
     """
     ranks, layers, experts = 72, 58, 256
     held = [
@@ -147,6 +148,7 @@ def test_a_page_on_a_large_cluster_costs_no_more_than_its_document(model: Path) 
             began = time.process_time()
             answer = running.http.get("/admin/cluster", headers=ADMIN)
             spent.append(time.process_time() - began)
+            assert answer.status_code == 200
             document = answer.json()
             began = time.process_time()
             json.loads(json.dumps(document))
