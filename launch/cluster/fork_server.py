@@ -157,6 +157,7 @@ class _Server:
 
 
 def main() -> NoReturn:
+    setproctitle.getproctitle()  # finds the arguments while the first variable lies behind them
     module, parent = sys.argv[1], int(sys.argv[2])
     leave_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle

@@ -54,6 +54,14 @@ def test_a_fork_is_as_a_process_of_its_own(cluster: LocalCluster, tmp_path: Path
     assert targets == {"/dev/null", str(log)}, "open files of the fork server are left open"
 
 
+def test_a_fork_has_its_own_title_whatever_its_environment(cluster: LocalCluster) -> None:
+    """A title's place is found by the first variable; Ray's processes have theirs in any order."""
+    task = dummy(3, "sleep", imports=IMPORTS)
+    cluster.start([replace(task, environment={**os.environ, **PATH})])
+    process = started(cluster, 1)[3]
+    until(lambda: command_of(process)[-3:-1] == ["rank", "3"], "its own command line")
+
+
 def test_ends_are_told_as_those_of_others(cluster: LocalCluster) -> None:
     tasks = [dummy(0, "exit", code=3, say="out of cheese"), dummy(1, "fail", say="the reason")]
     cluster.start(
