@@ -1,6 +1,7 @@
 """Every layout gives the tokens of transformers through the front door, greedy and seeded, with
 prefixes that are cached, prompts in chunks, preemption, log-probabilities of prompts, and a rank
 that is killed in the middle; some also where every step is computed as two microbatches.
+``LOCKSTEP_LAYOUTS=all`` kills every rank, and serves every family on every layout of four ranks.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import pytest
 from lockstep.engine.models.shape import read_shape
 from support.engine.models.checkpoints import write_checkpoint
 from support.engine.rank.greedy_prompts import ALL
-from support.serving.mixed_asks import Oracle, random_bodies
+from support.serving.mixed_asks import Known, Oracle, random_bodies
 from support.serving.random_checkpoint import CONFIG, write_tokenizer
-from support.serving.served import Answer, Ask, serve
+from support.serving.served import Answer, Ask, Served, serve
 
 PAGE = 16
 NUM_OUTPUT = 48
 # Ranks, tensor, pipeline; the rest is data.
 LAYOUTS = [(4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
+
+ALL_LAYOUTS = os.environ.get("LOCKSTEP_LAYOUTS") == "all"
 
 OVERLAPPED = [(2, 1, 1), (4, 2, 1), (4, 1, 2)]
 CASES = [(layout, "auto") for layout in LAYOUTS if layout not in OVERLAPPED]
@@ -84,22 +87,28 @@ def test_tokens_are_those_of_transformers(
         transports = {rank["transports"] for rank in served.cluster()["ranks"]}
         assert transports == {transports_of(ranks, tensor, pipeline)}
 
-        epoch, [counted] = served.cluster()["epoch"], served.counted("generation_tokens")
-        answers: list[Answer] = []
-        asks = [each.ask(NUM_OUTPUT, stream=index % 2 == 0) for index, each in enumerate(known)]
-        sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
-        sending.start()
-        served.wait_until(
-            lambda: served.metrics()["generation_tokens_total"] > counted + 40, "tokens are streaming"
-        )
-        os.kill(served.launcher.pid_of(f"rank {ranks - 1}"), signal.SIGKILL)
-        sending.join(200)
-        assert len(answers) == len(known), "streams have not ended"
-        for each, answer in zip(known, answers, strict=True):
-            assert len(answer.tokens) == NUM_OUTPUT
-            each.assert_same(answer, "after a rank was killed")
-        served.wait_until(lambda: served.cluster()["epoch"] > epoch, "the state after the loss")
+        for rank in range(ranks) if ALL_LAYOUTS else [ranks - 1]:
+            lose(served, rank, known)
         served.assert_clean()
+
+
+def lose(served: Served, rank: int, known: list[Known]) -> None:
+    """Kills a rank while every request is being answered: all get what they got before."""
+    epoch, [counted] = served.cluster()["epoch"], served.counted("generation_tokens")
+    answers: list[Answer] = []
+    asks = [each.ask(NUM_OUTPUT, stream=index % 2 == 0) for index, each in enumerate(known)]
+    sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
+    sending.start()
+    served.wait_until(
+        lambda: served.metrics()["generation_tokens_total"] > counted + 40, "tokens are streaming"
+    )
+    os.kill(served.launcher.pid_of(f"rank {rank}"), signal.SIGKILL)
+    sending.join(200)
+    assert len(answers) == len(known), "requests have not ended"
+    for each, answer in zip(known, answers, strict=True):
+        assert len(answer.tokens) == NUM_OUTPUT
+        each.assert_same(answer, f"after rank {rank} was killed")
+    served.wait_until(lambda: served.cluster()["epoch"] > epoch, "the state after the loss")
 
 
 def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
@@ -117,13 +126,13 @@ def transports_of(ranks: int, tensor: int, pipeline: int) -> str:
 @pytest.mark.parametrize("family", ALL)
 def test_every_family_is_split_and_staged(family: str, tmp_path: Path) -> None:
     """Kinds of attention on a layout that is split and staged, other families in turn on one that
-    is either. ``LOCKSTEP_LAYOUTS=all`` serves each on every layout of four ranks.
+    is either.
     """
     config = ALL[family] | {"vocab_size": CONFIG["vocab_size"]}
     model = write_checkpoint(tmp_path / "model", config, seed=5)
     write_tokenizer(model)
     bodies = random_bodies(random.Random(13), 12, (4, 60))
-    if os.environ.get("LOCKSTEP_LAYOUTS") == "all":
+    if ALL_LAYOUTS:
         chosen = [layout for layout in LAYOUTS if layout[2] <= config["num_hidden_layers"]]
     elif family in ("qwen3_moe", "deepseek_v3", "gpt_oss"):
         chosen = [(4, 2, 2)]
@@ -170,18 +179,7 @@ def test_dense_blocks_of_data_parallel_ranks_are_split(pipeline: int, tmp_path: 
         known = [each for body in bodies[:2] for each in oracle.know(served, [body], 16)]
         known += oracle.know(served, bodies, NUM_OUTPUT)
         assert all("dense" in rank["transports"] for rank in served.cluster()["ranks"])
-        answers: list[Answer] = []
-        [counted], asks = served.counted("generation_tokens"), [each.ask(NUM_OUTPUT) for each in known]
-        sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
-        sending.start()
-        served.wait_until(
-            lambda: served.metrics()["generation_tokens_total"] > counted + 20, "tokens are streaming"
-        )
-        os.kill(served.launcher.pid_of("rank 1"), signal.SIGKILL)
-        sending.join(200)
-        assert len(answers) == len(known), "requests have not ended"
-        for each, answer in zip(known, answers, strict=True):
-            each.assert_same(answer, "after a rank was killed")
+        lose(served, 1, known)
         served.assert_clean()
 
 
