@@ -26,6 +26,7 @@ PARAMETERS["gpt-oss-120b"] = 116.8  # arXiv 2508.10925, table 1
 PARAMETERS["deepseek-v3.2"] = 671.9  # DeepSeek-V3's, and 14 million of an indexer in each of 61 layers
 PARAMETERS |= {"glm-5": 744, "glm-5.2": 743.4}  # arXiv 2602.15763; without 57 indexers of 10 million
 PARAMETERS |= {"kimi-k2.5": 1026, "hy3": 295.0, "mistral-small-4": 119.0}
+PARAMETERS["mistral-large-3"] = 673.0  # its model card: without the vision encoder
 
 
 def test_all_are_there() -> None:
@@ -45,6 +46,7 @@ def test_all_are_there() -> None:
         "glm-5-8xh200",
         "glm-5.2-h200",
         "mistral-small-4-2xh200",
+        "mistral-large-3-8xh200",
     }
     assert expected | {"deepseek-v2-lite", "mixtral-8x7b", "demo", "demo-two-hosts"} <= set(RECIPES)
 
@@ -126,5 +128,5 @@ def test_what_cannot_run_is_still_refused_by_default() -> None:
 
 def test_installed_copies_have_them() -> None:
     text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
-    for pattern in ("*.yaml", "hardware/*.yaml", "configs/*/config.json"):
+    for pattern in ("*.yaml", "hardware/*.yaml", "configs/*/config.json", "configs/*/params.json"):
         assert f'"{pattern}"' in text and list(FOLDER.glob(pattern))
