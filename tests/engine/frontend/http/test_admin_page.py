@@ -259,6 +259,42 @@ def test_a_person_sees_experts_move(frontend: RunningFrontend, browser: Browser)
     assert not [problem for problem in browser.problems if "401" not in problem]
 
 
+# Notes the texts of written cells, but for "Since", which grows, and how often the map is drawn.
+WATCH = """
+window.written = []; window.drawn = 0;
+const watch = new MutationObserver((found) => written.push(...found.map((one) => one.target)
+  .filter((one) => one.cellIndex !== 2).map((one) => one.textContent)));
+const kinds = { subtree: true, childList: true, attributes: true, characterData: true };
+for (const id of ["ranks", "events", "layers", "moved", "choices"]) {
+  watch.observe(document.getElementById(id), kinds);
+}
+const put = CanvasRenderingContext2D.prototype.putImageData;
+CanvasRenderingContext2D.prototype.putImageData = function (...given) {
+  window.drawn++;
+  put.apply(this, given);
+};
+"""
+POLLS = "performance.getEntriesByType('resource').length"
+
+
+@needs_browser
+def test_only_cells_that_changed_are_written(frontend: RunningFrontend, browser: Browser) -> None:
+    frontend.engine.state = working()
+    frontend.engine.set_state(epoch=7)
+    wait_until(lambda: told(frontend)["epoch"] == 7, "this state, not that of another test")
+    browser.open(f"{frontend.url}/admin/")
+    sign_in(browser)
+    browser.wait_for("document.querySelector('#why').textContent.includes('All 2 ranks serve')")
+    browser.evaluate(WATCH)
+    frontend.engine.set_state(ranks=(rank(0), msgspec.structs.replace(rank(1), num_running=77)))
+    browser.wait_for("written.length > 0")
+    polls = browser.evaluate(POLLS)
+    browser.wait_for(f"{POLLS} >= {polls} + 2")
+    assert browser.evaluate("[written, drawn]") == [["77"], 0]
+    frontend.engine.set_state(expert_i64=array("q", [80, 10, 5, 5, 7, 7, 7, 8]).tobytes())
+    browser.wait_for("drawn === 1")
+
+
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_screen(frontend: RunningFrontend, browser: Browser, scheme: str) -> None:

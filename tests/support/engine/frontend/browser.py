@@ -50,6 +50,10 @@ class Browser:
             self._stack.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _port(self, file: Path, seconds: float = 60.0) -> int:
         deadline = time.monotonic() + seconds
         while not (file.exists() and file.read_text().count("\n")):
