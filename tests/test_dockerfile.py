@@ -1,9 +1,10 @@
 """The Dockerfile, built without a daemon by buildah (vfs, chroot).
 
 No registry of images is needed: the base is Debian's own, by debootstrap, under the name of the one
-that the Dockerfile asks for. The container serves in a chroot, on the network of the host. This
-test cannot show that Docker's Python image is as good a base, that the image for GPUs builds, that
-a container drains (a signal ends buildah's chroot first), and what options of ``docker run`` do.
+that the Dockerfile asks for. The container serves in a chroot, on the network of the host and among
+its processes: a stop is the signal of the image to the entrypoint, as Docker sends it. This test
+cannot show that Docker's Python image is as good a base, that the image for GPUs builds, and what
+options of ``docker run`` do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+
+from support.serving.reader import Reader
 
 ROOT = Path(__file__).parent.parent
 RELEASE, MIRROR = "bookworm", "http://deb.debian.org/debian"
@@ -36,7 +40,7 @@ def missing() -> str:
     return f"needs {' and '.join(tools)} (Debian's packages)" if tools else ""
 
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(2700)]
 
 
 class Buildah:
@@ -123,8 +127,16 @@ def test_a_container_runs_as_a_user_without_rights(image: tuple[Buildah, str]) -
     assert buildah("run", "--isolation=chroot", container, "--", "id", "-u") == "10001"
 
 
-def test_a_container_serves(image: tuple[Buildah, str], tmp_path: Path) -> None:
-    """Its own entrypoint and command, on a free port."""
+def entrypoint(running: subprocess.Popen[bytes]) -> psutil.Process:
+    """The container's own process under those of buildah."""
+    tree = psutil.Process(running.pid).children(recursive=True)
+    [above] = [process for process in tree if process.cmdline()[:1] == ["buildah-chroot-exec"]]
+    [found] = above.children()
+    return found
+
+
+def test_a_container_serves_and_a_stop_drains_it(image: tuple[Buildah, str], tmp_path: Path) -> None:
+    """Runs its own entrypoint and command, on a free port."""
     buildah, container = image
     config = json.loads(buildah("inspect", container))["Docker"]["config"]
     command = buildah.command("run", "--isolation=chroot", container, "--")
@@ -139,13 +151,19 @@ def test_a_container_serves(image: tuple[Buildah, str], tmp_path: Path) -> None:
         ):
             assert running.poll() is None and time.monotonic() < end, out.read_text()[-4000:]
             time.sleep(0.2)
+        url = f"http://127.0.0.1:{found[1]}/v1"
         asked = {
             "model": found[2],
             "messages": [{"role": "user", "content": "What is 12 + 7?"}],
             "temperature": 0,
         }
-        answer = httpx.post(f"http://127.0.0.1:{found[1]}/v1/chat/completions", json=asked, timeout=120)
+        answer = httpx.post(f"{url}/chat/completions", json=asked, timeout=120)
         assert "19" in answer.json()["choices"][0]["message"]["content"], answer.text
+        reader = Reader(url, max_tokens=300).flowing()
+        entrypoint(running).send_signal(signal.Signals[config["StopSignal"]])
+        reader.join(60)
+        assert (reader.error, reader.finish) == (None, "length")
+        assert running.wait(60) == 0, out.read_text()[-4000:]
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGTERM)

@@ -28,7 +28,7 @@ class ModelSection(RecipeSection):
     config: str | None = Field(
         default=None,
         min_length=1,
-        description="folder with a config.json or params.json for launch plan, used while path does not exist",
+        description="folder with a config.json (or params.json) for launch plan, while path does not exist",
     )
     served_name: str | None = Field(
         default=None, min_length=1, description="model name in the API; default: the directory's name"
