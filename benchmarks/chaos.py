@@ -223,7 +223,8 @@ def strike(cluster: Cluster, case: Case) -> list[int]:
     if case.seconds:
         time.sleep(case.seconds)
         for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it was replaced meanwhile
+                os.kill(pid, signal.SIGCONT)
     if not case.held:
         return []
     return cluster.stop_successors(dict(zip(case.victims, pids, strict=True)))
