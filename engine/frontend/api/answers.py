@@ -59,12 +59,25 @@ class ToolCallAnswer(AnswerDocument):
     function: CalledFunctionAnswer
 
 
+class GivenTextAnswer(AnswerDocument):
+    name: str
+    input: str
+
+
+class TextCallAnswer(AnswerDocument):
+    """A call of a custom tool."""
+
+    id: str
+    type: Literal["custom"]
+    custom: GivenTextAnswer
+
+
 class AnswerMessage(AnswerDocument):
     role: Literal["assistant"]
     content: str | None
     reasoning: str | None
     reasoning_content: str | None
-    tool_calls: list[ToolCallAnswer]
+    tool_calls: list[ToolCallAnswer | TextCallAnswer]
 
 
 Ranked = list[dict[str, dict[str, Any]] | None] | None  # by token id, for each position of a prompt

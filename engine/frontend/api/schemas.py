@@ -10,11 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Field, Tag, model_validator
+import msgspec
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from .generate import MAX_LOGPROBS, Generate, TokenId
 from .strict import BOUNDED, Element, Strict
-from .tools import MAX_TOOLS, AllowedTools, Function, Name, NamedFunction, NamedTool, Tool
+from .tools import (
+    FIELD,
+    MAX_TOOLS,
+    AllowedTools,
+    ChosenName,
+    CustomFunction,
+    Function,
+    Name,
+    NamedFunction,
+    NamedTool,
+    OfferedTool,
+    Tool,
+    is_custom,
+)
 
 
 class ContentPart(Element):
@@ -39,10 +53,37 @@ class ToolCall(Element):
     function: CalledFunction
 
 
+class GivenText(Strict):
+    name: Name
+    input: str
+
+
+class TextCall(Element):
+    """A call of a custom tool in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["custom"]
+    custom: GivenText
+
+
+def _call_of(value: Any) -> Any:
+    """The call of the function that stands for a custom tool."""
+    if not is_custom(value):
+        return value
+    call = TextCall.model_validate(value)
+    arguments = msgspec.json.encode({FIELD: call.custom.input}).decode()
+    return ToolCall(
+        id=call.id, type="function", function=CalledFunction(name=call.custom.name, arguments=arguments)
+    )
+
+
+EarlierCall = Annotated[ToolCall, BeforeValidator(_call_of, json_schema_input_type=ToolCall | TextCall)]
+
+
 class ChatMessage(Element):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[EarlierCall] | None = None
     function_call: CalledFunction | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -56,7 +97,7 @@ class Conversation(Strict):
     """The fields from which a chat template makes a prompt."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1), BOUNDED]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -84,7 +125,7 @@ class ChatRequest(Generate, Conversation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenName | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | NamedFunction | None = None
@@ -125,6 +166,7 @@ class ChatRequest(Generate, Conversation):
                 raise ValueError(f"{place} {name[:80]!r} is not one of tools")
         if self.forced_tool:
             self.refuse_endless("tool_choice")
+            self._refuse_lark()
             if self.is_structured:
                 raise ValueError(
                     "tool_choice that forces a call cannot be combined with response_format or"
@@ -136,18 +178,34 @@ class ChatRequest(Generate, Conversation):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
+    def _refuse_lark(self) -> None:
+        """Refuses to force a call that no grammar could hold: a Lark grammar inside of JSON."""
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        forced = {tool.function.name for tool in self.callable_tools} if named is None else {named}
+        for index, tool in enumerate(self.tools or ()):
+            if isinstance(tool, CustomFunction) and tool.is_lark and tool.function.name in forced:
+                raise ValueError(
+                    f"tools[{index}].custom.format.grammar.syntax lark cannot hold a forced call: use regex,"
+                    " or tool_choice auto"
+                )
+
     def _chosen_names(self) -> Iterator[tuple[str, str]]:
         """The functions that ``tool_choice`` names, with the places of their names."""
         match self.tool_choice:
-            case NamedTool(function=function):
-                yield "tool_choice.function.name", function.name
+            case NamedTool(function=function) as tool:
+                yield f"tool_choice.{tool.kind}.name", function.name
             case AllowedTools(allowed_tools=allowed):
                 for index, tool in enumerate(allowed.tools):
-                    yield f"tool_choice.allowed_tools.tools[{index}].function.name", tool.function.name
+                    yield f"tool_choice.allowed_tools.tools[{index}].{tool.kind}.name", tool.function.name
 
     @property
     def tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
+
+    @property
+    def custom_names(self) -> frozenset[str]:
+        """The tools that take a text."""
+        return frozenset(tool.function.name for tool in self.tools or () if isinstance(tool, CustomFunction))
 
     @property
     def callable_tools(self) -> list[Tool]:

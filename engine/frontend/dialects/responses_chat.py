@@ -7,11 +7,11 @@ from typing import Any, assert_never
 import msgspec
 from pydantic import TypeAdapter
 
-from ..api.errors import ApiError, bad_request
+from ..api.errors import ApiError
 from ..api.schemas import ChatRequest
+from ..api.tools import FIELD
 from ..reply import Reply
 from .chat_turns import ChatTurns, text_of
-from .custom_input import FIELD, custom_parameters
 from .dialect import as_chat, shared_fields
 from .hidden_reasoning import read_hidden
 from .renames import Renames
@@ -37,7 +37,8 @@ _NAMES = (
     (r"response_format\.json_schema\.schema", "text.format.schema"),
     (r"response_format\b", "text.format"),
     (r"reasoning_effort\b", "reasoning.effort"),
-    (r"tools(\[\d+\])\.function\b", r"tools\1"),
+    (r"tools(\[\d+\])\.custom\.format\.grammar\b", r"tools\1.format"),
+    (r"tools(\[\d+\])\.(?:function|custom)\b", r"tools\1"),
     (r"tool_choice\.allowed_tools\.tools(\[\d+\])\.function\b", r"tool_choice.tools\1"),
     (r"tool_choice\.function\b", "tool_choice"),
 )
@@ -53,7 +54,6 @@ class ResponsesAsked:
         turns = _turns(body)
         self._renames = Renames(_NAMES, "input", turns.places)
         self.chat: ChatRequest = as_chat(_chat_fields(body) | {"messages": turns.messages}, self._renames)
-        _refuse_lark(body, self.chat)
 
     @classmethod
     def validate_python(cls, document: Any, /) -> ResponsesAsked:
@@ -93,15 +93,11 @@ def _tool(tool: FunctionTool | CustomTool) -> dict[str, Any]:
     if isinstance(tool, FunctionTool):
         function = tool.model_dump(include={"name", "description", "parameters"}, exclude_unset=True)
         return {"type": "function", "function": function}
-    about, pattern = None, None
-    if isinstance(tool.format, GrammarSyntax) and tool.format.syntax == "regex":
-        pattern = tool.format.definition
-    elif isinstance(tool.format, GrammarSyntax):
-        about = f"Text that follows this grammar (Lark):\n{tool.format.definition}"
-    function = {"name": tool.name, "parameters": custom_parameters(about, pattern)}
-    if tool.description is not None:
-        function["description"] = tool.description
-    return {"type": "function", "function": function}
+    custom = tool.model_dump(include={"name", "description"}, exclude_unset=True)
+    if isinstance(tool.format, GrammarSyntax):
+        grammar = {"syntax": tool.format.syntax, "definition": tool.format.definition}
+        custom["format"] = {"type": "grammar", "grammar": grammar}
+    return {"type": "custom", "custom": custom}
 
 
 def _choice(body: ResponsesRequest) -> str | dict[str, Any] | None:
@@ -131,21 +127,6 @@ def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
     if format is None or format.type != "json_schema":
         return None if format is None else {"type": format.type}
     return {"type": "json_schema", "json_schema": {"name": format.name, "schema": format.schema_}}
-
-
-def _refuse_lark(body: ResponsesRequest, chat: ChatRequest) -> None:
-    """Refuses to force a call whose grammar could not be held: a Lark grammar inside of JSON."""
-    if not chat.forced_tool:
-        return
-    forced = {tool.function.name for tool in chat.callable_tools}
-    if isinstance(body.tool_choice, ChosenTool):
-        forced = {body.tool_choice.name}
-    for index, tool in enumerate(body.tools or ()):
-        lark = isinstance(tool, CustomTool) and getattr(tool.format, "syntax", "") == "lark"
-        if lark and tool.name in forced:
-            place = f"tools[{index}].format.syntax"
-            text = f"{place}: a forced call cannot follow a lark grammar: use regex, or tool_choice auto"
-            raise bad_request(text, place)
 
 
 def _turns(body: ResponsesRequest) -> ChatTurns:

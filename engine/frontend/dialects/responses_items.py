@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from ..formats.custom_input import CustomInput
 from ..formats.speech import Call, Piece
-from .custom_input import CustomInput
 from .events import event_head
 from .hidden_reasoning import write_hidden
 

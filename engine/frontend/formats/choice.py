@@ -122,7 +122,8 @@ class Manner:
 
     ``thinking``: the prompt has opened the reasoning. ``answering``: the prompt has closed it, or
     there is none. If neither holds, the model may begin with reasoning. ``one_call``: the reply
-    ends with its first call. ``named``: the client asked for one function by name.
+    ends with its first call. ``named``: the client asked for one function by name. ``custom``:
+    the functions that stand for custom tools.
     """
 
     formats: Formats
@@ -132,13 +133,15 @@ class Manner:
     tools: Tools | None = None
     one_call: bool = False
     named: bool = False
+    custom: frozenset[str] = frozenset()
 
     def parser(self) -> ReplyParser | None:
         """A new parser for one reply; None where all of it is content."""
         kind = self.formats.tools if self.tools is not None else None
         if kind is None and self.formats.reasoning is None:
             return None
-        speech = Speech(self.show_reasoning, self.one_call, kind.id_length if kind is not None else 0)
+        id_length = kind.id_length if kind is not None else 0
+        speech = Speech(self.show_reasoning, self.one_call, id_length, self.custom)
         if self.formats.harmony:
             harmony = Harmony(self.tools) if self.tools is not None and kind is not None else None
             return HarmonyParser(speech, self.formats.reasoning, harmony, self.thinking, self.named)

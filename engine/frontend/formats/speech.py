@@ -8,13 +8,14 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .custom_input import CustomInput
 from .reader import NEWLINES, SPACE
 
 
 @dataclass(slots=True)
 class Call:
     """A tool call. ``fresh`` is the part of its arguments that has not been taken; ``told`` is
-    whether its name has been taken.
+    whether its name has been taken. ``input`` reads the text of a custom tool's call.
     """
 
     index: int
@@ -23,6 +24,7 @@ class Call:
     fresh: str = ""
     told: bool = False
     complete: bool = False
+    input: CustomInput | None = None
 
 
 class Piece(NamedTuple):
@@ -49,11 +51,13 @@ class Speech:
     """Collects pieces of text, which a parser has sorted. White space beside a tag is dropped.
 
     Without ``show_reasoning`` reasoning is dropped. With ``one_call`` it is ``full`` after the
-    first call. ``id_length`` is the length of generated call ids, 0 for the usual form.
+    first call. ``id_length`` is the length of generated call ids, 0 for the usual form. Calls of
+    the functions in ``custom`` are shown as those of custom tools.
     """
 
     __slots__ = (
         "_content",
+        "_custom",
         "_id_length",
         "_one_call",
         "_pieces",
@@ -64,7 +68,13 @@ class Speech:
         "calls",
     )
 
-    def __init__(self, show_reasoning: bool = True, one_call: bool = False, id_length: int = 0) -> None:
+    def __init__(
+        self,
+        show_reasoning: bool = True,
+        one_call: bool = False,
+        id_length: int = 0,
+        custom: frozenset[str] = frozenset(),
+    ) -> None:
         self.calls: list[Call] = []
         self._content = ""
         self._reasoning = ""
@@ -74,6 +84,7 @@ class Speech:
         self._show_reasoning = show_reasoning
         self._one_call = one_call
         self._id_length = id_length
+        self._custom = custom
 
     @property
     def full(self) -> bool:
@@ -105,7 +116,8 @@ class Speech:
 
     def open_call(self, name: str, id: str | None = None) -> None:
         self._space = ""
-        call = Call(len(self.calls), id or self._new_id(), name)
+        text = CustomInput() if name in self._custom else None
+        call = Call(len(self.calls), id or self._new_id(), name, input=text)
         self.calls.append(call)
         self._untold[call.index] = call
         self._pieces.append(Piece("", call))
@@ -118,7 +130,10 @@ class Speech:
         self._pieces.append(Piece(text, call))
 
     def close_call(self) -> None:
-        self.calls[-1].complete = True
+        call = self.calls[-1]
+        call.complete = True
+        if call.input is not None:  # it may hold back text until now
+            self._untold[call.index] = call
 
     def finish(self, reasoning: bool) -> None:
         """Ends the text, inside the ``reasoning`` or not. White space at the end belongs to the
@@ -157,10 +172,15 @@ class Speech:
 
 def _shown(call: Call) -> dict[str, Any]:
     """The call's part of a chunk; only the first one has id and name."""
-    shown: dict[str, Any] = {"index": call.index, "function": {"arguments": call.fresh}}
+    if call.input is None:
+        kind, given = "function", {"arguments": call.fresh}
+    else:
+        kind, given = "custom", {"input": call.input.push(call.fresh)}
+        if call.complete:
+            given["input"] += call.input.finish()
+    shown: dict[str, Any] = {"index": call.index, kind: given}
     if not call.told:
-        function = {"name": call.name, "arguments": call.fresh}
-        shown = {"index": call.index, "id": call.id, "type": "function", "function": function}
+        shown = {"index": call.index, "id": call.id, "type": kind, kind: {"name": call.name, **given}}
     call.fresh = ""
     call.told = True
     return shown

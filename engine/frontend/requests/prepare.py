@@ -121,6 +121,7 @@ def _manner(model: ServedModel, ask: ChatRequest, text: str) -> Manner:
         tools=tools if ask.offers_tools else None,
         one_call=ask.one_call,
         named=isinstance(ask.tool_choice, NamedTool),
+        custom=ask.custom_names,
     )
 
 

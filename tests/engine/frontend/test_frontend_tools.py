@@ -374,3 +374,78 @@ def test_a_malformed_schema_of_a_forced_call_is_refused_by_its_place(
             assert refused.json()["error"]["param"] == "tools[0].function.parameters"
             free = running.http.post("/v1/chat/completions", json=body)
             assert free.status_code == (400 if parameters == 5 else 200)
+
+
+PATCH: Any = {"type": "custom", "custom": {"name": "patch", "description": "Changes files."}}
+
+
+def patch_by(syntax: str, definition: str) -> Any:
+    grammar = {"type": "grammar", "grammar": {"syntax": syntax, "definition": definition}}
+    return {"type": "custom", "custom": PATCH["custom"] | {"format": grammar}}
+
+
+def test_a_custom_tool_takes_text(client: openai.OpenAI, engine: RunningFrontend) -> None:
+    source = 'a = "b\\n"\n\tprint("東京 🙂")\n'
+    arguments = json.dumps({"input": source}, ensure_ascii=False)
+    text = f'<tool_call>{{"name": "patch", "arguments": {arguments}}}</tool_call>'
+    engine.engine.script = say(turn_ids(text))
+    asked: dict[str, Any] = {"model": MODEL, "messages": USER, "tools": [PATCH]}
+    choice = client.chat.completions.create(**asked).choices[0]
+    [call] = choice.message.tool_calls
+    assert (call.type, call.custom.name, call.custom.input) == ("custom", "patch", source)
+    assert choice.finish_reason == "tool_calls"
+    tokens = turn_ids(text)
+    engine.engine.script = lambda submit: [[token] for token in tokens]
+    parts = [
+        part
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        for part in chunk.choices[0].delta.model_dump()["tool_calls"] or ()
+    ]
+    assert [(part["type"], part["custom"].get("name")) for part in parts if part.get("id")] == [
+        ("custom", "patch")
+    ]
+    assert len(parts) > 3 and "".join(part["custom"]["input"] for part in parts) == source
+
+    back = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": source}}
+    turns = [
+        {"role": "assistant", "tool_calls": [back]},
+        {"role": "tool", "tool_call_id": "c1", "content": "ok"},
+    ]
+    client.chat.completions.create(**asked | {"messages": [*USER, *turns]})
+    arguments = prompt(engine).partition('"arguments": ')[2].partition("}</tool_call>")[0]
+    assert json.loads(arguments)["input"] == source
+
+
+def test_a_custom_call_that_is_forced_follows_its_regex(
+    client: openai.OpenAI, engine: RunningFrontend
+) -> None:
+    named = {"type": "custom", "custom": {"name": "patch"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    tools = [*TOOLS, patch_by("regex", "[a-c]+")]
+    for choice in (named, allowed):
+        client.chat.completions.create(model=MODEL, messages=USER, tools=tools, tool_choice=choice)
+        assert "[a-c]+" in engine.engine.submits[-1].grammar
+        assert "get_weather" not in engine.engine.submits[-1].grammar
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        ([*TOOLS, patch_by("lark", 'start: "a"')], "required", "tools[1].custom.format.grammar.syntax"),
+        ([patch_by("ebnf", "x")], "auto", "tools[0].custom.format.grammar.syntax"),
+        ([PATCH], {"type": "custom", "custom": {"name": "x"}}, "tool_choice.custom.name"),
+        ([{"type": "custom"}], "auto", "tools[0].custom"),
+    ],
+)
+def test_a_custom_tool_is_refused_by_the_name_of_its_field(
+    engine: RunningFrontend, tools: list[Any], choice: Any, param: str
+) -> None:
+    body = {"model": MODEL, "messages": USER, "tools": tools, "tool_choice": choice}
+    answer = engine.http.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_a_lark_grammar_is_shown(engine: RunningFrontend) -> None:
+    body = {"model": MODEL, "messages": USER, "tools": [patch_by("lark", 'start: "a"')]}
+    engine.http.post("/v1/chat/completions", json=body).raise_for_status()
+    assert "start: " in prompt(engine)

@@ -7,7 +7,9 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from lockstep.engine.frontend.dialects.custom_input import CustomInput, custom_parameters
+from lockstep.engine.frontend.api.tools import custom_parameters
+from lockstep.engine.frontend.formats.custom_input import CustomInput
+from lockstep.engine.frontend.formats.speech import Speech
 
 
 def read(parts: list[str]) -> str:
@@ -66,3 +68,18 @@ def test_the_schema_holds_the_pattern_of_the_whole_text() -> None:
         "pattern": "^(?:a|b)$",
     }
     assert schema["required"] == ["input"] and schema["additionalProperties"] is False
+
+
+def test_a_call_is_shown_with_its_text_and_one_that_is_no_json_as_it_is() -> None:
+    speech = Speech(custom=frozenset({"patch"}))
+    shown: list[str] = []
+    for name, arguments in (("patch", ['{"input": "a', '\\nb"}']), ("patch", ["no ", "json"])):
+        speech.open_call(name, "c1")
+        for part in arguments:
+            speech.arguments(part)
+            shown += [call["custom"]["input"] for call in speech.take().calls]
+        speech.close_call()
+        shown += [call["custom"]["input"] for call in speech.take().calls]
+    assert shown == ["a", "\nb", "", "", "", "no json"]
+    speech.open_call("other", "c2")
+    assert speech.take().calls[0]["type"] == "function"

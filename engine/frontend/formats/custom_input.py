@@ -1,33 +1,14 @@
-"""Custom tools take a text, not JSON. The model sees a function whose only argument is that text;
-its calls are read back here, as they are written.
+"""Custom tools take a text, not JSON. The model sees a function whose only argument is that text
+(``api/tools.py``); its calls are read back here, as they are written.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-FIELD = "input"
 _START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _PLAIN = re.compile(r'[^"\\]+')
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"'}
-
-
-def custom_parameters(description: str | None, pattern: str | None) -> dict[str, Any]:
-    """The schema of the function that stands for a custom tool; ``pattern`` is a regex of the whole
-    text.
-    """
-    text: dict[str, Any] = {"type": "string"}
-    if description:
-        text["description"] = description
-    if pattern is not None:
-        text["pattern"] = f"^(?:{pattern})$"
-    return {
-        "type": "object",
-        "properties": {FIELD: text},
-        "required": [FIELD],
-        "additionalProperties": False,
-    }
 
 
 class CustomInput:
