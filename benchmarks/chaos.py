@@ -292,9 +292,9 @@ def run_cases(
     """Yields the rows of cases on one cluster, one after another, while they begin before
     ``end``.
     """
-    arguments = ["cluster.backend=local", "frontend.port=0", f"frontend.admin_key={ADMIN_KEY}", *sizes]
+    settings = f"cluster.backend={chosen.backend}", "frontend.port=0", f"frontend.admin_key={ADMIN_KEY}"
     with tempfile.TemporaryDirectory() as folder:
-        cluster = Cluster(Path(folder), arguments)
+        cluster = Cluster(Path(folder), [*settings, *sizes])
         try:
             stored: dict[str, list[int]] = {}
             for number in range(chosen.streams):
@@ -315,6 +315,7 @@ def run_cases(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=("local", "ray"), default="local")
     parser.add_argument("--streams", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--stop", type=float, default=5.0, help="seconds of a standstill")
@@ -330,6 +331,7 @@ def main() -> int:
         if cases and time.monotonic() < end:
             rows += run_cases(cases, sizes, chosen, chance, end)
     facts = {
+        "backend": chosen.backend,
         "seed": chosen.seed,
         "hardware": hardware(),
         "commit": commit(),
