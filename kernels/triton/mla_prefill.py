@@ -179,6 +179,7 @@ def attend_expanded(
             ROW_BLOCK=_BLOCK,
             SEVERAL=several,
             ROWS_PAD=padded_rows(num_rows),
+            HOISTED=tile.hoisted,
             WIDEN=interpreted(),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -331,6 +332,7 @@ def _attend_window_kernel(
     ROW_BLOCK: tl.constexpr,
     SEVERAL: tl.constexpr,
     ROWS_PAD: tl.constexpr,
+    HOISTED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """One tile of a row's queries, one head, the row's keys in this window."""
@@ -385,7 +387,7 @@ def _attend_window_kernel(
         // BLOCK_N
         * BLOCK_N
     )
-    for key_start in range(key_begin, whole_end, BLOCK_N):
+    for key_start in tl.range(key_begin, whole_end, BLOCK_N, disable_licm=not HOISTED):
         at = (origin + key_start + tl.arange(0, BLOCK_N)).to(tl.int64)
         keys, more, values = _load_block(
             kv_ptr, rope_ptr, at, at >= 0, H, N, N_PAD, E, E_PAD, V, V_PAD, dtype
@@ -394,7 +396,7 @@ def _attend_window_kernel(
             q1, tl.trans(more), tl.dot(q0, tl.trans(keys), input_precision="ieee"), input_precision="ieee"
         )
         best, total, acc = softmax_step(scores * scale, values, best, total, acc, dtype)
-    for key_start in range(whole_end, key_end, BLOCK_N):
+    for key_start in tl.range(whole_end, key_end, BLOCK_N, disable_licm=not HOISTED):
         key = key_start + tl.arange(0, BLOCK_N)
         at = (origin + key).to(tl.int64)
         keys, more, values = _load_block(
