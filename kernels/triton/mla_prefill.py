@@ -107,8 +107,7 @@ def attend_expanded(
     heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tiles: Tiles, windows: Windows
 ) -> None:
     """Attends the rows after ``num_decode`` with more than ``windows.most_absorbed`` queries."""
-    tile, expand = tiles.prefill, tiles.expand
-    num_keys = windows.keys
+    tile, expand, num_keys = tiles.prefill, tiles.expand, windows.keys
     q_THN, out = heads.q_nope_THN, heads.out_THV
     num_tokens, num_heads, nope = q_THN.shape
     rope, value, latent = heads.q_rope_THE.shape[2], out.shape[2], heads.expand_HPC.shape[2]
