@@ -15,7 +15,7 @@ RECIPE ?= demo.yaml
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: setup serve test test-all test-clients check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels plan-anchors demo-eval clean
+.PHONY: setup serve test test-all test-clients check bench-control bench-exchange bench-frontend bench-layouts bench-overlap bench-vllm bench-kernels card-wheels plan-anchors demo-eval clean
 
 setup: $(STAMP)
 
@@ -87,9 +87,13 @@ bench-kernels: setup
 	$(BIN)/python -m lockstep.kernels.bench $(BENCH_ARGS)
 	$(BIN)/python -m lockstep.kernels.bench.plot
 
+# Wheels of what the image of a card lacks, for on_card.sh where there is no network.
+card-wheels: setup
+	$(BIN)/python benchmarks/card_wheels.py
+
 # Compares the lower bounds of `launch plan` with published figures.
 plan-anchors: setup
 	$(BIN)/python -m lockstep.launch.capacity.anchors > benchmarks/plan_anchors.md
 
 clean:
-	rm -rf $(VENV) .venv-clients .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) .venv-clients .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build benchmarks/wheels

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -17,3 +24,43 @@ def test_every_script_can_be_imported() -> None:
         [sys.executable, "-c", lines], cwd=FOLDER, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_wheels_for_a_card_hold_all_that_ranks_and_servers_import() -> None:
+    wheels = loaded("card_wheels")
+    packages = metadata.packages_distributions()
+    carried, assumed = set(wheels.carried()), {*wheels.ASSUMED, *needed_by(wheels.ASSUMED)}
+    imported = set[str]()
+    for folder in ("engine", "kernels", "launch", "moe", "parallel", "tests/engine/rank/device"):
+        for path in (FOLDER.parent / folder).rglob("*.py"):
+            imported |= imports_at_the_top(path)
+    by_top = [packages.get(top, []) for top in imported - {"opentelemetry"}]  # of the extra `otel` alone
+    needed = {canonicalize_name(name) for names in by_top for name in names}
+    assert {"msgspec", "pyzmq", "llguidance", "pydantic", "fastapi", "uvicorn", "pytest"} <= needed
+    assert needed - carried - assumed - {"lockstep"} == set()
+    assert not carried & wheels.ASSUMED
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def needed_by(names: set[str]) -> set[str]:
+    """The direct dependencies of packages, which come with them."""
+    found = [Requirement(text) for name in names for text in metadata.requires(name) or ()]
+    return {canonicalize_name(each.name) for each in found if "extra" not in str(each.marker)}
+
+
+def imports_at_the_top(path: Path) -> set[str]:
+    """Packages that a module imports, but for those within functions, which may be optional."""
+    found = set[str]()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.partition(".")[0])
+    return found

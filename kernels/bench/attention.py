@@ -16,7 +16,7 @@ from ..reference.column import Reference
 from ..reference.kv_entries import encode_heads, encode_latents, gather_heads, gather_latents
 from ..reference.paged import PagedBatch, build_batch
 from .call import PAGE_SIZE, Call, Case, random
-from .rivals import sdpa
+from .rivals import flashinfer, sdpa
 
 CONTEXTS, BATCHES = (1024, 8192, 32768), (1, 8, 32, 64, 128, 256)
 EXTENDS = ((2048, 0), (2048, 8192), (256, 32768), (64, 8192))  # tokens, cached prefix
@@ -88,10 +88,16 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
         # Over a prefix torch would need a mask as large as the scores; the reference masks block by
         # block.
         rivals = {"sdpa on gathered pages": made_once(gathered)} if tokens in (1, context) else {}
+
+        def bind(ops: Reference) -> Callable[[], object]:
+            return lambda: ops.attend(q, k, v, batch, _SCALE)
+
+        if device.type == "cuda" and tokens == 1 and kind == "bf16":
+            rivals["FlashInfer"] = flashinfer(bind, device)
         seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) / 2)
         num_bytes = rows * context * per_token + 4.0 * q.numel()
         return Call(
-            lambda ops: lambda: ops.attend(q, k, v, batch, _SCALE),
+            bind,
             num_bytes,
             4.0 * seen * _HEADS * _DIM,
             rivals=rivals,

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference.column import Reference
+from ..table import ops_of, with_libraries
+
 Run = Callable[[], object]
 
 
@@ -97,6 +100,18 @@ def sdpa(q_RHGD: Tensor, k_RHLD: Tensor, v_RHLD: Tensor, scale: float, causal: b
     group take the place of queries.
     """
     return lambda: F.scaled_dot_product_attention(q_RHGD, k_RHLD, v_RHLD, is_causal=causal, scale=scale)
+
+
+def flashinfer(bind: Callable[[Reference], Run], device: torch.device) -> Run:
+    """Our ops with FlashInfer's attention of decode rows, as a recipe with ``kernels.attention:
+    flashinfer`` has them.
+    """
+
+    @functools.cache
+    def prepared() -> Run:
+        return bind(with_libraries(ops_of("triton"), {"attention": "flashinfer"}, device))
+
+    return lambda: prepared()()
 
 
 def convert_e4m3(bits: Tensor) -> Run:

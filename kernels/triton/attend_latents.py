@@ -72,6 +72,7 @@ def launch_latents(
         E_PAD=max(16, power_of_two(more)),
         GROUP=min(chunk, GROUP) if keys.k0.group else 0,
         TURNED=tile.turned,
+        HOISTED=tile.hoisted,
         PAGE=batch.page_size,
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
@@ -120,6 +121,7 @@ def _attend_latents_kernel(
     E_PAD: tl.constexpr,
     GROUP: tl.constexpr,
     TURNED: tl.constexpr,
+    HOISTED: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,7 +173,7 @@ def _attend_latents_kernel(
     # Pages are looked up one block ahead. A lookup in the iteration that needs it would displace
     # the loads in flight.
     pages = pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
-    for key_start in range(key_begin, key_end, BLOCK_N):
+    for key_start in tl.range(key_begin, key_end, BLOCK_N, disable_licm=not HOISTED):
         key = key_start + tl.arange(0, BLOCK_N)
         inside = key < key_end
         at = pages.to(tl.int64) * PAGE + key % PAGE

@@ -107,8 +107,7 @@ def attend_expanded(
     heads: Heads, latents: Keys, batch: PagedBatch, scale: float, tiles: Tiles, windows: Windows
 ) -> None:
     """Attends the rows after ``num_decode`` with more than ``windows.most_absorbed`` queries."""
-    tile, expand = tiles.prefill, tiles.expand
-    num_keys = windows.keys
+    tile, expand, num_keys = tiles.prefill, tiles.expand, windows.keys
     q_THN, out = heads.q_nope_THN, heads.out_THV
     num_tokens, num_heads, nope = q_THN.shape
     rope, value, latent = heads.q_rope_THE.shape[2], out.shape[2], heads.expand_HPC.shape[2]
@@ -179,6 +178,7 @@ def attend_expanded(
             ROW_BLOCK=_BLOCK,
             SEVERAL=several,
             ROWS_PAD=padded_rows(num_rows),
+            HOISTED=tile.hoisted,
             WIDEN=interpreted(),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -331,6 +331,7 @@ def _attend_window_kernel(
     ROW_BLOCK: tl.constexpr,
     SEVERAL: tl.constexpr,
     ROWS_PAD: tl.constexpr,
+    HOISTED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """One tile of a row's queries, one head, the row's keys in this window."""
@@ -385,7 +386,7 @@ def _attend_window_kernel(
         // BLOCK_N
         * BLOCK_N
     )
-    for key_start in range(key_begin, whole_end, BLOCK_N):
+    for key_start in tl.range(key_begin, whole_end, BLOCK_N, disable_licm=not HOISTED):
         at = (origin + key_start + tl.arange(0, BLOCK_N)).to(tl.int64)
         keys, more, values = _load_block(
             kv_ptr, rope_ptr, at, at >= 0, H, N, N_PAD, E, E_PAD, V, V_PAD, dtype
@@ -394,7 +395,7 @@ def _attend_window_kernel(
             q1, tl.trans(more), tl.dot(q0, tl.trans(keys), input_precision="ieee"), input_precision="ieee"
         )
         best, total, acc = softmax_step(scores * scale, values, best, total, acc, dtype)
-    for key_start in range(whole_end, key_end, BLOCK_N):
+    for key_start in tl.range(whole_end, key_end, BLOCK_N, disable_licm=not HOISTED):
         key = key_start + tl.arange(0, BLOCK_N)
         at = (origin + key).to(tl.int64)
         keys, more, values = _load_block(

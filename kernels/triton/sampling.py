@@ -278,18 +278,24 @@ def _draw(logits_ptr, uniform, V, best, temperature, least, CHUNK: tl.constexpr)
         total += tl.sum(_weights(logits_ptr, start + lane, V, best, temperature, least).to(tl.float64), 0)
     target = uniform * total
     before = total * 0.0
-    token = -1
+    chosen = -1
     last = 0
     for start in range(0, V, CHUNK):
-        if token < 0:
-            weights = _weights(logits_ptr, start + lane, V, best, temperature, least).to(tl.float64)
-            inside = tl.sum(weights, 0)
+        if chosen < 0:
+            weights = _weights(logits_ptr, start + lane, V, best, temperature, least)
+            inside = tl.sum(weights.to(tl.float64), 0)
             last = tl.maximum(last, tl.max(tl.where(weights > 0.0, start + lane, 0), 0))
             if before + inside > target:
-                passed = (before + tl.cumsum(weights, 0) > target) & (weights > 0.0)
-                token = tl.minimum(tl.min(tl.where(passed, start + lane, V), 0), last)
-            before += inside
-    return tl.where(token < 0, last, token)
+                chosen = start
+            else:
+                before += inside
+    token = last
+    if chosen >= 0:
+        # Read again: kept from the loop, the weights would be more than there are registers for.
+        weights = _weights(logits_ptr, chosen + lane, V, best, temperature, least)
+        passed = (before + tl.cumsum(weights.to(tl.float64), 0) > target) & (weights > 0.0)
+        token = tl.minimum(tl.min(tl.where(passed, chosen + lane, V), 0), last)
+    return token
 
 
 @triton.jit

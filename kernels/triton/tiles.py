@@ -66,7 +66,9 @@ class AttendTile:
     """``queries`` pairs of query and head by ``keys`` cache positions. Decode rows are split until
     there are ``programs`` per processor, or into ``splits`` unless that is 0. Over latents: so many
     values of them are widened and multiplied at a time (``chunk``; in FP8 at least the 128 that
-    share a scale), and the sums may be kept transposed (``turned``).
+    share a scale), and the sums may be kept transposed (``turned``). ``hoisted``: the
+    compiler may move addresses out of the loop over keys, which takes registers (latents and
+    ``prefill``; over heads it always may).
     """
 
     queries: int
@@ -77,6 +79,7 @@ class AttendTile:
     splits: int = 0
     chunk: int = 128
     turned: bool = False
+    hoisted: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ BLACKWELL = Tiles(
     latent_extend_fp8=AttendTile(64, 32, 8, 2, turned=True),
 )
 """Without a table of the card, on sm_100: three stages do not fit, or spill, and the sums of 64
-heads over latents fill the tensor memory unless they are one chunk or turned (Triton 3.7)."""
+heads over latents fill the tensor memory unless they are one chunk or turned (Triton 3.7,
+3.9)."""
 
 
 GEFORCE = Tiles(
@@ -147,15 +151,15 @@ GEFORCE = Tiles(
     linear_fp8=(*DEFAULT.linear_fp8[:2], LinearTile(0, 128, 64, 8, 4)),
     extend=AttendTile(64, 64, 8, 2),
     extend_fp8=AttendTile(64, 64, 8, 2),
-    latent_decode=AttendTile(32, 32, 8, 2),
-    latent_decode_fp8=AttendTile(32, 32, 8, 3),
-    latent_extend=AttendTile(32, 32, 8, 2),
-    latent_extend_fp8=AttendTile(32, 32, 8, 3),
-    prefill=AttendTile(128, 32, 8, 2),
+    latent_decode=AttendTile(32, 32, 8, 2, hoisted=True),
+    latent_decode_fp8=AttendTile(32, 32, 8, 3, hoisted=True),
+    latent_extend=AttendTile(32, 32, 8, 2, hoisted=True),
+    latent_extend_fp8=AttendTile(32, 32, 8, 3, hoisted=True),
+    prefill=AttendTile(64, 64, 8, 2, hoisted=True),
     expand=ProductTile(128, 64, 4, 3),
 )
 """Without a table of the card, on sm_120: a program has 99 KiB of shared memory, and operands of
-the matrix units lie in registers, so larger tiles spill (Triton 3.6 and 3.7)."""
+the matrix units lie in registers, so larger tiles spill (Triton 3.6 to 3.9)."""
 
 
 def default_tiles(arch: int) -> Tiles:

@@ -165,7 +165,9 @@ def ask(
 
 def _versions(thorough: bool) -> dict[str, str]:
     found = {"python": platform.python_version(), "lockstep": __version__}
-    found |= {name: metadata.version(name) for name in ("torch", "ray", "transformers")}
+    found |= {name: metadata.version(name) for name in ("torch", "transformers")}
+    if importlib.util.find_spec("ray") is not None:  # `cluster.backend: local` needs none
+        found["ray"] = metadata.version("ray")
     if thorough:
         of_torch = _torch_build()
         found["torch"] = of_torch["__version__"]

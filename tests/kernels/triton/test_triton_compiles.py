@@ -2,6 +2,8 @@
 sm_120 (RTX 5090, RTX PRO 6000), which needs no card: types, shared memory, spills.
 
 The interpreter shows a kernel's results, but accepts programs that the compiler refuses.
+``LOCKSTEP_COMPILE=all`` compiles every case for each kind of card; ``LOCKSTEP_TRITON=FOLDER`` by
+the Triton in that folder (``pip install --target FOLDER --no-deps triton==3.9.0``).
 """
 
 from __future__ import annotations
@@ -79,7 +81,11 @@ class Compilers:
 
     def __init__(self, cache: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        self._environment = environment | {"TRITON_CACHE_DIR": str(cache)}
+        path = [os.environ.get("LOCKSTEP_TRITON"), os.environ.get("PYTHONPATH")]
+        self._environment = environment | {
+            "TRITON_CACHE_DIR": str(cache),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        }
         self._running: dict[int, subprocess.Popen[str]] = {}
 
     def needs(self, case: str, arch: int) -> dict[str, list[dict[str, Any]]]:
@@ -117,7 +123,7 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
     found.close()
 
 
-# Those that use most registers and shared memory; LOCKSTEP_COMPILE=all compiles all for each.
+# Those that use most registers and shared memory.
 _LATENT_CASES = {"latent_attentions", "latent_attentions_fp8"}
 BY_DEFAULT = {90: set(CASES), 100: {"attentions", "fp8"} | _LATENT_CASES, 120: _LATENT_CASES}
 # The units that 64 heads over latents take (32 on sm_120, whose operands lie in registers).
