@@ -1,9 +1,10 @@
-"""CPU instruction sets, and the form in which bf16 weights are held for each. Imports no torch,
-since ``launch plan`` uses it too.
+"""CPU instruction sets, and the form in which weights are held for each. Imports no torch, since
+``launch plan`` uses it too.
 
-Weights are held in blocks (``cpu/codegen/blocks.py``), once, on every CPU without matrix
+Weights in bf16 are held in blocks (``cpu/codegen/blocks.py``), once, on every CPU without matrix
 instructions for bf16; with them (``amx``) in oneDNN's layout, which uses them. Expert slots in
-oneDNN's layout are held twice (``cpu/linear.py``'s ``PackedSlots``).
+oneDNN's layout are held twice (``cpu/linear.py``'s ``PackedSlots``). Weights in float32 are held in
+blocks on every CPU with AVX2, otherwise as they are loaded.
 """
 
 from __future__ import annotations
@@ -91,3 +92,9 @@ def slot_form(isa: Isa, hidden: int, width: int) -> Form:
     """
     forms = {weight_form(isa, width, hidden), weight_form(isa, hidden, width)}
     return "blocks" if forms == {"blocks"} else next(iter(forms - {"blocks"}))
+
+
+def float_form(*shapes: tuple[int, int]) -> Form:
+    """The form in which this process holds float32 weights of these shapes [N, D]."""
+    multiplies = features() >= {"avx2", "fma"}
+    return "blocks" if multiplies and all(fit(*shape) for shape in shapes) else "plain"

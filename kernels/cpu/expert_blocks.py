@@ -1,6 +1,5 @@
-"""Experts with weights packed in blocks: both products of all slots in one call.
-
-Intermediate values are rounded to bf16 once, after SiLU and product in float32. Results are written
+"""Experts with weights packed in blocks. In bf16 both products of all slots are one call;
+intermediate values are rounded once, after SiLU and product in float32. Results are written
 straight to their place.
 
 N received tokens  M pairs  S slots  D hidden  F width  I stretches: some pairs of one slot
@@ -17,12 +16,24 @@ from numba import njit
 from torch import Tensor
 
 from ..cpu_isa import COLUMNS
-from ..reference.experts import PLAIN_FORM, ExpertForm
+from ..reference.experts import PLAIN_FORM, ExpertForm, activate
 from .codegen.arrays import array, exp, inner, narrow
 from .codegen.block_tiles import BLOCKS, ROWS, lay_out, multiply, room_for_rows
-from .codegen.blocks import STRETCH, block_bytes, look_ahead, part, parts
+from .codegen.blocks import (
+    STRETCH,
+    add_bias,
+    block_bytes,
+    first_block,
+    look_ahead,
+    multiply_slots,
+    part,
+    parts,
+    stretches,
+)
 from .codegen.threads import share_out, take_item
-from .expert_form import add_bias, clamped_mul, form_of
+from .expert_form import clamped_mul, form_of
+from .linear import NO_PLACES, multiply_into
+from .norm import silu_mul
 
 _HALF = BLOCKS // 2
 
@@ -36,18 +47,46 @@ def experts(
     counts_S: Tensor,
     form: ExpertForm = PLAIN_FORM,
 ) -> Tensor:
-    """Same as ``experts.experts_reference``, with w13_S [S, 2 F / 16, D / 2, 16, 2] and w2_S [S, D
-    / 16, F / 2, 16, 2] (``codegen/blocks.py``).
+    """Same as ``experts.experts_reference``, with w13_S [S, 2 F / 16, U, 16, D / U] and w2_S [S, D
+    / 16, U, 16, F / U] (``codegen/blocks.py``).
     """
-    assert x_ND.dtype == torch.bfloat16 and (x_ND.stride(1) == 1 or not len(x_ND)), (
-        f"x: {x_ND.dtype}, strides {x_ND.stride()}"
+    assert x_ND.dtype == w13_S.dtype and (x_ND.stride(1) == 1 or not len(x_ND)), (
+        f"x: {x_ND.dtype}, strides {x_ND.stride()}; weights: {w13_S.dtype}"
     )
+    if x_ND.dtype == torch.float32:
+        return _in_float32(x_ND, rows_M, slots_M, (w13_S, w2_S), counts_S, form)
     y_MD = torch.empty((len(slots_M), x_ND.shape[1]), dtype=x_ND.dtype)
     places = (x_ND.data_ptr(), 2 * x_ND.stride(0), w13_S.data_ptr(), w2_S.data_ptr(), 2 * w2_S.shape[2])
     pairs = array(rows_M.contiguous()), array(slots_M.contiguous())
     run_experts(
         *places, *pairs, array(counts_S), array(y_MD), form_of(form, x_ND.dtype), numba.get_num_threads()
     )
+    return y_MD
+
+
+def _in_float32(
+    x_ND: Tensor,
+    rows_M: Tensor,
+    slots_M: Tensor,
+    weights: tuple[Tensor, Tensor],
+    counts_S: Tensor,
+    form: ExpertForm,
+) -> Tensor:
+    """Single steps: nothing is rounded between them, and linear layers and ``silu_mul`` have
+    compiled them.
+    """
+    order_M, ends_S = sort_pairs(array(slots_M), array(counts_S))
+    y_MD = x_ND.new_empty(len(slots_M), x_ND.shape[1])
+    if len(order_M) < len(slots_M):
+        y_MD.zero_()
+    if not len(order_M):
+        return y_MD
+    (w13, w2), (up_bias, down_bias) = weights, form.biases or (None, None)
+    gate_up_MF = x_ND.new_empty(len(order_M), COLUMNS * w13.shape[1])
+    multiply_into(array(gate_up_MF), x_ND, w13, up_bias, (array(rows_M)[order_M], NO_PLACES, ends_S))
+    plain = form.activation.kind == "silu"
+    inner_MF = silu_mul(gate_up_MF) if plain else activate(gate_up_MF, form.activation)
+    multiply_into(array(y_MD), inner_MF, w2, down_bias, (NO_PLACES, order_M, ends_S))
     return y_MD
 
 
@@ -72,25 +111,6 @@ def sort_pairs(slots_M, counts_S):
     return order_M, ends_S
 
 
-@inner(error_model="numpy")
-def stretches(ends_S):
-    """Cuts the ordered pairs into stretches: slot, start and length of each."""
-    count, start = 0, 0
-    for end in ends_S:
-        count += parts(end - start, STRETCH)
-        start = end
-    found_I = np.empty((count, 3), np.int64)
-    i, start = 0, 0
-    for slot, end in enumerate(ends_S):
-        of = parts(end - start, STRETCH)
-        for number in range(of):
-            first, length = part(number, of, end - start)
-            found_I[i, 0], found_I[i, 1], found_I[i, 2] = slot, start + first, length
-            i += 1
-        start = end
-    return found_I
-
-
 @njit(cache=True, error_model="numpy")
 def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, form, num_threads):
     """x, w13 and w2 are addresses; ``x_stride`` is in bytes."""
@@ -99,26 +119,17 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, fo
         for m in range(len(slots_M)):
             if slots_M[m] < 0:
                 y_MD[m] = 0
-    stretches_I = stretches(ends_S)
     inner_MF = np.empty((len(order_M), width), np.uint16)
-    next_inner, next_outer = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    given = x, x_stride, rows_M, order_M, stretches_I, w13, y_MD.shape[1], next_inner, form, inner_MF
-    share_out(_inner, num_threads, given, False)
-    then = inner_MF, order_M, stretches_I, w2, next_outer, form.down_bias, y_MD
-    share_out(_outer, num_threads, then, False)
-
-
-@njit(cache=True, inline="always")
-def _first_block(item, panels, stretches_I, num_blocks, step):
-    """First block of the panel of item ``item``, counted over all slots. Items past the last one
-    get block 0.
-    """
-    stretch = item // panels
-    return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
+    given = x, x_stride, rows_M, order_M, stretches(ends_S), w13, y_MD.shape[1] // 2, np.zeros(1, np.int64)
+    share_out(_inner, num_threads, (*given, form, inner_MF), False)
+    pairs = order_M[:0], order_M, ends_S
+    multiply_slots(
+        np.int64(inner_MF.ctypes.data), 2 * width, w2, width // 2, pairs, form.down_bias, y_MD, num_threads
+    )
 
 
 @inner(error_model="numpy")
-def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner, counter, form, inner_MF):
+def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units, counter, form, inner_MF):
     """The activation for the pairs in order. A panel is two blocks of gate columns and the same
     two of up.
     """
@@ -127,7 +138,7 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
         np.empty(STRETCH, np.int64),
         np.empty(BLOCKS, np.int64),
     )
-    room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_inner), -1
+    room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_units, inner_MF), -1
     bias_SF, clamped, alpha, limit = form.up_bias, form.clamped, form.alpha, form.limit
     full, half = inner_MF.shape[1], _HALF * COLUMNS
     num_blocks = full // COLUMNS
@@ -135,25 +146,25 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_inner
     item = take_item(counter)
     while item < panels * len(stretches_I):
         following = take_item(counter)
-        here = _first_block(item, panels, stretches_I, 2 * num_blocks, _HALF)
-        there = _first_block(following, panels, stretches_I, 2 * num_blocks, _HALF)
+        here = first_block(item, panels, stretches_I, 2 * num_blocks, _HALF)
+        there = first_block(following, panels, stretches_I, 2 * num_blocks, _HALF)
         panel = item % panels
         for b in range(_HALF):
-            blocks[b] = w13 + (here + min(b, num_blocks - 1 - panel * _HALF)) * block_bytes(num_inner)
-            blocks[_HALF + b] = blocks[b] + num_blocks * block_bytes(num_inner)
+            blocks[b] = w13 + (here + min(b, num_blocks - 1 - panel * _HALF)) * block_bytes(num_units)
+            blocks[_HALF + b] = blocks[b] + num_blocks * block_bytes(num_units)
         column = panel * half
         width = min(half, full - column)
         slot, start, length = stretches_I[item // panels]
         if item // panels != laid_out:
             for r in range(length):
                 rows[r] = x + rows_M[order_M[start + r]] * x_stride
-            lay_out(rows, length, num_inner, room)
+            lay_out(rows, length, room, inner_MF)
             laid_out = item // panels
         tiles = parts(length, ROWS)
         for tile in range(tiles):
             first, num_rows = part(tile, tiles, length)
-            fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
-            multiply(num_rows, sums, rows[first:], blocks, num_inner // 2, fetch)
+            fetch = look_ahead(tile, tiles, num_units, (there - here) * block_bytes(num_units))
+            multiply(num_rows, sums, rows[first:], blocks, num_units, fetch, inner_MF)
             for r in range(num_rows):
                 if len(bias_SF):
                     add_bias(sums[r], bias_SF[slot, column : column + width])
@@ -176,44 +187,3 @@ def _silu_mul(gate_up, out):
 def _clamped_mul(gate_up, out, alpha, limit):
     for n in range(len(out)):
         out[n] = narrow(clamped_mul(gate_up[n], gate_up[_HALF * COLUMNS + n], alpha, limit), out)
-
-
-@inner(error_model="numpy")
-def _outer(begin, end, inner_MF, order_M, stretches_I, w2, counter, bias_SD, y_MD):
-    """The second product. Writes each row to its pair's place."""
-    sums, rows, blocks = (
-        np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
-        np.empty(STRETCH, np.int64),
-        np.empty(BLOCKS, np.int64),
-    )
-    num_blocks, num_inner = y_MD.shape[1] // COLUMNS, inner_MF.shape[1]
-    room, laid_out = room_for_rows(min(STRETCH, len(inner_MF)), num_inner), -1
-    panels = parts(num_blocks, BLOCKS)
-    item = take_item(counter)
-    while item < panels * len(stretches_I):
-        following = take_item(counter)
-        here = _first_block(item, panels, stretches_I, num_blocks, BLOCKS)
-        there = _first_block(following, panels, stretches_I, num_blocks, BLOCKS)
-        panel = item % panels
-        for b in range(BLOCKS):
-            blocks[b] = w2 + (here + min(b, num_blocks - 1 - panel * BLOCKS)) * block_bytes(num_inner)
-        column = panel * BLOCKS * COLUMNS
-        width = min(BLOCKS * COLUMNS, y_MD.shape[1] - column)
-        slot, start, length = stretches_I[item // panels]
-        if item // panels != laid_out:
-            for r in range(length):
-                rows[r] = inner_MF[start + r].ctypes.data
-            lay_out(rows, length, num_inner, room)
-            laid_out = item // panels
-        tiles = parts(length, ROWS)
-        for tile in range(tiles):
-            first, num_rows = part(tile, tiles, length)
-            fetch = look_ahead(tile, tiles, num_inner, (there - here) * block_bytes(num_inner))
-            multiply(num_rows, sums, rows[first:], blocks, num_inner // 2, fetch)
-            for r in range(num_rows):
-                y_D = y_MD[order_M[start + first + r]]
-                if len(bias_SD):
-                    add_bias(sums[r], bias_SD[slot, column : column + width])
-                for n in range(width):
-                    y_D[column + n] = narrow(sums[r, n], y_D)
-        item = following

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..reference.experts import ExpertForm
-from .codegen.arrays import array, exp, inner, widen
+from .codegen.arrays import array, exp, inner
 
 
 class Form(NamedTuple):
@@ -34,12 +34,6 @@ def form_of(form: ExpertForm, dtype: torch.dtype) -> Form:
     return Form(
         activation.kind == "clamped", np.float32(activation.alpha), np.float32(activation.limit), up, down
     )
-
-
-@inner(error_model="numpy")
-def add_bias(sums_N, bias_N):
-    for n in range(len(bias_N)):
-        sums_N[n] += widen(bias_N[n])
 
 
 @inner(error_model="numpy")

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.four_bit import FourBit
 from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
-from .codegen.blocks import part, parts
+from .codegen.blocks import add_bias, part, parts, stretches
 from .codegen.float_nibbles import (
     arranged_floats,
     decode_row,
@@ -36,8 +36,8 @@ from .codegen.float_nibbles import (
 from .codegen.nibbles import AT_ONCE, BLOCK, ROWS, arranged, dots, weight_rows
 from .codegen.threads import share_out, take_item
 from .codegen.vectors import LANES, multiplies_bf16
-from .expert_blocks import sort_pairs, stretches
-from .expert_form import add_bias, clamped_mul, form_of
+from .expert_blocks import sort_pairs
+from .expert_form import clamped_mul, form_of
 
 _SCALE_BITS = {"bf16": torch.uint16, "fp16": torch.int16, "e8m0": torch.uint8, "e4m3": torch.int8}
 

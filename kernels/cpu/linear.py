@@ -2,31 +2,42 @@
 at load time.
 
 ``cpu_isa`` chooses the form: blocks (``codegen/blocks.py``), or oneDNN's own layout where oneDNN
-uses matrix instructions. ``F.linear`` reorders plain bf16 weights on every call.
+uses matrix instructions. ``F.linear`` reorders plain bf16 weights on every call, and for float32
+takes MKL, whose kernels on AMD's CPUs are slow for few rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import cpu_isa
 from .codegen import blocks as cpu_blocks
-from .codegen.arrays import array
+from .codegen.arrays import array, made
+
+NO_PLACES: NDArray[np.int64] = np.empty(0, np.int64)
+_NO_BIAS = {torch.bfloat16: np.empty((0, 0), np.uint16), torch.float32: np.empty((0, 0), np.float32)}
 
 
 def pack(weights: Tensor) -> Tensor:
-    """Packs weights [N, D] for ``linear``: bf16 in blocks [N / 16, D / 2, 16, 2] or in oneDNN's
-    layout; other dtypes unchanged.
+    """Packs weights [N, D] for ``linear``: in blocks [N / 16, U, 16, D / U] of units of bf16 or
+    float32, or bf16 in oneDNN's layout; others unchanged.
 
     Only ``linear`` reads packed weights.
     """
-    form = cpu_isa.weight_form(cpu_isa.here(), *weights.shape) if weights.dtype == torch.bfloat16 else "plain"
+    num_columns, num_inner = weights.shape
+    form: cpu_isa.Form = "plain"
+    if weights.dtype == torch.bfloat16:
+        form = cpu_isa.weight_form(cpu_isa.here(), num_columns, num_inner)
+    elif weights.dtype == torch.float32:
+        form = cpu_isa.float_form((num_columns, num_inner))
     if form == "blocks":
         return cpu_blocks.pack_blocks(weights)
     return pack_for_onednn(weights) if form == "onednn" else weights
@@ -51,12 +62,15 @@ class PackedSlots:
 
 def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
     """Packs the weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], for ``experts``. Returns
-    both in blocks, [S, 2F / 16, D / 2, 16, 2] and [S, D / 16, F / 2, 16, 2]; or both as
+    both in blocks, [S, 2F / 16, U, 16, D / U] and [S, D / 16, U, 16, F / U]; or both as
     ``PackedSlots``; or the tensors themselves if packing changes nothing.
     """
-    form = (
-        cpu_isa.slot_form(cpu_isa.here(), *w2_SDF.shape[1:]) if w13_SFD.dtype == torch.bfloat16 else "plain"
-    )
+    _, hidden, width = w2_SDF.shape
+    form: cpu_isa.Form = "plain"
+    if w13_SFD.dtype == torch.bfloat16:
+        form = cpu_isa.slot_form(cpu_isa.here(), hidden, width)
+    elif w13_SFD.dtype == torch.float32:
+        form = cpu_isa.float_form((2 * width, hidden), (hidden, width))
     if form == "blocks":
         return cpu_blocks.pack_blocks(w13_SFD), cpu_blocks.pack_blocks(w2_SDF)
     return pack_slots_for_onednn(w13_SFD, w2_SDF) if form == "onednn" else (w13_SFD, w2_SDF)
@@ -92,17 +106,35 @@ def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 
 def _linear_in_blocks(x: Tensor, weight: Tensor, bias_N: Tensor | None) -> Tensor:
-    num_inner = x.shape[-1]
-    assert x.dtype == torch.bfloat16 and num_inner == 2 * weight.shape[1], (
-        f"x {x.dtype} {tuple(x.shape)}, weight {tuple(weight.shape)}"
-    )
-    y = x.new_empty((*x.shape[:-1], weight.shape[0] * cpu_isa.COLUMNS))
-    x_TD = x.reshape(-1, num_inner)
+    x_TD = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
-    bias = np.empty(0, np.uint16) if bias_N is None else array(bias_N)
-    y_TN = array(y.view(-1, y.shape[-1]))
-    cpu_blocks.multiply_rows(
-        x_TD.data_ptr(), 2 * x_TD.stride(0), weight.data_ptr(), num_inner, bias, y_TN, numba.get_num_threads()
+    num_rows = x_TD.shape[0]
+    y_TN, y = made((num_rows, cpu_isa.COLUMNS * weight.shape[0]), x.dtype)
+    bias_SN = None if bias_N is None else bias_N.view(1, -1)
+    multiply_into(y, x_TD, weight, bias_SN, (NO_PLACES, NO_PLACES, np.array([num_rows])))
+    return y_TN if x.dim() == 2 else y_TN.view(*x.shape[:-1], y.shape[1])
+
+
+def multiply_into(
+    y_MN: NDArray[Any],
+    x_TD: Tensor,
+    weight: Tensor,
+    bias_SN: Tensor | None,
+    pairs: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+) -> None:
+    """``blocks.multiply_slots`` of tensors; a weight without slots has one."""
+    num_units, _, per_unit = weight.shape[-3:]
+    assert x_TD.dtype == weight.dtype and x_TD.shape[1] == num_units * per_unit, (
+        f"x {x_TD.dtype} {tuple(x_TD.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
     )
-    return y
+    cpu_blocks.multiply_slots(
+        x_TD.data_ptr(),
+        x_TD.itemsize * x_TD.stride(0),
+        weight.data_ptr(),
+        num_units,
+        pairs,
+        _NO_BIAS[x_TD.dtype] if bias_SN is None else array(bias_SN),
+        y_MN,
+        numba.get_num_threads(),
+    )

@@ -39,7 +39,7 @@ from ..reference.sublayers import (
 )
 from .attention import Shape, attend_heads, reach_of
 from .codegen.arrays import array, computes, inner, made
-from .codegen.blocks import multiply_rows
+from .codegen.blocks import multiply_slots
 from .expert_blocks import run_experts
 from .expert_form import form_of
 from .experts import weigh_rows
@@ -161,8 +161,8 @@ def _rows(residual: Residual, weight_D: NDArray[Any], eps: float) -> tuple[Tenso
 
 
 def _blocks(projection: Projection) -> tuple[int, int, NDArray[Any]]:
-    """The address of packed weights, their columns, and the bias."""
-    bias = _BF16 if projection.bias is None else array(projection.bias)
+    """The address of packed weights, their columns, and the bias [1, N], or empty."""
+    bias = _NO_ROWS if projection.bias is None else array(projection.bias.view(1, -1))
     return projection.weight.data_ptr(), COLUMNS * len(projection.weight), bias
 
 
@@ -184,8 +184,16 @@ def _add_norm(rows, normed_TD):
 
 @inner()
 def _multiply(x_TC, blocks, y_TN, num_threads):
-    multiply_rows(
-        np.int64(x_TC.ctypes.data), 2 * x_TC.shape[1], blocks[0], x_TC.shape[1], blocks[2], y_TN, num_threads
+    num_inner, ends_S = x_TC.shape[1], np.full(1, len(x_TC))
+    multiply_slots(
+        np.int64(x_TC.ctypes.data),
+        2 * num_inner,
+        blocks[0],
+        num_inner // 2,
+        (ends_S[:0], ends_S[:0], ends_S),
+        blocks[2],
+        y_TN,
+        num_threads,
     )
 
 

@@ -1,10 +1,10 @@
 """Tiles of products with weights in blocks (``blocks.py``): a few rows by one panel of four blocks,
 summed in registers.
 
-With AVX512-BF16 a tile multiplies bf16 as it is stored. Elsewhere rows are float32, widened once
-per stretch, and a vector of weights is widened in registers: its even values by a shift of 16 bits,
-its odd ones by a mask, each multiplied and added in float32. Either way k is added from first to
-last, so the shape of a tile leaves no trace in a sum, and AVX2 and AVX-512 give the same bits.
+Float32 is multiplied and added as it is stored, and so is bf16 with AVX512-BF16. Elsewhere rows of
+bf16 are widened to float32 once per stretch, and a vector of weights is widened in registers: its
+even values by a shift of 16 bits, its odd ones by a mask. Either way k is added from first to last,
+so the shape of a tile leaves no trace in a sum, and AVX2 and AVX-512 give the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -46,53 +46,56 @@ _HALVES = ir.VectorType(_I16, COLUMNS)
 _AT_ONCE_AVX2 = {1: 2, 2: 2}
 
 
+_Blocks = tuple[list[Any], list[Any]]  # pointers, and the same again
+
+
 def _blocks_at_once(num_rows: int) -> int:
     return BLOCKS if "avx512f" in cpu_isa.features() else _AT_ONCE_AVX2.get(num_rows, 1)
 
 
 class _Tile:
-    """Writes the instructions of one tile: ``num_rows`` rows by one panel."""
+    """Writes the instructions of one tile: ``num_rows`` rows of ``dtype`` by one panel."""
 
-    def __init__(self, builder: Any, num_rows: int) -> None:
+    def __init__(self, builder: Any, num_rows: int, dtype: Any) -> None:
         self._builder = builder
         self._num_rows = num_rows
-        self._halves = multiplies_bf16()
+        if dtype == types.float32:
+            self._step = self._step_floats
+        else:
+            self._step = self._step_halves if multiplies_bf16() else self._step_widened
         self._prefetch = builder.module.declare_intrinsic(
             "llvm.prefetch.p0", (), ir.FunctionType(ir.VoidType(), (_I8.as_pointer(), I32, I32, I32))
         )
 
-    def generate(self, sums: Any, rows: Any, blocks: Any, num_pairs: Any, fetch: Any) -> None:
+    def generate(self, sums: Any, rows: Any, blocks: Any, num_units: Any, fetch: Any) -> None:
         x, w = self._pointers(rows, self._num_rows), self._pointers(blocks, BLOCKS)
         fetch = cgutils.unpack_tuple(self._builder, fetch)
         step = _blocks_at_once(self._num_rows)
         for first in range(0, BLOCKS, step):
-            totals = self._summed(x, w[first : first + step], num_pairs, fetch)
+            totals = self._summed(x, w[first : first + step], num_units, fetch)
             for r, row in enumerate(totals):
                 for b, total in enumerate(row):
                     self._store(total, sums, (r * BLOCKS + first + b) * COLUMNS)
 
-    def _summed(self, x: list[Any], w: list[Any], num_pairs: Any, fetch: list[Any]) -> list[list[Any]]:
+    def _summed(self, x: list[Any], w: list[Any], num_units: Any, fetch: list[Any]) -> list[list[Any]]:
         builder = self._builder
         again = [self._hidden(block) for block in w]
         before = builder.block
-        loop, after = builder.append_basic_block("pairs"), builder.append_basic_block("summed")
+        loop, after = builder.append_basic_block("units"), builder.append_basic_block("summed")
         builder.branch(loop)
         builder.position_at_end(loop)
-        pair = builder.phi(_I64)
-        pair.add_incoming(_I64(0), before)
+        unit = builder.phi(_I64)
+        unit.add_incoming(_I64(0), before)
         held = [[builder.phi(SUMS) for _ in w] for _ in x]
-        self._fetch(pair, w, *fetch)
-        if self._halves:
-            totals = self._step_halves(pair, x, w, held)
-        else:
-            totals = self._step_widened(pair, x, (w, again), held)
+        self._fetch(unit, w, *fetch)
+        totals = self._step(unit, x, (w, again), held)
         for held_row, row in zip(held, totals, strict=True):
             for phi, total in zip(held_row, row, strict=True):
                 phi.add_incoming(all_lanes(SUMS, 0.0), before)
                 phi.add_incoming(total, loop)
-        following = builder.add(pair, _I64(1))
-        pair.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, after)
+        following = builder.add(unit, _I64(1))
+        unit.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, num_units), loop, after)
         builder.position_at_end(after)
         return totals
 
@@ -101,9 +104,9 @@ class _Tile:
         target = builder.gep(sums, [_I64(place)], source_etype=F32)
         builder.store(total, builder.bitcast(target, SUMS.as_pointer()), align=4)
 
-    def _fetch(self, pair: Any, w: list[Any], ahead: Any, pace: Any) -> None:
+    def _fetch(self, unit: Any, w: list[Any], ahead: Any, pace: Any) -> None:
         builder = self._builder
-        vectors = builder.lshr(builder.mul(pair, pace), _I64(PACE.bit_length() - 1))
+        vectors = builder.lshr(builder.mul(unit, pace), _I64(PACE.bit_length() - 1))
         distance = builder.add(ahead, builder.mul(vectors, _I64(4 * COLUMNS)))
         for block in w:
             place = builder.gep(block, [distance], source_etype=_I8)
@@ -118,48 +121,59 @@ class _Tile:
         ]
         return [builder.inttoptr(load, _I8.as_pointer()) for load in loads]
 
-    def _units(self, pair: Any, w: list[Any]) -> list[Any]:
+    def _vectors(self, unit: Any, w: list[Any], kind: Any) -> list[Any]:
+        """The unit of weights in each column of the blocks."""
         builder = self._builder
-        offset = builder.mul(pair, _I64(4 * COLUMNS))
+        offset = builder.mul(unit, _I64(4 * COLUMNS))
         places = [builder.gep(block, [offset], source_etype=_I8) for block in w]
-        return [builder.load(place, typ=UNITS, align=64) for place in places]
+        return [builder.load(place, typ=kind, align=64) for place in places]
 
-    def _step_halves(self, pair: Any, x: list[Any], w: list[Any], sums: list[list[Any]]) -> list[list[Any]]:
+    def _spread(self, row: Any, offset: Any, kind: Any, align: int) -> Any:
+        """A value of a row in every lane."""
+        place = self._builder.gep(row, [offset], source_etype=_I8)
+        return spread(self._builder, self._builder.load(place, typ=kind, align=align))
+
+    def _step_floats(self, unit: Any, x: list[Any], w: _Blocks, sums: list[list[Any]]) -> list[list[Any]]:
+        """Adds one k to the sums."""
+        return self._step_of(unit, x, w[0], sums, (SUMS, F32, 4, multiply_add))
+
+    def _step_halves(self, unit: Any, x: list[Any], w: _Blocks, sums: list[list[Any]]) -> list[list[Any]]:
         """Adds one pair of k to the sums."""
-        builder = self._builder
-        factors = self._units(pair, w)
+        return self._step_of(unit, x, w[0], sums, (UNITS, I32, 2, multiply_add_halves))
+
+    def _step_of(
+        self, unit: Any, x: list[Any], w: list[Any], sums: list[list[Any]], given: tuple[Any, Any, int, Any]
+    ) -> list[list[Any]]:
+        vector, scalar, align, add = given
+        factors = self._vectors(unit, w, vector)
+        offset = self._builder.mul(unit, _I64(4))
         totals = []
         for row, row_sums in zip(x, sums, strict=True):
-            place = builder.gep(row, [builder.mul(pair, _I64(4))], source_etype=_I8)
-            pairs = spread(builder, builder.load(place, typ=I32, align=2))
-            totals.append(
-                [multiply_add_halves(builder, s, pairs, f) for s, f in zip(row_sums, factors, strict=True)]
-            )
+            value = self._spread(row, offset, scalar, align)
+            totals.append([add(self._builder, s, value, f) for s, f in zip(row_sums, factors, strict=True)])
         return totals
 
     def _hidden(self, pointer: Any) -> Any:
         """The same pointer, but the compiler cannot tell."""
         return self._builder.asm(ir.FunctionType(pointer.type, (pointer.type,)), "", "=r,0", [pointer], False)
 
-    def _step_widened(
-        self, pair: Any, x: list[Any], w: tuple[list[Any], list[Any]], sums: list[list[Any]]
-    ) -> list[list[Any]]:
-        """The same for rows of float32: the even k, then the odd. Each reads the units of weights
-        itself, by a pointer of its own: to keep them would take registers that sums need.
+    def _step_widened(self, unit: Any, x: list[Any], w: _Blocks, sums: list[list[Any]]) -> list[list[Any]]:
+        """Adds one pair of k, with rows of float32: the even k, then the odd. Each reads the units
+        of weights itself, by a pointer of its own: to keep them would take registers that sums
+        need.
         """
         builder = self._builder
         for odd in range(2):
-            units = self._units(pair, w[odd])
+            units = self._vectors(unit, w[odd], UNITS)
             if odd:
-                bits = [builder.and_(unit, all_lanes(UNITS, 0xFFFF0000)) for unit in units]
+                bits = [builder.and_(each, all_lanes(UNITS, 0xFFFF0000)) for each in units]
             else:
-                bits = [builder.shl(unit, all_lanes(UNITS, 16)) for unit in units]
+                bits = [builder.shl(each, all_lanes(UNITS, 16)) for each in units]
             factors = [builder.bitcast(each, SUMS) for each in bits]
-            offset = builder.add(builder.mul(pair, _I64(8)), _I64(4 * odd))
+            offset = builder.add(builder.mul(unit, _I64(8)), _I64(4 * odd))
             totals = []
             for row, row_sums in zip(x, sums, strict=True):
-                place = builder.gep(row, [offset], source_etype=_I8)
-                value = spread(builder, builder.load(place, typ=F32, align=4))
+                value = self._spread(row, offset, F32, 4)
                 totals.append(
                     [multiply_add(builder, s, value, f) for s, f in zip(row_sums, factors, strict=True)]
                 )
@@ -168,70 +182,77 @@ class _Tile:
 
 
 @_intrinsic(prefer_literal=True)
-def _tile(typing_context, num_rows, sums, rows, blocks, num_pairs, fetch):
-    """sums[r, 16 b + n] = sum over the pairs of row r times block b. ``rows`` and ``blocks`` hold
-    addresses. Nothing is checked.
+def _tile(typing_context, num_rows, sums, rows, blocks, num_units, fetch, like):
+    """sums[r, 16 b + n] = sum over the units of row r times block b. ``rows`` and ``blocks`` hold
+    addresses; rows are of the dtype of ``like``. Nothing is checked.
     """
-    signature = types.void(num_rows, sums, rows, blocks, types.intp, types.UniTuple(types.intp, 2))
+    signature = types.void(num_rows, sums, rows, blocks, types.intp, types.UniTuple(types.intp, 2), like)
 
     def generate(context, builder, signature, arguments):
         arrays = zip(signature.args[1:4], arguments[1:4], strict=True)
         places = [context.make_array(kind)(context, builder, value).data for kind, value in arrays]
-        _Tile(builder, num_rows.literal_value).generate(*places, *arguments[4:])
+        _Tile(builder, num_rows.literal_value, like.dtype).generate(*places, *arguments[4:6])
         return context.get_dummy_value()
 
     return signature, generate
 
 
 @inner()
-def multiply(num_rows, sums, rows, blocks, num_pairs, fetch):
+def multiply(num_rows, sums, rows, blocks, num_units, fetch, like):
     """One tile of 1 to 6 rows by four blocks: ``sums`` float32 [6, 64]; ``rows`` and ``blocks`` [4]
-    are addresses, of rows as ``lay_out`` leaves them; ``fetch`` comes from ``blocks.look_ahead``.
+    are addresses, of rows as ``lay_out`` leaves them; ``fetch`` comes from ``blocks.look_ahead``;
+    ``like`` is an array of the rows' dtype.
     """
     if num_rows == 1:
-        _tile(1, sums, rows, blocks, num_pairs, fetch)
+        _tile(1, sums, rows, blocks, num_units, fetch, like)
     elif num_rows == 2:
-        _tile(2, sums, rows, blocks, num_pairs, fetch)
+        _tile(2, sums, rows, blocks, num_units, fetch, like)
     elif num_rows == 3:
-        _tile(3, sums, rows, blocks, num_pairs, fetch)
+        _tile(3, sums, rows, blocks, num_units, fetch, like)
     elif num_rows == 4:
-        _tile(4, sums, rows, blocks, num_pairs, fetch)
+        _tile(4, sums, rows, blocks, num_units, fetch, like)
     elif num_rows == 5:
-        _tile(5, sums, rows, blocks, num_pairs, fetch)
+        _tile(5, sums, rows, blocks, num_units, fetch, like)
     else:
-        _tile(6, sums, rows, blocks, num_pairs, fetch)
+        _tile(6, sums, rows, blocks, num_units, fetch, like)
 
 
 # ----------------------------------------------------------------------- rows as tiles read them
 
 
-def room_for_rows(num_rows: Any, num_inner: Any) -> Any:
-    """In kernels: room for ``lay_out``, float32 [num_rows, K]; empty where tiles multiply bf16."""
-    raise NotImplementedError
-
-
-def lay_out(rows: Any, num_rows: Any, num_inner: Any, room: Any) -> None:
-    """In kernels: makes bf16 rows readable for tiles. ``rows`` holds their addresses; they become
-    those of rows widened in ``room``, unless tiles multiply bf16.
+def room_for_rows(num_rows: Any, num_units: Any, like: Any) -> Any:
+    """In kernels: room for ``lay_out``, float32 [num_rows, K]; empty where tiles read rows as they
+    are stored.
     """
     raise NotImplementedError
 
 
+def lay_out(rows: Any, num_rows: Any, room: Any, like: Any) -> None:
+    """In kernels: makes rows of the dtype of ``like`` readable for tiles. ``rows`` holds their
+    addresses; they become those of rows widened in ``room``, unless tiles read them as they are.
+    """
+    raise NotImplementedError
+
+
+def _widens(like: Any) -> bool:
+    return like.dtype != types.float32 and not multiplies_bf16()
+
+
 @extending.overload(room_for_rows, inline="always")
-def _room_for_rows(num_rows, num_inner):
-    if multiplies_bf16():
-        return lambda num_rows, num_inner: np.empty((0, 0), np.float32)
-    return lambda num_rows, num_inner: np.empty((num_rows, num_inner), np.float32)
+def _room_for_rows(num_rows, num_units, like):
+    if _widens(like):
+        return lambda num_rows, num_units, like: np.empty((num_rows, 2 * num_units), np.float32)
+    return lambda num_rows, num_units, like: np.empty((0, 0), np.float32)
 
 
 @extending.overload(lay_out)
-def _lay_out(rows, num_rows, num_inner, room):
-    if multiplies_bf16():
-        return lambda rows, num_rows, num_inner, room: None
+def _lay_out(rows, num_rows, room, like):
+    if not _widens(like):
+        return lambda rows, num_rows, room, like: None
 
-    def widened(rows, num_rows, num_inner, room):
+    def widened(rows, num_rows, room, like):
         for r in range(num_rows):
-            _widen_row(rows[r], num_inner, room, r)
+            _widen_row(rows[r], room.shape[1], room, r)
             rows[r] = room[r].ctypes.data
 
     return widened

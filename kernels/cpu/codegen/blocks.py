@@ -1,15 +1,16 @@
 """Weights in blocks of 16 columns, and products of rows with them, for x86 processors without AMX.
 
-Packed weights are [..., N / 16, K / 2, 16, 2] instead of [..., N, K]: a vector holds two
-neighbouring k of 16 columns, which are multiplied by the same two k of a row (``block_tiles.py``).
-For any number of rows, k is summed from first to last in one register, so a result depends neither
-on neighbouring rows nor on the number of threads.
+Packed weights are [..., N / 16, U, 16, K / U] instead of [..., N, K]. A unit is the piece of the
+inner dimension that one lane of a product takes: two neighbouring bf16 or one float32. A vector
+holds a unit of 16 columns, which is multiplied by the same unit of a row (``block_tiles.py``). For
+any number of rows, k is summed from first to last in one register, so a result depends neither on
+neighbouring rows nor on the number of threads.
 
 With AVX512-BF16, few rows take as long as reading the weights from memory up to 50 GB/s; at 75 GB/s
 four rows take 1.25 times as long. From 32 rows on the rate equals oneDNN's within a tenth either
 way, 860 to 980 GFLOP/s (2 cores of an EPYC Turin).
 
-N columns  K inner values  P panels of up to four blocks
+N columns  K inner values  U units of them  T rows  S slots  M pairs
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -34,26 +35,27 @@ _AHEAD = 4096  # bytes to prefetch ahead in a panel that is read once, into the 
 
 
 def pack_blocks(weights: Tensor) -> Tensor:
-    """Packs bf16 [..., N, K] as [..., N / 16, K / 2, 16, 2] in memory of its own. Uses huge pages
-    if the system has them: 5 to 10 % more bandwidth.
+    """Packs [..., N, K], bf16 or float32, as [..., N / 16, U, 16, K / U] in memory of its own. Uses
+    huge pages if the system has them: 5 to 10 % more bandwidth.
     """
     *leading, num_columns, num_inner = weights.shape
-    assert weights.dtype == torch.bfloat16 and fit(num_columns, num_inner), (
+    assert weights.dtype in (torch.bfloat16, torch.float32) and fit(num_columns, num_inner), (
         f"{weights.dtype} {tuple(weights.shape)}"
     )
     memory = mmap.mmap(-1, weights.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    packed = torch.frombuffer(memory, dtype=torch.bfloat16).view(
-        *leading, num_columns // COLUMNS, num_inner // 2, COLUMNS, 2
+    num_blocks, per_unit = num_columns // COLUMNS, 4 // weights.itemsize
+    num_units = num_inner // per_unit
+    packed = torch.frombuffer(memory, dtype=weights.dtype).view(
+        *leading, num_blocks, num_units, COLUMNS, per_unit
     )
-    return packed.copy_(
-        weights.detach().view(*leading, num_columns // COLUMNS, COLUMNS, num_inner // 2, 2).transpose(-3, -2)
-    )
+    loaded = weights.detach().view(*leading, num_blocks, COLUMNS, num_units, per_unit)
+    return packed.copy_(loaded.transpose(-3, -2))
 
 
 @njit(cache=True, inline="always")
-def look_ahead(tile, tiles, num_inner, next_panel):
+def look_ahead(tile, tiles, num_units, next_panel):
     """A tile's prefetch: distance in bytes from its blocks, and vectors to prefetch per 1024
     vectors read. The tiles of a panel share the prefetch of the next one, ``next_panel`` bytes
     away. At 16 to 64 rows a slot this is 9 to 26 % faster than leaving it all to the last tile. A
@@ -61,13 +63,13 @@ def look_ahead(tile, tiles, num_inner, next_panel):
     """
     if tiles == 1:
         return _AHEAD, PACE
-    return next_panel + num_inner // 2 * tile // tiles * 4 * COLUMNS, PACE // tiles
+    return next_panel + num_units * tile // tiles * 4 * COLUMNS, PACE // tiles
 
 
 @njit(cache=True, inline="always")
-def block_bytes(num_inner):
+def block_bytes(num_units):
     """Bytes from one block to the next."""
-    return 2 * COLUMNS * num_inner
+    return 4 * COLUMNS * num_units
 
 
 @njit(cache=True, inline="always")
@@ -85,66 +87,99 @@ def parts(total, most):
     return (total + most - 1) // most
 
 
-@njit(cache=True, error_model="numpy")
-def multiply_rows(x, x_stride, w, num_inner, bias_N, y_TN, num_threads):
-    """y = x w^T + b. ``x`` is the address of the first row, ``x_stride`` the bytes between rows,
-    ``w`` the address of packed weights [N / 16, K / 2, 16, 2]. ``bias_N`` is empty for no bias.
+@inner(error_model="numpy")
+def stretches(ends_S):
+    """Cuts the ordered pairs into stretches: slot, start and length of each."""
+    count, start = 0, 0
+    for end in ends_S:
+        count += parts(end - start, STRETCH)
+        start = end
+    found_I = np.empty((count, 3), np.int64)
+    i, start = 0, 0
+    for slot, end in enumerate(ends_S):
+        of = parts(end - start, STRETCH)
+        for number in range(of):
+            first, length = part(number, of, end - start)
+            found_I[i, 0], found_I[i, 1], found_I[i, 2] = slot, start + first, length
+            i += 1
+        start = end
+    return found_I
+
+
+@njit(cache=True, inline="always")
+def first_block(item, panels, stretches_I, num_blocks, step):
+    """First block of the panel of item ``item``, counted over all slots. Items past the last one
+    get block 0.
     """
-    counter = np.zeros(1, np.int64)
-    share_out(_multiply_panels, num_threads, (x, x_stride, w, num_inner, bias_N, y_TN, counter), False)
+    stretch = item // panels
+    return stretches_I[stretch, 0] * num_blocks + item % panels * step if stretch < len(stretches_I) else 0
+
+
+@njit(cache=True, error_model="numpy")
+def multiply_slots(x, x_stride, w, num_units, pairs, bias_SN, y_MN, num_threads):
+    """y[places_M[m]] = x[rows_M[m]] w[s]^T + b[s] for the pairs m of every slot s, which end at
+    ends_S[s]; ``pairs``: rows_M, places_M, ends_S. The first two are empty for rows and places in
+    the order of the pairs, ``bias_SN`` for no bias.
+
+    ``x`` is the address of the first row, ``x_stride`` the bytes between rows, ``w`` the address of
+    packed weights [S, N / 16, U, 16, K / U].
+    """
+    rows_M, places_M, ends_S = pairs
+    given = rows_M, places_M, stretches(ends_S), bias_SN, y_MN, np.zeros(1, np.int64)
+    share_out(_multiply_panels, num_threads, (x, x_stride, w, num_units, *given), False)
 
 
 @inner(error_model="numpy")
-def _multiply_panels(begin, end, x, x_stride, w, num_inner, bias_N, y_TN, counter):
-    num_blocks = y_TN.shape[1] // COLUMNS
-    panels, stretches = parts(num_blocks, BLOCKS), parts(len(y_TN), STRETCH)
+def _multiply_panels(
+    begin, end, x, x_stride, w, num_units, rows_M, places_M, stretches_I, bias_SN, y_MN, counter
+):
+    num_blocks = y_MN.shape[1] // COLUMNS
+    panels = parts(num_blocks, BLOCKS)
     for _ in range(begin, end):
         sums, rows, blocks = (
             np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
             np.empty(STRETCH, np.int64),
             np.empty(BLOCKS, np.int64),
         )
-        room, laid_out = room_for_rows(min(STRETCH, len(y_TN)), num_inner), -1
+        room, laid_out = room_for_rows(min(STRETCH, len(y_MN)), num_units, y_MN), -1
         item = take_item(counter)
-        while item < panels * stretches:
+        while item < panels * len(stretches_I):
             following = take_item(counter)
-            stretch, panel = item // panels, item % panels
-            start, length = part(stretch, stretches, len(y_TN))
-            if stretch != laid_out:
+            here = first_block(item, panels, stretches_I, num_blocks, BLOCKS)
+            there = first_block(following, panels, stretches_I, num_blocks, BLOCKS)
+            slot, start, length = stretches_I[item // panels]
+            if item // panels != laid_out:
                 for r in range(length):
-                    rows[r] = x + (start + r) * x_stride
-                lay_out(rows, length, num_inner, room)
-                laid_out = stretch
+                    rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
+                lay_out(rows, length, room, y_MN)
+                laid_out = item // panels
+            panel = item % panels
             for b in range(BLOCKS):
-                blocks[b] = w + min(panel * BLOCKS + b, num_blocks - 1) * block_bytes(num_inner)
+                blocks[b] = w + (here + min(b, num_blocks - 1 - panel * BLOCKS)) * block_bytes(num_units)
             column = panel * BLOCKS * COLUMNS
-            width = min(BLOCKS * COLUMNS, y_TN.shape[1] - column)
+            width = min(BLOCKS * COLUMNS, y_MN.shape[1] - column)
             tiles = parts(length, ROWS)
             for tile in range(tiles):
                 first, num_rows = part(tile, tiles, length)
-                next_panel = (following % panels - panel) * BLOCKS * block_bytes(num_inner)
-                multiply(
-                    num_rows,
-                    sums,
-                    rows[first:],
-                    blocks,
-                    num_inner // 2,
-                    look_ahead(tile, tiles, num_inner, next_panel),
-                )
+                fetch = look_ahead(tile, tiles, num_units, (there - here) * block_bytes(num_units))
+                multiply(num_rows, sums, rows[first:], blocks, num_units, fetch, y_MN)
                 for r in range(num_rows):
-                    _write(
-                        sums[r, :width],
-                        bias_N[column : column + width],
-                        y_TN[start + first + r, column : column + width],
-                    )
+                    place = start + first + r
+                    if len(places_M):
+                        place = places_M[place]
+                    if len(bias_SN):
+                        add_bias(sums[r], bias_SN[slot, column : column + width])
+                    _write(sums[r], y_MN[place, column : column + width])
             item = following
 
 
-@njit(cache=True, inline="always")
-def _write(sums_N, bias_N, y_N):
-    if len(bias_N):
-        for n in range(len(sums_N)):
-            y_N[n] = narrow(sums_N[n] + widen(bias_N[n]), y_N)
-    else:
-        for n in range(len(sums_N)):
-            y_N[n] = narrow(sums_N[n], y_N)
+@inner(error_model="numpy")
+def add_bias(sums_N, bias_N):
+    for n in range(len(bias_N)):
+        sums_N[n] += widen(bias_N[n])
+
+
+@inner(error_model="numpy")
+def _write(sums_N, y_N):
+    for n in range(len(y_N)):
+        y_N[n] = narrow(sums_N[n], y_N)

@@ -89,10 +89,17 @@ def test_blocks_hold_pairs_of_the_inner_dim() -> None:
     assert torch.equal(packed[1, 1, 2, 5], weights[1, 16 + 5, 4:6])
 
 
-def test_float32_is_left_as_it_is() -> None:
-    weight, w13, w2 = torch.ones(16, 16), torch.ones(2, 64, 16), torch.ones(2, 16, 32)
-    assert pack(weight) is weight
-    assert pack_slots(w13, w2) == (w13, w2)
+def test_float32_is_held_in_blocks_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, w13, w2 = torch.randn(32, 6), torch.randn(2, 64, 16), torch.randn(2, 16, 32)
+    packed = pack(weight)
+    assert packed.shape == (2, 6, 16, 1) and torch.equal(packed[1, 4, 5], weight[16 + 5, 4:5])
+    assert [w.shape for w in pack_slots(w13, w2) if isinstance(w, torch.Tensor)] == [
+        (2, 4, 16, 16, 1),
+        (2, 1, 32, 16, 1),
+    ]
+    assert pack(weight[:17]).dim() == 2 and pack(weight.double()).dim() == 2
+    monkeypatch.setattr(cpu_isa, "features", lambda: frozenset({"neon"}))
+    assert pack(weight) is weight and pack_slots(w13, w2) == (w13, w2)
 
 
 @pytest.mark.usefixtures("in_blocks")
@@ -139,7 +146,7 @@ expert_blocks.experts(x, one, one, blocks.pack_blocks(w13), blocks.pack_blocks(w
 
 def test_a_second_process_compiles_nothing() -> None:
     exec(_COMPUTE, {})
-    kernels = "(blocks.multiply_rows, expert_blocks.run_experts)"
+    kernels = "(blocks.multiply_slots, expert_blocks.run_experts)"
     count = f"print([sum(kernel.stats.cache_misses.values()) for kernel in {kernels}])"
     command = [sys.executable, "-c", _COMPUTE + count]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
