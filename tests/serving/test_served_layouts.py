@@ -1,6 +1,7 @@
 """Every layout gives the tokens of transformers through the front door, greedy and seeded, with
 prefixes that are cached, prompts in chunks, preemption, log-probabilities of prompts, and a rank
-that is killed in the middle; some also where every step is computed as two microbatches.
+that is killed in the middle, beside answers that a grammar forces and streams whose client leaves;
+some also where every step is computed as two microbatches.
 ``LOCKSTEP_LAYOUTS=all`` kills every rank, and serves every family on every layout of four ranks.
 """
 
@@ -25,6 +26,14 @@ PAGE = 16
 NUM_OUTPUT = 48
 # Ranks, tensor, pipeline; the rest is data.
 LAYOUTS = [(4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)]
+
+CHOICES = ["first", "second"]
+FORCED = {
+    "prompt": [8, 9],
+    "max_tokens": 60,
+    "temperature": 0,
+    "structured_outputs": {"choice": CHOICES},
+}
 
 ALL_LAYOUTS = os.environ.get("LOCKSTEP_LAYOUTS") == "all"
 
@@ -93,10 +102,14 @@ def test_tokens_are_those_of_transformers(
 
 
 def lose(served: Served, rank: int, known: list[Known]) -> None:
-    """Kills a rank while every request is being answered: all get what they got before."""
+    """Kills a rank while every request is being answered: all get what they got before. Two that a
+    grammar forces and two whose clients leave run beside them.
+    """
     epoch, [counted] = served.cluster()["epoch"], served.counted("generation_tokens")
     answers: list[Answer] = []
     asks = [each.ask(NUM_OUTPUT, stream=index % 2 == 0) for index, each in enumerate(known)]
+    beside = [Ask(FORCED), *(known[0].ask(NUM_OUTPUT, cut_after=after, stream=True) for after in (2, 9))]
+    asks += [*beside, Ask(FORCED)]
     sending = threading.Thread(target=lambda: answers.extend(served.ok(asks)), daemon=True)
     sending.start()
     served.wait_until(
@@ -104,8 +117,10 @@ def lose(served: Served, rank: int, known: list[Known]) -> None:
     )
     os.kill(served.launcher.pid_of(f"rank {rank}"), signal.SIGKILL)
     sending.join(200)
-    assert len(answers) == len(known), "requests have not ended"
-    for each, answer in zip(known, answers, strict=True):
+    assert len(answers) == len(asks), "requests have not ended"
+    assert {answers[-4].text, answers[-1].text} <= set(CHOICES)
+    assert answers[-3].cut and answers[-2].cut
+    for each, answer in zip(known, answers[: len(known)], strict=True):
         assert len(answer.tokens) == NUM_OUTPUT
         each.assert_same(answer, f"after rank {rank} was killed")
     served.wait_until(lambda: served.cluster()["epoch"] > epoch, "the state after the loss")
@@ -186,13 +201,11 @@ def test_dense_blocks_of_data_parallel_ranks_are_split(pipeline: int, tmp_path: 
 def test_a_grammar_beside_plain_greedy_rows_where_the_vocabulary_is_split(tmp_path: Path) -> None:
     """Ranks that do not sample know which rows have a grammar: all choose them by whole logits."""
     plain = {"prompt": [5, 6, 7], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    forced = {"prompt": [8, 9], "max_tokens": 60, "temperature": 0}
-    forced["structured_outputs"] = {"choice": ["first", "second"]}
     overrides = "cluster.ranks_per_node=2", "parallel.tensor=2", "scheduler.checksum_every=1"
     with serve(tmp_path / "run", *overrides) as served:
         alone = served.ask(**plain)
         for _ in range(3):
-            answers = served.ok([Ask(plain), Ask(forced), Ask(plain), Ask(forced)])
+            answers = served.ok([Ask(plain), Ask(FORCED), Ask(plain), Ask(FORCED)])
             assert [answer.tokens for answer in answers[::2]] == [alone.tokens] * 2
-            assert {answer.text for answer in answers[1::2]} <= {"first", "second"}
+            assert {answer.text for answer in answers[1::2]} <= set(CHOICES)
         served.assert_clean()
