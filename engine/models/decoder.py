@@ -274,6 +274,15 @@ class Model(nn.Module):
             for part, scales in module.scales_of_tensors().items()
         }
 
+    def linear_names(self) -> set[str]:
+        """The names of ``checkpoint_shards`` that are of linear layers."""
+        return {
+            self._checkpoint_name(f"{owner}.{part}")
+            for owner, module in self._shared_out()
+            if isinstance(module, Linear)
+            for part in module.shards()
+        }
+
     def widen(self, stored_in_fp8: Callable[[str], bool]) -> None:
         """Linear layers of which not all matrices are stored in FP8 are held in the model's dtype.
         ``stored_in_fp8`` takes a checkpoint name. Before loading.

@@ -1,38 +1,30 @@
-"""Loads a checkpoint into a model: all tensors but those of experts without a slot here.
+"""Loads weights into a model: all tensors but those of experts without a slot here.
 
-The headers of the whole checkpoint are checked first, also for tensors that are not read. Matrices
-in FP8 are widened as they are read, except those that the model holds in FP8. Experts in 4 bits are
-never widened.
+Matrices in FP8 are widened as they are read, except those that the model holds in FP8. Experts in
+4 bits are never widened.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...kernels.reference.fp8 import Quantised, widen_into
 from ...moe.experts import read_slot, write_slot
 from ...parallel.linear import WHOLE
 from ...parallel.tensor import Shard
-from .checkpoint import FP8, POWERS, SCALE_SUFFIX, StoredTensor, check_tensors, read_checkpoint
-from .config import ModelConfig
+from .checkpoint import FP8, POWERS, SCALE_SUFFIX, StoredTensor
 from .decoder import ExpertLayer, Model
-from .four_bit_tensors import check_four_bit, check_others, names_of, unused_names
+from .four_bit_tensors import names_of
 from .quantisation import StoredFourBit, StoredFp8
-from .stored_names import UNUSED_SCALES, scales_by_our_name, separate_experts, text_model
+from .tensor_source import TensorSource
 
 _LOG = logging.getLogger(__name__)
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PROGRESS_STEP = 0.01
 
 
@@ -66,19 +58,26 @@ class _Read:
     stored: StoredTensor
     place: _Place
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it is a matrix in FP8, with scales beside it."""
+        return self.stored.dtype == FP8 and self.place.convert is None
+
 
 def load_weights(
-    model: Model, path: Path, experts_of_layer: Callable[[int], list[int]], progress: Callable[[float], None]
+    model: Model,
+    source: TensorSource,
+    experts_of_layer: Callable[[int], list[int]],
+    progress: Callable[[float], None],
 ) -> Loaded:
-    """Fills ``model`` from the checkpoint in directory ``path``.
+    """Fills ``model`` from ``source``.
 
     ``experts_of_layer`` maps a MoE layer (counted among MoE layers) to the logical expert of each
     of its slots, -1 for a slot that stays empty. ``progress`` gets the fraction read, from 0 to 1.
-    Raises ValueError naming file and tensor, before reading any, if the checkpoint does not fit the
-    model (``read_checkpoint``, ``check_tensors``).
+    Raises ValueError naming file and tensor, before reading any, if those of ``source`` do not fit
+    the model.
     """
-    fp8 = model.config.fp8
-    stored = _stored(path, model.config)
+    stored = source.tensors(model)
     model.widen(lambda name: name not in stored or stored[name].dtype == FP8)
     shards, own_scales = model.checkpoint_shards(), model.checkpoint_scales()
     places = {
@@ -86,20 +85,13 @@ def load_weights(
         for name, tensor in model.checkpoint_tensors().items()
     }
     places |= _expert_places(model, experts_of_layer)
-    expected, four_bit = expected_shapes(model), model.config.four_bit
-    check_others(path, stored, expected)
-    check_tensors(path, stored, expected, fp8)
-    if four_bit is not None:
-        check_four_bit(path, stored, expert_shapes(model), four_bit)
-    _report_unexpected(path, stored, expected, model)
+    source.check(model, stored)
     reads = [_Read(name, stored[name], place) for name, place in places.items()]
-    _report_fp8(path, reads)
+    _report_fp8(reads)
     total = sum(read.stored.num_bytes for read in reads)
     done, shown = 0, 0.0
     progress(0.0)
-    scales = _read_scales(stored, reads, fp8)
-    for read, values in _in_file_order(reads):
-        _store(values, scales.get(read.name), read.place, fp8)
+    for read in _fill(source, stored, reads, model.config.fp8):
         done += read.stored.num_bytes
         if done >= (shown + _PROGRESS_STEP) * total:
             shown = done / total
@@ -108,12 +100,11 @@ def load_weights(
     return Loaded(len(reads), done)
 
 
-def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int]]) -> None:
+def load_experts(model: Model, source: TensorSource, wanted: Mapping[int, Mapping[int, int]]) -> None:
     """Writes experts into slots of a packed model: ``wanted`` maps a MoE layer (as in
     ``load_weights``) to experts by slot. Raises ValueError if a file cannot be read.
     """
-    fp8 = model.config.fp8
-    stored = _stored(path, model.config)
+    stored = source.tensors(model)
     for number, slots in wanted.items():
         experts = model.experts()[number]
         spare = experts.spare(len(slots))
@@ -123,46 +114,23 @@ def load_experts(model: Model, path: Path, wanted: Mapping[int, Mapping[int, int
             for place_number, expert in enumerate(slots.values())
             for name, place in _projections(layer, place_number, expert, model.config.four_bit)
         ]
-        scales = _read_scales(stored, reads, fp8)
-        for read, values in _in_file_order(reads):
-            _store(values, scales.get(read.name), read.place, fp8)
+        for _ in _fill(source, stored, reads, model.config.fp8):
+            pass
         spare.pack()
         for place_number, slot in enumerate(slots):
             write_slot(experts, slot, read_slot(spare, place_number))
 
 
-def _stored(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of the text model by the names that ``config`` makes, an expert's matrix each."""
-    found = separate_experts(text_model(path, read_checkpoint(path)), config.names)
-    return scales_by_our_name(found) if config.fp8 is not None else found
-
-
-def expected_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors that a checkpoint of this model must hold, including those of
-    experts without a slot here, but for experts in 4 bits. Split tensors count as wholes.
-    """
-    shards = model.checkpoint_shards()
-    shapes = {
-        name: shards.get(name, WHOLE).whole(tuple(tensor.shape))
-        for name, tensor in model.checkpoint_tensors().items()
-    }
-    matrices = expert_shapes(model)
-    if model.config.four_bit is None:
-        shapes |= {f"{name}.weight": shape for name, shape in matrices.items()}
-    if model.config.moe.expert_bias:
-        shapes |= {f"{name}.bias": (rows,) for name, (rows, _) in matrices.items()}
-    return shapes
-
-
-def expert_shapes(model: Model) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every matrix of routed experts, by its name without the last part."""
-    moe, shapes = model.config.moe, dict[str, tuple[int, int]]()
-    up, down = (moe.expert_width, moe.hidden), (moe.hidden, moe.expert_width)
-    for layer in model.expert_layers():
-        for expert in range(moe.num_experts):
-            for projection, shape in zip(layer.projections, (up, up, down), strict=True):
-                shapes[f"{layer.name}.{expert}.{projection}"] = shape
-    return shapes
+def _fill(
+    source: TensorSource, stored: Mapping[str, StoredTensor], reads: Iterable[_Read], fp8: StoredFp8 | None
+) -> Iterator[_Read]:
+    """Reads every tensor into its place, and yields it then."""
+    by_name = {read.name: read for read in reads}
+    scales = _read_scales(source, stored, by_name, fp8)
+    for name, values in source.read({name: read.stored for name, read in by_name.items()}):
+        read = by_name[name]
+        _store(values, scales.get(name), read.place, fp8)
+        yield read
 
 
 def _expert_places(
@@ -230,45 +198,20 @@ def _slot_places(layer: ExpertLayer, slot: int) -> tuple[_Place, _Place, _Place]
     return _Place(gate_FD, w13_scales[0]), _Place(up_FD, w13_scales[1]), _Place(layer.w2_SDF[slot], w2_scales)
 
 
-def _in_file_order(reads: Iterable[_Read]) -> Iterator[tuple[_Read, Tensor]]:
-    """Reads every tensor, in the order of the files."""
-    ordered = sorted(reads, key=lambda read: (str(read.stored.file), read.stored.begin))
-    for file, group in groupby(ordered, key=lambda read: read.stored.file):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for read in group:
-                    yield read, values_of(reader, read.stored)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
-
-
-def values_of(reader: Any, stored: StoredTensor) -> Tensor:
-    """The values of a tensor in the open file ``reader``."""
-    cut = stored.cut
-    if cut is None:
-        return cast(Tensor, reader.get_tensor(stored.name))
-    whole, matrix, rows = (
-        reader.get_slice(stored.name),
-        slice(cut.index, cut.index + 1),
-        slice(cut.first, cut.last),
-    )
-    if cut.transposed:
-        return cast(Tensor, whole[matrix, :, rows])[0].T[:: cut.step]
-    return cast(Tensor, whole[matrix, rows])[0][:: cut.step].reshape(stored.shape)
-
-
 def _read_scales(
-    stored: dict[str, StoredTensor], reads: list[_Read], fp8: StoredFp8 | None
+    source: TensorSource,
+    stored: Mapping[str, StoredTensor],
+    reads: Mapping[str, _Read],
+    fp8: StoredFp8 | None,
 ) -> dict[str, Tensor]:
     """The scales of matrices in FP8, one per block, by the names of the matrices. They may be in
     other files.
     """
-    in_fp8 = [read for read in reads if read.stored.dtype == FP8 and read.place.convert is None]
-    names = {read.name + SCALE_SUFFIX: read for read in in_fp8}
-    found = _in_file_order(_Read(name, stored[name], read.place) for name, read in names.items())
+    in_fp8 = [name for name, read in reads.items() if read.in_fp8]
+    wanted = {name + SCALE_SUFFIX: stored[name + SCALE_SUFFIX] for name in in_fp8}
     scales = {
-        read.name.removesuffix(SCALE_SUFFIX): values.float() if read.stored.dtype == POWERS else values
-        for read, values in found
+        name.removesuffix(SCALE_SUFFIX): values.float() if wanted[name].dtype == POWERS else values
+        for name, values in source.read(wanted)
     }
     if fp8 is not None and fp8.whole:
         blocks = {name: fp8.blocks_of(stored[name].shape) for name in scales}
@@ -314,7 +257,7 @@ def _store_part(values: Tensor, scales: Tensor | None, place: _Place, fp8: Store
     target.narrow(shard.dim, 0, end - start).copy_(values.narrow(shard.dim, start, end - start))
 
 
-def _report_fp8(path: Path, reads: list[_Read]) -> None:
+def _report_fp8(reads: list[_Read]) -> None:
     """Logs once how many FP8 matrices are widened and kept. Raises ValueError for a matrix that
     should stay in FP8 but is stored in another dtype.
     """
@@ -322,63 +265,7 @@ def _report_fp8(path: Path, reads: list[_Read]) -> None:
         if read.place.scales is not None and read.stored.dtype != FP8:
             found = f"{read.stored.file}: {read.name} has dtype {read.stored.dtype}"
             raise ValueError(f"{found}; experts are held in {FP8} here; set model.dtype to widen all of them")
-    in_fp8 = [read for read in reads if read.stored.dtype == FP8 and read.place.convert is None]
-    kept = [read for read in in_fp8 if read.place.scales is not None]
+    in_fp8 = [read for read in reads if read.in_fp8]
+    kept = sum(read.place.scales is not None for read in in_fp8)
     if in_fp8:
-        _LOG.info(
-            "%s: %d matrices in FP8 are widened as they are read, %d stay in FP8",
-            path,
-            len(in_fp8) - len(kept),
-            len(kept),
-        )
-
-
-def _report_unexpected(
-    path: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], model: Model
-) -> None:
-    """Logs once which tensors of the checkpoint the model does not use, apart from known ones."""
-    config = model.config
-    known = expected.keys() | ({name + SCALE_SUFFIX for name in expected} if config.fp8 else set())
-    if config.four_bit is not None:
-        for matrix in expert_shapes(model):
-            found = names_of(matrix, config.four_bit)
-            known |= {found.codes, found.scales, found.factor, *unused_names(matrix)}
-    names = [
-        name
-        for name in stored
-        if name not in known and not _known(name, config) and not _elsewhere(name, model)
-    ]
-    if names:
-        _LOG.warning("%s: %d tensors are not used, the first is %s", path, len(names), names[0])
-    if further := sum(_predicts_further(name, config) for name in stored):
-        _LOG.info(
-            "%s: %d tensors of layers from %d on, which predict further tokens, are not loaded",
-            path,
-            further,
-            config.num_layers,
-        )
-
-
-def _known(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is known to be unused: layers that predict further tokens, rotary
-    frequencies, scales of activations, the copy of tied embeddings.
-    """
-    tied = config.tie_embeddings and name == "lm_head.weight"
-    unused = name.endswith(("rotary_emb.inv_freq", *(UNUSED_SCALES if config.fp8 else ())))
-    return _predicts_further(name, config) or unused or tied
-
-
-def _elsewhere(name: str, model: Model) -> bool:
-    """Whether another stage has the tensor, which checks it there."""
-    layer = _LAYER.match(name)
-    if layer is None:
-        return not (model.stage.first and model.stage.last)
-    return int(layer[1]) < model.config.num_layers and int(layer[1]) not in model.stage.layers
-
-
-def _predicts_further(name: str, config: ModelConfig) -> bool:
-    layer = _LAYER.match(name)
-    return (
-        layer is not None
-        and config.num_layers <= int(layer[1]) < config.num_layers + config.num_predict_layers
-    )
+        _LOG.info("%d matrices in FP8 are widened as they are read, %d stay in FP8", len(in_fp8) - kept, kept)

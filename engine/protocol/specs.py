@@ -103,8 +103,9 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     ``keep_fp8``: experts and linear layers stay in the checkpoint's FP8, other weights are held in
     ``dtype``. ``placement_i32``: as ``ControllerSpec``. ``capacity``: most tokens of a data index
     in a step, a bucket. ``overlap``: steps may have two microbatches. ``balance``: experts may
-    move. ``wire``: hidden states travel to experts in ``dtype`` or in FP8, which FP8 experts alone
-    take. ``libraries``: by op, those that compute it in place of our own kernels.
+    move. ``weights``: random ones need no checkpoint. ``wire``: hidden states travel to experts in
+    ``dtype`` or in FP8, which FP8 experts alone take. ``libraries``: by op, those that compute it
+    in place of our own kernels.
     """
 
     rank: int
@@ -126,6 +127,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     dispatch: str
     device: str
     threads: int
+    weights: Literal["checkpoint", "random"] = "checkpoint"
     wire: Literal["full", "fp8"] = "full"
     capacity: int = 8192
     libraries: dict[str, str] = msgspec.field(default_factory=dict)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.experts import read_slot, write_slot
 from ...parallel.collectives import Collectives, Pending
 from ..models.decoder import Model
+from ..models.tensor_source import TensorSource
 from ..models.weights import load_experts
 from ..protocol.arrays import Int32
 from ..protocol.plan import Transfer
@@ -48,8 +48,8 @@ class _Arriving:
 
 class ExpertSlots:
     """Applies moves to a model and its dispatcher. ``placement`` is that of all stages; ``group``
-    carries the weights. No token goes to slots at positions that are vacant; they keep their
-    experts in the placement.
+    carries the weights, ``source`` has those of all experts. No token goes to slots at positions
+    that are vacant; they keep their experts in the placement.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class ExpertSlots:
         placement: Placement,
         here: StagePlace,
         group: Collectives,
-        path: Path,
+        source: TensorSource,
     ) -> None:
         self.version = 0
         self._model, self._dispatcher, self._here = model, dispatcher, here
-        self._group, self._path = group, path
+        self._group, self._source = group, source
         self._experts_LWS = placement.experts_LWS.copy()
         self._num_experts = placement.num_experts
         self._vacant: tuple[int, ...] = ()
@@ -139,8 +139,8 @@ class ExpertSlots:
             self._show(set(self._here.layers))
 
     def place(self, version: int, placement_i32: bytes) -> None:
-        """Loads the experts of another placement from the checkpoint, where slots have others. The
-        epoch that follows says which positions are vacant.
+        """Loads the experts of another placement, where slots have others. The epoch that follows
+        says which positions are vacant.
         """
         self._arriving.clear()
         new_LWS = np.frombuffer(placement_i32, np.int32).reshape(self._experts_LWS.shape)
@@ -151,7 +151,7 @@ class ExpertSlots:
             slots = np.flatnonzero((own_S != old_S) & (own_S != EMPTY)).tolist()
             if slots:
                 wanted[layer - here.layers.start] = {slot: int(own_S[slot]) for slot in slots}
-        load_experts(self._model, self._path, wanted)
+        load_experts(self._model, self._source, wanted)
         self._experts_LWS, self.version, self._vacant = new_LWS.copy(), version, ()
         self._show(set(here.layers))
 

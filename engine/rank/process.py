@@ -26,10 +26,13 @@ from ...parallel.rank_groups import EpochGroup, RankGroups
 from ...parallel.stages import PipelineStage
 from ...parallel.tensor import UNSPLIT, TensorGroup
 from ..kv.budget import PoolLimits
+from ..models.checkpoint_reader import CheckpointReader
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import Model
+from ..models.random_tensors import RandomTensors
 from ..models.registry import ModelPart, build_model
 from ..models.shape import read_shape
+from ..models.tensor_source import TensorSource
 from ..models.weights import load_weights
 from ..protocol.lobby import Lobby
 from ..protocol.specs import RankSpec
@@ -139,7 +142,7 @@ def _load_parts(spec: RankSpec, progress: Callable[[float], None]) -> Parts:
     slots = None
     if mesh.experts > 1:
         place = StagePlace(here.stage, here.expert, here_layers)
-        slots = ExpertSlots(model, dispatcher, whole, place, moves, Path(spec.model_path))
+        slots = ExpertSlots(model, dispatcher, whole, place, moves, _source(spec))
     return Parts(
         rank=spec.rank,
         model=model,
@@ -169,9 +172,15 @@ def _load_model(
     with room_for_weights(device):
         ops = with_libraries(ops_of(column_for(device)), spec.libraries, device)
         model = build_model(config, dispatcher, _dtype(spec.dtype), device, ops, spec.keep_fp8, part)
-        load_weights(model, Path(spec.model_path), experts_of_layer, progress)
+        load_weights(model, _source(spec), experts_of_layer, progress)
         model.pack()
     return model
+
+
+def _source(spec: RankSpec) -> TensorSource:
+    if spec.weights == "random":
+        return RandomTensors(torch.device(spec.device))
+    return CheckpointReader(Path(spec.model_path))
 
 
 def _travelling(placement: Placement, expert_bytes: int) -> int:

@@ -6,6 +6,7 @@ parts of it). All of it may be called from several threads: only caches change a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import msgspec
 from transformers import PreTrainedTokenizerFast
 
-from . import tekken_file, tiktoken_file
+from . import byte_tokenizer, tekken_file, tiktoken_file
 from .detokenizer import ByteDetokenizer, Detokenizer, OpeningDetokenizer, WindowDetokenizer
 from .pieces import BytePieces, DecodedPieces, has_byte_tokens, is_byte_level, joins_pieces, parts_of
+
+_LOG = logging.getLogger(__name__)
 
 PROMPT_TAIL = 6
 # Settings of a tokenizer that are places on this host, or itself.
@@ -202,4 +205,18 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     for other in (tiktoken_file, tekken_file):
         if (folder / other.FILE).exists():
             return other.load_tokenizer(folder), other.DECODER
+    if byte_tokenizer.is_described_alone(folder):
+        _LOG.warning("%s: holds no tokenizer and no weights: every byte is a token", folder)
+        return _byte_level(folder), byte_tokenizer.DECODER
     raise ValueError(f"tokenizer.json, {tiktoken_file.FILE} or {tekken_file.FILE} should be there")
+
+
+def _byte_level(folder: Path) -> Any:
+    built = byte_tokenizer.build_tokenizer(folder)
+    ends = built.token_to_id(byte_tokenizer.END) is not None
+    tokenizer_class: Any = PreTrainedTokenizerFast  # untyped
+    return tokenizer_class(
+        tokenizer_object=built,
+        chat_template=byte_tokenizer.CHAT_TEMPLATE,
+        eos_token=byte_tokenizer.END if ends else None,
+    )

@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 from llguidance import LLTokenizer
 
+from .byte_tokenizer import build_tokenizer, is_described_alone
+
 
 class _Added(msgspec.Struct):
     id: int
@@ -92,6 +94,8 @@ def load_vocabulary(model_path: Path, vocab_size: int, eos_ids: tuple[int, ...])
         from .tokenizer import Codec
 
         text = Codec(model_path).to_json()
+    elif is_described_alone(model_path):
+        text = build_tokenizer(model_path).to_str()
     else:
         return None
     vocabulary = Vocabulary(text, vocab_size, eos_ids)

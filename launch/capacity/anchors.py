@@ -12,9 +12,9 @@ from ...engine.models.shape import read_shape
 from ...parallel.mesh import Mesh
 from ..recipe.file import load_recipe
 from ..recipe.hardware import load_hardware
+from ..recipe.model_folder import description_folder
 from ..recipe.recipe import contradictions
 from .floors import Floor, decode_work, floor_of, prefill_work, traffic
-from .plan import model_folder
 from .setup import Setup, resolve
 
 CHUNK = 16384  # tokens of a prefill step on a GPU; the floor per token hardly depends on it
@@ -171,7 +171,7 @@ def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
     recipe, path = load_recipe("deepseek-h200", check=contradictions)
     device = load_hardware(hardware)
     blackwell = device.fp4_tflops is not None
-    base = resolve(recipe, read_shape(model_folder(recipe, path.parent)), device)
+    base = resolve(recipe, read_shape(description_folder(recipe, path.parent)), device)
     return replace(
         base,
         mesh=Mesh(data=ranks),

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from ...engine.models.description import description_file
 from ...engine.models.shape import read_shape
 from ..defaults import CONTEXT
 from ..recipe.hardware import hardware_names, load_hardware
-from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
+from ..recipe.model_folder import description_folder, model_directory
+from ..recipe.recipe import Recipe, RecipeError, not_yet
 from ..recipe.resolve import check_model
 from .floors import Floor, Traffic, decode_work, floor_of, prefill_work, traffic
 from .memory import Memory, memory_of, page_bytes
@@ -130,7 +130,7 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Capacit
 
     Raises RecipeError when it cannot be planned.
     """
-    model = model_folder(recipe, folder)
+    model = description_folder(recipe, folder)
     try:
         shape = read_shape(model)
     except ValueError as error:
@@ -152,14 +152,6 @@ def plan_recipe(recipe: Recipe, folder: Path, context: int = CONTEXT) -> Capacit
         )
     setup = resolve(recipe, shape, hardware)
     return make_plan(setup, recipe, context, tuple(not_yet(recipe)))
-
-
-def model_folder(recipe: Recipe, folder: Path) -> Path:
-    """The folder of the description: the model's, or ``model.config`` while that is missing."""
-    path = model_directory(recipe, folder)
-    if recipe.model.config is None or description_file(path).is_file():
-        return path
-    return (folder / Path(recipe.model.config).expanduser()).resolve()
 
 
 def make_plan(setup: Setup, recipe: Recipe, context: int, unsupported: tuple[str, ...]) -> CapacityPlan:

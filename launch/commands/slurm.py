@@ -75,7 +75,8 @@ def slurm(
     Exit status: 0 printed, 2 bad recipe or options that contradict it.
     """
     from ..recipe.file import from_here, load_recipe
-    from ..recipe.recipe import RecipeError, model_directory
+    from ..recipe.model_folder import model_directory
+    from ..recipe.recipe import RecipeError
     from ..slurm.job import make_job
     from ..slurm.script import script
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..recipe.hardware import load_hardware
-from ..recipe.recipe import Recipe, RecipeError, model_directory
+from ..recipe.model_folder import model_directory
+from ..recipe.recipe import Recipe, RecipeError
 
 # Seconds in which routers and kube-proxy learn that a pod ends, before it is told to drain.
 LEAVING_SECONDS = 5
@@ -109,12 +110,13 @@ def make_deployment(
     if found := [text for wrong, text in checks if wrong]:
         lines = "\n".join(f"  {line}" for line in found)
         raise RecipeError(f"the deployment does not fit the recipe\n{lines}")
-    in_image = packaged and not Path(recipe.model.path).is_absolute()
+    model = model_directory(recipe, path.parent)
+    in_image = packaged and model.is_relative_to(path.parent)
     return Deployment(
         recipe,
         name,
         None if packaged else path.read_text(),
-        None if in_image else model_directory(recipe, path.parent),
+        None if in_image else model,
         tuple(overrides),
         options,
         recipe.cluster.ranks_per_node if device == "cuda" else 0,

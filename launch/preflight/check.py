@@ -14,7 +14,8 @@ from ..cluster.ports import check_port
 from ..cluster.reaper import Reaper
 from ..environment import prepare_ray, ray_address
 from ..recipe.hardware import hardware_names
-from ..recipe.recipe import Recipe, RecipeError, model_directory, not_yet
+from ..recipe.model_folder import model_directory
+from ..recipe.recipe import Recipe, RecipeError, not_yet
 from ..recipe.records import check_records
 from ..recipe.resolve import check_model
 from .finding import Finding
@@ -110,10 +111,10 @@ def _questions(recipe: Recipe, folder: Path, *, thorough: bool) -> Questions:
     logs = Path(recipe.cluster.log_dir or tempfile.gettempdir()).expanduser().absolute()
     recording = [] if recipe.recording is None else [Path(recipe.recording).expanduser().absolute().parent]
     folders = tuple(dict.fromkeys(str(path) for path in (logs, *recording)))
-    model = str(model_directory(recipe, folder))
+    model, weights = str(model_directory(recipe, folder)), recipe.model.weights
     if thorough:
-        return Questions(model, folders)
-    return Questions(model, folders, thorough=False, seconds=QUICK_SECONDS)
+        return Questions(model, folders, weights=weights)
+    return Questions(model, folders, thorough=False, seconds=QUICK_SECONDS, weights=weights)
 
 
 def _requirements(recipe: Recipe, plan: CapacityPlan | None) -> Requirements:

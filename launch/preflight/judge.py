@@ -134,6 +134,8 @@ def _models(nodes: Sequence[NodeFacts]) -> list[Finding]:
     if sound and not found:
         model = sound[0][1]
         text = f"{model.folder}: {model.num_tensors} tensors, {size_text(model.num_bytes)}"
+        if not model.num_tensors:
+            text = f"{model.folder}: random weights as its description says"
         found.append(_ok("model", text))
     return found
 

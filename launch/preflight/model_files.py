@@ -26,18 +26,23 @@ class ModelFiles(msgspec.Struct, frozen=True):
     parts: dict[str, str]
 
 
-def read_model_files(folder: Path) -> ModelFiles:
-    """Reads configuration and headers, but no weights."""
+def read_model_files(folder: Path, weights: str = "checkpoint") -> ModelFiles:
+    """Reads configuration and headers, but no weights; no headers either if ``weights`` are
+    random.
+    """
+    stored = weights == "checkpoint"
+    kinds = {".json", ".model", ".jinja", ".txt"} | ({".safetensors"} if stored else set())
     problem, tensors = "", 0
     parts: dict[str, str] = {}
     num_bytes = 0
     try:
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
+            if file.is_file() and file.suffix in kinds:
                 num_bytes += file.stat().st_size
                 parts[file.name] = _digest(file)
         load_config(folder)
-        tensors = len(read_checkpoint(folder))
+        if stored:
+            tensors = len(read_checkpoint(folder))
     except OSError as error:
         problem = f"{error.filename or folder}: cannot be read: {error.strerror}"
     except ValueError as error:

@@ -74,7 +74,9 @@ class ProcessLimits(msgspec.Struct, frozen=True):
 
 
 class Questions(msgspec.Struct, frozen=True):
-    """Questions to a node. ``root`` contains ``/sys`` and ``/proc``."""
+    """Questions to a node. ``root`` contains ``/sys`` and ``/proc``. ``weights`` are
+    those of a recipe.
+    """
 
     model: str
     folders: tuple[str, ...] = ()
@@ -82,6 +84,7 @@ class Questions(msgspec.Struct, frozen=True):
     root: str = "/"
     seconds: float = QUESTION_SECONDS
     model_seconds: float = MODEL_SECONDS
+    weights: str = "checkpoint"
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +119,7 @@ def look_around(questions: Questions, address: str = "") -> NodeFacts:
         "versions": lambda: _versions(questions.thorough),
         "memory": lambda: _free_memory(root),
         "shm": lambda: shutil.disk_usage(_SHM).free,
-        "model": lambda: read_model_files(Path(questions.model)),
+        "model": lambda: read_model_files(Path(questions.model), questions.weights),
         "rdma": lambda: _rdma(root),
         "numa": lambda: len(list((root / _NUMA).glob("node[0-9]*"))),
         "limits": _limits,

@@ -7,7 +7,6 @@ the path of its key.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -29,6 +28,10 @@ class ModelSection(RecipeSection):
         default=None,
         min_length=1,
         description="folder with a config.json (or params.json) for launch plan, while path does not exist",
+    )
+    weights: Literal["checkpoint", "random"] = Field(
+        default="checkpoint",
+        description="random: values made in the shape that path or config describes, to measure with",
     )
     served_name: str | None = Field(
         default=None, min_length=1, description="model name in the API; default: the directory's name"
@@ -388,8 +391,3 @@ def not_yet(recipe: Recipe) -> list[str]:
         for wrong, what, allowed in checks
         if wrong
     ]
-
-
-def model_directory(recipe: Recipe, folder: Path) -> Path:
-    """The checkpoint's directory. ``folder`` is the recipe file's."""
-    return (folder / Path(recipe.model.path).expanduser()).resolve()

@@ -8,8 +8,9 @@ from pathlib import Path
 from ...engine.models.config import load_config
 from ..cluster.cluster import LaunchError
 from ..preflight.check import preflight, refuse_errors
+from ..recipe.model_folder import model_directory
 from ..recipe.placement import placement_of_recipe
-from ..recipe.recipe import Recipe, RecipeError, model_directory
+from ..recipe.recipe import Recipe, RecipeError
 from ..recipe.resolve import check_model
 from ..terminal.interrupts import Interrupted, Interrupts
 from ..terminal.screen import Screen

@@ -76,7 +76,9 @@ def start(run: Run, opened: ExitStack) -> Supervisor:
 
     count = recipe.frontend.processes
     beside = "the frontend" if count == 1 else f"{count} frontends"
-    screen.say(f"starting {recipe.world} ranks ({base.site.device}, {base.site.dtype}) and {beside}")
+    weights = ", random weights" if recipe.model.weights == "random" else ""
+    kind = f"{base.site.device}, {base.site.dtype}{weights}"
+    screen.say(f"starting {recipe.world} ranks ({kind}) and {beside}")
     link = LauncherLink(addresses[2], base.site.keyring.to_controller("launcher"))
     opened.callback(link.close)
     opened.callback(end_streams, base.cluster)

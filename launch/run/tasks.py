@@ -179,6 +179,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         max_running=recipe.scheduler.max_running,
         max_len=recipe.model.max_len,
         dispatch=site.dispatch,
+        weights=recipe.model.weights,
         wire=wire_of(recipe, site.fp8_experts),
         device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
         threads=site.threads,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from support.engine.chrome_trace import check_trace, spans_of
+from support.serving.random_checkpoint import CONFIG, write_json
 from support.serving.served import ADMIN_KEY, Answer, Ask, Served, serve
 
 STEPS = 40
@@ -67,7 +68,10 @@ def read(out: Path) -> dict[str, Any]:
 
 def test_a_served_cluster_shows_its_steps(tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
-    with serve(tmp_path / "run", "overlap=on", "parallel.tensor=2", "cluster.ranks_per_node=4") as served:
+    write_json(tmp_path / "config.json", CONFIG)
+    shape = f"model.path={tmp_path}", "model.weights=random"
+    layout = "overlap=on", "parallel.tensor=2", "cluster.ranks_per_node=4"
+    with serve(tmp_path / "run", *shape, *layout) as served:
         refused = command(served, out, 1, 1.0, key="no")
         _, errors = refused.communicate(timeout=60)
         assert refused.returncode == 2 and "--admin-key-env names the variable" in errors

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lockstep.engine.frontend.requests.sampling import load_defaults
 from lockstep.engine.models.checkpoint import read_checkpoint
+from lockstep.engine.models.checkpoint_reader import values_of
 from lockstep.engine.models.config import CheckpointNames, load_config
 from lockstep.engine.models.stored_names import separate_experts
-from lockstep.engine.models.weights import values_of
 from support.engine.models.checkpoints import (
     deepseek_v3_config,
     qwen3_moe_config,

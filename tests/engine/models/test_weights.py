@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lockstep.engine.models.checkpoint_reader import CheckpointReader
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import Model
 from lockstep.engine.models.registry import build_model
@@ -55,7 +56,7 @@ def load(
     config = load_config(path)
     model = build_model(config, _Slots(len(config.moe_layers), len(experts)), dtype, CPU)
     progress: Callable[[float], None] = (lambda fraction: None) if seen is None else seen.append
-    return model, load_weights(model, path, lambda layer: experts, progress)
+    return model, load_weights(model, CheckpointReader(path), lambda layer: experts, progress)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -151,7 +152,9 @@ def test_tensors_that_are_not_used(family: str, tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO):
         load(path, list(range(8)))
     (told,) = [
-        record.getMessage() for record in caplog.records if record.name == "lockstep.engine.models.weights"
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "lockstep.engine.models.checkpoint_reader"
     ]
     assert told == f"{path}: 1 tensors of layers from 3 on, which predict further tokens, are not loaded"
     caplog.clear()

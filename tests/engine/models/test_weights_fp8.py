@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lockstep.engine.models.checkpoint_reader import CheckpointReader
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import Model
 from lockstep.engine.models.quantisation import StoredFp8
@@ -63,7 +64,12 @@ def load_in_fp8(
     part = ModelPart(whole_model(config.num_layers, config.moe_layers), split_as_attention(split))
     dispatcher = LocalDispatcher(placement, CPU)
     model = build_model(config, dispatcher, dtype, CPU, column, keep_fp8=True, part=part)
-    load_weights(model, path, lambda layer: experts or placement.experts_of(0, layer), lambda fraction: None)
+    load_weights(
+        model,
+        CheckpointReader(path),
+        lambda layer: experts or placement.experts_of(0, layer),
+        lambda fraction: None,
+    )
     return model
 
 

@@ -13,11 +13,11 @@ from lockstep.engine.frontend.formats.choice import REASONING_TAGS, TOOL_FORMATS
 from lockstep.engine.protocol.specs import KVEventsSpec
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.keys import key_paths, key_type
+from lockstep.launch.recipe.model_folder import model_directory
 from lockstep.launch.recipe.recipe import (
     FrontendSection,
     Recipe,
     RecipeError,
-    model_directory,
 )
 from lockstep.launch.recipe.resolve import for_gpus, kv_events_spec
 

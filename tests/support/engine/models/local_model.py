@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.engine.models.checkpoint_reader import CheckpointReader
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.decoder import LayerCache, Model
 from lockstep.engine.models.registry import build_model
@@ -34,7 +35,9 @@ def load_local(
     dispatcher = dispatcher_of(dispatch, placement)
     dispatcher.begin_step(0, MOST_TOKENS)
     model = build_model(config, dispatcher, dtype, device, column)
-    load_weights(model, path, lambda layer: placement.experts_of(0, layer), lambda fraction: None)
+    load_weights(
+        model, CheckpointReader(path), lambda layer: placement.experts_of(0, layer), lambda fraction: None
+    )
     return model
 
 

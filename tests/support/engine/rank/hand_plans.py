@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lockstep.engine.models.checkpoint_reader import CheckpointReader
 from lockstep.engine.models.config import load_config
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.models.shape import read_shape
@@ -79,7 +80,10 @@ def build_executor(
     part = ModelPart(stage, splits)
     model = build_model(config, dispatcher, torch.float32, device, column, part=part)
     load_weights(
-        model, path, lambda layer: placement.experts_of(collectives.index, layer), lambda fraction: None
+        model,
+        CheckpointReader(path),
+        lambda layer: placement.experts_of(collectives.index, layer),
+        lambda fraction: None,
     )
     entries = entries_of(config, stage.layers, split.size, kv_format)
     pool = KVPool(entries, NUM_PAGES, PAGE_SIZE, kv_format, device)

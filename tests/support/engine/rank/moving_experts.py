@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from msgspec import structs
 
+from lockstep.engine.models.checkpoint_reader import CheckpointReader
 from lockstep.engine.protocol.plan import Header, StepPlan, Transfer
 from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.executor import Executor
@@ -61,7 +62,7 @@ def with_slots(executor: Executor, collectives: Collectives, path: Path, name: s
     layers = range(placement.num_layers)
     group = meet(name, collectives.index, collectives.size, collectives)
     place = StagePlace(0, collectives.index, layers)
-    slots = ExpertSlots(parts.model, parts.dispatcher, placement, place, group, path)
+    slots = ExpertSlots(parts.model, parts.dispatcher, placement, place, group, CheckpointReader(path))
     executor._parts = dataclasses.replace(parts, slots=slots)
     return executor
 
