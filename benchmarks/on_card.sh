@@ -5,9 +5,10 @@
 #   benchmarks/on_card.sh OUT COMMIT [PYTHON]
 #
 # Phases, each with a limit of its own; one that fails or runs out of time does not stop the next. OUT
-# receives phases.csv, log.txt, kernels_gpu.csv, kernels_gpu_goals.md, plots, the demo's answers and the tuning
-# table. Put the table into kernels/triton/tuned/, rows and plots into benchmarks/. Without a card the phases
-# before the rows run on the CPU, as a rehearsal.
+# receives phases.csv, log.txt, kernels_gpu.csv, kernels_gpu_goals.md, plots, the demo's answers, rows and the
+# timeline of a model's shape with random weights (shape_*), and the tuning table. Put the table into
+# kernels/triton/tuned/, rows and plots into benchmarks/. Without a card the phases before the rows run on the CPU,
+# as a rehearsal.
 set -u
 out=$1 commit=$2 python=${3:-python3}
 deadline=$(($(date +%s) + 560))
@@ -43,27 +44,49 @@ versions() {
     "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.version.cuda)'
 }
 
-# The demo on a device: its answers are stored, or compared with stored ones.
-demo() {
-    local device=$1 port=$2 status
+# A server on a port, with a log and settings, until the phase ends; returns once it answers.
+serve() {
+    local port=$1 log=$2
     shift 2
-    "$python" -m lockstep.launch.cli --recipe demo cluster.backend=local cluster.ranks_per_node=1 \
-        cluster.device="$device" frontend.port="$port" > "$out/demo_$device.txt" 2>&1 &
+    "$python" -m lockstep.launch.cli "$@" cluster.backend=local cluster.ranks_per_node=1 \
+        frontend.host=127.0.0.1 frontend.port="$port" > "$log" 2>&1 &
     server=$!
-    trap 'kill -TERM "$server" 2> /dev/null; wait "$server"' EXIT  # also when the limit comes first
+    trap 'kill -TERM "$server" 2> /dev/null; wait "$server"; tail -n 5 "'"$log"'"' EXIT  # at the limit too
     trap 'exit 143' TERM
     for _ in $(seq 1000); do
         kill -0 "$server" 2> /dev/null || break
         "$python" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/health', timeout=2)" \
-            2> /dev/null && break
+            2> /dev/null && return
         sleep 0.5
     done
+    return 1
+}
+
+# The demo on a device: its answers are stored, or compared with stored ones.
+demo() {
+    local device=$1 port=$2
+    shift 2
+    serve "$port" "$out/demo_$device.txt" --recipe demo cluster.device="$device" || return 1
     "$python" -m lockstep.launch.cli canary --against "http://127.0.0.1:$port" "$@"
-    status=$?
-    tail -n 5 "$out/demo_$device.txt"
+}
+
+# A model's shape with random weights: decode, prompts of so many tokens, and the timeline of steps.
+shape() {
+    local recipe=$1 prompt=$2 url=http://127.0.0.1:8103 status=0
+    shift 2
+    serve 8103 "$out/shape.txt" --recipe "$recipe" "$@" model.weights=random frontend.admin_key=admin || return 1
+    bench() { "$python" -m lockstep.launch.cli bench --url $url --rounds 1 --recipe "$recipe" "${@}"; }
+    bench "$@" --input 64 --output 64 --concurrency 1,8,32,128 --out "$out/shape_decode" || status=1
+    bench "$@" --input "$prompt" --output 8 --concurrency 1 --out "$out/shape_prompt" || status=1
+    bench "$@" --input 64 --output 256 --concurrency 32 --requests 64 > /dev/null 2>&1 &
+    local load=$!
+    sleep 3
+    ADMIN=admin "$python" -m lockstep.launch.cli timeline --url $url --admin-key-env ADMIN --steps 32 \
+        --out "$out/shape_timeline.json" || status=1
+    wait "$load" || status=1
     return $status
 }
-export -f versions demo
+export -f versions serve demo shape
 export out python
 
 phase versions 30 bash -c versions
@@ -71,26 +94,37 @@ phase wheels 40 "$python" benchmarks/card_wheels.py --install "$home/site"
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 
 # Tokens of a small model are those of the reference, captured or not, and no step waits for the device.
-phase executor 90 "$python" -m pytest -q -n 4 -p no:cacheprovider tests/engine/rank/device/test_on_card.py
+phase executor 80 "$python" -m pytest -q -n 4 -p no:cacheprovider tests/engine/rank/device/test_on_card.py
 
 # Every bucket is captured and replayed before the demo serves.
 phase demo-cpu 60 bash -c 'demo cpu 8101 --save "$out/demo_answers.json"'
-phase "demo-$device" 90 bash -c "demo $device 8102 --answers \"\$out/demo_answers.json\""
+phase "demo-$device" 75 bash -c "demo $device 8102 --answers \"\$out/demo_answers.json\""
+
+# Qwen3-30B-A3B's shape on the card, beside the limits of its profile; the demo's shape in a rehearsal.
+if [ "$device" = cuda ]; then
+    card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr '[:upper:]' '[:lower:]')
+    for hardware in gb200 b200 h200 h800 h100; do
+        [[ "$card" != *$hardware* ]] || break
+    done
+    phase shape 150 bash -c "shape qwen3-30b-a3b-1xh100 8192 cluster.hardware=$hardware"
+else
+    phase shape 150 bash -c 'shape demo 256 cluster.device=cpu cluster.hardware=cpu'
+fi
 
 if [ "$device" = cuda ]; then
     # Attention over latents and FP8 products first, then all that time allows; rivals, FlashInfer among
     # them, where they are installed. A kernel that breaks its process ends the rows after it too; the next
     # attempt resumes behind it.
     rows=("$python" -m lockstep.kernels.bench --out "$out" --resume --commit "$commit")
-    phase rows-latents 60 "${rows[@]}" --seconds 40 --only mla_attend
-    phase rows-linear-fp8 40 "${rows[@]}" --seconds 25 --only linear_fp8
+    phase rows-latents 45 "${rows[@]}" --seconds 30 --only mla_attend
+    phase rows-linear-fp8 30 "${rows[@]}" --seconds 20 --only linear_fp8
     for attempt in 1 2 3; do
-        seconds=$(left 190)
+        seconds=$(left 130)
         [ "$seconds" -gt 20 ] || break
         phase "rows-$attempt" $((seconds + 20)) "${rows[@]}" --seconds "$seconds" && break
     done
-    phase plots 30 "$python" -m lockstep.kernels.bench.plot "$out/kernels_gpu.csv"
-    phase tests 60 "$python" -m pytest -q -n 12 -p no:cacheprovider tests/kernels/triton
+    phase plots 20 "$python" -m lockstep.kernels.bench.plot "$out/kernels_gpu.csv"
+    phase tests 45 "$python" -m pytest -q -n 12 -p no:cacheprovider tests/kernels/triton
     seconds=$(left 15)
     phase tuning $((seconds + 10)) "$python" -m lockstep.kernels.bench.tune --seconds "$seconds" --commit "$commit"
     find kernels/triton/tuned -name '*.json' -newer "$home/begun" -exec cp -v {} "$out/" \;

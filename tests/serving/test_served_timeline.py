@@ -72,6 +72,7 @@ def test_a_served_cluster_shows_its_steps(tmp_path: Path) -> None:
     shape = f"model.path={tmp_path}", "model.weights=random"
     layout = "overlap=on", "parallel.tensor=2", "cluster.ranks_per_node=4"
     with serve(tmp_path / "run", *shape, *layout) as served:
+        assert "starting 4 ranks (cpu, fp32, random weights)" in served.launcher.err
         refused = command(served, out, 1, 1.0, key="no")
         _, errors = refused.communicate(timeout=60)
         assert refused.returncode == 2 and "--admin-key-env names the variable" in errors

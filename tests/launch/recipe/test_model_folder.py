@@ -9,7 +9,9 @@ import pytest
 
 from lockstep.launch.capacity.plan import plan_recipe
 from lockstep.launch.kubernetes.deployment import DeploymentOptions, make_deployment
+from lockstep.launch.preflight.judge import Requirements, judge
 from lockstep.launch.preflight.model_files import read_model_files
+from lockstep.launch.preflight.probe import NodeFacts
 from lockstep.launch.recipe.file import load_recipe
 from lockstep.launch.recipe.model_folder import model_directory
 from lockstep.launch.recipe.recipe import Recipe, RecipeError
@@ -45,6 +47,9 @@ def test_files_are_sound_without_tensors_and_stored_ones_are_not_read(tmp_path: 
     (model / "model.safetensors").write_bytes(b"broken")
     found = read_model_files(model, "random")
     assert found.problem == "" and found.num_tensors == 0 and set(found.parts) == {"config.json"}
+    wanted = Requirements(world=1, ranks_per_node=1, num_nodes=1, device="cpu")
+    lines = [str(finding) for finding in judge([NodeFacts(name="alpha", model=found)], wanted)]
+    assert any(f"{model}: random weights" in line for line in lines)
     (model / "config.json").unlink()
     assert "config.json: no such file" in read_model_files(model, "random").problem
 
