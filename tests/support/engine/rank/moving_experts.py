@@ -56,8 +56,9 @@ class Mover:
 
 
 def with_slots(executor: Executor, collectives: Collectives, path: Path, name: str = "moves") -> Executor:
-    """The same executor, whose experts may move, in a group called ``name``."""
+    """The same executor, packed, whose experts may move, in a group called ``name``."""
     parts = executor._parts
+    parts.model.pack()
     placement = parts.dispatcher.placement
     layers = range(placement.num_layers)
     group = meet(name, collectives.index, collectives.size, collectives)
