@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import torch
 from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cpu_isa import COLUMNS
@@ -75,10 +76,7 @@ def _in_float32(
     """Single steps: nothing is rounded between them, and linear layers and ``silu_mul`` have
     compiled them.
     """
-    order_M, ends_S = sort_pairs(array(slots_M), array(counts_S))
-    y_MD = x_ND.new_empty(len(slots_M), x_ND.shape[1])
-    if len(order_M) < len(slots_M):
-        y_MD.zero_()
+    order_M, ends_S, y_MD = ordered(x_ND, slots_M, counts_S)
     if not len(order_M):
         return y_MD
     (w13, w2), (up_bias, down_bias) = weights, form.biases or (None, None)
@@ -88,6 +86,15 @@ def _in_float32(
     inner_MF = silu_mul(gate_up_MF) if plain else activate(gate_up_MF, form.activation)
     multiply_into(array(y_MD), inner_MF, w2, down_bias, (NO_PLACES, order_M, ends_S))
     return y_MD
+
+
+def ordered(
+    x_ND: Tensor, slots_M: Tensor, counts_S: Tensor
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
+    """``sort_pairs``, and room for the results of all pairs: zeros if some have no slot."""
+    order_M, ends_S = sort_pairs(array(slots_M), array(counts_S))
+    y_MD = x_ND.new_empty(len(slots_M), x_ND.shape[1])
+    return order_M, ends_S, y_MD if len(order_M) == len(slots_M) else y_MD.zero_()
 
 
 @njit(cache=True, error_model="numpy")

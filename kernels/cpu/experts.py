@@ -18,7 +18,7 @@ from ..reference.experts import PLAIN_FORM, ExpertForm
 from . import expert_blocks as cpu_expert_blocks
 from .codegen.arrays import ALONE, FAST, array, computes, exp, inner, made, narrow, widen
 from .codegen.threads import share_out
-from .expert_blocks import sort_pairs
+from .expert_blocks import ordered
 from .linear import PackedSlots, linear
 from .norm import silu_mul
 
@@ -47,10 +47,7 @@ def experts(
     """
     if isinstance(w13_SFD, Tensor) and isinstance(w2_SDF, Tensor) and w13_SFD.dim() == 5:
         return cpu_expert_blocks.experts(x_ND, rows_M, slots_M, w13_SFD, w2_SDF, counts_S, form)
-    order_M, ends_S = sort_pairs(array(slots_M), array(counts_S))
-    y_MD = x_ND.new_empty(len(slots_M), x_ND.shape[1])
-    if len(order_M) < len(slots_M):
-        y_MD.zero_()
+    order_M, ends_S, y_MD = ordered(x_ND, slots_M, counts_S)
     if not len(order_M):
         return y_MD
     plain = form.biases is None and form.activation.kind == "silu"
