@@ -361,7 +361,9 @@ def _join(first_head, end_head, items, sums_SGE, stats_2SG, sinks_H, factor, out
 @inner(error_model="numpy")
 def _join_parts(sums_SE, best_S, total_S, factor, sink):
     """Joins all parts into the first."""
-    best = best_S.max()
+    best = best_S[0]
+    for s in range(1, len(best_S)):
+        best = max(best, best_S[s])
     total = np.exp2(sink * _LOG2_E - best * factor)
     for s in range(len(sums_SE)):
         share = np.exp2((best_S[s] - best) * factor)

@@ -106,10 +106,12 @@ def sort_pairs(slots_M, counts_S):
     for slot in slots_M:
         if slot >= 0:
             ends_S[slot] += 1
-    counts_S += ends_S
-    ends_S = np.cumsum(ends_S)
-    order_M = np.empty(ends_S[-1], np.int64)
-    next_S = ends_S.copy()
+    total = 0
+    for slot in range(len(counts_S)):
+        counts_S[slot] += ends_S[slot]
+        total += ends_S[slot]
+        ends_S[slot] = total
+    order_M, next_S = np.empty(total, np.int64), ends_S.copy()
     for pair in range(len(slots_M) - 1, -1, -1):
         slot = slots_M[pair]
         if slot >= 0:

@@ -139,8 +139,9 @@ def _dot(x_D, weight_D):
 
 @inner(fastmath=FAST)
 def _softmax(scores_E):
-    largest = scores_E.max()
-    total = np.float32(0)
+    largest, total = scores_E[0], np.float32(0)
+    for e in range(1, len(scores_E)):
+        largest = max(largest, scores_E[e])
     for e in range(len(scores_E)):
         scores_E[e] = exp(scores_E[e] - largest)
         total += scores_E[e]

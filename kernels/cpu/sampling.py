@@ -63,38 +63,71 @@ def _search_rows(begin, end, x_SV, values_SK, ids_SK):
 @inner()
 def _search_row(x_V, values_K, ids_K):
     """Top K of one row. At least K values reach the K-th largest block maximum, so only blocks
-    whose maximum exceeds it are searched.
+    whose maximum exceeds it are searched; the places left go to the lowest tokens that equal it.
+    A heap instead of numba's partition and sort, which take longer to compile than most kernels.
     """
-    count, num_blocks = len(values_K), -(-len(x_V) // _SEARCHED)
+    num_blocks = -(-len(x_V) // _SEARCHED)
     most_B = np.empty(num_blocks, np.float32)
+    values_K[:], ids_K[:] = -np.inf, len(x_V)
     for b in range(num_blocks):
         most_B[b] = _largest(x_V[b * _SEARCHED : (b + 1) * _SEARCHED])
-    bound = np.partition(most_B, num_blocks - count)[num_blocks - count]
-    found, places, num = np.empty(count * _SEARCHED, np.float32), np.empty(count * _SEARCHED, np.int64), 0
+        _enter(most_B[b], b, values_K, ids_K)
+    bound, num = values_K[0], 0
+    values_K[:], ids_K[:] = -np.inf, len(x_V)
     for b in range(num_blocks):
         if most_B[b] > bound:
             for v in range(b * _SEARCHED, min((b + 1) * _SEARCHED, len(x_V))):
-                if x_V[v] > bound and num < len(found):
-                    found[num], places[num] = -x_V[v], v
+                if x_V[v] > bound:
+                    _enter(x_V[v], v, values_K, ids_K)
                     num += 1
-    order = np.argsort(found[:num], kind="mergesort")[:count]
-    for k in range(len(order)):
-        values_K[k], ids_K[k] = -found[order[k]], places[order[k]]
-    _fill(x_V, most_B, bound, values_K[len(order) :], ids_K[len(order) :])
+    for last in range(len(values_K) - 1, 0, -1):  # the least goes behind the others
+        value, place = values_K[last], ids_K[last]
+        values_K[last], ids_K[last] = values_K[0], ids_K[0]
+        _sink(value, place, values_K[:last], ids_K[:last])
+    num = min(num, len(values_K))
+    _fill(x_V, most_B, bound, values_K[num:], ids_K[num:])
+
+
+@inner()
+def _enter(value, place, values_K, ids_K):
+    """Takes the place of the least of a heap, if larger. Later ones of equal values are less."""
+    if value > values_K[0]:
+        _sink(value, place, values_K, ids_K)
+
+
+@inner()
+def _sink(value, place, values_K, ids_K):
+    """Puts a value into a heap, whose first entry it replaces; the least is first."""
+    k, child = 0, 1
+    while child < len(values_K):
+        if child + 1 < len(values_K) and _is_less(
+            values_K[child + 1], ids_K[child + 1], values_K[child], ids_K[child]
+        ):
+            child += 1
+        if not _is_less(values_K[child], ids_K[child], value, place):
+            break
+        values_K[k], ids_K[k] = values_K[child], ids_K[child]
+        k, child = child, 2 * child + 1
+    values_K[k], ids_K[k] = value, place
+
+
+@inner()
+def _is_less(value, place, than, its_place):
+    return value < than or (value == than and place > its_place)
 
 
 @inner()
 def _fill(x_V, most_B, bound, values_K, ids_K):
-    """Fills the remaining places with the lowest tokens whose value equals the bound."""
-    num, b = 0, 0
-    while num < len(ids_K) and b < len(most_B):
-        if most_B[b] >= bound:
+    """Fills the places with the lowest tokens whose value equals the bound."""
+    num = 0
+    for b in range(len(most_B)):
+        if num < len(ids_K) and most_B[b] >= bound:
             for v in range(b * _SEARCHED, min((b + 1) * _SEARCHED, len(x_V))):
                 if x_V[v] == bound and num < len(ids_K):
                     values_K[num], ids_K[num] = bound, v
                     num += 1
-        b += 1
-    values_K[num:], ids_K[num:] = np.nan, 0  # fewer than K values are numbers
+    for k in range(num, len(ids_K)):  # fewer than K values are numbers
+        values_K[k], ids_K[k] = np.nan, 0
 
 
 @njit(cache=True)
