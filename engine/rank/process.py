@@ -98,6 +98,9 @@ def load_executor(
     """Loads this rank's weights and allocates its memory: on a GPU pages take the rest, once steps
     have been rehearsed. Raises ValueError when checkpoint, mesh or memory do not fit.
     """
+    device = torch.device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread, which launches everything
     config, parts = read_shape(Path(spec.model_path)), _load_parts(spec, progress)
     max_len = min(spec.max_len or config.max_position, config.max_position)
     claimed = _travelling(parts.dispatcher.placement, parts.expert_bytes) if spec.balance else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from .child import run_child
@@ -16,12 +16,11 @@ CLOSE_SECONDS = 5.0
 
 class Host:
     """Starts processes, each with ``settings`` and those of its task in its environment and its log
-    in ``log_dir``. A rank gets one of ``gpus``, if it needs one.
+    in ``log_dir``. They see all GPUs that this process does.
     """
 
-    def __init__(self, log_dir: Path, gpus: Sequence[str], settings: Mapping[str, str]) -> None:
+    def __init__(self, log_dir: Path, settings: Mapping[str, str]) -> None:
         self._log_dir = log_dir
-        self._gpus = gpus
         self._settings = settings
         self._forks: Forks | None = None
         self._processes: list[Process] = []
@@ -32,7 +31,7 @@ class Host:
         self._processes = [other for other in self._processes if not other.ended.done()]
         self._processes.append(process)
         run = run_child if task.imports is None else self.prepare(task.imports).start
-        settings = {**self._settings, **task.environment, **self._gpu_of(task)}
+        settings = {**self._settings, **task.environment}
         threading.Thread(target=run, args=(task, settings, process), name=task.name, daemon=True).start()
         return process
 
@@ -41,11 +40,6 @@ class Host:
         if self._forks is None or self._forks.ended.is_set():
             self._forks = Forks(imports, self._settings, self._log_dir)
         return self._forks
-
-    def _gpu_of(self, task: Task) -> dict[str, str]:
-        if not task.num_gpus:
-            return {}
-        return {"CUDA_VISIBLE_DEVICES": self._gpus[task.index % len(self._gpus)]}
 
     def close(self) -> None:
         """Kills all processes and waits until they are gone."""

@@ -15,13 +15,12 @@ _START_SECONDS = 60.0
 
 
 class LocalCluster:
-    """A cluster of one node. Rank i gets the i-th GPU that is visible to the launcher."""
+    """A cluster of one node. Its ranks see the GPUs that are visible to the launcher."""
 
     def __init__(self, log_dir: Path) -> None:
         self.host = "127.0.0.1"
-        gpus = visible_gpus()
-        self.gpus_per_node = len(gpus)
-        self._host = Host(log_dir, gpus, {})
+        self.gpus_per_node = len(visible_gpus())
+        self._host = Host(log_dir, {})
         self._held: dict[str, tuple[Task, Process]] = {}
 
     def prepare(self, imports: Imports) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ray
 
-from ..environment import interface_settings, visible_gpus
+from ..environment import interface_settings
 from .cluster import Imports, Place, Task
 from .host import Host
 from .network import interface_of
@@ -27,7 +27,7 @@ class RayHost:
 
     def __init__(self, log_dir: str) -> None:
         address = _own_address()
-        self._host = Host(_folder(Path(log_dir)), visible_gpus(), interface_settings(interface_of(address)))
+        self._host = Host(_folder(Path(log_dir)), interface_settings(interface_of(address)))
         self._identity = _own_id(), address
         self._lock = threading.Lock()
         self._processes: defaultdict[int, Future[Process]] = defaultdict(Future)

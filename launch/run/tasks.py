@@ -181,7 +181,7 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         dispatch=site.dispatch,
         weights=recipe.model.weights,
         wire=wire_of(recipe, site.fp8_experts),
-        device="cuda:0" if site.device == "cuda" else site.device,  # a rank sees only its own GPU
+        device=_device_of(site, rank),
         threads=site.threads,
         capacity=bucket_over(recipe.scheduler.max_batch_tokens),
         libraries=recipe.kernels.libraries,
@@ -202,6 +202,15 @@ def rank_task(site: Site, rank: int, step_address: str, bulk_address: str, store
         environment=imports.environment,
         imports=imports,
     )
+
+
+def _device_of(site: Site, rank: int) -> str:
+    """A rank sees all GPUs of its node and takes its own by number: torch's symmetric memory tells
+    the ranks of a node apart by that.
+    """
+    if site.device != "cuda":
+        return site.device
+    return f"cuda:{rank % site.recipe.cluster.ranks_per_node}"
 
 
 def frontend_task(site: Site, index: int, address: str) -> Task:

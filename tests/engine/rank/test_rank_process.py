@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from lockstep.engine.protocol.bulk import Preload, Preloaded, RankHello
 from lockstep.engine.protocol.message import Stop
@@ -103,3 +104,12 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(
     spec = msgspec.structs.replace(controller.spec(model_path=str(path)), **changes)
     with pytest.raises(ValueError, match=text):
         load_executor(spec, lambda fraction: None)
+
+
+def test_a_rank_launches_on_its_own_gpu(controller: MockController, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    spec = msgspec.structs.replace(controller.spec(model_path="/nowhere"), device="cuda:3")
+    with pytest.raises(ValueError, match="/nowhere: not a directory"):
+        load_executor(spec, lambda fraction: None)
+    assert chosen == [torch.device("cuda:3")], "before it loads anything"

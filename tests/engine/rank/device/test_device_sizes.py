@@ -63,10 +63,18 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"), [("qwen3-30b-a3b", 20), ("deepseek-v3", 32), ("deepseek-v3.2", 105), ("glm-5.2", 62)]
+    ("name", "dispatch", "budget"),
+    [
+        ("qwen3-30b-a3b", "local", 20),
+        ("deepseek-v3", "local", 32),
+        ("deepseek-v3", "all_gather", 54),
+        ("deepseek-v3", "all_to_all", 71),
+        ("deepseek-v3.2", "local", 105),
+        ("glm-5.2", "local", 62),
+    ],
 )
-def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, budget: int) -> None:
-    executor = executor_of(name)
+def test_a_decode_step_reads_nothing_and_keeps_to_its_launches(name: str, dispatch: str, budget: int) -> None:
+    executor = executor_of(name, dispatch=dispatch)
     decode, launches = executor._captured, Launches()
     idle = Rows(*(np.zeros(0, np.int64),) * 3, np.zeros(0, np.bool_), 0)
     entries = [np.zeros(0, np.int64), np.zeros(0, np.int32)]

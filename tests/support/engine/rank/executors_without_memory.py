@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lockstep.engine.models.config import load_config
+from lockstep.engine.models.config import ModelConfig, load_config
 from lockstep.engine.models.registry import ModelPart, build_model
 from lockstep.engine.rank.device import executor as device_executor
 from lockstep.engine.rank.device.executor import DeviceExecutor
@@ -19,19 +19,26 @@ from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.engine.rank.parts import Parts
 from lockstep.launch.recipe.file import find_recipe
 from lockstep.moe.balance.placement import contiguous
+from lockstep.moe.balance.start import starting_placement
 from lockstep.moe.clock import NoClock
+from lockstep.moe.dispatch.all_gather import AllGatherExchange
+from lockstep.moe.dispatch.dispatcher import Dispatcher
+from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
+from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.stages import whole_model
+from lockstep.parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
 
 META = torch.device("meta")
 CONFIGS = find_recipe("demo").parent / "configs"
 ROWS = 256
 MAX_LEN, MAX_TOKENS = 4096, 8192
+NUM_RANKS, REDUNDANT = 72, 32
 
 
 class NoUpload:
@@ -44,17 +51,17 @@ class NoUpload:
         return [torch.from_numpy(array).to(META) for array in arrays]
 
 
-def executor_of(name: str, num_layers: int | None = None) -> DeviceExecutor:
-    """The executor of the model ``name``, of its first ``num_layers`` layers if given."""
+def executor_of(name: str, num_layers: int | None = None, dispatch: str = "local") -> DeviceExecutor:
+    """The executor of the model ``name``, of its first ``num_layers`` layers if given. ``dispatch``
+    over the ranks of an NVL72 rack unless local, as in its recipe.
+    """
     config = load_config(CONFIGS / name)
     if num_layers is not None:
         moe_layers = tuple(layer for layer in config.moe_layers if layer < num_layers)
         windows = config.windows[:num_layers]
         config = replace(config, num_layers=num_layers, moe_layers=moe_layers, windows=windows)
     alone = Collectives("alone", 0, 1, None, 1.0, META)
-    dispatcher = LocalDispatcher(
-        contiguous(len(config.moe_layers), config.moe.num_experts, 1), META, NoClock()
-    )
+    dispatcher = _dispatcher_of(config, dispatch)
     stage = whole_model(config.num_layers, config.moe_layers)
     part = ModelPart(stage, UNSPLIT_LAYERS)
     model = build_model(
@@ -74,3 +81,22 @@ def executor_of(name: str, num_layers: int | None = None) -> DeviceExecutor:
     )
     with mock.patch.object(device_executor, "Upload", NoUpload):
         return DeviceExecutor(parts, ROWS, MAX_LEN, 1, MAX_TOKENS, None)
+
+
+def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
+    moe, num_layers = config.moe, len(config.moe_layers)
+    if dispatch == "local":
+        return LocalDispatcher(contiguous(num_layers, moe.num_experts, 1), META, NoClock())
+    placement = starting_placement(num_layers, moe.num_experts, NUM_RANKS, REDUNDANT)
+    exchange: Exchange
+    place = "experts", 0, NUM_RANKS, torch.distributed.HashStore()
+    if dispatch == "all_gather":
+        group = Collectives(*place, 1.0, META)
+        group.rehearse()
+        exchange = AllGatherExchange(placement, group, META, eight=True)
+    else:
+        memory = SymmetricGroup(*place, META, TorchSymmetricLibrary())
+        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        exchange = SymmetricExchange(placement, memory, META, shape)
+        memory.rehearse()
+    return ExchangeDispatcher(exchange, META, NoClock())
