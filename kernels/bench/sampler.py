@@ -59,7 +59,7 @@ def _sample(rows: int, row: tuple[float, int, float, float]) -> Make:
             if ops.column != "triton":
                 return lambda: ops.sample(logits, params, uniform_R)
             from ..reference.sampling import SlotSampling
-            from ..triton.sampling import sample_slots
+            from ..triton.draw import sample_slots
 
             settings = (
                 params.temperature_R,

@@ -79,13 +79,13 @@ def experts(
     return y_MD.index_copy_(0, order, torch.cat(parts))
 
 
-def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+def weighted_sum(y_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None) -> Tensor:
     """Same as ``experts.weighted_sum``."""
     if not computes(y_TKD.dtype):
-        return reference.weighted_sum(y_TKD, weights_TK)
-    out_TD, bits = made((y_TKD.shape[0], y_TKD.shape[2]), y_TKD.dtype)
+        return reference.weighted_sum(y_TKD, weights_TK, out_TD)
+    sum_TD, bits = made((y_TKD.shape[0], y_TKD.shape[2]), y_TKD.dtype)
     weigh_rows(array(y_TKD), array(weights_TK), bits)
-    return out_TD
+    return sum_TD if out_TD is None else out_TD.copy_(sum_TD)
 
 
 @njit(cache=True)

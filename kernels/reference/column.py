@@ -207,6 +207,7 @@ class Reference:
             slots_M = local.slots_L.index_select(0, ids_TC.view(-1))
             if local.padding_M is not None:
                 slots_M = slots_M.masked_fill(local.padding_M, -1)
+                weights_TC = weights_TC.masked_fill(local.padding_M.view_as(weights_TC), 0.0)
             y_MD = run(normed, slots_M, local)
             y_TCD = y_MD.view(*ids_TC.shape, y_MD.shape[1])
             return x_TD, normed, self.weighted_sum(y_TCD, weights_TC)

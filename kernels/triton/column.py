@@ -14,6 +14,7 @@ from ..reference.fp8 import Normed, NormedRows
 from ..reference.sublayers import Product, Projection, Residual, RowNorm
 from . import (
     attention,
+    draw,
     experts as expert_ops,
     experts_four_bit,
     experts_fp8,
@@ -106,7 +107,7 @@ class Triton(Reference):
     select_positions = staticmethod(indexer.select_positions)
     edit_logits = staticmethod(sampling.edit_logits)
     allow_only = staticmethod(sampling.allow_only)
-    sample = staticmethod(sampling.sample)
-    sample_slots = staticmethod(sampling.sample_slots)
+    sample = staticmethod(draw.sample)
+    sample_slots = staticmethod(draw.sample_slots)
     logprobs = staticmethod(sampling.logprobs)
     copy_pages = staticmethod(pages.copy_pages)

@@ -67,7 +67,7 @@ def experts_tiled(
     hidden, width = w2_SDF.shape[1:]
     grouping = group_pairs(slots_M, counts_S, tile.rows)
     num_blocks = len(grouping.slot_of_block_B)
-    y_MD = x_ND.new_zeros(len(slots_M), hidden)
+    y_MD = x_ND.new_empty(len(slots_M), hidden)
     if not num_blocks:
         return y_MD
     h_PF = x_ND.new_empty(num_blocks * tile.rows, width)
@@ -128,18 +128,30 @@ def _options(rows: int, tile: ProductTile) -> dict[str, Any]:
     }
 
 
-def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Same as ``experts.weighted_sum``."""
+def weighted_sum(y_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None) -> Tensor:
+    """Same as ``experts.weighted_sum``. Rows of ``out_TD`` without any weight cost nothing: one
+    card of a rack sums for few of the tokens that it has room for.
+    """
     check_dtype(y_TKD, "weighted_sum: y")
     assert y_TKD.is_contiguous() and weights_TK.is_contiguous()
     num_tokens, top_k, hidden = y_TKD.shape
-    out_TD = y_TKD.new_empty(num_tokens, hidden)
+    sum_TD = y_TKD.new_empty(num_tokens, hidden) if out_TD is None else out_TD
+    assert sum_TD.stride(1) == 1
     if num_tokens:
         columns = min(1024, power_of_two(hidden))
         _weighted_sum_kernel[(num_tokens, triton.cdiv(hidden, columns))](
-            y_TKD, weights_TK, out_TD, hidden, K=top_k, COLUMNS=columns, num_warps=4
+            y_TKD,
+            weights_TK,
+            sum_TD,
+            sum_TD.stride(0),
+            hidden,
+            K=top_k,
+            K_PAD=power_of_two(top_k),
+            COLUMNS=columns,
+            SPARSE=out_TD is not None,
+            num_warps=4,
         )
-    return out_TD
+    return sum_TD
 
 
 @triton.jit
@@ -291,11 +303,27 @@ def _down_kernel(
 
 
 @triton.jit
-def _weighted_sum_kernel(y_ptr, weights_ptr, out_ptr, D, K: tl.constexpr, COLUMNS: tl.constexpr):
+def _weighted_sum_kernel(
+    y_ptr,
+    weights_ptr,
+    out_ptr,
+    out_stride,
+    D,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPARSE: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
+    if SPARSE:
+        k = tl.arange(0, K_PAD)
+        weights = tl.load(weights_ptr + token * K + k, mask=k < K, other=0.0)
+        if tl.sum((weights != 0.0).to(tl.int32), 0) == 0:
+            return
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for k in tl.static_range(K):
-        y = tl.load(y_ptr + (token * K + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
-        total += y * tl.load(weights_ptr + token * K + k)
-    tl.store(out_ptr + token * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
+        weight = tl.load(weights_ptr + token * K + k)
+        ends = tl.where(weight == 0.0, 0, D)
+        total += tl.load(y_ptr + (token * K + k) * D + d, mask=d < ends, other=0.0).to(tl.float32) * weight
+    tl.store(out_ptr + token * out_stride + d, total.to(out_ptr.dtype.element_ty), mask=d < D)

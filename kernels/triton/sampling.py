@@ -1,13 +1,6 @@
-"""Triton column of ``sampling``: edits of logits, draws and log-probabilities, one program per row.
+"""Triton column of ``sampling``: edits of logits and log-probabilities. Draws: ``draw.py``.
 
-``sample``, ``edit_logits`` and ``logprobs`` take the reference's arguments. A captured step calls
-``sample_slots``, with all settings and the counters of the random numbers on the device. Floors of
-top-k and top-p are found by bisection over the bits of a float, which needs no sort: one pass over
-the row per bit, until the choice is settled. Sums are float64 in a fixed order, so a draw does not
-depend on the batch.
-
-Roofline: 4 V bytes per row and pass, from memory once and from the L2 cache after that. Passes: 1
-greedy, 3 drawn, at most 31 more for each of top-k and top-p.
+Roofline: 4 V bytes per row for log-probabilities; edits read and write the logits they change.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -23,28 +16,12 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..reference.sampling import MIN_TEMPERATURE, LogitEdits, Purpose, SamplingParams, SlotSampling
+from ..reference.sampling import LogitEdits
 from .target import power_of_two
 
 _CHUNK = 4096
 _EDITS_PER_PROGRAM = 256
 _WORDS_PER_PROGRAM = 64
-
-
-def sample(logits_RV: Tensor, params: SamplingParams, uniform_R: NDArray[np.float64]) -> Tensor:
-    """Same as ``sampling.sample``."""
-    device = logits_RV.device
-    settings = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R)
-    temperature, top_k, top_p, min_p = (_move(setting, device) for setting in settings)
-    return _sample(
-        logits_RV, (temperature, top_k, top_p, min_p), _move(uniform_R, device), None, Purpose.SAMPLE
-    )
-
-
-def sample_slots(logits_RV: Tensor, slots: SlotSampling, purpose: Purpose) -> Tensor:
-    """Same as ``sampling.sample_slots``, and the host reads nothing."""
-    settings = (slots.temperature_R, slots.top_k_R, slots.top_p_R, slots.min_p_R)
-    return _sample(logits_RV, settings, slots.seed_R, slots.position_R, purpose)
 
 
 def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
@@ -53,17 +30,17 @@ def edit_logits(logits_RV: Tensor, edits: LogitEdits) -> None:
     if len(edits.bias_rows_N):
         edit_bias(
             logits_RV,
-            *(_move(part, device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)),
+            *(move(part, device) for part in (edits.bias_rows_N, edits.bias_tokens_N, edits.bias_values_N)),
         )
     if len(edits.masked_rows_N):
-        edit_mask(logits_RV, *(_move(part, device) for part in (edits.masked_rows_N, edits.masked_tokens_N)))
+        edit_mask(logits_RV, *(move(part, device) for part in (edits.masked_rows_N, edits.masked_tokens_N)))
     if len(edits.counted_rows_N):
         counted = tuple(
-            _move(part, device)
+            move(part, device)
             for part in (edits.counted_rows_N, edits.counted_tokens_N, edits.output_counts_N)
         )
         penalties = tuple(
-            _move(part, device) for part in (edits.repetition_R, edits.presence_R, edits.frequency_R)
+            move(part, device) for part in (edits.repetition_R, edits.presence_R, edits.frequency_R)
         )
         edit_penalties(
             logits_RV, (counted[0], counted[1], counted[2]), (penalties[0], penalties[1], penalties[2])
@@ -99,7 +76,7 @@ def edit_penalties(
 
 def allow_only(logits_RV: Tensor, rows_S: NDArray[np.int64], bits_SW: NDArray[np.int32]) -> None:
     """Same as ``sampling.allow_only``."""
-    edit_allowed(logits_RV, _move(rows_S, logits_RV.device), _move(bits_SW, logits_RV.device))
+    edit_allowed(logits_RV, move(rows_S, logits_RV.device), move(bits_SW, logits_RV.device))
 
 
 def edit_allowed(logits_RV: Tensor, rows_S: Tensor, bits_SW: Tensor) -> None:
@@ -139,35 +116,6 @@ def logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor,
     return chosen_S, top.indices, top.values - total_S[:, None]
 
 
-def _sample(
-    logits_RV: Tensor,
-    settings: tuple[Tensor, Tensor, Tensor, Tensor],
-    seed_R: Tensor,
-    position_R: Tensor | None,
-    purpose: Purpose,
-) -> Tensor:
-    """Without positions, ``seed_R`` holds the uniform numbers themselves."""
-    num_rows, vocab = logits_RV.shape
-    assert logits_RV.dtype == torch.float32 and logits_RV.stride(1) == 1
-    tokens_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
-    if num_rows:
-        _sample_kernel[(num_rows,)](
-            logits_RV,
-            logits_RV.stride(0),
-            *settings,
-            seed_R,
-            position_R if position_R is not None else seed_R,
-            tokens_R,
-            vocab,
-            MIN_TEMPERATURE=MIN_TEMPERATURE,
-            COUNTERS=position_R is not None,
-            PURPOSE=int(purpose),
-            CHUNK=_chunk(vocab),
-            num_warps=8,
-        )
-    return tokens_R
-
-
 def _chunk(vocab: int) -> int:
     return min(_CHUNK, power_of_two(vocab))
 
@@ -176,177 +124,8 @@ def _edit_grid(rows_N: Tensor) -> tuple[int]:
     return (max(1, triton.cdiv(len(rows_N), _EDITS_PER_PROGRAM)),)
 
 
-def _move(array: NDArray[Any], device: torch.device) -> Tensor:
+def move(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-
-@triton.jit
-def _mix(value):
-    """splitmix64 (Steele et al. 2014), as in ``sampling.uniform``."""
-    value += 0x9E3779B97F4A7C15
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB
-    return value ^ (value >> 31)
-
-
-@triton.jit
-def _uniform(seed, position, PURPOSE: tl.constexpr):
-    """``sampling.uniform`` of scalars, computed on vectors of one, because 64-bit products of
-    scalars warn in the interpreter.
-    """
-    one = tl.zeros((1,), tl.int64)
-    key = _mix((seed + one).to(tl.uint64, bitcast=True))
-    key = _mix(key ^ (position + one).to(tl.uint64, bitcast=True))
-    key = _mix(key ^ PURPOSE)
-    return tl.sum((key >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16, 0)  # 2^-53
-
-
-@triton.jit
-def _as_float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _weights(logits_ptr, v, V, best, temperature, least):
-    """exp((x - best) / temperature), 0 below ``least`` and past the vocabulary."""
-    logits = tl.load(logits_ptr + v, mask=v < V, other=float("-inf"))
-    weights = tl.exp((logits - best) / temperature)
-    return tl.where(weights < least, 0.0, weights)
-
-
-@triton.jit
-def _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK: tl.constexpr):
-    """A floor that separates the ``top_k`` largest weights, and those that tie with the last of
-    them, from all others. Non-negative floats are ordered like their bits.
-    """
-    low = 0
-    high = 0x3F800001  # just above 1.0, the weight of the best token
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        found = tl.zeros((CHUNK,), tl.int32)
-        for start in range(0, V, CHUNK):
-            v = start + tl.arange(0, CHUNK)
-            weights = _weights(logits_ptr, v, V, best, temperature, 0.0)
-            found += ((weights.to(tl.int32, bitcast=True) >= middle) & (v < V)).to(tl.int32)
-        count = tl.sum(found, 0)
-        low = tl.where(count >= top_k, middle, low)
-        # Exactly top_k weights reach it: settled.
-        high = tl.where(count == top_k, low, tl.where(count > top_k, high, middle))
-    return _as_float(low)
-
-
-@triton.jit
-def _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK: tl.constexpr):
-    """A floor that separates the weights needed for ``top_p`` of the total from all others. The
-    total covers the weights from ``least`` on.
-    """
-    mass = tl.zeros((CHUNK,), tl.float64)
-    for start in range(0, V, CHUNK):
-        mass += _weights(logits_ptr, start + tl.arange(0, CHUNK), V, best, temperature, least).to(tl.float64)
-    wanted = tl.sum(mass, 0) * top_p.to(tl.float64)
-    low = 0
-    high = 0x3F800001
-    reach_low = V
-    reach_high = 0
-    while (high - low > 1) & (reach_low - reach_high > 1):  # one weight between them: settled
-        middle = low + (high - low) // 2
-        mass = tl.zeros((CHUNK,), tl.float64)
-        found = tl.zeros((CHUNK,), tl.int32)
-        for start in range(0, V, CHUNK):
-            weights = _weights(logits_ptr, start + tl.arange(0, CHUNK), V, best, temperature, least)
-            reached = weights.to(tl.int32, bitcast=True) >= middle
-            mass += tl.where(reached, weights, 0.0).to(tl.float64)
-            found += reached.to(tl.int32)
-        enough = tl.sum(mass, 0) >= wanted
-        count = tl.sum(found, 0)
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        reach_low = tl.where(enough, count, reach_low)
-        reach_high = tl.where(enough, reach_high, count)
-    return _as_float(low)
-
-
-@triton.jit
-def _draw(logits_ptr, uniform, V, best, temperature, least, CHUNK: tl.constexpr):
-    """The chunk in which the cumulative weight passes ``uniform`` of its total, then the place in
-    it. If rounding puts the target at the total, the last token with any weight.
-    """
-    lane = tl.arange(0, CHUNK)
-    # Added chunk by chunk here and below, so that both give the same total.
-    total = tl.sum(tl.zeros((1,), tl.float64), 0)
-    for start in range(0, V, CHUNK):
-        total += tl.sum(_weights(logits_ptr, start + lane, V, best, temperature, least).to(tl.float64), 0)
-    target = uniform * total
-    before = total * 0.0
-    chosen = -1
-    last = 0
-    for start in range(0, V, CHUNK):
-        if chosen < 0:
-            weights = _weights(logits_ptr, start + lane, V, best, temperature, least)
-            inside = tl.sum(weights.to(tl.float64), 0)
-            last = tl.maximum(last, tl.max(tl.where(weights > 0.0, start + lane, 0), 0))
-            if before + inside > target:
-                chosen = start
-            else:
-                before += inside
-    token = last
-    if chosen >= 0:
-        # Read again: kept from the loop, the weights would be more than there are registers for.
-        weights = _weights(logits_ptr, chosen + lane, V, best, temperature, least)
-        passed = (before + tl.cumsum(weights.to(tl.float64), 0) > target) & (weights > 0.0)
-        token = tl.minimum(tl.min(tl.where(passed, chosen + lane, V), 0), last)
-    return token
-
-
-@triton.jit
-def _sample_kernel(
-    logits_ptr,
-    logits_stride,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
-    position_ptr,
-    tokens_ptr,
-    V,
-    MIN_TEMPERATURE: tl.constexpr,
-    COUNTERS: tl.constexpr,
-    PURPOSE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
-    lane = tl.arange(0, CHUNK)
-    temperature = tl.load(temperature_ptr + row)
-
-    bests = tl.full((CHUNK,), float("-inf"), tl.float32)
-    places = tl.zeros((CHUNK,), tl.int32)
-    for start in range(0, V, CHUNK):
-        logits = tl.load(logits_ptr + start + lane, mask=start + lane < V, other=float("-inf"))
-        places = tl.where(logits > bests, start + lane, places)
-        bests = tl.maximum(bests, logits)
-    best = tl.max(bests, 0)
-    if temperature < MIN_TEMPERATURE:
-        # The first of the largest: each lane keeps its earliest place, and the smallest of those is
-        # taken.
-        tl.store(tokens_ptr + row, tl.min(tl.where(bests == best, places, V), 0).to(tl.int64))
-        return
-
-    # Weights below this are out. Every rule raises it, based on the weights that earlier rules
-    # left.
-    least = tl.load(min_p_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    if (top_k > 0) & (top_k < V):
-        least = tl.maximum(least, _top_k_floor(logits_ptr, top_k, V, best, temperature, CHUNK))
-    top_p = tl.load(top_p_ptr + row)
-    if top_p < 1.0:
-        least = tl.maximum(least, _top_p_floor(logits_ptr, top_p, V, best, temperature, least, CHUNK))
-    if COUNTERS:
-        uniform = _uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row), PURPOSE)
-    else:
-        uniform = tl.load(seed_ptr + row)
-    tl.store(tokens_ptr + row, _draw(logits_ptr, uniform, V, best, temperature, least, CHUNK).to(tl.int64))
 
 
 @triton.jit

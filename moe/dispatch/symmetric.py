@@ -193,10 +193,9 @@ class SymmetricExchange:
     def send_back(self, y_MD: Tensor, handle: Handle) -> None:
         sent = handle.state
         assert isinstance(sent, _Sent)
-        sums_ND = self._weighted_sum(y_MD.view(*sent.weights_NJ.shape, self._shape.hidden), sent.weights_NJ)
-        lane = sent.lane
-        [room] = self._output.form.parts(self._group[lane.back.sent][: len(sums_ND)])
-        room.copy_(sums_ND)
+        lane, y_NJD = sent.lane, y_MD.view(*sent.weights_NJ.shape, self._shape.hidden)
+        [room] = self._output.form.parts(self._group[lane.back.sent][: len(y_NJD)])
+        self._weighted_sum(y_NJD, sent.weights_NJ, room)
         self._group[lane.back.splits].copy_(self._group[lane.there.received_splits][0])
         self._start(lane, lane.back)
 

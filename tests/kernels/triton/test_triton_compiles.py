@@ -46,9 +46,8 @@ CASES = {
     "latent_attentions": _LATENTS | _PREFILLING,
     "latent_attentions_fp8": _LATENTS | _PREFILLING,
     "pages": {"pages._copy_pages_kernel"},
-    "samplers": {
-        f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty", "sample")
-    },
+    "samplers": {f"sampling._{name}_kernel" for name in ("allow", "bias", "logsumexp", "mask", "penalty")}
+    | {f"draw._{name}_kernel" for name in ("best", "narrow", "mass", "pick")},
 }
 MATRIX_KERNELS = _PREFILLING | {
     "experts._up_kernel",

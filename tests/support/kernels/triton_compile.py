@@ -43,6 +43,7 @@ from lockstep.kernels.reference.rope import Angles
 from lockstep.kernels.reference.sampling import Purpose, SamplingParams, SlotSampling
 from lockstep.kernels.triton import (
     attention as triton_attention,
+    draw as triton_draw,
     experts as triton_experts,
     experts_four_bit as triton_experts_four_bit,
     experts_fp8 as triton_experts_fp8,
@@ -301,10 +302,10 @@ def pages() -> None:
 
 def samplers() -> None:
     logits, ones = torch.empty(8, 151936), torch.ones(8)
-    triton_sampling.sample_slots(
+    triton_draw.sample_slots(
         logits, SlotSampling(ones, int64(8), ones, ones, int64(8), int64(8)), Purpose.SAMPLE
     )
-    triton_sampling.sample(
+    triton_draw.sample(
         logits,
         SamplingParams(
             np.ones(8, np.float32), np.ones(8, np.int64), np.ones(8, np.float32), np.ones(8, np.float32)

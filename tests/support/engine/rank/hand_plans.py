@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from llguidance import LLTokenizer
 
 from lockstep.engine.models.checkpoint_reader import CheckpointReader
 from lockstep.engine.models.config import load_config
@@ -23,6 +24,7 @@ from lockstep.engine.protocol.results import StepResult
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.engine.rank.device.graphs import GraphRecorder
 from lockstep.engine.rank.executor import Executor
+from lockstep.engine.rank.grammars import Grammars
 from lockstep.engine.rank.page_pool import KVPool, entries_of
 from lockstep.engine.rank.parts import Parts
 from lockstep.engine.rank.warm_up import Pages, warm_up
@@ -60,12 +62,14 @@ def build_executor(
     recorder: GraphRecorder | None = None,
     num_slots: int = NUM_SLOTS,
     device: torch.device = CPU,
+    keep_fp8: bool = False,
+    vocabulary: LLTokenizer | None = None,
 ) -> Executor:
     """An executor in float32 over the checkpoint ``path``; alone without ``collectives``, which are
     those of the experts. ``tensor``: the ranks that split layers; ``dense``: those that split dense
     blocks, if others do; ``stages``: those of a pipeline, and ``tokens`` they again.
     ``as_device``: the executor of a device, with a ``recorder`` if given; on this CPU unless
-    ``device`` is another.
+    ``device`` is another. ``keep_fp8``: in the FP8 of the checkpoint. ``vocabulary``: of grammars.
     """
     alone = Collectives("alone", 0, 1, None, 1.0, device)
     collectives, tensor = collectives or alone, tensor or alone
@@ -78,7 +82,7 @@ def build_executor(
     splits = split_as_attention(split) if dense is None else split_over(dense, split, turns.give)
     dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device)
     part = ModelPart(stage, splits)
-    model = build_model(config, dispatcher, torch.float32, device, column, part=part)
+    model = build_model(config, dispatcher, torch.float32, device, column, keep_fp8, part)
     load_weights(
         model,
         CheckpointReader(path),
@@ -106,6 +110,7 @@ def build_executor(
         samples=tensor.index == 0 and stage.last,
         pool=pool,
         device=device,
+        grammars=None if vocabulary is None else Grammars(vocabulary),
     )
     if as_device:
         return DeviceExecutor(parts, num_slots, max_len, 1, 1024, recorder)
