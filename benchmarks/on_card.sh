@@ -6,7 +6,8 @@
 #
 # Phases, each with a limit of its own; one that fails or runs out of time does not stop the next. OUT
 # receives phases.csv, log.txt, kernels_gpu.csv, kernels_gpu_goals.md, plots, the demo's answers, rows and the
-# timeline of a model's shape with random weights (shape_*), and the tuning table. Put the table into
+# timeline of a model's shape with random weights (shape_*), a trace of its first layers by torch's profiler
+# (profile.json, profile.csv), and the tuning table. Put the table into
 # kernels/triton/tuned/, rows and plots into benchmarks/. Without a card the phases before the rows run on the CPU,
 # as a rehearsal.
 set -u
@@ -97,8 +98,8 @@ device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() e
 phase executor 80 "$python" -m pytest -q -n 4 -p no:cacheprovider tests/engine/rank/device/test_on_card.py
 
 # Every bucket is captured and replayed before the demo serves.
-phase demo-cpu 60 bash -c 'demo cpu 8101 --save "$out/demo_answers.json"'
-phase "demo-$device" 75 bash -c "demo $device 8102 --answers \"\$out/demo_answers.json\""
+phase demo-cpu 50 bash -c 'demo cpu 8101 --save "$out/demo_answers.json"'
+phase "demo-$device" 60 bash -c "demo $device 8102 --answers \"\$out/demo_answers.json\""
 
 # Qwen3-30B-A3B's shape on the card, beside the limits of its profile; the demo's shape in a rehearsal.
 if [ "$device" = cuda ]; then
@@ -106,10 +107,13 @@ if [ "$device" = cuda ]; then
     for hardware in gb200 b200 h200 h800 h100; do
         [[ "$card" != *$hardware* ]] || break
     done
-    phase shape 150 bash -c "shape qwen3-30b-a3b-1xh100 8192 cluster.hardware=$hardware"
+    phase shape 140 bash -c "shape qwen3-30b-a3b-1xh100 8192 cluster.hardware=$hardware"
 else
-    phase shape 150 bash -c 'shape demo 256 cluster.device=cpu cluster.hardware=cpu'
+    phase shape 140 bash -c 'shape demo 256 cluster.device=cpu cluster.hardware=cpu'
 fi
+profiled=recipes/configs/qwen3-30b-a3b
+[ "$device" = cuda ] || profiled=recipes/demo/model
+phase profile 40 "$python" benchmarks/profile_steps.py --config "$profiled" --out "$out"
 
 if [ "$device" = cuda ]; then
     # Attention over latents and FP8 products first, then all that time allows; rivals, FlashInfer among

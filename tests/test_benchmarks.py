@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib.util
+import json
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -39,6 +42,17 @@ def test_the_wheels_for_a_card_hold_all_that_ranks_and_servers_import() -> None:
     assert {"msgspec", "pyzmq", "llguidance", "pydantic", "fastapi", "uvicorn", "pytest"} <= needed
     assert needed - carried - assumed - {"lockstep"} == set()
     assert not carried & wheels.ASSUMED
+
+
+def test_a_profile_of_decode_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FOLDER.parent / "recipes" / "demo" / "model"
+    few = ["--layers", "2", "--rows", "2", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["profile_steps", "--config", str(config), "--out", str(tmp_path), *few])
+    loaded("profile_steps").main()
+    assert len(json.loads((tmp_path / "profile.json").read_text())["traceEvents"]) > 100
+    names, *rows = csv.reader((tmp_path / "profile.csv").read_text().splitlines())
+    assert names == ["name", "calls a step", "us a step"] and len(rows) > 5
+    assert [float(row[2]) for row in rows] == sorted((float(row[2]) for row in rows), reverse=True)
 
 
 def loaded(name: str) -> ModuleType:
