@@ -122,7 +122,14 @@ def _shared(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
 
 
 def _group(state: ClusterState, labels: Sequence[str]) -> Iterator[Metric]:
-    for name, value in {"epoch": state.epoch, "step": state.step, "imbalance_ratio": state.imbalance}.items():
+    gauges = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "imbalance_ratio": state.imbalance,
+        "placement_version": state.placement_version,
+        "moves_open": state.moves_open,
+    }
+    for name, value in gauges.items():
         yield _gauge(f"lockstep:{name}", labels, value)
     phase = GaugeMetricFamily("lockstep:phase", "1 for the phase of the cluster", labels=("phase",))
     phase.add_metric((state.phase,), 1)

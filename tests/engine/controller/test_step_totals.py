@@ -57,6 +57,7 @@ def rendered(totals: StepTotals) -> list[str]:
     state = msgspec.structs.replace(
         STATE, epoch=7, page_size=4, kv_usage=0.0, imbalance=1.25, ranks=ranks, totals=totals.pack()
     )
+    state = msgspec.structs.replace(state, placement_version=5, moves_open=2)
     metrics = Metrics("m")
     metrics.state(state)
     return metrics.render(0).decode().splitlines()
@@ -149,6 +150,7 @@ def test_state_of_ranks_and_group(values: dict[str, float]) -> None:
     assert values['lockstep:rank_state{host="node",rank="0",state="lost"}'] == 1
     assert values['lockstep:rank_state{host="node",rank="2",state="serving"}'] == 1
     assert values[f"lockstep:epoch{LABEL}"] == 7 and values[f"lockstep:imbalance_ratio{LABEL}"] == 1.25
+    assert values[f"lockstep:placement_version{LABEL}"] == 5 and values[f"lockstep:moves_open{LABEL}"] == 2
 
 
 def test_one_rank_twice_in_a_batch_counts_twice() -> None:
