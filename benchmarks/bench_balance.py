@@ -5,6 +5,11 @@ both balancers start from the placement that DeepSeek's algorithm gives the load
 maximum / mean load over ranks, averaged over layers; its lower bound is the largest share of one
 expert when replicas are chosen freely. Ours is asked for several targets, which gives a curve.
 
+Beside the slots received stands the least that any placement with the replicas of before receives
+for the same maxima, layer by layer. No slot is empty, so a rank whose load has to fall gives up an
+expert for another: each above the maximum receives; so do colder ranks, until what they may take at
+most holds what those have too much.
+
     python benchmarks/bench_balance.py     writes rows to balance.csv and draws balance.svg
 """
 
@@ -38,7 +43,7 @@ TARGETS = (1.2, 1.1, 1.06, 1.04, 1.02, 1.015, 1.01, 1.003, 1.0)
 LAYERS, EXPERTS, NODE = 58, 256, 8
 COLUMNS = (
     "loads", "ranks", "slots", "drift", "balancer", "target", "max_over_mean", "lower_bound", "received",
-    "cpu_ms", "hardware", "versions", "commit",
+    "least_received", "cpu_ms", "hardware", "versions", "commit",
 )  # fmt: skip
 Loads = NDArray[np.float64]
 
@@ -91,13 +96,16 @@ def cases() -> Iterator[Case]:
 def measure(case: Case) -> Iterator[dict[str, object]]:
     """A row for the placement as it was, for DeepSeek's algorithm, and for each target of ours."""
     before = placed_anew(case.before_LE, case.ranks, case.slots, case.nodes, case.groups)
-    bound = Layers(case.loads_LE, before.experts_LWS).level_L().mean()
+    drifted = Layers(case.loads_LE, before.experts_LWS)
+    bound = drifted.level_L().mean()
 
     def row(balancer: str, target: str, after: Placement, seconds: float) -> dict[str, object]:
         there_LWSS = after.experts_LWS[..., None] == before.experts_LWS[:, :, None]
         received = (~there_LWSS.any(axis=3) & (after.experts_LWS >= 0)).mean()
-        values = imbalance(case.loads_LE, after).mean(), bound, received, seconds * 1000
-        shown = [f"{value:.{digits}f}" for value, digits in zip(values, (4, 4, 4, 1), strict=True)]
+        maximum_L = imbalance(case.loads_LE, after)
+        least = least_received(drifted.ranks_LW, maximum_L) / case.slots
+        values = maximum_L.mean(), bound, received, least, seconds * 1000
+        shown = [f"{value:.{digits}f}" for value, digits in zip(values, (4, 4, 4, 4, 1), strict=True)]
         where = hardware(), f"python {platform.python_version()}, numpy {np.__version__}", commit()
         set_up = case.loads, case.ranks, case.slots, case.drift, balancer, target
         return dict(zip(COLUMNS, (*set_up, *shown, *where), strict=True))
@@ -116,6 +124,16 @@ def measure(case: Case) -> Iterator[dict[str, object]]:
         yield row("Lockstep", str(target), ours.placement, sorted(seconds)[1])
 
 
+def least_received(ranks_LW: Loads, maximum_L: Loads) -> float:
+    """Ranks of all that have to receive an expert, in the mean over layers, for no load to exceed
+    a layer's maximum.
+    """
+    above_LW = (ranks_LW - maximum_L[:, None] - 1e-9).clip(0)
+    room_LW = np.sort((maximum_L[:, None] - ranks_LW).clip(0), axis=1)[:, ::-1].cumsum(axis=1)
+    colder_L = (room_LW < above_LW.sum(axis=1, keepdims=True)).sum(axis=1) + (above_LW > 0).any(axis=1)
+    return float(((above_LW > 0).sum(axis=1) + colder_L).mean() / ranks_LW.shape[1])
+
+
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     panels = list(dict.fromkeys((row["loads"], row["ranks"]) for row in rows))
     matplotlib.rcParams |= {"svg.hashsalt": "lockstep", "svg.fonttype": "none"}
@@ -130,6 +148,10 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
             ours = [row for row in part if row["balancer"] != "DeepSeek's"]
             points = [(100 * float(str(row["received"])), float(str(row["max_over_mean"]))) for row in ours]
             axis.plot(*zip(*points, strict=True), ".-", color=colour, label=f"drift {drift}")
+            least = [
+                (100 * float(str(row["least_received"])), float(str(row["max_over_mean"]))) for row in ours
+            ]
+            axis.plot(*zip(*least, strict=True), "--", color=colour, linewidth=0.6)
             theirs = next(row for row in part if row["balancer"] == "DeepSeek's")
             axis.plot(
                 100 * float(str(theirs["received"])), float(str(theirs["max_over_mean"])), "x", color=colour
@@ -140,7 +162,9 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         axis.set_ylabel("max / mean load", fontsize=8)
         axis.legend(fontsize=7)
     figure.suptitle(
-        "Lines: Lockstep from no move on; x: DeepSeek's algorithm; dotted: lower bound", fontsize=10
+        "Lines: Lockstep from no move on; dashed: the least for as many replicas; x: DeepSeek's algorithm; "
+        "dotted: lower bound",
+        fontsize=10,
     )
     figure.savefig(path, format="svg", metadata={"Date": None})
 
