@@ -33,6 +33,22 @@ def command(served: Served, out: Path, steps: int, seconds: float, key: str = AD
     )
 
 
+def begun(served: Served, out: Path, steps: int) -> Any:
+    """A command whose timeline is being taken: the server refuses another one meanwhile."""
+    is_taken = False
+
+    def is_told() -> bool:
+        nonlocal is_taken
+        body, headers = {"steps": 1, "seconds": 0.1}, {"Authorization": f"Bearer {ADMIN_KEY}"}
+        is_taken = served.http.post("/admin/timeline", json=body, headers=headers).status_code == 409
+        return is_taken or running.poll() is not None
+
+    while not is_taken:  # or refused, because it came while this asked
+        running = command(served, out, steps, 60.0)
+        served.wait_until(is_told, "a timeline is taken")
+    return running
+
+
 class Talking:
     """Four streams at a time, until the end of the block."""
 
@@ -108,7 +124,7 @@ def test_a_served_cluster_shows_its_steps(tmp_path: Path) -> None:
             assert seen == set(steps), f"rank {rank}"
 
         with Talking(served) as talking:
-            cut = command(served, out, 512, 60.0)
+            cut = begun(served, out, 512)
             served.wait_until(lambda: served.cluster()["phase"] == "serving", "the cluster serves")
             before = served.cluster()["step"]
             served.wait_until(lambda: served.cluster()["step"] > before + 60, "steps pass")

@@ -38,7 +38,7 @@ def limited(limit: Isa, *command: str, **settings: str) -> str:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
         env=os.environ | isa_settings(limit) | settings,
     )
