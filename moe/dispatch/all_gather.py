@@ -41,8 +41,8 @@ class AllGatherExchange:
     others zeros, which is exact. The token's own rank then sums over K, so the sum does not depend
     on the number of ranks. Otherwise each rank sums the outputs of its own experts in float32 and
     the sums are reduced in the model's dtype: 1 / K of the bytes, and rounding that depends on the
-    number of ranks. By default CPUs are exact and GPUs are not, whose experts leave outputs of
-    padding undefined. ``eight``: tokens travel in FP8, as experts in FP8 quantise them.
+    number of ranks. By default CPUs are exact and GPUs are not. ``eight``: tokens travel in FP8, as
+    experts in FP8 quantise them.
     """
 
     def __init__(
