@@ -56,8 +56,8 @@ def experts_reference(
     order, unweighted, in the dtype of x.
 
     rows_M int64 into x_ND. slots_M int64 into w13_SFD [S, 2F, D] and w2_SDF [S, D, F]. A slot of -1
-    is padding: its output is zero, and it is not counted. counts_S int64 is increased by the pairs
-    of each slot.
+    is padding: its output is zero, in the Triton column undefined, and it is not counted. counts_S
+    int64 is increased by the pairs of each slot.
     """
     y_MD = x_ND.new_zeros(len(slots_M), x_ND.shape[1])
     for pair, (row, slot) in enumerate(zip(rows_M.tolist(), slots_M.tolist(), strict=True)):
@@ -74,7 +74,8 @@ def weighted_sum(y_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None
     the dtype of y; or fills ``out_TD``, whose rows without any weight are undefined.
 
     The order is fixed, so the sum depends neither on where the outputs were computed nor on the
-    neighbouring tokens. On GPUs an output of weight 0 is not read.
+    neighbouring tokens. The Triton column does not read an output of weight 0, so it may be
+    undefined.
     """
     sum_TD = y_TKD[:, 0] * weights_TK[:, :1]
     for k in range(1, y_TKD.shape[1]):

@@ -65,7 +65,7 @@ def experts_four_bit_tiled(
     hidden, width = w2.codes.shape[1], w2.columns
     grouping = group_pairs(slots_M, counts_S, tile.rows)
     num_blocks = len(grouping.slot_of_block_B)
-    y_MD = x_ND.new_zeros(len(slots_M), hidden)
+    y_MD = x_ND.new_empty(len(slots_M), hidden)
     if not num_blocks:
         return y_MD
     h_PF = x_ND.new_empty(num_blocks * tile.rows, width)

@@ -64,7 +64,7 @@ def experts_fp8_tiled(
     rows = tile.rows
     grouping = group_pairs(slots_M, counts_S, rows)
     num_blocks = len(grouping.slot_of_block_B)
-    y_MD = torch.zeros(len(slots_M), hidden, dtype=dtype, device=slots_M.device)
+    y_MD = torch.empty(len(slots_M), hidden, dtype=dtype, device=slots_M.device)
     if not num_blocks:
         return y_MD
     late = tile.up.columns < BLOCK

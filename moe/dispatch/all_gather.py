@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference.fp8 import Normed, wide_of
-from ...kernels.table import column_for, ops_of
+from ...kernels.table import Column, column_for, ops_of
 from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
@@ -41,8 +41,9 @@ class AllGatherExchange:
     others zeros, which is exact. The token's own rank then sums over K, so the sum does not depend
     on the number of ranks. Otherwise each rank sums the outputs of its own experts in float32 and
     the sums are reduced in the model's dtype: 1 / K of the bytes, and rounding that depends on the
-    number of ranks. By default CPUs are exact and GPUs are not. ``eight``: tokens travel in FP8, as
-    experts in FP8 quantise them.
+    number of ranks. By default CPUs are exact; GPUs are not, whose experts leave outputs of padding
+    undefined. ``column``: that of the experts, by default the device's. ``eight``: tokens travel in
+    FP8, as experts in FP8 quantise them.
     """
 
     def __init__(
@@ -53,16 +54,18 @@ class AllGatherExchange:
         node_W: Sequence[int] | None = None,
         exact: bool | None = None,
         eight: bool = False,
+        column: Column | None = None,
     ) -> None:
         assert placement.num_ranks == collectives.size, (
             f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
         )
         self.placement = placement
-        ops = ops_of(column_for(device))
+        column = column or column_for(device)
+        ops = ops_of(column)
         self._weighted_sum, self._quantise = ops.weighted_sum, ops.quantise_rows if eight else None
         self._choice = ReplicaChoice(placement, collectives.index, node_W, device)
         self._collectives = collectives
-        self._exact = device.type == "cpu" if exact is None else exact
+        self._exact = column != "triton" if exact is None else exact
         self._capacity = 0
 
     @property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import Placement
 from lockstep.moe.dispatch.all_gather import AllGatherExchange
 from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
-from lockstep.moe.dispatch.exchange import ExchangeDispatcher
+from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
@@ -26,9 +27,11 @@ def dispatcher_of(
     collectives: Collectives | None = None,
     turns: Turns | None = None,
     device: torch.device = CPU,
+    column: Column = "cpu",
 ) -> Dispatcher:
     """``local``, ``all_gather``, ``summing`` (all_gather as on GPUs) or ``all_to_all``; in a group
-    of one without ``collectives``. It gives ``turns`` away. ``device``: of a local one.
+    of one without ``collectives``. It gives ``turns`` away. ``device``: of a local one. ``column``:
+    that computes the experts.
     """
     if kind == "local":
         return LocalDispatcher(placement, device)
@@ -37,8 +40,12 @@ def dispatcher_of(
     if kind == "summing":
         summing = AllGatherExchange(placement, group, CPU, exact=False)
         return ExchangeDispatcher(summing, CPU, give_turn=give_turn)
-    exchange = AllGatherExchange if kind == "all_gather" else AllToAllExchange
-    return ExchangeDispatcher(exchange(placement, group, CPU), CPU, give_turn=give_turn)
+    exchange: Exchange
+    if kind == "all_gather":
+        exchange = AllGatherExchange(placement, group, CPU, column=column)
+    else:
+        exchange = AllToAllExchange(placement, group, CPU)
+    return ExchangeDispatcher(exchange, CPU, give_turn=give_turn)
 
 
 def symmetric_dispatcher(

@@ -21,6 +21,7 @@ from lockstep.parallel.collectives import Collectives
 from support.engine.models.checkpoints import deepseek_v3_config, qwen3_moe_config, write_checkpoint
 from support.engine.rank.hand_plans import build_executor
 from support.engine.rank.launch_recorder import LaunchRecorder
+from support.kernels.poison import poisoned
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,9 @@ def test_pages_get_what_weights_and_steps_leave(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_rank_rehearses_without_the_others(path: Path, tensor: int) -> None:
-    """Eight ranks share experts, and nobody else is there; the recorder refuses host reads."""
+    """Eight ranks share experts, and nobody else is there; the recorder refuses host reads. Memory
+    that nobody has written holds NaN.
+    """
     experts = Collectives("experts", 5, 8, HashStore(), 1.0, CPU)
     layers = Collectives("layers", 0, tensor, HashStore(), 1.0, CPU)
     executor = build_executor(
@@ -99,7 +102,7 @@ def test_a_rank_rehearses_without_the_others(path: Path, tensor: int) -> None:
         recorder=LaunchRecorder(),
         tensor=layers,
     )
-    with small(executor).rehearsing():
+    with poisoned(), small(executor).rehearsing():
         assert small(executor)._captured._graphs.num_recorded == 4
     assert small(executor)._captured._graphs.num_recorded == 0
     assert not executor._parts.dispatcher.counts_LS.any() and experts.transport == ""

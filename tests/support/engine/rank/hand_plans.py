@@ -80,7 +80,7 @@ def build_executor(
     stage = read_shape(path).stages(stages.size)[stages.index]
     placement = contiguous(stage.num_moe, config.moe.num_experts, collectives.size)
     splits = split_as_attention(split) if dense is None else split_over(dense, split, turns.give)
-    dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device)
+    dispatcher = dispatcher_of(dispatch, placement, collectives, turns, device, column)
     part = ModelPart(stage, splits)
     model = build_model(config, dispatcher, torch.float32, device, column, keep_fp8, part)
     load_weights(
