@@ -56,7 +56,7 @@ def random_logits(num_rows: int, vocab: int, spread: float = 3.0) -> torch.Tenso
 def test_draws_the_tokens_of_the_reference(vocab: int) -> None:
     logits = random_logits(len(ROWS), vocab)
     before = logits.clone()
-    for draw in range(2):
+    for draw in range(3):
         numbers = uniform(np.arange(len(ROWS)) + 100 * draw, np.arange(len(ROWS)) * 7, Purpose.SAMPLE)
         with poisoned():
             tokens = triton_draw.sample(logits, params(ROWS), numbers)
@@ -69,7 +69,7 @@ def test_draws_the_tokens_of_the_reference(vocab: int) -> None:
     "row", [(1.0, 0, 1.0, 0.0), (0.8, 7, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.2, 12, 0.7, 0.03)]
 )
 def test_draws_follow_the_distribution_of_the_reference(row: tuple[float, int, float, float]) -> None:
-    num = 12
+    num = 24
     logits = random_logits(1, 40, 1.5).expand(num, -1)
     uniform_R = (np.arange(num) + 0.5) / num
     counts = [
