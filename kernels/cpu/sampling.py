@@ -64,7 +64,7 @@ def _search_rows(begin, end, x_SV, values_SK, ids_SK):
 def _search_row(x_V, values_K, ids_K):
     """Top K of one row. At least K values reach the K-th largest block maximum, so only blocks
     whose maximum exceeds it are searched; the places left go to the lowest tokens that equal it.
-    A heap instead of numba's partition and sort, which take longer to compile than most kernels.
+    A heap instead of numba's partition and sort, which take a quarter of all compiling.
     """
     num_blocks = -(-len(x_V) // _SEARCHED)
     most_B = np.empty(num_blocks, np.float32)

@@ -33,7 +33,7 @@ REQUESTS = [
 ]
 CAPTURED = 4
 SEED = 29
-"""Greedy choices of this model are 0.09 apart at least; log-probabilities of the two differ by up to 0.07."""
+"""Greedy choices of this model are 0.09 apart at least; log-probabilities differ by up to 0.07."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="steps a model on the CPU, through the interpreter")
