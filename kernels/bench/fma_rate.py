@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, njit
@@ -17,6 +16,7 @@ from numba.core import cgutils, types
 
 from .. import cpu_isa
 from ..cpu.codegen.arrays import inner
+from ..cpu.codegen.crew import num_threads
 from ..cpu.codegen.threads import share_out
 from ..cpu.codegen.vectors import LANES, SUMS, all_lanes, multiply_add, total
 
@@ -27,10 +27,10 @@ _intrinsic: Any = extending.intrinsic  # typed as the definition, which also tak
 
 
 def fma_flops() -> float:
-    """Operations per second on numba's threads, two to a multiply-add: the fastest of a few runs,
-    since this is a limit.
+    """Operations per second on the threads of kernels, two to a multiply-add: the fastest of a few
+    runs, since this is a limit.
     """
-    threads = numba.get_num_threads()
+    threads = num_threads()
     _multiply_on_all(threads)
     samples = []
     for _ in range(_SAMPLES):

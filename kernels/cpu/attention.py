@@ -32,6 +32,7 @@ from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.kv_entries import holds_fp8, num_kv_heads
 from ..reference.paged import PagedBatch
 from .codegen.arrays import array, computes, inner, made
+from .codegen.crew import num_threads
 from .codegen.threads import share_out
 from .flash import BLOCK, attend_rows, place_queries, scratch, tiled
 from .kv_entries import NO_SCALES, Place, Run, move_rows, place_of_heads
@@ -106,7 +107,7 @@ def attend(
     out_THD, bits = made(q_THD.shape, q_THD.dtype)
     num_heads, place = num_kv_heads(k_cache, dim), place_of_heads(k_cache, dim)
     window, sinks_H = reach_of(rule)
-    shape = Shape(num_heads, batch.num_decode, batch.page_size, torch.get_num_threads(), window)
+    shape = Shape(num_heads, batch.num_decode, batch.page_size, num_threads(), window)
     attend_places(
         q_THD, (k_cache, v_cache), (place, place), rows_of(batch), shape, Softmax(scale, sinks_H), bits
     )

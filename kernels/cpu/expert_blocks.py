@@ -9,7 +9,6 @@ N received tokens  M pairs  S slots  D hidden  F width  I stretches: some pairs 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from numba import njit
@@ -31,6 +30,7 @@ from .codegen.blocks import (
     parts,
     stretches,
 )
+from .codegen.crew import num_threads
 from .codegen.threads import share_out, take_item
 from .expert_form import clamped_mul, form_of
 from .linear import NO_PLACES, multiply_into
@@ -59,9 +59,7 @@ def experts(
     y_MD = torch.empty((len(slots_M), x_ND.shape[1]), dtype=x_ND.dtype)
     places = (x_ND.data_ptr(), 2 * x_ND.stride(0), w13_S.data_ptr(), w2_S.data_ptr(), 2 * w2_S.shape[2])
     pairs = array(rows_M.contiguous()), array(slots_M.contiguous())
-    run_experts(
-        *places, *pairs, array(counts_S), array(y_MD), form_of(form, x_ND.dtype), numba.get_num_threads()
-    )
+    run_experts(*places, *pairs, array(counts_S), array(y_MD), form_of(form, x_ND.dtype), num_threads())
     return y_MD
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import njit
@@ -26,6 +25,7 @@ from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.four_bit import FourBit
 from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
 from .codegen.blocks import add_bias, part, parts, stretches
+from .codegen.crew import num_threads
 from .codegen.float_nibbles import (
     arranged_floats,
     decode_row,
@@ -81,7 +81,7 @@ def experts_four_bit(
         array(counts_S),
         y,
         form_of(form, x_ND.dtype),
-        numba.get_num_threads(),
+        num_threads(),
     )
     return y_MD
 

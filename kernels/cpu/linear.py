@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import Tensor
 from .. import cpu_isa
 from .codegen import blocks as cpu_blocks
 from .codegen.arrays import array, made
+from .codegen.crew import num_threads
 
 NO_PLACES: NDArray[np.int64] = np.empty(0, np.int64)
 _NO_BIAS = {torch.bfloat16: np.empty((0, 0), np.uint16), torch.float32: np.empty((0, 0), np.float32)}
@@ -136,5 +136,5 @@ def multiply_into(
         pairs,
         _NO_BIAS[x_TD.dtype] if bias_SN is None else array(bias_SN),
         y_MN,
-        numba.get_num_threads(),
+        num_threads(),
     )

@@ -18,6 +18,7 @@ from ..reference.kv_entries import holds_fp8
 from ..reference.paged import Extend, PagedBatch
 from .attention import Shape, Softmax, attend_places
 from .codegen.arrays import array, computes, made
+from .codegen.crew import num_threads
 from .head_products import multiply_heads, multiply_heads_turned
 from .kv_entries import Place, gather_latents, place_of_latents
 from .views import rows_of
@@ -77,7 +78,7 @@ def _absorbed(
     starts_R1, lengths_R, pages_RP = rows_of(batch)
     rows = starts_R1[: num_rows + 1], lengths_R[:num_rows], pages_RP[:num_rows]
     shape, place = (
-        Shape(1, num_rows, batch.page_size, torch.get_num_threads()),
+        Shape(1, num_rows, batch.page_size, num_threads()),
         place_of_latents(cache, latent_dim),
     )
     # The shape that other attention has, so that no further kernel is compiled.
@@ -101,7 +102,7 @@ def _materialised(
         Place(width - value_dim, width, value_dim, value_dim, 0, 0),
     )
     rows = np.array([0, len(q_THD)], np.int32), np.array([row.length], np.int32), np.zeros((1, 1), np.int32)
-    shape = Shape(num_heads, 0, row.length, torch.get_num_threads())
+    shape = Shape(num_heads, 0, row.length, num_threads())
     attend_places(q_THD, (k_LHD, kv_LHP), places, rows, shape, Softmax(scale), array(out_THV))
 
 

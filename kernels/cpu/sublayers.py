@@ -11,9 +11,8 @@ the caches, and meanwhile the other threads are idle. One row through 8 layers o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba import njit
@@ -38,8 +37,9 @@ from ..reference.sublayers import (
     RowNorm,
 )
 from .attention import Shape, attend_heads, reach_of
-from .codegen.arrays import array, computes, inner, made
+from .codegen.arrays import array, computes, inner, matrix
 from .codegen.blocks import multiply_slots
+from .codegen.crew import num_threads
 from .expert_blocks import run_experts
 from .expert_form import form_of
 from .experts import weigh_rows
@@ -63,6 +63,23 @@ def experts_in_blocks(norm: RowNorm, weights: tuple[SlotWeights, SlotWeights]) -
     return norm.weight.dtype == torch.bfloat16 and isinstance(w13, Tensor) and w13.dim() == 5
 
 
+class _Caches(NamedTuple):
+    """A layer's keys and values as the compiled call takes them."""
+
+    arrays: tuple[NDArray[Any], NDArray[Any]]
+    place: Any
+    num_heads: int
+    like: NDArray[Any]
+
+
+def _caches(keys: Tensor, values: Tensor, dim: int) -> _Caches | None:
+    """None if compiled calls do not take them."""
+    if keys.dtype != values.dtype or not (holds_fp8(keys) or computes(keys.dtype)):
+        return None
+    like = _FLOAT32 if keys.dtype == torch.float32 else _BF16
+    return _Caches((array(keys), array(values)), place_of_heads(keys, dim), num_kv_heads(keys, dim), like)
+
+
 class Attention:
     """The attention of a layer. Arrays over its weights are made once: finding one takes 1 to 2 us.
     ``composed`` takes the steps whose rows or caches are of other types.
@@ -79,30 +96,32 @@ class Attention:
         self._out = _blocks(heads.out)
         self._factor = heads.dim**-0.5 / math.log(2)
         self._window, self._sinks = reach_of(heads.rule)
+        # Those of the last call: a layer keeps its cache for as long as the pool stands.
+        self._cache: tuple[Tensor, Tensor] | None = None
+        self._caches: _Caches | None = None
 
     def __call__(
         self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        keys, values = cache
-        kept = keys.dtype == values.dtype and (holds_fp8(keys) or computes(keys.dtype))
-        if not (kept and _plain(residual)):
+        if self._cache is not cache:
+            self._cache, self._caches = cache, _caches(*cache, self._dim)
+        caches = self._caches
+        if caches is None or not _plain(residual):
             return self._composed(residual, rotation, batch, cache)
         total_TD, rows = _rows(residual, *self._norm)
-        out_TD, out = made((len(total_TD), self._out[1]), torch.bfloat16)
-        place, num_keys = place_of_heads(keys, self._dim), num_kv_heads(keys, self._dim)
-        shape = Shape(num_keys, batch.num_decode, batch.page_size, numba.get_num_threads(), self._window)
-        like = _FLOAT32 if keys.dtype == torch.float32 else _BF16
+        out_TD = total_TD.new_empty((len(total_TD), self._out[1]))
+        shape = Shape(caches.num_heads, batch.num_decode, batch.page_size, num_threads(), self._window)
         entering = self._head_norms, angles_of(rotation), writes_of(batch), self._interleaved
         attending = (
-            (array(keys), array(values)),
-            place,
+            caches.arrays,
+            caches.place,
             rows_of(batch),
             shape,
             self._factor,
-            like,
+            caches.like,
             self._sinks,
         )
-        _attention(rows, self._dim, self._qkv, entering, attending, self._out, out)
+        _attention(rows, self._dim, self._qkv, entering, attending, self._out, out_TD.data_ptr())
         return total_TD, out_TD
 
 
@@ -136,10 +155,10 @@ class Experts:
             self._local = local
             self._places = array(local.slots_L), array(local.rows_M), array(local.counts_S)
         total_TD, rows = _rows(residual, *self._norm)
-        normed_TD, normed = made(total_TD.shape, torch.bfloat16)
-        out_TD, out = made(total_TD.shape, torch.bfloat16)
+        normed_TD, out_TD = torch.empty_like(total_TD), torch.empty_like(total_TD)
+        given = normed_TD.data_ptr(), out_TD.data_ptr()
         weights = self._blocks, self._form
-        _experts(rows, self._routing, self._places, weights, normed, out, numba.get_num_threads())
+        _experts(rows, self._routing, self._places, weights, given, num_threads())
         return total_TD, normed_TD, out_TD
 
 
@@ -153,11 +172,11 @@ def _plain(residual: Residual) -> bool:
 def _rows(residual: Residual, weight_D: NDArray[Any], eps: float) -> tuple[Tensor, Any]:
     """The sum, and the arguments with which ``_add_norm`` computes it."""
     x_TD, update_TD = residual
-    x = array(x_TD)
+    shape, x = x_TD.shape, x_TD.data_ptr()
     if update_TD is None:
-        return x_TD, (x, _NO_ROWS, weight_D, eps, x)
-    total_TD, total = made(x_TD.shape, torch.bfloat16)
-    return total_TD, (x, array(update_TD), weight_D, eps, total)
+        return x_TD, (x, 0, weight_D, eps, x, shape[0], shape[1])
+    total_TD = torch.empty_like(x_TD)
+    return total_TD, (x, update_TD.data_ptr(), weight_D, eps, total_TD.data_ptr(), shape[0], shape[1])
 
 
 def _blocks(projection: Projection) -> tuple[int, int, NDArray[Any]]:
@@ -173,13 +192,15 @@ def _head_norms(heads: GroupedHeads) -> tuple[NDArray[Any], NDArray[Any], float]
 
 @inner()
 def _add_norm(rows, normed_TD):
-    x_TD, update_TD, weight_D, eps, total_TD = rows
-    shape = (len(x_TD), 1, x_TD.shape[1])  # as ``norm`` passes rows
-    x, total, normed = x_TD.reshape(shape), total_TD.reshape(shape), normed_TD.reshape(shape)
-    if len(update_TD):
-        add_norm_rows(x, update_TD.reshape(shape), weight_D, eps, total, normed)
+    x, update, weight_D, eps, total, num_tokens, hidden = rows
+    shape = (num_tokens, 1, hidden)  # as ``norm`` passes rows
+    x_T1D, normed_T1D = matrix(x, num_tokens, hidden).reshape(shape), normed_TD.reshape(shape)
+    if update:
+        update_T1D = matrix(update, num_tokens, hidden).reshape(shape)
+        total_T1D = matrix(total, num_tokens, hidden).reshape(shape)
+        add_norm_rows(x_T1D, update_T1D, weight_D, eps, total_T1D, normed_T1D)
     else:
-        norm_rows(x, weight_D, eps, normed)
+        norm_rows(x_T1D, weight_D, eps, normed_T1D)
 
 
 @inner()
@@ -198,13 +219,16 @@ def _multiply(x_TC, blocks, y_TN, num_threads):
 
 
 @njit(cache=True)
-def _attention(rows, dim, qkv, entering, attending, out, out_TD):
+def _attention(rows, dim, qkv, entering, attending, out, result):
     (norms, turns, write_T, interleaved), (caches, place, batch, shape, factor, like, sinks_H) = (
         entering,
         attending,
     )
-    num_tokens, num_heads = len(rows[0]), qkv[1] // dim
-    normed_TD, qkv_TN = np.empty_like(rows[0]), np.empty((num_tokens, qkv[1]), np.uint16)
+    num_tokens, hidden, num_heads = rows[5], rows[6], qkv[1] // dim
+    normed_TD, qkv_TN = (
+        np.empty((num_tokens, hidden), np.uint16),
+        np.empty((num_tokens, qkv[1]), np.uint16),
+    )
     _add_norm(rows, normed_TD)
     _multiply(normed_TD, qkv, qkv_TN, shape.num_threads)
     qkv_TXE = qkv_TN.reshape(num_tokens, num_heads, dim)
@@ -212,19 +236,23 @@ def _attention(rows, dim, qkv, entering, attending, out, out_TD):
     enter_heads(qkv_TXE, norms[:2], norms[2], turns, caches, write_T, interleaved, q_THE)
     seen_THE = np.empty_like(q_THE)
     attend_heads(q_THE, caches[0], caches[1], place, place, batch, shape, factor, like, seen_THE, sinks_H)
+    out_TD = matrix(result, num_tokens, out[1])
     _multiply(seen_THE.reshape(num_tokens, -1), out, out_TD, shape.num_threads)
 
 
 @njit(cache=True)
-def _experts(rows, routing, places, weights, normed_TD, out_TD, num_threads):
-    """``weights``: addresses of packed w13 and w2, and F; the form."""
+def _experts(rows, routing, places, weights, results, num_threads):
+    """``weights``: addresses of packed w13 and w2, and F; the form. ``results``: addresses of the
+    normed rows and of the output.
+    """
     blocks, form = weights
     (weight_LD, bias_L, groups, rule, top_k), (slots_L, rows_M, counts_S), (w13, w2, width) = (
         routing,
         places,
         blocks,
     )
-    num_tokens, hidden = out_TD.shape
+    num_tokens, hidden = rows[5], rows[6]
+    normed_TD, out_TD = matrix(results[0], num_tokens, hidden), matrix(results[1], num_tokens, hidden)
     _add_norm(rows, normed_TD)
     ids_TC, weights_TC = np.empty((num_tokens, top_k), np.int64), np.empty((num_tokens, top_k), np.float32)
     route(normed_TD, weight_LD, bias_L, groups, rule, ids_TC, weights_TC)

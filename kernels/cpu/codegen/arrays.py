@@ -2,16 +2,13 @@
 bits.
 
 Numba compiles the kernels. It needs no C compiler and keeps compiled code on disk
-(``cache_folder.py``). Kernels run on the threads of torch's own OpenMP, so the two do not compete:
-a parallel call costs 0.8 us, a call on the same thread 0.1 us (2 cores of an EPYC Turin, numba
-0.68).
+(``cache_folder.py``). Loops of kernels run on threads of their own (``crew.py``).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import caching, config, event, types
+from numba.core import config, event, types
 from numba.extending import intrinsic, overload, register_jitable
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import crew
 from .cache_folder import cache_folder
 from .compile_lock import CompileLock, save_one_at_a_time
 
@@ -36,7 +34,6 @@ COMPILE_LOCK = CompileLock(Path(CACHE_FOLDER))
 
 # Set before the first kernel is declared.
 config.CACHE_DIR = CACHE_FOLDER  # type: ignore[attr-defined]
-config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 event.register("numba:compiler_lock", COMPILE_LOCK)
 save_one_at_a_time()
 
@@ -52,35 +49,9 @@ ALONE = 1 << 13
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def threads_before_kernels() -> None:
-    """Makes numba of this process start its threads before it loads a kernel from the disk.
-
-    Parallel kernels call functions by names that numba knows once its threads run. A kernel on disk
-    notes that it needs them, but not if it was compiled around a loop that was itself loaded from
-    the disk (numba 0.68): loaded first, it would jump to nowhere.
-    """
-    rebuild = caching.CompileResultCacheImpl.rebuild
-    if getattr(rebuild, "has_threads", False):
-        return
-
-    def rebuild_with_threads(self: Any, target_context: Any, payload: Any) -> Any:
-        _threads_of_torch_once()
-        return rebuild(self, target_context, payload)
-
-    rebuild_with_threads.has_threads = True  # type: ignore[attr-defined]
-    caching.CompileResultCacheImpl.rebuild = rebuild_with_threads  # type: ignore[method-assign]
-
-
-@functools.cache
-def _threads_of_torch_once() -> None:
-    use_threads_of_torch()
-
-
 def use_threads_of_torch() -> None:
-    """Lets parallel kernels called from this thread use as many threads as torch does."""
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    torch.set_num_threads(threads)  # numba's first call set OpenMP to all cores for the whole process
+    """Lets kernels of this process use as many threads as torch does in this thread."""
+    crew.set_num_threads(torch.get_num_threads())
 
 
 def array(x: Tensor) -> NDArray[Any]:
@@ -126,6 +97,25 @@ def stay_apart(typing_context):
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@_intrinsic
+def _halves(typing_context, address):
+    """A pointer to the 16-bit values at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(types.intp), generate
+
+
+@register_jitable
+def matrix(address, num_rows, num_columns):
+    """In kernels: the bf16 [num_rows, num_columns] at an address, as bits. The address of a tensor
+    costs its caller a tenth of what a numpy view of it does, most of all once weights have driven
+    torch's code from the caches.
+    """
+    return numba.carray(_halves(address), (num_rows, num_columns))  # type: ignore[attr-defined]
 
 
 def widen(value: Any) -> Any:
@@ -185,6 +175,3 @@ def exp(x):
     y = y * rest + np.float32(5.0000001201e-1)
     y = y * rest * rest + rest + np.float32(1)
     return y * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-threads_before_kernels()

@@ -1,8 +1,8 @@
-"""Parallel loops of compiled kernels on torch's OpenMP threads, with bodies compiled once.
+"""Parallel loops of compiled kernels, with bodies compiled once.
 
 Numba compiles the body of a ``prange`` four times, in the loop's function and in each of three
-around it: a third of the time to compile a model's kernels. This module has one such loop, which
-calls bodies by address.
+around it: a third of the time to compile a model's kernels. Here a body is called by its address,
+on this thread and on those of the crew.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -11,48 +11,39 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import njit, prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from . import crew
 
 _intrinsic: Any = intrinsic  # typed as the definition, which also takes the compiler's context
 
 _INDEX = ir.IntType(64)  # types.intp
-# Parts of a loop at most; the threads share them evenly. Kernels kept on disk cannot ask for the
-# number of threads.
-_PARTS = 64
-_PART = (types.intp, types.intp, types.intp)  # begin, end, address of the body's arguments
+_NOT_SHARED = -1
 
 
 @_intrinsic
 def share_out(typing_context, body, count, arguments, alone):
     """In kernels: calls body(begin, end, *arguments) for parts that make up [0, count), on all
-    threads; or for the whole range on this thread if ``alone``.
+    threads; or for the whole range on this thread if ``alone``, if there are no helpers, or if they
+    share the loop of another thread.
 
     ``arguments`` is a tuple; the caller keeps ownership of the arrays in it.
     """
     given = tuple(types.unliteral(kind) for kind in arguments.types)
     body_signature = body.get_call_type(typing_context, (types.intp, types.intp, *given), {})
-    loop = types.Dispatcher(_loop)
-    loop_signature = loop.get_call_type(
-        typing_context, (types.intp, types.intp, types.intp, types.boolean), {}
-    )
 
     def generate(context, builder, signature, values):
         _, count, arguments, alone = values
-        run_body, run_loop = (
-            context.get_function(body, body_signature),
-            context.get_function(loop, loop_signature),
-        )
+        run_body = context.get_function(body, body_signature)
         packer = context.get_arg_packer(given)
         leaves = packer.as_arguments(builder, cgutils.unpack_tuple(builder, arguments, len(given)))
         room = cgutils.alloca_once(builder, ir.LiteralStructType([leaf.type for leaf in leaves]))
         for i, leaf in enumerate(leaves):
             builder.store(leaf, cgutils.gep_inbounds(builder, room, 0, i))
         part = _part(context, builder.module, run_body, given, room.type)
-        run_loop(builder, (builder.ptrtoint(part, _INDEX), builder.ptrtoint(room, _INDEX), count, alone))
+        _run(context, builder, (part, builder.ptrtoint(room, _INDEX), count), alone)
         return context.get_dummy_value()
 
     return types.void(body, types.intp, arguments, types.boolean), generate
@@ -82,11 +73,33 @@ def borrowed(typing_context, array):
     return array(array), generate
 
 
+def _run(context: Any, builder: Any, loop: tuple[Any, Any, Any], alone: Any) -> None:
+    """Calls a loop's parts. ``loop``: their function, the address of their arguments, the count."""
+    part, given, count = loop
+    state = builder.module.globals.get(crew.SYMBOL) or ir.GlobalVariable(builder.module, _INDEX, crew.SYMBOL)
+    shared = cgutils.alloca_once_value(builder, _INDEX(_NOT_SHARED))
+    share = builder.load_atomic(state, "acquire", 8, typ=_INDEX)
+    helped = builder.icmp_unsigned("!=", share, _INDEX(0))
+    several = builder.icmp_signed(">", count, _INDEX(1))
+    with builder.if_then(builder.and_(builder.and_(helped, several), builder.not_(alone))):
+        function = builder.inttoptr(share, ir.FunctionType(_INDEX, [_INDEX] * 4).as_pointer())
+        given_all = (builder.ptrtoint(state, _INDEX), builder.ptrtoint(part, _INDEX), given, count)
+        builder.store(builder.call(function, given_all), shared)
+    outcome = builder.load(shared)
+    with builder.if_then(builder.icmp_signed("==", outcome, _INDEX(_NOT_SHARED))):
+        values = (_INDEX(0), count, given)
+        status, _ = context.call_conv.call_function(builder, part, types.none, crew.PART, values)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+    with cgutils.if_unlikely(builder, builder.icmp_signed(">", outcome, _INDEX(0))):
+        context.call_conv.return_user_exc(builder, RuntimeError, ("a part of a kernel's loop failed",))
+
+
 def _part(context: Any, module: Any, run_body: Any, given: tuple[Any, ...], room_type: Any) -> Any:
     """A function that calls the body in numba's calling convention. It is separate, so that the
     body is compiled once.
     """
-    kind = context.call_conv.get_function_type(types.none, _PART)
+    kind = context.call_conv.get_function_type(types.none, crew.PART)
     function = ir.Function(module, kind, module.get_unique_name("part"))
     function.linkage = "internal"
     function.attributes.add("noinline")
@@ -119,29 +132,3 @@ def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     array = context.make_array(kind)(context, builder, value)
     array.meminfo = array.parent = cgutils.get_null_value(array.meminfo.type)
     return array._getvalue()
-
-
-@_intrinsic
-def _call(typing_context, function, begin, end, given):
-    """Calls one part."""
-
-    def generate(context, builder, signature, values):
-        kind = context.call_conv.get_function_type(types.none, _PART)
-        function = builder.inttoptr(values[0], kind.as_pointer())
-        status, _ = context.call_conv.call_function(builder, function, types.none, _PART, values[1:])
-        with cgutils.if_unlikely(builder, status.is_error):
-            context.call_conv.return_status_propagate(builder, status)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, *_PART), generate
-
-
-@njit(cache=True, parallel=True)
-def _loop(function, given, count, alone):
-    if alone:
-        _call(function, 0, count, given)
-    else:
-        num_parts = min(count, _PARTS)
-        for number in prange(num_parts):
-            part = np.intp(number)
-            _call(function, count * part // num_parts, count * (part + 1) // num_parts, given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels.cpu import attention as cpu_attention
+from lockstep.kernels.cpu.codegen import crew
 from lockstep.kernels.reference import attention as reference, kv_entries
 from lockstep.kernels.reference.attention import AttentionRule
 from lockstep.kernels.reference.paged import PagedBatch
@@ -57,9 +58,9 @@ def filled(rows: PagedRows, kv_heads: int, dim: int, kv_format: str) -> list[Ten
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    before = crew.num_threads()
+    yield crew.set_num_threads
+    crew.set_num_threads(before)
 
 
 @pairwise({"case": CASES, "shape": SHAPES, "rule": RULES, "kv_format, dtype": product(FORMATS, TOLERANCES)})

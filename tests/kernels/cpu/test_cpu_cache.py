@@ -29,13 +29,6 @@ for rows in (x, x[:1]):
 """
 
 
-_SILU = """
-import sys, torch
-from lockstep.kernels.cpu.norm import silu_mul
-silu_mul(torch.ones(4, 64, dtype=getattr(torch, sys.argv[1])))
-"""
-
-
 def run(folder: Path, *command: str) -> str:
     """The output of a process that keeps its kernels in ``folder``."""
     done = subprocess.run(
@@ -54,11 +47,3 @@ def run(folder: Path, *command: str) -> str:
 def test_compiled_and_loaded_code_give_the_same_bits(tmp_path: Path) -> None:
     compiled = run(tmp_path, SCRIPT)
     assert any(tmp_path.rglob("*.nbc")) and run(tmp_path, SCRIPT) == compiled
-
-
-def test_a_kernel_compiled_around_a_loaded_loop_is_loaded_first(tmp_path: Path) -> None:
-    """The second process compiles its kernel around the loop that the first has compiled; numba
-    does not note there that the third has to start threads before it loads that kernel.
-    """
-    for dtype in ("float32", "bfloat16", "bfloat16"):
-        run(tmp_path, _SILU, dtype)

@@ -19,7 +19,6 @@ from lockstep.kernels.cpu.linear import (
     pack_slots,
     pack_slots_for_onednn,
 )
-from lockstep.kernels.table import ops_of
 from support.grids import pairwise
 
 
@@ -27,14 +26,6 @@ from support.grids import pairwise
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds weights as every CPU does but one with AMX, which computes with them too."""
     monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_torch() -> None:
-    """Keeps numba on torch's threads. Compiled kernels would otherwise set the whole process to the
-    number of cores.
-    """
-    ops_of("cpu")
 
 
 @pytest.mark.parametrize("packing", [pack, pack_for_onednn, cpu_blocks.pack_blocks])

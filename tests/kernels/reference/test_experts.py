@@ -6,25 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import pytest
 import torch
 from torch import Tensor
 
 from lockstep.kernels.activation import SILU, Activation
+from lockstep.kernels.cpu.codegen import crew
 from lockstep.kernels.cpu.codegen.blocks import pack_blocks
 from lockstep.kernels.cpu.experts import experts, weighted_sum
 from lockstep.kernels.cpu.linear import pack_slots, pack_slots_for_onednn
 from lockstep.kernels.reference.experts import ExpertForm, experts_reference
-from lockstep.kernels.table import ops_of
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_torch() -> None:
-    """Keeps numba on torch's threads. Compiled kernels would otherwise set the whole process to the
-    number of cores.
-    """
-    ops_of("cpu")
 
 
 def _weights(slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -176,13 +167,13 @@ def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
 
 def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
     x, rows, slots, w13, w2 = _drawn(150)
-    weights, before, results = _in_blocks(w13, w2), numba.get_num_threads(), []
+    weights, before, results = _in_blocks(w13, w2), crew.num_threads(), []
     try:
-        for threads in {1, numba.config.NUMBA_NUM_THREADS}:
-            numba.set_num_threads(threads)
+        for threads in (1, 3):
+            crew.set_num_threads(threads)
             results.append(experts(x, rows, slots, *weights, torch.zeros(5, dtype=torch.int64)))
     finally:
-        numba.set_num_threads(before)
+        crew.set_num_threads(before)
     assert torch.equal(results[0], results[-1])
 
 
