@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +192,8 @@ def _experts(state: ClusterState) -> Iterator[Metric]:
     balanced = _column(np.frombuffer(totals.balancedness_f64, np.float64))
     text = "mean load / maximum load over ranks, in tokens of the last report"
     yield _gauges("lockstep:balancedness", text, "layer", balanced)
+    text = "experts, counted in each MoE layer, that so many ranks hold"
+    yield _gauges("lockstep:experts", text, "ranks", _replicas(state.placement_i32))
     if state.expert_layers and state.expert_i64:
         loads = _vector(state.expert_i64).reshape(state.expert_layers, -1)
         mean = _column(loads.mean(axis=1))
@@ -199,6 +202,27 @@ def _experts(state: ClusterState) -> Iterator[Metric]:
         yield _gauges(
             "lockstep:expert_tokens_max", "tokens of the most loaded expert of a layer", "layer", most
         )
+
+
+@lru_cache(maxsize=2)  # it hardly ever changes
+def _replicas(placement_i32: bytes) -> Mapping[str, float]:
+    """The number of experts by the number of ranks that hold them, from ranges of layers and
+    experts.
+    """
+    first, last, _, low, high = np.frombuffer(placement_i32, np.int32).reshape(-1, 5).T
+    if not len(first):
+        return {}
+    # Ones at the corners of a range: sums along both axes count the ranges over each expert.
+    holders_LE = np.zeros((last.max() + 2, high.max() + 2), np.int64)
+    for layers, experts, sign in (
+        (first, low, 1),
+        (last + 1, low, -1),
+        (first, high + 1, -1),
+        (last + 1, high + 1, 1),
+    ):
+        np.add.at(holders_LE, (layers, experts), sign)
+    counts = np.bincount(holders_LE.cumsum(0).cumsum(1)[:-1, :-1].ravel())
+    return {str(ranks): float(experts) for ranks, experts in enumerate(counts) if experts}
 
 
 def _vector(packed: bytes) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from lockstep.engine.frontend.metrics.metrics import Metrics
 from lockstep.engine.protocol.cluster_state import PLAN_SECONDS, STEP_TOKENS, RankState
 from lockstep.engine.protocol.plan import Header, Mode, Transfer
 from lockstep.engine.protocol.results import StepResult
+from lockstep.moe.balance.placement import EMPTY, Placement, contiguous
 from lockstep.parallel.mesh import Mesh
 from support.engine.frontend.scripted_controller import STATE
 
@@ -151,6 +152,21 @@ def test_state_of_ranks_and_group(values: dict[str, float]) -> None:
     assert values['lockstep:rank_state{host="node",rank="2",state="serving"}'] == 1
     assert values[f"lockstep:epoch{LABEL}"] == 7 and values[f"lockstep:imbalance_ratio{LABEL}"] == 1.25
     assert values[f"lockstep:placement_version{LABEL}"] == 5 and values[f"lockstep:moves_open{LABEL}"] == 2
+
+
+def test_experts_by_the_ranks_that_hold_them() -> None:
+    """Two layers of four experts on two ranks with five slots in all; in the second, rank 1 has no
+    copy of expert 0.
+    """
+    experts_LWS = np.array([[[0, 1, 2], [0, 3, EMPTY]], [[0, 1, 2], [3, EMPTY, EMPTY]]], np.int32)
+    for placement, held in ((Placement(experts_LWS, 4), {"1": 7, "2": 1}), (contiguous(3, 8, 4), {"1": 24})):
+        state = msgspec.structs.replace(STATE, placement_i32=placement.ranges().tobytes())
+        metrics = Metrics("m")
+        metrics.state(state)
+        lines = [
+            line for line in metrics.render(0).decode().splitlines() if line.startswith("lockstep:experts{")
+        ]
+        assert lines == [f'lockstep:experts{{ranks="{ranks}"}} {count:.1f}' for ranks, count in held.items()]
 
 
 def test_one_rank_twice_in_a_batch_counts_twice() -> None:
