@@ -81,9 +81,8 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**own, "PYTHONUNBUFFERED": "1", "SPT_NOENV": "1", **extra}
 
 
-# Times that an OpenMP thread polls for work before it sleeps; by default it spins for milliseconds.
-# Beside a process that took one of two cores, a rank with two threads made 8 tokens/s by default,
-# 116 with this; alone it loses 1 % (2 cores of an EPYC Turin, one row of a model of 8 layers).
+# Times that a thread of torch's OpenMP polls for work before it sleeps; by default it spins for
+# milliseconds, which it takes from kernels' own threads and from other processes.
 _SPINS = "500"
 
 

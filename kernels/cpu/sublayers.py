@@ -97,19 +97,20 @@ class Attention:
         self._factor = heads.dim**-0.5 / math.log(2)
         self._window, self._sinks = reach_of(heads.rule)
         # Those of the last call: a layer keeps its cache for as long as the pool stands.
-        self._cache: tuple[Tensor, Tensor] | None = None
+        self._cache: tuple[Tensor, Tensor] | tuple[None, None] = None, None
         self._caches: _Caches | None = None
 
     def __call__(
         self, residual: Residual, rotation: Angles, batch: PagedBatch, cache: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        if self._cache is not cache:
-            self._cache, self._caches = cache, _caches(*cache, self._dim)
+        keys, values = cache
+        if keys is not self._cache[0] or values is not self._cache[1]:
+            self._cache, self._caches = cache, _caches(keys, values, self._dim)
         caches = self._caches
         if caches is None or not _plain(residual):
             return self._composed(residual, rotation, batch, cache)
         total_TD, rows = _rows(residual, *self._norm)
-        out_TD = total_TD.new_empty((len(total_TD), self._out[1]))
+        out_TD = torch.empty_like(total_TD)
         shape = Shape(caches.num_heads, batch.num_decode, batch.page_size, num_threads(), self._window)
         entering = self._head_norms, angles_of(rotation), writes_of(batch), self._interleaved
         attending = (

@@ -59,6 +59,7 @@ def state() -> ClusterState:
         plan_seconds=0.001,
         expert_layers=1,
         expert_i64=array("q", [5, 6]).tobytes(),
+        placement_i32=array("i", [0, 0, 0, 0, 1]).tobytes(),
         ranks=ranks,
         number=1,
         totals=totals,
