@@ -132,7 +132,7 @@ def _gather(x_ND, rows_M, order_M):
     return x_MD
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, error_model="numpy")  # a division that may raise is not vectorized
 def _silu_mul(gate_up_MF):
     width = gate_up_MF.shape[1] // 2
     out_MF = np.empty((len(gate_up_MF), width), np.float32)

@@ -59,18 +59,26 @@ def _three(bits: NDArray[Any]) -> NDArray[Any]:
     return bits[:, None] if bits.ndim == 2 else bits.reshape(-1, 1, bits.shape[-1])
 
 
-@inner(fastmath=FAST, forceinline=True)
+@inner(forceinline=True)
 def norm_row(x_D, weight_D, eps, out_D):
-    total = np.float32(0)
-    for d in range(len(x_D)):
-        value = widen(x_D[d])
-        total += value * value
-    factor = np.float32(1) / np.sqrt(total / np.float32(len(x_D)) + eps)
+    """Products keep their order (no ``FAST``): the compiler multiplies one by one where ``out_D``
+    lies less than some vectors behind the weights, and the bits must not depend on addresses.
+    """
+    factor = np.float32(1) / np.sqrt(_sum_of_squares(x_D) / np.float32(len(x_D)) + eps)
     for d in range(len(x_D)):
         out_D[d] = narrow(widen(x_D[d]) * factor * widen(weight_D[d]), out_D)
 
 
-@inner(fastmath=FAST)
+@inner(fastmath=FAST, forceinline=True)
+def _sum_of_squares(x_D):
+    total = np.float32(0)
+    for d in range(len(x_D)):
+        value = widen(x_D[d])
+        total += value * value
+    return total
+
+
+@inner()
 def _add_row(x_D, update_D, total_D):
     for d in range(len(x_D)):
         total_D[d] = narrow(widen(x_D[d]) + widen(update_D[d]), total_D)

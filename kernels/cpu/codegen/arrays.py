@@ -42,10 +42,12 @@ save_one_at_a_time()
 ALONE = 1 << 13
 
 # Compiled code may reassociate sums, which vectors need, but must keep infinities: masked logits
-# and maxima start from them. Kernels that reassociate are declared with ``forceinline``, and every
-# function they call inherits it unless it calls ``stay_apart``. If the functions were not inlined,
-# each caller would bring its own copy that sums in another order. The linker's choice among the
-# copies differs between the process that compiles and those that load.
+# and maxima start from them. Not in loops that read one array and write another: where addresses
+# are close the compiler takes single values instead of vectors, and would sum in another order.
+# Kernels that reassociate are declared with ``forceinline``, and every function they call inherits
+# it unless it calls ``stay_apart``. If the functions were not inlined, each caller would bring its
+# own copy that sums in another order. The linker's choice among the copies differs between the
+# process that compiles and those that load.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 

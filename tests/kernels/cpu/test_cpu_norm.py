@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lockstep.kernels.cpu import norm as cpu_norm
+from lockstep.kernels.cpu.codegen.arrays import array
 from lockstep.kernels.reference import norm
 
 SHAPES = [(0, 32), (1, 33), (5, 2, 16), (600, 40)]  # the last is large enough to be shared among threads
@@ -60,3 +61,19 @@ def test_a_row_is_the_same_alone_and_among_many(dim: int, dtype: torch.dtype) ->
         assert torch.equal(cpu_norm.rms_norm(x[rows], weight, 1e-6), normed[rows])
         own_total, own = cpu_norm.add_rms_norm(x[rows], update[rows], weight, 1e-6)
         assert torch.equal(own_total, total[rows]) and torch.equal(own, added[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [32, 40, 64])
+def test_bits_do_not_depend_on_addresses(dim: int, dtype: torch.dtype) -> None:
+    """The output right behind the weights: compilers doubt that they are apart, and take another
+    loop.
+    """
+    draw = torch.Generator().manual_seed(4)
+    for _ in range(50):
+        x, weight = torch.randn(1, dim, generator=draw).to(dtype), torch.randn(dim, generator=draw).to(dtype)
+        room = torch.zeros(2 * dim, dtype=dtype)
+        room[:dim] = weight
+        near = array(room)
+        cpu_norm.norm_rows(array(x)[:, None], near[:dim], 1e-6, near[dim:].reshape(1, 1, dim))
+        assert torch.equal(room[dim:], cpu_norm.rms_norm(x, weight.clone(), 1e-6)[0])
