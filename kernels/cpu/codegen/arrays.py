@@ -113,9 +113,9 @@ def _halves(typing_context, address):
 
 @register_jitable
 def matrix(address, num_rows, num_columns):
-    """In kernels: the bf16 [num_rows, num_columns] at an address, as bits. The address of a tensor
-    costs its caller a tenth of what a numpy view of it does, most of all once weights have driven
-    torch's code from the caches.
+    """In kernels: the bf16 [num_rows, num_columns] at an address, as bits. A tensor's address costs
+    its caller less than a numpy view, once weights have driven torch's code from the caches: the
+    rows of a sublayer took 9 instead of 25 us at one row, 35 instead of 110 at eight.
     """
     return numba.carray(_halves(address), (num_rows, num_columns))  # type: ignore[attr-defined]
 

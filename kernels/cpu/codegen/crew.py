@@ -32,7 +32,7 @@ SYMBOL = "lockstep_crew"
 PART = (types.intp, types.intp, types.intp)  # begin, end, address of the body's arguments
 
 # Words of the state, by their byte. What changes often has two lines of the cache to itself.
-RUN = 0  # address of the compiled ``_share``; 0 if there are no helpers
+_RUN = 0  # address of the compiled ``_share``, 0 without helpers: the word that kernels look at
 _HELPERS, _QUIT = 8, 16
 _BUSY = 128  # 1 while a loop is shared
 _TICKET = 256  # above _BITS the number of the loop, below how many of its parts nobody has claimed
@@ -45,7 +45,7 @@ _EACH = 128  # from helper to helper
 
 _MOST = 255  # helpers
 _BITS = 32
-_SHARE = 8  # parts of a loop for each thread
+_PARTS_EACH = 8  # parts of a loop for each thread
 _PAUSES = 16  # of the processor between two looks
 
 # Nanoseconds.
@@ -98,11 +98,11 @@ class _Crew:
         for thread in self.threads:
             thread.start()
         self._words[_HELPERS // 8] = helpers
-        self._words[RUN // 8] = self._share.address
+        self._words[_RUN // 8] = self._share.address
 
     def _dismiss(self) -> None:
         """Ends the helpers. Each finishes its part; the rest of a loop stays to its caller."""
-        self._words[RUN // 8] = 0
+        self._words[_RUN // 8] = 0
         self._words[_QUIT // 8] = 1
         for helper in range(len(self.threads)):
             ctypes.CDLL(None).sem_post(ctypes.c_void_p(self._address + _SEMAPHORE + helper * _EACH))
@@ -153,7 +153,7 @@ def _share(crew, function, given, count):
     if not replace(crew + _BUSY, 0, 1):
         return -1
     helpers = load(crew + _HELPERS)
-    num_parts = min(count, (helpers + 1) * _SHARE)
+    num_parts = min(count, (helpers + 1) * _PARTS_EACH)
     exchange(crew + _FUNCTION, function)
     exchange(crew + _GIVEN, given)
     exchange(crew + _COUNT, count)

@@ -75,20 +75,14 @@ def test_many_loops_in_turn_are_whole(total: int, threads: int) -> None:
     assert (seen_N == 2000).all(), f"{threads} threads"
 
 
-def test_helpers_that_sleep_wake_up(threads: int) -> None:
-    """Helpers sleep after half a millisecond. They must share the long loop that comes then."""
-    seen_N = np.zeros(64, np.int64)
-    for _ in range(20):
-        time.sleep(0.003)
-        run(seen_N, 20_000, 1)
-    assert (seen_N == 20).all(), f"{threads} threads"
-
-
-def test_helpers_take_parts(threads: int) -> None:
-    """The first part waits for the last, which another thread has to run, but not for ever."""
+@pytest.mark.parametrize("pause", [0.0, 0.003])
+def test_helpers_take_parts(pause: float, threads: int) -> None:
+    """The first part waits for the last, which another thread has to run, but not for ever. Helpers
+    sleep after half a millisecond, and must wake up.
+    """
 
     @inner()
-    def wait_for_another(begin, end, done_N):  # type: ignore[no-untyped-def]
+    def wait_for_the_last(begin, end, done_N):  # type: ignore[no-untyped-def]
         until = now() + 20_000_000_000
         if begin == 0:
             while not done_N[-1] and now() < until:
@@ -97,13 +91,15 @@ def test_helpers_take_parts(threads: int) -> None:
 
     @numba.njit
     def run_waiting(done_N):  # type: ignore[no-untyped-def]
-        share_out(wait_for_another, len(done_N), (done_N,), False)
+        share_out(wait_for_the_last, len(done_N), (done_N,), False)
 
     if threads == 1:
         pytest.skip("there is no helper")
-    done_N = np.zeros(threads * 4, np.int64)
-    run_waiting(done_N)
-    assert (done_N == 1).all()
+    for _ in range(20):
+        done_N = np.zeros(threads * 4, np.int64)
+        time.sleep(pause)
+        run_waiting(done_N)
+        assert (done_N == 1).all()
 
 
 def test_several_callers_at_once(threads: int) -> None:
