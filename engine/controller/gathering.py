@@ -16,6 +16,7 @@ from ..protocol.frontends import Abort, RankLost, Submit
 from ..protocol.lobby import Lobby
 from ..protocol.specs import ControllerSpec
 from ..protocol.timeline import AskTimeline, TimelineEnd
+from ..protocol.turns import Turns
 from .frontends import Frontends, Reactions
 from .inheritance import Inheritance
 from .status import gathering_state
@@ -59,17 +60,18 @@ class Gathering:
         seconds = self._spec.rank_deadline
         hellos = self.inheritance.hellos
         deadline = time.monotonic() + seconds
-        next_state = 0.0
+        next_state, turns = 0.0, Turns(time.monotonic())
         while self._missing() and not self._frontends.stop_requested:
             self._transport.wait(min(_WAIT, max(0.0, deadline - time.monotonic())))
             now = time.monotonic()
+            deadline += turns.take(now)
             self._frontends.listen(now, self)
             if now >= next_state:  # else frontends would take the silence for a loss
                 next_state = now + _WAIT
                 self._frontends.tell(self.state())
             self._listen_to_ranks()
             self._place_ranks()
-            if time.monotonic() > deadline:
+            if now > deadline:
                 raise TimeoutError(f"ranks {self._missing()} have not reported within {seconds:.0f} s")
         return hellos
 

@@ -63,11 +63,15 @@ class Serving:
             now = time.monotonic()
             plan_due = max(self._membership.pause(now), self._pilot.wait(now))
             self._transport.wait(min(self._next_housekeeping - now, plan_due))
-            if seconds := self._turns.take(time.monotonic()):
+            turn_began = time.monotonic()
+            if seconds := self._turns.take(turn_began):
                 self._stood_still(seconds)
-            self._take_turn()
+            self._take_turn(turn_began)
 
-    def _take_turn(self) -> None:
+    def _take_turn(self, turn_began: float) -> None:
+        """Silence is judged by when the turn began: this process may stand still in the middle of
+        it, which the next turn notices.
+        """
         began = time.perf_counter()
         self._listen_to_ranks()
         now = time.monotonic()
@@ -83,7 +87,7 @@ class Serving:
         for rank, place in self._membership.survivors.take_orders():
             self._transport.send_bulk(rank, place)
         if now >= self._next_housekeeping:
-            self._keep_house(now)
+            self._keep_house(turn_began)
 
     def _stood_still(self, seconds: float) -> None:
         """This process stood still, perhaps with all others: nothing is judged by the time that has

@@ -162,6 +162,9 @@ class OpenRequests:
         if generation.lacks_prompt and finish < Finish.ABORT:
             self._on_gap(generation, "Log-probabilities of the prompt")
             return
+        if finish == Finish.ABORT:  # nobody here asked for it: the engine took this process for gone
+            self._on_gap(generation, f"Output tokens from {generation.num_received} on")
+            return
         if tokens:
             self._metrics.tokens(generation, now)
             handle = generation.handle

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.arrays import Int64
+from ..protocol.turns import Turns
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,12 +89,13 @@ class _Filling:
         self.finished: Future[None] = Future()
         self.at = 0
         self._thread = 0
-        self._began: tuple[float, float] | None = None
+        self._began: tuple[float, float, float] | None = None
+        self.stood_still = 0.0  # seconds in which nothing ran, the whole process stood still
 
     def run(self) -> None:
         self._thread = threading.get_ident()
         for number, (row, bits_W) in enumerate(zip(self.rows, self.bits_SW, strict=True)):
-            self._began = time.thread_time(), time.monotonic()
+            self._began = time.thread_time(), time.monotonic(), self.stood_still
             self.at = number
             row.fill(bits_W)
         self._began = None
@@ -105,7 +107,8 @@ class _Filling:
         if began is None:
             return False
         cpu = time.clock_gettime(time.pthread_getcpuclockid(self._thread)) - began[0]
-        return cpu > MASK_CPU_SECONDS or time.monotonic() - began[1] > MASK_SECONDS
+        wall = time.monotonic() - began[1] - (self.stood_still - began[2])
+        return cpu > MASK_CPU_SECONDS or wall > MASK_SECONDS
 
 
 class Masks:
@@ -137,10 +140,12 @@ class Masks:
 
     def _wait(self) -> bool:
         """Waits until all masks are there. False when one takes too long."""
+        turns = Turns(time.monotonic())
         while True:
             try:
                 self._filling.finished.result(LOOK_SECONDS)
                 return True
             except TimeoutError:
+                self._filling.stood_still += turns.take(time.monotonic())
                 if self._filling.too_long:
                     return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...engine.protocol.cluster_state import ClusterState
 from ..cluster.cluster import Cluster, Death, LaunchError, Task
@@ -80,6 +80,12 @@ class Replacements:
         delay = self._schedule(death, LONGEST_DELAY if others else LONGEST_OUTAGE)
         self._frontends[death.task.name] = self._clock() + delay
         return delay
+
+    def stood_still(self, seconds: float) -> None:
+        """The launcher stood still for so long, and perhaps the replacements as well."""
+        if self._pause is not None:
+            self._pause = replace(self._pause, since=self._pause.since + seconds)
+        self._frontends = {name: since + seconds for name, since in self._frontends.items()}
 
     def start_due(self) -> None:
         """Starts the processes whose delay is over."""

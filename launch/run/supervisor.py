@@ -88,7 +88,7 @@ class Supervisor:
         while not self._interrupts.count:
             state = self._link.read(_POLL)
             now = time.monotonic()
-            self._turns.take(now)
+            self._replacements.stood_still(self._turns.take(now))
             self._roster.read(0.0)
             for cause, deaths in self._roster.causes(self._roster.deaths()):
                 self._replace(cause, deaths)

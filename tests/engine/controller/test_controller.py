@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 from lockstep.engine.controller.controller import Controller
+from lockstep.engine.controller.serving import Serving
 from lockstep.engine.controller.transport import Transport
 from lockstep.engine.kv.hashing import chain_hashes
 from lockstep.engine.planner.cost_model import Cost
@@ -197,6 +198,18 @@ def forward(clock: pytest.MonkeyPatch, seconds: float) -> None:
     """Puts the clock of this process forward."""
     now = time.monotonic
     clock.setattr(time, "monotonic", lambda: now() + seconds)
+
+
+def forward_in_a_turn(clock: pytest.MonkeyPatch, seconds: float) -> None:
+    """Puts the clock forward once, after the controller has begun a turn."""
+    begin, stops = Serving._listen_to_ranks, [seconds]
+
+    def stand_still(serving: Serving) -> None:
+        if stops:
+            forward(clock, stops.pop())
+        begin(serving)
+
+    clock.setattr(Serving, "_listen_to_ranks", stand_still)
 
 
 def let_time_pass(
@@ -387,15 +400,19 @@ def test_a_silent_frontend_loses_its_lease(running: Running, monkeypatch: pytest
     assert not silent.finish, "it learns of the end, and takes it for that of its requests"
 
 
+@pytest.mark.parametrize("when", ["between turns", "in a turn"])
 def test_a_standstill_of_the_controller_ends_no_lease(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     frontend = running.frontend(lease=20.0)
     frontend.until_phase("serving")
     running.pace(SLOW / 4)
     frontend.submit(1, 10, 200)
     frontend.until(lambda: 1 in frontend.tokens, "a token")
-    forward(monkeypatch, 100.0)
+    if when == "between turns":
+        forward(monkeypatch, 100.0)
+    else:
+        forward_in_a_turn(monkeypatch, 100.0)
     for _ in range(3):  # leases are judged before each state
         last = frontend.state
         frontend.until(lambda last=last: frontend.state is not last, "a state")  # type: ignore[misc]
@@ -663,15 +680,30 @@ def test_a_stranger_cannot_join(running: Running) -> None:
 
 
 def test_a_rank_that_stays_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes quickly once two of three are there. A standstill before does not count."""
+    reported: list[str] = []
+
     def report(phase: str, detail: str = "", fraction: float = 0.0, address: tuple[str, ...] = ()) -> None:
         if detail.startswith("2 of 3 ranks"):
-            forward(monkeypatch, 25.0)
+            forward(monkeypatch, 100.0)
+            reported.append(detail)
+
+    turns, wait = 0, Transport.wait
+
+    def wait_quickly(transport: Transport, timeout: float) -> None:
+        nonlocal turns
+        if reported:
+            turns += 1
+            forward(monkeypatch, LONGEST_TURN / 2)
+        wait(transport, timeout / 100)
 
     with start(Mesh(data=3)) as cluster:
         monkeypatch.setattr(cluster.controller._lobby, "report", report)
+        monkeypatch.setattr(Transport, "wait", wait_quickly)
         cluster.join_ranks((0, 2), Mesh(data=3))
         with pytest.raises(TimeoutError, match=r"ranks \[1\] have not reported within 20 s"):
             cluster.controller.run()
+    assert turns > 10, "the standstill counted"
 
 
 def test_a_context_that_does_not_fit_is_refused() -> None:

@@ -148,9 +148,15 @@ def test_an_error_in_mid_stream_is_a_frame_then_done(frontend: RunningFrontend) 
     assert json.loads(frames[-3].removeprefix("data: "))["error"]["code"] == 500
 
 
-def test_an_abort_by_the_engine_is_a_finish_reason(frontend: RunningFrontend) -> None:
-    frontend.engine.script = lambda submit: [[WORDS[0]], Finish.ABORT]
-    assert chat(frontend).json()["choices"][0]["finish_reason"] == "abort"
+def test_a_request_that_the_engine_took_for_given_up_goes_on(frontend: RunningFrontend) -> None:
+    """The controller aborts all of a frontend that was silent for longer than its lease."""
+    frontend.engine.script = lambda submit: [
+        [WORDS[0]],
+        *([[WORDS[1]], Finish.LENGTH] if submit.emitted_i32 else [Finish.ABORT]),
+    ]
+    [choice] = chat(frontend).json()["choices"]
+    text = tiny_tokenizer().decode(WORDS[:2])
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", text)
 
 
 def test_headers_of_a_stream_wait_for_the_first_token(frontend: RunningFrontend) -> None:

@@ -78,6 +78,16 @@ def test_a_mask_that_others_keep_from_the_cpu_is_waited_for(
     assert time.monotonic() - began > 0.2
 
 
+def test_a_standstill_of_the_process_is_no_time_of_a_mask(
+    filler: Filler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, now = Row(1, "waits"), time.monotonic
+    threading.Timer(0.2, monkeypatch.setattr, (time, "monotonic", lambda: now() + 100.0)).start()
+    threading.Timer(0.5, row.released.set).start()
+    assert take(filler, [row], [1])[1][:, 0].tolist() == [1]
+    assert not row.error and time.monotonic() - now() > 99.0
+
+
 def test_an_exception_of_a_mask_is_not_lost(filler: Filler) -> None:
     class Broken(Row):
         def fill(self, bits_W: Bits) -> None:

@@ -245,6 +245,21 @@ def test_a_controller_that_keeps_dying_is_replaced_while_the_cluster_comes_back_
         replacements.recovered(state("recovering", 3))
 
 
+def test_a_standstill_of_the_launcher_takes_no_time_from_replacements() -> None:
+    cluster, clock = ScriptedCluster(), Clock()
+    replacements = Replacements(cluster, 60.0, clock)
+    replacements.stood_still(5.0)
+    replacements.replace(killed(), "it died", epoch=3)
+    replacements.replace_frontend(killed("frontend", 0), others=True)
+    clock.now += 500.0
+    replacements.stood_still(499.0)
+    assert replacements.recovered(state("recovering", 4)) is None and not replacements.slow_frontends(set())
+    clock.now += 59.5
+    assert replacements.slow_frontends(set()) == ["frontend 0"]
+    with pytest.raises(LaunchError, match="does not serve again after 60 s"):
+        replacements.recovered(state("recovering", 4))
+
+
 def test_a_frontend_that_keeps_dying_is_replaced_after_growing_delays_and_never_given_up() -> None:
     cluster, clock = ScriptedCluster(), Clock()
     replacements = Replacements(cluster, 60.0, clock)
