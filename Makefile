@@ -44,9 +44,9 @@ serve: $(SERVING)
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
-# Two workers: tests that start clusters in one, those of a served cluster in the other, then all others in both. A
-# third gains nothing on two cores. The quick tier is what a change is tried with.
-WORKERS ?= -n 2 --no-loadscope-reorder
+# Three workers: tests that start clusters in one, those of a served cluster in the other, then all others in both.
+# The third computes while clusters wait, and gives way to them. The quick tier is what a change is tried with.
+WORKERS ?= -n 3 --no-loadscope-reorder
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
