@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ os.environ.update(isa_settings(os.environ.get("LOCKSTEP_TEST_ISA", "auto")))
 # torch.use_deterministic_algorithms, which fills fresh memory with NaN (support.kernels.poison),
 # asks for this on a card.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Every client of plain HTTP makes a TLS context, which takes 20 ms: those that are alike are one.
+ssl.create_default_context = cache(ssl.create_default_context)
 
 # An example may take as long as a busy machine makes it take: by the clock Hypothesis would fail
 # one of 200 ms.

@@ -1,4 +1,4 @@
-"""Three hundred mixed requests under pressure, recorded: survivors get their tokens, all resources
+"""Mixed requests under pressure, recorded: survivors get their tokens, all resources
 are freed, and the recording replays.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from support.serving.mixed_asks import Known, Oracle, random_bodies
 from support.serving.served import Answer, Ask, serve
 
-WAVES = (100, 150, 50)
-NUM_KNOWN, MOST_TOKENS = 40, 64
+WAVES = (60, 90, 30)
+NUM_KNOWN, MOST_TOKENS = 30, 64
 
 
 def random_ask(dice: random.Random, known: list[Known], number: int) -> tuple[Known, Ask]:

@@ -13,7 +13,7 @@ from support.launch.clusters import until
 from support.launch.launcher import Launcher
 from support.serving.reader import Reader, cluster_of
 
-TOKENS = 240
+TOKENS, STREAMS = 240, 5
 ADMIN = "an-admin-key"
 LAYOUTS = {
     # Of 48 slots 36 are left for 32 experts: some are loaded again.
@@ -47,13 +47,13 @@ def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: 
 
         undisturbed = Reader(url, TOKENS)
         undisturbed.run()
-        readers = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        readers = [Reader(url, TOKENS).flowing() for _ in range(STREAMS)]
         hold.touch()
         os.kill(launcher.pid_of("rank 3"), signal.SIGKILL)
         until(lambda: "the others serve after" in launcher.err, "the survivors to go on")
         for reader in readers:
             reader.join(120)
-        alone = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        alone = [Reader(url, TOKENS).flowing() for _ in range(STREAMS)]
         os.kill(launcher.pid_of("controller 0"), signal.SIGKILL)
         until(lambda: launcher.err.count("the others serve after") == 2, "the survivors to go on again")
         alone += [Reader(url, TOKENS).flowing()]
@@ -63,9 +63,9 @@ def test_survivors_go_on_and_the_replacement_joins_later(layout: str, tmp_path: 
         health = httpx.get(f"{base}/health")
         assert health.status_code == 200 and "rank 3" in health.json()["degraded"], health.text
         hold.unlink()
-        joining = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        joining = [Reader(url, TOKENS).flowing() for _ in range(STREAMS)]
         until(lambda: "all ranks serve again" in launcher.err, "the replacement to join")
-        after = [Reader(url, TOKENS).flowing() for _ in range(8)]
+        after = [Reader(url, TOKENS).flowing() for _ in range(STREAMS)]
         for reader in (*joining, *after):
             reader.join(120)
         every = (*readers, *alone, *joining, *after)

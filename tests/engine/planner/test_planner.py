@@ -482,7 +482,7 @@ def perform(world: World, operation: str, value: int) -> None:
 
 # No shrinking: schedules are long, and the first failing one is already readable.
 @settings(
-    max_examples=200,
+    max_examples=120,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],

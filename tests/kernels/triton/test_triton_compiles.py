@@ -124,7 +124,7 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilers]:
 
 # Those that use most registers and shared memory.
 _LATENT_CASES = {"latent_attentions", "latent_attentions_fp8"}
-BY_DEFAULT = {90: set(CASES), 100: {"attentions", "fp8"} | _LATENT_CASES, 120: _LATENT_CASES}
+BY_DEFAULT = {90: set(CASES), 100: {"attentions", "fp8"} | _LATENT_CASES, 120: {"latent_attentions_fp8"}}
 # The units that 64 heads over latents take (32 on sm_120, whose operands lie in registers).
 LATENT_UNITS = {90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 

@@ -94,6 +94,7 @@ def test_secrets_are_on_no_command_line_and_in_no_file_of_others(launcher: Launc
     assert not [token for token in tokens if any(token.encode() in text for text in texts)]
 
 
+@pytest.mark.parametrize("launcher", [pytest.param("ray", marks=pytest.mark.ray)], indirect=True)
 def test_garbage_and_silence_at_every_door_change_no_stream(launcher: Launcher) -> None:
     door = launcher.url()
     with openai.OpenAI(base_url=door, api_key="none", max_retries=0, timeout=120.0) as client:
@@ -116,6 +117,7 @@ def test_garbage_and_silence_at_every_door_change_no_stream(launcher: Launcher) 
         assert number in now.splitlines(), "no epoch was lost to it"
 
 
+@pytest.mark.parametrize("launcher", ["local"], indirect=True)
 def test_a_rank_is_replaced_while_strangers_hang_at_every_door(launcher: Launcher) -> None:
     with openai.OpenAI(base_url=launcher.url(), api_key="none", max_retries=0, timeout=120.0) as client:
         whole = client.completions.create(**ASK).choices[0].text

@@ -53,8 +53,10 @@ def error_line(launcher: Launcher) -> str:
     return line.removeprefix("error: ")
 
 
-@pytest.mark.parametrize("backend", [LOCAL, pytest.param("cluster.backend=ray", marks=pytest.mark.ray)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "backend"),
+    [(signal.SIGTERM, LOCAL), pytest.param(signal.SIGINT, "cluster.backend=ray", marks=pytest.mark.ray)],
+)
 def test_serves_until_told_to_stop_and_leaves_nothing(
     backend: str, number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ def shown(said: Said) -> str:
     manner={"thinking": False, "named": False},
     finish="stop",
 )
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     reply=replies(),
     sizes=st.lists(st.integers(1, 12), max_size=40),
