@@ -2,14 +2,12 @@
 on the device (torch symmetric memory over NVSHMEM).
 
 A rank reserves regions, then ``build`` allocates them: all ranks reserve the same ones in the same
-order. NVSHMEM cannot be left and joined again by a process, so the process ends with its epoch, and
-its replacement meets the others: the recovery grade is a restart of the process.
+order. NVSHMEM cannot be left and joined again by a process.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from .collectives import Listener
-from .recovery import PROCESS_RESTART, ProcessSpent, Recovery
+from .one_epoch import OneEpochGroup, Started
 
 _WORLD = "0"
 """The group by which NVSHMEM finds all of its processes, by its name in torch."""
@@ -44,10 +41,6 @@ def row_alignment(size: int) -> int:
 def region_rows(num_rows: int, row_bytes: int) -> int:
     """Rows that a region needs for ``num_rows``."""
     return max(num_rows, -(-_FULL_BYTES // row_bytes))
-
-
-Started = torch.Event | None
-"""The end of an exchange on its stream; None on a device without streams, where it is over."""
 
 
 class SymmetricLibrary(Protocol):
@@ -142,13 +135,12 @@ class Region:
     dtype: torch.dtype
 
 
-class SymmetricGroup:
+class SymmetricGroup(OneEpochGroup):
     """The symmetric memory of ``size`` ranks; this rank is ``index``. Regions lie at fixed
-    addresses from ``build`` on. On GPUs exchanges run on a stream of their own, beside what is
-    computed meanwhile.
+    addresses from ``build`` on.
     """
 
-    recovery: Recovery = PROCESS_RESTART
+    means = "symmetric memory"
 
     def __init__(
         self,
@@ -163,21 +155,10 @@ class SymmetricGroup:
             raise ValueError(
                 f"experts.dispatch = all_to_all: {size} ranks; allowed are {_MOST_RANKS} on GPUs"
             )
-        self.index, self.size, self.waited = index, size, 0.0
-        self.listener: Listener | None = None  # the device waits, not the host
-        self._name, self._store, self._device, self._library = name, store, device, library
+        super().__init__(name, index, size, store, device)
+        self._library = library
         self._regions: list[Region] = []
         self._tensors: list[Tensor] = []
-        self._rehearses = False
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @property
-    def role(self) -> str:
-        return self._name
-
-    @property
-    def transport(self) -> str:
-        return "symmetric memory" if self.size > 1 else ""
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
         """Memory that ``build`` will allocate."""
@@ -194,44 +175,6 @@ class SymmetricGroup:
     def __getitem__(self, region: Region) -> Tensor:
         return self._tensors[region.number]
 
-    def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
-        """Meets the other ranks and allocates zeros. Raises ProcessSpent the second time."""
-        assert not vacant, f"{self._name}: symmetric memory needs every rank, {sorted(vacant)} are away"
-        if self._tensors:
-            raise ProcessSpent(
-                f"{self._name}: epoch {epoch} needs new symmetric memory, which a process gets once"
-            )
-        group = self._group
-        self._library.register(group, self.index, self.size, PrefixStore(f"{group}/{epoch}", self._store))
-        for region in self._regions:
-            tensor = self._library.empty(region.shape, region.dtype, self._device)
-            self._library.rendezvous(tensor, group)
-            self._tensors.append(tensor.zero_())
-
-    def rehearse(self) -> None:
-        """Allocates regions of this rank's own; exchanges bring nothing."""
-        assert not self._tensors, f"{self._name}: a rehearsal comes before an epoch"
-        self._rehearses = True
-        for region in self._regions:
-            self._tensors.append(torch.zeros(region.shape, dtype=region.dtype, device=self._device))
-
-    def destroy(self) -> None:
-        """Raises ProcessSpent if there is memory of an epoch: it is the process's until that
-        ends.
-        """
-        if self._rehearses:
-            self._rehearses = False
-            self._tensors.clear()
-        if self._tensors:
-            raise ProcessSpent(f"{self._name}: the epoch has ended, and symmetric memory serves one only")
-
-    def cut(self) -> None:
-        """Raises ProcessSpent if there is memory of an epoch: its kernels wait for a rank that is
-        gone, and cannot be ended.
-        """
-        if self._tensors and not self._rehearses:
-            raise ProcessSpent(f"{self._name}: a rank is gone, and exchanges of its epoch never end")
-
     def start_all_to_all(
         self, rows: Region, received: Region, splits: Region, received_splits: Region
     ) -> Started:
@@ -244,20 +187,18 @@ class SymmetricGroup:
         if self._rehearses:
             return None
         tensors = self[rows], self[received], self[splits], self[received_splits]
-        if self._stream is None:
-            self._library.all_to_all_vdev(*tensors, self._group)
-            return None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._library.all_to_all_vdev(*tensors, self._group)
-            ended: torch.Event = self._stream.record_event()
-            return ended
+        return self._start(lambda: self._library.all_to_all_vdev(*tensors, self._group))
 
-    def wait(self, started: Started) -> None:
-        """Keeps what follows on the current stream until the exchange has ended."""
-        if started is not None:
-            torch.cuda.current_stream(self._device).wait_event(started)
+    def _meet(self, met: Store) -> None:
+        self._library.register(self._group, self.index, self.size, met)
+        for region in self._regions:
+            tensor = self._library.empty(region.shape, region.dtype, self._device)
+            self._library.rendezvous(tensor, self._group)
+            self._tensors.append(tensor.zero_())
 
-    @property
-    def _group(self) -> str:
-        return f"symmetric memory of {self._name}"
+    def _stand_in(self) -> None:
+        for region in self._regions:
+            self._tensors.append(torch.zeros(region.shape, dtype=region.dtype, device=self._device))
+
+    def _drop(self) -> None:
+        self._tensors.clear()

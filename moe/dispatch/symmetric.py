@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...kernels.reference.fp8 import Normed
 from ...kernels.table import column_for, ops_of
-from ...parallel.symmetric_memory import Region, Started, SymmetricGroup, region_rows, row_alignment
+from ...parallel.one_epoch import Started
+from ...parallel.symmetric_memory import Region, SymmetricGroup, region_rows, row_alignment
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle

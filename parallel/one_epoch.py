@@ -1,0 +1,109 @@
+"""Groups whose memory a process cannot leave and join again: they serve one epoch, so the process
+ends with it, and its replacement meets the others. The recovery grade is a restart of the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from .collectives import Listener
+from .recovery import PROCESS_RESTART, ProcessSpent, Recovery
+
+Started = torch.Event | None
+"""The end of an exchange on its stream; None on a device without streams, where it is over."""
+
+
+class OneEpochGroup:
+    """The memory of ``size`` ranks in which they exchange; this rank is ``index``. On GPUs
+    exchanges run on a stream of their own, beside what is computed meanwhile. ``means``: the name
+    of the memory.
+
+    A kind of memory fills ``_meet``, ``_stand_in`` and ``_drop``.
+    """
+
+    recovery: Recovery = PROCESS_RESTART
+    means: str
+
+    def __init__(self, name: str, index: int, size: int, store: Store, device: torch.device) -> None:
+        self.index, self.size, self.waited = index, size, 0.0
+        self.listener: Listener | None = None  # the device waits, not the host
+        self._name, self._store, self._device = name, store, device
+        self._met, self._rehearses = False, False
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def role(self) -> str:
+        return self._name
+
+    @property
+    def transport(self) -> str:
+        return self.means if self.size > 1 else ""
+
+    def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
+        """Meets the other ranks. Raises ProcessSpent the second time."""
+        assert not vacant, f"{self._name}: {self.means} needs every rank, {sorted(vacant)} are away"
+        if self._met:
+            raise ProcessSpent(
+                f"{self._name}: epoch {epoch} needs new {self.means}, which a process gets once"
+            )
+        assert not self._rehearses, f"{self._name}: a rehearsal ends before an epoch"
+        self._met = True
+        self._meet(PrefixStore(f"{self._group}/{epoch}", self._store))
+
+    def rehearse(self) -> None:
+        """Allocates memory of this rank's own; exchanges bring nothing."""
+        assert not self._met, f"{self._name}: a rehearsal comes before an epoch"
+        self._rehearses = True
+        self._stand_in()
+
+    def destroy(self) -> None:
+        """Raises ProcessSpent if there is memory of an epoch: it is the process's until that
+        ends.
+        """
+        if self._rehearses:
+            self._rehearses = False
+            self._drop()
+        if self._met:
+            raise ProcessSpent(f"{self._name}: the epoch has ended, and {self.means} serves one only")
+
+    def cut(self) -> None:
+        """Raises ProcessSpent if there is memory of an epoch: its kernels wait for a rank that is
+        gone, and cannot be ended.
+        """
+        if self._met:
+            raise ProcessSpent(f"{self._name}: a rank is gone, and exchanges of its epoch never end")
+
+    def wait(self, started: Started) -> None:
+        """Keeps what follows on the current stream until the exchange has ended."""
+        if started is not None:
+            torch.cuda.current_stream(self._device).wait_event(started)
+
+    @property
+    def _group(self) -> str:
+        return f"{self.means} of {self._name}"
+
+    def _start(self, exchange: Callable[[], None]) -> Started:
+        """Calls ``exchange`` for its stream, once the current one has come so far."""
+        if self._stream is None:
+            exchange()
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            exchange()
+            ended: torch.Event = self._stream.record_event()
+            return ended
+
+    def _meet(self, met: Store) -> None:
+        """Allocates memory with the other ranks, who meet at ``met``."""
+        raise NotImplementedError
+
+    def _stand_in(self) -> None:
+        """Allocates as much without them."""
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        """Frees the memory of a rehearsal."""
+        raise NotImplementedError
