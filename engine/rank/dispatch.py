@@ -11,9 +11,12 @@ from ...moe.dispatch.all_to_all import AllToAllExchange
 from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
+from ...moe.dispatch.nvlink import NvlinkExchange
 from ...moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from ...parallel.collectives import Collectives
 from ...parallel.microbatches import Turns
+from ...parallel.nvlink import FlashInferLibrary, NvlinkGroup
+from ...parallel.one_epoch import OneEpochGroup
 from ...parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
 from ..protocol.buckets import most_tokens
 from ..protocol.specs import RankSpec
@@ -26,31 +29,33 @@ def build_dispatcher(
     placement: Placement,
     experts: Collectives,
     turns: Turns,
-) -> tuple[Dispatcher, SymmetricGroup | None]:
-    """A dispatcher over the ranks of ``experts``, for activations of ``dtype``, and the symmetric
-    memory that it needs, to be built after that group. It gives ``turns`` away. Raises ValueError
+) -> tuple[Dispatcher, OneEpochGroup | None]:
+    """A dispatcher over the ranks of ``experts``, for activations of ``dtype``, and the memory that
+    it shares with them, to be built after that group. It gives ``turns`` away. Raises ValueError
     where the ranks or the device cannot have the dispatcher.
     """
     device = torch.device(spec.device)
     if spec.dispatch == "local" and experts.size == 1:
         return LocalDispatcher(placement, device), None
     exchange: Exchange
-    eight = spec.wire == "fp8"
-    memory: SymmetricGroup | None = None
+    eight, nodes = spec.wire == "fp8", _nodes(spec)
+    memory: OneEpochGroup | None = None
+    shape = TokenShape(_capacities(spec), moe.top_k, moe.hidden, dtype, eight)
+    place = "experts", experts.index, experts.size
     if spec.dispatch == "all_gather":
-        exchange = AllGatherExchange(placement, experts, device, _nodes(spec), eight=eight)
+        exchange = AllGatherExchange(placement, experts, device, nodes, eight=eight)
     elif spec.dispatch == "all_to_all" and device.type == "cpu":
-        exchange = AllToAllExchange(placement, experts, device, _nodes(spec))
+        exchange = AllToAllExchange(placement, experts, device, nodes)
     elif spec.dispatch == "all_to_all" and experts.store is not None:
-        memory = SymmetricGroup(
-            "experts", experts.index, experts.size, experts.store, device, TorchSymmetricLibrary()
-        )
-        shape = TokenShape(_capacities(spec), moe.top_k, moe.hidden, dtype, eight)
-        exchange = SymmetricExchange(placement, memory, device, shape, _nodes(spec))
+        memory = symmetric = SymmetricGroup(*place, experts.store, device, TorchSymmetricLibrary())
+        exchange = SymmetricExchange(placement, symmetric, device, shape, nodes)
+    elif spec.dispatch == "flashinfer" and device.type == "cuda" and experts.store is not None:
+        memory = linked = NvlinkGroup(*place, experts.store, device, FlashInferLibrary())
+        exchange = NvlinkExchange(placement, linked, device, shape, nodes)
     else:
         raise ValueError(
             f"experts.dispatch = {spec.dispatch}, on {device} with {experts.size} ranks: allowed are "
-            "all_gather, all_to_all (on GPUs with two ranks or more), and local for one rank"
+            "all_gather, all_to_all and flashinfer (on GPUs with two ranks or more), and local for one rank"
         )
     return ExchangeDispatcher(exchange, device, give_turn=turns.give), memory
 

@@ -192,7 +192,7 @@ def dispatch_buffers(setup: Setup) -> int:
         return tokens * row * (1 + ranks) + pairs + back
     pairs = ranks * tokens * min(moe.top_k, setup.num_slots)
     if setup.hardware.device == "cuda":
-        return symmetric_memory(setup) + pairs * output + back
+        return shared_memory(setup) + pairs * output + back
     return tokens * row * (min(moe.top_k, ranks) + ranks) + pairs * output + back
 
 
@@ -201,7 +201,7 @@ def captured_bytes(setup: Setup, stage: PipelineStage) -> int:
     if setup.hardware.device != "cuda" or setup.mesh.pipeline > 1:
         return 0
     largest = replace(setup, capacity=largest_captured(setup.max_running, setup.capacity))
-    return activations_of(largest, stage) + dispatch_buffers(largest) - symmetric_memory(largest)
+    return activations_of(largest, stage) + dispatch_buffers(largest) - shared_memory(largest)
 
 
 def moves_bytes(setup: Setup, stage: PipelineStage) -> int:
@@ -209,16 +209,20 @@ def moves_bytes(setup: Setup, stage: PipelineStage) -> int:
     return staged_bytes(setup.expert_bytes, setup.num_slots, stage.num_moe) if setup.balanced else 0
 
 
-def symmetric_memory(setup: Setup) -> int:
-    """Bytes at fixed addresses for all_to_all on GPUs: rows sent and received, there and back, for
-    each microbatch.
+def shared_memory(setup: Setup) -> int:
+    """Bytes at fixed addresses for exchanges within capacity on GPUs, for each microbatch: rows
+    received and their outputs, and by all_to_all those that are sent and come back.
     """
     moe, ranks = setup.shape.moe, setup.expert_ranks
-    if setup.dispatch != "all_to_all" or setup.hardware.device != "cuda" or ranks == 1:
+    if setup.dispatch not in ("all_to_all", "flashinfer") or setup.hardware.device != "cuda" or ranks == 1:
         return 0
     capacity = bucket_over(setup.capacity)
     microbatches = (capacity, most_tokens(capacity)) if setup.overlap else (capacity,)
     tokens = [-(-most // setup.mesh.tensor) for most in microbatches]
+    hidden = math.ceil(setup.shape.hidden * setup.wire_item)
+    if setup.dispatch == "flashinfer":
+        row = hidden + 8 * moe.top_k + setup.shape.hidden * setup.item
+        return sum(tokens) * ranks * row
     rows = sum(tokens) * (ranks + min(moe.top_k, ranks)) + len(tokens)
-    row = math.ceil(setup.shape.hidden * setup.wire_item) + 8 * min(moe.top_k, setup.num_slots)
+    row = hidden + 8 * min(moe.top_k, setup.num_slots)
     return rows * (row + setup.shape.hidden * setup.item)

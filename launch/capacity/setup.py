@@ -78,7 +78,7 @@ class Setup:
         """Data indices without which the others go on, until those are replaced: they have slots
         for every expert. 0 where every loss is waited for.
         """
-        restarts = self.hardware.device == "cuda" and self.dispatch == "all_to_all"
+        restarts = self.hardware.device == "cuda" and self.dispatch in ("all_to_all", "flashinfer")
         if restarts or not self.survivors or self.mesh.shares_dense:
             return 0
         needed = -(-self.shape.moe.num_experts // (self.num_slots * self.mesh.tensor))

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...parallel.mesh import Mesh
-from .sections import KernelsSection, RecipeSection
+from .sections import ExpertsSection, KernelsSection, RecipeSection
 from .values import AutoInt, AutoSize, Size, Strings, collector, endpoint, origins, short_dtype, switch
 
 
@@ -101,29 +101,6 @@ class ParallelSection(RecipeSection):
         ge=1,
         description="ranks that split dense layers and shared experts, a multiple of tensor; auto: tensor "
         "splits dense layers, and shared experts are whole on every rank",
-    )
-
-
-class ExpertsSection(RecipeSection):
-    dispatch: Literal["auto", "local", "all_gather", "all_to_all"] = Field(
-        default="auto",
-        description="how tokens reach their experts; auto: all_to_all on CPUs and on GPUs of several nodes",
-    )
-    wire: Literal["auto", "full", "fp8"] = Field(
-        default="auto",
-        description="hidden states on their way to experts: full, in the activations' dtype, or fp8, as FP8 "
-        "experts quantise them; auto: fp8 where experts are FP8, which changes no bit",
-    )
-    redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
-    loads: str | None = Field(
-        default=None,
-        min_length=1,
-        description="file with recorded loads to start balanced by: an answer of /admin/cluster (JSON) or a "
-        "routing trace (.npz), relative to the recipe file",
-    )
-    balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
-        default="auto",
-        description="move experts between ranks as loads drift; auto: where ranks share experts",
     )
 
 
@@ -349,20 +326,29 @@ def contradictions(recipe: Recipe) -> list[str]:
             "use auto, all_gather or all_to_all",
         ),
         (
-            recipe.experts.balance == "on" and recipe.world == recipe.parallel.pipeline,
-            "experts.balance = on: a stage has one rank, which has all experts; use auto or off",
-        ),
-        (
-            recipe.overlap == "on" and recipe.world == recipe.parallel.pipeline,
-            "overlap = on: a stage has one rank, which exchanges no tokens; use auto or off",
-        ),
-        (
             keys.admin_key is not None and keys.admin_key in keys.api_keys,
             "frontend.admin_key: is also in frontend.api_keys; every user would be an administrator",
         ),
         (body > held, f"frontend.max_body = {body}: above frontend.body_memory ({held})"),
     )
-    return [text for wrong, text in (*checks, *_dense_groups(recipe)) if wrong]
+    return [text for wrong, text in (*checks, *_single_ranks(recipe), *_dense_groups(recipe)) if wrong]
+
+
+def _single_ranks(recipe: Recipe) -> tuple[tuple[bool, str], ...]:
+    """Settings of an exchange that there is not, where a stage has one rank."""
+    single = recipe.world == recipe.parallel.pipeline
+    nothing = "a stage has one rank, which exchanges no tokens"
+    return (
+        (
+            single and recipe.experts.dispatch == "flashinfer",
+            f"experts.dispatch = flashinfer: {nothing}; use auto",
+        ),
+        (
+            single and recipe.experts.balance == "on",
+            "experts.balance = on: a stage has one rank, which has all experts; use auto or off",
+        ),
+        (single and recipe.overlap == "on", f"overlap = on: {nothing}; use auto or off"),
+    )
 
 
 def _dense_groups(recipe: Recipe) -> tuple[tuple[bool, str], ...]:

@@ -12,6 +12,9 @@ from .recipe import Recipe
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
+_LINKED_TOP_K, _MOST_LINKED = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 22), 256
+"""Choices of a token and ranks for which FlashInfer 0.7.4 has an exchange over NVLink."""
+
 PROMPT_SHARE = 1 / 3
 """Share of the time that prompts get where decoding alone exceeds ``scheduler.inter_token_target``:
 a prompt takes a few times as long as it would alone, and tokens come half as slowly again."""
@@ -70,7 +73,8 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
         found.append(
             "experts.wire = fp8: the experts of this model are not computed in FP8 here; use auto or full"
         )
-    return found + _without_library(recipe, config) + _unsplittable(recipe, config)
+    found += _without_library(recipe, config) + _unlinked(recipe, config)
+    return found + _unsplittable(recipe, config)
 
 
 def _followers(config: ModelFacts) -> int:
@@ -103,6 +107,19 @@ def _without_library(recipe: Recipe, config: ModelFacts) -> list[str]:
     if recipe.kv_cache.page_size not in sizes:
         allowed = ", ".join(map(str, sizes))
         found.append(f"{key}: kv_cache.page_size = {recipe.kv_cache.page_size}: allowed are {allowed}")
+    return found
+
+
+def _unlinked(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Sizes that ``experts.dispatch`` = flashinfer has no kernels for."""
+    if recipe.experts.dispatch != "flashinfer":
+        return []
+    key, found = "experts.dispatch = flashinfer", []
+    if config.moe.top_k not in _LINKED_TOP_K:
+        allowed = ", ".join(map(str, _LINKED_TOP_K))
+        found.append(f"{key}: {config.moe.top_k} experts of a token: allowed are {allowed}; use all_to_all")
+    if recipe.mesh.experts > _MOST_LINKED:
+        found.append(f"{key}: {recipe.mesh.experts} ranks: allowed are {_MOST_LINKED}; use all_to_all")
     return found
 
 
@@ -160,6 +177,10 @@ def for_gpus(recipe: Recipe) -> list[str]:
         "kernels.linear_fp8 = deep_gemm": (recipe.kernels.linear_fp8 == "deep_gemm", "auto and own"),
         "kernels.attention = flashinfer": (recipe.kernels.attention == "flashinfer", "auto and own"),
         "experts.wire = fp8": (recipe.experts.wire == "fp8", "auto and full"),
+        "experts.dispatch = flashinfer": (
+            recipe.experts.dispatch == "flashinfer",
+            "auto, all_gather and all_to_all",
+        ),
     }
     return [
         f"{key}: is for ranks on GPUs, and these are on CPUs; allowed are {allowed}"

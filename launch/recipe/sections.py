@@ -1,10 +1,12 @@
-"""The base of a recipe's sections, and the section of kernels that libraries have."""
+"""The base of a recipe's sections, and those that name libraries: of kernels and of experts."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from .values import switch
 
 
 class RecipeSection(BaseModel):
@@ -30,3 +32,27 @@ class KernelsSection(RecipeSection):
         """By op, the library that is to compute it."""
         named = {"linear_fp8": self.linear_fp8, "attention": self.attention}
         return {op: name for op, name in named.items() if name not in ("auto", "own")}
+
+
+class ExpertsSection(RecipeSection):
+    dispatch: Literal["auto", "local", "all_gather", "all_to_all", "flashinfer"] = Field(
+        default="auto",
+        description="how tokens reach their experts; flashinfer: by FlashInfer, among GPUs of one NVLink "
+        "domain; auto: all_to_all on CPUs and on GPUs of several nodes",
+    )
+    wire: Literal["auto", "full", "fp8"] = Field(
+        default="auto",
+        description="hidden states on their way to experts: full, in the activations' dtype, or fp8, as FP8 "
+        "experts quantise them; auto: fp8 where experts are FP8, which changes no bit",
+    )
+    redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
+    loads: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file with recorded loads to start balanced by: an answer of /admin/cluster (JSON) or a "
+        "routing trace (.npz), relative to the recipe file",
+    )
+    balance: Annotated[Literal["auto", "off", "on"], BeforeValidator(switch)] = Field(
+        default="auto",
+        description="move experts between ranks as loads drift; auto: where ranks share experts",
+    )

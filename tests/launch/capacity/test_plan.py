@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch.distributed import HashStore
 
+from lockstep.engine.models.config import load_config
 from lockstep.kernels.cpu_isa import Isa
 from lockstep.launch.capacity.anchors import (
     EXCHANGE_TOKENS,
@@ -34,17 +35,22 @@ from lockstep.launch.capacity.floors import (
     prefill_work,
     traffic,
 )
-from lockstep.launch.capacity.memory import dispatch_buffers, symmetric_memory
+from lockstep.launch.capacity.memory import dispatch_buffers, shared_memory
 from lockstep.launch.capacity.plan import CapacityPlan, make_plan, plan_recipe
 from lockstep.launch.capacity.screen import show_plan
 from lockstep.launch.recipe.file import find_recipe, load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import Hardware, hardware_names, load_hardware
 from lockstep.launch.recipe.recipe import RecipeError, contradictions
+from lockstep.launch.recipe.resolve import check_model
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.config import MoEConfig
+from lockstep.moe.dispatch.nvlink import NvlinkExchange
 from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.nvlink import NvlinkGroup
 from lockstep.parallel.symmetric_memory import SymmetricGroup
+from support.parallel.nvlink_double import NvlinkDouble
 from support.parallel.symmetric_double import AbsentLibrary
 
 ROOT = find_recipe("demo").parent.parent
@@ -283,18 +289,24 @@ def test_batch_and_context_are_those_of_the_pages() -> None:
     assert plan_of("qwen3-30b-a3b-1xh100", "scheduler.max_running=7").largest_batch == 7
 
 
+@pytest.mark.parametrize("dispatch", ["all_to_all", "flashinfer"])
 @pytest.mark.parametrize(("overlap", "wire_item"), [(False, 2), (True, 2), (True, 1 + 4 / 128)])
-def test_symmetric_memory_is_what_a_rank_reserves(overlap: bool, wire_item: float) -> None:
+def test_shared_memory_is_what_a_rank_reserves(overlap: bool, wire_item: float, dispatch: str) -> None:
     base = deepseek("h200", 32, prefill=False)
-    setup = replace(base, dispatch="all_to_all", overlap=overlap, wire_item=wire_item)
-    moe = setup.shape.moe
+    setup = replace(base, dispatch=dispatch, overlap=overlap, wire_item=wire_item, capacity=1000)
+    moe, device = setup.shape.moe, torch.device("cpu")
     capacities = (1024, 641) if overlap else (1024,)
-    setup = replace(setup, capacity=1000)
-    group = SymmetricGroup("experts", 0, 32, HashStore(), torch.device("meta"), AbsentLibrary())
+    place = "experts", 0, 32, HashStore(), torch.device("meta")
     placement = contiguous(1, moe.num_experts, 32)
     shape = TokenShape(capacities, moe.top_k, setup.shape.hidden, torch.bfloat16, eight=wire_item < 2)
-    SymmetricExchange(placement, group, torch.device("cpu"), shape)
-    assert group.num_bytes == pytest.approx(symmetric_memory(setup), rel=0.1), "rows are aligned"
+    group: SymmetricGroup | NvlinkGroup
+    if dispatch == "flashinfer":
+        group = linked = NvlinkGroup(*place, NvlinkDouble(Collectives("experts", *place[1:4], 1.0, device)))
+        NvlinkExchange(placement, linked, device, shape)
+    else:
+        group = symmetric = SymmetricGroup(*place, AbsentLibrary())
+        SymmetricExchange(placement, symmetric, device, shape)
+    assert group.num_bytes == pytest.approx(shared_memory(setup), rel=0.1), "rows are aligned"
 
 
 def test_tokens_of_fp8_experts_travel_in_fp8() -> None:
@@ -330,6 +342,37 @@ def test_a_library_that_would_attend_nothing_is_refused(recipe: str, changes: li
         plan_of(recipe, "kernels.attention=flashinfer", *changes)
     if recipe in ("qwen3-235b-2x8", "deepseek-gb200"):
         plan_of(recipe, "kernels.attention=flashinfer", "kv_cache.dtype=bf16")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "line"),
+    [
+        ("deepseek-gb200", ["cluster.nodes=72", "experts.redundant=0"], "288 ranks: allowed are 256"),
+        ("qwen3-30b-a3b-1xh100", [], "a stage has one rank, which exchanges no tokens; use auto"),
+        ("demo", [], "is for ranks on GPUs, and these are on CPUs; allowed are auto, all_gather and"),
+    ],
+)
+def test_an_exchange_over_nvlink_that_cannot_be_is_refused(
+    recipe: str, changes: list[str], line: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"experts.dispatch = flashinfer: .*{line}"):
+        plan_of(recipe, "experts.dispatch=flashinfer", *changes)
+
+
+def test_an_exchange_over_nvlink_is_planned() -> None:
+    """Fewer rows than all_to_all has: none are kept to be sent; every loss is waited for."""
+    linked = plan_of("deepseek-gb200", "experts.dispatch=flashinfer")
+    other = plan_of("deepseek-gb200")
+    assert (linked.setup.dispatch, linked.setup.spare_data) == ("flashinfer", 0)
+    less, more = linked.ranks[0].memory.dispatch, other.ranks[0].memory.dispatch
+    assert 0.8 * more < less < more
+    config = load_config(find_recipe("demo").parent / "configs" / "deepseek-v3")
+    odd = replace(config, moe=replace(config.moe, top_k=5))
+    recipe, _ = load_recipe("deepseek-gb200", ["experts.dispatch=flashinfer"], contradictions)
+    assert check_model(recipe, odd) == [
+        "experts.dispatch = flashinfer: 5 experts of a token: allowed are 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, "
+        "18, 22; use all_to_all"
+    ]
 
 
 def test_dispatch_buffers_follow_the_dispatcher() -> None:

@@ -499,10 +499,11 @@ def test_the_parsers_of_replies_are_those_there_are() -> None:
 
 def test_settings_that_only_gpus_can_follow_are_found_by_name() -> None:
     assert for_gpus(parse_recipe(MODEL)) == []
-    every = "kernels: {linear_fp8: deep_gemm, attention: flashinfer}\nexperts: {wire: fp8}"
-    lines = for_gpus(parse_recipe(MODEL + every))
+    every = "kernels: {linear_fp8: deep_gemm, attention: flashinfer}\ncluster: {ranks_per_node: 2}\n"
+    lines = for_gpus(parse_recipe(MODEL + every + "experts: {wire: fp8, dispatch: flashinfer}"))
     assert [line.partition(":")[0] for line in lines] == [
         "kernels.linear_fp8 = deep_gemm",
         "kernels.attention = flashinfer",
         "experts.wire = fp8",
+        "experts.dispatch = flashinfer",
     ]

@@ -25,6 +25,8 @@ from lockstep.engine.rank.meeting_store import MeetingError, MeetingStore
 from lockstep.launch.run.keyring import Keyring
 from lockstep.launch.run.rendezvous import Rendezvous
 from lockstep.parallel.collectives import CollectiveError, Collectives
+from lockstep.parallel.nvlink import StoreRanks
+from lockstep.parallel.recovery import ProcessSpent
 from support.engine.rank.mock_controller import bare_spec
 
 SECONDS = 60.0
@@ -101,6 +103,23 @@ def test_nobody_there(meeting: Meeting) -> None:
     meeting.point.close()
     with pytest.raises(MeetingError, match=rf"no answer from the store at {meeting.point.address} within"):
         meeting.store(0, deadline=0.2).get("a")
+
+
+def test_ranks_that_share_memory_ask_one_another(meeting: Meeting) -> None:
+    """As FlashInfer does. If one is silent, the memory stays half made: the process is spent."""
+
+    def talk(index: int) -> Any:
+        ranks = StoreRanks(PrefixStore("epoch", meeting.store(index)), index, 3).Split(0, index)
+        ranks.barrier()
+        told = ranks.allgather((f"host{index}", None, bytes([index, 255])))
+        return [list(part) for part in told], ranks.bcast(index * 10, 2)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(talk, range(3)))
+    assert found == [([[f"host{index}", None, bytes([index, 255])] for index in range(3)], 20)] * 3
+    silent = StoreRanks(PrefixStore("next", meeting.store(1, deadline=0.1)), 1, 3)
+    with pytest.raises(ProcessSpent, match="rank 1 shares memory with 2 others: no "):
+        silent.barrier()
 
 
 def test_without_a_rank_s_key_nothing_is_read_or_written(meeting: Meeting) -> None:

@@ -13,17 +13,18 @@ from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
 from lockstep.moe.dispatch.symmetric import TokenShape
 from lockstep.parallel.collectives import Collectives
-from support.moe.dispatchers import dispatcher_of, symmetric_dispatcher
+from support.moe.dispatchers import dispatcher_of, dispatcher_within_capacity
 
 TOKENS, EXPERTS, HIDDEN, WIDTH, TOP_K = 5, 4, 8, 6, 2
 
 
 def _dispatcher(kind: str) -> Dispatcher:
     placement = contiguous(1, EXPERTS, 1)
-    if kind != "symmetric":
+    if kind not in ("symmetric", "flashinfer"):
         return dispatcher_of(kind, placement)
     alone = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))
-    return symmetric_dispatcher(placement, alone, TokenShape((TOKENS,), TOP_K, HIDDEN, torch.float32))
+    shape = TokenShape((TOKENS,), TOP_K, HIDDEN, torch.float32)
+    return dispatcher_within_capacity(kind, placement, alone, shape)
 
 
 def test_a_captured_step_makes_its_own_places() -> None:
@@ -50,7 +51,7 @@ def test_a_captured_step_makes_its_own_places() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["all_gather", "summing", "symmetric"])
+@pytest.mark.parametrize("kind", ["all_gather", "summing", "symmetric", "flashinfer"])
 @pytest.mark.parametrize("real", [0, 3, 5])
 def test_padding_goes_nowhere(kind: str, real: int) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -1,5 +1,5 @@
-"""All-to-all with counts on the device: EP=N equals EP=1 over a double of symmetric memory, padding
-goes nowhere, and nothing is read by the host at the sizes of real models.
+"""Exchanges with counts on the device: EP=N equals EP=1 over doubles of symmetric memory and of
+FlashInfer, padding goes nowhere, and nothing is read by the host at the sizes of real models.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.recovery import ProcessSpent
 from lockstep.parallel.symmetric_memory import SymmetricGroup, row_alignment
-from support.moe.dispatchers import symmetric_dispatcher
+from support.moe.dispatchers import dispatcher_within_capacity
 from support.moe.exchange import LAYERS, Case, Kind, run_case
 from support.parallel.gloo_ranks import run_ranks
 from support.parallel.symmetric_double import AbsentLibrary, SymmetricDouble
 
 CPU = torch.device("cpu")
 ALONE = Collectives("alone", 0, 1, None, 1.0, CPU)
-KINDS: tuple[Kind, ...] = ("symmetric", "summing")  # as on GPUs: sums travel back
+KINDS: tuple[Kind, ...] = ("symmetric", "flashinfer", "summing")  # as on GPUs: sums travel back
 
 
 def _cases(world: int) -> list[Case]:
     spread = (3, 0, 5, 1)[:world]
     return [
         Case("spread, one rank without tokens", 8, 2, spread, 5),
-        Case("fewer slots than choices", 8, 5, spread, 5),
+        Case("fewer slots than choices", 8, 6, spread, 5),
         Case("uneven experts", 7, 3, spread, 6),
         Case("fewer experts than ranks", 3, 2, spread, 5),
         Case("one expert takes all", 8, 1, spread, 5, only=6),
@@ -56,6 +56,10 @@ def _all(collectives: Collectives, cases: list[Case]) -> list[tuple[list[Tensor]
 def test_expert_parallel_equals_one_rank(world: int) -> None:
     cases = _cases(world)
     by_rank = run_ranks(_all, world, cases)
+    for results in by_rank:
+        for outputs, linked in zip(results[::3], results[1::3], strict=True):
+            same = [torch.equal(*layers) for layers in zip(outputs[0], linked[0], strict=True)]
+            assert all(same) or world > 3, "sums of up to three ranks have one order"
     for number, (case, kind) in enumerate((case, kind) for case in cases for kind in KINDS):
         expected, expected_counts = run_case(case, "local", ALONE)
         placement = contiguous(LAYERS, case.num_experts, world)
@@ -99,12 +103,14 @@ def test_padded_rows_go_nowhere_and_stale_rows_are_no_pairs() -> None:
     assert not combined[3:].any(), "padding gets zeros"
 
 
-def test_two_microbatches_have_regions_of_their_own() -> None:
+@pytest.mark.parametrize("kind", ["symmetric", "flashinfer"])
+@pytest.mark.parametrize("most", [6, 8])
+def test_two_microbatches_have_memory_of_their_own(kind: str, most: int) -> None:
     """Both are under way at once, layer after layer; then a step of full capacity finds the larger
     regions free.
     """
-    turns, shape = Turns(), TokenShape((8, 6), 2, 8, torch.float32)
-    dispatcher = symmetric_dispatcher(contiguous(3, 4, 1), ALONE, shape, turns)
+    turns, shape = Turns(), TokenShape((8, most), 2, 8, torch.float32)
+    dispatcher = dispatcher_within_capacity(kind, contiguous(3, 4, 1), ALONE, shape, turns)
     inputs = [(torch.randn(count, 8), torch.rand(count, 2)) for count in (6, 4, 8)]
 
     def forward(x: Tensor, weights: Tensor) -> list[Tensor]:

@@ -19,19 +19,19 @@ from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.moe.dispatch.rows import TokenForm
 from lockstep.moe.dispatch.symmetric import TokenShape
 from lockstep.parallel.collectives import Collectives
-from support.moe.dispatchers import symmetric_dispatcher
+from support.moe.dispatchers import dispatcher_within_capacity
 from support.parallel.gloo_ranks import run_ranks
 
 CPU = torch.device("cpu")
 HIDDEN, WIDTH, EXPERTS, TOP_K, CAPACITY = 160, 40, 4, 2, 8
-KINDS = ("exact", "summing", "symmetric")
+KINDS = ("exact", "summing", "symmetric", "flashinfer")
 
 
 def dispatcher(kind: str, collectives: Collectives, eight: bool) -> ExchangeDispatcher:
     placement = contiguous(1, EXPERTS, collectives.size)
-    if kind == "symmetric":
+    if kind in ("symmetric", "flashinfer"):
         shape = TokenShape((CAPACITY,), TOP_K, HIDDEN, torch.bfloat16, eight)
-        return symmetric_dispatcher(placement, collectives, shape)
+        return dispatcher_within_capacity(kind, placement, collectives, shape)
     exchange = AllGatherExchange(placement, collectives, CPU, exact=kind == "exact", eight=eight)
     return ExchangeDispatcher(exchange, CPU)
 

@@ -11,11 +11,15 @@ from lockstep.moe.dispatch.all_to_all import AllToAllExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
+from lockstep.moe.dispatch.nvlink import NvlinkExchange
 from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.nvlink import NvlinkGroup
+from lockstep.parallel.one_epoch import OneEpochGroup
 from lockstep.parallel.symmetric_memory import SymmetricGroup
 
+from ..parallel.nvlink_double import NvlinkDouble
 from ..parallel.symmetric_double import SymmetricDouble
 
 CPU = torch.device("cpu")
@@ -48,15 +52,25 @@ def dispatcher_of(
     return ExchangeDispatcher(exchange, CPU, give_turn=give_turn)
 
 
-def symmetric_dispatcher(
-    placement: Placement, collectives: Collectives, shape: TokenShape, turns: Turns | None = None
+def dispatcher_within_capacity(
+    kind: str,
+    placement: Placement,
+    collectives: Collectives,
+    shape: TokenShape,
+    turns: Turns | None = None,
 ) -> ExchangeDispatcher:
-    """All-to-all over a double of symmetric memory, in the group of ``collectives``. It gives
-    ``turns`` away.
+    """``symmetric`` or ``flashinfer``, as all_to_all and flashinfer on GPUs, over a double of the
+    library in the group of ``collectives``. It gives ``turns`` away.
     """
+    place = "experts", collectives.index, collectives.size
     store = collectives.store or torch.distributed.HashStore()
-    double = SymmetricDouble(collectives)
-    group = SymmetricGroup("experts", collectives.index, collectives.size, store, CPU, double)
-    exchange = SymmetricExchange(placement, group, CPU, shape)
-    group.build(1)
+    group: OneEpochGroup
+    exchange: Exchange
+    if kind == "symmetric":
+        group = symmetric = SymmetricGroup(*place, store, CPU, SymmetricDouble(collectives))
+        exchange = SymmetricExchange(placement, symmetric, CPU, shape)
+    else:
+        group = linked = NvlinkGroup(*place, store, CPU, NvlinkDouble(collectives))
+        exchange = NvlinkExchange(placement, linked, CPU, shape)
+    group.build(-(-store.add("memories", 1) // collectives.size))  # ranks make them one after another
     return ExchangeDispatcher(exchange, CPU, give_turn=(turns or Turns()).give)

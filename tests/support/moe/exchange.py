@@ -18,9 +18,9 @@ from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
 from lockstep.moe.dispatch.symmetric import TokenShape
 from lockstep.parallel.collectives import Collectives
 
-from .dispatchers import dispatcher_of, symmetric_dispatcher
+from .dispatchers import dispatcher_of, dispatcher_within_capacity
 
-Kind = Literal["local", "all_gather", "all_to_all", "summing", "symmetric"]
+Kind = Literal["local", "all_gather", "all_to_all", "summing", "symmetric", "flashinfer"]
 
 HIDDEN, WIDTH, LAYERS = 32, 24, 2
 
@@ -96,9 +96,9 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
         return x, x, weighted_sum(y.view(*ids.shape, HIDDEN), weights)
 
     routed = RoutedExperts(case.top_k, choose, compute, sublayer)
-    if kind == "symmetric":
+    if kind in ("symmetric", "flashinfer"):
         shape = TokenShape((case.capacity,), case.top_k, HIDDEN, case.dtype)
-        dispatcher: Dispatcher = symmetric_dispatcher(placement, collectives, shape)
+        dispatcher: Dispatcher = dispatcher_within_capacity(kind, placement, collectives, shape)
     else:
         dispatcher = dispatcher_of(kind, placement, collectives)
     dispatcher.begin_step(len(x), case.capacity if size > 1 else len(x))

@@ -25,14 +25,18 @@ from lockstep.moe.dispatch.all_gather import AllGatherExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
+from lockstep.moe.dispatch.nvlink import NvlinkExchange
 from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.nvlink import NvlinkGroup
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
+
+from ...parallel.nvlink_double import NvlinkDouble
 
 META = torch.device("meta")
 CONFIGS = find_recipe("demo").parent / "configs"
@@ -94,6 +98,11 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
         group = Collectives(*place, 1.0, META)
         group.rehearse()
         exchange = AllGatherExchange(placement, group, META, eight=True)
+    elif dispatch == "flashinfer":
+        linked = NvlinkGroup(*place, META, NvlinkDouble(Collectives("alone", 0, 1, None, 1.0, META)))
+        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        exchange = NvlinkExchange(placement, linked, META, shape)
+        linked.rehearse()
     else:
         memory = SymmetricGroup(*place, META, TorchSymmetricLibrary())
         shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
