@@ -176,7 +176,7 @@ def deepseek(hardware: str, ranks: int, *, prefill: bool) -> Setup:
         base,
         mesh=Mesh(data=ranks),
         ranks_per_node=device.ranks_per_node,
-        dispatch="two_level" if prefill and ranks > device.near_ranks else "all_to_all",
+        dispatch="two_level" if prefill and ranks > device.near_ranks else "by_pair",
         wire_item=_FP8_ROW,
         weights="fp8",
         expert_weights="nvfp4" if blackwell else "fp8",

@@ -160,9 +160,11 @@ def _seen(setup: Setup, stage: PipelineStage, positions: float, tokens: float) -
 def traffic(setup: Setup, num_tokens: float) -> Traffic:
     """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
 
-    all_to_all: a token goes once to every rank with one of its experts; an output returns per
-    expert. two_level: it goes once to every node, is passed on inside it, and returns summed per
-    node. all_gather: every token goes to every rank; outputs are reduced separately per expert.
+    all_to_all, flashinfer: a token goes once to every rank with one of its experts. all_gather:
+    every token goes to every rank. On GPUs a rank returns the sum of a token's outputs, on CPUs one
+    output per expert. Of other systems: by_pair is all_to_all with an output per expert on GPUs
+    too; in two_level a token goes once to every node, is passed on inside it, and returns summed
+    per node.
     """
     ranks, near = setup.expert_ranks, setup.near_ranks
     if ranks == 1 or setup.dispatch == "local":
@@ -170,12 +172,14 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
     tokens = num_tokens / setup.mesh.tensor
     top_k, row, output = setup.shape.moe.top_k, row_bytes(setup), setup.shape.hidden * setup.item
     near_share, far_share = (near - 1) / ranks, (ranks - near) / ranks
+    sums = setup.hardware.device == "cuda"
     if setup.dispatch == "all_gather":
-        away = (near - 1.0, (ranks - near) / near)
-        back = (away[0] * top_k, away[1] * top_k)
+        away, num_back = (near - 1.0, (ranks - near) / near), 1 if sums else top_k
+        back = (away[0] * num_back, away[1] * num_back)
     else:
         copies = distinct(setup.shape.moe, ranks)
-        away, back = (copies * near_share, copies * far_share), (top_k * near_share, top_k * far_share)
+        num_back = copies if sums and setup.dispatch != "by_pair" else top_k
+        away, back = (copies * near_share, copies * far_share), (num_back * near_share, num_back * far_share)
         if setup.dispatch == "two_level":
             nodes = ranks / near
             far = distinct(setup.shape.moe, nodes) * (nodes - 1) / nodes

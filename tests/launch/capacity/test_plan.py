@@ -493,8 +493,16 @@ def test_traffic_by_dispatcher() -> None:
     sent = traffic(setup, 100)
     assert traffic(replace(setup, mesh=Mesh(data=1)), 100).dispatch_bytes == 0
     assert sent.combine_bytes == int(100 * 8 * 15 / 16 * 2 * 7168), "every pair comes back, 1 of 16 from here"
+    summed = traffic(replace(setup, dispatch="all_to_all"), 100)
+    assert summed.dispatch_bytes == sent.dispatch_bytes
+    ranks = distinct(setup.shape.moe, 16)
+    assert summed.combine_bytes == int(100 * ranks * 15 / 16 * 2 * 7168), "a sum from each"
     everywhere = traffic(replace(setup, dispatch="all_gather"), 100)
-    assert everywhere.dispatch_bytes > sent.dispatch_bytes and everywhere.combine_bytes > sent.combine_bytes
+    assert everywhere.dispatch_bytes > sent.dispatch_bytes
+    assert everywhere.combine_bytes == 100 * 8 * 2 * 7168, "a sum for 7 ranks, and one for the other node"
+    cpu = replace(setup, hardware=load_hardware("cpu"), wire="full")
+    one, each = (traffic(replace(cpu, dispatch=way), 100) for way in ("all_to_all", "all_gather"))
+    assert one.combine_bytes == sent.combine_bytes and each.combine_bytes == 8 * everywhere.combine_bytes
     passed_on = traffic(replace(setup, dispatch="two_level"), 100)
     assert passed_on.combine_seconds < sent.combine_seconds
 
