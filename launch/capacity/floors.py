@@ -174,8 +174,8 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
     near_share, far_share = (near - 1) / ranks, (ranks - near) / ranks
     sums = setup.hardware.device == "cuda"
     if setup.dispatch == "all_gather":
-        away, num_back = (near - 1.0, (ranks - near) / near), 1 if sums else top_k
-        back = (away[0] * num_back, away[1] * num_back)
+        away = (near - 1.0, (ranks - near) / near)
+        back = away if sums else (away[0] * top_k, away[1] * top_k)
     else:
         copies = distinct(setup.shape.moe, ranks)
         num_back = copies if sums and setup.dispatch != "by_pair" else top_k
