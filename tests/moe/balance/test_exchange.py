@@ -21,7 +21,7 @@ def test_three_ranks_pass_experts_on_in_a_circle() -> None:
 
 def test_ranks_exchange_one_expert_at_most_and_hold_none_twice() -> None:
     dice = np.random.default_rng(72)
-    before_LE = dice.lognormal(0, 1, (12, 128))
+    before_LE = dice.lognormal(0, 1, (12, 64))
     loads_LE = before_LE * dice.lognormal(0, 0.3, before_LE.shape)
     state = Layers(loads_LE, placed_anew(before_LE, 36, 4).experts_LWS)
     before_LP, was_L = state.experts_LP.copy(), state.maximum_L()
@@ -31,7 +31,7 @@ def test_ranks_exchange_one_expert_at_most_and_hold_none_twice() -> None:
     assert not (state.experts_LP[:2] != before_LP[:2]).any()
     assert ((state.experts_LP != before_LP).reshape(12, 36, 4).sum(axis=2) <= 1).all()
     assert np.array_equal(np.sort(state.experts_LP), np.sort(before_LP))
-    occupied_LW = (state.experts_LP < 128).reshape(12, 36, 4).sum(axis=2)
+    occupied_LW = (state.experts_LP < 64).reshape(12, 36, 4).sum(axis=2)
     assert ((state.bits_LWE & HELD > 0).sum(axis=2) == occupied_LW).all(), "an expert twice on a rank"
     assert np.allclose(state.ranks_LW, state.shares_LP(np.arange(12)).reshape(12, 36, 4).sum(axis=2))
     assert np.median(state.maximum_L()[2:]) < 1.05 + 0.2 * np.median(was_L[2:] - 1.05)
