@@ -2,7 +2,8 @@
 
 DeepSeek's algorithm places all experts anew and moves most of them. This one starts from the
 placement there is and takes single steps, each the best of its layer (``steps``), until every layer
-is near its target or the bytes are spent. Everything follows from the arguments: no clock, no dice.
+is near its target or the bytes are spent; where room is scarce, all ranks exchange experts at once
+before (``exchange``). Everything follows from the arguments: no clock, no dice.
 
 Suffixes: L MoE layers, W ranks, S slots per rank, E logical experts.
 """
@@ -14,15 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .exchange import Exchanges
 from .layers import Floats, Ints, Layers, once
 from .placement import EMPTY, Placement
 from .steps import Search, SlotSteps, nearness, scarcity
 
 NOWHERE = -1
 
-_LEAST = 4e-6  # of a rank's mean load: what a step has to gain, beyond any error of a float32
+_LEAST = 3e-5  # of a rank's mean load: what a step has to gain; less is not worth an expert's bytes
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
 _REPLICAS_FIRST, _REPLICAS_EVERY = 6, 6
+# Ranks exchange experts all at once where they are many and the load above the target is more than
+# this of the room below it: elsewhere steps with replicas need no more. Hot ranks get replicas in
+# as many looks before. Experts rarely fit to less than this multiple of the least maximum, and a
+# rank further above the target afterwards needs room that the exchange has taken.
+_MANY_RANKS, _SCARCE, _BEFORE, _EXCHANGE_TARGET, _NEAR = 16, 0.65, 8, 1.0015, 0.1
 _AT_ONCE = 1024  # moves
 
 
@@ -122,24 +129,74 @@ class _Search:
     def __init__(self, state: Layers, limits: Limits, node_W: Ints) -> None:
         self._state, self._near_WW = state, nearness(node_W, limits.within_nodes)
         self._left = limits.max_received
-        self._target_L = state.level_L() * limits.target
+        self._level_L = state.level_L()
+        self._target_L = self._level_L * limits.target
         self._scarcity_L = np.zeros_like(self._target_L)
 
     def run(self) -> None:
-        """Gives experts too large for any rank more replicas; then lowers maxima, until no single
-        step does or the target is reached.
+        """Gives experts too large for any rank more replicas; exchanges experts of all ranks where
+        room is scarce; then lowers maxima, until no single step does or the target is reached.
         """
-        layers = np.arange(len(self._target_L))
+        every = np.arange(len(self._target_L))
+        layers = every
         while len(layers):
             layers = self._take(layers, self._look(layers).split_largest(), 0.0)
         self._scarcity_L = scarcity(self._state.ranks_LW, self._target_L)
-        layers, number, last = np.arange(len(self._target_L)), 0, False
+        scarce_L = self._scarcity_L > _SCARCE
+        near = self._exchange(every[scarce_L])
+        self._scarcity_L[near] = scarcity(self._state.ranks_LW[near], self._target_L[near])
+        self._step(every, replicas=not scarce_L.all() or not len(near))
+
+    def _exchange(self, layers: Ints) -> Ints:
+        """Exchanges experts of all ranks at once and returns the layers that are near their target
+        then. Nothing changes if the budget is too small or not every rank may get every expert.
+        """
+        if not len(layers) or not self._near_WW.all() or self._state.num_ranks < _MANY_RANKS:
+            return layers[:0]
+        earlier, left, self._left = self._state.copy(), self._left, None
+        hot = layers
+        for _ in range(_BEFORE):
+            hot = self._take(hot, self._look(hot).replicate(), _LEAST) if len(hot) else hot
+        far = self._exchange_all(layers, earlier)
+        # Where replicas leave ranks that no single exchange mends, swaps come first.
+        hot = far
+        for _ in range(_BEFORE):
+            hot = self._take(hot, self._look(hot).best(replicas=True), _LEAST) if len(hot) else hot
+        far = self._exchange_all(far, self._state.copy())
+        received = int(self._state.foreign_LP.sum() - earlier.foreign_LP.sum())
+        self._left = left
+        if left is not None and received > left:
+            self._state.reset(layers, earlier)
+            return layers[:0]
+        if left is not None:
+            self._left = left - received
+        return np.setdiff1d(layers, far)
+
+    def _exchange_all(self, layers: Ints, earlier: Layers) -> Ints:
+        """Exchanges experts in ``layers``. Those that it does not bring near their targets become
+        as they were earlier, and are returned.
+        """
+        if not len(layers):
+            return layers
+        target_L = np.maximum(self._target_L, self._level_L * _EXCHANGE_TARGET)[layers]
+        found = Exchanges(self._state, layers, target_L)
+        self._state.exchange(found.layers, found.slots, found.experts)
+        far: Ints = layers[self._state.ranks_LW[layers].max(axis=1) > target_L + _NEAR]
+        self._state.reset(far, earlier)
+        return far
+
+    def _step(self, layers: Ints, *, replicas: bool) -> None:
+        """Takes the best step of each layer while there is one. Without ``replicas`` these are
+        looked for only where there is no swap.
+        """
+        number, last = 0, False
         while len(layers):
-            replicas = last or number < _REPLICAS_FIRST or number % _REPLICAS_EVERY == 0
-            taken = self._take(layers, self._look(layers).best(replicas=replicas), _LEAST)
+            regular = replicas and (number < _REPLICAS_FIRST or number % _REPLICAS_EVERY == 0)
+            both = last or regular
+            taken = self._take(layers, self._look(layers).best(replicas=both), _LEAST)
             # Layers without a swap are looked at once more, for replicas.
-            number, last = number + 1, not replicas and len(taken) < len(layers)
-            layers = taken if replicas else layers
+            number, last = number + 1, not both and len(taken) < len(layers)
+            layers = taken if both else layers
 
     def _look(self, layers: Ints) -> Search:
         target_L, scarcity_L = self._target_L[layers], self._scarcity_L[layers]

@@ -9,6 +9,7 @@ column, ``num_experts``, which stands for the expert of an empty slot.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ Floats = NDArray[np.float64]
 HELD, FOREIGN = 1, 2
 """Bits of ``Layers.bits_LWE``."""
 
+_CHANGING = ("experts_LP", "replicas_LE", "shares_LE", "bits_LWE", "foreign_LP", "ranks_LW")
 _ALWAYS = 1 << 20  # replicas of an empty slot's "expert": it may always leave
 _LEVEL = 1e-7  # how exactly ``level_L`` is found
 
@@ -52,6 +54,18 @@ class Layers:
         self.bits_LWE[:, :, -1] = 0
         self.foreign_LP = np.zeros(self.experts_LP.shape, np.float32)
         self.ranks_LW = self._sums_LW(self.shares_LE, self.experts_LP)
+
+    def copy(self) -> Layers:
+        """A copy that changes apart from this one."""
+        found = copy.copy(self)
+        for name in _CHANGING:
+            setattr(found, name, getattr(self, name).copy())
+        return found
+
+    def reset(self, layers: Ints, earlier: Layers) -> None:
+        """Makes ``layers`` as they are in a copy."""
+        for name in _CHANGING:
+            getattr(self, name)[layers] = getattr(earlier, name)[layers]
 
     def placed_LWS(self) -> NDArray[np.int32]:
         """The expert in every slot, EMPTY where there is none."""
@@ -107,6 +121,12 @@ class Layers:
         shares_2 = self.shares_LE[layers, experts_2]
         self.ranks_LW[layers, slots_2 // self.num_slots] += shares_2[::-1] - shares_2
         self._set(layers, slots_2, experts_2[::-1])
+
+    def exchange(self, layers: Ints, slots: Ints, experts: Ints) -> None:
+        """Puts experts into slots, one of each rank at most, that give up the same experts."""
+        self._set(layers, slots, experts)
+        layers = np.unique(layers)
+        self.ranks_LW[layers] = self._sums_LW(self.shares_LE[layers], self.experts_LP[layers])
 
     def _sums_LW(self, shares_LE: Floats, experts_LP: Ints) -> Floats:
         """The load of every rank."""

@@ -95,26 +95,30 @@ class Search:
         self._hot_LS = self._hot[:, None] * state.num_slots + np.arange(state.num_slots)
         self._mine_LS = at(self._experts_LP, self._hot_LS)
         self._mine_shares_LS = at(self._shares_LE, self._mine_LS)
-        self._price = self._price_of_room(scarcity_L)
+        self._scarcity_L = scarcity_L
 
-    def _price_of_room(self, scarcity_L: Floats) -> NDArray[np.float32]:
+    def _price_of_room(self) -> NDArray[np.float32]:
         """Room is for other ranks above the target: one that is alone may take what it likes, and
         where half of it is enough, hardly any has to be saved.
         """
         above_L = (self._ranks_LW - self._target[:, None]).clip(0).sum(axis=1)
         own_L = (self.maximum - self._target).clip(0)
         others_L = 1 - own_L / np.maximum(above_L, np.finfo(np.float64).tiny)
-        return np.asarray(_PRICE * (scarcity_L * others_L**2) ** 2, np.float32)
+        return np.asarray(_PRICE * (self._scarcity_L * others_L**2) ** 2, np.float32)
 
     def best(self, *, replicas: bool) -> SlotSteps:
         """The most valuable step of each layer; without ``replicas`` only swaps are looked at."""
         if not replicas:
             return self._swaps()
-        self._leaving()
-        found = [self._swaps(), self._replicas_of_the_hot()]
+        found = [self._swaps(), self.replicate()]
         which = np.stack([steps.value for steps in found]).argmax(axis=0)
         columns = zip(*((steps.slots, steps.experts, steps.value) for steps in found), strict=True)
         return SlotSteps(*(np.stack(column)[which, self._each] for column in columns))
+
+    def replicate(self) -> SlotSteps:
+        """The most valuable further replica of an expert of the most loaded rank."""
+        self._leaving()
+        return self._replicas_of_the_hot()
 
     def split_largest(self) -> SlotSteps:
         """A further replica of the expert with the largest share, where one that can spare a
@@ -213,6 +217,7 @@ class Search:
         anyway: so few ranks take what others have to give.
         """
         state, each, size = self._state, self._each, self._state.num_slots
+        price = self._price_of_room()
         num = max(1, min(state.num_ranks, _CANDIDATES // size**2))
         cold_LK = _least(self._ranks_LW, num)
         slots_LSK = cold_LK[:, None] * size + np.arange(size)[:, None]
@@ -225,10 +230,10 @@ class Search:
         filled_LSSK = mine_LS11 - shares_LSK[:, None]
         gain_LSSK = np.minimum(filled_LSSK, (between_LK[:, None] + shares_LSK)[:, None] - mine_LS11)
         value_LSSK = self._value(gain_LSSK)
-        filled_LSSK *= self._price[:, None, None, None]
+        filled_LSSK *= price[:, None, None, None]
         value_LSSK /= np.maximum(filled_LSSK, 0, out=filled_LSSK) + 1
         room_LK = np.maximum(self._target[:, None] - ranks_LK, 0).astype(np.float32)
-        opened_LSK = (going_LSK == 1) * (self._price[:, None] * room_LK)[:, None]
+        opened_LSK = (going_LSK == 1) * (price[:, None] * room_LK)[:, None]
         going_LSK *= opened_LSK + 1
         hot_L11 = self._hot[:, None, None]
         going_LSK *= _COMING.take(self._bits(hot_L11, theirs_LSK))

@@ -175,12 +175,11 @@ def test_three_percent_of_the_slots_mend_a_drift_of_a_tenth_at_32_ranks() -> Non
 
 @pytest.mark.parametrize(
     ("ranks", "slots", "drift", "share"),
-    [(72, 4, 0.01, 0.06), (72, 4, 0.1, 0.18), (72, 4, 0.3, 0.235), (144, 2, 0.1, 0.07), (144, 2, 0.3, 0.12)],
+    [(72, 4, 0.01, 0.06), (72, 4, 0.1, 0.165), (72, 4, 0.3, 0.2), (144, 2, 0.1, 0.07), (144, 2, 0.3, 0.12)],
 )
 def test_a_fifth_of_the_bytes_gives_the_same_balance_at_many_ranks(
     ranks: int, slots: int, drift: float, share: float
 ) -> None:
-    """Not quite a fifth where every rank is off by a third: at 72 ranks after a drift of 0.3."""
     before_LE, loads_LE = drifted(7, drift)
     before, anew = (placed_anew(loads, ranks, slots) for loads in (before_LE, loads_LE))
     there_LWSS = anew.experts_LWS[..., None] == before.experts_LWS[:, :, None]
