@@ -63,6 +63,11 @@ class KVManager:
             self._stack[data, :count] = np.arange(count - 1, -1, -1)
         self._cached = np.zeros(self.num_data, np.int64)
         self._clock = 0
+        # Pages that count as taken already, as (data, place on its stack, number), and as evicted
+        # already, as (place, number) by data.
+        self._reserved: list[tuple[int, int, int]] = []
+        self._evictions: dict[int, tuple[int, int]] = {}
+        self._taken: list[Int64] = []
 
     # ----------------------------------------------------------------- questions
 
@@ -89,17 +94,18 @@ class KVManager:
         asking = [i for i, limit in enumerate(limits) if limit > 0]
         if self.caching and self.index.size and asking:
             first = as_keys(b"".join([hashes[i][:HASH_BYTES] for i in asking]))
-            data = np.tile(np.arange(self.num_data), len(asking))
-            hit = self.index.find(data, first.repeat(self.num_data, axis=0)) >= 0
-            if hit.any():
-                prompts = np.repeat(np.array(asking), self.num_data)[hit]
-                blocks[prompts, data[hit]] = self._bisect(hashes, limits, prompts, data[hit])
+            prompts, data = (self.index.find_everywhere(first) >= 0).nonzero()
+            if prompts.size:
+                prompts = np.array(asking)[prompts]
+                blocks[prompts, data] = self._bisect(hashes, limits, prompts, data)
         return blocks
 
     def prefix(self, data: int, hashes: bytes, num_blocks: int) -> Int64:
         """Global pages of the leading blocks on ``data``, cut at the first that is missing."""
         if num_blocks == 0:
             return _NO_PAGES
+        if data in self._evictions:
+            self._settle()
         pages = self.index.find(np.full(num_blocks, data), as_keys(hashes[: HASH_BYTES * num_blocks]))
         missing = np.flatnonzero(pages < 0)
         return pages[: missing[0]] if missing.size else pages
@@ -110,31 +116,48 @@ class KVManager:
 
     # ----------------------------------------------------------------- taking and giving back
 
-    def reserve(self, data: int, shared: Int64, fresh: int) -> Int64 | None:
-        """References ``shared`` (global) pages and takes ``fresh`` new ones. Returns all global ids
-        in order, or None when there is no room.
+    def reserve(self, data: int, shared: Int64, fresh: int) -> bool:
+        """References ``shared`` (global) pages of ``data`` and reserves ``fresh`` new ones for
+        ``take_reserved``. Returns whether there is room.
+
+        Which pages these are is settled for many reservations together. Until then ``data`` has
+        fewer free pages and no page changes its content.
         """
         unreferenced = int((self._references[shared] == 0).sum()) if len(shared) else 0
-        if self._top[data] + self._cached[data] - unreferenced < fresh:
-            return None
+        top = int(self._top[data])
+        if top + self._cached[data] - unreferenced < fresh:
+            return False
         if len(shared):
             self._references[shared] += 1
             self._cached[data] -= unreferenced
-        self._make_room(data, fresh)
-        top = int(self._top[data])
-        pages = self._global(data, self._stack[data, top - fresh : top][::-1])
+        if fresh > top:
+            if any(owner == data for owner, *_ in self._reserved):  # they come before the evicted ones
+                self._settle()
+            self._evict_later(data, fresh - top)
+            top = int(self._top[data])
         self._top[data] = top - fresh
-        self._references[pages] = 1
-        self._written[pages] = _PENDING
-        return np.concatenate([shared, pages]) if len(shared) else pages
+        self._reserved.append((data, top - fresh, fresh))
+        return True
+
+    def take_reserved(self) -> Int64:
+        """The new pages (global ids) of all reservations since the last call, end to end."""
+        self._settle()
+        taken, self._taken = self._taken, []
+        return taken[0] if len(taken) == 1 else np.concatenate([_NO_PAGES, *taken])
 
     def short_of(self, wanted: Int64) -> Int64:
         """Evicts until each data index has ``wanted`` [D] free pages. Returns the data indices
         without enough.
         """
-        for data in np.flatnonzero(wanted > self._top):
-            self._make_room(int(data), int(min(wanted[data], self._top[data] + self._cached[data])))
-        return np.flatnonzero(wanted > self._top)
+        short = np.flatnonzero(wanted > self._top)
+        if short.size:
+            for data in short.tolist():
+                lacking = int(min(wanted[data] - self._top[data], self._cached[data]))
+                if lacking:
+                    self._evict_later(data, lacking)
+            self._evict()
+            short = short[wanted[short] > self._top[short]]
+        return short
 
     def take_each(self, data: Int64) -> Int64:
         """Takes a fresh page (global id) for every entry of data [n], which ascends. Room must have
@@ -280,21 +303,43 @@ class KVManager:
             high[open_[~there]] = middle[~there] - 1
         return low
 
-    def _make_room(self, data: int, wanted: int) -> None:
-        """Evicts least recently used cached pages of ``data`` until ``wanted`` are free; they must
-        exist.
+    def _settle(self) -> None:
+        """Evicts, and takes the pages of the reservations since the last call."""
+        self._evict()
+        if self._reserved:
+            data, start, counts = np.array(self._reserved).T
+            self._reserved.clear()
+            owners, index = ragged(counts)
+            data = data[owners]
+            pages = self._global(data, self._stack[data, (start + counts - 1)[owners] - index])
+            self._references[pages] = 1
+            self._written[pages] = _PENDING
+            self._taken.append(pages)
+
+    def _evict_later(self, data: int, lacking: int) -> None:
+        """Counts at least ``lacking`` cached pages of ``data``, which must exist, as free.
+        ``_evict`` makes them so.
         """
-        lacking = wanted - int(self._top[data])
-        if lacking <= 0:
+        top, cached = int(self._top[data]), int(self._cached[data])
+        assert cached >= lacking, f"data {data}: {lacking} pages to evict, {cached} cached"
+        count = min(cached, max(lacking, int(self.num_pages[data]) // _EVICT_SHARE))
+        self._evictions[data] = top, count
+        self._top[data] = top + count
+        self._cached[data] = cached - count
+
+    def _evict(self) -> None:
+        """Frees the least recently used cached pages, as many as are counted as evicted."""
+        if not self._evictions:
             return
-        size = int(self.num_pages[data])
-        idle = self.index.evictable(self._references, self._first(data), size)
-        assert len(idle) >= lacking, f"data {data}: {lacking} pages to evict, {len(idle)} cached"
-        count = min(len(idle), max(lacking, size // _EVICT_SHARE))
-        oldest = idle if count == len(idle) else idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
-        self._remove(oldest)
-        self._cached[data] -= count
-        self._push(data, np.sort(oldest)[::-1])
+        gone: list[Int64] = []
+        for data, (top, count) in self._evictions.items():
+            idle = self.index.evictable(self._references, self._first(data), int(self.num_pages[data]))
+            if count < len(idle):
+                idle = idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
+            self._stack[data, top : top + count] = self.local(np.sort(idle)[::-1])
+            gone.append(idle)
+        self._evictions.clear()
+        self._remove(np.concatenate(gone))
 
     def _remove(self, pages: Int64) -> None:
         """Drops pages [n] from the index, as far as they are in it."""

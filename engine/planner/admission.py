@@ -34,14 +34,15 @@ class _Wait(Enum):
 
 @dataclass(slots=True)
 class _Reservation:
-    """A row of ``data`` for ``request`` and its global pages, the first ``num_shared`` of them from
-    the cache.
+    """A row of ``data`` for ``request`` and its global pages: ``num_shared`` from the cache, then
+    ``num_fresh`` new ones. ``pages`` lacks these until they are taken.
     """
 
     request: Request
     data: int
     pages: Int64
     num_shared: int
+    num_fresh: int
 
 
 def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
@@ -138,14 +139,22 @@ class Admission:
             fresh = pages_for(request.num_staged, group.page_size) - len(shared)
             if not group.has_headroom(data, fresh):
                 continue
-            pages = kv.reserve(data, shared, fresh)
-            if pages is not None:
+            if kv.reserve(data, shared, fresh):
                 rows.claim(data, request)
-                return _Reservation(request, data, pages, len(shared))
+                return _Reservation(request, data, shared, len(shared), fresh)
         return _Wait.FOR_ROOM
+
+    def _take_pages(self, placed: list[_Reservation]) -> None:
+        """Gives reservations their new pages."""
+        fresh, start = self._group.kv.take_reserved(), 0
+        for place in placed:
+            own = fresh[start : start + place.num_fresh]
+            place.pages = np.concatenate([place.pages, own]) if place.num_shared else own
+            start += place.num_fresh
 
     def _announce(self, placed: list[_Reservation]) -> None:
         """Enters the fresh blocks of requests into the index, as pending."""
+        self._take_pages(placed)
         hashes = [place.request.hashes_h128[HASH_BYTES * place.num_shared :] for place in placed]
         if any(hashes):
             counts = [len(own) // HASH_BYTES for own in hashes]

@@ -182,10 +182,10 @@ class RowTable:
         self.low[rows[last]] = self.high[rows[last]] = ends[last]
         return last
 
-    def decode(self, decoding: NDArray[np.bool_], max_advance: int) -> None:
-        """A plan lets the rows ``decoding`` [rows] grow by 1 to ``max_advance`` tokens."""
+    def decode(self, decoding: Int64, max_advance: int) -> None:
+        """A plan lets the rows ``decoding`` [rows], 0 or 1, grow by 1 to ``max_advance`` tokens."""
         self.low += decoding
-        self.high += decoding * max_advance
+        self.high += decoding * max_advance if max_advance > 1 else decoding
 
     def narrow(self, rows: Int64, grown: Int64, max_advance: int) -> None:
         """Rows [n] have grown by ``grown`` [n]; their plan allowed 1 to ``max_advance``."""

@@ -50,11 +50,13 @@ class StepBuilder:
             return None
         decoding, grown = self._growth.grow(cohort, decoding)
         changes = self._sections.take_changes(grown)
-        load = DecodeLoad(rows.sum_by_data(decoding), rows.sum_by_data(rows.low * decoding))
+        growing = decoding.astype(np.int64)  # sums and products would convert a bool every time
+        load = DecodeLoad(rows.sum_by_data(growing), rows.sum_by_data(rows.low * growing))
         chunks = self._prefill.advance(cohort, load)
         tokens = load.rows if chunks is None else load.rows + self._add_up(chunks.data, chunks.counts)
         sections = self._sections.build(changes, chunks, tokens)
         capacity = max((section.bucket for section in sections.values()), default=0)
+        rows.decode(growing, group.spec.max_advance)
         flight = self._freeze(decoding, load, chunks, tokens)
         flight.capacity, flight.microbatches = capacity, group.overlap.microbatches(capacity)
         flight.unheard = len(sections) * group.mesh.world // group.mesh.data
@@ -83,9 +85,8 @@ class StepBuilder:
     def _freeze(
         self, decoding: NDArray[np.bool_], load: DecodeLoad, chunks: PromptChunks | None, tokens: Int64
     ) -> Flight:
-        """Moves decoding rows on by the step, and keeps which rows sample in it."""
-        group, rows = self._group, self._group.rows
-        rows.decode(decoding, group.spec.max_advance)
+        """Keeps which rows sample in the step."""
+        group = self._group
         sampling = decoding.nonzero()[0]
         decode = np.ones(len(sampling), np.bool_)
         ends = load.rows.cumsum()
@@ -93,8 +94,12 @@ class StepBuilder:
         extended = sampling[:0]
         if chunks is not None:
             extended = chunks.rows
-            at = ends[chunks.sampled_data]
-            sampling, decode = np.insert(sampling, at, chunks.sampled), np.insert(decode, at, False)
+            sampled = ends[chunks.sampled_data] + np.arange(len(chunks.sampled))
+            decode = np.ones(len(sampling) + len(sampled), np.bool_)
+            decode[sampled] = False
+            both = np.empty(len(decode), np.int64)
+            both[decode], both[sampled] = sampling, chunks.sampled
+            sampling = both
             ends = ends + np.bincount(chunks.sampled_data, minlength=group.mesh.data).cumsum()
             context = self._add_up(chunks.data, chunks.counts * chunks.starts)
         step = group.steps.next_step

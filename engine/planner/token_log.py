@@ -77,7 +77,9 @@ class TokenLog:
 
     def _grow_pool(self) -> None:
         old = len(self._pool) // _CHUNK
-        self._pool = np.concatenate([self._pool, np.zeros_like(self._pool)])
+        pool = np.empty(2 * len(self._pool), np.int32)
+        pool[: len(self._pool)] = self._pool
+        self._pool = pool
         self._free = np.concatenate([self._free, np.zeros_like(self._free)])
         self._free[self._num_free : self._num_free + old] = np.arange(2 * old - 1, old - 1, -1)
         self._num_free += old

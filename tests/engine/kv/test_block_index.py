@@ -47,6 +47,7 @@ def test_agrees_with_a_dict(script: list[tuple[bool, list[tuple[int, int]]]]) ->
         everything = [(d, n) for d in range(2) for n in range(31)]
         found = index.find(np.array([d for d, _ in everything]), keys_of([n for _, n in everything]))
         assert found.tolist() == [model.get(name, -1) for name in everything]
+        assert index.find_everywhere(keys_of(list(range(31)))).T.ravel().tolist() == found.tolist()
 
 
 def test_long_use_keeps_the_table_clean() -> None:
@@ -57,7 +58,7 @@ def test_long_use_keeps_the_table_clean() -> None:
         index.insert(np.zeros(500, np.int64), as_keys(random.bytes(16 * 500)), pages)
         index.remove(pages)
     assert index.size == 0
-    assert not (index._page == -2).any(), "tombstones are left behind"
+    assert not (index._table == -2).any(), "tombstones are left behind"
 
 
 def test_the_table_does_not_fill_up_beside_entries_that_stay() -> None:
@@ -71,7 +72,7 @@ def test_the_table_does_not_fill_up_beside_entries_that_stay() -> None:
     for turn in range(5000):
         index.insert(zero, as_keys(random.bytes(16)), zero + 32 + turn % 2)
         index.remove(zero + 32 + (turn + 1) % 2)
-        assert np.count_nonzero(index._page == -2) <= 34, "searches step over removed entries"
+        assert np.count_nonzero(index._table == -2) <= 34, "searches step over removed entries"
     index.check()
 
 
@@ -84,7 +85,7 @@ def test_a_full_index_in_which_some_entries_stay_keeps_its_searches_short() -> N
         index.remove(gone)
         index.insert(np.zeros(32, np.int64), as_keys(random.bytes(16 * 32)), gone)
     index.check()
-    assert np.count_nonzero(index._page == -2) < 250
+    assert np.count_nonzero(index._table == -2) < 250
     assert index._passed.sum() < 600, "entries are far from the start of their search"
 
 

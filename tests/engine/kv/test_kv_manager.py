@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from lockstep.engine.kv.manager import KVManager
 from lockstep.engine.protocol.arrays import Int64, as_keys
@@ -15,6 +18,13 @@ def chain(seed: int, length: int) -> bytes:
     return np.random.default_rng(seed).bytes(16 * length)
 
 
+def reserve(manager: KVManager, data: int, shared: Int64, fresh: int) -> Int64 | None:
+    """The pages of a reservation taken at once, None without room."""
+    if not manager.reserve(data, shared, fresh):
+        return None
+    return np.concatenate([shared, manager.take_reserved()])
+
+
 def release(manager: KVManager, *rows: tuple[int, Int64]) -> None:
     """Releases rows, each given by its data index and its pages."""
     data, pages = [data for data, _ in rows], [pages for _, pages in rows]
@@ -24,7 +34,7 @@ def release(manager: KVManager, *rows: tuple[int, Int64]) -> None:
 def cache(manager: KVManager, data: int, hashes: bytes) -> None:
     """Computes a prompt of full blocks and releases it."""
     keys = as_keys(hashes)
-    pages = manager.reserve(data, NONE, len(keys))
+    pages = reserve(manager, data, NONE, len(keys))
     assert pages is not None
     manager.announce(np.full(len(keys), data), keys, pages)
     manager.mark_written(pages, 0)
@@ -46,7 +56,7 @@ def test_eviction_takes_the_oldest_and_shortens_prefixes_from_their_end() -> Non
     old, new = chain(1, 40), chain(2, 40)
     cache(manager, 0, old)
     cache(manager, 0, new)
-    assert manager.reserve(0, NONE, 30) is not None
+    assert reserve(manager, 0, NONE, 30) is not None
     left = manager.match([old, new], [40, 40])[:, 0].tolist()
     assert left[1] == 40 or left[0] == 0, "the newer prefix lost blocks before the older was gone"
     assert left[0] < 40
@@ -60,20 +70,20 @@ def test_a_hit_makes_a_prefix_young_again() -> None:
     cache(manager, 0, first)
     cache(manager, 0, second)
     shared = manager.prefix(0, first, 60)
-    pages = manager.reserve(0, shared, 0)
+    pages = reserve(manager, 0, shared, 0)
     assert pages is not None
     release(manager, (0, pages))
-    assert manager.reserve(0, NONE, 40) is not None
+    assert reserve(manager, 0, NONE, 40) is not None
     assert manager.match([first], [60])[0, 0] == 60
     assert manager.match([second], [60])[0, 0] < 60
 
 
 def test_referenced_pages_are_never_evicted() -> None:
     manager = KVManager([50], 4)
-    held = manager.reserve(0, NONE, 40)
+    held = reserve(manager, 0, NONE, 40)
     assert held is not None
-    assert manager.reserve(0, NONE, 11) is None
-    assert manager.reserve(0, NONE, 10) is not None
+    assert reserve(manager, 0, NONE, 11) is None
+    assert reserve(manager, 0, NONE, 10) is not None
     assert manager.used().tolist() == [50]
     manager.check()
 
@@ -81,11 +91,11 @@ def test_referenced_pages_are_never_evicted() -> None:
 def test_a_shared_page_outlives_its_first_user() -> None:
     manager = KVManager([50], 4)
     keys = chain(1, 10)
-    first = manager.reserve(0, NONE, 10)
+    first = reserve(manager, 0, NONE, 10)
     assert first is not None
     manager.announce(np.zeros(10, np.int64), as_keys(keys), first)
     manager.mark_written(first, 0)
-    second = manager.reserve(0, first, 2)
+    second = reserve(manager, 0, first, 2)
     assert second is not None and second[:10].tolist() == first.tolist()
     release(manager, (0, first))
     assert manager.used().tolist() == [12]
@@ -97,11 +107,11 @@ def test_a_shared_page_outlives_its_first_user() -> None:
 def test_a_page_shared_by_rows_that_end_together_is_kept_once() -> None:
     manager = KVManager([50, 50], 4)
     keys = chain(1, 10)
-    first = manager.reserve(0, NONE, 11)
+    first = reserve(manager, 0, NONE, 11)
     assert first is not None
     manager.announce(np.zeros(10, np.int64), as_keys(keys), first[:10])
     manager.mark_written(first, 0)
-    second, other = manager.reserve(0, first[:10], 3), manager.reserve(1, NONE, 4)
+    second, other = reserve(manager, 0, first[:10], 3), reserve(manager, 1, NONE, 4)
     assert second is not None and other is not None
     release(manager, (0, first), (1, other), (0, second))
     assert (manager.used().tolist(), manager.cached().tolist()) == ([0, 0], [10, 0])
@@ -111,7 +121,7 @@ def test_a_page_shared_by_rows_that_end_together_is_kept_once() -> None:
 
 def test_a_page_released_twice_is_noticed() -> None:
     manager = KVManager([8], 4)
-    pages = manager.reserve(0, NONE, 2)
+    pages = reserve(manager, 0, NONE, 2)
     assert pages is not None
     release(manager, (0, pages))
     with pytest.raises(AssertionError, match="released twice"):
@@ -121,7 +131,7 @@ def test_a_page_released_twice_is_noticed() -> None:
 def test_unwritten_blocks_are_not_kept() -> None:
     manager = KVManager([8], 4)
     keys = chain(1, 3)
-    pages = manager.reserve(0, NONE, 3)
+    pages = reserve(manager, 0, NONE, 3)
     assert pages is not None
     manager.announce(np.zeros(3, np.int64), as_keys(keys), pages)
     manager.mark_written(pages[:1], 7)
@@ -151,7 +161,7 @@ def test_blocks_of_an_earlier_controller_are_found_and_evicted_first() -> None:
     assert manager.local(manager.prefix(1, old, 6)).tolist() == [3, 4, 5, 17, 18, 39]
     new = chain(2, 30)
     cache(manager, 1, new)
-    pages = manager.reserve(1, NONE, 10)
+    pages = reserve(manager, 1, NONE, 10)
     assert pages is not None and len(np.unique(pages)) == 10
     assert manager.match([new], [30]).tolist() == [[0, 30]], "the old ones had to go"
     manager.check()
@@ -174,3 +184,43 @@ def test_all_blocks_of_a_data_index_are_forgotten_adopted_ones_too() -> None:
     manager.forget_all(0)
     manager.check()
     assert manager.cached().tolist() == [0] and manager.available_on(0) == 10
+
+
+PLACEMENTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(1, 9)), max_size=4)
+"""A round of requests: data index, prompt and its blocks."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PLACEMENTS, max_size=12))
+def test_reservations_of_a_round_get_the_pages_that_each_would_get_alone(
+    rounds: list[list[tuple[int, int, int]]],
+) -> None:
+    together, alone = KVManager([24, 30], 4), KVManager([24, 30], 4)
+    for placements in rounds:
+        pages = [_serve(manager, placements, alone=manager is alone) for manager in (together, alone)]
+        assert pages[0] == pages[1]
+
+
+def _serve(manager: KVManager, placements: list[tuple[int, int, int]], *, alone: bool) -> list[list[int]]:
+    """Computes and releases prompts. Returns the pages of those that had room."""
+    placed: list[tuple[int, bytes, Int64]] = []
+    counts, fresh = [], []
+    for data, seed, length in placements:
+        hashes = chain(seed, length)
+        shared = manager.prefix(data, hashes, length)
+        if manager.reserve(data, shared, length + 1 - len(shared)):
+            placed.append((data, hashes, shared))
+            counts.append(length + 1 - len(shared))
+            if alone:
+                fresh.append(manager.take_reserved())
+    taken = np.concatenate([*fresh, manager.take_reserved()])
+    rows = []
+    for (data, hashes, shared), (start, end) in zip(placed, pairwise(accumulate([0, *counts])), strict=True):
+        pages = np.concatenate([shared, taken[start:end]])
+        manager.announce(np.full(len(pages) - 1, data), as_keys(hashes), pages[:-1])
+        manager.mark_written(pages[:-1], 0)
+        rows.append((data, pages))
+    for row in rows:
+        release(manager, row)
+    manager.check()
+    return [pages.tolist() for _, pages in rows]
