@@ -335,8 +335,8 @@ class KVManager:
         for data, (top, count) in self._evictions.items():
             idle = self.index.evictable(self._references, self._first(data), int(self.num_pages[data]))
             if count < len(idle):
-                idle = idle[np.argpartition(self._stamp[idle], count - 1)[:count]]
-            self._stack[data, top : top + count] = self.local(np.sort(idle)[::-1])
+                idle = idle[_oldest(self._stamp[idle], count)]
+            self._stack[data, top : top + count] = self.local(idle[::-1])
             gone.append(idle)
         self._evictions.clear()
         self._remove(np.concatenate(gone))
@@ -367,3 +367,15 @@ class KVManager:
         ordinal = np.arange(len(data)) - data.searchsorted(data)
         self._stack[data, self._top[data] + ordinal] = self.local(pages)
         self._top += np.bincount(data, minlength=self.num_data)
+
+
+def _oldest(stamps: Int64, count: int) -> Int64:
+    """Indices of the ``count`` lowest stamps, the first ones of those that are equal, ascending.
+    ``argpartition`` alone chooses otherwise on another kind of CPU, where a recording has to replay
+    too.
+    """
+    last = np.partition(stamps, count - 1)[count - 1]
+    chosen = stamps < last
+    equal = np.flatnonzero(stamps == last)
+    chosen[equal[: count - int(np.count_nonzero(chosen))]] = True
+    return np.flatnonzero(chosen)

@@ -64,6 +64,25 @@ def test_eviction_takes_the_oldest_and_shortens_prefixes_from_their_end() -> Non
     manager.check()
 
 
+@pytest.mark.parametrize("count", [30, 100, 170])
+def test_of_equally_old_pages_the_lowest_are_evicted(count: int) -> None:
+    """Which ones numpy's ``argpartition`` takes depends on the kind of CPU."""
+    manager = KVManager([200], 4)
+    keys = np.concatenate([as_keys(chain(seed, 1)) for seed in range(200)])
+    pages = reserve(manager, 0, NONE, 200)
+    assert pages is not None
+    manager.announce(np.zeros(200, np.int64), keys, pages)
+    manager.mark_written(pages, 0)
+    age_P = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 50))
+    for age in range(4):
+        release(manager, *((0, page[None]) for page in pages[age_P[pages] == age]))
+    assert reserve(manager, 0, NONE, count) is not None
+    found = [manager.prefix(0, key.tobytes(), 1) for key in keys]
+    left = {int(page) for each in found for page in each}
+    assert set(range(200)) - left == set(np.argsort(age_P, kind="stable")[:count].tolist())
+    manager.check()
+
+
 def test_a_hit_makes_a_prefix_young_again() -> None:
     manager = KVManager([130], 4)
     first, second = chain(1, 60), chain(2, 60)
