@@ -26,7 +26,7 @@ _LEAST = 3e-5  # of a rank's mean load: what a step has to gain; less is not wor
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
 _REPLICAS_FIRST, _REPLICAS_EVERY = 6, 6
 # Ranks exchange experts all at once where they are many and the load above the target is more than
-# this of the room below it: elsewhere steps with replicas need no more. Hot ranks get replicas in
+# this of the room below it in half of the layers: elsewhere steps with replicas need no more. Hot ranks get replicas in
 # as many looks before. Experts rarely fit to less than this multiple of the least maximum, and a
 # rank further above the target afterwards needs room that the exchange has taken.
 _MANY_RANKS, _SCARCE, _BEFORE, _EXCHANGE_TARGET, _NEAR = 16, 0.65, 8, 1.0015, 0.1
@@ -149,9 +149,11 @@ class _Search:
 
     def _exchange(self, layers: Ints) -> Ints:
         """Exchanges experts of all ranks at once and returns the layers that are near their target
-        then. Nothing changes if the budget is too small or not every rank may get every expert.
+        then. Nothing changes for few layers or ranks, if the budget is too small, or if not every
+        rank may get every expert.
         """
-        if not len(layers) or not self._near_WW.all() or self._state.num_ranks < _MANY_RANKS:
+        few = 2 * len(layers) < len(self._target_L) or self._state.num_ranks < _MANY_RANKS
+        if few or not self._near_WW.all():
             return layers[:0]
         earlier, left, self._left = self._state.copy(), self._left, None
         hot = layers
