@@ -26,9 +26,10 @@ _LEAST = 3e-5  # of a rank's mean load: what a step has to gain; less is not wor
 # Looking for replicas costs as much as for swaps, and finds most of them among the first steps.
 _REPLICAS_FIRST, _REPLICAS_EVERY = 6, 6
 # Ranks exchange experts all at once where they are many and the load above the target is more than
-# this of the room below it in half of the layers: elsewhere steps with replicas need no more. Hot ranks get replicas in
-# as many looks before. Experts rarely fit to less than this multiple of the least maximum, and a
-# rank further above the target afterwards needs room that the exchange has taken.
+# this of the room below it in half of the layers: elsewhere steps with replicas need no more. Hot
+# ranks get replicas in as many looks before. Experts rarely fit to less than this multiple of the
+# least maximum, and a rank further above the target afterwards needs room that the exchange has
+# taken.
 _MANY_RANKS, _SCARCE, _BEFORE, _EXCHANGE_TARGET, _NEAR = 16, 0.65, 8, 1.0015, 0.1
 _AT_ONCE = 1024  # moves
 
