@@ -44,9 +44,10 @@ serve: $(SERVING)
 demo-eval: setup
 	$(BIN)/python -m lockstep.recipes.demo.evaluate $(EVAL_ARGS)
 
-# Three workers: tests that start clusters in one, those of a served cluster in the other, then all others in both.
-# The third computes while clusters wait, and gives way to them. The quick tier is what a change is tried with.
-WORKERS ?= -n 3 --no-loadscope-reorder
+# Two workers: tests that start clusters in one, those of a served cluster in the other, then all others in both. A
+# third gains nothing on two cores, not even one that only computes and gives way. The quick tier is what a change is
+# tried with.
+WORKERS ?= -n 2 --no-loadscope-reorder
 
 test: setup
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)

@@ -31,9 +31,6 @@ os.environ.update(isa_settings(os.environ.get("LOCKSTEP_TEST_ISA", "auto")))
 # asks for this on a card.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Every client of plain HTTP makes a TLS context, which takes 20 ms: those that are alike are one.
-ssl.create_default_context = cache(ssl.create_default_context)
-
 # An example may take as long as a busy machine makes it take: by the clock Hypothesis would fail
 # one of 200 ms.
 settings.register_profile("lockstep", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,15 +39,23 @@ settings.load_profile("lockstep")
 HERE = Path(__file__).parent
 CLUSTERS, SERVING = "clusters", "serving"  # the groups that take longest
 
-# This worker computes while clusters wait, and gives way to them.
-PATIENT = "gw2"
-COMPUTES = re.compile(r"tests/(kernels|moe|engine/(models|rank|planner))/")
-NICENESS = 5
+_new_tls_context = ssl.create_default_context
 
 
-def pytest_configure() -> None:
-    if os.environ.get("PYTEST_XDIST_WORKER") == PATIENT:
-        os.nice(NICENESS)
+@cache
+def _tls_context(certificates: tuple[str | None, ...], given: tuple[Any, ...], named: Any) -> ssl.SSLContext:
+    return _new_tls_context(*given, **dict(named))
+
+
+def _shared_tls_context(*given: Any, **named: Any) -> ssl.SSLContext:
+    """Every client of plain HTTP makes a TLS context, which takes 20 ms: those that are alike are
+    one.
+    """
+    certificates = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    return _tls_context(certificates, given, tuple(named.items()))
+
+
+ssl.create_default_context = _shared_tls_context
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -73,15 +78,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return _group_of(nodeid)
-
-        def _assign_work_unit(self, node: Any) -> None:
-            if node.gateway.id == PATIENT:
-                computing = next(filter(COMPUTES.search, self.workqueue), None)
-                if computing is None:
-                    node.shutdown()
-                    return
-                self.workqueue.move_to_end(computing, last=False)
-            super()._assign_work_unit(node)
 
     return Groups(config, log)
 
