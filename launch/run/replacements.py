@@ -20,13 +20,15 @@ LONGEST_OUTAGE = 5.0  # seconds of delay where no other frontend serves
 @dataclass(frozen=True)
 class _Pause:
     """Serving has stopped ``since`` then (monotonic seconds), in ``epoch``, by the last cause: the
-    loss of ``ranks``, or of the controller (None).
+    loss of ``ranks``, or of the controller (None). ``excused``: seconds of it in which the
+    launcher stood still.
     """
 
     since: float
     epoch: int
     cause: str
     ranks: frozenset[int] | None
+    excused: float = 0.0
 
     def is_over(self, state: ClusterState) -> bool:
         """Another epoch serves; or the same one, which goes on without the ranks in any case."""
@@ -84,7 +86,7 @@ class Replacements:
     def stood_still(self, seconds: float) -> None:
         """The launcher stood still for so long, and perhaps the replacements as well."""
         if self._pause is not None:
-            self._pause = replace(self._pause, since=self._pause.since + seconds)
+            self._pause = replace(self._pause, excused=self._pause.excused + seconds)
         self._frontends = {name: since + seconds for name, since in self._frontends.items()}
 
     def start_due(self) -> None:
@@ -132,7 +134,7 @@ class Replacements:
         if state is not None and self._pause.is_over(state):
             self._pause = None
             return seconds
-        if seconds > self._deadline:
+        if seconds > self._deadline + self._pause.excused:
             why = f": {self._waiting}" if self._waiting else ""
             raise LaunchError(
                 f"{self._pause.cause}; the cluster does not serve again after {self._deadline:g} s{why}"
@@ -140,9 +142,10 @@ class Replacements:
         return None
 
     def _pause_for(self, cause: str, epoch: int, ranks: frozenset[int] | None) -> None:
-        before = self._pause
-        since, epoch = (self._clock(), epoch) if before is None else (before.since, before.epoch)
-        self._pause = _Pause(since, epoch, cause, ranks)
+        if self._pause is None:
+            self._pause = _Pause(self._clock(), epoch, cause, ranks)
+        else:
+            self._pause = replace(self._pause, cause=cause, ranks=ranks)
 
     def _recent(self, name: str) -> list[float]:
         now = self._clock()

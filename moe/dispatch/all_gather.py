@@ -19,7 +19,7 @@ from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
-from .replicas import ReplicaChoice
+from .replicas import PlacedExchange, ReplicaChoice
 from .rows import TokenForm
 
 
@@ -34,7 +34,7 @@ class _Gathered:
     weights_NK: Tensor
 
 
-class AllGatherExchange:
+class AllGatherExchange(PlacedExchange):
     """Tokens are padded to the capacity; padding goes to no expert.
 
     ``exact``: each of a token's K outputs is reduced separately: one rank adds the value, the
@@ -56,25 +56,15 @@ class AllGatherExchange:
         eight: bool = False,
         column: Column | None = None,
     ) -> None:
-        assert placement.num_ranks == collectives.size, (
-            f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
+        super().__init__(
+            placement, collectives.size, ReplicaChoice(placement, collectives.index, node_W, device)
         )
-        self.placement = placement
         column = column or column_for(device)
         ops = ops_of(column)
         self._weighted_sum, self._quantise = ops.weighted_sum, ops.quantise_rows if eight else None
-        self._choice = ReplicaChoice(placement, collectives.index, node_W, device)
         self._collectives = collectives
         self._exact = column != "triton" if exact is None else exact
         self._capacity = 0
-
-    @property
-    def num_tables(self) -> int:
-        return self._choice.num_tables
-
-    def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        self.placement = placement
-        self._choice.place(placement, layers)
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"

@@ -21,7 +21,7 @@ from ...parallel.collectives import Collectives, Pending
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
-from .replicas import ReplicaChoice
+from .replicas import PlacedExchange, ReplicaChoice
 from .rows import pack, unpack
 
 # Up to this many bytes per peer, rows are padded to the capacity. Beyond, a first exchange counts
@@ -47,7 +47,7 @@ class _Exchange:
     received: list[int]
 
 
-class AllToAllExchange:
+class AllToAllExchange(PlacedExchange):
     """Sends each token only to ranks that need it; no rank computes padding."""
 
     def __init__(
@@ -58,22 +58,10 @@ class AllToAllExchange:
         node_W: Sequence[int] | None = None,
     ) -> None:
         assert device.type == "cpu", f"ragged exchange on {device}: it counts on the host"
-        assert placement.num_ranks == collectives.size, (
-            f"placement for {placement.num_ranks} ranks, {collectives.size} in the group"
-        )
-        self.placement = placement
+        super().__init__(placement, collectives.size, ReplicaChoice(placement, collectives.index, node_W))
         self._weighted_sum = ops_of(column_for(device)).weighted_sum
         self._collectives = collectives
-        self._choice = ReplicaChoice(placement, collectives.index, node_W)
         self._capacity = 0
-
-    @property
-    def num_tables(self) -> int:
-        return self._choice.num_tables
-
-    def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        self.placement = placement
-        self._choice.place(placement, layers)
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         assert num_tokens <= capacity, f"{num_tokens} tokens, capacity {capacity}"

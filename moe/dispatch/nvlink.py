@@ -23,7 +23,7 @@ from ...parallel.one_epoch import Started
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
-from .replicas import ReplicaChoice
+from .replicas import PlacedExchange, ReplicaChoice
 from .rows import TokenForm, Tokens
 from .symmetric import TokenShape
 
@@ -43,7 +43,7 @@ class _Lane:
     weights_NJ: Tensor | None = None
 
 
-class NvlinkExchange:
+class NvlinkExchange(PlacedExchange):
     """Sends each token to the ranks that need it, through memories of ``group``.
 
     Rows of ``ids`` -1 are padding: they go nowhere and are never counted. Memories are used again
@@ -59,27 +59,15 @@ class NvlinkExchange:
         shape: TokenShape,
         node_W: Sequence[int] | None = None,
     ) -> None:
-        assert placement.num_ranks == group.size, (
-            f"placement for {placement.num_ranks} ranks, {group.size} in the group"
-        )
-        self.placement = placement
+        super().__init__(placement, group.size, ReplicaChoice(placement, group.index, node_W, device))
         self._group, self._shape = group, shape
         ops = ops_of(column_for(device))
         self._weighted_sum = ops.weighted_sum
-        self._choice = ReplicaChoice(placement, group.index, node_W, device)
         plain = TokenForm(shape.hidden, shape.dtype)
         self._form = replace(plain, quantise=ops.quantise_rows) if shape.eight else plain
         self._num_pairs = min(shape.top_k, placement.num_slots)
         self._lanes = [self._reserve_lane(capacity) for capacity in _different(shape.capacities)]
         self._capacity = 0
-
-    @property
-    def num_tables(self) -> int:
-        return self._choice.num_tables
-
-    def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        self.placement = placement
-        self._choice.place(placement, layers)
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         most = self._shape.capacities[0]

@@ -75,3 +75,20 @@ class ReplicaChoice:
         """rank x slots + slot of every choice."""
         places = self._places[layer]
         return places[ids_TK] if self._num_turns == 1 else places[ids_TK, self._turns_T1[: len(ids_TK)]]
+
+
+class PlacedExchange:
+    """Base of exchanges among ``size`` ranks: the placement of experts, and the choice by it."""
+
+    def __init__(self, placement: Placement, size: int, choice: ReplicaChoice) -> None:
+        assert placement.num_ranks == size, f"placement for {placement.num_ranks} ranks, {size} in the group"
+        self.placement = placement
+        self._choice = choice
+
+    @property
+    def num_tables(self) -> int:
+        return self._choice.num_tables
+
+    def place(self, placement: Placement, layers: Sequence[int]) -> None:
+        self.placement = placement
+        self._choice.place(placement, layers)

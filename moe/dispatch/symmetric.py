@@ -25,7 +25,7 @@ from ...parallel.symmetric_memory import Region, SymmetricGroup, region_rows, ro
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
-from .replicas import ReplicaChoice
+from .replicas import PlacedExchange, ReplicaChoice
 from .rows import TokenForm
 
 
@@ -100,7 +100,7 @@ class _Sent:
     weights_NJ: Tensor
 
 
-class SymmetricExchange:
+class SymmetricExchange(PlacedExchange):
     """Sends each token to the ranks that need it, through regions of ``group``.
 
     Rows of ``ids`` -1 are padding: they go nowhere and are never counted. Regions are used again in
@@ -116,14 +116,10 @@ class SymmetricExchange:
         shape: TokenShape,
         node_W: Sequence[int] | None = None,
     ) -> None:
-        assert placement.num_ranks == group.size, (
-            f"placement for {placement.num_ranks} ranks, {group.size} in the group"
-        )
-        self.placement = placement
+        super().__init__(placement, group.size, ReplicaChoice(placement, group.index, node_W, device))
         self._group, self._shape = group, shape
         ops = ops_of(column_for(device))
         self._weighted_sum = ops.weighted_sum
-        self._choice = ReplicaChoice(placement, group.index, node_W, device)
         alignment = row_alignment(group.size)
         plain = TokenForm(shape.hidden, shape.dtype)
         there = replace(plain, quantise=ops.quantise_rows) if shape.eight else plain
@@ -131,14 +127,6 @@ class SymmetricExchange:
         self._output = _Row(plain, 0, alignment)
         self._lanes = [self._reserve_lane(capacity) for capacity in shape.capacities]
         self._capacity = 0
-
-    @property
-    def num_tables(self) -> int:
-        return self._choice.num_tables
-
-    def place(self, placement: Placement, layers: Sequence[int]) -> None:
-        self.placement = placement
-        self._choice.place(placement, layers)
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         most = self._shape.capacities[0]

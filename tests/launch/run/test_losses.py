@@ -257,7 +257,8 @@ def test_a_standstill_of_the_launcher_takes_no_time_from_replacements() -> None:
     clock.now += 59.5
     assert replacements.slow_frontends(set()) == ["frontend 0"]
     with pytest.raises(LaunchError, match="does not serve again after 60 s"):
-        replacements.recovered(state("recovering", 4))
+        replacements.recovered(state("recovering", 3))
+    assert replacements.recovered(state("serving", 4)) == 559.5, "the pause as requests have met it"
 
 
 def test_a_frontend_that_keeps_dying_is_replaced_after_growing_delays_and_never_given_up() -> None:
