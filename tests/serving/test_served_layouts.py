@@ -1,7 +1,7 @@
-"""Layouts of every kind give the tokens of transformers through the front door, greedy and seeded, with
-prefixes that are cached, prompts in chunks, preemption, log-probabilities of prompts, and a rank
-that is killed in the middle, beside answers that a grammar forces and streams whose client leaves;
-some also where every step is computed as two microbatches.
+"""Layouts of every kind give the tokens of transformers through the front door, greedy and seeded,
+with prefixes that are cached, prompts in chunks, preemption, log-probabilities of prompts, and a
+rank that is killed in the middle, beside answers that a grammar forces and streams whose client
+leaves; some also where every step is computed as two microbatches.
 ``LOCKSTEP_LAYOUTS=all`` adds layouts that others cover, kills every rank, and serves every family
 on every layout of four ranks.
 """
