@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of each rank")
     parser.add_argument(
         "--isa",
-        choices=("auto", "avx2", "avx512"),
+        choices=("auto", "avx2", "avx512", "avx512_bf16"),
         default="auto",
         help="both servers with the instructions of a lesser CPU, as cluster.isa says it",
     )

@@ -49,11 +49,17 @@ def lockstep(folder: Path, model: Path, ranks: int, cpu: Cpu) -> tuple[list[str]
     return [str(Path(sys.executable).with_name("launch")), "--recipe", str(recipe)], {}
 
 
+_LACKS = {
+    "avx2": ("avx512", "avx512_bf16", "avx512_vnni", "amx_tile"),
+    "avx512": ("avx512_bf16", "avx512_vnni", "amx_tile"),
+    "avx512_bf16": ("amx_tile",),
+}
+
 # vLLM asks torch which of its kernels the CPU can run. Its processes import this file too.
 _LESSER_CPU = """
 import sys
 import torch
-for name in ("avx512", "avx512_bf16", "avx512_vnni", "amx_tile")[{first}:]:
+for name in {names}:
     setattr(torch.cpu, f"_is_{{name}}_supported", lambda: False)
 from vllm.entrypoints.cli.main import main
 if __name__ == "__main__":
@@ -68,7 +74,7 @@ def vllm(folder: Path, venv: Path, model: Path, cpu: Cpu) -> tuple[list[str], di
     start = [str(venv / "bin" / "vllm")]
     if cpu.isa != "auto":
         program = folder / "vllm_on_a_lesser_cpu.py"
-        program.write_text(_LESSER_CPU.format(first=int(cpu.isa == "avx512")))
+        program.write_text(_LESSER_CPU.format(names=_LACKS[cpu.isa]))
         start = [str(venv / "bin" / "python"), str(program)]
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",

@@ -1,10 +1,10 @@
 """CPU instruction sets, and the form in which weights are held for each. Imports no torch, since
 ``launch plan`` uses it too.
 
-Weights in bf16 are held in blocks (``cpu/codegen/blocks.py``), once, on every CPU without matrix
-instructions for bf16; with them (``amx``) in oneDNN's layout, which uses them. Expert slots in
-oneDNN's layout are held twice (``cpu/linear.py``'s ``PackedSlots``). Weights in float32 are held in
-blocks on every CPU with AVX2, otherwise as they are loaded.
+Weights are held once, in blocks (``cpu/codegen/blocks.py``) of 16 columns: those in bf16 on every
+CPU, those in float32 on every CPU with AVX2. Of those with other numbers of columns, which few
+models have, linear layers in bf16 are held in oneDNN's layout where it computes in bf16, all others
+as they are loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Form = Literal["plain", "onednn", "blocks"]
 COLUMNS = 16  # per block: one vector of float32 sums
 
 _ORDER: tuple[Isa, ...] = get_args(Isa)
-# Names as in LLVM. ARM's bf16 has matrix instructions, as AMX has.
-_MATRICES = ("amx-bf16", "bf16")
+# Names as in LLVM.
+_AMX = {"amx-tile", "amx-bf16"}
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
@@ -34,10 +34,10 @@ def features() -> frozenset[str]:
 
 
 def isa_of(features: Collection[str]) -> Isa:
-    """The instruction set of a CPU with these features. ``amx`` stands for every CPU with matrix
-    instructions for bf16, ``avx2`` for all that have none of the others.
+    """The instruction set of a CPU with these features; ``avx2`` stands for all that have none of
+    the others.
     """
-    if any(name in features for name in _MATRICES):
+    if set(features) >= _AMX:
         return "amx"
     if "avx512bf16" in features:
         return "avx512_bf16"
@@ -81,17 +81,16 @@ def fit(num_columns: int, num_inner: int) -> bool:
 
 def weight_form(isa: Isa, num_columns: int, num_inner: int) -> Form:
     """The form in which a bf16 weight [N, D] is held."""
-    if isa != "amx" and fit(num_columns, num_inner):
+    if fit(num_columns, num_inner):
         return "blocks"
     return "plain" if isa == "avx2" else "onednn"
 
 
-def slot_form(isa: Isa, hidden: int, width: int) -> Form:
+def slot_form(hidden: int, width: int) -> Form:
     """The form in which the bf16 weights of expert slots are held: the same for w13 [S, 2F, D] and
     w2 [S, D, F].
     """
-    forms = {weight_form(isa, width, hidden), weight_form(isa, hidden, width)}
-    return "blocks" if forms == {"blocks"} else next(iter(forms - {"blocks"}))
+    return "blocks" if fit(width, hidden) and fit(hidden, width) else "plain"
 
 
 def float_form(*shapes: tuple[int, int]) -> Form:

@@ -100,6 +100,11 @@ _ISA = {
         "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
     },
+    "avx512_bf16": {
+        "NUMBA_CPU_NAME": "x86-64-v4",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd,+avx512bf16",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    },
 }
 
 

@@ -14,7 +14,6 @@ from ..kernels.reference.column import Reference
 from ..kernels.reference.experts import ExpertForm
 from ..kernels.reference.four_bit import SCALE_DTYPES, FourBit, PackedFourBit
 from ..kernels.reference.fp8 import Normed, NormedRows, Quantised, wide_of
-from ..kernels.reference.linear import SlotWeights
 from ..kernels.reference.sublayers import ExpertsSublayer, GateWeights, LocalExperts, RowNorm
 from ..parallel.linear import Backend
 from .config import MoEConfig
@@ -34,26 +33,18 @@ class Experts(nn.Module):
         self.w2 = backend.parameter(num_slots, hidden, width)
         self.w13_bias, self.w2_bias = _biases(config, num_slots, backend)
         self.form = _form(config, self.w13_bias, self.w2_bias)
-        self._weights: tuple[SlotWeights, SlotWeights] = self.w13, self.w2
+        self._weights: tuple[Tensor, Tensor] = self.w13, self.w2
 
     def pack(self) -> None:
-        """Brings the weights into the form that this device reads fastest. The loaded form is kept
-        only if the other one needs it.
-        """
+        """Brings the weights into the form that this device reads fastest."""
         self._weights = w13, w2 = self._ops.pack_slots(self.w13, self.w2)
-        if isinstance(w13, Tensor) and isinstance(w2, Tensor):
-            self.w13 = nn.Parameter(w13, requires_grad=False)
-            self.w2 = nn.Parameter(w2, requires_grad=False)
+        self.w13 = nn.Parameter(w13, requires_grad=False)
+        self.w2 = nn.Parameter(w2, requires_grad=False)
 
     @property
     def by_slot(self) -> tuple[Tensor, ...]:
         """All weights, [S, ...] each, in the form that travels."""
         return self.w13.data, self.w2.data, *(self.form.biases or ())
-
-    def changed(self, slot: int) -> None:
-        """The weights of a slot were written after packing."""
-        for weights in self._weights:
-            self._ops.repack_slot(weights, slot)
 
     def spare(self, num_slots: int) -> Experts:
         """Experts like these in slots of their own, to be loaded."""
@@ -93,9 +84,6 @@ class Fp8Experts(nn.Module):
     def by_slot(self) -> tuple[Tensor, ...]:
         """All weights and scales, [S, ...] each."""
         return self.w13.data, self.w13_scales.data, self.w2.data, self.w2_scales.data
-
-    def changed(self, slot: int) -> None:
-        """There is one form of the weights."""
 
     def spare(self, num_slots: int) -> Fp8Experts:
         """Experts like these in slots of their own, to be loaded."""
@@ -148,9 +136,6 @@ class FourBitExperts(nn.Module):
     def by_slot(self) -> tuple[Tensor, ...]:
         """All codes, scales, factors and biases, [S, ...] each."""
         return tuple(parameter.data for parameter in self.parameters())
-
-    def changed(self, slot: int) -> None:
-        """There is one form of the weights."""
 
     def spare(self, num_slots: int) -> FourBitExperts:
         """Experts like these in slots of their own, to be loaded."""
@@ -226,4 +211,3 @@ def write_slot(experts: AnyExperts, slot: int, row: Tensor) -> None:
     targets = [part[slot].view(-1).view(torch.uint8) for part in experts.by_slot]
     for target, source in zip(targets, row.split([len(target) for target in targets]), strict=True):
         target.copy_(source)
-    experts.changed(slot)

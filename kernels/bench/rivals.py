@@ -132,8 +132,8 @@ def _sorted_by_slot(slots_M: Tensor, num_slots: int) -> Callable[[], tuple[Tenso
 def one_by_one(x: Tensor, rows_M: Tensor, slots_M: Tensor, w13: Tensor, w2: Tensor) -> Callable[[], object]:
     """The experts of one slot after the other by oneDNN, its weights packed where it packs them."""
     from ..cpu.experts import experts
-    from ..cpu.linear import pack_slots_for_onednn
+    from ..cpu.linear import pack_for_onednn
 
-    up, down = pack_slots_for_onednn(w13, w2)
+    up, down = ([pack_for_onednn(slot) for slot in weights] for weights in (w13, w2))
     counts = torch.zeros(len(w13), dtype=torch.int64)
     return lambda: experts(x, rows_M, slots_M, up, down, counts)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from .. import cpu_isa
 from ..reference.column import Reference
 from ..reference.experts import PLAIN_FORM, ExpertForm
-from ..reference.linear import SlotWeights
 from ..reference.sublayers import AttentionSublayer, ExpertsSublayer, GateWeights, GroupedHeads, RowNorm
 from . import (
     attention,
@@ -43,7 +44,6 @@ class Cpu(Reference):
     linear = staticmethod(linear_ops.linear)
     pack = staticmethod(linear_ops.pack)
     pack_slots = staticmethod(linear_ops.pack_slots)
-    repack_slot = staticmethod(linear_ops.repack_slot)
     gate = staticmethod(gate_ops.gate)
     experts = staticmethod(expert_ops.experts)
     experts_four_bit = staticmethod(four_bit_ops.experts_four_bit)
@@ -69,7 +69,7 @@ class Cpu(Reference):
         self,
         norm: RowNorm,
         gate: GateWeights,
-        weights: tuple[SlotWeights, SlotWeights],
+        weights: tuple[Tensor, Tensor],
         form: ExpertForm = PLAIN_FORM,
     ) -> ExpertsSublayer:
         composed = super().experts_sublayer(norm, gate, weights, form)

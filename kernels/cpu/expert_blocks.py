@@ -18,20 +18,18 @@ from torch import Tensor
 from ..cpu_isa import COLUMNS
 from ..reference.experts import PLAIN_FORM, ExpertForm, activate
 from .codegen.arrays import array, exp, inner, narrow
-from .codegen.block_tiles import BLOCKS, ROWS, lay_out, multiply, room_for_rows
+from .codegen.block_rows import begin_tiles, end_tiles, lay_out, room_for_rows
+from .codegen.block_tiles import BLOCKS, multiply
 from .codegen.blocks import (
     STRETCH,
     add_bias,
     block_bytes,
     first_block,
-    look_ahead,
     multiply_slots,
-    part,
-    parts,
     stretches,
 )
 from .codegen.crew import num_threads
-from .codegen.threads import share_out, take_item
+from .codegen.threads import parts, share_out, take_item
 from .expert_form import clamped_mul, form_of
 from .linear import NO_PLACES, multiply_into
 from .norm import silu_mul
@@ -141,7 +139,7 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
     two of up.
     """
     sums, rows, blocks = (
-        np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
+        np.empty((STRETCH, BLOCKS * COLUMNS), np.float32),
         np.empty(STRETCH, np.int64),
         np.empty(BLOCKS, np.int64),
     )
@@ -150,6 +148,7 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
     full, half = inner_MF.shape[1], _HALF * COLUMNS
     num_blocks = full // COLUMNS
     panels = parts(num_blocks, _HALF)
+    begin_tiles(inner_MF)
     item = take_item(counter)
     while item < panels * len(stretches_I):
         following = take_item(counter)
@@ -165,22 +164,19 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
         if item // panels != laid_out:
             for r in range(length):
                 rows[r] = x + rows_M[order_M[start + r]] * x_stride
-            lay_out(rows, length, room, inner_MF)
+            lay_out(rows, length, num_units, room, inner_MF)
             laid_out = item // panels
-        tiles = parts(length, ROWS)
-        for tile in range(tiles):
-            first, num_rows = part(tile, tiles, length)
-            fetch = look_ahead(tile, tiles, num_units, (there - here) * block_bytes(num_units))
-            multiply(num_rows, sums, rows[first:], blocks, num_units, fetch, inner_MF)
-            for r in range(num_rows):
-                if len(bias_SF):
-                    add_bias(sums[r], bias_SF[slot, column : column + width])
-                    add_bias(sums[r, half:], bias_SF[slot, full + column : full + column + width])
-                if clamped:
-                    _clamped_mul(sums[r], inner_MF[start + first + r, column : column + width], alpha, limit)
-                else:
-                    _silu_mul(sums[r], inner_MF[start + first + r, column : column + width])
+        multiply(length, sums, rows, blocks, num_units, (there - here) * block_bytes(num_units), inner_MF)
+        for r in range(length):
+            if len(bias_SF):
+                add_bias(sums[r], bias_SF[slot, column : column + width])
+                add_bias(sums[r, half:], bias_SF[slot, full + column : full + column + width])
+            if clamped:
+                _clamped_mul(sums[r], inner_MF[start + r, column : column + width], alpha, limit)
+            else:
+                _silu_mul(sums[r], inner_MF[start + r, column : column + width])
         item = following
+    end_tiles(inner_MF)
 
 
 @inner(error_model="numpy")

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..reference.experts import PLAIN_FORM, ExpertForm
 from ..reference.four_bit import FourBit
 from .codegen.arrays import ALONE, array, exp, inner, made, narrow, widen
-from .codegen.blocks import add_bias, part, parts, stretches
+from .codegen.blocks import add_bias, stretches
 from .codegen.crew import num_threads
 from .codegen.float_nibbles import (
     arranged_floats,
@@ -34,7 +34,7 @@ from .codegen.float_nibbles import (
     rows_at_once,
 )
 from .codegen.nibbles import AT_ONCE, BLOCK, ROWS, arranged, dots, weight_rows
-from .codegen.threads import share_out, take_item
+from .codegen.threads import part, parts, share_out, take_item
 from .codegen.vectors import LANES, multiplies_bf16
 from .expert_blocks import sort_pairs
 from .expert_form import clamped_mul, form_of

@@ -1,14 +1,13 @@
 """Linear layers with weights in the form that the processor reads fastest. Weights are packed once,
 at load time.
 
-``cpu_isa`` chooses the form: blocks (``codegen/blocks.py``), or oneDNN's own layout where oneDNN
-uses matrix instructions. ``F.linear`` reorders plain bf16 weights on every call, and for float32
+``cpu_isa`` chooses the form: blocks (``codegen/blocks.py``), or oneDNN's own layout for what has no
+whole blocks. ``F.linear`` reorders plain bf16 weights on every call, and for float32
 takes MKL, whose kernels on AMD's CPUs are slow for few rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,47 +49,21 @@ def pack_for_onednn(weights: Tensor) -> Tensor:
     return packed
 
 
-@dataclass(frozen=True)
-class PackedSlots:
-    """The weights of expert slots, twice: as loaded for products of few rows, and each packed for
-    oneDNN for products of many.
-    """
-
-    plain_SND: Tensor
-    packed: list[Tensor]
-
-
-def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
+def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor]:
     """Packs the weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], for ``experts``. Returns
-    both in blocks, [S, 2F / 16, U, 16, D / U] and [S, D / 16, U, 16, F / U]; or both as
-    ``PackedSlots``; or the tensors themselves if packing changes nothing.
+    both in blocks, [S, 2F / 16, U, 16, D / U] and [S, D / 16, U, 16, F / U], or unchanged.
     """
     _, hidden, width = w2_SDF.shape
     form: cpu_isa.Form = "plain"
     if w13_SFD.dtype == torch.bfloat16:
-        form = cpu_isa.slot_form(cpu_isa.here(), hidden, width)
+        form = cpu_isa.slot_form(hidden, width)
     elif w13_SFD.dtype == torch.float32:
         form = cpu_isa.float_form((2 * width, hidden), (hidden, width))
-    if form == "blocks":
-        return cpu_blocks.pack_blocks(w13_SFD), cpu_blocks.pack_blocks(w2_SDF)
-    return pack_slots_for_onednn(w13_SFD, w2_SDF) if form == "onednn" else (w13_SFD, w2_SDF)
-
-
-def pack_slots_for_onednn(
-    w13_SFD: Tensor, w2_SDF: Tensor
-) -> tuple[Tensor, Tensor] | tuple[PackedSlots, PackedSlots]:
-    packed = [[pack_for_onednn(slot) for slot in weights] for weights in (w13_SFD, w2_SDF)]
-    if not all(slot.is_mkldnn for slots in packed for slot in slots):
-        return w13_SFD, w2_SDF
-    return PackedSlots(w13_SFD, packed[0]), PackedSlots(w2_SDF, packed[1])
-
-
-def repack_slot(weights: Tensor | PackedSlots, slot: int) -> None:
-    """Brings the packed form of ``slot`` up to date, whose loaded form has changed. Blocks are the
-    only form that there is.
-    """
-    if isinstance(weights, PackedSlots):
-        weights.packed[slot] = pack_for_onednn(weights.plain_SND[slot])
+    return (
+        (cpu_blocks.pack_blocks(w13_SFD), cpu_blocks.pack_blocks(w2_SDF))
+        if form == "blocks"
+        else (w13_SFD, w2_SDF)
+    )
 
 
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:

@@ -23,7 +23,6 @@ from ..cpu_isa import COLUMNS
 from ..reference.experts import ExpertForm
 from ..reference.fp8 import Normed
 from ..reference.kv_entries import holds_fp8, num_kv_heads
-from ..reference.linear import SlotWeights
 from ..reference.paged import PagedBatch
 from ..reference.rope import Angles
 from ..reference.sublayers import (
@@ -57,7 +56,7 @@ def attention_in_blocks(norm: RowNorm, heads: GroupedHeads) -> bool:
     return norm.weight.dtype == torch.bfloat16 and heads.qkv.weight.dim() == heads.out.weight.dim() == 4
 
 
-def experts_in_blocks(norm: RowNorm, weights: tuple[SlotWeights, SlotWeights]) -> bool:
+def experts_in_blocks(norm: RowNorm, weights: tuple[Tensor, Tensor]) -> bool:
     """Whether ``Experts`` takes these weights."""
     w13 = weights[0]
     return norm.weight.dtype == torch.bfloat16 and isinstance(w13, Tensor) and w13.dim() == 5

@@ -27,7 +27,6 @@ from . import (
 )
 from .experts import PLAIN_FORM, ExpertForm
 from .fp8 import Normed, NormedRows
-from .linear import SlotWeights
 from .paged import PagedBatch, Selection
 from .rope import Angles
 from .sampling import SamplingParams
@@ -59,7 +58,6 @@ class Reference:
     linear = staticmethod(linear_ops.linear)
     pack = staticmethod(linear_ops.pack)
     pack_slots = staticmethod(linear_ops.pack_slots)
-    repack_slot = staticmethod(linear_ops.repack_slot)
     gate = staticmethod(gate_ops.gate)
     group_pairs = staticmethod(grouping.group_pairs)
     permute = staticmethod(grouping.permute)
@@ -181,7 +179,7 @@ class Reference:
         self,
         norm: RowNorm,
         gate: GateWeights,
-        weights: tuple[SlotWeights, SlotWeights],
+        weights: tuple[Tensor, Tensor],
         form: ExpertForm = PLAIN_FORM,
     ) -> ExpertsSublayer:
         """The routed experts of a layer. ``weights``: w13 and w2 as ``experts`` reads them."""

@@ -8,13 +8,8 @@ N rows of a weight  D inner dim  S expert slots  F width of an expert
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
-
-# Stacked weights of expert slots after ``pack_slots``: a tensor or tensors, in the column's form.
-SlotWeights = Any
 
 
 def linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -27,12 +22,8 @@ def pack(weights: Tensor) -> Tensor:
     return weights
 
 
-def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[SlotWeights, SlotWeights]:
+def pack_slots(w13_SFD: Tensor, w2_SDF: Tensor) -> tuple[Tensor, Tensor]:
     """The weights of expert slots, w13 [S, 2F, D] and w2 [S, D, F], in the form that ``experts``
     reads fastest.
     """
     return w13_SFD, w2_SDF
-
-
-def repack_slot(weights: SlotWeights, slot: int) -> None:
-    """Brings the packed form of ``slot`` up to date, whose loaded form has changed."""

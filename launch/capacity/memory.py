@@ -21,8 +21,7 @@ _LOGIT_COPIES = 3  # float32: logits, sorted logits, probabilities
 class Weights:
     """Bytes of parameters on a rank.
 
-    Slots of experts, replicas and empty slots are means over the ranks. ``packed_copies``: CPUs
-    with AMX hold expert slots in bf16 twice (``kernels.cpu_isa``).
+    Slots of experts, replicas and empty slots are means over the ranks.
     """
 
     attention: int
@@ -31,7 +30,6 @@ class Weights:
     experts: int
     redundant: int
     empty_slots: int
-    packed_copies: int
     embeddings: int
 
     @property
@@ -83,7 +81,6 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     shape, tensor, item = setup.shape, setup.mesh.tensor, setup.item
     num_dense = stage.num_layers - stage.num_moe
     slots = stage.num_moe * setup.num_slots * setup.expert_bytes
-    biases = stage.num_moe * setup.num_slots * shape.expert_biases * item
     places = setup.num_slots * setup.expert_ranks
     redundant = slots * setup.redundant // places
     empty = slots * (places - shape.moe.num_experts - setup.redundant) // places
@@ -108,7 +105,6 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
-        packed_copies=slots - biases if setup.slots_twice else 0,
         embeddings=tables * table + stage.last * shape.hidden * item,
     )
 

@@ -53,7 +53,6 @@ def _memory_table(plan: CapacityPlan) -> Table:
         (f"experts ({plan.setup.num_slots} slots a layer)", [memory.weights.experts for memory in held]),
         ("redundant slots", [memory.weights.redundant for memory in held]),
         ("empty slots", [memory.weights.empty_slots for memory in held]),
-        ("packed copies of experts (CPU)", [memory.weights.packed_copies for memory in held]),
         ("embeddings, output head", [memory.weights.embeddings for memory in held]),
         ("KV pool", [memory.kv_pool for memory in held]),
         ("activations (estimate)", [memory.activations for memory in held]),

@@ -119,13 +119,6 @@ class Setup:
         """Ranks that reach each other over the near link."""
         return self.hardware.near_ranks if self.hardware.device == "cuda" else self.ranks_per_node
 
-    @property
-    def slots_twice(self) -> bool:
-        """Whether ranks hold a second, packed copy of their expert slots."""
-        if self.isa is None or self.expert_weights != "bf16":
-            return False
-        return cpu_isa.slot_form(self.isa, self.shape.hidden, self.shape.moe.expert_width) == "onednn"
-
     def operations(self, dtype: str) -> float:
         """Operations per second of products with weights in ``dtype``. CPUs that do not multiply
         bf16 widen it and compute in float32.

@@ -61,7 +61,7 @@ class ClusterSection(RecipeSection):
     threads: AutoInt = Field(
         default=None, ge=1, description="CPU threads per rank; auto: the node's cores divided by its ranks"
     )
-    isa: Literal["auto", "avx512", "avx2"] = Field(
+    isa: Literal["auto", "avx512_bf16", "avx512", "avx2"] = Field(
         default="auto", description="the most that ranks on x86 CPUs compute with"
     )
     address: str | None = Field(

@@ -1,4 +1,4 @@
-"""Weights in blocks of 16 columns, and products of rows with them, for x86 processors without AMX.
+"""Weights in blocks of 16 columns, and products of rows with them.
 
 Packed weights are [..., N / 16, U, 16, K / U] instead of [..., N, K]. A unit is the piece of the
 inner dimension that one lane of a product takes: two neighbouring bf16 or one float32. A vector
@@ -24,14 +24,16 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ... import cpu_isa
 from ...cpu_isa import COLUMNS, fit
-from .arrays import inner, narrow, widen
-from .block_tiles import BLOCKS, PACE, ROWS, lay_out, multiply, room_for_rows
-from .threads import share_out, take_item
+from .arrays import inner, widen
+from .block_rows import begin_tiles, end_tiles, lay_out, room_for_rows, write_row
+from .block_tiles import BLOCKS, multiply
+from .threads import part, parts, share_out, take_item
 
-STRETCH = 96  # rows that use a panel while it is in the cache; few enough for threads to share evenly
-
-_AHEAD = 4096  # bytes to prefetch ahead in a panel that is read once, into the L2 cache: it waits there
+# Rows that use a panel while it is in the cache: enough for products to take longer than reading it
+# does, few enough for threads to share evenly.
+STRETCH = 256 if cpu_isa.here() == "amx" else 96
 
 
 def pack_blocks(weights: Tensor) -> Tensor:
@@ -55,36 +57,9 @@ def pack_blocks(weights: Tensor) -> Tensor:
 
 
 @njit(cache=True, inline="always")
-def look_ahead(tile, tiles, num_units, next_panel):
-    """A tile's prefetch: distance in bytes from its blocks, and vectors to prefetch per 1024
-    vectors read. The tiles of a panel share the prefetch of the next one, ``next_panel`` bytes
-    away. At 16 to 64 rows a slot this is 9 to 26 % faster than leaving it all to the last tile. A
-    panel of one tile prefetches itself.
-    """
-    if tiles == 1:
-        return _AHEAD, PACE
-    return next_panel + num_units * tile // tiles * 4 * COLUMNS, PACE // tiles
-
-
-@njit(cache=True, inline="always")
 def block_bytes(num_units):
     """Bytes from one block to the next."""
     return 4 * COLUMNS * num_units
-
-
-@njit(cache=True, inline="always")
-def part(number, of, total):
-    """Start and length of part ``number``, when ``total`` is cut into ``of`` parts as evenly as
-    possible.
-    """
-    start = total * number // of
-    return start, total * (number + 1) // of - start
-
-
-@njit(cache=True, inline="always")
-def parts(total, most):
-    """Number of parts of at most ``most``."""
-    return (total + most - 1) // most
 
 
 @inner(error_model="numpy")
@@ -135,9 +110,10 @@ def _multiply_panels(
 ):
     num_blocks = y_MN.shape[1] // COLUMNS
     panels = parts(num_blocks, BLOCKS)
+    begin_tiles(y_MN)
     for _ in range(begin, end):
         sums, rows, blocks = (
-            np.empty((ROWS, BLOCKS * COLUMNS), np.float32),
+            np.empty((STRETCH, BLOCKS * COLUMNS), np.float32),
             np.empty(STRETCH, np.int64),
             np.empty(BLOCKS, np.int64),
         )
@@ -151,35 +127,22 @@ def _multiply_panels(
             if item // panels != laid_out:
                 for r in range(length):
                     rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
-                lay_out(rows, length, room, y_MN)
+                lay_out(rows, length, num_units, room, y_MN)
                 laid_out = item // panels
             panel = item % panels
             for b in range(BLOCKS):
                 blocks[b] = w + (here + min(b, num_blocks - 1 - panel * BLOCKS)) * block_bytes(num_units)
             column = panel * BLOCKS * COLUMNS
             width = min(BLOCKS * COLUMNS, y_MN.shape[1] - column)
-            tiles = parts(length, ROWS)
-            for tile in range(tiles):
-                first, num_rows = part(tile, tiles, length)
-                fetch = look_ahead(tile, tiles, num_units, (there - here) * block_bytes(num_units))
-                multiply(num_rows, sums, rows[first:], blocks, num_units, fetch, y_MN)
-                for r in range(num_rows):
-                    place = start + first + r
-                    if len(places_M):
-                        place = places_M[place]
-                    if len(bias_SN):
-                        add_bias(sums[r], bias_SN[slot, column : column + width])
-                    _write(sums[r], y_MN[place, column : column + width])
+            multiply(length, sums, rows, blocks, num_units, (there - here) * block_bytes(num_units), y_MN)
+            for r in range(length):
+                place = places_M[start + r] if len(places_M) else start + r
+                write_row(sums, r, bias_SN, slot, y_MN, place, column, width)
             item = following
+    end_tiles(y_MN)
 
 
 @inner(error_model="numpy")
 def add_bias(sums_N, bias_N):
     for n in range(len(bias_N)):
         sums_N[n] += widen(bias_N[n])
-
-
-@inner(error_model="numpy")
-def _write(sums_N, y_N):
-    for n in range(len(y_N)):
-        y_N[n] = narrow(sums_N[n], y_N)

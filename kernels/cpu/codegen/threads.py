@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -132,3 +133,18 @@ def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     array = context.make_array(kind)(context, builder, value)
     array.meminfo = array.parent = cgutils.get_null_value(array.meminfo.type)
     return array._getvalue()
+
+
+@njit(cache=True, inline="always")
+def part(number, of, total):
+    """Start and length of part ``number``, when ``total`` is cut into ``of`` parts as evenly as
+    possible.
+    """
+    start = total * number // of
+    return start, total * (number + 1) // of - start
+
+
+@njit(cache=True, inline="always")
+def parts(total, most):
+    """Number of parts of at most ``most``."""
+    return (total + most - 1) // most

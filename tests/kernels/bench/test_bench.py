@@ -44,7 +44,7 @@ def test_cases_are_distinct_and_name_every_size() -> None:
 def test_every_op_of_the_table_has_a_case() -> None:
     plain = {"column", "merges_shared_experts", "linear", "pack", "pack_slots"}
     moved = {"group_pairs", "unpermute", "sample_slots"}  # timed with permute, and with sample on a card
-    at_load_time = {"repack_slot", "pack_four_bit"}  # and when experts move: a copy
+    at_load_time = {"pack_four_bit"}
     # Their cases give the cost of the parts; bench_vllm.py measures the whole.
     made_of_others = {
         "add_norm",

@@ -11,21 +11,8 @@ import torch.nn.functional as F
 
 from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu.codegen import blocks as cpu_blocks
-from lockstep.kernels.cpu.linear import (
-    PackedSlots,
-    linear,
-    pack,
-    pack_for_onednn,
-    pack_slots,
-    pack_slots_for_onednn,
-)
+from lockstep.kernels.cpu.linear import linear, pack, pack_for_onednn, pack_slots
 from support.grids import pairwise
-
-
-@pytest.fixture
-def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Holds weights as every CPU does but one with AMX, which computes with them too."""
-    monkeypatch.setattr(cpu_isa, "here", lambda: "avx512_bf16")
 
 
 @pytest.mark.parametrize("packing", [pack, pack_for_onednn, cpu_blocks.pack_blocks])
@@ -47,7 +34,6 @@ def test_a_packed_weight_gives_what_the_plain_one_does(
     torch.testing.assert_close(got, F.linear(x, weight, added), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.usefixtures("in_blocks")
 def test_results_in_blocks_are_rounded_once() -> None:
     """Close to the exact product: within half a unit of the last place, plus what float32 loses in
     the sum.
@@ -61,7 +47,6 @@ def test_results_in_blocks_are_rounded_once() -> None:
     torch.testing.assert_close(linear(x, pack(weight), bias).double(), exact, rtol=2**-8, atol=1e-4)
 
 
-@pytest.mark.usefixtures("in_blocks")
 def test_a_row_in_blocks_does_not_depend_on_the_rows_beside_it() -> None:
     weight = pack(torch.randn(112, 66).bfloat16())
     wide = torch.randn(200, 80).bfloat16()
@@ -84,43 +69,17 @@ def test_float32_is_held_in_blocks_where_the_cpu_multiplies_it(monkeypatch: pyte
     weight, w13, w2 = torch.randn(32, 6), torch.randn(2, 64, 16), torch.randn(2, 16, 32)
     packed = pack(weight)
     assert packed.shape == (2, 6, 16, 1) and torch.equal(packed[1, 4, 5], weight[16 + 5, 4:5])
-    assert [w.shape for w in pack_slots(w13, w2) if isinstance(w, torch.Tensor)] == [
-        (2, 4, 16, 16, 1),
-        (2, 1, 32, 16, 1),
-    ]
+    assert [weights.shape for weights in pack_slots(w13, w2)] == [(2, 4, 16, 16, 1), (2, 1, 32, 16, 1)]
     assert pack(weight[:17]).dim() == 2 and pack(weight.double()).dim() == 2
     monkeypatch.setattr(cpu_isa, "features", lambda: frozenset({"neon"}))
     assert pack(weight) is weight and pack_slots(w13, w2) == (w13, w2)
 
 
-@pytest.mark.usefixtures("in_blocks")
 def test_slots_are_held_once_in_blocks_where_they_fit() -> None:
     w13, w2 = torch.randn(3, 64, 16).bfloat16(), torch.randn(3, 16, 32).bfloat16()
-    packed = pack_slots(w13, w2)
-    assert [weights.shape for weights in packed if isinstance(weights, torch.Tensor)] == [
-        (3, 4, 8, 16, 2),
-        (3, 1, 16, 16, 2),
-    ]
-    narrow = pack_slots(w13[:, :24], w2[:, :, :12])
-    assert all(not isinstance(weights, torch.Tensor) or weights.dim() == 3 for weights in narrow), (
-        "no blocks of 12 columns"
-    )
-
-
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute in bf16"
-)
-def test_slots_are_packed_one_by_one_for_onednn_and_kept() -> None:
-    weights = torch.randn(3, 8, 16).bfloat16()
-    packed, other = pack_slots_for_onednn(weights, torch.randn(3, 16, 4).bfloat16())
-    assert (
-        isinstance(packed, PackedSlots)
-        and packed.plain_SND is weights
-        and len(packed.packed) == 3
-        and isinstance(other, PackedSlots)
-    )
-    x = torch.randn(2, 16).bfloat16()
-    torch.testing.assert_close(linear(x, packed.packed[1]), F.linear(x, weights[1]), rtol=0.02, atol=0.02)
+    assert [weights.shape for weights in pack_slots(w13, w2)] == [(3, 4, 8, 16, 2), (3, 1, 16, 16, 2)]
+    narrow = w13[:, :24], w2[:, :, :12]  # no blocks of 12 columns
+    assert pack_slots(*narrow) == narrow
 
 
 _COMPUTE = """

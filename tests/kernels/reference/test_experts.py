@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lockstep.kernels.activation import SILU, Activation
 from lockstep.kernels.cpu.codegen import crew
-from lockstep.kernels.cpu.codegen.blocks import pack_blocks
 from lockstep.kernels.cpu.experts import experts, weighted_sum
-from lockstep.kernels.cpu.linear import pack_slots, pack_slots_for_onednn
+from lockstep.kernels.cpu.linear import pack_for_onednn, pack_slots
 from lockstep.kernels.reference.experts import ExpertForm, experts_reference
 
 
@@ -96,12 +95,16 @@ def test_weighted_sum_of_a_token_does_not_depend_on_the_others() -> None:
     assert weighted_sum(torch.zeros(0, 8, 16), torch.zeros(0, 8)).shape == (0, 16)
 
 
-def _in_blocks(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in blocks, with which every CPU can compute."""
-    return pack_blocks(w13), pack_blocks(w2)
+def _one_by_one(w13: Tensor, w2: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """As oneDNN holds them, where it computes in bf16."""
+    return [pack_for_onednn(slot) for slot in w13], [pack_for_onednn(slot) for slot in w2]
 
 
-PACKINGS = [pack_slots, pack_slots_for_onednn, _in_blocks]
+def _as_loaded(w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    return w13, w2
+
+
+PACKINGS = [pack_slots, _one_by_one, _as_loaded]
 Packing = Callable[[Tensor, Tensor], tuple[Any, Any]]
 
 
@@ -123,9 +126,7 @@ FORMS = {
 def test_packed_weights_give_the_same_for_few_rows_and_for_many(
     num_tokens: int, packing: Packing, form: ExpertForm
 ) -> None:
-    """All forms, and for oneDNN also the compiled product of few rows, agree within bf16
-    rounding.
-    """
+    """All forms agree within bf16 rounding."""
     x, rows, slots, w13, w2 = _drawn(num_tokens)
     counts, expected_counts = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
     y = experts(x, rows, slots, *packing(w13, w2), counts, form)
@@ -154,7 +155,7 @@ def test_padding_only_with_packed_weights(packing: Packing) -> None:
 
 def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
     x, rows, slots, w13, w2 = _drawn(150)
-    weights = _in_blocks(w13, w2)
+    weights = pack_slots(w13, w2)
     wide = torch.zeros(150, 100).bfloat16()
     wide[:, 2:98] = x  # strided rows, as they arrive from other ranks
     whole = experts(wide[:, 2:98], rows, slots, *weights, torch.zeros(5, dtype=torch.int64))
@@ -167,7 +168,7 @@ def test_a_pair_in_blocks_does_not_depend_on_the_pairs_beside_it() -> None:
 
 def test_threads_share_the_work_in_blocks_and_change_nothing() -> None:
     x, rows, slots, w13, w2 = _drawn(150)
-    weights, before, results = _in_blocks(w13, w2), crew.num_threads(), []
+    weights, before, results = pack_slots(w13, w2), crew.num_threads(), []
     try:
         for threads in (1, 3):
             crew.set_num_threads(threads)

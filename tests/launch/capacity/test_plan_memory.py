@@ -22,7 +22,6 @@ from lockstep.engine.protocol.specs import Keys, RankSpec
 from lockstep.engine.rank import page_pool as kv_pool
 from lockstep.engine.rank.process import load_executor
 from lockstep.kernels import cpu_isa
-from lockstep.kernels.cpu.linear import PackedSlots
 from lockstep.kernels.cpu_isa import Isa
 from lockstep.launch.capacity.memory import memory_of, page_bytes
 from lockstep.launch.capacity.plan import CapacityPlan, plan_recipe
@@ -31,7 +30,6 @@ from lockstep.launch.capacity.setup import Setup
 from lockstep.launch.recipe.file import load_recipe, parse_recipe
 from lockstep.launch.recipe.hardware import load_hardware
 from lockstep.launch.recipe.recipe import contradictions
-from lockstep.moe.experts import Experts
 from support.engine.models.checkpoints import (
     YARN,
     deepseek_v3_config,
@@ -217,24 +215,9 @@ def planned(path: Path, num_ranks: int, overrides: list[str]) -> CapacityPlan:
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
     """The kind of CPU that weights are packed for; nothing computes with them: any will do."""
     isa: Isa = request.param
-    if isa == "amx" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN packs no bf16 weights on this processor")
     monkeypatch.setattr(cpu_isa, "here", lambda: isa)
     monkeypatch.setattr(cpu_isa, "own", lambda: isa)
     return isa
-
-
-def packed_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the packed copies of expert slots."""
-    slots = [
-        weights for module in model.modules() if isinstance(module, Experts) for weights in module._weights
-    ]
-    return sum(
-        2 * weight.numel()
-        for weights in slots
-        if isinstance(weights, PackedSlots)
-        for weight in weights.packed
-    )
 
 
 def rank_spec(setup: Setup, path: Path, rank: int) -> RankSpec:
@@ -274,7 +257,7 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tm
     for held, rank in planned_ranks:
         memory = held.memory
         parts = load_executor(rank_spec(plan.setup, path, rank), lambda fraction: None)._parts
-        weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
+        weights = sum(parameter.nbytes for parameter in parts.model.parameters())
         pool = sum(tensor.nbytes for layer in parts.pool.cache for tensor in layer)
         assert memory.weights.total == pytest.approx(weights, rel=0.03), (
             f"rank {rank}: {memory.weights}, really {weights}"
@@ -290,7 +273,6 @@ def test_weights_and_pages_are_what_every_rank_allocates(name: str, isa: Isa, tm
             parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key
         )
         assert memory.weights.experts + memory.weights.empty_slots == experts
-        assert memory.weights.packed_copies == packed_bytes(parts.model)
 
 
 def test_the_profile_names_a_cpu_and_the_recipe_limits_it(tmp_path: Path, isa: Isa) -> None:
@@ -306,9 +288,7 @@ def test_the_profile_names_a_cpu_and_the_recipe_limits_it(tmp_path: Path, isa: I
         ([f"cluster.hardware={profile}", "cluster.isa=avx512"], "avx512"),
     ):
         plan = planned(path, 2, overrides)
-        weights = plan.ranks[0].memory.weights
         assert plan.setup.isa == expected
-        assert weights.packed_copies == (weights.experts + weights.empty_slots if expected == "amx" else 0)
 
 
 # Blocks of 128 x 128 in both directions, so that scales are what the plan counts: four bytes per
@@ -339,7 +319,7 @@ def test_a_checkpoint_in_fp8_is_widened_on_cpus_and_stays_so_on_gpus(device: str
         )
     memory = memory_of(setup, setup.stages()[0])
     parts = load_executor(rank_spec(setup, path, 0), lambda fraction: None)._parts
-    weights = sum(parameter.nbytes for parameter in parts.model.parameters()) + packed_bytes(parts.model)
+    weights = sum(parameter.nbytes for parameter in parts.model.parameters())
     experts = sum(parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key)
     assert memory.weights.total == pytest.approx(weights, rel=0.03)
     assert memory.weights.experts == experts

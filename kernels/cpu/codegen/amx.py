@@ -1,0 +1,205 @@
+"""Instructions of Intel's AMX for products with weights in blocks: sixteen rows by one panel of
+four blocks, summed in four tile registers ("Intel 64 and IA-32 Architectures Software Developer's
+Manual", volume 1, chapter 18).
+
+A block is what TDPBF16PS takes as its second factor: 16 units of 16 columns are one tile of 1 KiB.
+Rows are laid out by 32 values, so that each tile of theirs is 1 KiB in one piece, too. There are
+always sixteen, of which some may be undefined: a row of a tile leaves no trace in another. For any
+number of rows, k is summed from first to last, 32 at a time: in each, the even and the odd values
+for themselves, as the instruction does.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+from llvmlite import ir
+from numba import extending
+from numba.core import cgutils, types
+
+from ... import cpu_isa
+
+ROWS = 16  # of a tile
+UNITS = 16  # of a tile: pairs of bf16
+TILE_BYTES = 1024
+_ROW_BYTES = 64
+
+_intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
+
+_I8, _I16, _I32, _I64, _VOID = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.VoidType())
+_POINTER = _I8.as_pointer()
+_LINE = ir.VectorType(_I32, UNITS)
+_BLOCKS = 4
+_ROW_TILE, _BLOCK_TILES = 4, (5, 6, 7)  # tile registers; 0 to 3 are sums
+
+# Palette 1, and all eight registers 16 rows of 64 bytes.
+_CONFIGURATION = bytes([1, *[0] * 15, *[_ROW_BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
+
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
+
+
+def ask_for_tiles() -> None:
+    """Asks Linux for the registers of AMX, for this process, its threads and those that it forks.
+    Raises RuntimeError if they are refused.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA):
+        reason = os.strerror(ctypes.get_errno())
+        raise RuntimeError(f"Linux refuses AMX ({reason}): set cluster.isa = avx512_bf16")
+
+
+def multiplies(like: Any) -> bool:
+    """Whether this process multiplies rows of the dtype of ``like``, numba's type of an array, by
+    AMX.
+    """
+    return like.dtype == types.uint16 and cpu_isa.here() == "amx"
+
+
+class Panels:
+    """Writes the instructions of sixteen rows by one panel."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+
+    def generate(self, sums: Any, rows: Any, blocks: Any, start: Any, num_units: Any, fetch: Any) -> None:
+        """``sums`` float32 [16, 64]: of the units before ``start``, a multiple of 16; the addresses
+        of the first row, laid out, and of the blocks; ``fetch``: as in ``block_tiles.look_ahead``.
+        """
+        builder = self._builder
+        begun = builder.mul(builder.lshr(start, _I64(4)), _I64(TILE_BYTES))
+        x, *w = (
+            self._at(self._pointer(*place), begun)
+            for place in [(rows, 0), *((blocks, b) for b in range(_BLOCKS))]
+        )
+        ahead, pace = cgutils.unpack_tuple(builder, fetch)
+        places = [self._at(builder.bitcast(sums, _POINTER), _I64(b * _ROW_BYTES)) for b in range(_BLOCKS)]
+        with builder.if_else(builder.icmp_signed("==", start, _I64(0))) as (first, later):
+            with first:
+                for b in range(_BLOCKS):
+                    self._call("tilezero", [_I8(b)])
+            with later:
+                for b, place in enumerate(places):
+                    self._call("tileloadd64", [_I8(b), place, _I64(_BLOCKS * _ROW_BYTES)])
+        full = builder.lshr(num_units, _I64(4))
+        with cgutils.for_range(builder, full) as loop:
+            self._fetch(loop.index, w, ahead, pace)
+            offset = builder.mul(loop.index, _I64(TILE_BYTES))
+            self._add(self._at(x, offset), [self._at(block, offset) for block in w])
+        rest = builder.and_(num_units, _I64(UNITS - 1))
+        with builder.if_then(builder.icmp_signed(">", rest, _I64(0)), likely=False):
+            offset = builder.mul(full, _I64(TILE_BYTES))
+            self._add(self._at(x, offset), [self._padded(self._at(block, offset), rest) for block in w])
+        for b, place in enumerate(places):
+            self._call("tilestored64", [_I8(b), place, _I64(_BLOCKS * _ROW_BYTES)])
+
+    def _add(self, x: Any, w: list[Any]) -> None:
+        self._call("tileloadd64", [_I8(_ROW_TILE), x, _I64(_ROW_BYTES)])
+        for b, block in enumerate(w):
+            held = _I8(_BLOCK_TILES[b % len(_BLOCK_TILES)])
+            self._call("tileloadd64", [held, block, _I64(_ROW_BYTES)])
+            self._call("tdpbf16ps", [_I8(b), _I8(_ROW_TILE), held])
+
+    def _fetch(self, tile: Any, w: list[Any], ahead: Any, pace: Any) -> None:
+        """Fetches the share of vectors that belongs to a tile of each block."""
+        builder = self._builder
+        units = builder.mul(builder.mul(tile, _I64(UNITS)), pace)
+        first = builder.lshr(units, _I64(10))
+        last = builder.lshr(builder.add(units, builder.mul(pace, _I64(UNITS))), _I64(10))
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch.p0", (), ir.FunctionType(_VOID, (_POINTER, _I32, _I32, _I32))
+        )
+        with cgutils.for_range_slice(builder, first, last, _I64(1)) as (vector, _):
+            distance = builder.add(ahead, builder.mul(vector, _I64(_ROW_BYTES)))
+            for block in w:  # flags: read, into the L2 cache, data
+                builder.call(prefetch, [self._at(block, distance), _I32(0), _I32(2), _I32(1)])
+
+    def _padded(self, block: Any, num_units: Any) -> Any:
+        """A tile of the last units of a block, with zeros after them: what follows in memory is
+        another block's, or nobody's.
+        """
+        builder = self._builder
+        room = cgutils.alloca_once(builder, ir.ArrayType(_I8, TILE_BYTES + _ROW_BYTES))
+        address = builder.add(builder.ptrtoint(room, _I64), _I64(_ROW_BYTES - 1))
+        place = builder.inttoptr(builder.and_(address, _I64(-_ROW_BYTES)), _POINTER)
+        cgutils.memset(builder, place, _I64(TILE_BYTES), 0)
+        cgutils.raw_memcpy(builder, place, block, builder.mul(num_units, _I64(_ROW_BYTES)), 1)
+        return place
+
+    def _pointer(self, addresses: Any, index: int) -> Any:
+        place = self._builder.gep(addresses, [_I64(index)], source_etype=_I64)
+        return self._builder.inttoptr(self._builder.load(place, typ=_I64), _POINTER)
+
+    def _at(self, pointer: Any, offset: Any) -> Any:
+        return self._builder.gep(pointer, [offset], source_etype=_I8)
+
+    def _call(self, name: str, arguments: list[Any]) -> None:
+        _call(self._builder, name, arguments)
+
+
+@_intrinsic
+def configure(typing_context):
+    """In kernels: gives all tile registers of this thread 16 rows of 64 bytes."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.ArrayType(_I8, len(_CONFIGURATION))
+        content = ir.Constant(kind, bytearray(_CONFIGURATION))
+        place = cgutils.global_constant(builder, "amx_configuration", content)
+        _call(builder, "ldtilecfg", [builder.bitcast(place, _POINTER)])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@_intrinsic
+def release(typing_context):
+    """In kernels: ends what ``configure`` began; threads with no tiles are switched faster."""
+
+    def generate(context, builder, signature, arguments):
+        _call(builder, "tilerelease", [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@_intrinsic
+def lay_out_row(typing_context, source, num_units, target):
+    """Copies the row at address ``source``: each 16 units to ``target`` and to every 1024 bytes
+    after it, and zeros up to 16 after the last.
+    """
+    signature = types.void(types.intp, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        source, num_units, target = arguments
+        x, out = (builder.inttoptr(address, _POINTER) for address in (source, target))
+
+        def at(pointer, index, size):
+            return builder.gep(pointer, [builder.mul(index, _I64(size))], source_etype=_I8)
+
+        full = builder.lshr(num_units, _I64(4))
+        with cgutils.for_range(builder, full) as loop:
+            line = builder.load(at(x, loop.index, _ROW_BYTES), typ=_LINE, align=2)
+            place = builder.bitcast(at(out, loop.index, TILE_BYTES), _LINE.as_pointer())
+            builder.store(line, place, align=_ROW_BYTES)
+        rest = builder.and_(num_units, _I64(UNITS - 1))
+        with builder.if_then(builder.icmp_signed(">", rest, _I64(0)), likely=False):
+            place = at(out, full, TILE_BYTES)
+            builder.store(
+                ir.Constant(_LINE, None), builder.bitcast(place, _LINE.as_pointer()), align=_ROW_BYTES
+            )
+            cgutils.raw_memcpy(builder, place, at(x, full, _ROW_BYTES), builder.mul(rest, _I64(4)), 1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _call(builder: Any, name: str, arguments: list[Any]) -> None:
+    kind = ir.FunctionType(_VOID, tuple(argument.type for argument in arguments))
+    builder.call(builder.module.declare_intrinsic(f"llvm.x86.{name}", (), kind), arguments)
+
+
+if cpu_isa.here() == "amx":
+    ask_for_tiles()

@@ -1,0 +1,162 @@
+"""Rows as tiles of products with weights in blocks read them (``block_tiles.py``, ``amx.py``), and
+their results as they leave.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import extending
+from numba.core import cgutils, types
+
+from ...cpu_isa import COLUMNS
+from . import amx
+from .vectors import F32, I32, SUMS, UNITS, Rows, all_lanes, multiplies_bf16
+
+_intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
+
+_I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+_HALVES = ir.VectorType(_I16, COLUMNS)
+
+
+def begin_tiles(like: Any) -> None:
+    """In kernels: readies this thread for tiles of rows of the dtype of ``like``."""
+    raise NotImplementedError
+
+
+def end_tiles(like: Any) -> None:
+    """In kernels: ends what ``begin_tiles`` began."""
+    raise NotImplementedError
+
+
+def room_for_rows(num_rows: Any, num_units: Any, like: Any) -> Any:
+    """In kernels: room for ``lay_out``; empty where tiles read rows as they are stored."""
+    raise NotImplementedError
+
+
+def lay_out(rows: Any, num_rows: Any, num_units: Any, room: Any, like: Any) -> None:
+    """In kernels: makes rows of the dtype of ``like`` readable for tiles. ``rows`` holds their
+    addresses; they become those of rows in ``room``, unless tiles read them as they are.
+    """
+    raise NotImplementedError
+
+
+def _widens(like: Any) -> bool:
+    return like.dtype != types.float32 and not multiplies_bf16()
+
+
+@extending.overload(begin_tiles, inline="always")
+def _begin_tiles(like):
+    return (lambda like: amx.configure()) if amx.multiplies(like) else (lambda like: None)
+
+
+@extending.overload(end_tiles, inline="always")
+def _end_tiles(like):
+    return (lambda like: amx.release()) if amx.multiplies(like) else (lambda like: None)
+
+
+@extending.overload(room_for_rows, inline="always")
+def _room_for_rows(num_rows, num_units, like):
+    if amx.multiplies(like):
+        return _room_for_tiles
+    if _widens(like):
+        return lambda num_rows, num_units, like: np.empty((num_rows, 2 * num_units), np.float32)
+    return lambda num_rows, num_units, like: np.empty((0, 0), np.float32)
+
+
+def _room_for_tiles(num_rows, num_units, like):
+    """One row more than tiles take, since they begin at a multiple of 64 bytes."""
+    rows = (num_rows + amx.ROWS - 1) // amx.ROWS * amx.ROWS
+    units = (num_units + amx.UNITS - 1) // amx.UNITS * amx.UNITS
+    return np.empty((rows + 1, units), np.uint32)
+
+
+@extending.overload(lay_out)
+def _lay_out(rows, num_rows, num_units, room, like):
+    if amx.multiplies(like):
+        return _as_tiles
+    if not _widens(like):
+        return lambda rows, num_rows, num_units, room, like: None
+
+    def widened(rows, num_rows, num_units, room, like):
+        for r in range(num_rows):
+            _widen_row(rows[r], room.shape[1], room, r)
+            rows[r] = room[r].ctypes.data
+
+    return widened
+
+
+def _as_tiles(rows, num_rows, num_units, room, like):
+    place = (room.ctypes.data + 63) // 64 * 64
+    for r in range(num_rows):
+        amx.lay_out_row(rows[r], num_units, place)
+        rows[r] = place
+        last = r % amx.ROWS == amx.ROWS - 1
+        place += 4 * amx.ROWS * room.shape[1] - 64 * (amx.ROWS - 1) if last else 64
+
+
+@_intrinsic
+def _widen_row(typing_context, source, num_inner, room, row):
+    """room[row] = the bf16 at address ``source``, as float32."""
+    signature = types.void(types.intp, types.intp, room, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        address, num_inner, room_value, row = arguments
+        target = context.make_array(room)(context, builder, room_value)
+        stride = cgutils.unpack_tuple(builder, target.strides)[0]
+        out = builder.gep(
+            builder.bitcast(target.data, _I8.as_pointer()), [builder.mul(row, stride)], source_etype=_I8
+        )
+        x = builder.inttoptr(address, _I8.as_pointer())
+        full = builder.and_(num_inner, _I64(-COLUMNS))
+        with cgutils.for_range_slice(builder, _I64(0), full, _I64(COLUMNS)) as (index, _):
+            _widen(builder, x, out, index, (_HALVES, UNITS, SUMS))
+        with cgutils.for_range_slice(builder, full, num_inner, _I64(1)) as (index, _):
+            _widen(builder, x, out, index, (_I16, I32, F32))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _widen(builder: Any, x: Any, out: Any, index: Any, kinds: tuple[Any, Any, Any]) -> None:
+    half, bits, number = kinds
+    place = builder.gep(x, [builder.mul(index, _I64(2))], source_etype=_I8)
+    target = builder.gep(out, [builder.mul(index, _I64(4))], source_etype=_I8)
+    sixteen = all_lanes(bits, 16) if isinstance(bits, ir.VectorType) else bits(16)
+    wide = builder.shl(builder.zext(builder.load(place, typ=half, align=2), bits), sixteen)
+    builder.store(builder.bitcast(wide, number), builder.bitcast(target, number.as_pointer()), align=4)
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+@_intrinsic
+def write_row(typing_context, sums, row, bias, bias_row, y, place, column, num_columns):
+    """y[place, column:] = sums[row] + bias[bias_row, column:], of ``num_columns``, a multiple of
+    16. ``sums`` float32; ``y`` and ``bias`` bf16 as uint16, or float32; no bias if that is empty.
+    Takes a sixth of a loop over a slice of each.
+    """
+    signature = types.void(sums, types.intp, bias, types.intp, y, types.intp, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        sums, row, bias, bias_row, y, place, column, num_columns = arguments
+        kinds = signature.args
+        totals, biases, out = (
+            Rows(context, builder, kind, value)
+            for kind, value in zip((kinds[0], kinds[2], kinds[4]), (sums, bias, y), strict=True)
+        )
+        biased = builder.icmp_signed(">", biases.num_columns, _I64(0))
+        room = cgutils.alloca_once(builder, SUMS)
+        with cgutils.for_range_slice(builder, _I64(0), num_columns, _I64(COLUMNS)) as (index, _):
+            builder.store(totals.load(row, index), room, align=64)
+            with builder.if_then(biased, likely=False):
+                more = biases.load_numbers(bias_row, builder.add(column, index))
+                builder.store(builder.fadd(builder.load(room, align=64), more), room, align=64)
+            out.store_numbers(builder.load(room, align=64), place, builder.add(column, index))
+        return context.get_dummy_value()
+
+    return signature, generate
