@@ -317,7 +317,7 @@ def test_the_root_of_the_engine_holds_no_module() -> None:
     assert [path.name for path in (ROOT / "engine").glob("*.py")] == ["__init__.py"]
 
 
-COMPILED = ("triton", "njit", "inner(", "intrinsic")
+COMPILED = ("triton", "njit", "inner(", "intrinsic", "overload")
 
 
 def decorated(function: ast.FunctionDef | ast.AsyncFunctionDef, *names: str) -> bool:

@@ -151,7 +151,7 @@ def attend_places(
 def attend_heads(q_THD, keys, values, key_place, value_place, rows, shape, factor, like, out_THE, sinks_H):
     group = q_THD.shape[1] // shape.num_heads
     items, num_parts = _items(rows[0], rows[1], shape, group)
-    bounds = _bounds(items, group, shape.num_threads)
+    bounds = _bounds(items, group, shape.num_threads, like)
     sums_SGE, stats_2SG = (
         np.empty((num_parts, group, out_THE.shape[2]), np.float32),
         np.empty((2, num_parts, group), np.float32),
@@ -232,14 +232,14 @@ def _item(x_9):
 
 
 @inner()
-def _bounds(items, group, num_threads):
+def _bounds(items, group, num_threads, like):
     """Bounds of each thread's items, int64 [threads + 1], for costs as equal as possible."""
     costs, total = np.empty(len(items), np.float64), 0.0
     for i in range(len(items)):
         item = _item(items[i])
         length, seen = item.end - item.begin, item.end - item.begin - (item.num_tokens - 1) / 2
         costs[i] = (item.end_head - item.head) * (
-            length * _LAYING_OUT + seen * tiled(item.num_tokens * group) + BLOCK
+            length * _LAYING_OUT + seen * tiled(item.num_tokens * group, like) + BLOCK
         )
         total += costs[i]
     bounds, thread, done = np.empty(num_threads + 1, np.int64), 0, 0.0
@@ -261,7 +261,7 @@ def _attend(
     group, num_rows = q_THD.shape[1] // shape.num_heads, 0
     for i in range(bounds[begin], bounds[end]):
         item = _item(items[i])
-        num_rows = max(num_rows, (item.end_head - item.head) * tiled(item.num_tokens * group))
+        num_rows = max(num_rows, (item.end_head - item.head) * tiled(item.num_tokens * group, like))
     if not num_rows:
         return
     room = scratch(num_rows, q_THD.shape[2], out_THE.shape[2], like)
@@ -286,7 +286,10 @@ def _attend(
             item.window,
         )
         for head in range(item.head, item.end_head):
-            first, part = (head - item.head) * tiled(item.num_tokens * group), item.part + head - item.head
+            first, part = (
+                (head - item.head) * tiled(item.num_tokens * group, like),
+                item.part + head - item.head,
+            )
             sums, total = room.sums[first:, : out_THE.shape[2]], room.total[first:]
             if item.part < 0:
                 if len(sinks_H):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..cpu_isa import COLUMNS
 from ..reference.experts import PLAIN_FORM, ExpertForm, activate
+from .codegen.amx import begin_tiles, end_tiles
 from .codegen.arrays import array, exp, inner, narrow
-from .codegen.block_rows import begin_tiles, end_tiles, lay_out, room_for_rows
+from .codegen.block_rows import lay_out, room_for_rows
 from .codegen.block_tiles import BLOCKS, multiply
 from .codegen.blocks import (
     STRETCH,

@@ -8,6 +8,9 @@ instead. Heads in e4m3 become bf16 on the way, without their scales: a position'
 multiplies its scores, its value scale multiplies its softmax weights. A query row adds the same
 terms in the same order whatever its neighbours.
 
+With AMX, bf16 is multiplied by its tiles, 16 rows at once, also for a decode row: it adds in
+another order than vectors do.
+
 A head's part of an entry is a few cache lines of a longer row, which the processor does not
 foresee. Reading a position therefore fetches the same head at one of the block that follows.
 
@@ -26,24 +29,22 @@ from numba import njit
 from numba.core import types
 from numba.extending import overload
 
+from .codegen.amx import begin_tiles, end_tiles
 from .codegen.arrays import inner, stay_apart
 from .codegen.e4m3 import AT_ONCE, decodes, pair_bytes, take_scales, turn_bytes
 from .codegen.threads import borrowed
 from .codegen.tiles import (
     TILE_COLUMNS,
     TILE_ROWS,
-    add_paired,
-    add_product,
-    multiply_turned,
     pair,
     soften,
     transpose,
 )
 from .codegen.vectors import LANES
+from .flash_products import PADDING, add_values, rows_at_once, score
 from .kv_entries import NO_SCALES, Block, find, move_rows, read
 
 BLOCK = TILE_COLUMNS  # positions
-_PADDING = 2 * LANES  # dims are padded to a multiple of this: the bf16 values of one vector
 _LOWEST = np.float32(-1e30)  # below any score: hidden ones, -inf, get no share even before the first
 _LINE = 64  # bytes of a cache line: a vector that crosses a line is read at half the rate
 
@@ -81,21 +82,21 @@ class Spot(NamedTuple):
 
 @inner()
 def scratch(num_rows, key_dim, value_dim, like):
-    """Allocates scratch for ``num_rows`` rows, a multiple of 4. ``like`` is an array of numbers."""
-    per_unit, one = 4 // like.itemsize, np.empty(1, np.float32)
-    key, value = -(-key_dim // _PADDING) * _PADDING, -(-value_dim // _PADDING) * _PADDING
+    """Allocates scratch for ``num_rows`` rows, whole tiles. ``like`` is an array of numbers."""
+    per_unit, one, tile = 4 // like.itemsize, np.empty(1, np.float32), rows_at_once(like)
+    key, value = -(-key_dim // PADDING) * PADDING, -(-value_dim // PADDING) * PADDING
     return Scratch(
         room_for(num_rows, key, like),
         room_for(BLOCK, key, like),
         room_for(BLOCK, value, like),
         units(room_for(key // per_unit, BLOCK * per_unit, like)),
         units(room_for(BLOCK // per_unit, value * per_unit, like)),
-        room_for(TILE_ROWS, BLOCK, like),
-        room_for(TILE_ROWS, BLOCK, one),
+        room_for(tile, BLOCK, like),
+        room_for(tile, BLOCK, one),
         room_for(num_rows, value, one),
         np.empty(num_rows, np.float32),
         np.empty(num_rows, np.float32),
-        np.empty(TILE_ROWS, np.float32),
+        np.empty(tile, np.float32),
         np.empty((2, BLOCK), np.float32),
         _places(),
     )
@@ -119,9 +120,9 @@ def room_for(rows, columns, like):
 
 
 @inner()
-def tiled(num_rows):
+def tiled(num_rows, like):
     """Rounds a number of rows up to whole tiles."""
-    return -(-num_rows // TILE_ROWS) * TILE_ROWS
+    return -(-num_rows // rows_at_once(like)) * rows_at_once(like)
 
 
 @inner()
@@ -129,7 +130,7 @@ def place_queries(q_THD, first_token, num_tokens, heads, group, work):
     """Copies queries of the key heads [heads[0], heads[1]) into rows, each head padded to whole
     tiles.
     """
-    stride = tiled(num_tokens * group)
+    stride = tiled(num_tokens * group, work.q)
     for head in range(heads[0], heads[1]):
         for token in range(num_tokens):
             first = (head - heads[0]) * stride + token * group
@@ -164,19 +165,21 @@ def attend_rows(
     shares, share_units, sums = borrowed(work.shares), borrowed(units(work.shares)), borrowed(work.sums)
     best, total, shrink = borrowed(work.best), borrowed(work.total), borrowed(work.shrink)
     scales, pages = _scales(keys, k, borrowed(work.scales)), run.pages
-    stride, position = tiled(num_tokens * group), run.end - num_tokens
+    tile_rows, position = rows_at_once(k), run.end - num_tokens
+    stride = tiled(num_tokens * group, k)
     num_rows = stride * (heads[1] - heads[0])
     sums[:num_rows], best[:num_rows], total[:num_rows] = 0, _LOWEST, 0
     separate = value_place.width > 0
     stored = key_place.width >= k.shape[1] and (not separate or value_place.width >= v.shape[1])
     key_rows, value_rows = _as_they_lie(keys, k), _as_they_lie(values, v)
     whole = keys.itemsize == k.itemsize and stored and sums.shape[1] % TILE_COLUMNS == 0
+    begin_tiles(k)
     for start in range(run.begin, run.end, BLOCK):
         block = Block(start, min(start + BLOCK, run.end), run.page_size)
         # The first ``blind`` rows see none of these positions, nor do those from ``past`` on.
-        blind = max(0, start - position) * group // TILE_ROWS * TILE_ROWS
-        past = min(stride, tiled(max(0, start + BLOCK + window - 1 - position) * group))
-        direct = whole and past - blind <= TILE_ROWS
+        blind = max(0, start - position) * group // tile_rows * tile_rows
+        past = min(stride, tiled(max(0, start + BLOCK + window - 1 - position) * group, k))
+        direct = whole and past - blind <= tile_rows and tile_rows == TILE_ROWS
         find(pages, block, places[0])
         if block.end < run.end:
             find(pages, Block(block.end, min(block.end + BLOCK, run.end), run.page_size), places[1])
@@ -191,13 +194,18 @@ def attend_rows(
                     _lay_out_values(values, Spot(value_place, head, block), pages, places, v, paired, scales)
                 else:
                     _pair_keys(keys, stored, column, places, k, paired)
-            for row in range(blind, past, TILE_ROWS):
+            for row in range(blind, past, tile_rows):
                 tile, seen = (head - heads[0]) * stride + row, position + 1 - start
-                _score(scores, q, tile, turned, direct, key_rows, places, _column(key_place, head))
-                if seen + row // group < BLOCK or seen + (row + TILE_ROWS - 1) // group > window:
+                score(scores, q, tile, turned, direct, key_rows, places, _column(key_place, head))
+                if seen + row // group < BLOCK or seen + (row + tile_rows - 1) // group > window:
                     _hide(scores, row, group, seen, num_tokens, window)
-                soften(scores, factor, scales, best, total, tile, shares, shrink)
-                _add_values(sums, tile, shrink, share_units, paired, direct, value_rows, places, column)
+                num_used = min(tile_rows, num_tokens * group - row)
+                for i in range(0, num_used, TILE_ROWS):
+                    soften(scores, i, factor, scales, best, total, tile + i, shares, shrink)
+                add_values(
+                    sums, tile, num_used, shrink, share_units, paired, direct, value_rows, places, column
+                )
+    end_tiles(k)
 
 
 def _as_they_lie(entries: Any, numbers: Any) -> Any:
@@ -214,35 +222,12 @@ def _multiplied_as_they_lie(entries, numbers):
     return lambda entries, numbers: numbers
 
 
-@inner(inline="always")
-def _score(scores, q, row, turned, direct, keys, places, column):
-    """The scores of a tile of rows; ``direct`` means from keys as they lie."""
-    if direct:
-        for n in range(0, BLOCK, LANES):
-            multiply_turned(scores, q, row, keys, places, n, column * keys.itemsize // q.itemsize)
-    else:
-        add_product(scores, 0, None, q, row, turned, 0, 4)
-
-
-@inner(inline="always")
-def _add_values(sums, row, shrink, shares, paired, direct, values, places, column):
-    """Adds weighted values to the sums of a tile of rows; ``direct`` means values as they lie."""
-    width = sums.shape[1]
-    for first in range(0, width // TILE_COLUMNS * TILE_COLUMNS, TILE_COLUMNS):
-        if direct:
-            add_paired(sums, row, shrink, shares, values, places, column + first, first)
-        else:
-            add_product(sums, row, shrink, shares, 0, paired, first, 4)
-    if width % TILE_COLUMNS:
-        add_product(sums, row, shrink, shares, 0, paired, width - _PADDING, 2)
-
-
 @inner()
 def _hide(scores, first_row, group, seen, num_tokens, window):
     """Hides positions that rows of a tile may not see. The first query sees ``seen`` positions,
     but for those before its window.
     """
-    for i in range(TILE_ROWS):
+    for i in range(len(scores)):
         query = min((first_row + i) // group, num_tokens - 1)
         for n in range(max(0, seen + query), BLOCK):
             scores[i, n] = -np.inf
@@ -408,7 +393,7 @@ def _paired(rows, places, first, column, paired):
         def pair_all(rows, places, first, column, paired):
             stay_apart()
             for i in range(len(paired)):
-                for e in range(0, paired.shape[1], _PADDING):
+                for e in range(0, paired.shape[1], PADDING):
                     pair(rows, places, first + 2 * i, column + e, paired, i, e)
 
         return pair_all

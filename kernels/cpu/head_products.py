@@ -18,10 +18,10 @@ from numba import njit
 from torch import Tensor
 
 from .codegen.arrays import array, computes, inner
-from .codegen.threads import share_out
+from .codegen.threads import parts, share_out
 from .codegen.tiles import TILE_COLUMNS, TILE_ROWS, add_product
 from .codegen.vectors import LANES
-from .flash import pair_rows, room_for, tiled, turn_rows, units
+from .flash import pair_rows, room_for, turn_rows, units
 from .kv_entries import NO_SCALES, move_rows
 
 
@@ -82,7 +82,7 @@ def _multiply_some_turned(begin, end, x_RHI, w_HOI, out_RHO):
 @inner()
 def _rows(x_RHI, head):
     """The rows of one head, padded to whole tiles."""
-    rows = room_for(tiled(len(x_RHI)), x_RHI.shape[2], x_RHI)
+    rows = room_for(parts(len(x_RHI), TILE_ROWS) * TILE_ROWS, x_RHI.shape[2], x_RHI)
     move_rows(x_RHI[:, head], 0, 0, x_RHI.shape[2], NO_SCALES, 0, rows, 0, 0, len(x_RHI))
     return rows
 

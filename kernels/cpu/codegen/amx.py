@@ -1,6 +1,5 @@
-"""Instructions of Intel's AMX for products with weights in blocks: sixteen rows by one panel of
-four blocks, summed in four tile registers ("Intel 64 and IA-32 Architectures Software Developer's
-Manual", volume 1, chapter 18).
+"""Products by the tiles of Intel's AMX ("Intel 64 and IA-32 Architectures Software Developer's
+Manual", volume 1, chapter 18): sixteen rows by weights in blocks, or by units of keys and values.
 
 A block is what TDPBF16PS takes as its second factor: 16 units of 16 columns are one tile of 1 KiB.
 Rows are laid out by 32 values, so that each tile of theirs is 1 KiB in one piece, too. There are
@@ -22,6 +21,7 @@ from numba import extending
 from numba.core import cgutils, types
 
 from ... import cpu_isa
+from .vectors import SUMS, Rows, multiply_add, spread
 
 ROWS = 16  # of a tile
 UNITS = 16  # of a tile: pairs of bf16
@@ -52,11 +52,16 @@ def ask_for_tiles() -> None:
         raise RuntimeError(f"Linux refuses AMX ({reason}): set cluster.isa = avx512_bf16")
 
 
+def used() -> bool:
+    """Whether this process multiplies bf16 by AMX."""
+    return cpu_isa.here() == "amx"
+
+
 def multiplies(like: Any) -> bool:
     """Whether this process multiplies rows of the dtype of ``like``, numba's type of an array, by
     AMX.
     """
-    return like.dtype == types.uint16 and cpu_isa.here() == "amx"
+    return like.dtype == types.uint16 and used()
 
 
 class Panels:
@@ -140,10 +145,30 @@ class Panels:
         _call(self._builder, name, arguments)
 
 
-@_intrinsic
-def configure(typing_context):
-    """In kernels: gives all tile registers of this thread 16 rows of 64 bytes."""
+def begin_tiles(like: Any) -> None:
+    """In kernels: gives all tile registers of this thread 16 rows of 64 bytes, if rows of the dtype
+    of ``like`` are multiplied by AMX.
+    """
+    raise NotImplementedError
 
+
+def end_tiles(like: Any) -> None:
+    """In kernels: ends what ``begin_tiles`` began; threads without tiles are switched faster."""
+    raise NotImplementedError
+
+
+@extending.overload(begin_tiles, inline="always")
+def _begin_tiles(like):
+    return (lambda like: _configure()) if multiplies(like) else (lambda like: None)
+
+
+@extending.overload(end_tiles, inline="always")
+def _end_tiles(like):
+    return (lambda like: _release()) if multiplies(like) else (lambda like: None)
+
+
+@_intrinsic
+def _configure(typing_context):
     def generate(context, builder, signature, arguments):
         kind = ir.ArrayType(_I8, len(_CONFIGURATION))
         content = ir.Constant(kind, bytearray(_CONFIGURATION))
@@ -155,9 +180,7 @@ def configure(typing_context):
 
 
 @_intrinsic
-def release(typing_context):
-    """In kernels: ends what ``configure`` began; threads with no tiles are switched faster."""
-
+def _release(typing_context):
     def generate(context, builder, signature, arguments):
         _call(builder, "tilerelease", [])
         return context.get_dummy_value()
@@ -194,6 +217,87 @@ def lay_out_row(typing_context, source, num_units, target):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@_intrinsic
+def multiply_units(typing_context, out, a, a_row, b):
+    """out[r, n] = the sum over u of a[a_row + r, u] times b[u, n], for 16 rows r and 64 columns n.
+    a [., U], b [U, 64]: units, with U a multiple of 16; out: float32.
+    """
+    signature = types.void(out, a, types.intp, b)
+
+    def generate(context, builder, signature, arguments):
+        sums, factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (0, 1, 3))
+        for n in range(_BLOCKS):
+            _call(builder, "tilezero", [_I8(n)])
+        with cgutils.for_range_slice(builder, _I64(0), factors.num_columns, _I64(UNITS)) as (unit, _):
+            factors.load(_ROW_TILE, arguments[2], unit)
+            for n in range(_BLOCKS):
+                held = _BLOCK_TILES[n % len(_BLOCK_TILES)]
+                units.load(held, unit, _I64(n * UNITS))
+                _call(builder, "tdpbf16ps", [_I8(n), _I8(_ROW_TILE), _I8(held)])
+        for n in range(_BLOCKS):
+            sums.store(n, _I64(0), _I64(n * UNITS))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_intrinsic
+def add_units(typing_context, out, out_row, num_rows, shrink, a, b):
+    """out[out_row + r, n] = shrink[r] times its old value, plus the sum over u of a[r, u] times
+    b[u, n], for the first rows r of 16 and all columns n, of which ``b`` and ``out`` have a
+    multiple of 32. a [16, 32], b [32, N]: units; out, shrink: float32.
+    """
+    signature = types.void(out, types.intp, types.intp, shrink, a, b)
+
+    def generate(context, builder, signature, arguments):
+        factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (4, 5))
+        first, shrink = arguments[1], Rows(context, builder, signature.args[3], arguments[3])
+        held, weights = Rows(context, builder, signature.args[0], arguments[0]), (4, 5)
+        room = cgutils.alloca_once(builder, ir.ArrayType(SUMS, 2 * ROWS))
+        for half, tile in enumerate(weights):
+            factors.load(tile, _I64(0), _I64(half * UNITS))
+        with cgutils.for_range_slice(builder, _I64(0), units.num_columns, _I64(2 * UNITS)) as (column, _):
+            for n in range(2):
+                _call(builder, "tilezero", [_I8(n)])
+                for half, tile in enumerate(weights):
+                    units.load(6 + half, _I64(half * UNITS), builder.add(column, _I64(n * UNITS)))
+                    _call(builder, "tdpbf16ps", [_I8(n), _I8(tile), _I8(6 + half)])
+                place = builder.bitcast(cgutils.gep_inbounds(builder, room, 0, n * ROWS), _POINTER)
+                _call(builder, "tilestored64", [_I8(n), place, _I64(_ROW_BYTES)])
+            with cgutils.for_range(builder, arguments[2]) as loop:
+                factor = spread(builder, shrink.load(None, loop.index, 1))
+                row = builder.add(first, loop.index)
+                for n in range(2):
+                    here = builder.add(column, _I64(n * UNITS))
+                    place = builder.add(loop.index, _I64(n * ROWS))
+                    added = builder.load(cgutils.gep_inbounds(builder, room, 0, place))
+                    held.store(multiply_add(builder, added, held.load(row, here), factor), row, here)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+class _Tiles:
+    """A matrix of units or float32 in which tiles lie."""
+
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
+        parts = context.make_array(array_type)(context, builder, array)
+        self._builder, self._data = builder, builder.bitcast(parts.data, _POINTER)
+        self._stride = cgutils.unpack_tuple(builder, parts.strides)[0]
+        self.num_columns = cgutils.unpack_tuple(builder, parts.shape)[1]
+
+    def load(self, tile: int, row: Any, column: Any) -> None:
+        _call(self._builder, "tileloadd64", [_I8(tile), self._place(row, column), self._stride])
+
+    def store(self, tile: int, row: Any, column: Any) -> None:
+        _call(self._builder, "tilestored64", [_I8(tile), self._place(row, column), self._stride])
+
+    def _place(self, row: Any, column: Any) -> Any:
+        builder = self._builder
+        offset = builder.add(builder.mul(row, self._stride), builder.mul(column, _I64(4)))
+        return builder.gep(self._data, [offset], source_etype=_I8)
 
 
 def _call(builder: Any, name: str, arguments: list[Any]) -> None:

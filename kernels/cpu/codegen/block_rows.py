@@ -23,16 +23,6 @@ _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _HALVES = ir.VectorType(_I16, COLUMNS)
 
 
-def begin_tiles(like: Any) -> None:
-    """In kernels: readies this thread for tiles of rows of the dtype of ``like``."""
-    raise NotImplementedError
-
-
-def end_tiles(like: Any) -> None:
-    """In kernels: ends what ``begin_tiles`` began."""
-    raise NotImplementedError
-
-
 def room_for_rows(num_rows: Any, num_units: Any, like: Any) -> Any:
     """In kernels: room for ``lay_out``; empty where tiles read rows as they are stored."""
     raise NotImplementedError
@@ -47,16 +37,6 @@ def lay_out(rows: Any, num_rows: Any, num_units: Any, room: Any, like: Any) -> N
 
 def _widens(like: Any) -> bool:
     return like.dtype != types.float32 and not multiplies_bf16()
-
-
-@extending.overload(begin_tiles, inline="always")
-def _begin_tiles(like):
-    return (lambda like: amx.configure()) if amx.multiplies(like) else (lambda like: None)
-
-
-@extending.overload(end_tiles, inline="always")
-def _end_tiles(like):
-    return (lambda like: amx.release()) if amx.multiplies(like) else (lambda like: None)
 
 
 @extending.overload(room_for_rows, inline="always")

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ... import cpu_isa
 from ...cpu_isa import COLUMNS, fit
+from .amx import begin_tiles, end_tiles
 from .arrays import inner, widen
-from .block_rows import begin_tiles, end_tiles, lay_out, room_for_rows, write_row
+from .block_rows import lay_out, room_for_rows, write_row
 from .block_tiles import BLOCKS, multiply
 from .threads import part, parts, share_out, take_item
 

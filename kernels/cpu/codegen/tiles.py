@@ -315,26 +315,27 @@ def move(typing_context, source, row, column, scale, out, out_row, out_column):
 
 
 @_intrinsic
-def soften(typing_context, scores, factor, scales, best, sums, row, shares, shrink):
-    """One step of a running softmax over the next 64 scores of 4 rows: shares[r] = 2^(factor *
-    (scores[r] - largest so far)). ``best`` and ``sums`` hold the largest score and the sum of row
-    ``row`` + r; shrink[r] is the factor by which earlier sums shrink. ``scales`` [2, 64], if not
-    None, multiply scores (except -inf) beforehand and shares afterwards; sums exclude them.
+def soften(typing_context, scores, first, factor, scales, best, sums, row, shares, shrink):
+    """One step of a running softmax over the next 64 scores of 4 rows r from ``first`` on:
+    shares[r] = 2^(factor * (scores[r] - largest so far)). ``best`` and ``sums`` hold the largest
+    score and the sum of row ``row`` + r - ``first``; shrink[r] is the factor by which earlier sums
+    shrink. ``scales`` [2, 64], if not None, multiply scores (except -inf) beforehand and shares
+    afterwards; sums exclude them.
     """
     if not (is_matrix(scores, types.float32) and is_matrix(shares, types.float32, types.uint16)):
         raise TypingError("soften takes float32 scores and a matrix of numbers")
-    signature = types.void(scores, types.float32, scales, best, sums, types.intp, shares, shrink)
+    signature = types.void(scores, types.intp, types.float32, scales, best, sums, types.intp, shares, shrink)
     columns = range(0, TILE_COLUMNS, LANES)
 
     def generate(context, builder, signature, arguments):
-        _, factor, _, _, _, row, _, _ = arguments
+        _, first, factor, _, _, _, row, _, _ = arguments
         score_rows, best_r, sum_r, share_rows, shrink_r = (
-            Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3, 4, 6, 7)
+            Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 4, 5, 7, 8)
         )
-        scale_rows = None if scales == types.none else Rows(context, builder, scales, arguments[2])
+        scale_rows = None if scales == types.none else Rows(context, builder, scales, arguments[3])
         for r in range(TILE_ROWS):
-            own = _plus(builder, row, r)
-            vectors = [score_rows.load(_index(r), _index(n)) for n in columns]
+            own, here = _plus(builder, row, r), _plus(builder, first, r)
+            vectors = [score_rows.load(here, _index(n)) for n in columns]
             if scale_rows is not None:
                 pairs = zip(vectors, (scale_rows.load(_index(0), _index(n)) for n in columns), strict=True)
                 vectors = [_scaled_but_infinite(builder, vector, scale) for vector, scale in pairs]
@@ -346,7 +347,7 @@ def soften(typing_context, scores, factor, scales, best, sums, row, shares, shri
                 share = (
                     part if scale_rows is None else builder.fmul(part, scale_rows.load(_index(1), _index(n)))
                 )
-                share_rows.store_numbers(share, _index(r), _index(n))
+                share_rows.store_numbers(share, here, _index(n))
             change = builder.fmul(builder.fsub(before, most), factor)
             left = builder.extract_element(exp2(builder, spread(builder, change, 4)), I32(0))
             sum_of_parts = total(builder, _tree(builder, lambda builder, a, b: builder.fadd(a, b), parts))
@@ -355,7 +356,7 @@ def soften(typing_context, scores, factor, scales, best, sums, row, shares, shri
                 (sum_r, multiply_add(builder, sum_of_parts, sum_r.load(None, own, 1), left)),
             ):
                 array.store(value, None, own)
-            shrink_r.store(left, None, _index(r))
+            shrink_r.store(left, None, here)
         return context.get_dummy_value()
 
     return signature, generate

@@ -12,12 +12,16 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba import njit
+from numpy.typing import NDArray
 
 from lockstep.kernels import cpu_isa
 from lockstep.kernels.cpu.codegen import amx
+from lockstep.kernels.cpu.codegen.arrays import array
 from lockstep.kernels.cpu.linear import linear, pack
 
 SAPPHIRE_RAPIDS = {
@@ -93,3 +97,42 @@ def test_any_number_of_rows_and_of_inner_values(inner: int) -> None:
         assert torch.equal(linear(x[start:stop], packed), whole[start:stop])
     x[7] = float("nan")
     assert torch.equal(linear(x, packed)[8:], whole[8:])
+
+
+@pytest.mark.skipif(cpu_isa.here() != "amx", reason="this process computes without AMX")
+@pytest.mark.parametrize("num_rows", [1, 7, 16])
+def test_products_of_units_are_those_of_their_numbers(num_rows: int) -> None:
+    """Scores of 64 positions, and sums over them, of which only the rows asked for are written."""
+    draw = torch.Generator().manual_seed(num_rows)
+    q, k, v, shares = (torch.randn(*shape, generator=draw).bfloat16() for shape in SHAPES)
+    sums, shrink = torch.randn(20, 96, generator=draw), torch.rand(16, generator=draw)
+    expected = (
+        sums[2 : 2 + num_rows].double() * shrink[:num_rows, None] + (shares.double() @ v.double())[:num_rows]
+    )
+    turned = array(k).view(np.uint32).T.copy()
+    paired = array(v.view(32, 2, 96).transpose(1, 2).contiguous()).reshape(32, -1).view(np.uint32)
+    scores, written = np.empty((16, 64), np.float32), sums.numpy().copy()
+    _multiply(scores, _units(q), turned, written, num_rows, shrink.numpy(), _units(shares), paired)
+    torch.testing.assert_close(
+        torch.from_numpy(scores).double(), (q[3:19].double() @ k.double().T), rtol=1e-5, atol=1e-4
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(written[2 : 2 + num_rows]).double(), expected, rtol=1e-5, atol=1e-4
+    )
+    assert np.array_equal(written[2 + num_rows :], sums.numpy()[2 + num_rows :])
+
+
+SHAPES = ((20, 96), (64, 96), (64, 96), (16, 64))  # queries, keys, values, shares
+
+
+def _units(numbers: torch.Tensor) -> NDArray[np.uint32]:
+    return array(numbers).view(np.uint32)
+
+
+@njit
+def _multiply(scores, q, turned, sums, num_rows, shrink, shares, paired):  # type: ignore[no-untyped-def]
+    like = np.empty(0, np.uint16)
+    amx.begin_tiles(like)
+    amx.multiply_units(scores, q, 3, turned)
+    amx.add_units(sums, 2, num_rows, shrink, shares, paired)
+    amx.end_tiles(like)

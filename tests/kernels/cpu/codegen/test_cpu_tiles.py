@@ -141,7 +141,7 @@ def test_softmax_that_goes_on(scaled: bool, compiled: Callable[[Callable[..., No
     kept = []
 
     def run(scores, scales, best, sums, shares, shrink):  # type: ignore[no-untyped-def]
-        cpu_tiles.soften(scores, np.float32(0.25), scales, best, sums, 1, shares, shrink)
+        cpu_tiles.soften(scores, 0, np.float32(0.25), scales, best, sums, 1, shares, shrink)
 
     step, numbers = compiled(run), None if scales is None else scales.numpy()
     if scales is not None:
