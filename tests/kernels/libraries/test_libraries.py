@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lockstep.kernels.libraries.deep_gemm import DeepGemm
 from lockstep.kernels.libraries.flash_attn_4 import FlashAttention4
 from lockstep.kernels.libraries.flash_mla import FlashMlaChosen, FlashMlaRows
 from lockstep.kernels.libraries.flashinfer import FlashInfer
+from lockstep.kernels.reference.paged import PagedBatch, Selection
 from lockstep.kernels.table import ops_of, with_libraries
 from lockstep.kernels.triton.column import Triton
 
-CARD = torch.device("cuda:0")
+BF16, CARD = torch.bfloat16, torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -66,3 +70,43 @@ def test_libraries_take_their_ops_together(attention: str, monkeypatch: pytest.M
     assert isinstance(found.attend.decode, decode) and found.attend.decode is found.mla_attend.decode
     assert isinstance(found.attend.extend, FlashAttention4)
     assert isinstance(found._chosen, FlashMlaChosen) == (attention == "flashmla")
+
+
+def stub(shape_of: Callable[[Tensor], Sequence[int]], calls: list[int]) -> Callable[..., tuple[Tensor, None]]:
+    def attend(q: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        calls.append(len(q))
+        return q.new_empty(shape_of(q)), None
+
+    return attend
+
+
+def test_no_value_is_read_on_the_host() -> None:
+    """On tensors without values whoever reads one fails, as a capture would."""
+    calls, ops = list[int](), ops_of("triton")
+    mla = SimpleNamespace(
+        get_mla_metadata=lambda: (None, None),
+        flash_mla_with_kvcache=stub(lambda q: (*q.shape[:3], 512), calls),
+    )
+    prompts = SimpleNamespace(flash_attn_varlen_func=stub(lambda q: q.shape, calls))
+    assert isinstance(ops, Triton)
+    ops = ops.with_decode(functools.partial(FlashMlaRows, mla, 90)).with_chosen(FlashMlaChosen(mla, 90))
+    ops = ops.with_extend(functools.partial(FlashAttention4, prompts, 90))
+    with FakeTensorMode():
+        q, q_rope = torch.empty(300, 64, 128, dtype=BF16), torch.empty(300, 64, 64, dtype=BF16)
+        expand, heads = torch.empty(64, 256, 512, dtype=BF16), torch.empty(640, 8, 128, dtype=BF16)
+        full, eight = torch.empty(640, 576, dtype=BF16), torch.empty(640, 656, dtype=torch.uint8)
+        batch = rows_of(300, 300)
+        places = torch.empty(300, 128, dtype=torch.int64)
+        chosen = Selection(places[:, 0], places, batch.lengths_R, None, places[:0, 0])
+        ops.mla_attend(q, q_rope, full, expand, batch, 0.1)
+        ops.mla_attend_selected(q, q_rope, eight, expand, batch, 0.1, chosen)
+        ops.attend(q, heads, heads, rows_of(0, 3), 0.1)
+    assert calls == [300, 256, 44, 300], "chosen positions of 256 tokens at once"
+
+
+def rows_of(num_decode: int, num_rows: int) -> PagedBatch:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32)
+
+    starts, lengths, pages = empty(num_rows + 1), empty(num_rows), empty(num_rows, 4)
+    return PagedBatch(num_decode, 64, starts, lengths, pages, empty(300), (), ())
