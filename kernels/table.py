@@ -45,13 +45,13 @@ def with_libraries(ops: Reference, libraries: Mapping[str, str], device: torch.d
     for op, name in libraries.items():
         if (op, name) not in _LIBRARIES:
             allowed = ["own", *(known for where, known in _LIBRARIES if where == op)]
-            raise ValueError(f"kernels.{op} = {name}: allowed are {' and '.join(allowed)}")
+            raise ValueError(f"kernels.{op} = {name}: allowed are {', '.join(allowed)}")
         if device.type != "cuda":
             raise ValueError(f"kernels.{op} = {name}: serves on GPUs, not on {device}; use own")
         module, package, use = _LIBRARIES[op, name]
         try:
             library = importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: its CUDA is not this process's
             raise ValueError(f"kernels.{op} = {name}: {error}; install {package} or use own") from error
         ops = use(ops, library, device)
         _log.info("kernels: %s by %s", op, name)
@@ -76,9 +76,32 @@ def _with_flashinfer(ops: Reference, library: Any, device: torch.device) -> Refe
     return ops.with_decode(functools.partial(FlashInfer, library, card_arch(), device))
 
 
+def _with_flash_mla(ops: Reference, library: Any, device: torch.device) -> Reference:
+    from .libraries.flash_mla import FlashMlaChosen, FlashMlaRows, check_flash_mla
+    from .triton.column import Triton
+    from .triton.target import card_arch
+
+    assert isinstance(ops, Triton)
+    check_flash_mla(library)
+    arch = card_arch()
+    ops = ops.with_decode(functools.partial(FlashMlaRows, library, arch))
+    return ops.with_chosen(FlashMlaChosen(library, arch))
+
+
+def _with_flash_attn_4(ops: Reference, library: Any, device: torch.device) -> Reference:
+    from .libraries.flash_attn_4 import FlashAttention4
+    from .triton.column import Triton
+    from .triton.target import card_arch
+
+    assert isinstance(ops, Triton)
+    return ops.with_extend(functools.partial(FlashAttention4, library, card_arch()))
+
+
 _LIBRARIES = {
     ("linear_fp8", "deep_gemm"): ("deep_gemm", "sgl-deep-gemm", _with_deep_gemm),
     ("attention", "flashinfer"): ("flashinfer", "flashinfer-python", _with_flashinfer),
+    ("attention", "flashmla"): ("flash_mla", "sgl-flash-mla", _with_flash_mla),
+    ("prompt_attention", "flash_attn_4"): ("flash_attn.cute", "flash-attn-4", _with_flash_attn_4),
 }
 """By op and name: the module, its package, and the ops with it."""
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..formats.kv_format import head_entry, latent_entry
 from ..reference.column import Reference
 from ..reference.kv_entries import encode_heads, encode_latents, gather_heads, gather_latents
-from ..reference.paged import PagedBatch, build_batch
+from ..reference.paged import PagedBatch, Selection, build_batch
 from .call import PAGE_SIZE, Call, Case, random
-from .rivals import flashinfer, sdpa
+from .rivals import by_library, sdpa
 
 CONTEXTS, BATCHES = (1024, 8192, 32768), (1, 8, 32, 64, 128, 256)
 EXTENDS = ((2048, 0), (2048, 8192), (256, 32768), (64, 8192))  # tokens, cached prefix
@@ -26,7 +26,7 @@ Format = Literal["bf16", "fp8"]
 _NAMES: dict[Format, str] = {"bf16": "", "fp8": ", FP8 pages"}
 _HEADS, _KV_HEADS, _DIM = 32, 4, 128
 _LATENT_HEADS, _NOPE, _ROPE, _VALUE, _LATENT = 128, 128, 64, 128, 512
-_SCALE = 0.1
+_SCALE, _CHOSEN = 0.1, 2048
 
 
 def attention_cases() -> Iterator[Case]:
@@ -46,6 +46,9 @@ def attention_cases() -> Iterator[Case]:
                     _latents(batch, context, 1, kind),
                     small,
                 )
+    for batch in BATCHES:
+        shape = f"DeepSeek-V3.2 decode, FP8 pages: {batch} x {_CHOSEN} of {CONTEXTS[-1]}"
+        yield Case("mla_attend_selected", shape, _chosen_latents(batch, CONTEXTS[-1]))
     for tokens, prefix in EXTENDS:
         for kind, name in _NAMES.items():
             shape = f"{tokens} over {prefix}"
@@ -92,8 +95,10 @@ def _heads(rows: int, context: int, tokens: int, kind: Format) -> Callable[[torc
         def bind(ops: Reference) -> Callable[[], object]:
             return lambda: ops.attend(q, k, v, batch, _SCALE)
 
-        if device.type == "cuda" and tokens == 1 and kind == "bf16":
-            rivals["FlashInfer"] = flashinfer(bind, device)
+        if device.type == "cuda" and kind == "bf16" and tokens == 1:
+            rivals["FlashInfer"] = by_library(bind, device, "flashinfer")
+        elif device.type == "cuda" and kind == "bf16":
+            rivals["FlashAttention-4"] = by_library(bind, device, "flash_attn_4", "prompt_attention")
         seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) / 2)
         num_bytes = rows * context * per_token + 4.0 * q.numel()
         return Call(
@@ -128,12 +133,44 @@ def _latents(rows: int, context: int, tokens: int, kind: Format) -> Callable[[to
             return sdpa(random(device, rows, 1, _LATENT_HEADS, dim), latents, latents, _SCALE)
 
         rivals = {"sdpa on gathered pages": made_once(gathered)} if tokens == 1 else {}
+        if device.type == "cuda" and kind == "bf16" and tokens == 1:
+            rivals["FlashMLA"] = by_library(bind, device, "flashmla")
         num_bytes = (
             rows * context * per_token
             + 2.0 * expand.numel()
             + 2.0 * rows * tokens * _LATENT_HEADS * (_NOPE + _ROPE + _VALUE)
         )
         return Call(bind, num_bytes, _latent_flops(rows, context, tokens), rivals=rivals)
+
+    return make
+
+
+def _chosen_latents(rows: int, context: int) -> Callable[[torch.device], Call]:
+    """Each row looks at as many positions of its pages as DeepSeek-V3.2's indexer chooses."""
+
+    def make(device: torch.device) -> Call:
+        per_token = latent_entry("fp8", _LATENT, _ROPE)[0]
+        positions = positions_of(rows, context, per_token)
+        cache = cache_of(positions, lambda count: _entries_of_latents(device, "fp8", count))
+        q_nope, q_rope = (random(device, rows, _LATENT_HEADS, dim) for dim in (_NOPE, _ROPE))
+        expand = random(device, _LATENT_HEADS, _NOPE + _VALUE, _LATENT)
+        batch, tokens_N = batch_of(device, rows, context, 1), torch.arange(rows, device=device)
+        at_NK = torch.rand(rows, context, device=device).topk(_CHOSEN).indices.sort().values
+        pages_NK = batch.pages_RP.long().gather(1, at_NK // PAGE_SIZE)
+        counts_N = torch.full((rows,), _CHOSEN, dtype=torch.int32, device=device)
+        places_NK = pages_NK * PAGE_SIZE + at_NK % PAGE_SIZE
+        selection = Selection(tokens_N, places_NK, counts_N, None, tokens_N[:0])
+
+        def bind(ops: Reference) -> Callable[[], object]:
+            return lambda: ops.mla_attend_selected(q_nope, q_rope, cache, expand, batch, _SCALE, selection)
+
+        rivals = {"FlashMLA": by_library(bind, device, "flashmla")} if device.type == "cuda" else {}
+        num_bytes = (
+            rows * _CHOSEN * per_token
+            + 2.0 * expand.numel()
+            + 2.0 * rows * _LATENT_HEADS * (_NOPE + _ROPE + _VALUE)
+        )
+        return Call(bind, num_bytes, _latent_flops(rows, _CHOSEN, 1), rivals=rivals)
 
     return make
 

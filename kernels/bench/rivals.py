@@ -102,14 +102,14 @@ def sdpa(q_RHGD: Tensor, k_RHLD: Tensor, v_RHLD: Tensor, scale: float, causal: b
     return lambda: F.scaled_dot_product_attention(q_RHGD, k_RHLD, v_RHLD, is_causal=causal, scale=scale)
 
 
-def flashinfer(bind: Callable[[Reference], Run], device: torch.device) -> Run:
-    """Our ops with FlashInfer's attention of decode rows, as a recipe with ``kernels.attention:
-    flashinfer`` has them.
-    """
+def by_library(
+    bind: Callable[[Reference], Run], device: torch.device, name: str, op: str = "attention"
+) -> Run:
+    """Our ops with a library's attention, as a recipe with ``kernels: {op: name}`` has them."""
 
     @functools.cache
     def prepared() -> Run:
-        return bind(with_libraries(ops_of("triton"), {"attention": "flashinfer"}, device))
+        return bind(with_libraries(ops_of("triton"), {op: name}, device))
 
     return lambda: prepared()()
 

@@ -6,7 +6,6 @@ T tokens  D inner dim  N columns  G = D / 128
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from ..formats.fp8_format import BLOCK
 from ..reference.fp8 import Quantised
 from ..reference.sublayers import Product, Projection
+from .said_once import SaidOnce
 
-_LOG = logging.getLogger(__name__)
 _ALIGNED = 8  # columns of bf16 in 16 bytes, which a tensor map is made of
 
 
@@ -27,7 +26,7 @@ class DeepGemm:
 
     def __init__(self, library: Any, arch: int, own: Product) -> None:
         self._library, self._arch, self._own = library, arch, own
-        self._said: set[str] = set()
+        self._say = SaidOnce("kernels.linear_fp8 = deep_gemm")
 
     def supports(self, shape: tuple[int, int], arch: int, dtype: torch.dtype) -> str:
         """The reason why there is no product with a matrix [N, D]; empty: there is one."""
@@ -44,9 +43,7 @@ class DeepGemm:
         weight_ND, scales_GG = projection.weight, projection.scales
         reason = self.supports((weight_ND.shape[0], weight_ND.shape[1]), self._arch, dtype)
         if reason:
-            if reason not in self._said:
-                self._said.add(reason)
-                _LOG.warning("kernels.linear_fp8 = deep_gemm: our own kernel for %s", reason)
+            self._say(reason)
             return self._own(rows, projection, dtype)
         y_TN = torch.empty(len(rows.values), len(weight_ND), dtype=dtype, device=weight_ND.device)
         self._library.fp8_gemm_nt((rows.values, rows.scales), (weight_ND, scales_GG), y_TN)

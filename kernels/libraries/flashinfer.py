@@ -5,7 +5,10 @@ the latter.
 Only entry points that plan nothing on the host are used: lengths and page tables are read on the
 device, so a captured step repeats the call. FlashInfer's wrappers with ``plan`` need the lengths on
 the host, which a captured step does not have. Kernels are compiled or loaded when a shape is first
-met, before a process serves. Bits depend on the width of the page table (flashinfer issue 4647).
+met, before a process serves. Pages in FP8 have one scale for each token and head, or for 128 values
+of a latent; FlashInfer multiplies all keys by one number (bmm1_scale), and by scales of blocks in
+NVFP4 alone (kv_cache_sf); its kernels of our latents (656 bytes a token) are for sm_120 and chosen
+positions. Bits depend on the width of the page table (flashinfer issue 4647).
 Written for 0.7.4. Not run on a card yet.
 
 R decode rows  H query heads  K key heads  D head dim  C latent dim  E rotated dims  Z = C + E
@@ -13,18 +16,16 @@ R decode rows  H query heads  K key heads  D head dim  C latent dim  E rotated d
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..reference.attention import PLAIN_RULE, AttentionRule
 from ..reference.paged import PagedBatch
-from ..triton.attend_inputs import AttendRows, Keys, Queries
+from ..triton.attend_inputs import AttendRows, Keys, Queries, whole_entries
 from ..triton.tiles import AttendTile
+from .said_once import SaidOnce
 
-_LOG = logging.getLogger(__name__)
 _WORKSPACE_BYTES = 128 << 20  # as FlashInfer's documentation recommends
 _PAGES = (16, 32, 64, 128)
 _LATENT_PAGES = (32, 64)
@@ -39,7 +40,7 @@ class FlashInfer:
 
     def __init__(self, library: Any, arch: int, device: torch.device, own: AttendRows) -> None:
         self._library, self._arch, self._own = library, arch, own
-        self._said: set[str] = set()
+        self._say = SaidOnce("kernels.attention = flashinfer")
         # Zeros at first: kernels count in it, and leave zeros behind.
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
@@ -49,7 +50,9 @@ class FlashInfer:
         generated = arch in (100, 103)  # kernels of TensorRT-LLM, in place of XQA
         if not generated and arch not in (90, 120, 121):
             return f"sm_{arch}: only sm_90, sm_100 and sm_120"
-        if keys.k0.group or keys.k0.values.dtype != torch.bfloat16 or dtype != torch.bfloat16:
+        if keys.k0.group:
+            return "pages in fp8: it takes one scale for all of them, and here each entry has its own"
+        if keys.k0.values.dtype != torch.bfloat16 or dtype != torch.bfloat16:
             return "pages or queries that are not bfloat16"
         if keys.k1_PKE is not None:
             heads, dims = queries.q0_THC.shape[1], (dim, keys.k1_PKE.shape[2])
@@ -82,9 +85,7 @@ class FlashInfer:
     ) -> None:
         reason = self.supports(queries, keys, batch.page_size, self._arch)
         if reason:
-            if reason not in self._said:
-                self._said.add(reason)
-                _LOG.warning("kernels.attention = flashinfer: our own kernel for %s", reason)
+            self._say(reason)
             self._own(queries, keys, batch, scale, tile, rule)
         elif batch.num_decode and keys.k1_PKE is None:
             self._attend(queries, keys, batch, scale, rule)
@@ -112,7 +113,7 @@ class FlashInfer:
         rows, q1_THE = batch.num_decode, queries.q1_THE
         assert q1_THE is not None
         q_RHZ = torch.cat([queries.q0_THC[:rows], q1_THE[:rows]], -1)
-        entries_PZ = _entries(keys)
+        entries_PZ = whole_entries(keys)
         out_R1HC = self._library.mla.trtllm_batch_decode_with_kv_cache_mla(
             q_RHZ[:, None],
             entries_PZ.view(-1, batch.page_size, entries_PZ.shape[1]),
@@ -137,12 +138,3 @@ class FlashInfer:
             "seq_lens": batch.lengths_R[: batch.num_decode].clamp(min=1),
             "max_seq_len": pages_RP.shape[1] * batch.page_size,
         }
-
-
-def _entries(keys: Keys) -> Tensor:
-    """The cache [positions, Z] that latents and their rotated parts are views of."""
-    latents, rotated = keys.k0.values, keys.k1_PKE
-    assert rotated is not None and rotated.storage_offset() == latents.storage_offset() + latents.shape[2]
-    return latents.as_strided(
-        (len(latents), latents.shape[2] + rotated.shape[2]), (latents.stride(0), latents.stride(2))
-    )

@@ -82,8 +82,8 @@ def attend_extend(
     batch: PagedBatch,
     scale: float,
     tile: AttendTile,
-    most_queries: int = ANY_NUMBER,
     rule: AttentionRule = PLAIN_RULE,
+    most_queries: int = ANY_NUMBER,
 ) -> None:
     """Attends the rows after ``num_decode`` that have at most ``most_queries`` tokens; leaves other
     rows alone.

@@ -70,7 +70,9 @@ class Part:
 
 
 class AttendRows(Protocol):
-    """Attends the rows of a batch that decode, the first ``num_decode`` rows and tokens."""
+    """Attends some rows of a batch: those that decode, the first ``num_decode`` rows and tokens, or
+    those after them.
+    """
 
     def __call__(
         self,
@@ -81,6 +83,28 @@ class AttendRows(Protocol):
         tile: AttendTile,
         rule: AttentionRule = PLAIN_RULE,
     ) -> None: ...
+
+
+class AttendChosen(Protocol):
+    """Attends the latents at chosen positions of a cache. N tokens, K positions for each."""
+
+    def takes(self, q_THE: Tensor, cache: Tensor, latent_dim: int, top_k: int) -> bool:
+        """Whether it attends ``top_k`` positions of that cache; q_THE: rotated parts of queries."""
+        ...
+
+    def __call__(
+        self,
+        q: tuple[Tensor, Tensor],
+        cache: Tensor,
+        places_NK: Tensor,
+        counts_N: Tensor,
+        page_size: int,
+        scale: float,
+    ) -> Tensor:
+        """Latents [N, H, C], weighted for queries [N, H, C] and [N, H, E], at the first counts_N
+        int32 of places_NK int64.
+        """
+        ...
 
 
 def heads_of(cache: Tensor, dim: int) -> Values:
@@ -105,3 +129,12 @@ def latents_of(cache: Tensor, latent_dim: int) -> Keys:
         min(GROUP, power_of_two(latent_dim)),
     )
     return Keys(latents, cache[:, None, end:].view(torch.bfloat16), latents)
+
+
+def whole_entries(latents: Keys) -> Tensor:
+    """The cache [positions, C + E] of unquantised latents and their rotated parts."""
+    values, rotated = latents.k0.values, latents.k1_PKE
+    assert rotated is not None and rotated.storage_offset() == values.storage_offset() + values.shape[2]
+    return values.as_strided(
+        (len(values), values.shape[2] + rotated.shape[2]), (values.stride(0), values.stride(2))
+    )

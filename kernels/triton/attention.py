@@ -22,11 +22,13 @@ from .tiles import Tiles
 @dataclass(frozen=True)
 class PagedAttend:
     """``attention.attend`` with these tiles. ``decode`` attends the rows that decode; our own gives
-    zeros for a row of length 0 (padding), others may give any finite numbers.
+    zeros for a row of length 0 (padding), others may give any finite numbers. ``extend`` attends
+    the rows after them.
     """
 
     tiles: Tiles
     decode: AttendRows = attend_decode
+    extend: AttendRows = attend_extend
 
     def __call__(
         self,
@@ -44,6 +46,5 @@ class PagedAttend:
         queries, keys, tiles = Queries(q_THD, None, out_THD), Keys(k, None, v), self.tiles
         eight = holds_fp8(k_cache)
         self.decode(queries, keys, batch, scale, tiles.decode_fp8 if eight else tiles.decode, rule)
-        extend = tiles.extend_fp8 if eight else tiles.extend
-        attend_extend(queries, keys, batch, scale, extend, rule=rule)
+        self.extend(queries, keys, batch, scale, tiles.extend_fp8 if eight else tiles.extend, rule)
         return out_THD

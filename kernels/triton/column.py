@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..reference.column import Reference
 from ..reference.fp8 import Normed, NormedRows
+from ..reference.paged import PagedBatch, Selection
 from ..reference.sublayers import Product, Projection, Residual, RowNorm
 from . import (
     attention,
@@ -29,8 +30,8 @@ from . import (
     rope,
     sampling,
 )
-from .attend import attend_decode
-from .attend_inputs import AttendRows
+from .attend import attend_decode, attend_extend
+from .attend_inputs import AttendChosen, AttendRows
 from .tiles import Tiles
 
 
@@ -46,6 +47,8 @@ class Triton(Reference):
         self.experts_four_bit = experts_four_bit.experts_four_bit_with(tiles)
         self.attend = attention.PagedAttend(tiles)
         self.mla_attend = mla.LatentAttend(tiles)
+        self._rows: tuple[AttendRows, AttendRows] = attend_decode, attend_extend
+        self._chosen: AttendChosen | None = None
         self._tiles = tiles
         self._product: Product = functools.partial(linear_fp8.product, tiles=tiles)
         self.linear_fp8 = functools.partial(linear_fp8.linear_fp8, tiles=tiles)
@@ -61,11 +64,56 @@ class Triton(Reference):
 
     def with_decode(self, other: Callable[[AttendRows], AttendRows]) -> Triton:
         """These ops with another attention of rows that decode, made with the own one."""
+        return self._attending(other(self._rows[0]), self._rows[1])
+
+    def with_extend(self, other: Callable[[AttendRows], AttendRows]) -> Triton:
+        """These ops with another attention of grouped queries in rows of several tokens, made with
+        the own one.
+        """
+        return self._attending(self._rows[0], other(self._rows[1]))
+
+    def with_chosen(self, chosen: AttendChosen) -> Triton:
+        """These ops with another attention at positions that an indexer has chosen."""
         ops = copy.copy(self)
-        decode = other(attend_decode)
-        ops.attend = attention.PagedAttend(self._tiles, decode)
+        ops._chosen = chosen
+        return ops
+
+    def _attending(self, decode: AttendRows, extend: AttendRows) -> Triton:
+        ops = copy.copy(self)
+        ops._rows = decode, extend
+        ops.attend = attention.PagedAttend(self._tiles, decode, extend)
         ops.mla_attend = mla.LatentAttend(self._tiles, decode)
         return ops
+
+    def mla_attend_selected(
+        self,
+        q_nope_THN: Tensor,
+        q_rope_THE: Tensor,
+        cache: Tensor,
+        expand_HPC: Tensor,
+        batch: PagedBatch,
+        scale: float,
+        selection: Selection | None,
+    ) -> Tensor:
+        """Same as the reference's; a library reads chosen entries where they lie."""
+        (num_tokens, num_heads, nope), chosen = q_nope_THN.shape, self._chosen
+        if (
+            chosen is None
+            or selection is None
+            or not chosen.takes(q_rope_THE, cache, expand_HPC.shape[2], selection.places_NK.shape[1])
+        ):
+            return super().mla_attend_selected(
+                q_nope_THN, q_rope_THE, cache, expand_HPC, batch, scale, selection
+            )
+        out_THV = q_nope_THN.new_empty(num_tokens, num_heads, expand_HPC.shape[1] - nope)
+        q, facts = (q_nope_THN, q_rope_THE), (scale, batch.page_size)
+        mla.attend_chosen(chosen, q, cache, expand_HPC, selection, facts, out_THV)
+        if selection.rest is not None:
+            tokens = selection.rest_tokens
+            out_THV[tokens] = self.mla_attend(
+                q_nope_THN[tokens], q_rope_THE[tokens], cache, expand_HPC, selection.rest, scale
+            )
+        return out_THV
 
     def norm_project(
         self, residual: Residual, norm: RowNorm, projection: Projection

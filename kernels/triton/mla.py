@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference.paged import PagedBatch
+from ..reference.indexer import blocks_of
+from ..reference.paged import PagedBatch, Selection
 from .attend import attend_decode, attend_extend
-from .attend_inputs import AttendRows, Keys, Queries, latents_of
+from .attend_inputs import AttendChosen, AttendRows, Keys, Queries, latents_of
 from .mla_prefill import Heads, all_expanded, attend_expanded, break_even, plan_windows, window_keys
 from .target import check_dtype
 from .tiles import Tiles
+
+_CHOSEN_TOKENS = 256  # at once: their queries and sums take 0.2 GiB at 128 heads; not measured
 
 
 @dataclass(frozen=True)
@@ -76,5 +79,26 @@ class LatentAttend:
         decode = tiles.latent_decode_fp8 if eight else tiles.latent_decode
         self.decode(queries, latents, batch, scale, decode)
         extend = tiles.latent_extend_fp8 if eight else tiles.latent_extend
-        attend_extend(queries, latents, batch, scale, extend, most_queries)
+        attend_extend(queries, latents, batch, scale, extend, most_queries=most_queries)
         return torch.bmm(out_HTC, expand_HPC[:, nope_dim:].transpose(1, 2)).transpose(0, 1)
+
+
+def attend_chosen(
+    attend: AttendChosen,
+    q: tuple[Tensor, Tensor],
+    cache: Tensor,
+    expand_HPC: Tensor,
+    selection: Selection,
+    scale_and_page: tuple[float, int],
+    out_THV: Tensor,
+) -> None:
+    """Attends the tokens of a selection, absorbed, and writes their rows of out_THV."""
+    (q_nope_THN, q_rope_THE), (scale, page_size) = q, scale_and_page
+    nope = q_nope_THN.shape[2]
+    down_HNC, up_HCV = expand_HPC[:, :nope], expand_HPC[:, nope:].transpose(1, 2)
+    for begin, end in blocks_of(0, len(selection.tokens_N), 1, _CHOSEN_TOKENS):
+        tokens_N = selection.tokens_N[begin:end]
+        q_NHC = torch.bmm(q_nope_THN[tokens_N].transpose(0, 1), down_HNC).transpose(0, 1)
+        places_NK, counts_N = selection.places_NK[begin:end], selection.counts_N[begin:end]
+        found_NHC = attend((q_NHC, q_rope_THE[tokens_N]), cache, places_NK, counts_N, page_size, scale)
+        out_THV[tokens_N] = torch.bmm(found_NHC.transpose(0, 1), up_HCV).transpose(0, 1)

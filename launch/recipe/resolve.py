@@ -8,6 +8,7 @@ from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
 from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
 from ...moe.config import MoEConfig
+from .libraries import without_library
 from .recipe import Recipe
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -73,7 +74,9 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
         found.append(
             "experts.wire = fp8: the experts of this model are not computed in FP8 here; use auto or full"
         )
-    found += _without_library(recipe, config) + _unlinked(recipe, config)
+    dtype = dtype_of(recipe, config.dtype) if config.dtype in _DTYPES else "bf16"
+    found += without_library(recipe, config.attention, kv_format_of(recipe, "bf16", "cuda"), dtype)
+    found += _unlinked(recipe, config)
     return found + _unsplittable(recipe, config)
 
 
@@ -87,27 +90,6 @@ def _followers(config: ModelFacts) -> int:
 def _fp8_experts(recipe: Recipe, config: ModelFacts) -> bool:
     """Whether experts may be FP8; a device that is not known yet may be a GPU."""
     return keeps_fp8(recipe, config.kernel_fp8, "cuda") and config.four_bit is None
-
-
-def _without_library(recipe: Recipe, config: ModelFacts) -> list[str]:
-    """Settings under which no step would be the library's that ``kernels.attention`` names."""
-    if recipe.kernels.attention != "flashinfer":
-        return []
-    key, found = "kernels.attention = flashinfer", []
-    if kv_format_of(recipe, "bf16", "cuda") != "bf16":
-        found.append(
-            f"{key}: kv_cache.dtype = {recipe.kv_cache.dtype}: it reads pages in bf16; "
-            "use kv_cache.dtype = bf16, or kernels.attention = own"
-        )
-    if config.dtype in _DTYPES and dtype_of(recipe, config.dtype) != "bf16":
-        found.append(f"{key}: model.dtype = {recipe.model.dtype}: it computes in bf16; use bf16, or own")
-    if isinstance(config.attention, MlaConfig) and config.attention.indexer is not None:
-        found.append(f"{key}: an indexer chooses the positions of decode rows in this model; use own")
-    sizes = (32, 64) if isinstance(config.attention, MlaConfig) else (16, 32, 64, 128)
-    if recipe.kv_cache.page_size not in sizes:
-        allowed = ", ".join(map(str, sizes))
-        found.append(f"{key}: kv_cache.page_size = {recipe.kv_cache.page_size}: allowed are {allowed}")
-    return found
 
 
 def _unlinked(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -174,8 +156,7 @@ def wire_of(recipe: Recipe, fp8_experts: bool) -> Literal["full", "fp8"]:
 def for_gpus(recipe: Recipe) -> list[str]:
     """A line for each setting that only ranks on GPUs can follow."""
     found = {
-        "kernels.linear_fp8 = deep_gemm": (recipe.kernels.linear_fp8 == "deep_gemm", "auto and own"),
-        "kernels.attention = flashinfer": (recipe.kernels.attention == "flashinfer", "auto and own"),
+        **{f"kernels.{op} = {name}": (True, "auto and own") for op, name in recipe.kernels.libraries.items()},
         "experts.wire = fp8": (recipe.experts.wire == "fp8", "auto and full"),
         "experts.dispatch = flashinfer": (
             recipe.experts.dispatch == "flashinfer",

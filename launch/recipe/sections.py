@@ -22,15 +22,24 @@ class KernelsSection(RecipeSection):
         default="auto",
         description="products of many rows in FP8 on GPUs; auto: own, until another is measured to be faster",
     )
-    attention: Literal["auto", "own", "flashinfer"] = Field(
+    attention: Literal["auto", "own", "flashinfer", "flashmla"] = Field(
         default="auto",
-        description="attention of rows that decode on GPUs, flashinfer over pages in bf16; auto: own",
+        description="attention of rows that decode on GPUs; flashinfer: over pages in bf16; flashmla: over "
+        "latents, in bf16, or in fp8 at the positions that an indexer chose; auto: own",
+    )
+    prompt_attention: Literal["auto", "own", "flash_attn_4"] = Field(
+        default="auto",
+        description="attention of prompts on GPUs, flash_attn_4 over keys and values in bf16; auto: own",
     )
 
     @property
     def libraries(self) -> dict[str, str]:
         """By op, the library that is to compute it."""
-        named = {"linear_fp8": self.linear_fp8, "attention": self.attention}
+        named = {
+            "linear_fp8": self.linear_fp8,
+            "attention": self.attention,
+            "prompt_attention": self.prompt_attention,
+        }
         return {op: name for op, name in named.items() if name not in ("auto", "own")}
 
 

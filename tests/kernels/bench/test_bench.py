@@ -54,7 +54,6 @@ def test_every_op_of_the_table_has_a_case() -> None:
         "norm_rows",
         "project_normed",
         "attention_sublayer",
-        "mla_attend_selected",
         "experts_sublayer",
         "routed_sublayer",
     }

@@ -163,7 +163,7 @@ def test_other_pages_are_our_own_and_it_is_said_once(caplog: pytest.LogCaptureFi
         got = ops.attend(q, cache, cache, batch, SCALE)
         ops.attend(q, cache, cache, batch, SCALE)
     assert torch.equal(got, ops_of("triton").attend(q, cache, cache, batch, SCALE)) and not double.calls
-    assert caplog.text.count("our own kernel for pages or queries that are not bfloat16") == 1
+    assert caplog.text.count("our own kernel for pages in fp8: it takes one scale") == 1
 
 
 def heads(dim: int = 128, dtype: torch.dtype = BF16) -> tuple[Queries, Keys]:
@@ -182,6 +182,10 @@ def test_reasons() -> None:
         assert not reason(*heads(), 64, arch)
     assert "sm_80" in reason(*heads(), 64, 80)
     assert "not bfloat16" in reason(*heads(dtype=torch.float16), 64, 90)
+    eight = torch.zeros(64, *head_entry("fp8", 2, 128), dtype=torch.uint8)
+    assert "each entry has its own" in reason(
+        heads()[0], Keys(heads_of(eight, 128), None, heads_of(eight, 128)), 64, 90
+    )
     assert "pages of 8 tokens" in reason(*heads(), 8, 90)
     assert "heads of 96 dims" in reason(*heads(96), 64, 90)
     assert not reason(*latents(), 64, 100)

@@ -326,22 +326,51 @@ def test_tokens_of_fp8_experts_travel_in_fp8() -> None:
             plan_of(recipe, "experts.wire=fp8", *filter(None, [change]))
 
 
+INFER, MLA = "kernels.attention=flashinfer", "kernels.attention=flashmla"
+FLASH_4, FULL = "kernels.prompt_attention=flash_attn_4", "kv_cache.dtype=bf16"
+
+
 @pytest.mark.parametrize(
     ("recipe", "changes", "line"),
     [
-        ("qwen3-235b-2x8", [], "kv_cache.dtype = auto: it reads pages in bf16"),
-        ("qwen3-235b-2x8", ["kv_cache.dtype=bf16", "model.dtype=fp32"], "model.dtype = fp32: it computes in"),
-        ("qwen3-235b-2x8", ["kv_cache.dtype=bf16", "kv_cache.page_size=8"], "page_size = 8: allowed are 16,"),
-        ("deepseek-gb200", ["kv_cache.dtype=bf16", "kv_cache.page_size=128"], "= 128: allowed are 32, 64"),
-        ("glm-5-8xh200", ["kv_cache.dtype=bf16"], "an indexer chooses the positions of decode rows"),
-        ("demo", [], "is for ranks on GPUs, and these are on CPUs; allowed are auto and own"),
+        ("qwen3-235b-2x8", [INFER], "kv_cache.dtype = auto: it reads pages in bf16"),
+        ("qwen3-235b-2x8", [INFER, FULL, "model.dtype=fp32"], "model.dtype = fp32: it computes in"),
+        ("qwen3-235b-2x8", [INFER, FULL, "kv_cache.page_size=8"], "page_size = 8: allowed are 16,"),
+        ("deepseek-gb200", [INFER, FULL, "kv_cache.page_size=128"], "= 128: allowed are 32, 64"),
+        ("glm-5-8xh200", [INFER, FULL], "an indexer chooses the positions of decode rows"),
+        ("demo", [INFER], "is for ranks on GPUs, and these are on CPUs; allowed are auto and own"),
+        ("deepseek-h200", [MLA], "kv_cache.dtype = fp8: it reads pages in bf16"),
+        ("deepseek-h200", [MLA, FULL, "kv_cache.page_size=32"], "kv_cache.page_size = 32: allowed are 64"),
+        ("deepseek-h200", [MLA, FULL, "model.dtype=fp32"], "model.dtype = fp32: it computes in"),
+        ("glm-5-8xh200", [MLA, FULL], "kv_cache.dtype = bf16: it reads the positions that an indexer"),
+        ("deepseek-v3.2-h200", [MLA, "parallel.tensor=4"], "parallel.tensor = 4: 32 heads of 128 on a rank"),
+        ("qwen3-235b-2x8", [MLA], "this model has keys for its heads"),
+        ("mistral-small-4-2xh200", [MLA], r"latents of 256 \+ 64 dims: allowed are 512 \+ 64"),
+        ("demo", [MLA], "is for ranks on GPUs, and these are on CPUs; allowed are auto and own"),
+        ("qwen3-235b-2x8", [FLASH_4], "kv_cache.dtype = auto: it reads pages in bf16"),
+        ("qwen3-235b-2x8", [FLASH_4, FULL, "model.dtype=fp32"], "model.dtype = fp32: it computes in"),
+        ("deepseek-h200", [FLASH_4, FULL], "prompts of this model are attended as latents"),
+        ("demo", [FLASH_4], "is for ranks on GPUs, and these are on CPUs; allowed are auto and own"),
     ],
 )
 def test_a_library_that_would_attend_nothing_is_refused(recipe: str, changes: list[str], line: str) -> None:
-    with pytest.raises(RecipeError, match=f"kernels.attention = flashinfer: .*{line}"):
-        plan_of(recipe, "kernels.attention=flashinfer", *changes)
-    if recipe in ("qwen3-235b-2x8", "deepseek-gb200"):
-        plan_of(recipe, "kernels.attention=flashinfer", "kv_cache.dtype=bf16")
+    key = changes[0].replace("=", " = ")
+    with pytest.raises(RecipeError, match=rf"{key}: .*{line}"):
+        plan_of(recipe, *changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("qwen3-235b-2x8", [INFER, FULL, FLASH_4]),
+        ("deepseek-gb200", [INFER, FULL]),
+        ("deepseek-h200", [MLA, FULL]),
+        ("deepseek-v3.2-h200", [MLA]),
+        ("glm-5-8xh200", [MLA]),
+    ],
+)
+def test_a_library_with_work_to_do_is_taken(recipe: str, changes: list[str]) -> None:
+    plan_of(recipe, *changes)
 
 
 @pytest.mark.parametrize(

@@ -499,11 +499,13 @@ def test_the_parsers_of_replies_are_those_there_are() -> None:
 
 def test_settings_that_only_gpus_can_follow_are_found_by_name() -> None:
     assert for_gpus(parse_recipe(MODEL)) == []
-    every = "kernels: {linear_fp8: deep_gemm, attention: flashinfer}\ncluster: {ranks_per_node: 2}\n"
+    kernels = "kernels: {linear_fp8: deep_gemm, attention: flashinfer, prompt_attention: flash_attn_4}\n"
+    every = kernels + "cluster: {ranks_per_node: 2}\n"
     lines = for_gpus(parse_recipe(MODEL + every + "experts: {wire: fp8, dispatch: flashinfer}"))
     assert [line.partition(":")[0] for line in lines] == [
         "kernels.linear_fp8 = deep_gemm",
         "kernels.attention = flashinfer",
+        "kernels.prompt_attention = flash_attn_4",
         "experts.wire = fp8",
         "experts.dispatch = flashinfer",
     ]
