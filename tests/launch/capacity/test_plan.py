@@ -45,7 +45,8 @@ from lockstep.launch.recipe.resolve import check_model
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.config import MoEConfig
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
-from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.moe.dispatch.symmetric import SymmetricExchange
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.nvlink import NvlinkGroup

@@ -17,7 +17,7 @@ from lockstep.moe.dispatch.all_gather import AllGatherExchange
 from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.moe.dispatch.rows import TokenForm
-from lockstep.moe.dispatch.symmetric import TokenShape
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from support.moe.dispatchers import dispatcher_within_capacity
 from support.parallel.gloo_ranks import run_ranks

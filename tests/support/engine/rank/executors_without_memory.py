@@ -26,7 +26,8 @@ from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
-from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.moe.dispatch.symmetric import SymmetricExchange
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
