@@ -20,15 +20,14 @@ N = W x capacity rows of a slot.
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from .deepep_sizes import BufferShape, rounded_capacity
 from .one_epoch import OneEpochGroup, Started
 from .store_ranks import StoreRanks
 
@@ -36,32 +35,6 @@ Tokens3D = Tensor | tuple[Tensor, Tensor]
 """Tokens of all slots [S, N, D] bf16; or float8_e4m3fn and their scales float32 [S, N, G], of
 strides (G x N, 1, N).
 """
-
-
-@dataclass(frozen=True)
-class BufferShape:
-    """Sizes of the memory. ``num_slots``: of all ranks, W x S. ``capacity``: most tokens of a rank.
-    ``eight``: tokens travel to experts in FP8.
-    """
-
-    num_slots: int
-    capacity: int
-    hidden: int
-    eight: bool = False
-
-    def num_bytes(self, size: int) -> int:
-        """Bytes of a rank's memory among ``size`` ranks, flags aside: two halves, each to send the
-        outputs of all slots and to receive them, or tokens.
-        """
-        output = 2 * self.hidden + 4 * (self.hidden // 128)
-        rows = self.num_slots * rounded_capacity(self.capacity, size)
-        return 2 * rows * (output + max(output, 2 * self.hidden + 16))
-
-
-def rounded_capacity(capacity: int, size: int) -> int:
-    """A capacity with which N is a multiple of 4, as copies of scales need it."""
-    step = 4 // math.gcd(4, size)
-    return max(1, -(-capacity // step)) * step
 
 
 class LowLatencyBuffer(Protocol):

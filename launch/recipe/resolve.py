@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
+from ...engine.protocol.buckets import BUCKETS
 from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
 from ...moe.config import MoEConfig
+from ...parallel.deepep_sizes import HIDDEN_SIZES, MOST_CHOICES, MOST_TOKENS, NODE_RANKS, rounded_capacity
 from .recipe import Recipe
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -73,7 +75,7 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
         found.append(
             "experts.wire = fp8: the experts of this model are not computed in FP8 here; use auto or full"
         )
-    found += _without_library(recipe, config) + _unlinked(recipe, config)
+    found += _without_library(recipe, config) + _unlinked(recipe, config) + _beyond_deepep(recipe, config)
     return found + _unsplittable(recipe, config)
 
 
@@ -121,6 +123,38 @@ def _unlinked(recipe: Recipe, config: ModelFacts) -> list[str]:
     if recipe.mesh.experts > _MOST_LINKED:
         found.append(f"{key}: {recipe.mesh.experts} ranks: allowed are {_MOST_LINKED}; use all_to_all")
     return found
+
+
+def _beyond_deepep(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Sizes that ``experts.dispatch`` = deepep has no kernels for."""
+    if recipe.experts.dispatch != "deepep":
+        return []
+    key, ranks, tensor, found = "experts.dispatch = deepep", recipe.mesh.experts, recipe.parallel.tensor, []
+    if config.moe.hidden not in HIDDEN_SIZES:
+        allowed = ", ".join(map(str, HIDDEN_SIZES))
+        found.append(f"{key}: a hidden size of {config.moe.hidden}: allowed are {allowed}; use all_to_all")
+    if config.moe.top_k > MOST_CHOICES:
+        found.append(
+            f"{key}: {config.moe.top_k} experts of a token: allowed are {MOST_CHOICES}; use all_to_all"
+        )
+    if ranks >= NODE_RANKS and ranks % NODE_RANKS:
+        found.append(
+            f"{key}: {ranks} ranks: allowed are fewer than {NODE_RANKS}, or multiples of it; use all_to_all"
+        )
+    if config.dtype in _DTYPES and dtype_of(recipe, config.dtype) != "bf16":
+        found.append(f"{key}: model.dtype = {recipe.model.dtype}: it carries bf16; use bf16, or all_to_all")
+    most, batch = _most_by_deepep(ranks, tensor), recipe.scheduler.max_batch_tokens
+    if batch > most:
+        found.append(
+            f"{key}: scheduler.max_batch_tokens = {batch}: a rank may have {MOST_TOKENS} tokens in a step; "
+            f"use at most {most}, or all_to_all"
+        )
+    return found
+
+
+def _most_by_deepep(ranks: int, tensor: int) -> int:
+    """The largest bucket of which a rank gets no more tokens than its queues hold."""
+    return max(size for size in BUCKETS if rounded_capacity(-(-size // tensor), ranks) <= MOST_TOKENS)
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -177,10 +211,13 @@ def for_gpus(recipe: Recipe) -> list[str]:
         "kernels.linear_fp8 = deep_gemm": (recipe.kernels.linear_fp8 == "deep_gemm", "auto and own"),
         "kernels.attention = flashinfer": (recipe.kernels.attention == "flashinfer", "auto and own"),
         "experts.wire = fp8": (recipe.experts.wire == "fp8", "auto and full"),
-        "experts.dispatch = flashinfer": (
-            recipe.experts.dispatch == "flashinfer",
-            "auto, all_gather and all_to_all",
-        ),
+        **{
+            f"experts.dispatch = {library}": (
+                recipe.experts.dispatch == library,
+                "auto, all_gather and all_to_all",
+            )
+            for library in ("flashinfer", "deepep")
+        },
     }
     return [
         f"{key}: is for ranks on GPUs, and these are on CPUs; allowed are {allowed}"

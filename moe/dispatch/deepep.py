@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference.fp8 import Normed, Quantised, wide_of
-from ...parallel.deepep import BufferShape, DeepEPGroup, Tokens3D, rounded_capacity
+from ...parallel.deepep import DeepEPGroup, Tokens3D
+from ...parallel.deepep_sizes import BufferShape, rounded_capacity
 from ...parallel.one_epoch import Started
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
@@ -63,7 +64,7 @@ class DeepEPExchange(CapacityExchange):
         super().__init__(placement, group, device, shape, node_W)
         self._group, self._begins = group, False
         self._num_slots = placement.num_ranks * placement.num_slots
-        group.reserve(BufferShape(self._num_slots, shape.capacities[0], shape.hidden, shape.eight))
+        group.reserve(BufferShape(self._num_slots, shape.capacities[0], shape.hidden))
 
     def begin_step(self, num_tokens: int, capacity: int) -> None:
         super().begin_step(num_tokens, capacity)

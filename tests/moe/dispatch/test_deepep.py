@@ -25,13 +25,8 @@ from lockstep.moe.dispatch.deepep import DeepEPExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel import deepep
 from lockstep.parallel.collectives import Collectives
-from lockstep.parallel.deepep import (
-    BufferLibrary,
-    BufferShape,
-    DeepEPGroup,
-    DeepEPLibrary,
-    rounded_capacity,
-)
+from lockstep.parallel.deepep import BufferLibrary, DeepEPGroup, DeepEPLibrary
+from lockstep.parallel.deepep_sizes import BufferShape, rounded_capacity
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.microbatches import Turns
 from support.engine.rank.mock_controller import bare_spec

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lockstep.kernels.reference.fp8 import Quantised
 from lockstep.parallel.collectives import Collectives
-from lockstep.parallel.deepep import BufferShape, ByteArrayRanks, Tokens3D, rounded_capacity
+from lockstep.parallel.deepep import ByteArrayRanks, Tokens3D
+from lockstep.parallel.deepep_sizes import BufferShape, rounded_capacity
 
 HIDDEN = (2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
 MOST_CHOICES, QUEUE = 16, 1024

@@ -22,6 +22,7 @@ from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.balance.start import starting_placement
 from lockstep.moe.clock import NoClock
 from lockstep.moe.dispatch.all_gather import AllGatherExchange
+from lockstep.moe.dispatch.deepep import DeepEPExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
@@ -29,6 +30,7 @@ from lockstep.moe.dispatch.nvlink import NvlinkExchange
 from lockstep.moe.dispatch.symmetric import SymmetricExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.deepep import DeepEPGroup
 from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.nvlink import NvlinkGroup
@@ -37,6 +39,7 @@ from lockstep.parallel.rank_groups import RankGroups
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
 
+from ...parallel.deepep_double import DeepEPDouble
 from ...parallel.nvlink_double import NvlinkDouble
 
 META = torch.device("meta")
@@ -104,6 +107,11 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
         shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
         exchange = NvlinkExchange(placement, linked, META, shape)
         linked.rehearse()
+    elif dispatch == "deepep":
+        deep = DeepEPGroup(*place, META, DeepEPDouble(Collectives("alone", 0, 1, None, 1.0, META)))
+        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        exchange = DeepEPExchange(placement, deep, META, shape)
+        deep.rehearse()
     else:
         memory = SymmetricGroup(*place, META, TorchSymmetricLibrary())
         shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
