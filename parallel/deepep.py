@@ -1,13 +1,14 @@
 """Exchanges of tokens by the low-latency kernels of DeepEP (package ``sgl-deep-ep``): from GPU to
 GPU over NVLink within a node and RDMA between nodes, through NVSHMEM.
 
-A call sends and receives; counts and waits stay on the device, so a captured step repeats the
-calls. The memory has two halves, which calls take in turn. Each call waits for all ranks, so none
-is more than one call ahead, and the half of the call before last is free: microbatches share the
-memory. How it is divided follows from the capacity, so ranks meet in ``clean_low_latency_buffer``
+How the memory is divided follows from the capacity, so ranks meet in ``clean_low_latency_buffer``
 before calls with another one. Kernels may also send first and receive later
 (``return_recv_hook``); then, of two microbatches, a rank could overwrite what another has not
 received yet, so that is off.
+
+In FP8 the kernels quantise tokens themselves: amax of 128 values, 1e-4 at least, makes a scale of
+amax / 448, and values are multiplied by 448 / amax, where experts divide by their scale. So a few
+values differ in their last bit.
 
 A wait for a rank that is gone traps after 100 s and takes the process's context along. The
 library's mask of ranks (``enable_shrink``) would leave out outputs instead, and nobody can join
@@ -20,7 +21,6 @@ N = W x capacity rows of a slot.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from .deepep_sizes import BufferShape, rounded_capacity
-from .one_epoch import OneEpochGroup, Started
+from .slot_major import SlotArrivals, SlotGroup, SlotShape, SlotTokens
 from .store_ranks import StoreRanks
 
 Tokens3D = Tensor | tuple[Tensor, Tensor]
@@ -127,95 +127,54 @@ class ByteArrayRanks(StoreRanks):
         return tuple(bytearray(part) if isinstance(part, bytes) else part for part in parts)
 
 
-class DeepEPGroup(OneEpochGroup):
-    """The memory of ``size`` ranks for calls that follow one another."""
+class DeepEPGroup(SlotGroup):
+    """The memory of ``size`` ranks."""
 
     means = "DeepEP's memory"
+    quantises = True
 
     def __init__(
         self, name: str, index: int, size: int, store: Store, device: torch.device, library: BufferLibrary
     ) -> None:
         super().__init__(name, index, size, store, device)
-        self._library = library
-        self._shape: BufferShape | None = None
-        self._buffer: LowLatencyBuffer | None = None
+        self._library, self.ids_dtype = library, library.ids_dtype
 
     @property
     def transport(self) -> str:
         return "DeepEP over NVSHMEM" if self.size > 1 else ""
 
     @property
-    def ids_dtype(self) -> torch.dtype:
-        return self._library.ids_dtype
-
-    def reserve(self, shape: BufferShape) -> None:
-        """Memory that ``build`` will open: one, as NVSHMEM is a process's once."""
-        assert self._shape is None, f"{self._name}: memory of {self._shape} and of {shape}"
-        self._shape = shape
-
-    @property
     def num_bytes(self) -> int:
-        """Bytes of the memory."""
-        return 0 if self._shape is None else self._shape.num_bytes(self.size)
+        return self._buffer_shape.num_bytes(self.size)
+
+    def num_rows(self, capacity: int) -> int:
+        return self.size * rounded_capacity(capacity, self.size)
 
     @property
-    def buffer(self) -> LowLatencyBuffer:
-        assert self._buffer is not None, f"{self._name}: not built yet"
-        return self._buffer
+    def _buffer_shape(self) -> BufferShape:
+        return BufferShape(self.shape.num_slots, self.shape.capacity, self.shape.hidden)
 
-    def start(self, calls: Callable[[], None]) -> Started:
-        """Makes calls for its stream, once the current one has come so far. Tensors that they take
-        live until they have ended; those that they return are that stream's.
-        """
-        return self._start(calls)
-
-    def _meet(self, met: Store) -> None:
-        assert self._shape is not None
-        self._buffer = self._library.open(self._shape, ByteArrayRanks(met, self.index, self.size))
-
-    def _stand_in(self) -> None:
-        assert self._shape is not None
-        self._buffer = BufferAlone(self._shape, self.size, self._device)
-
-    def _drop(self) -> None:
-        self._buffer = None
+    def _open(self, met: Store) -> DeepEPRounds:
+        buffer = self._library.open(self._buffer_shape, ByteArrayRanks(met, self.index, self.size))
+        return DeepEPRounds(buffer, self.shape, self.size)
 
 
-class BufferAlone:
-    """The memory of a rank by itself: no token comes, in as much memory as among ``size`` ranks."""
+class DeepEPRounds:
+    """Rounds through a buffer of the library."""
 
-    def __init__(self, shape: BufferShape, size: int, device: torch.device) -> None:
-        self._size = size
-        self._room = torch.zeros(shape.num_bytes(size), dtype=torch.uint8, device=device)
+    def __init__(self, buffer: LowLatencyBuffer, shape: SlotShape, size: int) -> None:
+        self._buffer, self._shape, self._size = buffer, shape, size
 
-    def clean_low_latency_buffer(
-        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
-    ) -> None:
-        """There are no flags."""
-
-    def low_latency_dispatch(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        num_max_dispatch_tokens_per_rank: int,
-        num_experts: int,
-        *,
-        use_fp8: bool = True,
-    ) -> tuple[Tokens3D, Tensor, Any, Any, Any]:
-        slots, rows, hidden = (
-            num_experts // self._size,
-            self._size * num_max_dispatch_tokens_per_rank,
-            x.shape[1],
+    def dispatch(self, lane: int, tokens: SlotTokens, capacity: int, begins: bool) -> SlotArrivals:
+        """The memory is divided by capacity, so ranks meet first if the step ``begins``."""
+        shape, rounded = self._shape, rounded_capacity(capacity, self._size)
+        if begins:
+            self._buffer.clean_low_latency_buffer(rounded, shape.hidden, shape.num_slots)
+        arrived, counts_S, known, _, _ = self._buffer.low_latency_dispatch(
+            tokens.values, tokens.places_TK, rounded, shape.num_slots, use_fp8=shape.eight
         )
-        counts = torch.zeros(slots, dtype=torch.int32, device=x.device)
-        tokens = x.new_empty(slots, rows, hidden, dtype=torch.float8_e4m3fn if use_fp8 else x.dtype)
-        if not use_fp8:
-            return tokens, counts, None, None, None
-        scales = torch.empty(slots, hidden // 128, rows, device=x.device).transpose(1, 2)
-        return (tokens, scales), counts, None, None, None
+        values, scales = arrived if isinstance(arrived, tuple) else (arrived, None)
+        return SlotArrivals(values, scales, counts_S, known)
 
-    def low_latency_combine(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Any, *, out: Tensor | None = None
-    ) -> tuple[Tensor, Any, Any]:
-        assert out is not None
-        return out.zero_(), None, None
+    def combine(self, lane: int, y_SRD: Tensor, tokens: SlotTokens, known: Any, sums_TD: Tensor) -> None:
+        self._buffer.low_latency_combine(y_SRD, tokens.places_TK, tokens.weights_TK, known, out=sums_TD)

@@ -160,9 +160,9 @@ def _seen(setup: Setup, stage: PipelineStage, positions: float, tokens: float) -
 def traffic(setup: Setup, num_tokens: float) -> Traffic:
     """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
 
-    all_to_all, flashinfer: a token goes once to every rank with one of its experts. deepep: once
-    for each of its experts, and so do outputs. all_gather: every token goes to every rank. On GPUs
-    a rank returns the sum of a token's outputs, on CPUs one output per expert. Of other systems:
+    all_to_all, flashinfer, nccl_ep: a token goes once to every rank with one of its experts.
+    deepep: once for each expert. all_gather: every token goes to every rank. On GPUs a rank returns
+    the sum of a token's outputs; on CPUs, by deepep and by nccl_ep, one per expert. Other systems:
     by_pair is all_to_all with an output per expert on GPUs too; in two_level a token goes once to
     every node, is passed on inside it, and returns summed per node.
     """
@@ -178,7 +178,7 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
         back = away if sums else (away[0] * top_k, away[1] * top_k)
     else:
         copies = top_k if setup.dispatch == "deepep" else distinct(setup.shape.moe, ranks)
-        num_back = copies if sums and setup.dispatch != "by_pair" else top_k
+        num_back = copies if sums and setup.dispatch not in ("by_pair", "nccl_ep") else top_k
         away, back = (copies * near_share, copies * far_share), (num_back * near_share, num_back * far_share)
         if setup.dispatch == "two_level":
             nodes = ranks / near

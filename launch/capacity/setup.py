@@ -16,7 +16,7 @@ from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import balances, dispatch_of, dtype_of, keeps_fp8, kv_format_of, wire_of
 
-ONE_EPOCH = ("all_to_all", "flashinfer", "deepep")
+ONE_EPOCH = ("all_to_all", "flashinfer", "deepep", "nccl_ep")
 """Exchanges on GPUs through memory at fixed addresses, which serves one epoch of a process."""
 
 _ITEM = {"fp32": 4, "bf16": 2}

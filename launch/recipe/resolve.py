@@ -9,7 +9,8 @@ from ...engine.protocol.buckets import BUCKETS
 from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
 from ...moe.config import MoEConfig
-from ...parallel.deepep_sizes import HIDDEN_SIZES, MOST_CHOICES, MOST_TOKENS, NODE_RANKS, rounded_capacity
+from ...parallel import deepep_sizes, nccl_ep_sizes
+from ...parallel.deepep_sizes import MOST_TOKENS, rounded_capacity
 from .recipe import Recipe
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -75,7 +76,8 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
         found.append(
             "experts.wire = fp8: the experts of this model are not computed in FP8 here; use auto or full"
         )
-    found += _without_library(recipe, config) + _unlinked(recipe, config) + _beyond_deepep(recipe, config)
+    found += _without_library(recipe, config) + _unlinked(recipe, config)
+    found += _beyond_deepep(recipe, config) + _beyond_nccl_ep(recipe, config)
     return found + _unsplittable(recipe, config)
 
 
@@ -130,19 +132,15 @@ def _beyond_deepep(recipe: Recipe, config: ModelFacts) -> list[str]:
     if recipe.experts.dispatch != "deepep":
         return []
     key, ranks, tensor, found = "experts.dispatch = deepep", recipe.mesh.experts, recipe.parallel.tensor, []
-    if config.moe.hidden not in HIDDEN_SIZES:
-        allowed = ", ".join(map(str, HIDDEN_SIZES))
+    if config.moe.hidden not in deepep_sizes.HIDDEN_SIZES:
+        allowed = ", ".join(map(str, deepep_sizes.HIDDEN_SIZES))
         found.append(f"{key}: a hidden size of {config.moe.hidden}: allowed are {allowed}; use all_to_all")
-    if config.moe.top_k > MOST_CHOICES:
+    found += _too_many_choices(key, config, deepep_sizes.MOST_CHOICES)
+    if ranks >= (eight := deepep_sizes.NODE_RANKS) and ranks % eight:
         found.append(
-            f"{key}: {config.moe.top_k} experts of a token: allowed are {MOST_CHOICES}; use all_to_all"
+            f"{key}: {ranks} ranks: allowed are fewer than {eight}, or multiples of it; use all_to_all"
         )
-    if ranks >= NODE_RANKS and ranks % NODE_RANKS:
-        found.append(
-            f"{key}: {ranks} ranks: allowed are fewer than {NODE_RANKS}, or multiples of it; use all_to_all"
-        )
-    if config.dtype in _DTYPES and dtype_of(recipe, config.dtype) != "bf16":
-        found.append(f"{key}: model.dtype = {recipe.model.dtype}: it carries bf16; use bf16, or all_to_all")
+    found += _beyond_bf16(key, recipe, config)
     most, batch = _most_by_deepep(ranks, tensor), recipe.scheduler.max_batch_tokens
     if batch > most:
         found.append(
@@ -155,6 +153,33 @@ def _beyond_deepep(recipe: Recipe, config: ModelFacts) -> list[str]:
 def _most_by_deepep(ranks: int, tensor: int) -> int:
     """The largest bucket of which a rank gets no more tokens than its queues hold."""
     return max(size for size in BUCKETS if rounded_capacity(-(-size // tensor), ranks) <= MOST_TOKENS)
+
+
+def _beyond_nccl_ep(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Sizes that ``experts.dispatch`` = nccl_ep has no kernels for."""
+    if recipe.experts.dispatch != "nccl_ep":
+        return []
+    key, step, found = "experts.dispatch = nccl_ep", nccl_ep_sizes.HIDDEN_STEP, []
+    if config.moe.hidden % step:
+        found.append(
+            f"{key}: a hidden size of {config.moe.hidden}: allowed are multiples of {step}; use all_to_all"
+        )
+    found += _too_many_choices(key, config, nccl_ep_sizes.MOST_CHOICES)
+    if recipe.mesh.experts > (most := nccl_ep_sizes.MOST_RANKS):
+        found.append(f"{key}: {recipe.mesh.experts} ranks: allowed are {most}; use all_to_all")
+    return found + _beyond_bf16(key, recipe, config)
+
+
+def _too_many_choices(key: str, config: ModelFacts, most: int) -> list[str]:
+    if config.moe.top_k <= most:
+        return []
+    return [f"{key}: {config.moe.top_k} experts of a token: allowed are {most}; use all_to_all"]
+
+
+def _beyond_bf16(key: str, recipe: Recipe, config: ModelFacts) -> list[str]:
+    if config.dtype not in _DTYPES or dtype_of(recipe, config.dtype) == "bf16":
+        return []
+    return [f"{key}: model.dtype = {recipe.model.dtype}: it carries bf16; use bf16, or all_to_all"]
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -216,7 +241,7 @@ def for_gpus(recipe: Recipe) -> list[str]:
                 recipe.experts.dispatch == library,
                 "auto, all_gather and all_to_all",
             )
-            for library in ("flashinfer", "deepep")
+            for library in ("flashinfer", "deepep", "nccl_ep")
         },
     }
     return [

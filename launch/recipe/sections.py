@@ -35,11 +35,11 @@ class KernelsSection(RecipeSection):
 
 
 class ExpertsSection(RecipeSection):
-    dispatch: Literal["auto", "local", "all_gather", "all_to_all", "flashinfer", "deepep"] = Field(
+    dispatch: Literal["auto", "local", "all_gather", "all_to_all", "flashinfer", "deepep", "nccl_ep"] = Field(
         default="auto",
         description="how tokens reach their experts; flashinfer: by FlashInfer, among GPUs of one NVLink "
-        "domain; deepep: by DeepEP's low-latency kernels, also between nodes, in steps of few tokens; auto: "
-        "all_to_all on CPUs and on GPUs of several nodes",
+        "domain; deepep, nccl_ep: by the low-latency kernels of DeepEP or NCCL EP, also between nodes, in "
+        "steps of few tokens; auto: all_to_all on CPUs and on GPUs of several nodes",
     )
     wire: Literal["auto", "full", "fp8"] = Field(
         default="auto",

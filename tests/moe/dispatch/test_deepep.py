@@ -1,5 +1,5 @@
-"""The exchange by DeepEP: bits of all_to_all, padding, ranks that meet before another capacity, FP8
-by the kernels, nothing read by the host, and calls that the library's own Python takes.
+"""The exchange by DeepEP: ranks that meet before another capacity, FP8 by the kernels, and calls
+that the library's own Python takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lockstep.engine.rank.dispatch import build_dispatcher
 from lockstep.kernels.reference.fp8 import Quantised, quantise_rows, widen_rows
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.config import MoEConfig
-from lockstep.moe.dispatch.deepep import DeepEPExchange
+from lockstep.moe.dispatch.slot_major import SlotMajorExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel import deepep
 from lockstep.parallel.collectives import Collectives
@@ -30,73 +30,17 @@ from lockstep.parallel.deepep_sizes import BufferShape, rounded_capacity
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.microbatches import Turns
 from support.engine.rank.mock_controller import bare_spec
-from support.moe.exchange import Case, run_case
 from support.parallel.deepep_double import BufferDouble, DeepEPDouble, by_kernels, size_hint
-from support.parallel.gloo_ranks import run_ranks
 
 CPU = torch.device("cpu")
 ALONE = Collectives("alone", 0, 1, None, 1.0, CPU)
 SHAPE = TokenShape((6, 6), 2, 2048, torch.bfloat16)
-Results = list[tuple[list[Tensor], Tensor]]
-
-
-def _cases(world: int) -> list[Case]:
-    spread = (3, 0, 5, 1)[:world]
-    return [
-        Case("spread, one rank without tokens", 8, 2, spread, 5),
-        Case("fewer slots than choices", 8, 6, spread, 5),
-        Case("uneven experts", 7, 3, spread, 6),
-        Case("one expert takes all", 8, 1, spread, 5, only=6),
-        Case("no tokens anywhere", 8, 2, (0,) * world, 4),
-        Case("as many tokens as may be", 8, 2, (5, 5, 5, 5)[:world], 5),
-        Case("bf16", 8, 4, spread, 5, dtype=torch.bfloat16),
-        Case("replicas take turns", 6, 3, spread, 5, dtype=torch.bfloat16, redundant=world),
-    ]
-
-
-def _both(collectives: Collectives, cases: list[Case]) -> list[Results]:
-    return [[run_case(case, kind, collectives) for kind in ("all_to_all", "deepep")] for case in cases]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_tokens_have_the_bits_of_all_to_all(world: int) -> None:
-    """Outputs come back one by one in both, and are summed in the same order."""
-    cases = _cases(world)
-    for results in run_ranks(_both, world, cases):
-        for case, ((plain, plain_counts), (linked, counts)) in zip(cases, results, strict=True):
-            assert all(map(torch.equal, plain, linked)), case.name
-            assert torch.equal(plain_counts, counts), case.name
-
-
-def test_padding_and_stale_rows_are_no_pairs() -> None:
-    """Half of the rows of a second round are padding; rows without a token are NaN. One token has
-    one expert, and outputs of no pair mean nothing.
-    """
-    group = _group(DeepEPDouble(ALONE), 1, CPU)
-    exchange = DeepEPExchange(contiguous(1, 4, 1), group, CPU, SHAPE)
-    assert (group.recovery, group.transport) == ("process restart", ""), "nobody to lose yet"
-    assert _group(DeepEPDouble(ALONE), 2, CPU).transport == "DeepEP over NVSHMEM"
-    group.build(1)
-    x, ids, weights = torch.randn(6, 2048).bfloat16(), torch.tensor([[0, 3]] * 6), torch.rand(6, 2)
-    ids[0, 1] = -1
-    exchange.begin_step(6, 6)
-    for real in (6, 3):
-        ids[real:] = -1
-        handle = exchange.dispatch(x, ids, weights, 0)
-        received = exchange.receive(handle)
-        assert (received.slots_M >= 0).sum() == 2 * real - 1 and len(received.rows_M) == 4 * 8
-        y = torch.where((received.slots_M >= 0)[:, None], received.x_ND[received.rows_M], torch.nan)
-        exchange.send_back(y, handle)
-        combined = exchange.combine(handle)
-        scale = torch.where(ids >= 0, weights, 0).sum(1, keepdim=True)
-        torch.testing.assert_close(combined, (x.float() * scale).bfloat16())
-        assert not combined[real:].any(), "padding gets zeros"
 
 
 def test_ranks_meet_before_a_step_of_another_capacity() -> None:
     """Once a step. Capacities are rounded so that rows of a slot are a multiple of 4."""
     double = DeepEPDouble(ALONE)
-    exchange = DeepEPExchange(contiguous(2, 4, 1), _group(double, 1, CPU), CPU, SHAPE)
+    exchange = SlotMajorExchange(contiguous(2, 4, 1), _group(double, 1, CPU), CPU, SHAPE)
     exchange._group.build(1)
     for capacity in (6, 0, 3):
         exchange.begin_step(0, capacity)
@@ -116,7 +60,7 @@ def test_the_kernels_quantise_tokens_in_fp8() -> None:
     differ by one step at most.
     """
     group = _group(DeepEPDouble(ALONE), 1, CPU)
-    exchange = DeepEPExchange(contiguous(1, 4, 1), group, CPU, replace(SHAPE, eight=True))
+    exchange = SlotMajorExchange(contiguous(1, 4, 1), group, CPU, replace(SHAPE, eight=True))
     group.build(1)
     x = torch.randn(6, 2048).bfloat16()
     x[0] *= 1e-6
@@ -134,30 +78,6 @@ def test_the_kernels_quantise_tokens_in_fp8() -> None:
     torch.testing.assert_close(widen_rows(got)[1:], widen_rows(own)[1:], rtol=2**-3, atol=0)
 
 
-@pytest.mark.parametrize(("eight", "rows"), [(False, 64), (True, 128), (True, 0)])
-def test_no_value_reaches_the_host(eight: bool, rows: int) -> None:
-    """Tensors of the device "meta" have no values: what the host reads raises. 72 ranks rehearse
-    DeepSeek-V3, then meet.
-    """
-    meta = torch.device("meta")
-    group = _group(DeepEPDouble(ALONE), 72, meta)
-    placement, shape = contiguous(58, 256, 72), TokenShape((128,), 8, 7168, torch.bfloat16, eight)
-    exchange = DeepEPExchange(placement, group, meta, shape)
-    group.rehearse()
-    exchange.begin_step(rows, 128)
-    x = torch.empty(rows, 7168, dtype=torch.bfloat16, device=meta)
-    ids = torch.empty(rows, 8, dtype=torch.int64, device=meta)
-    handle = exchange.dispatch(x, ids, torch.empty(rows, 8, device=meta), 57)
-    received = exchange.receive(handle)
-    tokens = received.x_ND.values if isinstance(received.x_ND, Quantised) else received.x_ND
-    assert isinstance(received.x_ND, Quantised) == eight and tokens.shape == (4 * 72 * 128, 7168)
-    assert received.slots_M.shape == received.rows_M.shape == (4 * 72 * 128,), "a rank has four slots"
-    exchange.send_back(torch.empty(4 * 72 * 128, 7168, dtype=torch.bfloat16, device=meta), handle)
-    combined = exchange.combine(handle)
-    assert combined.shape == x.shape and combined.dtype == x.dtype
-    group.destroy()
-
-
 def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", None)
     spec = bare_spec(device="cuda:0", dispatch="deepep", mesh=Mesh(data=2))
@@ -173,7 +93,7 @@ def test_the_library_s_own_python_takes_every_call(eight: bool, monkeypatch: pyt
     library = _library_over_double(monkeypatch)
     group = _group(library, 1, CPU)
     shape = TokenShape((6, 4), 2, 2048, torch.bfloat16, eight)
-    exchange = DeepEPExchange(contiguous(1, 4, 1), group, CPU, shape)
+    exchange = SlotMajorExchange(contiguous(1, 4, 1), group, CPU, shape)
     group.build(1)
     exchange.begin_step(5, 6)
     x, ids = torch.randn(5, 2048).bfloat16(), torch.tensor([[0, 3]] * 5)

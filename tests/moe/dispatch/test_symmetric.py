@@ -104,7 +104,7 @@ def test_padded_rows_go_nowhere_and_stale_rows_are_no_pairs() -> None:
     assert not combined[3:].any(), "padding gets zeros"
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "flashinfer", "deepep"])
+@pytest.mark.parametrize("kind", ["symmetric", "flashinfer", "deepep", "nccl_ep"])
 @pytest.mark.parametrize("most", [6, 8])
 def test_two_microbatches_have_memory_of_their_own(kind: str, most: int) -> None:
     """Both are under way at once, layer after layer; then a step of full capacity finds the larger

@@ -24,12 +24,12 @@ from support.parallel.gloo_ranks import run_ranks
 
 CPU = torch.device("cpu")
 HIDDEN, WIDTH, EXPERTS, TOP_K, CAPACITY = 160, 40, 4, 2, 8
-KINDS = ("exact", "summing", "symmetric", "flashinfer", "deepep")
+KINDS = ("exact", "summing", "symmetric", "flashinfer", "deepep", "nccl_ep")
 
 
 def dispatcher(kind: str, collectives: Collectives, eight: bool) -> ExchangeDispatcher:
     placement = contiguous(1, EXPERTS, collectives.size)
-    if kind in ("symmetric", "flashinfer", "deepep"):
+    if kind in ("symmetric", "flashinfer", "deepep", "nccl_ep"):
         shape = TokenShape((CAPACITY,), TOP_K, HIDDEN, torch.bfloat16, eight)
         return dispatcher_within_capacity(kind, placement, collectives, shape)
     exchange = AllGatherExchange(placement, collectives, CPU, exact=kind == "exact", eight=eight)

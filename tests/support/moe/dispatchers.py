@@ -8,21 +8,23 @@ from lockstep.kernels.table import Column
 from lockstep.moe.balance.placement import Placement
 from lockstep.moe.dispatch.all_gather import AllGatherExchange
 from lockstep.moe.dispatch.all_to_all import AllToAllExchange
-from lockstep.moe.dispatch.deepep import DeepEPExchange
 from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
+from lockstep.moe.dispatch.slot_major import SlotMajorExchange
 from lockstep.moe.dispatch.symmetric import SymmetricExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.deepep import DeepEPGroup
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.nccl_ep import NcclEpGroup
 from lockstep.parallel.nvlink import NvlinkGroup
 from lockstep.parallel.one_epoch import OneEpochGroup
 from lockstep.parallel.symmetric_memory import SymmetricGroup
 
 from ..parallel.deepep_double import DeepEPDouble
+from ..parallel.nccl_ep_double import NcclEpDouble
 from ..parallel.nvlink_double import NvlinkDouble
 from ..parallel.symmetric_double import SymmetricDouble
 
@@ -63,8 +65,8 @@ def dispatcher_within_capacity(
     shape: TokenShape,
     turns: Turns | None = None,
 ) -> ExchangeDispatcher:
-    """``symmetric`` (all_to_all on GPUs), ``flashinfer`` or ``deepep``, over a double of its
-    library among the ranks of ``collectives``. It gives ``turns`` away.
+    """``symmetric`` (all_to_all on GPUs), ``flashinfer``, ``deepep`` or ``nccl_ep``, over a double
+    of its library among the ranks of ``collectives``. It gives ``turns`` away.
     """
     place = "experts", collectives.index, collectives.size
     store = collectives.store or torch.distributed.HashStore()
@@ -75,7 +77,10 @@ def dispatcher_within_capacity(
         exchange = SymmetricExchange(placement, symmetric, CPU, shape)
     elif kind == "deepep":
         group = deep = DeepEPGroup(*place, store, CPU, DeepEPDouble(collectives, any_size=True))
-        exchange = DeepEPExchange(placement, deep, CPU, shape)
+        exchange = SlotMajorExchange(placement, deep, CPU, shape)
+    elif kind == "nccl_ep":
+        group = by_nccl = NcclEpGroup(*place, store, CPU, NcclEpDouble(collectives, any_size=True))
+        exchange = SlotMajorExchange(placement, by_nccl, CPU, shape)
     else:
         group = linked = NvlinkGroup(*place, store, CPU, NvlinkDouble(collectives))
         exchange = NvlinkExchange(placement, linked, CPU, shape)
