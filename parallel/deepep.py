@@ -86,7 +86,8 @@ class BufferLibrary(Protocol):
 
 class DeepEPLibrary:
     """``deep_ep``. Raises ValueError where it is not installed or does not fit: it is imported on
-    GPUs alone, and looks for the torch and NCCL that it was built for.
+    GPUs alone, and looks for the torch and NCCL that it was built for. It looks at cards on PCIe
+    by torch's groups, which there are none of here.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,9 @@ class DeepEPLibrary:
                 f"experts.dispatch = deepep: {error}; install sgl-deep-ep with the torch that it needs, "
                 "or use all_to_all"
             ) from error
+        name = torch.cuda.get_device_name()
+        if "PCIE" in name:
+            raise ValueError(f"experts.dispatch = deepep: {name}: needs GPUs with NVLink; use all_to_all")
 
     @property
     def ids_dtype(self) -> torch.dtype:

@@ -87,6 +87,13 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         build_dispatcher(spec, moe, torch.bfloat16, contiguous(1, 4, 2), experts, Turns())
 
 
+def test_cards_on_pcie_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", types.ModuleType("deep_ep"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIE")
+    with pytest.raises(ValueError, match="deepep: NVIDIA H100 PCIE: needs GPUs with NVLink"):
+        DeepEPLibrary()
+
+
 @pytest.mark.parametrize("eight", [False, True])
 def test_the_library_s_own_python_takes_every_call(eight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ``Buffer`` as it is, over a double of its extension, which needs a GPU."""

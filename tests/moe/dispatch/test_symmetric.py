@@ -106,9 +106,9 @@ def test_padded_rows_go_nowhere_and_stale_rows_are_no_pairs() -> None:
 
 @pytest.mark.parametrize("kind", ["symmetric", "flashinfer", "deepep", "nccl_ep"])
 @pytest.mark.parametrize("most", [6, 8])
-def test_two_microbatches_have_memory_of_their_own(kind: str, most: int) -> None:
-    """Both are under way at once, layer after layer; then a step of full capacity finds the larger
-    regions free.
+def test_two_microbatches_are_under_way_at_once(kind: str, most: int) -> None:
+    """Layer after layer, in regions of their own or in one memory; then a step of full capacity
+    finds it free.
     """
     turns, shape = Turns(), TokenShape((8, most), 2, 8, torch.float32)
     dispatcher = dispatcher_within_capacity(kind, contiguous(3, 4, 1), ALONE, shape, turns)
