@@ -12,9 +12,13 @@ from ...moe.dispatch.dispatcher import Dispatcher
 from ...moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from ...moe.dispatch.local import LocalDispatcher
 from ...moe.dispatch.nvlink import NvlinkExchange
-from ...moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from ...moe.dispatch.slot_major import SlotMajorExchange
+from ...moe.dispatch.symmetric import SymmetricExchange
+from ...moe.dispatch.within_capacity import TokenShape
 from ...parallel.collectives import Collectives
+from ...parallel.deepep import DeepEPGroup, DeepEPLibrary
 from ...parallel.microbatches import Turns
+from ...parallel.nccl_ep import NcclEpGroup, NcclEpLibrary
 from ...parallel.nvlink import FlashInferLibrary, NvlinkGroup
 from ...parallel.one_epoch import OneEpochGroup
 from ...parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
@@ -52,10 +56,17 @@ def build_dispatcher(
     elif spec.dispatch == "flashinfer" and device.type == "cuda" and experts.store is not None:
         memory = linked = NvlinkGroup(*place, experts.store, device, FlashInferLibrary())
         exchange = NvlinkExchange(placement, linked, device, shape, nodes)
+    elif spec.dispatch == "deepep" and device.type == "cuda" and experts.store is not None:
+        memory = deep = DeepEPGroup(*place, experts.store, device, DeepEPLibrary())
+        exchange = SlotMajorExchange(placement, deep, device, shape, nodes)
+    elif spec.dispatch == "nccl_ep" and device.type == "cuda" and experts.store is not None:
+        memory = by_nccl = NcclEpGroup(*place, experts.store, device, NcclEpLibrary())
+        exchange = SlotMajorExchange(placement, by_nccl, device, shape, nodes)
     else:
         raise ValueError(
             f"experts.dispatch = {spec.dispatch}, on {device} with {experts.size} ranks: allowed are "
-            "all_gather, all_to_all and flashinfer (on GPUs with two ranks or more), and local for one rank"
+            "all_gather, all_to_all, flashinfer, deepep and nccl_ep (on GPUs with two ranks or more), and "
+            "local for one rank"
         )
     return ExchangeDispatcher(exchange, device, give_turn=turns.give), memory
 

@@ -160,11 +160,11 @@ def _seen(setup: Setup, stage: PipelineStage, positions: float, tokens: float) -
 def traffic(setup: Setup, num_tokens: float) -> Traffic:
     """The exchange of one MoE layer when every data-parallel rank has ``num_tokens`` tokens.
 
-    all_to_all, flashinfer: a token goes once to every rank with one of its experts. all_gather:
-    every token goes to every rank. On GPUs a rank returns the sum of a token's outputs, on CPUs one
-    output per expert. Of other systems: by_pair is all_to_all with an output per expert on GPUs
-    too; in two_level a token goes once to every node, is passed on inside it, and returns summed
-    per node.
+    all_to_all, flashinfer, nccl_ep: a token goes once to every rank with one of its experts.
+    deepep: once for each expert. all_gather: every token goes to every rank. On GPUs a rank returns
+    the sum of a token's outputs; on CPUs, by deepep and by nccl_ep, one per expert. Other systems:
+    by_pair is all_to_all with an output per expert on GPUs too; in two_level a token goes once to
+    every node, is passed on inside it, and returns summed per node.
     """
     ranks, near = setup.expert_ranks, setup.near_ranks
     if ranks == 1 or setup.dispatch == "local":
@@ -177,8 +177,8 @@ def traffic(setup: Setup, num_tokens: float) -> Traffic:
         away = (near - 1.0, (ranks - near) / near)
         back = away if sums else (away[0] * top_k, away[1] * top_k)
     else:
-        copies = distinct(setup.shape.moe, ranks)
-        num_back = copies if sums and setup.dispatch != "by_pair" else top_k
+        copies = top_k if setup.dispatch == "deepep" else distinct(setup.shape.moe, ranks)
+        num_back = copies if sums and setup.dispatch not in ("by_pair", "nccl_ep") else top_k
         away, back = (copies * near_share, copies * far_share), (num_back * near_share, num_back * far_share)
         if setup.dispatch == "two_level":
             nodes = ranks / near

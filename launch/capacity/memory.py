@@ -10,8 +10,10 @@ from ...engine.models.config import GqaConfig
 from ...engine.protocol.buckets import bucket_over, largest_captured, most_tokens
 from ...kernels.formats.kv_format import INDEX_BLOCK_BYTES, INDEX_BLOCK_BYTES_CPU, INDEX_SCORE_BYTES
 from ...moe.balance.travel import staged_bytes
+from ...parallel.deepep_sizes import BufferShape, rounded_capacity
+from ...parallel.nccl_ep_sizes import MemoryShape
 from ...parallel.stages import PipelineStage
-from .setup import Setup, stored_bytes
+from .setup import ONE_EPOCH, Setup, stored_bytes
 
 _GATE_ITEM = 4  # gates are float32 whatever the model's dtype
 _LOGIT_COPIES = 3  # float32: logits, sorted logits, probabilities
@@ -165,8 +167,11 @@ def chosen_bytes(setup: Setup) -> int:
 
 
 def row_bytes(setup: Setup) -> int:
-    """Bytes of a token sent to experts: hidden state and the int32 slots of its experts."""
-    return math.ceil(setup.shape.hidden * setup.wire_item) + 4 * setup.shape.moe.top_k
+    """Bytes of a token sent to experts: hidden state and the int32 slots of its experts, or by
+    deepep 16 bytes.
+    """
+    places = 16 if setup.dispatch == "deepep" else 4 * setup.shape.moe.top_k
+    return math.ceil(setup.shape.hidden * setup.wire_item) + places
 
 
 def dispatch_buffers(setup: Setup) -> int:
@@ -186,6 +191,9 @@ def dispatch_buffers(setup: Setup) -> int:
         if setup.hardware.device == "cuda":  # weights travel too; sums return
             return tokens * (row + 4 * moe.top_k) * (1 + ranks) + pairs + (ranks + 1) * tokens * output
         return tokens * row * (1 + ranks) + pairs + back
+    if setup.dispatch in ("deepep", "nccl_ep"):
+        pairs = setup.num_slots * ranks * rounded_capacity(tokens, ranks)
+        return shared_memory(setup) + pairs * (row + output) + tokens * output
     pairs = ranks * tokens * min(moe.top_k, setup.num_slots)
     if setup.hardware.device == "cuda":
         return shared_memory(setup) + pairs * output + back
@@ -207,15 +215,21 @@ def moves_bytes(setup: Setup, stage: PipelineStage) -> int:
 
 def shared_memory(setup: Setup) -> int:
     """Bytes at fixed addresses for exchanges within capacity on GPUs, for each microbatch: rows
-    received and their outputs, and by all_to_all those that are sent and come back.
+    received and their outputs, and by all_to_all those that are sent and come back. By deepep and
+    nccl_ep once for both microbatches: outputs of all slots for every token of a rank.
     """
     moe, ranks = setup.shape.moe, setup.expert_ranks
-    if setup.dispatch not in ("all_to_all", "flashinfer") or setup.hardware.device != "cuda" or ranks == 1:
+    if setup.dispatch not in ONE_EPOCH or setup.hardware.device != "cuda" or ranks == 1:
         return 0
     capacity = bucket_over(setup.capacity)
     microbatches = (capacity, most_tokens(capacity)) if setup.overlap else (capacity,)
     tokens = [-(-most // setup.mesh.tensor) for most in microbatches]
     hidden = math.ceil(setup.shape.hidden * setup.wire_item)
+    if setup.dispatch == "deepep":
+        return BufferShape(ranks * setup.num_slots, tokens[0], setup.shape.hidden).num_bytes(ranks)
+    if setup.dispatch == "nccl_ep":
+        slots = ranks * setup.num_slots
+        return MemoryShape(slots, moe.top_k, max(1, tokens[0]), setup.shape.hidden).num_bytes(ranks)
     if setup.dispatch == "flashinfer":
         row = hidden + 8 * moe.top_k + setup.shape.hidden * setup.item
         return sum(tokens) * ranks * row

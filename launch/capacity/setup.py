@@ -16,6 +16,9 @@ from ..recipe.hardware import Hardware
 from ..recipe.recipe import Recipe
 from ..recipe.resolve import balances, dispatch_of, dtype_of, keeps_fp8, kv_format_of, wire_of
 
+ONE_EPOCH = ("all_to_all", "flashinfer", "deepep", "nccl_ep")
+"""Exchanges on GPUs through memory at fixed addresses, which serves one epoch of a process."""
+
 _ITEM = {"fp32": 4, "bf16": 2}
 # Bytes per value of a matrix: fp8 with a float32 scale per block, NVFP4 with a byte per 16.
 _STORED_ROW = 1 + 4 / BLOCK  # fp8 with a float32 scale per block of a row
@@ -78,7 +81,7 @@ class Setup:
         """Data indices without which the others go on, until those are replaced: they have slots
         for every expert. 0 where every loss is waited for.
         """
-        restarts = self.hardware.device == "cuda" and self.dispatch in ("all_to_all", "flashinfer")
+        restarts = self.hardware.device == "cuda" and self.dispatch in ONE_EPOCH
         if restarts or not self.survivors or self.mesh.shares_dense:
             return 0
         needed = -(-self.shape.moe.num_experts // (self.num_slots * self.mesh.tensor))

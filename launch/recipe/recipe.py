@@ -340,8 +340,8 @@ def _single_ranks(recipe: Recipe) -> tuple[tuple[bool, str], ...]:
     nothing = "a stage has one rank, which exchanges no tokens"
     return (
         (
-            single and recipe.experts.dispatch == "flashinfer",
-            f"experts.dispatch = flashinfer: {nothing}; use auto",
+            single and recipe.experts.dispatch in ("flashinfer", "deepep", "nccl_ep"),
+            f"experts.dispatch = {recipe.experts.dispatch}: {nothing}; use auto",
         ),
         (
             single and recipe.experts.balance == "on",

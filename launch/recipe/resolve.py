@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from ...engine.models.config import GqaConfig, MlaConfig, kv_shapes
+from ...engine.protocol.buckets import BUCKETS
 from ...engine.protocol.specs import KVEventsSpec, SchedulerSpec
 from ...kernels.formats.kv_format import KvFormat, parse_format
 from ...moe.config import MoEConfig
+from ...parallel import deepep_sizes, nccl_ep_sizes
+from ...parallel.deepep_sizes import MOST_TOKENS, rounded_capacity
 from .libraries import without_library
 from .recipe import Recipe
 
@@ -77,6 +80,7 @@ def check_model(recipe: Recipe, config: ModelFacts) -> list[str]:
     dtype = dtype_of(recipe, config.dtype) if config.dtype in _DTYPES else "bf16"
     found += without_library(recipe, config.attention, kv_format_of(recipe, "bf16", "cuda"), dtype)
     found += _unlinked(recipe, config)
+    found += _beyond_deepep(recipe, config) + _beyond_nccl_ep(recipe, config)
     return found + _unsplittable(recipe, config)
 
 
@@ -103,6 +107,61 @@ def _unlinked(recipe: Recipe, config: ModelFacts) -> list[str]:
     if recipe.mesh.experts > _MOST_LINKED:
         found.append(f"{key}: {recipe.mesh.experts} ranks: allowed are {_MOST_LINKED}; use all_to_all")
     return found
+
+
+def _beyond_deepep(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Sizes that ``experts.dispatch`` = deepep has no kernels for."""
+    if recipe.experts.dispatch != "deepep":
+        return []
+    key, ranks, tensor, found = "experts.dispatch = deepep", recipe.mesh.experts, recipe.parallel.tensor, []
+    if config.moe.hidden not in deepep_sizes.HIDDEN_SIZES:
+        allowed = ", ".join(map(str, deepep_sizes.HIDDEN_SIZES))
+        found.append(f"{key}: a hidden size of {config.moe.hidden}: allowed are {allowed}; use all_to_all")
+    found += _too_many_choices(key, config, deepep_sizes.MOST_CHOICES)
+    if ranks >= (eight := deepep_sizes.NODE_RANKS) and ranks % eight:
+        found.append(
+            f"{key}: {ranks} ranks: allowed are fewer than {eight}, or multiples of it; use all_to_all"
+        )
+    found += _beyond_bf16(key, recipe, config)
+    most, batch = _most_by_deepep(ranks, tensor), recipe.scheduler.max_batch_tokens
+    if batch > most:
+        found.append(
+            f"{key}: scheduler.max_batch_tokens = {batch}: a rank may have {MOST_TOKENS} tokens in a step; "
+            f"use at most {most}, or all_to_all"
+        )
+    return found
+
+
+def _most_by_deepep(ranks: int, tensor: int) -> int:
+    """The largest bucket of which a rank gets no more tokens than its queues hold."""
+    return max(size for size in BUCKETS if rounded_capacity(-(-size // tensor), ranks) <= MOST_TOKENS)
+
+
+def _beyond_nccl_ep(recipe: Recipe, config: ModelFacts) -> list[str]:
+    """Sizes that ``experts.dispatch`` = nccl_ep has no kernels for."""
+    if recipe.experts.dispatch != "nccl_ep":
+        return []
+    key, step, found = "experts.dispatch = nccl_ep", nccl_ep_sizes.HIDDEN_STEP, []
+    if config.moe.hidden % step:
+        found.append(
+            f"{key}: a hidden size of {config.moe.hidden}: allowed are multiples of {step}; use all_to_all"
+        )
+    found += _too_many_choices(key, config, nccl_ep_sizes.MOST_CHOICES)
+    if recipe.mesh.experts > (most := nccl_ep_sizes.MOST_RANKS):
+        found.append(f"{key}: {recipe.mesh.experts} ranks: allowed are {most}; use all_to_all")
+    return found + _beyond_bf16(key, recipe, config)
+
+
+def _too_many_choices(key: str, config: ModelFacts, most: int) -> list[str]:
+    if config.moe.top_k <= most:
+        return []
+    return [f"{key}: {config.moe.top_k} experts of a token: allowed are {most}; use all_to_all"]
+
+
+def _beyond_bf16(key: str, recipe: Recipe, config: ModelFacts) -> list[str]:
+    if config.dtype not in _DTYPES or dtype_of(recipe, config.dtype) == "bf16":
+        return []
+    return [f"{key}: model.dtype = {recipe.model.dtype}: it carries bf16; use bf16, or all_to_all"]
 
 
 def _unsplittable(recipe: Recipe, config: ModelFacts) -> list[str]:
@@ -158,10 +217,13 @@ def for_gpus(recipe: Recipe) -> list[str]:
     found = {
         **{f"kernels.{op} = {name}": (True, "auto and own") for op, name in recipe.kernels.libraries.items()},
         "experts.wire = fp8": (recipe.experts.wire == "fp8", "auto and full"),
-        "experts.dispatch = flashinfer": (
-            recipe.experts.dispatch == "flashinfer",
-            "auto, all_gather and all_to_all",
-        ),
+        **{
+            f"experts.dispatch = {library}": (
+                recipe.experts.dispatch == library,
+                "auto, all_gather and all_to_all",
+            )
+            for library in ("flashinfer", "deepep", "nccl_ep")
+        },
     }
     return [
         f"{key}: is for ranks on GPUs, and these are on CPUs; allowed are {allowed}"

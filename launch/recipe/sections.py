@@ -44,15 +44,17 @@ class KernelsSection(RecipeSection):
 
 
 class ExpertsSection(RecipeSection):
-    dispatch: Literal["auto", "local", "all_gather", "all_to_all", "flashinfer"] = Field(
+    dispatch: Literal["auto", "local", "all_gather", "all_to_all", "flashinfer", "deepep", "nccl_ep"] = Field(
         default="auto",
         description="how tokens reach their experts; flashinfer: by FlashInfer, among GPUs of one NVLink "
-        "domain; auto: all_to_all on CPUs and on GPUs of several nodes",
+        "domain; deepep, nccl_ep: by the low-latency kernels of DeepEP or NCCL EP, also between nodes, in "
+        "steps of few tokens; auto: all_to_all on CPUs and on GPUs of several nodes",
     )
     wire: Literal["auto", "full", "fp8"] = Field(
         default="auto",
         description="hidden states on their way to experts: full, in the activations' dtype, or fp8, as FP8 "
-        "experts quantise them; auto: fp8 where experts are FP8, which changes no bit",
+        "experts quantise them; auto: fp8 where experts are FP8, which changes no bit (by deepep a few: its "
+        "kernels quantise)",
     )
     redundant: int = Field(default=0, ge=0, description="expert slots beyond one per expert, for replicas")
     loads: str | None = Field(

@@ -23,9 +23,8 @@ from ...parallel.one_epoch import Started
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
-from .replicas import PlacedExchange, ReplicaChoice
 from .rows import TokenForm, Tokens
-from .symmetric import TokenShape
+from .within_capacity import CapacityExchange, TokenShape
 
 
 @dataclass
@@ -43,7 +42,7 @@ class _Lane:
     weights_NJ: Tensor | None = None
 
 
-class NvlinkExchange(PlacedExchange):
+class NvlinkExchange(CapacityExchange):
     """Sends each token to the ranks that need it, through memories of ``group``.
 
     Rows of ``ids`` -1 are padding: they go nowhere and are never counted. Memories are used again
@@ -59,25 +58,18 @@ class NvlinkExchange(PlacedExchange):
         shape: TokenShape,
         node_W: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(placement, group.size, ReplicaChoice(placement, group.index, node_W, device))
-        self._group, self._shape = group, shape
+        super().__init__(placement, group, device, shape, node_W)
+        self._group = group
         ops = ops_of(column_for(device))
         self._weighted_sum = ops.weighted_sum
         plain = TokenForm(shape.hidden, shape.dtype)
         self._form = replace(plain, quantise=ops.quantise_rows) if shape.eight else plain
         self._num_pairs = min(shape.top_k, placement.num_slots)
         self._lanes = [self._reserve_lane(capacity) for capacity in _different(shape.capacities)]
-        self._capacity = 0
-
-    def begin_step(self, num_tokens: int, capacity: int) -> None:
-        most = self._shape.capacities[0]
-        assert num_tokens <= capacity <= most, f"{num_tokens} tokens, capacity {capacity}, at most {most}"
-        self._capacity = capacity
-        self._choice.begin_step(num_tokens)
 
     def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         lane = next(lane for lane in self._lanes if lane.free)
-        places_TK = torch.where(ids_TK >= 0, self._choice.places_TK(ids_TK.clamp_min(0), layer), EMPTY)
+        places_TK = self._places_TK(ids_TK, layer)
         tokens, *scales = (part.contiguous() for part in self._form.of(normed))
         ids, weights = places_TK.to(torch.int32), weights_TK.contiguous()
         lane.free, lane.kept = False, (tokens, ids, weights, *scales)
@@ -108,9 +100,6 @@ class NvlinkExchange(PlacedExchange):
         rows_N = torch.arange(len(slots_NJ), device=slots_NJ.device)
         rows_M = rows_N[:, None].expand(-1, self._num_pairs).flatten()
         return Received(_tokens_of(arrived), rows_M, slots_NJ.flatten())
-
-    def forward(self, handle: Handle) -> None:
-        """The counts travel with the tokens: all are on their way."""
 
     def send_back(self, y_MD: Tensor, handle: Handle) -> None:
         lane = handle.state

@@ -25,22 +25,8 @@ from ...parallel.symmetric_memory import Region, SymmetricGroup, region_rows, ro
 from ..balance.placement import EMPTY, Placement
 from .dispatcher import Received
 from .exchange import Handle
-from .replicas import PlacedExchange, ReplicaChoice
 from .rows import TokenForm
-
-
-@dataclass(frozen=True)
-class TokenShape:
-    """Sizes of the tokens of an exchange. ``capacities``: most tokens of a rank in a step; then, if
-    steps may have two microbatches, most in one of them. ``eight``: they travel to experts in FP8,
-    as experts in FP8 quantise them, and return in ``dtype``.
-    """
-
-    capacities: tuple[int, ...]
-    top_k: int
-    hidden: int
-    dtype: torch.dtype
-    eight: bool = False
+from .within_capacity import CapacityExchange, TokenShape
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ class _Sent:
     weights_NJ: Tensor
 
 
-class SymmetricExchange(PlacedExchange):
+class SymmetricExchange(CapacityExchange):
     """Sends each token to the ranks that need it, through regions of ``group``.
 
     Rows of ``ids`` -1 are padding: they go nowhere and are never counted. Regions are used again in
@@ -116,8 +102,8 @@ class SymmetricExchange(PlacedExchange):
         shape: TokenShape,
         node_W: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(placement, group.size, ReplicaChoice(placement, group.index, node_W, device))
-        self._group, self._shape = group, shape
+        super().__init__(placement, group, device, shape, node_W)
+        self._group = group
         ops = ops_of(column_for(device))
         self._weighted_sum = ops.weighted_sum
         alignment = row_alignment(group.size)
@@ -126,13 +112,6 @@ class SymmetricExchange(PlacedExchange):
         self._row = _Row(there, min(shape.top_k, placement.num_slots), alignment)
         self._output = _Row(plain, 0, alignment)
         self._lanes = [self._reserve_lane(capacity) for capacity in shape.capacities]
-        self._capacity = 0
-
-    def begin_step(self, num_tokens: int, capacity: int) -> None:
-        most = self._shape.capacities[0]
-        assert num_tokens <= capacity <= most, f"{num_tokens} tokens, capacity {capacity}, at most {most}"
-        self._capacity = capacity
-        self._choice.begin_step(num_tokens)
 
     def dispatch(self, normed: Normed, ids_TK: Tensor, weights_TK: Tensor, layer: int) -> Handle:
         num_tokens, top_k = ids_TK.shape
@@ -140,7 +119,7 @@ class SymmetricExchange(PlacedExchange):
         lane = next(lane for lane in self._lanes if lane.free)
         lane.free = False
         rows = self._group[lane.there.sent]
-        places_TK = torch.where(ids_TK >= 0, self._choice.places_TK(ids_TK.clamp_min(0), layer), EMPTY)
+        places_TK = self._places_TK(ids_TK, layer)
         real_TK = places_TK >= 0
         ranks_TK = torch.where(real_TK, places_TK // num_slots, size)
         same_TKK = ranks_TK[:, :, None] == ranks_TK[:, None, :]
@@ -175,9 +154,6 @@ class SymmetricExchange(PlacedExchange):
         sent.weights_NJ = torch.where(slots_NJ >= 0, self._row.weights(rows), 0.0)
         rows_M = order_N[:, None].expand(-1, num_pairs).flatten()
         return Received(self._row.form.read(rows), rows_M, slots_NJ.flatten())
-
-    def forward(self, handle: Handle) -> None:
-        """The counts travel with the tokens: all are on their way."""
 
     def send_back(self, y_MD: Tensor, handle: Handle) -> None:
         sent = handle.state

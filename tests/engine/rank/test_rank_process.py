@@ -92,6 +92,8 @@ def test_a_fatal_step_ends_the_process(path: Path, controller: MockController) -
         ({"dtype": "fp8"}, "model.dtype = fp8: allowed are bf16, fp32"),
         ({"dispatch": "pigeon"}, "experts.dispatch = pigeon, on cpu with 1 ranks: allowed are"),
         ({"dispatch": "flashinfer"}, "experts.dispatch = flashinfer, on cpu with 1 ranks: allowed are"),
+        ({"dispatch": "deepep"}, "experts.dispatch = deepep, on cpu with 1 ranks: allowed are"),
+        ({"dispatch": "nccl_ep"}, "experts.dispatch = nccl_ep, on cpu with 1 ranks: allowed are"),
         (
             {"mesh": Mesh(tensor=3), "dispatch": "all_gather"},
             "4 query heads and 2 key heads cannot be split into 3 parts",

@@ -45,11 +45,17 @@ from lockstep.launch.recipe.resolve import check_model
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.config import MoEConfig
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
-from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.moe.dispatch.slot_major import SlotMajorExchange
+from lockstep.moe.dispatch.symmetric import SymmetricExchange
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.deepep import DeepEPGroup
 from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.nccl_ep import NcclEpGroup
 from lockstep.parallel.nvlink import NvlinkGroup
 from lockstep.parallel.symmetric_memory import SymmetricGroup
+from support.parallel.deepep_double import DeepEPDouble
+from support.parallel.nccl_ep_double import NcclEpDouble
 from support.parallel.nvlink_double import NvlinkDouble
 from support.parallel.symmetric_double import AbsentLibrary
 
@@ -289,18 +295,24 @@ def test_batch_and_context_are_those_of_the_pages() -> None:
     assert plan_of("qwen3-30b-a3b-1xh100", "scheduler.max_running=7").largest_batch == 7
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "flashinfer"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "flashinfer", "deepep", "nccl_ep"])
 @pytest.mark.parametrize(("overlap", "wire_item"), [(False, 2), (True, 2), (True, 1 + 4 / 128)])
 def test_shared_memory_is_what_a_rank_reserves(overlap: bool, wire_item: float, dispatch: str) -> None:
     base = deepseek("h200", 32, prefill=False)
-    setup = replace(base, dispatch=dispatch, overlap=overlap, wire_item=wire_item, capacity=1000)
+    setup = replace(base, dispatch=dispatch, overlap=overlap, wire_item=wire_item, capacity=1000, redundant=0)
     moe, device = setup.shape.moe, torch.device("cpu")
     capacities = (1024, 641) if overlap else (1024,)
     place = "experts", 0, 32, HashStore(), torch.device("meta")
     placement = contiguous(1, moe.num_experts, 32)
     shape = TokenShape(capacities, moe.top_k, setup.shape.hidden, torch.bfloat16, eight=wire_item < 2)
-    group: SymmetricGroup | NvlinkGroup
-    if dispatch == "flashinfer":
+    group: SymmetricGroup | NvlinkGroup | DeepEPGroup | NcclEpGroup
+    if dispatch == "deepep":
+        group = deep = DeepEPGroup(*place, DeepEPDouble(Collectives("experts", *place[1:4], 1.0, device)))
+        SlotMajorExchange(placement, deep, device, shape)
+    elif dispatch == "nccl_ep":
+        group = by_nccl = NcclEpGroup(*place, NcclEpDouble(Collectives("experts", *place[1:4], 1.0, device)))
+        SlotMajorExchange(placement, by_nccl, device, shape)
+    elif dispatch == "flashinfer":
         group = linked = NvlinkGroup(*place, NvlinkDouble(Collectives("experts", *place[1:4], 1.0, device)))
         NvlinkExchange(placement, linked, device, shape)
     else:
@@ -401,6 +413,85 @@ def test_an_exchange_over_nvlink_is_planned() -> None:
     assert check_model(recipe, odd) == [
         "experts.dispatch = flashinfer: 5 experts of a token: allowed are 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, "
         "18, 22; use all_to_all"
+    ]
+
+
+FEW = "scheduler.max_batch_tokens=384"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "line"),
+    [
+        (
+            "deepseek-h200",
+            [],
+            "max_batch_tokens = 1024: a rank may have 511 tokens in a step; use at most 384,",
+        ),
+        ("deepseek-h200", [FEW, "model.dtype=fp32"], "model.dtype = fp32: it carries bf16; use bf16, or"),
+        (
+            "deepseek-h200",
+            [FEW, "cluster.ranks_per_node=5"],
+            "20 ranks: allowed are fewer than 8, or multiples",
+        ),
+        ("qwen3-30b-a3b-1xh100", [FEW], "a stage has one rank, which exchanges no tokens; use auto"),
+        ("demo", [], "is for ranks on GPUs, and these are on CPUs; allowed are auto, all_gather and"),
+    ],
+)
+def test_an_exchange_by_deepep_that_cannot_be_is_refused(recipe: str, changes: list[str], line: str) -> None:
+    with pytest.raises(RecipeError, match=f"experts.dispatch = deepep: .*{line}"):
+        plan_of(recipe, "experts.dispatch=deepep", *changes)
+
+
+def test_an_exchange_by_deepep_is_planned() -> None:
+    """Memory for every token of a rank in every slot; a token travels once for each expert."""
+    deep = plan_of("deepseek-h200", "experts.dispatch=deepep", FEW)
+    other = plan_of("deepseek-h200", FEW)
+    assert (deep.setup.dispatch, deep.setup.spare_data) == ("deepep", 0)
+    less, more = other.ranks[0].memory.dispatch, deep.ranks[0].memory.dispatch
+    slots = 32 * deep.setup.num_slots
+    memory, received = 4 * slots * 384 * (2 * 7168 + 224), slots * 384 * (3 * 7168 + 224 + 16)
+    assert more == pytest.approx(memory + received, rel=1e-2) and more > less
+    sent, back = deep.decode.traffic.dispatch_bytes, deep.decode.traffic.combine_bytes
+    assert back / sent == pytest.approx(2 * 7168 / (7168 + 224 + 16), rel=1e-3), "as often there and back"
+    assert back > other.decode.traffic.combine_bytes
+    config = load_config(find_recipe("demo").parent / "configs" / "deepseek-v3")
+    odd = replace(config, moe=replace(config.moe, top_k=17, hidden=7000))
+    recipe, _ = load_recipe("deepseek-h200", ["experts.dispatch=deepep", FEW], contradictions)
+    assert check_model(recipe, odd) == [
+        "experts.dispatch = deepep: a hidden size of 7000: allowed are 2048, 2560, 3072, 3584, 4096, 5120, "
+        "6144, 7168, 8192; use all_to_all",
+        "experts.dispatch = deepep: 17 experts of a token: allowed are 16; use all_to_all",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "line"),
+    [
+        ("deepseek-gb200", [], "72 ranks: allowed are 64; use all_to_all"),
+        ("deepseek-h200", ["model.dtype=fp32"], "model.dtype = fp32: it carries bf16; use bf16, or"),
+        ("qwen3-30b-a3b-1xh100", [], "a stage has one rank, which exchanges no tokens; use auto"),
+        ("demo", [], "is for ranks on GPUs, and these are on CPUs; allowed are auto, all_gather and"),
+    ],
+)
+def test_an_exchange_by_nccl_ep_that_cannot_be_is_refused(recipe: str, changes: list[str], line: str) -> None:
+    with pytest.raises(RecipeError, match=f"experts.dispatch = nccl_ep: .*{line}"):
+        plan_of(recipe, "experts.dispatch=nccl_ep", *changes)
+
+
+def test_an_exchange_by_nccl_ep_is_planned() -> None:
+    """A token travels once to a rank, as by all_to_all; outputs one by one, as by deepep."""
+    found = plan_of("deepseek-h200", "experts.dispatch=nccl_ep", FEW)
+    deep, other = plan_of("deepseek-h200", "experts.dispatch=deepep", FEW), plan_of("deepseek-h200", FEW)
+    assert (found.setup.dispatch, found.setup.spare_data) == ("nccl_ep", 0)
+    assert found.decode.traffic.dispatch_bytes == other.decode.traffic.dispatch_bytes
+    assert found.decode.traffic.combine_bytes == deep.decode.traffic.combine_bytes
+    assert found.ranks[0].memory.dispatch < deep.ranks[0].memory.dispatch
+    config = load_config(find_recipe("demo").parent / "configs" / "deepseek-v3")
+    odd = replace(config, moe=replace(config.moe, top_k=22, hidden=7000))
+    recipe, _ = load_recipe("deepseek-h200", ["experts.dispatch=nccl_ep"], contradictions)
+    assert check_model(recipe, odd) == [
+        "experts.dispatch = nccl_ep: a hidden size of 7000: allowed are multiples of 512; use all_to_all",
+        "experts.dispatch = nccl_ep: 22 experts of a token: allowed are 21; use all_to_all",
     ]
 
 

@@ -509,3 +509,7 @@ def test_settings_that_only_gpus_can_follow_are_found_by_name() -> None:
         "experts.wire = fp8",
         "experts.dispatch = flashinfer",
     ]
+    for library in ("deepep", "nccl_ep"):
+        experts = f"cluster: {{ranks_per_node: 2}}\nexperts: {{dispatch: {library}}}"
+        [line] = for_gpus(parse_recipe(MODEL + experts))
+        assert line.startswith(f"experts.dispatch = {library}: is for ranks on GPUs")

@@ -25,8 +25,8 @@ from lockstep.engine.rank.meeting_store import MeetingError, MeetingStore
 from lockstep.launch.run.keyring import Keyring
 from lockstep.launch.run.rendezvous import Rendezvous
 from lockstep.parallel.collectives import CollectiveError, Collectives
-from lockstep.parallel.nvlink import StoreRanks
 from lockstep.parallel.recovery import ProcessSpent
+from lockstep.parallel.store_ranks import StoreRanks
 from support.engine.rank.mock_controller import bare_spec
 
 SECONDS = 60.0

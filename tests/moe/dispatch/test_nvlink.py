@@ -26,7 +26,7 @@ from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.config import MoEConfig
 from lockstep.moe.dispatch import nvlink
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
-from lockstep.moe.dispatch.symmetric import TokenShape
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.microbatches import Turns
@@ -36,8 +36,8 @@ from lockstep.parallel.nvlink import (
     Rounds,
     RoundShape,
     RoundsLibrary,
-    StoreRanks,
 )
+from lockstep.parallel.store_ranks import StoreRanks
 from support.engine.rank.mock_controller import bare_spec
 from support.parallel.nvlink_double import NvlinkDouble, RoundsDouble
 

@@ -11,7 +11,7 @@ from lockstep.kernels.reference.experts import experts_reference
 from lockstep.kernels.reference.sublayers import LocalExperts, Residual
 from lockstep.moe.balance.placement import contiguous
 from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
-from lockstep.moe.dispatch.symmetric import TokenShape
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from support.moe.dispatchers import dispatcher_of, dispatcher_within_capacity
 
@@ -20,7 +20,7 @@ TOKENS, EXPERTS, HIDDEN, WIDTH, TOP_K = 5, 4, 8, 6, 2
 
 def _dispatcher(kind: str) -> Dispatcher:
     placement = contiguous(1, EXPERTS, 1)
-    if kind not in ("symmetric", "flashinfer"):
+    if kind not in ("symmetric", "flashinfer", "deepep", "nccl_ep"):
         return dispatcher_of(kind, placement)
     alone = Collectives("alone", 0, 1, None, 1.0, torch.device("cpu"))
     shape = TokenShape((TOKENS,), TOP_K, HIDDEN, torch.float32)
@@ -51,7 +51,7 @@ def test_a_captured_step_makes_its_own_places() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["all_gather", "summing", "symmetric", "flashinfer"])
+@pytest.mark.parametrize("kind", ["all_gather", "summing", "symmetric", "flashinfer", "deepep", "nccl_ep"])
 @pytest.mark.parametrize("real", [0, 3, 5])
 def test_padding_goes_nowhere(kind: str, real: int) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -18,7 +18,8 @@ from lockstep.moe.balance.placement import Placement, contiguous
 from lockstep.moe.dispatch import symmetric
 from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.moe.dispatch.exchange import Handle
-from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.moe.dispatch.symmetric import SymmetricExchange
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.rank_groups import RankGroups
@@ -103,11 +104,11 @@ def test_padded_rows_go_nowhere_and_stale_rows_are_no_pairs() -> None:
     assert not combined[3:].any(), "padding gets zeros"
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "flashinfer"])
+@pytest.mark.parametrize("kind", ["symmetric", "flashinfer", "deepep", "nccl_ep"])
 @pytest.mark.parametrize("most", [6, 8])
-def test_two_microbatches_have_memory_of_their_own(kind: str, most: int) -> None:
-    """Both are under way at once, layer after layer; then a step of full capacity finds the larger
-    regions free.
+def test_two_microbatches_are_under_way_at_once(kind: str, most: int) -> None:
+    """Layer after layer, in regions of their own or in one memory; then a step of full capacity
+    finds it free.
     """
     turns, shape = Turns(), TokenShape((8, most), 2, 8, torch.float32)
     dispatcher = dispatcher_within_capacity(kind, contiguous(3, 4, 1), ALONE, shape, turns)

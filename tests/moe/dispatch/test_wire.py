@@ -17,19 +17,19 @@ from lockstep.moe.dispatch.all_gather import AllGatherExchange
 from lockstep.moe.dispatch.dispatcher import Received, RoutedExperts
 from lockstep.moe.dispatch.exchange import ExchangeDispatcher
 from lockstep.moe.dispatch.rows import TokenForm
-from lockstep.moe.dispatch.symmetric import TokenShape
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 from support.moe.dispatchers import dispatcher_within_capacity
 from support.parallel.gloo_ranks import run_ranks
 
 CPU = torch.device("cpu")
 HIDDEN, WIDTH, EXPERTS, TOP_K, CAPACITY = 160, 40, 4, 2, 8
-KINDS = ("exact", "summing", "symmetric", "flashinfer")
+KINDS = ("exact", "summing", "symmetric", "flashinfer", "deepep", "nccl_ep")
 
 
 def dispatcher(kind: str, collectives: Collectives, eight: bool) -> ExchangeDispatcher:
     placement = contiguous(1, EXPERTS, collectives.size)
-    if kind in ("symmetric", "flashinfer"):
+    if kind in ("symmetric", "flashinfer", "deepep", "nccl_ep"):
         shape = TokenShape((CAPACITY,), TOP_K, HIDDEN, torch.bfloat16, eight)
         return dispatcher_within_capacity(kind, placement, collectives, shape)
     exchange = AllGatherExchange(placement, collectives, CPU, exact=kind == "exact", eight=eight)
@@ -95,7 +95,9 @@ def test_tokens_in_fp8_give_the_bits_of_experts_that_quantise_them() -> None:
     for by_kind in run_ranks(outputs, 2):
         for kind, (full, eight) in zip(KINDS, zip(by_kind[::2], by_kind[1::2], strict=True), strict=True):
             assert (full[2], eight[2]) == ("Tensor", "Quantised"), kind
-            assert torch.equal(full[0], eight[0]) and full[0].any(), kind
+            assert full[0].any() and (kind == "deepep" or torch.equal(full[0], eight[0])), kind
+            # DeepEP's kernels quantise: they multiply by 448 / amax where experts divide.
+            torch.testing.assert_close(full[0], eight[0], rtol=2e-2, atol=2e-2)
             assert torch.equal(full[1], eight[1]), kind
         (_, _, _, wide), (_, _, _, narrow) = by_kind[2:4]
         assert wide == CAPACITY * (2 * HIDDEN + 8 * TOP_K)

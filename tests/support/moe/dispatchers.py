@@ -12,13 +12,19 @@ from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
-from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.moe.dispatch.slot_major import SlotMajorExchange
+from lockstep.moe.dispatch.symmetric import SymmetricExchange
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.deepep import DeepEPGroup
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.nccl_ep import NcclEpGroup
 from lockstep.parallel.nvlink import NvlinkGroup
 from lockstep.parallel.one_epoch import OneEpochGroup
 from lockstep.parallel.symmetric_memory import SymmetricGroup
 
+from ..parallel.deepep_double import DeepEPDouble
+from ..parallel.nccl_ep_double import NcclEpDouble
 from ..parallel.nvlink_double import NvlinkDouble
 from ..parallel.symmetric_double import SymmetricDouble
 
@@ -59,8 +65,8 @@ def dispatcher_within_capacity(
     shape: TokenShape,
     turns: Turns | None = None,
 ) -> ExchangeDispatcher:
-    """``symmetric`` or ``flashinfer``, as all_to_all and flashinfer on GPUs, over a double of the
-    library in the group of ``collectives``. It gives ``turns`` away.
+    """``symmetric`` (all_to_all on GPUs), ``flashinfer``, ``deepep`` or ``nccl_ep``, over a double
+    of its library among the ranks of ``collectives``. It gives ``turns`` away.
     """
     place = "experts", collectives.index, collectives.size
     store = collectives.store or torch.distributed.HashStore()
@@ -69,6 +75,12 @@ def dispatcher_within_capacity(
     if kind == "symmetric":
         group = symmetric = SymmetricGroup(*place, store, CPU, SymmetricDouble(collectives))
         exchange = SymmetricExchange(placement, symmetric, CPU, shape)
+    elif kind == "deepep":
+        group = deep = DeepEPGroup(*place, store, CPU, DeepEPDouble(collectives, any_size=True))
+        exchange = SlotMajorExchange(placement, deep, CPU, shape)
+    elif kind == "nccl_ep":
+        group = by_nccl = NcclEpGroup(*place, store, CPU, NcclEpDouble(collectives, any_size=True))
+        exchange = SlotMajorExchange(placement, by_nccl, CPU, shape)
     else:
         group = linked = NvlinkGroup(*place, store, CPU, NvlinkDouble(collectives))
         exchange = NvlinkExchange(placement, linked, CPU, shape)

@@ -15,12 +15,12 @@ from lockstep.moe.balance.cover import cover
 from lockstep.moe.balance.placement import EMPTY, Placement
 from lockstep.moe.balance.start import starting_placement
 from lockstep.moe.dispatch.dispatcher import Dispatcher, Received, RoutedExperts
-from lockstep.moe.dispatch.symmetric import TokenShape
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
 
 from .dispatchers import dispatcher_of, dispatcher_within_capacity
 
-Kind = Literal["local", "all_gather", "all_to_all", "summing", "symmetric", "flashinfer"]
+Kind = Literal["local", "all_gather", "all_to_all", "summing", "symmetric", "flashinfer", "deepep", "nccl_ep"]
 
 HIDDEN, WIDTH, LAYERS = 32, 24, 2
 
@@ -96,7 +96,7 @@ def run_case(case: Case, kind: Kind, collectives: Collectives) -> tuple[list[Ten
         return x, x, weighted_sum(y.view(*ids.shape, HIDDEN), weights)
 
     routed = RoutedExperts(case.top_k, choose, compute, sublayer)
-    if kind in ("symmetric", "flashinfer"):
+    if kind in ("symmetric", "flashinfer", "deepep", "nccl_ep"):
         shape = TokenShape((case.capacity,), case.top_k, HIDDEN, case.dtype)
         dispatcher: Dispatcher = dispatcher_within_capacity(kind, placement, collectives, shape)
     else:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lockstep.parallel.collectives import Collectives
-from lockstep.parallel.nvlink import RoundShape, StoreRanks
+from lockstep.parallel.nvlink import RoundShape
+from lockstep.parallel.store_ranks import StoreRanks
 
 TOP_K = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 22)
 

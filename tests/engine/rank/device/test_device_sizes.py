@@ -70,6 +70,8 @@ class Launches(TorchDispatchMode):
         ("deepseek-v3", "all_gather", 54),
         ("deepseek-v3", "all_to_all", 70),
         ("deepseek-v3", "flashinfer", 43),
+        ("deepseek-v3", "deepep", 38),
+        ("deepseek-v3", "nccl_ep", 38),
         ("deepseek-v3.2", "local", 105),
         ("glm-5.2", "local", 62),
     ],

@@ -26,16 +26,23 @@ from lockstep.moe.dispatch.dispatcher import Dispatcher
 from lockstep.moe.dispatch.exchange import Exchange, ExchangeDispatcher
 from lockstep.moe.dispatch.local import LocalDispatcher
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
-from lockstep.moe.dispatch.symmetric import SymmetricExchange, TokenShape
+from lockstep.moe.dispatch.slot_major import SlotMajorExchange
+from lockstep.moe.dispatch.symmetric import SymmetricExchange
+from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
+from lockstep.parallel.deepep import DeepEPGroup
 from lockstep.parallel.dense import UNSPLIT_LAYERS
 from lockstep.parallel.microbatches import Turns
+from lockstep.parallel.nccl_ep import NcclEpGroup
 from lockstep.parallel.nvlink import NvlinkGroup
 from lockstep.parallel.pipeline import PipelineLinks
 from lockstep.parallel.rank_groups import RankGroups
+from lockstep.parallel.slot_major import SlotGroup
 from lockstep.parallel.stages import whole_model
 from lockstep.parallel.symmetric_memory import SymmetricGroup, TorchSymmetricLibrary
 
+from ...parallel.deepep_double import DeepEPDouble
+from ...parallel.nccl_ep_double import NcclEpDouble
 from ...parallel.nvlink_double import NvlinkDouble
 
 META = torch.device("meta")
@@ -103,6 +110,16 @@ def _dispatcher_of(config: ModelConfig, dispatch: str) -> Dispatcher:
         shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
         exchange = NvlinkExchange(placement, linked, META, shape)
         linked.rehearse()
+    elif dispatch in ("deepep", "nccl_ep"):
+        alone = Collectives("alone", 0, 1, None, 1.0, META)
+        group_by: SlotGroup = (
+            DeepEPGroup(*place, META, DeepEPDouble(alone))
+            if dispatch == "deepep"
+            else NcclEpGroup(*place, META, NcclEpDouble(alone))
+        )
+        shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
+        exchange = SlotMajorExchange(placement, group_by, META, shape)
+        group_by.rehearse()
     else:
         memory = SymmetricGroup(*place, META, TorchSymmetricLibrary())
         shape = TokenShape((ROWS,), moe.top_k, moe.hidden, torch.bfloat16, eight=True)
