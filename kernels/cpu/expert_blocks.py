@@ -149,7 +149,6 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
     full, half = inner_MF.shape[1], _HALF * COLUMNS
     num_blocks = full // COLUMNS
     panels = parts(num_blocks, _HALF)
-    begin_tiles(inner_MF)
     item = take_item(counter)
     while item < panels * len(stretches_I):
         following = take_item(counter)
@@ -166,6 +165,7 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
             for r in range(length):
                 rows[r] = x + rows_M[order_M[start + r]] * x_stride
             lay_out(rows, length, num_units, room, inner_MF)
+            begin_tiles(inner_MF, length)
             laid_out = item // panels
         multiply(length, sums, rows, blocks, num_units, (there - here) * block_bytes(num_units), inner_MF)
         for r in range(length):

@@ -173,7 +173,7 @@ def attend_rows(
     stored = key_place.width >= k.shape[1] and (not separate or value_place.width >= v.shape[1])
     key_rows, value_rows = _as_they_lie(keys, k), _as_they_lie(values, v)
     whole = keys.itemsize == k.itemsize and stored and sums.shape[1] % TILE_COLUMNS == 0
-    begin_tiles(k)
+    begin_tiles(k, num_tokens * group)
     for start in range(run.begin, run.end, BLOCK):
         block = Block(start, min(start + BLOCK, run.end), run.page_size)
         # The first ``blind`` rows see none of these positions, nor do those from ``past`` on.

@@ -2,10 +2,10 @@
 Manual", volume 1, chapter 18): sixteen rows by weights in blocks, or by units of keys and values.
 
 A block is what TDPBF16PS takes as its second factor: 16 units of 16 columns are one tile of 1 KiB.
-Rows are laid out by 32 values, so that each tile of theirs is 1 KiB in one piece, too. There are
-always sixteen, of which some may be undefined: a row of a tile leaves no trace in another. For any
-number of rows, k is summed from first to last, 32 at a time: in each, the even and the odd values
-for themselves, as the instruction does.
+Rows are laid out by 32 values, so that each tile of theirs is 1 KiB in one piece, too. The last
+tile of rows that are more than sixteen has undefined ones: a row leaves no trace in another. For
+any number of rows, k is summed from first to last, 32 at a time: in each, the even and the odd
+values for themselves, as the instruction does.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -23,7 +23,7 @@ from numba.core import cgutils, types
 from ... import cpu_isa
 from .vectors import SUMS, Rows, multiply_add, spread
 
-ROWS = 16  # of a tile
+ROWS = 16  # of a tile, at most
 UNITS = 16  # of a tile: pairs of bf16
 TILE_BYTES = 1024
 _ROW_BYTES = 64
@@ -36,8 +36,10 @@ _LINE = ir.VectorType(_I32, UNITS)
 _BLOCKS = 4
 _ROW_TILE, _BLOCK_TILES = 4, (5, 6, 7)  # tile registers; 0 to 3 are sums
 
-# Palette 1, and all eight registers 16 rows of 64 bytes.
+# Palette 1, and all eight registers 16 rows of 64 bytes. The first five, of rows and their sums,
+# may have fewer.
 _CONFIGURATION = bytes([1, *[0] * 15, *[_ROW_BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
+_ROWS_AT, _NUM_ROW_TILES = 48, 5
 
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
 
@@ -145,9 +147,9 @@ class Panels:
         _call(self._builder, name, arguments)
 
 
-def begin_tiles(like: Any) -> None:
-    """In kernels: gives all tile registers of this thread 16 rows of 64 bytes, if rows of the dtype
-    of ``like`` are multiplied by AMX.
+def begin_tiles(like: Any, num_rows: Any) -> None:
+    """In kernels: readies the tile registers of this thread for ``num_rows`` rows, or for 16 if
+    there are more, if rows of the dtype of ``like`` are multiplied by AMX.
     """
     raise NotImplementedError
 
@@ -158,8 +160,10 @@ def end_tiles(like: Any) -> None:
 
 
 @extending.overload(begin_tiles, inline="always")
-def _begin_tiles(like):
-    return (lambda like: _configure()) if multiplies(like) else (lambda like: None)
+def _begin_tiles(like, num_rows):
+    if multiplies(like):
+        return lambda like, num_rows: _configure(min(num_rows, ROWS))
+    return lambda like, num_rows: None
 
 
 @extending.overload(end_tiles, inline="always")
@@ -168,15 +172,18 @@ def _end_tiles(like):
 
 
 @_intrinsic
-def _configure(typing_context):
+def _configure(typing_context, num_rows):
     def generate(context, builder, signature, arguments):
         kind = ir.ArrayType(_I8, len(_CONFIGURATION))
-        content = ir.Constant(kind, bytearray(_CONFIGURATION))
-        place = cgutils.global_constant(builder, "amx_configuration", content)
+        place = cgutils.alloca_once(builder, kind)
+        builder.store(ir.Constant(kind, bytearray(_CONFIGURATION)), place)
+        rows = builder.trunc(arguments[0], _I8)
+        for tile in range(_NUM_ROW_TILES):
+            builder.store(rows, cgutils.gep_inbounds(builder, place, 0, _ROWS_AT + tile))
         _call(builder, "ldtilecfg", [builder.bitcast(place, _POINTER)])
         return context.get_dummy_value()
 
-    return types.void(), generate
+    return types.void(types.intp), generate
 
 
 @_intrinsic
@@ -221,8 +228,8 @@ def lay_out_row(typing_context, source, num_units, target):
 
 @_intrinsic
 def multiply_units(typing_context, out, a, a_row, b):
-    """out[r, n] = the sum over u of a[a_row + r, u] times b[u, n], for 16 rows r and 64 columns n.
-    a [., U], b [U, 64]: units, with U a multiple of 16; out: float32.
+    """out[r, n] = the sum over u of a[a_row + r, u] times b[u, n], for the rows r of a tile and 64 columns
+    n. a [., U], b [U, 64]: units, with U a multiple of 16; out: float32.
     """
     signature = types.void(out, a, types.intp, b)
 
@@ -254,7 +261,7 @@ def add_units(typing_context, out, out_row, num_rows, shrink, a, b):
     def generate(context, builder, signature, arguments):
         factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (4, 5))
         first, shrink = arguments[1], Rows(context, builder, signature.args[3], arguments[3])
-        held, weights = Rows(context, builder, signature.args[0], arguments[0]), (4, 5)
+        held, weights = Rows(context, builder, signature.args[0], arguments[0]), (2, 3)
         room = cgutils.alloca_once(builder, ir.ArrayType(SUMS, 2 * ROWS))
         for half, tile in enumerate(weights):
             factors.load(tile, _I64(0), _I64(half * UNITS))

@@ -111,7 +111,6 @@ def _multiply_panels(
 ):
     num_blocks = y_MN.shape[1] // COLUMNS
     panels = parts(num_blocks, BLOCKS)
-    begin_tiles(y_MN)
     for _ in range(begin, end):
         sums, rows, blocks = (
             np.empty((STRETCH, BLOCKS * COLUMNS), np.float32),
@@ -129,6 +128,7 @@ def _multiply_panels(
                 for r in range(length):
                     rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
                 lay_out(rows, length, num_units, room, y_MN)
+                begin_tiles(y_MN, length)
                 laid_out = item // panels
             panel = item % panels
             for b in range(BLOCKS):

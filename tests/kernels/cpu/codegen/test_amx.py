@@ -114,7 +114,10 @@ def test_products_of_units_are_those_of_their_numbers(num_rows: int) -> None:
     scores, written = np.empty((16, 64), np.float32), sums.numpy().copy()
     _multiply(scores, _units(q), turned, written, num_rows, shrink.numpy(), _units(shares), paired)
     torch.testing.assert_close(
-        torch.from_numpy(scores).double(), (q[3:19].double() @ k.double().T), rtol=1e-5, atol=1e-4
+        torch.from_numpy(scores[:num_rows]).double(),
+        (q[3 : 3 + num_rows].double() @ k.double().T),
+        rtol=1e-5,
+        atol=1e-4,
     )
     torch.testing.assert_close(
         torch.from_numpy(written[2 : 2 + num_rows]).double(), expected, rtol=1e-5, atol=1e-4
@@ -132,7 +135,7 @@ def _units(numbers: torch.Tensor) -> NDArray[np.uint32]:
 @njit
 def _multiply(scores, q, turned, sums, num_rows, shrink, shares, paired):  # type: ignore[no-untyped-def]
     like = np.empty(0, np.uint16)
-    amx.begin_tiles(like)
+    amx.begin_tiles(like, num_rows)
     amx.multiply_units(scores, q, 3, turned)
     amx.add_units(sums, 2, num_rows, shrink, shares, paired)
     amx.end_tiles(like)
