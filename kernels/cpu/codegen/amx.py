@@ -228,8 +228,8 @@ def lay_out_row(typing_context, source, num_units, target):
 
 @_intrinsic
 def multiply_units(typing_context, out, a, a_row, b):
-    """out[r, n] = the sum over u of a[a_row + r, u] times b[u, n], for the rows r of a tile and 64 columns
-    n. a [., U], b [U, 64]: units, with U a multiple of 16; out: float32.
+    """out[r, n] = the sum over u of a[a_row + r, u] times b[u, n], for the rows r of a tile and 64
+    columns n. a [., U], b [U, 64]: units, with U a multiple of 16; out: float32.
     """
     signature = types.void(out, a, types.intp, b)
 
