@@ -43,10 +43,11 @@ from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
 from .split_draw import draw_of
 from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
-from .transfers import Upload, fetch, mark, seconds_between
+from .transfers import Download, Upload, mark, seconds_between, side_stream
 from .under_way import Drawing, UnderWay
 
 _ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 128, 12, 4096
+_RESULT_BYTES = 256  # of a row: a token, its log-probability, and those of 20 others
 _ENTRIES = 8192
 """Entries of page tables that travel at once."""
 
@@ -74,6 +75,8 @@ class DeviceExecutor(Executor):
         self._deadline, self._max_tokens = deadline, max_tokens
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
+        result_bytes = _RESULT_BYTES * num_slots + parts.dispatcher.counts_LS.nbytes + _SPARE_BYTES
+        self._download = Download(result_bytes, parts.device, side_stream(parts.device))
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
         self._draw = draw_of(parts, self._settings)
         self._captured = CapturedSteps(
@@ -112,6 +115,8 @@ class DeviceExecutor(Executor):
             parts.groups.destroy()
 
     def end_epoch(self) -> None:
+        for step in self._under_way:
+            step.fetched.drop()
         self._under_way.clear()
         super().end_epoch()
 
@@ -175,13 +180,14 @@ class DeviceExecutor(Executor):
         self._table.advance(rows, draws.astype(np.int64))
         if header.counts:
             fetched.append(parts.dispatcher.counts_LS)
+        ended = mark(parts.device)  # before the copy, so that it has passed once results are here
         under_way = UnderWay(
             plan=plan,
             outline=self._outline(header, rows, draws, scores),
             drawing=drawing,
-            fetched=fetch(fetched, parts.device),
+            fetched=self._download.fetch(fetched),
             began=began,
-            ended=mark(parts.device),
+            ended=ended,
             since=time.monotonic(),
             handed_over=time.perf_counter() - start,
             waited=parts.groups.waited - waited,
