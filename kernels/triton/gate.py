@@ -95,7 +95,8 @@ def _choose_kernel(
     real = token >= 0
     if COUNT:
         real = token < tl.load(num_tokens_ptr)
-    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=inside & real, other=0.0)
+    read = tl.where(real, E, 0)
+    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=expert < read, other=0.0)
     if LOGIT_BIAS:
         logits += tl.load(bias_ptr + expert, mask=inside, other=0.0)
     logits = tl.where(inside, logits, never)
