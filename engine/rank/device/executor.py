@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....parallel.collectives import CollectiveError
+from ....parallel.device_waits import DeviceWaits
 from ...protocol.arrays import Int64
 from ...protocol.buckets import most_tokens
 from ...protocol.plan import Admit, Header, Section, StepPlan
@@ -58,7 +59,8 @@ _Computed = tuple[Tensor, list[Tensor]]
 class DeviceExecutor(Executor):
     """An executor whose steps are under way until ``take`` finds them done. ``max_tokens`` of a
     step. ``recorder``: captures decode steps; None: none is captured. A step that has not ended
-    ``deadline`` seconds after it was handed over has lost a peer.
+    ``deadline`` seconds after it was handed over has lost a peer. Times of steps are the device's,
+    if it is a GPU; waits in a captured step are not known, so they count as its own time.
     """
 
     def __init__(
@@ -84,6 +86,9 @@ class DeviceExecutor(Executor):
         )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
+        self._waits = DeviceWaits(lambda: mark(parts.device))
+        if parts.device.type == "cuda":
+            parts.groups.note_waits(self._waits)
 
     # ----------------------------------------------------------------- the contract
 
@@ -161,6 +166,7 @@ class DeviceExecutor(Executor):
         start, waited, stalled = time.perf_counter(), self._parts.groups.waited, self._parts.links.waited
         header, section, parts = plan.header, plan.section, self._parts
         began = mark(parts.device)
+        self._waits.take()  # of first steps and captures
         self._take_expected(header, section)
         self._apply(header, section)
         rows = self._table.rows(header, section)
@@ -192,6 +198,7 @@ class DeviceExecutor(Executor):
             handed_over=time.perf_counter() - start,
             waited=parts.groups.waited - waited,
             stalled=parts.links.waited - stalled,
+            waits=self._waits.take(),
         )
         if header.counts:
             parts.dispatcher.counts_LS.zero_()
@@ -322,13 +329,15 @@ class DeviceExecutor(Executor):
         blocks.publish(step.plan.section)
         for later in self._under_way:  # begun since: what they write is no longer what it was
             blocks.overwrite(later.plan.section)
+        waits = [(each.role, seconds_between(each.began, each.ended, 0.0)) for each in step.waits]
+        links = self._parts.links
         result = with_tokens(
             step.outline,
             sampled,
             expert_i64=arrays[-1].tobytes() if header.counts else b"",
-            waited=step.waited,
+            waited=step.waited + sum(seconds for _, seconds in waits),
             seconds=seconds_between(step.began, step.ended, step.handed_over),
-            stalled=step.stalled,
+            stalled=step.stalled + sum(seconds for role, seconds in waits if role in links.roles),
         )
         self._done.append((result, step.spans))
 
