@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from .experts import AnyExperts, Experts, Fp8Experts
 
 class Gate(nn.Module):
     """Chooses experts. ``weight`` [E, D] and ``e_score_correction_bias`` [E], or the logits'
-    ``bias`` [E], are float32 whatever the model's dtype.
+    ``bias`` [E], are float32 whatever the model's dtype; ``pack`` may narrow ``weight``.
     """
 
     def __init__(self, config: MoEConfig, backend: Backend[Reference]) -> None:
@@ -34,6 +35,18 @@ class Gate(nn.Module):
             self.bias = backend.parameter(config.num_experts, dtype=torch.float32)
         bias = self.bias if self.e_score_correction_bias is None else self.e_score_correction_bias
         self.weights = GateWeights(self.weight, bias, config)
+        self._narrow = backend.dtype if backend.ops.takes_narrow_gates else None
+
+    def pack(self) -> None:
+        """Holds ``weight`` in the model's dtype, if the ops take that and no weight changes by it:
+        a checkpoint that stores its gates in float32 keeps them.
+        """
+        if self._narrow is None:
+            return
+        narrow_ED = self.weight.to(self._narrow)
+        if torch.equal(narrow_ED.float(), self.weight):
+            self.weight = nn.Parameter(narrow_ED, requires_grad=False)
+            self.weights = replace(self.weights, weight=self.weight)
 
 
 class SharedExperts(SwiGLU):
@@ -91,9 +104,7 @@ class MoELayer(nn.Module):
         self.gate = Gate(config, backend)
         self.experts = make_experts(config, dispatcher.placement.num_slots, backend)
         self.shared_experts = SharedExperts(config, backend) if config.shared_width else None
-        eight = isinstance(self.experts, Fp8Experts)
-        choose = backend.ops.choose_experts
-        self._choose = functools.partial(choose, norm=norm, gate=self.gate.weights, eight=eight)
+        self._choose_experts = backend.ops.choose_experts
         self._dispatcher = dispatcher
         self._split = backend.tensor
         self._layer = layer
@@ -101,6 +112,7 @@ class MoELayer(nn.Module):
         self._shared = _nothing if self.shared_experts is None else self.shared_experts.forward
 
     def pack(self) -> None:
+        self.gate.pack()
         self.experts.pack()
         self._routed = self._bind()
         if self.shared_experts is not None:
@@ -117,8 +129,10 @@ class MoELayer(nn.Module):
         return self._split.gather(updated, len(residual[0]))
 
     def _bind(self) -> RoutedExperts:
-        sublayer = self.experts.sublayer(self.norm, self.gate.weights)
-        return RoutedExperts(self.gate.weights.routing.top_k, self._choose, self.experts.forward, sublayer)
+        norm, gate, eight = self.norm, self.gate.weights, isinstance(self.experts, Fp8Experts)
+        choose = functools.partial(self._choose_experts, norm=norm, gate=gate, eight=eight)
+        sublayer = self.experts.sublayer(norm, gate)
+        return RoutedExperts(gate.routing.top_k, choose, self.experts.forward, sublayer)
 
 
 def _nothing(normed: Normed) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, Store, Work
 
 from . import transports
+from .device_waits import DeviceWaits
 from .recovery import REGROUP, Recovery
 from .shared_group import SharedGroup, meet_in_memory
 
@@ -54,7 +55,8 @@ class Collectives:
 
     A group can meet with some of its positions *vacant*: what is sent to one comes back to the
     sender, and it contributes nothing to a sum. The first word of ``name`` is the group's role.
-    ``waited``: seconds spent in waits. ``listener`` hears of each.
+    ``waited``: seconds that the host spent in waits. ``listener`` hears of each. ``device_waits``,
+    if set, notes those of a device instead.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Collectives:
         self.size = size
         self.waited = 0.0
         self.listener: Listener | None = None
+        self.device_waits: DeviceWaits[Any] | None = None
         self._name = name
         self.store = store
         self._deadline = timedelta(seconds=deadline)
@@ -265,7 +268,8 @@ class Collectives:
         """
         if pending.work is None:
             return self._spread(pending)
-        start = time.perf_counter()
+        start, waits = time.perf_counter(), self.device_waits
+        began = None if waits is None else waits.begin()
         try:
             pending.work.wait()
         except RuntimeError as error:
@@ -275,7 +279,10 @@ class Collectives:
                 f"{self._name}: rank {self.index} waited for {pending.what} {detail}"
             ) from error
         end = time.perf_counter()
-        self.waited += end - start
+        if waits is None:
+            self.waited += end - start
+        else:
+            waits.end(self.role, began)
         if self.listener is not None:
             self.listener(self.role, start, end)
         return self._spread(pending)

@@ -5,11 +5,13 @@ ends with it, and its replacement meets the others. The recovery grade is a rest
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from .collectives import Listener
+from .device_waits import DeviceWaits
 from .recovery import PROCESS_RESTART, ProcessSpent, Recovery
 
 Started = torch.Event | None
@@ -30,6 +32,7 @@ class OneEpochGroup:
     def __init__(self, name: str, index: int, size: int, store: Store, device: torch.device) -> None:
         self.index, self.size, self.waited = index, size, 0.0
         self.listener: Listener | None = None  # the device waits, not the host
+        self.device_waits: DeviceWaits[Any] | None = None
         self._name, self._store, self._device = name, store, device
         self._met, self._rehearses = False, False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -78,8 +81,13 @@ class OneEpochGroup:
 
     def wait(self, started: Started) -> None:
         """Keeps what follows on the current stream until the exchange has ended."""
-        if started is not None:
-            torch.cuda.current_stream(self._device).wait_event(started)
+        if started is None:
+            return
+        waits = self.device_waits
+        began = None if waits is None else waits.begin()
+        torch.cuda.current_stream(self._device).wait_event(started)
+        if waits is not None:
+            waits.end(self.role, began)
 
     @property
     def _group(self) -> str:

@@ -40,8 +40,13 @@ class PipelineLinks:
 
     @property
     def waited(self) -> float:
-        """Seconds spent in waits for other stages."""
+        """Seconds that the host spent in waits for other stages."""
         return self._hidden.waited + self._tokens.waited
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        """The roles of the groups that stages exchange in."""
+        return self._hidden.role, self._tokens.role
 
     def expect(
         self, step: int, num_tokens: int, hidden: int, dtype: torch.dtype, microbatch: int = 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from .collectives import CollectiveError, Listener
+from .device_waits import DeviceWaits
 from .recovery import ProcessSpent, Recovery, gravest
 
 
@@ -15,6 +16,7 @@ class EpochGroup(Protocol):
     """A group of ranks that meets anew in every epoch."""
 
     listener: Listener | None
+    device_waits: DeviceWaits[Any] | None
 
     @property
     def size(self) -> int: ...
@@ -78,13 +80,18 @@ class RankGroups:
 
     @property
     def waited(self) -> float:
-        """Seconds spent in waits, in all groups."""
+        """Seconds that the host spent in waits, in all groups."""
         return sum(group.waited for group in self._groups)
 
     def listen(self, listener: Listener | None) -> None:
         """Waits in all groups are told to ``listener`` from now on."""
         for group in self._groups:
             group.listener = listener
+
+    def note_waits(self, waits: DeviceWaits[Any]) -> None:
+        """Waits of the device in all groups are noted by ``waits`` from now on."""
+        for group in self._groups:
+            group.device_waits = waits
 
     def build(self, epoch: int, vacant: Collection[int] = ()) -> None:
         """Meets the ranks of every group under a prefix of this epoch; ``vacant`` positions of

@@ -231,7 +231,8 @@ Make = Callable[[torch.device], Call]
 
 def _gate(experts: int, rule: Routing, tokens: int) -> Make:
     def make(device: torch.device) -> Call:
-        x, weight = random(device, tokens, 2048), random(device, experts, 2048).float()
+        x, weight = random(device, tokens, 2048), random(device, experts, 2048)
+        weight = weight if device.type == "cuda" else weight.float()  # as models hold it
         bias = torch.zeros(experts, device=device) if rule.scoring == "sigmoid" else None
         counts = GateCounts(
             torch.full((1,), tokens, dtype=torch.int32, device=device),
@@ -240,7 +241,7 @@ def _gate(experts: int, rule: Routing, tokens: int) -> Make:
         flops = 2.0 * tokens * experts * 2048
         return Call(
             lambda ops: lambda: ops.gate(x, weight, bias, rule, counts),
-            tokens * 4096.0 + experts * 8192.0,
+            tokens * 4096.0 + experts * 2048.0 * weight.itemsize,
             flops,
         )
 

@@ -173,11 +173,23 @@ LATENT_DECODE: tuple[Size, ...] = (
     (32, 32, 8, 3),
     (16, 32, 4, 3),
 )
-# Smaller, since widening takes registers.
-LATENT_DECODE_FP8: tuple[Size, ...] = ((64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 3), (32, 64, 8, 2))
+LATENT_DECODE_FP8: tuple[Size, ...] = (
+    (64, 64, 8, 3),
+    (64, 64, 8, 2),
+    (64, 32, 8, 3),
+    (64, 32, 8, 2),
+    (32, 32, 8, 3),
+    (32, 64, 8, 2),
+)
 EXTEND: tuple[Size, ...] = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3))
 LATENT_EXTEND: tuple[Size, ...] = ((64, 64, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2))
-LATENT_EXTEND_FP8: tuple[Size, ...] = ((64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 3))
+LATENT_EXTEND_FP8: tuple[Size, ...] = (
+    (64, 64, 8, 3),
+    (64, 64, 8, 2),
+    (64, 32, 8, 3),
+    (64, 32, 8, 2),
+    (32, 32, 8, 3),
+)
 PREFILL: tuple[Size, ...] = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2))
 PROGRAMS = (2, 4, 8)
 # Columns, depth, warps, stages.
@@ -229,7 +241,9 @@ def _attend_stages(
     def shapes(tiles: Tiles) -> Iterator[Tiles]:
         for candidate in candidates:
             sizes = dict(zip(("queries", "keys", "warps", "stages"), candidate, strict=True))
-            yield replace(tiles, **{field: replace(getattr(tiles, field), **sizes)})
+            tile = replace(getattr(tiles, field), **sizes)
+            for serial in dict.fromkeys((tile.serial, False)):  # smaller blocks leave room for a buffer more
+                yield replace(tiles, **{field: replace(tile, serial=serial)})
 
     def splits(tiles: Tiles) -> Iterator[Tiles]:
         for count in programs:

@@ -30,11 +30,11 @@ def gate(
 ) -> tuple[Tensor, Tensor]:
     """Returns ids_TK int64, best first, and weights_TK float32.
 
-    ``weight_ED`` is float32, so that scores do not depend on the model's dtype. ``bias_E`` float32
-    affects only the selection; the weights come from the scores without it, unless it is the bias
-    of the logits (``routing.logit_bias``).
+    ``weight_ED`` is float32, or in the dtype of x: scores are sums in float32 either way, so they
+    do not depend on the model's dtype. ``bias_E`` float32 affects only the selection; the weights
+    come from the scores without it, unless it is the bias of the logits (``routing.logit_bias``).
     """
-    ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED), bias_E, routing)
+    ids_TK, weights_TK = choose(F.linear(x_TD.float(), weight_ED.float()), bias_E, routing)
     return (ids_TK, weights_TK) if counts is None else leave_out_padding(ids_TK, weights_TK, counts)
 
 

@@ -70,7 +70,9 @@ class GroupedHeads:
 
 @dataclass(frozen=True)
 class GateWeights:
-    """A gate: weight [L, D] and perhaps a bias [L], both float32, and its rule."""
+    """A gate: weight [L, D] float32, or in the model's dtype for ops that take narrow gates, and
+    perhaps a bias [L] float32, and its rule.
+    """
 
     weight: Tensor
     bias: Tensor | None

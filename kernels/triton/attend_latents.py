@@ -73,6 +73,7 @@ def launch_latents(
         GROUP=min(chunk, GROUP) if keys.k0.group else 0,
         TURNED=tile.turned,
         HOISTED=tile.hoisted,
+        SERIAL=tile.serial,
         PAGE=batch.page_size,
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
@@ -122,6 +123,7 @@ def _attend_latents_kernel(
     GROUP: tl.constexpr,
     TURNED: tl.constexpr,
     HOISTED: tl.constexpr,
+    SERIAL: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -173,7 +175,9 @@ def _attend_latents_kernel(
     # Pages are looked up one block ahead. A lookup in the iteration that needs it would displace
     # the loads in flight.
     pages = pages_of(row_pages_ptr, key_begin, key_end, PAGE, BLOCK_N)
-    for key_start in tl.range(key_begin, key_end, BLOCK_N, disable_licm=not HOISTED):
+    for key_start in tl.range(
+        key_begin, key_end, BLOCK_N, disable_licm=not HOISTED, disallow_acc_multi_buffer=SERIAL
+    ):
         key = key_start + tl.arange(0, BLOCK_N)
         inside = key < key_end
         at = pages.to(tl.int64) * PAGE + key % PAGE

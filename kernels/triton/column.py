@@ -40,6 +40,7 @@ class Triton(Reference):
 
     column: ClassVar[str] = "triton"
     merges_shared_experts: ClassVar[bool] = True
+    takes_narrow_gates: ClassVar[bool] = True
 
     def __init__(self, tiles: Tiles) -> None:
         self.experts = expert_ops.experts_with(tiles)

@@ -16,14 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.gate import GateCounts, Routing
-from .target import power_of_two
+from .target import interpreted, power_of_two
 
 
 def gate(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts: GateCounts | None = None
 ) -> tuple[Tensor, Tensor]:
     """Same as ``gate.gate``. Ties go to the lower expert."""
-    return choose(F.linear(x_TD.float(), weight_ED), bias_E, routing, counts)
+    return choose(_logits(x_TD, weight_ED), bias_E, routing, counts)
+
+
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Logits [T, E] float32. Products of numbers in 16 bits are exact in float32, so those of
+    narrow weights differ from those of the widened ones in the order of sums alone.
+    """
+    if weight_ED.dtype == torch.float32:
+        return F.linear(x_TD.float(), weight_ED)
+    if interpreted():  # a CPU's products have the dtype of their factors
+        return F.linear(x_TD.float(), weight_ED.float())
+    assert x_TD.dtype == weight_ED.dtype, f"x in {x_TD.dtype}, the gate's weights in {weight_ED.dtype}"
+    return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
 
 
 def choose(
@@ -95,7 +107,8 @@ def _choose_kernel(
     real = token >= 0
     if COUNT:
         real = token < tl.load(num_tokens_ptr)
-    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=inside & real, other=0.0)
+    read = tl.where(real, E, 0)
+    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=expert < read, other=0.0)
     if LOGIT_BIAS:
         logits += tl.load(bias_ptr + expert, mask=inside, other=0.0)
     logits = tl.where(inside, logits, never)

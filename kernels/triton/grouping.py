@@ -176,9 +176,10 @@ def _permute_kernel(
     used = tl.load(slot_of_block_ptr + place // BLOCK) >= 0
     pair = tl.load(pair_of_place_ptr + place, mask=used, other=-1)
     row = tl.load(rows_ptr + pair, mask=pair >= 0, other=0)
+    read = tl.where(pair >= 0, D, 0)
     for start in range(0, D, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
-        x = tl.load(x_ptr + row * x_stride + d, mask=(d < D) & (pair >= 0), other=0.0)
+        x = tl.load(x_ptr + row * x_stride + d, mask=d < read, other=0.0)
         tl.store(out_ptr + place * D + d, x, mask=d < D)
 
 

@@ -201,17 +201,16 @@ def _store_halves(
     out_ptr,
     first,
     second,
-    H: tl.constexpr,
+    heads,
     H_PAD: tl.constexpr,
     F: tl.constexpr,
     F_PAD: tl.constexpr,
     D: tl.constexpr,
-    wanted,
 ):
-    """Stores to the first 2F values of the rows of [H, D], contiguous, in its dtype."""
+    """Stores to the first 2F values of the rows of [heads, D], contiguous, in its dtype."""
     h = tl.arange(0, H_PAD)[:, None]
     f = tl.arange(0, F_PAD)[None, :]
-    inside = (h < H) & (f < F) & wanted
+    inside = (h < heads) & (f < F)
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr + h * D + f, first.to(dtype), mask=inside)
     tl.store(out_ptr + h * D + F + f, second.to(dtype), mask=inside)
@@ -237,19 +236,17 @@ def _load_rest(
 def _store_rest(
     out_ptr,
     x,
-    H: tl.constexpr,
+    heads,
     H_PAD: tl.constexpr,
     START: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    wanted,
 ):
-    """Stores the result of ``_load_rest`` to [H, D], contiguous, in its dtype."""
+    """Stores the result of ``_load_rest`` to [heads, D], contiguous, in its dtype."""
     h = tl.arange(0, H_PAD)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
-    tl.store(
-        out_ptr + h * D + d, x.to(out_ptr.dtype.element_ty), mask=(h < H) & (d >= START) & (d < D) & wanted
-    )
+    inside = (h < heads) & (d >= START) & (d < D)
+    tl.store(out_ptr + h * D + d, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -293,14 +290,15 @@ def _rotate_and_write_kernel(
     sin = tl.load(sin_ptr + token * F + f, mask=f < F, other=0.0)
     place = tl.load(write_ptr + token)
     first, second = _rotate(q_ptr + token * q_stride_t, q_stride_h, cos, sin, H, H_PAD, F, F_PAD, INTERLEAVED)
-    _store_halves(out_ptr + token * (D * H), first, second, H, H_PAD, F, F_PAD, D, place == place)
+    _store_halves(out_ptr + token * (D * H), first, second, H, H_PAD, F, F_PAD, D)
     first, second = _rotate(k_ptr + token * k_stride_t, k_stride_h, cos, sin, K, K_PAD, F, F_PAD, INTERLEAVED)
     if VALUES:
         v = _load_rest(v_ptr + token * v_stride_t, v_stride_h, K, K_PAD, 0, D, D_PAD)
     if 2 * F < D:
         q_rest = _load_rest(q_ptr + token * q_stride_t, q_stride_h, H, H_PAD, 2 * F, D, D_PAD)
-        _store_rest(out_ptr + token * (D * H), q_rest, H, H_PAD, 2 * F, D, D_PAD, place == place)
+        _store_rest(out_ptr + token * (D * H), q_rest, H, H_PAD, 2 * F, D, D_PAD)
         k_rest = _load_rest(k_ptr + token * k_stride_t, k_stride_h, K, K_PAD, 2 * F, D, D_PAD)
+    heads = tl.where(place >= 0, K, 0)
     k_at, v_at = k_cache_ptr + place * cache_stride, v_cache_ptr + place * cache_stride
     if EIGHT:
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
@@ -312,17 +310,17 @@ def _rotate_and_write_kernel(
             k_rest = eight_bits(k_rest.to(tl.float32) / scales[:, None], dtype, ROUND)
         first = eight_bits(first / scales[:, None], dtype, ROUND)
         second = eight_bits(second / scales[:, None], dtype, ROUND)
-        tl.store(k_scales_ptr + place * scales_stride + h, scales, mask=(h < K) & (place >= 0))
+        tl.store(k_scales_ptr + place * scales_stride + h, scales, mask=h < heads)
         if VALUES:
             v = v.to(tl.float32)
             scales = group_scales(v)
             v = eight_bits(v / scales[:, None], dtype, ROUND)
-            tl.store(v_scales_ptr + place * scales_stride + h, scales, mask=(h < K) & (place >= 0))
-    _store_halves(k_at, first, second, K, K_PAD, F, F_PAD, D, place >= 0)
+            tl.store(v_scales_ptr + place * scales_stride + h, scales, mask=h < heads)
+    _store_halves(k_at, first, second, heads, K_PAD, F, F_PAD, D)
     if 2 * F < D:
-        _store_rest(k_at, k_rest, K, K_PAD, 2 * F, D, D_PAD, place >= 0)
+        _store_rest(k_at, k_rest, heads, K_PAD, 2 * F, D, D_PAD)
     if VALUES:
-        _store_rest(v_at, v, K, K_PAD, 0, D, D_PAD, place >= 0)
+        _store_rest(v_at, v, heads, K_PAD, 0, D, D_PAD)
 
 
 @triton.jit
@@ -362,9 +360,10 @@ def _rotate_and_write_latent_kernel(
     sin = tl.load(sin_ptr + token * F + f, mask=f < F, other=0.0)
     place = tl.load(write_ptr + token)
     first, second = _rotate(q_ptr + token * q_stride_t, q_stride_h, cos, sin, H, H_PAD, F, F_PAD, INTERLEAVED)
-    _store_halves(out_ptr + token * (2 * F * H), first, second, H, H_PAD, F, F_PAD, 2 * F, place == place)
+    _store_halves(out_ptr + token * (2 * F * H), first, second, H, H_PAD, F, F_PAD, 2 * F)
     first, second = _rotate(k_ptr + token * k_stride_t, 0, cos, sin, 1, 1, F, F_PAD, INTERLEAVED)
-    _store_halves(rotated_ptr + place * rotated_stride, first, second, 1, 1, F, F_PAD, 2 * F, place >= 0)
+    heads = tl.where(place >= 0, 1, 0)
+    _store_halves(rotated_ptr + place * rotated_stride, first, second, heads, 1, F, F_PAD, 2 * F)
     g = tl.arange(0, C_GROUPS_PAD)
     c = g[:, None] * 128 + tl.arange(0, 128)[None, :]
     latent = tl.load(c_ptr + token * c_stride_t + c, mask=c < C, other=0.0)
@@ -372,9 +371,9 @@ def _rotate_and_write_latent_kernel(
         latent = latent.to(tl.float32)
         scales = group_scales(latent)
         latent = eight_bits(latent / scales[:, None], cache_ptr.dtype.element_ty, ROUND)
-        tl.store(scales_ptr + place * scales_stride + g, scales, mask=(g < C_GROUPS) & (place >= 0))
+        tl.store(scales_ptr + place * scales_stride + g, scales, mask=g < C_GROUPS * heads)
     tl.store(
         cache_ptr + place * cache_stride + c,
         latent.to(cache_ptr.dtype.element_ty),
-        mask=(c < C) & (place >= 0),
+        mask=c < C * heads,
     )

@@ -174,7 +174,8 @@ def _allow_kernel(logits_ptr, logits_stride, rows_ptr, bits_ptr, bits_stride, V,
     token = word[:, None] * 32 + bit[None, :]
     refused = ((bits[:, None] >> bit[None, :]) & 1) == 0
     never = tl.full((WORDS, 32), float("-inf"), tl.float32)
-    tl.store(logits_ptr + row * logits_stride + token, never, mask=refused & (token < V) & (row >= 0))
+    end = tl.where(row >= 0, V, 0)
+    tl.store(logits_ptr + row * logits_stride + token, never, mask=refused & (token < end))
 
 
 @triton.jit(do_not_specialize=["num"])

@@ -15,7 +15,7 @@ from ...parallel.nccl_ep_sizes import MemoryShape
 from ...parallel.stages import PipelineStage
 from .setup import ONE_EPOCH, Setup, stored_bytes
 
-_GATE_ITEM = 4  # gates are float32 whatever the model's dtype
+_WIDE = 4  # bytes of a value in float32 whatever the model's dtype
 _LOGIT_COPIES = 3  # float32: logits, sorted logits, probabilities
 
 
@@ -103,12 +103,21 @@ def weights_of(setup: Setup, stage: PipelineStage) -> Weights:
     return Weights(
         attention=stage.num_layers * (linear + (absorbed + shape.norm_params) * item) + indexers * index,
         dense=num_dense * dense + stage.num_moe * shared,
-        gates=(stage.num_moe * shape.gate_params + indexers * shape.index_gate_params) * _GATE_ITEM,
+        gates=stage.num_moe * _gate_bytes(setup) + indexers * shape.index_gate_params * _WIDE,
         experts=slots - redundant - empty,
         redundant=redundant,
         empty_slots=empty,
         embeddings=tables * table + stage.last * shape.hidden * item,
     )
+
+
+def _gate_bytes(setup: Setup) -> int:
+    """Bytes of one gate. A GPU holds its weights in the model's dtype, unless the checkpoint has
+    them in float32, which its config does not say.
+    """
+    shape, item = setup.shape, setup.item if setup.hardware.device == "cuda" else _WIDE
+    weights = shape.moe.num_experts * shape.hidden
+    return weights * item + (shape.gate_params - weights) * _WIDE
 
 
 def page_bytes(setup: Setup, stage: PipelineStage) -> int:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....parallel.collectives import CollectiveError
+from ....parallel.device_waits import DeviceWaits
 from ...protocol.arrays import Int64
 from ...protocol.buckets import most_tokens
 from ...protocol.plan import Admit, Header, Section, StepPlan
@@ -43,10 +44,11 @@ from .graphs import GraphRecorder
 from .slots import DeviceSlots, Lane, new_pages
 from .split_draw import draw_of
 from .step_arrays import NUM_LANE_ARRAYS, Arrays, LaneArrays
-from .transfers import Upload, fetch, mark, seconds_between
+from .transfers import Download, Upload, mark, seconds_between, side_stream
 from .under_way import Drawing, UnderWay
 
 _ROW_BYTES, _TOKEN_BYTES, _ENTRY_BYTES, _SPARE_BYTES = 512, 128, 12, 4096
+_RESULT_BYTES = 256  # of a row: a token, its log-probability, and those of 20 others
 _ENTRIES = 8192
 """Entries of page tables that travel at once."""
 
@@ -57,7 +59,8 @@ _Computed = tuple[Tensor, list[Tensor]]
 class DeviceExecutor(Executor):
     """An executor whose steps are under way until ``take`` finds them done. ``max_tokens`` of a
     step. ``recorder``: captures decode steps; None: none is captured. A step that has not ended
-    ``deadline`` seconds after it was handed over has lost a peer.
+    ``deadline`` seconds after it was handed over has lost a peer. Times of steps are the device's,
+    if it is a GPU; waits in a captured step are not known, so they count as its own time.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class DeviceExecutor(Executor):
         self._deadline, self._max_tokens = deadline, max_tokens
         num_bytes = _ROW_BYTES * num_slots + _TOKEN_BYTES * max_tokens + _ENTRY_BYTES * _ENTRIES
         self._upload = Upload(num_bytes + _SPARE_BYTES, parts.device)
+        result_bytes = _RESULT_BYTES * num_slots + parts.dispatcher.counts_LS.nbytes + _SPARE_BYTES
+        self._download = Download(result_bytes, parts.device, side_stream(parts.device))
         self._slots = DeviceSlots(num_slots, self._table.pages.shape[1], parts.pool, parts.device)
         self._draw = draw_of(parts, self._settings)
         self._captured = CapturedSteps(
@@ -81,6 +86,9 @@ class DeviceExecutor(Executor):
         )
         self._lives = np.zeros(num_slots, np.int64)  # admissions of each slot
         self._under_way: deque[UnderWay] = deque()
+        self._waits = DeviceWaits(lambda: mark(parts.device))
+        if parts.device.type == "cuda":
+            parts.groups.note_waits(self._waits)
 
     # ----------------------------------------------------------------- the contract
 
@@ -112,6 +120,8 @@ class DeviceExecutor(Executor):
             parts.groups.destroy()
 
     def end_epoch(self) -> None:
+        for step in self._under_way:
+            step.fetched.drop()
         self._under_way.clear()
         super().end_epoch()
 
@@ -156,6 +166,7 @@ class DeviceExecutor(Executor):
         start, waited, stalled = time.perf_counter(), self._parts.groups.waited, self._parts.links.waited
         header, section, parts = plan.header, plan.section, self._parts
         began = mark(parts.device)
+        self._waits.take()  # of first steps and captures
         self._take_expected(header, section)
         self._apply(header, section)
         rows = self._table.rows(header, section)
@@ -175,17 +186,19 @@ class DeviceExecutor(Executor):
         self._table.advance(rows, draws.astype(np.int64))
         if header.counts:
             fetched.append(parts.dispatcher.counts_LS)
+        ended = mark(parts.device)  # before the copy, so that it has passed once results are here
         under_way = UnderWay(
             plan=plan,
             outline=self._outline(header, rows, draws, scores),
             drawing=drawing,
-            fetched=fetch(fetched, parts.device),
+            fetched=self._download.fetch(fetched),
             began=began,
-            ended=mark(parts.device),
+            ended=ended,
             since=time.monotonic(),
             handed_over=time.perf_counter() - start,
             waited=parts.groups.waited - waited,
             stalled=parts.links.waited - stalled,
+            waits=self._waits.take(),
         )
         if header.counts:
             parts.dispatcher.counts_LS.zero_()
@@ -316,13 +329,15 @@ class DeviceExecutor(Executor):
         blocks.publish(step.plan.section)
         for later in self._under_way:  # begun since: what they write is no longer what it was
             blocks.overwrite(later.plan.section)
+        waits = [(each.role, seconds_between(each.began, each.ended, 0.0)) for each in step.waits]
+        links = self._parts.links
         result = with_tokens(
             step.outline,
             sampled,
             expert_i64=arrays[-1].tobytes() if header.counts else b"",
-            waited=step.waited,
+            waited=step.waited + sum(seconds for _, seconds in waits),
             seconds=seconds_between(step.began, step.ended, step.handed_over),
-            stalled=step.stalled,
+            stalled=step.stalled + sum(seconds for role, seconds in waits if role in links.roles),
         )
         self._done.append((result, step.spans))
 

@@ -1,12 +1,15 @@
 """Transfers between host and device, each of many arrays in one copy.
 
-Arrays of the same lengths lie at the same addresses of the device in every step, as a captured step
-needs. Nothing here waits for the device but a ring that is full.
+To the device: arrays of the same lengths lie at the same addresses in every step, as a captured
+step needs. To the host: results are put aside on the device, and leave on a stream of their own, so
+that the next step's kernels do not wait for the copy. Nothing here waits for the device but a ring
+that is full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,32 +83,114 @@ class Upload:
         return self._target[start : start + array.nbytes].view(dtype).view(array.shape)
 
 
-class Fetched:
-    """Arrays on their way to the host."""
+class SideStream(Protocol):
+    """A stream of copies, beside the one that computes."""
 
-    def __init__(self, arrays: Sequence[Tensor], sent: Mark) -> None:
-        self._arrays, self._sent = arrays, sent
+    def copy(self, target: Tensor, source: Tensor) -> Mark:
+        """Copies, once the computing stream has come past the work that it has been given. Returns
+        the end of the copy.
+        """
+        ...
+
+
+class HostCopies:
+    """Copies of a host, which are done when they are handed over."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Mark:
+        target.copy_(source)
+        return Passed()
+
+
+class CudaSideStream:
+    """A ``SideStream`` of a GPU. The computing stream is the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def copy(self, target: Tensor, source: Tensor) -> Mark:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return mark(self._device)
+
+
+def side_stream(device: torch.device) -> SideStream:
+    """The stream on which results leave ``device``."""
+    return CudaSideStream(device) if device.type == "cuda" else HostCopies()
+
+
+class _Room:
+    """Memory for the results of a step: ``aside`` on the device, ``arrived`` on the host."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.aside = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self.arrived = _pinned(num_bytes, device)
+
+
+class Download:
+    """Copies results to the host. There is room for those of ``_DEPTH`` steps of ``num_bytes``;
+    more steps, or larger ones, make more room, which is kept. A room is used again once the host
+    has read it, so its copy has ended: nothing on the device has to wait for that.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, side: SideStream) -> None:
+        self._device, self._side = device, side
+        self._free = deque(_Room(num_bytes, device) for _ in range(_DEPTH))
+
+    def fetch(self, tensors: Sequence[Tensor]) -> Fetched:
+        """Begins to copy tensors to the host. Work that the device is given afterwards may
+        overwrite them.
+        """
+        if not tensors:
+            return Fetched([], mark(self._device))
+        starts, num_bytes = _layout([each.nbytes for each in tensors])
+        room = self._room(num_bytes)
+        for start, each in zip(starts, tensors, strict=True):
+            _view(room.aside, start, each).copy_(each)
+        sent = self._side.copy(room.arrived[:num_bytes], room.aside[:num_bytes])
+        arrays = [_view(room.arrived, start, each) for start, each in zip(starts, tensors, strict=True)]
+        return Fetched(arrays, sent, lambda: self._free.append(room))
+
+    def _room(self, num_bytes: int) -> _Room:
+        room = self._free.popleft() if self._free else None
+        if room is None or len(room.arrived) < num_bytes:
+            room = _Room(num_bytes, self._device)
+        return room
+
+
+class Fetched:
+    """Arrays on their way to the host. ``give_back``: called when nobody reads them any more."""
+
+    def __init__(
+        self, arrays: Sequence[Tensor], sent: Mark, give_back: Callable[[], None] = lambda: None
+    ) -> None:
+        self._arrays, self._sent, self._give_back = arrays, sent, give_back
 
     @property
     def arrived(self) -> bool:
         return self._sent.query()
 
     def wait(self) -> list[NDArray[Any]]:
-        """The arrays, once they are here."""
+        """The arrays, once they are here. Called once."""
         self._sent.synchronize()
-        return [array.numpy() for array in self._arrays]
+        found = [array.numpy().copy() for array in self._arrays]
+        self._give_back()
+        return found
 
-
-def fetch(tensors: Sequence[Tensor], device: torch.device) -> Fetched:
-    """Begins to copy tensors to the host."""
-    copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=device.type == "cuda") for each in tensors]
-    for copy, each in zip(copies, tensors, strict=True):
-        copy.copy_(each, non_blocking=True)
-    return Fetched(copies, mark(device))
+    def drop(self) -> None:
+        """Nobody will read them, so what is still on its way may be overwritten. Called instead of
+        ``wait``.
+        """
+        self._give_back()
 
 
 def _pinned(num_bytes: int, device: torch.device) -> Tensor:
     return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _view(packed: Tensor, start: int, like: Tensor) -> Tensor:
+    """The part of ``packed`` bytes from ``start`` on that holds a tensor ``like`` another."""
+    return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ....parallel.device_waits import DeviceWait
 from ...protocol.arrays import Int64
 from ...protocol.plan import StepPlan
 from ...protocol.results import StepResult
@@ -41,7 +42,7 @@ class Drawing:
 class UnderWay:
     """A step that the device has been given. ``fetched``: tokens; then chosen, ids and values of
     the most likely ones, if any row asks; then the tokens of expert slots, if the plan does.
-    ``since``: monotonic seconds.
+    ``since``: monotonic seconds. ``waited`` and ``stalled`` of the host; ``waits`` of the device.
     """
 
     plan: StepPlan
@@ -54,4 +55,5 @@ class UnderWay:
     handed_over: float
     waited: float
     stalled: float
+    waits: list[DeviceWait[Mark]]
     spans: StepSpans | None = None

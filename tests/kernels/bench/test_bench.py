@@ -42,7 +42,7 @@ def test_cases_are_distinct_and_name_every_size() -> None:
 
 
 def test_every_op_of_the_table_has_a_case() -> None:
-    plain = {"column", "merges_shared_experts", "linear", "pack", "pack_slots"}
+    plain = {"column", "merges_shared_experts", "takes_narrow_gates", "linear", "pack", "pack_slots"}
     moved = {"group_pairs", "unpermute", "sample_slots"}  # timed with permute, and with sample on a card
     at_load_time = {"pack_four_bit"}
     # Their cases give the cost of the parts; bench_vllm.py measures the whole.

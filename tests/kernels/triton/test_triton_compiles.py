@@ -158,6 +158,6 @@ def test_64_heads_widen_each_latent_once(compilers: Compilers) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
     tiles = default_tiles(90)
     blocks = {512 * tile.keys for tile in (tiles.latent_decode_fp8, tiles.latent_extend_fp8)}
-    assert tiles.latent_decode_fp8.queries == 64
+    assert tiles.latent_decode_fp8.queries == 64 and blocks == {512 * 64}
     needs = compilers.needs("latent_attentions_fp8", 90)
     assert {variant["widened"] for variant in needs["attend_latents._attend_latents_kernel"]} == blocks

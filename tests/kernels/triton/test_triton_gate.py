@@ -106,3 +106,72 @@ def test_no_tokens() -> None:
         torch.zeros(0, 24, device=DEVICE), torch.zeros(16, 24, device=DEVICE), None, Routing(top_k=2)
     )
     assert ids.shape == weights.shape == (0, 2)
+
+
+def summed_in_blocks(x_TD: Tensor, weight_DE: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``torch.mm`` as matrix units compute it: exact products of numbers in 16 bits, summed in
+    float32 in another order, 64 at a time.
+    """
+    assert x_TD.dtype == weight_DE.dtype == torch.bfloat16 and out_dtype == torch.float32
+    assert x_TD.stride(1) == 1 and weight_DE.stride(0) == 1, "both read along D, as they lie"
+    sums_TE = torch.zeros(len(x_TD), weight_DE.shape[1])
+    for x, weight in zip(x_TD.split(64, 1), weight_DE.split(64, 0), strict=True):
+        sums_TE += x.float() @ weight.float()
+    return sums_TE
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a double of the product on a card")
+@pytest.mark.parametrize(
+    ("hidden", "num_experts", "rule"),
+    [
+        (2048, 128, RULES["Qwen3-30B-A3B"][1]),
+        (7168, 256, RULES["DeepSeek-V3"][1]),
+        (7168, 384, Routing(top_k=8, scoring="sigmoid", scale=2.827)),  # Kimi K2
+    ],
+    ids=["Qwen3-30B-A3B", "DeepSeek-V3", "Kimi K2"],
+)
+def test_weights_in_bf16_choose_as_the_widened_ones_do(
+    hidden: int, num_experts: int, rule: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token whose choice differs has a tie, within the rounding of sums. Of 512 none does here,
+    or one.
+    """
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(512, hidden, generator=generator).bfloat16()
+    weight = (torch.randn(num_experts, hidden, generator=generator) * hidden**-0.5).bfloat16()
+    bias = torch.randn(num_experts, generator=generator) * 0.02 if rule.scoring == "sigmoid" else None
+    wanted_ids, wanted = reference.gate(x, weight.float(), bias, rule)
+    monkeypatch.setattr(triton_gate, "interpreted", lambda: False)
+    monkeypatch.setattr(torch, "mm", summed_in_blocks)
+    logits = triton_gate._logits(x, weight)
+    exact = x.double() @ weight.double().T
+    assert (logits - exact).abs().max() < 4e-6 and (logits != x.float() @ weight.float().T).any()
+    ids, weights = triton_gate.gate(x, weight, bias, rule)
+    same = (ids.sort(1).values == wanted_ids.sort(1).values).all(1)
+    torch.testing.assert_close(
+        weights.sort(1).values[same], wanted.sort(1).values[same], rtol=1e-5, atol=1e-7
+    )
+    exact_scores = exact.softmax(-1) if rule.scoring == "softmax" else exact.sigmoid()
+    choice = exact_scores if bias is None else exact_scores + bias
+    for token in (~same).nonzero()[:, 0].tolist():
+        edge = choice[token, [*set(ids[token].tolist()) ^ set(wanted_ids[token].tolist())]]
+        assert edge.max() - edge.min() < 1e-6, "no tie"
+    assert same.sum() >= len(same) - 1
+
+
+def test_the_product_in_bf16_is_one_of_torch() -> None:
+    """Types and shapes, on tensors without memory."""
+    x, weight = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (5, 16))
+    logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    assert logits.shape == (5, 16) and logits.dtype == torch.float32
+
+
+@pairwise({"name": RULES, "dtype": [torch.float16, torch.bfloat16]})
+def test_narrow_weights_equal_the_reference(name: str, dtype: torch.dtype) -> None:
+    num_experts, rule = RULES[name]
+    x, weight, bias = inputs(num_experts, dtype)
+    expected_ids, expected = reference.gate(x, weight.to(dtype).float(), bias, rule)
+    with poisoned():
+        ids, weights = triton_gate.gate(x, weight.to(dtype), bias, rule)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)

@@ -51,10 +51,10 @@ EXPANSIONS = {
 
 
 def in_splits(splits: int) -> Tiles:
-    """Both forms of the sums, and latents in chunks or whole."""
+    """Both forms of the sums, latents in chunks or whole, and blocks one after the other or not."""
     tile = AttendTile(32, 32, 4, 2, splits=splits)
     if splits != 1:
-        tile = dataclasses.replace(tile, chunk=512, turned=True)
+        tile = dataclasses.replace(tile, keys=64, chunk=512, turned=True, serial=True)
     names = ("latent_decode", "latent_decode_fp8", "latent_extend", "latent_extend_fp8")
     return dataclasses.replace(DEFAULT, **dict.fromkeys(names, tile))
 

@@ -323,6 +323,9 @@ def test_a_checkpoint_in_fp8_is_widened_on_cpus_and_stays_so_on_gpus(device: str
     experts = sum(parameter.nbytes for key, parameter in parts.model.named_parameters() if ".experts." in key)
     assert memory.weights.total == pytest.approx(weights, rel=0.03)
     assert memory.weights.experts == experts
+    gates = {key: each for key, each in parts.model.named_parameters() if ".mlp.gate." in key}
+    halved = {key for key in gates if device == "cuda" and key.endswith(".weight")}  # in bf16 there
+    assert memory.weights.gates == sum(each.nbytes // (1 + (key in halved)) for key, each in gates.items())
     assert (memory.num_pages, page_bytes(setup, setup.stages()[0])) == (
         parts.pool.num_pages,
         parts.pool.page_bytes,

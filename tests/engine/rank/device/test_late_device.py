@@ -20,7 +20,7 @@ from lockstep.engine.rank.device import executor as device_executor, transfers
 from lockstep.engine.rank.device.executor import DeviceExecutor
 from support.engine.models.checkpoints import deepseek_v3_config, write_checkpoint
 from support.engine.rank.hand_plans import GREEDY, Driver, build_executor
-from support.engine.rank.late_device import LateDevice, LateMark, LateOps
+from support.engine.rank.late_device import LateCopies, LateDevice, LateMark, LateOps
 from support.engine.rank.recorded_plans import executed, mixed_requests, results_of
 
 TIMES = {"waited": 0.0, "seconds": 0.0, "stalled": 0.0, "phases_f32": b""}
@@ -36,6 +36,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateDevice]:
     monkeypatch.setattr(registry, "ops_of", lambda column: ops)
     for module in (transfers, device_executor):
         monkeypatch.setattr(module, "mark", lambda _: device.mark())
+    monkeypatch.setattr(device_executor, "side_stream", lambda _: LateCopies(device))
     yield device
     sys.setswitchinterval(interval)
     assert not device.faults

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lockstep.engine.rank.device import transfers
-from lockstep.engine.rank.device.transfers import Fetched, Upload, fetch
+from lockstep.engine.rank.device.transfers import Download, Fetched, HostCopies, Upload
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_memory_that_is_still_read_is_not_written(monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_fetched_keeps_its_values() -> None:
     source = torch.tensor([1, 2])
-    fetched = fetch([source, torch.zeros(0)], CPU)
+    fetched = Download(64, CPU, HostCopies()).fetch([source, torch.zeros(0)])
     source.zero_()
     assert fetched.arrived and [each.tolist() for each in fetched.wait()] == [[1, 2], []]
     late = Slow()

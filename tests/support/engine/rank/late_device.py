@@ -118,6 +118,17 @@ class LateDevice(TorchDispatchMode):
         return made
 
 
+class LateCopies:
+    """Copies of a device that has one stream."""
+
+    def __init__(self, device: LateDevice) -> None:
+        self._device = device
+
+    def copy(self, target: Tensor, source: Tensor) -> LateMark:
+        self._device.give(lambda: target.copy_(source))
+        return self._device.mark()
+
+
 def _flat(tree: Any) -> list[Any]:
     return torch.utils._pytree.tree_leaves(tree)
 
