@@ -9,7 +9,7 @@ import msgspec
 from ..capacity.plan import size_text
 from .finding import Finding
 from .model_files import ModelFiles
-from .probe import Gpu, NodeFacts
+from .probe import NCCL_PACKAGES, Gpu, NodeFacts
 
 # Least open files: for libraries and logs, and for the connections to every rank of the cluster.
 _FILES, _FILES_PER_RANK = 256, 8
@@ -46,7 +46,7 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
 def judge(nodes: Sequence[NodeFacts], requirements: Requirements) -> list[Finding]:
     """All findings in the nodes' answers, the launcher's node first."""
     gpus = requirements.uses_gpus(nodes)
-    found = _unanswered(nodes) + _interfaces(nodes) + _versions(nodes) + _models(nodes)
+    found = _unanswered(nodes) + _interfaces(nodes) + _versions(nodes) + _two_nccls(nodes) + _models(nodes)
     found += _gpus(nodes, requirements) if gpus else _host_memory(nodes, requirements)
     found += _shared_memory(nodes, requirements, gpus) + _limits(nodes, requirements, gpus) + _disks(nodes)
     return found + _rdma(nodes, requirements, gpus) + _numa(nodes)
@@ -111,6 +111,16 @@ def _versions(nodes: Sequence[NodeFacts]) -> list[Finding]:
         todo = "install the same version on every node"
         found.append(report("versions", f"{name} is {_differences(groups)}", "", todo))
     return found + ([_ok("versions", ", ".join(equal))] if equal else [])
+
+
+def _two_nccls(nodes: Sequence[NodeFacts]) -> list[Finding]:
+    """Both packages write to one folder, so torch loads the one that was installed last."""
+    todo = "uninstall both, and install torch anew: it brings the NCCL of its CUDA"
+    return [
+        _error("NCCL", f"{' and '.join(NCCL_PACKAGES)} are both installed", node, todo)
+        for node in nodes
+        if set(NCCL_PACKAGES) <= set(node.versions or {})
+    ]
 
 
 def _models(nodes: Sequence[NodeFacts]) -> list[Finding]:

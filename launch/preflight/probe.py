@@ -31,6 +31,7 @@ from .model_files import ModelFiles, read_model_files
 
 QUESTION_SECONDS = 20.0
 MODEL_SECONDS = 120.0
+NCCL_PACKAGES = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 _NVIDIA_SMI = (
     "nvidia-smi",
     "--query-gpu=name,memory.total,memory.free,driver_version",
@@ -169,6 +170,9 @@ def ask(
 def _versions(thorough: bool) -> dict[str, str]:
     found = {"python": platform.python_version(), "lockstep": __version__}
     found |= {name: metadata.version(name) for name in ("torch", "transformers")}
+    for name in NCCL_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     if importlib.util.find_spec("ray") is not None:  # `cluster.backend: local` needs none
         found["ray"] = metadata.version("ray")
     if thorough:

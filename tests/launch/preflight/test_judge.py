@@ -111,6 +111,13 @@ FAULTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("cuda", version("cuda", "13.0"), "error", "versions", f"cuda is 12.8 on {ALPHA}, 13.0"),
     ("nccl", version("nccl", "2.26.0"), "error", "versions", f"nccl is 2.27.3 on {ALPHA}, 2.26.0"),
     (
+        "two NCCLs",
+        {"versions": {**(GOOD.versions or {}), "nvidia-nccl-cu12": "2.27.3", "nvidia-nccl-cu13": "2.28.9"}},
+        "error",
+        "NCCL",
+        f"{BETA}: nvidia-nccl-cu12 and nvidia-nccl-cu13 are both installed; uninstall both",
+    ),
+    (
         "transformers",
         version("transformers", "5.2"),
         "warning",
