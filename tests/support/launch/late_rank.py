@@ -16,7 +16,7 @@ from lockstep.engine.rank.device.executor import DeviceExecutor
 from lockstep.kernels import table
 from lockstep.launch.cluster import entry
 from lockstep.parallel import transports
-from support.engine.rank.late_device import LateDevice, LateOps
+from support.engine.rank.late_device import LateCopies, LateDevice, LateOps
 from support.parallel.nccl_double import NcclDouble
 
 _LOG = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def main() -> None:
     transports.transport_of = lambda device: transports.Nccl(torch.device("cpu"), double)  # type: ignore
     for module in (transfers, device_executor):
         module.mark = lambda device: late.mark()  # type: ignore[attr-defined]
+    device_executor.side_stream = lambda device: LateCopies(late)
     entry.main()
 
 
