@@ -14,7 +14,7 @@ from lockstep.engine.models import registry
 from lockstep.engine.rank.device import executor as device_executor, transfers
 from lockstep.parallel import transports
 
-from ..engine.rank.late_device import LateDevice, LateOps
+from ..engine.rank.late_device import LateCopies, LateDevice, LateOps
 from .nccl_double import NcclDouble
 
 
@@ -29,6 +29,7 @@ def late_ranks() -> Iterator[LateDevice]:
             (transports, "transport_of", lambda device: nccl),
             (transfers, "mark", lambda device: late.mark()),
             (device_executor, "mark", lambda device: late.mark()),
+            (device_executor, "side_stream", lambda device: LateCopies(late)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield late
