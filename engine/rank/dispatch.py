@@ -44,23 +44,24 @@ def build_dispatcher(
     exchange: Exchange
     eight, nodes = spec.wire == "fp8", _nodes(spec)
     memory: OneEpochGroup | None = None
+    store = None if device.type == "cpu" else experts.store
     shape = TokenShape(_capacities(spec), moe.top_k, moe.hidden, dtype, eight)
     place = "experts", experts.index, experts.size
     if spec.dispatch == "all_gather":
         exchange = AllGatherExchange(placement, experts, device, nodes, eight=eight)
     elif spec.dispatch == "all_to_all" and device.type == "cpu":
         exchange = AllToAllExchange(placement, experts, device, nodes)
-    elif spec.dispatch == "all_to_all" and experts.store is not None:
-        memory = symmetric = SymmetricGroup(*place, experts.store, device, TorchSymmetricLibrary())
+    elif spec.dispatch == "all_to_all" and store is not None:
+        memory = symmetric = SymmetricGroup(*place, store, device, TorchSymmetricLibrary())
         exchange = SymmetricExchange(placement, symmetric, device, shape, nodes)
-    elif spec.dispatch == "flashinfer" and device.type == "cuda" and experts.store is not None:
-        memory = linked = NvlinkGroup(*place, experts.store, device, FlashInferLibrary())
+    elif spec.dispatch == "flashinfer" and store is not None:
+        memory = linked = NvlinkGroup(*place, store, device, FlashInferLibrary())
         exchange = NvlinkExchange(placement, linked, device, shape, nodes)
-    elif spec.dispatch == "deepep" and device.type == "cuda" and experts.store is not None:
-        memory = deep = DeepEPGroup(*place, experts.store, device, DeepEPLibrary())
+    elif spec.dispatch == "deepep" and store is not None:
+        memory = deep = DeepEPGroup(*place, store, device, DeepEPLibrary())
         exchange = SlotMajorExchange(placement, deep, device, shape, nodes)
-    elif spec.dispatch == "nccl_ep" and device.type == "cuda" and experts.store is not None:
-        memory = by_nccl = NcclEpGroup(*place, experts.store, device, NcclEpLibrary())
+    elif spec.dispatch == "nccl_ep" and store is not None:
+        memory = by_nccl = NcclEpGroup(*place, store, device, NcclEpLibrary())
         exchange = SlotMajorExchange(placement, by_nccl, device, shape, nodes)
     else:
         raise ValueError(

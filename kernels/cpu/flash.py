@@ -179,7 +179,7 @@ def attend_rows(
         # The first ``blind`` rows see none of these positions, nor do those from ``past`` on.
         blind = max(0, start - position) * group // tile_rows * tile_rows
         past = min(stride, tiled(max(0, start + BLOCK + window - 1 - position) * group, k))
-        direct = whole and past - blind <= tile_rows and tile_rows == TILE_ROWS
+        direct = whole and past - blind <= tile_rows == TILE_ROWS  # AMX reads only what is laid out
         find(pages, block, places[0])
         if block.end < run.end:
             find(pages, Block(block.end, min(block.end + BLOCK, run.end), run.page_size), places[1])

@@ -16,30 +16,29 @@ from typing import Any
 
 import torch
 
-from ..reference.attention import PLAIN_RULE, AttentionRule
+from ..reference.attention import AttentionRule
 from ..reference.paged import PagedBatch
 from ..triton.attend_inputs import AttendRows, Keys, Queries
-from ..triton.tiles import AttendTile
-from .said_once import SaidOnce
+from .library_rows import LibraryRows
+from .sizes import FLASH_ATTN_4_DIMS
 
 _MOST_ROWS = 256  # with more, its scheduler is another
 _TILE = 128  # pairs of token and head of a group; up to one tile its kernel is another
-_DIMS = {9: (64, 96, 128, 192, 256), 10: (64, 96, 128)}  # on sm_100, 256 is more kernels
 
 
-class FlashAttention4:
+class FlashAttention4(LibraryRows):
     """``library``: the module ``flash_attn.cute``. ``arch``: of the card, 90 for an H100. ``own``:
     the attention for what the library does not have; the log says so once for each reason.
     """
 
     def __init__(self, library: Any, arch: int, own: AttendRows) -> None:
-        self._library, self._arch, self._own = library, arch, own
-        self._say = SaidOnce("kernels.prompt_attention = flash_attn_4")
+        super().__init__("kernels.prompt_attention = flash_attn_4", own)
+        self._library, self._arch = library, arch
 
     def supports(self, queries: Queries, keys: Keys, num_rows: int, arch: int) -> str:
         """The reason why the library does not attend rows' queries so; empty: it does."""
         dim, dtype = queries.q0_THC.shape[2], queries.q0_THC.dtype
-        dims = _DIMS.get(arch // 10)
+        dims = FLASH_ATTN_4_DIMS.get(arch // 10)
         if dims is None:
             return f"sm_{arch}: only sm_90 and sm_100 have pages"
         if keys.k0.group:
@@ -55,23 +54,18 @@ class FlashAttention4:
             return f"steps of more than {_MOST_ROWS} prompts"
         return ""
 
-    def __call__(
-        self,
-        queries: Queries,
-        keys: Keys,
-        batch: PagedBatch,
-        scale: float,
-        tile: AttendTile,
-        rule: AttentionRule = PLAIN_RULE,
+    def _reason(self, queries: Queries, keys: Keys, batch: PagedBatch) -> str:
+        prompts, num_rows = _prompts(queries, batch), len(batch.lengths_R) - batch.num_decode
+        if not len(prompts.q0_THC) or not num_rows:
+            return ""
+        return self.supports(prompts, keys, num_rows, self._arch)
+
+    def _attend(
+        self, queries: Queries, keys: Keys, batch: PagedBatch, scale: float, rule: AttentionRule
     ) -> None:
-        first, lengths_R = batch.num_decode, batch.lengths_R[batch.num_decode :]
-        prompts = Queries(queries.q0_THC[first:], None, queries.out_THC[first:])
+        prompts, first = _prompts(queries, batch), batch.num_decode
+        lengths_R = batch.lengths_R[first:]
         if not len(prompts.q0_THC) or not len(lengths_R):
-            return
-        reason = self.supports(prompts, keys, len(lengths_R), self._arch)
-        if reason:
-            self._say(reason)
-            self._own(queries, keys, batch, scale, tile, rule)
             return
         pages = (-1, batch.page_size, *keys.k0.values.shape[1:])
         out_THD, _ = self._library.flash_attn_varlen_func(
@@ -87,3 +81,8 @@ class FlashAttention4:
             learnable_sink=rule.sinks_H,
         )
         prompts.out_THC.copy_(out_THD)
+
+
+def _prompts(queries: Queries, batch: PagedBatch) -> Queries:
+    """The queries of the rows after those that decode."""
+    return Queries(queries.q0_THC[batch.num_decode :], None, queries.out_THC[batch.num_decode :])

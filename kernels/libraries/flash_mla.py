@@ -21,18 +21,15 @@ import torch
 from torch import Tensor
 
 from ..formats.kv_format import latent_entry
-from ..reference.attention import PLAIN_RULE, AttentionRule
+from ..reference.attention import AttentionRule
 from ..reference.paged import PagedBatch
 from ..triton.attend_inputs import AttendRows, Keys, Queries, whole_entries
-from ..triton.tiles import AttendTile
+from .library_rows import LibraryRows
 from .said_once import SaidOnce
+from .sizes import FLASH_MLA_CHOSEN_BLOCK, FLASH_MLA_CHOSEN_HEADS, FLASH_MLA_PAGE, LATENT
 
 _SETTING = "kernels.attention = flashmla"
-_DIMS = (512, 64)
-_PAGE = 64  # tokens of a page in bf16
-_CHOSEN_HEADS = (64, 128)
-_CHOSEN_BLOCK = 64  # positions that its kernel takes at once
-_ENTRY_BYTES = latent_entry("fp8", *_DIMS)[0]
+_ENTRY_BYTES = latent_entry("fp8", *LATENT)[0]
 
 
 def check_flash_mla(library: Any) -> None:
@@ -44,15 +41,15 @@ def check_flash_mla(library: Any) -> None:
         )
 
 
-class FlashMlaRows:
+class FlashMlaRows(LibraryRows):
     """Attention of decode rows. ``library``: the module ``flash_mla``. ``arch``: of the card, 90
     for an H100. ``own``: the attention for what the library does not have; the log says so once
     for each reason.
     """
 
     def __init__(self, library: Any, arch: int, own: AttendRows) -> None:
-        self._library, self._arch, self._own = library, arch, own
-        self._say = SaidOnce(_SETTING)
+        super().__init__(_SETTING, own)
+        self._library, self._arch = library, arch
 
     def supports(self, queries: Queries, keys: Keys, page_size: int, arch: int) -> str:
         """The reason why the library does not attend so; empty: it does."""
@@ -65,38 +62,30 @@ class FlashMlaRows:
             return "all positions of pages in fp8: it takes one scale for all, and here each has its own"
         if keys.k0.values.dtype != torch.bfloat16 or queries.q0_THC.dtype != torch.bfloat16:
             return "pages or queries that are not bfloat16"
-        if dims != _DIMS:
-            return f"latents of {dims[0]} + {dims[1]} dims: only {_DIMS[0]} + {_DIMS[1]}"
-        if page_size != _PAGE:
-            return f"pages of {page_size} tokens: only {_PAGE}"
+        if dims != LATENT:
+            return f"latents of {dims[0]} + {dims[1]} dims: only {LATENT[0]} + {LATENT[1]}"
+        if page_size != FLASH_MLA_PAGE:
+            return f"pages of {page_size} tokens: only {FLASH_MLA_PAGE}"
         return ""
 
-    def __call__(
-        self,
-        queries: Queries,
-        keys: Keys,
-        batch: PagedBatch,
-        scale: float,
-        tile: AttendTile,
-        rule: AttentionRule = PLAIN_RULE,
+    def _reason(self, queries: Queries, keys: Keys, batch: PagedBatch) -> str:
+        return self.supports(queries, keys, batch.page_size, self._arch) if batch.num_decode else ""
+
+    def _attend(
+        self, queries: Queries, keys: Keys, batch: PagedBatch, scale: float, rule: AttentionRule
     ) -> None:
         rows, q1_THE = batch.num_decode, queries.q1_THE
         if not rows:
-            return
-        reason = self.supports(queries, keys, batch.page_size, self._arch)
-        if reason:
-            self._say(reason)
-            self._own(queries, keys, batch, scale, tile, rule)
             return
         assert q1_THE is not None and rule.plain
         entries_PZ = whole_entries(keys)
         plan, _ = self._library.get_mla_metadata()
         out_R1HC, _ = self._library.flash_mla_with_kvcache(
             torch.cat([queries.q0_THC[:rows], q1_THE[:rows]], -1)[:, None],
-            entries_PZ.view(-1, _PAGE, 1, entries_PZ.shape[1]),
+            entries_PZ.view(-1, FLASH_MLA_PAGE, 1, entries_PZ.shape[1]),
             block_table=batch.pages_RP[:rows],
             cache_seqlens=batch.lengths_R[:rows],
-            head_dim_v=_DIMS[0],
+            head_dim_v=LATENT[0],
             tile_scheduler_metadata=plan,
             softmax_scale=scale,
             is_fp8_kvcache=False,
@@ -123,12 +112,12 @@ class FlashMlaChosen:
             return "chosen positions of pages that are not in fp8"
         if q_THE.dtype != torch.bfloat16:
             return f"chosen positions for queries in {q_THE.dtype}: only bfloat16"
-        if latent != _DIMS:
-            return f"latents of {latent[0]} + {latent[1]} dims: only {_DIMS[0]} + {_DIMS[1]}"
-        if heads not in _CHOSEN_HEADS:
+        if latent != LATENT:
+            return f"latents of {latent[0]} + {latent[1]} dims: only {LATENT[0]} + {LATENT[1]}"
+        if heads not in FLASH_MLA_CHOSEN_HEADS:
             return f"chosen positions for {heads} heads: only 64 and 128"
-        if top_k % _CHOSEN_BLOCK:
-            return f"{top_k} chosen positions: only multiples of {_CHOSEN_BLOCK}"
+        if top_k % FLASH_MLA_CHOSEN_BLOCK:
+            return f"{top_k} chosen positions: only multiples of {FLASH_MLA_CHOSEN_BLOCK}"
         return ""
 
     def takes(self, q_THE: Tensor, cache: Tensor, latent_dim: int, top_k: int) -> bool:
@@ -157,7 +146,7 @@ class FlashMlaChosen:
             cache.view(-1, page_size, 1, _ENTRY_BYTES),
             block_table=None,
             cache_seqlens=None,
-            head_dim_v=_DIMS[0],
+            head_dim_v=LATENT[0],
             tile_scheduler_metadata=plan,
             softmax_scale=scale,
             is_fp8_kvcache=True,

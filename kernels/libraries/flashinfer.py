@@ -20,27 +20,24 @@ from typing import Any
 
 import torch
 
-from ..reference.attention import PLAIN_RULE, AttentionRule
+from ..reference.attention import AttentionRule
 from ..reference.paged import PagedBatch
 from ..triton.attend_inputs import AttendRows, Keys, Queries, whole_entries
-from ..triton.tiles import AttendTile
-from .said_once import SaidOnce
+from .library_rows import LibraryRows
+from .sizes import FLASHINFER_LATENT_PAGES, FLASHINFER_PAGES, LATENT
 
 _WORKSPACE_BYTES = 128 << 20  # as FlashInfer's documentation recommends
-_PAGES = (16, 32, 64, 128)
-_LATENT_PAGES = (32, 64)
-_LATENT = (512, 64)
 _UNROTATED = 128  # dims of a DeepSeek head, before its queries became latents
 
 
-class FlashInfer:
+class FlashInfer(LibraryRows):
     """``library``: the module ``flashinfer``. ``arch``: of the card, 90 for an H100. ``own``: the
     attention for what the library does not have; the log says so once for each reason.
     """
 
     def __init__(self, library: Any, arch: int, device: torch.device, own: AttendRows) -> None:
-        self._library, self._arch, self._own = library, arch, own
-        self._say = SaidOnce("kernels.attention = flashinfer")
+        super().__init__("kernels.attention = flashinfer", own)
+        self._library, self._arch = library, arch
         # Zeros at first: kernels count in it, and leave zeros behind.
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
@@ -57,8 +54,8 @@ class FlashInfer:
         if keys.k1_PKE is not None:
             heads, dims = queries.q0_THC.shape[1], (dim, keys.k1_PKE.shape[2])
             return self._supports_latents(heads, dims, page_size, generated)
-        if page_size not in _PAGES:
-            return f"pages of {page_size} tokens: only {', '.join(map(str, _PAGES))}"
+        if page_size not in FLASHINFER_PAGES:
+            return f"pages of {page_size} tokens: only {', '.join(map(str, FLASHINFER_PAGES))}"
         if dim not in (64, 128, 256):
             return f"heads of {dim} dims: only 64, 128 and 256"
         return ""
@@ -66,33 +63,26 @@ class FlashInfer:
     def _supports_latents(self, heads: int, dims: tuple[int, int], page_size: int, generated: bool) -> str:
         if not generated:
             return "latents in bfloat16: only on sm_100"
-        if dims != _LATENT:
-            return f"latents of {dims[0]} + {dims[1]} dims: only {_LATENT[0]} + {_LATENT[1]}"
+        if dims != LATENT:
+            return f"latents of {dims[0]} + {dims[1]} dims: only {LATENT[0]} + {LATENT[1]}"
         if 64 < heads < 128:
             return f"latents for {heads} heads: only up to 64, and 128"
-        if page_size not in _LATENT_PAGES:
+        if page_size not in FLASHINFER_LATENT_PAGES:
             return f"latents in pages of {page_size} tokens: only 32 and 64"
         return ""
 
-    def __call__(
-        self,
-        queries: Queries,
-        keys: Keys,
-        batch: PagedBatch,
-        scale: float,
-        tile: AttendTile,
-        rule: AttentionRule = PLAIN_RULE,
+    def _reason(self, queries: Queries, keys: Keys, batch: PagedBatch) -> str:
+        return self.supports(queries, keys, batch.page_size, self._arch)
+
+    def _attend(
+        self, queries: Queries, keys: Keys, batch: PagedBatch, scale: float, rule: AttentionRule
     ) -> None:
-        reason = self.supports(queries, keys, batch.page_size, self._arch)
-        if reason:
-            self._say(reason)
-            self._own(queries, keys, batch, scale, tile, rule)
-        elif batch.num_decode and keys.k1_PKE is None:
-            self._attend(queries, keys, batch, scale, rule)
+        if batch.num_decode and keys.k1_PKE is None:
+            self._attend_heads(queries, keys, batch, scale, rule)
         elif batch.num_decode:
             self._attend_latents(queries, keys, batch, scale)
 
-    def _attend(
+    def _attend_heads(
         self, queries: Queries, keys: Keys, batch: PagedBatch, scale: float, rule: AttentionRule
     ) -> None:
         rows = batch.num_decode
@@ -118,8 +108,8 @@ class FlashInfer:
             q_RHZ[:, None],
             entries_PZ.view(-1, batch.page_size, entries_PZ.shape[1]),
             qk_nope_head_dim=_UNROTATED,
-            kv_lora_rank=_LATENT[0],
-            qk_rope_head_dim=_LATENT[1],
+            kv_lora_rank=LATENT[0],
+            qk_rope_head_dim=LATENT[1],
             bmm1_scale=scale,
             bmm2_scale=1.0,
             backend="trtllm-gen",

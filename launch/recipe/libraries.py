@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from ...engine.models.config import GqaConfig, MlaConfig
 from ...kernels.formats.kv_format import KvFormat
+from ...kernels.libraries import sizes
 from .recipe import Recipe
 
 Attention = GqaConfig | MlaConfig
 
-_LATENT = (512, 64)
-_CHOSEN_HEADS, _CHOSEN_BLOCK = (64, 128), 64
-_PROMPT_DIMS = (64, 96, 128, 192, 256)
+_PROMPT_DIMS = sorted({dim for dims in sizes.FLASH_ATTN_4_DIMS.values() for dim in dims})
 
 
 def without_library(recipe: Recipe, attention: Attention, pages: KvFormat, dtype: str) -> list[str]:
@@ -41,30 +40,31 @@ def _flashinfer(recipe: Recipe, attention: Attention, pages: KvFormat) -> list[s
             "an indexer chooses the positions of decode rows in this model; use flashmla over pages in "
             "fp8, or own"
         )
-    sizes = (32, 64) if isinstance(attention, MlaConfig) else (16, 32, 64, 128)
-    return found + _page_size(recipe, sizes)
+    latents = isinstance(attention, MlaConfig)
+    return found + _page_size(recipe, sizes.FLASHINFER_LATENT_PAGES if latents else sizes.FLASHINFER_PAGES)
 
 
 def _flash_mla(recipe: Recipe, attention: Attention, pages: KvFormat) -> list[str]:
     if not isinstance(attention, MlaConfig):
         return ["this model has keys for its heads, and no latents; use flashinfer or own"]
     dims = attention.kv_latent, attention.rope_dim
-    if dims != _LATENT:
-        return [f"latents of {dims[0]} + {dims[1]} dims: allowed are {_LATENT[0]} + {_LATENT[1]}; use own"]
+    if dims != sizes.LATENT:
+        latent, rotated = sizes.LATENT
+        return [f"latents of {dims[0]} + {dims[1]} dims: allowed are {latent} + {rotated}; use own"]
     if attention.indexer is None:
-        return _not_bf16(recipe, "attention", pages) + _page_size(recipe, (64,))
+        return _not_bf16(recipe, "attention", pages) + _page_size(recipe, (sizes.FLASH_MLA_PAGE,))
     found, heads = [], attention.num_heads // recipe.parallel.tensor
     if pages != "fp8":
         found.append(
             f"kv_cache.dtype = {recipe.kv_cache.dtype}: it reads the positions that an indexer chose from "
             "pages in fp8; use kv_cache.dtype = fp8, or kernels.attention = own"
         )
-    if heads not in _CHOSEN_HEADS:
+    if heads not in sizes.FLASH_MLA_CHOSEN_HEADS:
         found.append(
             f"parallel.tensor = {recipe.parallel.tensor}: {heads} heads of {attention.num_heads} on a rank: "
             "allowed are 64 and 128; use another, or kernels.attention = own"
         )
-    if attention.indexer.top_k % _CHOSEN_BLOCK:
+    if attention.indexer.top_k % sizes.FLASH_MLA_CHOSEN_BLOCK:
         found.append(f"{attention.indexer.top_k} chosen positions: allowed are multiples of 64; use own")
     return found
 
@@ -88,8 +88,8 @@ def _not_bf16(recipe: Recipe, op: str, pages: KvFormat) -> list[str]:
     ]
 
 
-def _page_size(recipe: Recipe, sizes: tuple[int, ...]) -> list[str]:
-    if recipe.kv_cache.page_size in sizes:
+def _page_size(recipe: Recipe, allowed_sizes: tuple[int, ...]) -> list[str]:
+    if recipe.kv_cache.page_size in allowed_sizes:
         return []
-    allowed = ", ".join(map(str, sizes))
+    allowed = ", ".join(map(str, allowed_sizes))
     return [f"kv_cache.page_size = {recipe.kv_cache.page_size}: allowed are {allowed}"]

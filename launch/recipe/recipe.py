@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ...parallel.mesh import Mesh
-from .sections import ExpertsSection, KernelsSection, RecipeSection
+from .sections import LIBRARY_EXCHANGES, ExpertsSection, KernelsSection, RecipeSection
 from .values import AutoInt, AutoSize, Size, Strings, collector, endpoint, origins, short_dtype, switch
 
 
@@ -340,7 +340,7 @@ def _single_ranks(recipe: Recipe) -> tuple[tuple[bool, str], ...]:
     nothing = "a stage has one rank, which exchanges no tokens"
     return (
         (
-            single and recipe.experts.dispatch in ("flashinfer", "deepep", "nccl_ep"),
+            single and recipe.experts.dispatch in LIBRARY_EXCHANGES,
             f"experts.dispatch = {recipe.experts.dispatch}: {nothing}; use auto",
         ),
         (

@@ -13,6 +13,7 @@ from ...parallel import deepep_sizes, nccl_ep_sizes
 from ...parallel.deepep_sizes import MOST_TOKENS, rounded_capacity
 from .libraries import without_library
 from .recipe import Recipe
+from .sections import LIBRARY_EXCHANGES
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -222,7 +223,7 @@ def for_gpus(recipe: Recipe) -> list[str]:
                 recipe.experts.dispatch == library,
                 "auto, all_gather and all_to_all",
             )
-            for library in ("flashinfer", "deepep", "nccl_ep")
+            for library in LIBRARY_EXCHANGES
         },
     }
     return [

@@ -8,6 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .values import switch
 
+LIBRARY_EXCHANGES = ("flashinfer", "deepep", "nccl_ep")
+"""Values of ``experts.dispatch`` that name a library for GPUs."""
+
 
 class RecipeSection(BaseModel):
     """Base of the sections: frozen, refuses unknown keys and converts no values."""

@@ -30,7 +30,7 @@ _ROW_BYTES = 64
 
 _intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
 
-_I8, _I16, _I32, _I64, _VOID = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.VoidType())
+_I8, _I32, _I64, _VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.VoidType()
 _POINTER = _I8.as_pointer()
 _LINE = ir.VectorType(_I32, UNITS)
 _BLOCKS = 4

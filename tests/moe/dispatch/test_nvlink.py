@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lockstep.engine.rank.dispatch import build_dispatcher
 from lockstep.kernels.reference.experts import weighted_sum
-from lockstep.kernels.reference.fp8 import Quantised, quantise_rows
+from lockstep.kernels.reference.fp8 import quantise_rows
 from lockstep.moe.balance.placement import contiguous
-from lockstep.moe.config import MoEConfig
 from lockstep.moe.dispatch import nvlink
 from lockstep.moe.dispatch.nvlink import NvlinkExchange
 from lockstep.moe.dispatch.within_capacity import TokenShape
 from lockstep.parallel.collectives import Collectives
-from lockstep.parallel.mesh import Mesh
-from lockstep.parallel.microbatches import Turns
 from lockstep.parallel.nvlink import (
     FlashInferLibrary,
     NvlinkGroup,
@@ -38,7 +33,7 @@ from lockstep.parallel.nvlink import (
     RoundsLibrary,
 )
 from lockstep.parallel.store_ranks import StoreRanks
-from support.engine.rank.mock_controller import bare_spec
+from support.moe.rounds_without_memory import exchange_without_memory
 from support.parallel.nvlink_double import NvlinkDouble, RoundsDouble
 
 CPU = torch.device("cpu")
@@ -109,27 +104,9 @@ def test_no_value_reaches_the_host(eight: bool, rows: int, monkeypatch: pytest.M
     placement, shape = contiguous(58, 256, 72), TokenShape((1024,), 8, 7168, torch.bfloat16, eight)
     exchange = NvlinkExchange(placement, group, meta, shape)
     group.rehearse()
-    exchange.begin_step(rows, 1024)
-    x = torch.empty(rows, 7168, dtype=torch.bfloat16, device=meta)
-    ids = torch.empty(rows, 8, dtype=torch.int64, device=meta)
-    handle = exchange.dispatch(x, ids, torch.empty(rows, 8, device=meta), 57)
-    received = exchange.receive(handle)
-    tokens = received.x_ND.values if isinstance(received.x_ND, Quantised) else received.x_ND
-    assert isinstance(received.x_ND, Quantised) == eight and tokens.shape == (72 * 1024, 7168)
-    assert received.slots_M.shape == received.rows_M.shape == (72 * 1024 * 4,), "a rank has four slots"
-    exchange.send_back(torch.empty(72 * 1024 * 4, 7168, dtype=torch.bfloat16, device=meta), handle)
-    combined = exchange.combine(handle)
-    assert combined.shape == x.shape and combined.dtype == x.dtype
+    room = 72 * 1024  # a rank has four slots
+    exchange_without_memory(exchange, rows, 1024, eight, (room, 4 * room))
     group.destroy()
-
-
-def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flashinfer.moe_ep", None)
-    spec = bare_spec(device="cuda:0", dispatch="flashinfer", mesh=Mesh(data=2))
-    experts = Collectives("experts", 0, 2, HashStore(), 1.0, CPU)
-    moe = MoEConfig(hidden=8, expert_width=8, num_experts=4, top_k=2)
-    with pytest.raises(ValueError, match=r"experts\.dispatch = flashinfer: .*install flashinfer-python"):
-        build_dispatcher(spec, moe, torch.bfloat16, contiguous(1, 4, 2), experts, Turns())
 
 
 @pytest.mark.parametrize("eight", [False, True])
