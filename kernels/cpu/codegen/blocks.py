@@ -2,9 +2,9 @@
 
 Packed weights are [..., N / 16, U, 16, K / U] instead of [..., N, K]. A unit is the piece of the
 inner dimension that one lane of a product takes: two neighbouring bf16 or one float32. A vector
-holds a unit of 16 columns, which is multiplied by the same unit of a row (``block_tiles.py``). For
-any number of rows, k is summed from first to last in one register, so a result depends neither on
-neighbouring rows nor on the number of threads.
+holds a unit of 16 columns, which is multiplied by the same unit of a row (``block_tiles.py``); AMX
+takes 16 of them at once (``amx.py``). For any number of rows, k is summed from first to last in one
+register, so a result depends neither on neighbouring rows nor on the number of threads.
 
 With AVX512-BF16, few rows take as long as reading the weights from memory up to 50 GB/s; at 75 GB/s
 four rows take 1.25 times as long. From 32 rows on the rate equals oneDNN's within a tenth either
