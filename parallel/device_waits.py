@@ -23,7 +23,7 @@ comes to it (``add_time`` of the op table)."""
 
 class DeviceWaits:
     """Adds up waits by the ``roles`` of the groups that are waited for. ``totals_R``: int64
-    nanoseconds on ``device`` since ``clear``, at one address. Wraps, as the difference of two.
+    nanoseconds on ``device`` since ``clear``, at one address. Sums wrap, so spans are exact.
     """
 
     def __init__(self, roles: Iterable[str], device: torch.device, add_time: AddTime) -> None:

@@ -166,3 +166,9 @@ def test_64_heads_widen_each_latent_once(compilers: Compilers) -> None:
     assert tiles.latent_decode_fp8.queries == 64 and blocks == {512 * 64}
     needs = compilers.needs("latent_attentions_fp8", 90)
     assert {variant["widened"] for variant in needs["attend_latents._attend_latents_kernel"]} == blocks
+
+
+def test_the_clock_is_one_kernel_for_all_places_and_signs(compilers: Compilers) -> None:
+    """So it is compiled before the first step, whichever group that waits for first."""
+    pytest.importorskip("triton.backends.nvidia", reason="Triton without its NVIDIA compiler")
+    assert len(compilers.needs("clocks", 90)["clock._add_time_kernel"]) == 1
