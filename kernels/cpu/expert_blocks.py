@@ -18,8 +18,8 @@ from torch import Tensor
 from ..cpu_isa import COLUMNS
 from ..reference.experts import PLAIN_FORM, ExpertForm, activate
 from .codegen.amx import begin_tiles, end_tiles
-from .codegen.arrays import array, exp, inner, narrow
-from .codegen.block_rows import lay_out, room_for_rows
+from .codegen.arrays import array, inner, narrow
+from .codegen.block_rows import lay_out, room_for_rows, write_silu_row
 from .codegen.block_tiles import BLOCKS, multiply
 from .codegen.blocks import (
     STRETCH,
@@ -27,10 +27,12 @@ from .codegen.blocks import (
     block_bytes,
     first_block,
     multiply_slots,
+    next_item,
+    run_length,
     stretches,
 )
 from .codegen.crew import num_threads
-from .codegen.threads import parts, share_out, take_item
+from .codegen.threads import parts, share_out
 from .expert_form import clamped_mul, form_of
 from .linear import NO_PLACES, multiply_into
 from .norm import silu_mul
@@ -127,7 +129,7 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, fo
                 y_MD[m] = 0
     inner_MF = np.empty((len(order_M), width), np.uint16)
     given = x, x_stride, rows_M, order_M, stretches(ends_S), w13, y_MD.shape[1] // 2, np.zeros(1, np.int64)
-    share_out(_inner, num_threads, (*given, form, inner_MF), False)
+    share_out(_inner, num_threads, (*given, form, inner_MF, num_threads), False)
     pairs = order_M[:0], order_M, ends_S
     multiply_slots(
         np.int64(inner_MF.ctypes.data), 2 * width, w2, width // 2, pairs, form.down_bias, y_MD, num_threads
@@ -135,7 +137,21 @@ def run_experts(x, x_stride, w13, w2, width, rows_M, slots_M, counts_S, y_MD, fo
 
 
 @inner(error_model="numpy")
-def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units, counter, form, inner_MF):
+def _inner(
+    begin,
+    end,
+    x,
+    x_stride,
+    rows_M,
+    order_M,
+    stretches_I,
+    w13,
+    num_units,
+    counter,
+    form,
+    inner_MF,
+    num_threads,
+):
     """The activation for the pairs in order. A panel is two blocks of gate columns and the same
     two of up.
     """
@@ -149,9 +165,10 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
     full, half = inner_MF.shape[1], _HALF * COLUMNS
     num_blocks = full // COLUMNS
     panels = parts(num_blocks, _HALF)
-    item = take_item(counter)
+    run = run_length(panels, stretches_I, len(inner_MF), num_threads)
+    item = next_item(-1, run, counter)
     while item < panels * len(stretches_I):
-        following = take_item(counter)
+        following = next_item(item, run, counter)
         here = first_block(item, panels, stretches_I, 2 * num_blocks, _HALF)
         there = first_block(following, panels, stretches_I, 2 * num_blocks, _HALF)
         panel = item % panels
@@ -175,16 +192,9 @@ def _inner(begin, end, x, x_stride, rows_M, order_M, stretches_I, w13, num_units
             if clamped:
                 _clamped_mul(sums[r], inner_MF[start + r, column : column + width], alpha, limit)
             else:
-                _silu_mul(sums[r], inner_MF[start + r, column : column + width])
+                write_silu_row(sums, r, inner_MF, start + r, column, width)
         item = following
     end_tiles(inner_MF)
-
-
-@inner(error_model="numpy")
-def _silu_mul(gate_up, out):
-    for n in range(len(out)):
-        gate = gate_up[n]
-        out[n] = narrow(gate / (np.float32(1) + exp(-gate)) * gate_up[_HALF * COLUMNS + n], out)
 
 
 @inner(error_model="numpy")

@@ -21,7 +21,7 @@ from numba import extending
 from numba.core import cgutils, types
 
 from ... import cpu_isa
-from .vectors import SUMS, Rows, multiply_add, spread
+from .vectors import F32, Rows, spread
 
 ROWS = 16  # of a tile, at most
 UNITS = 16  # of a tile: pairs of bf16
@@ -253,37 +253,40 @@ def multiply_units(typing_context, out, a, a_row, b):
 @_intrinsic
 def add_units(typing_context, out, out_row, num_rows, shrink, a, b):
     """out[out_row + r, n] = shrink[r] times its old value, plus the sum over u of a[r, u] times
-    b[u, n], for the first rows r of 16 and all columns n, of which ``b`` and ``out`` have a
-    multiple of 32. a [16, 32], b [32, N]: units; out, shrink: float32.
+    b[u, n], for the rows r of a tile and all columns n, of which ``b`` and ``out`` have a multiple
+    of 16. Rows from ``num_rows`` on do not shrink. a [16, 32], b [32, N]: units; out, shrink:
+    float32.
     """
     signature = types.void(out, types.intp, types.intp, shrink, a, b)
 
     def generate(context, builder, signature, arguments):
-        factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (4, 5))
-        first, shrink = arguments[1], Rows(context, builder, signature.args[3], arguments[3])
-        held, weights = Rows(context, builder, signature.args[0], arguments[0]), (2, 3)
-        room = cgutils.alloca_once(builder, ir.ArrayType(SUMS, 2 * ROWS))
+        sums, factors, units = (_Tiles(context, builder, signature.args[i], arguments[i]) for i in (0, 4, 5))
+        _shrink(context, builder, signature, arguments, units.num_columns)
+        weights = (2, 3)
         for half, tile in enumerate(weights):
             factors.load(tile, _I64(0), _I64(half * UNITS))
-        with cgutils.for_range_slice(builder, _I64(0), units.num_columns, _I64(2 * UNITS)) as (column, _):
-            for n in range(2):
-                _call(builder, "tilezero", [_I8(n)])
-                for half, tile in enumerate(weights):
-                    units.load(6 + half, _I64(half * UNITS), builder.add(column, _I64(n * UNITS)))
-                    _call(builder, "tdpbf16ps", [_I8(n), _I8(tile), _I8(6 + half)])
-                place = builder.bitcast(cgutils.gep_inbounds(builder, room, 0, n * ROWS), _POINTER)
-                _call(builder, "tilestored64", [_I8(n), place, _I64(_ROW_BYTES)])
-            with cgutils.for_range(builder, arguments[2]) as loop:
-                factor = spread(builder, shrink.load(None, loop.index, 1))
-                row = builder.add(first, loop.index)
-                for n in range(2):
-                    here = builder.add(column, _I64(n * UNITS))
-                    place = builder.add(loop.index, _I64(n * ROWS))
-                    added = builder.load(cgutils.gep_inbounds(builder, room, 0, place))
-                    held.store(multiply_add(builder, added, held.load(row, here), factor), row, here)
+        with cgutils.for_range_slice(builder, _I64(0), units.num_columns, _I64(UNITS)) as (column, _):
+            sums.load(0, arguments[1], column)
+            for half, tile in enumerate(weights):
+                units.load(6 + half, _I64(half * UNITS), column)
+                _call(builder, "tdpbf16ps", [_I8(0), _I8(tile), _I8(6 + half)])
+            sums.store(0, arguments[1], column)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _shrink(context: Any, builder: Any, signature: Any, arguments: Any, num_columns: Any) -> None:
+    """Multiplies rows by their factors; few of them are not 1, once a row has met its largest
+    score.
+    """
+    held, factors = (Rows(context, builder, signature.args[i], arguments[i]) for i in (0, 3))
+    with cgutils.for_range(builder, arguments[2]) as loop:
+        factor = factors.load(None, loop.index, 1)
+        with builder.if_then(builder.fcmp_unordered("!=", factor, F32(1.0)), likely=False):
+            row, lanes = builder.add(arguments[1], loop.index), spread(builder, factor)
+            with cgutils.for_range_slice(builder, _I64(0), num_columns, _I64(UNITS)) as (column, _):
+                held.store(builder.fmul(held.load(row, column), lanes), row, column)
 
 
 class _Tiles:

@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 
 from ...cpu_isa import COLUMNS
 from . import amx
-from .vectors import F32, I32, SUMS, UNITS, Rows, all_lanes, multiplies_bf16
+from .vectors import F32, I32, SUMS, UNITS, Rows, all_lanes, multiplies_bf16, silu
 
 _intrinsic: Any = extending.intrinsic  # typed as the definition, which also takes the compiler's context
 
@@ -138,6 +138,27 @@ def write_row(typing_context, sums, row, bias, bias_row, y, place, column, num_c
                 more = biases.load_numbers(bias_row, builder.add(column, index))
                 builder.store(builder.fadd(builder.load(room, align=64), more), room, align=64)
             out.store_numbers(builder.load(room, align=64), place, builder.add(column, index))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_intrinsic
+def write_silu_row(typing_context, sums, row, y, place, column, num_columns):
+    """y[place, column:] = silu(sums[row]) times the same row 32 columns on, of ``num_columns``, a
+    multiple of 16. ``sums`` float32; ``y`` bf16 as uint16.
+    """
+    signature = types.void(sums, types.intp, y, types.intp, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        sums, row, y, place, column, num_columns = arguments
+        totals, out = (
+            Rows(context, builder, kind, value)
+            for kind, value in ((signature.args[0], sums), (signature.args[2], y))
+        )
+        with cgutils.for_range_slice(builder, _I64(0), num_columns, _I64(COLUMNS)) as (index, _):
+            gate, up = totals.load(row, index), totals.load(row, builder.add(index, _I64(2 * COLUMNS)))
+            out.store_numbers(builder.fmul(silu(builder, gate), up), place, builder.add(column, index))
         return context.get_dummy_value()
 
     return signature, generate
