@@ -28,7 +28,7 @@ from ... import cpu_isa
 from ...cpu_isa import COLUMNS, fit
 from .amx import begin_tiles, end_tiles
 from .arrays import inner, widen
-from .block_rows import lay_out, room_for_rows, write_row
+from .block_rows import find_between, first_between, lay_out, room_for_rows, write_row
 from .block_tiles import BLOCKS, multiply
 from .threads import part, parts, share_out, take_item
 
@@ -116,8 +116,9 @@ def multiply_slots(x, x_stride, w, num_units, pairs, bias_SN, y_MN, num_threads)
     ends_S[s]; ``pairs``: rows_M, places_M, ends_S. The first two are empty for rows and places in
     the order of the pairs, ``bias_SN`` for no bias.
 
-    ``x`` is the address of the first row, ``x_stride`` the bytes between rows, ``w`` the address of
-    packed weights [S, N / 16, U, 16, K / U].
+    ``x`` is the address of the first row, ``x_stride`` the bytes between rows, or 0 if they lie as
+    results between two products do (``block_rows.py``); ``w`` is the address of packed weights
+    [S, N / 16, U, 16, K / U].
     """
     rows_M, places_M, ends_S = pairs
     given = rows_M, places_M, stretches(ends_S), bias_SN, y_MN, np.zeros(1, np.int64), num_threads
@@ -137,7 +138,7 @@ def _multiply_panels(
             np.empty(STRETCH, np.int64),
             np.empty(BLOCKS, np.int64),
         )
-        room, laid_out = room_for_rows(min(STRETCH, len(y_MN)), num_units, y_MN), -1
+        room, laid_out = room_for_rows(min(STRETCH, len(y_MN)) if x_stride else 0, num_units, y_MN), -1
         item = next_item(-1, run, counter)
         while item < panels * len(stretches_I):
             following = next_item(item, run, counter)
@@ -145,9 +146,12 @@ def _multiply_panels(
             there = first_block(following, panels, stretches_I, num_blocks, BLOCKS)
             slot, start, length = stretches_I[item // panels]
             if item // panels != laid_out:
-                for r in range(length):
-                    rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
-                lay_out(rows, length, num_units, room, y_MN)
+                if x_stride:
+                    for r in range(length):
+                        rows[r] = x + (rows_M[start + r] if len(rows_M) else start + r) * x_stride
+                    lay_out(rows, length, num_units, room, y_MN)
+                else:
+                    find_between(x, first_between(start, item // panels, y_MN), num_units, rows[:length])
                 begin_tiles(y_MN, length)
                 laid_out = item // panels
             panel = item % panels

@@ -192,8 +192,8 @@ def exp2(builder: Any, x: Any) -> Any:
 
 
 def silu(builder: Any, x: Any) -> Any:
-    """Vectorized x / (1 + e^-x), within 16 units in the last place from -80 on; below, it nears 0 no
-    further.
+    """Vectorized x / (1 + e^-x), within 16 units in the last place from -80 on, and no
+    nearer to 0 below.
     """
     most = all_lanes(x.type, 126.0)
     power = builder.fmul(x, all_lanes(x.type, -1.4426950408889634))
