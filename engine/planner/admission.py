@@ -46,8 +46,8 @@ class _Reservation:
 
 
 def _ascending(seconds: NDArray[np.float64]) -> Iterator[int]:
-    """Indices of finite values, by value. The whole order is only computed when the first index does
-    not do.
+    """Indices of finite values, by value. The whole order is only computed when the first index
+    does not do.
     """
     first = int(seconds.argmin())
     if seconds[first] < np.inf:
@@ -121,8 +121,8 @@ class Admission:
         return min(request.num_hashes, request.num_skippable // self._group.page_size)
 
     def _queue_seconds(self) -> NDArray[np.float64]:
-        """Predicted seconds [D] that a new request would wait for and share; infinity where no row is
-        free.
+        """Predicted seconds [D] that a new request would wait for and share; infinity where no row
+        is free.
         """
         group, rows = self._group, self._group.rows
         waiting = ((rows.state >= State.PRELOADING) & (rows.state <= State.PREFILL)).nonzero()[0]
