@@ -169,8 +169,8 @@ class Ledger:
             self._finish(int(row[index]), int(finish[index]))
 
     def _ended(self, results: list[StepResult], starts: list[int]) -> NDArray[np.bool_]:
-        """Whether each row's last token is one of its stop ids [starts[-1]]. The rows of each result
-        begin at ``starts``.
+        """Whether each row's last token is one of its stop ids [starts[-1]]. The rows of each
+        result begin at ``starts``.
         """
         ended = np.zeros(starts[-1], np.bool_)
         for start, result in zip(starts, results, strict=False):
