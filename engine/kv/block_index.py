@@ -107,7 +107,9 @@ class BlockIndex:
 
     def remove(self, pages: Int64) -> None:
         """Removes the entries of pages [n] that have one."""
-        pages = pages[self._entry_of_page[pages] >= 0]
+        pages = pages[self.holds(pages)]
+        if not len(pages):
+            return
         entries = self._entry_of_page[pages]
         self._entry_of_page[pages] = -1
         self._table[entries] = np.where(self._passed[entries] > 0, _TOMBSTONE, _EMPTY)
