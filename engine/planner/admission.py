@@ -189,11 +189,13 @@ class Admission:
         if group.changes is not None:
             self._tell_adopted(placed)
         for place, num_cached in zip(placed, cached, strict=True):
-            group.preloads.send(place.request, place.data)
-            if not place.request.started:
-                group.counters.prefix_queries += place.request.num_prompt
+            request = place.request
+            group.preloads.send(request, place.data)
+            if not request.started:
+                num_prompt = request.num_prompt
+                group.counters.prefix_queries += num_prompt
                 # One that goes on after a restart of its frontend may find its output cached, too.
-                group.counters.prefix_hits += min(num_cached, place.request.num_prompt)
+                group.counters.prefix_hits += min(num_cached, num_prompt)
 
     def _tell_adopted(self, placed: list[_Reservation]) -> None:
         """Blocks of an earlier controller are told once a request brings their tokens."""
