@@ -135,7 +135,8 @@ class BlockIndex:
     def evictable(self, references: NDArray[np.int32], first: int, count: int) -> Int64:
         """Indexed pages of [first, first + count) without references."""
         span = slice(first, first + count)
-        return ((references[span] == 0) & (self._entry_of_page[span] >= 0)).nonzero()[0] + first
+        pages: Int64 = ((references[span] == 0) & (self._entry_of_page[span] >= 0)).nonzero()[0] + first
+        return pages
 
     def check(self) -> None:
         """Integrity: both directions agree and the size is right. Raises AssertionError."""

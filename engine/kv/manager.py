@@ -379,4 +379,5 @@ def _oldest(stamps: Int64, count: int) -> Int64:
     surplus = np.count_nonzero(chosen) - count
     if surplus:
         chosen[(stamps == last).nonzero()[0][-surplus:]] = False
-    return chosen.nonzero()[0]
+    indices: Int64 = chosen.nonzero()[0]
+    return indices
