@@ -78,11 +78,9 @@ def with_tokens(result: StepResult, sampled: Sampled, **more: Any) -> StepResult
 
 
 class Executor:
-    """Holds a rank's state and executes plans on it. ``counts_tokens``: its host counts those that
-    penalties need.
-    """
+    """Holds a rank's state and executes plans on it."""
 
-    counts_tokens: ClassVar[bool] = True
+    counts_tokens: ClassVar[bool] = True  # on the host, for penalties
 
     def __init__(self, parts: Parts, num_slots: int, max_len: int, num_cohorts: int) -> None:
         self._parts = parts

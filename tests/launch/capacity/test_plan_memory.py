@@ -223,8 +223,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
 
 @pytest.mark.parametrize("max_len", [16383, 16384])
 def test_counts_of_tokens_take_what_is_planned(max_len: int) -> None:
-    recipe, folder = load_recipe("qwen3-30b-a3b-1xh100", [f"model.max_len={max_len}"])
-    setup = plan_recipe(recipe, folder).setup
+    recipe, path = load_recipe("qwen3-30b-a3b-1xh100", [f"model.max_len={max_len}"])
+    setup = plan_recipe(recipe, path.parent).setup
     counts = TokenCounts(setup.max_running, max_len, setup.shape.vocab_size, torch.device("meta"))
     assert setup.max_len == max_len
     assert token_counts_bytes(setup, setup.stages[0]) == counts._counts_S1V.nbytes
